@@ -1,0 +1,117 @@
+"""The blob store: bytes by their own hash, on a local disk or in object storage (fsspec).
+
+A blob is written to a temporary name and then moved, so a reader sees all of it or none of it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from records.errors import IntegrityError, UnavailableError, UnknownIdError
+from records.ids import new_id, sha256_hex
+
+
+@dataclass(frozen=True)
+class BlobStore:
+    """A content-addressed store. Open it with `open_blobs`.
+
+    Args:
+        url: the fsspec URL it was opened with.
+        root: the same place as the file system names it.
+        filesystem: the fsspec file system.
+        local: true if blobs are files of this machine.
+    """
+
+    url: str
+    root: str
+    filesystem: Any = field(repr=False)
+    local: bool
+
+    def put(self, data: bytes) -> str:
+        """Store bytes once.
+
+        Args:
+            data: any bytes.
+        Returns:
+            Their id, the SHA-256 in 64 hex characters. Storing equal bytes again writes nothing.
+        Raises:
+            UnavailableError: the store cannot be written.
+        """
+        blob_id = sha256_hex(data)
+        path = self._path(blob_id)
+        try:
+            if self.filesystem.exists(path):
+                return blob_id
+            self._write(path, data)
+        except OSError as error:
+            raise UnavailableError(f"blob store {self.url} cannot be written: {error}") from error
+        return blob_id
+
+    def get(self, blob_id: str) -> bytes:
+        """Return the bytes of a blob.
+
+        Args:
+            blob_id: 64 hex characters.
+        Returns:
+            The bytes, checked against their hash.
+        Raises:
+            UnknownIdError: there is no such blob.
+            IntegrityError: the stored bytes were altered.
+            UnavailableError: the store cannot be read.
+        """
+        try:
+            data: bytes = self.filesystem.cat_file(self._path(blob_id))
+        except FileNotFoundError as error:
+            raise UnknownIdError(f"no blob {blob_id[:12]} in {self.url}") from error
+        except OSError as error:
+            raise UnavailableError(f"blob store {self.url} cannot be read: {error}") from error
+        if sha256_hex(data) != blob_id:
+            raise IntegrityError(f"blob {blob_id[:12]} in {self.url} was altered; restore it from a backup")
+        return data
+
+    def has(self, blob_id: str) -> bool:
+        """Return whether the blob is stored."""
+        return bool(self.filesystem.exists(self._path(blob_id)))
+
+    def delete(self, blob_id: str) -> None:
+        """Remove a blob; one that is not there is no error."""
+        path = self._path(blob_id)
+        if self.filesystem.exists(path):
+            self.filesystem.rm_file(path)
+
+    def uri(self, blob_id: str) -> str:
+        """Return the full URI of a blob."""
+        return str(self.filesystem.unstrip_protocol(self._path(blob_id)))
+
+    def _path(self, blob_id: str) -> str:
+        return f"{self.root}/{blob_id[:2]}/{blob_id}"
+
+    def _write(self, path: str, data: bytes) -> None:
+        folder = path.rsplit("/", 1)[0]
+        self.filesystem.makedirs(folder, exist_ok=True)
+        if not self.local:
+            # Object stores replace whole objects, so a plain write is already all or nothing.
+            self.filesystem.pipe_file(path, data)
+            return
+        temporary = f"{folder}/.{new_id()}"
+        self.filesystem.pipe_file(temporary, data)
+        self.filesystem.mv(temporary, path)
+
+
+def open_blobs(url: str) -> BlobStore:
+    """Open a blob store.
+
+    Args:
+        url: an fsspec URL such as `file:///data/blobs` or `s3://bucket/blobs`, or a plain path.
+    Returns:
+        The store.
+    Raises:
+        UnavailableError: no file system handles the URL.
+    """
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UnavailableError(f"records.blobs {url!r} cannot be opened: {error}") from error
+    local = "file" in filesystem.protocol or filesystem.protocol == "file"
+    return BlobStore(url=url, root=root.rstrip("/"), filesystem=filesystem, local=local)

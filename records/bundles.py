@@ -1,0 +1,289 @@
+"""Model bundles: a folder that holds everything a model needs to answer, and nothing pickled.
+
+    bundle.json           what it is: taxonomy, architecture, geometry, calibration, operating points
+    weights.safetensors   its parameters and buffers
+    golden.safetensors    generated pictures (`inputs`, uint8 [N, S, S, 3]) and its logits for them ([N, C])
+    report/               written later; not part of the id
+
+The id is the hash of the three files.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from records.errors import IntegrityError, UnknownIdError
+from records.ids import new_id, sha256_hex, utc_now
+from records.ledger import Transaction
+from records.store import Store
+from records.taxonomy import Taxonomy
+from records.types import ModelRecord, ModelStatus
+
+FORMAT_VERSION = 1
+DOCUMENT, WEIGHTS, GOLDEN = "bundle.json", "weights.safetensors", "golden.safetensors"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Architecture(_Part):
+    """Which network, with which options; see the model registry of trainers."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Geometry(_Part):
+    """How a picture becomes the network's input."""
+
+    side_px: int = Field(gt=0, description="the network sees side_px x side_px pixels")
+    crop: Literal["center"] = Field(default="center", description="the shorter side is scaled to side_px, the rest cut")
+    scaling: Literal["mean_std", "min_max"] = "mean_std"
+    mean: tuple[float, float, float] = Field(
+        default=(0.5, 0.5, 0.5), description="per RGB channel, of values in [0, 1]"
+    )
+    std: tuple[float, float, float] = Field(default=(0.25, 0.25, 0.25), description="per RGB channel")
+    decode_version: int = Field(default=1, ge=1, description="of the decoder that the model was trained behind")
+
+
+class Calibration(_Part):
+    """probabilities = softmax(logits / temperature + bias), fitted at the natural prevalence."""
+
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    bias: list[float] = Field(description="[C], in class order")
+    priors: dict[str, float] = Field(default_factory=dict, description="class shares it was fitted at")
+
+
+class ReferPoint(_Part):
+    """A threshold on one calibrated probability, and what was proven about it on the calibration side."""
+
+    threshold: float = Field(ge=0, le=1, description="p at or above it is referred")
+    sensitivity_floor: float = Field(ge=0, le=1)
+    proven: bool = Field(description="true if the exact one-sided 95 % lower bound reaches the floor")
+    sensitivity: float | None = Field(description="lesion-level, on the calibration side; empty without cases")
+    sensitivity_lower_bound: float | None = Field(description="exact one-sided 95 %")
+    specificity: float | None
+    lesions: int = Field(ge=0, description="positive lesions it was measured on")
+
+
+class OperatingPoints(_Part):
+    """Everything that triage compares probabilities with."""
+
+    refer: dict[str, ReferPoint] = Field(default_factory=dict, description="per key class")
+    refer_malignant: ReferPoint | None = Field(default=None, description="on the sum over malignant classes")
+    urgent_threshold: float | None = Field(default=None, ge=0, le=1, description="on p(malignant)")
+    conformal_promise: float = Field(default=0.90, gt=0, lt=1, description="coverage promised per class")
+    conformal_thresholds: dict[str, float] = Field(
+        default_factory=dict, description="class code to q: the class is in the set if 1 - p <= q"
+    )
+    pooled_classes: list[str] = Field(
+        default_factory=list, description="classes with too few calibration lesions, sharing one threshold"
+    )
+
+
+class BundleDocument(_Part):
+    """bundle.json."""
+
+    format_version: int = FORMAT_VERSION
+    taxonomy: Taxonomy
+    taxonomy_hash: str
+    architecture: Architecture
+    geometry: Geometry
+    class_priors: dict[str, float] = Field(description="share of each class among the training pictures")
+    calibration: Calibration
+    operating: OperatingPoints = OperatingPoints()
+    dataset_id: str
+    parent_model_id: str | None = Field(default=None, description="the model it was warm-started from")
+    config: dict[str, Any] = Field(description="the settings of trainers that made it")
+    code_version: str
+    num_threads: int = Field(ge=1, description="threads that the golden logits were computed with")
+    metrics: dict[str, Any] = Field(default_factory=dict, description="on the sides that fitting may read")
+    explanation: dict[str, Any] = Field(default_factory=dict, description="target layer, and how faithful its maps are")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files were checked against its id."""
+
+    path: Path
+    id: str
+    document: BundleDocument
+
+    def weights(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return parameters and buffers by name."""
+        return load_file(self.path / WEIGHTS)
+
+    def golden(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return `inputs` (uint8 [N, S, S, 3]) and `logits` (float32 [N, C]) of generated pictures."""
+        return load_file(self.path / GOLDEN)
+
+
+def write_bundle(
+    store: Store,
+    document: BundleDocument,
+    weights: Mapping[str, np.ndarray[Any, Any]],
+    golden: Mapping[str, np.ndarray[Any, Any]],
+) -> Bundle:
+    """Write a bundle under the home folder; nothing is registered or served by this.
+
+    Args:
+        store: whose home gets it.
+        document: bundle.json.
+        weights: parameters and buffers by name.
+        golden: `inputs` and `logits`.
+    Returns:
+        The bundle; writing the same content again gives the same bundle.
+    """
+    temporary = store.home.bundles / f".{new_id()}"
+    temporary.mkdir(parents=True)
+    text = json.dumps(document.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
+    (temporary / DOCUMENT).write_text(text + "\n")
+    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, temporary / WEIGHTS)
+    save_file({name: np.ascontiguousarray(value) for name, value in golden.items()}, temporary / GOLDEN)
+    bundle_id = content_id(temporary)
+    final = store.home.bundles / bundle_id
+    if final.exists():
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(final)
+    return Bundle(final, bundle_id, document)
+
+
+def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
+    """Open a bundle and check it.
+
+    Args:
+        path: its folder.
+        expected_id: the id it must have; by default its folder's name, if that is an id.
+    Returns:
+        The bundle.
+    Raises:
+        UnknownIdError: the folder is not a bundle.
+        IntegrityError: a file is missing, truncated or altered.
+    """
+    if not (path / DOCUMENT).is_file():
+        raise UnknownIdError(f"{str(path)!r} is not a model bundle: it has no {DOCUMENT}")
+    named = path.name if len(path.name) == 64 else None
+    expected = expected_id or named
+    actual = content_id(path)
+    if expected is not None and actual != expected:
+        raise IntegrityError(f"bundle {expected[:12]} was altered: its files hash to {actual[:12]}")
+    try:
+        document = BundleDocument.model_validate_json((path / DOCUMENT).read_text())
+        load_file(path / WEIGHTS)
+    except (ValidationError, SafetensorError) as error:
+        raise IntegrityError(f"bundle {actual[:12]} cannot be read: {str(error).splitlines()[0]}") from error
+    if document.taxonomy.hash != document.taxonomy_hash:
+        raise IntegrityError(f"bundle {actual[:12]} names a taxonomy hash that its taxonomy does not have")
+    return Bundle(path, actual, document)
+
+
+def content_id(path: Path) -> str:
+    """Return the id of a bundle's files, 64 hex characters.
+
+    Args:
+        path: the bundle's folder.
+    Returns:
+        The hash over the three files' hashes, in fixed order.
+    Raises:
+        IntegrityError: a file is missing.
+    """
+    parts = []
+    for name in (DOCUMENT, WEIGHTS, GOLDEN):
+        if not (path / name).is_file():
+            raise IntegrityError(f"bundle {str(path)!r} is incomplete: {name} is missing")
+        parts.append(f"{name}:{sha256_hex((path / name).read_bytes())}")
+    return sha256_hex("\n".join(parts).encode())
+
+
+def register(
+    tx: Transaction, bundle: Bundle, *, status: ModelStatus = ModelStatus.REGISTERED, round_number: int | None = None
+) -> None:
+    """Enter a bundle in the ledger; one that is there already stays as it is.
+
+    Args:
+        tx: a write transaction.
+        bundle: what is registered.
+        status: what it may be used for.
+        round_number: the round that made it, if one did.
+    """
+    if tx.get(ModelRecord, bundle.id) is not None:
+        return
+    now = utc_now()
+    tx.add(
+        ModelRecord(
+            id=bundle.id,
+            created_at=now,
+            status=status,
+            status_changed_at=now,
+            path=str(bundle.path),
+            architecture=bundle.document.architecture.name,
+            dataset_id=bundle.document.dataset_id,
+            taxonomy_hash=bundle.document.taxonomy_hash,
+            round=round_number,
+        )
+    )
+
+
+def serving_model(tx: Transaction) -> ModelRecord | None:
+    """Return the one model that answers, champion or provisional; None before the first promotion."""
+    found = tx.find(ModelRecord, where={"status": [ModelStatus.CHAMPION, ModelStatus.PROVISIONAL]})
+    if len(found) > 1:
+        names = ", ".join(record.id[:12] for record in found)
+        raise IntegrityError(f"{len(found)} models claim to answer ({names}); promote one of them")
+    return found[0] if found else None
+
+
+def serve_model(tx: Transaction, model_id: str, status: ModelStatus) -> None:
+    """Make a registered model the one that answers and retire the one before, in one transaction.
+
+    Args:
+        tx: a write transaction.
+        model_id: of the model.
+        status: champion, or provisional for one that fails the floors.
+    """
+    now = utc_now()
+    current = serving_model(tx)
+    if current is not None and current.id != model_id:
+        tx.update(ModelRecord, current.id, status=ModelStatus.RETIRED, status_changed_at=now)
+    tx.update(ModelRecord, model_id, status=status, status_changed_at=now)
+
+
+def find_bundle(store: Store, name: str) -> Bundle:
+    """Find a bundle by what a person types.
+
+    Args:
+        store: with the ledger.
+        name: `champion`, `candidate`, an id prefix of 8 or more characters, or a bundle's path.
+    Returns:
+        The bundle.
+    Raises:
+        UnknownIdError: nothing, or more than one bundle, has that name.
+        IntegrityError: the bundle was altered.
+    """
+    if "/" in name or (Path(name) / DOCUMENT).is_file():
+        return read_bundle(Path(name))
+    with store.ledger.read() as tx:
+        if name == "champion":
+            current = serving_model(tx)
+            found = [current] if current else []
+        elif name == "candidate":
+            found = tx.find(ModelRecord, where={"status": ModelStatus.CANDIDATE})
+        else:
+            found = [r for r in tx.find(ModelRecord) if len(name) >= 8 and r.id.startswith(name)]
+    if len(found) != 1:
+        problem = "no model is" if not found else f"{len(found)} models are"
+        raise UnknownIdError(
+            f"{problem} called {name!r}; give an id prefix of 8 or more characters, a bundle's path, "
+            "champion or candidate (`relook models` lists them)"
+        )
+    return read_bundle(Path(found[0].path), expected_id=found[0].id)

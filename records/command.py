@@ -1,0 +1,84 @@
+"""What every room's command line shares: the common options, one JSON object out, progress on stderr.
+
+The whole settings are composed by the cluster room, which no other room may import; its root
+command puts a loader into the context, and `settings_of` calls it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from records.errors import ContractError
+
+SettingsLoader = Callable[[Path | None, str | None, Sequence[str]], Any]
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="laptop, single_gpu, multi_gpu, clinical or dissertation.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="room.field=value; may be given more than once.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+
+def settings_of(ctx: typer.Context, config: Path | None, preset: str | None, sets: Sequence[str] | None) -> Any:
+    """Return the composed settings of this call.
+
+    Args:
+        ctx: of the verb.
+        config: YAML file, or None.
+        preset: name, or None for the default one.
+        sets: `room.field=value` texts.
+    Returns:
+        The Settings object of the cluster room; its attributes are the rooms' settings.
+    Raises:
+        ConfigError: a setting cannot work.
+        ContractError: the root command put no loader into the context.
+    """
+    loader: SettingsLoader | None = ctx.find_root().obj
+    if loader is None:
+        raise ContractError("the root command has to put a settings loader into the context")
+    return loader(config, preset, tuple(sets or ()))
+
+
+def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType | None = None) -> None:
+    """Print the result of a verb: one JSON object, or its form for people.
+
+    Args:
+        as_json: what `--json` said.
+        value: the machine-readable result; it must hold no NaN.
+        human: what a person sees; nothing is printed for None.
+    """
+    if as_json:
+        plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        typer.echo(json.dumps(plain, allow_nan=False))
+    elif human is not None:
+        stdout.print(human)
+
+
+def progress() -> Progress:
+    """Return a progress bar on stderr: what, bar, count, time left."""
+    return Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+    )
+
+
+def status(text: str) -> AbstractContextManager[Any]:
+    """Return a spinner on stderr for work whose length is not known."""
+    return stderr.status(text)

@@ -1,0 +1,83 @@
+"""The one tree of errors.
+
+    RelookError
+    ├── UserError                 the caller can mend it: exit code 2, or a 4xx answer
+    │   ├── ConfigError           a setting that cannot work: names field, value and a valid one
+    │   ├── DataError             a folder, table or picture that cannot be used
+    │   │   └── PictureError      bytes that are not a picture Relook reads
+    │   ├── TaxonomyError         classes that do not fit together
+    │   ├── UnknownIdError        an id that names nothing, or more than one thing
+    │   └── RefusedError          a request that is understood and not allowed
+    ├── ContractError             a function was called against its contract (a bug in the caller)
+    ├── IntegrityError            stored bytes or rows are not what their hash says
+    ├── DivergedError             training produced a loss that is not finite
+    └── UnavailableError          something outside does not answer: server, database, storage
+        └── LabelStudioError      Label Studio refused, failed or is down
+
+Every message is one sentence that says what was wrong and what would be right.
+"""
+
+
+class RelookError(Exception):
+    """Base of all errors that Relook raises on purpose."""
+
+
+class UserError(RelookError):
+    """Raised when the input is at fault and the caller can mend it."""
+
+
+class ConfigError(UserError):
+    """Raised when a setting cannot work."""
+
+
+class DataError(UserError):
+    """Raised when a data folder, a table or a file cannot be used."""
+
+
+class PictureError(DataError):
+    """Raised when bytes are not a picture that Relook reads.
+
+    Args:
+        message: one sentence for the person who sent the picture.
+        code: a stable word for programs, such as `not_a_picture` or `too_many_pixels`.
+    """
+
+    def __init__(self, message: str, code: str = "not_a_picture") -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
+        """Keep the code when the error travels between processes."""
+        return type(self), (str(self), self.code)
+
+
+class TaxonomyError(UserError):
+    """Raised when classes are malformed, or two taxonomies that must agree do not."""
+
+
+class UnknownIdError(UserError):
+    """Raised when an id or a prefix names nothing, or more than one thing."""
+
+
+class RefusedError(UserError):
+    """Raised when a request is understood and not allowed."""
+
+
+class ContractError(RelookError):
+    """Raised when a function is called against its documented contract."""
+
+
+class IntegrityError(RelookError):
+    """Raised when stored bytes or rows are not what their hash says."""
+
+
+class DivergedError(RelookError):
+    """Raised when training produced a loss that is not finite."""
+
+
+class UnavailableError(RelookError):
+    """Raised when a server, database or storage that is needed does not answer."""
+
+
+class LabelStudioError(UnavailableError):
+    """Raised when Label Studio refused a call, failed, or cannot be reached."""

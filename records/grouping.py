@@ -1,0 +1,162 @@
+"""Groups and sides: what keeps the pictures of one lesion together, once and for good.
+
+A group is what lesion, patient and near-duplicate links connect. A labelled group has a side that
+is drawn once and stored; adding pictures later never moves a group. A picture whose links would
+join two sides is not placed at all, but named.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from records.errors import ContractError
+from records.ids import sha256_hex
+from records.types import Side
+
+SIDE_SHARES: dict[Side, float] = {
+    Side.TRAIN: 0.58,
+    Side.VAL: 0.10,
+    Side.CALIBRATION: 0.12,
+    Side.GATE: 0.10,
+    Side.TEST: 0.10,
+}
+"""Share of the labelled groups that each side gets; in this order along the hash line."""
+
+
+@dataclass(frozen=True)
+class KnownGroup:
+    """A group that exists already, as far as placing newcomers needs it."""
+
+    id: str
+    side: Side | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where newcomers go.
+
+    Args:
+        group_of: picture id to group id, for every newcomer that could be placed.
+        new_groups: ids of groups that did not exist.
+        merged: group id to the group that takes it in (same side, or one of them without a side).
+        refused: picture id to the ids of the two-sided groups it would have linked.
+    """
+
+    group_of: dict[str, str] = field(default_factory=dict)
+    new_groups: tuple[str, ...] = ()
+    merged: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def group_id_of(first_image_id: str) -> str:
+    """Return the id of a group that starts with this picture, 16 hex characters."""
+    return sha256_hex(f"group:{first_image_id}".encode())[:16]
+
+
+def place(
+    new_images: Sequence[str],
+    links: Iterable[tuple[str, str]],
+    known_group_of: Mapping[str, KnownGroup],
+) -> Placement:
+    """Put new pictures into groups.
+
+    Args:
+        new_images: ids of pictures without a group.
+        links: pairs of picture ids that belong together; either may be new or known.
+        known_group_of: the group of every known picture that a link names.
+    Returns:
+        The placement. A component that touches groups of two sides is refused as a whole: its new
+        pictures get no group.
+    Raises:
+        ContractError: a link names a picture that is neither new nor known.
+    """
+    graph: nx.Graph[str] = nx.Graph()
+    graph.add_nodes_from(new_images)
+    groups = {group.id: group for group in known_group_of.values()}
+    newcomers = set(new_images)
+    for pair in links:
+        ends = []
+        for image_id in pair:
+            if image_id in newcomers:
+                ends.append(image_id)
+            elif image_id in known_group_of:
+                ends.append(f"group:{known_group_of[image_id].id}")
+            else:
+                raise ContractError(f"a link names picture {image_id[:12]}, which is neither new nor known")
+        graph.add_edge(*ends)
+    placement = Placement()
+    new_groups: list[str] = []
+    for component in nx.connected_components(graph):
+        members = sorted(node for node in component if not node.startswith("group:"))
+        touched = sorted(node.removeprefix("group:") for node in component if node.startswith("group:"))
+        if len({groups[g].side for g in touched} - {None}) > 1:
+            placement.refused.update(dict.fromkeys(members, tuple(touched)))
+            continue
+        target = _target(touched, groups, members)
+        if not touched:
+            new_groups.append(target)
+        placement.group_of.update(dict.fromkeys(members, target))
+        placement.merged.update({g: target for g in touched if g != target})
+    return Placement(placement.group_of, tuple(sorted(new_groups)), placement.merged, placement.refused)
+
+
+def _target(touched: Sequence[str], groups: Mapping[str, KnownGroup], members: Sequence[str]) -> str:
+    """Choose the group that stays: one with a side before one without, then the smallest id."""
+    if not touched:
+        return group_id_of(members[0])
+    return min(touched, key=lambda g: (groups[g].side is None, g))
+
+
+def position(group_id: str, salt: str) -> float:
+    """Return the place of a group on the hash line, in [0, 1).
+
+    Args:
+        group_id: of the group.
+        salt: setting `records.split_salt`.
+    Returns:
+        The first 64 bits of the salted hash, as a fraction.
+    """
+    return int(sha256_hex(f"{salt}:{group_id}".encode())[:16], 16) / 2**64
+
+
+def draw_side(group_id: str, salt: str) -> Side:
+    """Draw the side of one group by its salted hash alone.
+
+    Args:
+        group_id: of the group.
+        salt: setting `records.split_salt`.
+    Returns:
+        The side; over many groups the shares are `SIDE_SHARES`.
+    """
+    return _side_at(position(group_id, salt))
+
+
+def draw_stratified(class_of_group: Mapping[str, str], salt: str) -> dict[str, Side]:
+    """Draw the sides of a first import so that every class is split at the shares.
+
+    Args:
+        class_of_group: group id to class code.
+        salt: setting `records.split_salt`.
+    Returns:
+        Group id to side. Within a class, groups are sorted by salted hash and cut at the shares, so
+        each side's count differs from its share by less than one group.
+    """
+    by_class: dict[str, list[str]] = {}
+    for group_id, code in class_of_group.items():
+        by_class.setdefault(code, []).append(group_id)
+    sides: dict[str, Side] = {}
+    for members in by_class.values():
+        members.sort(key=lambda group_id: (position(group_id, salt), group_id))
+        for rank, group_id in enumerate(members):
+            sides[group_id] = _side_at((rank + 0.5) / len(members))
+    return sides
+
+
+def _side_at(fraction: float) -> Side:
+    upper = 0.0
+    for side, share in SIDE_SHARES.items():
+        upper += share
+        if fraction < upper:
+            return side
+    return Side.TEST

@@ -1,0 +1,84 @@
+"""The folder that everything lives under, with one name for each place in it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from records.errors import ConfigError
+
+FOLDERS = ("blobs", "datasets", "bundles", "runs", "cache", "keys", "label-studio", "logs", "demo")
+
+
+@dataclass(frozen=True)
+class Home:
+    """The places under `RELOOK_HOME`. Open it with `open_home`."""
+
+    root: Path
+
+    @property
+    def blobs(self) -> Path:
+        """Stored pictures and overlays, by content."""
+        return self.root / "blobs"
+
+    @property
+    def datasets(self) -> Path:
+        """Dataset versions, one folder each."""
+        return self.root / "datasets"
+
+    @property
+    def bundles(self) -> Path:
+        """Model bundles, one folder each."""
+        return self.root / "bundles"
+
+    @property
+    def runs(self) -> Path:
+        """Training runs, searches and rounds."""
+        return self.root / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Decoded pixels; may be deleted at any time."""
+        return self.root / "cache"
+
+    @property
+    def keys(self) -> Path:
+        """Secrets, readable by the owner only."""
+        return self.root / "keys"
+
+    @property
+    def label_studio(self) -> Path:
+        """Data of the local Label Studio."""
+        return self.root / "label-studio"
+
+    @property
+    def logs(self) -> Path:
+        """Log files."""
+        return self.root / "logs"
+
+    @property
+    def demo(self) -> Path:
+        """What `relook demo` leaves behind."""
+        return self.root / "demo"
+
+
+def open_home(root: Path) -> Home:
+    """Make the folder and its places if they are missing.
+
+    Args:
+        root: the folder; made absolute here, once, since Ray changes the working folder.
+    Returns:
+        The opened home.
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+    absolute = Path(os.path.abspath(root.expanduser()))
+    try:
+        for name in FOLDERS:
+            (absolute / name).mkdir(parents=True, exist_ok=True)
+        (absolute / "keys").chmod(0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"records.home {str(absolute)!r} cannot be used ({error.strerror}); "
+            "set RELOOK_HOME to a folder that this user may write"
+        ) from error
+    return Home(absolute)

@@ -1,0 +1,49 @@
+"""A lease that is held for as long as a block runs: one round, one sync at a time, across machines."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from records.errors import RefusedError
+from records.ids import new_id
+from records.ledger import Ledger
+
+LEASE_S = 30.0
+
+
+@contextmanager
+def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
+    """Hold a right while the block runs; a thread prolongs it, and a killed holder loses it by itself.
+
+    Args:
+        ledger: that keeps the lease.
+        name: of the right.
+        wait_s: how long to wait for another holder, seconds; `LEASE_S` outlasts one that was killed.
+    Yields:
+        The name of the holder.
+    Raises:
+        RefusedError: somebody else still holds it.
+    """
+    holder = f"{socket.gethostname()}:{os.getpid()}:{new_id()[-8:]}"
+    deadline = time.monotonic() + wait_s
+    while not ledger.lease(name, holder, LEASE_S):
+        if time.monotonic() > deadline:
+            raise RefusedError(f"another process holds the {name} lease; wait for it to end, or {LEASE_S:.0f} s if it was killed")
+        time.sleep(0.5)
+    stop = threading.Event()
+
+    def prolong() -> None:
+        while not stop.wait(LEASE_S / 3):
+            ledger.lease(name, holder, LEASE_S)
+
+    thread = threading.Thread(target=prolong, name=f"lease-{name}", daemon=True)
+    thread.start()
+    try:
+        yield holder
+    finally:
+        stop.set()
+        thread.join()
+        ledger.release(name, holder)

@@ -1,0 +1,54 @@
+"""Bring a ledger's schema up to date (Alembic), under a lock, before anything uses it."""
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from records.errors import ConfigError
+from records.ledger.engine import WRITE_OPTION
+
+
+def alembic_config() -> Config:
+    """Return Alembic's configuration; the connection is passed in `attributes`."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
+
+
+def schema_versions(engine: sa.Engine) -> tuple[str | None, str]:
+    """Return (the schema version of the database, the version that this program writes)."""
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    assert head is not None
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision(), head
+
+
+def upgrade(engine: sa.Engine) -> None:
+    """Run the migrations that are missing.
+
+    Args:
+        engine: of the ledger.
+    Raises:
+        ConfigError: the database was written by a newer program.
+    """
+    current, head = schema_versions(engine)
+    if current == head:
+        return
+    config = alembic_config()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if current is not None and current not in known:
+        raise ConfigError(
+            f"the ledger's schema {current!r} is newer than this program knows ({head!r}); install the newer version"
+        )
+    with engine.connect() as connection:
+        connection = connection.execution_options(**{WRITE_OPTION: True})
+        with connection.begin():
+            if connection.dialect.name == "postgresql":
+                # Two processes that start together must not run the same migration twice.
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7355608)"))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")

@@ -1,0 +1,101 @@
+"""SQL tables, derived from the record types.
+
+A test holds the migrations against these tables, so a changed record type without a migration
+fails the build.
+"""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, get_origin
+
+import sqlalchemy as sa
+from pydantic import AwareDatetime
+
+from records.errors import ContractError
+from records.schemas import field_type
+from records.types import (
+    AuditEvent,
+    Cursor,
+    DatasetRecord,
+    EventRecord,
+    ExpertLabel,
+    Flag,
+    Group,
+    Image,
+    Lease,
+    ModelRecord,
+    Outcome,
+    Prediction,
+    Quarantined,
+    Record,
+    ReviewItem,
+    RoundRecord,
+    RoundStep,
+    SourceLabel,
+)
+
+LEDGER_TYPES: tuple[type[Record], ...] = (
+    Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, ExpertLabel,
+    DatasetRecord, ModelRecord, RoundRecord, RoundStep, Lease, Cursor, AuditEvent, EventRecord,
+)  # fmt: skip
+
+
+class UtcTime(sa.types.TypeDecorator[datetime]):
+    """A time that is aware and in UTC on both sides; SQLite alone would lose the zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Turn a time into UTC before it is stored."""
+        if value is None:
+            return None
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Give a stored time its zone back."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _column_type(annotation: Any) -> sa.types.TypeEngine[Any]:
+    plain, _ = field_type(annotation)
+    if plain is AwareDatetime:
+        return UtcTime()
+    simple: dict[Any, sa.types.TypeEngine[Any]] = {
+        str: sa.Text(),
+        int: sa.BigInteger(),
+        float: sa.Double(),
+        bool: sa.Boolean(),
+    }
+    if plain in simple:
+        return simple[plain]
+    if isinstance(plain, type) and issubclass(plain, StrEnum):
+        return sa.Text()
+    if get_origin(plain) in (list, dict):
+        return sa.JSON(none_as_null=True)
+    raise ContractError(f"no column type for {annotation!r}")
+
+
+def _table(record_type: type[Record], metadata: sa.MetaData) -> sa.Table:
+    columns = [
+        sa.Column(
+            name,
+            _column_type(info.annotation),
+            primary_key=name == record_type.key,
+            nullable=field_type(info.annotation)[1],
+            autoincrement=False,
+        )
+        for name, info in record_type.model_fields.items()
+    ]
+    indexes = [sa.Index(f"ix_{record_type.table}_{'_'.join(names)}", *names) for names in record_type.indexed]
+    uniques = [
+        sa.Index(f"ux_{record_type.table}_{'_'.join(names)}", *names, unique=True) for names in record_type.unique
+    ]
+    return sa.Table(record_type.table, metadata, *columns, *indexes, *uniques)
+
+
+METADATA = sa.MetaData()
+TABLES: dict[type[Record], sa.Table] = {record_type: _table(record_type, METADATA) for record_type in LEDGER_TYPES}

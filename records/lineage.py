@@ -1,0 +1,153 @@
+"""The way of a picture, an answer or a model through the records, in both directions.
+
+A trace is a list of dated steps: request, answer, flag, question, expert's answer, dataset version,
+next model. It only reads.
+"""
+
+from collections.abc import Iterator
+from datetime import datetime
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from records.errors import UnknownIdError
+from records.ledger import Transaction
+from records.ledger.tables import TABLES
+from records.store import Store
+from records.types import DatasetRecord, ExpertLabel, Flag, Image, ModelRecord, Outcome, Prediction, ReviewItem
+
+
+class TraceStep(BaseModel):
+    """One step of a trace."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    at: datetime
+    kind: str
+    id: str
+    text: str
+
+
+class Trace(BaseModel):
+    """All that is known of one id, oldest step first."""
+
+    model_config = ConfigDict(frozen=True)
+
+    subject: str
+    kind: str
+    steps: list[TraceStep]
+
+
+def trace(store: Store, subject: str) -> Trace:
+    """Follow an id both ways.
+
+    Args:
+        store: with the records.
+        subject: id of a prediction, a picture or a model, or a prefix of at least 8 characters.
+    Returns:
+        The trace.
+    Raises:
+        UnknownIdError: nothing, or more than one thing, has that id.
+    """
+    with store.ledger.read() as tx:
+        kind, full_id = _resolve(tx, subject)
+        if kind == "model":
+            steps = list(_model_steps(tx, tx.require(ModelRecord, full_id)))
+        else:
+            image_id = tx.require(Prediction, full_id).image_id if kind == "prediction" else full_id
+            steps = list(_image_steps(store, tx, image_id))
+    return Trace(subject=full_id, kind=kind, steps=sorted(steps, key=lambda step: (step.at, step.kind)))
+
+
+def _resolve(tx: Transaction, subject: str) -> tuple[str, str]:
+    if len(subject) < 8:
+        raise UnknownIdError(f"{subject!r} is too short; give at least 8 characters of an id")
+    found: list[tuple[str, str]] = []
+    for kind, record_type in (("prediction", Prediction), ("image", Image), ("model", ModelRecord)):
+        column = TABLES[record_type].c.id
+        upper = subject + "g"  # ids are hex, so this is past every id with the prefix
+        rows = tx.connection.execute(
+            column.table.select().with_only_columns(column).where(column.between(subject, upper))
+        )
+        found.extend((kind, row[0]) for row in rows)
+    if len(found) != 1:
+        problem = "nothing has" if not found else f"{len(found)} things share"
+        raise UnknownIdError(f"{problem} the id {subject!r}; give the id of a prediction, a picture or a model")
+    return found[0]
+
+
+def _image_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+    image = tx.require(Image, image_id)
+    name = f" ({image.source_id})" if image.source_id else ""
+    yield TraceStep(at=image.created_at, kind="picture", id=image.id, text=f"picture{name} stored, {image.provenance}")
+    for prediction in tx.find(Prediction, where={"image_id": image_id}):
+        yield TraceStep(
+            at=prediction.created_at,
+            kind="answer",
+            id=prediction.id,
+            text=f"{prediction.decision} by model {prediction.model_id[:12]} ({prediction.model_status}): "
+            f"{_answer_text(prediction)}",
+        )
+        for flag in tx.find(Flag, where={"prediction_id": prediction.id}):
+            suggested = f", suggests {flag.suggested_label}" if flag.suggested_label else ""
+            yield TraceStep(
+                at=flag.created_at, kind="flag", id=flag.id, text=f"flagged {flag.reason} by {flag.caller}{suggested}"
+            )
+        for outcome in tx.find(Outcome, where={"prediction_id": prediction.id}):
+            yield TraceStep(
+                at=outcome.created_at,
+                kind="outcome",
+                id=outcome.id,
+                text=f"turned out to be {outcome.diagnosis} ({outcome.confirmation})",
+            )
+    yield from _question_steps(tx, image_id)
+    yield from _dataset_steps(store, tx, image_id)
+
+
+def _answer_text(prediction: Prediction) -> str:
+    if prediction.label is None or prediction.confidence is None:
+        return "no headline answer"
+    return f"{prediction.label} at {prediction.confidence:.2f}"
+
+
+def _question_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+    for item in tx.find(ReviewItem, where={"image_id": image_id}):
+        reasons = ", ".join(item.reasons)
+        yield TraceStep(at=item.created_at, kind="question", id=item.id, text=f"sent to experts: {reasons}")
+        if item.pushed_at is not None:
+            text = f"task {item.task_id} in project {item.project_id} of Label Studio"
+            yield TraceStep(at=item.pushed_at, kind="task", id=f"{item.project_id}/{item.task_id}", text=text)
+    for label in tx.find(ExpertLabel, where={"image_id": image_id}):
+        said = "deleted the annotation" if label.deleted else f"said {label.label or label.other_text or label.answer}"
+        yield TraceStep(at=label.created_at, kind="expert", id=label.id, text=f"{label.annotator} {said}")
+
+
+def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+    for dataset in tx.find(DatasetRecord, order_by=("created_at",)):
+        table = pq.read_table(
+            store.home.datasets / dataset.id / "manifest.parquet", filters=pc.field("image_id") == image_id
+        )
+        for row in table.to_pylist():
+            text = f"in dataset {dataset.id[:12]} as {row['label']} on side {row['side']} ({row['label_source']})"
+            yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
+            for model in tx.find(ModelRecord, where={"dataset_id": dataset.id}):
+                yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
+
+
+def _model_steps(tx: Transaction, model: ModelRecord) -> Iterator[TraceStep]:
+    dataset = tx.require(DatasetRecord, model.dataset_id)
+    text = f"dataset {dataset.id[:12]}: {dataset.num_images} pictures in {dataset.num_groups} groups"
+    yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
+    yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
+    answers = tx.count(Prediction, where={"model_id": model.id})
+    if answers:
+        text = f"answered {answers} requests; status {model.status} since then"
+        yield TraceStep(at=model.status_changed_at, kind="answer", id=model.id, text=text)
+
+
+def _model_text(model: ModelRecord) -> str:
+    made = f" in round {model.round}" if model.round is not None else ""
+    return (
+        f"model {model.id[:12]} ({model.architecture}) trained on dataset {model.dataset_id[:12]}{made}, {model.status}"
+    )

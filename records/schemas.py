@@ -1,0 +1,145 @@
+"""Arrow schemas, derived from the record types, and records as arrow tables and back."""
+
+import json
+import types
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import pandas as pd
+import pyarrow as pa
+from pydantic import AwareDatetime
+
+from records.errors import ContractError
+from records.types import Record
+
+R = TypeVar("R", bound=Record)
+
+_SCALARS: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    AwareDatetime: pa.timestamp("us", tz="UTC"),
+}
+
+
+def field_type(annotation: Any) -> tuple[Any, bool]:
+    """Split a field's annotation into its plain type and whether it may be empty.
+
+    Args:
+        annotation: as pydantic holds it, for example `float | None`.
+    Returns:
+        (type without `None` and metadata, may be empty).
+
+    >>> field_type(float | None)
+    (<class 'float'>, True)
+    """
+    if get_origin(annotation) is Annotated:
+        return field_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [a for a in get_args(annotation) if a is not type(None)]
+        optional = len(members) < len(get_args(annotation))
+        return (field_type(members[0])[0] if len(members) == 1 else Union[tuple(members)]), optional  # noqa: UP007
+    return annotation, False
+
+
+def arrow_type(annotation: Any) -> pa.DataType:
+    """Return the arrow type of a plain field type.
+
+    Args:
+        annotation: str, int, float, bool, a timestamp, a StrEnum, list[...] or dict[str, ...].
+    Returns:
+        The arrow type; a dict whose values differ in type is kept as JSON text.
+    Raises:
+        ContractError: there is no arrow type for it.
+    """
+    plain, _ = field_type(annotation)
+    if plain in _SCALARS:
+        return _SCALARS[plain]
+    if isinstance(plain, type) and issubclass(plain, StrEnum):
+        return pa.string()
+    origin, arguments = get_origin(plain), get_args(plain)
+    if origin is Literal:
+        return pa.string()
+    if origin is list:
+        return pa.list_(arrow_type(arguments[0]))
+    if origin is dict:
+        value, _ = field_type(arguments[1])
+        return pa.map_(pa.string(), arrow_type(value)) if value in _SCALARS else pa.string()
+    raise ContractError(f"no arrow type for {annotation!r}")
+
+
+@cache
+def arrow_schema(record_type: type[Record]) -> pa.Schema:
+    """Return the arrow schema of a record type, fields in declared order.
+
+    Args:
+        record_type: a subclass of Record.
+    Returns:
+        The schema; a field is nullable exactly if the record's may be empty.
+    """
+    return pa.schema(
+        [
+            pa.field(name, arrow_type(info.annotation), nullable=field_type(info.annotation)[1])
+            for name, info in record_type.model_fields.items()
+        ]
+    )
+
+
+def to_arrow(record_type: type[Record], frame: pd.DataFrame | Sequence[Record]) -> pa.Table:
+    """Return records as an arrow table in the record's schema.
+
+    Args:
+        record_type: the type of every row.
+        frame: a frame with the record's columns, or the records themselves.
+    Returns:
+        The table.
+    Raises:
+        ContractError: a column is missing or does not fit the schema.
+    """
+    schema = arrow_schema(record_type)
+    try:
+        if isinstance(frame, pd.DataFrame):
+            table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
+        else:
+            table = pa.Table.from_pylist([_plain_row(record) for record in frame], schema=schema)
+    except (KeyError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ContractError(f"rows do not fit the schema of {record_type.__name__}: {error}") from error
+    for field in schema:
+        # Arrow itself never holds a table against its own schema's `not null`.
+        if not field.nullable and table[field.name].null_count:
+            raise ContractError(f"{record_type.__name__}.{field.name} is empty in {table[field.name].null_count} rows")
+    return table
+
+
+def from_arrow(record_type: type[R], table: pa.Table) -> list[R]:
+    """Return the records of an arrow table; the inverse of `to_arrow`.
+
+    Args:
+        record_type: the type of every row.
+        table: in the record's schema.
+    Returns:
+        The records, validated, in the table's order.
+    """
+    rows = table.to_pylist(maps_as_pydicts="strict")
+    for name in _json_fields(record_type):
+        for row in rows:
+            row[name] = json.loads(row[name])
+    return [record_type.model_validate(row) for row in rows]
+
+
+@cache
+def _json_fields(record_type: type[Record]) -> tuple[str, ...]:
+    """Return the names of the fields that arrow holds as JSON text."""
+    return tuple(
+        name
+        for name, info in record_type.model_fields.items()
+        if get_origin(field_type(info.annotation)[0]) is dict and pa.types.is_string(arrow_type(info.annotation))
+    )
+
+
+def _plain_row(record: Record) -> dict[str, Any]:
+    row = record.model_dump(mode="python")
+    return row | {name: json.dumps(row[name], allow_nan=False) for name in _json_fields(type(record))}

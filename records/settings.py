@@ -1,0 +1,35 @@
+"""The settings of the records room, and the base that every room's settings share."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RoomSettings(BaseModel):
+    """Base of a room's settings: frozen, closed, every field documented with unit and range."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class RecordsSettings(RoomSettings):
+    """Where things are kept."""
+
+    home: Path = Field(default=Path(".relook"), description="the one folder everything lives under; made absolute once")
+    database: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL, sqlite:///FILE or postgresql+psycopg://...; default: ledger.db in home",
+        repr=False,
+    )
+    blobs: str | None = Field(default=None, description="fsspec URL of the blob store; default: blobs/ in home")
+    taxonomy: str = Field(default="ham10000", description="a built-in taxonomy's name, or the path of a YAML file")
+    split_salt: str = Field(
+        default="relook", min_length=1, description="salt of the hash that draws sides; another salt is another split"
+    )
+    durability: Literal["normal", "full"] = Field(
+        default="normal",
+        description="SQLite synchronous mode: normal survives kill -9, full survives a power cut too (about 7x slower)",
+    )
+    busy_timeout_s: float = Field(
+        default=30.0, gt=0, le=600, description="how long a writer waits for another, seconds"
+    )

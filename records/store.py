@@ -1,0 +1,46 @@
+"""The store: home, taxonomy, ledger and blobs, opened together and passed to every room."""
+
+from dataclasses import dataclass
+
+from records.blobs import BlobStore, open_blobs
+from records.home import Home, open_home
+from records.ledger import Ledger, open_ledger
+from records.settings import RecordsSettings
+from records.taxonomy import Taxonomy, load_taxonomy
+
+
+@dataclass(frozen=True)
+class Store:
+    """Everything that is kept. Open it with `open_store`."""
+
+    settings: RecordsSettings
+    home: Home
+    taxonomy: Taxonomy
+    ledger: Ledger
+    blobs: BlobStore
+
+    def close(self) -> None:
+        """Close the connections; the files stay."""
+        self.ledger.close()
+
+
+def open_store(settings: RecordsSettings) -> Store:
+    """Open home, taxonomy, ledger (migrated) and blobs.
+
+    Args:
+        settings: of the records room.
+    Returns:
+        The open store.
+    Raises:
+        ConfigError: a place cannot be used.
+        TaxonomyError: the taxonomy is malformed.
+        UnavailableError: the database or the blob store does not answer.
+    """
+    taxonomy = load_taxonomy(settings.taxonomy)
+    home = open_home(settings.home)
+    ledger = open_ledger(
+        settings.database or f"sqlite:///{home.root / 'ledger.db'}",
+        durability=settings.durability,
+        busy_timeout_s=settings.busy_timeout_s,
+    )
+    return Store(settings, home, taxonomy, ledger, open_blobs(settings.blobs or home.blobs.as_uri()))

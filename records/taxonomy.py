@@ -1,0 +1,141 @@
+"""The taxonomy: which classes exist, in which order, which of them must not be missed.
+
+A taxonomy is a YAML document. Its order is declared there and never read from data; its hash
+travels with every dataset version and model bundle, and a mismatch raises.
+"""
+
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from records.errors import TaxonomyError
+from records.ids import hash_of
+
+
+class DiagnosisClass(BaseModel):
+    """One class of the taxonomy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$", description="short code used in tables and answers")
+    name: str = Field(min_length=1, description="what a person reads")
+    malignant: bool = Field(description="True if missing it harms the patient")
+    miss_cost: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="relative cost of missing one case")
+
+
+class KeyClass(BaseModel):
+    """A class whose sensitivity has a floor that no served model may fall under."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code: str
+    sensitivity_floor: float = Field(default=0.90, gt=0, le=1, description="lesion-level sensitivity, 0 to 1")
+
+
+class Taxonomy(BaseModel):
+    """An ordered set of classes. See `load_taxonomy`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    version: int = Field(ge=1)
+    classes: tuple[DiagnosisClass, ...] = Field(min_length=2)
+    key_classes: tuple[KeyClass, ...] = ()
+
+    @model_validator(mode="after")
+    def _codes_fit_together(self) -> "Taxonomy":
+        codes = [c.code for c in self.classes]
+        doubled = sorted({code for code in codes if codes.count(code) > 1})
+        if doubled:
+            raise ValueError(f"class {doubled[0]!r} is declared twice; each code must be unique")
+        for key in self.key_classes:
+            if key.code not in codes:
+                raise ValueError(f"key class {key.code!r} is not among the classes {', '.join(codes)}")
+        return self
+
+    @cached_property
+    def codes(self) -> tuple[str, ...]:
+        """Class codes in declared order."""
+        return tuple(c.code for c in self.classes)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the whole document, 64 hex characters."""
+        return hash_of(self.model_dump(mode="json"))
+
+    @cached_property
+    def malignant_codes(self) -> tuple[str, ...]:
+        """Codes of the malignant classes, in declared order."""
+        return tuple(c.code for c in self.classes if c.malignant)
+
+    @property
+    def key_class(self) -> KeyClass | None:
+        """The first key class, the one that reports lead with; None if none is declared."""
+        return self.key_classes[0] if self.key_classes else None
+
+    def index_of(self, code: str) -> int:
+        """Return the position of `code` in class order.
+
+        Args:
+            code: a class code.
+        Returns:
+            The 0-based class index.
+        Raises:
+            TaxonomyError: the class is unknown.
+        """
+        try:
+            return self.codes.index(code)
+        except ValueError:
+            known = ", ".join(self.codes)
+            raise TaxonomyError(f"unknown class {code!r}; taxonomy {self.name!r} has {known}") from None
+
+    def require_same(self, other_hash: str, owner: str) -> None:
+        """Refuse to mix two taxonomies.
+
+        Args:
+            other_hash: the taxonomy hash that `owner` carries.
+            owner: what carries it, for the message.
+        Raises:
+            TaxonomyError: the hashes differ.
+        """
+        if other_hash != self.hash:
+            raise TaxonomyError(
+                f"{owner} was made with taxonomy {other_hash[:12]}, this service uses {self.name!r} ({self.hash[:12]}); "
+                "use the taxonomy it was made with"
+            )
+
+
+def load_taxonomy(name_or_path: str) -> Taxonomy:
+    """Load a built-in taxonomy by name, or one from a YAML file.
+
+    Args:
+        name_or_path: `ham10000`, or the path of a YAML file.
+    Returns:
+        The validated taxonomy.
+    Raises:
+        TaxonomyError: nothing has that name, or the document is malformed (names the field).
+    """
+    text = _read(name_or_path)
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TaxonomyError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Taxonomy.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise TaxonomyError(f"taxonomy {name_or_path}: {field}: {first['msg']}") from error
+
+
+def _read(name_or_path: str) -> str:
+    built_in = resources.files("records") / "taxonomies" / f"{name_or_path}.yaml"
+    if "/" not in name_or_path and built_in.is_file():
+        return built_in.read_text()
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise TaxonomyError(f"no taxonomy {name_or_path!r}: give a built-in name (ham10000) or the path of a YAML file")
+    return path.read_text()

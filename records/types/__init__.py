@@ -1,0 +1,71 @@
+"""All record types, by their plain names."""
+
+from records.types.base import Record
+from records.types.labels import AnswerKind, ExpertLabel, ResolvedLabel
+from records.types.operations import (
+    AuditEvent,
+    Cursor,
+    DatasetRecord,
+    EventRecord,
+    Lease,
+    ModelRecord,
+    ModelStatus,
+    RoundRecord,
+    RoundStep,
+)
+from records.types.pictures import (
+    LABEL_RANK,
+    Confirmation,
+    Consent,
+    Group,
+    Image,
+    ManifestRow,
+    Quarantined,
+    Side,
+    SourceLabel,
+)
+from records.types.predictions import (
+    Arm,
+    Decision,
+    Flag,
+    FlagReason,
+    Outcome,
+    Prediction,
+    ReasonCode,
+    ReviewItem,
+    ReviewState,
+)
+
+__all__ = [
+    "LABEL_RANK",
+    "AnswerKind",
+    "Arm",
+    "AuditEvent",
+    "Confirmation",
+    "Consent",
+    "Cursor",
+    "DatasetRecord",
+    "Decision",
+    "EventRecord",
+    "ExpertLabel",
+    "Flag",
+    "FlagReason",
+    "Group",
+    "Image",
+    "Lease",
+    "ManifestRow",
+    "ModelRecord",
+    "ModelStatus",
+    "Outcome",
+    "Prediction",
+    "Quarantined",
+    "ReasonCode",
+    "Record",
+    "ResolvedLabel",
+    "ReviewItem",
+    "ReviewState",
+    "RoundRecord",
+    "RoundStep",
+    "Side",
+    "SourceLabel",
+]

@@ -1,0 +1,60 @@
+"""What experts said."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from records.types.base import Record, Timestamp
+from records.types.pictures import Confirmation
+
+
+class AnswerKind(StrEnum):
+    """What kind of answer an expert gave."""
+
+    CLASS = "class"
+    CANT_TELL = "cant_tell"
+    OTHER = "other"
+
+
+class ExpertLabel(Record):
+    """One revision of one annotation. Edits add a row; deletions add a tombstone."""
+
+    table: ClassVar[str] = "expert_labels"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",), ("review_item_id",))
+    unique: ClassVar[tuple[tuple[str, ...], ...]] = (("server", "annotation_id", "revision"),)
+
+    id: str
+    created_at: Timestamp = Field(description="when Relook read it")
+    review_item_id: str
+    image_id: str
+    answer: AnswerKind
+    label: str | None = Field(default=None, description="class code if the answer is a class")
+    other_text: str | None = Field(default=None, description="what the expert wrote if no class fits")
+    image_quality: str | None = Field(default=None, description="good | usable | unusable")
+    comment: str | None = None
+    annotator: str
+    annotated_at: Timestamp
+    lead_time_s: float | None = Field(default=None, ge=0)
+    blind: bool = Field(default=False, description="true if the model's opinion was hidden")
+    server: str = Field(description="base URL of the Label Studio that holds it")
+    project_id: int
+    task_id: int
+    annotation_id: int
+    revision: str = Field(description="hash of the annotation's result and update time")
+    deleted: bool = Field(default=False, description="true for a tombstone")
+
+
+class ResolvedLabel(BaseModel):
+    """What the readers of one picture together say; made by consensus, read by dataset versions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_id: str
+    label: str | None = Field(description="class code; empty if nobody could tell, or no class fits")
+    confirmation: Confirmation = Field(description="single_reader, or consensus of two and more")
+    annotators: list[str] = Field(default_factory=list)
+    expert_label_ids: list[str] = Field(default_factory=list, description="the rows that were counted")
+    from_audit_sample: bool = Field(
+        default=False, description="true only if every question about the picture came from the random audit sample"
+    )

@@ -1,0 +1,137 @@
+"""What the machinery keeps: datasets, models, rounds, leases, audit events."""
+
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from records.types.base import Record, Timestamp
+
+
+class ModelStatus(StrEnum):
+    """What a model may be used for."""
+
+    REGISTERED = "registered"
+    CANDIDATE = "candidate"
+    CHAMPION = "champion"
+    PROVISIONAL = "provisional"
+    RETIRED = "retired"
+    REFUSED = "refused"
+
+
+class DatasetRecord(Record):
+    """A dataset version that exists. The manifest itself is a parquet file."""
+
+    table: ClassVar[str] = "datasets"
+
+    id: str = Field(description="content hash, 64 hex characters")
+    created_at: Timestamp
+    parent_id: str | None = None
+    taxonomy_hash: str
+    num_images: int = Field(ge=0)
+    num_groups: int = Field(ge=0)
+    round: int = Field(ge=0)
+
+
+class ModelRecord(Record):
+    """A bundle that is registered. At most one model is served: champion or provisional."""
+
+    table: ClassVar[str] = "models"
+    mutable: ClassVar[frozenset[str]] = frozenset({"status", "status_changed_at"})
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("status",),)
+
+    id: str = Field(description="content hash of the bundle, 64 hex characters")
+    created_at: Timestamp
+    status: ModelStatus = ModelStatus.REGISTERED
+    status_changed_at: Timestamp
+    path: str = Field(description="folder of the bundle")
+    architecture: str
+    dataset_id: str
+    taxonomy_hash: str
+    round: int | None = None
+
+
+class RoundRecord(Record):
+    """A round: its number, what it was made of, and how it ended."""
+
+    table: ClassVar[str] = "rounds"
+    mutable: ClassVar[frozenset[str]] = frozenset({"finished_at", "verdict", "why", "model_id", "dataset_id"})
+
+    id: str
+    number: int = Field(ge=1)
+    started_at: Timestamp
+    finished_at: Timestamp | None = None
+    seed: int
+    settings_hash: str
+    dataset_id: str | None = None
+    model_id: str | None = None
+    verdict: str | None = Field(default=None, description="promote | refuse | undecided")
+    why: str | None = None
+
+
+class RoundStep(Record):
+    """A step of a round that is done, with what it produced. Written once, at its end."""
+
+    table: ClassVar[str] = "round_steps"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("round_id",),)
+    unique: ClassVar[tuple[tuple[str, ...], ...]] = (("round_id", "step"),)
+
+    id: str
+    round_id: str
+    step: str
+    started_at: Timestamp
+    finished_at: Timestamp
+    result: dict[str, Any] = Field(default_factory=dict)
+
+
+class Lease(Record):
+    """A right that one process at a time may hold."""
+
+    table: ClassVar[str] = "leases"
+    key: ClassVar[str] = "name"
+    mutable: ClassVar[frozenset[str]] = frozenset({"holder", "expires_at"})
+
+    name: str
+    holder: str
+    expires_at: Timestamp
+
+
+class Cursor(Record):
+    """How far a reconciling reader has come."""
+
+    table: ClassVar[str] = "cursors"
+    key: ClassVar[str] = "name"
+    mutable: ClassVar[frozenset[str]] = frozenset({"position"})
+
+    name: str
+    position: dict[str, Any]
+
+
+class AuditEvent(Record):
+    """One link of the audit chain: each event carries the hash of the one before."""
+
+    table: ClassVar[str] = "audit_events"
+    key: ClassVar[str] = "number"
+
+    number: int = Field(ge=1)
+    at: Timestamp
+    actor: str
+    action: str = Field(description="for example gate.read, model.promoted, image.erased")
+    subject: str
+    details: dict[str, Any] = Field(default_factory=dict)
+    previous_hash: str
+    hash: str
+
+
+class EventRecord(Record):
+    """Something that callers of the service may want to hear of, in order."""
+
+    table: ClassVar[str] = "events"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("organisation", "id"),)
+
+    id: str
+    created_at: Timestamp
+    organisation: str
+    kind: str = Field(description="amended | overdue | recalled")
+    prediction_id: str
+    details: dict[str, Any] = Field(default_factory=dict)

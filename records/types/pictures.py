@@ -1,0 +1,135 @@
+"""Pictures, the groups that keep them on one side, and the labels that came with them."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import Field
+
+from records.types.base import Record, Timestamp
+
+
+class Consent(StrEnum):
+    """What the person in the picture agreed to; each level contains the ones before."""
+
+    NONE = "none"
+    REVIEW = "review"
+    TRAINING = "training"
+
+
+class Side(StrEnum):
+    """The side of the split that a group was drawn to, once and for good."""
+
+    TRAIN = "train"
+    VAL = "val"
+    CALIBRATION = "calibration"
+    GATE = "gate"
+    TEST = "test"
+
+
+class Confirmation(StrEnum):
+    """How a diagnosis was established, best first; the order is the label rank."""
+
+    HISTOPATHOLOGY = "histopathology"
+    CONFOCAL = "confocal"
+    FOLLOW_UP = "follow_up"
+    CONSENSUS = "consensus"
+    SINGLE_READER = "single_reader"
+    FLAG = "flag"
+
+
+LABEL_RANK: dict[Confirmation, int] = {
+    Confirmation.HISTOPATHOLOGY: 0,
+    Confirmation.CONFOCAL: 1,
+    Confirmation.FOLLOW_UP: 1,
+    Confirmation.CONSENSUS: 2,
+    Confirmation.SINGLE_READER: 3,
+    Confirmation.FLAG: 4,
+}
+"""Rank of a label by its confirmation; a label never replaces one with a smaller rank number."""
+
+
+class Image(Record):
+    """A stored picture. Its id is the SHA-256 of the stored bytes."""
+
+    table: ClassVar[str] = "images"
+    mutable: ClassVar[frozenset[str]] = frozenset({"group_id", "erased_at"})
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("group_id",), ("source_id",), ("lesion_id",))
+
+    id: str = Field(min_length=64, max_length=64, description="SHA-256 of the stored bytes, hex")
+    source_id: str | None = Field(default=None, description="name at the source, for example ISIC_0024306")
+    uri: str = Field(description="where the bytes are: a blob URI, or a file if imported in place")
+    format: str = Field(description="jpeg, png or webp, by content")
+    width_px: int = Field(gt=0)
+    height_px: int = Field(gt=0)
+    lesion_id: str | None = None
+    patient_hash: str | None = Field(default=None, description="salted hash; the id itself is never stored")
+    age_years: float | None = Field(default=None, ge=0, le=130)
+    sex: str | None = None
+    localization: str | None = Field(default=None, description="body site of the lesion")
+    device: str | None = None
+    site: str | None = Field(default=None, description="institution that took the picture")
+    acquired_at: Timestamp | None = None
+    provenance: str = Field(description="import:<id>, served, or generated")
+    consent: Consent = Consent.NONE
+    perceptual_hash: str | None = Field(default=None, description="64-bit pHash, 16 hex characters")
+    group_id: str | None = Field(default=None, description="set once, when the picture is grouped")
+    created_at: Timestamp
+    erased_at: Timestamp | None = None
+
+
+class Group(Record):
+    """Pictures connected by lesion, patient or near-duplicate; the unit that a split draws."""
+
+    table: ClassVar[str] = "groups"
+    mutable: ClassVar[frozenset[str]] = frozenset({"side", "drawn_by", "drawn_at", "merged_into"})
+
+    id: str = Field(description="first 16 hex characters of the hash of its first picture's id")
+    side: Side | None = Field(default=None, description="empty until the first label arrives")
+    drawn_by: str | None = Field(default=None, description="given | stratified | hash | doubt: what drew the side")
+    drawn_at: Timestamp | None = None
+    merged_into: str | None = Field(default=None, description="the group that took this one in, if any")
+    created_at: Timestamp
+
+
+class SourceLabel(Record):
+    """A diagnosis that came with an imported table or as an outcome, not from an expert's task."""
+
+    table: ClassVar[str] = "source_labels"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",),)
+    unique: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id", "source", "label", "confirmation"),)
+
+    id: str
+    image_id: str
+    label: str = Field(description="class code")
+    confirmation: Confirmation
+    source: str = Field(description="import:<id> or outcome:<id>")
+    created_at: Timestamp
+
+
+class Quarantined(Record):
+    """A row or file that an import could not use, and why."""
+
+    table: ClassVar[str] = "quarantine"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("import_id",),)
+
+    id: str
+    import_id: str
+    source_id: str = Field(description="the picture's name in the table")
+    code: str = Field(description="missing | unreadable | unknown_class | label_conflict | links_two_sides")
+    reason: str = Field(description="one sentence")
+    created_at: Timestamp
+
+
+class ManifestRow(Record):
+    """One labelled picture in a dataset version."""
+
+    table: ClassVar[str] = "manifest"
+    key: ClassVar[str] = "image_id"
+
+    image_id: str
+    group_id: str
+    side: Side
+    label: str = Field(description="class code")
+    label_source: str = Field(description="import:<id>, outcome:<id> or expert:<annotation key>")
+    label_rank: int = Field(ge=0, description="see LABEL_RANK; smaller is stronger")
+    round: int = Field(ge=0, description="0 for imported labels, else the round that brought the label in")

@@ -1,0 +1,163 @@
+"""What the service answered, and what people said about it: prediction, review item, flag, outcome."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import Field
+
+from records.types.base import Probability, Record, Timestamp
+from records.types.pictures import Confirmation, Consent
+
+
+class Decision(StrEnum):
+    """What the service decided to do with a picture."""
+
+    ANSWERED = "answered"
+    REVIEW = "review"
+    URGENT = "urgent"
+    RETAKE = "retake"
+
+
+class Arm(StrEnum):
+    """The part a model played when it answered."""
+
+    CHAMPION = "champion"
+    CANDIDATE = "candidate"
+    SHADOW = "shadow"
+
+
+class ReasonCode(StrEnum):
+    """Why a picture goes to an expert."""
+
+    LOW_CONFIDENCE = "low_confidence"
+    PREDICTION_SET = "prediction_set"
+    REFER = "refer"
+    URGENT = "urgent"
+    OUT_OF_DISTRIBUTION = "out_of_distribution"
+    NON_FINITE = "non_finite"
+    FLAGGED = "flagged"
+    AUDIT_SAMPLE = "audit_sample"
+    DRIFT = "drift"
+    SELECTED = "selected"
+    LABEL_NOISE = "label_noise"
+    ADJUDICATION = "adjudication"
+    BAD_PICTURE = "bad_picture"
+
+
+class ReviewState(StrEnum):
+    """Where a review item is on its way."""
+
+    NEW = "new"
+    PUSHED = "pushed"
+    ANSWERED = "answered"
+    CLOSED = "closed"
+    WITHDRAWN = "withdrawn"
+
+
+class FlagReason(StrEnum):
+    """What a caller says is wrong with an answer."""
+
+    WRONG_LABEL = "wrong_label"
+    UNSURE = "unsure"
+    BAD_IMAGE = "bad_image"
+    OTHER = "other"
+
+
+class Prediction(Record):
+    """One answer of one model. Never overwritten; enough to be replayed exactly."""
+
+    table: ClassVar[str] = "predictions"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("image_id",),
+        ("request_id",),
+        ("organisation", "created_at"),
+        ("model_id", "created_at"),
+    )
+    unique: ClassVar[tuple[tuple[str, ...], ...]] = (("caller", "idempotency_key", "arm"),)
+
+    id: str
+    request_id: str
+    created_at: Timestamp
+    caller: str = Field(description="id of the key, or `local`")
+    organisation: str = "local"
+    idempotency_key: str | None = None
+    image_id: str
+    consent: Consent = Consent.NONE
+    context: dict[str, str | float | None] = Field(default_factory=dict, description="what the caller said of it")
+    model_id: str
+    model_status: str = Field(description="champion | provisional | candidate at that moment")
+    arm: Arm = Arm.CHAMPION
+    served: bool = Field(default=True, description="false for the answer of a pair that the caller did not get")
+    engine: str = Field(description="torch or openvino")
+    precision: str = Field(description="fp32 or bf16")
+    num_threads: int = Field(ge=1)
+    settings_hash: str
+    label: str | None = Field(default=None, description="class code; empty for retake and non-finite")
+    confidence: Probability | None = None
+    probabilities: dict[str, Probability] | None = Field(default=None, description="calibrated, in class order")
+    prediction_set: list[str] = Field(default_factory=list, description="class codes of the conformal set")
+    out_of_distribution_score: float | None = None
+    quality_score: float | None = None
+    decision: Decision
+    reasons: list[ReasonCode] = Field(default_factory=list)
+    latency_ms: float = Field(ge=0)
+
+
+class ReviewItem(Record):
+    """A question for an expert, written in the transaction that caused it (the outbox)."""
+
+    table: ClassVar[str] = "review_items"
+    mutable: ClassVar[frozenset[str]] = frozenset(
+        {"state", "priority", "reasons", "project_id", "task_id", "pushed_at", "answered_at", "overlay_blob"}
+    )
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("state", "priority"), ("prediction_id",), ("image_id",))
+
+    id: str
+    created_at: Timestamp
+    prediction_id: str | None = Field(default=None, description="empty for an item about a pool picture")
+    image_id: str
+    reasons: list[ReasonCode]
+    priority: float = Field(allow_inf_nan=False, description="larger is asked sooner")
+    due: Timestamp | None = Field(default=None, description="deadline of an urgent item")
+    selection_probability: Probability | None = Field(default=None, description="set for audit samples")
+    overlay_blob: str | None = Field(default=None, description="blob id of the heat map over the picture, PNG")
+    comment: str | None = Field(default=None, description="what the person who flagged it wrote")
+    suggested_label: str | None = None
+    state: ReviewState = ReviewState.NEW
+    project_id: int | None = None
+    task_id: int | None = None
+    pushed_at: Timestamp | None = None
+    answered_at: Timestamp | None = None
+
+
+class Flag(Record):
+    """A caller's objection to an answer."""
+
+    table: ClassVar[str] = "flags"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("prediction_id",),)
+
+    id: str
+    created_at: Timestamp
+    prediction_id: str
+    caller: str
+    organisation: str = "local"
+    reason: FlagReason
+    suggested_label: str | None = None
+    comment: str | None = Field(default=None, max_length=2000)
+    review_item_id: str
+
+
+class Outcome(Record):
+    """What turned out to be true later, for example a biopsy result."""
+
+    table: ClassVar[str] = "outcomes"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("prediction_id",),)
+
+    id: str
+    created_at: Timestamp
+    prediction_id: str
+    image_id: str
+    caller: str
+    diagnosis: str
+    confirmation: Confirmation
+    observed_at: Timestamp
