@@ -1,14 +1,18 @@
 """The audit chain: append-only events, each carrying the hash of the one before.
 
-The hash of the newest event is also kept in a file outside the database, so that cutting off the
-end of the chain is found as well.
+The number and hash of the newest event are also kept in a file outside the database, so that cutting
+off the end of the chain is found as well. Whoever appends has nothing to do for that: the ledger moves
+the file on once the transaction is committed. A crash in between leaves it one event behind, and the
+next event catches up.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from records.errors import ContractError, UnavailableError
 from records.home import Home
 from records.ids import hash_of, utc_now
 from records.ledger import Ledger, Transaction
@@ -22,19 +26,20 @@ def append(tx: Transaction, *, actor: str, action: str, subject: str, details: d
     """Append an event to the chain, in the caller's write transaction.
 
     Args:
-        tx: the transaction of the action that is recorded, so that neither exists without the other.
+        tx: the transaction of the action that is recorded, so that neither exists without the other. Write
+            transactions follow one another, so two of them never take the same number.
         actor: who did it.
         action: what, for example `gate.read`.
         subject: to what.
         details: JSON values.
     Returns:
         The event's hash.
+    Raises:
+        ContractError: this is a read transaction, or the details are not JSON values.
     """
-    table = TABLES[AuditEvent]
-    last = tx.connection.execute(sa.select(table).order_by(table.c.number.desc()).limit(1)).mappings().first()
-    number, previous = (int(last["number"]) + 1, str(last["hash"])) if last else (1, GENESIS)
+    number, previous = _last(tx) or (0, GENESIS)
     event = AuditEvent(
-        number=number,
+        number=number + 1,
         at=utc_now(),
         actor=actor,
         action=action,
@@ -43,8 +48,12 @@ def append(tx: Transaction, *, actor: str, action: str, subject: str, details: d
         previous_hash=previous,
         hash="",
     )
-    event = event.model_copy(update={"hash": event_hash(event)})
+    try:
+        event = event.model_copy(update={"hash": event_hash(event)})
+    except ValueError as error:
+        raise ContractError(f"the details of audit event {action} are not JSON values: {error}") from error
     tx.add(event)
+    tx.after_commit.append(_move_head)
     return event.hash
 
 
@@ -59,18 +68,15 @@ def head_file(home: Home) -> Path:
 
 
 def anchor(ledger: Ledger, home: Home) -> None:
-    """Write the chain's head to its file outside the database.
+    """Write the chain's head to its file outside the database; after an `append` this happens by itself.
 
     Args:
         ledger: with the chain.
         home: with the file.
+    Raises:
+        UnavailableError: the file cannot be written.
     """
-    with ledger.read() as tx:
-        last = tx.find(AuditEvent, order_by=("-number",), limit=1)
-    if last:
-        temporary = head_file(home).with_suffix(".new")
-        temporary.write_text(f"{last[0].number} {last[0].hash}\n")
-        temporary.replace(head_file(home))
+    _write_head(ledger, head_file(home))
 
 
 def verify(ledger: Ledger, home: Home) -> list[str]:
@@ -82,29 +88,82 @@ def verify(ledger: Ledger, home: Home) -> list[str]:
     Returns:
         One sentence per fault, empty if the chain is whole.
     """
+    # The head comes first: an event that is appended meanwhile must not make the chain look cut off.
+    head = _read_head(head_file(home))
+    hashes: dict[int, str] = {}
     with ledger.read() as tx:
-        events = tx.find(AuditEvent, order_by=("number",))
-    faults: list[str] = []
-    previous, expected = GENESIS, 1
-    for event in events:
-        if event.number != expected:
-            faults.append(f"events {expected} to {event.number - 1} are missing")
-        elif event.previous_hash != previous:
-            faults.append(f"event {event.number} does not follow the one before it: removed or reordered")
-        if event_hash(event) != event.hash:
-            faults.append(f"event {event.number} ({event.action} {event.subject[:12]}) was altered")
-        previous, expected = event.hash, event.number + 1
-    faults.extend(_anchor_faults(events, head_file(home)))
+        faults = list(_chain_faults(tx, hashes))
+    if head is not None:
+        faults.extend(_head_faults(head, hashes.get))
+    elif hashes:
+        faults.append(f"{head_file(home)} is missing, so a cut-off end cannot be ruled out")
     return faults
 
 
-def _anchor_faults(events: list[AuditEvent], path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    number, head = path.read_text().split()
-    by_number = {event.number: event.hash for event in events}
-    if int(number) not in by_number:
-        return [f"the chain was cut off: event {number}, anchored outside the database, is missing"]
-    if by_number[int(number)] != head:
-        return [f"event {number} is not the one anchored outside the database"]
-    return []
+def _chain_faults(tx: Transaction, hashes: dict[int, str]) -> Iterator[str]:
+    """Yield a sentence per fault and enter the hash of every event."""
+    column = TABLES[AuditEvent].c.number
+    previous, expected = GENESIS, 1
+    for number in tx.connection.scalars(sa.select(column).order_by(column)).all():
+        if number != expected:
+            yield f"events {expected} to {number - 1} are missing"
+        follows = number == expected
+        expected = number + 1
+        try:
+            event = tx.require(AuditEvent, number)
+        except ValueError:
+            # Changed by hand into something that is no event any more.
+            yield f"event {number} was altered: it cannot even be read"
+            previous = hashes[number] = _hash_at(tx, number) or ""
+            continue
+        if follows and event.previous_hash != previous:
+            yield f"event {number} does not follow the one before it: altered, removed or reordered"
+        if event_hash(event) != event.hash:
+            yield f"event {number} ({event.action} {event.subject[:12]}) was altered"
+        previous = hashes[number] = event.hash
+
+
+def _head_faults(head: str, hash_at: Callable[[int], str | None]) -> Iterator[str]:
+    number, _, expected = head.partition(" ")
+    found = hash_at(int(number)) if number.isdigit() else None
+    if found is None:
+        yield f"the chain was cut off: event {number}, anchored outside the database, is missing"
+    elif found != expected:
+        yield f"event {number} is not the one anchored outside the database"
+
+
+def _move_head(ledger: Ledger) -> None:
+    if ledger.audit_head is not None:
+        _write_head(ledger, ledger.audit_head)
+
+
+def _write_head(ledger: Ledger, path: Path) -> None:
+    # As a writer, so that of two processes neither can put an older head over a newer one.
+    with ledger.begin() as tx:
+        head, last = _read_head(path), _last(tx)
+        broken = head is not None and any(_head_faults(head, lambda number: _hash_at(tx, number)))
+        if last is None or broken:
+            return  # the old head is the evidence against a chain that was cut off
+        try:
+            temporary = path.with_suffix(".new")
+            temporary.write_text(f"{last[0]} {last[1]}\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise UnavailableError(
+                f"the head of the audit chain cannot be written to {path} ({error.strerror}); its events are recorded"
+            ) from error
+
+
+def _read_head(path: Path) -> str | None:
+    return path.read_text().strip() if path.exists() else None
+
+
+def _last(tx: Transaction) -> tuple[int, str] | None:
+    event = TABLES[AuditEvent].c
+    row = tx.connection.execute(sa.select(event.number, event.hash).order_by(event.number.desc()).limit(1)).first()
+    return (int(row.number), str(row.hash)) if row else None
+
+
+def _hash_at(tx: Transaction, number: int) -> str | None:
+    table = TABLES[AuditEvent]
+    return tx.connection.scalar(sa.select(table.c.hash).where(table.c.number == number))

@@ -3,13 +3,18 @@
 A blob is written to a temporary name and then moved, so a reader sees all of it or none of it.
 """
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from records.errors import IntegrityError, UnavailableError, UnknownIdError
+from records.errors import ConfigError, IntegrityError, UnavailableError, UnknownIdError
 from records.ids import new_id, sha256_hex
+
+_BLOB_ID = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,16 @@ class BlobStore:
         Args:
             data: any bytes.
         Returns:
-            Their id, the SHA-256 in 64 hex characters. Storing equal bytes again writes nothing.
+            Their id, the SHA-256 in 64 hex characters. Storing equal bytes again writes nothing, unless
+            the stored ones were cut short.
         Raises:
             UnavailableError: the store cannot be written.
         """
         blob_id = sha256_hex(data)
         path = self._path(blob_id)
         try:
-            if self.filesystem.exists(path):
-                return blob_id
-            self._write(path, data)
+            if not (self.filesystem.exists(path) and self.filesystem.size(path) == len(data)):
+                self._write(path, data)
         except OSError as error:
             raise UnavailableError(f"blob store {self.url} cannot be written: {error}") from error
         return blob_id
@@ -75,16 +80,31 @@ class BlobStore:
         return bool(self.filesystem.exists(self._path(blob_id)))
 
     def delete(self, blob_id: str) -> None:
-        """Remove a blob; one that is not there is no error."""
+        """Remove a blob; one that is not there is no error.
+
+        Args:
+            blob_id: 64 hex characters.
+        Raises:
+            UnknownIdError: this is not the id of a blob.
+            UnavailableError: the blob cannot be removed.
+        """
         path = self._path(blob_id)
-        if self.filesystem.exists(path):
-            self.filesystem.rm_file(path)
+        try:
+            if self.filesystem.exists(path):
+                self.filesystem.rm_file(path)
+        except FileNotFoundError:
+            return  # somebody else removed it first
+        except OSError as error:
+            raise UnavailableError(f"blob store {self.url} cannot be written: {error}") from error
 
     def uri(self, blob_id: str) -> str:
         """Return the full URI of a blob."""
         return str(self.filesystem.unstrip_protocol(self._path(blob_id)))
 
     def _path(self, blob_id: str) -> str:
+        # Ids come from requests, too: `../..` must not become a path.
+        if not _BLOB_ID.fullmatch(blob_id):
+            raise UnknownIdError(f"{blob_id[:64]!r} is not the id of a blob; an id is 64 hex characters")
         return f"{self.root}/{blob_id[:2]}/{blob_id}"
 
     def _write(self, path: str, data: bytes) -> None:
@@ -107,11 +127,14 @@ def open_blobs(url: str) -> BlobStore:
     Returns:
         The store.
     Raises:
-        UnavailableError: no file system handles the URL.
+        ConfigError: it is a relative path, or no file system handles the URL.
     """
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UnavailableError(f"records.blobs {url!r} cannot be opened: {error}") from error
-    local = "file" in filesystem.protocol or filesystem.protocol == "file"
+        raise ConfigError(f"records.blobs {url!r} cannot be opened: {error}") from error
+    local = isinstance(filesystem, LocalFileSystem)
+    if local and not Path(url.rpartition("://")[2]).is_absolute():
+        # Ray changes the working folder, so every process would look elsewhere.
+        raise ConfigError(f"records.blobs {url!r} is a relative path; use an absolute one such as {root!r}")
     return BlobStore(url=url, root=root.rstrip("/"), filesystem=filesystem, local=local)

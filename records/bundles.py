@@ -20,14 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from records.errors import IntegrityError, UnknownIdError
+from records.errors import ContractError, IntegrityError, UnknownIdError
 from records.ids import new_id, sha256_hex, utc_now
 from records.ledger import Transaction
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import ModelRecord, ModelStatus
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
+SERVED = (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
 DOCUMENT, WEIGHTS, GOLDEN = "bundle.json", "weights.safetensors", "golden.safetensors"
 
 
@@ -93,7 +94,7 @@ class OperatingPoints(_Part):
 class BundleDocument(_Part):
     """bundle.json."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
     taxonomy: Taxonomy
     taxonomy_hash: str
     architecture: Architecture
@@ -142,20 +143,40 @@ def write_bundle(
         golden: `inputs` and `logits`.
     Returns:
         The bundle; writing the same content again gives the same bundle.
+    Raises:
+        ContractError: the document holds a number that is not finite.
+        IntegrityError: the bundle exists already and was altered.
     """
+    try:
+        text = json.dumps(document.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise ContractError(f"the bundle's document cannot be written as JSON: {error}") from error
     temporary = store.home.bundles / f".{new_id()}"
     temporary.mkdir(parents=True)
-    text = json.dumps(document.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
-    (temporary / DOCUMENT).write_text(text + "\n")
-    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, temporary / WEIGHTS)
-    save_file({name: np.ascontiguousarray(value) for name, value in golden.items()}, temporary / GOLDEN)
-    bundle_id = content_id(temporary)
-    final = store.home.bundles / bundle_id
-    if final.exists():
-        shutil.rmtree(temporary)
-    else:
+    try:
+        (temporary / DOCUMENT).write_text(text + "\n")
+        save_file(_contiguous(weights), temporary / WEIGHTS)
+        save_file(_contiguous(golden), temporary / GOLDEN)
+        bundle_id = content_id(temporary)
+        final = store.home.bundles / bundle_id
+        _move(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return read_bundle(final, bundle_id)
+
+
+def _contiguous(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    # safetensors writes what lies in memory; ascontiguousarray would give a scalar a dimension.
+    return {name: np.asarray(value, order="C") for name, value in arrays.items()}
+
+
+def _move(temporary: Path, final: Path) -> None:
+    try:
         temporary.rename(final)
-    return Bundle(final, bundle_id, document)
+    except OSError:
+        if not final.is_dir():
+            raise
+        # Somebody wrote the same bundle before; it stays.
 
 
 def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
@@ -179,8 +200,13 @@ def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
         raise IntegrityError(f"bundle {expected[:12]} was altered: its files hash to {actual[:12]}")
     try:
         document = BundleDocument.model_validate_json((path / DOCUMENT).read_text())
-        load_file(path / WEIGHTS)
-    except (ValidationError, SafetensorError) as error:
+        for name in (WEIGHTS, GOLDEN):
+            load_file(path / name)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or DOCUMENT
+        raise IntegrityError(f"bundle {actual[:12]} cannot be read: {field}: {first['msg']}") from error
+    except (SafetensorError, UnicodeDecodeError) as error:
         raise IntegrityError(f"bundle {actual[:12]} cannot be read: {str(error).splitlines()[0]}") from error
     if document.taxonomy.hash != document.taxonomy_hash:
         raise IntegrityError(f"bundle {actual[:12]} names a taxonomy hash that its taxonomy does not have")
@@ -235,8 +261,16 @@ def register(
 
 
 def serving_model(tx: Transaction) -> ModelRecord | None:
-    """Return the one model that answers, champion or provisional; None before the first promotion."""
-    found = tx.find(ModelRecord, where={"status": [ModelStatus.CHAMPION, ModelStatus.PROVISIONAL]})
+    """Return the one model that answers, champion or provisional; None before the first promotion.
+
+    Args:
+        tx: any transaction.
+    Returns:
+        Its record.
+    Raises:
+        IntegrityError: more than one model claims to answer.
+    """
+    found = tx.find(ModelRecord, where={"status": SERVED})
     if len(found) > 1:
         names = ", ".join(record.id[:12] for record in found)
         raise IntegrityError(f"{len(found)} models claim to answer ({names}); promote one of them")
@@ -250,11 +284,16 @@ def serve_model(tx: Transaction, model_id: str, status: ModelStatus) -> None:
         tx: a write transaction.
         model_id: of the model.
         status: champion, or provisional for one that fails the floors.
+    Raises:
+        ContractError: the status is not one that answers.
+        UnknownIdError: the model is not registered.
     """
+    if status not in SERVED:
+        raise ContractError(f"a model that is {status} does not answer; use champion or provisional")
     now = utc_now()
-    current = serving_model(tx)
-    if current is not None and current.id != model_id:
-        tx.update(ModelRecord, current.id, status=ModelStatus.RETIRED, status_changed_at=now)
+    for before in tx.find(ModelRecord, where={"status": SERVED}):
+        if before.id != model_id:
+            tx.update(ModelRecord, before.id, status=ModelStatus.RETIRED, status_changed_at=now)
     tx.update(ModelRecord, model_id, status=status, status_changed_at=now)
 
 
@@ -286,4 +325,6 @@ def find_bundle(store: Store, name: str) -> Bundle:
             f"{problem} called {name!r}; give an id prefix of 8 or more characters, a bundle's path, "
             "champion or candidate (`relook models` lists them)"
         )
-    return read_bundle(Path(found[0].path), expected_id=found[0].id)
+    # A home that was moved or restored elsewhere has its bundles with it.
+    at_home = store.home.bundles / found[0].id
+    return read_bundle(at_home if at_home.is_dir() else Path(found[0].path), expected_id=found[0].id)

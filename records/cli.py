@@ -1,5 +1,6 @@
 """Verbs that need nothing but the records: `taxonomy check`, `audit verify`, `trace`."""
 
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -41,8 +42,8 @@ def audit_verify(
     from records.audit import verify
     from records.store import open_store
 
-    store = open_store(settings_of(ctx, config, preset, sets).records)
-    faults = verify(store.ledger, store.home)
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        faults = verify(store.ledger, store.home)
     if faults:
         raise IntegrityError("the audit chain is broken: " + "; ".join(faults))
     emit(as_json, {"whole": True, "faults": []}, "the audit chain is whole")
@@ -61,8 +62,8 @@ def trace_command(
     from records.lineage import trace
     from records.store import open_store
 
-    store = open_store(settings_of(ctx, config, preset, sets).records)
-    found = trace(store, subject)
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        found = trace(store, subject)
     table = Table("when", "what", "", title=f"{found.kind} {found.subject[:12]}")
     for step in found.steps:
         table.add_row(f"{step.at:%Y-%m-%d %H:%M:%S}", step.kind, step.text)

@@ -18,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from records.errors import ContractError
 
 SettingsLoader = Callable[[Path | None, str | None, Sequence[str]], Any]
+RayStarter = Callable[[Any], AbstractContextManager[Any]]
+RAY_STARTER = "relook.ray_starter"
+"""Key under which the root command leaves what starts Ray: settings -> context manager."""
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
 PresetOption = Annotated[
@@ -50,6 +53,23 @@ def settings_of(ctx: typer.Context, config: Path | None, preset: str | None, set
     if loader is None:
         raise ContractError("the root command has to put a settings loader into the context")
     return loader(config, preset, tuple(sets or ()))
+
+
+def ray_of(ctx: typer.Context, settings: Any) -> AbstractContextManager[Any]:
+    """Return the Ray session of this call, to be entered with `with`.
+
+    Args:
+        ctx: of the verb.
+        settings: from `settings_of`.
+    Returns:
+        A context in which Ray runs; at its end nothing that it started is left.
+    Raises:
+        ContractError: the root command left nothing that starts Ray.
+    """
+    starter: RayStarter | None = ctx.meta.get(RAY_STARTER)
+    if starter is None:
+        raise ContractError("the root command has to leave what starts Ray in the context")
+    return starter(settings)
 
 
 def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType | None = None) -> None:

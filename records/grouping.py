@@ -26,7 +26,12 @@ SIDE_SHARES: dict[Side, float] = {
 
 @dataclass(frozen=True)
 class KnownGroup:
-    """A group that exists already, as far as placing newcomers needs it."""
+    """A group that exists already, as far as placing newcomers needs it.
+
+    Args:
+        id: of the group that holds the picture now, that is after all merges.
+        side: that it was drawn to, read in the transaction that writes the placement.
+    """
 
     id: str
     side: Side | None

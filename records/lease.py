@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from records.errors import RefusedError
+from records.errors import RefusedError, UnavailableError
 from records.ids import new_id
 from records.ledger import Ledger
 
@@ -25,19 +25,27 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
     Yields:
         The name of the holder.
     Raises:
-        RefusedError: somebody else still holds it.
+        RefusedError: somebody else still holds it, or took it while the block ran because this process
+            or the ledger stood still for longer than `LEASE_S`.
     """
     holder = f"{socket.gethostname()}:{os.getpid()}:{new_id()[-8:]}"
     deadline = time.monotonic() + wait_s
     while not ledger.lease(name, holder, LEASE_S):
         if time.monotonic() > deadline:
-            raise RefusedError(f"another process holds the {name} lease; wait for it to end, or {LEASE_S:.0f} s if it was killed")
+            raise RefusedError(
+                f"another process holds the {name} lease; wait for it to end, or {LEASE_S:.0f} s if it was killed"
+            )
         time.sleep(0.5)
-    stop = threading.Event()
+    stop, lost = threading.Event(), threading.Event()
 
     def prolong() -> None:
         while not stop.wait(LEASE_S / 3):
-            ledger.lease(name, holder, LEASE_S)
+            try:
+                if not ledger.lease(name, holder, LEASE_S):
+                    lost.set()
+                    return
+            except UnavailableError:
+                continue  # a ledger that is away for a moment; the lease outlasts two more tries
 
     thread = threading.Thread(target=prolong, name=f"lease-{name}", daemon=True)
     thread.start()
@@ -47,3 +55,5 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
         stop.set()
         thread.join()
         ledger.release(name, holder)
+    if lost.is_set():
+        raise RefusedError(f"the {name} lease was lost to another process meanwhile; run this again")

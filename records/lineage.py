@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from datetime import datetime
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from records.datasets import read_manifest
 from records.errors import UnknownIdError
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
@@ -49,6 +49,7 @@ def trace(store: Store, subject: str) -> Trace:
         The trace.
     Raises:
         UnknownIdError: nothing, or more than one thing, has that id.
+        IntegrityError: the manifest of a dataset version is missing or cannot be read.
     """
     with store.ledger.read() as tx:
         kind, full_id = _resolve(tx, subject)
@@ -57,7 +58,8 @@ def trace(store: Store, subject: str) -> Trace:
         else:
             image_id = tx.require(Prediction, full_id).image_id if kind == "prediction" else full_id
             steps = list(_image_steps(store, tx, image_id))
-    return Trace(subject=full_id, kind=kind, steps=sorted(steps, key=lambda step: (step.at, step.kind)))
+    # Sorting is stable: what happened in one transaction stays in the order of the way.
+    return Trace(subject=full_id, kind=kind, steps=sorted(steps, key=lambda step: step.at))
 
 
 def _resolve(tx: Transaction, subject: str) -> tuple[str, str]:
@@ -125,10 +127,8 @@ def _question_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
 
 def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     for dataset in tx.find(DatasetRecord, order_by=("created_at",)):
-        table = pq.read_table(
-            store.home.datasets / dataset.id / "manifest.parquet", filters=pc.field("image_id") == image_id
-        )
-        for row in table.to_pylist():
+        rows = read_manifest(store, dataset.id, filters=pc.field("image_id") == image_id)
+        for row in rows.to_pylist():
             text = f"in dataset {dataset.id[:12]} as {row['label']} on side {row['side']} ({row['label_source']})"
             yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
             for model in tx.find(ModelRecord, where={"dataset_id": dataset.id}):

@@ -1,23 +1,35 @@
 """Picture files as bytes: format by content, size before decoding, metadata removed without re-encoding.
 
-What stays is what decoding needs: the pixels, the orientation and the ICC profile. Nothing here
-decodes pixels.
+What stays is what decoding needs: the pixels, the orientation and the ICC profile. Only parts that are
+known to be needed are kept, so nothing unknown slips through. Nothing here decodes pixels.
 """
 
-import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 
-from PIL import Image as PillowImage
-
 from records.errors import PictureError
 
 FORMATS = ("jpeg", "png", "webp")
+
 _ORIENTATION_TAG = 0x0112
+_TIFF_INTEGERS = {1: "B", 3: "H", 4: "I"}
+
+_JPEG_SCAN, _JPEG_END, _JPEG_EXIF, _JPEG_ICC = 0xDA, 0xD9, 0xE1, 0xE2
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_KEPT = frozenset(range(0xC0, 0xD0)) | frozenset(range(0xD9, 0xE0))
+# Inside a scan, FF 00 is a byte FF, FF D0 to FF D7 are restart points, and FF FF is filling.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_PNG_DROPPED = frozenset({b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME", b"dSIG"})
-_WEBP_DROPPED = frozenset({b"EXIF", b"XMP "})
+_PNG_KEPT = frozenset(
+    {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"cICP"}
+)
+
+_WEBP_PIXELS = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
+_WEBP_KEPT = _WEBP_PIXELS | {b"VP8X", b"ALPH", b"ICCP", b"ANIM"}
+_WEBP_HAS_EXIF, _WEBP_HAS_XMP = 0x08, 0x04
 
 
 def sniff(data: bytes) -> str:
@@ -28,7 +40,7 @@ def sniff(data: bytes) -> str:
     Returns:
         `jpeg`, `png` or `webp`.
     Raises:
-        PictureError: it is none of them.
+        PictureError: it is none of them (code `empty` or `not_a_picture`).
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpeg"
@@ -45,20 +57,20 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """Return (width, height) in pixels from the header, without decoding.
 
     Args:
-        data: the file.
+        data: the file; what follows the header is not looked at.
     Returns:
-        Width and height as stored, before orientation.
+        Width and height as stored, before orientation; both at least 1.
     Raises:
-        PictureError: the header cannot be read.
+        PictureError: it is no picture, or its header cannot be read (code `damaged`).
     """
-    sniff(data)
+    kind = sniff(data)
     try:
-        with PillowImage.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return picture.size
-    except PillowImage.DecompressionBombError as error:
-        raise PictureError("the picture has too many pixels; send a smaller one", "too_many_pixels") from error
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
-        raise PictureError("the picture's header cannot be read; send an undamaged file", "damaged") from error
+        width_px, height_px = {"jpeg": _jpeg_size, "png": _png_size, "webp": _webp_size}[kind](data)
+    except (struct.error, IndexError) as error:
+        raise _damaged("its header cannot be read") from error
+    if width_px < 1 or height_px < 1:
+        raise _damaged("its header says that it has no pixels")
+    return width_px, height_px
 
 
 def strip_metadata(data: bytes) -> bytes:
@@ -67,31 +79,40 @@ def strip_metadata(data: bytes) -> bytes:
     Args:
         data: a JPEG, PNG or WebP file.
     Returns:
-        The bytes to store. Stripping them again changes nothing.
+        The bytes to store; whatever follows the picture's end is gone. Stripping them again changes nothing.
     Raises:
-        PictureError: it is not such a file, or it is damaged.
+        PictureError: it is not such a file, or it is damaged or cut off (code `damaged`).
     """
-    kind = sniff(data)
+    picture_size(data)
     try:
-        orientation = _orientation(data)
-        if kind == "jpeg":
-            return _strip_jpeg(data, orientation)
-        if kind == "png":
-            return _strip_png(data, orientation)
-        return _strip_webp(data, orientation)
+        return {"jpeg": _strip_jpeg, "png": _strip_png, "webp": _strip_webp}[sniff(data)](data)
     except (struct.error, IndexError) as error:
-        raise PictureError("the picture is cut off; send an undamaged file", "damaged") from error
+        raise _damaged("it is cut off") from error
 
 
-def _orientation(data: bytes) -> int:
+def _damaged(what: str) -> PictureError:
+    return PictureError(f"the picture is damaged: {what}; send an undamaged file", "damaged")
+
+
+# ---------------------------------------------------------------- orientation
+
+
+def _orientation(tiff: bytes) -> int:
+    """Return the orientation that an EXIF block names, 1 to 8; 1 if it names none or is broken."""
+    order = {b"MM": ">", b"II": "<"}.get(tiff[:2])
+    if order is None:
+        return 1
     try:
-        with PillowImage.open(io.BytesIO(data), formats=FORMATS) as picture:
-            value = picture.getexif().get(_ORIENTATION_TAG, 1)
-    except PillowImage.DecompressionBombError as error:
-        raise PictureError("the picture has too many pixels; send a smaller one", "too_many_pixels") from error
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
-        raise PictureError("the picture's header cannot be read; send an undamaged file", "damaged") from error
-    return value if isinstance(value, int) and 2 <= value <= 8 else 1
+        (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, at)
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
+            if tag == _ORIENTATION_TAG and kind in _TIFF_INTEGERS:
+                (value,) = struct.unpack_from(f"{order}{_TIFF_INTEGERS[kind]}", tiff, entry + 8)
+                return int(value) if 1 <= value <= 8 else 1
+    except struct.error:
+        return 1  # broken metadata does not make a broken picture
+    return 1
 
 
 def _orientation_tiff(orientation: int) -> bytes:
@@ -99,77 +120,154 @@ def _orientation_tiff(orientation: int) -> bytes:
     return b"MM\x00*\x00\x00\x00\x08" + struct.pack(">HHHIHHI", 1, _ORIENTATION_TAG, 3, 1, orientation, 0, 0)
 
 
+# ---------------------------------------------------------------- JPEG
+
+
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (marker, whole segment) up to the start of scan, which is yielded with all that follows."""
+    """Yield (marker, whole segment) up to the end of the picture; a scan's data belongs to its segment."""
     at = 2
     while True:
         if data[at] != 0xFF:
-            raise PictureError("the picture is damaged between its segments; send an undamaged file", "damaged")
+            raise _damaged("there is something between its segments")
         while data[at + 1] == 0xFF:
             at += 1
         marker = data[at + 1]
-        if marker == 0xDA:
-            end = data.rfind(b"\xff\xd9")
-            yield marker, data[at : end + 2] if end > at else data[at:]
+        if marker == _JPEG_END:
+            yield marker, data[at : at + 2]
             return
         (length,) = struct.unpack_from(">H", data, at + 2)
-        yield marker, data[at : at + 2 + length]
-        at += 2 + length
+        end = at + 2 + length
+        if marker == _JPEG_SCAN:
+            found = _JPEG_MARKER.search(data, end)
+            end = found.start() if found else len(data) + 1
+        if length < 2 or end > len(data):
+            raise _damaged("it is cut off")
+        yield marker, data[at:end]
+        at = end
 
 
-def _strip_jpeg(data: bytes, orientation: int) -> bytes:
-    kept = [b"\xff\xd8"]
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    for marker, segment in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES:
+            height_px, width_px = struct.unpack_from(">HH", segment, 5)
+            return width_px, height_px
+        if marker == _JPEG_SCAN:
+            break
+    raise _damaged("it does not say how large it is")
+
+
+def _strip_jpeg(data: bytes) -> bytes:
+    kept: list[bytes] = []
+    orientation, has_scan = 1, False
+    for marker, segment in _jpeg_segments(data):
+        has_scan |= marker == _JPEG_SCAN
+        if marker == _JPEG_EXIF and segment[4:10] == b"Exif\x00\x00" and orientation == 1:
+            orientation = _orientation(segment[10:])
+        elif marker in _JPEG_KEPT or (marker == _JPEG_ICC and segment[4:16] == b"ICC_PROFILE\x00"):
+            kept.append(segment)
+        # What the next two say about colours is needed; a preview of the picture behind it is not.
+        elif marker == 0xE0 and segment[4:9] == b"JFIF\x00" and len(segment) >= 18:
+            kept.append(b"\xff\xe0\x00\x10" + segment[4:16] + b"\x00\x00")
+        elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) >= 16:
+            kept.append(b"\xff\xee\x00\x0e" + segment[4:16])
+    if not has_scan:
+        raise _damaged("it holds no pixels")
     if orientation != 1:
         body = b"Exif\x00\x00" + _orientation_tiff(orientation)
-        kept.append(b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body)
-    for marker, segment in _jpeg_segments(data):
-        is_application = 0xE0 <= marker <= 0xEF
-        is_profile = marker == 0xE2 and segment[4:16] == b"ICC_PROFILE\x00"
-        # APP0 says how to read the colours, APP14 (Adobe) which colour transform CMYK uses.
-        if marker == 0xFE or (is_application and marker not in (0xE0, 0xEE) and not is_profile):
-            continue
-        kept.append(segment)
-    return b"".join(kept)
+        kept.insert(0, b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body)
+    return b"\xff\xd8" + b"".join(kept)
 
 
-def _strip_png(data: bytes, orientation: int) -> bytes:
-    kept, at = [_PNG_MAGIC], 8
-    while at < len(data):
+# ---------------------------------------------------------------- PNG
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (name, whole chunk) up to the end of the picture."""
+    name, at = b"", 8
+    while name != b"IEND":
         (length,) = struct.unpack_from(">I", data, at)
         name, chunk = data[at + 4 : at + 8], data[at : at + 12 + length]
-        if len(chunk) < 12 + length:
-            raise PictureError("the picture is cut off; send an undamaged file", "damaged")
         at += 12 + length
-        if name not in _PNG_DROPPED:
-            kept.append(chunk)
-        if name == b"IHDR" and orientation != 1:
-            kept.append(_png_chunk(b"eXIf", _orientation_tiff(orientation)))
-        if name == b"IEND":
-            break
-    return b"".join(kept)
+        if at > len(data):
+            raise _damaged("it is cut off")
+        yield name, chunk
 
 
-def _png_chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+def _png_size(data: bytes) -> tuple[int, int]:
+    name, chunk = next(_png_chunks(data))
+    if name != b"IHDR":
+        raise _damaged("it does not begin with its header")
+    width_px, height_px = struct.unpack_from(">II", chunk, 8)
+    return width_px, height_px
 
 
-def _strip_webp(data: bytes, orientation: int) -> bytes:
-    chunks, at = [], 12
-    while at + 8 <= len(data):
+def _strip_png(data: bytes) -> bytes:
+    chunks = list(_png_chunks(data))
+    kept = [chunk for name, chunk in chunks if name in _PNG_KEPT]
+    if any(struct.pack(">I", zlib.crc32(chunk[4:-4])) != chunk[-4:] for chunk in kept):
+        raise _damaged("a part of it does not have its checksum")
+    if not any(name == b"IDAT" for name, _ in chunks):
+        raise _damaged("it holds no pixels")
+    orientation = next((_orientation(chunk[8:-4]) for name, chunk in chunks if name == b"eXIf"), 1)
+    if orientation != 1:
+        body = b"eXIf" + _orientation_tiff(orientation)
+        kept.insert(1, struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)))
+    return _PNG_MAGIC + b"".join(kept)
+
+
+# ---------------------------------------------------------------- WebP
+
+
+def _webp_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (name, body) of the chunks between two places."""
+    while at < end:
         name, (length,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
-        end = at + 8 + length + (length & 1)
-        if at + 8 + length > len(data):
-            raise PictureError("the picture is cut off; send an undamaged file", "damaged")
-        if name not in _WEBP_DROPPED:
-            chunks.append(data[at:end])
-        at = end
-    extended = bool(chunks) and chunks[0][:4] == b"VP8X"
-    if extended:
-        # Bits of VP8X: 0x08 announces EXIF, 0x04 announces XMP.
-        flags = (chunks[0][8] & ~0x0C) | (0x08 if orientation != 1 else 0)
-        chunks[0] = chunks[0][:8] + bytes([flags]) + chunks[0][9:]
-        if orientation != 1:
-            tiff = _orientation_tiff(orientation)
-            chunks.append(b"EXIF" + struct.pack("<I", len(tiff)) + tiff)
-    body = b"WEBP" + b"".join(chunks)
-    return b"RIFF" + struct.pack("<I", len(body)) + body
+        if at + 8 + length > end:
+            raise _damaged("it is cut off")
+        yield name, data[at + 8 : at + 8 + length]
+        at += 8 + length + (length & 1)
+
+
+def _webp_end(data: bytes) -> int:
+    (length,) = struct.unpack_from("<I", data, 4)
+    if 8 + length > len(data):
+        raise _damaged("it is cut off")
+    return 8 + int(length)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    name, body = next(_webp_chunks(data, 12, _webp_end(data)), (b"", b""))
+    if name == b"VP8X":
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if name == b"VP8L" and body[:1] == b"\x2f":
+        (bits,) = struct.unpack_from("<I", body, 1)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if name == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        width_px, height_px = struct.unpack_from("<HH", body, 6)
+        return width_px & 0x3FFF, height_px & 0x3FFF
+    raise _damaged("its header cannot be read")
+
+
+def _strip_webp(data: bytes) -> bytes:
+    chunks = list(_webp_chunks(data, 12, _webp_end(data)))
+    if not any(name in _WEBP_PIXELS for name, _ in chunks):
+        raise _damaged("it holds no pixels")
+    orientation = next((_orientation(body) for name, body in chunks if name == b"EXIF"), 1)
+    parts: list[bytes] = []
+    for name, body in chunks:
+        if name == b"VP8X":
+            flags = body[0] & ~(_WEBP_HAS_EXIF | _WEBP_HAS_XMP) | (_WEBP_HAS_EXIF if orientation != 1 else 0)
+            body = bytes([flags]) + body[1:]
+        if name == b"ANMF":
+            frame = [_webp_chunk(*chunk) for chunk in _webp_chunks(body, 16, len(body)) if chunk[0] in _WEBP_KEPT]
+            body = body[:16] + b"".join(frame)
+        if name in _WEBP_KEPT:
+            parts.append(_webp_chunk(name, body))
+    if orientation != 1 and chunks[0][0] == b"VP8X":
+        parts.append(_webp_chunk(b"EXIF", _orientation_tiff(orientation)))
+    inside = b"WEBP" + b"".join(parts)
+    return b"RIFF" + struct.pack("<I", len(inside)) + inside
+
+
+def _webp_chunk(name: bytes, body: bytes) -> bytes:
+    return name + struct.pack("<I", len(body)) + body + b"\x00" * (len(body) & 1)

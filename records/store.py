@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import sqlalchemy as sa
+
+from records.audit import head_file
 from records.blobs import BlobStore, open_blobs
 from records.home import Home, open_home
 from records.ledger import Ledger, open_ledger
@@ -11,7 +14,15 @@ from records.taxonomy import Taxonomy, load_taxonomy
 
 @dataclass(frozen=True)
 class Store:
-    """Everything that is kept. Open it with `open_store`."""
+    """Everything that is kept. Open it with `open_store`.
+
+    Args:
+        settings: it was opened with; the home in them is absolute, so another process may open the same store.
+        home: the folder that everything lives under.
+        taxonomy: which classes there are.
+        ledger: every record.
+        blobs: pictures and overlays.
+    """
 
     settings: RecordsSettings
     home: Home
@@ -39,8 +50,10 @@ def open_store(settings: RecordsSettings) -> Store:
     taxonomy = load_taxonomy(settings.taxonomy)
     home = open_home(settings.home)
     ledger = open_ledger(
-        settings.database or f"sqlite:///{home.root / 'ledger.db'}",
+        settings.database or sa.URL.create("sqlite", database=str(home.root / "ledger.db")),
         durability=settings.durability,
         busy_timeout_s=settings.busy_timeout_s,
+        audit_head=head_file(home),
     )
-    return Store(settings, home, taxonomy, ledger, open_blobs(settings.blobs or home.blobs.as_uri()))
+    settings = settings.model_copy(update={"home": home.root})
+    return Store(settings, home, taxonomy, ledger, open_blobs(settings.blobs or str(home.blobs)))

@@ -103,8 +103,8 @@ class Taxonomy(BaseModel):
         """
         if other_hash != self.hash:
             raise TaxonomyError(
-                f"{owner} was made with taxonomy {other_hash[:12]}, this service uses {self.name!r} ({self.hash[:12]}); "
-                "use the taxonomy it was made with"
+                f"{owner} was made with taxonomy {other_hash[:12]}, this service uses {self.name!r} "
+                f"({self.hash[:12]}); use the taxonomy it was made with"
             )
 
 
@@ -134,8 +134,11 @@ def load_taxonomy(name_or_path: str) -> Taxonomy:
 def _read(name_or_path: str) -> str:
     built_in = resources.files("records") / "taxonomies" / f"{name_or_path}.yaml"
     if "/" not in name_or_path and built_in.is_file():
-        return built_in.read_text()
+        return built_in.read_text(encoding="utf-8")
     path = Path(name_or_path)
     if not path.is_file():
         raise TaxonomyError(f"no taxonomy {name_or_path!r}: give a built-in name (ham10000) or the path of a YAML file")
-    return path.read_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaxonomyError(f"taxonomy {name_or_path!r} cannot be read: {error}") from error

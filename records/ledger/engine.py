@@ -1,5 +1,12 @@
-"""Engines: how SQLite and PostgreSQL are opened, and which places are refused."""
+"""Engines: how SQLite and PostgreSQL are opened, and which places are refused.
 
+Write transactions follow one another on both: SQLite locks the file, PostgreSQL takes one advisory
+lock. So whatever a transaction reads before it writes (the last audit event, the holder of a lease,
+the model that answers) is still true when it commits.
+"""
+
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +16,19 @@ import sqlalchemy as sa
 from records.errors import ConfigError
 
 NETWORK_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs", "fuse.s3fs"}
-)
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "webdav", "9p", "afs", "afpfs", "beegfs", "ceph", "glusterfs", "gpfs"}
+    | {f"fuse.{kind}" for kind in ("sshfs", "s3fs", "gcsfuse", "rclone", "glusterfs", "ceph", "ceph-fuse")}
+)  # fmt: skip
 WRITE_OPTION = "relook_write"
+READ_OPTIONS: dict[str, dict[str, Any]] = {
+    "sqlite": {},
+    "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+}
+"""What makes a read transaction one consistent view, by kind of database."""
+_WRITER_LOCK = 7355608  # any number that nobody else in the database uses
 
 
-def make_engine(url: str, *, durability: Literal["normal", "full"], busy_timeout_s: float) -> sa.Engine:
+def make_engine(url: str | sa.URL, *, durability: Literal["normal", "full"], busy_timeout_s: float) -> sa.Engine:
     """Make an engine with the settings that the ledger's promises rest on.
 
     Args:
@@ -24,22 +38,42 @@ def make_engine(url: str, *, durability: Literal["normal", "full"], busy_timeout
     Returns:
         The engine; nothing is connected yet.
     Raises:
-        ConfigError: the URL is malformed, of another database, or a SQLite file on a network disk.
+        ConfigError: the URL is malformed, of another database or without its driver, or names a SQLite
+            file that is not an absolute path or lies on a network disk.
     """
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError as error:
         raise ConfigError(
-            "records.database is not a database URL; use sqlite:///FILE or postgresql+psycopg://..."
+            "records.database is not a database URL; use sqlite:////FOLDER/FILE or postgresql+psycopg://..."
         ) from error
-    if parsed.get_backend_name() == "postgresql":
-        return sa.create_engine(parsed, pool_pre_ping=True)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+    kind = parsed.get_backend_name()
+    # Numbers that are not finite are not JSON; SQLite would store them and PostgreSQL refuse them.
+    options: dict[str, Any] = {
+        "pool_timeout": busy_timeout_s,
+        "json_serializer": partial(json.dumps, allow_nan=False),
+    }
+    if kind == "postgresql":
+        try:
+            engine = sa.create_engine(parsed, pool_pre_ping=True, **options)
+        except (ImportError, sa.exc.ArgumentError) as error:
+            raise ConfigError(
+                f"records.database needs a driver that is not here ({error}); "
+                "pip install 'psycopg[binary]' and use postgresql+psycopg://..."
+            ) from error
+        _set_up_postgresql(engine, busy_timeout_s)
+        return engine
+    if kind != "sqlite":
         raise ConfigError(
-            f"records.database is of kind {parsed.get_backend_name()!r}; use sqlite:///FILE or postgresql+psycopg://..."
+            f"records.database is of kind {kind!r}; use sqlite:////FOLDER/FILE or postgresql+psycopg://..."
+        )
+    # Every connection to `:memory:` is another database, and Ray changes the folder that a relative path starts in.
+    if not parsed.database or not Path(parsed.database).is_absolute():
+        raise ConfigError(
+            f"records.database has to name an absolute file, sqlite:////FOLDER/FILE, not {parsed.database!r}"
         )
     refuse_network_disk(Path(parsed.database))
-    engine = sa.create_engine(parsed, connect_args={"timeout": busy_timeout_s, "check_same_thread": False})
+    engine = sa.create_engine(parsed, connect_args={"timeout": busy_timeout_s, "check_same_thread": False}, **options)
     _set_up_sqlite(engine, durability)
     return engine
 
@@ -52,9 +86,10 @@ def refuse_network_disk(path: Path) -> None:
     Raises:
         ConfigError: the file would lie on a network file system.
     """
-    absolute = path.absolute()
+    absolute = path.resolve()
     mounts = [p for p in psutil.disk_partitions(all=True) if absolute.is_relative_to(p.mountpoint)]
-    nearest = max(mounts, key=lambda p: len(p.mountpoint), default=None)
+    # The longest mount point holds the file; of equal ones the last was mounted over the others.
+    nearest = max(reversed(mounts), key=lambda p: len(p.mountpoint), default=None)
     if nearest is not None and nearest.fstype in NETWORK_FILE_SYSTEMS:
         raise ConfigError(
             f"records.database {str(absolute)!r} is on a network file system ({nearest.fstype}), where SQLite can lose "
@@ -71,10 +106,26 @@ def _set_up_sqlite(engine: sa.Engine, durability: str) -> None:
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute(f"PRAGMA synchronous={durability.upper()}")
-        cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        writes = connection.get_execution_options().get(WRITE_OPTION, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
+
+
+def _set_up_postgresql(engine: sa.Engine, busy_timeout_s: float) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def _settings(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"SET lock_timeout = {int(busy_timeout_s * 1000)}")
+        cursor.close()
+        connection.commit()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        if _writes(connection):
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
+
+
+def _writes(connection: sa.Connection) -> bool:
+    return bool(connection.get_execution_options().get(WRITE_OPTION, False))

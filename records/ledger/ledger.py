@@ -8,22 +8,25 @@
 Rows are added, never replaced; only the fields that a record type names as mutable can change.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from records.errors import ContractError, RefusedError, UnavailableError, UnknownIdError
 from records.ids import utc_now
-from records.ledger.engine import WRITE_OPTION, make_engine
+from records.ledger.engine import READ_OPTIONS, WRITE_OPTION, make_engine
 from records.ledger.migrate import upgrade
-from records.ledger.tables import TABLES
+from records.ledger.tables import TABLES, any_of
 from records.types import Lease, Record
 
 R = TypeVar("R", bound=Record)
+_FEW = 1000
 
 
 @dataclass(frozen=True)
@@ -32,26 +35,39 @@ class Transaction:
 
     Args:
         connection: the SQLAlchemy connection, for the rare query that records cannot express.
+        writes: false in a read transaction.
+        after_commit: what to call with the ledger once this transaction is committed, each once.
     """
 
     connection: sa.Connection
+    writes: bool = True
+    after_commit: list[Callable[["Ledger"], None]] = field(default_factory=list, repr=False)
 
     def add(self, *records: Record) -> None:
         """Insert records.
 
         Args:
-            records: any mix of types; rows of one type go in together.
+            records: any mix of types; rows of one type go in together, all or none.
         Raises:
-            RefusedError: a key or unique value exists already; nothing is ever overwritten.
+            RefusedError: a key or unique value exists already; nothing is ever overwritten. The
+                transaction can go on after it.
+            ContractError: this is a read transaction, or a field holds something that is not JSON.
         """
+        self._require_writes()
         by_type: dict[type[Record], list[dict[str, Any]]] = {}
         for record in records:
             by_type.setdefault(type(record), []).append(record.model_dump(mode="python"))
         for record_type, rows in by_type.items():
             try:
-                self.connection.execute(sa.insert(TABLES[record_type]), rows)
+                with self.connection.begin_nested():
+                    self.connection.execute(sa.insert(TABLES[record_type]), rows)
             except sa.exc.IntegrityError as error:
-                raise RefusedError(f"{record_type.__name__} exists already: {error.orig}") from error
+                what = str(error.orig).splitlines()[0]
+                raise RefusedError(f"{record_type.__name__} exists already: {what}") from error
+            except sa.exc.StatementError as error:
+                if isinstance(error.orig, (TypeError, ValueError)):
+                    raise ContractError(f"{record_type.__name__} cannot be stored: {error.orig}") from error
+                raise
 
     def get(self, record_type: type[R], key: str | int) -> R | None:
         """Return the record with this key, or None."""
@@ -94,7 +110,7 @@ class Transaction:
             ContractError: a field is unknown.
         """
         table = TABLES[record_type]
-        query = sa.select(table).where(*_conditions(record_type, where or {}))
+        query = sa.select(table).where(*self._conditions(record_type, where or {}))
         for name in order_by:
             column = _column(record_type, name.removeprefix("-"))
             query = query.order_by(column.desc() if name.startswith("-") else column.asc())
@@ -105,7 +121,7 @@ class Transaction:
     def count(self, record_type: type[Record], where: Mapping[str, Any] | None = None) -> int:
         """Return how many records match; see `find` for `where`."""
         query = sa.select(sa.func.count()).select_from(TABLES[record_type])
-        return int(self.connection.execute(query.where(*_conditions(record_type, where or {}))).scalar_one())
+        return int(self.connection.execute(query.where(*self._conditions(record_type, where or {}))).scalar_one())
 
     def update(self, record_type: type[Record], key: str | int, **changes: Any) -> None:
         """Change mutable fields of one record.
@@ -115,18 +131,39 @@ class Transaction:
             key: the value of its key field.
             changes: new values, mutable fields only.
         Raises:
-            ContractError: a field is not mutable.
+            ContractError: a field is not mutable, a value does not fit it, or this is a read transaction.
             UnknownIdError: there is no such record.
         """
+        self._require_writes()
         forbidden = sorted(set(changes) - record_type.mutable)
         if forbidden:
             raise ContractError(f"{record_type.__name__}.{forbidden[0]} never changes after it was written")
-        table = TABLES[record_type]
-        result = self.connection.execute(
-            sa.update(table).where(_column(record_type, record_type.key) == key).values(**changes)
-        )
-        if result.rowcount != 1:
-            raise UnknownIdError(f"no {record_type.__name__} has the id {key!r}")
+        current = self.require(record_type, key)
+        try:
+            changed = record_type.model_validate(current.model_dump() | changes)
+        except ValidationError as error:
+            raise ContractError(f"{record_type.__name__} cannot become that: {error}") from error
+        values = {name: getattr(changed, name) for name in changes}
+        if not values:
+            return
+        key_column = _column(record_type, record_type.key)
+        self.connection.execute(sa.update(TABLES[record_type]).where(key_column == key).values(**values))
+
+    def _require_writes(self) -> None:
+        if not self.writes:
+            raise ContractError("a read transaction cannot write; open one with ledger.begin()")
+
+    def _conditions(self, record_type: type[Record], where: Mapping[str, Any]) -> Iterable[sa.ColumnElement[bool]]:
+        for name, value in where.items():
+            column = _column(record_type, name)
+            if value is None:
+                yield column.is_(None)
+            elif not isinstance(value, (list, tuple, set, frozenset)):
+                yield column == value
+            elif len(value) <= _FEW:
+                yield column.in_(list(value))
+            else:
+                yield any_of(column, value, self.connection.dialect)
 
 
 @dataclass(frozen=True)
@@ -136,24 +173,34 @@ class Ledger:
     Args:
         url: where it is, without its password.
         engine: the SQLAlchemy engine.
+        audit_head: the file outside the database that keeps the head of the audit chain, if there is one.
     """
 
     url: str
     engine: sa.Engine = field(repr=False)
+    audit_head: Path | None = None
 
     @contextmanager
     def begin(self) -> Generator[Transaction]:
-        """Open a write transaction; it commits at the end of the block and rolls back on an error."""
+        """Open a write transaction; it commits at the end of the block and rolls back on an error.
+
+        Write transactions follow one another, so keep them short: nobody else writes meanwhile.
+        """
         with _reachable(self.url), self.engine.connect() as connection:
             connection = connection.execution_options(**{WRITE_OPTION: True})
             with connection.begin():
-                yield Transaction(connection)
+                tx = Transaction(connection)
+                yield tx
+        for action in dict.fromkeys(tx.after_commit):
+            action(self)
 
     @contextmanager
     def read(self) -> Generator[Transaction]:
         """Open a read transaction: one consistent view, no lock held against writers."""
-        with _reachable(self.url), self.engine.connect() as connection, connection.begin():
-            yield Transaction(connection)
+        with _reachable(self.url), self.engine.connect() as connection:
+            connection = connection.execution_options(**READ_OPTIONS[connection.dialect.name])
+            with connection.begin():
+                yield Transaction(connection, writes=False)
 
     def lease(self, name: str, holder: str, seconds: float) -> bool:
         """Take or prolong the right to do something alone.
@@ -189,13 +236,20 @@ class Ledger:
         self.engine.dispose()
 
 
-def open_ledger(url: str, *, durability: Literal["normal", "full"] = "normal", busy_timeout_s: float = 30.0) -> Ledger:
+def open_ledger(
+    url: str | sa.URL,
+    *,
+    durability: Literal["normal", "full"] = "normal",
+    busy_timeout_s: float = 30.0,
+    audit_head: Path | None = None,
+) -> Ledger:
     """Open a ledger and bring its schema up to date.
 
     Args:
         url: a SQLAlchemy URL, SQLite or PostgreSQL.
         durability: SQLite's synchronous mode.
         busy_timeout_s: how long a writer waits for another, seconds.
+        audit_head: the file outside the database that keeps the head of the audit chain.
     Returns:
         The open ledger.
     Raises:
@@ -206,29 +260,19 @@ def open_ledger(url: str, *, durability: Literal["normal", "full"] = "normal", b
     shown = engine.url.render_as_string(hide_password=True)
     with _reachable(shown):
         upgrade(engine)
-    return Ledger(url=shown, engine=engine)
+    return Ledger(url=shown, engine=engine, audit_head=audit_head)
 
 
 @contextmanager
 def _reachable(url: str) -> Generator[None]:
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-        raise UnavailableError(f"ledger {url} does not answer: {' '.join(str(error.orig).split())}") from error
+    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+        reason = getattr(error, "orig", None) or error
+        raise UnavailableError(f"ledger {url} does not answer: {' '.join(str(reason).split())}") from error
 
 
 def _column(record_type: type[Record], name: str) -> sa.Column[Any]:
     if name not in record_type.model_fields:
         raise ContractError(f"{record_type.__name__} has no field {name!r}")
     return TABLES[record_type].c[name]
-
-
-def _conditions(record_type: type[Record], where: Mapping[str, Any]) -> Iterable[sa.ColumnElement[bool]]:
-    for name, value in where.items():
-        column = _column(record_type, name)
-        if value is None:
-            yield column.is_(None)
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            yield column.in_(list(value))
-        else:
-            yield column == value

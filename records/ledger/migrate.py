@@ -15,7 +15,8 @@ from records.ledger.engine import WRITE_OPTION
 def alembic_config() -> Config:
     """Return Alembic's configuration; the connection is passed in `attributes`."""
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    # Alembic reads a per cent sign as the start of a placeholder.
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     return config
 
 
@@ -46,9 +47,7 @@ def upgrade(engine: sa.Engine) -> None:
         )
     with engine.connect() as connection:
         connection = connection.execution_options(**{WRITE_OPTION: True})
+        # As a writer it waits for others; a process that comes second finds nothing left to do.
         with connection.begin():
-            if connection.dialect.name == "postgresql":
-                # Two processes that start together must not run the same migration twice.
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7355608)"))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")

@@ -4,6 +4,8 @@ A test holds the migrations against these tables, so a changed record type witho
 fails the build.
 """
 
+import json
+from collections.abc import Collection
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, get_origin
@@ -95,6 +97,22 @@ def _table(record_type: type[Record], metadata: sa.MetaData) -> sa.Table:
         sa.Index(f"ux_{record_type.table}_{'_'.join(names)}", *names, unique=True) for names in record_type.unique
     ]
     return sa.Table(record_type.table, metadata, *columns, *indexes, *uniques)
+
+
+def any_of(column: sa.Column[Any], values: Collection[Any], dialect: sa.Dialect) -> sa.ColumnElement[bool]:
+    """Return the condition that a column has one of many values, as one bound value however many there are.
+
+    Args:
+        column: of texts or whole numbers.
+        values: any number of them; databases would take only 32,766 (SQLite) or 65,535 (PostgreSQL) one by one.
+        dialect: of the database.
+    Returns:
+        The condition.
+    """
+    plain = [value.value if isinstance(value, StrEnum) else value for value in values]
+    if dialect.name == "sqlite":
+        return column.in_(sa.select(sa.func.json_each(json.dumps(plain)).table_valued("value").c.value))
+    return column == sa.any_(sa.literal(plain, sa.ARRAY(column.type)))
 
 
 METADATA = sa.MetaData()

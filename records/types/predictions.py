@@ -109,6 +109,7 @@ class ReviewItem(Record):
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(
         {"state", "priority", "reasons", "project_id", "task_id", "pushed_at", "answered_at", "overlay_blob"}
+        | {"comment", "suggested_label"}
     )
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("state", "priority"), ("prediction_id",), ("image_id",))
 

@@ -1,0 +1,62 @@
+# Four verbs for every day: setup, check, test, bench. They are what CI runs, too.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+ROOMS := records trainers tuning serving labeling cluster
+INSTALLED := $(VENV)/.relook-installed
+LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
+PIP := $(BIN)/pip install --disable-pip-version-check
+
+.PHONY: help setup demo check format test test-fast bench soak clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) $(LABEL_STUDIO)  ## install everything into .venv; does nothing the second time
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Relook needs Python 3.11 or newer; install it, or name it: make setup PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Relook needs Python 3.11 or newer and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make setup PYTHON=/path/to/python")'
+	@echo "installing Relook's packages into $(VENV) (the first time: several minutes, about 6 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(LABEL_STUDIO): $(INSTALLED) labeling/label_studio_requirements.lock
+	$(BIN)/relook label install
+	@touch $@
+
+demo: setup  ## the whole loop, one command; make demo DATA=folder takes your pictures
+	$(BIN)/relook demo $(if $(DATA),--data "$(DATA)")
+
+check: $(INSTALLED)  ## style, types, import directions, docstrings, changelog
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pydoclint $(ROOMS)
+	@grep -q "^## $$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" CHANGELOG.md \
+		|| { echo "CHANGELOG.md has no section for the version in pyproject.toml" >&2; exit 1; }
+
+format: $(INSTALLED)  ## sort imports and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: setup  ## the whole suite: real Ray, real Label Studio, a browser where there is one
+	$(BIN)/pytest
+
+test-fast: $(INSTALLED)  ## what needs no server and no browser
+	$(BIN)/pytest -m "not slow and not browser"
+
+bench: setup  ## time and memory of the demo
+	$(BIN)/python bench/demo.py $(if $(DATA),--data "$(DATA)")
+
+soak: setup  ## the demo again and again for MINUTES (60), nothing may fail or stay behind
+	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),60)
+
+clean:  ## remove caches and the environment; .relook (your data) stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(ROOMS) tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

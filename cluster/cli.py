@@ -1,0 +1,161 @@
+"""The `relook` command: joins the rooms' verbs and turns errors into exit codes.
+
+In: command-line arguments. Out: 0 done, 1 failed, 2 bad input, 130 interrupted; expected errors are one
+sentence on stderr (with `--json` an object on stdout, too) and never a traceback. The rooms' `cli`
+modules import what they compute with inside their verbs, so that `relook --help` stays quick.
+
+    relook --help
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from records.command import RAY_STARTER, ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of
+from records.errors import RelookError, UserError
+
+# In this order they stand in `relook --help`.
+_JOINED = ("trainers.cli", "tuning.cli", "serving.cli", "labeling.cli", "records.cli", "cluster.verbs")
+
+app = typer.Typer(
+    name="relook",
+    help="Trains an image classifier, serves it with an explanation beside every answer, and learns from what experts correct.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"relook {version('relook')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Give every verb the loader that composes its settings from their sources, and what starts Ray."""
+    ctx.obj = _load
+    ctx.meta[RAY_STARTER] = _start_ray
+
+
+def _load(config: Path | None, preset: str | None, sets: Sequence[str]) -> Any:
+    from cluster.sources import load_settings
+
+    return load_settings(config, preset, sets, os.environ)
+
+
+def _start_ray(settings: Any) -> AbstractContextManager[Any]:
+    from cluster.session import start_ray
+
+    return start_ray(settings)
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine, one line per thing, and name the fix where something is wrong."""
+    from cluster.doctor import examine, report
+
+    checks = examine(settings_of(ctx, config, preset, sets))
+    failed = any(check.state == "fail" for check in checks)
+    emit(as_json, {"ok": not failed, "checks": [check.model_dump() for check in checks]}, report(checks))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what there is: pictures, labels, models, what waits for experts, the last round."""
+    from cluster.status import report, survey
+
+    found = survey(settings_of(ctx, config, preset, sets).records)
+    emit(as_json, found, report(found))
+
+
+for _name in _JOINED:
+    if importlib.util.find_spec(_name) is not None:
+        app.add_typer(importlib.import_module(_name).app)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: without the program's name.
+    Returns:
+        The exit code.
+    """
+    as_json = "--json" in arguments
+    try:
+        code = typer.main.get_command(app).main(args=list(arguments), prog_name="relook", standalone_mode=False)
+    except TyperException as error:
+        return _complain(error.format_message(), type(error).__name__, 2, as_json)
+    except RelookError as error:
+        return _complain(str(error), type(error).__name__, 2 if isinstance(error, UserError) else 1, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted; what was done so far is kept", "Interrupted", 130, as_json)
+    except Exception as error:  # noqa: BLE001 - the last line: nobody above could say it better
+        kept = _keep_traceback()
+        message = f"unexpected {type(error).__name__}: {error}; this is a bug, the traceback is in {kept}"
+        return _complain(message, type(error).__name__, 1, as_json)
+    if code == 130:
+        return _complain("interrupted; what was done so far is kept", "Interrupted", 130, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Run the command line of this process and exit with its code."""
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    sys.exit(run(sys.argv[1:]))
+
+
+def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _complain(message: str, kind: str, code: int, as_json: bool) -> int:
+    if message:
+        typer.echo(f"relook: {message}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+    return code
+
+
+def _keep_traceback() -> Path:
+    logs = Path(os.environ.get("RELOOK_HOME", ".relook")) / "logs"
+    folder = logs if logs.is_dir() else Path(tempfile.gettempdir())
+    path = folder / f"relook-error-{datetime.now():%Y%m%dT%H%M%S}-{os.getpid()}.txt"
+    path.write_text(traceback.format_exc())
+    return path

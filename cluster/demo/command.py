@@ -1,0 +1,183 @@
+"""`relook demo`: play the loop, show what came of it, and keep it up for a look around."""
+
+import os
+import select
+import shutil
+import sys
+import termios
+import tty
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+
+from cluster.demo.story import Expert, Running, play, reopen
+from cluster.demo.summary import DemoSummary, Stages
+from cluster.settings import Settings
+from records.command import emit, stderr
+from records.errors import RefusedError
+from records.home import open_home
+from records.ids import utc_now
+from records.store import open_store
+
+KEPT_FOLDERS = ("demo", "keys")
+
+
+def play_demo(settings: Settings, *, data: Path | None, expert: Expert, as_json: bool) -> None:
+    """Play the demo and show what came of it.
+
+    Args:
+        settings: of everything.
+        data: folder with pictures; None generates some.
+        expert: who answers in Label Studio.
+        as_json: print the summary as one JSON object.
+    Raises:
+        RefusedError: the home holds work that is not a demo's.
+    """
+    _make_room(settings, data)
+    store = open_store(settings.records)
+    with play(settings, store, data=data, expert=expert) as running:
+        _show(running, as_json)
+    store.close()
+
+
+def reopen_demo(settings: Settings, *, as_json: bool) -> None:
+    """Bring the finished demo back until it is left.
+
+    Args:
+        settings: of everything.
+        as_json: print the summary as one JSON object.
+    Raises:
+        RefusedError: no demo was finished here.
+    """
+    store = open_store(settings.records)
+    with reopen(settings, store) as running:
+        _show(running, as_json)
+    store.close()
+
+
+def _show(running: Running, as_json: bool) -> None:
+    emit(as_json, running.summary, _ending(running))
+    if sys.stdin.isatty() and stderr.is_terminal:
+        _stay_until_q(running)
+
+
+def _make_room(settings: Settings, data: Path | None) -> None:
+    """Move a finished demo, or one of other data, out of the way; refuse a home that holds real work."""
+    home = open_home(settings.records.home)
+    stages = Stages(home)
+    if not (home.root / "ledger.db").exists() and not stages.results:
+        return
+    source = str(data) if data else "generated"
+    played = stages.results.get("data", {}).get("source")
+    if played == source and "trace" not in stages.results:
+        stderr.print("an unfinished demo of the same data goes on", highlight=False)
+        return
+    if not stages.results:
+        raise RefusedError(
+            f"{home.root} holds work that is not a demo's; run it in a folder of its own: RELOOK_HOME=DIR relook demo"
+        )
+    if settings.records.database:
+        raise RefusedError(
+            "the database holds a finished demo; give the next one a database of its own (RELOOK_DATABASE)"
+        )
+    earlier = home.demo / "earlier" / f"{utc_now():%Y%m%dT%H%M%S}"
+    earlier.mkdir(parents=True)
+    for path in sorted(home.root.iterdir()):
+        if path.name not in KEPT_FOLDERS:
+            shutil.move(path, earlier / path.name)
+    for path in sorted(home.demo.iterdir()):
+        if path.name != "earlier":
+            shutil.move(path, earlier / path.name)
+    stderr.print(f"the demo before this one was moved to {earlier}", highlight=False)
+
+
+def _ending(running: Running) -> Group:
+    summary = running.summary
+    return Group(_rounds_table(summary), _facts_table(summary), _next_steps(running))
+
+
+def _rounds_table(summary: DemoSummary) -> Table:
+    table = Table("", "round 1", "round 2", title="What the experts' answers changed", title_justify="left")
+    first, second = summary.rounds
+
+    def cells(name: str, *values: object) -> None:
+        table.add_row(name, *(str(value) for value in values))
+
+    cells("model", first.model_id[:12], second.model_id[:12])
+    cells("labels from experts", first.labels_from_experts, second.labels_from_experts)
+    cells(
+        "balanced accuracy (test)",
+        *(_with_interval(r.balanced_accuracy, r.balanced_accuracy_ci) for r in summary.rounds),
+    )
+    cells("melanoma sensitivity", *(_number(r.melanoma_sensitivity) for r in summary.rounds))
+    cells("melanoma specificity", *(_number(r.melanoma_specificity) for r in summary.rounds))
+    cells("status", first.status, second.status)
+    cells("because", first.why, second.why)
+    return table
+
+
+def _facts_table(summary: DemoSummary) -> Table:
+    table = Table.grid(padding=(0, 2))
+    asked = summary.label_studio
+    table.add_row("requests", f"{summary.served['requests']}, {summary.served['failed']} failed")
+    table.add_row(
+        "Label Studio",
+        f"{asked['tasks_pushed']} tasks, {asked['annotations_pulled']} answers, "
+        f"{asked['lost']} lost, {asked['duplicated']} doubled",
+    )
+    table.add_row("harmed challenger", "refused" if summary.gate["harmed_challenger_refused"] else "NOT refused")
+    table.add_row("swap under traffic", f"{summary.swap['requests']} requests, {summary.swap['failed']} failed")
+    table.add_row("time", f"{sum(summary.seconds.values()):.0f} s")
+    return table
+
+
+def _next_steps(running: Running) -> Panel:
+    prediction = running.summary.trace.get("prediction_id", "PREDICTION_ID")
+    lines = [
+        f"page and API     {running.service.url}",
+        f"Label Studio     {running.label_studio.url}  user {running.label_studio.username}  password: see below",
+        "",
+        "what to try next",
+        f"  relook trace {prediction}",
+        "  relook models",
+        "  relook demo --reopen            look around in this demo again",
+        "  relook demo --expert human      answer the questions yourself",
+        "  relook demo --data DIR          the same on your own pictures",
+    ]
+    return Panel("\n".join(lines), title="still here", border_style="cyan", expand=False)
+
+
+def _with_interval(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})" if interval else f"{value:.3f}"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _stay_until_q(running: Running) -> None:
+    password = running.label_studio.password.get_secret_value()
+    stderr.print(f"Label Studio's password for {running.label_studio.username}: {password}", highlight=False)
+    stderr.print("everything stays up; press q to stop it", highlight=False)
+    with _keys():
+        while True:
+            ready, _, _ = select.select([sys.stdin], [], [], 1.0)
+            if ready and os.read(sys.stdin.fileno(), 1) in (b"q", b"Q", b""):
+                return
+
+
+@contextmanager
+def _keys() -> Generator[None]:
+    """Read single keys; the terminal gets its own mode back at the end."""
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -1,0 +1,160 @@
+"""Traffic for the demo: threads that send pictures to the running service over HTTP and flag some answers."""
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from records.errors import RelookError
+from records.types import FlagReason
+from serving.client import Client
+from serving.schemas import Context, FlagRequest, PredictionAnswer
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to send.
+
+    Args:
+        image_id: its id in the ledger.
+        name: what the source calls it.
+        data: the file.
+        truth: its diagnosis, which only the simulated people know.
+    """
+
+    image_id: str
+    name: str
+    data: bytes = field(repr=False)
+    truth: str
+
+
+@dataclass
+class Tally:
+    """What came of the requests so far. Read it from any thread; only traffic writes it."""
+
+    requests: int = 0
+    failed: int = 0
+    flagged: int = 0
+    decisions: Counter[str] = field(default_factory=Counter)
+    models: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    flagged_predictions: list[str] = field(default_factory=list)
+    last: str = ""
+
+    def figures(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        return {
+            "requests": self.requests,
+            "failed": self.failed,
+            "flagged": self.flagged,
+            "decisions": dict(self.decisions),
+            "answered_by": dict(self.models),
+            "failures": self.failures[:5],
+        }
+
+
+class Traffic:
+    """Sends pictures in a cycle until it has sent enough or is stopped.
+
+    A flag is what an attentive user would do: the answer looks wrong, so it goes to an expert.
+
+    Args:
+        url: of the service.
+        pictures: what is sent, in order, again from the start when they run out.
+        tally: where the counts go.
+        requests: how many to send; None sends until `stop`.
+        concurrency: threads.
+        rate_per_s: requests per second of all threads together; None is as fast as the answers come.
+        flags: how many answers to flag at most.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        pictures: Sequence[Picture],
+        tally: Tally,
+        *,
+        requests: int | None,
+        concurrency: int,
+        rate_per_s: float | None = None,
+        flags: int = 0,
+    ) -> None:
+        self._url = url
+        self._tally = tally
+        self._flags = flags
+        self._pause_s = concurrency / rate_per_s if rate_per_s else 0.0
+        self._pictures = itertools.islice(itertools.cycle(pictures), requests)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._send, name=f"traffic-{i}", daemon=True) for i in range(concurrency)
+        ]
+
+    def start(self) -> None:
+        """Begin to send."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop after the requests that are under way."""
+        self._stop.set()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is sent."""
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def running(self) -> bool:
+        """True while requests are still to be sent."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def _send(self) -> None:
+        # Nothing is sent twice here: a request that fails has to show as failed.
+        with Client(self._url, retry_s=0.0) as client:
+            while not self._stop.is_set():
+                with self._lock:
+                    picture = next(self._pictures, None)
+                if picture is None:
+                    return
+                self._send_one(client, picture)
+                self._stop.wait(self._pause_s)
+
+    def _send_one(self, client: Client, picture: Picture) -> None:
+        started = time.perf_counter()
+        try:
+            answer = client.predict(picture.data, context=Context(localization=None))
+        except RelookError as error:
+            with self._lock:
+                self._tally.requests += 1
+                self._tally.failed += 1
+                self._tally.failures.append(str(error))
+            return
+        with self._lock:
+            self._tally.requests += 1
+            self._tally.decisions[answer.decision] += 1
+            self._tally.models[answer.model.id] += 1
+            said = f"{answer.label} {answer.confidence:.2f}" if answer.label and answer.confidence else "no answer"
+            elapsed_ms = (time.perf_counter() - started) * 1000
+            self._tally.last = f"{picture.name}: {said}, {answer.decision}, {elapsed_ms:.0f} ms"
+            wanted = answer.label != picture.truth and self._tally.flagged < self._flags
+            self._tally.flagged += wanted
+        if wanted:
+            self._flag(client, answer)
+
+    def _flag(self, client: Client, answer: PredictionAnswer) -> None:
+        request = FlagRequest(reason=FlagReason.WRONG_LABEL, comment="This does not look right to me.")
+        try:
+            client.flag(answer.id, request)
+        except RelookError as error:
+            with self._lock:
+                self._tally.flagged -= 1
+                self._tally.failed += 1
+                self._tally.failures.append(str(error))
+            return
+        with self._lock:
+            self._tally.flagged_predictions.append(answer.id)

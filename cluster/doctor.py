@@ -1,0 +1,301 @@
+"""`relook doctor`: one line per thing that has to be right, with the fix where it is not.
+
+In: `Settings`. Out: a list of `Check`. It looks and asks, but starts no server, migrates no database
+and makes no home: what is not there yet is said to be fine.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel
+from rich.table import Table
+
+from cluster.session import require_token_mode
+from cluster.settings import Settings, without_password
+from records.errors import RelookError
+from records.home import Home
+
+GB = 10**9
+DISK_FAIL_BYTES, DISK_WARN_BYTES = 1 * GB, 5 * GB
+MEMORY_FAIL_BYTES, MEMORY_WARN_BYTES = 2 * GB, 6 * GB
+_PROBE_TIMEOUT_S = 3.0
+
+
+class Check(BaseModel):
+    """One thing that was looked at."""
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    detail: str
+    fix: str | None = None
+
+
+def examine(settings: Settings) -> list[Check]:
+    """Look at everything that a command needs.
+
+    Args:
+        settings: composed.
+    Returns:
+        One check per thing, in the order in which one would mend them. An error inside a check is a failed check.
+    """
+    checks: list[Check] = []
+    for name, look in _CHECKS.items():
+        try:
+            checks.append(look(settings))
+        except RelookError as error:
+            checks.append(Check(name=name, state="fail", detail=str(error)))
+    return checks
+
+
+def report(checks: list[Check]) -> Table:
+    """Return the checks as a table for people."""
+    signs = {"ok": "[green]ok[/]", "warn": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
+    table = Table.grid(padding=(0, 2))
+    for check in checks:
+        fix = f"\n[bold]fix:[/] {check.fix}" if check.fix else ""
+        table.add_row(signs[check.state], check.name, f"{check.detail}{fix}")
+    return table
+
+
+def _python(settings: Settings) -> Check:
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info < (3, 11):
+        return Check(name="Python", state="fail", detail=found, fix="make setup PYTHON=/path/to/python3.11")
+    return Check(name="Python", state="ok", detail=f"{found} in {sys.prefix}")
+
+
+def _disk(settings: Settings) -> Check:
+    folder = _existing_parent(settings.records.home)
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / GB:.0f} GB free at {folder}"
+    if not os.access(folder, os.W_OK):
+        fix = "RELOOK_HOME=/a/folder/of/yours"
+        return Check(name="disk", state="fail", detail=f"{folder} cannot be written", fix=fix)
+    if free < DISK_WARN_BYTES:
+        state: Literal["warn", "fail"] = "fail" if free < DISK_FAIL_BYTES else "warn"
+        return Check(name="disk", state=state, detail=detail, fix="free some, or RELOOK_HOME=/a/larger/disk")
+    return Check(name="disk", state="ok", detail=detail)
+
+
+def _memory(settings: Settings) -> Check:
+    free = psutil.virtual_memory().available
+    detail = f"{free / GB:.0f} GB available"
+    if free < MEMORY_WARN_BYTES:
+        state: Literal["warn", "fail"] = "fail" if free < MEMORY_FAIL_BYTES else "warn"
+        return Check(name="memory", state=state, detail=detail, fix="close other programs")
+    return Check(name="memory", state="ok", detail=detail)
+
+
+def _resources(settings: Settings) -> Check:
+    """Add up what runs at once: the service, and beside it a search or a fit."""
+    serving, tuning, cluster = settings.serving, settings.tuning, settings.cluster
+    service = serving.ingress_cpus + serving.predictor_cpus + serving.explainer_cpus
+    fit = fit_cpus(settings)
+    needed = service + max(float(tuning.cpus_per_trial), fit)
+    trials = int((cluster.logical_cpus - service) // tuning.cpus_per_trial)
+    if cluster.num_gpus and tuning.gpus_per_trial:
+        trials = min(trials, int(cluster.num_gpus // tuning.gpus_per_trial))
+    trials = min(trials, tuning.max_concurrent or trials)
+    detail = (
+        f"{settings.preset}: ingress {serving.ingress_cpus:g} + predictor {serving.predictor_cpus:g} + explainer "
+        f"{serving.explainer_cpus:g} + search or fit {max(float(tuning.cpus_per_trial), fit):g} = {needed:g} of "
+        f"{cluster.logical_cpus} CPUs; {max(trials, 0)} trials at once beside the service"
+    )
+    if cluster.ray_address:
+        return Check(name="CPUs", state="ok", detail=f"decided by the cluster at {cluster.ray_address}")
+    if needed > cluster.logical_cpus or trials < 1:
+        fix = f"--set cluster.logical_cpus={int(-(-needed // 1))}, or fewer CPUs for a part"
+        return Check(name="CPUs", state="fail", detail=detail, fix=fix)
+    return Check(name="CPUs", state="ok", detail=detail)
+
+
+def fit_cpus(settings: Settings) -> float:
+    """Return the CPUs that a fit takes: threads of a worker times workers."""
+    workers = settings.trainers.num_workers
+    threads = settings.trainers.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
+    return float(workers * threads)
+
+
+def _ray(settings: Settings) -> Check:
+    require_token_mode(os.environ)
+    found = f"{importlib.metadata.version('ray')}, token authentication"
+    address = settings.cluster.ray_address
+    if address:
+        host, _, port = address.rpartition(":")
+        if not _answers(host.removeprefix("ray://"), int(port) if port.isdigit() else 0):
+            fix = "start the cluster (ray up ray_cluster.yaml), or unset RELOOK_RAY_ADDRESS"
+            return Check(name="Ray", state="fail", detail=f"nothing answers at {address}", fix=fix)
+        return Check(name="Ray", state="ok", detail=f"{found}, cluster at {address}")
+    shared = Path("/dev/shm")
+    if shared.is_dir() and shutil.disk_usage(shared).free < settings.cluster.object_store_mb * 2**20:
+        fix = "docker run --shm-size=1g, or a smaller --set cluster.object_store_mb"
+        return Check(name="Ray", state="warn", detail=f"{found}; /dev/shm is too small, objects go to disk", fix=fix)
+    return Check(name="Ray", state="ok", detail=f"{found}, starts here with each command that needs it")
+
+
+def _serving_port(settings: Settings) -> Check:
+    from serving.client import Client
+
+    host, port = settings.serving.host, settings.serving.port
+    holder = _holder(host, port)
+    if holder is None:
+        return Check(name="port", state="ok", detail=f"{port} is free for the service")
+    with Client(settings.serving.url) as client:
+        try:
+            ready = client.ready()
+        except RelookError:
+            fix = f"stop it, or --set serving.port={port + 1}"
+            return Check(name="port", state="fail", detail=f"{port} is taken by {holder}", fix=fix)
+    model = f"with model {ready.model.id[:12]} ({ready.model.status})" if ready.model else "without a model yet"
+    return Check(name="port", state="ok", detail=f"{port} is a Relook service {model}")
+
+
+def _label_studio_port(settings: Settings) -> Check:
+    from labeling.local_server import LocalLabelStudio
+
+    labeling = settings.labeling
+    name = "Label Studio port"
+    if labeling.url is not None or labeling.port == 0:
+        return Check(name=name, state="ok", detail="none is fixed")
+    running = LocalLabelStudio(Home(settings.records.home), labeling).status()
+    if running is not None and running.url.endswith(f":{labeling.port}"):
+        return Check(name=name, state="ok", detail=f"{labeling.port} is our Label Studio")
+    holder = _holder("127.0.0.1", labeling.port)
+    if holder is not None:
+        fix = f"stop it, or --set labeling.port={labeling.port + 1}"
+        return Check(name=name, state="fail", detail=f"{labeling.port} is taken by {holder}", fix=fix)
+    return Check(name=name, state="ok", detail=f"{labeling.port} is free")
+
+
+def _label_studio(settings: Settings) -> Check:
+    from labeling.connection import connect
+    from labeling.environment import environment_of, is_ready
+
+    name, labeling = "Label Studio", settings.labeling
+    if labeling.url is None and not is_ready(environment_of(labeling)):
+        return Check(name=name, state="fail", detail="not installed", fix="relook label install")
+    quick = labeling.model_copy(update={"request_timeout_s": _PROBE_TIMEOUT_S})
+    try:
+        client = connect(Home(settings.records.home), quick)
+        if client is None:
+            return Check(name=name, state="ok", detail="installed; not started yet (relook label up)")
+        version = client.version()
+        client.close()
+    except RelookError as error:
+        fix = "relook label up" if labeling.url is None else "check RELOOK_LABELING__URL and RELOOK_LABELING__TOKEN"
+        return Check(name=name, state="fail", detail=str(error), fix=fix)
+    return Check(name=name, state="ok", detail=f"{version} at {client.url}, token accepted")
+
+
+def _ledger(settings: Settings) -> Check:
+    from records.ledger.engine import make_engine
+    from records.ledger.migrate import schema_versions
+
+    records, name = settings.records, "ledger"
+    file = records.home / "ledger.db"
+    if records.database is None and not file.is_file():
+        return Check(name=name, state="ok", detail=f"{file} is made at first use")
+    url = records.database or f"sqlite:///{file}"
+    engine = make_engine(url, durability=records.durability, busy_timeout_s=_PROBE_TIMEOUT_S)
+    try:
+        found, wanted = schema_versions(engine)
+    except Exception as error:  # noqa: BLE001 - a driver's errors are its own, and each means that the database is out of reach
+        fix = "start the database, or unset RELOOK_DATABASE" if records.database else "restore a backup"
+        reason = " ".join(str(error).split())[:200]
+        return Check(name=name, state="fail", detail=f"{without_password(url)} does not open: {reason}", fix=fix)
+    finally:
+        engine.dispose()
+    if found != wanted:
+        detail = f"{without_password(url)} has schema {found or 'none'}; the next command brings it to {wanted}"
+        return Check(name=name, state="ok", detail=detail)
+    return Check(name=name, state="ok", detail=f"{without_password(url)}, schema {found}")
+
+
+def _blobs(settings: Settings) -> Check:
+    from records.blobs import open_blobs
+
+    records, name = settings.records, "blobs"
+    folder = records.home / "blobs"
+    if records.blobs is None and not folder.is_dir():
+        return Check(name=name, state="ok", detail=f"{folder} is made at first use")
+    url = records.blobs or folder.as_uri()
+    try:
+        store = open_blobs(url)
+        # Random, so that the same bytes are no one else's.
+        probe = os.urandom(16)
+        blob_id = store.put(probe)
+        store.get(blob_id)
+        store.delete(blob_id)
+    except RelookError as error:
+        fix = "check the bucket and its credentials" if records.blobs else f"make {folder} writable"
+        return Check(name=name, state="fail", detail=str(error), fix=fix)
+    return Check(name=name, state="ok", detail=f"{without_password(url)}, written and read")
+
+
+def _gpu(settings: Settings) -> Check:
+    if settings.trainers.use_gpu is not True:
+        return Check(name="GPU", state="ok", detail="not asked for")
+    import torch
+
+    if not torch.cuda.is_available():
+        fix = "--set trainers.use_gpu=auto, or a preset for CPUs"
+        return Check(name="GPU", state="fail", detail="trainers.use_gpu is true and there is none", fix=fix)
+    return Check(name="GPU", state="ok", detail=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+
+
+def _browser(settings: Settings) -> Check:
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    return Check(name="Chromium", state="ok", detail=found or "not here; only the browser tests need it")
+
+
+_CHECKS: dict[str, Callable[[Settings], Check]] = {
+    "Python": _python,
+    "disk": _disk,
+    "memory": _memory,
+    "CPUs": _resources,
+    "GPU": _gpu,
+    "Ray": _ray,
+    "port": _serving_port,
+    "Label Studio port": _label_studio_port,
+    "Label Studio": _label_studio,
+    "ledger": _ledger,
+    "blobs": _blobs,
+    "Chromium": _browser,
+}
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host or "127.0.0.1", port), timeout=_PROBE_TIMEOUT_S):
+            return True
+    except (OSError, OverflowError):
+        return False
+
+
+def _holder(host: str, port: int) -> str | None:
+    """Return who listens on a port, None if nobody does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return None
+        except PermissionError:
+            return "nobody, but this user may not open it"
+        except OSError:
+            pass
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    return "another program"

@@ -1,0 +1,29 @@
+"""From what experts said to what a dataset version reads: the one place where labeling and trainers meet."""
+
+from labeling.consensus import resolve
+from records.store import Store
+from records.types import ExpertLabel, Image, ReasonCode, ResolvedLabel, ReviewItem
+from trainers.data.grouping import group_pictures
+
+
+def resolved_labels(store: Store) -> list[ResolvedLabel]:
+    """Return what the readers of each picture together say, of everything that was ever pulled."""
+    with store.ledger.read() as tx:
+        labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
+        items = tx.find(ReviewItem)
+    by_chance_alone = {item.id for item in items if item.reasons == [ReasonCode.AUDIT_SAMPLE]}
+    return resolve(labels, by_chance_alone)
+
+
+def group_labelled_pictures(store: Store) -> int:
+    """Put pictures that experts labelled and that are in no group yet into groups.
+
+    Args:
+        store: with the pictures.
+    Returns:
+        How many were grouped.
+    """
+    with store.ledger.read() as tx:
+        labelled = {label.image_id for label in tx.find(ExpertLabel, where={"deleted": False})}
+        waiting = [image.id for image in tx.find(Image, where={"group_id": None}) if image.id in labelled]
+    return group_pictures(store, waiting) if waiting else 0

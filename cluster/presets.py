@@ -1,0 +1,94 @@
+"""Presets: functions that return a whole `Settings` for a kind of machine or a kind of use.
+
+In: nothing. Out: `Settings`. A preset is the second source of settings; a file, the environment and
+`--set` may change any field of it. `relook doctor` prints how a preset shares the CPUs.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from cluster.settings import ClusterSettings, RoundSettings, Settings
+from records.settings import RecordsSettings
+from records.types import Consent
+from serving.settings import ServingSettings
+from trainers.settings import TrainersSettings
+from tuning.settings import TuningSettings
+
+
+def laptop() -> Settings:
+    """Two cores and no GPU; a round in minutes. Ray hands out 4 CPUs so that a service and a search fit together."""
+    return Settings()
+
+
+def single_gpu() -> Settings:
+    """One machine with one GPU: four trials share it, a fit takes all of it."""
+    return Settings(
+        preset="single_gpu",
+        trainers=TrainersSettings(model="resnet18", epochs=30, batch_size=256, use_gpu=True, threads_per_worker=4),
+        tuning=TuningSettings(trials=32, trial_epochs=12, gpus_per_trial=0.25),
+        cluster=ClusterSettings(logical_cpus=10, num_gpus=1, object_store_mb=2000),
+    )
+
+
+def multi_gpu() -> Settings:
+    """A cluster with four GPUs or more: a fit on four workers, a trial per GPU."""
+    return Settings(
+        preset="multi_gpu",
+        trainers=TrainersSettings(
+            model="resnet18", epochs=30, batch_size=1024, use_gpu=True, num_workers=4, threads_per_worker=4
+        ),
+        tuning=TuningSettings(trials=64, trial_epochs=12, cpus_per_trial=2, gpus_per_trial=1.0),
+        serving=ServingSettings(predictor_cpus=4.0, explainer_cpus=2.0, ingress_cpus=1.0),
+        cluster=ClusterSettings(logical_cpus=32, num_gpus=None, object_store_mb=8000),
+    )
+
+
+def clinical() -> Settings:
+    """A laptop's size, a clinic's rules: a person approves, consent is none unless given, the audit never stops."""
+    return Settings(
+        preset="clinical",
+        records=RecordsSettings(durability="full"),
+        serving=ServingSettings(default_consent=Consent.NONE, audit_share=0.05),
+        round=RoundSettings(approval="person"),
+    )
+
+
+def dissertation() -> Settings:
+    """The recipe that Relook grew from: a custom CNN at 224 px, balanced classes, SGD with momentum and steps."""
+    return Settings(
+        preset="dissertation",
+        trainers=TrainersSettings(
+            model="custom_cnn",
+            side_px=224,
+            scaling="min_max",
+            epochs=20,
+            optimizer="sgd",
+            momentum=0.9,
+            nesterov=False,
+            scheduler="step",
+            sampler="balanced",
+            augmentation="dissertation",
+        ),
+    )
+
+
+def demo() -> Settings:
+    """What `relook demo` plays with: a small network and a short search, so that the whole loop takes minutes."""
+    return Settings(
+        preset="demo",
+        trainers=TrainersSettings(model="custom_cnn", epochs=20),
+        tuning=TuningSettings(trials=5, trial_epochs=4, max_train_images=500),
+        round=RoundSettings(tune="every_n", select_budget=20),
+    )
+
+
+PRESETS: Mapping[str, Callable[[], Settings]] = MappingProxyType(
+    {
+        "laptop": laptop,
+        "demo": demo,
+        "single_gpu": single_gpu,
+        "multi_gpu": multi_gpu,
+        "clinical": clinical,
+        "dissertation": dissertation,
+    }
+)

@@ -1,0 +1,197 @@
+"""The round: the one place that knows in which order things happen.
+
+    collect -> version -> tune -> fit -> evaluate -> gate -> rollout -> select -> push
+
+Each step is a function in `cluster.round_steps` that may be run again without harm; its result is
+recorded when it ends. A round that was killed goes on after its last recorded step, with the same
+settings, so it ends the same.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from cluster import round_steps
+from cluster.round_steps import RoundContext, StepResult
+from cluster.settings import Settings, public_dump, settings_hash
+from records.errors import RefusedError
+from records.ids import new_id, utc_now
+from records.lease import LEASE_S, hold
+from records.store import Store
+from records.types import RoundRecord, RoundStep
+
+RECORDED_PACKAGES = (
+    "relook",
+    "torch",
+    "torchvision",
+    "ray",
+    "albumentations",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scikit-learn",
+)
+
+
+@dataclass(frozen=True)
+class RoundEvent:
+    """Something that happened in a round, for whoever watches.
+
+    Args:
+        round_number: of the round.
+        step: its name.
+        state: `started`, `progress`, `done`, or `kept` for a step that an earlier run had finished.
+        text: one sentence.
+        payload: the step's result once it is done, else whatever the step passes on.
+    """
+
+    round_number: int
+    step: str
+    state: str
+    text: str
+    payload: Any = None
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """How a round ended."""
+
+    record: RoundRecord
+    results: dict[str, StepResult]
+
+
+STEPS: tuple[tuple[str, Callable[[RoundContext], StepResult]], ...] = (
+    ("collect", round_steps.collect),
+    ("version", round_steps.version),
+    ("tune", round_steps.tune),
+    ("fit", round_steps.fit),
+    ("evaluate", round_steps.evaluate),
+    ("gate", round_steps.gate),
+    ("rollout", round_steps.rollout),
+    ("select", round_steps.select),
+    ("push", round_steps.push),
+)
+
+
+def run_round(
+    store: Store,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    on_event: Callable[[RoundEvent], None] = lambda event: None,
+) -> RoundOutcome:
+    """Run a round, or go on with the one that was interrupted.
+
+    Args:
+        store: everything that is kept.
+        settings: of the round; a resumed round must have the ones it began with.
+        resume: go on with the unfinished round instead of starting one.
+        on_event: told of every step.
+    Returns:
+        The finished round and what each step produced.
+    Raises:
+        RefusedError: a round is unfinished and `resume` is false, none is and it is true, another
+            process runs one, or the settings of a resumed round changed.
+    """
+    with hold(store.ledger, "round", wait_s=LEASE_S if resume else 0.0):
+        record = _resumed(store, settings) if resume else _begun(store, settings)
+        run_dir = store.home.runs / f"round-{record.number:04d}"
+        _write_manifest(run_dir, record, settings)
+        context = RoundContext(store, settings, record, run_dir, _recorded_results(store, record))
+        for name, step in STEPS:
+            _run_step(context, name, step, on_event)
+        return RoundOutcome(_finished(context), context.results)
+
+
+def _run_step(
+    context: RoundContext,
+    name: str,
+    step: Callable[[RoundContext], StepResult],
+    on_event: Callable[[RoundEvent], None],
+) -> None:
+    number = context.record.number
+    if name in context.results:
+        on_event(RoundEvent(number, name, "kept", f"{name}: done before", context.results[name]))
+        return
+    on_event(RoundEvent(number, name, "started", f"{name} begins"))
+    started_at = utc_now()
+
+    def tell(text: str, payload: Any) -> None:
+        on_event(RoundEvent(number, name, "progress", text, payload))
+
+    result = step(replace(context, tell=tell))
+    done = RoundStep(
+        id=new_id(), round_id=context.record.id, step=name, started_at=started_at, finished_at=utc_now(), result=result
+    )
+    with context.store.ledger.begin() as tx:
+        tx.add(done)
+    context.results[name] = result
+    on_event(RoundEvent(number, name, "done", str(result.get("text", f"{name} done")), result))
+
+
+def _begun(store: Store, settings: Settings) -> RoundRecord:
+    with store.ledger.begin() as tx:
+        unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
+        if unfinished:
+            raise RefusedError(f"round {unfinished[0].number} is unfinished; go on with `relook round --resume`")
+        record = RoundRecord(
+            id=new_id(),
+            number=tx.count(RoundRecord) + 1,
+            started_at=utc_now(),
+            seed=settings.round.seed,
+            settings_hash=settings_hash(settings),
+        )
+        tx.add(record)
+    return record
+
+
+def _resumed(store: Store, settings: Settings) -> RoundRecord:
+    with store.ledger.read() as tx:
+        unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
+    if not unfinished:
+        raise RefusedError("no round is unfinished; start one with `relook round`")
+    if unfinished[0].settings_hash != settings_hash(settings):
+        manifest = store.home.runs / f"round-{unfinished[0].number:04d}" / "manifest.json"
+        raise RefusedError(
+            f"round {unfinished[0].number} began with other settings; resume it with those that {manifest} lists"
+        )
+    return unfinished[0]
+
+
+def _recorded_results(store: Store, record: RoundRecord) -> dict[str, StepResult]:
+    with store.ledger.read() as tx:
+        return {step.step: step.result for step in tx.find(RoundStep, where={"round_id": record.id})}
+
+
+def _finished(context: RoundContext) -> RoundRecord:
+    gate = context.results["gate"]
+    changes = {
+        "finished_at": utc_now(),
+        "verdict": gate["verdict"],
+        "why": gate["why"],
+        "model_id": context.results["fit"]["model_id"],
+        "dataset_id": context.results["version"]["dataset_id"],
+    }
+    with context.store.ledger.begin() as tx:
+        tx.update(RoundRecord, context.record.id, **changes)
+        return tx.require(RoundRecord, context.record.id)
+
+
+def _write_manifest(run_dir: Path, record: RoundRecord, settings: Settings) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "manifest.json"
+    if path.exists():
+        return
+    manifest = {
+        "round": record.number,
+        "seed": record.seed,
+        "settings_hash": record.settings_hash,
+        "settings": public_dump(settings),
+        "packages": {name: package_version(name) for name in RECORDED_PACKAGES},
+    }
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)

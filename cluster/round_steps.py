@@ -1,0 +1,308 @@
+"""The steps of a round. Each may be run again without harm; what it returns is recorded as JSON.
+
+Which step follows which is the business of `cluster.round` alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.gate import Contender, GateReport, Verdict, decide
+from cluster.labels import group_labelled_pictures, resolved_labels
+from cluster.selection import select_pictures
+from cluster.settings import Settings
+from labeling.connection import connect
+from labeling.pull import pull
+from labeling.push import push as push_items
+from records import audit
+from records.bundles import Bundle, find_bundle, register, serve_model, serving_model
+from records.datasets import DatasetVersion, build_version, load_dataset
+from records.ids import utc_now
+from records.store import Store
+from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Side
+from trainers.data.cache import PixelCache
+from trainers.evaluation import SidePredictions, predict_side
+from trainers.evaluation import evaluate as evaluate_predictions
+from trainers.explanations.sanity import randomisation_similarity
+from trainers.fit import fit as fit_model
+from trainers.settings import TrainersSettings
+from tuning.search import search
+
+StepResult = dict[str, Any]
+SANITY_PICTURES = 32
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What every step gets.
+
+    Args:
+        store: everything that is kept.
+        settings: of the round.
+        record: the round's row in the ledger.
+        run_dir: the folder of the round.
+        results: what the steps before returned, by name.
+        tell: passes a progress text, and whatever belongs to it, to whoever watches.
+    """
+
+    store: Store
+    settings: Settings
+    record: RoundRecord
+    run_dir: Path
+    results: dict[str, StepResult]
+    tell: Callable[[str, Any], None] = field(default=lambda text, payload: None)
+
+
+def collect(context: RoundContext) -> StepResult:
+    """Read what experts have said since the last time, and group the pictures that it is about."""
+    client = connect(context.store.home, context.settings.labeling)
+    if client is None:
+        pulled, text = 0, "no Label Studio is set up, so only labels that are known already count"
+    else:
+        report = pull(context.store, client, context.settings.labeling)
+        pulled, text = report.new_labels, f"{report.new_labels} new answers read from Label Studio"
+    grouped = group_labelled_pictures(context.store)
+    return {"pulled": pulled, "grouped": grouped, "text": text}
+
+
+def version(context: RoundContext) -> StepResult:
+    """Write the dataset version of everything that is known now."""
+    with context.store.ledger.read() as tx:
+        last = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
+    report = build_version(
+        context.store,
+        resolved=resolved_labels(context.store),
+        round_number=context.record.number,
+        parent_id=last[0].id if last else None,
+    )
+    new = report.version.rows
+    expert_labels = int((new["label_source"].str.startswith("expert:") & (new["side"] == Side.TRAIN.value)).sum())
+    return {
+        "dataset_id": report.version.id,
+        "images": report.version.num_images,
+        "groups": report.version.num_groups,
+        "labels_from_experts": expert_labels,
+        "held_out": len(report.held_out),
+        "outranked": list(report.outranked),
+        "without_consent": len(report.without_consent),
+        "text": f"dataset {report.version.id[:12]}: {report.version.num_images} pictures, "
+        f"{expert_labels} training labels from experts",
+    }
+
+
+def tune(context: RoundContext) -> StepResult:
+    """Search for better training settings, or keep the last winner's."""
+    wanted, why = _tune_now(context)
+    start = _previous_winner(context)
+    if not wanted:
+        return {"searched": False, "settings": start.model_dump(mode="json"), "text": f"no search: {why}"}
+    result = search(
+        context.store,
+        context.settings.tuning,
+        start,
+        _dataset(context),
+        run_dir=context.run_dir / "search",
+        on_event=lambda event: context.tell("search", event),
+    )
+    return {
+        "searched": True,
+        "settings": result.settings.model_dump(mode="json"),
+        "trials": len(result.trials),
+        "best": {"overrides": result.best.overrides, "score": result.best.score, "number": result.best.number},
+        "text": f"{len(result.trials)} trials; the best reached {result.best.score:.3f} on validation ({why})",
+    }
+
+
+def fit(context: RoundContext) -> StepResult:
+    """Train the winner's settings on all workers and write the calibrated bundle."""
+    settings = TrainersSettings.model_validate(context.results["tune"]["settings"])
+    bundle = fit_model(
+        context.store,
+        settings,
+        _dataset(context),
+        run_dir=context.run_dir / "fit",
+        use_ray=True,
+        on_epoch=lambda report: context.tell("epoch", report),
+    )
+    with context.store.ledger.begin() as tx:
+        register(tx, bundle, round_number=context.record.number)
+    return {"model_id": bundle.id, "text": f"model {bundle.id[:12]} ({bundle.document.architecture.name}) is fitted"}
+
+
+def evaluate(context: RoundContext) -> StepResult:
+    """Report the new model on the test side; nothing is decided by it."""
+    bundle = _new_bundle(context)
+    predictions = predict_side(context.store, bundle, _dataset(context), Side.TEST, actor=_actor(context))
+    evaluation = evaluate_predictions(predictions, context.store.taxonomy, bundle.document.operating)
+    (context.run_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
+    text = f"balanced accuracy {evaluation.balanced_accuracy:.3f} on {evaluation.lesions} test lesions"
+    return {"test": evaluation.model_dump(mode="json"), "text": text}
+
+
+def gate(context: RoundContext) -> StepResult:
+    """Hold the new model against the floors, the champion and the best champion ever."""
+    report = judge(context.store, context.settings, _new_bundle(context), _dataset(context), actor=_actor(context))
+    (context.run_dir / "gate.json").write_text(report.model_dump_json(indent=2) + "\n")
+    return {**report.model_dump(mode="json"), "text": f"{report.verdict}: {report.why}"}
+
+
+def rollout(context: RoundContext) -> StepResult:
+    """Let the new model answer if the gate says so; the service follows the ledger by itself."""
+    verdict = Verdict(context.results["gate"]["verdict"])
+    model_id = context.results["fit"]["model_id"]
+    with context.store.ledger.begin() as tx:
+        before = tx.require(ModelRecord, model_id).status
+        status = _status_after(verdict, serving_model(tx), context.settings.round.approval, model_id)
+        if status in (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL):
+            serve_model(tx, model_id, status)
+        else:
+            tx.update(ModelRecord, model_id, status=status, status_changed_at=utc_now())
+        if status != before:
+            details = {"verdict": verdict, "before": before}
+            audit.append(tx, actor=_actor(context), action=f"model.{status}", subject=model_id, details=details)
+    served = status in (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
+    return {
+        "status": status,
+        "served": served,
+        "promoted": status == ModelStatus.CHAMPION,
+        "text": f"model {model_id[:12]} is {status}"
+        + (" and answers" if served else "; the one before goes on answering"),
+    }
+
+
+def select(context: RoundContext) -> StepResult:
+    """Choose the unlabelled pictures that experts should see next."""
+    with context.store.ledger.read() as tx:
+        current = serving_model(tx)
+    if current is None or context.settings.round.select_budget == 0:
+        return {"selected": 0, "text": "nothing is selected"}
+    bundle = find_bundle(context.store, current.id)
+    selected = select_pictures(context.store, bundle, context.settings.round.select_budget)
+    return {"selected": selected, "text": f"{selected} pictures selected for experts"}
+
+
+def push(context: RoundContext) -> StepResult:
+    """Send what is waiting to Label Studio."""
+    client = connect(context.store.home, context.settings.labeling)
+    with context.store.ledger.read() as tx:
+        current = serving_model(tx)
+    if client is None or current is None:
+        return {"pushed": 0, "text": "no Label Studio is set up; the questions wait in the ledger"}
+    report = push_items(context.store, client, context.settings.labeling, current.id)
+    return {"pushed": report.pushed, "text": f"{report.pushed} tasks pushed to Label Studio"}
+
+
+def judge(store: Store, settings: Settings, challenger: Bundle, dataset: DatasetVersion, *, actor: str) -> GateReport:
+    """Hold a bundle against the gate; reading the gate side is audited.
+
+    Args:
+        store: with the ledger and the bundles.
+        settings: with the gate's margins.
+        challenger: the bundle that wants to answer.
+        dataset: whose gate side is read.
+        actor: who asks, for the audit.
+    Returns:
+        The gate's report.
+    """
+    contender = _contender(store, challenger, _gate_predictions(store, challenger, dataset, actor))
+    rivals = [
+        (role, _contender(store, bundle, _gate_predictions(store, bundle, dataset, actor)))
+        for role, bundle in _rivals(store, challenger.id)
+    ]
+    return decide(
+        contender,
+        rivals,
+        taxonomy=store.taxonomy,
+        settings=settings.gate,
+        explanation_similarity=_map_similarity(store, challenger, dataset, settings.gate.seed),
+    )
+
+
+def _map_similarity(store: Store, bundle: Bundle, dataset: DatasetVersion, seed: int) -> float | None:
+    """Compare heat maps of validation pictures with those of the same network with random weights."""
+    image_ids = [str(image_id) for image_id in dataset.side(Side.VAL)["image_id"][:SANITY_PICTURES]]
+    cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
+    cache.ensure(store, image_ids)
+    return randomisation_similarity(bundle, cache.rows(image_ids).take(np.arange(len(image_ids))), seed=seed)
+
+
+def _gate_predictions(store: Store, bundle: Bundle, dataset: DatasetVersion, actor: str) -> SidePredictions:
+    return predict_side(store, bundle, dataset, Side.GATE, actor=actor)
+
+
+def _contender(store: Store, bundle: Bundle, predictions: SidePredictions) -> Contender:
+    key = store.taxonomy.key_class
+    point = bundle.document.operating.refer.get(key.code) if key else None
+    return Contender(bundle.id, predictions, point.threshold if point else None)
+
+
+def _rivals(store: Store, challenger_id: str) -> list[tuple[str, Bundle]]:
+    """Return the champion, and the best promoted model so far if it is another one."""
+    with store.ledger.read() as tx:
+        current = serving_model(tx)
+        gates = tx.find(RoundStep, where={"step": "gate"})
+    champion = current.id if current and current.status == ModelStatus.CHAMPION else None
+    promoted = [g.result for g in gates if g.result["verdict"] == Verdict.PROMOTE]
+    best = max(promoted, key=lambda result: result["balanced_accuracy"], default=None)
+    named = [("champion", champion), ("best ever", best["challenger"] if best else None)]
+    rivals: dict[str, str] = {}
+    for role, model_id in named:
+        if model_id is not None and model_id != challenger_id:
+            rivals.setdefault(model_id, role)
+    return [(role, find_bundle(store, model_id)) for model_id, role in rivals.items()]
+
+
+def _status_after(verdict: Verdict, current: ModelRecord | None, approval: str, model_id: str) -> ModelStatus:
+    """Turn a verdict into what the model may be used for.
+
+    Where nothing answers yet, a refused model may answer as provisional, and everything says so.
+    """
+    if current is not None and current.id == model_id:
+        return current.status
+    if verdict is Verdict.PROMOTE:
+        return ModelStatus.CHAMPION if approval == "automatic" else ModelStatus.CANDIDATE
+    if current is None:
+        return ModelStatus.PROVISIONAL
+    return ModelStatus.REFUSED if verdict is Verdict.REFUSE else ModelStatus.CANDIDATE
+
+
+def _tune_now(context: RoundContext) -> tuple[bool, str]:
+    mode, number = context.settings.round.tune, context.record.number
+    with context.store.ledger.read() as tx:
+        searched = any(step.result.get("searched") for step in tx.find(RoundStep, where={"step": "tune"}))
+        tests = tx.find(RoundStep, where={"step": "fit"}, order_by=("finished_at",))
+    if mode == "never":
+        return False, "round.tune is never"
+    if not searched:
+        return True, "nothing has been searched before"
+    if mode == "always":
+        return True, "round.tune is always"
+    if mode == "every_n":
+        due = (number - 1) % context.settings.round.tune_every == 0
+        return due, f"every {context.settings.round.tune_every} rounds"
+    scores = [step.result["validation_balanced_accuracy"] for step in tests]
+    dropped = len(scores) >= 2 and max(scores[:-1]) - scores[-1] > context.settings.round.tune_drop
+    return dropped, "validation dropped" if dropped else "validation did not drop"
+
+
+def _previous_winner(context: RoundContext) -> TrainersSettings:
+    """Return the settings to start from: the last search's winner, or the configured ones."""
+    with context.store.ledger.read() as tx:
+        steps = tx.find(RoundStep, where={"step": "tune"}, order_by=("-finished_at",))
+    winners = [step.result["settings"] for step in steps if step.result.get("searched")]
+    return TrainersSettings.model_validate(winners[0]) if winners else context.settings.trainers
+
+
+def _dataset(context: RoundContext) -> DatasetVersion:
+    return load_dataset(context.store, context.results["version"]["dataset_id"])
+
+
+def _new_bundle(context: RoundContext) -> Bundle:
+    return find_bundle(context.store, context.results["fit"]["model_id"])
+
+
+def _actor(context: RoundContext) -> str:
+    return f"round {context.record.number}"

@@ -1,0 +1,255 @@
+"""The verbs of labeling: install, up, down, status, push, pull, sync.
+
+Verbs that need a model or the trainers as well (select, simulate, invite) join `label_app` in the
+cluster room.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from records.command import (
+    ConfigOption,
+    JsonOption,
+    PresetOption,
+    SetOption,
+    emit,
+    progress,
+    settings_of,
+    stderr,
+)
+
+if TYPE_CHECKING:
+    from labeling.client import LabelStudioClient
+    from records.store import Store
+
+app = typer.Typer()
+label_app = typer.Typer(help="Experts: the local Label Studio, questions out, answers in.", no_args_is_help=True)
+app.add_typer(label_app, name="label")
+
+
+@label_app.command("install")
+def install_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Install the local Label Studio into an environment of its own (about 1 GB, two minutes)."""
+    from labeling.environment import environment_of, install
+
+    environment = environment_of(settings_of(ctx, config, preset, sets).labeling)
+    with _telling() as tell:
+        built = install(environment, tell)
+    said = f"Label Studio is installed in {environment.folder}" + ("" if built else " already")
+    emit(as_json, {"folder": str(environment.folder), "built": built}, said)
+
+
+@label_app.command("up")
+def up_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start the local Label Studio, or find it running; installs it first if it is missing."""
+    from labeling.local_server import LocalLabelStudio
+    from records.home import open_home
+
+    settings = settings_of(ctx, config, preset, sets)
+    server = LocalLabelStudio(open_home(settings.records.home), settings.labeling)
+    with _telling() as tell:
+        info = server.up(tell)
+    said = (
+        f"Label Studio {info.version} is up at {info.url}\n"
+        f"log in as {info.username}; its password is in {server.keys_file}"
+    )
+    emit(as_json, {**info.model_dump(mode="json"), "keys_file": str(server.keys_file)}, said)
+
+
+@label_app.command("down")
+def down_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop the local Label Studio; its data stays."""
+    from labeling.local_server import LocalLabelStudio
+    from records.home import open_home
+
+    settings = settings_of(ctx, config, preset, sets)
+    ran = LocalLabelStudio(open_home(settings.records.home), settings.labeling).down()
+    emit(as_json, {"stopped": ran}, "Label Studio is down" if ran else "Label Studio was not running")
+
+
+@label_app.command("status")
+def status_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what waits and what was answered, and name what is wrong with its fix."""
+    from labeling.status import status
+    from records.store import open_store
+
+    settings = settings_of(ctx, config, preset, sets)
+    with contextlib.closing(open_store(settings.records)) as store:
+        found = status(store, settings.labeling)
+    table = Table(show_header=False)
+    table.add_row("Label Studio", f"{found.version} at {found.url}" if found.version else "does not answer")
+    table.add_row("project", f"{found.project_id}, {found.tasks} tasks" if found.project_id is not None else "none yet")
+    table.add_row("questions", ", ".join(f"{count} {state}" for state, count in found.items.items()))
+    if found.oldest_waiting_s is not None:
+        table.add_row("oldest waits", f"{found.oldest_waiting_s:.0f} s")
+    table.add_row("answers read", str(found.expert_labels))
+    for problem in found.problems:
+        table.add_row("[red]problem[/]", problem)
+    emit(as_json, found, table)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@label_app.command("push")
+def push_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send questions that wait to Label Studio, the most urgent first; a second push adds nothing."""
+    from labeling.push import push
+
+    settings = settings_of(ctx, config, preset, sets)
+    with _connected(settings) as (store, client), _counting("sending questions") as advance:
+        report = push(store, client, settings.labeling, advance=advance)
+    _complain(report.unreadable)
+    said = f"{report.pushed} questions sent to project {report.project_id}" if report.project_id else "nothing waits"
+    emit(as_json, report, said)
+
+
+@label_app.command("pull")
+def pull_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read answers from Label Studio; edits and deletions are read as well, each once."""
+    from labeling.pull import pull
+
+    settings = settings_of(ctx, config, preset, sets)
+    with _connected(settings) as (store, client), _counting("reading answers") as advance:
+        report = pull(store, client, settings.labeling, advance=advance)
+    _complain(report.not_understood)
+    emit(as_json, report, f"{report.new_labels} new answers, {report.deleted} withdrawn")
+
+
+@label_app.command("sync")
+def sync_command(
+    ctx: typer.Context,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    every: Annotated[
+        str | None, typer.Option(help="Pause between two looks, for example 15s; default: labeling.poll_every_s.")
+    ] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Push and pull, once or for as long as it runs."""
+    from labeling.sync import sync
+    from records.errors import LabelStudioError
+
+    settings = settings_of(ctx, config, preset, sets)
+    pause_s = _seconds(every) if every is not None else settings.labeling.poll_every_s
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            try:
+                with _connected(settings) as (store, client), _counting("questions and answers") as advance:
+                    report = sync(store, client, settings.labeling, advance=advance)
+            except LabelStudioError as error:
+                if not watch:
+                    raise
+                # The items wait in the ledger, so an outage costs time and nothing else.
+                stderr.print(f"[yellow]{error}[/]; next look in {pause_s:g} s")
+            else:
+                _complain([*report.push.unreadable, *report.pull.not_understood])
+                busy = report.push.pushed or report.pull.new_labels or report.pull.deleted
+                if busy or not watch:
+                    said = (
+                        f"{report.push.pushed} sent, {report.pull.new_labels} answers, {report.pull.deleted} withdrawn"
+                    )
+                    emit(as_json, report, said)
+            if not watch:
+                return
+            time.sleep(pause_s)
+
+
+@contextmanager
+def _connected(settings: Any) -> Generator[tuple["Store", "LabelStudioClient"]]:
+    from labeling.connection import require
+    from records.store import open_store
+
+    with contextlib.closing(open_store(settings.records)) as store, require(store.home, settings.labeling) as client:
+        yield store, client
+
+
+def _seconds(text: str) -> float:
+    from records.errors import ConfigError
+
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = 0.0
+    if not 1.0 <= seconds <= 3600.0:
+        raise ConfigError(f"--every {text!r} is not a pause of 1 s to 1 h; write for example 15s or 2m")
+    return seconds
+
+
+def _complain(sentences: list[str]) -> None:
+    for sentence in sentences:
+        stderr.print(f"[yellow]{sentence}[/]")
+
+
+@contextmanager
+def _telling() -> Generator[Callable[[str], None]]:
+    """Show what goes on: a spinner in a terminal, elsewhere a line every few seconds."""
+    if stderr.is_terminal:
+        with stderr.status("Label Studio") as spinner:
+            yield spinner.update
+        return
+    last_s = -10.0
+
+    def tell(text: str) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= 5.0 or not text.startswith(("fetching", "starting")):
+            last_s = time.monotonic()
+            stderr.print(text, highlight=False)
+
+    yield tell
+
+
+@contextmanager
+def _counting(what: str) -> Generator[Callable[[int, int], None]]:
+    with progress() as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance

@@ -1,0 +1,403 @@
+"""Label Studio's API, as far as Relook needs it: typed, retried, with one clear sentence per failure.
+
+The only file that talks to its SDK. Lists leave the tasks' pictures out, so that a poll stays small
+however large the embedded pictures are. A call that may be repeated without harm is retried with
+growing pauses; an import is not, since the caller has to look first whether it arrived.
+"""
+
+import json
+import time
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Self
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import httpx
+from label_studio_sdk import LabelStudio
+from label_studio_sdk.base_client import LabelStudioBase
+from label_studio_sdk.core.api_error import ApiError
+from label_studio_sdk.core.parse_error import ParsingError
+from label_studio_sdk.core.request_options import RequestOptions
+from pydantic import SecretStr
+
+from labeling.failures import refusal
+from labeling.rows import ProjectRow, ProjectState, TaskRow, task_row, time_of
+from records.errors import LabelStudioError, RefusedError, UnknownIdError
+
+PAGE_SIZE = 500
+_PAUSES_S = (0.3, 1.0, 3.0)
+_ONCE = RequestOptions(max_retries=0)
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
+_RETRIED = frozenset({429, 500, 502, 503, 504})
+_HIDDEN = tuple(
+    f"tasks:{name}"
+    for name in (
+        "inner_id", "annotations_results", "annotations_ids", "predictions_results", "predictions_model_versions",
+        "total_predictions", "file_upload", "storage_filename", "avg_lead_time", "draft_exists", "updated_by",
+        "updated_at", "created_at", "data.heatmap", "data.answer", "data.relook_item", "data.relook_key",
+    )
+)  # fmt: skip
+_SAMPLING = "Uncertainty sampling"  # the only one that follows prediction scores
+
+
+class LabelStudioClient:
+    """A connection to one Label Studio. Safe to use from several threads.
+
+    Args:
+        url: its base URL.
+        token: an access token, personal or legacy.
+        timeout_s: per call, seconds.
+    Raises:
+        LabelStudioError: the token is not usable, for example an expired personal one.
+    """
+
+    def __init__(self, url: str, token: SecretStr | str, *, timeout_s: float = 60.0) -> None:
+        self.url = url.rstrip("/")
+        secret = token.get_secret_value() if isinstance(token, SecretStr) else token
+        local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        # The port of the local server may change from start to start; its data stays the same.
+        self.server = "local" if local else self.url
+        # A proxy of the environment cannot reach this machine's own loopback.
+        self._http = httpx.Client(timeout=timeout_s, follow_redirects=True, trust_env=not local)
+        with self._speaking("log in"):
+            self._sdk: LabelStudioBase = LabelStudio(  # type: ignore[no-untyped-call]
+                base_url=self.url,
+                api_key=secret,
+                httpx_client=self._http,
+                timeout=timeout_s,
+                max_retries=len(_PAUSES_S),
+            )
+
+        # A client that is dropped rather than closed must not leave sockets behind.
+        weakref.finalize(self, self._http.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LabelStudioClient({self.url!r})"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def version(self) -> str:
+        """Return the release of Label Studio; needs a token that is accepted.
+
+        Raises:
+            LabelStudioError: it does not answer, or refuses the token.
+        """
+        self._request("GET", "api/current-user/whoami", "check the token")
+        with self._speaking("read its version"):
+            return str(self._sdk.versions.get().release)
+
+    def find_project(self, marker: str) -> int | None:
+        """Return the id of the project whose description holds the marker, or None."""
+        with self._speaking("list projects"):
+            for project in self._sdk.projects.list(include="id,description", page_size=100):
+                if project.id is not None and marker in (project.description or ""):
+                    return int(project.id)
+        return None
+
+    def ensure_project(self, title: str, label_config: str, marker: str, model_version: str) -> int:
+        """Make the project that carries the marker, or bring the one that exists up to date.
+
+        Args:
+            title: shown to experts, 3 to 50 characters.
+            label_config: XML of the labeling page.
+            marker: unique text that stays in the project's description.
+            model_version: of the predictions whose scores order the tasks.
+        Returns:
+            The project's id. Calling again changes nothing.
+        Raises:
+            LabelStudioError: it does not answer, or refuses the label config.
+        """
+        found = self.find_project(marker)
+        description = f"Questions from Relook; answers are read back. {marker}"
+        if found is not None:
+            present = self.project(found)
+            if present is not None and present.label_config != label_config.strip():
+                with self._speaking("update the label config"):
+                    self._sdk.projects.update(found, label_config=label_config)
+            project_id = found
+        else:
+            with self._speaking("create a project"):
+                project_id = _known_id(
+                    self._sdk.projects.create(
+                        title=title,
+                        description=description,
+                        label_config=label_config,
+                        sampling=_SAMPLING,
+                        model_version=model_version,
+                        show_collab_predictions=False,
+                        enable_empty_annotation=False,
+                        maximum_annotations=1,
+                        request_options=_ONCE,
+                    ).id
+                )
+        self._ensure_view(project_id)
+        return project_id
+
+    def project(self, project_id: int) -> ProjectRow | None:
+        """Return a project, or None if it is gone."""
+        try:
+            found = self._request("GET", f"api/projects/{project_id}", f"read project {project_id}")
+            return ProjectRow(project_id, str(found["description"] or ""), str(found["label_config"]).strip())
+        except UnknownIdError:
+            return None
+
+    def set_model_version(self, project_id: int, model_version: str) -> None:
+        """Choose which predictions order a project's tasks.
+
+        Args:
+            project_id: of the project.
+            model_version: one that at least one prediction in it has.
+        Raises:
+            LabelStudioError: no prediction has that version, or it does not answer.
+        """
+        with self._speaking("set the model version"):
+            self._sdk.projects.update(project_id, model_version=model_version)
+
+    def import_tasks(self, project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Import tasks, all or none. Never repeated here: look with `list_tasks` whether it arrived.
+
+        Args:
+            project_id: of the project.
+            tasks: each with `data`, `meta` and `predictions`.
+        Returns:
+            Task ids, in the order of `tasks`.
+        Raises:
+            LabelStudioError: it was refused, or no answer came; then it may have arrived all the same.
+        """
+        found = self._request(
+            "POST",
+            f"api/projects/{project_id}/import",
+            f"import {len(tasks)} tasks",
+            params={"return_task_ids": "true"},
+            body=list(tasks),
+            repeat=False,
+        )
+        task_ids = [int(task_id) for task_id in found.get("task_ids", ())]
+        if len(task_ids) != len(tasks):
+            raise LabelStudioError(
+                f"Label Studio at {self.url} imported {len(task_ids)} of {len(tasks)} tasks; "
+                "run `relook label push` again"
+            )
+        return task_ids
+
+    def state(self, project_id: int) -> ProjectState:
+        """Return what changes whenever anything in the project does, in one request.
+
+        Args:
+            project_id: of the project.
+        Returns:
+            Counts and the newest update.
+        Raises:
+            UnknownIdError: the project is gone.
+            LabelStudioError: it does not answer.
+        """
+        found = self._tasks(project_id, "id,updated_at", {"ordering": ["-tasks:updated_at"]}, page_size=1)
+        newest = [time_of(task["updated_at"]) for task in found["tasks"]]
+        return ProjectState(int(found["total"]), int(found["total_annotations"]), newest[0] if newest else None)
+
+    def list_tasks(
+        self,
+        project_id: int,
+        *,
+        after_id: int = 0,
+        updated_since: datetime | None = None,
+        with_annotations: bool = False,
+        page_size: int = PAGE_SIZE,
+    ) -> Iterator[list[TaskRow]]:
+        """Yield tasks by ascending id, a page at a time.
+
+        Args:
+            project_id: of the project.
+            after_id: only tasks with a larger id.
+            updated_since: only tasks that changed then or later.
+            with_annotations: whether to read their annotations as well.
+            page_size: tasks in a page.
+        Yields:
+            Pages. Each starts behind the last id of the one before, so nothing that changes or
+            disappears meanwhile can make a task be passed over.
+        Raises:
+            UnknownIdError: the project is gone.
+            LabelStudioError: it does not answer.
+        """
+        # Names of the task's and of the annotations' fields: the server applies one list to both.
+        fields = "id,meta,updated_at"
+        if with_annotations:
+            fields += ",annotations,result,completed_by,was_cancelled,lead_time"
+        while True:
+            items = [_filter("id", "greater", "Number", after_id)]
+            if updated_since is not None:
+                items.append(
+                    _filter("updated_at", "greater_or_equal", "Datetime", updated_since.strftime(_TIME_FORMAT))
+                )
+            query = {"ordering": ["tasks:id"], "filters": {"conjunction": "and", "items": items}}
+            found = self._tasks(project_id, fields, query, page_size, "all" if with_annotations else "task_only")
+            rows = [task_row(task) for task in found["tasks"]]
+            if rows:
+                yield rows
+                after_id = rows[-1].id
+            if len(rows) < page_size:
+                return
+
+    def delete_task(self, task_id: int) -> None:
+        """Delete a task; one that is gone already is no error."""
+        try:
+            self._request("DELETE", f"api/tasks/{task_id}", f"delete task {task_id}")
+        except UnknownIdError:
+            return
+
+    def create_annotation(
+        self, task_id: int, result: Sequence[Mapping[str, Any]], *, key: UUID, completed_by: int | None = None
+    ) -> int | None:
+        """Answer a task.
+
+        Args:
+            task_id: of the task.
+            result: one region per control.
+            key: an annotation with the same key is made only once.
+            completed_by: user id of the reader; default: the owner of the token.
+        Returns:
+            The annotation's id, or None if one with this key exists.
+        Raises:
+            UnknownIdError: the task is gone.
+            LabelStudioError: it was refused, or no answer came.
+        """
+        body: dict[str, Any] = {"result": list(result), "unique_id": str(key)}
+        if completed_by is not None:
+            body["completed_by"] = completed_by
+        try:
+            found = self._request("POST", f"api/tasks/{task_id}/annotations/", f"answer task {task_id}", body=body)
+        except RefusedError:
+            return None
+        return int(found["id"])
+
+    def users(self) -> dict[int, str]:
+        """Return e-mail addresses by user id.
+
+        Raises:
+            LabelStudioError: it does not answer.
+        """
+        with self._speaking("list users"):
+            return {int(user.id): str(user.email) for user in self._sdk.users.list()}
+
+    def ensure_user(self, email: str, first_name: str, last_name: str) -> int:
+        """Return the id of the user with this address, made without a password if there is none.
+
+        Args:
+            email: address, lower case.
+            first_name: shown beside answers.
+            last_name: shown beside answers.
+        Returns:
+            The user id.
+        Raises:
+            LabelStudioError: it does not answer, or the token may not make users.
+        """
+        for user_id, known in self.users().items():
+            if known.lower() == email.lower():
+                return user_id
+        with self._speaking(f"add the user {email}"):
+            user = self._sdk.users.create(username=email, email=email, first_name=first_name, last_name=last_name)
+        return int(user.id)
+
+    def _ensure_view(self, project_id: int) -> None:
+        # Without a view of its own the list is by id, and the first task that opens is the first of the list.
+        if self._request("GET", "api/dm/views/", "list views", params={"project": project_id}):
+            return
+        data = {
+            "type": "list",
+            "title": "Most urgent first",
+            "ordering": ["tasks:predictions_score"],
+            "hiddenColumns": {"explore": list(_HIDDEN), "labeling": list(_HIDDEN)},
+        }
+        self._request("POST", "api/dm/views/", "make a view", body={"project": project_id, "data": data}, repeat=False)
+
+    def _tasks(
+        self, project_id: int, include: str, query: Mapping[str, Any], page_size: int, fields: str = "task_only"
+    ) -> Any:
+        params = {
+            "project": project_id,
+            "fields": fields,
+            "include": include,
+            "query": json.dumps(query),
+            "page_size": page_size,
+        }
+        return self._request("GET", "api/tasks/", f"list the tasks of project {project_id}", params=params)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        action: str,
+        *,
+        params: dict[str, Any] | None = None,
+        body: Any = None,
+        repeat: bool = True,
+    ) -> Any:
+        with self._speaking(action):
+            for pause_s in _PAUSES_S if repeat else ():
+                try:
+                    return self._send(method, path, params, body)
+                except httpx.TransportError:
+                    time.sleep(pause_s)
+                except ApiError as error:
+                    if error.status_code not in _RETRIED:
+                        raise
+                    time.sleep(pause_s)
+            return self._send(method, path, params, body)
+
+    def _send(self, method: str, path: str, params: dict[str, Any] | None, body: Any) -> Any:
+        """Call through the SDK's own transport, which knows the token, without its models: they halve a list's rate."""
+        transport = self._sdk._client_wrapper.httpx_client
+        response = transport.request(path, method=method, params=params, json=body, request_options=_ONCE)
+        if response.is_error:
+            raise ApiError(status_code=response.status_code, body=_body(response))
+        return response.json() if response.content else None
+
+    @contextmanager
+    def _speaking(self, action: str) -> Generator[None]:
+        """Turn every failure of a call into one sentence."""
+        try:
+            yield
+        except ApiError as error:
+            raise refusal(self.url, action, error.status_code or 0, error.body) from error
+        except httpx.TimeoutException as error:
+            raise LabelStudioError(
+                f"Label Studio at {self.url} took too long to {action}; it is overloaded, or "
+                "labeling.request_timeout_s is too small"
+            ) from error
+        except httpx.HTTPError as error:
+            raise LabelStudioError(
+                f"Label Studio at {self.url} cannot be reached to {action} ({error}); "
+                "`relook label status` says more, `relook label up` starts the local one"
+            ) from error
+        except (ParsingError, ValueError, KeyError) as error:
+            raise LabelStudioError(
+                f"what answered at {self.url} when asked to {action} is not a Label Studio that Relook knows"
+            ) from error
+
+
+def _known_id(value: int | None) -> int:
+    if value is None:
+        raise KeyError("id")
+    return value
+
+
+def _body(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return response.text
+
+
+def _filter(field: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
+    return {"filter": f"filter:tasks:{field}", "operator": operator, "type": kind, "value": value}

@@ -1,0 +1,322 @@
+"""The local Label Studio: started, found again, stopped.
+
+It runs headless on SQLite under RELOOK_HOME, listens on loopback only, and lives in a session of
+its own, so that it outlasts the command that started it. Its secrets are made once and handed over
+in environment variables. Who it is (process id and start time) is written down, so that a recycled
+process id is never taken for it, nor killed.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from labeling.environment import DATABASE, Environment, Tell, environment_of, exclusive, install, server_variables
+from labeling.settings import LabelingSettings
+from records.errors import ConfigError, IntegrityError, LabelStudioError
+from records.home import Home
+from records.ids import utc_now
+
+USERNAME = "expert@relook.local"
+_HOST = "127.0.0.1"
+_STOP_TIMEOUT_S = 10.0
+_LOG_LIMIT_BYTES = 20_000_000
+
+
+class Secrets(BaseModel):
+    """The account of the local server; made once per RELOOK_HOME."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    username: str
+    password: SecretStr
+    token: SecretStr
+
+
+class ServerInfo(BaseModel):
+    """A local Label Studio that runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    version: str
+    username: str
+    password: SecretStr
+    token: SecretStr
+    pid: int
+    started_at: AwareDatetime
+
+
+class _Process(BaseModel):
+    """What is written down about the process, as soon as there is one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    pid: int
+    created: float = Field(description="start time, Unix seconds; tells it from a later process with the same id")
+    started_at: AwareDatetime
+    version: str | None = Field(default=None, description="empty until it answers")
+
+
+class LocalLabelStudio:
+    """The Label Studio of one RELOOK_HOME.
+
+    Args:
+        home: whose data it keeps.
+        settings: port, timeouts and environment.
+    """
+
+    def __init__(self, home: Home, settings: LabelingSettings) -> None:
+        self._home = home
+        self._settings = settings
+
+    @property
+    def environment(self) -> Environment:
+        """Where its programs are."""
+        return environment_of(self._settings)
+
+    @property
+    def keys_file(self) -> Path:
+        """Where its account is kept."""
+        return self._home.keys / "label-studio.json"
+
+    @property
+    def log_file(self) -> Path:
+        """What it says."""
+        return self._home.logs / "label-studio.log"
+
+    @property
+    def existed(self) -> bool:
+        """Whether it was ever started in this home."""
+        return (self._home.label_studio / DATABASE).is_file()
+
+    def up(self, tell: Tell = lambda text: None) -> ServerInfo:
+        """Start the server, or find it running.
+
+        Args:
+            tell: hears what is going on.
+        Returns:
+            Where it is and how to log in. Equal as long as the same process runs.
+        Raises:
+            ConfigError: the port is taken, or the environment cannot be used.
+            LabelStudioError: it could not be installed, or did not come up in time.
+        """
+        running = self.status()
+        if running is not None:
+            return running
+        install(self.environment, tell)
+        waiting = "waiting for another process that starts Label Studio"
+        with exclusive(self._home.label_studio / "up.lock", lambda: tell(waiting)):
+            return self.status() or self._start(tell)
+
+    def _start(self, tell: Tell) -> ServerInfo:
+        process = self._known_process()
+        if process is None or not _is_alive(process.pid, process.created):
+            process = self._spawn(self._free_port(), self._account())
+        try:
+            version = self._wait(process, tell)
+            process = process.model_copy(update={"version": version})
+            self._write_private(self._state_file, process.model_dump_json())
+        except BaseException:
+            self.down()
+            raise
+        return self._info(process, version)
+
+    def status(self) -> ServerInfo | None:
+        """Return where the server is, or None if it does not run or is still starting."""
+        process = self._known_process()
+        if process is None or process.version is None or not _is_alive(process.pid, process.created):
+            return None
+        return self._info(process, process.version)
+
+    def down(self) -> bool:
+        """Stop the server and everything it started.
+
+        Returns:
+            True if it ran. Only the process that was written down, start time included, is ever stopped.
+        """
+        process = self._known_process()
+        if process is None:
+            return False
+        ran = _is_alive(process.pid, process.created)
+        if ran:
+            _stop(process.pid)
+            _wait_until_silent(process.url)
+        self._state_file.unlink(missing_ok=True)
+        return ran
+
+    @property
+    def _state_file(self) -> Path:
+        return self._home.label_studio / "server.json"
+
+    def _info(self, process: _Process, version: str) -> ServerInfo:
+        account = self._account()
+        return ServerInfo(
+            url=process.url,
+            version=version,
+            username=account.username,
+            password=account.password,
+            token=account.token,
+            pid=process.pid,
+            started_at=process.started_at,
+        )
+
+    def _known_process(self) -> _Process | None:
+        try:
+            return _Process.model_validate_json(self._state_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise IntegrityError(f"{self._state_file} is damaged; delete it and run `relook label up`") from error
+
+    def _account(self) -> Secrets:
+        try:
+            return Secrets.model_validate_json(self.keys_file.read_bytes())
+        except FileNotFoundError:
+            pass
+        except ValidationError as error:
+            raise IntegrityError(f"{self.keys_file} is damaged; restore it from a backup") from error
+        if self.existed:
+            raise LabelStudioError(
+                f"the account of Label Studio is lost: {self.keys_file} is missing; restore it from a backup, "
+                f"or move {self._home.label_studio} away to start with an empty Label Studio"
+            )
+        made = {"username": USERNAME, "password": secrets.token_urlsafe(12), "token": secrets.token_hex(20)}
+        self._write_private(self.keys_file, json.dumps(made))
+        return Secrets.model_validate(made)
+
+    def _write_private(self, path: Path, text: str) -> None:
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        partial.replace(path)
+
+    def _free_port(self) -> int:
+        port = self._settings.port
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_HOST, port))
+            except OSError as error:
+                raise ConfigError(
+                    f"labeling.port {port} cannot be used for Label Studio ({error.strerror}); stop what listens "
+                    f"there or choose another with --set labeling.port={port + 1 if port < 65535 else 8090}"
+                ) from error
+            return int(probe.getsockname()[1])
+
+    def _prepare_data(self) -> None:
+        self._home.label_studio.chmod(0o700)
+        if not self.existed:
+            partial = self._home.label_studio / "template.partial"
+            shutil.copyfile(self.environment.template, partial)
+            partial.replace(self._home.label_studio / DATABASE)
+        if self.log_file.exists() and self.log_file.stat().st_size > _LOG_LIMIT_BYTES:
+            self.log_file.replace(self.log_file.with_suffix(".log.1"))
+
+    def _spawn(self, port: int, account: Secrets) -> _Process:
+        self._prepare_data()
+        variables = server_variables(
+            self._home.label_studio,
+            {
+                "LABEL_STUDIO_USERNAME": account.username,
+                "LABEL_STUDIO_PASSWORD": account.password.get_secret_value(),
+                "LABEL_STUDIO_USER_TOKEN": account.token.get_secret_value(),
+            },
+        )
+        program = str(self.environment.program)
+        arguments = ["start", "--no-browser", "--internal-host", _HOST, "--port", str(port)]
+        log = str(self.log_file)
+        pid = os.posix_spawn(
+            program,
+            [program, *arguments],
+            variables,
+            setsid=True,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+        )
+        created = psutil.Process(pid).create_time()
+        process = _Process(url=f"http://{_HOST}:{port}", pid=pid, created=created, started_at=utc_now())
+        # Before it is waited for: whoever is killed while waiting leaves a process that can be found and stopped.
+        self._write_private(self._state_file, process.model_dump_json())
+        return process
+
+    def _wait(self, process: _Process, tell: Tell) -> str:
+        url = process.url
+        started = time.monotonic()
+        while (waited_s := time.monotonic() - started) < self._settings.start_timeout_s:
+            tell(f"starting Label Studio at {url} ({waited_s:.0f} s)")
+            if not _is_alive(process.pid, process.created):
+                raise LabelStudioError(f"Label Studio stopped while it started: {self._last_words()}")
+            version = _version(url)
+            if version is not None:
+                return version
+            time.sleep(0.1)
+        raise LabelStudioError(
+            f"Label Studio did not come up within {self._settings.start_timeout_s:g} s "
+            f"(labeling.start_timeout_s): {self._last_words()}"
+        )
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{lines[-1] if lines else 'it said nothing'}; see {self.log_file}"
+
+
+def _version(url: str) -> str | None:
+    """Return the release of the server, or None if it does not answer yet."""
+    try:
+        # No proxy of the environment can reach this machine's own loopback.
+        with httpx.Client(trust_env=False, timeout=30) as http:
+            if not http.get(f"{url}/health").is_success:
+                return None
+            return str(http.get(f"{url}/api/version").json()["release"])
+    except (httpx.HTTPError, ValueError, KeyError):
+        return None
+
+
+def _is_alive(pid: int, created: float | None = None) -> bool:
+    # A child of this very process stays a zombie until it is waited for.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        process = psutil.Process(pid)
+        same = created is None or abs(process.create_time() - created) < 2.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _stop(pid: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            # It leads its own session and group, so this reaches what it started and nothing else.
+            os.killpg(pid, number)
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if not _is_alive(pid):
+                return
+            time.sleep(0.05)
+
+
+def _wait_until_silent(url: str) -> None:
+    """Wait for the last thread of a stopped server to let go of its port."""
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            if probe.connect_ex((_HOST, int(url.rsplit(":", 1)[1]))) != 0:
+                return
+        time.sleep(0.02)

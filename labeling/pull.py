@@ -1,0 +1,252 @@
+"""Answers in: a reconciling poll that makes the ledger say what Label Studio says.
+
+Each revision of an annotation becomes one expert label, once; an edit adds a row, a deletion or a
+skip of what was an answer adds a tombstone; drafts and skips are no answers. A poll in which nothing
+happened costs one request. Where a cursor and the server's clock could disagree, the poll reads too
+much rather than too little: the unique index on revisions keeps doubles out.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from labeling.client import LabelStudioClient
+from labeling.project import LEASE, LEASE_WAIT_S, is_ours, known_project, open_project
+from labeling.push import Advance
+from labeling.rows import AnnotationRow, ProjectState, TaskRow
+from labeling.settings import LabelingSettings
+from labeling.tasks import read_answer
+from records.errors import UnknownIdError
+from records.ids import hash_of, new_id, utc_now
+from records.lease import hold
+from records.ledger import Transaction
+from records.store import Store
+from records.types import AnswerKind, Cursor, ExpertLabel, ReviewItem, ReviewState
+
+_OVERLAP = timedelta(seconds=60)
+
+
+class PullReport(BaseModel):
+    """What one pull found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    project_id: int | None = Field(default=None, description="empty before the first push")
+    idle: bool = Field(default=False, description="true if one request said that nothing happened")
+    annotations: int = Field(default=0, ge=0, description="submitted annotations of the tasks that changed")
+    new_labels: int = Field(default=0, ge=0, description="rows added for new and edited annotations")
+    edited: int = Field(default=0, ge=0, description="those of them that revise an earlier row")
+    deleted: int = Field(default=0, ge=0, description="tombstones added")
+    cant_tell: int = Field(default=0, ge=0, description="new rows that say can't tell")
+    other: int = Field(default=0, ge=0, description="new rows that say no class fits")
+    not_understood: list[str] = Field(default_factory=list, description="one sentence per answer kept but not used")
+    tasks_deleted: int = Field(default=0, ge=0, description="tasks that were deleted in Label Studio")
+    requeued: int = Field(default=0, ge=0, description="questions that wait again, since their project was deleted")
+
+
+def pull(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, *, advance: Advance = lambda done, total: None
+) -> PullReport:
+    """Read what experts have said since the last time.
+
+    Args:
+        store: with the ledger.
+        client: connected.
+        settings: of the labeling room.
+        advance: hears how many changed tasks were read; their total is not known before.
+    Returns:
+        What was found. A second pull adds nothing.
+    Raises:
+        LabelStudioError: Label Studio does not answer; what was read so far is kept.
+        RefusedError: another process keeps pushing or pulling for over a minute.
+    """
+    project_id = known_project(store, client)
+    if project_id is None:
+        return PullReport()
+    with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
+        return _pull(store, client, settings, project_id, advance)
+
+
+def _pull(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, project_id: int, advance: Advance
+) -> PullReport:
+    name = f"labeling.pull {client.server} {project_id}"
+    with store.ledger.read() as tx:
+        cursor = tx.get(Cursor, name)
+    before = dict(cursor.position) if cursor is not None else {}
+    try:
+        state = client.state(project_id)
+        seen = _position(state)
+        # A change can become visible after one with a later time did, so a state counts as read
+        # only once it was found twice.
+        if before == {**seen, "settled": True}:
+            return PullReport(project_id=project_id, idle=True)
+        reading = _Pass(store, client, project_id)
+        done = 0
+        since = datetime.fromisoformat(before["newest_update"]) - _OVERLAP if before.get("newest_update") else None
+        for page in client.list_tasks(project_id, updated_since=since, with_annotations=True):
+            reading.record(page)
+            done += len(page)
+            advance(done, done)
+        reading.record_deleted_tasks(state)
+    except UnknownIdError:
+        # Whoever deletes a project does not take back what its readers said: those answers stay.
+        project = open_project(store, client, settings)
+        return PullReport(project_id=project.id, requeued=project.requeued)
+    settled = {key: before.get(key) for key in seen} == seen
+    with store.ledger.begin() as tx:
+        if tx.get(Cursor, name) is None:
+            tx.add(Cursor(name=name, position={}))
+        tx.update(Cursor, name, position={**seen, "settled": settled})
+    return reading.report()
+
+
+def revision_of(annotation: AnnotationRow) -> str:
+    """Return what tells revisions of an annotation apart: the hash of its result and update time."""
+    return hash_of([annotation.result, annotation.updated_at.isoformat()])
+
+
+def _position(state: ProjectState) -> dict[str, str | int | None]:
+    return {
+        "newest_update": state.newest_update.isoformat() if state.newest_update is not None else None,
+        "total": state.total,
+        "total_annotations": state.total_annotations,
+    }
+
+
+@dataclass
+class _Pass:
+    """One reading of a project, page by page, and what it has found so far."""
+
+    store: Store
+    client: LabelStudioClient
+    project_id: int
+    readers: dict[int, str] = field(default_factory=dict)
+    added: list[ExpertLabel] = field(default_factory=list)
+    not_understood: list[str] = field(default_factory=list)
+    annotations: int = 0
+    edited: int = 0
+    deleted: int = 0
+    tasks_deleted: int = 0
+
+    def record(self, page: Sequence[TaskRow]) -> None:
+        """Bring the ledger in line with a page of tasks, in one transaction."""
+        self._name_readers(page)
+        rows = [row for row in page if "relook_item" in row.meta]
+        with self.store.ledger.begin() as tx:
+            found = tx.find(ReviewItem, where={"id": {str(row.meta["relook_item"]) for row in rows}})
+            items = {item.id: item for item in found}
+            known = self._newest_labels(tx, items)
+            for row in rows:
+                item = items.get(str(row.meta["relook_item"]))
+                if item is not None:
+                    self._record_task(tx, row, item, known.get(row.id, {}))
+
+    def record_deleted_tasks(self, state: ProjectState) -> None:
+        """Find tasks that were deleted: Label Studio shows that in the total only."""
+        asked = (ReviewState.PUSHED, ReviewState.ANSWERED, ReviewState.CLOSED)
+        with self.store.ledger.read() as tx:
+            items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": asked})
+        if len(items) <= state.total or not is_ours(self.store, self.client, self.project_id):
+            return
+        present = {row.id for page in self.client.list_tasks(self.project_id, page_size=5000) for row in page}
+        missing = {item.id: item for item in items if item.task_id not in present}
+        with self.store.ledger.begin() as tx:
+            newest = self._newest_labels(tx, missing)
+            for item in missing.values():
+                self._bury(tx, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted])
+                if item.state != ReviewState.CLOSED:
+                    tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
+                self.tasks_deleted += 1
+
+    def report(self) -> PullReport:
+        """Return what was found."""
+        kinds = [label.answer for label in self.added]
+        return PullReport(
+            project_id=self.project_id,
+            annotations=self.annotations,
+            new_labels=len(self.added),
+            edited=self.edited,
+            deleted=self.deleted,
+            cant_tell=kinds.count(AnswerKind.CANT_TELL),
+            other=kinds.count(AnswerKind.OTHER) - len(self.not_understood),
+            not_understood=self.not_understood,
+            tasks_deleted=self.tasks_deleted,
+        )
+
+    def _name_readers(self, page: Sequence[TaskRow]) -> None:
+        wanted = {a.completed_by for row in page for a in row.annotations if a.completed_by is not None}
+        if not wanted <= self.readers.keys():
+            self.readers.update({user_id: f"user {user_id}" for user_id in wanted})
+            self.readers.update(self.client.users())
+
+    def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, ExpertLabel]]:
+        """Return, by task and annotation, the row that was added last."""
+        where = {"review_item_id": list(item_ids), "server": self.client.server, "project_id": self.project_id}
+        newest: dict[int, dict[int, ExpertLabel]] = {}
+        for label in tx.find(ExpertLabel, where=where, order_by=("created_at", "id")):
+            newest.setdefault(label.task_id, {})[label.annotation_id] = label
+        return newest
+
+    def _record_task(self, tx: Transaction, row: TaskRow, item: ReviewItem, known: Mapping[int, ExpertLabel]) -> None:
+        submitted = {a.id: a for a in row.annotations if not a.was_cancelled}
+        self.annotations += len(submitted)
+        labels = []
+        for annotation in submitted.values():
+            last = known.get(annotation.id)
+            if last is None or last.revision != revision_of(annotation):
+                labels.append(self._label(row, item, annotation))
+                self.edited += last is not None
+        if labels:
+            tx.add(*labels)
+            self.added.extend(labels)
+        self._bury(tx, [one for one in known.values() if not one.deleted and one.annotation_id not in submitted])
+        _settle(tx, item, self.project_id, row.id, answered=bool(submitted))
+
+    def _label(self, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> ExpertLabel:
+        answer = read_answer(annotation.result, self.store.taxonomy)
+        reader = self.readers[annotation.completed_by] if annotation.completed_by is not None else "unknown"
+        if not answer.understood:
+            self.not_understood.append(
+                f"annotation {annotation.id} of task {row.id} by {reader}: {answer.other_text}; kept, not trained on"
+            )
+        return ExpertLabel(
+            id=new_id(),
+            created_at=utc_now(),
+            review_item_id=item.id,
+            image_id=item.image_id,
+            answer=answer.kind,
+            label=answer.label,
+            other_text=answer.other_text,
+            image_quality=answer.image_quality,
+            comment=answer.comment,
+            annotator=reader,
+            annotated_at=annotation.updated_at,
+            lead_time_s=annotation.lead_time_s,
+            server=self.client.server,
+            project_id=self.project_id,
+            task_id=row.id,
+            annotation_id=annotation.id,
+            revision=revision_of(annotation),
+        )
+
+    def _bury(self, tx: Transaction, labels: Iterable[ExpertLabel]) -> None:
+        for label in labels:
+            now = utc_now()
+            changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}
+            # Derived from what it ends, so that it differs from the tombstone of any other revision.
+            tx.add(label.model_copy(update={**changes, "revision": hash_of(["deleted", label.revision])}))
+            self.deleted += 1
+
+
+def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, answered: bool) -> None:
+    """Bring an item's state in line with its task; what was closed or withdrawn stays so."""
+    if item.state not in (ReviewState.NEW, ReviewState.PUSHED, ReviewState.ANSWERED):
+        return
+    if item.task_id is None:
+        tx.update(ReviewItem, item.id, project_id=project_id, task_id=task_id, pushed_at=utc_now())
+    wanted = ReviewState.ANSWERED if answered else ReviewState.PUSHED
+    if item.state != wanted:
+        tx.update(ReviewItem, item.id, state=wanted, answered_at=utc_now() if answered else None)

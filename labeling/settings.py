@@ -1,0 +1,43 @@
+"""The settings of the labeling room: which Label Studio, what a task looks like, how often to look."""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from records.settings import RoomSettings
+
+
+class LabelingSettings(RoomSettings):
+    """Where the experts work and how questions reach them."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="base URL of a Label Studio that runs elsewhere; default: the local one of `relook label up`",
+    )
+    token: SecretStr | None = Field(
+        default=None,
+        description="its access token (personal or legacy); set RELOOK_LABELING__TOKEN, never a config file",
+    )
+    environment: Path | None = Field(
+        default=None,
+        description="folder of Label Studio's own virtual environment; default: label-studio/ beside this program's",
+    )
+    port: int = Field(default=8090, ge=0, le=65535, description="port of the local Label Studio; 0 takes a free one")
+    start_timeout_s: float = Field(
+        default=180.0, gt=0, le=3600, description="how long a local Label Studio may take to come up, seconds"
+    )
+    request_timeout_s: float = Field(
+        default=60.0, gt=0, le=600, description="how long one call to Label Studio may take, seconds"
+    )
+    project_title: str = Field(
+        default="Relook review", min_length=3, max_length=50, description="title of the project, 3 to 50 characters"
+    )
+    picture_side_px: int = Field(
+        default=512, ge=64, le=512, description="longer side of the pictures embedded in a task, pixels"
+    )
+    jpeg_quality: int = Field(default=88, ge=50, le=100, description="quality of embedded pictures, 50 to 100")
+    push_batch: int = Field(default=100, ge=1, le=1000, description="tasks in one import")
+    poll_every_s: float = Field(
+        default=15.0, ge=1, le=3600, description="pause of `relook label sync --watch` between two looks, seconds"
+    )

@@ -1,0 +1,97 @@
+"""How labeling is doing: what waits, what was answered, and what is wrong with its fix in words."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from labeling.client import LabelStudioClient
+from labeling.connection import connect
+from labeling.environment import environment_of, is_ready
+from labeling.local_server import LocalLabelStudio
+from labeling.project import is_ours, known_project
+from labeling.settings import LabelingSettings
+from labeling.tasks import label_config
+from records.errors import RelookError
+from records.ids import utc_now
+from records.store import Store
+from records.types import ExpertLabel, ReviewItem, ReviewState
+
+
+class LabelingStatus(BaseModel):
+    """The state of labeling. `problems` holds one sentence each, with the fix; empty means that all is well."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str | None = Field(default=None, description="of the Label Studio that answers")
+    version: str | None = None
+    installed: bool = Field(description="whether the local environment is whole")
+    project_id: int | None = None
+    tasks: int | None = Field(default=None, description="tasks in the project")
+    items: dict[str, int] = Field(description="review items by state")
+    oldest_waiting_s: float | None = Field(default=None, description="age of the oldest item not yet pushed, seconds")
+    overdue: int = Field(ge=0, description="urgent items past their deadline without an answer")
+    expert_labels: int = Field(ge=0, description="rows read from Label Studio, tombstones included")
+    problems: list[str]
+
+
+def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
+    """Look at the server, the project and the outbox.
+
+    Args:
+        store: with the ledger.
+        settings: of the labeling room.
+    Returns:
+        What was found; an unreachable server is a problem in it, not an error.
+    """
+    problems: list[str] = []
+    installed = is_ready(environment_of(settings))
+    if not installed and settings.url is None:
+        problems.append("Label Studio is not installed; run `relook label install`")
+    url, version, project_id, tasks = None, None, None, None
+    try:
+        client = connect(store.home, settings)
+        if client is not None:
+            with client:
+                version, url, project_id = client.version(), client.url, known_project(store, client)
+                tasks = _look_at_project(store, client, project_id, problems) if project_id is not None else None
+        elif installed:
+            problems.append("Label Studio was never started here; run `relook label up`")
+    except RelookError as error:
+        problems.append(str(error))
+        if settings.url is None:
+            problems.append(f"its log is {LocalLabelStudio(store.home, settings).log_file}")
+    outbox = _look_at_outbox(store, problems)
+    return LabelingStatus(
+        url=url, version=version, installed=installed, project_id=project_id, tasks=tasks, problems=problems, **outbox
+    )
+
+
+def _look_at_project(store: Store, client: LabelStudioClient, project_id: int, problems: list[str]) -> int | None:
+    project = client.project(project_id)
+    if project is None or not is_ours(store, client, project_id):
+        problems.append(
+            f"project {project_id} is gone from Label Studio; `relook label sync` makes it anew and asks its open "
+            "questions again"
+        )
+        return None
+    if project.label_config != label_config(store.taxonomy).strip():
+        problems.append(f"the labeling page of project {project_id} was changed by hand; the next push sets it back")
+    return client.state(project_id).total
+
+
+def _look_at_outbox(store: Store, problems: list[str]) -> dict[str, Any]:
+    now = utc_now()
+    with store.ledger.read() as tx:
+        items = {state.value: tx.count(ReviewItem, where={"state": state}) for state in ReviewState}
+        oldest = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("created_at",), limit=1)
+        waiting = tx.find(ReviewItem, where={"state": (ReviewState.NEW, ReviewState.PUSHED)})
+        num_labels = tx.count(ExpertLabel)
+    overdue = sum(1 for item in waiting if item.due is not None and item.due < now)
+    if overdue:
+        problems.append(f"{overdue} urgent questions are past their deadline; ask an expert to open Label Studio")
+    return {
+        "items": items,
+        "oldest_waiting_s": (now - oldest[0].created_at).total_seconds() if oldest else None,
+        "overdue": overdue,
+        "expert_labels": num_labels,
+    }

@@ -1,0 +1,45 @@
+"""Pull and push, one after the other. Each holds the lease, so it never runs twice at the same time."""
+
+from pydantic import BaseModel, ConfigDict
+
+from labeling.client import LabelStudioClient
+from labeling.pull import PullReport, pull
+from labeling.push import Advance, PushReport, push
+from labeling.settings import LabelingSettings
+from records.store import Store
+
+
+class SyncReport(BaseModel):
+    """What one pull and one push did."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pull: PullReport
+    push: PushReport
+
+
+def sync(
+    store: Store,
+    client: LabelStudioClient,
+    settings: LabelingSettings,
+    model_id: str | None = None,
+    *,
+    advance: Advance = lambda done, total: None,
+) -> SyncReport:
+    """Pull what was answered and push what waits, once.
+
+    Args:
+        store: with the ledger.
+        client: connected.
+        settings: of the labeling room.
+        model_id: of the model that answers now.
+        advance: hears how far each half is.
+    Returns:
+        What was done.
+    Raises:
+        LabelStudioError: Label Studio does not answer; what was done so far is recorded.
+        RefusedError: another process keeps pushing or pulling for over a minute.
+    """
+    # In this order, since a pull may find that questions have to be asked again.
+    pulled = pull(store, client, settings, advance=advance)
+    return SyncReport(pull=pulled, push=push(store, client, settings, model_id, advance=advance))

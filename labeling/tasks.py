@@ -1,0 +1,309 @@
+"""What an expert sees and answers: the labeling page, the tasks, and how an answer is read.
+
+The page follows the taxonomy; class codes travel as aliases, so display names may change. No answer
+is ever filled in beforehand: a task's prediction carries a score (negated priority) and an empty
+result. The model's opinion is folded away until the reader opens it. Nothing here calls a server.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from xml.etree import ElementTree
+
+from PIL import Image as PillowImage
+from PIL import ImageOps
+
+from labeling.settings import LabelingSettings
+from records.errors import PictureError
+from records.pictures import sniff
+from records.taxonomy import Taxonomy
+from records.types import AnswerKind, Image, Prediction, ReasonCode, ReviewItem
+
+PRIORITY_VERSION = "relook-priority"
+"""Model version of the predictions that order a project. It names the scale of the scores, which all
+models share, so that an open question keeps its place when another model takes over."""
+
+CANT_TELL = "cant-tell"
+OTHER = "no-class-fits"  # a hyphen cannot occur in a class code
+QUALITIES = ("good", "usable", "unusable")
+
+_REASONS: dict[ReasonCode, str] = {
+    ReasonCode.LOW_CONFIDENCE: "The model was not sure.",
+    ReasonCode.PREDICTION_SET: "The model could not rule out other diagnoses.",
+    ReasonCode.REFER: "The score of a malignant diagnosis is above the referral threshold.",
+    ReasonCode.URGENT: "The score of a malignant diagnosis is high: please look at this one first.",
+    ReasonCode.OUT_OF_DISTRIBUTION: "The picture is unlike those the model learned from.",
+    ReasonCode.NON_FINITE: "The model could not compute an answer.",
+    ReasonCode.FLAGGED: "A user objected to the model's answer.",
+    ReasonCode.AUDIT_SAMPLE: "Drawn at random, to check how the model is doing.",
+    ReasonCode.DRIFT: "Recent pictures differ from earlier ones.",
+    ReasonCode.SELECTED: "Chosen because an answer would teach the model most.",
+    ReasonCode.LABEL_NOISE: "The recorded diagnosis may be wrong: please give a second opinion.",
+    ReasonCode.ADJUDICATION: "Earlier readers disagree.",
+    ReasonCode.BAD_PICTURE: "The picture may not be good enough to judge.",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one annotation says.
+
+    Args:
+        kind: class, can't tell, or other.
+        label: class code, if it is a class.
+        other_text: what the reader wrote if no class fits, or what could not be understood.
+        image_quality: good, usable or unusable, if it was given.
+        comment: what the reader wrote.
+        understood: false if the diagnosis is missing or not one of the page; kept, never trained on.
+    """
+
+    kind: AnswerKind
+    label: str | None
+    other_text: str | None
+    image_quality: str | None
+    comment: str | None
+    understood: bool = True
+
+
+def label_config(taxonomy: Taxonomy) -> str:
+    """Return the XML of the labeling page for a taxonomy.
+
+    Args:
+        taxonomy: its classes become the choices, in its order; the first nine get the digits as hotkeys.
+    Returns:
+        XML text; equal taxonomies give equal text.
+    """
+    page = ElementTree.Element("View", style="display: flex; gap: 24px; align-items: flex-start; flex-wrap: wrap")
+    left = ElementTree.SubElement(page, "View", style="flex: 0 1 540px; min-width: 320px")
+    ElementTree.SubElement(
+        left, "Image", name="image", value="$image", zoom="true", zoomControl="true", rotateControl="true",
+        brightnessControl="true", contrastControl="true", selectionControl="false", maxWidth="520px",
+    )  # fmt: skip
+    folds = ElementTree.SubElement(left, "Collapse", accordion="false")
+    answer = ElementTree.SubElement(folds, "Panel", value="What the model answered")
+    ElementTree.SubElement(answer, "Header", value="$answer", size="5")
+    looked = ElementTree.SubElement(folds, "Panel", value="Where the model looked")
+    ElementTree.SubElement(
+        looked, "Image", name="heatmap", value="$heatmap", zoom="true", zoomControl="true", selectionControl="false",
+        maxWidth="520px",
+    )  # fmt: skip
+    right = ElementTree.SubElement(page, "View", style="flex: 1 1 300px; min-width: 280px")
+    ElementTree.SubElement(right, "Header", value="$why", size="4")
+    ElementTree.SubElement(right, "Header", value="$about", size="6")
+    _add_diagnosis(right, taxonomy)
+    _add_quality(right)
+    ElementTree.SubElement(
+        right, "TextArea", name="comment", toName="image", rows="2", editable="true", maxSubmissions="1",
+        placeholder="Comment (optional)",
+    )  # fmt: skip
+    ElementTree.indent(page)
+    return ElementTree.tostring(page, encoding="unicode")
+
+
+def task_document(
+    item: ReviewItem,
+    image: Image,
+    picture: bytes,
+    overlay: bytes | None,
+    prediction: Prediction | None,
+    *,
+    taxonomy: Taxonomy,
+    settings: LabelingSettings,
+    key: str,
+) -> dict[str, Any]:
+    """Return the task of a review item, ready to be imported.
+
+    Args:
+        item: the question.
+        image: what it is about.
+        picture: its stored bytes.
+        overlay: the heat map over the picture, PNG, or None if there is none.
+        prediction: the answer that is questioned, or None for a picture that was never answered.
+        taxonomy: for the names of classes.
+        settings: size and quality of the embedded pictures.
+        key: idempotency key (item and project); it comes back with every listing of tasks.
+    Returns:
+        `data`, `meta` and `predictions` of one task.
+    Raises:
+        PictureError: the picture or the overlay cannot be decoded.
+    """
+    side_px = settings.picture_side_px
+    heat_map = data_uri(overlay, settings, enlarge=True) if overlay is not None else _no_heat_map(side_px)
+    return {
+        "data": {
+            "image": data_uri(picture, settings),
+            "heatmap": heat_map,
+            "why": why_text(item, taxonomy),
+            "answer": answer_text(prediction, taxonomy),
+            "about": about_text(image),
+            "relook_item": item.id,
+            "relook_key": key,
+        },
+        "meta": {"relook_item": item.id, "relook_key": key},
+        "predictions": [{"result": [], "score": -item.priority, "model_version": PRIORITY_VERSION}],
+    }
+
+
+def why_text(item: ReviewItem, taxonomy: Taxonomy) -> str:
+    """Return why a question is asked, in words, with what a person who flagged it wrote."""
+    sentences = [_REASONS[reason] for reason in item.reasons]
+    if item.suggested_label is not None:
+        sentences.append(f"Suggested instead: {_names(taxonomy).get(item.suggested_label, item.suggested_label)}.")
+    if item.comment:
+        sentences.append(f"Their comment: “{item.comment}”")
+    return " ".join(sentences) or "Please give your diagnosis."
+
+
+def answer_text(prediction: Prediction | None, taxonomy: Taxonomy) -> str:
+    """Return the model's three best classes with their probabilities, in words."""
+    if prediction is None:
+        return "The model was not asked."
+    if prediction.label is None or prediction.probabilities is None:
+        return "The model gave no answer."
+    names = _names(taxonomy)
+    best = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:3]
+    return " · ".join(f"{names.get(code, code)} {probability:.0%}" for code, probability in best)
+
+
+def about_text(image: Image) -> str:
+    """Return what is known of the patient and the site, without anything that identifies them."""
+    known = [
+        f"age {image.age_years:g}" if image.age_years is not None else None,
+        image.sex,
+        image.localization,
+    ]
+    return ", ".join(word for word in known if word) or "nothing else is known about this picture"
+
+
+def data_uri(picture: bytes, settings: LabelingSettings, *, enlarge: bool = False) -> str:
+    """Return a picture as a data URI of at most `picture_side_px` on its longer side.
+
+    Args:
+        picture: JPEG, PNG or WebP bytes.
+        settings: size and quality.
+        enlarge: whether a smaller picture is brought to that size; the page shows a folded one as large as it is.
+    Returns:
+        A JPEG data URI. A JPEG that is small enough goes in as it is; orientation and ICC profile are kept.
+    Raises:
+        PictureError: the bytes cannot be decoded.
+    """
+    kind = sniff(picture)
+    side_px = settings.picture_side_px
+    try:
+        with PillowImage.open(io.BytesIO(picture), formats=("jpeg", "png", "webp")) as opened:
+            if kind == "jpeg" and max(opened.size) <= side_px and not enlarge:
+                opened.load()
+                return _jpeg_uri(picture)
+            # A profile of other channels would be wrong for the RGB picture made here.
+            profile = opened.info.get("icc_profile") if opened.mode == "RGB" else None
+            opened.draft("RGB", (side_px, side_px))
+            upright = ImageOps.exif_transpose(opened)
+            small = upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
+        raise PictureError("the picture cannot be decoded; it is damaged or cut off", "damaged") from error
+    if enlarge:
+        small = ImageOps.contain(small, (side_px, side_px), PillowImage.Resampling.BILINEAR)
+    small.thumbnail((side_px, side_px), PillowImage.Resampling.BICUBIC)
+    return _jpeg_uri(_encoded(small, settings.jpeg_quality, profile))
+
+
+def read_answer(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> Answer:
+    """Read an annotation.
+
+    Args:
+        result: its regions, as Label Studio stores them.
+        taxonomy: a choice must be one of its codes, or one of the two of the page.
+    Returns:
+        The answer. A diagnosis that is missing, doubled or unknown becomes `other` with `understood`
+        false and the choice in its text: nothing is lost, and nothing is trained on a guess.
+    """
+    choices = _values(result, "diagnosis", "choices")
+    quality = _values(result, "image_quality", "choices")
+    comment = "\n".join(_values(result, "comment", "text")) or None
+    wrote = "\n".join(_values(result, "other_text", "text")) or None
+    image_quality = quality[0] if len(quality) == 1 and quality[0] in QUALITIES else None
+    if choices == [CANT_TELL]:
+        return Answer(AnswerKind.CANT_TELL, None, None, image_quality, comment)
+    if choices == [OTHER]:
+        return Answer(AnswerKind.OTHER, None, wrote, image_quality, comment)
+    if len(choices) == 1 and choices[0] in taxonomy.codes:
+        return Answer(AnswerKind.CLASS, choices[0], None, image_quality, comment)
+    said = f"not a choice of this project: {', '.join(choices)}" if choices else "no diagnosis was chosen"
+    return Answer(AnswerKind.OTHER, None, said, image_quality, comment, understood=False)
+
+
+def answer_result(label: str) -> list[dict[str, Any]]:
+    """Return the regions of an annotation that chooses one diagnosis.
+
+    Args:
+        label: class code, or CANT_TELL.
+    Returns:
+        What `read_answer` reads back.
+    """
+    return [{"from_name": "diagnosis", "to_name": "image", "type": "choices", "value": {"choices": [label]}}]
+
+
+def _add_diagnosis(parent: ElementTree.Element, taxonomy: Taxonomy) -> None:
+    ElementTree.SubElement(parent, "Header", value="Your diagnosis", size="5")
+    choices = ElementTree.SubElement(
+        parent, "Choices", name="diagnosis", toName="image", choice="single-radio", required="true",
+        requiredMessage="Choose a diagnosis, or say that you can't tell.", showInline="false",
+    )  # fmt: skip
+    names = _names(taxonomy)
+    for number, code in enumerate(taxonomy.codes, start=1):
+        choice = ElementTree.SubElement(choices, "Choice", value=names[code], alias=code)
+        if number <= 9:
+            choice.set("hotkey", str(number))
+    ElementTree.SubElement(choices, "Choice", value="Can't tell", alias=CANT_TELL, hotkey="0")
+    ElementTree.SubElement(choices, "Choice", value="Other: no class fits", alias=OTHER)
+    only_other = ElementTree.SubElement(
+        parent, "View", visibleWhen="choice-selected", whenTagName="diagnosis", whenChoiceValue="Other: no class fits"
+    )
+    ElementTree.SubElement(
+        only_other, "TextArea", name="other_text", toName="image", rows="1", editable="true", maxSubmissions="1",
+        placeholder="What is it?",
+    )  # fmt: skip
+
+
+def _add_quality(parent: ElementTree.Element) -> None:
+    ElementTree.SubElement(parent, "Header", value="Quality of the picture (optional)", size="5")
+    choices = ElementTree.SubElement(
+        parent, "Choices", name="image_quality", toName="image", choice="single-radio", showInline="true"
+    )
+    for quality in QUALITIES:
+        ElementTree.SubElement(choices, "Choice", value=quality.capitalize(), alias=quality)
+
+
+def _names(taxonomy: Taxonomy) -> dict[str, str]:
+    """Return display names by code, told apart by their code where two are the same."""
+    names = [c.name for c in taxonomy.classes]
+    return {c.code: c.name if names.count(c.name) == 1 else f"{c.name} ({c.code})" for c in taxonomy.classes}
+
+
+def _values(result: Sequence[Mapping[str, Any]], control: str, kind: str) -> list[str]:
+    found: list[str] = []
+    for region in result:
+        value = region.get("value")
+        if region.get("from_name") == control and isinstance(value, Mapping):
+            inner = value.get(kind) or ()
+            found.extend([inner] if isinstance(inner, str) else [str(one) for one in inner])
+    return found
+
+
+def _jpeg_uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+def _encoded(picture: PillowImage.Image, quality: int, profile: bytes | None) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality, icc_profile=profile)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=4)
+def _no_heat_map(side_px: int) -> str:
+    # Label Studio refuses a task that lacks a key of its page, and an empty picture shows as a broken one.
+    return _jpeg_uri(_encoded(PillowImage.new("RGB", (side_px // 4, side_px // 8), (221, 221, 221)), 50, None))

@@ -1,0 +1,148 @@
+"""From stored records to the bodies that callers get, and the list of answers."""
+
+import base64
+
+import sqlalchemy as sa
+
+from records.ledger import Transaction
+from records.ledger.tables import TABLES
+from records.store import Store
+from records.taxonomy import Taxonomy
+from records.types import Consent, Decision, Flag, ModelRecord, Prediction, ReviewItem, ReviewState
+from serving.messages import HeatMap
+from serving.outbox import review_of
+from serving.schemas import (
+    Explanation,
+    FlagAnswer,
+    ModelInfo,
+    ModelRef,
+    PredictionAnswer,
+    PredictionPage,
+    Reason,
+    ReviewStatus,
+)
+from serving.words import reason_text
+
+
+def answer_body(
+    prediction: Prediction, review: ReviewItem | None, heat_map: HeatMap | None, taxonomy: Taxonomy
+) -> PredictionAnswer:
+    """Turn a stored answer into what its caller gets.
+
+    Args:
+        prediction: the answer.
+        review: its question to the experts, if there is one.
+        heat_map: if it was asked for.
+        taxonomy: of the model that answered.
+    Returns:
+        The body; the same for the first reading and every later one.
+    """
+    return PredictionAnswer(
+        id=prediction.id,
+        request_id=prediction.request_id,
+        created_at=prediction.created_at,
+        image_id=prediction.image_id,
+        model=ModelRef(id=prediction.model_id, status=prediction.model_status),
+        label=prediction.label,
+        confidence=prediction.confidence,
+        probabilities=prediction.probabilities,
+        prediction_set=prediction.prediction_set,
+        decision=prediction.decision,
+        reasons=[Reason(code=code, text=reason_text(code, prediction, taxonomy)) for code in prediction.reasons],
+        review=ReviewStatus(state=review.state, due=review.due) if review else None,
+        explanation=explanation_body(heat_map) if heat_map else None,
+    )
+
+
+def explanation_body(heat_map: HeatMap) -> Explanation:
+    """Turn a map into its body: raw values and the drawing."""
+    height, width = heat_map.values.shape
+    return Explanation(
+        method=heat_map.method,
+        exact=heat_map.exact,
+        layer=heat_map.layer,
+        target=heat_map.target,
+        shape=(height, width),
+        values=heat_map.values.tolist(),
+        png_base64=base64.b64encode(heat_map.png).decode(),
+    )
+
+
+def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagAnswer:
+    """Say what became of an objection.
+
+    Args:
+        flag: the objection.
+        item: the question it led to.
+        consent: of the picture.
+    Returns:
+        The body.
+    """
+    if item.state is ReviewState.PUSHED:
+        next_step = "The experts already have this picture; your objection moved it up in their queue."
+    else:
+        next_step = "Your objection is stored and goes to an expert."
+    learns = " The next model can learn from the expert's answer." if consent is Consent.TRAINING else ""
+    return FlagAnswer(
+        id=flag.id,
+        prediction_id=flag.prediction_id,
+        review=ReviewStatus(state=item.state, due=item.due),
+        text=next_step + learns,
+    )
+
+
+def model_body(record: ModelRecord) -> ModelInfo:
+    """Turn a registered model into its body."""
+    return ModelInfo(
+        id=record.id,
+        status=record.status,
+        architecture=record.architecture,
+        dataset_id=record.dataset_id,
+        round=record.round,
+        created_at=record.created_at,
+        status_changed_at=record.status_changed_at,
+    )
+
+
+def read_answer(store: Store, prediction_id: str) -> tuple[Prediction, ReviewItem | None]:
+    """Read a stored answer with its question.
+
+    Args:
+        store: with the ledger.
+        prediction_id: 32 hex characters.
+    Returns:
+        The answer, and its question if there is one.
+    Raises:
+        UnknownIdError: there is no such answer.
+    """
+    with store.ledger.read() as tx:
+        prediction = tx.require(Prediction, prediction_id)
+        return prediction, review_of(tx, prediction)
+
+
+def read_page(store: Store, decision: Decision | None, after: str | None, limit: int) -> PredictionPage:
+    """Read some answers, newest first.
+
+    Args:
+        store: with the ledger.
+        decision: only these, or None.
+        after: id of the last answer of the page before, or None.
+        limit: at most so many, at least 1.
+    Returns:
+        The page.
+    """
+    with store.ledger.read() as tx:
+        rows = _newest(tx, decision, after, limit + 1)
+        items = [answer_body(row, review_of(tx, row), None, store.taxonomy) for row in rows[:limit]]
+    return PredictionPage(items=items, next=items[-1].id if len(rows) > limit else None)
+
+
+def _newest(tx: Transaction, decision: Decision | None, after: str | None, limit: int) -> list[Prediction]:
+    table = TABLES[Prediction]
+    query = sa.select(table).where(table.c.served.is_(True)).order_by(table.c.id.desc()).limit(limit)
+    if decision is not None:
+        query = query.where(table.c.decision == decision)
+    if after is not None:
+        # Ids sort by creation time.
+        query = query.where(table.c.id < after)
+    return [Prediction.model_validate(dict(row)) for row in tx.connection.execute(query).mappings()]

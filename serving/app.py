@@ -1,0 +1,149 @@
+"""The HTTP app: the API, its documentation, and the page behind one guarded door.
+
+In: a `Service`. Out: an ASGI app. It knows nothing of Ray and starts nothing; whoever runs it starts the
+service first.
+"""
+
+import logging
+from http import HTTPStatus
+from importlib import metadata
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from records.errors import RelookError
+from serving.docs_page import docs_html
+from serving.guard import Guard, problem_response
+from serving.problems import MEDIA_TYPE, problem, problem_of
+from serving.routes_models import models_router
+from serving.routes_predictions import predictions_router
+from serving.schemas import Problem
+from serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+MULTIPART_OVERHEAD_BYTES = 100_000
+"""What a form may add to the picture: its boundaries and the context."""
+
+API_PATHS = ("/v1", "/healthz", "/readyz", "/docs", "/openapi.json")
+
+
+def create_app(service: Service, page: ASGIApp | None = None) -> ASGIApp:
+    """Make the whole app.
+
+    Args:
+        service: that answers.
+        page: the web page, for every path that is not the API's.
+    Returns:
+        An ASGI app; lifespan events go to the page.
+    """
+    max_body_bytes = service.settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES
+    api = create_api(service, max_body_bytes)
+    return Guard(api if page is None else _Front(api, page), max_body_bytes)
+
+
+def create_api(service: Service, max_body_bytes: int) -> FastAPI:
+    """Make the API alone, without the guard.
+
+    Args:
+        service: that answers.
+        max_body_bytes: largest request.
+    Returns:
+        The FastAPI app.
+    """
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": Problem, "description": HTTPStatus(status).phrase}
+        for status in (404, 409, 413, 415, 422, 429, 503)
+    }
+    api = FastAPI(
+        title="Relook",
+        version=metadata.version("relook"),
+        summary="Answers about pictures, with reasons. Decision support, not a diagnosis.",
+        docs_url=None,
+        redoc_url=None,
+        responses=errors,
+    )
+    api.state.max_body_bytes = max_body_bytes
+    api.include_router(predictions_router(service))
+    api.include_router(models_router(service))
+    _add_problem_handlers(api, service.settings.retry_after_s)
+
+    document = api.openapi()
+    _name_problem_type(document)
+    api.openapi = lambda: document  # type: ignore[method-assign]
+
+    @api.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    def docs() -> str:
+        return docs_html(document)
+
+    return api
+
+
+def _name_problem_type(document: dict[str, Any]) -> None:
+    """Say in the OpenAPI document that problems have their own media type; FastAPI writes JSON for every model."""
+    for operation in (o for verbs in document["paths"].values() for o in verbs.values()):
+        for response in operation["responses"].values():
+            schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+            if schema.get("$ref", "").endswith("/Problem"):
+                response["content"] = {MEDIA_TYPE: {"schema": schema}}
+
+
+def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
+    @api.exception_handler(RelookError)
+    async def on_relook_error(request: Request, error: RelookError) -> Response:
+        found = problem_of(error)
+        if found.status >= 500:
+            logger.error("request %s failed", _request_id(request), exc_info=error)
+        return problem_response(found, _request_id(request), retry_after_s if found.status == 503 else None)
+
+    @api.exception_handler(Exception)
+    async def on_fault(request: Request, error: Exception) -> Response:
+        # Starlette raises the error again after this answer, and the guard logs it.
+        return problem_response(problem_of(error), _request_id(request))
+
+    @api.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        fields = [{"field": ".".join(str(p) for p in e["loc"]), "message": str(e["msg"])} for e in error.errors()]
+        detail = "; ".join(f"{e['field']}: {e['message']}" for e in fields[:3])
+        return problem_response(problem(422, "invalid", detail, errors=fields), _request_id(request))
+
+    @api.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        details = {
+            404: f"nothing is at {request.url.path}; /docs lists what there is",
+            405: f"{request.method} is not possible at {request.url.path}; /docs lists what is",
+        }
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid")
+        found = problem(error.status_code, code, details.get(error.status_code, str(error.detail)))
+        response = problem_response(found, _request_id(request))
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(_allowed(api, request))
+        return response
+
+
+def _allowed(api: FastAPI, request: Request) -> list[str]:
+    """Return the verbs that a path knows; Starlette names only those of the first route that has it."""
+    path = request.scope["path"]
+    scopes = {verb: {**request.scope, "path": path, "method": verb} for verb in ("GET", "POST", "PUT", "DELETE")}
+    return [v for v, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in api.router.routes)]
+
+
+def _request_id(request: Request) -> str | None:
+    return getattr(request.state, "request_id", None)
+
+
+class _Front:
+    """Sends a request to the API or to the page, by its path."""
+
+    def __init__(self, api: ASGIApp, page: ASGIApp) -> None:
+        self._api, self._page = api, page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        is_api = any(path == prefix or path.startswith(prefix + "/") for prefix in API_PATHS)
+        await (self._api if is_api else self._page)(scope, receive, send)

@@ -1,0 +1,254 @@
+"""A typed client of the service, used by the page, the demo and the tests, and by anybody's program.
+
+    with Client("http://127.0.0.1:8000") as client:
+        answer = client.predict(Path("lesion.jpg").read_bytes(), explain="gradcam")
+
+In: bytes and bodies of `serving.schemas`. Out: bodies of `serving.schemas`, or an error of the tree in
+`records.errors`. A request that got no answer is sent again with the same Idempotency-Key, so nothing is
+predicted or flagged twice. One client may be shared by threads.
+"""
+
+import json
+import time
+import uuid
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from records.errors import DataError, PictureError, RefusedError, RelookError, UnavailableError, UnknownIdError
+from records.pictures import sniff
+from serving.schemas import (
+    Context,
+    Explanation,
+    FlagAnswer,
+    FlagRequest,
+    ModelList,
+    PredictionAnswer,
+    PredictionPage,
+    Problem,
+    Readiness,
+    ServedModelInfo,
+)
+
+B = TypeVar("B", bound=BaseModel)
+
+_BUSY = (429, 503)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+
+
+class Client:
+    """A connection to one service.
+
+    Args:
+        base_url: such as `http://127.0.0.1:8000`.
+        api_key: sent as bearer token if given.
+        timeout_s: of one request.
+        retry_s: how long a request is tried again while the service cannot be reached or is busy.
+        transport: of httpx, to reach an app without a network.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        retry_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._retry_s = retry_s
+        # trust_env off: a proxy set for the internet must not see pictures on their way to this machine.
+        self._http = httpx.Client(
+            base_url=base_url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def predict(
+        self,
+        picture: bytes,
+        *,
+        explain: Literal["gradcam"] | None = None,
+        context: Context | None = None,
+        idempotency_key: str | None = None,
+    ) -> PredictionAnswer:
+        """Ask for an answer about one picture.
+
+        Args:
+            picture: a JPEG, PNG or WebP file.
+            explain: add the map of the most likely class.
+            context: what is known about the picture.
+            idempotency_key: repeating a call with its key gives the same answer; default: a fresh key.
+        Returns:
+            The answer.
+        Raises:
+            PictureError: the service cannot use the picture.
+            DataError: the context does not fit.
+            UnavailableError: the service could not be reached, or stayed busy.
+        """
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        parameters = {"explain": explain} if explain else {}
+        if context is None:
+            headers["Content-Type"] = _media_type(picture)
+            sent: dict[str, Any] = {"content": picture}
+        else:
+            body = context.model_dump_json(exclude_none=True)
+            sent = {
+                "files": {
+                    "image": ("image", picture, _media_type(picture)),
+                    "context": (None, body, "application/json"),
+                }
+            }
+        response = self._send("POST", "/v1/predictions", headers=headers, params=parameters, **sent)
+        return _parsed(PredictionAnswer, response)
+
+    def prediction(self, prediction_id: str) -> PredictionAnswer:
+        """Return a stored answer; UnknownIdError if there is none."""
+        return _parsed(PredictionAnswer, self._send("GET", f"/v1/predictions/{prediction_id}"))
+
+    def predictions(self, *, decision: str | None = None, after: str | None = None, limit: int = 50) -> PredictionPage:
+        """List answers, newest first.
+
+        Args:
+            decision: only these.
+            after: `next` of the page before.
+            limit: at most so many.
+        Returns:
+            One page.
+        """
+        wanted = {"decision": decision, "after": after, "limit": limit}
+        parameters = {name: value for name, value in wanted.items() if value is not None}
+        return _parsed(PredictionPage, self._send("GET", "/v1/predictions", params=parameters))
+
+    def explanation(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> Explanation:
+        """Return where the model looked.
+
+        Args:
+            prediction_id: of a stored answer.
+            method: how it is computed.
+            target: class code; default: the answer's label.
+        Returns:
+            The map, raw and drawn over the picture.
+        Raises:
+            UnknownIdError: there is no such answer.
+            RefusedError: its picture was not stored.
+        """
+        return _parsed(Explanation, self._explain(prediction_id, method, target, "json"))
+
+    def explanation_png(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> bytes:
+        """Return the map drawn over the picture, as PNG bytes; see `explanation`."""
+        return self._explain(prediction_id, method, target, "png").content
+
+    def flag(self, prediction_id: str, request: FlagRequest) -> FlagAnswer:
+        """Object to an answer.
+
+        Args:
+            prediction_id: of a stored answer.
+            request: the objection; sending an equal one again changes nothing.
+        Returns:
+            What became of it.
+        Raises:
+            UnknownIdError: there is no such answer.
+            RefusedError: the picture may not be shown to an expert.
+            DataError: the suggested label is not a class.
+        """
+        body = request.model_dump(mode="json")
+        return _parsed(FlagAnswer, self._send("POST", f"/v1/predictions/{prediction_id}/flags", json=body))
+
+    def model(self) -> ServedModelInfo:
+        """Return the model that answers now."""
+        return _parsed(ServedModelInfo, self._send("GET", "/v1/model"))
+
+    def models(self) -> ModelList:
+        """Return all registered models, newest first."""
+        return _parsed(ModelList, self._send("GET", "/v1/models"))
+
+    def ready(self) -> Readiness:
+        """Return whether predictions can be made now; it asks once and does not wait."""
+        try:
+            response = self._http.get("/readyz")
+        except httpx.TransportError as error:
+            return Readiness(ready=False, model=None, detail=f"no service answers at {self._http.base_url}: {error}")
+        return _parsed(Readiness, response)
+
+    def _explain(self, prediction_id: str, method: str, target: str | None, form: str) -> httpx.Response:
+        parameters = {"method": method, "format": form} | ({"target": target} if target else {})
+        return self._send("GET", f"/v1/predictions/{prediction_id}/explanation", params=parameters)
+
+    def _send(self, verb: str, path: str, **sent: Any) -> httpx.Response:
+        deadline = time.monotonic() + self._retry_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                response = self._http.request(verb, path, **sent)
+            except httpx.TransportError as error:
+                if time.monotonic() + pause_s > deadline:
+                    raise UnavailableError(
+                        f"the service at {self._http.base_url} does not answer ({error or type(error).__name__}); "
+                        "start it with `relook serve`"
+                    ) from error
+            else:
+                if response.is_success:
+                    return response
+                if response.status_code not in _BUSY or time.monotonic() + pause_s > deadline:
+                    raise _error_of(response)
+                pause_s = max(pause_s, _asked_pause_s(response))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _media_type(picture: bytes) -> str:
+    try:
+        return f"image/{sniff(picture)}"
+    except PictureError:
+        # The service says what is wrong with it, as it would to any other program.
+        return "application/octet-stream"
+
+
+def _asked_pause_s(response: httpx.Response) -> float:
+    asked = response.headers.get("Retry-After", "")
+    return min(float(asked), _LONGEST_PAUSE_S) if asked.isdigit() else 0.0
+
+
+def _parsed(body: type[B], response: httpx.Response) -> B:
+    try:
+        return body.model_validate_json(response.content)
+    except ValidationError as error:
+        raise RelookError(
+            f"{response.request.url.path} did not answer with a {body.__name__}; is this a service of the same version?"
+        ) from error
+
+
+def _error_of(response: httpx.Response) -> RelookError:
+    try:
+        found = Problem.model_validate(json.loads(response.content))
+    except (ValueError, ValidationError):
+        return RelookError(f"{response.request.url.path} answered {response.status_code} without saying why")
+    match found.status:
+        case 404:
+            return UnknownIdError(found.detail)
+        case 409:
+            return RefusedError(found.detail)
+        case 413 | 415:
+            return PictureError(found.detail, found.code)
+        case 422 if found.code in ("empty", "damaged"):
+            return PictureError(found.detail, found.code)
+        case 429 | 503:
+            return UnavailableError(found.detail)
+        case status if status < 500:
+            return DataError(found.detail)
+        case _:
+            return RelookError(found.detail)

@@ -1,0 +1,93 @@
+"""The API's documentation as one plain page, drawn from its OpenAPI document.
+
+No script and no foreign host: it reads the same without a network. Programs read /openapi.json.
+"""
+
+from html import escape
+from typing import Any
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733;background:#fff}
+h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #d5dce3}
+section{border:1px solid #d5dce3;border-radius:8px;padding:.8rem 1rem;margin:.8rem 0}
+h3{margin:0;font:600 1rem ui-monospace,monospace}h3 b{color:#0b6e6e}
+table{border-collapse:collapse;width:100%;margin:.5rem 0;font-size:.93rem}
+td,th{text-align:left;vertical-align:top;padding:.25rem .6rem .25rem 0;border-top:1px solid #e8edf1}
+code,pre{font:.9rem ui-monospace,monospace}
+pre{background:#f3f6f8;padding:.7rem;border-radius:6px;overflow:auto}
+"""
+_EXAMPLES = """curl -s -H 'Content-Type: image/jpeg' --data-binary @lesion.jpg '{url}/v1/predictions?explain=gradcam'
+curl -s -F image=@lesion.jpg -F 'context={{"age": 61}};type=application/json' {url}/v1/predictions
+curl -s -H 'Content-Type: application/json' -d '{{"reason": "wrong_label"}}' {url}/v1/predictions/ID/flags"""
+
+
+def docs_html(openapi: dict[str, Any]) -> str:
+    """Draw the documentation.
+
+    Args:
+        openapi: the OpenAPI document.
+    Returns:
+        A whole HTML page.
+    """
+    info = openapi["info"]
+    operations = "".join(
+        _operation(path, verb, operation)
+        for path, verbs in openapi["paths"].items()
+        for verb, operation in verbs.items()
+    )
+    bodies = "".join(_body(name, schema) for name, schema in openapi["components"]["schemas"].items())
+    examples = escape(_EXAMPLES.format(url="http://127.0.0.1:8000"))
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"<title>{escape(info['title'])} API</title><style>{_STYLE}</style>"
+        f"<h1>{escape(info['title'])} API</h1><p>{escape(info.get('summary', ''))} "
+        f"Version {escape(info['version'])}. For programs: <a href='/openapi.json'>openapi.json</a>.</p>"
+        f"<pre>{examples}</pre><h2>Requests</h2>{operations}<h2>Bodies</h2>{bodies}"
+        "<p>Every error is a problem document (RFC 9457), media type <code>application/problem+json</code>.</p></html>"
+    )
+
+
+def _operation(path: str, verb: str, operation: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(p['name'])}</code></td><td>{escape(p['in'])}</td><td>{escape(_type(p['schema']))}</td>"
+        f"<td>{escape(p.get('description', ''))}</td></tr>"
+        for p in operation.get("parameters", [])
+    )
+    takes = ", ".join(operation.get("requestBody", {}).get("content", {}))
+    body = f"<p>Body: <code>{escape(takes)}</code></p>" if takes else ""
+    gives = ", ".join(
+        _type(content["schema"])
+        for content in operation["responses"].get("200", {}).get("content", {}).values()
+        if "$ref" in content.get("schema", {})
+    )
+    return (
+        f"<section><h3><b>{verb.upper()}</b> {escape(path)}</h3><p>{escape(operation.get('description', ''))}</p>"
+        f"{body}{f'<table>{rows}</table>' if rows else ''}"
+        f"{f'<p>Answer: <code>{escape(gives)}</code></p>' if gives else ''}</section>"
+    )
+
+
+def _body(name: str, schema: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(field)}</code></td><td>{escape(_type(facts))}</td>"
+        f"<td>{escape(facts.get('description', ''))}</td></tr>"
+        for field, facts in schema.get("properties", {}).items()
+    )
+    values = f"<p>{escape(_type(schema))}</p>" if "enum" in schema else ""
+    return (
+        f"<section id='{escape(name)}'><h3>{escape(name)}</h3><p>{escape(schema.get('description', ''))}</p>"
+        f"{values}<table>{rows}</table></section>"
+    )
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return str(schema["$ref"]).rsplit("/", 1)[-1]
+    if "anyOf" in schema:
+        return " or ".join(_type(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " | ".join(str(value) for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    return str(schema.get("format", schema.get("type", "any")))

@@ -1,0 +1,59 @@
+"""What travels between the HTTP replica and the replicas that compute.
+
+Plain frozen values: a request to predict, what came of it, a map, and which model answers. No HTTP
+and no Ray here, so the same values serve an app that runs in one process.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from records.types import Prediction, ReviewItem
+from serving.schemas import Context, ServedModelInfo
+
+Method = Literal["gradcam"]
+"""How a map can be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionRequest:
+    """One picture to answer about."""
+
+    picture: bytes
+    request_id: str
+    context: Context
+    caller: str = "local"
+    idempotency_key: str | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """Where a model looked for one class."""
+
+    method: str
+    exact: bool
+    layer: str | None
+    target: str
+    values: NDArray[np.float32]
+    """[h, w] over the centre square of the picture"""
+    png: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prediction that is in the ledger. The map is there only if it was computed with the answer."""
+
+    prediction: Prediction
+    review: ReviewItem | None
+    heat_map: HeatMap | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServingState:
+    """Which model answers now, or why none does."""
+
+    model: ServedModelInfo | None
+    detail: str

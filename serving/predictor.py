@@ -1,0 +1,214 @@
+"""The predictor: micro-batches from requests, one transaction per batch, then the answers.
+
+    request -> take in, decode (threads) -> queue -> one forward pass (one thread)
+            -> triage, overlays, commit (one thread) -> answers
+
+While a batch is computed the next one gathers, so batches grow with load and a lone request waits for
+nobody. An answer leaves only after its rows are committed. No Ray and no HTTP here.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from records.errors import RefusedError, UnavailableError
+from records.store import Store
+from records.types import Consent
+from serving.holder import ModelHolder
+from serving.messages import Answered, PredictionRequest, ServingState
+from serving.outbox import StoredPicture
+from serving.pictures import take_in
+from serving.recording import Job, Recorder, same_picture
+from serving.settings import ServingSettings
+from trainers.data.decode import decode_square
+from trainers.inference import BatchOutput
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A job and who waits for it."""
+
+    job: Job
+    done: "asyncio.Future[Answered]" = field(repr=False)
+
+
+class Predictor:
+    """Answers requests with the model that the ledger names. Use it within one event loop.
+
+    Args:
+        store: with ledger and blobs.
+        settings: of this room.
+    """
+
+    def __init__(self, store: Store, settings: ServingSettings) -> None:
+        self._store = store
+        self._settings = settings
+        self._holder = ModelHolder(store, settings)
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._held: _Waiting | None = None
+        self._under_way: dict[tuple[str, str], asyncio.Task[Answered]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._settling: set[asyncio.Task[None]] = set()
+        # Two batches may wait for their commit while a third is computed; more would only grow latency.
+        self._commit_slots = asyncio.Semaphore(2)
+        self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._forward_thread = ThreadPoolExecutor(1, "forward")
+        self._write_thread = ThreadPoolExecutor(1, "write")
+        self._poll_thread = ThreadPoolExecutor(1, "poll")
+        self._recorder = Recorder(store, settings, self._decode_threads)
+
+    async def start(self) -> None:
+        """Load the model that answers and begin to take requests."""
+        await self._in(self._poll_thread, self._holder.refresh)
+        self._tasks = [asyncio.create_task(self._follow_ledger()), asyncio.create_task(self._run_batches())]
+
+    async def stop(self) -> None:
+        """Finish what is under way and end all threads."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._settling, return_exceptions=True)
+        for pool in (self._decode_threads, self._forward_thread, self._write_thread, self._poll_thread):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def state(self) -> ServingState:
+        """Return which model answers, or why none does."""
+        return self._holder.state()
+
+    def check(self) -> None:
+        """Raise UnavailableError if a loop of the predictor has ended, which only a bug can do."""
+        for task in self._tasks:
+            if task.done():
+                raise UnavailableError(f"the predictor stopped: {task.exception() or 'cancelled'}")
+
+    async def predict(self, request: PredictionRequest) -> Answered:
+        """Answer a request.
+
+        Args:
+            request: one picture and what is known about it.
+        Returns:
+            The answer, after it was committed. A request with the idempotency key of another one gets
+            that one's answer, also while it is under way.
+        Raises:
+            PictureError: the picture cannot be used.
+            RefusedError: the idempotency key was used for another picture.
+            UnavailableError: no model answers, or the ledger does not.
+        """
+        if request.idempotency_key is None:
+            return await self._predict(request)
+        key = (request.caller, request.idempotency_key)
+        task = self._under_way.get(key)
+        if task is None:
+            task = asyncio.create_task(self._predict(request))
+            self._under_way[key] = task
+            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+            return await asyncio.shield(task)
+        answered = await asyncio.shield(task)
+        picture = await self._in(self._decode_threads, self._take_in, request)
+        return same_picture(answered, picture)
+
+    async def _predict(self, request: PredictionRequest) -> Answered:
+        prepared = await self._in(self._decode_threads, self._prepare, request)
+        if isinstance(prepared, Answered):
+            return prepared
+        waiting = _Waiting(prepared, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(waiting)
+        return await waiting.done
+
+    def _prepare(self, request: PredictionRequest) -> Job | Answered:
+        arrived_s = time.perf_counter()
+        picture = self._take_in(request)
+        if request.idempotency_key is not None:
+            repeated = self._recorder.repeated(request)
+            if repeated is not None:
+                return same_picture(repeated, picture)
+        model = self._holder.current
+        consent = request.context.consent or self._settings.default_consent
+        pixels = decode_square(picture.data, model.document.geometry.side_px)
+        if consent is not Consent.NONE:
+            # Before the transaction: a blob without a row is harmless, a row without its blob is not.
+            self._store.blobs.put(picture.data)
+        return Job(request, picture, consent, model, pixels, arrived_s)
+
+    def _take_in(self, request: PredictionRequest) -> StoredPicture:
+        return take_in(self._store, request.picture, self._settings.max_pixels)
+
+    async def _follow_ledger(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.model_poll_s)
+            await self._in(self._poll_thread, self._holder.refresh)
+
+    async def _run_batches(self) -> None:
+        while True:
+            # A slot first: while none is free, the batch grows.
+            await self._commit_slots.acquire()
+            batch = await self._gather()
+            try:
+                output = await self._in(self._forward_thread, _forward, batch)
+            except Exception as error:
+                logger.exception("a forward pass failed")
+                _fail(batch, error)
+                self._commit_slots.release()
+                continue
+            task = asyncio.create_task(self._settle(batch, output))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+
+    async def _gather(self) -> list[_Waiting]:
+        """Wait for a job and take what queued up with it, all for the same model."""
+        first = self._held or await self._queue.get()
+        self._held = None
+        batch = [first]
+        deadline_s = time.perf_counter() + self._settings.batch_wait_ms / 1000
+        while len(batch) < self._settings.max_batch_size:
+            try:
+                left_s = deadline_s - time.perf_counter()
+                found = self._queue.get_nowait() if left_s <= 0 else await asyncio.wait_for(self._queue.get(), left_s)
+            except (asyncio.QueueEmpty, TimeoutError):
+                break
+            if found.job.model.loaded is not first.job.model.loaded:
+                self._held = found
+                break
+            batch.append(found)
+        return batch
+
+    async def _settle(self, batch: list[_Waiting], output: BatchOutput) -> None:
+        try:
+            jobs = [waiting.job for waiting in batch]
+            results = await self._in(self._write_thread, self._recorder.record, jobs, output)
+        except Exception as error:
+            logger.exception("a batch was not written")
+            _fail(batch, error)
+        else:
+            for waiting, result in zip(batch, results, strict=True):
+                if waiting.done.done():
+                    continue
+                if isinstance(result, RefusedError):
+                    waiting.done.set_exception(result)
+                else:
+                    waiting.done.set_result(result)
+        finally:
+            self._commit_slots.release()
+
+    async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+def _forward(batch: list[_Waiting]) -> BatchOutput:
+    pixels = np.stack([waiting.job.pixels for waiting in batch])
+    return batch[0].job.model.loaded.predict(pixels, gradcam=True)
+
+
+def _fail(batch: list[_Waiting], error: Exception) -> None:
+    for waiting in batch:
+        if not waiting.done.done():
+            waiting.done.set_exception(error)

@@ -1,0 +1,176 @@
+"""What becomes of a computed batch: triage, overlays, rows, one transaction.
+
+In: jobs with their model's output. Out: answers that are in the ledger, or why one is not. It runs in
+the writing thread of the predictor and knows nothing of queues.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from records.errors import RefusedError
+from records.ids import hash_of, new_id, utc_now
+from records.store import Store
+from records.types import Consent, Decision, Prediction, ReasonCode
+from serving.holder import ServedModel
+from serving.messages import Answered, HeatMap, PredictionRequest
+from serving.outbox import Answer, StoredPicture, find_repeated, image_row, review_of, review_row, write_answers
+from serving.pictures import draw_map, gradcam_map
+from serving.settings import ServingSettings, compute_threads
+from serving.triage import TriageRules, Verdict, audit_draw_of, triage
+from trainers.inference import BatchOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request, decoded for the model that was answering when it came."""
+
+    request: PredictionRequest
+    picture: StoredPicture
+    consent: Consent
+    model: ServedModel
+    pixels: NDArray[np.uint8]
+    arrived_s: float
+    """of `time.perf_counter`"""
+
+
+class Recorder:
+    """Turns outputs into stored answers.
+
+    Args:
+        store: with ledger and blobs.
+        settings: rules of triage, and how overlays are drawn.
+        drawing: threads that draw overlays, which costs most of all this.
+    """
+
+    def __init__(self, store: Store, settings: ServingSettings, drawing: Executor) -> None:
+        self._store = store
+        self._settings = settings
+        self._settings_hash = hash_of(settings.model_dump(mode="json"))
+        self._rules = TriageRules(settings.low_confidence, settings.max_set_size, settings.audit_share)
+        self._num_threads = compute_threads(settings.predictor_cpus)
+        self._drawing = drawing
+
+    def record(self, batch: Sequence[Job], output: BatchOutput) -> list[Answered | RefusedError]:
+        """Decide about a batch and write it down.
+
+        Args:
+            batch: N jobs of one model.
+            output: of that model, N rows.
+        Returns:
+            N answers that are committed; an error where a key was used for another picture.
+        Raises:
+            UnavailableError: the ledger or the blob store does not answer; nothing was answered then.
+        """
+        made = list(self._drawing.map(self._answer, batch, repeat(output), range(len(batch))))
+        try:
+            reviews = write_answers(self._store, [answer for answer, _ in made])
+        except RefusedError:
+            # Another replica answered one of the keys in the meantime: only that one is repeated.
+            return [self._write_alone(job, *rows) for job, rows in zip(batch, made, strict=True)]
+        return [
+            Answered(answer.prediction, review, heat_map)
+            for (answer, heat_map), review in zip(made, reviews, strict=True)
+        ]
+
+    def repeated(self, request: PredictionRequest) -> Answered | None:
+        """Return the answer that was given to a request's idempotency key before, if any."""
+        found = find_repeated(self._store, request.caller, request.idempotency_key or "")
+        if found is None:
+            return None
+        with self._store.ledger.read() as tx:
+            return Answered(found, review_of(tx, found))
+
+    def _write_alone(self, job: Job, answer: Answer, heat_map: HeatMap | None) -> Answered | RefusedError:
+        try:
+            (review,) = write_answers(self._store, [answer])
+        except RefusedError as error:
+            repeated = self.repeated(job.request) if job.request.idempotency_key else None
+            try:
+                return error if repeated is None else same_picture(repeated, job.picture)
+            except RefusedError as other_picture:
+                return other_picture
+        return Answered(answer.prediction, review, heat_map)
+
+    def _answer(self, job: Job, output: BatchOutput, row: int) -> tuple[Answer, HeatMap | None]:
+        draw = audit_draw_of(job.picture.id, self._settings.audit_salt)
+        document = job.model.document
+        verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw)
+        prediction = self._prediction(job, verdict, output.probabilities[row])
+        target = document.taxonomy.index_of(verdict.label) if verdict.label else None
+        values = output.maps[row, target] if output.maps is not None and target is not None else None
+        heat_map = self._heat_map(job, verdict, values)
+        if job.consent is Consent.NONE:
+            return Answer(prediction, None, None), heat_map
+        review = None
+        if verdict.decision in (Decision.REVIEW, Decision.URGENT):
+            overlay = heat_map.png if heat_map else self._overlay(job, values)
+            blob = self._store.blobs.put(overlay) if overlay else None
+            review = review_row(prediction, verdict, blob, self._settings.urgent_due_h)
+        image = image_row(self._store, job.picture, job.request.context, job.consent, prediction.created_at)
+        return Answer(prediction, image, review), heat_map
+
+    def _heat_map(self, job: Job, verdict: Verdict, values: NDArray[np.float32] | None) -> HeatMap | None:
+        if not job.request.explain or values is None or verdict.label is None:
+            return None
+        side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
+        return gradcam_map(job.model.loaded, job.picture.data, values, verdict.label, side_px, alpha)
+
+    def _overlay(self, job: Job, values: NDArray[np.float32] | None) -> bytes | None:
+        if values is None:
+            return None
+        return draw_map(job.picture.data, values, self._settings.overlay_side_px, self._settings.overlay_alpha)
+
+    def _prediction(self, job: Job, verdict: Verdict, probabilities: NDArray[np.float64]) -> Prediction:
+        request, model = job.request, job.model
+        is_finite = ReasonCode.NON_FINITE not in verdict.reasons
+        codes = model.document.taxonomy.codes
+        return Prediction(
+            id=new_id(),
+            request_id=request.request_id,
+            created_at=utc_now(),
+            caller=request.caller,
+            idempotency_key=request.idempotency_key,
+            image_id=job.picture.id,
+            consent=job.consent,
+            context=_said(request),
+            model_id=model.id,
+            model_status=model.status,
+            engine=model.loaded.engine,
+            precision=model.loaded.precision,
+            num_threads=self._num_threads,
+            settings_hash=self._settings_hash,
+            label=verdict.label,
+            confidence=verdict.confidence,
+            probabilities=dict(zip(codes, probabilities.tolist(), strict=True)) if is_finite else None,
+            prediction_set=list(verdict.prediction_set),
+            decision=verdict.decision,
+            reasons=list(verdict.reasons),
+            latency_ms=(time.perf_counter() - job.arrived_s) * 1000,
+        )
+
+
+def same_picture(answered: Answered, picture: StoredPicture) -> Answered:
+    """Return a repeated answer, if it was about this picture.
+
+    Args:
+        answered: that was found for the request's idempotency key.
+        picture: of the request.
+    Returns:
+        The answer.
+    Raises:
+        RefusedError: the key was used for another picture.
+    """
+    if answered.prediction.image_id != picture.id:
+        raise RefusedError("this Idempotency-Key was used for another picture; use a fresh one for each picture")
+    return answered
+
+
+def _said(request: PredictionRequest) -> dict[str, str | float | None]:
+    said = request.context.model_dump(mode="json", exclude={"patient_id", "consent"}, exclude_none=True)
+    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in said.items()}

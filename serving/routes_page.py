@@ -1,0 +1,39 @@
+"""The page as an ASGI app of its own, for every path that is not the API's."""
+
+from pathlib import Path
+
+import gradio as gr
+from fastapi import FastAPI
+
+from records.store import Store
+from serving.page import build_page, page_theme
+from serving.settings import ServingSettings
+
+
+def page_app(settings: ServingSettings, store: Store) -> FastAPI:
+    """Make the page.
+
+    Args:
+        settings: address of the API, upload limit, default consent.
+        store: taxonomy and home.
+    Returns:
+        An ASGI app that wants lifespan events.
+    """
+    mounted: FastAPI = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        build_page(settings, store),
+        path="/",
+        server_name=settings.host,
+        server_port=settings.port,
+        max_file_size=settings.max_upload_bytes,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
+        theme=page_theme(),
+        css_paths=Path(__file__).with_name("page.css"),
+    )
+    return mounted

@@ -1,0 +1,179 @@
+"""What travels over HTTP, typed once for the server and its client.
+
+Field names and shapes are the API's contract: a field may be added, none changes its meaning.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
+
+from records.types import Consent, Decision, FlagReason, ModelStatus, ReasonCode, ReviewState
+
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+PredictionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="id of a prediction, 32 hex characters")]
+IdempotencyKey = Annotated[
+    str, Field(min_length=1, max_length=200, description="repeating a request with its key gives the same answer")
+]
+
+
+class Body(BaseModel):
+    """Base of all bodies: closed, and free of NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Problem(Body):
+    """An RFC 9457 problem document."""
+
+    type: str = Field(description="URN that names the kind of problem")
+    title: str
+    status: int = Field(ge=400, le=599)
+    detail: str = Field(description="one sentence: what was wrong and what would be right")
+    code: str = Field(description="the last part of `type`, for programs")
+    request_id: str | None = None
+    errors: list[dict[str, Any]] | None = Field(default=None, description="of a body that does not fit: field, message")
+
+
+class Context(Body):
+    """What the caller knows about a picture."""
+
+    lesion_id: str | None = Field(default=None, max_length=200)
+    patient_id: str | None = Field(default=None, max_length=200, description="only a salted hash of it is stored")
+    age: float | None = Field(default=None, ge=0, le=130, description="years")
+    sex: str | None = Field(default=None, max_length=50)
+    localization: str | None = Field(default=None, max_length=200, description="body site")
+    device: str | None = Field(default=None, max_length=200)
+    site: str | None = Field(default=None, max_length=200, description="institution")
+    acquired_at: AwareDatetime | None = None
+    consent: Consent | None = Field(default=None, description="what may be done with the picture beyond answering")
+
+
+class ModelRef(Body):
+    """Which model answered."""
+
+    id: str
+    status: str = Field(description="champion, provisional or candidate, at that moment")
+
+
+class Reason(Body):
+    """One reason why an expert should look."""
+
+    code: ReasonCode
+    text: str
+
+
+class ReviewStatus(Body):
+    """Where the question to the experts is on its way."""
+
+    state: ReviewState
+    due: AwareDatetime | None = None
+
+
+class Explanation(Body):
+    """Where the model looked for one class."""
+
+    method: str
+    exact: bool = Field(description="true if it was computed in closed form, without differentiating")
+    layer: str | None = Field(description="the layer whose map it is")
+    target: str = Field(description="class code that the map is about")
+    shape: tuple[int, int] = Field(description="rows and columns of `values`")
+    values: list[list[FiniteFloat]] = Field(description="raw map over the centre square of the picture, not rescaled")
+    png_base64: str = Field(description="the map drawn over the picture, PNG")
+
+
+class PredictionAnswer(Body):
+    """An answer."""
+
+    id: PredictionId
+    request_id: str
+    created_at: AwareDatetime
+    image_id: str
+    model: ModelRef
+    label: str | None = Field(description="class code; empty for retake and non-finite")
+    confidence: Probability | None
+    probabilities: dict[str, Probability] | None = Field(description="calibrated, in class order")
+    prediction_set: list[str]
+    decision: Decision
+    reasons: list[Reason]
+    review: ReviewStatus | None
+    explanation: Explanation | None
+
+
+class PredictionPage(Body):
+    """Some answers, newest first."""
+
+    items: list[PredictionAnswer]
+    next: str | None = Field(description="pass it as `after` to read on; empty at the end")
+
+
+class FlagRequest(Body):
+    """An objection to an answer."""
+
+    reason: FlagReason
+    suggested_label: str | None = Field(default=None, description="class code")
+    comment: str | None = Field(default=None, max_length=2000)
+
+
+class FlagAnswer(Body):
+    """What became of an objection."""
+
+    id: str
+    prediction_id: PredictionId
+    review: ReviewStatus
+    text: str = Field(description="what happens next, one sentence")
+
+
+class ClassInfo(Body):
+    """A class that the model tells apart."""
+
+    code: str
+    name: str
+    malignant: bool
+
+
+class ModelInfo(Body):
+    """A registered model."""
+
+    id: str
+    status: ModelStatus
+    architecture: str
+    dataset_id: str
+    round: int | None
+    created_at: AwareDatetime
+    status_changed_at: AwareDatetime
+
+
+class ServedModelInfo(Body):
+    """The model that answers now."""
+
+    id: str
+    status: str
+    status_text: str
+    architecture: str
+    dataset_id: str
+    precision: str
+    side_px: int
+    classes: list[ClassInfo]
+    loaded_at: AwareDatetime
+    golden_difference: FiniteFloat = Field(description="largest difference to its golden logits when it was loaded")
+    metrics: dict[str, Any]
+
+
+class ModelList(Body):
+    """All registered models, newest first."""
+
+    items: list[ModelInfo]
+
+
+class Health(Body):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(Body):
+    """Whether predictions can be made now."""
+
+    ready: bool
+    model: ModelRef | None
+    detail: str

@@ -1,0 +1,34 @@
+"""What the HTTP app needs from behind it, whether that is in this process or in other replicas."""
+
+from typing import Protocol
+
+from records.store import Store
+from records.types import Prediction
+from serving.messages import Answered, HeatMap, Method, PredictionRequest, ServingState
+from serving.settings import ServingSettings
+
+
+class Service(Protocol):
+    """Predicts and explains. Errors come out as errors of the tree in `records.errors`."""
+
+    @property
+    def store(self) -> Store:
+        """Ledger and blobs that the app reads, and writes flags to."""
+        ...
+
+    @property
+    def settings(self) -> ServingSettings:
+        """Limits, and how overlays are drawn."""
+        ...
+
+    async def predict(self, request: PredictionRequest) -> Answered:
+        """Answer; see `Predictor.predict`."""
+        ...
+
+    async def explain(self, prediction: Prediction, method: Method, target: str | None) -> HeatMap:
+        """Explain a stored answer; see `Explainer.explain`."""
+        ...
+
+    async def state(self) -> ServingState:
+        """Return which model answers, or why none does."""
+        ...

@@ -1,0 +1,112 @@
+"""The settings of the serving room: where it listens, how it batches, what it doubts.
+
+Nothing is read from the environment here; the cluster room composes settings from their sources.
+"""
+
+import ipaddress
+import math
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from records.settings import RoomSettings
+from records.types import Consent
+
+
+class ServingSettings(RoomSettings):
+    """How pictures are taken in, answered and doubted."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; loopback only, since there are no keys")
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port of API and page")
+    page: bool = Field(default=True, description="serve the web page at /")
+
+    max_upload_mb: float = Field(default=20.0, gt=0, le=1024, description="largest request body, megabytes")
+    max_megapixels: float = Field(default=50.0, gt=0, le=1000, description="largest picture, millions of pixels")
+    max_in_flight: int = Field(
+        default=64, ge=1, le=100_000, description="predictions under way at once; one more is answered 429"
+    )
+    retry_after_s: int = Field(default=1, ge=1, le=3600, description="wait that a 429 or 503 asks for, seconds")
+
+    max_batch_size: int = Field(default=16, ge=1, le=1024, description="pictures of one forward pass, at most")
+    batch_wait_ms: float = Field(
+        default=0.0, ge=0, le=1000, description="how long a batch waits to fill; 0 takes what queued up meanwhile"
+    )
+    decode_threads: int = Field(default=2, ge=1, le=64, description="threads that decode and store pictures")
+    ingress_cpus: float = Field(default=0.5, ge=0, le=64, description="CPUs Ray reserves for the HTTP replica")
+    predictor_cpus: float = Field(
+        default=1.0, gt=0, le=256, description="CPUs of the predictor, and its compute threads, rounded up"
+    )
+    explainer_cpus: float = Field(
+        default=0.5, gt=0, le=256, description="CPUs of the explainer, and its compute threads, rounded up"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="number format of the network; auto is bf16 where the hardware has it"
+    )
+    model_poll_s: float = Field(
+        default=1.0, gt=0, le=60, description="how often a replica asks the ledger which model answers, seconds"
+    )
+    start_timeout_s: float = Field(default=300.0, gt=0, le=3600, description="how long a start may take, seconds")
+
+    low_confidence: float = Field(
+        default=0.5, ge=0, le=1, description="an answer whose best class is below this goes to an expert, probability"
+    )
+    max_set_size: int = Field(
+        default=2, ge=1, le=100, description="a prediction set with more classes goes to an expert, classes"
+    )
+    audit_share: float = Field(
+        default=0.02, ge=0, le=1, description="share of pictures that go to an expert by chance alone, 0 to 1"
+    )
+    audit_salt: str = Field(default="audit", min_length=1, description="salt of the hash that draws the audit sample")
+    urgent_due_h: float = Field(
+        default=24.0, gt=0, le=8760, description="how soon an expert should see an urgent picture, hours"
+    )
+    default_consent: Consent = Field(
+        default=Consent.TRAINING, description="consent of a request that names none: none, review or training"
+    )
+    overlay_side_px: int = Field(default=256, ge=64, le=2048, description="side of drawn overlays, pixels")
+    overlay_alpha: float = Field(default=0.6, ge=0, le=1, description="opacity of an overlay where the map is largest")
+
+    @field_validator("host")
+    @classmethod
+    def _host_is_loopback(cls, value: str) -> str:
+        if value == "localhost":
+            return value
+        try:
+            is_loopback = ipaddress.ip_address(value).is_loopback
+        except ValueError:
+            is_loopback = False
+        if not is_loopback:
+            raise ValueError(
+                f"{value!r} can be reached from outside and there are no API keys; use 127.0.0.1, ::1 or localhost"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _batch_fits_in_flight(self) -> Self:
+        if self.max_batch_size > self.max_in_flight:
+            raise ValueError(
+                f"max_batch_size {self.max_batch_size} can never fill with max_in_flight {self.max_in_flight}; "
+                "raise max_in_flight"
+            )
+        return self
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """Largest request body, bytes."""
+        return int(self.max_upload_mb * 1e6)
+
+    @property
+    def max_pixels(self) -> int:
+        """Largest picture, pixels."""
+        return int(self.max_megapixels * 1e6)
+
+    @property
+    def url(self) -> str:
+        """Where the service can be reached from this machine."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+def compute_threads(cpus: float) -> int:
+    """Return how many threads may compute on so many CPUs: as many, rounded up, at least one."""
+    return max(1, math.ceil(cpus))

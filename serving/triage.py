@@ -1,0 +1,175 @@
+"""From calibrated probabilities to a decision: answer, or ask an expert, and how soon.
+
+In: one row of probabilities, the operating points of the model's bundle, the rules of this service,
+and the picture's draw for the audit sample. Out: a `Verdict`. Pure: no clock, no ledger, no server.
+The thresholds themselves are fitted by trainers; pictures that are too poor to judge are not told apart here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from records.bundles import OperatingPoints
+from records.errors import ContractError
+from records.ids import sha256_hex
+from records.taxonomy import Taxonomy
+from records.types import Decision, ReasonCode
+from trainers.conformal import prediction_set, thresholds_in_order
+
+_PRIORITY_TIERS: dict[ReasonCode, float] = {
+    ReasonCode.URGENT: 300.0,
+    ReasonCode.FLAGGED: 200.0,
+    ReasonCode.REFER: 100.0,
+    ReasonCode.NON_FINITE: 100.0,
+    ReasonCode.AUDIT_SAMPLE: 50.0,
+}
+
+
+@dataclass(frozen=True)
+class TriageRules:
+    """The rules that the service's operator sets; see `ServingSettings`."""
+
+    low_confidence: float
+    max_set_size: int
+    audit_share: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is done with one picture, and why. Label and confidence are empty if the output is not finite."""
+
+    decision: Decision
+    reasons: tuple[ReasonCode, ...]
+    label: str | None
+    confidence: float | None
+    prediction_set: tuple[str, ...]
+    priority: float
+    selection_probability: float | None
+
+
+def triage(
+    probabilities: NDArray[np.float64],
+    taxonomy: Taxonomy,
+    operating: OperatingPoints,
+    rules: TriageRules,
+    audit_draw: float,
+) -> Verdict:
+    """Decide about one picture.
+
+    Args:
+        probabilities: [C] calibrated, in class order; not finite if the model's output was not.
+        taxonomy: class order and which classes are malignant.
+        operating: thresholds of the model that answered. A class without a conformal threshold is in
+            every prediction set, so a model without thresholds answers nothing by itself.
+        rules: of this service.
+        audit_draw: this picture's draw in [0, 1), see `audit_draw_of`.
+    Returns:
+        The verdict. `urgent` outranks `review`; any reason at all excludes `answered`.
+    Raises:
+        ContractError: the number of probabilities is not that of the classes, or they do not sum to 1.
+    """
+    if probabilities.shape != (len(taxonomy.codes),):
+        raise ContractError(f"probabilities {probabilities.shape} do not fit {len(taxonomy.codes)} classes")
+    is_sampled = audit_draw < rules.audit_share
+    sampled = (ReasonCode.AUDIT_SAMPLE,) if is_sampled else ()
+    chance = rules.audit_share if is_sampled else None
+    if not np.isfinite(probabilities).all():
+        reasons = (ReasonCode.NON_FINITE, *sampled)
+        return Verdict(Decision.REVIEW, reasons, None, None, (), priority_of(reasons, None, taxonomy), chance)
+    if abs(float(probabilities.sum()) - 1.0) > 1e-6:
+        raise ContractError(f"probabilities sum to {float(probabilities.sum()):.6f}, not to 1")
+
+    label_index = int(probabilities.argmax())
+    members = prediction_set(probabilities[None], thresholds_in_order(operating, taxonomy))[0]
+    reasons = (
+        *_referral_reasons(probabilities, taxonomy, operating),
+        *_doubt_reasons(probabilities, label_index, members, taxonomy, rules),
+        *sampled,
+    )
+    decision = Decision.ANSWERED
+    if reasons:
+        decision = Decision.URGENT if ReasonCode.URGENT in reasons else Decision.REVIEW
+    return Verdict(
+        decision=decision,
+        reasons=reasons,
+        label=taxonomy.codes[label_index],
+        confidence=float(probabilities[label_index]),
+        prediction_set=tuple(code for code, inside in zip(taxonomy.codes, members, strict=True) if inside),
+        priority=priority_of(reasons, probabilities, taxonomy),
+        selection_probability=chance,
+    )
+
+
+def priority_of(
+    reasons: tuple[ReasonCode, ...], probabilities: NDArray[np.float64] | None, taxonomy: Taxonomy
+) -> float:
+    """Rank a question among those that wait: larger is asked sooner.
+
+    priority = tier + 10 * p(malignant) + (1 - (p1 - p2)), where the tier is that of the strongest
+    reason: urgent 300, flagged 200, refer or non-finite 100, audit sample 50 (a sample that waits
+    behind every doubt would estimate nothing), any other doubt 0; p1 and p2 are the two best classes.
+
+    Args:
+        reasons: why it is asked.
+        probabilities: [C], or None if there are no finite ones (counts as p(malignant) = 1 and a tie).
+        taxonomy: which classes are malignant.
+    Returns:
+        A finite number.
+    """
+    tier = max((_PRIORITY_TIERS.get(reason, 0.0) for reason in reasons), default=0.0)
+    if probabilities is None or not np.isfinite(probabilities).all():
+        return tier + 11.0
+    second, first = np.sort(probabilities)[-2:]
+    return tier + 10.0 * malignant_probability(probabilities, taxonomy) + 1.0 - float(first - second)
+
+
+def malignant_probability(probabilities: NDArray[np.float64], taxonomy: Taxonomy) -> float:
+    """Return the summed probability of the malignant classes, 0 to 1."""
+    is_malignant = np.array([c.malignant for c in taxonomy.classes])
+    return float(np.clip(probabilities[is_malignant].sum(), 0.0, 1.0))
+
+
+def audit_draw_of(image_id: str, salt: str) -> float:
+    """Draw a picture for the audit sample: the same picture always gets the same number.
+
+    Args:
+        image_id: SHA-256 of the stored bytes.
+        salt: setting `serving.audit_salt`.
+    Returns:
+        In [0, 1), uniform over pictures and independent of what any model says of them.
+    """
+    return int(sha256_hex(f"{salt}:{image_id}".encode())[:13], 16) / 2**52
+
+
+def _referral_reasons(
+    probabilities: NDArray[np.float64], taxonomy: Taxonomy, operating: OperatingPoints
+) -> tuple[ReasonCode, ...]:
+    p_malignant = malignant_probability(probabilities, taxonomy)
+    reasons = []
+    if operating.urgent_threshold is not None and p_malignant >= operating.urgent_threshold:
+        reasons.append(ReasonCode.URGENT)
+    over_key = any(probabilities[taxonomy.index_of(code)] >= point.threshold for code, point in operating.refer.items())
+    over_malignant = operating.refer_malignant is not None and p_malignant >= operating.refer_malignant.threshold
+    if over_key or over_malignant:
+        reasons.append(ReasonCode.REFER)
+    return tuple(reasons)
+
+
+def _doubt_reasons(
+    probabilities: NDArray[np.float64],
+    label_index: int,
+    members: NDArray[np.bool_],
+    taxonomy: Taxonomy,
+    rules: TriageRules,
+) -> tuple[ReasonCode, ...]:
+    is_malignant = np.array([c.malignant for c in taxonomy.classes])
+    others = members.copy()
+    others[label_index] = False
+    reasons = []
+    # An empty set says that no class looks as it should, which is doubt, too.
+    if not 1 <= int(members.sum()) <= rules.max_set_size or bool((others & is_malignant).any()):
+        reasons.append(ReasonCode.PREDICTION_SET)
+    if float(probabilities[label_index]) < rules.low_confidence:
+        reasons.append(ReasonCode.LOW_CONFIDENCE)
+    return tuple(reasons)

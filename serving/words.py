@@ -1,0 +1,91 @@
+"""What a person reads: reasons, decisions and model states in plain sentences.
+
+In: stored records. Out: text that depends on nothing but them, so that an answer read again says the
+same. These are words of decision support: how likely and what happens next, never a verdict on a patient.
+"""
+
+from records.taxonomy import Taxonomy
+from records.types import Decision, FlagReason, ModelStatus, Prediction, ReasonCode
+
+DISCLAIMER = "Decision support, not a diagnosis."
+
+DECISION_TITLES: dict[Decision, str] = {
+    Decision.ANSWERED: "Answered by the model alone",
+    Decision.REVIEW: "An expert should look at this",
+    Decision.URGENT: "An expert should look at this soon",
+    Decision.RETAKE: "Please take another picture",
+}
+
+FLAG_WORDS: dict[FlagReason, str] = {
+    FlagReason.WRONG_LABEL: "The label is wrong",
+    FlagReason.UNSURE: "I am not sure about it",
+    FlagReason.BAD_IMAGE: "The picture is not usable",
+    FlagReason.OTHER: "Something else",
+}
+
+
+def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) -> str:
+    """Say why a picture goes to an expert.
+
+    Args:
+        code: the reason.
+        prediction: the stored answer that it belongs to.
+        taxonomy: of the model that answered.
+    Returns:
+        One sentence.
+    """
+    names = {c.code: c.name for c in taxonomy.classes}
+    match code:
+        case ReasonCode.LOW_CONFIDENCE:
+            return f"Even the most likely class has a probability of only {_percent(prediction.confidence)}."
+        case ReasonCode.PREDICTION_SET if not prediction.prediction_set:
+            return "No class looks the way it did on the pictures that the model was calibrated with."
+        case ReasonCode.PREDICTION_SET:
+            held = ", ".join(names.get(c, c) for c in prediction.prediction_set)
+            return f"These classes cannot be told apart with enough certainty: {held}."
+        case ReasonCode.REFER | ReasonCode.URGENT:
+            return _referral_text(code, prediction, taxonomy)
+        case _:
+            return _FIXED[code]
+
+
+def status_text(status: str) -> str:
+    """Say what the status of the model that answers means, in one sentence."""
+    if status == ModelStatus.PROVISIONAL:
+        return (
+            "This model is provisional: it has not passed the checks that a champion must pass, "
+            "and its answers need particular caution."
+        )
+    if status == ModelStatus.CHAMPION:
+        return "This model has passed the checks that stand before it may answer."
+    return f"This model is {status}."
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{100 * value:.0f} %"
+
+
+def _referral_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) -> str:
+    probabilities = prediction.probabilities or {}
+    names = {c.code: c.name for c in taxonomy.classes}
+    parts = [f"{names[k.code]} {_percent(probabilities.get(k.code))}" for k in taxonomy.key_classes]
+    if taxonomy.malignant_codes:
+        p_malignant = min(1.0, sum(probabilities.get(c, 0.0) for c in taxonomy.malignant_codes))
+        parts.append(f"all malignant classes together {_percent(p_malignant)}")
+    measured = ", ".join(parts)
+    if code is ReasonCode.URGENT:
+        return f"The probability of a malignant class is high enough to be looked at soon ({measured})."
+    return f"A probability is at or above the point from which an expert should look ({measured})."
+
+
+_FIXED: dict[ReasonCode, str] = {
+    ReasonCode.OUT_OF_DISTRIBUTION: "The picture is unlike those that the model knows.",
+    ReasonCode.NON_FINITE: "The model could not compute an answer for this picture.",
+    ReasonCode.FLAGGED: "Somebody disagreed with the answer.",
+    ReasonCode.AUDIT_SAMPLE: "Chosen by chance, to check answers that seem certain.",
+    ReasonCode.DRIFT: "Pictures like this one have become more frequent lately.",
+    ReasonCode.SELECTED: "The model would learn much from this picture.",
+    ReasonCode.LABEL_NOISE: "The label on record and the model disagree.",
+    ReasonCode.ADJUDICATION: "Two sources disagree about this picture.",
+    ReasonCode.BAD_PICTURE: "The picture is too poor to judge.",
+}

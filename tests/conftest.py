@@ -1,0 +1,122 @@
+"""Fixtures that every room's tests share: a home of their own, real data if there are any, one Ray, one browser.
+
+The environment is cleaned of Relook's variables once, before the first test, so that a developer's shell decides nothing.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from cluster.session import RaySession
+    from cluster.settings import Settings
+
+KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_REQUIRE_BROWSER"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _closed_environment() -> Iterator[None]:
+    """Take Relook's own variables out of the environment, keep Ray's door shut and every program quiet."""
+    patch = pytest.MonkeyPatch()
+    for name in [name for name in os.environ if name.startswith("RELOOK_") and name not in KEPT_VARIABLES]:
+        patch.delenv(name)
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
+    patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    patch.setenv("MPLBACKEND", "Agg")
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def records_settings(tmp_path: Path) -> RecordsSettings:
+    """Settings of an empty home."""
+    return RecordsSettings(home=tmp_path / "home")
+
+
+@pytest.fixture
+def store(records_settings: RecordsSettings) -> Iterator[Store]:
+    """An open, empty store."""
+    opened = open_store(records_settings)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder with real data; tests that need it are skipped where there is none."""
+    folder = os.environ.get("RELOOK_TEST_DATA")
+    if not folder:
+        pytest.skip("RELOOK_TEST_DATA names no folder with real data")
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        pytest.fail(f"RELOOK_TEST_DATA={folder!r} is not a folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ham10000(test_data: Path) -> Path:
+    """HAM10000 in its official layout."""
+    folder = test_data / "ham10000"
+    if not folder.is_dir():
+        pytest.skip(f"{test_data} holds no ham10000 folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_settings(tmp_path_factory: pytest.TempPathFactory) -> "Settings":
+    """Settings of the Ray that the whole test session shares."""
+    from cluster.sources import load_settings
+
+    return load_settings(sets=[f"records.home={tmp_path_factory.mktemp('ray-home')}"])
+
+
+@pytest.fixture(scope="session")
+def ray_session(ray_settings: "Settings") -> Iterator["RaySession"]:
+    """One real Ray for all tests that need one: token authentication, 4 logical CPUs, loopback."""
+    from cluster.session import start_ray
+
+    with start_ray(ray_settings) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a Chromium that can be driven headless."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        path = shutil.which(name)
+        if path:
+            return path
+    pytest.skip("no Chromium on this machine; on Debian: apt-get install chromium")
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator["Browser"]:
+    """A headless Chromium, shared; open a new context per test."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where a browser is promised (RELOOK_REQUIRE_BROWSER=1), a browser test that skips has failed."""
+    outcome = yield
+    report = outcome.get_result()
+    promised = os.environ.get("RELOOK_REQUIRE_BROWSER") == "1"
+    if promised and report.skipped and item.get_closest_marker("browser") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: skipped, but RELOOK_REQUIRE_BROWSER=1 promises a browser"

@@ -1,0 +1,153 @@
+"""The demo as a user runs it: one command, real processes, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "demo.synth_lesions=260",
+    "demo.withhold_share=0.4",
+    "demo.requests=200",
+    "trainers.epochs=3",
+    "tuning.trials=4",
+    "tuning.trial_epochs=2",
+    "tuning.max_train_images=120",
+    "round.select_budget=5",
+)
+
+
+def relook(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as its user would, in a home of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        env=environment_of(home),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def environment_of(home: Path) -> dict[str, str]:
+    ports = {"RELOOK_SERVING__PORT": str(free_port()), "RELOOK_LABELING__PORT": "0"}
+    return {**os.environ, "RELOOK_HOME": str(home), **ports}
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def sets() -> list[str]:
+    return [part for setting in SMALL for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Play a small demo once for the whole module."""
+    home = tmp_path_factory.mktemp("demo")
+    before = set(psutil.pids())
+    done = relook(home, "demo", "--json", *sets())
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = json.loads((home / "demo" / "summary.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == summary
+    assert left_behind(before, home) == []
+    yield home, summary
+
+
+def left_behind(before: set[int], home: Path) -> list[str]:
+    """Name processes that are new and belong to a demo: Ray's, Label Studio's, or ours."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "environ"]):
+        ours = (process.info["environ"] or {}).get("RELOOK_HOME") == str(home)
+        if process.pid not in before and process.pid != os.getpid() and ours:
+            found.append(" ".join(process.info["cmdline"] or [])[:120])
+    return found
+
+
+def test_the_summary_says_that_the_whole_loop_ran(played: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = played
+    assert summary["data"]["leaked_lesions"] == 0
+    assert summary["search"]["trials"] >= 4
+    assert summary["search"]["best"]["score"] > 0
+    assert len(summary["rounds"]) == 2
+    assert summary["served"]["requests"] >= 200
+    assert summary["served"]["failed"] == 0, summary["served"]["failures"]
+    assert summary["served"]["flagged"] > 0
+    assert summary["gate"]["harmed_challenger_refused"] is True
+    assert summary["swap"]["failed"] == 0
+    assert summary["swap"]["requests"] > 0
+
+
+def test_every_answer_of_the_experts_has_exactly_one_fate(played: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = played
+    asked = summary["label_studio"]
+    fates = asked["trained_on"] + asked["cant_tell"] + asked["extra_reads"] + asked["held_out"]
+    assert asked["tasks_pushed"] >= 30
+    assert asked["annotations_pulled"] == fates > 0
+    assert (asked["lost"], asked["duplicated"]) == (0, 0)
+    assert summary["rounds"][1]["labels_from_experts"] == asked["trained_on"] > 0
+    assert summary["rounds"][0]["labels_from_experts"] == 0
+
+
+def test_the_trace_of_a_flagged_picture_ends_at_the_second_model(played: tuple[Path, dict[str, Any]]) -> None:
+    home, summary = played
+    assert summary["trace"]["complete"] is True, summary["trace"]
+    done = relook(home, "trace", summary["trace"]["prediction_id"], "--json")
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)["steps"]
+    kinds = [step["kind"] for step in steps]
+    assert {"answer", "flag", "question", "task", "expert", "dataset", "model"} <= set(kinds)
+    assert any(step["kind"] == "model" and step["id"] == summary["rounds"][1]["model_id"] for step in steps)
+
+
+def test_what_the_demo_wrote_can_be_asked_for(played: tuple[Path, dict[str, Any]]) -> None:
+    home, summary = played
+    rounds = json.loads(relook(home, "rounds", "--json").stdout)["rounds"]
+    assert [record["model_id"] for record in rounds] == [record["model_id"] for record in summary["rounds"]]
+    assert json.loads(relook(home, "audit", "verify", "--json").stdout)["whole"] is True
+    missing = relook(home, "trace", "0" * 32)
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "nothing has the id" in missing.stderr
+
+
+def test_an_unusable_data_folder_is_one_sentence_and_exit_2(tmp_path: Path) -> None:
+    empty = tmp_path / "pictures"
+    empty.mkdir()
+    done = relook(tmp_path / "home", "demo", "--data", str(empty))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert str(empty) in done.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_stops_every_process_that_was_started(tmp_path: Path) -> None:
+    before = set(psutil.pids())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "demo", *sets()],
+        env=environment_of(tmp_path),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Round 1"):
+            break
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert left_behind(before, tmp_path) == []

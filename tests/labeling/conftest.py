@@ -1,0 +1,123 @@
+"""One real Label Studio for the whole session, and a fresh store with generated pictures for each test."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+
+from labeling.client import LabelStudioClient
+from labeling.local_server import LocalLabelStudio, ServerInfo
+from labeling.settings import LabelingSettings
+from records.home import Home, open_home
+from records.ids import new_id, utc_now
+from records.store import Store
+from records.types import Decision, Image, Prediction, ReasonCode, ReviewItem
+
+# Read here, since the tests run with a closed environment: a Label Studio that is installed already.
+ENVIRONMENT = os.environ.get("RELOOK_LABELING__ENVIRONMENT")
+
+
+def picture(seed: int, kind: str = "JPEG", size: tuple[int, int] = (96, 72)) -> bytes:
+    """A generated picture: a dark spot on a light ground, another place and colour for each seed."""
+    chance = np.random.default_rng(seed)
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    centre = chance.uniform(0.3, 0.7, 2) * (height, width)
+    inside = np.hypot(y - centre[0], x - centre[1]) < chance.uniform(0.15, 0.35) * height
+    pixels = np.where(inside[..., None], chance.integers(40, 120, 3), (222, 184, 160)).astype(np.uint8)
+    buffer = io.BytesIO()
+    PillowImage.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def settings() -> LabelingSettings:
+    """Port 0 takes a free one; the environment may be one that exists already."""
+    return LabelingSettings(port=0, environment=Path(ENVIRONMENT) if ENVIRONMENT else None)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return open_home(tmp_path_factory.mktemp("label"))
+
+
+@pytest.fixture(scope="session")
+def server(home: Home, settings: LabelingSettings) -> Iterator[ServerInfo]:
+    local = LocalLabelStudio(home, settings)
+    yield local.up(lambda text: print(text))
+    assert local.down()
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerInfo) -> Iterator[LabelStudioClient]:
+    made = LabelStudioClient(server.url, server.token)
+    yield made
+    made.close()
+
+
+AddItems = Callable[..., list[ReviewItem]]
+
+
+@pytest.fixture
+def add_items(store: Store) -> AddItems:
+    """Write pictures, predictions and review items, as serving does; priority falls with the number."""
+
+    def add(count: int, *, first_seed: int = 0, overlays: bool = True) -> list[ReviewItem]:
+        return [_add_one(store, first_seed + number, count - number, overlays) for number in range(count)]
+
+    return add
+
+
+def _add_one(store: Store, seed: int, priority: float, overlay: bool) -> ReviewItem:
+    data = picture(seed)
+    now = utc_now()
+    image = Image(
+        id=store.blobs.put(data),
+        uri="",
+        format="jpeg",
+        width_px=96,
+        height_px=72,
+        age_years=55,
+        sex="female",
+        localization="back",
+        provenance="served",
+        created_at=now,
+    )
+    image = image.model_copy(update={"uri": store.blobs.uri(image.id)})
+    rest = 0.4 / 6
+    prediction = Prediction(
+        id=new_id(),
+        request_id=new_id(),
+        created_at=now,
+        caller="local",
+        idempotency_key=new_id(),
+        image_id=image.id,
+        model_id="a" * 64,
+        model_status="champion",
+        engine="torch",
+        precision="fp32",
+        num_threads=1,
+        settings_hash="b" * 64,
+        label="mel",
+        confidence=0.6,
+        probabilities={code: 0.6 if code == "mel" else rest for code in store.taxonomy.codes},
+        decision=Decision.REVIEW,
+        reasons=[ReasonCode.LOW_CONFIDENCE],
+        latency_ms=1.0,
+    )
+    item = ReviewItem(
+        id=new_id(),
+        created_at=now,
+        prediction_id=prediction.id,
+        image_id=image.id,
+        reasons=[ReasonCode.LOW_CONFIDENCE, ReasonCode.REFER],
+        priority=priority,
+        overlay_blob=store.blobs.put(picture(seed + 10_000, "PNG")) if overlay else None,
+    )
+    with store.ledger.begin() as tx:
+        tx.add(image, prediction, item)
+    return item

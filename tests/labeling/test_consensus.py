@@ -1,0 +1,102 @@
+"""Majority by hand: whose answer counts, and when there is no label."""
+
+import itertools
+import random
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from labeling.consensus import resolve
+from records.types import AnswerKind, Confirmation, ExpertLabel
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+COUNT = itertools.count()
+
+
+def said(reader: str, label: str | None, *, annotation: int | None = None, **changes: object) -> ExpertLabel:
+    """One row; `None` is can't tell. Each call is a second later than the one before."""
+    number = next(COUNT)
+    at = START + timedelta(seconds=number)
+    row = ExpertLabel(
+        id=f"{number:08d}",
+        created_at=at,
+        review_item_id="item",
+        image_id="image",
+        answer=AnswerKind.CLASS if label else AnswerKind.CANT_TELL,
+        label=label,
+        annotator=reader,
+        annotated_at=at,
+        server="local",
+        project_id=1,
+        task_id=1,
+        annotation_id=number if annotation is None else annotation,
+        revision=str(number),
+    )
+    return row.model_copy(update=changes)
+
+
+def test_one_reader_is_a_single_reader() -> None:
+    (found,) = resolve([said("a", "mel")])
+    assert (found.image_id, found.label, found.confirmation) == ("image", "mel", Confirmation.SINGLE_READER)
+    assert found.annotators == ["a"]
+    assert not found.from_audit_sample
+
+
+def test_two_who_agree_are_a_consensus() -> None:
+    (found,) = resolve([said("a", "mel"), said("b", "mel"), said("c", "nv")])
+    assert (found.label, found.confirmation) == ("mel", Confirmation.CONSENSUS)
+    assert found.annotators == ["a", "b", "c"]
+    assert len(found.expert_label_ids) == 3
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["mel", "nv"], [None], [None, None], ["mel", "mel", "nv", "bcc"], ["mel", "mel", "nv", "nv", None]],
+)
+def test_no_majority_is_no_label(labels: list[str | None]) -> None:
+    (found,) = resolve([said(f"reader {n}", label) for n, label in enumerate(labels)])
+    assert found.label is None
+    assert found.confirmation is Confirmation.SINGLE_READER
+
+
+def test_cant_tell_does_not_outvote_a_class() -> None:
+    (found,) = resolve([said("a", "mel"), said("b", None), said("c", None)])
+    assert (found.label, found.confirmation) == ("mel", Confirmation.SINGLE_READER)
+
+
+def test_other_is_no_class() -> None:
+    (found,) = resolve([said("a", None, answer=AnswerKind.OTHER, other_text="a wart")])
+    assert found.label is None
+
+
+def test_the_newest_revision_counts() -> None:
+    (found,) = resolve([said("a", "mel", annotation=7), said("a", "nv", annotation=7)])
+    assert found.label == "nv"
+
+
+def test_a_readers_newest_annotation_counts() -> None:
+    (found,) = resolve([said("a", "mel"), said("a", "nv"), said("b", "nv")])
+    assert (found.label, found.confirmation, found.annotators) == ("nv", Confirmation.CONSENSUS, ["a", "b"])
+
+
+def test_a_tombstone_ends_an_annotation_and_an_older_one_stands_again() -> None:
+    first, second = said("a", "mel", annotation=1), said("a", "nv", annotation=2)
+    gone = said("a", "nv", annotation=2, deleted=True)
+    assert resolve([second, gone]) == []
+    (found,) = resolve([first, second, gone])
+    assert found.label == "mel"
+
+
+def test_only_the_audit_sample_may_be_held_out() -> None:
+    rows = [said("a", "mel", review_item_id="drawn"), said("b", "mel", review_item_id="flagged")]
+    assert resolve(rows[:1], audit_items={"drawn"})[0].from_audit_sample
+    assert not resolve(rows, audit_items={"drawn"})[0].from_audit_sample
+
+
+def test_order_does_not_matter() -> None:
+    rows = [said(f"r{n % 3}", "mel" if n % 2 else "nv", image_id=f"image {n % 4}", annotation=n % 9) for n in range(24)]
+    expected = resolve(rows)
+    assert [found.image_id for found in expected] == sorted({row.image_id for row in rows})
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        assert resolve(shuffled) == expected

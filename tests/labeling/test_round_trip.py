@@ -1,0 +1,238 @@
+"""Push, answer, edit, delete and pull against a real Label Studio: the ledger says what it says."""
+
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from labeling.client import LabelStudioClient
+from labeling.consensus import resolve
+from labeling.project import Project, open_project
+from labeling.pull import pull
+from labeling.push import adopt, item_key, push
+from labeling.settings import LabelingSettings
+from labeling.simulated_expert import EMAIL, answer
+from labeling.tasks import CANT_TELL, OTHER, answer_result
+from records.store import Store
+from records.types import AnswerKind, ExpertLabel, ReviewItem, ReviewState
+
+AddItems = Callable[..., list[ReviewItem]]
+
+
+def _say(client: LabelStudioClient, task_id: int, label: str) -> int:
+    made = client.create_annotation(task_id, answer_result(label), key=uuid.uuid4())
+    assert made is not None
+    return made
+
+
+def _edit(client: LabelStudioClient, annotation_id: int, **changes: object) -> None:
+    client._request("PATCH", f"api/annotations/{annotation_id}/", "edit", body=changes)
+
+
+def _delete(client: LabelStudioClient, annotation_id: int) -> None:
+    client._request("DELETE", f"api/annotations/{annotation_id}/", "delete")
+
+
+def _items(store: Store) -> list[ReviewItem]:
+    with store.ledger.read() as tx:
+        return tx.find(ReviewItem, order_by=("-priority",))
+
+
+def _labels(store: Store) -> list[ExpertLabel]:
+    with store.ledger.read() as tx:
+        return tx.find(ExpertLabel, order_by=("created_at", "id"))
+
+
+def _standing(store: Store) -> dict[int, str | None]:
+    """Annotation id -> label of everything that the ledger holds to be said now."""
+    newest = {label.annotation_id: label for label in _labels(store)}
+    return {number: label.label for number, label in newest.items() if not label.deleted}
+
+
+def _said(client: LabelStudioClient, project_id: int) -> dict[int, str | None]:
+    """The same, as Label Studio has it."""
+    rows = [row for page in client.list_tasks(project_id, with_annotations=True) for row in page]
+    return {a.id: a.result[0]["value"]["choices"][0] for row in rows for a in row.annotations if not a.was_cancelled}
+
+
+def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    add_items(40)
+    report = push(store, client, settings, "c" * 64)
+    assert (report.pushed, report.unreadable) == (40, [])
+    assert report.project_id is not None
+    items = _items(store)
+    assert {item.state for item in items} == {ReviewState.PUSHED}
+    assert [item.task_id for item in items] == sorted(item.task_id or 0 for item in items), "the most urgent first"
+
+    made = [_say(client, item.task_id or 0, "mel" if n % 2 else "nv") for n, item in enumerate(items[:12])]
+    first = pull(store, client, settings)
+    assert (first.new_labels, first.annotations, first.edited, first.deleted) == (12, 12, 0, 0)
+    assert _standing(store) == _said(client, report.project_id)
+
+    for number in made[:4]:
+        _edit(client, number, result=answer_result("bcc"))
+    for number in made[4:6]:
+        _delete(client, number)
+    _edit(client, made[6], was_cancelled=True)
+    skipped = client._request(
+        "POST", f"api/tasks/{items[12].task_id}/annotations/", "skip", body={"result": [], "was_cancelled": True}
+    )
+    second = pull(store, client, settings)
+    assert (second.new_labels, second.edited, second.deleted) == (4, 4, 3)
+    assert skipped["id"] not in {label.annotation_id for label in _labels(store)}, "a skip is no answer"
+    assert _standing(store) == _said(client, report.project_id)
+
+    states = {item.id: item.state for item in _items(store)}
+    assert [states[item.id] for item in items[:4]] == [ReviewState.ANSWERED] * 4
+    assert [states[item.id] for item in items[4:7]] == [ReviewState.PUSHED] * 3, "an answer taken back reopens it"
+
+    again = pull(store, client, settings)
+    assert (again.new_labels, again.deleted, again.idle) == (0, 0, False)
+    assert pull(store, client, settings).idle
+    assert push(store, client, settings).pushed == 0
+    assert len(_labels(store)) == 12 + 4 + 3
+
+
+def test_what_an_answer_says_is_kept(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    items = add_items(4)
+    push(store, client, settings)
+    tasks = {item.id: item.task_id or 0 for item in _items(store)}
+    quality = {"from_name": "image_quality", "to_name": "image", "type": "choices", "value": {"choices": ["usable"]}}
+    comment = {"from_name": "comment", "to_name": "image", "type": "textarea", "value": {"text": ["hair"]}}
+    client.create_annotation(tasks[items[0].id], [*answer_result("df"), quality, comment], key=uuid.uuid4())
+    _say(client, tasks[items[1].id], CANT_TELL)
+    other = {"from_name": "other_text", "to_name": "image", "type": "textarea", "value": {"text": ["a wart"]}}
+    client.create_annotation(tasks[items[2].id], [*answer_result(OTHER), other], key=uuid.uuid4())
+    _say(client, tasks[items[3].id], "no_such_class")
+
+    report = pull(store, client, settings)
+    assert (report.new_labels, report.cant_tell, report.other) == (4, 1, 1)
+    assert len(report.not_understood) == 1
+    assert "no_such_class" in report.not_understood[0]
+
+    said = {label.review_item_id: label for label in _labels(store)}
+    df = said[items[0].id]
+    assert (df.answer, df.label, df.image_quality, df.comment) == (AnswerKind.CLASS, "df", "usable", "hair")
+    assert df.annotator == "expert@relook.local"
+    assert df.image_id == items[0].image_id
+    assert said[items[1].id].answer is AnswerKind.CANT_TELL
+    assert (said[items[2].id].answer, said[items[2].id].other_text) == (AnswerKind.OTHER, "a wart")
+    unknown = said[items[3].id]
+    assert (unknown.answer, unknown.label) == (AnswerKind.OTHER, None), "kept, and never trained on"
+    assert "no_such_class" in (unknown.other_text or "")
+
+
+def test_a_push_killed_after_its_import_doubles_nothing(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    items = add_items(6)
+    small = settings.model_copy(update={"push_batch": 3})
+    project = open_project(store, client, small)
+    # What a push leaves behind that is killed between the import and the ledger's transaction.
+    orphans = [
+        {
+            "data": {"image": "", "heatmap": "", "why": "", "answer": "", "about": ""},
+            "meta": {"relook_item": item.id, "relook_key": item_key(item.id, project)},
+            "predictions": [],
+        }
+        for item in items[:2]
+    ]
+    left_behind = client.import_tasks(project.id, orphans)
+    report = push(store, client, small)
+    assert (report.adopted, report.pushed) == (2, 4)
+    assert [item.task_id for item in _items(store)[:2]] == left_behind
+    assert client.state(project.id).total == 6
+
+    # The same import arriving once more, after a new attempt was recorded.
+    client.import_tasks(project.id, orphans)
+    assert adopt(store, client, project) == (0, 2)
+    assert client.state(project.id).total == 6
+
+
+def test_a_deleted_task_is_withdrawn_and_its_answer_buried(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    items = add_items(3)
+    push(store, client, settings)
+    first, second, third = _items(store)
+    _say(client, first.task_id or 0, "mel")
+    assert pull(store, client, settings).new_labels == 1
+    client.delete_task(first.task_id or 0)
+    client.delete_task(second.task_id or 0)
+    report = pull(store, client, settings)
+    assert (report.tasks_deleted, report.deleted) == (2, 1)
+    states = {item.id: item.state for item in _items(store)}
+    assert [states[item.id] for item in items] == [ReviewState.WITHDRAWN, ReviewState.WITHDRAWN, ReviewState.PUSHED]
+    assert resolve(_labels(store)) == []
+    assert pull(store, client, settings).tasks_deleted == 0
+    assert third.state is ReviewState.PUSHED
+
+
+def test_a_deleted_project_is_asked_again_and_keeps_its_answers(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    add_items(3)
+    old = push(store, client, settings).project_id
+    answered = _items(store)[0]
+    _say(client, answered.task_id or 0, "mel")
+    pull(store, client, settings)
+    client._request("DELETE", f"api/projects/{old}", "delete the project")
+    assert pull(store, client, settings).requeued == 2
+    report = push(store, client, settings)
+    assert report.pushed == 2
+    assert report.project_id != old
+    assert [label.label for label in resolve(_labels(store))] == ["mel"]
+
+
+def test_the_simulated_expert_answers_once_and_reproducibly(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    items = add_items(24)
+    push(store, client, settings)
+    truth = {item.image_id: "bkl" for item in items[:20]}
+    given = answer(client, store, truth, error_rate=0.3, cant_tell_rate=0.2, seed=3)
+    assert len(given) == 20
+    assert {one.image_id for one in given} == set(truth)
+    wrong = [one for one in given if one.label not in (None, "bkl")]
+    unsure = [one for one in given if one.label is None]
+    assert 1 <= len(wrong) <= 12
+    assert 1 <= len(unsure) <= 10
+    assert answer(client, store, truth, error_rate=0.3, cant_tell_rate=0.2, seed=3) == [], "each task once"
+
+    report = pull(store, client, settings)
+    assert (report.new_labels, report.cant_tell) == (20, len(unsure))
+    labels = _labels(store)
+    assert {label.annotator for label in labels} == {EMAIL}
+    assert {label.image_id: label.label for label in labels} == {one.image_id: one.label for one in given}
+
+
+def test_a_project_is_found_again_and_its_page_set_back(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings
+) -> None:
+    project = open_project(store, client, settings)
+    assert open_project(store, client, settings) == project
+    row = client.project(project.id)
+    assert row is not None
+    body = {"label_config": row.label_config.replace("Can't tell", "Pass")}
+    client._request("PATCH", f"api/projects/{project.id}/", "change", body=body)
+    assert open_project(store, client, settings) == project
+    assert client.project(project.id) == row
+
+
+def test_two_stores_at_one_server_have_projects_of_their_own(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from records.settings import RecordsSettings
+    from records.store import open_store
+
+    other = open_store(RecordsSettings(home=tmp_path_factory.mktemp("other")))
+    try:
+        ids: set[int] = {open_project(one, client, settings).id for one in (store, other, store)}
+        assert len(ids) == 2
+        assert isinstance(open_project(other, client, settings), Project)
+    finally:
+        other.close()

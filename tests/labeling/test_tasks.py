@@ -1,0 +1,207 @@
+"""The labeling page, the task format, and how answers are read; no server."""
+
+import base64
+import io
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from label_studio_sdk.label_interface import LabelInterface
+from PIL import Image as PillowImage
+
+from labeling.settings import LabelingSettings
+from labeling.tasks import (
+    CANT_TELL,
+    OTHER,
+    PRIORITY_VERSION,
+    about_text,
+    answer_result,
+    answer_text,
+    data_uri,
+    label_config,
+    read_answer,
+    task_document,
+    why_text,
+)
+from records.errors import PictureError
+from records.ids import utc_now
+from records.taxonomy import DiagnosisClass, Taxonomy, load_taxonomy
+from records.types import AnswerKind, Decision, Image, Prediction, ReasonCode, ReviewItem
+
+HAM = load_taxonomy("ham10000")
+SETTINGS = LabelingSettings()
+
+
+def _encoded(side: tuple[int, int], kind: str, **options: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (side[1], side[0], 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    PillowImage.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _opened(uri: str) -> PillowImage.Image:
+    head, body = uri.split(",", 1)
+    assert head == "data:image/jpeg;base64"
+    return PillowImage.open(io.BytesIO(base64.b64decode(body)))
+
+
+def _item(**changes: object) -> ReviewItem:
+    base = ReviewItem(
+        id="item",
+        created_at=utc_now(),
+        image_id="f" * 64,
+        reasons=[ReasonCode.FLAGGED],
+        priority=7.5,
+        comment="looks <b>odd</b>",
+        suggested_label="mel",
+    )
+    return base.model_copy(update=changes)
+
+
+def _image(**changes: object) -> Image:
+    base = Image(
+        id="f" * 64,
+        uri="file:///x",
+        format="jpeg",
+        width_px=8,
+        height_px=8,
+        provenance="served",
+        created_at=utc_now(),
+        patient_hash="secret",
+        source_id="ISIC_0000001",
+    )
+    return base.model_copy(update=changes)
+
+
+def _prediction(**changes: object) -> Prediction:
+    base = Prediction(
+        id="p",
+        request_id="r",
+        created_at=utc_now(),
+        caller="local",
+        image_id="f" * 64,
+        model_id="m",
+        model_status="champion",
+        engine="torch",
+        precision="fp32",
+        num_threads=1,
+        settings_hash="s",
+        label="nv",
+        confidence=0.5,
+        probabilities={"akiec": 0.0, "bcc": 0.1, "bkl": 0.1, "df": 0.0, "mel": 0.3, "nv": 0.5, "vasc": 0.0},
+        decision=Decision.REVIEW,
+        latency_ms=1,
+    )
+    return base.model_copy(update=changes)
+
+
+def test_the_page_follows_the_taxonomy() -> None:
+    page = ElementTree.fromstring(label_config(HAM))
+    choices = page.findall(".//Choices[@name='diagnosis']/Choice")
+    assert [c.get("alias") for c in choices] == [*HAM.codes, CANT_TELL, OTHER]
+    assert [c.get("value") for c in choices][:2] == ["Actinic keratosis / Bowen's disease", "Basal cell carcinoma"]
+    assert [c.get("hotkey") for c in choices] == ["1", "2", "3", "4", "5", "6", "7", "0", None]
+    values = {tag.get("value") for tag in page.iter() if (tag.get("value") or "").startswith("$")}
+    document = task_document(
+        _item(), _image(), _encoded((8, 8), "JPEG"), None, None, taxonomy=HAM, settings=SETTINGS, key="k"
+    )
+    assert {value.removeprefix("$") for value in values if value} <= set(document["data"])
+    assert label_config(HAM) == label_config(load_taxonomy("ham10000"))
+
+
+def test_label_studios_own_validator_accepts_page_and_answers() -> None:
+    page = LabelInterface(label_config(HAM))
+    assert page.validate() is None
+    assert page.validate_annotation({"result": answer_result("mel")})
+
+
+def test_classes_with_one_display_name_are_told_apart() -> None:
+    twice = Taxonomy(
+        name="t",
+        version=1,
+        classes=tuple(DiagnosisClass(code=code, name='A "<b>" & co', malignant=False) for code in ("one", "two")),
+    )
+    choices = ElementTree.fromstring(label_config(twice)).findall(".//Choices[@name='diagnosis']/Choice")
+    assert [c.get("value") for c in choices][:2] == ['A "<b>" & co (one)', 'A "<b>" & co (two)']
+
+
+def test_more_than_nine_classes_keep_their_digits_apart() -> None:
+    many = Taxonomy(
+        name="t",
+        version=1,
+        classes=tuple(DiagnosisClass(code=f"c{n}", name=f"C{n}", malignant=False) for n in range(12)),
+    )
+    choices = ElementTree.fromstring(label_config(many)).findall(".//Choices[@name='diagnosis']/Choice")
+    keys = [c.get("hotkey") for c in choices if c.get("hotkey") is not None]
+    assert keys == [*"123456789", "0"]
+
+
+def test_a_task_carries_key_score_and_no_answer() -> None:
+    document = task_document(
+        _item(),
+        _image(),
+        _encoded((600, 450), "JPEG"),
+        _encoded((64, 64), "PNG"),
+        _prediction(),
+        taxonomy=HAM,
+        settings=SETTINGS,
+        key="item[relook:x]",
+    )
+    assert document["predictions"] == [{"result": [], "score": -7.5, "model_version": PRIORITY_VERSION}]
+    assert document["meta"] == {"relook_item": "item", "relook_key": "item[relook:x]"}
+    assert _opened(document["data"]["image"]).size == (512, 384)
+    assert _opened(document["data"]["heatmap"]).size == (512, 512), "a folded picture is shown as large as it is"
+    assert "secret" not in str(document)
+    assert "ISIC" not in str(document)
+
+
+def test_the_words_of_a_task() -> None:
+    why = why_text(_item(), HAM)
+    assert why == (
+        "A user objected to the model's answer. Suggested instead: Melanoma. Their comment: “looks <b>odd</b>”"
+    )
+    for reason in ReasonCode:
+        assert why_text(_item(reasons=[reason], comment=None, suggested_label=None), HAM).endswith((".", "first."))
+    assert answer_text(_prediction(), HAM) == "Melanocytic nevus 50% · Melanoma 30% · Basal cell carcinoma 10%"
+    assert answer_text(_prediction(label=None, probabilities=None), HAM) == "The model gave no answer."
+    assert answer_text(None, HAM) == "The model was not asked."
+    assert about_text(_image(age_years=55.0, sex="male")) == "age 55, male"
+    assert about_text(_image()) == "nothing else is known about this picture"
+
+
+def test_a_small_jpeg_goes_in_as_it_is_and_others_are_encoded() -> None:
+    small = _encoded((500, 400), "JPEG")
+    assert data_uri(small, SETTINGS) == "data:image/jpeg;base64," + base64.b64encode(small).decode()
+    assert _opened(data_uri(_encoded((500, 400), "PNG"), SETTINGS)).size == (500, 400)
+    assert _opened(data_uri(_encoded((1024, 100), "WEBP"), SETTINGS)).size == (512, 50)
+
+
+def test_orientation_is_applied_and_the_profile_kept() -> None:
+    exif = PillowImage.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    profile = b"a profile of the colours"
+    turned = _opened(data_uri(_encoded((1000, 500), "JPEG", exif=exif, icc_profile=profile), SETTINGS))
+    assert turned.size == (256, 512)
+    assert turned.info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", _encoded((64, 64), "JPEG")[:400], _encoded((600, 600), "PNG")[:900]])
+def test_damaged_pictures_are_refused(data: bytes) -> None:
+    with pytest.raises(PictureError):
+        data_uri(data, SETTINGS)
+
+
+@pytest.mark.parametrize("code", HAM.codes)
+def test_each_class_reads_back(code: str) -> None:
+    answer = read_answer(answer_result(code), HAM)
+    assert (answer.kind, answer.label, answer.understood) == (AnswerKind.CLASS, code, True)
+
+
+def test_other_answers_are_kept_and_not_understood_ones_marked() -> None:
+    assert read_answer(answer_result(CANT_TELL), HAM).kind is AnswerKind.CANT_TELL
+    assert read_answer(answer_result(OTHER), HAM).understood
+    for result in ([], answer_result("naevus"), [*answer_result("mel"), *answer_result("nv")]):
+        answer = read_answer(result, HAM)
+        assert (answer.kind, answer.label, answer.understood) == (AnswerKind.OTHER, None, False)
+    assert "mel, nv" in str(read_answer([*answer_result("mel"), *answer_result("nv")], HAM).other_text)
+    assert read_answer([{"from_name": "diagnosis"}, {"value": None}], HAM).other_text == "no diagnosis was chosen"

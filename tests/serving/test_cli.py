@@ -1,0 +1,49 @@
+"""The verbs `serve` and `models`: bad input is one sentence and exit 2, and a table is a table."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import run
+from records.store import Store
+
+
+def test_a_port_in_use_is_one_sentence_and_exit_2(store: Store, tools: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        home = f"records.home={store.home.root}"
+        assert run(["serve", "--port", str(port), "--set", home]) == 2
+    error = capsys.readouterr().err
+    assert f"serving.port {port}" in error
+    assert "--port" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_serving_nothing_is_refused(tmp_path: Path, tools: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--port", str(tools.free_port()), "--set", f"records.home={tmp_path / 'home'}"]) == 2
+    assert "no model is to be served yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--port", "70000"], ["--host", "0.0.0.0"], ["--port", "eight"]])
+def test_settings_that_cannot_work_are_refused(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", *given, "--set", f"records.home={tmp_path / 'home'}"]) == 2
+    assert given[0].strip("-") in capsys.readouterr().err
+
+
+def test_models_are_listed(store: Store, tools: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    home = f"records.home={store.home.root}"
+    assert run(["models", "--json", "--set", home]) == 0
+    assert json.loads(capsys.readouterr().out) == {"items": []}
+    bundle = tools.make_bundle(store)
+    tools.serve_bundle(store, bundle)
+    assert run(["models", "--json", "--set", home]) == 0
+    (item,) = json.loads(capsys.readouterr().out)["items"]
+    assert (item["id"], item["status"]) == (bundle.id, "champion")
+    assert run(["models", "--set", home]) == 0
+    assert bundle.id[:12] in capsys.readouterr().out

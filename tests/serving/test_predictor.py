@@ -1,0 +1,195 @@
+"""The predictor's core without HTTP or Ray: batches equal singles, models swap, faults stay where they are."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from records.errors import PictureError, RefusedError, UnavailableError
+from records.ids import new_id
+from records.store import Store
+from records.types import Decision, ModelStatus, Prediction, ReasonCode, ReviewItem
+from serving.explainer import Explainer
+from serving.holder import ModelHolder
+from serving.messages import Answered, PredictionRequest
+from serving.predictor import Predictor
+from serving.schemas import Context
+from serving.settings import ServingSettings
+
+T = TypeVar("T")
+
+SETTINGS = ServingSettings(model_poll_s=0.05, audit_share=0.0)
+
+
+def request(picture: bytes, **changes: Any) -> PredictionRequest:
+    return PredictionRequest(picture=picture, request_id=new_id(), context=Context(), **changes)
+
+
+def with_predictor(store: Store, use: Callable[[Predictor], Awaitable[T]], settings: ServingSettings = SETTINGS) -> T:
+    """Run something against a started predictor in its own event loop."""
+
+    async def run() -> T:
+        predictor = Predictor(store, settings)
+        await predictor.start()
+        try:
+            return await use(predictor)
+        finally:
+            await predictor.stop()
+
+    return asyncio.run(run())
+
+
+def test_answers_of_a_batch_are_those_of_one_at_a_time(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store, bias={"bcc": -2.0}))
+    pictures = [picture(number) for number in range(12)]
+
+    async def both(predictor: Predictor) -> tuple[list[Answered], list[Answered]]:
+        singles = [await predictor.predict(request(data)) for data in pictures]
+        return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in pictures)))
+
+    singles, together = with_predictor(store, both)
+    for one, other in zip(singles, together, strict=True):
+        assert one.prediction.image_id == other.prediction.image_id
+        assert one.prediction.decision is other.prediction.decision
+        assert list((one.prediction.probabilities or {}).values()) == pytest.approx(
+            list((other.prediction.probabilities or {}).values()), abs=1e-5
+        )
+    with store.ledger.read() as tx:
+        assert tx.count(Prediction) == 24
+
+
+def test_one_bad_picture_harms_no_other(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store))
+
+    async def mixed(predictor: Predictor) -> list[Any]:
+        bodies = [picture(0), b"text", picture(1), picture(2)[:500], picture(3)]
+        return await asyncio.gather(*(predictor.predict(request(b)) for b in bodies), return_exceptions=True)
+
+    results = with_predictor(store, mixed)
+    assert [type(result) for result in results] == [Answered, PictureError, Answered, PictureError, Answered]
+
+
+def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store))
+
+    async def same_key(predictor: Predictor) -> list[Answered]:
+        calls = (predictor.predict(request(picture(0), idempotency_key="k")) for _ in range(8))
+        return list(await asyncio.gather(*calls))
+
+    answered = with_predictor(store, same_key)
+    assert len({result.prediction.id for result in answered}) == 1
+    with store.ledger.read() as tx:
+        assert tx.count(Prediction) == 1
+
+
+def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store))
+
+    async def race() -> list[Answered]:
+        replicas = [Predictor(store, SETTINGS) for _ in range(3)]
+        for replica in replicas:
+            await replica.start()
+        calls = [
+            replica.predict(request(picture(number), idempotency_key=f"key-{number}"))
+            for number in range(4)
+            for replica in replicas
+        ]
+        try:
+            return list(await asyncio.gather(*calls))
+        finally:
+            for replica in replicas:
+                await replica.stop()
+
+    answered = asyncio.run(race())
+    assert len({result.prediction.id for result in answered}) == 4
+    with store.ledger.read() as tx:
+        assert tx.count(Prediction) == 4
+
+
+def test_what_is_not_finite_is_asked_and_never_dropped(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store, status_of_pictures="overflow"))
+
+    async def use(predictor: Predictor) -> Answered:
+        return await predictor.predict(request(picture(0), explain=True))
+
+    answered = with_predictor(store, use)
+    prediction = answered.prediction
+    assert prediction.decision is Decision.REVIEW
+    assert prediction.reasons == [ReasonCode.NON_FINITE]
+    assert (prediction.label, prediction.confidence, prediction.probabilities) == (None, None, None)
+    assert answered.heat_map is None
+    with store.ledger.read() as tx:
+        (item,) = tx.find(ReviewItem)
+    assert item.overlay_blob is None
+    with pytest.raises(RefusedError, match="no finite answer"):
+        Explainer(store, SETTINGS).explain(prediction, "gradcam", "mel")
+
+
+def test_a_new_model_answers_from_the_next_request_on(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+    first, second = tools.make_bundle(store, 0), tools.make_bundle(store, 1)
+    tools.serve_bundle(store, first, ModelStatus.PROVISIONAL)
+
+    async def swap(predictor: Predictor) -> list[tuple[str, str]]:
+        seen = []
+        for step in range(400):
+            answered = await predictor.predict(request(picture(step % 5)))
+            seen.append((answered.prediction.model_id, answered.prediction.model_status))
+            if step == 3:
+                await asyncio.to_thread(tools.serve_bundle, store, second)
+            if seen[-1][0] == second.id:
+                break
+        return seen
+
+    seen = with_predictor(store, swap)
+    assert seen[0] == (first.id, "provisional")
+    assert seen[-1] == (second.id, "champion")
+    assert [model for model, _ in seen] == sorted([model for model, _ in seen], key=[first.id, second.id].index)
+
+
+def test_a_status_change_needs_no_new_model(store: Store, tools: Any) -> None:
+    bundle = tools.make_bundle(store)
+    tools.serve_bundle(store, bundle, ModelStatus.PROVISIONAL)
+    holder = ModelHolder(store, SETTINGS)
+    assert holder.refresh()
+    loaded = holder.current.loaded
+    tools.serve_bundle(store, bundle, ModelStatus.CHAMPION)
+    assert not holder.refresh()
+    assert holder.current.status == "champion"
+    assert holder.current.loaded is loaded
+
+
+def test_a_model_that_misses_its_golden_pictures_is_not_served(
+    store: Store, tools: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = tools.make_bundle(store, 0)
+    wrong = tools.make_bundle(store, 1, golden_logits=np.full((4, 7), 50.0, np.float32))
+    tools.serve_bundle(store, good)
+    holder = ModelHolder(store, SETTINGS)
+    holder.refresh()
+    tools.serve_bundle(store, wrong)
+    assert not holder.refresh()
+    assert holder.current.id == good.id
+    assert "golden" in caplog.text
+    assert "golden" in holder.state().detail
+
+
+def test_an_altered_bundle_is_not_served(store: Store, tools: Any, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = tools.make_bundle(store)
+    (bundle.path / "bundle.json").write_text((bundle.path / "bundle.json").read_text() + " ")
+    tools.serve_bundle(store, bundle)
+    holder = ModelHolder(store, SETTINGS)
+    assert not holder.refresh()
+    with pytest.raises(UnavailableError, match="altered"):
+        _ = holder.current
+    assert "altered" in caplog.text
+
+
+def test_without_a_model_there_is_a_sentence(store: Store, picture: Callable[..., bytes]) -> None:
+    async def use(predictor: Predictor) -> str:
+        with pytest.raises(UnavailableError, match="promote one"):
+            await predictor.predict(request(picture(0)))
+        return predictor.state().detail
+
+    assert "promote" in with_predictor(store, use)

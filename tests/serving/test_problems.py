@@ -1,0 +1,54 @@
+"""Problem documents: the right status for each kind of error, and nothing given away."""
+
+import pytest
+
+from records.errors import (
+    ConfigError,
+    ContractError,
+    DataError,
+    IntegrityError,
+    PictureError,
+    RefusedError,
+    TaxonomyError,
+    UnavailableError,
+    UnknownIdError,
+)
+from serving.problems import problem, problem_of
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (PictureError("x"), 415, "not_a_picture"),
+        (PictureError("x", "unsupported_type"), 415, "unsupported_type"),
+        (PictureError("x", "too_large"), 413, "too_large"),
+        (PictureError("x", "too_many_pixels"), 413, "too_many_pixels"),
+        (PictureError("x", "damaged"), 422, "damaged"),
+        (PictureError("x", "empty"), 422, "empty"),
+        (UnknownIdError("x"), 404, "not_found"),
+        (RefusedError("x"), 409, "refused"),
+        (DataError("x"), 422, "invalid"),
+        (TaxonomyError("x"), 422, "invalid"),
+        (ConfigError("x"), 422, "invalid"),
+        (UnavailableError("x"), 503, "unavailable"),
+        (ContractError("x"), 500, "internal"),
+        (IntegrityError("x"), 500, "internal"),
+        (ValueError("x"), 500, "internal"),
+    ],
+)
+def test_each_error_has_its_status(error: Exception, status: int, code: str) -> None:
+    found = problem_of(error)
+    assert (found.status, found.code) == (status, code)
+    assert found.type == f"urn:relook:problem:{code}"
+
+
+@pytest.mark.parametrize("error", [UnavailableError, IntegrityError, RuntimeError])
+def test_our_own_faults_give_nothing_away(error: type[Exception]) -> None:
+    found = problem_of(error("sqlite:////secret/place/ledger.db at line 7"))
+    assert "secret" not in found.model_dump_json()
+    assert "Traceback" not in found.model_dump_json()
+
+
+def test_the_callers_errors_keep_their_sentence() -> None:
+    assert problem_of(PictureError("the picture is empty", "empty")).detail == "the picture is empty"
+    assert problem(404, "not_found", "nothing").title == "Not Found"

@@ -1,0 +1,160 @@
+"""Triage: nothing above a threshold is answered, doubt is never dropped, and offline agrees with online."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from records.bundles import OperatingPoints, ReferPoint
+from records.errors import ContractError
+from records.taxonomy import load_taxonomy
+from records.types import Decision, ReasonCode
+from serving.triage import TriageRules, Verdict, audit_draw_of, malignant_probability, priority_of, triage
+from trainers.operating import answered
+
+TAXONOMY = load_taxonomy("ham10000")
+CODES = TAXONOMY.codes
+
+
+def refer_point(threshold: float) -> ReferPoint:
+    return ReferPoint(
+        threshold=threshold, sensitivity_floor=0.9, proven=True, sensitivity=1.0, sensitivity_lower_bound=0.9,
+        specificity=0.5, lesions=40,
+    )  # fmt: skip
+
+
+def operating_points(q: float) -> OperatingPoints:
+    return OperatingPoints(
+        refer={"mel": refer_point(0.2)},
+        refer_malignant=refer_point(0.4),
+        urgent_threshold=0.9,
+        conformal_thresholds=dict.fromkeys(CODES, q),
+    )
+
+
+POINTS = operating_points(0.7)
+RULES = TriageRules(low_confidence=0.5, max_set_size=2, audit_share=0.02)
+NOT_SAMPLED = 0.5
+
+
+def probabilities(**named: float) -> NDArray[np.float64]:
+    """Named classes as given, the rest shared by the others."""
+    others = [code for code in CODES if code not in named]
+    rest = (1.0 - sum(named.values())) / len(others)
+    return np.array([named.get(code, rest) for code in CODES])
+
+
+def decide(row: NDArray[np.float64], draw: float = NOT_SAMPLED) -> Verdict:
+    return triage(row, TAXONOMY, POINTS, RULES, draw)
+
+
+rows = st.lists(st.floats(1e-6, 1.0), min_size=len(CODES), max_size=len(CODES)).map(
+    lambda values: np.array(values) ** 4 / np.sum(np.array(values) ** 4)
+)
+
+
+def test_a_clear_picture_is_answered() -> None:
+    verdict = decide(probabilities(nv=0.95))
+    assert verdict.decision is Decision.ANSWERED
+    assert verdict.reasons == ()
+    assert (verdict.label, verdict.confidence, verdict.prediction_set) == ("nv", 0.95, ("nv",))
+    assert verdict.selection_probability is None
+
+
+@pytest.mark.parametrize(
+    ("row", "decision", "reasons"),
+    [
+        (probabilities(nv=0.78, mel=0.20), "review", {"refer"}),
+        (probabilities(nv=0.55, bcc=0.42), "review", {"refer", "prediction_set"}),
+        (probabilities(nv=0.45, bkl=0.44), "review", {"low_confidence"}),
+        (probabilities(nv=0.33, bkl=0.32, df=0.31), "review", {"low_confidence", "prediction_set"}),
+        (probabilities(mel=0.95), "urgent", {"urgent", "refer"}),
+    ],
+)
+def test_rules_by_hand(row: NDArray[np.float64], decision: str, reasons: set[str]) -> None:
+    verdict = decide(row)
+    assert verdict.decision == decision
+    assert {reason.value for reason in verdict.reasons} == reasons
+
+
+def test_an_empty_prediction_set_is_doubt() -> None:
+    strict = operating_points(0.01)
+    verdict = triage(probabilities(nv=0.9), TAXONOMY, strict, RULES, NOT_SAMPLED)
+    assert verdict.prediction_set == ()
+    assert verdict.reasons == (ReasonCode.PREDICTION_SET,)
+
+
+def test_a_model_without_thresholds_answers_nothing_by_itself() -> None:
+    verdict = triage(probabilities(nv=0.99), TAXONOMY, OperatingPoints(), RULES, NOT_SAMPLED)
+    assert verdict.decision is Decision.REVIEW
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_what_is_not_finite_goes_to_an_expert_without_a_label(broken: float) -> None:
+    row = probabilities(nv=0.9)
+    row[3] = broken
+    verdict = decide(row)
+    assert verdict.decision is Decision.REVIEW
+    assert verdict.reasons == (ReasonCode.NON_FINITE,)
+    assert (verdict.label, verdict.confidence, verdict.prediction_set) == (None, None, ())
+    assert np.isfinite(verdict.priority)
+
+
+def test_the_audit_sample_takes_certain_answers_and_says_with_what_chance() -> None:
+    verdict = decide(probabilities(nv=0.99), draw=0.019)
+    assert verdict.decision is Decision.REVIEW
+    assert verdict.reasons == (ReasonCode.AUDIT_SAMPLE,)
+    assert verdict.selection_probability == 0.02
+    assert verdict.label == "nv"
+
+
+def test_the_audit_draw_is_uniform_and_fixed_per_picture() -> None:
+    draws = np.array([audit_draw_of(f"{number:064x}", "audit") for number in range(4000)])
+    assert draws[7] == audit_draw_of(f"{7:064x}", "audit")
+    assert 0.0 <= draws.min() < draws.max() < 1.0
+    assert np.mean(draws < 0.02) == pytest.approx(0.02, abs=0.008)
+    assert draws[7] != audit_draw_of(f"{7:064x}", "another salt")
+
+
+@given(rows)
+@settings(max_examples=300, deadline=None)
+def test_nothing_above_a_threshold_is_ever_answered(row: NDArray[np.float64]) -> None:
+    verdict = decide(row)
+    p_malignant = malignant_probability(row, TAXONOMY)
+    point = POINTS.refer_malignant
+    assert point is not None
+    if row[TAXONOMY.index_of("mel")] >= POINTS.refer["mel"].threshold or p_malignant >= point.threshold:
+        assert verdict.decision is not Decision.ANSWERED
+        assert ReasonCode.REFER in verdict.reasons
+    assert (verdict.decision is Decision.ANSWERED) == (not verdict.reasons)
+    assert verdict.label == CODES[int(row.argmax())]
+
+
+@given(rows)
+@settings(max_examples=200, deadline=None)
+def test_offline_figures_count_as_answered_what_the_service_answers(row: NDArray[np.float64]) -> None:
+    online = triage(row, TAXONOMY, POINTS, TriageRules(0.0, 2, 0.0), NOT_SAMPLED).decision is Decision.ANSWERED
+    assert bool(answered(row[None], TAXONOMY, POINTS)[0]) == online
+
+
+def test_urgent_is_asked_before_flagged_before_referred_before_sampled_before_unsure() -> None:
+    row = probabilities(nv=0.5)
+    order = [
+        ReasonCode.URGENT,
+        ReasonCode.FLAGGED,
+        ReasonCode.REFER,
+        ReasonCode.AUDIT_SAMPLE,
+        ReasonCode.LOW_CONFIDENCE,
+    ]
+    ranks = [priority_of((reason,), row, TAXONOMY) for reason in order]
+    assert ranks == sorted(ranks, reverse=True)
+    worse = priority_of((ReasonCode.REFER,), probabilities(nv=0.5, mel=0.4), TAXONOMY)
+    assert worse > priority_of((ReasonCode.REFER,), probabilities(nv=0.5, bkl=0.4), TAXONOMY)
+
+
+def test_rows_that_do_not_fit_are_a_bug_of_the_caller() -> None:
+    with pytest.raises(ContractError, match="do not fit 7 classes"):
+        decide(np.array([0.5, 0.5]))
+    with pytest.raises(ContractError, match="sum to"):
+        decide(np.full(7, 0.5))

@@ -1,0 +1,84 @@
+"""Policies as documents: what parses, what is refused and in which words, what the hash covers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from records.errors import ConfigError
+from trainers.augmentation import OPERATIONS, POLICIES, Operation, Policy, load_policy
+from trainers.augmentation.policy import parse_policy
+
+
+def one_operation(**changes: Any) -> dict[str, Any]:
+    return {"name": "mine", "operations": [{"operation": "rotate", **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        (one_operation(operation="spin"), "operations.0.operation: there is no operation 'spin'; there are horizontal_flip, "),
+        (one_operation(probability=1.5), "operations.0.probability is 1.5: "),
+        (one_operation(probability=0), "operations.0.probability is 0: "),
+        (one_operation(parameters={"limit_deg": 999}), r"rotate.limit_deg cannot be 999: .* 180; a valid value is 45.0"),
+        (one_operation(parameters={"limit": 9}), "rotate has no parameter 'limit'; it takes limit_deg"),
+        (one_operation(operation="d4", parameters={"p": 1}), "d4 has no parameter 'p'; it takes none"),
+        (
+            one_operation(operation="crop", parameters={"area": [0.9, 0.2]}),
+            r"crop.area cannot be \[0.9, 0.2\]: the range \[0.9, 0.2\] runs backwards; .*; a valid value is \[0.7, 1.0\]",
+        ),
+        (
+            one_operation(operation="cutout", parameters={"side": [0.1, 3]}),
+            r"cutout.side cannot be .* from 0.01 to 0.9; a valid value is \[0.1, 0.3\]",
+        ),
+        (one_operation(chance=0.5), "operations.0.chance is 0.5: Extra inputs"),
+        ({"operations": []}, "name: Field required"),
+        (["rotate"], "the document is "),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_sentence(document: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^augmentation policy mine.yaml: .*{sentence}") as caught:
+        parse_policy(document, "mine.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_yaml_file_is_a_policy(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\noperations:\n  - {operation: rotate, probability: 0.3, parameters: {limit_deg: 20}}\n")
+    policy = load_policy(str(path))
+    assert policy.operations == (Operation(operation="rotate", probability=0.3, parameters={"limit_deg": 20}),)
+    path.write_text("name: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_policy(str(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_policy(str(tmp_path / "none.yml"))
+
+
+def test_an_unknown_name_lists_the_built_in_ones() -> None:
+    with pytest.raises(
+        ConfigError, match=r"there are none, flips, light, dissertation; or give the path of a YAML file"
+    ):
+        load_policy("strong")
+
+
+def test_the_hash_covers_what_is_done_and_not_the_name() -> None:
+    plain = Policy(name="a", operations=(Operation(operation="rotate"),))
+    written_out = Policy(
+        name="b", operations=(Operation(operation="rotate", probability=0.5, parameters={"limit_deg": 45.0}),)
+    )
+    assert plain.content_hash() == written_out.content_hash()
+    assert plain.content_hash() != Policy(name="a", operations=(Operation(operation="d4"),)).content_hash()
+    hashes = {recipe.policy.content_hash() for recipe in POLICIES.records}
+    assert len(hashes) == len(POLICIES) == 4
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_survives_its_own_document(name: str) -> None:
+    policy = load_policy(name)
+    assert parse_policy(policy.model_dump(mode="json"), name) == policy
+
+
+def test_the_dissertations_policy_does_what_it_says() -> None:
+    operations = {step.operation: step.parameters for step in load_policy("dissertation").operations}
+    assert set(operations) == set(OPERATIONS) - {"d4"}
+    assert operations["color_jitter"] == {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.15}

@@ -1,0 +1,51 @@
+"""Squeezing a training into a trial: by hand numbers."""
+
+import pytest
+
+from trainers.settings import TrainersSettings
+from tuning.budget import squeeze, trial_budget
+
+WHOLE = TrainersSettings(
+    epochs=20, step_size_epochs=10, plateau_patience_epochs=4, warmup_epochs=2.0, early_stop_patience_epochs=5
+)
+
+
+def test_durations_shrink_by_the_same_factor():
+    short = squeeze(WHOLE, 5)
+
+    assert (short.epochs, short.step_size_epochs, short.plateau_patience_epochs) == (5, 2, 1)
+    assert short.warmup_epochs == pytest.approx(0.5)
+
+
+def test_only_successive_halving_ends_a_trial():
+    assert squeeze(WHOLE, 5).early_stop_patience_epochs is None
+
+
+def test_nothing_else_changes():
+    short = squeeze(WHOLE, 5)
+    durations = {name for name in TrainersSettings.model_fields if name.endswith("epochs")}
+
+    assert durations == {
+        "epochs",
+        "step_size_epochs",
+        "plateau_patience_epochs",
+        "warmup_epochs",
+        "early_stop_patience_epochs",
+    }
+    assert short.model_dump(exclude=durations) == WHOLE.model_dump(exclude=durations)
+
+
+def test_a_duration_never_vanishes_and_zero_stays_zero():
+    short = squeeze(WHOLE.model_copy(update={"plateau_patience_epochs": 0, "step_size_epochs": 1}), 2)
+
+    assert (short.step_size_epochs, short.plateau_patience_epochs) == (1, 0)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(5, 5), (20, 20), (50, 20)])
+def test_a_trial_is_never_longer_than_the_training(asked, given):
+    assert trial_budget(WHOLE, asked) == given
+    assert squeeze(WHOLE, asked).epochs == given
+
+
+def test_a_full_budget_changes_no_schedule():
+    assert squeeze(WHOLE, 20) == WHOLE.model_copy(update={"early_stop_patience_epochs": None})

@@ -1,0 +1,110 @@
+"""The journal: nothing is lost, a torn line is dropped, another search is refused."""
+
+import json
+
+import pytest
+
+from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
+from tuning.journal import FILE_NAME, open_journal, read_journal
+
+
+def write(journal, trial, kind="ended"):
+    journal.write(kind, trial=trial.model_dump(mode="json"))
+
+
+def test_what_was_written_is_read_back(tmp_path, make_header, make_trial):
+    header, trials = make_header(), [make_trial(0, [0.2, 0.4]), make_trial(1, [0.1], "stopped")]
+    with open_journal(tmp_path / "run", header) as journal:
+        for trial in trials:
+            write(journal, trial)
+
+    assert read_journal(tmp_path / "run") == (header, trials)
+
+
+def test_the_last_word_about_a_trial_counts(tmp_path, make_header, make_trial):
+    with open_journal(tmp_path, make_header()) as journal:
+        write(journal, make_trial(0, [0.9], "running"), "epoch")
+        write(journal, make_trial(0, [], "running"), "started")
+        write(journal, make_trial(0, [0.3, 0.5]))
+
+    assert read_journal(tmp_path)[1] == [make_trial(0, [0.3, 0.5])]
+
+
+def test_going_on_keeps_settled_trials_only(tmp_path, make_header, make_trial):
+    states = ["finished", "stopped", "failed", "lost", "running"]
+    with open_journal(tmp_path, make_header(trials=5)) as journal:
+        for number, state in enumerate(states):
+            write(journal, make_trial(number, [0.1], state))
+
+    with open_journal(tmp_path, make_header(trials=5)) as journal:
+        assert sorted(journal.settled) == [0, 1, 2]
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, make_header, make_trial):
+    with open_journal(tmp_path, make_header()) as journal:
+        write(journal, make_trial(0, [0.2]))
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write('{"kind":"ended","trial":{"num')
+
+    assert [trial.number for trial in read_journal(tmp_path)[1]] == [0]
+    with open_journal(tmp_path, make_header()) as journal:
+        write(journal, make_trial(1, [0.3]))
+    assert [trial.number for trial in read_journal(tmp_path)[1]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", '{"kind":"ended"}', '{"kind":"ended","trial":{"number":-1}}', '["kind"]', '{"trial":{}}']
+)
+def test_any_other_damage_names_the_line(tmp_path, make_header, line):
+    open_journal(tmp_path, make_header()).close()
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write(line + "\n")
+
+    with pytest.raises(IntegrityError, match=r"line 2 of .* is damaged"):
+        read_journal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"another seed \(0, now 1\)"),
+        ({"dataset_id": "e" * 64}, "another dataset_id"),
+        ({"base": {"optimizer": "adam"}}, r"another base.optimizer \('sgd', now 'adam'\)"),
+        ({"space_hash": "6" * 64}, "another space_hash"),
+    ],
+)
+def test_another_search_is_refused(tmp_path, make_header, change, message):
+    open_journal(tmp_path, make_header()).close()
+
+    with pytest.raises(RefusedError, match=message):
+        open_journal(tmp_path, make_header(**change))
+
+
+def test_a_search_may_be_asked_for_more_trials(tmp_path, make_header):
+    open_journal(tmp_path, make_header()).close()
+    open_journal(tmp_path, make_header(trials=9)).close()
+
+    assert read_journal(tmp_path)[0].trials == 9
+
+
+def test_every_line_is_one_json_object_on_disk_at_once(tmp_path, make_header, make_trial):
+    with open_journal(tmp_path, make_header()) as journal:
+        write(journal, make_trial(0, [0.25], "running"), "epoch")
+        lines = (tmp_path / FILE_NAME).read_text().splitlines()
+
+    assert [json.loads(line)["kind"] for line in lines] == ["search", "epoch"]
+
+
+def test_a_folder_without_a_search(tmp_path):
+    with pytest.raises(UnknownIdError, match="holds no search"):
+        read_journal(tmp_path)
+    (tmp_path / FILE_NAME).write_text("")
+    with pytest.raises(UnknownIdError, match="holds no search"):
+        read_journal(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, make_header):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_journal(tmp_path / "file" / "run", make_header())

@@ -1,0 +1,144 @@
+"""The report of a journal, for programs and for people."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from records.errors import UnknownIdError
+from tuning.journal import open_journal
+from tuning.live import SearchView, describe, line_of, search_summary, sparkline
+from tuning.log import SearchLog
+from tuning.report import find_run, report_on
+
+
+def draw(renderable):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+@pytest.fixture
+def run(tmp_path, make_header, make_trial):
+    trials = [
+        make_trial(0, [0.30, 0.35], start_seconds=5.0, cold_start=True),
+        make_trial(1, [0.2], "stopped", overrides={"optimizer": "adam"}, start_seconds=0.1, cold_start=False),
+        make_trial(
+            2, [], "failed", overrides={"learning_rate": 9.0}, error="not finite", error_kind="DivergedError",
+            start_seconds=0.3, cold_start=False,
+        ),
+    ]  # fmt: skip
+    folder = tmp_path / "tune-1"
+    with open_journal(folder, make_header()) as journal:
+        for trial in trials:
+            journal.write("ended", trial=trial.model_dump(mode="json"))
+    return folder
+
+
+def test_the_report_ranks_and_names_failures(run):
+    report = report_on(run)
+
+    assert [row["number"] for row in report.leaderboard] == [0, 1, 2]
+    assert report.best == {"number": 0, "score": 0.35, "overrides": {}}
+    assert report.failures == ({"number": 2, "kind": "DivergedError", "reason": "not finite"},)
+    assert (report.complete, report.epochs_trained, report.epochs_budget) == (True, 3, 6)
+    assert report.start_seconds_median == pytest.approx(0.2)
+
+
+def test_the_command_repeats_the_winner(tmp_path, make_header, make_trial):
+    base = {"optimizer": "sgd", "epochs": 30}
+    winner = make_trial(
+        1, [0.9], overrides={"optimizer": "adam", "learning_rate": 0.01, "augmentation": "my file.yaml"}
+    )
+    with open_journal(tmp_path, make_header(base=base)) as journal:
+        journal.write("ended", trial=winner.model_dump(mode="json"))
+
+    assert report_on(tmp_path).command == (
+        f"relook train --data {'d' * 12} --set trainers.epochs=30 --set trainers.optimizer=adam "
+        "--set 'trainers.augmentation=my file.yaml' --set trainers.learning_rate=0.01"
+    )
+
+
+def test_a_search_that_was_killed_is_reported_as_far_as_it_came(tmp_path, make_header, make_trial):
+    with open_journal(tmp_path, make_header()) as journal:
+        journal.write("epoch", trial=make_trial(0, [0.3], "running").model_dump(mode="json"))
+    report = report_on(tmp_path)
+
+    assert not report.complete
+    assert report.best is None
+    assert report.leaderboard[0]["state"] == "running"
+
+
+def test_the_last_search_is_found_by_its_name(tmp_path, make_header, run):
+    open_journal(tmp_path / "tune-0", make_header()).close()
+    (tmp_path / "tune-9").mkdir()
+
+    assert find_run(tmp_path) == run
+    assert find_run(tmp_path, "tune-0") == tmp_path / "tune-0"
+    assert find_run(tmp_path / "elsewhere", str(run)) == run
+
+
+@pytest.mark.parametrize(("name", "message"), [(None, "holds no search yet"), ("x", "no search is named 'x'")])
+def test_a_search_that_does_not_exist(tmp_path, name, message):
+    with pytest.raises(UnknownIdError, match=message):
+        find_run(tmp_path, name)
+
+
+def test_the_summary_tells_a_person_the_same(run):
+    from tuning.journal import read_journal
+
+    text = draw(search_summary(*read_journal(run)))
+
+    assert "3 of 3 trials" in text
+    assert "10 training pictures of 20" in text
+    assert "Winner: trial 0, validation balanced accuracy 0.350, the given settings." in text
+    assert "not finite" in text
+
+
+def test_the_live_view_shows_leader_and_budget(tmp_path, make_header, make_plan):
+    view = SearchView()
+    assert "waiting" in draw(view)
+    with open_journal(tmp_path, make_header()) as journal:
+        log = SearchLog(make_header(), journal, view.update)
+        log.started(make_plan(0))
+        log.started(make_plan(1, optimizer="adam", learning_rate=0.00123456))
+        log.epoch(1, score=0.42, seconds=1.0, key_class_sensitivity=None, goes_on=True)
+    text = draw(view)
+
+    assert "0 of 3 trials done, 1 of at most 6 epochs" in text
+    assert "best so far 0.420 by optimizer adam, learning_rate 0.00123" in text
+
+
+def test_the_live_view_keeps_running_trials_and_the_best_in_sight(tmp_path, make_header, make_plan):
+    view = SearchView(max_rows=3)
+    with open_journal(tmp_path, make_header(trials=8)) as journal:
+        log = SearchLog(make_header(trials=8), journal, view.update)
+        for number in range(7):
+            log.started(make_plan(number, seed=number))
+            log.epoch(number, score=number / 10, seconds=1.0, key_class_sensitivity=None, goes_on=False)
+            log.ended(number)
+        log.started(make_plan(7, seed=7))
+
+    assert [trial.number for trial in view._in_sight()] == [7, 6, 5]
+
+
+def test_elsewhere_than_in_a_terminal_each_end_is_a_line(tmp_path, make_header, make_plan):
+    lines = []
+    with open_journal(tmp_path, make_header()) as journal:
+        log = SearchLog(make_header(), journal, lambda event: lines.append(line_of(event)))
+        log.started(make_plan(0))
+        log.epoch(0, score=0.42, seconds=1.0, key_class_sensitivity=None, goes_on=False)
+        log.ended(0)
+        log.started(make_plan(1, optimizer="adam"))
+        log.failed(1, kind="DivergedError", message="the loss is not finite", lost=False)
+
+    assert [line for line in lines if line] == [
+        "trial 0 stopped after 1 epochs: 0.420, the given settings; 1 of 3 done; best so far 0.420 (trial 0)",
+        "trial 1 failed after 0 epochs: the loss is not finite, optimizer adam; 2 of 3 done; "
+        "best so far 0.420 (trial 0)",
+    ]
+
+
+def test_small_parts():
+    assert describe({}) == "the given settings"
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"

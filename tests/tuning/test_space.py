@@ -1,0 +1,197 @@
+"""The space: derived, conditional, seeded, and every sample is a valid TrainersSettings."""
+
+import math
+
+import numpy as np
+import pytest
+
+from records.errors import ConfigError, ContractError
+from trainers.augmentation import POLICIES
+from trainers.optimizers import OPTIMIZERS
+from trainers.registry import Choice, Range, Registered
+from trainers.schedulers import SCHEDULERS
+from trainers.settings import TrainersSettings
+from tuning import space as space_module
+from tuning.settings import Axis
+from tuning.space import SearchSpace, derive_space, difference, plan_trials, with_overrides
+from tuning.trials import Origin
+
+BASE = TrainersSettings()
+ALL = tuple(Axis)
+
+
+def test_every_registered_record_is_in_the_space():
+    described = derive_space(ALL, BASE).describe()
+
+    assert list(described) == ["optimizer", "scheduler", "augmentation"]
+    assert list(described["optimizer"]) == list(OPTIMIZERS.names)
+    assert list(described["scheduler"]) == list(SCHEDULERS.names)
+    assert list(described["augmentation"]) == list(POLICIES.names)
+    assert (len(OPTIMIZERS), len(SCHEDULERS), len(POLICIES)) == (4, 4, 4)
+
+
+def test_every_tunable_is_a_field_of_the_trainers_settings():
+    tunables = {name for axis in derive_space(ALL, BASE).axes.values() for record in axis for name in record.tunable}
+
+    assert {"learning_rate", "momentum", "gamma", "step_size_epochs"} <= tunables
+    assert tunables <= set(TrainersSettings.model_fields)
+
+
+def test_the_learning_rate_is_searched_in_the_logarithm_around_each_optimizers_own():
+    for recipe in OPTIMIZERS.records:
+        range_ = recipe.tunable["learning_rate"]
+        assert isinstance(range_, Range)
+        assert range_.log
+        assert recipe.default_learning_rate in range_
+
+
+def test_every_sample_is_valid_and_within_its_ranges():
+    space = derive_space(ALL, BASE)
+    random = np.random.default_rng(1)
+    met: set[tuple[str, str]] = set()
+
+    for _ in range(300):
+        overrides = space.sample(random)
+        settings = with_overrides(BASE, overrides)
+        for axis, records in space.axes.items():
+            record = next(record for record in records if record.name == getattr(settings, axis.value))
+            met.add((axis.value, record.name))
+            assert all(overrides[name] in tunable for name, tunable in record.tunable.items())
+
+    assert len(met) == len(OPTIMIZERS) + len(SCHEDULERS) + len(POLICIES)
+
+
+def test_a_sample_holds_only_what_its_choices_make_tunable():
+    space = derive_space(ALL, BASE)
+    random = np.random.default_rng(2)
+
+    for _ in range(200):
+        overrides = space.sample(random)
+        expected = set(Axis)
+        for axis, records in space.axes.items():
+            expected |= set(next(record for record in records if record.name == overrides[axis.value]).tunable)
+        assert set(overrides) == expected
+        assert ("momentum" in overrides) == (overrides["optimizer"] == "sgd")
+        assert ("step_size_epochs" in overrides) == (overrides["scheduler"] == "step")
+
+
+def test_an_axis_that_is_not_searched_stays_as_given():
+    base = TrainersSettings(optimizer="adam", learning_rate=0.002)
+    overrides = derive_space((Axis.SCHEDULER,), base).sample(np.random.default_rng(0))
+
+    assert "optimizer" not in overrides
+    assert "learning_rate" not in overrides
+    assert with_overrides(base, overrides).learning_rate == 0.002
+
+
+def test_a_policy_file_of_the_caller_joins_the_registered_policies():
+    base = TrainersSettings(augmentation="mine.yaml")
+
+    names = list(derive_space(ALL, base).describe()["augmentation"])
+
+    assert names == [*POLICIES.names, "mine.yaml"]
+
+
+def test_log_ranges_are_sampled_evenly_in_the_logarithm():
+    record = Registered(name="r", description="", tunable={"learning_rate": Range(1e-4, 1e-2, log=True)})
+    space = SearchSpace({Axis.OPTIMIZER: (record,)})
+    random = np.random.default_rng(3)
+
+    exponents = [math.log10(space.sample(random)["learning_rate"]) for _ in range(2000)]
+
+    assert np.mean(exponents) == pytest.approx(-3.0, abs=0.05)
+    assert np.mean(np.array(exponents) < -3.5) == pytest.approx(0.25, abs=0.04)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_whole_numbers_reach_both_ends(log):
+    record = Registered(name="r", description="", tunable={"step_size_epochs": Range(1, 5, integer=True, log=log)})
+    space = SearchSpace({Axis.SCHEDULER: (record,)})
+    random = np.random.default_rng(4)
+
+    drawn = {space.sample(random)["step_size_epochs"] for _ in range(300)}
+
+    assert drawn == {1, 2, 3, 4, 5}
+    assert all(isinstance(value, int) for value in drawn)
+
+
+def test_choices_are_all_drawn():
+    record = Registered(name="r", description="", tunable={"nesterov": Choice((False, True))})
+    space = SearchSpace({Axis.OPTIMIZER: (record,)})
+    random = np.random.default_rng(5)
+
+    assert {space.sample(random)["nesterov"] for _ in range(30)} == {False, True}
+
+
+def test_two_owners_of_one_setting_are_refused(monkeypatch):
+    class Overlapping:
+        records = (Registered(name="twice", description="", tunable={"learning_rate": Range(1e-3, 1e-2)}),)
+
+        def __contains__(self, name):
+            return True
+
+    monkeypatch.setattr(space_module, "REGISTRIES", {**space_module.REGISTRIES, Axis.SCHEDULER: Overlapping()})
+
+    with pytest.raises(ContractError, match="both optimizer and scheduler make learning_rate tunable"):
+        derive_space(ALL, BASE)
+
+
+def test_the_given_settings_come_first_then_the_enqueued_then_samples():
+    winner = TrainersSettings(optimizer="adam", learning_rate=0.003)
+
+    plans = list(plan_trials(derive_space(ALL, BASE), BASE, trials=5, seed=0, enqueued=[winner, BASE, winner]))
+
+    assert [plan.number for plan in plans] == [0, 1, 2, 3, 4]
+    assert [plan.origin for plan in plans] == [Origin.DEFAULTS, Origin.ENQUEUED, *[Origin.SAMPLED] * 3]
+    assert plans[0].overrides == {}
+    assert with_overrides(BASE, plans[1].overrides) == winner
+
+
+def test_a_search_of_one_trial_tries_the_given_settings():
+    winner = TrainersSettings(optimizer="adam")
+
+    plans = list(plan_trials(derive_space(ALL, BASE), BASE, trials=1, seed=0, enqueued=[winner]))
+
+    assert [plan.overrides for plan in plans] == [{}]
+
+
+def test_the_same_seed_plans_the_same_and_more_trials_keep_the_first_ones():
+    space = derive_space(ALL, BASE)
+
+    def plans(trials, seed):
+        return list(plan_trials(space, BASE, trials=trials, seed=seed))
+
+    assert plans(8, seed=7) == plans(20, seed=7)[:8]
+    assert plans(8, seed=7)[1:] != plans(8, seed=8)[1:]
+
+
+def test_configurations_are_not_tried_twice_while_there_are_others():
+    space = SearchSpace({Axis.AUGMENTATION: tuple(Registered(name=n, description="") for n in POLICIES)})
+
+    plans = list(plan_trials(space, BASE, trials=len(POLICIES), seed=0))
+
+    tried = {with_overrides(BASE, plan.overrides).augmentation for plan in plans}
+    assert tried == set(POLICIES)
+
+
+def test_difference_and_overrides_are_inverse():
+    other = TrainersSettings(optimizer="rmsprop", learning_rate=1e-3, epochs=7)
+
+    assert difference(BASE, other) == {"optimizer": "rmsprop", "learning_rate": 1e-3, "epochs": 7}
+    assert with_overrides(BASE, difference(BASE, other)) == other
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [({"learning_rate": -1.0}, "learning_rate"), ({"optimizer": "magic"}, "optimizer"), ({"speed": 1}, "speed")],
+)
+def test_overrides_that_cannot_work_name_the_field(overrides, field):
+    with pytest.raises(ConfigError, match=f"trainers.{field} = "):
+        with_overrides(BASE, overrides)
+
+
+def test_the_hash_follows_the_ranges():
+    whole, part = derive_space(ALL, BASE), derive_space((Axis.OPTIMIZER,), BASE)
+
+    assert whole.hash == derive_space(ALL, BASE).hash
+    assert whole.hash != part.hash

@@ -1,0 +1,96 @@
+"""What a policy document is: a name and a list of operations, checked as a whole and hashable.
+
+As YAML:
+
+    name: mine
+    operations:
+      - {operation: horizontal_flip, probability: 0.5}
+      - {operation: rotate, probability: 0.3, parameters: {limit_deg: 20}}
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core.core_schema import ValidationInfo
+
+from records.errors import ConfigError
+from records.ids import hash_of
+from trainers.augmentation.operations import OPERATIONS, Parameters
+
+
+class Operation(BaseModel):
+    """One step of a policy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    operation: str = Field(description="see `relook catalog augmentations`")
+    probability: float = Field(default=0.5, gt=0, le=1, description="share of the pictures that it changes")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="what is left out has the operation's default")
+
+    @field_validator("operation")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in OPERATIONS:
+            raise ValueError(f"there is no operation {value!r}; there are {', '.join(OPERATIONS)}")
+        return value
+
+    @field_validator("parameters")
+    @classmethod
+    def _fit_the_operation(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "operation" not in info.data:
+            return value
+        model = OPERATIONS[info.data["operation"]].parameters
+        try:
+            return model.model_validate(value).model_dump(mode="json")
+        except ValidationError as error:
+            raise ValueError(_parameter_sentence(error, info.data["operation"], model)) from error
+
+    def checked_parameters(self) -> Parameters:
+        """Return the parameters as the operation's own model."""
+        return OPERATIONS[self.operation].parameters.model_validate(self.parameters)
+
+
+class Policy(BaseModel):
+    """Operations, applied in order, each to its share of the pictures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=64)
+    operations: tuple[Operation, ...] = ()
+
+    def content_hash(self) -> str:
+        """Return the hash of what the policy does, defaults written out and the name left out; 64 hex characters."""
+        return hash_of(self.model_dump(mode="json", exclude={"name"}))
+
+
+def parse_policy(document: Any, source: str) -> Policy:
+    """Check a policy document.
+
+    Args:
+        document: plain values, as YAML gives them.
+        source: where it came from, for the message.
+    Returns:
+        The policy.
+    Raises:
+        ConfigError: a field is unknown or out of range; the message names field, value and a valid one.
+    """
+    try:
+        return Policy.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        reason = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] in {"value_error", "missing"} else f" is {first['input']!r}"
+        raise ConfigError(f"augmentation policy {source}: {field}{given}: {reason}") from error
+
+
+def _parameter_sentence(error: ValidationError, operation: str, model: type[Parameters]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        takes = f"it takes {', '.join(model.model_fields)}" if model.model_fields else "it takes none"
+        return f"{operation} has no parameter {name!r}; {takes}"
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    default = model.model_fields[name].default
+    valid = list(default) if isinstance(default, tuple) else default
+    return f"{operation}.{name} cannot be {first['input']!r}: {reason}; a valid value is {valid}"

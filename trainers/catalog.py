@@ -1,0 +1,32 @@
+"""The catalogue: every registry of the trainers as plain values.
+
+Rooms above add their own kinds (`relook catalog` merges the dicts); nothing is written down twice.
+"""
+
+from typing import Any
+
+from trainers.augmentation import OPERATIONS, POLICIES
+from trainers.losses import LOSSES
+from trainers.models import MODELS
+from trainers.optimizers import OPTIMIZERS
+from trainers.registry import Registry
+from trainers.samplers import SAMPLERS
+from trainers.schedulers import SCHEDULERS
+
+Catalogue = dict[str, list[dict[str, Any]]]
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "models": MODELS,
+    "optimizers": OPTIMIZERS,
+    "schedulers": SCHEDULERS,
+    "augmentations": POLICIES,
+    "operations": OPERATIONS,
+    "losses": LOSSES,
+    "samplers": SAMPLERS,
+}
+"""Kind, as the command line names it, to its registry."""
+
+
+def catalogue() -> Catalogue:
+    """Return every kind of the trainers with its records, as JSON values."""
+    return {kind: registry.catalogue() for kind, registry in REGISTRIES.items()}

@@ -1,0 +1,1 @@
+"""Pictures in: generated or imported, decoded once into a cache, grouped, audited."""

@@ -1,0 +1,291 @@
+"""A data folder before it is imported: its table, the columns that matter, and the files that rows name.
+
+In: HAM10000's official layout, or any folder of pictures with a table. Out: `SourceRow`s with a path
+each, and what cannot be used with its reason. No picture is opened here.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from records.errors import DataError
+from records.types import Confirmation, Side
+
+COLUMNS: dict[str, str] = {
+    "image": "image_id",
+    "dx": "dx",
+    "lesion": "lesion_id",
+    "patient": "patient_id",
+    "split": "split",
+    "site": "site",
+    "age": "age",
+    "sex": "sex",
+    "localization": "localization",
+    "confirmation": "dx_type",
+    "device": "device",
+    "acquired": "acquired_at",
+}
+"""What a table may tell, and the column that is read for it unless another is named."""
+
+REQUIRED = ("image", "dx")
+TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+_TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
+_EMPTY = frozenset({"", "unknown", "nan", "na", "n/a", "none", "null"})
+_CONFIRMATIONS = {
+    "histo": Confirmation.HISTOPATHOLOGY,
+    "followup": Confirmation.FOLLOW_UP,
+    **{confirmation.value: confirmation for confirmation in Confirmation},
+}
+_SPLITS = {
+    "training": Side.TRAIN, "valid": Side.VAL, "validation": Side.VAL, "testing": Side.TEST,
+    **{side.value: side for side in Side},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row of the table.
+
+    Args:
+        source_id: the picture's name in the table.
+        path: of its file; None if there is none.
+        problem: why there is no path.
+        label: as written; None if the row has no diagnosis.
+        confirmation: how the diagnosis was established.
+        split: the side that the table gives.
+        context: lesion_id, patient_id, site, device, sex, localization: text as written, or None.
+        age_years: 0 to 130.
+        acquired_at: aware.
+    """
+
+    source_id: str
+    path: Path | None
+    problem: str | None
+    label: str | None
+    confirmation: Confirmation
+    split: Side | None
+    context: dict[str, str | None]
+    age_years: float | None
+    acquired_at: datetime | None
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A table that was read.
+
+    Args:
+        path: of the table.
+        content: its bytes, from which an import takes its id.
+        rows: in the table's order.
+        notes: sentences about values that were left out.
+    """
+
+    path: Path
+    content: bytes = field(repr=False)
+    rows: list[SourceRow] = field(repr=False)
+    notes: list[str]
+
+
+def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: Path | None = None) -> SourceTable:
+    """Read the table of a data folder and find the file of every row.
+
+    Args:
+        folder: with pictures, in any depth, and a table at its top.
+        columns: names of the table's columns where they differ from `COLUMNS`, for example {"dx": "diagnosis"}.
+        table: the table, if it is not found by its name or by being the only one.
+    Returns:
+        The rows.
+    Raises:
+        DataError: no folder, no table, no such column, no rows, or no pictures.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no data folder {folder}; give a folder with pictures and a table")
+    path = _find_table(folder, table)
+    frame = _read_frame(path)
+    mapping = _map_columns(path, frame, dict(columns or {}))
+    if frame.empty:
+        raise DataError(f"the table {path} has no rows; it needs one row per picture")
+    files = _Files(folder)
+    if not files.by_stem:
+        raise DataError(f"there are no pictures in {folder}; put .jpg, .png or .webp files into it or its subfolders")
+    reader = _RowReader(frame, mapping, files)
+    rows = list(reader.rows())
+    return SourceTable(path, path.read_bytes(), rows, reader.notes())
+
+
+def _find_table(folder: Path, table: Path | None) -> Path:
+    if table is not None:
+        path = table if table.is_absolute() or table.is_file() else folder / table
+        if not path.is_file():
+            raise DataError(f"there is no table {table}; give the path of a CSV file with one row per picture")
+        return path
+    for name in TABLE_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in _TABLE_SUFFIXES and not p.name.startswith("."))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise DataError(
+            f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per picture"
+        )
+    names = ", ".join(p.name for p in found[:5])
+    raise DataError(f"{folder} holds {len(found)} tables ({names}); name the right one with --table")
+
+
+def _read_frame(path: Path) -> pd.DataFrame:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            header = file.readline()
+        separator = max(",;\t", key=header.count)
+        frame = pd.read_csv(
+            path, sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
+        )
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise DataError(f"{path} is not a table in UTF-8 CSV: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise DataError(f"the table {path} cannot be read ({error.strerror})") from error
+    return frame.rename(columns=lambda name: str(name).strip())
+
+
+def _map_columns(path: Path, frame: pd.DataFrame, given: dict[str, str]) -> dict[str, str]:
+    """Return what is read from which column; only columns that exist."""
+    unknown = sorted(set(given) - set(COLUMNS))
+    if unknown:
+        raise DataError(f"a table cannot be asked for {unknown[0]!r}; --columns takes {', '.join(COLUMNS)}")
+    have = ", ".join(map(str, frame.columns))
+    for what, name in given.items():
+        if name not in frame.columns:
+            raise DataError(f"the table {path} has no column {name!r} for {what}; it has {have}")
+    mapping = {what: given.get(what, name) for what, name in COLUMNS.items()}
+    for what in REQUIRED:
+        if mapping[what] not in frame.columns:
+            raise DataError(
+                f"the table {path} has no column {mapping[what]!r}; it has {have}; "
+                f"name the right one with --columns {what}=NAME"
+            )
+    return {what: name for what, name in mapping.items() if name in frame.columns}
+
+
+class _Files:
+    """The pictures of a folder, by the ways a table may name them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.by_stem: dict[str, list[Path]] = {}
+        self.by_name: dict[str, list[Path]] = {}
+        for path in self._walk(str(folder)):
+            self.by_stem.setdefault(path.stem, []).append(path)
+            self.by_name.setdefault(path.name, []).append(path)
+
+    def _walk(self, folder: str) -> Iterator[Path]:
+        """Yield the pictures in a fixed order, so that equal folders give equal imports."""
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir():
+                if not entry.name.startswith("."):
+                    yield from self._walk(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+                yield Path(entry.path)
+
+    def find(self, source_id: str) -> tuple[Path | None, str | None]:
+        """Return (path, None), or (None, why there is none)."""
+        if "/" in source_id:
+            path = (self.folder / source_id).resolve()
+            if not path.is_relative_to(self.folder.resolve()):
+                return None, f"{source_id} lies outside {self.folder}"
+            return (path, None) if path.is_file() else (None, f"there is no file {source_id} in {self.folder}")
+        found = self.by_name.get(source_id) or self.by_stem.get(source_id) or []
+        if not found:
+            return None, f"there is no picture named {source_id} in {self.folder}"
+        if len(found) > 1 and len({path.read_bytes() for path in found}) > 1:
+            names = " and ".join(str(path.relative_to(self.folder)) for path in found[:2])
+            return None, f"{source_id} could be {names}; write the path into the table"
+        return found[0], None
+
+
+class _RowReader:
+    """Read rows, and count the values that say nothing usable."""
+
+    def __init__(self, frame: pd.DataFrame, mapping: Mapping[str, str], files: _Files) -> None:
+        self._columns = {what: frame[name].str.strip().tolist() for what, name in mapping.items()}
+        self._length, self._files = len(frame), files
+        self._counts: dict[str, int] = {}
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Yield the rows of the table."""
+        for index in range(self._length):
+            cell = {what: _text(values[index]) for what, values in self._columns.items()}
+            source_id = self._columns["image"][index]
+            path, problem = self._files.find(source_id) if source_id else (None, f"row {index + 1} names no picture")
+            yield SourceRow(
+                source_id=source_id or f"row {index + 1}",
+                path=path,
+                problem=problem,
+                label=cell["dx"],
+                confirmation=self._confirmation(cell.get("confirmation"), cell["dx"]),
+                split=self._split(cell.get("split")),
+                context={
+                    "lesion_id": cell.get("lesion"),
+                    "patient_id": cell.get("patient"),
+                    **{name: cell.get(name) for name in ("site", "device", "sex", "localization")},
+                },
+                age_years=self._age(cell.get("age")),
+                acquired_at=self._time(cell.get("acquired")),
+            )
+
+    def notes(self) -> list[str]:
+        """Return one sentence per kind of value that was left out."""
+        return [f"{count} {text}" for text, count in self._counts.items()]
+
+    def _note(self, text: str) -> None:
+        self._counts[text] = self._counts.get(text, 0) + 1
+
+    def _confirmation(self, text: str | None, label: str | None) -> Confirmation:
+        if text is None:
+            return Confirmation.SINGLE_READER
+        known = _CONFIRMATIONS.get(text.lower().replace("-", "_").replace(" ", "_"))
+        if known is None and label is not None:
+            self._note(f"diagnoses were confirmed by {text!r}, which is not known; they count as one reader's")
+        return known or Confirmation.SINGLE_READER
+
+    def _split(self, text: str | None) -> Side | None:
+        if text is None:
+            return None
+        side = _SPLITS.get(text.lower())
+        if side is None:
+            raise DataError(f"the table gives the split {text!r}; it must be one of {', '.join(s.value for s in Side)}")
+        return side
+
+    def _age(self, text: str | None) -> float | None:
+        if text is None:
+            return None
+        try:
+            years = float(text)
+        except ValueError:
+            years = math.nan
+        if not 0 <= years <= 130:
+            self._note("ages are not numbers from 0 to 130 and were left out")
+            return None
+        return years
+
+    def _time(self, text: str | None) -> datetime | None:
+        if text is None:
+            return None
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            self._note("times are not ISO 8601 and were left out")
+            return None
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _text(value: str) -> str | None:
+    return None if value.lower() in _EMPTY else value

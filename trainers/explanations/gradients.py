@@ -1,0 +1,74 @@
+"""Explanations that differentiate: Grad-CAM through any head, Integrated Gradients, occlusion.
+
+In: a network (or its head), normalised pictures [N, 3, S, S] and the class that each map is about.
+Out: one map per picture. The gradients are taken with respect to a copy of the input, so that the
+network's parameters, and other threads that use it, are untouched.
+"""
+
+import torch
+from captum.attr import IntegratedGradients, Occlusion
+from torch import Tensor, nn
+
+IG_STEPS = 50
+BATCH_SIZE = 32
+
+
+def head_gradcam(head: nn.Module, features: Tensor, target: Tensor) -> Tensor:
+    """Compute Grad-CAM by differentiating only what follows the feature map.
+
+    Args:
+        head: what follows the target layer: [N, K, h, w] -> logits [N, C].
+        features: [N, K, h, w], the target layer's output.
+        target: [N] class indices.
+    Returns:
+        [N, h, w], not negative.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = features.detach().clone().requires_grad_()
+        logits = head(leaf)
+        (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), leaf)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    return torch.relu((weights * features).sum(dim=1))
+
+
+def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, steps: int = IG_STEPS) -> Tensor:
+    """Integrate the gradient from a picture of the mean colour to the picture (Sundararajan et al. 2017).
+
+    Args:
+        network: [N, 3, S, S] -> logits [N, C], in evaluation mode.
+        inputs: [N, 3, S, S], normalised; zero is the baseline.
+        target: [N] class indices.
+        steps: points of the integral.
+    Returns:
+        [N, S, S], signed, summed over colours; a map sums to about logit(picture) - logit(baseline).
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        method = IntegratedGradients(network)
+        attributions: Tensor = method.attribute(
+            inputs.detach().clone(), target=target, n_steps=steps, internal_batch_size=max(BATCH_SIZE, len(inputs))
+        )
+    return attributions.detach().sum(dim=1)
+
+
+def occlusion(network: nn.Module, inputs: Tensor, target: Tensor, window_px: int | None = None) -> Tensor:
+    """Measure how far the class's logit falls when a window of the picture is covered with the mean colour.
+
+    Args:
+        network: [N, 3, S, S] -> logits [N, C], in evaluation mode.
+        inputs: [N, 3, S, S], normalised.
+        target: [N] class indices.
+        window_px: side of the window, moved by half its side; default S / 8.
+    Returns:
+        [N, S, S], signed: the mean fall over the windows that cover a pixel.
+    """
+    side_px = window_px or max(2, inputs.shape[-1] // 8)
+    stride_px = max(1, side_px // 2)
+    with torch.inference_mode():
+        attributions: Tensor = Occlusion(network).attribute(
+            inputs,
+            sliding_window_shapes=(inputs.shape[1], side_px, side_px),
+            strides=(inputs.shape[1], stride_px, stride_px),
+            target=target,
+            perturbations_per_eval=BATCH_SIZE,
+        )
+    return attributions[:, 0]

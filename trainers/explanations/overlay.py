@@ -1,0 +1,73 @@
+"""A map drawn over its picture, as PNG bytes.
+
+Strength is shown twice, by colour and by opacity: where the map is zero the picture stays as it
+is, so that a reader still sees the lesion. The map is scaled by its own maximum for display only.
+"""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+
+from records.errors import ContractError
+
+COLOUR_MAP = "viridis"
+"""Perceptually uniform, readable in all common colour vision, and unlike any skin tone."""
+
+
+def overlay_png(picture: NDArray[np.uint8], heat_map: NDArray[np.floating], alpha: float = 0.6) -> bytes:
+    """Draw a map over a picture.
+
+    Args:
+        picture: [H, W, 3].
+        heat_map: [h, w], finite; negative values count as zero. Resized smoothly to the picture.
+        alpha: opacity where the map is largest, 0 to 1.
+    Returns:
+        PNG bytes of an RGB picture, H x W.
+    Raises:
+        ContractError: wrong shape, alpha outside 0 to 1, or a map that is not finite.
+    """
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ContractError(f"picture must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ContractError(f"alpha must be 0 to 1, got {alpha}")
+    height_px, width_px, _ = picture.shape
+    strength = resized_strength(heat_map, height_px, width_px)
+    colours = _colour_table()[np.rint(strength * 255).astype(np.uint8)]
+    opacity = (alpha * strength)[..., None]
+    blended = np.rint(picture * (1.0 - opacity) + colours * opacity).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(blended).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def resized_strength(heat_map: NDArray[np.floating], height_px: int, width_px: int) -> NDArray[np.float32]:
+    """Scale a map to 0..1 by its maximum and resize it smoothly.
+
+    Args:
+        heat_map: [h, w], finite.
+        height_px: height of the result.
+        width_px: width of the result.
+    Returns:
+        [height_px, width_px] in [0, 1]; all zero if no value is positive.
+    Raises:
+        ContractError: not two-dimensional, or not finite.
+    """
+    if heat_map.ndim != 2 or not np.isfinite(heat_map).all():
+        raise ContractError("a map to draw must be [h, w] and finite; an answer that is not finite has no map")
+    positive = np.clip(heat_map, 0.0, None).astype(np.float32)
+    peak = float(positive.max())
+    if peak == 0.0:
+        return np.zeros((height_px, width_px), dtype=np.float32)
+    small = Image.fromarray(positive / np.float32(peak), mode="F")
+    resized = small.resize((width_px, height_px), Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(resized), 0.0, 1.0)
+
+
+@lru_cache(maxsize=1)
+def _colour_table() -> NDArray[np.float32]:
+    colours = colormaps[COLOUR_MAP](np.arange(256))[:, :3]
+    return np.asarray(np.rint(colours * 255), dtype=np.float32)

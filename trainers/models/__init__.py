@@ -1,0 +1,9 @@
+"""The networks: a registry of frozen records, and one file per family.
+
+Every network is two parts, `features` and `head`, and `forward` is head(features(x)). `features` ends
+at the layer that Grad-CAM weighs, so the head alone says whether its map has a closed form.
+"""
+
+from trainers.models.registry import MODELS, ModelRecipe, architecture_options, build_model
+
+__all__ = ["MODELS", "ModelRecipe", "architecture_options", "build_model"]

@@ -1,0 +1,129 @@
+"""Which optimizers exist: a registry of frozen records.
+
+Weight decay is applied to weights of two or more dimensions only; decaying biases and batch norm
+costs accuracy and regularises nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainers.registry import Choice, Range, Registered, Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from trainers.settings import TrainersSettings
+
+ParameterGroups = list[dict[str, Any]]
+
+WEIGHT_DECAY = Range(1e-6, 1e-2, log=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe(Registered):
+    """An optimizer that can be chosen.
+
+    Args:
+        factory: (parameter groups, learning rate, settings) -> the optimizer.
+        default_learning_rate: what is used if the settings name none.
+    """
+
+    factory: "Callable[[ParameterGroups, float, TrainersSettings], Optimizer]" = field(repr=False)
+    default_learning_rate: float
+
+    def facts(self) -> dict[str, Any]:
+        """Return the default learning rate."""
+        return {"default_learning_rate": self.default_learning_rate}
+
+
+def _sgd(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+    from torch.optim import SGD
+
+    # Nesterov's step is defined with momentum only.
+    nesterov = settings.nesterov and settings.momentum > 0
+    return SGD(groups, lr=learning_rate, momentum=settings.momentum, nesterov=nesterov)
+
+
+def _rmsprop(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+    from torch.optim import RMSprop
+
+    return RMSprop(groups, lr=learning_rate)
+
+
+def _adam(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+    from torch.optim import Adam
+
+    return Adam(groups, lr=learning_rate)
+
+
+def _adamw(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+    from torch.optim import AdamW
+
+    return AdamW(groups, lr=learning_rate)
+
+
+OPTIMIZERS: Registry[OptimizerRecipe] = Registry(
+    "optimizer",
+    (
+        OptimizerRecipe(
+            name="sgd",
+            description="stochastic gradient descent with momentum, Nesterov's on request",
+            factory=_sgd,
+            default_learning_rate=0.05,
+            tunable={
+                "learning_rate": Range(3e-3, 0.3, log=True),
+                "momentum": Range(0.8, 0.98),
+                "nesterov": Choice((False, True)),
+                "weight_decay": WEIGHT_DECAY,
+            },
+        ),
+        OptimizerRecipe(
+            name="rmsprop",
+            description="steps scaled by a running mean of squared gradients",
+            factory=_rmsprop,
+            default_learning_rate=1e-3,
+            tunable={"learning_rate": Range(1e-5, 1e-2, log=True), "weight_decay": WEIGHT_DECAY},
+        ),
+        OptimizerRecipe(
+            name="adam",
+            description="RMSprop's scaling with momentum and bias correction; weight decay as an L2 term",
+            factory=_adam,
+            default_learning_rate=2e-3,
+            tunable={"learning_rate": Range(1e-4, 1e-2, log=True), "weight_decay": WEIGHT_DECAY},
+        ),
+        OptimizerRecipe(
+            name="adamw",
+            description="Adam with weight decay apart from the gradient",
+            factory=_adamw,
+            default_learning_rate=2e-3,
+            tunable={"learning_rate": Range(1e-4, 1e-2, log=True), "weight_decay": Range(1e-4, 0.3, log=True)},
+        ),
+    ),
+)
+
+
+def learning_rate_of(settings: "TrainersSettings") -> float:
+    """Return the learning rate that a run starts from: the settings', or the optimizer's default."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    return OPTIMIZERS[settings.optimizer].default_learning_rate
+
+
+def build_optimizer(model: "nn.Module", settings: "TrainersSettings") -> "Optimizer":
+    """Build the chosen optimizer over a network's trainable parameters.
+
+    Args:
+        model: the network.
+        settings: of the trainers.
+    Returns:
+        The optimizer, with two groups: decayed weights, and the rest.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    recipe = OPTIMIZERS[settings.optimizer]
+    return recipe.factory(groups, learning_rate_of(settings), settings)

@@ -1,0 +1,63 @@
+"""Which number format a network computes in, decided in one place for training and for inference.
+
+`auto` means bf16 where the hardware multiplies it natively (AVX512-BF16 or AMX on a CPU, a GPU
+that supports it) and fp32 everywhere else: emulated bf16 is slower and less exact.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from records.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+
+
+def has_native_bf16(device: str = "cpu") -> bool:
+    """Tell whether a device multiplies bf16 in hardware.
+
+    Args:
+        device: a torch device name, such as `cpu` or `cuda:0`.
+    Returns:
+        True if bf16 is the faster format there.
+    """
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve_precision(choice: str, device: str = "cpu") -> Precision:
+    """Turn a setting into the format that is used.
+
+    Args:
+        choice: `auto`, `fp32` or `bf16`.
+        device: a torch device name.
+    Returns:
+        `fp32` or `bf16`.
+    Raises:
+        ConfigError: another word.
+    """
+    if choice == "auto":
+        return "bf16" if has_native_bf16(device) else "fp32"
+    if choice == "fp32":
+        return "fp32"
+    if choice == "bf16":
+        return "bf16"
+    raise ConfigError(f"precision is {choice!r}; it must be auto, fp32 or bf16")
+
+
+def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[object]:
+    """Return the context in which a forward pass runs.
+
+    Args:
+        precision: `bf16` casts matrix products and convolutions; `fp32` changes nothing.
+        device: a torch device name.
+    Returns:
+        A context manager, to be entered once; it is local to the thread.
+    """
+    if precision == "bf16":
+        return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    return nullcontext()

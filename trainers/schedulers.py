@@ -1,0 +1,125 @@
+"""Which learning-rate schedules exist: a registry of frozen records.
+
+A schedule moves after every step, after every epoch, or after every epoch by the validation score;
+its record says which, and the loop does the rest.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainers.registry import Range, Registered, Registry
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from trainers.settings import TrainersSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerRecipe(Registered):
+    """A schedule that can be chosen.
+
+    Args:
+        factory: (optimizer, settings, steps per epoch) -> the schedule.
+        moves: after every `step`, every `epoch`, or every epoch by the validation `score` (higher is better).
+    """
+
+    factory: "Callable[[Optimizer, TrainersSettings, int], LRScheduler]" = field(repr=False)
+    moves: Literal["step", "epoch", "score"]
+
+    def facts(self) -> dict[str, Any]:
+        """Return when it moves."""
+        return {"moves": self.moves}
+
+
+def _step(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+    from torch.optim.lr_scheduler import StepLR
+
+    return StepLR(optimizer, step_size=settings.step_size_epochs, gamma=settings.gamma)
+
+
+def _plateau(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+    return ReduceLROnPlateau(
+        optimizer, mode="max", factor=settings.gamma, patience=settings.plateau_patience_epochs, threshold=1e-3
+    )
+
+
+def _cosine(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+    from torch.optim.lr_scheduler import LambdaLR
+
+    total = settings.epochs * steps_per_epoch
+    # A run of one epoch warms up too, over a part of it.
+    warm_up = min(settings.warmup_epochs * steps_per_epoch, total / 4)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return float((step + 1) / (warm_up + 1))
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1.0, total - warm_up))))
+
+    return LambdaLR(optimizer, factor)
+
+
+def _onecycle(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+    from torch.optim.lr_scheduler import OneCycleLR
+
+    # Momentum is cycled where momentum is what the settings chose; Adam's betas are left alone.
+    return OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=settings.epochs * steps_per_epoch + 1,
+        cycle_momentum=bool(optimizer.defaults.get("momentum")),
+    )
+
+
+GAMMA = Range(0.1, 0.7)
+
+SCHEDULERS: Registry[SchedulerRecipe] = Registry(
+    "scheduler",
+    (
+        SchedulerRecipe(
+            name="step",
+            description="multiplies the learning rate by gamma every few epochs (StepLR)",
+            factory=_step,
+            moves="epoch",
+            tunable={"step_size_epochs": Range(1, 10, integer=True), "gamma": GAMMA},
+        ),
+        SchedulerRecipe(
+            name="plateau",
+            description="multiplies it by gamma when validation stops getting better (ReduceLROnPlateau)",
+            factory=_plateau,
+            moves="score",
+            tunable={"plateau_patience_epochs": Range(1, 5, integer=True), "gamma": GAMMA},
+        ),
+        SchedulerRecipe(
+            name="cosine",
+            description="warms up linearly, then falls to zero along half a cosine",
+            factory=_cosine,
+            moves="step",
+            tunable={"warmup_epochs": Range(0.0, 3.0)},
+        ),
+        SchedulerRecipe(
+            name="onecycle",
+            description="rises to the learning rate and falls far below the start, once over the run (OneCycleLR)",
+            factory=_onecycle,
+            moves="step",
+        ),
+    ),
+)
+
+
+def build_scheduler(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+    """Build the chosen schedule.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        settings: of the trainers.
+        steps_per_epoch: optimizer steps in one epoch, at least 1.
+    Returns:
+        The schedule at its first step.
+    """
+    return SCHEDULERS[settings.scheduler].factory(optimizer, settings, steps_per_epoch)

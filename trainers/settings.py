@@ -1,0 +1,127 @@
+"""The settings of the trainers room: what is trained, how, and on which machinery.
+
+`run_fields` splits them: what changes the model, and what only says where and how fast it is made.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from records.errors import ConfigError
+from records.ids import hash_of
+from records.settings import RoomSettings
+from trainers.augmentation.registry import check_policy_name
+from trainers.losses import LOSSES
+from trainers.models.registry import MODELS, check_side
+from trainers.optimizers import OPTIMIZERS
+from trainers.registry import Registry
+from trainers.samplers import SAMPLERS
+from trainers.schedulers import SCHEDULERS
+
+MACHINERY = frozenset({"num_workers", "threads_per_worker", "use_gpu", "max_failures", "prefetch_batches"})
+"""Fields that say where and how fast a model is made; the others decide what it becomes."""
+
+
+class TrainersSettings(RoomSettings):
+    """How a model is trained."""
+
+    model: str = Field(default="custom_cnn", description="network, see `relook catalog models`")
+    side_px: int = Field(default=64, ge=8, le=1024, description="the network sees side_px x side_px pixels")
+    scaling: Literal["mean_std", "min_max"] = Field(
+        default="mean_std",
+        description="of pixel values: by the training pictures' mean and deviation, or by each picture's range",
+    )
+    dropout: float = Field(default=0.01, ge=0, lt=1, description="rate after every block, in networks that have it")
+    head_dropout: float = Field(
+        default=0.2, ge=0, lt=1, description="rate before the linear layer, in networks that have one"
+    )
+
+    epochs: int = Field(default=12, ge=1, le=10_000, description="passes over the training pictures")
+    batch_size: int = Field(
+        default=64, ge=2, le=65_536, description="pictures per optimizer step, over all workers together"
+    )
+    optimizer: str = Field(default="sgd", description="see `relook catalog optimizers`")
+    learning_rate: float | None = Field(
+        default=None, gt=0, le=10, allow_inf_nan=False, description="step size; default: the optimizer's own"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(default=True, description="Nesterov's momentum, in sgd")
+    weight_decay: float = Field(
+        default=5e-4, ge=0, le=1, allow_inf_nan=False, description="pull of weights to zero (L2), per step"
+    )
+    scheduler: str = Field(default="cosine", description="of the learning rate, see `relook catalog schedulers`")
+    step_size_epochs: int = Field(default=4, ge=1, le=10_000, description="epochs between two cuts, in step")
+    gamma: float = Field(default=0.3, gt=0, lt=1, description="factor of a cut, in step and plateau")
+    plateau_patience_epochs: int = Field(
+        default=2, ge=0, le=10_000, description="epochs without gain before a cut, in plateau"
+    )
+    warmup_epochs: float = Field(default=1.0, ge=0, le=1000, description="epochs of rising learning rate, in cosine")
+    loss: str = Field(default="cross_entropy", description="see `relook catalog losses`")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the label spread over all classes")
+    sampler: str = Field(
+        default="square_root", description="how often each class is shown, see `relook catalog samplers`"
+    )
+    augmentation: str = Field(
+        default="dissertation", description="policy, see `relook catalog augmentations`, or a YAML file"
+    )
+    early_stop_patience_epochs: int | None = Field(
+        default=None, ge=1, description="stop after so many epochs without a better validation score; default: never"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="number format; auto is bf16 where the hardware has it, else fp32"
+    )
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of everything random in a run")
+
+    num_workers: int = Field(default=1, ge=1, le=4096, description="processes that share every batch")
+    threads_per_worker: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads of a worker; default: this machine's cores over num_workers",
+    )
+    use_gpu: Literal["auto"] | bool = Field(default="auto", description="train on GPUs; auto if the machine has one")
+    max_failures: int = Field(default=2, ge=0, le=1000, description="lost workers that a distributed run survives")
+    prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
+
+    @field_validator("model", "optimizer", "scheduler", "loss", "sampler")
+    @classmethod
+    def _is_registered(cls, value: str, info: Any) -> str:
+        _as_value_error(_REGISTRIES[info.field_name].__getitem__, value)
+        return value
+
+    @field_validator("augmentation")
+    @classmethod
+    def _is_policy(cls, value: str) -> str:
+        _as_value_error(check_policy_name, value)
+        return value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TrainersSettings":
+        _as_value_error(check_side, self.model, self.side_px)
+        if self.batch_size % self.num_workers:
+            fitting = max(2, round(self.batch_size / self.num_workers)) * self.num_workers
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared evenly by {self.num_workers} workers; take {fitting}"
+            )
+        return self
+
+    def recipe_hash(self) -> str:
+        """Return the hash of the fields that decide what the model becomes, 64 hex characters."""
+        return hash_of(self.model_dump(mode="json", exclude=set(MACHINERY)))
+
+
+_REGISTRIES: dict[str, Registry[Any]] = {
+    "model": MODELS,
+    "optimizer": OPTIMIZERS,
+    "scheduler": SCHEDULERS,
+    "loss": LOSSES,
+    "sampler": SAMPLERS,
+}
+
+
+def _as_value_error(check: Any, *args: Any) -> None:
+    """Run a check; pydantic gathers ValueErrors with the field they belong to."""
+    try:
+        check(*args)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error

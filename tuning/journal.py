@@ -1,0 +1,150 @@
+"""The journal of a search: one JSON line per thing that happened, on disk before it takes effect.
+
+`journal.jsonl` in the run's folder is the only record of a search: going on after a crash and the
+report both read it. A line that was cut off by a crash is dropped; any other damage raises.
+It holds no weights and no state of the scheduler.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from pydantic import ValidationError
+
+from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
+from records.ids import canonical_json
+from tuning.trials import SearchHeader, TrialResult
+
+FILE_NAME = "journal.jsonl"
+# A search may be asked for more trials than before; everything else makes it another search.
+MAY_CHANGE = {"trials"}
+
+
+class Journal:
+    """An open journal. Use `open_journal`; close it, or use it in a `with`.
+
+    Args:
+        file: opened for appending.
+        settled: trials of an earlier run of the same search that need not run again, by number.
+    """
+
+    def __init__(self, file: TextIO, settled: dict[int, TrialResult]) -> None:
+        self._file = file
+        self.settled = settled
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one line and wait until it is on disk."""
+        self._file.write(canonical_json({"kind": kind, **fields}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
+    """Start the journal of a search, or go on with it.
+
+    Args:
+        run_dir: the run's folder; made if it is missing.
+        header: what the search is made of.
+    Returns:
+        The open journal, with the trials that need not run again.
+    Raises:
+        RefusedError: the folder holds the journal of another search (names the difference).
+        IntegrityError: the journal is damaged.
+        ConfigError: the folder cannot be written.
+    """
+    path = run_dir / FILE_NAME
+    settled: dict[int, TrialResult] = {}
+    known = path.is_file()
+    if known:
+        before, trials = read_journal(run_dir)
+        _require_same_search(before, header, run_dir)
+        settled = {trial.number: trial for trial in trials if trial.settled}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if known:
+            _drop_torn_line(path)
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"the search's folder {run_dir} cannot be written ({error.strerror}); free or change it"
+        ) from error
+    journal = Journal(file, settled)
+    journal.write("search", header=header.model_dump(mode="json"))
+    return journal
+
+
+def read_journal(run_dir: Path) -> tuple[SearchHeader, list[TrialResult]]:
+    """Read what a search has recorded so far.
+
+    Args:
+        run_dir: the run's folder.
+    Returns:
+        The latest header, and every trial that was started, in order of number. A trial that was
+        started twice is given as it went the last time.
+    Raises:
+        UnknownIdError: there is no journal in the folder.
+        IntegrityError: the journal is damaged (names the line).
+    """
+    path = run_dir / FILE_NAME
+    if not path.is_file():
+        raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
+    header: SearchHeader | None = None
+    trials: dict[int, TrialResult] = {}
+    for number, line in _lines(path):
+        try:
+            entry = json.loads(line)
+            if entry["kind"] == "search":
+                header = SearchHeader.model_validate(entry["header"])
+            else:
+                trial = TrialResult.model_validate(entry["trial"])
+                trials[trial.number] = trial
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            raise IntegrityError(f"line {number} of {path} is damaged; start the search in a new folder") from error
+    if header is None:
+        raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
+    return header, [trials[number] for number in sorted(trials)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            yield number, line
+
+
+def _drop_torn_line(path: Path) -> None:
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+
+
+def _require_same_search(before: SearchHeader, now: SearchHeader, run_dir: Path) -> None:
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    for name in old:
+        if name not in MAY_CHANGE and old[name] != new[name]:
+            changed = _first_difference(name, old[name], new[name])
+            raise RefusedError(f"the search in {run_dir} was made with another {changed}; start a new search instead")
+
+
+def _first_difference(name: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return f"{name}.{key} ({old.get(key)!r}, now {new.get(key)!r})"
+    return f"{name} ({old!r}, now {new!r})"

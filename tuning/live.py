@@ -1,0 +1,140 @@
+"""What a person sees while a search runs and after it: tables for rich, made from events and results.
+
+In: SearchEvents, or a SearchHeader with TrialResults. Out: renderables. It prints nothing by itself.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tuning.log import best_of
+from tuning.trials import EventKind, SearchEvent, SearchHeader, TrialResult, TrialState
+
+_BARS = "▁▂▃▄▅▆▇█"
+_STATE_STYLES = {
+    TrialState.RUNNING: "cyan",
+    TrialState.FINISHED: "green",
+    TrialState.STOPPED: "dim",
+    TrialState.FAILED: "red",
+    TrialState.LOST: "red",
+}
+
+
+class SearchView:
+    """A live picture of a search.
+
+    Args:
+        max_rows: trials shown at most; running ones and the best stay in sight.
+    """
+
+    def __init__(self, max_rows: int = 12) -> None:
+        self._max_rows = max_rows
+        self._trials: dict[int, TrialResult] = {}
+        self._last: SearchEvent | None = None
+
+    def update(self, event: SearchEvent) -> None:
+        """Take in what happened."""
+        self._trials[event.trial.number] = event.trial
+        self._last = event
+
+    def __rich__(self) -> RenderableType:
+        """Draw the search as it stands."""
+        if self._last is None:
+            return Text("Search: waiting for the first trial ...", style="dim")
+        return Group(self._headline(self._last), trial_table(self._in_sight(), self._last.best))
+
+    def _headline(self, event: SearchEvent) -> Text:
+        line = Text(f"Search: {event.trials_done} of {event.trials_total} trials done, ")
+        line.append(f"{event.epochs_done} of at most {event.epochs_budget} epochs, {event.seconds:.0f} s")
+        if event.best is not None and event.best.score is not None:
+            line.append("; best so far ")
+            line.append(f"{event.best.score:.3f}", style="bold green")
+            line.append(f" by {describe(event.best.overrides)}")
+        return line
+
+    def _in_sight(self) -> list[TrialResult]:
+        running = [trial for trial in self._trials.values() if trial.state is TrialState.RUNNING]
+        rest = ranked(trial for trial in self._trials.values() if trial.state is not TrialState.RUNNING)
+        return [*running, *rest][: self._max_rows]
+
+
+def line_of(event: SearchEvent) -> str | None:
+    """Return one line about a trial that ended; None for anything else that happens."""
+    if event.kind in (EventKind.STARTED, EventKind.EPOCH):
+        return None
+    trial, best = event.trial, event.best
+    outcome = trial.error or ("no score" if trial.score is None else f"{trial.score:.3f}")
+    leader = "" if best is None or best.score is None else f"; best so far {best.score:.3f} (trial {best.number})"
+    return (
+        f"trial {trial.number} {event.kind.value} after {trial.epochs} epochs: {outcome}, {describe(trial.overrides)}; "
+        f"{event.trials_done} of {event.trials_total} done{leader}"
+    )
+
+
+def ranked(trials: Iterable[TrialResult]) -> list[TrialResult]:
+    """Return trials with the best first; those without a score come last, in order of number."""
+    return sorted(trials, key=lambda trial: (-(trial.score if trial.score is not None else -1.0), trial.number))
+
+
+def trial_table(trials: Sequence[TrialResult], best: TrialResult | None) -> Table:
+    """Draw trials, one a row, in the given order.
+
+    Args:
+        trials: to be drawn.
+        best: is marked.
+    Returns:
+        The table.
+    """
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in (("trial", "right"), ("score", "right"), ("by epoch", "left"), ("state", "left")):
+        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("settings", overflow="fold")
+    for trial in trials:
+        leads = best is not None and best.number == trial.number
+        what = describe(trial.overrides) if trial.error is None else f"{describe(trial.overrides)}: {trial.error}"
+        table.add_row(
+            f"{'* ' if leads else ''}{trial.number}",
+            "-" if trial.score is None else f"{trial.score:.3f}",
+            sparkline(trial.scores),
+            Text(trial.state.value, style=_STATE_STYLES[trial.state]),
+            f"{trial.seconds:.1f}" if trial.seconds else "",
+            what,
+            style="bold" if leads else None,
+        )
+    return table
+
+
+def search_summary(header: SearchHeader, trials: Sequence[TrialResult]) -> RenderableType:
+    """Draw a whole search: what it saw, its trials with the best first, its winner."""
+    best = best_of(trials)
+    seen = f"{header.train_images} training pictures"
+    if header.train_images < header.train_images_available:
+        seen += f" of {header.train_images_available}"
+    lines = [
+        f"Search on dataset {header.dataset_id[:12]}: {len(trials)} of {header.trials} trials, up to "
+        f"{header.trial_epochs} epochs each, {seen}, {header.val_images} validation pictures."
+    ]
+    winner = "No trial was scored."
+    if best is not None and best.score is not None:
+        winner = (
+            f"Winner: trial {best.number}, validation balanced accuracy {best.score:.3f}, {describe(best.overrides)}."
+        )
+    return Group(*lines, trial_table(ranked(trials), best), winner)
+
+
+def describe(overrides: dict[str, Any]) -> str:
+    """Return overrides as a person reads them; no overrides are the given settings themselves."""
+    if not overrides:
+        return "the given settings"
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in overrides.items()
+    )
+
+
+def sparkline(scores: Sequence[float]) -> str:
+    """Return one bar per score, from 0 to 1, in eight heights."""
+    return "".join(_BARS[min(7, max(0, int(score * 8)))] for score in scores)

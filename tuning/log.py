@@ -1,0 +1,169 @@
+"""How a running search stands: every happening is journalled, counted and told to whoever watches.
+
+In: what the runner of trials sees (started, epoch, ended). Out: journal lines, SearchEvents, and at
+the end the TrialResults. It decides nothing and knows nothing of Ray.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from tuning.journal import Journal
+from tuning.trials import GOOD_STATES, EventKind, SearchEvent, SearchHeader, TrialPlan, TrialResult, TrialState
+
+Listener = Callable[[SearchEvent], None]
+
+_END_EVENTS = {
+    TrialState.FINISHED: EventKind.FINISHED,
+    TrialState.STOPPED: EventKind.STOPPED,
+    TrialState.FAILED: EventKind.FAILED,
+    TrialState.LOST: EventKind.LOST,
+}
+
+
+def best_of(trials: Iterable[TrialResult], *, running_too: bool = False) -> TrialResult | None:
+    """Return the winner: the highest score of a trial that did not fail; among equals the first.
+
+    Args:
+        trials: in any order.
+        running_too: let a trial lead that has not ended.
+    Returns:
+        The winner, or None if no trial was scored.
+    """
+    states = GOOD_STATES | {TrialState.RUNNING} if running_too else GOOD_STATES
+    scored = [trial for trial in trials if trial.scores and trial.state in states]
+    return min(scored, key=lambda trial: (-max(trial.scores), trial.number)) if scored else None
+
+
+class SearchLog:
+    """The book of a running search.
+
+    Args:
+        header: what the search is made of.
+        journal: open; its settled trials count as done from the start.
+        on_event: told of every happening, in order, from the thread that runs the search.
+    """
+
+    def __init__(self, header: SearchHeader, journal: Journal, on_event: Listener | None = None) -> None:
+        self._header = header
+        self._journal = journal
+        self._on_event = on_event
+        self._trials: dict[int, TrialResult] = {
+            number: trial for number, trial in journal.settled.items() if number < header.trials
+        }
+        self._cut_off: set[int] = set()
+        self._started_at = time.time()
+        self._trial_started_at: dict[int, float] = {}
+        self._due_at: dict[int, float] = {}
+        self._slot_free_at: deque[float] = deque()
+        self._processes: set[str] = set()
+
+    @property
+    def trials(self) -> list[TrialResult]:
+        """All trials that were started, in order of number."""
+        return [self._trials[number] for number in sorted(self._trials)]
+
+    @property
+    def seconds(self) -> float:
+        """Time since the search started or went on."""
+        return time.time() - self._started_at
+
+    def kept(self) -> None:
+        """Tell of the trials that an earlier run settled."""
+        for trial in self.trials:
+            self._tell(EventKind.KEPT, trial)
+
+    def started(self, plan: TrialPlan) -> None:
+        """Record that a trial got its resources."""
+        trial = TrialResult(number=plan.number, origin=plan.origin, overrides=plan.overrides, state=TrialState.RUNNING)
+        self._trials[plan.number] = trial
+        self._trial_started_at[plan.number] = time.time()
+        # A trial was due when the one before it on its slot ended; the first ones when the search began.
+        self._due_at[plan.number] = self._slot_free_at.popleft() if self._slot_free_at else self._started_at
+        self._journal.write("started", trial=trial.model_dump(mode="json"))
+        self._tell(EventKind.STARTED, trial)
+
+    def began(self, number: int, at: float, process: str) -> None:
+        """Note when and where the first epoch of a trial began; only the first call for a trial counts.
+
+        Args:
+            number: of the trial.
+            at: seconds since 1970, by the clock of its node.
+            process: that runs the trial; the first trial of a process waited for its start.
+        """
+        if self._trials[number].start_seconds is None:
+            start_seconds = max(0.0, at - self._due_at.get(number, self._started_at))
+            self._change(number, start_seconds=start_seconds, cold_start=process not in self._processes)
+            self._processes.add(process)
+
+    def epoch(
+        self, number: int, *, score: float, seconds: float, key_class_sensitivity: float | None, goes_on: bool
+    ) -> None:
+        """Record an epoch and what was decided after it, before the decision takes effect.
+
+        Args:
+            number: of the trial.
+            score: validation balanced accuracy.
+            seconds: that the epoch took.
+            key_class_sensitivity: on validation, or None if it is undefined.
+            goes_on: False if the trial is cut off here.
+        """
+        before = self._trials[number]
+        better = before.score is None or score > before.score
+        trial = self._change(
+            number,
+            scores=(*before.scores, score),
+            epoch_seconds=(*before.epoch_seconds, seconds),
+            key_class_sensitivity=key_class_sensitivity if better else before.key_class_sensitivity,
+        )
+        if not goes_on:
+            self._cut_off.add(number)
+        self._journal.write("epoch", trial=trial.model_dump(mode="json"), goes_on=goes_on)
+        self._tell(EventKind.EPOCH, trial)
+
+    def failed(self, number: int, *, kind: str, message: str, lost: bool) -> None:
+        """Record that a trial failed.
+
+        Args:
+            number: of the trial.
+            kind: class name of the error.
+            message: one sentence.
+            lost: True if its process died, False if its own code raised.
+        """
+        self._end(number, TrialState.LOST if lost else TrialState.FAILED, error=message, error_kind=kind)
+
+    def ended(self, number: int) -> None:
+        """Record that a trial is over; nothing happens if its failure is recorded already."""
+        trial = self._trials[number]
+        if trial.state is TrialState.RUNNING:
+            complete = trial.epochs >= self._header.trial_epochs or number not in self._cut_off
+            self._end(number, TrialState.FINISHED if complete else TrialState.STOPPED)
+
+    def _end(self, number: int, state: TrialState, error: str | None = None, error_kind: str | None = None) -> None:
+        now = time.time()
+        seconds = now - self._trial_started_at.get(number, now)
+        trial = self._change(number, state=state, seconds=seconds, error=error, error_kind=error_kind)
+        self._slot_free_at.append(now)
+        self._journal.write("ended", trial=trial.model_dump(mode="json"))
+        self._tell(_END_EVENTS[state], trial)
+
+    def _change(self, number: int, **changes: object) -> TrialResult:
+        trial = self._trials[number].model_copy(update=changes)
+        self._trials[number] = trial
+        return trial
+
+    def _tell(self, kind: EventKind, trial: TrialResult) -> None:
+        if self._on_event is None:
+            return
+        self._on_event(
+            SearchEvent(
+                kind=kind,
+                trial=trial,
+                best=best_of(self._trials.values(), running_too=True),
+                trials_done=sum(trial.state is not TrialState.RUNNING for trial in self._trials.values()),
+                trials_total=self._header.trials,
+                epochs_done=sum(trial.epochs for trial in self._trials.values()),
+                epochs_budget=self._header.trials * self._header.trial_epochs,
+                seconds=self.seconds,
+            )
+        )

@@ -1,0 +1,65 @@
+"""The settings of the tuning room: what is searched, with which budget, on which resources."""
+
+from enum import StrEnum
+
+from pydantic import Field, model_validator
+
+from records.settings import RoomSettings
+
+
+class Axis(StrEnum):
+    """A choice of the trainers that a search can vary, together with what that choice makes tunable."""
+
+    OPTIMIZER = "optimizer"
+    SCHEDULER = "scheduler"
+    AUGMENTATION = "augmentation"
+
+
+class TuningSettings(RoomSettings):
+    """How a search is done."""
+
+    trials: int = Field(
+        default=12, ge=1, le=10_000, description="configurations tried, the defaults and earlier winners included"
+    )
+    trial_epochs: int = Field(
+        default=6,
+        ge=1,
+        le=1000,
+        description="epochs of a trial that is not cut off; a longer training is squeezed into them, schedule included",
+    )
+    grace_epochs: int = Field(default=1, ge=1, le=1000, description="epochs before a trial may be cut off")
+    reduction_factor: int = Field(
+        default=3, ge=2, le=16, description="at each rung the best 1/factor go on; rungs are grace_epochs * factor^k"
+    )
+    cpus_per_trial: int = Field(
+        default=1, ge=1, le=1024, description="CPUs of a trial; it computes with as many threads"
+    )
+    gpus_per_trial: float = Field(
+        default=0.0, ge=0, le=64, allow_inf_nan=False, description="GPUs of a trial; 0.25 lets four share one"
+    )
+    max_concurrent: int | None = Field(
+        default=None, ge=1, le=10_000, description="trials at a time at most; default: as many as the resources allow"
+    )
+    niceness: int = Field(
+        default=0, ge=0, le=19, description="priority that trials give up, so that a service on the machine stays quick"
+    )
+    seed: int = Field(default=0, ge=0, description="of the sampled configurations and of the training subset")
+    search: tuple[Axis, ...] = Field(
+        default=tuple(Axis), min_length=1, description="what is varied: optimizer, scheduler, augmentation"
+    )
+    max_train_images: int | None = Field(
+        default=None,
+        ge=1,
+        description="train trials on at most this many pictures (whole groups, classes in proportion); default: all",
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TuningSettings":
+        if self.grace_epochs > self.trial_epochs:
+            raise ValueError(
+                f"grace_epochs {self.grace_epochs} is more than trial_epochs {self.trial_epochs}; "
+                "a trial would never reach its first rung"
+            )
+        if len(set(self.search)) != len(self.search):
+            raise ValueError("search names something twice")
+        return self

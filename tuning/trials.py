@@ -1,0 +1,138 @@
+"""What a search records and returns: plans, results, events.
+
+A `TrialPlan` is what shall be tried, a `TrialResult` what came of it, a `SearchEvent` what a person
+who watches is told, and a `SearchResult` what the search ends with. Scores are validation balanced
+accuracies in [0, 1], larger is better.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainers.settings import TrainersSettings
+
+
+class Origin(StrEnum):
+    """Where a configuration came from."""
+
+    DEFAULTS = "defaults"
+    ENQUEUED = "enqueued"
+    SAMPLED = "sampled"
+
+
+class TrialState(StrEnum):
+    """How a trial stands.
+
+    FINISHED: all its epochs. STOPPED: cut off, others were better at the same rung. FAILED: its own
+    code raised. LOST: its process or node died; it runs again when the search goes on.
+    """
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+GOOD_STATES = frozenset({TrialState.FINISHED, TrialState.STOPPED})
+"""States in which a trial can be the winner."""
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrialPlan(_Shape):
+    """A configuration that shall be tried."""
+
+    number: int = Field(ge=0, description="0 is always the given settings themselves")
+    origin: Origin
+    overrides: dict[str, Any] = Field(description="fields of TrainersSettings that differ from the given ones")
+
+
+class TrialResult(_Shape):
+    """A configuration and what came of it."""
+
+    number: int = Field(ge=0)
+    origin: Origin
+    overrides: dict[str, Any]
+    state: TrialState
+    scores: tuple[float, ...] = Field(default=(), description="validation balanced accuracy after each epoch")
+    epoch_seconds: tuple[float, ...] = Field(default=(), description="training and validation of each epoch")
+    key_class_sensitivity: float | None = Field(default=None, description="at the best epoch, argmax, on validation")
+    seconds: float = Field(default=0.0, ge=0, description="from the start of the trial to its end")
+    start_seconds: float | None = Field(
+        default=None, ge=0, description="from the moment the trial was due to the start of its first epoch"
+    )
+    cold_start: bool | None = Field(default=None, description="whether a process had to be started for it")
+    error: str | None = Field(default=None, description="why it failed, one sentence")
+    error_kind: str | None = Field(default=None, description="class name of the error")
+
+    @property
+    def settled(self) -> bool:
+        """Whether it need not run again."""
+        return self.state not in (TrialState.RUNNING, TrialState.LOST)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were trained and scored."""
+        return len(self.scores)
+
+    @property
+    def score(self) -> float | None:
+        """The best epoch's score; None if there is none."""
+        return max(self.scores, default=None)
+
+
+class SearchHeader(_Shape):
+    """What a search is made of; a search goes on only if all but the number of trials is the same."""
+
+    dataset_id: str
+    base: dict[str, Any] = Field(description="the given TrainersSettings")
+    enqueued: tuple[dict[str, Any], ...] = Field(default=(), description="overrides to try right after the given ones")
+    seed: int = Field(ge=0)
+    search: tuple[str, ...]
+    space_hash: str = Field(description="of the registries' names and ranges that configurations are drawn from")
+    trials: int = Field(ge=1)
+    trial_epochs: int = Field(ge=1, description="the budget of one trial; never more than the full training has")
+    grace_epochs: int = Field(ge=1)
+    reduction_factor: int = Field(ge=2)
+    train_images: int = Field(ge=1, description="pictures that each trial trains on")
+    train_images_available: int = Field(ge=1, description="pictures on the train side")
+    val_images: int = Field(ge=1)
+
+
+class EventKind(StrEnum):
+    """What happened to a trial."""
+
+    KEPT = "kept"
+    STARTED = "started"
+    EPOCH = "epoch"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+class SearchEvent(_Shape):
+    """One thing that happened, with how the whole search stands after it."""
+
+    kind: EventKind
+    trial: TrialResult
+    best: TrialResult | None = Field(description="best so far among the trials that did not fail")
+    trials_done: int = Field(ge=0)
+    trials_total: int = Field(ge=1)
+    epochs_done: int = Field(ge=0, description="in all trials so far")
+    epochs_budget: int = Field(ge=1, description="if no trial were cut off")
+    seconds: float = Field(ge=0, description="since the search started or went on")
+
+
+class SearchResult(_Shape):
+    """How a search ended."""
+
+    header: SearchHeader
+    trials: tuple[TrialResult, ...] = Field(description="in order of their number")
+    best: TrialResult
+    settings: TrainersSettings = Field(description="the given settings with the winner's overrides")
+    seconds: float = Field(ge=0)
