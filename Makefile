@@ -19,7 +19,7 @@ setup: $(INSTALLED) $(LABEL_STUDIO)  ## install everything into .venv; does noth
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Relook needs Python 3.11 or newer; install it, or name it: make setup PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Relook needs Python 3.11 or newer and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make setup PYTHON=/path/to/python")'
-	@echo "installing Relook's packages into $(VENV) (the first time: several minutes, about 6 GB)"
+	@echo "installing Relook's packages into $(VENV) (the first time: several minutes, 8 GB on disk)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation -e .

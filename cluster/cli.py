@@ -7,8 +7,6 @@ modules import what they compute with inside their verbs, so that `relook --help
     relook --help
 """
 
-import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -26,15 +24,18 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+import cluster.verbs
+import labeling.cli
+import records.cli
+import serving.cli
+import trainers.cli
+import tuning.cli
 from records.command import RAY_STARTER, ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of
 from records.errors import RelookError, UserError
 
-# In this order they stand in `relook --help`.
-_JOINED = ("trainers.cli", "tuning.cli", "serving.cli", "labeling.cli", "records.cli", "cluster.verbs")
-
 app = typer.Typer(
     name="relook",
-    help="Trains an image classifier, serves it with an explanation beside every answer, and learns from what experts correct.",
+    help="Train an image classifier, serve it with an explanation beside every answer, learn from what experts say.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -104,9 +105,9 @@ def status(
     emit(as_json, found, report(found))
 
 
-for _name in _JOINED:
-    if importlib.util.find_spec(_name) is not None:
-        app.add_typer(importlib.import_module(_name).app)
+# In this order they stand in `relook --help`.
+for _verbs in (cluster.verbs, trainers.cli, tuning.cli, serving.cli, labeling.cli, records.cli):
+    app.add_typer(_verbs.app)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -121,7 +122,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="relook", standalone_mode=False)
     except TyperException as error:
-        return _complain(error.format_message(), type(error).__name__, 2, as_json)
+        return _complain(_usage(error), type(error).__name__, 2, as_json)
     except RelookError as error:
         return _complain(str(error), type(error).__name__, 2 if isinstance(error, UserError) else 1, as_json)
     except (KeyboardInterrupt, typer.Abort):
@@ -145,6 +146,12 @@ def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
+def _usage(error: TyperException) -> str:
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    # With no arguments at all the help was printed instead, and there is nothing to add.
+    return f"{message.rstrip('.')}; see `{context.command_path} --help`" if message and context else message
+
+
 def _complain(message: str, kind: str, code: int, as_json: bool) -> int:
     if message:
         typer.echo(f"relook: {message}", err=True)
@@ -159,3 +166,7 @@ def _keep_traceback() -> Path:
     path = folder / f"relook-error-{datetime.now():%Y%m%dT%H%M%S}-{os.getpid()}.txt"
     path.write_text(traceback.format_exc())
     return path
+
+
+if __name__ == "__main__":
+    main()

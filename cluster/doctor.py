@@ -17,7 +17,7 @@ import psutil
 from pydantic import BaseModel
 from rich.table import Table
 
-from cluster.session import require_token_mode
+from cluster.session import PROBE_TIMEOUT_S, answers, require_token_mode
 from cluster.settings import Settings, without_password
 from records.errors import RelookError
 from records.home import Home
@@ -25,7 +25,6 @@ from records.home import Home
 GB = 10**9
 DISK_FAIL_BYTES, DISK_WARN_BYTES = 1 * GB, 5 * GB
 MEMORY_FAIL_BYTES, MEMORY_WARN_BYTES = 2 * GB, 6 * GB
-_PROBE_TIMEOUT_S = 3.0
 
 
 class Check(BaseModel):
@@ -65,9 +64,8 @@ def report(checks: list[Check]) -> Table:
 
 
 def _python(settings: Settings) -> Check:
+    # An older one could not have read this file; `make setup` refuses it with a sentence of its own.
     found = ".".join(str(part) for part in sys.version_info[:3])
-    if sys.version_info < (3, 11):
-        return Check(name="Python", state="fail", detail=found, fix="make setup PYTHON=/path/to/python3.11")
     return Check(name="Python", state="ok", detail=f"{found} in {sys.prefix}")
 
 
@@ -128,8 +126,7 @@ def _ray(settings: Settings) -> Check:
     found = f"{importlib.metadata.version('ray')}, token authentication"
     address = settings.cluster.ray_address
     if address:
-        host, _, port = address.rpartition(":")
-        if not _answers(host.removeprefix("ray://"), int(port) if port.isdigit() else 0):
+        if not answers(address):
             fix = "start the cluster (ray up ray_cluster.yaml), or unset RELOOK_RAY_ADDRESS"
             return Check(name="Ray", state="fail", detail=f"nothing answers at {address}", fix=fix)
         return Check(name="Ray", state="ok", detail=f"{found}, cluster at {address}")
@@ -147,8 +144,9 @@ def _serving_port(settings: Settings) -> Check:
     holder = _holder(host, port)
     if holder is None:
         return Check(name="port", state="ok", detail=f"{port} is free for the service")
-    with Client(settings.serving.url) as client:
+    with Client(settings.serving.url, timeout_s=PROBE_TIMEOUT_S, retry_s=0.0) as client:
         try:
+            client.models()
             ready = client.ready()
         except RelookError:
             fix = f"stop it, or --set serving.port={port + 1}"
@@ -181,7 +179,7 @@ def _label_studio(settings: Settings) -> Check:
     name, labeling = "Label Studio", settings.labeling
     if labeling.url is None and not is_ready(environment_of(labeling)):
         return Check(name=name, state="fail", detail="not installed", fix="relook label install")
-    quick = labeling.model_copy(update={"request_timeout_s": _PROBE_TIMEOUT_S})
+    quick = labeling.model_copy(update={"request_timeout_s": PROBE_TIMEOUT_S})
     try:
         client = connect(Home(settings.records.home), quick)
         if client is None:
@@ -196,14 +194,14 @@ def _label_studio(settings: Settings) -> Check:
 
 def _ledger(settings: Settings) -> Check:
     from records.ledger.engine import make_engine
-    from records.ledger.migrate import schema_versions
+    from records.ledger.migrate import refuse_newer, schema_versions
 
     records, name = settings.records, "ledger"
     file = records.home / "ledger.db"
     if records.database is None and not file.is_file():
         return Check(name=name, state="ok", detail=f"{file} is made at first use")
     url = records.database or f"sqlite:///{file}"
-    engine = make_engine(url, durability=records.durability, busy_timeout_s=_PROBE_TIMEOUT_S)
+    engine = make_engine(url, durability=records.durability, busy_timeout_s=PROBE_TIMEOUT_S)
     try:
         found, wanted = schema_versions(engine)
     except Exception as error:  # noqa: BLE001 - a driver's errors are its own, and each means that the database is out of reach
@@ -213,6 +211,7 @@ def _ledger(settings: Settings) -> Check:
     finally:
         engine.dispose()
     if found != wanted:
+        refuse_newer(found)
         detail = f"{without_password(url)} has schema {found or 'none'}; the next command brings it to {wanted}"
         return Check(name=name, state="ok", detail=detail)
     return Check(name=name, state="ok", detail=f"{without_password(url)}, schema {found}")
@@ -275,14 +274,6 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host or "127.0.0.1", port), timeout=_PROBE_TIMEOUT_S):
-            return True
-    except (OSError, OverflowError):
-        return False
-
-
 def _holder(host: str, port: int) -> str | None:
     """Return who listens on a port, None if nobody does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -295,7 +286,7 @@ def _holder(host: str, port: int) -> str | None:
             return "nobody, but this user may not open it"
         except OSError:
             pass
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-            return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    for found in psutil.net_connections("tcp"):
+        if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port and found.pid:
+            return f"{psutil.Process(found.pid).name()} (process {found.pid})"
     return "another program"

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from records.home import Home, open_home
 
 # Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); a socket's path ends at 107.
 MAX_TEMP_DIR_CHARS = 40
+PROBE_TIMEOUT_S = 3.0
 _OWNER = "owner.pid"
 NOT_UPLOADED = (".relook", ".venv", "venv", ".git", "**/__pycache__", ".*_cache", "tests", "bench", "docs")
 
@@ -70,11 +72,7 @@ def start_ray(settings: Settings) -> Iterator[RaySession]:
         ContractError: Ray is already initialised in this process.
         UnavailableError: Ray does not start, or the cluster does not answer.
     """
-    mode = os.environ.get("RAY_AUTH_MODE", "token")
-    if mode != "token":
-        raise ConfigError(
-            f"RAY_AUTH_MODE={mode!r} would open Ray to everyone who reaches its ports; unset it, or set token"
-        )
+    require_token_mode(os.environ)
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         raise ContractError("Ray is already initialised in this process; open one session around the whole command")
     environ = {"RAY_AUTH_MODE": "token", **_QUIET}
@@ -100,6 +98,19 @@ def require_token_mode(environ: Mapping[str, str]) -> None:
     mode = environ.get("RAY_AUTH_MODE", "token")
     if mode != "token":
         raise ConfigError(f"RAY_AUTH_MODE={mode!r} opens Ray to everyone who reaches its ports; unset it, or set token")
+
+
+def answers(address: str) -> bool:
+    """Return whether something listens at `host:port`; `auto` names no place to ask, and counts as an answer."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return True
+    try:
+        # Asked before Ray is, which would try for a minute.
+        with socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S):
+            return True
+    except (OSError, ValueError, OverflowError):
+        return False
 
 
 def ray_token_file(home: Home) -> Path:
@@ -151,9 +162,14 @@ def _joined(settings: Settings, environ: Mapping[str, str]) -> Iterator[RaySessi
         if settings.records.home.is_relative_to(root):
             excludes.append(str(settings.records.home.relative_to(root)))
         runtime_env |= {"working_dir": str(root), "excludes": excludes}
+    address = settings.cluster.ray_address
+    if address is not None and not answers(address):
+        raise UnavailableError(
+            f"no Ray answers at {address}; start it (ray up ray_cluster.yaml), or unset RELOOK_RAY_ADDRESS"
+        )
     try:
         _init(
-            address=settings.cluster.ray_address,
+            address=address,
             runtime_env=runtime_env,
             log_to_driver=settings.cluster.worker_logs,
         )

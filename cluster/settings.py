@@ -20,7 +20,13 @@ from tuning.settings import TuningSettings
 MASK = "**********"
 
 # Where things are kept and on what they run: the same work on another machine has the same hash.
-_PLACES: dict[str, bool | set[str]] = {"records": {"home", "database", "blobs"}, "cluster": True, "preset": True}
+_PLACES: dict[str, bool | set[str]] = {
+    "preset": True,
+    "records": {"home", "database", "blobs"},
+    "serving": {"host", "port"},
+    "labeling": {"url", "token", "environment", "port"},
+    "cluster": True,
+}
 
 
 class ClusterSettings(RoomSettings):
@@ -28,7 +34,7 @@ class ClusterSettings(RoomSettings):
 
     ray_address: str | None = Field(
         default=None,
-        description="running Ray cluster to join, host:port; default: Ray is started here, for one command",
+        description="running Ray cluster to join, host:port or auto; default: Ray is started here, per command",
     )
     logical_cpus: int = Field(
         default=4,

@@ -31,7 +31,8 @@ def least_confidence_scores(probabilities: FloatArray) -> FloatArray:
     wrong = np.flatnonzero(~(np.abs(probabilities.sum(axis=1) - 1.0) <= 1e-6))
     if len(wrong):
         raise ContractError(f"row {wrong[0]} does not sum to 1; look for non-finite rows first")
-    return 1.0 - probabilities.max(axis=1)
+    scores: FloatArray = 1.0 - probabilities.max(axis=1)
+    return scores
 
 
 def non_finite_rows(probabilities: FloatArray) -> NDArray[np.intp]:

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -24,7 +24,8 @@ from label_studio_sdk.core.request_options import RequestOptions
 from pydantic import SecretStr
 
 from labeling.failures import refusal
-from labeling.rows import ProjectRow, ProjectState, TaskRow, task_row, time_of
+from labeling.rows import ProjectRow, ProjectState, TaskRow, task_row
+from labeling.tasks import LIST_VIEW
 from records.errors import LabelStudioError, RefusedError, UnknownIdError
 
 PAGE_SIZE = 500
@@ -32,14 +33,6 @@ _PAUSES_S = (0.3, 1.0, 3.0)
 _ONCE = RequestOptions(max_retries=0)
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 _RETRIED = frozenset({429, 500, 502, 503, 504})
-_HIDDEN = tuple(
-    f"tasks:{name}"
-    for name in (
-        "inner_id", "annotations_results", "annotations_ids", "predictions_results", "predictions_model_versions",
-        "total_predictions", "file_upload", "storage_filename", "avg_lead_time", "draft_exists", "updated_by",
-        "updated_at", "created_at", "data.heatmap", "data.answer", "data.relook_item", "data.relook_key",
-    )
-)  # fmt: skip
 _SAMPLING = "Uncertainty sampling"  # the only one that follows prediction scores
 
 
@@ -90,6 +83,8 @@ class LabelStudioClient:
     def version(self) -> str:
         """Return the release of Label Studio; needs a token that is accepted.
 
+        Returns:
+            For example 1.23.2.
         Raises:
             LabelStudioError: it does not answer, or refuses the token.
         """
@@ -146,11 +141,13 @@ class LabelStudioClient:
 
     def project(self, project_id: int) -> ProjectRow | None:
         """Return a project, or None if it is gone."""
+        action = f"read project {project_id}"
         try:
-            found = self._request("GET", f"api/projects/{project_id}", f"read project {project_id}")
-            return ProjectRow(project_id, str(found["description"] or ""), str(found["label_config"]).strip())
+            found = self._request("GET", f"api/projects/{project_id}", action)
         except UnknownIdError:
             return None
+        with self._speaking(action):
+            return ProjectRow(project_id, str(found["description"] or ""), str(found["label_config"]).strip())
 
     def set_model_version(self, project_id: int, model_version: str) -> None:
         """Choose which predictions order a project's tasks.
@@ -175,15 +172,10 @@ class LabelStudioClient:
         Raises:
             LabelStudioError: it was refused, or no answer came; then it may have arrived all the same.
         """
-        found = self._request(
-            "POST",
-            f"api/projects/{project_id}/import",
-            f"import {len(tasks)} tasks",
-            params={"return_task_ids": "true"},
-            body=list(tasks),
-            repeat=False,
-        )
-        task_ids = [int(task_id) for task_id in found.get("task_ids", ())]
+        action, path = f"import {len(tasks)} tasks", f"api/projects/{project_id}/import"
+        found = self._request("POST", path, action, params={"return_task_ids": "true"}, body=list(tasks), repeat=False)
+        with self._speaking(action):
+            task_ids = [int(task_id) for task_id in found["task_ids"]] if tasks else []
         if len(task_ids) != len(tasks):
             raise LabelStudioError(
                 f"Label Studio at {self.url} imported {len(task_ids)} of {len(tasks)} tasks; "
@@ -202,9 +194,8 @@ class LabelStudioClient:
             UnknownIdError: the project is gone.
             LabelStudioError: it does not answer.
         """
-        found = self._tasks(project_id, "id,updated_at", {"ordering": ["-tasks:updated_at"]}, page_size=1)
-        newest = [time_of(task["updated_at"]) for task in found["tasks"]]
-        return ProjectState(int(found["total"]), int(found["total_annotations"]), newest[0] if newest else None)
+        rows, total, num_annotations = self._tasks(project_id, {"ordering": ["-tasks:updated_at"]}, 1)
+        return ProjectState(total, num_annotations, rows[0].updated_at if rows else None)
 
     def list_tasks(
         self,
@@ -230,19 +221,13 @@ class LabelStudioClient:
             UnknownIdError: the project is gone.
             LabelStudioError: it does not answer.
         """
-        # Names of the task's and of the annotations' fields: the server applies one list to both.
-        fields = "id,meta,updated_at"
-        if with_annotations:
-            fields += ",annotations,result,completed_by,was_cancelled,lead_time"
         while True:
             items = [_filter("id", "greater", "Number", after_id)]
             if updated_since is not None:
-                items.append(
-                    _filter("updated_at", "greater_or_equal", "Datetime", updated_since.strftime(_TIME_FORMAT))
-                )
+                since = updated_since.astimezone(UTC).strftime(_TIME_FORMAT)
+                items.append(_filter("updated_at", "greater_or_equal", "Datetime", since))
             query = {"ordering": ["tasks:id"], "filters": {"conjunction": "and", "items": items}}
-            found = self._tasks(project_id, fields, query, page_size, "all" if with_annotations else "task_only")
-            rows = [task_row(task) for task in found["tasks"]]
+            rows, _, _ = self._tasks(project_id, query, page_size, with_annotations=with_annotations)
             if rows:
                 yield rows
                 after_id = rows[-1].id
@@ -275,15 +260,19 @@ class LabelStudioClient:
         body: dict[str, Any] = {"result": list(result), "unique_id": str(key)}
         if completed_by is not None:
             body["completed_by"] = completed_by
+        action = f"answer task {task_id}"
         try:
-            found = self._request("POST", f"api/tasks/{task_id}/annotations/", f"answer task {task_id}", body=body)
+            found = self._request("POST", f"api/tasks/{task_id}/annotations/", action, body=body)
         except RefusedError:
             return None
-        return int(found["id"])
+        with self._speaking(action):
+            return int(found["id"])
 
     def users(self) -> dict[int, str]:
-        """Return e-mail addresses by user id.
+        """Return who may answer.
 
+        Returns:
+            E-mail address by user id.
         Raises:
             LabelStudioError: it does not answer.
         """
@@ -310,28 +299,32 @@ class LabelStudioClient:
         return int(user.id)
 
     def _ensure_view(self, project_id: int) -> None:
-        # Without a view of its own the list is by id, and the first task that opens is the first of the list.
         if self._request("GET", "api/dm/views/", "list views", params={"project": project_id}):
             return
-        data = {
-            "type": "list",
-            "title": "Most urgent first",
-            "ordering": ["tasks:predictions_score"],
-            "hiddenColumns": {"explore": list(_HIDDEN), "labeling": list(_HIDDEN)},
-        }
-        self._request("POST", "api/dm/views/", "make a view", body={"project": project_id, "data": data}, repeat=False)
+        self._request(
+            "POST", "api/dm/views/", "make a view", body={"project": project_id, "data": LIST_VIEW}, repeat=False
+        )
 
     def _tasks(
-        self, project_id: int, include: str, query: Mapping[str, Any], page_size: int, fields: str = "task_only"
-    ) -> Any:
+        self, project_id: int, query: Mapping[str, Any], page_size: int, *, with_annotations: bool = False
+    ) -> tuple[list[TaskRow], int, int]:
+        """Return a page of tasks, the number of tasks that match, and the number of their annotations."""
+        # Names of the task's and of the annotations' fields: the server applies one list to both.
+        include = "id,meta,updated_at"
+        if with_annotations:
+            include += ",annotations,result,completed_by,was_cancelled,lead_time"
         params = {
             "project": project_id,
-            "fields": fields,
+            "fields": "all" if with_annotations else "task_only",
             "include": include,
             "query": json.dumps(query),
             "page_size": page_size,
         }
-        return self._request("GET", "api/tasks/", f"list the tasks of project {project_id}", params=params)
+        action = f"list the tasks of project {project_id}"
+        found = self._request("GET", "api/tasks/", action, params=params)
+        with self._speaking(action):
+            rows = [task_row(task) for task in found["tasks"]]
+            return rows, int(found["total"]), int(found["total_annotations"])
 
     def _request(
         self,
@@ -380,7 +373,7 @@ class LabelStudioClient:
                 f"Label Studio at {self.url} cannot be reached to {action} ({error}); "
                 "`relook label status` says more, `relook label up` starts the local one"
             ) from error
-        except (ParsingError, ValueError, KeyError) as error:
+        except (ParsingError, ValueError, KeyError, TypeError) as error:
             raise LabelStudioError(
                 f"what answered at {self.url} when asked to {action} is not a Label Studio that Relook knows"
             ) from error

@@ -26,6 +26,7 @@ Tell = Callable[[str], None]
 """Takes one line that says what is going on, for a person who waits."""
 
 DATABASE = "label_studio.sqlite3"
+DATA_VARIABLE = "LABEL_STUDIO_BASE_DATA_DIR"
 _MARKER = "relook-ready.json"
 _BUILDING = "relook-building"
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -109,6 +110,7 @@ def install(environment: Environment, tell: Tell) -> bool:
         partial = marker.with_suffix(".partial")
         partial.write_text(json.dumps({"lock": _lock_hash(), "python": sys.version.split()[0]}))
         partial.replace(marker)
+        (environment.folder / _BUILDING).unlink()
     return True
 
 
@@ -125,7 +127,7 @@ def server_variables(data_folder: Path, secrets: Mapping[str, str]) -> dict[str,
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return {
         **kept,
-        "LABEL_STUDIO_BASE_DATA_DIR": str(data_folder),
+        DATA_VARIABLE: str(data_folder),
         "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
         "LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK": "true",
         "LABEL_STUDIO_COLLECT_ANALYTICS": "false",

@@ -2,8 +2,8 @@
 
 It runs headless on SQLite under RELOOK_HOME, listens on loopback only, and lives in a session of
 its own, so that it outlasts the command that started it. Its secrets are made once and handed over
-in environment variables. Who it is (process id and start time) is written down, so that a recycled
-process id is never taken for it, nor killed.
+in environment variables. Its process id is written down, and the data folder in the process's own
+environment tells it from a later process with the same id, which is never taken for it nor stopped.
 """
 
 import contextlib
@@ -20,7 +20,16 @@ import httpx
 import psutil
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from labeling.environment import DATABASE, Environment, Tell, environment_of, exclusive, install, server_variables
+from labeling.environment import (
+    DATA_VARIABLE,
+    DATABASE,
+    Environment,
+    Tell,
+    environment_of,
+    exclusive,
+    install,
+    server_variables,
+)
 from labeling.settings import LabelingSettings
 from records.errors import ConfigError, IntegrityError, LabelStudioError
 from records.home import Home
@@ -63,7 +72,6 @@ class _Process(BaseModel):
 
     url: str
     pid: int
-    created: float = Field(description="start time, Unix seconds; tells it from a later process with the same id")
     started_at: AwareDatetime
     version: str | None = Field(default=None, description="empty until it answers")
 
@@ -121,7 +129,7 @@ class LocalLabelStudio:
 
     def _start(self, tell: Tell) -> ServerInfo:
         process = self._known_process()
-        if process is None or not _is_alive(process.pid, process.created):
+        if process is None or not self._is_alive(process.pid):
             process = self._spawn(self._free_port(), self._account())
         try:
             version = self._wait(process, tell)
@@ -135,7 +143,7 @@ class LocalLabelStudio:
     def status(self) -> ServerInfo | None:
         """Return where the server is, or None if it does not run or is still starting."""
         process = self._known_process()
-        if process is None or process.version is None or not _is_alive(process.pid, process.created):
+        if process is None or process.version is None or not self._is_alive(process.pid):
             return None
         return self._info(process, process.version)
 
@@ -148,10 +156,9 @@ class LocalLabelStudio:
         process = self._known_process()
         if process is None:
             return False
-        ran = _is_alive(process.pid, process.created)
+        ran = self._is_alive(process.pid)
         if ran:
-            _stop(process.pid)
-            _wait_until_silent(process.url)
+            self._stop(process)
         self._state_file.unlink(missing_ok=True)
         return ran
 
@@ -248,8 +255,7 @@ class LocalLabelStudio:
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
         )
-        created = psutil.Process(pid).create_time()
-        process = _Process(url=f"http://{_HOST}:{port}", pid=pid, created=created, started_at=utc_now())
+        process = _Process(url=f"http://{_HOST}:{port}", pid=pid, started_at=utc_now())
         # Before it is waited for: whoever is killed while waiting leaves a process that can be found and stopped.
         self._write_private(self._state_file, process.model_dump_json())
         return process
@@ -259,7 +265,7 @@ class LocalLabelStudio:
         started = time.monotonic()
         while (waited_s := time.monotonic() - started) < self._settings.start_timeout_s:
             tell(f"starting Label Studio at {url} ({waited_s:.0f} s)")
-            if not _is_alive(process.pid, process.created):
+            if not self._is_alive(process.pid):
                 raise LabelStudioError(f"Label Studio stopped while it started: {self._last_words()}")
             version = _version(url)
             if version is not None:
@@ -269,6 +275,27 @@ class LocalLabelStudio:
             f"Label Studio did not come up within {self._settings.start_timeout_s:g} s "
             f"(labeling.start_timeout_s): {self._last_words()}"
         )
+
+    def _is_alive(self, pid: int) -> bool:
+        _reap(pid)
+        try:
+            # Not by its start time: that moves when the clock of the machine is set.
+            folder = psutil.Process(pid).environ().get(DATA_VARIABLE)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+        return folder == str(self._home.label_studio)
+
+    def _stop(self, process: _Process) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                # It leads its own session and group, so this reaches what it started and nothing else.
+                os.killpg(process.pid, number)
+            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            while time.monotonic() < deadline:
+                if not self._is_alive(process.pid):
+                    _wait_until_gone(process)
+                    return
+                time.sleep(0.05)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
@@ -287,36 +314,21 @@ def _version(url: str) -> str | None:
         return None
 
 
-def _is_alive(pid: int, created: float | None = None) -> bool:
-    # A child of this very process stays a zombie until it is waited for.
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+def _reap(pid: int) -> bool:
+    """Return whether a process can be forgotten; a child of this very process stays a zombie until it is waited for."""
     try:
-        process = psutil.Process(pid)
-        same = created is None or abs(process.create_time() - created) < 2.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
 
 
-def _stop(pid: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            # It leads its own session and group, so this reaches what it started and nothing else.
-            os.killpg(pid, number)
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if not _is_alive(pid):
-                return
-            time.sleep(0.05)
-
-
-def _wait_until_silent(url: str) -> None:
+def _wait_until_gone(process: _Process) -> None:
     """Wait for the last thread of a stopped server to let go of its port."""
+    port = int(process.url.rsplit(":", 1)[1])
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     while time.monotonic() < deadline:
         with socket.socket() as probe:
             probe.settimeout(1.0)
-            if probe.connect_ex((_HOST, int(url.rsplit(":", 1)[1]))) != 0:
+            if _reap(process.pid) and probe.connect_ex((_HOST, port)) != 0:
                 return
         time.sleep(0.02)

@@ -30,6 +30,22 @@ CANT_TELL = "cant-tell"
 OTHER = "no-class-fits"  # a hyphen cannot occur in a class code
 QUALITIES = ("good", "usable", "unusable")
 
+_HIDDEN = tuple(
+    f"tasks:{name}"
+    for name in (
+        "inner_id", "annotations_results", "annotations_ids", "predictions_results", "predictions_model_versions",
+        "total_predictions", "file_upload", "storage_filename", "avg_lead_time", "draft_exists", "updated_by",
+        "updated_at", "created_at", "data.heatmap", "data.answer", "data.relook_item", "data.relook_key",
+    )
+)  # fmt: skip
+LIST_VIEW: dict[str, Any] = {
+    "type": "list",
+    "title": "Most urgent first",
+    "ordering": ["tasks:predictions_score"],
+    "hiddenColumns": {"explore": list(_HIDDEN), "labeling": list(_HIDDEN)},
+}
+"""How Label Studio lists the tasks: without a view of its own by id, and the first that opens is the first listed."""
+
 _REASONS: dict[ReasonCode, str] = {
     ReasonCode.LOW_CONFIDENCE: "The model was not sure.",
     ReasonCode.PREDICTION_SET: "The model could not rule out other diagnoses.",

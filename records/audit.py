@@ -37,7 +37,7 @@ def append(tx: Transaction, *, actor: str, action: str, subject: str, details: d
     Raises:
         ContractError: this is a read transaction, or the details are not JSON values.
     """
-    number, previous = _last(tx) or (0, GENESIS)
+    number, previous = _last(tx)
     event = AuditEvent(
         number=number + 1,
         at=utc_now(),
@@ -79,6 +79,22 @@ def anchor(ledger: Ledger, home: Home) -> None:
     _write_head(ledger, head_file(home))
 
 
+def open_chain(ledger: Ledger, home: Home) -> None:
+    """Give a chain without events its head file, so that a missing one always means a removed one.
+
+    Args:
+        ledger: with the chain.
+        home: that gets the file.
+    Raises:
+        UnavailableError: the file cannot be written.
+    """
+    if not head_file(home).exists():
+        with ledger.read() as tx:
+            is_new = _last(tx) == (0, GENESIS)
+        if is_new:
+            anchor(ledger, home)
+
+
 def verify(ledger: Ledger, home: Home) -> list[str]:
     """Check the whole chain.
 
@@ -90,14 +106,12 @@ def verify(ledger: Ledger, home: Home) -> list[str]:
     """
     # The head comes first: an event that is appended meanwhile must not make the chain look cut off.
     head = _read_head(head_file(home))
-    hashes: dict[int, str] = {}
+    hashes = {0: GENESIS}
     with ledger.read() as tx:
         faults = list(_chain_faults(tx, hashes))
-    if head is not None:
-        faults.extend(_head_faults(head, hashes.get))
-    elif hashes:
-        faults.append(f"{head_file(home)} is missing, so a cut-off end cannot be ruled out")
-    return faults
+    if head is None:
+        return [*faults, f"{head_file(home)} is missing, so a cut-off end cannot be ruled out"]
+    return [*faults, *_head_faults(head, hashes.get)]
 
 
 def _chain_faults(tx: Transaction, hashes: dict[int, str]) -> Iterator[str]:
@@ -141,8 +155,7 @@ def _write_head(ledger: Ledger, path: Path) -> None:
     # As a writer, so that of two processes neither can put an older head over a newer one.
     with ledger.begin() as tx:
         head, last = _read_head(path), _last(tx)
-        broken = head is not None and any(_head_faults(head, lambda number: _hash_at(tx, number)))
-        if last is None or broken:
+        if head is not None and any(_head_faults(head, lambda number: _hash_at(tx, number))):
             return  # the old head is the evidence against a chain that was cut off
         try:
             temporary = path.with_suffix(".new")
@@ -158,12 +171,14 @@ def _read_head(path: Path) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def _last(tx: Transaction) -> tuple[int, str] | None:
+def _last(tx: Transaction) -> tuple[int, str]:
     event = TABLES[AuditEvent].c
     row = tx.connection.execute(sa.select(event.number, event.hash).order_by(event.number.desc()).limit(1)).first()
-    return (int(row.number), str(row.hash)) if row else None
+    return (int(row.number), str(row.hash)) if row else (0, GENESIS)
 
 
 def _hash_at(tx: Transaction, number: int) -> str | None:
+    if number == 0:
+        return GENESIS
     table = TABLES[AuditEvent]
     return tx.connection.scalar(sa.select(table.c.hash).where(table.c.number == number))

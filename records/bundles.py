@@ -33,7 +33,8 @@ DOCUMENT, WEIGHTS, GOLDEN = "bundle.json", "weights.safetensors", "golden.safete
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Numbers that are not finite must be refused, not written as null.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Architecture(_Part):

@@ -29,7 +29,7 @@ _ROWS_AT_ONCE = 50_000
 
 @dataclass(frozen=True)
 class DatasetVersion:
-    """A dataset version in memory.
+    """A dataset version in memory; two are equal if their ids are.
 
     Args:
         id: content hash, 64 hex characters.
@@ -39,7 +39,7 @@ class DatasetVersion:
 
     id: str
     taxonomy_hash: str
-    rows: pd.DataFrame = field(repr=False)
+    rows: pd.DataFrame = field(repr=False, compare=False)
 
     def side(self, side: Side) -> pd.DataFrame:
         """Return the rows of one side, sorted by picture id, with a fresh index."""
@@ -114,8 +114,8 @@ def build_version(
         new_labels=tuple(known.strongest.loc[is_new, "image_id"]),
         held_out=tuple(known.strongest.loc[is_held_out, "image_id"]),
         outranked=_outranked(experts, known.strongest),
-        without_consent=tuple(sorted(known.pictures.index[no_consent])),
-        ungrouped=tuple(sorted(known.pictures.index[known.pictures["group_id"].isna() & ~no_consent])),
+        without_consent=tuple(sorted(known.pictures.loc[no_consent, "image_id"])),
+        ungrouped=tuple(sorted(known.pictures.loc[known.pictures["group_id"].isna() & ~no_consent, "image_id"])),
     )
 
 

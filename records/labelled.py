@@ -17,9 +17,11 @@ from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
 from records.store import Store
-from records.types import LABEL_RANK, Confirmation, Consent, Group, Image, ResolvedLabel, Side, SourceLabel
+from records.types import LABEL_RANK, Consent, Group, Image, ResolvedLabel, Side, SourceLabel
 
 _ROWS_AT_ONCE = 50_000
+_RANKS = {confirmation.value: rank for confirmation, rank in LABEL_RANK.items()}
+_IMAGE, _GROUP, _SOURCE = TABLES[Image].c, TABLES[Group].c, TABLES[SourceLabel].c
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Known:
     """One consistent view of the labelled pictures.
 
     Args:
-        pictures: group_id and consent by picture id, of every labelled picture that is not erased.
+        pictures: image_id, group_id and consent of every labelled picture that is not erased.
         strongest: the strongest label of every usable picture, with group_id and side.
         rows: the same, except that on held-out sides labels from doubt do not count.
     """
@@ -50,35 +52,34 @@ def read_known(store: Store, experts: pd.DataFrame) -> Known:
         TaxonomyError: a label is not a class of the store's taxonomy.
         IntegrityError: a picture is in a group that the ledger does not know.
     """
-    images, groups, sources = TABLES[Image].c, TABLES[Group].c, TABLES[SourceLabel].c
     with store.ledger.read() as tx:
-        labels = _frame(tx, sources.image_id, sources.label, sources.confirmation, sources.source.label("label_source"))
-        pictures = _frame(tx, images.id, images.group_id, images.consent, where=images.erased_at.is_(None))
-        sides = _frame(tx, groups.id, groups.side).set_index("id")["side"]
-        merged = _frame(tx, groups.id, groups.merged_into, where=groups.merged_into.is_not(None))
+        labels = _frame(tx, _SOURCE.image_id, _SOURCE.label, _SOURCE.confirmation, _SOURCE.source.label("label_source"))
+        images = _frame(
+            tx, _IMAGE.id.label("image_id"), _IMAGE.group_id, _IMAGE.consent, where=_IMAGE.erased_at.is_(None)
+        )
+        groups = _frame(tx, _GROUP.id.label("group_id"), _GROUP.side, _GROUP.merged_into)
     # An outcome is as little a random sample as a doubt is: who is suspected is biopsied.
     labels = labels.assign(round=0, independent=labels["label_source"].str.startswith("import:"))
-    labels = pd.concat([frame for frame in (labels, experts) if not frame.empty] or [labels], ignore_index=True)
-    labels["independent"] = labels["independent"].astype(bool)
+    # Columns of an empty frame have no type and would spoil those of the other.
+    labels = pd.concat([part for part in (labels, experts) if len(part)] or [labels], ignore_index=True)
     for label in labels["label"].unique():
         store.taxonomy.index_of(label)
-    pictures = pictures[pictures["id"].isin(labels["image_id"])].set_index("id")
-    pictures["group_id"] = _after_merges(pictures["group_id"], dict(merged.itertuples(index=False)))
-    usable = pictures.index[(pictures["consent"] == Consent.TRAINING.value) & pictures["group_id"].notna()]
-    labels = labels[labels["image_id"].isin(usable)]
+    labels = labels.merge(images, on="image_id").merge(_after_merges(groups), on="group_id", how="left")
+    lost = labels.loc[labels["group_id"].notna() & labels["target_id"].isna(), "group_id"]
+    if not lost.empty:
+        raise IntegrityError(f"the ledger has pictures in a group {lost.iloc[0]!r} that it does not know")
+    labels = labels.assign(group_id=labels["target_id"]).drop(columns="target_id")
+    pictures = labels[["image_id", "group_id", "consent"]].drop_duplicates("image_id")
+    labels = labels[(labels["consent"] == Consent.TRAINING.value) & labels["group_id"].notna()]
     if labels.empty:
         why = f"none of {len(pictures)} labelled pictures has both consent for training and a group"
         raise DataError(
             f"{why if len(pictures) else 'no picture has a label yet'}; import a folder with diagnoses first"
         )
-    labels = labels.assign(group_id=labels["image_id"].map(pictures["group_id"]))
-    unknown = labels.loc[~labels["group_id"].isin(sides.index), "group_id"]
-    if not unknown.empty:
-        raise IntegrityError(f"the ledger has pictures in a group {unknown.iloc[0]!r} that it does not know")
-    strongest = _strongest(labels.assign(side=labels["group_id"].map(sides)))
+    strongest = _strongest(labels)
     biased = ~strongest["independent"] & strongest["side"].notna() & (strongest["side"] != Side.TRAIN.value)
-    others = labels[labels["independent"] & labels["image_id"].isin(strongest.loc[biased, "image_id"])]
-    rows = pd.concat([strongest[~biased], _strongest(others.assign(side=others["group_id"].map(sides)))])
+    others = labels[labels["independent"] & labels["image_id"].isin(list(strongest.loc[biased, "image_id"]))]
+    rows = pd.concat([strongest[~biased], _strongest(others)])
     return Known(pictures, strongest, rows.sort_values("image_id", ignore_index=True))
 
 
@@ -109,29 +110,39 @@ def expert_labels(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.Da
 def _frame(
     tx: Transaction, *columns: sa.ColumnElement[Any], where: sa.ColumnElement[bool] | None = None
 ) -> pd.DataFrame:
-    """Return columns as text, read in parts so that a million rows fit."""
+    """Return columns of texts, read in parts so that a million rows fit."""
     query = sa.select(*columns) if where is None else sa.select(*columns).where(where)
     result = tx.connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
     names = list(result.keys())
     # By column: pandas asks each row object in turn what it is, which takes ten times as long.
-    parts = [pd.DataFrame(dict(zip(names, zip(*part), strict=True)), dtype="str") for part in result.partitions()]
+    by_column = (zip(*part, strict=True) for part in result.partitions())
+    parts = [pd.DataFrame(dict(zip(names, part, strict=True)), dtype="str") for part in by_column]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names, dtype="str")
 
 
-def _after_merges(group_ids: pd.Series, merged: dict[str, str]) -> pd.Series:
-    while group_ids.isin(list(merged)).any():
-        group_ids = group_ids.map(lambda group_id: merged.get(group_id, group_id))
-    return group_ids
+def _after_merges(groups: pd.DataFrame) -> pd.DataFrame:
+    """Return group_id, the id of the group that holds its pictures now, and that one's side."""
+    moved = groups[groups["merged_into"].notna()]
+    into: dict[str, str] = dict(zip(moved["group_id"], moved["merged_into"], strict=True))
+    for group_id in into:
+        while into[group_id] in into:
+            into[group_id] = into[into[group_id]]
+    kept = groups[groups["merged_into"].isna()]
+    taken = moved.assign(target_id=moved["group_id"].map(into)).drop(columns="side")
+    taken = taken.merge(kept[["group_id", "side"]].rename(columns={"group_id": "target_id"}), on="target_id")
+    columns = ["group_id", "target_id", "side"]
+    return pd.concat([kept.assign(target_id=kept["group_id"])[columns], taken[columns]])
 
 
 def _strongest(labels: pd.DataFrame) -> pd.DataFrame:
-    """Keep the strongest label of each picture; among equals the first imported stays."""
-    order = labels.assign(
-        label_rank=labels["confirmation"].map(lambda value: LABEL_RANK[Confirmation(value)]).astype("int64"),
-        is_expert=labels["label_source"].str.startswith("expert:"),
-    )
-    order = order.sort_values(["image_id", "label_rank", "is_expert", "label_source", "label"])
-    return order.drop_duplicates("image_id").drop(columns="is_expert").reset_index(drop=True)
+    """Keep the strongest label of each picture, sorted by picture; among equals the first imported stays."""
+    labels = labels.assign(label_rank=labels["confirmation"].map(_RANKS).astype("int64"))
+    several = labels["image_id"].duplicated(keep=False)
+    contested = labels[several]
+    contested = contested.assign(is_expert=contested["label_source"].str.startswith("expert:"))
+    contested = contested.sort_values(["image_id", "label_rank", "is_expert", "label_source", "label"])
+    decided = contested.drop_duplicates("image_id").drop(columns="is_expert")
+    return pd.concat([labels[~several], decided]).sort_values("image_id", ignore_index=True)
 
 
 def draw_sides(tx: Transaction, undrawn: pd.DataFrame, salt: str) -> None:

@@ -1,11 +1,10 @@
 """Arrow schemas, derived from the record types, and records as arrow tables and back."""
 
 import json
-import types
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pandas as pd
 import pyarrow as pa
@@ -13,6 +12,7 @@ from pydantic import AwareDatetime
 
 from records.errors import ContractError
 from records.types import Record
+from records.types.base import field_type
 
 R = TypeVar("R", bound=Record)
 
@@ -23,26 +23,6 @@ _SCALARS: dict[Any, pa.DataType] = {
     bool: pa.bool_(),
     AwareDatetime: pa.timestamp("us", tz="UTC"),
 }
-
-
-def field_type(annotation: Any) -> tuple[Any, bool]:
-    """Split a field's annotation into its plain type and whether it may be empty.
-
-    Args:
-        annotation: as pydantic holds it, for example `float | None`.
-    Returns:
-        (type without `None` and metadata, may be empty).
-
-    >>> field_type(float | None)
-    (<class 'float'>, True)
-    """
-    if get_origin(annotation) is Annotated:
-        return field_type(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        members = [a for a in get_args(annotation) if a is not type(None)]
-        optional = len(members) < len(get_args(annotation))
-        return (field_type(members[0])[0] if len(members) == 1 else Union[tuple(members)]), optional  # noqa: UP007
-    return annotation, False
 
 
 def arrow_type(annotation: Any) -> pa.DataType:
@@ -97,21 +77,15 @@ def to_arrow(record_type: type[Record], frame: pd.DataFrame | Sequence[Record]) 
     Returns:
         The table.
     Raises:
-        ContractError: a column is missing or does not fit the schema.
+        ContractError: a column is missing, does not fit the schema, or is empty where it must not be.
     """
     schema = arrow_schema(record_type)
     try:
         if isinstance(frame, pd.DataFrame):
-            table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
-        else:
-            table = pa.Table.from_pylist([_plain_row(record) for record in frame], schema=schema)
-    except (KeyError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            return pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
+        return pa.Table.from_pylist([_plain_row(record) for record in frame], schema=schema)
+    except (KeyError, ValueError, pa.ArrowTypeError) as error:
         raise ContractError(f"rows do not fit the schema of {record_type.__name__}: {error}") from error
-    for field in schema:
-        # Arrow itself never holds a table against its own schema's `not null`.
-        if not field.nullable and table[field.name].null_count:
-            raise ContractError(f"{record_type.__name__}.{field.name} is empty in {table[field.name].null_count} rows")
-    return table
 
 
 def from_arrow(record_type: type[R], table: pa.Table) -> list[R]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from records.audit import head_file
+from records.audit import head_file, open_chain
 from records.blobs import BlobStore, open_blobs
 from records.home import Home, open_home
 from records.ledger import Ledger, open_ledger
@@ -55,5 +55,6 @@ def open_store(settings: RecordsSettings) -> Store:
         busy_timeout_s=settings.busy_timeout_s,
         audit_head=head_file(home),
     )
+    open_chain(ledger, home)
     settings = settings.model_copy(update={"home": home.root})
     return Store(settings, home, taxonomy, ledger, open_blobs(settings.blobs or str(home.blobs)))

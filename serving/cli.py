@@ -43,13 +43,16 @@ def serve(
     as_json: JsonOption = False,
 ) -> None:
     """Serve the model that the ledger names, with API and page, until Ctrl-C."""
-    from serving.launch import require_startable, run_service
+    from serving.preconditions import require_startable
 
     given = [f"serving.host={host}"] if host is not None else []
     given += [f"serving.port={port}"] if port is not None else []
     settings = settings_of(ctx, config, preset, [*(sets or ()), *given])
     serving: ServingSettings = settings.serving
     require_startable(serving, settings.records)
+
+    from serving.launch import run_service
+
     with status("starting the service") as spinner, ray_of(ctx, settings), run_service(serving, settings.records) as s:
         spinner.stop()
         emit(as_json, {"url": s.url, "docs": f"{s.url}/docs"}, f"Relook answers at {s.url} (API: {s.url}/docs)")

@@ -41,6 +41,10 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, as ASGI has it."""
+        if scope["type"] == "websocket":
+            # Neither API nor page uses them, and a browser asks no leave before it opens one.
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

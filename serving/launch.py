@@ -14,13 +14,11 @@ from pathlib import Path
 
 from ray import serve
 
-from records.bundles import serving_model
-from records.errors import UnavailableError, UnknownIdError
+from records.errors import UnavailableError
 from records.settings import RecordsSettings
-from records.store import open_store
 from serving.client import Client
 from serving.deployments import APPLICATION, build_application, serve_environment
-from serving.http_server import require_free_port
+from serving.preconditions import require_startable
 from serving.settings import ServingSettings
 
 __all__ = ["ServiceHandle", "require_startable", "run_service", "serve_environment", "start_service"]
@@ -42,29 +40,6 @@ class ServiceHandle:
         """Finish what is under way, then stop the service and Ray Serve; Ray itself goes on."""
         serve.delete(APPLICATION)
         _shut_down()
-
-
-def require_startable(settings: ServingSettings, records: RecordsSettings) -> None:
-    """Say in one sentence why a service could not start, before anything is started.
-
-    Args:
-        settings: of this room.
-        records: where everything is kept.
-    Raises:
-        ConfigError: the port is in use.
-        UnknownIdError: no model is to be served.
-        UnavailableError: the ledger does not answer.
-    """
-    require_free_port(settings.host, settings.port)
-    store = open_store(records)
-    try:
-        with store.ledger.read() as tx:
-            if serving_model(tx) is None:
-                raise UnknownIdError(
-                    "no model is to be served yet; train one and promote it (`relook train`, `relook promote`)"
-                )
-    finally:
-        store.close()
 
 
 def start_service(settings: ServingSettings, records: RecordsSettings) -> ServiceHandle:

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from records.errors import RelookError
+from records.errors import DataError, PictureError, RelookError
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import Consent, FlagReason
@@ -36,8 +36,9 @@ _RETRY_S = 10.0
 class _Handlers:
     """What the page does. Every method may run in several threads."""
 
-    def __init__(self, url: str, taxonomy: Taxonomy) -> None:
+    def __init__(self, url: str, taxonomy: Taxonomy, folder: Path) -> None:
         self._client = Client(url, retry_s=_RETRY_S)
+        self._folder = folder.resolve()
         self._names = {c.code: c.name for c in taxonomy.classes}
         self._malignant = frozenset(taxonomy.malignant_codes)
 
@@ -47,16 +48,26 @@ class _Handlers:
         except RelookError as error:
             return header_html(None, str(error))
 
-    def ask(self, path: str | None, consent: str) -> tuple[str, str | None, Any, str]:
-        if path is None:
+    def ask(self, upload: dict[str, Any] | None, consent: str) -> tuple[str, str | None, Any, str]:
+        if upload is None:
             return waiting_html(), None, gr.update(visible=False), ""
         try:
-            context = Context(consent=Consent(consent))
-            answer = self._client.predict(Path(path).read_bytes(), explain="gradcam", context=context)
+            context = Context(consent=_consent(consent))
+            answer = self._client.predict(self._uploaded(upload), explain="gradcam", context=context)
         except RelookError as error:
             return problem_html(str(error).rstrip(".")), None, gr.update(visible=False), ""
         html = answer_html(answer, self._names, self._malignant)
         return html, answer.id, gr.update(visible=True), ""
+
+    def _uploaded(self, upload: dict[str, Any]) -> bytes:
+        path = Path(str(upload.get("path", ""))).resolve()
+        if not path.is_relative_to(self._folder):
+            # The browser names the file; it may name nothing but uploads and examples.
+            raise PictureError("this file was not uploaded here; choose a picture")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise PictureError("the upload is gone; choose the picture again") from error
 
     def flag(self, prediction_id: str | None, reason: str, suggested: str | None, comment: str) -> str:
         if prediction_id is None:
@@ -68,6 +79,13 @@ class _Handlers:
             return flag_html(self._client.flag(prediction_id, request))
         except RelookError as error:
             return problem_html(str(error).rstrip("."))
+
+
+def _consent(said: str) -> Consent:
+    try:
+        return Consent(said)
+    except ValueError as error:
+        raise DataError(f"consent is one of {', '.join(Consent)}, not {said!r}") from error
 
 
 def build_page(settings: ServingSettings, store: Store) -> gr.Blocks:
@@ -85,7 +103,7 @@ def build_page(settings: ServingSettings, store: Store) -> gr.Blocks:
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr.set_static_paths([str(folder / "examples")])
-    handlers = _Handlers(settings.url, store.taxonomy)
+    handlers = _Handlers(settings.url, store.taxonomy, folder)
     page = gr.Blocks(title="Relook", analytics_enabled=False, delete_cache=(UPLOAD_LIFE_S // 2, UPLOAD_LIFE_S))
     with page:
         header = gr.HTML(header_html(None, "asking the service"), elem_id="rl-header", padding=False)
@@ -97,7 +115,9 @@ def build_page(settings: ServingSettings, store: Store) -> gr.Blocks:
                 result = gr.HTML(waiting_html(), elem_id="rl-result", padding=False)
                 with gr.Column(visible=False, elem_id="rl-flag-form") as form:
                     flagged = _flag_form(handlers, store.taxonomy, prediction_id)
-        ask.click(handlers.ask, [picture, consent], [result, prediction_id, form, flagged], api_visibility="private")
+        # Not preprocessed: Gradio would open the file and fail with its own words, and the API has better ones.
+        outputs = [result, prediction_id, form, flagged]
+        ask.click(handlers.ask, [picture, consent], outputs, preprocess=False, api_visibility="private")
         page.load(handlers.header, None, header, api_visibility="private")
     return page
 
@@ -137,10 +157,6 @@ def write_examples(folder: Path, taxonomy: Taxonomy) -> list[Path]:
     return paths
 
 
-def _uploaded_path(payload: Any) -> str | None:
-    return None if payload is None else str(payload.path)
-
-
 def _question(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, gr.Radio, gr.Button]:
     picture = gr.Image(
         label="Picture (JPEG, PNG or WebP)",
@@ -151,8 +167,6 @@ def _question(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image
         elem_id="rl-picture",
         alt_text="The picture to ask about",
     )
-    # The bytes go to the API as they were uploaded, and the API says what is wrong with them.
-    picture.preprocess = _uploaded_path  # type: ignore[method-assign]
     gr.Examples([[str(path)] for path in examples], inputs=[picture], label="Generated examples")
     consent = gr.Radio(
         choices=[(words, value.value) for value, words in _CONSENT_WORDS.items()],

@@ -1,6 +1,6 @@
 """Fixtures that every room's tests share: a home of their own, real data if there are any, one Ray, one browser.
 
-The environment is cleaned of Relook's variables once, before the first test, so that a developer's shell decides nothing.
+The environment is cleaned of Relook's variables once, before the first test: a developer's shell decides nothing.
 """
 
 import os

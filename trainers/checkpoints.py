@@ -5,6 +5,7 @@ the data: both are functions of (seed, epoch). What it was made of is stored bes
 never continued with other settings or other data. It is read with torch's restricted loader.
 """
 
+import contextlib
 import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -108,7 +109,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         torch.save(_plain(checkpoint), temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left to remove
+            temporary.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:200]
         raise UnavailableError(
             f"checkpoint {path} cannot be written after epoch {checkpoint.epochs_done} ({reason}); "

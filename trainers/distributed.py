@@ -323,8 +323,15 @@ def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
 
 def _thread_variables(settings: TrainersSettings) -> dict[str, str]:
     # Ray sets one thread per actor unless told, and what OpenMP reads at its start cannot be undone later.
+    # Threads that wait for each other spin for microseconds, then sleep: on two cores shared with a service, training
+    # was 2.3 times as fast so as with OpenMP's default of spinning for milliseconds, and 4 % slower on idle cores.
     threads = str(threads_of(settings))
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "GOMP_SPINCOUNT": "2000",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+    }
 
 
 def _portable(store: Store) -> RecordsSettings:

@@ -126,7 +126,8 @@ def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: 
     Returns:
         The model after its best epoch.
     """
-    network = build_model(settings.model, len(taxonomy.codes), **architecture_options(settings))
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(settings.model, len(taxonomy.codes), **architecture_options(settings))
     network.load_state_dict(checkpoint.best)
     network.eval().requires_grad_(False)
     reports = checkpoint.epoch_reports()

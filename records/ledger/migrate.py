@@ -28,6 +28,22 @@ def schema_versions(engine: sa.Engine) -> tuple[str | None, str]:
         return MigrationContext.configure(connection).get_current_revision(), head
 
 
+def refuse_newer(current: str | None) -> None:
+    """Refuse a schema that this program does not know.
+
+    Args:
+        current: schema version of a database, None for an empty one.
+    Raises:
+        ConfigError: the database was written by a newer program.
+    """
+    scripts = ScriptDirectory.from_config(alembic_config())
+    if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+        raise ConfigError(
+            f"the ledger's schema {current!r} is newer than this program knows ({scripts.get_current_head()!r}); "
+            "install the newer version"
+        )
+
+
 def upgrade(engine: sa.Engine) -> None:
     """Run the migrations that are missing.
 
@@ -39,12 +55,8 @@ def upgrade(engine: sa.Engine) -> None:
     current, head = schema_versions(engine)
     if current == head:
         return
+    refuse_newer(current)
     config = alembic_config()
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if current is not None and current not in known:
-        raise ConfigError(
-            f"the ledger's schema {current!r} is newer than this program knows ({head!r}); install the newer version"
-        )
     with engine.connect() as connection:
         connection = connection.execution_options(**{WRITE_OPTION: True})
         # As a writer it waits for others; a process that comes second finds nothing left to do.

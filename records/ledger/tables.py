@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from pydantic import AwareDatetime
 
 from records.errors import ContractError
-from records.schemas import field_type
 from records.types import (
     AuditEvent,
     Cursor,
@@ -35,6 +34,7 @@ from records.types import (
     RoundStep,
     SourceLabel,
 )
+from records.types.base import field_type
 
 LEDGER_TYPES: tuple[type[Record], ...] = (
     Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, ExpertLabel,

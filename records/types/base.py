@@ -4,7 +4,8 @@ A record class is the single declaration of its SQL table (`records.ledger.table
 arrow schema (`records.schemas`).
 """
 
-from typing import Annotated, ClassVar
+import types
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -23,3 +24,23 @@ class Record(BaseModel):
     mutable: ClassVar[frozenset[str]] = frozenset()
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = ()
     unique: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+
+def field_type(annotation: Any) -> tuple[Any, bool]:
+    """Split a field's annotation into its plain type and whether it may be empty.
+
+    Args:
+        annotation: as pydantic holds it, for example `float | None`.
+    Returns:
+        (type without `None` and metadata, may be empty).
+
+    >>> field_type(float | None)
+    (<class 'float'>, True)
+    """
+    if get_origin(annotation) is Annotated:
+        return field_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [a for a in get_args(annotation) if a is not type(None)]
+        optional = len(members) < len(get_args(annotation))
+        return (field_type(members[0])[0] if len(members) == 1 else Union[tuple(members)]), optional  # noqa: UP007
+    return annotation, False

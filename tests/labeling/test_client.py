@@ -132,16 +132,19 @@ def test_somebody_who_never_answers() -> None:
             client.import_tasks(1, [])
 
 
-def test_something_else_that_answers(misbehaving: Callable[[Answers], str]) -> None:
+@pytest.mark.parametrize("body", ["<html>hello</html>", "{}", "[]", "null", '{"tasks": [{}], "total": 1}'])
+def test_something_else_that_answers(misbehaving: Callable[[Answers], str], body: str) -> None:
     with (
-        LabelStudioClient(misbehaving([(200, "<html>hello</html>")]), "0" * 40) as client,
+        LabelStudioClient(misbehaving([(200, body)]), "0" * 40) as client,
         pytest.raises(LabelStudioError, match="is not a Label Studio that Relook knows"),
     ):
         client.state(1)
 
 
 def test_passing_failures_are_retried_and_an_import_is_not(misbehaving: Callable[[Answers], str]) -> None:
-    fine = json.dumps({"total": 3, "total_annotations": 1, "tasks": [{"updated_at": "2026-01-01T00:00:00Z"}]})
+    fine = json.dumps(
+        {"total": 3, "total_annotations": 1, "tasks": [{"id": 1, "meta": {}, "updated_at": "2026-01-01T00:00:00Z"}]}
+    )
     with LabelStudioClient(misbehaving([(503, "busy"), (200, fine)]), "0" * 40) as client:
         assert client.state(1).total == 3
     with (

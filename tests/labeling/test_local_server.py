@@ -89,7 +89,7 @@ def test_a_killed_server_is_started_again_with_its_account_and_down_stops_it(own
 
 def test_a_recycled_process_id_is_never_stopped(own: LocalLabelStudio, own_home: Home) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        state = {"url": "http://127.0.0.1:1", "pid": stranger.pid, "created": 1.0}
+        state = {"url": "http://127.0.0.1:1", "pid": stranger.pid}
         state |= {"started_at": "2026-01-01T00:00:00Z", "version": "1"}
         (own_home.label_studio / "server.json").write_text(json.dumps(state))
         assert own.status() is None

@@ -9,7 +9,7 @@ FIRST = np.zeros(1000, dtype=np.int64)
 
 
 def test_derived_seeds_are_fixed_for_good() -> None:
-    assert derive_seed(0, "network") == 5083120446744384837
+    assert derive_seed(0, "network") == 4765466500708297189
     assert derive_seed("1", 2) != derive_seed(1, 2) != derive_seed(2, 1)
     assert 0 <= derive_seed("anything") < 2**63
 

@@ -96,9 +96,14 @@ def diverging(trainers: TrainersSettings) -> TrainersSettings:
 
 @pytest.fixture(scope="session")
 def tuning() -> TuningSettings:
-    """Four trials of three epochs, rungs after epochs 1 and 2."""
+    """Four trials of three epochs, one at a time, rungs after epochs 1 and 2."""
     return TuningSettings(
-        trials=4, trial_epochs=3, grace_epochs=1, reduction_factor=2, search=("optimizer", "scheduler")
+        max_concurrent=1,
+        trials=4,
+        trial_epochs=3,
+        grace_epochs=1,
+        reduction_factor=2,
+        search=("optimizer", "scheduler"),
     )
 
 

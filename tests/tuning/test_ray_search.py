@@ -35,7 +35,7 @@ def run(ray_session, tmp_path, make_header, make_plan):
     """Runs numbered trials with a table of scores; returns the trials."""
 
     def run(order, table, on_event=None, tuning=ONE_AT_A_TIME):
-        header = make_header(trials=len(order), trial_epochs=4)
+        header = make_header(trials=4, trial_epochs=4)
         with open_journal(tmp_path, header) as journal:
             log = SearchLog(header, journal, on_event)
             plans = [make_plan(number) for number in order]
@@ -97,18 +97,24 @@ def test_what_a_listener_raises_ends_the_search(run, tmp_path):
     assert [(trial.number, trial.state) for trial in read_journal(tmp_path)[1]] == [(0, "running")]
 
 
-def test_ctrl_c_stops_the_trials_and_leaves_the_handlers_as_they_were(run, tmp_path):
+def test_ctrl_c_stops_the_trials_and_the_search_goes_on_with_its_rungs(run, tmp_path):
+    """Interrupted after trial 2, the second run decides about trial 3 what the one by hand decides."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGUSR1), dict(os.environ)
+    table = [0.5, 0.6, 0.4, 0.52]
 
-    def listen(event):
-        if event.kind is EventKind.FINISHED:
+    def interrupt(event):
+        if event.kind is EventKind.STOPPED:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run([0, 1], [0.5, 0.6], on_event=listen)
-
+        run([1, 0, 2, 3], table, on_event=interrupt)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGUSR1), dict(os.environ)) == before
-    assert read_journal(tmp_path)[1][0].state == "finished"
+    assert [trial.state for trial in read_journal(tmp_path)[1]] == ["finished", "finished", "stopped"]
+
+    trials = run([3], table)
+
+    assert (trials[3].state, trials[3].epochs) == ("stopped", 2)
+    assert sorted(trials) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

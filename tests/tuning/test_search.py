@@ -14,16 +14,15 @@ from tuning.cli import app as tuning_app
 from tuning.journal import FILE_NAME, read_journal
 from tuning.report import report_on
 from tuning.search import _first_error, search
-from tuning.settings import Axis
-from tuning.trials import EventKind, Origin, TrialState
+from tuning.trials import EventKind, Origin
 
 
 @pytest.fixture(scope="session")
-def searched(ray_session, labelled, trainers, tuning, diverging, tmp_path_factory):
-    """One search of four trials, the second of which diverges: (run folder, result, events)."""
+def searched(ray_session, labelled, trainers, tuning):
+    """One search of four trials: (run folder, result, events)."""
     store, dataset = labelled
-    run_dir, events = tmp_path_factory.mktemp("searched") / "run", []
-    result = search(store, tuning, trainers, dataset, run_dir=run_dir, on_event=events.append, enqueued=[diverging])
+    run_dir, events = store.home.runs / "tune-0", []
+    result = search(store, tuning, trainers, dataset, run_dir=run_dir, on_event=events.append)
     return run_dir, result, events
 
 
@@ -31,17 +30,9 @@ def test_every_trial_is_accounted_for(searched, tuning):
     _, result, _ = searched
 
     assert [trial.number for trial in result.trials] == [0, 1, 2, 3]
-    assert [trial.origin for trial in result.trials] == [Origin.DEFAULTS, Origin.ENQUEUED, *[Origin.SAMPLED] * 2]
-    assert all(1 <= trial.epochs <= tuning.trial_epochs for trial in result.trials if trial.number != 1)
-
-
-def test_a_diverging_trial_is_recorded_and_does_not_end_the_search(searched):
-    _, result, _ = searched
-    failed = result.trials[1]
-
-    assert (failed.state, failed.error_kind) == (TrialState.FAILED, "DivergedError")
-    assert failed.error
-    assert all(trial.state in ("finished", "stopped") for trial in result.trials if trial.number != 1)
+    assert [trial.origin for trial in result.trials] == [Origin.DEFAULTS, *[Origin.SAMPLED] * 3]
+    assert all(1 <= trial.epochs <= tuning.trial_epochs for trial in result.trials)
+    assert all(trial.state in ("finished", "stopped") for trial in result.trials)
 
 
 def test_the_winner_is_never_worse_than_the_given_settings(searched, trainers, tuning):
@@ -84,32 +75,13 @@ def test_events_tell_the_whole_story(searched):
 
 def test_a_trial_that_finds_a_process_ready_starts_much_faster(searched):
     run_dir, result, _ = searched
-    cold = [trial.start_seconds for trial in result.trials if trial.cold_start]
 
-    assert 1 <= len(cold) <= 2
-    assert report_on(run_dir).start_seconds_median < min(cold) / 2
+    assert [trial.cold_start for trial in result.trials] == [True, False, False, False]
+    assert report_on(run_dir).start_seconds_median < result.trials[0].start_seconds / 2
 
 
 def test_tensorboard_logs_are_kept(searched):
     assert list(searched[0].glob("ray-*/trial-0000-*/events.out.tfevents.*"))
-
-
-def test_going_on_runs_only_what_is_not_settled(searched, labelled, trainers, tuning, diverging, tmp_path):
-    """Cut the end of trial 3 off, as a kill would have, and go on."""
-    (run_dir, result, _), (store, dataset) = searched, labelled
-    events = []
-    lines = (run_dir / FILE_NAME).read_text().splitlines(keepends=True)
-    is_end_of_3 = [json.loads(line).get("trial", {}).get("number") == 3 and '"ended"' in line for line in lines]
-    kept = [line for line, drop in zip(lines, is_end_of_3, strict=True) if not drop]
-    (tmp_path / FILE_NAME).write_text("".join(kept))
-
-    again = search(store, tuning, trainers, dataset, run_dir=tmp_path, on_event=events.append, enqueued=[diverging])
-
-    assert [event.trial.number for event in events if event.kind is EventKind.KEPT] == [0, 1, 2]
-    assert [event.trial.number for event in events if event.kind is EventKind.STARTED] == [3]
-    assert again.trials[:3] == result.trials[:3]
-    assert again.trials[3].overrides == result.trials[3].overrides
-    assert again.trials[3].scores[0] == result.trials[3].scores[0]
 
 
 def test_another_search_does_not_go_on_in_its_folder(searched, labelled, trainers, tuning):
@@ -122,12 +94,17 @@ def test_another_search_does_not_go_on_in_its_folder(searched, labelled, trainer
 
 def test_when_every_trial_fails_the_first_ones_error_is_raised(ray_session, labelled, diverging, tuning, tmp_path):
     store, dataset = labelled
-    scheduler_only = tuning.model_copy(update={"trials": 2, "search": (Axis.SCHEDULER,), "max_concurrent": 1})
+    two = tuning.model_copy(update={"trials": 2})
+    steeper = diverging.model_copy(update={"momentum": 0.95})
 
     with pytest.raises(DivergedError, match="all 2 trials failed; the first one's reason: "):
-        search(store, scheduler_only, diverging, dataset, run_dir=tmp_path / "run")
+        search(store, two, diverging, dataset, run_dir=tmp_path, enqueued=[steeper])
 
-    assert [failure["number"] for failure in report_on(tmp_path / "run").failures] == [0, 1]
+    report, (_, trials) = report_on(tmp_path), read_journal(tmp_path)
+    assert [failure["number"] for failure in report.failures] == [0, 1]
+    assert [trial.origin for trial in trials] == [Origin.DEFAULTS, Origin.ENQUEUED]
+    assert trials[1].overrides == {"momentum": 0.95}
+    assert [trial.cold_start for trial in trials] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -174,18 +151,33 @@ def relook(searched, labelled, trainers, tuning):
     return lambda *arguments: CliRunner().invoke(root, list(arguments), catch_exceptions=False)
 
 
-def test_the_verb_searches_reports_and_goes_on(relook, labelled):
-    first = relook("tune", "--trials", "1", "--json")
-    report = json.loads(first.stdout)
-    resumed = json.loads(relook("tune", "--trials", "1", "--resume", "--json").stdout)
-    shown = relook("tune", "report", "--json")
+def test_the_verb_goes_on_and_runs_only_what_is_not_settled(relook, searched, labelled):
+    """Cut the end of trial 3 off, as a kill would have, and go on."""
+    (run_dir, result, _), (store, _) = searched, labelled
+    killed = store.home.runs / "tune-killed"
+    killed.mkdir()
+    lines = (run_dir / FILE_NAME).read_text().splitlines(keepends=True)
+    is_end_of_3 = [json.loads(line).get("trial", {}).get("number") == 3 and '"ended"' in line for line in lines]
+    (killed / FILE_NAME).write_text("".join(line for line, end in zip(lines, is_end_of_3, strict=True) if not end))
 
-    assert first.exit_code == 0
-    assert [row["number"] for row in report["leaderboard"]] == [0]
-    assert report["complete"]
-    assert resumed["leaderboard"] == report["leaderboard"]
-    assert json.loads(shown.stdout)["run"] == report["run"]
-    assert "the given settings" in relook("tune", "report").stdout
+    resumed = relook("tune", "--resume", "--json")
+    before, (_, after) = json.loads(relook("tune", "report", "--run", "tune-0", "--json").stdout), read_journal(killed)
+
+    assert resumed.exit_code == 0
+    assert json.loads(resumed.stdout)["run"] == "tune-killed"
+    assert json.loads(resumed.stdout)["best"] == before["best"]
+    assert after[:3] == list(result.trials[:3])
+    assert (after[3].overrides, after[3].cold_start) == (result.trials[3].overrides, True)
+    assert after[3].scores[0] == result.trials[3].scores[0]
+    assert resumed.stderr.count("kept") == 3
+    assert "relook train --data" in resumed.stderr
+
+
+def test_the_verb_shows_the_last_search_to_a_person(relook):
+    shown = relook("tune", "report")
+
+    assert shown.exit_code == 0
+    assert "the given settings" in shown.stdout
 
 
 def test_the_verb_refuses_no_trials(relook):

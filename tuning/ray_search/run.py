@@ -78,7 +78,7 @@ def run_trials(
         tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
         param_space={SLOT: tune.grid_search([plan.model_dump(mode="json") for plan in plans])},
         tune_config=tune.TuneConfig(
-            scheduler=JournalledHalving(recorder, header),
+            scheduler=JournalledHalving(recorder, header, log.trials),
             max_concurrent_trials=tuning.max_concurrent or _cores_for_trials(tuning),
             reuse_actors=True,
             trial_name_creator=_trial_name,
@@ -86,7 +86,7 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=f"ray-{new_id()[:12]}",
-            storage_path=str(folder),
+            storage_path=str(folder.absolute()),
             callbacks=[Watch(recorder, {plan.number: plan for plan in plans}), logs],
             stop=EndOnError(recorder),
             verbose=0,

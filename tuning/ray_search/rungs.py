@@ -2,16 +2,18 @@
 
 After grace_epochs * factor^k epochs a trial goes on only if it is among the best 1/factor of those
 that came to that rung before it. Trial 0, the given settings, always goes on, so that the winner is
-compared with it at its full budget. A failed trial leaves no score in any rung.
+compared with it at its full budget. A search that goes on starts with the rungs of its settled trials.
 """
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from tuning.ray_search.recorder import Recorder, number_of
-from tuning.trials import SearchHeader
+from tuning.trials import SearchHeader, TrialResult
 
 SCORE = "val_balanced_accuracy"
 TIME = "training_iteration"
@@ -24,9 +26,10 @@ class JournalledHalving(AsyncHyperBandScheduler):
     Args:
         recorder: told of each epoch with the decision that follows it.
         header: with budget, grace and factor.
+        settled: trials of an earlier run, whose scores stand in the rungs.
     """
 
-    def __init__(self, recorder: Recorder, header: SearchHeader) -> None:
+    def __init__(self, recorder: Recorder, header: SearchHeader, settled: Sequence[TrialResult]) -> None:
         super().__init__(
             time_attr=TIME,
             metric=SCORE,
@@ -37,6 +40,11 @@ class JournalledHalving(AsyncHyperBandScheduler):
         )
         self._recorder = recorder
         self._trial_epochs = header.trial_epochs
+        for trial in settled:
+            # A rung asks a trial for nothing but its id.
+            stand_in: Any = SimpleNamespace(trial_id=f"settled-{trial.number}")
+            for epoch, score in enumerate(trial.scores, start=1):
+                self._brackets[0].on_result(stand_in, epoch, score)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Decide whether a trial goes on, after writing the decision down."""

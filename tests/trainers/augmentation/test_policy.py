@@ -17,15 +17,15 @@ def one_operation(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("document", "sentence"),
     [
-        (one_operation(operation="spin"), "operations.0.operation: there is no operation 'spin'; there are horizontal_flip, "),
+        (one_operation(operation="spin"), "there is no operation 'spin'; there are horizontal_flip, "),
         (one_operation(probability=1.5), "operations.0.probability is 1.5: "),
         (one_operation(probability=0), "operations.0.probability is 0: "),
-        (one_operation(parameters={"limit_deg": 999}), r"rotate.limit_deg cannot be 999: .* 180; a valid value is 45.0"),
+        (one_operation(parameters={"limit_deg": 999}), r"limit_deg cannot be 999: .* 180; a valid value is 45.0"),
         (one_operation(parameters={"limit": 9}), "rotate has no parameter 'limit'; it takes limit_deg"),
         (one_operation(operation="d4", parameters={"p": 1}), "d4 has no parameter 'p'; it takes none"),
         (
             one_operation(operation="crop", parameters={"area": [0.9, 0.2]}),
-            r"crop.area cannot be \[0.9, 0.2\]: the range \[0.9, 0.2\] runs backwards; .*; a valid value is \[0.7, 1.0\]",
+            r"crop.area cannot be \[0.9, 0.2\]: .* runs backwards; .*; a valid value is \[0.7, 1.0\]",
         ),
         (
             one_operation(operation="cutout", parameters={"side": [0.1, 3]}),

@@ -1,0 +1,175 @@
+"""What the doctor says of a healthy machine, and which fix it names for each thing that can be wrong."""
+
+import shutil
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cluster.doctor import Check, examine, fit_cpus
+from cluster.presets import PRESETS
+from cluster.settings import Settings
+from cluster.sources import load_settings
+from records.store import open_store
+
+
+def _settings(home: Path, *sets: str, **environ: str) -> Settings:
+    return load_settings(sets=[f"records.home={home}", "labeling.port=0", *sets], environ=environ)
+
+
+def _look(settings: Settings, name: str) -> Check:
+    found = [check for check in examine(settings) if check.name == name]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port that this very process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_nothing_is_made_by_looking(tmp_path: Path, free_port: int) -> None:
+    checks = examine(_settings(tmp_path / "home", f"serving.port={free_port}"))
+    assert [check.name for check in checks] == [
+        "Python",
+        "disk",
+        "memory",
+        "CPUs",
+        "GPU",
+        "Ray",
+        "port",
+        "Label Studio port",
+        "Label Studio",
+        "ledger",
+        "blobs",
+        "Chromium",
+    ]
+    others = [check for check in checks if check.name != "Label Studio"]
+    assert not [check for check in others if check.state == "fail"]
+    assert not [check for check in checks if check.state == "fail" and check.fix is None]
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_laptop_preset_fits_its_cpus() -> None:
+    cpus = _look(load_settings(sets=["trainers.threads_per_worker=2"]), "CPUs")
+    assert cpus.state == "ok"
+    assert "ingress 0.5 + predictor 1 + explainer 0.5 + search or fit 2 = 4 of 4 CPUs" in cpus.detail
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_the_cpus_it_asks_ray_for(name: str) -> None:
+    settings = load_settings(preset=name)
+    cores = settings.trainers.threads_per_worker or 2
+    assert _look(load_settings(preset=name, sets=[f"trainers.threads_per_worker={cores}"]), "CPUs").state == "ok"
+
+
+def test_too_few_cpus_name_the_number_that_would_do() -> None:
+    cpus = _look(load_settings(sets=["cluster.logical_cpus=2", "trainers.threads_per_worker=2"]), "CPUs")
+    assert cpus.state == "fail"
+    assert cpus.fix == "--set cluster.logical_cpus=4, or fewer CPUs for a part"
+
+
+def test_a_fit_takes_threads_times_workers() -> None:
+    sets = ["trainers.num_workers=2", "trainers.threads_per_worker=3", "trainers.batch_size=64"]
+    assert fit_cpus(load_settings(sets=sets)) == 6.0
+
+
+def test_a_taken_port_names_who_holds_it_and_another_one(tmp_path: Path, taken_port: int) -> None:
+    port = _look(_settings(tmp_path, f"serving.port={taken_port}"), "port")
+    assert port.state == "fail"
+    assert f"{taken_port} is taken by" in port.detail
+    assert "process" in port.detail
+    assert port.fix == f"stop it, or --set serving.port={taken_port + 1}"
+
+    label_studio = _look(_settings(tmp_path, f"labeling.port={taken_port}"), "Label Studio port")
+    assert label_studio.state == "fail"
+    assert label_studio.fix == f"stop it, or --set labeling.port={taken_port + 1}"
+
+
+def test_label_studio_that_is_not_installed(tmp_path: Path) -> None:
+    check = _look(_settings(tmp_path, f"labeling.environment={tmp_path / 'none'}"), "Label Studio")
+    assert (check.state, check.fix) == ("fail", "relook label install")
+
+
+def test_a_label_studio_elsewhere_needs_a_token_and_has_to_answer(tmp_path: Path, free_port: int) -> None:
+    url = f"http://127.0.0.1:{free_port}"
+    missing = _look(_settings(tmp_path, f"labeling.url={url}"), "Label Studio")
+    assert missing.state == "fail"
+    assert "RELOOK_LABELING__TOKEN" in f"{missing.detail} {missing.fix}"
+
+    silent = _look(_settings(tmp_path, f"labeling.url={url}", RELOOK_LABELING__TOKEN="0" * 40), "Label Studio")
+    assert silent.state == "fail"
+    assert url in silent.detail
+    assert silent.fix == "check RELOOK_LABELING__URL and RELOOK_LABELING__TOKEN"
+
+
+def test_ledger_and_blobs_of_a_home_in_use(tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "home")
+    open_store(settings.records).close()
+    assert "schema" in _look(settings, "ledger").detail
+    assert "written and read" in _look(settings, "blobs").detail
+
+
+def test_a_ledger_that_is_no_database_or_of_a_newer_program(tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "home")
+    open_store(settings.records).close()
+    file = tmp_path / "home" / "ledger.db"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'from-the-future'")
+    newer = _look(settings, "ledger")
+    assert newer.state == "fail"
+    assert "from-the-future" in newer.detail
+
+    for companion in file.parent.glob("ledger.db-*"):
+        companion.unlink()
+    file.write_bytes(b"this is no database" * 100)
+    broken = _look(settings, "ledger")
+    assert broken.state == "fail"
+    assert broken.fix == "restore a backup"
+
+
+def test_blobs_that_cannot_be_written(tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "home")
+    open_store(settings.records).close()
+    # A file where the folder of the first two hash characters would be: nobody can write below it, root neither.
+    folder = tmp_path / "home" / "blobs"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for number in range(256):
+        (folder / f"{number:02x}").write_text("")
+    check = _look(settings, "blobs")
+    assert check.state == "fail"
+    assert check.fix == f"make {folder} writable"
+
+
+def test_ray_that_would_be_open_or_does_not_answer(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = _look(_settings(tmp_path, f"cluster.ray_address=127.0.0.1:{free_port}"), "Ray")
+    assert cluster.state == "fail"
+    assert cluster.fix is not None
+    assert "RELOOK_RAY_ADDRESS" in cluster.fix
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    opened = _look(_settings(tmp_path), "Ray")
+    assert opened.state == "fail"
+    assert "unset it, or set token" in opened.detail
+
+
+def test_a_gpu_that_is_asked_for_has_to_be_there(tmp_path: Path) -> None:
+    import torch
+
+    check = _look(_settings(tmp_path, "trainers.use_gpu=true"), "GPU")
+    assert check.state == ("ok" if torch.cuda.is_available() else "fail")
+    assert _look(_settings(tmp_path), "GPU").state == "ok"

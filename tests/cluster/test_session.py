@@ -1,0 +1,251 @@
+"""A Ray session: closed to strangers, small when idle, and gone at its end, however it ends."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster.session import MAX_TEMP_DIR_CHARS, RaySession, ray_token_file, require_token_mode, start_ray
+from cluster.settings import Settings
+from cluster.sources import load_settings
+from records.errors import ConfigError, ContractError, UnavailableError
+from records.home import open_home
+
+PREAMBLE = """
+import os, subprocess, sys, time
+from cluster.session import start_ray
+from cluster.sources import load_settings
+settings = load_settings(sets=["records.home=" + sys.argv[1], "cluster.stop_timeout_s=2"], environ=os.environ)
+"""
+
+# A worker with a child of its own, the hardest thing to take down.
+BUSY = """
+import ray
+@ray.remote
+class Busy:
+    def work(self):
+        self.child = subprocess.Popen(["sleep", "600"])
+        return self.child.pid
+busy = Busy.remote()
+print(ray.get(busy.work.remote()), flush=True)
+"""
+
+
+def _start(script: str, home: Path, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PREAMBLE + script, str(home)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environ,
+        start_new_session=True,
+    )
+
+
+def _listening(processes: list[psutil.Process]) -> set[str]:
+    found: set[str] = set()
+    for process in processes:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr:
+                found.add(connection.laddr.ip.removeprefix("::ffff:"))
+    return found
+
+
+def test_a_session_listens_on_loopback_only(ray_session: RaySession) -> None:
+    @ray.remote
+    def work() -> int:
+        return os.getpid()
+
+    worker = psutil.Process(ray.get(work.remote()))
+    processes = [worker, *psutil.Process().children(recursive=True)]
+    assert len(processes) > 5
+    assert ray_session.address.startswith("127.0.0.1:")
+    assert _listening(processes) == {"127.0.0.1"}
+
+
+def test_idle_ray_stays_small(ray_session: RaySession) -> None:
+    daemons = [child for child in psutil.Process().children() if "ray" in " ".join(child.cmdline())]
+    own = {"gcs_server", "monitor.py", "dashboard.py", "log_monitor.py", "raylet"}
+    assert len(daemons) >= len(own)
+    total = sum(process.memory_full_info().pss for process in daemons)
+    # Measured: 215 MB for these five, and 130 MB for the two agents below raylet.
+    assert total < 400 * 2**20
+
+
+def test_it_hands_out_what_the_preset_says(ray_session: RaySession, ray_settings: Settings) -> None:
+    resources = ray.cluster_resources()
+    assert resources["CPU"] == ray_settings.cluster.logical_cpus == 4
+    assert "GPU" not in resources
+    assert resources["object_store_memory"] == ray_settings.cluster.object_store_mb * 2**20
+
+
+def test_a_stranger_without_the_token_is_turned_away(ray_session: RaySession) -> None:
+    script = f"import ray; ray.init(address={ray_session.address!r}, configure_logging=False); print('joined')"
+    environ = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    stranger = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=environ)
+    assert stranger.stderr is not None
+    try:
+        refused = next(line for line in stranger.stderr if "Unauthenticated" in line or "joined" in line)
+        assert "InvalidAuthToken" in refused
+    finally:
+        stranger.kill()
+        stranger.wait()
+        stranger.stderr.close()
+
+
+def test_another_process_joins_by_address_and_brings_the_code(
+    ray_session: RaySession, ray_settings: Settings, tmp_path: Path
+) -> None:
+    script = """
+with start_ray(settings) as session:
+    import ray
+    @ray.remote
+    def where():
+        import records
+        return os.path.dirname(os.path.dirname(records.__file__)), os.environ["RAY_USAGE_STATS_ENABLED"]
+    root, usage = ray.get(where.remote())
+    print(session.owned, root, usage, sorted(os.listdir(root)), sep="|")
+"""
+    token = str(ray_token_file(open_home(ray_settings.records.home)))
+    process = _start(script, tmp_path, RELOOK_RAY_ADDRESS=ray_session.address, RAY_AUTH_TOKEN_PATH=token)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    owned, root, usage, entries = out.strip().splitlines()[-1].split("|")
+    assert (owned, usage) == ("False", "0")
+    assert "runtime_resources" in root
+    assert "'records'" in entries
+    assert "'.venv'" not in entries
+    assert "'.git'" not in entries
+    assert ray.is_initialized()
+
+
+def test_a_second_session_in_one_process_is_refused(ray_session: RaySession, ray_settings: Settings) -> None:
+    with pytest.raises(ContractError, match="already initialised"), start_ray(ray_settings):
+        pass
+
+
+@pytest.mark.slow
+def test_sessions_that_end_by_error_and_by_sigterm_leave_nothing(tmp_path: Path) -> None:
+    script = """
+import psutil, signal
+before = dict(os.environ)
+addresses = []
+try:
+    with start_ray(settings) as session:
+        addresses.append(session.address)
+        raise ValueError("on purpose")
+except ValueError:
+    pass
+os.environ["RAY_AUTH_TOKEN"] = "another-token-of-the-second-session-0123456789"
+try:
+    with start_ray(settings) as session:
+        addresses.append(session.address)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+except SystemExit as ending:
+    addresses.append(ending.code)
+del os.environ["RAY_AUTH_TOKEN"]
+# Ray itself leaves one variable in its driver.
+left = {name for name in os.environ if os.environ[name] != before.get(name)} - {"PYTHONBREAKPOINT"}
+assert not left and set(before) <= set(os.environ), left
+print(addresses[0] != addresses[1], addresses[2], len(psutil.Process().children(recursive=True)))
+"""
+    process = _start(script, tmp_path / "home")
+    out, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    assert out.split() == ["True", "143", "0"]
+    kept = list((tmp_path / "home" / "logs" / "ray").iterdir())
+    assert len(kept) == 1, "logs stay after an error, and only then"
+    assert (kept[0] / "gcs_server.out").exists()
+    assert not list(Path("/tmp").glob(f"relook-*/session_*_{process.pid}"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_takes_down_every_process(tmp_path: Path) -> None:
+    body = "\n".join(f"    {line}" for line in BUSY.strip().splitlines())
+    process = _start(f"with start_ray(settings):\n{body}\n    time.sleep(600)\n", tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    grandchild = psutil.Process(int(process.stdout.readline()))
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) > 6
+    # Ctrl-C in a terminal reaches the whole group.
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+    _, alive = psutil.wait_procs([*started, grandchild], timeout=5)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_what_a_killed_session_left_is_swept_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster import session
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name, owner in (("relook-dead", dead.pid), ("relook-live", os.getpid())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "owner.pid").write_text(str(owner))
+    session._sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["relook-live"]
+
+
+def test_the_token_is_made_once_and_private(tmp_path: Path) -> None:
+    home = open_home(tmp_path)
+    path = ray_token_file(home)
+    token = path.read_text()
+    assert len(token) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ray_token_file(home).read_text() == token
+
+
+@pytest.mark.parametrize("mode", ["disabled", "k8s", ""])
+def test_an_environment_that_opens_ray_is_refused(mode: str) -> None:
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=.* opens Ray to everyone.*unset it, or set token"):
+        require_token_mode({"RAY_AUTH_MODE": mode})
+    require_token_mode({})
+    require_token_mode({"RAY_AUTH_MODE": "token"})
+
+
+def test_a_long_temporary_folder_is_refused(tmp_path: Path) -> None:
+    script = """
+from records.errors import ConfigError
+try:
+    with start_ray(settings):
+        pass
+except ConfigError as error:
+    print(error)
+"""
+    long = "/tmp/" + "x" * MAX_TEMP_DIR_CHARS
+    process = _start(script, tmp_path, RELOOK_CLUSTER__TEMP_DIR=long)
+    out, errors = process.communicate(timeout=30)
+    assert "sockets allow 40; choose a shorter one" in out, errors
+    assert not Path(long).exists()
+
+
+def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    began = time.monotonic()
+    script = """
+from records.errors import UnavailableError
+try:
+    with start_ray(settings):
+        pass
+except UnavailableError as error:
+    print(error)
+"""
+    process = _start(script, tmp_path, RELOOK_RAY_ADDRESS="127.0.0.1:9")
+    out, errors = process.communicate(timeout=60)
+    assert "no Ray answers at 127.0.0.1:9; start it" in out, errors
+    assert time.monotonic() - began < 20
+
+
+def test_unavailable_is_not_the_users_fault() -> None:
+    assert not issubclass(UnavailableError, ConfigError)
+    assert load_settings().cluster.ray_address is None

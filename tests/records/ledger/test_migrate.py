@@ -1,0 +1,79 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from records.errors import ConfigError
+from records.ledger import Ledger, open_ledger
+from records.ledger.migrate import alembic_config, schema_versions, upgrade
+from records.ledger.tables import METADATA
+from records.types import Cursor
+
+
+def test_migrations_make_exactly_the_tables_of_the_record_types(ledger: Ledger) -> None:
+    with ledger.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+        names = set(sa.inspect(connection).get_table_names())
+    assert names == {*METADATA.tables, "alembic_version"}
+
+
+def test_an_index_that_only_one_of_them_has_would_be_found(ledger: Ledger) -> None:
+    with ledger.engine.connect() as connection:
+        connection.exec_driver_sql("DROP INDEX ux_round_steps_round_id_step")
+        (found,) = compare_metadata(MigrationContext.configure(connection), METADATA)
+        connection.rollback()
+    assert found[0] == "add_index"
+
+
+def test_opening_again_keeps_rows_and_schema(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    first = open_ledger(url)
+    with first.begin() as tx:
+        tx.add(Cursor(name="x", position={"a": 1}))
+    first.close()
+    second = open_ledger(url)
+    with second.read() as tx:
+        assert tx.require(Cursor, "x").position == {"a": 1}
+    assert len(set(schema_versions(second.engine))) == 1
+    second.close()
+
+
+def test_a_newer_schema_is_refused_and_left_alone(ledger: Ledger) -> None:
+    with ledger.engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        connection.commit()
+    with pytest.raises(ConfigError, match=r"'9999' is newer than this program knows .*install the newer version"):
+        upgrade(ledger.engine)
+    assert schema_versions(ledger.engine)[0] == "9999"
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upgrade_to_head = command.upgrade
+
+    def fail_at_the_end(*arguments: Any) -> None:
+        upgrade_to_head(*arguments)
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(command, "upgrade", fail_at_the_end)
+    with pytest.raises(RuntimeError, match="power cut"):
+        open_ledger(f"sqlite:///{tmp_path}/ledger.db")
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/ledger.db")
+    assert sa.inspect(engine).get_table_names() == []
+    engine.dispose()
+
+
+def test_processes_that_start_together_run_the_migration_once(tmp_path: Path, run_python: Callable[..., Any]) -> None:
+    code = "import sys; from records.ledger import open_ledger; open_ledger(sys.argv[1]).close()"
+    started = [run_python(code, f"sqlite:///{tmp_path}/ledger.db") for _ in range(3)]
+    for process in started:
+        _, complaint = process.communicate(timeout=60)
+        assert process.returncode == 0, complaint
+
+
+def test_a_per_cent_sign_in_the_path_of_the_program_is_no_placeholder() -> None:
+    assert Path(alembic_config().get_main_option("script_location") or "").is_dir()

@@ -1,0 +1,30 @@
+import pickle
+
+import pytest
+
+from records import errors
+
+
+def test_what_the_caller_can_mend_is_a_user_error() -> None:
+    ours = {e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.RelookError)}
+    users = {e.__name__ for e in ours if issubclass(e, errors.UserError)}
+    assert users == {
+        "UserError",
+        "ConfigError",
+        "DataError",
+        "PictureError",
+        "TaxonomyError",
+        "UnknownIdError",
+        "RefusedError",
+    }
+    assert len(ours) == 13
+
+
+def test_a_picture_error_keeps_its_code_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(errors.PictureError("too large", "too_many_pixels")))
+    assert (str(error), error.code) == ("too large", "too_many_pixels")
+
+
+def test_a_picture_error_is_caught_as_bad_data() -> None:
+    with pytest.raises(errors.DataError, match=r"^no$"):
+        raise errors.PictureError("no")

@@ -1,0 +1,126 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from records.errors import DataError, IntegrityError, TaxonomyError
+from records.grouping import draw_side
+from records.ids import sha256_hex
+from records.labelled import draw_sides, expert_labels, read_known
+from records.store import Store
+from records.types import Confirmation, Consent, Group, Image, ResolvedLabel, Side, SourceLabel
+
+Add = Callable[..., None]
+Id = Callable[[object], str]
+NOBODY = expert_labels([], 0)
+
+
+def _rows(store: Store, *resolved: ResolvedLabel) -> dict[str, dict[str, Any]]:
+    frame = read_known(store, expert_labels(resolved, 1)).rows
+    return {row["image_id"]: row for row in frame.to_dict("records")}
+
+
+def test_nothing_to_learn_from_is_said(store: Store, add_labelled: Add, image_id: Id) -> None:
+    with pytest.raises(DataError, match="no picture has a label yet; import a folder"):
+        read_known(store, NOBODY)
+    add_labelled(store, ["pool"], None)
+    with pytest.raises(DataError, match="no picture has a label yet"):
+        read_known(store, NOBODY)
+    add_labelled(store, ["a"], "nv", consent=Consent.REVIEW)
+    add_labelled(store, ["b"], "nv", group_id=None)
+    with pytest.raises(DataError, match="none of 2 labelled pictures has both consent for training and a group"):
+        read_known(store, NOBODY)
+
+
+def test_the_strongest_label_wins_and_the_first_import_among_equals(
+    store: Store, add_labelled: Add, image_id: Id, sample: Callable[..., Any]
+) -> None:
+    add_labelled(store, ["a"], "nv", confirmation=Confirmation.SINGLE_READER, source="import:1")
+    with store.ledger.begin() as tx:
+        for number, (label, confirmation, source) in enumerate(
+            [
+                ("mel", Confirmation.CONSENSUS, "import:3"),
+                ("bcc", Confirmation.CONSENSUS, "import:2"),
+                ("akiec", Confirmation.CONSENSUS, "import:2"),
+                ("df", Confirmation.FLAG, "import:0"),
+            ]
+        ):
+            values = {"image_id": image_id("a"), "label": label, "confirmation": confirmation, "source": source}
+            tx.add(sample(SourceLabel, number, **values))
+    (row,) = _rows(store).values()
+    assert (row["label"], row["label_source"], row["label_rank"], row["round"]) == ("akiec", "import:2", 2, 0)
+    strong = ResolvedLabel(image_id=image_id("a"), label="vasc", confirmation=Confirmation.CONSENSUS, annotators=["x"])
+    assert _rows(store, strong)[image_id("a")]["label"] == "akiec"
+
+
+def test_a_class_that_the_taxonomy_does_not_have_is_named(store: Store, add_labelled: Add) -> None:
+    add_labelled(store, ["a"], "owl")
+    with pytest.raises(TaxonomyError, match="unknown class 'owl'"):
+        read_known(store, NOBODY)
+
+
+def test_a_group_that_is_lost_is_named(store: Store, add_labelled: Add) -> None:
+    add_labelled(store, ["a"], "nv", group_id="lost")
+    with pytest.raises(IntegrityError, match="group 'lost' that it does not know"):
+        read_known(store, NOBODY)
+
+
+def test_merged_groups_count_as_the_last_one(store: Store, add_labelled: Add, image_id: Id) -> None:
+    for name, group in (("a", "g1"), ("b", "g2"), ("c", "g3"), ("d", "g4")):
+        add_labelled(store, [name], "nv", group=group)
+    with store.ledger.begin() as tx:
+        tx.update(Group, "g1", merged_into="g2")
+        tx.update(Group, "g2", merged_into="g3")
+        tx.update(Group, "g3", side=Side.GATE)
+    rows = _rows(store)
+    assert {rows[image_id(n)]["group_id"] for n in "abc"} == {"g3"}
+    assert {rows[image_id(n)]["side"] for n in "abc"} == {"gate"}
+    assert rows[image_id("d")]["group_id"] == "g4"
+
+
+def test_an_erased_picture_is_gone(store: Store, add_labelled: Add, image_id: Id, sample: Callable[..., Any]) -> None:
+    add_labelled(store, ["a", "b"], "nv")
+    with store.ledger.begin() as tx:
+        tx.update(Image, image_id("a"), erased_at=sample(Image).created_at)
+    assert set(_rows(store)) == {image_id("b")}
+
+
+def test_sides_are_drawn_once_first_stratified_then_by_hash(store: Store, add_labelled: Add) -> None:
+    salt = store.settings.split_salt
+    add_labelled(store, range(40), "nv")
+    with store.ledger.begin() as tx:
+        draw_sides(tx, read_known(store, NOBODY).rows, salt)
+        first = {group.id: group for group in tx.find(Group)}
+    assert {group.drawn_by for group in first.values()} == {"stratified"}
+    assert [sum(g.side == side for g in first.values()) for side in Side] == [23, 4, 5, 4, 4]
+    add_labelled(store, range(40, 80), "mel")
+    rows = read_known(store, NOBODY).rows
+    with store.ledger.begin() as tx:
+        draw_sides(tx, rows, salt)
+        second = {group.id: group for group in tx.find(Group)}
+    assert {key: second[key] for key in first} == first
+    assert {g.drawn_by for key, g in second.items() if key not in first} == {"hash"}
+    assert all(g.side == draw_side(key, salt) for key, g in second.items() if key not in first)
+
+
+@pytest.mark.parametrize("source", ["outcome:1", "expert"])
+def test_a_group_whose_label_comes_from_doubt_goes_to_train(
+    store: Store, add_labelled: Add, image_id: Id, source: str
+) -> None:
+    add_labelled(store, ["imported"], "nv")
+    held = [n for n in range(200) if draw_side(_group(n), store.settings.split_salt) != Side.TRAIN][:3]
+    add_labelled(store, held, "mel" if source != "expert" else None, source=source)
+    experts = [
+        ResolvedLabel(image_id=image_id(n), label="mel", confirmation=Confirmation.SINGLE_READER, annotators=["x"])
+        for n in held
+        if source == "expert"
+    ]
+    rows = read_known(store, expert_labels(experts, 1)).rows
+    with store.ledger.begin() as tx:
+        draw_sides(tx, rows, store.settings.split_salt)
+        drawn = [tx.require(Group, _group(n)) for n in held]
+    assert [(g.side, g.drawn_by) for g in drawn] == [(Side.TRAIN, "doubt")] * 3
+
+
+def _group(name: object) -> str:
+    return sha256_hex(f"group {name}".encode())[:16]

@@ -1,0 +1,58 @@
+import time
+
+import pytest
+
+from records import lease
+from records.errors import RefusedError
+from records.ledger import Ledger
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of 0.6 seconds, so that the tests need not wait."""
+    monkeypatch.setattr(lease, "LEASE_S", 0.6)
+
+
+def test_one_holds_it_and_gives_it_back(ledger: Ledger) -> None:
+    with lease.hold(ledger, "round") as holder:
+        assert holder
+        with pytest.raises(RefusedError, match="another process holds the round lease"), lease.hold(ledger, "round"):
+            pass
+        with lease.hold(ledger, "sync"):
+            pass
+    with lease.hold(ledger, "round") as other:
+        assert other != holder
+
+
+def test_it_is_prolonged_for_as_long_as_the_block_runs(ledger: Ledger) -> None:
+    with lease.hold(ledger, "round"):
+        time.sleep(1.0)
+        assert not ledger.lease("round", "somebody else", 1)
+
+
+def test_it_is_given_back_after_an_error(ledger: Ledger) -> None:
+    def fail() -> None:
+        with lease.hold(ledger, "round"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert ledger.lease("round", "somebody else", 1)
+
+
+def test_waiting_outlasts_a_holder_that_was_killed(ledger: Ledger) -> None:
+    assert ledger.lease("round", "killed", 0.3)
+    with lease.hold(ledger, "round", wait_s=5):
+        pass
+
+
+def test_a_lease_that_was_lost_meanwhile_is_said(ledger: Ledger) -> None:
+    def stand_still() -> None:
+        with lease.hold(ledger, "round") as holder:
+            ledger.release("round", holder)
+            assert ledger.lease("round", "somebody else", 30)
+            time.sleep(0.5)
+
+    with pytest.raises(RefusedError, match="was lost to another process"):
+        stand_still()
+    assert not ledger.lease("round", "a third", 1)

@@ -1,0 +1,141 @@
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from records.datasets import build_version
+from records.errors import IntegrityError, UnknownIdError
+from records.ids import utc_now
+from records.lineage import trace
+from records.store import Store
+from records.types import (
+    Confirmation,
+    DatasetRecord,
+    Decision,
+    ExpertLabel,
+    Flag,
+    FlagReason,
+    ModelRecord,
+    ModelStatus,
+    Outcome,
+    Prediction,
+    ReasonCode,
+    ResolvedLabel,
+    ReviewItem,
+)
+
+PREDICTION, MODEL_1, MODEL_2 = "aaaa0000" + "1" * 24, "bbbb0000" + "1" * 56, "cccc0000" + "2" * 56
+
+
+@pytest.fixture
+def history(
+    store: Store, sample: Callable[..., Any], add_labelled: Callable[..., None], image_id: Callable[[object], str]
+) -> str:
+    """One flagged picture: asked, doubted, flagged, answered by an expert, learned by the next model."""
+    add_labelled(store, range(20), "nv")
+    add_labelled(store, ["asked"], None, source_id="ISIC_1")
+    first = build_version(store).version
+    picture, start = image_id("asked"), utc_now() - timedelta(hours=1)
+
+    def at(minutes: int) -> dict[str, Any]:
+        return {"created_at": start + timedelta(minutes=minutes)}
+
+    with store.ledger.begin() as tx:
+        tx.add(
+            sample(ModelRecord, id=MODEL_1, dataset_id=first.id, round=1, status=ModelStatus.RETIRED, **at(0)),
+            sample(
+                Prediction, id=PREDICTION, image_id=picture, model_id=MODEL_1, model_status="champion",
+                decision=Decision.REVIEW, label="nv", confidence=0.51, **at(1),
+            ),
+            sample(
+                ReviewItem, image_id=picture, prediction_id=PREDICTION, reasons=[ReasonCode.FLAGGED, ReasonCode.REFER],
+                project_id=3, task_id=7, pushed_at=start + timedelta(minutes=3), **at(2),
+            ),
+            sample(
+                Flag, prediction_id=PREDICTION, reason=FlagReason.WRONG_LABEL, caller="clinic",
+                suggested_label="mel", **at(2),
+            ),
+            sample(
+                ExpertLabel, image_id=picture, annotator="anna", answer="class", label="mel", deleted=False, **at(4)
+            ),
+            sample(
+                Outcome, prediction_id=PREDICTION, diagnosis="mel", confirmation=Confirmation.HISTOPATHOLOGY, **at(5)
+            ),
+        )  # fmt: skip
+    said = ResolvedLabel(image_id=picture, label="mel", confirmation=Confirmation.SINGLE_READER, annotators=["anna"])
+    second = build_version(store, resolved=[said], round_number=2, parent_id=first.id).version
+    with store.ledger.begin() as tx:
+        created = {"created_at": utc_now(), "status_changed_at": utc_now()}
+        values = {"id": MODEL_2, "dataset_id": second.id, "round": 2, "status": ModelStatus.CHAMPION} | created
+        tx.add(sample(ModelRecord, 1, architecture="custom_cnn", **values))
+    return picture
+
+
+def test_a_flagged_picture_is_followed_to_the_model_that_learned_from_it(store: Store, history: str) -> None:
+    for subject, kind in ((PREDICTION, "prediction"), (PREDICTION[:8], "prediction"), (history, "image")):
+        found = trace(store, subject)
+        assert (found.kind, found.subject) == (kind, history if kind == "image" else PREDICTION)
+        kinds = [step.kind for step in found.steps]
+        assert kinds == ["picture", "answer", "flag", "question", "task", "expert", "outcome", "dataset", "model"]
+        assert [step.at for step in found.steps] == sorted(step.at for step in found.steps)
+    texts = {step.kind: step.text for step in found.steps}
+    assert texts["picture"].startswith("picture (ISIC_1) stored")
+    assert texts["answer"] == "review by model bbbb00001111 (champion): nv at 0.51"
+    assert texts["flag"] == "flagged wrong_label by clinic, suggests mel"
+    assert texts["question"] == "sent to experts: flagged, refer"
+    assert texts["task"] == "task 7 in project 3 of Label Studio"
+    assert texts["expert"] == "anna said mel"
+    assert texts["outcome"] == "turned out to be mel (histopathology)"
+    assert texts["dataset"].endswith("as mel on side train (expert:anna)")
+    assert texts["model"].startswith("model cccc00002222 (custom_cnn) trained on dataset")
+    assert texts["model"].endswith("in round 2, champion")
+
+
+def test_a_model_is_followed_back_to_its_dataset(store: Store, history: str) -> None:
+    found = trace(store, MODEL_1[:8])
+    assert (found.kind, found.subject) == ("model", MODEL_1)
+    texts = {step.kind: step.text for step in found.steps}
+    assert texts["dataset"].endswith("20 pictures in 20 groups")
+    assert texts["answer"] == "answered 1 requests; status retired since then"
+    assert "answer" not in {step.kind for step in trace(store, MODEL_2).steps}
+
+
+def test_what_was_said_without_a_class_or_taken_back_is_told(
+    store: Store, history: str, sample: Callable[..., Any]
+) -> None:
+    with store.ledger.begin() as tx:
+        tx.add(
+            sample(ExpertLabel, 1, image_id=history, answer="cant_tell", label=None, other_text=None, deleted=False),
+            sample(ExpertLabel, 2, image_id=history, answer="other", label=None, other_text="a tattoo", deleted=False),
+            sample(ExpertLabel, 3, image_id=history, deleted=True, annotator="ben"),
+            sample(Prediction, 5, image_id=history, decision=Decision.RETAKE, label=None, confidence=None),
+        )
+    texts = {step.text for step in trace(store, history).steps}
+    assert {"ben deleted the annotation"} < texts
+    assert any(text.endswith("said cant_tell") for text in texts)
+    assert any(text.endswith("said a tattoo") for text in texts)
+    assert any(text.startswith("retake") and text.endswith("no headline answer") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("subject", "said"), [("aaaa", "too short"), ("dddddddd", "nothing has the id"), ("", "short")]
+)
+def test_ids_that_name_nothing_are_refused(store: Store, history: str, subject: str, said: str) -> None:
+    with pytest.raises(UnknownIdError, match=said):
+        trace(store, subject)
+
+
+def test_a_prefix_that_two_things_share_is_refused(store: Store, history: str, sample: Callable[..., Any]) -> None:
+    with store.ledger.begin() as tx:
+        tx.add(sample(Prediction, 9, id="bbbb0000" + "9" * 24))
+    with pytest.raises(UnknownIdError, match="2 things share the id 'bbbb0000'"):
+        trace(store, "bbbb0000")
+
+
+def test_a_lost_manifest_is_named(store: Store, history: str) -> None:
+    with store.ledger.read() as tx:
+        (dataset, *_) = tx.find(DatasetRecord)
+    (store.home.datasets / dataset.id / "manifest.parquet").unlink()
+    with pytest.raises(IntegrityError, match="is missing"):
+        trace(store, history)

@@ -1,0 +1,66 @@
+"""`relook train` and `relook catalog`, as a person or a program calls them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cluster.cli import app
+
+FAST = [
+    "--set", "trainers.side_px=32", "--set", "trainers.epochs=1", "--set", "trainers.batch_size=16",
+    "--set", "trainers.threads_per_worker=1", "--set", "trainers.augmentation=none",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("RELOOK_HOME", str(tmp_path / "home"))
+
+    def call(*args: str) -> Result:
+        return CliRunner().invoke(app, list(args))
+
+    return call
+
+
+def test_the_catalogue(run: Any) -> None:
+    whole = json.loads(run("catalog", "--json").stdout)
+    assert {"models", "optimizers", "schedulers", "augmentations", "losses", "samplers"} <= set(whole)
+    models = json.loads(run("catalog", "models", "--json").stdout)
+    assert list(models) == ["models"]
+    assert models["models"][0]["parameters"] == 51_221
+    shown = run("catalog", "optimizers").stdout
+    assert all(name in shown for name in ("sgd", "rmsprop", "adam", "adamw"))
+    refused = run("catalog", "colours")
+    assert "the catalogue has no kind 'colours'; there are models, " in str(refused.exception)
+
+
+def test_train_prints_the_model_and_goes_on_only_when_asked(run: Any, pictures_folder: Path) -> None:
+    nothing = run("train", "--data", str(pictures_folder), *FAST, "--resume")
+    assert "there is no training with these settings" in str(nothing.exception)
+    first = run("train", "--data", str(pictures_folder), *FAST, "--json")
+    assert first.exit_code == 0, first.exception
+    printed = json.loads(first.stdout)
+    assert len(printed["model_id"]) == 64
+    assert printed["training"]["epochs"] == 1
+    assert printed["balanced_accuracy"] == printed["val"]["balanced_accuracy"]
+    assert (Path(printed["run_dir"]) / "metrics.jsonl").is_file()
+    again = run("train", *FAST)
+    assert "go on with --resume, or change a setting such as --set trainers.seed=1" in str(again.exception)
+    resumed = run("train", *FAST, "--resume", "--json")
+    assert json.loads(resumed.stdout)["model_id"] == printed["model_id"]
+    shown = run("evaluate", printed["model_id"][:8], "--json")
+    assert json.loads(shown.stdout)["model_id"] == printed["model_id"]
+
+
+def test_bad_input_is_one_sentence(run: Any, tmp_path: Path) -> None:
+    no_data = run("train")
+    assert "there are no data yet" in str(no_data.exception)
+    unknown = run("train", "--set", "trainers.optimizer=lion")
+    assert "unknown optimizer 'lion'; there are sgd, rmsprop, adam, adamw" in str(unknown.exception)
+    uneven = run("train", "--workers", "5")
+    assert "--workers 5 cannot be used: batch_size 64 cannot be shared evenly by 5 workers; take 65" in str(
+        uneven.exception
+    )

@@ -1,0 +1,86 @@
+"""What a trial trains with and on."""
+
+import pytest
+
+from records.errors import ConfigError
+from records.types import Side
+from trainers.data.cache import PixelCache
+from trainers.training_data import plan_data
+from tuning.search import _job
+from tuning.settings import TuningSettings
+from tuning.subset import searched_part
+from tuning.trial import _open_pictures, trial_settings
+
+POLICY = "name: mine\noperations:\n  - {operation: horizontal_flip}\n"
+
+
+@pytest.fixture
+def make_job(labelled, trainers):
+    """Builds the job of a search over the labelled store."""
+
+    def make(tuning, base=trainers, enqueued=()):
+        store, dataset = labelled
+        pictures = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
+        return _job(store, tuning, base, enqueued, pictures)
+
+    return make
+
+
+def test_a_trial_trains_with_its_overrides_in_its_budget_on_its_resources(make_job, make_plan, trainers):
+    wide = trainers.model_copy(update={"num_workers": 2, "threads_per_worker": 8, "use_gpu": True})
+    job = make_job(TuningSettings(trial_epochs=2, cpus_per_trial=3), wide)
+
+    settings = trial_settings(make_plan(1, optimizer="adam", learning_rate=1e-3), job)
+
+    assert (settings.optimizer, settings.learning_rate, settings.epochs) == ("adam", 1e-3, 2)
+    assert (settings.num_workers, settings.threads_per_worker, settings.use_gpu) == (1, 3, False)
+    assert settings.batch_size == wide.batch_size
+
+
+def test_a_trial_has_a_gpu_if_it_is_given_a_part_of_one(make_job, make_plan):
+    assert trial_settings(make_plan(0), make_job(TuningSettings(gpus_per_trial=0.25))).use_gpu is True
+
+
+def test_the_pictures_of_a_trial_are_train_and_val_and_no_others(make_job, labelled):
+    _, dataset = labelled
+    job = make_job(TuningSettings())
+
+    assert job.pictures.image_ids[: job.pictures.num_train] == list(dataset.side(Side.TRAIN)["image_id"])
+    assert job.pictures.image_ids[job.pictures.num_train :] == list(dataset.side(Side.VAL)["image_id"])
+
+
+def test_a_part_of_train_is_taken_where_the_settings_say_so(make_job, labelled):
+    _, dataset = labelled
+    job = make_job(TuningSettings(max_train_images=30))
+
+    assert 7 <= job.pictures.num_train <= 30
+    assert len(job.pictures.image_ids) - job.pictures.num_train == len(dataset.side(Side.VAL))
+
+
+def test_a_node_that_has_decoded_nothing_decodes_for_itself(make_job, labelled):
+    store, _ = labelled
+    job = make_job(TuningSettings())
+    assert len(PixelCache(store.home.cache, 16)) == 0
+
+    first, again = (_open_pictures(job, 16) for _ in range(2))
+
+    assert len(PixelCache(store.home.cache, 16)) == len(job.pictures.image_ids)
+    assert first.pixels.take([0]).shape == (1, 16, 16, 3)
+    assert (first.pixels.take([3]) == again.pixels.take([3])).all()
+    assert len(again.train_index) == job.pictures.num_train
+
+
+def test_policies_that_are_files_travel_as_documents(make_job, trainers, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(POLICY)
+    own = trainers.model_copy(update={"augmentation": str(path)})
+
+    assert list(make_job(TuningSettings(), trainers, [own]).policies) == [str(path)]
+    assert make_job(TuningSettings(), own).policies[str(path)].operations[0].operation == "horizontal_flip"
+
+
+def test_a_policy_file_that_is_not_there_is_refused_before_anything_starts(make_job, trainers):
+    lost = trainers.model_copy(update={"augmentation": "lost.yaml"})
+
+    with pytest.raises(ConfigError, match=r"lost\.yaml"):
+        make_job(TuningSettings(), lost)
