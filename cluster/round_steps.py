@@ -99,11 +99,13 @@ def tune(context: RoundContext) -> StepResult:
     start = _previous_winner(context)
     if not wanted:
         return {"searched": False, "settings": start.model_dump(mode="json"), "text": f"no search: {why}"}
+    configured = context.settings.trainers
     result = search(
         context.store,
         context.settings.tuning,
-        start,
+        configured,
         _dataset(context),
+        enqueued=[start] if start != configured else [],
         run_dir=context.run_dir / "search",
         on_event=lambda event: context.tell("search", event),
     )

@@ -123,7 +123,8 @@ def play(settings: Settings, store: Store, *, data: Path | None, expert: Expert)
             # Label Studio's first start takes a while, so it starts while pictures are read.
             starting = _start_label_studio(demo, running)
             running.enter_context(start_ray(settings))
-            _first_half(demo, data)
+            _require_alive(starting)
+            _first_half(demo, data, starting)
             with demo.view.chapter("Service", "the model answers over HTTP, with a heat map beside every answer"):
                 service = start_service(settings.serving, settings.records)
                 running.callback(service.stop)
@@ -160,18 +161,25 @@ def reopen(settings: Settings, store: Store) -> Generator[Running]:
 
 def _start_label_studio(demo: Demo, running: ExitStack) -> "Future[ServerInfo]":
     server = LocalLabelStudio(demo.store.home, demo.settings.labeling)
+    running.callback(server.down)  # runs after the pool below has ended, so nothing is started behind its back
     pool = running.enter_context(ThreadPoolExecutor(1, thread_name_prefix="label-studio"))
-    running.callback(server.down)
     return pool.submit(server.up)
 
 
-def _first_half(demo: Demo, data: Path | None) -> None:
+def _require_alive(starting: "Future[ServerInfo]") -> None:
+    """Raise what kept Label Studio from coming up, as soon as it is known."""
+    if starting.done():
+        starting.result()
+
+
+def _first_half(demo: Demo, data: Path | None, starting: "Future[ServerInfo]") -> None:
     demo.stage(
         "data",
         "Pictures",
         "a model is only as honest as its split: no lesion may be on two sides",
         lambda: _data(demo, data),
     )
+    _require_alive(starting)
     demo.stage(
         "round_1",
         "Round 1",
