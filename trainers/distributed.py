@@ -74,7 +74,25 @@ def fit_distributed(
     _require_resources(settings, use_gpu)
     mailbox = _open_mailbox()
     job = _Job(settings, plan, _portable(store), policy, dict(initial_weights or {}), mailbox)
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _trainer(settings, job, run_dir, use_gpu)
+    with _Postman(mailbox, on_epoch) as postman:
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _reason(mailbox, error, run_dir) from error
+    postman.raise_if_failed()
+    fatal = ray.get(mailbox.fatal.remote())
+    if fatal is not None:
+        raise _rebuilt(fatal)
+    if result.checkpoint is None:
+        raise UnavailableError(f"the run in {run_dir} ended without a checkpoint; run it again with --resume")
+    with result.checkpoint.as_directory() as folder:
+        checkpoint = load_checkpoint(Path(folder) / CHECKPOINT_FILE)
+    return trained_model(checkpoint, settings, store.taxonomy)
+
+
+def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bool) -> ray.train.torch.TorchTrainer:
+    return ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
@@ -91,20 +109,6 @@ def fit_distributed(
             worker_runtime_env={"env_vars": _thread_variables(settings)},
         ),
     )
-    with _Postman(mailbox, on_epoch) as postman:
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _reason(mailbox, error, run_dir) from error
-    postman.raise_if_failed()
-    fatal = ray.get(mailbox.fatal.remote())
-    if fatal is not None:
-        raise _rebuilt(fatal)
-    if result.checkpoint is None:
-        raise UnavailableError(f"the run in {run_dir} ended without a checkpoint; run it again with --resume")
-    with result.checkpoint.as_directory() as folder:
-        checkpoint = load_checkpoint(Path(folder) / CHECKPOINT_FILE)
-    return trained_model(checkpoint, settings, store.taxonomy)
 
 
 class RayWorkerGroup:

@@ -14,7 +14,8 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 
-from cluster.demo.story import Expert, Running, play, reopen
+from cluster.demo.scenes import Expert
+from cluster.demo.story import Running, play, reopen
 from cluster.demo.summary import DemoSummary, Stages
 from cluster.settings import Settings
 from records.command import emit, stderr

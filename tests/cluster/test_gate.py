@@ -68,7 +68,8 @@ def test_a_clearly_better_challenger_is_promoted() -> None:
     report = judge(contender(labels, share_right=0.9, seed=1), ("champion", contender(labels, share_right=0.6, seed=2)))
     assert report.verdict is Verdict.PROMOTE, report.why
     gain = next(c for c in report.checks if c.name.startswith("balanced accuracy"))
-    assert gain.lower_bound is not None and gain.lower_bound > 0
+    assert gain.lower_bound is not None
+    assert gain.lower_bound > 0
 
 
 def test_a_better_average_that_misses_melanomas_is_refused() -> None:
@@ -103,7 +104,8 @@ def test_a_small_gain_on_few_lesions_is_undecided_and_says_how_many_more_are_nee
     )
     assert report.verdict is Verdict.UNDECIDED, report.why
     undecided = next(c for c in report.checks if c.outcome == "undecided")
-    assert undecided.more_lesions is not None and undecided.more_lesions > 0
+    assert undecided.more_lesions is not None
+    assert undecided.more_lesions > 0
     assert str(undecided.more_lesions) in report.why
 
 

@@ -66,7 +66,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     summary = json.loads((home / "demo" / "summary.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == summary
     assert left_behind(before, home) == []
-    yield home, summary
+    return home, summary
 
 
 def left_behind(before: set[int], home: Path) -> list[str]:

@@ -72,13 +72,36 @@ def run_trials(
     _require_resources(tuning)
     recorder = Recorder(log)
     logs = TensorBoardLogs()  # type: ignore[no-untyped-call]
+    tuner = _tuner(plans, function, data, header, tuning, recorder, logs, folder)
+    with _quiet(), _interruptible(recorder):
+        try:
+            tuner.fit()
+        except Exception as error:
+            if recorder.error is None:
+                raise UnavailableError(f"Ray Tune failed and ended the search: {sentence(error)}") from error
+        finally:
+            logs.close()
+    if recorder.error is not None:
+        raise recorder.error
+
+
+def _tuner(
+    plans: Sequence[TrialPlan],
+    function: TrialFunction,
+    data: Any,
+    header: SearchHeader,
+    tuning: TuningSettings,
+    recorder: Recorder,
+    logs: TensorBoardLogs,
+    folder: Path,
+) -> tune.Tuner:
     resources = {"CPU": float(tuning.cpus_per_trial)} | ({"GPU": g} if (g := tuning.gpus_per_trial) else {})
     trainable = tune.with_parameters(_trial, function=function, data=data)
-    tuner = tune.Tuner(
+    return tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
         param_space={SLOT: tune.grid_search([plan.model_dump(mode="json") for plan in plans])},
         tune_config=tune.TuneConfig(
-            scheduler=JournalledHalving(recorder, header, log.trials),
+            scheduler=JournalledHalving(recorder, header, recorder.log.trials),
             max_concurrent_trials=tuning.max_concurrent or _cores_for_trials(tuning),
             reuse_actors=True,
             trial_name_creator=_trial_name,
@@ -92,16 +115,6 @@ def run_trials(
             verbose=0,
         ),
     )
-    with _quiet(), _interruptible(recorder):
-        try:
-            tuner.fit()
-        except Exception as error:
-            if recorder.error is None:
-                raise UnavailableError(f"Ray Tune failed and ended the search: {sentence(error)}") from error
-        finally:
-            logs.close()
-    if recorder.error is not None:
-        raise recorder.error
 
 
 def _trial(config: dict[str, Any], function: TrialFunction, data: Any) -> None:

@@ -1,0 +1,304 @@
+"""The scenes of the demo: what each stage does, through the rooms' own functions, and what it hands on."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from cluster.demo.drills import harm_in_words, harmed_copy, twin
+from cluster.demo.experts import answer_as_simulated, label_studio_figures, wait_for_people
+from cluster.demo.summary import DemoSummary, RoundSummary, Stages
+from cluster.demo.traffic import Picture, Tally, Traffic
+from cluster.demo.view import View
+from cluster.gate import Verdict
+from cluster.round import RoundEvent, run_round
+from cluster.round_steps import judge
+from cluster.settings import Settings
+from labeling.connection import require
+from labeling.local_server import ServerInfo
+from labeling.pull import pull
+from labeling.push import push
+from records import audit
+from records.bundles import Bundle, find_bundle, register, serve_model, serving_model
+from records.datasets import load_dataset
+from records.errors import IntegrityError, UnavailableError
+from records.lineage import trace
+from records.store import Store
+from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
+from serving.client import Client
+from serving.launch import ServiceHandle
+from trainers.data.audit import audit_dataset
+from trainers.data.importer import import_folder
+from trainers.data.stored import find_images, read_picture
+from trainers.data.synth import synthesize
+
+SWAP_TIMEOUT_S = 60.0
+
+StageResult = dict[str, Any]
+Expert = Literal["simulated", "human"]
+
+
+@dataclass
+class Demo:
+    """A demo that is under way.
+
+    Args:
+        settings: of everything.
+        store: everything that is kept.
+        view: what shows it.
+        tally: the traffic's counts.
+        expert: who answers in Label Studio.
+        stages: what is done already.
+        seconds: how long each stage took.
+    """
+
+    settings: Settings
+    store: Store
+    view: View
+    tally: Tally
+    expert: Expert
+    stages: Stages
+
+    def stage(self, name: str, title: str, why: str, work: Callable[[], StageResult]) -> StageResult:
+        """Run a stage unless an earlier run of the demo finished it.
+
+        Args:
+            name: of the stage.
+            title: what happens.
+            why: in one sentence.
+            work: does it and returns JSON values.
+        Returns:
+            What the stage produced, now or then.
+        """
+        if name in self.stages.results:
+            with self.view.chapter(title, "done before; kept"):
+                return self.stages.results[name]
+        started = time.perf_counter()
+        with self.view.chapter(title, why):
+            result = work()
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        self.stages.done(name, result)
+        return result
+
+
+def gather_data(demo: Demo, data: Path | None) -> StageResult:
+    """Import the pictures (or generate some), hide some diagnoses for the experts to find, and audit the split."""
+    settings, home = demo.settings, demo.store.home
+    folder = data
+    if folder is None:
+        folder = home.demo / "generated"
+        demo.view.say(f"generating {settings.demo.synth_lesions} lesions (seed {settings.demo.seed})")
+        synthesize(folder, lesions=settings.demo.synth_lesions, seed=settings.demo.seed)
+    report = import_folder(
+        demo.store, folder, withhold_share=settings.demo.withhold_share, side_px=(settings.trainers.side_px,)
+    )
+    report.withheld.to_parquet(home.demo / "truth.parquet", index=False)
+    found = audit_dataset(demo.store, load_dataset(demo.store, report.dataset_id))
+    demo.view.say(f"{report.images} pictures of {report.lesions} lesions; {found.leaked_lesions} lesions on two sides")
+    demo.view.say(f"a random split of the pictures would have leaked {found.random_split.leaked_lesions} lesions")
+    demo.view.say(f"{len(report.withheld)} training pictures keep their diagnosis to themselves: they are the traffic")
+    return {
+        "source": str(data) if data else "generated",
+        "images": report.images,
+        "lesions": report.lesions,
+        "sides": found.sides,
+        "leaked_lesions": found.leaked_lesions,
+        "random_split_leaked_lesions": found.random_split.leaked_lesions,
+        "quarantined": found.quarantined,
+        "unlabelled": len(report.withheld),
+    }
+
+
+def play_round(demo: Demo) -> StageResult:
+    """Run the next round, or go on with one that an interrupted demo left."""
+    with demo.store.ledger.read() as tx:
+        unfinished = tx.count(RoundRecord, where={"finished_at": None}) > 0
+    outcome = run_round(demo.store, demo.settings, resume=unfinished, on_event=lambda event: _show(demo.view, event))
+    results = outcome.results
+    test = results["evaluate"]["test"]
+    key = test["key_class"] or {}
+    summary = RoundSummary(
+        model_id=results["fit"]["model_id"],
+        dataset_id=results["version"]["dataset_id"],
+        labels_from_experts=results["version"]["labels_from_experts"],
+        balanced_accuracy=test["balanced_accuracy"],
+        balanced_accuracy_ci=test["balanced_accuracy_ci"],
+        melanoma_sensitivity=key.get("sensitivity"),
+        melanoma_specificity=key.get("specificity"),
+        promoted=results["rollout"]["promoted"],
+        status=results["rollout"]["status"],
+        why=results["gate"]["why"],
+    )
+    return {
+        "summary": summary.model_dump(mode="json"),
+        "search": results["tune"],
+        "held_out": results["version"]["held_out"],
+    }
+
+
+def _show(view: View, event: RoundEvent) -> None:
+    if event.state in ("done", "kept"):
+        view.say(event.text)
+    elif event.payload is not None:
+        view.now(f"{event.step}: {event.payload}")
+    else:
+        view.now(event.text)
+
+
+def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
+    """Send unlabelled pictures as HTTP requests and flag answers that look wrong."""
+    plan = demo.settings.demo
+    traffic = Traffic(
+        service.url,
+        pictures(demo),
+        demo.tally,
+        requests=plan.requests,
+        concurrency=plan.concurrency,
+        flags=plan.flags,
+    )
+    traffic.start()
+    traffic.wait()
+    with demo.store.ledger.read() as tx:
+        items = tx.count(ReviewItem)
+    decisions = ", ".join(f"{count} {name}" for name, count in sorted(demo.tally.decisions.items()))
+    demo.view.say(f"{demo.tally.requests} requests, {demo.tally.failed} failed: {decisions}")
+    demo.view.say(f"{demo.tally.flagged} answers flagged; {items} questions for experts are in the ledger")
+    return {"review_items": items, "flagged_predictions": demo.tally.flagged_predictions, **demo.tally.figures()}
+
+
+def pictures(demo: Demo) -> list[Picture]:
+    """Return the pictures whose diagnosis was hidden, in a seeded order; they are the traffic."""
+    truth = pd.read_parquet(demo.store.home.demo / "truth.parquet")
+    truth = truth.sample(n=min(len(truth), demo.settings.demo.requests), random_state=demo.settings.demo.seed)
+    images = find_images(demo.store, truth["image_id"].tolist())
+    return [
+        Picture(image.id, image.source_id or image.id[:12], read_picture(demo.store, image), label)
+        for image, label in zip(images, truth["label"], strict=True)
+    ]
+
+
+def ask_experts(demo: Demo, server: ServerInfo) -> StageResult:
+    """Push the questions to Label Studio, have them answered there, and read the answers back."""
+    client = require(demo.store.home, demo.settings.labeling)
+    with demo.store.ledger.read() as tx:
+        current = serving_model(tx)
+    if current is None:
+        raise IntegrityError("no model answers, so there is nothing to ask experts about")
+    pushed = push(demo.store, client, demo.settings.labeling, current.id)
+    demo.view.say(f"{pushed.pushed} tasks pushed to Label Studio {server.version} at {server.url}")
+    if demo.expert == "simulated":
+        answered = answer_as_simulated(demo.store, client, demo.settings)
+        demo.view.say(f"the simulated expert answered {answered} of them")
+    else:
+        wait_for_people(demo.store, client, server, demo.view)
+    pulled = pull(demo.store, client, demo.settings.labeling)
+    demo.view.say(f"{pulled.new_labels} answers read back, {pulled.cant_tell} times `can't tell`")
+    return {"tasks_pushed": pushed.pushed, "new_labels": pulled.new_labels}
+
+
+def gate_drill(demo: Demo) -> StageResult:
+    """Ask the gate about a copy of the model that was harmed on purpose."""
+    with demo.store.ledger.read() as tx:
+        current = serving_model(tx)
+        rounds = tx.find(RoundRecord, order_by=("-number",), limit=1)
+    if current is None:
+        raise IntegrityError("no model answers, so there is nothing to harm")
+    harmed = harmed_copy(demo.store, find_bundle(demo.store, current.id))
+    dataset = load_dataset(demo.store, rounds[0].dataset_id or "")
+    report = judge(demo.store, demo.settings, harmed, dataset, actor="demo gate drill (planted)")
+    demo.view.say(f"{harm_in_words(demo.store.taxonomy)}: {report.verdict}, {report.why}")
+    return {
+        "harmed_challenger_refused": report.verdict is Verdict.REFUSE,
+        "planted": harm_in_words(demo.store.taxonomy),
+        "why": report.why,
+        "checks": [check.model_dump(mode="json") for check in report.checks],
+    }
+
+
+def swap(demo: Demo, service: ServiceHandle) -> StageResult:
+    """Swap to round 2's model if it was promoted, else to a copy of the model that answers."""
+    failed_before, requests_before = demo.tally.failed, demo.tally.requests
+    with demo.store.ledger.read() as tx:
+        current = serving_model(tx)
+    if current is None:
+        raise IntegrityError("no model answers, so there is nothing to swap")
+    promoted = demo.stages.results["round_2"]["summary"]["promoted"]
+    if promoted:
+        kind, target = "round 2 was promoted and took over", find_bundle(demo.store, current.id)
+    else:
+        kind = "drill: the same model under a new id, since round 2 was not promoted"
+        target = _swap_to_twin(demo, current)
+    with Client(service.url) as client:
+        seconds = _wait_until_served(client, target)
+    time.sleep(2.0)  # a few more requests on the new model, so that a failure would show
+    failed, requests = demo.tally.failed - failed_before, demo.tally.requests - requests_before
+    demo.view.say(f"{kind}; {requests} requests during the swap, {failed} failed")
+    return {"kind": kind, "model_id": target.id, "requests": requests, "failed": failed, "wait_s": round(seconds, 2)}
+
+
+def _swap_to_twin(demo: Demo, current: ModelRecord) -> Bundle:
+    target = twin(demo.store, find_bundle(demo.store, current.id))
+    with demo.store.ledger.begin() as tx:
+        register(tx, target, round_number=current.round)
+        serve_model(tx, target.id, ModelStatus(current.status))
+        audit.append(
+            tx, actor="demo", action=f"model.{current.status}", subject=target.id, details={"swap_drill": True}
+        )
+    return target
+
+
+def _wait_until_served(client: Client, target: Bundle) -> float:
+    started = time.perf_counter()
+    while client.model().id != target.id:
+        if time.perf_counter() - started > SWAP_TIMEOUT_S:
+            raise UnavailableError(f"the service did not take up model {target.id[:12]} within {SWAP_TIMEOUT_S:.0f} s")
+        time.sleep(0.1)
+    return time.perf_counter() - started
+
+
+def follow_one(demo: Demo) -> StageResult:
+    """Follow a flagged prediction whose picture the next model learned from."""
+    second = demo.stages.results["round_2"]["summary"]
+    learned = load_dataset(demo.store, second["dataset_id"]).rows
+    learned_ids = set(learned.loc[learned["label_source"].str.startswith("expert:"), "image_id"])
+    flagged = demo.stages.results["traffic"]["flagged_predictions"]
+    with demo.store.ledger.read() as tx:
+        predictions = tx.find(Prediction, where={"id": flagged}, order_by=("id",))
+        chosen = next((p for p in predictions if p.image_id in learned_ids), None)
+        name = tx.require(Image, chosen.image_id).source_id if chosen else None
+    if chosen is None:
+        return {"complete": False, "why": "no flagged picture got a diagnosis from the experts", "steps": []}
+    found = trace(demo.store, chosen.id)
+    steps = [step.model_dump(mode="json") for step in found.steps]
+    for step in found.steps:
+        demo.view.say(f"{step.kind}: {step.text}")
+    complete = any(step.kind == "model" and step.id == second["model_id"] for step in found.steps)
+    return {"complete": complete, "prediction_id": chosen.id, "picture": name, "steps": steps}
+
+
+def summarise(demo: Demo, server: ServerInfo) -> DemoSummary:
+    """Put the figures of all stages together, held against Label Studio and the ledger."""
+    results = demo.stages.results
+    rounds = [RoundSummary.model_validate(results[name]["summary"]) for name in ("round_1", "round_2")]
+    search = results["round_1"]["search"]
+    with demo.store.ledger.read() as tx:
+        served = {
+            **demo.tally.figures(),
+            "in_ledger": tx.count(Prediction),
+            "review_items": tx.count(ReviewItem),
+        }
+    figures = label_studio_figures(demo.store, require(demo.store.home, demo.settings.labeling), rounds[1].dataset_id)
+    return DemoSummary(
+        data={key: value for key, value in results["data"].items() if key != "seconds"},
+        search={"trials": search["trials"], "best": search["best"]},
+        rounds=rounds,
+        served=served,
+        label_studio={"version": server.version, **figures},
+        gate={key: value for key, value in results["gate_drill"].items() if key != "seconds"},
+        swap={key: value for key, value in results["swap"].items() if key != "seconds"},
+        trace={key: value for key, value in results["trace"].items() if key != "seconds"},
+        seconds={name: result["seconds"] for name, result in results.items()},
+    )
