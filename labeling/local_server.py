@@ -31,7 +31,7 @@ from labeling.environment import (
     server_variables,
 )
 from labeling.settings import LabelingSettings
-from records.errors import ConfigError, IntegrityError, LabelStudioError
+from records.errors import ConfigError, IntegrityError, LabelStudioError, LabelStudioStartError
 from records.home import Home
 from records.ids import utc_now
 
@@ -266,12 +266,12 @@ class LocalLabelStudio:
         while (waited_s := time.monotonic() - started) < self._settings.start_timeout_s:
             tell(f"starting Label Studio at {url} ({waited_s:.0f} s)")
             if not self._is_alive(process.pid):
-                raise LabelStudioError(f"Label Studio stopped while it started: {self._last_words()}")
+                raise LabelStudioStartError(f"Label Studio stopped while it started: {self._last_words()}")
             version = _version(url)
             if version is not None:
                 return version
             time.sleep(0.1)
-        raise LabelStudioError(
+        raise LabelStudioStartError(
             f"Label Studio did not come up within {self._settings.start_timeout_s:g} s "
             f"(labeling.start_timeout_s): {self._last_words()}"
         )

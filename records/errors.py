@@ -13,6 +13,7 @@
     ├── DivergedError             training produced a loss that is not finite
     └── UnavailableError          something outside does not answer: server, database, storage
         └── LabelStudioError      Label Studio refused, failed or is down
+            └── LabelStudioStartError   the local one does not come up (also a UserError)
 
 Every message is one sentence that says what was wrong and what would be right.
 """
@@ -81,3 +82,7 @@ class UnavailableError(RelookError):
 
 class LabelStudioError(UnavailableError):
     """Raised when Label Studio refused a call, failed, or cannot be reached."""
+
+
+class LabelStudioStartError(LabelStudioError, UserError):
+    """Raised when the local Label Studio does not come up; what stands in its way is on this machine."""

@@ -8,9 +8,11 @@ answer reaches the workers before their next epoch.
 """
 
 import asyncio
+import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ from trainers.workers import threads_of
 
 RUN_NAME = "ray"
 CHECKPOINT_FILE = "checkpoint.pt"
+START_TIMEOUT_S = 300
+"""A busy machine may need minutes to start processes that import torch; Ray Train's own limit is one."""
 
 
 def fit_distributed(
@@ -75,7 +79,7 @@ def fit_distributed(
     mailbox = _open_mailbox()
     job = _Job(settings, plan, _portable(store), policy, dict(initial_weights or {}), mailbox)
     trainer = _trainer(settings, job, run_dir, use_gpu)
-    with _Postman(mailbox, on_epoch) as postman:
+    with _controller_environment(), _Postman(mailbox, on_epoch) as postman:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -127,9 +131,9 @@ class RayWorkerGroup:
             return network
         if self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-            return DistributedDataParallel(network, device_ids=[self.device], broadcast_buffers=False)
+            return DistributedDataParallel(network, device_ids=[self.device], forward_sync_buffers=False)
         # Running statistics are averaged once per epoch, before validation, instead of sent with every step.
-        return DistributedDataParallel(network, broadcast_buffers=False)
+        return DistributedDataParallel(network, forward_sync_buffers=False)
 
     def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
         """Return every worker's array, in order of rank, on every worker."""
@@ -288,6 +292,22 @@ class _Postman:
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             self._failure = error
             return True
+
+
+@contextmanager
+def _controller_environment() -> Iterator[None]:
+    """Tell Ray Train's controller, which reads the environment of the caller, how to behave."""
+    wanted = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S)}
+    if len(ray.nodes()) == 1:
+        # A process more that watches for nodes about to be taken away; this one takes everything with it.
+        wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _open_mailbox() -> Any:

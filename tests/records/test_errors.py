@@ -16,8 +16,9 @@ def test_what_the_caller_can_mend_is_a_user_error() -> None:
         "TaxonomyError",
         "UnknownIdError",
         "RefusedError",
+        "LabelStudioStartError",
     }
-    assert len(ours) == 13
+    assert len(ours) == 14
 
 
 def test_a_picture_error_keeps_its_code_between_processes() -> None:
