@@ -98,8 +98,9 @@ class BlobStore:
             raise UnavailableError(f"blob store {self.url} cannot be written: {error}") from error
 
     def uri(self, blob_id: str) -> str:
-        """Return the full URI of a blob."""
-        return str(self.filesystem.unstrip_protocol(self._path(blob_id)))
+        """Return the full URI of a blob; that of a file is percent-encoded as URIs are."""
+        path = self._path(blob_id)
+        return Path(path).as_uri() if self.local else str(self.filesystem.unstrip_protocol(path))
 
     def _path(self, blob_id: str) -> str:
         # Ids come from requests, too: `../..` must not become a path.

@@ -298,7 +298,7 @@ class _Postman:
 def _controller_environment() -> Iterator[None]:
     """Tell Ray Train's controller, which reads the environment of the caller, how to behave."""
     wanted = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S)}
-    if len(ray.nodes()) == 1:
+    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
         # A process more that watches for nodes about to be taken away; this one takes everything with it.
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     added = {name: value for name, value in wanted.items() if name not in os.environ}

@@ -72,6 +72,12 @@ def test_several_writers_of_one_blob_leave_one_whole_file(tmp_path: Path) -> Non
     assert file.read_bytes() == data
 
 
+def test_the_uri_of_a_file_is_percent_encoded(tmp_path: Path) -> None:
+    blobs = open_blobs(str(tmp_path / "a b%"))
+    blob = blobs.put(b"bytes")
+    assert blobs.uri(blob) == f"file://{tmp_path}/a%20b%25/{blob[:2]}/{blob}"
+
+
 def test_places_that_cannot_work_are_refused(tmp_path: Path) -> None:
     for url in ("blobs", "file://blobs"):
         with pytest.raises(ConfigError, match="relative path; use an absolute one"):
