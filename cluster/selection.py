@@ -8,10 +8,10 @@ from records.bundles import Bundle
 from records.ids import new_id, utc_now
 from records.ledger.tables import TABLES
 from records.store import Store
+from records.stored import read_picture
 from records.types import Consent, ExpertLabel, Image, ReasonCode, ReviewItem, SourceLabel
 from trainers.data.cache import PixelCache
 from trainers.data.decode import decode_square
-from trainers.data.stored import read_picture
 from trainers.explanations.overlay import overlay_png
 from trainers.inference import BatchOutput, load_model
 

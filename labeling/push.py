@@ -8,9 +8,7 @@ imported again. Nothing is lost while Label Studio is down; the items wait in th
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +22,7 @@ from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
 from records.store import Store
+from records.stored import read_picture
 from records.types import Image, Prediction, ReviewItem, ReviewState
 
 Advance = Callable[[int, int], None]
@@ -178,7 +177,7 @@ def _prepare(
             made = task_document(
                 item,
                 image,
-                _picture(store, image),
+                read_picture(store, image),
                 store.blobs.get(item.overlay_blob) if item.overlay_blob is not None else None,
                 prediction,
                 taxonomy=store.taxonomy,
@@ -202,13 +201,3 @@ def _prepare(
                 batch.items.append(item)
                 batch.documents.append(made)
     return batch
-
-
-def _picture(store: Store, image: Image) -> bytes:
-    if image.uri == store.blobs.uri(image.id):
-        return store.blobs.get(image.id)
-    path = Path(unquote(urlsplit(image.uri).path))
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"its picture was imported in place and cannot be read at {path} ({error.strerror})") from error

@@ -13,12 +13,12 @@ import numpy as np
 from records.bundles import read_bundle
 from records.errors import RefusedError, UnknownIdError
 from records.store import Store
+from records.stored import read_picture
 from records.types import Consent, Image, ModelRecord, Prediction
 from serving.messages import HeatMap, Method
 from serving.pictures import gradcam_map
 from serving.settings import ServingSettings
 from trainers.data.decode import decode_square
-from trainers.data.stored import read_picture
 from trainers.inference import LoadedModel, load_model
 from trainers.precision import PrecisionChoice
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from records.errors import RefusedError
-from records.ids import new_id, sha256_hex, utc_now
+from records.ids import new_id, utc_now
 from records.ledger import Transaction
+from records.patients import patient_hash
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import (
@@ -72,7 +73,7 @@ def image_row(store: Store, picture: StoredPicture, context: Context, consent: C
         width_px=picture.width_px,
         height_px=picture.height_px,
         lesion_id=context.lesion_id,
-        patient_hash=patient_hash(store, context.patient_id) if context.patient_id else None,
+        patient_hash=patient_hash(store.home, context.patient_id) if context.patient_id else None,
         age_years=context.age,
         sex=context.sex,
         localization=context.localization,
@@ -83,11 +84,6 @@ def image_row(store: Store, picture: StoredPicture, context: Context, consent: C
         consent=consent,
         created_at=now,
     )
-
-
-def patient_hash(store: Store, patient_id: str) -> str:
-    """Return the salted hash that stands for a patient, 64 hex characters."""
-    return sha256_hex(f"{store.settings.split_salt}:{patient_id}".encode())
 
 
 def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | None, urgent_due_h: float) -> ReviewItem:

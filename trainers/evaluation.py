@@ -17,12 +17,12 @@ from records.bundles import Bundle, OperatingPoints
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.store import Store
+from records.stored import find_images
 from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Side
 from trainers.bootstrap import group_strata, resample_weights, resampled_confusions
 from trainers.conformal import prediction_set, thresholds_in_order
 from trainers.data.cache import PixelCache
-from trainers.data.stored import find_images
 from trainers.inference import LoadedModel, load_model
 from trainers.metrics import (
     FloatArray,

@@ -19,12 +19,12 @@ from records.bundles import Architecture, Bundle, BundleDocument, Calibration, O
 from records.datasets import DatasetVersion
 from records.errors import ConfigError, ContractError, DataError, UnavailableError
 from records.store import Store
+from records.stored import find_images
 from records.taxonomy import Taxonomy
 from records.types import Side
 from trainers.augmentation import Policy, load_policy
 from trainers.calibration import apply_calibration, fit_calibration
 from trainers.data.cache import PixelCache
-from trainers.data.stored import find_images
 from trainers.epoch_report import EpochReport, OnEpoch
 from trainers.evaluation import SidePredictions, evaluate
 from trainers.golden import golden_pictures

@@ -27,12 +27,12 @@ from records.datasets import load_dataset
 from records.errors import IntegrityError, UnavailableError
 from records.lineage import trace
 from records.store import Store
+from records.stored import find_images, read_picture
 from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
 from serving.client import Client
 from serving.launch import ServiceHandle
 from trainers.data.audit import audit_dataset
 from trainers.data.importer import import_folder
-from trainers.data.stored import find_images, read_picture
 from trainers.data.synth import synthesize
 
 SWAP_TIMEOUT_S = 60.0

@@ -8,10 +8,10 @@ import pytest
 from records.datasets import DatasetVersion, build_version
 from records.errors import TaxonomyError
 from records.store import Store
+from records.stored import find_images, read_picture
 from records.taxonomy import Taxonomy
 from records.types import Side
 from trainers.data.decode import decode_square
-from trainers.data.stored import find_images, read_picture
 from trainers.training_data import plan_data
 
 

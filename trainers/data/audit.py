@@ -17,9 +17,9 @@ from records.grouping import SIDE_SHARES
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
+from records.stored import find_images
 from records.types import Image, Quarantined, Side, SourceLabel
 from trainers.data.grouping import near_pairs
-from trainers.data.stored import find_images
 
 RANDOM_SPLIT_SEED = 0
 

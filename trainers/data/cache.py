@@ -21,10 +21,10 @@ from rich.progress import Progress
 from records.errors import ContractError
 from records.ids import new_id
 from records.store import Store
+from records.stored import find_images, read_picture
 from records.types import Image
 from trainers.data.decode import DECODE_VERSION, decode_square
 from trainers.data.parallel import chunks_of, map_in_order
-from trainers.data.stored import find_images, read_picture
 
 SEGMENT_BYTES = 32 * 2**20
 """A segment is closed when it holds this much: what a killed run may lose at most."""

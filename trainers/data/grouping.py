@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from records.grouping import KnownGroup, Placement, place
-from records.ids import sha256_hex, utc_now
+from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
+from records.stored import find_images
 from records.types import LABEL_RANK, AnswerKind, Confirmation, ExpertLabel, Group, Image, Side, SourceLabel
 from trainers.data.cache import PixelCache
 from trainers.data.near_duplicates import HASH_SIDE_PX, find_near_duplicates, perceptual_hash
-from trainers.data.stored import find_images
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,6 @@ class NearPair:
     correlation: float
     same_diagnosis: bool
     same_lesion: bool
-
-
-def patient_hash(store: Store, patient_id: str) -> str:
-    """Return the salted hash that stands for a patient, 64 hex characters."""
-    return sha256_hex(f"{store.settings.split_salt}:{patient_id}".encode())
 
 
 def group_pictures(store: Store, image_ids: Sequence[str]) -> int:

@@ -20,9 +20,10 @@ from rich.progress import Progress
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.errors import ConfigError, DataError
 from records.ids import canonical_json, sha256_hex, utc_now
+from records.patients import patient_hash
 from records.store import Store
 from records.types import AuditEvent, Consent, DatasetRecord, Image, Quarantined, SourceLabel
-from trainers.data.grouping import NearPair, grouped_images, known_diagnoses, near_pairs, patient_hash
+from trainers.data.grouping import NearPair, grouped_images, known_diagnoses, near_pairs
 from trainers.data.import_rows import Entry, Refusal, merge_same_bytes, usable_rows
 from trainers.data.import_write import IMPORT_ACTION, Plan, Written, write_import
 from trainers.data.intake import Intake
@@ -206,7 +207,7 @@ def _image(store: Store, entry: Entry, import_id: str, consent: Consent) -> Imag
         width_px=taken.width_px,
         height_px=taken.height_px,
         lesion_id=context["lesion_id"],
-        patient_hash=patient_hash(store, context["patient_id"]) if context["patient_id"] else None,
+        patient_hash=patient_hash(store.home, context["patient_id"]) if context["patient_id"] else None,
         age_years=entry.row.age_years,
         sex=context["sex"],
         localization=context["localization"],

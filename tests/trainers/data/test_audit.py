@@ -8,10 +8,10 @@ import pytest
 
 from records.datasets import load_dataset
 from records.store import Store
+from records.stored import find_images
 from records.types import Side
 from trainers.data.audit import audit_dataset, count_leaked, split_at_random
 from trainers.data.importer import import_folder
-from trainers.data.stored import find_images
 
 KEYS = {
     "images", "lesions", "classes", "sides", "leaked_lesions", "near_duplicate_pairs", "label_conflicts", "quarantined",

@@ -12,12 +12,12 @@ import pytest
 from records.errors import ContractError, DataError, IntegrityError, UnknownIdError
 from records.ids import sha256_hex
 from records.store import Store
+from records.stored import find_images, read_picture
 from records.types import Image
 from trainers.data.cache import PixelCache, SegmentWriter
 from trainers.data.decode import DECODE_VERSION, decode_square
 from trainers.data.importer import import_folder
 from trainers.data.parallel import chunks_of
-from trainers.data.stored import find_images, read_picture
 from trainers.data.synth import synthesize
 
 

@@ -17,12 +17,12 @@ from records.datasets import load_dataset
 from records.errors import ConfigError, DataError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
+from records.stored import find_images, read_picture
 from records.types import AuditEvent, Confirmation, Consent, DatasetRecord, Group, Image, Quarantined, Side, SourceLabel
 from trainers.data.audit import audit_dataset
 from trainers.data.cache import PixelCache
 from trainers.data.importer import import_folder, open_dataset
 from trainers.data.intake import Intake
-from trainers.data.stored import find_images, read_picture
 from trainers.data.synth import render, synthesize
 
 Change = Callable[[Callable[[pd.DataFrame], pd.DataFrame]], Path]
