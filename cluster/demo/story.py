@@ -30,6 +30,7 @@ from cluster.settings import Settings
 from labeling.local_server import LocalLabelStudio, ServerInfo
 from records.errors import RefusedError
 from records.store import Store
+from serving.http_server import require_free_port
 from serving.launch import ServiceHandle, start_service
 
 BACKGROUND_RATE_PER_S = 3.0
@@ -58,6 +59,8 @@ def play(settings: Settings, store: Store, *, data: Path | None, expert: Expert)
     Raises:
         UserError: the data, a port or a setting cannot be used, or Label Studio does not come up.
     """
+    # Said before minutes of work, not after them.
+    require_free_port(settings.serving.host, settings.serving.port)
     stages = Stages(store.home)
     tally = Tally()
     demo = Demo(settings, store, View(tally), tally, expert, stages)

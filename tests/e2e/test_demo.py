@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,8 +46,6 @@ def environment_of(home: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -132,6 +131,17 @@ def test_an_unusable_data_folder_is_one_sentence_and_exit_2(tmp_path: Path) -> N
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert str(empty) in done.stderr.splitlines()[-1]
+
+
+def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        taken = str(holder.getsockname()[1])
+        done = relook(tmp_path, "demo", "--set", f"serving.port={taken}")
+    assert done.returncode == 2
+    assert taken in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_stops_every_process_that_was_started(tmp_path: Path) -> None:
