@@ -16,13 +16,14 @@ from rich.table import Table
 
 from cluster.demo.scenes import Expert
 from cluster.demo.story import Running, play, reopen
-from cluster.demo.summary import DemoSummary, Stages
+from cluster.demo.summary import DemoSummary, Stages, summary_path, write_json
 from cluster.settings import Settings
 from records.command import emit, stderr
 from records.errors import RefusedError
-from records.home import open_home
+from records.home import Home, open_home
 from records.ids import utc_now
 from records.store import open_store
+from records.types import Image, ModelRecord
 
 KEPT_FOLDERS = ("demo", "keys")
 
@@ -67,33 +68,41 @@ def _show(running: Running, as_json: bool) -> None:
 
 
 def _make_room(settings: Settings, data: Path | None) -> None:
-    """Move a finished demo, or one of other data, out of the way; refuse a home that holds real work."""
+    """Take the home for this demo: go on with an unfinished one, move a finished one aside, refuse real work."""
     home = open_home(settings.records.home)
-    stages = Stages(home)
-    if not (home.root / "ledger.db").exists() and not stages.results:
-        return
+    mark, stages = home.demo / "begun.json", Stages(home)
     source = str(data) if data else "generated"
-    played = stages.results.get("data", {}).get("source")
-    if played == source and "trace" not in stages.results:
-        stderr.print("an unfinished demo of the same data goes on", highlight=False)
-        return
-    if not stages.results:
+    if not mark.exists() and _holds_work(settings):
         raise RefusedError(
-            f"{home.root} holds work that is not a demo's; run it in a folder of its own: RELOOK_HOME=DIR relook demo"
+            f"{home.root} holds work that is not a demo's; play it in a folder of its own: RELOOK_HOME=DIR relook demo"
         )
-    if settings.records.database:
-        raise RefusedError(
-            "the database holds a finished demo; give the next one a database of its own (RELOOK_DATABASE)"
-        )
+    if "data" in stages.results:
+        if stages.results["data"]["source"] == source and not summary_path(home).exists():
+            stderr.print("an unfinished demo of the same data goes on", highlight=False)
+            return
+        if settings.records.database:
+            raise RefusedError("the database holds another demo; give this one its own (RELOOK_DATABASE)")
+        stderr.print(f"the demo before this one was moved to {_set_aside(home)}", highlight=False)
+    write_json(mark, {"source": source})
+
+
+def _holds_work(settings: Settings) -> bool:
+    store = open_store(settings.records)
+    with store.ledger.read() as tx:
+        found = tx.count(Image) + tx.count(ModelRecord)
+    store.close()
+    return found > 0
+
+
+def _set_aside(home: Home) -> Path:
+    """Move what a demo left, except the keys and earlier demos, into a folder of its own."""
     earlier = home.demo / "earlier" / f"{utc_now():%Y%m%dT%H%M%S}"
     earlier.mkdir(parents=True)
-    for path in sorted(home.root.iterdir()):
-        if path.name not in KEPT_FOLDERS:
-            shutil.move(path, earlier / path.name)
-    for path in sorted(home.demo.iterdir()):
-        if path.name != "earlier":
-            shutil.move(path, earlier / path.name)
-    stderr.print(f"the demo before this one was moved to {earlier}", highlight=False)
+    left = [path for path in home.root.iterdir() if path.name not in KEPT_FOLDERS]
+    left += [path for path in home.demo.iterdir() if path.name != "earlier"]
+    for path in sorted(left):
+        shutil.move(path, earlier / path.name)
+    return earlier
 
 
 def _ending(running: Running) -> Group:
