@@ -7,7 +7,6 @@ modules import what they compute with inside their verbs, so that `relook --help
     relook --help
 """
 
-import json
 import os
 import signal
 import sys
@@ -30,7 +29,17 @@ import records.cli
 import serving.cli
 import trainers.cli
 import tuning.cli
-from records.command import RAY_STARTER, ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of
+from records.command import (
+    RAY_STARTER,
+    ConfigOption,
+    JsonOption,
+    PresetOption,
+    SetOption,
+    emit,
+    emit_json,
+    results_alone,
+    settings_of,
+)
 from records.errors import RelookError, UserError
 
 app = typer.Typer(
@@ -118,7 +127,13 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    as_json = "--json" in arguments
+    if "--json" not in arguments:
+        return _run(arguments, as_json=False)
+    with results_alone():
+        return _run(arguments, as_json=True)
+
+
+def _run(arguments: Sequence[str], *, as_json: bool) -> int:
     try:
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="relook", standalone_mode=False)
     except TyperException as error:
@@ -156,7 +171,7 @@ def _complain(message: str, kind: str, code: int, as_json: bool) -> int:
     if message:
         typer.echo(f"relook: {message}", err=True)
     if as_json:
-        typer.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+        emit_json({"error": {"type": kind, "message": message, "exit_code": code}})
     return code
 
 

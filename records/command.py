@@ -5,10 +5,12 @@ command puts a loader into the context, and `settings_of` calls it.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from pydantic import BaseModel
@@ -33,6 +35,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 stderr = Console(stderr=True)
 stdout = Console()
+_RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 
 def settings_of(ctx: typer.Context, config: Path | None, preset: str | None, sets: Sequence[str] | None) -> Any:
@@ -72,6 +75,23 @@ def ray_of(ctx: typer.Context, settings: Any) -> AbstractContextManager[Any]:
     return starter(settings)
 
 
+@contextmanager
+def results_alone() -> Generator[None]:
+    """Keep stdout for results while the block runs: what engines print there goes to stderr instead."""
+    results = sys.stdout
+    token = _RESULTS.set(results)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _RESULTS.reset(token)
+
+
+def emit_json(value: dict[str, Any]) -> None:
+    """Print one JSON object on stdout; it must hold no NaN."""
+    typer.echo(json.dumps(value, allow_nan=False), file=_RESULTS.get())
+
+
 def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType | None = None) -> None:
     """Print the result of a verb: one JSON object, or its form for people.
 
@@ -82,7 +102,7 @@ def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType
     """
     if as_json:
         plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-        typer.echo(json.dumps(plain, allow_nan=False))
+        emit_json(plain)
     elif human is not None:
         stdout.print(human)
 

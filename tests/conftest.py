@@ -100,9 +100,12 @@ def chromium() -> str:
     pytest.skip("no Chromium on this machine; on Debian: apt-get install chromium")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator["Browser"]:
-    """A headless Chromium, shared; open a new context per test."""
+    """A headless Chromium of the module; open a new context per test.
+
+    It keeps an event loop running in this thread, so no test outside the module may live beside it.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

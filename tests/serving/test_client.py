@@ -28,11 +28,8 @@ def unreliable_way(port: int, cuts: int) -> Iterator[int]:
             with near, socket.create_connection(("127.0.0.1", port)) as far:
                 near.settimeout(1.0)
                 far.settimeout(20.0)
-                request = near.recv(1 << 20)
-                while b"\r\n\r\n" not in request or len(request.partition(b"\r\n\r\n")[2]) < _length(request):
-                    request += near.recv(1 << 20)
-                far.sendall(request)
-                answer = far.recv(1 << 20)
+                far.sendall(_message(near))
+                answer = _message(far)
                 if number >= cuts:
                     near.sendall(answer)
 
@@ -43,6 +40,17 @@ def unreliable_way(port: int, cuts: int) -> Iterator[int]:
     finally:
         listening.close()
         thread.join(timeout=5)
+
+
+def _message(way: socket.socket) -> bytes:
+    """Read one whole HTTP message, in however many pieces it comes."""
+    message = way.recv(1 << 20)
+    while b"\r\n\r\n" not in message or len(message.partition(b"\r\n\r\n")[2]) < _length(message):
+        piece = way.recv(1 << 20)
+        if not piece:
+            break
+        message += piece
+    return message
 
 
 def _length(request: bytes) -> int:

@@ -93,6 +93,8 @@ def test_gate_and_test_are_not_read(dataset: DatasetVersion, filled_store: Store
             read.append(side)
             return super().side(side)
 
+    with filled_store.ledger.read() as tx:
+        before = tx.count(AuditEvent, {"action": ["gate.read", "test.read"]})
     fit(
         filled_store,
         SETTINGS,
@@ -102,7 +104,7 @@ def test_gate_and_test_are_not_read(dataset: DatasetVersion, filled_store: Store
     )
     assert set(read) == {Side.TRAIN, Side.VAL, Side.CALIBRATION}
     with filled_store.ledger.read() as tx:
-        assert tx.count(AuditEvent, {"action": ["gate.read", "test.read"]}) == 0
+        assert tx.count(AuditEvent, {"action": ["gate.read", "test.read"]}) == before
 
 
 def test_fine_tuning_names_its_parent(
