@@ -110,6 +110,11 @@ class DemoSettings(RoomSettings):
     """What `relook demo` plays through."""
 
     synth_lesions: int = Field(default=700, ge=70, description="lesions to generate when no data are given, count")
+    fit_images: int = Field(
+        default=24_000,
+        ge=1,
+        description="training pictures shown in one fit at most; on more data the demo trains fewer epochs, pictures",
+    )
     withhold_share: float = Field(
         default=0.15, gt=0, lt=0.9, description="share of training groups whose labels only the expert knows, 0 to 1"
     )

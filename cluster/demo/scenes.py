@@ -10,6 +10,7 @@ import pandas as pd
 
 from cluster.demo.drills import harm_in_words, harmed_copy, twin
 from cluster.demo.experts import answer_as_simulated, label_studio_figures, wait_for_people
+from cluster.demo.pace import paced
 from cluster.demo.summary import DemoSummary, RoundSummary, Stages
 from cluster.demo.traffic import Picture, Tally, Traffic
 from cluster.demo.view import View
@@ -34,6 +35,8 @@ from serving.launch import ServiceHandle
 from trainers.data.audit import audit_dataset
 from trainers.data.importer import import_folder
 from trainers.data.synth import synthesize
+from trainers.epoch_report import EpochReport
+from tuning.trials import SearchEvent
 
 SWAP_TIMEOUT_S = 60.0
 
@@ -116,7 +119,8 @@ def play_round(demo: Demo) -> StageResult:
     """Run the next round, or go on with one that an interrupted demo left."""
     with demo.store.ledger.read() as tx:
         unfinished = tx.count(RoundRecord, where={"finished_at": None}) > 0
-    outcome = run_round(demo.store, demo.settings, resume=unfinished, on_event=lambda event: _show(demo.view, event))
+    settings = paced(demo.settings, demo.stages.results["data"]["sides"]["train"])
+    outcome = run_round(demo.store, settings, resume=unfinished, on_event=lambda event: _show(demo.view, event))
     results = outcome.results
     test = results["evaluate"]["test"]
     key = test["key_class"] or {}
@@ -142,8 +146,16 @@ def play_round(demo: Demo) -> StageResult:
 def _show(view: View, event: RoundEvent) -> None:
     if event.state in ("done", "kept"):
         view.say(event.text)
-    elif event.payload is not None:
-        view.now(f"{event.step}: {event.payload}")
+    elif isinstance(event.payload, EpochReport):
+        report = event.payload
+        view.now(
+            f"fit, epoch {report.epoch}: validation balanced accuracy {report.val_balanced_accuracy:.3f}, "
+            f"{report.images_per_s:.0f} pictures/s"
+        )
+    elif isinstance(event.payload, SearchEvent):
+        found = event.payload
+        best = f", best so far {found.best.score:.3f}" if found.best and found.best.score is not None else ""
+        view.now(f"search: {found.trials_done} of {found.trials_total} trials done{best}")
     else:
         view.now(event.text)
 
