@@ -8,9 +8,10 @@ from PIL import Image as PillowImage
 
 from records.errors import UnknownIdError
 from records.ids import new_id, utc_now
+from records.patients import patient_hash
 from records.store import Store
 from records.types import AnswerKind, Confirmation, ExpertLabel, Group, Image, Side, SourceLabel
-from trainers.data.grouping import group_pictures, known_diagnoses, patient_hash
+from trainers.data.grouping import group_pictures, known_diagnoses
 from trainers.data.importer import import_folder
 from trainers.data.synth import render
 
@@ -115,6 +116,6 @@ def test_unknown_pictures_are_named(store: Store) -> None:
 
 
 def test_patients_are_told_apart_by_a_salted_hash(store: Store) -> None:
-    assert patient_hash(store, "P1") != patient_hash(store, "P2")
-    assert patient_hash(store, "P1") == patient_hash(store, "P1")
-    assert len(patient_hash(store, "P1")) == 64
+    assert patient_hash(store.home, "P1") != patient_hash(store.home, "P2")
+    assert patient_hash(store.home, "P1") == patient_hash(store.home, "P1")
+    assert len(patient_hash(store.home, "P1")) == 64
