@@ -44,10 +44,11 @@ def read_picture(store: Store, image: Image) -> bytes:
         The bytes; their SHA-256 is the picture's id.
     Raises:
         DataError: an in-place file is gone.
+        UnknownIdError: the blob is gone.
         IntegrityError: the bytes were altered.
     """
-    # Asked by content and not by address, so that a home that was moved or restored still reads its pictures.
-    if store.blobs.has(image.id):
+    # A blob is found by content and not by address, so that a home that was moved or restored still reads it.
+    if image.uri.endswith(image.id):
         return store.blobs.get(image.id)
     path = Path(unquote(urlsplit(image.uri).path))
     try:
