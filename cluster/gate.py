@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.settings import GateSettings
 from records.errors import ContractError
 from records.taxonomy import Taxonomy
-from trainers.bootstrap import group_strata, resample_weights, resampled_confusions
-from trainers.evaluation import SidePredictions
-from trainers.metrics import (
+from trainers.evaluation.bootstrap import group_strata, resample_weights, resampled_confusions
+from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.metrics import (
     FloatArray,
     IntArray,
     balanced_accuracy,

@@ -24,10 +24,10 @@ from records.ids import utc_now
 from records.store import Store
 from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Side
 from trainers.data.cache import PixelCache
-from trainers.evaluation import SidePredictions, predict_side
-from trainers.evaluation import evaluate as evaluate_predictions
+from trainers.evaluation.evaluate import SidePredictions, predict_side
+from trainers.evaluation.evaluate import evaluate as evaluate_predictions
 from trainers.explanations.sanity import randomisation_similarity
-from trainers.fit import fit as fit_model
+from trainers.fitting.fit import fit as fit_model
 from trainers.settings import TrainersSettings
 from tuning.search import search
 

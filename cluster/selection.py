@@ -13,7 +13,7 @@ from records.types import Consent, ExpertLabel, Image, ReasonCode, ReviewItem, S
 from trainers.data.cache import PixelCache
 from trainers.data.decode import decode_square
 from trainers.explanations.overlay import overlay_png
-from trainers.inference import BatchOutput, load_model
+from trainers.inference.loaded import BatchOutput, load_model
 
 BATCH_SIZE = 64
 MAX_CANDIDATES = 4096

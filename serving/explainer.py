@@ -19,7 +19,7 @@ from serving.messages import HeatMap, Method
 from serving.pictures import gradcam_map
 from serving.settings import ServingSettings
 from trainers.data.decode import decode_square
-from trainers.inference import LoadedModel, load_model
+from trainers.inference.loaded import LoadedModel, load_model
 from trainers.precision import PrecisionChoice
 
 MODELS_KEPT = 2

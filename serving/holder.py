@@ -21,7 +21,7 @@ from serving.messages import ServingState
 from serving.schemas import ClassInfo, ServedModelInfo
 from serving.settings import ServingSettings
 from serving.words import status_text
-from trainers.inference import LoadedModel, load_model
+from trainers.inference.loaded import LoadedModel, load_model
 from trainers.precision import PrecisionChoice
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from serving.messages import HeatMap
 from serving.outbox import StoredPicture
 from trainers.data.decode import decode_square
 from trainers.explanations.overlay import overlay_png
-from trainers.inference import LoadedModel
+from trainers.inference.loaded import LoadedModel
 
 
 def take_in(store: Store, data: bytes, max_pixels: int) -> StoredPicture:

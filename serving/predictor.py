@@ -27,7 +27,7 @@ from serving.pictures import take_in
 from serving.recording import Job, Recorder, same_picture
 from serving.settings import ServingSettings
 from trainers.data.decode import decode_square
-from trainers.inference import BatchOutput
+from trainers.inference.loaded import BatchOutput
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from serving.outbox import Answer, StoredPicture, find_repeated, image_row, revi
 from serving.pictures import draw_map, gradcam_map
 from serving.settings import ServingSettings, compute_threads
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
-from trainers.inference import BatchOutput
+from trainers.inference.loaded import BatchOutput
 
 
 @dataclass(frozen=True, slots=True)

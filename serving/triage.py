@@ -15,7 +15,7 @@ from records.errors import ContractError
 from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Decision, ReasonCode
-from trainers.conformal import prediction_set, thresholds_in_order
+from trainers.calibration.conformal import prediction_set, thresholds_in_order
 
 _PRIORITY_TIERS: dict[ReasonCode, float] = {
     ReasonCode.URGENT: 300.0,

@@ -2,5 +2,5 @@
 
 Making: data, augmentation, models, optimizers, schedulers, the loop, the distributed run, calibration,
 evaluation. Computing: inference and explanations as functions without state. Only `records` is
-imported from outside the room; only `trainers.distributed` knows Ray Train.
+imported from outside the room; only `trainers.fitting.distributed` knows Ray Train.
 """

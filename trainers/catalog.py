@@ -6,12 +6,12 @@ Rooms above add their own kinds (`relook catalog` merges the dicts); nothing is 
 from typing import Any
 
 from trainers.augmentation import OPERATIONS, POLICIES
-from trainers.losses import LOSSES
 from trainers.models import MODELS
-from trainers.optimizers import OPTIMIZERS
+from trainers.optimization.losses import LOSSES
+from trainers.optimization.optimizers import OPTIMIZERS
+from trainers.optimization.samplers import SAMPLERS
+from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Registry
-from trainers.samplers import SAMPLERS
-from trainers.schedulers import SCHEDULERS
 
 Catalogue = dict[str, list[dict[str, Any]]]
 

@@ -15,13 +15,14 @@ from rich.table import Table
 
 from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, ray_of, settings_of
 from records.errors import ConfigError, RefusedError
-from trainers import data_cli, evaluate_cli
+from trainers.data import cli as data_cli
+from trainers.evaluation import cli as evaluate_cli
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
     from records.datasets import DatasetVersion
     from records.store import Store
-    from trainers.epoch_report import EpochReport
+    from trainers.fitting.epoch_report import EpochReport
     from trainers.settings import TrainersSettings
 
 NOT_FACTS = {"name", "description", "tunable"}
@@ -49,7 +50,7 @@ def train_command(
     from records.bundles import find_bundle, register
     from records.store import open_store
     from trainers.data.importer import open_dataset
-    from trainers.fit import fit
+    from trainers.fitting.fit import fit
 
     settings = settings_of(ctx, config, preset, sets)
     trainers = _with_workers(settings.trainers, workers)

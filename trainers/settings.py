@@ -11,12 +11,12 @@ from records.errors import ConfigError
 from records.ids import hash_of
 from records.settings import RoomSettings
 from trainers.augmentation.registry import check_policy_name
-from trainers.losses import LOSSES
 from trainers.models.registry import MODELS, check_side
-from trainers.optimizers import OPTIMIZERS
+from trainers.optimization.losses import LOSSES
+from trainers.optimization.optimizers import OPTIMIZERS
+from trainers.optimization.samplers import SAMPLERS
+from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Registry
-from trainers.samplers import SAMPLERS
-from trainers.schedulers import SCHEDULERS
 
 MACHINERY = frozenset({"num_workers", "threads_per_worker", "use_gpu", "max_failures", "prefetch_batches"})
 """Fields that say where and how fast a model is made; the others decide what it becomes."""

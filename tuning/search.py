@@ -17,8 +17,8 @@ from records.store import Store
 from records.types import Side
 from trainers.augmentation import load_policy
 from trainers.augmentation.registry import YAML_SUFFIXES
+from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import MACHINERY, TrainersSettings
-from trainers.training_data import DataPlan, plan_data
 from tuning.budget import trial_budget
 from tuning.journal import open_journal
 from tuning.log import Listener, SearchLog, best_of

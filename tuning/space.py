@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from records.errors import ConfigError, ContractError
 from records.ids import hash_of
 from trainers.augmentation import POLICIES
-from trainers.optimizers import OPTIMIZERS
+from trainers.optimization.optimizers import OPTIMIZERS
+from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Choice, Range, Registered, Registry, Tunable
-from trainers.schedulers import SCHEDULERS
 from trainers.settings import TrainersSettings
 from tuning.settings import Axis
 from tuning.trials import Origin, TrialPlan

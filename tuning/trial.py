@@ -19,9 +19,9 @@ from records.store import open_store
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Policy
 from trainers.data.cache import PixelCache
-from trainers.epoch_report import EpochReport
+from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.training_data import DataPlan, TrainingData
 from trainers.settings import TrainersSettings
-from trainers.training_data import DataPlan, TrainingData
 from tuning.budget import squeeze
 from tuning.space import with_overrides
 from tuning.trials import TrialPlan
@@ -63,7 +63,7 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
         report: told the fields of EpochReport after each epoch; it may end the trial by raising.
     """
     # Here and not above: whoever only plans or reports a search needs no torch.
-    from trainers.loop import train
+    from trainers.fitting.loop import train
 
     os.setpriority(os.PRIO_PROCESS, 0, job.niceness)
     settings = trial_settings(plan, job)

@@ -35,7 +35,7 @@ from serving.launch import ServiceHandle
 from trainers.data.audit import audit_dataset
 from trainers.data.importer import import_folder
 from trainers.data.synth import synthesize
-from trainers.epoch_report import EpochReport
+from trainers.fitting.epoch_report import EpochReport
 from tuning.trials import SearchEvent
 
 SWAP_TIMEOUT_S = 60.0

@@ -7,7 +7,7 @@ from cluster.gate import Contender, GateReport, Verdict, decide
 from cluster.settings import GateSettings
 from records.errors import ContractError
 from records.taxonomy import load_taxonomy
-from trainers.evaluation import SidePredictions
+from trainers.evaluation.evaluate import SidePredictions
 
 TAXONOMY = load_taxonomy("ham10000")
 MEL = TAXONOMY.index_of("mel")

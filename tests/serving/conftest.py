@@ -71,7 +71,7 @@ def make_bundle(
     """
     import torch
 
-    from trainers.inference import reference_logits
+    from trainers.inference.loaded import reference_logits
     from trainers.models import build_model
 
     taxonomy = store.taxonomy

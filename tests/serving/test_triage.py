@@ -11,7 +11,7 @@ from records.errors import ContractError
 from records.taxonomy import load_taxonomy
 from records.types import Decision, ReasonCode
 from serving.triage import TriageRules, Verdict, audit_draw_of, malignant_probability, priority_of, triage
-from trainers.operating import answered
+from trainers.calibration.operating import answered
 
 TAXONOMY = load_taxonomy("ham10000")
 CODES = TAXONOMY.codes

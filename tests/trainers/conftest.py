@@ -17,10 +17,10 @@ from records.store import Store, open_store
 from records.taxonomy import DiagnosisClass, KeyClass, Taxonomy
 from trainers.data.importer import import_folder
 from trainers.data.synth import synthesize
-from trainers.inference import reference_logits
+from trainers.fitting.training_data import TrainingData
+from trainers.inference.loaded import reference_logits
 from trainers.models import build_model
 from trainers.settings import TrainersSettings
-from trainers.training_data import TrainingData
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,9 +7,9 @@ import pytest
 
 from records.errors import ConfigError, ContractError
 from trainers.augmentation import POLICIES
-from trainers.optimizers import OPTIMIZERS
+from trainers.optimization.optimizers import OPTIMIZERS
+from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Choice, Range, Registered
-from trainers.schedulers import SCHEDULERS
 from trainers.settings import TrainersSettings
 from tuning import space as space_module
 from tuning.settings import Axis

@@ -5,7 +5,7 @@ import pytest
 from records.errors import ConfigError
 from records.types import Side
 from trainers.data.cache import PixelCache
-from trainers.training_data import plan_data
+from trainers.fitting.training_data import plan_data
 from tuning.search import _job
 from tuning.settings import TuningSettings
 from tuning.subset import searched_part

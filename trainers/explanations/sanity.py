@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from records.bundles import Bundle
 from trainers.explanations.closed_form import closed_form_of
 from trainers.explanations.gradients import head_gradcam
-from trainers.inference import load_weights
+from trainers.inference.loaded import load_weights
 from trainers.models import build_model
 from trainers.preprocess import scale_pixels, to_tensor
 

@@ -1,0 +1,77 @@
+"""Checkpoints: whole or not at all, read without pickle, and never continued as another run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from records.errors import IntegrityError, RefusedError, UnavailableError
+from trainers.fitting.checkpoints import Checkpoint, Identity, load_checkpoint, require_same_run, save_checkpoint
+
+IDENTITY = Identity("recipe", "policy", "taxonomy", "data", "start")
+
+
+def checkpoint() -> Checkpoint:
+    return Checkpoint(
+        identity=IDENTITY,
+        reports=[],
+        network={"weight": torch.arange(6.0).reshape(2, 3)},
+        optimizer={"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        scheduler={"last_epoch": 3, "lr_lambdas": [None], "best": float("-inf")},
+        best={"weight": torch.zeros(2, 3)},
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+        finished=False,
+    )
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "checkpoint.pt"
+    save_checkpoint(checkpoint(), path)
+    loaded = load_checkpoint(path)
+    assert loaded.identity == IDENTITY
+    assert torch.equal(loaded.network["weight"], checkpoint().network["weight"])
+    assert loaded.scheduler == checkpoint().scheduler
+    assert (loaded.mean, loaded.std, loaded.finished) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), False)
+    assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "text"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(checkpoint(), path)
+    data = path.read_bytes()
+    path.write_bytes({"truncate": data[: len(data) // 2], "empty": b"", "text": b"not a checkpoint"}[damage])
+    with pytest.raises(IntegrityError, match=r"checkpoint\.pt is damaged .*; delete it to start the run over"):
+        load_checkpoint(path)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"identity": Path("/")}, path)
+    with pytest.raises(IntegrityError, match="UnpicklingError"):
+        load_checkpoint(path)
+
+
+def test_a_place_that_cannot_be_written_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UnavailableError, match=r"cannot be written after epoch 0 .*run it again with --resume"):
+        save_checkpoint(checkpoint(), tmp_path / "file" / "checkpoint.pt")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("recipe_hash", "with other settings"),
+        ("policy_hash", "with another augmentation policy"),
+        ("taxonomy_hash", "with another taxonomy"),
+        ("data_hash", "on other data"),
+        ("start_hash", "from another model"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(part: str, words: str) -> None:
+    require_same_run(checkpoint(), IDENTITY)
+    with pytest.raises(RefusedError, match=f"was made {words}; go on with the same ones, or train in a new folder"):
+        require_same_run(checkpoint(), replace(IDENTITY, **{part: "other"}))

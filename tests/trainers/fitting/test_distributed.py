@@ -1,0 +1,97 @@
+"""The loop under a real Ray Train: two workers do what one does, a killed worker changes nothing, a folder goes on."""
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import pytest
+
+from records.datasets import build_version
+from records.errors import ConfigError, RefusedError
+from records.store import Store
+from trainers.augmentation import load_policy
+from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.loop import TrainedModel, train
+from trainers.fitting.training_data import DataPlan, plan_data
+from trainers.settings import TrainersSettings
+
+if TYPE_CHECKING:
+    from cluster.session import RaySession
+
+# Ray warns about its own defaults while it imports itself.
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+
+# No batch norm and no dropout: with them, two workers differ from one by what each sees of a batch.
+SETTINGS = TrainersSettings(
+    model="custom_cnn_base", side_px=32, dropout=0.0, epochs=3, batch_size=16, precision="fp32", threads_per_worker=1,
+    use_gpu=False, augmentation="flips", learning_rate=0.01, num_workers=2, max_failures=2,
+)  # fmt: skip
+POLICY = load_policy("flips")
+
+
+@pytest.fixture(scope="module")
+def plan(filled_store: Store) -> DataPlan:
+    return plan_data(build_version(filled_store).version, filled_store.taxonomy)
+
+
+@pytest.fixture(scope="module")
+def alone(filled_store: Store, plan: DataPlan) -> TrainedModel:
+    single = SETTINGS.model_copy(update={"num_workers": 1})
+    return train(single, plan.open(filled_store, 32), filled_store.taxonomy)
+
+
+def largest_difference(a: TrainedModel, b: TrainedModel) -> float:
+    left, right = a.weights(), b.weights()
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)
+
+
+def train_workers() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.mark.slow
+def test_two_workers_a_killed_worker_and_going_on(
+    ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
+) -> None:
+    from trainers.fitting.distributed import fit_distributed
+
+    told: list[int] = []
+
+    def kill_one_after_the_first_epoch(report: EpochReport) -> bool:
+        told.append(report.epoch)
+        if report.epoch == 1:
+            workers = train_workers()
+            assert len(workers) == 2
+            os.kill(workers[1].pid, signal.SIGKILL)
+        return False
+
+    together = fit_distributed(
+        SETTINGS, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_one_after_the_first_epoch
+    )
+    assert told == [1, 2, 3]
+    assert largest_difference(together, alone) < 1e-4
+    for ours, theirs in zip(together.reports, alone.reports, strict=True):
+        assert ours.val_loss == pytest.approx(theirs.val_loss, abs=1e-3)
+        assert ours.train_loss == pytest.approx(theirs.train_loss, abs=1e-3)
+
+    # The folder holds that run now: another one finds its checkpoint there and is refused, by one worker too.
+    other = SETTINGS.model_copy(update={"num_workers": 1, "seed": 1, "max_failures": 0})
+    with pytest.raises(RefusedError, match="was made with other settings"):
+        fit_distributed(other, plan, filled_store, tmp_path, policy=POLICY)
+
+
+def test_more_workers_than_ray_has_cpus(
+    ray_session: "RaySession", filled_store: Store, plan: DataPlan, tmp_path: Path
+) -> None:
+    from trainers.fitting.distributed import fit_distributed
+
+    greedy = SETTINGS.model_copy(update={"num_workers": 8, "threads_per_worker": 4})
+    with pytest.raises(ConfigError, match=r"8 workers with 4 threads each need 32 CPUs and Ray has 4; lower"):
+        fit_distributed(greedy, plan, filled_store, tmp_path, policy=POLICY)
+    demanding = SETTINGS.model_copy(update={"use_gpu": True})
+    with pytest.raises(ConfigError, match=r"need as many GPUs and Ray has 0; .* trainers.use_gpu=false"):
+        fit_distributed(demanding, plan, filled_store, tmp_path, policy=POLICY)

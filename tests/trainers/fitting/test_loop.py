@@ -1,0 +1,232 @@
+"""The loop: it learns, repeats itself, goes on after a kill, stops when told, and refuses what it cannot use."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from records.errors import ContractError, DataError, DivergedError, IntegrityError, RefusedError
+from records.taxonomy import Taxonomy
+from trainers.fitting.checkpoints import load_checkpoint
+from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.loop import TrainedModel, TrainingData, best_epoch_of, train
+from trainers.fitting.workers import SingleWorker
+from trainers.models import MODELS
+from trainers.optimization.losses import LOSSES
+from trainers.optimization.optimizers import OPTIMIZERS
+from trainers.optimization.samplers import SAMPLERS
+from trainers.optimization.schedulers import SCHEDULERS
+from trainers.settings import TrainersSettings
+
+
+def change(settings: TrainersSettings, **changes: object) -> TrainersSettings:
+    return TrainersSettings.model_validate(settings.model_dump() | changes)
+
+
+def same_weights(a: TrainedModel, b: TrainedModel) -> bool:
+    left, right = a.weights(), b.weights()
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def alone(run_dir: Path | None = None) -> SingleWorker:
+    return SingleWorker(run_dir, use_gpu=False)
+
+
+@pytest.fixture(scope="module")
+def trained(toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy) -> TrainedModel:
+    return train(toy_settings, toy_data, three_classes)
+
+
+def test_it_learns(toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy) -> None:
+    model = train(change(toy_settings, epochs=8), toy_data, three_classes)
+    assert model.best.val_balanced_accuracy >= 0.9
+    assert model.reports[-1].train_loss < 0.6 * model.reports[0].train_loss
+    assert model.best_epoch == best_epoch_of(model.reports)
+
+
+def test_what_comes_out(trained: TrainedModel, toy_data: TrainingData) -> None:
+    assert not trained.network.training
+    assert not any(parameter.requires_grad for parameter in trained.network.parameters())
+    assert [report.epoch for report in trained.reports] == [1, 2, 3]
+    assert trained.geometry.side_px == 32
+    values = toy_data.pixels.take(toy_data.train_index) / 255.0
+    assert trained.geometry.mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=1e-6)
+    assert trained.num_threads == 1
+    assert all(report.images_per_s > 0 and report.learning_rate >= 0 for report in trained.reports)
+
+
+def test_it_repeats_itself_and_leaves_the_callers_randomness_alone(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, trained: TrainedModel
+) -> None:
+    torch.manual_seed(99)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    again = train(toy_settings, toy_data, three_classes)
+    assert torch.equal(torch.rand(3), expected)
+    assert same_weights(again, trained)
+    other = train(change(toy_settings, seed=1), toy_data, three_classes)
+    assert not same_weights(other, trained)
+
+
+@pytest.mark.parametrize(("scheduler", "optimizer"), [("cosine", "sgd"), ("plateau", "adam"), ("onecycle", "rmsprop")])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path,
+    scheduler: str, optimizer: str,
+) -> None:  # fmt: skip
+    settings = change(
+        toy_settings, scheduler=scheduler, optimizer=optimizer, learning_rate=None, augmentation="light", epochs=3
+    )
+    whole = train(settings, toy_data, three_classes)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(report: EpochReport) -> bool:
+        if report.epoch == 2:
+            raise KilledError
+        return False
+
+    with pytest.raises(KilledError):
+        train(settings, toy_data, three_classes, workers=alone(tmp_path), on_epoch=kill)
+    told: list[int] = []
+    resumed = train(
+        settings, toy_data, three_classes, workers=alone(tmp_path), on_epoch=lambda report: told.append(report.epoch)
+    )
+    assert told == [3]
+    assert same_weights(resumed, whole)
+    left, right = (
+        [report.model_dump(exclude={"seconds", "images_per_s"}) for report in model.reports]
+        for model in (resumed, whole)
+    )
+    assert left == right
+
+
+def test_a_finished_run_is_not_trained_again(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
+) -> None:
+    settings = change(toy_settings, epochs=1)
+    first = train(settings, toy_data, three_classes, workers=alone(tmp_path))
+    second = train(
+        settings, toy_data, three_classes, workers=alone(tmp_path), on_epoch=lambda _: pytest.fail("trained")
+    )
+    assert same_weights(first, second)
+
+
+def test_another_run_in_the_same_folder_is_refused(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
+) -> None:
+    train(change(toy_settings, epochs=1), toy_data, three_classes, workers=alone(tmp_path))
+    with pytest.raises(RefusedError, match="with other settings"):
+        train(change(toy_settings, epochs=2), toy_data, three_classes, workers=alone(tmp_path))
+    fewer = TrainingData(
+        toy_data.pixels, toy_data.image_ids, toy_data.labels, toy_data.train_index[:-1], toy_data.val_index
+    )
+    with pytest.raises(RefusedError, match="on other data"):
+        train(change(toy_settings, epochs=1), fewer, three_classes, workers=alone(tmp_path))
+    # Machinery may change: it says where the run is done, not what it is.
+    train(change(toy_settings, epochs=1, prefetch_batches=9), toy_data, three_classes, workers=alone(tmp_path))
+
+
+def test_saying_stop_stops_and_is_remembered(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
+) -> None:
+    model = train(toy_settings, toy_data, three_classes, workers=alone(tmp_path), on_epoch=lambda _: True)
+    assert len(model.reports) == 1
+    assert load_checkpoint(tmp_path / "checkpoint.pt").finished
+    again = train(toy_settings, toy_data, three_classes, workers=alone(tmp_path))
+    assert len(again.reports) == 1
+
+
+def test_early_stopping_waits_as_long_as_it_was_told(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
+) -> None:
+    # A step this small changes nothing, so no epoch after the first is better.
+    settings = change(toy_settings, epochs=6, learning_rate=1e-12, early_stop_patience_epochs=2, dropout=0.0)
+    model = train(settings, toy_data, three_classes)
+    assert len(model.reports) == model.best_epoch + 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_pictures(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
+) -> None:
+    settings = change(toy_settings, model="custom_cnn_base", learning_rate=10.0, momentum=0.99, epochs=20)
+    with pytest.raises(DivergedError, match=r"(at step \d+ of the epoch, on pictures|val picture) [0-9a-f]{64}"):
+        train(settings, toy_data, three_classes)
+
+
+CHOICES = (
+    [("model", name) for name in MODELS]
+    + [("optimizer", name) for name in OPTIMIZERS]
+    + [("scheduler", name) for name in SCHEDULERS]
+    + [("sampler", name) for name in SAMPLERS]
+    + [("loss", name) for name in LOSSES]
+    + [("scaling", "min_max"), ("precision", "bf16"), ("label_smoothing", 0.1)]
+)
+
+
+def test_the_suite_below_runs_every_choice() -> None:
+    assert len(CHOICES) == 3 + 4 + 4 + 3 + 1 + 3
+
+
+@pytest.mark.parametrize(("name", "value"), CHOICES)
+def test_every_choice_trains(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, name: str, value: object
+) -> None:
+    few = TrainingData(
+        toy_data.pixels, toy_data.image_ids, toy_data.labels, toy_data.train_index[:16], toy_data.val_index[:6]
+    )
+    settings = change(toy_settings, epochs=1, batch_size=8, **({"learning_rate": None, name: value}))
+    model = train(settings, few, three_classes)
+    assert np.isfinite(model.best.train_loss)
+    assert all(np.isfinite(value).all() for value in model.weights().values())
+
+
+def test_fine_tuning_starts_from_the_given_weights(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, trained: TrainedModel
+) -> None:
+    settings = change(toy_settings, epochs=1, learning_rate=1e-9, weight_decay=0.0)
+    tuned = train(settings, toy_data, three_classes, initial_weights=trained.weights())
+    before, after = trained.weights(), tuned.weights()
+    for name, _ in trained.network.named_parameters():
+        assert np.allclose(before[name], after[name], atol=1e-6)
+    with pytest.raises(IntegrityError, match="do not fit its architecture"):
+        train(change(settings, model="custom_cnn_base"), toy_data, three_classes, initial_weights=trained.weights())
+
+
+def test_data_that_cannot_be_used(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
+) -> None:
+    def with_(**changes: object) -> TrainingData:
+        return TrainingData(**{**toy_data.__dict__, **changes})
+
+    none = np.array([], dtype=np.int64)
+    with pytest.raises(DataError, match="no picture on the val side"):
+        train(toy_settings, with_(val_index=none), three_classes)
+    with pytest.raises(DataError, match="no picture on the train side"):
+        train(toy_settings, with_(train_index=none), three_classes)
+    with pytest.raises(ContractError, match="both trained on and validated with"):
+        train(toy_settings, with_(val_index=toy_data.train_index[:3]), three_classes)
+    with pytest.raises(ContractError, match="from 0 to 2"):
+        train(toy_settings, with_(labels=toy_data.labels + 1), three_classes)
+    with pytest.raises(ContractError, match="do not match"):
+        train(toy_settings, with_(image_ids=toy_data.image_ids[:-1]), three_classes)
+
+
+def test_a_run_that_was_killed_with_sigkill_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_run.py")
+    killed = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "killed")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt").epochs_done == 1
+    run = runpy.run_path(str(script))
+    resumed = run["train_here"](tmp_path / "killed", kill=False)
+    assert [report.epoch for report in resumed.reports] == [1, 2, 3]
+    assert same_weights(resumed, run["train_here"](tmp_path / "whole", kill=False))

@@ -1,0 +1,134 @@
+"""Single steps: a hand-made update, the watch over the loss, measured batch norm, validation by shares."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from records.bundles import Geometry
+from records.errors import DivergedError
+from records.taxonomy import Taxonomy
+from trainers.fitting.feeding import Batch
+from trainers.fitting.steps import LossWatch, Stepper, validate
+from trainers.fitting.training_data import TrainingData
+from trainers.fitting.workers import SingleWorker
+
+IDS = [f"{number:064x}" for number in range(200)]
+CPU = torch.device("cpu")
+
+
+def batch(rows: list[int]) -> Batch:
+    size = len(rows)
+    return Batch(np.zeros((size, 4, 4, 3), np.uint8), np.zeros(size, np.int64), np.array(rows, dtype=np.int64))
+
+
+def make_stepper(network: nn.Module, geometry: Geometry, learning_rate: float = 0.1) -> Stepper:
+    optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate)
+    return Stepper(network, optimizer, None, nn.CrossEntropyLoss(), geometry, "fp32", CPU)
+
+
+class Flat(nn.Module):
+    """Logits are a linear function of the mean colour."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, num_classes, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(inputs.mean(dim=(2, 3)))
+        return logits
+
+
+def test_a_step_by_hand() -> None:
+    # White is 1 after (x - 0) / 1, softmax of zeros is 1/2, so dL/dw = (p - y) * x = -0.5 for the true class.
+    network = Flat(2)
+    stepper = make_stepper(network, Geometry(side_px=4, mean=(0, 0, 0), std=(1, 1, 1)))
+    white = Batch(np.full((3, 4, 4, 3), 255, np.uint8), np.zeros(3, np.int64), np.arange(3))
+    assert stepper.train_step(white).item() == pytest.approx(np.log(2))
+    assert torch.allclose(network.linear.weight.detach(), torch.tensor([[0.05] * 3, [-0.05] * 3]))
+
+
+def test_the_watch_averages() -> None:
+    watch = LossWatch(IDS)
+    for value in (1.0, 2.0, 6.0):
+        watch.add(torch.tensor(value), batch([0, 1]))
+    assert watch.mean() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_watch_names_step_and_pictures(value: float) -> None:
+    watch = LossWatch(IDS)
+    watch.add(torch.tensor(1.0), batch([0, 1]))
+    watch.add(torch.tensor(value), batch(list(range(100, 110))))
+    with pytest.raises(DivergedError, match=rf"at step 2 of the epoch, on pictures {IDS[100]}.* and 2 more; lower"):
+        watch.add(torch.tensor(1.0), batch([0, 1]))
+
+
+def test_the_watch_looks_at_the_last_step_too() -> None:
+    watch = LossWatch(IDS)
+    watch.add(torch.tensor(float("nan")), batch([3]))
+    with pytest.raises(DivergedError, match=f"on pictures {IDS[3]};"):
+        watch.mean()
+
+
+def test_batch_norm_is_measured_on_the_pictures_as_they_are(toy_data: TrainingData) -> None:
+    norm = nn.BatchNorm2d(3)
+    network = nn.Sequential(norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stepper = make_stepper(network, Geometry(side_px=32, mean=(0, 0, 0), std=(1, 1, 1)))
+    stepper.refresh_statistics(toy_data.pixels, toy_data.train_index)
+    values = toy_data.pixels.take(toy_data.train_index) / 255.0
+    assert norm.running_mean is not None
+    assert norm.running_mean.numpy() == pytest.approx(values.mean(axis=(0, 1, 2)), abs=2e-4)
+    assert norm.running_var is not None
+    assert norm.running_var.numpy() == pytest.approx(values.var(axis=(0, 1, 2)), rel=1e-3)
+    assert norm.momentum == 0.1
+
+
+@dataclass
+class Share:
+    """One of several workers; `gather` is answered from what the others computed before."""
+
+    rank: int
+    world_size: int
+    parts: dict[int, NDArray[Any]] = field(default_factory=dict)
+    device: torch.device = CPU
+
+    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        self.parts[self.rank] = array
+        return [self.parts.get(rank, array) for rank in range(self.world_size)]
+
+
+def test_validation_by_shares_is_validation_of_the_whole(toy_data: TrainingData, three_classes: Taxonomy) -> None:
+    network = Flat(3)
+    nn.init.eye_(network.linear.weight)
+    stepper = make_stepper(network, Geometry(side_px=32, mean=(0.4, 0.4, 0.4), std=(0.1, 0.1, 0.1)))
+    whole = validate(stepper, toy_data, three_classes, SingleWorker(use_gpu=False))
+    assert whole.balanced_accuracy == whole.accuracy == whole.key_class_sensitivity == 1.0
+    parts: dict[int, NDArray[Any]] = {}
+    first, second = Share(0, 2, parts), Share(1, 2, parts)
+    for group in (first, second, first):
+        try:
+            shared = validate(stepper, toy_data, three_classes, group)
+        except ValueError:
+            continue  # the first worker has no answer of the second yet
+    assert shared == whole
+
+
+def test_an_answer_that_is_not_finite_is_named(toy_data: TrainingData, three_classes: Taxonomy) -> None:
+    network = Flat(3)
+    nn.init.constant_(network.linear.weight, float("nan"))
+    stepper = make_stepper(network, Geometry(side_px=32))
+    with pytest.raises(DivergedError, match=f"val picture {toy_data.image_ids[72]} is not finite"):
+        validate(stepper, toy_data, three_classes, SingleWorker(use_gpu=False))
+
+
+def test_a_key_class_without_pictures_has_no_sensitivity(toy_data: TrainingData, three_classes: Taxonomy) -> None:
+    others = toy_data.val_index[toy_data.labels[toy_data.val_index] != 2]
+    data = TrainingData(toy_data.pixels, toy_data.image_ids, toy_data.labels, toy_data.train_index, others)
+    stepper = make_stepper(Flat(3), Geometry(side_px=32))
+    assert validate(stepper, data, three_classes, SingleWorker(use_gpu=False)).key_class_sensitivity is None

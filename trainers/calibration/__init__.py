@@ -1,0 +1,1 @@
+"""What probabilities may promise: temperature and bias, operating points, conformal sets."""

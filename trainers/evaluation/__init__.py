@@ -1,0 +1,1 @@
+"""What a model is worth: metrics, bootstrap by group, the evaluation of a side or of a folder."""

@@ -1,0 +1,170 @@
+"""The verbs `relook evaluate` and `relook explain`."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group as Stack
+from rich.table import Table
+
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
+from records.errors import ConfigError, RefusedError
+from records.types import Side
+
+if TYPE_CHECKING:
+    from records.store import Store
+    from trainers.evaluation.figures import Evaluation, Interval
+
+app = typer.Typer()
+
+OVERLAY_SIDE_PX = 512
+
+
+@app.command("evaluate")
+def evaluate_command(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of labelled pictures, with --labels.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Its table: image_id, dx (lesion_id, patient_id).")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..")] = None,
+    data: Annotated[str | None, typer.Option(help="Dataset id; default: the one the model was made with.")] = None,
+    side: Annotated[Side, typer.Option(help="Side of the dataset; reading gate or test is audited.")] = Side.VAL,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on a side of a dataset, or on any folder of labelled pictures."""
+    from records.bundles import find_bundle
+    from records.datasets import load_dataset
+    from trainers.data.cli import parse_columns
+    from trainers.evaluation.evaluate import evaluate, predict_side
+    from trainers.evaluation.folder import predict_folder
+    from trainers.inference.loaded import load_model
+
+    if (images is None) != (labels is None):
+        raise ConfigError("--images and --labels belong together: a folder of pictures and its table")
+    settings = settings_of(ctx, config, preset, sets)
+    with _open(settings) as store, progress() as bar:
+        bundle = find_bundle(store, model)
+        loaded = load_model(bundle, precision=settings.trainers.precision)
+        if images is not None and labels is not None:
+            predictions = predict_folder(loaded, images, labels, columns=parse_columns(columns), progress=bar)
+        else:
+            dataset = load_dataset(store, data or bundle.document.dataset_id)
+            predictions = predict_side(store, bundle, dataset, side, actor="cli", model=loaded, progress=bar)
+        evaluation = evaluate(predictions, bundle.document.taxonomy, bundle.document.operating)
+    emit(as_json, evaluation, evaluation_tables(evaluation))
+
+
+@app.command("explain")
+def explain_command(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
+    out: Annotated[Path, typer.Option(help="Where the overlay goes, a PNG file.")],
+    method: Annotated[str, typer.Option(help="gradcam, integrated_gradients or occlusion.")] = "gradcam",
+    target: Annotated[str | None, typer.Option(help="Class to explain; default: the most probable one.")] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw where a model looked when it answered for a picture."""
+    import numpy as np
+
+    from records.bundles import find_bundle
+    from trainers.evaluation.folder import read_square
+    from trainers.explanations.methods import METHODS
+    from trainers.explanations.overlay import overlay_png
+    from trainers.inference.loaded import load_model
+
+    if method not in METHODS:
+        raise ConfigError(f"--method is {method!r}; it must be one of {', '.join(METHODS)}")
+    with _open(settings_of(ctx, config, preset, sets)) as store:
+        # Gradients need fp32, and a single picture is quick in it.
+        loaded = load_model(find_bundle(store, model), precision="fp32")
+    pixels = read_square(image, loaded.geometry.side_px)[None]
+    answer = loaded.predict(pixels)
+    if not answer.finite[0]:
+        raise RefusedError("the model has no finite answer for this picture, so there is nothing to explain")
+    codes = loaded.taxonomy.codes
+    index = loaded.taxonomy.index_of(target) if target else int(answer.probabilities[0].argmax())
+    heat_map = loaded.explain(pixels, method, np.array([index]))[0]
+    png = overlay_png(read_square(image, OVERLAY_SIDE_PX), heat_map)
+    try:
+        out.write_bytes(png)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
+    result: dict[str, Any] = {
+        "model_id": loaded.model_id,
+        "image": str(image),
+        "method": method,
+        "exact": method == "gradcam" and loaded.gradcam_is_exact,
+        "layer": loaded.target_layer if method == "gradcam" else None,
+        "target": codes[index],
+        "probabilities": dict(zip(codes, answer.probabilities[0].tolist(), strict=True)),
+        "shape": list(heat_map.shape),
+        "values": heat_map.tolist(),
+        "out": str(out),
+    }
+    share = f"{answer.probabilities[0, index]:.0%}"
+    emit(as_json, result, f"{method} for {codes[index]} (probability {share}), map {heat_map.shape}: {out}")
+
+
+def evaluation_tables(evaluation: "Evaluation") -> Stack:
+    """Lay out an evaluation for a person.
+
+    Args:
+        evaluation: the figures.
+    Returns:
+        Tables: the whole, per class, confusion matrix, and what is undefined.
+    """
+    where = f"{evaluation.side} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
+    whole = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
+    whole.add_row("pictures, lesions", f"{evaluation.images}, {evaluation.lesions}")
+    whole.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
+    whole.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
+    whole.add_row("macro AUC", _figure(evaluation.macro_auc))
+    whole.add_row("calibration error", _figure(evaluation.ece))
+    whole.add_row("left to no expert", _figure(evaluation.answered_share))
+    whole.add_row("classes per prediction set", _figure(evaluation.mean_set_size))
+    key = evaluation.key_class
+    if key is not None:
+        whole.add_row(f"{key.name} sensitivity, per lesion", _figure(key.sensitivity, key.sensitivity_ci))
+        whole.add_row(f"{key.name} specificity, per lesion", _figure(key.specificity, key.specificity_ci))
+        proof = "proven on calibration" if key.proven else "not proven on calibration"
+        whole.add_row(f"{key.name} referred from", f"{_figure(key.threshold)} (floor {key.floor:.2f} {proof})")
+    if evaluation.side_reads is not None:
+        whole.add_row(f"{evaluation.side} was looked at", f"{evaluation.side_reads} times")
+    classes = Table("class", "pictures", "lesions", "sensitivity", "specificity", "precision")
+    for code, report in evaluation.per_class.items():
+        classes.add_row(
+            code,
+            str(report.support),
+            str(report.lesions),
+            _figure(report.sensitivity, report.sensitivity_ci),
+            _figure(report.specificity, report.specificity_ci),
+            _figure(report.precision, report.precision_ci),
+        )
+    codes = list(evaluation.per_class)
+    confusion = Table("truth \\ answer", *codes, title="confusion matrix")
+    for code, row in zip(codes, evaluation.confusion_matrix, strict=True):
+        confusion.add_row(code, *(str(count) for count in row))
+    notes = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
+    return Stack(
+        whole, classes, confusion, *notes, "95 % intervals, resampled by group; decision support, not a diagnosis"
+    )
+
+
+def _figure(value: float | None, interval: "Interval | None" = None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _open(settings: Any) -> "closing[Store]":
+    from records.store import open_store
+
+    return closing(open_store(settings.records))

@@ -1,0 +1,113 @@
+"""A model's answers for any folder of labelled pictures, imported or not.
+
+In: a loaded model, a folder of pictures and a table (columns image_id, dx, and lesion_id or patient_id if known).
+Out: `SidePredictions` as for a side of a dataset. Pictures are cut to the model's geometry. Nothing is
+stored, and nothing is left out: one unusable row is an error, because figures over the rest would flatter.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from records.errors import DataError, PictureError
+from records.taxonomy import Taxonomy
+from trainers.data.decode import decode_square
+from trainers.data.parallel import chunks_of, map_in_order
+from trainers.data.source_table import SourceRow, read_source
+from trainers.evaluation.evaluate import SidePredictions
+from trainers.inference.loaded import LoadedModel
+
+
+def predict_folder(
+    model: LoadedModel,
+    images: Path,
+    labels: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> SidePredictions:
+    """Answer for every row of a table.
+
+    Args:
+        model: that answers.
+        images: folder with the pictures, in any depth.
+        labels: the table.
+        columns: names of the table's columns where they differ from the usual ones.
+        progress: a bar is added to it.
+    Returns:
+        The answers in the table's order; the independent unit is the patient, else the lesion, else the picture.
+    Raises:
+        DataError: the folder or table cannot be read, or a row has no picture, no diagnosis or an unknown one.
+    """
+    source = read_source(images, columns, labels)
+    class_indices = _checked(source.rows, labels, model.taxonomy)
+    task = progress.add_task("Predicting", total=len(source.rows)) if progress else None
+    chunks = chunks_of(source.rows)
+    outputs = []
+    for pixels in map_in_order(lambda rows: _decode(rows, model.geometry.side_px), chunks):
+        outputs.append(model.predict(pixels))
+        if progress and task is not None:
+            progress.advance(task, len(pixels))
+    lesion_ids = [row.context["lesion_id"] for row in source.rows]
+    patient_ids = [row.context["patient_id"] for row in source.rows]
+    return SidePredictions(
+        model_id=model.model_id,
+        image_ids=[row.source_id for row in source.rows],
+        group_ids=[
+            f"patient:{patient}" if patient else f"lesion:{lesion}" if lesion else f"image:{row.source_id}"
+            for row, patient, lesion in zip(source.rows, patient_ids, lesion_ids, strict=True)
+        ],
+        lesion_ids=lesion_ids,
+        labels=np.array(class_indices, dtype=np.int64),
+        logits=np.concatenate([output.logits for output in outputs]),
+        probabilities=np.concatenate([output.probabilities for output in outputs]),
+    )
+
+
+def _checked(rows: Sequence[SourceRow], labels: Path, taxonomy: Taxonomy) -> list[int]:
+    """Return the class of every row; refuse the table if a row cannot be evaluated."""
+    seen: set[str] = set()
+    problems = []
+    for row in rows:
+        if row.source_id in seen:
+            problems.append(f"{row.source_id} is listed twice")
+        elif row.problem is not None:
+            problems.append(row.problem)
+        elif row.label is None:
+            problems.append(f"{row.source_id} has no diagnosis")
+        elif row.label not in taxonomy.codes:
+            problems.append(f"{row.source_id} has the unknown class {row.label!r}")
+        seen.add(row.source_id)
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(rows)} rows of {labels} cannot be evaluated, first: {problems[0]}; "
+            f"correct them or leave them out of the table (classes: {', '.join(taxonomy.codes)})"
+        )
+    return [taxonomy.index_of(row.label or "") for row in rows]
+
+
+def _decode(rows: Sequence[SourceRow], side_px: int) -> NDArray[np.uint8]:
+    return np.stack([read_square(row.path or Path(row.source_id), side_px) for row in rows])
+
+
+def read_square(path: Path, side_px: int) -> NDArray[np.uint8]:
+    """Read a picture file as the square that a model sees.
+
+    Args:
+        path: of a JPEG, PNG or WebP file.
+        side_px: S.
+    Returns:
+        [S, S, 3].
+    Raises:
+        DataError: the file cannot be read.
+        PictureError: it is not a picture, or is damaged.
+    """
+    try:
+        return decode_square(path.read_bytes(), side_px)
+    except OSError as error:
+        raise DataError(f"the picture {path} cannot be read ({error.strerror})") from error
+    except PictureError as error:
+        raise PictureError(f"{path}: {error}", error.code) from error

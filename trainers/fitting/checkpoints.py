@@ -1,0 +1,142 @@
+"""Everything a run needs to go on as if nothing had happened, in one file.
+
+A checkpoint is taken between two epochs. It needs no state of random generators and no position in
+the data: both are functions of (seed, epoch). What it was made of is stored beside it, so that it is
+never continued with other settings or other data. It is read with torch's restricted loader.
+"""
+
+import contextlib
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from records.errors import IntegrityError, RefusedError, UnavailableError
+from records.ids import new_id
+from trainers.fitting.epoch_report import EpochReport
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is made of; a checkpoint with another identity is another run's."""
+
+    recipe_hash: str
+    policy_hash: str
+    taxonomy_hash: str
+    data_hash: str
+    start_hash: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run between two epochs.
+
+    Args:
+        identity: what the run is made of.
+        reports: of the epochs that are done, as plain values.
+        network: parameters and buffers.
+        optimizer: its state.
+        scheduler: its state.
+        best: parameters and buffers after the best epoch so far, on the CPU.
+        mean: of the training pictures, RGB in 0 to 1.
+        std: of the training pictures, RGB in 0 to 1.
+        finished: whether the run is over.
+    """
+
+    identity: Identity
+    reports: list[dict[str, Any]]
+    network: Weights
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    best: Weights
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    finished: bool
+
+    @property
+    def epochs_done(self) -> int:
+        """Number of epochs that are done."""
+        return len(self.reports)
+
+    def epoch_reports(self) -> list[EpochReport]:
+        """Return the reports of the epochs that are done."""
+        return [EpochReport.model_validate(report) for report in self.reports]
+
+
+_IDENTITY_WORDS = {
+    "recipe_hash": "with other settings",
+    "policy_hash": "with another augmentation policy",
+    "taxonomy_hash": "with another taxonomy",
+    "data_hash": "on other data",
+    "start_hash": "from another model",
+}
+
+
+def require_same_run(checkpoint: Checkpoint, identity: Identity) -> None:
+    """Refuse to go on with another run's checkpoint.
+
+    Args:
+        checkpoint: what was found.
+        identity: of the run that wants to go on.
+    Raises:
+        RefusedError: they differ; says in what.
+    """
+    for part in fields(Identity):
+        if getattr(checkpoint.identity, part.name) != getattr(identity, part.name):
+            raise RefusedError(
+                f"the checkpoint in this run's folder was made {_IDENTITY_WORDS[part.name]}; "
+                "go on with the same ones, or train in a new folder"
+            )
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint so that a kill leaves either the old one or the new one.
+
+    Args:
+        checkpoint: what to keep.
+        path: the file.
+    Raises:
+        UnavailableError: the disk is full or the folder is gone; the checkpoint before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{new_id()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_plain(checkpoint), temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left to remove
+            temporary.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:200]
+        raise UnavailableError(
+            f"checkpoint {path} cannot be written after epoch {checkpoint.epochs_done} ({reason}); "
+            "free some space and run it again with --resume"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: the file.
+    Returns:
+        The checkpoint, on the CPU.
+    Raises:
+        IntegrityError: the file is damaged.
+    """
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+        return Checkpoint(**{**document, "identity": Identity(**document["identity"])})
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
+        raise IntegrityError(
+            f"checkpoint {path} is damaged ({type(error).__name__}); delete it to start the run over"
+        ) from error
+
+
+def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    document = {part.name: getattr(checkpoint, part.name) for part in fields(Checkpoint)}
+    return {**document, "identity": asdict(checkpoint.identity)}

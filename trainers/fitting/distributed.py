@@ -1,0 +1,383 @@
+"""The same loop on several processes or machines, under Ray Train. The only file that knows Ray Train.
+
+In: settings, a data plan, a store, a folder. Out: the same `TrainedModel`. Ray has to run already. Each
+worker maps the pixels on its own node, computes its share of every batch with DistributedDataParallel
+(gloo on CPUs, NCCL on GPUs) and keeps a checkpoint per epoch under `run_dir/ray`; the same folder
+goes on where it stopped. Reports reach the caller through a mailbox actor, live, and the caller's
+answer reaches the workers before their next epoch.
+"""
+
+import asyncio
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from numpy.typing import NDArray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from records import errors
+from records.errors import ConfigError, RelookError, UnavailableError
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from trainers.augmentation import Policy
+from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from trainers.fitting.epoch_report import EpochReport, OnEpoch
+from trainers.fitting.loop import TrainedModel, train, trained_model
+from trainers.fitting.training_data import DataPlan
+from trainers.fitting.workers import threads_of
+from trainers.settings import TrainersSettings
+
+RUN_NAME = "ray"
+CHECKPOINT_FILE = "checkpoint.pt"
+START_TIMEOUT_S = 300
+"""A busy machine may need minutes to start processes that import torch; Ray Train's own limit is one."""
+
+
+def fit_distributed(
+    settings: TrainersSettings,
+    plan: DataPlan,
+    store: Store,
+    run_dir: Path,
+    *,
+    policy: Policy,
+    on_epoch: OnEpoch | None = None,
+    initial_weights: Mapping[str, NDArray[Any]] | None = None,
+) -> TrainedModel:
+    """Train on `settings.num_workers` processes, or go on with what the folder holds.
+
+    Args:
+        settings: of the trainers.
+        plan: which pictures.
+        store: with the pictures; its settings have to lead to the same store on every node.
+        run_dir: the run's folder, on storage that every node sees.
+        policy: of augmentation.
+        on_epoch: told of every epoch, in a thread of this process; True stops the run.
+        initial_weights: parameters and buffers to start from, by name.
+    Returns:
+        The model after its best epoch.
+    Raises:
+        ConfigError: Ray has too few CPUs or GPUs for the workers.
+        UnavailableError: more workers were lost than `settings.max_failures`; the last checkpoint is kept.
+        DivergedError: a loss or a logit is not finite.
+        RefusedError: the folder holds another run.
+    """
+    use_gpu = _use_gpu(settings)
+    settings = settings.model_copy(update={"threads_per_worker": threads_of(settings), "use_gpu": use_gpu})
+    _require_resources(settings, use_gpu)
+    mailbox = _open_mailbox()
+    job = _Job(settings, plan, _portable(store), policy, dict(initial_weights or {}), mailbox)
+    trainer = _trainer(settings, job, run_dir, use_gpu)
+    with _controller_environment(), _Postman(mailbox, on_epoch) as postman:
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _reason(mailbox, error, run_dir) from error
+    postman.raise_if_failed()
+    fatal = ray.get(mailbox.fatal.remote())
+    if fatal is not None:
+        raise _rebuilt(fatal)
+    if result.checkpoint is None:
+        raise UnavailableError(f"the run in {run_dir} ended without a checkpoint; run it again with --resume")
+    with result.checkpoint.as_directory() as folder:
+        checkpoint = load_checkpoint(Path(folder) / CHECKPOINT_FILE)
+    return trained_model(checkpoint, settings, store.taxonomy)
+
+
+def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bool) -> ray.train.torch.TorchTrainer:
+    return ray.train.torch.TorchTrainer(
+        _train_on_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": settings.threads_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        # The stubs know the RunConfig of Ray Train's first version only.
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=RUN_NAME,
+            storage_path=str(run_dir.absolute()),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": _thread_variables(settings)},
+        ),
+    )
+
+
+class RayWorkerGroup:
+    """The workers that Ray Train started; made inside one of them."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.local_rank: int = context.get_local_rank()
+        self.device: torch.device = ray.train.torch.get_device()
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Return the network with gradients averaged over the group; on GPUs batch norm is shared, too."""
+        if self.world_size == 1:
+            return network
+        if self.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+            return DistributedDataParallel(network, device_ids=[self.device], forward_sync_buffers=False)
+        # Running statistics are averaged once per epoch, before validation, instead of sent with every step.
+        return DistributedDataParallel(network, forward_sync_buffers=False)
+
+    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return every worker's array, in order of rank, on every worker."""
+        if self.world_size == 1:
+            return [array]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, array)
+        return gathered
+
+    def average_buffers(self, network: nn.Module) -> None:
+        """Replace running statistics by their mean over the group."""
+        buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if self.world_size == 1 or not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        means = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Hand the checkpoint of rank 0 to Ray Train; all workers meet here."""
+        metrics = checkpoint.reports[-1]
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(checkpoint, Path(folder) / CHECKPOINT_FILE)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def load(self) -> Checkpoint | None:
+        """Return the latest checkpoint that Ray Train has of this run."""
+        found = ray.train.get_checkpoint()
+        if found is None:
+            return None
+        with found.as_directory() as folder:
+            return load_checkpoint(Path(folder) / CHECKPOINT_FILE)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What travels to every worker; pictures travel as ids."""
+
+    settings: TrainersSettings
+    plan: DataPlan
+    records: RecordsSettings
+    policy: Policy
+    initial_weights: dict[str, NDArray[Any]] = field(repr=False)
+    mailbox: Any
+
+
+def _train_on_worker(config: dict[str, Any]) -> None:
+    job: _Job = config["job"]
+    if ray.get(job.mailbox.fatal.remote()) is not None:
+        # Ray Train starts a failed group again; what failed for a reason of its own would fail the same way.
+        return
+    group = RayWorkerGroup()
+    store = open_store(job.records)
+
+    def tell(report: EpochReport) -> bool:
+        return bool(ray.get(job.mailbox.tell.remote(report.model_dump())))
+
+    try:
+        if group.local_rank != 0:
+            dist.barrier()
+        data = job.plan.open(store, job.settings.side_px)
+        if group.local_rank == 0 and group.world_size > 1:
+            dist.barrier()
+        train(
+            job.settings,
+            data,
+            store.taxonomy,
+            on_epoch=tell,
+            workers=group,
+            policy=job.policy,
+            initial_weights=job.initial_weights or None,
+        )
+    except RelookError as error:
+        ray.get(job.mailbox.fail.remote(type(error).__name__, str(error)))
+        raise
+    finally:
+        store.close()
+
+
+class _Mailbox:
+    """An actor between the workers and the caller: reports one way, answers the other."""
+
+    def __init__(self) -> None:
+        self._reports: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._answers: dict[int, asyncio.Future[bool]] = {}
+        self._fatal: tuple[str, str] | None = None
+
+    async def tell(self, report: dict[str, Any]) -> bool:
+        """Post a report and wait for the answer; an epoch that is told twice is answered as the first time."""
+        epoch = int(report["epoch"])
+        if epoch not in self._answers:
+            self._answers[epoch] = asyncio.get_running_loop().create_future()
+            await self._reports.put(report)
+        return await asyncio.shield(self._answers[epoch])
+
+    async def collect(self) -> dict[str, Any] | None:
+        """Return the next report; None when the mailbox is closed."""
+        return await self._reports.get()
+
+    async def answer(self, epoch: int, stop: bool) -> None:
+        """Answer a report."""
+        self._answers[epoch].set_result(stop)
+
+    async def close(self) -> None:
+        """Let `collect` return None after what is waiting."""
+        await self._reports.put(None)
+
+    async def fail(self, kind: str, message: str) -> None:
+        """Note why the run cannot succeed; the first reason counts."""
+        self._fatal = self._fatal or (kind, message)
+
+    async def fatal(self) -> tuple[str, str] | None:
+        """Return why the run cannot succeed, if it is known."""
+        return self._fatal
+
+
+class _Postman:
+    """Carries reports from the mailbox to the caller's function while Ray Train holds the main thread."""
+
+    def __init__(self, mailbox: Any, on_epoch: OnEpoch | None) -> None:
+        self._mailbox = mailbox
+        self._on_epoch = on_epoch
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._carry, name="epoch reports", daemon=True)
+
+    def __enter__(self) -> "_Postman":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.get(self._mailbox.close.remote())
+        self._thread.join()
+
+    def raise_if_failed(self) -> None:
+        """Raise what the caller's function raised; the run was stopped because of it."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _carry(self) -> None:
+        while (report := ray.get(self._mailbox.collect.remote())) is not None:
+            ray.get(self._mailbox.answer.remote(report["epoch"], self._ask(report)))
+
+    def _ask(self, report: dict[str, Any]) -> bool:
+        if self._failure is not None:
+            return True
+        if self._on_epoch is None:
+            return False
+        try:
+            return bool(self._on_epoch(EpochReport.model_validate(report)))
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._failure = error
+            return True
+
+
+@contextmanager
+def _controller_environment() -> Iterator[None]:
+    """Tell Ray Train's controller, which reads the environment of the caller, how to behave."""
+    wanted = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S)}
+    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+        # A process more that watches for nodes about to be taken away; this one takes everything with it.
+        wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _open_mailbox() -> Any:
+    # On this node: the mailbox is needed as long as this process lives, and not longer.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _use_gpu(settings: TrainersSettings) -> bool:
+    if settings.use_gpu != "auto":
+        return settings.use_gpu
+    return 1 <= settings.num_workers <= _resources().get("GPU", 0)
+
+
+def _resources() -> dict[str, float]:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
+    resources = _resources()
+    threads = threads_of(settings)
+    cpus = int(resources.get("CPU", 0))
+    if settings.num_workers * threads > cpus:
+        raise ConfigError(
+            f"{settings.num_workers} workers with {threads} threads each need {settings.num_workers * threads} CPUs "
+            f"and Ray has {cpus}; lower trainers.num_workers or set trainers.threads_per_worker="
+            f"{max(1, cpus // settings.num_workers)}"
+        )
+    gpus = int(resources.get("GPU", 0))
+    if use_gpu and gpus < settings.num_workers:
+        raise ConfigError(
+            f"{settings.num_workers} workers need as many GPUs and Ray has {gpus}; "
+            "lower trainers.num_workers or set trainers.use_gpu=false"
+        )
+
+
+def _thread_variables(settings: TrainersSettings) -> dict[str, str]:
+    # Ray sets one thread per actor unless told, and what OpenMP reads at its start cannot be undone later.
+    # Threads that wait for each other spin for microseconds, then sleep: on two cores shared with a service, training
+    # was 2.3 times as fast so as with OpenMP's default of spinning for milliseconds, and 4 % slower on idle cores.
+    threads = str(threads_of(settings))
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "GOMP_SPINCOUNT": "2000",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+    }
+
+
+def _portable(store: Store) -> RecordsSettings:
+    taxonomy = store.settings.taxonomy
+    if Path(taxonomy).is_file():
+        taxonomy = str(Path(taxonomy).absolute())
+    return store.settings.model_copy(update={"home": store.home.root, "taxonomy": taxonomy})
+
+
+def _reason(mailbox: Any, error: Exception, run_dir: Path) -> RelookError:
+    fatal = ray.get(mailbox.fatal.remote())
+    if fatal is not None:
+        return _rebuilt(fatal)
+    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UnavailableError(
+        f"training was lost ({first_line.strip()[:200]}); the last checkpoint is in {run_dir}, "
+        "run it again with --resume"
+    )
+
+
+def _rebuilt(fatal: tuple[str, str]) -> RelookError:
+    kind, message = fatal
+    known = getattr(errors, kind, RelookError)
+    rebuilt: RelookError = known(message)
+    return rebuilt

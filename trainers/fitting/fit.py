@@ -1,0 +1,284 @@
+"""From a dataset version to a calibrated bundle: decode, train, calibrate, write.
+
+It reads train (to train), val (to choose the epoch, temperature and bias) and calibration (operating
+points and prediction sets), and no other side. A run folder that holds an unfinished run of the same
+settings and data goes on; the same run done twice gives the same bundle. Nothing is registered.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from records.bundles import Architecture, Bundle, BundleDocument, Calibration, OperatingPoints, write_bundle
+from records.datasets import DatasetVersion
+from records.errors import ConfigError, ContractError, DataError, UnavailableError
+from records.store import Store
+from records.stored import find_images
+from records.taxonomy import Taxonomy
+from records.types import Side
+from trainers.augmentation import Policy, load_policy
+from trainers.calibration.operating import fit_operating_points, gather_lesions
+from trainers.calibration.scaling import apply_calibration, fit_calibration
+from trainers.data.cache import PixelCache
+from trainers.evaluation.evaluate import SidePredictions, evaluate
+from trainers.fitting.epoch_report import EpochReport, OnEpoch
+from trainers.fitting.loop import TrainedModel, train
+from trainers.fitting.training_data import DataPlan, plan_data
+from trainers.fitting.workers import SingleWorker, compute_threads
+from trainers.inference.golden import golden_pictures
+from trainers.inference.loaded import reference_logits
+from trainers.models import MODELS, architecture_options
+from trainers.optimization.samplers import IntArray
+from trainers.settings import TrainersSettings
+
+FITTED_ON = (Side.VAL, Side.CALIBRATION)
+SCORING_BATCH = 64
+
+
+@dataclass(frozen=True)
+class SideLogits:
+    """What the trained network answers for one side, in order of picture id."""
+
+    image_ids: list[str]
+    group_ids: list[str]
+    lesion_ids: list[str | None]
+    labels: IntArray
+    logits: NDArray[np.float32]
+
+
+def fit(
+    store: Store,
+    settings: TrainersSettings,
+    dataset: DatasetVersion,
+    *,
+    run_dir: Path,
+    use_ray: bool,
+    on_epoch: OnEpoch | None = None,
+    start_from: Bundle | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Train a model on a dataset version and write its bundle.
+
+    Args:
+        store: with the pictures; the bundle goes under its home.
+        settings: of the trainers.
+        dataset: the version.
+        run_dir: for checkpoint and `metrics.jsonl`; if it holds this run, unfinished, the run goes on.
+        use_ray: train under Ray Train, which has to run already; needed for more than one worker.
+        on_epoch: told of every epoch; True stops training, and what follows is done with the best epoch so far.
+        start_from: a bundle of the same architecture whose weights are fine-tuned; default: fresh weights.
+        progress: bars are added to it.
+    Returns:
+        The bundle.
+    Raises:
+        DataError: train, val or calibration is empty, or a picture cannot be read.
+        ConfigError: a setting cannot work.
+        TaxonomyError: store, dataset and the bundle to start from do not share one taxonomy.
+        RefusedError: the folder holds another run.
+        DivergedError: a loss or a logit is not finite.
+    """
+    policy = load_policy(settings.augmentation)
+    initial_weights = _weights_of(start_from, settings, store.taxonomy)
+    plan = plan_data(dataset, store.taxonomy)
+    _require_sides(dataset)
+    _decode(store, dataset, settings.side_px, progress)
+    log = MetricsLog(run_dir / "metrics.jsonl", on_epoch)
+    if use_ray:
+        from trainers.fitting.distributed import fit_distributed
+
+        trained = fit_distributed(
+            settings, plan, store, run_dir, policy=policy, on_epoch=log, initial_weights=initial_weights
+        )
+    else:
+        trained = _fit_alone(settings, plan, store, run_dir, policy, log, initial_weights)
+    log.complete(trained.reports)
+    return _write(store, settings, dataset, plan, policy, trained, start_from)
+
+
+class MetricsLog:
+    """Writes `metrics.jsonl`, a line per epoch, and passes every report on.
+
+    Args:
+        path: the file.
+        on_epoch: told after the line is written.
+    """
+
+    def __init__(self, path: Path, on_epoch: OnEpoch | None) -> None:
+        self._path = path
+        self._on_epoch = on_epoch
+
+    def __call__(self, report: EpochReport) -> bool:
+        """Append a line; return whether training shall stop."""
+        self._put("a", [report])
+        return bool(self._on_epoch(report)) if self._on_epoch is not None else False
+
+    def complete(self, reports: list[EpochReport]) -> None:
+        """Write all lines anew: a run that was killed may have told an epoch twice, or not at all."""
+        self._put("w", reports)
+
+    def _put(self, mode: str, reports: list[EpochReport]) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open(mode, encoding="utf-8") as file:
+                file.writelines(report.model_dump_json() + "\n" for report in reports)
+        except OSError as error:
+            raise UnavailableError(f"{self._path} cannot be written ({error.strerror}); free some space") from error
+
+
+def _fit_alone(
+    settings: TrainersSettings,
+    plan: DataPlan,
+    store: Store,
+    run_dir: Path,
+    policy: Policy,
+    log: Callable[[EpochReport], bool],
+    initial_weights: dict[str, NDArray[Any]] | None,
+) -> TrainedModel:
+    if settings.num_workers > 1:
+        raise ConfigError(
+            f"trainers.num_workers is {settings.num_workers}, and more than one worker needs Ray; "
+            "set trainers.num_workers=1 to train without it"
+        )
+    return train(
+        settings,
+        plan.open(store, settings.side_px),
+        store.taxonomy,
+        on_epoch=log,
+        workers=SingleWorker(run_dir, settings.use_gpu),
+        policy=policy,
+        initial_weights=initial_weights,
+    )
+
+
+def _write(
+    store: Store,
+    settings: TrainersSettings,
+    dataset: DatasetVersion,
+    plan: DataPlan,
+    policy: Policy,
+    trained: TrainedModel,
+    start_from: Bundle | None,
+) -> Bundle:
+    taxonomy = store.taxonomy
+    with compute_threads(trained.num_threads):
+        val, calibration_side = (_answer(store, dataset, side, trained) for side in FITTED_ON)
+        golden_inputs = golden_pictures(trained.geometry)
+        golden: dict[str, NDArray[Any]] = {
+            "inputs": golden_inputs,
+            "logits": reference_logits(trained.network, golden_inputs, trained.geometry),
+        }
+    calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
+    operating = _operating_points(calibration_side, calibration, taxonomy)
+    recipe = MODELS[settings.model]
+    counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
+    document = BundleDocument(
+        taxonomy=taxonomy,
+        taxonomy_hash=taxonomy.hash,
+        architecture=Architecture(name=settings.model, options=architecture_options(settings)),
+        geometry=trained.geometry,
+        class_priors={code: float(n / plan.num_train) for code, n in zip(taxonomy.codes, counts, strict=True)},
+        calibration=calibration,
+        operating=operating,
+        dataset_id=dataset.id,
+        parent_model_id=start_from.id if start_from is not None else None,
+        config=settings.model_dump(mode="json"),
+        code_version=version("relook"),
+        num_threads=trained.num_threads,
+        metrics={
+            "training": _training_facts(trained, policy, plan),
+            "val": _val_facts(val, calibration, operating, taxonomy),
+        },
+        explanation={"target_layer": recipe.target_layer, "gradcam": recipe.gradcam},
+    )
+    return write_bundle(store, document, trained.weights(), golden)
+
+
+def _answer(store: Store, dataset: DatasetVersion, side: Side, trained: TrainedModel) -> SideLogits:
+    if side not in FITTED_ON:
+        raise ContractError(f"fitting must not read the {side.value} side")
+    rows = dataset.side(side)
+    image_ids = [str(image_id) for image_id in rows["image_id"]]
+    pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
+    parts = [
+        reference_logits(
+            trained.network, pixels.take(np.arange(start, min(start + SCORING_BATCH, len(pixels)))), trained.geometry
+        )
+        for start in range(0, len(pixels), SCORING_BATCH)
+    ]
+    return SideLogits(
+        image_ids=image_ids,
+        group_ids=[str(group_id) for group_id in rows["group_id"]],
+        lesion_ids=[image.lesion_id for image in find_images(store, image_ids)],
+        labels=np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64),
+        logits=np.concatenate(parts),
+    )
+
+
+def _operating_points(side: SideLogits, calibration: Calibration, taxonomy: Taxonomy) -> OperatingPoints:
+    probabilities = apply_calibration(side.logits.astype(np.float64), calibration)
+    lesions = gather_lesions(side.image_ids, side.lesion_ids, side.labels, probabilities)
+    return fit_operating_points(lesions, probabilities, taxonomy)
+
+
+def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> dict[str, Any]:
+    """How the model came to be. Nothing here depends on the clock, so that equal runs give equal ids."""
+    return {
+        "epochs": len(trained.reports),
+        "best_epoch": trained.best_epoch,
+        "train_images": plan.num_train,
+        "val_images": len(plan.labels) - plan.num_train,
+        "augmentation": {"hash": policy.content_hash(), **policy.model_dump(mode="json")},
+    }
+
+
+def _val_facts(
+    val: SideLogits, calibration: Calibration, operating: OperatingPoints, taxonomy: Taxonomy
+) -> dict[str, Any]:
+    """Figures on the side that epoch, temperature and bias were chosen on; flattering by that much."""
+    predictions = SidePredictions(
+        model_id="",
+        image_ids=val.image_ids,
+        group_ids=val.group_ids,
+        lesion_ids=val.lesion_ids,
+        labels=val.labels,
+        logits=val.logits,
+        probabilities=apply_calibration(val.logits.astype(np.float64), calibration),
+        side=Side.VAL,
+    )
+    report = evaluate(predictions, taxonomy, operating)
+    return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "side_reads"})
+
+
+def _weights_of(
+    start_from: Bundle | None, settings: TrainersSettings, taxonomy: Taxonomy
+) -> dict[str, NDArray[Any]] | None:
+    if start_from is None:
+        return None
+    taxonomy.require_same(start_from.document.taxonomy_hash, f"model {start_from.id[:12]}")
+    architecture = start_from.document.architecture.name
+    if architecture != settings.model:
+        raise ConfigError(
+            f"trainers.model is {settings.model!r}, and model {start_from.id[:12]} to start from is {architecture!r}; "
+            f"set trainers.model={architecture}"
+        )
+    return start_from.weights()
+
+
+def _require_sides(dataset: DatasetVersion) -> None:
+    for side in (Side.TRAIN, *FITTED_ON):
+        if dataset.side(side).empty:
+            raise DataError(
+                f"dataset version {dataset.id[:12]} has no picture on the {side.value} side; import more lesions"
+            )
+
+
+def _decode(store: Store, dataset: DatasetVersion, side_px: int, progress: Progress | None) -> None:
+    """Decode all sides that fitting reads, in one pass."""
+    image_ids = [str(i) for side in (Side.TRAIN, *FITTED_ON) for i in dataset.side(side)["image_id"]]
+    PixelCache(store.home.cache, side_px).ensure(store, image_ids, progress)

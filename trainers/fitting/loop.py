@@ -1,0 +1,318 @@
+"""The training loop, in small named steps, on plain torch.
+
+In: settings, decoded pictures with labels, a taxonomy. Out: a `TrainedModel` with the weights of the
+epoch that validated best. The same loop runs alone and under Ray Train; it asks its `WorkerGroup`
+who it is. Everything random is a function of the seed, so a run that was killed and resumed ends
+with the same weights as one that was not (on equal hardware, threads and precision).
+
+It reads the train and val rows it is given. It does not calibrate, evaluate or write bundles.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from records.bundles import Geometry
+from records.ids import hash_of, sha256_hex
+from records.taxonomy import Taxonomy
+from trainers.augmentation import Augmenter, Policy, load_policy
+from trainers.augmentation.operations import Canvas
+from trainers.data.decode import DECODE_VERSION
+from trainers.fitting.checkpoints import Checkpoint, Identity, require_same_run
+from trainers.fitting.epoch_report import EpochReport, OnEpoch
+from trainers.fitting.feeding import Feeder
+from trainers.fitting.statistics import evenly_spaced, pixel_statistics
+from trainers.fitting.steps import Stepper, validate
+from trainers.fitting.training_data import TrainingData
+from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, threads_of
+from trainers.models import architecture_options, build_model
+from trainers.optimization.losses import LOSSES
+from trainers.optimization.optimizers import build_optimizer
+from trainers.optimization.schedulers import SCHEDULERS, build_scheduler
+from trainers.precision import resolve_precision
+from trainers.seeding import derive_seed
+from trainers.settings import TrainersSettings
+
+STATISTICS_PICTURES = 256
+"""Training pictures that batch norm's statistics are measured on after every epoch."""
+
+__all__ = ["EpochReport", "TrainedModel", "TrainingData", "train"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a run ends with.
+
+    Args:
+        network: in evaluation mode, on the CPU, with the weights of the best epoch.
+        geometry: how pictures become its input.
+        reports: of all epochs.
+        best_epoch: 1-based; the highest validation balanced accuracy, among equals the lowest loss.
+        num_threads: that each worker computed with.
+    """
+
+    network: nn.Module
+    geometry: Geometry
+    reports: list[EpochReport]
+    best_epoch: int
+    num_threads: int
+
+    @property
+    def best(self) -> EpochReport:
+        """The report of the best epoch."""
+        return self.reports[self.best_epoch - 1]
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """Return parameters and buffers by name, as arrays of their own."""
+        return {name: value.numpy().copy() for name, value in self.network.state_dict().items()}
+
+
+def train(
+    settings: TrainersSettings,
+    data: TrainingData,
+    taxonomy: Taxonomy,
+    *,
+    on_epoch: OnEpoch | None = None,
+    workers: WorkerGroup | None = None,
+    policy: Policy | None = None,
+    initial_weights: Mapping[str, NDArray[Any]] | None = None,
+) -> TrainedModel:
+    """Train a model, or go on with the run that the group holds a checkpoint of.
+
+    Args:
+        settings: of the trainers.
+        data: train and val pictures.
+        taxonomy: gives class order and the key class.
+        on_epoch: told of every epoch on rank 0, after its checkpoint is kept; True stops the run.
+        workers: the group; default: this process alone, without checkpoints.
+        policy: of augmentation; default: the one that the settings name.
+        initial_weights: parameters and buffers to start from, by name; default: drawn from the seed.
+    Returns:
+        The model after its best epoch.
+    Raises:
+        DivergedError: a loss or a logit is not finite (names the step and the pictures).
+        DataError: there is nothing to train on or to validate with.
+        ConfigError: a setting cannot work here.
+        RefusedError: the checkpoint belongs to another run.
+        IntegrityError: the initial weights do not fit the network.
+    """
+    data.require_usable(len(taxonomy.codes))
+    group = workers or SingleWorker(use_gpu=settings.use_gpu)
+    policy = policy or load_policy(settings.augmentation)
+    with compute_threads(threads_of(settings)), _own_random_state(group):
+        run = _Run(settings, data, taxonomy, group, policy, initial_weights)
+        while not run.finished:
+            report = run.next_epoch()
+            if on_epoch is not None:
+                stop = bool(on_epoch(report)) if group.rank == 0 else False
+                run.stop_if(any_of(group, stop))
+    return trained_model(run.checkpoint(), settings, taxonomy)
+
+
+def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: Taxonomy) -> TrainedModel:
+    """Rebuild what a run ended with from its last checkpoint.
+
+    Args:
+        checkpoint: after at least one epoch.
+        settings: of the run.
+        taxonomy: of the run.
+    Returns:
+        The model after its best epoch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(settings.model, len(taxonomy.codes), **architecture_options(settings))
+    network.load_state_dict(checkpoint.best)
+    network.eval().requires_grad_(False)
+    reports = checkpoint.epoch_reports()
+    geometry = Geometry(
+        side_px=settings.side_px,
+        scaling=settings.scaling,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        decode_version=DECODE_VERSION,
+    )
+    return TrainedModel(network, geometry, reports, best_epoch_of(reports), threads_of(settings))
+
+
+def best_epoch_of(reports: list[EpochReport]) -> int:
+    """Return the epoch that validated best, 1-based; among equal balanced accuracies the lowest loss."""
+    return max(reports, key=lambda report: (report.val_balanced_accuracy, -report.val_loss, -report.epoch)).epoch
+
+
+class _Run:
+    """A run between its first epoch and its last."""
+
+    def __init__(
+        self,
+        settings: TrainersSettings,
+        data: TrainingData,
+        taxonomy: Taxonomy,
+        group: WorkerGroup,
+        policy: Policy,
+        initial_weights: Mapping[str, NDArray[Any]] | None,
+    ) -> None:
+        self._settings = settings
+        self._data = data
+        self._taxonomy = taxonomy
+        self._group = group
+        self._identity = _identity(settings, data, taxonomy, policy, initial_weights)
+        found = group.load()
+        if found is not None:
+            require_same_run(found, self._identity)
+        self._reports = found.epoch_reports() if found else []
+        self._stopped = found.finished if found else False
+        mean, std = (found.mean, found.std) if found else pixel_statistics(data.pixels, data.train_index)
+        self._geometry = Geometry(side_px=settings.side_px, scaling=settings.scaling, mean=mean, std=std)
+        augmenter = Augmenter(policy, Canvas(settings.side_px, _to_bytes(mean)))
+        self._feeder = Feeder(
+            data.pixels,
+            data.labels,
+            data.image_ids,
+            data.train_index,
+            augmenter,
+            settings,
+            rank=group.rank,
+            world_size=group.world_size,
+        )
+        measured = evenly_spaced(data.train_index, STATISTICS_PICTURES)
+        self._statistics_rows = measured[group.rank :: group.world_size]
+        self._network = self._build_network(initial_weights)
+        self._optimizer = build_optimizer(self._network, settings)
+        self._scheduler = build_scheduler(self._optimizer, settings, self._feeder.steps_per_epoch)
+        self._best = _copy_to_cpu(self._network)
+        if found:
+            self._restore(found)
+        self._stepper = Stepper(
+            group.wrap(self._network),
+            self._optimizer,
+            self._scheduler if SCHEDULERS[settings.scheduler].moves == "step" else None,
+            LOSSES[settings.loss].factory(settings),
+            self._geometry,
+            resolve_precision(settings.precision, str(group.device)),
+            group.device,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no epoch left to do."""
+        return self._stopped or len(self._reports) >= self._settings.epochs
+
+    def next_epoch(self) -> EpochReport:
+        """Train and validate one epoch, keep the best weights, keep a checkpoint."""
+        epoch = len(self._reports)
+        started = time.perf_counter()
+        torch.manual_seed(derive_seed(self._settings.seed, epoch, self._group.rank, "torch"))
+        train_loss = self._stepper.train_epoch(self._feeder.epoch(epoch), self._data.image_ids, self._group)
+        trained = time.perf_counter()
+        self._stepper.refresh_statistics(self._data.pixels, self._statistics_rows)
+        self._group.average_buffers(self._network)
+        scores = validate(self._stepper, self._data, self._taxonomy, self._group)
+        self._move_scheduler(scores.balanced_accuracy)
+        num_images = self._feeder.steps_per_epoch * self._settings.batch_size
+        report = EpochReport(
+            epoch=epoch + 1,
+            train_loss=train_loss,
+            val_loss=scores.loss,
+            val_balanced_accuracy=scores.balanced_accuracy,
+            val_accuracy=scores.accuracy,
+            key_class_sensitivity=scores.key_class_sensitivity,
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            images_per_s=num_images / max(trained - started, 1e-9),
+            seconds=time.perf_counter() - started,
+        )
+        self._take_in(report)
+        self._group.save(self.checkpoint())
+        return report
+
+    def stop_if(self, stop: bool) -> None:
+        """End the run early if asked to, and remember it."""
+        if stop and not self.finished:
+            self._stopped = True
+            self._group.save(self.checkpoint())
+
+    def checkpoint(self) -> Checkpoint:
+        """Return everything that is needed to go on from here."""
+        return Checkpoint(
+            identity=self._identity,
+            reports=[report.model_dump() for report in self._reports],
+            network=self._network.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            scheduler=self._scheduler.state_dict(),
+            best=self._best,
+            mean=self._geometry.mean,
+            std=self._geometry.std,
+            finished=self.finished,
+        )
+
+    def _take_in(self, report: EpochReport) -> None:
+        self._reports.append(report)
+        best_epoch = best_epoch_of(self._reports)
+        if best_epoch == report.epoch:
+            self._best = _copy_to_cpu(self._network)
+        patience = self._settings.early_stop_patience_epochs
+        if patience is not None and report.epoch - best_epoch >= patience:
+            self._stopped = True
+
+    def _move_scheduler(self, score: float) -> None:
+        moves = SCHEDULERS[self._settings.scheduler].moves
+        if moves == "epoch":
+            self._scheduler.step()
+        elif moves == "score":
+            self._scheduler.step(score)  # type: ignore[arg-type]
+
+    def _build_network(self, initial_weights: Mapping[str, NDArray[Any]] | None) -> nn.Module:
+        torch.manual_seed(derive_seed(self._settings.seed, "network"))
+        options = architecture_options(self._settings)
+        network = build_model(self._settings.model, len(self._taxonomy.codes), **options)
+        if initial_weights is not None:
+            from trainers.inference.loaded import load_weights
+
+            load_weights(network, dict(initial_weights), "to start from")
+        return network.to(self._group.device).to(memory_format=torch.channels_last)
+
+    def _restore(self, found: Checkpoint) -> None:
+        self._network.load_state_dict(found.network)
+        self._optimizer.load_state_dict(found.optimizer)
+        self._scheduler.load_state_dict(found.scheduler)
+        self._best = found.best
+
+
+def _identity(
+    settings: TrainersSettings,
+    data: TrainingData,
+    taxonomy: Taxonomy,
+    policy: Policy,
+    initial_weights: Mapping[str, NDArray[Any]] | None,
+) -> Identity:
+    start = {name: sha256_hex(np.ascontiguousarray(value).tobytes()) for name, value in (initial_weights or {}).items()}
+    return Identity(
+        recipe_hash=settings.recipe_hash(),
+        policy_hash=policy.content_hash(),
+        taxonomy_hash=taxonomy.hash,
+        data_hash=data.content_hash(),
+        start_hash=hash_of(start),
+    )
+
+
+def _copy_to_cpu(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in network.state_dict().items()}
+
+
+def _to_bytes(mean: tuple[float, float, float]) -> tuple[float, float, float]:
+    red, green, blue = (round(255.0 * channel) for channel in mean)
+    return (float(red), float(green), float(blue))
+
+
+@contextmanager
+def _own_random_state(group: WorkerGroup) -> Iterator[None]:
+    """Keep torch's global generator as the caller left it."""
+    devices = [group.device] if group.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,254 @@
+"""The steps of an epoch: train on batches, watch the loss, score the validation pictures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from records.bundles import Geometry
+from records.errors import DivergedError
+from records.taxonomy import Taxonomy
+from trainers.evaluation.metrics import balanced_accuracy, class_rates, confusion_matrix
+from trainers.fitting.feeding import Batch, PixelSource
+from trainers.fitting.workers import WorkerGroup, mean_over
+from trainers.optimization.samplers import IntArray
+from trainers.precision import Precision, autocast
+from trainers.preprocess import scale_pixels, to_tensor
+
+if TYPE_CHECKING:
+    from trainers.fitting.training_data import TrainingData
+    from trainers.optimization.losses import LossFunction
+
+SCORING_BATCH = 128
+NAMED_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class ValidationScores:
+    """How the network does on val.
+
+    Args:
+        loss: mean cross-entropy.
+        balanced_accuracy: over the classes that val has.
+        accuracy: share of right answers.
+        key_class_sensitivity: None without a key class, or without its pictures.
+    """
+
+    loss: float
+    balanced_accuracy: float
+    accuracy: float
+    key_class_sensitivity: float | None
+
+
+class Stepper:
+    """Everything one step touches.
+
+    Args:
+        network: wrapped for the group, on the device.
+        optimizer: over its parameters.
+        scheduler: moved after every step; None if it moves by epoch.
+        loss: logits [N, C] and labels [N] -> mean.
+        geometry: how pictures become input.
+        precision: of the forward pass.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        loss: "LossFunction",
+        geometry: Geometry,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self._network = network
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._loss = loss
+        self._geometry = geometry
+        self._precision = precision
+        self._device = device
+
+    def train_epoch(self, batches: Iterable[Batch], image_ids: list[str], group: WorkerGroup) -> float:
+        """Take one optimizer step per batch.
+
+        Args:
+            batches: this worker's share of every step.
+            image_ids: of the training data, for messages.
+            group: to average the loss over.
+        Returns:
+            The mean loss of the epoch over all workers.
+        Raises:
+            DivergedError: a loss is not finite.
+        """
+        self._network.train()
+        watch = LossWatch(image_ids)
+        for batch in batches:
+            watch.add(self.train_step(batch), batch)
+        return mean_over(group, watch.mean())
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """Take one optimizer step.
+
+        Args:
+            batch: this worker's share.
+        Returns:
+            The loss, detached, on the device.
+        """
+        labels = torch.from_numpy(batch.labels).to(self._device)
+        loss = self._loss(self._logits(batch.pixels), labels)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        return loss.detach()
+
+    def refresh_statistics(self, pixels: PixelSource, rows: IntArray) -> None:
+        """Measure what batch norm uses in evaluation anew, on pictures as they are, with the weights as they are.
+
+        The running means of training trail behind the weights and describe augmented, resampled pictures; after
+        the few steps of a small dataset they are nowhere near (Wu and Johnson 2021 call this precise batch norm).
+
+        Args:
+            pixels: decoded pictures.
+            rows: [n] this worker's share of the pictures to measure on; with fewer than 2, nothing changes.
+        """
+        norms = [module for module in self._network.modules() if isinstance(module, _BatchNorm)]
+        if not norms or len(rows) < 2:
+            return
+        self._network.eval()
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over the batches below
+            norm.train()
+        # Batches of one size, so that every picture counts the same.
+        num_batches = -(-len(rows) // SCORING_BATCH)
+        with torch.no_grad():
+            for part in np.array_split(rows, num_batches):
+                self._logits(pixels.take(part))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+    def score(self, pixels: PixelSource, rows: IntArray) -> NDArray[np.float32]:
+        """Compute logits without augmentation, in evaluation mode.
+
+        Args:
+            pixels: decoded pictures.
+            rows: [n] which of them.
+        Returns:
+            [n, C].
+        """
+        self._network.eval()
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(rows), SCORING_BATCH):
+                logits = self._logits(pixels.take(rows[start : start + SCORING_BATCH]))
+                parts.append(logits.cpu().numpy())
+        return np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
+
+    def _logits(self, pixels: NDArray[np.uint8]) -> Tensor:
+        inputs = scale_pixels(to_tensor(pixels).to(self._device, non_blocking=True), self._geometry)
+        with autocast(self._precision, str(self._device)):
+            logits: Tensor = self._network(inputs)
+        return logits.float()
+
+
+class LossWatch:
+    """Sums losses and notices the first that is not finite, one step late so that a GPU never waits.
+
+    Args:
+        image_ids: of the training data.
+    """
+
+    def __init__(self, image_ids: list[str]) -> None:
+        self._image_ids = image_ids
+        self._total = 0.0
+        self._steps = 0
+        self._pending: tuple[Tensor, Batch] | None = None
+
+    def add(self, loss: Tensor, batch: Batch) -> None:
+        """Take in the loss of a step and look at the one before.
+
+        Args:
+            loss: a scalar.
+            batch: what it was computed on.
+        Raises:
+            DivergedError: the loss before is not finite.
+        """
+        self._settle()
+        self._pending = (loss, batch)
+
+    def mean(self) -> float:
+        """Return the mean loss so far.
+
+        Returns:
+            A finite number.
+        Raises:
+            DivergedError: the last loss is not finite.
+        """
+        self._settle()
+        return self._total / max(self._steps, 1)
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        loss, batch = self._pending
+        self._pending = None
+        self._steps += 1
+        value = float(loss)
+        if not np.isfinite(value):
+            named = [self._image_ids[row] for row in batch.rows[:NAMED_PICTURES]]
+            more = f" and {len(batch.rows) - len(named)} more" if len(batch.rows) > len(named) else ""
+            raise DivergedError(
+                f"the loss is {value} at step {self._steps} of the epoch, on pictures {', '.join(named)}{more}; "
+                "lower trainers.learning_rate, or look at these pictures"
+            )
+        self._total += value
+
+
+def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: WorkerGroup) -> ValidationScores:
+    """Score the val pictures, each worker its share, and bring the answers together.
+
+    Args:
+        stepper: with the network.
+        data: whose val rows are read.
+        taxonomy: names the key class.
+        group: shares the work.
+    Returns:
+        The scores, equal on every worker.
+    Raises:
+        DivergedError: a logit is not finite.
+    """
+    rows, labels = data.val_index, data.labels[data.val_index]
+    num_classes = len(taxonomy.codes)
+    own = stepper.score(data.pixels, rows[group.rank :: group.world_size])
+    logits = np.empty((len(rows), num_classes), dtype=np.float32)
+    for rank, part in enumerate(group.gather(own)):
+        logits[rank :: group.world_size] = part.reshape(-1, num_classes)
+    if not np.isfinite(logits).all():
+        row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
+        raise DivergedError(
+            f"the network's answer for val picture {data.image_ids[rows[row]]} is not finite; "
+            "lower trainers.learning_rate"
+        )
+    confusion = confusion_matrix(labels, logits.argmax(axis=1), num_classes)
+    key_class = taxonomy.key_class
+    sensitivity = class_rates(confusion).sensitivity[taxonomy.index_of(key_class.code)] if key_class else np.nan
+    return ValidationScores(
+        loss=float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean()),
+        balanced_accuracy=float(balanced_accuracy(confusion)),
+        accuracy=float((logits.argmax(axis=1) == labels).mean()),
+        key_class_sensitivity=None if np.isnan(sensitivity) else float(sensitivity),
+    )

@@ -1,0 +1,136 @@
+"""What a run is given: which pictures it trains on, which it validates with, and their decoded pixels.
+
+A `DataPlan` names pictures and labels and travels to any node; `open` turns it there into
+`TrainingData`, decoding what that node has not decoded yet. A plan holds the train and val sides of a
+dataset version and nothing else.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from records.errors import ContractError, DataError
+from records.ids import sha256_hex
+from records.taxonomy import Taxonomy
+from records.types import Side
+from trainers.fitting.feeding import PixelSource
+from trainers.optimization.samplers import IntArray
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from records.datasets import DatasetVersion
+    from records.store import Store
+
+FITTING_SIDES = (Side.TRAIN, Side.VAL)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Pictures with labels, and which of them are trained on and validated with.
+
+    Args:
+        pixels: N decoded pictures of the side that the settings name.
+        image_ids: [N] picture ids.
+        labels: [N] class indices.
+        train_index: [n] rows to train on.
+        val_index: [m] rows to validate with; no row is in both.
+    """
+
+    pixels: PixelSource
+    image_ids: list[str] = field(repr=False)
+    labels: IntArray = field(repr=False)
+    train_index: IntArray = field(repr=False)
+    val_index: IntArray = field(repr=False)
+
+    def require_usable(self, num_classes: int) -> None:
+        """Refuse data that a run cannot use.
+
+        Args:
+            num_classes: C.
+        Raises:
+            ContractError: lengths or class indices do not fit, or a row is on both sides.
+            DataError: one of the two sides is empty.
+        """
+        if not len(self.pixels) == len(self.image_ids) == len(self.labels):
+            raise ContractError(
+                f"{len(self.pixels)} pictures, {len(self.image_ids)} ids and {len(self.labels)} labels do not match"
+            )
+        if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < num_classes):
+            raise ContractError(f"labels must be class indices from 0 to {num_classes - 1}")
+        if np.intersect1d(self.train_index, self.val_index).size:
+            raise ContractError("a picture is both trained on and validated with")
+        for name, index in (("train", self.train_index), ("val", self.val_index)):
+            if not len(index):
+                raise DataError(f"the dataset has no picture on the {name} side; label or import more pictures first")
+
+    def content_hash(self) -> str:
+        """Return the hash of which pictures are trained on and validated with, and their labels; 64 hex characters."""
+        lines = [
+            f"{side}:{self.image_ids[row]}:{self.labels[row]}"
+            for side, index in (("train", self.train_index), ("val", self.val_index))
+            for row in index
+        ]
+        return sha256_hex("\n".join(lines).encode())
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The pictures of a run, without their pixels.
+
+    Args:
+        image_ids: [N] picture ids, train before val, each in order of id.
+        labels: [N] class indices.
+        num_train: n; the first n are trained on.
+    """
+
+    image_ids: list[str] = field(repr=False)
+    labels: IntArray = field(repr=False)
+    num_train: int
+
+    def open(self, store: "Store", side_px: int, progress: "Progress | None" = None) -> TrainingData:
+        """Decode what this node has not decoded yet, and map the pixels.
+
+        Args:
+            store: with the pictures.
+            side_px: S.
+            progress: a bar is added to it.
+        Returns:
+            The data, ready to train on.
+        Raises:
+            DataError: a picture cannot be read.
+        """
+        from trainers.data.cache import PixelCache
+
+        cache = PixelCache(store.home.cache, side_px)
+        cache.ensure(store, self.image_ids, progress)
+        rows = np.arange(len(self.image_ids), dtype=np.int64)
+        return TrainingData(
+            pixels=cache.rows(self.image_ids),
+            image_ids=self.image_ids,
+            labels=self.labels,
+            train_index=rows[: self.num_train],
+            val_index=rows[self.num_train :],
+        )
+
+
+def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy) -> DataPlan:
+    """Read the train and val sides of a dataset version.
+
+    Args:
+        dataset: the version.
+        taxonomy: that its labels belong to.
+    Returns:
+        The plan.
+    Raises:
+        TaxonomyError: the version was made with another taxonomy.
+    """
+    taxonomy.require_same(dataset.taxonomy_hash, f"dataset version {dataset.id[:12]}")
+    train, val = (dataset.side(side) for side in FITTING_SIDES)
+    codes = [*train["label"], *val["label"]]
+    return DataPlan(
+        image_ids=[*train["image_id"], *val["image_id"]],
+        labels=np.array([taxonomy.index_of(code) for code in codes], dtype=np.int64),
+        num_train=len(train),
+    )

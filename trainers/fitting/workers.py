@@ -1,0 +1,132 @@
+"""Who computes: the loop's view of the processes that train together.
+
+The loop asks its group for its rank, a device, a wrapped network, gathered arrays and a place for
+checkpoints, and knows nothing else of where it runs. `SingleWorker` is one process with a folder;
+`trainers.fitting.distributed` has the group that Ray Train starts.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from trainers.settings import TrainersSettings
+
+
+class WorkerGroup(Protocol):
+    """Processes that share every batch. All of them call the same methods in the same order."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Return the network with gradients averaged over the group."""
+        ...
+
+    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return every worker's array, in order of rank, on every worker."""
+        ...
+
+    def average_buffers(self, network: nn.Module) -> None:
+        """Make the running statistics of batch norm the same on every worker."""
+        ...
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint, replacing the one before."""
+        ...
+
+    def load(self) -> Checkpoint | None:
+        """Return the latest checkpoint, or None at the start of a run."""
+        ...
+
+
+class SingleWorker:
+    """A group of one.
+
+    Args:
+        run_dir: where the checkpoint goes; None keeps none, and the run cannot be resumed.
+        use_gpu: as in the settings.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, run_dir: Path | None = None, use_gpu: Literal["auto"] | bool = "auto") -> None:
+        self.device = choose_device(use_gpu)
+        self._path = run_dir / "checkpoint.pt" if run_dir is not None else None
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Return the network as it is."""
+        return network
+
+    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return the one array."""
+        return [array]
+
+    def average_buffers(self, network: nn.Module) -> None:
+        """Do nothing: there is one set of statistics."""
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint to the run's folder, if there is one."""
+        if self._path is not None:
+            save_checkpoint(checkpoint, self._path)
+
+    def load(self) -> Checkpoint | None:
+        """Return the checkpoint of the run's folder, if there is one."""
+        if self._path is None or not self._path.is_file():
+            return None
+        return load_checkpoint(self._path)
+
+
+def choose_device(use_gpu: Literal["auto"] | bool) -> torch.device:
+    """Return where one process computes.
+
+    Args:
+        use_gpu: `auto` takes a GPU if torch sees one.
+    Returns:
+        `cuda` or `cpu`.
+    Raises:
+        ConfigError: a GPU is demanded and there is none.
+    """
+    from records.errors import ConfigError
+
+    available = torch.cuda.is_available()
+    if use_gpu is True and not available:
+        raise ConfigError("trainers.use_gpu is true, but torch sees no GPU here; set it to auto or false")
+    return torch.device("cuda" if available and use_gpu is not False else "cpu")
+
+
+def threads_of(settings: TrainersSettings) -> int:
+    """Return how many CPU threads one worker computes with."""
+    if settings.threads_per_worker is not None:
+        return settings.threads_per_worker
+    return max(1, len(os.sched_getaffinity(0)) // settings.num_workers)
+
+
+@contextmanager
+def compute_threads(num_threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside the block, and as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def mean_over(group: WorkerGroup, value: float) -> float:
+    """Return the mean of a number over the group."""
+    return float(np.mean(np.concatenate(group.gather(np.array([value], dtype=np.float64)))))
+
+
+def any_of(group: WorkerGroup, flag: bool) -> bool:
+    """Return on every worker whether one of them said yes."""
+    return bool(np.concatenate(group.gather(np.array([flag]))).any())

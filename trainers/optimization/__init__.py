@@ -1,0 +1,1 @@
+"""What a run chooses for its learning: optimizers, schedules, losses and samplers, each a registry of records."""
