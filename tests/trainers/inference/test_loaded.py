@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from captum.attr import LayerGradCam
 
-from records.bundles import Bundle, Calibration
+from records.bundles import Bundle, Calibration, write_bundle
 from records.errors import ConfigError, ContractError, IntegrityError
 from trainers.calibration.scaling import apply_calibration
 from trainers.inference.loaded import load_model, load_weights, reference_logits
@@ -63,6 +64,29 @@ def test_bf16_stays_within_its_stated_tolerance(random_bundle):
     assert model.check_golden() > 0
     assert output.logits.dtype == np.float32
     assert np.isfinite(output.maps).all()
+
+
+@pytest.fixture
+def sensitive_bundle(random_bundle, model_store, make_network):
+    """A sound model whose last feature map is a small difference of large numbers, which bf16 cannot hold."""
+    bundle, network = random_bundle("custom_cnn"), make_network("custom_cnn", 7, 0)
+    with torch.no_grad():
+        network.features.classifier.bias += 1000
+        network.head.norm.running_mean += 1000
+    inputs = bundle.golden()["inputs"]
+    golden = {"inputs": inputs, "logits": reference_logits(network, inputs, bundle.document.geometry)}
+    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+    return write_bundle(model_store, bundle.document, weights, golden)
+
+
+def test_auto_takes_fp32_for_a_model_that_bf16_would_change(sensitive_bundle, random_bundle, monkeypatch):
+    monkeypatch.setattr("trainers.precision.has_native_bf16", lambda device: True)
+    assert load_model(random_bundle("custom_cnn")).precision == "bf16"
+    model = load_model(sensitive_bundle)
+    assert model.precision == "fp32"
+    assert model.check_golden() < 1e-2
+    with pytest.raises(IntegrityError, match="allowed in bf16"):
+        load_model(sensitive_bundle, precision="bf16").check_golden()
 
 
 @pytest.mark.parametrize("name", ["custom_cnn", "resnet18"])
