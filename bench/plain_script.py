@@ -89,11 +89,9 @@ def main() -> None:
     torch.manual_seed(0)
     rows = list(csv.DictReader(options.table.open()))
     classes = sorted({row["label"] for row in rows})
-    train = Pictures(
-        [r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True)
-    )
+    train = Pictures([r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True))
     counts = np.bincount(train.labels, minlength=len(classes))
-    weights = torch.tensor((counts ** -0.5)[train.labels])
+    weights = torch.tensor((counts**-0.5)[train.labels])
     loader = DataLoader(
         train,
         batch_size=options.batch,
@@ -122,7 +120,8 @@ def main() -> None:
                 break
         if options.max_steps and seen >= options.max_steps * options.batch:
             break
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {seen / (time.perf_counter() - began):.1f} img/s", flush=True)
+        rate = seen / (time.perf_counter() - began)
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {rate:.1f} img/s", flush=True)
     seconds = time.perf_counter() - began
     figures = {"model": options.model, "images_s": seen / seconds, "train_seconds": seconds}
     figures["cpu_minutes_main_process"] = (time.process_time() - cpu_began) / 60

@@ -1,6 +1,6 @@
 """Write which picture lies on which side of a dataset version, for scripts that know nothing of Relook.
 
-    .venv/bin/python bench/sides.py DATASET_ID PICTURES_DIR > sides.csv
+.venv/bin/python bench/sides.py DATASET_ID PICTURES_DIR > sides.csv
 """
 
 import argparse
