@@ -55,7 +55,8 @@ def replacement_order(heat_map: NDArray[np.floating], side_px: int, generator: n
         [S * S] indices into the picture's pixels, row by row.
     """
     strength = resized_strength(heat_map, side_px, side_px).ravel()
-    return np.lexsort((generator.random(len(strength)), -strength))
+    order: IntArray = np.lexsort((generator.random(len(strength)), -strength))
+    return order
 
 
 def replacement_curve(
