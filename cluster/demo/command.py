@@ -56,14 +56,15 @@ def reopen_demo(settings: Settings, *, as_json: bool) -> None:
 
 
 def _show(running: Running, as_json: bool) -> None:
-    emit(as_json, running.summary, _ending(running))
-    if sys.stdin.isatty() and stderr.is_terminal:
+    stays = sys.stdin.isatty() and stderr.is_terminal
+    emit(as_json, running.summary, _ending(running, stays))
+    if stays:
         _stay_until_q(running)
 
 
-def _ending(running: Running) -> Group:
+def _ending(running: Running, stays: bool) -> Group:
     summary = running.summary
-    return Group(_rounds_table(summary), _facts_table(summary), _next_steps(running))
+    return Group(_rounds_table(summary), _facts_table(summary), _next_steps(running, stays))
 
 
 def _rounds_table(summary: DemoSummary) -> Table:
@@ -101,20 +102,26 @@ def _facts_table(summary: DemoSummary) -> Table:
     return table
 
 
-def _next_steps(running: Running) -> Panel:
+def _next_steps(running: Running, stays: bool) -> Panel:
     prediction = running.summary.trace.get("prediction_id", "PREDICTION_ID")
-    lines = [
-        f"page and API     {running.service.url}",
-        f"Label Studio     {running.label_studio.url}  user {running.label_studio.username}  password: see below",
-        "",
-        "what to try next",
-        f"  relook trace {prediction}",
-        "  relook models",
-        "  relook demo --reopen            look around in this demo again",
-        "  relook demo --expert human      answer the questions yourself",
-        "  relook demo --data DIR          the same on your own pictures",
-    ]
-    return Panel("\n".join(lines), title="still here", border_style="cyan", expand=False)
+    # As it was typed, so that the lines can be copied whether or not the environment is activated.
+    relook = sys.argv[0] if Path(sys.argv[0]).name == "relook" else "relook"
+    steps = {
+        f"trace {prediction}": "the way of the flagged picture",
+        "models": "every model, and which one answers",
+        "demo --reopen": "look around in this demo again",
+        "demo --expert human": "answer the questions yourself",
+        "demo --data DIR": "the same on your own pictures",
+    }
+    lines = [f"{relook} {verb:<40} {what}" for verb, what in steps.items()]
+    if stays:
+        asked = running.label_studio
+        addresses = [
+            f"page and API     {running.service.url}",
+            f"Label Studio     {asked.url}  user {asked.username}  password: see below",
+        ]
+        lines = [*addresses, "", *lines]
+    return Panel("\n".join(lines), title="still here" if stays else "what to try next", border_style="cyan", expand=False)
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:
