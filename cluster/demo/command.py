@@ -121,7 +121,8 @@ def _next_steps(running: Running, stays: bool) -> Panel:
             f"Label Studio     {asked.url}  user {asked.username}  password: see below",
         ]
         lines = [*addresses, "", *lines]
-    return Panel("\n".join(lines), title="still here" if stays else "what to try next", border_style="cyan", expand=False)
+    title = "still here" if stays else "what to try next"
+    return Panel("\n".join(lines), title=title, border_style="cyan", expand=False)
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:
