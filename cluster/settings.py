@@ -111,7 +111,7 @@ class DemoSettings(RoomSettings):
 
     synth_lesions: int = Field(default=700, ge=70, description="lesions to generate when no data are given, count")
     fit_images: int = Field(
-        default=24_000,
+        default=60_000,
         ge=1,
         description="training pictures shown in one fit at most; on more data the demo trains fewer epochs, pictures",
     )
