@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from records.erasure import erased_ids
 from records.errors import IntegrityError, UnknownIdError
 from records.ids import new_id, utc_now
 from records.labelled import draw_sides, expert_labels, read_known
@@ -126,13 +127,14 @@ def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
         store: with the ledger and the files.
         dataset_id: id or prefix.
     Returns:
-        The version, its file checked against its id.
+        The version, its file checked against its id, without the pictures that were erased since.
     Raises:
         UnknownIdError: nothing, or more than one version, has that id.
         IntegrityError: the manifest is missing, cannot be read, or was altered.
     """
     with store.ledger.read() as tx:
         found = [r for r in tx.find(DatasetRecord) if len(dataset_id) >= 8 and r.id.startswith(dataset_id)]
+        gone = erased_ids(tx)
     if len(found) != 1:
         problem = "no dataset version has" if not found else f"{len(found)} dataset versions share"
         raise UnknownIdError(
@@ -142,6 +144,8 @@ def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
     rows = read_manifest(store, record.id).to_pandas()
     if content_id(rows, record.taxonomy_hash) != record.id:
         raise IntegrityError(f"the manifest of dataset version {record.id[:12]} was altered; restore it from a backup")
+    if gone:
+        rows = rows[~rows["image_id"].isin(list(gone))].reset_index(drop=True)
     return DatasetVersion(record.id, record.taxonomy_hash, rows)
 
 
