@@ -3,9 +3,10 @@
     bundle.json           what it is: taxonomy, architecture, geometry, calibration, operating points
     weights.safetensors   its parameters and buffers
     golden.safetensors    generated pictures (`inputs`, uint8 [N, S, S, 3]) and its logits for them ([N, C])
+    suitability.safetensors   what tells pictures like the training ones from others; older bundles lack it
     report/               written later; not part of the id
 
-The id is the hash of the three files.
+The id is the hash of these files without the report.
 """
 
 import json
@@ -30,6 +31,8 @@ from records.types import ModelRecord, ModelStatus
 FORMAT_VERSION: Literal[1] = 1
 SERVED = (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
 DOCUMENT, WEIGHTS, GOLDEN = "bundle.json", "weights.safetensors", "golden.safetensors"
+SUITABILITY = "suitability.safetensors"
+"""The one file that a bundle may lack."""
 
 
 class _Part(BaseModel):
@@ -92,6 +95,29 @@ class OperatingPoints(_Part):
     )
 
 
+class QualityLimits(_Part):
+    """Limits of picture quality, on the pixels that the model sees; see `trainers.inference.suitability`."""
+
+    min_side_px: int = Field(gt=0, description="shorter side of a picture as it was sent")
+    lightness_median: float = Field(description="mean CIE lightness of a picture, 0 to 255")
+    min_lightness: float
+    max_lightness: float
+    sharpness_median: float = Field(description="log(1 + deviation of the Laplacian)")
+    min_sharpness: float
+    fine_share_median: float = Field(description="sharpness less log(1 + deviation of the gradient)")
+    min_fine_share: float
+    distance_median: float = Field(description="of colour and texture to the training pictures")
+    max_distance: float
+
+
+class SuitabilityLimits(_Part):
+    """Which pictures the model should not be asked about."""
+
+    ood_threshold: float = Field(gt=0, description="distance of the features; above it: out of distribution")
+    ood_max_refused: float = Field(ge=0, le=1, description="share of val that the threshold was allowed to refuse")
+    quality: QualityLimits
+
+
 class BundleDocument(_Part):
     """bundle.json."""
 
@@ -103,6 +129,9 @@ class BundleDocument(_Part):
     class_priors: dict[str, float] = Field(description="share of each class among the training pictures")
     calibration: Calibration
     operating: OperatingPoints = OperatingPoints()
+    suitability: SuitabilityLimits | None = Field(
+        default=None, description="empty in bundles made before it was fitted"
+    )
     dataset_id: str
     parent_model_id: str | None = Field(default=None, description="the model it was warm-started from")
     config: dict[str, Any] = Field(description="the settings of trainers that made it")
@@ -128,12 +157,17 @@ class Bundle:
         """Return `inputs` (uint8 [N, S, S, 3]) and `logits` (float32 [N, C]) of generated pictures."""
         return load_file(self.path / GOLDEN)
 
+    def suitability(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        """Return the arrays that pictures are compared with; None if the bundle has none."""
+        return load_file(self.path / SUITABILITY) if (self.path / SUITABILITY).is_file() else None
+
 
 def write_bundle(
     store: Store,
     document: BundleDocument,
     weights: Mapping[str, np.ndarray[Any, Any]],
     golden: Mapping[str, np.ndarray[Any, Any]],
+    suitability: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> Bundle:
     """Write a bundle under the home folder; nothing is registered or served by this.
 
@@ -142,12 +176,15 @@ def write_bundle(
         document: bundle.json.
         weights: parameters and buffers by name.
         golden: `inputs` and `logits`.
+        suitability: arrays that belong to the document's `suitability`; None if it has none.
     Returns:
         The bundle; writing the same content again gives the same bundle.
     Raises:
-        ContractError: the document holds a number that is not finite.
+        ContractError: the document holds a number that is not finite, or its `suitability` has no arrays.
         IntegrityError: the bundle exists already and was altered.
     """
+    if (document.suitability is None) != (suitability is None):
+        raise ContractError("a bundle holds the limits and the arrays of suitability, or neither")
     try:
         text = json.dumps(document.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
     except ValueError as error:
@@ -158,6 +195,8 @@ def write_bundle(
         (temporary / DOCUMENT).write_text(text + "\n")
         save_file(_contiguous(weights), temporary / WEIGHTS)
         save_file(_contiguous(golden), temporary / GOLDEN)
+        if suitability is not None:
+            save_file(_contiguous(suitability), temporary / SUITABILITY)
         bundle_id = content_id(temporary)
         final = store.home.bundles / bundle_id
         _move(temporary, final)
@@ -201,7 +240,7 @@ def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
         raise IntegrityError(f"bundle {expected[:12]} was altered: its files hash to {actual[:12]}")
     try:
         document = BundleDocument.model_validate_json((path / DOCUMENT).read_text())
-        for name in (WEIGHTS, GOLDEN):
+        for name in (WEIGHTS, GOLDEN, *_optional(path)):
             load_file(path / name)
     except ValidationError as error:
         first = error.errors()[0]
@@ -211,6 +250,8 @@ def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
         raise IntegrityError(f"bundle {actual[:12]} cannot be read: {str(error).splitlines()[0]}") from error
     if document.taxonomy.hash != document.taxonomy_hash:
         raise IntegrityError(f"bundle {actual[:12]} names a taxonomy hash that its taxonomy does not have")
+    if (document.suitability is None) == bool(_optional(path)):
+        raise IntegrityError(f"bundle {actual[:12]} holds {DOCUMENT} and {SUITABILITY} that do not belong together")
     return Bundle(path, actual, document)
 
 
@@ -220,16 +261,20 @@ def content_id(path: Path) -> str:
     Args:
         path: the bundle's folder.
     Returns:
-        The hash over the three files' hashes, in fixed order.
+        The hash over the files' hashes, in fixed order.
     Raises:
         IntegrityError: a file is missing.
     """
     parts = []
-    for name in (DOCUMENT, WEIGHTS, GOLDEN):
+    for name in (DOCUMENT, WEIGHTS, GOLDEN, *_optional(path)):
         if not (path / name).is_file():
             raise IntegrityError(f"bundle {str(path)!r} is incomplete: {name} is missing")
         parts.append(f"{name}:{sha256_hex((path / name).read_bytes())}")
     return sha256_hex("\n".join(parts).encode())
+
+
+def _optional(path: Path) -> tuple[str, ...]:
+    return (SUITABILITY,) if (path / SUITABILITY).is_file() else ()
 
 
 def register(

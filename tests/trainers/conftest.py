@@ -62,7 +62,9 @@ def model_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     opened.close()
 
 
-def write_random_bundle(store: Store, name: str, seed: int = 0, side_px: int = 64, **changes: object) -> Bundle:
+def write_random_bundle(
+    store: Store, name: str, seed: int = 0, side_px: int = 64, arrays: dict | None = None, **changes: object
+) -> Bundle:
     taxonomy = store.taxonomy
     network = random_network(name, len(taxonomy.codes), seed)
     geometry = Geometry(side_px=side_px, mean=(0.7, 0.6, 0.5), std=(0.2, 0.25, 0.3))
@@ -82,7 +84,7 @@ def write_random_bundle(store: Store, name: str, seed: int = 0, side_px: int = 6
     ).model_copy(update=changes)
     weights = {key: value.numpy() for key, value in network.state_dict().items()}
     golden = {"inputs": pixels, "logits": reference_logits(network, pixels, geometry)}
-    return write_bundle(store, document, weights, golden)
+    return write_bundle(store, document, weights, golden, arrays)
 
 
 @pytest.fixture(scope="session")

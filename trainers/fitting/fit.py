@@ -29,6 +29,7 @@ from trainers.data.cache import PixelCache
 from trainers.evaluation.evaluate import SidePredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
+from trainers.fitting.suitability import Answers, answer_rows, suitability_of
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.inference.golden import golden_pictures
@@ -38,7 +39,6 @@ from trainers.optimization.samplers import IntArray
 from trainers.settings import TrainersSettings
 
 FITTED_ON = (Side.VAL, Side.CALIBRATION)
-SCORING_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ class SideLogits:
     group_ids: list[str]
     lesion_ids: list[str | None]
     labels: IntArray
-    logits: NDArray[np.float32]
+    answers: Answers
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """[N, C]"""
+        return self.answers.logits
 
 
 def fit(
@@ -173,6 +178,7 @@ def _write(
             "inputs": golden_inputs,
             "logits": reference_logits(trained.network, golden_inputs, trained.geometry),
         }
+        suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.answers)
     calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
     operating = _operating_points(calibration_side, calibration, taxonomy)
     recipe = MODELS[settings.model]
@@ -185,6 +191,7 @@ def _write(
         class_priors={code: float(n / plan.num_train) for code, n in zip(taxonomy.codes, counts, strict=True)},
         calibration=calibration,
         operating=operating,
+        suitability=suitability,
         dataset_id=dataset.id,
         parent_model_id=start_from.id if start_from is not None else None,
         config=settings.model_dump(mode="json"),
@@ -196,7 +203,7 @@ def _write(
         },
         explanation={"target_layer": recipe.target_layer, "gradcam": recipe.gradcam},
     )
-    return write_bundle(store, document, trained.weights(), golden)
+    return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
 
 
 def _answer(store: Store, dataset: DatasetVersion, side: Side, trained: TrainedModel) -> SideLogits:
@@ -204,19 +211,12 @@ def _answer(store: Store, dataset: DatasetVersion, side: Side, trained: TrainedM
         raise ContractError(f"fitting must not read the {side.value} side")
     rows = dataset.side(side)
     image_ids = [str(image_id) for image_id in rows["image_id"]]
-    pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
-    parts = [
-        reference_logits(
-            trained.network, pixels.take(np.arange(start, min(start + SCORING_BATCH, len(pixels)))), trained.geometry
-        )
-        for start in range(0, len(pixels), SCORING_BATCH)
-    ]
     return SideLogits(
         image_ids=image_ids,
         group_ids=[str(group_id) for group_id in rows["group_id"]],
         lesion_ids=[image.lesion_id for image in find_images(store, image_ids)],
         labels=np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64),
-        logits=np.concatenate(parts),
+        answers=answer_rows(trained, store, image_ids),
     )
 
 

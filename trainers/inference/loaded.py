@@ -26,6 +26,8 @@ from trainers.explanations.closed_form import ClosedForm, closed_form_of
 from trainers.explanations.gradients import head_gradcam
 from trainers.explanations.methods import METHODS
 from trainers.inference.fold import fold_batch_norm
+from trainers.inference.neighbours import pooled_features
+from trainers.inference.suitability import picture_checks_of
 from trainers.models import MODELS, build_model
 from trainers.precision import Precision, PrecisionChoice, autocast, resolve_precision
 from trainers.preprocess import check_pixels, scale_pixels, to_tensor
@@ -48,6 +50,9 @@ class BatchOutput:
     """[N, C], calibrated; NaN throughout a row whose logits are not finite"""
     maps: Float32Array | None
     """[N, C, h, w] Grad-CAM of every class, not negative; NaN for a row whose logits are not finite"""
+    ood_scores: FloatArray | None = None
+    """[N] distance from the training pictures, above 1 is out of distribution (see `inference.suitability`); NaN
+    for a row whose features are not finite; None if the bundle cannot tell"""
 
     @property
     def finite(self) -> NDArray[np.bool_]:
@@ -67,6 +72,7 @@ class LoadedModel:
         self._features = _prepared(network.get_submodule("features"), precision, device)
         self._head = network.get_submodule("head").to(device)
         self._closed_form: ClosedForm | None = closed_form_of(self._head)
+        self.checks = picture_checks_of(bundle)
         self.model_id = bundle.id
         self.precision: Precision = precision
 
@@ -106,9 +112,15 @@ class LoadedModel:
             features = self._feature_map(self._inputs(pixels))
             logits: Tensor = self._head(features)
             maps = self._maps(features, logits) if gradcam else None
+            pooled = pooled_features(features).cpu().numpy() if self.checks is not None else None
         logits_array = np.asarray(logits.cpu().numpy(), dtype=np.float32)
         probabilities = apply_calibration(logits_array, self._document.calibration)
-        return BatchOutput(logits_array, probabilities, None if maps is None else maps.contiguous().cpu().numpy())
+        return BatchOutput(
+            logits_array,
+            probabilities,
+            maps=None if maps is None else maps.contiguous().cpu().numpy(),
+            ood_scores=None if self.checks is None or pooled is None else self.checks.ood_scores(pooled),
+        )
 
     def explain(self, pixels: NDArray[np.uint8], method: str, target: IntArray) -> Float32Array:
         """Explain one class per picture with a named method.

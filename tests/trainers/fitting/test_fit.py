@@ -49,6 +49,9 @@ def test_the_bundle_says_what_it_is(fitted: tuple[Bundle, Path], dataset: Datase
     assert document.class_priors["nv"] == pytest.approx(counts["nv"] / counts.sum())
     assert document.calibration.priors["nv"] == pytest.approx((dataset.side(Side.VAL)["label"] == "nv").mean())
     assert set(document.operating.refer) == {"mel"}
+    assert document.suitability is not None
+    assert document.suitability.quality.min_side_px == 32
+    assert bundle.suitability() is not None
     assert set(document.operating.conformal_thresholds) == set(filled_store.taxonomy.codes)
     assert document.metrics["training"]["epochs"] == 2
     assert document.metrics["training"]["augmentation"]["name"] == "flips"

@@ -1,0 +1,109 @@
+"""What fitting adds to a bundle beside the answers: which pictures suit the model, and how faithful its maps are.
+
+It reads a sample of train, and val. Everything is computed the plain way (fp32, nothing folded).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from records.bundles import Geometry, SuitabilityLimits
+from records.datasets import DatasetVersion
+from records.store import Store
+from records.stored import find_images
+from records.types import Side
+from trainers.calibration.suitability import PER_CLASS, fit_suitability
+from trainers.data.cache import PixelCache
+from trainers.evaluation.sample import stratified_sample
+from trainers.fitting.loop import TrainedModel
+from trainers.inference.neighbours import pooled_features
+from trainers.preprocess import check_pixels, scale_pixels, to_tensor
+
+SCORING_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network says of N pictures."""
+
+    logits: NDArray[np.float32]
+    """[N, C]"""
+    pooled: NDArray[np.float32]
+    """[N, D], see `pooled_features`"""
+
+
+def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> Answers:
+    """Answer for cached pictures.
+
+    Args:
+        trained: whose network answers.
+        store: with the pixel cache.
+        image_ids: [N], N >= 1, decoded already.
+    Returns:
+        Logits and pooled features from one pass.
+    """
+    pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
+    starts = range(0, len(pixels), SCORING_BATCH)
+    parts = [
+        reference_answers(
+            trained.network, pixels.take(np.arange(start, min(start + SCORING_BATCH, len(pixels)))), trained.geometry
+        )
+        for start in starts
+    ]
+    return Answers(np.concatenate([part.logits for part in parts]), np.concatenate([part.pooled for part in parts]))
+
+
+def reference_answers(network: nn.Module, pixels: NDArray[np.uint8], geometry: Geometry) -> Answers:
+    """Compute logits and pooled features the plain way: fp32, nothing folded.
+
+    Args:
+        network: in evaluation mode, on the CPU, with the parts `features` and `head`.
+        pixels: [N, S, S, 3].
+        geometry: of the network.
+    Returns:
+        The answers; the logits are those of `reference_logits`.
+    """
+    check_pixels(pixels, geometry.side_px)
+    with torch.inference_mode():
+        features = network.get_submodule("features")(scale_pixels(to_tensor(pixels), geometry))
+        logits = network.get_submodule("head")(features)
+        return Answers(logits.numpy().astype(np.float32), pooled_features(features).numpy())
+
+
+def suitability_of(
+    store: Store, dataset: DatasetVersion, trained: TrainedModel, val_ids: list[str], val: Answers
+) -> tuple[SuitabilityLimits, dict[str, NDArray[Any]]]:
+    """Fit which pictures suit a trained network.
+
+    Args:
+        store: with the pictures, decoded already.
+        dataset: the version it was trained on.
+        trained: the network.
+        val_ids: [m] pictures of the val side.
+        val: what the network says of them.
+    Returns:
+        Thresholds for the document, and arrays for the bundle.
+    """
+    train_ids = _sample_of_train(store, dataset)
+    cache = PixelCache(store.home.cache, trained.geometry.side_px)
+    images = find_images(store, [*train_ids, *val_ids])
+    return fit_suitability(
+        answer_rows(trained, store, train_ids).pooled,
+        cache.rows(train_ids).take(np.arange(len(train_ids))),
+        val.pooled,
+        cache.rows(val_ids).take(np.arange(len(val_ids))),
+        smallest_side_px=min(min(image.width_px, image.height_px) for image in images),
+    )
+
+
+def _sample_of_train(store: Store, dataset: DatasetVersion) -> list[str]:
+    """Choose training pictures, at most `PER_CLASS` of a class, from as many groups as possible."""
+    rows = dataset.side(Side.TRAIN)
+    labels = np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64)
+    _, group_index = np.unique(rows["group_id"].to_numpy(dtype=str), return_inverse=True)
+    chosen = stratified_sample(labels, group_index, PER_CLASS)
+    return [str(image_id) for image_id in rows["image_id"].to_numpy()[chosen]]
