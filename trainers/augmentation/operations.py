@@ -1,16 +1,28 @@
-"""Which operations a policy may name, the parameters each takes, and the albumentations transform it becomes.
+"""Which operations a policy may name, and the transform that each becomes: albumentations', or one painted by us.
 
-Parameters are ranges from which every picture draws its own value. Each is a documented field with
-bounds, so a policy that parses is a policy that runs. Nothing here imports albumentations before a
-transform is built.
+A transform is called as `transform(image=picture)["image"]` and takes its random numbers from
+`set_random_state`. Nothing here imports albumentations before a transform is built.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
+from trainers.augmentation.parameters import (
+    AffineParameters,
+    BlurParameters,
+    ColorJitterParameters,
+    CropParameters,
+    CutoutParameters,
+    DownscaleParameters,
+    HairParameters,
+    JpegParameters,
+    NoiseParameters,
+    Parameters,
+    RotateParameters,
+    RulerParameters,
+    VignetteParameters,
+)
 from trainers.registry import Registered, Registry
 
 
@@ -27,87 +39,13 @@ class Canvas:
     fill: tuple[float, float, float]
 
 
-def _within(low: float, high: float) -> AfterValidator:
-    """Check a pair of numbers: ascending, both from `low` to `high`."""
-
-    def check(value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"the range {list(value)} runs backwards; write {[value[1], value[0]]}")
-        if not (low <= value[0] and value[1] <= high):
-            raise ValueError(f"both ends should be from {low:g} to {high:g}")
-        return value
-
-    return AfterValidator(check)
-
-
-Span = tuple[float, float]
-
-
-class Parameters(BaseModel):
-    """Base of an operation's parameters; an operation without any uses it as it is."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RotateParameters(Parameters):
-    """Of `rotate`."""
-
-    limit_deg: float = Field(default=45.0, gt=0, le=180, description="turned by up to this many degrees, either way")
-
-
-class BlurParameters(Parameters):
-    """Of `gaussian_blur`."""
-
-    sigma_px: Annotated[Span, _within(0.05, 10.0)] = Field(
-        default=(0.1, 1.0), description="width of the blur, pixels of the input side"
-    )
-
-
-class NoiseParameters(Parameters):
-    """Of `gaussian_noise`."""
-
-    std: Annotated[Span, _within(0.0, 0.5)] = Field(
-        default=(0.01, 0.04), description="standard deviation, as a share of the value range"
-    )
-
-
-class CropParameters(Parameters):
-    """Of `crop`."""
-
-    area: Annotated[Span, _within(0.05, 1.0)] = Field(
-        default=(0.7, 1.0), description="share of the picture's area that is kept"
-    )
-    aspect: Annotated[Span, _within(0.2, 5.0)] = Field(
-        default=(0.9, 1.1), description="width over height of what is kept"
-    )
-
-
-class CutoutParameters(Parameters):
-    """Of `cutout`."""
-
-    side: Annotated[Span, _within(0.01, 0.9)] = Field(
-        default=(0.1, 0.3), description="height and width of the hole, share of the side"
-    )
-
-
-class ColorJitterParameters(Parameters):
-    """Of `color_jitter`."""
-
-    brightness: float = Field(default=0.1, ge=0, le=1, description="changed by up to this share, either way")
-    contrast: float = Field(default=0.1, ge=0, le=1, description="changed by up to this share, either way")
-    saturation: float = Field(default=0.1, ge=0, le=1, description="changed by up to this share, either way")
-    hue: float = Field(
-        default=0.0, ge=0, le=0.5, description="turned by up to this share of the colour circle, either way"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class OperationRecipe(Registered):
     """An operation that a policy may name.
 
     Args:
         parameters: the model its parameters are checked against.
-        build: (checked parameters, probability, canvas) -> albumentations transform, arguments strict.
+        build: (checked parameters, probability, canvas) -> transform; albumentations' arguments are strict.
     """
 
     parameters: type[Parameters]
@@ -199,6 +137,57 @@ def _color_jitter(parameters: ColorJitterParameters, probability: float, canvas:
     )
 
 
+def _affine(parameters: AffineParameters, probability: float, canvas: Canvas) -> Any:
+    import albumentations as A
+    import cv2
+
+    return A.Affine(
+        scale=parameters.scale,
+        translate_percent=(-parameters.shift, parameters.shift),
+        rotate=(-parameters.rotate_deg, parameters.rotate_deg),
+        shear=(-parameters.shear_deg, parameters.shear_deg),
+        border_mode=cv2.BORDER_REFLECT_101,
+        p=probability,
+        strict=True,
+    )
+
+
+def _jpeg(parameters: JpegParameters, probability: float, canvas: Canvas) -> Any:
+    import albumentations as A
+
+    return A.ImageCompression(compression_type="jpeg", quality_range=parameters.quality, p=probability, strict=True)
+
+
+def _downscale(parameters: DownscaleParameters, probability: float, canvas: Canvas) -> Any:
+    import albumentations as A
+    import cv2
+
+    return A.Downscale(
+        scale_range=parameters.scale,
+        interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR},
+        p=probability,
+        strict=True,
+    )
+
+
+def _vignette(parameters: VignetteParameters, probability: float, canvas: Canvas) -> Any:
+    from trainers.augmentation.overlays import Painted, paint_vignette
+
+    return Painted(paint_vignette, parameters, probability)
+
+
+def _hair(parameters: HairParameters, probability: float, canvas: Canvas) -> Any:
+    from trainers.augmentation.overlays import Painted, paint_hair
+
+    return Painted(paint_hair, parameters, probability)
+
+
+def _ruler(parameters: RulerParameters, probability: float, canvas: Canvas) -> Any:
+    from trainers.augmentation.overlays import Painted, paint_ruler
+
+    return Painted(paint_ruler, parameters, probability)
+
+
 OPERATIONS: Registry[OperationRecipe] = Registry(
     "augmentation operation",
     (
@@ -239,6 +228,34 @@ OPERATIONS: Registry[OperationRecipe] = Registry(
             description="changes brightness, contrast, saturation and hue",
             parameters=ColorJitterParameters,
             build=_color_jitter,
+        ),
+        OperationRecipe(
+            name="affine",
+            description="scales, moves, turns and slants at once; what comes in at the edge is mirrored",
+            parameters=AffineParameters,
+            build=_affine,
+        ),
+        OperationRecipe(
+            name="jpeg", description="compresses, with its blocks and rings", parameters=JpegParameters, build=_jpeg
+        ),
+        OperationRecipe(
+            name="downscale",
+            description="reduces and brings back to the full side: what a smaller sensor would have seen",
+            parameters=DownscaleParameters,
+            build=_downscale,
+        ),
+        OperationRecipe(
+            name="vignette",
+            description="darkens what lies outside a circle, as the tube of a dermatoscope does",
+            parameters=VignetteParameters,
+            build=_vignette,
+        ),
+        OperationRecipe(name="hair", description="paints hairs over it", parameters=HairParameters, build=_hair),
+        OperationRecipe(
+            name="ruler",
+            description="paints the marks of a ruler along one edge",
+            parameters=RulerParameters,
+            build=_ruler,
         ),
     ),
 )

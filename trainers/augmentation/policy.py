@@ -1,4 +1,4 @@
-"""What a policy document is: a name and a list of operations, checked as a whole and hashable.
+"""What a policy document is: a name, a list of operations and perhaps a mixing, checked as a whole and hashable.
 
 As YAML:
 
@@ -6,6 +6,7 @@ As YAML:
     operations:
       - {operation: horizontal_flip, probability: 0.5}
       - {operation: rotate, probability: 0.3, parameters: {limit_deg: 20}}
+    mixing: {kind: mixup, alpha: 0.2, probability: 0.5}
 """
 
 from typing import Any
@@ -15,7 +16,9 @@ from pydantic_core.core_schema import ValidationInfo
 
 from records.errors import ConfigError
 from records.ids import hash_of
-from trainers.augmentation.operations import OPERATIONS, Parameters
+from trainers.augmentation.mixing import Mixing
+from trainers.augmentation.operations import OPERATIONS
+from trainers.augmentation.parameters import Parameters
 
 
 class Operation(BaseModel):
@@ -51,16 +54,18 @@ class Operation(BaseModel):
 
 
 class Policy(BaseModel):
-    """Operations, applied in order, each to its share of the pictures."""
+    """Operations, applied in order, each to its share of the pictures; then whole batches may be mixed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, max_length=64)
     operations: tuple[Operation, ...] = ()
+    mixing: Mixing | None = None
 
     def content_hash(self) -> str:
         """Return the hash of what the policy does, defaults written out and the name left out; 64 hex characters."""
-        return hash_of(self.model_dump(mode="json", exclude={"name"}))
+        left_out = {"name"} if self.mixing else {"name", "mixing"}
+        return hash_of(self.model_dump(mode="json", exclude=left_out))
 
 
 def parse_policy(document: Any, source: str) -> Policy:
@@ -77,11 +82,23 @@ def parse_policy(document: Any, source: str) -> Policy:
     try:
         return Policy.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the document"
-        reason = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] in {"value_error", "missing"} else f" is {first['input']!r}"
-        raise ConfigError(f"augmentation policy {source}: {field}{given}: {reason}") from error
+        raise ConfigError(f"augmentation policy {source}: {_sentence(error)}") from error
+
+
+def _sentence(error: ValidationError) -> str:
+    """Name the first field that cannot work, its value, and what would be right."""
+    first = error.errors(include_url=False)[0]
+    loc = first["loc"]
+    field = ".".join(str(part) for part in loc) or "the document"
+    reason = first["msg"].removeprefix("Value error, ")
+    model = Operation if loc[:1] == ("operations",) and len(loc) > 2 else Mixing if loc[:1] == ("mixing",) else Policy
+    name = str(loc[-1]) if loc else ""
+    if first["type"] == "extra_forbidden":
+        return f"{field} is {first['input']!r}: there is no such field; there are {', '.join(model.model_fields)}"
+    given = "" if first["type"] in {"value_error", "missing"} else f" is {first['input']!r}"
+    known = model.model_fields.get(name)
+    valid = f"; a valid value is {known.default}" if given and known and isinstance(known.default, float) else ""
+    return f"{field}{given}: {reason}{valid}"
 
 
 def _parameter_sentence(error: ValidationError, operation: str, model: type[Parameters]) -> str:

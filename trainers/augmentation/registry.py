@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from records.errors import ConfigError
+from trainers.augmentation.mixing import Mixing
 from trainers.augmentation.policy import Operation, Policy, parse_policy
 from trainers.registry import Registered, Registry
 
@@ -18,24 +19,32 @@ class PolicyRecipe(Registered):
     """A built-in policy.
 
     Args:
-        operations: what it does.
+        operations: what it does to pictures.
+        mixing: what it does to batches.
     """
 
     operations: tuple[Operation, ...]
+    mixing: Mixing | None = None
 
     @property
     def policy(self) -> Policy:
         """The policy document."""
-        return Policy(name=self.name, operations=self.operations)
+        return Policy(name=self.name, operations=self.operations, mixing=self.mixing)
 
     def facts(self) -> dict[str, Any]:
-        """Return the operations, defaults written out."""
-        return {"operations": self.policy.model_dump(mode="json")["operations"]}
+        """Return the operations and the mixing, defaults written out."""
+        return self.policy.model_dump(mode="json", include={"operations", "mixing"})
 
 
 def _operation(name: str, probability: float, **parameters: Any) -> Operation:
     return Operation(operation=name, probability=probability, parameters=parameters)
 
+
+_LIGHT = (
+    _operation("d4", 1.0),
+    _operation("crop", 0.5, area=(0.8, 1.0)),
+    _operation("color_jitter", 0.3, hue=0.02),
+)
 
 POLICIES: Registry[PolicyRecipe] = Registry(
     "augmentation policy",
@@ -49,11 +58,7 @@ POLICIES: Registry[PolicyRecipe] = Registry(
         PolicyRecipe(
             name="light",
             description="the eight symmetries of the square, a little crop and a little colour",
-            operations=(
-                _operation("d4", 1.0),
-                _operation("crop", 0.5, area=(0.8, 1.0)),
-                _operation("color_jitter", 0.3, hue=0.02),
-            ),
+            operations=_LIGHT,
         ),
         PolicyRecipe(
             name="dissertation",
@@ -68,6 +73,33 @@ POLICIES: Registry[PolicyRecipe] = Registry(
                 _operation("gaussian_noise", 0.1),
                 _operation("cutout", 0.25),
             ),
+        ),
+        PolicyRecipe(
+            name="dermatoscope",
+            description="what differs between clinics: position, light, sharpness, compression, rim, hair, ruler",
+            operations=(
+                _operation("d4", 1.0),
+                _operation("affine", 0.5),
+                _operation("color_jitter", 0.5, brightness=0.15, contrast=0.15, saturation=0.15, hue=0.03),
+                _operation("gaussian_blur", 0.1),
+                _operation("downscale", 0.1),
+                _operation("hair", 0.15),
+                _operation("ruler", 0.1),
+                _operation("vignette", 0.15),
+                _operation("jpeg", 0.2),
+            ),
+        ),
+        PolicyRecipe(
+            name="mixup",
+            description="light, and half of the batches mixed by MixUp",
+            operations=_LIGHT,
+            mixing=Mixing(kind="mixup", alpha=0.4),
+        ),
+        PolicyRecipe(
+            name="cutmix",
+            description="light, and half of the batches mixed by CutMix",
+            operations=_LIGHT,
+            mixing=Mixing(kind="cutmix", alpha=1.0),
         ),
     ),
 )

@@ -1,24 +1,20 @@
-"""The verbs `relook data import | synth | audit | versions`."""
+"""The verbs `relook data import | synth | download | audit | versions | preview`."""
 
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group as Stack
 from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of, stderr
-from records.errors import DataError
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
+from records.errors import ConfigError, DataError
+from trainers.data.cli_tables import audit_tables, import_table, print_refusals
 
 if TYPE_CHECKING:
     from records.store import Store
-    from trainers.data.audit import AuditReport
-    from trainers.data.importer import ImportReport
 
 app = typer.Typer(help="Import, generate and audit pictures.", no_args_is_help=True)
-
-_SHOWN_REFUSALS = 20
 
 
 @app.command("import")
@@ -49,8 +45,8 @@ def import_command(
             side_px=(settings.trainers.side_px,),
             progress=bar,
         )
-    _print_refusals(report)
-    emit(as_json, report.as_dict(), _import_table(report))
+    print_refusals(report)
+    emit(as_json, report.as_dict(), import_table(report))
 
 
 @app.command("synth")
@@ -84,7 +80,7 @@ def audit_command(
 
     with _open(settings_of(ctx, config, preset, sets)) as store, progress() as bar:
         report = audit_dataset(store, open_dataset(store, data, progress=bar), progress=bar)
-    emit(as_json, report, _audit_tables(report))
+    emit(as_json, report, audit_tables(report))
 
 
 @app.command("versions")
@@ -106,6 +102,43 @@ def versions_command(
         made = f"{v.created_at:%Y-%m-%d %H:%M}"
         table.add_row(v.id[:12], made, str(v.num_images), str(v.num_groups), str(v.round), parent)
     emit(as_json, {"versions": [version.model_dump(mode="json") for version in versions]}, table)
+
+
+@app.command("preview")
+def preview_command(
+    ctx: typer.Context,
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A built-in policy, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
+    data: Annotated[
+        str | None, typer.Option(help="Folder or dataset id; default: the newest version, else generated pictures.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, max=64, help="Rows.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, max=64, help="Columns beside the picture as it is.")] = 8,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw what an augmentation policy does to pictures of the train side, and each of its operations alone."""
+    from trainers.augmentation import load_policy
+    from trainers.augmentation.preview import paint_preview
+    from trainers.data.samples import sample_pictures
+
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out} is not a PNG; give a name that ends in .png")
+    settings = settings_of(ctx, config, preset, sets)
+    checked = load_policy(policy)
+    with _open(settings) as store, progress() as bar:
+        sample = sample_pictures(store, data, pictures, settings.trainers.side_px, progress=bar)
+    seed = settings.trainers.seed
+    sheet = paint_preview(checked, sample.pixels, sample.image_ids, sample.names, draws=draws, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out)
+    result = {
+        "out": str(out), "policy": checked.name, "policy_hash": checked.content_hash(), "pictures": len(sample.names),
+        "draws": draws, "seed": seed, "source": sample.source,
+    }  # fmt: skip
+    emit(as_json, result, f"{out}: policy {checked.name} on {len(sample.names)} {sample.source}")
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -134,47 +167,3 @@ def _open(settings: Any) -> "closing[Store]":
     from records.store import open_store
 
     return closing(open_store(settings.records))
-
-
-def _print_refusals(report: "ImportReport") -> None:
-    for refused in report.quarantined[:_SHOWN_REFUSALS]:
-        stderr.print(f"not used ({refused.code}): {refused.reason}", highlight=False, markup=False)
-    if len(report.quarantined) > _SHOWN_REFUSALS:
-        stderr.print(f"... and {len(report.quarantined) - _SHOWN_REFUSALS} more; --json lists them all")
-    for note in report.notes:
-        stderr.print(f"note: {note}", highlight=False, markup=False)
-
-
-def _import_table(report: "ImportReport") -> Table:
-    table = Table(show_header=False, title=f"import {report.import_id}")
-    table.add_row("pictures", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
-    table.add_row("lesions", str(report.lesions))
-    table.add_row("classes", ", ".join(f"{code} {count}" for code, count in report.classes.items()))
-    table.add_row("sides", ", ".join(f"{side} {count}" for side, count in report.sides.items()))
-    table.add_row("not used", str(len(report.quarantined)))
-    table.add_row("same picture twice", str(len(report.same_bytes)))
-    apart = sum(not pair.same_diagnosis for pair in report.near_duplicates)
-    table.add_row("near-duplicate pairs", f"{len(report.near_duplicates)} ({apart} of two diagnoses, not joined)")
-    table.add_row("dataset", report.dataset_id[:12])
-    table.add_row("seconds", f"{report.seconds:.1f}")
-    return table
-
-
-def _audit_tables(report: "AuditReport") -> Stack:
-    sides = Table("side", "pictures", "lesions", title=f"dataset {report.dataset_id[:12]}")
-    for side, count in report.sides.items():
-        sides.add_row(side, str(count), str(report.side_lesions[side]))
-    sides.add_row("all", str(report.images), str(report.lesions), style="bold")
-    classes = Table("class", "pictures", "share")
-    for code, count in report.classes.items():
-        classes.add_row(code, str(count), f"{count / max(1, report.images):.1%}")
-    random = report.random_split
-    return Stack(
-        sides,
-        classes,
-        f"lesions on two sides: {report.leaked_lesions}",
-        f"near-duplicate pairs: {report.near_duplicate_pairs}, label conflicts: {report.label_conflicts}, "
-        f"rows not used: {report.quarantined}",
-        f"a random split of the pictures would have put {random.leaked_lesions} lesions on two sides; "
-        f"{random.leaked_test_share:.1%} of its test pictures would show a lesion that was trained on",
-    )

@@ -7,6 +7,7 @@ import pytest
 
 from records.errors import ConfigError
 from trainers.augmentation import OPERATIONS, POLICIES, Operation, Policy, load_policy
+from trainers.augmentation.mixing import Mixing
 from trainers.augmentation.policy import parse_policy
 
 
@@ -14,11 +15,15 @@ def one_operation(**changes: Any) -> dict[str, Any]:
     return {"name": "mine", "operations": [{"operation": "rotate", **changes}]}
 
 
+def mixed(**changes: Any) -> dict[str, Any]:
+    return {"name": "mine", "mixing": {"kind": "mixup", **changes}}
+
+
 @pytest.mark.parametrize(
     ("document", "sentence"),
     [
         (one_operation(operation="spin"), "there is no operation 'spin'; there are horizontal_flip, "),
-        (one_operation(probability=1.5), "operations.0.probability is 1.5: "),
+        (one_operation(probability=1.5), "operations.0.probability is 1.5: .*; a valid value is 0.5"),
         (one_operation(probability=0), "operations.0.probability is 0: "),
         (one_operation(parameters={"limit_deg": 999}), r"limit_deg cannot be 999: .* 180; a valid value is 45.0"),
         (one_operation(parameters={"limit": 9}), "rotate has no parameter 'limit'; it takes limit_deg"),
@@ -31,7 +36,27 @@ def one_operation(**changes: Any) -> dict[str, Any]:
             one_operation(operation="cutout", parameters={"side": [0.1, 3]}),
             r"cutout.side cannot be .* from 0.01 to 0.9; a valid value is \[0.1, 0.3\]",
         ),
-        (one_operation(chance=0.5), "operations.0.chance is 0.5: Extra inputs"),
+        (
+            one_operation(chance=0.5),
+            "operations.0.chance is 0.5: there is no such field; there are operation, probability, parameters",
+        ),
+        (
+            one_operation(operation="jpeg", parameters={"quality": [0, 90]}),
+            r"jpeg.quality cannot be \[0, 90\]: both ends should be from 5 to 100; a valid value is \[40, 90\]",
+        ),
+        (
+            one_operation(operation="hair", parameters={"count": [1.5, 3]}),
+            r"hair.count cannot be 1.5: .* integer.*; a valid value is \[3, 12\]",
+        ),
+        (
+            one_operation(operation="rotate", parameters={"limit_deg": float("nan")}),
+            "rotate.limit_deg cannot be nan: .*; a valid value is 45.0",
+        ),
+        (mixed(kind="blend"), "mixing.kind is 'blend': Input should be 'mixup' or 'cutmix'"),
+        (mixed(alpha=0), "mixing.alpha is 0: .* greater than 0; a valid value is 0.2"),
+        (mixed(probability=2), "mixing.probability is 2: .*; a valid value is 0.5"),
+        (mixed(beta=1), "mixing.beta is 1: there is no such field; there are kind, alpha, probability"),
+        ({"name": "mine", "steps": []}, r"steps is \[\]: there is no such field; there are name, operations, mixing"),
         ({"operations": []}, "name: Field required"),
         (["rotate"], "the document is "),
     ],
@@ -56,7 +81,7 @@ def test_a_yaml_file_is_a_policy(tmp_path: Path) -> None:
 
 def test_an_unknown_name_lists_the_built_in_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"there are none, flips, light, dissertation; or give the path of a YAML file"
+        ConfigError, match=r"there are none, flips, light, dissertation, .*; or give the path of a YAML file"
     ):
         load_policy("strong")
 
@@ -68,8 +93,9 @@ def test_the_hash_covers_what_is_done_and_not_the_name() -> None:
     )
     assert plain.content_hash() == written_out.content_hash()
     assert plain.content_hash() != Policy(name="a", operations=(Operation(operation="d4"),)).content_hash()
+    assert plain.content_hash() != plain.model_copy(update={"mixing": Mixing(kind="mixup")}).content_hash()
     hashes = {recipe.policy.content_hash() for recipe in POLICIES.records}
-    assert len(hashes) == len(POLICIES) == 4
+    assert len(hashes) == len(POLICIES) == 7
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -80,5 +106,7 @@ def test_a_policy_survives_its_own_document(name: str) -> None:
 
 def test_the_dissertations_policy_does_what_it_says() -> None:
     operations = {step.operation: step.parameters for step in load_policy("dissertation").operations}
-    assert set(operations) == set(OPERATIONS) - {"d4"}
+    named = {"horizontal_flip", "vertical_flip", "rotate", "gaussian_blur", "gaussian_noise", "crop", "cutout"}
+    assert set(operations) == named | {"color_jitter"}
+    assert set(operations) <= set(OPERATIONS)
     assert operations["color_jitter"] == {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.15}
