@@ -18,7 +18,9 @@ from trainers.optimization.samplers import SAMPLERS
 from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Registry
 
-MACHINERY = frozenset({"num_workers", "threads_per_worker", "use_gpu", "max_failures", "prefetch_batches"})
+MACHINERY = frozenset(
+    {"num_workers", "threads_per_worker", "use_gpu", "max_failures", "prefetch_batches", "download_url"}
+)
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
 
 
@@ -82,6 +84,10 @@ class TrainersSettings(RoomSettings):
     use_gpu: Literal["auto"] | bool = Field(default="auto", description="train on GPUs; auto if the machine has one")
     max_failures: int = Field(default=2, ge=0, le=1000, description="lost workers that a distributed run survives")
     prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
+    download_url: str = Field(
+        default="https://dataverse.harvard.edu/api/access/datafile",
+        description="where `relook data download` finds files by their Dataverse number; a mirror has the same layout",
+    )
 
     @field_validator("model", "optimizer", "scheduler", "loss", "sampler")
     @classmethod

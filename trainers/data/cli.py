@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of, stderr
 from records.errors import ConfigError, DataError
 from trainers.data.cli_tables import audit_tables, import_table, print_refusals
 
@@ -63,6 +63,29 @@ def synth_command(
     with progress() as bar:
         report = synthesize(folder, lesions=lesions, seed=seed, width_px=width, progress=bar)
     emit(as_json, report.as_dict(), f"{report.images} pictures of {report.lesions} lesions in {report.folder}")
+
+
+@app.command("download")
+def download_command(
+    ctx: typer.Context,
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="ham10000.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default: downloads/DATASET in the home.")] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a published dataset, checked and unpacked; a second run goes on where the first stopped."""
+    from trainers.data.download import TERMS, download, files_of
+
+    settings = settings_of(ctx, config, preset, sets)
+    files = files_of(dataset)
+    folder = out or Path(settings.records.home) / "downloads" / dataset
+    stderr.print(TERMS[dataset], highlight=False)
+    with progress() as bar:
+        report = download(files, folder, settings.trainers.download_url, progress=bar)
+    done = f"{report.pictures} pictures in {report.folder}; next: relook data import {report.folder}"
+    emit(as_json, report.as_dict(), done)
 
 
 @app.command("audit")
