@@ -57,7 +57,7 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "scaling": "min_max", "precision": "fp32", "learning_rate": 0.01, "early_stop_patience_epochs": 3,
         "threads_per_worker": 1, "use_gpu": False, "nesterov": False, "dropout": 0.05, "head_dropout": 0.5,
         "gamma": 0.5, "momentum": 0.5, "weight_decay": 0.0, "warmup_epochs": 0.0, "label_smoothing": 0.1,
-        "num_workers": 2, "batch_size": 32, "side_px": 96,
+        "num_workers": 2, "batch_size": 32, "side_px": 96, "download_url": "https://mirror",
     }  # fmt: skip
     if name == "loss":
         return base.model_copy(update={"loss": "another"})  # there is one loss so far

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers.augmentation import Augmenter
+from trainers.augmentation.mixing import Mix, draw_mix
 from trainers.optimization.samplers import IntArray, epoch_order, occurrences
 from trainers.seeding import Seeds, image_keys, picture_seeds
 from trainers.settings import TrainersSettings
@@ -39,11 +40,15 @@ class Batch:
         pixels: [n, S, S, 3], augmented.
         labels: [n] class indices.
         rows: [n] positions in the training data.
+        partner_labels: [n] class indices of what was mixed in; None if nothing was.
+        share: of `labels` in a mixed batch; the partners' have the rest.
     """
 
     pixels: NDArray[np.uint8]
     labels: IntArray
     rows: IntArray
+    partner_labels: IntArray | None = None
+    share: float = 1.0
 
 
 class Feeder:
@@ -104,17 +109,25 @@ class Feeder:
         seeds = picture_seeds(settings.seed, epoch, self._keys[order], occurrences(order))
         starts = range(0, len(order), settings.batch_size)
         shares = [
-            (order[s : s + settings.batch_size][self._share], seeds[s : s + settings.batch_size][self._share])
-            for s in starts
+            self._share_of(order[s : s + settings.batch_size], seeds[s : s + settings.batch_size], epoch, step)
+            for step, s in enumerate(starts)
         ]
         yield from self._prefetched(shares)
 
-    def _prefetched(self, shares: list[tuple[IntArray, Seeds]]) -> Iterator[Batch]:
+    def _share_of(self, positions: IntArray, seeds: Seeds, epoch: int, step: int) -> "_Share":
+        mixing, settings = self._augmenter.policy.mixing, self._settings
+        own = np.arange(len(positions))[self._share]
+        if mixing is None:
+            return _Share(positions, seeds, own, None)
+        mix = draw_mix(mixing, len(positions), settings.side_px, seed=settings.seed, epoch=epoch, step=step)
+        return _Share(positions, seeds, own, mix)
+
+    def _prefetched(self, shares: "list[_Share]") -> Iterator[Batch]:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder")
         waiting: deque[Future[Batch]] = deque()
         try:
             for share in shares:
-                waiting.append(executor.submit(self._prepare, *share))
+                waiting.append(executor.submit(self._prepare, share))
                 if len(waiting) > self._settings.prefetch_batches:
                     yield waiting.popleft().result()
             while waiting:
@@ -122,7 +135,32 @@ class Feeder:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, positions: IntArray, seeds: Seeds) -> Batch:
-        rows = self._train_rows[positions]
-        pixels = self._augmenter.apply(self._pixels.take(rows), seeds)
-        return Batch(pixels, self._labels[rows], rows)
+    def _prepare(self, share: "_Share") -> Batch:
+        rows = self._train_rows[share.positions]
+        own_rows, own_labels = rows[share.own], self._labels[rows[share.own]]
+        if share.mix is None:
+            pixels = self._augmenter.apply(self._pixels.take(own_rows), share.seeds[share.own])
+            return Batch(pixels, own_labels, own_rows)
+        # Partners may belong to another worker's share; each picture is augmented once.
+        partners = share.mix.partner[share.own]
+        needed, at = np.unique(np.concatenate([share.own, partners]), return_inverse=True)
+        pixels = self._augmenter.apply(self._pixels.take(rows[needed]), share.seeds[needed])
+        mixed = share.mix.apply(pixels[at[: len(share.own)]], pixels[at[len(share.own) :]])
+        return Batch(mixed, own_labels, own_rows, self._labels[rows[partners]], share.mix.share)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A batch, and which of it is this worker's.
+
+    Args:
+        positions: [B] of the whole batch within the training rows.
+        seeds: [B].
+        own: [n] places in the batch.
+        mix: how the batch is mixed; None leaves it as it is.
+    """
+
+    positions: IntArray
+    seeds: Seeds
+    own: IntArray
+    mix: Mix | None

@@ -105,14 +105,21 @@ class Stepper:
         Returns:
             The loss, detached, on the device.
         """
-        labels = torch.from_numpy(batch.labels).to(self._device)
-        loss = self._loss(self._logits(batch.pixels), labels)
+        loss = self._batch_loss(batch)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
         return loss.detach()
+
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        logits = self._logits(batch.pixels)
+        loss = self._loss(logits, torch.from_numpy(batch.labels).to(self._device))
+        if batch.partner_labels is None:
+            return loss
+        other = self._loss(logits, torch.from_numpy(batch.partner_labels).to(self._device))
+        return batch.share * loss + (1.0 - batch.share) * other
 
     def refresh_statistics(self, pixels: PixelSource, rows: IntArray) -> None:
         """Measure what batch norm uses in evaluation anew, on pictures as they are, with the weights as they are.

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import typer
 from click.testing import Result
+from PIL import Image as PillowImage
 from typer.testing import CliRunner
 
-from records.errors import DataError
+from records.errors import ConfigError, DataError
 from records.settings import RecordsSettings
 from trainers.data.cli import app, parse_columns
 from trainers.data.synth import synthesize
@@ -103,3 +104,22 @@ def test_errors_reach_the_root_command(run: Run, tmp_path: Path) -> None:
         run("import", tmp_path / "nowhere")
     with pytest.raises(DataError, match="there are no data yet"):
         run("audit")
+
+
+def test_preview_draws_generated_pictures_and_those_of_a_dataset(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "light.png"
+    first = json.loads(run("preview", "light", "--out", out, "--pictures", 3, "--draws", 2, "--json").stdout)
+    assert (first["pictures"], first["source"]) == (3, "generated pictures")
+    assert PillowImage.open(out).format == "PNG"
+    synthesize(tmp_path / "data", lesions=12, seed=1, width_px=80)
+    result = run("preview", "light", "--out", out, "--pictures", 3, "--draws", 2, "--data", tmp_path / "data")
+    assert "train pictures of dataset" in " ".join(result.stdout.split())
+    with pytest.raises(ConfigError, match=r"--out .*light\.jpg is not a PNG"):
+        run("preview", "light", "--out", tmp_path / "light.jpg")
+    with pytest.raises(ConfigError, match="unknown augmentation policy 'strong'"):
+        run("preview", "strong", "--out", out)
+
+
+def test_a_download_that_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no dataset 'isic' to download"):
+        run("download", "isic", "--out", tmp_path)

@@ -84,3 +84,25 @@ class _Broken:
 
     def take(self, indices: object) -> np.ndarray:
         raise OSError("disk is gone")
+
+
+@pytest.mark.parametrize("policy", ["mixup", "cutmix"])
+def test_a_mixed_batch_is_the_same_however_it_is_shared(policy: str, toy_data: TrainingData) -> None:
+    whole = list(feeder(toy_data, augmentation=policy).epoch(1))
+    halves = [list(feeder(toy_data, rank, 2, augmentation=policy).epoch(1)) for rank in (0, 1)]
+    mixed = [batch for batch in whole if batch.partner_labels is not None]
+    assert 0 < len(mixed) < len(whole)
+    for batch, *parts in zip(whole, *halves, strict=True):
+        for rank, part in enumerate(parts):
+            assert np.array_equal(batch.pixels[rank::2], part.pixels)
+            assert batch.share == part.share
+            assert (batch.partner_labels is None) == (part.partner_labels is None)
+            if batch.partner_labels is not None:
+                assert np.array_equal(batch.partner_labels[rank::2], part.partner_labels)
+
+
+def test_mixing_changes_mixed_batches_only(toy_data: TrainingData) -> None:
+    plain, mixed = (list(feeder(toy_data, augmentation=name).epoch(1)) for name in ("light", "mixup"))
+    for before, after in zip(plain, mixed, strict=True):
+        assert np.array_equal(before.labels, after.labels)
+        assert np.array_equal(before.pixels, after.pixels) == (after.partner_labels is None)

@@ -53,6 +53,16 @@ def test_a_step_by_hand() -> None:
     assert torch.allclose(network.linear.weight.detach(), torch.tensor([[0.05] * 3, [-0.05] * 3]))
 
 
+def test_a_mixed_step_by_hand() -> None:
+    # With 3/4 of class 0 and 1/4 of class 1 the target is (0.75, 0.25): dL/dw = (0.5 - 0.75) * x.
+    network = Flat(2)
+    stepper = make_stepper(network, Geometry(side_px=4, mean=(0, 0, 0), std=(1, 1, 1)))
+    white, zeros = np.full((3, 4, 4, 3), 255, np.uint8), np.zeros(3, np.int64)
+    mixed = Batch(white, zeros, np.arange(3), partner_labels=np.ones(3, np.int64), share=0.75)
+    assert stepper.train_step(mixed).item() == pytest.approx(np.log(2))
+    assert torch.allclose(network.linear.weight.detach(), torch.tensor([[0.025] * 3, [-0.025] * 3]))
+
+
 def test_the_watch_averages() -> None:
     watch = LossWatch(IDS)
     for value in (1.0, 2.0, 6.0):
