@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+import cluster.round_cli
 import cluster.verbs
 import labeling.cli
 import records.cli
@@ -115,7 +116,7 @@ def status(
 
 
 # In this order they stand in `relook --help`.
-for _verbs in (cluster.verbs, trainers.cli, tuning.cli, serving.cli, labeling.cli, records.cli):
+for _verbs in (cluster.verbs, cluster.round_cli, trainers.cli, tuning.cli, serving.cli, labeling.cli, records.cli):
     app.add_typer(_verbs.app)
 
 

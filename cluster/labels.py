@@ -1,16 +1,27 @@
 """From what experts said to what a dataset version reads: the one place where labeling and trainers meet."""
 
+from datetime import datetime
+
 from labeling.consensus import resolve
 from records.store import Store
 from records.types import ExpertLabel, Image, ReasonCode, ResolvedLabel, ReviewItem
 from trainers.data.grouping import group_pictures
 
 
-def resolved_labels(store: Store) -> list[ResolvedLabel]:
-    """Return what the readers of each picture together say, of everything that was ever pulled."""
+def resolved_labels(store: Store, until: datetime | None = None) -> list[ResolvedLabel]:
+    """Return what the readers of each picture together say.
+
+    Args:
+        store: with the labels.
+        until: leave out what was read after this moment; default: everything that was ever pulled.
+    Returns:
+        One entry per picture.
+    """
     with store.ledger.read() as tx:
         labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
         items = tx.find(ReviewItem)
+    if until is not None:
+        labels = [label for label in labels if label.created_at <= until]
     by_chance_alone = {item.id for item in items if item.reasons == [ReasonCode.AUDIT_SAMPLE]}
     return resolve(labels, by_chance_alone)
 

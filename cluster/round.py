@@ -3,37 +3,26 @@
     collect -> version -> tune -> fit -> evaluate -> gate -> rollout -> select -> push
 
 Each step is a function in `cluster.round_steps` that may be run again without harm; its result is
-recorded when it ends. A round that was killed goes on after its last recorded step, with the same
-settings, so it ends the same.
+recorded when it ends, in the transaction of its last write where doing the step twice would show. A
+round that was killed goes on after its last recorded step, with the same settings, so it ends the same.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version as package_version
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 from cluster import round_steps
+from cluster.manifest import complete_manifest, manifest_file, round_folder, write_manifest
 from cluster.round_steps import RoundContext, StepResult
-from cluster.settings import Settings, public_dump, settings_hash
+from cluster.settings import Settings, settings_hash
+from records import audit
 from records.errors import RefusedError
 from records.ids import new_id, utc_now
 from records.lease import LEASE_S, hold
+from records.ledger import Transaction
 from records.store import Store
 from records.types import RoundRecord, RoundStep
-
-RECORDED_PACKAGES = (
-    "relook",
-    "torch",
-    "torchvision",
-    "ray",
-    "albumentations",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "scikit-learn",
-)
 
 
 @dataclass(frozen=True)
@@ -81,6 +70,8 @@ def run_round(
     settings: Settings,
     *,
     resume: bool = False,
+    started_by: str = "unknown",
+    still_wanted: Callable[[], bool] = lambda: True,
     on_event: Callable[[RoundEvent], None] = lambda event: None,
 ) -> RoundOutcome:
     """Run a round, or go on with the one that was interrupted.
@@ -89,17 +80,21 @@ def run_round(
         store: everything that is kept.
         settings: of the round; a resumed round must have the ones it began with.
         resume: go on with the unfinished round instead of starting one.
+        started_by: the person who starts it, for the audit; with `round.approval=person` somebody else approves.
+        still_wanted: asked once this process alone may start a round, so that of two watchers one does.
         on_event: told of every step.
     Returns:
         The finished round and what each step produced.
     Raises:
         RefusedError: a round is unfinished and `resume` is false, none is and it is true, another
-            process runs one, or the settings of a resumed round changed.
+            process runs one, the settings of a resumed round changed, or the round is not wanted any more.
     """
     with hold(store.ledger, "round", wait_s=LEASE_S if resume else 0.0):
-        record = _resumed(store, settings) if resume else _begun(store, settings)
-        run_dir = store.home.runs / f"round-{record.number:04d}"
-        _write_manifest(run_dir, record, settings)
+        if not resume and not still_wanted():
+            raise RefusedError("another process ran the round meanwhile")
+        record = _resumed(store, settings) if resume else _begun(store, settings, started_by)
+        run_dir = round_folder(store.home, record.number)
+        write_manifest(run_dir, record, settings)
         context = RoundContext(store, settings, record, run_dir, _recorded_results(store, record))
         for name, step in STEPS:
             _run_step(context, name, step, on_event)
@@ -122,17 +117,28 @@ def _run_step(
     def tell(text: str, payload: Any) -> None:
         on_event(RoundEvent(number, name, "progress", text, payload))
 
-    result = step(replace(context, tell=tell))
-    done = RoundStep(
-        id=new_id(), round_id=context.record.id, step=name, started_at=started_at, finished_at=utc_now(), result=result
-    )
-    with context.store.ledger.begin() as tx:
-        tx.add(done)
+    recorded = False
+
+    def record(tx: Transaction, result: StepResult) -> None:
+        nonlocal recorded
+        recorded = True
+        tx.add(_done(context, name, started_at, result))
+
+    result = step(replace(context, tell=tell, record_with=record))
+    if not recorded:
+        with context.store.ledger.begin() as tx:
+            tx.add(_done(context, name, started_at, result))
     context.results[name] = result
     on_event(RoundEvent(number, name, "done", str(result.get("text", f"{name} done")), result))
 
 
-def _begun(store: Store, settings: Settings) -> RoundRecord:
+def _done(context: RoundContext, name: str, started_at: datetime, result: StepResult) -> RoundStep:
+    return RoundStep(
+        id=new_id(), round_id=context.record.id, step=name, started_at=started_at, finished_at=utc_now(), result=result
+    )
+
+
+def _begun(store: Store, settings: Settings, started_by: str) -> RoundRecord:
     with store.ledger.begin() as tx:
         unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
         if unfinished:
@@ -145,6 +151,8 @@ def _begun(store: Store, settings: Settings) -> RoundRecord:
             settings_hash=settings_hash(settings),
         )
         tx.add(record)
+        details = {"number": record.number, "settings_hash": record.settings_hash}
+        audit.append(tx, actor=started_by, action="round.started", subject=record.id, details=details)
     return record
 
 
@@ -154,7 +162,7 @@ def _resumed(store: Store, settings: Settings) -> RoundRecord:
     if not unfinished:
         raise RefusedError("no round is unfinished; start one with `relook round`")
     if unfinished[0].settings_hash != settings_hash(settings):
-        manifest = store.home.runs / f"round-{unfinished[0].number:04d}" / "manifest.json"
+        manifest = manifest_file(round_folder(store.home, unfinished[0].number))
         raise RefusedError(
             f"round {unfinished[0].number} began with other settings; resume it with those that {manifest} lists"
         )
@@ -167,6 +175,7 @@ def _recorded_results(store: Store, record: RoundRecord) -> dict[str, StepResult
 
 
 def _finished(context: RoundContext) -> RoundRecord:
+    complete_manifest(context.run_dir, context.results)
     gate = context.results["gate"]
     changes = {
         "finished_at": utc_now(),
@@ -178,20 +187,3 @@ def _finished(context: RoundContext) -> RoundRecord:
     with context.store.ledger.begin() as tx:
         tx.update(RoundRecord, context.record.id, **changes)
         return tx.require(RoundRecord, context.record.id)
-
-
-def _write_manifest(run_dir: Path, record: RoundRecord, settings: Settings) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "manifest.json"
-    if path.exists():
-        return
-    manifest = {
-        "round": record.number,
-        "seed": record.seed,
-        "settings_hash": record.settings_hash,
-        "settings": public_dump(settings),
-        "packages": {name: package_version(name) for name in RECORDED_PACKAGES},
-    }
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)

@@ -5,6 +5,7 @@ Which step follows which is the business of `cluster.round` alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from cluster.gate import Contender, GateReport, Verdict, decide
 from cluster.labels import group_labelled_pictures, resolved_labels
 from cluster.selection import select_pictures
+from cluster.session import ray_is_running
 from cluster.settings import Settings
 from labeling.connection import connect
 from labeling.pull import pull
@@ -21,6 +23,7 @@ from records import audit
 from records.bundles import Bundle, find_bundle, register, serve_model, serving_model
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.ids import utc_now
+from records.ledger import Transaction
 from records.store import Store
 from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Side
 from trainers.data.cache import PixelCache
@@ -46,6 +49,7 @@ class RoundContext:
         run_dir: the folder of the round.
         results: what the steps before returned, by name.
         tell: passes a progress text, and whatever belongs to it, to whoever watches.
+        record_with: records the step's result in its own transaction, for steps that must not happen twice.
     """
 
     store: Store
@@ -54,6 +58,7 @@ class RoundContext:
     run_dir: Path
     results: dict[str, StepResult]
     tell: Callable[[str, Any], None] = field(default=lambda text, payload: None)
+    record_with: Callable[[Transaction, StepResult], None] = field(default=lambda tx, result: None)
 
 
 def collect(context: RoundContext) -> StepResult:
@@ -64,17 +69,20 @@ def collect(context: RoundContext) -> StepResult:
     else:
         report = pull(context.store, client, context.settings.labeling)
         pulled, text = report.new_labels, f"{report.new_labels} new answers read from Label Studio"
+    # What is read after this moment belongs to the next round, however often this one is resumed.
+    known_until = utc_now().isoformat()
     grouped = group_labelled_pictures(context.store)
-    return {"pulled": pulled, "grouped": grouped, "text": text}
+    return {"pulled": pulled, "grouped": grouped, "known_until": known_until, "text": text}
 
 
 def version(context: RoundContext) -> StepResult:
     """Write the dataset version of everything that is known now."""
     with context.store.ledger.read() as tx:
         last = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
+    known_until = context.results["collect"].get("known_until")
     report = build_version(
         context.store,
-        resolved=resolved_labels(context.store),
+        resolved=resolved_labels(context.store, datetime.fromisoformat(known_until) if known_until else None),
         round_number=context.record.number,
         parent_id=last[0].id if last else None,
     )
@@ -95,7 +103,7 @@ def version(context: RoundContext) -> StepResult:
 
 def tune(context: RoundContext) -> StepResult:
     """Search for better training settings, or keep the last winner's."""
-    wanted, why = _tune_now(context)
+    wanted, why = tune_now(context.store, context.settings, context.record.number)
     start = _previous_winner(context)
     if not wanted:
         return {"searched": False, "settings": start.model_dump(mode="json"), "text": f"no search: {why}"}
@@ -126,12 +134,16 @@ def fit(context: RoundContext) -> StepResult:
         settings,
         _dataset(context),
         run_dir=context.run_dir / "fit",
-        use_ray=True,
+        use_ray=ray_is_running(),
         on_epoch=lambda report: context.tell("epoch", report),
     )
     with context.store.ledger.begin() as tx:
         register(tx, bundle, round_number=context.record.number)
-    return {"model_id": bundle.id, "text": f"model {bundle.id[:12]} ({bundle.document.architecture.name}) is fitted"}
+    return {
+        "model_id": bundle.id,
+        "validation_balanced_accuracy": bundle.document.metrics["val"]["balanced_accuracy"],
+        "text": f"model {bundle.id[:12]} ({bundle.document.architecture.name}) is fitted",
+    }
 
 
 def evaluate(context: RoundContext) -> StepResult:
@@ -165,14 +177,17 @@ def rollout(context: RoundContext) -> StepResult:
         if status != before:
             details = {"verdict": verdict, "before": before}
             audit.append(tx, actor=_actor(context), action=f"model.{status}", subject=model_id, details=details)
-    served = status in (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
-    return {
-        "status": status,
-        "served": served,
-        "promoted": status == ModelStatus.CHAMPION,
-        "text": f"model {model_id[:12]} is {status}"
-        + (" and answers" if served else "; the one before goes on answering"),
-    }
+        served = status in (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
+        result = {
+            "status": status,
+            "served": served,
+            "promoted": status == ModelStatus.CHAMPION,
+            "text": f"model {model_id[:12]} is {status}"
+            + (" and answers" if served else "; the one before goes on answering"),
+        }
+        # In one transaction: a round that is resumed must not undo what a person did to the model meanwhile.
+        context.record_with(tx, result)
+    return result
 
 
 def select(context: RoundContext) -> StepResult:
@@ -182,8 +197,19 @@ def select(context: RoundContext) -> StepResult:
     if current is None or context.settings.round.select_budget == 0:
         return {"selected": 0, "text": "nothing is selected"}
     bundle = find_bundle(context.store, current.id)
-    selected = select_pictures(context.store, bundle, context.settings.round.select_budget)
-    return {"selected": selected, "text": f"{selected} pictures selected for experts"}
+
+    def result(selected: int) -> StepResult:
+        return {"selected": selected, "text": f"{selected} pictures selected for experts"}
+
+    # In the transaction that writes the questions: a round that is resumed must not ask for as many again.
+    return result(
+        select_pictures(
+            context.store,
+            bundle,
+            context.settings.round.select_budget,
+            within=lambda tx, selected: context.record_with(tx, result(selected)),
+        )
+    )
 
 
 def push(context: RoundContext) -> StepResult:
@@ -271,11 +297,20 @@ def _status_after(verdict: Verdict, current: ModelRecord | None, approval: str, 
     return ModelStatus.REFUSED if verdict is Verdict.REFUSE else ModelStatus.CANDIDATE
 
 
-def _tune_now(context: RoundContext) -> tuple[bool, str]:
-    mode, number = context.settings.round.tune, context.record.number
-    with context.store.ledger.read() as tx:
+def tune_now(store: Store, settings: Settings, number: int) -> tuple[bool, str]:
+    """Say whether a round searches anew.
+
+    Args:
+        store: with the earlier rounds.
+        settings: `round.tune` and what belongs to it.
+        number: of the round.
+    Returns:
+        Whether it does, and why.
+    """
+    mode = settings.round.tune
+    with store.ledger.read() as tx:
         searched = any(step.result.get("searched") for step in tx.find(RoundStep, where={"step": "tune"}))
-        tests = tx.find(RoundStep, where={"step": "fit"}, order_by=("finished_at",))
+        fits = tx.find(RoundStep, where={"step": "fit"}, order_by=("finished_at",))
     if mode == "never":
         return False, "round.tune is never"
     if not searched:
@@ -283,10 +318,12 @@ def _tune_now(context: RoundContext) -> tuple[bool, str]:
     if mode == "always":
         return True, "round.tune is always"
     if mode == "every_n":
-        due = (number - 1) % context.settings.round.tune_every == 0
-        return due, f"every {context.settings.round.tune_every} rounds"
-    scores = [step.result["validation_balanced_accuracy"] for step in tests]
-    dropped = len(scores) >= 2 and max(scores[:-1]) - scores[-1] > context.settings.round.tune_drop
+        due = (number - 1) % settings.round.tune_every == 0
+        return due, f"every {settings.round.tune_every} rounds"
+    scores = [
+        step.result["validation_balanced_accuracy"] for step in fits if "validation_balanced_accuracy" in step.result
+    ]
+    dropped = len(scores) >= 2 and max(scores[:-1]) - scores[-1] > settings.round.tune_drop
     return dropped, "validation dropped" if dropped else "validation did not drop"
 
 

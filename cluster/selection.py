@@ -1,11 +1,14 @@
 """Choose the unlabelled pictures that experts should see next, and write them to the outbox with their heat maps."""
 
+from collections.abc import Callable
+
 import numpy as np
 import sqlalchemy as sa
 
 from labeling.acquisition import least_confidence_scores, non_finite_rows, one_per_group
 from records.bundles import Bundle
 from records.ids import new_id, utc_now
+from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.stored import read_picture
@@ -20,7 +23,13 @@ MAX_CANDIDATES = 4096
 OVERLAY_SIDE_PX = 384
 
 
-def select_pictures(store: Store, bundle: Bundle, budget: int) -> int:
+def select_pictures(
+    store: Store,
+    bundle: Bundle,
+    budget: int,
+    *,
+    within: Callable[[Transaction, int], None] = lambda tx, selected: None,
+) -> int:
     """Write review items for the unlabelled pictures that the model is least sure of.
 
     At most one picture of a lesion is chosen. Answers that are not finite come first.
@@ -29,6 +38,7 @@ def select_pictures(store: Store, bundle: Bundle, budget: int) -> int:
         store: with the pictures.
         bundle: the model whose doubt counts.
         budget: how many pictures at most.
+        within: called with the transaction that writes the items and their number, if any are written.
     Returns:
         How many were chosen.
     """
@@ -53,6 +63,7 @@ def select_pictures(store: Store, bundle: Bundle, budget: int) -> int:
     items = [_item(store, candidates[row], output, i) for i, row in enumerate(chosen)]
     with store.ledger.begin() as tx:
         tx.add(*items)
+        within(tx, len(items))
     return len(items)
 
 

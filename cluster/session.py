@@ -73,7 +73,7 @@ def start_ray(settings: Settings) -> Iterator[RaySession]:
         UnavailableError: Ray does not start, or the cluster does not answer.
     """
     require_token_mode(os.environ)
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if ray_is_running():
         raise ContractError("Ray is already initialised in this process; open one session around the whole command")
     environ = {"RAY_AUTH_MODE": "token", **_QUIET}
     if settings.cluster.ray_address:
@@ -98,6 +98,11 @@ def require_token_mode(environ: Mapping[str, str]) -> None:
     mode = environ.get("RAY_AUTH_MODE", "token")
     if mode != "token":
         raise ConfigError(f"RAY_AUTH_MODE={mode!r} opens Ray to everyone who reaches its ports; unset it, or set token")
+
+
+def ray_is_running() -> bool:
+    """Return whether this process has a Ray session; asking does not import Ray."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def answers(address: str) -> bool:

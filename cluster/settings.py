@@ -19,13 +19,14 @@ from tuning.settings import TuningSettings
 
 MASK = "**********"
 
-# Where things are kept and on what they run: the same work on another machine has the same hash.
+# Where things are kept, on what they run and when they begin: the same work on another machine has the same hash.
 _PLACES: dict[str, bool | set[str]] = {
     "preset": True,
     "records": {"home", "database", "blobs"},
     "serving": {"host", "port"},
     "labeling": {"url", "token", "environment", "port"},
     "cluster": True,
+    "round": {"watch_labels", "watch_days", "watch_poll_s"},
 }
 
 
@@ -78,6 +79,13 @@ class RoundSettings(RoomSettings):
     )
     select_budget: int = Field(default=40, ge=0, description="pictures that a round proposes to the experts, pictures")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of everything random in a round")
+    watch_labels: int = Field(default=50, ge=1, description="for --watch: new expert labels that start a round, labels")
+    watch_days: float = Field(
+        default=7.0, gt=0, le=3650, description="for --watch: time since the last round that starts one, days"
+    )
+    watch_poll_s: float = Field(
+        default=60.0, gt=0, le=86_400, description="for --watch: time between two looks, seconds"
+    )
 
 
 class GateSettings(RoomSettings):

@@ -1,5 +1,6 @@
 """A lease that is held for as long as a block runs: one round, one sync at a time, across machines."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -7,9 +8,12 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import psutil
+
 from records.errors import RefusedError, UnavailableError
 from records.ids import new_id
 from records.ledger import Ledger
+from records.types import Lease
 
 LEASE_S = 30.0
 
@@ -21,15 +25,17 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
     Args:
         ledger: that keeps the lease.
         name: of the right.
-        wait_s: how long to wait for another holder, seconds; `LEASE_S` outlasts one that was killed.
+        wait_s: how long to wait for another holder, seconds; `LEASE_S` outlasts one that was killed. One that
+            was killed on this machine is not waited for.
     Yields:
         The name of the holder.
     Raises:
         RefusedError: somebody else still holds it, or took it while the block ran because this process
             or the ledger stood still for longer than `LEASE_S`.
     """
-    holder = f"{socket.gethostname()}:{os.getpid()}:{new_id()[-8:]}"
+    holder = f"{_here()}:{os.getpid()}:{new_id()[-8:]}"
     deadline = time.monotonic() + wait_s
+    _release_dead(ledger, name)
     while not ledger.lease(name, holder, LEASE_S):
         if time.monotonic() > deadline:
             raise RefusedError(
@@ -57,3 +63,20 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
         ledger.release(name, holder)
     if lost.is_set():
         raise RefusedError(f"the {name} lease was lost to another process meanwhile; run this again")
+
+
+def _here() -> str:
+    """Name the place that process ids belong to: containers may share a host's name and not its processes."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()}/{namespace}"
+
+
+def _release_dead(ledger: Ledger, name: str) -> None:
+    """Give back a lease whose holder was a process of this machine that is gone; elsewhere it runs out by itself."""
+    with ledger.read() as tx:
+        current = tx.get(Lease, name)
+    place, _, process = (current.holder if current else "").rpartition(":")[0].rpartition(":")
+    if current and place == _here() and process.isdigit() and not psutil.pid_exists(int(process)):
+        ledger.release(name, current.holder)

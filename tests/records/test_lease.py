@@ -1,4 +1,6 @@
+import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -56,3 +58,17 @@ def test_a_lease_that_was_lost_meanwhile_is_said(ledger: Ledger) -> None:
     with pytest.raises(RefusedError, match="was lost to another process"):
         stand_still()
     assert not ledger.lease("round", "a third", 1)
+
+
+def test_a_holder_of_this_machine_that_is_gone_is_not_waited_for(
+    ledger: Ledger, run_python: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 60.0)
+    code = (
+        "import os, sys\nfrom records.ledger import open_ledger\nfrom records.lease import hold\n"
+        "with hold(open_ledger(sys.argv[1]), 'round'):\n    os._exit(9)\n"
+    )
+    killed = run_python(code, ledger.url)
+    assert killed.wait(30) == 9
+    with lease.hold(ledger, "round"):
+        pass

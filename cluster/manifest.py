@@ -1,0 +1,147 @@
+"""The manifest of a round: everything that is needed to run it again and to tell whether it came out the same.
+
+It is written when a round begins (seed, settings, packages) and completed when it ends (data, winner,
+model, verdict, test figures). Both are written whole or not at all.
+"""
+
+import json
+import platform
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.settings import Settings, public_dump
+from records.errors import IntegrityError, RefusedError, UnknownIdError
+from records.home import Home
+from records.types import RoundRecord
+
+RECORDED_PACKAGES = (
+    "relook",
+    "torch",
+    "torchvision",
+    "ray",
+    "albumentations",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scikit-learn",
+)
+
+
+class RoundResult(BaseModel):
+    """How a round came out, as far as a replay can tell."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    dataset_id: str
+    winner: dict[str, Any] = Field(description="settings of trainers that were fitted")
+    model_id: str
+    test: dict[str, Any] = Field(description="evaluation on the test side")
+    verdict: str
+
+
+class Manifest(BaseModel):
+    """manifest.json of a round."""
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    seed: int
+    settings_hash: str
+    settings: dict[str, Any]
+    packages: dict[str, str]
+    python: str
+    result: RoundResult | None = Field(default=None, description="empty until the round has ended")
+
+
+def round_folder(home: Home, number: int) -> Path:
+    """Return the folder of a round."""
+    return home.runs / f"round-{number:04d}"
+
+
+def manifest_file(run_dir: Path) -> Path:
+    """Return where the manifest of a round's folder is."""
+    return run_dir / "manifest.json"
+
+
+def write_manifest(run_dir: Path, record: RoundRecord, settings: Settings) -> None:
+    """Write what a round begins with; a manifest that is there already stays.
+
+    Args:
+        run_dir: folder of the round; made if missing.
+        record: of the round.
+        settings: of the round; secrets are masked.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if manifest_file(run_dir).exists():
+        return
+    manifest = Manifest(
+        round=record.number,
+        seed=record.seed,
+        settings_hash=record.settings_hash,
+        settings=public_dump(settings),
+        packages=installed_packages(),
+        python=platform.python_version(),
+    )
+    _put(run_dir, manifest)
+
+
+def complete_manifest(run_dir: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Add how the round came out.
+
+    Args:
+        run_dir: folder of the round, with its manifest.
+        results: of every step, by name.
+    """
+    result = RoundResult(
+        dataset_id=results["version"]["dataset_id"],
+        winner=results["tune"]["settings"],
+        model_id=results["fit"]["model_id"],
+        test=results["evaluate"]["test"],
+        verdict=str(results["gate"]["verdict"]),
+    )
+    _put(run_dir, _read(run_dir).model_copy(update={"result": result}))
+
+
+def read_manifest(home: Home, number: int) -> tuple[Manifest, RoundResult]:
+    """Read the manifest of a finished round.
+
+    Args:
+        home: with the folder of the round.
+        number: of the round.
+    Returns:
+        The manifest and its result.
+    Raises:
+        UnknownIdError: there is no such round.
+        RefusedError: the round has not ended yet.
+        IntegrityError: the manifest cannot be read.
+    """
+    run_dir = round_folder(home, number)
+    if not manifest_file(run_dir).is_file():
+        raise UnknownIdError(f"no round has the number {number}; `relook rounds` lists them")
+    manifest = _read(run_dir)
+    if manifest.result is None:
+        raise RefusedError(f"round {number} has not ended; finish it with `relook round --resume`")
+    return manifest, manifest.result
+
+
+def installed_packages() -> dict[str, str]:
+    """Return the versions of the packages that decide a result."""
+    return {name: package_version(name) for name in RECORDED_PACKAGES}
+
+
+def _read(run_dir: Path) -> Manifest:
+    path = manifest_file(run_dir)
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise IntegrityError(f"{path} is not the manifest of a round; restore it from a backup") from error
+
+
+def _put(run_dir: Path, manifest: Manifest) -> None:
+    path = manifest_file(run_dir)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)

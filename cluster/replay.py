@@ -1,0 +1,87 @@
+"""Run a finished round again from its manifest, and say whether it came out the same.
+
+In: the number of a round. Out: a `Replay`. The winner is fitted anew on the round's dataset version in
+a folder of its own and evaluated on the test side (which is audited); nothing is registered, rolled
+out or sent to experts.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.manifest import installed_packages, read_manifest
+from cluster.session import ray_is_running
+from records.datasets import load_dataset
+from records.ids import new_id
+from records.store import Store
+from records.types import Side
+from trainers.evaluation.evaluate import evaluate, predict_side
+from trainers.fitting.fit import fit
+from trainers.settings import TrainersSettings
+
+TOLERANCE = {"fp32": 0.0, "bf16": 1e-3}
+"""By how much a figure may differ, by precision; on the same kind of processor and the same packages."""
+
+_COMPARED = ("balanced_accuracy", "accuracy", "macro_auc", "ece")
+
+
+class Replay(BaseModel):
+    """What a replay found."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    round: int
+    same_model: bool = Field(description="the bundle is equal to the last bit")
+    model_id: str
+    precision: str
+    differences: dict[str, float | None] = Field(
+        description="replayed minus recorded, by figure on the test side; empty if only one of them is defined"
+    )
+    within_tolerance: bool
+    other_packages: dict[str, list[str]] = Field(description="package: [then, now], where they differ")
+
+
+def replay_round(store: Store, number: int) -> Replay:
+    """Fit and evaluate a round's winner again.
+
+    Args:
+        store: with the round's dataset version.
+        number: of a finished round.
+    Returns:
+        The comparison.
+    Raises:
+        UnknownIdError: there is no such round, or its dataset version is gone.
+        RefusedError: the round has not ended.
+        IntegrityError: manifest or dataset were altered.
+    """
+    manifest, recorded = read_manifest(store.home, number)
+    settings = TrainersSettings.model_validate(recorded.winner)
+    dataset = load_dataset(store, recorded.dataset_id)
+    run_dir = store.home.runs / f"replay-{number:04d}-{new_id()[-8:]}"
+    bundle = fit(store, settings, dataset, run_dir=run_dir, use_ray=ray_is_running())
+    predictions = predict_side(store, bundle, dataset, Side.TEST, actor=f"replay of round {number}")
+    figures = evaluate(predictions, store.taxonomy, bundle.document.operating).model_dump(mode="json")
+    differences = {name: _difference(figures[name], recorded.test[name]) for name in _COMPARED}
+    precision = str(bundle.document.config.get("precision", "fp32"))
+    allowed = TOLERANCE["fp32" if precision == "fp32" else "bf16"]
+    now = installed_packages()
+    return Replay(
+        round=number,
+        same_model=bundle.id == recorded.model_id,
+        model_id=bundle.id,
+        precision=precision,
+        differences=differences,
+        within_tolerance=all(value is not None and abs(value) <= allowed for value in differences.values()),
+        other_packages={
+            name: [then, now.get(name, "none")] for name, then in manifest.packages.items() if now.get(name) != then
+        },
+    )
+
+
+def _difference(replayed: Any, recorded: Any) -> float | None:
+    """Return the difference of two figures; undefined on both sides is no difference, on one side none can be told."""
+    if replayed is None and recorded is None:
+        return 0.0
+    if replayed is None or recorded is None:
+        return None
+    return float(replayed) - float(recorded)
