@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import sqlalchemy as sa
 
-from labeling.acquisition import least_confidence_scores, non_finite_rows, one_per_group
+from labeling.acquisition.scores import least_confidence_scores, non_finite_rows, one_per_group
 from records.bundles import Bundle
 from records.ids import new_id, utc_now
 from records.ledger import Transaction

@@ -1,0 +1,206 @@
+"""Pictures that differ from each other: k-center, BADGE and TypiClust over feature vectors.
+
+The features are read a part at a time, so a pool that lies in a memory-mapped file never has to
+fit into memory. Each pick blocks its whole group.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labeling.acquisition.scores import FloatArray
+
+Features = NDArray[Any]
+"""[N, D], float16 to float64, in memory or memory-mapped."""
+
+_ROWS_AT_ONCE = 16_384
+_NEIGHBOURS = 20  # of TypiClust's typicality, as in the paper
+_MOST_CLUSTERS = 500
+_MOST_COMPARED = 2_000
+
+
+def k_center_rows(
+    features: Features, groups: NDArray[np.intp], budget: int, known: Features | None = None
+) -> list[int]:
+    """Take again and again the row that is farthest from all that is known or taken (Sener and Savarese 2018).
+
+    Args:
+        features: [N, D] of the pool.
+        groups: [N] group number of each row, 0 and up.
+        budget: how many at most.
+        known: [M, D] of what has a label already; without any, the row farthest from the mean comes first.
+    Returns:
+        Row indices in the order of taking, one per group.
+    """
+    start = known if known is not None and len(known) else _mean(features)[None]
+    nearest = np.full(len(features), np.inf)
+    squares = _squares(features)
+    for centre in np.asarray(start, dtype=np.float32):
+        _lower(nearest, features, squares, centre)
+    free = np.ones(len(features), dtype=bool)
+    taken: list[int] = []
+    while len(taken) < budget and free.any():
+        row = int(np.argmax(np.where(free, nearest, -1.0)))
+        taken.append(row)
+        free &= groups != groups[row]
+        _lower(nearest, features, squares, np.asarray(features[row], dtype=np.float32))
+    return taken
+
+
+def badge_rows(
+    features: Features, probabilities: FloatArray, groups: NDArray[np.intp], budget: int, chance: np.random.Generator
+) -> list[int]:
+    """Draw rows whose last-layer gradients are large and differ (BADGE, Ash et al. 2020).
+
+    The gradient of a row is the outer product of (probabilities minus one-hot of the best class) and its
+    features. Distances follow from the two factors, so the [N, C * D] matrix is never made. The first
+    row is the one with the largest gradient, the others are k-means++ draws.
+
+    Args:
+        features: [N, D].
+        probabilities: [N, C], finite.
+        groups: [N] group number of each row, 0 and up.
+        budget: how many at most.
+        chance: of the draws.
+    Returns:
+        Row indices in the order of drawing, one per group.
+    """
+    errors = probabilities.astype(np.float32)
+    errors[np.arange(len(errors)), probabilities.argmax(axis=1)] -= 1.0
+    squares = _squares(features) * np.square(errors).sum(axis=1)
+    nearest: FloatArray = np.full(len(features), np.inf)
+    free = np.ones(len(features), dtype=bool)
+    taken: list[int] = []
+    while len(taken) < budget and free.any():
+        weights = np.where(free, nearest if taken else squares, 0.0)
+        row = _draw(weights, free, chance) if taken else int(np.argmax(np.where(free, squares, -1.0)))
+        taken.append(row)
+        free &= groups != groups[row]
+        centre = np.asarray(features[row], dtype=np.float32)
+        for at, part in _parts(features):
+            here = slice(at, at + len(part))
+            along = (part @ centre) * (errors[here] @ errors[row])
+            distance = np.maximum(squares[here] + squares[row] - 2.0 * along, 0.0)
+            np.minimum(nearest[here], distance, out=nearest[here])
+    return taken
+
+
+def typical_rows(
+    features: Features, groups: NDArray[np.intp], budget: int, seed: int, known: Features | None = None
+) -> list[int]:
+    """Take the most typical row of each cluster, large clusters first (TypiClust, Hacohen et al. 2022).
+
+    Args:
+        features: [N, D].
+        groups: [N] group number of each row, 0 and up.
+        budget: how many at most.
+        seed: of the clustering.
+        known: [M, D] of what has a label already; clusters with the fewest of them come first.
+    Returns:
+        Row indices in the order of taking, one per group.
+    """
+    centres = _cluster_centres(features, min(budget + _count(known), _MOST_CLUSTERS, len(features)), seed)
+    if not len(centres):
+        return []
+    clusters = _nearest_centre(features, centres)
+    covered = np.zeros(len(centres), dtype=np.intp)
+    if known is not None and len(known):
+        covered = np.bincount(_nearest_centre(known, centres), minlength=len(centres))
+    sizes = np.bincount(clusters, minlength=len(centres))
+    chance = np.random.default_rng(seed)
+    members = {c: np.flatnonzero(clusters == c) for c in range(len(centres)) if sizes[c]}
+    queues = {c: _by_typicality(features, rows, chance) for c, rows in members.items()}
+    free = np.ones(len(features), dtype=bool)
+    taken: list[int] = []
+    while len(taken) < budget and queues:
+        cluster = min(queues, key=lambda c: (covered[c], -sizes[c], c))
+        row = next((r for r in queues[cluster] if free[r]), None)
+        if row is None:
+            del queues[cluster]
+            continue
+        taken.append(row)
+        free &= groups != groups[row]
+        covered[cluster] += 1
+    return taken
+
+
+def _count(known: Features | None) -> int:
+    return 0 if known is None else len(known)
+
+
+def _cluster_centres(features: Features, num_clusters: int, seed: int) -> NDArray[np.float32]:
+    """Return centres by k-means: k-means++ draws, then Lloyd's steps until nothing moves or 25 are done."""
+    chance = np.random.default_rng(seed)
+    free, squares = np.ones(len(features), dtype=bool), _squares(features)
+    nearest: FloatArray = np.full(len(features), np.inf)
+    centres = np.empty((num_clusters, features.shape[1]), dtype=np.float32)
+    for number in range(num_clusters):
+        centres[number] = features[_draw(nearest if number else squares, free, chance)]
+        _lower(nearest, features, squares, centres[number])
+    before = np.empty(0)
+    for _ in range(25):
+        clusters = _nearest_centre(features, centres)
+        if np.array_equal(clusters, before):
+            break
+        before = clusters
+        sums, sizes = np.zeros(centres.shape), np.bincount(clusters, minlength=num_clusters)
+        for at, part in _parts(features):
+            np.add.at(sums, clusters[at : at + len(part)], part)
+        filled = sizes > 0
+        centres[filled] = (sums[filled] / sizes[filled, None]).astype(np.float32)
+    return centres
+
+
+def _nearest_centre(features: Features, centres: NDArray[np.float32]) -> NDArray[np.intp]:
+    of_centres = np.square(centres).sum(axis=1)
+    found = [(of_centres - 2.0 * (part @ centres.T)).argmin(axis=1) for _, part in _parts(features)]
+    return np.concatenate(found)
+
+
+def _by_typicality(features: Features, rows: NDArray[np.intp], chance: np.random.Generator) -> list[int]:
+    """Return rows of one cluster, those with the closest neighbours first; a large one is held against a sample."""
+    against = chance.choice(rows, _MOST_COMPARED, replace=False) if len(rows) > _MOST_COMPARED else rows
+    others = np.asarray(features[against], dtype=np.float64)
+    neighbours = min(_NEIGHBOURS, len(against) - 1)
+    mean_distance = np.zeros(len(rows))
+    for at in range(0, len(rows) if neighbours else 0, _MOST_COMPARED):
+        part = np.asarray(features[rows[at : at + _MOST_COMPARED]], dtype=np.float64)
+        squares = np.square(part).sum(axis=1)[:, None] + np.square(others).sum(axis=1) - 2.0 * part @ others.T
+        closest = np.sort(np.partition(squares, neighbours, axis=1)[:, : neighbours + 1], axis=1)[:, 1:]
+        mean_distance[at : at + len(part)] = np.sqrt(np.maximum(closest, 0.0)).mean(axis=1)
+    return [int(row) for row in rows[np.argsort(mean_distance.round(9), kind="stable")]]
+
+
+def _draw(weights: FloatArray, free: NDArray[np.bool_], chance: np.random.Generator) -> int:
+    """Draw a row in proportion to its weight; where all are 0, any free one."""
+    total = np.cumsum(weights if weights.sum() > 0 else free.astype(np.float64))
+    return int(np.searchsorted(total, chance.random() * total[-1], side="right"))
+
+
+def _squares(features: Features) -> FloatArray:
+    parts = [np.square(part, dtype=np.float64).sum(axis=1) for _, part in _parts(features)]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def _lower(nearest: FloatArray, features: Features, squares: FloatArray, centre: NDArray[np.float32]) -> None:
+    """Lower each row's squared distance to its nearest centre by one more centre."""
+    of_centre = float(np.square(centre, dtype=np.float64).sum())
+    for at, part in _parts(features):
+        here = slice(at, at + len(part))
+        # As a product, which reads each feature once: the speed of memory is the limit here.
+        distance = np.maximum(squares[here] + of_centre - 2.0 * (part @ centre), 0.0)
+        np.minimum(nearest[here], distance, out=nearest[here])
+
+
+def _mean(features: Features) -> NDArray[np.float32]:
+    total = np.zeros(features.shape[1])
+    for _, part in _parts(features):
+        total += part.sum(axis=0, dtype=np.float64)
+    return (total / max(len(features), 1)).astype(np.float32)
+
+
+def _parts(features: Features) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    for at in range(0, len(features), _ROWS_AT_ONCE):
+        yield at, np.asarray(features[at : at + _ROWS_AT_ONCE], dtype=np.float32)

@@ -1,0 +1,262 @@
+"""The acquisition rules by name, and how one is applied to a pool.
+
+In: a `Pool` of arrays. Out: row numbers. Whatever the rule, rows that are not finite come first, at
+most one row of a group is taken, and the order of the pool's rows decides nothing: equal ids, seed and
+values give equal pictures.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labeling.acquisition.diversity import Features, badge_rows, k_center_rows, typical_rows
+from labeling.acquisition.scores import (
+    FloatArray,
+    bald_scores,
+    entropy_scores,
+    least_confidence_scores,
+    margin_scores,
+    miss_cost_scores,
+    one_per_group,
+)
+from records.errors import ConfigError, ContractError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Unlabelled pictures, one per row of every array.
+
+    Args:
+        ids: [N] picture ids, all different.
+        group_ids: [N]; pictures of one lesion share a group.
+        probabilities: [N, C] calibrated, in class order; a row that is not finite is asked first.
+        features: [N, D], float16 to float64; may be memory-mapped.
+        samples: [S, N, C] probabilities of S passes with dropout on.
+        known_features: [M, D] of pictures that have a label already.
+        miss_costs: [C] of the taxonomy.
+    """
+
+    ids: Sequence[str]
+    group_ids: Sequence[str]
+    probabilities: FloatArray | None = None
+    features: Features | None = None
+    samples: FloatArray | None = None
+    known_features: Features | None = None
+    miss_costs: FloatArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a rule works on: finite rows sorted by id."""
+
+    pool: Pool
+    groups: NDArray[np.intp]
+    budget: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class AcquisitionRule:
+    """A way of choosing.
+
+    Args:
+        name: as in `relook label select --rule`.
+        description: one line.
+        needs: fields of the pool that have to be there.
+        pick: returns rows in the order of asking, one per group.
+    """
+
+    name: str
+    description: str
+    needs: tuple[str, ...]
+    pick: Callable[[_Task], list[int]]
+
+
+def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0) -> list[int]:
+    """Return the rows that a rule asks for.
+
+    Args:
+        rule: its name.
+        pool: with the fields that the rule needs.
+        budget: how many at most.
+        seed: of rules with chance in them.
+    Returns:
+        Row numbers, most wanted first, at most one per group. Rows that are not finite come first.
+    Raises:
+        ConfigError: there is no such rule.
+        ContractError: a field is missing or has another number of rows, or the budget is below 0.
+    """
+    found = rule_named(rule)
+    _check(found, pool, budget)
+    wrong = _non_finite(found, pool)
+    order = np.argsort(np.asarray(pool.ids, dtype=np.str_), kind="stable")
+    groups = [str(group) for group in pool.group_ids]
+    first = one_per_group(order[wrong[order]], groups, budget)
+    blocked = {groups[row] for row in first}
+    rows = np.array([row for row in order if not wrong[row] and groups[row] not in blocked], dtype=np.intp)
+    if len(first) == budget or not len(rows):
+        return first
+    _, numbers = np.unique(np.asarray([groups[row] for row in rows]), return_inverse=True)
+    picked = found.pick(_Task(_taken(pool, rows), numbers.astype(np.intp), budget - len(first), seed))
+    return first + [int(rows[row]) for row in picked]
+
+
+def choose_mixed(budgets: Mapping[str, int], pool: Pool, *, seed: int = 0) -> list[tuple[int, str]]:
+    """Return rows by several rules, each with a budget of its own.
+
+    Args:
+        budgets: how many by rule. `random` is drawn first, whatever its place, so that nothing else decides
+            what the audit sample looks like; the others follow in the order given.
+        pool: with the fields that the rules need.
+        seed: of rules with chance in them.
+    Returns:
+        (row, rule) pairs, at most one per group over all rules.
+    Raises:
+        ConfigError: there is no such rule.
+        ContractError: as in `choose`.
+    """
+    names = sorted(budgets, key=lambda name: name != "random")
+    chosen: list[tuple[int, str]] = []
+    blocked: set[str] = set()
+    for name in names:
+        rows = np.flatnonzero([group not in blocked for group in pool.group_ids])
+        for row in choose(name, _taken(pool, rows), budgets[name], seed=seed):
+            chosen.append((int(rows[row]), name))
+            blocked.add(pool.group_ids[int(rows[row])])
+    return chosen
+
+
+def rule_named(name: str) -> AcquisitionRule:
+    """Return a rule; a ConfigError names those that there are."""
+    try:
+        return RULES[name]
+    except KeyError:
+        raise ConfigError(f"there is no acquisition rule {name!r}; there are {', '.join(RULES)}") from None
+
+
+def acquisition_catalogue() -> list[dict[str, Any]]:
+    """Return the rules as rows of `relook catalog`."""
+    return [{"name": r.name, "needs": list(r.needs), "description": r.description} for r in RULES.values()]
+
+
+def _check(rule: AcquisitionRule, pool: Pool, budget: int) -> None:
+    if budget < 0:
+        raise ContractError(f"the budget must be at least 0, got {budget}")
+    if len(set(pool.ids)) != len(pool.ids) or len(pool.group_ids) != len(pool):
+        raise ContractError("a pool needs ids that all differ, and one group for each")
+    for name in rule.needs:
+        if getattr(pool, name) is None:
+            raise ContractError(f"rule {rule.name} needs {name}, which this pool does not have")
+    sizes = {"probabilities": pool.probabilities, "features": pool.features}
+    for name, values in sizes.items():
+        if values is not None and len(values) != len(pool):
+            raise ContractError(f"{name} has {len(values)} rows for {len(pool)} pictures")
+    if pool.samples is not None and (pool.samples.ndim != 3 or pool.samples.shape[1] != len(pool)):
+        raise ContractError(f"samples must be [S, {len(pool)}, C], got {list(pool.samples.shape)}")
+
+
+def _non_finite(rule: AcquisitionRule, pool: Pool) -> NDArray[np.bool_]:
+    """Say which rows hold a value that is not finite in anything that there is of them."""
+    wrong = np.zeros(len(pool), dtype=bool)
+    if pool.probabilities is not None:
+        wrong |= ~np.isfinite(pool.probabilities).all(axis=1)
+    if pool.samples is not None and "samples" in rule.needs:
+        wrong |= ~np.isfinite(pool.samples).all(axis=(0, 2))
+    if pool.features is not None and "features" in rule.needs:
+        for at in range(0, len(pool), 65_536):
+            part = pool.features[at : at + 65_536]
+            wrong[at : at + len(part)] |= ~np.isfinite(part).all(axis=1)
+    return wrong
+
+
+def _taken(pool: Pool, rows: NDArray[np.intp]) -> Pool:
+    """Return some rows of a pool; all of them in order are not copied, since they may be a large file."""
+    if len(rows) == len(pool) and bool((rows == np.arange(len(pool))).all()):
+        return pool
+    return replace(
+        pool,
+        ids=[pool.ids[row] for row in rows],
+        group_ids=[pool.group_ids[row] for row in rows],
+        probabilities=None if pool.probabilities is None else pool.probabilities[rows],
+        features=None if pool.features is None else pool.features[rows],
+        samples=None if pool.samples is None else pool.samples[:, rows],
+    )
+
+
+def _by_score(score: Callable[[Pool], FloatArray]) -> Callable[[_Task], list[int]]:
+    def pick(task: _Task) -> list[int]:
+        # Rounded, so that equal scores stay equal whatever order they were added up in.
+        order = np.argsort(-score(task.pool).round(12), kind="stable")
+        return one_per_group(order, list(task.pool.group_ids), task.budget)
+
+    return pick
+
+
+def _random(task: _Task) -> list[int]:
+    # By group, not by picture: a lesion with many pictures is not asked more often.
+    groups = list(task.pool.group_ids)
+    order = np.random.default_rng(task.seed).permutation(len(groups))
+    ranks = np.random.default_rng(task.seed + 1).permutation(int(task.groups.max()) + 1)
+    order = order[np.argsort(ranks[task.groups[order]], kind="stable")]
+    return one_per_group(order, groups, task.budget)
+
+
+def _given(value: T | None) -> T:
+    if value is None:
+        raise ContractError("a rule reads a field that it does not say it needs")
+    return value
+
+
+def _k_center(task: _Task) -> list[int]:
+    return k_center_rows(_given(task.pool.features), task.groups, task.budget, task.pool.known_features)
+
+
+def _badge(task: _Task) -> list[int]:
+    chance = np.random.default_rng(task.seed)
+    probabilities = _given(task.pool.probabilities)
+    return badge_rows(_given(task.pool.features), probabilities, task.groups, task.budget, chance)
+
+
+def _typiclust(task: _Task) -> list[int]:
+    known = task.pool.known_features
+    return typical_rows(_given(task.pool.features), task.groups, task.budget, task.seed, known)
+
+
+def _miss_cost(pool: Pool) -> FloatArray:
+    return miss_cost_scores(_given(pool.probabilities), _given(pool.miss_costs))
+
+
+_ALL = (
+    AcquisitionRule("random", "every lesion with the same chance", (), _random),
+    AcquisitionRule(
+        "least_confidence", "the best class is least probable", ("probabilities",),
+        _by_score(lambda pool: least_confidence_scores(_given(pool.probabilities))),
+    ),
+    AcquisitionRule(
+        "margin", "the two best classes are closest", ("probabilities",),
+        _by_score(lambda pool: margin_scores(_given(pool.probabilities))),
+    ),
+    AcquisitionRule(
+        "entropy", "the probabilities are most spread", ("probabilities",),
+        _by_score(lambda pool: entropy_scores(_given(pool.probabilities))),
+    ),
+    AcquisitionRule(
+        "bald", "passes with dropout disagree most", ("samples",),
+        _by_score(lambda pool: bald_scores(_given(pool.samples))),
+    ),
+    AcquisitionRule("k_center", "farthest from everything labelled or taken", ("features",), _k_center),
+    AcquisitionRule("badge", "large and different gradients", ("features", "probabilities"), _badge),
+    AcquisitionRule("typiclust", "typical of its cluster; for a cold start", ("features",), _typiclust),
+    AcquisitionRule(
+        "expected_miss_cost", "a miss would cost most", ("probabilities", "miss_costs"), _by_score(_miss_cost)
+    ),
+)  # fmt: skip
+RULES: Mapping[str, AcquisitionRule] = {rule.name: rule for rule in _ALL}

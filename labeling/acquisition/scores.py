@@ -1,0 +1,150 @@
+"""Scores of single pictures: larger is asked sooner.
+
+Pure functions over probabilities. A row that is not finite is never scored away: `non_finite_rows`
+names it, and it goes to an expert first.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from records.errors import ContractError
+
+FloatArray = NDArray[np.float64]
+
+
+def least_confidence_scores(probabilities: FloatArray) -> FloatArray:
+    """Score how unsure each answer is: 1 minus the probability of the best class (Lewis and Gale 1994).
+
+    Args:
+        probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
+    Returns:
+        [N] in [0, 1 - 1/C]; larger is less sure.
+    Raises:
+        ContractError: wrong rank, C < 2, or a row that does not sum to 1 (names the row).
+
+    >>> least_confidence_scores(np.array([[0.5, 0.5], [1.0, 0.0]])).tolist()
+    [0.5, 0.0]
+    """
+    _check(probabilities)
+    scores: FloatArray = 1.0 - probabilities.max(axis=1)
+    return scores
+
+
+def margin_scores(probabilities: FloatArray) -> FloatArray:
+    """Score how undecided each answer is: 1 minus the gap between its two best classes (Scheffer 2001).
+
+    Args:
+        probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
+    Returns:
+        [N] in [0, 1]; 1 is a tie.
+    Raises:
+        ContractError: wrong rank, C < 2, or a row that does not sum to 1 (names the row).
+
+    >>> margin_scores(np.array([[0.5, 0.5], [1.0, 0.0]])).tolist()
+    [1.0, 0.0]
+    """
+    _check(probabilities)
+    best = np.partition(probabilities, -2, axis=1)
+    scores: FloatArray = 1.0 - (best[:, -1] - best[:, -2])
+    return scores
+
+
+def entropy_scores(probabilities: FloatArray) -> FloatArray:
+    """Score the entropy of each answer, in nats (Shannon 1948).
+
+    Args:
+        probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
+    Returns:
+        [N] in [0, ln C].
+    Raises:
+        ContractError: wrong rank, C < 2, or a row that does not sum to 1 (names the row).
+
+    >>> entropy_scores(np.array([[0.5, 0.5], [1.0, 0.0]])).round(4).tolist()
+    [0.6931, 0.0]
+    """
+    _check(probabilities)
+    return _entropy(probabilities)
+
+
+def bald_scores(samples: FloatArray) -> FloatArray:
+    """Score how much the draws of a model disagree: the mutual information of answer and weights (Houlsby 2011).
+
+    Args:
+        samples: [S, N, C] probabilities of S passes with dropout on, rows sum to 1 within 1e-6.
+    Returns:
+        [N], entropy of the mean minus mean entropy, at least 0; 0 where all passes agree.
+    Raises:
+        ContractError: wrong rank, no pass, C < 2, or a row that does not sum to 1.
+
+    >>> bald_scores(np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])).round(4).tolist()
+    [0.6931, 0.0]
+    """
+    if samples.ndim != 3 or len(samples) == 0:
+        raise ContractError(f"samples must be [S, N, C] with S >= 1, got {list(samples.shape)}")
+    _check(samples.reshape(-1, samples.shape[-1]))
+    scores: FloatArray = np.maximum(_entropy(samples.mean(axis=0)) - _entropy(samples).mean(axis=0), 0.0)
+    return scores
+
+
+def miss_cost_scores(probabilities: FloatArray, miss_costs: FloatArray) -> FloatArray:
+    """Score what it is expected to cost if nobody looks: each class's probability times its miss cost.
+
+    Args:
+        probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
+        miss_costs: [C], of the taxonomy, at least 0.
+    Returns:
+        [N], at least 0.
+    Raises:
+        ContractError: wrong shapes, a negative cost, or a row that does not sum to 1 (names the row).
+
+    >>> miss_cost_scores(np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([1.0, 20.0])).tolist()
+    [10.5, 1.0]
+    """
+    _check(probabilities)
+    if miss_costs.shape != (probabilities.shape[1],) or not (miss_costs >= 0).all():
+        raise ContractError(
+            f"miss costs must be {probabilities.shape[1]} numbers of at least 0, got {miss_costs.tolist()}"
+        )
+    scores: FloatArray = probabilities @ miss_costs
+    return scores
+
+
+def non_finite_rows(probabilities: FloatArray) -> NDArray[np.intp]:
+    """Return the indices of rows with a value that is not finite; each of them goes to an expert."""
+    return np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+
+
+def one_per_group(order: NDArray[np.intp], group_ids: list[str], budget: int) -> list[int]:
+    """Take from an order at most one picture of each group.
+
+    Args:
+        order: [N] row indices, best first.
+        group_ids: [N] group of each row; pictures of one lesion share a group.
+        budget: how many to take at most.
+    Returns:
+        Row indices, best first.
+
+    >>> one_per_group(np.array([2, 0, 1]), ["a", "b", "a"], 2)
+    [2, 1]
+    """
+    taken: dict[str, int] = {}
+    for row in order:
+        if len(taken) == budget:
+            break
+        taken.setdefault(group_ids[row], int(row))
+    return list(taken.values())
+
+
+def _check(probabilities: FloatArray) -> None:
+    if probabilities.ndim != 2 or probabilities.shape[1] < 2:
+        raise ContractError(f"probabilities must be [N, C] with C >= 2, got {list(probabilities.shape)}")
+    wrong = np.flatnonzero(~(np.abs(probabilities.sum(axis=1) - 1.0) <= 1e-6))
+    if len(wrong):
+        raise ContractError(f"row {wrong[0]} does not sum to 1; look for non-finite rows first")
+
+
+def _entropy(probabilities: FloatArray) -> FloatArray:
+    # 0 ln 0 = 0, without a warning and without changing any other value.
+    logs = np.log(np.where(probabilities > 0, probabilities, 1.0))
+    found: FloatArray = np.maximum(-(probabilities * logs).sum(axis=-1), 0.0)
+    return found

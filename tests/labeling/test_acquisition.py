@@ -1,0 +1,176 @@
+"""Rules by hand, as properties, and against scikit-activeml where it has them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from labeling.acquisition.diversity import badge_rows, k_center_rows, typical_rows
+from labeling.acquisition.registry import RULES, Pool, acquisition_catalogue, choose, choose_mixed
+from labeling.acquisition.scores import (
+    bald_scores,
+    entropy_scores,
+    least_confidence_scores,
+    margin_scores,
+    miss_cost_scores,
+)
+from records.errors import ConfigError, ContractError
+
+NAMES = sorted(RULES)
+
+
+def a_pool(size: int, seed: int, *, num_groups: int | None = None) -> Pool:
+    """A pool that every rule can work on."""
+    chance = np.random.default_rng(seed)
+    groups = chance.integers(0, num_groups or size, size) if num_groups else np.arange(size)
+    return Pool(
+        ids=[f"{number:05d}" for number in chance.permutation(size)],
+        group_ids=[f"g{number}" for number in groups],
+        probabilities=chance.dirichlet(np.ones(3), size),
+        features=chance.normal(size=(size, 4)).astype(np.float32),
+        samples=chance.dirichlet(np.ones(3), (5, size)),
+        known_features=chance.normal(size=(2, 4)).astype(np.float32),
+        miss_costs=np.array([5.0, 1.0, 20.0]),
+    )
+
+
+def _some(array: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    assert array is not None
+    return array
+
+
+@pytest.mark.parametrize("rule", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 24), num_groups=st.integers(1, 12), budget=st.integers(0, 15), seed=st.integers(0, 999))
+def test_every_rule_takes_one_of_a_group_whatever_the_order(
+    rule: str, size: int, num_groups: int, budget: int, seed: int
+) -> None:
+    pool = a_pool(size, seed, num_groups=num_groups)
+    chosen = choose(rule, pool, budget, seed=3)
+    groups = [pool.group_ids[row] for row in chosen]
+    assert len(set(groups)) == len(groups) == min(budget, len(set(pool.group_ids)))
+
+    order = np.random.default_rng(seed + 1).permutation(size)
+    shuffled = replace(
+        pool,
+        ids=[pool.ids[row] for row in order],
+        group_ids=[pool.group_ids[row] for row in order],
+        probabilities=_some(pool.probabilities)[order],
+        features=None if pool.features is None else pool.features[order],
+        samples=_some(pool.samples)[:, order],
+    )
+    again = choose(rule, shuffled, budget, seed=3)
+    assert [shuffled.ids[row] for row in again] == [pool.ids[row] for row in chosen]
+
+
+@pytest.mark.parametrize("rule", NAMES)
+@settings(max_examples=15, deadline=None)
+@given(bad=st.sets(st.integers(0, 11), max_size=6), value=st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_what_is_not_finite_is_asked_first(rule: str, bad: set[int], value: float) -> None:
+    pool = a_pool(12, 5)
+    rows = sorted(bad)
+    _some(pool.probabilities)[rows, 1] = value
+    chosen = choose(rule, pool, 8)
+    assert set(chosen[: len(bad)]) == bad
+    assert len(chosen) == 8
+
+
+def test_the_rules_are_named_and_say_what_they_need() -> None:
+    assert len(acquisition_catalogue()) == 9
+    with pytest.raises(ConfigError, match="no acquisition rule 'luck'; there are random"):
+        choose("luck", a_pool(3, 0), 1)
+    with pytest.raises(ContractError, match="bald needs samples"):
+        choose("bald", replace(a_pool(3, 0), samples=None), 1)
+    with pytest.raises(ContractError, match="budget"):
+        choose("random", a_pool(3, 0), -1)
+    with pytest.raises(ContractError, match="2 rows for 3"):
+        choose("margin", replace(a_pool(3, 0), probabilities=np.full((2, 3), 1 / 3)), 1)
+
+
+def test_random_asks_every_lesion_with_the_same_chance() -> None:
+    pool = Pool(ids=[f"{n:02d}" for n in range(12)], group_ids=["many"] * 10 + ["one", "other"])
+    first = [pool.group_ids[choose("random", pool, 1, seed=seed)[0]] for seed in range(600)]
+    # 200 expected; four standard deviations are 46.
+    assert all(154 <= first.count(group) <= 246 for group in ("many", "one", "other"))
+
+
+def test_a_mix_draws_its_audit_sample_first() -> None:
+    pool = a_pool(40, 2, num_groups=25)
+    mixed = choose_mixed({"entropy": 6, "k_center": 5, "random": 4}, pool, seed=9)
+    assert [row for row, rule in mixed if rule == "random"] == choose("random", pool, 4, seed=9)
+    assert [rule for _, rule in mixed] == ["random"] * 4 + ["entropy"] * 6 + ["k_center"] * 5
+    groups = [pool.group_ids[row] for row, _ in mixed]
+    assert len(set(groups)) == len(groups)
+
+
+def test_k_center_by_hand() -> None:
+    line = np.array([[0.0], [1.0], [4.0], [10.0]])
+    assert k_center_rows(line, np.arange(4), 3, known=np.array([[0.0]])) == [3, 2, 1]
+    assert k_center_rows(line, np.array([0, 1, 2, 2]), 3, known=np.array([[0.0]])) == [3, 1, 0]
+    assert k_center_rows(line[:0], np.arange(0), 3) == []
+
+
+def test_badge_never_makes_its_matrix_but_measures_in_it() -> None:
+    chance = np.random.default_rng(0)
+    features, probabilities = chance.normal(size=(30, 4)), chance.dirichlet(np.ones(3), 30)
+    errors = probabilities - np.eye(3)[probabilities.argmax(axis=1)]
+    gradients = (errors[:, :, None] * features[:, None, :]).reshape(30, -1)
+    chosen = badge_rows(features, probabilities, np.arange(30), 5, np.random.default_rng(7))
+    assert chosen[0] == np.square(gradients).sum(axis=1).argmax()
+    # The same draws from the same distances, by the definition.
+    draws, expected = np.random.default_rng(7), [chosen[0]]
+    for _ in range(4):
+        distance = np.square(gradients[:, None] - gradients[expected]).sum(axis=2).min(axis=1)
+        total = np.cumsum(np.where(np.isin(np.arange(30), expected), 0.0, distance))
+        expected.append(int(np.searchsorted(total, draws.random() * total[-1], side="right")))
+    assert chosen == expected
+
+
+def test_typiclust_takes_one_of_each_clear_cluster() -> None:
+    chance = np.random.default_rng(0)
+    centres = np.array([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0]])
+    features = np.concatenate([centre + chance.normal(size=(20, 2)) for centre in centres])
+    chosen = typical_rows(features, np.arange(60), 3, seed=0)
+    assert sorted(row // 20 for row in chosen) == [0, 1, 2]
+    after = typical_rows(features, np.arange(60), 1, seed=0, known=centres[:2])
+    assert after[0] // 20 == 2
+
+
+def test_miss_cost_puts_a_likely_melanoma_before_a_tie_of_harmless_ones() -> None:
+    scores = miss_cost_scores(np.array([[0.1, 0.9], [0.9, 0.1]]), np.array([1.0, 20.0]))
+    assert scores.tolist() == pytest.approx([18.1, 2.9])
+    with pytest.raises(ContractError, match="miss costs"):
+        miss_cost_scores(np.array([[0.5, 0.5]]), np.array([1.0]))
+
+
+def test_scores_agree_with_scikit_activeml() -> None:
+    from skactiveml.pool import uncertainty_scores
+
+    probabilities = np.random.default_rng(1).dirichlet(np.ones(7), 200)
+    for ours, method in (
+        (least_confidence_scores, "least_confident"), (margin_scores, "margin_sampling"), (entropy_scores, "entropy"),
+    ):  # fmt: skip
+        np.testing.assert_allclose(ours(probabilities), uncertainty_scores(probabilities, method=method), atol=1e-12)
+
+
+def test_bald_agrees_with_scikit_activeml() -> None:
+    from skactiveml.pool._bald import batch_bald
+
+    samples = np.random.default_rng(2).dirichlet(np.ones(4), (6, 50))
+    theirs = batch_bald(samples, batch_size=1, random_state=0)[0]
+    np.testing.assert_allclose(bald_scores(samples), theirs, atol=1e-9)
+
+
+def test_k_center_agrees_with_scikit_activeml() -> None:
+    from skactiveml.pool import k_greedy_center
+    from skactiveml.utils import MISSING_LABEL
+
+    chance = np.random.default_rng(3)
+    known, pool = chance.normal(size=(4, 6)), chance.normal(size=(60, 6))
+    labels = np.array([0.0] * 4 + [MISSING_LABEL] * 60)
+    theirs, _ = k_greedy_center(np.concatenate([known, pool]), labels, batch_size=12, random_state=0)
+    ours = k_center_rows(pool, np.arange(60), 12, known=known)
+    assert ours == [row - 4 for row in theirs]
