@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+import cluster.label_verbs
 import cluster.round_cli
 import cluster.verbs
 import labeling.cli
@@ -42,6 +43,7 @@ from records.command import (
     settings_of,
 )
 from records.errors import RelookError, UserError
+from trainers.cli import CATALOGUES
 
 app = typer.Typer(
     name="relook",
@@ -68,6 +70,13 @@ def root(
     """Give every verb the loader that composes its settings from their sources, and what starts Ray."""
     ctx.obj = _load
     ctx.meta[RAY_STARTER] = _start_ray
+    ctx.meta.setdefault(CATALOGUES, []).append(_acquisition_rules)
+
+
+def _acquisition_rules() -> dict[str, list[dict[str, Any]]]:
+    from labeling.acquisition.registry import acquisition_catalogue
+
+    return {"acquisition_rules": acquisition_catalogue()}
 
 
 def _load(config: Path | None, preset: str | None, sets: Sequence[str]) -> Any:

@@ -105,9 +105,9 @@ def typical_rows(
     if not len(centres):
         return []
     clusters = _nearest_centre(features, centres)
-    covered = np.zeros(len(centres), dtype=np.intp)
+    covered: NDArray[np.intp] = np.zeros(len(centres), dtype=np.intp)
     if known is not None and len(known):
-        covered = np.bincount(_nearest_centre(known, centres), minlength=len(centres))
+        covered = np.bincount(_nearest_centre(known, centres), minlength=len(centres)).astype(np.intp)
     sizes = np.bincount(clusters, minlength=len(centres))
     chance = np.random.default_rng(seed)
     members = {c: np.flatnonzero(clusters == c) for c in range(len(centres)) if sizes[c]}
@@ -139,7 +139,7 @@ def _cluster_centres(features: Features, num_clusters: int, seed: int) -> NDArra
     for number in range(num_clusters):
         centres[number] = features[_draw(nearest if number else squares, free, chance)]
         _lower(nearest, features, squares, centres[number])
-    before = np.empty(0)
+    before: NDArray[np.intp] = np.empty(0, dtype=np.intp)
     for _ in range(25):
         clusters = _nearest_centre(features, centres)
         if np.array_equal(clusters, before):

@@ -122,6 +122,48 @@ class LoadedModel:
             ood_scores=None if self.checks is None or pooled is None else self.checks.ood_scores(pooled),
         )
 
+    def describe(self, pixels: NDArray[np.uint8]) -> Float32Array:
+        """Describe pictures by a vector each, the pooled features of the last stage.
+
+        Args:
+            pixels: [N, S, S, 3], N >= 0.
+        Returns:
+            [N, D]; not finite where the network's features are not.
+        Raises:
+            ContractError: the pixels do not have the model's geometry.
+        """
+        check_pixels(pixels, self.geometry.side_px)
+        with torch.inference_mode():
+            vectors = pooled_features(self._feature_map(self._inputs(pixels)))
+        return np.asarray(vectors.cpu().numpy(), dtype=np.float32)
+
+    def dropout_samples(
+        self, pixels: NDArray[np.uint8], passes: int, *, dropout: float = 0.2, seed: int = 0
+    ) -> FloatArray:
+        """Answer several times, each time with other channels of the last stage dropped (Gal and Ghahramani 2016).
+
+        Args:
+            pixels: [N, S, S, 3], N >= 0.
+            passes: how often, at least 1.
+            dropout: share of channels dropped, 0 to below 1; the others are scaled up.
+            seed: of the draws. A pass drops the same channels for all pictures.
+        Returns:
+            [passes, N, C] calibrated probabilities; NaN throughout a row whose logits are not finite.
+        Raises:
+            ContractError: the pixels do not have the model's geometry.
+        """
+        check_pixels(pixels, self.geometry.side_px)
+        chance = torch.Generator().manual_seed(seed)
+        answers = []
+        with torch.inference_mode():
+            features = self._feature_map(self._inputs(pixels))
+            for _ in range(passes):
+                kept = torch.rand(features.shape[1], generator=chance) >= dropout
+                mask = (kept.float() / (1.0 - dropout)).to(features.device)[None, :, None, None]
+                logits = np.asarray(self._head(features * mask).cpu().numpy(), dtype=np.float32)
+                answers.append(apply_calibration(logits, self._document.calibration))
+        return np.stack(answers)
+
     def explain(self, pixels: NDArray[np.uint8], method: str, target: IntArray) -> Float32Array:
         """Explain one class per picture with a named method.
 

@@ -1,0 +1,127 @@
+"""What experts are asked next: from the store or from a folder, by any rule."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+
+from cluster.cli import run
+from cluster.pool import take_in_folder
+from cluster.selection import select_pictures
+from labeling.acquisition.registry import RULES
+from records.bundles import (
+    Architecture,
+    Bundle,
+    BundleDocument,
+    Calibration,
+    Geometry,
+    OperatingPoints,
+    register,
+    serve_model,
+    write_bundle,
+)
+from records.errors import DataError
+from records.store import Store
+from records.types import ModelStatus, ReasonCode, ReviewItem
+from trainers.inference.loaded import load_model, reference_logits
+from trainers.models import build_model
+
+SIDE_PX = 64
+
+
+@pytest.fixture
+def model(store: Store) -> Bundle:
+    """A network of random weights that answers."""
+    codes = store.taxonomy.codes
+    network = build_model("custom_cnn", len(codes)).eval()
+    geometry = Geometry(side_px=SIDE_PX)
+    inputs = np.random.default_rng(0).integers(0, 256, (2, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    document = BundleDocument(
+        taxonomy=store.taxonomy,
+        taxonomy_hash=store.taxonomy.hash,
+        architecture=Architecture(name="custom_cnn"),
+        geometry=geometry,
+        class_priors=dict.fromkeys(codes, 1 / len(codes)),
+        calibration=Calibration(bias=[0.0] * len(codes)),
+        operating=OperatingPoints(
+            refer={}, refer_malignant=None, urgent_threshold=0.9, conformal_thresholds=dict.fromkeys(codes, 0.7)
+        ),
+        dataset_id="d" * 64,
+        config={},
+        code_version="test",
+        num_threads=1,
+        metrics={},
+        explanation={},
+    )
+    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+    arrays = {"inputs": inputs, "logits": reference_logits(network, inputs, geometry)}
+    bundle = write_bundle(store, document, weights, arrays)
+    with store.ledger.begin() as tx:
+        register(tx, bundle)
+        serve_model(tx, bundle.id, ModelStatus.CHAMPION)
+    return bundle
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Nine pictures, two of them the same, and a file that is none."""
+    made = tmp_path / "pool"
+    made.mkdir()
+    for number in range(9):
+        chance = np.random.default_rng(max(number, 1))
+        pixels = chance.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        PillowImage.fromarray(pixels).resize((80, 80), PillowImage.Resampling.BICUBIC).save(made / f"p{number}.png")
+    (made / "broken.jpg").write_bytes(b"no picture")
+    return made
+
+
+def _items(store: Store) -> list[ReviewItem]:
+    with store.ledger.read() as tx:
+        return tx.find(ReviewItem, order_by=("-priority",))
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_every_rule_chooses_from_a_real_model(store: Store, model: Bundle, folder: Path, rule: str) -> None:
+    among, refused = take_in_folder(store, folder, SIDE_PX)
+    assert (len(among), len(refused)) == (8, 1)
+    assert "broken.jpg" in refused[0]
+    assert select_pictures(store, model, 3, rule, among=among) == 3
+    items = _items(store)
+    assert len({item.image_id for item in items}) == 3
+    assert [item.priority for item in items] == pytest.approx([1.0, 2 / 3, 1 / 3])
+    assert {tuple(item.reasons) for item in items} == {(ReasonCode.SELECTED,)}
+    assert all(item.overlay_blob is not None for item in items)
+    assert select_pictures(store, model, 30, rule) == 5, "nothing is asked twice"
+
+
+def test_the_command_takes_a_folder_and_a_mix(
+    store: Store, model: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = ["--set", f"records.home={store.home.root}", "--json"]
+    mix = ["--mix", "random=2", "--mix", "k_center=3"]
+    assert run(["label", "select", "--pool", str(folder), *mix, *home]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["selected"], said["pool"], said["model_id"]) == (5, 8, model.id)
+    assert len(said["refused"]) == 1
+    for wrong in (["--rule", "luck"], ["--mix", "random"], ["--pool", str(folder / "none")]):
+        assert run(["label", "select", *wrong, *home]) == 2
+        assert "error" in json.loads(capsys.readouterr().out)
+
+
+def test_a_folder_without_pictures_is_named(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not one picture"):
+        take_in_folder(store, tmp_path, SIDE_PX)
+
+
+def test_passes_with_dropout_differ_and_repeat(model: Bundle) -> None:
+    loaded = load_model(model)
+    pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    samples = loaded.dropout_samples(pixels, 4, seed=5)
+    assert samples.shape == (4, 3, 7)
+    np.testing.assert_allclose(samples.sum(axis=2), 1.0, atol=1e-6)
+    assert np.ptp(samples, axis=0).max() > 0
+    np.testing.assert_array_equal(samples, loaded.dropout_samples(pixels, 4, seed=5))
+    np.testing.assert_allclose(loaded.dropout_samples(pixels, 1, dropout=0.0)[0], loaded.predict(pixels).probabilities)
+    assert loaded.describe(pixels).shape[0] == 3
