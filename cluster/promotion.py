@@ -3,7 +3,7 @@
 from typing import Any
 
 from cluster.gate import Verdict
-from cluster.round_steps import judge
+from cluster.judging import judge
 from cluster.settings import Settings
 from records import audit
 from records.bundles import find_bundle, register, serve_model

@@ -13,6 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from cluster import round_steps
+from cluster.change_record import write_change_record
+from cluster.gate import GateReport
 from cluster.manifest import complete_manifest, manifest_file, round_folder, write_manifest
 from cluster.round_steps import RoundContext, StepResult
 from cluster.settings import Settings, settings_hash
@@ -176,6 +178,9 @@ def _recorded_results(store: Store, record: RoundRecord) -> dict[str, StepResult
 
 def _finished(context: RoundContext) -> RoundRecord:
     complete_manifest(context.run_dir, context.results)
+    if context.results.get("rollout", {}).get("promoted"):
+        report = GateReport.model_validate(context.results["gate"])
+        write_change_record(context.store, report.challenger, report, f"round {context.record.number}")
     gate = context.results["gate"]
     changes = {
         "finished_at": utc_now(),

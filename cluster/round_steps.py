@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cluster.gate import Contender, GateReport, Verdict, decide
+from cluster.gate import Verdict
+from cluster.gate.page import report_page
+from cluster.judging import judge
 from cluster.labels import group_labelled_pictures, resolved_labels
 from cluster.selection import select_pictures
 from cluster.session import ray_is_running
@@ -26,16 +26,13 @@ from records.ids import utc_now
 from records.ledger import Transaction
 from records.store import Store
 from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Side
-from trainers.data.cache import PixelCache
-from trainers.evaluation.evaluate import SidePredictions, predict_side
 from trainers.evaluation.evaluate import evaluate as evaluate_predictions
-from trainers.explanations.sanity import randomisation_similarity
+from trainers.evaluation.evaluate import predict_side
 from trainers.fitting.fit import fit as fit_model
 from trainers.settings import TrainersSettings
 from tuning.search import search
 
 StepResult = dict[str, Any]
-SANITY_PICTURES = 32
 
 
 @dataclass(frozen=True)
@@ -160,6 +157,7 @@ def gate(context: RoundContext) -> StepResult:
     """Hold the new model against the floors, the champion and the best champion ever."""
     report = judge(context.store, context.settings, _new_bundle(context), _dataset(context), actor=_actor(context))
     (context.run_dir / "gate.json").write_text(report.model_dump_json(indent=2) + "\n")
+    (context.run_dir / "gate.html").write_text(report_page(report, context.store.taxonomy))
     return {**report.model_dump(mode="json"), "text": f"{report.verdict}: {report.why}"}
 
 
@@ -175,7 +173,8 @@ def rollout(context: RoundContext) -> StepResult:
         else:
             tx.update(ModelRecord, model_id, status=status, status_changed_at=utc_now())
         if status != before:
-            details = {"verdict": verdict, "before": before}
+            figure = context.results["gate"]["balanced_accuracy"]
+            details = {"verdict": verdict, "before": before, "balanced_accuracy": figure}
             audit.append(tx, actor=_actor(context), action=f"model.{status}", subject=model_id, details=details)
         served = status in (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
         result = {
@@ -221,66 +220,6 @@ def push(context: RoundContext) -> StepResult:
         return {"pushed": 0, "text": "no Label Studio is set up; the questions wait in the ledger"}
     report = push_items(context.store, client, context.settings.labeling, current.id)
     return {"pushed": report.pushed, "text": f"{report.pushed} tasks pushed to Label Studio"}
-
-
-def judge(store: Store, settings: Settings, challenger: Bundle, dataset: DatasetVersion, *, actor: str) -> GateReport:
-    """Hold a bundle against the gate; reading the gate side is audited.
-
-    Args:
-        store: with the ledger and the bundles.
-        settings: with the gate's margins.
-        challenger: the bundle that wants to answer.
-        dataset: whose gate side is read.
-        actor: who asks, for the audit.
-    Returns:
-        The gate's report.
-    """
-    contender = _contender(store, challenger, _gate_predictions(store, challenger, dataset, actor))
-    rivals = [
-        (role, _contender(store, bundle, _gate_predictions(store, bundle, dataset, actor)))
-        for role, bundle in _rivals(store, challenger.id)
-    ]
-    return decide(
-        contender,
-        rivals,
-        taxonomy=store.taxonomy,
-        settings=settings.gate,
-        explanation_similarity=_map_similarity(store, challenger, dataset, settings.gate.seed),
-    )
-
-
-def _map_similarity(store: Store, bundle: Bundle, dataset: DatasetVersion, seed: int) -> float | None:
-    """Compare heat maps of validation pictures with those of the same network with random weights."""
-    image_ids = [str(image_id) for image_id in dataset.side(Side.VAL)["image_id"][:SANITY_PICTURES]]
-    cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
-    cache.ensure(store, image_ids)
-    return randomisation_similarity(bundle, cache.rows(image_ids).take(np.arange(len(image_ids))), seed=seed)
-
-
-def _gate_predictions(store: Store, bundle: Bundle, dataset: DatasetVersion, actor: str) -> SidePredictions:
-    return predict_side(store, bundle, dataset, Side.GATE, actor=actor)
-
-
-def _contender(store: Store, bundle: Bundle, predictions: SidePredictions) -> Contender:
-    key = store.taxonomy.key_class
-    point = bundle.document.operating.refer.get(key.code) if key else None
-    return Contender(bundle.id, predictions, point.threshold if point else None)
-
-
-def _rivals(store: Store, challenger_id: str) -> list[tuple[str, Bundle]]:
-    """Return the champion, and the best promoted model so far if it is another one."""
-    with store.ledger.read() as tx:
-        current = serving_model(tx)
-        gates = tx.find(RoundStep, where={"step": "gate"})
-    champion = current.id if current and current.status == ModelStatus.CHAMPION else None
-    promoted = [g.result for g in gates if g.result["verdict"] == Verdict.PROMOTE]
-    best = max(promoted, key=lambda result: result["balanced_accuracy"], default=None)
-    named = [("champion", champion), ("best ever", best["challenger"] if best else None)]
-    rivals: dict[str, str] = {}
-    for role, model_id in named:
-        if model_id is not None and model_id != challenger_id:
-            rivals.setdefault(model_id, role)
-    return [(role, find_bundle(store, model_id)) for model_id, role in rivals.items()]
 
 
 def _status_after(verdict: Verdict, current: ModelRecord | None, approval: str, model_id: str) -> ModelStatus:

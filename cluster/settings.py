@@ -97,6 +97,12 @@ class GateSettings(RoomSettings):
     key_class_margin: float = Field(
         default=0.10, ge=0, lt=1, description="key-class sensitivity at matched specificity that it may lose, 0 to 1"
     )
+    min_slice_lesions: int = Field(
+        default=30,
+        ge=1,
+        description="key-class lesions from which a slice must hold the key-class margin, too; smaller ones show "
+        "their count only, lesions",
+    )
     min_specificity: float = Field(
         default=0.30, ge=0, le=1, description="key-class specificity that must come with the sensitivity floor, 0 to 1"
     )

@@ -15,8 +15,8 @@ from cluster.demo.summary import DemoSummary, RoundSummary, Stages
 from cluster.demo.traffic import Picture, Tally, Traffic
 from cluster.demo.view import View
 from cluster.gate import Verdict
+from cluster.judging import judge
 from cluster.round import RoundEvent, run_round
-from cluster.round_steps import judge
 from cluster.settings import Settings
 from labeling.connection import require
 from labeling.local_server import ServerInfo

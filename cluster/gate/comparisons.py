@@ -1,0 +1,235 @@
+"""Paired comparisons of a challenger with a rival: the same resamples of lesions are drawn for both.
+
+What counts is the one-sided bound of the difference. Where several slices are judged, their bounds
+hold all at once: each is as many of its own standard deviations below its estimate as the worst of all
+slices is in all but 5 % of the resamples (max-t).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.gate.contenders import Contender, Slice, accuracy_of, lesions_of
+from cluster.gate.report import Check, Outcome
+from cluster.settings import GateSettings
+from records.taxonomy import Taxonomy
+from trainers.evaluation.bootstrap import resampled_confusions
+from trainers.evaluation.metrics import FloatArray, IntArray, balanced_accuracy, mean_by_unit
+
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class KeyGain:
+    """What the challenger finds of the key class and the rival does not, where both have the rival's specificity.
+
+    Args:
+        specificity: of the rival at its operating point.
+        is_key: [G] lesions of the key class.
+        gain: [G] 1 found by the challenger only, -1 by the rival only, else 0.
+    """
+
+    specificity: float
+    is_key: NDArray[np.bool_]
+    gain: FloatArray
+
+
+def accuracy_check(
+    role: str,
+    challenger: Contender,
+    rival: Contender,
+    groups: IntArray,
+    weights: NDArray[np.float32],
+    taxonomy: Taxonomy,
+    settings: GateSettings,
+) -> Check:
+    """Compare balanced accuracy."""
+    num_classes, labels = len(taxonomy.codes), challenger.predictions.labels
+    estimates, resampled = [], []
+    for contender in (challenger, rival):
+        predicted = contender.predictions.probabilities.argmax(axis=1)
+        estimates.append(accuracy_of(contender.predictions, num_classes))
+        resampled.append(balanced_accuracy(resampled_confusions(labels, predicted, groups, weights, num_classes)))
+    differences = resampled[0] - resampled[1]
+    return _judged(
+        name=f"balanced accuracy against {role}",
+        estimate=estimates[0] - estimates[1],
+        lower=float(np.nanquantile(differences, 1 - settings.confidence)),
+        spread=float(np.nanstd(differences)),
+        margin=settings.margin,
+        confidence=settings.confidence,
+        must_gain=True,
+        lesions=int(groups.max()) + 1,
+    )
+
+
+def sensitivity_checks(
+    role: str,
+    challenger: Contender,
+    rival: Contender,
+    groups: IntArray,
+    weights: NDArray[np.float32],
+    key_index: int,
+    slices: Sequence[Slice],
+    settings: GateSettings,
+) -> list[Check]:
+    """Compare key-class sensitivity at the rival's specificity, on the whole side and on each large slice."""
+    name = f"key-class sensitivity against {role}"
+    found = key_gain(challenger, rival, groups, key_index)
+    if found is None:
+        text = f"{name} cannot be compared: no such lesions on the gate side"
+        return [Check(name=name, outcome="undecided", text=text)]
+    whole = _key_difference(found, np.ones_like(found.is_key), weights)
+    assert whole is not None
+    checks = [
+        _judged(
+            name=f"{name} at specificity {found.specificity:.2f}",
+            estimate=whole[0],
+            lower=float(np.nanquantile(whole[1], 1 - settings.confidence)),
+            spread=float(np.nanstd(whole[1])),
+            margin=settings.key_class_margin,
+            confidence=settings.confidence,
+            must_gain=False,
+            lesions=int(found.is_key.sum()),
+        )
+    ]
+    return [*checks, *_slice_checks(name, found, groups, weights, slices, settings)]
+
+
+def key_gain(challenger: Contender, rival: Contender, groups: IntArray, key_index: int) -> KeyGain | None:
+    """Match the challenger to the rival's specificity and compare what each finds; None where nothing can be."""
+    ours, theirs = (lesions_of(c.predictions, groups, key_index) for c in (challenger, rival))
+    is_key = ours.is_key
+    if not is_key.any() or is_key.all() or rival.key_threshold is None:
+        return None
+    specificity = float((theirs.key_probability[~is_key] < rival.key_threshold).mean())
+    threshold = threshold_at_specificity(ours.key_probability[~is_key], specificity)
+    hits = (ours.key_probability >= threshold).astype(np.float64)
+    rival_hits = (theirs.key_probability >= rival.key_threshold).astype(np.float64)
+    return KeyGain(specificity, is_key, hits - rival_hits)
+
+
+def threshold_at_specificity(negatives: FloatArray, specificity: float) -> float:
+    """Return the lowest threshold at which at least this share of the negatives stays below."""
+    kept = ceil(specificity * len(negatives) - 1e-9)
+    ordered = np.sort(negatives)
+    if kept >= len(ordered):
+        return float(np.nextafter(ordered[-1], np.inf))
+    return float(np.nextafter(ordered[kept - 1], np.inf)) if kept > 0 else 0.0
+
+
+def lesions_in(part: Slice, groups: IntArray) -> NDArray[np.bool_]:
+    """Return which lesions have a picture in a slice, [G]."""
+    return np.asarray(mean_by_unit(part.members.astype(np.float64), groups) > 0)
+
+
+def simultaneous_lower_bounds(estimates: FloatArray, differences: FloatArray, confidence: float) -> FloatArray:
+    """Bound several differences from below, all at once (max-t).
+
+    Args:
+        estimates: [K].
+        differences: [R, K] resampled; NaN where a resample holds none of a slice's lesions.
+        confidence: that all K bounds hold.
+    Returns:
+        [K]; a difference that does not vary is its own bound.
+    """
+    spread = np.nanstd(differences, axis=0)
+    varies = spread > 0
+    if not varies.any():
+        return estimates.copy()
+    standardized = (differences[:, varies] - estimates[varies]) / spread[varies]
+    worst = np.nanquantile(np.nanmax(standardized, axis=1), confidence)
+    return np.where(varies, estimates - worst * spread, estimates)
+
+
+def _slice_checks(
+    name: str,
+    found: KeyGain,
+    groups: IntArray,
+    weights: NDArray[np.float32],
+    slices: Sequence[Slice],
+    settings: GateSettings,
+) -> list[Check]:
+    """Judge the slices that hold enough lesions of the key class; the others show their count and no figure."""
+    parts = [(part, lesions_in(part, groups)) for part in slices]
+    large = [(p, inside) for p, inside in parts if int((found.is_key & inside).sum()) >= settings.min_slice_lesions]
+    if not large:
+        return []
+    pairs = [_key_difference(found, inside, weights) for _, inside in large]
+    estimates = np.array([pair[0] for pair in pairs if pair is not None])
+    differences = np.stack([pair[1] for pair in pairs if pair is not None], axis=1)
+    lower = simultaneous_lower_bounds(estimates, differences, settings.confidence)
+    return [
+        _judged(
+            name=f"{name} in {part.name}",
+            estimate=float(estimates[k]),
+            lower=float(lower[k]),
+            spread=float(np.nanstd(differences[:, k])),
+            margin=settings.key_class_margin,
+            confidence=settings.confidence,
+            must_gain=False,
+            lesions=int((found.is_key & inside).sum()),
+        )
+        for k, (part, inside) in enumerate(large)
+    ]
+
+
+def _key_difference(
+    found: KeyGain, inside: NDArray[np.bool_], weights: NDArray[np.float32]
+) -> tuple[float, FloatArray] | None:
+    """Return the gain in sensitivity over some lesions, and the same in every resample, [R]."""
+    chosen = found.is_key & inside
+    if not chosen.any():
+        return None
+    key_weights = weights[:, chosen].astype(np.float64)
+    drawn = key_weights.sum(axis=1)
+    resampled = np.full(len(weights), np.nan)
+    np.divide(key_weights @ found.gain[chosen], drawn, out=resampled, where=drawn > 0)
+    return float(found.gain[chosen].mean()), resampled
+
+
+def _judged(
+    *,
+    name: str,
+    estimate: float,
+    lower: float,
+    spread: float,
+    margin: float,
+    confidence: float,
+    must_gain: bool,
+    lesions: int,
+) -> Check:
+    """Judge a paired difference: refuse what is worse, ask for more lesions where it is not clear."""
+    least = 0.0 if must_gain else -margin
+    bound = f"at least {lower:+.3f} with {confidence:.0%} confidence"
+    figures = f"{estimate:+.3f}, {bound}, margin {-margin:+.2f} ({lesions} lesions)"
+    more = None
+    outcome: Outcome
+    if estimate < least or (must_gain and estimate <= 0):
+        outcome, text = "fail", f"{name} is not good enough: {figures}"
+    elif lower > -margin:
+        outcome, text = "pass", f"{name} holds: {figures}"
+    else:
+        outcome = "undecided"
+        # The half-width of the bound shrinks with the square root of the lesions.
+        room = estimate + margin
+        more = ceil(lesions * ((estimate - lower) / room) ** 2) - lesions if room > 0 else None
+        advice = f"; about {more} more lesions would decide" if more is not None else ""
+        text = f"{name} is not clear: {figures}{advice}"
+    normal = NormalDist()
+    reach = normal.inv_cdf(confidence) + normal.inv_cdf(POWER)
+    return Check(
+        name=name,
+        outcome=outcome,
+        text=text,
+        estimate=estimate,
+        lower_bound=lower,
+        limit=-margin,
+        lesions=lesions,
+        more_lesions=more,
+        passes_from=max(reach * spread - margin, least + normal.inv_cdf(POWER) * spread),
+    )

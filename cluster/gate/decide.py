@@ -1,0 +1,129 @@
+"""The decision: may a challenger answer instead of the champion?
+
+In: the predictions of challenger, champion and best champion ever on the gate side, and each
+model's operating point. Out: a verdict with every check behind it, in words and figures.
+
+Two kinds of evidence are asked for. Floors are point estimates on the gate side (with as few key
+lesions as a gate holds, a proven bound is out of reach; the proof belongs to the calibration side).
+Comparisons are paired: the same resamples of lesions are drawn for both models, and what counts is
+the one-sided bound of the difference. Nothing here reads data, trains or serves.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cluster.gate.comparisons import accuracy_check, lesions_in, sensitivity_checks
+from cluster.gate.contenders import BoolArray, Contender, Slice, accuracy_of, gate_weights, lesions_of
+from cluster.gate.floors import calibration_check, explanation_check, floor_checks, identity_checks
+from cluster.gate.report import Check, GateReport, SliceReport, Verdict
+from cluster.settings import GateSettings
+from records.errors import ContractError
+from records.taxonomy import Taxonomy
+from trainers.evaluation.metrics import IntArray
+
+
+def decide(
+    challenger: Contender,
+    rivals: Sequence[tuple[str, Contender]],
+    *,
+    taxonomy: Taxonomy,
+    settings: GateSettings,
+    explanation_similarity: float | None,
+    slices: Sequence[Slice] = (),
+    looks: Mapping[str, int] | None = None,
+) -> GateReport:
+    """Decide whether the challenger may answer.
+
+    Args:
+        challenger: the new model.
+        rivals: (role, contender) pairs, `champion` and, if it is another model, `best ever`.
+        taxonomy: with the key class and its sensitivity floor.
+        settings: margins and floors.
+        explanation_similarity: how alike the heat maps of the trained and of a randomised network are,
+            0 to 1; None if it could not be measured.
+        slices: parts of the side; those with enough key-class lesions must hold the margin, too.
+        looks: how often each guarded side was read so far, for the report.
+    Returns:
+        The report. Without rivals the floors alone decide.
+    Raises:
+        ContractError: the contenders did not answer the same pictures.
+    """
+    for role, rival in rivals:
+        if not np.array_equal(rival.predictions.image_ids, challenger.predictions.image_ids):
+            raise ContractError(f"the {role} answered other pictures than the challenger")
+    if not np.isfinite(challenger.predictions.probabilities).all():
+        return _refused_for_non_finite(challenger, rivals, looks or {})
+    groups = np.unique(challenger.predictions.group_ids, return_inverse=True)[1].astype(np.int64)
+    key_index = taxonomy.index_of(taxonomy.key_class.code) if taxonomy.key_class else None
+    checks = [*identity_checks(challenger, rivals), *floor_checks(challenger, groups, key_index, taxonomy, settings)]
+    checks.append(calibration_check(challenger.predictions, settings))
+    checks.append(explanation_check(explanation_similarity, settings))
+    weights = gate_weights(challenger.predictions, groups, taxonomy, settings)
+    for role, rival in rivals:
+        checks.append(accuracy_check(role, challenger, rival, groups, weights, taxonomy, settings))
+        if key_index is not None:
+            checks += sensitivity_checks(role, challenger, rival, groups, weights, key_index, slices, settings)
+    verdict, why = _conclude(checks)
+    is_key = (
+        lesions_of(challenger.predictions, groups, key_index).is_key
+        if key_index is not None
+        else np.zeros(int(groups.max()) + 1, dtype=np.bool_)
+    )
+    return GateReport(
+        verdict=verdict,
+        why=why,
+        challenger=challenger.model_id,
+        champion=_champion_id(rivals),
+        images=len(challenger.predictions.labels),
+        lesions=int(groups.max()) + 1,
+        key_lesions=int(is_key.sum()),
+        balanced_accuracy=accuracy_of(challenger.predictions, len(taxonomy.codes)),
+        checks=checks,
+        slices=[_slice_report(part, groups, is_key, settings) for part in slices],
+        looks=dict(looks or {}),
+    )
+
+
+def _slice_report(part: Slice, groups: IntArray, is_key: BoolArray, settings: GateSettings) -> SliceReport:
+    num_key = int((is_key & lesions_in(part, groups)).sum())
+    return SliceReport(
+        name=part.name,
+        images=int(part.members.sum()),
+        key_lesions=num_key,
+        judged=num_key >= settings.min_slice_lesions,
+    )
+
+
+def _champion_id(rivals: Sequence[tuple[str, Contender]]) -> str | None:
+    return next((rival.model_id for role, rival in rivals if role == "champion"), None)
+
+
+def _refused_for_non_finite(
+    challenger: Contender, rivals: Sequence[tuple[str, Contender]], looks: Mapping[str, int]
+) -> GateReport:
+    num_images = len(challenger.predictions.image_ids)
+    num_finite = int(np.isfinite(challenger.predictions.probabilities).all(axis=1).sum())
+    text = f"{num_images - num_finite} of its {num_images} answers are not finite numbers"
+    return GateReport(
+        verdict=Verdict.REFUSE,
+        why=text,
+        challenger=challenger.model_id,
+        champion=_champion_id(rivals),
+        images=num_images,
+        lesions=len(set(challenger.predictions.group_ids)),
+        key_lesions=0,
+        balanced_accuracy=None,
+        checks=[Check(name="finite answers", outcome="fail", text=text)],
+        looks=dict(looks),
+    )
+
+
+def _conclude(checks: Sequence[Check]) -> tuple[Verdict, str]:
+    failed = [check for check in checks if check.outcome == "fail"]
+    if failed:
+        return Verdict.REFUSE, failed[0].text
+    undecided = [check for check in checks if check.outcome == "undecided"]
+    if undecided:
+        return Verdict.UNDECIDED, undecided[0].text
+    return Verdict.PROMOTE, "every floor holds and no comparison speaks against it"
