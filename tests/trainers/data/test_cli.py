@@ -110,7 +110,8 @@ def test_preview_draws_generated_pictures_and_those_of_a_dataset(run: Run, tmp_p
     out = tmp_path / "deep" / "light.png"
     first = json.loads(run("preview", "light", "--out", out, "--pictures", 3, "--draws", 2, "--json").stdout)
     assert (first["pictures"], first["source"]) == (3, "generated pictures")
-    assert PillowImage.open(out).format == "PNG"
+    with PillowImage.open(out) as sheet:
+        assert sheet.format == "PNG"
     synthesize(tmp_path / "data", lesions=12, seed=1, width_px=80)
     result = run("preview", "light", "--out", out, "--pictures", 3, "--draws", 2, "--data", tmp_path / "data")
     assert "train pictures of dataset" in " ".join(result.stdout.split())
