@@ -19,7 +19,10 @@ from records.ledger.tables import TABLES
 from records.store import Store
 from records.stored import find_images
 from records.types import Image, Quarantined, Side, SourceLabel
+from trainers.data.cache import PixelCache
 from trainers.data.grouping import near_pairs
+from trainers.data.near_duplicates import HASH_SIDE_PX
+from trainers.data.quality import QualityOutlier, measure, quality_outliers
 
 RANDOM_SPLIT_SEED = 0
 
@@ -67,6 +70,10 @@ class AuditReport(_Part):
     random_split: RandomSplit
     near_duplicates: list[NearDuplicates] = Field(description="all pairs; one of two diagnoses is not joined")
     refused: dict[str, int] = Field(description="quarantined rows per code")
+    conflicts: list[str] = Field(
+        description="one sentence per label conflict, near-duplicates of two diagnoses included"
+    )
+    quality_outliers: list[QualityOutlier] = Field(description="pictures that were taken unlike the rest")
 
 
 def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress | None = None) -> AuditReport:
@@ -87,8 +94,9 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
     lesions = pd.Series([image.lesion_id or image.id for image in images], index=rows.index)
     labels = dict(zip(rows["image_id"], rows["label"], strict=True))
     with store.ledger.read() as tx:
-        refused = _open_quarantine(tx)
-    two_diagnoses = int((rows.groupby(lesions)["label"].nunique() > 1).sum())
+        open_rows = _open_quarantine(tx)
+    refused = Counter(q.code for q in open_rows)
+    two_diagnoses = _two_diagnoses(rows, lesions)
     pairs = _near_duplicates(
         store, images, dict(zip(rows["image_id"], rows["group_id"], strict=True)), labels, progress
     )
@@ -103,11 +111,21 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
         side_lesions={side.value: int(lesions[rows["side"] == side.value].nunique()) for side in Side},
         leaked_lesions=count_leaked(lesions, rows["side"]),
         near_duplicate_pairs=len(pairs),
-        label_conflicts=refused["label_conflict"] + two_diagnoses,
+        label_conflicts=refused["label_conflict"] + len(two_diagnoses),
         quarantined=sum(refused.values()),
         random_split=split_at_random(lesions),
         near_duplicates=pairs,
         refused=dict(sorted(refused.items())),
+        conflicts=[
+            *dict.fromkeys(q.reason for q in open_rows if q.code == "label_conflict"),
+            *two_diagnoses,
+            *(
+                f"{p.first} and {p.second} are nearly the same picture with two diagnoses"
+                for p in pairs
+                if not p.same_diagnosis
+            ),
+        ],
+        quality_outliers=_quality(store, images, progress),
     )
 
 
@@ -165,10 +183,26 @@ def _near_duplicates(
     ]
 
 
-def _open_quarantine(tx: Transaction) -> Counter[str]:
-    """Count refused rows per code, without those that a later run of the same import could use."""
+def _two_diagnoses(rows: pd.DataFrame, lesions: "pd.Series[str]") -> list[str]:
+    """Return a sentence for every lesion whose pictures have several diagnoses."""
+    labels = rows.groupby(lesions)["label"].unique()
+    return [
+        f"lesion {lesion} has the classes {' and '.join(sorted(found))}"
+        for lesion, found in labels.items()
+        if len(found) > 1
+    ]
+
+
+def _quality(store: Store, images: list[Image], progress: Progress | None) -> list[QualityOutlier]:
+    image_ids = [image.id for image in images]
+    cache = PixelCache(store.home.cache, HASH_SIDE_PX)
+    cache.ensure(store, image_ids, progress)
+    return quality_outliers(measure(cache.rows(image_ids)), [image.source_id or image.id for image in images])
+
+
+def _open_quarantine(tx: Transaction) -> list[Quarantined]:
+    """Return refused rows, without those that a later run of the same import could use."""
     images, labels = TABLES[Image], TABLES[SourceLabel]
     query = sa.select(labels.c.source, images.c.source_id).join(images, images.c.id == labels.c.image_id)
     used = {(source, source_id) for source, source_id in tx.connection.execute(query)}
-    open_rows = [q for q in tx.find(Quarantined) if (f"import:{q.import_id}", q.source_id) not in used]
-    return Counter(q.code for q in open_rows)
+    return [q for q in tx.find(Quarantined) if (f"import:{q.import_id}", q.source_id) not in used]

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group as Stack
 from rich.table import Table
 
 from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of, stderr
 from records.errors import ConfigError, DataError
-from trainers.data.cli_tables import audit_tables, import_table, print_refusals
+from trainers.data.cli_tables import audit_tables, import_table, pretend_table, print_refusals
 
 if TYPE_CHECKING:
     from records.store import Store
@@ -92,6 +93,9 @@ def download_command(
 def audit_command(
     ctx: typer.Context,
     data: Annotated[str | None, typer.Option(help="Folder or dataset id; default: the newest version.")] = None,
+    pretends: Annotated[
+        bool, typer.Option("--pretend", help="Also train the model on an honest split and on leaky ones.")
+    ] = False,
     config: ConfigOption = None,
     preset: PresetOption = None,
     sets: SetOption = None,
@@ -101,9 +105,18 @@ def audit_command(
     from trainers.data.audit import audit_dataset
     from trainers.data.importer import open_dataset
 
-    with _open(settings_of(ctx, config, preset, sets)) as store, progress() as bar:
-        report = audit_dataset(store, open_dataset(store, data, progress=bar), progress=bar)
-    emit(as_json, report, audit_tables(report))
+    settings = settings_of(ctx, config, preset, sets)
+    with _open(settings) as store, progress() as bar:
+        dataset = open_dataset(store, data, progress=bar)
+        report = audit_dataset(store, dataset, progress=bar)
+        if not pretends:
+            emit(as_json, report, audit_tables(report))
+            return
+        from trainers.fitting.pretend import pretend
+
+        shown = pretend(store, settings.trainers, dataset, progress=bar)
+    result = {**report.model_dump(mode="json"), "pretend": shown.model_dump(mode="json")}
+    emit(as_json, result, Stack(audit_tables(report), pretend_table(shown)))
 
 
 @app.command("versions")

@@ -10,11 +10,13 @@ from records.command import stderr
 if TYPE_CHECKING:
     from trainers.data.audit import AuditReport
     from trainers.data.importer import ImportReport
+    from trainers.fitting.pretend import PretendReport
 
 _SHOWN_REFUSALS = 20
 
 
 def print_refusals(report: "ImportReport") -> None:
+    """Say on stderr what an import could not use, and what it left out."""
     for refused in report.quarantined[:_SHOWN_REFUSALS]:
         stderr.print(f"not used ({refused.code}): {refused.reason}", highlight=False, markup=False)
     if len(report.quarantined) > _SHOWN_REFUSALS:
@@ -24,6 +26,7 @@ def print_refusals(report: "ImportReport") -> None:
 
 
 def import_table(report: "ImportReport") -> Table:
+    """Return what an import did, for people."""
     table = Table(show_header=False, title=f"import {report.import_id}")
     table.add_row("pictures", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
     table.add_row("lesions", str(report.lesions))
@@ -39,6 +42,7 @@ def import_table(report: "ImportReport") -> Table:
 
 
 def audit_tables(report: "AuditReport") -> Stack:
+    """Return what an audit found, for people."""
     sides = Table("side", "pictures", "lesions", title=f"dataset {report.dataset_id[:12]}")
     for side, count in report.sides.items():
         sides.add_row(side, str(count), str(report.side_lesions[side]))
@@ -53,6 +57,32 @@ def audit_tables(report: "AuditReport") -> Stack:
         f"lesions on two sides: {report.leaked_lesions}",
         f"near-duplicate pairs: {report.near_duplicate_pairs}, label conflicts: {report.label_conflicts}, "
         f"rows not used: {report.quarantined}",
+        f"pictures taken unlike the rest: {len(report.quality_outliers)}{_worst(report)}",
         f"a random split of the pictures would have put {random.leaked_lesions} lesions on two sides; "
         f"{random.leaked_test_share:.1%} of its test pictures would show a lesion that was trained on",
     )
+
+
+def pretend_table(report: "PretendReport") -> Table:
+    """Return what each split makes of the same model.
+
+    Args:
+        report: of the demonstration.
+    Returns:
+        A table, honest split first.
+    """
+    title = f"{report.model} at {report.side_px} px, {report.epochs} epochs: what a split pretends (balanced accuracy)"
+    table = Table("split", "test pictures whose lesion is trained on", "pretended", "honest", "gap", title=title)
+    for split in report.splits:
+        pretended, honest = split.pretended.balanced_accuracy, split.honest.balanced_accuracy
+        table.add_row(
+            split.name, f"{split.leaked_test_share:.1%}", f"{pretended:.3f}", f"{honest:.3f}", f"{split.gap:+.3f}"
+        )
+    return table
+
+
+def _worst(report: "AuditReport") -> str:
+    if not report.quality_outliers:
+        return ""
+    shown = [f"{o.image} {o.what}" for o in report.quality_outliers[:3]]
+    return f" ({', '.join(shown)}{', ...' if len(report.quality_outliers) > 3 else ''})"

@@ -64,3 +64,4 @@ def test_planted_leaks_and_conflicts_are_found(store: Store, generated: Path) ->
     )
     found = audit_dataset(store, replace(dataset, rows=rows))
     assert (found.leaked_lesions, found.label_conflicts) == (1, 1)
+    assert found.conflicts[0].startswith(f"lesion {relabelled} has the classes ")

@@ -1,0 +1,218 @@
+"""What a leaky split makes a model look like: the same small model, trained three times, judged twice.
+
+The train side is cut into four fifths to train on and one fifth to boast with, in three ways:
+
+- `by_lesion`: no lesion on both sides; rare classes are drawn more often afterwards, among the training pictures.
+- `random_pictures`: pictures at random, so that most lesions of several pictures lie on both sides.
+- `oversampled_first`: every class drawn to equal size with repeats, then cut at random, so that copies of one
+  picture lie on both sides.
+
+Each model is judged on its own fifth (pretended) and on the val side, whose lesions it never saw (honest). It reads
+train and val and nothing else. The epoch is chosen on val, which flatters the honest figure: gaps are rather
+understated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from rich.progress import Progress
+
+from records.datasets import DatasetVersion
+from records.errors import DataError
+from records.store import Store
+from records.stored import find_images
+from records.types import Side
+from trainers.evaluation.metrics import balanced_accuracy, confusion_matrix
+from trainers.fitting.loop import TrainedModel, train
+from trainers.fitting.training_data import TrainingData, plan_data
+from trainers.inference.loaded import reference_logits
+from trainers.optimization.samplers import IntArray
+from trainers.settings import TrainersSettings
+
+BOASTING_SHARE = 0.2
+_SCORING_BATCH = 64
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scores(_Part):
+    """How a model does on some pictures."""
+
+    accuracy: float = Field(ge=0, le=1)
+    balanced_accuracy: float = Field(ge=0, le=1, description="over the classes that the pictures have")
+
+
+class PretendedSplit(_Part):
+    """One way to split, and what it makes of the model."""
+
+    name: str
+    train_pictures: int
+    test_pictures: int = Field(description="of the fifth that the model is boasted with")
+    leaked_test_share: float = Field(ge=0, le=1, description="share of them whose lesion is trained on")
+    pretended: Scores = Field(description="on that fifth")
+    honest: Scores = Field(description="on the val side")
+    gap: float = Field(description="balanced accuracy, pretended minus honest")
+
+
+class PretendReport(_Part):
+    """The demonstration."""
+
+    model: str
+    side_px: int
+    epochs: int
+    augmentation: str
+    seed: int
+    honest_pictures: int = Field(description="of the val side")
+    splits: list[PretendedSplit]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows to train on and rows to boast with; a row may come more than once."""
+
+    train: IntArray
+    test: IntArray
+
+
+def pretend(
+    store: Store, settings: TrainersSettings, dataset: DatasetVersion, *, progress: Progress | None = None
+) -> PretendReport:
+    """Train the model of the settings on an honest split and on leaky ones, and compare.
+
+    Args:
+        store: with the pictures.
+        settings: of the trainers; sampler and number of workers are set here.
+        dataset: the version; its train and val sides are read.
+        progress: a bar is added to it.
+    Returns:
+        The comparison.
+    Raises:
+        DataError: there are too few pictures, or one cannot be read.
+        ConfigError: a setting cannot work.
+        DivergedError: a loss is not finite.
+    """
+    plan = plan_data(dataset, store.taxonomy)
+    data = plan.open(store, settings.side_px, progress)
+    train_ids = plan.image_ids[: plan.num_train]
+    group_of = dict(zip(dataset.side(Side.TRAIN)["image_id"], dataset.side(Side.TRAIN)["group_id"], strict=True))
+    groups = np.array([group_of[image_id] for image_id in train_ids])
+    lesions = np.array([image.lesion_id or image.id for image in find_images(store, train_ids)])
+    labels = plan.labels[: plan.num_train]
+    if len(np.unique(groups)) < 2 or not len(data.val_index):
+        raise DataError("the demonstration needs at least two groups on the train side and a picture on the val side")
+    task = progress.add_task("Training on three splits", total=3 * settings.epochs) if progress else None
+
+    def one_more_epoch(_: object) -> None:
+        if progress and task is not None:
+            progress.advance(task)
+
+    cuts: dict[str, Callable[[], Cut]] = {
+        "by_lesion": lambda: cut_by_group(groups, settings.seed),
+        "random_pictures": lambda: cut_at_random(len(labels), settings.seed),
+        "oversampled_first": lambda: cut_oversampled(labels, settings.seed),
+    }
+    splits = []
+    for name, draw in cuts.items():
+        cut = draw()
+        sampler = "natural" if name == "oversampled_first" else "balanced"
+        changed = settings.model_copy(update={"sampler": sampler, "num_workers": 1})
+        split_data = TrainingData(data.pixels, data.image_ids, data.labels, cut.train, data.val_index)
+        trained = train(changed, split_data, store.taxonomy, on_epoch=one_more_epoch)
+        splits.append(_judged(name, cut, trained, data, lesions))
+    return PretendReport(
+        model=settings.model,
+        side_px=settings.side_px,
+        epochs=settings.epochs,
+        augmentation=settings.augmentation,
+        seed=settings.seed,
+        honest_pictures=len(data.val_index),
+        splits=splits,
+    )
+
+
+def cut_by_group(groups: NDArray[np.str_], seed: int) -> Cut:
+    """Cut whole groups off, until a fifth of the pictures is cut.
+
+    Args:
+        groups: [N] group of each picture, at least two of them.
+        seed: of the order.
+    Returns:
+        The cut; no group is on both sides.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    sizes = np.bincount(member)[order]
+    taken = np.cumsum(sizes) <= max(BOASTING_SHARE * len(groups), sizes[0])
+    taken[-1] = False
+    in_test = np.isin(member, order[taken])
+    return Cut(np.flatnonzero(~in_test), np.flatnonzero(in_test))
+
+
+def cut_at_random(num_pictures: int, seed: int) -> Cut:
+    """Cut a fifth of the pictures off, whatever they show.
+
+    Args:
+        num_pictures: N, at least 2.
+        seed: of the order.
+    Returns:
+        The cut.
+    """
+    order = np.random.default_rng(seed).permutation(num_pictures)
+    num_test = max(1, round(BOASTING_SHARE * num_pictures))
+    return Cut(np.sort(order[num_test:]), np.sort(order[:num_test]))
+
+
+def cut_oversampled(labels: IntArray, seed: int) -> Cut:
+    """Draw all classes to equal size, small ones with repeats, and cut a fifth of the result off at random.
+
+    Args:
+        labels: [N] class indices.
+        seed: of the draws.
+    Returns:
+        The cut, as many rows as there are pictures; a row may be on both sides.
+    """
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    wanted = max(1, len(labels) // len(classes))
+    drawn = []
+    for code in classes:
+        rows = np.flatnonzero(labels == code)
+        rounds = -(-wanted // len(rows))
+        drawn.append(np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:wanted])
+    rows = np.concatenate(drawn)
+    places = cut_at_random(len(rows), seed)
+    return Cut(np.sort(rows[places.train]), np.sort(rows[places.test]))
+
+
+def _judged(
+    name: str, cut: Cut, trained: TrainedModel, data: TrainingData, lesions: NDArray[np.str_]
+) -> PretendedSplit:
+    pretended, honest = (_scores(trained, data, rows) for rows in (cut.test, data.val_index))
+    return PretendedSplit(
+        name=name,
+        train_pictures=len(cut.train),
+        test_pictures=len(cut.test),
+        leaked_test_share=round(float(np.isin(lesions[cut.test], lesions[cut.train]).mean()), 4),
+        pretended=pretended,
+        honest=honest,
+        gap=round(pretended.balanced_accuracy - honest.balanced_accuracy, 4),
+    )
+
+
+def _scores(trained: TrainedModel, data: TrainingData, rows: IntArray) -> Scores:
+    parts = [
+        reference_logits(trained.network, data.pixels.take(rows[start : start + _SCORING_BATCH]), trained.geometry)
+        for start in range(0, len(rows), _SCORING_BATCH)
+    ]
+    logits, labels = np.concatenate(parts), data.labels[rows]
+    answers = logits.argmax(axis=1)
+    confusion = confusion_matrix(labels, answers, logits.shape[1])
+    return Scores(
+        accuracy=round(float((answers == labels).mean()), 4),
+        balanced_accuracy=round(float(balanced_accuracy(confusion)), 4),
+    )
