@@ -6,6 +6,7 @@ Rooms above add their own kinds (`relook catalog` merges the dicts); nothing is 
 from typing import Any
 
 from trainers.augmentation import OPERATIONS, POLICIES
+from trainers.fitting.strategies import STRATEGIES
 from trainers.models import MODELS
 from trainers.optimization.losses import LOSSES
 from trainers.optimization.optimizers import OPTIMIZERS
@@ -23,6 +24,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "operations": OPERATIONS,
     "losses": LOSSES,
     "samplers": SAMPLERS,
+    "strategies": STRATEGIES,
 }
 """Kind, as the command line names it, to its registry."""
 

@@ -39,6 +39,9 @@ def train_command(
     ctx: typer.Context,
     data: Annotated[str | None, typer.Option(help="Folder or dataset id; default: the newest version.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; more than one start Ray Train.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="How processes share the work: auto, single, ddp, fsdp, elastic.")
+    ] = None,
     start_from: Annotated[str | None, typer.Option(help="Model to fine-tune: id prefix, path, champion.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the same training.")] = False,
     config: ConfigOption = None,
@@ -53,7 +56,7 @@ def train_command(
     from trainers.fitting.fit import fit
 
     settings = settings_of(ctx, config, preset, sets)
-    trainers = _with_workers(settings.trainers, workers)
+    trainers = _with_options(settings.trainers, {"num_workers": workers, "strategy": strategy})
     use_ray = trainers.num_workers > 1
     with ExitStack() as stack:
         store = stack.enter_context(closing(open_store(settings.records)))
@@ -120,16 +123,18 @@ class EpochBar:
         return False
 
 
-def _with_workers(trainers: "TrainersSettings", workers: int | None) -> "TrainersSettings":
-    if workers is None:
+def _with_options(trainers: "TrainersSettings", options: dict[str, Any]) -> "TrainersSettings":
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
         return trainers
     from pydantic import ValidationError
 
     try:
-        return type(trainers).model_validate(trainers.model_dump() | {"num_workers": workers})
+        return type(trainers).model_validate(trainers.model_dump() | given)
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--workers {workers} cannot be used: {reason}") from error
+        words = " ".join(f"--{name.removeprefix('num_')} {value}" for name, value in given.items())
+        raise ConfigError(f"{words} cannot be used: {reason}") from error
 
 
 def _run_dir(

@@ -11,6 +11,7 @@ from records.errors import ConfigError
 from records.ids import hash_of
 from records.settings import RoomSettings
 from trainers.augmentation.registry import check_policy_name
+from trainers.fitting.strategies import AUTO, STRATEGIES, strategy_of
 from trainers.models.registry import MODELS, check_side
 from trainers.optimization.losses import LOSSES
 from trainers.optimization.optimizers import OPTIMIZERS
@@ -19,8 +20,11 @@ from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Registry
 
 MACHINERY = frozenset(
-    {"num_workers", "threads_per_worker", "use_gpu", "max_failures", "prefetch_batches", "download_url"}
-)
+    {
+        "num_workers", "threads_per_worker", "use_gpu", "max_failures", "prefetch_batches", "strategy", "min_workers",
+        "checkpoint_every_steps", "download_url",
+    }
+)  # fmt: skip
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
 
 
@@ -51,6 +55,34 @@ class TrainersSettings(RoomSettings):
     weight_decay: float = Field(
         default=5e-4, ge=0, le=1, allow_inf_nan=False, description="pull of weights to zero (L2), per step"
     )
+    l1: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.1,
+        allow_inf_nan=False,
+        description="weight of the absolute weights beside the loss (L1), for weights of two or more dimensions",
+    )
+    clip_norm: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="longest gradient over all parameters (L2 norm); longer ones are shortened to it; default: any",
+    )
+    accumulate_steps: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="parts that a worker computes its share of a batch in, one after the other, to need less memory",
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share that a running mean of the weights keeps per step; the mean is validated and served; "
+        "default: no mean",
+    )
     scheduler: str = Field(default="cosine", description="of the learning rate, see `relook catalog schedulers`")
     step_size_epochs: int = Field(default=4, ge=1, le=10_000, description="epochs between two cuts, in step")
     gamma: float = Field(default=0.3, gt=0, lt=1, description="factor of a cut, in step and plateau")
@@ -74,7 +106,20 @@ class TrainersSettings(RoomSettings):
     )
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of everything random in a run")
 
-    num_workers: int = Field(default=1, ge=1, le=4096, description="processes that share every batch")
+    num_workers: int = Field(
+        default=1, ge=1, le=4096, description="processes that share every batch; with strategy elastic, the most"
+    )
+    strategy: str = Field(
+        default=AUTO,
+        description="how they share it, see `relook catalog strategies`; auto is single with one worker, else ddp",
+    )
+    min_workers: int = Field(default=1, ge=1, le=4096, description="fewest processes, with strategy elastic")
+    checkpoint_every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**9,
+        description="optimizer steps between two checkpoints within an epoch; default: after every epoch only",
+    )
     threads_per_worker: int | None = Field(
         default=None,
         ge=1,
@@ -95,6 +140,13 @@ class TrainersSettings(RoomSettings):
         _as_value_error(_REGISTRIES[info.field_name].__getitem__, value)
         return value
 
+    @field_validator("strategy")
+    @classmethod
+    def _is_strategy(cls, value: str) -> str:
+        if value != AUTO:
+            _as_value_error(STRATEGIES.__getitem__, value)
+        return value
+
     @field_validator("augmentation")
     @classmethod
     def _is_policy(cls, value: str) -> str:
@@ -104,12 +156,30 @@ class TrainersSettings(RoomSettings):
     @model_validator(mode="after")
     def _fit_together(self) -> "TrainersSettings":
         _as_value_error(check_side, self.model, self.side_px)
-        if self.batch_size % self.num_workers:
-            fitting = max(2, round(self.batch_size / self.num_workers)) * self.num_workers
+        if self.strategy == "single" and self.num_workers > 1:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be shared evenly by {self.num_workers} workers; take {fitting}"
+                f"strategy 'single' is one process and num_workers is {self.num_workers}; take ddp, or num_workers=1"
             )
+        self._check_shares()
         return self
+
+    def _check_shares(self) -> None:
+        parts = self.num_workers * self.accumulate_steps
+        how = f"{self.num_workers} workers" + (
+            f" in {self.accumulate_steps} parts each" if self.accumulate_steps > 1 else ""
+        )
+        if strategy_of(self).elastic:
+            # Shares of different sizes are weighted, so that every number of workers gives the same gradient.
+            if self.min_workers > self.num_workers:
+                raise ValueError(
+                    f"min_workers {self.min_workers} is more than num_workers {self.num_workers}; "
+                    f"take min_workers={self.num_workers} or fewer"
+                )
+            if self.batch_size < 2 * parts:
+                raise ValueError(f"batch_size {self.batch_size} is too small for {how}; take {2 * parts} or more")
+        elif self.batch_size % parts:
+            fitting = max(2, round(self.batch_size / parts)) * parts
+            raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {how}; take {fitting}")
 
     def recipe_hash(self) -> str:
         """Return the hash of the fields that decide what the model becomes, 64 hex characters."""

@@ -23,6 +23,14 @@ def test_every_field_is_documented() -> None:
         ({"sampler": "odd"}, "sampler", "unknown sampler 'odd'; there are natural, balanced, square_root"),
         ({"augmentation": "wild"}, "augmentation", "or give the path of a YAML file"),
         ({"batch_size": 30, "num_workers": 4}, "", "batch_size 30 cannot be shared evenly by 4 workers; take 32"),
+        ({"strategy": "horovod"}, "strategy", "unknown strategy 'horovod'; there are single, ddp, fsdp, elastic"),
+        ({"strategy": "single", "num_workers": 2}, "", "num_workers is 2; take ddp, or num_workers=1"),
+        ({"strategy": "elastic", "min_workers": 3, "num_workers": 2}, "", "take min_workers=2 or fewer"),
+        ({"strategy": "elastic", "num_workers": 64}, "", "too small for 64 workers; take 128 or more"),
+        ({"accumulate_steps": 24}, "", "shared evenly by 1 workers in 24 parts each; take 72"),
+        ({"ema_decay": 1.0}, "ema_decay", "less than 1"),
+        ({"clip_norm": 0.0}, "clip_norm", "greater than 0"),
+        ({"l1": -1e-4}, "l1", "greater than or equal to 0"),
         ({"side_px": 16}, "", "custom_cnn needs at least 32"),
         ({"epochs": 0}, "epochs", "greater than or equal to 1"),
         ({"learning_rate": float("nan")}, "learning_rate", ""),
@@ -57,7 +65,9 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "scaling": "min_max", "precision": "fp32", "learning_rate": 0.01, "early_stop_patience_epochs": 3,
         "threads_per_worker": 1, "use_gpu": False, "nesterov": False, "dropout": 0.05, "head_dropout": 0.5,
         "gamma": 0.5, "momentum": 0.5, "weight_decay": 0.0, "warmup_epochs": 0.0, "label_smoothing": 0.1,
-        "num_workers": 2, "batch_size": 32, "side_px": 96, "download_url": "https://mirror",
+        "num_workers": 2, "batch_size": 32, "side_px": 96, "l1": 1e-5, "clip_norm": 1.0, "accumulate_steps": 2,
+        "ema_decay": 0.99, "strategy": "single", "min_workers": 2, "checkpoint_every_steps": 10,
+        "download_url": "https://mirror",
     }  # fmt: skip
     if name == "loss":
         return base.model_copy(update={"loss": "another"})  # there is one loss so far

@@ -1,8 +1,10 @@
 """Everything a run needs to go on as if nothing had happened, in one file.
 
-A checkpoint is taken between two epochs. It needs no state of random generators and no position in
-the data: both are functions of (seed, epoch). What it was made of is stored beside it, so that it is
-never continued with other settings or other data. It is read with torch's restricted loader.
+A checkpoint is taken between two optimizer steps. It holds weights, their running mean, the states of optimizer
+and schedule, and the position: epochs that are done and steps of the one under way. Order, augmentation and
+dropout are functions of (seed, epoch, step), so the position is the state of all random generators, too. Tensors
+are whole, whatever the strategy, so any number of workers can go on. What a run is made of is stored beside it:
+it is never continued with other settings or other data. It is read with torch's restricted loader.
 """
 
 import contextlib
@@ -34,7 +36,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run between two epochs.
+    """A run between two steps.
 
     Args:
         identity: what the run is made of.
@@ -46,6 +48,9 @@ class Checkpoint:
         mean: of the training pictures, RGB in 0 to 1.
         std: of the training pictures, RGB in 0 to 1.
         finished: whether the run is over.
+        average: running mean of the parameters, if the run keeps one.
+        step: steps done of the epoch under way; 0 between two epochs.
+        loss_sum: of those steps.
     """
 
     identity: Identity
@@ -57,11 +62,20 @@ class Checkpoint:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     finished: bool
+    average: Weights | None = None
+    step: int = 0
+    loss_sum: float = 0.0
 
     @property
     def epochs_done(self) -> int:
         """Number of epochs that are done."""
         return len(self.reports)
+
+    @property
+    def position(self) -> str:
+        """Where the run is, in words."""
+        within = f" and {self.step} steps of the next" if self.step else ""
+        return f"epoch {self.epochs_done}{within}"
 
     def epoch_reports(self) -> list[EpochReport]:
         """Return the reports of the epochs that are done."""
@@ -99,13 +113,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
     Args:
         checkpoint: what to keep.
-        path: the file.
+        path: the file, in a folder that is there.
     Raises:
         UnavailableError: the disk is full or the folder is gone; the checkpoint before is untouched.
     """
     temporary = path.with_name(f".{path.name}.{new_id()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"folder {path.parent} is gone")
         torch.save(_plain(checkpoint), temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
@@ -113,8 +128,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             temporary.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:200]
         raise UnavailableError(
-            f"checkpoint {path} cannot be written after epoch {checkpoint.epochs_done} ({reason}); "
-            "free some space and run it again with --resume"
+            f"checkpoint {path} cannot be written after {checkpoint.position} ({reason}); "
+            "see that the folder is there and its disk has space, and run it again with --resume"
         ) from error
 
 

@@ -1,16 +1,14 @@
 """The same loop on several processes or machines, under Ray Train. The only file that knows Ray Train.
 
 In: settings, a data plan, a store, a folder. Out: the same `TrainedModel`. Ray has to run already. Each
-worker maps the pixels on its own node, computes its share of every batch with DistributedDataParallel
-(gloo on CPUs, NCCL on GPUs) and keeps a checkpoint per epoch under `run_dir/ray`; the same folder
-goes on where it stopped. Reports reach the caller through a mailbox actor, live, and the caller's
-answer reaches the workers before their next epoch.
+worker maps the pixels on its own node, computes its share of every batch as the strategy says (gloo on
+CPUs, NCCL on GPUs) and keeps a checkpoint per epoch under `run_dir/ray`; the same folder goes on where it
+stopped. Reports reach the caller through a mailbox actor, live, and the caller's answer reaches the
+workers before their next epoch.
 """
 
-import asyncio
 import os
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,14 +18,9 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from numpy.typing import NDArray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from records import errors
 from records.errors import ConfigError, RelookError, UnavailableError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -35,12 +28,14 @@ from trainers.augmentation import Policy
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train, trained_model
+from trainers.fitting.mailbox import Postman, open_mailbox, rebuilt
+from trainers.fitting.process_group import ProcessGroup
+from trainers.fitting.strategies import StrategyRecipe, strategy_of
 from trainers.fitting.training_data import DataPlan
-from trainers.fitting.workers import threads_of
+from trainers.fitting.workers import CHECKPOINT_FILE, threads_of
 from trainers.settings import TrainersSettings
 
 RUN_NAME = "ray"
-CHECKPOINT_FILE = "checkpoint.pt"
 START_TIMEOUT_S = 300
 """A busy machine may need minutes to start processes that import torch; Ray Train's own limit is one."""
 
@@ -76,10 +71,10 @@ def fit_distributed(
     use_gpu = _use_gpu(settings)
     settings = settings.model_copy(update={"threads_per_worker": threads_of(settings), "use_gpu": use_gpu})
     _require_resources(settings, use_gpu)
-    mailbox = _open_mailbox()
-    job = _Job(settings, plan, _portable(store), policy, dict(initial_weights or {}), mailbox)
+    mailbox = open_mailbox()
+    job = _Job(settings, plan, _portable(store), policy, dict(initial_weights or {}), mailbox, run_dir.absolute())
     trainer = _trainer(settings, job, run_dir, use_gpu)
-    with _controller_environment(), _Postman(mailbox, on_epoch) as postman:
+    with _controller_environment(), Postman(mailbox, on_epoch) as postman:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -87,7 +82,7 @@ def fit_distributed(
     postman.raise_if_failed()
     fatal = ray.get(mailbox.fatal.remote())
     if fatal is not None:
-        raise _rebuilt(fatal)
+        raise rebuilt(fatal)
     if result.checkpoint is None:
         raise UnavailableError(f"the run in {run_dir} ended without a checkpoint; run it again with --resume")
     with result.checkpoint.as_directory() as folder:
@@ -100,7 +95,7 @@ def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bo
         _train_on_worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers,
+            num_workers=_num_workers(settings),  # type: ignore[arg-type] # the stubs know no elastic pair
             use_gpu=use_gpu,
             resources_per_worker={"CPU": settings.threads_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
@@ -115,52 +110,43 @@ def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bo
     )
 
 
-class RayWorkerGroup:
-    """The workers that Ray Train started; made inside one of them."""
+def _num_workers(settings: TrainersSettings) -> int | tuple[int, int]:
+    if strategy_of(settings).elastic:
+        return (settings.min_workers, settings.num_workers)
+    return settings.num_workers
 
-    def __init__(self) -> None:
+
+class RayWorkerGroup(ProcessGroup):
+    """The workers that Ray Train started; made inside one of them.
+
+    Args:
+        strategy: how they share the work.
+        kept_in: the folder that Ray Train keeps checkpoints in.
+    """
+
+    def __init__(self, strategy: StrategyRecipe, kept_in: Path) -> None:
         context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world_size: int = context.get_world_size()
+        super().__init__(
+            strategy,
+            context.get_world_rank(),
+            context.get_world_size(),
+            ray.train.torch.get_device(),
+            kept_in,
+        )
         self.local_rank: int = context.get_local_rank()
-        self.device: torch.device = ray.train.torch.get_device()
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """Return the network with gradients averaged over the group; on GPUs batch norm is shared, too."""
-        if self.world_size == 1:
-            return network
-        if self.device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-            return DistributedDataParallel(network, device_ids=[self.device], forward_sync_buffers=False)
-        # Running statistics are averaged once per epoch, before validation, instead of sent with every step.
-        return DistributedDataParallel(network, forward_sync_buffers=False)
-
-    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
-        """Return every worker's array, in order of rank, on every worker."""
-        if self.world_size == 1:
-            return [array]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, array)
-        return gathered
-
-    def average_buffers(self, network: nn.Module) -> None:
-        """Replace running statistics by their mean over the group."""
-        buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        if self.world_size == 1 or not buffers:
-            return
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        dist.all_reduce(flat)
-        flat /= self.world_size
-        means = torch.split(flat, [buffer.numel() for buffer in buffers])
-        for buffer, mean in zip(buffers, means, strict=True):
-            buffer.copy_(mean.view_as(buffer))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Hand the checkpoint of rank 0 to Ray Train; all workers meet here."""
-        metrics = checkpoint.reports[-1]
+        metrics = checkpoint.reports[-1] if checkpoint.reports else {}
         if self.rank != 0:
             ray.train.report(metrics)
             return
+        if self.kept_in is not None and not self.kept_in.is_dir():
+            # Ray Train would make it anew, on whatever disk is below a mount that is gone.
+            raise UnavailableError(
+                f"the checkpoint after {checkpoint.position} cannot be written: folder {self.kept_in} is gone; "
+                "bring its storage back and run it again with --resume"
+            )
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(checkpoint, Path(folder) / CHECKPOINT_FILE)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
@@ -184,6 +170,7 @@ class _Job:
     policy: Policy
     initial_weights: dict[str, NDArray[Any]] = field(repr=False)
     mailbox: Any
+    run_dir: Path
 
 
 def _train_on_worker(config: dict[str, Any]) -> None:
@@ -191,7 +178,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     if ray.get(job.mailbox.fatal.remote()) is not None:
         # Ray Train starts a failed group again; what failed for a reason of its own would fail the same way.
         return
-    group = RayWorkerGroup()
+    group = RayWorkerGroup(strategy_of(job.settings), job.run_dir / RUN_NAME)
     store = open_store(job.records)
 
     def tell(report: EpochReport) -> bool:
@@ -219,81 +206,6 @@ def _train_on_worker(config: dict[str, Any]) -> None:
         store.close()
 
 
-class _Mailbox:
-    """An actor between the workers and the caller: reports one way, answers the other."""
-
-    def __init__(self) -> None:
-        self._reports: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self._answers: dict[int, asyncio.Future[bool]] = {}
-        self._fatal: tuple[str, str] | None = None
-
-    async def tell(self, report: dict[str, Any]) -> bool:
-        """Post a report and wait for the answer; an epoch that is told twice is answered as the first time."""
-        epoch = int(report["epoch"])
-        if epoch not in self._answers:
-            self._answers[epoch] = asyncio.get_running_loop().create_future()
-            await self._reports.put(report)
-        return await asyncio.shield(self._answers[epoch])
-
-    async def collect(self) -> dict[str, Any] | None:
-        """Return the next report; None when the mailbox is closed."""
-        return await self._reports.get()
-
-    async def answer(self, epoch: int, stop: bool) -> None:
-        """Answer a report."""
-        self._answers[epoch].set_result(stop)
-
-    async def close(self) -> None:
-        """Let `collect` return None after what is waiting."""
-        await self._reports.put(None)
-
-    async def fail(self, kind: str, message: str) -> None:
-        """Note why the run cannot succeed; the first reason counts."""
-        self._fatal = self._fatal or (kind, message)
-
-    async def fatal(self) -> tuple[str, str] | None:
-        """Return why the run cannot succeed, if it is known."""
-        return self._fatal
-
-
-class _Postman:
-    """Carries reports from the mailbox to the caller's function while Ray Train holds the main thread."""
-
-    def __init__(self, mailbox: Any, on_epoch: OnEpoch | None) -> None:
-        self._mailbox = mailbox
-        self._on_epoch = on_epoch
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._carry, name="epoch reports", daemon=True)
-
-    def __enter__(self) -> "_Postman":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        ray.get(self._mailbox.close.remote())
-        self._thread.join()
-
-    def raise_if_failed(self) -> None:
-        """Raise what the caller's function raised; the run was stopped because of it."""
-        if self._failure is not None:
-            raise self._failure
-
-    def _carry(self) -> None:
-        while (report := ray.get(self._mailbox.collect.remote())) is not None:
-            ray.get(self._mailbox.answer.remote(report["epoch"], self._ask(report)))
-
-    def _ask(self, report: dict[str, Any]) -> bool:
-        if self._failure is not None:
-            return True
-        if self._on_epoch is None:
-            return False
-        try:
-            return bool(self._on_epoch(EpochReport.model_validate(report)))
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            self._failure = error
-            return True
-
-
 @contextmanager
 def _controller_environment() -> Iterator[None]:
     """Tell Ray Train's controller, which reads the environment of the caller, how to behave."""
@@ -310,16 +222,11 @@ def _controller_environment() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _open_mailbox() -> Any:
-    # On this node: the mailbox is needed as long as this process lives, and not longer.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-
-
 def _use_gpu(settings: TrainersSettings) -> bool:
     if settings.use_gpu != "auto":
         return settings.use_gpu
-    return 1 <= settings.num_workers <= _resources().get("GPU", 0)
+    needed = settings.min_workers if strategy_of(settings).elastic else settings.num_workers
+    return needed <= _resources().get("GPU", 0)
 
 
 def _resources() -> dict[str, float]:
@@ -330,18 +237,20 @@ def _resources() -> dict[str, float]:
 def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
     resources = _resources()
     threads = threads_of(settings)
+    elastic = strategy_of(settings).elastic
+    workers, field_name = (settings.min_workers, "min_workers") if elastic else (settings.num_workers, "num_workers")
     cpus = int(resources.get("CPU", 0))
-    if settings.num_workers * threads > cpus:
+    if workers * threads > cpus:
         raise ConfigError(
-            f"{settings.num_workers} workers with {threads} threads each need {settings.num_workers * threads} CPUs "
-            f"and Ray has {cpus}; lower trainers.num_workers or set trainers.threads_per_worker="
-            f"{max(1, cpus // settings.num_workers)}"
+            f"{workers} workers with {threads} threads each need {workers * threads} CPUs "
+            f"and Ray has {cpus}; lower trainers.{field_name} or set trainers.threads_per_worker="
+            f"{max(1, cpus // workers)}"
         )
     gpus = int(resources.get("GPU", 0))
-    if use_gpu and gpus < settings.num_workers:
+    if use_gpu and gpus < workers:
         raise ConfigError(
-            f"{settings.num_workers} workers need as many GPUs and Ray has {gpus}; "
-            "lower trainers.num_workers or set trainers.use_gpu=false"
+            f"{workers} workers need as many GPUs and Ray has {gpus}; "
+            f"lower trainers.{field_name} or set trainers.use_gpu=false"
         )
 
 
@@ -368,16 +277,9 @@ def _portable(store: Store) -> RecordsSettings:
 def _reason(mailbox: Any, error: Exception, run_dir: Path) -> RelookError:
     fatal = ray.get(mailbox.fatal.remote())
     if fatal is not None:
-        return _rebuilt(fatal)
+        return rebuilt(fatal)
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UnavailableError(
         f"training was lost ({first_line.strip()[:200]}); the last checkpoint is in {run_dir}, "
         "run it again with --resume"
     )
-
-
-def _rebuilt(fatal: tuple[str, str]) -> RelookError:
-    kind, message = fatal
-    known = getattr(errors, kind, RelookError)
-    rebuilt: RelookError = known(message)
-    return rebuilt

@@ -42,6 +42,7 @@ class Batch:
         rows: [n] positions in the training data.
         partner_labels: [n] class indices of what was mixed in; None if nothing was.
         share: of `labels` in a mixed batch; the partners' have the rest.
+        weight: of the share's mean loss in the mean over the workers; 1 where all shares are equal.
     """
 
     pixels: NDArray[np.uint8]
@@ -49,6 +50,24 @@ class Batch:
     rows: IntArray
     partner_labels: IntArray | None = None
     share: float = 1.0
+    weight: float = 1.0
+
+    def parts(self, count: int) -> "list[tuple[Batch, float]]":
+        """Cut the share.
+
+        Args:
+            count: number of parts, at least 1.
+        Returns:
+            Parts with the weight of each part's mean loss; the weights add up to the share's.
+        """
+        if count == 1:
+            return [(self, self.weight)]
+        places = [places for places in np.array_split(np.arange(len(self.rows)), count) if len(places)]
+        return [(self._part(at), self.weight * len(at) / len(self.rows)) for at in places]
+
+    def _part(self, at: IntArray) -> "Batch":
+        partners = self.partner_labels[at] if self.partner_labels is not None else None
+        return Batch(self.pixels[at], self.labels[at], self.rows[at], partners, self.share)
 
 
 class Feeder:
@@ -84,17 +103,19 @@ class Feeder:
         self._augmenter = augmenter
         self._settings = settings
         self._share = slice(rank, None, world_size)
+        self._world_size = world_size
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
         return -(-len(self._train_rows) // self._settings.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this worker's share of every batch of an epoch.
 
         Args:
             epoch: 0-based.
+            first_step: 0-based; those before it are left out.
         Yields:
             Batches in order of step.
         """
@@ -107,10 +128,10 @@ class Feeder:
             batch_size=settings.batch_size,
         )
         seeds = picture_seeds(settings.seed, epoch, self._keys[order], occurrences(order))
-        starts = range(0, len(order), settings.batch_size)
+        starts = range(first_step * settings.batch_size, len(order), settings.batch_size)
         shares = [
             self._share_of(order[s : s + settings.batch_size], seeds[s : s + settings.batch_size], epoch, step)
-            for step, s in enumerate(starts)
+            for step, s in enumerate(starts, first_step)
         ]
         yield from self._prefetched(shares)
 
@@ -138,15 +159,16 @@ class Feeder:
     def _prepare(self, share: "_Share") -> Batch:
         rows = self._train_rows[share.positions]
         own_rows, own_labels = rows[share.own], self._labels[rows[share.own]]
+        weight = len(own_rows) * self._world_size / self._settings.batch_size
         if share.mix is None:
             pixels = self._augmenter.apply(self._pixels.take(own_rows), share.seeds[share.own])
-            return Batch(pixels, own_labels, own_rows)
+            return Batch(pixels, own_labels, own_rows, weight=weight)
         # Partners may belong to another worker's share; each picture is augmented once.
         partners = share.mix.partner[share.own]
         needed, at = np.unique(np.concatenate([share.own, partners]), return_inverse=True)
         pixels = self._augmenter.apply(self._pixels.take(rows[needed]), share.seeds[needed])
         mixed = share.mix.apply(pixels[at[: len(share.own)]], pixels[at[len(share.own) :]])
-        return Batch(mixed, own_labels, own_rows, self._labels[rows[partners]], share.mix.share)
+        return Batch(mixed, own_labels, own_rows, self._labels[rows[partners]], share.mix.share, weight)
 
 
 @dataclass(frozen=True)

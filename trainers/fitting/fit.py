@@ -93,6 +93,7 @@ def fit(
     plan = plan_data(dataset, store.taxonomy)
     _require_sides(dataset)
     _decode(store, dataset, settings.side_px, progress)
+    run_dir.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(run_dir / "metrics.jsonl", on_epoch)
     if use_ray:
         from trainers.fitting.distributed import fit_distributed
@@ -129,11 +130,12 @@ class MetricsLog:
 
     def _put(self, mode: str, reports: list[EpochReport]) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open(mode, encoding="utf-8") as file:
                 file.writelines(report.model_dump_json() + "\n" for report in reports)
         except OSError as error:
-            raise UnavailableError(f"{self._path} cannot be written ({error.strerror}); free some space") from error
+            raise UnavailableError(
+                f"{self._path} cannot be written ({error.strerror}); see that the folder is there and has space"
+            ) from error
 
 
 def _fit_alone(

@@ -10,28 +10,30 @@ It reads the train and val rows it is given. It does not calibrate, evaluate or 
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from records.bundles import Geometry
+from records.errors import DivergedError
 from records.ids import hash_of, sha256_hex
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, Policy, load_policy
 from trainers.augmentation.operations import Canvas
-from trainers.data.decode import DECODE_VERSION
-from trainers.fitting.checkpoints import Checkpoint, Identity, require_same_run
+from trainers.fitting.averaging import WeightAverage
+from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_same_run
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.feeding import Feeder
+from trainers.fitting.sharding import local, restore_optimizer, whole
 from trainers.fitting.statistics import evenly_spaced, pixel_statistics
-from trainers.fitting.steps import Stepper, validate
+from trainers.fitting.steps import LossWatch, StepOptions, Stepper, validate
+from trainers.fitting.trained import TrainedModel, best_epoch_of, trained_model
 from trainers.fitting.training_data import TrainingData
-from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, threads_of
+from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, mean_over, threads_of
 from trainers.models import architecture_options, build_model
 from trainers.optimization.losses import LOSSES
 from trainers.optimization.optimizers import build_optimizer
@@ -43,35 +45,7 @@ from trainers.settings import TrainersSettings
 STATISTICS_PICTURES = 256
 """Training pictures that batch norm's statistics are measured on after every epoch."""
 
-__all__ = ["EpochReport", "TrainedModel", "TrainingData", "train"]
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """What a run ends with.
-
-    Args:
-        network: in evaluation mode, on the CPU, with the weights of the best epoch.
-        geometry: how pictures become its input.
-        reports: of all epochs.
-        best_epoch: 1-based; the highest validation balanced accuracy, among equals the lowest loss.
-        num_threads: that each worker computed with.
-    """
-
-    network: nn.Module
-    geometry: Geometry
-    reports: list[EpochReport]
-    best_epoch: int
-    num_threads: int
-
-    @property
-    def best(self) -> EpochReport:
-        """The report of the best epoch."""
-        return self.reports[self.best_epoch - 1]
-
-    def weights(self) -> dict[str, NDArray[Any]]:
-        """Return parameters and buffers by name, as arrays of their own."""
-        return {name: value.numpy().copy() for name, value in self.network.state_dict().items()}
+__all__ = ["EpochReport", "TrainedModel", "TrainingData", "best_epoch_of", "train", "trained_model"]
 
 
 def train(
@@ -104,7 +78,7 @@ def train(
         IntegrityError: the initial weights do not fit the network.
     """
     data.require_usable(len(taxonomy.codes))
-    group = workers or SingleWorker(use_gpu=settings.use_gpu)
+    group: WorkerGroup = workers or SingleWorker(use_gpu=settings.use_gpu)
     policy = policy or load_policy(settings.augmentation)
     with compute_threads(threads_of(settings)), _own_random_state(group):
         run = _Run(settings, data, taxonomy, group, policy, initial_weights)
@@ -114,36 +88,6 @@ def train(
                 stop = bool(on_epoch(report)) if group.rank == 0 else False
                 run.stop_if(any_of(group, stop))
     return trained_model(run.checkpoint(), settings, taxonomy)
-
-
-def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: Taxonomy) -> TrainedModel:
-    """Rebuild what a run ended with from its last checkpoint.
-
-    Args:
-        checkpoint: after at least one epoch.
-        settings: of the run.
-        taxonomy: of the run.
-    Returns:
-        The model after its best epoch.
-    """
-    with torch.random.fork_rng(devices=[]):
-        network = build_model(settings.model, len(taxonomy.codes), **architecture_options(settings))
-    network.load_state_dict(checkpoint.best)
-    network.eval().requires_grad_(False)
-    reports = checkpoint.epoch_reports()
-    geometry = Geometry(
-        side_px=settings.side_px,
-        scaling=settings.scaling,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-        decode_version=DECODE_VERSION,
-    )
-    return TrainedModel(network, geometry, reports, best_epoch_of(reports), threads_of(settings))
-
-
-def best_epoch_of(reports: list[EpochReport]) -> int:
-    """Return the epoch that validated best, 1-based; among equal balanced accuracies the lowest loss."""
-    return max(reports, key=lambda report: (report.val_balanced_accuracy, -report.val_loss, -report.epoch)).epoch
 
 
 class _Run:
@@ -182,21 +126,28 @@ class _Run:
             world_size=group.world_size,
         )
         measured = evenly_spaced(data.train_index, STATISTICS_PICTURES)
-        self._statistics_rows = measured[group.rank :: group.world_size]
-        self._network = self._build_network(initial_weights)
+        # Equal shares: where parameters are sharded, a forward pass is something that all workers do together.
+        shared = len(measured) // group.world_size * group.world_size
+        self._statistics_rows = measured[:shared][group.rank :: group.world_size]
+        self._network = self._build_network(initial_weights, found)
+        wrapped = group.wrap(self._network)
         self._optimizer = build_optimizer(self._network, settings)
         self._scheduler = build_scheduler(self._optimizer, settings, self._feeder.steps_per_epoch)
-        self._best = _copy_to_cpu(self._network)
+        self._average = WeightAverage(self._network, settings.ema_decay) if settings.ema_decay is not None else None
+        self._step, self._loss_sum = (found.step, found.loss_sum) if found else (0, 0.0)
+        self._kept = found.position if found else None
+        self._best = found.best if found else _copy_to_cpu(self._network)
         if found:
             self._restore(found)
         self._stepper = Stepper(
-            group.wrap(self._network),
+            wrapped,
             self._optimizer,
             self._scheduler if SCHEDULERS[settings.scheduler].moves == "step" else None,
             LOSSES[settings.loss].factory(settings),
             self._geometry,
             resolve_precision(settings.precision, str(group.device)),
             group.device,
+            StepOptions(settings.accumulate_steps, settings.clip_norm, settings.l1),
         )
 
     @property
@@ -205,50 +156,98 @@ class _Run:
         return self._stopped or len(self._reports) >= self._settings.epochs
 
     def next_epoch(self) -> EpochReport:
-        """Train and validate one epoch, keep the best weights, keep a checkpoint."""
-        epoch = len(self._reports)
-        started = time.perf_counter()
-        torch.manual_seed(derive_seed(self._settings.seed, epoch, self._group.rank, "torch"))
-        train_loss = self._stepper.train_epoch(self._feeder.epoch(epoch), self._data.image_ids, self._group)
-        trained = time.perf_counter()
-        self._stepper.refresh_statistics(self._data.pixels, self._statistics_rows)
-        self._group.average_buffers(self._network)
-        scores = validate(self._stepper, self._data, self._taxonomy, self._group)
-        self._move_scheduler(scores.balanced_accuracy)
-        num_images = self._feeder.steps_per_epoch * self._settings.batch_size
-        report = EpochReport(
-            epoch=epoch + 1,
-            train_loss=train_loss,
-            val_loss=scores.loss,
-            val_balanced_accuracy=scores.balanced_accuracy,
-            val_accuracy=scores.accuracy,
-            key_class_sensitivity=scores.key_class_sensitivity,
-            learning_rate=self._optimizer.param_groups[0]["lr"],
-            images_per_s=num_images / max(trained - started, 1e-9),
-            seconds=time.perf_counter() - started,
-        )
-        self._take_in(report)
-        self._group.save(self.checkpoint())
+        """Train and validate one epoch, or what is left of it; keep the best weights and a checkpoint."""
+        try:
+            report = self._next_epoch()
+        except DivergedError as error:
+            raise DivergedError(f"epoch {len(self._reports) + 1}: {error}; {self._last_good()}") from error
+        self._keep()
         return report
+
+    def _next_epoch(self) -> EpochReport:
+        started = time.perf_counter()
+        num_images = (self._feeder.steps_per_epoch - self._step) * self._settings.batch_size
+        train_loss = self._train_epoch(len(self._reports))
+        trained = time.perf_counter()
+        with self._average.in_place() if self._average else nullcontext():
+            self._stepper.refresh_statistics(self._data.pixels, self._statistics_rows)
+            self._group.average_buffers(self._network)
+            scores = validate(self._stepper, self._data, self._taxonomy, self._group)
+            validated = time.perf_counter()
+            self._move_scheduler(scores.balanced_accuracy)
+            report = EpochReport(
+                epoch=len(self._reports) + 1,
+                train_loss=train_loss,
+                val_loss=scores.loss,
+                val_balanced_accuracy=scores.balanced_accuracy,
+                val_accuracy=scores.accuracy,
+                key_class_sensitivity=scores.key_class_sensitivity,
+                learning_rate=self._optimizer.param_groups[0]["lr"],
+                images_per_s=num_images / max(trained - started, 1e-9),
+                seconds=time.perf_counter() - started,
+                validation_seconds=validated - trained,
+            )
+            self._take_in(report)
+        return report
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Take the steps that are left of an epoch; return the mean loss of all its steps over all workers."""
+        settings, steps = self._settings, self._feeder.steps_per_epoch
+        watch = LossWatch(self._data.image_ids, self._step, self._loss_sum)
+        for batch in self._feeder.epoch(epoch, self._step):
+            # Dropout is a function of (seed, epoch, step, rank): a checkpoint needs no state of a generator.
+            torch.manual_seed(derive_seed(settings.seed, epoch, self._step, self._group.rank, "torch"))
+            watch.add(self._stepper.train_step(batch), batch)
+            if self._average:
+                self._average.update(epoch * steps + self._step)
+            self._step += 1
+            every = settings.checkpoint_every_steps
+            if every and self._step % every == 0 and self._step < steps:
+                self._loss_sum = mean_over(self._group, watch.total())
+                self._require_finite()
+                self._keep()
+        loss = mean_over(self._group, watch.mean())
+        self._step, self._loss_sum = 0, 0.0
+        return loss
+
+    def _require_finite(self) -> None:
+        """Refuse to keep weights that the last step ruined; after an epoch, validation notices."""
+        if any_of(self._group, not all(bool(local(p).isfinite().all()) for p in self._network.parameters())):
+            raise DivergedError(
+                f"weights are not finite after step {self._step} of the epoch; lower trainers.learning_rate"
+            )
+
+    def _keep(self) -> None:
+        checkpoint = self.checkpoint()
+        self._group.save(checkpoint)
+        self._kept = checkpoint.position
+
+    def _last_good(self) -> str:
+        if self._kept is None or self._group.kept_in is None:
+            return "no checkpoint was kept before"
+        return f"the last good checkpoint is after {self._kept}, in {self._group.kept_in}"
 
     def stop_if(self, stop: bool) -> None:
         """End the run early if asked to, and remember it."""
         if stop and not self.finished:
             self._stopped = True
-            self._group.save(self.checkpoint())
+            self._keep()
 
     def checkpoint(self) -> Checkpoint:
-        """Return everything that is needed to go on from here."""
+        """Return everything that is needed to go on from here; all workers call it together."""
         return Checkpoint(
             identity=self._identity,
             reports=[report.model_dump() for report in self._reports],
-            network=self._network.state_dict(),
-            optimizer=self._optimizer.state_dict(),
+            network=whole(self._network.state_dict()),
+            optimizer=whole(self._optimizer.state_dict()),
             scheduler=self._scheduler.state_dict(),
             best=self._best,
             mean=self._geometry.mean,
             std=self._geometry.std,
             finished=self.finished,
+            average=self._average.state() if self._average else None,
+            step=self._step,
+            loss_sum=self._loss_sum,
         )
 
     def _take_in(self, report: EpochReport) -> None:
@@ -267,7 +266,7 @@ class _Run:
         elif moves == "score":
             self._scheduler.step(score)  # type: ignore[arg-type]
 
-    def _build_network(self, initial_weights: Mapping[str, NDArray[Any]] | None) -> nn.Module:
+    def _build_network(self, initial_weights: Mapping[str, NDArray[Any]] | None, found: Checkpoint | None) -> nn.Module:
         torch.manual_seed(derive_seed(self._settings.seed, "network"))
         options = architecture_options(self._settings)
         network = build_model(self._settings.model, len(self._taxonomy.codes), **options)
@@ -275,13 +274,15 @@ class _Run:
             from trainers.inference.loaded import load_weights
 
             load_weights(network, dict(initial_weights), "to start from")
+        if found is not None:
+            network.load_state_dict(found.network)
         return network.to(self._group.device).to(memory_format=torch.channels_last)
 
     def _restore(self, found: Checkpoint) -> None:
-        self._network.load_state_dict(found.network)
-        self._optimizer.load_state_dict(found.optimizer)
+        restore_optimizer(self._optimizer, found.optimizer)
         self._scheduler.load_state_dict(found.scheduler)
-        self._best = found.best
+        if self._average and found.average is not None:
+            self._average.restore(found.average)
 
 
 def _identity(
@@ -301,8 +302,8 @@ def _identity(
     )
 
 
-def _copy_to_cpu(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in network.state_dict().items()}
+def _copy_to_cpu(network: nn.Module) -> Weights:
+    return {name: whole(value).to("cpu", copy=True) for name, value in network.state_dict().items()}
 
 
 def _to_bytes(mean: tuple[float, float, float]) -> tuple[float, float, float]:

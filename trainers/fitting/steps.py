@@ -1,6 +1,5 @@
 """The steps of an epoch: train on batches, watch the loss, score the validation pictures."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,9 @@ from records.errors import DivergedError
 from records.taxonomy import Taxonomy
 from trainers.evaluation.metrics import balanced_accuracy, class_rates, confusion_matrix
 from trainers.fitting.feeding import Batch, PixelSource
-from trainers.fitting.workers import WorkerGroup, mean_over
+from trainers.fitting.sharding import local
+from trainers.fitting.strategies import gradients_kept_back
+from trainers.fitting.workers import WorkerGroup
 from trainers.optimization.samplers import IntArray
 from trainers.precision import Precision, autocast
 from trainers.preprocess import scale_pixels, to_tensor
@@ -48,6 +49,21 @@ class ValidationScores:
     key_class_sensitivity: float | None
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """What a step does beside following the gradient of the loss.
+
+    Args:
+        accumulate_steps: parts that a share is computed in.
+        clip_norm: longest gradient; None shortens none.
+        l1: weight of the absolute weights.
+    """
+
+    accumulate_steps: int = 1
+    clip_norm: float | None = None
+    l1: float = 0.0
+
+
 class Stepper:
     """Everything one step touches.
 
@@ -59,6 +75,7 @@ class Stepper:
         geometry: how pictures become input.
         precision: of the forward pass.
         device: where it computes.
+        options: accumulation, clipping, L1.
     """
 
     def __init__(
@@ -70,6 +87,7 @@ class Stepper:
         geometry: Geometry,
         precision: Precision,
         device: torch.device,
+        options: StepOptions | None = None,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
@@ -78,24 +96,7 @@ class Stepper:
         self._geometry = geometry
         self._precision = precision
         self._device = device
-
-    def train_epoch(self, batches: Iterable[Batch], image_ids: list[str], group: WorkerGroup) -> float:
-        """Take one optimizer step per batch.
-
-        Args:
-            batches: this worker's share of every step.
-            image_ids: of the training data, for messages.
-            group: to average the loss over.
-        Returns:
-            The mean loss of the epoch over all workers.
-        Raises:
-            DivergedError: a loss is not finite.
-        """
-        self._network.train()
-        watch = LossWatch(image_ids)
-        for batch in batches:
-            watch.add(self.train_step(batch), batch)
-        return mean_over(group, watch.mean())
+        self._options = options or StepOptions()
 
     def train_step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
@@ -103,15 +104,33 @@ class Stepper:
         Args:
             batch: this worker's share.
         Returns:
-            The loss, detached, on the device.
+            The loss, detached, on the device; its mean over the workers is the batch's.
         """
-        loss = self._batch_loss(batch)
+        self._network.train()
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts = batch.parts(self._options.accumulate_steps)
+        total = torch.zeros((), device=self._device)
+        for number, (part, weight) in enumerate(parts, 1):
+            with gradients_kept_back(self._network, number < len(parts)):
+                loss = self._batch_loss(part) * weight
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self._shape_gradients()
         self._optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
-        return loss.detach()
+        return total
+
+    def _shape_gradients(self) -> None:
+        """Shorten the gradient, then add L1's: like weight decay, it pulls beside the loss and is not clipped."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self._options.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self._options.clip_norm)
+        if self._options.l1:
+            with torch.no_grad():
+                for parameter in parameters:
+                    if parameter.ndim >= 2:
+                        local(parameter.grad).add_(local(parameter).sign(), alpha=self._options.l1)
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         logits = self._logits(batch.pixels)
@@ -177,12 +196,14 @@ class LossWatch:
 
     Args:
         image_ids: of the training data.
+        steps: of the epoch that were done before.
+        total: the sum of their losses.
     """
 
-    def __init__(self, image_ids: list[str]) -> None:
+    def __init__(self, image_ids: list[str], steps: int = 0, total: float = 0.0) -> None:
         self._image_ids = image_ids
-        self._total = 0.0
-        self._steps = 0
+        self._total = total
+        self._steps = steps
         self._pending: tuple[Tensor, Batch] | None = None
 
     def add(self, loss: Tensor, batch: Batch) -> None:
@@ -197,6 +218,17 @@ class LossWatch:
         self._settle()
         self._pending = (loss, batch)
 
+    def total(self) -> float:
+        """Return the sum of the losses so far.
+
+        Returns:
+            A finite number.
+        Raises:
+            DivergedError: the last loss is not finite.
+        """
+        self._settle()
+        return self._total
+
     def mean(self) -> float:
         """Return the mean loss so far.
 
@@ -205,8 +237,7 @@ class LossWatch:
         Raises:
             DivergedError: the last loss is not finite.
         """
-        self._settle()
-        return self._total / max(self._steps, 1)
+        return self.total() / max(self._steps, 1)
 
     def _settle(self) -> None:
         if self._pending is None:
@@ -240,10 +271,13 @@ def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: 
     """
     rows, labels = data.val_index, data.labels[data.val_index]
     num_classes = len(taxonomy.codes)
-    own = stepper.score(data.pixels, rows[group.rank :: group.world_size])
-    logits = np.empty((len(rows), num_classes), dtype=np.float32)
+    # Filled up to equal shares: where parameters are sharded, a forward pass is something that all do together.
+    filled = np.resize(rows, -(-len(rows) // group.world_size) * group.world_size)
+    own = stepper.score(data.pixels, filled[group.rank :: group.world_size])
+    gathered = np.empty((len(filled), num_classes), dtype=np.float32)
     for rank, part in enumerate(group.gather(own)):
-        logits[rank :: group.world_size] = part.reshape(-1, num_classes)
+        gathered[rank :: group.world_size] = part.reshape(-1, num_classes)
+    logits = gathered[: len(rows)]
     if not np.isfinite(logits).all():
         row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
         raise DivergedError(

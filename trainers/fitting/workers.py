@@ -19,6 +19,8 @@ from torch import nn
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from trainers.settings import TrainersSettings
 
+CHECKPOINT_FILE = "checkpoint.pt"
+
 
 class WorkerGroup(Protocol):
     """Processes that share every batch. All of them call the same methods in the same order."""
@@ -26,9 +28,11 @@ class WorkerGroup(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    kept_in: Path | None
+    """Where checkpoints go; None keeps none."""
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """Return the network with gradients averaged over the group."""
+        """Return the network with gradients averaged over the group; its parameters may be sharded after it."""
         ...
 
     def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
@@ -52,7 +56,7 @@ class SingleWorker:
     """A group of one.
 
     Args:
-        run_dir: where the checkpoint goes; None keeps none, and the run cannot be resumed.
+        run_dir: where the checkpoint goes, made if it is not there; None keeps none, and the run cannot be resumed.
         use_gpu: as in the settings.
     """
 
@@ -61,7 +65,10 @@ class SingleWorker:
 
     def __init__(self, run_dir: Path | None = None, use_gpu: Literal["auto"] | bool = "auto") -> None:
         self.device = choose_device(use_gpu)
-        self._path = run_dir / "checkpoint.pt" if run_dir is not None else None
+        self.kept_in = run_dir
+        if run_dir is not None:
+            # Here and never again: a folder that vanishes later is a disk that is gone, not one to make anew.
+            run_dir.mkdir(parents=True, exist_ok=True)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Return the network as it is."""
@@ -76,14 +83,14 @@ class SingleWorker:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint to the run's folder, if there is one."""
-        if self._path is not None:
-            save_checkpoint(checkpoint, self._path)
+        if self.kept_in is not None:
+            save_checkpoint(checkpoint, self.kept_in / CHECKPOINT_FILE)
 
     def load(self) -> Checkpoint | None:
         """Return the checkpoint of the run's folder, if there is one."""
-        if self._path is None or not self._path.is_file():
+        if self.kept_in is None or not (self.kept_in / CHECKPOINT_FILE).is_file():
             return None
-        return load_checkpoint(self._path)
+        return load_checkpoint(self.kept_in / CHECKPOINT_FILE)
 
 
 def choose_device(use_gpu: Literal["auto"] | bool) -> torch.device:

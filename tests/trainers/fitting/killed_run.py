@@ -1,6 +1,8 @@
-"""A training that kills its own process in the middle of its second epoch: `python killed_run.py FOLDER`.
+"""A training that kills its own process: `python killed_run.py FOLDER KILL_AT [KILL_AT ...]`.
 
-`test_loop` runs it, and goes on with what it leaves behind.
+KILL_AT is the how-manieth reading of pixels the process dies at: mean and deviation, every batch, batch norm's
+statistics and val are one each. For every number but the last a child dies first, so one import of torch is
+enough for many deaths. `test_loop` and `bench/kill_training.py` go on with what is left behind.
 """
 
 import hashlib
@@ -15,6 +17,9 @@ from records.taxonomy import load_taxonomy
 from trainers.fitting.loop import TrainedModel, TrainingData, train
 from trainers.fitting.workers import SingleWorker
 from trainers.settings import TrainersSettings
+
+EPOCHS, STEPS = 3, 4
+READINGS = 1 + EPOCHS * (STEPS + 2)
 
 
 class Rows:
@@ -34,18 +39,30 @@ class Rows:
         return self._pixels[indices]
 
 
-def train_here(run_dir: Path, *, kill: bool) -> TrainedModel:
-    """Train three epochs, or die in the middle of the second."""
-    # Mean and deviation, four batches, batch norm's statistics and val come before the second epoch.
-    rows = Rows(kill_at=1 + 4 + 1 + 1 + 3 if kill else -1)
+def train_here(run_dir: Path, kill_at: int = -1) -> TrainedModel:
+    """Train three epochs with everything that has a state, or die on the way."""
     ids = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(40)]
-    data = TrainingData(rows, ids, np.arange(40) % 7, np.arange(32), np.arange(32, 40))
+    data = TrainingData(Rows(kill_at), ids, np.arange(40) % 7, np.arange(32), np.arange(32, 40))
     settings = TrainersSettings(
-        side_px=32, epochs=3, batch_size=8, precision="fp32", threads_per_worker=1, augmentation="light",
-        prefetch_batches=1,
+        side_px=32, epochs=EPOCHS, batch_size=32 // STEPS, precision="fp32", threads_per_worker=1, augmentation="light",
+        prefetch_batches=1, ema_decay=0.9, clip_norm=1.0, l1=1e-5, accumulate_steps=2, checkpoint_every_steps=3,
+        dropout=0.05,
     )  # fmt: skip
     return train(settings, data, load_taxonomy("ham10000"), workers=SingleWorker(run_dir, use_gpu=False))
 
 
+def die_in_children(run_dir: Path, kills: list[int]) -> None:
+    """Let one child after the other go on with the run and die of SIGKILL."""
+    for kill_at in kills:
+        child = os.fork()
+        if child == 0:
+            train_here(run_dir, kill_at)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        # A kill that comes after the run is over kills nothing.
+        print(kill_at, "killed" if os.WIFSIGNALED(status) else "finished", flush=True)
+
+
 if __name__ == "__main__":
-    train_here(Path(sys.argv[1]), kill=True)
+    die_in_children(Path(sys.argv[1]), [int(number) for number in sys.argv[2:-1]])
+    train_here(Path(sys.argv[1]), int(sys.argv[-1]))

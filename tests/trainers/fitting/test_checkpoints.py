@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, read without pickle, and never continued as another run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +24,23 @@ def checkpoint() -> Checkpoint:
         mean=(0.1, 0.2, 0.3),
         std=(0.4, 0.5, 0.6),
         finished=False,
+        average={"weight": torch.full((2, 3), 0.5)},
+        step=7,
+        loss_sum=3.25,
     )
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "checkpoint.pt"
+    path = tmp_path / "checkpoint.pt"
     save_checkpoint(checkpoint(), path)
     loaded = load_checkpoint(path)
     assert loaded.identity == IDENTITY
     assert torch.equal(loaded.network["weight"], checkpoint().network["weight"])
     assert loaded.scheduler == checkpoint().scheduler
     assert (loaded.mean, loaded.std, loaded.finished) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), False)
+    assert loaded.average is not None
+    assert torch.equal(loaded.average["weight"], torch.full((2, 3), 0.5))
+    assert (loaded.step, loaded.loss_sum, loaded.position) == (7, 3.25, "epoch 0 and 7 steps of the next")
     assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint.pt"]
 
 
@@ -54,11 +61,21 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_a_place_that_cannot_be_written_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UnavailableError, match=r"cannot be written after epoch 0 .*run it again with --resume"):
-        save_checkpoint(checkpoint(), tmp_path / "file" / "checkpoint.pt")
-    assert (tmp_path / "file").read_text() == "in the way"
+def test_a_folder_that_vanished_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"after epoch 0 and 7 steps .*gone\).*run it again with --resume"):
+        save_checkpoint(checkpoint(), tmp_path / "gone" / "checkpoint.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, file_size_limit: Callable[[int], None]) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(checkpoint(), path)
+    before = path.read_bytes()
+    file_size_limit(500)
+    with pytest.raises(UnavailableError, match="cannot be written after"):
+        save_checkpoint(checkpoint(), path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize(

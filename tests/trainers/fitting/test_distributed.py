@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from records.datasets import build_version
-from records.errors import ConfigError, RefusedError
+from records.errors import ConfigError, RefusedError, UnavailableError
 from records.store import Store
 from trainers.augmentation import load_policy
 from trainers.fitting.epoch_report import EpochReport
@@ -82,6 +82,36 @@ def test_two_workers_a_killed_worker_and_going_on(
     other = SETTINGS.model_copy(update={"num_workers": 1, "seed": 1, "max_failures": 0})
     with pytest.raises(RefusedError, match="was made with other settings"):
         fit_distributed(other, plan, filled_store, tmp_path, policy=POLICY)
+
+
+@pytest.mark.slow
+def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finishes(
+    ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
+) -> None:
+    from trainers.fitting.distributed import fit_distributed
+
+    seen: list[int] = []
+
+    def kill_one_after_the_second_epoch(report: EpochReport) -> bool:
+        workers = train_workers()
+        seen.append(len(workers))
+        if report.epoch == 2:
+            os.kill(workers[-1].pid, signal.SIGKILL)
+        return False
+
+    # Ray has CPUs for two of the eight; ddp would be refused.
+    wishes = {"strategy": "elastic", "num_workers": 8, "threads_per_worker": 2, "max_failures": 0}
+    elastic = TrainersSettings.model_validate(SETTINGS.model_dump() | wishes)
+    with pytest.raises(UnavailableError, match=rf"training was lost .*; the last checkpoint is in {tmp_path}, run"):
+        fit_distributed(elastic, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_one_after_the_second_epoch)
+    assert seen == [2, 2]
+    told: list[int] = []
+    sharded = SETTINGS.model_copy(update={"strategy": "fsdp"})
+    finished = fit_distributed(
+        sharded, plan, filled_store, tmp_path, policy=POLICY, on_epoch=lambda report: told.append(report.epoch)
+    )
+    assert told in ([2, 3], [3])  # the checkpoint after the second epoch was on its way when the worker died
+    assert largest_difference(finished, alone) < 1e-4
 
 
 def test_more_workers_than_ray_has_cpus(

@@ -1,17 +1,26 @@
 """The loop: it learns, repeats itself, goes on after a kill, stops when told, and refuses what it cannot use."""
 
 import os
+import re
 import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from records.errors import ContractError, DataError, DivergedError, IntegrityError, RefusedError
+from records.errors import (
+    ContractError,
+    DataError,
+    DivergedError,
+    IntegrityError,
+    RefusedError,
+    UnavailableError,
+)
 from records.taxonomy import Taxonomy
 from trainers.fitting.checkpoints import load_checkpoint
 from trainers.fitting.epoch_report import EpochReport
@@ -101,7 +110,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert told == [3]
     assert same_weights(resumed, whole)
     left, right = (
-        [report.model_dump(exclude={"seconds", "images_per_s"}) for report in model.reports]
+        [report.model_dump(exclude={"seconds", "validation_seconds", "images_per_s"}) for report in model.reports]
         for model in (resumed, whole)
     )
     assert left == right
@@ -218,15 +227,115 @@ def test_data_that_cannot_be_used(
         train(toy_settings, with_(image_ids=toy_data.image_ids[:-1]), three_classes)
 
 
-def test_a_run_that_was_killed_with_sigkill_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_with_sigkill_at_random_steps_ends_with_the_same_weights(tmp_path: Path) -> None:
     script = Path(__file__).with_name("killed_run.py")
-    killed = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "killed")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt").epochs_done == 1
     run = runpy.run_path(str(script))
-    resumed = run["train_here"](tmp_path / "killed", kill=False)
+    random = np.random.default_rng(7)
+    kills = [str(random.integers(first, last + 1)) for first, last in ((2, 9), (2, 6), (2, 3))]
+    killed = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "killed"), *kills],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=False, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert killed.stdout.split() == [kills[0].encode(), b"killed", kills[1].encode(), b"killed"]
+    assert not load_checkpoint(tmp_path / "killed" / "checkpoint.pt").finished
+    resumed = run["train_here"](tmp_path / "killed")
     assert [report.epoch for report in resumed.reports] == [1, 2, 3]
-    assert same_weights(resumed, run["train_here"](tmp_path / "whole", kill=False))
+    whole = run["train_here"](tmp_path / "whole")
+    assert same_weights(resumed, whole)
+    assert [report.train_loss for report in resumed.reports] == [report.train_loss for report in whole.reports]
+
+
+def test_a_checkpoint_within_an_epoch_changes_nothing(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
+) -> None:
+    settings = change(toy_settings, ema_decay=0.9, accumulate_steps=2)
+    whole = train(settings, toy_data, three_classes)
+    often = train(change(settings, checkpoint_every_steps=1), toy_data, three_classes, workers=alone(tmp_path))
+    assert same_weights(often, whole)
+
+
+def test_the_mean_of_the_weights_is_what_is_validated_and_kept(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
+) -> None:
+    settings = change(toy_settings, epochs=1, ema_decay=0.999)
+    mean = train(settings, toy_data, three_classes, workers=alone(tmp_path))
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert checkpoint.average is not None
+    last = train(change(settings, ema_decay=None), toy_data, three_classes)
+    for name, parameter in mean.network.named_parameters():
+        assert torch.equal(checkpoint.average[name], parameter)
+        # Training itself is not touched: the last weights are those of a run without a mean.
+        assert torch.equal(checkpoint.network[name], last.network.get_parameter(name))
+    assert not same_weights(mean, last)
+    assert mean.best.val_loss != last.best.val_loss
+
+
+def test_parts_of_a_batch_are_the_batch(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
+) -> None:
+    settings = change(toy_settings, model="custom_cnn_base", dropout=0.0, learning_rate=0.01)
+    whole, parts = (
+        train(change(settings, accumulate_steps=steps), toy_data, three_classes).weights() for steps in (1, 3)
+    )
+    assert all(np.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
+def test_clipping_bounds_what_a_step_moves(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
+) -> None:
+    settings = change(toy_settings, epochs=1, momentum=0.0, weight_decay=0.0, scheduler="step", learning_rate=1.0)
+    start = train(change(settings, learning_rate=1e-12), toy_data, three_classes)
+    clipped = train(change(settings, clip_norm=1e-3), toy_data, three_classes)
+    pairs = zip(start.network.parameters(), clipped.network.parameters(), strict=True)
+    moved = sum(float(((a - b) ** 2).sum()) for a, b in pairs) ** 0.5
+    assert 0 < moved <= 3 * 1e-3 * 1.01  # three steps of at most 1e-3
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path,
+    file_size_limit: Callable[[int], None],
+) -> None:  # fmt: skip
+    def fill(report: EpochReport) -> bool:
+        file_size_limit(10_000)
+        return False
+
+    with pytest.raises(UnavailableError, match=r"cannot be written after epoch 2 .*run it again with --resume"):
+        train(toy_settings, toy_data, three_classes, workers=alone(tmp_path), on_epoch=fill)
+    assert load_checkpoint(tmp_path / "checkpoint.pt").epochs_done == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_that_vanishes_stops_the_run(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "mounted"
+
+    def unmount(report: EpochReport) -> bool:
+        run_dir.rename(tmp_path / "elsewhere")
+        return False
+
+    with pytest.raises(UnavailableError, match="mounted is gone"):
+        train(toy_settings, toy_data, three_classes, workers=alone(run_dir), on_epoch=unmount)
+    assert not run_dir.exists()
+    (tmp_path / "elsewhere").rename(run_dir)
+    again = train(toy_settings, toy_data, three_classes, workers=alone(run_dir))
+    assert same_weights(again, train(toy_settings, toy_data, three_classes))
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
+) -> None:
+    # The learning rate rises to ten over a hundred epochs, from one that the first epoch bears.
+    settings = change(
+        toy_settings, model="custom_cnn_base", learning_rate=10.0, momentum=0.99, epochs=400, warmup_epochs=100.0
+    )
+    with pytest.raises(DivergedError) as caught:
+        train(settings, toy_data, three_classes, workers=alone(tmp_path))
+    told = re.fullmatch(
+        r"epoch (\d+): .*(at step \d+ of the epoch, on pictures|val picture) [0-9a-f]{64}.*; "
+        rf"the last good checkpoint is after epoch (\d+), in {tmp_path}",
+        str(caught.value),
+    )
+    assert told is not None
+    assert int(told[1]) - 1 == int(told[3]) == load_checkpoint(tmp_path / "checkpoint.pt").epochs_done

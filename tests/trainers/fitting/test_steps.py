@@ -13,7 +13,7 @@ from records.bundles import Geometry
 from records.errors import DivergedError
 from records.taxonomy import Taxonomy
 from trainers.fitting.feeding import Batch
-from trainers.fitting.steps import LossWatch, Stepper, validate
+from trainers.fitting.steps import LossWatch, StepOptions, Stepper, validate
 from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import SingleWorker
 
@@ -26,9 +26,9 @@ def batch(rows: list[int]) -> Batch:
     return Batch(np.zeros((size, 4, 4, 3), np.uint8), np.zeros(size, np.int64), np.array(rows, dtype=np.int64))
 
 
-def make_stepper(network: nn.Module, geometry: Geometry, learning_rate: float = 0.1) -> Stepper:
-    optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate)
-    return Stepper(network, optimizer, None, nn.CrossEntropyLoss(), geometry, "fp32", CPU)
+def make_stepper(network: nn.Module, geometry: Geometry, options: StepOptions | None = None) -> Stepper:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    return Stepper(network, optimizer, None, nn.CrossEntropyLoss(), geometry, "fp32", CPU, options)
 
 
 class Flat(nn.Module):
@@ -61,6 +61,25 @@ def test_a_mixed_step_by_hand() -> None:
     mixed = Batch(white, zeros, np.arange(3), partner_labels=np.ones(3, np.int64), share=0.75)
     assert stepper.train_step(mixed).item() == pytest.approx(np.log(2))
     assert torch.allclose(network.linear.weight.detach(), torch.tensor([[0.025] * 3, [-0.025] * 3]))
+
+
+def test_l1_by_hand() -> None:
+    # Weights 2 and -2 of a grey picture whose input is 0: the loss has no gradient, L1 pulls by its weight.
+    network = Flat(2)
+    with torch.no_grad():
+        network.linear.weight.copy_(torch.tensor([[2.0] * 3, [-2.0] * 3]))
+    stepper = make_stepper(network, Geometry(side_px=4, mean=(0, 0, 0), std=(1, 1, 1)), options=StepOptions(l1=0.05))
+    stepper.train_step(batch([0, 1]))
+    assert torch.allclose(network.linear.weight.detach(), torch.tensor([[1.995] * 3, [-1.995] * 3]))
+
+
+def test_weighted_parts_add_up_to_the_share() -> None:
+    share = Batch(np.zeros((5, 4, 4, 3), np.uint8), np.arange(5), np.arange(5), weight=1.25)
+    parts = share.parts(2)
+    assert [len(part.rows) for part, _ in parts] == [3, 2]
+    assert [weight for _, weight in parts] == [pytest.approx(0.75), pytest.approx(0.5)]
+    assert np.concatenate([part.labels for part, _ in parts]).tolist() == [0, 1, 2, 3, 4]
+    assert len(share.parts(9)) == 5
 
 
 def test_the_watch_averages() -> None:

@@ -1,0 +1,120 @@
+"""Trainings that two processes share over gloo, with no Ray: `python joined_run.py RANK PORT FOLDER`.
+
+`test_strategies` starts two of these; rank 0 leaves one file of weights and figures per case. `main` trains
+the cases one after the other, so that torch is imported once per process.
+"""
+
+import contextlib
+import hashlib
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from records.taxonomy import DiagnosisClass, Taxonomy
+from trainers.fitting.checkpoints import Checkpoint
+from trainers.fitting.loop import TrainedModel, TrainingData, train
+from trainers.fitting.process_group import ProcessGroup
+from trainers.fitting.strategies import strategy_of
+from trainers.settings import TrainersSettings
+
+CLASSES = tuple(DiagnosisClass(code=code, name=code, malignant=False) for code in ("red", "green", "blue"))
+COLOURS = Taxonomy(name="colours", version=1, classes=CLASSES)
+PLAIN = {"model": "custom_cnn_base", "dropout": 0.0, "batch_size": 16, "epochs": 4, "learning_rate": 0.02}
+EVERYTHING = {**PLAIN, "accumulate_steps": 2, "clip_norm": 0.5, "l1": 1e-4, "ema_decay": 0.9}
+NORMS = {**PLAIN, "model": "custom_cnn", "dropout": 0.01, "epochs": 5, "learning_rate": 0.05}
+RESNET = {"model": "resnet18", "batch_size": 4, "epochs": 1, "learning_rate": 0.005}
+
+CASES: dict[str, dict[str, object]] = {
+    "plain-ddp": PLAIN,
+    "plain-fsdp": PLAIN,
+    "everything-ddp": EVERYTHING,
+    "everything-fsdp": {**EVERYTHING, "optimizer": "adam", "learning_rate": 1e-3},
+    "uneven-elastic": {**PLAIN, "batch_size": 17},
+    "norms-ddp": NORMS,
+    "norms-fsdp": NORMS,
+    "resnet-ddp": RESNET,
+    "resnet-fsdp": RESNET,
+}
+
+
+class Rows:
+    """Noisy pictures in memory; the class is the brightest colour."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        pixels = np.random.default_rng(5).integers(60, 140, size=(len(labels), 32, 32, 3))
+        pixels[np.arange(len(labels)), :, :, labels] += 60
+        self._pixels = pixels.astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def take(self, indices: object) -> np.ndarray:
+        return self._pixels[indices]
+
+
+def pictures(num_train: int = 80, num_val: int = 141) -> TrainingData:
+    """Pictures to train on, and to validate with an odd number, which two workers cannot share evenly."""
+    total = num_train + num_val
+    labels = np.arange(total) % 3
+    ids = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(total)]
+    return TrainingData(Rows(labels), ids, labels, np.arange(num_train), np.arange(num_train, total))
+
+
+def settings_of(case: str, num_workers: int) -> TrainersSettings:
+    """Return a case's settings; one worker is always single."""
+    strategy = case.split("-")[1] if num_workers > 1 else "single"
+    shared = {"side_px": 32, "precision": "fp32", "threads_per_worker": 1, "use_gpu": False, "augmentation": "flips"}
+    return TrainersSettings.model_validate({**shared, **CASES[case], "strategy": strategy, "num_workers": num_workers})
+
+
+def train_case(case: str, rank: int, folder: Path | None) -> TrainedModel:
+    """Train one case as one of two workers."""
+    settings = settings_of(case, 2)
+    group = ProcessGroup(strategy_of(settings), rank, 2, torch.device("cpu"), folder)
+    data = pictures(8, 3) if case.startswith("resnet") else pictures()
+    return train(settings, data, COLOURS, workers=group)
+
+
+def main() -> None:
+    """Train every case; then stop one sharded run half-way, for a single process to go on with."""
+    rank, port, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for case in CASES:
+        model = train_case(case, rank, None)
+        if rank == 0:
+            scores = [report.val_balanced_accuracy for report in model.reports]
+            np.savez(folder / f"{case}.npz", **model.weights(), _scores=scores, _loss=model.reports[-1].train_loss)
+    stop_half_way(rank, folder / "half")
+    dist.destroy_process_group()
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run in the middle of an epoch."""
+
+
+class Stopping(ProcessGroup):
+    """Workers that go down after the checkpoint in the middle of their second epoch."""
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep the checkpoint, and stop there."""
+        super().save(checkpoint)
+        if checkpoint.epochs_done == 1 and checkpoint.step == 3:
+            raise StoppedError
+
+
+def stop_half_way(rank: int, folder: Path) -> None:
+    """Train a sharded run until its second epoch is half done."""
+    folder.mkdir(exist_ok=True)
+    settings = settings_of("everything-fsdp", 2).model_copy(update={"checkpoint_every_steps": 3})
+    group = Stopping(strategy_of(settings), rank, 2, torch.device("cpu"), folder)
+    with contextlib.suppress(StoppedError):
+        train(settings, pictures(), COLOURS, workers=group)
+
+
+if __name__ == "__main__":
+    main()

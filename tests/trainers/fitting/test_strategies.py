@@ -1,0 +1,97 @@
+"""Strategies: whoever shares a batch, and however, the model is the same; one's checkpoint is another's start."""
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainers.fitting.checkpoints import load_checkpoint
+from trainers.fitting.loop import train
+from trainers.fitting.strategies import STRATEGIES, strategy_of
+from trainers.fitting.workers import SingleWorker
+from trainers.settings import TrainersSettings
+
+SCRIPT = Path(__file__).with_name("joined_run.py")
+RUN: dict[str, Any] = runpy.run_path(str(SCRIPT))
+Weights = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that two joined processes left."""
+    folder = tmp_path_factory.mktemp("joined")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(port), str(folder)], env=environ, stderr=subprocess.PIPE
+        )
+        for rank in (0, 1)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=240)
+        assert worker.returncode == 0, errors.decode()[-3000:]
+    return folder
+
+
+def results(folder: Path, case: str) -> tuple[Weights, list[float], float]:
+    with np.load(folder / f"{case}.npz") as stored:
+        weights = {name: stored[name] for name in stored.files if not name.startswith("_")}
+        return weights, stored["_scores"].tolist(), float(stored["_loss"])
+
+
+def largest_difference(left: Weights, right: Weights) -> float:
+    assert left.keys() == right.keys()
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)
+
+
+def alone(case: str, run_dir: Path | None = None) -> Any:
+    return train(
+        RUN["settings_of"](case, 1), RUN["pictures"](), RUN["COLOURS"], workers=SingleWorker(run_dir, use_gpu=False)
+    )
+
+
+@pytest.mark.parametrize("case", ["plain-ddp", "plain-fsdp", "everything-ddp", "everything-fsdp", "uneven-elastic"])
+def test_two_workers_are_one_without_batch_norm_and_dropout(together: Path, case: str) -> None:
+    weights, scores, loss = results(together, case)
+    one = alone(case)
+    assert largest_difference(weights, one.weights()) < 1e-4
+    assert loss == pytest.approx(one.reports[-1].train_loss, abs=1e-4)
+    assert scores == pytest.approx([report.val_balanced_accuracy for report in one.reports], abs=0.01)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_batch_norm_and_dropout_move_the_evaluation_by_less_than_a_point(together: Path, strategy: str) -> None:
+    _, scores, _ = results(together, f"norms-{strategy}")
+    one = alone("norms-ddp")
+    assert one.best.val_balanced_accuracy > 0.5
+    assert max(scores) == pytest.approx(one.best.val_balanced_accuracy, abs=0.01)
+
+
+def test_sharding_changes_nothing_that_two_workers_compute(together: Path) -> None:
+    for case in ("plain", "norms", "resnet"):
+        sharded, replicated = (results(together, f"{case}-{strategy}")[0] for strategy in ("fsdp", "ddp"))
+        assert largest_difference(sharded, replicated) < 1e-4, case
+
+
+def test_a_sharded_run_that_stopped_within_an_epoch_is_finished_by_one_process(together: Path) -> None:
+    found = load_checkpoint(together / "half" / "checkpoint.pt")
+    assert (found.epochs_done, found.step) == (1, 3)
+    finished = alone("everything-fsdp", together / "half")
+    assert [report.epoch for report in finished.reports] == [1, 2, 3, 4]
+    assert largest_difference(finished.weights(), alone("everything-fsdp").weights()) < 1e-4
+
+
+def test_the_registry_holds_four_and_auto_is_one_of_them() -> None:
+    assert STRATEGIES.names == ("single", "ddp", "fsdp", "elastic")
+    assert strategy_of(TrainersSettings()).name == "single"
+    assert strategy_of(TrainersSettings(num_workers=2)).name == "ddp"
+    assert strategy_of(TrainersSettings(num_workers=2, strategy="fsdp")).shards
