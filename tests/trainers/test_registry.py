@@ -13,10 +13,11 @@ COUNTS = {
     "models": 3,
     "optimizers": 4,
     "schedulers": 4,
-    "augmentations": 4,
-    "operations": 9,
+    "augmentations": 7,
+    "operations": 15,
     "losses": 1,
     "samplers": 3,
+    "strategies": 4,
 }
 RECORDS = [(kind, record) for kind, registry in REGISTRIES.items() for record in registry.records]
 
