@@ -7,7 +7,8 @@
     │   │   └── PictureError      bytes that are not a picture Relook reads
     │   ├── TaxonomyError         classes that do not fit together
     │   ├── UnknownIdError        an id that names nothing, or more than one thing
-    │   └── RefusedError          a request that is understood and not allowed
+    │   ├── RefusedError          a request that is understood and not allowed
+    │   └── AccessError           nobody known asks, or somebody who may not do this
     ├── ContractError             a function was called against its contract (a bug in the caller)
     ├── IntegrityError            stored bytes or rows are not what their hash says
     ├── DivergedError             training produced a loss that is not finite
@@ -62,6 +63,23 @@ class UnknownIdError(UserError):
 
 class RefusedError(UserError):
     """Raised when a request is understood and not allowed."""
+
+
+class AccessError(UserError):
+    """Raised when a caller is not known, may not do this, or asks too often.
+
+    Args:
+        message: one sentence for the caller.
+        code: `unauthenticated`, `forbidden` or `rate_limited`.
+    """
+
+    def __init__(self, message: str, code: str = "forbidden") -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["AccessError"], tuple[str, str]]:
+        """Keep the code when the error travels between processes."""
+        return type(self), (str(self), self.code)
 
 
 class ContractError(RelookError):

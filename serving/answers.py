@@ -4,11 +4,13 @@ import base64
 
 import sqlalchemy as sa
 
+from records.errors import UnknownIdError
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import Consent, Decision, Flag, ModelRecord, Prediction, ReviewItem, ReviewState
+from serving.access.keys import Caller
 from serving.messages import HeatMap
 from serving.outbox import review_of
 from serving.schemas import (
@@ -22,6 +24,9 @@ from serving.schemas import (
     ReviewStatus,
 )
 from serving.words import reason_text
+
+EVERY_ORGANISATION = ""
+"""No organisation has this name, so only who sees all sees it."""
 
 
 def answer_body(
@@ -55,13 +60,17 @@ def answer_body(
 
 
 def explanation_body(heat_map: HeatMap) -> Explanation:
-    """Turn a map into its body: raw values and the drawing."""
+    """Turn a map into its body: raw values, the drawing, and how far such maps can be believed if that is known."""
     height, width = heat_map.values.shape
     return Explanation(
         method=heat_map.method,
         exact=heat_map.exact,
         layer=heat_map.layer,
         target=heat_map.target,
+        versus=heat_map.versus,
+        steps=heat_map.steps,
+        completeness_error=heat_map.completeness_error,
+        faithfulness=heat_map.faithfulness,
         shape=(height, width),
         values=heat_map.values.tolist(),
         png_base64=base64.b64encode(heat_map.png).decode(),
@@ -104,27 +113,33 @@ def model_body(record: ModelRecord) -> ModelInfo:
     )
 
 
-def read_answer(store: Store, prediction_id: str) -> tuple[Prediction, ReviewItem | None]:
+def read_answer(store: Store, prediction_id: str, caller: Caller) -> tuple[Prediction, ReviewItem | None]:
     """Read a stored answer with its question.
 
     Args:
         store: with the ledger.
         prediction_id: 32 hex characters.
+        caller: who asks; what another organisation asked does not exist for them.
     Returns:
         The answer, and its question if there is one.
     Raises:
         UnknownIdError: there is no such answer.
     """
     with store.ledger.read() as tx:
-        prediction = tx.require(Prediction, prediction_id)
+        prediction = tx.get(Prediction, prediction_id)
+        if prediction is None or not prediction.served or not caller.may_see(prediction.organisation):
+            raise UnknownIdError(f"no Prediction has the id {prediction_id!r}")
         return prediction, review_of(tx, prediction)
 
 
-def read_page(store: Store, decision: Decision | None, after: str | None, limit: int) -> PredictionPage:
+def read_page(
+    store: Store, caller: Caller, decision: Decision | None, after: str | None, limit: int
+) -> PredictionPage:
     """Read some answers, newest first.
 
     Args:
         store: with the ledger.
+        caller: who asks; answers of other organisations are left out.
         decision: only these, or None.
         after: id of the last answer of the page before, or None.
         limit: at most so many, at least 1.
@@ -132,14 +147,18 @@ def read_page(store: Store, decision: Decision | None, after: str | None, limit:
         The page.
     """
     with store.ledger.read() as tx:
-        rows = _newest(tx, decision, after, limit + 1)
+        rows = _newest(tx, caller, decision, after, limit + 1)
         items = [answer_body(row, review_of(tx, row), None, store.taxonomy) for row in rows[:limit]]
     return PredictionPage(items=items, next=items[-1].id if len(rows) > limit else None)
 
 
-def _newest(tx: Transaction, decision: Decision | None, after: str | None, limit: int) -> list[Prediction]:
+def _newest(
+    tx: Transaction, caller: Caller, decision: Decision | None, after: str | None, limit: int
+) -> list[Prediction]:
     table = TABLES[Prediction]
     query = sa.select(table).where(table.c.served.is_(True)).order_by(table.c.id.desc()).limit(limit)
+    if not caller.may_see(EVERY_ORGANISATION):
+        query = query.where(table.c.organisation == caller.organisation)
     if decision is not None:
         query = query.where(table.c.decision == decision)
     if after is not None:

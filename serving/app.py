@@ -19,9 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from records.errors import RelookError
 from serving.docs_page import docs_html
 from serving.guard import Guard, problem_response
+from serving.metrics import Metrics
 from serving.problems import MEDIA_TYPE, problem, problem_of
-from serving.routes_models import models_router
-from serving.routes_predictions import predictions_router
+from serving.routes.door import Door
+from serving.routes.explanations import explanations_router
+from serving.routes.feedback import feedback_router
+from serving.routes.images import images_router
+from serving.routes.models import models_router
+from serving.routes.predictions import predictions_router
 from serving.schemas import Problem
 from serving.service import Service
 
@@ -30,7 +35,7 @@ logger = logging.getLogger(__name__)
 MULTIPART_OVERHEAD_BYTES = 100_000
 """What a form may add to the picture: its boundaries and the context."""
 
-API_PATHS = ("/v1", "/healthz", "/readyz", "/docs", "/openapi.json")
+API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 
 
 def create_app(service: Service, page: ASGIApp | None = None) -> ASGIApp:
@@ -44,7 +49,8 @@ def create_app(service: Service, page: ASGIApp | None = None) -> ASGIApp:
     """
     max_body_bytes = service.settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES
     api = create_api(service, max_body_bytes)
-    return Guard(api if page is None else _Front(api, page), max_body_bytes)
+    front = api if page is None else _Front(api, page)
+    return Guard(front, max_body_bytes, local_only=service.settings.is_loopback)
 
 
 def create_api(service: Service, max_body_bytes: int) -> FastAPI:
@@ -58,7 +64,7 @@ def create_api(service: Service, max_body_bytes: int) -> FastAPI:
     """
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": HTTPStatus(status).phrase}
-        for status in (404, 409, 413, 415, 422, 429, 503)
+        for status in (401, 403, 404, 409, 413, 415, 422, 429, 503)
     }
     api = FastAPI(
         title="Relook",
@@ -69,8 +75,12 @@ def create_api(service: Service, max_body_bytes: int) -> FastAPI:
         responses=errors,
     )
     api.state.max_body_bytes = max_body_bytes
-    api.include_router(predictions_router(service))
-    api.include_router(models_router(service))
+    door, metrics = Door(service), Metrics(service.store)
+    api.include_router(predictions_router(service, door, metrics))
+    api.include_router(explanations_router(service, door, metrics))
+    api.include_router(feedback_router(service, door, metrics))
+    api.include_router(images_router(service, door))
+    api.include_router(models_router(service, door, metrics))
     _add_problem_handlers(api, service.settings.retry_after_s)
 
     document = api.openapi()
@@ -99,7 +109,7 @@ def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
         found = problem_of(error)
         if found.status >= 500:
             logger.error("request %s failed", _request_id(request), exc_info=error)
-        return problem_response(found, _request_id(request), retry_after_s if found.status == 503 else None)
+        return problem_response(found, _request_id(request), retry_after_s if found.status in (429, 503) else None)
 
     @api.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> Response:

@@ -7,7 +7,8 @@ relook models --json
 import signal
 import threading
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.table import Table
@@ -23,13 +24,18 @@ from records.command import (
     status,
     stderr,
 )
+from records.errors import ConfigError
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from serving.settings import ServingSettings
 
+E = TypeVar("E", bound=StrEnum)
+
 app = typer.Typer()
+keys_app = typer.Typer(help="API keys: who may use the service, and for what.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()
@@ -83,6 +89,92 @@ def models(
         number = "" if item.round is None else str(item.round)
         table.add_row(item.id[:12], item.status, item.architecture, item.dataset_id[:12], number, made)
     emit(as_json, ModelList(items=items), table if items else "no model is registered yet; `relook train` makes one")
+
+
+@keys_app.command("create")
+def create(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Who uses it.")],
+    organisation: Annotated[str, typer.Option("--organisation", help="Whose answers its bearer sees.")],
+    scopes: Annotated[
+        list[str] | None, typer.Option("--scope", help="predict, flag, review, audit or admin; repeat for more.")
+    ] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Nothing it sends is stored or asked about.")] = False,
+    consent: Annotated[
+        str | None, typer.Option("--consent", help="Of requests that name none: none, review or training.")
+    ] = None,
+    days: Annotated[int | None, typer.Option("--days", min=1, help="Until it expires; default: never.")] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key and show it, once; from the first key on nobody gets in without one."""
+    from records.store import open_store
+    from records.types import Consent, Scope
+    from serving.access.keys import create_key
+
+    wanted = [choice_of(Scope, scope, "--scope") for scope in scopes or ["predict", "flag"]]
+    default_consent = choice_of(Consent, consent, "--consent") if consent is not None else None
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        key, token = create_key(
+            store, name=name, organisation=organisation, scopes=wanted, actor="relook keys", sandbox=sandbox,
+            default_consent=default_consent, days=days,
+        )  # fmt: skip
+    made = {"id": key.id, "key": token, **key.model_dump(mode="json", include={"organisation", "scopes", "expires_at"})}
+    emit(as_json, made, f"{token}\nkeep it now: only its hash is stored (id {key.id})")
+
+
+@keys_app.command("list")
+def list_keys(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the keys; what they are made of cannot be shown any more."""
+    from records.ids import utc_now
+    from records.store import open_store
+    from records.types import ApiKey
+    from serving.access.keys import is_valid
+
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store, store.ledger.read() as tx:
+        found = tx.find(ApiKey, order_by=("created_at",))
+    table = Table("id", "name", "organisation", "scopes", "expires", "state")
+    for key in found:
+        state = "valid" if is_valid(key, utc_now()) else "revoked" if key.revoked_at else "expired"
+        expires = f"{key.expires_at:%Y-%m-%d}" if key.expires_at else "never"
+        scopes = ", ".join(key.scopes) + (" (sandbox)" if key.sandbox else "")
+        table.add_row(key.id, key.name, key.organisation, scopes, expires, state)
+    listed = [key.model_dump(mode="json", exclude={"secret_hash"}) for key in found]
+    emit(as_json, {"keys": listed}, table if found else "no key was made yet; `relook keys create` makes one")
+
+
+@keys_app.command("revoke")
+def revoke(
+    ctx: typer.Context,
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `relook keys list` shows it.")],
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End a key; a running service refuses it within a second."""
+    from records.store import open_store
+    from serving.access.keys import revoke_key
+
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        key = revoke_key(store, key_id, actor="relook keys")
+    emit(as_json, key.model_dump(mode="json", exclude={"secret_hash"}), f"key {key.id} ({key.name}) is revoked")
+
+
+def choice_of(kind: type[E], value: str, option: str) -> E:
+    """Return a member of an enumeration by its value; ConfigError naming the option and all values if none has it."""
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{option} is {value!r}; it must be one of {', '.join(m.value for m in kind)}") from error
 
 
 def _wait_for_stop() -> None:

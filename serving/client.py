@@ -11,20 +11,34 @@ predicted or flagged twice. One client may be shared by threads.
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from records.errors import DataError, PictureError, RefusedError, RelookError, UnavailableError, UnknownIdError
+from records.errors import (
+    AccessError,
+    DataError,
+    PictureError,
+    RefusedError,
+    RelookError,
+    UnavailableError,
+    UnknownIdError,
+)
 from records.pictures import sniff
 from serving.schemas import (
+    BatchAnswer,
     Context,
+    ErasureAnswer,
+    EventPage,
     Explanation,
     FlagAnswer,
     FlagRequest,
     ModelList,
+    OutcomeAnswer,
+    OutcomeRequest,
     PredictionAnswer,
     PredictionPage,
     Problem,
@@ -133,24 +147,89 @@ class Client:
         parameters = {name: value for name, value in wanted.items() if value is not None}
         return _parsed(PredictionPage, self._send("GET", "/v1/predictions", params=parameters))
 
-    def explanation(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> Explanation:
+    def predict_many(
+        self,
+        pictures: Sequence[bytes],
+        *,
+        contexts: Sequence[Context] | None = None,
+        idempotency_key: str | None = None,
+    ) -> BatchAnswer:
+        """Ask for answers about several pictures; one that cannot be used does not stop the others.
+
+        Args:
+            pictures: JPEG, PNG or WebP files.
+            contexts: one per picture, or None.
+            idempotency_key: repeating a call with its key gives the same answers; default: a fresh key.
+        Returns:
+            An answer or a problem per picture.
+        Raises:
+            DataError: too many pictures, or contexts that do not fit.
+            UnavailableError: the service could not be reached, or stayed busy.
+        """
+        files: list[tuple[str, tuple[Any, ...]]] = [("image", ("image", p, _media_type(p))) for p in pictures]
+        if contexts is not None:
+            body = json.dumps([c.model_dump(mode="json", exclude_none=True) for c in contexts])
+            files.append(("context", (None, body, "application/json")))
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        return _parsed(BatchAnswer, self._send("POST", "/v1/predictions/batch", headers=headers, files=files))
+
+    def explanation(
+        self, prediction_id: str, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
+    ) -> Explanation:
         """Return where the model looked.
 
         Args:
             prediction_id: of a stored answer.
             method: how it is computed.
             target: class code; default: the answer's label.
+            versus: class code that the target is held against.
         Returns:
             The map, raw and drawn over the picture.
         Raises:
             UnknownIdError: there is no such answer.
             RefusedError: its picture was not stored.
         """
-        return _parsed(Explanation, self._explain(prediction_id, method, target, "json"))
+        return _parsed(Explanation, self._explain(prediction_id, method, target, "json", versus))
 
     def explanation_png(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> bytes:
         """Return the map drawn over the picture, as PNG bytes; see `explanation`."""
         return self._explain(prediction_id, method, target, "png").content
+
+    def explain_picture(
+        self, picture: bytes, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
+    ) -> Explanation:
+        """Return where the model would look in a picture that is not stored; see `explanation`."""
+        wanted = {"method": method, "target": target, "versus": versus}
+        parameters = {name: value for name, value in wanted.items() if value is not None}
+        headers = {"Content-Type": _media_type(picture)}
+        return _parsed(
+            Explanation, self._send("POST", "/v1/explanations", params=parameters, content=picture, headers=headers)
+        )
+
+    def outcome(self, prediction_id: str, request: OutcomeRequest) -> OutcomeAnswer:
+        """Say what turned out to be true.
+
+        Args:
+            prediction_id: of a stored answer.
+            request: the outcome; sending an equal one again changes nothing.
+        Returns:
+            What it is used for.
+        Raises:
+            UnknownIdError: there is no such answer.
+            RefusedError: its picture was not stored.
+            DataError: the diagnosis is not a class.
+        """
+        body = request.model_dump(mode="json")
+        return _parsed(OutcomeAnswer, self._send("POST", f"/v1/predictions/{prediction_id}/outcomes", json=body))
+
+    def events(self, *, after: str | None = None, limit: int = 50) -> EventPage:
+        """Return what happened to one's own answers, oldest first; pass `next` on as `after`."""
+        parameters: dict[str, Any] = {"limit": limit} | ({"after": after} if after else {})
+        return _parsed(EventPage, self._send("GET", "/v1/events", params=parameters))
+
+    def erase(self, image_id: str) -> ErasureAnswer:
+        """Erase a picture (scope admin); UnknownIdError if there is none."""
+        return _parsed(ErasureAnswer, self._send("DELETE", f"/v1/images/{image_id}"))
 
     def flag(self, prediction_id: str, request: FlagRequest) -> FlagAnswer:
         """Object to an answer.
@@ -184,8 +263,11 @@ class Client:
             return Readiness(ready=False, model=None, detail=f"no service answers at {self._http.base_url}: {error}")
         return _parsed(Readiness, response)
 
-    def _explain(self, prediction_id: str, method: str, target: str | None, form: str) -> httpx.Response:
-        parameters = {"method": method, "format": form} | ({"target": target} if target else {})
+    def _explain(
+        self, prediction_id: str, method: str, target: str | None, form: str, versus: str | None = None
+    ) -> httpx.Response:
+        wanted = {"method": method, "format": form, "target": target, "versus": versus}
+        parameters = {name: value for name, value in wanted.items() if value is not None}
         return self._send("GET", f"/v1/predictions/{prediction_id}/explanation", params=parameters)
 
     def _send(self, verb: str, path: str, **sent: Any) -> httpx.Response:
@@ -238,6 +320,8 @@ def _error_of(response: httpx.Response) -> RelookError:
     except (ValueError, ValidationError):
         return RelookError(f"{response.request.url.path} answered {response.status_code} without saying why")
     match found.status:
+        case 401 | 403:
+            return AccessError(found.detail, found.code)
         case 404:
             return UnknownIdError(found.detail)
         case 409:

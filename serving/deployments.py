@@ -8,6 +8,8 @@ travel between replicas as values, since exceptions lose their type and argument
 """
 
 import asyncio
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +29,7 @@ from serving.settings import ServingSettings, compute_threads
 T = TypeVar("T")
 
 APPLICATION = "relook"
+EXPLAINER_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +87,25 @@ class ExplainerReplica:
         from serving.explainer import Explainer
 
         _set_threads(settings.explainer_cpus)
+        # Maps can wait; answers cannot.
+        os.nice(EXPLAINER_NICENESS)
         self._explainer = Explainer(open_store(records), settings)
 
-    async def explain(self, prediction: Prediction, method: Method, target: str | None) -> HeatMap | Failure:
+    async def explain(
+        self, prediction: Prediction, method: Method, target: str | None, versus: str | None
+    ) -> HeatMap | Failure:
         """Explain a stored answer; see `Explainer.explain`."""
+        return await self._in_turn(self._explainer.explain, prediction, method, target, versus)
+
+    async def explain_picture(
+        self, picture: bytes, method: Method, target: str | None, versus: str | None
+    ) -> HeatMap | Failure:
+        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
+        return await self._in_turn(self._explainer.explain_picture, picture, method, target, versus)
+
+    async def _in_turn(self, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
         try:
-            return await asyncio.to_thread(self._explainer.explain, prediction, method, target)
+            return await asyncio.to_thread(function, *arguments)
         except RelookError as error:
             return _failure(error)
 
@@ -121,9 +137,18 @@ class RemoteService:
         answered: Answered = await _called(self._predictor.predict.remote(request))
         return answered
 
-    async def explain(self, prediction: Prediction, method: Method, target: str | None) -> HeatMap:
+    async def explain(
+        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
+    ) -> HeatMap:
         """Explain a stored answer; see `Explainer.explain`."""
-        heat_map: HeatMap = await _called(self._explainer.explain.remote(prediction, method, target))
+        heat_map: HeatMap = await _called(self._explainer.explain.remote(prediction, method, target, versus))
+        return heat_map
+
+    async def explain_picture(
+        self, picture: bytes, method: Method, target: str | None, versus: str | None
+    ) -> HeatMap:
+        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
+        heat_map: HeatMap = await _called(self._explainer.explain_picture.remote(picture, method, target, versus))
         return heat_map
 
     async def state(self) -> ServingState:
@@ -148,7 +173,7 @@ class IngressReplica:
         service = RemoteService(open_store(records), settings, predictor, explainer)
         page = None
         if settings.page:
-            from serving.routes_page import page_app
+            from serving.routes.page import page_app
 
             page = page_app(settings, service.store)
         self._server = HttpServer(create_app(service, page), settings.host, settings.port)

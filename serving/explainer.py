@@ -10,19 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from records.bundles import read_bundle
-from records.errors import RefusedError, UnknownIdError
+from records.bundles import read_bundle, serving_model
+from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
 from records.store import Store
 from records.stored import read_picture
 from records.types import Consent, Image, ModelRecord, Prediction
 from serving.messages import HeatMap, Method
-from serving.pictures import gradcam_map
+from serving.pictures import attribution_map, take_in
 from serving.settings import ServingSettings
 from trainers.data.decode import decode_square
+from trainers.inference.attribution import attribute
 from trainers.inference.loaded import LoadedModel, load_model
 from trainers.precision import PrecisionChoice
 
-MODELS_KEPT = 2
+MODELS_KEPT = 3
 
 
 class Explainer:
@@ -39,29 +40,70 @@ class Explainer:
         self._models: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
         self._loading = threading.Lock()
 
-    def explain(self, prediction: Prediction, method: Method, target: str | None) -> HeatMap:
+    def explain(
+        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
+    ) -> HeatMap:
         """Compute where the model that answered looked.
 
         Args:
             prediction: the stored answer.
             method: how.
             target: class code; None is the answer's label, or the first class if it has none.
+            versus: class code that the target is held against, or None.
         Returns:
             The map.
         Raises:
-            TaxonomyError: the class is unknown.
+            TaxonomyError: a class is unknown.
+            DataError: the two classes are one.
             RefusedError: the picture was not stored, or the model has no finite answer for it.
         """
         wanted = target or prediction.label or self._store.taxonomy.codes[0]
-        class_index = self._store.taxonomy.index_of(wanted)
+        self._check_classes(wanted, versus)
         picture = self._picture(prediction)
-        loaded = self._model(prediction)
+        return self._map(self._model(prediction.model_id, prediction.precision, method), picture, method, wanted, versus)
+
+    def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
+        """Compute where the model that answers now would look. Nothing is stored.
+
+        Args:
+            picture: as sent.
+            method: how.
+            target: class code; None is the most likely class.
+            versus: class code that the target is held against, or None.
+        Returns:
+            The map.
+        Raises:
+            PictureError: the picture cannot be used.
+            TaxonomyError: a class is unknown.
+            DataError: the two classes are one.
+            UnavailableError: no model answers.
+        """
+        stored = take_in(self._store, picture, self._settings.max_pixels)
+        with self._store.ledger.read() as tx:
+            served = serving_model(tx)
+        if served is None:
+            raise UnavailableError("no model is to be served yet; promote one first")
+        loaded = self._model(served.id, self._settings.precision, method)
+        if target is None:
+            probabilities = loaded.predict(decode_square(stored.data, loaded.geometry.side_px)[None]).probabilities[0]
+            target = self._store.taxonomy.codes[int(np.nan_to_num(probabilities).argmax())]
+        self._check_classes(target, versus)
+        return self._map(loaded, stored.data, method, target, versus)
+
+    def _check_classes(self, target: str, versus: str | None) -> None:
+        self._store.taxonomy.index_of(target)
+        if versus is not None and self._store.taxonomy.index_of(versus) == self._store.taxonomy.index_of(target):
+            raise DataError(f"versus: {versus!r} cannot be held against itself; name another class")
+
+    def _map(self, loaded: LoadedModel, picture: bytes, method: Method, target: str, versus: str | None) -> HeatMap:
+        index_of = self._store.taxonomy.index_of
         pixels = decode_square(picture, loaded.geometry.side_px)
-        values = loaded.explain(pixels[None], method, np.array([class_index]))[0]
-        if not np.isfinite(values).all():
+        against = None if versus is None else index_of(versus)
+        found = attribute(loaded, pixels, method, index_of(target), against)
+        if not np.isfinite(found.values).all():
             raise RefusedError("the model has no finite answer for this picture, so there is nothing to explain")
         side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
-        return gradcam_map(loaded, picture, values, wanted, side_px, alpha)
+        return attribution_map(loaded, found, picture, method, target, versus, side_px, alpha)
 
     def _picture(self, prediction: Prediction) -> bytes:
         with self._store.ledger.read() as tx:
@@ -75,8 +117,9 @@ class Explainer:
             return self._store.blobs.get(image.id)
         return read_picture(self._store, image)
 
-    def _model(self, prediction: Prediction) -> LoadedModel:
-        key = (prediction.model_id, prediction.precision)
+    def _model(self, model_id: str, precision: str, method: Method) -> LoadedModel:
+        # Methods that differentiate need fp32, whatever the answer was computed in.
+        key = (model_id, precision if method == "gradcam" else "fp32")
         with self._loading:
             if key not in self._models:
                 self._models[key] = self._load(*key)
@@ -90,5 +133,5 @@ class Explainer:
             record = tx.get(ModelRecord, model_id)
         if record is None:
             raise UnknownIdError(f"the model {model_id[:12]} that gave this answer is no longer registered")
-        choice: PrecisionChoice = "bf16" if precision == "bf16" else "fp32"
+        choice: PrecisionChoice = "auto" if precision == "auto" else "bf16" if precision == "bf16" else "fp32"
         return load_model(read_bundle(Path(record.path), expected_id=model_id), precision=choice)

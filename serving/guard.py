@@ -23,6 +23,8 @@ LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "SAMEORIGIN",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
@@ -33,10 +35,13 @@ class Guard:
     Args:
         app: what is guarded.
         max_body_bytes: of one request.
+        local_only: refuse a Host that is not this machine; false for a service that listens beyond loopback,
+            where nobody gets in without a key.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, *, local_only: bool = True) -> None:
         self._app = app
+        self._local_only = local_only
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +84,7 @@ class Guard:
 
     def _refusal(self, headers: Headers) -> Problem | None:
         host = headers.get("host", "")
-        if urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+        if self._local_only and _hostname(host) not in LOCAL_HOSTS:
             return problem(403, "foreign_host", "this service answers only to local names, such as 127.0.0.1")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
@@ -108,6 +113,13 @@ class Guard:
         return PictureError(f"the request is larger than the {allowed:g} MB that are allowed", "too_large")
 
 
+def _hostname(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
 def problem_response(found: Problem, request_id: str | None, retry_after_s: int | None = None) -> Response:
     """Turn a problem into a response.
 
@@ -120,4 +132,6 @@ def problem_response(found: Problem, request_id: str | None, retry_after_s: int 
     """
     body = found.model_copy(update={"request_id": request_id}).model_dump_json(exclude_none=True)
     headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}
+    if found.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="relook"'
     return Response(body, status_code=found.status, headers=headers, media_type=MEDIA_TYPE)

@@ -24,9 +24,17 @@ class LocalService:
         """Answer; see `Predictor.predict`."""
         return await self.predictor.predict(request)
 
-    async def explain(self, prediction: Prediction, method: Method, target: str | None) -> HeatMap:
+    async def explain(
+        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
+    ) -> HeatMap:
         """Explain a stored answer; see `Explainer.explain`."""
-        return await asyncio.to_thread(self.explainer.explain, prediction, method, target)
+        return await asyncio.to_thread(self.explainer.explain, prediction, method, target, versus)
+
+    async def explain_picture(
+        self, picture: bytes, method: Method, target: str | None, versus: str | None
+    ) -> HeatMap:
+        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
+        return await asyncio.to_thread(self.explainer.explain_picture, picture, method, target, versus)
 
     async def state(self) -> ServingState:
         """Return which model answers, or why none does."""

@@ -5,7 +5,7 @@ and no Ray here, so the same values serve an app that runs in one process.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from records.types import Prediction, ReviewItem
 from serving.schemas import Context, ServedModelInfo
 
-Method = Literal["gradcam"]
+Method = Literal["gradcam", "integrated_gradients", "gradient_shap", "occlusion"]
 """How a map can be computed."""
 
 
@@ -25,6 +25,7 @@ class PredictionRequest:
     request_id: str
     context: Context
     caller: str = "local"
+    organisation: str = "local"
     idempotency_key: str | None = None
     explain: bool = False
 
@@ -40,6 +41,10 @@ class HeatMap:
     values: NDArray[np.float32]
     """[h, w] over the centre square of the picture"""
     png: bytes
+    versus: str | None = None
+    steps: int | None = None
+    completeness_error: float | None = None
+    faithfulness: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The web page (Gradio): upload, answer with its map, flag.
 
 In: the address of the API, which it asks like any other caller, so the page can do nothing that the API
-does not allow. Out: a Gradio layout, which `routes_page` mounts. Nothing on it comes from another host;
+does not allow. Out: a Gradio layout, which `routes.page` mounts. Nothing on it comes from another host;
 uploads are deleted after minutes.
 """
 

@@ -5,10 +5,12 @@ Limits are checked on the header, before any pixel is decoded.
 """
 
 import numpy as np
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from records.errors import PictureError
 from records.ids import sha256_hex
+from records.ledger.tables import TABLES
 from records.pictures import picture_size, sniff, strip_metadata
 from records.store import Store
 from records.types import Image
@@ -16,6 +18,7 @@ from serving.messages import HeatMap
 from serving.outbox import StoredPicture
 from trainers.data.decode import decode_square
 from trainers.explanations.overlay import overlay_png
+from trainers.inference.attribution import Attribution
 from trainers.inference.loaded import LoadedModel
 
 
@@ -65,7 +68,45 @@ def gradcam_map(
 ) -> HeatMap:
     """Put a Grad-CAM map and its drawing together; see `draw_map` for the arguments."""
     png = draw_map(picture, values, side_px, alpha)
-    return HeatMap("gradcam", loaded.gradcam_is_exact, loaded.target_layer, target, values, png)
+    return HeatMap(
+        "gradcam", loaded.gradcam_is_exact, loaded.target_layer, target, values, png,
+        faithfulness=loaded.faithfulness,
+    )  # fmt: skip
+
+
+def attribution_map(
+    loaded: LoadedModel,
+    found: Attribution,
+    picture: bytes,
+    method: str,
+    target: str,
+    versus: str | None,
+    side_px: int,
+    alpha: float,
+) -> HeatMap:
+    """Put a computed map and its drawing together; see `draw_map`. What speaks against the class is not drawn."""
+    png = draw_map(picture, np.clip(found.values, 0.0, None), side_px, alpha)
+    return HeatMap(
+        method=method,
+        exact=found.exact,
+        layer=found.layer,
+        target=target,
+        values=found.values,
+        png=png,
+        versus=versus,
+        steps=found.steps,
+        completeness_error=found.completeness_error,
+        # What was measured holds for the method that it was measured with.
+        faithfulness=loaded.faithfulness if method == "gradcam" and versus is None else None,
+    )
+
+
+def was_erased(store: Store, image_id: str) -> bool:
+    """Return whether a picture was erased; one that is sent again is answered and not stored again."""
+    images = TABLES[Image].c
+    with store.ledger.read() as tx:
+        query = sa.select(images.id).where(images.id == image_id, images.erased_at.is_not(None))
+        return tx.connection.scalar(query) is not None
 
 
 def _is_known(store: Store, data: bytes) -> bool:

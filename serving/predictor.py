@@ -23,7 +23,7 @@ from records.types import Consent
 from serving.holder import ModelHolder
 from serving.messages import Answered, PredictionRequest, ServingState
 from serving.outbox import StoredPicture
-from serving.pictures import take_in
+from serving.pictures import take_in, was_erased
 from serving.recording import Job, Recorder, same_picture
 from serving.settings import ServingSettings
 from trainers.data.decode import decode_square
@@ -134,6 +134,8 @@ class Predictor:
         model = self._holder.current
         consent = request.context.consent or self._settings.default_consent
         pixels = decode_square(picture.data, model.document.geometry.side_px)
+        if consent is not Consent.NONE and was_erased(self._store, picture.id):
+            consent = Consent.NONE
         if consent is not Consent.NONE:
             # Before the transaction: a blob without a row is harmless, a row without its blob is not.
             self._store.blobs.put(picture.data)

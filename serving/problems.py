@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from records.errors import (
+    AccessError,
     PictureError,
     RefusedError,
     UnavailableError,
@@ -18,6 +19,8 @@ from serving.schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:relook:problem:"
+
+_ACCESS_STATUS: dict[str, int] = {"unauthenticated": 401, "forbidden": 403, "rate_limited": 429}
 
 _PICTURE_STATUS: dict[str, int] = {
     "not_a_picture": 415,
@@ -64,6 +67,8 @@ def problem_of(error: BaseException) -> Problem:
     match error:
         case PictureError():
             return problem(_PICTURE_STATUS.get(error.code, 422), error.code, str(error))
+        case AccessError():
+            return problem(_ACCESS_STATUS[error.code], error.code, str(error))
         case UnknownIdError():
             return problem(404, "not_found", str(error))
         case RefusedError():

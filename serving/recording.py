@@ -135,6 +135,7 @@ class Recorder:
             request_id=request.request_id,
             created_at=utc_now(),
             caller=request.caller,
+            organisation=request.organisation,
             idempotency_key=request.idempotency_key,
             image_id=job.picture.id,
             consent=job.consent,

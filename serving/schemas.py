@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
-from records.types import Consent, Decision, FlagReason, ModelStatus, ReasonCode, ReviewState
+from records.types import Confirmation, Consent, Decision, FlagReason, ModelStatus, ReasonCode, ReviewState
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PredictionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="id of a prediction, 32 hex characters")]
@@ -74,8 +74,16 @@ class Explanation(Body):
 
     method: str
     exact: bool = Field(description="true if it was computed in closed form, without differentiating")
-    layer: str | None = Field(description="the layer whose map it is")
+    layer: str | None = Field(description="the layer whose map it is; empty if it is of the pixels")
     target: str = Field(description="class code that the map is about")
+    versus: str | None = Field(default=None, description="class code that `target` is held against")
+    steps: int | None = Field(default=None, description="points that were integrated over, or samples drawn")
+    completeness_error: FiniteFloat | None = Field(
+        default=None, description="how far the map's sum is from the change of the logit, as a share of that change"
+    )
+    faithfulness: dict[str, Any] | None = Field(
+        default=None, description="how far this model's Grad-CAM maps can be believed, measured when it was made"
+    )
     shape: tuple[int, int] = Field(description="rows and columns of `values`")
     values: list[list[FiniteFloat]] = Field(description="raw map over the centre square of the picture, not rescaled")
     png_base64: str = Field(description="the map drawn over the picture, PNG")
@@ -121,6 +129,74 @@ class FlagAnswer(Body):
     prediction_id: PredictionId
     review: ReviewStatus
     text: str = Field(description="what happens next, one sentence")
+
+
+class BatchItem(Body):
+    """What became of one picture of a batch: an answer or a problem."""
+
+    answer: PredictionAnswer | None
+    problem: Problem | None
+
+
+class LesionSummary(Body):
+    """Several pictures of one lesion together: the most cautious of their decisions."""
+
+    lesion_id: str
+    decision: Decision
+    prediction_ids: list[PredictionId]
+
+
+class BatchAnswer(Body):
+    """What became of a batch, in the order of its pictures."""
+
+    items: list[BatchItem]
+    lesions: list[LesionSummary] = Field(description="of pictures whose context names a lesion")
+
+
+class OutcomeRequest(Body):
+    """What turned out to be true."""
+
+    diagnosis: str = Field(description="class code")
+    confirmation: Literal[
+        Confirmation.HISTOPATHOLOGY, Confirmation.CONFOCAL, Confirmation.FOLLOW_UP, Confirmation.CONSENSUS,
+        Confirmation.SINGLE_READER,
+    ] = Field(description="how it was established")  # fmt: skip
+    observed_at: AwareDatetime
+
+
+class OutcomeAnswer(Body):
+    """An outcome that is stored."""
+
+    id: str
+    prediction_id: PredictionId
+    agrees: bool | None = Field(description="whether the model's label was the same; empty if it gave none")
+    text: str = Field(description="what it is used for, one sentence")
+
+
+class Event(Body):
+    """Something that happened to one's own answer."""
+
+    id: str
+    created_at: AwareDatetime
+    kind: Literal["amended", "confirmed", "undecided", "overdue", "recalled"]
+    prediction_id: PredictionId
+    details: dict[str, Any]
+
+
+class EventPage(Body):
+    """Some events, oldest first."""
+
+    items: list[Event]
+    next: str | None = Field(description="pass it as `after` next time; it does not change while nothing happens")
+
+
+class ErasureAnswer(Body):
+    """What was removed."""
+
+    image_id: str
+    blobs: int
+    withdrawn: int = Field(description="open questions to experts that were taken back")
+    left_in_place: bool = Field(description="true if the file itself belongs to somebody else and was left")
 
 
 class ClassInfo(Body):

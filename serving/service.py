@@ -25,8 +25,16 @@ class Service(Protocol):
         """Answer; see `Predictor.predict`."""
         ...
 
-    async def explain(self, prediction: Prediction, method: Method, target: str | None) -> HeatMap:
+    async def explain(
+        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
+    ) -> HeatMap:
         """Explain a stored answer; see `Explainer.explain`."""
+        ...
+
+    async def explain_picture(
+        self, picture: bytes, method: Method, target: str | None, versus: str | None
+    ) -> HeatMap:
+        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
         ...
 
     async def state(self) -> ServingState:

@@ -16,7 +16,7 @@ from records.types import Consent
 class ServingSettings(RoomSettings):
     """How pictures are taken in, answered and doubted."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on; loopback only, since there are no keys")
+    host: str = Field(default="127.0.0.1", description="address to listen on; beyond loopback only once a key exists")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of API and page")
     page: bool = Field(default=True, description="serve the web page at /")
 
@@ -26,6 +26,14 @@ class ServingSettings(RoomSettings):
         default=64, ge=1, le=100_000, description="predictions under way at once; one more is answered 429"
     )
     retry_after_s: int = Field(default=1, ge=1, le=3600, description="wait that a 429 or 503 asks for, seconds")
+
+    max_explaining: int = Field(
+        default=8, ge=1, le=10_000, description="maps being computed at once; one more is answered 429"
+    )
+    max_batch_pictures: int = Field(default=32, ge=1, le=1000, description="pictures of one batch request, at most")
+    rate_limit_per_minute: int = Field(
+        default=6000, ge=0, le=10_000_000, description="requests that one API key may send a minute; 0 is no limit"
+    )
 
     max_batch_size: int = Field(default=16, ge=1, le=1024, description="pictures of one forward pass, at most")
     batch_wait_ms: float = Field(
@@ -68,17 +76,12 @@ class ServingSettings(RoomSettings):
 
     @field_validator("host")
     @classmethod
-    def _host_is_loopback(cls, value: str) -> str:
-        if value == "localhost":
-            return value
-        try:
-            is_loopback = ipaddress.ip_address(value).is_loopback
-        except ValueError:
-            is_loopback = False
-        if not is_loopback:
-            raise ValueError(
-                f"{value!r} can be reached from outside and there are no API keys; use 127.0.0.1, ::1 or localhost"
-            )
+    def _host_is_an_address(cls, value: str) -> str:
+        if value != "localhost":
+            try:
+                ipaddress.ip_address(value)
+            except ValueError as error:
+                raise ValueError(f"{value!r} is no address to listen on; use 127.0.0.1, ::1 or localhost") from error
         return value
 
     @model_validator(mode="after")
@@ -89,6 +92,11 @@ class ServingSettings(RoomSettings):
                 "raise max_in_flight"
             )
         return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
 
     @property
     def max_upload_bytes(self) -> int:

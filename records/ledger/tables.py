@@ -15,6 +15,7 @@ from pydantic import AwareDatetime
 
 from records.errors import ContractError
 from records.types import (
+    ApiKey,
     AuditEvent,
     Cursor,
     DatasetRecord,
@@ -30,6 +31,7 @@ from records.types import (
     Quarantined,
     Record,
     ReviewItem,
+    Rollout,
     RoundRecord,
     RoundStep,
     SourceLabel,
@@ -39,6 +41,7 @@ from records.types.base import field_type
 LEDGER_TYPES: tuple[type[Record], ...] = (
     Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, ExpertLabel,
     DatasetRecord, ModelRecord, RoundRecord, RoundStep, Lease, Cursor, AuditEvent, EventRecord,
+    ApiKey, Rollout,
 )  # fmt: skip
 
 

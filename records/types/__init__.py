@@ -3,6 +3,7 @@
 from records.types.base import Record
 from records.types.labels import AnswerKind, ExpertLabel, ResolvedLabel
 from records.types.operations import (
+    ApiKey,
     AuditEvent,
     Cursor,
     DatasetRecord,
@@ -10,8 +11,11 @@ from records.types.operations import (
     Lease,
     ModelRecord,
     ModelStatus,
+    Rollout,
+    RolloutStage,
     RoundRecord,
     RoundStep,
+    Scope,
 )
 from records.types.pictures import (
     LABEL_RANK,
@@ -39,6 +43,7 @@ from records.types.predictions import (
 __all__ = [
     "LABEL_RANK",
     "AnswerKind",
+    "ApiKey",
     "Arm",
     "AuditEvent",
     "Confirmation",
@@ -64,8 +69,11 @@ __all__ = [
     "ResolvedLabel",
     "ReviewItem",
     "ReviewState",
+    "Rollout",
+    "RolloutStage",
     "RoundRecord",
     "RoundStep",
+    "Scope",
     "Side",
     "SourceLabel",
 ]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from records.types.base import Record, Timestamp
+from records.types.pictures import Consent
 
 
 class ModelStatus(StrEnum):
@@ -128,10 +129,68 @@ class EventRecord(Record):
 
     table: ClassVar[str] = "events"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("organisation", "id"),)
+    unique: ClassVar[tuple[tuple[str, ...], ...]] = (("source", "prediction_id"),)
 
     id: str
     created_at: Timestamp
     organisation: str
-    kind: str = Field(description="amended | overdue | recalled")
+    kind: str = Field(description="amended | confirmed | undecided | overdue | recalled")
     prediction_id: str
+    source: str | None = Field(default=None, description="id of the label, outcome, question or rollout that caused it")
     details: dict[str, Any] = Field(default_factory=dict)
+
+
+class Scope(StrEnum):
+    """What the bearer of an API key may do."""
+
+    PREDICT = "predict"
+    FLAG = "flag"
+    REVIEW = "review"
+    AUDIT = "audit"
+    ADMIN = "admin"
+
+
+class ApiKey(Record):
+    """A key of the HTTP API. Its secret is shown once, when it is made; only a hash of it is kept."""
+
+    table: ClassVar[str] = "api_keys"
+    mutable: ClassVar[frozenset[str]] = frozenset({"revoked_at"})
+
+    id: str = Field(description="16 hex characters; part of the key, and the caller's name in predictions")
+    created_at: Timestamp
+    name: str = Field(description="for people: who uses it")
+    organisation: str = Field(description="its bearer sees the objects of this organisation")
+    scopes: list[Scope]
+    secret_hash: str = Field(repr=False, description="SHA-256 of the whole key; a key is random, so no salt is needed")
+    sandbox: bool = Field(default=False, description="its pictures are never stored, asked about or learned from")
+    default_consent: Consent | None = Field(default=None, description="of a request that names none")
+    expires_at: Timestamp | None = None
+    revoked_at: Timestamp | None = None
+
+
+class RolloutStage(StrEnum):
+    """How far a candidate has come."""
+
+    SHADOW = "shadow"
+    CANARY = "canary"
+    PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+
+
+class Rollout(Record):
+    """A candidate beside the model that answers, and what was seen of it. At most one is under way."""
+
+    table: ClassVar[str] = "rollouts"
+    mutable: ClassVar[frozenset[str]] = frozenset({"stage", "percent", "evidence", "ended_at", "why"})
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("stage",),)
+
+    id: str
+    created_at: Timestamp
+    actor: str
+    champion_id: str = Field(description="the model that answered when it began")
+    candidate_id: str
+    stage: RolloutStage
+    percent: int = Field(default=0, ge=0, le=100, description="share of lesions that the candidate answers, too")
+    evidence: dict[str, Any] = Field(default_factory=dict, description="per harm: how often looked at, how often seen")
+    ended_at: Timestamp | None = None
+    why: str | None = Field(default=None, description="why it ended, one sentence")

@@ -144,7 +144,7 @@ def run_service(store: Store, settings: ServingSettings, page: bool = False) -> 
         service = LocalService(store, settings, predictor, Explainer(store, settings))
         web_page = None
         if page:
-            from serving.routes_page import page_app
+            from serving.routes.page import page_app
 
             web_page = page_app(settings, store)
         server = HttpServer(create_app(service, web_page), settings.host, settings.port)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from trainers.explanations.gradients import integrated_gradients, occlusion
+from trainers.explanations.paths import gradient_shap_maps
 
 DifferentiatingMethod = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -34,6 +35,12 @@ METHODS: dict[str, ExplanationMethod] = {
             name="integrated_gradients",
             description="how much each pixel moved the class's logit, on the way from a picture of the mean colour",
             function=integrated_gradients,
+            signed=True,
+        ),
+        ExplanationMethod(
+            name="gradient_shap",
+            description="the same from several baselines at random points, seeded: less bound to one picture of nothing",
+            function=gradient_shap_maps,
             signed=True,
         ),
         ExplanationMethod(

@@ -215,6 +215,21 @@ class LoadedModel:
         difference, allowed = self._golden_difference()
         return difference <= allowed
 
+    @property
+    def network(self) -> nn.Module:
+        """Pictures to logits, for methods that differentiate; nobody may change it."""
+        return nn.Sequential(self._features, self._head)
+
+    def inputs(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Return what the network sees, [N, 3, S, S]; ContractError if the pixels do not fit."""
+        check_pixels(pixels, self.geometry.side_px)
+        return self._inputs(pixels)
+
+    def feature_map(self, pixels: NDArray[np.uint8]) -> tuple[Tensor, nn.Module]:
+        """Return the target layer's output [N, K, h, w] and the head that follows it."""
+        with torch.inference_mode():
+            return self._feature_map(self.inputs(pixels)), self._head
+
     def _inputs(self, pixels: NDArray[np.uint8]) -> Tensor:
         return scale_pixels(to_tensor(pixels).to(self._device), self.geometry)
 

@@ -34,6 +34,6 @@ def page_app(settings: ServingSettings, store: Store) -> FastAPI:
         enable_monitoring=False,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         theme=page_theme(),
-        css_paths=Path(__file__).with_name("page.css"),
+        css_paths=Path(__file__).parent.parent / "page.css",
     )
     return mounted

@@ -1,0 +1,77 @@
+"""Figures for Prometheus, counted in the process that speaks HTTP.
+
+A registry of its own, so that two services in one process do not share counts. Queue lengths are read from the
+ledger when they are asked for. No label holds anything of a caller or a patient.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from records.ids import utc_now
+from records.store import Store
+from records.types import Prediction, ReviewItem, ReviewState
+
+_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
+
+
+class Metrics:
+    """All counters of one service.
+
+    Args:
+        store: whose queue lengths are shown, and whose taxonomy says what is malignant.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.registry = CollectorRegistry()
+        labels = ("decision", "label", "model", "arm")
+        self._answers = Counter("relook_answers", "Answers given", labels, registry=self.registry)
+        self._reasons = Counter("relook_reasons", "Reasons for asking an expert", ("reason",), registry=self.registry)
+        self._latency = Histogram(
+            "relook_answer_seconds", "From decoding to the stored answer", buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )  # fmt: skip
+        self._confidence = Histogram(
+            "relook_confidence", "Probability of the label: drift of scores", buckets=_SHARES, registry=self.registry
+        )
+        self._malignant = Histogram(
+            "relook_malignant_probability", "p(malignant): drift of scores", buckets=_SHARES, registry=self.registry
+        )
+        self._unlike = Histogram(
+            "relook_out_of_distribution", "How unlike the training pictures: drift of inputs",
+            buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0, 2.0, 5.0), registry=self.registry,
+        )  # fmt: skip
+        self.under_way = Gauge("relook_pictures_under_way", "Pictures admitted and not answered", registry=self.registry)
+        self.explained = Counter("relook_explanations", "Maps computed", ("method",), registry=self.registry)
+        self.flagged = Counter("relook_flags", "Objections", ("reason",), registry=self.registry)
+        self.responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)
+        self._waiting = Gauge("relook_questions_waiting", "Questions to experts", ("state",), registry=self.registry)
+        self._overdue = Gauge("relook_questions_overdue", "Urgent questions past their deadline", registry=self.registry)
+
+    def answered(self, prediction: Prediction) -> None:
+        """Count an answer."""
+        self._answers.labels(
+            decision=prediction.decision.value,
+            label=prediction.label or "none",
+            model=prediction.model_id[:12],
+            arm=prediction.arm.value,
+        ).inc()
+        for reason in prediction.reasons:
+            self._reasons.labels(reason=reason.value).inc()
+        self._latency.observe(prediction.latency_ms / 1000)
+        if prediction.confidence is not None and prediction.probabilities is not None:
+            self._confidence.observe(prediction.confidence)
+            malignant = sum(prediction.probabilities[c] for c in self._store.taxonomy.malignant_codes)
+            self._malignant.observe(malignant)
+        if prediction.out_of_distribution_score is not None:
+            self._unlike.observe(prediction.out_of_distribution_score)
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus' text format."""
+        with self._store.ledger.read() as tx:
+            for state in (ReviewState.NEW, ReviewState.PUSHED):
+                self._waiting.labels(state=state.value).set(tx.count(ReviewItem, {"state": state}))
+            open_items = tx.find(ReviewItem, {"state": [ReviewState.NEW, ReviewState.PUSHED]})
+        now = utc_now()
+        self._overdue.set(sum(item.due is not None and item.due < now for item in open_items))
+        return generate_latest(self.registry)

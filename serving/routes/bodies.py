@@ -1,0 +1,119 @@
+"""Pictures out of request bodies: raw, or in a form with their context."""
+
+from typing import Any
+
+from fastapi import Request
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from records.errors import DataError, PictureError
+from serving.schemas import Context
+
+RAW_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+_CONTEXTS = TypeAdapter(list[Context])
+
+
+def picture_body(*, many: bool = False) -> dict[str, Any]:
+    """Describe a body with one picture, raw or in a form, or with many in a form, for OpenAPI."""
+    image: dict[str, Any] = {"type": "string", "format": "binary"}
+    if many:
+        image = {"type": "array", "items": image, "minItems": 1}
+    context = "a JSON list, one Context per picture" if many else "JSON, see Context"
+    form = {
+        "schema": {
+            "type": "object",
+            "required": ["image"],
+            "properties": {"image": image, "context": {"type": "string", "description": context}},
+        },
+        "encoding": {"context": {"contentType": "application/json"}},
+    }
+    raw = {} if many else dict.fromkeys(RAW_TYPES[:3], BINARY)
+    return {"requestBody": {"required": True, "content": {**raw, "multipart/form-data": form}}}
+
+
+async def one_picture(request: Request) -> tuple[bytes, Context]:
+    """Read one picture and its context.
+
+    Args:
+        request: whose body is still unread.
+    Returns:
+        The bytes as sent, and the context; empty for a raw body.
+    Raises:
+        PictureError: the content type is not taken.
+        DataError: the form has no picture, or its context does not fit.
+    """
+    media_type = _media_type(request)
+    if media_type in RAW_TYPES:
+        return await request.body(), Context()
+    if media_type != "multipart/form-data":
+        raise PictureError(
+            f"content type {media_type or 'none'!r} is not taken; send image/jpeg, image/png, image/webp, "
+            "or multipart/form-data with `image`",
+            "unsupported_type",
+        )
+    async with request.form(max_files=2, max_fields=2, max_part_size=_largest_part(request)) as form:
+        image = form.get("image")
+        if not isinstance(image, UploadFile):
+            raise DataError("the form has no file `image`; add the picture under that name")
+        text = await _context_text(form)
+        return await image.read(), Context() if text is None else _parsed_one(text)
+
+
+async def many_pictures(request: Request, most: int) -> list[tuple[bytes, Context]]:
+    """Read several pictures and their contexts.
+
+    Args:
+        request: whose body is still unread.
+        most: pictures at most.
+    Returns:
+        Pairs in the order of the form.
+    Raises:
+        PictureError: it is not a form.
+        DataError: no picture, too many, or contexts that do not fit.
+    """
+    if _media_type(request) != "multipart/form-data":
+        raise PictureError("a batch is multipart/form-data with one `image` per picture", "unsupported_type")
+    async with request.form(max_files=most + 2, max_fields=2, max_part_size=_largest_part(request)) as form:
+        images = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
+        if not 1 <= len(images) <= most:
+            raise DataError(f"a batch has 1 to {most} files `image`, not {len(images)}")
+        text = await _context_text(form)
+        contexts = [Context()] * len(images) if text is None else _parsed_many(text)
+        if len(contexts) != len(images):
+            raise DataError(f"context: {len(contexts)} for {len(images)} pictures; send one for each, in their order")
+        return [(await image.read(), context) for image, context in zip(images, contexts, strict=True)]
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _largest_part(request: Request) -> int:
+    limit: int = request.app.state.max_body_bytes
+    return limit
+
+
+async def _context_text(form: FormData) -> bytes | str | None:
+    part = form.get("context")
+    return await part.read() if isinstance(part, UploadFile) else part
+
+
+def _parsed_one(text: bytes | str) -> Context:
+    try:
+        return Context.model_validate_json(text)
+    except ValidationError as error:
+        raise _misfit(error) from error
+
+
+def _parsed_many(text: bytes | str) -> list[Context]:
+    try:
+        return _CONTEXTS.validate_json(text)
+    except ValidationError as error:
+        raise _misfit(error) from error
+
+
+def _misfit(error: ValidationError) -> DataError:
+    first = error.errors()[0]
+    field = ".".join(str(name) for name in first["loc"]) or "context"
+    return DataError(f"context: {field}: {first['msg']}")

@@ -1,0 +1,84 @@
+"""Routes of what people say about answers: objections, outcomes, and the events that come of them."""
+
+import logging
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+from fastapi.concurrency import run_in_threadpool
+
+from records.errors import RelookError
+from records.types import Prediction, ReviewItem, Scope
+from serving.access.keys import Caller
+from serving.answers import flag_body, read_answer
+from serving.events import read_events
+from serving.metrics import Metrics
+from serving.outbox import write_flag
+from serving.outcomes import write_outcome
+from serving.routes.door import Door
+from serving.schemas import (
+    EventPage,
+    FlagAnswer,
+    FlagRequest,
+    OutcomeAnswer,
+    OutcomeRequest,
+    PredictionId,
+)
+from serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+def feedback_router(service: Service, door: Door, metrics: Metrics) -> APIRouter:
+    """Make the routes of flags, outcomes and events.
+
+    Args:
+        service: with the ledger.
+        door: that knows callers.
+        metrics: that count.
+    Returns:
+        The router.
+    """
+    router = APIRouter(tags=["feedback"])
+
+    @router.post("/v1/predictions/{prediction_id}/flags", response_model=FlagAnswer)
+    async def flag(
+        prediction_id: PredictionId, body: FlagRequest, caller: Annotated[Caller, Depends(door.requires(Scope.FLAG))]
+    ) -> FlagAnswer:
+        """Object to an answer, so that an expert looks at it."""
+        prediction, review = await run_in_threadpool(read_answer, service.store, prediction_id, caller)
+        overlay = await _overlay_for_experts(service, prediction, review)
+        written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, overlay)
+        metrics.flagged.labels(reason=body.reason.value).inc()
+        return flag_body(written, item, prediction.consent)
+
+    @router.post("/v1/predictions/{prediction_id}/outcomes", response_model=OutcomeAnswer)
+    def outcome(
+        prediction_id: PredictionId, body: OutcomeRequest, caller: Annotated[Caller, Depends(door.requires(Scope.FLAG))]
+    ) -> OutcomeAnswer:
+        """Say what turned out to be true, for example by biopsy; it outranks every click."""
+        prediction, _ = read_answer(service.store, prediction_id, caller)
+        return write_outcome(service.store, prediction, body, caller.id)
+
+    @router.get("/v1/events", response_model=EventPage)
+    def events(
+        caller: Annotated[Caller, Depends(door.requires(None))],
+        after: Annotated[PredictionId | None, Query(description="`next` of the page before")] = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    ) -> EventPage:
+        """Read what happened to one's own answers since: amended by an expert, overdue, recalled."""
+        return read_events(service.store, caller, after, limit)
+
+    return router
+
+
+async def _overlay_for_experts(service: Service, prediction: Prediction, review: ReviewItem | None) -> str | None:
+    """Return the blob of a heat map for the question that a flag raises; None if there is no map or one already."""
+    if review is not None and review.overlay_blob is not None:
+        return review.overlay_blob
+    try:
+        heat_map = await service.explain(prediction, "gradcam", None)
+        return await run_in_threadpool(service.store.blobs.put, heat_map.png)
+    except RelookError as error:
+        # An objection must not be lost for want of its picture.
+        logger.warning("no heat map for the flag on %s: %s", prediction.id, error)
+        return None

@@ -1,0 +1,66 @@
+"""Routes of stored pictures: signed links to them, and their erasure."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Query, Response
+
+from records.erasure import erase_image
+from records.errors import UnknownIdError
+from records.stored import read_picture
+from records.types import Image, Scope
+from serving.access.keys import Caller
+from serving.access.links import check_link
+from serving.routes.bodies import BINARY
+from serving.routes.door import Door
+from serving.schemas import ErasureAnswer
+from serving.service import Service
+from trainers.data.forget import forget_pixels
+
+ImageId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the stored bytes")]
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/jpeg": BINARY, "image/png": BINARY, "image/webp": BINARY}}
+}
+
+
+def images_router(service: Service, door: Door) -> APIRouter:
+    """Make the routes under /v1/images.
+
+    Args:
+        service: with ledger and blobs.
+        door: that knows callers.
+    Returns:
+        The router.
+    """
+    router = APIRouter(prefix="/v1/images", tags=["images"])
+    store = service.store
+
+    @router.get("/{image_id}", response_class=Response, responses=_PICTURE)
+    def read_image(
+        image_id: ImageId,
+        expires: Annotated[int, Query(ge=0, le=2**53, description="seconds since 1970")],
+        signature: Annotated[str, Query(max_length=128)],
+    ) -> Response:
+        """Return a stored picture to whoever holds a signed link that has not expired."""
+        check_link(store.home, image_id, expires, signature)
+        with store.ledger.read() as tx:
+            image = tx.get(Image, image_id)
+        if image is None or image.erased_at is not None:
+            raise UnknownIdError(f"no picture has the id {image_id!r}")
+        data = store.blobs.get(image.id) if store.blobs.has(image.id) else read_picture(store, image)
+        return Response(data, media_type=f"image/{image.format}", headers={"Cache-Control": "private, no-store"})
+
+    @router.delete("/{image_id}", response_model=ErasureAnswer)
+    def erase(
+        image_id: ImageId, caller: Annotated[Caller, Depends(door.requires(Scope.ADMIN))]
+    ) -> ErasureAnswer:
+        """Erase a picture, its heat maps and what was said of the person; Label Studio follows at its next sync."""
+        erased = erase_image(store, image_id, actor=caller.id)
+        forget_pixels(store.home.cache, image_id)
+        return ErasureAnswer(
+            image_id=image_id,
+            blobs=erased.blobs,
+            withdrawn=erased.withdrawn,
+            left_in_place=erased.left_in_place is not None,
+        )
+
+    return router

@@ -1,0 +1,187 @@
+"""Routes of answers: ask for one or for many, read one, list them."""
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from records.errors import RelookError
+from records.types import Decision, Scope
+from serving.access.keys import Caller
+from serving.answers import answer_body, read_answer, read_page
+from serving.batches import batch_body
+from serving.guard import problem_response
+from serving.messages import Answered, PredictionRequest
+from serving.metrics import Metrics
+from serving.problems import problem
+from serving.routes.bodies import many_pictures, one_picture, picture_body
+from serving.routes.door import Door
+from serving.schemas import (
+    BatchAnswer,
+    Context,
+    IdempotencyKey,
+    PredictionAnswer,
+    PredictionId,
+    PredictionPage,
+)
+from serving.service import Service
+
+
+def predictions_router(service: Service, door: Door, metrics: Metrics) -> APIRouter:
+    """Make the routes under /v1/predictions that ask and read.
+
+    Args:
+        service: that answers.
+        door: that knows callers.
+        metrics: that count.
+    Returns:
+        The router.
+    """
+    router = APIRouter(prefix="/v1/predictions", tags=["predictions"])
+    asking = _Asking(service, metrics)
+    _add_predict(router, asking, door)
+    _add_batch(router, asking, door)
+    _add_reading(router, service, door)
+    return router
+
+
+class _Asking:
+    """Admits requests and asks the service; one event loop."""
+
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self.service = service
+        self.metrics = metrics
+        self._under_way = 0
+
+    def admit(self, request: Request, num_pictures: int) -> Response | None:
+        """Make room for pictures, or return the refusal; whoever was admitted calls `leave`."""
+        settings = self.service.settings
+        if self._under_way + num_pictures > settings.max_in_flight:
+            busy = problem(429, "busy", "more pictures are under way than this service takes at once; try again soon")
+            return problem_response(busy, request.state.request_id, settings.retry_after_s)
+        self._under_way += num_pictures
+        self.metrics.under_way.set(self._under_way)
+        return None
+
+    def leave(self, num_pictures: int) -> None:
+        """Give the room back."""
+        self._under_way -= num_pictures
+        self.metrics.under_way.set(self._under_way)
+
+    async def ask(
+        self, picture: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool
+    ) -> Answered:
+        """Ask for one answer, with its map if that is wanted."""
+        answered = await self.service.predict(
+            PredictionRequest(
+                picture=picture,
+                request_id=request_id,
+                context=_with_consent(context, caller),
+                caller=caller.id,
+                organisation=caller.organisation,
+                idempotency_key=key,
+                explain=explain,
+            )
+        )
+        self.metrics.answered(answered.prediction)
+        if explain and answered.heat_map is None and answered.prediction.label is not None:
+            # A repeated request: the answer is the stored one, its map is computed again.
+            heat_map = await self.service.explain(answered.prediction, "gradcam", None)
+            return Answered(answered.prediction, answered.review, heat_map)
+        return answered
+
+
+def _with_consent(context: Context, caller: Caller) -> Context:
+    """Return the context with the consent that counts: none from a sandbox, else what was said, else the key's."""
+    if caller.sandbox:
+        return context.model_copy(update={"consent": "none"})
+    if context.consent is None and caller.default_consent is not None:
+        return context.model_copy(update={"consent": caller.default_consent})
+    return context
+
+
+def _add_predict(router: APIRouter, asking: _Asking, door: Door) -> None:
+    @router.post("", response_model=PredictionAnswer, openapi_extra=picture_body())
+    async def predict(
+        request: Request,
+        caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
+        explain: Annotated[Literal["gradcam"] | None, Query(description="add the map of the most likely class")] = None,
+        idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
+    ) -> Any:
+        """Answer about one picture: calibrated probabilities, a decision with its reasons, and who looks at it next."""
+        refused = asking.admit(request, 1)
+        if refused is not None:
+            return refused
+        try:
+            picture, context = await one_picture(request)
+            answered = await asking.ask(
+                picture, context, caller, request.state.request_id, idempotency_key, explain is not None
+            )
+        finally:
+            asking.leave(1)
+        return answer_body(
+            answered.prediction, answered.review, answered.heat_map, asking.service.store.taxonomy
+        )
+
+
+def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
+    most = asking.service.settings.max_batch_pictures
+
+    @router.post("/batch", response_model=BatchAnswer, openapi_extra=picture_body(many=True))
+    async def predict_many(
+        request: Request,
+        caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
+        idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
+    ) -> Any:
+        """Answer about several pictures, also of one lesion; one that cannot be used does not stop the others."""
+        refused = asking.admit(request, 1)
+        if refused is not None:
+            return refused
+        admitted = 1
+        try:
+            pictures = await many_pictures(request, most)
+            refused = asking.admit(request, len(pictures) - 1)
+            if refused is not None:
+                return refused
+            admitted = len(pictures)
+            found = await asyncio.gather(
+                *(
+                    asking.ask(
+                        picture,
+                        context,
+                        caller,
+                        request.state.request_id,
+                        f"{idempotency_key}#{index}" if idempotency_key else None,
+                        explain=False,
+                    )
+                    for index, (picture, context) in enumerate(pictures)
+                ),
+                return_exceptions=True,
+            )
+        finally:
+            asking.leave(admitted)
+        for outcome in found:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, RelookError):
+                raise outcome
+        contexts = [context for _, context in pictures]
+        return batch_body(found, contexts, asking.service.store.taxonomy)
+
+
+def _add_reading(router: APIRouter, service: Service, door: Door) -> None:
+    Known = Annotated[Caller, Depends(door.requires(None))]
+
+    @router.get("", response_model=PredictionPage)
+    def list_predictions(
+        caller: Known,
+        decision: Annotated[Decision | None, Query(description="only these")] = None,
+        after: Annotated[PredictionId | None, Query(description="`next` of the page before")] = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    ) -> PredictionPage:
+        """List answers, newest first."""
+        return read_page(service.store, caller, decision, after, limit)
+
+    @router.get("/{prediction_id}", response_model=PredictionAnswer)
+    def read_prediction(prediction_id: PredictionId, caller: Known) -> PredictionAnswer:
+        """Read an answer again, with where its review stands now."""
+        prediction, review = read_answer(service.store, prediction_id, caller)
+        return answer_body(prediction, review, None, service.store.taxonomy)
