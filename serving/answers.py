@@ -132,9 +132,7 @@ def read_answer(store: Store, prediction_id: str, caller: Caller) -> tuple[Predi
         return prediction, review_of(tx, prediction)
 
 
-def read_page(
-    store: Store, caller: Caller, decision: Decision | None, after: str | None, limit: int
-) -> PredictionPage:
+def read_page(store: Store, caller: Caller, decision: Decision | None, after: str | None, limit: int) -> PredictionPage:
     """Read some answers, newest first.
 
     Args:

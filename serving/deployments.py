@@ -144,9 +144,7 @@ class RemoteService:
         heat_map: HeatMap = await _called(self._explainer.explain.remote(prediction, method, target, versus))
         return heat_map
 
-    async def explain_picture(
-        self, picture: bytes, method: Method, target: str | None, versus: str | None
-    ) -> HeatMap:
+    async def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Explain a picture that is not stored; see `Explainer.explain_picture`."""
         heat_map: HeatMap = await _called(self._explainer.explain_picture.remote(picture, method, target, versus))
         return heat_map

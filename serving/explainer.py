@@ -40,9 +40,7 @@ class Explainer:
         self._models: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
         self._loading = threading.Lock()
 
-    def explain(
-        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
-    ) -> HeatMap:
+    def explain(self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None) -> HeatMap:
         """Compute where the model that answered looked.
 
         Args:
@@ -60,7 +58,9 @@ class Explainer:
         wanted = target or prediction.label or self._store.taxonomy.codes[0]
         self._check_classes(wanted, versus)
         picture = self._picture(prediction)
-        return self._map(self._model(prediction.model_id, prediction.precision, method), picture, method, wanted, versus)
+        return self._map(
+            self._model(prediction.model_id, prediction.precision, method), picture, method, wanted, versus
+        )
 
     def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Compute where the model that answers now would look. Nothing is stored.

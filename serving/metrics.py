@@ -41,12 +41,16 @@ class Metrics:
             "relook_out_of_distribution", "How unlike the training pictures: drift of inputs",
             buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0, 2.0, 5.0), registry=self.registry,
         )  # fmt: skip
-        self.under_way = Gauge("relook_pictures_under_way", "Pictures admitted and not answered", registry=self.registry)
+        self.under_way = Gauge(
+            "relook_pictures_under_way", "Pictures admitted and not answered", registry=self.registry
+        )
         self.explained = Counter("relook_explanations", "Maps computed", ("method",), registry=self.registry)
         self.flagged = Counter("relook_flags", "Objections", ("reason",), registry=self.registry)
         self.responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)
         self._waiting = Gauge("relook_questions_waiting", "Questions to experts", ("state",), registry=self.registry)
-        self._overdue = Gauge("relook_questions_overdue", "Urgent questions past their deadline", registry=self.registry)
+        self._overdue = Gauge(
+            "relook_questions_overdue", "Urgent questions past their deadline", registry=self.registry
+        )
 
     def answered(self, prediction: Prediction) -> None:
         """Count an answer."""

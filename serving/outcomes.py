@@ -4,6 +4,8 @@ In: a stored answer and a diagnosis. Out: rows of the ledger in one transaction.
 outranks every click; pictures without consent to training keep their outcome, and no model learns from it.
 """
 
+from typing import Any
+
 from records.errors import DataError, RefusedError
 from records.ids import new_id, utc_now
 from records.store import Store
@@ -33,13 +35,15 @@ def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest,
     if prediction.consent is Consent.NONE:
         raise RefusedError("this picture came without consent, so nothing may be kept about it")
     confirmation = Confirmation(request.confirmation)
-    said = {
+    said: dict[str, Any] = {
         "prediction_id": prediction.id, "caller": caller, "diagnosis": request.diagnosis, "confirmation": confirmation,
         "observed_at": request.observed_at,
     }  # fmt: skip
     with store.ledger.begin() as tx:
         repeated = tx.find(Outcome, where=said, limit=1)
-        outcome = repeated[0] if repeated else Outcome(id=new_id(), created_at=now, image_id=prediction.image_id, **said)
+        outcome = (
+            repeated[0] if repeated else Outcome(id=new_id(), created_at=now, image_id=prediction.image_id, **said)
+        )
         if not repeated:
             tx.add(outcome)
             if prediction.consent is Consent.TRAINING:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from records.errors import RefusedError
 from records.ids import hash_of, new_id, utc_now
 from records.store import Store
-from records.types import Consent, Decision, Prediction, ReasonCode
+from records.types import Consent, Decision, Prediction
 from serving.holder import ServedModel
 from serving.messages import Answered, HeatMap, PredictionRequest
 from serving.outbox import Answer, StoredPicture, find_repeated, image_row, review_of, review_row, write_answers
@@ -24,6 +24,7 @@ from serving.pictures import draw_map, gradcam_map
 from serving.settings import ServingSettings, compute_threads
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
 from trainers.inference.loaded import BatchOutput
+from trainers.inference.suitability import Suitability, assess
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ class Recorder:
         Raises:
             UnavailableError: the ledger or the blob store does not answer; nothing was answered then.
         """
-        made = list(self._drawing.map(self._answer, batch, repeat(output), range(len(batch))))
+        suitable = _suitability(batch, output)
+        made = list(self._drawing.map(self._answer, batch, repeat(output), range(len(batch)), suitable))
         try:
             reviews = write_answers(self._store, [answer for answer, _ in made])
         except RefusedError:
@@ -97,10 +99,10 @@ class Recorder:
                 return other_picture
         return Answered(answer.prediction, review, heat_map)
 
-    def _answer(self, job: Job, output: BatchOutput, row: int) -> tuple[Answer, HeatMap | None]:
+    def _answer(self, job: Job, output: BatchOutput, row: int, suitable: Suitability) -> tuple[Answer, HeatMap | None]:
         draw = audit_draw_of(job.picture.id, self._settings.audit_salt)
         document = job.model.document
-        verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw)
+        verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw, suitable)
         prediction = self._prediction(job, verdict, output.probabilities[row])
         target = document.taxonomy.index_of(verdict.label) if verdict.label else None
         values = output.maps[row, target] if output.maps is not None and target is not None else None
@@ -128,7 +130,7 @@ class Recorder:
 
     def _prediction(self, job: Job, verdict: Verdict, probabilities: NDArray[np.float64]) -> Prediction:
         request, model = job.request, job.model
-        is_finite = ReasonCode.NON_FINITE not in verdict.reasons
+        has_answer = verdict.label is not None
         codes = model.document.taxonomy.codes
         return Prediction(
             id=new_id(),
@@ -148,12 +150,20 @@ class Recorder:
             settings_hash=self._settings_hash,
             label=verdict.label,
             confidence=verdict.confidence,
-            probabilities=dict(zip(codes, probabilities.tolist(), strict=True)) if is_finite else None,
+            probabilities=dict(zip(codes, probabilities.tolist(), strict=True)) if has_answer else None,
             prediction_set=list(verdict.prediction_set),
+            out_of_distribution_score=verdict.suitability.ood_score,
+            quality_score=verdict.suitability.quality_score,
+            quality_reason=verdict.suitability.quality_reason,
             decision=verdict.decision,
             reasons=list(verdict.reasons),
             latency_ms=(time.perf_counter() - job.arrived_s) * 1000,
         )
+
+
+def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]:
+    sides_px = [min(job.picture.width_px, job.picture.height_px) for job in batch]
+    return assess(batch[0].model.loaded, output, np.stack([job.pixels for job in batch]), sides_px)
 
 
 def same_picture(answered: Answered, picture: StoredPicture) -> Answered:

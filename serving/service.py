@@ -31,9 +31,7 @@ class Service(Protocol):
         """Explain a stored answer; see `Explainer.explain`."""
         ...
 
-    async def explain_picture(
-        self, picture: bytes, method: Method, target: str | None, versus: str | None
-    ) -> HeatMap:
+    async def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Explain a picture that is not stored; see `Explainer.explain_picture`."""
         ...
 

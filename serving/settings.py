@@ -62,7 +62,10 @@ class ServingSettings(RoomSettings):
         default=2, ge=1, le=100, description="a prediction set with more classes goes to an expert, classes"
     )
     audit_share: float = Field(
-        default=0.02, ge=0, le=1, description="share of pictures that go to an expert by chance alone, 0 to 1"
+        default=0.02,
+        ge=0,
+        le=1,
+        description="chance of an expert's look at the surest pictures; up to 4 times that elsewhere, 0 to 1",
     )
     audit_salt: str = Field(default="audit", min_length=1, description="salt of the hash that draws the audit sample")
     urgent_due_h: float = Field(

@@ -2,7 +2,7 @@
 
 In: one row of probabilities, the operating points of the model's bundle, the rules of this service,
 and the picture's draw for the audit sample. Out: a `Verdict`. Pure: no clock, no ledger, no server.
-The thresholds themselves are fitted by trainers; pictures that are too poor to judge are not told apart here.
+The thresholds themselves are fitted by trainers, and so is what makes a picture unfit to be judged.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Decision, ReasonCode
 from trainers.calibration.conformal import prediction_set, thresholds_in_order
+from trainers.inference.suitability import NOTHING_KNOWN, Suitability
 
 _PRIORITY_TIERS: dict[ReasonCode, float] = {
     ReasonCode.URGENT: 300.0,
@@ -24,6 +25,9 @@ _PRIORITY_TIERS: dict[ReasonCode, float] = {
     ReasonCode.NON_FINITE: 100.0,
     ReasonCode.AUDIT_SAMPLE: 50.0,
 }
+
+AUDIT_STRATA = ((0.05, 1), (0.2, 2), (float("inf"), 4))
+"""Upper bound of p(malignant), and how much more often than the surest pictures such a picture is drawn."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Verdict:
     prediction_set: tuple[str, ...]
     priority: float
     selection_probability: float | None
+    suitability: Suitability = NOTHING_KNOWN
 
 
 def triage(
@@ -54,6 +59,7 @@ def triage(
     operating: OperatingPoints,
     rules: TriageRules,
     audit_draw: float,
+    suitability: Suitability = NOTHING_KNOWN,
 ) -> Verdict:
     """Decide about one picture.
 
@@ -64,19 +70,28 @@ def triage(
             every prediction set, so a model without thresholds answers nothing by itself.
         rules: of this service.
         audit_draw: this picture's draw in [0, 1), see `audit_draw_of`.
+        suitability: whether the model should be asked about this picture at all.
     Returns:
-        The verdict. `urgent` outranks `review`; any reason at all excludes `answered`.
+        The verdict. A picture too poor to judge is `retake`, without label; else `urgent` outranks `review`, and any
+        reason at all excludes `answered`.
     Raises:
         ContractError: the number of probabilities is not that of the classes, or they do not sum to 1.
     """
     if probabilities.shape != (len(taxonomy.codes),):
         raise ContractError(f"probabilities {probabilities.shape} do not fit {len(taxonomy.codes)} classes")
-    is_sampled = audit_draw < rules.audit_share
+    is_finite = bool(np.isfinite(probabilities).all())
+    p_malignant = malignant_probability(probabilities, taxonomy) if is_finite else 1.0
+    chance = audit_chance(p_malignant, rules.audit_share)
+    is_sampled = audit_draw < chance
     sampled = (ReasonCode.AUDIT_SAMPLE,) if is_sampled else ()
-    chance = rules.audit_share if is_sampled else None
-    if not np.isfinite(probabilities).all():
+    selection = chance if is_sampled else None
+    if suitability.quality_reason is not None:
+        # No expert can judge it either, so not even the sample keeps it.
+        return Verdict(Decision.RETAKE, (ReasonCode.BAD_PICTURE,), None, None, (), 0.0, None, suitability)
+    if not is_finite:
         reasons = (ReasonCode.NON_FINITE, *sampled)
-        return Verdict(Decision.REVIEW, reasons, None, None, (), priority_of(reasons, None, taxonomy), chance)
+        priority = priority_of(reasons, None, taxonomy)
+        return Verdict(Decision.REVIEW, reasons, None, None, (), priority, selection, suitability)
     if abs(float(probabilities.sum()) - 1.0) > 1e-6:
         raise ContractError(f"probabilities sum to {float(probabilities.sum()):.6f}, not to 1")
 
@@ -85,6 +100,7 @@ def triage(
     reasons = (
         *_referral_reasons(probabilities, taxonomy, operating),
         *_doubt_reasons(probabilities, label_index, members, taxonomy, rules),
+        *((ReasonCode.OUT_OF_DISTRIBUTION,) if suitability.is_out_of_distribution else ()),
         *sampled,
     )
     decision = Decision.ANSWERED
@@ -97,8 +113,28 @@ def triage(
         confidence=float(probabilities[label_index]),
         prediction_set=tuple(code for code, inside in zip(taxonomy.codes, members, strict=True) if inside),
         priority=priority_of(reasons, probabilities, taxonomy),
-        selection_probability=chance,
+        selection_probability=selection,
+        suitability=suitability,
     )
+
+
+def audit_chance(p_malignant: float, share: float) -> float:
+    """Return how likely a picture enters the audit sample.
+
+    The sample is drawn in strata: missed malignant cases gather where p(malignant) is not small, so looking there
+    more often makes an estimate of the live sensitivity narrower; dividing by this chance keeps it unbiased.
+
+    Args:
+        p_malignant: summed probability of the malignant classes; 1 if nothing finite is known.
+        share: the chance of the surest pictures, setting `serving.audit_share`.
+    Returns:
+        `share` below 0.05, twice that below 0.2, four times that from there on; at most 1.
+
+    >>> audit_chance(0.01, 0.02), audit_chance(0.1, 0.02), audit_chance(0.5, 0.02)
+    (0.02, 0.04, 0.08)
+    """
+    factor = next(factor for bound, factor in AUDIT_STRATA if p_malignant < bound)
+    return min(1.0, factor * share)
 
 
 def priority_of(

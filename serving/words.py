@@ -6,6 +6,7 @@ same. These are words of decision support: how likely and what happens next, nev
 
 from records.taxonomy import Taxonomy
 from records.types import Decision, FlagReason, ModelStatus, Prediction, ReasonCode
+from trainers.inference.suitability import QualityReason
 
 DISCLAIMER = "Decision support, not a diagnosis."
 
@@ -21,6 +22,15 @@ FLAG_WORDS: dict[FlagReason, str] = {
     FlagReason.UNSURE: "I am not sure about it",
     FlagReason.BAD_IMAGE: "The picture is not usable",
     FlagReason.OTHER: "Something else",
+}
+
+
+QUALITY_WORDS: dict[str | None, str] = {
+    QualityReason.TOO_SMALL: "The picture has too few pixels; take it from closer or with a better camera.",
+    QualityReason.TOO_DARK: "The picture is too dark; take it again with more light.",
+    QualityReason.TOO_BRIGHT: "The picture is too bright; take it again with less light.",
+    QualityReason.BLURRED: "The picture is blurred; hold still, focus, and take it again.",
+    QualityReason.UNLIKE_TRAINING: "This does not look like the kind of picture that the model was trained with.",
 }
 
 
@@ -43,6 +53,8 @@ def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) ->
         case ReasonCode.PREDICTION_SET:
             held = ", ".join(names.get(c, c) for c in prediction.prediction_set)
             return f"These classes cannot be told apart with enough certainty: {held}."
+        case ReasonCode.BAD_PICTURE if prediction.quality_reason in QUALITY_WORDS:
+            return QUALITY_WORDS[prediction.quality_reason]
         case ReasonCode.REFER | ReasonCode.URGENT:
             return _referral_text(code, prediction, taxonomy)
         case _:

@@ -98,6 +98,7 @@ class Prediction(Record):
     prediction_set: list[str] = Field(default_factory=list, description="class codes of the conformal set")
     out_of_distribution_score: float | None = None
     quality_score: float | None = None
+    quality_reason: str | None = Field(default=None, description="what is wrong with the picture, if anything is")
     decision: Decision
     reasons: list[ReasonCode] = Field(default_factory=list)
     latency_ms: float = Field(ge=0)

@@ -50,9 +50,7 @@ def images_router(service: Service, door: Door) -> APIRouter:
         return Response(data, media_type=f"image/{image.format}", headers={"Cache-Control": "private, no-store"})
 
     @router.delete("/{image_id}", response_model=ErasureAnswer)
-    def erase(
-        image_id: ImageId, caller: Annotated[Caller, Depends(door.requires(Scope.ADMIN))]
-    ) -> ErasureAnswer:
+    def erase(image_id: ImageId, caller: Annotated[Caller, Depends(door.requires(Scope.ADMIN))]) -> ErasureAnswer:
         """Erase a picture, its heat maps and what was said of the person; Label Studio follows at its next sync."""
         erased = erase_image(store, image_id, actor=caller.id)
         forget_pixels(store.home.cache, image_id)

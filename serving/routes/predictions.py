@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from records.errors import RelookError
-from records.types import Decision, Scope
+from records.types import Consent, Decision, Scope
 from serving.access.keys import Caller
 from serving.answers import answer_body, read_answer, read_page
 from serving.batches import batch_body
@@ -94,7 +94,7 @@ class _Asking:
 def _with_consent(context: Context, caller: Caller) -> Context:
     """Return the context with the consent that counts: none from a sandbox, else what was said, else the key's."""
     if caller.sandbox:
-        return context.model_copy(update={"consent": "none"})
+        return context.model_copy(update={"consent": Consent.NONE})
     if context.consent is None and caller.default_consent is not None:
         return context.model_copy(update={"consent": caller.default_consent})
     return context
@@ -119,9 +119,7 @@ def _add_predict(router: APIRouter, asking: _Asking, door: Door) -> None:
             )
         finally:
             asking.leave(1)
-        return answer_body(
-            answered.prediction, answered.review, answered.heat_map, asking.service.store.taxonomy
-        )
+        return answer_body(answered.prediction, answered.review, answered.heat_map, asking.service.store.taxonomy)
 
 
 def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:

@@ -7,9 +7,9 @@ from records.types import Consent
 from serving.settings import ServingSettings, compute_threads
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.4", "::", "example.org", ""])
-def test_only_loopback_is_listened_on(host: str) -> None:
-    with pytest.raises(ValidationError, match="no API keys"):
+@pytest.mark.parametrize("host", ["example.org", "", "localhost:80", "1.2.3"])
+def test_only_an_address_is_listened_on(host: str) -> None:
+    with pytest.raises(ValidationError, match="no address"):
         ServingSettings(host=host)
 
 

@@ -9,7 +9,7 @@ one is written out here.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - everybody calls it F
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainers.explanations.gradients import BATCH_SIZE, integrated_gradients

@@ -62,7 +62,7 @@ def attribute(
     Returns:
         The map.
     Raises:
-        ContractError: the method is unknown, the pixels do not fit, the classes are equal, or the precision is not fp32.
+        ContractError: the method is unknown, the pixels do not fit, the classes are one, or the precision is bf16.
     """
     if method not in METHODS:
         raise ContractError(f"unknown explanation {method!r}; there are {', '.join(METHODS)}")

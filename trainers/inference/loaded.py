@@ -216,6 +216,12 @@ class LoadedModel:
         return difference <= allowed
 
     @property
+    def faithfulness(self) -> dict[str, Any] | None:
+        """What the bundle says of its Grad-CAM maps, measured when it was made; None if it says nothing."""
+        found = self._document.explanation.get("gradcam")
+        return found if isinstance(found, dict) else None
+
+    @property
     def network(self) -> nn.Module:
         """Pictures to logits, for methods that differentiate; nobody may change it."""
         return nn.Sequential(self._features, self._head)

@@ -1,4 +1,4 @@
-"""Keys of the API, rollouts, and what caused an event."""
+"""Keys of the API, rollouts, what is wrong with a picture, and what caused an event."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add two tables and a column."""
+    """Add two tables and two columns."""
     op.create_table(
         "api_keys",
         sa.Column("id", sa.Text(), autoincrement=False, nullable=False),
@@ -41,6 +41,8 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("rollouts", schema=None) as batch_op:
         batch_op.create_index("ix_rollouts_stage", ["stage"], unique=False)
+    with op.batch_alter_table("predictions", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("quality_reason", sa.Text(), autoincrement=False, nullable=True))
     with op.batch_alter_table("events", schema=None) as batch_op:
         batch_op.add_column(sa.Column("source", sa.Text(), autoincrement=False, nullable=True))
         batch_op.create_index("ux_events_source_prediction_id", ["source", "prediction_id"], unique=True)

@@ -1,0 +1,195 @@
+"""Keys, scopes, visibility, links and rates over real HTTP: who may do what, and what others never learn."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from records import audit
+from records.errors import AccessError, ConfigError, UnknownIdError
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.types import ApiKey, Image, Prediction, ReviewItem, Scope
+from serving.access.keys import admin_token, create_key, revoke_key
+from serving.access.links import sign_image_path
+from serving.access.rates import RateLimit
+from serving.client import Client
+from serving.preconditions import require_startable
+from serving.schemas import FlagRequest
+from serving.settings import ServingSettings
+
+JPEG = {"Content-Type": "image/jpeg"}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Store]:
+    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("keyed")))
+    tools.serve_bundle(opened, tools.make_bundle(opened, 0, bias={"bcc": -2.0}))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def tokens(kept: Store) -> dict[str, str]:
+    def make(name: str, organisation: str, *scopes: Scope, **more: Any) -> str:
+        return create_key(kept, name=name, organisation=organisation, scopes=scopes, actor="test", **more)[1]
+
+    return {
+        "north": make("north", "north", Scope.PREDICT, Scope.FLAG),
+        "south": make("south", "south", Scope.PREDICT),
+        "sandbox": make("sandbox", "north", Scope.PREDICT, Scope.FLAG, sandbox=True),
+        "auditor": make("auditor", "hospital", Scope.AUDIT),
+        "admin": admin_token(kept.home),
+    }
+
+
+@pytest.fixture(scope="module")
+def keyed(kept: Store, tokens: dict[str, str], tools: Any) -> Iterator[Any]:
+    settings = ServingSettings(port=tools.free_port(), model_poll_s=0.1, audit_share=1.0, rate_limit_per_minute=0)
+    with tools.run_service(kept, settings) as running:
+        yield running
+
+
+@pytest.fixture
+def client_of(keyed: Any, tokens: dict[str, str]) -> Iterator[Callable[[str], Client]]:
+    opened: list[Client] = []
+
+    def make(name: str) -> Client:
+        opened.append(Client(keyed.url, tokens.get(name, name), retry_s=0.0))
+        return opened[-1]
+
+    yield make
+    for client in opened:
+        client.close()
+
+
+def test_without_a_valid_key_nothing_is_told(keyed: Any, client_of: Callable[[str], Client], picture: Any) -> None:
+    with httpx.Client(base_url=keyed.url, trust_env=False) as http:
+        for path in ("/v1/predictions", "/v1/model", "/v1/models", "/v1/events", "/metrics"):
+            response = http.get(path)
+            assert (response.status_code, response.json()["code"]) == (401, "unauthenticated")
+            assert response.headers["www-authenticate"].startswith("Bearer")
+        # Refused before the body is looked at, whatever it is.
+        assert http.post("/v1/predictions", content=b"junk", headers=JPEG).status_code == 401
+        assert http.get("/v1/model", headers={"Authorization": "Basic abc"}).status_code == 401
+        assert http.get("/healthz").status_code == 200
+    with pytest.raises(AccessError, match="unknown, expired or revoked"):
+        client_of("rlk_0_wrong").predict(picture(0))
+
+
+def test_scopes_say_what_a_key_may_do(client_of: Callable[[str], Client], picture: Any) -> None:
+    answer = client_of("south").predict(picture(0))
+    with pytest.raises(AccessError, match="scope `flag`"):
+        client_of("south").flag(answer.id, FlagRequest(reason="unsure"))
+    with pytest.raises(AccessError, match="scope `predict`"):
+        client_of("auditor").predict(picture(0))
+    with pytest.raises(AccessError, match="scope `admin`"):
+        client_of("north").erase(answer.image_id)
+
+
+def test_objects_of_others_do_not_exist(kept: Store, client_of: Callable[[str], Client], picture: Any) -> None:
+    answer = client_of("north").predict(picture(1))
+    with kept.ledger.read() as tx:
+        stored = tx.require(Prediction, answer.id)
+    assert stored.organisation == "north"
+    assert stored.caller != "local"
+    south = client_of("south")
+    for ask in (south.prediction, south.explanation):
+        with pytest.raises(UnknownIdError):
+            ask(answer.id)
+    assert answer.id not in {item.id for item in south.predictions(limit=200).items}
+    assert client_of("auditor").prediction(answer.id) == answer
+    assert answer.id in {item.id for item in client_of("auditor").predictions(limit=200).items}
+
+
+def test_a_sandbox_key_leaves_nothing_behind(kept: Store, client_of: Callable[[str], Client], picture: Any) -> None:
+    answer = client_of("sandbox").predict(picture(30))
+    assert answer.review is None
+    with kept.ledger.read() as tx:
+        assert tx.get(Image, answer.image_id) is None
+        assert tx.find(ReviewItem, where={"image_id": answer.image_id}) == []
+    assert not kept.blobs.has(answer.image_id)
+
+
+def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, picture: Any) -> None:
+    key, token = create_key(kept, name="short", organisation="north", scopes=[Scope.PREDICT], actor="test")
+    with Client(keyed.url, token, retry_s=0.0) as client:
+        with httpx.Client(base_url=keyed.url, trust_env=False, headers={"Authorization": f"Bearer {token}"}) as http:
+            _until(lambda: http.get("/v1/model").status_code == 200)
+            client.predict(picture(0))
+            revoke_key(kept, key.id, actor="test")
+            revoke_key(kept, key.id, actor="test")
+            _until(lambda: http.get("/v1/model").status_code == 401)
+    with kept.ledger.read() as tx:
+        stored = tx.require(ApiKey, key.id)
+    assert token not in stored.model_dump_json()
+    assert stored.secret_hash not in repr(stored)
+    assert audit.verify(kept.ledger, kept.home) == []
+    with pytest.raises(ConfigError, match="at least one scope"):
+        create_key(kept, name="x", organisation="y", scopes=[], actor="test")
+    with pytest.raises(UnknownIdError):
+        revoke_key(kept, "nobody", actor="test")
+
+
+def test_a_signed_link_shows_one_picture_until_it_expires(
+    kept: Store, keyed: Any, client_of: Callable[[str], Client], picture: Any
+) -> None:
+    image_id = client_of("north").predict(picture(2)).image_id
+    with httpx.Client(base_url=keyed.url, trust_env=False) as http:
+        good = http.get(sign_image_path(kept.home, image_id, 60))
+        assert (good.status_code, good.headers["content-type"]) == (200, "image/jpeg")
+        assert good.content == kept.blobs.get(image_id)
+        old = http.get(sign_image_path(kept.home, image_id, 60, now_s=0))
+        assert (old.status_code, old.json()["code"]) == (403, "forbidden")
+        other = sign_image_path(kept.home, image_id, 60).replace(image_id, "0" * 64)
+        assert http.get(other).status_code == 403
+        assert http.get(f"/v1/images/{image_id}").status_code == 422
+        assert http.get("/v1/images/nonsense?expires=1&signature=a").status_code == 422
+
+
+def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str], Client], picture: Any) -> None:
+    answer = client_of("north").predict(picture(3))
+    admin = client_of("admin")
+    erased = admin.erase(answer.image_id)
+    assert erased.blobs >= 1
+    assert not kept.blobs.has(answer.image_id)
+    # Sent again it is answered and not kept.
+    again = client_of("north").predict(picture(3))
+    assert again.image_id == answer.image_id
+    assert not kept.blobs.has(answer.image_id)
+    with kept.ledger.read() as tx:
+        image = tx.require(Image, answer.image_id)
+    assert image.erased_at is not None
+    with pytest.raises(UnknownIdError):
+        admin.erase("0" * 64)
+
+
+def test_beyond_loopback_only_with_keys(tools: Any, store: Store) -> None:
+    settings = ServingSettings(host="0.0.0.0", port=tools.free_port())
+    with pytest.raises(ConfigError, match="no API keys"):
+        require_startable(settings, store.settings)
+
+
+def test_a_bucket_fills_evenly() -> None:
+    now = 0.0
+    rates = RateLimit(60, lambda: now)
+    for _ in range(60):
+        rates.take("a")
+    with pytest.raises(AccessError, match="60 requests a minute") as refused:
+        rates.take("a")
+    assert refused.value.code == "rate_limited"
+    rates.take("b")
+    now = 1.0
+    rates.take("a")
+    with pytest.raises(AccessError):
+        rates.take("a")
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    import time
+
+    deadline = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,133 @@
+"""Explanations by every method, batches, outcomes, events and metrics over real HTTP."""
+
+import io
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from records.errors import DataError, RefusedError, TaxonomyError
+from records.ids import new_id, utc_now
+from records.types import AnswerKind, Consent, Decision, ExpertLabel, Outcome, SourceLabel
+from serving.client import Client
+from serving.schemas import Context, OutcomeRequest
+
+METHODS = ("gradcam", "integrated_gradients", "gradient_shap", "occlusion")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_explains_the_same_stored_and_unstored(
+    client: Client, picture: Callable[..., bytes], method: str
+) -> None:
+    answer = client.predict(picture(40))
+    stored = client.explanation(answer.id, method=method, target="mel", versus="nv")
+    again = client.explanation(answer.id, method=method, target="mel", versus="nv")
+    fresh = client.explain_picture(picture(40), method=method, target="mel", versus="nv")
+    assert stored == again
+    assert np.allclose(stored.values, fresh.values, atol=1e-6)
+    assert (stored.target, stored.versus, stored.exact) == ("mel", "nv", False)
+    opposite = client.explanation(answer.id, method=method, target="nv", versus="mel")
+    if method != "gradcam":
+        assert np.allclose(np.array(stored.values), -np.array(opposite.values), atol=1e-4)
+    if method == "integrated_gradients":
+        assert stored.steps in (50, 100, 200, 400)
+        # A random network may give two classes the same logit, and then there is nothing to add up to.
+        if stored.completeness_error is None:
+            assert abs(np.sum(stored.values)) < 1e-4
+        else:
+            assert stored.completeness_error <= 0.02 or stored.steps == 400
+
+
+def test_forms_of_an_explanation(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
+    with httpx.Client(base_url=service.url, trust_env=False) as http:
+        headers = {"Content-Type": "image/jpeg"}
+        found = http.post("/v1/explanations?method=occlusion&format=npy", content=picture(41), headers=headers)
+        assert np.load(io.BytesIO(found.content), allow_pickle=False).shape == (64, 64)
+        found = http.post("/v1/explanations?format=png", content=picture(41), headers=headers)
+        assert found.content.startswith(b"\x89PNG")
+        found = http.post("/v1/explanations?method=guess", content=picture(41), headers=headers)
+        assert found.status_code == 422
+    with pytest.raises(DataError, match="against itself"):
+        client.explain_picture(picture(41), target="mel", versus="mel")
+    with pytest.raises(DataError):
+        client.explain_picture(picture(41), target="cat")
+
+
+def test_a_batch_answers_each_and_sums_up_lesions(client: Client, picture: Callable[..., bytes]) -> None:
+    contexts = [Context(lesion_id="L1"), Context(lesion_id="L1"), Context()]
+    found = client.predict_many([picture(42), picture(43), b"no picture"], contexts=contexts, idempotency_key="b1")
+    answers = [item.answer for item in found.items]
+    assert answers[0] is not None and answers[1] is not None and answers[2] is None
+    assert found.items[2].problem is not None
+    assert found.items[2].problem.code == "not_a_picture"
+    order = ["answered", "retake", "review", "urgent"]
+    (lesion,) = found.lesions
+    assert lesion.lesion_id == "L1"
+    assert lesion.prediction_ids == [answers[0].id, answers[1].id]
+    assert order.index(lesion.decision) == max(order.index(a.decision) for a in answers[:2] if a)
+    assert answers[0].probabilities == pytest.approx(client.predict(picture(42)).probabilities, abs=1e-5)
+    again = client.predict_many([picture(42), picture(43), b"no picture"], contexts=contexts, idempotency_key="b1")
+    assert again == found
+    with pytest.raises(DataError, match="send one for each"):
+        client.predict_many([picture(42)], contexts=contexts)
+    with pytest.raises(DataError, match="1 to 32 files"):
+        client.predict_many([b"x"] * 33)
+
+
+def test_an_outcome_is_a_label_of_its_rank(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
+    answer = client.predict(picture(44))
+    request = OutcomeRequest(diagnosis="mel", confirmation="histopathology", observed_at=utc_now())
+    stored = client.outcome(answer.id, request)
+    assert stored.agrees == (answer.label == "mel")
+    assert client.outcome(answer.id, request).id == stored.id
+    with service.store.ledger.read() as tx:
+        assert tx.count(Outcome, where={"prediction_id": answer.id}) == 1
+        (label,) = tx.find(SourceLabel, where={"image_id": answer.image_id})
+    assert (label.label, label.confirmation, label.source) == ("mel", "histopathology", f"outcome:{stored.id}")
+    with pytest.raises(DataError, match="has not come yet"):
+        client.outcome(answer.id, request.model_copy(update={"observed_at": utc_now() + timedelta(days=1)}))
+    with pytest.raises((DataError, TaxonomyError)):
+        client.outcome(answer.id, request.model_copy(update={"diagnosis": "cat"}))
+    hidden = client.predict(picture(45), context=Context(consent=Consent.NONE))
+    with pytest.raises(RefusedError, match="without consent"):
+        client.outcome(hidden.id, request)
+
+
+def test_events_tell_each_change_once_and_in_order(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
+    start = client.events(limit=200).next
+    answer = client.predict(picture(46))
+    before = client.events(after=start)
+    assert before.items == []
+    assert before.next == start
+    other = next(code for code in service.store.taxonomy.codes if code != answer.label)
+    with service.store.ledger.begin() as tx:
+        tx.add(_label(answer.image_id, other))
+    (amended,) = client.events(after=start).items
+    assert (amended.kind, amended.prediction_id, amended.details["label"]) == ("amended", answer.id, other)
+    client.outcome(
+        answer.id, OutcomeRequest(diagnosis=answer.label or other, confirmation="follow_up", observed_at=utc_now())
+    )
+    (second,) = client.events(after=amended.id).items
+    assert second.kind == ("confirmed" if answer.label else "amended")
+    assert client.events(after=second.id).items == []
+
+
+def test_metrics_speak_prometheus(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
+    client.predict(picture(47))
+    with httpx.Client(base_url=service.url, trust_env=False) as http:
+        text = http.get("/metrics").text
+    for name in ("relook_answers_total", "relook_questions_waiting", "relook_questions_overdue", "relook_confidence"):
+        assert name in text
+    assert any(f'decision="{decision}"' in text for decision in Decision)
+
+
+def _label(image_id: str, label: str) -> ExpertLabel:
+    number = int(image_id[:6], 16)
+    return ExpertLabel(
+        id=new_id(), created_at=utc_now(), review_item_id="r" * 32, image_id=image_id, answer=AnswerKind.CLASS,
+        label=label, annotator="a", annotated_at=utc_now(), server="test", project_id=1, task_id=number,
+        annotation_id=number, revision="1",
+    )  # fmt: skip
