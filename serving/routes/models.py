@@ -26,10 +26,9 @@ def models_router(service: Service, door: Door, metrics: Metrics) -> APIRouter:
         The router.
     """
     router = APIRouter(tags=["models"])
-    Known = Annotated[Caller, Depends(door.requires(None))]
 
     @router.get("/v1/model", response_model=ServedModelInfo)
-    async def read_model(caller: Known) -> ServedModelInfo:
+    async def read_model(caller: Annotated[Caller, Depends(door.requires(None))]) -> ServedModelInfo:
         """Say which model answers now, and what its status means."""
         state = await service.state()
         if state.model is None:
@@ -37,7 +36,7 @@ def models_router(service: Service, door: Door, metrics: Metrics) -> APIRouter:
         return state.model
 
     @router.get("/v1/models", response_model=ModelList)
-    def list_models(caller: Known) -> ModelList:
+    def list_models(caller: Annotated[Caller, Depends(door.requires(None))]) -> ModelList:
         """List all registered models, newest first."""
         with service.store.ledger.read() as tx:
             return ModelList(items=[model_body(record) for record in tx.find(ModelRecord, order_by=("-created_at",))])

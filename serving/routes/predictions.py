@@ -166,11 +166,9 @@ def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
 
 
 def _add_reading(router: APIRouter, service: Service, door: Door) -> None:
-    Known = Annotated[Caller, Depends(door.requires(None))]
-
     @router.get("", response_model=PredictionPage)
     def list_predictions(
-        caller: Known,
+        caller: Annotated[Caller, Depends(door.requires(None))],
         decision: Annotated[Decision | None, Query(description="only these")] = None,
         after: Annotated[PredictionId | None, Query(description="`next` of the page before")] = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
@@ -179,7 +177,9 @@ def _add_reading(router: APIRouter, service: Service, door: Door) -> None:
         return read_page(service.store, caller, decision, after, limit)
 
     @router.get("/{prediction_id}", response_model=PredictionAnswer)
-    def read_prediction(prediction_id: PredictionId, caller: Known) -> PredictionAnswer:
+    def read_prediction(
+        prediction_id: PredictionId, caller: Annotated[Caller, Depends(door.requires(None))]
+    ) -> PredictionAnswer:
         """Read an answer again, with where its review stands now."""
         prediction, review = read_answer(service.store, prediction_id, caller)
         return answer_body(prediction, review, None, service.store.taxonomy)

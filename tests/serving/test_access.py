@@ -1,5 +1,6 @@
 """Keys, scopes, visibility, links and rates over real HTTP: who may do what, and what others never learn."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,13 +115,13 @@ def test_a_sandbox_key_leaves_nothing_behind(kept: Store, client_of: Callable[[s
 
 def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, picture: Any) -> None:
     key, token = create_key(kept, name="short", organisation="north", scopes=[Scope.PREDICT], actor="test")
-    with Client(keyed.url, token, retry_s=0.0) as client:
-        with httpx.Client(base_url=keyed.url, trust_env=False, headers={"Authorization": f"Bearer {token}"}) as http:
-            _until(lambda: http.get("/v1/model").status_code == 200)
-            client.predict(picture(0))
-            revoke_key(kept, key.id, actor="test")
-            revoke_key(kept, key.id, actor="test")
-            _until(lambda: http.get("/v1/model").status_code == 401)
+    headers = {"Authorization": f"Bearer {token}"}
+    with Client(keyed.url, token) as client, httpx.Client(base_url=keyed.url, trust_env=False, headers=headers) as http:
+        _until(lambda: http.get("/v1/model").status_code == 200)
+        client.predict(picture(0))
+        revoke_key(kept, key.id, actor="test")
+        revoke_key(kept, key.id, actor="test")
+        _until(lambda: http.get("/v1/model").status_code == 401)
     with kept.ledger.read() as tx:
         stored = tx.require(ApiKey, key.id)
     assert token not in stored.model_dump_json()
@@ -187,8 +188,6 @@ def test_a_bucket_fills_evenly() -> None:
 
 
 def _until(holds: Callable[[], bool]) -> None:
-    import time
-
     deadline = time.monotonic() + 5
     while not holds():
         assert time.monotonic() < deadline

@@ -60,7 +60,9 @@ def test_a_batch_answers_each_and_sums_up_lesions(client: Client, picture: Calla
     contexts = [Context(lesion_id="L1"), Context(lesion_id="L1"), Context()]
     found = client.predict_many([picture(42), picture(43), b"no picture"], contexts=contexts, idempotency_key="b1")
     answers = [item.answer for item in found.items]
-    assert answers[0] is not None and answers[1] is not None and answers[2] is None
+    assert answers[0] is not None
+    assert answers[1] is not None
+    assert answers[2] is None
     assert found.items[2].problem is not None
     assert found.items[2].problem.code == "not_a_picture"
     order = ["answered", "retake", "review", "urgent"]

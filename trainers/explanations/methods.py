@@ -39,7 +39,7 @@ METHODS: dict[str, ExplanationMethod] = {
         ),
         ExplanationMethod(
             name="gradient_shap",
-            description="the same from several baselines at random points, seeded: less bound to one picture of nothing",
+            description="the same from several baselines at seeded random points: less bound to one picture of nothing",
             function=gradient_shap_maps,
             signed=True,
         ),
