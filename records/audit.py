@@ -62,6 +62,12 @@ def event_hash(event: AuditEvent) -> str:
     return hash_of(event.model_dump(mode="json", exclude={"hash"}))
 
 
+def chain_head(tx: Transaction) -> str:
+    """Return the head of the chain as its file keeps it: number and hash of the newest event, and a newline."""
+    number, digest = _last(tx)
+    return f"{number} {digest}\n"
+
+
 def head_file(home: Home) -> Path:
     """Return the file that keeps the chain's head outside the database."""
     return home.keys / "audit-head"
@@ -154,12 +160,12 @@ def _move_head(ledger: Ledger) -> None:
 def _write_head(ledger: Ledger, path: Path) -> None:
     # As a writer, so that of two processes neither can put an older head over a newer one.
     with ledger.begin() as tx:
-        head, last = _read_head(path), _last(tx)
+        head = _read_head(path)
         if head is not None and any(_head_faults(head, lambda number: _hash_at(tx, number))):
             return  # the old head is the evidence against a chain that was cut off
         try:
             temporary = path.with_suffix(".new")
-            temporary.write_text(f"{last[0]} {last[1]}\n")
+            temporary.write_text(chain_head(tx))
             temporary.replace(path)
         except OSError as error:
             raise UnavailableError(

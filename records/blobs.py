@@ -1,19 +1,27 @@
 """The blob store: bytes by their own hash, on a local disk or in object storage (fsspec).
 
 A blob is written to a temporary name and then moved, so a reader sees all of it or none of it.
+`s3://` and `gs://` go through Arrow, which is here anyway; credentials come from the environment as the
+cloud's own tools read them. An S3 that is not Amazon's is named in the URL:
+`s3://bucket/blobs?endpoint_override=minio.example:9000&scheme=http`.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.fs
+from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
 from records.errors import ConfigError, IntegrityError, UnavailableError, UnknownIdError
 from records.ids import new_id, sha256_hex
 
+OBJECT_STORES = ("s3://", "gs://")
 _BLOB_ID = re.compile("[0-9a-f]{64}")
 
 
@@ -75,6 +83,20 @@ class BlobStore:
             raise IntegrityError(f"blob {blob_id[:12]} in {self.url} was altered; restore it from a backup")
         return data
 
+    def ids(self) -> Iterator[str]:
+        """Yield the id of every blob, in order.
+
+        Yields:
+            64 hex characters.
+        Raises:
+            UnavailableError: the store cannot be listed.
+        """
+        try:
+            names = (path.rsplit("/", 1)[-1] for path in self.filesystem.find(self.root))
+            yield from sorted(name for name in names if _BLOB_ID.fullmatch(name))
+        except OSError as error:
+            raise UnavailableError(f"blob store {self.url} cannot be read: {error}") from error
+
     def has(self, blob_id: str) -> bool:
         """Return whether the blob is stored."""
         return bool(self.filesystem.exists(self._path(blob_id)))
@@ -110,11 +132,11 @@ class BlobStore:
 
     def _write(self, path: str, data: bytes) -> None:
         folder = path.rsplit("/", 1)[0]
-        self.filesystem.makedirs(folder, exist_ok=True)
         if not self.local:
-            # Object stores replace whole objects, so a plain write is already all or nothing.
+            # Object stores have no folders and replace whole objects: a plain write is already all or nothing.
             self.filesystem.pipe_file(path, data)
             return
+        self.filesystem.makedirs(folder, exist_ok=True)
         temporary = f"{folder}/.{new_id()}"
         self.filesystem.pipe_file(temporary, data)
         self.filesystem.mv(temporary, path)
@@ -129,13 +151,34 @@ def open_blobs(url: str) -> BlobStore:
         The store.
     Raises:
         ConfigError: it is a relative path, or no file system handles the URL.
+        UnavailableError: the object store does not answer or may not be written.
     """
     try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+        if url.startswith(OBJECT_STORES):
+            arrow, root = pa.fs.FileSystem.from_uri(url)
+            filesystem: Any = ArrowFSWrapper(arrow)
+        else:
+            filesystem, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError, OSError) as error:
         raise ConfigError(f"records.blobs {url!r} cannot be opened: {error}") from error
     local = isinstance(filesystem, LocalFileSystem)
     if local and not Path(url.rpartition("://")[2]).is_absolute():
         # Ray changes the working folder, so every process would look elsewhere.
         raise ConfigError(f"records.blobs {url!r} is a relative path; use an absolute one such as {root!r}")
-    return BlobStore(url=url, root=root.rstrip("/"), filesystem=filesystem, local=local)
+    store = BlobStore(url=url, root=root.rstrip("/"), filesystem=filesystem, local=local)
+    if not local:
+        _require_writable(store)
+    return store
+
+
+def _require_writable(store: BlobStore) -> None:
+    """Find out at start, and not with the first picture, that nothing can be stored."""
+    probe = f"{store.root}/.probe-{new_id()}"
+    try:
+        store.filesystem.pipe_file(probe, b"relook")
+        store.filesystem.rm_file(probe)
+    except OSError as error:
+        raise UnavailableError(
+            f"blob store {store.url} cannot be written ({' '.join(str(error).split())[:300]}); "
+            "make the bucket, and give these credentials the right to put and delete objects"
+        ) from error

@@ -1,6 +1,7 @@
-"""Verbs that need nothing but the records: `taxonomy check`, `audit verify`, `trace`."""
+"""Verbs that need nothing but the records: `taxonomy check`, `audit verify`, `trace`, `backup`, `restore`."""
 
 from contextlib import closing
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,3 +69,43 @@ def trace_command(
     for step in found.steps:
         table.add_row(f"{step.at:%Y-%m-%d %H:%M:%S}", step.kind, step.text)
     emit(as_json, found, table)
+
+
+@app.command("backup")
+def backup_command(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A new folder. It will hold keys: keep it private.")],
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write ledger, blobs, datasets, bundles, keys and reports to a folder; the service may go on answering."""
+    from records.backup import back_up
+    from records.store import open_store
+
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        written = back_up(store, folder)
+    rows, size = sum(written.rows.values()), sum(file.bytes for file in written.files.values())
+    found = {"folder": str(folder), "rows": written.rows, "files": len(written.files), "bytes": size}
+    emit(as_json, found, f"{rows} rows and {len(written.files)} files ({size / 1e6:.1f} MB) are in {folder}")
+
+
+@app.command("restore")
+def restore_command(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A folder that `relook backup` wrote.")],
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Restore a backup into an empty home and database; every file is checked before anything is written."""
+    from records.restore import restore
+
+    settings = settings_of(ctx, config, preset, sets).records
+    restored = restore(folder, settings)
+    found = {"home": str(settings.home), "rows": restored.rows, "files": len(restored.files)}
+    emit(
+        as_json, found, f"restored {sum(restored.rows.values())} rows and {len(restored.files)} files; the audit holds"
+    )

