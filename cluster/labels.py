@@ -2,18 +2,21 @@
 
 from datetime import datetime
 
-from labeling.consensus import resolve
+from labeling.consensus import ConsensusMethod, resolve
 from records.store import Store
 from records.types import ExpertLabel, Image, ReasonCode, ResolvedLabel, ReviewItem
 from trainers.data.grouping import group_pictures
 
 
-def resolved_labels(store: Store, until: datetime | None = None) -> list[ResolvedLabel]:
+def resolved_labels(
+    store: Store, until: datetime | None = None, method: ConsensusMethod = "majority"
+) -> list[ResolvedLabel]:
     """Return what the readers of each picture together say.
 
     Args:
         store: with the labels.
         until: leave out what was read after this moment; default: everything that was ever pulled.
+        method: setting `labeling.consensus`.
     Returns:
         One entry per picture.
     """
@@ -22,8 +25,10 @@ def resolved_labels(store: Store, until: datetime | None = None) -> list[Resolve
         items = tx.find(ReviewItem)
     if until is not None:
         labels = [label for label in labels if label.created_at <= until]
-    by_chance_alone = {item.id for item in items if item.reasons == [ReasonCode.AUDIT_SAMPLE]}
-    return resolve(labels, by_chance_alone)
+    # A reader who saw the model's answer leans on it, which an evaluation of the model must not.
+    by_chance_alone = {item.id for item in items if item.blind and item.reasons == [ReasonCode.AUDIT_SAMPLE]}
+    decided = {item.id for item in items if ReasonCode.ADJUDICATION in item.reasons}
+    return resolve(labels, by_chance_alone, adjudications=decided, method=method)
 
 
 def group_labelled_pictures(store: Store) -> int:

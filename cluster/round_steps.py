@@ -79,7 +79,11 @@ def version(context: RoundContext) -> StepResult:
     known_until = context.results["collect"].get("known_until")
     report = build_version(
         context.store,
-        resolved=resolved_labels(context.store, datetime.fromisoformat(known_until) if known_until else None),
+        resolved=resolved_labels(
+            context.store,
+            datetime.fromisoformat(known_until) if known_until else None,
+            context.settings.labeling.consensus,
+        ),
         round_number=context.record.number,
         parent_id=last[0].id if last else None,
     )

@@ -135,7 +135,8 @@ def push_command(
     with _connected(settings) as (store, client), _counting("sending questions") as advance:
         report = push(store, client, settings.labeling, advance=advance)
     _complain(report.unreadable)
-    said = f"{report.pushed} questions sent to project {report.project_id}" if report.project_id else "nothing waits"
+    sent = f"{report.pushed} questions sent, {report.blind} of them blind; {report.refreshed} brought up to date"
+    said = sent if report.pushed or report.refreshed else "nothing waits"
     emit(as_json, report, said)
 
 

@@ -234,6 +234,32 @@ class LabelStudioClient:
             if len(rows) < page_size:
                 return
 
+    def refresh_task(self, task_id: int, document: Mapping[str, Any]) -> bool:
+        """Say anew what a task shows and where it stands in the order; its answers stay.
+
+        Args:
+            task_id: of the task.
+            document: as for `import_tasks`.
+        Returns:
+            False if the task is gone.
+        Raises:
+            LabelStudioError: it was refused, or no answer came; refreshing again does no harm.
+        """
+        action = f"refresh task {task_id}"
+        try:
+            self._request(
+                "PATCH", f"api/tasks/{task_id}/", action, body={"data": document["data"], "meta": document["meta"]}
+            )
+        except UnknownIdError:
+            return False
+        wanted = document["predictions"][0]
+        found = self._request("GET", "api/predictions/", action, params={"task": task_id})
+        with self._speaking(action):
+            numbers = [int(one["id"]) for one in found if one["model_version"] == wanted["model_version"]]
+        for number in numbers:
+            self._request("PATCH", f"api/predictions/{number}/", action, body={"score": wanted["score"]})
+        return True
+
     def delete_task(self, task_id: int) -> None:
         """Delete a task; one that is gone already is no error."""
         try:

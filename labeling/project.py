@@ -1,8 +1,11 @@
-"""The project that holds this store's questions, found again by a marker that the ledger keeps.
+"""The projects that hold this store's questions, found again by a marker that the ledger keeps.
 
 The marker is written to the ledger before the project is made, so a process killed in between finds
 its project again instead of making another. A project that was deleted by hand is made anew, and
 its open questions wait to be pushed again; answers that were read from it stay.
+
+One project is shared. Blind questions have others: one for each named reader, since readers would see
+each other's answers in a shared one, and one for blind questions that are nobody's own.
 """
 
 from dataclasses import dataclass
@@ -36,59 +39,102 @@ class Project:
     requeued: int = 0
 
 
-def open_project(store: Store, client: LabelStudioClient, settings: LabelingSettings) -> Project:
-    """Return the project of this store, made or brought up to date where that is needed.
+@dataclass(frozen=True)
+class Desk:
+    """Which of a store's projects.
+
+    Args:
+        blind: whether the model's opinion is left out.
+        reader: whose own it is, an e-mail address; None for a shared one.
+    """
+
+    blind: bool = False
+    reader: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What tells its cursor from that of the shared project."""
+        return f" blind {self.reader or ''}".rstrip() if self.blind else ""
+
+    def title(self, settings: LabelingSettings) -> str:
+        """Return the title of its project, at most 50 characters."""
+        if not self.blind:
+            return settings.project_title
+        return f"{settings.project_title[:22]}, blind: {self.reader or 'anyone'}"[:50]
+
+
+SHARED = Desk()
+
+
+def desk_of(item: ReviewItem) -> Desk:
+    """Return the project that a question belongs to."""
+    return Desk(item.blind, item.reader) if item.blind else SHARED
+
+
+def open_project(store: Store, client: LabelStudioClient, settings: LabelingSettings, desk: Desk = SHARED) -> Project:
+    """Return a project of this store, made or brought up to date where that is needed.
 
     Args:
         store: with the ledger and the taxonomy.
         client: connected.
         settings: with its title.
+        desk: which one.
     Returns:
         The project. One request if nothing changed.
     Raises:
         LabelStudioError: Label Studio does not answer, or refuses.
     """
-    name = cursor_name(client)
+    name = cursor_name(client, desk)
     with store.ledger.begin() as tx:
         cursor = tx.get(Cursor, name)
         if cursor is None:
-            cursor = Cursor(name=name, position={"marker": f"[relook:{new_id()}]", "project_id": None})
+            desk_position = {"blind": desk.blind, "reader": desk.reader}
+            cursor = Cursor(name=name, position={"marker": f"[relook:{new_id()}]", "project_id": None, **desk_position})
             tx.add(cursor)
     marker: str = cursor.position["marker"]
     known: int | None = cursor.position["project_id"]
-    config = label_config(store.taxonomy)
+    config = label_config(store.taxonomy, blind=desk.blind)
     present = client.project(known) if known is not None else None
     ours = present is not None and marker in present.description
     if present is not None and ours and present.label_config == config.strip():
         return Project(present.id, marker)
-    project_id = client.ensure_project(settings.project_title, config, marker, PRIORITY_VERSION)
+    project_id = client.ensure_project(desk.title(settings), config, marker, PRIORITY_VERSION)
     requeued = 0
     with store.ledger.begin() as tx:
-        tx.update(Cursor, name, position={"marker": marker, "project_id": project_id})
+        tx.update(Cursor, name, position={**cursor.position, "project_id": project_id})
         if known is not None and not ours:
             requeued = _requeue(tx, known)
     return Project(project_id, marker, requeued)
 
 
-def known_project(store: Store, client: LabelStudioClient) -> int | None:
-    """Return the id of this store's project as the ledger has it, without asking; None before the first push."""
+def known_project(store: Store, client: LabelStudioClient, desk: Desk = SHARED) -> int | None:
+    """Return the id of a project of this store as the ledger has it, without asking; None before the first push."""
     with store.ledger.read() as tx:
-        cursor = tx.get(Cursor, cursor_name(client))
+        cursor = tx.get(Cursor, cursor_name(client, desk))
     found = cursor.position["project_id"] if cursor is not None else None
     return int(found) if found is not None else None
 
 
-def is_ours(store: Store, client: LabelStudioClient, project_id: int) -> bool:
+def known_desks(store: Store, client: LabelStudioClient) -> dict[int, Desk]:
+    """Return this store's projects at a server as the ledger has them, by id, without asking."""
+    name = cursor_name(client)
+    with store.ledger.read() as tx:
+        cursors = [c for c in tx.find(Cursor) if c.name == name or c.name.startswith(f"{name} blind")]
+    found = {c.position["project_id"]: c.position for c in cursors if c.position["project_id"] is not None}
+    return {number: Desk(at.get("blind", False), at.get("reader")) for number, at in sorted(found.items())}
+
+
+def is_ours(store: Store, client: LabelStudioClient, project_id: int, desk: Desk = SHARED) -> bool:
     """Return whether a project is the one of this store, by its marker; an emptied server counts from 1 again."""
     with store.ledger.read() as tx:
-        cursor = tx.get(Cursor, cursor_name(client))
+        cursor = tx.get(Cursor, cursor_name(client, desk))
     project = client.project(project_id)
     return cursor is not None and project is not None and cursor.position["marker"] in project.description
 
 
-def cursor_name(client: LabelStudioClient) -> str:
-    """Return the name of the cursor that keeps the project at this server."""
-    return f"labeling.project {client.server}"
+def cursor_name(client: LabelStudioClient, desk: Desk = SHARED) -> str:
+    """Return the name of the cursor that keeps a project at this server."""
+    return f"labeling.project {client.server}{desk.suffix}"
 
 
 def _requeue(tx: Transaction, project_id: int) -> int:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import LabelStudioClient
-from labeling.project import LEASE, LEASE_WAIT_S, is_ours, known_project, open_project
+from labeling.project import LEASE, LEASE_WAIT_S, Desk, is_ours, known_desks, open_project
 from labeling.push import Advance
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
 from labeling.settings import LabelingSettings
@@ -26,6 +26,10 @@ from records.store import Store
 from records.types import AnswerKind, Cursor, ExpertLabel, ReviewItem, ReviewState
 
 _OVERLAP = timedelta(seconds=60)
+_ADDED = (
+    "annotations", "new_labels", "edited", "deleted", "cant_tell", "other", "not_understood", "tasks_deleted",
+    "requeued",
+)  # fmt: skip
 
 
 class PullReport(BaseModel):
@@ -62,15 +66,25 @@ def pull(
         LabelStudioError: Label Studio does not answer; what was read so far is kept.
         RefusedError: another process keeps pushing or pulling for over a minute.
     """
-    project_id = known_project(store, client)
-    if project_id is None:
+    desks = known_desks(store, client)
+    if not desks:
         return PullReport()
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
-        return _pull(store, client, settings, project_id, advance)
+        reports = [_pull(store, client, settings, number, desk, advance) for number, desk in desks.items()]
+    return _joined(reports)
+
+
+def _joined(reports: Sequence[PullReport]) -> PullReport:
+    """Add up what was found in the projects; the id is that of the first, which is the shared one if there is one."""
+    first = reports[0]
+    if len(reports) == 1:
+        return first
+    total = {name: sum((getattr(r, name) for r in reports), type(getattr(first, name))()) for name in _ADDED}
+    return PullReport(project_id=first.project_id, idle=all(r.idle for r in reports), **total)
 
 
 def _pull(
-    store: Store, client: LabelStudioClient, settings: LabelingSettings, project_id: int, advance: Advance
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, project_id: int, desk: Desk, advance: Advance
 ) -> PullReport:
     name = f"labeling.pull {client.server} {project_id}"
     with store.ledger.read() as tx:
@@ -83,7 +97,7 @@ def _pull(
         # only once it was found twice.
         if before == {**seen, "settled": True}:
             return PullReport(project_id=project_id, idle=True)
-        reading = _Pass(store, client, project_id)
+        reading = _Pass(store, client, project_id, desk)
         done = 0
         since = datetime.fromisoformat(before["newest_update"]) - _OVERLAP if before.get("newest_update") else None
         for page in client.list_tasks(project_id, updated_since=since, with_annotations=True):
@@ -93,7 +107,7 @@ def _pull(
         reading.record_deleted_tasks(state)
     except UnknownIdError:
         # Whoever deletes a project does not take back what its readers said: those answers stay.
-        project = open_project(store, client, settings)
+        project = open_project(store, client, settings, desk)
         return PullReport(project_id=project.id, requeued=project.requeued)
     settled = {key: before.get(key) for key in seen} == seen
     with store.ledger.begin() as tx:
@@ -123,6 +137,7 @@ class _Pass:
     store: Store
     client: LabelStudioClient
     project_id: int
+    desk: Desk = field(default_factory=Desk)
     readers: dict[int, str] = field(default_factory=dict)
     added: list[ExpertLabel] = field(default_factory=list)
     not_understood: list[str] = field(default_factory=list)
@@ -149,7 +164,7 @@ class _Pass:
         asked = (ReviewState.PUSHED, ReviewState.ANSWERED, ReviewState.CLOSED)
         with self.store.ledger.read() as tx:
             items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": asked})
-        if len(items) <= state.total or not is_ours(self.store, self.client, self.project_id):
+        if len(items) <= state.total or not is_ours(self.store, self.client, self.project_id, self.desk):
             return
         present = {row.id for page in self.client.list_tasks(self.project_id, page_size=5000) for row in page}
         missing = {item.id: item for item in items if item.task_id not in present}
@@ -225,6 +240,7 @@ class _Pass:
             annotator=reader,
             annotated_at=annotation.updated_at,
             lead_time_s=annotation.lead_time_s,
+            blind=item.blind,
             server=self.client.server,
             project_id=self.project_id,
             task_id=row.id,

@@ -8,12 +8,14 @@ imported again. Nothing is lost while Label Studio is down; the items wait in th
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import LabelStudioClient
-from labeling.project import LEASE, LEASE_WAIT_S, Project, open_project
+from labeling.project import LEASE, LEASE_WAIT_S, Desk, Project, desk_of, known_desks, open_project
+from labeling.reads import plan_reads, says_hash, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
@@ -29,6 +31,7 @@ Advance = Callable[[int, int], None]
 """Called with (done, total) after each batch."""
 
 _ENCODERS = 2
+_ADDED = ("pushed", "adopted", "refreshed", "blind", "doubled", "requeued", "withdrawn")
 
 
 class PushReport(BaseModel):
@@ -36,9 +39,11 @@ class PushReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    project_id: int | None = Field(default=None, description="empty if nothing waited")
+    project_id: int | None = Field(default=None, description="of the shared project; empty if nothing waited for it")
     pushed: int = Field(default=0, ge=0, description="tasks that were imported")
     adopted: int = Field(default=0, ge=0, description="tasks that an earlier, killed push had imported")
+    refreshed: int = Field(default=0, ge=0, description="tasks whose question had changed since they were sent")
+    blind: int = Field(default=0, ge=0, description="tasks imported without the model's opinion")
     doubled: int = Field(default=0, ge=0, description="second tasks of an item that were removed")
     requeued: int = Field(default=0, ge=0, description="questions asked again, since their project was deleted")
     withdrawn: int = Field(default=0, ge=0, description="questions about pictures that were erased meanwhile")
@@ -62,14 +67,15 @@ def push(
         model_id: of the model that answers now; goes into the meta data of items without a prediction.
         advance: hears how far it is.
     Returns:
-        What was done. A second push adds nothing, and asks nothing if no item waits.
+        What was done. A second push adds nothing, and asks nothing if no item waits or changed.
     Raises:
         LabelStudioError: Label Studio does not answer or refuses; what was pushed so far is recorded.
         RefusedError: another process keeps pushing or pulling for over a minute.
     """
     with store.ledger.read() as tx:
-        if tx.count(ReviewItem, where={"state": ReviewState.NEW}) == 0:
-            return PushReport()
+        waits = tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
+    if not waits and not stale_items(store):
+        return PushReport()
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
         return _push(store, client, settings, model_id, advance)
 
@@ -77,33 +83,95 @@ def push(
 def _push(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None, advance: Advance
 ) -> PushReport:
-    project = open_project(store, client, settings)
-    adopted, doubled = adopt(store, client, project)
+    plan_reads(store, settings)
+    refreshed = _refresh(store, client, settings, model_id)
     with store.ledger.read() as tx:
         waiting = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
-    pushed, withdrawn = 0, 0
-    unreadable: list[str] = []
-    for start in range(0, len(waiting), settings.push_batch):
-        batch = _prepare(store, waiting[start : start + settings.push_batch], project, settings, model_id)
-        task_ids = client.import_tasks(project.id, batch.documents) if batch.documents else []
-        with store.ledger.begin() as tx:
-            for item, task_id in zip(batch.items, task_ids, strict=True):
-                _mark_pushed(tx, item.id, project.id, task_id)
-            for item in batch.erased:
-                tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
-        pushed += len(batch.items)
-        withdrawn += len(batch.erased)
-        unreadable.extend(batch.unreadable)
-        advance(min(start + settings.push_batch, len(waiting)), len(waiting))
-    return PushReport(
-        project_id=project.id,
-        pushed=pushed,
-        adopted=adopted,
-        doubled=doubled,
-        requeued=project.requeued,
-        withdrawn=withdrawn,
-        unreadable=unreadable,
-    )
+    by_desk: dict[Desk, list[ReviewItem]] = {}
+    for item in waiting:
+        by_desk.setdefault(desk_of(item), []).append(item)
+    done, reports = 0, [PushReport(refreshed=refreshed)]
+    for desk in sorted(by_desk, key=lambda desk: (desk.blind, desk.reader or "")):
+        told = partial(_advance, advance, done, len(waiting))
+        reports.append(_Sending(store, client, settings, model_id, desk, told).run())
+        done += len(by_desk[desk])
+    return _joined(reports)
+
+
+def _advance(advance: Advance, before: int, total: int, done: int) -> None:
+    advance(before + done, total)
+
+
+def _joined(reports: Sequence[PushReport]) -> PushReport:
+    numbers = {name: sum(getattr(r, name) for r in reports) for name in _ADDED}
+    project_id = next((r.project_id for r in reports if r.project_id is not None), None)
+    return PushReport(project_id=project_id, unreadable=[s for r in reports for s in r.unreadable], **numbers)
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """One project's share of a push; `advance` hears how many of its items are done."""
+
+    store: Store
+    client: LabelStudioClient
+    settings: LabelingSettings
+    model_id: str | None
+    desk: Desk
+    advance: Callable[[int], None]
+
+    def run(self) -> PushReport:
+        """Import what waits for this project, the most urgent first."""
+        project = open_project(self.store, self.client, self.settings, self.desk)
+        adopted, doubled = adopt(self.store, self.client, project)
+        where = {"state": ReviewState.NEW, "blind": self.desk.blind, "reader": self.desk.reader}
+        with self.store.ledger.read() as tx:
+            waiting = tx.find(ReviewItem, where=where, order_by=("-priority", "id"))
+        pushed, withdrawn = 0, 0
+        unreadable: list[str] = []
+        size = self.settings.push_batch
+        for start in range(0, len(waiting), size):
+            part = waiting[start : start + size]
+            batch = _prepare(self.store, part, project, self.settings, self.model_id)
+            task_ids = self.client.import_tasks(project.id, batch.documents) if batch.documents else []
+            with self.store.ledger.begin() as tx:
+                for item, task_id in zip(batch.items, task_ids, strict=True):
+                    _mark_pushed(tx, item, project.id, task_id)
+                for item in batch.erased:
+                    tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
+            pushed += len(batch.items)
+            withdrawn += len(batch.erased)
+            unreadable.extend(batch.unreadable)
+            self.advance(min(start + size, len(waiting)))
+        return PushReport(
+            project_id=None if self.desk.blind else project.id,
+            pushed=pushed,
+            adopted=adopted,
+            blind=pushed if self.desk.blind else 0,
+            doubled=doubled,
+            requeued=project.requeued,
+            withdrawn=withdrawn,
+            unreadable=unreadable,
+        )
+
+
+def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None) -> int:
+    """Bring open tasks in line whose question changed since: a new rank, another reason, a comment."""
+    stale = stale_items(store)
+    desks = known_desks(store, client) if stale else {}
+    refreshed = 0
+    for number, desk in desks.items():
+        mine = [item for item in stale if item.project_id == number]
+        if not mine:
+            continue
+        project = open_project(store, client, settings, desk)
+        for start in range(0, len(mine) if project.id == number else 0, settings.push_batch):
+            batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, model_id)
+            for item, document in zip(batch.items, batch.documents, strict=True):
+                # A task that is gone is found by the next pull.
+                refreshed += client.refresh_task(item.task_id or 0, document)
+                with store.ledger.begin() as tx:
+                    tx.update(ReviewItem, item.id, sent_hash=says_hash(item))
+    return refreshed
 
 
 def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[int, int]:
@@ -129,7 +197,7 @@ def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[in
             for row in ours:
                 item = tx.get(ReviewItem, str(row.meta["relook_item"]))
                 if item is not None and item.task_id is None and item.state == ReviewState.NEW:
-                    _mark_pushed(tx, item.id, project.id, row.id)
+                    _mark_pushed(tx, item, project.id, row.id, adopted=True)
                     adopted += 1
                 elif item is not None and item.task_id != row.id and not row.annotations:
                     second.append(row)
@@ -144,10 +212,10 @@ def item_key(item_id: str, project: Project) -> str:
     return f"{item_id}{project.marker}"
 
 
-def _mark_pushed(tx: Transaction, item_id: str, project_id: int, task_id: int) -> None:
-    tx.update(
-        ReviewItem, item_id, state=ReviewState.PUSHED, project_id=project_id, task_id=task_id, pushed_at=utc_now()
-    )
+def _mark_pushed(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, adopted: bool = False) -> None:
+    """Record where a question went; what an adopted task says is not known, so it is refreshed once."""
+    changes = {"state": ReviewState.PUSHED, "project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
+    tx.update(ReviewItem, item.id, **changes, sent_hash="adopted" if adopted else says_hash(item))
 
 
 @dataclass(frozen=True)

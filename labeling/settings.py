@@ -1,6 +1,7 @@
 """The settings of the labeling room: which Label Studio, what a task looks like, how often to look."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 
@@ -37,6 +38,21 @@ class LabelingSettings(RoomSettings):
         default=512, ge=64, le=512, description="longer side of the pictures embedded in a task, pixels"
     )
     jpeg_quality: int = Field(default=88, ge=50, le=100, description="quality of embedded pictures, 50 to 100")
+    blind_share: float = Field(
+        default=0.1, ge=0, le=1, description="share of questions whose reader is not shown the model's opinion, 0 to 1"
+    )
+    readers: tuple[str, ...] = Field(
+        default=(), description="e-mail addresses of those who read blind, each in a project of their own"
+    )
+    reads_per_question: int = Field(
+        default=1, ge=1, le=9, description="independent blind reads of an urgent or a flagged question, people"
+    )
+    consensus: Literal["majority", "dawid_skene"] = Field(
+        default="majority", description="how several answers about one picture become a label"
+    )
+    adjudicate_below: float = Field(
+        default=0.67, gt=0, le=1, description="share of agreeing readers under which another one decides, 0 to 1"
+    )
     push_batch: int = Field(default=100, ge=1, le=1000, description="tasks in one import")
     poll_every_s: float = Field(
         default=15.0, ge=1, le=3600, description="pause of `relook label sync --watch` between two looks, seconds"

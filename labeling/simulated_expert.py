@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from labeling.client import LabelStudioClient
-from labeling.project import known_project
+from labeling.project import known_desks
 from labeling.push import Advance
 from labeling.tasks import CANT_TELL, answer_result
 from records.errors import ContractError, UnknownIdError
@@ -73,11 +73,11 @@ def answer(
     """
     if min(error_rate, cant_tell_rate) < 0 or not error_rate + cant_tell_rate <= 1:
         raise ContractError(f"rates must be 0 to 1 together, got {error_rate} wrong and {cant_tell_rate} can't tell")
-    project_id = known_project(store, client)
-    if project_id is None:
+    projects = list(known_desks(store, client))
+    if not projects:
         return []
     with store.ledger.read() as tx:
-        where = {"state": ReviewState.PUSHED, "project_id": project_id}
+        where = {"state": ReviewState.PUSHED, "project_id": projects}
         waiting = tx.find(ReviewItem, where=where, order_by=("-priority", "id"))
     wanted = [item for item in waiting if item.image_id in truth and item.task_id is not None][:limit]
     if not wanted:

@@ -8,7 +8,7 @@ from labeling.client import LabelStudioClient
 from labeling.connection import connect
 from labeling.environment import environment_of, is_ready
 from labeling.local_server import LocalLabelStudio
-from labeling.project import is_ours, known_project
+from labeling.project import Desk, is_ours, known_desks, known_project
 from labeling.settings import LabelingSettings
 from labeling.tasks import label_config
 from records.errors import RelookError
@@ -53,7 +53,8 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
         if client is not None:
             with client:
                 version, url, project_id = client.version(), client.url, known_project(store, client)
-                tasks = _look_at_project(store, client, project_id, problems) if project_id is not None else None
+                counts = [_look_at_project(store, client, *one, problems) for one in known_desks(store, client).items()]
+                tasks = sum(count for count in counts if count is not None) if any(counts) else None
         elif installed:
             problems.append("Label Studio was never started here; run `relook label up`")
     except RelookError as error:
@@ -66,15 +67,17 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
     )
 
 
-def _look_at_project(store: Store, client: LabelStudioClient, project_id: int, problems: list[str]) -> int | None:
+def _look_at_project(
+    store: Store, client: LabelStudioClient, project_id: int, desk: Desk, problems: list[str]
+) -> int | None:
     project = client.project(project_id)
-    if project is None or not is_ours(store, client, project_id):
+    if project is None or not is_ours(store, client, project_id, desk):
         problems.append(
             f"project {project_id} is gone from Label Studio; `relook label sync` makes it anew and asks its open "
             "questions again"
         )
         return None
-    if project.label_config != label_config(store.taxonomy).strip():
+    if project.label_config != label_config(store.taxonomy, blind=desk.blind).strip():
         problems.append(f"the labeling page of project {project_id} was changed by hand; the next push sets it back")
     return client.state(project_id).total
 

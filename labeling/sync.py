@@ -1,7 +1,8 @@
 """Pull and push, one after the other. Each holds the lease, so it never runs twice at the same time."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from labeling.adjudication import ask_to_decide
 from labeling.client import LabelStudioClient
 from labeling.pull import PullReport, pull
 from labeling.push import Advance, PushReport, push
@@ -14,6 +15,7 @@ class SyncReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    adjudications: int = Field(default=0, ge=0, description="questions added since readers disagree")
     pull: PullReport
     push: PushReport
 
@@ -42,4 +44,5 @@ def sync(
     """
     # In this order, since a pull may find that questions have to be asked again.
     pulled = pull(store, client, settings, advance=advance)
-    return SyncReport(pull=pulled, push=push(store, client, settings, model_id, advance=advance))
+    asked = ask_to_decide(store, settings.adjudicate_below) if not pulled.idle else 0
+    return SyncReport(adjudications=asked, pull=pulled, push=push(store, client, settings, model_id, advance=advance))

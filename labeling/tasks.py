@@ -84,11 +84,12 @@ class Answer:
     understood: bool = True
 
 
-def label_config(taxonomy: Taxonomy) -> str:
+def label_config(taxonomy: Taxonomy, *, blind: bool = False) -> str:
     """Return the XML of the labeling page for a taxonomy.
 
     Args:
         taxonomy: its classes become the choices, in its order; the first nine get the digits as hotkeys.
+        blind: whether to leave out what the model answered and where it looked.
     Returns:
         XML text; equal taxonomies give equal text.
     """
@@ -98,14 +99,8 @@ def label_config(taxonomy: Taxonomy) -> str:
         left, "Image", name="image", value="$image", zoom="true", zoomControl="true", rotateControl="true",
         brightnessControl="true", contrastControl="true", selectionControl="false", maxWidth="520px",
     )  # fmt: skip
-    folds = ElementTree.SubElement(left, "Collapse", accordion="false")
-    answer = ElementTree.SubElement(folds, "Panel", value="What the model answered")
-    ElementTree.SubElement(answer, "Header", value="$answer", size="5")
-    looked = ElementTree.SubElement(folds, "Panel", value="Where the model looked")
-    ElementTree.SubElement(
-        looked, "Image", name="heatmap", value="$heatmap", zoom="true", zoomControl="true", selectionControl="false",
-        maxWidth="520px",
-    )  # fmt: skip
+    if not blind:
+        _add_model(left)
     right = ElementTree.SubElement(page, "View", style="flex: 1 1 300px; min-width: 280px")
     ElementTree.SubElement(right, "Header", value="$why", size="4")
     ElementTree.SubElement(right, "Header", value="$about", size="6")
@@ -146,20 +141,34 @@ def task_document(
     Raises:
         PictureError: the picture or the overlay cannot be decoded.
     """
-    side_px = settings.picture_side_px
-    heat_map = data_uri(overlay, settings, enlarge=True) if overlay is not None else _no_heat_map(side_px)
     return {
         "data": {
             "image": data_uri(picture, settings),
-            "heatmap": heat_map,
-            "why": why_text(item, taxonomy),
-            "answer": answer_text(prediction, taxonomy),
+            **_opinion(item, overlay, prediction, taxonomy, settings),
             "about": about_text(image),
             "relook_item": item.id,
             "relook_key": key,
         },
         "meta": {"relook_item": item.id, "relook_key": key},
         "predictions": [{"result": [], "score": -item.priority, "model_version": PRIORITY_VERSION}],
+    }
+
+
+def _opinion(
+    item: ReviewItem,
+    overlay: bytes | None,
+    prediction: Prediction | None,
+    taxonomy: Taxonomy,
+    settings: LabelingSettings,
+) -> dict[str, str]:
+    """Return what the model thinks and why it is asked; a blind reader gets neither, not even in the task's data."""
+    if item.blind:
+        return {"why": "Please give your diagnosis."}
+    heat_map = data_uri(overlay, settings, enlarge=True) if overlay is not None else None
+    return {
+        "why": why_text(item, taxonomy),
+        "answer": answer_text(prediction, taxonomy),
+        "heatmap": heat_map or _no_heat_map(settings.picture_side_px),
     }
 
 
@@ -174,14 +183,16 @@ def why_text(item: ReviewItem, taxonomy: Taxonomy) -> str:
 
 
 def answer_text(prediction: Prediction | None, taxonomy: Taxonomy) -> str:
-    """Return the model's three best classes with their probabilities, in words."""
+    """Return the model's three best classes with their probabilities, and what it could not rule out, in words."""
     if prediction is None:
         return "The model was not asked."
     if prediction.label is None or prediction.probabilities is None:
         return "The model gave no answer."
     names = _names(taxonomy)
     best = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:3]
-    return " · ".join(f"{names.get(code, code)} {probability:.0%}" for code, probability in best)
+    said = " · ".join(f"{names.get(code, code)} {probability:.0%}" for code, probability in best)
+    held = [names.get(code, code) for code in prediction.prediction_set]
+    return f"{said}. Not ruled out: {', '.join(held)}" if held else said
 
 
 def about_text(image: Image) -> str:
@@ -260,6 +271,18 @@ def answer_result(label: str) -> list[dict[str, Any]]:
         What `read_answer` reads back.
     """
     return [{"from_name": "diagnosis", "to_name": "image", "type": "choices", "value": {"choices": [label]}}]
+
+
+def _add_model(left: ElementTree.Element) -> None:
+    """Add the model's opinion, folded away until the reader opens it."""
+    folds = ElementTree.SubElement(left, "Collapse", accordion="false")
+    answer = ElementTree.SubElement(folds, "Panel", value="What the model answered")
+    ElementTree.SubElement(answer, "Header", value="$answer", size="5")
+    looked = ElementTree.SubElement(folds, "Panel", value="Where the model looked")
+    ElementTree.SubElement(
+        looked, "Image", name="heatmap", value="$heatmap", zoom="true", zoomControl="true", selectionControl="false",
+        maxWidth="520px",
+    )  # fmt: skip
 
 
 def _add_diagnosis(parent: ElementTree.Element, taxonomy: Taxonomy) -> None:

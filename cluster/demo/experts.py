@@ -10,7 +10,7 @@ from cluster.demo.view import View
 from cluster.settings import Settings
 from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
-from labeling.project import known_project
+from labeling.project import known_desks
 from labeling.simulated_expert import answer
 from records.datasets import load_dataset
 from records.errors import LabelStudioError
@@ -51,12 +51,13 @@ def wait_for_people(store: Store, client: LabelStudioClient, server: ServerInfo,
         server: whose address and login are shown.
         view: shows how far it is.
     """
-    project_id = _project(store, client)
-    view.say(f"your turn: {server.url}/projects/{project_id}/data")
+    projects = _projects(store, client)
+    for project_id in projects:
+        view.say(f"your turn: {server.url}/projects/{project_id}/data")
     view.say(f"log in as {server.username} with the password {server.password.get_secret_value()}")
     with store.ledger.read() as tx:
         wanted = tx.count(ReviewItem, where={"state": ReviewState.PUSHED})
-    while (answered := client.state(project_id).total_annotations) < wanted:
+    while (answered := sum(client.state(number).total_annotations for number in projects)) < wanted:
         view.now(f"waiting for experts: {answered} of {wanted} answered")
         time.sleep(LOOK_EVERY_S)
 
@@ -71,11 +72,12 @@ def label_studio_figures(store: Store, client: LabelStudioClient, dataset_id: st
     Returns:
         Tasks and annotations there, and what became of each annotation that was pulled.
     """
-    project_id = _project(store, client)
-    tasks = [task for page in client.list_tasks(project_id, with_annotations=True) for task in page]
+    projects = _projects(store, client)
+    pages = (page for number in projects for page in client.list_tasks(number, with_annotations=True))
+    tasks = [task for page in pages for task in page]
     there = {annotation.id for task in tasks for annotation in task.annotations if not annotation.was_cancelled}
     with store.ledger.read() as tx:
-        rows = tx.find(ExpertLabel, where={"project_id": project_id}, order_by=("created_at", "id"))
+        rows = tx.find(ExpertLabel, where={"project_id": projects}, order_by=("created_at", "id"))
     newest = {row.annotation_id: row for row in rows}
     pulled = [row for row in newest.values() if not row.deleted]
     items = Counter(str(task.meta.get("relook_item")) for task in tasks)
@@ -107,8 +109,8 @@ def _fates(pulled: list[ExpertLabel], manifest: pd.DataFrame) -> dict[str, int]:
     return dict(fates)
 
 
-def _project(store: Store, client: LabelStudioClient) -> int:
-    project_id = known_project(store, client)
-    if project_id is None:
+def _projects(store: Store, client: LabelStudioClient) -> list[int]:
+    projects = list(known_desks(store, client))
+    if not projects:
         raise LabelStudioError("nothing was pushed to Label Studio yet")
-    return project_id
+    return projects

@@ -53,6 +53,8 @@ class ResolvedLabel(BaseModel):
     image_id: str
     label: str | None = Field(description="class code; empty if nobody could tell, or no class fits")
     confirmation: Confirmation = Field(description="single_reader, or consensus of two and more")
+    confidence: float | None = Field(default=None, ge=0, le=1, description="share or probability behind the label")
+    method: str = Field(default="majority", description="majority, dawid_skene or adjudication")
     annotators: list[str] = Field(default_factory=list)
     expert_label_ids: list[str] = Field(default_factory=list, description="the rows that were counted")
     from_audit_sample: bool = Field(

@@ -110,7 +110,7 @@ class ReviewItem(Record):
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(
         {"state", "priority", "reasons", "project_id", "task_id", "pushed_at", "answered_at", "overlay_blob"}
-        | {"comment", "suggested_label"}
+        | {"comment", "suggested_label", "blind", "reader", "sent_hash"}
     )
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("state", "priority"), ("prediction_id",), ("image_id",))
 
@@ -125,6 +125,9 @@ class ReviewItem(Record):
     overlay_blob: str | None = Field(default=None, description="blob id of the heat map over the picture, PNG")
     comment: str | None = Field(default=None, description="what the person who flagged it wrote")
     suggested_label: str | None = None
+    blind: bool = Field(default=False, description="true if the reader is not shown what the model answered")
+    reader: str | None = Field(default=None, description="whose own project it goes to; empty for a shared one")
+    sent_hash: str | None = Field(default=None, description="of what the task says of it; another one means stale")
     state: ReviewState = ReviewState.NEW
     project_id: int | None = None
     task_id: int | None = None

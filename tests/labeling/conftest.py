@@ -37,7 +37,7 @@ def picture(seed: int, kind: str = "JPEG", size: tuple[int, int] = (96, 72)) -> 
 @pytest.fixture(scope="session")
 def settings() -> LabelingSettings:
     """Port 0 takes a free one; the environment may be one that exists already."""
-    return LabelingSettings(port=0, environment=Path(ENVIRONMENT) if ENVIRONMENT else None)
+    return LabelingSettings(port=0, blind_share=0.0, environment=Path(ENVIRONMENT) if ENVIRONMENT else None)
 
 
 @pytest.fixture(scope="session")
