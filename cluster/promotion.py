@@ -1,19 +1,39 @@
-"""Let a model answer by hand: through the gate, or plainly as provisional."""
+"""Let a model answer by hand: through the gate, plainly as provisional, or against the gate with a reason.
 
+Who asks is the bearer of the key in RELOOK_KEY, else the user of this machine. Where `round.approval` is
+`person`, whoever started the round that made a model does not approve it. Every promotion is audited
+and leaves a change record.
+"""
+
+import getpass
+import os
 from typing import Any
 
-from cluster.gate import Verdict
+from cluster.change_record import write_change_record
+from cluster.gate import GateReport, Verdict
 from cluster.judging import judge
 from cluster.settings import Settings
 from records import audit
-from records.bundles import find_bundle, register, serve_model
+from records.bundles import Bundle, find_bundle, register, serve_model
 from records.datasets import load_dataset
 from records.errors import RefusedError
+from records.ledger import Transaction
 from records.store import Store
-from records.types import DatasetRecord, ModelStatus
+from records.types import AuditEvent, DatasetRecord, ModelRecord, ModelStatus, RoundRecord, Scope
+from serving.access.keys import Caller, KeyRing
+
+KEY_VARIABLE = "RELOOK_KEY"
 
 
-def promote_model(store: Store, settings: Settings, name: str, *, provisional: bool) -> dict[str, Any]:
+def promote_model(
+    store: Store,
+    settings: Settings,
+    name: str,
+    *,
+    provisional: bool = False,
+    forced_because: str | None = None,
+    caller: Caller | None = None,
+) -> dict[str, Any]:
     """Let a model answer; a running service takes it up within seconds.
 
     Args:
@@ -21,26 +41,100 @@ def promote_model(store: Store, settings: Settings, name: str, *, provisional: b
         settings: with the gate's margins.
         name: id prefix, bundle path or `candidate`.
         provisional: serve it without asking the gate; API and page say `provisional`.
+        forced_because: promote it whatever the gate says, for this reason.
+        caller: the bearer of a key; forcing needs one with the scope `admin`.
     Returns:
-        `model_id`, `status` and, if the gate was asked, its report.
+        `model_id`, `status`, `by` and, if the gate was asked, its report.
     Raises:
-        RefusedError: the gate does not promote it.
+        RefusedError: the gate does not promote it, the reason is empty, or the same person started the round.
+        AccessError: it is forced without the scope `admin`.
         UnknownIdError: there is no such model.
     """
+    person = name_of(caller)
     bundle = find_bundle(store, name)
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {bundle.id[:12]}")
-    report = None
-    if not provisional:
-        with store.ledger.read() as tx:
-            newest = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
-        if not newest:
-            raise RefusedError("the gate needs a dataset version to judge on; import one, or use --provisional")
-        report = judge(store, settings, bundle, load_dataset(store, newest[0].id), actor="relook promote")
-        if report.verdict is not Verdict.PROMOTE:
-            raise RefusedError(f"the gate says {report.verdict}: {report.why}")
+    if forced_because is not None:
+        _require_right_to_force(forced_because, caller)
+    if settings.round.approval == "person":
+        _require_second_person(store, bundle, person)
+    report = None if provisional else _ask_gate(store, settings, bundle)
+    if report is not None and report.verdict is not Verdict.PROMOTE and forced_because is None:
+        raise RefusedError(f"the gate says {report.verdict}: {report.why}")
     status = ModelStatus.PROVISIONAL if provisional else ModelStatus.CHAMPION
+    details: dict[str, Any] = {}
+    if report is not None:
+        details = {"verdict": report.verdict, "balanced_accuracy": report.balanced_accuracy}
+    if forced_because is not None:
+        details["forced_because"] = forced_because
     with store.ledger.begin() as tx:
         register(tx, bundle)
         serve_model(tx, bundle.id, status)
-        audit.append(tx, actor="relook promote", action=f"model.{status}", subject=bundle.id)
-    return {"model_id": bundle.id, "status": status, "gate": report.model_dump(mode="json") if report else None}
+        audit.append(tx, actor=person, action=f"model.{status}", subject=bundle.id, details=details)
+    write_change_record(store, bundle.id, report, person, forced_because=forced_because)
+    return {
+        "model_id": bundle.id,
+        "status": status,
+        "by": person,
+        "forced": forced_because is not None,
+        "gate": report.model_dump(mode="json") if report else None,
+    }
+
+
+def caller_of(store: Store, token: str | None) -> Caller | None:
+    """Return the bearer of a key, None without one.
+
+    Args:
+        store: with the keys.
+        token: what RELOOK_KEY holds.
+    Returns:
+        The caller.
+    Raises:
+        AccessError: the key is unknown, expired or revoked.
+    """
+    return KeyRing(store).caller(f"Bearer {token}") if token else None
+
+
+def name_of(caller: Caller | None) -> str:
+    """Return who acts, for the audit: the key's id, else the user of this machine."""
+    if caller is not None:
+        return f"key {caller.id}"
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"  # a container may run as a user that has no name
+
+
+def _ask_gate(store: Store, settings: Settings, bundle: Bundle) -> GateReport:
+    with store.ledger.read() as tx:
+        newest = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
+    if not newest:
+        raise RefusedError("the gate needs a dataset version to judge on; import one, or use --provisional")
+    return judge(store, settings, bundle, load_dataset(store, newest[0].id), actor="relook promote")
+
+
+def _require_right_to_force(reason: str, caller: Caller | None) -> None:
+    if not reason.strip():
+        raise RefusedError("a forced promotion needs a reason that others will read; give --reason")
+    if caller is None:
+        raise RefusedError(f"a forced promotion needs a key with the scope admin; put it into {KEY_VARIABLE}")
+    caller.require(Scope.ADMIN)
+
+
+def _require_second_person(store: Store, bundle: Bundle, person: str) -> None:
+    with store.ledger.read() as tx:
+        started_by = _started_by(tx, bundle)
+    if started_by == person:
+        raise RefusedError(
+            f"{person} started the round that made model {bundle.id[:12]}, and round.approval is person; "
+            "somebody else has to promote it, with a key of their own"
+        )
+
+
+def _started_by(tx: Transaction, bundle: Bundle) -> str | None:
+    """Return who started the round that made a model, None if no round did."""
+    model = tx.get(ModelRecord, bundle.id)
+    if model is None or model.round is None:
+        return None
+    rounds = tx.find(RoundRecord, where={"number": model.round}, limit=1)
+    started = tx.find(AuditEvent, where={"action": "round.started", "subject": rounds[0].id}) if rounds else []
+    return started[0].actor if started else None

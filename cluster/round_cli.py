@@ -5,7 +5,7 @@ relook round --watch --set round.watch_labels=100
 relook round --replay 3
 """
 
-import getpass
+import os
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-ByOption = Annotated[
-    str | None, typer.Option("--by", help="Who starts it, for the audit; default: the user of this machine.")
-]
-
 
 @app.command("round")
 def round_verb(
@@ -34,20 +30,20 @@ def round_verb(
     watch: Annotated[bool, typer.Option("--watch", help="Start rounds whenever one is due, until stopped.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a round would do and cost.")] = False,
     replay: Annotated[int | None, typer.Option("--replay", help="Run round N again and compare.")] = None,
-    by: ByOption = None,
     config: ConfigOption = None,
     preset: PresetOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a round: collect labels, train, evaluate, ask the gate, roll out, ask experts."""
+    from cluster.promotion import KEY_VARIABLE, caller_of, name_of
     from records.store import open_store
 
     if resume + watch + dry_run + (replay is not None) > 1:
         raise ConfigError("--resume, --watch, --dry-run and --replay exclude one another; give one of them")
     settings: Settings = settings_of(ctx, config, preset, sets)
-    person = by or getpass.getuser()
     with closing(open_store(settings.records)) as store:
+        person = name_of(caller_of(store, os.environ.get(KEY_VARIABLE)))
         if dry_run:
             _show_plan(store, settings, as_json)
         elif replay is not None:

@@ -3,12 +3,15 @@
 What they compute with is imported inside them, so that `relook --help` stays quick.
 """
 
+import os
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of
+from records.errors import ConfigError
 
 app = typer.Typer()
 
@@ -48,17 +51,48 @@ def promote(
     provisional: Annotated[
         bool, typer.Option("--provisional", help="Serve it without the gate's word; every answer says so.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Whatever the gate says; needs --reason, and an admin's key in RELOOK_KEY.")
+    ] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why it is forced; others will read it.")] = "",
     config: ConfigOption = None,
     preset: PresetOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let a model answer, if the gate promotes it; a running service takes it up by itself."""
-    from cluster.promotion import promote_model
+    from cluster.promotion import KEY_VARIABLE, caller_of, promote_model
+    from records.store import open_store
+
+    if force and provisional:
+        raise ConfigError("--force and --provisional exclude each other; give one of them")
+    settings = settings_of(ctx, config, preset, sets)
+    with closing(open_store(settings.records)) as store:
+        promoted = promote_model(
+            store,
+            settings,
+            model,
+            provisional=provisional,
+            forced_because=reason if force else None,
+            caller=caller_of(store, os.environ.get(KEY_VARIABLE)),
+        )
+    emit(as_json, promoted, f"model {promoted['model_id'][:12]} is {promoted['status']} and answers")
+
+
+@app.command("monitor")
+def monitor_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how good the answers are that were really given, from the random audit sample alone."""
+    from cluster.monitor import monitor, report
     from records.store import open_store
 
     settings = settings_of(ctx, config, preset, sets)
-    store = open_store(settings.records)
-    promoted = promote_model(store, settings, model, provisional=provisional)
-    store.close()
-    emit(as_json, promoted, f"model {promoted['model_id'][:12]} is {promoted['status']} and answers")
+    with closing(open_store(settings.records)) as store:
+        found = monitor(store, settings.serving.audit_share)
+    empty = "no picture of the audit sample has an expert's answer yet; `relook label sync` brings answers in"
+    emit(as_json, {"quality": [q.model_dump(mode="json") for q in found]}, report(found) if found else empty)

@@ -1,0 +1,202 @@
+"""`relook monitor`: how good the answers are that were really given, from the random audit sample alone.
+
+In: predictions of the audit sample and what experts (or later outcomes) said of those pictures. Out:
+sensitivity and specificity of the key class (referred or not), and how far stated confidence is from
+being right, per model, institution and device. Each picture counts by one over the probability with
+which it was drawn. Labels that came from doubt or flags are not looked at: they are no sample.
+
+The intervals hold at all times together (a confidence sequence by betting): one may look every day and
+stop when one likes. For a share p of weighted events x in [0, 1], the wealth of a bet against p is
+prod(1 + b w (x - p)) with w the weight over the largest that is possible; p is given up when the mean wealth of
+a grid of bets reaches 1 / alpha (Ville's inequality; Waudby-Smith and Ramdas, 2023).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from rich.table import Table
+
+from cluster.labels import resolved_labels
+from records.errors import ContractError
+from records.store import Store
+from records.stored import find_images
+from records.types import Decision, Image, Outcome, Prediction, ReasonCode, ReviewItem
+
+LEVEL = 0.95
+_GRID = np.linspace(0.0, 1.0, 501)
+_BETS = np.linspace(0.05, 0.95, 10)
+
+
+class Share(BaseModel):
+    """A weighted share and its interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    estimate: float | None = Field(description="empty without a picture")
+    interval: tuple[float, float] = Field(description="holds at all times together, level 0.95")
+    pictures: int = Field(ge=0)
+
+
+class LiveQuality(BaseModel):
+    """What is known of the answers of a model, of an institution or of a device."""
+
+    model_config = ConfigDict(frozen=True)
+
+    by: str = Field(description="model | site | device | all")
+    name: str
+    sensitivity: Share = Field(description="of the key class: referred, by decision or label, among its cases")
+    specificity: Share = Field(description="of the key class: not referred among all other cases")
+    accuracy: Share
+    confidence_gap: float | None = Field(description="mean stated confidence minus share right, weighted")
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One answer of the audit sample whose truth is known."""
+
+    prediction: Prediction
+    image: Image
+    truth: str
+    weight: float
+
+
+def monitor(store: Store, audit_share: float) -> list[LiveQuality]:
+    """Estimate the quality of the answers that were given.
+
+    Args:
+        store: with predictions, audit sample and labels.
+        audit_share: the least chance of being drawn, setting `serving.audit_share`.
+    Returns:
+        The whole, then each model, institution and device.
+    """
+    audited = _audited(store)
+    # An earlier, smaller setting may have drawn pictures at a smaller chance.
+    largest = max([1 / audit_share if audit_share else 1.0, *(row.weight for row in audited)])
+    groups: dict[tuple[str, str], list[Audited]] = defaultdict(list)
+    for row in audited:
+        for by, name in (
+            ("all", "all"),
+            ("model", row.prediction.model_id),
+            ("site", row.image.site),
+            ("device", row.image.device),
+        ):
+            if name:
+                groups[by, name].append(row)
+    key = store.taxonomy.key_class.code if store.taxonomy.key_class else None
+    order = ("all", "model", "site", "device")
+    return [
+        _quality(*name, groups[name], key, largest) for name in sorted(groups, key=lambda g: (order.index(g[0]), g[1]))
+    ]
+
+
+def report(found: Sequence[LiveQuality]) -> Table:
+    """Return the figures as a table for people."""
+    table = Table("", "sensitivity", "specificity", "right", "confidence - right", "pictures")
+    for row in found:
+        name = row.by if row.by == "all" else f"{row.by} {row.name[:12]}"
+        gap = "" if row.confidence_gap is None else f"{row.confidence_gap:+.3f}"
+        cells = [_cell(share) for share in (row.sensitivity, row.specificity, row.accuracy)]
+        table.add_row(name, *cells, gap, str(row.accuracy.pictures))
+    return table
+
+
+def _cell(share: Share) -> str:
+    if share.estimate is None:
+        return "nothing known"
+    return f"{share.estimate:.3f} ({share.interval[0]:.3f} to {share.interval[1]:.3f})"
+
+
+def share_of(events: Sequence[bool] | NDArray[np.bool_], weights: Sequence[float], largest: float) -> Share:
+    """Estimate a weighted share with an interval that holds at all times.
+
+    Args:
+        events: [N] in the order in which they became known.
+        weights: [N] over 0, one over the probability of being drawn.
+        largest: the largest weight that a picture could have had; it must not be chosen by looking at the data.
+    Returns:
+        The share; without an event nothing is known and the interval is (0, 1).
+    Raises:
+        ContractError: a weight is over `largest`.
+    """
+    x, w = np.asarray(events, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    if not len(x):
+        return Share(estimate=None, interval=(0.0, 1.0), pictures=0)
+    if w.max() > largest * (1 + 1e-9):
+        raise ContractError(f"a weight is {w.max():g}, and the largest possible one was said to be {largest:g}")
+    scaled = w / largest
+    kept = _GRID[np.log(1 / (1 - LEVEL)) > _log_wealth(x, scaled).max(axis=0)]
+    estimate = float((w * x).sum() / w.sum())
+    ends = (float(min(kept.min(), estimate)), float(max(kept.max(), estimate))) if len(kept) else (estimate, estimate)
+    return Share(estimate=estimate, interval=ends, pictures=len(x))
+
+
+def _log_wealth(x: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the log of the mean wealth after every event, [N, grid]; half bets that p is too low, half too high."""
+    gain = weights[:, None] * (x[:, None] - _GRID)  # in [-1, 1]
+    paths = [np.log1p(bet * sign * gain).cumsum(axis=0) for bet in _BETS for sign in (1.0, -1.0)]
+    stacked = np.stack(paths)
+    top = stacked.max(axis=0)
+    wealth: NDArray[np.float64] = top + np.log(np.exp(stacked - top).mean(axis=0))
+    return wealth
+
+
+def _quality(by: str, name: str, rows: Sequence[Audited], key: str | None, largest: float) -> LiveQuality:
+    cases = [row for row in rows if row.truth == key]
+    others = [row for row in rows if row.truth != key]
+    labelled = [row for row in rows if row.prediction.label is not None and row.prediction.confidence is not None]
+    right = [row.prediction.label == row.truth for row in labelled]
+    weights = np.array([row.weight for row in labelled])
+    gap = None
+    if labelled:
+        stated = np.array([row.prediction.confidence for row in labelled], dtype=np.float64)
+        gap = float((weights * (stated - np.array(right))).sum() / weights.sum())
+    return LiveQuality(
+        by=by,
+        name=name,
+        sensitivity=share_of([_referred(row.prediction, key) for row in cases], _weights(cases), largest),
+        specificity=share_of([not _referred(row.prediction, key) for row in others], _weights(others), largest),
+        accuracy=share_of(right, _weights(labelled), largest),
+        confidence_gap=gap,
+    )
+
+
+def _weights(rows: Iterable[Audited]) -> list[float]:
+    return [row.weight for row in rows]
+
+
+def _referred(prediction: Prediction, key: str | None) -> bool:
+    """Return whether the key class would have been looked at; being drawn for the audit does not count as that."""
+    reasons = set(prediction.reasons) - {ReasonCode.AUDIT_SAMPLE}
+    return prediction.label == key or (prediction.decision is not Decision.ANSWERED and bool(reasons))
+
+
+def _audited(store: Store) -> list[Audited]:
+    """Return the served answers of the audit sample whose truth is known, in the order of the answers."""
+    with store.ledger.read() as tx:
+        items = [
+            item
+            for item in tx.find(ReviewItem)
+            if ReasonCode.AUDIT_SAMPLE in item.reasons and item.selection_probability and item.prediction_id
+        ]
+        predictions = {p.id: p for p in tx.find(Prediction, where={"id": {i.prediction_id for i in items}})}
+        outcomes = {o.image_id: o.diagnosis for o in tx.find(Outcome, order_by=("created_at",))}
+    said = {label.image_id: label.label for label in resolved_labels(store) if label.label is not None}
+    # A biopsy says more than a reader, and counts only where the picture was drawn at random, too.
+    truth = {**said, **{image_id: code for image_id, code in outcomes.items() if code in store.taxonomy.codes}}
+    known = [item for item in items if item.image_id in truth and item.prediction_id in predictions]
+    images = {image.id: image for image in find_images(store, [item.image_id for item in known])}
+    rows = [
+        Audited(
+            predictions[str(item.prediction_id)],
+            images[item.image_id],
+            truth[item.image_id],
+            1 / (item.selection_probability or 1),
+        )
+        for item in known
+    ]
+    served = (row for row in rows if row.prediction.served)
+    return sorted(served, key=lambda row: (row.prediction.created_at, row.prediction.id))
