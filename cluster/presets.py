@@ -77,7 +77,7 @@ def demo() -> Settings:
     return Settings(
         preset="demo",
         trainers=TrainersSettings(model="custom_cnn", epochs=20),
-        tuning=TuningSettings(trials=5, trial_epochs=4, max_train_images=500),
+        tuning=TuningSettings(trials=5, trial_epochs=4, max_train_images=500, confirm_seeds=0),
         round=RoundSettings(tune="every_n", select_budget=20),
     )
 

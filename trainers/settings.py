@@ -96,7 +96,8 @@ class TrainersSettings(RoomSettings):
         default="square_root", description="how often each class is shown, see `relook catalog samplers`"
     )
     augmentation: str = Field(
-        default="dissertation", description="policy, see `relook catalog augmentations`, or a YAML file"
+        default="dissertation",
+        description="policy, see `relook catalog augmentations`, one line `ops:...`, or a YAML file",
     )
     early_stop_patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without a better validation score; default: never"

@@ -20,11 +20,14 @@ from records.command import (
     ray_of,
     settings_of,
     stderr,
+    stdout,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from rich.console import RenderableType
 
     from tuning.settings import TuningSettings
     from tuning.trials import SearchEvent
@@ -43,6 +46,16 @@ def tune(
     data: Annotated[
         str | None, typer.Option("--data", help="Folder or dataset id; default: the newest version.")
     ] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option("--space", help="name=a,b or name=low..high or a YAML file; may be given more than once."),
+    ] = None,
+    searcher: Annotated[str | None, typer.Option("--searcher", help="random, tpe or pbt.")] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help="asha, median or none.")] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Fresh seeds that confirm the winner.")] = None,
+    fit_winner: Annotated[
+        bool, typer.Option("--fit/--no-fit", help="Train the winner with its whole budget and register its bundle.")
+    ] = True,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the last search; what it has settled is not run again.")
     ] = False,
@@ -57,12 +70,20 @@ def tune(
     from records.ids import new_id
     from records.store import open_store
     from trainers.data.importer import open_dataset
-    from tuning.live import search_summary
+    from tuning.page import write_report
     from tuning.report import RUN_PREFIX, find_run, report_on
-    from tuning.search import search
+    from tuning.search import search, searched_space
+    from tuning.winner import fit_winner as fit
 
     settings = settings_of(ctx, config, preset, sets)
-    tuning = _with_trials(settings.tuning, trials)
+    changes: dict[str, object] = {
+        "trials": trials,
+        "searcher": searcher,
+        "scheduler": scheduler,
+        "confirm_seeds": seeds,
+    }
+    tuning = _changed(settings.tuning, changes, space or [])
+    searched_space(tuning, settings.trainers)
     with closing(open_store(settings.records)) as store:
         with progress() as bar:
             dataset = open_dataset(store, data, progress=bar)
@@ -70,8 +91,17 @@ def tune(
         run_dir = find_run(runs) if resume else runs / f"{RUN_PREFIX}{new_id()[:16]}"
         with ray_of(ctx, settings), _watching() as on_event:
             result = search(store, tuning, settings.trainers, dataset, run_dir=run_dir, on_event=on_event)
+        bundle = None
+        if fit_winner:
+            with progress() as bar:
+                bundle = fit(store, result, dataset, run_dir, bar)
     found = report_on(run_dir)
-    emit(as_json, found, search_summary(result.header, result.trials))
+    page = write_report(found, run_dir)
+    facts = {"model_id": None if bundle is None else bundle.id, "report": str(page)}
+    emit(as_json, found.model_dump(mode="json") | facts, _summary(run_dir))
+    if bundle is not None:
+        stderr.print(f"Model {bundle.id[:12]} is trained with the winner's settings and registered.", highlight=False)
+    stderr.print(f"Report: {page}", highlight=False, soft_wrap=True)
     stderr.print(f"Train the winner: {found.command}", highlight=False, soft_wrap=True)
 
 
@@ -84,15 +114,27 @@ def report(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a search: its leaderboard, its failures with their reasons, and how to train its winner."""
+    """Show a search: leaderboard, effects, failures with their reasons, how to train its winner; write its page."""
     from records.home import open_home
-    from tuning.journal import read_journal
-    from tuning.live import search_summary
+    from tuning.live import effects_table
+    from tuning.page import write_report
     from tuning.report import find_run, report_on
 
     runs: Path = open_home(settings_of(ctx, config, preset, sets).records.home).runs
     folder = find_run(runs, run)
-    emit(as_json, report_on(folder), search_summary(*read_journal(folder)))
+    found = report_on(folder)
+    page = write_report(found, folder)
+    emit(as_json, found.model_dump(mode="json") | {"report": str(page)}, _summary(folder))
+    if not as_json:
+        stdout.print(effects_table(found.effects))
+    stderr.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+def _summary(folder: "Path") -> "RenderableType":
+    from tuning.journal import read_journal
+    from tuning.live import search_summary
+
+    return search_summary(*read_journal(folder))
 
 
 @contextmanager
@@ -113,11 +155,19 @@ def _watching() -> "Iterator[Callable[[SearchEvent], None]]":
         yield view.update
 
 
-def _with_trials(tuning: "TuningSettings", trials: int | None) -> "TuningSettings":
+def _changed(tuning: "TuningSettings", changes: dict[str, object], space: list[str]) -> "TuningSettings":
+    """Apply the options of the command line to the settings; what was not given stays."""
+    from pydantic import ValidationError
+
+    from records.errors import ConfigError
     from tuning.settings import TuningSettings
 
-    if trials is None:
-        return tuning
-    if trials < 1:
-        raise typer.BadParameter(f"--trials {trials}: at least 1 configuration has to be tried", param_hint="--trials")
-    return TuningSettings.model_validate(tuning.model_dump() | {"trials": trials})
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return TuningSettings.model_validate(
+            tuning.model_dump() | given | ({"space": (*tuning.space, *space)} if space else {})
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "tuning"
+        raise ConfigError(f"tuning.{name} cannot be {first['input']!r}: {first['msg']}") from error

@@ -1,13 +1,16 @@
 """The journal of a search: one JSON line per thing that happened, on disk before it takes effect.
 
 `journal.jsonl` in the run's folder is the only record of a search: going on after a crash and the
-report both read it. A line that was cut off by a crash is dropped; any other damage raises.
-It holds no weights and no state of the scheduler.
+report both read it. A line that was cut off by a crash is dropped; any other damage raises. Every
+decision of the scheduler stands in it as (trial, epoch, rung, score, goes on) before it takes effect,
+and what the searcher proposed follows from the trials, so both are replayed and never asked twice.
+It holds no weights.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -16,11 +19,26 @@ from pydantic import ValidationError
 
 from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
 from records.ids import canonical_json
-from tuning.trials import SearchHeader, TrialResult
+from tuning.trials import Decision, SearchHeader, TrialResult, TrialState
 
 FILE_NAME = "journal.jsonl"
 # A search may be asked for more trials than before; everything else makes it another search.
-MAY_CHANGE = {"trials"}
+MAY_CHANGE = {"trials", "confirm_seeds"}
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a journal says.
+
+    Args:
+        header: the latest.
+        trials: that were started, in order of number, as they went the last time.
+        decisions: in the order in which they were made.
+    """
+
+    header: SearchHeader
+    trials: list[TrialResult]
+    decisions: list[Decision]
 
 
 class Journal:
@@ -28,12 +46,19 @@ class Journal:
 
     Args:
         file: opened for appending.
-        settled: trials of an earlier run of the same search that need not run again, by number.
+        past: trials of an earlier run of the same search.
+        decisions: that were made in it.
     """
 
-    def __init__(self, file: TextIO, settled: dict[int, TrialResult]) -> None:
+    def __init__(self, file: TextIO, past: Sequence[TrialResult] = (), decisions: Sequence[Decision] = ()) -> None:
         self._file = file
-        self.settled = settled
+        self.past = {trial.number: trial for trial in past}
+        self.decisions = list(decisions)
+
+    @property
+    def settled(self) -> dict[int, TrialResult]:
+        """Trials of the earlier run that need not run again, by number."""
+        return {number: trial for number, trial in self.past.items() if trial.settled}
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one line and wait until it is on disk."""
@@ -68,23 +93,29 @@ def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
         ConfigError: the folder cannot be written.
     """
     path = run_dir / FILE_NAME
-    settled: dict[int, TrialResult] = {}
-    known = path.is_file()
-    if known:
-        before, trials = read_journal(run_dir)
-        _require_same_search(before, header, run_dir)
-        settled = {trial.number: trial for trial in trials if trial.settled}
+    past: Past | None = None
+    if path.is_file() and path.stat().st_size:
+        past = read_past(run_dir)
+        _require_same_search(past.header, header, run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if known:
+        if past:
             _drop_torn_line(path)
         file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"the search's folder {run_dir} cannot be written ({error.strerror}); free or change it"
         ) from error
-    journal = Journal(file, settled)
+    if past is None:
+        journal = Journal(file)
+        journal.write("search", header=header.model_dump(mode="json"))
+        return journal
+    journal = Journal(file, [_concluded(trial, past) for trial in past.trials], past.decisions)
     journal.write("search", header=header.model_dump(mode="json"))
+    for before in past.trials:
+        now = journal.past[before.number]
+        if now != before:
+            journal.write("ended", trial=now.model_dump(mode="json"))
     return journal
 
 
@@ -100,24 +131,54 @@ def read_journal(run_dir: Path) -> tuple[SearchHeader, list[TrialResult]]:
         UnknownIdError: there is no journal in the folder.
         IntegrityError: the journal is damaged (names the line).
     """
+    past = read_past(run_dir)
+    return past.header, past.trials
+
+
+def read_past(run_dir: Path) -> Past:
+    """Read what a search has recorded so far, decisions included.
+
+    Args:
+        run_dir: the run's folder.
+    Returns:
+        Header, trials and decisions.
+    Raises:
+        UnknownIdError: there is no journal in the folder.
+        IntegrityError: the journal is damaged (names the line).
+    """
     path = run_dir / FILE_NAME
     if not path.is_file():
         raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
     header: SearchHeader | None = None
     trials: dict[int, TrialResult] = {}
+    decisions: list[Decision] = []
     for number, line in _lines(path):
         try:
             entry = json.loads(line)
             if entry["kind"] == "search":
                 header = SearchHeader.model_validate(entry["header"])
-            else:
-                trial = TrialResult.model_validate(entry["trial"])
-                trials[trial.number] = trial
+                continue
+            trial = TrialResult.model_validate(entry["trial"])
+            trials[trial.number] = trial
+            if "decision" in entry:
+                decisions.append(Decision.model_validate(entry["decision"]))
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise IntegrityError(f"line {number} of {path} is damaged; start the search in a new folder") from error
     if header is None:
         raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
-    return header, [trials[number] for number in sorted(trials)]
+    return Past(header, [trials[number] for number in sorted(trials)], decisions)
+
+
+def _concluded(trial: TrialResult, past: Past) -> TrialResult:
+    """End a trial whose last decision was written down and whose end was not: the kill came between the two."""
+    if trial.state is not TrialState.RUNNING:
+        return trial
+    if trial.epochs >= past.header.trial_epochs:
+        return trial.model_copy(update={"state": TrialState.FINISHED})
+    last = [decision for decision in past.decisions if decision.number == trial.number]
+    if last and not last[-1].goes_on:
+        return trial.model_copy(update={"state": TrialState.STOPPED})
+    return trial
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tuning.confirm import verdict_on
+from tuning.effects import Effects
 from tuning.log import best_of
 from tuning.trials import EventKind, SearchEvent, SearchHeader, TrialResult, TrialState
 
@@ -49,6 +51,9 @@ class SearchView:
     def _headline(self, event: SearchEvent) -> Text:
         line = Text(f"Search: {event.trials_done} of {event.trials_total} trials done, ")
         line.append(f"{event.epochs_done} of at most {event.epochs_budget} epochs, {event.seconds:.0f} s")
+        left = seconds_left(event)
+        if left is not None:
+            line.append(f", at most {left:.0f} s left")
         if event.best is not None and event.best.score is not None:
             line.append("; best so far ")
             line.append(f"{event.best.score:.3f}", style="bold green")
@@ -59,6 +64,19 @@ class SearchView:
         running = [trial for trial in self._trials.values() if trial.state is TrialState.RUNNING]
         rest = ranked(trial for trial in self._trials.values() if trial.state is not TrialState.RUNNING)
         return [*running, *rest][: self._max_rows]
+
+
+def seconds_left(event: SearchEvent) -> float | None:
+    """Return how long the rest would take if no trial were cut off; None before anything is known.
+
+    Args:
+        event: the last one; a search that goes on counts epochs of before, so the guess is then too small.
+    Returns:
+        Seconds.
+    """
+    if not event.epochs_done:
+        return None
+    return event.seconds / event.epochs_done * max(0, event.epochs_budget - event.epochs_done)
 
 
 def line_of(event: SearchEvent) -> str | None:
@@ -108,14 +126,33 @@ def trial_table(trials: Sequence[TrialResult], best: TrialResult | None) -> Tabl
     return table
 
 
+def effects_table(effects: Effects) -> Table:
+    """Draw the effect of each choice with its interval and cost."""
+    table = Table(box=None, pad_edge=False, header_style="dim", title=f"Effects: {effects.basis}", title_justify="left")
+    for name in ("choice", "effect", "interval", "verdict", "s/epoch"):
+        table.add_column(name, no_wrap=True)
+    for row in effects.table:
+        table.add_row(
+            f"{row.axis} {row.choice}",
+            "-" if row.effect is None else f"{100 * row.effect:+.1f}",
+            "-" if row.low is None or row.high is None else f"{100 * row.low:+.1f} to {100 * row.high:+.1f}",
+            row.verdict,
+            "-" if row.seconds_per_epoch is None else f"{row.seconds_per_epoch:.1f}",
+        )
+    return table
+
+
 def search_summary(header: SearchHeader, trials: Sequence[TrialResult]) -> RenderableType:
     """Draw a whole search: what it saw, its trials with the best first, its winner."""
-    best = best_of(trials)
+    searched = [trial for trial in trials if not trial.confirms]
+    leader = best_of(searched)
+    verdict = None if leader is None else verdict_on(leader, trials)
+    best = next((trial for trial in searched if verdict and trial.number == verdict.winner), leader)
     seen = f"{header.train_images} training pictures"
     if header.train_images < header.train_images_available:
         seen += f" of {header.train_images_available}"
     lines = [
-        f"Search on dataset {header.dataset_id[:12]}: {len(trials)} of {header.trials} trials, up to "
+        f"Search on dataset {header.dataset_id[:12]}: {len(searched)} of {header.trials} trials, up to "
         f"{header.trial_epochs} epochs each, {seen}, {header.val_images} validation pictures."
     ]
     winner = "No trial was scored."
@@ -123,7 +160,8 @@ def search_summary(header: SearchHeader, trials: Sequence[TrialResult]) -> Rende
         winner = (
             f"Winner: trial {best.number}, validation balanced accuracy {best.score:.3f}, {describe(best.overrides)}."
         )
-    return Group(*lines, trial_table(ranked(trials), best), winner)
+    confirmed = () if verdict is None else (f"Fresh seeds: {verdict.words}.",)
+    return Group(*lines, trial_table(ranked(searched), best), winner, *confirmed)
 
 
 def describe(overrides: dict[str, Any]) -> str:

@@ -9,7 +9,16 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from tuning.journal import Journal
-from tuning.trials import GOOD_STATES, EventKind, SearchEvent, SearchHeader, TrialPlan, TrialResult, TrialState
+from tuning.trials import (
+    GOOD_STATES,
+    Decision,
+    EventKind,
+    SearchEvent,
+    SearchHeader,
+    TrialPlan,
+    TrialResult,
+    TrialState,
+)
 
 Listener = Callable[[SearchEvent], None]
 
@@ -31,7 +40,7 @@ def best_of(trials: Iterable[TrialResult], *, running_too: bool = False) -> Tria
         The winner, or None if no trial was scored.
     """
     states = GOOD_STATES | {TrialState.RUNNING} if running_too else GOOD_STATES
-    scored = [trial for trial in trials if trial.scores and trial.state in states]
+    scored = [trial for trial in trials if trial.scores and trial.state in states and not trial.confirms]
     return min(scored, key=lambda trial: (-max(trial.scores), trial.number)) if scored else None
 
 
@@ -40,7 +49,8 @@ class SearchLog:
 
     Args:
         header: what the search is made of.
-        journal: open; its settled trials count as done from the start.
+        journal: open; its settled trials count as done from the start, and what an unsettled one had
+            reached is kept.
         on_event: told of every happening, in order, from the thread that runs the search.
     """
 
@@ -49,9 +59,12 @@ class SearchLog:
         self._journal = journal
         self._on_event = on_event
         self._trials: dict[int, TrialResult] = {
-            number: trial for number, trial in journal.settled.items() if number < header.trials
+            number: trial for number, trial in journal.settled.items() if number < header.trials or trial.confirms
         }
-        self._cut_off: set[int] = set()
+        self._reached: dict[int, TrialResult] = {
+            number: trial for number, trial in journal.past.items() if not trial.settled
+        }
+        self._cut_off = {decision.number for decision in journal.decisions if not decision.goes_on}
         self._started_at = time.time()
         self._trial_started_at: dict[int, float] = {}
         self._due_at: dict[int, float] = {}
@@ -74,8 +87,12 @@ class SearchLog:
             self._tell(EventKind.KEPT, trial)
 
     def started(self, plan: TrialPlan) -> None:
-        """Record that a trial got its resources."""
+        """Record that a trial got its resources; one that was begun before keeps the epochs that were decided on."""
         trial = TrialResult(number=plan.number, origin=plan.origin, overrides=plan.overrides, state=TrialState.RUNNING)
+        before = self._trials.get(plan.number) or self._reached.get(plan.number)
+        if before is not None:
+            kept = {name: getattr(before, name) for name in ("scores", "epoch_seconds", "key_class_sensitivity")}
+            trial = trial.model_copy(update=kept)
         self._trials[plan.number] = trial
         self._trial_started_at[plan.number] = time.time()
         # A trial was due when the one before it on its slot ended; the first ones when the search began.
@@ -96,29 +113,28 @@ class SearchLog:
             self._change(number, start_seconds=start_seconds, cold_start=process not in self._processes)
             self._processes.add(process)
 
-    def epoch(
-        self, number: int, *, score: float, seconds: float, key_class_sensitivity: float | None, goes_on: bool
-    ) -> None:
+    def epoch(self, decision: Decision, *, seconds: float, key_class_sensitivity: float | None) -> None:
         """Record an epoch and what was decided after it, before the decision takes effect.
 
         Args:
-            number: of the trial.
-            score: validation balanced accuracy.
+            decision: about the epoch; nothing happens if the trial has that epoch already.
             seconds: that the epoch took.
             key_class_sensitivity: on validation, or None if it is undefined.
-            goes_on: False if the trial is cut off here.
         """
+        number = decision.number
         before = self._trials[number]
-        better = before.score is None or score > before.score
+        if decision.epoch <= before.epochs:
+            return
+        better = before.score is None or decision.score > before.score
         trial = self._change(
             number,
-            scores=(*before.scores, score),
+            scores=(*before.scores, decision.score),
             epoch_seconds=(*before.epoch_seconds, seconds),
             key_class_sensitivity=key_class_sensitivity if better else before.key_class_sensitivity,
         )
-        if not goes_on:
+        if not decision.goes_on:
             self._cut_off.add(number)
-        self._journal.write("epoch", trial=trial.model_dump(mode="json"), goes_on=goes_on)
+        self._journal.write("epoch", trial=trial.model_dump(mode="json"), decision=decision.model_dump(mode="json"))
         self._tell(EventKind.EPOCH, trial)
 
     def failed(self, number: int, *, kind: str, message: str, lost: bool) -> None:
@@ -155,14 +171,15 @@ class SearchLog:
     def _tell(self, kind: EventKind, trial: TrialResult) -> None:
         if self._on_event is None:
             return
+        searched = [trial for trial in self._trials.values() if not trial.confirms]
         self._on_event(
             SearchEvent(
                 kind=kind,
                 trial=trial,
                 best=best_of(self._trials.values(), running_too=True),
-                trials_done=sum(trial.state is not TrialState.RUNNING for trial in self._trials.values()),
+                trials_done=sum(trial.state is not TrialState.RUNNING for trial in searched),
                 trials_total=self._header.trials,
-                epochs_done=sum(trial.epochs for trial in self._trials.values()),
+                epochs_done=sum(trial.epochs for trial in searched),
                 epochs_budget=self._header.trials * self._header.trial_epochs,
                 seconds=self.seconds,
             )

@@ -1,11 +1,11 @@
-"""The report of a search: who led, what failed and why, and the command that repeats the winner.
+"""The report of a search: who led and how surely, what each choice did, what failed and why, what it cost.
 
-In: the journal of a run. Out: a SearchReport, as JSON or drawn by `tuning.live`. It says nothing
-about which optimizer or augmentation is better in general: trials that were favoured by successive
-halving cannot show that.
+In: the journal of a run. Out: a SearchReport, as JSON, drawn by `tuning.live`, or as a page by
+`tuning.page`. What it says about choices rests on balanced trials only (`tuning.effects`).
 """
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from records.errors import UnknownIdError
 from trainers.settings import TrainersSettings
-from tuning.journal import FILE_NAME, read_journal
+from tuning.confirm import verdict_on
+from tuning.effects import Effects, effects_of, importance_of
+from tuning.journal import FILE_NAME, read_past
 from tuning.live import ranked
 from tuning.log import best_of
-from tuning.trials import SearchHeader, TrialResult, TrialState
+from tuning.trials import Decision, SearchHeader, TrialResult, TrialState, Verdict
 
 RUN_PREFIX = "tune-"
 
@@ -31,11 +33,17 @@ class SearchReport(BaseModel):
     header: SearchHeader
     complete: bool = Field(description="whether every trial was settled")
     best: dict[str, Any] | None = Field(description="number, score, overrides of the winner")
+    verdict: Verdict | None = Field(description="what fresh seeds say; empty if nothing was confirmed")
     command: str | None = Field(description="trains with the winner's settings")
     leaderboard: tuple[dict[str, Any], ...] = Field(description="the trials, best score first")
+    effects: Effects
+    importance: dict[str, float] | None = Field(description="share of each setting; empty with too few trials")
+    rungs: tuple[dict[str, Any], ...] = Field(description="rung, trials that came, went on, were cut off, last cutoff")
     failures: tuple[dict[str, Any], ...] = Field(description="trial number, kind and reason")
     epochs_trained: int = Field(ge=0)
     epochs_budget: int = Field(ge=1, description="if no trial had been cut off")
+    confirmation_epochs: int = Field(ge=0, description="epochs of the fresh seeds")
+    compute_seconds: float = Field(ge=0, description="in epochs of trials and confirmations, over all processes")
     start_seconds_median: float | None = Field(description="start of a trial, the first of each process left out")
 
 
@@ -50,22 +58,32 @@ def report_on(run_dir: Path) -> SearchReport:
         UnknownIdError: the folder holds no search.
         IntegrityError: the journal is damaged.
     """
-    header, trials = read_journal(run_dir)
-    best = best_of(trials)
+    past = read_past(run_dir)
+    header = past.header
+    trials = [trial for trial in past.trials if not trial.confirms]
+    leader = best_of(trials)
+    verdict = verdict_on(leader, past.trials) if leader is not None else None
+    best = next((trial for trial in trials if verdict and trial.number == verdict.winner), leader)
     return SearchReport(
         run=run_dir.name,
         header=header,
-        complete=len(trials) >= header.trials and all(trial.settled for trial in trials),
+        complete=len(trials) >= header.trials and all(trial.settled for trial in past.trials),
         best=None if best is None else {"number": best.number, "score": best.score, "overrides": best.overrides},
+        verdict=verdict,
         command=None if best is None else _command(header, best),
-        leaderboard=tuple(_row(trial) for trial in ranked(trials)),
+        leaderboard=tuple(_row(trial, verdict) for trial in ranked(trials)),
+        effects=effects_of(header, trials),
+        importance=importance_of(header, trials),
+        rungs=_rungs([d for d in past.decisions if d.number < header.trials]),
         failures=tuple(
             {"number": trial.number, "kind": trial.error_kind, "reason": trial.error}
-            for trial in trials
+            for trial in past.trials
             if trial.state in (TrialState.FAILED, TrialState.LOST)
         ),
         epochs_trained=sum(trial.epochs for trial in trials),
         epochs_budget=header.trials * header.trial_epochs,
+        confirmation_epochs=sum(trial.epochs for trial in past.trials if trial.confirms),
+        compute_seconds=sum(sum(trial.epoch_seconds) for trial in past.trials),
         start_seconds_median=_later_starts_median(trials),
     )
 
@@ -93,8 +111,38 @@ def find_run(runs: Path, name: str | None = None) -> Path:
     return found[-1]
 
 
-def _row(trial: TrialResult) -> dict[str, Any]:
-    return {"score": trial.score, "epochs": trial.epochs, **trial.model_dump(mode="json")}
+def _row(trial: TrialResult, verdict: Verdict | None) -> dict[str, Any]:
+    """One line of the leaderboard, with the interval over fresh seeds where there is one."""
+    fresh = None
+    if verdict is not None:
+        fresh = next(
+            (found for found in (verdict.winner_confirmed, verdict.given_confirmed) if found.number == trial.number),
+            None,
+        )
+    confirmed = None if fresh is None else fresh.model_dump(mode="json", exclude={"number"})
+    return {
+        "score": trial.score,
+        "epochs": trial.epochs,
+        "confirmed": confirmed,
+        **trial.model_dump(mode="json"),
+    }
+
+
+def _rungs(decisions: Sequence[Decision]) -> tuple[dict[str, Any], ...]:
+    found: dict[int, list[Decision]] = {}
+    for decision in decisions:
+        if decision.rung is not None:
+            found.setdefault(decision.rung, []).append(decision)
+    return tuple(
+        {
+            "rung": rung,
+            "trials": len(made),
+            "went_on": sum(decision.goes_on for decision in made),
+            "cut_off": sum(not decision.goes_on for decision in made),
+            "last_cutoff": made[-1].cutoff,
+        }
+        for rung, made in sorted(found.items())
+    )
 
 
 def _command(header: SearchHeader, best: TrialResult) -> str:

@@ -1,18 +1,20 @@
-"""A search: plan the trials, run them on train and val, return the winner by validation.
+"""A search: plan the trials, run them on train and val, confirm the leader, return the winner by validation.
 
 In: a store, settings, a dataset version and a running Ray session. Out: a SearchResult and the
 journal in the run's folder; a folder whose journal is unfinished is gone on with. It fits nothing
 for use (the caller trains the winner anew) and never sees calibration, gate or test rows.
 """
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
 
 from records import errors
 from records.datasets import DatasetVersion
-from records.errors import RelookError
+from records.errors import ConfigError, RelookError
 from records.store import Store
 from records.types import Side
 from trainers.augmentation import load_policy
@@ -20,13 +22,18 @@ from trainers.augmentation.registry import YAML_SUFFIXES
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import MACHINERY, TrainersSettings
 from tuning.budget import trial_budget
-from tuning.journal import open_journal
+from tuning.confirm import FIRST_NUMBER, confirmation_plans, verdict_on
+from tuning.journal import Journal, open_journal
+from tuning.judge import Judge, rule_of
 from tuning.log import Listener, SearchLog, best_of
+from tuning.narrow import read_space
+from tuning.narrowing import narrow
+from tuning.planner import Planner
 from tuning.settings import TuningSettings
-from tuning.space import SearchSpace, derive_space, difference, plan_trials, with_overrides
+from tuning.space import SearchSpace, axes_of, derive_space, difference, with_overrides
 from tuning.subset import searched_part
-from tuning.trial import TrialJob, run_trial
-from tuning.trials import SearchHeader, SearchResult, TrialResult
+from tuning.trial import TrialJob, run_trial, trial_folder
+from tuning.trials import SearchEvent, SearchHeader, SearchResult, TrialPlan, TrialResult
 
 
 def search(
@@ -43,7 +50,8 @@ def search(
     """Search for better settings than the given ones, on the Ray session that is running.
 
     The given settings are trial 0 and always get their whole budget, so the winner is never worse
-    than they are on validation. The score of a trial is its best epoch, as in a whole training.
+    than they are on validation; with fresh seeds the leader has to be ahead of them once more. The
+    score of a trial is its best epoch, as in a whole training.
 
     Args:
         store: with the pictures.
@@ -58,7 +66,8 @@ def search(
         All trials and the winner.
     Raises:
         RefusedError: `run_dir` holds another search.
-        ConfigError: a setting cannot work, or one trial needs more than the Ray session has.
+        ConfigError: a setting or the space cannot work, one trial needs more than the Ray session has, or the
+            folder cannot be written.
         DataError: train or val is empty.
         ContractError: no Ray session is running.
         RelookError: every trial failed; it is the first one's error.
@@ -67,27 +76,122 @@ def search(
     # Planning and reporting need no Ray; its import takes a second.
     from tuning.ray_search import run_trials
 
-    space = derive_space(tuning.search, trainers)
-    plans = list(plan_trials(space, trainers, trials=tuning.trials, seed=tuning.seed, enqueued=enqueued))
+    space = searched_space(tuning, trainers)
     pictures = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
     header = _header(tuning, trainers, dataset, space, enqueued, pictures)
-    job = _job(store, tuning, trainers, enqueued, pictures)
+    job = _job(store, tuning, trainers, enqueued, pictures, run_dir)
+    require_writable(run_dir)
     pictures.open(store, trainers.side_px, progress)
     with open_journal(run_dir, header) as journal:
-        log = SearchLog(header, journal, on_event)
+        log = SearchLog(header, journal, _forgetting(run_dir, on_event))
         log.kept()
-        todo = [plan for plan in plans if plan.number not in journal.settled]
-        run_trials(todo, run_trial, job, header=header, tuning=tuning, log=log, folder=run_dir)
-    best = best_of(log.trials)
-    if best is None:
-        raise _first_error(log.trials)
+        planner = _planner(space, trainers, tuning, enqueued, journal)
+        judge = Judge(
+            rule_of(header),
+            header.trial_epochs,
+            lambda number: is_exempt(planner, number, tuning.block_trials),
+            [decision for decision in journal.decisions if decision.number < FIRST_NUMBER],
+        )
+        run_trials(_todo(planner, log, header), run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
+        best = best_of(log.trials)
+        if best is None:
+            raise _first_error(log.trials)
+        fresh = [
+            plan
+            for plan in confirmation_plans(best, trainers, tuning.confirm_seeds)
+            if plan.number not in journal.settled
+        ]
+        run_trials(fresh, run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
+    verdict = verdict_on(best, log.trials) if tuning.confirm_seeds else None
+    searched = [trial for trial in log.trials if not trial.confirms]
+    if verdict is not None:
+        best = next(trial for trial in searched if trial.number == verdict.winner)
     return SearchResult(
         header=header,
-        trials=tuple(log.trials),
+        trials=tuple(searched),
         best=best,
+        verdict=verdict,
         settings=with_overrides(trainers, best.overrides),
         seconds=log.seconds,
     )
+
+
+def searched_space(tuning: TuningSettings, trainers: TrainersSettings) -> SearchSpace:
+    """Return the space of a search: derived from the registries, narrowed as the settings say.
+
+    Args:
+        tuning: axes and how they are narrowed.
+        trainers: the given settings.
+    Returns:
+        The space; every corner of it can be trained.
+    Raises:
+        ConfigError: a name is unknown, a range is empty, or a combination is impossible.
+    """
+    wanted = read_space(tuning.space)
+    return narrow(derive_space(tuning.search, trainers), trainers, wanted)
+
+
+def require_writable(run_dir: Path) -> None:
+    """Refuse a folder that cannot be written, before anything starts.
+
+    Args:
+        run_dir: of the search; made if it is missing.
+    Raises:
+        ConfigError: it cannot be written (says why).
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"the search's folder {run_dir} cannot be written ({error.strerror}); free it, or set records.home"
+        ) from error
+
+
+def is_exempt(planner: Planner, number: int, block_trials: int) -> bool:
+    """Return whether a trial is never cut off: the given settings, the balanced block, and confirmations."""
+    return number == 0 or number >= FIRST_NUMBER or planner.is_in_block(number, block_trials)
+
+
+def _planner(
+    space: SearchSpace,
+    trainers: TrainersSettings,
+    tuning: TuningSettings,
+    enqueued: Sequence[TrainersSettings],
+    journal: Journal,
+) -> Planner:
+    return Planner(
+        space,
+        trainers,
+        trials=tuning.trials,
+        seed=tuning.seed,
+        enqueued=enqueued,
+        searcher=tuning.searcher,
+        startup_trials=tuning.startup_trials,
+        done=[trial for trial in journal.past.values() if not trial.confirms],
+    )
+
+
+def _todo(planner: Planner, log: SearchLog, header: SearchHeader) -> Iterator[TrialPlan]:
+    """Plan trial after trial, each when there is room for it, so that a searcher that learns knows the most."""
+    settled = {trial.number for trial in log.trials if trial.settled}
+    for number in range(header.trials):
+        if number not in settled:
+            yield planner.plan(number, [trial for trial in log.trials if not trial.confirms])
+
+
+def _forgetting(run_dir: Path, on_event: Listener | None) -> Listener:
+    """Remove the checkpoint of a trial that needs it no more, then pass the event on."""
+
+    def listen(event: SearchEvent) -> None:
+        if event.trial.settled:
+            shutil.rmtree(trial_folder(run_dir, event.trial.number), ignore_errors=True)
+        if on_event is not None:
+            on_event(event)
+
+    return listen
 
 
 def _header(
@@ -103,7 +207,13 @@ def _header(
         base=trainers.model_dump(mode="json", exclude=set(MACHINERY)),
         enqueued=tuple(difference(trainers, settings) for settings in enqueued),
         seed=tuning.seed,
-        search=tuple(axis.value for axis in tuning.search),
+        search=tuple(axis.value for axis in space.axes),
+        searcher=tuning.searcher.value,
+        scheduler=tuning.scheduler.value,
+        startup_trials=tuning.startup_trials,
+        block_trials=tuning.block_trials,
+        confirm_seeds=tuning.confirm_seeds,
+        axes=dict(axes_of(space)),
         space_hash=space.hash,
         trials=tuning.trials,
         trial_epochs=trial_budget(trainers, tuning.trial_epochs),
@@ -121,6 +231,7 @@ def _job(
     trainers: TrainersSettings,
     enqueued: Sequence[TrainersSettings],
     pictures: DataPlan,
+    run_dir: Path | None = None,
 ) -> TrialJob:
     # A policy that is a file is read here: a trial runs in another folder, perhaps on another machine.
     names = {settings.augmentation for settings in (trainers, *enqueued)}
@@ -140,6 +251,8 @@ def _job(
         num_threads=tuning.cpus_per_trial,
         use_gpu=tuning.gpus_per_trial > 0,
         niceness=tuning.niceness,
+        workers=tuning.workers_per_trial,
+        run_dir=None if run_dir is None else run_dir.absolute(),
     )
 
 

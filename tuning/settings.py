@@ -13,6 +13,25 @@ class Axis(StrEnum):
     OPTIMIZER = "optimizer"
     SCHEDULER = "scheduler"
     AUGMENTATION = "augmentation"
+    MODEL = "model"
+    LOSS = "loss"
+    SAMPLER = "sampler"
+
+
+class Searcher(StrEnum):
+    """Who proposes what to try next."""
+
+    RANDOM = "random"
+    TPE = "tpe"
+    PBT = "pbt"
+
+
+class Scheduler(StrEnum):
+    """Who ends trials early."""
+
+    ASHA = "asha"
+    MEDIAN = "median"
+    NONE = "none"
 
 
 class TuningSettings(RoomSettings):
@@ -27,6 +46,36 @@ class TuningSettings(RoomSettings):
         le=1000,
         description="epochs of a trial that is not cut off; a longer training is squeezed into them, schedule included",
     )
+    searcher: Searcher = Field(
+        default=Searcher.RANDOM,
+        description="who proposes: random (balanced over the choices), tpe (Optuna, learns from the trials before), "
+        "pbt (a population that changes learning rate and augmentation while it trains)",
+    )
+    scheduler: Scheduler = Field(
+        default=Scheduler.ASHA, description="who ends trials early: asha (successive halving), median, none"
+    )
+    space: tuple[str, ...] = Field(
+        default=(),
+        description="narrows or widens the space: `name=a,b`, `name=low..high`, `record.name=...`, or YAML files",
+    )
+    startup_trials: int = Field(
+        default=10, ge=0, le=10_000, description="for tpe: balanced random trials before it proposes any"
+    )
+    block_trials: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="so many balanced trials are never cut off, to measure effects at the whole budget",
+    )
+    confirm_seeds: int = Field(
+        default=3,
+        ge=0,
+        le=100,
+        description="fresh seeds that winner and given settings are trained with before one is called the winner",
+    )
+    max_failures: int = Field(
+        default=2, ge=0, le=1000, description="deaths of its process or node that a trial survives within one search"
+    )
     grace_epochs: int = Field(default=1, ge=1, le=1000, description="epochs before a trial may be cut off")
     reduction_factor: int = Field(
         default=3, ge=2, le=16, description="at each rung the best 1/factor go on; rungs are grace_epochs * factor^k"
@@ -35,7 +84,14 @@ class TuningSettings(RoomSettings):
         default=1, ge=1, le=1024, description="CPUs of a trial; it computes with as many threads"
     )
     gpus_per_trial: float = Field(
-        default=0.0, ge=0, le=64, allow_inf_nan=False, description="GPUs of a trial; 0.25 lets four share one"
+        default=0.0,
+        ge=0,
+        le=64,
+        allow_inf_nan=False,
+        description="GPUs of a trial (of each of its workers); 0.25 lets four share one",
+    )
+    workers_per_trial: int = Field(
+        default=1, ge=1, le=1024, description="workers of a trial; more than one train together under Ray Train"
     )
     max_concurrent: int | None = Field(
         default=None, ge=1, le=10_000, description="trials at a time at most; default: as many as the resources allow"
@@ -45,7 +101,9 @@ class TuningSettings(RoomSettings):
     )
     seed: int = Field(default=0, ge=0, description="of the sampled configurations and of the training subset")
     search: tuple[Axis, ...] = Field(
-        default=tuple(Axis), min_length=1, description="what is varied: optimizer, scheduler, augmentation"
+        default=(Axis.OPTIMIZER, Axis.SCHEDULER, Axis.AUGMENTATION),
+        min_length=1,
+        description="what is varied: optimizer, scheduler, augmentation, model, loss, sampler",
     )
     max_train_images: int | None = Field(
         default=None,
@@ -59,6 +117,11 @@ class TuningSettings(RoomSettings):
             raise ValueError(
                 f"grace_epochs {self.grace_epochs} is more than trial_epochs {self.trial_epochs}; "
                 "a trial would never reach its first rung"
+            )
+        if self.workers_per_trial > 1 and self.gpus_per_trial not in (0, 1):
+            raise ValueError(
+                f"gpus_per_trial {self.gpus_per_trial:g} cannot be given to each of {self.workers_per_trial} workers; "
+                "set it to 0 or 1"
             )
         if len(set(self.search)) != len(self.search):
             raise ValueError("search names something twice")

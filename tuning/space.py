@@ -1,13 +1,13 @@
 """The search space, derived from the registries of the trainers; nothing is declared here a second time.
 
-An axis (optimizer, scheduler, augmentation) is a field of TrainersSettings whose value names a record
-of a registry. Sampling draws a record, then only the settings that this record makes tunable: a
-momentum is drawn for SGD and for nothing else. Out: dicts of overrides of TrainersSettings.
+An axis (optimizer, scheduler, augmentation, model, loss, sampler) is a field of TrainersSettings whose
+value names a record of a registry. A draw picks a record, then only the settings that this record makes
+tunable: a momentum is drawn for SGD and for nothing else. A policy of augmentation may also be composed
+of operations, each with a probability and a strength. Out: dicts of overrides of TrainersSettings.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,33 @@ from pydantic import ValidationError
 from records.errors import ConfigError, ContractError
 from records.ids import hash_of
 from trainers.augmentation import POLICIES
-from trainers.optimization.optimizers import OPTIMIZERS
+from trainers.augmentation.inline import PREFIX, Step, format_steps, parse_steps
+from trainers.augmentation.operations import OPERATIONS
+from trainers.models import MODELS
+from trainers.optimization.losses import LOSSES
+from trainers.optimization.optimizers import OPTIMIZERS, learning_rate_of
+from trainers.optimization.samplers import SAMPLERS
 from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Choice, Range, Registered, Registry, Tunable
 from trainers.settings import TrainersSettings
+from tuning.drawing import random_chooser
 from tuning.settings import Axis
-from tuning.trials import Origin, TrialPlan
 
 REGISTRIES: Mapping[Axis, Registry[Any]] = {
     Axis.OPTIMIZER: OPTIMIZERS,
     Axis.SCHEDULER: SCHEDULERS,
     Axis.AUGMENTATION: POLICIES,
+    Axis.MODEL: MODELS,
+    Axis.LOSS: LOSSES,
+    Axis.SAMPLER: SAMPLERS,
 }
-# Names alone can repeat when nothing else is tunable, so a draw is repeated this often before it is taken twice.
-MAX_DRAWS = 50
+COMPOSED = Registered(name="composed", description="a set of operations, each with a probability and a strength")
+PROBABILITY = Range(0.1, 0.9)
+STRENGTH = Range(0.05, 1.0)
+OFF_OR_ON = Choice((False, True))
+
+Chooser = Callable[[str, Tunable], Any]
+"""Given the name of a decision and what it may be, decides."""
 
 
 @dataclass(frozen=True)
@@ -38,34 +51,92 @@ class SearchSpace:
 
     Args:
         axes: axis to the records it may take.
+        free: settings that no record owns, to what they may be.
     """
 
     axes: Mapping[Axis, tuple[Registered, ...]]
+    free: Mapping[str, Tunable] = field(default_factory=dict)
 
-    def sample(self, random: np.random.Generator) -> dict[str, Any]:
-        """Draw one configuration.
+    def draw(self, choose: Chooser, fixed: Mapping[Axis, str] | None = None) -> dict[str, Any]:
+        """Draw one configuration, asking for one decision after the other.
 
         Args:
-            random: the only source of chance; its state decides the result.
+            choose: decides; it is asked only what the decisions before have left open.
+            fixed: records that are decided already.
         Returns:
             Overrides of TrainersSettings: the name on each axis, then the settings that it makes tunable.
         """
         overrides: dict[str, Any] = {}
         for axis, records in self.axes.items():
-            record = records[int(random.integers(len(records)))]
-            overrides[axis.value] = record.name
-            for name, tunable in record.tunable.items():
-                overrides[name] = _draw(tunable, random)
+            by_name = {record.name: record for record in records}
+            name = (fixed or {}).get(axis) or choose(axis.value, Choice(tuple(by_name)))
+            overrides[axis.value] = name
+            for setting, tunable in by_name[name].tunable.items():
+                overrides[setting] = choose(f"{name}.{setting}", tunable)
+            if name == COMPOSED.name:
+                overrides[axis.value] = _compose(choose)
+        for setting, tunable in self.free.items():
+            overrides[setting] = choose(setting, tunable)
         return overrides
 
+    def sample(self, random: np.random.Generator, fixed: Mapping[Axis, str] | None = None) -> dict[str, Any]:
+        """Draw one configuration by chance.
+
+        Args:
+            random: the only source of chance; its state decides the result.
+            fixed: records that are decided already.
+        Returns:
+            Overrides of TrainersSettings.
+        """
+        return self.draw(random_chooser(random), fixed)
+
+    def level(self, axis: Axis, settings: TrainersSettings) -> str:
+        """Return the record of an axis that settings stand for; every line `ops:` is the composed policy."""
+        value: str = getattr(settings, axis.value)
+        return COMPOSED.name if value.startswith(PREFIX) else value
+
+    def replay(self, settings: TrainersSettings, ask: Chooser) -> None:
+        """Ask the decisions of a draw with a chooser that knows the answers, for example to teach a searcher.
+
+        Args:
+            settings: that were drawn or given; decisions that they do not stand for are not asked.
+            ask: told the name of each decision, and what was decided as a Choice of one value.
+        """
+        for axis, records in self.axes.items():
+            by_name = {record.name: record for record in records}
+            name = self.level(axis, settings)
+            if name not in by_name:
+                continue
+            ask(axis.value, Choice((name,)))
+            for setting in by_name[name].tunable:
+                value = learning_rate_of(settings) if setting == "learning_rate" else getattr(settings, setting)
+                ask(f"{name}.{setting}", Choice((value,)))
+            if name == COMPOSED.name:
+                _recall_steps(parse_steps(settings.augmentation), ask)
+        for setting in self.free:
+            ask(setting, Choice((getattr(settings, setting),)))
+
+    def tunables(self) -> dict[str, Tunable]:
+        """Return every decision that a draw may be asked, by name."""
+        found: dict[str, Tunable] = {}
+        for axis, records in self.axes.items():
+            found[axis.value] = Choice(tuple(record.name for record in records))
+            for record in records:
+                found |= {f"{record.name}.{name}": tunable for name, tunable in record.tunable.items()}
+            if COMPOSED in records:
+                found |= _composed_tunables()
+        return found | dict(self.free)
+
     def describe(self) -> dict[str, Any]:
-        """Return the space as plain values: axis, record, field, range."""
-        return {
+        """Return the space as plain values: axis, record, field, range; then the settings that no record owns."""
+        described: dict[str, Any] = {
             axis.value: {
                 record.name: {name: tunable.as_dict() for name, tunable in record.tunable.items()} for record in records
             }
             for axis, records in self.axes.items()
         }
+        free = {name: tunable.as_dict() for name, tunable in self.free.items()}
+        return described | ({"settings": free} if free else {})
 
     @property
     def hash(self) -> str:
@@ -93,40 +164,6 @@ def derive_space(search: Sequence[Axis], base: TrainersSettings) -> SearchSpace:
     return space
 
 
-def plan_trials(
-    space: SearchSpace, base: TrainersSettings, *, trials: int, seed: int, enqueued: Sequence[TrainersSettings] = ()
-) -> Iterator[TrialPlan]:
-    """Say what shall be tried: the given settings, then those the caller wants tried, then samples.
-
-    Sample number n depends on the seed, n and the space only, so that a search which goes on draws
-    what it would have drawn.
-
-    Args:
-        space: from `derive_space`.
-        base: the given settings.
-        trials: how many in all.
-        seed: of the samples.
-        enqueued: whole settings, for example earlier winners; equal ones are tried once.
-    Yields:
-        The plans, in order of number.
-    """
-    seen = [base]
-    yield TrialPlan(number=0, origin=Origin.DEFAULTS, overrides={})
-    for settings in enqueued:
-        if settings not in seen and len(seen) < trials:
-            yield TrialPlan(number=len(seen), origin=Origin.ENQUEUED, overrides=difference(base, settings))
-            seen.append(settings)
-    for number in range(len(seen), trials):
-        random = np.random.default_rng([seed, number])
-        overrides = space.sample(random)
-        for _ in range(MAX_DRAWS):
-            if with_overrides(base, overrides) not in seen:
-                break
-            overrides = space.sample(random)
-        seen.append(with_overrides(base, overrides))
-        yield TrialPlan(number=number, origin=Origin.SAMPLED, overrides=overrides)
-
-
 def with_overrides(base: TrainersSettings, overrides: Mapping[str, Any]) -> TrainersSettings:
     """Return `base` with some fields changed, validated as a whole.
 
@@ -142,8 +179,9 @@ def with_overrides(base: TrainersSettings, overrides: Mapping[str, Any]) -> Trai
         return TrainersSettings.model_validate(base.model_dump() | dict(overrides))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the settings"
-        raise ConfigError(f"trainers.{field} = {first.get('input')!r} cannot be tried: {first['msg']}") from error
+        name = ".".join(str(part) for part in first["loc"])
+        what = f"trainers.{name} = {first.get('input')!r}" if name else f"the change of {', '.join(overrides)}"
+        raise ConfigError(f"{what} cannot be tried: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def difference(base: TrainersSettings, other: TrainersSettings) -> dict[str, Any]:
@@ -155,25 +193,46 @@ def difference(base: TrainersSettings, other: TrainersSettings) -> dict[str, Any
 def _records(axis: Axis, base: TrainersSettings) -> tuple[Registered, ...]:
     registry = REGISTRIES[axis]
     given: str = getattr(base, axis.value)
-    own = () if given in registry else (Registered(name=given, description="given by the caller"),)
-    return (*registry.records, *own)
+    composed = (COMPOSED,) if axis is Axis.AUGMENTATION else ()
+    known = given in registry or given.startswith(PREFIX)
+    own = () if known else (Registered(name=given, description="given by the caller"),)
+    return (*registry.records, *own, *composed)
 
 
-def _draw(tunable: Tunable, random: np.random.Generator) -> Any:
-    if isinstance(tunable, Choice):
-        return tunable.values[int(random.integers(len(tunable.values)))]
-    if tunable.integer:
-        return _draw_integer(tunable, random)
-    if tunable.log:
-        value = math.exp(random.uniform(math.log(tunable.low), math.log(tunable.high)))
-    else:
-        value = random.uniform(tunable.low, tunable.high)
-    # Four digits are enough for a setting, and a person can type them.
-    return min(tunable.high, max(tunable.low, float(f"{value:.4g}")))
+def _compose(choose: Chooser) -> str:
+    steps = []
+    for operation in OPERATIONS.records:
+        if not choose(f"{COMPOSED.name}.{operation.name}", OFF_OR_ON):
+            continue
+        probability = choose(f"{COMPOSED.name}.{operation.name}.probability", PROBABILITY)
+        strong = operation.at_strength is not None
+        strength = choose(f"{COMPOSED.name}.{operation.name}.strength", STRENGTH) if strong else None
+        steps.append(Step(operation.name, round(probability, 2), None if strength is None else round(strength, 2)))
+    return format_steps(steps)
 
 
-def _draw_integer(tunable: Range, random: np.random.Generator) -> int:
-    low, high = math.ceil(tunable.low), math.floor(tunable.high)
-    if tunable.log:
-        return min(high, max(low, round(math.exp(random.uniform(math.log(low), math.log(high))))))
-    return int(random.integers(low, high + 1))
+def _recall_steps(steps: Sequence[Step], ask: Chooser) -> None:
+    by_name = {step.operation: step for step in steps}
+    for name in OPERATIONS:
+        ask(f"{COMPOSED.name}.{name}", Choice((name in by_name,)))
+        if name in by_name:
+            ask(f"{COMPOSED.name}.{name}.probability", Choice((by_name[name].probability,)))
+            if by_name[name].strength is not None:
+                ask(f"{COMPOSED.name}.{name}.strength", Choice((by_name[name].strength,)))
+
+
+def _composed_tunables() -> dict[str, Tunable]:
+    found: dict[str, Tunable] = {}
+
+    def note(name: str, tunable: Tunable) -> Any:
+        found[name] = tunable
+        return True if tunable is OFF_OR_ON else 0.5
+
+    _compose(note)
+    return found
+
+
+def axes_of(space: SearchSpace) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each axis with the names that it may be."""
+    for axis, records in space.axes.items():
+        yield axis.value, tuple(record.name for record in records)

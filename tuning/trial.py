@@ -9,15 +9,17 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from records.errors import IntegrityError
 from records.home import open_home
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.taxonomy import Taxonomy
-from trainers.augmentation import Policy
+from trainers.augmentation import Policy, load_policy
 from trainers.data.cache import PixelCache
 from trainers.fitting.epoch_report import EpochReport
 from trainers.fitting.training_data import DataPlan, TrainingData
@@ -41,6 +43,8 @@ class TrialJob:
         num_threads: CPU threads of a trial.
         use_gpu: whether a trial has (a part of) a GPU.
         niceness: added to the priority of the process, 0 to 19.
+        workers: that train a trial together; more than one are a group under Ray Train.
+        run_dir: of the search; a trial keeps a checkpoint there, so that its death costs an epoch. None keeps none.
     """
 
     base: TrainersSettings
@@ -52,6 +56,8 @@ class TrialJob:
     num_threads: int
     use_gpu: bool
     niceness: int = 0
+    workers: int = 1
+    run_dir: Path | None = None
 
 
 def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]], None]) -> None:
@@ -64,28 +70,75 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     """
     # Here and not above: whoever only plans or reports a search needs no torch.
     from trainers.fitting.loop import train
+    from trainers.fitting.workers import SingleWorker
 
     os.setpriority(os.PRIO_PROCESS, 0, job.niceness)
     settings = trial_settings(plan, job)
+    folder = None if job.run_dir is None else trial_folder(job.run_dir, plan.number)
 
     def on_epoch(epoch: EpochReport) -> bool:
         report(epoch.model_dump(mode="json"))
         return False
 
+    policy = job.policies.get(settings.augmentation) or load_policy(settings.augmentation)
+    if job.workers > 1:
+        _train_in_group(settings, job, folder, policy, on_epoch)
+        return
+    if folder is not None:
+        # The process may have died between a checkpoint and its report.
+        for epoch in _kept_epochs(folder):
+            on_epoch(epoch)
     train(
         settings,
         _open_pictures(job, settings.side_px),
         job.taxonomy,
         on_epoch=on_epoch,
-        policy=job.policies.get(settings.augmentation),
+        workers=SingleWorker(folder, settings.use_gpu),
+        policy=policy,
     )
+
+
+def trial_folder(run_dir: Path, number: int) -> Path:
+    """Return where a trial keeps its checkpoint while it runs."""
+    return run_dir / "trials" / f"{number:04d}"
 
 
 def trial_settings(plan: TrialPlan, job: TrialJob) -> TrainersSettings:
     """Return the settings that a trial trains with: overridden, squeezed, on the trial's resources."""
     whole = with_overrides(job.base, plan.overrides)
-    machinery = {"num_workers": 1, "threads_per_worker": job.num_threads, "use_gpu": job.use_gpu}
+    machinery = {"num_workers": job.workers, "threads_per_worker": job.num_threads, "use_gpu": job.use_gpu}
     return with_overrides(squeeze(whole, job.trial_epochs), machinery)
+
+
+def _kept_epochs(folder: Path) -> list[EpochReport]:
+    """Return the epochs of the checkpoint in a folder; a damaged one is dropped, and the trial starts over."""
+    from trainers.fitting.checkpoints import load_checkpoint
+
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        return []
+    try:
+        return load_checkpoint(path).epoch_reports()
+    except IntegrityError:
+        path.unlink()
+        return []
+
+
+def _train_in_group(
+    settings: TrainersSettings,
+    job: TrialJob,
+    folder: Path | None,
+    policy: Policy,
+    on_epoch: Callable[[EpochReport], bool],
+) -> None:
+    """Train under Ray Train, whose own folder lets a group that lost a worker go on."""
+    from trainers.fitting.distributed import fit_distributed
+
+    with closing(open_store(job.records)) as store:
+        job.pictures.open(store, settings.side_px)
+        fit_distributed(
+            settings, job.pictures, store, folder or store.home.runs / "trial", policy=policy, on_epoch=on_epoch
+        )
 
 
 def _open_pictures(job: TrialJob, side_px: int) -> TrainingData:

@@ -19,6 +19,8 @@ class Origin(StrEnum):
     DEFAULTS = "defaults"
     ENQUEUED = "enqueued"
     SAMPLED = "sampled"
+    SUGGESTED = "suggested"
+    CONFIRMATION = "confirmation"
 
 
 class TrialState(StrEnum):
@@ -49,6 +51,17 @@ class TrialPlan(_Shape):
     number: int = Field(ge=0, description="0 is always the given settings themselves")
     origin: Origin
     overrides: dict[str, Any] = Field(description="fields of TrainersSettings that differ from the given ones")
+
+
+class Decision(_Shape):
+    """What was decided after an epoch of a trial; kept before it takes effect, and made once."""
+
+    number: int = Field(ge=0, description="of the trial")
+    epoch: int = Field(ge=1)
+    score: float
+    rung: int | None = Field(description="epochs of the rung; empty between rungs")
+    cutoff: float | None = Field(description="the score to reach there; empty if every score would have done")
+    goes_on: bool = Field(description="false if the trial is cut off here")
 
 
 class TrialResult(_Shape):
@@ -84,6 +97,11 @@ class TrialResult(_Shape):
         """The best epoch's score; None if there is none."""
         return max(self.scores, default=None)
 
+    @property
+    def confirms(self) -> bool:
+        """Whether it only repeats a configuration with another seed."""
+        return self.origin is Origin.CONFIRMATION
+
 
 class SearchHeader(_Shape):
     """What a search is made of; a search goes on only if all but the number of trials is the same."""
@@ -94,6 +112,12 @@ class SearchHeader(_Shape):
     seed: int = Field(ge=0)
     search: tuple[str, ...]
     space_hash: str = Field(description="of the registries' names and ranges that configurations are drawn from")
+    searcher: str = Field(default="random", description="who proposed what to try")
+    scheduler: str = Field(default="asha", description="who ended trials early")
+    startup_trials: int = Field(default=0, ge=0, description="balanced trials before the searcher proposed any")
+    block_trials: int = Field(default=0, ge=0, description="balanced trials that were never cut off")
+    confirm_seeds: int = Field(default=0, ge=0, description="fresh seeds that confirm the winner")
+    axes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="axis to what it may be")
     trials: int = Field(ge=1)
     trial_epochs: int = Field(ge=1, description="the budget of one trial; never more than the full training has")
     grace_epochs: int = Field(ge=1)
@@ -128,11 +152,34 @@ class SearchEvent(_Shape):
     seconds: float = Field(ge=0, description="since the search started or went on")
 
 
+class Confirmation(_Shape):
+    """Scores of one configuration with fresh seeds, which had no part in choosing it."""
+
+    number: int = Field(ge=0, description="of the trial whose configuration it is")
+    scores: tuple[float, ...]
+    mean: float
+    low: float | None = Field(description="of the 95 % t-interval of the mean; empty with one seed")
+    high: float | None
+
+
+class Verdict(_Shape):
+    """What the fresh seeds say."""
+
+    winner: int = Field(ge=0, description="the trial that is called the winner")
+    winner_confirmed: Confirmation
+    given_confirmed: Confirmation
+    difference: float = Field(description="of the leader to the given settings, mean over the same seeds")
+    difference_low: float | None = Field(description="of its 95 % t-interval, paired by seed")
+    difference_high: float | None
+    words: str
+
+
 class SearchResult(_Shape):
     """How a search ended."""
 
     header: SearchHeader
     trials: tuple[TrialResult, ...] = Field(description="in order of their number")
     best: TrialResult
+    verdict: Verdict | None = Field(default=None, description="empty if nothing was confirmed")
     settings: TrainersSettings = Field(description="the given settings with the winner's overrides")
     seconds: float = Field(ge=0)

@@ -104,6 +104,7 @@ def tuning() -> TuningSettings:
         grace_epochs=1,
         reduction_factor=2,
         search=("optimizer", "scheduler"),
+        confirm_seeds=0,
     )
 
 

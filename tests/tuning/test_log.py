@@ -4,7 +4,7 @@ import pytest
 
 from tuning.journal import open_journal, read_journal
 from tuning.log import SearchLog, best_of
-from tuning.trials import EventKind, TrialState
+from tuning.trials import Decision, EventKind, TrialState
 
 
 @pytest.fixture
@@ -19,7 +19,9 @@ def log(tmp_path, make_header, events):
 
 
 def epoch(log, number, score, goes_on=True, sensitivity=0.5):
-    log.epoch(number, score=score, seconds=1.5, key_class_sensitivity=sensitivity, goes_on=goes_on)
+    done = next((trial.epochs for trial in log.trials if trial.number == number), 0)
+    decision = Decision(number=number, epoch=done + 1, score=score, rung=None, cutoff=None, goes_on=goes_on)
+    log.epoch(decision, seconds=1.5, key_class_sensitivity=sensitivity)
 
 
 def test_a_trial_that_had_all_its_epochs_is_finished(log, make_plan, tmp_path):

@@ -9,12 +9,15 @@ import pytest
 
 from records.errors import ConfigError
 from tuning.journal import open_journal, read_journal
+from tuning.judge import Judge, rule_of
 from tuning.log import SearchLog
 from tuning.ray_search import run_trials
 from tuning.settings import TuningSettings
 from tuning.trials import EventKind
 
-ONE_AT_A_TIME = TuningSettings(trials=4, trial_epochs=4, grace_epochs=1, reduction_factor=2, max_concurrent=1)
+ONE_AT_A_TIME = TuningSettings(
+    trials=4, trial_epochs=4, grace_epochs=1, reduction_factor=2, max_concurrent=1, max_failures=0
+)
 
 
 def train_by_table(plan, data, report):
@@ -38,8 +41,9 @@ def run(ray_session, tmp_path, make_header, make_plan):
         header = make_header(trials=4, trial_epochs=4)
         with open_journal(tmp_path, header) as journal:
             log = SearchLog(header, journal, on_event)
+            judge = Judge(rule_of(header), 4, lambda number: number == 0, journal.decisions)
             plans = [make_plan(number) for number in order]
-            run_trials(plans, by_value(train_by_table), table, header=header, tuning=tuning, log=log, folder=tmp_path)
+            run_trials(plans, by_value(train_by_table), table, judge=judge, tuning=tuning, log=log, folder=tmp_path)
         return {trial.number: trial for trial in log.trials}
 
     return run

@@ -10,12 +10,17 @@ from tuning.journal import open_journal
 from tuning.live import SearchView, describe, line_of, search_summary, sparkline
 from tuning.log import SearchLog
 from tuning.report import find_run, report_on
+from tuning.trials import Decision
 
 
 def draw(renderable):
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
+
+
+def decided(number, score, goes_on=True, epoch=1):
+    return Decision(number=number, epoch=epoch, score=score, rung=None, cutoff=None, goes_on=goes_on)
 
 
 @pytest.fixture
@@ -102,8 +107,8 @@ def test_the_live_view_shows_leader_and_budget(tmp_path, make_header, make_plan)
         log = SearchLog(make_header(), journal, view.update)
         log.started(make_plan(0))
         log.started(make_plan(1, optimizer="adam", learning_rate=0.00123456))
-        log.epoch(1, score=0.42, seconds=1.0, key_class_sensitivity=None, goes_on=True)
-    text = draw(view)
+        log.epoch(decided(1, 0.42), seconds=1.0, key_class_sensitivity=None)
+    text = " ".join(draw(view).split())
 
     assert "0 of 3 trials done, 1 of at most 6 epochs" in text
     assert "best so far 0.420 by optimizer adam, learning_rate 0.00123" in text
@@ -115,7 +120,7 @@ def test_the_live_view_keeps_running_trials_and_the_best_in_sight(tmp_path, make
         log = SearchLog(make_header(trials=8), journal, view.update)
         for number in range(7):
             log.started(make_plan(number, seed=number))
-            log.epoch(number, score=number / 10, seconds=1.0, key_class_sensitivity=None, goes_on=False)
+            log.epoch(decided(number, number / 10, goes_on=False), seconds=1.0, key_class_sensitivity=None)
             log.ended(number)
         log.started(make_plan(7, seed=7))
 
@@ -127,7 +132,7 @@ def test_elsewhere_than_in_a_terminal_each_end_is_a_line(tmp_path, make_header, 
     with open_journal(tmp_path, make_header()) as journal:
         log = SearchLog(make_header(), journal, lambda event: lines.append(line_of(event)))
         log.started(make_plan(0))
-        log.epoch(0, score=0.42, seconds=1.0, key_class_sensitivity=None, goes_on=False)
+        log.epoch(decided(0, 0.42, goes_on=False), seconds=1.0, key_class_sensitivity=None)
         log.ended(0)
         log.started(make_plan(1, optimizer="adam"))
         log.failed(1, kind="DivergedError", message="the loss is not finite", lost=False)

@@ -18,7 +18,8 @@ def test_everything_is_searched_by_default():
         ({"grace_epochs": 7, "trial_epochs": 6}, "a trial would never reach its first rung"),
         ({"search": ()}, "at least 1 item"),
         ({"search": ("optimizer", "optimizer")}, "search names something twice"),
-        ({"search": ("colour",)}, "'optimizer', 'scheduler' or 'augmentation'"),
+        ({"search": ("colour",)}, "'optimizer', 'scheduler', 'augmentation', 'model', 'loss' or 'sampler'"),
+        ({"workers_per_trial": 2, "gpus_per_trial": 0.5}, "cannot be given to each of 2 workers; set it to 0 or 1"),
         ({"workers": 3}, "Extra inputs are not permitted"),
     ],
 )

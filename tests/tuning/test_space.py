@@ -12,12 +12,18 @@ from trainers.optimization.schedulers import SCHEDULERS
 from trainers.registry import Choice, Range, Registered
 from trainers.settings import TrainersSettings
 from tuning import space as space_module
+from tuning.planner import Planner
 from tuning.settings import Axis
-from tuning.space import SearchSpace, derive_space, difference, plan_trials, with_overrides
+from tuning.space import COMPOSED, SearchSpace, derive_space, difference, with_overrides
 from tuning.trials import Origin
 
 BASE = TrainersSettings()
-ALL = tuple(Axis)
+ALL = (Axis.OPTIMIZER, Axis.SCHEDULER, Axis.AUGMENTATION)
+
+
+def plan_trials(space, base, *, trials, seed, enqueued=()):
+    planner = Planner(space, base, trials=trials, seed=seed, enqueued=enqueued)
+    return [planner.plan(number) for number in range(trials)]
 
 
 def test_every_registered_record_is_in_the_space():
@@ -26,7 +32,7 @@ def test_every_registered_record_is_in_the_space():
     assert list(described) == ["optimizer", "scheduler", "augmentation"]
     assert list(described["optimizer"]) == list(OPTIMIZERS.names)
     assert list(described["scheduler"]) == list(SCHEDULERS.names)
-    assert list(described["augmentation"]) == list(POLICIES.names)
+    assert list(described["augmentation"]) == [*POLICIES.names, COMPOSED.name]
     assert (len(OPTIMIZERS), len(SCHEDULERS), len(POLICIES)) == (4, 4, 7)
 
 
@@ -54,11 +60,12 @@ def test_every_sample_is_valid_and_within_its_ranges():
         overrides = space.sample(random)
         settings = with_overrides(BASE, overrides)
         for axis, records in space.axes.items():
-            record = next(record for record in records if record.name == getattr(settings, axis.value))
+            record = next(record for record in records if record.name == space.level(axis, settings))
             met.add((axis.value, record.name))
             assert all(overrides[name] in tunable for name, tunable in record.tunable.items())
 
-    assert len(met) == len(OPTIMIZERS) + len(SCHEDULERS) + len(POLICIES)
+    # A composed policy in which every operation is off is called none.
+    assert len(met) == len(OPTIMIZERS) + len(SCHEDULERS) + len(POLICIES) + 1
 
 
 def test_a_sample_holds_only_what_its_choices_make_tunable():
@@ -67,9 +74,11 @@ def test_a_sample_holds_only_what_its_choices_make_tunable():
 
     for _ in range(200):
         overrides = space.sample(random)
-        expected = set(Axis)
+        expected = set(ALL)
         for axis, records in space.axes.items():
-            expected |= set(next(record for record in records if record.name == overrides[axis.value]).tunable)
+            expected |= set(
+                next(r for r in records if r.name == space.level(axis, with_overrides(BASE, overrides))).tunable
+            )
         assert set(overrides) == expected
         assert ("momentum" in overrides) == (overrides["optimizer"] == "sgd")
         assert ("step_size_epochs" in overrides) == (overrides["scheduler"] == "step")
@@ -89,7 +98,7 @@ def test_a_policy_file_of_the_caller_joins_the_registered_policies():
 
     names = list(derive_space(ALL, base).describe()["augmentation"])
 
-    assert names == [*POLICIES.names, "mine.yaml"]
+    assert names == [*POLICIES.names, "mine.yaml", COMPOSED.name]
 
 
 def test_log_ranges_are_sampled_evenly_in_the_logarithm():

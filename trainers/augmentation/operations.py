@@ -46,9 +46,11 @@ class OperationRecipe(Registered):
     Args:
         parameters: the model its parameters are checked against.
         build: (checked parameters, probability, canvas) -> transform; albumentations' arguments are strict.
+        at_strength: strength from 0 (barely visible) to 1 -> parameters; None if there are none. A search turns it.
     """
 
     parameters: type[Parameters]
+    at_strength: Callable[[float], dict[str, Any]] | None = field(default=None, repr=False)
     build: Callable[[Any, float, Canvas], Any] = field(repr=False)
 
     def facts(self) -> dict[str, Any]:
@@ -203,31 +205,47 @@ OPERATIONS: Registry[OperationRecipe] = Registry(
             description="turns by any angle; corners are mirrored",
             parameters=RotateParameters,
             build=_rotate,
+            at_strength=lambda strength: {"limit_deg": 5.0 + 175.0 * strength},
         ),
-        OperationRecipe(name="gaussian_blur", description="softens", parameters=BlurParameters, build=_gaussian_blur),
+        OperationRecipe(
+            name="gaussian_blur",
+            description="softens",
+            parameters=BlurParameters,
+            build=_gaussian_blur,
+            at_strength=lambda strength: {"sigma_px": (0.05, 0.2 + 1.8 * strength)},
+        ),
         OperationRecipe(
             name="gaussian_noise",
             description="adds independent noise to every value",
             parameters=NoiseParameters,
             build=_gaussian_noise,
+            at_strength=lambda strength: {"std": (0.0, 0.01 + 0.14 * strength)},
         ),
         OperationRecipe(
             name="crop",
             description="keeps a part and scales it back to the full side",
             parameters=CropParameters,
             build=_crop,
+            at_strength=lambda strength: {"area": (0.95 - 0.6 * strength, 1.0)},
         ),
         OperationRecipe(
             name="cutout",
             description="covers one rectangle with the training pictures' mean colour",
             parameters=CutoutParameters,
             build=_cutout,
+            at_strength=lambda strength: {"side": (0.05, 0.1 + 0.5 * strength)},
         ),
         OperationRecipe(
             name="color_jitter",
             description="changes brightness, contrast, saturation and hue",
             parameters=ColorJitterParameters,
             build=_color_jitter,
+            at_strength=lambda strength: {
+                "brightness": 0.4 * strength,
+                "contrast": 0.4 * strength,
+                "saturation": 0.4 * strength,
+                "hue": 0.15 * strength,
+            },
         ),
         OperationRecipe(
             name="affine",

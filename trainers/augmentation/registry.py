@@ -1,4 +1,4 @@
-"""Which augmentation policies are built in, and how one is found by name or file."""
+"""Which augmentation policies are built in, and how one is found by name, line or file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from records.errors import ConfigError
+from trainers.augmentation.inline import PREFIX, policy_of_line
 from trainers.augmentation.mixing import Mixing
 from trainers.augmentation.policy import Operation, Policy, parse_policy
 from trainers.registry import Registered, Registry
@@ -106,14 +107,16 @@ POLICIES: Registry[PolicyRecipe] = Registry(
 
 
 def check_policy_name(name: str) -> None:
-    """Refuse a name that is neither a built-in policy nor a YAML file's.
+    """Refuse a name that is neither a built-in policy, nor a policy in one line, nor a YAML file's.
 
     Args:
         name: what settings say; no file is read.
     Raises:
-        ConfigError: it is neither; names the built-in ones.
+        ConfigError: it is none of them; names the built-in ones.
     """
-    if not name.endswith(YAML_SUFFIXES):
+    if name.startswith(PREFIX):
+        policy_of_line(name)
+    elif not name.endswith(YAML_SUFFIXES):
         try:
             POLICIES[name]
         except ConfigError as error:
@@ -124,13 +127,15 @@ def load_policy(name: str) -> Policy:
     """Find a policy.
 
     Args:
-        name: of a built-in policy, or the path of a YAML file.
+        name: of a built-in policy, a policy in one line (`ops:...`), or the path of a YAML file.
     Returns:
         The checked policy.
     Raises:
         ConfigError: it does not exist, or the document cannot work.
     """
     check_policy_name(name)
+    if name.startswith(PREFIX):
+        return policy_of_line(name)
     if not name.endswith(YAML_SUFFIXES):
         return POLICIES[name].policy
     try:

@@ -47,17 +47,15 @@ class Watch(tune.Callback):
 
     Args:
         recorder: of the search.
-        plans: what is tried, by number.
     """
 
-    def __init__(self, recorder: Recorder, plans: dict[int, TrialPlan]) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._plans = plans
         self._started: set[int] = set()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record that a trial got its actor."""
-        self._start(self._plans[number_of(trial)])
+        self._start(plan_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record that a trial is over."""
@@ -67,7 +65,7 @@ class Watch(tune.Callback):
         """Record that a trial's process died, or never came up."""
         number = number_of(trial)
         if number not in self._started:
-            self._start(self._plans[number])
+            self._start(plan_of(trial))
         cause = trial.get_pickled_error() or RuntimeError("the trial's process died")
         kind = type(cause).__name__
         self._recorder.record(lambda log: log.failed(number, kind=kind, message=sentence(cause), lost=True))
@@ -103,6 +101,11 @@ class TensorBoardLogs(TBXLoggerCallback):
         """Finish the logs of all trials."""
         for trial in list(self._trial_writer):
             self.log_trial_end(trial)
+
+
+def plan_of(trial: Trial) -> TrialPlan:
+    """Return the plan that a Tune trial runs."""
+    return TrialPlan.model_validate(trial.config[SLOT])
 
 
 def number_of(trial: Trial) -> int:

@@ -1,6 +1,7 @@
 """Run trials on the Ray session of the caller, and tell the search's log what happens to them.
 
-In: plans, a function that runs one, the log. Ray's tables and warnings are kept off the terminal.
+In: plans, made one at a time as there is room, a function that runs one, the judge, the log. Ray's
+tables and warnings are kept off the terminal.
 The first trial of an actor waits for a process and its imports; later ones reuse the actor.
 """
 
@@ -10,8 +11,9 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,14 +21,17 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
 
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.ids import new_id
+from tuning.judge import Judge
 from tuning.log import SearchLog
 from tuning.ray_search.recorder import SLOT, EndOnError, Recorder, TensorBoardLogs, Watch, number_of, sentence
-from tuning.ray_search.rungs import FAILURE, SCORE, JournalledHalving
+from tuning.ray_search.rungs import FAILURE, SCORE, JudgedTrials
+from tuning.resources import trial_shape, trials_at_a_time
 from tuning.settings import TuningSettings
-from tuning.trials import SearchHeader, TrialPlan
+from tuning.trials import TrialPlan
 
 Report = Callable[[dict[str, Any]], None]
 TrialFunction = Callable[[TrialPlan, Any, Report], None]
@@ -42,37 +47,40 @@ _LOGGERS = ("ray.tune", "ray.train", "ray.air")
 
 
 def run_trials(
-    plans: Sequence[TrialPlan],
+    plans: Iterable[TrialPlan],
     function: TrialFunction,
     data: Any,
     *,
-    header: SearchHeader,
+    judge: Judge,
     tuning: TuningSettings,
     log: SearchLog,
     folder: Path,
 ) -> None:
-    """Run every plan to its end, or until successive halving cuts it off.
+    """Run every plan to its end, or until the judge cuts it off.
 
     Args:
-        plans: what shall be tried, in this order.
+        plans: what shall be tried, in this order; the next one is asked for when there is room for it.
         function: runs one plan.
         data: given to every call of the function; sent to each node once.
-        header: with the budget of a trial.
+        judge: decides after each epoch.
         tuning: resources and concurrency.
         log: told of every happening; what its listener raises ends the search and is raised here.
         folder: Ray Tune keeps its own files in a new folder there (TensorBoard logs among them).
     Raises:
         ContractError: no Ray session is running.
-        ConfigError: one trial needs more than the whole session has.
+        ConfigError: one trial needs more than the whole session has, or the folder cannot be written.
         UnavailableError: Ray failed, not a trial.
         KeyboardInterrupt: Ctrl-C; the trials were stopped first.
     """
-    if not plans:
+    at_a_time = _room_for(tuning)
+    waiting = iter(plans)
+    first = next(waiting, None)
+    if first is None:
         return
-    _require_resources(tuning)
     recorder = Recorder(log)
     logs = TensorBoardLogs()  # type: ignore[no-untyped-call]
-    tuner = _tuner(plans, function, data, header, tuning, recorder, logs, folder)
+    feed = PlanFeed(recorder, chain([first], waiting), at_a_time)
+    tuner = _tuner(feed, function, data, judge, tuning, recorder, logs, folder)
     with _quiet(), _interruptible(recorder):
         try:
             tuner.fit()
@@ -85,24 +93,70 @@ def run_trials(
         raise recorder.error
 
 
+class PlanFeed(Searcher):
+    """Hands Ray Tune the next plan whenever there is room for one more trial.
+
+    Args:
+        recorder: keeps what making a plan raises.
+        plans: the next ones; made when they are asked for.
+        at_a_time: trials that run at once.
+    """
+
+    def __init__(self, recorder: Recorder, plans: Iterator[TrialPlan], at_a_time: int) -> None:
+        super().__init__(metric=SCORE, mode="max")
+        self._recorder = recorder
+        self._plans = plans
+        self._at_a_time = at_a_time
+        self._running: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle as an empty shell: the journal is what a search goes on from."""
+        return {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next plan as a Tune configuration, None if there is no room, or that there are no more."""
+        if self._recorder.error is not None:
+            return Searcher.FINISHED
+        if len(self._running) >= self._at_a_time:
+            return None
+        try:
+            plan = next(self._plans, None)
+        except BaseException as error:  # noqa: BLE001  raised by run_trials when Tune has stopped its actors
+            self._recorder.error = error
+            return Searcher.FINISHED
+        if plan is None:
+            return Searcher.FINISHED
+        self._running.add(trial_id)
+        return {SLOT: plan.model_dump(mode="json")}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Make room for another trial."""
+        self._running.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the journal is what a search goes on from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
+
+
 def _tuner(
-    plans: Sequence[TrialPlan],
+    feed: PlanFeed,
     function: TrialFunction,
     data: Any,
-    header: SearchHeader,
+    judge: Judge,
     tuning: TuningSettings,
     recorder: Recorder,
     logs: TensorBoardLogs,
     folder: Path,
 ) -> tune.Tuner:
-    resources = {"CPU": float(tuning.cpus_per_trial)} | ({"GPU": g} if (g := tuning.gpus_per_trial) else {})
     trainable = tune.with_parameters(_trial, function=function, data=data)
     return tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
-        param_space={SLOT: tune.grid_search([plan.model_dump(mode="json") for plan in plans])},
+        tune.with_resources(trainable, tune.PlacementGroupFactory([trial_shape(tuning).own])),
         tune_config=tune.TuneConfig(
-            scheduler=JournalledHalving(recorder, header, recorder.log.trials),
-            max_concurrent_trials=tuning.max_concurrent or _cores_for_trials(tuning),
+            search_alg=feed,
+            scheduler=JudgedTrials(recorder, judge),
+            num_samples=-1,
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -110,7 +164,8 @@ def _tuner(
         run_config=tune.RunConfig(
             name=f"ray-{new_id()[:12]}",
             storage_path=str(folder.absolute()),
-            callbacks=[Watch(recorder, {plan.number: plan for plan in plans}), logs],
+            callbacks=[Watch(recorder), logs],
+            failure_config=tune.FailureConfig(max_failures=tuning.max_failures),
             stop=EndOnError(recorder),
             verbose=0,
         ),
@@ -137,31 +192,23 @@ def _trial_name(trial: Trial) -> str:
     return f"trial-{number_of(trial):04d}-{trial.trial_id}"
 
 
-def _require_resources(tuning: TuningSettings) -> None:
-    """Refuse a trial that could never start; a cluster of several nodes may still grow, so it is only asked to wait."""
+def _room_for(tuning: TuningSettings) -> int:
+    """Return how many trials run at a time; on a cluster that may still grow, a trial is only asked to wait.
+
+    A trial that could never start on a session that cannot grow is refused.
+    """
     if not ray.is_initialized():
         raise ContractError("a search needs a running Ray session; start one before calling it")
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    may_grow = _num_nodes() > 1 or (Path.home() / "ray_bootstrap_config.yaml").exists()
-    for name, field, needed in (
-        ("CPU", "cpus_per_trial", float(tuning.cpus_per_trial)),
-        ("GPU", "gpus_per_trial", tuning.gpus_per_trial),
-    ):
-        if needed > total.get(name, 0.0) and not may_grow:
-            raise ConfigError(
-                f"tuning.{field} is {needed:g} but this Ray session has {total.get(name, 0.0):g} {name}s; "
-                f"set it to at most {total.get(name, 0.0):g}"
-            )
-
-
-def _cores_for_trials(tuning: TuningSettings) -> int | None:
-    """Return how many trials the cores of this machine carry; None, that is no limit, on a cluster.
-
-    A Ray of our own may hand out more CPUs than there are cores, for services that mostly wait; trials never wait.
-    """
-    if _num_nodes() > 1:
-        return None
-    return max(1, len(os.sched_getaffinity(0)) // tuning.cpus_per_trial)
+    offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cluster = _num_nodes() > 1
+    may_grow = cluster or (Path.home() / "ray_bootstrap_config.yaml").exists()
+    cores = None if cluster else len(os.sched_getaffinity(0))
+    try:
+        return trials_at_a_time(tuning, offered, cores)
+    except ConfigError:
+        if may_grow:
+            return tuning.max_concurrent or 1
+        raise
 
 
 def _num_nodes() -> int:

@@ -1,50 +1,33 @@
-"""Asynchronous successive halving that journals each decision before Ray Tune acts on it.
+"""Lets Ray Tune ask the judge of the search, and the journal hear the answer before Tune does."""
 
-After grace_epochs * factor^k epochs a trial goes on only if it is among the best 1/factor of those
-that came to that rung before it. Trial 0, the given settings, always goes on, so that the winner is
-compared with it at its full budget. A search that goes on starts with the rungs of its settled trials.
-"""
-
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from tuning.judge import Judge
 from tuning.ray_search.recorder import Recorder, number_of
-from tuning.trials import SearchHeader, TrialResult
 
 SCORE = "val_balanced_accuracy"
-TIME = "training_iteration"
 FAILURE = "error_kind"
 
 
-class JournalledHalving(AsyncHyperBandScheduler):
-    """Ray's ASHA with a journal.
+class JudgedTrials(FIFOScheduler):
+    """Runs trials in order and ends those that the judge ends. Ray's own ASHA loses its rungs at a crash.
 
     Args:
         recorder: told of each epoch with the decision that follows it.
-        header: with budget, grace and factor.
-        settled: trials of an earlier run, whose scores stand in the rungs.
+        judge: knows the decisions of an earlier run.
     """
 
-    def __init__(self, recorder: Recorder, header: SearchHeader, settled: Sequence[TrialResult]) -> None:
-        super().__init__(
-            time_attr=TIME,
-            metric=SCORE,
-            mode="max",
-            max_t=header.trial_epochs,
-            grace_period=header.grace_epochs,
-            reduction_factor=header.reduction_factor,
-        )
+    def __init__(self, recorder: Recorder, judge: Judge) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
-        self._trial_epochs = header.trial_epochs
-        for trial in settled:
-            # A rung asks a trial for nothing but its id.
-            stand_in: Any = SimpleNamespace(trial_id=f"settled-{trial.number}")
-            for epoch, score in enumerate(trial.scores, start=1):
-                self._brackets[0].on_result(stand_in, epoch, score)
+        self._judge = judge
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without judge: Tune saves its scheduler, which nobody restores."""
+        return {"_recorder": self._recorder, "_judge": None}
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Decide whether a trial goes on, after writing the decision down."""
@@ -54,24 +37,11 @@ class JournalledHalving(AsyncHyperBandScheduler):
             kind, message = result[FAILURE], result["error"]
             self._recorder.record(lambda log: log.failed(number, kind=kind, message=message, lost=False))
             return str(TrialScheduler.STOP)
-        decision = str(super().on_trial_result(tune_controller, trial, result))
-        last = result[TIME] >= self._trial_epochs
-        if number == 0 and not last:
-            decision = str(TrialScheduler.CONTINUE)
+        decision = self._judge.decide(number, result["epoch"], result[SCORE])
         self._recorder.record(
             lambda log: log.epoch(
-                number,
-                score=result[SCORE],
-                seconds=result["seconds"],
-                key_class_sensitivity=result.get("key_class_sensitivity"),
-                goes_on=last or decision == TrialScheduler.CONTINUE,
+                decision, seconds=result["seconds"], key_class_sensitivity=result.get("key_class_sensitivity")
             )
         )
-        return decision
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Forget a trial that is over."""
-        if FAILURE in result:
-            self._trial_info.pop(trial.trial_id, None)
-        else:
-            super().on_trial_complete(tune_controller, trial, result)
+        over = not decision.goes_on or decision.epoch >= self._judge.max_epochs
+        return str(TrialScheduler.STOP if over else TrialScheduler.CONTINUE)

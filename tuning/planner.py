@@ -1,0 +1,141 @@
+"""What is tried next: the given settings, then what the caller wants tried, then samples or suggestions.
+
+Plan number n is a function of the seed, n, the space and the trials before it, so that a search which
+goes on proposes what it would have proposed. Samples are balanced: every few of them each choice of an
+axis comes equally often, which a comparison of choices needs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from records.errors import ConfigError
+from trainers.settings import TrainersSettings
+from tuning.settings import Axis, Searcher
+from tuning.space import SearchSpace, difference, with_overrides
+from tuning.trials import Origin, TrialPlan, TrialResult
+
+# Names alone can repeat when nothing else is tunable, so a draw is repeated this often before it is taken twice.
+MAX_DRAWS = 50
+
+History = Sequence[TrialResult]
+
+
+class Planner:
+    """Says what is tried next.
+
+    Args:
+        space: that is searched.
+        base: the given settings, trial 0.
+        trials: how many in all.
+        seed: of the samples.
+        enqueued: whole settings to try first, for example earlier winners; equal ones are tried once.
+        searcher: who proposes after them.
+        startup_trials: for a searcher that learns: balanced samples before it proposes.
+        done: trials of an earlier run, whose plans stand.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        base: TrainersSettings,
+        *,
+        trials: int,
+        seed: int,
+        enqueued: Sequence[TrainersSettings] = (),
+        searcher: Searcher = Searcher.RANDOM,
+        startup_trials: int = 0,
+        done: Iterable[TrialResult] = (),
+    ) -> None:
+        self._space = space
+        self._base = base
+        self._trials = trials
+        self._seed = seed
+        self._searcher = searcher
+        self._startup_trials = startup_trials
+        first = [base]
+        for settings in enqueued:
+            if settings not in first and len(first) < trials:
+                first.append(settings)
+        self._first = first
+        self._plans: dict[int, TrialPlan] = {
+            t.number: TrialPlan(number=t.number, origin=t.origin, overrides=t.overrides) for t in done
+        }
+        self._hashes: dict[int, str] = {n: self._hash(plan) for n, plan in self._plans.items()}
+
+    def plan(self, number: int, history: History = ()) -> TrialPlan:
+        """Return a plan.
+
+        Args:
+            number: below the number of trials; those before it were asked for already, or are made now.
+            history: the trials so far, in order of number; a searcher that learns reads them.
+        Returns:
+            The plan; the same one each time.
+        """
+        for earlier in range(number + 1):
+            if earlier not in self._plans:
+                made = self._make(earlier, [trial for trial in history if trial.number < earlier])
+                self._plans[earlier] = made
+                self._hashes[earlier] = self._hash(made)
+        return self._plans[number]
+
+    def is_balanced(self, number: int) -> bool:
+        """Return whether a trial is one of the balanced samples."""
+        sample = number - len(self._first)
+        return sample >= 0 and (self._searcher is not Searcher.TPE or sample < self._startup_trials)
+
+    def is_in_block(self, number: int, block_trials: int) -> bool:
+        """Return whether a trial is one of the first balanced samples, which may be kept from an early end."""
+        return self.is_balanced(number) and number - len(self._first) < block_trials
+
+    def _make(self, number: int, history: History) -> TrialPlan:
+        if number == 0:
+            return TrialPlan(number=0, origin=Origin.DEFAULTS, overrides={})
+        if number < len(self._first):
+            overrides = difference(self._base, self._first[number])
+            return TrialPlan(number=number, origin=Origin.ENQUEUED, overrides=overrides)
+        if self.is_balanced(number):
+            return self._sample(number)
+        return self._suggest(number, history)
+
+    def _sample(self, number: int) -> TrialPlan:
+        random = np.random.default_rng([self._seed, number])
+        levels = self._levels(number - len(self._first))
+        return self._unseen(number, Origin.SAMPLED, lambda attempt: self._space.sample(random, levels))
+
+    def _suggest(self, number: int, history: History) -> TrialPlan:
+        from tuning.tpe import suggest
+
+        def propose(attempt: int) -> dict[str, object]:
+            return suggest(self._space, self._base, history, seed=[self._seed, number, attempt])
+
+        return self._unseen(number, Origin.SUGGESTED, propose)
+
+    def _unseen(self, number: int, origin: Origin, propose: Callable[[int], dict[str, object]]) -> TrialPlan:
+        """Take the first proposal that can be trained and was not tried before."""
+        seen = {self._hashes[earlier] for earlier in range(number) if earlier in self._hashes}
+        plan = None
+        for attempt in range(MAX_DRAWS):
+            proposed = TrialPlan(number=number, origin=origin, overrides=propose(attempt))
+            try:
+                known = self._hash(proposed) in seen
+            except ConfigError:
+                continue
+            plan = proposed
+            if not known:
+                break
+        if plan is None:
+            raise ConfigError(f"{MAX_DRAWS} draws from the space gave nothing that can be trained; narrow it")
+        return plan
+
+    def _levels(self, sample: int) -> dict[Axis, str]:
+        """Return the choice of each axis for a sample: whole permutations of the choices, one after the other."""
+        levels = {}
+        for position, (axis, records) in enumerate(self._space.axes.items()):
+            turn, place = divmod(sample, len(records))
+            order = np.random.default_rng([self._seed, 1 + position, turn, len(records)]).permutation(len(records))
+            levels[axis] = records[int(order[place])].name
+        return levels
+
+    def _hash(self, plan: TrialPlan) -> str:
+        return with_overrides(self._base, plan.overrides).recipe_hash()
