@@ -101,7 +101,12 @@ class Planner:
     def _sample(self, number: int) -> TrialPlan:
         random = np.random.default_rng([self._seed, number])
         levels = self._levels(number - len(self._first))
-        return self._unseen(number, Origin.SAMPLED, lambda attempt: self._space.sample(random, levels))
+
+        def propose(attempt: int) -> dict[str, object]:
+            # Where the balanced choices leave nothing new, others are taken.
+            return self._space.sample(random, levels if attempt < MAX_DRAWS // 2 else None)
+
+        return self._unseen(number, Origin.SAMPLED, propose)
 
     def _suggest(self, number: int, history: History) -> TrialPlan:
         from tuning.tpe import suggest
