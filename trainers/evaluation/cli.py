@@ -1,4 +1,4 @@
-"""The verbs `relook evaluate` and `relook explain`."""
+"""The verb `relook evaluate`, and with it `relook explain`."""
 
 from contextlib import closing
 from pathlib import Path
@@ -9,16 +9,16 @@ from rich.console import Group as Stack
 from rich.table import Table
 
 from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
-from records.errors import ConfigError, RefusedError
+from records.errors import ConfigError
 from records.types import Side
+from trainers.explanations import cli as explain_cli
 
 if TYPE_CHECKING:
     from records.store import Store
     from trainers.evaluation.figures import Evaluation, Interval
 
 app = typer.Typer()
-
-OVERLAY_SIDE_PX = 512
+app.registered_commands += explain_cli.app.registered_commands
 
 
 @app.command("evaluate")
@@ -56,61 +56,6 @@ def evaluate_command(
             predictions = predict_side(store, bundle, dataset, side, actor="cli", model=loaded, progress=bar)
         evaluation = evaluate(predictions, bundle.document.taxonomy, bundle.document.operating)
     emit(as_json, evaluation, evaluation_tables(evaluation))
-
-
-@app.command("explain")
-def explain_command(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
-    out: Annotated[Path, typer.Option(help="Where the overlay goes, a PNG file.")],
-    method: Annotated[str, typer.Option(help="gradcam, integrated_gradients or occlusion.")] = "gradcam",
-    target: Annotated[str | None, typer.Option(help="Class to explain; default: the most probable one.")] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Draw where a model looked when it answered for a picture."""
-    import numpy as np
-
-    from records.bundles import find_bundle
-    from trainers.evaluation.folder import read_square
-    from trainers.explanations.methods import METHODS
-    from trainers.explanations.overlay import overlay_png
-    from trainers.inference.loaded import load_model
-
-    if method not in METHODS:
-        raise ConfigError(f"--method is {method!r}; it must be one of {', '.join(METHODS)}")
-    with _open(settings_of(ctx, config, preset, sets)) as store:
-        # Gradients need fp32, and a single picture is quick in it.
-        loaded = load_model(find_bundle(store, model), precision="fp32")
-    pixels = read_square(image, loaded.geometry.side_px)[None]
-    answer = loaded.predict(pixels)
-    if not answer.finite[0]:
-        raise RefusedError("the model has no finite answer for this picture, so there is nothing to explain")
-    codes = loaded.taxonomy.codes
-    index = loaded.taxonomy.index_of(target) if target else int(answer.probabilities[0].argmax())
-    heat_map = loaded.explain(pixels, method, np.array([index]))[0]
-    png = overlay_png(read_square(image, OVERLAY_SIDE_PX), heat_map)
-    try:
-        out.write_bytes(png)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
-    result: dict[str, Any] = {
-        "model_id": loaded.model_id,
-        "image": str(image),
-        "method": method,
-        "exact": method == "gradcam" and loaded.gradcam_is_exact,
-        "layer": loaded.target_layer if method == "gradcam" else None,
-        "target": codes[index],
-        "probabilities": dict(zip(codes, answer.probabilities[0].tolist(), strict=True)),
-        "shape": list(heat_map.shape),
-        "values": heat_map.tolist(),
-        "out": str(out),
-    }
-    share = f"{answer.probabilities[0, index]:.0%}"
-    emit(as_json, result, f"{method} for {codes[index]} (probability {share}), map {heat_map.shape}: {out}")
 
 
 def evaluation_tables(evaluation: "Evaluation") -> Stack:

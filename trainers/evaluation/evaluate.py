@@ -6,7 +6,10 @@ probability over the lesion's pictures. Intervals are 95 %: bootstrap by group w
 exact (Clopper-Pearson over groups) where a bootstrap cannot vary, as for a sensitivity of 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +24,33 @@ from records.stored import find_images
 from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Side
 from trainers.calibration.conformal import prediction_set, thresholds_in_order
-from trainers.calibration.operating import answered, gather_lesions
+from trainers.calibration.operating import Lesions, answered, gather_lesions
+from trainers.calibration.scaling import reweight
 from trainers.data.cache import PixelCache
 from trainers.evaluation.bootstrap import group_strata, resample_weights, resampled_confusions
-from trainers.evaluation.figures import Evaluation, class_reports, interval_of, key_class_report, undefined_reasons
+from trainers.evaluation.figures import (
+    Coverage,
+    Evaluation,
+    ReliabilityBin,
+    class_reports,
+    interval_of,
+    key_class_report,
+    undefined_reasons,
+)
 from trainers.evaluation.metrics import (
     FloatArray,
     IntArray,
+    accuracy_of,
     balanced_accuracy,
     check_probabilities,
     confusion_matrix,
     expected_calibration_error,
+    macro_f1,
     one_vs_rest_auc,
+    reliability_bins,
 )
+from trainers.evaluation.skin import SkinTones
+from trainers.evaluation.traits import Traits, traits_of_images
 from trainers.inference.loaded import LoadedModel, load_model
 
 BATCH_SIZE = 64
@@ -57,6 +74,8 @@ class SidePredictions:
     dataset_id: str | None = None
     side: Side | None = None
     side_reads: int | None = None
+    traits: list[Traits] | None = None
+    """what slices are cut by, where it is known"""
 
 
 def predict_side(
@@ -68,6 +87,7 @@ def predict_side(
     *,
     model: LoadedModel | None = None,
     progress: Progress | None = None,
+    masks: Path | None = None,
 ) -> SidePredictions:
     """Answer for every labelled picture of a side. Reading gate or test is audited before it happens.
 
@@ -79,6 +99,7 @@ def predict_side(
         actor: who reads it, for the audit.
         model: the bundle's model if it is loaded already.
         progress: a bar is added to it.
+        masks: folder of lesion masks, named after the pictures; skin is looked for outside them.
     Returns:
         The answers, in order of picture id.
     Raises:
@@ -100,8 +121,12 @@ def predict_side(
     model = model or load_model(bundle)
     task = progress.add_task(f"Predicting {side.value}", total=len(pixels)) if progress else None
     outputs = []
+    images = find_images(store, image_ids)
+    tones = SkinTones([image.source_id for image in images], masks)
     for start in range(0, len(pixels), BATCH_SIZE):
-        outputs.append(model.predict(pixels.take(np.arange(start, min(start + BATCH_SIZE, len(pixels))))))
+        batch = pixels.take(np.arange(start, min(start + BATCH_SIZE, len(pixels))))
+        outputs.append(model.predict(batch))
+        tones.add(batch)
         if progress and task is not None:
             progress.update(task, completed=min(start + BATCH_SIZE, len(pixels)))
     taxonomy = bundle.document.taxonomy
@@ -109,13 +134,14 @@ def predict_side(
         model_id=bundle.id,
         image_ids=image_ids,
         group_ids=[str(group_id) for group_id in rows["group_id"]],
-        lesion_ids=[image.lesion_id for image in find_images(store, image_ids)],
+        lesion_ids=[image.lesion_id for image in images],
         labels=np.array([taxonomy.index_of(str(label)) for label in rows["label"]], dtype=np.int64),
         logits=np.concatenate([output.logits for output in outputs]),
         probabilities=np.concatenate([output.probabilities for output in outputs]),
         dataset_id=dataset.id,
         side=side,
         side_reads=side_reads,
+        traits=traits_of_images(images, [int(rank) for rank in rows["label_rank"]], tones.angles),
     )
 
 
@@ -124,6 +150,8 @@ def evaluate(
     taxonomy: Taxonomy,
     operating: OperatingPoints | None,
     *,
+    prevalence: Mapping[str, float] | None = None,
+    priors: Mapping[str, float] | None = None,
     max_set_size: int = 2,
     seed: int = 0,
 ) -> Evaluation:
@@ -133,6 +161,9 @@ def evaluate(
         predictions: at least one picture; every row a distribution.
         taxonomy: of the predictions.
         operating: thresholds of the model; without them what needs thresholds is undefined.
+        prevalence: class shares that the answers are re-weighted to by Bayes; what compares with thresholds (key
+            class, prediction sets) stays as the service computes it.
+        priors: class shares that the probabilities were calibrated at; needed with `prevalence`.
         max_set_size: larger prediction sets go to an expert.
         seed: of the bootstrap.
     Returns:
@@ -145,19 +176,17 @@ def evaluate(
     if not predictions.image_ids:
         raise ContractError("an evaluation needs at least one picture")
     check_probabilities(predictions.probabilities, num_classes)
-    labels, probabilities = predictions.labels, predictions.probabilities
+    labels, served = predictions.labels, predictions.probabilities
+    probabilities = served if prevalence is None else reweight(served, priors or {}, prevalence)
     predicted = probabilities.argmax(axis=1)
-    lesions = gather_lesions(predictions.image_ids, predictions.lesion_ids, labels, probabilities)
+    lesions = gather_lesions(predictions.image_ids, predictions.lesion_ids, labels, served)
     _, group_index = np.unique(np.array(predictions.group_ids, dtype=str), return_inverse=True)
     weights = resample_weights(group_strata(labels, group_index, num_classes), seed=seed)
-    num_groups = weights.shape[1]
     confusion = confusion_matrix(labels, predicted, num_classes)
     confusions = resampled_confusions(labels, predicted, group_index, weights, num_classes)
-    per_class = class_reports(taxonomy, confusion, confusions, labels, predicted, group_index, lesions)
+    aucs = one_vs_rest_auc(labels, probabilities)
+    per_class = class_reports(taxonomy, confusion, confusions, labels, predicted, group_index, lesions, aucs)
     key_class = key_class_report(taxonomy, operating, lesions, group_index[lesions.first_image_index], weights)
-    accuracy = float((labels == predicted).mean())
-    accuracies = np.trace(confusions, axis1=1, axis2=2) / confusions.sum(axis=(1, 2))
-    balanced = float(balanced_accuracy(confusion))
     return Evaluation(
         model_id=predictions.model_id,
         dataset_id=predictions.dataset_id,
@@ -165,30 +194,64 @@ def evaluate(
         side_reads=predictions.side_reads,
         images=len(labels),
         lesions=len(lesions),
-        groups=num_groups,
-        balanced_accuracy=balanced,
-        balanced_accuracy_ci=interval_of(balanced, balanced_accuracy(confusions), num_groups),
-        accuracy=accuracy,
-        accuracy_ci=interval_of(accuracy, accuracies, num_groups),
-        macro_auc=_macro_auc(labels, probabilities),
+        groups=weights.shape[1],
+        **_whole_figures(confusion, confusions, weights.shape[1]),
+        macro_auc=float(np.nanmean(aucs)) if np.isfinite(aucs).any() else None,
         ece=expected_calibration_error(labels, probabilities),
+        reliability=[
+            ReliabilityBin(confidence=confidence, accuracy=accuracy, images=images)
+            for confidence, accuracy, images in reliability_bins(labels, probabilities)
+        ],
+        prevalence=None if prevalence is None else {code: float(prevalence[code]) for code in taxonomy.codes},
         per_class=per_class,
         key_class=key_class,
         confusion_matrix=confusion.tolist(),
+        coverage=coverage_report(served, lesions, taxonomy, operating),
         undefined=undefined_reasons(taxonomy, per_class, key_class, operating),
-        **_triage_figures(probabilities, taxonomy, operating, max_set_size),
+        **_triage_figures(served, taxonomy, operating, max_set_size),
     )
 
 
-def _macro_auc(labels: IntArray, probabilities: FloatArray) -> float | None:
-    aucs = one_vs_rest_auc(labels, probabilities)
-    defined = aucs[~np.isnan(aucs)]
-    return float(defined.mean()) if len(defined) else None
+def coverage_report(
+    probabilities: FloatArray, lesions: Lesions, taxonomy: Taxonomy, operating: OperatingPoints | None
+) -> Coverage | None:
+    """Count how often prediction sets hold the true class, by one picture per lesion.
+
+    Args:
+        probabilities: [N, C] of the pictures.
+        lesions: of the same pictures.
+        taxonomy: class order.
+        operating: with the thresholds of the sets.
+    Returns:
+        The shares; None for a model without such thresholds.
+    """
+    if operating is None or not operating.conformal_thresholds:
+        return None
+    sets = prediction_set(probabilities[lesions.first_image_index], thresholds_in_order(operating, taxonomy))
+    held = sets[np.arange(len(lesions)), lesions.labels]
+    return Coverage(
+        promise=operating.conformal_promise,
+        overall=float(held.mean()),
+        per_class={
+            code: float(held[lesions.labels == index].mean()) if (lesions.labels == index).any() else None
+            for index, code in enumerate(taxonomy.codes)
+        },
+        pooled_classes=operating.pooled_classes,
+    )
+
+
+def _whole_figures(confusion: IntArray, confusions: FloatArray, num_groups: int) -> dict[str, Any]:
+    """Figures over all classes, each with its interval under `<name>_ci`."""
+    figures: dict[str, Any] = {}
+    for name, function in (("balanced_accuracy", balanced_accuracy), ("accuracy", accuracy_of), ("macro_f1", macro_f1)):
+        estimate = float(function(confusion))
+        figures |= {name: estimate, f"{name}_ci": interval_of(estimate, function(confusions), num_groups)}
+    return figures
 
 
 def _triage_figures(
     probabilities: FloatArray, taxonomy: Taxonomy, operating: OperatingPoints | None, max_set_size: int
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     if operating is None:
         return {"answered_share": None, "mean_set_size": None}
     sets = prediction_set(probabilities, thresholds_in_order(operating, taxonomy))

@@ -15,8 +15,11 @@ from records.taxonomy import Taxonomy
 from trainers.calibration.operating import Lesions, exact_interval
 from trainers.evaluation.bootstrap import percentile_interval
 from trainers.evaluation.metrics import BoolArray, FloatArray, IntArray, class_rates
+from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
 
 Interval = tuple[float, float]
+
+FIXED_SENSITIVITY = 0.95
 
 DEGENERATE = 1e-12
 """A bootstrap interval narrower than this did not vary at all."""
@@ -32,11 +35,14 @@ class ClassReport(_Shape):
     sensitivity: float | None = None
     specificity: float | None = None
     precision: float | None = None
+    f1: float | None = None
     support: int = Field(ge=0, description="pictures of the class")
     lesions: int = Field(ge=0, description="lesions of the class")
     sensitivity_ci: Interval | None = None
     specificity_ci: Interval | None = None
     precision_ci: Interval | None = None
+    f1_ci: Interval | None = None
+    auc: float | None = Field(default=None, description="area under the class's ROC curve, one against the rest")
 
 
 class KeyClassReport(_Shape):
@@ -51,6 +57,44 @@ class KeyClassReport(_Shape):
     lesions: int = Field(ge=0, description="lesions of the key class")
     floor: float = Field(description="sensitivity that a served model must reach")
     proven: bool = Field(description="whether the calibration side proved the floor at this threshold")
+    specificity_at_95_sensitivity: float | None = Field(
+        default=None, description="largest specificity at a threshold that finds 95 % of the key class's lesions"
+    )
+    specificity_at_95_sensitivity_ci: Interval | None = None
+
+
+class ReliabilityBin(_Shape):
+    """Pictures of about the same confidence, and how often their answers were right."""
+
+    confidence: float = Field(description="mean confidence")
+    accuracy: float
+    images: int = Field(ge=1)
+
+
+class Coverage(_Shape):
+    """How often the prediction set holds the true class; one picture per lesion."""
+
+    promise: float = Field(description="what every class was promised on the calibration side")
+    overall: float
+    per_class: dict[str, float | None]
+    pooled_classes: list[str] = Field(description="classes that share one threshold: promised together, not each")
+
+
+class SliceReport(_Shape):
+    """The figures of a part of the pictures."""
+
+    images: int = Field(ge=1)
+    lesions: int = Field(ge=1)
+    accuracy: float
+    accuracy_ci: Interval
+    balanced_accuracy: float = Field(description="over the classes that the slice has")
+    balanced_accuracy_ci: Interval
+    key_class_lesions: int | None = None
+    key_class_sensitivity: float | None = Field(default=None, description="per lesion, at the refer threshold")
+    key_class_sensitivity_ci: Interval | None = None
+    key_class_specificity: float | None = None
+    key_class_specificity_ci: Interval | None = None
+    answered_share: float | None = None
 
 
 class Evaluation(_Shape):
@@ -68,12 +112,25 @@ class Evaluation(_Shape):
     accuracy: float
     accuracy_ci: Interval
     macro_auc: float | None = Field(description="mean one-against-rest AUC of the classes where it is defined")
+    macro_f1: float = Field(description="mean F1 of the classes that have pictures; one never answered counts as 0")
+    macro_f1_ci: Interval
     ece: float = Field(description="expected calibration error: 15 equal-width bins of confidence")
+    reliability: list[ReliabilityBin] = Field(default_factory=list, description="the bins of the calibration error")
+    prevalence: dict[str, float] | None = Field(
+        default=None, description="class shares that the probabilities were re-weighted to, if any were stated"
+    )
     per_class: dict[str, ClassReport]
     key_class: KeyClassReport | None
     confusion_matrix: list[list[int]] = Field(description="row = truth, column = answer, in class order")
     answered_share: float | None = Field(description="share of pictures that thresholds and sets leave to no expert")
     mean_set_size: float | None = Field(description="mean number of classes in the prediction set")
+    coverage: Coverage | None = Field(default=None, description="of the prediction sets")
+    slices: dict[str, dict[str, SliceReport]] = Field(
+        default_factory=dict, description="age, sex, localization, confirmation, skin_tone: value to figures"
+    )
+    slice_notes: dict[str, str] = Field(default_factory=dict, description="how a slice came about, what it leaves out")
+    robustness: RobustnessReport | None = None
+    explanations: ExplanationQuality | None = None
     undefined: dict[str, str] = Field(default_factory=dict, description="metric to why it is null or partial")
 
 
@@ -85,6 +142,7 @@ def class_reports(
     predicted: IntArray,
     group_index: IntArray,
     lesions: Lesions,
+    aucs: FloatArray,
 ) -> dict[str, ClassReport]:
     """Report every class against the rest, per picture.
 
@@ -96,6 +154,7 @@ def class_reports(
         predicted: [N] class indices.
         group_index: [N] the independent unit of each picture.
         lesions: of the same pictures.
+        aucs: [C], NaN where undefined.
     Returns:
         Class code to report, in class order.
     """
@@ -104,12 +163,19 @@ def class_reports(
     for index, code in enumerate(taxonomy.codes):
         is_case, is_answer = labels == index, predicted == index
         values: dict[str, Any] = {}
-        for name, members in (("sensitivity", is_case), ("specificity", ~is_case), ("precision", is_answer)):
+        for name, members in (
+            ("sensitivity", is_case),
+            ("specificity", ~is_case),
+            ("precision", is_answer),
+            ("f1", is_case | is_answer),
+        ):
             if members.any():
                 estimate = float(getattr(rates, name)[index])
                 num_groups = len(np.unique(group_index[members]))
                 values[name] = estimate
                 values[f"{name}_ci"] = interval_of(estimate, getattr(samples, name)[:, index], num_groups)
+        if np.isfinite(aucs[index]):
+            values["auc"] = float(aucs[index])
         reports[code] = ClassReport(support=int(is_case.sum()), lesions=int((lesions.labels == index).sum()), **values)
     return reports
 
@@ -138,8 +204,9 @@ def key_class_report(
     is_case = lesions.labels == taxonomy.index_of(key.code)
     point = None if operating is None else operating.refer.get(key.code)
     sensitivity, sensitivity_ci, specificity, specificity_ci = None, None, None, None
+    scores = lesions.probabilities[:, taxonomy.index_of(key.code)]
     if point is not None:
-        is_referred = lesions.probabilities[:, taxonomy.index_of(key.code)] >= point.threshold
+        is_referred = scores >= point.threshold
         sensitivity, sensitivity_ci = _lesion_rate(is_referred, is_case, group_index, weights)
         specificity, specificity_ci = _lesion_rate(~is_referred, ~is_case, group_index, weights)
     return KeyClassReport(
@@ -152,7 +219,36 @@ def key_class_report(
         lesions=int(is_case.sum()),
         floor=key.sensitivity_floor,
         proven=point is not None and point.proven,
+        **_at_fixed_sensitivity(scores, is_case, group_index, weights),
     )
+
+
+def _at_fixed_sensitivity(
+    scores: FloatArray, is_case: BoolArray, group_index: IntArray, weights: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Return specificity where 95 % of the cases are found; the interval is at that threshold."""
+    threshold = sensitivity_threshold(scores, is_case, FIXED_SENSITIVITY)
+    if threshold is None:
+        return {}
+    specificity, interval = _lesion_rate(scores < threshold, ~is_case, group_index, weights)
+    return {"specificity_at_95_sensitivity": specificity, "specificity_at_95_sensitivity_ci": interval}
+
+
+def sensitivity_threshold(scores: FloatArray, is_case: BoolArray, sensitivity: float) -> float | None:
+    """Return the highest threshold at which a share of the cases is found; None without cases.
+
+    Args:
+        scores: [L].
+        is_case: [L].
+        sensitivity: share of the cases at or above the threshold, above 0 and at most 1.
+    Returns:
+        One of the cases' scores.
+
+    >>> sensitivity_threshold(np.array([0.9, 0.5, 0.2, 0.8]), np.array([True, True, True, False]), 0.6)
+    0.5
+    """
+    cases = np.sort(scores[is_case])[::-1]
+    return float(cases[int(np.ceil(sensitivity * len(cases) - 1e-9)) - 1]) if len(cases) else None
 
 
 def _lesion_rate(

@@ -14,10 +14,13 @@ from rich.progress import Progress
 
 from records.errors import DataError, PictureError
 from records.taxonomy import Taxonomy
+from records.types.pictures import LABEL_RANK
 from trainers.data.decode import decode_square
 from trainers.data.parallel import chunks_of, map_in_order
 from trainers.data.source_table import SourceRow, read_source
 from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.skin import SkinTones, tone_of
+from trainers.evaluation.traits import CONFIRMED_BY, Traits, age_band
 from trainers.inference.loaded import LoadedModel
 
 
@@ -28,6 +31,7 @@ def predict_folder(
     *,
     columns: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    masks: Path | None = None,
 ) -> SidePredictions:
     """Answer for every row of a table.
 
@@ -37,6 +41,7 @@ def predict_folder(
         labels: the table.
         columns: names of the table's columns where they differ from the usual ones.
         progress: a bar is added to it.
+        masks: folder of lesion masks, named after the pictures; skin is looked for outside them.
     Returns:
         The answers in the table's order; the independent unit is the patient, else the lesion, else the picture.
     Raises:
@@ -47,8 +52,10 @@ def predict_folder(
     task = progress.add_task("Predicting", total=len(source.rows)) if progress else None
     chunks = chunks_of(source.rows)
     outputs = []
+    tones = SkinTones([row.source_id for row in source.rows], masks)
     for pixels in map_in_order(lambda rows: _decode(rows, model.geometry.side_px), chunks):
         outputs.append(model.predict(pixels))
+        tones.add(pixels)
         if progress and task is not None:
             progress.advance(task, len(pixels))
     lesion_ids = [row.context["lesion_id"] for row in source.rows]
@@ -64,6 +71,17 @@ def predict_folder(
         labels=np.array(class_indices, dtype=np.int64),
         logits=np.concatenate([output.logits for output in outputs]),
         probabilities=np.concatenate([output.probabilities for output in outputs]),
+        traits=[_traits(row, angle) for row, angle in zip(source.rows, tones.angles, strict=True)],
+    )
+
+
+def _traits(row: SourceRow, angle: float | None) -> Traits:
+    return Traits(
+        age=age_band(row.age_years),
+        sex=row.context["sex"],
+        localization=row.context["localization"],
+        confirmation=CONFIRMED_BY[LABEL_RANK[row.confirmation]],
+        skin_tone=tone_of(angle),
     )
 
 

@@ -27,6 +27,7 @@ class Rates:
     sensitivity: FloatArray
     specificity: FloatArray
     precision: FloatArray
+    f1: FloatArray
 
 
 def check_probabilities(probabilities: FloatArray, num_classes: int | None = None) -> None:
@@ -61,7 +62,7 @@ def confusion_matrix(labels: IntArray, predicted: IntArray, num_classes: int) ->
 
 
 def class_rates(confusion: NDArray[np.floating] | IntArray) -> Rates:
-    """Compute sensitivity TP/(TP+FN), specificity TN/(TN+FP) and precision TP/(TP+FP) of every class.
+    """Compute sensitivity TP/(TP+FN), specificity TN/(TN+FP), precision TP/(TP+FP) and F1 of every class.
 
     Args:
         confusion: [..., C, C]; row = truth, column = answer.
@@ -80,6 +81,7 @@ def class_rates(confusion: NDArray[np.floating] | IntArray) -> Rates:
         sensitivity=_ratio(hits, cases),
         specificity=_ratio(others - (answers - hits), others),
         precision=_ratio(hits, answers),
+        f1=_ratio(2.0 * hits, cases + answers),
     )
 
 
@@ -94,6 +96,26 @@ def balanced_accuracy(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
     sensitivity = class_rates(confusion).sensitivity
     present = ~np.isnan(sensitivity)
     return _ratio(np.where(present, sensitivity, 0.0).sum(axis=-1), present.sum(axis=-1).astype(np.float64))
+
+
+def accuracy_of(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+    """Return the share of right answers, [...], of confusion matrices [..., C, C]; NaN if there are no cases."""
+    counts = np.asarray(confusion, dtype=np.float64)
+    return _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum(axis=(-2, -1)))
+
+
+def macro_f1(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+    """Average F1 = 2 TP / (2 TP + FP + FN) over the classes that have cases.
+
+    Args:
+        confusion: [..., C, C]; row = truth, column = answer.
+    Returns:
+        [...] in [0, 1]; NaN if there are no cases at all.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    present = counts.sum(axis=-1) > 0
+    f1 = np.where(present, np.nan_to_num(class_rates(counts).f1), 0.0)
+    return _ratio(f1.sum(axis=-1), present.sum(axis=-1).astype(np.float64))
 
 
 def one_vs_rest_auc(labels: IntArray, probabilities: FloatArray) -> FloatArray:
@@ -130,6 +152,32 @@ def expected_calibration_error(labels: IntArray, probabilities: FloatArray, num_
     bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+def reliability_bins(
+    labels: IntArray, probabilities: FloatArray, num_bins: int = ECE_BINS
+) -> list[tuple[float, float, int]]:
+    """Gather cases of about the same confidence.
+
+    Args:
+        labels: [N] class indices.
+        probabilities: [N, C]; confidence is the largest of a row.
+        num_bins: B, of equal width.
+    Returns:
+        (mean confidence, accuracy, cases) of every bin that holds any, by rising confidence.
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    return [
+        # Sorted, so that the sum does not depend on the order of the cases.
+        (
+            float(np.sort(confidence[bins == index]).mean()),
+            float(correct[bins == index].mean()),
+            int((bins == index).sum()),
+        )
+        for index in np.unique(bins)
+    ]
 
 
 def mean_by_unit(values: FloatArray, unit_index: IntArray) -> FloatArray:

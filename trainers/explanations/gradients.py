@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 IG_STEPS = 50
 BATCH_SIZE = 32
+MAX_PIXELS_IN_FLIGHT = BATCH_SIZE * 112 * 112
+
+
+def in_flight(side_px: int) -> int:
+    """Return how many pictures of a side may be computed with at once: at most 32, fewer above 112 px, at least 1."""
+    return max(1, min(BATCH_SIZE, MAX_PIXELS_IN_FLIGHT // side_px**2))
 
 
 def head_gradcam(head: nn.Module, features: Tensor, target: Tensor) -> Tensor:
@@ -42,12 +48,17 @@ def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, ste
     Returns:
         [N, S, S], signed, summed over colours; a map sums to about logit(picture) - logit(baseline).
     """
+    chunk = in_flight(inputs.shape[-1])
     with torch.inference_mode(False), torch.enable_grad():
         method = IntegratedGradients(network)
-        attributions: Tensor = method.attribute(
-            inputs.detach().clone(), target=target, n_steps=steps, internal_batch_size=max(BATCH_SIZE, len(inputs))
-        )
-    return attributions.detach().sum(dim=1)
+        # Captum keeps at least one step of every picture in memory, so that pictures come in chunks, too.
+        parts = [
+            method.attribute(
+                some.detach().clone(), target=classes, n_steps=steps, internal_batch_size=max(chunk, len(some))
+            )
+            for some, classes in zip(inputs.split(chunk), target.split(chunk), strict=True)
+        ]
+    return torch.cat(parts).detach().sum(dim=1)
 
 
 def occlusion(network: nn.Module, inputs: Tensor, target: Tensor, window_px: int | None = None) -> Tensor:
@@ -64,11 +75,15 @@ def occlusion(network: nn.Module, inputs: Tensor, target: Tensor, window_px: int
     side_px = window_px or max(2, inputs.shape[-1] // 8)
     stride_px = max(1, side_px // 2)
     with torch.inference_mode():
-        attributions: Tensor = Occlusion(network).attribute(
-            inputs,
-            sliding_window_shapes=(inputs.shape[1], side_px, side_px),
-            strides=(inputs.shape[1], stride_px, stride_px),
-            target=target,
-            perturbations_per_eval=BATCH_SIZE,
-        )
-    return attributions[:, 0]
+        method = Occlusion(network)
+        parts = [
+            method.attribute(
+                inputs[row : row + 1],
+                sliding_window_shapes=(inputs.shape[1], side_px, side_px),
+                strides=(inputs.shape[1], stride_px, stride_px),
+                target=target[row : row + 1],
+                perturbations_per_eval=in_flight(inputs.shape[-1]),
+            )
+            for row in range(len(inputs))
+        ]
+    return torch.cat(parts)[:, 0]

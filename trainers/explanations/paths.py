@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers.explanations.gradients import BATCH_SIZE, integrated_gradients
+from trainers.explanations.gradients import in_flight, integrated_gradients
 
 FIRST_STEPS, MOST_STEPS = 50, 400
 ALLOWED_ERROR = 0.02
@@ -68,8 +68,9 @@ def gradient_shap(network: nn.Module, inputs: Tensor, num_samples: int = SHAP_SA
     total = torch.zeros_like(inputs)
     with torch.inference_mode(False), torch.enable_grad():
         picture = inputs.detach().clone()
-        for start in range(0, num_samples, BATCH_SIZE):
-            some = slice(start, start + BATCH_SIZE)
+        chunk = in_flight(inputs.shape[-1])
+        for start in range(0, num_samples, chunk):
+            some = slice(start, start + chunk)
             base = baselines[drawn[some]].detach().clone()
             points = (base + shares[some].clone() * (picture - base)).detach().requires_grad_()
             (gradient,) = torch.autograd.grad(network(points).sum(), points)

@@ -271,14 +271,23 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
         IntegrityError: the weights do not fit the architecture.
         ConfigError: the architecture is not registered, or the precision unknown.
     """
-    model = LoadedModel(bundle, _network_of(bundle), resolve_precision(precision, device), device)
+    model = LoadedModel(bundle, plain_network(bundle), resolve_precision(precision, device), device)
     if precision != "auto" or model.precision == "fp32" or model._survives_its_precision():
         return model
     logger.info("model %s computes in fp32: it loses too much in %s", bundle.id[:12], model.precision)
-    return LoadedModel(bundle, _network_of(bundle), "fp32", device)
+    return LoadedModel(bundle, plain_network(bundle), "fp32", device)
 
 
-def _network_of(bundle: Bundle) -> nn.Module:
+def plain_network(bundle: Bundle) -> nn.Module:
+    """Build a bundle's network as it was trained, in evaluation mode: fp32, nothing folded, nobody else's.
+
+    Args:
+        bundle: whose files were checked.
+    Returns:
+        The network, with the parts `features` and `head`.
+    Raises:
+        IntegrityError: the weights do not fit the architecture.
+    """
     document = bundle.document
     network = build_model(document.architecture.name, len(document.taxonomy.codes), **document.architecture.options)
     load_weights(network, bundle.weights(), bundle.id)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.explanations.gradients import head_gradcam, integrated_gradients, occlusion
+from trainers.explanations.gradients import head_gradcam, in_flight, integrated_gradients, occlusion
 
 
 @pytest.fixture
@@ -61,3 +61,12 @@ def test_nothing_is_left_on_a_network(make_network):
     assert not any(module._forward_hooks or module._backward_hooks for module in network.modules())
     assert inputs.grad is None
     assert not inputs.requires_grad
+
+
+def test_large_pictures_are_computed_in_smaller_numbers(linear_network):
+    assert [in_flight(side) for side in (32, 112, 224, 299, 2000)] == [32, 32, 8, 4, 1]
+    inputs = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    target = torch.arange(40) % 2
+    together = integrated_gradients(linear_network, inputs, target, steps=4)
+    alone = integrated_gradients(linear_network, inputs[39:], target[39:], steps=4)
+    assert torch.allclose(together[39:], alone, atol=1e-5)

@@ -1,0 +1,116 @@
+"""The tone of the skin around a lesion, as its individual typology angle (ITA).
+
+ITA = arctan((L* - 50) / b*) in degrees, of the median CIE L* and b* of the skin (Chardon et al. 1991). Skin is what
+lies outside the lesion's mask, grown by a twentieth of the side; without a mask it is the outer ring of the square,
+an eighth of the side wide. Pixels much darker than the ring's median are left out: hair and the shadow of the tube.
+
+It is an estimate, good for comparing groups: a dermatoscope's light is not calibrated, and a lesion that reaches the
+border is taken for skin where there is no mask.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from records.errors import DataError
+from trainers.evaluation.metrics import BoolArray
+
+TONES = (("very light", 55.0), ("light", 41.0), ("intermediate", 28.0), ("tan", 10.0), ("brown", -30.0))
+"""Names with the angle that each lies above (Del Bino & Bernerd 2013); below the last one is `dark`."""
+
+RING = 1 / 8
+GROWN = 1 / 20
+DARKER = 25.0
+"""Pixels whose L* lies so far below the median of the rest are not skin."""
+
+MIN_SHARE = 0.02
+"""With less skin than this share of the picture, nothing is said."""
+
+
+def typology_angle(picture: NDArray[np.uint8], mask: BoolArray | None = None) -> float | None:
+    """Estimate the ITA of the skin around a lesion.
+
+    Args:
+        picture: [S, S, 3], sRGB.
+        mask: [S, S], true on the lesion; None if it is not known.
+    Returns:
+        Degrees, -90 to 90; None if too little skin is seen.
+    """
+    side_px = len(picture)
+    skin = np.zeros((side_px, side_px), dtype=np.bool_)
+    if mask is not None and mask.any():
+        grown_px = 2 * max(1, round(GROWN * side_px)) + 1
+        skin = ~cv2.dilate(mask.astype(np.uint8), np.ones((grown_px, grown_px), np.uint8)).astype(np.bool_)
+    else:
+        ring_px = max(1, round(RING * side_px))
+        skin[:] = True
+        skin[ring_px:-ring_px, ring_px:-ring_px] = False
+    lab: NDArray[Any] = cv2.cvtColor(picture.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)[skin]
+    if len(lab) == 0:
+        return None
+    lab = lab[lab[:, 0] > float(np.median(lab[:, 0])) - DARKER]
+    if len(lab) < MIN_SHARE * side_px**2:
+        return None
+    lightness, yellowness = float(np.median(lab[:, 0])), float(np.median(lab[:, 2]))
+    return float(np.degrees(np.arctan2(lightness - 50.0, max(yellowness, 1e-3))))
+
+
+def tone_of(angle: float | None) -> str | None:
+    """Name a tone: very light, light, intermediate, tan, brown or dark; None if the angle is not known."""
+    if angle is None:
+        return None
+    return next((name for name, above in TONES if angle > above), "dark")
+
+
+def find_mask(folder: Path, source_id: str | None) -> Path | None:
+    """Return the mask of a picture: `<name>_segmentation.png` or `<name>.png` in the folder; None if it has none."""
+    if source_id is None:
+        return None
+    candidates = (folder / f"{source_id}_segmentation.png", folder / f"{source_id}.png")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_mask(path: Path, side_px: int) -> BoolArray:
+    """Read a mask as the square that a model sees.
+
+    Args:
+        path: a grey picture, bright on the lesion.
+        side_px: S.
+    Returns:
+        [S, S].
+    Raises:
+        DataError: it cannot be read.
+    """
+    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if mask is None:
+        raise DataError(f"the mask {path} cannot be read; it must be a grey PNG")
+    height_px, width_px = mask.shape
+    shorter = min(height_px, width_px)
+    top, left = (height_px - shorter) // 2, (width_px - shorter) // 2
+    square = mask[top : top + shorter, left : left + shorter]
+    return np.asarray(cv2.resize(square, (side_px, side_px), interpolation=cv2.INTER_AREA) >= 128, dtype=np.bool_)
+
+
+class SkinTones:
+    """Gathers the angles of pictures that come batch by batch.
+
+    Args:
+        source_ids: [N] names of all pictures, by which masks are found.
+        masks: folder of masks; None if there are none.
+    """
+
+    def __init__(self, source_ids: Sequence[str | None], masks: Path | None) -> None:
+        self._source_ids = source_ids
+        self._masks = masks
+        self.angles: list[float | None] = []
+
+    def add(self, pixels: NDArray[np.uint8]) -> None:
+        """Look at the next pictures, [n, S, S, 3]."""
+        for picture in pixels:
+            name = self._source_ids[len(self.angles)]
+            path = find_mask(self._masks, name) if self._masks is not None else None
+            self.angles.append(typology_angle(picture, read_mask(path, len(picture)) if path else None))

@@ -1,0 +1,106 @@
+"""The same figures for parts of the pictures: by age, sex, body site, confirmation, skin tone.
+
+A slice with few pictures says little, so that one below `MIN_IMAGES` is named and not reported. Intervals are
+resampled within the slice; nothing is corrected for looking at many slices.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+
+import numpy as np
+
+from records.bundles import OperatingPoints
+from records.taxonomy import Taxonomy
+from trainers.evaluation.evaluate import SidePredictions, evaluate
+from trainers.evaluation.figures import Evaluation, SliceReport
+from trainers.evaluation.metrics import IntArray
+from trainers.evaluation.traits import Traits
+
+MIN_IMAGES = 20
+
+SKIN_NOTE = "estimated from the skin around the lesion (ITA), outside its mask where there is one, else the outer ring"
+
+
+def with_slices(
+    evaluation: Evaluation, predictions: SidePredictions, taxonomy: Taxonomy, operating: OperatingPoints | None
+) -> Evaluation:
+    """Add the figures of every slice.
+
+    Args:
+        evaluation: of the same predictions.
+        predictions: with their traits; without them nothing is added.
+        taxonomy: of the predictions.
+        operating: thresholds of the model.
+    Returns:
+        The evaluation with `slices` and `slice_notes`.
+    """
+    traits = predictions.traits
+    if traits is None:
+        return evaluation
+    slices: dict[str, dict[str, SliceReport]] = {}
+    notes: dict[str, str] = {}
+    for field in fields(Traits):
+        values = np.array([getattr(one, field.name) or "" for one in traits], dtype=object)
+        reports, small = {}, []
+        for value in sorted({str(value) for value in values} - {""}, key=_order):
+            index = np.flatnonzero(values == value)
+            if len(index) < MIN_IMAGES:
+                small.append(f"{value} ({len(index)})")
+            else:
+                reports[value] = _report(subset(predictions, index), taxonomy, operating)
+        if reports:
+            slices[field.name] = reports
+        notes |= _note(field.name, small, int((values == "").sum()), bool(reports))
+    return evaluation.model_copy(update={"slices": slices, "slice_notes": notes})
+
+
+def subset(predictions: SidePredictions, index: IntArray) -> SidePredictions:
+    """Return the predictions of some pictures, by index."""
+    return replace(
+        predictions,
+        image_ids=[predictions.image_ids[i] for i in index],
+        group_ids=[predictions.group_ids[i] for i in index],
+        lesion_ids=[predictions.lesion_ids[i] for i in index],
+        labels=predictions.labels[index],
+        logits=predictions.logits[index],
+        probabilities=predictions.probabilities[index],
+        traits=None if predictions.traits is None else [predictions.traits[i] for i in index],
+    )
+
+
+def _report(predictions: SidePredictions, taxonomy: Taxonomy, operating: OperatingPoints | None) -> SliceReport:
+    part = evaluate(predictions, taxonomy, operating)
+    key = part.key_class
+    return SliceReport(
+        images=part.images,
+        lesions=part.lesions,
+        accuracy=part.accuracy,
+        accuracy_ci=part.accuracy_ci,
+        balanced_accuracy=part.balanced_accuracy,
+        balanced_accuracy_ci=part.balanced_accuracy_ci,
+        key_class_lesions=None if key is None else key.lesions,
+        key_class_sensitivity=None if key is None else key.sensitivity,
+        key_class_sensitivity_ci=None if key is None else key.sensitivity_ci,
+        key_class_specificity=None if key is None else key.specificity,
+        key_class_specificity_ci=None if key is None else key.specificity_ci,
+        answered_share=part.answered_share,
+    )
+
+
+def _note(name: str, small: Iterable[str], num_unknown: int, has_reports: bool) -> dict[str, str]:
+    parts = [SKIN_NOTE] if name == "skin_tone" and has_reports else []
+    left_out = ", ".join(small)
+    if left_out:
+        parts.append(f"fewer than {MIN_IMAGES} pictures: {left_out}")
+    if num_unknown:
+        parts.append(f"not known: {num_unknown} pictures")
+    return {name: "; ".join(parts)} if parts else {}
+
+
+_TONE_ORDER = ("very light", "light", "intermediate", "tan", "brown", "dark")
+
+
+def _order(value: str) -> tuple[int, str]:
+    if value in _TONE_ORDER:
+        return _TONE_ORDER.index(value), value
+    return (-1 if value.startswith("under") else 0), value
