@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from trainers.fitting.epoch_report import EpochReport
     from trainers.settings import TrainersSettings
 
+REPORT = "report"
+"""Folder beside a bundle's files, outside its id."""
+
 NOT_FACTS = {"name", "description", "tunable"}
 CATALOGUES = "relook.catalogues"
 """Key in the root context's `meta`: functions that return more kinds of the catalogue."""
@@ -77,6 +80,7 @@ def train_command(
         )
         with store.ledger.begin() as tx:
             register(tx, bundle)
+        _report_on_val(store, trainers, bundle, dataset, bar)
     emit(as_json, _summary(bundle, run_dir), _summary_tables(bundle))
 
 
@@ -96,6 +100,25 @@ def catalog_command(
         raise ConfigError(f"the catalogue has no kind {kind!r}; there are {', '.join(whole)}")
     chosen = whole if kind is None else {kind: whole[kind]}
     emit(as_json, chosen, Stack(*(_catalogue_table(name, rows) for name, rows in chosen.items())))
+
+
+def _report_on_val(
+    store: "Store", trainers: "TrainersSettings", bundle: "Bundle", dataset: "DatasetVersion", bar: Progress
+) -> None:
+    """Write the bundle's report, on the side that fitting has read anyway."""
+    from records.types import Side
+    from trainers.evaluation.evaluate import evaluate, predict_side
+    from trainers.evaluation.report.write import write_report
+    from trainers.evaluation.slices import with_slices
+    from trainers.inference.loaded import load_model
+
+    document = bundle.document
+    model = load_model(bundle, precision=trainers.precision)
+    found = predict_side(store, bundle, dataset, Side.VAL, actor="cli", model=model, progress=bar)
+    evaluation = with_slices(
+        evaluate(found, document.taxonomy, document.operating), found, document.taxonomy, document.operating
+    )
+    write_report(bundle.path / REPORT, bundle, model, found, evaluation)
 
 
 class EpochBar:
@@ -165,6 +188,7 @@ def _summary(bundle: "Bundle", run_dir: Path) -> dict[str, Any]:
         "model_id": bundle.id,
         "path": str(bundle.path),
         "run_dir": str(run_dir),
+        "report": str(bundle.path / REPORT),
         "dataset_id": document.dataset_id,
         "model": document.architecture.name,
         "balanced_accuracy": val["balanced_accuracy"],
@@ -186,6 +210,7 @@ def _summary_tables(bundle: "Bundle") -> RenderableType:
             f"val {key['name']}", f"sensitivity {key['sensitivity']:.3f}, specificity {key['specificity']:.3f}"
         )
     table.add_row("val calibration error", f"{val['ece']:.3f}")
+    table.add_row("report", str(bundle.path / REPORT / "report.html"))
     return Stack(table, "Val chose the epoch and the calibration: `relook evaluate` tells what the model is worth.")
 
 

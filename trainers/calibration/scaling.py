@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from records.bundles import Calibration
-from records.errors import ContractError, TaxonomyError
+from records.errors import ConfigError, ContractError, TaxonomyError
 from records.taxonomy import Taxonomy
 from trainers.evaluation.metrics import FloatArray, IntArray
 
@@ -103,6 +103,37 @@ def reweight(probabilities: FloatArray, from_priors: Mapping[str, float], to_pri
     ratio = np.divide(after, before, out=np.zeros_like(after), where=before > 0)
     weighted = probabilities * ratio
     return np.asarray(weighted / weighted.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def stated_prevalence(stated: Mapping[str, float], priors: Mapping[str, float]) -> dict[str, float]:
+    """Complete a prevalence that is stated for some classes; the others share the rest as they did before.
+
+    Args:
+        stated: class code to share, 0 to 1; the sum is at most 1, and 1 if every class is stated.
+        priors: class shares at calibration, of every class.
+    Returns:
+        Class code to share, in the order of `priors`; they sum to 1.
+    Raises:
+        ConfigError: an unknown class, a share outside 0 to 1, a sum that cannot be, or a class with a share now and
+            none at calibration.
+
+    >>> stated_prevalence({"nv": 0.8}, {"mel": 0.1, "nv": 0.6, "bcc": 0.3})
+    {'mel': 0.05, 'nv': 0.8, 'bcc': 0.15}
+    """
+    unknown = sorted(set(stated) - set(priors))
+    if unknown:
+        raise ConfigError(f"prevalence names the class {unknown[0]!r}; there are {', '.join(priors)}")
+    for code, share in stated.items():
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"prevalence of {code} is {share:g}; it must be a share from 0 to 1, such as {code}=0.1")
+        if share > 0 and priors[code] == 0:
+            raise ConfigError(f"prevalence of {code} is {share:g}, and calibration had none of it to re-weight from")
+    rest, others = 1.0 - sum(stated.values()), sum(priors[code] for code in priors if code not in stated)
+    if rest < -1e-6 or (rest > 1e-6 and others == 0):
+        raise ConfigError(f"the stated prevalence sums to {1.0 - rest:g}; it must be 1, or less and leave classes out")
+    return {
+        code: stated[code] if code in stated else round(max(0.0, rest) * priors[code] / others, 12) for code in priors
+    }
 
 
 def _penalised_loss(parameters: FloatArray, logits: FloatArray, labels: IntArray) -> tuple[float, FloatArray]:

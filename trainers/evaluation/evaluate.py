@@ -20,7 +20,7 @@ from records.bundles import Bundle, OperatingPoints
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.store import Store
-from records.stored import find_images
+from records.stored import find_images, read_picture
 from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Side
 from trainers.calibration.conformal import prediction_set, thresholds_in_order
@@ -49,6 +49,7 @@ from trainers.evaluation.metrics import (
     one_vs_rest_auc,
     reliability_bins,
 )
+from trainers.evaluation.pictures import Pictures
 from trainers.evaluation.skin import SkinTones
 from trainers.evaluation.traits import Traits, traits_of_images
 from trainers.inference.loaded import LoadedModel, load_model
@@ -76,6 +77,8 @@ class SidePredictions:
     side_reads: int | None = None
     traits: list[Traits] | None = None
     """what slices are cut by, where it is known"""
+    pictures: Pictures | None = None
+    """where they are"""
 
 
 def predict_side(
@@ -142,6 +145,11 @@ def predict_side(
         side=side,
         side_reads=side_reads,
         traits=traits_of_images(images, [int(rank) for rank in rows["label_rank"]], tones.angles),
+        pictures=Pictures(
+            names=[image.source_id or image.id for image in images],
+            read=lambda index: read_picture(store, images[index]),
+            masks=masks,
+        ),
     )
 
 

@@ -85,6 +85,7 @@ class SliceReport(_Shape):
 
     images: int = Field(ge=1)
     lesions: int = Field(ge=1)
+    classes: int = Field(ge=1, description="classes that the slice has")
     accuracy: float
     accuracy_ci: Interval
     balanced_accuracy: float = Field(description="over the classes that the slice has")

@@ -19,6 +19,7 @@ from trainers.data.decode import decode_square
 from trainers.data.parallel import chunks_of, map_in_order
 from trainers.data.source_table import SourceRow, read_source
 from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.pictures import Pictures
 from trainers.evaluation.skin import SkinTones, tone_of
 from trainers.evaluation.traits import CONFIRMED_BY, Traits, age_band
 from trainers.inference.loaded import LoadedModel
@@ -71,6 +72,11 @@ def predict_folder(
         labels=np.array(class_indices, dtype=np.int64),
         logits=np.concatenate([output.logits for output in outputs]),
         probabilities=np.concatenate([output.probabilities for output in outputs]),
+        pictures=Pictures(
+            names=[row.source_id for row in source.rows],
+            read=lambda index: (source.rows[index].path or Path(source.rows[index].source_id)).read_bytes(),
+            masks=masks,
+        ),
         traits=[_traits(row, angle) for row, angle in zip(source.rows, tones.angles, strict=True)],
     )
 

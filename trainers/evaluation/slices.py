@@ -55,7 +55,7 @@ def with_slices(
 
 
 def subset(predictions: SidePredictions, index: IntArray) -> SidePredictions:
-    """Return the predictions of some pictures, by index."""
+    """Return the predictions of some pictures, by index; where the pictures are is left out."""
     return replace(
         predictions,
         image_ids=[predictions.image_ids[i] for i in index],
@@ -65,6 +65,7 @@ def subset(predictions: SidePredictions, index: IntArray) -> SidePredictions:
         logits=predictions.logits[index],
         probabilities=predictions.probabilities[index],
         traits=None if predictions.traits is None else [predictions.traits[i] for i in index],
+        pictures=None,
     )
 
 
@@ -74,6 +75,7 @@ def _report(predictions: SidePredictions, taxonomy: Taxonomy, operating: Operati
     return SliceReport(
         images=part.images,
         lesions=part.lesions,
+        classes=sum(report.support > 0 for report in part.per_class.values()),
         accuracy=part.accuracy,
         accuracy_ci=part.accuracy_ci,
         balanced_accuracy=part.balanced_accuracy,

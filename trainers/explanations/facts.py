@@ -17,7 +17,7 @@ from trainers.explanations.sanity import random_network, similarity, target_maps
 from trainers.inference.loaded import reference_logits
 from trainers.preprocess import scale_pixels, to_tensor
 
-NUM_IMAGES = 32
+NUM_IMAGES = 16
 NUM_STEPS = 8
 DIGITS = 4
 
@@ -36,7 +36,7 @@ def faithfulness_facts(
         architecture: what it is, to build the random network of the sanity check.
         geometry: of the network.
         calibration: of its answers.
-        pixels: [N, S, S, 3], N >= 1; the first 32 are used.
+        pixels: [N, S, S, 3], N >= 1; the first 16 are used.
     Returns:
         `images` and `constant_maps` (left out), areas of deletion and insertion beside those of the same maps with
         shuffled cells, and the similarity to a random network's maps; null where nothing could be measured.

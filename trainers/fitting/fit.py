@@ -29,7 +29,7 @@ from trainers.data.cache import PixelCache
 from trainers.evaluation.evaluate import SidePredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
-from trainers.fitting.suitability import Answers, answer_rows, suitability_of
+from trainers.fitting.suitability import Answers, answer_rows, faithfulness_of, suitability_of
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.inference.golden import golden_pictures
@@ -38,6 +38,7 @@ from trainers.models import MODELS, architecture_options
 from trainers.optimization.samplers import IntArray
 from trainers.settings import TrainersSettings
 
+CURVES = ("epoch", "train_loss", "val_loss", "val_balanced_accuracy")
 FITTED_ON = (Side.VAL, Side.CALIBRATION)
 
 
@@ -173,22 +174,24 @@ def _write(
     start_from: Bundle | None,
 ) -> Bundle:
     taxonomy = store.taxonomy
+    architecture = Architecture(name=settings.model, options=architecture_options(settings))
     with compute_threads(trained.num_threads):
         val, calibration_side = (_answer(store, dataset, side, trained) for side in FITTED_ON)
+        calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
         golden_inputs = golden_pictures(trained.geometry)
         golden: dict[str, NDArray[Any]] = {
             "inputs": golden_inputs,
             "logits": reference_logits(trained.network, golden_inputs, trained.geometry),
         }
+        faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.answers)
-    calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
     operating = _operating_points(calibration_side, calibration, taxonomy)
     recipe = MODELS[settings.model]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
     document = BundleDocument(
         taxonomy=taxonomy,
         taxonomy_hash=taxonomy.hash,
-        architecture=Architecture(name=settings.model, options=architecture_options(settings)),
+        architecture=architecture,
         geometry=trained.geometry,
         class_priors={code: float(n / plan.num_train) for code, n in zip(taxonomy.codes, counts, strict=True)},
         calibration=calibration,
@@ -203,7 +206,7 @@ def _write(
             "training": _training_facts(trained, policy, plan),
             "val": _val_facts(val, calibration, operating, taxonomy),
         },
-        explanation={"target_layer": recipe.target_layer, "gradcam": recipe.gradcam},
+        explanation={"target_layer": recipe.target_layer, "gradcam": recipe.gradcam, "faithfulness": faithfulness},
     )
     return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
 
@@ -235,6 +238,7 @@ def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> di
         "best_epoch": trained.best_epoch,
         "train_images": plan.num_train,
         "val_images": len(plan.labels) - plan.num_train,
+        "curves": [report.model_dump(mode="json", include=set(CURVES)) for report in trained.reports],
         "augmentation": {"hash": policy.content_hash(), **policy.model_dump(mode="json")},
     }
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from records.bundles import Geometry, SuitabilityLimits
+from records.bundles import Architecture, Calibration, Geometry, SuitabilityLimits
 from records.datasets import DatasetVersion
 from records.store import Store
 from records.stored import find_images
@@ -19,6 +19,7 @@ from records.types import Side
 from trainers.calibration.suitability import PER_CLASS, fit_suitability
 from trainers.data.cache import PixelCache
 from trainers.evaluation.sample import stratified_sample
+from trainers.explanations.facts import NUM_IMAGES, faithfulness_facts
 from trainers.fitting.loop import TrainedModel
 from trainers.inference.neighbours import pooled_features
 from trainers.preprocess import check_pixels, scale_pixels, to_tensor
@@ -98,6 +99,25 @@ def suitability_of(
         cache.rows(val_ids).take(np.arange(len(val_ids))),
         smallest_side_px=min(min(image.width_px, image.height_px) for image in images),
     )
+
+
+def faithfulness_of(
+    store: Store, trained: TrainedModel, architecture: Architecture, calibration: Calibration, val_ids: list[str]
+) -> dict[str, float | int | None]:
+    """Measure how faithful the heat maps of a trained network are, on a few val pictures.
+
+    Args:
+        store: with the pixel cache.
+        trained: the network.
+        architecture: what it is.
+        calibration: of its answers.
+        val_ids: [m] pictures of the val side, decoded already.
+    Returns:
+        See `trainers.explanations.facts.faithfulness_facts`.
+    """
+    pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(val_ids)
+    few = pixels.take(np.arange(min(NUM_IMAGES, len(val_ids))))
+    return faithfulness_facts(trained.network, architecture, trained.geometry, calibration, few)
 
 
 def _sample_of_train(store: Store, dataset: DatasetVersion) -> list[str]:

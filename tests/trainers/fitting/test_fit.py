@@ -44,7 +44,11 @@ def test_the_bundle_says_what_it_is(fitted: tuple[Bundle, Path], dataset: Datase
     assert document.dataset_id == dataset.id
     assert TrainersSettings.model_validate(document.config) == SETTINGS
     assert (document.architecture.name, document.architecture.options) == ("custom_cnn", {"dropout": 0.01})
-    assert document.explanation == {"target_layer": MODELS["custom_cnn"].target_layer, "gradcam": "closed_form"}
+    assert document.explanation["target_layer"] == MODELS["custom_cnn"].target_layer
+    assert document.explanation["gradcam"] == "closed_form"
+    facts = document.explanation["faithfulness"]
+    assert facts["images"] + facts["constant_maps"] <= 16
+    assert [point["epoch"] for point in document.metrics["training"]["curves"]] == [1, 2]
     counts = dataset.side(Side.TRAIN)["label"].value_counts()
     assert document.class_priors["nv"] == pytest.approx(counts["nv"] / counts.sum())
     assert document.calibration.priors["nv"] == pytest.approx((dataset.side(Side.VAL)["label"] == "nv").mean())

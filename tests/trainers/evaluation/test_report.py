@@ -1,0 +1,90 @@
+"""The report: one file that needs no other, words for somebody who decides, and no verdict on a patient."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from records.taxonomy import load_taxonomy
+from trainers.data.importer import open_dataset
+from trainers.evaluation.evaluate import evaluate, predict_side
+from trainers.evaluation.report.mistakes import worst_mistakes
+from trainers.evaluation.report.words import cards, warnings_of
+from trainers.evaluation.report.write import write_report
+from trainers.evaluation.slices import with_slices
+from trainers.inference.loaded import load_model
+
+VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy|nan)\b", re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def reported(filled_store, make_bundle, tmp_path_factory):
+    dataset = open_dataset(filled_store, None)
+    bundle = make_bundle(filled_store, "custom_cnn", side_px=32, dataset_id=dataset.id)
+    model = load_model(bundle, precision="fp32")
+    from records.types import Side
+
+    found = predict_side(filled_store, bundle, dataset, Side.TRAIN, actor="test", model=model)
+    taxonomy, operating = bundle.document.taxonomy, bundle.document.operating
+    evaluation = with_slices(evaluate(found, taxonomy, operating), found, taxonomy, operating)
+    folder = tmp_path_factory.mktemp("report") / "report"
+    path = write_report(folder, bundle, model, found, evaluation)
+    return path, found, evaluation
+
+
+def test_the_report_needs_no_other_file(reported):
+    html = reported[0].read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    assert "<script" not in html
+    assert html.count("data:image/svg+xml") >= 4
+    assert len(html) < 6_000_000
+
+
+def test_metrics_beside_it_are_the_evaluation(reported):
+    path, _, evaluation = reported
+    assert json.loads((path.parent / "metrics.json").read_text()) == json.loads(evaluation.model_dump_json())
+
+
+def test_no_verdict_on_a_patient(reported):
+    text = re.sub(r"data:[^\"]+", "", reported[0].read_text())
+    text = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    assert not VERDICTS.search(text)
+    assert "not a diagnosis" in text
+
+
+def test_the_first_screen_says_what_matters(reported):
+    _, _, evaluation = reported
+    taxonomy = load_taxonomy("ham10000")
+    first = cards(evaluation, taxonomy)
+    assert any("right, every class counting alike" in card.title for card in first)
+    assert all(card.text.endswith(".") for card in first)
+    assert all(sentence for sentence in warnings_of(evaluation, taxonomy))
+
+
+def test_slices_cover_what_is_known_and_name_what_they_leave_out(reported):
+    _, found, evaluation = reported
+    assert "confirmation" in evaluation.slices or "confirmation" in evaluation.slice_notes
+    for field, reports in evaluation.slices.items():
+        values = [getattr(traits, field) for traits in found.traits]
+        for value, report in reports.items():
+            assert report.images == values.count(value) >= 20
+            hits = [found.probabilities[i].argmax() == found.labels[i] for i, one in enumerate(values) if one == value]
+            assert report.accuracy == pytest.approx(np.mean(hits))
+
+
+def test_the_costliest_mistake_comes_first_and_a_lesion_once(reported):
+    taxonomy = load_taxonomy("ham10000")
+    mel, nv = taxonomy.index_of("mel"), taxonomy.index_of("nv")
+    probabilities = np.full((4, 7), 0.01)
+    for row, (answer, share) in enumerate([(nv, 0.94), (nv, 0.5), (mel, 0.94), (nv, 0.94)]):
+        probabilities[row, answer] = share
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    found = replace(
+        reported[1],
+        image_ids=list("abcd"), group_ids=list("abcd"), lesion_ids=["A", "A", "B", None],
+        labels=np.array([mel, mel, nv, nv]), logits=np.zeros((4, 7), np.float32), probabilities=probabilities,
+        traits=None, pictures=None,
+    )  # fmt: skip
+    assert worst_mistakes(found, taxonomy).tolist() == [0, 2]

@@ -1,0 +1,100 @@
+"""Robustness and explanation quality of a bundle, measured on a sample of evaluated pictures."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from records.bundles import Bundle
+from records.errors import ContractError
+from trainers.evaluation.attacks import PixelNetwork
+from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.metrics import IntArray
+from trainers.evaluation.pictures import Pictures
+from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
+from trainers.evaluation.robustness import PER_CLASS, Sample, robustness_curves
+from trainers.evaluation.sample import stratified_sample
+from trainers.explanations.faithfulness import explanation_quality
+from trainers.explanations.sanity import randomisation_similarity
+from trainers.inference.loaded import load_model, plain_network
+
+
+def sample_of(predictions: SidePredictions, per_class: int = PER_CLASS) -> IntArray:
+    """Choose the pictures that are probed, ascending: at most `per_class` of a class, from many groups."""
+    return stratified_sample(predictions.labels, _groups(predictions), per_class)
+
+
+def measure_robustness(
+    bundle: Bundle, predictions: SidePredictions, on_batch: Callable[[int], None] | None = None
+) -> RobustnessReport:
+    """Attack a sample of the evaluated pictures with FGSM and PGD.
+
+    Args:
+        bundle: whose network is attacked, in fp32.
+        predictions: of the whole side or folder, with its pictures.
+        on_batch: told how many pictures were dealt with.
+    Returns:
+        The curves.
+    Raises:
+        ContractError: the predictions do not know their pictures.
+    """
+    document, chosen = bundle.document, sample_of(predictions)
+    refer = document.operating.refer
+    key = document.taxonomy.key_class
+    counts = np.bincount(predictions.labels, minlength=len(document.taxonomy.codes))
+    return robustness_curves(
+        PixelNetwork(plain_network(bundle), document.geometry, document.calibration),
+        _pictures(predictions).squares(chosen, document.geometry.side_px),
+        Sample(
+            labels=predictions.labels[chosen],
+            group_index=_groups(predictions)[chosen],
+            class_shares=counts / counts.sum(),
+            taxonomy=document.taxonomy,
+            refer_threshold=refer[key.code].threshold if key is not None and key.code in refer else None,
+        ),
+        on_batch=on_batch,
+    )
+
+
+def measure_explanations(bundle: Bundle, predictions: SidePredictions) -> ExplanationQuality | None:
+    """Measure how faithful the Grad-CAM maps of a sample of the evaluated pictures are.
+
+    Args:
+        bundle: of the model.
+        predictions: of the whole side or folder, with its pictures.
+    Returns:
+        The figures; None if every map of the sample is flat.
+    Raises:
+        ContractError: the predictions do not know their pictures.
+    """
+    side_px = bundle.document.geometry.side_px
+    chosen, pictures = sample_of(predictions), _pictures(predictions)
+    pixels = pictures.squares(chosen, side_px)
+    model = load_model(bundle, precision="fp32")
+    target = model.predict(pixels).probabilities.argmax(axis=1)
+    maps = model.explain(pixels, "gradcam", target)
+    if not (np.ptp(maps, axis=(1, 2)) > 0).any():
+        return None
+    masks = [pictures.mask(int(index), side_px) for index in chosen] if pictures.masks is not None else None
+    return explanation_quality(
+        lambda some: model.predict(some).probabilities,
+        pixels,
+        maps,
+        target,
+        method="gradcam",
+        labels=predictions.labels[chosen],
+        group_index=_groups(predictions)[chosen],
+        num_classes=len(bundle.document.taxonomy.codes),
+        masks=masks,
+        randomisation_similarity=randomisation_similarity(bundle, pixels),
+    )
+
+
+def _groups(predictions: SidePredictions) -> IntArray:
+    _, group_index = np.unique(np.array(predictions.group_ids, dtype=str), return_inverse=True)
+    return np.asarray(group_index, dtype=np.int64)
+
+
+def _pictures(predictions: SidePredictions) -> Pictures:
+    if predictions.pictures is None:
+        raise ContractError("these predictions do not know where their pictures are")
+    return predictions.pictures

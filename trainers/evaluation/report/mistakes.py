@@ -1,0 +1,100 @@
+"""The worst mistakes of an evaluation, each with where the model looked.
+
+Worst is what cost most: the miss cost of the true class times the probability that the model did not give it.
+"""
+
+import base64
+from dataclasses import dataclass
+
+import numpy as np
+
+from records.bundles import OperatingPoints
+from records.taxonomy import Taxonomy
+from trainers.calibration.operating import answered
+from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.metrics import IntArray
+from trainers.explanations.overlay import overlay_png
+from trainers.inference.loaded import LoadedModel
+
+NUM_MISTAKES = 12
+SIDE_PX = 160
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One picture that was named wrongly."""
+
+    name: str
+    truth: str
+    answer: str
+    truth_probability: float
+    answer_probability: float
+    is_answered: bool
+    """whether the rules would have left it to the model alone"""
+    picture: str
+    """data URI"""
+    overlay: str
+    """data URI of the picture with the heat map of the answer"""
+
+
+def worst_mistakes(predictions: SidePredictions, taxonomy: Taxonomy, count: int = NUM_MISTAKES) -> IntArray:
+    """Choose the pictures whose wrong answer costs most; one per lesion.
+
+    Args:
+        predictions: of the evaluation.
+        taxonomy: miss costs.
+        count: at most so many.
+    Returns:
+        Picture indices, the worst first.
+    """
+    labels, probabilities = predictions.labels, predictions.probabilities
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    costs = np.array([one.miss_cost for one in taxonomy.classes])
+    loss = costs[labels[wrong]] * (1.0 - probabilities[wrong, labels[wrong]])
+    chosen: list[int] = []
+    seen: set[str] = set()
+    for index in wrong[np.argsort(-loss, kind="stable")].tolist():
+        lesion = predictions.lesion_ids[index] or predictions.image_ids[index]
+        if lesion not in seen and len(chosen) < count:
+            chosen.append(index)
+            seen.add(lesion)
+    return np.array(chosen, dtype=np.int64)
+
+
+def drawn_mistakes(predictions: SidePredictions, model: LoadedModel, operating: OperatingPoints) -> list[Mistake]:
+    """Draw the worst mistakes.
+
+    Args:
+        predictions: of the evaluation; without their pictures nothing is drawn.
+        model: that made them.
+        operating: its thresholds.
+    Returns:
+        The mistakes, the worst first.
+    """
+    pictures, taxonomy = predictions.pictures, model.taxonomy
+    chosen = worst_mistakes(predictions, taxonomy)
+    if pictures is None or len(chosen) == 0:
+        return []
+    answers = predictions.probabilities[chosen].argmax(axis=1)
+    maps = model.explain(pictures.squares(chosen, model.geometry.side_px), "gradcam", answers)
+    is_answered = answered(predictions.probabilities[chosen], taxonomy, operating)
+    mistakes = []
+    for index, answer, alone, heat_map in zip(chosen.tolist(), answers.tolist(), is_answered, maps, strict=True):
+        picture, truth = pictures.square(index, SIDE_PX), int(predictions.labels[index])
+        mistakes.append(
+            Mistake(
+                name=pictures.names[index],
+                truth=taxonomy.classes[truth].name,
+                answer=taxonomy.classes[answer].name,
+                truth_probability=float(predictions.probabilities[index, truth]),
+                answer_probability=float(predictions.probabilities[index, answer]),
+                is_answered=bool(alone),
+                picture=_uri(overlay_png(picture, np.zeros((1, 1)))),
+                overlay=_uri(overlay_png(picture, heat_map)),
+            )
+        )
+    return mistakes
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,189 @@
+"""The plots of the report, each as a data URI of an SVG that needs nothing else.
+
+Figures are made without pyplot, so that no display is asked for and none is left open.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trainers.evaluation.figures import Evaluation, Interval, SliceReport
+from trainers.evaluation.metrics import BoolArray, FloatArray, IntArray
+from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
+
+INK, ACCENT, SECOND, PALE = "#24303a", "#0b6e8a", "#c25a1b", "#c9d3da"
+STYLE: Any = {
+    "font.size": 9.0,
+    "axes.edgecolor": "#8a98a3",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "svg.hashsalt": "relook",
+}
+
+
+def confusion_plot(evaluation: Evaluation) -> str:
+    """Draw the confusion matrix: colour and first line are the share of the true class, then the count."""
+    counts = np.array(evaluation.confusion_matrix, dtype=np.float64)
+    codes = list(evaluation.per_class)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+    figure, axes = _new(5.2, 4.6)
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    for row, column in np.ndindex(*counts.shape):
+        if counts[row, column] > 0:
+            colour = "white" if shares[row, column] > 0.55 else INK
+            text = f"{100 * shares[row, column]:.0f} %\n{counts[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(codes)), codes)
+    axes.set_yticks(range(len(codes)), codes)
+    axes.set(xlabel="the model's most probable class", ylabel="true class")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return _uri(figure)
+
+
+def roc_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation) -> str:
+    """Draw one ROC curve per class, one against the rest."""
+    figure, axes = _new(4.8, 4.2)
+    for index, (code, report) in enumerate(evaluation.per_class.items()):
+        if report.auc is not None:
+            _, hits, false_alarms, _ = _swept(labels == index, probabilities[:, index])
+            axes.plot(false_alarms, hits, label=f"{code} {report.auc:.2f}", **_line(index, code, evaluation))
+    axes.plot([0, 1], [0, 1], color=PALE, linewidth=1, zorder=0)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
+    axes.legend(title="area under the curve", loc="lower right", fontsize=7, title_fontsize=7, frameon=False)
+    return _uri(figure)
+
+
+def precision_recall_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation) -> str:
+    """Draw precision over sensitivity per class; the number is the average precision."""
+    figure, axes = _new(4.8, 4.2)
+    for index, (code, report) in enumerate(evaluation.per_class.items()):
+        if report.support > 0:
+            is_case = labels == index
+            counts, hits, _, precision = _swept(is_case, probabilities[:, index])
+            average = float((np.diff(hits) * precision[1:]).sum()) if len(counts) else 0.0
+            label = f"{code} {average:.2f}"
+            axes.plot(hits[1:], precision[1:], label=label, **_line(index, code, evaluation))
+    axes.set(xlabel="sensitivity (recall)", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
+    axes.legend(title="average precision", loc="lower left", fontsize=7, title_fontsize=7, frameon=False)
+    return _uri(figure)
+
+
+def reliability_plot(evaluation: Evaluation) -> str:
+    """Draw how often answers were right over how sure the model was."""
+    figure, axes = _new(4.8, 4.2)
+    axes.plot([0, 1], [0, 1], color=PALE, linewidth=1, zorder=0)
+    points = evaluation.reliability
+    size = 12 + 280 * np.array([point.images for point in points]) / evaluation.images
+    confidence, accuracy = [p.confidence for p in points], [p.accuracy for p in points]
+    axes.plot(confidence, accuracy, color=ACCENT, linewidth=1.2)
+    axes.scatter(confidence, accuracy, s=size, color=ACCENT, alpha=0.6)
+    axes.set(xlabel="how sure the model was", ylabel="how often it was right", xlim=(0, 1), ylim=(0, 1.02))
+    axes.text(0.04, 0.94, "dot size: share of pictures\ngrey line: exactly as sure as right", fontsize=7, va="top")
+    return _uri(figure)
+
+
+def training_plot(curves: Sequence[dict[str, float]]) -> str:
+    """Draw loss and validation balanced accuracy over the epochs of a training."""
+    figure, axes = _new(5.2, 3.2)
+    epochs = [point["epoch"] for point in curves]
+    axes.plot(epochs, [point["train_loss"] for point in curves], color=PALE, label="loss, train")
+    axes.plot(epochs, [point["val_loss"] for point in curves], color=SECOND, label="loss, val")
+    axes.set(xlabel="epoch", ylabel="loss")
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    right.plot(epochs, [p["val_balanced_accuracy"] for p in curves], color=ACCENT, label="balanced accuracy, val")
+    right.set(ylabel="balanced accuracy", ylim=(0, 1))
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize=7, loc="center right", frameon=False)
+    return _uri(figure)
+
+
+def slices_plot(reports: dict[str, SliceReport], evaluation: Evaluation) -> str:
+    """Draw balanced accuracy, and the key class's sensitivity, of the values of one slice, with intervals."""
+    names = list(reports)
+    figure, axes = _new(5.2, 0.62 * len(names) + 0.9)
+    for row, name in enumerate(names):
+        report = reports[name]
+        _interval(axes, row - 0.13, report.balanced_accuracy, report.balanced_accuracy_ci, ACCENT)
+        if report.key_class_sensitivity is not None and report.key_class_sensitivity_ci is not None:
+            _interval(axes, row + 0.13, report.key_class_sensitivity, report.key_class_sensitivity_ci, SECOND)
+    axes.axvline(evaluation.balanced_accuracy, color=PALE, zorder=0)
+    axes.set_yticks(range(len(names)), [f"{name} ({reports[name].images})" for name in names])
+    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+    axes.grid(axis="x", color="#eef2f4", zorder=-1)
+    return _uri(figure)
+
+
+def robustness_plot(report: RobustnessReport) -> str:
+    """Draw what is left of balanced accuracy under attack."""
+    figure, axes = _new(4.8, 3.4)
+    for (name, points), colour in zip(report.attacks.items(), (ACCENT, SECOND), strict=False):
+        epsilons = [point.epsilon for point in points]
+        axes.plot(epsilons, [point.balanced_accuracy for point in points], "o-", color=colour, label=name, markersize=3)
+        low, high = (np.array([point.balanced_accuracy_ci[end] for point in points]) for end in (0, 1))
+        axes.fill_between(epsilons, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="largest change of a colour value, in 1/255", ylabel="balanced accuracy", ylim=(0, 1))
+    axes.legend(fontsize=8, frameon=False)
+    return _uri(figure)
+
+
+def replacement_plot(quality: ExplanationQuality) -> str:
+    """Draw the class's probability while pixels are taken away or brought back in the order of the map."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.9), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+    for axes, title, curve in ((left, "deletion", quality.deletion), (right, "insertion", quality.insertion)):
+        share = np.linspace(0, 1, len(curve.curve))
+        axes.plot(share, curve.curve, color=ACCENT, label="by the map")
+        axes.plot(share, curve.random_curve, color=PALE, label="by a shuffled map")
+        axes.set(title=title, xlabel="share of pixels", ylim=(0, 1))
+    left.set(ylabel="probability of the class")
+    left.legend(fontsize=7, frameon=False)
+    return _uri(figure)
+
+
+def _swept(is_case: BoolArray, scores: FloatArray) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
+    """Sweep a threshold down: counts at or above it, sensitivity, 1 - specificity, precision; equal scores together."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    hits = np.append(0, np.cumsum(is_case[order])[last])
+    counts = np.append(0, last + 1)
+    cases, others = max(1, int(is_case.sum())), max(1, int((~is_case).sum()))
+    return counts, hits / cases, (counts - hits) / others, hits / np.maximum(counts, 1)
+
+
+def _interval(axes: Axes, row: float, value: float, interval: Interval, colour: str) -> None:
+    axes.plot(interval, (row, row), color=colour, linewidth=2, alpha=0.5, solid_capstyle="round")
+    axes.plot([value], [row], "o", color=colour, markersize=4)
+
+
+def _line(index: int, code: str, evaluation: Evaluation) -> dict[str, Any]:
+    """The key class stands out; the others have a colour of their own."""
+    is_key = evaluation.key_class is not None and evaluation.key_class.name == code
+    colour = SECOND if is_key else colormaps["tab20"]((2 * index + index // 10) % 20)
+    return {"color": colour, "linewidth": 2.2 if is_key else 1.0, "zorder": 3 if is_key else 2}
+
+
+def _new(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width_in, height_in), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

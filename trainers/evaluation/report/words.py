@@ -1,0 +1,201 @@
+"""What an evaluation says in words: the first screen of the report, for somebody who decides and does not compute.
+
+In: an `Evaluation`. Out: sentences. They say how often, out of a hundred, and what that rests on; never that a
+picture or a person has nothing to fear.
+"""
+
+from dataclasses import dataclass
+
+from records.taxonomy import Taxonomy
+from trainers.evaluation.figures import Evaluation, Interval, KeyClassReport
+
+FEW_LESIONS = 50
+NOTABLE_GAP = 0.10
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of the figures that matter, with what it means."""
+
+    figure: str
+    title: str
+    text: str
+
+
+def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
+    """Say what matters most, in at most four figures.
+
+    Args:
+        evaluation: the figures.
+        taxonomy: class names.
+    Returns:
+        The cards, the most important first.
+    """
+    found = []
+    key = evaluation.key_class
+    if key is not None and key.sensitivity is not None:
+        found.append(_key_card(key, name_of(key.name, taxonomy)))
+    found.append(
+        Card(
+            _of_100(evaluation.balanced_accuracy),
+            "right, every class counting alike",
+            f"The most probable class was the right one for {_of_100(evaluation.balanced_accuracy)} pictures "
+            f"({_range(evaluation.balanced_accuracy_ci)}) if each of the {_num_present(evaluation)} classes came "
+            f"equally often; for {_of_100(evaluation.accuracy)} as they came here.",
+        )
+    )
+    if evaluation.answered_share is not None and evaluation.mean_set_size is not None:
+        found.append(
+            Card(
+                _of_100(evaluation.answered_share),
+                "pictures left to the model alone",
+                f"The rules would answer {_of_100(evaluation.answered_share)} pictures without an expert and send the "
+                f"others to one. {evaluation.mean_set_size:.1f} classes are in the prediction set on average.",
+            )
+        )
+    found.append(
+        Card(
+            f"{100 * evaluation.ece:.0f} points",
+            "between what it says and what comes true",
+            f"Where the model is 80 % sure it should be right 80 times of 100. On average it is "
+            f"{100 * evaluation.ece:.1f} points off that.",
+        )
+    )
+    return found
+
+
+def warnings_of(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
+    """Say what a reader must know before using a figure.
+
+    Args:
+        evaluation: the figures.
+        taxonomy: class names.
+    Returns:
+        Sentences, the most serious first.
+    """
+    return [
+        *_about_key_class(evaluation, taxonomy),
+        *_about_classes(evaluation, taxonomy),
+        *_about_coverage(evaluation, taxonomy),
+        *_about_slices(evaluation),
+        *_about_maps(evaluation),
+        *_about_the_side(evaluation),
+    ]
+
+
+def name_of(code: str, taxonomy: Taxonomy) -> str:
+    """Return what a person reads for a class code."""
+    return taxonomy.classes[taxonomy.index_of(code)].name
+
+
+def percent(value: float | None) -> str:
+    """Write a share as a whole percentage; `undefined` for None."""
+    return "undefined" if value is None else f"{100 * value:.0f} %"
+
+
+def _key_card(key: KeyClassReport, name: str) -> Card:
+    text = (
+        f"Of 100 lesions that are {name.lower()}, about {100 * (key.sensitivity or 0):.0f} are referred to an expert"
+        f" ({_range(key.sensitivity_ci)}; measured on {key.lesions})."
+    )
+    if key.specificity is not None:
+        text += f" Of 100 that are not, {100 * (1 - key.specificity):.0f} are referred as well."
+    return Card(_of_100(key.sensitivity or 0.0), f"{name.lower()} lesions referred", text)
+
+
+def _about_key_class(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
+    key = evaluation.key_class
+    if key is None or key.sensitivity is None:
+        return [evaluation.undefined.get("key_class.sensitivity", "No key class: nothing says which class to watch.")]
+    name, found = name_of(key.name, taxonomy), []
+    if key.sensitivity < key.floor:
+        found.append(f"{name}: {percent(key.sensitivity)} referred is below the floor of {percent(key.floor)}.")
+    if not key.proven:
+        found.append(f"{name}: the calibration side had too few lesions, or too hard ones, to prove the floor.")
+    if key.lesions < FEW_LESIONS:
+        found.append(f"{name}: only {key.lesions} lesions were looked at, so that its figures are coarse.")
+    report = evaluation.per_class[key.name]
+    if report.sensitivity is not None and report.sensitivity < 0.5:
+        found.append(
+            f"{name}: it is the most probable class for only {percent(report.sensitivity)} of its pictures; "
+            "it is the referral that finds it, not the label."
+        )
+    return found
+
+
+def _about_classes(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
+    absent = [code for code, report in evaluation.per_class.items() if report.support == 0]
+    weak = [
+        f"{name_of(code, taxonomy)} ({percent(report.sensitivity)} of {report.support})"
+        for code, report in evaluation.per_class.items()
+        if report.sensitivity is not None and report.sensitivity < 0.4
+    ]
+    found = [f"No picture of {', '.join(name_of(code, taxonomy) for code in absent)} was looked at."] if absent else []
+    return found + ([f"Seldom recognised: {', '.join(weak)}."] if weak else [])
+
+
+def _about_coverage(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
+    coverage = evaluation.coverage
+    if coverage is None:
+        return []
+    short = [
+        f"{name_of(code, taxonomy)} ({percent(share)})"
+        for code, share in coverage.per_class.items()
+        if share is not None and code not in coverage.pooled_classes and share < coverage.promise - NOTABLE_GAP
+    ]
+    if not short:
+        return []
+    return [f"Prediction sets hold the right class less often than promised ({percent(coverage.promise)}): "
+            f"{', '.join(short)}."]  # fmt: skip
+
+
+def _about_slices(evaluation: Evaluation) -> list[str]:
+    found = []
+    for field, reports in evaluation.slices.items():
+        low = [
+            f"{value} ({percent(report.balanced_accuracy)})"
+            for value, report in reports.items()
+            if report.classes == _num_present(evaluation)
+            and report.balanced_accuracy_ci[1] < evaluation.balanced_accuracy
+        ]
+        if low:
+            found.append(f"Below the average by more than chance, by {field.replace('_', ' ')}: {', '.join(low)}.")
+    return found
+
+
+def _about_maps(evaluation: Evaluation) -> list[str]:
+    quality = evaluation.explanations
+    found: list[str] = []
+    if quality is None:
+        return found
+    if quality.insertion.gain_ci[0] <= 0 and quality.deletion.gain_ci[0] <= 0:
+        found.append("The heat maps are no better than shuffled ones at telling which pixels matter.")
+    energy = quality.mask_energy
+    if energy is not None and energy.energy_ci[0] <= energy.area:
+        found.append("The heat maps lie no more on the lesion than an even map would.")
+    if quality.randomisation_similarity is not None and quality.randomisation_similarity > 0.5:
+        found.append("The heat maps look much like those of an untrained network; they show edges, not reasons.")
+    return found
+
+
+def _about_the_side(evaluation: Evaluation) -> list[str]:
+    found = []
+    if evaluation.side == "val":
+        found.append("These pictures chose the epoch and the calibration, so that the figures flatter a little.")
+    if evaluation.side_reads is not None and evaluation.side_reads > 1:
+        found.append(f"The {evaluation.side} side was looked at {evaluation.side_reads} times; each look wears it out.")
+    if evaluation.prevalence is not None:
+        found.append("Answers were re-weighted to a stated prevalence; referral and sets are those of the service.")
+    return found
+
+
+def _num_present(evaluation: Evaluation) -> int:
+    return sum(report.support > 0 for report in evaluation.per_class.values())
+
+
+def _of_100(share: float) -> str:
+    return f"{100 * share:.0f} of 100"
+
+
+def _range(interval: Interval | None) -> str:
+    return "no interval" if interval is None else f"95 % interval {100 * interval[0]:.0f} to {100 * interval[1]:.0f}"

@@ -1,0 +1,107 @@
+"""Write a report folder: `report.html`, which needs no other file and no network, and `metrics.json`."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from records.bundles import Bundle
+from records.errors import UnavailableError
+from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.figures import Evaluation, Interval
+from trainers.evaluation.report import plots
+from trainers.evaluation.report.mistakes import drawn_mistakes
+from trainers.evaluation.report.words import cards, name_of, percent, warnings_of
+from trainers.inference.loaded import LoadedModel
+
+REPORT, METRICS = "report.html", "metrics.json"
+
+SLICE_TITLES = {
+    "age": "Age, in years",
+    "sex": "Sex",
+    "localization": "Body site",
+    "confirmation": "How the diagnosis was confirmed",
+    "skin_tone": "Skin tone (estimated)",
+}
+
+
+def write_report(
+    folder: Path, bundle: Bundle, model: LoadedModel, predictions: SidePredictions, evaluation: Evaluation
+) -> Path:
+    """Write the report of an evaluation.
+
+    Args:
+        folder: made if it is not there; an older report in it is replaced.
+        bundle: of the model.
+        model: the same, loaded, to draw heat maps.
+        predictions: that were evaluated.
+        evaluation: their figures.
+    Returns:
+        The HTML file.
+    Raises:
+        UnavailableError: the folder cannot be written.
+    """
+    html = render_report(bundle, model, predictions, evaluation)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise UnavailableError(f"the report cannot be written to {folder} ({error.strerror})") from error
+    return folder / REPORT
+
+
+def render_report(bundle: Bundle, model: LoadedModel, predictions: SidePredictions, evaluation: Evaluation) -> str:
+    """Return the report as HTML; arguments as for `write_report`."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "figure": _figure}
+    template = resources.files("trainers.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
+    document = bundle.document
+    return environment.from_string(template).render(
+        evaluation=evaluation,
+        document=document,
+        model_id=bundle.id,
+        where=_where(evaluation),
+        cards=cards(evaluation, document.taxonomy),
+        warnings=warnings_of(evaluation, document.taxonomy),
+        names={code: name_of(code, document.taxonomy) for code in document.taxonomy.codes},
+        malignant=set(document.taxonomy.malignant_codes),
+        plots=_plots(bundle, predictions, evaluation),
+        slices=[
+            (SLICE_TITLES.get(name, name), evaluation.slice_notes.get(name), plots.slices_plot(reports, evaluation))
+            for name, reports in evaluation.slices.items()
+        ],
+        faithfulness=document.explanation.get("faithfulness"),
+        mistakes=drawn_mistakes(predictions, model, document.operating),
+    )
+
+
+def _plots(bundle: Bundle, predictions: SidePredictions, evaluation: Evaluation) -> dict[str, str]:
+    labels, probabilities = predictions.labels, predictions.probabilities
+    drawn = {
+        "confusion": plots.confusion_plot(evaluation),
+        "roc": plots.roc_plot(labels, probabilities, evaluation),
+        "precision_recall": plots.precision_recall_plot(labels, probabilities, evaluation),
+        "reliability": plots.reliability_plot(evaluation),
+    }
+    training = bundle.document.metrics.get("training", {}).get("curves")
+    if training:
+        drawn["training"] = plots.training_plot(training)
+    if evaluation.robustness is not None:
+        drawn["robustness"] = plots.robustness_plot(evaluation.robustness)
+    if evaluation.explanations is not None:
+        drawn["replacement"] = plots.replacement_plot(evaluation.explanations)
+    return drawn
+
+
+def _where(evaluation: Evaluation) -> str:
+    if evaluation.dataset_id is None:
+        return "a folder of labelled pictures"
+    return f"the {evaluation.side} side of dataset {evaluation.dataset_id[:12]}"
+
+
+def _figure(value: float | None, interval: Interval | None = None) -> Any:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
