@@ -5,6 +5,7 @@ import numpy as np
 from records.bundles import OperatingPoints
 from records.taxonomy import load_taxonomy
 from trainers.calibration.conformal import conformal_quantile, conformal_thresholds, prediction_set, thresholds_in_order
+from trainers.calibration.operating import gather_lesions
 
 TAXONOMY = load_taxonomy("ham10000")
 
@@ -68,3 +69,35 @@ def test_mean_coverage_keeps_the_promise_whatever_the_model_is_worth():
         coverage.append([covered[labels[~fit] == c].mean() for c in (0, 1)])
     for mean in np.mean(coverage, axis=0):
         assert 0.90 - 0.01 <= mean <= 0.90 + 1 / 40 + 0.01
+
+
+def test_coverage_over_200_grouped_resplits_lies_where_theory_says():
+    """Lesions of one to four pictures are dealt to two halves as wholes; one picture of each lesion is counted."""
+    generator = np.random.default_rng(11)
+    per_class, codes = 240, ["a", "b", "c"]
+    lesion_labels = np.repeat(np.arange(3), per_class)
+    pictures = generator.integers(1, 5, len(lesion_labels))
+    lesion_of = np.repeat(np.arange(len(lesion_labels)), pictures)
+    labels = lesion_labels[lesion_of]
+    # Pictures of a lesion resemble each other, and the model is overconfident.
+    tendency = generator.normal(size=(len(lesion_labels), 3)) + np.eye(3)[lesion_labels]
+    logits = 3.0 * (tendency[lesion_of] + 0.4 * generator.normal(size=(len(labels), 3)))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    ids = [f"{number:05d}" for number in generator.permutation(len(labels))]
+    lesions = gather_lesions(ids, [f"L{number}" for number in lesion_of], labels, p)
+    first, truth = lesions.first_image_index, lesions.labels
+    true_p = p[first, truth]
+    coverage = []
+    for _ in range(200):
+        is_fit = np.zeros(len(lesions), dtype=np.bool_)
+        for label in range(3):
+            members = np.flatnonzero(truth == label)
+            is_fit[generator.permutation(members)[: per_class // 2]] = True
+        thresholds, pooled = conformal_thresholds(1 - true_p[is_fit], truth[is_fit], codes)
+        assert pooled == []
+        sets = prediction_set(p[first[~is_fit]], np.array([thresholds[code] for code in codes]))
+        held = sets[np.arange(len(sets)), truth[~is_fit]]
+        coverage.append([held[truth[~is_fit] == label].mean() for label in range(3)])
+    upper = 0.90 + 1 / (per_class // 2 + 1) + 0.005
+    for mean in np.mean(coverage, axis=0):
+        assert 0.90 - 0.005 <= mean <= upper

@@ -5,9 +5,15 @@ import pytest
 from scipy.special import softmax
 
 from records.bundles import Calibration
-from records.errors import ContractError, TaxonomyError
+from records.errors import ConfigError, ContractError, TaxonomyError
 from records.taxonomy import load_taxonomy
-from trainers.calibration.scaling import _penalised_loss, apply_calibration, fit_calibration, reweight
+from trainers.calibration.scaling import (
+    _penalised_loss,
+    apply_calibration,
+    fit_calibration,
+    reweight,
+    stated_prevalence,
+)
 from trainers.evaluation.metrics import expected_calibration_error
 
 TAXONOMY = load_taxonomy("ham10000")
@@ -116,3 +122,39 @@ def test_fit_refuses_what_it_cannot_use():
     logits[1, 2] = np.nan
     with pytest.raises(ContractError, match="row 1"):
         fit_calibration(logits, labels, TAXONOMY)
+
+
+def test_a_planted_prior_shift_is_recovered_by_reweighting():
+    """Calibrated at one prevalence and told of another, the probabilities mean what they say at the other."""
+    generator = np.random.default_rng(7)
+    at_home = np.array([0.04, 0.06, 0.12, 0.02, 0.12, 0.6, 0.04])
+    elsewhere = np.array([0.01, 0.02, 0.05, 0.01, 0.01, 0.89, 0.01])
+
+    def drawn(shares, count):
+        labels = generator.choice(NUM_CLASSES, size=count, p=shares)
+        return labels, generator.normal(size=(count, NUM_CLASSES)) + 2.0 * np.eye(NUM_CLASSES)[labels]
+
+    labels, logits = drawn(at_home, 20_000)
+    calibration = fit_calibration(logits, labels, TAXONOMY)
+    labels, logits = drawn(elsewhere, 20_000)
+    as_served = apply_calibration(logits, calibration)
+    stated = dict(zip(TAXONOMY.codes, elsewhere.tolist(), strict=True))
+    reweighted = reweight(as_served, calibration.priors, stated)
+    assert expected_calibration_error(labels, as_served) > 0.025
+    assert expected_calibration_error(labels, reweighted) < 0.0125
+    assert np.abs(reweighted.mean(axis=0) - elsewhere).max() < 0.005
+
+
+def test_what_is_not_stated_shares_the_rest_as_before():
+    priors = {"mel": 0.1, "nv": 0.6, "bcc": 0.3}
+    assert stated_prevalence({"nv": 0.9, "mel": 0.02}, priors) == pytest.approx({"mel": 0.02, "nv": 0.9, "bcc": 0.08})
+    for stated, message in (
+        ({"scc": 0.1}, "names the class 'scc'; there are mel, nv, bcc"),
+        ({"nv": 1.2}, "must be a share from 0 to 1"),
+        ({"nv": 0.9, "mel": 0.3}, "sums to 1.2"),
+        ({"nv": 0.5, "mel": 0.1, "bcc": 0.1}, "sums to 0.7"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stated_prevalence(stated, priors)
+    with pytest.raises(ConfigError, match="calibration had none"):
+        stated_prevalence({"mel": 0.1}, priors | {"mel": 0.0})

@@ -155,7 +155,13 @@ def test_arguments_that_do_not_fit(run, bundle, tmp_path, some_picture):
 
 
 @pytest.mark.parametrize(
-    ("method", "shape"), [("gradcam", [1, 1]), ("integrated_gradients", [32, 32]), ("occlusion", [32, 32])]
+    ("method", "shape"),
+    [
+        ("gradcam", [1, 1]),
+        ("integrated_gradients", [32, 32]),
+        ("gradient_shap", [32, 32]),
+        ("occlusion", [32, 32]),
+    ],
 )
 def test_explain_draws_and_tells(method, shape, run, bundle, some_picture, tmp_path):
     out = tmp_path / "overlay.png"
@@ -169,6 +175,93 @@ def test_explain_draws_and_tells(method, shape, run, bundle, some_picture, tmp_p
     assert printed["exact"] == (method == "gradcam")
     assert printed["layer"] == ("features.classifier" if method == "gradcam" else None)
     assert sum(printed["probabilities"].values()) == pytest.approx(1.0)
+
+
+def test_a_report_with_everything_measured(run, make_bundle, filled_store, pictures_folder, tmp_path):
+    table = pictures_folder / "HAM10000_metadata.csv"
+    bundle = make_bundle(filled_store, "custom_cnn", side_px=64)
+    few = pd.read_csv(table).groupby("dx").head(3)
+    few.to_csv(tmp_path / "few.csv", index=False)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name in few["image_id"][:4]:
+        square = np.zeros((60, 80), dtype=np.uint8)
+        square[20:40, 30:50] = 255
+        Image.fromarray(square).save(masks / f"{name}_segmentation.png")
+    printed = json.loads(
+        run(
+            "evaluate",
+            bundle.path,
+            "--images",
+            pictures_folder,
+            "--labels",
+            tmp_path / "few.csv",
+            "--masks",
+            masks,
+            "--robustness",
+            "--explanations",
+            "--report",
+            tmp_path / "report",
+            "--json",
+        )
+    )
+    points = printed["robustness"]["attacks"]["pgd"]
+    assert points[0]["epsilon"] == 0.0
+    assert points[-1]["accuracy"] <= points[0]["accuracy"]
+    assert printed["explanations"]["method"] == "gradcam"
+    html = (tmp_path / "report" / "report.html").read_text()
+    for heading in ("Can the heat maps be believed?", "What a hostile change", "Class by class"):
+        assert heading in html
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == printed
+
+
+def test_a_prevalence_can_be_stated(run, make_bundle, filled_store):
+    from records.bundles import Calibration
+
+    codes = filled_store.taxonomy.codes
+    calibrated = make_bundle(
+        filled_store, "custom_cnn", seed=5, side_px=32, dataset_id=open_dataset(filled_store, None).id,
+        calibration=Calibration(bias=[0.0] * 7, priors=dict.fromkeys(codes, 1 / 7)),
+    )  # fmt: skip
+    printed = json.loads(run("evaluate", calibrated.path, "--prevalence", "nv=0.94", "--json"))
+    assert printed["prevalence"] == pytest.approx(dict.fromkeys(codes, 0.01) | {"nv": 0.94})
+    with pytest.raises(ConfigError, match="not of the form nv="):
+        run("evaluate", calibrated.path, "--prevalence", "nv")
+    with pytest.raises(ConfigError, match="is no folder"):
+        run("evaluate", calibrated.path, "--masks", "/absent")
+
+
+def test_versus_and_activations(run, bundle, some_picture, tmp_path):
+    out = tmp_path / "o.png"
+    told = json.loads(
+        run(
+            "explain",
+            bundle.id,
+            some_picture,
+            "--method",
+            "integrated_gradients",
+            "--target",
+            "mel",
+            "--versus",
+            "nv",
+            "--out",
+            out,
+            "--json",
+        )
+    )
+    assert told["versus"] == "nv"
+    assert told["facts"]["completeness_error"] <= 0.02 or told["facts"]["steps"] == 400
+    told = json.loads(
+        run("explain", bundle.id, some_picture, "--method", "activations", "--layer", "block3", "--out", out, "--json")
+    )
+    assert told["layer"] == "block3"
+    assert told["shape"] == [8, 32, 32]
+    with pytest.raises(ConfigError, match=r"no layer 'block99'; there are block1, block2"):
+        run("explain", bundle.id, some_picture, "--method", "activations", "--layer", "block99", "--out", out)
+    with pytest.raises(ConfigError, match="--layer belongs to --method activations"):
+        run("explain", bundle.id, some_picture, "--layer", "block1", "--out", out)
+    with pytest.raises(ConfigError, match="name another one"):
+        run("explain", bundle.id, some_picture, "--target", "mel", "--versus", "mel", "--out", out)
 
 
 def test_explain_says_what_it_did(run, bundle, some_picture, tmp_path):

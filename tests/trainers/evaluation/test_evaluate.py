@@ -151,6 +151,25 @@ def test_intervals_hold_the_estimate_and_are_exact_at_the_ends():
     assert perfect.per_class["nv"].sensitivity_ci[0] < 0.9
 
 
+def test_a_stated_prevalence_moves_answers_and_leaves_thresholds_alone():
+    found = random_predictions(300)
+    priors = dict.fromkeys(CODES, 1 / 7)
+    plain = evaluate(found, TAXONOMY, operating_points())
+    stated = evaluate(
+        found, TAXONOMY, operating_points(), prevalence=dict.fromkeys(CODES, 0.02) | {"nv": 0.88}, priors=priors
+    )
+    assert stated.per_class["nv"].sensitivity > plain.per_class["nv"].sensitivity
+    assert stated.prevalence["nv"] == 0.88
+    assert (stated.key_class, stated.answered_share) == (plain.key_class, plain.answered_share)
+
+
+def test_coverage_counts_one_picture_per_lesion():
+    rows = [("nv", {"nv": 0.9}), ("nv", {"nv": 0.1, "mel": 0.9}), ("mel", {"mel": 0.1, "nv": 0.9})]
+    coverage = evaluate(predictions_of(rows, ["A", "A", None]), TAXONOMY, operating_points(q=0.5)).coverage
+    assert (coverage.overall, coverage.per_class["nv"], coverage.per_class["mel"]) == (0.5, 1.0, 0.0)
+    assert coverage.per_class["bcc"] is None
+
+
 def test_one_lesion_half_right_does_not_look_certain():
     result = evaluate(predictions_of([("mel", {"mel": 0.9}), ("mel", {"nv": 0.9})], ["A", "A"]), TAXONOMY, None)
     assert result.per_class["mel"].sensitivity == 0.5

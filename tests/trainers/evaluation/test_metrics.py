@@ -2,17 +2,21 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, precision_score, recall_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score, roc_auc_score, roc_curve
 
 from records.errors import ContractError
+from trainers.evaluation.figures import sensitivity_threshold
 from trainers.evaluation.metrics import (
+    accuracy_of,
     balanced_accuracy,
     check_probabilities,
     class_rates,
     confusion_matrix,
     expected_calibration_error,
+    macro_f1,
     mean_by_unit,
     one_vs_rest_auc,
+    reliability_bins,
 )
 
 
@@ -109,3 +113,37 @@ def test_a_row_that_is_no_distribution_is_named(row):
 def test_wrong_number_of_classes_is_refused():
     with pytest.raises(ContractError, match=r"\[N, 3\]"):
         check_probabilities(np.array([[0.5, 0.5]]), 3)
+
+
+def test_f1_and_accuracy_agree_with_scikit_learn(cases):
+    labels, probabilities = cases
+    predicted = probabilities.argmax(axis=1)
+    confusion = confusion_matrix(labels, predicted, 5)
+    assert np.allclose(class_rates(confusion).f1, f1_score(labels, predicted, average=None))
+    assert macro_f1(confusion) == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert accuracy_of(confusion) == pytest.approx((labels == predicted).mean())
+    stacked = np.stack([confusion, 2 * confusion])
+    assert np.allclose(macro_f1(stacked), macro_f1(confusion))
+
+
+def test_a_class_that_is_never_answered_counts_as_no_f1():
+    assert macro_f1(np.array([[4, 0], [2, 0]])) == pytest.approx((8 / 10 + 0) / 2)
+
+
+def test_specificity_at_95_sensitivity_agrees_with_scikit_learn(cases):
+    labels, probabilities = cases
+    for index in range(5):
+        scores, is_case = probabilities[:, index], labels == index
+        threshold = sensitivity_threshold(scores, is_case, 0.95)
+        false_alarms, hits, _ = roc_curve(is_case, scores, drop_intermediate=False)
+        expected = 1 - false_alarms[hits >= 0.95 - 1e-12].min()
+        assert (scores[~is_case] < threshold).mean() == pytest.approx(expected)
+    assert sensitivity_threshold(np.array([0.5]), np.array([False]), 0.95) is None
+
+
+def test_reliability_bins_add_up_to_the_calibration_error(cases):
+    labels, probabilities = cases
+    bins = reliability_bins(labels, probabilities)
+    assert sum(images for _, _, images in bins) == len(labels)
+    error = sum(images * abs(confidence - accuracy) for confidence, accuracy, images in bins) / len(labels)
+    assert error == pytest.approx(expected_calibration_error(labels, probabilities))
