@@ -54,9 +54,12 @@ def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, ste
         # Captum keeps at least one step of every picture in memory, so that pictures come in chunks, too.
         parts = [
             method.attribute(
-                some.detach().clone(), target=classes, n_steps=steps, internal_batch_size=max(chunk, len(some))
+                inputs[start : start + chunk].detach().clone(),
+                target=target[start : start + chunk],
+                n_steps=steps,
+                internal_batch_size=chunk,
             )
-            for some, classes in zip(inputs.split(chunk), target.split(chunk), strict=True)
+            for start in range(0, len(inputs), chunk)
         ]
     return torch.cat(parts).detach().sum(dim=1)
 

@@ -250,7 +250,7 @@ def test_versus_and_activations(run, bundle, some_picture, tmp_path):
         )
     )
     assert told["versus"] == "nv"
-    assert told["facts"]["completeness_error"] <= 0.02 or told["facts"]["steps"] == 400
+    assert told["completeness_error"] <= 0.02 or told["steps"] == 400
     told = json.loads(
         run("explain", bundle.id, some_picture, "--method", "activations", "--layer", "block3", "--out", out, "--json")
     )
