@@ -9,19 +9,22 @@ from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.taxonomy import Taxonomy
-from records.types import Consent, Decision, Flag, ModelRecord, Prediction, ReviewItem, ReviewState
+from records.types import Consent, Decision, Flag, ModelRecord, Prediction, ReviewItem, ReviewState, Rollout
 from serving.access.keys import Caller
 from serving.messages import HeatMap
 from serving.outbox import review_of
+from serving.rollout.harms import HARMS, log_evidence, threshold
 from serving.schemas import (
     Explanation,
     FlagAnswer,
+    HarmSeen,
     ModelInfo,
     ModelRef,
     PredictionAnswer,
     PredictionPage,
     Reason,
     ReviewStatus,
+    RolloutInfo,
 )
 from serving.words import reason_text
 
@@ -111,6 +114,23 @@ def model_body(record: ModelRecord) -> ModelInfo:
         created_at=record.created_at,
         status_changed_at=record.status_changed_at,
     )
+
+
+def rollout_body(rollout: Rollout) -> RolloutInfo:
+    """Turn a rollout into its body, with the evidence of harm so far."""
+    counts = {name: rollout.evidence.get(name, (0, 0)) for name in HARMS}
+    harms = [
+        HarmSeen(
+            name=name,
+            looked=looked,
+            seen=seen,
+            tolerated=HARMS[name].tolerated,
+            evidence=log_evidence(looked, seen, HARMS[name].tolerated),
+            limit=threshold(),
+        )
+        for name, (looked, seen) in counts.items()
+    ]
+    return RolloutInfo(harms=harms, **rollout.model_dump(exclude={"actor", "evidence"}))
 
 
 def read_answer(store: Store, prediction_id: str, caller: Caller) -> tuple[Prediction, ReviewItem | None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.table import Table
 
+import serving.rollout.cli
 from records.command import (
     ConfigOption,
     JsonOption,
@@ -36,6 +37,7 @@ E = TypeVar("E", bound=StrEnum)
 app = typer.Typer()
 keys_app = typer.Typer(help="API keys: who may use the service, and for what.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+app.add_typer(serving.rollout.cli.app)
 
 
 @app.command()

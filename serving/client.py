@@ -43,6 +43,8 @@ from serving.schemas import (
     PredictionPage,
     Problem,
     Readiness,
+    RolloutInfo,
+    RolloutRequest,
     ServedModelInfo,
 )
 
@@ -250,6 +252,28 @@ class Client:
     def model(self) -> ServedModelInfo:
         """Return the model that answers now."""
         return _parsed(ServedModelInfo, self._send("GET", "/v1/model"))
+
+    def rollout(self) -> RolloutInfo:
+        """Return the rollout that is under way; UnknownIdError if there is none."""
+        return _parsed(RolloutInfo, self._send("GET", "/v1/rollout"))
+
+    def roll_out(self, request: RolloutRequest) -> RolloutInfo:
+        """Begin, widen or finish a rollout (scope admin).
+
+        Args:
+            request: candidate and share.
+        Returns:
+            How far it is.
+        Raises:
+            AccessError: the key lacks the scope.
+            RefusedError: another candidate is under way, or the gate has not passed this one.
+            UnknownIdError: there is no such model.
+        """
+        return _parsed(RolloutInfo, self._send("POST", "/v1/rollout", json=request.model_dump(mode="json")))
+
+    def roll_back(self, reason: str) -> RolloutInfo:
+        """Take the candidate back, or undo the last promotion (scope admin)."""
+        return _parsed(RolloutInfo, self._send("DELETE", "/v1/rollout", params={"reason": reason}))
 
     def models(self) -> ModelList:
         """Return all registered models, newest first."""

@@ -70,8 +70,7 @@ class ModelHolder:
 
     def __init__(self, store: Store, settings: ServingSettings) -> None:
         self._store = store
-        self._precision: PrecisionChoice = settings.precision
-        self._warm_sizes = (1, settings.max_batch_size)
+        self._settings = settings
         self._current: ServedModel | None = None
         self._detail = "no model is to be served yet; promote one first"
         self._broken: dict[str, float] = {}
@@ -117,7 +116,7 @@ class ModelHolder:
         if time.monotonic() < self._broken.get(named.id, 0.0):
             return False
         try:
-            self._current = self._load(named)
+            self._current = load_served(self._store, named, self._settings)
         except Exception:
             self._broken[named.id] = time.monotonic() + RETRY_BROKEN_S
             raise
@@ -126,12 +125,26 @@ class ModelHolder:
         logger.info("model %s (%s) answers from now on", named.id[:12], named.status)
         return True
 
-    def _load(self, named: ModelRecord) -> ServedModel:
-        bundle = read_bundle(Path(named.path), expected_id=named.id)
-        self._store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {named.id[:12]}")
-        loaded = load_model(bundle, precision=self._precision)
-        difference = loaded.check_golden()
-        golden = bundle.golden()["inputs"]
-        for size in self._warm_sizes:
-            loaded.predict(golden[[0] * size], gradcam=True)
-        return ServedModel(named.id, named.status.value, loaded, bundle.document, utc_now(), difference)
+
+def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> ServedModel:
+    """Load a registered model, ask it its golden pictures and warm it up.
+
+    Args:
+        store: whose taxonomy it must have.
+        named: the model.
+        settings: precision and the batch sizes to warm up with.
+    Returns:
+        The model, ready to answer.
+    Raises:
+        IntegrityError: it was altered, or does not answer its golden pictures.
+        TaxonomyError: it was made for other classes.
+    """
+    bundle = read_bundle(Path(named.path), expected_id=named.id)
+    store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {named.id[:12]}")
+    precision: PrecisionChoice = settings.precision
+    loaded = load_model(bundle, precision=precision)
+    difference = loaded.check_golden()
+    golden = bundle.golden()["inputs"]
+    for size in (1, settings.max_batch_size):
+        loaded.predict(golden[[0] * size], gradcam=True)
+    return ServedModel(named.id, named.status.value, loaded, bundle.document, utc_now(), difference)

@@ -19,12 +19,13 @@ import numpy as np
 
 from records.errors import RefusedError, UnavailableError
 from records.store import Store
-from records.types import Consent
-from serving.holder import ModelHolder
+from records.types import Consent, Rollout, RolloutStage
+from serving.holder import ModelHolder, ServedModel
 from serving.messages import Answered, PredictionRequest, ServingState
 from serving.outbox import StoredPicture
 from serving.pictures import take_in, was_erased
-from serving.recording import Job, Recorder, same_picture
+from serving.recording import Job, Recorder, pixels_of, same_picture
+from serving.rollout.trial import Beside, Trial
 from serving.settings import ServingSettings
 from trainers.data.decode import decode_square
 from trainers.inference.loaded import BatchOutput
@@ -32,6 +33,7 @@ from trainers.inference.loaded import BatchOutput
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Found = tuple[Rollout, ServedModel, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,14 @@ class Predictor:
         self._forward_thread = ThreadPoolExecutor(1, "forward")
         self._write_thread = ThreadPoolExecutor(1, "write")
         self._poll_thread = ThreadPoolExecutor(1, "poll")
+        self._shadow_thread = ThreadPoolExecutor(1, "shadow")
+        self._trial = Trial(store, settings)
+        self._is_mirroring = False
         self._recorder = Recorder(store, settings, self._decode_threads)
 
     async def start(self) -> None:
         """Load the model that answers and begin to take requests."""
-        await self._in(self._poll_thread, self._holder.refresh)
+        await self._in(self._poll_thread, self._refresh)
         self._tasks = [asyncio.create_task(self._follow_ledger()), asyncio.create_task(self._run_batches())]
 
     async def stop(self) -> None:
@@ -77,7 +82,13 @@ class Predictor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._settling, return_exceptions=True)
-        for pool in (self._decode_threads, self._forward_thread, self._write_thread, self._poll_thread):
+        for pool in (
+            self._decode_threads,
+            self._forward_thread,
+            self._write_thread,
+            self._poll_thread,
+            self._shadow_thread,
+        ):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def state(self) -> ServingState:
@@ -147,7 +158,11 @@ class Predictor:
     async def _follow_ledger(self) -> None:
         while True:
             await asyncio.sleep(self._settings.model_poll_s)
-            await self._in(self._poll_thread, self._holder.refresh)
+            await self._in(self._poll_thread, self._refresh)
+
+    def _refresh(self) -> None:
+        self._holder.refresh()
+        self._trial.refresh()
 
     async def _run_batches(self) -> None:
         while True:
@@ -155,13 +170,13 @@ class Predictor:
             await self._commit_slots.acquire()
             batch = await self._gather()
             try:
-                output = await self._in(self._forward_thread, _forward, batch)
+                output, beside = await self._in(self._forward_thread, self._forward, batch)
             except Exception as error:
                 logger.exception("a forward pass failed")
                 _fail(batch, error)
                 self._commit_slots.release()
                 continue
-            task = asyncio.create_task(self._settle(batch, output))
+            task = asyncio.create_task(self._settle(batch, output, beside))
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
 
@@ -183,10 +198,10 @@ class Predictor:
             batch.append(found)
         return batch
 
-    async def _settle(self, batch: list[_Waiting], output: BatchOutput) -> None:
+    async def _settle(self, batch: list[_Waiting], output: BatchOutput, beside: Beside | None) -> None:
         try:
             jobs = [waiting.job for waiting in batch]
-            results = await self._in(self._write_thread, self._recorder.record, jobs, output)
+            results = await self._in(self._write_thread, self._recorder.record, jobs, output, beside, self._trial)
         except Exception as error:
             logger.exception("a batch was not written")
             _fail(batch, error)
@@ -198,16 +213,48 @@ class Predictor:
                     waiting.done.set_exception(result)
                 else:
                     waiting.done.set_result(result)
+            self._mirror(jobs, results)
         finally:
             self._commit_slots.release()
+
+    def _mirror(self, jobs: list[Job], results: list[Answered | RefusedError]) -> None:
+        """Show a candidate in shadow what was answered, off the request's path; a batch is left out while one runs."""
+        found = None if self._is_mirroring else self._trial.rows_of(split_keys(jobs), RolloutStage.SHADOW)
+        if found is None:
+            return
+        self._is_mirroring = True
+        task = asyncio.create_task(self._in(self._shadow_thread, self._ask_shadow, found, jobs, results))
+        self._settling.add(task)
+        task.add_done_callback(self._mirrored)
+
+    def _mirrored(self, task: "asyncio.Task[None]") -> None:
+        self._is_mirroring = False
+        self._settling.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a mirrored batch was not written", exc_info=task.exception())
+
+    def _ask_shadow(self, found: Found, jobs: list[Job], results: list[Answered | RefusedError]) -> None:
+        beside = self._trial.ask(found, np.stack([pixels_of(job, found[1]) for job in jobs]), float("inf"))
+        self._recorder.record_shadow(jobs, results, beside, self._trial)
+
+    def _forward(self, batch: list[_Waiting]) -> tuple[BatchOutput, Beside | None]:
+        jobs = [waiting.job for waiting in batch]
+        began_s = time.perf_counter()
+        output = jobs[0].model.loaded.predict(np.stack([job.pixels for job in jobs]), gradcam=True)
+        each_s = (time.perf_counter() - began_s) / len(jobs)
+        found = self._trial.rows_of(split_keys(jobs), RolloutStage.CANARY)
+        if found is None:
+            return output, None
+        pixels = np.stack([pixels_of(jobs[row], found[1]) for row in found[2]])
+        return output, self._trial.ask(found, pixels, each_s)
 
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
-def _forward(batch: list[_Waiting]) -> BatchOutput:
-    pixels = np.stack([waiting.job.pixels for waiting in batch])
-    return batch[0].job.model.loaded.predict(pixels, gradcam=True)
+def split_keys(jobs: list[Job]) -> list[str]:
+    """Return what a canary's split goes by: the lesion, so that its pictures stay together, else the picture."""
+    return [job.request.context.lesion_id or job.picture.id for job in jobs]
 
 
 def _fail(batch: list[_Waiting], error: Exception) -> None:

@@ -7,7 +7,7 @@ the writing thread of the predictor and knows nothing of queues.
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from records.errors import RefusedError
 from records.ids import hash_of, new_id, utc_now
 from records.store import Store
-from records.types import Consent, Decision, Prediction
+from records.types import Arm, Consent, Decision, Prediction
 from serving.holder import ServedModel
 from serving.messages import Answered, HeatMap, PredictionRequest
 from serving.outbox import Answer, StoredPicture, find_repeated, image_row, review_of, review_row, write_answers
 from serving.pictures import draw_map, gradcam_map
+from serving.rollout.trial import Beside, Trial, serves_candidate
 from serving.settings import ServingSettings, compute_threads
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
+from trainers.data.decode import decode_square
 from trainers.inference.loaded import BatchOutput
 from trainers.inference.suitability import Suitability, assess
 
@@ -38,6 +40,7 @@ class Job:
     pixels: NDArray[np.uint8]
     arrived_s: float
     """of `time.perf_counter`"""
+    arm: Arm = Arm.CHAMPION
 
 
 class Recorder:
@@ -57,12 +60,16 @@ class Recorder:
         self._num_threads = compute_threads(settings.predictor_cpus)
         self._drawing = drawing
 
-    def record(self, batch: Sequence[Job], output: BatchOutput) -> list[Answered | RefusedError]:
+    def record(
+        self, batch: Sequence[Job], output: BatchOutput, beside: Beside | None = None, trial: Trial | None = None
+    ) -> list[Answered | RefusedError]:
         """Decide about a batch and write it down.
 
         Args:
             batch: N jobs of one model.
             output: of that model, N rows.
+            beside: what a candidate said of some of them; of two answers the more cautious one is served.
+            trial: that counts what it did.
         Returns:
             N answers that are committed; an error where a key was used for another picture.
         Raises:
@@ -70,8 +77,11 @@ class Recorder:
         """
         suitable = _suitability(batch, output)
         made = list(self._drawing.map(self._answer, batch, repeat(output), range(len(batch)), suitable))
+        unserved: list[Answer] = []
+        if beside is not None and trial is not None:
+            made, unserved = self._beside(batch, made, beside, trial)
         try:
-            reviews = write_answers(self._store, [answer for answer, _ in made])
+            reviews = write_answers(self._store, [*(answer for answer, _ in made), *unserved])[: len(made)]
         except RefusedError:
             # Another replica answered one of the keys in the meantime: only that one is repeated.
             return [self._write_alone(job, *rows) for job, rows in zip(batch, made, strict=True)]
@@ -79,6 +89,50 @@ class Recorder:
             Answered(answer.prediction, review, heat_map)
             for (answer, heat_map), review in zip(made, reviews, strict=True)
         ]
+
+    def record_shadow(
+        self, batch: Sequence[Job], served: Sequence[Answered | RefusedError], beside: Beside, trial: Trial
+    ) -> None:
+        """Write down what a mirrored candidate said, as answers that nobody got, and count its harm."""
+        candidates = self._candidates(batch, beside, Arm.SHADOW)
+        pairs = []
+        for row, answer in zip(beside.rows, candidates, strict=True):
+            champion = served[row]
+            if isinstance(champion, Answered):
+                pairs.append((champion.prediction, None if answer is None else answer[0].prediction))
+        rows = [Answer(_unserved(answer[0].prediction), None, None) for answer in candidates if answer is not None]
+        write_answers(self._store, rows)
+        trial.count(beside, pairs)
+
+    def _beside(
+        self,
+        batch: Sequence[Job],
+        made: list[tuple[Answer, HeatMap | None]],
+        beside: Beside,
+        trial: Trial,
+    ) -> tuple[list[tuple[Answer, HeatMap | None]], list[Answer]]:
+        """Return the answers to serve, and those of the pairs that are only kept."""
+        chosen, unserved, pairs = list(made), [], []
+        for row, candidate in zip(beside.rows, self._candidates(batch, beside, Arm.CANDIDATE), strict=True):
+            champion = made[row]
+            pairs.append((champion[0].prediction, None if candidate is None else candidate[0].prediction))
+            if candidate is None:
+                continue
+            takes = serves_candidate(champion[0].prediction, candidate[0].prediction)
+            chosen[row] = candidate if takes else champion
+            other = champion if takes else candidate
+            unserved.append(Answer(_unserved(other[0].prediction), None, None))
+        trial.count(beside, pairs)
+        return chosen, unserved
+
+    def _candidates(self, batch: Sequence[Job], beside: Beside, arm: Arm) -> list[tuple[Answer, HeatMap | None] | None]:
+        if beside.output is None:
+            return [None] * len(beside.rows)
+        jobs = [replace(batch[row], model=beside.model, arm=arm) for row in beside.rows]
+        known = [pixels_of(job, beside.model) for job in jobs]
+        jobs = [replace(job, pixels=pixels) for job, pixels in zip(jobs, known, strict=True)]
+        suitable = _suitability(jobs, beside.output)
+        return [self._answer(job, beside.output, row, suitable[row]) for row, job in enumerate(jobs)]
 
     def repeated(self, request: PredictionRequest) -> Answered | None:
         """Return the answer that was given to a request's idempotency key before, if any."""
@@ -144,6 +198,7 @@ class Recorder:
             context=_said(request),
             model_id=model.id,
             model_status=model.status,
+            arm=job.arm,
             engine=model.loaded.engine,
             precision=model.loaded.precision,
             num_threads=self._num_threads,
@@ -159,6 +214,16 @@ class Recorder:
             reasons=list(verdict.reasons),
             latency_ms=(time.perf_counter() - job.arrived_s) * 1000,
         )
+
+
+def pixels_of(job: Job, model: ServedModel) -> NDArray[np.uint8]:
+    """Return a job's pixels in a model's geometry, [S, S, 3]."""
+    side_px = model.document.geometry.side_px
+    return job.pixels if job.pixels.shape[0] == side_px else decode_square(job.picture.data, side_px)
+
+
+def _unserved(prediction: Prediction) -> Prediction:
+    return prediction.model_copy(update={"served": False})
 
 
 def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]:

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
-from records.types import Confirmation, Consent, Decision, FlagReason, ModelStatus, ReasonCode, ReviewState
+from records.types import (
+    Confirmation,
+    Consent,
+    Decision,
+    FlagReason,
+    ModelStatus,
+    ReasonCode,
+    ReviewState,
+    RolloutStage,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PredictionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="id of a prediction, 32 hex characters")]
@@ -197,6 +206,39 @@ class ErasureAnswer(Body):
     blobs: int
     withdrawn: int = Field(description="open questions to experts that were taken back")
     left_in_place: bool = Field(description="true if the file itself belongs to somebody else and was left")
+
+
+class RolloutRequest(Body):
+    """How far a candidate should come."""
+
+    model: str = Field(min_length=1, max_length=200, description="id, prefix of 8 or more, or `candidate`")
+    percent: int = Field(default=0, ge=0, le=100, description="share of lesions; 0 mirrors, 100 promotes")
+    reason: str | None = Field(default=None, max_length=500, description="needed if the gate has not passed it")
+
+
+class HarmSeen(Body):
+    """A kind of harm, how often it was looked for and seen."""
+
+    name: str
+    looked: int
+    seen: int
+    tolerated: float = Field(description="rate that does not end the rollout")
+    evidence: FiniteFloat = Field(description="log e-value; the rollout ends at `limit`")
+    limit: FiniteFloat
+
+
+class RolloutInfo(Body):
+    """A candidate beside the model that answers."""
+
+    id: str
+    created_at: AwareDatetime
+    champion_id: str
+    candidate_id: str
+    stage: RolloutStage
+    percent: int
+    harms: list[HarmSeen]
+    ended_at: AwareDatetime | None
+    why: str | None
 
 
 class ClassInfo(Body):

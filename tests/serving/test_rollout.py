@@ -1,0 +1,230 @@
+"""Rollouts under live traffic: nothing fails, the more cautious answer is served, broken candidates are taken back."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from records.bundles import register
+from records.errors import AccessError, IntegrityError, RefusedError, RelookError, UnknownIdError
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.types import Arm, ModelRecord, ModelStatus, Prediction, RolloutStage
+from serving.access.keys import admin_token
+from serving.batches import CAUTION
+from serving.client import Client
+from serving.rollout.control import begin, current_rollout, promote, roll_back
+from serving.rollout.harms import HARMS, found_harm, log_evidence, looks_needed, threshold
+from serving.schemas import RolloutRequest
+from serving.settings import ServingSettings
+
+
+def test_evidence_never_grows_on_average_while_harm_is_tolerated() -> None:
+    generator = np.random.default_rng(3)
+    harm = HARMS["downgrade"]
+    ended = 0
+    for _ in range(300):
+        seen = np.cumsum(generator.random(500) < harm.tolerated)
+        ended += any(
+            log_evidence(n + 1, int(x), harm.tolerated) >= threshold() for n, x in enumerate(seen) if n % 5 == 0
+        )
+    assert ended / 300 <= 0.05 / len(HARMS) + 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "most"), [("error", 1.0, 2), ("non_finite", 1.0, 2), ("slow", 1.0, 5), ("downgrade", 1.0, 3)]
+)
+def test_a_plain_harm_is_found_within_few_looks(name: str, rate: float, most: int) -> None:
+    needed = looks_needed(name, rate)
+    assert needed is not None
+    assert needed <= most
+    assert looks_needed(name, HARMS[name].tolerated) is None
+    assert found_harm({name: (needed, needed)}) is HARMS[name]
+
+
+@pytest.fixture
+def kept(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Store]:
+    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("rollout")))
+    tools.serve_bundle(opened, tools.make_bundle(opened, 0, bias={"bcc": -2.0}))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def running(kept: Store, tools: Any) -> Iterator[Any]:
+    settings = ServingSettings(port=tools.free_port(), model_poll_s=0.05)
+    with tools.run_service(kept, settings) as service:
+        yield service
+
+
+def candidate(store: Store, bundle: Any) -> str:
+    with store.ledger.begin() as tx:
+        register(tx, bundle, status=ModelStatus.CANDIDATE)
+    return str(bundle.id)
+
+
+class Traffic:
+    """Asks all the time, from two threads, until it is stopped."""
+
+    def __init__(self, url: str, picture: Callable[..., bytes]) -> None:
+        self._url, self._picture = url, picture
+        self._stopped = threading.Event()
+        self.answers: list[Any] = []
+        self.failures: list[RelookError] = []
+        self._threads = [threading.Thread(target=self._ask, args=(start,)) for start in (0, 10)]
+
+    def __enter__(self) -> "Traffic":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(timeout=30)
+
+    def more(self, number: int) -> None:
+        deadline, wanted = time.monotonic() + 30, len(self.answers) + number
+        while len(self.answers) < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def _ask(self, number: int) -> None:
+        with Client(self._url, retry_s=0.0) as client:
+            while not self._stopped.is_set():
+                try:
+                    self.answers.append(client.predict(self._picture(number % 20)))
+                except RelookError as error:
+                    self.failures.append(error)
+                number += 1
+
+
+def test_shadow_canary_and_full_without_a_failed_request(
+    kept: Store, running: Any, tools: Any, picture: Callable[..., bytes]
+) -> None:
+    model_id = candidate(kept, tools.make_bundle(kept, 1, bias={"bcc": -2.0}))
+    with Traffic(running.url, picture) as traffic, Client(running.url, admin_token(kept.home)) as admin:
+        traffic.more(5)
+        assert admin.roll_out(RolloutRequest(model=model_id)).stage is RolloutStage.SHADOW
+        wait_for(kept, Arm.SHADOW)
+        # Two untrained networks disagree by nature; what this test is about is that nobody's request fails.
+        for percent in (10, 60):
+            if admin_says(admin) is None:
+                break
+            admin.roll_out(RolloutRequest(model=model_id, percent=percent))
+            traffic.more(20)
+        if admin_says(admin) is not None:
+            admin.roll_out(RolloutRequest(model=model_id, percent=100))
+            deadline = time.monotonic() + 20
+            while admin.model().id != model_id:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        traffic.more(10)
+    assert traffic.failures == []
+    check_pairs(kept, {answer.request_id: answer for answer in traffic.answers})
+
+
+def test_nan_answers_are_taken_back_and_never_served(
+    kept: Store, running: Any, tools: Any, picture: Callable[..., bytes]
+) -> None:
+    model_id = candidate(kept, tools.make_bundle(kept, 2, status_of_pictures="overflow"))
+    with Traffic(running.url, picture) as traffic:
+        begin(kept, model_id, 99, actor="test")
+        ended = wait_until_ended(kept, model_id)
+        traffic.more(5)
+    assert traffic.failures == []
+    assert ended.stage is RolloutStage.ROLLED_BACK
+    assert "finite" in (ended.why or "")
+    assert all(answer.label is not None for answer in traffic.answers)
+    with kept.ledger.read() as tx:
+        asked = tx.find(Prediction, where={"model_id": model_id})
+        assert tx.require(ModelRecord, model_id).status is ModelStatus.REFUSED
+    assert asked
+    # Two looks prove it; what was under way in the same two batches comes on top.
+    assert len(asked) <= 8
+    assert not any(prediction.served for prediction in asked)
+
+
+def test_a_candidate_with_wrong_golden_answers_gets_no_traffic(kept: Store, tools: Any) -> None:
+    wrong = np.full((4, len(kept.taxonomy.codes)), 9.0, dtype=np.float32)
+    model_id = candidate(kept, tools.make_bundle(kept, 3, golden_logits=wrong))
+    with pytest.raises(IntegrityError, match="golden"):
+        begin(kept, model_id, 10, actor="test")
+    with kept.ledger.read() as tx:
+        assert current_rollout(tx) is None
+
+
+def test_what_may_not_be_rolled_out_is_refused(kept: Store, running: Any, tools: Any) -> None:
+    first = candidate(kept, tools.make_bundle(kept, 4))
+    second = candidate(kept, tools.make_bundle(kept, 5))
+    plain = tools.make_bundle(kept, 6)
+    with kept.ledger.begin() as tx:
+        register(tx, plain)
+        (champion,) = tx.find(ModelRecord, where={"status": ModelStatus.CHAMPION})
+    with pytest.raises(RefusedError, match="not a candidate"):
+        begin(kept, plain.id, 0, actor="test")
+    with pytest.raises(RefusedError, match="already answers"):
+        begin(kept, champion.id, 0, actor="test")
+    with pytest.raises(UnknownIdError, match="nothing to roll back"):
+        roll_back(kept, actor="test", why="x")
+    begin(kept, first, 0, actor="test")
+    with pytest.raises(RefusedError, match="is under way"):
+        begin(kept, second, 0, actor="test")
+    with Client(running.url, retry_s=0.0) as client, pytest.raises(AccessError, match="admin"):
+        client.roll_back("no")
+    promote(kept, actor="test")
+    undone = roll_back(kept, actor="test", why="complaints")
+    assert undone.stage is RolloutStage.ROLLED_BACK
+    with kept.ledger.read() as tx:
+        assert tx.require(ModelRecord, champion.id).status is ModelStatus.CHAMPION
+        assert tx.require(ModelRecord, first).status is ModelStatus.REFUSED
+
+
+def admin_says(admin: Client) -> Any:
+    try:
+        return admin.rollout()
+    except UnknownIdError:
+        return None
+
+
+def wait_for(store: Store, arm: Arm) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        with store.ledger.read() as tx:
+            if tx.count(Prediction, where={"arm": arm}):
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_until_ended(store: Store, model_id: str) -> Any:
+    from records.types import Rollout
+
+    deadline = time.monotonic() + 30
+    while True:
+        with store.ledger.read() as tx:
+            (found,) = tx.find(Rollout, where={"candidate_id": model_id})
+        if found.ended_at is not None:
+            return found
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def check_pairs(store: Store, answers: dict[str, Any]) -> None:
+    """Of every pair exactly one row was served, it is what the caller got, and it is the more cautious one."""
+    with store.ledger.read() as tx:
+        rows = [p for p in tx.find(Prediction) if p.arm is not Arm.SHADOW]
+    by_request: dict[str, list[Prediction]] = {}
+    for row in rows:
+        by_request.setdefault(row.request_id, []).append(row)
+    pairs = 0
+    for request_id, answer in answers.items():
+        group = by_request[request_id]
+        (served,) = [row for row in group if row.served]
+        assert served.id == answer.id
+        assert CAUTION[served.decision] == max(CAUTION[row.decision] for row in group)
+        pairs += len(group) == 2
+    assert pairs > 0
