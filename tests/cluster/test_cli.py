@@ -51,6 +51,10 @@ def test_every_verb_of_the_rooms_is_joined_and_explained() -> None:
         "trace",
         "taxonomy",
         "audit",
+        "keys",
+        "monitor",
+        "backup",
+        "restore",
     }
     root = typer.main.get_command(app)
     assert set(root.commands) == verbs  # type: ignore[attr-defined]
