@@ -124,9 +124,15 @@ def status(
     emit(as_json, found, report(found))
 
 
-# In this order they stand in `relook --help`.
+bench_app = typer.Typer(help="Measure this machine: rates, ratios to peers, memory.", no_args_is_help=True)
+
+# In this order they stand in `relook --help`. A room that can be measured has a `bench_app`, too.
 for _verbs in (cluster.verbs, cluster.round_cli, trainers.cli, tuning.cli, serving.cli, labeling.cli, records.cli):
     app.add_typer(_verbs.app)
+    _measured: typer.Typer | None = getattr(_verbs, "bench_app", None)
+    if _measured is not None:
+        bench_app.registered_commands += _measured.registered_commands
+app.add_typer(bench_app, name="bench")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, ray_of, settings_of
 from records.errors import ConfigError, RefusedError
+from trainers.bench import cli as bench_cli
 from trainers.data import cli as data_cli
 from trainers.evaluation import cli as evaluate_cli
 
@@ -33,6 +34,7 @@ CATALOGUES = "relook.catalogues"
 """Key in the root context's `meta`: functions that return more kinds of the catalogue."""
 
 app = typer.Typer()
+bench_app = bench_cli.app
 app.add_typer(data_cli.app, name="data")
 app.registered_commands += evaluate_cli.app.registered_commands
 

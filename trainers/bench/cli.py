@@ -1,0 +1,52 @@
+"""The trainers' part of `relook bench`; `cluster/cli.py` joins the rooms' parts into one group.
+
+relook bench train --json
+"""
+
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, ray_of, settings_of
+
+app = typer.Typer()
+
+
+@app.command("train")
+def bench_train(
+    ctx: typer.Context,
+    data: Annotated[Path | None, typer.Option(help="Folder of pictures; default: generated ones.")] = None,
+    epoch_s: Annotated[float, typer.Option(min=1.0, help="Seconds that a measured epoch shall take.")] = 8.0,
+    lightning_python: Annotated[
+        Path | None, typer.Option(help="Python of an environment that has Lightning; default: not measured.")
+    ] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure training: whole pipeline, bare steps, a plain fp32 script, Lightning, two workers."""
+    from records.store import open_store
+    from trainers.bench.training import Bench, prepare
+
+    settings = settings_of(ctx, config, preset, sets)
+    with TemporaryDirectory(prefix="relook-bench-") as folder, progress() as bar:
+        # A home of its own: measuring must neither see nor change what the user has.
+        records = settings.records.model_copy(update={"home": Path(folder) / "home", "blobs": None})
+        with closing(open_store(records)) as store, ray_of(ctx, settings):
+            plan = prepare(store, data, settings.trainers.side_px, Path(folder), bar)
+            bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, lightning_python)
+            figures = bench.run()
+    emit(as_json, figures, _table(figures))
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    table = Table("what", "figure", title="relook bench train")
+    for name, value in figures.items():
+        if name != "reasons":
+            table.add_row(name.replace("_", " "), figures["reasons"].get(name, "") if value is None else str(value))
+    return table
