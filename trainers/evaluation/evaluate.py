@@ -22,11 +22,11 @@ from records.errors import ContractError, DataError
 from records.store import Store
 from records.stored import find_images, read_picture
 from records.taxonomy import Taxonomy
-from records.types import AuditEvent, Side
+from records.types import AuditEvent, Image, Side
 from trainers.calibration.conformal import prediction_set, thresholds_in_order
 from trainers.calibration.operating import Lesions, answered, gather_lesions
 from trainers.calibration.scaling import reweight
-from trainers.data.cache import PixelCache
+from trainers.data.cache import PixelCache, PixelRows
 from trainers.evaluation.bootstrap import group_strata, resample_weights, resampled_confusions
 from trainers.evaluation.figures import (
     Coverage,
@@ -52,7 +52,7 @@ from trainers.evaluation.metrics import (
 from trainers.evaluation.pictures import Pictures
 from trainers.evaluation.skin import SkinTones
 from trainers.evaluation.traits import Traits, traits_of_images
-from trainers.inference.loaded import LoadedModel, load_model
+from trainers.inference.loaded import BatchOutput, LoadedModel, load_model
 
 BATCH_SIZE = 64
 GUARDED_SIDES = (Side.GATE, Side.TEST)
@@ -122,35 +122,44 @@ def predict_side(
     cache.ensure(store, image_ids, progress)
     pixels = cache.rows(image_ids)
     model = model or load_model(bundle)
-    task = progress.add_task(f"Predicting {side.value}", total=len(pixels)) if progress else None
-    outputs = []
     images = find_images(store, image_ids)
     tones = SkinTones([image.source_id for image in images], masks)
-    for start in range(0, len(pixels), BATCH_SIZE):
-        batch = pixels.take(np.arange(start, min(start + BATCH_SIZE, len(pixels))))
-        outputs.append(model.predict(batch))
-        tones.add(batch)
-        if progress and task is not None:
-            progress.update(task, completed=min(start + BATCH_SIZE, len(pixels)))
-    taxonomy = bundle.document.taxonomy
+    outputs = _outputs(model, pixels, tones, f"Predicting {side.value}", progress)
+    index_of = bundle.document.taxonomy.index_of
     return SidePredictions(
         model_id=bundle.id,
         image_ids=image_ids,
         group_ids=[str(group_id) for group_id in rows["group_id"]],
         lesion_ids=[image.lesion_id for image in images],
-        labels=np.array([taxonomy.index_of(str(label)) for label in rows["label"]], dtype=np.int64),
+        labels=np.array([index_of(str(label)) for label in rows["label"]], dtype=np.int64),
         logits=np.concatenate([output.logits for output in outputs]),
         probabilities=np.concatenate([output.probabilities for output in outputs]),
         dataset_id=dataset.id,
         side=side,
         side_reads=side_reads,
         traits=traits_of_images(images, [int(rank) for rank in rows["label_rank"]], tones.angles),
-        pictures=Pictures(
-            names=[image.source_id or image.id for image in images],
-            read=lambda index: read_picture(store, images[index]),
-            masks=masks,
-        ),
+        pictures=_pictures(store, images, masks),
     )
+
+
+def _pictures(store: Store, images: list[Image], masks: Path | None) -> Pictures:
+    names = [image.source_id or image.id for image in images]
+    return Pictures(names=names, read=lambda index: read_picture(store, images[index]), masks=masks)
+
+
+def _outputs(
+    model: LoadedModel, pixels: PixelRows, tones: SkinTones, title: str, progress: Progress | None
+) -> list[BatchOutput]:
+    """Answer for pictures batch by batch, and look at their skin on the way."""
+    task = progress.add_task(title, total=len(pixels)) if progress else None
+    outputs = []
+    for start in range(0, len(pixels), BATCH_SIZE):
+        batch = pixels.take(np.arange(start, min(start + BATCH_SIZE, len(pixels))))
+        outputs.append(model.predict(batch))
+        tones.add(batch)
+        if progress and task is not None:
+            progress.advance(task, len(batch))
+    return outputs
 
 
 def evaluate(
@@ -169,16 +178,14 @@ def evaluate(
         predictions: at least one picture; every row a distribution.
         taxonomy: of the predictions.
         operating: thresholds of the model; without them what needs thresholds is undefined.
-        prevalence: class shares that the answers are re-weighted to by Bayes; what compares with thresholds (key
-            class, prediction sets) stays as the service computes it.
+        prevalence: class shares that answers are re-weighted to; what has thresholds stays as it is served.
         priors: class shares that the probabilities were calibrated at; needed with `prevalence`.
         max_set_size: larger prediction sets go to an expert.
         seed: of the bootstrap.
     Returns:
         The figures; undefined ones are None with a reason.
     Raises:
-        ContractError: no picture, or probabilities that are not finite or do not sum to 1 (a model
-            that gives them must not be summarised as if it had answered).
+        ContractError: no picture, or probabilities that are not finite or do not sum to 1.
     """
     num_classes = len(taxonomy.codes)
     if not predictions.image_ids:
@@ -206,11 +213,8 @@ def evaluate(
         **_whole_figures(confusion, confusions, weights.shape[1]),
         macro_auc=float(np.nanmean(aucs)) if np.isfinite(aucs).any() else None,
         ece=expected_calibration_error(labels, probabilities),
-        reliability=[
-            ReliabilityBin(confidence=confidence, accuracy=accuracy, images=images)
-            for confidence, accuracy, images in reliability_bins(labels, probabilities)
-        ],
-        prevalence=None if prevalence is None else {code: float(prevalence[code]) for code in taxonomy.codes},
+        reliability=_reliability(labels, probabilities),
+        prevalence=None if prevalence is None else dict(prevalence),
         per_class=per_class,
         key_class=key_class,
         confusion_matrix=confusion.tolist(),
@@ -218,6 +222,13 @@ def evaluate(
         undefined=undefined_reasons(taxonomy, per_class, key_class, operating),
         **_triage_figures(served, taxonomy, operating, max_set_size),
     )
+
+
+def _reliability(labels: IntArray, probabilities: FloatArray) -> list[ReliabilityBin]:
+    return [
+        ReliabilityBin(confidence=confidence, accuracy=accuracy, images=images)
+        for confidence, accuracy, images in reliability_bins(labels, probabilities)
+    ]
 
 
 def coverage_report(
