@@ -20,7 +20,8 @@ from trainers.settings import TrainersSettings
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "bench"
 KNOWN_MODELS = ("custom_cnn", "resnet18", "efficientnet_lite0")
-STEPS = 40
+PEER_S = 15.0
+FEWEST_STEPS, MOST_STEPS = 8, 80
 TIMEOUT_S = 900
 
 
@@ -32,11 +33,15 @@ class Peers:
         settings: model, side and batch.
         plan: the pictures.
         folder: for the table.
+        rate: pictures per second to expect at most; decides how many steps a peer takes.
     """
 
-    def __init__(self, store: Store, settings: TrainersSettings, plan: DataPlan, folder: Path) -> None:
+    def __init__(
+        self, store: Store, settings: TrainersSettings, plan: DataPlan, folder: Path, rate: float = 0.0
+    ) -> None:
         self.reasons: dict[str, str] = {}
         self._settings = settings
+        self._steps = min(MOST_STEPS, max(FEWEST_STEPS, round(rate * PEER_S / settings.batch_size)))
         self._table = folder / "table.csv"
         self._write_table(store, plan)
 
@@ -68,7 +73,14 @@ class Peers:
             self.reasons[key] = f"bench/{script} knows {', '.join(KNOWN_MODELS)}, not {settings.model}"
             return None
         command = [python, str(SCRIPTS / script), str(self._table), "--model", settings.model]
-        command += ["--side", str(settings.side_px), "--batch", str(settings.batch_size), "--max-steps", str(STEPS)]
+        command += [
+            "--side",
+            str(settings.side_px),
+            "--batch",
+            str(settings.batch_size),
+            "--max-steps",
+            str(self._steps),
+        ]
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "RAY_"))}
         try:
             done = subprocess.run(
