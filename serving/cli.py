@@ -6,8 +6,10 @@ relook models --json
 
 import signal
 import threading
+from collections import Counter
 from contextlib import closing
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -20,6 +22,7 @@ from records.command import (
     PresetOption,
     SetOption,
     emit,
+    progress,
     ray_of,
     settings_of,
     status,
@@ -91,6 +94,39 @@ def models(
         number = "" if item.round is None else str(item.round)
         table.add_row(item.id[:12], item.status, item.architecture, item.dataset_id[:12], number, made)
     emit(as_json, ModelList(items=items), table if items else "no model is registered yet; `relook train` makes one")
+
+
+@app.command()
+def predict(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix of 8 or more, bundle path, or champion.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option("--out", help="The table, CSV.")],
+    explain: Annotated[str | None, typer.Option("--explain", help="gradcam: a heat map per picture.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer for a folder of pictures and write a table, most worrying first; nothing is stored or asked about."""
+    from records.bundles import find_bundle
+    from records.store import open_store
+    from serving.bulk import predict_folder
+
+    if explain not in (None, "gradcam"):
+        raise ConfigError(f"--explain is {explain!r}; it must be gradcam")
+    settings = settings_of(ctx, config, preset, sets)
+    with closing(open_store(settings.records)) as store, progress() as bar:
+        bundle, task = find_bundle(store, model), bar.add_task("pictures", total=None)
+        result = predict_folder(
+            bundle, folder, out, settings.serving, explain=explain is not None, resume=resume,
+            on_done=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    counts = Counter(row["decision"] or "unreadable" for row in result.rows)
+    told = ", ".join(f"{number} {decision}" for decision, number in counts.items())
+    body = {"model_id": bundle.id, "pictures": len(result.rows), "decisions": dict(counts), "out": str(out)}
+    emit(as_json, body, f"{len(result.rows)} pictures ({told}) in {out}, most worrying first")
 
 
 @keys_app.command("create")

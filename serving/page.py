@@ -6,6 +6,8 @@ uploads are deleted after minutes.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from records.errors import DataError, PictureError, RelookError
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import Consent, FlagReason
+from serving.access.keys import has_keys
 from serving.client import Client
 from serving.page_html import answer_html, flag_html, header_html, problem_html, waiting_html
 from serving.schemas import Context, FlagRequest
@@ -37,23 +40,35 @@ class _Handlers:
     """What the page does. Every method may run in several threads."""
 
     def __init__(self, url: str, taxonomy: Taxonomy, folder: Path) -> None:
+        self._url = url
         self._client = Client(url, retry_s=_RETRY_S)
         self._folder = folder.resolve()
         self._names = {c.code: c.name for c in taxonomy.classes}
         self._malignant = frozenset(taxonomy.malignant_codes)
 
-    def header(self) -> str:
+    @contextmanager
+    def _asking(self, key: str) -> Iterator[Client]:
+        """Give a client with the visitor's key; it is kept nowhere."""
+        if not key.strip():
+            yield self._client
+            return
+        with Client(self._url, key.strip(), retry_s=_RETRY_S) as client:
+            yield client
+
+    def header(self, key: str) -> str:
         try:
-            return header_html(self._client.model())
+            with self._asking(key) as client:
+                return header_html(client.model())
         except RelookError as error:
             return header_html(None, str(error))
 
-    def ask(self, upload: dict[str, Any] | None, consent: str) -> tuple[str, str | None, Any, str]:
+    def ask(self, upload: dict[str, Any] | None, consent: str, key: str) -> tuple[str, str | None, Any, str]:
         if upload is None:
             return waiting_html(), None, gr.update(visible=False), ""
         try:
             context = Context(consent=_consent(consent))
-            answer = self._client.predict(self._uploaded(upload), explain="gradcam", context=context)
+            with self._asking(key) as client:
+                answer = client.predict(self._uploaded(upload), explain="gradcam", context=context)
         except RelookError as error:
             return problem_html(str(error).rstrip(".")), None, gr.update(visible=False), ""
         html = answer_html(answer, self._names, self._malignant)
@@ -69,14 +84,15 @@ class _Handlers:
         except OSError as error:
             raise PictureError("the upload is gone; choose the picture again") from error
 
-    def flag(self, prediction_id: str | None, reason: str, suggested: str | None, comment: str) -> str:
+    def flag(self, prediction_id: str | None, reason: str, suggested: str | None, comment: str, key: str) -> str:
         if prediction_id is None:
             return problem_html("there is no answer to object to yet")
         request = FlagRequest(
             reason=FlagReason(reason), suggested_label=suggested or None, comment=comment.strip() or None
         )
         try:
-            return flag_html(self._client.flag(prediction_id, request))
+            with self._asking(key) as client:
+                return flag_html(client.flag(prediction_id, request))
         except RelookError as error:
             return problem_html(str(error).rstrip("."))
 
@@ -107,6 +123,10 @@ def build_page(settings: ServingSettings, store: Store) -> gr.Blocks:
     page = gr.Blocks(title="Relook", analytics_enabled=False, delete_cache=(UPLOAD_LIFE_S // 2, UPLOAD_LIFE_S))
     with page:
         header = gr.HTML(header_html(None, "asking the service"), elem_id="rl-header", padding=False)
+        key = gr.Textbox(
+            label="Your key", type="password", elem_id="rl-key", visible=has_keys(store), max_length=200,
+            placeholder="rlk_...", info="This service answers only whoever has a key; it is not kept.",
+        )  # fmt: skip
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320):
                 picture, consent, ask = _question(settings, examples)
@@ -114,11 +134,12 @@ def build_page(settings: ServingSettings, store: Store) -> gr.Blocks:
                 prediction_id = gr.State(None)
                 result = gr.HTML(waiting_html(), elem_id="rl-result", padding=False)
                 with gr.Column(visible=False, elem_id="rl-flag-form") as form:
-                    flagged = _flag_form(handlers, store.taxonomy, prediction_id)
+                    flagged = _flag_form(handlers, store.taxonomy, prediction_id, key)
         # Not preprocessed: Gradio would open the file and fail with its own words, and the API has better ones.
         outputs = [result, prediction_id, form, flagged]
-        ask.click(handlers.ask, [picture, consent], outputs, preprocess=False, api_visibility="private")
-        page.load(handlers.header, None, header, api_visibility="private")
+        ask.click(handlers.ask, [picture, consent, key], outputs, preprocess=False, api_visibility="private")
+        key.blur(handlers.header, key, header, api_visibility="private")
+        page.load(handlers.header, key, header, api_visibility="private")
     return page
 
 
@@ -176,7 +197,7 @@ def _question(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image
     return picture, consent, gr.Button("Ask the model", variant="primary", elem_id="rl-ask")
 
 
-def _flag_form(handlers: _Handlers, taxonomy: Taxonomy, prediction_id: gr.State) -> gr.HTML:
+def _flag_form(handlers: _Handlers, taxonomy: Taxonomy, prediction_id: gr.State, key: gr.Textbox) -> gr.HTML:
     with gr.Accordion("Something is wrong with this answer", open=False):
         reason = gr.Radio(
             choices=[(words, value.value) for value, words in FLAG_WORDS.items()],
@@ -194,5 +215,5 @@ def _flag_form(handlers: _Handlers, taxonomy: Taxonomy, prediction_id: gr.State)
         )
         send = gr.Button("Send to an expert", elem_id="rl-flag")
     flagged = gr.HTML("", elem_id="rl-flagged", padding=False)
-    send.click(handlers.flag, [prediction_id, reason, suggested, comment], flagged, api_visibility="private")
+    send.click(handlers.flag, [prediction_id, reason, suggested, comment, key], flagged, api_visibility="private")
     return flagged

@@ -1,0 +1,192 @@
+"""Many pictures at once, most worrying first: a folder in, a table out.
+
+In: a model and a folder of pictures. Out: a CSV file, ordered by how soon somebody should look. What is done is
+kept line by line beside the file, so an interrupted run goes on with `resume`. Nothing enters the ledger.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from records.bundles import Bundle
+from records.errors import DataError, PictureError, RefusedError
+from records.ids import sha256_hex
+from records.pictures import picture_size, sniff
+from records.taxonomy import Taxonomy
+from records.types import Decision
+from serving.pictures import draw_map
+from serving.settings import ServingSettings
+from serving.triage import TriageRules, malignant_probability, triage
+from trainers.data.decode import decode_square
+from trainers.inference.loaded import LoadedModel, load_model
+from trainers.inference.suitability import assess
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_ORDER = {Decision.URGENT: 0, Decision.REVIEW: 1, Decision.RETAKE: 2, Decision.ANSWERED: 3}
+
+
+@dataclass(frozen=True)
+class BulkResult:
+    """What a run did."""
+
+    rows: list[dict[str, Any]]
+    """most worrying first"""
+    failed: int
+
+
+def predict_folder(
+    bundle: Bundle,
+    folder: Path,
+    out: Path,
+    settings: ServingSettings,
+    *,
+    explain: bool = False,
+    resume: bool = False,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> BulkResult:
+    """Answer for every picture of a folder and write the table.
+
+    Args:
+        bundle: the model.
+        folder: searched for JPEG, PNG and WebP files, subfolders too.
+        out: the CSV file; `<out>.partial` holds what is done so far.
+        settings: precision, batch size and rules of triage; nothing is drawn for the audit.
+        explain: write a heat map per picture into `<out>.maps/`.
+        resume: go on with what `<out>.partial` holds.
+        on_done: called with how many pictures are done, and how many there are.
+    Returns:
+        The rows, and how many files could not be read.
+    Raises:
+        DataError: the folder holds no pictures.
+        RefusedError: an interrupted run is there and `resume` was not given, or it was of another model.
+        IntegrityError: the model does not answer its golden pictures.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise DataError(f"{str(folder)!r} holds no .jpg, .png or .webp file; name a folder of pictures")
+    loaded = load_model(bundle, precision=settings.precision)
+    loaded.check_golden()
+    partial = out.with_name(out.name + ".partial")
+    done = _resumed(partial, bundle.id, resume)
+    left = [path for path in paths if str(path.relative_to(folder)) not in done]
+    maps = out.with_name(out.name + ".maps") if explain else None
+    if maps is not None:
+        maps.mkdir(parents=True, exist_ok=True)
+    with partial.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
+        on_done(len(done), len(paths))
+        for start in range(0, len(left), settings.max_batch_size):
+            batch = left[start : start + settings.max_batch_size]
+            read = list(threads.map(lambda path: _read(path, loaded.geometry.side_px, settings.max_pixels), batch))
+            for row in _rows(bundle, loaded, folder, list(zip(batch, read, strict=True)), settings, maps):
+                done[row["picture"]] = row
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            on_done(len(done), len(paths))
+    rows = sorted(done.values(), key=_worry)
+    _write(out, rows, bundle.document.taxonomy)
+    partial.unlink()
+    return BulkResult(rows, sum(row["error"] is not None for row in rows))
+
+
+@dataclass(frozen=True)
+class _Read:
+    data: bytes
+    pixels: NDArray[np.uint8]
+    shorter_px: int
+
+
+def _read(path: Path, side_px: int, max_pixels: int) -> _Read | PictureError:
+    try:
+        data = path.read_bytes()
+        sniff(data)
+        width_px, height_px = picture_size(data)
+        if width_px * height_px > max_pixels:
+            return PictureError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
+        return _Read(data, decode_square(data, side_px), min(width_px, height_px))
+    except PictureError as error:
+        return error
+
+
+def _rows(
+    bundle: Bundle,
+    loaded: LoadedModel,
+    folder: Path,
+    batch: list[tuple[Path, _Read | PictureError]],
+    settings: ServingSettings,
+    maps: Path | None,
+) -> Iterator[dict[str, Any]]:
+    usable = [(path, read) for path, read in batch if isinstance(read, _Read)]
+    for path, read in batch:
+        if isinstance(read, PictureError):
+            yield _row(str(path.relative_to(folder)), error=str(read))
+    if not usable:
+        return
+    pixels = np.stack([read.pixels for _, read in usable])
+    output = loaded.predict(pixels, gradcam=maps is not None)
+    suitable = assess(loaded, output, pixels, [read.shorter_px for _, read in usable])
+    rules = TriageRules(settings.low_confidence, settings.max_set_size, audit_share=0.0)
+    taxonomy = bundle.document.taxonomy
+    for row, (path, read) in enumerate(usable):
+        values = output.probabilities[row]
+        verdict = triage(values, taxonomy, bundle.document.operating, rules, 0.5, suitable[row])
+        name = str(path.relative_to(folder))
+        has_answer = verdict.label is not None
+        if maps is not None and output.maps is not None and verdict.label is not None:
+            drawn = output.maps[row, taxonomy.index_of(verdict.label)]
+            png = draw_map(read.data, drawn, settings.overlay_side_px, settings.overlay_alpha)
+            (maps / f"{sha256_hex(name.encode())[:16]}-{path.stem}.png").write_bytes(png)
+        yield _row(
+            name,
+            decision=verdict.decision.value,
+            label=verdict.label,
+            confidence=verdict.confidence,
+            p_malignant=malignant_probability(values, taxonomy) if has_answer else None,
+            reasons=" ".join(verdict.reasons),
+            probabilities=dict(zip(taxonomy.codes, values.tolist(), strict=True)) if has_answer else {},
+        )
+
+
+def _row(picture: str, **values: Any) -> dict[str, Any]:
+    empty = {"decision": None, "label": None, "confidence": None, "p_malignant": None, "reasons": "", "error": None}
+    return {"picture": picture, **empty, "probabilities": {}, **values}
+
+
+def _worry(row: dict[str, Any]) -> tuple[int, float, str]:
+    """Sort key: unreadable files last, then by decision, then by p(malignant)."""
+    rank = _ORDER[Decision(row["decision"])] if row["decision"] else len(_ORDER)
+    # Without a finite answer nobody knows, which worries most within its decision.
+    return rank, -(1.0 if row["p_malignant"] is None else row["p_malignant"]), row["picture"]
+
+
+def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, Any]]:
+    if not partial.exists():
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"model_id": model_id}) + "\n")
+        return {}
+    if not resume:
+        raise RefusedError(f"{partial} holds an interrupted run; go on with --resume, or remove it")
+    text = partial.read_text()
+    # A run that was killed may have left half a line.
+    whole = text[: text.rfind("\n") + 1]
+    partial.write_text(whole)
+    head, *rows = (json.loads(line) for line in whole.splitlines())
+    if head["model_id"] != model_id:
+        raise RefusedError(f"{partial} was begun with model {head['model_id'][:12]}; remove it to begin anew")
+    return {row["picture"]: row for row in rows}
+
+
+def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
+    columns = ["picture", "decision", "label", "confidence", "p_malignant", "reasons", "error"]
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, *(f"p_{code}" for code in taxonomy.codes)])
+        for row in rows:
+            probabilities = [row["probabilities"].get(code, "") for code in taxonomy.codes]
+            writer.writerow(["" if row[c] is None else row[c] for c in columns] + probabilities)

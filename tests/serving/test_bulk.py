@@ -1,0 +1,81 @@
+"""Many pictures at once: most worrying first, what cannot be read is told, an interrupted run goes on."""
+
+import csv
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from records.bundles import find_bundle
+from records.errors import DataError, RefusedError
+from records.store import Store
+from serving.bulk import predict_folder
+from serving.client import Client
+from serving.settings import ServingSettings
+
+SETTINGS = ServingSettings(max_batch_size=4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
+    made = tmp_path / "pictures"
+    (made / "more").mkdir(parents=True)
+    for number in range(9):
+        (made / ("more" if number % 2 else ".") / f"p{number}.jpg").write_bytes(picture(number))
+    (made / "broken.png").write_bytes(b"no picture")
+    (made / "notes.txt").write_text("left out")
+    return made
+
+
+def test_the_table_is_what_the_service_answers_in_order(
+    service_store: Store, client: Client, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "table.csv"
+    result = predict_folder(find_bundle(service_store, "champion"), folder, out, SETTINGS, explain=True)
+    assert (len(result.rows), result.failed) == (10, 1)
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["picture"] == "broken.png"
+    assert rows[-1]["error"]
+    ranks = [["urgent", "review", "retake", "answered"].index(row["decision"]) for row in rows[:-1]]
+    assert ranks == sorted(ranks)
+    for before, after in pairwise(rows[:-1]):
+        if before["decision"] == after["decision"]:
+            assert float(before["p_malignant"]) >= float(after["p_malignant"])
+    served = client.predict((folder / rows[0]["picture"]).read_bytes())
+    assert rows[0]["label"] == served.label
+    assert float(rows[0]["confidence"]) == pytest.approx(served.confidence, abs=1e-5)
+    assert len(list((tmp_path / "table.csv.maps").iterdir())) == 9
+    assert not (tmp_path / "table.csv.partial").exists()
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(service_store: Store, folder: Path, tmp_path: Path) -> None:
+    bundle = find_bundle(service_store, "champion")
+    whole = predict_folder(bundle, folder, tmp_path / "whole.csv", SETTINGS)
+
+    def stop(done: int, total: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "part.csv"
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(bundle, folder, out, SETTINGS, on_done=stop)
+    partial = tmp_path / "part.csv.partial"
+    with partial.open("a") as file:
+        file.write('{"picture": "half')
+    with pytest.raises(RefusedError, match="--resume"):
+        predict_folder(bundle, folder, out, SETTINGS)
+    seen: list[int] = []
+    resumed = predict_folder(bundle, folder, out, SETTINGS, resume=True, on_done=lambda done, _: seen.append(done))
+    assert seen[0] >= 4
+    assert [row["picture"] for row in resumed.rows] == [row["picture"] for row in whole.rows]
+    assert [row["decision"] for row in resumed.rows] == [row["decision"] for row in whole.rows]
+
+
+def test_an_empty_folder_is_refused(service_store: Store, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    bundle: Any = find_bundle(service_store, "champion")
+    with pytest.raises(DataError, match="holds no"):
+        predict_folder(bundle, tmp_path / "none", tmp_path / "out.csv", SETTINGS)
