@@ -47,22 +47,23 @@ class _Handlers:
         self._malignant = frozenset(taxonomy.malignant_codes)
 
     @contextmanager
-    def _asking(self, key: str) -> Iterator[Client]:
-        """Give a client with the visitor's key; it is kept nowhere."""
-        if not key.strip():
+    def _asking(self, key: str | None) -> Iterator[Client]:
+        """Give a client with the visitor's key; it is kept nowhere. A hidden field sends None."""
+        token = (key or "").strip()
+        if not token:
             yield self._client
             return
-        with Client(self._url, key.strip(), retry_s=_RETRY_S) as client:
+        with Client(self._url, token, retry_s=_RETRY_S) as client:
             yield client
 
-    def header(self, key: str) -> str:
+    def header(self, key: str | None) -> str:
         try:
             with self._asking(key) as client:
                 return header_html(client.model())
         except RelookError as error:
             return header_html(None, str(error))
 
-    def ask(self, upload: dict[str, Any] | None, consent: str, key: str) -> tuple[str, str | None, Any, str]:
+    def ask(self, upload: dict[str, Any] | None, consent: str, key: str | None) -> tuple[str, str | None, Any, str]:
         if upload is None:
             return waiting_html(), None, gr.update(visible=False), ""
         try:
@@ -84,7 +85,7 @@ class _Handlers:
         except OSError as error:
             raise PictureError("the upload is gone; choose the picture again") from error
 
-    def flag(self, prediction_id: str | None, reason: str, suggested: str | None, comment: str, key: str) -> str:
+    def flag(self, prediction_id: str | None, reason: str, suggested: str | None, comment: str, key: str | None) -> str:
         if prediction_id is None:
             return problem_html("there is no answer to object to yet")
         request = FlagRequest(

@@ -103,11 +103,8 @@ def triage(
         *((ReasonCode.OUT_OF_DISTRIBUTION,) if suitability.is_out_of_distribution else ()),
         *sampled,
     )
-    decision = Decision.ANSWERED
-    if reasons:
-        decision = Decision.URGENT if ReasonCode.URGENT in reasons else Decision.REVIEW
     return Verdict(
-        decision=decision,
+        decision=_decision_for(reasons),
         reasons=reasons,
         label=taxonomy.codes[label_index],
         confidence=float(probabilities[label_index]),
@@ -116,6 +113,12 @@ def triage(
         selection_probability=selection,
         suitability=suitability,
     )
+
+
+def _decision_for(reasons: tuple[ReasonCode, ...]) -> Decision:
+    if not reasons:
+        return Decision.ANSWERED
+    return Decision.URGENT if ReasonCode.URGENT in reasons else Decision.REVIEW
 
 
 def audit_chance(p_malignant: float, share: float) -> float:

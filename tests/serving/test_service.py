@@ -177,8 +177,8 @@ def test_the_page_reads_no_file_but_uploads(url: str, served_store: Store, pictu
     secret.write_bytes(picture(0))
     with httpx.Client(base_url=url, timeout=20) as http:
         functions = http.get("/config").json()["dependencies"]
-        ask = next(f["id"] for f in functions if len(f["inputs"]) == 2)
-        sent = {"data": [{"path": str(secret)}, "training"], "fn_index": ask, "session_hash": "s1"}
+        ask = next(f["id"] for f in functions if len(f["inputs"]) == 3)
+        sent = {"data": [{"path": str(secret)}, "training", None], "fn_index": ask, "session_hash": "s1"}
         assert http.post("/gradio_api/queue/join", json=sent).is_success
         with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "s1"}) as events:
             said = next(line for line in events.iter_lines() if "process_completed" in line)
