@@ -50,7 +50,7 @@ def tune(
         list[str] | None,
         typer.Option("--space", help="name=a,b or name=low..high or a YAML file; may be given more than once."),
     ] = None,
-    searcher: Annotated[str | None, typer.Option("--searcher", help="random, tpe or pbt.")] = None,
+    searcher: Annotated[str | None, typer.Option("--searcher", help="random or tpe.")] = None,
     scheduler: Annotated[str | None, typer.Option("--scheduler", help="asha, median or none.")] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Fresh seeds that confirm the winner.")] = None,
     fit_winner: Annotated[

@@ -23,7 +23,6 @@ class Searcher(StrEnum):
 
     RANDOM = "random"
     TPE = "tpe"
-    PBT = "pbt"
 
 
 class Scheduler(StrEnum):
@@ -48,8 +47,7 @@ class TuningSettings(RoomSettings):
     )
     searcher: Searcher = Field(
         default=Searcher.RANDOM,
-        description="who proposes: random (balanced over the choices), tpe (Optuna, learns from the trials before), "
-        "pbt (a population that changes learning rate and augmentation while it trains)",
+        description="who proposes: random (balanced over the choices) or tpe (Optuna, learns from the trials before)",
     )
     scheduler: Scheduler = Field(
         default=Scheduler.ASHA, description="who ends trials early: asha (successive halving), median, none"

@@ -1,0 +1,207 @@
+"""Kill searches at random moments and compare what they decide with a search that nobody kills.
+
+    .venv/bin/python bench/chaos_tune.py --rounds 3 --kills 3
+
+Real Ray Tune in a process of its own, with a trial function whose scores are a table. The driver, the
+head of Ray (its control store or its raylet) or the processes of the trials are killed with -9; then the
+search goes on from its journal. With one trial at a time decisions and winner have to be those of the
+search that nobody killed; with two, every decision that was journalled has to stay. One JSON line per round.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+TRIALS, EPOCHS = 9, 4
+VICTIMS = ("driver", "head", "trials")
+
+
+def search(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> None:
+    """Run or go on with a search; this is the process that is killed."""
+    from cluster.session import start_ray
+    from cluster.settings import Settings
+    from trainers.settings import TrainersSettings
+    from tuning.journal import open_journal
+    from tuning.judge import Judge, rule_of
+    from tuning.log import SearchLog
+    from tuning.planner import Planner
+    from tuning.ray_search import run_trials
+    from tuning.settings import Searcher, TuningSettings
+    from tuning.space import derive_space
+    from tuning.trials import SearchHeader
+
+    def train(plan, data, report):
+        import random as chance
+        import time as clock
+
+        for epoch in range(1, data["epochs"] + 1):
+            clock.sleep(data["epoch_s"])
+            value = round(chance.Random(f"{data['seed']}:{plan.number}:{epoch}").uniform(0.2, 0.5) + 0.05 * epoch, 6)
+            report(
+                {
+                    "epoch": epoch,
+                    "val_balanced_accuracy": value,
+                    "seconds": data["epoch_s"],
+                    "key_class_sensitivity": None,
+                }
+            )
+
+    base = TrainersSettings()
+    tuning = TuningSettings(
+        trials=TRIALS, trial_epochs=EPOCHS, reduction_factor=2, max_concurrent=at_a_time, searcher=Searcher.TPE
+    )
+    header = SearchHeader(
+        dataset_id="c" * 64, base=base.model_dump(mode="json"), seed=seed, search=("optimizer",), space_hash="0" * 64,
+        trials=TRIALS, trial_epochs=EPOCHS, grace_epochs=1, reduction_factor=2, train_images=1,
+        train_images_available=1, val_images=1,
+    )  # fmt: skip
+    with open_journal(folder, header) as journal, start_ray(Settings()):
+        log = SearchLog(header, journal)
+        planner = Planner(
+            derive_space(tuning.search, base), base, trials=TRIALS, seed=seed, searcher=Searcher.TPE, startup_trials=4,
+            done=list(journal.past.values()),
+        )  # fmt: skip
+        judge = Judge(rule_of(header), EPOCHS, lambda number: number == 0, journal.decisions)
+        plans = (planner.plan(number, log.trials) for number in range(TRIALS) if number not in journal.settled)
+        data = {"seed": seed, "epochs": EPOCHS, "epoch_s": epoch_s}
+        run_trials(plans, train, data, judge=judge, tuning=tuning, log=log, folder=folder)
+    (folder / "done").touch()
+
+
+def start(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> subprocess.Popen[bytes]:
+    """Start a search in a session of its own."""
+    command = [sys.executable, __file__, "--search", str(folder), "--seed", str(seed)]
+    command += ["--at-a-time", str(at_a_time), "--epoch-s", str(epoch_s)]
+    log = (folder / "log.txt").open("ab")
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def kill(process: subprocess.Popen[bytes], victim: str) -> None:
+    """Kill a part of a running search with -9."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    if victim == "driver":
+        os.kill(process.pid, signal.SIGKILL)
+    for child in family:
+        try:
+            line = " ".join(child.cmdline())
+            is_head = "gcs_server" in line or "raylet/raylet" in line
+            is_trial = "ray::" in line and "IDLE" not in line
+            if (victim == "head" and is_head) or (victim == "trials" and is_trial):
+                child.kill()
+        except psutil.Error:
+            continue
+
+
+def leave_nothing(family: list[psutil.Process]) -> None:
+    """End what a killed driver left running."""
+    for child in family:
+        try:
+            child.kill()
+        except psutil.Error:
+            continue
+    psutil.wait_procs(family, timeout=10)
+
+
+def decisions(folder: Path) -> list[tuple]:
+    """Return (trial, epoch, score, rung, goes on) in the order in which they were journalled."""
+    from tuning.journal import read_past
+
+    return [(d.number, d.epoch, d.score, d.rung, d.goes_on) for d in read_past(folder).decisions]
+
+
+def winner(folder: Path) -> tuple[int, float | None, dict]:
+    """Return number, score and settings of the winner."""
+    from tuning.journal import read_past
+    from tuning.log import best_of
+
+    best = best_of(read_past(folder).trials)
+    return best.number, best.score, best.overrides
+
+
+def play(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> list[str]:
+    """Run a search to its end, killing something each time a while after its next decision; return what went wrong."""
+    folder.mkdir(parents=True)
+    chance, wrong = random.Random(seed), []
+    for victim in [*victims, None]:
+        before = decisions(folder) if (folder / "journal.jsonl").exists() else []
+        process = start(folder, seed, at_a_time, epoch_s)
+        deadline = time.monotonic() + 180
+        wanted = len(before) + chance.randint(1, 5)
+        while victim and process.poll() is None and time.monotonic() < deadline:
+            now = decisions(folder) if (folder / "journal.jsonl").exists() else []
+            if len(now) >= wanted:
+                break
+            time.sleep(0.05)
+        if victim and process.poll() is None:
+            time.sleep(chance.uniform(0, epoch_s))
+            family = psutil.Process(process.pid).children(recursive=True)
+            kill(process, victim)
+            if victim != "trials":
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                leave_nothing(family)
+        if not victim or victim == "trials":
+            process.wait(240)
+        after = decisions(folder)
+        if after[: len(before)] != before:
+            wrong.append(f"decisions changed after the kill before {victim}")
+        keys = [(number, epoch) for number, epoch, *_ in after]
+        if len(keys) != len(set(keys)):
+            wrong.append("a decision was made twice")
+        if (folder / "done").exists():
+            break
+    if not (folder / "done").exists():
+        wrong.append("the search did not come to its end; see log.txt")
+    return wrong
+
+
+def one_round(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> dict:
+    """Compare a search that is killed with one that is not."""
+    wrong = play(folder / "killed", seed, at_a_time, victims, epoch_s)
+    if at_a_time == 1:
+        wrong += play(folder / "whole", seed, at_a_time, [], epoch_s)
+        if sorted(decisions(folder / "killed")) != sorted(decisions(folder / "whole")):
+            wrong.append("other decisions than the search that nobody killed")
+        if winner(folder / "killed") != winner(folder / "whole"):
+            wrong.append("another winner than the search that nobody killed")
+    return {"seed": seed, "at_a_time": at_a_time, "victims": victims, "winner": winner(folder / "killed")[:2],
+            "decisions": len(decisions(folder / "killed")), "wrong": wrong}  # fmt: skip
+
+
+def main() -> int:
+    """Play the rounds; 1 if one went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-a-time", type=int, default=0, help="1 or 2; 0 plays both in turn")
+    parser.add_argument("--epoch-s", type=float, default=0.3)
+    parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.search:
+        search(arguments.search, arguments.seed, arguments.at_a_time, arguments.epoch_s)
+        return 0
+    failed = False
+    for number in range(arguments.rounds):
+        seed = arguments.seed + number
+        victims = [VICTIMS[(seed + kill) % 3] for kill in range(arguments.kills)]
+        with tempfile.TemporaryDirectory(prefix="relook-chaos-") as folder:
+            found = one_round(Path(folder), seed, arguments.at_a_time or 1 + number % 2, victims, arguments.epoch_s)
+        print(json.dumps(found), flush=True)
+        failed = failed or bool(found["wrong"])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
