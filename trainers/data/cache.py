@@ -6,6 +6,7 @@ a temporary name and moved, the ids last, so a segment that can be seen is whole
 worst store a row twice. The whole folder may be deleted at any time.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from records.errors import ContractError
+from records.errors import ContractError, UnavailableError
 from records.ids import new_id
 from records.store import Store
 from records.stored import find_images, read_picture
@@ -123,6 +124,7 @@ class PixelCache:
             pixels: [N, S, S, 3].
         Raises:
             ContractError: the shapes do not fit.
+            UnavailableError: the disk is full or the folder cannot be written.
         """
         if pixels.dtype != np.uint8 or pixels.shape != (len(image_ids), self.side_px, self.side_px, 3):
             raise ContractError(
@@ -131,7 +133,6 @@ class PixelCache:
             )
         if not len(image_ids):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = new_id()
         _publish(self.folder / f"{name}.u8", np.ascontiguousarray(pixels).data)
         _publish(self.folder / f"{name}.ids", b"".join(bytes.fromhex(image_id) for image_id in image_ids))
@@ -276,9 +277,18 @@ class SegmentWriter:
 
 def _publish(path: Path, content: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        # Without it a power cut could leave a file of the right size and no content.
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # Without it a power cut could leave a file of the right size and no content.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UnavailableError(
+            f"the pixel cache {path.parent} cannot be written ({error.strerror or error}); free some space there "
+            "(the whole cache may be deleted) and run it again: what is decoded is kept"
+        ) from error

@@ -22,6 +22,19 @@ IMPORT_ACTION = "data.imported"
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a table was read, by which its folder is known again.
+
+    Args:
+        table: SHA-256 of the table.
+        columns: that were named, what to column.
+    """
+
+    table: str
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is to be written.
 
@@ -33,6 +46,7 @@ class Plan:
         refusals: rows that cannot be used.
         withhold_share: share of the train-side groups whose labels are kept back.
         split_salt: setting `records.split_salt`.
+        reading: goes into the audit event.
     """
 
     import_id: str
@@ -42,6 +56,7 @@ class Plan:
     refusals: Sequence[Refusal]
     withhold_share: float
     split_salt: str
+    reading: Reading
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,10 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
     _write_labels(tx, plan, known, skipped)
     refusals = [*plan.refusals, *linking, *(refusal for _, refusal in conflicts)]
     quarantined = _write_quarantine(tx, plan.import_id, refusals)
-    details = {"images": len(group_of), "quarantined": len(quarantined), "withheld": len(withheld)}
+    details = {
+        "images": len(group_of), "quarantined": len(quarantined), "withheld": len(withheld),
+        "table": plan.reading.table, "columns": dict(plan.reading.columns),
+    }  # fmt: skip
     audit.append(tx, actor="local", action=IMPORT_ACTION, subject=plan.import_id, details=details)
     return Written(new_images, group_of, side_of, withheld, quarantined, notes)
 

@@ -25,9 +25,9 @@ from records.store import Store
 from records.types import AuditEvent, Consent, DatasetRecord, Image, Quarantined, SourceLabel
 from trainers.data.grouping import NearPair, grouped_images, known_diagnoses, near_pairs
 from trainers.data.import_rows import Entry, Refusal, merge_same_bytes, usable_rows
-from trainers.data.import_write import IMPORT_ACTION, Plan, Written, write_import
+from trainers.data.import_write import IMPORT_ACTION, Plan, Reading, Written, write_import
 from trainers.data.intake import Intake
-from trainers.data.source_table import SourceRow, SourceTable, read_source
+from trainers.data.source_table import SourceRow, SourceTable, read_source, tables_of
 
 WITHHELD_COLUMNS = ["image_id", "source_id", "group_id", "label"]
 
@@ -125,7 +125,8 @@ def import_folder(
     import_id = import_id_of(source, columns)
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
-    plan = Plan(import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt)
+    reading = Reading(sha256_hex(source.content), dict(columns or {}))
+    plan = Plan(import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt, reading)
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)
     dataset_id, left_out = _build(store)
@@ -156,9 +157,23 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
         if "/" in data or folder.suffix:
             raise DataError(f"there is no data folder {data}; give a folder, or the id of a dataset version")
         return load_dataset(store, data)
-    if _is_imported(store, import_id_of(read_source(folder), None)):
+    table, columns = _known_reading(store, folder)
+    if _is_imported(store, import_id_of(read_source(folder, columns, table), columns)):
         return build_version(store).version
-    return load_dataset(store, import_folder(store, folder, progress=progress).dataset_id)
+    report = import_folder(store, folder, columns=columns, table=table, progress=progress)
+    return load_dataset(store, report.dataset_id)
+
+
+def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, str] | None]:
+    """Return table and columns with which the folder was imported last; (None, None) for a new folder."""
+    tables = {sha256_hex(path.read_bytes()): path for path in tables_of(folder)}
+    with store.ledger.read() as tx:
+        imports = tx.find(AuditEvent, where={"action": IMPORT_ACTION}, order_by=("-number",))
+    for event in imports:
+        path = tables.get(event.details.get("table", ""))
+        if path is not None:
+            return path, event.details["columns"] or None
+    return None, None
 
 
 def import_id_of(source: SourceTable, columns: Mapping[str, str] | None) -> str:

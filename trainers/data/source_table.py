@@ -129,7 +129,7 @@ def _find_table(folder: Path, table: Path | None) -> Path:
     for name in TABLE_NAMES:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in _TABLE_SUFFIXES and not p.name.startswith("."))
+    found = tables_of(folder)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -138,6 +138,13 @@ def _find_table(folder: Path, table: Path | None) -> Path:
         )
     names = ", ".join(p.name for p in found[:5])
     raise DataError(f"{folder} holds {len(found)} tables ({names}); name the right one with --table")
+
+
+def tables_of(folder: Path) -> list[Path]:
+    """Return the files at the top of a folder that may be its table, by name."""
+    named = {folder / name for name in TABLE_NAMES if (folder / name).is_file()}
+    found = {p for p in folder.iterdir() if p.suffix.lower() in _TABLE_SUFFIXES and not p.name.startswith(".")}
+    return sorted(named | found)
 
 
 def _read_frame(path: Path) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The pixel cache: decodes only what is missing, gives back the same pixels, survives damage, opens fast."""
 
+import errno
 import logging
 import os
 import pickle
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from records.errors import ContractError, DataError, IntegrityError, UnknownIdError
+from records.errors import ContractError, DataError, IntegrityError, UnavailableError, UnknownIdError
 from records.ids import sha256_hex
 from records.store import Store
 from records.stored import find_images, read_picture
@@ -196,3 +197,20 @@ def test_errors_name_the_picture(store: Store, copied: Path) -> None:
         cache.rows([gone.id])
     with pytest.raises(ContractError, match="takes uint8"):
         cache.append(fake_ids(2), fake_rows(2, 8))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PixelCache(tmp_path, 8)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        UnavailableError, match=r"pixel cache .*8px-v1 cannot be written \(No space left on device\); free"
+    ):
+        cache.append(["ab" * 32], np.zeros((1, 8, 8, 3), dtype=np.uint8))
+    assert list(cache.folder.iterdir()) == []
+    monkeypatch.undo()
+    cache.append(["ab" * 32], np.zeros((1, 8, 8, 3), dtype=np.uint8))
+    assert len(cache) == 1
