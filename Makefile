@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 ROOMS := records trainers tuning serving labeling cluster
 INSTALLED := $(VENV)/.relook-installed
 LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
+TEST_PROCESSES ?= 2
 PIP := $(BIN)/pip install --disable-pip-version-check
 
 .PHONY: help setup demo check format test test-fast bench soak clean
@@ -46,7 +47,7 @@ format: $(INSTALLED)  ## sort imports and lay out the code
 	$(BIN)/ruff format .
 
 test: setup  ## the whole suite: real Ray, real Label Studio, a browser where there is one
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-fast: $(INSTALLED)  ## what needs no server and no browser
 	$(BIN)/pytest -m "not slow and not browser"

@@ -114,6 +114,11 @@ def browser(chromium: str) -> Iterator["Browser"]:
         launched.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the whole loop: it takes longest, and two processes share the files in this order."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Where a browser is promised (RELOOK_REQUIRE_BROWSER=1), a browser test that skips has failed."""
