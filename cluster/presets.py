@@ -72,6 +72,24 @@ def dissertation() -> Settings:
     )
 
 
+def ham10000_cpu() -> Settings:
+    """HAM10000 on two cores in under 100 minutes: EfficientNet-Lite0 from ImageNet (extra `pretrained`) at 112 px."""
+    return Settings(
+        preset="ham10000_cpu",
+        trainers=TrainersSettings(
+            model="efficientnet_lite0",
+            weights="imagenet",
+            side_px=112,
+            epochs=8,
+            optimizer="sgd",
+            learning_rate=0.05,
+            scheduler="onecycle",
+            sampler="square_root",
+            augmentation="lesion",
+        ),
+    )
+
+
 def demo() -> Settings:
     """What `relook demo` plays with: a small network and a short search, so that the whole loop takes minutes."""
     return Settings(
@@ -90,5 +108,6 @@ PRESETS: Mapping[str, Callable[[], Settings]] = MappingProxyType(
         "multi_gpu": multi_gpu,
         "clinical": clinical,
         "dissertation": dissertation,
+        "ham10000_cpu": ham10000_cpu,
     }
 )

@@ -33,6 +33,11 @@ class TrainersSettings(RoomSettings):
 
     model: str = Field(default="custom_cnn", description="network, see `relook catalog models`")
     side_px: int = Field(default=64, ge=8, le=1024, description="the network sees side_px x side_px pixels")
+    weights: str = Field(
+        default="none",
+        min_length=1,
+        description="what the network starts from: none, imagenet, or the path of a .safetensors or .pt file",
+    )
     scaling: Literal["mean_std", "min_max"] = Field(
         default="mean_std",
         description="of pixel values: by the training pictures' mean and deviation, or by each picture's range",
@@ -92,6 +97,9 @@ class TrainersSettings(RoomSettings):
     warmup_epochs: float = Field(default=1.0, ge=0, le=1000, description="epochs of rising learning rate, in cosine")
     loss: str = Field(default="cross_entropy", description="see `relook catalog losses`")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the label spread over all classes")
+    focal_gamma: float = Field(
+        default=2.0, ge=0, le=10, allow_inf_nan=False, description="how fast the focal loss fades; 0 is cross-entropy"
+    )
     sampler: str = Field(
         default="square_root", description="how often each class is shown, see `relook catalog samplers`"
     )
@@ -152,6 +160,13 @@ class TrainersSettings(RoomSettings):
     @classmethod
     def _is_policy(cls, value: str) -> str:
         _as_value_error(check_policy_name, value)
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _is_source(cls, value: str) -> str:
+        if value not in {"none", "imagenet"} and not value.endswith((".safetensors", ".pt", ".pth")):
+            raise ValueError(f"{value!r} is neither none, nor imagenet, nor the path of a .safetensors or .pt file")
         return value
 
     @model_validator(mode="after")

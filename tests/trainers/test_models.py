@@ -5,24 +5,30 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from captum.attr import LayerGradCam
+from torch import fx, nn
+from torchvision.ops.misc import SqueezeExcitation
 
 from records.errors import ConfigError
 from trainers.explanations.closed_form import closed_form_of
+from trainers.explanations.gradients import head_gradcam
+from trainers.inference.fold import fold_batch_norm
 from trainers.models import MODELS, architecture_options, build_model
 from trainers.models.dropout import LARGEST_RATE, SparseDropout
 from trainers.models.registry import check_side
 from trainers.settings import TrainersSettings
 
-NUM_MODELS = 3
+NUM_MODELS = 12
 
 
 def test_the_suite_below_runs_all_registered_models() -> None:
     assert len(MODELS) == NUM_MODELS
-    assert MODELS.names == ("custom_cnn", "custom_cnn_base", "resnet18")
+    assert set(MODELS) >= {"custom_cnn", "resnet18", "resnet34", "densenet121", "inception_v3", "efficientnet_lite0"}
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("custom_cnn", 51_221), ("resnet18", 11_172_423)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("custom_cnn", 51_221), ("resnet18", 11_172_423), ("resnet34", 21_280_583)]
+)
 def test_the_dissertations_parameter_counts(name: str, parameters: int) -> None:
     with torch.device("meta"):
         network = build_model(name, 7)
@@ -45,49 +51,67 @@ def test_the_dissertations_order_within_a_block() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_declared_numbers_are_true(name: str) -> None:
-    recipe, network = MODELS[name], build_model(name, 7).eval()
+    recipe = MODELS[name]
+    with torch.device("meta"):
+        network = build_model(name, 7).eval()
     assert sum(p.numel() for p in network.parameters()) == recipe.parameters
     assert any(isinstance(m, nn.BatchNorm2d) for m in network.modules()) == recipe.batch_norm
     assert (closed_form_of(network.head) is not None) == (recipe.gradcam == "closed_form")
-    assert receptive_field_px(network, recipe.receptive_field_px + 64) == recipe.receptive_field_px
+    assert computed_receptive_field_px(network) == recipe.receptive_field_px
+    assert network.get_submodule(recipe.target_layer) is last_module(network.features)
+    assert [m.p for m in network.modules() if type(m) is nn.Dropout] == [0.2] * ("head_dropout" in recipe.options)
+
+
+@pytest.mark.parametrize("name", ["custom_cnn", "squeezenet"])
+def test_the_computed_receptive_field_is_what_gradients_reach(name: str) -> None:
+    expected = MODELS[name].receptive_field_px
+    assert receptive_field_px(build_model(name, 7).eval(), expected + 64) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_target_layer_is_the_end_of_the_features(name: str) -> None:
-    network = build_model(name, 7).eval()
-    seen: list[torch.Tensor] = []
-    hook = network.get_submodule(MODELS[name].target_layer).register_forward_hook(lambda _m, _i, out: seen.append(out))
-    features = network.features(torch.randn(1, 3, 64, 64))
-    hook.remove()
-    assert torch.equal(seen[0], features)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_any_side_down_to_the_smallest(name: str) -> None:
-    network = build_model(name, 9).eval()
-    for side_px in {MODELS[name].minimum_side_px, 64, 112}:
-        assert network(torch.zeros(2, 3, side_px, side_px)).shape == (2, 9)
-    with pytest.raises(ConfigError, match=f"at least {MODELS[name].minimum_side_px}"):
-        check_side(name, MODELS[name].minimum_side_px - 1)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_changes_every_parameter(name: str) -> None:
+def test_every_network_works_at_its_smallest_side(name: str) -> None:
+    """One build, all of it: shapes, folding, Grad-CAM in closed form against captum, and a step."""
     torch.manual_seed(0)
-    network = build_model(name, 3)
+    recipe = MODELS[name]
+    network = build_model(name, 3).eval()
+    inputs = torch.randn(2, 3, recipe.minimum_side_px, recipe.minimum_side_px)
+    with torch.inference_mode():
+        features = network.features(inputs)
+        logits = network(inputs)
+        folded = fold_batch_norm(network.features)(inputs)
+    assert logits.shape == (2, 3)
+    assert torch.allclose(folded, features, rtol=1e-4, atol=1e-5 * float(features.abs().max().clamp(min=1e-3)))
+    maps = head_maps(network, features)
+    layer = network.get_submodule(recipe.target_layer)
+    expected = torch.cat(
+        [LayerGradCam(network, layer).attribute(inputs, c, relu_attributions=True) for c in range(3)], 1
+    ).detach()
+    assert torch.allclose(maps, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max().clamp(min=1e-9)))
     before = [p.detach().clone() for p in network.parameters()]
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    network(torch.randn(4, 3, 32, 32)).square().sum().backward()
-    optimizer.step()
-    assert all(not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+    loss = nn.functional.cross_entropy(network.train()(inputs), torch.tensor([0, 2]))
+    torch.optim.SGD(network.parameters(), lr=0.1).zero_grad()
+    loss.backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    assert all(p.grad is not None for p in network.parameters())
+    assert sum(not torch.equal(o, n) for o, n in zip(before, network.parameters(), strict=True)) > len(before) // 2
+    with pytest.raises(ConfigError, match=f"at least {recipe.minimum_side_px}"):
+        check_side(name, recipe.minimum_side_px - 1)
+
+
+def head_maps(network: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM of every class as inference computes it: in closed form, or by differentiating the head."""
+    closed = closed_form_of(network.head)
+    if closed is not None:
+        return closed.maps(features)
+    classes = [torch.full((len(features),), c) for c in range(3)]
+    return torch.stack([head_gradcam(network.head, features, target) for target in classes], dim=1)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_options_are_settings_and_unknown_ones_are_refused(name: str) -> None:
-    settings = TrainersSettings(model=name)
+    settings = TrainersSettings(model=name, side_px=96)
     options = architecture_options(settings)
     assert set(options) == set(MODELS[name].options)
-    build_model(name, 7, **options)
     with pytest.raises(ConfigError, match=r"takes no option 'width'; it takes "):
         build_model(name, 7, width=2)
 
@@ -98,7 +122,7 @@ def test_head_dropout_reaches_the_head() -> None:
 
 
 def test_an_unknown_model_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown model 'resnet'; there are custom_cnn, custom_cnn_base, resnet18"):
+    with pytest.raises(ConfigError, match=r"unknown model 'resnet'; there are custom_cnn, custom_cnn_base, resnet18, "):
         build_model("resnet", 7)
 
 
@@ -126,6 +150,33 @@ def test_dropout_differs_per_call_and_is_off_in_evaluation() -> None:
     layer, values = SparseDropout(LARGEST_RATE), torch.rand(4, 8, 16, 16)
     assert not torch.equal(layer(values), layer(values))
     assert layer.eval()(values) is values
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, SqueezeExcitation) or super().is_leaf_module(module, name)
+
+
+def computed_receptive_field_px(network: nn.Module) -> int:
+    """Compute it from kernels and strides along the widest path: r += (k - 1) * jump, jump *= stride."""
+    modules = dict(network.features.named_modules())
+    reach: dict[fx.Node, tuple[int, int]] = {}
+    for node in _Tracer().trace(network.features).nodes:
+        before = [reach[source] for source in node.all_input_nodes if source in reach]
+        size, jump = max((s for s, _ in before), default=1), max((j for _, j in before), default=1)
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        kernel_px, stride = 1, 1
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+            kernel_px, stride = (v if isinstance(v, int) else max(v) for v in (module.kernel_size, module.stride))
+        elif node.op == "call_function" and "pool2d" in str(node.target):
+            kernel_px, stride = node.kwargs["kernel_size"], node.kwargs["stride"]
+        reach[node] = (size + (kernel_px - 1) * jump, jump * stride)
+    return reach[node][0]
+
+
+def last_module(features: nn.Module) -> nn.Module:
+    """Return the direct child that a sequence ends with."""
+    return list(features.children())[-1]
 
 
 def receptive_field_px(network: nn.Module, side_px: int) -> int:

@@ -68,8 +68,7 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "num_workers": 2, "batch_size": 32, "side_px": 96, "l1": 1e-5, "clip_norm": 1.0, "accumulate_steps": 2,
         "ema_decay": 0.99, "strategy": "single", "min_workers": 2, "checkpoint_every_steps": 10,
         "download_url": "https://mirror",
+        "weights": "start.pt", "loss": "focal", "focal_gamma": 1.0,
     }  # fmt: skip
-    if name == "loss":
-        return base.model_copy(update={"loss": "another"})  # there is one loss so far
     value = values.get(name, getattr(base, name) + 1 if isinstance(getattr(base, name), int) else None)
     return TrainersSettings.model_validate({name: value})

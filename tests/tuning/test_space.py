@@ -33,7 +33,7 @@ def test_every_registered_record_is_in_the_space():
     assert list(described["optimizer"]) == list(OPTIMIZERS.names)
     assert list(described["scheduler"]) == list(SCHEDULERS.names)
     assert list(described["augmentation"]) == [*POLICIES.names, COMPOSED.name]
-    assert (len(OPTIMIZERS), len(SCHEDULERS), len(POLICIES)) == (4, 4, 7)
+    assert (len(OPTIMIZERS), len(SCHEDULERS), len(POLICIES)) == (4, 4, 8)
 
 
 def test_every_tunable_is_a_field_of_the_trainers_settings():

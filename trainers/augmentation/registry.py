@@ -62,6 +62,16 @@ POLICIES: Registry[PolicyRecipe] = Registry(
             operations=_LIGHT,
         ),
         PolicyRecipe(
+            name="lesion",
+            description="the eight symmetries of the square, a crop for most, colour and cutout for some",
+            operations=(
+                _operation("d4", 1.0),
+                _operation("crop", 0.8, area=(0.6, 1.0)),
+                _operation("color_jitter", 0.5, brightness=0.15, contrast=0.15, saturation=0.15, hue=0.03),
+                _operation("cutout", 0.25),
+            ),
+        ),
+        PolicyRecipe(
             name="dissertation",
             description="flips, rotation, blur, noise, crop, cutout with the mean, colour jitter",
             operations=(

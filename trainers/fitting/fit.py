@@ -35,6 +35,7 @@ from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.inference.golden import golden_pictures
 from trainers.inference.loaded import reference_logits
 from trainers.models import MODELS, architecture_options
+from trainers.models.weights import StartingWeights, starting_weights
 from trainers.optimization.samplers import IntArray
 from trainers.settings import TrainersSettings
 
@@ -90,7 +91,8 @@ def fit(
         DivergedError: a loss or a logit is not finite.
     """
     policy = load_policy(settings.augmentation)
-    initial_weights = _weights_of(start_from, settings, store.taxonomy)
+    start = None if start_from is not None else starting_weights(settings, len(store.taxonomy.codes))
+    initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy)
     _require_sides(dataset)
     _decode(store, dataset, settings.side_px, progress)
@@ -105,7 +107,7 @@ def fit(
     else:
         trained = _fit_alone(settings, plan, store, run_dir, policy, log, initial_weights)
     log.complete(trained.reports)
-    return _write(store, settings, dataset, plan, policy, trained, start_from)
+    return _write(store, settings, dataset, plan, policy, trained, start_from, start)
 
 
 class MetricsLog:
@@ -172,6 +174,7 @@ def _write(
     policy: Policy,
     trained: TrainedModel,
     start_from: Bundle | None,
+    start: StartingWeights | None,
 ) -> Bundle:
     taxonomy = store.taxonomy
     architecture = Architecture(name=settings.model, options=architecture_options(settings))
@@ -203,7 +206,8 @@ def _write(
         code_version=version("relook"),
         num_threads=trained.num_threads,
         metrics={
-            "training": _training_facts(trained, policy, plan),
+            "training": _training_facts(trained, policy, plan)
+            | {"weights": start.facts() if start is not None else None},
             "val": _val_facts(val, calibration, operating, taxonomy),
         },
         explanation={"target_layer": recipe.target_layer, "gradcam": recipe.gradcam, "faithfulness": faithfulness},

@@ -35,7 +35,8 @@ from trainers.fitting.trained import TrainedModel, best_epoch_of, trained_model
 from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, mean_over, threads_of
 from trainers.models import architecture_options, build_model
-from trainers.optimization.losses import LOSSES
+from trainers.models.weights import starting_weights
+from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.optimization.schedulers import SCHEDULERS, build_scheduler
 from trainers.precision import resolve_precision
@@ -67,7 +68,7 @@ def train(
         on_epoch: told of every epoch on rank 0, after its checkpoint is kept; True stops the run.
         workers: the group; default: this process alone, without checkpoints.
         policy: of augmentation; default: the one that the settings name.
-        initial_weights: parameters and buffers to start from, by name; default: drawn from the seed.
+        initial_weights: parameters and buffers to start from, by name; default: as `settings.weights` says.
     Returns:
         The model after its best epoch.
     Raises:
@@ -80,6 +81,9 @@ def train(
     data.require_usable(len(taxonomy.codes))
     group: WorkerGroup = workers or SingleWorker(use_gpu=settings.use_gpu)
     policy = policy or load_policy(settings.augmentation)
+    if initial_weights is None:
+        start = starting_weights(settings, len(taxonomy.codes))
+        initial_weights = start.values if start is not None else None
     with compute_threads(threads_of(settings)), _own_random_state(group):
         run = _Run(settings, data, taxonomy, group, policy, initial_weights)
         while not run.finished:
@@ -143,7 +147,7 @@ class _Run:
             wrapped,
             self._optimizer,
             self._scheduler if SCHEDULERS[settings.scheduler].moves == "step" else None,
-            LOSSES[settings.loss].factory(settings),
+            build_loss(settings, data.labels[data.train_index], taxonomy),
             self._geometry,
             resolve_precision(settings.precision, str(group.device)),
             group.device,

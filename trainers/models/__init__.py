@@ -4,6 +4,7 @@ Every network is two parts, `features` and `head`, and `forward` is head(feature
 at the layer that Grad-CAM weighs, so the head alone says whether its map has a closed form.
 """
 
-from trainers.models.registry import MODELS, ModelRecipe, architecture_options, build_model
+from trainers.models.recipe import ModelRecipe
+from trainers.models.registry import MODELS, architecture_options, build_model
 
 __all__ = ["MODELS", "ModelRecipe", "architecture_options", "build_model"]

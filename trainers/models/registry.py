@@ -1,66 +1,17 @@
-"""Which networks exist, with the numbers that people ask of a network.
-
-The numbers are declared here, so that a catalogue needs no torch, and each is proven by a test on
-the built network.
-"""
+"""Which networks exist, and how one is built."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from records.errors import ConfigError
-from trainers.registry import Range, Registered, Registry
+from trainers.models.recipe import DROPOUT, HEAD_DROPOUT, ModelRecipe
+from trainers.models.torchvision_recipes import ADDRESS, TORCHVISION_RECIPES
+from trainers.registry import Registry
 
 if TYPE_CHECKING:
     from torch import nn
 
     from trainers.settings import TrainersSettings
-
-DROPOUT = Range(0.0, 0.1)
-HEAD_DROPOUT = Range(0.0, 0.5)
-
-
-class _Factory(Protocol):
-    def __call__(self, num_classes: int, **options: Any) -> "nn.Module": ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelRecipe(Registered):
-    """A network that can be built.
-
-    Args:
-        factory: (num_classes, **options) -> a network with `features` and `head`.
-        options: which settings shape it; they are stored in the bundle.
-        parameters: trainable parameters with seven classes and default options.
-        receptive_field_px: side of the input square that one position of the last feature map sees.
-        input_side_px: the side it was designed for.
-        minimum_side_px: the smallest side that survives its pools.
-        gradcam: `closed_form` if the map needs no backward pass, else `autograd`.
-        target_layer: the layer whose output Grad-CAM weighs; always the end of `features`.
-        batch_norm: whether it holds batch norm.
-    """
-
-    factory: _Factory = field(repr=False)
-    options: tuple[str, ...]
-    parameters: int
-    receptive_field_px: int
-    input_side_px: int
-    minimum_side_px: int
-    gradcam: Literal["closed_form", "autograd"]
-    target_layer: str
-    batch_norm: bool
-
-    def facts(self) -> dict[str, Any]:
-        """Return the numbers of the network."""
-        return {
-            "parameters": self.parameters,
-            "input_side": self.input_side_px,
-            "minimum_side": self.minimum_side_px,
-            "receptive_field": self.receptive_field_px,
-            "gradcam": self.gradcam,
-            "target_layer": self.target_layer,
-            "batch_norm": self.batch_norm,
-        }
 
 
 def _custom_cnn(num_classes: int, **options: Any) -> "nn.Module":
@@ -79,6 +30,30 @@ def _resnet18(num_classes: int, **options: Any) -> "nn.Module":
     from trainers.models.resnet import SmallStemResNet
 
     return SmallStemResNet((2, 2, 2, 2), num_classes, **options)
+
+
+def _resnet34(num_classes: int, **options: Any) -> "nn.Module":
+    from trainers.models.resnet import SmallStemResNet
+
+    return SmallStemResNet((3, 4, 6, 3), num_classes, **options)
+
+
+def _resnet_name(name: str) -> str:
+    from trainers.models.resnet import imagenet_name
+
+    return imagenet_name(name)
+
+
+def _efficientnet_lite0(num_classes: int, **options: Any) -> "nn.Module":
+    from trainers.models.efficientnet_lite import EfficientNetLite0
+
+    return EfficientNetLite0(num_classes, **options)
+
+
+def _lite0_name(name: str) -> str:
+    from trainers.models.efficientnet_lite import imagenet_name
+
+    return imagenet_name(name)
 
 
 MODELS: Registry[ModelRecipe] = Registry(
@@ -124,8 +99,43 @@ MODELS: Registry[ModelRecipe] = Registry(
             gradcam="closed_form",
             target_layer="features.layer4",
             batch_norm=True,
+            imagenet=f"{ADDRESS}resnet18-f37072fd.pth",
+            imagenet_name=_resnet_name,
             tunable={"head_dropout": HEAD_DROPOUT},
         ),
+        ModelRecipe(
+            name="resnet34",
+            description="ResNet-34 with a 3x3 stride-1 stem and no max-pool, for small pictures",
+            factory=_resnet34,
+            options=("head_dropout",),
+            parameters=21_280_583,
+            receptive_field_px=225,
+            input_side_px=64,
+            minimum_side_px=8,
+            gradcam="closed_form",
+            target_layer="features.layer4",
+            batch_norm=True,
+            imagenet=f"{ADDRESS}resnet34-b627a593.pth",
+            imagenet_name=_resnet_name,
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        ModelRecipe(
+            name="efficientnet_lite0",
+            description="EfficientNet-Lite0: small, quick, and with ImageNet weights the best for the time it takes",
+            factory=_efficientnet_lite0,
+            options=("head_dropout",),
+            parameters=3_379_975,
+            receptive_field_px=851,
+            input_side_px=112,
+            minimum_side_px=32,
+            gradcam="closed_form",
+            target_layer="features.top",
+            batch_norm=True,
+            imagenet="wheel",
+            imagenet_name=_lite0_name,
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        *TORCHVISION_RECIPES,
     ),
 )
 

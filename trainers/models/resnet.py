@@ -49,3 +49,8 @@ class SmallStemResNet(nn.Module):
         """Return logits [N, C] for [N, 3, S, S]."""
         logits: Tensor = self.head(self.features(inputs))
         return logits
+
+
+def imagenet_name(name: str) -> str:
+    """Return our name of a tensor that torchvision calls `name`; the published stem is 7x7 and fits nowhere."""
+    return "head.linear." + name.removeprefix("fc.") if name.startswith("fc.") else "features." + name

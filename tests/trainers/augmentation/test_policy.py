@@ -81,7 +81,7 @@ def test_a_yaml_file_is_a_policy(tmp_path: Path) -> None:
 
 def test_an_unknown_name_lists_the_built_in_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"there are none, flips, light, dissertation, .*; or give the path of a YAML file"
+        ConfigError, match=r"there are none, flips, light, lesion, dissertation, .*; or give the path of a YAML file"
     ):
         load_policy("strong")
 
@@ -95,7 +95,7 @@ def test_the_hash_covers_what_is_done_and_not_the_name() -> None:
     assert plain.content_hash() != Policy(name="a", operations=(Operation(operation="d4"),)).content_hash()
     assert plain.content_hash() != plain.model_copy(update={"mixing": Mixing(kind="mixup")}).content_hash()
     hashes = {recipe.policy.content_hash() for recipe in POLICIES.records}
-    assert len(hashes) == len(POLICIES) == 7
+    assert len(hashes) == len(POLICIES) == 8
 
 
 @pytest.mark.parametrize("name", POLICIES)
