@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import nn
 from rich.progress import Progress
+from torch import nn
 
 from records.bundles import Geometry
 from records.datasets import load_dataset
