@@ -1,4 +1,4 @@
-"""Verbs of `relook label` that need a model beside the experts: `select`."""
+"""Verbs of `relook label` that need a model beside the experts: `select`, `second-opinions`."""
 
 from contextlib import closing
 from pathlib import Path
@@ -57,6 +57,28 @@ def select_command(
         "refused": refused,
     }
     emit(as_json, found, f"{chosen} pictures wait for `relook label push`")
+
+
+@label_app.command("second-opinions")
+def second_opinions_command(
+    ctx: typer.Context,
+    budget: Annotated[int, typer.Option("--budget", min=1, help="How many questions at most.")] = 40,
+    model: Annotated[str, typer.Option("--model", help="Whose features describe the pictures.")] = "champion",
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find training labels that are probably wrong and ask about them; `relook label push` sends them."""
+    from cluster.second_opinions import ask_second_opinions
+    from records.bundles import find_bundle
+    from records.store import open_store
+
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        bundle = find_bundle(store, model)
+        suspicious, asked = ask_second_opinions(store, bundle, bundle.document.dataset_id, budget)
+    found = {"suspicious": suspicious, "asked": asked, "model_id": bundle.id}
+    emit(as_json, found, f"{suspicious} training labels are suspicious; {asked} questions wait for `relook label push`")
 
 
 def _part(text: str) -> tuple[str, int]:

@@ -1,13 +1,13 @@
-"""The verbs of labeling: install, up, down, status, push, pull, sync.
+"""The verbs of labeling: install, up, down, status, push, pull, sync, invite, agreement, simulate.
 
-Verbs that need a model or the trainers as well (select, simulate, invite) join `label_app` in the
-cluster room.
+Verbs that need a model as well (select, second-opinions) join `label_app` in the cluster room.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -197,6 +197,89 @@ def sync_command(
             if not watch:
                 return
             time.sleep(pause_s)
+
+
+@label_app.command("invite")
+def invite_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the link under which an expert makes an account; answers carry its address."""
+    from labeling.connection import require
+    from records.home import open_home
+
+    settings = settings_of(ctx, config, preset, sets)
+    with require(open_home(settings.records.home), settings.labeling) as client:
+        link = client.invitation()
+    said = f"{link}\nwhoever reads blind is also named in labeling.readers, by e-mail address"
+    emit(as_json, {"link": link}, said)
+
+
+@label_app.command("agreement")
+def agreement_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far readers agree, and how much the model's opinion draws them."""
+    from labeling.agreement import read_agreement
+    from records.store import open_store
+
+    with contextlib.closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        found = read_agreement(store)
+    table = Table(show_header=False, title=f"{found.pictures} pictures with two readers or more")
+    table.add_row("Fleiss' kappa", _kappa(found.fleiss))
+    for code, kappa in found.fleiss_by_class.items():
+        table.add_row(f"  {code} against the rest", _kappa(kappa))
+    for pair, kappa in found.cohen.items():
+        table.add_row(f"Cohen's kappa {pair}", _kappa(kappa))
+    seen = found.anchoring
+    table.add_row("agree with the model", f"{seen.shown_agreeing} of {seen.shown} who saw its answer")
+    table.add_row("", f"{seen.blind_agreeing} of {seen.blind} who did not")
+    if seen.difference is not None and seen.interval is not None:
+        low, high = seen.interval
+        table.add_row("difference", f"{seen.difference:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}")
+    emit(as_json, found, table)
+
+
+@label_app.command("simulate")
+def simulate_command(
+    ctx: typer.Context,
+    truth: Annotated[Path | None, typer.Option(help="CSV with image_id and label; default: that of the demo.")] = None,
+    error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of answers that name another class.")] = 0.0,
+    cant_tell_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of answers that are can't tell.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many answers.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what it gets wrong.")] = 0,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a simulated expert answer the open tasks whose truth is known, through Label Studio's own API."""
+    from labeling.simulated_expert import answer, read_truth
+
+    settings = settings_of(ctx, config, preset, sets)
+    with _connected(settings) as (store, client), _counting("answering") as advance:
+        known = read_truth(truth or store.home.demo / "truth.parquet", store.taxonomy)
+        given = answer(
+            client, store, known, error_rate=error_rate, cant_tell_rate=cant_tell_rate, seed=seed, limit=limit,
+            advance=advance,
+        )  # fmt: skip
+    found = {
+        "answered": len(given),
+        "correct": sum(one.correct for one in given),
+        "cant_tell": sum(one.label is None for one in given),
+    }
+    emit(as_json, found, f"{found['answered']} answers, {found['correct']} of them right; read them with label pull")
+
+
+def _kappa(kappa: float | None) -> str:
+    return "says nothing yet" if kappa is None else f"{kappa:.2f}"
 
 
 @contextmanager

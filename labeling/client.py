@@ -324,6 +324,19 @@ class LabelStudioClient:
             user = self._sdk.users.create(username=email, email=email, first_name=first_name, last_name=last_name)
         return int(user.id)
 
+    def invitation(self) -> str:
+        """Return the link under which a new person makes an account of their own.
+
+        Returns:
+            A URL at this server. Whoever has it can join, so it is for one person to hand on.
+        Raises:
+            LabelStudioError: it does not answer, or the token may not invite.
+        """
+        action = "invite a person"
+        found = self._request("GET", "api/invite", action)
+        with self._speaking(action):
+            return f"{self.url}{urlsplit(found['invite_url']).path}?{urlsplit(found['invite_url']).query}"
+
     def _ensure_view(self, project_id: int) -> None:
         if self._request("GET", "api/dm/views/", "list views", params={"project": project_id}):
             return

@@ -262,7 +262,9 @@ def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *,
     if item.state not in (ReviewState.NEW, ReviewState.PUSHED, ReviewState.ANSWERED):
         return
     if item.task_id is None:
-        tx.update(ReviewItem, item.id, project_id=project_id, task_id=task_id, pushed_at=utc_now())
+        at = {"project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
+        # What it says is not known, so the next push brings it up to date.
+        tx.update(ReviewItem, item.id, **at, sent_hash="adopted")
     wanted = ReviewState.ANSWERED if answered else ReviewState.PUSHED
     if item.state != wanted:
         tx.update(ReviewItem, item.id, state=wanted, answered_at=utc_now() if answered else None)

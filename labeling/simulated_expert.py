@@ -9,12 +9,15 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
 
 from labeling.client import LabelStudioClient
 from labeling.project import known_desks
 from labeling.push import Advance
 from labeling.tasks import CANT_TELL, answer_result
-from records.errors import ContractError, UnknownIdError
+from records.errors import ContractError, DataError, UnknownIdError
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import ReviewItem, ReviewState
@@ -103,6 +106,28 @@ def answer(
                 given.append(one)
             advance(number, len(wanted))
     return given
+
+
+def read_truth(path: Path, taxonomy: Taxonomy) -> dict[str, str]:
+    """Read what is true.
+
+    Args:
+        path: a CSV or parquet file with the columns image_id and label.
+        taxonomy: of the labels.
+    Returns:
+        Class code by picture id.
+    Raises:
+        DataError: there is no such file, or it lacks a column.
+        TaxonomyError: a label is not a class.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {str(path)!r}; name one with the columns image_id and label")
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str)
+    if not {"image_id", "label"} <= set(table.columns):
+        raise DataError(f"{str(path)!r} has the columns {', '.join(table.columns)}; it needs image_id and label")
+    for label in table["label"].unique():
+        taxonomy.index_of(label)
+    return dict(zip(table["image_id"], table["label"], strict=True))
 
 
 def _draw(right: str, taxonomy: Taxonomy, key: str, error_rate: float, cant_tell_rate: float) -> str | None:

@@ -1,0 +1,106 @@
+"""A network that drops, doubles and delays, and a process that is killed: nothing lost, nothing doubled."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from labeling.client import LabelStudioClient
+from labeling.local_server import ServerInfo
+from labeling.settings import LabelingSettings
+from labeling.sync import sync
+from labeling.tasks import answer_result
+from records.errors import LabelStudioError
+from records.store import Store
+from records.types import ReviewItem, ReviewState
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "label_chaos.py"
+
+
+def _chaos() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("label_chaos", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _until_quiet(store: Store, url: str, token: str, settings: LabelingSettings) -> int:
+    """Sync until nothing waits and nothing is new; returns how often the network made it fail."""
+    failures = 0
+    for _ in range(60):
+        try:
+            with LabelStudioClient(url, token, timeout_s=10) as client:
+                report = sync(store, client, settings)
+        except LabelStudioError:
+            failures += 1
+            continue
+        with store.ledger.read() as tx:
+            waits = tx.count(ReviewItem, where={"state": ReviewState.NEW})
+        if not waits and report.pull.idle:
+            return failures
+    pytest.fail("60 looks were not enough")
+
+
+@pytest.mark.slow
+def test_a_bad_network_loses_and_doubles_nothing(
+    store: Store,
+    client: LabelStudioClient,
+    server: ServerInfo,
+    settings: LabelingSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("labeling.client._PAUSES_S", (0.01, 0.02, 0.05))
+    chaos = _chaos()
+    chaos.add_questions(store, 40, 3)
+    small = settings.model_copy(update={"push_batch": 5})
+    token = server.token.get_secret_value()
+    with chaos.ChaosProxy(server.url, drop=0.3, delay_share=0.05, delay_s=0.2, seed=11) as proxy:
+        _until_quiet(store, proxy.url, token, small)
+        with store.ledger.read() as tx:
+            items = tx.find(ReviewItem, order_by=("id",))
+        for number, item in enumerate(items):
+            client.create_annotation(item.task_id or 0, answer_result("mel" if number % 3 else "nv"), key=uuid.uuid4())
+        _until_quiet(store, proxy.url, token, small)
+    found = chaos.compare(store, client)
+    assert proxy.counts["dropped"] > 5
+    wanted = {"tasks": 40, "annotations": 40, "lost": 0, "doubled": 0, "different": 0, "order_kept": True}
+    assert found == wanted
+
+
+@pytest.mark.slow
+def test_a_killed_push_goes_on_where_it_was(
+    store: Store, client: LabelStudioClient, server: ServerInfo, settings: LabelingSettings
+) -> None:
+    chaos = _chaos()
+    chaos.add_questions(store, 30, 4)
+    push_and_die = (
+        "import os, signal, sys\n"
+        "from labeling.client import LabelStudioClient\n"
+        "from labeling.push import push\n"
+        "from labeling.settings import LabelingSettings\n"
+        "from records.settings import RecordsSettings\n"
+        "from records.store import open_store\n"
+        "store = open_store(RecordsSettings(home=sys.argv[1]))\n"
+        "client = LabelStudioClient(sys.argv[2], os.environ['TOKEN'])\n"
+        "whole = client.import_tasks\n"
+        "def die(project_id, tasks):\n"
+        "    whole(project_id, tasks)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "client.import_tasks = die\n"
+        "push(store, client, LabelingSettings(push_batch=10, blind_share=0.0))\n"
+    )
+    command = [sys.executable, "-c", push_and_die, str(store.home.root), server.url]
+    variables = {**os.environ, "TOKEN": server.token.get_secret_value(), "PYTHONPATH": str(SCRIPT.parents[1])}
+    assert subprocess.run(command, env=variables, check=False).returncode == -signal.SIGKILL
+    report = sync(store, client, settings).push
+    assert (report.pushed, report.refreshed) == (20, 10), "the pull finds the ten that arrived"
+    found = chaos.compare(store, client)
+    assert (found["tasks"], found["lost"], found["doubled"], found["order_kept"]) == (30, 0, 0, True)
