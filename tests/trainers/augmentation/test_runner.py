@@ -32,7 +32,7 @@ ALL = [*(load_policy(name) for name in POLICIES), *(only(name) for name in OPERA
 
 
 def test_the_suite_runs_all_policies_and_operations() -> None:
-    assert len(ALL) == 7 + 15
+    assert len(ALL) == 8 + 15
 
 
 @pytest.mark.parametrize("policy", ALL, ids=lambda policy: policy.name)
