@@ -161,7 +161,7 @@ def compare(store: Store, client: LabelStudioClient) -> dict[str, Any]:
     known = {label.annotation_id: label.label for label in labels if not label.deleted}
     gone = {label.annotation_id for label in labels if label.deleted}
     order = {"project": project_id, "query": json.dumps({"ordering": ["tasks:predictions_score"]}), "fields": "all"}
-    listed = client._request("GET", "api/tasks/", "list", params={**order, "include": "id,meta", "page_size": 100})
+    listed = client.request("GET", "api/tasks/", "list", params={**order, "include": "id,meta", "page_size": 100})
     asked = [items[task["meta"]["relook_item"]].priority for task in listed["tasks"]]
     return {
         "tasks": len(rows),

@@ -209,11 +209,12 @@ def invite_command(
 ) -> None:
     """Print the link under which an expert makes an account; answers carry its address."""
     from labeling.connection import require
+    from labeling.people import invitation
     from records.home import open_home
 
     settings = settings_of(ctx, config, preset, sets)
     with require(open_home(settings.records.home), settings.labeling) as client:
-        link = client.invitation()
+        link = invitation(client)
     said = f"{link}\nwhoever reads blind is also named in labeling.readers, by e-mail address"
     emit(as_json, {"link": link}, said)
 

@@ -24,7 +24,7 @@ from label_studio_sdk.core.request_options import RequestOptions
 from pydantic import SecretStr
 
 from labeling.failures import refusal
-from labeling.rows import ProjectRow, ProjectState, TaskRow, task_row
+from labeling.rows import ProjectRow, ProjectState, TaskRow, body_of, filter_by, known_id, task_row
 from labeling.tasks import LIST_VIEW
 from records.errors import LabelStudioError, RefusedError, UnknownIdError
 
@@ -55,7 +55,7 @@ class LabelStudioClient:
         self.server = "local" if local else self.url
         # A proxy of the environment cannot reach this machine's own loopback.
         self._http = httpx.Client(timeout=timeout_s, follow_redirects=True, trust_env=not local)
-        with self._speaking("log in"):
+        with self.speaking("log in"):
             self._sdk: LabelStudioBase = LabelStudio(  # type: ignore[no-untyped-call]
                 base_url=self.url,
                 api_key=secret,
@@ -88,13 +88,13 @@ class LabelStudioClient:
         Raises:
             LabelStudioError: it does not answer, or refuses the token.
         """
-        self._request("GET", "api/current-user/whoami", "check the token")
-        with self._speaking("read its version"):
+        self.request("GET", "api/current-user/whoami", "check the token")
+        with self.speaking("read its version"):
             return str(self._sdk.versions.get().release)
 
     def find_project(self, marker: str) -> int | None:
         """Return the id of the project whose description holds the marker, or None."""
-        with self._speaking("list projects"):
+        with self.speaking("list projects"):
             for project in self._sdk.projects.list(include="id,description", page_size=100):
                 if project.id is not None and marker in (project.description or ""):
                     return int(project.id)
@@ -118,12 +118,12 @@ class LabelStudioClient:
         if found is not None:
             present = self.project(found)
             if present is not None and present.label_config != label_config.strip():
-                with self._speaking("update the label config"):
+                with self.speaking("update the label config"):
                     self._sdk.projects.update(found, label_config=label_config)
             project_id = found
         else:
-            with self._speaking("create a project"):
-                project_id = _known_id(
+            with self.speaking("create a project"):
+                project_id = known_id(
                     self._sdk.projects.create(
                         title=title,
                         description=description,
@@ -143,10 +143,10 @@ class LabelStudioClient:
         """Return a project, or None if it is gone."""
         action = f"read project {project_id}"
         try:
-            found = self._request("GET", f"api/projects/{project_id}", action)
+            found = self.request("GET", f"api/projects/{project_id}", action)
         except UnknownIdError:
             return None
-        with self._speaking(action):
+        with self.speaking(action):
             return ProjectRow(project_id, str(found["description"] or ""), str(found["label_config"]).strip())
 
     def set_model_version(self, project_id: int, model_version: str) -> None:
@@ -158,7 +158,7 @@ class LabelStudioClient:
         Raises:
             LabelStudioError: no prediction has that version, or it does not answer.
         """
-        with self._speaking("set the model version"):
+        with self.speaking("set the model version"):
             self._sdk.projects.update(project_id, model_version=model_version)
 
     def import_tasks(self, project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -173,8 +173,8 @@ class LabelStudioClient:
             LabelStudioError: it was refused, or no answer came; then it may have arrived all the same.
         """
         action, path = f"import {len(tasks)} tasks", f"api/projects/{project_id}/import"
-        found = self._request("POST", path, action, params={"return_task_ids": "true"}, body=list(tasks), repeat=False)
-        with self._speaking(action):
+        found = self.request("POST", path, action, params={"return_task_ids": "true"}, body=list(tasks), repeat=False)
+        with self.speaking(action):
             task_ids = [int(task_id) for task_id in found["task_ids"]] if tasks else []
         if len(task_ids) != len(tasks):
             raise LabelStudioError(
@@ -222,10 +222,10 @@ class LabelStudioClient:
             LabelStudioError: it does not answer.
         """
         while True:
-            items = [_filter("id", "greater", "Number", after_id)]
+            items = [filter_by("id", "greater", "Number", after_id)]
             if updated_since is not None:
                 since = updated_since.astimezone(UTC).strftime(_TIME_FORMAT)
-                items.append(_filter("updated_at", "greater_or_equal", "Datetime", since))
+                items.append(filter_by("updated_at", "greater_or_equal", "Datetime", since))
             query = {"ordering": ["tasks:id"], "filters": {"conjunction": "and", "items": items}}
             rows, _, _ = self._tasks(project_id, query, page_size, with_annotations=with_annotations)
             if rows:
@@ -247,23 +247,23 @@ class LabelStudioClient:
         """
         action = f"refresh task {task_id}"
         try:
-            self._request(
+            self.request(
                 "PATCH", f"api/tasks/{task_id}/", action, body={"data": document["data"], "meta": document["meta"]}
             )
         except UnknownIdError:
             return False
         wanted = document["predictions"][0]
-        found = self._request("GET", "api/predictions/", action, params={"task": task_id})
-        with self._speaking(action):
+        found = self.request("GET", "api/predictions/", action, params={"task": task_id})
+        with self.speaking(action):
             numbers = [int(one["id"]) for one in found if one["model_version"] == wanted["model_version"]]
         for number in numbers:
-            self._request("PATCH", f"api/predictions/{number}/", action, body={"score": wanted["score"]})
+            self.request("PATCH", f"api/predictions/{number}/", action, body={"score": wanted["score"]})
         return True
 
     def delete_task(self, task_id: int) -> None:
         """Delete a task; one that is gone already is no error."""
         try:
-            self._request("DELETE", f"api/tasks/{task_id}", f"delete task {task_id}")
+            self.request("DELETE", f"api/tasks/{task_id}", f"delete task {task_id}")
         except UnknownIdError:
             return
 
@@ -288,59 +288,16 @@ class LabelStudioClient:
             body["completed_by"] = completed_by
         action = f"answer task {task_id}"
         try:
-            found = self._request("POST", f"api/tasks/{task_id}/annotations/", action, body=body)
+            found = self.request("POST", f"api/tasks/{task_id}/annotations/", action, body=body)
         except RefusedError:
             return None
-        with self._speaking(action):
+        with self.speaking(action):
             return int(found["id"])
 
-    def users(self) -> dict[int, str]:
-        """Return who may answer.
-
-        Returns:
-            E-mail address by user id.
-        Raises:
-            LabelStudioError: it does not answer.
-        """
-        with self._speaking("list users"):
-            return {int(user.id): str(user.email) for user in self._sdk.users.list()}
-
-    def ensure_user(self, email: str, first_name: str, last_name: str) -> int:
-        """Return the id of the user with this address, made without a password if there is none.
-
-        Args:
-            email: address, lower case.
-            first_name: shown beside answers.
-            last_name: shown beside answers.
-        Returns:
-            The user id.
-        Raises:
-            LabelStudioError: it does not answer, or the token may not make users.
-        """
-        for user_id, known in self.users().items():
-            if known.lower() == email.lower():
-                return user_id
-        with self._speaking(f"add the user {email}"):
-            user = self._sdk.users.create(username=email, email=email, first_name=first_name, last_name=last_name)
-        return int(user.id)
-
-    def invitation(self) -> str:
-        """Return the link under which a new person makes an account of their own.
-
-        Returns:
-            A URL at this server. Whoever has it can join, so it is for one person to hand on.
-        Raises:
-            LabelStudioError: it does not answer, or the token may not invite.
-        """
-        action = "invite a person"
-        found = self._request("GET", "api/invite", action)
-        with self._speaking(action):
-            return f"{self.url}{urlsplit(found['invite_url']).path}?{urlsplit(found['invite_url']).query}"
-
     def _ensure_view(self, project_id: int) -> None:
-        if self._request("GET", "api/dm/views/", "list views", params={"project": project_id}):
+        if self.request("GET", "api/dm/views/", "list views", params={"project": project_id}):
             return
-        self._request(
+        self.request(
             "POST", "api/dm/views/", "make a view", body={"project": project_id, "data": LIST_VIEW}, repeat=False
         )
 
@@ -360,12 +317,12 @@ class LabelStudioClient:
             "page_size": page_size,
         }
         action = f"list the tasks of project {project_id}"
-        found = self._request("GET", "api/tasks/", action, params=params)
-        with self._speaking(action):
+        found = self.request("GET", "api/tasks/", action, params=params)
+        with self.speaking(action):
             rows = [task_row(task) for task in found["tasks"]]
             return rows, int(found["total"]), int(found["total_annotations"])
 
-    def _request(
+    def request(
         self,
         method: str,
         path: str,
@@ -375,7 +332,21 @@ class LabelStudioClient:
         body: Any = None,
         repeat: bool = True,
     ) -> Any:
-        with self._speaking(action):
+        """Call a route that has no method of its own.
+
+        Args:
+            method: GET, POST, PATCH or DELETE.
+            path: under the server's URL.
+            action: what is tried, in words, for the message of a failure.
+            params: of the query.
+            body: sent as JSON.
+            repeat: whether a failed call may be made again.
+        Returns:
+            The parsed answer; None if it is empty.
+        Raises:
+            LabelStudioError: it does not answer, or refuses.
+        """
+        with self.speaking(action):
             for pause_s in _PAUSES_S if repeat else ():
                 try:
                     return self._send(method, path, params, body)
@@ -392,12 +363,18 @@ class LabelStudioClient:
         transport = self._sdk._client_wrapper.httpx_client
         response = transport.request(path, method=method, params=params, json=body, request_options=_ONCE)
         if response.is_error:
-            raise ApiError(status_code=response.status_code, body=_body(response))
+            raise ApiError(status_code=response.status_code, body=body_of(response))
         return response.json() if response.content else None
 
     @contextmanager
-    def _speaking(self, action: str) -> Generator[None]:
-        """Turn every failure of a call into one sentence."""
+    def speaking(self, action: str) -> Generator[None]:
+        """Turn every failure of a call into one sentence.
+
+        Args:
+            action: what is tried, in words.
+        Yields:
+            Nothing; the block makes the call and reads its answer.
+        """
         try:
             yield
         except ApiError as error:
@@ -416,20 +393,3 @@ class LabelStudioClient:
             raise LabelStudioError(
                 f"what answered at {self.url} when asked to {action} is not a Label Studio that Relook knows"
             ) from error
-
-
-def _known_id(value: int | None) -> int:
-    if value is None:
-        raise KeyError("id")
-    return value
-
-
-def _body(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError:
-        return response.text
-
-
-def _filter(field: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
-    return {"filter": f"filter:tasks:{field}", "operator": operator, "type": kind, "value": value}

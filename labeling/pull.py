@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import LabelStudioClient
+from labeling.people import users
 from labeling.project import LEASE, LEASE_WAIT_S, Desk, is_ours, known_desks, open_project
 from labeling.push import Advance
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
@@ -195,7 +196,7 @@ class _Pass:
         wanted = {a.completed_by for row in page for a in row.annotations if a.completed_by is not None}
         if not wanted <= self.readers.keys():
             self.readers.update({user_id: f"user {user_id}" for user_id in wanted})
-            self.readers.update(self.client.users())
+            self.readers.update(users(self.client))
 
     def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, ExpertLabel]]:
         """Return, by task and annotation, the row that was added last."""

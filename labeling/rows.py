@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import httpx
+
 
 @dataclass(frozen=True)
 class ProjectRow:
@@ -98,3 +100,23 @@ def _annotation_row(row: Mapping[str, Any]) -> AnnotationRow:
         updated_at=time_of(row["updated_at"]),
         lead_time_s=row["lead_time"],
     )
+
+
+def known_id(value: int | None) -> int:
+    """Return an id that the server must have given; KeyError if it did not."""
+    if value is None:
+        raise KeyError("id")
+    return value
+
+
+def body_of(response: httpx.Response) -> Any:
+    """Return what a response says, parsed if it is JSON."""
+    try:
+        return response.json()
+    except ValueError:
+        return response.text
+
+
+def filter_by(field: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
+    """Return a condition on tasks as the server's lists take it."""
+    return {"filter": f"filter:tasks:{field}", "operator": operator, "type": kind, "value": value}

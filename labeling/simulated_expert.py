@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from labeling.client import LabelStudioClient
+from labeling.people import ensure_user
 from labeling.project import known_desks
 from labeling.push import Advance
 from labeling.tasks import CANT_TELL, answer_result
@@ -85,7 +86,7 @@ def answer(
     wanted = [item for item in waiting if item.image_id in truth and item.task_id is not None][:limit]
     if not wanted:
         return []
-    reader = client.ensure_user(EMAIL, "Simulated", "expert")
+    reader = ensure_user(client, EMAIL, "Simulated", "expert")
 
     def give(item: ReviewItem) -> GivenAnswer | None:
         right = truth[item.image_id]

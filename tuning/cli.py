@@ -24,7 +24,7 @@ from records.command import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from rich.console import RenderableType
@@ -40,15 +40,10 @@ app.add_typer(tune_app, name="tune")
 @tune_app.callback()
 def tune(
     ctx: typer.Context,
-    trials: Annotated[
-        int | None, typer.Option("--trials", help="Configurations to try; default: the setting tuning.trials.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="Folder or dataset id; default: the newest version.")
-    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Configurations to try; default: tuning.trials.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or dataset id; default: the newest version.")] = None,
     space: Annotated[
-        list[str] | None,
-        typer.Option("--space", help="name=a,b or name=low..high or a YAML file; may be given more than once."),
+        list[str] | None, typer.Option(help="name=a,b or name=low..high or a YAML file; may be given more than once.")
     ] = None,
     searcher: Annotated[str | None, typer.Option("--searcher", help="random or tpe.")] = None,
     scheduler: Annotated[str | None, typer.Option("--scheduler", help="asha, median or none.")] = None,
@@ -76,12 +71,7 @@ def tune(
     from tuning.winner import fit_winner as fit
 
     settings = settings_of(ctx, config, preset, sets)
-    changes: dict[str, object] = {
-        "trials": trials,
-        "searcher": searcher,
-        "scheduler": scheduler,
-        "confirm_seeds": seeds,
-    }
+    changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
     tuning = _changed(settings.tuning, changes, space or [])
     searched_space(tuning, settings.trainers)
     with closing(open_store(settings.records)) as store:
@@ -155,7 +145,7 @@ def _watching() -> "Iterator[Callable[[SearchEvent], None]]":
         yield view.update
 
 
-def _changed(tuning: "TuningSettings", changes: dict[str, object], space: list[str]) -> "TuningSettings":
+def _changed(tuning: "TuningSettings", changes: "Mapping[str, object]", space: list[str]) -> "TuningSettings":
     """Apply the options of the command line to the settings; what was not given stays."""
     from pydantic import ValidationError
 

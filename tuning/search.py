@@ -7,7 +7,7 @@ for use (the caller trains the winner anew) and never sees calibration, gate or 
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
@@ -49,9 +49,8 @@ def search(
 ) -> SearchResult:
     """Search for better settings than the given ones, on the Ray session that is running.
 
-    The given settings are trial 0 and always get their whole budget, so the winner is never worse
-    than they are on validation; with fresh seeds the leader has to be ahead of them once more. The
-    score of a trial is its best epoch, as in a whole training.
+    The given settings are trial 0 and always get their whole budget, so the winner is never worse than they are on
+    validation; with fresh seeds the leader has to be ahead once more. A trial's score is its best epoch.
 
     Args:
         store: with the pictures.
@@ -66,8 +65,7 @@ def search(
         All trials and the winner.
     Raises:
         RefusedError: `run_dir` holds another search.
-        ConfigError: a setting or the space cannot work, one trial needs more than the Ray session has, or the
-            folder cannot be written.
+        ConfigError: settings, space or folder cannot work, or one trial needs more than the Ray session has.
         DataError: train or val is empty.
         ContractError: no Ray session is running.
         RelookError: every trial failed; it is the first one's error.
@@ -86,22 +84,32 @@ def search(
         log = SearchLog(header, journal, _forgetting(run_dir, on_event))
         log.kept()
         planner = _planner(space, trainers, tuning, enqueued, journal)
-        judge = Judge(
-            rule_of(header),
-            header.trial_epochs,
-            lambda number: is_exempt(planner, number, tuning.block_trials),
-            [decision for decision in journal.decisions if decision.number < FIRST_NUMBER],
-        )
-        run_trials(_todo(planner, log, header), run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
+        judge = _judge(header, planner, tuning, journal)
+
+        def run(plans: Iterable[TrialPlan]) -> None:
+            run_trials(plans, run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
+
+        run(_todo(planner, log, header))
         best = best_of(log.trials)
         if best is None:
             raise _first_error(log.trials)
-        fresh = [
-            plan
-            for plan in confirmation_plans(best, trainers, tuning.confirm_seeds)
-            if plan.number not in journal.settled
-        ]
-        run_trials(fresh, run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
+        confirming = confirmation_plans(best, trainers, tuning.confirm_seeds)
+        run([plan for plan in confirming if plan.number not in journal.settled])
+    return _result(header, log, best, tuning, trainers)
+
+
+def _judge(header: SearchHeader, planner: Planner, tuning: TuningSettings, journal: Journal) -> Judge:
+    return Judge(
+        rule_of(header),
+        header.trial_epochs,
+        lambda number: is_exempt(planner, number, tuning.block_trials),
+        [decision for decision in journal.decisions if decision.number < FIRST_NUMBER],
+    )
+
+
+def _result(
+    header: SearchHeader, log: SearchLog, best: TrialResult, tuning: TuningSettings, trainers: TrainersSettings
+) -> SearchResult:
     verdict = verdict_on(best, log.trials) if tuning.confirm_seeds else None
     searched = [trial for trial in log.trials if not trial.confirms]
     if verdict is not None:

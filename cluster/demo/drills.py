@@ -33,7 +33,7 @@ def harmed_copy(store: Store, bundle: Bundle) -> Bundle:
             "metrics": {"planted": f"{key.code} suppressed"},
         }
     )
-    return write_bundle(store, document, bundle.weights(), bundle.golden())
+    return write_bundle(store, document, bundle.weights(), bundle.golden(), bundle.suitability())
 
 
 def twin(store: Store, bundle: Bundle) -> Bundle:
@@ -51,7 +51,7 @@ def twin(store: Store, bundle: Bundle) -> Bundle:
             "metrics": {**bundle.document.metrics, "planted": "copy for a swap drill"},
         }
     )
-    return write_bundle(store, document, bundle.weights(), bundle.golden())
+    return write_bundle(store, document, bundle.weights(), bundle.golden(), bundle.suitability())
 
 
 def harm_in_words(taxonomy: Taxonomy) -> str:

@@ -58,6 +58,7 @@ def test_every_verb_of_the_rooms_is_joined_and_explained() -> None:
         "monitor",
         "backup",
         "restore",
+        "bench",
     }
     root = typer.main.get_command(app)
     assert set(root.commands) == verbs  # type: ignore[attr-defined]

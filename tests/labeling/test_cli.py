@@ -71,7 +71,7 @@ def test_status_names_a_deleted_project(
 ) -> None:
     add_items(1)
     project_id = _json(call(elsewhere, "push", "--json"))["project_id"]
-    client._request("DELETE", f"api/projects/{project_id}", "delete")
+    client.request("DELETE", f"api/projects/{project_id}", "delete")
     found = call(elsewhere, "status", "--json")
     assert found.exit_code == 1
     assert "is gone from Label Studio; `relook label sync`" in json.loads(found.stdout)["problems"][0]

@@ -9,6 +9,7 @@ from labeling.adjudication import ask_to_decide
 from labeling.agreement import read_agreement
 from labeling.client import LabelStudioClient
 from labeling.consensus import resolve
+from labeling.people import ensure_user
 from labeling.project import Desk, known_desks
 from labeling.pull import pull
 from labeling.push import push
@@ -111,14 +112,14 @@ def test_a_question_that_changes_moves_up_and_says_so(
     assert [item.id for item in stale_items(store)] == [last.id]
     report = push(store, client, settings)
     assert (report.refreshed, report.pushed) == (1, 0)
-    task = client._request("GET", f"api/tasks/{last.task_id}/", "read")
+    task = client.request("GET", f"api/tasks/{last.task_id}/", "read")
     assert "it grows" in task["data"]["why"]
     assert task["data"]["image"].startswith("data:image/jpeg")
     assert [p["score"] for p in task["predictions"]] == [-200.0]
     assert push(store, client, settings).refreshed == 0
     assert client.state(project_id).total == 3
     query = {"project": project_id, "query": '{"ordering": ["tasks:predictions_score"]}', "fields": "all"}
-    tasks = client._request("GET", "api/tasks/", "list", params={**query, "include": "id"})["tasks"]
+    tasks = client.request("GET", "api/tasks/", "list", params={**query, "include": "id"})["tasks"]
     assert tasks[0]["id"] == last.task_id, "the most urgent first"
     assert _items(store)[0].sent_hash == says_hash(_items(store)[0])
 
@@ -129,7 +130,7 @@ def test_disagreement_asks_once_more_and_is_resolved(
     (item,) = add_items(1)
     sync(store, client, settings)
     task_id = _items(store)[0].task_id or 0
-    people = [client.ensure_user(f"{name}@relook.local", name, "Reader") for name in ("one", "two", "chief")]
+    people = [ensure_user(client, f"{name}@relook.local", name, "Reader") for name in ("one", "two", "chief")]
     for person, label in zip(people, ("mel", "nv"), strict=False):
         client.create_annotation(task_id, answer_result(label), key=uuid.uuid4(), completed_by=person)
     report = sync(store, client, settings)

@@ -26,11 +26,11 @@ def _say(client: LabelStudioClient, task_id: int, label: str) -> int:
 
 
 def _edit(client: LabelStudioClient, annotation_id: int, **changes: object) -> None:
-    client._request("PATCH", f"api/annotations/{annotation_id}/", "edit", body=changes)
+    client.request("PATCH", f"api/annotations/{annotation_id}/", "edit", body=changes)
 
 
 def _delete(client: LabelStudioClient, annotation_id: int) -> None:
-    client._request("DELETE", f"api/annotations/{annotation_id}/", "delete")
+    client.request("DELETE", f"api/annotations/{annotation_id}/", "delete")
 
 
 def _items(store: Store) -> list[ReviewItem]:
@@ -76,7 +76,7 @@ def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
     for number in made[4:6]:
         _delete(client, number)
     _edit(client, made[6], was_cancelled=True)
-    skipped = client._request(
+    skipped = client.request(
         "POST", f"api/tasks/{items[12].task_id}/annotations/", "skip", body={"result": [], "was_cancelled": True}
     )
     second = pull(store, client, settings)
@@ -180,7 +180,7 @@ def test_a_deleted_project_is_asked_again_and_keeps_its_answers(
     answered = _items(store)[0]
     _say(client, answered.task_id or 0, "mel")
     pull(store, client, settings)
-    client._request("DELETE", f"api/projects/{old}", "delete the project")
+    client.request("DELETE", f"api/projects/{old}", "delete the project")
     assert pull(store, client, settings).requeued == 2
     report = push(store, client, settings)
     assert report.pushed == 2
@@ -218,7 +218,7 @@ def test_a_project_is_found_again_and_its_page_set_back(
     row = client.project(project.id)
     assert row is not None
     body = {"label_config": row.label_config.replace("Can't tell", "Pass")}
-    client._request("PATCH", f"api/projects/{project.id}/", "change", body=body)
+    client.request("PATCH", f"api/projects/{project.id}/", "change", body=body)
     assert open_project(store, client, settings) == project
     assert client.project(project.id) == row
 

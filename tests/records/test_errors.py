@@ -10,6 +10,7 @@ def test_what_the_caller_can_mend_is_a_user_error() -> None:
     users = {e.__name__ for e in ours if issubclass(e, errors.UserError)}
     assert users == {
         "UserError",
+        "AccessError",
         "ConfigError",
         "DataError",
         "PictureError",
@@ -18,7 +19,7 @@ def test_what_the_caller_can_mend_is_a_user_error() -> None:
         "RefusedError",
         "LabelStudioStartError",
     }
-    assert len(ours) == 14
+    assert len(ours) == 15
 
 
 def test_a_picture_error_keeps_its_code_between_processes() -> None:

@@ -195,7 +195,7 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
                 logits = network(inputs)
             loss = loss_of(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             float(loss.detach())
             steps += 1
