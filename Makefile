@@ -55,8 +55,10 @@ test-fast: $(INSTALLED)  ## what needs no server and no browser
 bench: setup  ## time and memory of the demo
 	$(BIN)/python bench/demo.py $(if $(DATA),--data "$(DATA)")
 
-soak: setup  ## the demo again and again for MINUTES (60), nothing may fail or stay behind
-	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),60)
+soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (30)
+	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
+	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
+	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),30)
 
 clean:  ## remove caches and the environment; .relook (your data) stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
