@@ -12,7 +12,7 @@ from records.bundles import register
 from records.errors import AccessError, IntegrityError, RefusedError, RelookError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import Arm, ModelRecord, ModelStatus, Prediction, RolloutStage
+from records.types import Arm, ModelRecord, ModelStatus, Prediction, ReasonCode, RolloutStage
 from serving.access.keys import admin_token
 from serving.batches import CAUTION
 from serving.client import Client
@@ -145,7 +145,8 @@ def test_nan_answers_are_taken_back_and_never_served(
     assert asked
     # Two looks prove it; what was under way in the same two batches comes on top.
     assert len(asked) <= 8
-    assert not any(prediction.served for prediction in asked)
+    # It may answer some picture well, and then its answer may go out; what is not finite never does.
+    assert not any(p.served for p in asked if ReasonCode.NON_FINITE in p.reasons)
 
 
 def test_a_candidate_with_wrong_golden_answers_gets_no_traffic(kept: Store, tools: Any) -> None:

@@ -10,12 +10,12 @@ from trainers.registry import Choice, Range, Registered, Registry
 from trainers.settings import TrainersSettings
 
 COUNTS = {
-    "models": 3,
+    "models": 12,
     "optimizers": 4,
     "schedulers": 4,
-    "augmentations": 7,
+    "augmentations": 8,
     "operations": 15,
-    "losses": 1,
+    "losses": 4,
     "samplers": 3,
     "strategies": 4,
 }
