@@ -280,10 +280,13 @@ class LocalLabelStudio:
         _reap(pid)
         try:
             # Not by its start time: that moves when the clock of the machine is set.
-            folder = psutil.Process(pid).environ().get(DATA_VARIABLE)
+            process = psutil.Process(pid)
+            variables = process.environ()
+            # For a moment after it was spawned a process shows no variables: our own child is still being born.
+            is_being_born = not variables and process.ppid() == os.getpid()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
-        return folder == str(self._home.label_studio)
+        return is_being_born or variables.get(DATA_VARIABLE) == str(self._home.label_studio)
 
     def _stop(self, process: _Process) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
