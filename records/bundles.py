@@ -114,7 +114,10 @@ class SuitabilityLimits(_Part):
     """Which pictures the model should not be asked about."""
 
     ood_threshold: float = Field(gt=0, description="distance of the features; above it: out of distribution")
-    ood_max_refused: float = Field(ge=0, le=1, description="share of val that the threshold was allowed to refuse")
+    ood_early_threshold: float | None = Field(
+        default=None, gt=0, description="the same for the first convolution's output; empty in older bundles"
+    )
+    ood_max_refused: float = Field(ge=0, le=1, description="share of val that the thresholds were allowed to refuse")
     quality: QualityLimits
 
 

@@ -1,13 +1,13 @@
 """Fit what tells suitable pictures from others: distance of the features, and limits of quality.
 
-The reference is a sample of the train side, at most 300 pictures of a class. The threshold of the feature
-distance is the smallest that refuses at most 5 % of val. Limits of quality are quantiles of train and val with a
+The reference is a sample of the train side, at most 300 pictures of a class. The thresholds of the two distances
+(last features, first convolution) are the smallest that each refuse at most 2 % of val. Limits of quality are quantiles of train and val with a
 margin, wide enough that a good picture is hardly ever sent back; see `MARGIN`.
 
-In: features [N, D], pixels uint8 [N, S, S, 3] and sizes. Out: the part of the bundle's document, and small arrays.
+In: described pictures and sizes. Out: the part of the bundle's document, and small arrays.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from records.errors import ContractError
 from trainers.evaluation.metrics import FloatArray
 from trainers.inference.appearance import FINE_SHARE, LIGHTNESS, SHARPNESS, appearance
 from trainers.inference.neighbours import Neighbours, fit_neighbours
-from trainers.inference.suitability import FEATURES, LOOKS
+from trainers.inference.suitability import EARLY, FEATURES, LOOKS
 
-MAX_REFUSED = 0.05
-"""Share of val whose features may lie beyond the threshold."""
+MAX_REFUSED = 0.04
+"""Share of val that may lie beyond a threshold, half of it for each of the two."""
 
 PER_CLASS = 300
 """Training pictures of a class whose features are looked at."""
@@ -40,11 +40,26 @@ MANY = 100
 """With so many pictures the margin is twice `MARGIN`, with many more it comes down to it."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """Pictures of a side as they are looked at."""
+
+    pixels: NDArray[np.uint8]
+    """[N, S, S, 3]"""
+    features: NDArray[np.floating]
+    """[N, D], see `pooled_features`"""
+    early: NDArray[np.floating]
+    """[N, 2 K], see `early_statistics`"""
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that differ, and no picture at all."""
+        if not len(self.pixels) == len(self.features) == len(self.early) >= 1:
+            raise ContractError("suitability needs pictures, with the features of each")
+
+
 def fit_suitability(
-    train_features: NDArray[np.floating],
-    train_pixels: NDArray[np.uint8],
-    val_features: NDArray[np.floating],
-    val_pixels: NDArray[np.uint8],
+    train: Described,
+    val: Described,
     *,
     smallest_side_px: int,
     seed: int = 0,
@@ -52,35 +67,33 @@ def fit_suitability(
     """Fit both checks.
 
     Args:
-        train_features: [n, D] pooled features of training pictures.
-        train_pixels: [n, S, S, 3] of the same pictures.
-        val_features: [m, D].
-        val_pixels: [m, S, S, 3].
+        train: n training pictures.
+        val: m pictures of the val side.
         smallest_side_px: shorter side of the smallest picture fitted on, as it was sent.
         seed: of the order that decides which pictures are stored.
     Returns:
         Thresholds for the document, and arrays for the bundle.
     Raises:
-        ContractError: a side is empty, or a feature is not finite.
+        ContractError: a feature is not finite.
     """
-    if not (len(train_features) == len(train_pixels) >= 1 and len(val_features) == len(val_pixels) >= 1):
-        raise ContractError("suitability needs pictures of train and of val, with their features")
-    order = np.random.default_rng(seed).permutation(len(train_features))
-    features = fit_neighbours(train_features[order], max_directions=DIRECTIONS, max_reference=REFERENCE, rank=RANK)
-    train_looks, val_looks = appearance(train_pixels[order]), appearance(val_pixels)
+    order = np.random.default_rng(seed).permutation(len(train.pixels))
+    features = fit_neighbours(train.features[order], max_directions=DIRECTIONS, max_reference=REFERENCE, rank=RANK)
+    early = fit_neighbours(train.early[order], max_directions=DIRECTIONS, max_reference=REFERENCE, rank=RANK)
+    train_looks, val_looks = appearance(train.pixels[order]), appearance(val.pixels)
     looks = fit_neighbours(train_looks, max_directions=train_looks.shape[1], max_reference=REFERENCE, rank=RANK)
     unseen = np.concatenate([_distances_to_others(looks, train_looks), looks.distance(val_looks)])
     document = SuitabilityLimits(
-        ood_threshold=refusing_threshold(features.distance(val_features)),
+        ood_threshold=refusing_threshold(features.distance(val.features), MAX_REFUSED / 2),
+        ood_early_threshold=refusing_threshold(early.distance(val.early), MAX_REFUSED / 2),
         ood_max_refused=MAX_REFUSED,
         quality=_quality_limits(
-            np.concatenate([train_looks, val_looks]), unseen, smallest_side_px, val_pixels.shape[1]
+            np.concatenate([train_looks, val_looks]), unseen, smallest_side_px, val.pixels.shape[1]
         ),
     )
-    return document, {**features.arrays(FEATURES), **looks.arrays(LOOKS)}
+    return document, {**features.arrays(FEATURES), **early.arrays(EARLY), **looks.arrays(LOOKS)}
 
 
-def refusing_threshold(distances: FloatArray, max_refused: float = MAX_REFUSED) -> float:
+def refusing_threshold(distances: FloatArray, max_refused: float) -> float:
     """Return the smallest of these distances that at most a share of them exceeds.
 
     Args:
@@ -89,9 +102,9 @@ def refusing_threshold(distances: FloatArray, max_refused: float = MAX_REFUSED) 
     Returns:
         The threshold; positive.
 
-    >>> refusing_threshold(np.arange(1.0, 21.0))
+    >>> refusing_threshold(np.arange(1.0, 21.0), 0.05)
     19.0
-    >>> refusing_threshold(np.arange(1.0, 11.0))
+    >>> refusing_threshold(np.arange(1.0, 11.0), 0.05)
     10.0
     """
     allowed = int(np.floor(max_refused * len(distances) + 1e-9))

@@ -16,12 +16,12 @@ from records.datasets import DatasetVersion
 from records.store import Store
 from records.stored import find_images
 from records.types import Side
-from trainers.calibration.suitability import PER_CLASS, fit_suitability
+from trainers.calibration.suitability import PER_CLASS, Described, fit_suitability
 from trainers.data.cache import PixelCache
 from trainers.evaluation.sample import stratified_sample
 from trainers.explanations.facts import NUM_IMAGES, faithfulness_facts
 from trainers.fitting.loop import TrainedModel
-from trainers.inference.neighbours import pooled_features
+from trainers.inference.neighbours import early_statistics, first_convolution, pooled_features
 from trainers.preprocess import check_pixels, scale_pixels, to_tensor
 
 SCORING_BATCH = 64
@@ -35,6 +35,8 @@ class Answers:
     """[N, C]"""
     pooled: NDArray[np.float32]
     """[N, D], see `pooled_features`"""
+    early: NDArray[np.float32]
+    """[N, 2 K], see `early_statistics`"""
 
 
 def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> Answers:
@@ -45,7 +47,7 @@ def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> An
         store: with the pixel cache.
         image_ids: [N], N >= 1, decoded already.
     Returns:
-        Logits and pooled features from one pass.
+        Logits and features from one pass.
     """
     pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
     starts = range(0, len(pixels), SCORING_BATCH)
@@ -55,11 +57,15 @@ def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> An
         )
         for start in starts
     ]
-    return Answers(np.concatenate([part.logits for part in parts]), np.concatenate([part.pooled for part in parts]))
+    return Answers(
+        logits=np.concatenate([part.logits for part in parts]),
+        pooled=np.concatenate([part.pooled for part in parts]),
+        early=np.concatenate([part.early for part in parts]),
+    )
 
 
 def reference_answers(network: nn.Module, pixels: NDArray[np.uint8], geometry: Geometry) -> Answers:
-    """Compute logits and pooled features the plain way: fp32, nothing folded.
+    """Compute logits and features the plain way: fp32, nothing folded.
 
     Args:
         network: in evaluation mode, on the CPU, with the parts `features` and `head`.
@@ -70,9 +76,11 @@ def reference_answers(network: nn.Module, pixels: NDArray[np.uint8], geometry: G
     """
     check_pixels(pixels, geometry.side_px)
     with torch.inference_mode():
-        features = network.get_submodule("features")(scale_pixels(to_tensor(pixels), geometry))
+        inputs = scale_pixels(to_tensor(pixels), geometry)
+        features = network.get_submodule("features")(inputs)
         logits = network.get_submodule("head")(features)
-        return Answers(logits.numpy().astype(np.float32), pooled_features(features).numpy())
+        early = early_statistics(first_convolution(network), inputs)
+        return Answers(logits.numpy().astype(np.float32), pooled_features(features).numpy(), early.numpy())
 
 
 def suitability_of(
@@ -92,11 +100,10 @@ def suitability_of(
     train_ids = _sample_of_train(store, dataset)
     cache = PixelCache(store.home.cache, trained.geometry.side_px)
     images = find_images(store, [*train_ids, *val_ids])
+    train = answer_rows(trained, store, train_ids)
     return fit_suitability(
-        answer_rows(trained, store, train_ids).pooled,
-        cache.rows(train_ids).take(np.arange(len(train_ids))),
-        val.pooled,
-        cache.rows(val_ids).take(np.arange(len(val_ids))),
+        Described(cache.rows(train_ids).take(np.arange(len(train_ids))), train.pooled, train.early),
+        Described(cache.rows(val_ids).take(np.arange(len(val_ids))), val.pooled, val.early),
         smallest_side_px=min(min(image.width_px, image.height_px) for image in images),
     )
 

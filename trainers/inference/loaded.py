@@ -7,6 +7,7 @@ finite gets NaN probabilities and NaN maps and never an error: what to do with i
 It does not decode, batch, decide or store; trainers.data and serving do.
 """
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from trainers.explanations.closed_form import ClosedForm, closed_form_of
 from trainers.explanations.gradients import head_gradcam
 from trainers.explanations.methods import METHODS
 from trainers.inference.fold import fold_batch_norm
-from trainers.inference.neighbours import pooled_features
+from trainers.inference.neighbours import early_statistics, first_convolution, pooled_features
 from trainers.inference.suitability import picture_checks_of
 from trainers.models import MODELS, build_model
 from trainers.precision import Precision, PrecisionChoice, autocast, resolve_precision
@@ -73,6 +74,7 @@ class LoadedModel:
         self._head = network.get_submodule("head").to(device)
         self._closed_form: ClosedForm | None = closed_form_of(self._head)
         self.checks = picture_checks_of(bundle)
+        self._first = _first_of(network, device) if self.checks is not None and self.checks.early is not None else None
         self.model_id = bundle.id
         self.precision: Precision = precision
 
@@ -109,17 +111,18 @@ class LoadedModel:
         """
         check_pixels(pixels, self.geometry.side_px)
         with torch.inference_mode():
-            features = self._feature_map(self._inputs(pixels))
+            inputs = self._inputs(pixels)
+            features = self._feature_map(inputs)
             logits: Tensor = self._head(features)
             maps = self._maps(features, logits) if gradcam else None
-            pooled = pooled_features(features).cpu().numpy() if self.checks is not None else None
+            ood_scores = self._ood_scores(inputs, features)
         logits_array = np.asarray(logits.cpu().numpy(), dtype=np.float32)
         probabilities = apply_calibration(logits_array, self._document.calibration)
         return BatchOutput(
             logits_array,
             probabilities,
             maps=None if maps is None else maps.contiguous().cpu().numpy(),
-            ood_scores=None if self.checks is None or pooled is None else self.checks.ood_scores(pooled),
+            ood_scores=ood_scores,
         )
 
     def describe(self, pixels: NDArray[np.uint8]) -> Float32Array:
@@ -244,6 +247,12 @@ class LoadedModel:
             features: Tensor = self._features(inputs)
         return features.float()
 
+    def _ood_scores(self, inputs: Tensor, features: Tensor) -> FloatArray | None:
+        if self.checks is None:
+            return None
+        early = early_statistics(self._first, inputs).cpu().numpy() if self._first is not None else None
+        return self.checks.ood_scores(pooled_features(features).cpu().numpy(), early)
+
     def _maps(self, features: Tensor, logits: Tensor) -> Tensor:
         if self._closed_form is not None:
             maps = self._closed_form.maps(features)
@@ -334,6 +343,11 @@ def _prepared(features: nn.Module, precision: Precision, device: str) -> nn.Modu
             if not isinstance(module, nn.BatchNorm2d) and next(module.children(), None) is None:
                 module.to(torch.bfloat16)
     return folded.requires_grad_(False)
+
+
+def _first_of(network: nn.Module, device: str) -> nn.Module:
+    """Copy the first convolution as it was trained; in the folded network it is another one."""
+    return copy.deepcopy(first_convolution(network)).to(device).requires_grad_(False)
 
 
 def _constant(logits: Tensor, class_index: int) -> Tensor:

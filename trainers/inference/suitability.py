@@ -2,8 +2,9 @@
 
 Two questions, both answered with what `trainers.calibration.suitability` fitted and the bundle stores:
 
-- **Out of distribution**: the network's own features of the picture are far from those of all training pictures.
-  The answer may be wrong in ways that its probabilities do not show; an expert should look.
+- **Out of distribution**: the network's own features of the picture, or what its first convolution makes of it,
+  are far from those of all training pictures. The answer may be wrong in ways that its probabilities do not show;
+  an expert should look.
 - **Quality**: too small, too dark, too bright, blurred, or of another kind than the training pictures in colour
   and texture (for dermatoscopy: not a dermatoscopic picture). A better picture should be taken.
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from trainers.inference.loaded import BatchOutput, LoadedModel
 
-FEATURES, LOOKS = "features", "appearance"
+FEATURES, EARLY, LOOKS = "features", "early", "appearance"
 
 
 class QualityReason(StrEnum):
@@ -49,7 +50,8 @@ class Suitability:
     """One picture's two answers; every field is None if the bundle knows nothing about them."""
 
     ood_score: float | None
-    """distance to the training pictures over the largest that is accepted: above 1 is out of distribution"""
+    """distance to the training pictures over the largest that is accepted: above 1 is out of distribution; the
+    larger of two, of the last features and of the first convolution"""
     is_out_of_distribution: bool | None
     quality_score: float | None
     """1 = as good as the median training picture in every respect, 0 = at a limit, below 0 = beyond one; at most 1"""
@@ -66,12 +68,29 @@ class PictureChecks:
 
     features: Neighbours
     ood_threshold: float
+    early: Neighbours | None
+    """of the first convolution; None in a bundle that was made before it was fitted"""
+    early_threshold: float | None
     looks: Neighbours
     limits: QualityLimits
 
-    def ood_scores(self, pooled: NDArray[np.floating]) -> FloatArray:
-        """Return [N] distances over the threshold; NaN for features [N, D] that are not finite."""
-        return np.asarray(self.features.distance(pooled) / self.ood_threshold, dtype=np.float64)
+    def ood_scores(self, pooled: NDArray[np.floating], early: NDArray[np.floating] | None) -> FloatArray:
+        """Compare pictures with the training pictures.
+
+        Args:
+            pooled: [N, D] features, see `pooled_features`.
+            early: [N, 2 K], see `early_statistics`; None if nothing was fitted to them.
+        Returns:
+            [N] the larger of the distances, each over its threshold; NaN where a vector is not finite.
+        Raises:
+            ContractError: `early` is missing.
+        """
+        scores = np.asarray(self.features.distance(pooled) / self.ood_threshold, dtype=np.float64)
+        if self.early is None or self.early_threshold is None:
+            return scores
+        if early is None:
+            raise ContractError("this bundle compares what its first convolution makes of a picture, too")
+        return np.maximum(scores, self.early.distance(early) / self.early_threshold)
 
     def quality(
         self, pixels: NDArray[np.uint8], shorter_sides_px: "Sequence[int] | None" = None
@@ -126,6 +145,8 @@ def picture_checks_of(bundle: Bundle) -> PictureChecks | None:
     return PictureChecks(
         features=Neighbours.from_arrays(arrays, FEATURES),
         ood_threshold=fitted.ood_threshold,
+        early=None if fitted.ood_early_threshold is None else Neighbours.from_arrays(arrays, EARLY),
+        early_threshold=fitted.ood_early_threshold,
         looks=Neighbours.from_arrays(arrays, LOOKS),
         limits=fitted.quality,
     )
