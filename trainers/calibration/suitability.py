@@ -1,8 +1,8 @@
 """Fit what tells suitable pictures from others: distance of the features, and limits of quality.
 
 The reference is a sample of the train side, at most 300 pictures of a class. The thresholds of the two distances
-(last features, first convolution) are the smallest that each refuse at most 2 % of val. Limits of quality are quantiles of train and val with a
-margin, wide enough that a good picture is hardly ever sent back; see `MARGIN`.
+(last features, first convolution) are the smallest that each refuse at most 2 % of val. Limits of quality are
+quantiles of train and val with a margin, wide enough that a good picture is hardly ever sent back; see `MARGIN`.
 
 In: described pictures and sizes. Out: the part of the bundle's document, and small arrays.
 """

@@ -11,8 +11,8 @@ from records.bundles import read_bundle
 from records.errors import ContractError, IntegrityError
 from trainers.calibration.suitability import Described, fit_suitability, refusing_threshold
 from trainers.data.decode import decode_square
-from trainers.inference.appearance import MEASURES, SHARPNESS, appearance
 from trainers.fitting.suitability import reference_answers
+from trainers.inference.appearance import MEASURES, SHARPNESS, appearance
 from trainers.inference.loaded import load_model, plain_network
 from trainers.inference.suitability import NOTHING_KNOWN, QualityReason, assess, picture_checks_of
 
