@@ -151,7 +151,10 @@ def evaluate(context: RoundContext) -> StepResult:
     """Report the new model on the test side; nothing is decided by it."""
     bundle = _new_bundle(context)
     predictions = predict_side(context.store, bundle, _dataset(context), Side.TEST, actor=_actor(context))
-    evaluation = evaluate_predictions(predictions, context.store.taxonomy, bundle.document.operating)
+    document = bundle.document
+    evaluation = evaluate_predictions(
+        predictions, context.store.taxonomy, document.operating, priors=document.calibration.priors
+    )
     (context.run_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
     text = f"balanced accuracy {evaluation.balanced_accuracy:.3f} on {evaluation.lesions} test lesions"
     return {"test": evaluation.model_dump(mode="json"), "text": text}

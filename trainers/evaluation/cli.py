@@ -126,6 +126,9 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
     whole = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
     whole.add_row("pictures, lesions", f"{evaluation.images}, {evaluation.lesions}")
     whole.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
+    even = evaluation.at_equal_prevalence
+    if even is not None:
+        whole.add_row("  if all classes came equally often", _figure(even.balanced_accuracy, even.balanced_accuracy_ci))
     whole.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
     whole.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
     whole.add_row("macro AUC", _figure(evaluation.macro_auc))

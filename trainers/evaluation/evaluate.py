@@ -30,6 +30,7 @@ from trainers.data.cache import PixelCache, PixelRows
 from trainers.evaluation.bootstrap import group_strata, resample_weights, resampled_confusions
 from trainers.evaluation.figures import (
     Coverage,
+    EqualPrevalence,
     Evaluation,
     ReliabilityBin,
     class_reports,
@@ -179,7 +180,8 @@ def evaluate(
         taxonomy: of the predictions.
         operating: thresholds of the model; without them what needs thresholds is undefined.
         prevalence: class shares that answers are re-weighted to; what has thresholds stays as it is served.
-        priors: class shares that the probabilities were calibrated at; needed with `prevalence`.
+        priors: class shares that the probabilities were calibrated at; needed with `prevalence`, and for the
+            figures at equal prevalence.
         max_set_size: larger prediction sets go to an expert.
         seed: of the bootstrap.
     Returns:
@@ -215,6 +217,9 @@ def evaluate(
         ece=expected_calibration_error(labels, probabilities),
         reliability=_reliability(labels, probabilities),
         prevalence=None if prevalence is None else dict(prevalence),
+        at_equal_prevalence=_at_equal_prevalence(served, labels, taxonomy, priors, group_index, weights)
+        if priors
+        else None,
         per_class=per_class,
         key_class=key_class,
         confusion_matrix=confusion.tolist(),
@@ -256,6 +261,30 @@ def coverage_report(
             for index, code in enumerate(taxonomy.codes)
         },
         pooled_classes=operating.pooled_classes,
+    )
+
+
+def _at_equal_prevalence(
+    probabilities: FloatArray,
+    labels: IntArray,
+    taxonomy: Taxonomy,
+    priors: Mapping[str, float],
+    group_index: IntArray,
+    weights: NDArray[np.float32],
+) -> EqualPrevalence:
+    known = {code: float(priors[code] > 0) for code in taxonomy.codes}
+    predicted = reweight(probabilities, {code: priors[code] for code in taxonomy.codes}, known).argmax(axis=1)
+    confusion = confusion_matrix(labels, predicted, len(taxonomy.codes))
+    confusions = resampled_confusions(labels, predicted, group_index, weights, len(taxonomy.codes))
+    estimate = float(balanced_accuracy(confusion))
+    counts = confusion.sum(axis=1)
+    return EqualPrevalence(
+        balanced_accuracy=estimate,
+        balanced_accuracy_ci=interval_of(estimate, balanced_accuracy(confusions), weights.shape[1]),
+        sensitivity={
+            code: float(confusion[index, index] / counts[index]) if counts[index] else None
+            for index, code in enumerate(taxonomy.codes)
+        },
     )
 
 

@@ -71,6 +71,19 @@ class ReliabilityBin(_Shape):
     images: int = Field(ge=1)
 
 
+class EqualPrevalence(_Shape):
+    """The answers if all classes came equally often: the decision that balanced accuracy rewards.
+
+    Calibrated probabilities of rare classes are small, as they should be, so the most probable class is seldom one of
+    them. Re-weighted by Bayes to equal shares, every class has the same say. A script that trains with a balanced
+    sampler and takes the largest output decides like this, and is compared with this.
+    """
+
+    balanced_accuracy: float
+    balanced_accuracy_ci: Interval
+    sensitivity: dict[str, float | None] = Field(description="share of a class's pictures that were answered so")
+
+
 class Coverage(_Shape):
     """How often the prediction set holds the true class; one picture per lesion."""
 
@@ -119,6 +132,9 @@ class Evaluation(_Shape):
     reliability: list[ReliabilityBin] = Field(default_factory=list, description="the bins of the calibration error")
     prevalence: dict[str, float] | None = Field(
         default=None, description="class shares that the probabilities were re-weighted to, if any were stated"
+    )
+    at_equal_prevalence: EqualPrevalence | None = Field(
+        default=None, description="empty where the shares at calibration are unknown"
     )
     per_class: dict[str, ClassReport]
     key_class: KeyClassReport | None

@@ -261,7 +261,7 @@ def _val_facts(
         probabilities=apply_calibration(val.logits.astype(np.float64), calibration),
         side=Side.VAL,
     )
-    report = evaluate(predictions, taxonomy, operating)
+    report = evaluate(predictions, taxonomy, operating, priors=calibration.priors)
     return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "side_reads"})
 
 

@@ -163,6 +163,18 @@ def test_a_stated_prevalence_moves_answers_and_leaves_thresholds_alone():
     assert (stated.key_class, stated.answered_share) == (plain.key_class, plain.answered_share)
 
 
+def test_at_equal_prevalence_every_class_has_the_same_say():
+    # A quarter of the weight of a class with a tenth of the other's share is the better bet, then.
+    found = predictions_of([("mel", {"mel": 0.25, "nv": 0.75}), ("nv", {"mel": 0.05, "nv": 0.95})])
+    priors = dict.fromkeys(CODES, 0.0) | {"mel": 0.1, "nv": 0.8, "vasc": 0.1}
+    report = evaluate(found, TAXONOMY, None, priors=priors)
+    assert report.balanced_accuracy == 0.5
+    even = report.at_equal_prevalence
+    assert (even.balanced_accuracy, even.sensitivity["mel"], even.sensitivity["nv"]) == (1.0, 1.0, 1.0)
+    assert even.sensitivity["bcc"] is None
+    assert evaluate(found, TAXONOMY, None).at_equal_prevalence is None
+
+
 def test_coverage_counts_one_picture_per_lesion():
     rows = [("nv", {"nv": 0.9}), ("nv", {"nv": 0.1, "mel": 0.9}), ("mel", {"mel": 0.1, "nv": 0.9})]
     coverage = evaluate(predictions_of(rows, ["A", "A", None]), TAXONOMY, operating_points(q=0.5)).coverage
