@@ -58,6 +58,7 @@ bench: setup  ## time and memory of the demo
 soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (30)
 	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
+	$(BIN)/python bench/release_drills.py
 	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),30)
 
 clean:  ## remove caches and the environment; .relook (your data) stays

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from records import audit
 from records.bundles import read_bundle, serve_model, serving_model
-from records.errors import RefusedError, UnknownIdError
+from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.store import Store
@@ -38,17 +38,15 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
     Returns:
         The rollout.
     Raises:
-        RefusedError: another candidate is under way, the model already answers, or the gate has not passed it.
+        RefusedError: another candidate is under way, the model already answers, the gate has not passed it, or its
+            bundle is altered or does not answer its golden pictures.
         UnknownIdError: the model is not registered, or no model answers yet.
-        IntegrityError: it does not answer its golden pictures.
     """
     with store.ledger.read() as tx:
         record = tx.require(ModelRecord, model_id)
         running = current_rollout(tx)
     if running is None:
-        bundle = read_bundle(Path(record.path), expected_id=model_id)
-        store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {model_id[:12]}")
-        load_model(bundle).check_golden()
+        _require_sound(store, record)
     stage = RolloutStage.CANARY if percent else RolloutStage.SHADOW
     with store.ledger.begin() as tx:
         running = current_rollout(tx)
@@ -60,6 +58,16 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
         details = {"rollout": running.id, "percent": percent, "reason": reason}
         audit.append(tx, actor=actor, action=f"rollout.{stage}", subject=model_id, details=details)
         return tx.require(Rollout, running.id)
+
+
+def _require_sound(store: Store, record: ModelRecord) -> None:
+    try:
+        bundle = read_bundle(Path(record.path), expected_id=record.id)
+        load_model(bundle).check_golden()
+    except IntegrityError as error:
+        # The fault is the candidate's, not the service's: whoever asked for it is told.
+        raise RefusedError(f"model {record.id[:12]} may not take traffic: {error}") from error
+    store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {record.id[:12]}")
 
 
 def promote(store: Store, *, actor: str) -> Rollout:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from records.bundles import register
-from records.errors import AccessError, IntegrityError, RefusedError, RelookError, UnknownIdError
+from records.errors import AccessError, RefusedError, RelookError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Arm, ModelRecord, ModelStatus, Prediction, ReasonCode, RolloutStage
@@ -152,7 +152,7 @@ def test_nan_answers_are_taken_back_and_never_served(
 def test_a_candidate_with_wrong_golden_answers_gets_no_traffic(kept: Store, tools: Any) -> None:
     wrong = np.full((4, len(kept.taxonomy.codes)), 9.0, dtype=np.float32)
     model_id = candidate(kept, tools.make_bundle(kept, 3, golden_logits=wrong))
-    with pytest.raises(IntegrityError, match="golden"):
+    with pytest.raises(RefusedError, match=r"may not take traffic: .*golden"):
         begin(kept, model_id, 10, actor="test")
     with kept.ledger.read() as tx:
         assert current_rollout(tx) is None

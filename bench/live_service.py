@@ -1,0 +1,197 @@
+"""A service of its own process for drills: a trained model, `relook serve`, and callers who never stop asking."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from records.bundles import Bundle, find_bundle
+from records.errors import RelookError
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.types import FlagReason
+from serving.access.keys import admin_token
+from serving.client import Client
+from serving.schemas import FlagRequest, PredictionAnswer
+
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class LiveService:
+    """A running `relook serve`.
+
+    Args:
+        url: where it answers.
+        store: its ledger and bundles, opened from here.
+        process: of the command; Ray and the replicas are among its descendants.
+    """
+
+    url: str
+    store: Store
+    process: psutil.Process
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """Return the worker processes of one deployment."""
+        found = []
+        for child in self.process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if f"ServeReplica:relook:{deployment}" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def admin(self) -> Client:
+        """Return a client that may do everything."""
+        return Client(self.url, admin_token(self.store.home))
+
+
+def relook(home: Path, *arguments: str) -> None:
+    """Run the command to its end.
+
+    Args:
+        home: its folder.
+        arguments: verb and options.
+    Raises:
+        CalledProcessError: it did not end well.
+    """
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    subprocess.run(command, env=_environ(home), check=True, stdout=subprocess.DEVNULL)
+
+
+def trained_champion(home: Path, pictures: Path, lesions: int = 120) -> str:
+    """Generate pictures, train a small model on them, and let it answer.
+
+    Args:
+        home: an empty folder.
+        pictures: where the pictures go.
+        lesions: how many.
+    Returns:
+        The model's id.
+    """
+    relook(home, "data", "synth", str(pictures), "--lesions", str(lesions))
+    relook(home, "data", "import", str(pictures))
+    relook(home, "train", "--set", "trainers.epochs=8")
+    with contextlib.closing(open_store(RecordsSettings(home=home))) as store:
+        (path,) = store.home.bundles.iterdir()
+        model_id = path.name
+    relook(home, "promote", model_id, "--provisional")
+    return model_id
+
+
+@contextlib.contextmanager
+def live_service(home: Path, *sets: str) -> Iterator[LiveService]:
+    """Serve from a home with a model, for the length of a block.
+
+    Args:
+        home: the folder.
+        sets: settings, such as `serving.num_replicas=2`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cluster.cli", "serve", "--port", str(port)]
+    command += [part for text in sets for part in ("--set", text)]
+    log = (home / "logs" / "drill.log").open("w")
+    with subprocess.Popen(command, env=_environ(home), stdout=log, stderr=log, start_new_session=True) as process:
+        try:
+            with contextlib.closing(open_store(RecordsSettings(home=home))) as store:
+                service = LiveService(f"http://127.0.0.1:{port}", store, psutil.Process(process.pid))
+                _wait_until_ready(service)
+                yield service
+        finally:
+            process.terminate()
+            process.wait(60)
+            log.close()
+
+
+def bundle_of(service: LiveService, model_id: str) -> Bundle:
+    """Return a bundle of the service's store."""
+    return find_bundle(service.store, model_id)
+
+
+@dataclass
+class Callers:
+    """Threads that send pictures, and now and then a flag, until they are stopped.
+
+    Args:
+        url: of the service.
+        pictures: that are sent, in a cycle.
+        threads: how many.
+        retry_s: how long a client repeats a request that got no answer; 0 shows every failure.
+        flag_every: every n-th answer is flagged; 0 flags none.
+    """
+
+    url: str
+    pictures: Sequence[bytes]
+    threads: int = 3
+    retry_s: float = 0.0
+    flag_every: int = 0
+    answers: list[tuple[float, PredictionAnswer]] = field(default_factory=list)
+    """(seconds of the clock, answer)"""
+    flags: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Make the threads."""
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(self.threads)]
+
+    def __enter__(self) -> "Callers":
+        """Begin to ask."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop after the requests that are under way."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, more: int, timeout_s: float = 120.0) -> None:
+        """Wait until so many more answers came.
+
+        Raises:
+            TimeoutError: they did not come in time.
+        """
+        deadline, wanted = time.monotonic() + timeout_s, len(self.answers) + more
+        while len(self.answers) < wanted:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(self.answers)} of {wanted} answers after {timeout_s:g} s")
+            time.sleep(0.02)
+
+    def _ask(self, number: int) -> None:
+        with Client(self.url, retry_s=self.retry_s) as client:
+            while not self._stop.is_set():
+                try:
+                    answer = client.predict(self.pictures[number % len(self.pictures)])
+                    self.answers.append((time.monotonic(), answer))
+                    if self.flag_every and number % self.flag_every == 0:
+                        made = client.flag(answer.id, FlagRequest(reason=FlagReason.OTHER, comment="a drill"))
+                        self.flags.append(made.id)
+                except RelookError as error:
+                    self.failures.append(f"{type(error).__name__}: {error}")
+                number += 1
+
+
+def _environ(home: Path) -> dict[str, str]:
+    return {**os.environ, "RELOOK_HOME": str(home)}
+
+
+def _wait_until_ready(service: LiveService) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with Client(service.url, retry_s=0.0) as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RelookError):
+                if client.ready().ready:
+                    return
+            time.sleep(0.2)
+    raise TimeoutError(f"the service was not ready within {START_TIMEOUT_S:g} s")
