@@ -59,6 +59,7 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
 	$(BIN)/python bench/release_drills.py
+	$(BIN)/python bench/kill_service.py --kills 2
 	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),30)
 
 clean:  ## remove caches and the environment; .relook (your data) stays
