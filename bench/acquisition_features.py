@@ -5,6 +5,7 @@
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", type=Path, help="folder with HAM10000_metadata.csv and the JPEG files")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for a processor that has it")
     options = parser.parse_args()
     with (options.pictures / "HAM10000_metadata.csv").open() as table:
         rows = sorted(csv.DictReader(table), key=lambda row: row["image_id"])
@@ -39,11 +41,16 @@ def main() -> None:
     steps = [v2.Resize(SIDE_PX), v2.CenterCrop(SIDE_PX), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     # The published weights were trained on pixels from -1 to 1.
     transform = v2.Compose([*steps, v2.Normalize([0.5] * 3, [0.5] * 3)])
-    features, found = network(), []
+    number = torch.bfloat16 if options.bf16 else torch.float32
+    features = network().to(dtype=number, memory_format=torch.channels_last)
+    found: list[np.ndarray] = []
     with torch.inference_mode():
         for at in range(0, len(rows), BATCH):
             part = [paths[row["image_id"]] for row in rows[at : at + BATCH]]
-            found.append(features(torch.stack([transform(Image.open(path).convert("RGB")) for path in part])).numpy())
+            pictures = torch.stack([transform(Image.open(path).convert("RGB")) for path in part])
+            pooled = features(pictures.to(dtype=number, memory_format=torch.channels_last))
+            found.append(pooled.float().numpy())
+            print(f"{at + len(part)} of {len(rows)}", file=sys.stderr, flush=True)
     np.savez(
         options.out,
         ids=np.array([row["image_id"] for row in rows]),
