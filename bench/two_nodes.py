@@ -130,7 +130,9 @@ def judge(killed: dict[str, Any], whole: dict[str, Any], epochs: int) -> dict[st
     """Say what the kill cost and what is wrong."""
     killer, wrong = killed["killer"], []
     if killer.victim is None:
-        return {"wrong": ["no node was killed: the search was over before both nodes had trials far enough"]}
+        return {
+            "wrong": ["no node was killed: the search was over before both nodes were far enough; give more --epochs"]
+        }
     dead = killer.before[killer.victim]
     starts = Counter(number for _, kind, number in killed["events"] if kind == "started")
     if twice := sorted(number for number, times in starts.items() if times > 1 and number not in dead):
