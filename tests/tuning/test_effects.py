@@ -1,0 +1,86 @@
+"""Effects of choices, against figures worked out by hand."""
+
+import pytest
+
+from tuning.effects import SAME, effects_of
+from tuning.trials import Origin
+
+AXES = {"optimizer": ("sgd", "adamw"), "scheduler": ("cosine", "step")}
+BASE = {"optimizer": "sgd", "scheduler": "cosine"}
+
+
+@pytest.fixture
+def header(make_header):
+    return make_header(axes=AXES, base=BASE, trials=8)
+
+
+@pytest.fixture
+def balanced(make_trial):
+    """Each pair of choices twice: 0.5, 0.1 more for sgd and less for adamw, then 0.01 of noise up and down."""
+
+    def make(**changes):
+        trials = []
+        for optimizer in AXES["optimizer"]:
+            for scheduler in AXES["scheduler"]:
+                for noise in (0.01, -0.01):
+                    score = 0.5 + (0.1 if optimizer == "sgd" else -0.1) + noise
+                    overrides = {"optimizer": optimizer, "scheduler": scheduler}
+                    trials.append(make_trial(len(trials), [0.1, score], overrides=overrides, **changes))
+        return trials
+
+    return make
+
+
+def table(header, trials):
+    return {row.choice: row for row in effects_of(header, trials).table}
+
+
+def test_a_real_effect_is_told_from_none(header, balanced):
+    """8 trials, 3 coefficients, residual variance 0.0008 / 5, standard error 0.01 / sqrt(5), t(0.99375, 5) = 3.810."""
+    rows = table(header, balanced())
+    half = 3.810 * 0.01 / 5**0.5
+
+    assert {choice: row.verdict for choice, row in rows.items()} == {
+        "sgd": "better",
+        "adamw": "worse",
+        "cosine": SAME,
+        "step": SAME,
+    }
+    for choice, effect in (("sgd", 0.1), ("adamw", -0.1), ("cosine", 0.0), ("step", 0.0)):
+        row = rows[choice]
+        assert (row.effect, row.low, row.high) == pytest.approx((effect, effect - half, effect + half), abs=1e-4)
+        assert row.trials == 4
+
+
+def test_trials_that_a_searcher_proposed_prove_nothing(header, balanced):
+    found = effects_of(header, balanced(origin=Origin.SUGGESTED))
+
+    assert (found.trials, found.basis) == (0, "no balanced trial was scored")
+    assert {(row.effect, row.verdict) for row in found.table} == {(None, SAME)}
+
+
+def test_epochs_that_only_some_trials_had_do_not_count(header, balanced):
+    """The first epochs are all alike; a trial that was cut off there leaves only those to compare."""
+    trials = balanced()
+    trials[0] = trials[0].model_copy(update={"scores": trials[0].scores[:1], "state": "stopped"})
+    found = effects_of(header, trials)
+
+    assert (found.trials, found.epochs) == (8, 1)
+    assert all(row.effect == pytest.approx(0.0, abs=1e-12) for row in found.table)
+
+
+def test_too_few_trials_give_no_estimate(header, balanced):
+    rows = table(header, balanced()[::2] + balanced()[:1])
+
+    assert {(row.effect, row.verdict) for row in rows.values()} == {(None, SAME)}
+
+
+def test_what_a_choice_costs_is_its_mean_epoch(header, make_trial):
+    trials = [
+        make_trial(0, [0.2, 0.3], epoch_seconds=(1.0, 3.0)),
+        make_trial(1, [0.2], epoch_seconds=(5.0,), overrides={"optimizer": "adamw"}),
+    ]
+    rows = table(header, trials)
+
+    assert (rows["sgd"].seconds_per_epoch, rows["adamw"].seconds_per_epoch) == (2.0, 5.0)
+    assert (rows["cosine"].seconds_per_epoch, rows["step"].seconds_per_epoch) == (3.0, None)
