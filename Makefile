@@ -60,6 +60,7 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
 	$(BIN)/python bench/release_drills.py
 	$(BIN)/python bench/kill_service.py --kills 2
+	$(BIN)/python bench/two_nodes.py --trials 6 --epochs 8
 	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),30)
 
 clean:  ## remove caches and the environment; .relook (your data) stays
