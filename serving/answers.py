@@ -74,7 +74,7 @@ def explanation_body(heat_map: HeatMap) -> Explanation:
         steps=heat_map.steps,
         completeness_error=heat_map.completeness_error,
         faithfulness=heat_map.faithfulness,
-        shape=(height, width),
+        shape=[height, width],
         values=heat_map.values.tolist(),
         png_base64=base64.b64encode(heat_map.png).decode(),
     )

@@ -13,14 +13,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from records.errors import RelookError
 from serving.docs_page import docs_html
 from serving.guard import Guard, problem_response
 from serving.metrics import Metrics
-from serving.problems import MEDIA_TYPE, problem, problem_of
+from serving.openapi import allowed_verbs, completed
+from serving.problems import problem, problem_of
 from serving.routes.door import Door
 from serving.routes.explanations import explanations_router
 from serving.routes.feedback import feedback_router
@@ -65,7 +65,7 @@ def create_api(service: Service, max_body_bytes: int) -> FastAPI:
     """
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": HTTPStatus(status).phrase}
-        for status in (401, 403, 404, 409, 413, 415, 422, 429, 503)
+        for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
     }
     api = FastAPI(
         title="Relook",
@@ -85,8 +85,7 @@ def create_api(service: Service, max_body_bytes: int) -> FastAPI:
     api.include_router(models_router(service, door, metrics))
     _add_problem_handlers(api, service.settings.retry_after_s)
 
-    document = api.openapi()
-    _name_problem_type(document)
+    document = completed(api.openapi(), service.store.taxonomy.codes)
     api.openapi = lambda: document  # type: ignore[method-assign]
 
     @api.get("/docs", response_class=HTMLResponse, include_in_schema=False)
@@ -94,15 +93,6 @@ def create_api(service: Service, max_body_bytes: int) -> FastAPI:
         return docs_html(document)
 
     return api
-
-
-def _name_problem_type(document: dict[str, Any]) -> None:
-    """Say in the OpenAPI document that problems have their own media type; FastAPI writes JSON for every model."""
-    for operation in (o for verbs in document["paths"].values() for o in verbs.values()):
-        for response in operation["responses"].values():
-            schema = response.get("content", {}).get("application/json", {}).get("schema", {})
-            if schema.get("$ref", "").endswith("/Problem"):
-                response["content"] = {MEDIA_TYPE: {"schema": schema}}
 
 
 def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
@@ -134,15 +124,8 @@ def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
         found = problem(error.status_code, code, details.get(error.status_code, str(error.detail)))
         response = problem_response(found, _request_id(request))
         if error.status_code == 405:
-            response.headers["Allow"] = ", ".join(_allowed(api, request))
+            response.headers["Allow"] = ", ".join(allowed_verbs(api.openapi(), request.url.path))
         return response
-
-
-def _allowed(api: FastAPI, request: Request) -> list[str]:
-    """Return the verbs that a path knows; Starlette names only those of the first route that has it."""
-    path = request.scope["path"]
-    scopes = {verb: {**request.scope, "path": path, "method": verb} for verb in ("GET", "POST", "PUT", "DELETE")}
-    return [v for v, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in api.router.routes)]
 
 
 def _request_id(request: Request) -> str | None:

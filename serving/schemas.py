@@ -5,7 +5,7 @@ Field names and shapes are the API's contract: a field may be added, none change
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from records.types import (
     Confirmation,
@@ -23,6 +23,27 @@ PredictionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="id o
 IdempotencyKey = Annotated[
     str, Field(min_length=1, max_length=200, description="repeating a request with its key gives the same answer")
 ]
+
+
+def _no_bare_number(value: Any) -> Any:
+    """Refuse what would else count as seconds since 1970: a slip of the caller must not become a date."""
+    if isinstance(value, (int, float)) or (isinstance(value, str) and value.strip().lstrip("+-").isnumeric()):
+        raise ValueError("a number is no moment; send text such as 2026-03-01T12:00:00Z")
+    return value
+
+
+def _no_word(value: Any) -> Any:
+    """Refuse "10" and true where a number is meant; 10.0 is 10 in JSON."""
+    if isinstance(value, (bool, str)):
+        raise ValueError("Input should be a valid integer")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_word)]
+"""A whole number, written as a number."""
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_no_bare_number)]
+"""A date and time with its zone, in the words of RFC 3339."""
 
 
 class Body(BaseModel):
@@ -48,12 +69,12 @@ class Context(Body):
 
     lesion_id: str | None = Field(default=None, max_length=200)
     patient_id: str | None = Field(default=None, max_length=200, description="only a salted hash of it is stored")
-    age: float | None = Field(default=None, ge=0, le=130, description="years")
+    age: float | None = Field(default=None, ge=0, le=130, strict=True, description="years")
     sex: str | None = Field(default=None, max_length=50)
     localization: str | None = Field(default=None, max_length=200, description="body site")
     device: str | None = Field(default=None, max_length=200)
     site: str | None = Field(default=None, max_length=200, description="institution")
-    acquired_at: AwareDatetime | None = None
+    acquired_at: Moment | None = None
     consent: Consent | None = Field(default=None, description="what may be done with the picture beyond answering")
 
 
@@ -93,7 +114,7 @@ class Explanation(Body):
     faithfulness: dict[str, Any] | None = Field(
         default=None, description="how far this model's Grad-CAM maps can be believed, measured when it was made"
     )
-    shape: tuple[int, int] = Field(description="rows and columns of `values`")
+    shape: list[int] = Field(min_length=2, max_length=2, description="rows and columns of `values`")
     values: list[list[FiniteFloat]] = Field(description="raw map over the centre square of the picture, not rescaled")
     png_base64: str = Field(description="the map drawn over the picture, PNG")
 
@@ -170,7 +191,7 @@ class OutcomeRequest(Body):
         Confirmation.HISTOPATHOLOGY, Confirmation.CONFOCAL, Confirmation.FOLLOW_UP, Confirmation.CONSENSUS,
         Confirmation.SINGLE_READER,
     ] = Field(description="how it was established")  # fmt: skip
-    observed_at: AwareDatetime
+    observed_at: Moment
 
 
 class OutcomeAnswer(Body):
@@ -212,7 +233,7 @@ class RolloutRequest(Body):
     """How far a candidate should come."""
 
     model: str = Field(min_length=1, max_length=200, description="id, prefix of 8 or more, or `candidate`")
-    percent: int = Field(default=0, ge=0, le=100, description="share of lesions; 0 mirrors, 100 promotes")
+    percent: Whole = Field(default=0, ge=0, le=100, description="share of lesions; 0 mirrors, 100 promotes")
     reason: str | None = Field(default=None, max_length=500, description="needed if the gate has not passed it")
 
 

@@ -17,16 +17,21 @@ _CONTEXTS = TypeAdapter(list[Context])
 def picture_body(*, many: bool = False) -> dict[str, Any]:
     """Describe a body with one picture, raw or in a form, or with many in a form, for OpenAPI."""
     image: dict[str, Any] = {"type": "string", "format": "binary"}
+    context: dict[str, Any] = {"$ref": "#/components/schemas/Context"}
     if many:
         image = {"type": "array", "items": image, "minItems": 1}
-    context = "a JSON list, one Context per picture" if many else "JSON, see Context"
+        context = {"type": "array", "items": context, "description": "one for each picture, in their order"}
     form = {
         "schema": {
             "type": "object",
             "required": ["image"],
-            "properties": {"image": image, "context": {"type": "string", "description": context}},
+            "properties": {"image": image, "context": context},
+            "additionalProperties": False,
         },
-        "encoding": {"context": {"contentType": "application/json"}},
+        "encoding": {
+            "image": {"contentType": ", ".join(RAW_TYPES[:3])},
+            "context": {"contentType": "application/json"},
+        },
     }
     raw = {} if many else dict.fromkeys(RAW_TYPES[:3], BINARY)
     return {"requestBody": {"required": True, "content": {**raw, "multipart/form-data": form}}}
@@ -53,11 +58,14 @@ async def one_picture(request: Request) -> tuple[bytes, Context]:
             "unsupported_type",
         )
     async with request.form(max_files=2, max_fields=2, max_part_size=_largest_part(request)) as form:
-        image = form.get("image")
-        if not isinstance(image, UploadFile):
+        _require_known_parts(form)
+        images = form.getlist("image")
+        if not images or not isinstance(images[0], UploadFile):
             raise DataError("the form has no file `image`; add the picture under that name")
+        if len(images) > 1:
+            raise DataError("the form has two files `image`; send one, or several to /v1/predictions/batch")
         text = await _context_text(form)
-        return await image.read(), Context() if text is None else _parsed_one(text)
+        return await images[0].read(), Context() if text is None else _parsed_one(text)
 
 
 async def many_pictures(request: Request, most: int) -> list[tuple[bytes, Context]]:
@@ -75,6 +83,7 @@ async def many_pictures(request: Request, most: int) -> list[tuple[bytes, Contex
     if _media_type(request) != "multipart/form-data":
         raise PictureError("a batch is multipart/form-data with one `image` per picture", "unsupported_type")
     async with request.form(max_files=most + 2, max_fields=2, max_part_size=_largest_part(request)) as form:
+        _require_known_parts(form)
         images = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
         if not 1 <= len(images) <= most:
             raise DataError(f"a batch has 1 to {most} files `image`, not {len(images)}")
@@ -92,6 +101,15 @@ def _media_type(request: Request) -> str:
 def _largest_part(request: Request) -> int:
     limit: int = request.app.state.max_body_bytes
     return limit
+
+
+def _require_known_parts(form: FormData) -> None:
+    """Refuse a misspelt part: it may have held the consent that the caller believes to have given."""
+    unknown = sorted(set(form) - {"image", "context"})
+    if unknown:
+        raise DataError(f"the form has a part {unknown[0][:40]!r}; its parts are `image` and `context`")
+    if len(form.getlist("context")) > 1:
+        raise DataError("the form has two parts `context`; send one")
 
 
 async def _context_text(form: FormData) -> bytes | str | None:

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
 
 from records.errors import RelookError
 from records.types import Consent, Decision, Scope
@@ -163,6 +163,11 @@ def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
                 raise outcome
         contexts = [context for _, context in pictures]
         return batch_body(found, contexts, asking.service.store.taxonomy)
+
+    @router.get("/batch", include_in_schema=False)
+    def no_batch_is_read() -> None:
+        # Else the next route would take the word for an id.
+        raise HTTPException(405)
 
 
 def _add_reading(router: APIRouter, service: Service, door: Door) -> None:
