@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Every line of the HTTP API with curl, against a running service; it stops at the first answer that is not as said.
+#   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh PICTURE [CANDIDATE_MODEL [SIGNED_PATH]]
+# KEY needs the scope admin. It erases the picture that it sent, and takes its own rollout back.
+set -euo pipefail
+PICTURE=$1 CANDIDATE=${2:-} SIGNED=${3:-}
+URL=${URL:-http://127.0.0.1:8000}
+body=$(mktemp) && trap 'rm -f "$body"' EXIT
+
+call() { # STATUS VERB PATH [curl options]: send, and hold the status against what is expected
+  local expected=$1 verb=$2 path=$3 got
+  shift 3
+  if [ -n "$KEY" ]; then set -- -H "Authorization: Bearer $KEY" "$@"; fi
+  got=$(curl -sS -o "$body" -w '%{http_code}' -X "$verb" "$@" "$URL$path")
+  if [ "$got" != "$expected" ]; then echo "$verb $path: $got, expected $expected: $(head -c 400 "$body")" >&2; exit 1; fi
+  echo "$got $verb $path"
+}
+field() { sed -E "s/.*\"$1\":\"?([^\",}]*).*/\1/" < <(grep -oE "\"$1\":\"?[^\",}]*" "$body" | head -1); }
+JSON=(-H 'Content-Type: application/json')
+
+# health and models
+call 200 GET  /healthz
+call 200 GET  /readyz
+call 200 GET  /v1/model
+call 200 GET  /v1/models
+call 200 GET  /metrics
+call 200 GET  /docs
+call 200 GET  /openapi.json
+
+# answers: raw, in a form with its context, repeated with one key, many at once
+call 200 POST '/v1/predictions?explain=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+id=$(field id) image=$(field image_id)
+call 200 POST /v1/predictions -F "image=@$PICTURE" -F 'context={"age": 61, "localization": "back"};type=application/json'
+key="tour-$RANDOM-$RANDOM-$$"
+call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+first=$(field id)
+call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+[ "$(field id)" = "$first" ] || { echo "a repeated key gave another answer" >&2; exit 1; }
+call 200 POST /v1/predictions/batch -F "image=@$PICTURE" -F "image=@$PICTURE" \
+  -F 'context=[{"lesion_id": "L1"}, {"lesion_id": "L1"}];type=application/json'
+call 200 GET  "/v1/predictions/$id"
+call 200 GET  '/v1/predictions?decision=review&limit=5'
+
+# explanations of a stored answer, and of a picture that is not stored
+for method in gradcam integrated_gradients gradient_shap occlusion; do
+  call 200 GET "/v1/predictions/$id/explanation?method=$method&target=mel"
+done
+call 200 GET  "/v1/predictions/$id/explanation?target=mel&versus=nv"
+call 200 GET  "/v1/predictions/$id/explanation?format=png"
+call 200 GET  "/v1/predictions/$id/explanation?format=npy"
+call 200 POST '/v1/explanations?method=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+
+# what people say, and what came of it
+call 200 POST "/v1/predictions/$id/flags" "${JSON[@]}" -d '{"reason": "wrong_label", "suggested_label": "mel"}'
+call 200 POST "/v1/predictions/$id/outcomes" "${JSON[@]}" \
+  -d '{"diagnosis": "mel", "confirmation": "histopathology", "observed_at": "2026-01-15T09:00:00Z"}'
+call 200 GET  '/v1/events?limit=5'
+
+# a candidate beside the model that answers
+if [ -n "$CANDIDATE" ]; then
+  call 200 POST   /v1/rollout "${JSON[@]}" -d "{\"model\": \"$CANDIDATE\", \"percent\": 0, \"reason\": \"a tour\"}"
+  call 200 GET    /v1/rollout
+  call 200 DELETE '/v1/rollout?reason=the%20tour%20ends'
+fi
+call 404 GET  /v1/rollout
+
+# a signed link, which needs no key; then erasure
+if [ -n "$SIGNED" ]; then KEY='' call 200 GET "$SIGNED"; fi
+call 200 DELETE "/v1/images/$image"
+
+# what is refused is a problem document
+call 404 GET  /v1/predictions/00000000000000000000000000000000
+call 415 POST /v1/predictions -H 'Content-Type: image/jpeg' -d 'text'
+call 422 POST /v1/predictions -F "image=@$PICTURE" -F 'contxt={"consent": "none"}'
+call 405 GET  /v1/predictions/batch
+KEY=nobody call 401 GET /v1/models
+echo "every line answered as it should"

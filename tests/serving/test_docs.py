@@ -1,0 +1,46 @@
+"""The script of the documentation runs against a running service and uses every operation that is published."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from records.bundles import register
+from records.ids import sha256_hex
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.types import ModelStatus
+from serving.access.keys import admin_token
+from serving.access.links import sign_image_path
+from serving.settings import ServingSettings
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "serve_api.sh"
+
+
+def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, picture: Callable[..., bytes]) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    tools.serve_bundle(store, tools.make_bundle(store, 0))
+    candidate = tools.make_bundle(store, 1)
+    with store.ledger.begin() as tx:
+        register(tx, candidate, status=ModelStatus.CANDIDATE)
+    file = tmp_path / "lesion.jpg"
+    file.write_bytes(picture(1))
+    signed = sign_image_path(store.home, sha256_hex(picture(1)), 600)
+    with tools.run_service(store, ServingSettings(port=tools.free_port())) as running:
+        environ = {**os.environ, "URL": running.url, "KEY": admin_token(store.home)}
+        done = subprocess.run(
+            ["bash", str(SCRIPT), str(file), candidate.id, signed],
+            env=environ, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        published = httpx.get(f"{running.url}/openapi.json", trust_env=False).json()["paths"]
+    store.close()
+    assert done.returncode == 0, done.stderr
+    called = {tuple(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("200 ")}
+    for path, verbs in published.items():
+        pattern = re.compile(re.sub(r"\{[^}]*\}", "[0-9a-f]+", path) + r"(\?.*)?")
+        for verb in verbs:
+            assert any(v == verb.upper() and pattern.fullmatch(p) for v, p in called), f"{verb} {path}"
