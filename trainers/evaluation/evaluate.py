@@ -180,8 +180,7 @@ def evaluate(
         taxonomy: of the predictions.
         operating: thresholds of the model; without them what needs thresholds is undefined.
         prevalence: class shares that answers are re-weighted to; what has thresholds stays as it is served.
-        priors: class shares that the probabilities were calibrated at; needed with `prevalence`, and for the
-            figures at equal prevalence.
+        priors: class shares at calibration; needed with `prevalence`, and for figures at equal prevalence.
         max_set_size: larger prediction sets go to an expert.
         seed: of the bootstrap.
     Returns:
@@ -190,9 +189,7 @@ def evaluate(
         ContractError: no picture, or probabilities that are not finite or do not sum to 1.
     """
     num_classes = len(taxonomy.codes)
-    if not predictions.image_ids:
-        raise ContractError("an evaluation needs at least one picture")
-    check_probabilities(predictions.probabilities, num_classes)
+    _require_pictures(predictions, num_classes)
     labels, served = predictions.labels, predictions.probabilities
     probabilities = served if prevalence is None else reweight(served, priors or {}, prevalence)
     predicted = probabilities.argmax(axis=1)
@@ -217,9 +214,7 @@ def evaluate(
         ece=expected_calibration_error(labels, probabilities),
         reliability=_reliability(labels, probabilities),
         prevalence=None if prevalence is None else dict(prevalence),
-        at_equal_prevalence=_at_equal_prevalence(served, labels, taxonomy, priors, group_index, weights)
-        if priors
-        else None,
+        at_equal_prevalence=_at_equal_prevalence(served, labels, taxonomy, priors, group_index, weights),
         per_class=per_class,
         key_class=key_class,
         confusion_matrix=confusion.tolist(),
@@ -227,6 +222,12 @@ def evaluate(
         undefined=undefined_reasons(taxonomy, per_class, key_class, operating),
         **_triage_figures(served, taxonomy, operating, max_set_size),
     )
+
+
+def _require_pictures(predictions: SidePredictions, num_classes: int) -> None:
+    if not predictions.image_ids:
+        raise ContractError("an evaluation needs at least one picture")
+    check_probabilities(predictions.probabilities, num_classes)
 
 
 def _reliability(labels: IntArray, probabilities: FloatArray) -> list[ReliabilityBin]:
@@ -268,10 +269,12 @@ def _at_equal_prevalence(
     probabilities: FloatArray,
     labels: IntArray,
     taxonomy: Taxonomy,
-    priors: Mapping[str, float],
+    priors: Mapping[str, float] | None,
     group_index: IntArray,
     weights: NDArray[np.float32],
-) -> EqualPrevalence:
+) -> EqualPrevalence | None:
+    if not priors:
+        return None
     known = {code: float(priors[code] > 0) for code in taxonomy.codes}
     predicted = reweight(probabilities, {code: priors[code] for code in taxonomy.codes}, known).argmax(axis=1)
     confusion = confusion_matrix(labels, predicted, len(taxonomy.codes))
