@@ -55,13 +55,14 @@ test-fast: $(INSTALLED)  ## what needs no server and no browser
 bench: setup  ## time and memory of the demo
 	$(BIN)/python bench/demo.py $(if $(DATA),--data "$(DATA)")
 
-soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (30)
+soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (20)
 	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
+	$(BIN)/python bench/fuzz_api.py --uploads 10000 --examples 40
 	$(BIN)/python bench/release_drills.py
 	$(BIN)/python bench/kill_service.py --kills 2
 	$(BIN)/python bench/two_nodes.py --trials 6 --epochs 8
-	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),30)
+	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),20)
 
 clean:  ## remove caches and the environment; .relook (your data) stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
