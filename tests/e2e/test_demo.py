@@ -157,5 +157,6 @@ def test_ctrl_c_stops_every_process_that_was_started(tmp_path: Path) -> None:
         time.sleep(3)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    assert process.returncode == 130
+    # A shell shows 130 for both: the code that was returned, or the signal that ended what was already cleaned up.
+    assert process.returncode in (130, -signal.SIGINT)
     assert left_behind(before, tmp_path) == []
