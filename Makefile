@@ -33,12 +33,13 @@ $(LABEL_STUDIO): $(INSTALLED) labeling/label_studio_requirements.lock
 demo: setup  ## the whole loop, one command; make demo DATA=folder takes your pictures
 	$(BIN)/relook demo $(if $(DATA),--data "$(DATA)")
 
-check: $(INSTALLED)  ## style, types, import directions, docstrings, changelog
+check: $(INSTALLED)  ## style, types, import directions, docstrings, deploy files, changelog
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pydoclint $(ROOMS)
+	$(BIN)/pytest -q tests/cluster/test_deploy.py
 	@grep -q "^## $$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" CHANGELOG.md \
 		|| { echo "CHANGELOG.md has no section for the version in pyproject.toml" >&2; exit 1; }
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -234,37 +233,3 @@ def test_setup_refuses_an_old_python_with_one_sentence(tmp_path: Path) -> None:
     assert found.returncode != 0
     assert "Relook needs Python 3.11 or newer" in found.stderr
     assert not (tmp_path / "venv").exists()
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> dict[str, Any]:
-    document: dict[str, Any] = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
-    return document
-
-
-def test_ray_up_accepts_the_cluster_file(ray_cluster: dict[str, Any]) -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    prepared = prepare_config(ray_cluster)
-    validate_config(prepared)
-    assert prepared["available_node_types"]["head"]["max_workers"] == 0
-
-
-def test_the_cluster_is_closed_autoscaled_and_of_our_versions(ray_cluster: dict[str, Any]) -> None:
-    kinds = ray_cluster["available_node_types"]
-    workers = {name: kind for name, kind in kinds.items() if name != ray_cluster["head_node_type"]}
-    assert "GPU" not in kinds["head"]["resources"]
-    assert all(kind["resources"]["GPU"] > 0 and kind["min_workers"] == 0 for kind in workers.values())
-    assert ray_cluster["max_workers"] == sum(kind["max_workers"] for kind in workers.values())
-    assert workers["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    for kind in kinds.values():
-        # Left to Ray, the group would take SSH from everywhere.
-        assert kind["node_config"]["SecurityGroupIds"]
-        assert kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
-    docker = ray_cluster["docker"]
-    assert "-e RAY_AUTH_MODE=token" in docker["run_options"]
-    version = f":{_locked()['ray']}-py311-"
-    assert version in docker["head_image"]
-    assert version in docker["worker_image"]
-    assert any("--dashboard-host=127.0.0.1" in line for line in ray_cluster["head_start_ray_commands"])
-    assert "disabled" not in (ROOT / "ray_cluster.yaml").read_text()
