@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.table import Table
 
+import serving.bench.cli
 import serving.rollout.cli
 from records.command import (
     ConfigOption,
@@ -39,6 +40,7 @@ E = TypeVar("E", bound=StrEnum)
 
 app = typer.Typer()
 keys_app = typer.Typer(help="API keys: who may use the service, and for what.", no_args_is_help=True)
+bench_app = serving.bench.cli.app
 app.add_typer(keys_app, name="keys")
 app.add_typer(serving.rollout.cli.app)
 

@@ -143,7 +143,7 @@ class Predictor:
             if repeated is not None:
                 return same_picture(repeated, picture)
         model = self._holder.current
-        consent = request.context.consent or self._settings.default_consent
+        consent = (request.context.consent or self._settings.default_consent) if self._settings.keep else Consent.NONE
         pixels = decode_square(picture.data, model.document.geometry.side_px)
         if consent is not Consent.NONE and was_erased(self._store, picture.id):
             consent = Consent.NONE

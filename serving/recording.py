@@ -77,6 +77,8 @@ class Recorder:
         """
         suitable = _suitability(batch, output)
         made = list(self._drawing.map(self._answer, batch, repeat(output), range(len(batch)), suitable))
+        if not self._settings.keep:
+            return [Answered(answer.prediction, None, heat_map) for answer, heat_map in made]
         unserved: list[Answer] = []
         if beside is not None and trial is not None:
             made, unserved = self._beside(batch, made, beside, trial)

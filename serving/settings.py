@@ -74,6 +74,11 @@ class ServingSettings(RoomSettings):
     default_consent: Consent = Field(
         default=Consent.TRAINING, description="consent of a request that names none: none, review or training"
     )
+    keep: bool = Field(
+        default=True,
+        description="write answers and pictures down; false is for measuring, on loopback only: nothing can be read, "
+        "flagged or explained afterwards, and no expert is asked",
+    )
     overlay_side_px: int = Field(default=256, ge=64, le=2048, description="side of drawn overlays, pixels")
     overlay_alpha: float = Field(default=0.6, ge=0, le=1, description="opacity of an overlay where the map is largest")
 
@@ -94,6 +99,12 @@ class ServingSettings(RoomSettings):
                 f"max_batch_size {self.max_batch_size} can never fill with max_in_flight {self.max_in_flight}; "
                 "raise max_in_flight"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_others_are_told(self) -> Self:
+        if not self.keep and not self.is_loopback:
+            raise ValueError("keep=false is for measuring on this machine; it needs a host on loopback")
         return self
 
     @property
