@@ -18,6 +18,7 @@ from records.errors import ConfigError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Decision, Flag, FlagReason, ModelStatus, Prediction, ReviewItem
+from serving.bench.interleaved import ask_all, differing, draw_calls, stored_once
 from serving.client import Client
 from serving.schemas import Context, FlagRequest, PredictionAnswer
 from serving.settings import ServingSettings
@@ -80,6 +81,24 @@ def test_problems_cross_the_replicas_as_they_are(url: str, picture: Callable[...
         f"{url}/v1/predictions", content=picture(0), headers={"Content-Type": "image/jpeg"} | key
     ).is_success
     assert post(picture(1), **key) == (409, "refused")
+
+
+@pytest.mark.slow
+def test_interleaved_calls_get_the_answers_of_one_at_a_time_and_are_stored_once(
+    url: str, served_store: Store, picture: Callable[..., bytes]
+) -> None:
+    # bench/interleaved.py is the long form.
+    calls = draw_calls(seed=3, num_calls=90, num_pictures=8, codes=served_store.taxonomy.codes)
+    with Client(url) as client:
+        answers = [client.predict(picture(number)).id for number in range(8)]
+        exactly = client.model().precision == "bf16"
+    alone = ask_all(url, calls, picture, answers, 1, "alone")
+    together = ask_all(url, calls, picture, answers, 16, "together")
+    assert differing(alone, together, exactly=exactly) == []
+    assert len({repr(said.body) for said in alone}) > len(calls) / 4
+    with served_store.ledger.read() as tx:
+        for tag, said in (("alone", alone), ("together", together)):
+            assert stored_once(tx, calls, said, tag) == {"answers": 30, "objections": 30}
 
 
 def test_the_page_is_on_the_same_port_and_names_no_foreign_host(url: str) -> None:

@@ -1,0 +1,62 @@
+"""1,000 interleaved predict, explain and flag calls to a real service: the answers of one at a time, stored once each.
+
+.venv/bin/python bench/interleaved.py --calls 1000 --threads 16
+
+It starts `relook serve` with a small trained model in a folder of its own, makes the calls one at a time, then the
+same ones all together. One JSON object; the exit code is 1 if an answer differs or the ledger disagrees.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from live_service import live_service, trained_champion
+
+from serving.bench.interleaved import ask_all, differing, draw_calls, stored_once
+from serving.client import Client
+
+
+def main() -> int:
+    """Make the calls twice and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=1000, help="of each run")
+    parser.add_argument("--threads", type=int, default=16, help="calls under way at once in the second run")
+    parser.add_argument("--seed", type=int, default=2026, help="of the draw")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="relook-interleaved-") as folder:
+        home, pictures = Path(folder) / "home", Path(folder) / "pictures"
+        trained_champion(home, pictures)
+        files = [path.read_bytes() for path in sorted(pictures.rglob("*.jpg"))[:40]]
+        with live_service(home, "serving.page=false") as service:
+            with Client(service.url) as client:
+                answers = [client.predict(data).id for data in files]
+                precision = client.model().precision
+            calls = draw_calls(options.seed, options.calls, len(files), service.store.taxonomy.codes)
+            runs, took_s = {}, {}
+            for tag, threads in (("alone", 1), ("together", options.threads)):
+                began_s = time.monotonic()
+                runs[tag] = ask_all(service.url, calls, files.__getitem__, answers, threads, tag)
+                took_s[tag] = round(time.monotonic() - began_s, 1)
+            others = differing(runs["alone"], runs["together"], exactly=precision == "bf16")
+            with service.store.ledger.read() as tx:
+                stored = {tag: stored_once(tx, calls, said, tag) for tag, said in runs.items()}
+    report = {
+        "calls": len(calls),
+        "kinds": {kind: sum(call.kind == kind for call in calls) for kind in ("predict", "explain", "flag")},
+        "threads": options.threads,
+        "precision": precision,
+        "compared": "to the last bit" if precision == "bf16" else "within 1e-6",
+        "differing": len(others),
+        "stored": stored,
+        "seconds": took_s,
+    }
+    print(json.dumps(report, indent=2))
+    return 1 if others else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
