@@ -1,14 +1,15 @@
 """Push, answer and pull through a bad network with kills: 0 lost, 0 doubled, the order kept. One JSON line.
 
 A proxy stands between Relook and a real Label Studio. It drops requests before they arrive, drops answers
-after Label Studio has committed, sends requests twice and holds others back. `relook label sync` runs
-through it and is killed (SIGKILL) at random moments.
+after Label Studio has committed, sends requests twice and holds others back. `relook label sync --watch` runs
+through it and is killed (SIGKILL) after a random number of requests, half of the times while questions go out
+and half while answers come in. There are no webhooks: the poll alone has to find everything. At the end some
+answers are edited and deleted, and what the ledger holds is compared with what Label Studio holds.
 
 .venv/bin/python bench/label_chaos.py --items 2000 --kills 20 --drop 0.3 --delay-s 5
 """
 
 import argparse
-import io
 import json
 import os
 import random
@@ -20,25 +21,28 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from PIL import Image as PillowImage
 
+from labeling.bench.bulk import add_questions, counted
 from labeling.client import LabelStudioClient
 from labeling.local_server import LocalLabelStudio
 from labeling.project import known_project
+from labeling.pull import pull
 from labeling.settings import LabelingSettings
 from labeling.tasks import answer_result
 from records.home import open_home
-from records.ids import new_id, utc_now
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import ExpertLabel, Image, ReasonCode, ReviewItem, ReviewState
+from records.types import ReviewItem, ReviewState
 
+_COMMAND = [sys.executable, "-m", "cluster.cli", "label", "sync", "--watch", "--every", "1s", "--json"]
+_SMALL = {"RELOOK_LABELING__PUSH_BATCH": "20", "RELOOK_LABELING__BLIND_SHARE": "0"}
+_PATIENCE_S = 1800
 _KEPT = ("authorization", "content-type", "accept")
 
 
@@ -55,6 +59,7 @@ class ChaosProxy:
 
     def __init__(self, upstream: str, *, drop: float, delay_share: float, delay_s: float, seed: int) -> None:
         self.counts: Counter[str] = Counter()
+        self.upstream = upstream
         chance, lock, counts = random.Random(seed), threading.Lock(), self.counts
         http = httpx.Client(base_url=upstream, timeout=60, trust_env=False)
 
@@ -115,32 +120,6 @@ class ChaosProxy:
         self._http.close()
 
 
-def add_questions(store: Store, count: int, seed: int) -> None:
-    """Write `count` questions about generated pictures, with priorities in random order."""
-    chance = np.random.default_rng(seed)
-    for start in range(0, count, 500):
-        records: list[Image | ReviewItem] = []
-        for _ in range(start, min(start + 500, count)):
-            buffer = io.BytesIO()
-            pixels = np.kron(chance.integers(0, 255, (6, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), dtype=np.uint8))
-            PillowImage.fromarray(pixels).save(buffer, "JPEG")
-            blob, now = store.blobs.put(buffer.getvalue()), utc_now()
-            records.append(
-                Image(
-                    id=blob, uri=store.blobs.uri(blob), format="jpeg", width_px=48, height_px=48,
-                    provenance="bench", created_at=now,
-                )
-            )  # fmt: skip
-            records.append(
-                ReviewItem(
-                    id=new_id(), created_at=now, image_id=blob, reasons=[ReasonCode.REFER],
-                    priority=float(chance.random() * 300),
-                )
-            )  # fmt: skip
-        with store.ledger.begin() as tx:
-            tx.add(*records)
-
-
 def compare(store: Store, client: LabelStudioClient) -> dict[str, Any]:
     """Hold the ledger against Label Studio itself.
 
@@ -150,28 +129,14 @@ def compare(store: Store, client: LabelStudioClient) -> dict[str, Any]:
     Returns:
         What is lost, doubled, or out of order.
     """
-    project_id = known_project(store, client)
-    assert project_id is not None
-    rows = [row for page in client.list_tasks(project_id, with_annotations=True) for row in page]
     with store.ledger.read() as tx:
         items = {item.id: item for item in tx.find(ReviewItem)}
-        labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
-    tasks = Counter(str(row.meta.get("relook_item")) for row in rows)
-    said = {a.id: a.result[0]["value"]["choices"][0] for row in rows for a in row.annotations if not a.was_cancelled}
-    known = {label.annotation_id: label.label for label in labels if not label.deleted}
-    gone = {label.annotation_id for label in labels if label.deleted}
-    order = {"project": project_id, "query": json.dumps({"ordering": ["tasks:predictions_score"]}), "fields": "all"}
-    listed = client.request("GET", "api/tasks/", "list", params={**order, "include": "id,meta", "page_size": 100})
+    exactly = counted(store, client)
+    order = {"project": known_project(store, client), "query": json.dumps({"ordering": ["tasks:predictions_score"]})}
+    size = {"fields": "all", "include": "id,meta", "page_size": exactly["tasks"] + 1}
+    listed = client.request("GET", "api/tasks/", "list", params={**order, **size})
     asked = [items[task["meta"]["relook_item"]].priority for task in listed["tasks"]]
-    return {
-        "tasks": len(rows),
-        "annotations": len(said),
-        "lost": sum(number not in tasks for number in items) + len(said.keys() - (known.keys() - gone)),
-        "doubled": sum(n - 1 for n in tasks.values())
-        + len(labels) - len({(label.annotation_id, label.revision) for label in labels}),
-        "different": sum(known.get(number) != label for number, label in said.items()),
-        "order_kept": asked == sorted(asked, reverse=True),
-    }  # fmt: skip
+    return {**exactly, "order_kept": len(asked) == exactly["tasks"] and asked == sorted(asked, reverse=True)}
 
 
 def main() -> int:
@@ -183,13 +148,11 @@ def main() -> int:
     parser.add_argument("--delay-s", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="relook-chaos-") as folder:
         home = open_home(Path(folder))
         local = LocalLabelStudio(home, LabelingSettings(port=0))
         server = local.up()
         store = open_store(RecordsSettings(home=home.root))
-        began = time.monotonic()
         try:
             add_questions(store, arguments.items, arguments.seed)
             with (
@@ -198,52 +161,105 @@ def main() -> int:
                 ) as proxy,
                 LabelStudioClient(server.url, server.token) as client,
             ):
-                token = server.token.get_secret_value()
-                kills = _sync_with_kills(home.root, proxy.url, token, store, arguments.kills // 2, chance)
-                _answer_all(client, store)
-                kills += _sync_with_kills(home.root, proxy.url, token, store, arguments.kills - kills, chance)
-                found = {**compare(store, client), "kills": kills, **proxy.counts}
+                found = play(store, client, proxy, server.token.get_secret_value(), arguments.kills, arguments.seed)
         finally:
             store.close()
             local.down()
-    print(json.dumps({**found, "seconds": round(time.monotonic() - began, 1)}))
+    print(json.dumps(found))
     return int(bool(found["lost"] or found["doubled"] or found["different"] or not found["order_kept"]))
 
 
-def _sync_with_kills(home: Path, url: str, token: str, store: Store, kills: int, chance: random.Random) -> int:
-    """Run `relook label sync` until it has nothing left to do, killing the first `kills` of its processes."""
-    variables = {**os.environ, "RELOOK_HOME": str(home), "RELOOK_LABELING__URL": url, "RELOOK_LABELING__TOKEN": token}
-    variables |= {"RELOOK_LABELING__PUSH_BATCH": "20", "RELOOK_LABELING__BLIND_SHARE": "0"}
-    command = [sys.executable, "-m", "cluster.cli", "label", "sync", "--json"]
-    killed = 0
-    while True:
-        with subprocess.Popen(
-            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
-            if killed < kills:
+def play(
+    store: Store, client: LabelStudioClient, proxy: ChaosProxy, token: str, kills: int, seed: int
+) -> dict[str, Any]:
+    """Send all questions, answer them in waves, edit and delete, with kills in between; compare."""
+    chance, began = random.Random(seed), time.monotonic()
+    syncing = Syncing(store, proxy, token)
+    while syncing.killed < kills // 2 and syncing.waits():
+        syncing.run(chance.randint(1, 40), until=lambda: not syncing.waits())
+    killed_pushing = syncing.killed
+    syncing.run(None, until=lambda: not syncing.waits())
+    pushed_s = time.monotonic() - began
+    with store.ledger.read() as tx:
+        items = tx.find(ReviewItem, order_by=("id",))
+    waves, made = max(kills - killed_pushing, 1), []
+    for wave in range(waves):
+        made += _answer(client, store, items[wave::waves])
+        if syncing.killed < kills:
+            syncing.run(chance.randint(2, 12))
+    for number in made[: len(items) // 100]:
+        client.request("PATCH", f"api/annotations/{number}/", "edit", body={"result": answer_result("bkl")})
+    for number in made[len(items) // 100 : len(items) // 50]:
+        client.request("DELETE", f"api/annotations/{number}/", "delete")
+
+    def equal() -> bool:
+        found = compare(store, client)
+        return not (found["lost"] or found["different"])
+
+    syncing.run(None, until=equal)
+    with LabelStudioClient(proxy.upstream, token) as direct:
+        # Through the good network: a second look adds nothing.
+        again = pull(store, direct, LabelingSettings())
+    times = {"pushed_s": round(pushed_s, 1), "seconds": round(time.monotonic() - began, 1)}
+    kinds = {"killed_pushing": killed_pushing, "killed_pulling": syncing.killed - killed_pushing}
+    repeated = {"second_pull_adds": again.new_labels + again.deleted}
+    return {**compare(store, client), **repeated, **kinds, **proxy.counts, **times}
+
+
+class Syncing:
+    """Runs `relook label sync --watch` through the proxy.
+
+    Args:
+        store: of the same home.
+        proxy: that it is sent through.
+        token: of Label Studio.
+    """
+
+    def __init__(self, store: Store, proxy: ChaosProxy, token: str) -> None:
+        self.killed = 0
+        self._store, self._proxy = store, proxy
+        variables = {"RELOOK_HOME": str(store.home.root), "RELOOK_LABELING__URL": proxy.url}
+        self._variables = {**os.environ, **variables, "RELOOK_LABELING__TOKEN": token, **_SMALL}
+
+    def waits(self) -> bool:
+        """Return whether a question has not been sent yet."""
+        with self._store.ledger.read() as tx:
+            return tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
+
+    def run(self, requests: int | None, until: Callable[[], bool] = lambda: False) -> None:
+        """Run it, and kill it after so many requests; without a number it ends when `until` holds.
+
+        Args:
+            requests: of this process; None never kills it in the middle of its work.
+            until: what to wait for.
+        """
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            before = self._proxy.counts["requests"]
+            with subprocess.Popen(
+                _COMMAND, env=self._variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as process:
                 try:
-                    process.wait(chance.uniform(2.0, 12.0))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    killed += 1
-            said = process.communicate()[0]
-        if process.returncode == 0:
-            report = json.loads(said)
-            if killed >= kills and report["pull"]["idle"] and not _waits(store):
-                return killed
+                    while process.poll() is None and time.monotonic() < deadline:
+                        if requests is not None and self._proxy.counts["requests"] - before >= requests:
+                            process.send_signal(signal.SIGKILL)
+                            self.killed += 1
+                            return
+                        if until():
+                            return
+                        time.sleep(0.02 if requests is not None else 1.0)
+                finally:
+                    process.kill()
+        raise SystemExit(f"not done after {_PATIENCE_S} s")
 
 
-def _waits(store: Store) -> bool:
-    with store.ledger.read() as tx:
-        return tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
-
-
-def _answer_all(client: LabelStudioClient, store: Store) -> None:
-    with store.ledger.read() as tx:
-        items = tx.find(ReviewItem, where={"state": ReviewState.PUSHED})
-    for number, item in enumerate(items):
-        label = store.taxonomy.codes[number % len(store.taxonomy.codes)]
-        client.create_annotation(item.task_id or 0, answer_result(label), key=uuid.uuid4())
+def _answer(client: LabelStudioClient, store: Store, items: list[ReviewItem]) -> list[int]:
+    codes = store.taxonomy.codes
+    made = (
+        client.create_annotation(item.task_id or 0, answer_result(codes[number % len(codes)]), key=uuid.uuid4())
+        for number, item in enumerate(items)
+    )
+    return [number for number in made if number is not None]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,24 @@ def resolved_labels(
     return resolve(labels, by_chance_alone, adjudications=decided, method=method)
 
 
+def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[ResolvedLabel]:
+    """Return what blind readers say of the pictures that were drawn at random.
+
+    A drawn picture counts whatever else was thought of it, or the sample would lack what is doubted and flagged;
+    what was answered to any other question about it does not.
+
+    Args:
+        store: with the labels.
+        method: setting `labeling.consensus`.
+    Returns:
+        One entry per picture that a blind question about a drawn answer was answered for.
+    """
+    with store.ledger.read() as tx:
+        labels = tx.find(ExpertLabel, where={"blind": True}, order_by=("created_at", "id"))
+        drawn = {item.id for item in tx.find(ReviewItem) if ReasonCode.AUDIT_SAMPLE in item.reasons}
+    return resolve([label for label in labels if label.review_item_id in drawn], drawn, method=method)
+
+
 def group_labelled_pictures(store: Store) -> int:
     """Put pictures that experts labelled and that are in no group yet into groups.
 

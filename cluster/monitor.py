@@ -1,6 +1,6 @@
 """`relook monitor`: how good the answers are that were really given, from the random audit sample alone.
 
-In: predictions of the audit sample and what experts (or later outcomes) said of those pictures. Out:
+In: predictions of the audit sample and what blind readers (or later findings) said of those pictures. Out:
 sensitivity and specificity of the key class (referred or not), and how far stated confidence is from
 being right, per model, institution and device. Each picture counts by one over the probability with
 which it was drawn. Labels that came from doubt or flags are not looked at: they are no sample.
@@ -20,13 +20,23 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from cluster.labels import resolved_labels
+from cluster.labels import audit_labels
 from records.errors import ContractError
 from records.store import Store
 from records.stored import find_images
-from records.types import Decision, Image, Outcome, Prediction, ReasonCode, ReviewItem
+from records.types import (
+    LABEL_RANK,
+    Confirmation,
+    Decision,
+    Image,
+    Outcome,
+    Prediction,
+    ReasonCode,
+    ReviewItem,
+)
 
 LEVEL = 0.95
+_A_READER = LABEL_RANK[Confirmation.CONSENSUS]
 _GRID = np.linspace(0.0, 1.0, 501)
 _BETS = np.linspace(0.05, 0.95, 10)
 
@@ -174,6 +184,17 @@ def _referred(prediction: Prediction, key: str | None) -> bool:
     return prediction.label == key or (prediction.decision is not Decision.ANSWERED and bool(reasons))
 
 
+def _truth(store: Store) -> dict[str, str]:
+    """Return what blind readers of the audit sample said; what was found otherwise than by a look stands above that."""
+    with store.ledger.read() as tx:
+        outcomes = tx.find(Outcome, order_by=("created_at", "id"))
+    said = {label.image_id: label.label for label in audit_labels(store) if label.label is not None}
+    known = [o for o in outcomes if o.diagnosis in store.taxonomy.codes and LABEL_RANK[o.confirmation] < _A_READER]
+    # The strongest is entered last, and of equals the newest.
+    ranked = sorted(known, key=lambda outcome: -LABEL_RANK[outcome.confirmation])
+    return {**said, **{outcome.image_id: outcome.diagnosis for outcome in ranked}}
+
+
 def _audited(store: Store) -> list[Audited]:
     """Return the served answers of the audit sample whose truth is known, in the order of the answers."""
     with store.ledger.read() as tx:
@@ -183,10 +204,7 @@ def _audited(store: Store) -> list[Audited]:
             if ReasonCode.AUDIT_SAMPLE in item.reasons and item.selection_probability and item.prediction_id
         ]
         predictions = {p.id: p for p in tx.find(Prediction, where={"id": {i.prediction_id for i in items}})}
-        outcomes = {o.image_id: o.diagnosis for o in tx.find(Outcome, order_by=("created_at",))}
-    said = {label.image_id: label.label for label in resolved_labels(store) if label.label is not None}
-    # A biopsy says more than a reader, and counts only where the picture was drawn at random, too.
-    truth = {**said, **{image_id: code for image_id, code in outcomes.items() if code in store.taxonomy.codes}}
+    truth = _truth(store)
     known = [item for item in items if item.image_id in truth and item.prediction_id in predictions]
     images = {image.id: image for image in find_images(store, [item.image_id for item in known])}
     rows = [

@@ -150,6 +150,7 @@ def _resolve_one(
         best = max(sorted(beliefs), key=lambda code: beliefs[code])
         support, method = min(beliefs[best], 1.0), "dawid_skene"
     decided = support > 0.5
+    counted = rows if decision is None else [*rows, decision]
     together = method == "adjudication" or (best is not None and votes[best] > 1)
     return ResolvedLabel(
         image_id=image_id,
@@ -159,5 +160,5 @@ def _resolve_one(
         method=method,
         annotators=sorted(row.annotator for row in rows),
         expert_label_ids=sorted(row.id for row in rows),
-        from_audit_sample=all(row.review_item_id in audit_items for row in rows),
+        from_audit_sample=all(row.review_item_id in audit_items for row in counted),
     )

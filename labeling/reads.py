@@ -1,8 +1,9 @@
 """Who reads a question, and whether its task still says what the question is.
 
 Some questions are blind: all of the random audit sample, since labels for an evaluation must not lean on
-the model, and a share of the others, which shows how much the model's opinion draws its readers. A
-blind question goes to a project of its own. Nothing here calls a server.
+the model (a drawn picture that is urgent or flagged is read once more for that), and a share of the
+others, which shows how much the model's opinion draws its readers. A blind question goes to a project
+of its own. Nothing here calls a server.
 """
 
 import sqlalchemy as sa
@@ -30,11 +31,10 @@ def plan_reads(store: Store, settings: LabelingSettings) -> int:
         for item in tx.find(ReviewItem, where={"state": ReviewState.NEW, "blind": False}, order_by=("id",)):
             if is_blind(item, settings.blind_share):
                 tx.update(ReviewItem, item.id, blind=True, reader=_reader(item.id, settings.readers))
-            if not _SEVERAL.isdisjoint(item.reasons):
-                for read in _further_reads(item, settings):
-                    if tx.get(ReviewItem, read.id) is None:
-                        tx.add(read)
-                        added += 1
+            for read in _further_reads(item, settings):
+                if tx.get(ReviewItem, read.id) is None:
+                    tx.add(read)
+                    added += 1
     return added
 
 
@@ -46,13 +46,11 @@ def is_blind(item: ReviewItem, share: float) -> bool:
         share: setting `labeling.blind_share`.
     Returns:
         True for the audit sample, and for a share of the others that their ids decide; never for an urgent
-        or a flagged one, whose reader should see everything.
+        or a flagged one, whose reader should see everything. If such a one was drawn, it has a blind read beside it.
     """
-    if item.reasons == [ReasonCode.AUDIT_SAMPLE]:
-        return True
     if not _SEVERAL.isdisjoint(item.reasons) or ReasonCode.ADJUDICATION in item.reasons:
         return False
-    return _fraction(item.id) < share
+    return ReasonCode.AUDIT_SAMPLE in item.reasons or _fraction(item.id) < share
 
 
 def says_hash(item: ReviewItem) -> str:
@@ -76,9 +74,13 @@ def _says(priority: float, reasons: list[str], comment: str | None, suggested: s
 
 
 def _further_reads(item: ReviewItem, settings: LabelingSettings) -> list[ReviewItem]:
+    if _SEVERAL.isdisjoint(item.reasons):
+        return []
     wanted = min(settings.reads_per_question - 1, len(settings.readers))
     first = int(_fraction(item.id) * len(settings.readers))
-    readers = [settings.readers[(first + n) % len(settings.readers)] for n in range(wanted)]
+    readers: list[str | None] = [settings.readers[(first + n) % len(settings.readers)] for n in range(wanted)]
+    if not readers and ReasonCode.AUDIT_SAMPLE in item.reasons:
+        readers = [_reader(item.id, settings.readers)]
     changes = {"prediction_id": None, "comment": None, "suggested_label": None, "blind": True, "overlay_blob": None}
     # The id follows from question and reader, so that no read is ever added twice.
     return [item.model_copy(update={**changes, "id": hash_of([item.id, r])[:32], "reader": r}) for r in readers]

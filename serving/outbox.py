@@ -153,7 +153,8 @@ def _ask(tx: Transaction, questions: Sequence[ReviewItem | None]) -> list[Review
 
 def _waiting(tx: Transaction, image_ids: Sequence[str]) -> dict[str, ReviewItem]:
     items = tx.find(ReviewItem, where={"image_id": list(image_ids), "state": list(OPEN_STATES)}, order_by=("id",))
-    return {item.image_id: item for item in items}
+    # What a blind reader is asked says nothing of reasons or comments, so it takes them in only where it is alone.
+    return {item.image_id: item for item in sorted(items, key=lambda item: not item.blind)}
 
 
 def _merged(waiting: ReviewItem, question: ReviewItem) -> ReviewItem:

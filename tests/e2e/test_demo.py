@@ -1,5 +1,6 @@
 """The demo as a user runs it: one command, real processes, and what it leaves behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.types import ExpertLabel, Flag, ModelRecord, Prediction
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -103,15 +108,38 @@ def test_every_answer_of_the_experts_has_exactly_one_fate(played: tuple[Path, di
     assert summary["rounds"][0]["labels_from_experts"] == 0
 
 
-def test_the_trace_of_a_flagged_picture_ends_at_the_second_model(played: tuple[Path, dict[str, Any]]) -> None:
+def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_answer(
+    played: tuple[Path, dict[str, Any]],
+) -> None:
     home, summary = played
     assert summary["trace"]["complete"] is True, summary["trace"]
-    done = relook(home, "trace", summary["trace"]["prediction_id"], "--json")
+    prediction_id, second = summary["trace"]["prediction_id"], summary["rounds"][1]
+    done = relook(home, "trace", prediction_id, "--json")
     assert done.returncode == 0, done.stderr
     steps = json.loads(done.stdout)["steps"]
-    kinds = [step["kind"] for step in steps]
-    assert {"answer", "flag", "question", "task", "expert", "dataset", "model"} <= set(kinds)
-    assert any(step["kind"] == "model" and step["id"] == summary["rounds"][1]["model_id"] for step in steps)
+
+    def step(kind: str, holds: str = "") -> dict[str, str]:
+        return next(one for one in steps if one["kind"] == kind and (holds in one["text"] or one["id"] == holds))
+
+    answer, flag, question = step("answer", prediction_id), step("flag"), step("question", "flagged")
+    dataset, model = step("dataset", second["dataset_id"]), step("model", second["model_id"])
+    said = {one["id"]: one for one in steps if one["kind"] == "expert"}
+    with contextlib.closing(open_store(RecordsSettings(home=home))) as store, store.ledger.read() as tx:
+        (label,) = tx.find(ExpertLabel, where={"id": list(said), "review_item_id": question["id"]})
+        assert tx.require(Flag, flag["id"]).prediction_id == prediction_id
+        assert tx.require(Flag, flag["id"]).review_item_id == question["id"]
+        assert tx.require(ModelRecord, model["id"]).dataset_id == dataset["id"]
+        assert label.image_id == tx.require(Prediction, prediction_id).image_id
+    task = step("task", f"task {label.task_id} in project {label.project_id} of Label Studio")
+    assert f" as {label.label} on side train (expert:{label.annotator}" in dataset["text"]
+    assert f"trained on dataset {dataset['id'][:12]} in round" in model["text"]
+    way = (answer, flag, task, said[label.id], dataset, model)
+    times = [one["at"] for one in way]
+    assert times == sorted(times)
+
+    printed = relook(home, "trace", prediction_id).stdout
+    assert all(one["kind"] in printed for one in (*way, question))
+    assert model["id"][:12] in printed
 
 
 def test_what_the_demo_wrote_can_be_asked_for(played: tuple[Path, dict[str, Any]]) -> None:

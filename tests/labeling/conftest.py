@@ -60,6 +60,13 @@ def client(server: ServerInfo) -> Iterator[LabelStudioClient]:
 
 
 AddItems = Callable[..., list[ReviewItem]]
+AddItem = Callable[[bytes, bytes, float], ReviewItem]
+
+
+@pytest.fixture
+def ask_about(store: Store) -> AddItem:
+    """Write one question about a picture with its overlay, at a priority."""
+    return lambda data, overlay, priority: add_item(store, data, overlay, priority)
 
 
 @pytest.fixture
@@ -67,13 +74,17 @@ def add_items(store: Store) -> AddItems:
     """Write pictures, predictions and review items, as serving does; priority falls with the number."""
 
     def add(count: int, *, first_seed: int = 0, overlays: bool = True) -> list[ReviewItem]:
-        return [_add_one(store, first_seed + number, count - number, overlays) for number in range(count)]
+        seeds = range(first_seed, first_seed + count)
+        return [
+            add_item(store, picture(seed), picture(seed + 10_000, "PNG") if overlays else None, count - number)
+            for number, seed in enumerate(seeds)
+        ]
 
     return add
 
 
-def _add_one(store: Store, seed: int, priority: float, overlay: bool) -> ReviewItem:
-    data = picture(seed)
+def add_item(store: Store, data: bytes, overlay: bytes | None, priority: float) -> ReviewItem:
+    """Write one picture with a prediction and a question."""
     now = utc_now()
     image = Image(
         id=store.blobs.put(data),
@@ -116,7 +127,7 @@ def _add_one(store: Store, seed: int, priority: float, overlay: bool) -> ReviewI
         image_id=image.id,
         reasons=[ReasonCode.LOW_CONFIDENCE, ReasonCode.REFER],
         priority=priority,
-        overlay_blob=store.blobs.put(picture(seed + 10_000, "PNG")) if overlay else None,
+        overlay_blob=store.blobs.put(overlay) if overlay is not None else None,
     )
     with store.ledger.begin() as tx:
         tx.add(image, prediction, item)

@@ -1,10 +1,14 @@
 """The labeling page as an expert sees it: a real Label Studio in a real browser."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image as PillowImage
+from playwright.sync_api import expect
 
 from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
@@ -13,11 +17,11 @@ from labeling.push import push
 from labeling.settings import LabelingSettings
 from records.store import Store
 from records.types import ExpertLabel, ReviewItem
+from trainers.data.synth import render
+from trainers.explanations.overlay import overlay_png
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
-
-AddItems = Callable[..., list[ReviewItem]]
 
 
 def _log_in(page: "Page", server: ServerInfo) -> None:
@@ -33,23 +37,41 @@ def _is_drawn(picture: "Locator") -> bool:
     return bool(picture.evaluate("async image => { await image.decode(); return image.naturalWidth > 0; }"))
 
 
+def _lesion(number: int) -> tuple[bytes, bytes]:
+    """A generated picture, and a map drawn over it that is strongest in the middle."""
+    data = render("mel" if number % 2 else "nv", seed=7, number=number, width_px=400)
+    y, x = np.mgrid[-1:1:14j, -1:1:14j]
+    with PillowImage.open(io.BytesIO(data)) as opened:
+        return data, overlay_png(np.asarray(opened.convert("RGB")), np.exp(-5 * (x**2 + (y - 0.1) ** 2)))
+
+
+def _answer(page: "Page", diagnosis: str, comment: str) -> None:
+    """Click a diagnosis, write a comment, submit, and wait until it arrived."""
+    page.get_by_text(diagnosis, exact=True).click()
+    page.get_by_placeholder("Comment (optional)").fill(comment)
+    with page.expect_response(lambda r: r.request.method == "POST" and "/annotations" in r.url) as answered:
+        page.get_by_test_id("bottombar-submit-button").click()
+    assert answered.value.ok
+
+
 @pytest.mark.browser
-def test_an_expert_sees_picture_and_heat_map_and_the_click_arrives(
+def test_an_expert_sees_picture_and_heat_map_and_clicks_arrive_in_the_order_of_priority(
     browser: "Browser",
     server: ServerInfo,
     client: LabelStudioClient,
     store: Store,
     settings: LabelingSettings,
-    add_items: AddItems,
+    ask_about: Callable[[bytes, bytes, float], ReviewItem],
     tmp_path: Path,
 ) -> None:
-    # Least urgent first, so that the order of the tasks and the order of asking differ.
-    add_items(1, first_seed=40)
+    # In two pushes, and neither by priority, so that the order of the tasks and the order of asking differ.
+    items = [ask_about(*_lesion(number), priority) for number, priority in enumerate((20.0, 5.0))]
     first = push(store, client, settings)
-    most_urgent = add_items(3, first_seed=50)[0]
+    items += [ask_about(*_lesion(number + 2), priority) for number, priority in enumerate((30.0, 1.0, 10.0))]
     push(store, client, settings)
+    by_priority = sorted(items, key=lambda item: -item.priority)
 
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context = browser.new_context(viewport={"width": 1400, "height": 1300})
     page = context.new_page()
     asked_elsewhere: list[str] = []
     page.on(
@@ -63,26 +85,30 @@ def test_an_expert_sees_picture_and_heat_map_and_the_click_arrives(
     page.get_by_text("Your diagnosis").wait_for()
     page.get_by_text("The model was not sure.").wait_for()
     assert page.get_by_text("age 55, female, back").is_visible()
-    picture = page.locator("img[alt=image], img[src^='data:image/jpeg'], img[src^='blob:']").first
-    assert _is_drawn(picture)
+    assert _is_drawn(page.locator("img[alt=image], img[src^='data:image/jpeg'], img[src^='blob:']").first)
     assert not page.get_by_text("Melanoma 60%").is_visible(), "the model's opinion is folded away"
-    page.screenshot(path=tmp_path / "task.png")
+    page.screenshot(path=tmp_path / "label-task.png")
+    shown = page.locator("img").count()
     page.get_by_text("What the model answered").click()
     page.get_by_text("Melanoma 60%").wait_for()
     page.get_by_text("Where the model looked").click()
-    page.wait_for_timeout(500)
-    page.screenshot(path=tmp_path / "task-heat-map.png")
+    expect(page.locator("img")).to_have_count(shown + 1)
+    assert _is_drawn(page.locator("img").last)
+    page.wait_for_timeout(500)  # the fold is still opening
+    page.screenshot(path=tmp_path / "label-task-heat-map.png")
+    page.get_by_text("Where the model looked").click()
+    expect(page.locator("img").last).not_to_be_visible()
 
-    page.get_by_text("Dermatofibroma").click()
-    page.get_by_placeholder("Comment (optional)").fill("looks firm")
-    page.get_by_test_id("bottombar-submit-button").click()
-    page.wait_for_timeout(1500)
-    page.screenshot(path=tmp_path / "after.png")
+    answers = ("Dermatofibroma", "Melanoma", "Melanocytic nevus", "Can't tell", "Basal cell carcinoma")
+    for number, diagnosis in enumerate(answers, start=1):
+        _answer(page, diagnosis, f"looked at number {number}")
+        page.wait_for_timeout(1500)
     context.close()
 
-    assert pull(store, client, settings).new_labels == 1
+    assert pull(store, client, settings).new_labels == 5
     with store.ledger.read() as tx:
-        (label,) = tx.find(ExpertLabel)
-    assert label.review_item_id == most_urgent.id
-    assert (label.label, label.comment) == ("df", "looks firm")
+        said = tx.find(ExpertLabel, order_by=("annotated_at",))
+    assert [label.review_item_id for label in said] == [item.id for item in by_priority]
+    assert [label.label for label in said] == ["df", "mel", "nv", None, "bcc"]
+    assert [label.comment for label in said] == [f"looked at number {n}" for n in range(1, 6)]
     assert asked_elsewhere == []

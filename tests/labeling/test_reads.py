@@ -38,8 +38,10 @@ def test_the_audit_sample_is_always_blind_and_a_flag_never(store: Store, add_ite
     (item,) = add_items(1)
     of = item.model_copy
     assert is_blind(of(update={"reasons": [ReasonCode.AUDIT_SAMPLE]}), 0.0)
-    assert not is_blind(of(update={"reasons": [ReasonCode.AUDIT_SAMPLE, ReasonCode.REFER]}), 0.0)
-    assert not is_blind(of(update={"reasons": [ReasonCode.FLAGGED]}), 1.0)
+    assert is_blind(of(update={"reasons": [ReasonCode.REFER, ReasonCode.AUDIT_SAMPLE]}), 0.0)
+    for reason in (ReasonCode.FLAGGED, ReasonCode.URGENT, ReasonCode.ADJUDICATION):
+        assert not is_blind(of(update={"reasons": [reason]}), 1.0)
+        assert not is_blind(of(update={"reasons": [ReasonCode.AUDIT_SAMPLE, reason]}), 1.0)
     share = sum(is_blind(of(update={"id": f"{n:032x}"}), 0.1) for n in range(4000)) / 4000
     assert share == pytest.approx(0.1, abs=0.02)
 
@@ -53,6 +55,20 @@ def test_further_reads_are_planned_once(store: Store, settings: LabelingSettings
     reads = [item for item in _items(store) if item.reader is not None]
     assert {item.reader for item in reads} == set(READERS)
     assert all(item.blind and item.comment is None and item.image_id == first.image_id for item in reads)
+
+
+@pytest.mark.parametrize("reason", [ReasonCode.FLAGGED, ReasonCode.URGENT])
+def test_a_drawn_question_that_is_not_blind_has_one_blind_read(
+    store: Store, settings: LabelingSettings, add_items: AddItems, reason: ReasonCode
+) -> None:
+    drawn, other = add_items(2)
+    _change(store, drawn, reasons=[reason, ReasonCode.AUDIT_SAMPLE])
+    _change(store, other, reasons=[reason])
+    assert plan_reads(store, settings) == 1
+    assert plan_reads(store, settings) == 0
+    (read,) = (item for item in _items(store) if item.blind)
+    assert (read.image_id, read.reader) == (drawn.image_id, None)
+    assert ReasonCode.AUDIT_SAMPLE in read.reasons
 
 
 def test_a_blind_task_says_nothing_of_the_model(store: Store, settings: LabelingSettings, add_items: AddItems) -> None:

@@ -2,6 +2,8 @@
 
 import uuid
 from collections.abc import Callable
+from datetime import datetime
+from typing import Any
 
 import pytest
 
@@ -33,6 +35,11 @@ def _delete(client: LabelStudioClient, annotation_id: int) -> None:
     client.request("DELETE", f"api/annotations/{annotation_id}/", "delete")
 
 
+def _post(client: LabelStudioClient, task_id: int, body: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = client.request("POST", f"api/tasks/{task_id}/annotations/", "answer", body=body)
+    return made
+
+
 def _items(store: Store) -> list[ReviewItem]:
     with store.ledger.read() as tx:
         return tx.find(ReviewItem, order_by=("-priority",))
@@ -43,56 +50,73 @@ def _labels(store: Store) -> list[ExpertLabel]:
         return tx.find(ExpertLabel, order_by=("created_at", "id"))
 
 
-def _standing(store: Store) -> dict[int, str | None]:
-    """Annotation id -> label of everything that the ledger holds to be said now."""
+def _said(client: LabelStudioClient, project_id: int) -> dict[int, dict[str, Any]]:
+    """Task id -> item and standing answers of everything in a project, from Label Studio's own export."""
+    asked = {"exportType": "JSON", "download_all_tasks": "true"}
+    return {
+        task["id"]: {
+            "item": task["meta"]["relook_item"],
+            "answers": {
+                one["id"]: (one["result"][0]["value"]["choices"][0], datetime.fromisoformat(one["updated_at"]))
+                for one in task["annotations"]
+                if not one["was_cancelled"]
+            },
+        }
+        for task in client.request("GET", f"api/projects/{project_id}/export", "export", params=asked)
+    }
+
+
+def _held(store: Store, project_id: int) -> dict[int, dict[str, Any]]:
+    """The same, as the ledger has it; an item is answered if and only if an answer of its task stands."""
     newest = {label.annotation_id: label for label in _labels(store)}
-    return {number: label.label for number, label in newest.items() if not label.deleted}
-
-
-def _said(client: LabelStudioClient, project_id: int) -> dict[int, str | None]:
-    """The same, as Label Studio has it."""
-    rows = [row for page in client.list_tasks(project_id, with_annotations=True) for row in page]
-    return {a.id: a.result[0]["value"]["choices"][0] for row in rows for a in row.annotations if not a.was_cancelled}
+    held = {}
+    for item in _items(store):
+        assert item.project_id == project_id
+        assert item.task_id is not None
+        mine = [one for one in newest.values() if one.task_id == item.task_id and not one.deleted]
+        assert {(one.review_item_id, one.image_id) for one in mine} <= {(item.id, item.image_id)}
+        assert item.state is (ReviewState.ANSWERED if mine else ReviewState.PUSHED)
+        answers = {one.annotation_id: (one.label, one.annotated_at) for one in mine}
+        held[item.task_id] = {"item": item.id, "answers": answers}
+    return held
 
 
 def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
-    add_items(40)
+    add_items(200)
     report = push(store, client, settings, "c" * 64)
-    assert (report.pushed, report.unreadable) == (40, [])
-    assert report.project_id is not None
+    assert (report.pushed, report.unreadable) == (200, [])
+    project_id = report.project_id or 0
     items = _items(store)
-    assert {item.state for item in items} == {ReviewState.PUSHED}
     assert [item.task_id for item in items] == sorted(item.task_id or 0 for item in items), "the most urgent first"
 
-    made = [_say(client, item.task_id or 0, "mel" if n % 2 else "nv") for n, item in enumerate(items[:12])]
+    made = [_say(client, item.task_id or 0, "mel" if n % 2 else "nv") for n, item in enumerate(items[:180])]
     first = pull(store, client, settings)
-    assert (first.new_labels, first.annotations, first.edited, first.deleted) == (12, 12, 0, 0)
-    assert _standing(store) == _said(client, report.project_id)
+    assert (first.new_labels, first.annotations, first.edited, first.deleted) == (180, 180, 0, 0)
+    assert _held(store, project_id) == _said(client, project_id)
 
-    for number in made[:4]:
+    for number in made[:20]:
         _edit(client, number, result=answer_result("bcc"))
-    for number in made[4:6]:
+    for number in made[20:30]:
         _delete(client, number)
-    _edit(client, made[6], was_cancelled=True)
-    skipped = client.request(
-        "POST", f"api/tasks/{items[12].task_id}/annotations/", "skip", body={"result": [], "was_cancelled": True}
-    )
+    for number in made[30:35]:  # an answer that is turned into a skip, and tasks that were never anything else
+        _edit(client, number, was_cancelled=True)
+    skip = {"result": [], "was_cancelled": True}
+    skips = [_post(client, items[n].task_id or 0, skip)["id"] for n in range(180, 185)]
     second = pull(store, client, settings)
-    assert (second.new_labels, second.edited, second.deleted) == (4, 4, 3)
-    assert skipped["id"] not in {label.annotation_id for label in _labels(store)}, "a skip is no answer"
-    assert _standing(store) == _said(client, report.project_id)
-
-    states = {item.id: item.state for item in _items(store)}
-    assert [states[item.id] for item in items[:4]] == [ReviewState.ANSWERED] * 4
-    assert [states[item.id] for item in items[4:7]] == [ReviewState.PUSHED] * 3, "an answer taken back reopens it"
+    assert (second.new_labels, second.edited, second.deleted) == (20, 20, 15)
+    assert set(skips).isdisjoint(label.annotation_id for label in _labels(store)), "a skip is no answer"
+    said = _said(client, project_id)
+    assert sum(len(task["answers"]) for task in said.values()) == 165
+    assert _held(store, project_id) == said
 
     again = pull(store, client, settings)
     assert (again.new_labels, again.deleted, again.idle) == (0, 0, False)
+    assert _held(store, project_id) == said == _said(client, project_id)
     assert pull(store, client, settings).idle
     assert push(store, client, settings).pushed == 0
-    assert len(_labels(store)) == 12 + 4 + 3
+    assert len(_labels(store)) == 180 + 20 + 15
 
 
 def test_what_an_answer_says_is_kept(

@@ -1,0 +1,1 @@
+"""Measurements of the labeling room, for `relook bench label`."""
