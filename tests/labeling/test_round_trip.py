@@ -81,6 +81,7 @@ def _held(store: Store, project_id: int) -> dict[int, dict[str, Any]]:
     return held
 
 
+@pytest.mark.slow
 def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
