@@ -42,7 +42,7 @@ from records.types import ReviewItem, ReviewState
 
 _COMMAND = [sys.executable, "-m", "cluster.cli", "label", "sync", "--watch", "--every", "1s", "--json"]
 _SMALL = {"RELOOK_LABELING__PUSH_BATCH": "20", "RELOOK_LABELING__BLIND_SHARE": "0"}
-_PATIENCE_S = 1800
+_PATIENCE_S = 3600
 _KEPT = ("authorization", "content-type", "accept")
 
 
@@ -244,6 +244,7 @@ class Syncing:
                         if requests is not None and self._proxy.counts["requests"] - before >= requests:
                             process.send_signal(signal.SIGKILL)
                             self.killed += 1
+                            print(f"kill {self.killed} after {requests} requests", file=sys.stderr, flush=True)
                             return
                         if until():
                             return
