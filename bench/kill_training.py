@@ -1,7 +1,8 @@
 """Kill a training (SIGKILL) at random moments, resume it, and compare it with one that was left alone.
 
 One worker has to end with the same model id, that is with equal weights, calibration and metrics, bit for bit.
-Two workers under Ray Train have to end with metrics within 1e-3; either a worker or the whole command is killed.
+Two workers under Ray Train have to end with metrics within 1e-3; workers and the whole command are killed by turns.
+Every kill waits for a new checkpoint and a random moment more; a run that is over before its last kill fails.
 One JSON line per run; exit code 1 at the first difference.
 
     .venv/bin/python bench/kill_training.py --kills 10 --rounds 3
@@ -19,10 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from records.errors import IntegrityError
+from trainers.fitting.checkpoints import load_checkpoint
 
 SETTINGS = (
     "model=custom_cnn_base",
@@ -39,6 +46,9 @@ SETTINGS = (
     "max_failures=1000",
 )
 TOLERANCE = 1e-3
+MOST_WAIT_S = 1.5
+"""From a checkpoint to the kill: some steps, or an epoch."""
+LIMIT_S = 1200.0
 
 
 def command(data: Path, workers: int, seed: int, resume: bool) -> list[str]:
@@ -48,13 +58,19 @@ def command(data: Path, workers: int, seed: int, resume: bool) -> list[str]:
     return [*line, *sets, *(["--resume"] if resume else [])]
 
 
-def finish(line: list[str], home: Path) -> dict[str, Any]:
-    """Run a training to its end and return what it printed."""
-    done = subprocess.run(line, env=environ(home), capture_output=True, text=True, check=False)
+def uninterrupted(data: Path, home: Path, workers: int, seed: int) -> dict[str, Any]:
+    """Train to the end and return what the command printed."""
+    line = command(data, workers, seed, False)
+    done = subprocess.run(line, env=environ(home), capture_output=True, text=True, check=False, timeout=LIMIT_S)
     if done.returncode:
         raise SystemExit(f"training ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def parts(workers: int, kills: int, seed: int) -> list[str]:
+    """Return what to kill, by turns; a run with one worker has nothing but its command."""
+    return ["command" if workers == 1 or (number + seed) % 2 else "worker" for number in range(kills)]
 
 
 def environ(home: Path) -> dict[str, str]:
@@ -67,47 +83,101 @@ def begun(home: Path) -> bool:
     return any(home.glob("runs/train-*/metrics.jsonl"))
 
 
-def kill_one(process: subprocess.Popen[str], chance: random.Random, whole: bool) -> str:
-    """Kill the command with all that it started, or one of Ray Train's workers; return what was killed."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    workers = [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
-    if workers and not whole:
-        chance.choice(workers).kill()
-        return "worker"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    return "command"
+def checkpoints(home: Path) -> list[Path]:
+    """Return the run's checkpoints, the oldest first; one that is gone meanwhile is left out."""
+    found: dict[Path, int] = {}
+    for path in home.glob("runs/train-*/**/checkpoint.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat().st_mtime_ns
+    return sorted(found, key=found.__getitem__)
 
 
-def killed_run(
-    data: Path, home: Path, workers: int, seed: int, kills: int, chance: random.Random
-) -> tuple[dict[str, Any], list[str]]:
-    """Train with kills; return what the last command printed, and what was killed."""
-    killed: list[str] = []
-    while len(killed) < kills:
-        process = subprocess.Popen(
-            command(data, workers, seed, begun(home)), env=environ(home), stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
+def progress(home: Path) -> int:
+    """Return a number that changes with every checkpoint, 0 before the first."""
+    with contextlib.suppress(FileNotFoundError):
+        return max((path.stat().st_mtime_ns for path in checkpoints(home)), default=0)
+    return -1
+
+
+def position(home: Path) -> str:
+    """Return where the newest checkpoint stands, in epochs and steps."""
+    for path in reversed(checkpoints(home)):
+        with contextlib.suppress(IntegrityError):  # Ray may be copying or removing it
+            return load_checkpoint(path).position
+    return "none"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One SIGKILL: what it hit, and the newest checkpoint of that moment, from which the run goes on."""
+
+    hit: str
+    checkpoint: str
+
+
+class Run:
+    """A training that is killed again and again, and its command started again when it is gone."""
+
+    def __init__(self, line: Callable[[bool], list[str]], home: Path, chance: random.Random) -> None:
+        self._line, self._home, self._chance = line, home, chance
+        self._process = self._start()
+        self.kills: list[Kill] = []
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._errors = (self._home / "stderr").open("w+")
+        line = self._line(begun(self._home))
+        return subprocess.Popen(
+            line, env=environ(self._home), stdout=subprocess.PIPE, stderr=self._errors, text=True
         )  # fmt: skip
-        deadline = time.monotonic() + chance.uniform(4.0, 12.0 if workers == 1 else 40.0)
-        while process.poll() is None and (time.monotonic() < deadline or not begun(home)):
-            time.sleep(0.01)
-        if process.poll() is not None:
-            output = process.communicate()[0]
-            if process.returncode:
-                raise SystemExit(f"training ended with {process.returncode}: {output[-500:]}")
-            return json.loads(output), killed  # it was quicker than the next kill
-        with contextlib.suppress(psutil.NoSuchProcess):
-            killed.append(kill_one(process, chance, whole=workers == 1 or chance.random() < 0.5))
-        if killed and killed[-1] == "worker":
-            output = process.communicate()[0]
-            if process.returncode:
-                raise SystemExit(f"training did not survive a lost worker: {output[-500:]}")
-            return json.loads(output), killed
-    return finish(command(data, workers, seed, begun(home)), home), killed
+
+    def finish(self, limit_s: float) -> dict[str, Any]:
+        """Wait for the end of the training and return what it printed."""
+        output = self._process.communicate(timeout=limit_s)[0]
+        if self._process.returncode:
+            raise SystemExit(f"training ended with {self._process.returncode}: {self._error()}")
+        result: dict[str, Any] = json.loads(output)
+        return result
+
+    def _error(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().strip()[-500:]
+
+    def kill(self, part: str, limit_s: float) -> None:
+        """Wait until the run trains, and a random moment more, and kill a part of it.
+
+        Args:
+            part: `worker` or `command`.
+            limit_s: until it has to train.
+        """
+        before, start = progress(self._home), time.monotonic()
+        while progress(self._home) == before:
+            self._require_running()
+            if time.monotonic() > start + limit_s:
+                raise SystemExit(f"no checkpoint within {limit_s:.0f} s after {len(self.kills)} kills: {self._error()}")
+            time.sleep(0.005)
+        time.sleep(self._chance.uniform(0.0, MOST_WAIT_S))
+        self._require_running()
+        self.kills.append(Kill(part, position(self._home)))
+        self._kill_now(part)
+
+    def _require_running(self) -> None:
+        if self._process.poll() is not None:
+            raise SystemExit(f"the training was over after {len(self.kills)} kills; give it more epochs")
+
+    def _kill_now(self, part: str) -> None:
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        if part == "worker":
+            workers = [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
+            if not workers:
+                raise SystemExit("no worker of Ray Train was found to kill")
+            self._chance.choice(workers).kill()
+            return
+        self._process.send_signal(signal.SIGKILL)
+        self._process.communicate()
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        self._process = self._start()
 
 
 def largest_difference(left: dict[str, Any], right: dict[str, Any]) -> float:
@@ -138,13 +208,15 @@ def main() -> int:
             homes = [Path(folder) / f"{kind}-{seed}" for kind in ("whole", "killed")]
             for home in homes:
                 shutil.copytree(imported, home)
-            whole = finish(command(data, options.workers, seed, resume=False), homes[0])
-            chance = random.Random(seed)
-            resumed, killed = killed_run(data, homes[1], options.workers, seed, options.kills, chance)
+            whole = uninterrupted(data, homes[0], options.workers, seed)
+            run = Run(partial(command, data, options.workers, seed), homes[1], random.Random(seed))
+            for part in parts(options.workers, options.kills, seed):
+                run.kill(part, LIMIT_S)
+            resumed = run.finish(LIMIT_S)
             difference = largest_difference(whole, resumed)
             same = whole["model_id"] == resumed["model_id"]
-            line = {"seed": seed, "workers": options.workers, "killed": killed, "same_model": same}
-            print(json.dumps({**line, "largest_difference": difference}), flush=True)
+            line = {"seed": seed, "workers": options.workers, "kills": [asdict(kill) for kill in run.kills]}
+            print(json.dumps({**line, "same_model": same, "largest_difference": difference}), flush=True)
             if difference > TOLERANCE or (options.workers == 1 and not same):
                 return 1
     return 0

@@ -104,3 +104,18 @@ class LabelStudioError(UnavailableError):
 
 class LabelStudioStartError(LabelStudioError, UserError):
     """Raised when the local Label Studio does not come up; what stands in its way is on this machine."""
+
+
+def rebuilt(noted: tuple[str, str]) -> RelookError:
+    """Return an error that another process noted, for where an exception itself does not travel.
+
+    Args:
+        noted: its class's name and its message.
+    Returns:
+        The error; a plain `RelookError` if this version knows no such class.
+    """
+    kind, message = noted
+    known = globals().get(kind)
+    if isinstance(known, type) and issubclass(known, RelookError):
+        return known(message)
+    return RelookError(message)

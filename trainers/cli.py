@@ -62,7 +62,7 @@ def train_command(
 
     settings = settings_of(ctx, config, preset, sets)
     trainers = _with_options(settings.trainers, {"num_workers": workers, "strategy": strategy})
-    use_ray = trainers.num_workers > 1
+    use_ray = trainers.needs_ray
     with ExitStack() as stack:
         store = stack.enter_context(closing(open_store(settings.records)))
         bar = stack.enter_context(progress())

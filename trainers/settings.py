@@ -22,7 +22,7 @@ from trainers.registry import Registry
 MACHINERY = frozenset(
     {
         "num_workers", "threads_per_worker", "use_gpu", "max_failures", "prefetch_batches", "strategy", "min_workers",
-        "checkpoint_every_steps", "download_url",
+        "checkpoint_every_steps", "download_url", "data_source",
     }
 )  # fmt: skip
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
@@ -137,6 +137,10 @@ class TrainersSettings(RoomSettings):
     )
     use_gpu: Literal["auto"] | bool = Field(default="auto", description="train on GPUs; auto if the machine has one")
     max_failures: int = Field(default=2, ge=0, le=1000, description="lost workers that a distributed run survives")
+    data_source: Literal["cache", "stream"] = Field(
+        default="cache",
+        description="training pictures: decoded once and kept on disk, or streamed by Ray Data and never kept decoded",
+    )
     prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
     download_url: str = Field(
         default="https://dataverse.harvard.edu/api/access/datafile",
@@ -196,6 +200,11 @@ class TrainersSettings(RoomSettings):
         elif self.batch_size % parts:
             fitting = max(2, round(self.batch_size / parts)) * parts
             raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {how}; take {fitting}")
+
+    @property
+    def needs_ray(self) -> bool:
+        """Whether training runs under Ray: on several workers, or with Ray Data to feed it."""
+        return self.num_workers > 1 or self.data_source == "stream"
 
     def recipe_hash(self) -> str:
         """Return the hash of the fields that decide what the model becomes, 64 hex characters."""

@@ -21,14 +21,14 @@ import ray.train.torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from records.errors import ConfigError, RelookError, UnavailableError
+from records.errors import ConfigError, RelookError, UnavailableError, rebuilt
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from trainers.augmentation import Policy
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train, trained_model
-from trainers.fitting.mailbox import Postman, open_mailbox, rebuilt
+from trainers.fitting.mailbox import Postman, open_mailbox
 from trainers.fitting.process_group import ProcessGroup
 from trainers.fitting.strategies import StrategyRecipe, strategy_of
 from trainers.fitting.training_data import DataPlan
@@ -187,7 +187,8 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     try:
         if group.local_rank != 0:
             dist.barrier()
-        data = job.plan.open(store, job.settings.side_px)
+        opened = job.plan.stream if job.settings.data_source == "stream" else job.plan.open
+        data = opened(store, job.settings.side_px)
         if group.local_rank == 0 and group.world_size > 1:
             dist.barrier()
         train(

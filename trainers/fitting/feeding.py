@@ -5,7 +5,7 @@ batch holds is a function of (seed, epoch, step) and the share of the rank, neve
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +30,10 @@ class PixelSource(Protocol):
     def take(self, indices: Any) -> NDArray[np.uint8]:
         """Return a writable copy of rows, [n, S, S, 3]."""
         ...
+
+
+Stream = Callable[[Sequence[IntArray]], Iterator[NDArray[np.uint8]]]
+"""Yields writable rows, [n, S, S, 3], for one array of positions after the other."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Feeder:
         train_rows: [n] which of them are trained on.
         augmenter: runs the policy; used by the background thread only.
         settings: sampler, batch size, seed, how far to run ahead.
+        stream: of training pictures; default: rows are taken out of `pixels`.
         rank: of this worker.
         world_size: number of workers.
     """
@@ -93,10 +98,11 @@ class Feeder:
         augmenter: Augmenter,
         settings: TrainersSettings,
         *,
+        stream: Stream | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._pixels = pixels
+        self._stream = stream or (lambda parts: map(pixels.take, parts))
         self._labels = labels
         self._train_rows = train_rows
         self._keys = image_keys([image_ids[row] for row in train_rows])
@@ -137,18 +143,21 @@ class Feeder:
 
     def _share_of(self, positions: IntArray, seeds: Seeds, epoch: int, step: int) -> "_Share":
         mixing, settings = self._augmenter.policy.mixing, self._settings
-        own = np.arange(len(positions))[self._share]
+        rows, own = self._train_rows[positions], np.arange(len(positions))[self._share]
         if mixing is None:
-            return _Share(positions, seeds, own, None)
+            return _Share(rows, seeds, own, own, None)
         mix = draw_mix(mixing, len(positions), settings.side_px, seed=settings.seed, epoch=epoch, step=step)
-        return _Share(positions, seeds, own, mix)
+        # Partners may belong to another worker's share; each picture is augmented once.
+        needed = own if mix is None else np.union1d(own, mix.partner[own])
+        return _Share(rows, seeds, own, needed, mix)
 
     def _prefetched(self, shares: "list[_Share]") -> Iterator[Batch]:
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder")
         waiting: deque[Future[Batch]] = deque()
+        pieces = self._stream([share.rows[share.needed] for share in shares])
         try:
             for share in shares:
-                waiting.append(executor.submit(self._prepare, share))
+                waiting.append(executor.submit(self._prepare, share, pieces))
                 if len(waiting) > self._settings.prefetch_batches:
                     yield waiting.popleft().result()
             while waiting:
@@ -156,19 +165,17 @@ class Feeder:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, share: "_Share") -> Batch:
-        rows = self._train_rows[share.positions]
-        own_rows, own_labels = rows[share.own], self._labels[rows[share.own]]
+    def _prepare(self, share: "_Share", pieces: Iterator[NDArray[np.uint8]]) -> Batch:
+        own_rows = share.rows[share.own]
+        own_labels = self._labels[own_rows]
         weight = len(own_rows) * self._world_size / self._settings.batch_size
+        pixels = self._augmenter.apply(next(pieces), share.seeds[share.needed])
         if share.mix is None:
-            pixels = self._augmenter.apply(self._pixels.take(own_rows), share.seeds[share.own])
             return Batch(pixels, own_labels, own_rows, weight=weight)
-        # Partners may belong to another worker's share; each picture is augmented once.
         partners = share.mix.partner[share.own]
-        needed, at = np.unique(np.concatenate([share.own, partners]), return_inverse=True)
-        pixels = self._augmenter.apply(self._pixels.take(rows[needed]), share.seeds[needed])
-        mixed = share.mix.apply(pixels[at[: len(share.own)]], pixels[at[len(share.own) :]])
-        return Batch(mixed, own_labels, own_rows, self._labels[rows[partners]], share.mix.share, weight)
+        own_at, partners_at = (np.searchsorted(share.needed, places) for places in (share.own, partners))
+        mixed = share.mix.apply(pixels[own_at], pixels[partners_at])
+        return Batch(mixed, own_labels, own_rows, self._labels[share.rows[partners]], share.mix.share, weight)
 
 
 @dataclass(frozen=True)
@@ -176,13 +183,15 @@ class _Share:
     """A batch, and which of it is this worker's.
 
     Args:
-        positions: [B] of the whole batch within the training rows.
+        rows: [B] of the whole batch.
         seeds: [B].
         own: [n] places in the batch.
+        needed: ascending places of the pictures that are needed: own ones, and what is mixed into them.
         mix: how the batch is mixed; None leaves it as it is.
     """
 
-    positions: IntArray
+    rows: IntArray
     seeds: Seeds
     own: IntArray
+    needed: IntArray
     mix: Mix | None

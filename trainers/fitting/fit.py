@@ -29,7 +29,7 @@ from trainers.data.cache import PixelCache
 from trainers.evaluation.evaluate import SidePredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
-from trainers.fitting.suitability import Answers, answer_rows, faithfulness_of, suitability_of
+from trainers.fitting.suitability import Answers, answer_rows, faithfulness_of, sample_of_train, suitability_of
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.inference.golden import golden_pictures
@@ -95,7 +95,7 @@ def fit(
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy)
     _require_sides(dataset)
-    _decode(store, dataset, settings.side_px, progress)
+    _decode(store, dataset, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(run_dir / "metrics.jsonl", on_epoch)
     if use_ray:
@@ -150,10 +150,11 @@ def _fit_alone(
     log: Callable[[EpochReport], bool],
     initial_weights: dict[str, NDArray[Any]] | None,
 ) -> TrainedModel:
-    if settings.num_workers > 1:
+    if settings.needs_ray:
         raise ConfigError(
-            f"trainers.num_workers is {settings.num_workers}, and more than one worker needs Ray; "
-            "set trainers.num_workers=1 to train without it"
+            f"trainers.num_workers is {settings.num_workers} and trainers.data_source {settings.data_source}; "
+            "more than one worker, and streaming, need Ray: set trainers.num_workers=1 and trainers.data_source=cache "
+            "to train without it"
         )
     return train(
         settings,
@@ -288,7 +289,9 @@ def _require_sides(dataset: DatasetVersion) -> None:
             )
 
 
-def _decode(store: Store, dataset: DatasetVersion, side_px: int, progress: Progress | None) -> None:
-    """Decode all sides that fitting reads, in one pass."""
-    image_ids = [str(i) for side in (Side.TRAIN, *FITTED_ON) for i in dataset.side(side)["image_id"]]
-    PixelCache(store.home.cache, side_px).ensure(store, image_ids, progress)
+def _decode(store: Store, dataset: DatasetVersion, settings: TrainersSettings, progress: Progress | None) -> None:
+    """Decode all sides that fitting reads, in one pass; of train that is streamed, no more than a sample."""
+    streamed = settings.data_source == "stream"
+    image_ids = sample_of_train(store, dataset) if streamed else list(dataset.side(Side.TRAIN)["image_id"])
+    image_ids += [image_id for side in FITTED_ON for image_id in dataset.side(side)["image_id"]]
+    PixelCache(store.home.cache, settings.side_px).ensure(store, map(str, image_ids), progress)

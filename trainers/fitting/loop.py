@@ -126,6 +126,7 @@ class _Run:
             data.train_index,
             augmenter,
             settings,
+            stream=data.stream,
             rank=group.rank,
             world_size=group.world_size,
         )

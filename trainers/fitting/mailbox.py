@@ -11,8 +11,6 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from records import errors
-from records.errors import RelookError
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 
 
@@ -96,11 +94,3 @@ class Postman:
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             self._failure = error
             return True
-
-
-def rebuilt(fatal: tuple[str, str]) -> RelookError:
-    """Return the error that a worker noted as the reason why the run cannot succeed."""
-    kind, message = fatal
-    known = getattr(errors, kind, RelookError)
-    error: RelookError = known(message)
-    return error

@@ -97,7 +97,7 @@ def suitability_of(
     Returns:
         Thresholds for the document, and arrays for the bundle.
     """
-    train_ids = _sample_of_train(store, dataset)
+    train_ids = sample_of_train(store, dataset)
     cache = PixelCache(store.home.cache, trained.geometry.side_px)
     images = find_images(store, [*train_ids, *val_ids])
     train = answer_rows(trained, store, train_ids)
@@ -127,8 +127,15 @@ def faithfulness_of(
     return faithfulness_facts(trained.network, architecture, trained.geometry, calibration, few)
 
 
-def _sample_of_train(store: Store, dataset: DatasetVersion) -> list[str]:
-    """Choose training pictures, at most `PER_CLASS` of a class, from as many groups as possible."""
+def sample_of_train(store: Store, dataset: DatasetVersion) -> list[str]:
+    """Choose training pictures, at most `PER_CLASS` of a class, from as many groups as possible.
+
+    Args:
+        store: with the taxonomy.
+        dataset: the version.
+    Returns:
+        Their ids.
+    """
     rows = dataset.side(Side.TRAIN)
     labels = np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64)
     _, group_index = np.unique(rows["group_id"].to_numpy(dtype=str), return_inverse=True)

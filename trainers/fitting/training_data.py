@@ -14,7 +14,8 @@ from records.errors import ContractError, DataError
 from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Side
-from trainers.fitting.feeding import PixelSource
+from trainers.fitting.feeding import PixelSource, Stream
+from trainers.fitting.statistics import MOST_PICTURES, evenly_spaced
 from trainers.optimization.samplers import IntArray
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class TrainingData:
         labels: [N] class indices.
         train_index: [n] rows to train on.
         val_index: [m] rows to validate with; no row is in both.
+        stream: of the pictures to train on, if `pixels` does not hold them all.
     """
 
     pixels: PixelSource
@@ -43,6 +45,7 @@ class TrainingData:
     labels: IntArray = field(repr=False)
     train_index: IntArray = field(repr=False)
     val_index: IntArray = field(repr=False)
+    stream: Stream | None = field(default=None, repr=False)
 
     def require_usable(self, num_classes: int) -> None:
         """Refuse data that a run cannot use.
@@ -88,6 +91,25 @@ class DataPlan:
     image_ids: list[str] = field(repr=False)
     labels: IntArray = field(repr=False)
     num_train: int
+
+    def stream(self, store: "Store", side_px: int) -> TrainingData:
+        """Decode what is read again and again: val, and the sample of train that statistics are measured on.
+
+        Args:
+            store: with the pictures; its settings have to lead every node to it.
+            side_px: S.
+        Returns:
+            The data; Ray Data decodes the pictures to train on as they are needed.
+        Raises:
+            DataError: a picture cannot be read.
+        """
+        from trainers.data.streaming import stream_pixels
+
+        rows = np.arange(len(self.image_ids), dtype=np.int64)
+        train, val = rows[: self.num_train], rows[self.num_train :]
+        sample = evenly_spaced(train, MOST_PICTURES)
+        pixels = stream_pixels(store, self.image_ids, np.concatenate([sample, val]), side_px)
+        return TrainingData(pixels, self.image_ids, self.labels, train, val, pixels.batches)
 
     def open(self, store: "Store", side_px: int, progress: "Progress | None" = None) -> TrainingData:
         """Decode what this node has not decoded yet, and map the pixels.

@@ -114,6 +114,18 @@ def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finish
     assert largest_difference(finished, alone) < 1e-4
 
 
+@pytest.mark.slow
+def test_a_streamed_run_is_the_cached_run(
+    ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
+) -> None:
+    from trainers.fitting.distributed import fit_distributed
+
+    streamed = SETTINGS.model_copy(update={"num_workers": 1, "data_source": "stream"})
+    model = fit_distributed(streamed, plan, filled_store, tmp_path, policy=POLICY)
+    assert [report.train_loss for report in model.reports] == [report.train_loss for report in alone.reports]
+    assert largest_difference(model, alone) == 0.0
+
+
 def test_more_workers_than_ray_has_cpus(
     ray_session: "RaySession", filled_store: Store, plan: DataPlan, tmp_path: Path
 ) -> None:
