@@ -5,10 +5,12 @@
 Real Ray Tune in a process of its own, with a trial function whose scores are a table. The driver, the
 head of Ray (its control store or its raylet) or the processes of the trials are killed with -9; then the
 search goes on from its journal. With one trial at a time decisions and winner have to be those of the
-search that nobody killed; with two, every decision that was journalled has to stay. One JSON line per round.
+search that nobody killed; with two, every decision that was journalled has to stay. One JSON line per round,
+with the kills that took effect; a round with fewer of them than were asked for has failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -86,35 +89,62 @@ def start(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> subprocess
 
 
 def kill(process: subprocess.Popen[bytes], victim: str) -> None:
-    """Kill a part of a running search with -9."""
+    """Kill a part of a running search with -9; whatever the driver's or the head's death left running ends, too."""
     family = psutil.Process(process.pid).children(recursive=True)
     if victim == "driver":
         os.kill(process.pid, signal.SIGKILL)
     for child in family:
-        try:
+        with contextlib.suppress(psutil.Error):
             line = " ".join(child.cmdline())
             is_head = "gcs_server" in line or "raylet/raylet" in line
-            is_trial = "ray::" in line and "IDLE" not in line
+            is_trial = line.startswith("ray::ImplicitFunc")  # Ray's own agents are named ray::, too
             if (victim == "head" and is_head) or (victim == "trials" and is_trial):
                 child.kill()
-        except psutil.Error:
-            continue
-
-
-def leave_nothing(family: list[psutil.Process]) -> None:
-    """End what a killed driver left running."""
+    if victim == "trials":
+        return
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
     for child in family:
-        try:
+        with contextlib.suppress(psutil.Error):
             child.kill()
-        except psutil.Error:
-            continue
     psutil.wait_procs(family, timeout=10)
+
+
+def took_effect(process: subprocess.Popen[bytes], folder: Path, victim: str, starts: int) -> bool:
+    """Return whether a kill ended the driver before its search was over, or made a trial start again."""
+    if victim != "trials":
+        return process.poll() is not None and not (folder / "done").exists()
+    until(process, lambda: starts_again(folder) > starts)
+    return starts_again(folder) > starts
+
+
+def until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bool:
+    """Wait for a condition while the search runs; return whether it came."""
+    deadline = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def starts_again(folder: Path) -> int:
+    """Return how often the journal says of a trial that was started that it is started once more."""
+    text = (folder / "journal.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    started = [line["trial"]["number"] for line in lines if line["kind"] == "started"]
+    return len(started) - len(set(started))
 
 
 def decisions(folder: Path) -> list[tuple]:
     """Return (trial, epoch, score, rung, goes on) in the order in which they were journalled."""
     from tuning.journal import read_past
 
+    if not (folder / "journal.jsonl").exists():
+        return []
     return [(d.number, d.epoch, d.score, d.rung, d.goes_on) for d in read_past(folder).decisions]
 
 
@@ -127,55 +157,52 @@ def winner(folder: Path) -> tuple[int, float | None, dict]:
     return best.number, best.score, best.overrides
 
 
-def play(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> list[str]:
-    """Run a search to its end, killing something each time a while after its next decision; return what went wrong."""
+def play(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> tuple[int, list[str]]:
+    """Run a search to its end, killing each victim a while after the next decisions.
+
+    Returns how many kills took effect, and what went wrong.
+    """
     folder.mkdir(parents=True)
-    chance, wrong = random.Random(seed), []
-    for victim in [*victims, None]:
-        before = decisions(folder) if (folder / "journal.jsonl").exists() else []
-        process = start(folder, seed, at_a_time, epoch_s)
-        deadline = time.monotonic() + 180
-        wanted = len(before) + chance.randint(1, 5)
-        while victim and process.poll() is None and time.monotonic() < deadline:
-            now = decisions(folder) if (folder / "journal.jsonl").exists() else []
-            if len(now) >= wanted:
-                break
-            time.sleep(0.05)
-        if victim and process.poll() is None:
-            time.sleep(chance.uniform(0, epoch_s))
-            family = psutil.Process(process.pid).children(recursive=True)
-            kill(process, victim)
-            if victim != "trials":
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                leave_nothing(family)
-        if not victim or victim == "trials":
-            process.wait(240)
-        after = decisions(folder)
-        if after[: len(before)] != before:
-            wrong.append(f"decisions changed after the kill before {victim}")
-        keys = [(number, epoch) for number, epoch, *_ in after]
-        if len(keys) != len(set(keys)):
-            wrong.append("a decision was made twice")
-        if (folder / "done").exists():
+    chance, took = random.Random(seed), 0
+    wrong: list[str] = []
+    process = start(folder, seed, at_a_time, epoch_s)
+    for victim in victims:
+        wanted = len(decisions(folder)) + chance.randint(1, 4)
+        if not until(process, lambda wanted=wanted: len(decisions(folder)) >= wanted):
             break
+        time.sleep(chance.uniform(0, epoch_s))
+        before, starts = decisions(folder), starts_again(folder)
+        kill(process, victim)
+        took += took_effect(process, folder, victim, starts)
+        if process.poll() is not None and not (folder / "done").exists():
+            process = start(folder, seed, at_a_time, epoch_s)
+        if decisions(folder)[: len(before)] != before:
+            wrong.append(f"decisions changed after the kill of {victim}")
+    before = decisions(folder)
+    process.wait(240)
+    if decisions(folder)[: len(before)] != before:
+        wrong.append("decisions changed after the last kill")
+    keys = [(number, epoch) for number, epoch, *_ in decisions(folder)]
+    if len(keys) != len(set(keys)):
+        wrong.append("a decision was made twice")
+    if took < len(victims):
+        wrong.append(f"{took} of {len(victims)} kills took effect")
     if not (folder / "done").exists():
         wrong.append("the search did not come to its end; see log.txt")
-    return wrong
+    return took, wrong
 
 
 def one_round(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> dict:
     """Compare a search that is killed with one that is not."""
-    wrong = play(folder / "killed", seed, at_a_time, victims, epoch_s)
+    took, wrong = play(folder / "killed", seed, at_a_time, victims, epoch_s)
     if at_a_time == 1:
-        wrong += play(folder / "whole", seed, at_a_time, [], epoch_s)
+        wrong += play(folder / "whole", seed, at_a_time, [], epoch_s)[1]
         if sorted(decisions(folder / "killed")) != sorted(decisions(folder / "whole")):
             wrong.append("other decisions than the search that nobody killed")
         if winner(folder / "killed") != winner(folder / "whole"):
             wrong.append("another winner than the search that nobody killed")
-    return {"seed": seed, "at_a_time": at_a_time, "victims": victims, "winner": winner(folder / "killed")[:2],
+    return {"seed": seed, "at_a_time": at_a_time, "victims": victims, "kills_asked": len(victims),
+            "kills_took_effect": took, "winner": winner(folder / "killed")[:2],
             "decisions": len(decisions(folder / "killed")), "wrong": wrong}  # fmt: skip
 
 
