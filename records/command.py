@@ -26,7 +26,10 @@ RAY_STARTER = "relook.ray_starter"
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", help="laptop, single_gpu, multi_gpu, clinical or dissertation.")
+    str | None,
+    typer.Option(
+        "--preset", help="laptop, single_gpu, multi_gpu, clinical, ham10000_cpu, dissertation or dissertation_mini."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="room.field=value; may be given more than once.", show_default=False)

@@ -47,6 +47,11 @@ class TrainersSettings(RoomSettings):
         default=0.2, ge=0, lt=1, description="rate before the linear layer, in networks that have one"
     )
 
+    max_train_images: int | None = Field(
+        default=None,
+        ge=1,
+        description="train on at most so many pictures (whole groups, classes in proportion); default: all",
+    )
     epochs: int = Field(default=12, ge=1, le=10_000, description="passes over the training pictures")
     batch_size: int = Field(
         default=64, ge=2, le=65_536, description="pictures per optimizer step, over all workers together"

@@ -22,6 +22,7 @@ from records.command import (
     stderr,
     stdout,
 )
+from tuning.bench import cli as bench_cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tuning.trials import SearchEvent
 
 app = typer.Typer()
+bench_app = bench_cli.app
 tune_app = typer.Typer(help="Search for better training settings.", invoke_without_command=True)
 app.add_typer(tune_app, name="tune")
 
@@ -106,7 +108,7 @@ def report(
 ) -> None:
     """Show a search: leaderboard, effects, failures with their reasons, how to train its winner; write its page."""
     from records.home import open_home
-    from tuning.live import effects_table
+    from tuning.live import comparison_table, effects_table
     from tuning.page import write_report
     from tuning.report import find_run, report_on
 
@@ -117,6 +119,8 @@ def report(
     emit(as_json, found.model_dump(mode="json") | {"report": str(page)}, _summary(folder))
     if not as_json:
         stdout.print(effects_table(found.effects))
+        if found.comparison is not None:
+            stdout.print(comparison_table(found.comparison))
     stderr.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 

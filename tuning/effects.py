@@ -3,8 +3,9 @@
 Only balanced samples count, at a budget that all of them had: their choices were drawn before any score
 was seen. Trials that a searcher proposed, or that successive halving favoured with more epochs, prove
 nothing about their choices. The effect of a choice is the coefficient of an additive least-squares model
-of all axes, against the mean of its axis; intervals are t-intervals widened for all choices of the
-search together (Bonferroni).
+of all axes, against the mean of its axis; where there are too few trials for that, of a model of its axis
+alone, to which the other axes are noise. Intervals are t-intervals widened for all choices of the search
+together (Bonferroni).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from tuning.space import COMPOSED
 from tuning.trials import Origin, SearchHeader, TrialResult
 
 FloatArray = NDArray[np.float64]
+Estimates = dict[tuple[str, str], tuple[float, float, float]]
 LEVEL = 0.95
-LEAST_SPARE = 3
+LEAST_SPARE = 2
 """Trials beyond the number of estimated effects; with fewer, their spread is anyone's guess."""
 SAME = "not distinguishable"
 
@@ -64,7 +66,7 @@ def effects_of(header: SearchHeader, trials: Sequence[TrialResult]) -> Effects:
     block, epochs, basis = _comparable(header, trials)
     levels = [_levels(header, trial) for trial in block]
     scores = np.array([max(trial.scores[:epochs]) for trial in block], dtype=np.float64)
-    estimates = _least_squares(header.axes, levels, scores)
+    estimates, how = _estimates(header.axes, levels, scores)
     table = []
     for axis, choices in header.axes.items():
         for choice in choices:
@@ -82,7 +84,7 @@ def effects_of(header: SearchHeader, trials: Sequence[TrialResult]) -> Effects:
                     seconds_per_epoch=_cost(header, trials, axis, choice),
                 )
             )
-    return Effects(basis=basis, trials=len(block), epochs=epochs, table=tuple(table))
+    return Effects(basis=basis + how, trials=len(block), epochs=epochs, table=tuple(table))
 
 
 def _comparable(header: SearchHeader, trials: Sequence[TrialResult]) -> tuple[list[TrialResult], int, str]:
@@ -107,11 +109,25 @@ def _levels(header: SearchHeader, trial: TrialResult) -> dict[str, str]:
     return {axis: COMPOSED.name if str(values[axis]).startswith(PREFIX) else str(values[axis]) for axis in header.axes}
 
 
-def _least_squares(
+def _estimates(
     axes: Mapping[str, tuple[str, ...]], levels: Sequence[Mapping[str, str]], scores: FloatArray
-) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Fit score = mean + one effect per axis; the effects of an axis sum to zero. Empty if it cannot be told apart."""
+) -> tuple[Estimates, str]:
+    """Estimate all axes together, or each by itself where there are too few trials; say which."""
     met = {axis: [c for c in choices if any(row[axis] == c for row in levels)] for axis, choices in axes.items()}
+    contrasts = sum(len(choices) for choices in met.values() if len(choices) > 1)
+    together = _least_squares(met, levels, scores, contrasts)
+    if together:
+        return together, ""
+    alone: Estimates = {}
+    for axis, choices in met.items():
+        alone |= _least_squares({axis: choices}, levels, scores, contrasts)
+    return alone, ", each axis by itself: too few trials to estimate all together" if alone else ""
+
+
+def _least_squares(
+    met: Mapping[str, Sequence[str]], levels: Sequence[Mapping[str, str]], scores: FloatArray, contrasts_in_all: int
+) -> Estimates:
+    """Fit score = mean + one effect per axis; the effects of an axis sum to zero. Empty if it cannot be told apart."""
     columns: list[FloatArray] = [np.ones(len(levels))]
     names: list[tuple[str, str]] = []
     for axis, choices in met.items():
@@ -130,7 +146,7 @@ def _least_squares(
     for axis, choices in met.items():
         if len(choices) > 1:
             contrasts[axis, choices[-1]] = -sum(contrasts[axis, choice] for choice in choices[:-1])
-    width = float(student.ppf(1.0 - (1.0 - LEVEL) / (2 * max(1, len(contrasts))), spare))
+    width = float(student.ppf(1.0 - (1.0 - LEVEL) / (2 * max(1, contrasts_in_all)), spare))
     found = {}
     for name, contrast in contrasts.items():
         effect = float(contrast @ solution)

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tuning.comparison import Comparison
 from tuning.confirm import verdict_on
 from tuning.effects import Effects
 from tuning.log import best_of
@@ -140,6 +141,28 @@ def effects_table(effects: Effects) -> Table:
             "-" if row.seconds_per_epoch is None else f"{row.seconds_per_epoch:.1f}",
         )
     return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Draw our figures beside the published ones, each row once."""
+    title = "Beside the dissertation: validation here, its own test pictures there"
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    table.add_column("row", overflow="fold")
+    for name in ("balanced accuracy", "accuracy", "published"):
+        table.add_column(name, no_wrap=True)
+    for row in {row.name: row for row in comparison.rows}.values():
+        metric = "" if row.metric == "accuracy" else f" {row.metric.replace('_', ' ')}"
+        table.add_row(
+            row.name,
+            _with_interval(row.balanced_accuracy, row.balanced_accuracy_ci),
+            _with_interval(row.accuracy, row.accuracy_ci),
+            "-" if row.published is None else f"{row.published:.3f}{metric}",
+        )
+    return table
+
+
+def _with_interval(value: float | None, ends: tuple[float, float] | None) -> str:
+    return "-" if value is None or ends is None else f"{value:.3f} ({ends[0]:.3f}-{ends[1]:.3f})"
 
 
 def search_summary(header: SearchHeader, trials: Sequence[TrialResult]) -> RenderableType:

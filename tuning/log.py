@@ -15,6 +15,7 @@ from tuning.trials import (
     EventKind,
     SearchEvent,
     SearchHeader,
+    TrialFigures,
     TrialPlan,
     TrialResult,
     TrialState,
@@ -113,13 +114,21 @@ class SearchLog:
             self._change(number, start_seconds=start_seconds, cold_start=process not in self._processes)
             self._processes.add(process)
 
-    def epoch(self, decision: Decision, *, seconds: float, key_class_sensitivity: float | None) -> None:
+    def epoch(
+        self,
+        decision: Decision,
+        *,
+        seconds: float,
+        key_class_sensitivity: float | None,
+        figures: TrialFigures | None = None,
+    ) -> None:
         """Record an epoch and what was decided after it, before the decision takes effect.
 
         Args:
             decision: about the epoch; nothing happens if the trial has that epoch already.
             seconds: that the epoch took.
             key_class_sensitivity: on validation, or None if it is undefined.
+            figures: of the whole trial, after its last epoch.
         """
         number = decision.number
         before = self._trials[number]
@@ -131,6 +140,7 @@ class SearchLog:
             scores=(*before.scores, decision.score),
             epoch_seconds=(*before.epoch_seconds, seconds),
             key_class_sensitivity=key_class_sensitivity if better else before.key_class_sensitivity,
+            figures=figures,
         )
         if not decision.goes_on:
             self._cut_off.add(number)

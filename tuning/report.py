@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from records.errors import UnknownIdError
 from trainers.settings import TrainersSettings
+from tuning.comparison import Comparison, compare
 from tuning.confirm import verdict_on
 from tuning.effects import Effects, effects_of, importance_of
 from tuning.journal import FILE_NAME, read_past
@@ -37,6 +38,7 @@ class SearchReport(BaseModel):
     command: str | None = Field(description="trains with the winner's settings")
     leaderboard: tuple[dict[str, Any], ...] = Field(description="the trials, best score first")
     effects: Effects
+    comparison: Comparison | None = Field(description="beside published figures; empty if no such rows were tried")
     importance: dict[str, float] | None = Field(description="share of each setting; empty with too few trials")
     rungs: tuple[dict[str, Any], ...] = Field(description="rung, trials that came, went on, were cut off, last cutoff")
     failures: tuple[dict[str, Any], ...] = Field(description="trial number, kind and reason")
@@ -73,6 +75,7 @@ def report_on(run_dir: Path) -> SearchReport:
         command=None if best is None else _command(header, best),
         leaderboard=tuple(_row(trial, verdict) for trial in ranked(trials)),
         effects=effects_of(header, trials),
+        comparison=compare(header, trials),
         importance=importance_of(header, trials),
         rungs=_rungs([d for d in past.decisions if d.number < header.trials]),
         failures=tuple(

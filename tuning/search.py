@@ -23,6 +23,7 @@ from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import MACHINERY, TrainersSettings
 from tuning.budget import trial_budget
 from tuning.confirm import FIRST_NUMBER, confirmation_plans, verdict_on
+from tuning.experiments import experiment_settings
 from tuning.journal import Journal, open_journal
 from tuning.judge import Judge, rule_of
 from tuning.log import Listener, SearchLog, best_of
@@ -71,15 +72,15 @@ def search(
         RelookError: every trial failed; it is the first one's error.
         KeyboardInterrupt: Ctrl-C, after the trials were stopped; the journal can be gone on with.
     """
-    # Planning and reporting need no Ray; its import takes a second.
-    from tuning.ray_search import run_trials
+    from tuning.ray_search import run_trials  # planning and reporting need no Ray; its import takes a second
 
     space = searched_space(tuning, trainers)
+    enqueued = (*experiment_settings(tuning.experiments, trainers), *enqueued)
     pictures = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
     header = _header(tuning, trainers, dataset, space, enqueued, pictures)
     job = _job(store, tuning, trainers, enqueued, pictures, run_dir)
     require_writable(run_dir)
-    pictures.open(store, trainers.side_px, progress)
+    _decode(store, pictures, (trainers, *enqueued), progress)
     with open_journal(run_dir, header) as journal:
         log = SearchLog(header, journal, _forgetting(run_dir, on_event))
         log.kept()
@@ -96,6 +97,12 @@ def search(
         confirming = confirmation_plans(best, trainers, tuning.confirm_seeds)
         run([plan for plan in confirming if plan.number not in journal.settled])
     return _result(header, log, best, tuning, trainers)
+
+
+def _decode(store: Store, pictures: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
+    """Decode pictures to every side that is known now; a trial that draws another one decodes for itself."""
+    for side_px in sorted({settings.side_px for settings in wanted}):
+        pictures.open(store, side_px, progress)
 
 
 def _judge(header: SearchHeader, planner: Planner, tuning: TuningSettings, journal: Journal) -> Judge:
@@ -214,6 +221,7 @@ def _header(
         dataset_id=dataset.id,
         base=trainers.model_dump(mode="json", exclude=set(MACHINERY)),
         enqueued=tuple(difference(trainers, settings) for settings in enqueued),
+        experiments=tuning.experiments,
         seed=tuning.seed,
         search=tuple(axis.value for axis in space.axes),
         searcher=tuning.searcher.value,
@@ -227,7 +235,7 @@ def _header(
         trial_epochs=trial_budget(trainers, tuning.trial_epochs),
         grace_epochs=min(tuning.grace_epochs, trial_budget(trainers, tuning.trial_epochs)),
         reduction_factor=tuning.reduction_factor,
-        train_images=pictures.num_train,
+        train_images=pictures.limited(trainers.max_train_images).num_train,
         train_images_available=len(dataset.side(Side.TRAIN)),
         val_images=len(pictures.image_ids) - pictures.num_train,
     )

@@ -1,6 +1,7 @@
 """The settings of the tuning room: what is searched, with which budget, on which resources."""
 
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -102,6 +103,10 @@ class TuningSettings(RoomSettings):
         default=(Axis.OPTIMIZER, Axis.SCHEDULER, Axis.AUGMENTATION),
         min_length=1,
         description="what is varied: optimizer, scheduler, augmentation, model, loss, sampler",
+    )
+    experiments: Literal["none", "dissertation", "dissertation_mini"] = Field(
+        default="none",
+        description="rows to try right after the given settings; the presets of these names set what they need",
     )
     max_train_images: int | None = Field(
         default=None,

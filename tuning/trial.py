@@ -21,10 +21,11 @@ from records.store import open_store
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Policy, load_policy
 from trainers.data.cache import PixelCache
-from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.training_data import DataPlan, TrainingData
 from trainers.settings import TrainersSettings
 from tuning.budget import squeeze
+from tuning.figures import figures_of
 from tuning.space import with_overrides
 from tuning.trials import TrialPlan
 
@@ -70,27 +71,33 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     """
     # Here and not above: whoever only plans or reports a search needs no torch.
     from trainers.fitting.loop import train
-    from trainers.fitting.workers import SingleWorker
+    from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker
 
     os.setpriority(os.PRIO_PROCESS, 0, job.niceness)
     settings = trial_settings(plan, job)
     folder = None if job.run_dir is None else trial_folder(job.run_dir, plan.number)
-
-    def on_epoch(epoch: EpochReport) -> bool:
-        report(epoch.model_dump(mode="json"))
-        return False
-
+    pictures = job.pictures.limited(settings.max_train_images)
     policy = job.policies.get(settings.augmentation) or load_policy(settings.augmentation)
     if job.workers > 1:
-        _train_in_group(settings, job, folder, policy, on_epoch)
+        _train_in_group(settings, job, pictures, folder, policy, lambda epoch: report(epoch.model_dump(mode="json")))
         return
+    data = _open_pictures(job, pictures, settings.side_px)
+
+    def on_epoch(epoch: EpochReport) -> None:
+        told = epoch.model_dump(mode="json")
+        if folder is not None and epoch.epoch == settings.epochs:
+            val_groups = pictures.group_ids[pictures.num_train :]
+            figures = figures_of(folder / CHECKPOINT_FILE, settings, job.taxonomy, data, val_groups)
+            told["figures"] = figures.model_dump(mode="json")
+        report(told)
+
     if folder is not None:
         # The process may have died between a checkpoint and its report.
         for epoch in _kept_epochs(folder):
             on_epoch(epoch)
     train(
         settings,
-        _open_pictures(job, settings.side_px),
+        data,
         job.taxonomy,
         on_epoch=on_epoch,
         workers=SingleWorker(folder, settings.use_gpu),
@@ -127,32 +134,33 @@ def _kept_epochs(folder: Path) -> list[EpochReport]:
 def _train_in_group(
     settings: TrainersSettings,
     job: TrialJob,
+    pictures: DataPlan,
     folder: Path | None,
     policy: Policy,
-    on_epoch: Callable[[EpochReport], bool],
+    on_epoch: OnEpoch,
 ) -> None:
     """Train under Ray Train, whose own folder lets a group that lost a worker go on."""
     from trainers.fitting.distributed import fit_distributed
 
     with closing(open_store(job.records)) as store:
-        job.pictures.open(store, settings.side_px)
+        pictures.open(store, settings.side_px)
         fit_distributed(
-            settings, job.pictures, store, folder or store.home.runs / "trial", policy=policy, on_epoch=on_epoch
+            settings, pictures, store, folder or store.home.runs / "trial", policy=policy, on_epoch=on_epoch
         )
 
 
-def _open_pictures(job: TrialJob, side_px: int) -> TrainingData:
+def _open_pictures(job: TrialJob, pictures: DataPlan, side_px: int) -> TrainingData:
     """Map the pixels; only a node that has not decoded them yet opens the store, which takes a second."""
-    image_ids = job.pictures.image_ids
+    image_ids = pictures.image_ids
     cache = PixelCache(open_home(job.records.home).cache, side_px)
     if cache.missing(image_ids):
         with closing(open_store(job.records)) as store:
-            return job.pictures.open(store, side_px)
+            return pictures.open(store, side_px)
     rows = np.arange(len(image_ids), dtype=np.int64)
     return TrainingData(
         pixels=cache.rows(image_ids),
         image_ids=image_ids,
-        labels=job.pictures.labels,
-        train_index=rows[: job.pictures.num_train],
-        val_index=rows[job.pictures.num_train :],
+        labels=pictures.labels,
+        train_index=rows[: pictures.num_train],
+        val_index=rows[pictures.num_train :],
     )

@@ -64,6 +64,19 @@ class Decision(_Shape):
     goes_on: bool = Field(description="false if the trial is cut off here")
 
 
+class TrialFigures(_Shape):
+    """Validation figures at the best epoch of a trial that had its whole budget; intervals resample groups, 95 %."""
+
+    epoch: int = Field(ge=1, description="the best one, chosen on the same pictures")
+    groups: int = Field(ge=1, description="lesions or patients that the intervals rest on")
+    balanced_accuracy: float
+    balanced_accuracy_ci: tuple[float, float]
+    accuracy: float
+    accuracy_ci: tuple[float, float]
+    macro_f1: float
+    macro_f1_ci: tuple[float, float]
+
+
 class TrialResult(_Shape):
     """A configuration and what came of it."""
 
@@ -74,6 +87,7 @@ class TrialResult(_Shape):
     scores: tuple[float, ...] = Field(default=(), description="validation balanced accuracy after each epoch")
     epoch_seconds: tuple[float, ...] = Field(default=(), description="training and validation of each epoch")
     key_class_sensitivity: float | None = Field(default=None, description="at the best epoch, argmax, on validation")
+    figures: TrialFigures | None = Field(default=None, description="empty if the trial ended before its last epoch")
     seconds: float = Field(default=0.0, ge=0, description="from the start of the trial to its end")
     start_seconds: float | None = Field(
         default=None, ge=0, description="from the moment the trial was due to the start of its first epoch"
@@ -109,6 +123,7 @@ class SearchHeader(_Shape):
     dataset_id: str
     base: dict[str, Any] = Field(description="the given TrainersSettings")
     enqueued: tuple[dict[str, Any], ...] = Field(default=(), description="overrides to try right after the given ones")
+    experiments: str = Field(default="none", description="rows of a dissertation that were tried first")
     seed: int = Field(ge=0)
     search: tuple[str, ...]
     space_hash: str = Field(description="of the registries' names and ranges that configurations are drawn from")

@@ -46,7 +46,16 @@ def test_the_preset_named_nearest_to_the_command_is_taken(
 
 
 def test_every_preset_is_whole_distinct_and_survives_the_loader() -> None:
-    assert set(PRESETS) == {"laptop", "demo", "single_gpu", "multi_gpu", "clinical", "dissertation", "ham10000_cpu"}
+    assert set(PRESETS) == {
+        "laptop",
+        "demo",
+        "single_gpu",
+        "multi_gpu",
+        "clinical",
+        "dissertation",
+        "dissertation_mini",
+        "ham10000_cpu",
+    }
     hashes = set()
     for name, make in PRESETS.items():
         settings = load_settings(preset=name)

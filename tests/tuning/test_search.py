@@ -46,6 +46,15 @@ def test_the_winner_is_never_worse_than_the_given_settings(searched, trainers, t
     assert result.settings.epochs == trainers.epochs
 
 
+def test_a_whole_trial_has_figures_with_intervals(searched):
+    _, result, _ = searched
+    for trial in result.trials:
+        assert (trial.figures is not None) == (trial.state == "finished")
+    figures = result.trials[0].figures
+    assert figures.balanced_accuracy == pytest.approx(result.trials[0].score, abs=1e-6)
+    assert figures.balanced_accuracy_ci[0] <= figures.balanced_accuracy <= figures.balanced_accuracy_ci[1]
+
+
 def test_only_train_and_val_were_read(searched, labelled):
     """The other sides' bytes are gone, so reading one would have failed; nor are they in the cache."""
     store, dataset = labelled

@@ -62,7 +62,7 @@ def test_a_node_that_has_decoded_nothing_decodes_for_itself(make_job, labelled):
     job = make_job(TuningSettings())
     assert len(PixelCache(store.home.cache, 16)) == 0
 
-    first, again = (_open_pictures(job, 16) for _ in range(2))
+    first, again = (_open_pictures(job, job.pictures, 16) for _ in range(2))
 
     assert len(PixelCache(store.home.cache, 16)) == len(job.pictures.image_ids)
     assert first.pixels.take([0]).shape == (1, 16, 16, 3)

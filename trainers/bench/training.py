@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import nn
 
 from records.bundles import Geometry
-from records.datasets import load_dataset
+from records.datasets import DatasetVersion, load_dataset
 from records.errors import ConfigError
 from records.store import Store
 from trainers.augmentation import load_policy
@@ -62,11 +62,26 @@ def prepare(store: Store, data: Path | None, side_px: int, folder: Path, bar: Pr
     Returns:
         Train and val pictures, decoded.
     """
+    return plan_data(import_pictures(store, data, side_px, folder, bar), store.taxonomy)
+
+
+def import_pictures(store: Store, data: Path | None, side_px: int, folder: Path, bar: Progress) -> DatasetVersion:
+    """Import pictures to measure with.
+
+    Args:
+        store: an empty one.
+        data: folder of pictures; None generates some of HAM10000's size.
+        side_px: that they are decoded to.
+        folder: for generated pictures.
+        bar: progress is shown on it.
+    Returns:
+        The dataset version of them.
+    """
     if data is None:
         data = folder / "pictures"
         synthesize(data, lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
     report = import_folder(store, data, in_place=True, side_px=(side_px,), progress=bar)
-    return plan_data(load_dataset(store, report.dataset_id), store.taxonomy)
+    return load_dataset(store, report.dataset_id)
 
 
 @dataclass

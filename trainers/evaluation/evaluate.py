@@ -209,7 +209,7 @@ def evaluate(
         images=len(labels),
         lesions=len(lesions),
         groups=weights.shape[1],
-        **_whole_figures(confusion, confusions, weights.shape[1]),
+        **whole_figures(confusion, confusions, weights.shape[1]),
         macro_auc=float(np.nanmean(aucs)) if np.isfinite(aucs).any() else None,
         ece=expected_calibration_error(labels, probabilities),
         reliability=_reliability(labels, probabilities),
@@ -291,8 +291,16 @@ def _at_equal_prevalence(
     )
 
 
-def _whole_figures(confusion: IntArray, confusions: FloatArray, num_groups: int) -> dict[str, Any]:
-    """Figures over all classes, each with its interval under `<name>_ci`."""
+def whole_figures(confusion: IntArray, confusions: FloatArray, num_groups: int) -> dict[str, Any]:
+    """Compute balanced accuracy, accuracy and macro F1, each with its interval under `<name>_ci`.
+
+    Args:
+        confusion: [C, C]; row = truth, column = answer.
+        confusions: [R, C, C] of bootstrap resamples.
+        num_groups: independent units that they rest on.
+    Returns:
+        Name to figure or interval.
+    """
     figures: dict[str, Any] = {}
     for name, function in (("balanced_accuracy", balanced_accuracy), ("accuracy", accuracy_of), ("macro_f1", macro_f1)):
         estimate = float(function(confusion))

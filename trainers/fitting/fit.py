@@ -93,7 +93,7 @@ def fit(
     policy = load_policy(settings.augmentation)
     start = None if start_from is not None else starting_weights(settings, len(store.taxonomy.codes))
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
-    plan = plan_data(dataset, store.taxonomy)
+    plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
     _require_sides(dataset)
     _decode(store, dataset, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -86,11 +86,43 @@ class DataPlan:
         image_ids: [N] picture ids, train before val, each in order of id.
         labels: [N] class indices.
         num_train: n; the first n are trained on.
+        group_ids: [N] the group of each picture; empty where nobody asks for groups.
     """
 
     image_ids: list[str] = field(repr=False)
     labels: IntArray = field(repr=False)
     num_train: int
+    group_ids: list[str] = field(default_factory=list, repr=False)
+
+    def limited(self, max_train_images: int | None) -> "DataPlan":
+        """Return the plan with fewer training pictures: whole groups, classes in proportion, val untouched.
+
+        Args:
+            max_train_images: at most so many; None takes all. A larger part holds every smaller one.
+        Returns:
+            The plan.
+        Raises:
+            DataError: fewer pictures are allowed than there are classes.
+            ContractError: the plan knows no groups.
+        """
+        if max_train_images is None or max_train_images >= self.num_train:
+            return self
+        if not self.group_ids:
+            raise ContractError("a plan without groups cannot be limited")
+        from pandas import DataFrame
+
+        from trainers.data.subset import grouped_subset
+
+        n = self.num_train
+        rows = DataFrame({"image_id": self.image_ids[:n], "group_id": self.group_ids[:n], "label": self.labels[:n]})
+        chosen = set(grouped_subset(rows, max_train_images, seed=0)["image_id"])
+        kept = [row for row, image_id in enumerate(self.image_ids) if row >= n or image_id in chosen]
+        return DataPlan(
+            image_ids=[self.image_ids[row] for row in kept],
+            labels=self.labels[kept],
+            num_train=len(chosen),
+            group_ids=[self.group_ids[row] for row in kept],
+        )
 
     def stream(self, store: "Store", side_px: int) -> TrainingData:
         """Decode what is read again and again: val, and the sample of train that statistics are measured on.
@@ -155,4 +187,5 @@ def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy) -> DataPlan:
         image_ids=[*train["image_id"], *val["image_id"]],
         labels=np.array([taxonomy.index_of(code) for code in codes], dtype=np.int64),
         num_train=len(train),
+        group_ids=[*train["group_id"], *val["group_id"]],
     )

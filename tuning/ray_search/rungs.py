@@ -7,9 +7,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tuning.judge import Judge
 from tuning.ray_search.recorder import Recorder, number_of
+from tuning.trials import TrialFigures
 
 SCORE = "val_balanced_accuracy"
 FAILURE = "error_kind"
+FIGURES = "figures/"
 
 
 class JudgedTrials(FIFOScheduler):
@@ -38,9 +40,14 @@ class JudgedTrials(FIFOScheduler):
             self._recorder.record(lambda log: log.failed(number, kind=kind, message=message, lost=False))
             return str(TrialScheduler.STOP)
         decision = self._judge.decide(number, result["epoch"], result[SCORE])
+        # Tune hands over nested values flat.
+        figures = {name.removeprefix(FIGURES): value for name, value in result.items() if name.startswith(FIGURES)}
         self._recorder.record(
             lambda log: log.epoch(
-                decision, seconds=result["seconds"], key_class_sensitivity=result.get("key_class_sensitivity")
+                decision,
+                seconds=result["seconds"],
+                key_class_sensitivity=result.get("key_class_sensitivity"),
+                figures=TrialFigures.model_validate(figures) if figures else None,
             )
         )
         over = not decision.goes_on or decision.epoch >= self._judge.max_epochs

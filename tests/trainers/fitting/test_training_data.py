@@ -1,12 +1,13 @@
 """Plans: train and val of a version, in order of id, and the pixels that belong to them."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from records.datasets import DatasetVersion, build_version
-from records.errors import TaxonomyError
+from records.errors import ContractError, TaxonomyError
 from records.store import Store
 from records.stored import find_images, read_picture
 from records.taxonomy import Taxonomy
@@ -40,3 +41,23 @@ def test_opening_a_plan_gives_the_pictures_of_its_rows(filled_store: Store, data
 def test_a_version_of_another_taxonomy_is_refused(dataset: DatasetVersion, three_classes: Taxonomy) -> None:
     with pytest.raises(TaxonomyError, match=f"dataset version {dataset.id[:12]} was made with taxonomy"):
         plan_data(dataset, three_classes)
+
+
+def test_a_limited_plan_has_whole_groups_and_all_of_val(filled_store: Store, dataset: DatasetVersion) -> None:
+    plan = plan_data(dataset, filled_store.taxonomy)
+    small, smaller = plan.limited(plan.num_train // 2), plan.limited(plan.num_train // 3)
+    left_out = set(plan.group_ids[: plan.num_train]) - set(small.group_ids[: small.num_train])
+
+    assert 0 < smaller.num_train < small.num_train <= plan.num_train // 2 + len(filled_store.taxonomy.codes)
+    assert set(smaller.image_ids) < set(small.image_ids)
+    assert left_out.isdisjoint(small.group_ids)
+    assert small.image_ids[small.num_train :] == plan.image_ids[plan.num_train :]
+    labels = dict(zip(plan.image_ids, plan.labels, strict=True))
+    assert [labels[image_id] for image_id in small.image_ids] == small.labels.tolist()
+    assert plan.limited(None) is plan is plan.limited(plan.num_train)
+
+
+def test_a_plan_without_groups_cannot_be_limited(filled_store: Store, dataset: DatasetVersion) -> None:
+    plan = replace(plan_data(dataset, filled_store.taxonomy), group_ids=[])
+    with pytest.raises(ContractError, match="a plan without groups cannot be limited"):
+        plan.limited(10)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from records.datasets import DatasetVersion
-from records.errors import IntegrityError
+from records.errors import DivergedError, IntegrityError
 from records.store import Store
 from trainers.fitting.epoch_report import EpochReport
 from trainers.fitting.training_data import plan_data
@@ -103,7 +103,6 @@ def train_table(
 
 
 def _curve(settings: TrainersSettings, data: Any, store: Store) -> tuple[list[float], list[float]]:
-    from records.errors import DivergedError
     from trainers.fitting.loop import train
 
     reports: list[EpochReport] = []
