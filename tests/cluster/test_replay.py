@@ -1,0 +1,95 @@
+"""A round that is run again from its manifest comes out the same."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.manifest import manifest_file, round_folder
+from cluster.replay import TOLERANCE, replay_round
+from cluster.round import run_round
+from cluster.settings import RoundSettings, Settings
+from records.errors import IntegrityError, RefusedError, UnknownIdError
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.types import AuditEvent, ModelRecord
+from trainers.data.importer import import_folder
+from trainers.data.synth import synthesize
+from trainers.settings import TrainersSettings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, str]]:
+    """A small round that has ended, and the precision it was asked for."""
+    folder = tmp_path_factory.mktemp("replay")
+    settings = Settings(
+        records=RecordsSettings(home=folder / "home"),
+        trainers=TrainersSettings(
+            model="custom_cnn", side_px=32, epochs=2, precision=request.param, threads_per_worker=1
+        ),
+        round=RoundSettings(tune="never", select_budget=0),
+    )
+    synthesize(folder / "pictures", lesions=140, seed=3, width_px=96)
+    store = open_store(settings.records)
+    import_folder(store, folder / "pictures", side_px=(32,))
+    run_round(store, settings, started_by="test")
+    yield store, request.param
+    store.close()
+
+
+def test_the_metrics_are_the_same(played: tuple[Store, str]) -> None:
+    store, precision = played
+    with store.ledger.read() as tx:
+        before = tx.count(ModelRecord), tx.count(AuditEvent, where={"action": "round.started"})
+    found = replay_round(store, 1)
+    assert found.precision == precision
+    assert set(found.differences) == {"balanced_accuracy", "accuracy", "macro_auc", "ece"}
+    assert TOLERANCE == {"fp32": 0.0, "bf16": 1e-3}
+    assert all(value is not None and abs(value) <= TOLERANCE[precision] for value in found.differences.values())
+    assert found.within_tolerance
+    assert found.other_packages == {}
+    if precision == "fp32":
+        assert found.same_model
+        assert set(found.differences.values()) == {0.0}
+    with store.ledger.read() as tx:
+        after = tx.count(ModelRecord), tx.count(AuditEvent, where={"action": "round.started"})
+        assert tx.count(AuditEvent, where={"actor": "replay of round 1"}) == 1
+    assert after == before == (1, 1)
+
+
+@pytest.mark.parametrize("played", ["fp32"], indirect=True)
+def test_a_round_that_came_out_differently_is_told_apart(played: tuple[Store, str]) -> None:
+    store, _ = played
+    path = manifest_file(round_folder(store.home, 1))
+    kept = path.read_text()
+    document = json.loads(kept)
+    document["result"]["test"]["macro_auc"] += 0.01
+    document["packages"]["torch"] = "0.1"
+    path.write_text(json.dumps(document))
+    try:
+        found = replay_round(store, 1)
+    finally:
+        path.write_text(kept)
+    assert not found.within_tolerance
+    assert found.differences["macro_auc"] == pytest.approx(-0.01, abs=2e-3)
+    assert found.other_packages["torch"][0] == "0.1"
+
+
+@pytest.mark.parametrize("played", ["fp32"], indirect=True)
+def test_what_cannot_be_replayed_is_said(played: tuple[Store, str]) -> None:
+    store, _ = played
+    with pytest.raises(UnknownIdError, match="no round has the number 7"):
+        replay_round(store, 7)
+    unfinished = round_folder(store.home, 2)
+    unfinished.mkdir()
+    document = json.loads(manifest_file(round_folder(store.home, 1)).read_text())
+    manifest_file(unfinished).write_text(json.dumps(document | {"result": None}))
+    with pytest.raises(RefusedError, match="round 2 has not ended"):
+        replay_round(store, 2)
+    manifest_file(unfinished).write_text("{")
+    with pytest.raises(IntegrityError, match="not the manifest of a round"):
+        replay_round(store, 2)
+    manifest_file(unfinished).unlink()
+    unfinished.rmdir()
