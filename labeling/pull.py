@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import LabelStudioClient
+from labeling.doubles import remove_doubles
 from labeling.people import users
 from labeling.project import LEASE, LEASE_WAIT_S, Desk, is_ours, known_desks, open_project
 from labeling.push import Advance
@@ -29,7 +30,7 @@ from records.types import AnswerKind, Cursor, ExpertLabel, ReviewItem, ReviewSta
 _OVERLAP = timedelta(seconds=60)
 _ADDED = (
     "annotations", "new_labels", "edited", "deleted", "cant_tell", "other", "not_understood", "tasks_deleted",
-    "requeued",
+    "doubled", "requeued",
 )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class PullReport(BaseModel):
     other: int = Field(default=0, ge=0, description="new rows that say no class fits")
     not_understood: list[str] = Field(default_factory=list, description="one sentence per answer kept but not used")
     tasks_deleted: int = Field(default=0, ge=0, description="tasks that were deleted in Label Studio")
+    doubled: int = Field(default=0, ge=0, description="second tasks of a question that were removed")
     requeued: int = Field(default=0, ge=0, description="questions that wait again, since their project was deleted")
 
 
@@ -105,7 +107,7 @@ def _pull(
             reading.record(page)
             done += len(page)
             advance(done, done)
-        reading.record_deleted_tasks(state)
+        reading.hold_against(state)
     except UnknownIdError:
         # Whoever deletes a project does not take back what its readers said: those answers stay.
         project = open_project(store, client, settings, desk)
@@ -146,6 +148,7 @@ class _Pass:
     edited: int = 0
     deleted: int = 0
     tasks_deleted: int = 0
+    doubled: int = 0
 
     def record(self, page: Sequence[TaskRow]) -> None:
         """Bring the ledger in line with a page of tasks, in one transaction."""
@@ -160,13 +163,20 @@ class _Pass:
                 if item is not None:
                     self._record_task(tx, row, item, known.get(row.id, {}))
 
-    def record_deleted_tasks(self, state: ProjectState) -> None:
-        """Find tasks that were deleted: Label Studio shows that in the total only."""
+    def hold_against(self, state: ProjectState) -> None:
+        """Find tasks that were deleted and second tasks of a question: Label Studio shows both in the total only."""
         asked = (ReviewState.PUSHED, ReviewState.ANSWERED, ReviewState.CLOSED)
         with self.store.ledger.read() as tx:
             items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": asked})
-        if len(items) <= state.total or not is_ours(self.store, self.client, self.project_id, self.desk):
+        if len(items) == state.total or not is_ours(self.store, self.client, self.project_id, self.desk):
             return
+        if len(items) > state.total:
+            self._record_deleted_tasks(items)
+        else:
+            by_id = {item.id: item for item in items}
+            self.doubled += remove_doubles(self.store, self.client, self.project_id, by_id)
+
+    def _record_deleted_tasks(self, items: Sequence[ReviewItem]) -> None:
         present = {row.id for page in self.client.list_tasks(self.project_id, page_size=5000) for row in page}
         missing = {item.id: item for item in items if item.task_id not in present}
         with self.store.ledger.begin() as tx:
@@ -190,6 +200,7 @@ class _Pass:
             other=kinds.count(AnswerKind.OTHER) - len(self.not_understood),
             not_understood=self.not_understood,
             tasks_deleted=self.tasks_deleted,
+            doubled=self.doubled,
         )
 
     def _name_readers(self, page: Sequence[TaskRow]) -> None:

@@ -174,3 +174,36 @@ def test_k_center_agrees_with_scikit_activeml() -> None:
     theirs, _ = k_greedy_center(np.concatenate([known, pool]), labels, batch_size=12, random_state=0)
     ours = k_center_rows(pool, np.arange(60), 12, known=known)
     assert ours == [row - 4 for row in theirs]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_badge_starts_where_scikit_activeml_does(seed: int) -> None:
+    # What it draws next it also keeps away from a gradient of zero, which the paper does not and we do not.
+    from skactiveml.base import SkactivemlClassifier
+    from skactiveml.pool import Badge
+
+    class Fixed(SkactivemlClassifier):  # type: ignore[misc]
+        """Answers every question with the same probabilities."""
+
+        def fit(self, X: object, y: object) -> "Fixed":  # noqa: N803 - a name of the library
+            return self
+
+        def predict_proba(self, X: object) -> NDArray[np.float64]:  # noqa: N803
+            return probabilities
+
+    chance = np.random.default_rng(seed)
+    features, probabilities = chance.normal(size=(40, 5)), chance.dirichlet(np.ones(3), 40)
+    theirs = Badge(random_state=0).query(features, np.full(40, np.nan), Fixed(classes=[0, 1, 2]), fit_clf=False)
+    assert badge_rows(features, probabilities, np.arange(40), 1, chance) == list(theirs)
+
+
+def test_typiclust_agrees_with_scikit_activeml() -> None:
+    from skactiveml.pool import TypiClust
+
+    chance = np.random.default_rng(6)
+    centres, sizes = np.array([[0.0, 0.0], [90.0, 0.0], [0.0, 90.0], [90.0, 90.0]]), (45, 37, 31, 26)
+    pool = np.concatenate([c + chance.normal(size=(n, 2)) for c, n in zip(centres, sizes, strict=True)])
+    known = centres[1:2] + 0.5
+    labels = np.array([0.0] + [np.nan] * len(pool))
+    theirs = TypiClust(random_state=0, k=20).query(np.concatenate([known, pool]), labels, batch_size=3)
+    assert typical_rows(pool, np.arange(len(pool)), 3, seed=0, known=known) == [row - 1 for row in theirs]

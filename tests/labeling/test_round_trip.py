@@ -178,6 +178,31 @@ def test_a_push_killed_after_its_import_doubles_nothing(
     assert client.state(project.id).total == 6
 
 
+def test_second_tasks_of_a_question_are_removed_and_no_answer_with_them(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    add_items(3)
+    project = open_project(store, client, settings)
+    push(store, client, settings)
+    first = _items(store)
+    # The same import arriving twice: of one question the ledger knows the first task, of one the second.
+    empty = dict.fromkeys(("image", "heatmap", "why", "answer", "about"), "")
+    again = [
+        {"data": empty, "meta": {"relook_item": item.id, "relook_key": item_key(item.id, project)}} for item in first
+    ]
+    second = client.import_tasks(project.id, again)
+    with store.ledger.begin() as tx:
+        tx.update(ReviewItem, first[1].id, task_id=second[1])
+    _say(client, second[2], "mel")
+    report = pull(store, client, settings)
+    assert (report.doubled, report.new_labels, report.tasks_deleted) == (3, 1, 0)
+    items = _items(store)
+    assert [item.task_id for item in items] == [first[0].task_id, second[1], second[2]]
+    assert [item.state for item in items] == [ReviewState.PUSHED, ReviewState.PUSHED, ReviewState.ANSWERED]
+    assert {row.id for page in client.list_tasks(project.id) for row in page} == {item.task_id for item in items}
+    assert (pull(store, client, settings).doubled, len(_labels(store))) == (0, 1)
+
+
 def test_a_deleted_task_is_withdrawn_and_its_answer_buried(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
