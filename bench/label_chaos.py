@@ -1,20 +1,18 @@
 """Push, answer and pull through a bad network with kills: 0 lost, 0 doubled, the order kept. One JSON line.
 
 A proxy stands between Relook and a real Label Studio. It drops requests before they arrive, drops answers
-after Label Studio has committed, sends requests twice and holds others back. `relook label sync --watch` runs
-through it and is killed (SIGKILL) after a random number of requests, half of the times while questions go out
-and half while answers come in. There are no webhooks: the poll alone has to find everything. At the end some
-answers are edited and deleted, and what the ledger holds is compared with what Label Studio holds.
+after Label Studio has committed, sends requests twice and holds others back. A process that syncs again and
+again, as `relook label sync --watch` does, works through it and is killed (SIGKILL) after a random number of
+requests, half of the times while questions go out and half while answers come in. There are no webhooks: the
+poll alone has to find everything. At the end some answers are edited and deleted, and what the ledger holds is
+compared with what Label Studio holds.
 
 .venv/bin/python bench/label_chaos.py --items 2000 --kills 20 --drop 0.3 --delay-s 5
 """
 
 import argparse
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +21,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,17 @@ from labeling.local_server import LocalLabelStudio
 from labeling.project import known_project
 from labeling.pull import pull
 from labeling.settings import LabelingSettings
+from labeling.sync import sync
 from labeling.tasks import answer_result
+from records.errors import LabelStudioError
 from records.home import open_home
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ReviewItem, ReviewState
 
-_COMMAND = [sys.executable, "-m", "cluster.cli", "label", "sync", "--watch", "--every", "1s", "--json"]
-_SMALL = {"RELOOK_LABELING__PUSH_BATCH": "20", "RELOOK_LABELING__BLIND_SHARE": "0"}
+# A process of its own that has imported everything, and forks: starting one takes no time, whatever the machine does.
+_PROCESSES = get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["labeling.sync", "records.store"])
 _PATIENCE_S = 3600
 _KEPT = ("authorization", "content-type", "accept")
 
@@ -146,6 +148,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--drop", type=float, default=0.3)
     parser.add_argument("--delay-s", type=float, default=5.0)
+    parser.add_argument("--batch", type=int, default=50, help="tasks in one import")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-chaos-") as folder:
@@ -161,7 +164,10 @@ def main() -> int:
                 ) as proxy,
                 LabelStudioClient(server.url, server.token) as client,
             ):
-                found = play(store, client, proxy, server.token.get_secret_value(), arguments.kills, arguments.seed)
+                found = play(
+                    store, client, proxy, server.token.get_secret_value(), kills=arguments.kills, seed=arguments.seed,
+                    batch=arguments.batch,
+                )  # fmt: skip
         finally:
             store.close()
             local.down()
@@ -170,13 +176,13 @@ def main() -> int:
 
 
 def play(
-    store: Store, client: LabelStudioClient, proxy: ChaosProxy, token: str, kills: int, seed: int
+    store: Store, client: LabelStudioClient, proxy: ChaosProxy, token: str, *, kills: int, seed: int, batch: int
 ) -> dict[str, Any]:
     """Send all questions, answer them in waves, edit and delete, with kills in between; compare."""
     chance, began = random.Random(seed), time.monotonic()
-    syncing = Syncing(store, proxy, token)
+    syncing = Syncing(store, proxy, token, batch)
     while syncing.killed < kills // 2 and syncing.waits():
-        syncing.run(chance.randint(1, 40), until=lambda: not syncing.waits())
+        syncing.run(chance.randint(1, 25), until=lambda: not syncing.waits())
     killed_pushing = syncing.killed
     syncing.run(None, until=lambda: not syncing.waits())
     pushed_s = time.monotonic() - began
@@ -207,19 +213,19 @@ def play(
 
 
 class Syncing:
-    """Runs `relook label sync --watch` through the proxy.
+    """Lets processes sync through the proxy.
 
     Args:
         store: of the same home.
-        proxy: that it is sent through.
+        proxy: that they are sent through.
         token: of Label Studio.
+        batch: tasks in one import.
     """
 
-    def __init__(self, store: Store, proxy: ChaosProxy, token: str) -> None:
+    def __init__(self, store: Store, proxy: ChaosProxy, token: str, batch: int) -> None:
         self.killed = 0
         self._store, self._proxy = store, proxy
-        variables = {"RELOOK_HOME": str(store.home.root), "RELOOK_LABELING__URL": proxy.url}
-        self._variables = {**os.environ, **variables, "RELOOK_LABELING__TOKEN": token, **_SMALL}
+        self._arguments = (store.home.root, proxy.url, token, batch)
 
     def waits(self) -> bool:
         """Return whether a question has not been sent yet."""
@@ -227,31 +233,43 @@ class Syncing:
             return tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
 
     def run(self, requests: int | None, until: Callable[[], bool] = lambda: False) -> None:
-        """Run it, and kill it after so many requests; without a number it ends when `until` holds.
+        """Let one sync, and kill it after so many requests; without a number it ends when `until` holds.
 
         Args:
             requests: of this process; None never kills it in the middle of its work.
             until: what to wait for.
         """
-        deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline:
-            before = self._proxy.counts["requests"]
-            with subprocess.Popen(
-                _COMMAND, env=self._variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            ) as process:
-                try:
-                    while process.poll() is None and time.monotonic() < deadline:
-                        if requests is not None and self._proxy.counts["requests"] - before >= requests:
-                            process.send_signal(signal.SIGKILL)
-                            self.killed += 1
-                            print(f"kill {self.killed} after {requests} requests", file=sys.stderr, flush=True)
-                            return
-                        if until():
-                            return
-                        time.sleep(0.02 if requests is not None else 1.0)
-                finally:
-                    process.kill()
+        deadline, before = time.monotonic() + _PATIENCE_S, self._proxy.counts["requests"]
+        process = _PROCESSES.Process(target=sync_forever, args=self._arguments, daemon=True)
+        process.start()
+        try:
+            while time.monotonic() < deadline:
+                if requests is not None and self._proxy.counts["requests"] - before >= requests:
+                    self.killed += 1
+                    print(f"kill {self.killed} after {requests} requests", file=sys.stderr, flush=True)
+                    return
+                if until():
+                    return
+                if not process.is_alive():
+                    raise SystemExit(f"the process that syncs ended by itself with {process.exitcode}")
+                time.sleep(0.02 if requests is not None else 1.0)
+        finally:
+            process.kill()
+            process.join()
         raise SystemExit(f"not done after {_PATIENCE_S} s")
+
+
+def sync_forever(home: Path, url: str, token: str, batch: int) -> None:
+    """Sync again and again; an outage is waited out."""
+    store = open_store(RecordsSettings(home=home))
+    settings = LabelingSettings(push_batch=batch, blind_share=0.0)
+    while True:
+        try:
+            with LabelStudioClient(url, token) as client:
+                sync(store, client, settings)
+        except LabelStudioError:
+            pass
+        time.sleep(0.5)
 
 
 def _answer(client: LabelStudioClient, store: Store, items: list[ReviewItem]) -> list[int]:

@@ -93,6 +93,13 @@ def test_only_the_audit_sample_may_be_held_out() -> None:
     assert not resolve(rows, audit_items={"drawn"})[0].from_audit_sample
 
 
+def test_a_decision_from_elsewhere_is_no_label_of_the_audit_sample() -> None:
+    rows = [said("chief", "mel", review_item_id="decide"), said("chief", "nv", review_item_id="drawn")]
+    (found,) = resolve(rows, {"drawn"}, adjudications={"decide"})
+    assert (found.label, found.from_audit_sample) == ("mel", False)
+    assert resolve(rows, {"drawn"})[0].from_audit_sample
+
+
 def test_order_does_not_matter() -> None:
     rows = [said(f"r{n % 3}", "mel" if n % 2 else "nv", image_id=f"image {n % 4}", annotation=n % 9) for n in range(24)]
     expected = resolve(rows)
