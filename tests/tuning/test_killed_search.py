@@ -15,7 +15,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(600)
 def test_a_killed_search_decides_as_one_that_was_left_alone() -> None:
     done = subprocess.run(
-        [sys.executable, "bench/chaos_tune.py", "--rounds", "1", "--kills", "1", "--at-a-time", "1", "--epoch-s", "0.1"],
+        [
+            sys.executable,
+            "bench/chaos_tune.py",
+            "--rounds",
+            "1",
+            "--kills",
+            "1",
+            "--at-a-time",
+            "1",
+            "--epoch-s",
+            "0.1",
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,0 +1,112 @@
+"""Back up, destroy, restore: the service answers as before, here and on a real Ray, and the audit chain holds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from records.errors import RelookError
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.types import FlagReason
+from serving.client import Client
+from serving.schemas import FlagRequest
+from serving.settings import ServingSettings
+
+NUM_PICTURES = 5
+
+
+def relook(home: Path, *arguments: str) -> dict[str, Any]:
+    """Run the command as its user would; return what it says as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments, "--json"],
+        env={**os.environ, "RELOOK_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+@contextmanager
+def served_here(home: Path, tools: Any) -> Iterator[str]:
+    """The whole app over real HTTP, in this process."""
+    settings = ServingSettings(port=tools.free_port(), audit_share=0.0)
+    with closing(open_store(RecordsSettings(home=home))) as store, tools.run_service(store, settings) as running:
+        yield running.url
+
+
+@contextmanager
+def served_on_ray(home: Path, tools: Any) -> Iterator[str]:
+    """The service as `relook serve` starts it."""
+    with warnings.catch_warnings():
+        # Ray Serve's own declarations are not clean under the newest pydantic.
+        warnings.simplefilter("ignore")
+        from serving.launch import run_service
+
+    settings = ServingSettings(port=tools.free_port(), audit_share=0.0, start_timeout_s=500.0)
+    with run_service(settings, RecordsSettings(home=home)) as handle:
+        yield handle.url
+
+
+def answers(client: Client, picture: Callable[..., bytes]) -> list[dict[str, Any]]:
+    """Ask about some pictures; keep all of the answers but what is new with every request."""
+    found = [client.predict(picture(number), explain="gradcam") for number in range(NUM_PICTURES)]
+    return [answer.model_dump(exclude={"id", "request_id", "created_at", "review"}) for answer in found]
+
+
+def test_a_restored_service_answers_as_before(tools: Any, picture: Callable[..., bytes], tmp_path: Path) -> None:
+    destroy_and_compare(served_here, tools, picture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_restored_service_on_ray_answers_as_before(
+    ray_session: Any, tools: Any, picture: Callable[..., bytes], tmp_path: Path
+) -> None:
+    destroy_and_compare(served_on_ray, tools, picture, tmp_path)
+
+
+def destroy_and_compare(
+    served: Callable[..., AbstractContextManager[str]], tools: Any, picture: Callable[..., bytes], tmp_path: Path
+) -> None:
+    home, backup = tmp_path / "home", tmp_path / "backup"
+    with closing(open_store(RecordsSettings(home=home))) as store:
+        bundle = tools.make_bundle(store, 0, bias={"bcc": -2.0})
+        tools.serve_bundle(store, bundle)
+    scopes = ("--organisation", "clinic", "--scope", "predict", "--scope", "flag")
+    token = relook(home, "keys", "create", "somebody", *scopes)["key"]
+
+    with served(home, tools) as url, Client(url, token) as client:
+        kept = client.predict(picture(0), explain="gradcam")
+        flagged = client.flag(kept.id, FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel"))
+        before = answers(client, picture)
+        stored, overlay = client.prediction(kept.id), client.explanation_png(kept.id)
+        relook(home, "backup", str(backup))
+        client.predict(picture(9))  # after the view of the backup
+    shutil.rmtree(home)
+    relook(home, "restore", str(backup))
+
+    assert relook(home, "audit", "verify")["whole"] is True
+    with served(home, tools) as url:
+        with Client(url, retry_s=0.0) as stranger, pytest.raises(RelookError):
+            stranger.predict(picture(0))
+        with Client(url, token) as client:
+            assert client.model().id == bundle.id
+            assert client.prediction(kept.id) == stored
+            assert client.prediction(kept.id).review == flagged.review
+            assert client.explanation_png(kept.id) == overlay
+            assert answers(client, picture) == before
+    assert relook(home, "audit", "verify")["whole"] is True
+    events = relook(home, "trace", kept.id)
+    assert {"answer", "flag", "question"} <= {step["kind"] for step in events["steps"]}
