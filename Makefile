@@ -59,6 +59,7 @@ bench: setup  ## time and memory of the demo
 soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (20)
 	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
+	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 2 --kills 3 --searcher pbt
 	$(BIN)/python bench/fuzz_api.py --uploads 10000 --examples 40
 	$(BIN)/python bench/release_drills.py
 	$(BIN)/python bench/kill_service.py --kills 2

@@ -1,12 +1,14 @@
 """Kill searches at random moments and compare what they decide with a search that nobody kills.
 
     .venv/bin/python bench/chaos_tune.py --rounds 3 --kills 3
+    .venv/bin/python bench/chaos_tune.py --rounds 3 --kills 3 --searcher pbt
 
 Real Ray Tune in a process of its own, with a trial function whose scores are a table. The driver, the
 head of Ray (its control store or its raylet) or the processes of the trials are killed with -9; then the
 search goes on from its journal. With one trial at a time decisions and winner have to be those of the
-search that nobody killed; with two, every decision that was journalled has to stay. One JSON line per round,
-with the kills that took effect; a round with fewer of them than were asked for has failed.
+search that nobody killed; with two, every decision that was journalled has to stay. The turns of a population
+have to be those of the search that nobody killed in either case. One JSON line per round, with the kills that
+took effect; a round with fewer of them than were asked for has failed.
 """
 
 import argparse
@@ -24,11 +26,11 @@ from pathlib import Path
 
 import psutil
 
-TRIALS, EPOCHS = 9, 4
+TRIALS, EPOCHS = {"tpe": 9, "pbt": 6}, 4
 VICTIMS = ("driver", "head", "trials")
 
 
-def search(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> None:
+def search(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: float) -> None:
     """Run or go on with a search; this is the process that is killed."""
     from cluster.session import start_ray
     from cluster.settings import Settings
@@ -37,6 +39,7 @@ def search(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> None:
     from tuning.judge import Judge, rule_of
     from tuning.log import SearchLog
     from tuning.planner import Planner
+    from tuning.population import Population
     from tuning.ray_search import run_trials
     from tuning.settings import Searcher, TuningSettings
     from tuning.space import derive_space
@@ -46,7 +49,7 @@ def search(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> None:
         import random as chance
         import time as clock
 
-        for epoch in range(1, data["epochs"] + 1):
+        for epoch in range(plan.turn.epoch + 1 if plan.turn else 1, (plan.until_epoch or data["epochs"]) + 1):
             clock.sleep(data["epoch_s"])
             value = round(chance.Random(f"{data['seed']}:{plan.number}:{epoch}").uniform(0.2, 0.5) + 0.05 * epoch, 6)
             report(
@@ -60,30 +63,35 @@ def search(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> None:
 
     base = TrainersSettings()
     tuning = TuningSettings(
-        trials=TRIALS, trial_epochs=EPOCHS, reduction_factor=2, max_concurrent=at_a_time, searcher=Searcher.TPE
-    )
+        trials=TRIALS[searcher], trial_epochs=EPOCHS, turn_epochs=1, reduction_factor=2, max_concurrent=at_a_time,
+        searcher=searcher,
+    )  # fmt: skip
     header = SearchHeader(
         dataset_id="c" * 64, base=base.model_dump(mode="json"), seed=seed, search=("optimizer",), space_hash="0" * 64,
-        trials=TRIALS, trial_epochs=EPOCHS, grace_epochs=1, reduction_factor=2, train_images=1,
-        train_images_available=1, val_images=1,
+        trials=TRIALS[searcher], trial_epochs=EPOCHS, grace_epochs=1, reduction_factor=2, train_images=1,
+        train_images_available=1, val_images=1, searcher=searcher,
+        **({"scheduler": "none", "turn_epochs": 1} if tuning.searcher is Searcher.PBT else {}),
     )  # fmt: skip
     with open_journal(folder, header) as journal, start_ray(Settings()):
         log = SearchLog(header, journal)
+        space = derive_space(tuning.search, base)
         planner = Planner(
-            derive_space(tuning.search, base), base, trials=TRIALS, seed=seed, searcher=Searcher.TPE, startup_trials=4,
+            space, base, trials=header.trials, seed=seed, searcher=tuning.searcher, startup_trials=4,
             done=list(journal.past.values()),
         )  # fmt: skip
         judge = Judge(rule_of(header), EPOCHS, lambda number: number == 0, journal.decisions)
-        plans = (planner.plan(number, log.trials) for number in range(TRIALS) if number not in journal.settled)
+        plans = (planner.plan(number, log.trials) for number in range(header.trials) if number not in journal.settled)
+        if header.turn_epochs:
+            plans = Population(header, planner, judge=judge, log=log, past=journal.turns, run_dir=folder).plans()
         data = {"seed": seed, "epochs": EPOCHS, "epoch_s": epoch_s}
         run_trials(plans, train, data, judge=judge, tuning=tuning, log=log, folder=folder)
     (folder / "done").touch()
 
 
-def start(folder: Path, seed: int, at_a_time: int, epoch_s: float) -> subprocess.Popen[bytes]:
+def start(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: float) -> subprocess.Popen[bytes]:
     """Start a search in a session of its own."""
     command = [sys.executable, __file__, "--search", str(folder), "--seed", str(seed)]
-    command += ["--at-a-time", str(at_a_time), "--epoch-s", str(epoch_s)]
+    command += ["--searcher", searcher, "--at-a-time", str(at_a_time), "--epoch-s", str(epoch_s)]
     log = (folder / "log.txt").open("ab")
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
@@ -148,6 +156,13 @@ def decisions(folder: Path) -> list[tuple]:
     return [(d.number, d.epoch, d.score, d.rung, d.goes_on) for d in read_past(folder).decisions]
 
 
+def turns(folder: Path) -> list[tuple]:
+    """Return (trial, epoch, score, parent, settings) of a population in the order in which they were journalled."""
+    from tuning.journal import read_past
+
+    return [(t.number, t.epoch, t.score, t.parent, json.dumps(t.overrides)) for t in read_past(folder).turns]
+
+
 def winner(folder: Path) -> tuple[int, float | None, dict]:
     """Return number, score and settings of the winner."""
     from tuning.journal import read_past
@@ -157,7 +172,9 @@ def winner(folder: Path) -> tuple[int, float | None, dict]:
     return best.number, best.score, best.overrides
 
 
-def play(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> tuple[int, list[str]]:
+def play(
+    folder: Path, searcher: str, seed: int, at_a_time: int, victims: list[str], epoch_s: float
+) -> tuple[int, list[str]]:
     """Run a search to its end, killing each victim a while after the next decisions.
 
     Returns how many kills took effect, and what went wrong.
@@ -165,7 +182,7 @@ def play(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: f
     folder.mkdir(parents=True)
     chance, took = random.Random(seed), 0
     wrong: list[str] = []
-    process = start(folder, seed, at_a_time, epoch_s)
+    process = start(folder, searcher, seed, at_a_time, epoch_s)
     for victim in victims:
         wanted = len(decisions(folder)) + chance.randint(1, 4)
         if not until(process, lambda wanted=wanted: len(decisions(folder)) >= wanted):
@@ -175,7 +192,7 @@ def play(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: f
         kill(process, victim)
         took += took_effect(process, folder, victim, starts)
         if process.poll() is not None and not (folder / "done").exists():
-            process = start(folder, seed, at_a_time, epoch_s)
+            process = start(folder, searcher, seed, at_a_time, epoch_s)
         if decisions(folder)[: len(before)] != before:
             wrong.append(f"decisions changed after the kill of {victim}")
     before = decisions(folder)
@@ -192,18 +209,21 @@ def play(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: f
     return took, wrong
 
 
-def one_round(folder: Path, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> dict:
+def one_round(folder: Path, searcher: str, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> dict:
     """Compare a search that is killed with one that is not."""
-    took, wrong = play(folder / "killed", seed, at_a_time, victims, epoch_s)
-    if at_a_time == 1:
-        wrong += play(folder / "whole", seed, at_a_time, [], epoch_s)[1]
+    took, wrong = play(folder / "killed", searcher, seed, at_a_time, victims, epoch_s)
+    if at_a_time == 1 or searcher == "pbt":
+        wrong += play(folder / "whole", searcher, seed, at_a_time, [], epoch_s)[1]
         if sorted(decisions(folder / "killed")) != sorted(decisions(folder / "whole")):
             wrong.append("other decisions than the search that nobody killed")
+        if turns(folder / "killed") != turns(folder / "whole"):
+            wrong.append("other turns than the search that nobody killed")
         if winner(folder / "killed") != winner(folder / "whole"):
             wrong.append("another winner than the search that nobody killed")
-    return {"seed": seed, "at_a_time": at_a_time, "victims": victims, "kills_asked": len(victims),
+    return {"searcher": searcher, "seed": seed, "at_a_time": at_a_time, "victims": victims, "kills_asked": len(victims),
             "kills_took_effect": took, "winner": winner(folder / "killed")[:2],
-            "decisions": len(decisions(folder / "killed")), "wrong": wrong}  # fmt: skip
+            "decisions": len(decisions(folder / "killed")), "turns": len(turns(folder / "killed")),
+            "wrong": wrong}  # fmt: skip
 
 
 def main() -> int:
@@ -211,20 +231,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--searcher", choices=tuple(TRIALS), default="tpe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-a-time", type=int, default=0, help="1 or 2; 0 plays both in turn")
     parser.add_argument("--epoch-s", type=float, default=0.3)
     parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.search:
-        search(arguments.search, arguments.seed, arguments.at_a_time, arguments.epoch_s)
+        search(arguments.search, arguments.searcher, arguments.seed, arguments.at_a_time, arguments.epoch_s)
         return 0
     failed = False
     for number in range(arguments.rounds):
         seed = arguments.seed + number
         victims = [VICTIMS[(seed + kill) % 3] for kill in range(arguments.kills)]
         with tempfile.TemporaryDirectory(prefix="relook-chaos-") as folder:
-            found = one_round(Path(folder), seed, arguments.at_a_time or 1 + number % 2, victims, arguments.epoch_s)
+            at_a_time = arguments.at_a_time or 1 + number % 2
+            found = one_round(Path(folder), arguments.searcher, seed, at_a_time, victims, arguments.epoch_s)
         print(json.dumps(found), flush=True)
         failed = failed or bool(found["wrong"])
     return int(failed)

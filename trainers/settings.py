@@ -60,6 +60,11 @@ class TrainersSettings(RoomSettings):
     learning_rate: float | None = Field(
         default=None, gt=0, le=10, allow_inf_nan=False, description="step size; default: the optimizer's own"
     )
+    learning_rate_factors: tuple[tuple[int, float], ...] = Field(
+        default=(),
+        description="pairs of epoch and factor: what the scheduled rate is multiplied by from that epoch on; "
+        "default: never",
+    )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
     nesterov: bool = Field(default=True, description="Nesterov's momentum, in sgd")
     weight_decay: float = Field(
@@ -169,6 +174,16 @@ class TrainersSettings(RoomSettings):
     @classmethod
     def _is_policy(cls, value: str) -> str:
         _as_value_error(check_policy_name, value)
+        return value
+
+    @field_validator("learning_rate_factors")
+    @classmethod
+    def _ascend(cls, value: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        epochs = [epoch for epoch, _ in value]
+        if epochs != sorted(set(epochs)) or (epochs and epochs[0] < 2):
+            raise ValueError(f"the epochs {epochs} should ascend from 2 or later, as [[3, 0.8], [5, 1.2]]")
+        if not all(0 < factor <= 1000 for _, factor in value):
+            raise ValueError("factors should be above 0 and at most 1000, as [[3, 0.8], [5, 1.2]]")
         return value
 
     @field_validator("weights")

@@ -6,6 +6,7 @@ Trials that meet at a rung are then at the same point of their schedules. Roundi
 make two schedules equal in a short trial; the winner is trained with its own, unshortened durations.
 """
 
+from trainers.augmentation.policy import scaled_start
 from trainers.settings import TrainersSettings
 
 UNIT_SUFFIX = "_epochs"
@@ -32,6 +33,8 @@ def squeeze(settings: TrainersSettings, trial_epochs: int) -> TrainersSettings:
     changes: dict[str, object] = {"epochs": epochs, "early_stop_patience_epochs": None}
     for name in type(settings).model_fields:
         value = getattr(settings, name)
+        if name == "learning_rate_factors":
+            changes[name] = tuple({scaled_start(start, factor): rate for start, rate in value}.items())
         if not name.endswith(UNIT_SUFFIX) or name in changes or not value:
             continue
         changes[name] = max(1, round(value * factor)) if isinstance(value, int) else value * factor

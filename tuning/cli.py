@@ -47,7 +47,7 @@ def tune(
     space: Annotated[
         list[str] | None, typer.Option(help="name=a,b or name=low..high or a YAML file; may be given more than once.")
     ] = None,
-    searcher: Annotated[str | None, typer.Option("--searcher", help="random or tpe.")] = None,
+    searcher: Annotated[str | None, typer.Option("--searcher", help="random, tpe or pbt.")] = None,
     scheduler: Annotated[str | None, typer.Option("--scheduler", help="asha, median or none.")] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Fresh seeds that confirm the winner.")] = None,
     fit_winner: Annotated[

@@ -89,6 +89,8 @@ def effects_of(header: SearchHeader, trials: Sequence[TrialResult]) -> Effects:
 
 def _comparable(header: SearchHeader, trials: Sequence[TrialResult]) -> tuple[list[TrialResult], int, str]:
     """Return the balanced trials, the epochs that all of them had, and both in words."""
+    if header.turn_epochs:
+        return [], 0, "members of a population change while they train, which proves nothing about their choices"
     sampled = [trial for trial in trials if trial.origin is Origin.SAMPLED and trial.scores and trial.error is None]
     block = sampled[: header.block_trials]
     whole = [trial for trial in block if trial.epochs >= header.trial_epochs]
@@ -178,13 +180,14 @@ def importance_of(header: SearchHeader, trials: Sequence[TrialResult], seed: int
         trials: of the search.
         seed: of the forest.
     Returns:
-        Setting to its share, summing to 1; None with fewer than 12 scored trials, where it would be noise.
+        Setting to its share, summing to 1; None with fewer than 12 scored trials, where it would be noise, and for
+        a population, whose settings change while they are scored.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
 
     scored = [trial for trial in trials if trial.scores and not trial.confirms]
-    if len(scored) < 12:
+    if len(scored) < 12 or header.turn_epochs:
         return None
     epochs = min(trial.epochs for trial in scored)
     names = sorted({name for trial in scored for name in trial.overrides if name != "seed"})

@@ -3,8 +3,8 @@
 `journal.jsonl` in the run's folder is the only record of a search: going on after a crash and the
 report both read it. A line that was cut off by a crash is dropped; any other damage raises. Every
 decision of the scheduler stands in it as (trial, epoch, rung, score, goes on) before it takes effect,
-and what the searcher proposed follows from the trials, so both are replayed and never asked twice.
-It holds no weights.
+and what the searcher proposed follows from the trials, so both are replayed and never asked twice. The
+turns of a population stand in it, a generation in one line, before a member goes on. It holds no weights.
 """
 
 import json
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
 from records.ids import canonical_json
-from tuning.trials import Decision, SearchHeader, TrialResult, TrialState
+from tuning.trials import Decision, SearchHeader, TrialResult, TrialState, Turn
 
 FILE_NAME = "journal.jsonl"
 # A search may be asked for more trials than before; everything else makes it another search.
@@ -34,11 +34,13 @@ class Past:
         header: the latest.
         trials: that were started, in order of number, as they went the last time.
         decisions: in the order in which they were made.
+        turns: of a population, in the order in which they were made.
     """
 
     header: SearchHeader
     trials: list[TrialResult]
     decisions: list[Decision]
+    turns: list[Turn]
 
 
 class Journal:
@@ -48,12 +50,20 @@ class Journal:
         file: opened for appending.
         past: trials of an earlier run of the same search.
         decisions: that were made in it.
+        turns: that were made in it.
     """
 
-    def __init__(self, file: TextIO, past: Sequence[TrialResult] = (), decisions: Sequence[Decision] = ()) -> None:
+    def __init__(
+        self,
+        file: TextIO,
+        past: Sequence[TrialResult] = (),
+        decisions: Sequence[Decision] = (),
+        turns: Sequence[Turn] = (),
+    ) -> None:
         self._file = file
         self.past = {trial.number: trial for trial in past}
         self.decisions = list(decisions)
+        self.turns = list(turns)
 
     @property
     def settled(self) -> dict[int, TrialResult]:
@@ -110,7 +120,7 @@ def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
         journal = Journal(file)
         journal.write("search", header=header.model_dump(mode="json"))
         return journal
-    journal = Journal(file, [_concluded(trial, past) for trial in past.trials], past.decisions)
+    journal = Journal(file, [_concluded(trial, past) for trial in past.trials], past.decisions, past.turns)
     journal.write("search", header=header.model_dump(mode="json"))
     for before in past.trials:
         now = journal.past[before.number]
@@ -141,7 +151,7 @@ def read_past(run_dir: Path) -> Past:
     Args:
         run_dir: the run's folder.
     Returns:
-        Header, trials and decisions.
+        Header, trials, decisions and turns.
     Raises:
         UnknownIdError: there is no journal in the folder.
         IntegrityError: the journal is damaged (names the line).
@@ -152,11 +162,16 @@ def read_past(run_dir: Path) -> Past:
     header: SearchHeader | None = None
     trials: dict[int, TrialResult] = {}
     decisions: list[Decision] = []
+    turns: list[Turn] = []
     for number, line in _lines(path):
         try:
             entry = json.loads(line)
             if entry["kind"] == "search":
                 header = SearchHeader.model_validate(entry["header"])
+                continue
+            if entry["kind"] == "turns":
+                turns += [Turn.model_validate(turn) for turn in entry["turns"]]
+                trials |= {int(trial["number"]): TrialResult.model_validate(trial) for trial in entry["trials"]}
                 continue
             trial = TrialResult.model_validate(entry["trial"])
             trials[trial.number] = trial
@@ -166,7 +181,7 @@ def read_past(run_dir: Path) -> Past:
             raise IntegrityError(f"line {number} of {path} is damaged; start the search in a new folder") from error
     if header is None:
         raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
-    return Past(header, [trials[number] for number in sorted(trials)], decisions)
+    return Past(header, [trials[number] for number in sorted(trials)], decisions, turns)
 
 
 def _concluded(trial: TrialResult, past: Past) -> TrialResult:

@@ -6,7 +6,7 @@ the end the TrialResults. It decides nothing and knows nothing of Ray.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tuning.journal import Journal
 from tuning.trials import (
@@ -19,6 +19,7 @@ from tuning.trials import (
     TrialPlan,
     TrialResult,
     TrialState,
+    Turn,
 )
 
 Listener = Callable[[SearchEvent], None]
@@ -92,8 +93,8 @@ class SearchLog:
         trial = TrialResult(number=plan.number, origin=plan.origin, overrides=plan.overrides, state=TrialState.RUNNING)
         before = self._trials.get(plan.number) or self._reached.get(plan.number)
         if before is not None:
-            kept = {name: getattr(before, name) for name in ("scores", "epoch_seconds", "key_class_sensitivity")}
-            trial = trial.model_copy(update=kept)
+            names = ["scores", "epoch_seconds", "key_class_sensitivity", *(["seconds"] if plan.turn else [])]
+            trial = trial.model_copy(update={name: getattr(before, name) for name in names})
         self._trials[plan.number] = trial
         self._trial_started_at[plan.number] = time.time()
         # A trial was due when the one before it on its slot ended; the first ones when the search began.
@@ -147,6 +148,36 @@ class SearchLog:
         self._journal.write("epoch", trial=trial.model_dump(mode="json"), decision=decision.model_dump(mode="json"))
         self._tell(EventKind.EPOCH, trial)
 
+    def turned(self, turns: Sequence[Turn]) -> None:
+        """Record what the members of a population go on with, before they do; in one line, so that all have it or none.
+
+        A member that goes on with another's weights has that one's scores: they are what its settings came to.
+
+        Args:
+            turns: of all members after the same epoch.
+        """
+        before = {**self._reached, **self._trials}
+        for turn in turns:
+            parent = before[turn.parent]
+            taken = {"scores": parent.scores, "key_class_sensitivity": parent.key_class_sensitivity}
+            trial = before[turn.number].model_copy(update={**taken, "overrides": turn.overrides})
+            self._trials[turn.number] = trial
+        trials = [self._trials[turn.number].model_dump(mode="json") for turn in turns]
+        self._journal.write("turns", turns=[turn.model_dump(mode="json") for turn in turns], trials=trials)
+        for turn in turns:
+            if turn.exploits:
+                self._tell(EventKind.TURNED, self._trials[turn.number])
+
+    def waits(self, number: int) -> None:
+        """Record that a member of a population has made room until its next turn, or is over if there is none."""
+        trial = self._trials[number]
+        if trial.epochs >= self._header.trial_epochs:
+            self.ended(number)
+        elif trial.state is TrialState.RUNNING:
+            now = time.time()
+            self._change(number, seconds=trial.seconds + now - self._trial_started_at[number])
+            self._slot_free_at.append(now)
+
     def failed(self, number: int, *, kind: str, message: str, lost: bool) -> None:
         """Record that a trial failed.
 
@@ -167,7 +198,7 @@ class SearchLog:
 
     def _end(self, number: int, state: TrialState, error: str | None = None, error_kind: str | None = None) -> None:
         now = time.time()
-        seconds = now - self._trial_started_at.get(number, now)
+        seconds = self._trials[number].seconds + now - self._trial_started_at.get(number, now)
         trial = self._change(number, state=state, seconds=seconds, error=error, error_kind=error_kind)
         self._slot_free_at.append(now)
         self._journal.write("ended", trial=trial.model_dump(mode="json"))

@@ -12,7 +12,7 @@ import numpy as np
 from records.errors import ConfigError
 from trainers.settings import TrainersSettings
 from tuning.settings import Axis, Searcher
-from tuning.space import SearchSpace, difference, with_overrides
+from tuning.space import COMPOSED, SearchSpace, difference, with_overrides
 from tuning.trials import Origin, TrialPlan, TrialResult
 
 # Names alone can repeat when nothing else is tunable, so a draw is repeated this often before it is taken twice.
@@ -47,8 +47,8 @@ class Planner:
         startup_trials: int = 0,
         done: Iterable[TrialResult] = (),
     ) -> None:
-        self._space = space
-        self._base = base
+        self.space = space
+        self.base = base
         self._trials = trials
         self._seed = seed
         self._searcher = searcher
@@ -92,7 +92,7 @@ class Planner:
         if number == 0:
             return TrialPlan(number=0, origin=Origin.DEFAULTS, overrides={})
         if number < len(self._first):
-            overrides = difference(self._base, self._first[number])
+            overrides = difference(self.base, self._first[number])
             return TrialPlan(number=number, origin=Origin.ENQUEUED, overrides=overrides)
         if self.is_balanced(number):
             return self._sample(number)
@@ -104,7 +104,7 @@ class Planner:
 
         def propose(attempt: int) -> dict[str, object]:
             # Where the balanced choices leave nothing new, others are taken.
-            return self._space.sample(random, levels if attempt < MAX_DRAWS // 2 else None)
+            return self.space.sample(random, levels if attempt < MAX_DRAWS // 2 else None)
 
         return self._unseen(number, Origin.SAMPLED, propose)
 
@@ -112,7 +112,7 @@ class Planner:
         from tuning.tpe import suggest
 
         def propose(attempt: int) -> dict[str, object]:
-            return suggest(self._space, self._base, history, seed=[self._seed, number, attempt])
+            return suggest(self.space, self.base, history, seed=[self._seed, number, attempt])
 
         return self._unseen(number, Origin.SUGGESTED, propose)
 
@@ -136,11 +136,14 @@ class Planner:
     def _levels(self, sample: int) -> dict[Axis, str]:
         """Return the choice of each axis for a sample: whole permutations of the choices, one after the other."""
         levels = {}
-        for position, (axis, records) in enumerate(self._space.axes.items()):
+        for position, (axis, records) in enumerate(self.space.axes.items()):
             turn, place = divmod(sample, len(records))
             order = np.random.default_rng([self._seed, 1 + position, turn, len(records)]).permutation(len(records))
             levels[axis] = records[int(order[place])].name
+        if self._searcher is Searcher.PBT and COMPOSED in self.space.axes.get(Axis.AUGMENTATION, ()):
+            # Only a composed policy has strengths that a population can change.
+            levels[Axis.AUGMENTATION] = COMPOSED.name
         return levels
 
     def _hash(self, plan: TrialPlan) -> str:
-        return with_overrides(self._base, plan.overrides).recipe_hash()
+        return with_overrides(self.base, plan.overrides).recipe_hash()

@@ -20,7 +20,7 @@ from tuning.effects import Effects, effects_of, importance_of
 from tuning.journal import FILE_NAME, read_past
 from tuning.live import ranked
 from tuning.log import best_of
-from tuning.trials import Decision, SearchHeader, TrialResult, TrialState, Verdict
+from tuning.trials import Decision, SearchHeader, TrialResult, TrialState, Turn, Verdict
 
 RUN_PREFIX = "tune-"
 
@@ -41,6 +41,7 @@ class SearchReport(BaseModel):
     comparison: Comparison | None = Field(description="beside published figures; empty if no such rows were tried")
     importance: dict[str, float] | None = Field(description="share of each setting; empty with too few trials")
     rungs: tuple[dict[str, Any], ...] = Field(description="rung, trials that came, went on, were cut off, last cutoff")
+    turns: tuple[Turn, ...] = Field(description="of a population: who went on with whose weights, and with what")
     failures: tuple[dict[str, Any], ...] = Field(description="trial number, kind and reason")
     epochs_trained: int = Field(ge=0)
     epochs_budget: int = Field(ge=1, description="if no trial had been cut off")
@@ -78,6 +79,7 @@ def report_on(run_dir: Path) -> SearchReport:
         comparison=compare(header, trials),
         importance=importance_of(header, trials),
         rungs=_rungs([d for d in past.decisions if d.number < header.trials]),
+        turns=tuple(turn for turn in past.turns if turn.exploits),
         failures=tuple(
             {"number": trial.number, "kind": trial.error_kind, "reason": trial.error}
             for trial in past.trials

@@ -30,11 +30,12 @@ from tuning.log import Listener, SearchLog, best_of
 from tuning.narrow import read_space
 from tuning.narrowing import narrow
 from tuning.planner import Planner
-from tuning.settings import TuningSettings
+from tuning.population import Population
+from tuning.settings import Scheduler, Searcher, TuningSettings
 from tuning.space import SearchSpace, axes_of, derive_space, difference, with_overrides
 from tuning.subset import searched_part
 from tuning.trial import TrialJob, run_trial, trial_folder
-from tuning.trials import SearchEvent, SearchHeader, SearchResult, TrialPlan, TrialResult
+from tuning.trials import SearchEvent, SearchHeader, SearchResult, TrialPlan, TrialResult, Turn
 
 
 def search(
@@ -87,10 +88,10 @@ def search(
         planner = _planner(space, trainers, tuning, enqueued, journal)
         judge = _judge(header, planner, tuning, journal)
 
-        def run(plans: Iterable[TrialPlan]) -> None:
+        def run(plans: Iterable[TrialPlan | None]) -> None:
             run_trials(plans, run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
 
-        run(_todo(planner, log, header))
+        run(_todo(header, planner, judge, log, journal.turns, run_dir))
         best = best_of(log.trials)
         if best is None:
             raise _first_error(log.trials)
@@ -189,8 +190,13 @@ def _planner(
     )
 
 
-def _todo(planner: Planner, log: SearchLog, header: SearchHeader) -> Iterator[TrialPlan]:
+def _todo(
+    header: SearchHeader, planner: Planner, judge: Judge, log: SearchLog, turns: Sequence[Turn], run_dir: Path
+) -> Iterator[TrialPlan | None]:
     """Plan trial after trial, each when there is room for it, so that a searcher that learns knows the most."""
+    if header.turn_epochs:
+        yield from Population(header, planner, judge=judge, log=log, past=turns, run_dir=run_dir).plans()
+        return
     settled = {trial.number for trial in log.trials if trial.settled}
     for number in range(header.trials):
         if number not in settled:
@@ -217,6 +223,10 @@ def _header(
     enqueued: Sequence[TrainersSettings],
     pictures: DataPlan,
 ) -> SearchHeader:
+    population = tuning.searcher is Searcher.PBT
+    budget = trial_budget(trainers, tuning.trial_epochs)
+    if population and tuning.turn_epochs >= budget:
+        raise ConfigError(f"tuning.turn_epochs is {tuning.turn_epochs}, but a trial has {budget} epochs; lower it")
     return SearchHeader(
         dataset_id=dataset.id,
         base=trainers.model_dump(mode="json", exclude=set(MACHINERY)),
@@ -225,15 +235,16 @@ def _header(
         seed=tuning.seed,
         search=tuple(axis.value for axis in space.axes),
         searcher=tuning.searcher.value,
-        scheduler=tuning.scheduler.value,
+        scheduler=(Scheduler.NONE if population else tuning.scheduler).value,
         startup_trials=tuning.startup_trials,
         block_trials=tuning.block_trials,
+        turn_epochs=tuning.turn_epochs if population else 0,
         confirm_seeds=tuning.confirm_seeds,
         axes=dict(axes_of(space)),
         space_hash=space.hash,
         trials=tuning.trials,
-        trial_epochs=trial_budget(trainers, tuning.trial_epochs),
-        grace_epochs=min(tuning.grace_epochs, trial_budget(trainers, tuning.trial_epochs)),
+        trial_epochs=budget,
+        grace_epochs=min(tuning.grace_epochs, budget),
         reduction_factor=tuning.reduction_factor,
         train_images=pictures.limited(trainers.max_train_images).num_train,
         train_images_available=len(dataset.side(Side.TRAIN)),

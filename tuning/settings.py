@@ -24,6 +24,7 @@ class Searcher(StrEnum):
 
     RANDOM = "random"
     TPE = "tpe"
+    PBT = "pbt"
 
 
 class Scheduler(StrEnum):
@@ -48,7 +49,9 @@ class TuningSettings(RoomSettings):
     )
     searcher: Searcher = Field(
         default=Searcher.RANDOM,
-        description="who proposes: random (balanced over the choices) or tpe (Optuna, learns from the trials before)",
+        description="who proposes: random (balanced over the choices), tpe (Optuna, learns from the trials before), "
+        "or pbt (a population that trains side by side: the worst go on with the weights of the best, and with "
+        "their learning rate and strengths of augmentation, changed a little; none is ended early)",
     )
     scheduler: Scheduler = Field(
         default=Scheduler.ASHA, description="who ends trials early: asha (successive halving), median, none"
@@ -59,6 +62,9 @@ class TuningSettings(RoomSettings):
     )
     startup_trials: int = Field(
         default=10, ge=0, le=10_000, description="for tpe: balanced random trials before it proposes any"
+    )
+    turn_epochs: int = Field(
+        default=2, ge=1, le=1000, description="for pbt: epochs of a trial between two turns of the population"
     )
     block_trials: int = Field(
         default=0,
@@ -126,6 +132,18 @@ class TuningSettings(RoomSettings):
                 f"gpus_per_trial {self.gpus_per_trial:g} cannot be given to each of {self.workers_per_trial} workers; "
                 "set it to 0 or 1"
             )
+        if self.searcher is Searcher.PBT:
+            self._require_population()
         if len(set(self.search)) != len(self.search):
             raise ValueError("search names something twice")
         return self
+
+    def _require_population(self) -> None:
+        if self.trials < 2:
+            raise ValueError("searcher pbt needs a population; set trials to 2 or more")
+        if self.turn_epochs >= self.trial_epochs:
+            raise ValueError(
+                f"turn_epochs {self.turn_epochs} leaves no turn within trial_epochs {self.trial_epochs}; lower it"
+            )
+        if self.workers_per_trial > 1:
+            raise ValueError("searcher pbt trains each trial in one process; set workers_per_trial to 1")

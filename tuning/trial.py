@@ -7,7 +7,7 @@ val and no others.
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from trainers.data.cache import PixelCache
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.training_data import DataPlan, TrainingData
 from trainers.settings import TrainersSettings
-from tuning.budget import squeeze
+from tuning.budget import squeeze, trial_budget
 from tuning.figures import figures_of
 from tuning.space import with_overrides
-from tuning.trials import TrialPlan
+from tuning.trials import TrialPlan, Turn
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     """Train one configuration within the budget.
 
     Args:
-        plan: the configuration.
+        plan: the configuration; in a population, up to where the member waits for its next turn.
         job: what it is trained on.
         report: told the fields of EpochReport after each epoch; it may end the trial by raising.
     """
@@ -75,9 +75,9 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
 
     os.setpriority(os.PRIO_PROCESS, 0, job.niceness)
     settings = trial_settings(plan, job)
-    folder = None if job.run_dir is None else trial_folder(job.run_dir, plan.number)
+    folder = None if job.run_dir is None else _folder(plan, job.run_dir)
     pictures = job.pictures.limited(settings.max_train_images)
-    policy = job.policies.get(settings.augmentation) or load_policy(settings.augmentation)
+    policy = trial_policy(plan, job)
     if job.workers > 1:
         _train_in_group(settings, job, pictures, folder, policy, lambda epoch: report(epoch.model_dump(mode="json")))
         return
@@ -92,9 +92,12 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
         report(told)
 
     if folder is not None:
+        if plan.turn is not None and job.run_dir is not None:
+            _take_over(plan, plan.turn, job, folder, job.run_dir)
         # The process may have died between a checkpoint and its report.
         for epoch in _kept_epochs(folder):
-            on_epoch(epoch)
+            if plan.turn is None or epoch.epoch > plan.turn.epoch:
+                on_epoch(epoch)
     train(
         settings,
         data,
@@ -102,12 +105,25 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
         on_epoch=on_epoch,
         workers=SingleWorker(folder, settings.use_gpu),
         policy=policy,
+        pause_after=plan.until_epoch,
     )
 
 
 def trial_folder(run_dir: Path, number: int) -> Path:
     """Return where a trial keeps its checkpoint while it runs."""
     return run_dir / "trials" / f"{number:04d}"
+
+
+def parts_folder(run_dir: Path, until_epoch: int) -> Path:
+    """Return where the members of a population keep their checkpoints up to an epoch; nobody changes them later."""
+    return run_dir / "population" / f"{until_epoch:04d}"
+
+
+def trial_policy(plan: TrialPlan, job: TrialJob) -> Policy:
+    """Return the policy that a trial trains with: its phases squeezed as everything else is."""
+    whole = with_overrides(job.base, plan.overrides)
+    policy = job.policies.get(whole.augmentation) or load_policy(whole.augmentation)
+    return policy.squeezed(trial_budget(whole, job.trial_epochs) / whole.epochs)
 
 
 def trial_settings(plan: TrialPlan, job: TrialJob) -> TrainersSettings:
@@ -117,11 +133,42 @@ def trial_settings(plan: TrialPlan, job: TrialJob) -> TrainersSettings:
     return with_overrides(squeeze(whole, job.trial_epochs), machinery)
 
 
+def _folder(plan: TrialPlan, run_dir: Path) -> Path:
+    if plan.until_epoch is None:
+        return trial_folder(run_dir, plan.number)
+    return parts_folder(run_dir, plan.until_epoch) / f"{plan.number:04d}"
+
+
+def _take_over(plan: TrialPlan, turn: Turn, job: TrialJob, folder: Path, run_dir: Path) -> None:
+    """Begin a part of a training with the parent's checkpoint, unless it is begun already.
+
+    Where that checkpoint is gone or damaged the training starts over: its settings say what the epochs before
+    were trained with, so it comes to the same, later.
+    """
+    from trainers.fitting.checkpoints import Recipe, handed_on, load_checkpoint, save_checkpoint
+    from trainers.fitting.workers import CHECKPOINT_FILE
+
+    source = parts_folder(run_dir, turn.epoch) / f"{turn.parent:04d}" / CHECKPOINT_FILE
+    target = folder / CHECKPOINT_FILE
+    if target.is_file() or not source.is_file():
+        return
+
+    def recipe(overrides: dict[str, Any]) -> Recipe:
+        made = plan.model_copy(update={"overrides": overrides})
+        return Recipe(trial_settings(made, job).recipe_hash(), trial_policy(made, job).content_hash())
+
+    with suppress(IntegrityError):
+        found = load_checkpoint(source)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(handed_on(found, turn.epoch, recipe(turn.parent_overrides), recipe(plan.overrides)), target)
+
+
 def _kept_epochs(folder: Path) -> list[EpochReport]:
     """Return the epochs of the checkpoint in a folder; a damaged one is dropped, and the trial starts over."""
     from trainers.fitting.checkpoints import load_checkpoint
+    from trainers.fitting.workers import CHECKPOINT_FILE
 
-    path = folder / "checkpoint.pt"
+    path = folder / CHECKPOINT_FILE
     if not path.is_file():
         return []
     try:

@@ -45,12 +45,30 @@ class _Shape(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Turn(_Shape):
+    """What a member of a population does between two parts of its training; kept before it takes effect, made once."""
+
+    number: int = Field(ge=0, description="of the trial, a member of the population")
+    epoch: int = Field(ge=1, description="epochs that every member has done")
+    score: float = Field(description="of that epoch, by which members are compared")
+    parent: int = Field(ge=0, description="the trial whose weights it goes on with; most go on with their own")
+    parent_overrides: dict[str, Any] = Field(description="that these weights were trained with")
+    overrides: dict[str, Any] = Field(description="that it goes on with; the same as the parent's up to this epoch")
+
+    @property
+    def exploits(self) -> bool:
+        """Whether it goes on with another trial's weights."""
+        return self.parent != self.number
+
+
 class TrialPlan(_Shape):
     """A configuration that shall be tried."""
 
     number: int = Field(ge=0, description="0 is always the given settings themselves")
     origin: Origin
     overrides: dict[str, Any] = Field(description="fields of TrainersSettings that differ from the given ones")
+    until_epoch: int | None = Field(default=None, description="in a population: where it waits for its next turn")
+    turn: Turn | None = Field(default=None, description="in a population: its last turn")
 
 
 class Decision(_Shape):
@@ -131,6 +149,7 @@ class SearchHeader(_Shape):
     scheduler: str = Field(default="asha", description="who ended trials early")
     startup_trials: int = Field(default=0, ge=0, description="balanced trials before the searcher proposed any")
     block_trials: int = Field(default=0, ge=0, description="balanced trials that were never cut off")
+    turn_epochs: int = Field(default=0, ge=0, description="epochs between two turns of a population; 0 if it is none")
     confirm_seeds: int = Field(default=0, ge=0, description="fresh seeds that confirm the winner")
     axes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="axis to what it may be")
     trials: int = Field(ge=1)
@@ -148,6 +167,7 @@ class EventKind(StrEnum):
     KEPT = "kept"
     STARTED = "started"
     EPOCH = "epoch"
+    TURNED = "turned"
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"

@@ -67,8 +67,15 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "gamma": 0.5, "momentum": 0.5, "weight_decay": 0.0, "warmup_epochs": 0.0, "label_smoothing": 0.1,
         "num_workers": 2, "batch_size": 32, "side_px": 96, "l1": 1e-5, "clip_norm": 1.0, "accumulate_steps": 2,
         "ema_decay": 0.99, "strategy": "single", "min_workers": 2, "checkpoint_every_steps": 10,
-        "download_url": "https://mirror",
-        "weights": "start.pt", "loss": "focal", "focal_gamma": 1.0,
+        "download_url": "https://mirror", "max_train_images": 100, "data_source": "stream",
+        "weights": "start.pt", "loss": "focal", "focal_gamma": 1.0, "learning_rate_factors": ((2, 0.5),),
     }  # fmt: skip
     value = values.get(name, getattr(base, name) + 1 if isinstance(getattr(base, name), int) else None)
     return TrainersSettings.model_validate({name: value})
+
+
+@pytest.mark.parametrize("factors", [[[1, 0.5]], [[3, 0.5], [3, 1.0]], [[5, 0.5], [3, 1.0]], [[3, 0.0]], [[3, -1.0]]])
+def test_factors_of_the_learning_rate_ascend_from_the_second_epoch(factors):
+    with pytest.raises(ValidationError, match=r"as \[\[3, 0.8\], \[5, 1.2\]\]"):
+        TrainersSettings.model_validate({"learning_rate_factors": factors})
+    assert TrainersSettings(learning_rate_factors=((3, 0.8), (5, 1.2))).learning_rate_factors[1] == (5, 1.2)

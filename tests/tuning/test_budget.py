@@ -17,6 +17,13 @@ def test_durations_shrink_by_the_same_factor():
     assert short.warmup_epochs == pytest.approx(0.5)
 
 
+def test_changes_of_the_learning_rate_move_with_the_budget():
+    settings = WHOLE.model_copy(update={"learning_rate_factors": ((9, 0.5), (10, 0.4), (17, 2.0))})
+
+    assert squeeze(settings, 5).learning_rate_factors == ((3, 0.4), (5, 2.0))
+    assert squeeze(settings, 20).learning_rate_factors == settings.learning_rate_factors
+
+
 def test_only_successive_halving_ends_a_trial():
     assert squeeze(WHOLE, 5).early_stop_patience_epochs is None
 

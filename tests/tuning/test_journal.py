@@ -6,6 +6,8 @@ import pytest
 
 from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
 from tuning.journal import FILE_NAME, open_journal, read_journal
+from tuning.log import SearchLog
+from tuning.trials import Decision, Origin, TrialPlan, Turn
 
 
 def write(journal, trial, kind="ended"):
@@ -108,3 +110,27 @@ def test_a_folder_that_cannot_be_written(tmp_path, make_header):
 
     with pytest.raises(ConfigError, match="cannot be written"):
         open_journal(tmp_path / "file" / "run", make_header())
+
+
+def test_turns_are_one_line_for_a_generation_and_change_their_trials(tmp_path, make_header, make_trial):
+    header = make_header(turn_epochs=1)
+    turns = [
+        Turn(number=0, epoch=1, score=0.5, parent=0, parent_overrides={}, overrides={}),
+        Turn(number=1, epoch=1, score=0.2, parent=0, parent_overrides={}, overrides={"momentum": 0.8}),
+    ]
+    with open_journal(tmp_path, header) as journal:
+        log = SearchLog(header, journal)
+        for number, score in ((0, 0.5), (1, 0.2)):
+            log.started(TrialPlan(number=number, origin=Origin.SAMPLED, overrides={}, until_epoch=1))
+            decision = Decision(number=number, epoch=1, score=score, rung=None, cutoff=None, goes_on=True)
+            log.epoch(decision, seconds=1.0, key_class_sensitivity=None)
+            log.waits(number)
+        log.turned(turns)
+
+    with open_journal(tmp_path, header) as journal:
+        assert journal.turns == turns
+        assert [(trial.state, trial.scores) for trial in journal.past.values()] == [("running", (0.5,))] * 2
+        assert journal.past[1].overrides == {"momentum": 0.8}
+        assert journal.settled == {}
+    lines = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
+    assert [line["kind"] for line in lines].count("turns") == 1

@@ -4,6 +4,10 @@
 
 names each operation with the share of pictures that it changes and, where the operation has
 parameters, its strength from 0 (barely visible) to 1 (the most that makes sense).
+
+    ops:rotate@0.4*0.5+d4@1/5:rotate@0.4*0.62+d4@1
+
+has other operations from epoch 5 on.
 """
 
 import re
@@ -39,6 +43,10 @@ class Step:
         return f"{self.operation}@{self.probability:g}{strength}"
 
 
+Phases = Sequence[tuple[int, Sequence[Step]]]
+"""From which epoch on which steps hold; 1 is the first epoch."""
+
+
 def format_steps(steps: Sequence[Step]) -> str:
     """Return the line of a policy; without steps the name of the policy that does nothing.
 
@@ -48,18 +56,53 @@ def format_steps(steps: Sequence[Step]) -> str:
     return PREFIX + "+".join(str(step) for step in steps) if steps else "none"
 
 
+def format_phases(phases: Phases) -> str:
+    """Return the line of a policy whose operations change with the epochs.
+
+    >>> format_phases([(1, [Step("rotate", 0.4, 0.5)]), (5, [Step("rotate", 0.4, 0.62)])])
+    'ops:rotate@0.4*0.5/5:rotate@0.4*0.62'
+    """
+    first, *later = phases
+    return "/".join([format_steps(first[1]), *(f"{start}:{'+'.join(map(str, steps))}" for start, steps in later)])
+
+
 def parse_steps(line: str) -> list[Step]:
+    """Read the steps that a policy in one line begins with.
+
+    Args:
+        line: begins with `ops:`.
+    Returns:
+        Its steps of the first epoch, in order.
+    Raises:
+        ConfigError: a step is not `operation@probability[*strength]`, or out of range (names the step).
+    """
+    return list(parse_phases(line)[0][1])
+
+
+def parse_phases(line: str) -> list[tuple[int, list[Step]]]:
     """Read the line of a policy.
 
     Args:
         line: begins with `ops:`.
     Returns:
-        Its steps, in order.
+        The epochs from which on its steps hold, 1 for the first, and the steps, in order.
     Raises:
-        ConfigError: a step is not `operation@probability[*strength]`, or out of range (names the step).
+        ConfigError: a step is not `operation@probability[*strength]`, or out of range (names the step); a later
+            phase does not begin with its epoch.
     """
+    first, *later = line.removeprefix(PREFIX).split("/")
+    phases = [(1, _steps(first, line))]
+    for text in later:
+        start, colon, steps = text.partition(":")
+        if not colon or not start.isdecimal():
+            raise ConfigError(f"augmentation {line}: {text!r} does not begin with its epoch, as 5:rotate@0.4*0.5")
+        phases.append((int(start), _steps(steps, line)))
+    return phases
+
+
+def _steps(part: str, line: str) -> list[Step]:
     steps = []
-    for text in line.removeprefix(PREFIX).split("+"):
+    for text in part.split("+"):
         found = _STEP.fullmatch(text)
         if found is None:
             raise ConfigError(f"augmentation {line}: {text!r} is not operation@probability*strength, as rotate@0.4*0.5")
@@ -82,12 +125,16 @@ def policy_of_line(line: str) -> Policy:
     Raises:
         ConfigError: the line cannot be read or a value is out of range.
     """
-    operations: list[dict[str, Any]] = []
-    for step in parse_steps(line):
-        at_strength = OPERATIONS[step.operation].at_strength
-        parameters = {} if at_strength is None or step.strength is None else at_strength(step.strength)
-        operations.append({"operation": step.operation, "probability": step.probability, "parameters": parameters})
-    return parse_policy({"name": line[:64], "operations": operations}, line)
+    (_, first), *later = parse_phases(line)
+    phases = [{"from_epoch": start, "operations": [_operation(step) for step in steps]} for start, steps in later]
+    document = {"name": line[:64], "operations": [_operation(step) for step in first], "phases": phases}
+    return parse_policy(document, line)
+
+
+def _operation(step: Step) -> dict[str, Any]:
+    at_strength = OPERATIONS[step.operation].at_strength
+    parameters = {} if at_strength is None or step.strength is None else at_strength(step.strength)
+    return {"operation": step.operation, "probability": step.probability, "parameters": parameters}
 
 
 def _number(text: str, line: str) -> float:

@@ -7,6 +7,8 @@ As YAML:
       - {operation: horizontal_flip, probability: 0.5}
       - {operation: rotate, probability: 0.3, parameters: {limit_deg: 20}}
     mixing: {kind: mixup, alpha: 0.2, probability: 0.5}
+    phases:
+      - {from_epoch: 5, operations: [{operation: rotate, probability: 0.3, parameters: {limit_deg: 40}}]}
 """
 
 from typing import Any
@@ -53,6 +55,15 @@ class Operation(BaseModel):
         return OPERATIONS[self.operation].parameters.model_validate(self.parameters)
 
 
+class Phase(BaseModel):
+    """Operations that take the place of those before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_epoch: int = Field(ge=2, description="the first epoch with them; 1 is the first of a run")
+    operations: tuple[Operation, ...] = ()
+
+
 class Policy(BaseModel):
     """Operations, applied in order, each to its share of the pictures; then whole batches may be mixed."""
 
@@ -61,11 +72,40 @@ class Policy(BaseModel):
     name: str = Field(min_length=1, max_length=64)
     operations: tuple[Operation, ...] = ()
     mixing: Mixing | None = None
+    phases: tuple[Phase, ...] = Field(default=(), description="in order of their epochs; `operations` hold until then")
+
+    @field_validator("phases")
+    @classmethod
+    def _ascend(cls, value: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        starts = [phase.from_epoch for phase in value]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"phases begin with the epochs {starts}; every phase begins after the one before")
+        return value
+
+    def operations_at(self, epoch: int) -> tuple[Operation, ...]:
+        """Return the operations of an epoch; 1 is the first."""
+        begun = [phase for phase in self.phases if phase.from_epoch <= epoch]
+        return begun[-1].operations if begun else self.operations
+
+    def squeezed(self, factor: float) -> "Policy":
+        """Return the policy for a training that is shorter by a factor; phases that would coincide are one."""
+        phases = {scaled_start(phase.from_epoch, factor): phase.operations for phase in self.phases}
+        kept = tuple(Phase(from_epoch=start, operations=operations) for start, operations in phases.items())
+        return self.model_copy(update={"phases": kept})
 
     def content_hash(self) -> str:
         """Return the hash of what the policy does, defaults written out and the name left out; 64 hex characters."""
-        left_out = {"name"} if self.mixing else {"name", "mixing"}
+        left_out = {"name"} | {part for part in ("mixing", "phases") if not getattr(self, part)}
         return hash_of(self.model_dump(mode="json", exclude=left_out))
+
+
+def scaled_start(from_epoch: int, factor: float) -> int:
+    """Return the epoch at which something begins in a training that is longer or shorter by a factor.
+
+    >>> scaled_start(3, 2.0), scaled_start(5, 0.5), scaled_start(2, 0.1)
+    (5, 3, 2)
+    """
+    return 1 + max(1, round((from_epoch - 1) * factor))
 
 
 def parse_policy(document: Any, source: str) -> Policy:
@@ -91,7 +131,7 @@ def _sentence(error: ValidationError) -> str:
     loc = first["loc"]
     field = ".".join(str(part) for part in loc) or "the document"
     reason = first["msg"].removeprefix("Value error, ")
-    model = Operation if loc[:1] == ("operations",) and len(loc) > 2 else Mixing if loc[:1] == ("mixing",) else Policy
+    model = _model_at(loc)
     name = str(loc[-1]) if loc else ""
     if first["type"] == "extra_forbidden":
         return f"{field} is {first['input']!r}: there is no such field; there are {', '.join(model.model_fields)}"
@@ -99,6 +139,14 @@ def _sentence(error: ValidationError) -> str:
     known = model.model_fields.get(name)
     valid = f"; a valid value is {known.default}" if given and known and isinstance(known.default, float) else ""
     return f"{field}{given}: {reason}{valid}"
+
+
+def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    if loc[:1] == ("phases",) and len(loc) > 2:
+        return Phase if loc[2] != "operations" or len(loc) < 5 else Operation
+    if loc[:1] == ("operations",) and len(loc) > 2:
+        return Operation
+    return Mixing if loc[:1] == ("mixing",) else Policy
 
 
 def _parameter_sentence(error: ValidationError, operation: str, model: type[Parameters]) -> str:

@@ -27,9 +27,18 @@ class Augmenter:
 
     def __init__(self, policy: Policy, canvas: Canvas) -> None:
         self.policy = policy
+        self._canvas = canvas
+        self._operations = policy.operations
         self._python_random = random.Random(0)
         self._bits = np.random.PCG64(0)
-        self._transforms = self._build(canvas) if policy.operations else []
+        self._transforms = self._build()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Take the operations that the policy has for an epoch; 1 is the first. Until then they are the first one's."""
+        operations = self.policy.operations_at(epoch)
+        if operations != self._operations:
+            self._operations = operations
+            self._transforms = self._build()
 
     def apply(self, pixels: NDArray[np.uint8], seeds: Seeds) -> NDArray[np.uint8]:
         """Augment a batch.
@@ -50,7 +59,9 @@ class Augmenter:
             pixels[index] = picture
         return pixels
 
-    def _build(self, canvas: Canvas) -> list[Any]:
+    def _build(self) -> list[Any]:
+        if not self._operations:
+            return []
         # Its import would ask a package index for newer versions.
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import cv2
@@ -59,8 +70,8 @@ class Augmenter:
         cv2.setNumThreads(0)
         generator = np.random.Generator(self._bits)
         transforms = []
-        for step in self.policy.operations:
-            transform = OPERATIONS[step.operation].build(step.checked_parameters(), step.probability, canvas)
+        for step in self._operations:
+            transform = OPERATIONS[step.operation].build(step.checked_parameters(), step.probability, self._canvas)
             transform.set_random_state(generator, self._python_random)
             transforms.append(transform)
         return transforms

@@ -9,7 +9,7 @@ it is never continued with other settings or other data. It is read with torch's
 
 import contextlib
 import pickle
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,37 @@ def require_same_run(checkpoint: Checkpoint, identity: Identity) -> None:
                 f"the checkpoint in this run's folder was made {_IDENTITY_WORDS[part.name]}; "
                 "go on with the same ones, or train in a new folder"
             )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The part of an identity that may change on the way: settings and augmentation policy."""
+
+    recipe_hash: str
+    policy_hash: str
+
+
+def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe) -> Checkpoint:
+    """Return a checkpoint as one of a run with other settings or policy, which goes on with it.
+
+    The caller answers for it that both are the same up to there, so that the taker alone would have come to the same.
+
+    Args:
+        checkpoint: of the giver.
+        epochs: that it has to have done, no more and no less.
+        giver: whose checkpoint it is.
+        taker: whose it becomes; data, taxonomy and start stay what they were.
+    Returns:
+        The checkpoint with the taker's identity.
+    Raises:
+        RefusedError: it is not the giver's, or elsewhere than after these epochs.
+    """
+    found = Recipe(checkpoint.identity.recipe_hash, checkpoint.identity.policy_hash)
+    if found != giver or checkpoint.epochs_done != epochs or checkpoint.step:
+        raise RefusedError(
+            f"a checkpoint after {checkpoint.position} cannot be handed on: it is not the giver's after epoch {epochs}"
+        )
+    return replace(checkpoint, identity=replace(checkpoint.identity, **asdict(taker)))
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

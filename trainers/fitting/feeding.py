@@ -1,7 +1,8 @@
 """Keep the network fed: batches of augmented pictures, prepared in the background in a fixed order.
 
 One thread copies rows out of the pixel cache and augments them while the network computes. What a
-batch holds is a function of (seed, epoch, step) and the share of the rank, never of timing.
+batch holds is a function of (seed, epoch, step) and the share of the rank, never of timing. A policy
+that changes with the epochs is turned where an epoch begins.
 """
 
 from collections import deque
@@ -126,6 +127,7 @@ class Feeder:
             Batches in order of step.
         """
         settings = self._settings
+        self._augmenter.begin_epoch(epoch + 1)
         order = epoch_order(
             settings.sampler,
             self._labels[self._train_rows],

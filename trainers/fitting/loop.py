@@ -38,7 +38,7 @@ from trainers.models import architecture_options, build_model
 from trainers.models.weights import starting_weights
 from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
-from trainers.optimization.schedulers import SCHEDULERS, build_scheduler
+from trainers.optimization.schedulers import SCHEDULERS, build_scheduler, change_rate
 from trainers.precision import resolve_precision
 from trainers.seeding import derive_seed
 from trainers.settings import TrainersSettings
@@ -58,6 +58,7 @@ def train(
     workers: WorkerGroup | None = None,
     policy: Policy | None = None,
     initial_weights: Mapping[str, NDArray[Any]] | None = None,
+    pause_after: int | None = None,
 ) -> TrainedModel:
     """Train a model, or go on with the run that the group holds a checkpoint of.
 
@@ -69,6 +70,7 @@ def train(
         workers: the group; default: this process alone, without checkpoints.
         policy: of augmentation; default: the one that the settings name.
         initial_weights: parameters and buffers to start from, by name; default: as `settings.weights` says.
+        pause_after: epochs after which the run is left as its checkpoint has it, to be gone on with; default: all.
     Returns:
         The model after its best epoch.
     Raises:
@@ -86,7 +88,7 @@ def train(
         initial_weights = start.values if start is not None else None
     with compute_threads(threads_of(settings)), _own_random_state(group):
         run = _Run(settings, data, taxonomy, group, policy, initial_weights)
-        while not run.finished:
+        while not run.finished and (pause_after is None or run.epochs_done < pause_after):
             report = run.next_epoch()
             if on_epoch is not None:
                 stop = bool(on_epoch(report)) if group.rank == 0 else False
@@ -160,6 +162,11 @@ class _Run:
         """Whether there is no epoch left to do."""
         return self._stopped or len(self._reports) >= self._settings.epochs
 
+    @property
+    def epochs_done(self) -> int:
+        """Number of epochs that are done."""
+        return len(self._reports)
+
     def next_epoch(self) -> EpochReport:
         """Train and validate one epoch, or what is left of it; keep the best weights and a checkpoint."""
         try:
@@ -198,6 +205,8 @@ class _Run:
     def _train_epoch(self, epoch: int) -> float:
         """Take the steps that are left of an epoch; return the mean loss of all its steps over all workers."""
         settings, steps = self._settings, self._feeder.steps_per_epoch
+        if self._step == 0:
+            change_rate(self._optimizer, self._scheduler, settings, epoch + 1)
         watch = LossWatch(self._data.image_ids, self._step, self._loss_sum)
         for batch in self._feeder.epoch(epoch, self._step):
             # Dropout is a function of (seed, epoch, step, rank): a checkpoint needs no state of a generator.

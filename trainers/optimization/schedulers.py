@@ -123,3 +123,31 @@ def build_scheduler(optimizer: "Optimizer", settings: "TrainersSettings", steps_
         The schedule at its first step.
     """
     return SCHEDULERS[settings.scheduler].factory(optimizer, settings, steps_per_epoch)
+
+
+def rate_factor(settings: "TrainersSettings", epoch: int) -> float:
+    """Return what the settings multiply the scheduled learning rate by in an epoch; 1 is the first."""
+    return next((factor for start, factor in reversed(settings.learning_rate_factors) if start <= epoch), 1.0)
+
+
+def change_rate(optimizer: "Optimizer", scheduler: "LRScheduler", settings: "TrainersSettings", epoch: int) -> None:
+    """Multiply the learning rate where an epoch begins with another factor than the one before it had.
+
+    What the schedule computes from is multiplied as well, so that it goes on at the new height; all of it is part
+    of a checkpoint.
+
+    Args:
+        optimizer: whose learning rate it is.
+        scheduler: that sets it.
+        settings: of the trainers.
+        epoch: that begins; 1 is the first.
+    """
+    change = rate_factor(settings, epoch) / rate_factor(settings, epoch - 1)
+    if change == 1.0:
+        return
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if name in group:
+                group[name] *= change
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate * change for rate in scheduler.base_lrs]

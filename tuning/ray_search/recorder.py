@@ -58,8 +58,10 @@ class Watch(tune.Callback):
         self._start(plan_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Record that a trial is over."""
-        self._recorder.record(lambda log: log.ended(number_of(trial)))
+        """Record that a trial is over, or waits for the other members of its population."""
+        plan = plan_of(trial)
+        waits = plan.until_epoch is not None
+        self._recorder.record(lambda log: (log.waits if waits else log.ended)(plan.number))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record that a trial's process died, or never came up."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,7 +47,7 @@ _LOGGERS = ("ray.tune", "ray.train", "ray.air")
 
 
 def run_trials(
-    plans: Iterable[TrialPlan],
+    plans: Iterable[TrialPlan | None],
     function: TrialFunction,
     data: Any,
     *,
@@ -59,7 +59,8 @@ def run_trials(
     """Run every plan to its end, or until the judge cuts it off.
 
     Args:
-        plans: what shall be tried, in this order; the next one is asked for when there is room for it.
+        plans: what shall be tried, in this order; the next one is asked for when there is room for it, and again
+            later where it is None.
         function: runs one plan.
         data: given to every call of the function; sent to each node once.
         judge: decides after each epoch.
@@ -74,12 +75,12 @@ def run_trials(
     """
     at_a_time = _room_for(tuning)
     waiting = iter(plans)
-    first = next(waiting, None)
-    if first is None:
+    first = list(islice(waiting, 1))
+    if not first:
         return
     recorder = Recorder(log)
     logs = TensorBoardLogs()  # type: ignore[no-untyped-call]
-    feed = PlanFeed(recorder, chain([first], waiting), at_a_time)
+    feed = PlanFeed(recorder, chain(first, waiting), at_a_time)
     tuner = _tuner(feed, function, data, judge, tuning, recorder, logs, folder)
     with _quiet(), _interruptible(recorder):
         try:
@@ -102,7 +103,7 @@ class PlanFeed(Searcher):
         at_a_time: trials that run at once.
     """
 
-    def __init__(self, recorder: Recorder, plans: Iterator[TrialPlan], at_a_time: int) -> None:
+    def __init__(self, recorder: Recorder, plans: Iterator[TrialPlan | None], at_a_time: int) -> None:
         super().__init__(metric=SCORE, mode="max")
         self._recorder = recorder
         self._plans = plans
@@ -120,12 +121,12 @@ class PlanFeed(Searcher):
         if len(self._running) >= self._at_a_time:
             return None
         try:
-            plan = next(self._plans, None)
+            plan = next(self._plans, Searcher.FINISHED)
         except BaseException as error:  # noqa: BLE001  raised by run_trials when Tune has stopped its actors
             self._recorder.error = error
             return Searcher.FINISHED
-        if plan is None:
-            return Searcher.FINISHED
+        if not isinstance(plan, TrialPlan):
+            return plan
         self._running.add(trial_id)
         return {SLOT: plan.model_dump(mode="json")}
 

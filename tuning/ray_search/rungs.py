@@ -6,7 +6,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tuning.judge import Judge
-from tuning.ray_search.recorder import Recorder, number_of
+from tuning.ray_search.recorder import Recorder, number_of, plan_of
 from tuning.trials import TrialFigures
 
 SCORE = "val_balanced_accuracy"
@@ -50,5 +50,5 @@ class JudgedTrials(FIFOScheduler):
                 figures=TrialFigures.model_validate(figures) if figures else None,
             )
         )
-        over = not decision.goes_on or decision.epoch >= self._judge.max_epochs
+        over = not decision.goes_on or decision.epoch >= (plan_of(trial).until_epoch or self._judge.max_epochs)
         return str(TrialScheduler.STOP if over else TrialScheduler.CONTINUE)

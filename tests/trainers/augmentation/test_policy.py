@@ -57,6 +57,14 @@ def mixed(**changes: Any) -> dict[str, Any]:
         (mixed(probability=2), "mixing.probability is 2: .*; a valid value is 0.5"),
         (mixed(beta=1), "mixing.beta is 1: there is no such field; there are kind, alpha, probability"),
         ({"name": "mine", "steps": []}, r"steps is \[\]: there is no such field; there are name, operations, mixing"),
+        (
+            {"name": "mine", "phases": [{"epoch": 3}]},
+            "phases.0.from_epoch: Field required",
+        ),
+        (
+            {"name": "mine", "phases": [{"from_epoch": 3, "operations": [{"operation": "d4", "chance": 1}]}]},
+            "phases.0.operations.0.chance is 1: there is no such field; there are operation, probability, parameters",
+        ),
         ({"operations": []}, "name: Field required"),
         (["rotate"], "the document is "),
     ],
@@ -110,3 +118,12 @@ def test_the_dissertations_policy_does_what_it_says() -> None:
     assert set(operations) == named | {"color_jitter"}
     assert set(operations) <= set(OPERATIONS)
     assert operations["color_jitter"] == {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.15}
+
+
+def test_phases_are_squeezed_as_the_training_is() -> None:
+    policy = load_policy("ops:d4@1/5:d4@0.5/6:d4@0.4/11:d4@0.2")
+
+    squeezed = policy.squeezed(0.5)
+
+    assert [(phase.from_epoch, phase.operations[0].probability) for phase in squeezed.phases] == [(3, 0.4), (6, 0.2)]
+    assert policy.squeezed(1.0) == policy

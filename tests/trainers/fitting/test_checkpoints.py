@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from records.errors import IntegrityError, RefusedError, UnavailableError
-from trainers.fitting.checkpoints import Checkpoint, Identity, load_checkpoint, require_same_run, save_checkpoint
+from trainers.fitting.checkpoints import (
+    Checkpoint,
+    Identity,
+    Recipe,
+    handed_on,
+    load_checkpoint,
+    require_same_run,
+    save_checkpoint,
+)
 
 IDENTITY = Identity("recipe", "policy", "taxonomy", "data", "start")
 
@@ -92,3 +100,16 @@ def test_another_runs_checkpoint_is_refused(part: str, words: str) -> None:
     require_same_run(checkpoint(), IDENTITY)
     with pytest.raises(RefusedError, match=f"was made {words}; go on with the same ones, or train in a new folder"):
         require_same_run(checkpoint(), replace(IDENTITY, **{part: "other"}))
+
+
+def test_a_checkpoint_is_handed_on_by_its_owner_and_where_it_is() -> None:
+    between = replace(checkpoint(), step=0)
+    giver, taker = Recipe("recipe", "policy"), Recipe("other recipe", "other policy")
+
+    taken = handed_on(between, 0, giver, taker)
+
+    assert taken.identity == Identity("other recipe", "other policy", "taxonomy", "data", "start")
+    assert taken.network is between.network
+    for wrong in ((between, 1, giver), (between, 0, taker), (checkpoint(), 0, giver)):
+        with pytest.raises(RefusedError, match="cannot be handed on"):
+            handed_on(*wrong, taker)

@@ -50,6 +50,17 @@ def test_a_feeder_repeats_itself_however_far_it_runs_ahead(toy_data: TrainingDat
     assert not np.array_equal(first[0], other[0])
 
 
+def test_an_epoch_of_a_policy_with_phases_holds_what_its_phase_alone_would_make(toy_data: TrainingData) -> None:
+    """Byte for byte, in whichever order the epochs are asked for: a run that goes on sees what it would have seen."""
+    first, later = "rotate@1*0.1+d4@1", "rotate@1*0.8+d4@1"
+    changing = feeder(toy_data, augmentation=f"ops:{first}/3:{later}")
+    for epoch, alone in ((2, later), (0, first), (1, first), (3, later)):
+        left = joined(list(changing.epoch(epoch)))
+        right = joined(list(feeder(toy_data, augmentation=f"ops:{alone}").epoch(epoch)))
+        assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+    assert not np.array_equal(left[0], joined(list(feeder(toy_data, augmentation=f"ops:{first}").epoch(3)))[0])
+
+
 def test_two_shares_make_the_whole(toy_data: TrainingData) -> None:
     whole = list(feeder(toy_data).epoch(1))
     halves = [list(feeder(toy_data, rank, 2).epoch(1)) for rank in (0, 1)]

@@ -115,6 +115,26 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert left == right
 
 
+@pytest.mark.parametrize(("scheduler", "optimizer"), [("step", "sgd"), ("plateau", "adam"), ("onecycle", "sgd")])
+def test_a_run_that_pauses_where_its_policy_and_rate_change_ends_as_one_that_does_not(
+    toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path,
+    scheduler: str, optimizer: str,
+) -> None:  # fmt: skip
+    settings = change(
+        toy_settings, scheduler=scheduler, optimizer=optimizer, learning_rate=None, epochs=3, step_size_epochs=1,
+        augmentation="ops:d4@1+rotate@0.5*0.1/2:d4@1+rotate@0.5*0.9", learning_rate_factors=((2, 0.5), (3, 2.0)),
+    )  # fmt: skip
+    whole = train(settings, toy_data, three_classes)
+
+    for pause_after in (1, 2, 2):
+        paused = train(settings, toy_data, three_classes, workers=alone(tmp_path), pause_after=pause_after)
+        assert len(paused.reports) == pause_after
+    assert same_weights(train(settings, toy_data, three_classes, workers=alone(tmp_path)), whole)
+    unchanged = train(change(settings, learning_rate_factors=()), toy_data, three_classes)
+    ratios = [a.learning_rate / b.learning_rate for a, b in zip(whole.reports, unchanged.reports, strict=True)]
+    assert ratios == pytest.approx([1.0, 0.5, 2.0])
+
+
 def test_a_finished_run_is_not_trained_again(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
 ) -> None:
