@@ -20,6 +20,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
@@ -274,11 +275,13 @@ def sync_forever(home: Path, url: str, token: str, batch: int) -> None:
 
 def _answer(client: LabelStudioClient, store: Store, items: list[ReviewItem]) -> list[int]:
     codes = store.taxonomy.codes
-    made = (
-        client.create_annotation(item.task_id or 0, answer_result(codes[number % len(codes)]), key=uuid.uuid4())
-        for number, item in enumerate(items)
-    )
-    return [number for number in made if number is not None]
+
+    def give(numbered: tuple[int, ReviewItem]) -> int | None:
+        label = answer_result(codes[numbered[0] % len(codes)])
+        return client.create_annotation(numbered[1].task_id or 0, label, key=uuid.uuid4())
+
+    with ThreadPoolExecutor(4) as pool:
+        return [number for number in pool.map(give, enumerate(items)) if number is not None]
 
 
 if __name__ == "__main__":
