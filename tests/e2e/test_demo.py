@@ -121,19 +121,23 @@ def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_answ
     def step(kind: str, holds: str = "") -> dict[str, str]:
         return next(one for one in steps if one["kind"] == kind and (holds in one["text"] or one["id"] == holds))
 
-    answer, flag, question = step("answer", prediction_id), step("flag"), step("question", "flagged")
-    dataset, model = step("dataset", second["dataset_id"]), step("model", second["model_id"])
-    said = {one["id"]: one for one in steps if one["kind"] == "expert"}
+    said = [one["id"] for one in steps if one["kind"] == "expert"]
     with contextlib.closing(open_store(RecordsSettings(home=home))) as store, store.ledger.read() as tx:
-        (label,) = tx.find(ExpertLabel, where={"id": list(said), "review_item_id": question["id"]})
-        assert tx.require(Flag, flag["id"]).prediction_id == prediction_id
-        assert tx.require(Flag, flag["id"]).review_item_id == question["id"]
-        assert tx.require(ModelRecord, model["id"]).dataset_id == dataset["id"]
+        objection, *_ = tx.find(Flag, where={"prediction_id": prediction_id}, order_by=("created_at",))
+        (label,) = tx.find(ExpertLabel, where={"id": said, "review_item_id": objection.review_item_id})
         assert label.image_id == tx.require(Prediction, prediction_id).image_id
+        assert tx.require(ModelRecord, second["model_id"]).dataset_id == second["dataset_id"]
+    answer, flag, question = (
+        step("answer", prediction_id), step("flag", objection.id), step("question", objection.review_item_id)
+    )  # fmt: skip
+    expert, dataset, model = (
+        step("expert", label.id), step("dataset", second["dataset_id"]), step("model", second["model_id"])
+    )  # fmt: skip
+    assert "flagged" in question["text"]
     task = step("task", f"task {label.task_id} in project {label.project_id} of Label Studio")
     assert f" as {label.label} on side train (expert:{label.annotator}" in dataset["text"]
     assert f"trained on dataset {dataset['id'][:12]} in round" in model["text"]
-    way = (answer, flag, task, said[label.id], dataset, model)
+    way = (answer, flag, task, expert, dataset, model)
     times = [one["at"] for one in way]
     assert times == sorted(times)
 
