@@ -31,6 +31,7 @@ Advance = Callable[[int, int], None]
 """Called with (done, total) after each batch."""
 
 _ENCODERS = 2
+_REFRESHED_AT_ONCE = 4
 _ADDED = ("pushed", "adopted", "refreshed", "blind", "doubled", "requeued", "withdrawn")
 
 
@@ -166,11 +167,15 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
         project = open_project(store, client, settings, desk)
         for start in range(0, len(mine) if project.id == number else 0, settings.push_batch):
             batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, model_id)
-            for item, document in zip(batch.items, batch.documents, strict=True):
+            task_ids = [item.task_id or 0 for item in batch.items]
+            with ThreadPoolExecutor(_REFRESHED_AT_ONCE) as pool:
                 # A task that is gone is found by the next pull.
-                refreshed += client.refresh_task(item.task_id or 0, document)
-                with store.ledger.begin() as tx:
-                    tx.update(ReviewItem, item.id, sent_hash=says_hash(item))
+                for item, found in zip(
+                    batch.items, pool.map(client.refresh_task, task_ids, batch.documents), strict=True
+                ):
+                    refreshed += found
+                    with store.ledger.begin() as tx:
+                        tx.update(ReviewItem, item.id, sent_hash=says_hash(item))
     return refreshed
 
 
