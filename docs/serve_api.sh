@@ -22,7 +22,12 @@ JSON=(-H 'Content-Type: application/json')
 call 200 GET  /healthz
 call 200 GET  /readyz
 call 200 GET  /v1/model
+model=$(field id)
 call 200 GET  /v1/models
+call 200 GET  "/v1/models/$model"
+if [ "$(field has_report)" = true ]; then call 200 GET "/v1/models/$model/report"; fi
+call 200 GET  /v1/rounds
+call 200 GET  /v1/caller
 call 200 GET  /metrics
 call 200 GET  /docs
 call 200 GET  /openapi.json
@@ -55,6 +60,7 @@ call 200 POST "/v1/predictions/$id/flags" "${JSON[@]}" -d '{"reason": "wrong_lab
 call 200 POST "/v1/predictions/$id/outcomes" "${JSON[@]}" \
   -d '{"diagnosis": "mel", "confirmation": "histopathology", "observed_at": "2026-01-15T09:00:00Z"}'
 call 200 GET  '/v1/events?limit=5'
+call 200 GET  "/v1/events?prediction_id=$id"
 
 # a candidate beside the model that answers
 if [ -n "$CANDIDATE" ]; then

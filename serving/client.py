@@ -47,6 +47,7 @@ from serving.schemas import (
     RolloutRequest,
     ServedModelInfo,
 )
+from serving.schemas_registry import CallerInfo, ModelDetails, RoundList
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -224,9 +225,13 @@ class Client:
         body = request.model_dump(mode="json")
         return _parsed(OutcomeAnswer, self._send("POST", f"/v1/predictions/{prediction_id}/outcomes", json=body))
 
-    def events(self, *, after: str | None = None, limit: int = 50) -> EventPage:
-        """Return what happened to one's own answers, oldest first; pass `next` on as `after`."""
+    def events(
+        self, *, after: str | None = None, limit: int = 50, prediction_ids: Sequence[str] | None = None
+    ) -> EventPage:
+        """Return what happened to one's own answers (or to these), oldest first; pass `next` on as `after`."""
         parameters: dict[str, Any] = {"limit": limit} | ({"after": after} if after else {})
+        if prediction_ids is not None:
+            parameters["prediction_id"] = list(prediction_ids)
         return _parsed(EventPage, self._send("GET", "/v1/events", params=parameters))
 
     def erase(self, image_id: str) -> ErasureAnswer:
@@ -278,6 +283,22 @@ class Client:
     def models(self) -> ModelList:
         """Return all registered models, newest first."""
         return _parsed(ModelList, self._send("GET", "/v1/models"))
+
+    def model_details(self, model_id: str) -> ModelDetails:
+        """Return what was measured of a model; UnknownIdError if there is none."""
+        return _parsed(ModelDetails, self._send("GET", f"/v1/models/{model_id}"))
+
+    def report(self, model_id: str) -> str:
+        """Return the report beside a model, HTML; UnknownIdError if there is none."""
+        return self._send("GET", f"/v1/models/{model_id}/report").text
+
+    def rounds(self) -> RoundList:
+        """Return all rounds, oldest first."""
+        return _parsed(RoundList, self._send("GET", "/v1/rounds"))
+
+    def caller(self) -> CallerInfo:
+        """Return who this client is to the service; AccessError if its key opens nothing."""
+        return _parsed(CallerInfo, self._send("GET", "/v1/caller"))
 
     def ready(self) -> Readiness:
         """Return whether predictions can be made now; it asks once and does not wait."""

@@ -4,7 +4,7 @@ In: expert labels, outcomes, deadlines and rollouts in the ledger. Out: `EventRe
 time that somebody asks, each once per cause and answer. Nobody else has to know that events exist.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -34,7 +34,9 @@ _EVENT, _ANSWER = TABLES[EventRecord].c, TABLES[Prediction].c
 _LABEL, _OUTCOME, _ITEM, _ROLLOUT = (TABLES[t].c for t in (ExpertLabel, Outcome, ReviewItem, Rollout))
 
 
-def read_events(store: Store, caller: Caller, after: str | None, limit: int) -> EventPage:
+def read_events(
+    store: Store, caller: Caller, after: str | None, limit: int, prediction_ids: Sequence[str] | None = None
+) -> EventPage:
     """Return events of the caller's organisation, oldest first.
 
     Args:
@@ -42,6 +44,7 @@ def read_events(store: Store, caller: Caller, after: str | None, limit: int) -> 
         caller: who asks.
         after: id of the last event that was read, or None from the beginning.
         limit: at most so many.
+        prediction_ids: only events of these answers, or None.
     Returns:
         The page; its `next` stays the same while nothing happens.
     """
@@ -49,6 +52,8 @@ def read_events(store: Store, caller: Caller, after: str | None, limit: int) -> 
     query = sa.select(TABLES[EventRecord]).where(_EVENT.organisation == caller.organisation)
     if after is not None:
         query = query.where(_EVENT.id > after)
+    if prediction_ids is not None:
+        query = query.where(_EVENT.prediction_id.in_(prediction_ids))
     with store.ledger.read() as tx:
         rows = tx.connection.execute(query.order_by(_EVENT.id).limit(limit)).mappings()
         found = [EventRecord.model_validate(dict(row)) for row in rows]

@@ -92,7 +92,7 @@ def ask_all(
     Returns:
         What was answered, in the order of the calls.
     """
-    with Client(url, timeout_s=120.0, retry_s=120.0) as client, ThreadPoolExecutor(threads) as pool:
+    with Client(url, timeout_s=600.0, retry_s=1800.0) as client, ThreadPoolExecutor(threads) as pool:
 
         def ask(number: int) -> Said:
             return _asked(client, calls[number], picture, answers, f"{tag} {number}")
@@ -113,12 +113,14 @@ def _asked(client: Client, call: Call, picture: Callable[[int], bytes], answers:
 
 
 def differing(alone: Sequence[Said], together: Sequence[Said], *, exactly: bool) -> list[int]:
-    """Return the numbers of the calls that were answered otherwise.
+    """Compare what calls were answered in two runs.
 
     Args:
         alone: [N] one at a time.
         together: [N] the same calls, all at once.
         exactly: to the last bit; else numbers within `TOLERANCE`, and drawings are not looked at.
+    Returns:
+        The numbers of the calls that were answered otherwise.
     """
     pairs = zip(alone, together, strict=True)
     return [n for n, (a, b) in enumerate(pairs) if not (a.body == b.body if exactly else _near(a.body, b.body))]

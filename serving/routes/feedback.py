@@ -64,9 +64,12 @@ def feedback_router(service: Service, door: Door, metrics: Metrics) -> APIRouter
         caller: Annotated[Caller, Depends(door.requires(None))],
         after: Annotated[PredictionId | None, Query(description="`next` of the page before")] = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        prediction_id: Annotated[
+            list[PredictionId] | None, Query(max_length=200, description="only what happened to these")
+        ] = None,
     ) -> EventPage:
         """Read what happened to one's own answers since: amended by an expert, overdue, recalled."""
-        return read_events(service.store, caller, after, limit)
+        return read_events(service.store, caller, after, limit, prediction_id)
 
     return router
 

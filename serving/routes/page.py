@@ -6,7 +6,8 @@ import gradio as gr
 from fastapi import FastAPI
 
 from records.store import Store
-from serving.page import build_page, page_theme
+from serving.page.layout import build_page
+from serving.page.theme import page_theme
 from serving.settings import ServingSettings
 
 
@@ -34,6 +35,6 @@ def page_app(settings: ServingSettings, store: Store) -> FastAPI:
         enable_monitoring=False,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         theme=page_theme(),
-        css_paths=Path(__file__).parent.parent / "page.css",
+        css_paths=Path(__file__).parent.parent / "page" / "page.css",
     )
     return mounted

@@ -63,6 +63,7 @@ def make_bundle(
     bias: dict[str, float] | None = None,
     status_of_pictures: str = "finite",
     golden_logits: Any = None,
+    metrics: dict[str, Any] | None = None,
 ) -> Bundle:
     """Write a bundle with the custom CNN's random weights.
 
@@ -96,7 +97,7 @@ def make_bundle(
         config={},
         code_version="test",
         num_threads=1,
-        metrics={},
+        metrics=metrics or {},
         explanation={},
     )
     weights = {name: value.numpy() for name, value in network.state_dict().items()}

@@ -23,7 +23,10 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "serve_api.sh"
 
 def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, picture: Callable[..., bytes]) -> None:
     store = open_store(RecordsSettings(home=tmp_path / "home"))
-    tools.serve_bundle(store, tools.make_bundle(store, 0))
+    champion = tools.make_bundle(store, 0)
+    tools.serve_bundle(store, champion)
+    (champion.path / "report").mkdir()
+    (champion.path / "report" / "report.html").write_text("<h1>A report</h1>")
     candidate = tools.make_bundle(store, 1)
     with store.ledger.begin() as tx:
         register(tx, candidate, status=ModelStatus.CANDIDATE)

@@ -17,7 +17,7 @@ from records.ids import utc_now
 from records.taxonomy import load_taxonomy
 from records.types import Decision, FlagReason, Prediction, ReasonCode
 from serving.answers import answer_body
-from serving.page_html import answer_html
+from serving.page.answer_html import answer_html
 from serving.triage import TriageRules, triage
 from serving.words import DECISION_TITLES, FLAG_WORDS, reason_text, status_text
 from trainers.inference.suitability import NOTHING_KNOWN, Suitability

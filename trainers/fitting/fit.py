@@ -25,6 +25,7 @@ from records.types import Side
 from trainers.augmentation import Policy, load_policy
 from trainers.calibration.operating import fit_operating_points, gather_lesions
 from trainers.calibration.scaling import apply_calibration, fit_calibration
+from trainers.calibration.scores import score_bands
 from trainers.data.cache import PixelCache
 from trainers.evaluation.evaluate import SidePredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
@@ -189,7 +190,7 @@ def _write(
         }
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.answers)
-    operating = _operating_points(calibration_side, calibration, taxonomy)
+    operating, scores = _operating_points(calibration_side, calibration, taxonomy)
     recipe = MODELS[settings.model]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
     document = BundleDocument(
@@ -210,6 +211,7 @@ def _write(
             "training": _training_facts(trained, policy, plan)
             | {"weights": start.facts() if start is not None else None},
             "val": _val_facts(val, calibration, operating, taxonomy),
+            "calibration": {"scores": scores},
         },
         explanation={"target_layer": recipe.target_layer, "gradcam": recipe.gradcam, "faithfulness": faithfulness},
     )
@@ -230,10 +232,14 @@ def _answer(store: Store, dataset: DatasetVersion, side: Side, trained: TrainedM
     )
 
 
-def _operating_points(side: SideLogits, calibration: Calibration, taxonomy: Taxonomy) -> OperatingPoints:
+def _operating_points(
+    side: SideLogits, calibration: Calibration, taxonomy: Taxonomy
+) -> tuple[OperatingPoints, list[dict[str, Any]]]:
+    """Fit the thresholds, and count how often scores were right, on one picture per lesion."""
     probabilities = apply_calibration(side.logits.astype(np.float64), calibration)
     lesions = gather_lesions(side.image_ids, side.lesion_ids, side.labels, probabilities)
-    return fit_operating_points(lesions, probabilities, taxonomy)
+    scores = score_bands(probabilities[lesions.first_image_index], lesions.labels)
+    return fit_operating_points(lesions, probabilities, taxonomy), scores
 
 
 def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class LoadedModel:
     @property
     def faithfulness(self) -> dict[str, Any] | None:
         """What the bundle says of its Grad-CAM maps, measured when it was made; None if it says nothing."""
-        found = self._document.explanation.get("gradcam")
+        found = self._document.explanation.get("faithfulness")
         return found if isinstance(found, dict) else None
 
     @property

@@ -60,6 +60,10 @@ def test_the_bundle_says_what_it_is(fitted: tuple[Bundle, Path], dataset: Datase
     assert document.metrics["training"]["epochs"] == 2
     assert document.metrics["training"]["augmentation"]["name"] == "flips"
     assert 0 <= document.metrics["val"]["balanced_accuracy"] <= 1
+    bands = document.metrics["calibration"]["scores"]
+    images = dataset.side(Side.CALIBRATION)
+    assert 0 < sum(band["lesions"] for band in bands) <= len(images)
+    assert all(0 <= band["right"] <= band["lesions"] for band in bands)
 
 
 def test_the_golden_pictures_are_generated_and_answered_the_same(fitted: tuple[Bundle, Path]) -> None:

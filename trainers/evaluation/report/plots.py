@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from trainers.evaluation.figures import Evaluation, Interval, SliceReport
 from trainers.evaluation.metrics import BoolArray, FloatArray, IntArray
@@ -91,6 +92,21 @@ def reliability_plot(evaluation: Evaluation) -> str:
     axes.scatter(confidence, accuracy, s=size, color=ACCENT, alpha=0.6)
     axes.set(xlabel="how sure the model was", ylabel="how often it was right", xlim=(0, 1), ylim=(0, 1.02))
     axes.text(0.04, 0.94, "dot size: share of pictures\ngrey line: exactly as sure as right", fontsize=7, va="top")
+    return _uri(figure)
+
+
+def learning_plot(
+    rounds: Sequence[int], labels: Sequence[int], quality: Sequence[float], intervals: Sequence[Interval]
+) -> str:
+    """Draw what rounds of learning were worth over the labels that experts had given; one number per round."""
+    figure, axes = _new(6.4, 3.4)
+    low = [value - interval[0] for value, interval in zip(quality, intervals, strict=True)]
+    high = [interval[1] - value for value, interval in zip(quality, intervals, strict=True)]
+    axes.errorbar(labels, quality, yerr=[low, high], color=ACCENT, ecolor=PALE, marker="o", capsize=3, linewidth=1.2)
+    for number, x, y in zip(rounds, labels, quality, strict=True):
+        axes.annotate(f"round {number}", (x, y), xytext=(5, 6), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="training labels from experts", ylabel="balanced accuracy, test side", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _uri(figure)
 
 

@@ -1,0 +1,73 @@
+"""The Grafana dashboard: every figure that it asks for is one that the service publishes, with the labels it has."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import cluster
+from records.ids import utc_now
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.types import Decision, Prediction, ReasonCode
+from serving.metrics import Metrics
+
+FOLDER = Path(cluster.__file__).parent / "deploy" / "grafana"
+DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboards" / "relook.json").read_text())
+QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Name of every series that a service in use publishes, to the labels that it has."""
+    store = open_store(RecordsSettings(home=tmp_path_factory.mktemp("metrics")))
+    metrics = Metrics(store)
+    codes = store.taxonomy.codes
+    prediction = Prediction(
+        id="p", request_id="r", created_at=utc_now(), caller="local", image_id="i", model_id="m" * 64,
+        model_status="champion", engine="torch", precision="fp32", num_threads=1, settings_hash="s", label=codes[0],
+        confidence=0.5, probabilities=dict.fromkeys(codes, 1 / len(codes)), decision=Decision.REVIEW, latency_ms=1.0,
+        reasons=[ReasonCode.LOW_CONFIDENCE], out_of_distribution_score=0.5,
+    )  # fmt: skip
+    metrics.answered(prediction)
+    metrics.explained.labels(method="gradcam").inc()
+    metrics.flagged.labels(reason="other").inc()
+    families = text_string_to_metric_families(metrics.text().decode())
+    found = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    store.close()
+    return found
+
+
+def test_there_is_a_panel_for_what_matters() -> None:
+    assert len(QUERIES) >= 13
+    text = " ".join(QUERIES)
+    for name in (
+        "relook_answers_total",
+        "relook_questions_overdue",
+        "relook_answer_seconds_bucket",
+        "relook_flags_total",
+    ):
+        assert name in text
+    places = [tuple(panel["gridPos"].values()) for panel in DASHBOARD["panels"]]
+    assert len(set(places)) == len(places)
+    assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in DASHBOARD["panels"])
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_every_figure_is_published_with_its_labels(query: str, published: dict[str, set[str]]) -> None:
+    names = re.findall(r"relook_\w+", query)
+    assert names
+    assert set(names) <= set(published)
+    (grouped,) = re.findall(r"by \(([^)]*)\)", query) or [""]
+    assert {label.strip() for label in grouped.split(",") if label.strip()} <= published[names[0]]
+    assert query.count("(") == query.count(")")
+
+
+def test_what_a_legend_names_is_grouped_by() -> None:
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
+                assert re.search(rf"by \([^)]*\b{label}\b", target["expr"]), target

@@ -1,0 +1,259 @@
+"""The page in a headless Chromium, at the width of a desk and of a phone: every tab, from upload to an expert's word.
+
+Pictures of the page are kept where RELOOK_SCREENSHOTS names a folder; a small model is trained for them then, so that
+they show what a page looks like in use. All pictures on them are generated.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from records.bundles import Bundle, read_bundle, register
+from records.ids import new_id, utc_now
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.types import (
+    AnswerKind,
+    Consent,
+    Decision,
+    ExpertLabel,
+    Flag,
+    ModelRecord,
+    ModelStatus,
+    ReviewItem,
+    ReviewState,
+    RoundRecord,
+    RoundStep,
+)
+from serving.access.keys import admin_token
+from serving.client import Client
+from serving.schemas import Context
+from serving.settings import ServingSettings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+# Gradio counts its events in ways that the newest pandas calls old.
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+
+VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy)\b", re.IGNORECASE)
+WIDTHS = {1280: "", 390: "_phone"}
+WANTED = os.environ.get("RELOOK_SCREENSHOTS")
+TIMEOUT_MS = 60_000
+BAND = {"lesions": 40, "right": 31}
+VAL = {
+    "images": 120, "lesions": 90, "balanced_accuracy": 0.71, "balanced_accuracy_ci": [0.62, 0.79], "accuracy": 0.8,
+    "per_class": {"mel": {"support": 14, "sensitivity": 0.79, "sensitivity_ci": [0.49, 0.95], "specificity": 0.9}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[tuple[Store, Bundle, Bundle]]:
+    """A store, the model that answers, and a candidate."""
+    store = open_store(RecordsSettings(home=tmp_path_factory.mktemp("page") / "home"))
+    bands = [{"low": tenth / 10, "high": (tenth + 1) / 10, **BAND} for tenth in range(10)]
+    champion = tools.make_bundle(
+        store, 0, bias={"bcc": -2.0}, metrics={"calibration": {"scores": bands}, "val": VAL}
+    )  # fmt: skip
+    if WANTED:
+        champion = _trained(store, tmp_path_factory.mktemp("trained"))
+    candidate = tools.make_bundle(store, 1)
+    tools.serve_bundle(store, champion)
+    with store.ledger.begin() as tx:
+        register(tx, candidate, status=ModelStatus.CANDIDATE)
+    (champion.path / "report").mkdir(exist_ok=True)
+    (champion.path / "report" / "report.html").write_text("<h1>A report of the champion</h1>")
+    _add_rounds(store, champion)
+    yield store, champion, candidate
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def url(models: tuple[Store, Bundle, Bundle], tools: Any) -> Iterator[str]:
+    settings = ServingSettings(port=tools.free_port(), model_poll_s=0.5, overlay_side_px=384 if WANTED else 256)
+    with tools.run_service(models[0], settings, page=True) as running:
+        yield running.url
+
+
+def _trained(store: Store, folder: Path) -> Bundle:
+    home = {**os.environ, "RELOOK_HOME": str(store.home.root)}
+    for arguments in (
+        ["data", "synth", str(folder), "--lesions", "240"],
+        ["data", "import", str(folder)],
+        ["train", "--set", "trainers.epochs=10"],
+    ):
+        subprocess.run([sys.executable, "-m", "cluster.cli", *arguments], env=home, check=True)
+    (path,) = (p for p in store.home.bundles.iterdir() if (p / "report").is_dir())
+    return read_bundle(path)
+
+
+def _add_rounds(store: Store, bundle: Bundle) -> None:
+    figures = [(0, 0.48, 0.09), (60, 0.55, 0.08), (140, 0.61, 0.08), (230, 0.64, 0.07)]
+    with store.ledger.begin() as tx:
+        for number, (labels, quality, half) in enumerate(figures, 1):
+            now = utc_now()
+            record = RoundRecord(
+                id=new_id(), number=number, started_at=now, finished_at=now, seed=0, settings_hash="s",
+                model_id=bundle.id, verdict="promote", why="better, and no worse where it counts",
+            )  # fmt: skip
+            test = {
+                "lesions": 90,
+                "balanced_accuracy": quality,
+                "balanced_accuracy_ci": [quality - half, quality + half],
+            }
+            results = {"version": {"images": 600 + labels, "labels_from_experts": labels}, "evaluate": {"test": test}}
+            steps = [
+                RoundStep(id=new_id(), round_id=record.id, step=step, started_at=now, finished_at=now, result=result)
+                for step, result in results.items()
+            ]
+            tx.add(record, *steps)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("width_px", WIDTHS)
+def test_from_upload_to_the_experts_word_and_every_tab(
+    browser: "Browser", url: str, models: tuple[Store, Bundle, Bundle], picture: Callable[..., bytes], tmp_path: Path,
+    width_px: int,
+) -> None:  # fmt: skip
+    store, _, candidate = models
+    folder = Path(WANTED) if WANTED else tmp_path
+    file = tmp_path / "lesion.jpg"
+    file.write_bytes(_doubted(url, picture)[list(WIDTHS).index(width_px)])
+    page = browser.new_context(viewport={"width": width_px, "height": 900}).new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.set_default_timeout(TIMEOUT_MS)
+    page.goto(url)
+    page.wait_for_selector("#rl-model")
+
+    _upload_and_look(page, file)
+    _picture(page, folder / f"page{WIDTHS[width_px]}.png", width_px)
+    _change_the_map(page)
+    _object_and_hear(page, store, width_px)
+    page.get_by_role("tab", name="History").click()
+    page.wait_for_selector("#rl-history .rl-past")
+    assert "An expert says" in page.inner_text("#rl-history .rl-past >> nth=0")
+    _picture(page, folder / f"page_history{WIDTHS[width_px]}.png", width_px)
+    _move_a_rollout(page, store, candidate)
+    _picture(page, folder / f"page_models{WIDTHS[width_px]}.png", width_px)
+    page.click("#rl-back")
+    page.wait_for_selector("#rl-rollout >> text=rolled back")
+    with store.ledger.begin() as tx:
+        tx.update(ModelRecord, candidate.id, status=ModelStatus.CANDIDATE)
+    page.get_by_role("tab", name="Rounds").click()
+    page.wait_for_selector("#rl-rounds .rl-plot")
+    assert "round 4: 230 labels, 64 %" in (page.locator("#rl-rounds .rl-plot").get_attribute("alt") or "")
+    _picture(page, folder / f"page_rounds{WIDTHS[width_px]}.png", width_px)
+
+    assert not [address for address in asked if not address.startswith((url, "data:", "blob:"))]
+    page.context.close()
+
+
+def _doubted(url: str, picture: Callable[..., bytes]) -> list[bytes]:
+    """Return a picture for each width that goes to an expert; asking leaves nothing behind."""
+    found: list[bytes] = []
+    with Client(url) as client:
+        for number in range(60, 120):
+            answer = client.predict(picture(number), context=Context(consent=Consent.NONE))
+            found += [picture(number)] if answer.decision is Decision.REVIEW and answer.label else []
+            if len(found) == len(WIDTHS):
+                return found
+    raise AssertionError("the model doubts none of sixty pictures")
+
+
+def _upload_and_look(page: "Page", file: Path) -> None:
+    with page.expect_response(lambda response: response.url.endswith(file.name)):
+        page.set_input_files("#rl-picture input[type=file]", str(file))
+    page.click("#rl-ask")
+    page.wait_for_selector("#rl-map .heat")
+    assert "Most likely" in page.inner_text("#rl-decision")
+    assert "Why an expert is asked" in page.inner_text("#rl-why")
+    assert re.search(r"Of \d+ lesions of the calibration data", page.inner_text("#rl-often"))
+    assert re.search(r"cannot be excluded|unlike what the model knows", page.inner_text("#rl-set"))
+    assert "With the experts" in page.inner_text("#rl-fate")
+
+
+def _change_the_map(page: "Page") -> None:
+    heat = page.locator("#rl-map .heat")
+    before = float(heat.evaluate("image => getComputedStyle(image).opacity"))
+    slider = page.locator("#rl-opacity input[type=range]")
+    slider.focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"getComputedStyle(document.querySelector('#rl-map .heat')).opacity < {before} - 0.15")
+    first = heat.get_attribute("src")
+    page.get_by_label("Occlusion").check()
+    page.wait_for_selector("#rl-map >> text=Method Occlusion")
+    assert heat.get_attribute("src") != first
+    assert float(heat.evaluate("image => getComputedStyle(image).opacity")) < before - 0.15
+
+
+def _object_and_hear(page: "Page", store: Store, width_px: int) -> None:
+    comment = f"seen at {width_px}"
+    page.get_by_text("Something is wrong with this answer").click()
+    page.fill("#rl-comment textarea", comment)
+    page.click("#rl-flag")
+    page.wait_for_selector("#rl-flagged .rl-card")
+    assert "goes to an expert" in page.inner_text("#rl-flagged")
+    with store.ledger.begin() as tx:
+        (flag,) = tx.find(Flag, where={"comment": comment})
+        item = tx.require(ReviewItem, flag.review_item_id)
+        number = int(item.image_id[:6], 16)
+        label = ExpertLabel(
+            id=new_id(), created_at=utc_now(), review_item_id=item.id, image_id=item.image_id, answer=AnswerKind.CLASS,
+            label="mel", annotator="a", annotated_at=utc_now(), server="test", project_id=1, task_id=number,
+            annotation_id=number, revision="1",
+        )  # fmt: skip
+        tx.add(label)
+        tx.update(ReviewItem, item.id, state=ReviewState.ANSWERED, answered_at=utc_now())
+    # Nobody presses anything: the page looks by itself.
+    page.wait_for_selector("#rl-fate >> text=An expert says Melanoma")
+
+
+def _move_a_rollout(page: "Page", store: Store, candidate: Bundle) -> None:
+    page.get_by_role("tab", name="Models").click()
+    page.wait_for_selector("#rl-models table")
+    assert not page.is_visible("#rl-admin")
+    page.get_by_text("Sign in with a key").click()
+    page.fill("#rl-key input", admin_token(store.home))
+    page.click("#rl-enter")
+    page.wait_for_selector("#rl-caller >> text=move models")
+    page.wait_for_selector("#rl-admin")
+    _choose(page, "#rl-model-choice", "champion")
+    page.wait_for_selector("#rl-details")
+    page.click("#rl-report-open")
+    page.wait_for_selector("#rl-report iframe")
+    _choose(page, "#rl-model-choice", candidate.id[:12])
+    page.wait_for_selector(f"#rl-details >> text={candidate.id[:12]}")
+    _choose(page, "#rl-model-choice", "champion")
+    page.wait_for_selector("#rl-report iframe", state="detached")
+    _choose(page, "#rl-model-choice", candidate.id[:12])
+    page.click("#rl-move")
+    page.wait_for_selector("#rl-rollout >> text=Rollout: shadow")
+    _choose(page, "#rl-model-choice", "champion")
+    page.wait_for_selector("#rl-details table")
+
+
+def _choose(page: "Page", dropdown: str, words: str) -> None:
+    page.click(f"{dropdown} input")
+    page.get_by_role("option").filter(has_text=words).click()
+
+
+def _picture(page: "Page", path: Path, width_px: int) -> None:
+    """Keep a picture of the whole page, and hold what it shows to what every page must keep."""
+    text = page.inner_text("body")
+    assert "not a diagnosis" in text
+    assert not VERDICTS.search(text)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width_px
+    page.screenshot(path=path, full_page=True)
+    if WANTED:
+        # A palette is enough for a page, and a third of the size.
+        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
