@@ -122,6 +122,12 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+def healthy(address: str, environment: dict[str, str]) -> bool:
+    """Ask a head as containers are told to ask it."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    return subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_a_gpu_task_brings_a_spot_node_and_an_idle_one_goes(
     head: str, environment: dict[str, str], tmp_path: Path
@@ -133,6 +139,9 @@ def test_a_gpu_task_brings_a_spot_node_and_an_idle_one_goes(
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.2)
+    # What Compose asks the head, and what KubeRay's container that waits for the head does: both need the token.
+    assert healthy(head, environment)
+    assert not healthy(head, {**environment, "RAY_AUTH_TOKEN": "somebody else's"})
     script = tmp_path / "driver.py"
     script.write_text(textwrap.dedent(DRIVER))
     done = subprocess.run(
