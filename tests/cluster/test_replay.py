@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster.gate import GateReport
+from cluster.judging import count_looks
 from cluster.manifest import manifest_file, round_folder
 from cluster.replay import TOLERANCE, replay_round
 from cluster.round import run_round
@@ -12,7 +14,7 @@ from cluster.settings import RoundSettings, Settings
 from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import AuditEvent, ModelRecord
+from records.types import AuditEvent, ModelRecord, RoundStep
 from trainers.data.importer import import_folder
 from trainers.data.synth import synthesize
 from trainers.settings import TrainersSettings
@@ -57,6 +59,17 @@ def test_the_metrics_are_the_same(played: tuple[Store, str]) -> None:
         after = tx.count(ModelRecord), tx.count(AuditEvent, where={"action": "round.started"})
         assert tx.count(AuditEvent, where={"actor": "replay of round 1"}) == 1
     assert after == before == (1, 1)
+
+
+def test_looks_at_gate_and_test_are_counted_in_the_report(played: tuple[Store, str]) -> None:
+    store, _ = played
+    with store.ledger.read() as tx:
+        (judged,) = tx.find(RoundStep, where={"step": "gate"})
+        replays = tx.count(AuditEvent, where={"action": "test.read", "actor": "replay of round 1"})
+    looks = GateReport.model_validate(judged.result).looks
+    now = count_looks(store)
+    assert looks["gate"] == now["gate"] >= 1
+    assert looks["test"] + replays == now["test"] > replays
 
 
 @pytest.mark.parametrize("played", ["fp32"], indirect=True)
