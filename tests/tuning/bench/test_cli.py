@@ -1,42 +1,21 @@
-"""The verb in its shortest form: a real table, a real search, real Ray."""
-
-import json
-
-import pytest
-import typer
-from typer.testing import CliRunner
+"""What the verb replays: a real table of a few short trainings, gone on with and searched on. It needs no Ray."""
 
 from cluster.settings import Settings
-from records.command import RAY_STARTER
-from trainers.data.synth import synthesize
+from tuning.bench.cli import _replayed
 from tuning.bench.table import read_table
-from tuning.cli import bench_app
-
-KEYS = {"compute_over_random", "trial_start_s_median", "tune_overhead", "driver_memory_growth"}
-SHORT = ("--configurations", "3", "--pictures", "40", "--seeds", "2", "--trial-s", "0.3", "--simulated", "10")
 
 
-@pytest.mark.slow
-def test_all_figures_are_measured_and_the_table_is_kept(ray_session, trainers, tmp_path):
-    from contextlib import nullcontext
-
-    synthesize(tmp_path / "pictures", lesions=70, seed=0)
+def test_a_table_is_trained_once_gone_on_with_and_searched_on(labelled, trainers, tmp_path):
+    store, dataset = labelled
     settings = Settings(trainers=trainers.model_copy(update={"epochs": 2}))
-    root = typer.Typer()
+    path = tmp_path / "table.jsonl"
 
-    @root.callback()
-    def load(ctx: typer.Context) -> None:
-        ctx.obj = lambda *_: settings
-        ctx.meta[RAY_STARTER] = lambda _: nullcontext()
+    _replayed(store, settings, dataset, path, configurations=3, pictures=40, seeds=1)
+    first = read_table(path)
+    figures = _replayed(store, settings, dataset, path, configurations=4, pictures=40, seeds=2)
 
-    root.add_typer(bench_app)
-    table = tmp_path / "table.jsonl"
-    arguments = ["tune", "--data", str(tmp_path / "pictures"), "--table", str(table), *SHORT, "--json"]
-    done = CliRunner().invoke(root, arguments, catch_exceptions=False)
-    figures = json.loads(done.stdout)
-
-    assert figures.keys() >= KEYS
+    assert read_table(path)[:3] == first
+    assert [len(row.scores) for row in read_table(path)] == [2, 2, 2, 2]
+    assert first[0].overrides == {}, "the given settings come first"
     assert 0 < figures["compute_over_random"] <= 1
-    assert figures["trial_start_s_median"] > 0
-    assert 0 < figures["tune_overhead"] < 1
-    assert [len(row.scores) for row in read_table(table)] == [2, 2, 2]
+    assert (figures["configurations"], figures["seeds"]) == (4, 2)
