@@ -33,7 +33,7 @@ TRIALS = (
     "relook --help > /dev/null",
     "relook data synth /data/pictures --lesions 210 --width 96",
     "relook train --data /data/pictures --set trainers.epochs=1 --set trainers.side_px=32",
-    "relook promote candidate --provisional",
+    "relook promote $(basename /data/bundles/*) --provisional",
     "relook doctor",
 )
 SERVED = """relook serve > /tmp/serve.log 2>&1 & server=$!
