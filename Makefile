@@ -63,6 +63,7 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	$(BIN)/python bench/fuzz_api.py --uploads 10000 --examples 40
 	$(BIN)/python bench/release_drills.py
 	$(BIN)/python bench/kill_service.py --kills 2
+	$(BIN)/python bench/label_chaos.py --items 400 --batch 20 --kills 20
 	$(BIN)/python bench/two_nodes.py --trials 6 --epochs 8
 	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),20)
 
