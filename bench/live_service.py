@@ -22,7 +22,7 @@ from serving.access.keys import admin_token
 from serving.client import Client
 from serving.schemas import FlagRequest, PredictionAnswer
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -53,46 +53,49 @@ class LiveService:
         return Client(self.url, admin_token(self.store.home))
 
 
-def relook(home: Path, *arguments: str) -> None:
+def relook(home: Path, *arguments: str, database: str | None = None) -> None:
     """Run the command to its end.
 
     Args:
         home: its folder.
         arguments: verb and options.
+        database: of the ledger; default: SQLite in the home.
     Raises:
         CalledProcessError: it did not end well.
     """
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    subprocess.run(command, env=_environ(home), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=_environ(home, database), check=True, stdout=subprocess.DEVNULL)
 
 
-def trained_champion(home: Path, pictures: Path, lesions: int = 120) -> str:
+def trained_champion(home: Path, pictures: Path, lesions: int = 120, database: str | None = None) -> str:
     """Generate pictures, train a small model on them, and let it answer.
 
     Args:
         home: an empty folder.
         pictures: where the pictures go.
         lesions: how many.
+        database: of the ledger; default: SQLite in the home.
     Returns:
         The model's id.
     """
-    relook(home, "data", "synth", str(pictures), "--lesions", str(lesions))
-    relook(home, "data", "import", str(pictures))
-    relook(home, "train", "--set", "trainers.epochs=8")
-    with contextlib.closing(open_store(RecordsSettings(home=home))) as store:
+    relook(home, "data", "synth", str(pictures), "--lesions", str(lesions), database=database)
+    relook(home, "data", "import", str(pictures), database=database)
+    relook(home, "train", "--set", "trainers.epochs=8", database=database)
+    with contextlib.closing(open_store(RecordsSettings(home=home, database=database))) as store:
         (path,) = store.home.bundles.iterdir()
         model_id = path.name
-    relook(home, "promote", model_id, "--provisional")
+    relook(home, "promote", model_id, "--provisional", database=database)
     return model_id
 
 
 @contextlib.contextmanager
-def live_service(home: Path, *sets: str) -> Iterator[LiveService]:
+def live_service(home: Path, *sets: str, database: str | None = None) -> Iterator[LiveService]:
     """Serve from a home with a model, for the length of a block.
 
     Args:
         home: the folder.
         sets: settings, such as `serving.num_replicas=2`.
+        database: of the ledger; default: SQLite in the home.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -100,9 +103,11 @@ def live_service(home: Path, *sets: str) -> Iterator[LiveService]:
     command = [sys.executable, "-m", "cluster.cli", "serve", "--port", str(port)]
     command += [part for text in sets for part in ("--set", text)]
     log = (home / "logs" / "drill.log").open("w")
-    with subprocess.Popen(command, env=_environ(home), stdout=log, stderr=log, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=_environ(home, database), stdout=log, stderr=log, start_new_session=True
+    ) as process:
         try:
-            with contextlib.closing(open_store(RecordsSettings(home=home))) as store:
+            with contextlib.closing(open_store(RecordsSettings(home=home, database=database))) as store:
                 service = LiveService(f"http://127.0.0.1:{port}", store, psutil.Process(process.pid))
                 _wait_until_ready(service)
                 yield service
@@ -182,8 +187,9 @@ class Callers:
                 number += 1
 
 
-def _environ(home: Path) -> dict[str, str]:
-    return {**os.environ, "RELOOK_HOME": str(home)}
+def _environ(home: Path, database: str | None) -> dict[str, str]:
+    named = {} if database is None else {"RELOOK_RECORDS__DATABASE": database}
+    return {**os.environ, "RELOOK_HOME": str(home), **named}
 
 
 def _wait_until_ready(service: LiveService) -> None:

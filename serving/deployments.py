@@ -8,6 +8,7 @@ travel between replicas as values, since exceptions lose their type and argument
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from records.errors import PictureError, RelookError, UnavailableError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Prediction
+from serving.grouping import Grouping
 from serving.messages import Answered, HeatMap, Method, PredictionRequest, ServingState
 from serving.settings import ServingSettings, compute_threads
 
@@ -30,6 +32,11 @@ T = TypeVar("T")
 
 APPLICATION = "relook"
 EXPLAINER_NICENESS = 10
+CALLS_UNDER_WAY = 4
+"""Calls to the predictor at once; what comes meanwhile gathers for the next one. One batch is computed and one is
+written while two gather."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +72,19 @@ class PredictorReplica:
             self._started = True
         self._predictor.check()
 
-    async def predict(self, request: PredictionRequest) -> Answered | Failure:
-        """Answer a request; see `Predictor.predict`."""
+    async def predict(self, requests: list[PredictionRequest]) -> list[Answered | Failure]:
+        """Answer requests that came in one call; see `Predictor.predict`."""
+        return list(await asyncio.gather(*map(self._predict, requests)))
+
+    async def _predict(self, request: PredictionRequest) -> Answered | Failure:
         try:
             return await self._predictor.predict(request)
         except RelookError as error:
             return _failure(error)
+        except Exception as error:
+            # The others of the call have their answers.
+            logger.exception("request %s failed", request.request_id)
+            return _failure(UnavailableError(f"a request failed: {type(error).__name__}"))
 
     async def state(self) -> ServingState:
         """Return which model answers, or why none does."""
@@ -131,11 +145,18 @@ class RemoteService:
         self.settings = settings
         self._predictor = predictor
         self._explainer = explainer
+        self._predictions = Grouping(self._predict, CALLS_UNDER_WAY, settings.max_batch_size)
 
     async def predict(self, request: PredictionRequest) -> Answered:
         """Answer; see `Predictor.predict`."""
-        answered: Answered = await _called(self._predictor.predict.remote(request))
-        return answered
+        result = await self._predictions.ask(request)
+        if isinstance(result, Failure):
+            raise result.error()
+        return result
+
+    async def _predict(self, requests: list[PredictionRequest]) -> list[Answered | Failure]:
+        results: list[Answered | Failure] = await _called(self._predictor.predict.remote(requests))
+        return results
 
     async def explain(
         self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None

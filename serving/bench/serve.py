@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import psutil
 from rich.progress import Progress
 
 from records.settings import RecordsSettings
@@ -68,6 +69,7 @@ class ServeBench:
     bar: Progress
     _rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _over_raw: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _cpu_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _single_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self) -> Figures:
@@ -90,7 +92,9 @@ class ServeBench:
 
     def _round(self, peers: dict[str, Peer]) -> None:
         rates: dict[str, float] = {}
-        before, single_ms = self.bare.rate(self.plan.seconds / 3), self.bare.single_ms(self.plan.seconds / 6)
+        before, cpu_ms = self.bare.rate(self.plan.seconds / 3)
+        self._cpu_ms["raw"].append(cpu_ms)
+        single_ms = self.bare.single_ms(self.plan.seconds / 6)
         for name, keep in ((FULL, True), (KEEPS_NOTHING, False)):
             with self._service(keep=keep) as target:
                 rates[name] = self._measure(name, target)
@@ -99,18 +103,22 @@ class ServeBench:
                     rates[WITH_MAPS] = self._measure(WITH_MAPS, explained, single=False)
         for name, peer in peers.items():
             with peer.awake() as target:
-                rates[name] = self._measure(name, target)
-        raw = (before + self.bare.rate(self.plan.seconds / 3)) / 2
+                rates[name] = self._measure(name, target, peer.process)
+        raw = (before + self.bare.rate(self.plan.seconds / 3)[0]) / 2
         self._single_ms["raw"].append(single_ms)
         self._rates["raw"].append(raw)
         for name, rate in rates.items():
             self._rates[name].append(rate)
             self._over_raw[name].append(rate / raw)
 
-    def _measure(self, name: str, target: Target, *, single: bool = True) -> float:
-        """Return the rate at saturation; note the latency of one request alone."""
+    def _measure(
+        self, name: str, target: Target, server: psutil.Process | None = None, *, single: bool = True
+    ) -> float:
+        """Return the rate at saturation; note the CPU time of an answer and the latency of one request alone."""
         ask(target, self.pictures, WARM_UP, CALLERS).require_answers(name)
+        before_s = _cpu_s(server)
         load = closed_loop(target, self.pictures, CALLERS, self.plan.seconds).require_answers(name)
+        self._cpu_ms[name].append(1000 * (_cpu_s(server) - before_s) / len(load.answered))
         if single:
             alone = closed_loop(target, self.pictures, 1, self.plan.seconds / 3).require_answers(name)
             self._single_ms[name].append(alone.percentile_ms(50) or 0.0)
@@ -144,9 +152,29 @@ class ServeBench:
             **{f"bare_over_{peer}": over(KEEPS_NOTHING, peer) for peer in ("litserve", "bentoml", "fastapi")},
             "served_maps_over_served": over(WITH_MAPS, FULL),
             **rates,
+            **self._cpu_times(),
             "rounds_served_over_raw": [round(share, 3) for share in self._over_raw[FULL]],
+        }
+
+    def _cpu_times(self) -> Figures:
+        """Return the CPU time of an answer, client included, and the ratios that it alone would give."""
+        found = {name: median(times) for name, times in self._cpu_ms.items()}
+        return {f"{name}_cpu_ms": round(value, 2) for name, value in found.items()} | {
+            f"{name}_over_raw_by_cpu": round(found["raw"] / found[name], 3) for name in (FULL, KEEPS_NOTHING)
         }
 
     def _latencies(self) -> Figures:
         found = {name: round(median(times), 1) for name, times in self._single_ms.items()}
         return {"p50_ms": found.pop(FULL), **{f"{name}_p50_ms": value for name, value in found.items()}}
+
+
+def _cpu_s(server: psutil.Process | None) -> float:
+    """Return the CPU time that this process and a server's processes took so far, seconds; None is our own service."""
+    ours = psutil.Process()
+    below = ours.children(recursive=True) if server is None else [server, *server.children(recursive=True)]
+    total = 0.0
+    for process in [ours, *below]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total

@@ -213,7 +213,7 @@ def test_any_class_can_be_explained_in_three_forms(http: httpx.Client, client: C
     assert as_json.target == "mel"
     png = http.get(f"{path}&format=png")
     assert png.headers["content-type"] == "image/png"
-    assert PillowImage.open(io.BytesIO(png.content)).size == (256, 256)
+    assert PillowImage.open(io.BytesIO(png.content)).size == (224, 224)
     assert png.content == client.explanation_png(answer.id, target="mel")
     npy = np.load(io.BytesIO(http.get(f"{path}&format=npy").content), allow_pickle=False)
     assert npy.tolist() == as_json.values

@@ -150,7 +150,7 @@ def test_a_person_uploads_reads_and_objects(
     assert "Most likely" in page.inner_text("#rl-decision")
     assert page.locator("#rl-probabilities .rl-bar").count() == 7
     drawn = page.locator("#rl-map img")
-    assert drawn.evaluate("image => image.naturalWidth") == 256
+    assert drawn.evaluate("image => image.naturalWidth") == 224
 
     page.get_by_text("Something is wrong with this answer").click()
     page.fill("#rl-comment textarea", f"seen at {width_px}")

@@ -4,10 +4,11 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from records.errors import ContractError
-from trainers.explanations.overlay import overlay_png, resized_strength
+from trainers.explanations.overlay import COLOUR_MAP, overlay_png, resized_strength
 
 
 def opened(png):
@@ -36,6 +37,14 @@ def test_strength_shows_where_the_map_is_strong(picture):
     changed = np.abs(opened(overlay_png(picture, heat_map, alpha=1.0)).astype(int) - picture).sum(axis=2)
     assert changed[:10, :10].mean() > 50
     assert (changed[-10:, -10:] == 0).all()
+
+
+def test_the_blend_is_right_within_two_grey_levels(picture):
+    heat_map = np.random.default_rng(3).random((6, 8))
+    strength = resized_strength(heat_map, *picture.shape[:2])[..., None]
+    colours = np.rint(colormaps[COLOUR_MAP](np.rint(strength[..., 0] * 255).astype(int))[..., :3] * 255)
+    exact = picture * (1.0 - 0.6 * strength) + colours * 0.6 * strength
+    assert np.abs(opened(overlay_png(picture, heat_map)) - exact).max() < 2.0
 
 
 def test_the_scale_of_a_map_does_not_matter_for_the_drawing(picture):
