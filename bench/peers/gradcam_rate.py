@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
     network = Network()
+    # It differentiates with respect to the last features, and frozen weights would leave nothing to differentiate.
+    network.network.requires_grad_(True)
     side = network.side_px
     pixels = np.random.default_rng(0).integers(0, 256, (options.batch, side, side, 3), dtype=np.uint8)
     inputs = network.inputs(list(pixels))

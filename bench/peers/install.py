@@ -26,6 +26,7 @@ SHARED = (
     "typing_extensions.py", "sklearn", "scikit_learn.libs", "scipy", "scipy.libs", "joblib", "threadpoolctl.py",
     "cv2", "opencv_python_headless.libs", "matplotlib", "mpl_toolkits", "cycler", "kiwisolver", "pyparsing",
     "contourpy", "dateutil", "six.py", "packaging", "fontTools", "tqdm",
+    "cloudpickle", "narwhals",
 )  # fmt: skip
 
 
