@@ -34,7 +34,7 @@ TRIALS = (
     "relook data synth /data/pictures --lesions 210 --width 96",
     "relook train --data /data/pictures --set trainers.epochs=1 --set trainers.side_px=32",
     "relook promote $(basename /data/bundles/*) --provisional",
-    "relook doctor",
+    "relook models",
 )
 SERVED = """relook serve > /tmp/serve.log 2>&1 & server=$!
 for n in $(seq 60); do sleep 2; {check} 2> /dev/null && break; done
