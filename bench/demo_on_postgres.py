@@ -47,6 +47,7 @@ STEADY = (
 BY_NATURE = (
     "seconds",
     "served",
+    "label_studio.tasks_pushed",
     "swap.requests",
     "swap.wait_s",
     "swap.model_id",
