@@ -48,6 +48,8 @@ class Pressure:
 
         Args:
             requests: with explanations, to see whether memory grows.
+        Returns:
+            The figures, by key.
         """
         ask(self.target, self.pictures, 2 * CALLERS, CALLERS)
         return {**self.at_70_percent(), **self.under_flood(), **self.overload(), **self.memory(requests)}
