@@ -144,5 +144,5 @@ def test_an_empty_side_is_named(dataset: DatasetVersion, filled_store: Store, tm
 
 def test_two_workers_need_ray(dataset: DatasetVersion, filled_store: Store, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"num_workers": 2})
-    with pytest.raises(ConfigError, match=r"more than one worker needs Ray; set trainers.num_workers=1"):
+    with pytest.raises(ConfigError, match=r"more than one worker, and streaming, need Ray: set trainers.num_workers=1"):
         fit(filled_store, settings, dataset, run_dir=tmp_path, use_ray=False)
