@@ -1,10 +1,17 @@
 """When a round is due, and that of several watchers exactly one runs it."""
 
+import contextlib
+import os
+import signal
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import cluster.round as round_room
@@ -22,13 +29,16 @@ from records.types import (
     Confirmation,
     ExpertLabel,
     RoundRecord,
+    RoundStep,
     SourceLabel,
 )
+from trainers.data.importer import import_folder
+from trainers.data.synth import synthesize
 
 SETTINGS = Settings(round=RoundSettings(watch_labels=3, watch_days=5, watch_poll_s=0.05))
 
 
-def add_labels(tx: Transaction, count: int) -> None:
+def add_labels(tx: Transaction, count: int, images: Sequence[str] = ()) -> None:
     start = tx.count(ExpertLabel)
     for number in range(start, start + count):
         tx.add(
@@ -36,7 +46,7 @@ def add_labels(tx: Transaction, count: int) -> None:
                 id=new_id(),
                 created_at=utc_now(),
                 review_item_id=f"item {number}",
-                image_id=f"image {number}",
+                image_id=images[number] if images else f"image {number}",
                 answer=AnswerKind.CLASS,
                 label="nv",
                 annotator="anna",
@@ -166,3 +176,67 @@ def test_the_plan_says_what_a_round_would_do_and_changes_nothing(store: Store) -
     assert plan_round(store, SETTINGS).resumes
     with store.ledger.read() as tx:
         assert tx.count(RoundRecord) == 2
+
+
+SMALL_ROUND = {
+    "RELOOK_TRAINERS__MODEL": "custom_cnn",
+    "RELOOK_TRAINERS__SIDE_PX": "32",
+    "RELOOK_TRAINERS__EPOCHS": "1",
+    "RELOOK_TRAINERS__THREADS_PER_WORKER": "1",
+    "RELOOK_ROUND__TUNE": "never",
+    "RELOOK_ROUND__SELECT_BUDGET": "0",
+    "RELOOK_ROUND__WATCH_LABELS": "3",
+    "RELOOK_ROUND__WATCH_POLL_S": "0.5",
+}
+
+
+def wait_until(met: Callable[[], bool], timeout_s: float = 500.0) -> bool:
+    end = time.monotonic() + timeout_s
+    while not met() and time.monotonic() < end:
+        time.sleep(0.2)
+    return met()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_watching_commands_run_one_round_when_the_labels_are_in(store: Store, tmp_path: Path) -> None:
+    synthesize(tmp_path / "pictures", lesions=140, seed=3, width_px=96)
+    withheld = import_folder(store, tmp_path / "pictures", withhold_share=0.3, side_px=(32,)).withheld
+    with store.ledger.begin() as tx:
+        add_round(tx)
+
+    def finished() -> bool:
+        with store.ledger.read() as tx:
+            return tx.count(RoundRecord, where={"finished_at": None}) == 0 and tx.count(RoundRecord) == 2
+
+    environment = {**os.environ, **SMALL_ROUND, "RELOOK_HOME": str(store.home.root)}
+    command = [sys.executable, "-m", "cluster.cli", "round", "--watch"]
+    logs = [tmp_path / f"watcher-{number}.log" for number in range(2)]
+    watchers = []
+    for log in logs:
+        with log.open("w") as file:
+            watchers.append(psutil.Popen(command, env=environment, stdout=file, stderr=file))
+    try:
+        # A watcher looks for labels once its Ray is up.
+        for watcher in watchers:
+            assert wait_until(lambda w=watcher: any("raylet" in c.name() for c in w.children(recursive=True)))
+        with store.ledger.begin() as tx:
+            add_labels(tx, 3, withheld["image_id"].tolist())
+        assert wait_until(finished), [log.read_text() for log in logs]
+        time.sleep(3.0)  # six more looks of each
+    finally:
+        for watcher in watchers:
+            # Ray may swallow a Ctrl-C that comes while it starts.
+            while watcher.is_running() and watcher.poll() is None:
+                watcher.send_signal(signal.SIGINT)
+                with contextlib.suppress(psutil.TimeoutExpired):
+                    watcher.wait(20)
+    said = [log.read_text() for log in logs]
+    assert sum("✓ push" in text for text in said) == 1, said
+    assert any("a round is due: 3 new labels are in" in text for text in said), said
+    with store.ledger.read() as tx:
+        assert [record.number for record in tx.find(RoundRecord, order_by=("number",))] == [1, 2]
+        assert tx.count(AuditEvent, where={"action": "round.started"}) == 1
+        assert tx.count(RoundStep) == len(round_room.STEPS)
+        (version,) = tx.find(RoundStep, where={"step": "version"})
+    assert version.result["labels_from_experts"] == 3
