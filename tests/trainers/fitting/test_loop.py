@@ -300,7 +300,8 @@ def test_parts_of_a_batch_are_the_batch(
     whole, parts = (
         train(change(settings, accumulate_steps=steps), toy_data, three_classes).weights() for steps in (1, 3)
     )
-    assert all(np.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+    # Sums in another order: 6e-5 apart after these steps on one processor, below 1e-5 on another.
+    assert all(np.allclose(whole[name], parts[name], atol=2e-4) for name in whole)
 
 
 def test_clipping_bounds_what_a_step_moves(
