@@ -2,7 +2,7 @@
 
 One worker has to end with the same model id, that is with equal weights, calibration and metrics, bit for bit.
 Two workers under Ray Train have to end with metrics within 1e-3; workers and the whole command are killed by turns.
-Every kill waits for a new checkpoint and a random moment more; a run that is over before its last kill fails.
+Every kill waits for some new checkpoints and a random moment more; a run that is over before its last kill fails.
 One JSON line per run; exit code 1 at the first difference.
 
     .venv/bin/python bench/kill_training.py --kills 10 --rounds 3
@@ -46,8 +46,10 @@ SETTINGS = (
     "max_failures=1000",
 )
 TOLERANCE = 1e-3
-MOST_WAIT_S = 1.5
-"""From a checkpoint to the kill: some steps, or an epoch."""
+MOST_CHECKPOINTS = 12
+"""From one kill to the next: two epochs and a half."""
+MOST_WAIT_S = 0.5
+"""From a checkpoint to the kill."""
 LIMIT_S = 1200.0
 
 
@@ -143,18 +145,20 @@ class Run:
         return self._errors.read().strip()[-500:]
 
     def kill(self, part: str, limit_s: float) -> None:
-        """Wait until the run trains, and a random moment more, and kill a part of it.
+        """Wait for a random number of checkpoints and a random moment more, and kill a part of the run.
 
         Args:
             part: `worker` or `command`.
             limit_s: until it has to train.
         """
-        before, start = progress(self._home), time.monotonic()
-        while progress(self._home) == before:
-            self._require_running()
-            if time.monotonic() > start + limit_s:
-                raise SystemExit(f"no checkpoint within {limit_s:.0f} s after {len(self.kills)} kills: {self._error()}")
-            time.sleep(0.005)
+        start = time.monotonic()
+        for _ in range(self._chance.randint(1, MOST_CHECKPOINTS)):
+            before = progress(self._home)
+            while progress(self._home) == before:
+                self._require_running()
+                if time.monotonic() > start + limit_s:
+                    raise SystemExit(f"no progress in {limit_s:.0f} s after {len(self.kills)} kills: {self._error()}")
+                time.sleep(0.005)
         time.sleep(self._chance.uniform(0.0, MOST_WAIT_S))
         self._require_running()
         self.kills.append(Kill(part, position(self._home)))

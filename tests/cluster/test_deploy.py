@@ -158,7 +158,7 @@ def test_what_compose_services_refer_to_is_there() -> None:
         assert all("test" in compose["services"][other]["healthcheck"] for other in awaited), name
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
-            assert (DEPLOY / source).is_file() if source.startswith("./") else source in compose["volumes"]
+            assert (DEPLOY / source).exists() if source.startswith("./") else source in compose["volumes"]
         for port in service.get("ports", ()):
             assert port.startswith("127.0.0.1:"), "published on this machine only"
     example = (DEPLOY / "compose.env.example").read_text()
