@@ -51,12 +51,14 @@ test: setup  ## the whole suite: real Ray, real Label Studio, a browser where th
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-fast: $(INSTALLED)  ## what needs no server and no browser
-	$(BIN)/pytest -m "not slow and not browser"
+	$(BIN)/pytest -m "not slow and not browser and not soak"
 
 bench: setup  ## time and memory of the demo
 	$(BIN)/python bench/demo.py $(if $(DATA),--data "$(DATA)")
 
 soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (20)
+	$(BIN)/pytest -m soak
+	$(BIN)/python bench/kill_training.py --workers 2 --kills 4
 	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 2 --kills 3 --searcher pbt

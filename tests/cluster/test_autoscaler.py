@@ -129,6 +129,7 @@ def healthy(address: str, environment: dict[str, str]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_gpu_task_brings_a_spot_node_and_an_idle_one_goes(
     head: str, environment: dict[str, str], tmp_path: Path
 ) -> None:

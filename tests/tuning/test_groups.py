@@ -8,6 +8,7 @@ from tuning.trials import EventKind
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_two_workers_train_one_trial(ray_session, labelled, trainers, tuning, tmp_path):
     """Two workers with a CPU each share every batch; the search scores every epoch and clears up behind the group."""
     store, dataset = labelled
