@@ -19,7 +19,8 @@ from trainers.data.importer import import_folder
 from trainers.data.synth import synthesize
 from trainers.settings import TrainersSettings
 
-pytestmark = pytest.mark.slow
+# Ray warns about its own defaults while it imports itself; where its session of other tests runs, a round uses it.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")]
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
