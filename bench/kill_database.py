@@ -14,11 +14,10 @@ import json
 import signal
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,10 @@ import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from kill_service import RECOVERS_WITHIN_S, compare
-from live_service import live_service, trained_champion
+from live_service import Callers, live_service, trained_champion
 
-THREADS = 3
+from serving.schemas import PredictionAnswer
+
 STOPPED_S = 5.0
 GIVE_UP_S = 120.0
 PAUSE_S = 0.1
@@ -83,49 +83,11 @@ class Database:
 
 
 @dataclass
-class Witnesses:
-    """Callers that repeat until they are answered, and note every failure as it came.
+class Witnesses(Callers):
+    """Callers that repeat until they are answered, and note every failure as it came."""
 
-    Args:
-        url: of the service.
-        pictures: that are sent, in a cycle.
-    """
-
-    url: str
-    pictures: Sequence[bytes]
-    threads: int = THREADS
-    answers: list[tuple[float, Any]] = field(default_factory=list)
-    """(seconds of the clock, answer with an id)"""
-    flags: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    """of callers that gave up"""
     refused: Counter[str] = field(default_factory=Counter)
     """what came instead of an answer: status, media type and code"""
-
-    def __post_init__(self) -> None:
-        """Make the threads."""
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(self.threads)]
-
-    def __enter__(self) -> "Witnesses":
-        """Begin to ask."""
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop after what is under way."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait_for(self, more: int) -> None:
-        """Wait until so many more answers came; TimeoutError if they do not."""
-        deadline_s, wanted = time.monotonic() + GIVE_UP_S, len(self.answers) + more
-        while len(self.answers) < wanted:
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"{len(self.answers)} of {wanted} answers; instead came {dict(self.refused)}")
-            time.sleep(0.02)
 
     def _ask(self, number: int) -> None:
         with httpx.Client(base_url=self.url, timeout=60.0, trust_env=False) as http:
@@ -134,7 +96,7 @@ class Witnesses:
                 headers = {"Content-Type": "image/jpeg", "Idempotency-Key": uuid.uuid4().hex}
                 body = self._insist(lambda p=picture, h=headers: http.post("/v1/predictions", content=p, headers=h))
                 if body is not None:
-                    self.answers.append((time.monotonic(), _Answer(body["id"])))
+                    self.answers.append((time.monotonic(), PredictionAnswer.model_validate(body)))
                     if number % 5 == 0:
                         flag = {"reason": "other", "comment": "a drill"}
                         path = f"/v1/predictions/{body['id']}/flags"
@@ -157,11 +119,6 @@ class Witnesses:
             time.sleep(PAUSE_S)
         self.failures.append("no answer in time")
         return None
-
-
-@dataclass(frozen=True)
-class _Answer:
-    id: str
 
 
 def main() -> int:

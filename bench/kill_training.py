@@ -85,25 +85,23 @@ def begun(home: Path) -> bool:
     return any(home.glob("runs/train-*/metrics.jsonl"))
 
 
-def checkpoints(home: Path) -> list[Path]:
-    """Return the run's checkpoints, the oldest first; one that is gone meanwhile is left out."""
-    found: dict[Path, int] = {}
+def checkpoints(home: Path) -> list[tuple[int, Path]]:
+    """Return moment and path of the run's checkpoints, the oldest first, without those gone meanwhile."""
+    found = []
     for path in home.glob("runs/train-*/**/checkpoint.pt"):
         with contextlib.suppress(FileNotFoundError):
-            found[path] = path.stat().st_mtime_ns
-    return sorted(found, key=found.__getitem__)
+            found.append((path.stat().st_mtime_ns, path))
+    return sorted(found)
 
 
 def progress(home: Path) -> int:
-    """Return a number that changes with every checkpoint, 0 before the first."""
-    with contextlib.suppress(FileNotFoundError):
-        return max((path.stat().st_mtime_ns for path in checkpoints(home)), default=0)
-    return -1
+    """Return the moment of the newest checkpoint, 0 before the first."""
+    return max((moment for moment, _ in checkpoints(home)), default=0)
 
 
 def position(home: Path) -> str:
     """Return where the newest checkpoint stands, in epochs and steps."""
-    for path in reversed(checkpoints(home)):
+    for _, path in reversed(checkpoints(home)):
         with contextlib.suppress(IntegrityError):  # Ray may be copying or removing it
             return load_checkpoint(path).position
     return "none"
@@ -154,7 +152,7 @@ class Run:
         start = time.monotonic()
         for _ in range(self._chance.randint(1, MOST_CHECKPOINTS)):
             before = progress(self._home)
-            while progress(self._home) == before:
+            while progress(self._home) <= before:
                 self._require_running()
                 if time.monotonic() > start + limit_s:
                     raise SystemExit(f"no progress in {limit_s:.0f} s after {len(self.kills)} kills: {self._error()}")

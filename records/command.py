@@ -6,7 +6,7 @@ command puts a loader into the context, and `settings_of` calls it.
 
 import json
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from records.errors import ContractError
 
@@ -108,6 +109,24 @@ def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType
         emit_json(plain)
     elif human is not None:
         stdout.print(human)
+
+
+def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
+    """Lay out what was measured, for people.
+
+    Args:
+        title: of the table.
+        figures: by key; of one that is None, `reasons` may say why, by the key or a part of it.
+    Returns:
+        A row per figure.
+    """
+    table, reasons = Table("what", "figure", title=title), figures.get("reasons", {})
+    for name, value in figures.items():
+        if name != "reasons":
+            why = next((reason for key, reason in reasons.items() if key in name), "")
+            shown = round(value, 3) if isinstance(value, float) else value
+            table.add_row(name.replace("_", " "), why if value is None else str(shown))
+    return table
 
 
 def progress() -> Progress:

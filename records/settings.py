@@ -33,3 +33,7 @@ class RecordsSettings(RoomSettings):
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="how long a writer waits for another, seconds"
     )
+
+    def apart(self, home: Path) -> "RecordsSettings":
+        """Return settings of a home of its own, which neither sees nor changes what these keep, wherever it is."""
+        return self.model_copy(update={"home": home, "blobs": None, "database": None})

@@ -9,9 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of, stderr
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, figures_table, settings_of, stderr
 
 app = typer.Typer()
 
@@ -33,7 +32,7 @@ def bench_label(
     settings = settings_of(ctx, config, preset, sets)
     with TemporaryDirectory(prefix="relook-bench-") as folder:
         # A home of its own: measuring must neither see nor change what the user has.
-        records = settings.records.model_copy(update={"home": Path(folder) / "home", "blobs": None, "database": None})
+        records = settings.records.apart(Path(folder) / "home")
         labeling = settings.labeling.model_copy(update={"port": 0, "url": None, "token": None})
         with closing(open_store(records)) as store:
             local = LocalLabelStudio(store.home, labeling)
@@ -41,7 +40,4 @@ def bench_label(
                 figures = measure(store, local.up(stderr.print), labeling, items, stderr.print)
             finally:
                 local.down()
-    table = Table("what", "figure", title="relook bench label")
-    for name, value in figures.items():
-        table.add_row(name.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
-    emit(as_json, figures, table)
+    emit(as_json, figures, figures_table("relook bench label", figures))

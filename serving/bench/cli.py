@@ -9,9 +9,18 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, ray_of, settings_of
+from records.command import (
+    ConfigOption,
+    JsonOption,
+    PresetOption,
+    SetOption,
+    emit,
+    figures_table,
+    progress,
+    ray_of,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -76,7 +85,7 @@ def bench_serve(
             bench = ServeBench(serving, records, bare, others, pictures, Plan(rounds, seconds, requests), bar)
             figures = bench.run()
     figures |= _described(bundle, loaded.precision, compute_threads(serving.predictor_cpus))
-    emit(as_json, figures, _table("serve", figures))
+    emit(as_json, figures, figures_table("relook bench serve", figures))
 
 
 @app.command("explain")
@@ -108,7 +117,7 @@ def bench_explain(
         others = Peers(peers, folder / "network.pt", folder)
         figures = explain_figures(loaded, pixels, others, rounds, seconds, cores(), bar)
     figures |= _described(bundle, loaded.precision, cores())
-    emit(as_json, figures, _table("explain", figures))
+    emit(as_json, figures, figures_table("relook bench explain", figures))
 
 
 def _subject(
@@ -120,7 +129,7 @@ def _subject(
     """
     from serving.bench.subject import named_bundle, prepare
 
-    home = settings.records.model_copy(update={"home": folder / "home", "blobs": None, "database": None})
+    home = settings.records.apart(folder / "home")
     trainers = settings.trainers.model_copy(update={"model": NETWORK})
     return prepare(home, named_bundle(settings.records, model), trainers, folder, bar), home
 
@@ -129,12 +138,3 @@ def _described(bundle: "Bundle", precision: str, threads: int) -> dict[str, Any]
     document = bundle.document
     side_px = document.geometry.side_px
     return {"model": document.architecture.name, "side_px": side_px, "precision": precision, "threads": threads}
-
-
-def _table(kind: str, figures: dict[str, Any]) -> Table:
-    table, reasons = Table("what", "figure", title=f"relook bench {kind}"), figures["reasons"]
-    for name, value in figures.items():
-        if name != "reasons":
-            why = next((reason for key, reason in reasons.items() if key in name), "")
-            table.add_row(name.replace("_", " "), why if value is None else str(value))
-    return table

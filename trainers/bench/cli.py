@@ -6,12 +6,21 @@ relook bench train --json
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, ray_of, settings_of
+from records.command import (
+    ConfigOption,
+    JsonOption,
+    PresetOption,
+    SetOption,
+    emit,
+    figures_table,
+    progress,
+    ray_of,
+    settings_of,
+)
 
 app = typer.Typer()
 
@@ -36,17 +45,9 @@ def bench_train(
     settings = settings_of(ctx, config, preset, sets)
     with TemporaryDirectory(prefix="relook-bench-") as folder, progress() as bar:
         # A home of its own: measuring must neither see nor change what the user has.
-        records = settings.records.model_copy(update={"home": Path(folder) / "home", "blobs": None})
+        records = settings.records.apart(Path(folder) / "home")
         with closing(open_store(records)) as store, ray_of(ctx, settings):
             plan = prepare(store, data, settings.trainers.side_px, Path(folder), bar)
             bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, lightning_python)
             figures = bench.run()
-    emit(as_json, figures, _table(figures))
-
-
-def _table(figures: dict[str, Any]) -> Table:
-    table = Table("what", "figure", title="relook bench train")
-    for name, value in figures.items():
-        if name != "reasons":
-            table.add_row(name.replace("_", " "), figures["reasons"].get(name, "") if value is None else str(value))
-    return table
+    emit(as_json, figures, figures_table("relook bench train", figures))

@@ -10,9 +10,18 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, ray_of, settings_of
+from records.command import (
+    ConfigOption,
+    JsonOption,
+    PresetOption,
+    SetOption,
+    emit,
+    figures_table,
+    progress,
+    ray_of,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from records.datasets import DatasetVersion
@@ -51,7 +60,7 @@ def bench_tune(
     with TemporaryDirectory(prefix="relook-bench-") as folder:
         root = Path(folder)
         # A home of its own: measuring must neither see nor change what the user has.
-        records = settings.records.model_copy(update={"home": root / "home", "blobs": None})
+        records = settings.records.apart(root / "home")
         with closing(open_store(records)) as store:
             with progress() as bar:
                 dataset = import_pictures(store, data, settings.trainers.side_px, root, bar)
@@ -65,7 +74,7 @@ def bench_tune(
                     "driver_memory_growth": round(memory_growth(root / "many", simulated, cores), 1),
                 }
     figures |= {"trial_s": trial_s, "simulated_trials": simulated, "cores": cores, "train_images": pictures}
-    emit(as_json, figures, _table(figures))
+    emit(as_json, figures, figures_table("relook bench tune", figures))
 
 
 def _replayed(
@@ -106,10 +115,3 @@ def _start(
     search(store, tuning, settings.trainers, dataset, run_dir=folder)
     found = report_on(folder).start_seconds_median
     return None if found is None else round(found, 3)
-
-
-def _table(figures: dict[str, Any]) -> Table:
-    table = Table("what", "figure", title="relook bench tune")
-    for name, value in figures.items():
-        table.add_row(name.replace("_", " "), str(value))
-    return table
