@@ -96,7 +96,7 @@ def fit(
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
     _require_sides(dataset)
-    _decode(store, dataset, settings, progress)
+    _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(run_dir / "metrics.jsonl", on_epoch)
     if use_ray:
@@ -295,9 +295,12 @@ def _require_sides(dataset: DatasetVersion) -> None:
             )
 
 
-def _decode(store: Store, dataset: DatasetVersion, settings: TrainersSettings, progress: Progress | None) -> None:
-    """Decode all sides that fitting reads, in one pass; of train that is streamed, no more than a sample."""
-    streamed = settings.data_source == "stream"
-    image_ids = sample_of_train(store, dataset) if streamed else list(dataset.side(Side.TRAIN)["image_id"])
-    image_ids += [image_id for side in FITTED_ON for image_id in dataset.side(side)["image_id"]]
-    PixelCache(store.home.cache, settings.side_px).ensure(store, map(str, image_ids), progress)
+def _decode(
+    store: Store, dataset: DatasetVersion, plan: DataPlan, settings: TrainersSettings, progress: Progress | None
+) -> None:
+    """Decode all that fitting reads, in one pass; of train that is streamed, no more than a sample."""
+    train = [] if settings.data_source == "stream" else plan.image_ids[: plan.num_train]
+    sides = [str(image_id) for side in FITTED_ON for image_id in dataset.side(side)["image_id"]]
+    PixelCache(store.home.cache, settings.side_px).ensure(
+        store, [*train, *sample_of_train(store, dataset), *sides], progress
+    )
