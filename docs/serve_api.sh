@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Every line of the HTTP API with curl, against a running service; it stops at the first answer that is not as said.
+#   [WEBHOOK_SECRET="$(cat .relook/keys/webhook-secret)"] \
 #   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh PICTURE [CANDIDATE_MODEL [SIGNED_PATH]]
 # KEY needs the scope admin. It erases the picture that it sent, and takes its own rollout back.
 set -euo pipefail
@@ -69,6 +70,12 @@ if [ -n "$CANDIDATE" ]; then
   call 200 DELETE '/v1/rollout?reason=the%20tour%20ends'
 fi
 call 404 GET  /v1/rollout
+
+# the bell that Label Studio rings when an answer came in
+if [ -n "${WEBHOOK_SECRET:-}" ]; then
+  call 204 POST /v1/webhooks/label-studio -H "X-Relook-Webhook-Secret: $WEBHOOK_SECRET" "${JSON[@]}" -d '{"action": "ANNOTATION_CREATED"}'
+fi
+call 403 POST /v1/webhooks/label-studio -H 'X-Relook-Webhook-Secret: guessed'
 
 # a signed link, which needs no key; then erasure
 if [ -n "$SIGNED" ]; then KEY='' call 200 GET "$SIGNED"; fi

@@ -173,15 +173,20 @@ def sync_command(
     as_json: JsonOption = False,
 ) -> None:
     """Push and pull, once or for as long as it runs."""
-    from labeling.sync import sync
+    from labeling.connection import require
+    from labeling.sync import sync, wait_for_ring
     from records.errors import LabelStudioError
+    from records.hints import last_ring
+    from records.store import open_store
 
     settings = settings_of(ctx, config, preset, sets)
     pause_s = _seconds(every) if every is not None else settings.labeling.poll_every_s
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(open_store(settings.records)) as store:
         while True:
+            rung = last_ring(store.ledger)  # before the look, so that what rings during it is looked at next
             try:
-                with _connected(settings) as (store, client), _counting("questions and answers") as advance:
+                client = require(store.home, settings.labeling)
+                with client, _counting("questions and answers") as advance:
                     report = sync(store, client, settings.labeling, advance=advance)
             except LabelStudioError as error:
                 if not watch:
@@ -198,7 +203,7 @@ def sync_command(
                     emit(as_json, report, said)
             if not watch:
                 return
-            time.sleep(pause_s)
+            wait_for_ring(store.ledger, rung, pause_s)
 
 
 @label_app.command("invite")

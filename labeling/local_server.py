@@ -31,6 +31,7 @@ from labeling.environment import (
     server_variables,
 )
 from labeling.settings import LabelingSettings
+from labeling.webhooks import webhook_variables
 from records.errors import ConfigError, IntegrityError, LabelStudioError, LabelStudioStartError
 from records.home import Home
 from records.ids import utc_now
@@ -239,6 +240,7 @@ class LocalLabelStudio:
                 "LABEL_STUDIO_USERNAME": account.username,
                 "LABEL_STUDIO_PASSWORD": account.password.get_secret_value(),
                 "LABEL_STUDIO_USER_TOKEN": account.token.get_secret_value(),
+                **webhook_variables(self._settings.webhook_url),
             },
         )
         program = str(self.environment.program)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from labeling.client import LabelStudioClient
 from labeling.settings import LabelingSettings
 from labeling.tasks import PRIORITY_VERSION, label_config
+from labeling.webhooks import ensure_webhook
 from records.ids import new_id
 from records.ledger import Transaction
 from records.store import Store
@@ -96,12 +97,15 @@ def open_project(store: Store, client: LabelStudioClient, settings: LabelingSett
     config = label_config(store.taxonomy, blind=desk.blind)
     present = client.project(known) if known is not None else None
     ours = present is not None and marker in present.description
-    if present is not None and ours and present.label_config == config.strip():
+    told = cursor.position.get("webhook") == settings.webhook_url
+    if present is not None and ours and told and present.label_config == config.strip():
         return Project(present.id, marker)
     project_id = client.ensure_project(desk.title(settings), config, marker, PRIORITY_VERSION)
+    ensure_webhook(store.home, client, project_id, settings.webhook_url)
     requeued = 0
     with store.ledger.begin() as tx:
-        tx.update(Cursor, name, position={**cursor.position, "project_id": project_id})
+        position = {**cursor.position, "project_id": project_id, "webhook": settings.webhook_url}
+        tx.update(Cursor, name, position=position)
         if known is not None and not ours:
             requeued = _requeue(tx, known)
     return Project(project_id, marker, requeued)

@@ -31,6 +31,12 @@ class LabelingSettings(RoomSettings):
     request_timeout_s: float = Field(
         default=60.0, gt=0, le=600, description="how long one call to Label Studio may take, seconds"
     )
+    webhook_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/]+/?$",
+        description="address under which Label Studio reaches `relook serve`, so that answers are read at once; "
+        "default: none, answers are read at the next look",
+    )
     project_title: str = Field(
         default="Relook review", min_length=3, max_length=50, description="title of the project, 3 to 50 characters"
     )

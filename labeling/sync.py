@@ -1,5 +1,7 @@
 """Pull and push, one after the other. Each holds the lease, so it never runs twice at the same time."""
 
+import time
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.adjudication import ask_to_decide
@@ -7,7 +9,11 @@ from labeling.client import LabelStudioClient
 from labeling.pull import PullReport, pull
 from labeling.push import Advance, PushReport, push
 from labeling.settings import LabelingSettings
+from records.hints import last_ring
+from records.ledger import Ledger
 from records.store import Store
+
+_LISTEN_EVERY_S = 1.0
 
 
 class SyncReport(BaseModel):
@@ -46,3 +52,22 @@ def sync(
     pulled = pull(store, client, settings, advance=advance)
     asked = ask_to_decide(store, settings.adjudicate_below) if not pulled.idle else 0
     return SyncReport(adjudications=asked, pull=pulled, push=push(store, client, settings, model_id, advance=advance))
+
+
+def wait_for_ring(ledger: Ledger, rung: str | None, longest_s: float) -> bool:
+    """Wait until Label Studio rings, and no longer than a pause.
+
+    Args:
+        ledger: that the service writes rings to.
+        rung: the last ring that was acted upon.
+        longest_s: of the wait, seconds.
+    Returns:
+        Whether it rang.
+    """
+    end_s = time.monotonic() + longest_s
+    while last_ring(ledger) == rung:
+        left_s = end_s - time.monotonic()
+        if left_s <= 0:
+            return False
+        time.sleep(min(left_s, _LISTEN_EVERY_S))
+    return True

@@ -28,6 +28,7 @@ from serving.routes.images import images_router
 from serving.routes.models import models_router
 from serving.routes.predictions import predictions_router
 from serving.routes.rollout import rollout_router
+from serving.routes.webhooks import webhooks_router
 from serving.schemas import Problem
 from serving.service import Service
 
@@ -83,6 +84,7 @@ def create_api(service: Service, max_body_bytes: int) -> FastAPI:
     api.include_router(images_router(service, door))
     api.include_router(rollout_router(service, door))
     api.include_router(models_router(service, door, metrics))
+    api.include_router(webhooks_router(service))
     _add_problem_handlers(api, service.settings.retry_after_s)
 
     document = completed(api.openapi(), service.store.taxonomy.codes)

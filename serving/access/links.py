@@ -1,13 +1,12 @@
 """Links to stored pictures that end by themselves: whoever holds one sees one picture until it expires."""
 
-import contextlib
 import hmac
-import secrets
 import time
 from urllib.parse import urlencode
 
 from records.errors import AccessError
 from records.home import Home
+from records.key_files import key_of
 
 LONGEST_S = 7 * 24 * 3600
 
@@ -38,17 +37,4 @@ def check_link(home: Home, image_id: str, expires: int, signature: str) -> None:
 
 
 def _signature(home: Home, image_id: str, expires: int) -> str:
-    return hmac.new(_key(home), f"{image_id}:{expires}".encode(), "sha256").hexdigest()
-
-
-def _key(home: Home) -> bytes:
-    path = home.keys / "link-key"
-    if not path.exists():
-        partial = path.with_name(f"link-key.{secrets.token_hex(4)}")
-        partial.touch(0o600)
-        partial.write_text(secrets.token_hex(32))
-        # Of two processes that make it at once the first one wins.
-        with contextlib.suppress(FileExistsError):
-            path.hardlink_to(partial)
-        partial.unlink()
-    return path.read_bytes()
+    return hmac.new(key_of(home, "link-key").encode(), f"{image_id}:{expires}".encode(), "sha256").hexdigest()

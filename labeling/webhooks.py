@@ -1,0 +1,82 @@
+"""Label Studio rings when an answer came in, so that whoever watches looks at once rather than at the next turn.
+
+Only a hint: Label Studio sends each once, gives up after a second, and says nothing that is believed here. What
+changed is read by the poll, which finds everything without any hint.
+"""
+
+from urllib.parse import urlsplit
+
+from labeling.client import LabelStudioClient
+from records.errors import LabelStudioError
+from records.hints import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH
+from records.home import Home
+from records.key_files import key_of
+
+ACTIONS = ("ANNOTATION_CREATED", "ANNOTATIONS_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_DELETED", "TASKS_DELETED")
+
+# What Label Studio refuses to call by itself, less the loopback that the local one and the local service share.
+_BANNED = (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16",
+    "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4", "::/128", "::ffff:0:0/96", "64:ff9b::/96", "fc00::/7", "fe80::/10",
+    "ff00::/8",
+)  # fmt: skip
+
+
+def ensure_webhook(home: Home, client: LabelStudioClient, project_id: int, url: str | None) -> None:
+    """Make a project ring the service at this address, and no other one.
+
+    Args:
+        home: whose secret goes with every ring.
+        client: connected.
+        project_id: of the project.
+        url: base address of the service as Label Studio sees it; None takes the bell away.
+    Raises:
+        LabelStudioError: Label Studio does not answer, or may not call this address.
+    """
+    wanted = None if url is None else url.rstrip("/") + WEBHOOK_PATH
+    headers = {SECRET_HEADER: key_of(home, SECRET_FILE)}
+    present = client.request("GET", "api/webhooks/", "list webhooks", params={"project": project_id})
+    stands = False
+    for hook in present:
+        if not str(hook["url"]).endswith(WEBHOOK_PATH):
+            continue
+        if hook["url"] == wanted and hook["headers"] == headers and hook["is_active"] and not stands:
+            stands = True
+        else:
+            number = int(hook["id"])
+            client.request("DELETE", f"api/webhooks/{number}/", f"remove webhook {number}")
+    if wanted is None or stands:
+        return
+    body = {
+        "project": project_id,
+        "url": wanted,
+        "actions": list(ACTIONS),
+        "send_payload": False,
+        "send_for_all_actions": False,
+        "headers": headers,
+        "is_active": True,
+    }
+    try:
+        client.request("POST", "api/webhooks/", f"add a webhook to {url}", body=body, repeat=False)
+    except LabelStudioError as error:
+        raise LabelStudioError(
+            f"{error}; let Label Studio call that address (its SSRF_PROTECTION_ENABLED and "
+            "USE_DEFAULT_BANNED_SUBNETS; the local one is allowed to when it is started with labeling.webhook_url "
+            "set), or unset labeling.webhook_url: answers then arrive at the next look"
+        ) from error
+
+
+def webhook_variables(url: str | None) -> dict[str, str]:
+    """Return what the local Label Studio needs in its environment to call an address.
+
+    Args:
+        url: base address of the service; None if nothing is called.
+    Returns:
+        Variables that allow loopback and keep every other private network closed; none for an address elsewhere.
+    """
+    if url is None or urlsplit(url).hostname not in ("127.0.0.1", "localhost"):
+        return {}
+    return {
+        "LABEL_STUDIO_USE_DEFAULT_BANNED_SUBNETS": "false",
+        "LABEL_STUDIO_USER_ADDITIONAL_BANNED_SUBNETS": ",".join(_BANNED),
+    }
