@@ -36,6 +36,8 @@ NOT_UPLOADED = (".relook", ".venv", "venv", ".git", "**/__pycache__", ".*_cache"
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray would run every worker at 15, a service's replicas as well: behind all else on the machine.
+    "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",

@@ -73,7 +73,8 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     from trainers.fitting.loop import train
     from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker
 
-    os.setpriority(os.PRIO_PROCESS, 0, job.niceness)
+    # Only ever up: who is not root may not take back what Ray or another trial of this process gave away.
+    os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), job.niceness))
     settings = trial_settings(plan, job)
     folder = None if job.run_dir is None else _folder(plan, job.run_dir)
     pictures = job.pictures.limited(settings.max_train_images)

@@ -1,5 +1,8 @@
 """What a trial trains with and on."""
 
+import os
+import threading
+
 import pytest
 
 from records.errors import ConfigError
@@ -9,7 +12,7 @@ from trainers.fitting.training_data import plan_data
 from tuning.search import _job
 from tuning.settings import TuningSettings
 from tuning.subset import searched_part
-from tuning.trial import _open_pictures, trial_settings
+from tuning.trial import _open_pictures, run_trial, trial_settings
 
 POLICY = "name: mine\noperations:\n  - {operation: horizontal_flip}\n"
 
@@ -84,3 +87,20 @@ def test_a_policy_file_that_is_not_there_is_refused_before_anything_starts(make_
 
     with pytest.raises(ConfigError, match=r"lost\.yaml"):
         make_job(TuningSettings(), lost)
+
+
+def test_a_trial_gives_priority_up_and_never_takes_it_back(make_job, make_plan):
+    job = make_job(TuningSettings(trial_epochs=1, niceness=3))
+    seen = {}
+
+    def under(niceness):
+        # On Linux a thread has a priority of its own, so that this one can give some up.
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+        run_trial(make_plan(0), job, lambda _: seen.setdefault(niceness, os.getpriority(os.PRIO_PROCESS, 0)))
+
+    for niceness in (0, 7):
+        thread = threading.Thread(target=under, args=(niceness,))
+        thread.start()
+        thread.join()
+
+    assert seen == {0: 3, 7: 7}

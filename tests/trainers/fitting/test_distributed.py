@@ -56,6 +56,7 @@ def train_workers() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)  # three runs with two Ray workers each
 def test_two_workers_a_killed_worker_and_going_on(
     ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
 ) -> None:

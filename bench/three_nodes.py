@@ -1,0 +1,240 @@
+"""The whole demo on a head and two worker nodes; a worker node is killed in the search, in the fit and while it serves.
+
+    .venv/bin/python bench/three_nodes.py [--lesions 260] [--keep FOLDER]
+
+Three raylets on loopback, each with the processes and the folders of a node of its own, run `relook demo`. A node dies
+with everything on it (kill -9) at three moments: while a trial of the search runs on it, while a worker of the fit
+does, and while it holds the predictor and requests come in. Ten seconds later another node takes its place, as an
+autoscaler would have it. The demo has to end right: no request of a caller who repeats it fails, nothing that was
+answered is lost, nothing is doubled, and the audit chain holds. One JSON object; exit 1 if something is wrong.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from subprocess import PIPE, Popen, run
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from two_nodes import prepare_ray, trials_of
+
+NODE_CPUS = 2
+REPLACED_AFTER_S = 10.0
+STAGES = ("search", "fit", "serving")
+SETTINGS = (
+    "trainers.num_workers=2",
+    "tuning.max_failures=3",
+    "trainers.max_failures=3",
+    "serving.start_timeout_s=600",
+    "demo.requests=150",
+)
+
+
+def has_process(raylet: int, *words: str) -> bool:
+    """Return whether a worker of a raylet has one of these words in its title."""
+    for process in psutil.Process(raylet).children(recursive=True):
+        with suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and any(word in title for word in words):
+                return True
+    return False
+
+
+class Nodes:
+    """A head and two workers, of which one is killed at a time and replaced."""
+
+    def __init__(self, ray_folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._common = {"node_ip_address": "127.0.0.1", "temp_dir": str(ray_folder)}
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | self._common
+        )
+        self._nodes: dict[str, Any] = {}
+        self._made = 0
+        for _ in range(2):
+            self.add()
+
+    @property
+    def raylets(self) -> dict[str, int]:
+        """Process ids of the workers' raylets, by node."""
+        return {name: node.all_processes["raylet"][0].process.pid for name, node in self._nodes.items()}
+
+    def add(self) -> None:
+        """Start a worker node."""
+        self._made += 1
+        self._nodes[f"worker-{self._made}"] = self.cluster.add_node(
+            wait=False, num_cpus=NODE_CPUS, include_dashboard=False, **self._common
+        )
+
+    def kill(self, name: str) -> int:
+        """Kill a node with everything on it; return how many processes that were."""
+        raylet = psutil.Process(self.raylets[name])
+        dying = [*raylet.children(recursive=True), raylet]
+        for process in dying:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        node = self._nodes.pop(name)
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        return len(dying)
+
+
+class Killer(threading.Thread):
+    """Kills a node in each stage and puts another in its place."""
+
+    def __init__(self, nodes: Nodes, home: Path) -> None:
+        super().__init__(daemon=True)
+        self._nodes, self._home = nodes, home
+        self._over = threading.Event()
+        self.kills: list[dict[str, Any]] = []
+        self.fault: BaseException | None = None
+
+    def run(self) -> None:
+        """Wait for one stage after the other."""
+        try:
+            began_s = time.monotonic()
+            # In the order of the demo: what is served comes between the two rounds.
+            conditions: dict[str, Callable[[int], bool]] = {
+                "search": lambda raylet: bool(trials_of(raylet)),
+                "fit": lambda raylet: has_process(raylet, "RayTrainWorker"),
+                "serving": lambda raylet: has_process(raylet, "predictor") and self._predictions() >= 20,
+            }
+            for stage in STAGES:
+                name = self._wait_for(conditions[stage])
+                if name is None:
+                    return
+                time.sleep(2.0)
+                stored = self._predictions()
+                processes = self._nodes.kill(name)
+                self.kills.append(
+                    {
+                        "stage": stage, "node": name, "processes": processes, "predictions_stored": stored,
+                        "after_s": round(time.monotonic() - began_s, 1),
+                    }
+                )  # fmt: skip
+                time.sleep(REPLACED_AFTER_S)
+                self._nodes.add()
+        except BaseException as error:  # noqa: BLE001 - told by the main thread, which waits for the demo
+            self.fault = error
+
+    def stop(self) -> None:
+        """End the watch."""
+        self._over.set()
+        self.join()
+
+    def _wait_for(self, condition: Callable[[int], bool]) -> str | None:
+        while not self._over.wait(0.2):
+            for name, raylet in self._nodes.raylets.items():
+                with suppress(psutil.NoSuchProcess):
+                    if condition(raylet):
+                        return name
+        return None
+
+    def _predictions(self) -> int:
+        from records.settings import RecordsSettings
+        from records.store import open_store
+        from records.types import Prediction
+
+        if not (self._home / "ledger.db").exists():
+            return 0
+        with closing(open_store(RecordsSettings(home=self._home))) as store, store.ledger.read() as tx:
+            return tx.count(Prediction)
+
+
+def play(home: Path, address: str, lesions: int, root: Path) -> tuple[int, str]:
+    """Run the demo on the cluster; return its exit code and what it printed."""
+    sets = [f"demo.synth_lesions={lesions}", f"cluster.ray_address={address}", *SETTINGS]
+    command = [sys.executable, "-m", "cluster.cli", "demo", "--json"]
+    environment = {**os.environ, "RELOOK_HOME": str(home), "RELOOK_LABELING__PORT": "0", "PYTHONPATH": str(root)}
+    arguments = [part for setting in sets for part in ("--set", setting)]
+    with Popen([*command, *arguments], env=environment, stdout=PIPE, text=True, cwd=root) as demo:
+        said, _ = demo.communicate()
+    return demo.returncode, said
+
+
+def judge(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> list[str]:
+    """Return what is wrong."""
+    wrong = []
+    if (hit := [kill["stage"] for kill in kills]) != list(STAGES):
+        wrong.append(f"nodes were killed in {hit}, not in {list(STAGES)}")
+    if summary["served"]["failed"] or summary["swap"]["failed"]:
+        wrong.append(f"requests failed: {summary['served']}, {summary['swap']}")
+    asked = summary["label_studio"]
+    if asked["lost"] or asked["duplicated"]:
+        wrong.append(f"questions were lost or doubled: {asked}")
+    if not summary["gate"]["harmed_challenger_refused"]:
+        wrong.append("the gate took the harmed challenger")
+    if len(summary["rounds"]) != 2:
+        wrong.append(f"{len(summary['rounds'])} rounds, not 2")
+    doubled, stored = stored_twice(home)
+    if doubled:
+        wrong.append(f"{doubled} requests are stored twice")
+    if stored < summary["served"]["requests"]:
+        wrong.append(f"{summary['served']['requests']} requests were answered and {stored} are stored")
+    return wrong
+
+
+def stored_twice(home: Path) -> tuple[int, int]:
+    """Return how many requests have more than one served prediction, and how many predictions there are."""
+    from records.settings import RecordsSettings
+    from records.store import open_store
+    from records.types import Prediction
+
+    with closing(open_store(RecordsSettings(home=home))) as store, store.ledger.read() as tx:
+        served = [p for p in tx.find(Prediction) if p.served]
+    return len(served) - len({p.idempotency_key for p in served}), len(served)
+
+
+def main() -> int:
+    """Play the demo on three nodes; 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lesions", type=int, default=260, help="lesions to generate")
+    parser.add_argument("--keep", type=Path, help="empty folder that keeps the home; default: it is removed")
+    arguments = parser.parse_args()
+    root = Path(__file__).resolve().parents[1]
+    with (
+        tempfile.TemporaryDirectory(prefix="relook-three-") as scratch,
+        tempfile.TemporaryDirectory(prefix="rn", ignore_cleanup_errors=True) as ray_folder,
+    ):
+        home = (arguments.keep or Path(scratch)).resolve() / "home"
+        prepare_ray(Path(ray_folder))
+        nodes = Nodes(Path(ray_folder))
+        killer = Killer(nodes, home)
+        killer.start()
+        began_s = time.monotonic()
+        try:
+            code, said = play(home, nodes.cluster.address, arguments.lesions, root)
+        finally:
+            killer.stop()
+            nodes.cluster.shutdown()
+        took_s = time.monotonic() - began_s
+        if killer.fault is not None:
+            raise killer.fault
+        if code != 0:
+            print(json.dumps({"wrong": [f"the demo ended with {code}"], "kills": killer.kills}))
+            return 1
+        summary = json.loads(said)
+        wrong = judge(home, summary, killer.kills)
+        verify = [sys.executable, "-m", "cluster.cli", "audit", "verify"]
+        if run(verify, env={**os.environ, "RELOOK_HOME": str(home)}, cwd=root, check=False).returncode:
+            wrong.append("the audit chain is broken")
+    served, swap = summary["served"], summary["swap"]
+    found = {
+        "kills": killer.kills, "served": served, "swap": swap, "label_studio": summary["label_studio"],
+        "rounds": summary["rounds"], "seconds": round(took_s), "wrong": wrong,
+    }  # fmt: skip
+    print(json.dumps(found, indent=2))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
