@@ -1,4 +1,4 @@
-"""A real Label Studio rings the service's own route when an answer is made, edited or deleted; a guess does not ring."""
+"""A real Label Studio rings the service when an answer is made, edited or deleted; a guess does not ring."""
 
 import socket
 import threading
