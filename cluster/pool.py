@@ -113,15 +113,20 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
     ids = [image.id for image in images]
     cache.ensure(store, ids)
     rows = cache.rows(ids)
-    parts = [np.arange(at, min(at + BATCH_SIZE, len(ids))) for at in range(0, len(ids), BATCH_SIZE)]
-    pixels = [rows.take(part) for part in parts]
-    samples = [model.dropout_samples(p, DROPOUT_PASSES, seed=seed) for p in pixels] if "samples" in needs else None
+    probabilities, features, samples = [], [], []
+    for at in range(0, len(ids), BATCH_SIZE):
+        pixels = rows.take(np.arange(at, min(at + BATCH_SIZE, len(ids))))
+        probabilities.append(model.predict(pixels).probabilities)
+        if "features" in needs:
+            features.append(model.describe(pixels))
+        if "samples" in needs:
+            samples.append(model.dropout_samples(pixels, DROPOUT_PASSES, seed=seed))
     return Pool(
         ids=ids,
         group_ids=[image.group_id or image.id for image in images],
-        probabilities=np.concatenate([model.predict(p).probabilities for p in pixels]),
-        features=np.concatenate([model.describe(p) for p in pixels]) if "features" in needs else None,
-        samples=None if samples is None else np.concatenate(samples, axis=1),
+        probabilities=np.concatenate(probabilities),
+        features=np.concatenate(features) if features else None,
+        samples=np.concatenate(samples, axis=1) if samples else None,
         known_features=_known_features(store, model, cache) if "features" in needs else None,
         miss_costs=np.array([c.miss_cost for c in model.taxonomy.classes]),
     )

@@ -26,6 +26,7 @@ from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Si
 HASHED_COLUMNS = ["image_id", "group_id", "side", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
 _ROWS_AT_ONCE = 50_000
+_ROWS_OF_A_GROUP = 10_000  # of a manifest's file, sorted by picture: to look one up, one group is read
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
     temporary = folder / f".{new_id()}"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     temporary.replace(folder / "dataset.json")
-    pq.write_table(to_arrow(ManifestRow, version.rows), temporary)
+    pq.write_table(to_arrow(ManifestRow, version.rows), temporary, row_group_size=_ROWS_OF_A_GROUP)
     temporary.replace(folder / MANIFEST)
     record = DatasetRecord(
         id=version.id,

@@ -17,6 +17,8 @@ from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import DatasetRecord, ExpertLabel, Flag, Image, ModelRecord, Outcome, Prediction, ReviewItem
 
+_COUNTED = 10_000
+
 
 class TraceStep(BaseModel):
     """One step of a trace."""
@@ -83,28 +85,25 @@ def _image_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[Trace
     image = tx.require(Image, image_id)
     name = f" ({image.source_id})" if image.source_id else ""
     yield TraceStep(at=image.created_at, kind="picture", id=image.id, text=f"picture{name} stored, {image.provenance}")
-    for prediction in tx.find(Prediction, where={"image_id": image_id}):
-        yield TraceStep(
-            at=prediction.created_at,
-            kind="answer",
-            id=prediction.id,
-            text=f"{prediction.decision} by model {prediction.model_id[:12]} ({prediction.model_status}): "
-            f"{_answer_text(prediction)}",
-        )
-        for flag in tx.find(Flag, where={"prediction_id": prediction.id}):
-            suggested = f", suggests {flag.suggested_label}" if flag.suggested_label else ""
-            yield TraceStep(
-                at=flag.created_at, kind="flag", id=flag.id, text=f"flagged {flag.reason} by {flag.caller}{suggested}"
-            )
-        for outcome in tx.find(Outcome, where={"prediction_id": prediction.id}):
-            yield TraceStep(
-                at=outcome.created_at,
-                kind="outcome",
-                id=outcome.id,
-                text=f"turned out to be {outcome.diagnosis} ({outcome.confirmation})",
-            )
+    yield from _answer_steps(tx, image_id)
     yield from _question_steps(tx, image_id)
     yield from _dataset_steps(store, tx, image_id)
+
+
+def _answer_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+    predictions = tx.find(Prediction, where={"image_id": image_id})
+    for prediction in predictions:
+        text = f"{prediction.decision} by model {prediction.model_id[:12]} ({prediction.model_status}): "
+        text += _answer_text(prediction)
+        yield TraceStep(at=prediction.created_at, kind="answer", id=prediction.id, text=text)
+    about = {"prediction_id": [prediction.id for prediction in predictions]}
+    for flag in tx.find(Flag, where=about):
+        suggested = f", suggests {flag.suggested_label}" if flag.suggested_label else ""
+        text = f"flagged {flag.reason} by {flag.caller}{suggested}"
+        yield TraceStep(at=flag.created_at, kind="flag", id=flag.id, text=text)
+    for outcome in tx.find(Outcome, where=about):
+        text = f"turned out to be {outcome.diagnosis} ({outcome.confirmation})"
+        yield TraceStep(at=outcome.created_at, kind="outcome", id=outcome.id, text=text)
 
 
 def _answer_text(prediction: Prediction) -> str:
@@ -140,9 +139,10 @@ def _model_steps(tx: Transaction, model: ModelRecord) -> Iterator[TraceStep]:
     text = f"dataset {dataset.id[:12]}: {dataset.num_images} pictures in {dataset.num_groups} groups"
     yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
     yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
-    answers = tx.count(Prediction, where={"model_id": model.id})
+    answers = tx.count(Prediction, where={"model_id": model.id}, at_most=_COUNTED + 1)
     if answers:
-        text = f"answered {answers} requests; status {model.status} since then"
+        how_many = str(answers) if answers <= _COUNTED else f"more than {_COUNTED}"
+        text = f"answered {how_many} requests; status {model.status} since then"
         yield TraceStep(at=model.status_changed_at, kind="answer", id=model.id, text=text)
 
 

@@ -16,6 +16,8 @@ Features = NDArray[Any]
 """[N, D], float16 to float64, in memory or memory-mapped."""
 
 _ROWS_AT_ONCE = 16_384
+_CENTRES_AT_ONCE = 256
+_LEADERS = 4_096
 _NEIGHBOURS = 20  # of TypiClust's typicality, as in the paper
 _MOST_CLUSTERS = 500
 _MOST_COMPARED = 2_000
@@ -35,18 +37,53 @@ def k_center_rows(
         Row indices in the order of taking, one per group.
     """
     start = known if known is not None and len(known) else _mean(features)[None]
-    nearest = np.full(len(features), np.inf)
     squares = _squares(features)
-    for centre in np.asarray(start, dtype=np.float32):
-        _lower(nearest, features, squares, centre)
+    centres = np.asarray(start, dtype=np.float32)
+    parts = [_nearest_of(part, squares[at : at + len(part)], centres) for at, part in _parts(features)]
+    nearest = np.concatenate(parts) if parts else np.empty(0)
     free = np.ones(len(features), dtype=bool)
     taken: list[int] = []
+    counted = np.zeros(len(features), dtype=np.intp)
+    leaders, floor = np.empty(0, dtype=np.intp), np.inf
     while len(taken) < budget and free.any():
-        row = int(np.argmax(np.where(free, nearest, -1.0)))
+        leaders = leaders[free[leaders]]
+        _count_in(taken, nearest, counted, leaders, features, squares)
+        # Every centre only lowers distances, so a row that was not looked at since is at most as far as it was then.
+        while not len(leaders) or nearest[leaders].max() < floor:
+            leaders, floor = _leaders(nearest, free)
+            _count_in(taken, nearest, counted, leaders, features, squares)
+        row = int(leaders[np.argmax(nearest[leaders])])
         taken.append(row)
         free &= groups != groups[row]
-        _lower(nearest, features, squares, np.asarray(features[row], dtype=np.float32))
     return taken
+
+
+def _leaders(nearest: FloatArray, free: NDArray[np.bool_]) -> tuple[NDArray[np.intp], float]:
+    """Return the free rows that are farthest by what is known, in order of rows, and what all others are below."""
+    known = np.where(free, nearest, -1.0)
+    floor = float(np.partition(known, -_LEADERS)[-_LEADERS]) if len(known) > _LEADERS else 0.0
+    return np.flatnonzero(known >= max(floor, 0.0)), floor
+
+
+def _count_in(
+    taken: list[int],
+    nearest: FloatArray,
+    counted: NDArray[np.intp],
+    rows: NDArray[np.intp],
+    features: Features,
+    squares: FloatArray,
+) -> None:
+    """Lower the distances of some rows by the centres that were taken since these rows were last looked at."""
+    late = rows[counted[rows] < len(taken)]
+    if not len(late):
+        return
+    fresh = taken[int(counted[late].min()) :]
+    centres = np.asarray(features[fresh], dtype=np.float32)
+    for at in range(0, len(late), _ROWS_AT_ONCE):
+        some = late[at : at + _ROWS_AT_ONCE]
+        part = np.asarray(features[some], dtype=np.float32)
+        nearest[some] = np.minimum(nearest[some], _nearest_of(part, squares[some], centres))
+    counted[late] = len(taken)
 
 
 def badge_rows(
@@ -192,6 +229,16 @@ def _lower(nearest: FloatArray, features: Features, squares: FloatArray, centre:
         # As a product, which reads each feature once: the speed of memory is the limit here.
         distance = np.maximum(squares[here] + of_centre - 2.0 * (part @ centre), 0.0)
         np.minimum(nearest[here], distance, out=nearest[here])
+
+
+def _nearest_of(part: NDArray[np.float32], squares: FloatArray, centres: NDArray[np.float32]) -> FloatArray:
+    """Return each row's squared distance to its nearest centre."""
+    nearest: FloatArray = np.full(len(part), np.inf)
+    for at in range(0, len(centres), _CENTRES_AT_ONCE):
+        some = centres[at : at + _CENTRES_AT_ONCE]
+        distances = np.square(some, dtype=np.float64).sum(axis=1) - 2.0 * (part @ some.T)
+        np.minimum(nearest, distances.min(axis=1), out=nearest)
+    return np.maximum(nearest + squares, 0.0)
 
 
 def _mean(features: Features) -> NDArray[np.float32]:

@@ -20,7 +20,6 @@ HASH_SIDE_PX = 64
 MAX_BITS = 2
 MIN_CORRELATION = 0.98
 
-_CHUNK_ROWS = 512
 _CHUNK_PAIRS = 2048
 
 
@@ -79,21 +78,34 @@ def hash_pairs(
     Returns:
         [P, 2] indices with the smaller one first, sorted; and [P] differing bits.
     """
-    found: list[NDArray[np.int64]] = []
-    for start in range(first_new, len(hashes), _CHUNK_ROWS):
-        rows = np.arange(start, min(start + _CHUNK_ROWS, len(hashes)))
-        earlier = hashes[: int(rows[-1]) + 1]
-        bits = np.bitwise_count(hashes[rows, None] ^ earlier[None, :])
-        close = (bits <= max_bits) & (np.arange(len(earlier))[None, :] < rows[:, None])
-        row_index, earlier_index = np.nonzero(close)
-        found.append(
-            np.stack([earlier_index, rows[row_index], bits[row_index, earlier_index].astype(np.int64)], axis=1)
-        )
-    if not found:
-        return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.int64)
-    table = np.concatenate(found)
-    table = table[np.lexsort((table[:, 1], table[:, 0]))]
-    return table[:, :2], table[:, 2]
+    found = [_equal_in(mask, hashes, first_new, max_bits) for mask in _masks(max_bits)]
+    table = np.unique(np.concatenate(found), axis=0)
+    return table[:, :2], np.bitwise_count(hashes[table[:, 0]] ^ hashes[table[:, 1]]).astype(np.int64)
+
+
+def _masks(max_bits: int) -> list[np.uint64]:
+    """Share the 64 bits out to more masks than bits may differ: close hashes are equal in at least one of them."""
+    parts = max_bits + 1
+    return [np.uint64(sum(1 << bit for bit in range(part, 64, parts))) for part in range(parts)]
+
+
+def _equal_in(mask: np.uint64, hashes: NDArray[np.uint64], first_new: int, max_bits: int) -> NDArray[np.int64]:
+    """Return the close pairs, [P, 2], among hashes that are equal in the bits of a mask."""
+    keys = hashes & mask
+    some = np.flatnonzero(np.isin(keys, keys[first_new:]))
+    order = some[np.argsort(keys[some], kind="stable")]
+    keys, found = keys[order], [np.empty((0, 2), dtype=np.int64)]
+    left = np.arange(len(order))
+    for step in range(1, len(order)):
+        # Equal keys lie beside one another, so what has no partner at this distance has none at a larger one.
+        left = left[left + step < len(order)]
+        left = left[keys[left] == keys[left + step]]
+        if not len(left):
+            break
+        pairs = np.stack([order[left], order[left + step]], axis=1)
+        close = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]) <= max_bits
+        found.append(pairs[close & (pairs[:, 1] >= first_new)])
+    return np.concatenate(found)
 
 
 def find_near_duplicates(
