@@ -113,6 +113,20 @@ def test_k_center_by_hand() -> None:
     assert k_center_rows(line[:0], np.arange(0), 3) == []
 
 
+def test_k_center_in_a_large_pool_takes_what_the_plain_way_takes() -> None:
+    chance = np.random.default_rng(1)
+    features = chance.normal(size=(9_000, 5)) * chance.exponential(size=(9_000, 1))
+    groups = chance.integers(0, 4_000, 9_000).astype(np.intp)
+    nearest, free, expected = np.square(features - features.mean(axis=0)).sum(axis=1), np.ones(9_000, dtype=bool), []
+    for _ in range(60):
+        expected.append(int(np.argmax(np.where(free, nearest, -1.0))))
+        free &= groups != groups[expected[-1]]
+        nearest = np.minimum(nearest, np.square(features - features[expected[-1]]).sum(axis=1))
+    assert k_center_rows(features, groups, 60) == expected
+    # All alike: every row is as far as any other, so the first free one is taken.
+    assert k_center_rows(np.ones((9_000, 2)), np.arange(9_000), 3) == [0, 1, 2]
+
+
 def test_badge_never_makes_its_matrix_but_measures_in_it() -> None:
     chance = np.random.default_rng(0)
     features, probabilities = chance.normal(size=(30, 4)), chance.dirichlet(np.ones(3), 30)

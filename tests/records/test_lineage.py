@@ -101,6 +101,14 @@ def test_a_model_is_followed_back_to_its_dataset(store: Store, history: str) -> 
     assert "answer" not in {step.kind for step in trace(store, MODEL_2).steps}
 
 
+def test_many_answers_of_a_model_are_not_all_counted(
+    store: Store, history: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("records.lineage._COUNTED", 0)
+    texts = {step.kind: step.text for step in trace(store, MODEL_1).steps}
+    assert texts["answer"] == "answered more than 0 requests; status retired since then"
+
+
 def test_what_was_said_without_a_class_or_taken_back_is_told(
     store: Store, history: str, sample: Callable[..., Any]
 ) -> None:
