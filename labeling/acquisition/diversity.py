@@ -44,7 +44,8 @@ def k_center_rows(
     free = np.ones(len(features), dtype=bool)
     taken: list[int] = []
     counted = np.zeros(len(features), dtype=np.intp)
-    leaders, floor = np.empty(0, dtype=np.intp), np.inf
+    leaders: NDArray[np.intp] = np.empty(0, dtype=np.intp)
+    floor = np.inf
     while len(taken) < budget and free.any():
         leaders = leaders[free[leaders]]
         _count_in(taken, nearest, counted, leaders, features, squares)

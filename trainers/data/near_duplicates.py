@@ -95,7 +95,7 @@ def _equal_in(mask: np.uint64, hashes: NDArray[np.uint64], first_new: int, max_b
     some = np.flatnonzero(np.isin(keys, keys[first_new:]))
     order = some[np.argsort(keys[some], kind="stable")]
     keys, found = keys[order], [np.empty((0, 2), dtype=np.int64)]
-    left = np.arange(len(order))
+    left: NDArray[np.int64] = np.arange(len(order))
     for step in range(1, len(order)):
         # Equal keys lie beside one another, so what has no partner at this distance has none at a larger one.
         left = left[left + step < len(order)]
