@@ -1,7 +1,6 @@
-"""The verbs `relook serve` and `relook models`.
+"""The verbs `relook serve`, `predict` and `keys`; those of models and rollouts join them.
 
 relook serve --port 8000
-relook models --json
 """
 
 import signal
@@ -16,6 +15,7 @@ import typer
 from rich.table import Table
 
 import serving.bench.cli
+import serving.models_cli
 import serving.rollout.cli
 from records.command import (
     ConfigOption,
@@ -42,6 +42,7 @@ app = typer.Typer()
 keys_app = typer.Typer(help="API keys: who may use the service, and for what.", no_args_is_help=True)
 bench_app = serving.bench.cli.app
 app.add_typer(keys_app, name="keys")
+app.add_typer(serving.models_cli.app, name="models")
 app.add_typer(serving.rollout.cli.app)
 
 
@@ -72,30 +73,6 @@ def serve(
         stderr.print("Ctrl-C stops it.")
         _wait_for_stop()
         stderr.print("stopping")
-
-
-@app.command()
-def models(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the registered models, newest first, and say which one answers."""
-    from records.store import open_store
-    from records.types import ModelRecord
-    from serving.answers import model_body
-    from serving.schemas import ModelList
-
-    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store, store.ledger.read() as tx:
-        items = [model_body(record) for record in tx.find(ModelRecord, order_by=("-created_at",))]
-    table = Table("id", "status", "architecture", "dataset", "round", "made")
-    for item in items:
-        made = f"{item.created_at:%Y-%m-%d %H:%M}"
-        number = "" if item.round is None else str(item.round)
-        table.add_row(item.id[:12], item.status, item.architecture, item.dataset_id[:12], number, made)
-    emit(as_json, ModelList(items=items), table if items else "no model is registered yet; `relook train` makes one")
 
 
 @app.command()

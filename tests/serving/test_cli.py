@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import run
+from records.bundles import register
 from records.store import Store
 
 
@@ -47,3 +48,43 @@ def test_models_are_listed(store: Store, tools: Any, capsys: pytest.CaptureFixtu
     assert (item["id"], item["status"]) == (bundle.id, "champion")
     assert run(["models", "--set", home]) == 0
     assert bundle.id[:12] in capsys.readouterr().out
+
+
+def test_models_are_verified_and_an_altered_one_is_named(
+    store: Store, tools: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = f"records.home={store.home.root}"
+    whole, wrong, altered = (tools.make_bundle(store, seed) for seed in (0, 1, 2))
+    liar = tools.make_bundle(store, 3, golden_logits=wrong.golden()["logits"])
+    for bundle in (whole, altered, liar):
+        with store.ledger.begin() as tx:
+            register(tx, bundle)
+    weights = altered.path / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+
+    assert run(["models", "verify", "--json", "--set", home]) == 1
+    said = {one["id"]: one for one in json.loads(capsys.readouterr().out)["models"]}
+
+    assert said.keys() == {whole.id, altered.id, liar.id}
+    assert said[whole.id]["problem"] is None
+    assert said[whole.id]["golden_difference"] < 1e-2
+    assert "was altered" in said[altered.id]["problem"]
+    assert "golden pictures" in said[liar.id]["problem"]
+    assert run(["models", "verify", whole.id[:12], "--set", home]) == 0
+    assert "unchanged" in capsys.readouterr().out
+
+
+def test_two_models_are_compared_in_what_they_wrote_down(
+    store: Store, tools: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = f"records.home={store.home.root}"
+    pair = [tools.make_bundle(store, seed, metrics={"val": {"balanced_accuracy": 0.5 + seed / 10}}) for seed in (0, 1)]
+    with store.ledger.begin() as tx:
+        for bundle in pair:
+            register(tx, bundle)
+    assert run(["models", "compare", *(bundle.id[:12] for bundle in pair), "--json", "--set", home]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["models"] == [bundle.id for bundle in pair]
+    assert said["figures"] == {"val.balanced_accuracy": [0.5, 0.6]}
+    assert said["settings"] == {}
+    assert run(["models", "compare", pair[0].id[:12], "nobody", "--set", home]) == 2
