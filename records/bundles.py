@@ -374,6 +374,15 @@ def find_bundle(store: Store, name: str) -> Bundle:
             f"{problem} called {name!r}; give an id prefix of 8 or more characters, a bundle's path, "
             "champion or candidate (`relook models` lists them)"
         )
-    # A home that was moved or restored elsewhere has its bundles with it.
-    at_home = store.home.bundles / found[0].id
-    return read_bundle(at_home if at_home.is_dir() else Path(found[0].path), expected_id=found[0].id)
+    return registered_bundle(store, found[0])
+
+
+def registered_bundle(store: Store, record: ModelRecord) -> Bundle:
+    """Open the bundle of a registered model and check it; see `read_bundle`."""
+    return read_bundle(bundle_folder(store, record), expected_id=record.id)
+
+
+def bundle_folder(store: Store, record: ModelRecord) -> Path:
+    """Return the folder of a registered model: a home that was moved or restored elsewhere has it with it."""
+    at_home = store.home.bundles / record.id
+    return at_home if at_home.is_dir() else Path(record.path)

@@ -50,16 +50,18 @@ def create_app(service: Service, page: ASGIApp | None = None) -> ASGIApp:
         An ASGI app; lifespan events go to the page.
     """
     max_body_bytes = service.settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES
-    api = create_api(service, max_body_bytes)
+    metrics = Metrics(service.store)
+    api = create_api(service, metrics, max_body_bytes)
     front = api if page is None else _Front(api, page)
-    return Guard(front, max_body_bytes, local_only=service.settings.is_loopback)
+    return Guard(front, max_body_bytes, metrics.responded, local_only=service.settings.is_loopback)
 
 
-def create_api(service: Service, max_body_bytes: int) -> FastAPI:
+def create_api(service: Service, metrics: Metrics, max_body_bytes: int) -> FastAPI:
     """Make the API alone, without the guard.
 
     Args:
         service: that answers.
+        metrics: that count.
         max_body_bytes: largest request.
     Returns:
         The FastAPI app.
@@ -77,7 +79,7 @@ def create_api(service: Service, max_body_bytes: int) -> FastAPI:
         responses=errors,
     )
     api.state.max_body_bytes = max_body_bytes
-    door, metrics = Door(service), Metrics(service.store)
+    door = Door(service)
     api.include_router(predictions_router(service, door, metrics))
     api.include_router(explanations_router(service, door, metrics))
     api.include_router(feedback_router(service, door, metrics))

@@ -6,11 +6,10 @@ that explaining never disturbs predicting. It writes nothing.
 
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 
-from records.bundles import read_bundle, serving_model
+from records.bundles import registered_bundle, serving_model
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
 from records.store import Store
 from records.stored import read_picture
@@ -134,4 +133,4 @@ class Explainer:
         if record is None:
             raise UnknownIdError(f"the model {model_id[:12]} that gave this answer is no longer registered")
         choice: PrecisionChoice = "auto" if precision == "auto" else "bf16" if precision == "bf16" else "fp32"
-        return load_model(read_bundle(Path(record.path), expected_id=model_id), precision=choice)
+        return load_model(registered_bundle(self._store, record), precision=choice)

@@ -6,6 +6,7 @@ what nobody handled into a problem document. It gives every request its id.
 """
 
 import logging
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -35,12 +36,16 @@ class Guard:
     Args:
         app: what is guarded.
         max_body_bytes: of one request.
+        on_response: told the HTTP status of everything that is answered, refusals too.
         local_only: refuse a Host that is not this machine; false for a service that listens beyond loopback,
             where nobody gets in without a key.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, *, local_only: bool = True) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, on_response: Callable[[int], None], *, local_only: bool = True
+    ) -> None:
         self._app = app
+        self._on_response = on_response
         self._local_only = local_only
         self._max_body_bytes = max_body_bytes
 
@@ -61,6 +66,7 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                self._on_response(message["status"])
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 for name, value in _SECURITY_HEADERS.items():

@@ -10,9 +10,8 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
-from records.bundles import BundleDocument, read_bundle, serving_model
+from records.bundles import BundleDocument, registered_bundle, serving_model
 from records.errors import RelookError, UnavailableError
 from records.ids import utc_now
 from records.store import Store
@@ -139,7 +138,7 @@ def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> 
         IntegrityError: it was altered, or does not answer its golden pictures.
         TaxonomyError: it was made for other classes.
     """
-    bundle = read_bundle(Path(named.path), expected_id=named.id)
+    bundle = registered_bundle(store, named)
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {named.id[:12]}")
     precision: PrecisionChoice = settings.precision
     loaded = load_model(bundle, precision=precision)

@@ -46,11 +46,15 @@ class Metrics:
         )
         self.explained = Counter("relook_explanations", "Maps computed", ("method",), registry=self.registry)
         self.flagged = Counter("relook_flags", "Objections", ("reason",), registry=self.registry)
-        self.responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)
+        self._responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)
         self._waiting = Gauge("relook_questions_waiting", "Questions to experts", ("state",), registry=self.registry)
         self._overdue = Gauge(
             "relook_questions_overdue", "Urgent questions past their deadline", registry=self.registry
         )
+
+    def responded(self, status: int) -> None:
+        """Count an HTTP answer by its status."""
+        self._responses.labels(status=str(status)).inc()
 
     def answered(self, prediction: Prediction) -> None:
         """Count an answer."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from records.bundles import BundleDocument, read_bundle
+from records.bundles import BundleDocument, bundle_folder, read_bundle
 from records.errors import UnknownIdError
 from records.store import Store
 from records.types import ModelRecord, RoundRecord, RoundStep
@@ -34,7 +34,7 @@ def model_details(store: Store, model_id: str) -> ModelDetails:
         IntegrityError: its bundle was altered.
     """
     record = _record(store, model_id)
-    document = _document(record.path, record.id)
+    document = _document(bundle_folder(store, record), record.id)
     operating = document.operating
     refer = {code: point.threshold for code, point in operating.refer.items()}
     if operating.refer_malignant is not None:
@@ -49,7 +49,7 @@ def model_details(store: Store, model_id: str) -> ModelDetails:
         refer=refer,
         metrics=document.metrics,
         faithfulness=document.explanation.get("faithfulness"),
-        has_report=(Path(record.path) / REPORT).is_file(),
+        has_report=(bundle_folder(store, record) / REPORT).is_file(),
     )
 
 
@@ -66,7 +66,7 @@ def report_html(store: Store, model_id: str) -> str:
     """
     record = _record(store, model_id)
     try:
-        return (Path(record.path) / REPORT).read_text(encoding="utf-8")
+        return (bundle_folder(store, record) / REPORT).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UnknownIdError(
             f"no report lies beside model {model_id[:12]}; `relook evaluate {model_id[:12]}` makes one"
@@ -110,6 +110,6 @@ def _record(store: Store, model_id: str) -> ModelRecord:
 
 
 @lru_cache(maxsize=32)
-def _document(path: str, model_id: str) -> BundleDocument:
+def _document(folder: Path, model_id: str) -> BundleDocument:
     """Read a bundle's document once; a bundle never changes."""
-    return read_bundle(Path(path), expected_id=model_id).document
+    return read_bundle(folder, expected_id=model_id).document

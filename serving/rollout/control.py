@@ -5,10 +5,9 @@ audit event. It computes nothing but golden pictures and knows nothing of reques
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from records import audit
-from records.bundles import read_bundle, serve_model, serving_model
+from records.bundles import registered_bundle, serve_model, serving_model
 from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
@@ -62,7 +61,7 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
 
 def _require_sound(store: Store, record: ModelRecord) -> None:
     try:
-        bundle = read_bundle(Path(record.path), expected_id=record.id)
+        bundle = registered_bundle(store, record)
         load_model(bundle).check_golden()
     except IntegrityError as error:
         # The fault is the candidate's, not the service's: whoever asked for it is told.

@@ -120,10 +120,14 @@ def test_events_tell_each_change_once_and_in_order(service: Any, client: Client,
 def test_metrics_speak_prometheus(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
     client.predict(picture(47))
     with httpx.Client(base_url=service.url, trust_env=False) as http:
+        http.get("/v1/nothing")
+        http.get("/v1/model", headers={"Host": "elsewhere.example"})
         text = http.get("/metrics").text
     for name in ("relook_answers_total", "relook_questions_waiting", "relook_questions_overdue", "relook_confidence"):
         assert name in text
     assert any(f'decision="{decision}"' in text for decision in Decision)
+    for status in (200, 403, 404):
+        assert f'relook_responses_total{{status="{status}"}}' in text
 
 
 def _label(image_id: str, label: str) -> ExpertLabel:

@@ -110,3 +110,14 @@ def destroy_and_compare(
     assert relook(home, "audit", "verify")["whole"] is True
     events = relook(home, "trace", kept.id)
     assert {"answer", "flag", "question"} <= {step["kind"] for step in events["steps"]}
+
+
+def test_a_home_that_was_moved_answers_from_where_it_is(tmp_path: Path, tools: Any, picture: Any) -> None:
+    with closing(open_store(RecordsSettings(home=tmp_path / "before"))) as store:
+        bundle = tools.make_bundle(store)
+        tools.serve_bundle(store, bundle)
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    with served_here(tmp_path / "after", tools) as url, Client(url) as client:
+        answer = client.predict(picture(1))
+        assert answer.model.id == bundle.id
+        assert client.explanation(answer.id).method == "gradcam"
