@@ -14,12 +14,11 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from subprocess import PIPE, Popen, run
+from subprocess import DEVNULL, Popen, run
 from typing import Any
 
 import psutil
@@ -29,6 +28,7 @@ from two_nodes import prepare_ray, trials_of
 
 NODE_CPUS = 2
 REPLACED_AFTER_S = 10.0
+ENOUGH_PREDICTIONS = 20
 STAGES = ("search", "fit", "serving")
 SETTINGS = (
     "trainers.num_workers=2",
@@ -88,55 +88,45 @@ class Nodes:
         return len(dying)
 
 
-class Killer(threading.Thread):
-    """Kills a node in each stage and puts another in its place."""
+class Killer:
+    """Kills a node in each stage of a demo and puts another in its place, all in the main thread, as Ray has it."""
 
-    def __init__(self, nodes: Nodes, home: Path) -> None:
-        super().__init__(daemon=True)
-        self._nodes, self._home = nodes, home
-        self._over = threading.Event()
+    def __init__(self, nodes: Nodes, home: Path, demo: "Popen[bytes]") -> None:
+        self._nodes, self._home, self._demo = nodes, home, demo
         self.kills: list[dict[str, Any]] = []
-        self.fault: BaseException | None = None
 
     def run(self) -> None:
-        """Wait for one stage after the other."""
-        try:
-            began_s = time.monotonic()
-            # In the order of the demo: what is served comes between the two rounds.
-            conditions: dict[str, Callable[[int], bool]] = {
-                "search": lambda raylet: bool(trials_of(raylet)),
-                "fit": lambda raylet: has_process(raylet, "RayTrainWorker"),
-                "serving": lambda raylet: has_process(raylet, "predictor") and self._predictions() >= 20,
-            }
-            for stage in STAGES:
-                name = self._wait_for(conditions[stage])
-                if name is None:
-                    return
-                time.sleep(2.0)
-                stored = self._predictions()
-                processes = self._nodes.kill(name)
-                self.kills.append(
-                    {
-                        "stage": stage, "node": name, "processes": processes, "predictions_stored": stored,
-                        "after_s": round(time.monotonic() - began_s, 1),
-                    }
-                )  # fmt: skip
-                time.sleep(REPLACED_AFTER_S)
-                self._nodes.add()
-        except BaseException as error:  # noqa: BLE001 - told by the main thread, which waits for the demo
-            self.fault = error
-
-    def stop(self) -> None:
-        """End the watch."""
-        self._over.set()
-        self.join()
+        """Wait for one stage after the other, then for the end of the demo."""
+        began_s = time.monotonic()
+        conditions: dict[str, Callable[[int], bool]] = {
+            "search": lambda raylet: bool(trials_of(raylet)),
+            "fit": lambda raylet: has_process(raylet, "RayTrainWorker"),
+            "serving": lambda raylet: has_process(raylet, "predictor") and self._predictions() >= ENOUGH_PREDICTIONS,
+        }
+        for stage in STAGES:
+            name = self._wait_for(conditions[stage])
+            if name is None:
+                break
+            time.sleep(2.0)
+            stored = self._predictions()
+            processes = self._nodes.kill(name)
+            self.kills.append(
+                {
+                    "stage": stage, "node": name, "processes": processes, "predictions_stored": stored,
+                    "after_s": round(time.monotonic() - began_s, 1),
+                }
+            )  # fmt: skip
+            time.sleep(REPLACED_AFTER_S)
+            self._nodes.add()
+        self._demo.wait()
 
     def _wait_for(self, condition: Callable[[int], bool]) -> str | None:
-        while not self._over.wait(0.2):
+        while self._demo.poll() is None:
             for name, raylet in self._nodes.raylets.items():
                 with suppress(psutil.NoSuchProcess):
                     if condition(raylet):
                         return name
+            time.sleep(0.2)
         return None
 
     def _predictions(self) -> int:
@@ -150,15 +140,14 @@ class Killer(threading.Thread):
             return tx.count(Prediction)
 
 
-def play(home: Path, address: str, lesions: int, root: Path) -> tuple[int, str]:
-    """Run the demo on the cluster; return its exit code and what it printed."""
+def start_demo(home: Path, address: str, lesions: int, root: Path, out: Path) -> "Popen[bytes]":
+    """Start the demo on the cluster; what it prints goes to a file."""
     sets = [f"demo.synth_lesions={lesions}", f"cluster.ray_address={address}", *SETTINGS]
     command = [sys.executable, "-m", "cluster.cli", "demo", "--json"]
     environment = {**os.environ, "RELOOK_HOME": str(home), "RELOOK_LABELING__PORT": "0", "PYTHONPATH": str(root)}
     arguments = [part for setting in sets for part in ("--set", setting)]
-    with Popen([*command, *arguments], env=environment, stdout=PIPE, text=True, cwd=root) as demo:
-        said, _ = demo.communicate()
-    return demo.returncode, said
+    with out.open("wb") as file:
+        return Popen([*command, *arguments], env=environment, stdout=file, cwd=root)
 
 
 def judge(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> list[str]:
@@ -205,32 +194,33 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="relook-three-") as scratch,
         tempfile.TemporaryDirectory(prefix="rn", ignore_cleanup_errors=True) as ray_folder,
     ):
-        home = (arguments.keep or Path(scratch)).resolve() / "home"
+        folder = (arguments.keep or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        home, said = folder / "home", folder / "summary.json"
         prepare_ray(Path(ray_folder))
         nodes = Nodes(Path(ray_folder))
-        killer = Killer(nodes, home)
-        killer.start()
         began_s = time.monotonic()
+        demo = start_demo(home, nodes.cluster.address, arguments.lesions, root, said)
+        killer = Killer(nodes, home, demo)
         try:
-            code, said = play(home, nodes.cluster.address, arguments.lesions, root)
+            killer.run()
         finally:
-            killer.stop()
+            demo.terminate()
+            demo.wait()
             nodes.cluster.shutdown()
         took_s = time.monotonic() - began_s
-        if killer.fault is not None:
-            raise killer.fault
-        if code != 0:
-            print(json.dumps({"wrong": [f"the demo ended with {code}"], "kills": killer.kills}))
+        if demo.returncode != 0:
+            print(json.dumps({"wrong": [f"the demo ended with {demo.returncode}"], "kills": killer.kills}))
             return 1
-        summary = json.loads(said)
+        summary = json.loads(said.read_text())
         wrong = judge(home, summary, killer.kills)
         verify = [sys.executable, "-m", "cluster.cli", "audit", "verify"]
-        if run(verify, env={**os.environ, "RELOOK_HOME": str(home)}, cwd=root, check=False).returncode:
+        checked = run(verify, env={**os.environ, "RELOOK_HOME": str(home)}, stdout=DEVNULL, cwd=root, check=False)
+        if checked.returncode:
             wrong.append("the audit chain is broken")
-    served, swap = summary["served"], summary["swap"]
     found = {
-        "kills": killer.kills, "served": served, "swap": swap, "label_studio": summary["label_studio"],
-        "rounds": summary["rounds"], "seconds": round(took_s), "wrong": wrong,
+        "kills": killer.kills, "served": summary["served"], "swap": summary["swap"],
+        "label_studio": summary["label_studio"], "rounds": summary["rounds"], "seconds": round(took_s), "wrong": wrong,
     }  # fmt: skip
     print(json.dumps(found, indent=2))
     return int(bool(wrong))

@@ -167,9 +167,12 @@ def prepare_ray(folder: Path) -> None:
     token = folder / "token"
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
+    (folder / "ray").mkdir()
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        # Where a head notes its address; Ray makes this folder only for sessions that it starts by itself.
+        "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }

@@ -125,7 +125,7 @@ def _first_half(demo: Demo, data: Path | None, starting: "Future[ServerInfo]") -
         "a model is only as honest as its split: no lesion may be on two sides",
         lambda: gather_data(demo, data),
     )
-    _require_alive(starting)
+    starting.result()  # a round collects answers first, and an expert's desk that is not open yet is an error to it
     demo.stage(
         "round_1",
         "Round 1",
