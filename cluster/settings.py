@@ -134,6 +134,13 @@ class DemoSettings(RoomSettings):
     )
     requests: int = Field(default=240, ge=1, description="pictures sent to the service, count")
     concurrency: int = Field(default=4, ge=1, le=64, description="requests under way at once, count")
+    retry_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=600,
+        description="how long a caller repeats a request that fails, with the same Idempotency-Key; 0: every failure "
+        "shows, seconds",
+    )
     flags: int = Field(default=20, ge=0, description="answers that the simulated user flags, count")
     tasks: int = Field(default=60, ge=1, description="tasks pushed to Label Studio, at most, count")
     expert_error_rate: float = Field(

@@ -170,6 +170,7 @@ def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
         requests=plan.requests,
         concurrency=plan.concurrency,
         flags=plan.flags,
+        retry_s=plan.retry_s,
     )
     traffic.start()
     traffic.wait()

@@ -148,7 +148,13 @@ def _second_half(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Demo
         lambda: ask_experts(demo, server),
     )
     background = Traffic(
-        service.url, pictures(demo), demo.tally, requests=None, concurrency=2, rate_per_s=BACKGROUND_RATE_PER_S
+        service.url,
+        pictures(demo),
+        demo.tally,
+        requests=None,
+        concurrency=2,
+        rate_per_s=BACKGROUND_RATE_PER_S,
+        retry_s=demo.settings.demo.retry_s,
     )
     background.start()
     try:

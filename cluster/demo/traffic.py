@@ -69,6 +69,7 @@ class Traffic:
         concurrency: threads.
         rate_per_s: requests per second of all threads together; None is as fast as the answers come.
         flags: how many answers to flag at most.
+        retry_s: how long a request that fails is repeated; 0 shows every failure.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class Traffic:
         concurrency: int,
         rate_per_s: float | None = None,
         flags: int = 0,
+        retry_s: float = 0.0,
     ) -> None:
         self._url = url
         self._tally = tally
         self._flags = flags
+        self._retry_s = retry_s
         self._pause_s = concurrency / rate_per_s if rate_per_s else 0.0
         self._pictures = itertools.islice(itertools.cycle(pictures), requests)
         self._lock = threading.Lock()
@@ -114,8 +117,7 @@ class Traffic:
         return any(thread.is_alive() for thread in self._threads)
 
     def _send(self) -> None:
-        # Nothing is sent twice here: a request that fails has to show as failed.
-        with Client(self._url, retry_s=0.0) as client:
+        with Client(self._url, retry_s=self._retry_s) as client:
             while not self._stop.is_set():
                 with self._lock:
                     picture = next(self._pictures, None)
