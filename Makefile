@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 ROOMS := records trainers tuning serving labeling cluster
 INSTALLED := $(VENV)/.relook-installed
 LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
+AUDIT_TOOLS := build/audit-tools
 TEST_PROCESSES ?= 2
 PIP := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: help setup demo check format test test-fast bench soak clean
+.PHONY: help setup demo check format test test-fast bench soak audit clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -68,6 +69,15 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	$(BIN)/python bench/label_chaos.py --items 400 --batch 20 --kills 20
 	$(BIN)/python bench/two_nodes.py --trials 6 --epochs 8
 	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),20)
+
+audit: setup $(AUDIT_TOOLS)/.installed  ## bills of materials, and known vulnerabilities of what is pinned (asks OSV)
+	.ci/audit $(AUDIT_TOOLS) $(VENV) build/audit
+
+$(AUDIT_TOOLS)/.installed: .ci/audit.lock
+	@test -n "$(PYTHON)" || { echo "make audit needs Python 3.11 or newer; install it, or name it: make audit PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(AUDIT_TOOLS)/bin/python || $(PYTHON) -m venv $(AUDIT_TOOLS)
+	$(AUDIT_TOOLS)/bin/pip install --disable-pip-version-check -q -r .ci/audit.lock
+	@touch $@
 
 clean:  ## remove caches and the environment; .relook (your data) stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from labeling.acquisition.registry import Pool, rule_named
+from records.erasure import make_way
 from records.errors import DataError
 from records.ids import utc_now
 from records.ledger.tables import TABLES
@@ -42,7 +43,7 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
     with store.ledger.read() as tx:
         known = {image.id: image for image in tx.find(Image)}
     hashes = {i.id: i.perceptual_hash for i in known.values() if i.perceptual_hash is not None}
-    erased = frozenset(i.id for i in known.values() if i.erased_at is not None)
+    erased = frozenset(i.id for i in known.values() if i.erased_at is not None and i.expired_at is None)
     usable: dict[str, Image] = {}
     refused: list[str] = []
     for taken in Intake(store, (side_px,), in_place=False, known_hashes=hashes, erased=erased).run(paths):
@@ -64,8 +65,9 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
     if not usable:
         why = f"; first: {refused[0]}" if refused else "; put JPEG, PNG or WebP files into it"
         raise DataError(f"not one picture of {str(folder)!r} can be used{why}")
-    fresh = [image for image_id, image in usable.items() if image_id not in known]
+    fresh = [i for image_id, i in usable.items() if image_id not in known or known[image_id].expired_at is not None]
     with store.ledger.begin() as tx:
+        make_way(tx, [image.id for image in fresh])
         tx.add(*fresh)
     if fresh:
         group_pictures(store, [image.id for image in fresh])

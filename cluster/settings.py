@@ -19,10 +19,10 @@ from tuning.settings import TuningSettings
 
 MASK = "**********"
 
-# Where things are kept, on what they run and when they begin: the same work on another machine has the same hash.
+# Where and how long things are kept, on what they run and when they begin: the same work elsewhere has the same hash.
 _PLACES: dict[str, bool | set[str]] = {
     "preset": True,
-    "records": {"home", "database", "blobs"},
+    "records": {"home", "database", "blobs", "keep_pictures_days", "keep_predictions_days"},
     "serving": {"host", "port"},
     "labeling": {"url", "token", "environment", "port"},
     "cluster": True,

@@ -1,4 +1,6 @@
-"""Verbs that need more than one room: `demo`, `promote`; those of rounds are in `cluster.round_cli`.
+"""Verbs that need more than one room: `demo`, `promote`, `retention`, `erase`, `monitor`.
+
+Those of rounds are in `cluster.round_cli`.
 
 What they compute with is imported inside them, so that `relook --help` stays quick.
 """
@@ -10,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
 from records.errors import ConfigError
 
 app = typer.Typer()
@@ -77,6 +79,58 @@ def promote(
             caller=caller_of(store, os.environ.get(KEY_VARIABLE)),
         )
     emit(as_json, promoted, f"model {promoted['model_id'][:12]} is {promoted['status']} and answers")
+
+
+@app.command("retention")
+def retention_command(
+    ctx: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete served pictures and answers whose time is over and that nobody needs; the audit keeps what went."""
+    from cluster.upkeep import retain, sentence
+    from records.retention import find_due
+    from records.store import open_store
+
+    settings = settings_of(ctx, config, preset, sets)
+    with closing(open_store(settings.records)) as store, progress() as bar:
+        if dry_run:
+            found = find_due(store)
+        else:
+            task = bar.add_task("pictures and answers", total=None)
+            found = retain(store, lambda done, total: bar.update(task, completed=done, total=total))
+    emit(as_json, {"dry_run": dry_run, **found.model_dump(mode="json")}, sentence(found, dry_run=dry_run))
+
+
+@app.command("erase")
+def erase_command(
+    ctx: typer.Context,
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Whole ids of pictures.")] = None,
+    patient: Annotated[
+        str | None, typer.Option("--patient", help="All pictures of this patient, named as they came.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which, and erase nothing.")] = False,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase pictures because a person asks: bytes, heat maps and what was said of the person; each is audited."""
+    from cluster.upkeep import erase, pictures_to_erase
+    from records.store import open_store
+
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store, progress() as bar:
+        wanted = pictures_to_erase(store, images or (), patient)
+        task = bar.add_task("pictures", total=len(wanted))
+        erased = [] if dry_run else erase(store, wanted, lambda done: bar.update(task, completed=done))
+    left = [one.left_in_place for one in erased if one.left_in_place is not None]
+    body = {"dry_run": dry_run, "pictures": wanted, "blobs": sum(one.blobs for one in erased), "left_in_place": left}
+    said = [f"{len(wanted)} pictures {'would be erased' if dry_run else 'are erased'}"]
+    said += [f"{path} was imported in place: delete it yourself" for path in left]
+    emit(as_json, body, "\n".join(said))
 
 
 @app.command("monitor")

@@ -6,6 +6,7 @@ that the audit and the content hashes of dataset versions still hold. Loading a 
 out what was erased, so nothing trains on it again. Decoded pixels belong to `trainers.data.forget`.
 """
 
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from records import audit
 from records.ids import utc_now
 from records.ledger import Transaction
-from records.ledger.tables import TABLES
+from records.ledger.tables import TABLES, any_of
 from records.store import Store
 from records.types import Flag, Image, Prediction, ReviewItem, ReviewState
 
@@ -66,9 +67,10 @@ def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
         open_items = [item for item in items if item.state in (ReviewState.NEW, ReviewState.PUSHED)]
         for item in open_items:
             tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
-        if image.erased_at is None:
-            _forget_person(tx, image_id)
-            tx.update(Image, image_id, erased_at=utc_now())
+        # One whose time was over might come back; one that a person wants gone may not.
+        if image.erased_at is None or image.expired_at is not None:
+            forget_people(tx, [image_id])
+            tx.update(Image, image_id, erased_at=utc_now(), expired_at=None)
             audit.append(tx, actor=actor, action="image.erased", subject=image_id)
     stored_here = image.uri.endswith(image.id)
     blobs = [item.overlay_blob for item in items if item.overlay_blob is not None]
@@ -98,14 +100,34 @@ def erased_ids(tx: Transaction) -> set[str]:
     return set(tx.connection.scalars(sa.select(images.id).where(images.erased_at.is_not(None))))
 
 
-def _forget_person(tx: Transaction, image_id: str) -> None:
-    """Blank what was said of the person. These fields never change otherwise, so records cannot express it."""
+def forget_people(tx: Transaction, image_ids: Collection[str]) -> None:
+    """Blank what was said of the people in pictures.
+
+    Args:
+        tx: a write transaction.
+        image_ids: of the pictures; their ids, answers and labels stay.
+    """
+    # These fields never change otherwise, so records cannot express it.
     images, predictions, flags, items = (TABLES[t] for t in (Image, Prediction, Flag, ReviewItem))
-    answers = sa.select(predictions.c.id).where(predictions.c.image_id == image_id)
+    dialect = tx.connection.dialect
+    about = any_of(predictions.c.image_id, image_ids, dialect)
+    answers = sa.select(predictions.c.id).where(about)
     for statement in (
-        sa.update(images).where(images.c.id == image_id).values(dict.fromkeys(PERSONAL)),
-        sa.update(predictions).where(predictions.c.image_id == image_id).values(context={}),
+        sa.update(images).where(any_of(images.c.id, image_ids, dialect)).values(dict.fromkeys(PERSONAL)),
+        sa.update(predictions).where(about).values(context={}),
         sa.update(flags).where(flags.c.prediction_id.in_(answers)).values(comment=None),
-        sa.update(items).where(items.c.image_id == image_id).values(comment=None),
+        sa.update(items).where(any_of(items.c.image_id, image_ids, dialect)).values(comment=None),
     ):
         tx.connection.execute(statement)
+
+
+def make_way(tx: Transaction, image_ids: Collection[str]) -> None:
+    """Remove the tombstones of pictures whose time was over, so that they can be entered anew.
+
+    Args:
+        tx: a write transaction, which enters them.
+        image_ids: of pictures that come in; the tombstone of one that was erased on request stays.
+    """
+    images = TABLES[Image]
+    known = any_of(images.c.id, image_ids, tx.connection.dialect)
+    tx.connection.execute(sa.delete(images).where(known, images.c.expired_at.is_not(None)))

@@ -85,6 +85,9 @@ def _image_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[Trace
     image = tx.require(Image, image_id)
     name = f" ({image.source_id})" if image.source_id else ""
     yield TraceStep(at=image.created_at, kind="picture", id=image.id, text=f"picture{name} stored, {image.provenance}")
+    if image.erased_at is not None:
+        why = "erased on request" if image.expired_at is None else "its time to be kept was over"
+        yield TraceStep(at=image.erased_at, kind="gone", id=image.id, text=f"picture deleted: {why}")
     yield from _answer_steps(tx, image_id)
     yield from _question_steps(tx, image_id)
     yield from _dataset_steps(store, tx, image_id)

@@ -1,9 +1,9 @@
 """The settings of the records room, and the base that every room's settings share."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RoomSettings(BaseModel):
@@ -33,6 +33,31 @@ class RecordsSettings(RoomSettings):
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="how long a writer waits for another, seconds"
     )
+    keep_pictures_days: int | None = Field(
+        default=None,
+        ge=1,
+        le=36_500,
+        description="for `relook retention`: served pictures that nobody needs go so long after they were last sent; "
+        "null keeps them, days",
+    )
+    keep_predictions_days: int | None = Field(
+        default=None,
+        ge=1,
+        le=36_500,
+        description="for `relook retention`: answers that nothing refers to go so long after they were given, and with "
+        "them what the caller said; at least keep_pictures_days; null keeps them, days",
+    )
+
+    @model_validator(mode="after")
+    def _answers_outlast_pictures(self) -> Self:
+        pictures, predictions = self.keep_pictures_days, self.keep_predictions_days
+        # How long a picture was not sent is read from its answers.
+        if pictures is not None and predictions is not None and predictions < pictures:
+            raise ValueError(
+                f"keep_predictions_days is {predictions} and keep_pictures_days {pictures}; an answer has to be kept "
+                "at least as long as its picture"
+            )
+        return self
 
     def apart(self, home: Path) -> "RecordsSettings":
         """Return settings of a home of its own, which neither sees nor changes what these keep, wherever it is."""

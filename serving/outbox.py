@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from records.erasure import make_way
 from records.errors import RefusedError
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
@@ -47,11 +48,12 @@ class StoredPicture:
 
 @dataclass(frozen=True)
 class Answer:
-    """All rows of one answer."""
+    """All rows of one answer, and the picture of its image row."""
 
     prediction: Prediction
     image: Image | None
     review: ReviewItem | None
+    picture: StoredPicture | None = None
 
 
 def image_row(store: Store, picture: StoredPicture, context: Context, consent: Consent, now: datetime) -> Image:
@@ -128,10 +130,20 @@ def write_answers(store: Store, answers: Sequence[Answer]) -> list[ReviewItem | 
     """
     with store.ledger.begin() as tx:
         images = {answer.image.id: answer.image for answer in answers if answer.image is not None}
-        known = {image.id for image in tx.find(Image, where={"id": list(images)})} if images else set()
-        tx.add(*(image for image_id, image in images.items() if image_id not in known))
+        known = {image.id: image for image in tx.find(Image, where={"id": list(images)})} if images else {}
+        expired = {image_id for image_id, image in known.items() if image.expired_at is not None}
+        if expired:
+            make_way(tx, expired)
+            _store_again(store, [a.picture for a in answers if a.picture is not None and a.picture.id in expired])
+        tx.add(*(image for image_id, image in images.items() if image_id not in known or image_id in expired))
         tx.add(*(answer.prediction for answer in answers))
         return _ask(tx, [answer.review for answer in answers])
+
+
+def _store_again(store: Store, pictures: Sequence[StoredPicture]) -> None:
+    """Put pictures back that may have gone since they were stored on arrival; no other writer is at work now."""
+    for picture in pictures:
+        store.blobs.put(picture.data)
 
 
 def _ask(tx: Transaction, questions: Sequence[ReviewItem | None]) -> list[ReviewItem | None]:
@@ -198,7 +210,7 @@ def write_flag(
     Returns:
         The objection and the question it led to.
     Raises:
-        RefusedError: the picture's consent does not allow that an expert sees it.
+        RefusedError: the picture's consent does not allow that an expert sees it, or it is no longer kept.
         TaxonomyError: the suggested label is not a class.
     """
     if request.suggested_label is not None:
@@ -212,6 +224,11 @@ def write_flag(
         repeated = tx.find(Flag, where=same, limit=1)
         if repeated:
             return repeated[0], tx.require(ReviewItem, repeated[0].review_item_id)
+        image = tx.get(Image, prediction.image_id)
+        if image is not None and image.erased_at is not None:
+            raise RefusedError(
+                "the picture of this answer is no longer kept, so no expert can see it; send it again, then flag it"
+            )
         item = _flagged_item(tx, prediction, request, overlay_blob, store.taxonomy)
         flag = Flag(
             id=new_id(),

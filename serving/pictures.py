@@ -102,10 +102,11 @@ def attribution_map(
 
 
 def was_erased(store: Store, image_id: str) -> bool:
-    """Return whether a picture was erased; one that is sent again is answered and not stored again."""
+    """Return whether a picture was erased on request; one that is sent again is answered and not stored again."""
     images = TABLES[Image].c
     with store.ledger.read() as tx:
-        query = sa.select(images.id).where(images.id == image_id, images.erased_at.is_not(None))
+        erased = sa.and_(images.erased_at.is_not(None), images.expired_at.is_(None))
+        query = sa.select(images.id).where(images.id == image_id, erased)
         return tx.connection.scalar(query) is not None
 
 

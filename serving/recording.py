@@ -171,7 +171,7 @@ class Recorder:
             blob = self._store.blobs.put(overlay) if overlay else None
             review = review_row(prediction, verdict, blob, self._settings.urgent_due_h)
         image = image_row(self._store, job.picture, job.request.context, job.consent, prediction.created_at)
-        return Answer(prediction, image, review), heat_map
+        return Answer(prediction, image, review, job.picture), heat_map
 
     def _heat_map(self, job: Job, verdict: Verdict, values: NDArray[np.float32] | None) -> HeatMap | None:
         if not job.request.explain or values is None or verdict.label is None:

@@ -212,7 +212,7 @@ def test_an_engine_is_refused_outside_its_files(name: str, place: str) -> None:
 def test_the_make_verbs_exist_and_ci_runs_them() -> None:
     text = (ROOT / "Makefile").read_text()
     verbs = set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))
-    assert {"setup", "demo", "check", "test", "test-fast", "bench", "soak", "clean"} <= verbs
+    assert {"setup", "demo", "check", "test", "test-fast", "bench", "soak", "audit", "clean"} <= verbs
     ci = ROOT / ".ci" / "run"
     assert ci.stat().st_mode & 0o111
     assert [line for line in ci.read_text().splitlines() if "make " in line] == [

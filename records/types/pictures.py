@@ -52,7 +52,7 @@ class Image(Record):
     """A stored picture. Its id is the SHA-256 of the stored bytes."""
 
     table: ClassVar[str] = "images"
-    mutable: ClassVar[frozenset[str]] = frozenset({"group_id", "erased_at"})
+    mutable: ClassVar[frozenset[str]] = frozenset({"group_id", "erased_at", "expired_at"})
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("group_id",), ("source_id",), ("lesion_id",))
 
     id: str = Field(min_length=64, max_length=64, description="SHA-256 of the stored bytes, hex")
@@ -74,7 +74,10 @@ class Image(Record):
     perceptual_hash: str | None = Field(default=None, description="64-bit pHash, 16 hex characters")
     group_id: str | None = Field(default=None, description="set once, when the picture is grouped")
     created_at: Timestamp
-    erased_at: Timestamp | None = None
+    erased_at: Timestamp | None = Field(default=None, description="since then its bytes are gone and it is a tombstone")
+    expired_at: Timestamp | None = Field(
+        default=None, description="set with erased_at if its time to be kept was over; such a picture may come back"
+    )
 
 
 class Group(Record):

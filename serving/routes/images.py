@@ -53,7 +53,7 @@ def images_router(service: Service, door: Door) -> APIRouter:
     def erase(image_id: ImageId, caller: Annotated[Caller, Depends(door.requires(Scope.ADMIN))]) -> ErasureAnswer:
         """Erase a picture, its heat maps and what was said of the person; Label Studio follows at its next sync."""
         erased = erase_image(store, image_id, actor=caller.id)
-        forget_pixels(store.home.cache, image_id)
+        forget_pixels(store.home.cache, [image_id])
         return ErasureAnswer(
             image_id=image_id,
             blobs=erased.blobs,

@@ -56,6 +56,8 @@ def test_every_verb_of_the_rooms_is_joined_and_explained() -> None:
         "audit",
         "keys",
         "monitor",
+        "retention",
+        "erase",
         "backup",
         "restore",
         "bench",

@@ -2,16 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
 
 from records import audit
-from records.errors import AccessError, ConfigError, UnknownIdError
+from records.errors import AccessError, ConfigError, RefusedError, UnknownIdError
+from records.ids import utc_now
+from records.retention import apply_retention
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import ApiKey, Image, Prediction, ReviewItem, Scope
+from records.types import ApiKey, Image, Prediction, ReviewItem, ReviewState, Scope
 from serving.access.keys import admin_token, create_key, revoke_key
 from serving.access.links import sign_image_path
 from serving.access.rates import RateLimit
@@ -164,6 +168,33 @@ def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str],
     assert image.erased_at is not None
     with pytest.raises(UnknownIdError):
         admin.erase("0" * 64)
+
+
+def test_a_picture_whose_time_was_over_comes_back_when_it_is_sent_again(
+    kept: Store, client_of: Callable[[str], Client], picture: Any
+) -> None:
+    settings = kept.settings.model_copy(update={"keep_pictures_days": 1})
+    answer = client_of("north").predict(picture(4))
+    done = apply_retention(
+        replace(kept, settings=settings), actor="test", forget=lambda ids: None, now=utc_now() + timedelta(days=2)
+    )
+    assert done.pictures == 0, "every answer is drawn for the audit, so its question is open"
+    with kept.ledger.begin() as tx:
+        (item,) = tx.find(ReviewItem, where={"image_id": answer.image_id})
+        tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
+    done = apply_retention(
+        replace(kept, settings=settings), actor="test", forget=lambda ids: None, now=utc_now() + timedelta(days=2)
+    )
+    assert done.pictures == 1
+    assert not kept.blobs.has(answer.image_id)
+    with pytest.raises(RefusedError, match="no longer kept"):
+        client_of("north").flag(answer.id, FlagRequest(reason="unsure"))
+    again = client_of("north").predict(picture(4))
+    assert kept.blobs.has(again.image_id)
+    assert again.review is not None
+    with kept.ledger.read() as tx:
+        assert tx.require(Image, again.image_id).erased_at is None
+    assert client_of("north").flag(again.id, FlagRequest(reason="unsure")).review.state == "new"
 
 
 def test_beyond_loopback_only_with_keys(tools: Any, store: Store) -> None:

@@ -1,29 +1,30 @@
-"""Forget the decoded pixels of a picture that was erased.
+"""Forget the decoded pixels of pictures that are gone from the store.
 
 The rows of a cache's segments are blanked where they lie, so that readers which have the segment
 mapped keep running; the id is blanked too, so that nobody finds the empty row.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 _ID_BYTES = 32
 
 
-def forget_pixels(cache: Path, image_id: str) -> int:
-    """Blank a picture in every pixel cache of a home.
+def forget_pixels(cache: Path, image_ids: Collection[str]) -> int:
+    """Blank pictures in every pixel cache of a home.
 
     Args:
         cache: the cache folder of the home.
-        image_id: 64 hex characters.
+        image_ids: 64 hex characters each.
     Returns:
-        How many rows were blanked; 0 if the picture was never decoded here.
+        How many rows were blanked; 0 if none of the pictures was ever decoded here.
     """
-    wanted = bytes.fromhex(image_id)
+    wanted = {bytes.fromhex(image_id) for image_id in image_ids}
     blanked = 0
     for ids_path in sorted(cache.glob("*px-v*/*.ids")):
         ids = ids_path.read_bytes()
         pixels_path = ids_path.with_suffix(".u8")
-        rows = [at for at in range(0, len(ids), _ID_BYTES) if ids[at : at + _ID_BYTES] == wanted]
+        rows = [at for at in range(0, len(ids), _ID_BYTES) if ids[at : at + _ID_BYTES] in wanted]
         if not rows or not pixels_path.is_file():
             continue
         row_bytes = pixels_path.stat().st_size * _ID_BYTES // len(ids)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from records import audit
+from records.erasure import make_way
 from records.ids import hash_of, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
@@ -117,6 +118,7 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
 
 def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
     """Write the pictures that are new, each in its group; name those that would join two sides."""
+    make_way(tx, {image.id for image in plan.images})
     table = TABLES[Image]
     known = dict(tx.connection.execute(sa.select(table.c.id, table.c.group_id)).all())
     first = {image.id: image for image in reversed(plan.images)}

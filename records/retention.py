@@ -1,0 +1,270 @@
+"""Retention: served pictures and answers whose time is over, and that nobody needs, are deleted.
+
+In: how long they are kept (settings of this room). Out: what went, and one audit event per run. A picture
+goes as an erased one does, heat maps and what was said of the person included; what stays is a tombstone,
+so that its answers keep their place. Needed, and kept, is what waits for an expert, was labelled by
+anybody, is in a dataset version, or turned out to be something: no version, figure or replay changes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import pyarrow.compute as pc
+import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field
+
+from records import audit
+from records.datasets import read_manifest
+from records.erasure import forget_people
+from records.ids import utc_now
+from records.lease import hold
+from records.ledger import Transaction
+from records.ledger.tables import TABLES, any_of
+from records.store import Store
+from records.types import (
+    Cursor,
+    DatasetRecord,
+    EventRecord,
+    ExpertLabel,
+    Flag,
+    Image,
+    Outcome,
+    Prediction,
+    ReviewItem,
+    ReviewState,
+    SourceLabel,
+)
+
+ACTION = "retention.applied"
+"""Action of the audit event; its details are the report."""
+
+_NAME = "records.retention"
+_PICTURES_AT_ONCE, _ANSWERS_AT_ONCE = 100, 1000  # in one transaction; nobody else writes meanwhile
+_DELETERS = 16
+_OPEN = (ReviewState.NEW, ReviewState.PUSHED)
+_IMAGE, _ANSWER, _ITEM = TABLES[Image].c, TABLES[Prediction].c, TABLES[ReviewItem].c
+
+
+class Retention(BaseModel):
+    """What is due, or what a run deleted."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pictures_before: datetime | None = Field(description="last sent before this; empty: pictures are kept")
+    predictions_before: datetime | None = Field(description="given before this; empty: answers are kept")
+    pictures: int = Field(default=0, ge=0)
+    overlays: int = Field(default=0, ge=0, description="heat maps over those pictures")
+    predictions: int = Field(default=0, ge=0)
+    pictures_needed: int = Field(default=0, ge=0, description="as old, and kept since somebody needs them")
+    predictions_needed: int = Field(default=0, ge=0, description="as old, and kept since something refers to them")
+
+
+def find_due(store: Store, now: datetime | None = None) -> Retention:
+    """Say what a run would delete; nothing is written.
+
+    Args:
+        store: with the settings and the records.
+        now: the moment to count from; default: the present.
+    Returns:
+        The counts.
+    Raises:
+        IntegrityError: the manifest of a dataset version is missing, so that it cannot be told what it needs.
+    """
+    limits = _limits(store, now or utc_now())
+    due = _due_pictures(store, limits.pictures_before)
+    with store.ledger.read() as tx:
+        overlays = sum(
+            _count(tx, _ITEM.id, any_of(_ITEM.image_id, part, tx.connection.dialect), _ITEM.overlay_blob.is_not(None))
+            for part in _parts(due, _ANSWERS_AT_ONCE)
+        )
+        old = _count(tx, _IMAGE.id, *_old_pictures(limits.pictures_before)) if limits.pictures_before else 0
+        before = limits.predictions_before
+        answers = _count(tx, _ANSWER.id, *_due_answers(before)) if before else 0
+        old_answers = _count(tx, _ANSWER.id, _ANSWER.created_at < before) if before else 0
+    return limits.model_copy(
+        update={
+            "pictures": len(due),
+            "overlays": overlays,
+            "predictions": answers,
+            "pictures_needed": old - len(due),
+            "predictions_needed": old_answers - answers,
+        }
+    )
+
+
+def apply_retention(
+    store: Store,
+    *,
+    actor: str,
+    forget: Callable[[Sequence[str]], object],
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    now: datetime | None = None,
+) -> Retention:
+    """Delete what is due; what a killed run left is due again, and that run gets its audit event first.
+
+    Args:
+        store: with the settings, the records and the blobs.
+        actor: who asks, for the audit.
+        forget: removes what else this machine keeps of pictures, by their ids.
+        advance: hears how many pictures and answers are done, of how many.
+        now: the moment to count from; default: the present.
+    Returns:
+        What was deleted.
+    Raises:
+        RefusedError: another run is under way.
+        IntegrityError: the manifest of a dataset version is missing; nothing was deleted.
+        UnavailableError: a blob cannot be removed; run it again.
+    """
+    now = now or utc_now()
+    with hold(store.ledger, _NAME):
+        with store.ledger.begin() as tx:
+            _close(tx, actor, finished=False)
+        planned = find_due(store, now)
+        if planned.pictures_before is None and planned.predictions_before is None:
+            return planned
+        needed = planned.model_dump(include={"pictures_needed", "predictions_needed"})
+        run = _Run(store, _limits(store, now).model_copy(update=needed), forget, now)
+        run.begin()
+        total, done = planned.pictures + planned.predictions, 0
+        for number in run.batches():
+            done += number
+            advance(min(done, total), total)
+        with store.ledger.begin() as tx:
+            _close(tx, actor, finished=True)
+    return run.deleted
+
+
+@dataclass
+class _Run:
+    """One run. What it deleted is kept in a cursor, in the transactions that delete."""
+
+    store: Store
+    deleted: Retention
+    forget: Callable[[Sequence[str]], object]
+    now: datetime
+
+    def begin(self) -> None:
+        """Open the cursor."""
+        with self.store.ledger.begin() as tx:
+            if tx.get(Cursor, _NAME) is None:
+                tx.add(Cursor(name=_NAME, position={}))
+            self._keep(tx)
+
+    def batches(self) -> Iterator[int]:
+        """Delete part by part and yield how much was looked at."""
+        pictures_before, predictions_before = self.deleted.pictures_before, self.deleted.predictions_before
+        for part in _parts(_due_pictures(self.store, pictures_before), _PICTURES_AT_ONCE):
+            with self.store.ledger.begin() as tx:
+                self._expire(tx, part, pictures_before)
+            yield len(part)
+        for part in _pages_of_answers(self.store, predictions_before):
+            with self.store.ledger.begin() as tx:
+                mine = any_of(_ANSWER.id, part, tx.connection.dialect)
+                gone = tx.connection.execute(
+                    sa.delete(TABLES[Prediction]).where(mine, *_due_answers(predictions_before))
+                )
+                self._count(tx, predictions=gone.rowcount)
+            yield len(part)
+
+    def _expire(self, tx: Transaction, part: Sequence[str], before: datetime | None) -> None:
+        """Delete pictures as far as they are still due."""
+        dialect = tx.connection.dialect
+        due = [any_of(_IMAGE.id, part, dialect), *_old_pictures(before), *_nobody_needs(_IMAGE.id)]
+        ids = list(tx.connection.scalars(sa.select(_IMAGE.id).where(*due)))
+        asked = any_of(_ITEM.image_id, ids, dialect)
+        overlays = list(
+            tx.connection.scalars(sa.select(_ITEM.overlay_blob).where(asked, _ITEM.overlay_blob.is_not(None)))
+        )
+        forget_people(tx, ids)
+        gone = {"erased_at": self.now, "expired_at": self.now}
+        tx.connection.execute(sa.update(TABLES[Image]).where(any_of(_IMAGE.id, ids, dialect)).values(gone))
+        tx.connection.execute(sa.update(TABLES[ReviewItem]).where(asked).values(overlay_blob=None))
+        self._count(tx, pictures=len(ids), overlays=len(overlays))
+        # Before the commit: if this is killed, the rows are due again, and no row says of bytes that lie there
+        # that they are gone. Writers follow one another, so whoever brings one of the pictures back comes after it.
+        self.forget(ids)
+        with ThreadPoolExecutor(_DELETERS) as pool:
+            list(pool.map(self.store.blobs.delete, [*ids, *overlays]))
+
+    def _count(self, tx: Transaction, **more: int) -> None:
+        summed = {name: getattr(self.deleted, name) + number for name, number in more.items()}
+        self.deleted = self.deleted.model_copy(update=summed)
+        self._keep(tx)
+
+    def _keep(self, tx: Transaction) -> None:
+        tx.update(Cursor, _NAME, position=self.deleted.model_dump(mode="json"))
+
+
+def _close(tx: Transaction, actor: str, *, finished: bool) -> None:
+    """Write the event of the run that the cursor tells of, if there is one, and empty the cursor."""
+    cursor = tx.get(Cursor, _NAME)
+    if cursor is None or not cursor.position:
+        return
+    details = {**cursor.position, "finished": finished}
+    audit.append(tx, actor=actor, action=ACTION, subject="served pictures and answers", details=details)
+    tx.update(Cursor, _NAME, position={})
+
+
+def _limits(store: Store, now: datetime) -> Retention:
+    days = store.settings.keep_pictures_days, store.settings.keep_predictions_days
+    pictures, predictions = (None if number is None else now - timedelta(days=number) for number in days)
+    return Retention(pictures_before=pictures, predictions_before=predictions)
+
+
+def _due_pictures(store: Store, before: datetime | None) -> list[str]:
+    """Return the ids of pictures that are due, sorted."""
+    if before is None:
+        return []
+    query = sa.select(_IMAGE.id).where(*_old_pictures(before), *_nobody_needs(_IMAGE.id)).order_by(_IMAGE.id)
+    with store.ledger.read() as tx:
+        found = list(tx.connection.scalars(query))
+        datasets = tx.find(DatasetRecord) if found else []
+    # What is in a version has a label, and a label keeps its picture; a ledger that lost one must not cost a picture.
+    used: set[str] = set()
+    for dataset in datasets:
+        rows = read_manifest(store, dataset.id, filters=pc.field("image_id").isin(found))
+        used.update(rows["image_id"].to_pylist())
+    return [image_id for image_id in found if image_id not in used]
+
+
+def _pages_of_answers(store: Store, before: datetime | None) -> Iterator[list[str]]:
+    """Yield the ids of answers that are due, sorted, page by page; each page is one view."""
+    last = ""
+    while before is not None:
+        query = sa.select(_ANSWER.id).where(_ANSWER.id > last, *_due_answers(before))
+        with store.ledger.read() as tx:
+            page = list(tx.connection.scalars(query.order_by(_ANSWER.id).limit(_ANSWERS_AT_ONCE)))
+        if not page:
+            return
+        last = page[-1]
+        yield page
+
+
+def _old_pictures(before: datetime | None) -> list[sa.ColumnElement[bool]]:
+    sent_since = sa.exists().where(_ANSWER.image_id == _IMAGE.id, _ANSWER.created_at >= before)
+    return [_IMAGE.provenance == "served", _IMAGE.erased_at.is_(None), _IMAGE.created_at < before, ~sent_since]
+
+
+def _due_answers(before: datetime | None) -> list[sa.ColumnElement[bool]]:
+    named = [sa.exists().where(TABLES[kind].c.prediction_id == _ANSWER.id) for kind in (Flag, Outcome)]
+    told = _ANSWER.id.in_(sa.select(TABLES[EventRecord].c.prediction_id))
+    return [_ANSWER.created_at < before, *(~condition for condition in named), ~told, *_nobody_needs(_ANSWER.image_id)]
+
+
+def _nobody_needs(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
+    """Return conditions that no question is open about a picture and that nobody said what it shows."""
+    is_open = sa.exists().where(_ITEM.image_id == image_id, _ITEM.state.in_(_OPEN))
+    labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, ExpertLabel)]
+    turned_out = image_id.in_(sa.select(TABLES[Outcome].c.image_id))
+    return [~is_open, *(~condition for condition in labelled), ~turned_out]
+
+
+def _count(tx: Transaction, column: sa.Column[Any], *conditions: sa.ColumnElement[bool]) -> int:
+    return int(tx.connection.execute(sa.select(sa.func.count(column)).where(*conditions)).scalar_one())
+
+
+def _parts(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    yield from (ids[at : at + size] for at in range(0, len(ids), size))
