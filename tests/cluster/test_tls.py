@@ -63,19 +63,16 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 def drive(address: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     # In a folder of its own: Ray uploads the folder of the program.
     command = [sys.executable, "-c", DRIVER, address]
-    return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=180, check=False
-    )
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=180, check=False)
 
 
 @pytest.mark.soak
 def test_nodes_meet_over_tls_and_a_driver_without_a_certificate_stays_out(folder: Path) -> None:
     made = ["sh", "-euc", documented_commands().replace("NODE.ADDRESS", "127.0.0.1")]
     subprocess.run(made, cwd=folder, check=True, capture_output=True)
-    secured = environment(
-        folder, RAY_USE_TLS="1", RAY_TLS_SERVER_CERT=str(folder / "node.crt"), RAY_TLS_SERVER_KEY=str(folder / "node.key"),
-        RAY_TLS_CA_CERT=str(folder / "ca.crt"),
-    )  # fmt: skip
+    files = {"SERVER_CERT": "node.crt", "SERVER_KEY": "node.key", "CA_CERT": "ca.crt"}
+    paths = {f"RAY_TLS_{name}": str(folder / file) for name, file in files.items()}
+    secured = environment(folder, RAY_USE_TLS="1", **paths)
     command = [sys.executable, "-c", CLUSTER, str(folder / "r")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=folder, env=secured, stdin=pipe, stdout=pipe, text=True) as cluster:

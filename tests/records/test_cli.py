@@ -63,7 +63,7 @@ def test_a_broken_chain_fails_with_what_is_broken(chain: Store) -> None:
 def test_a_trace_is_shown_or_refused(store: Store, sample: Any) -> None:
     from records.types import Image
 
-    image = sample(Image)
+    image = sample(Image, erased_at=None, expired_at=None)
     with store.ledger.begin() as tx:
         tx.add(image)
     shown = json.loads(_run(store, "trace", image.id[:8], "--json").stdout)
