@@ -7,7 +7,9 @@ only; a group that has a side keeps it for good.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -19,7 +21,7 @@ from records.erasure import erased_ids
 from records.errors import IntegrityError, UnknownIdError
 from records.ids import new_id, utc_now
 from records.labelled import draw_sides, expert_labels, read_known
-from records.schemas import to_arrow
+from records.schemas import from_arrow, to_arrow
 from records.store import Store
 from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Side
 
@@ -162,8 +164,40 @@ def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | Non
     Raises:
         IntegrityError: the file is missing or is not a manifest.
     """
-    try:
+    with _reading(dataset_id):
         table = pq.read_table(store.home.datasets / dataset_id / MANIFEST, filters=filters)
+    _require_columns(table.schema.names, dataset_id)
+    return table
+
+
+def find_in_manifest(store: Store, dataset_id: str, image_id: str) -> ManifestRow | None:
+    """Look one picture up in a version; of its file only the part that can hold it is read.
+
+    Args:
+        store: with the files.
+        dataset_id: the whole id.
+        image_id: of the picture.
+    Returns:
+        Its row, None if the version does not have it.
+    Raises:
+        IntegrityError: the file is missing or is not a manifest.
+    """
+    with _reading(dataset_id), pq.ParquetFile(store.home.datasets / dataset_id / MANIFEST) as file:
+        _require_columns(file.schema_arrow.names, dataset_id)
+        groups = [file.metadata.row_group(group).column(0).statistics for group in range(file.num_row_groups)]
+        # Rows are sorted by picture, so one group at most holds it.
+        group = bisect_left(groups, image_id, key=lambda statistics: str(statistics.max))
+        if group == len(groups) or image_id < str(groups[group].min):
+            return None
+        rows = file.read_row_group(group)
+    at = pc.index(rows["image_id"], image_id).as_py()
+    return None if at < 0 else from_arrow(ManifestRow, rows.slice(at, 1))[0]
+
+
+@contextmanager
+def _reading(dataset_id: str) -> Generator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise IntegrityError(
             f"the manifest of dataset version {dataset_id[:12]} is missing; restore it from a backup"
@@ -172,9 +206,11 @@ def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | Non
         raise IntegrityError(
             f"the manifest of dataset version {dataset_id[:12]} cannot be read; restore it from a backup"
         ) from error
-    if table.schema.names != list(ManifestRow.model_fields):
+
+
+def _require_columns(names: Sequence[str], dataset_id: str) -> None:
+    if list(names) != list(ManifestRow.model_fields):
         raise IntegrityError(f"the manifest of dataset version {dataset_id[:12]} was altered; restore it from a backup")
-    return table
 
 
 def content_id(rows: pd.DataFrame, taxonomy_hash: str) -> str:

@@ -7,10 +7,9 @@ next model. It only reads.
 from collections.abc import Iterator
 from datetime import datetime
 
-import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from records.datasets import read_manifest
+from records.datasets import find_in_manifest
 from records.errors import UnknownIdError
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
@@ -129,12 +128,13 @@ def _question_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
 
 def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     for dataset in tx.find(DatasetRecord, order_by=("created_at",)):
-        rows = read_manifest(store, dataset.id, filters=pc.field("image_id") == image_id)
-        for row in rows.to_pylist():
-            text = f"in dataset {dataset.id[:12]} as {row['label']} on side {row['side']} ({row['label_source']})"
-            yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
-            for model in tx.find(ModelRecord, where={"dataset_id": dataset.id}):
-                yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
+        row = find_in_manifest(store, dataset.id, image_id)
+        if row is None:
+            continue
+        text = f"in dataset {dataset.id[:12]} as {row.label} on side {row.side} ({row.label_source})"
+        yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
+        for model in tx.find(ModelRecord, where={"dataset_id": dataset.id}):
+            yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
 
 
 def _model_steps(tx: Transaction, model: ModelRecord) -> Iterator[TraceStep]:

@@ -128,25 +128,29 @@ def write_answers(store: Store, answers: Sequence[Answer]) -> list[ReviewItem | 
         RefusedError: an idempotency key was used before; nothing of the batch is written then.
         UnavailableError: the ledger does not answer.
     """
-    with store.ledger.begin() as tx:
-        images = {answer.image.id: answer.image for answer in answers if answer.image is not None}
+    images = {answer.image.id: answer.image for answer in answers if answer.image is not None}
+    # What is asked of the database first is whether it knows these pictures and keys, and what waits for the pictures.
+    keys = {answer.prediction.idempotency_key for answer in answers}
+    with store.ledger.begin(touches={*images, *(key for key in keys if key is not None)}) as tx:
         known = {image.id: image for image in tx.find(Image, where={"id": list(images)})} if images else {}
         expired = {image_id for image_id, image in known.items() if image.expired_at is not None}
         if expired:
             make_way(tx, expired)
             _store_again(store, [a.picture for a in answers if a.picture is not None and a.picture.id in expired])
-        tx.add(*(image for image_id, image in images.items() if image_id not in known or image_id in expired))
-        tx.add(*(answer.prediction for answer in answers))
-        return _ask(tx, [answer.review for answer in answers])
+        new_images = [image for image_id, image in images.items() if image_id not in known or image_id in expired]
+        asked, new_questions = _ask(tx, [answer.review for answer in answers])
+        tx.add(*new_images, *(answer.prediction for answer in answers), *new_questions)
+    return asked
 
 
 def _store_again(store: Store, pictures: Sequence[StoredPicture]) -> None:
-    """Put pictures back that may have gone since they were stored on arrival; no other writer is at work now."""
+    """Put pictures back that may have gone since they were stored on arrival; nothing is deleted meanwhile."""
     for picture in pictures:
         store.blobs.put(picture.data)
 
 
-def _ask(tx: Transaction, questions: Sequence[ReviewItem | None]) -> list[ReviewItem | None]:
+def _ask(tx: Transaction, questions: Sequence[ReviewItem | None]) -> tuple[list[ReviewItem | None], list[ReviewItem]]:
+    """Return the question that each one led to, and those of them that are to be added; the others are updated."""
     image_ids = sorted({question.image_id for question in questions if question is not None})
     waiting = _waiting(tx, image_ids) if image_ids else {}
     stored = dict(waiting)
@@ -155,12 +159,11 @@ def _ask(tx: Transaction, questions: Sequence[ReviewItem | None]) -> list[Review
             continue
         before = waiting.get(question.image_id)
         waiting[question.image_id] = question if before is None else _merged(before, question)
+    fresh = [item for image_id, item in waiting.items() if image_id not in stored or item.id != stored[image_id].id]
     for image_id, item in waiting.items():
-        if image_id not in stored or item.id != stored[image_id].id:
-            tx.add(item)
-        elif item != stored[image_id]:
+        if image_id in stored and item.id == stored[image_id].id and item != stored[image_id]:
             tx.update(ReviewItem, item.id, reasons=list(item.reasons), priority=item.priority)
-    return [None if question is None else waiting[question.image_id] for question in questions]
+    return [None if question is None else waiting[question.image_id] for question in questions], fresh
 
 
 def _waiting(tx: Transaction, image_ids: Sequence[str]) -> dict[str, ReviewItem]:

@@ -2,10 +2,13 @@
 
 Write transactions follow one another on both: SQLite locks the file, PostgreSQL takes one advisory
 lock. So whatever a transaction reads before it writes (the last audit event, the holder of a lease,
-the model that answers) is still true when it commits.
+the model that answers) is still true when it commits. On PostgreSQL those that name what they touch share
+that lock and take one for each of the names instead, so that they wait only for those who touch the same.
 """
 
 import json
+import zlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +23,14 @@ NETWORK_FILE_SYSTEMS = frozenset(
     | {f"fuse.{kind}" for kind in ("sshfs", "s3fs", "gcsfuse", "rclone", "glusterfs", "ceph", "ceph-fuse")}
 )  # fmt: skip
 WRITE_OPTION = "relook_write"
+TOUCHES_OPTION = "relook_touches"
 READ_OPTIONS: dict[str, dict[str, Any]] = {
     "sqlite": {},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
 }
 """What makes a read transaction one consistent view, by kind of database."""
 _WRITER_LOCK = 7355608  # any number that nobody else in the database uses
+_STRIPES = 4096  # locks that names are spread over: the server has room for some thousands
 
 
 def make_engine(url: str | sa.URL, *, durability: Literal["normal", "full"], busy_timeout_s: float) -> sa.Engine:
@@ -123,8 +128,20 @@ def _set_up_postgresql(engine: sa.Engine, busy_timeout_s: float) -> None:
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        if _writes(connection):
+        if not _writes(connection):
+            return
+        touches = connection.get_execution_options().get(TOUCHES_OPTION)
+        if touches is None:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
+            return
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock_shared({_WRITER_LOCK})")
+        query = f"SELECT pg_advisory_xact_lock({_WRITER_LOCK}, stripe) FROM unnest(%s::int[]) AS stripe"
+        connection.exec_driver_sql(query, (stripes(touches),))
+
+
+def stripes(names: Iterable[str]) -> list[int]:
+    """Return the numbers of the locks that stand for names, each once and in the one order that cannot deadlock."""
+    return sorted({zlib.crc32(name.encode()) % _STRIPES for name in names})
 
 
 def _writes(connection: sa.Connection) -> bool:

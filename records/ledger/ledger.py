@@ -8,7 +8,7 @@
 Rows are added, never replaced; only the fields that a record type names as mutable can change.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from records.errors import ContractError, RefusedError, UnavailableError, UnknownIdError
 from records.ids import utc_now
-from records.ledger.engine import READ_OPTIONS, WRITE_OPTION, make_engine
+from records.ledger.engine import READ_OPTIONS, TOUCHES_OPTION, WRITE_OPTION, make_engine
 from records.ledger.migrate import upgrade
 from records.ledger.tables import TABLES, any_of
 from records.types import Lease, Record
@@ -47,7 +47,7 @@ class Transaction:
         """Insert records.
 
         Args:
-            records: any mix of types; rows of one type go in together, all or none.
+            records: any mix of types; they go in together, all or none.
         Raises:
             RefusedError: a key or unique value exists already; nothing is ever overwritten. The
                 transaction can go on after it.
@@ -57,17 +57,22 @@ class Transaction:
         by_type: dict[type[Record], list[dict[str, Any]]] = {}
         for record in records:
             by_type.setdefault(type(record), []).append(record.model_dump(mode="python"))
-        for record_type, rows in by_type.items():
-            try:
-                with self.connection.begin_nested():
-                    self.connection.execute(sa.insert(TABLES[record_type]), rows)
-            except sa.exc.IntegrityError as error:
-                what = str(error.orig).splitlines()[0]
-                raise RefusedError(f"{record_type.__name__} exists already: {what}") from error
-            except sa.exc.StatementError as error:
-                if isinstance(error.orig, (TypeError, ValueError)):
-                    raise ContractError(f"{record_type.__name__} cannot be stored: {error.orig}") from error
-                raise
+        if not by_type:
+            return
+        with self.connection.begin_nested():
+            for record_type, rows in by_type.items():
+                self._insert(record_type, rows)
+
+    def _insert(self, record_type: type[Record], rows: list[dict[str, Any]]) -> None:
+        try:
+            self.connection.execute(sa.insert(TABLES[record_type]), rows)
+        except sa.exc.IntegrityError as error:
+            what = str(error.orig).splitlines()[0]
+            raise RefusedError(f"{record_type.__name__} exists already: {what}") from error
+        except sa.exc.StatementError as error:
+            if isinstance(error.orig, (TypeError, ValueError)):
+                raise ContractError(f"{record_type.__name__} cannot be stored: {error.orig}") from error
+            raise
 
     def get(self, record_type: type[R], key: str | int) -> R | None:
         """Return the record with this key, or None."""
@@ -194,13 +199,18 @@ class Ledger:
     audit_head: Path | None = None
 
     @contextmanager
-    def begin(self) -> Generator[Transaction]:
+    def begin(self, touches: Collection[str] | None = None) -> Generator[Transaction]:
         """Open a write transaction; it commits at the end of the block and rolls back on an error.
 
         Write transactions follow one another, so keep them short: nobody else writes meanwhile.
+
+        Args:
+            touches: names of all that it reads before it writes, for example picture ids. On PostgreSQL such
+                transactions run beside those that touch other names, and share their waits for the disk; default:
+                it touches everything.
         """
         with reachable(self.url), self.engine.connect() as connection:
-            connection = connection.execution_options(**{WRITE_OPTION: True})
+            connection = connection.execution_options(**{WRITE_OPTION: True, TOUCHES_OPTION: touches})
             with connection.begin():
                 tx = Transaction(connection)
                 yield tx

@@ -103,6 +103,40 @@ def test_writers_follow_one_another(pg_store: Store, database: str) -> None:
         pass
 
 
+def test_writers_that_touch_other_things_do_not_wait(pg_store: Store, database: str) -> None:
+    inside, go_on, done = threading.Event(), threading.Event(), []
+
+    def write(name: str, touches: set[str] | None) -> None:
+        ledger = open_ledger(database)
+        with ledger.begin(touches) as tx:
+            if name == "first":
+                inside.set()
+                go_on.wait(30)
+            tx.add(Cursor(name=name, position={}))
+        done.append(name)
+        ledger.close()
+
+    threads = [threading.Thread(target=write, args=("first", {"a", "b"}))]
+    threads[0].start()
+    assert inside.wait(30)
+    write("other", {"c"})
+    assert done == ["other"], "who touches something else is not held up"
+    threads += [
+        threading.Thread(target=write, args=("same", {"b", "d"})),
+        threading.Thread(target=write, args=("all", None)),
+    ]
+    for thread in threads[1:]:
+        thread.start()
+        thread.join(0.5)
+    assert done == ["other"], "who touches the same, and who touches everything, waits"
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(done) == ["all", "first", "other", "same"]
+    with pg_store.ledger.read() as tx:
+        assert tx.count(Cursor) == 4
+
+
 def test_a_laptop_moves_to_a_cluster_and_back(
     store: Store, database: str, tmp_path: Path, sample: Callable[..., Any]
 ) -> None:
