@@ -1,8 +1,9 @@
 """What a round costs beside tuning, fitting and evaluating, on a folder of pictures and a real Label Studio.
 
-A folder is imported with a share of its labels withheld, and `relook round` runs twice. Fitting is made short (one
-epoch on few pictures, no search) since it does not count. Between the rounds a simulated expert answers what the
-first one asked, so the second reads answers, builds a new version and has a champion to compare with.
+A folder is imported with a share of its labels withheld, and two rounds run in this process. Fitting is made short (one
+epoch on few pictures, no search) and has no Ray, since it does not count; what Ray's start would add is not in the
+figures. Between the rounds a simulated expert answers what the first one asked, so the second reads answers, builds a
+new version and has a champion to compare with.
 
     python bench/scale_round.py PICTURES [--model custom_cnn] [--side 32]
 """
@@ -10,14 +11,14 @@ first one asked, so the second reads answers, builds a new version and has a cha
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from cluster.round import run_round
+from cluster.settings import RoundSettings, Settings
 from labeling.connection import require
 from labeling.local_server import LocalLabelStudio
 from labeling.settings import LabelingSettings
@@ -26,26 +27,13 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import RoundRecord, RoundStep
 from trainers.data.importer import import_folder
+from trainers.settings import TrainersSettings
 
 AIM_S = 60.0
 NOT_COUNTED = ("tune", "fit", "evaluate")
 
 
-def run(home: Path, sets: list[str]) -> float:
-    """Run `relook round` in a home; returns how long the command took, seconds."""
-    options = [part for setting in sets for part in ("--set", setting)]
-    environment = {**os.environ, "RELOOK_HOME": str(home)}
-    began = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "round", "--json", *options],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    return time.monotonic() - began
-
-
-def last_round(store: Store, command_s: float) -> dict[str, Any]:
+def last_round(store: Store) -> dict[str, Any]:
     """Return what the newest round took by its own records, and what of it is overhead, seconds."""
     with store.ledger.read() as tx:
         record = tx.find(RoundRecord, order_by=("-number",), limit=1)[0]
@@ -64,7 +52,6 @@ def last_round(store: Store, command_s: float) -> dict[str, Any]:
         "pushed": results["push"]["pushed"],
         "steps_s": {name: round(value, 2) for name, value in seconds.items()},
         "overhead_s": round(whole - counted_out, 2),
-        "overhead_with_command_s": round(command_s - counted_out, 2),
     }
 
 
@@ -77,25 +64,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--train-images", type=int, default=640)
     options = parser.parse_args()
-    sets = [
-        f"trainers.model={options.model}",
-        f"trainers.side_px={options.side}",
-        f"trainers.max_train_images={options.train_images}",
-        "trainers.epochs=1",
-        "trainers.augmentation=flips",
-        "round.tune=never",
-    ]
+    trainers = TrainersSettings(
+        model=options.model, side_px=options.side, max_train_images=options.train_images, epochs=1, augmentation="flips"
+    )
     rounds = []
     with tempfile.TemporaryDirectory(prefix="relook-scale-") as scratch:
-        home, labeling = Path(scratch) / "home", LabelingSettings(port=0)
-        with closing(open_store(RecordsSettings(home=home))) as store:
+        records, labeling = RecordsSettings(home=Path(scratch) / "home"), LabelingSettings(port=0)
+        settings = Settings(
+            records=records, labeling=labeling, trainers=trainers, round=RoundSettings(tune="never", select_budget=40)
+        )
+        with closing(open_store(records)) as store:
             report = import_folder(store, options.pictures, withhold_share=0.15, side_px=(options.side,))
             truth = dict(zip(report.withheld["image_id"], report.withheld["label"], strict=True))
             server = LocalLabelStudio(store.home, labeling)
             server.up()
             try:
                 for _ in range(options.rounds):
-                    rounds.append(last_round(store, run(home, sets)))
+                    run_round(store, settings, started_by="bench")
+                    rounds.append(last_round(store))
                     with require(store.home, labeling) as client:
                         rounds[-1]["answered"] = len(answer(client, store, truth))
             finally:
