@@ -208,6 +208,8 @@ class Ledger:
             touches: names of all that it reads before it writes, for example picture ids. On PostgreSQL such
                 transactions run beside those that touch other names, and share their waits for the disk; default:
                 it touches everything.
+        Yields:
+            The transaction.
         """
         with reachable(self.url), self.engine.connect() as connection:
             connection = connection.execution_options(**{WRITE_OPTION: True, TOUCHES_OPTION: touches})
