@@ -3,8 +3,8 @@
 A proxy stands between Relook and a real Label Studio. It drops requests before they arrive, drops answers
 after Label Studio has committed, sends requests twice and holds others back. A process that syncs again and
 again, as `relook label sync --watch` does, works through it and is killed (SIGKILL) after a random number of
-requests, half of the times while questions go out and half while answers come in. There are no webhooks: the
-poll alone has to find everything. At the end some answers are edited and deleted, and what the ledger holds is
+requests, half of the times while questions go out and half while answers come in. Label Studio rings at every
+answer, and every ring is lost: the poll alone has to find everything. At the end some answers are edited and deleted, and what the ledger holds is
 compared with what Label Studio holds.
 
 .venv/bin/python bench/label_chaos.py --items 2000 --kills 20 --drop 0.3 --delay-s 5
@@ -37,6 +37,7 @@ from labeling.settings import LabelingSettings
 from labeling.sync import sync
 from labeling.tasks import answer_result
 from records.errors import LabelStudioError
+from records.hints import WEBHOOK_PATH
 from records.home import open_home
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -74,6 +75,11 @@ class ChaosProxy:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                if self.path == WEBHOOK_PATH:
+                    counts["webhooks_lost"] += 1
+                    self.close_connection = True
+                    self.connection.close()
+                    return
                 with lock:
                     fate, late = chance.random(), chance.random()
                     twice = chance.random() < 0.05 and self.command in ("POST", "PATCH")
@@ -154,7 +160,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-chaos-") as folder:
         home = open_home(Path(folder))
-        local = LocalLabelStudio(home, LabelingSettings(port=0))
+        # Started so that it may call this machine; whom it calls is the proxy.
+        local = LocalLabelStudio(home, LabelingSettings(port=0, webhook_url="http://127.0.0.1:8000"))
         server = local.up()
         store = open_store(RecordsSettings(home=home.root))
         try:
@@ -263,7 +270,7 @@ class Syncing:
 def sync_forever(home: Path, url: str, token: str, batch: int) -> None:
     """Sync again and again; an outage is waited out."""
     store = open_store(RecordsSettings(home=home))
-    settings = LabelingSettings(push_batch=batch, blind_share=0.0)
+    settings = LabelingSettings(push_batch=batch, blind_share=0.0, webhook_url=url)
     while True:
         try:
             with LabelStudioClient(url, token) as client:
