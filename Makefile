@@ -60,7 +60,7 @@ bench: setup  ## time and memory of the demo
 soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (20)
 	$(BIN)/pytest -m soak
 	$(BIN)/python bench/kill_training.py --workers 2 --kills 4
-	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
+	$(BIN)/python bench/kill_matrix.py $(if $(POINTS),--points $(POINTS))
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 2 --kills 3 --searcher pbt
 	$(BIN)/python bench/fuzz_api.py --uploads 10000 --examples 40
