@@ -94,7 +94,7 @@ def test_two_workers_a_killed_worker_and_going_on(
         fit_distributed(other, plan, filled_store, tmp_path, policy=POLICY)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finishes(
     ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
 ) -> None:
