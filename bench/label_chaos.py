@@ -4,8 +4,8 @@ A proxy stands between Relook and a real Label Studio. It drops requests before 
 after Label Studio has committed, sends requests twice and holds others back. A process that syncs again and
 again, as `relook label sync --watch` does, works through it and is killed (SIGKILL) after a random number of
 requests, half of the times while questions go out and half while answers come in. Label Studio rings at every
-answer, and every ring is lost: the poll alone has to find everything. At the end some answers are edited and deleted, and what the ledger holds is
-compared with what Label Studio holds.
+answer, and every ring is lost: the poll alone has to find everything. At the end some answers are edited and
+deleted, and what the ledger holds is compared with what Label Studio holds.
 
 .venv/bin/python bench/label_chaos.py --items 2000 --kills 20 --drop 0.3 --delay-s 5
 """
