@@ -129,6 +129,7 @@ def erase_command(
     left = [one.left_in_place for one in erased if one.left_in_place is not None]
     body = {"dry_run": dry_run, "pictures": wanted, "blobs": sum(one.blobs for one in erased), "left_in_place": left}
     said = [f"{len(wanted)} pictures {'would be erased' if dry_run else 'are erased'}"]
+    said += wanted if dry_run else []
     said += [f"{path} was imported in place: delete it yourself" for path in left]
     emit(as_json, body, "\n".join(said))
 
