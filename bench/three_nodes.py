@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/three_nodes.py [--lesions 260] [--keep FOLDER]
 
-Three raylets on loopback, each with the processes and the folders of a node of its own, run `relook demo`. A node dies
-with everything on it (kill -9) at three moments: while a trial of the search runs on it, while a worker of the fit
-does, and while it holds the predictor and requests come in. Ten seconds later another node takes its place, as an
-autoscaler would have it. The demo has to end right: no request of a caller who repeats it fails, nothing that was
+Three raylets on loopback, the head without CPUs, each with the processes and the folders of a node of its own, run
+`relook demo`. A node dies with everything on it (kill -9) at three moments: while a trial of the search runs on it,
+while a worker of the fit does, and while it holds the predictor and requests come in. Ten seconds later another node
+takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who repeats it fails, nothing that was
 answered is lost, nothing is doubled, and the audit chain holds. One JSON object; exit 1 if something is wrong.
 """
 
@@ -26,7 +26,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from two_nodes import prepare_ray, trials_of
 
-NODE_CPUS = 2
+NODE_CPUS = 3
 REPLACED_AFTER_S = 10.0
 ENOUGH_PREDICTIONS = 20
 STAGES = ("search", "fit", "serving")
@@ -58,7 +58,7 @@ class Nodes:
 
         self._common = {"node_ip_address": "127.0.0.1", "temp_dir": str(ray_folder)}
         self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | self._common
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | self._common
         )
         self._nodes: dict[str, Any] = {}
         self._made = 0
