@@ -5,8 +5,9 @@
 Three raylets on loopback, the head without CPUs, each with the processes and the folders of a node of its own, run
 `relook demo`. A node dies with everything on it (kill -9) at three moments: while a trial of the search runs on it,
 while a worker of the fit does, and while it holds the predictor and requests come in. Ten seconds later another node
-takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who repeats it fails, nothing that was
-answered is lost, nothing is doubled, and the audit chain holds. One JSON object; exit 1 if something is wrong.
+takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who repeats it
+fails, nothing that was answered is lost, nothing is doubled, and the audit chain holds. One JSON object; exit 1 if
+something is wrong.
 """
 
 import argparse
