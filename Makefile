@@ -57,10 +57,10 @@ test-fast: $(INSTALLED)  ## what needs no server and no browser
 bench: setup  ## time and memory of the demo
 	$(BIN)/python bench/demo.py $(if $(DATA),--data "$(DATA)")
 
-soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (20)
+soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (10)
 	$(BIN)/pytest -m soak
 	$(BIN)/python bench/kill_training.py --workers 2 --kills 4
-	$(BIN)/python bench/kill_matrix.py $(if $(POINTS),--points $(POINTS))
+	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
 	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 2 --kills 3 --searcher pbt
 	$(BIN)/python bench/fuzz_api.py --uploads 10000 --examples 40
@@ -68,7 +68,8 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	$(BIN)/python bench/kill_service.py --kills 2
 	$(BIN)/python bench/label_chaos.py --items 400 --batch 20 --kills 20
 	$(BIN)/python bench/two_nodes.py --trials 6 --epochs 8
-	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),20)
+	$(BIN)/python bench/three_nodes.py
+	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),10)
 
 audit: setup $(AUDIT_TOOLS)/.installed  ## bills of materials, and known vulnerabilities of what is pinned (asks OSV)
 	.ci/audit $(AUDIT_TOOLS) $(VENV) build/audit
