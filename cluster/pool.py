@@ -43,7 +43,7 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
     with store.ledger.read() as tx:
         known = {image.id: image for image in tx.find(Image)}
     hashes = {i.id: i.perceptual_hash for i in known.values() if i.perceptual_hash is not None}
-    erased = frozenset(i.id for i in known.values() if i.erased_at is not None and i.expired_at is None)
+    erased = frozenset(i.id for i in known.values() if i.is_erased_for_good)
     usable: dict[str, Image] = {}
     refused: list[str] = []
     for taken in Intake(store, (side_px,), in_place=False, known_hashes=hashes, erased=erased).run(paths):

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -27,6 +26,7 @@ import psutil
 from cluster.settings import Settings
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import Home, open_home
+from records.key_files import key_file
 
 # Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); a socket's path ends at 107.
 MAX_TEMP_DIR_CHARS = 40
@@ -127,12 +127,7 @@ def answers(address: str) -> bool:
 
 def ray_token_file(home: Home) -> Path:
     """Return the file with this home's Ray token, made at first use, readable by its owner only."""
-    path = home.keys / "ray_token"
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-    return path
+    return key_file(home, "ray_token")
 
 
 def _local(settings: Settings, home: Home) -> Iterator[RaySession]:

@@ -24,7 +24,7 @@ _PLACES: dict[str, bool | set[str]] = {
     "preset": True,
     "records": {"home", "database", "blobs", "keep_pictures_days", "keep_predictions_days"},
     "serving": {"host", "port"},
-    "labeling": {"url", "token", "environment", "port"},
+    "labeling": {"url", "token", "environment", "port", "webhook_url"},
     "cluster": True,
     "round": {"watch_labels", "watch_days", "watch_poll_s"},
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from labeling.client import LabelStudioClient
 from labeling.settings import LabelingSettings
 from labeling.tasks import PRIORITY_VERSION, label_config
-from labeling.webhooks import ensure_webhook
+from labeling.webhooks import bell_of, ensure_webhook
 from records.ids import new_id
 from records.ledger import Transaction
 from records.store import Store
@@ -97,14 +97,15 @@ def open_project(store: Store, client: LabelStudioClient, settings: LabelingSett
     config = label_config(store.taxonomy, blind=desk.blind)
     present = client.project(known) if known is not None else None
     ours = present is not None and marker in present.description
-    told = cursor.position.get("webhook") == settings.webhook_url
+    bell = bell_of(store.home, settings.webhook_url)
+    told = cursor.position.get("webhook") == bell
     if present is not None and ours and told and present.label_config == config.strip():
         return Project(present.id, marker)
     project_id = client.ensure_project(desk.title(settings), config, marker, PRIORITY_VERSION)
     ensure_webhook(store.home, client, project_id, settings.webhook_url)
     requeued = 0
     with store.ledger.begin() as tx:
-        position = {**cursor.position, "project_id": project_id, "webhook": settings.webhook_url}
+        position = {**cursor.position, "project_id": project_id, "webhook": bell}
         tx.update(Cursor, name, position=position)
         if known is not None and not ours:
             requeued = _requeue(tx, known)

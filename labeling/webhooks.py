@@ -10,16 +10,24 @@ from labeling.client import LabelStudioClient
 from records.errors import LabelStudioError
 from records.hints import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH
 from records.home import Home
+from records.ids import sha256_hex
 from records.key_files import key_of
 
 ACTIONS = ("ANNOTATION_CREATED", "ANNOTATIONS_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_DELETED", "TASKS_DELETED")
 
 # What Label Studio refuses to call by itself, less the loopback that the local one and the local service share.
 _BANNED = (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16",
-    "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4", "::/128", "::ffff:0:0/96", "64:ff9b::/96", "fc00::/7", "fe80::/10",
-    "ff00::/8",
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
+    "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4",
+    "233.252.0.0/24", "240.0.0.0/4", "255.255.255.255/32", "::/128", "::ffff:0:0/96", "::ffff:0:0:0/96",
+    "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001:0000::/32", "2001:20::/28", "2001:db8::/32", "2002::/16",
+    "fc00::/7", "fe80::/10", "ff00::/8",
 )  # fmt: skip
+
+
+def bell_of(home: Home, url: str | None) -> str | None:
+    """Return what tells one webhook from another, address and fingerprint of its secret; None if there is none."""
+    return None if url is None else f"{url.rstrip('/')} {sha256_hex(key_of(home, SECRET_FILE).encode())[:12]}"
 
 
 def ensure_webhook(home: Home, client: LabelStudioClient, project_id: int, url: str | None) -> None:

@@ -360,6 +360,20 @@ def find_bundle(store: Store, name: str) -> Bundle:
     """
     if "/" in name or (Path(name) / DOCUMENT).is_file():
         return read_bundle(Path(name))
+    return registered_bundle(store, find_model(store, name))
+
+
+def find_model(store: Store, name: str) -> ModelRecord:
+    """Find a registered model by what a person types; its bundle is not opened.
+
+    Args:
+        store: with the ledger.
+        name: `champion`, `candidate`, or an id prefix of 8 or more characters.
+    Returns:
+        Its record.
+    Raises:
+        UnknownIdError: nothing, or more than one model, has that name.
+    """
     with store.ledger.read() as tx:
         if name == "champion":
             current = serving_model(tx)
@@ -374,7 +388,7 @@ def find_bundle(store: Store, name: str) -> Bundle:
             f"{problem} called {name!r}; give an id prefix of 8 or more characters, a bundle's path, "
             "champion or candidate (`relook models` lists them)"
         )
-    return registered_bundle(store, found[0])
+    return found[0]
 
 
 def registered_bundle(store: Store, record: ModelRecord) -> Bundle:

@@ -68,7 +68,7 @@ def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
         for item in open_items:
             tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
         # One whose time was over might come back; one that a person wants gone may not.
-        if image.erased_at is None or image.expired_at is not None:
+        if not image.is_erased_for_good:
             forget_people(tx, [image_id])
             tx.update(Image, image_id, erased_at=utc_now(), expired_at=None)
             audit.append(tx, actor=actor, action="image.erased", subject=image_id)

@@ -3,9 +3,6 @@
 A hint carries nothing and may be lost; the reconciling poll finds everything without it, only later.
 """
 
-import contextlib
-
-from records.errors import RefusedError
 from records.ids import new_id
 from records.ledger import Ledger
 from records.types import Cursor
@@ -19,13 +16,11 @@ _BELL = "labeling.hint"
 def ring(ledger: Ledger) -> None:
     """Say that something changed in Label Studio."""
     position = {"rung": new_id()}
-    with ledger.begin() as tx:
-        if tx.get(Cursor, _BELL) is not None:
-            tx.update(Cursor, _BELL, position=position)
-            return
-        # Of two first rings one is enough.
-        with contextlib.suppress(RefusedError):
+    with ledger.begin(touches=[_BELL]) as tx:
+        if tx.get(Cursor, _BELL) is None:
             tx.add(Cursor(name=_BELL, position=position))
+        else:
+            tx.update(Cursor, _BELL, position=position)
 
 
 def last_ring(ledger: Ledger) -> str | None:

@@ -1,11 +1,9 @@
 """What stands for a patient: a keyed hash, so that nobody without this home's key can test a guess."""
 
-import contextlib
 import hmac
-import os
-import secrets
 
 from records.home import Home
+from records.key_files import key_of
 
 
 def patient_hash(home: Home, patient_id: str) -> str:
@@ -17,17 +15,4 @@ def patient_hash(home: Home, patient_id: str) -> str:
     Returns:
         The same value for the same patient in the same home.
     """
-    return hmac.new(_key(home), patient_id.encode(), "sha256").hexdigest()
-
-
-def _key(home: Home) -> bytes:
-    path = home.keys / "patient_salt"
-    if not path.exists():
-        partial = path.with_name(f"patient_salt.{secrets.token_hex(4)}")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-        # Of two processes that make it at once one wins, and both read the winner's.
-        with contextlib.suppress(FileExistsError):
-            os.link(partial, path)
-        partial.unlink()
-    return path.read_bytes()
+    return hmac.new(key_of(home, "patient_salt").encode(), patient_id.encode(), "sha256").hexdigest()

@@ -50,7 +50,8 @@ def list_models(
 def verify_command(
     ctx: typer.Context,
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Default: all that are registered.")
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Id prefix, champion or candidate; default: all."),
     ] = None,
     config: ConfigOption = None,
     preset: PresetOption = None,
@@ -58,16 +59,13 @@ def verify_command(
     as_json: JsonOption = False,
 ) -> None:
     """Let models answer their golden pictures again, as after an upgrade; exit 1 if one does not answer as it did."""
-    from records.bundles import find_bundle
+    from records.bundles import find_model
     from records.store import open_store
     from serving.verification import verify_models
 
     settings = settings_of(ctx, config, preset, sets)
     with closing(open_store(settings.records)) as store, progress() as bar:
-        records = _registered(store)
-        if models:
-            wanted = {find_bundle(store, name).id for name in models}
-            records = [record for record in records if record.id in wanted]
+        records = [find_model(store, name) for name in models] if models else _registered(store)
         task = bar.add_task("models", total=len(records))
         found = verify_models(store, records, settings.serving.precision, lambda: bar.advance(task))
     table = Table("id", "status", "precision", "golden difference", "result")
@@ -99,7 +97,8 @@ def compare_command(
 
     with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
         pair = [find_bundle(store, name) for name in (one, other)]
-    rows = {name: _cells(pair[0].document, pair[1].document, name) for name in ("figures", "settings")}
+    documents = pair[0].document, pair[1].document
+    rows = {"figures": _figures_of_both(*documents), "settings": _settings_that_differ(*documents)}
     table = Table("", pair[0].id[:12], pair[1].id[:12])
     for part in rows.values():
         for name, values in part.items():
@@ -115,15 +114,15 @@ def _registered(store: "Store") -> "list[ModelRecord]":
         return tx.find(ModelRecord, order_by=("-created_at",))
 
 
-def _cells(one: "BundleDocument", other: "BundleDocument", part: str) -> dict[str, list[Any]]:
-    """Return figures that both have a word on, or settings that are not the same."""
-    documents = (one, other)
-    if part == "figures":
-        sides: list[dict[str, Any]] = [_flat(d.metrics) for d in documents]
-        return {name: [side.get(name) for side in sides] for name in sides[0] if name in sides[1]}
-    settings: list[dict[str, Any]] = [_flat({"dataset": d.dataset_id[:12], **d.config}) for d in documents]
-    names = sorted(settings[0].keys() | settings[1].keys())
-    return {name: [s.get(name) for s in settings] for name in names if settings[0].get(name) != settings[1].get(name)}
+def _figures_of_both(one: "BundleDocument", other: "BundleDocument") -> dict[str, list[Any]]:
+    left, right = _flat(one.metrics), _flat(other.metrics)
+    return {name: [value, right[name]] for name, value in left.items() if name in right}
+
+
+def _settings_that_differ(one: "BundleDocument", other: "BundleDocument") -> dict[str, list[Any]]:
+    left, right = (_flat({"dataset": document.dataset_id[:12], **document.config}) for document in (one, other))
+    pairs = {name: [left.get(name), right.get(name)] for name in sorted(left.keys() | right.keys())}
+    return {name: values for name, values in pairs.items() if values[0] != values[1]}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

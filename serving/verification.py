@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from records.bundles import find_bundle
+from records.bundles import registered_bundle
 from records.errors import IntegrityError, UnknownIdError
 from records.store import Store
 from records.types import ModelRecord
@@ -54,7 +54,7 @@ def verify_models(
 def _verify(store: Store, record: ModelRecord, precision: PrecisionChoice) -> VerifiedModel:
     computed_in, difference, problem = None, None, None
     try:
-        model = load_model(find_bundle(store, record.id), precision=precision)
+        model = load_model(registered_bundle(store, record), precision=precision)
         computed_in = model.precision
         difference = model.check_golden()
     except (IntegrityError, UnknownIdError) as error:

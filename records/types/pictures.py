@@ -79,6 +79,11 @@ class Image(Record):
         default=None, description="set with erased_at if its time to be kept was over; such a picture may come back"
     )
 
+    @property
+    def is_erased_for_good(self) -> bool:
+        """Whether somebody asked for it to be erased, so that it may not come back."""
+        return self.erased_at is not None and self.expired_at is None
+
 
 class Group(Record):
     """Pictures connected by lesion, patient or near-duplicate; the unit that a split draws."""

@@ -5,7 +5,6 @@ plain SHA-256 of the token is as good as a slow hash. It knows nothing of HTTP.
 """
 
 import hmac
-import os
 import secrets
 import threading
 import time
@@ -17,6 +16,7 @@ from records import audit
 from records.errors import AccessError, ConfigError, UnknownIdError
 from records.home import Home
 from records.ids import sha256_hex, utc_now
+from records.key_files import key_of
 from records.store import Store
 from records.types import ApiKey, Consent, Scope
 
@@ -133,12 +133,7 @@ def has_keys(store: Store) -> bool:
 
 def admin_token(home: Home) -> str:
     """Return the token of this home's own administrator, made at the first call and readable by its owner only."""
-    path = home.keys / "admin-key"
-    if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{PREFIX}_admin_{secrets.token_urlsafe(32)}")
-    return path.read_text().strip()
+    return key_of(home, "admin-key", lambda: f"{PREFIX}_admin_{secrets.token_urlsafe(32)}")
 
 
 class KeyRing:

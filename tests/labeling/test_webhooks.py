@@ -19,7 +19,8 @@ from labeling.sync import sync, wait_for_ring
 from labeling.tasks import answer_result
 from labeling.webhooks import ensure_webhook
 from records.errors import AccessError, LabelStudioError
-from records.hints import SECRET_HEADER, WEBHOOK_PATH, last_ring
+from records.hints import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH, last_ring
+from records.key_files import key_of
 from serving.problems import problem_of
 from serving.routes.webhooks import webhooks_router
 
@@ -74,6 +75,12 @@ def test_answers_edits_and_deletions_ring_and_the_next_look_reads_them(store, cl
         client.request(verb, f"api/annotations/{annotation}/", "change an answer", body=body)
         assert wait_for_ring(store.ledger, rung, PATIENCE_S), verb
     assert sync(store, client, ringing).pull.deleted == 1
+
+    # A secret that was lost is made anew, and the next push tells Label Studio.
+    (store.home.keys / SECRET_FILE).unlink()
+    open_project(store, client, ringing)
+    (hook,) = client.request("GET", "api/webhooks/", "list webhooks", params={"project": project.id})
+    assert hook["headers"] == {SECRET_HEADER: key_of(store.home, SECRET_FILE)}
 
     # No setting, no bell.
     open_project(store, client, settings)

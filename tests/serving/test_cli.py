@@ -88,3 +88,11 @@ def test_two_models_are_compared_in_what_they_wrote_down(
     assert said["figures"] == {"val.balanced_accuracy": [0.5, 0.6]}
     assert said["settings"] == {}
     assert run(["models", "compare", pair[0].id[:12], "nobody", "--set", home]) == 2
+
+
+def test_a_model_that_is_not_registered_is_no_verified_one(
+    store: Store, tools: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tools.make_bundle(store)
+    assert run(["models", "verify", bundle.id[:12], "--set", f"records.home={store.home.root}"]) == 2
+    assert "no model is called" in capsys.readouterr().err

@@ -200,7 +200,7 @@ def _take_in(
         sides_px,
         in_place=in_place,
         known_hashes={i.id: i.perceptual_hash for i in known if i.perceptual_hash is not None},
-        erased=frozenset(i.id for i in known if i.erased_at is not None and i.expired_at is None),
+        erased=frozenset(i.id for i in known if i.is_erased_for_good),
     )
     entries, refusals = [], []
     paths = [row.path for row in rows if row.path is not None]
