@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from records.bundles import Bundle, find_bundle
+from records.bundles import Bundle
 from records.errors import RelookError
+from records.models import find_bundle
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import FlagReason

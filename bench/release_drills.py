@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from live_service import Callers, LiveService, bundle_of, live_service, trained_champion
 
 from cluster.demo.drills import harmed_copy, twin
-from records.bundles import Architecture, Bundle, register, write_bundle
+from records.bundles import Architecture, Bundle, write_bundle
 from records.errors import RefusedError, UnknownIdError
+from records.models import register
 from records.store import Store
 from records.types import Arm, ModelStatus, Prediction, ReasonCode, Rollout, RolloutStage
 from serving.client import Client

@@ -11,9 +11,10 @@ from typing import Any
 
 from cluster.gate import GateReport
 from cluster.manifest import installed_packages
-from records.bundles import Bundle, find_bundle
+from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.ids import utc_now
+from records.models import find_bundle
 from records.store import Store
 from records.stored import find_images
 from records.types import DatasetRecord, RoundStep, Side

@@ -12,9 +12,10 @@ import numpy as np
 from cluster.gate import Contender, GateReport, Slice, Verdict, decide
 from cluster.gate.contenders import BoolArray
 from cluster.settings import Settings
-from records.bundles import Bundle, find_bundle, serving_model
+from records.bundles import Bundle
 from records.datasets import DatasetVersion
 from records.ledger import Transaction
+from records.models import find_bundle, serving_model
 from records.store import Store
 from records.stored import find_images
 from records.types import AuditEvent, Image, ModelStatus, RoundStep, Side

@@ -33,7 +33,7 @@ def select_command(
     from cluster.pool import take_in_folder
     from cluster.selection import select_pictures
     from labeling.acquisition.registry import rule_named
-    from records.bundles import find_bundle
+    from records.models import find_bundle
     from records.store import open_store
 
     parts = dict(_part(text) for text in mix or [])
@@ -71,7 +71,7 @@ def second_opinions_command(
 ) -> None:
     """Find training labels that are probably wrong and ask about them; `relook label push` sends them."""
     from cluster.second_opinions import ask_second_opinions
-    from records.bundles import find_bundle
+    from records.models import find_bundle
     from records.store import open_store
 
     with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:

@@ -12,8 +12,8 @@ from cluster.round_steps import tune_now
 from cluster.settings import Settings
 from cluster.watch import new_labels, why_due
 from labeling.local_server import LocalLabelStudio
-from records.bundles import serving_model
 from records.ledger import Transaction
+from records.models import serving_model
 from records.store import Store
 from records.types import DatasetRecord, ReviewItem, ReviewState, RoundRecord, RoundStep
 

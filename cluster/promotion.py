@@ -14,10 +14,11 @@ from cluster.gate import GateReport, Verdict
 from cluster.judging import judge
 from cluster.settings import Settings
 from records import audit
-from records.bundles import Bundle, find_bundle, register, serve_model
+from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.errors import RefusedError
 from records.ledger import Transaction
+from records.models import find_bundle, register, serve_model
 from records.store import Store
 from records.types import AuditEvent, DatasetRecord, ModelRecord, ModelStatus, RoundRecord, Scope
 from serving.access.keys import Caller, KeyRing

@@ -20,10 +20,11 @@ from labeling.connection import connect
 from labeling.pull import pull
 from labeling.push import push as push_items
 from records import audit
-from records.bundles import Bundle, find_bundle, register, serve_model, serving_model
+from records.bundles import Bundle
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.ids import utc_now
 from records.ledger import Transaction
+from records.models import find_bundle, register, serve_model, serving_model
 from records.store import Store
 from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Side
 from trainers.evaluation.evaluate import evaluate as evaluate_predictions

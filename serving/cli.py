@@ -89,7 +89,7 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Answer for a folder of pictures and write a table, most worrying first; nothing is stored or asked about."""
-    from records.bundles import find_bundle
+    from records.models import find_bundle
     from records.store import open_store
     from serving.bulk import predict_folder
 

@@ -9,8 +9,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from records.bundles import registered_bundle, serving_model
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
+from records.models import registered_bundle, serving_model
 from records.store import Store
 from records.stored import read_picture
 from records.types import Consent, Image, ModelRecord, Prediction

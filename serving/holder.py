@@ -11,9 +11,10 @@ import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from records.bundles import BundleDocument, registered_bundle, serving_model
+from records.bundles import BundleDocument
 from records.errors import RelookError, UnavailableError
 from records.ids import utc_now
+from records.models import registered_bundle, serving_model
 from records.store import Store
 from records.types import ModelRecord
 from serving.messages import ServingState

@@ -59,7 +59,7 @@ def verify_command(
     as_json: JsonOption = False,
 ) -> None:
     """Let models answer their golden pictures again, as after an upgrade; exit 1 if one does not answer as it did."""
-    from records.bundles import find_model
+    from records.models import find_model
     from records.store import open_store
     from serving.verification import verify_models
 
@@ -92,7 +92,7 @@ def compare_command(
 
     The figures are those of sides that fitting may read; whether one is better is what the gate of a round decides.
     """
-    from records.bundles import find_bundle
+    from records.models import find_bundle
     from records.store import open_store
 
     with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:

@@ -1,7 +1,7 @@
 """What has to hold before a service can start, checked without starting or importing Ray."""
 
-from records.bundles import serving_model
 from records.errors import ConfigError, UnknownIdError
+from records.models import serving_model
 from records.settings import RecordsSettings
 from records.store import open_store
 from serving.access.keys import admin_token, has_keys

@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from records.bundles import BundleDocument, bundle_folder, read_bundle
+from records.bundles import BundleDocument, read_bundle
 from records.errors import UnknownIdError
+from records.models import bundle_folder
 from records.store import Store
 from records.types import ModelRecord, RoundRecord, RoundStep
 from serving.answers import model_body

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from records.bundles import registered_bundle
 from records.errors import IntegrityError, UnknownIdError
+from records.models import registered_bundle
 from records.store import Store
 from records.types import ModelRecord
 from trainers.inference.loaded import load_model

@@ -55,7 +55,7 @@ def train_command(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model, calibrate it, and register its bundle."""
-    from records.bundles import find_bundle, register
+    from records.models import find_bundle, register
     from records.store import open_store
     from trainers.data.importer import open_dataset
     from trainers.fitting.fit import fit

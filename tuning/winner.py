@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from records.bundles import Bundle, register
+from records.bundles import Bundle
 from records.datasets import DatasetVersion
+from records.models import register
 from records.store import Store
 from tuning.trials import SearchResult
 

@@ -23,10 +23,11 @@ from labeling.local_server import ServerInfo
 from labeling.pull import pull
 from labeling.push import push
 from records import audit
-from records.bundles import Bundle, find_bundle, register, serve_model, serving_model
+from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.errors import IntegrityError, UnavailableError
 from records.lineage import trace
+from records.models import find_bundle, register, serve_model, serving_model
 from records.store import Store
 from records.stored import find_images, read_picture
 from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord

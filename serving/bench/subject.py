@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import fx, nn
 
-from records.bundles import Bundle, find_bundle, register, serve_model
+from records.bundles import Bundle
 from records.errors import DataError
+from records.models import find_bundle, register, serve_model
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ModelStatus

@@ -31,7 +31,7 @@ def rollout(
     as_json: JsonOption = False,
 ) -> None:
     """Try a candidate beside the model that answers: in shadow, for a share, then for all."""
-    from records.bundles import find_bundle
+    from records.models import find_bundle
     from records.store import open_store
     from serving.answers import rollout_body
     from serving.rollout.control import begin, current_rollout, promote

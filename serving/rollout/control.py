@@ -7,10 +7,10 @@ audit event. It computes nothing but golden pictures and knows nothing of reques
 from collections.abc import Mapping
 
 from records import audit
-from records.bundles import registered_bundle, serve_model, serving_model
 from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
+from records.models import registered_bundle, serve_model, serving_model
 from records.store import Store
 from records.types import ModelRecord, ModelStatus, Rollout, RolloutStage
 from serving.rollout.harms import HARMS, found_harm

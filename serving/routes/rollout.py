@@ -4,8 +4,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 
-from records.bundles import find_bundle
 from records.errors import UnknownIdError
+from records.models import find_bundle
 from records.types import Scope
 from serving.access.keys import Caller
 from serving.answers import rollout_body

@@ -10,9 +10,10 @@ from cluster.gate import GateReport, Verdict
 from cluster.promotion import caller_of, promote_model
 from cluster.settings import RoundSettings, Settings
 from records import audit
-from records.bundles import Bundle, register
+from records.bundles import Bundle
 from records.errors import AccessError, RefusedError
 from records.ids import new_id, utc_now
+from records.models import register
 from records.store import Store
 from records.types import AuditEvent, ModelRecord, RoundRecord, Scope
 from serving.access.keys import create_key

@@ -18,11 +18,10 @@ from records.bundles import (
     Calibration,
     Geometry,
     OperatingPoints,
-    register,
-    serve_model,
     write_bundle,
 )
 from records.errors import DataError
+from records.models import register, serve_model
 from records.store import Store
 from records.types import ModelStatus, ReasonCode, ReviewItem
 from trainers.inference.loaded import load_model, reference_logits

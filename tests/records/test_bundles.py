@@ -12,14 +12,11 @@ from records.bundles import (
     Bundle,
     BundleDocument,
     content_id,
-    find_bundle,
     read_bundle,
-    register,
-    serve_model,
-    serving_model,
     write_bundle,
 )
 from records.errors import ContractError, IntegrityError, UnknownIdError
+from records.models import find_bundle, register, serve_model, serving_model
 from records.store import Store
 from records.types import ModelRecord, ModelStatus
 

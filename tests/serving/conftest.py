@@ -19,10 +19,9 @@ from records.bundles import (
     Geometry,
     OperatingPoints,
     ReferPoint,
-    register,
-    serve_model,
     write_bundle,
 )
+from records.models import register, serve_model
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ModelStatus

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from records.bundles import find_bundle
 from records.errors import PictureError, RefusedError, UnknownIdError
 from records.ids import sha256_hex
+from records.models import find_bundle
 from records.types import Consent, Decision, FlagReason, Image, Prediction, ReviewItem, ReviewState
 from serving.client import Client
 from serving.schemas import Context, FlagRequest

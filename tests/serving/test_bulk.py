@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from records.bundles import find_bundle
 from records.errors import DataError, RefusedError
+from records.models import find_bundle
 from records.store import Store
 from serving.bulk import predict_folder
 from serving.client import Client

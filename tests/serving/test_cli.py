@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import run
-from records.bundles import register
+from records.models import register
 from records.store import Store
 
 

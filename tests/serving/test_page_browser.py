@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from records.bundles import Bundle, read_bundle, register
+from records.bundles import Bundle, read_bundle
 from records.ids import new_id, utc_now
+from records.models import register
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from records.bundles import register
 from records.errors import AccessError, RefusedError, RelookError, UnknownIdError
+from records.models import register
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Arm, ModelRecord, ModelStatus, Prediction, ReasonCode, RolloutStage

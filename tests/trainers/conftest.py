@@ -11,7 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from records.bundles import Architecture, Bundle, BundleDocument, Calibration, Geometry, OperatingPoints, write_bundle
+from records.bundles import (
+    Architecture,
+    Bundle,
+    BundleDocument,
+    Calibration,
+    Geometry,
+    OperatingPoints,
+    write_bundle,
+)
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.taxonomy import DiagnosisClass, KeyClass, Taxonomy

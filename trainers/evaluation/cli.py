@@ -44,8 +44,8 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on a side of a dataset, or on any folder of labelled pictures."""
-    from records.bundles import find_bundle
     from records.datasets import load_dataset
+    from records.models import find_bundle
     from trainers.data.cli import parse_columns
     from trainers.evaluation.evaluate import evaluate, predict_side
     from trainers.evaluation.folder import predict_folder

@@ -39,7 +39,7 @@ def explain_command(
     as_json: JsonOption = False,
 ) -> None:
     """Draw where a model looked when it answered for a picture, or what a layer of it sees."""
-    from records.bundles import find_bundle
+    from records.models import find_bundle
     from records.store import open_store
     from trainers.explanations.methods import METHODS
 

@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from records.bundles import Architecture, Bundle, BundleDocument, Calibration, OperatingPoints, write_bundle
+from records.bundles import (
+    Architecture,
+    Bundle,
+    BundleDocument,
+    Calibration,
+    OperatingPoints,
+    write_bundle,
+)
 from records.datasets import DatasetVersion
 from records.errors import ConfigError, ContractError, DataError, UnavailableError
 from records.store import Store

@@ -11,8 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.sources import load_settings
-from records.bundles import register
 from records.errors import ConfigError, DataError, PictureError, TaxonomyError, UnknownIdError
+from records.models import register
 from records.types import AuditEvent
 from trainers.data.importer import open_dataset
 from trainers.evaluation.cli import app

@@ -1,0 +1,137 @@
+"""Which bundles the ledger knows, which of them answers, and how a person finds one.
+
+In: bundles and the names that people type. Out: model records. What a bundle's files hold is in `records.bundles`.
+"""
+
+from pathlib import Path
+
+from records.bundles import DOCUMENT, Bundle, read_bundle
+from records.errors import ContractError, IntegrityError, UnknownIdError
+from records.ids import utc_now
+from records.ledger import Transaction
+from records.store import Store
+from records.types import ModelRecord, ModelStatus
+
+SERVED = (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
+
+
+def register(
+    tx: Transaction, bundle: Bundle, *, status: ModelStatus = ModelStatus.REGISTERED, round_number: int | None = None
+) -> None:
+    """Enter a bundle in the ledger; one that is there already stays as it is.
+
+    Args:
+        tx: a write transaction.
+        bundle: what is registered.
+        status: what it may be used for.
+        round_number: the round that made it, if one did.
+    """
+    if tx.get(ModelRecord, bundle.id) is not None:
+        return
+    now = utc_now()
+    tx.add(
+        ModelRecord(
+            id=bundle.id,
+            created_at=now,
+            status=status,
+            status_changed_at=now,
+            path=str(bundle.path),
+            architecture=bundle.document.architecture.name,
+            dataset_id=bundle.document.dataset_id,
+            taxonomy_hash=bundle.document.taxonomy_hash,
+            round=round_number,
+        )
+    )
+
+
+def serving_model(tx: Transaction) -> ModelRecord | None:
+    """Return the one model that answers, champion or provisional; None before the first promotion.
+
+    Args:
+        tx: any transaction.
+    Returns:
+        Its record.
+    Raises:
+        IntegrityError: more than one model claims to answer.
+    """
+    found = tx.find(ModelRecord, where={"status": SERVED})
+    if len(found) > 1:
+        names = ", ".join(record.id[:12] for record in found)
+        raise IntegrityError(f"{len(found)} models claim to answer ({names}); promote one of them")
+    return found[0] if found else None
+
+
+def serve_model(tx: Transaction, model_id: str, status: ModelStatus) -> None:
+    """Make a registered model the one that answers and retire the one before, in one transaction.
+
+    Args:
+        tx: a write transaction.
+        model_id: of the model.
+        status: champion, or provisional for one that fails the floors.
+    Raises:
+        ContractError: the status is not one that answers.
+        UnknownIdError: the model is not registered.
+    """
+    if status not in SERVED:
+        raise ContractError(f"a model that is {status} does not answer; use champion or provisional")
+    now = utc_now()
+    for before in tx.find(ModelRecord, where={"status": SERVED}):
+        if before.id != model_id:
+            tx.update(ModelRecord, before.id, status=ModelStatus.RETIRED, status_changed_at=now)
+    tx.update(ModelRecord, model_id, status=status, status_changed_at=now)
+
+
+def find_bundle(store: Store, name: str) -> Bundle:
+    """Find a bundle by what a person types.
+
+    Args:
+        store: with the ledger.
+        name: `champion`, `candidate`, an id prefix of 8 or more characters, or a bundle's path.
+    Returns:
+        The bundle.
+    Raises:
+        UnknownIdError: nothing, or more than one bundle, has that name.
+        IntegrityError: the bundle was altered.
+    """
+    if "/" in name or (Path(name) / DOCUMENT).is_file():
+        return read_bundle(Path(name))
+    return registered_bundle(store, find_model(store, name))
+
+
+def find_model(store: Store, name: str) -> ModelRecord:
+    """Find a registered model by what a person types; its bundle is not opened.
+
+    Args:
+        store: with the ledger.
+        name: `champion`, `candidate`, or an id prefix of 8 or more characters.
+    Returns:
+        Its record.
+    Raises:
+        UnknownIdError: nothing, or more than one model, has that name.
+    """
+    with store.ledger.read() as tx:
+        if name == "champion":
+            current = serving_model(tx)
+            found = [current] if current else []
+        elif name == "candidate":
+            found = tx.find(ModelRecord, where={"status": ModelStatus.CANDIDATE})
+        else:
+            found = [r for r in tx.find(ModelRecord) if len(name) >= 8 and r.id.startswith(name)]
+    if len(found) != 1:
+        problem = "no model is" if not found else f"{len(found)} models are"
+        raise UnknownIdError(
+            f"{problem} called {name!r}; give an id prefix of 8 or more characters, a bundle's path, "
+            "champion or candidate (`relook models` lists them)"
+        )
+    return found[0]
+
+
+def registered_bundle(store: Store, record: ModelRecord) -> Bundle:
+    """Open the bundle of a registered model and check it; see `read_bundle`."""
+    return read_bundle(bundle_folder(store, record), expected_id=record.id)
+
+
+def bundle_folder(store: Store, record: ModelRecord) -> Path:
+    """Return the folder of a registered model: a home that was moved or restored elsewhere has it with it."""
+    at_home = store.home.bundles / record.id
+    return at_home if at_home.is_dir() else Path(record.path)
