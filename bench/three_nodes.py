@@ -1,26 +1,29 @@
 """The whole demo on a head and two worker nodes; a worker node is killed in the search, in the fit and while it serves.
 
-    .venv/bin/python bench/three_nodes.py [--lesions 260] [--keep FOLDER]
+    .venv/bin/python bench/three_nodes.py [--lesions 260] [--keep FOLDER] [--namespaces]
 
-Three raylets on loopback, the head without CPUs, each with the processes and the folders of a node of its own, run
-`relook demo`. A node dies with everything on it (kill -9) at three moments: while a trial of the search runs on it,
-while a worker of the fit does, and while it holds the predictor and requests come in. Ten seconds later another node
-takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who repeats it
-fails, nothing that was answered is lost, nothing is doubled, and the audit chain holds. One JSON object; exit 1 if
-something is wrong.
+Three raylets, each with the processes and the folders of a node of its own, run `relook demo`: on loopback, or with
+`--namespaces` (root, Linux) each worker in a network namespace, with an address, a loopback and a folder for Ray
+that no other node can reach. The head only listens for HTTP. A node dies with everything on it (kill -9) at three
+moments: while a trial of the search runs on it, while a worker of the fit does, and while it holds the predictor and
+requests come in. Ten seconds later another node takes its place, as an autoscaler would have it. The demo has to end
+right: no request of a caller who repeats it fails, nothing that was answered is lost, nothing is doubled, and the
+audit chain holds. One JSON object; exit 1 if something is wrong.
 """
 
 import argparse
 import json
 import os
+import shutil
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from subprocess import DEVNULL, Popen, run
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -28,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from two_nodes import prepare_ray, trials_of
 
 NODE_CPUS = 3
+PREFIX, BRIDGE, HOSTS = "10.98.0", "relook-bridge", Path("/etc/netns")
+HEAD = f"{PREFIX}.1"
 REPLACED_AFTER_S = 10.0
 ENOUGH_PREDICTIONS = 20
 STAGES = ("search", "fit", "serving")
@@ -36,6 +41,7 @@ SETTINGS = (
     "tuning.max_failures=3",
     "trainers.max_failures=3",
     "serving.start_timeout_s=600",
+    "serving.ingress_cpus=0",
     "demo.requests=150",
     "demo.retry_s=300",
 )
@@ -51,41 +57,132 @@ def has_process(raylet: int, *words: str) -> bool:
     return False
 
 
-class Nodes:
-    """A head and two workers, of which one is killed at a time and replaced."""
+class Namespaces:
+    """Networks of their own for worker nodes, joined by a bridge. Everything is removed at the end.
 
-    def __init__(self, ray_folder: Path) -> None:
+    Args:
+        scratch: a folder of its own for every node is made here.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._names: list[str] = []
+
+    def __enter__(self) -> Self:
+        """Make the bridge, which is the head's network."""
+        _ip(f"link add {BRIDGE} type bridge")
+        _ip(f"addr add {HEAD}/24 dev {BRIDGE}")
+        _ip(f"link set {BRIDGE} up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End every node and remove every network."""
+        for name in self._names:
+            self.kill(name)
+            _ip(f"netns del {name}")
+            shutil.rmtree(HOSTS / name)
+        _ip(f"link del {BRIDGE}")
+
+    def start(self, name: str, number: int, head: str, temp_dir: Path) -> "Popen[bytes]":
+        """Start a worker node in a network of its own, with a folder of its own at Ray's path."""
+        address, own = f"{PREFIX}.{number + 1}", self._scratch / name
+        own.mkdir()
+        (HOSTS / name).mkdir(parents=True)
+        # Training workers find each other by the name of their machine, which all share here.
+        (HOSTS / name / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
+        self._names.append(name)
+        _ip(f"netns add {name}")
+        _ip(f"link add {name} type veth peer name eth0 netns {name}")
+        _ip(f"link set {name} master {BRIDGE} up")
+        for what in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+            _ip(f"-n {name} {what}")
+        ray = f"{Path(sys.executable).parent / 'ray'} start --address={head} --node-ip-address={address}"
+        inside = f"mount --bind {own} {temp_dir} && exec {ray} --num-cpus={NODE_CPUS} --block"
+        with (self._scratch / f"{name}.log").open("wb") as log:
+            return Popen(["ip", "netns", "exec", name, "sh", "-c", inside], stdout=log, stderr=log)
+
+    def raylet(self, name: str) -> int | None:
+        """Return the process id of a node's raylet, once it has started."""
+        for process in self._processes(name):
+            with suppress(psutil.Error):
+                if process.name() == "raylet":
+                    return process.pid
+        return None
+
+    def kill(self, name: str) -> int:
+        """Kill everything in a network; return how many processes that were."""
+        dying = self._processes(name)
+        for process in dying:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return len(dying)
+
+    @staticmethod
+    def _processes(name: str) -> list[psutil.Process]:
+        found = []
+        for pid in _ip(f"netns pids {name}").split():
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
+
+
+def _ip(arguments: str) -> str:
+    return run(["ip", *arguments.split()], check=True, capture_output=True, text=True).stdout
+
+
+class Nodes:
+    """A head and two workers, of which one is killed at a time and replaced.
+
+    Args:
+        ray_folder: for Ray's sockets and logs; short, because of the sockets' paths.
+        namespaces: where every worker gets a network of its own; None is loopback for all.
+    """
+
+    def __init__(self, ray_folder: Path, namespaces: Namespaces | None) -> None:
         from ray.cluster_utils import Cluster
 
-        self._common = {"node_ip_address": "127.0.0.1", "temp_dir": str(ray_folder)}
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | self._common
-        )
-        self._nodes: dict[str, Any] = {}
+        self._namespaces = namespaces
+        self._common = {
+            "node_ip_address": HEAD if namespaces else "127.0.0.1", "temp_dir": str(ray_folder / "t"),
+            "include_dashboard": False,
+        }  # fmt: skip
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | self._common)
+        self._temp_dir = ray_folder / "t"
+        self._workers: dict[str, Any] = {}
         self._made = 0
         for _ in range(2):
             self.add()
 
     @property
     def raylets(self) -> dict[str, int]:
-        """Process ids of the workers' raylets, by node."""
-        return {name: node.all_processes["raylet"][0].process.pid for name, node in self._nodes.items()}
+        """Process ids of the workers' raylets that have started, by node."""
+        found = {}
+        for name, node in self._workers.items():
+            if self._namespaces is None:
+                found[name] = node.all_processes["raylet"][0].process.pid
+            elif raylet := self._namespaces.raylet(name):
+                found[name] = raylet
+        return found
 
     def add(self) -> None:
         """Start a worker node."""
         self._made += 1
-        self._nodes[f"worker-{self._made}"] = self.cluster.add_node(
-            wait=False, num_cpus=NODE_CPUS, include_dashboard=False, **self._common
-        )
+        name = f"relook{self._made}"
+        if self._namespaces is None:
+            self._workers[name] = self.cluster.add_node(wait=False, num_cpus=NODE_CPUS, **self._common)
+        else:
+            self._workers[name] = self._namespaces.start(name, self._made, self.cluster.address, self._temp_dir)
 
     def kill(self, name: str) -> int:
         """Kill a node with everything on it; return how many processes that were."""
-        raylet = psutil.Process(self.raylets[name])
+        node = self._workers.pop(name)
+        if self._namespaces is not None:
+            return self._namespaces.kill(name)
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         dying = [*raylet.children(recursive=True), raylet]
         for process in dying:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        node = self._nodes.pop(name)
         node.kill_all_processes(check_alive=False, allow_graceful=False)
         return len(dying)
 
@@ -190,17 +287,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lesions", type=int, default=260, help="lesions to generate")
     parser.add_argument("--keep", type=Path, help="empty folder that keeps the home; default: it is removed")
+    parser.add_argument("--namespaces", action="store_true", help="a network of its own for every worker; needs root")
     arguments = parser.parse_args()
     root = Path(__file__).resolve().parents[1]
     with (
         tempfile.TemporaryDirectory(prefix="relook-three-") as scratch,
         tempfile.TemporaryDirectory(prefix="rn", ignore_cleanup_errors=True) as ray_folder,
+        Namespaces(Path(scratch)) if arguments.namespaces else nullcontext() as namespaces,
     ):
         folder = (arguments.keep or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         home, said = folder / "home", folder / "summary.json"
-        prepare_ray(Path(ray_folder))
-        nodes = Nodes(Path(ray_folder))
+        prepare_ray(Path(ray_folder), on_loopback=namespaces is None)
+        (Path(ray_folder) / "t").mkdir()
+        nodes = Nodes(Path(ray_folder), namespaces)
         began_s = time.monotonic()
         demo = start_demo(home, nodes.cluster.address, arguments.lesions, root, said)
         killer = Killer(nodes, home, demo)

@@ -162,8 +162,8 @@ def judge(killed: dict[str, Any], whole: dict[str, Any], epochs: int) -> dict[st
     }  # fmt: skip
 
 
-def prepare_ray(folder: Path) -> None:
-    """Set what Ray reads when it is imported: a token of this run's own, and no address but loopback."""
+def prepare_ray(folder: Path, *, on_loopback: bool = True) -> None:
+    """Set what Ray reads when it is imported: a token of this run's own, and on request no address but loopback."""
     token = folder / "token"
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
@@ -174,7 +174,7 @@ def prepare_ray(folder: Path) -> None:
         # Where a head notes its address; Ray makes this folder only for sessions that it starts by itself.
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(not on_loopback)),
     }
 
 

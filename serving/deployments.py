@@ -10,7 +10,7 @@ travel between replicas as values, since exceptions lose their type and argument
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -210,18 +210,22 @@ class IngressReplica:
         await self._server.stop()
 
 
-def build_application(settings: ServingSettings, records: RecordsSettings) -> serve.Application:
+def build_application(settings: ServingSettings, records: RecordsSettings, node: str) -> serve.Application:
     """Describe the whole service to Ray Serve; nothing is started.
 
     Args:
         settings: of this room.
         records: where everything is kept; `home` must be absolute, since replicas run in other folders.
+        node: IP address of the Ray node that listens for HTTP; the other replicas run wherever there is room.
     Returns:
         The application.
     """
     predictor = _deployment(PredictorReplica, "predictor", settings, settings.predictor_cpus).bind(settings, records)
     explainer = _deployment(ExplainerReplica, "explainer", settings, settings.explainer_cpus).bind(settings, records)
-    ingress = _deployment(IngressReplica, "ingress", settings, settings.ingress_cpus)
+    # Ray gives every node a resource of this name. On another node than the command's, the address that the
+    # command was told, above all loopback, would be another machine's.
+    here = {f"node:{node}": 0.001}
+    ingress = _deployment(IngressReplica, "ingress", settings, settings.ingress_cpus, here)
     return ingress.bind(settings, records, predictor, explainer)
 
 
@@ -239,7 +243,9 @@ def serve_environment() -> dict[str, str]:
     }
 
 
-def _deployment(replica: type, name: str, settings: ServingSettings, cpus: float) -> serve.Deployment:
+def _deployment(
+    replica: type, name: str, settings: ServingSettings, cpus: float, resources: Mapping[str, float] | None = None
+) -> serve.Deployment:
     # Ray would give a replica one OpenMP thread whatever CPUs it has.
     environment = {**serve_environment(), "OMP_NUM_THREADS": str(compute_threads(cpus))}
     make: Any = serve.deployment
@@ -247,7 +253,11 @@ def _deployment(replica: type, name: str, settings: ServingSettings, cpus: float
         replica,
         name=name,
         num_replicas=1,
-        ray_actor_options={"num_cpus": cpus, "runtime_env": {"env_vars": environment}},
+        ray_actor_options={
+            "num_cpus": cpus,
+            "resources": dict(resources or {}),
+            "runtime_env": {"env_vars": environment},
+        },
         # The ingress admits; what it has admitted never queues on the way.
         max_ongoing_requests=2 * settings.max_in_flight + 16,
         health_check_period_s=2,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 from ray import serve
 
 from records.errors import UnavailableError
@@ -59,7 +60,8 @@ def start_service(settings: ServingSettings, records: RecordsSettings) -> Servic
     absolute = records.model_copy(update={"home": Path(os.path.abspath(records.home.expanduser()))})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
-    target = serve.RunTarget(target=build_application(settings, absolute), name=APPLICATION, route_prefix=None)
+    application = build_application(settings, absolute, ray.util.get_node_ip_address())
+    target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
     try:
         serve.run_many([target], wait_for_applications_running=False)
         _wait_until_ready(settings)

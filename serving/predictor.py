@@ -1,10 +1,11 @@
 """The predictor: micro-batches from requests, one transaction per batch, then the answers.
 
-    request -> take in, decode (threads) -> queue -> one forward pass (one thread)
+    request -> take in, decode (threads) -> queue -> forward passes (a thread per core)
             -> triage, overlays, commit (one thread) -> answers
 
-While a batch is computed the next one gathers, so batches grow with load and a lone request waits for
-nobody. An answer leaves only after its rows are committed. No Ray and no HTTP here.
+A batch that computes alone has all cores; batches that compute at once have one core each, so that none waits
+for another's threads. While all cores compute the next batch gathers, so batches grow with load and a lone
+request waits for nobody. An answer leaves only after its rows are committed. No Ray and no HTTP here.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from records.errors import RefusedError, UnavailableError
 from records.store import Store
@@ -26,7 +28,7 @@ from serving.outbox import StoredPicture
 from serving.pictures import take_in, was_erased
 from serving.recording import Job, Recorder, pixels_of, same_picture
 from serving.rollout.trial import Beside, Trial
-from serving.settings import ServingSettings
+from serving.settings import ServingSettings, compute_threads
 from trainers.data.decode import decode_square
 from trainers.inference.loaded import BatchOutput
 
@@ -61,10 +63,13 @@ class Predictor:
         self._under_way: dict[tuple[str, str], asyncio.Task[Answered]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._settling: set[asyncio.Task[None]] = set()
-        # Two batches may wait for their commit while a third is computed; more would only grow latency.
-        self._commit_slots = asyncio.Semaphore(2)
+        self._cores = compute_threads(settings.predictor_cpus)
+        # Every core may compute a batch while another waits for its commit; more would only grow latency.
+        self._slots = asyncio.Semaphore(self._cores + 1)
+        self._free_cores = asyncio.Semaphore(self._cores)
+        self._num_computing = 0
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
-        self._forward_thread = ThreadPoolExecutor(1, "forward")
+        self._forward_threads = ThreadPoolExecutor(self._cores, "forward")
         self._write_thread = ThreadPoolExecutor(1, "write")
         self._poll_thread = ThreadPoolExecutor(1, "poll")
         self._shadow_thread = ThreadPoolExecutor(1, "shadow")
@@ -84,7 +89,7 @@ class Predictor:
         await asyncio.gather(*self._tasks, *self._settling, return_exceptions=True)
         for pool in (
             self._decode_threads,
-            self._forward_thread,
+            self._forward_threads,
             self._write_thread,
             self._poll_thread,
             self._shadow_thread,
@@ -166,19 +171,28 @@ class Predictor:
 
     async def _run_batches(self) -> None:
         while True:
-            # A slot first: while none is free, the batch grows.
-            await self._commit_slots.acquire()
+            # A slot and a core first: while none is free, the batch grows.
+            await self._slots.acquire()
+            await self._free_cores.acquire()
             batch = await self._gather()
-            try:
-                output, beside = await self._in(self._forward_thread, self._forward, batch)
-            except Exception as error:
-                logger.exception("a forward pass failed")
-                _fail(batch, error)
-                self._commit_slots.release()
-                continue
-            task = asyncio.create_task(self._settle(batch, output, beside))
+            self._num_computing += 1
+            is_alone = self._num_computing == 1 and self._queue.empty()
+            task = asyncio.create_task(self._answer(batch, self._cores if is_alone else 1))
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
+
+    async def _answer(self, batch: list[_Waiting], num_threads: int) -> None:
+        try:
+            output, beside = await self._in(self._forward_threads, self._forward, batch, num_threads)
+        except Exception as error:
+            logger.exception("a forward pass failed")
+            _fail(batch, error)
+            self._slots.release()
+            return
+        finally:
+            self._num_computing -= 1
+            self._free_cores.release()
+        await self._settle(batch, output, beside)
 
     async def _gather(self) -> list[_Waiting]:
         """Wait for a job and take what queued up with it, all for the same model."""
@@ -215,7 +229,7 @@ class Predictor:
                     waiting.done.set_result(result)
             self._mirror(jobs, results)
         finally:
-            self._commit_slots.release()
+            self._slots.release()
 
     def _mirror(self, jobs: list[Job], results: list[Answered | RefusedError]) -> None:
         """Show a candidate in shadow what was answered, off the request's path; a batch is left out while one runs."""
@@ -237,8 +251,9 @@ class Predictor:
         beside = self._trial.ask(found, np.stack([pixels_of(job, found[1]) for job in jobs]), float("inf"))
         self._recorder.record_shadow(jobs, results, beside, self._trial)
 
-    def _forward(self, batch: list[_Waiting]) -> tuple[BatchOutput, Beside | None]:
+    def _forward(self, batch: list[_Waiting], num_threads: int) -> tuple[BatchOutput, Beside | None]:
         jobs = [waiting.job for waiting in batch]
+        torch.set_num_threads(num_threads)
         began_s = time.perf_counter()
         output = jobs[0].model.loaded.predict(np.stack([job.pixels for job in jobs]), gradcam=True)
         each_s = (time.perf_counter() - began_s) / len(jobs)

@@ -22,7 +22,7 @@ from serving.messages import Answered, HeatMap, PredictionRequest
 from serving.outbox import Answer, StoredPicture, find_repeated, image_row, review_of, review_row, write_answers
 from serving.pictures import draw_map, gradcam_map
 from serving.rollout.trial import Beside, Trial, serves_candidate
-from serving.settings import ServingSettings, compute_threads
+from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
 from trainers.data.decode import decode_square
 from trainers.inference.loaded import BatchOutput
@@ -57,7 +57,6 @@ class Recorder:
         self._settings = settings
         self._settings_hash = hash_of(settings.model_dump(mode="json"))
         self._rules = TriageRules(settings.low_confidence, settings.max_set_size, settings.audit_share)
-        self._num_threads = compute_threads(settings.predictor_cpus)
         self._drawing = drawing
 
     def record(
@@ -159,7 +158,7 @@ class Recorder:
         draw = audit_draw_of(job.picture.id, self._settings.audit_salt)
         document = job.model.document
         verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw, suitable)
-        prediction = self._prediction(job, verdict, output.probabilities[row])
+        prediction = self._prediction(job, verdict, output.probabilities[row], output.num_threads)
         target = document.taxonomy.index_of(verdict.label) if verdict.label else None
         values = output.maps[row, target] if output.maps is not None and target is not None else None
         heat_map = self._heat_map(job, verdict, values)
@@ -184,7 +183,9 @@ class Recorder:
             return None
         return draw_map(job.picture.data, values, self._settings.overlay_side_px, self._settings.overlay_alpha)
 
-    def _prediction(self, job: Job, verdict: Verdict, probabilities: NDArray[np.float64]) -> Prediction:
+    def _prediction(
+        self, job: Job, verdict: Verdict, probabilities: NDArray[np.float64], num_threads: int
+    ) -> Prediction:
         request, model = job.request, job.model
         has_answer = verdict.label is not None
         codes = model.document.taxonomy.codes
@@ -203,7 +204,7 @@ class Recorder:
             arm=job.arm,
             engine=model.loaded.engine,
             precision=model.loaded.precision,
-            num_threads=self._num_threads,
+            num_threads=num_threads,
             settings_hash=self._settings_hash,
             label=verdict.label,
             confidence=verdict.confidence,

@@ -60,6 +60,22 @@ def test_answers_of_a_batch_are_those_of_one_at_a_time(store: Store, tools: Any,
         assert tx.count(Prediction) == 24
 
 
+def test_a_batch_alone_has_all_cores_and_batches_beside_each_other_one(
+    store: Store, tools: Any, picture: Callable[..., bytes]
+) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store))
+    pictures = [picture(number) for number in range(12)]
+
+    async def both(predictor: Predictor) -> tuple[list[Answered], list[Answered]]:
+        singles = [await predictor.predict(request(data)) for data in pictures[:3]]
+        return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in pictures)))
+
+    settings = SETTINGS.model_copy(update={"predictor_cpus": 2.0, "max_batch_size": 2})
+    singles, together = with_predictor(store, both, settings)
+    assert {answered.prediction.num_threads for answered in singles} == {2}
+    assert 1 in {answered.prediction.num_threads for answered in together}
+
+
 def test_one_bad_picture_harms_no_other(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 

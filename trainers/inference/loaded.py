@@ -54,6 +54,8 @@ class BatchOutput:
     ood_scores: FloatArray | None = None
     """[N] distance from the training pictures, above 1 is out of distribution (see `inference.suitability`); NaN
     for a row whose features are not finite; None if the bundle cannot tell"""
+    num_threads: int = 1
+    """CPU threads that computed it"""
 
     @property
     def finite(self) -> NDArray[np.bool_]:
@@ -123,6 +125,7 @@ class LoadedModel:
             probabilities,
             maps=None if maps is None else maps.contiguous().cpu().numpy(),
             ood_scores=ood_scores,
+            num_threads=torch.get_num_threads(),
         )
 
     def describe(self, pixels: NDArray[np.uint8]) -> Float32Array:
