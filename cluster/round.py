@@ -16,6 +16,7 @@ from cluster import round_steps
 from cluster.change_record import write_change_record
 from cluster.gate import GateReport
 from cluster.manifest import complete_manifest, manifest_file, round_folder, write_manifest
+from cluster.notify import announced
 from cluster.round_steps import RoundContext, StepResult
 from cluster.settings import Settings, settings_hash
 from records import audit
@@ -98,9 +99,12 @@ def run_round(
         run_dir = round_folder(store.home, record.number)
         write_manifest(run_dir, record, settings)
         context = RoundContext(store, settings, record, run_dir, _recorded_results(store, record))
-        for name, step in STEPS:
-            _run_step(context, name, step, on_event)
-        return RoundOutcome(_finished(context), context.results)
+        with announced(settings.round, record.number) as announce:
+            for name, step in STEPS:
+                _run_step(context, name, step, on_event)
+            finished = _finished(context)
+        announce(finished, context.results)
+        return RoundOutcome(finished, context.results)
 
 
 def _run_step(

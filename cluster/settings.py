@@ -8,7 +8,7 @@ what exists, in which unit and range.
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from labeling.settings import LabelingSettings
 from records.ids import hash_of
@@ -26,7 +26,7 @@ _PLACES: dict[str, bool | set[str]] = {
     "serving": {"host", "port"},
     "labeling": {"url", "token", "environment", "port", "webhook_url"},
     "cluster": True,
-    "round": {"watch_labels", "watch_days", "watch_poll_s"},
+    "round": {"watch_labels", "watch_days", "watch_poll_s", "notify_url"},
 }
 
 
@@ -86,6 +86,17 @@ class RoundSettings(RoomSettings):
     watch_poll_s: float = Field(
         default=60.0, gt=0, le=86_400, description="for --watch: time between two looks, seconds"
     )
+    notify_url: SecretStr | None = Field(
+        default=None,
+        description="http(s) address that is told how a round ended; set RELOOK_ROUND__NOTIFY_URL, never a config file",
+    )
+
+    @field_validator("notify_url")
+    @classmethod
+    def _is_an_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("http://", "https://")):
+            raise ValueError("it is no address to send to; begin it with https:// or http://")
+        return value
 
 
 class GateSettings(RoomSettings):

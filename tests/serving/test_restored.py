@@ -69,7 +69,7 @@ def test_a_restored_service_answers_as_before(tools: Any, picture: Callable[...,
     destroy_and_compare(served_here, tools, picture, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_restored_service_on_ray_answers_as_before(
     ray_session: Any, tools: Any, picture: Callable[..., bytes], tmp_path: Path

@@ -129,7 +129,7 @@ def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finish
     assert largest_difference(finished, alone) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_streamed_run_is_the_cached_run(
     ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
 ) -> None:
