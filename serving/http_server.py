@@ -16,6 +16,9 @@ from starlette.types import ASGIApp
 from records.errors import ConfigError, UnavailableError
 
 BACKLOG = 512
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open, seconds: longer than the 60 s after which load balancers let go, so that
+the one who may send a request is the one who closes."""
 DRAIN_S = 10
 """How long requests that are under way may take to finish when the listener stops, seconds."""
 
@@ -42,7 +45,7 @@ class HttpServer:
         # Behind no proxy: headers that claim another client or scheme are not believed.
         config = uvicorn.Config(
             app, log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on",
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S,
         )  # fmt: skip
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
