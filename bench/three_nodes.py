@@ -1,14 +1,15 @@
 """The whole demo on a head and two worker nodes; a worker node is killed in the search, in the fit and while it serves.
 
-    .venv/bin/python bench/three_nodes.py [--lesions 260] [--keep FOLDER] [--namespaces]
+    .venv/bin/python bench/three_nodes.py [--lesions 260] [--keep FOLDER] [--namespaces] [--tls]
 
 Three raylets, each with the processes and the folders of a node of its own, run `relook demo`: on loopback, or with
 `--namespaces` (root, Linux) each worker in a network namespace, with an address, a loopback and a folder for Ray
-that no other node can reach. The head only listens for HTTP. A node dies with everything on it (kill -9) at three
-moments: while a trial of the search runs on it, while a worker of the fit does, and while it holds the predictor and
-requests come in. Ten seconds later another node takes its place, as an autoscaler would have it. The demo has to end
-right: no request of a caller who repeats it fails, nothing that was answered is lost, nothing is doubled, and the
-audit chain holds. One JSON object; exit 1 if something is wrong.
+that no other node can reach; `--tls` encrypts what Ray's nodes say to each other, as docs/operate.md has it. The
+head only listens for HTTP. A node dies with everything on it (kill -9) at three moments: while a trial of the search
+runs on it, while a worker of the fit does, and while it holds the predictor and requests come in. Ten seconds later
+another node takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who
+repeats it fails, nothing that was answered is lost, nothing is doubled, and the audit chain holds. One JSON object;
+exit 1 if something is wrong.
 """
 
 import argparse
@@ -45,6 +46,25 @@ SETTINGS = (
     "demo.requests=150",
     "demo.retry_s=300",
 )
+
+
+def encrypt(folder: Path) -> None:
+    """Let every process of Ray that is started from here speak TLS, with an authority and a certificate of this run."""
+    addresses = ",".join(["DNS:localhost", "IP:127.0.0.1", *(f"IP:{PREFIX}.{host}" for host in range(1, 10))])
+    (folder / "node.ext").write_text(f"subjectAltName={addresses}")
+    key = "-newkey rsa:2048 -nodes"
+    for command in (
+        f"req -x509 {key} -days 2 -subj /CN=authority -keyout ca.key -out ca.crt",
+        f"req {key} -subj /CN=node -keyout node.key -out node.csr",
+        "x509 -req -in node.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile node.ext -out node.crt",
+    ):
+        run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    os.environ |= {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(folder / "node.crt"),
+        "RAY_TLS_SERVER_KEY": str(folder / "node.key"),
+        "RAY_TLS_CA_CERT": str(folder / "ca.crt"),
+    }
 
 
 def has_process(raylet: int, *words: str) -> bool:
@@ -288,6 +308,7 @@ def main() -> int:
     parser.add_argument("--lesions", type=int, default=260, help="lesions to generate")
     parser.add_argument("--keep", type=Path, help="empty folder that keeps the home; default: it is removed")
     parser.add_argument("--namespaces", action="store_true", help="a network of its own for every worker; needs root")
+    parser.add_argument("--tls", action="store_true", help="encrypt what Ray's nodes say to each other")
     arguments = parser.parse_args()
     root = Path(__file__).resolve().parents[1]
     with (
@@ -300,6 +321,8 @@ def main() -> int:
         home, said = folder / "home", folder / "summary.json"
         prepare_ray(Path(ray_folder), on_loopback=namespaces is None)
         (Path(ray_folder) / "t").mkdir()
+        if arguments.tls:
+            encrypt(Path(scratch))
         nodes = Nodes(Path(ray_folder), namespaces)
         began_s = time.monotonic()
         demo = start_demo(home, nodes.cluster.address, arguments.lesions, root, said)
