@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_TEST_S3", "RELOOK_REQUIRE_BROWSER"}
 
+# Read when torch is loaded, which nothing above does. Two test files at a time share the cores with Ray and a browser:
+# OpenMP's threads would wait for each other awake, and a network then takes four times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _closed_environment() -> Iterator[None]:
