@@ -1,7 +1,8 @@
-"""The service on Ray Serve: HTTP ingress, predictor and explainer, each a deployment of its own.
+"""The service on Ray Serve: HTTP ingress, predictor, explainer and page, each a deployment of its own.
 
-    ingress (FastAPI, page) -> predictor (forward, triage, commit)
-                            -> explainer (maps of stored answers)
+    ingress (FastAPI) -> predictor (forward, triage, commit)
+                      -> explainer (maps of stored answers)
+                      -> page (Gradio, which asks the ingress as every caller does)
 
 The ingress listens by itself on the service's port (see `http_server`). Errors of the tree in `records.errors`
 travel between replicas as values, since exceptions lose their type and arguments on the way.
@@ -10,6 +11,7 @@ travel between replicas as values, since exceptions lose their type and argument
 import asyncio
 import logging
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +28,7 @@ from records.store import Store, open_store
 from records.types import Prediction
 from serving.grouping import Grouping
 from serving.messages import Answered, HeatMap, Method, PredictionRequest, ServingState
+from serving.page_proxy import Locked, PageAddress, PageProxy
 from serving.settings import ServingSettings, compute_threads
 
 T = TypeVar("T")
@@ -176,8 +179,36 @@ class RemoteService:
         return state
 
 
+class PageReplica:
+    """Serves the page to the ingress of its node; see `PageProxy`."""
+
+    def __init__(self, settings: ServingSettings, records: RecordsSettings) -> None:
+        from serving.http_server import HttpServer
+        from serving.routes.page import page_app
+
+        self._token = secrets.token_urlsafe(32)
+        app = Locked(page_app(settings, open_store(records)), self._token)
+        self._server = HttpServer(app, "127.0.0.1", 0)
+        self._started = False
+
+    async def check_health(self) -> None:
+        """Begin to listen at the first call; later say whether the listener still runs."""
+        if not self._started:
+            await self._server.start()
+            self._started = True
+        if not self._server.running:
+            raise UnavailableError("the page's listener ended")
+
+    async def address(self) -> PageAddress:
+        """Return where the page listens."""
+        return PageAddress(self._server.port, self._token)
+
+    async def __del__(self) -> None:
+        await self._server.stop()
+
+
 class IngressReplica:
-    """Listens for HTTP and serves API and page."""
+    """Listens for HTTP: serves the API, and passes on what is for the page."""
 
     def __init__(
         self,
@@ -185,17 +216,19 @@ class IngressReplica:
         records: RecordsSettings,
         predictor: DeploymentHandle[Any],
         explainer: DeploymentHandle[Any],
+        page: DeploymentHandle[Any] | None,
     ) -> None:
         from serving.app import create_app
         from serving.http_server import HttpServer
 
-        service = RemoteService(open_store(records), settings, predictor, explainer)
-        page = None
-        if settings.page:
-            from serving.routes.page import page_app
+        async def find_page() -> PageAddress:
+            assert page is not None
+            found: PageAddress = await _called(page.address.remote())
+            return found
 
-            page = page_app(settings, service.store)
-        self._server = HttpServer(create_app(service, page), settings.host, settings.port)
+        service = RemoteService(open_store(records), settings, predictor, explainer)
+        app = create_app(service, None if page is None else PageProxy(find_page))
+        self._server = HttpServer(app, settings.host, settings.port)
         self._started = False
 
     async def check_health(self) -> None:
@@ -226,7 +259,8 @@ def build_application(settings: ServingSettings, records: RecordsSettings, node:
     # command was told, above all loopback, would be another machine's.
     here = {f"node:{node}": 0.001}
     ingress = _deployment(IngressReplica, "ingress", settings, settings.ingress_cpus, here)
-    return ingress.bind(settings, records, predictor, explainer)
+    page = _deployment(PageReplica, "page", settings, 0, here).bind(settings, records) if settings.page else None
+    return ingress.bind(settings, records, predictor, explainer, page)
 
 
 def serve_environment() -> dict[str, str]:

@@ -37,11 +37,13 @@ class HttpServer:
     Args:
         app: what is served.
         host: address to listen on.
-        port: TCP port.
+        port: TCP port; 0 picks a free one.
     """
 
     def __init__(self, app: ASGIApp, host: str, port: int) -> None:
         self._address = (host, port)
+        self.port = port
+        """where it listens, once it does"""
         # Behind no proxy: headers that claim another client or scheme are not believed.
         config = uvicorn.Config(
             app, log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on",
@@ -58,6 +60,7 @@ class HttpServer:
             UnavailableError: the app did not start.
         """
         listening = bind(*self._address)
+        self.port = listening.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
         while not self._server.started:
             if self._task.done():

@@ -262,6 +262,19 @@ def test_a_killed_ingress_comes_back_on_its_port_and_loses_no_answer(
     assert after == before
 
 
+def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, picture: Callable[..., bytes]) -> None:
+    children = psutil.Process().children(recursive=True)
+    (page,) = (child for child in children if "ServeReplica:relook:page" in " ".join(child.cmdline()))
+    page.kill()
+    with Client(url, retry_s=0.0) as client:
+        client.predict(picture(1))
+    deadline = time.monotonic() + 60
+    while (status := httpx.get(url).status_code) != 200:
+        assert status == 503
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_what_cannot_start_is_said_before_anything_is_started(
     url: str, served_store: Store, tmp_path: Any, tools: Any
 ) -> None:

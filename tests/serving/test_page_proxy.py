@@ -1,0 +1,143 @@
+"""What is for the page reaches it whole and comes back whole; nobody else reaches it."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from serving.guard import Guard
+from serving.http_server import HttpServer
+from serving.page_proxy import TOKEN_HEADER, Locked, PageAddress, PageProxy
+
+T = TypeVar("T")
+TOKEN = "only the ingress knows"
+
+
+def page(stopped: asyncio.Event | None = None) -> Starlette:
+    """An app that says what reached it, and one that never stops saying something."""
+
+    async def echo(request: Request) -> Response:
+        body = await request.body()
+        seen = {"query": request.url.query, "host": request.headers["host"], "bytes": len(body)}
+        seen |= {"sent": sorted(name for name in request.headers if name not in ("host", TOKEN_HEADER))}
+        response = JSONResponse(seen)
+        response.set_cookie("a", "1")
+        response.set_cookie("b", "2")
+        return response
+
+    async def events(_: Request) -> Response:
+        async def forever() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"data: tick\n\n"
+                    await asyncio.sleep(0.01)
+            finally:
+                if stopped is not None:
+                    stopped.set()
+
+        return StreamingResponse(forever(), media_type="text/event-stream")
+
+    return Starlette(routes=[Route("/echo", echo, methods=["GET", "POST"]), Route("/events", events)])
+
+
+@asynccontextmanager
+async def running(app: object) -> AsyncIterator[int]:
+    server = HttpServer(app, "127.0.0.1", 0)  # type: ignore[arg-type]
+    await server.start()
+    try:
+        yield server.port
+    finally:
+        await server.stop()
+
+
+def asking(port: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
+
+
+def through_the_proxy(use: Callable[[httpx.AsyncClient, int], Awaitable[T]], app: Starlette) -> T:
+    """Run something against a page behind the proxy and the guard; it is told the page's own port."""
+
+    async def run() -> T:
+        async with running(Locked(app, TOKEN)) as behind:
+
+            async def find() -> PageAddress:
+                return PageAddress(behind, TOKEN)
+
+            guarded = Guard(PageProxy(find), 1_000_000, lambda status: None)
+            async with running(guarded) as port, asking(port) as client:
+                return await use(client, behind)
+
+    return asyncio.run(run())
+
+
+def test_requests_and_answers_are_passed_on_as_they_are() -> None:
+    async def both(client: httpx.AsyncClient, _: int) -> list[httpx.Response]:
+        chunks = (b"x" * 1000 for _ in range(50))
+        sent = httpx.Request("GET", client.base_url.join("/echo?a=1&b=%20"), headers={"accept": "text/html"})
+        return [await client.send(sent), await client.post("/echo", content=b"".join(chunks))]
+
+    got, posted = through_the_proxy(both, page())
+    assert got.json() == {
+        "query": "a=1&b=%20", "host": got.request.url.netloc.decode(), "bytes": 0, "sent": ["accept"],
+    }  # fmt: skip
+    assert [value for name, value in got.headers.multi_items() if name == "set-cookie"] == [
+        "a=1; Path=/; SameSite=lax", "b=2; Path=/; SameSite=lax",
+    ]  # fmt: skip
+    assert posted.json()["bytes"] == 50_000
+
+
+def test_events_come_as_they_happen_and_end_with_whoever_reads_them() -> None:
+    stopped = asyncio.Event()
+
+    async def read_some(client: httpx.AsyncClient, _: int) -> list[bytes]:
+        found = []
+        async with client.stream("GET", "/events") as response:
+            async for chunk in response.aiter_raw():
+                found.append(chunk)
+                if len(found) == 3:
+                    break
+        await asyncio.wait_for(stopped.wait(), 10)
+        return found
+
+    assert through_the_proxy(read_some, page(stopped))[0].startswith(b"data: tick")
+
+
+def test_the_page_answers_nobody_but_the_ingress() -> None:
+    async def around(_: httpx.AsyncClient, behind: int) -> list[int]:
+        async with asking(behind) as stranger:
+            guessed = await stranger.get("/echo", headers={TOKEN_HEADER: "a guess"})
+            return [(await stranger.get("/echo")).status_code, guessed.status_code]
+
+    assert through_the_proxy(around, page()) == [403, 403]
+    assert TOKEN not in repr(PageAddress(1, TOKEN))
+
+
+def test_a_page_that_was_replaced_is_found_again_and_one_that_is_gone_is_a_problem() -> None:
+    async def run() -> tuple[int, httpx.Response]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            nobody = free.getsockname()[1]
+        async with running(Locked(page(), TOKEN)) as behind:
+            places = iter([nobody, behind, nobody, nobody])
+
+            async def find() -> PageAddress:
+                return PageAddress(next(places), TOKEN)
+
+            proxy = PageProxy(find)
+            guarded = Guard(proxy, 1_000_000, lambda status: None)
+            async with running(guarded) as port, asking(port) as client:
+                found = (await client.get("/echo")).status_code
+                proxy.forget()
+                return found, await client.get("/echo")
+
+    found, gone = asyncio.run(run())
+    assert found == 200
+    assert (gone.status_code, gone.json()["code"]) == (503, "unavailable")
+    assert "try again soon" in gone.json()["detail"]
