@@ -60,7 +60,8 @@ def start_service(settings: ServingSettings, records: RecordsSettings) -> Servic
     absolute = records.model_copy(update={"home": Path(os.path.abspath(records.home.expanduser()))})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
-    application = build_application(settings, absolute, ray.util.get_node_ip_address())
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    application = build_application(settings, absolute, node)
     target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
     try:
         serve.run_many([target], wait_for_applications_running=False)
