@@ -194,7 +194,7 @@ def _label_studio(settings: Settings) -> Check:
 
 def _ledger(settings: Settings) -> Check:
     from records.ledger.engine import make_engine
-    from records.ledger.migrate import refuse_newer, schema_versions
+    from records.ledger.migrate import is_newer_and_usable, refuse_newer, schema_versions
 
     records, name = settings.records, "ledger"
     file = records.home / "ledger.db"
@@ -204,12 +204,18 @@ def _ledger(settings: Settings) -> Check:
     engine = make_engine(url, durability=records.durability, busy_timeout_s=PROBE_TIMEOUT_S)
     try:
         found, wanted = schema_versions(engine)
+        is_usable = is_newer_and_usable(engine, found)
     except Exception as error:  # noqa: BLE001 - a driver's errors are its own, and each means that the database is out of reach
         fix = "start the database, or unset RELOOK_DATABASE" if records.database else "restore a backup"
         reason = " ".join(str(error).split())[:200]
         return Check(name=name, state="fail", detail=f"{without_password(url)} does not open: {reason}", fix=fix)
     finally:
         engine.dispose()
+    if is_usable:
+        detail = (
+            f"{without_password(url)} has schema {found}, newer than this program's {wanted}, which may still use it"
+        )
+        return Check(name=name, state="warn", detail=detail, fix="install the newer version here, too")
     if found != wanted:
         refuse_newer(found)
         detail = f"{without_password(url)} has schema {found or 'none'}; the next command brings it to {wanted}"

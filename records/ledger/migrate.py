@@ -10,6 +10,7 @@ from alembic.script import ScriptDirectory
 
 from records.errors import ConfigError
 from records.ledger.engine import WRITE_OPTION
+from records.ledger.tables import SCHEMA_FLOOR
 
 
 def alembic_config() -> Config:
@@ -37,23 +38,45 @@ def refuse_newer(current: str | None) -> None:
         ConfigError: the database was written by a newer program.
     """
     scripts = ScriptDirectory.from_config(alembic_config())
-    if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+    if current is not None and current not in _known_revisions():
         raise ConfigError(
             f"the ledger's schema {current!r} is newer than this program knows ({scripts.get_current_head()!r}); "
             "install the newer version"
         )
 
 
+def is_newer_and_usable(engine: sa.Engine, current: str | None) -> bool:
+    """Return whether a database has a newer schema that still takes this program.
+
+    Args:
+        engine: of the ledger.
+        current: its schema version.
+    Returns:
+        True if the schema is unknown here and its migrations only added to what this program knows.
+    """
+    known = _known_revisions()
+    if current is None or current in known:
+        return False
+    with engine.connect() as connection:
+        if not sa.inspect(connection).has_table(SCHEMA_FLOOR.name):
+            return False
+        return connection.scalar(sa.select(SCHEMA_FLOOR.c.oldest)) in known
+
+
+def _known_revisions() -> set[str]:
+    return {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
+
+
 def upgrade(engine: sa.Engine) -> None:
-    """Run the migrations that are missing.
+    """Run the migrations that are missing. A newer schema that still takes this program is left as it is.
 
     Args:
         engine: of the ledger.
     Raises:
-        ConfigError: the database was written by a newer program.
+        ConfigError: the database was written by a newer program, and changed so that this one cannot use it.
     """
     current, head = schema_versions(engine)
-    if current == head:
+    if current == head or is_newer_and_usable(engine, current):
         return
     refuse_newer(current)
     config = alembic_config()

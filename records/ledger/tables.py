@@ -118,5 +118,7 @@ def any_of(column: sa.Column[Any], values: Collection[Any], dialect: sa.Dialect)
     return column == sa.any_(sa.literal(plain, sa.ARRAY(column.type)))
 
 
+SCHEMA_FLOOR = sa.Table("schema_floor", sa.MetaData(), sa.Column("oldest", sa.Text, primary_key=True))
+"""One row: the oldest schema version whose program may use this ledger. No record, so no backup holds it."""
 METADATA = sa.MetaData()
 TABLES: dict[type[Record], sa.Table] = {record_type: _table(record_type, METADATA) for record_type in LEDGER_TYPES}

@@ -128,6 +128,10 @@ def test_a_ledger_that_is_no_database_or_of_a_newer_program(tmp_path: Path) -> N
     file = tmp_path / "home" / "ledger.db"
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'from-the-future'")
+    usable = _look(settings, "ledger")
+    assert (usable.state, usable.fix) == ("warn", "install the newer version here, too")
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE schema_floor SET oldest = 'from-the-future'")
     newer = _look(settings, "ledger")
     assert newer.state == "fail"
     assert "from-the-future" in newer.detail

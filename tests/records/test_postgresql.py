@@ -17,7 +17,7 @@ from records.datasets import build_version
 from records.errors import ConfigError, RefusedError, UnavailableError
 from records.lease import hold
 from records.ledger import open_ledger
-from records.ledger.tables import LEDGER_TYPES
+from records.ledger.tables import LEDGER_TYPES, SCHEMA_FLOOR
 from records.restore import restore
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -164,6 +164,9 @@ def test_a_newer_schema_and_a_missing_database_are_refused(pg_store: Store, serv
     with pg_store.ledger.begin() as tx:
         tx.add(Cursor(name="x", position={}))
         tx.connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    open_ledger(database).close()  # a newer schema that was only added to
+    with pg_store.ledger.begin() as tx:
+        tx.connection.execute(sa.update(SCHEMA_FLOOR).values(oldest="9999"))
     with pytest.raises(ConfigError, match="'9999' is newer than this program knows"):
         open_ledger(database)
     nowhere = server.set(database="nowhere").render_as_string(hide_password=False)

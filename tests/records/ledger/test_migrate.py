@@ -9,23 +9,26 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from records.errors import ConfigError
+from records.ids import utc_now
 from records.ledger import Ledger, open_ledger
 from records.ledger.migrate import alembic_config, schema_versions, upgrade
-from records.ledger.tables import METADATA
-from records.types import Cursor
+from records.ledger.tables import METADATA, SCHEMA_FLOOR
+from records.types import Consent, Cursor, Image
+
+EVERYTHING: Any = [METADATA, SCHEMA_FLOOR.metadata]
 
 
 def test_migrations_make_exactly_the_tables_of_the_record_types(ledger: Ledger) -> None:
     with ledger.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+        assert compare_metadata(MigrationContext.configure(connection), EVERYTHING) == []
         names = set(sa.inspect(connection).get_table_names())
-    assert names == {*METADATA.tables, "alembic_version"}
+    assert names == {*METADATA.tables, SCHEMA_FLOOR.name, "alembic_version"}
 
 
 def test_an_index_that_only_one_of_them_has_would_be_found(ledger: Ledger) -> None:
     with ledger.engine.connect() as connection:
         connection.exec_driver_sql("DROP INDEX ux_round_steps_round_id_step")
-        (found,) = compare_metadata(MigrationContext.configure(connection), METADATA)
+        (found,) = compare_metadata(MigrationContext.configure(connection), EVERYTHING)
         connection.rollback()
     assert found[0] == "add_index"
 
@@ -43,13 +46,51 @@ def test_opening_again_keeps_rows_and_schema(tmp_path: Path) -> None:
     second.close()
 
 
-def test_a_newer_schema_is_refused_and_left_alone(ledger: Ledger) -> None:
+def test_a_newer_schema_that_does_not_say_who_may_use_it_is_refused_and_left_alone(ledger: Ledger) -> None:
     with ledger.engine.connect() as connection:
+        connection.exec_driver_sql("DROP TABLE schema_floor")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
         connection.commit()
     with pytest.raises(ConfigError, match=r"'9999' is newer than this program knows .*install the newer version"):
         upgrade(ledger.engine)
     assert schema_versions(ledger.engine)[0] == "9999"
+
+
+def upgraded_by_a_newer_program(ledger: Ledger, floor: str) -> None:
+    """What a program of the next release leaves: a column, a table, its version, and who may go on."""
+    with ledger.engine.connect() as connection:
+        connection.exec_driver_sql("ALTER TABLE cursors ADD COLUMN later TEXT")
+        connection.exec_driver_sql("ALTER TABLE images ADD COLUMN later INTEGER DEFAULT 7 NOT NULL")
+        connection.exec_driver_sql("CREATE TABLE later (id TEXT PRIMARY KEY)")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute(sa.update(SCHEMA_FLOOR).values(oldest=floor))
+        connection.commit()
+
+
+def test_the_previous_program_goes_on_with_a_schema_that_was_only_added_to(ledger: Ledger) -> None:
+    known = schema_versions(ledger.engine)[1]
+    with ledger.begin() as tx:
+        tx.add(Cursor(name="before", position={"a": 1}))
+    upgraded_by_a_newer_program(ledger, floor=known)
+    again = open_ledger(ledger.engine.url)
+    image = Image(
+        id="a" * 64, uri="blob:a", format="png", width_px=8, height_px=8, provenance="generated",
+        consent=Consent.TRAINING, created_at=utc_now(),
+    )  # fmt: skip
+    with again.begin() as tx:
+        tx.add(Cursor(name="after", position={"a": 2}), image)
+        tx.update(Cursor, "before", position={"a": 3})
+    with again.read() as tx:
+        assert {c.name: c.position for c in tx.find(Cursor)} == {"before": {"a": 3}, "after": {"a": 2}}
+        assert tx.require(Image, image.id) == image
+    assert schema_versions(again.engine)[0] == "9999"
+    again.close()
+
+
+def test_the_previous_program_is_refused_where_the_schema_says_so(ledger: Ledger) -> None:
+    upgraded_by_a_newer_program(ledger, floor="9999")
+    with pytest.raises(ConfigError, match="install the newer version"):
+        open_ledger(ledger.engine.url)
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
