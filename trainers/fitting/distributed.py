@@ -30,6 +30,7 @@ from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train, trained_model
 from trainers.fitting.mailbox import Postman, open_mailbox
 from trainers.fitting.process_group import ProcessGroup
+from trainers.fitting.scarcity import told_of_scarcity
 from trainers.fitting.strategies import StrategyRecipe, strategy_of
 from trainers.fitting.training_data import DataPlan
 from trainers.fitting.workers import CHECKPOINT_FILE, threads_of
@@ -74,7 +75,8 @@ def fit_distributed(
     mailbox = open_mailbox()
     job = _Job(settings, plan, _portable(store), policy, dict(initial_weights or {}), mailbox, run_dir.absolute())
     trainer = _trainer(settings, job, run_dir, use_gpu)
-    with _controller_environment(), Postman(mailbox, on_epoch) as postman:
+    needed = _needed(settings, use_gpu)
+    with _controller_environment(), told_of_scarcity(needed, _resources), Postman(mailbox, on_epoch) as postman:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -233,6 +235,12 @@ def _use_gpu(settings: TrainersSettings) -> bool:
 def _resources() -> dict[str, float]:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources
+
+
+def _needed(settings: TrainersSettings, use_gpu: bool) -> dict[str, float]:
+    """Return what the fewest workers that may train together need."""
+    workers = settings.min_workers if strategy_of(settings).elastic else settings.num_workers
+    return {"CPU": workers * threads_of(settings)} | ({"GPU": workers} if use_gpu else {})
 
 
 def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
