@@ -240,7 +240,8 @@ def _resources() -> dict[str, float]:
 def _needed(settings: TrainersSettings, use_gpu: bool) -> dict[str, float]:
     """Return what the fewest workers that may train together need."""
     workers = settings.min_workers if strategy_of(settings).elastic else settings.num_workers
-    return {"CPU": workers * threads_of(settings)} | ({"GPU": workers} if use_gpu else {})
+    cpus = float(workers * threads_of(settings))
+    return {"CPU": cpus, "GPU": float(workers)} if use_gpu else {"CPU": cpus}
 
 
 def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
