@@ -4,6 +4,7 @@ The page has a process of its own, so that whoever draws or uploads there takes 
 loopback and answers only requests that carry its token, which the ingress asks it for; all others go around the guard.
 """
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from records.errors import UnavailableError
 
 TOKEN_HEADER = "x-relook-page"
+FIND_TIMEOUT_S = 3.0
+"""How long a request waits for a page that is starting."""
 # Events of the page are one answer that lasts as long as somebody looks at it.
 _TIMEOUT = httpx.Timeout(None, connect=5.0)
 _OF_ONE_CONNECTION = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"})
@@ -88,8 +91,7 @@ class PageProxy:
         path, query = request.scope["raw_path"].decode("ascii"), request.scope["query_string"].decode("ascii")
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         for _ in range(2):
-            address = self._known or await self._find()
-            self._known = address
+            address = self._known or await self._found()
             headers = [(name, value) for name, value in request.headers.raw if _is_passed_on(name)]
             headers.append((TOKEN_HEADER.encode(), address.token.encode()))
             # Made here and not by the client, which would add headers that nobody sent.
@@ -108,6 +110,13 @@ class PageProxy:
             except httpx.HTTPError as error:
                 raise UnavailableError("the page did not answer; load it again") from error
         raise UnavailableError("the page is starting; load it again in a moment")
+
+    async def _found(self) -> PageAddress:
+        try:
+            self._known = await asyncio.wait_for(self._find(), FIND_TIMEOUT_S)
+        except TimeoutError as error:
+            raise UnavailableError("the page is starting; load it again in a moment") from error
+        return self._known
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHORT = 3
+SHORT = 2
 KILL_POINTS = {
     "begin": 8, "collect": 1, "version": 1, "tune": 1, "fit": 12, "evaluate": 6, "gate": 7, "rollout": 4, "select": 16,
     "push": 5,

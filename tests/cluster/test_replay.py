@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore::Deprecation
 
 @pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.soak)])
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, str]]:
-    """A small round that has ended, and the precision it was asked for."""
+    """A small round that has ended, and the precision it was asked for; in this process, whoever uses Ray in it."""
     folder = tmp_path_factory.mktemp("replay")
     settings = Settings(
         records=RecordsSettings(home=folder / "home"),
@@ -34,11 +34,15 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ),
         round=RoundSettings(tune="never", select_budget=0),
     )
+    patch = pytest.MonkeyPatch()
+    for module in ("cluster.round_steps", "cluster.replay"):
+        patch.setattr(f"{module}.ray_is_running", lambda: False)
     synthesize(folder / "pictures", lesions=140, seed=3, width_px=96)
     store = open_store(settings.records)
     import_folder(store, folder / "pictures", side_px=(32,))
     run_round(store, settings, started_by="test")
     yield store, request.param
+    patch.undo()
     store.close()
 
 

@@ -269,7 +269,7 @@ def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, picture: Callabl
     with Client(url, retry_s=0.0) as client:
         client.predict(picture(1))
     deadline = time.monotonic() + 60
-    while (status := httpx.get(url).status_code) != 200:
+    while (status := httpx.get(url, timeout=30).status_code) != 200:
         assert status == 503
         assert time.monotonic() < deadline
         time.sleep(0.2)
