@@ -32,6 +32,7 @@ from records.errors import RefusedError
 from records.store import Store
 from serving.http_server import require_free_port
 from serving.launch import ServiceHandle, start_service
+from trainers.data.source_table import read_source
 
 BACKGROUND_RATE_PER_S = 3.0
 
@@ -61,6 +62,8 @@ def play(settings: Settings, store: Store, *, data: Path | None, expert: Expert)
     """
     # Said before minutes of work, not after them.
     require_free_port(settings.serving.host, settings.serving.port)
+    if data is not None:
+        read_source(data)
     stages = Stages(store.home)
     tally = Tally()
     demo = Demo(settings, store, View(tally), tally, expert, stages)
