@@ -49,7 +49,7 @@ format: $(INSTALLED)  ## sort imports and lay out the code
 	$(BIN)/ruff format .
 
 test: setup  ## the whole suite: real Ray, real Label Studio, a browser where there is one
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## what needs no server and no browser
 	$(BIN)/pytest -m "not slow and not browser and not soak"

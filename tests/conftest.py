@@ -119,8 +119,15 @@ def browser(chromium: str) -> Iterator["Browser"]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the whole loop: it takes longest, and two processes share the files in this order."""
-    items.sort(key=lambda item: "e2e" not in item.path.parts)
+    """Begin with the whole loop, then with the files whose tests wait for servers.
+
+    Several processes share the files in this order: a long one that begins last keeps one process at work alone.
+    """
+    waits = {"ray_session", "browser"}
+    long = {
+        item.path for item in items if item.get_closest_marker("slow") or waits & set(getattr(item, "fixturenames", ()))
+    }
+    items.sort(key=lambda item: ("e2e" not in item.path.parts, item.path not in long))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -17,6 +17,8 @@ from trainers.fitting.strategies import STRATEGIES, strategy_of
 from trainers.fitting.workers import SingleWorker
 from trainers.settings import TrainersSettings
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("joined_run.py")
 RUN: dict[str, Any] = runpy.run_path(str(SCRIPT))
 Weights = dict[str, np.ndarray]
