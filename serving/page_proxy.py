@@ -15,14 +15,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from records.errors import UnavailableError
+from records.errors import UnavailableError, UnknownIdError
 
 TOKEN_HEADER = "x-relook-page"
 FIND_TIMEOUT_S = 3.0
 """How long a request waits for a page that is starting."""
 # Events of the page are one answer that lasts as long as somebody looks at it.
 _TIMEOUT = httpx.Timeout(None, connect=5.0)
-_OF_ONE_CONNECTION = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"})
+_KEPT_BACK = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", TOKEN_HEADER})
+"""Headers of one connection, and the one that only the ingress may set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,10 @@ class PageProxy:
         self._known = None
 
     async def _passed_on(self, request: Request) -> httpx.Response:
-        path, query = request.scope["raw_path"].decode("ascii"), request.scope["query_string"].decode("ascii")
+        path, query = request.scope["raw_path"], request.scope["query_string"]
+        if not path.startswith(b"/") or not (path + query).isascii():
+            # Written behind an address, such a path would make another address of it.
+            raise UnknownIdError("nothing is there: a path begins with a slash and has no letters beyond ASCII")
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         for _ in range(2):
             address = self._known or await self._found()
@@ -97,7 +101,9 @@ class PageProxy:
             # Made here and not by the client, which would add headers that nobody sent.
             asked = httpx.Request(
                 request.method,
-                f"http://127.0.0.1:{address.port}{path}{'?' if query else ''}{query}",
+                httpx.URL(
+                    scheme="http", host="127.0.0.1", port=address.port, raw_path=path + b"?" * bool(query) + query
+                ),
                 headers=headers,
                 content=request.stream() if has_body else None,
                 extensions={"timeout": _TIMEOUT.as_dict()},
@@ -127,4 +133,4 @@ class PageProxy:
 
 
 def _is_passed_on(name: bytes) -> bool:
-    return name.decode("latin-1").lower() not in _OF_ONE_CONNECTION
+    return name.decode("latin-1").lower() not in _KEPT_BACK

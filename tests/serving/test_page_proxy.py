@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import httpx
+import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -117,6 +118,22 @@ def test_the_page_answers_nobody_but_the_ingress() -> None:
 
     assert through_the_proxy(around, page()) == [403, 403]
     assert TOKEN not in repr(PageAddress(1, TOKEN))
+
+
+@pytest.mark.parametrize("target", ["@evil.example/", "http://evil.example/there", "evil", "/\xe9cho"])
+def test_no_path_makes_another_address_of_the_pages(target: str) -> None:
+    async def ask(client: httpx.AsyncClient, _: int) -> tuple[bytes, int]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        head = f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode("latin-1"))
+        answer = await reader.read()
+        writer.close()
+        return answer, (await client.get("/echo", headers={TOKEN_HEADER: "a guess"})).status_code
+
+    answer, with_a_guess = through_the_proxy(ask, page())
+    # An absolute address is read as its path, which the page does not have.
+    assert answer.split()[1] in (b"400", b"404")
+    assert with_a_guess == 200
 
 
 def test_a_page_that_was_replaced_is_found_again_and_one_that_is_gone_is_a_problem() -> None:
