@@ -189,15 +189,10 @@ class PageReplica:
         self._token = secrets.token_urlsafe(32)
         app = Locked(page_app(settings, open_store(records)), self._token)
         self._server = HttpServer(app, "127.0.0.1", 0)
-        self._started = False
 
     async def check_health(self) -> None:
         """Begin to listen at the first call; later say whether the listener still runs."""
-        if not self._started:
-            await self._server.start()
-            self._started = True
-        if not self._server.running:
-            raise UnavailableError("the page's listener ended")
+        await self._server.check()
 
     async def address(self) -> PageAddress:
         """Return where the page listens."""
@@ -229,15 +224,10 @@ class IngressReplica:
         service = RemoteService(open_store(records), settings, predictor, explainer)
         app = create_app(service, None if page is None else PageProxy(find_page))
         self._server = HttpServer(app, settings.host, settings.port)
-        self._started = False
 
     async def check_health(self) -> None:
         """Begin to listen at the first call; later say whether the listener still runs."""
-        if not self._started:
-            await self._server.start()
-            self._started = True
-        if not self._server.running:
-            raise UnavailableError("the HTTP listener ended")
+        await self._server.check()
 
     async def __del__(self) -> None:
         await self._server.stop()

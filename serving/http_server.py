@@ -67,10 +67,17 @@ class HttpServer:
                 raise UnavailableError("the HTTP app did not start") from self._task.exception()
             await asyncio.sleep(0.01)
 
-    @property
-    def running(self) -> bool:
-        """True from `start` until the listener ends, whatever ends it."""
-        return self._task is not None and not self._task.done()
+    async def check(self) -> None:
+        """Listen, if nobody asked for it yet; later say whether it still does.
+
+        Raises:
+            ConfigError: the port is in use.
+            UnavailableError: the app did not start, or the listener ended.
+        """
+        if self._task is None:
+            await self.start()
+        elif self._task.done():
+            raise UnavailableError("the HTTP listener ended")
 
     async def stop(self) -> None:
         """Take no more requests, finish those under way, and free the port."""

@@ -228,8 +228,14 @@ def _controller_environment() -> Iterator[None]:
 def _use_gpu(settings: TrainersSettings) -> bool:
     if settings.use_gpu != "auto":
         return settings.use_gpu
-    needed = settings.min_workers if strategy_of(settings).elastic else settings.num_workers
-    return needed <= _resources().get("GPU", 0)
+    return _fewest_workers(settings)[0] <= _resources().get("GPU", 0)
+
+
+def _fewest_workers(settings: TrainersSettings) -> tuple[int, str]:
+    """Return how many workers have to be there before any of them trains, and the setting that says so."""
+    if strategy_of(settings).elastic:
+        return settings.min_workers, "min_workers"
+    return settings.num_workers, "num_workers"
 
 
 def _resources() -> dict[str, float]:
@@ -239,7 +245,7 @@ def _resources() -> dict[str, float]:
 
 def _needed(settings: TrainersSettings, use_gpu: bool) -> dict[str, float]:
     """Return what the fewest workers that may train together need."""
-    workers = settings.min_workers if strategy_of(settings).elastic else settings.num_workers
+    workers, _ = _fewest_workers(settings)
     cpus = float(workers * threads_of(settings))
     return {"CPU": cpus, "GPU": float(workers)} if use_gpu else {"CPU": cpus}
 
@@ -247,8 +253,7 @@ def _needed(settings: TrainersSettings, use_gpu: bool) -> dict[str, float]:
 def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
     resources = _resources()
     threads = threads_of(settings)
-    elastic = strategy_of(settings).elastic
-    workers, field_name = (settings.min_workers, "min_workers") if elastic else (settings.num_workers, "num_workers")
+    workers, field_name = _fewest_workers(settings)
     cpus = int(resources.get("CPU", 0))
     if workers * threads > cpus:
         raise ConfigError(

@@ -49,13 +49,13 @@ class BatchOutput:
     """[N, C], before calibration"""
     probabilities: FloatArray
     """[N, C], calibrated; NaN throughout a row whose logits are not finite"""
+    num_threads: int
+    """CPU threads that computed it"""
     maps: Float32Array | None
     """[N, C, h, w] Grad-CAM of every class, not negative; NaN for a row whose logits are not finite"""
     ood_scores: FloatArray | None = None
     """[N] distance from the training pictures, above 1 is out of distribution (see `inference.suitability`); NaN
     for a row whose features are not finite; None if the bundle cannot tell"""
-    num_threads: int = 1
-    """CPU threads that computed it"""
 
     @property
     def finite(self) -> NDArray[np.bool_]:
@@ -123,9 +123,9 @@ class LoadedModel:
         return BatchOutput(
             logits_array,
             probabilities,
+            num_threads=torch.get_num_threads(),
             maps=None if maps is None else maps.contiguous().cpu().numpy(),
             ood_scores=ood_scores,
-            num_threads=torch.get_num_threads(),
         )
 
     def describe(self, pixels: NDArray[np.uint8]) -> Float32Array:
