@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
 from records.ids import canonical_json
+from trainers.settings import TrainersSettings
 from tuning.trials import Decision, SearchHeader, TrialResult, TrialState, Turn
 
 FILE_NAME = "journal.jsonl"
@@ -212,6 +213,8 @@ def _drop_torn_line(path: Path) -> None:
 
 def _require_same_search(before: SearchHeader, now: SearchHeader, run_dir: Path) -> None:
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    # A setting that the journal does not name came to Relook after the search began, which ran as its default says.
+    old["base"] = TrainersSettings().model_dump(mode="json", include=set(new["base"])) | old["base"]
     for name in old:
         if name not in MAY_CHANGE and old[name] != new[name]:
             changed = _first_difference(name, old[name], new[name])

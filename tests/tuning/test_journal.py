@@ -5,6 +5,7 @@ import json
 import pytest
 
 from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
+from trainers.settings import TrainersSettings
 from tuning.journal import FILE_NAME, open_journal, read_journal
 from tuning.log import SearchLog
 from tuning.trials import Decision, Origin, TrialPlan, Turn
@@ -80,6 +81,22 @@ def test_another_search_is_refused(tmp_path, make_header, change, message):
 
     with pytest.raises(RefusedError, match=message):
         open_journal(tmp_path, make_header(**change))
+
+
+@pytest.mark.parametrize(("gamma", "same"), [(0.3, True), (0.5, False)])
+def test_a_setting_that_is_newer_than_the_search_had_its_default(tmp_path, make_header, gamma, same):
+    header = make_header()
+    assert "gamma" not in header.base
+    assert TrainersSettings().gamma == 0.3
+    open_journal(tmp_path, header).close()
+    today = make_header(base=header.base | {"gamma": gamma})
+
+    if same:
+        open_journal(tmp_path, today).close()
+        assert read_journal(tmp_path)[0] == today
+    else:
+        with pytest.raises(RefusedError, match=r"another base.gamma \(0.3, now 0.5\)"):
+            open_journal(tmp_path, today)
 
 
 def test_a_search_may_be_asked_for_more_trials(tmp_path, make_header):
