@@ -8,8 +8,8 @@ room: `trainers.evaluation.evaluate` turns it into null with the reason.
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from records.errors import ContractError
 
@@ -127,7 +127,7 @@ def one_vs_rest_auc(labels: IntArray, probabilities: FloatArray) -> FloatArray:
     Returns:
         [C]; NaN for a class without cases or without other cases.
     """
-    ranks = rankdata(probabilities, axis=0)
+    ranks = pd.DataFrame(probabilities).rank().to_numpy()
     is_class = labels[:, None] == np.arange(probabilities.shape[1])
     cases = is_class.sum(axis=0).astype(np.float64)
     others = len(labels) - cases

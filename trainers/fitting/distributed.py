@@ -39,6 +39,8 @@ from trainers.settings import TrainersSettings
 RUN_NAME = "ray"
 START_TIMEOUT_S = 300
 """A busy machine may need minutes to start processes that import torch; Ray Train's own limit is one."""
+LOCAL_LOOK_S = 0.2
+"""How often Ray Train looks after workers on the machine it runs on; asking a neighbour process costs milliseconds."""
 
 
 def fit_distributed(
@@ -95,7 +97,8 @@ def fit_distributed(
 def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bool) -> ray.train.torch.TorchTrainer:
     return ray.train.torch.TorchTrainer(
         _train_on_worker,
-        train_loop_config={"job": job},
+        # By reference: Ray Train's controller, which starts before the workers, need not load what only they use.
+        train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=_num_workers(settings),  # type: ignore[arg-type] # the stubs know no elastic pair
             use_gpu=use_gpu,
@@ -176,7 +179,7 @@ class _Job:
 
 
 def _train_on_worker(config: dict[str, Any]) -> None:
-    job: _Job = config["job"]
+    job: _Job = ray.get(config["job"])
     if ray.get(job.mailbox.fatal.remote()) is not None:
         # Ray Train starts a failed group again; what failed for a reason of its own would fail the same way.
         return
@@ -216,6 +219,8 @@ def _controller_environment() -> Iterator[None]:
     if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
         # A process more that watches for nodes about to be taken away; this one takes everything with it.
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        # A worker that has reported a checkpoint waits until the controller looks, which it does every two seconds.
+        wanted["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(LOCAL_LOOK_S)
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
