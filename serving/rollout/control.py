@@ -14,7 +14,6 @@ from records.models import registered_bundle, serve_model, serving_model
 from records.store import Store
 from records.types import ModelRecord, ModelStatus, Rollout, RolloutStage
 from serving.rollout.harms import HARMS, found_harm
-from trainers.inference.loaded import load_model
 
 UNDER_WAY = (RolloutStage.SHADOW, RolloutStage.CANARY)
 
@@ -60,6 +59,8 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
 
 
 def _require_sound(store: Store, record: ModelRecord) -> None:
+    from trainers.inference.loaded import load_model  # torch, which the API needs for nothing else
+
     try:
         bundle = registered_bundle(store, record)
         load_model(bundle).check_golden()

@@ -2,11 +2,11 @@
 
 In: a network (or its head), normalised pictures [N, 3, S, S] and the class that each map is about.
 Out: one map per picture. The gradients are taken with respect to a copy of the input, so that the
-network's parameters, and other threads that use it, are untouched.
+network's parameters, and other threads that use it, are untouched. captum draws, too, and takes a second to import:
+only what needs it loads it.
 """
 
 import torch
-from captum.attr import IntegratedGradients, Occlusion
 from torch import Tensor, nn
 
 IG_STEPS = 50
@@ -48,6 +48,8 @@ def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, ste
     Returns:
         [N, S, S], signed, summed over colours; a map sums to about logit(picture) - logit(baseline).
     """
+    from captum.attr import IntegratedGradients
+
     chunk = in_flight(inputs.shape[-1])
     with torch.inference_mode(False), torch.enable_grad():
         method = IntegratedGradients(network)
@@ -75,6 +77,8 @@ def occlusion(network: nn.Module, inputs: Tensor, target: Tensor, window_px: int
     Returns:
         [N, S, S], signed: the mean fall over the windows that cover a pixel.
     """
+    from captum.attr import Occlusion
+
     side_px = window_px or max(2, inputs.shape[-1] // 8)
     stride_px = max(1, side_px // 2)
     with torch.inference_mode():

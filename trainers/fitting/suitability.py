@@ -21,7 +21,7 @@ from trainers.data.cache import PixelCache
 from trainers.evaluation.sample import stratified_sample
 from trainers.explanations.facts import NUM_IMAGES, faithfulness_facts
 from trainers.fitting.loop import TrainedModel
-from trainers.inference.neighbours import early_statistics, first_convolution, pooled_features
+from trainers.inference.described import early_statistics, first_convolution, pooled_features
 from trainers.preprocess import check_pixels, scale_pixels, to_tensor
 
 SCORING_BATCH = 64

@@ -26,8 +26,8 @@ from trainers.evaluation.metrics import FloatArray, IntArray
 from trainers.explanations.closed_form import ClosedForm, closed_form_of
 from trainers.explanations.gradients import head_gradcam
 from trainers.explanations.methods import METHODS
+from trainers.inference.described import early_statistics, first_convolution, pooled_features
 from trainers.inference.fold import fold_batch_norm
-from trainers.inference.neighbours import early_statistics, first_convolution, pooled_features
 from trainers.inference.suitability import picture_checks_of
 from trainers.models import MODELS, build_model
 from trainers.precision import Precision, PrecisionChoice, autocast, resolve_precision

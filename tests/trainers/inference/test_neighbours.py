@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from records.errors import ContractError
-from trainers.inference.neighbours import Neighbours, fit_neighbours, pooled_features
+from trainers.inference.described import pooled_features
+from trainers.inference.neighbours import Neighbours, fit_neighbours
 
 
 def plain(reference, rank):
