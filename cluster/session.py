@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from cluster.settings import Settings
+from cluster.settings import ClusterSettings, Settings
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import Home, open_home
 from records.key_files import key_file
@@ -32,6 +33,9 @@ from records.key_files import key_file
 MAX_TEMP_DIR_CHARS = 40
 PROBE_TIMEOUT_S = 3.0
 _OWNER = "owner.pid"
+_TOO_SLOW = "timed out during startup"
+# Ray tells as an error that Serve's controller, asked to end, has ended.
+_EXPECTED_AT_THE_END = re.compile(r"Task ServeController\.graceful_shutdown failed")
 NOT_UPLOADED = (".relook", ".venv", "venv", ".git", "**/__pycache__", ".*_cache", "tests", "bench", "docs")
 
 _QUIET = {
@@ -135,16 +139,7 @@ def _local(settings: Settings, home: Home) -> Iterator[RaySession]:
     temp_dir = _temp_dir(wanted.temp_dir)
     failed = True
     try:
-        _init(
-            address="local",
-            num_cpus=wanted.logical_cpus,
-            num_gpus=wanted.num_gpus,
-            object_store_memory=wanted.object_store_mb * 2**20,
-            include_dashboard=False,
-            log_to_driver=wanted.worker_logs,
-            _temp_dir=str(temp_dir),
-            _system_config={"enable_metrics_collection": False},
-        )
+        _init_here(temp_dir, wanted)
         yield RaySession(address=_address(), owned=True, logs=temp_dir / "session_latest" / "logs")
         failed = False
     except (KeyboardInterrupt, SystemExit):
@@ -158,6 +153,28 @@ def _local(settings: Settings, home: Home) -> Iterator[RaySession]:
             if failed:
                 _keep_logs(temp_dir, home)
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _init_here(temp_dir: Path, wanted: ClusterSettings) -> None:
+    """Start Ray; once more if its node took longer than the 30 s that Ray allows it, as on a machine just booted."""
+    for attempt in (1, 2):
+        try:
+            _init(
+                address="local",
+                num_cpus=wanted.logical_cpus,
+                num_gpus=wanted.num_gpus,
+                object_store_memory=wanted.object_store_mb * 2**20,
+                include_dashboard=False,
+                log_to_driver=wanted.worker_logs,
+                _temp_dir=str(temp_dir),
+                _system_config={"enable_metrics_collection": False},
+            )
+        except UnavailableError as error:
+            if attempt == 2 or _TOO_SLOW not in str(error):
+                raise
+            _end(_processes_under(temp_dir), timeout_s=0)
+        else:
+            return
 
 
 def _joined(settings: Settings, environ: Mapping[str, str]) -> Iterator[RaySession]:
@@ -190,8 +207,10 @@ def _init(**options: Any) -> None:
     import ray
     from ray._private import ray_constants
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    from ray._private.ray_logging import stdout_deduplicator
 
     native: Any = importlib.import_module("ray._raylet")
+    stdout_deduplicator.skip_re = _EXPECTED_AT_THE_END
     if options["address"] == "local":
         ray_constants.ENABLE_RAY_CLUSTER = False  # read at import, which may have been before our environment
     # Ray keeps mode and token of its first look at the environment; a second session of this process has its own.

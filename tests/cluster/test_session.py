@@ -132,6 +132,34 @@ def test_a_second_session_in_one_process_is_refused(ray_session: RaySession, ray
 
 
 @pytest.mark.slow
+def test_a_node_that_was_too_slow_is_started_once_more(tmp_path: Path) -> None:
+    script = """
+import psutil, ray
+really, calls, left = ray.init, [], []
+WAIT = "import time; time.sleep(600)"  # stands for a raylet that still starts
+def slow(**options):
+    calls.append(options["address"])
+    if len(calls) == 1:
+        left.append(subprocess.Popen([sys.executable, "-c", WAIT, options["_temp_dir"]]))
+        raise Exception("The current node timed out during startup. This could happen because ...")
+    return really(**options)
+ray.init = slow
+with start_ray(settings) as session:
+    print(len(calls), left[0].wait(5), ray.is_initialized())
+ray.init = lambda **options: calls.append("again") or (_ for _ in ()).throw(Exception("no room"))
+try:
+    with start_ray(settings):
+        pass
+except Exception as error:
+    print(len(calls), type(error).__name__, error)
+"""
+    process = _start(script, tmp_path / "home")
+    out, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    assert out.splitlines() == ["2 -9 True", "3 UnavailableError Ray did not start here: no room"]
+
+
+@pytest.mark.slow
 def test_sessions_that_end_by_error_and_by_sigterm_leave_nothing(tmp_path: Path) -> None:
     script = """
 import psutil, signal

@@ -67,6 +67,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     before = set(psutil.pids())
     done = relook(home, "demo", "--json", *sets())
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "raylet" not in done.stderr, done.stderr[-4000:]
     summary = json.loads((home / "demo" / "summary.json").read_text())
     assert json.loads(done.stdout) == summary
     assert left_behind(before, home) == []
