@@ -3,14 +3,13 @@
     .venv/bin/python bench/start.py --repeats 2
 
 Generated pictures and the smallest network, so that hardly anything but the start is measured. One JSON line per
-repeat: seconds, and megabytes of memory that a replica shares with nobody. Copied into a checkout of another commit
+repeat: seconds, and MiB of memory that a replica shares with nobody. Copied into a checkout of another commit
 it measures that one; two of them by turns on an idle machine compare.
 """
 
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["PYTHONPATH"] = sys.path[0]
 
 import psutil
+from live_service import LiveService
 
 from cluster.session import start_ray
 from cluster.settings import Settings
@@ -30,12 +30,14 @@ from records.models import register, serve_model
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import ModelStatus
+from serving.bench.peers import free_port
 from serving.settings import ServingSettings
 from trainers.data.importer import open_dataset
 from trainers.data.synth import synthesize
 from trainers.fitting.fit import fit
 from trainers.settings import TrainersSettings
 
+DEPLOYMENTS = ("ingress", "page", "predictor", "explainer")
 LESIONS = 140
 TRAINERS = {"model": "custom_cnn", "side_px": 32, "epochs": 2, "precision": "fp32", "threads_per_worker": 1}
 
@@ -48,21 +50,13 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - began, 1)
 
 
-def replicas_mb() -> dict[str, float]:
+def replicas_mib(service: LiveService) -> dict[str, float]:
     """Return the memory that each replica of the service shares with nobody."""
-    found = {}
-    for child in psutil.Process().children(recursive=True):
-        if child.status() != psutil.STATUS_ZOMBIE and "ServeReplica:relook:" in (line := " ".join(child.cmdline())):
-            name = line.split("ServeReplica:relook:")[1].split()[0].split(".")[0]
-            found[name] = round(child.memory_full_info().uss / 2**20)
-    return found
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return {
+        name: round(process.memory_full_info().uss / 2**20)
+        for name in DEPLOYMENTS
+        for process in service.replicas(name)
+    }
 
 
 def measure(folder: Path) -> dict:
@@ -87,10 +81,10 @@ def measure(folder: Path) -> dict:
                 serve_model(tx, bundle.id, ModelStatus.CHAMPION)
             with timed(seconds, "service"):
                 service = start_service(settings.serving, settings.records)
-            memory_mb = replicas_mb()
+            memory_mib = replicas_mib(LiveService(service.url, store, psutil.Process()))
             with timed(seconds, "service_stop"):
                 service.stop()
-    return {"seconds": seconds, "replica_mb": memory_mb}
+    return {"seconds": seconds, "replica_mib": memory_mib}
 
 
 def main() -> None:

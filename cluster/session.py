@@ -210,7 +210,8 @@ def _init(**options: Any) -> None:
     from ray._private.ray_logging import stdout_deduplicator
 
     native: Any = importlib.import_module("ray._raylet")
-    stdout_deduplicator.skip_re = _EXPECTED_AT_THE_END
+    if "RAY_DEDUP_LOGS_SKIP_REGEX" not in os.environ:
+        stdout_deduplicator.skip_re = _EXPECTED_AT_THE_END
     if options["address"] == "local":
         ray_constants.ENABLE_RAY_CLUSTER = False  # read at import, which may have been before our environment
     # Ray keeps mode and token of its first look at the environment; a second session of this process has its own.

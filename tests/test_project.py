@@ -209,6 +209,14 @@ def test_an_engine_is_refused_outside_its_files(name: str, place: str) -> None:
     assert "TID251" in found.stdout
 
 
+def test_the_api_and_the_page_load_no_network() -> None:
+    """Each would hold 300 MB more, and start seconds later, for nothing it does."""
+    script = "import sys, serving.deployments, serving.app, serving.routes.page; print('torch' in sys.modules)"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_the_make_verbs_exist_and_ci_runs_them() -> None:
     text = (ROOT / "Makefile").read_text()
     verbs = set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))

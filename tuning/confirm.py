@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import sqrt
 from statistics import fmean, stdev
 
-from scipy.special import stdtrit
+from scipy.special import stdtrit as student_quantile
 
 from trainers.settings import TrainersSettings
 from tuning.trials import Confirmation, Origin, TrialPlan, TrialResult, Verdict
@@ -75,7 +75,7 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """
     if len(values) < 2:
         return None, None
-    half = float(stdtrit(len(values) - 1, 0.5 + LEVEL / 2)) * stdev(values) / sqrt(len(values))
+    half = float(student_quantile(len(values) - 1, 0.5 + LEVEL / 2)) * stdev(values) / sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
 
 

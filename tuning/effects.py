@@ -14,7 +14,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.special import stdtrit
+from scipy.special import stdtrit as student_quantile
 
 from trainers.augmentation.inline import PREFIX
 from tuning.space import COMPOSED
@@ -148,7 +148,7 @@ def _least_squares(
     for axis, choices in met.items():
         if len(choices) > 1:
             contrasts[axis, choices[-1]] = -sum(contrasts[axis, choice] for choice in choices[:-1])
-    width = float(stdtrit(spare, 1.0 - (1.0 - LEVEL) / (2 * max(1, contrasts_in_all))))
+    width = float(student_quantile(spare, 1.0 - (1.0 - LEVEL) / (2 * max(1, contrasts_in_all))))
     found = {}
     for name, contrast in contrasts.items():
         effect = float(contrast @ solution)

@@ -40,7 +40,7 @@ RUN_NAME = "ray"
 START_TIMEOUT_S = 300
 """A busy machine may need minutes to start processes that import torch; Ray Train's own limit is one."""
 LOCAL_LOOK_S = 0.2
-"""How often Ray Train looks after workers on the machine it runs on; asking a neighbour process costs milliseconds."""
+"""How often Ray Train looks after its workers where all of it runs on one machine."""
 
 
 def fit_distributed(
