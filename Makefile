@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := records trainers tuning serving labeling cluster
+ROOMS := records images vision trainers tuning serving labeling cluster
 INSTALLED := $(VENV)/.relook-installed
 LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
 AUDIT_TOOLS := build/audit-tools
@@ -54,22 +54,25 @@ test: setup  ## the whole suite: real Ray, real Label Studio, a browser where th
 test-fast: $(INSTALLED)  ## what needs no server and no browser
 	$(BIN)/pytest -m "not slow and not browser and not soak"
 
-bench: setup  ## time and memory of the demo
-	$(BIN)/python bench/demo.py $(if $(DATA),--data "$(DATA)")
+bench: setup  ## time and memory of the demo; make bench-KIND measures train, tune, serve, explain or label
+	$(BIN)/python -m bench.drills.demo $(if $(DATA),--data "$(DATA)")
+
+bench-%: setup
+	$(BIN)/python -m bench $* --json
 
 soak: setup  ## the long forms: rounds and searches killed at many moments, the demo again and again for MINUTES (10)
 	$(BIN)/pytest -m soak
-	$(BIN)/python bench/kill_training.py --workers 2 --kills 4
-	$(BIN)/python bench/kill_matrix.py --points $(or $(POINTS),30)
-	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 3 --kills 3
-	RAY_AUTH_MODE=token $(BIN)/python bench/chaos_tune.py --rounds 2 --kills 3 --searcher pbt
-	$(BIN)/python bench/fuzz_api.py --uploads 10000 --examples 40
-	$(BIN)/python bench/release_drills.py
-	$(BIN)/python bench/kill_service.py --kills 2
-	$(BIN)/python bench/label_chaos.py --items 400 --batch 20 --kills 20
-	$(BIN)/python bench/two_nodes.py --trials 6 --epochs 8
-	$(BIN)/python bench/three_nodes.py
-	$(BIN)/python bench/soak.py --minutes $(or $(MINUTES),10)
+	$(BIN)/python -m bench.drills.kill_training --workers 2 --kills 4
+	$(BIN)/python -m bench.drills.kill_matrix --points $(or $(POINTS),30)
+	RAY_AUTH_MODE=token $(BIN)/python -m bench.drills.chaos_tune --rounds 3 --kills 3
+	RAY_AUTH_MODE=token $(BIN)/python -m bench.drills.chaos_tune --rounds 2 --kills 3 --searcher pbt
+	$(BIN)/python -m bench.drills.fuzz_api --uploads 10000 --examples 40
+	$(BIN)/python -m bench.drills.release_drills
+	$(BIN)/python -m bench.drills.kill_service --kills 2
+	$(BIN)/python -m bench.drills.label_chaos --items 400 --batch 20 --kills 20
+	$(BIN)/python -m bench.drills.two_nodes --trials 6 --epochs 8
+	$(BIN)/python -m bench.drills.three_nodes
+	$(BIN)/python -m bench.drills.soak --minutes $(or $(MINUTES),10)
 
 audit: setup $(AUDIT_TOOLS)/.installed  ## bills of materials, and known vulnerabilities of what is pinned (asks OSV)
 	.ci/audit $(AUDIT_TOOLS) $(VENV) build/audit

@@ -124,34 +124,30 @@ def status(
     emit(as_json, found, report(found))
 
 
-bench_app = typer.Typer(help="Measure this machine: rates, ratios to peers, memory.", no_args_is_help=True)
-
-# In this order they stand in `relook --help`. A room that can be measured has a `bench_app`, too.
+# In this order they stand in `relook --help`.
 for _verbs in (cluster.verbs, cluster.round_cli, trainers.cli, tuning.cli, serving.cli, labeling.cli, records.cli):
     app.add_typer(_verbs.app)
-    _measured: typer.Typer | None = getattr(_verbs, "bench_app", None)
-    if _measured is not None:
-        bench_app.registered_commands += _measured.registered_commands
-app.add_typer(bench_app, name="bench")
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], command: typer.Typer = app, name: str = "relook") -> int:
     """Run one command line.
 
     Args:
         arguments: without the program's name.
+        command: whose verbs they name.
+        name: of the program, for help and error messages.
     Returns:
         The exit code.
     """
     if "--json" not in arguments:
-        return _run(arguments, as_json=False)
+        return _run(arguments, command, name, as_json=False)
     with results_alone():
-        return _run(arguments, as_json=True)
+        return _run(arguments, command, name, as_json=True)
 
 
-def _run(arguments: Sequence[str], *, as_json: bool) -> int:
+def _run(arguments: Sequence[str], command: typer.Typer, name: str, *, as_json: bool) -> int:
     try:
-        code = typer.main.get_command(app).main(args=list(arguments), prog_name="relook", standalone_mode=False)
+        code = typer.main.get_command(command).main(args=list(arguments), prog_name=name, standalone_mode=False)
     except TyperException as error:
         return _complain(_usage(error), type(error).__name__, 2, as_json)
     except RelookError as error:

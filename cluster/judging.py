@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cluster.gate import Contender, GateReport, Slice, Verdict, decide
-from cluster.gate.contenders import BoolArray
 from cluster.settings import Settings
+from images.cache import PixelCache
+from records.arrays import BoolArray
 from records.bundles import Bundle
 from records.datasets import DatasetVersion
 from records.ledger import Transaction
@@ -19,9 +20,8 @@ from records.models import find_bundle, serving_model
 from records.store import Store
 from records.stored import find_images
 from records.types import AuditEvent, Image, ModelStatus, RoundStep, Side
-from trainers.data.cache import PixelCache
 from trainers.evaluation.evaluate import GUARDED_SIDES, SidePredictions, predict_side
-from trainers.explanations.sanity import randomisation_similarity
+from trainers.evaluation.sanity import randomisation_similarity
 
 SANITY_PICTURES = 32
 AGE_BANDS = ((0, 40), (40, 60), (60, 131))

@@ -2,10 +2,10 @@
 
 from datetime import datetime
 
+from images.grouping import group_pictures
 from labeling.consensus import ConsensusMethod, resolve
 from records.store import Store
 from records.types import ExpertLabel, Image, ReasonCode, ResolvedLabel, ReviewItem
-from trainers.data.grouping import group_pictures
 
 
 def resolved_labels(

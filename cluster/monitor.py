@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from cluster.labels import audit_labels
+from records.arrays import BoolArray, FloatArray
 from records.errors import ContractError
 from records.store import Store
 from records.stored import find_images
@@ -120,7 +120,7 @@ def _cell(share: Share) -> str:
     return f"{share.estimate:.3f} ({share.interval[0]:.3f} to {share.interval[1]:.3f})"
 
 
-def share_of(events: Sequence[bool] | NDArray[np.bool_], weights: Sequence[float], largest: float) -> Share:
+def share_of(events: Sequence[bool] | BoolArray, weights: Sequence[float], largest: float) -> Share:
     """Estimate a weighted share with an interval that holds at all times.
 
     Args:
@@ -144,13 +144,13 @@ def share_of(events: Sequence[bool] | NDArray[np.bool_], weights: Sequence[float
     return Share(estimate=estimate, interval=ends, pictures=len(x))
 
 
-def _log_wealth(x: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _log_wealth(x: FloatArray, weights: FloatArray) -> FloatArray:
     """Return the log of the mean wealth after every event, [N, grid]; half bets that p is too low, half too high."""
     gain = weights[:, None] * (x[:, None] - _GRID)  # in [-1, 1]
     paths = [np.log1p(bet * sign * gain).cumsum(axis=0) for bet in _BETS for sign in (1.0, -1.0)]
     stacked = np.stack(paths)
     top = stacked.max(axis=0)
-    wealth: NDArray[np.float64] = top + np.log(np.exp(stacked - top).mean(axis=0))
+    wealth: FloatArray = top + np.log(np.exp(stacked - top).mean(axis=0))
     return wealth
 
 

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
+from images.cache import PixelCache
+from images.grouping import group_pictures
+from images.intake import Intake
 from labeling.acquisition.registry import Pool, rule_named
+from records.arrays import Float32Array
 from records.erasure import make_way
 from records.errors import DataError
 from records.ids import utc_now
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import Consent, ExpertLabel, Image, ReviewItem, SourceLabel
-from trainers.data.cache import PixelCache
-from trainers.data.grouping import group_pictures
-from trainers.data.intake import Intake
-from trainers.inference.loaded import LoadedModel
+from vision.inference.loaded import LoadedModel
 
 BATCH_SIZE = 64
 MAX_CANDIDATES = 4096
@@ -134,7 +134,7 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
     )
 
 
-def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> NDArray[np.float32]:
+def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Float32Array:
     """Describe the pictures that have a label already, at most 2048 of them by id."""
     images, labels = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, ExpertLabel)]
     labelled = sa.or_(*(sa.exists().where(column == images.c.id) for column in labels))

@@ -10,15 +10,16 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from cluster.pool import BATCH_SIZE
+from images.cache import PixelCache
 from labeling.label_noise import suspicious_rows
+from records.arrays import Float32Array, FloatArray
 from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.ids import new_id, utc_now
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import ReasonCode, ReviewItem, Side
-from trainers.data.cache import PixelCache
-from trainers.inference.loaded import load_model
+from vision.inference.loaded import load_model
 
 _FOLDS = 5
 
@@ -69,8 +70,8 @@ def ask_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budget: i
 
 
 def out_of_fold_probabilities(
-    features: NDArray[np.float32], labels: NDArray[np.intp], groups: NDArray[np.object_], num_classes: int
-) -> NDArray[np.float64]:
+    features: Float32Array, labels: NDArray[np.intp], groups: NDArray[np.object_], num_classes: int
+) -> FloatArray:
     """Return for every row what a linear head says that did not see its group.
 
     Args:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from cluster.pool import BATCH_SIZE, candidates, pool_of
+from images.cache import PixelCache
+from images.decode import decode_square
 from labeling.acquisition.registry import choose, choose_mixed
 from records.bundles import Bundle
 from records.ids import new_id, utc_now
@@ -12,10 +14,9 @@ from records.ledger import Transaction
 from records.store import Store
 from records.stored import read_picture
 from records.types import Image, ReasonCode, ReviewItem
-from trainers.data.cache import PixelCache
-from trainers.data.decode import decode_square
-from trainers.explanations.overlay import overlay_png
-from trainers.inference.loaded import BatchOutput, load_model
+from vision.explanations.overlay import overlay_png
+from vision.inference.loaded import load_model
+from vision.inference.output import BatchOutput
 
 OVERLAY_SIDE_PX = 384
 DEFAULT_RULE = "least_confidence"

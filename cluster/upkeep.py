@@ -6,13 +6,13 @@ The records know what may go; decoded pixels are the trainers'. This is where th
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from images.forget import forget_pixels
 from records.erasure import Erasure, erase_image
 from records.errors import DataError
 from records.patients import patient_hash
 from records.retention import Retention, apply_retention
 from records.store import Store
 from records.types import Image
-from trainers.data.forget import forget_pixels
 
 
 def retain(store: Store, advance: Callable[[int, int], None]) -> Retention:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from labeling.bench import cli as bench_cli
 from records.command import (
     ConfigOption,
     JsonOption,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from records.store import Store
 
 app = typer.Typer()
-bench_app = bench_cli.app
 label_app = typer.Typer(help="Experts: the local Label Studio, questions out, answers in.", no_args_is_help=True)
 app.add_typer(label_app, name="label")
 

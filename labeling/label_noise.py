@@ -7,7 +7,7 @@ not learn from its lesion. What is suspicious gets a second opinion; nothing is 
 import numpy as np
 from numpy.typing import NDArray
 
-from labeling.acquisition.scores import FloatArray
+from records.arrays import FloatArray
 from records.errors import ContractError
 
 

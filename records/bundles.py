@@ -93,7 +93,7 @@ class OperatingPoints(_Part):
 
 
 class QualityLimits(_Part):
-    """Limits of picture quality, on the pixels that the model sees; see `trainers.inference.suitability`."""
+    """Limits of picture quality, on the pixels that the model sees; see `vision.inference.suitability`."""
 
     min_side_px: int = Field(gt=0, description="shorter side of a picture as it was sent")
     lightness_median: float = Field(description="mean CIE lightness of a picture, 0 to 255")

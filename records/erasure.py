@@ -3,7 +3,7 @@
 In: the id of a picture. Out: what was removed. Gone are the stored bytes, the heat maps over them and
 everything that was said of the person; the id, the answers that were given and the labels stay, so
 that the audit and the content hashes of dataset versions still hold. Loading a dataset version leaves
-out what was erased, so nothing trains on it again. Decoded pixels belong to `trainers.data.forget`.
+out what was erased, so nothing trains on it again. Decoded pixels belong to `images.forget`.
 """
 
 from collections.abc import Collection

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from images.decode import decode_square
+from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.errors import DataError, PictureError, RefusedError
 from records.ids import sha256_hex
@@ -24,9 +25,8 @@ from records.types import Decision
 from serving.pictures import draw_map
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, malignant_probability, triage
-from trainers.data.decode import decode_square
-from trainers.inference.loaded import LoadedModel, load_model
-from trainers.inference.suitability import assess
+from vision.inference.loaded import LoadedModel, load_model
+from vision.inference.suitability import assess
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _ORDER = {Decision.URGENT: 0, Decision.REVIEW: 1, Decision.RETAKE: 2, Decision.ANSWERED: 3}
@@ -98,7 +98,7 @@ def predict_folder(
 @dataclass(frozen=True)
 class _Read:
     data: bytes
-    pixels: NDArray[np.uint8]
+    pixels: UInt8Array
     shorter_px: int
 
 
@@ -130,7 +130,7 @@ def _rows(
         return
     pixels = np.stack([read.pixels for _, read in usable])
     output = loaded.predict(pixels, gradcam=maps is not None)
-    suitable = assess(loaded, output, pixels, [read.shorter_px for _, read in usable])
+    suitable = assess(loaded.checks, output, pixels, [read.shorter_px for _, read in usable])
     rules = TriageRules(settings.low_confidence, settings.max_set_size, audit_share=0.0)
     taxonomy = bundle.document.taxonomy
     for row, (path, read) in enumerate(usable):

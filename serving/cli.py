@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.table import Table
 
-import serving.bench.cli
 import serving.models_cli
 import serving.rollout.cli
 from records.command import (
@@ -40,7 +39,6 @@ E = TypeVar("E", bound=StrEnum)
 
 app = typer.Typer()
 keys_app = typer.Typer(help="API keys: who may use the service, and for what.", no_args_is_help=True)
-bench_app = serving.bench.cli.app
 app.add_typer(keys_app, name="keys")
 app.add_typer(serving.models_cli.app, name="models")
 app.add_typer(serving.rollout.cli.app)

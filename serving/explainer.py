@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from images.decode import decode_square
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
 from records.models import registered_bundle, serving_model
 from records.store import Store
@@ -17,10 +18,9 @@ from records.types import Consent, Image, ModelRecord, Prediction
 from serving.messages import HeatMap, Method
 from serving.pictures import attribution_map, take_in
 from serving.settings import ServingSettings
-from trainers.data.decode import decode_square
-from trainers.inference.attribution import attribute
-from trainers.inference.loaded import LoadedModel, load_model
-from trainers.precision import PrecisionChoice
+from vision.inference.attribution import attribute
+from vision.inference.loaded import LoadedModel, load_model
+from vision.precision import PrecisionChoice
 
 MODELS_KEPT = 3
 

@@ -21,8 +21,8 @@ from serving.messages import ServingState
 from serving.schemas import ClassInfo, ServedModelInfo
 from serving.settings import ServingSettings
 from serving.words import status_text
-from trainers.inference.loaded import LoadedModel, load_model
-from trainers.precision import PrecisionChoice
+from vision.inference.loaded import LoadedModel, load_model
+from vision.precision import PrecisionChoice
 
 logger = logging.getLogger(__name__)
 

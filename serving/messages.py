@@ -7,9 +7,7 @@ and no Ray here, so the same values serve an app that runs in one process.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from records.arrays import Float32Array
 from records.types import Prediction, ReviewItem
 from serving.schemas import Context, ServedModelInfo
 
@@ -38,7 +36,7 @@ class HeatMap:
     exact: bool
     layer: str | None
     target: str
-    values: NDArray[np.float32]
+    values: Float32Array
     """[h, w] over the centre square of the picture"""
     png: bytes
     versus: str | None = None

@@ -6,8 +6,9 @@ Limits are checked on the header, before any pixel is decoded.
 
 import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
+from images.decode import decode_square
+from records.arrays import Float32Array
 from records.errors import PictureError
 from records.ids import sha256_hex
 from records.ledger.tables import TABLES
@@ -16,10 +17,9 @@ from records.store import Store
 from records.types import Image
 from serving.messages import HeatMap
 from serving.outbox import StoredPicture
-from trainers.data.decode import decode_square
-from trainers.explanations.overlay import overlay_png
-from trainers.inference.attribution import Attribution
-from trainers.inference.loaded import LoadedModel
+from vision.explanations.overlay import overlay_png
+from vision.inference.attribution import Attribution
+from vision.inference.loaded import LoadedModel
 
 
 def take_in(store: Store, data: bytes, max_pixels: int) -> StoredPicture:
@@ -49,7 +49,7 @@ def take_in(store: Store, data: bytes, max_pixels: int) -> StoredPicture:
     return StoredPicture(sha256_hex(stored), stored, kind, width_px, height_px)
 
 
-def draw_map(picture: bytes, values: NDArray[np.float32], side_px: int, alpha: float) -> bytes:
+def draw_map(picture: bytes, values: Float32Array, side_px: int, alpha: float) -> bytes:
     """Draw a map over the centre square of a picture.
 
     Args:
@@ -64,7 +64,7 @@ def draw_map(picture: bytes, values: NDArray[np.float32], side_px: int, alpha: f
 
 
 def gradcam_map(
-    loaded: LoadedModel, picture: bytes, values: NDArray[np.float32], target: str, side_px: int, alpha: float
+    loaded: LoadedModel, picture: bytes, values: Float32Array, target: str, side_px: int, alpha: float
 ) -> HeatMap:
     """Put a Grad-CAM map and its drawing together; see `draw_map` for the arguments."""
     png = draw_map(picture, values, side_px, alpha)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from images.decode import decode_square
 from records.errors import RefusedError, UnavailableError
 from records.store import Store
 from records.types import Consent, Rollout, RolloutStage
@@ -29,8 +30,7 @@ from serving.pictures import take_in, was_erased
 from serving.recording import Job, Recorder, pixels_of, same_picture
 from serving.rollout.trial import Beside, Trial
 from serving.settings import ServingSettings, compute_threads
-from trainers.data.decode import decode_square
-from trainers.inference.loaded import BatchOutput
+from vision.inference.output import BatchOutput
 
 logger = logging.getLogger(__name__)
 

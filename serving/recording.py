@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
-from numpy.typing import NDArray
 
+from images.decode import decode_square
+from records.arrays import Float32Array, FloatArray, UInt8Array
 from records.errors import RefusedError
 from records.ids import hash_of, new_id, utc_now
 from records.store import Store
@@ -24,9 +25,8 @@ from serving.pictures import draw_map, gradcam_map
 from serving.rollout.trial import Beside, Trial, serves_candidate
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
-from trainers.data.decode import decode_square
-from trainers.inference.loaded import BatchOutput
-from trainers.inference.suitability import Suitability, assess
+from vision.inference.output import BatchOutput
+from vision.inference.suitability import Suitability, assess
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Job:
     picture: StoredPicture
     consent: Consent
     model: ServedModel
-    pixels: NDArray[np.uint8]
+    pixels: UInt8Array
     arrived_s: float
     """of `time.perf_counter`"""
     arm: Arm = Arm.CHAMPION
@@ -172,20 +172,18 @@ class Recorder:
         image = image_row(self._store, job.picture, job.request.context, job.consent, prediction.created_at)
         return Answer(prediction, image, review, job.picture), heat_map
 
-    def _heat_map(self, job: Job, verdict: Verdict, values: NDArray[np.float32] | None) -> HeatMap | None:
+    def _heat_map(self, job: Job, verdict: Verdict, values: Float32Array | None) -> HeatMap | None:
         if not job.request.explain or values is None or verdict.label is None:
             return None
         side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
         return gradcam_map(job.model.loaded, job.picture.data, values, verdict.label, side_px, alpha)
 
-    def _overlay(self, job: Job, values: NDArray[np.float32] | None) -> bytes | None:
+    def _overlay(self, job: Job, values: Float32Array | None) -> bytes | None:
         if values is None:
             return None
         return draw_map(job.picture.data, values, self._settings.overlay_side_px, self._settings.overlay_alpha)
 
-    def _prediction(
-        self, job: Job, verdict: Verdict, probabilities: NDArray[np.float64], num_threads: int
-    ) -> Prediction:
+    def _prediction(self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int) -> Prediction:
         request, model = job.request, job.model
         has_answer = verdict.label is not None
         codes = model.document.taxonomy.codes
@@ -219,7 +217,7 @@ class Recorder:
         )
 
 
-def pixels_of(job: Job, model: ServedModel) -> NDArray[np.uint8]:
+def pixels_of(job: Job, model: ServedModel) -> UInt8Array:
     """Return a job's pixels in a model's geometry, [S, S, 3]."""
     side_px = model.document.geometry.side_px
     return job.pixels if job.pixels.shape[0] == side_px else decode_square(job.picture.data, side_px)
@@ -231,7 +229,7 @@ def _unserved(prediction: Prediction) -> Prediction:
 
 def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]:
     sides_px = [min(job.picture.width_px, job.picture.height_px) for job in batch]
-    return assess(batch[0].model.loaded, output, np.stack([job.pixels for job in batch]), sides_px)
+    return assess(batch[0].model.loaded.checks, output, np.stack([job.pixels for job in batch]), sides_px)
 
 
 def same_picture(answered: Answered, picture: StoredPicture) -> Answered:

@@ -17,7 +17,7 @@ from serving.answers import model_body
 from serving.schemas import ClassInfo
 from serving.schemas_registry import ModelDetails, RoundInfo, RoundList, ScoreBand
 from serving.words import status_text
-from trainers.calibration.operating import exact_interval
+from vision.calibration.operating import exact_interval
 
 REPORT = Path("report") / "report.html"
 

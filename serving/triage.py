@@ -8,15 +8,15 @@ The thresholds themselves are fitted by trainers, and so is what makes a picture
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from records.arrays import BoolArray, FloatArray
 from records.bundles import OperatingPoints
 from records.errors import ContractError
 from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Decision, ReasonCode
-from trainers.calibration.conformal import prediction_set, thresholds_in_order
-from trainers.inference.suitability import NOTHING_KNOWN, Suitability
+from vision.calibration.conformal import prediction_set, thresholds_in_order
+from vision.inference.suitability import NOTHING_KNOWN, Suitability
 
 _PRIORITY_TIERS: dict[ReasonCode, float] = {
     ReasonCode.URGENT: 300.0,
@@ -54,7 +54,7 @@ class Verdict:
 
 
 def triage(
-    probabilities: NDArray[np.float64],
+    probabilities: FloatArray,
     taxonomy: Taxonomy,
     operating: OperatingPoints,
     rules: TriageRules,
@@ -140,9 +140,7 @@ def audit_chance(p_malignant: float, share: float) -> float:
     return min(1.0, factor * share)
 
 
-def priority_of(
-    reasons: tuple[ReasonCode, ...], probabilities: NDArray[np.float64] | None, taxonomy: Taxonomy
-) -> float:
+def priority_of(reasons: tuple[ReasonCode, ...], probabilities: FloatArray | None, taxonomy: Taxonomy) -> float:
     """Rank a question among those that wait: larger is asked sooner.
 
     priority = tier + 10 * p(malignant) + (1 - (p1 - p2)), where the tier is that of the strongest
@@ -163,7 +161,7 @@ def priority_of(
     return tier + 10.0 * malignant_probability(probabilities, taxonomy) + 1.0 - float(first - second)
 
 
-def malignant_probability(probabilities: NDArray[np.float64], taxonomy: Taxonomy) -> float:
+def malignant_probability(probabilities: FloatArray, taxonomy: Taxonomy) -> float:
     """Return the summed probability of the malignant classes, 0 to 1."""
     is_malignant = np.array([c.malignant for c in taxonomy.classes])
     return float(np.clip(probabilities[is_malignant].sum(), 0.0, 1.0))
@@ -182,7 +180,7 @@ def audit_draw_of(image_id: str, salt: str) -> float:
 
 
 def _referral_reasons(
-    probabilities: NDArray[np.float64], taxonomy: Taxonomy, operating: OperatingPoints
+    probabilities: FloatArray, taxonomy: Taxonomy, operating: OperatingPoints
 ) -> tuple[ReasonCode, ...]:
     p_malignant = malignant_probability(probabilities, taxonomy)
     reasons = []
@@ -196,9 +194,9 @@ def _referral_reasons(
 
 
 def _doubt_reasons(
-    probabilities: NDArray[np.float64],
+    probabilities: FloatArray,
     label_index: int,
-    members: NDArray[np.bool_],
+    members: BoolArray,
     taxonomy: Taxonomy,
     rules: TriageRules,
 ) -> tuple[ReasonCode, ...]:

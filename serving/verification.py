@@ -12,8 +12,8 @@ from records.errors import IntegrityError, UnknownIdError
 from records.models import registered_bundle
 from records.store import Store
 from records.types import ModelRecord
-from trainers.inference.loaded import load_model
-from trainers.precision import PrecisionChoice
+from vision.inference.loaded import load_model
+from vision.precision import PrecisionChoice
 
 
 class VerifiedModel(BaseModel):

@@ -6,7 +6,7 @@ same. These are words of decision support: how likely and what happens next, nev
 
 from records.taxonomy import Taxonomy
 from records.types import Decision, FlagReason, ModelStatus, Prediction, ReasonCode
-from trainers.inference.suitability import QualityReason
+from vision.inference.suitability import QualityReason
 
 DISCLAIMER = "Decision support, not a diagnosis."
 

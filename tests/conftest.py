@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cluster.session import RaySession
     from cluster.settings import Settings
 
+pytest_plugins = ("tests.models",)
+
 KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_TEST_S3", "RELOOK_REQUIRE_BROWSER"}
 
 # Read when torch is loaded, which nothing above does. Two test files at a time share the cores with Ray and a browser:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("records", "trainers", "tuning", "serving", "labeling", "cluster")
+ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeling", "cluster")
 ENTRIES = (*ROOMS, "tests", "bench", "docs", "ray_cluster.yaml")
 FILES = (
     "pyproject.toml",

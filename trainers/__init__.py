@@ -1,6 +1,5 @@
-"""How a model is made, and how a finished one computes.
+"""How a model is made: augmentation, optimization, the training loop and its distributed form, evaluation.
 
-Making: data, augmentation, models, optimizers, schedulers, the loop, the distributed run, calibration,
-evaluation. Computing: inference and explanations as functions without state. Only `records` is
-imported from outside the room; only `trainers.fitting.distributed` knows Ray Train.
+Images come decoded from `images`, networks and calibration from `vision`; only
+`trainers.fitting.distributed` imports Ray Train.
 """

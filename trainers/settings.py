@@ -9,15 +9,15 @@ from pydantic import Field, field_validator, model_validator
 
 from records.errors import ConfigError
 from records.ids import hash_of
+from records.registry import Registry
 from records.settings import RoomSettings
 from trainers.augmentation.registry import check_policy_name
-from trainers.fitting.strategies import AUTO, STRATEGIES, strategy_of
-from trainers.models.registry import MODELS, check_side
 from trainers.optimization.losses import LOSSES
 from trainers.optimization.optimizers import OPTIMIZERS
 from trainers.optimization.samplers import SAMPLERS
 from trainers.optimization.schedulers import SCHEDULERS
-from trainers.registry import Registry
+from trainers.optimization.strategies import AUTO, STRATEGIES, strategy_of
+from vision.networks.registry import MODELS, check_side
 
 MACHINERY = frozenset(
     {

@@ -22,7 +22,6 @@ from records.command import (
     stderr,
     stdout,
 )
-from tuning.bench import cli as bench_cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from tuning.trials import SearchEvent
 
 app = typer.Typer()
-bench_app = bench_cli.app
 tune_app = typer.Typer(help="Search for better training settings.", invoke_without_command=True)
 app.add_typer(tune_app, name="tune")
 
@@ -64,9 +62,9 @@ def tune(
     """Search optimizers, schedulers and augmentations; the winner is chosen by validation only."""
     if ctx.invoked_subcommand is not None:
         return
+    from images.importer import open_dataset
     from records.ids import new_id
     from records.store import open_store
-    from trainers.data.importer import open_dataset
     from tuning.page import write_report
     from tuning.report import RUN_PREFIX, find_run, report_on
     from tuning.search import search, searched_space

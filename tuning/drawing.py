@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.registry import Choice, Range, Tunable
+from records.registry import Choice, Range, Tunable
 
 
 def random_chooser(random: np.random.Generator) -> Callable[[str, Tunable], Any]:

@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import stdtrit as student_quantile
 
+from records.arrays import FloatArray
 from trainers.augmentation.inline import PREFIX
 from tuning.space import COMPOSED
 from tuning.trials import Origin, SearchHeader, TrialResult
 
-FloatArray = NDArray[np.float64]
 Estimates = dict[tuple[str, str], tuple[float, float, float]]
 LEVEL = 0.95
 LEAST_SPARE = 2

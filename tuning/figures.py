@@ -30,13 +30,13 @@ def figures_of(
     Returns:
         The figures, by the most probable class, before calibration.
     """
-    from trainers.evaluation.bootstrap import group_strata, resample_weights, resampled_confusions
     from trainers.evaluation.evaluate import whole_figures
-    from trainers.evaluation.metrics import confusion_matrix
     from trainers.fitting.checkpoints import load_checkpoint
     from trainers.fitting.trained import trained_model
     from trainers.fitting.workers import compute_threads
-    from trainers.inference.loaded import reference_logits
+    from vision.inference.loaded import reference_logits
+    from vision.metrics.bootstrap import group_strata, resample_weights, resampled_confusions
+    from vision.metrics.metrics import confusion_matrix
 
     trained = trained_model(load_checkpoint(checkpoint), settings, taxonomy)
     rows, num_classes = data.val_index, len(taxonomy.codes)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from records.errors import ConfigError
-from trainers.registry import Choice, Range, Tunable
+from records.registry import Choice, Range, Tunable
 
 SUFFIXES = (".yaml", ".yml")
 LOG_FROM = 20.0

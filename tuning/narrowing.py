@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from records.errors import ConfigError
-from trainers.registry import Choice, Range, Registered, Tunable
+from records.registry import Choice, Range, Registered, Tunable
 from trainers.settings import MACHINERY, TrainersSettings
 from tuning.settings import Axis
 from tuning.space import COMPOSED, REGISTRIES, SearchSpace, derive_space, with_overrides

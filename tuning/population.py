@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from records.registry import Range, Tunable
 from trainers.augmentation.inline import PREFIX, Step, format_phases, parse_phases
 from trainers.augmentation.policy import scaled_start
 from trainers.optimization.optimizers import OPTIMIZERS, learning_rate_of
 from trainers.optimization.schedulers import rate_factor
-from trainers.registry import Range, Tunable
 from trainers.settings import TrainersSettings
 from tuning.judge import Judge
 from tuning.log import SearchLog

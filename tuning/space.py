@@ -15,18 +15,18 @@ from pydantic import ValidationError
 
 from records.errors import ConfigError, ContractError
 from records.ids import hash_of
+from records.registry import Choice, Range, Registered, Registry, Tunable
 from trainers.augmentation import POLICIES
 from trainers.augmentation.inline import PREFIX, Step, format_steps, parse_steps
 from trainers.augmentation.operations import OPERATIONS
-from trainers.models import MODELS
 from trainers.optimization.losses import LOSSES
 from trainers.optimization.optimizers import OPTIMIZERS, learning_rate_of
 from trainers.optimization.samplers import SAMPLERS
 from trainers.optimization.schedulers import SCHEDULERS
-from trainers.registry import Choice, Range, Registered, Registry, Tunable
 from trainers.settings import TrainersSettings
 from tuning.drawing import random_chooser
 from tuning.settings import Axis
+from vision.networks import MODELS
 
 REGISTRIES: Mapping[Axis, Registry[Any]] = {
     Axis.OPTIMIZER: OPTIMIZERS,

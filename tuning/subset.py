@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pandas as pd
 
+from images.subset import grouped_subset
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.types import Side
-from trainers.data.subset import grouped_subset
 
 SEARCH_SIDES = (Side.TRAIN, Side.VAL)
 

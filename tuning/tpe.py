@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.registry import Choice, Tunable
+from records.registry import Choice, Tunable
 from trainers.settings import TrainersSettings
 from tuning.drawing import four_digits
 from tuning.space import SearchSpace, with_overrides

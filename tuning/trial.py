@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from images.cache import PixelCache
 from records.errors import IntegrityError
 from records.home import open_home
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Policy, load_policy
-from trainers.data.cache import PixelCache
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.training_data import DataPlan, TrainingData
 from trainers.settings import TrainersSettings

@@ -29,7 +29,7 @@ def fit_winner(
     Returns:
         The registered bundle.
     """
-    from trainers.cli import EpochBar
+    from trainers.cli.train import EpochBar
     from trainers.fitting.fit import fit
 
     settings = result.settings.model_copy(update={"num_workers": 1})

@@ -1,4 +1,4 @@
-"""Make the peers' environments, one each, for `relook bench serve|explain --peers DIR`.
+"""Make the peers' environments, one each, for `python -m bench serve|explain --peers DIR`.
 
     python3.11 bench/peers/install.py DIR                       # torch in each of them
     .venv/bin/python bench/peers/install.py DIR --share-torch   # this environment's torch in all of them

@@ -18,6 +18,9 @@ from cluster.gate import Verdict
 from cluster.judging import judge
 from cluster.round import RoundEvent, run_round
 from cluster.settings import Settings
+from images.audit import audit_dataset
+from images.importer import import_folder
+from images.synth import synthesize
 from labeling.connection import require
 from labeling.local_server import ServerInfo
 from labeling.pull import pull
@@ -33,9 +36,6 @@ from records.stored import find_images, read_picture
 from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
 from serving.client import Client
 from serving.launch import ServiceHandle
-from trainers.data.audit import audit_dataset
-from trainers.data.importer import import_folder
-from trainers.data.synth import synthesize
 from trainers.fitting.epoch_report import EpochReport
 from tuning.trials import SearchEvent
 

@@ -27,12 +27,12 @@ from cluster.demo.traffic import Tally, Traffic
 from cluster.demo.view import View
 from cluster.session import start_ray
 from cluster.settings import Settings
+from images.source_table import read_source
 from labeling.local_server import LocalLabelStudio, ServerInfo
 from records.errors import RefusedError
 from records.store import Store
 from serving.http_server import require_free_port
 from serving.launch import ServiceHandle, start_service
-from trainers.data.source_table import read_source
 
 BACKGROUND_RATE_PER_S = 3.0
 

@@ -11,14 +11,14 @@ from math import ceil
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.gate.contenders import Contender, Slice, accuracy_of, lesions_of
 from cluster.gate.report import Check, Outcome
 from cluster.settings import GateSettings
+from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.taxonomy import Taxonomy
-from trainers.evaluation.bootstrap import resampled_confusions
-from trainers.evaluation.metrics import FloatArray, IntArray, balanced_accuracy, mean_by_unit
+from vision.metrics.bootstrap import resampled_confusions
+from vision.metrics.metrics import balanced_accuracy, mean_by_unit
 
 POWER = 0.8
 
@@ -34,7 +34,7 @@ class KeyGain:
     """
 
     specificity: float
-    is_key: NDArray[np.bool_]
+    is_key: BoolArray
     gain: FloatArray
 
 
@@ -43,7 +43,7 @@ def accuracy_check(
     challenger: Contender,
     rival: Contender,
     groups: IntArray,
-    weights: NDArray[np.float32],
+    weights: Float32Array,
     taxonomy: Taxonomy,
     settings: GateSettings,
 ) -> Check:
@@ -72,7 +72,7 @@ def sensitivity_checks(
     challenger: Contender,
     rival: Contender,
     groups: IntArray,
-    weights: NDArray[np.float32],
+    weights: Float32Array,
     key_index: int,
     slices: Sequence[Slice],
     settings: GateSettings,
@@ -122,7 +122,7 @@ def threshold_at_specificity(negatives: FloatArray, specificity: float) -> float
     return float(np.nextafter(ordered[kept - 1], np.inf)) if kept > 0 else 0.0
 
 
-def lesions_in(part: Slice, groups: IntArray) -> NDArray[np.bool_]:
+def lesions_in(part: Slice, groups: IntArray) -> BoolArray:
     """Return which lesions have a picture in a slice, [G]."""
     return np.asarray(mean_by_unit(part.members.astype(np.float64), groups) > 0)
 
@@ -150,7 +150,7 @@ def _slice_checks(
     name: str,
     found: KeyGain,
     groups: IntArray,
-    weights: NDArray[np.float32],
+    weights: Float32Array,
     slices: Sequence[Slice],
     settings: GateSettings,
 ) -> list[Check]:
@@ -178,9 +178,7 @@ def _slice_checks(
     ]
 
 
-def _key_difference(
-    found: KeyGain, inside: NDArray[np.bool_], weights: NDArray[np.float32]
-) -> tuple[float, FloatArray] | None:
+def _key_difference(found: KeyGain, inside: BoolArray, weights: Float32Array) -> tuple[float, FloatArray] | None:
     """Return the gain in sensitivity over some lesions, and the same in every resample, [R]."""
     chosen = found.is_key & inside
     if not chosen.any():

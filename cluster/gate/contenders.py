@@ -1,24 +1,19 @@
 """A model as the gate sees it, and its lesions: one row per group, by the mean over the group's pictures."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.settings import GateSettings
+from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.taxonomy import Taxonomy
-from trainers.evaluation.bootstrap import group_strata, resample_weights
 from trainers.evaluation.evaluate import SidePredictions
-from trainers.evaluation.metrics import (
-    FloatArray,
-    IntArray,
+from vision.metrics.bootstrap import group_strata, resample_weights
+from vision.metrics.metrics import (
     balanced_accuracy,
     confusion_matrix,
     mean_by_unit,
 )
-
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def lesions_of(predictions: SidePredictions, groups: IntArray, key_index: int) -
 
 def gate_weights(
     predictions: SidePredictions, groups: IntArray, taxonomy: Taxonomy, settings: GateSettings
-) -> NDArray[np.float32]:
+) -> Float32Array:
     """Draw the resamples that all contenders are compared on, [R, G]."""
     strata = group_strata(predictions.labels, groups, len(taxonomy.codes))
     return resample_weights(strata, num_resamples=settings.bootstrap_resamples, seed=settings.seed)

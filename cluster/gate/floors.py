@@ -7,9 +7,10 @@ import numpy as np
 from cluster.gate.contenders import Contender, lesions_of
 from cluster.gate.report import Check
 from cluster.settings import GateSettings
+from records.arrays import IntArray
 from records.taxonomy import Taxonomy
 from trainers.evaluation.evaluate import SidePredictions
-from trainers.evaluation.metrics import IntArray, expected_calibration_error
+from vision.metrics.metrics import expected_calibration_error
 
 
 def identity_checks(challenger: Contender, rivals: Sequence[tuple[str, Contender]]) -> list[Check]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labeling.acquisition.scores import FloatArray
+from records.arrays import BoolArray, Float32Array, FloatArray
 
 Features = NDArray[Any]
 """[N, D], float16 to float64, in memory or memory-mapped."""
@@ -59,7 +59,7 @@ def k_center_rows(
     return taken
 
 
-def _leaders(nearest: FloatArray, free: NDArray[np.bool_]) -> tuple[NDArray[np.intp], float]:
+def _leaders(nearest: FloatArray, free: BoolArray) -> tuple[NDArray[np.intp], float]:
     """Return the free rows that are farthest by what is known, in order of rows, and what all others are below."""
     known = np.where(free, nearest, -1.0)
     floor = float(np.partition(known, -_LEADERS)[-_LEADERS]) if len(known) > _LEADERS else 0.0
@@ -168,7 +168,7 @@ def _count(known: Features | None) -> int:
     return 0 if known is None else len(known)
 
 
-def _cluster_centres(features: Features, num_clusters: int, seed: int) -> NDArray[np.float32]:
+def _cluster_centres(features: Features, num_clusters: int, seed: int) -> Float32Array:
     """Return centres by k-means: k-means++ draws, then Lloyd's steps until nothing moves or 25 are done."""
     chance = np.random.default_rng(seed)
     free, squares = np.ones(len(features), dtype=bool), _squares(features)
@@ -191,7 +191,7 @@ def _cluster_centres(features: Features, num_clusters: int, seed: int) -> NDArra
     return centres
 
 
-def _nearest_centre(features: Features, centres: NDArray[np.float32]) -> NDArray[np.intp]:
+def _nearest_centre(features: Features, centres: Float32Array) -> NDArray[np.intp]:
     of_centres = np.square(centres).sum(axis=1)
     found = [(of_centres - 2.0 * (part @ centres.T)).argmin(axis=1) for _, part in _parts(features)]
     return np.concatenate(found)
@@ -211,7 +211,7 @@ def _by_typicality(features: Features, rows: NDArray[np.intp], chance: np.random
     return [int(row) for row in rows[np.argsort(mean_distance.round(9), kind="stable")]]
 
 
-def _draw(weights: FloatArray, free: NDArray[np.bool_], chance: np.random.Generator) -> int:
+def _draw(weights: FloatArray, free: BoolArray, chance: np.random.Generator) -> int:
     """Draw a row in proportion to its weight; where all are 0, any free one."""
     total = np.cumsum(weights if weights.sum() > 0 else free.astype(np.float64))
     return int(np.searchsorted(total, chance.random() * total[-1], side="right"))
@@ -222,7 +222,7 @@ def _squares(features: Features) -> FloatArray:
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _lower(nearest: FloatArray, features: Features, squares: FloatArray, centre: NDArray[np.float32]) -> None:
+def _lower(nearest: FloatArray, features: Features, squares: FloatArray, centre: Float32Array) -> None:
     """Lower each row's squared distance to its nearest centre by one more centre."""
     of_centre = float(np.square(centre, dtype=np.float64).sum())
     for at, part in _parts(features):
@@ -232,7 +232,7 @@ def _lower(nearest: FloatArray, features: Features, squares: FloatArray, centre:
         np.minimum(nearest[here], distance, out=nearest[here])
 
 
-def _nearest_of(part: NDArray[np.float32], squares: FloatArray, centres: NDArray[np.float32]) -> FloatArray:
+def _nearest_of(part: Float32Array, squares: FloatArray, centres: Float32Array) -> FloatArray:
     """Return each row's squared distance to its nearest centre."""
     nearest: FloatArray = np.full(len(part), np.inf)
     for at in range(0, len(centres), _CENTRES_AT_ONCE):
@@ -242,13 +242,13 @@ def _nearest_of(part: NDArray[np.float32], squares: FloatArray, centres: NDArray
     return np.maximum(nearest + squares, 0.0)
 
 
-def _mean(features: Features) -> NDArray[np.float32]:
+def _mean(features: Features) -> Float32Array:
     total = np.zeros(features.shape[1])
     for _, part in _parts(features):
         total += part.sum(axis=0, dtype=np.float64)
     return (total / max(len(features), 1)).astype(np.float32)
 
 
-def _parts(features: Features) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _parts(features: Features) -> Iterator[tuple[int, Float32Array]]:
     for at in range(0, len(features), _ROWS_AT_ONCE):
         yield at, np.asarray(features[at : at + _ROWS_AT_ONCE], dtype=np.float32)

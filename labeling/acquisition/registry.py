@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from labeling.acquisition.diversity import Features, badge_rows, k_center_rows, typical_rows
 from labeling.acquisition.scores import (
-    FloatArray,
     bald_scores,
     entropy_scores,
     least_confidence_scores,
@@ -22,6 +21,7 @@ from labeling.acquisition.scores import (
     miss_cost_scores,
     one_per_group,
 )
+from records.arrays import BoolArray, FloatArray
 from records.errors import ConfigError, ContractError
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ def _check(rule: AcquisitionRule, pool: Pool, budget: int) -> None:
         raise ContractError(f"samples must be [S, {len(pool)}, C], got {list(pool.samples.shape)}")
 
 
-def _non_finite(rule: AcquisitionRule, pool: Pool) -> NDArray[np.bool_]:
+def _non_finite(rule: AcquisitionRule, pool: Pool) -> BoolArray:
     """Say which rows hold a value that is not finite in anything that there is of them."""
     wrong = np.zeros(len(pool), dtype=bool)
     if pool.probabilities is not None:

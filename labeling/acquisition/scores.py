@@ -7,9 +7,8 @@ names it, and it goes to an expert first.
 import numpy as np
 from numpy.typing import NDArray
 
+from records.arrays import FloatArray
 from records.errors import ContractError
-
-FloatArray = NDArray[np.float64]
 
 
 def least_confidence_scores(probabilities: FloatArray) -> FloatArray:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from images.synth import render
 from records.taxonomy import Taxonomy
-from trainers.data.synth import render
 
 _SEED = 2024
 

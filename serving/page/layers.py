@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from images.decode import decode_square
 from serving.schemas import Explanation
-from trainers.data.decode import decode_square
-from trainers.explanations.overlay import COLOUR_MAP, resized_strength
+from vision.explanations.overlay import COLOUR_MAP, resized_strength
 
 
 @dataclass(frozen=True)

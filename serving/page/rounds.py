@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from html import escape
 
 import gradio as gr
+from matplotlib.ticker import MaxNLocator
 
 from records.errors import RelookError
 from serving.page.answer_html import problem_html
 from serving.page.models_html import table_html
 from serving.page.visitor import Visitors
 from serving.schemas_registry import RoundInfo
-from trainers.evaluation.report.plots import learning_plot
+from vision.metrics.svg import ACCENT, PALE, figure_uri, new_figure
 
 
 class RoundHandlers:
@@ -102,3 +103,18 @@ def _row(r: RoundInfo) -> tuple[str, ...]:
         escape(r.verdict or ("unfinished" if r.finished_at is None else "")),
         f"<span class='rl-long'>{escape(r.why or '')}</span>",
     )
+
+
+def learning_plot(
+    rounds: Sequence[int], labels: Sequence[int], quality: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> str:
+    """Draw what rounds of learning were worth over the labels that experts had given; one number per round."""
+    figure, axes = new_figure(6.4, 3.4)
+    low = [value - interval[0] for value, interval in zip(quality, intervals, strict=True)]
+    high = [interval[1] - value for value, interval in zip(quality, intervals, strict=True)]
+    axes.errorbar(labels, quality, yerr=[low, high], color=ACCENT, ecolor=PALE, marker="o", capsize=3, linewidth=1.2)
+    for number, x, y in zip(rounds, labels, quality, strict=True):
+        axes.annotate(f"round {number}", (x, y), xytext=(5, 6), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="training labels from experts", ylabel="balanced accuracy, test side", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure_uri(figure)

@@ -59,7 +59,7 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
 
 
 def _require_sound(store: Store, record: ModelRecord) -> None:
-    from trainers.inference.loaded import load_model  # torch, which the API needs for nothing else
+    from vision.inference.loaded import load_model  # torch, which the API needs for nothing else
 
     try:
         bundle = registered_bundle(store, record)

@@ -9,9 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from records.arrays import UInt8Array
 from records.errors import RelookError
 from records.ids import sha256_hex
 from records.store import Store
@@ -21,7 +19,7 @@ from serving.holder import ServedModel, load_served
 from serving.rollout.control import UNDER_WAY, current_rollout, roll_back, tally
 from serving.rollout.harms import SLOW_FACTOR
 from serving.settings import ServingSettings
-from trainers.inference.loaded import BatchOutput
+from vision.inference.output import BatchOutput
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +88,7 @@ class Trial:
         rows = tuple(r for r, key in enumerate(keys) if stage is RolloutStage.SHADOW or in_canary(rollout, key))
         return (rollout, model, rows) if rows else None
 
-    def ask(
-        self, found: tuple[Rollout, ServedModel, tuple[int, ...]], pixels: NDArray[np.uint8], champion_s: float
-    ) -> Beside:
+    def ask(self, found: tuple[Rollout, ServedModel, tuple[int, ...]], pixels: UInt8Array, champion_s: float) -> Beside:
         """Ask the candidate about its rows.
 
         Args:

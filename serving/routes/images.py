@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Response
 
+from images.forget import forget_pixels
 from records.erasure import erase_image
 from records.errors import UnknownIdError
 from records.stored import read_picture
@@ -14,7 +15,6 @@ from serving.routes.bodies import BINARY
 from serving.routes.door import Door
 from serving.schemas import ErasureAnswer
 from serving.service import Service
-from trainers.data.forget import forget_pixels
 
 ImageId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the stored bytes")]
 _PICTURE: dict[int | str, dict[str, Any]] = {

@@ -55,7 +55,6 @@ def test_every_verb_of_the_rooms_is_joined_and_explained() -> None:
         "erase",
         "backup",
         "restore",
-        "bench",
     }
     root = typer.main.get_command(app)
     assert set(root.commands) == verbs  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A round that is killed between two writes goes on to the same end; `bench/kill_matrix.py` kills between all."""
+"""A round that is killed between two writes goes on to the same end; `bench.drills.kill_matrix` kills between all."""
 
 import json
 import os
@@ -20,7 +20,7 @@ KILL_POINTS = {
 @pytest.mark.slow
 def test_a_killed_round_ends_as_one_that_was_left_alone() -> None:
     done = subprocess.run(
-        [sys.executable, "bench/kill_matrix.py", "--points", str(SHORT)],
+        [sys.executable, "-m", "bench.drills.kill_matrix", "--points", str(SHORT)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -9,6 +9,8 @@ from cluster import promotion
 from cluster.gate import GateReport, Verdict
 from cluster.promotion import caller_of, promote_model
 from cluster.settings import RoundSettings, Settings
+from images.importer import import_folder
+from images.synth import synthesize
 from records import audit
 from records.bundles import Bundle
 from records.errors import AccessError, RefusedError
@@ -17,8 +19,6 @@ from records.models import register
 from records.store import Store
 from records.types import AuditEvent, ModelRecord, RoundRecord, Scope
 from serving.access.keys import create_key
-from trainers.data.importer import import_folder
-from trainers.data.synth import synthesize
 from trainers.fitting.fit import fit
 from trainers.settings import TrainersSettings
 

@@ -11,12 +11,12 @@ from cluster.manifest import manifest_file, round_folder
 from cluster.replay import TOLERANCE, replay_round
 from cluster.round import run_round
 from cluster.settings import RoundSettings, Settings
+from images.importer import import_folder
+from images.synth import synthesize
 from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, ModelRecord, RoundStep
-from trainers.data.importer import import_folder
-from trainers.data.synth import synthesize
 from trainers.settings import TrainersSettings
 
 # Ray warns about its own defaults while it imports itself; where its session of other tests runs, a round uses it.

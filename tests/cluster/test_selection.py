@@ -24,8 +24,8 @@ from records.errors import DataError
 from records.models import register, serve_model
 from records.store import Store
 from records.types import ModelStatus, ReasonCode, ReviewItem
-from trainers.inference.loaded import load_model, reference_logits
-from trainers.models import build_model
+from vision.inference.loaded import load_model, reference_logits
+from vision.networks import build_model
 
 SIDE_PX = 64
 

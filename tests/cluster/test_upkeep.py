@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from cluster.cli import run
+from images.cache import PixelCache
 from records import audit
 from records.ids import utc_now
 from records.patients import patient_hash
 from records.store import Store
 from records.types import AuditEvent, Image
-from trainers.data.cache import PixelCache
 
 Json = Callable[..., dict[str, Any]]
 

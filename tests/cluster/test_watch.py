@@ -19,6 +19,8 @@ from cluster import watch
 from cluster.plan import plan_round
 from cluster.round_steps import RoundContext
 from cluster.settings import RoundSettings, Settings
+from images.importer import import_folder
+from images.synth import synthesize
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.settings import RecordsSettings
@@ -32,8 +34,6 @@ from records.types import (
     RoundStep,
     SourceLabel,
 )
-from trainers.data.importer import import_folder
-from trainers.data.synth import synthesize
 
 SETTINGS = Settings(round=RoundSettings(watch_labels=3, watch_days=5, watch_poll_s=0.05))
 

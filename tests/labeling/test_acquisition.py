@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from labeling.acquisition.diversity import badge_rows, k_center_rows, typical_rows
 from labeling.acquisition.registry import RULES, Pool, acquisition_catalogue, choose, choose_mixed
@@ -17,6 +16,7 @@ from labeling.acquisition.scores import (
     margin_scores,
     miss_cost_scores,
 )
+from records.arrays import FloatArray
 from records.errors import ConfigError, ContractError
 
 NAMES = sorted(RULES)
@@ -37,7 +37,7 @@ def a_pool(size: int, seed: int, *, num_groups: int | None = None) -> Pool:
     )
 
 
-def _some(array: NDArray[np.float64] | None) -> NDArray[np.float64]:
+def _some(array: FloatArray | None) -> FloatArray:
     assert array is not None
     return array
 
@@ -202,7 +202,7 @@ def test_badge_starts_where_scikit_activeml_does(seed: int) -> None:
         def fit(self, X: object, y: object) -> "Fixed":  # noqa: N803 - a name of the library
             return self
 
-        def predict_proba(self, X: object) -> NDArray[np.float64]:  # noqa: N803
+        def predict_proba(self, X: object) -> FloatArray:  # noqa: N803
             return probabilities
 
     chance = np.random.default_rng(seed)

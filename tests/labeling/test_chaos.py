@@ -1,16 +1,15 @@
 """A network that drops, doubles and delays, and a process that is killed: nothing lost, nothing doubled."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import uuid
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from bench.drills import label_chaos
 from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
 from labeling.settings import LabelingSettings
@@ -20,16 +19,7 @@ from records.errors import LabelStudioError
 from records.store import Store
 from records.types import ReviewItem, ReviewState
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "label_chaos.py"
-
-
-def _chaos() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("label_chaos", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[2]
 
 
 def _until_quiet(store: Store, url: str, token: str, settings: LabelingSettings) -> int:
@@ -58,18 +48,17 @@ def test_a_bad_network_loses_and_doubles_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("labeling.client._PAUSES_S", (0.01, 0.02, 0.05))
-    chaos = _chaos()
-    chaos.add_questions(store, 40, 3)
+    label_chaos.add_questions(store, 40, 3)
     small = settings.model_copy(update={"push_batch": 5})
     token = server.token.get_secret_value()
-    with chaos.ChaosProxy(server.url, drop=0.3, delay_share=0.05, delay_s=0.2, seed=11) as proxy:
+    with label_chaos.ChaosProxy(server.url, drop=0.3, delay_share=0.05, delay_s=0.2, seed=11) as proxy:
         _until_quiet(store, proxy.url, token, small)
         with store.ledger.read() as tx:
             items = tx.find(ReviewItem, order_by=("id",))
         for number, item in enumerate(items):
             client.create_annotation(item.task_id or 0, answer_result("mel" if number % 3 else "nv"), key=uuid.uuid4())
         _until_quiet(store, proxy.url, token, small)
-    found = chaos.compare(store, client)
+    found = label_chaos.compare(store, client)
     assert proxy.counts["dropped"] > 5
     wanted = {"tasks": 40, "annotations": 40, "lost": 0, "doubled": 0, "different": 0, "order_kept": True}
     assert found == wanted
@@ -79,8 +68,7 @@ def test_a_bad_network_loses_and_doubles_nothing(
 def test_a_killed_push_goes_on_where_it_was(
     store: Store, client: LabelStudioClient, server: ServerInfo, settings: LabelingSettings
 ) -> None:
-    chaos = _chaos()
-    chaos.add_questions(store, 30, 4)
+    label_chaos.add_questions(store, 30, 4)
     push_and_die = (
         "import os, signal, sys\n"
         "from labeling.client import LabelStudioClient\n"
@@ -98,9 +86,9 @@ def test_a_killed_push_goes_on_where_it_was(
         "push(store, client, LabelingSettings(push_batch=10, blind_share=0.0))\n"
     )
     command = [sys.executable, "-c", push_and_die, str(store.home.root), server.url]
-    variables = {**os.environ, "TOKEN": server.token.get_secret_value(), "PYTHONPATH": str(SCRIPT.parents[1])}
+    variables = {**os.environ, "TOKEN": server.token.get_secret_value(), "PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, env=variables, check=False).returncode == -signal.SIGKILL
     report = sync(store, client, settings).push
     assert (report.pushed, report.refreshed) == (20, 10), "the pull finds the ten that arrived"
-    found = chaos.compare(store, client)
+    found = label_chaos.compare(store, client)
     assert (found["tasks"], found["lost"], found["doubled"], found["order_kept"]) == (30, 0, 0, True)

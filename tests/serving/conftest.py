@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from images.synth import render
 from records.bundles import (
     Architecture,
     Bundle,
@@ -32,7 +33,6 @@ from serving.http_server import HttpServer
 from serving.local import LocalService
 from serving.predictor import Predictor
 from serving.settings import ServingSettings
-from trainers.data.synth import render
 
 SIDE_PX = 64
 
@@ -71,8 +71,8 @@ def make_bundle(
     """
     import torch
 
-    from trainers.inference.loaded import reference_logits
-    from trainers.models import build_model
+    from vision.inference.loaded import reference_logits
+    from vision.networks import build_model
 
     taxonomy = store.taxonomy
     torch.manual_seed(seed)

@@ -153,7 +153,7 @@ def test_a_picture_that_waits_already_is_not_asked_about_twice(
 
 
 def test_without_consent_nothing_is_stored_or_asked(service: Any, client: Client) -> None:
-    from trainers.data.synth import render
+    from images.synth import render
 
     private = [render("mel", seed=77, number=number) for number in range(6)]
     answers = [client.predict(data, context=Context(consent=Consent.NONE), explain="gradcam") for data in private]

@@ -10,19 +10,17 @@ import pytest
 from PIL import Image as PillowImage
 from pydantic import ValidationError
 from rich.progress import Progress
-from typer.testing import CliRunner
 
-from cluster.cli import app
+from bench.serve.explain import explain_figures
+from bench.serve.load import Load, Pictures, Reply, Target, ask, closed_loop, open_loop, unlike
+from bench.serve.peers import Peers
+from bench.serve.subject import Bare, write_for_peers
 from records.errors import DataError
 from records.store import Store
 from records.types import Image, Prediction, ReviewItem
-from serving.bench.explain import explain_figures
-from serving.bench.load import Load, Pictures, Reply, Target, ask, closed_loop, open_loop, unlike
-from serving.bench.peers import Peers
-from serving.bench.subject import Bare, write_for_peers
 from serving.client import Client
 from serving.settings import ServingSettings
-from trainers.inference.loaded import load_model
+from vision.inference.loaded import load_model
 
 PREDICTIONS = "/v1/predictions"
 
@@ -124,10 +122,3 @@ def test_a_service_that_keeps_nothing_answers_and_keeps_nothing(
 def test_keeping_nothing_is_for_this_machine_alone() -> None:
     with pytest.raises(ValidationError, match="needs a host on loopback"):
         ServingSettings(host="0.0.0.0", keep=False)
-
-
-def test_the_verbs_are_in_the_shared_group() -> None:
-    shown = CliRunner().invoke(app, ["bench", "--help"])
-    assert shown.exit_code == 0
-    assert "serve" in shown.stdout
-    assert "explain" in shown.stdout

@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
+from bench.serve.malformed import CONTENT_TYPES, ROUTES, malformed_upload, pictures, png_of
+from records.arrays import IntArray
 from records.settings import RecordsSettings
 from records.store import open_store
 from serving.access.keys import admin_token
-from serving.bench.malformed import CONTENT_TYPES, ROUTES, malformed_upload, pictures, png_of
 from serving.client import Client
 from serving.settings import ServingSettings
 
@@ -207,5 +207,5 @@ def test_all_eight_orientations_give_one_answer_and_one_map(abused: Any, picture
         assert np.abs(drawn - expected).max() <= 2
 
 
-def overlay(png_base64: str) -> NDArray[np.int64]:
+def overlay(png_base64: str) -> IntArray:
     return np.asarray(PillowImage.open(io.BytesIO(base64.b64decode(png_base64))).convert("RGB"), dtype=np.int64)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from images.synth import render
 from serving.page.answer_html import (
     answer_html,
     event_text,
@@ -27,7 +28,6 @@ from serving.page.rounds import rounds_html
 from serving.page.visitor import caller_text
 from serving.schemas import Event, Explanation, FlagAnswer, ModelInfo, PredictionAnswer, ReviewStatus, RolloutInfo
 from serving.schemas_registry import CallerInfo, ModelDetails, RoundInfo, ScoreBand
-from trainers.data.synth import render
 
 VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy)\b", re.IGNORECASE)
 NAMES = {"nv": "Melanocytic nevus", "mel": "Melanoma"}

@@ -14,11 +14,11 @@ import httpx
 import psutil
 import pytest
 
+from bench.serve.interleaved import ask_all, differing, draw_calls, stored_once
 from records.errors import ConfigError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Decision, Flag, FlagReason, ModelStatus, Prediction, ReviewItem
-from serving.bench.interleaved import ask_all, differing, draw_calls, stored_once
 from serving.client import Client
 from serving.schemas import Context, FlagRequest, PredictionAnswer
 from serving.settings import ServingSettings
@@ -87,7 +87,7 @@ def test_problems_cross_the_replicas_as_they_are(url: str, picture: Callable[...
 def test_interleaved_calls_get_the_answers_of_one_at_a_time_and_are_stored_once(
     url: str, served_store: Store, picture: Callable[..., bytes]
 ) -> None:
-    # bench/interleaved.py is the long form.
+    # bench/drills/interleaved.py is the long form.
     calls = draw_calls(seed=3, num_calls=90, num_pictures=8, codes=served_store.taxonomy.codes)
     with Client(url) as client:
         answers = [client.predict(picture(number)).id for number in range(8)]

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from records.arrays import FloatArray
 from records.bundles import OperatingPoints, ReferPoint
 from records.errors import ContractError
 from records.taxonomy import load_taxonomy
 from records.types import Decision, ReasonCode
 from serving.triage import TriageRules, Verdict, audit_draw_of, malignant_probability, priority_of, triage
-from trainers.calibration.operating import answered
+from vision.calibration.operating import answered
 
 TAXONOMY = load_taxonomy("ham10000")
 CODES = TAXONOMY.codes
@@ -38,14 +38,14 @@ RULES = TriageRules(low_confidence=0.5, max_set_size=2, audit_share=0.02)
 NOT_SAMPLED = 0.5
 
 
-def probabilities(**named: float) -> NDArray[np.float64]:
+def probabilities(**named: float) -> FloatArray:
     """Named classes as given, the rest shared by the others."""
     others = [code for code in CODES if code not in named]
     rest = (1.0 - sum(named.values())) / len(others)
     return np.array([named.get(code, rest) for code in CODES])
 
 
-def decide(row: NDArray[np.float64], draw: float = NOT_SAMPLED) -> Verdict:
+def decide(row: FloatArray, draw: float = NOT_SAMPLED) -> Verdict:
     return triage(row, TAXONOMY, POINTS, RULES, draw)
 
 
@@ -72,7 +72,7 @@ def test_a_clear_picture_is_answered() -> None:
         (probabilities(mel=0.95), "urgent", {"urgent", "refer"}),
     ],
 )
-def test_rules_by_hand(row: NDArray[np.float64], decision: str, reasons: set[str]) -> None:
+def test_rules_by_hand(row: FloatArray, decision: str, reasons: set[str]) -> None:
     verdict = decide(row)
     assert verdict.decision == decision
     assert {reason.value for reason in verdict.reasons} == reasons
@@ -119,7 +119,7 @@ def test_the_audit_draw_is_uniform_and_fixed_per_picture() -> None:
 
 @given(rows)
 @settings(max_examples=300, deadline=None)
-def test_nothing_above_a_threshold_is_ever_answered(row: NDArray[np.float64]) -> None:
+def test_nothing_above_a_threshold_is_ever_answered(row: FloatArray) -> None:
     verdict = decide(row)
     p_malignant = malignant_probability(row, TAXONOMY)
     point = POINTS.refer_malignant
@@ -133,7 +133,7 @@ def test_nothing_above_a_threshold_is_ever_answered(row: NDArray[np.float64]) ->
 
 @given(rows)
 @settings(max_examples=200, deadline=None)
-def test_offline_figures_count_as_answered_what_the_service_answers(row: NDArray[np.float64]) -> None:
+def test_offline_figures_count_as_answered_what_the_service_answers(row: FloatArray) -> None:
     online = triage(row, TAXONOMY, POINTS, TriageRules(0.0, 2, 0.0), NOT_SAMPLED).decision is Decision.ANSWERED
     assert bool(answered(row[None], TAXONOMY, POINTS)[0]) == online
 

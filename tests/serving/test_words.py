@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 import serving
+from records.arrays import FloatArray
 from records.bundles import OperatingPoints, ReferPoint
 from records.ids import utc_now
 from records.taxonomy import load_taxonomy
@@ -20,7 +20,7 @@ from serving.answers import answer_body
 from serving.page.answer_html import answer_html
 from serving.triage import TriageRules, triage
 from serving.words import DECISION_TITLES, FLAG_WORDS, reason_text, status_text
-from trainers.inference.suitability import NOTHING_KNOWN, Suitability
+from vision.inference.suitability import NOTHING_KNOWN, Suitability
 
 TAXONOMY = load_taxonomy("ham10000")
 VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy)\b", re.IGNORECASE)
@@ -107,7 +107,7 @@ rows = st.lists(st.floats(1e-6, 1.0), min_size=7, max_size=7).map(lambda v: np.a
 @given(rows, points, rules, st.floats(0, 1, exclude_max=True), suitable)
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_what_goes_out_is_never_an_answer_above_a_threshold_nor_a_verdict(
-    row: NDArray[np.float64], operating: OperatingPoints, rule: TriageRules, draw: float, suitability: Suitability
+    row: FloatArray, operating: OperatingPoints, rule: TriageRules, draw: float, suitability: Suitability
 ) -> None:
     verdict = triage(row, TAXONOMY, operating, rule, draw, suitability)
     stored = prediction(
@@ -132,7 +132,7 @@ def test_what_goes_out_is_never_an_answer_above_a_threshold_nor_a_verdict(
 @given(rows, points, st.integers(0, 6), st.sampled_from([np.nan, np.inf, -np.inf]))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_what_is_not_finite_is_never_answered_whatever_the_thresholds(
-    row: NDArray[np.float64], operating: OperatingPoints, index: int, broken: float
+    row: FloatArray, operating: OperatingPoints, index: int, broken: float
 ) -> None:
     row = row.copy()
     row[index] = broken

@@ -8,10 +8,10 @@ import pytest
 
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Policy
-from trainers.catalog import REGISTRIES, catalogue
+from trainers.cli.catalog import REGISTRIES, catalogue
 from trainers.fitting.loop import TrainingData, train
-from trainers.models import MODELS
 from trainers.settings import TrainersSettings
+from vision.networks import MODELS
 
 SETTING_OF = {
     "optimizers": "optimizer",

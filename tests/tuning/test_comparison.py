@@ -3,13 +3,13 @@
 import pytest
 
 from cluster.presets import PRESETS
-from trainers.models import MODELS
 from tuning.comparison import compare
 from tuning.experiments import EXPERIMENTS, experiment_settings
 from tuning.journal import open_journal
 from tuning.page import render
 from tuning.report import report_on
 from tuning.trials import TrialFigures
+from vision.networks import MODELS
 
 FIGURES = TrialFigures(
     epoch=3,

@@ -1,4 +1,4 @@
-"""A search that is killed goes on and decides as one that nobody killed; `bench/chaos_tune.py` kills more often."""
+"""A search that is killed goes on and decides as one that nobody killed; `bench.drills.chaos_tune` kills more often."""
 
 import json
 import os
@@ -17,7 +17,8 @@ def test_a_killed_search_decides_as_one_that_was_left_alone() -> None:
     done = subprocess.run(
         [
             sys.executable,
-            "bench/chaos_tune.py",
+            "-m",
+            "bench.drills.chaos_tune",
             "--rounds",
             "1",
             "--kills",

@@ -3,7 +3,7 @@
 import pytest
 
 from records.errors import ConfigError
-from trainers.registry import Choice, Range
+from records.registry import Choice, Range
 from trainers.settings import TrainersSettings
 from tuning.narrow import read_space
 from tuning.narrowing import narrow

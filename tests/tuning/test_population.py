@@ -9,11 +9,11 @@ from pydantic import ValidationError
 
 from cluster.sources import load_settings
 from records.errors import ConfigError
+from records.registry import Range
 from trainers.augmentation import load_policy
 from trainers.augmentation.inline import parse_phases
 from trainers.fitting.loop import train
 from trainers.fitting.training_data import plan_data
-from trainers.registry import Range
 from tuning.journal import FILE_NAME, read_past
 from tuning.population import changed, make_turns
 from tuning.report import _command, report_on

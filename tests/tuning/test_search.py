@@ -6,10 +6,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from images.cache import PixelCache
 from records.command import RAY_STARTER
 from records.errors import ConfigError, ContractError, DivergedError, RefusedError, RelookError
 from records.types import Side
-from trainers.data.cache import PixelCache
 from tuning.cli import app as tuning_app
 from tuning.journal import FILE_NAME, read_journal
 from tuning.report import report_on

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from records.errors import ConfigError, ContractError
+from records.registry import Choice, Range, Registered
 from trainers.augmentation import POLICIES
 from trainers.optimization.optimizers import OPTIMIZERS
 from trainers.optimization.schedulers import SCHEDULERS
-from trainers.registry import Choice, Range, Registered
 from trainers.settings import TrainersSettings
 from tuning import space as space_module
 from tuning.planner import Planner

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
+from images.cache import PixelCache
 from records.errors import ConfigError
 from records.types import Side
-from trainers.data.cache import PixelCache
 from trainers.fitting.training_data import plan_data
 from tuning.search import _job
 from tuning.settings import TuningSettings

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainers.seeding import derive_seed
-
-Indices = NDArray[np.int64]
-Pixels = NDArray[np.uint8]
+from records.arrays import IntArray, UInt8Array
+from vision.seeding import derive_seed
 
 
 class Mixing(BaseModel):
@@ -42,11 +39,11 @@ class Mix:
         box: top, bottom, left, right of what the partner replaces, px; None lays the partner over everything.
     """
 
-    partner: Indices
+    partner: IntArray
     share: float
     box: tuple[int, int, int, int] | None = None
 
-    def apply(self, pixels: Pixels, partners: Pixels) -> Pixels:
+    def apply(self, pixels: UInt8Array, partners: UInt8Array) -> UInt8Array:
         """Mix pictures with their partners.
 
         Args:

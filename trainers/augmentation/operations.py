@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from records.registry import Registered, Registry
 from trainers.augmentation.parameters import (
     AffineParameters,
     BlurParameters,
@@ -23,7 +24,6 @@ from trainers.augmentation.parameters import (
     RulerParameters,
     VignetteParameters,
 )
-from trainers.registry import Registered, Registry
 
 
 @dataclass(frozen=True)

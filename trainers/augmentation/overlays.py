@@ -11,13 +11,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from records.arrays import Float32Array, FloatArray, UInt8Array
 from trainers.augmentation.parameters import HairParameters, Parameters, RulerParameters, VignetteParameters
 
-Picture = NDArray[np.uint8]
-Mask = NDArray[np.float32]
-Painter = Callable[[Picture, Any, np.random.Generator], Picture]
+Painter = Callable[[UInt8Array, Any, np.random.Generator], UInt8Array]
 
 _OVERSAMPLING = 4
 _CURVE_POINTS = 24
@@ -46,14 +44,14 @@ class Painted:
         """Take random numbers from here from now on; the second one is not used."""
         self._generator = generator
 
-    def __call__(self, *, image: Picture) -> dict[str, Picture]:
+    def __call__(self, *, image: UInt8Array) -> dict[str, UInt8Array]:
         """Return the picture under `image`, painted over or as it was."""
         if self._generator.random() >= self._probability:
             return {"image": image}
         return {"image": self._painter(image, self._parameters, self._generator)}
 
 
-def paint_vignette(picture: Picture, parameters: VignetteParameters, generator: np.random.Generator) -> Picture:
+def paint_vignette(picture: UInt8Array, parameters: VignetteParameters, generator: np.random.Generator) -> UInt8Array:
     """Darken what lies outside a circle near the centre.
 
     Args:
@@ -74,7 +72,7 @@ def paint_vignette(picture: Picture, parameters: VignetteParameters, generator: 
     return _blend(picture, covered, np.full(3, rim, dtype=np.float32))
 
 
-def paint_hair(picture: Picture, parameters: HairParameters, generator: np.random.Generator) -> Picture:
+def paint_hair(picture: UInt8Array, parameters: HairParameters, generator: np.random.Generator) -> UInt8Array:
     """Paint bent hairs that cross the picture or end in it.
 
     Args:
@@ -94,7 +92,7 @@ def paint_hair(picture: Picture, parameters: HairParameters, generator: np.rando
     return _blend(picture, covered, _HAIR_BROWNS[generator.integers(len(_HAIR_BROWNS))])
 
 
-def paint_ruler(picture: Picture, parameters: RulerParameters, generator: np.random.Generator) -> Picture:
+def paint_ruler(picture: UInt8Array, parameters: RulerParameters, generator: np.random.Generator) -> UInt8Array:
     """Paint the marks of a ruler along one edge, a little askew.
 
     Args:
@@ -118,7 +116,7 @@ def paint_ruler(picture: Picture, parameters: RulerParameters, generator: np.ran
     return _blend(picture, covered, _RULER_INKS[generator.integers(len(_RULER_INKS))])
 
 
-def _bent_line(generator: np.random.Generator) -> NDArray[np.float64]:
+def _bent_line(generator: np.random.Generator) -> FloatArray:
     """Return [24, 2] points of a quadratic Bezier curve; coordinates are shares of the side, some outside 0 to 1."""
     middle = generator.uniform(0.05, 0.95, 2)
     angle, length = generator.uniform(0, np.pi), generator.uniform(0.4, 1.2)
@@ -129,7 +127,7 @@ def _bent_line(generator: np.random.Generator) -> NDArray[np.float64]:
     return np.asarray((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end)
 
 
-def _stroke(side_px: int, lines: list[NDArray[np.float64]], width: float) -> Mask:
+def _stroke(side_px: int, lines: list[FloatArray], width: float) -> Float32Array:
     """Return [S, S] how much of each pixel lines of a width cover; coordinates and width are shares of the side."""
     large_px = side_px * _OVERSAMPLING
     canvas = np.zeros((large_px, large_px), dtype=np.uint8)
@@ -139,6 +137,6 @@ def _stroke(side_px: int, lines: list[NDArray[np.float64]], width: float) -> Mas
     return reduced.astype(np.float32) / np.float32(255.0)
 
 
-def _blend(picture: Picture, covered: Mask, colour: NDArray[np.float32]) -> Picture:
+def _blend(picture: UInt8Array, covered: Float32Array, colour: Float32Array) -> UInt8Array:
     mixed = picture + covered[:, :, None] * (colour - picture)
     return np.rint(mixed).clip(0, 255).astype(np.uint8)

@@ -7,18 +7,16 @@ included. In the lower part each operation of the policy is forced on one pictur
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
+from records.arrays import UInt8Array
 from records.errors import ContractError
 from trainers.augmentation.mixing import draw_mix
 from trainers.augmentation.operations import Canvas
 from trainers.augmentation.policy import Policy
 from trainers.augmentation.runner import Augmenter
-from trainers.seeding import image_keys, picture_seeds
-
-Pixels = NDArray[np.uint8]
+from vision.seeding import image_keys, picture_seeds
 
 _GAP_PX = 4
 _LABEL_PX = 150
@@ -26,7 +24,9 @@ _LINE_PX = 18
 _INK = (30, 30, 30)
 
 
-def policy_grid(policy: Policy, pixels: Pixels, image_ids: Sequence[str], *, draws: int, seed: int = 0) -> Pixels:
+def policy_grid(
+    policy: Policy, pixels: UInt8Array, image_ids: Sequence[str], *, draws: int, seed: int = 0
+) -> UInt8Array:
     """Draw a policy on pictures as a run would, one column per epoch.
 
     Args:
@@ -53,7 +53,9 @@ def policy_grid(policy: Policy, pixels: Pixels, image_ids: Sequence[str], *, dra
     return np.stack(columns, axis=1)
 
 
-def operation_grid(policy: Policy, pixels: Pixels, image_ids: Sequence[str], *, draws: int, seed: int = 0) -> Pixels:
+def operation_grid(
+    policy: Policy, pixels: UInt8Array, image_ids: Sequence[str], *, draws: int, seed: int = 0
+) -> UInt8Array:
     """Draw every operation of a policy alone and always, on one picture each.
 
     Args:
@@ -74,7 +76,7 @@ def operation_grid(policy: Policy, pixels: Pixels, image_ids: Sequence[str], *, 
 
 
 def paint_preview(
-    policy: Policy, pixels: Pixels, image_ids: Sequence[str], names: Sequence[str], *, draws: int, seed: int = 0
+    policy: Policy, pixels: UInt8Array, image_ids: Sequence[str], names: Sequence[str], *, draws: int, seed: int = 0
 ) -> PillowImage.Image:
     """Paint both grids, with names beside the rows.
 
@@ -109,7 +111,7 @@ def _paint_rows(
     sheet: PillowImage.Image,
     pen: ImageDraw.ImageDraw,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    grid: Pixels,
+    grid: UInt8Array,
     labels: list[str],
     top_px: int,
 ) -> int:
@@ -122,6 +124,6 @@ def _paint_rows(
     return top_px
 
 
-def _canvas(pixels: Pixels) -> Canvas:
+def _canvas(pixels: UInt8Array) -> Canvas:
     red, green, blue = (float(round(value)) for value in pixels.mean(axis=(0, 1, 2)))
     return Canvas(pixels.shape[1], (red, green, blue))

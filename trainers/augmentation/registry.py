@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from records.errors import ConfigError
+from records.registry import Registered, Registry
 from trainers.augmentation.inline import PREFIX, policy_of_line
 from trainers.augmentation.mixing import Mixing
 from trainers.augmentation.policy import Operation, Policy, parse_policy
-from trainers.registry import Registered, Registry
 
 YAML_SUFFIXES = (".yaml", ".yml")
 

@@ -10,11 +10,11 @@ import random
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from records.arrays import UInt8Array
 from trainers.augmentation.operations import OPERATIONS, Canvas
 from trainers.augmentation.policy import Policy
-from trainers.seeding import Seeds
+from vision.seeding import Seeds
 
 
 class Augmenter:
@@ -40,7 +40,7 @@ class Augmenter:
             self._operations = operations
             self._transforms = self._build()
 
-    def apply(self, pixels: NDArray[np.uint8], seeds: Seeds) -> NDArray[np.uint8]:
+    def apply(self, pixels: UInt8Array, seeds: Seeds) -> UInt8Array:
         """Augment a batch.
 
         Args:

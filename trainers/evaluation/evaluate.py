@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.progress import Progress
 
+from images.cache import PixelCache, PixelRows
 from records import audit
+from records.arrays import Float32Array, FloatArray, IntArray
 from records.bundles import Bundle, OperatingPoints
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
@@ -23,11 +24,6 @@ from records.store import Store
 from records.stored import find_images, read_picture
 from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Image, Side
-from trainers.calibration.conformal import prediction_set, thresholds_in_order
-from trainers.calibration.operating import Lesions, answered, gather_lesions
-from trainers.calibration.scaling import reweight
-from trainers.data.cache import PixelCache, PixelRows
-from trainers.evaluation.bootstrap import group_strata, resample_weights, resampled_confusions
 from trainers.evaluation.figures import (
     Coverage,
     EqualPrevalence,
@@ -38,9 +34,16 @@ from trainers.evaluation.figures import (
     key_class_report,
     undefined_reasons,
 )
-from trainers.evaluation.metrics import (
-    FloatArray,
-    IntArray,
+from trainers.evaluation.pictures import Pictures
+from trainers.evaluation.skin import SkinTones
+from trainers.evaluation.traits import Traits, traits_of_images
+from vision.calibration.conformal import prediction_set, thresholds_in_order
+from vision.calibration.operating import Lesions, answered, gather_lesions
+from vision.calibration.scaling import reweight
+from vision.inference.loaded import LoadedModel, load_model
+from vision.inference.output import BatchOutput
+from vision.metrics.bootstrap import group_strata, resample_weights, resampled_confusions
+from vision.metrics.metrics import (
     accuracy_of,
     balanced_accuracy,
     check_probabilities,
@@ -50,10 +53,6 @@ from trainers.evaluation.metrics import (
     one_vs_rest_auc,
     reliability_bins,
 )
-from trainers.evaluation.pictures import Pictures
-from trainers.evaluation.skin import SkinTones
-from trainers.evaluation.traits import Traits, traits_of_images
-from trainers.inference.loaded import BatchOutput, LoadedModel, load_model
 
 BATCH_SIZE = 64
 GUARDED_SIDES = (Side.GATE, Side.TEST)
@@ -69,7 +68,7 @@ class SidePredictions:
     lesion_ids: list[str | None]
     labels: IntArray
     """[N] class indices"""
-    logits: NDArray[np.float32]
+    logits: Float32Array
     """[N, C], before calibration"""
     probabilities: FloatArray
     """[N, C], calibrated"""
@@ -271,7 +270,7 @@ def _at_equal_prevalence(
     taxonomy: Taxonomy,
     priors: Mapping[str, float] | None,
     group_index: IntArray,
-    weights: NDArray[np.float32],
+    weights: Float32Array,
 ) -> EqualPrevalence | None:
     if not priors:
         return None

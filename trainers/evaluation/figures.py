@@ -7,15 +7,15 @@ never NaN. Intervals are 95 %, by bootstrap over groups within class.
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
-from trainers.calibration.operating import Lesions, exact_interval
-from trainers.evaluation.bootstrap import percentile_interval
-from trainers.evaluation.metrics import BoolArray, FloatArray, IntArray, class_rates
 from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
+from vision.calibration.operating import Lesions, exact_interval
+from vision.metrics.bootstrap import percentile_interval
+from vision.metrics.metrics import class_rates
 
 Interval = tuple[float, float]
 
@@ -202,7 +202,7 @@ def key_class_report(
     operating: OperatingPoints | None,
     lesions: Lesions,
     group_index: IntArray,
-    weights: NDArray[np.float32],
+    weights: Float32Array,
 ) -> KeyClassReport | None:
     """Report the first key class at its refer threshold, per lesion.
 
@@ -241,7 +241,7 @@ def key_class_report(
 
 
 def _at_fixed_sensitivity(
-    scores: FloatArray, is_case: BoolArray, group_index: IntArray, weights: NDArray[np.float32]
+    scores: FloatArray, is_case: BoolArray, group_index: IntArray, weights: Float32Array
 ) -> dict[str, Any]:
     """Return specificity where 95 % of the cases are found; the interval is at that threshold."""
     threshold = sensitivity_threshold(scores, is_case, FIXED_SENSITIVITY)
@@ -269,7 +269,7 @@ def sensitivity_threshold(scores: FloatArray, is_case: BoolArray, sensitivity: f
 
 
 def _lesion_rate(
-    is_hit: BoolArray, is_member: BoolArray, group_index: IntArray, weights: NDArray[np.float32]
+    is_hit: BoolArray, is_member: BoolArray, group_index: IntArray, weights: Float32Array
 ) -> tuple[float | None, Interval | None]:
     """Return the share of hits among the member lesions, with its interval by group."""
     if not is_member.any():

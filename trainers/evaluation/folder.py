@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.progress import Progress
 
+from images.decode import decode_square
+from images.parallel import chunks_of, map_in_order
+from images.source_table import SourceRow, read_source
+from records.arrays import UInt8Array
 from records.errors import DataError, PictureError
 from records.taxonomy import Taxonomy
 from records.types.pictures import LABEL_RANK
-from trainers.data.decode import decode_square
-from trainers.data.parallel import chunks_of, map_in_order
-from trainers.data.source_table import SourceRow, read_source
 from trainers.evaluation.evaluate import SidePredictions
 from trainers.evaluation.pictures import Pictures
 from trainers.evaluation.skin import SkinTones, tone_of
 from trainers.evaluation.traits import CONFIRMED_BY, Traits, age_band
-from trainers.inference.loaded import LoadedModel
+from vision.inference.loaded import LoadedModel
 
 
 def predict_folder(
@@ -113,11 +113,11 @@ def _checked(rows: Sequence[SourceRow], labels: Path, taxonomy: Taxonomy) -> lis
     return [taxonomy.index_of(row.label or "") for row in rows]
 
 
-def _decode(rows: Sequence[SourceRow], side_px: int) -> NDArray[np.uint8]:
+def _decode(rows: Sequence[SourceRow], side_px: int) -> UInt8Array:
     return np.stack([read_square(row.path or Path(row.source_id), side_px) for row in rows])
 
 
-def read_square(path: Path, side_px: int) -> NDArray[np.uint8]:
+def read_square(path: Path, side_px: int) -> UInt8Array:
     """Read a picture file as the square that a model sees.
 
     Args:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trainers.data.decode import decode_square
-from trainers.evaluation.metrics import BoolArray, IntArray
+from images.decode import decode_square
+from records.arrays import BoolArray, IntArray, UInt8Array
 from trainers.evaluation.skin import find_mask, read_mask
 
 
@@ -23,11 +22,11 @@ class Pictures:
     masks: Path | None = None
     """folder of lesion masks, named after the pictures"""
 
-    def square(self, index: int, side_px: int) -> NDArray[np.uint8]:
+    def square(self, index: int, side_px: int) -> UInt8Array:
         """Return a picture as a square, [S, S, 3]."""
         return decode_square(self.read(index), side_px)
 
-    def squares(self, indices: IntArray, side_px: int) -> NDArray[np.uint8]:
+    def squares(self, indices: IntArray, side_px: int) -> UInt8Array:
         """Return pictures as squares, [n, S, S, 3]."""
         return np.stack([self.square(int(index), side_px) for index in indices])
 

@@ -4,18 +4,18 @@ from collections.abc import Callable
 
 import numpy as np
 
+from records.arrays import IntArray
 from records.bundles import Bundle
 from records.errors import ContractError
 from trainers.evaluation.attacks import PixelNetwork
 from trainers.evaluation.evaluate import SidePredictions
-from trainers.evaluation.metrics import IntArray
+from trainers.evaluation.faithfulness import explanation_quality
 from trainers.evaluation.pictures import Pictures
 from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
 from trainers.evaluation.robustness import PER_CLASS, Sample, robustness_curves
-from trainers.evaluation.sample import stratified_sample
-from trainers.explanations.faithfulness import explanation_quality
-from trainers.explanations.sanity import randomisation_similarity
-from trainers.inference.loaded import load_model, plain_network
+from trainers.evaluation.sanity import randomisation_similarity
+from vision.inference.loaded import load_model, plain_network
+from vision.metrics.sample import stratified_sample
 
 
 def sample_of(predictions: SidePredictions, per_class: int = PER_CLASS) -> IntArray:

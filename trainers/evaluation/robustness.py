@@ -11,22 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from records.arrays import BoolArray, FloatArray, IntArray, UInt8Array
 from records.errors import ContractError
 from records.taxonomy import Taxonomy
 from trainers.evaluation.attacks import PGD_STEPS, Attack, PixelNetwork, attacks_on
-from trainers.evaluation.bootstrap import group_strata, resample_weights, resampled_confusions
 from trainers.evaluation.figures import Interval, interval_of
-from trainers.evaluation.metrics import (
-    BoolArray,
-    FloatArray,
-    IntArray,
+from trainers.evaluation.probes import AttackPoint, RobustnessReport
+from vision.metrics.bootstrap import group_strata, resample_weights, resampled_confusions
+from vision.metrics.metrics import (
     balanced_accuracy,
     class_rates,
     confusion_matrix,
 )
-from trainers.evaluation.probes import AttackPoint, RobustnessReport
 
 EPSILONS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """In 1/255 of the pixel range."""
@@ -60,7 +57,7 @@ class Sample:
 
 def robustness_curves(
     model: PixelNetwork,
-    pixels: NDArray[np.uint8],
+    pixels: UInt8Array,
     sample: Sample,
     *,
     epsilons: Sequence[float] = EPSILONS,

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from records.arrays import BoolArray, UInt8Array
 from records.errors import DataError
-from trainers.evaluation.metrics import BoolArray
 
 TONES = (("very light", 55.0), ("light", 41.0), ("intermediate", 28.0), ("tan", 10.0), ("brown", -30.0))
 """Names with the angle that each lies above (Del Bino & Bernerd 2013); below the last one is `dark`."""
@@ -31,7 +31,7 @@ MIN_SHARE = 0.02
 """With less skin than this share of the picture, nothing is said."""
 
 
-def typology_angle(picture: NDArray[np.uint8], mask: BoolArray | None = None) -> float | None:
+def typology_angle(picture: UInt8Array, mask: BoolArray | None = None) -> float | None:
     """Estimate the ITA of the skin around a lesion.
 
     Args:
@@ -108,7 +108,7 @@ class SkinTones:
         self._masks = masks
         self.angles: list[float | None] = []
 
-    def add(self, pixels: NDArray[np.uint8]) -> None:
+    def add(self, pixels: UInt8Array) -> None:
         """Look at the next pictures, [n, S, S, 3]."""
         for picture in pixels:
             name = self._source_ids[len(self.angles)]

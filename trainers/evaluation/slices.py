@@ -9,11 +9,11 @@ from dataclasses import fields, replace
 
 import numpy as np
 
+from records.arrays import IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
 from trainers.evaluation.evaluate import SidePredictions, evaluate
 from trainers.evaluation.figures import Evaluation, SliceReport
-from trainers.evaluation.metrics import IntArray
 from trainers.evaluation.traits import Traits
 
 MIN_IMAGES = 20

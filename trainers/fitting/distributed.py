@@ -31,9 +31,9 @@ from trainers.fitting.loop import TrainedModel, train, trained_model
 from trainers.fitting.mailbox import Postman, open_mailbox
 from trainers.fitting.process_group import ProcessGroup
 from trainers.fitting.scarcity import told_of_scarcity
-from trainers.fitting.strategies import StrategyRecipe, strategy_of
 from trainers.fitting.training_data import DataPlan
 from trainers.fitting.workers import CHECKPOINT_FILE, threads_of
+from trainers.optimization.strategies import StrategyRecipe, strategy_of
 from trainers.settings import TrainersSettings
 
 RUN_NAME = "ray"

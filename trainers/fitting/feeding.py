@@ -12,28 +12,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from records.arrays import IntArray, UInt8Array
 from trainers.augmentation import Augmenter
 from trainers.augmentation.mixing import Mix, draw_mix
-from trainers.optimization.samplers import IntArray, epoch_order, occurrences
-from trainers.seeding import Seeds, image_keys, picture_seeds
+from trainers.optimization.samplers import epoch_order, occurrences
 from trainers.settings import TrainersSettings
+from vision.seeding import Seeds, image_keys, picture_seeds
 
 
 class PixelSource(Protocol):
-    """Decoded pictures by position; `trainers.data.cache.PixelRows` is one."""
+    """Decoded pictures by position; `images.cache.PixelRows` is one."""
 
     def __len__(self) -> int:
         """Return N."""
         ...
 
-    def take(self, indices: Any) -> NDArray[np.uint8]:
+    def take(self, indices: Any) -> UInt8Array:
         """Return a writable copy of rows, [n, S, S, 3]."""
         ...
 
 
-Stream = Callable[[Sequence[IntArray]], Iterator[NDArray[np.uint8]]]
+Stream = Callable[[Sequence[IntArray]], Iterator[UInt8Array]]
 """Yields writable rows, [n, S, S, 3], for one array of positions after the other."""
 
 
@@ -50,7 +50,7 @@ class Batch:
         weight: of the share's mean loss in the mean over the workers; 1 where all shares are equal.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: UInt8Array
     labels: IntArray
     rows: IntArray
     partner_labels: IntArray | None = None
@@ -167,7 +167,7 @@ class Feeder:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, share: "_Share", pieces: Iterator[NDArray[np.uint8]]) -> Batch:
+    def _prepare(self, share: "_Share", pieces: Iterator[UInt8Array]) -> Batch:
         own_rows = share.rows[share.own]
         own_labels = self._labels[own_rows]
         weight = len(own_rows) * self._world_size / self._settings.batch_size

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from images.cache import PixelCache
+from records.arrays import Float32Array, IntArray
 from records.bundles import (
     Architecture,
     Bundle,
@@ -30,22 +32,20 @@ from records.stored import find_images
 from records.taxonomy import Taxonomy
 from records.types import Side
 from trainers.augmentation import Policy, load_policy
-from trainers.calibration.operating import fit_operating_points, gather_lesions
-from trainers.calibration.scaling import apply_calibration, fit_calibration
-from trainers.calibration.scores import score_bands
-from trainers.data.cache import PixelCache
 from trainers.evaluation.evaluate import SidePredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
+from trainers.fitting.starting import StartingWeights, architecture_options, starting_weights
 from trainers.fitting.suitability import Answers, answer_rows, faithfulness_of, sample_of_train, suitability_of
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
-from trainers.inference.golden import golden_pictures
-from trainers.inference.loaded import reference_logits
-from trainers.models import MODELS, architecture_options
-from trainers.models.weights import StartingWeights, starting_weights
-from trainers.optimization.samplers import IntArray
 from trainers.settings import TrainersSettings
+from vision.calibration.operating import fit_operating_points, gather_lesions
+from vision.calibration.scaling import apply_calibration, fit_calibration
+from vision.calibration.scores import score_bands
+from vision.inference.golden import golden_pictures
+from vision.inference.loaded import reference_logits
+from vision.networks import MODELS
 
 CURVES = ("epoch", "train_loss", "val_loss", "val_balanced_accuracy")
 FITTED_ON = (Side.VAL, Side.CALIBRATION)
@@ -62,7 +62,7 @@ class SideLogits:
     answers: Answers
 
     @property
-    def logits(self) -> NDArray[np.float32]:
+    def logits(self) -> Float32Array:
         """[N, C]"""
         return self.answers.logits
 

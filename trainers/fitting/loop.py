@@ -29,19 +29,19 @@ from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.sharding import local, restore_optimizer, whole
+from trainers.fitting.starting import architecture_options, starting_weights
 from trainers.fitting.statistics import evenly_spaced, pixel_statistics
 from trainers.fitting.steps import LossWatch, StepOptions, Stepper, validate
 from trainers.fitting.trained import TrainedModel, best_epoch_of, trained_model
 from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, mean_over, threads_of
-from trainers.models import architecture_options, build_model
-from trainers.models.weights import starting_weights
 from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.optimization.schedulers import SCHEDULERS, build_scheduler, change_rate
-from trainers.precision import resolve_precision
-from trainers.seeding import derive_seed
 from trainers.settings import TrainersSettings
+from vision.networks import build_model
+from vision.precision import resolve_precision
+from vision.seeding import derive_seed
 
 STATISTICS_PICTURES = 256
 """Training pictures that batch norm's statistics are measured on after every epoch."""
@@ -285,7 +285,7 @@ class _Run:
         options = architecture_options(self._settings)
         network = build_model(self._settings.model, len(self._taxonomy.codes), **options)
         if initial_weights is not None:
-            from trainers.inference.loaded import load_weights
+            from vision.inference.loaded import load_weights
 
             load_weights(network, dict(initial_weights), "to start from")
         if found is not None:

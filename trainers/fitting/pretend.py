@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import Progress
 
+from records.arrays import IntArray
 from records.datasets import DatasetVersion
 from records.errors import DataError
 from records.store import Store
 from records.stored import find_images
 from records.types import Side
-from trainers.evaluation.metrics import balanced_accuracy, confusion_matrix
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.training_data import TrainingData, plan_data
-from trainers.inference.loaded import reference_logits
-from trainers.optimization.samplers import IntArray
 from trainers.settings import TrainersSettings
+from vision.inference.loaded import reference_logits
+from vision.metrics.metrics import balanced_accuracy, confusion_matrix
 
 BOASTING_SHARE = 0.2
 _SCORING_BATCH = 64

@@ -13,8 +13,8 @@ from torch import distributed as dist
 from torch import nn
 
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from trainers.fitting.strategies import StrategyRecipe
 from trainers.fitting.workers import CHECKPOINT_FILE
+from trainers.optimization.strategies import StrategyRecipe
 
 
 class ProcessGroup:

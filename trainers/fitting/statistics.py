@@ -1,10 +1,9 @@
 """Mean and standard deviation of the training pictures, per channel."""
 
 import numpy as np
-from numpy.typing import NDArray
 
+from records.arrays import FloatArray, IntArray
 from trainers.fitting.feeding import PixelSource
-from trainers.optimization.samplers import IntArray
 
 Rgb = tuple[float, float, float]
 
@@ -48,6 +47,6 @@ def pixel_statistics(pixels: PixelSource, rows: IntArray) -> tuple[Rgb, Rgb]:
     return _rgb(mean), _rgb(std)
 
 
-def _rgb(values: NDArray[np.float64]) -> Rgb:
+def _rgb(values: FloatArray) -> Rgb:
     red, green, blue = (round(float(value), 6) for value in values)
     return (red, green, blue)

@@ -5,24 +5,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from records.arrays import Float32Array, IntArray, UInt8Array
 from records.bundles import Geometry
 from records.errors import DivergedError
 from records.taxonomy import Taxonomy
-from trainers.evaluation.metrics import balanced_accuracy, class_rates, confusion_matrix
 from trainers.fitting.feeding import Batch, PixelSource
 from trainers.fitting.sharding import local
-from trainers.fitting.strategies import gradients_kept_back
 from trainers.fitting.workers import WorkerGroup
-from trainers.optimization.samplers import IntArray
-from trainers.precision import Precision, autocast
-from trainers.preprocess import scale_pixels, to_tensor
+from trainers.optimization.strategies import gradients_kept_back
+from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix
+from vision.precision import Precision, autocast
+from vision.preprocess import scale_pixels, to_tensor
 
 if TYPE_CHECKING:
     from trainers.fitting.training_data import TrainingData
@@ -167,7 +166,7 @@ class Stepper:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
-    def score(self, pixels: PixelSource, rows: IntArray) -> NDArray[np.float32]:
+    def score(self, pixels: PixelSource, rows: IntArray) -> Float32Array:
         """Compute logits without augmentation, in evaluation mode.
 
         Args:
@@ -184,7 +183,7 @@ class Stepper:
                 parts.append(logits.cpu().numpy())
         return np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
 
-    def _logits(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def _logits(self, pixels: UInt8Array) -> Tensor:
         inputs = scale_pixels(to_tensor(pixels).to(self._device, non_blocking=True), self._geometry)
         with autocast(self._precision, str(self._device)):
             logits: Tensor = self._network(inputs)

@@ -11,18 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from images.cache import PixelCache
+from records.arrays import Float32Array, UInt8Array
 from records.bundles import Architecture, Calibration, Geometry, SuitabilityLimits
 from records.datasets import DatasetVersion
 from records.store import Store
 from records.stored import find_images
 from records.types import Side
-from trainers.calibration.suitability import PER_CLASS, Described, fit_suitability
-from trainers.data.cache import PixelCache
-from trainers.evaluation.sample import stratified_sample
-from trainers.explanations.facts import NUM_IMAGES, faithfulness_facts
+from trainers.evaluation.map_facts import NUM_IMAGES, faithfulness_facts
 from trainers.fitting.loop import TrainedModel
-from trainers.inference.described import early_statistics, first_convolution, pooled_features
-from trainers.preprocess import check_pixels, scale_pixels, to_tensor
+from vision.calibration.suitability import PER_CLASS, Described, fit_suitability
+from vision.inference.described import early_statistics, first_convolution, pooled_features
+from vision.metrics.sample import stratified_sample
+from vision.preprocess import check_pixels, scale_pixels, to_tensor
 
 SCORING_BATCH = 64
 
@@ -31,11 +32,11 @@ SCORING_BATCH = 64
 class Answers:
     """What a network says of N pictures."""
 
-    logits: NDArray[np.float32]
+    logits: Float32Array
     """[N, C]"""
-    pooled: NDArray[np.float32]
+    pooled: Float32Array
     """[N, D], see `pooled_features`"""
-    early: NDArray[np.float32]
+    early: Float32Array
     """[N, 2 K], see `early_statistics`"""
 
 
@@ -64,7 +65,7 @@ def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> An
     )
 
 
-def reference_answers(network: nn.Module, pixels: NDArray[np.uint8], geometry: Geometry) -> Answers:
+def reference_answers(network: nn.Module, pixels: UInt8Array, geometry: Geometry) -> Answers:
     """Compute logits and features the plain way: fp32, nothing folded.
 
     Args:
@@ -120,7 +121,7 @@ def faithfulness_of(
         calibration: of its answers.
         val_ids: [m] pictures of the val side, decoded already.
     Returns:
-        See `trainers.explanations.facts.faithfulness_facts`.
+        See `trainers.evaluation.map_facts.faithfulness_facts`.
     """
     pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(val_ids)
     few = pixels.take(np.arange(min(NUM_IMAGES, len(val_ids))))

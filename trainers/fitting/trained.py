@@ -7,14 +7,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from images.decode import DECODE_VERSION
 from records.bundles import Geometry
 from records.taxonomy import Taxonomy
-from trainers.data.decode import DECODE_VERSION
 from trainers.fitting.checkpoints import Checkpoint
 from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.starting import architecture_options
 from trainers.fitting.workers import threads_of
-from trainers.models import architecture_options, build_model
 from trainers.settings import TrainersSettings
+from vision.networks import build_model
 
 
 @dataclass(frozen=True)

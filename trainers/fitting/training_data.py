@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from records.arrays import IntArray
 from records.errors import ContractError, DataError
 from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Side
 from trainers.fitting.feeding import PixelSource, Stream
 from trainers.fitting.statistics import MOST_PICTURES, evenly_spaced
-from trainers.optimization.samplers import IntArray
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -111,7 +111,7 @@ class DataPlan:
             raise ContractError("a plan without groups cannot be limited")
         from pandas import DataFrame
 
-        from trainers.data.subset import grouped_subset
+        from images.subset import grouped_subset
 
         n = self.num_train
         rows = DataFrame({"image_id": self.image_ids[:n], "group_id": self.group_ids[:n], "label": self.labels[:n]})
@@ -135,7 +135,7 @@ class DataPlan:
         Raises:
             DataError: a picture cannot be read.
         """
-        from trainers.data.streaming import stream_pixels
+        from images.streaming import stream_pixels
 
         rows = np.arange(len(self.image_ids), dtype=np.int64)
         train, val = rows[: self.num_train], rows[self.num_train :]
@@ -155,7 +155,7 @@ class DataPlan:
         Raises:
             DataError: a picture cannot be read.
         """
-        from trainers.data.cache import PixelCache
+        from images.cache import PixelCache
 
         cache = PixelCache(store.home.cache, side_px)
         cache.ensure(store, self.image_ids, progress)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from records.arrays import FloatArray, IntArray
 from records.errors import ConfigError
+from records.registry import Range, Registered, Registry
 from records.taxonomy import Taxonomy
-from trainers.optimization.samplers import SAMPLERS, FloatArray, IntArray
-from trainers.registry import Range, Registered, Registry
+from trainers.optimization.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainers.registry import Choice, Range, Registered, Registry
+from records.registry import Choice, Range, Registered, Registry
 
 if TYPE_CHECKING:
     from torch import nn

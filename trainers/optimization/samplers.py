@@ -9,13 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trainers.registry import Registered, Registry
-from trainers.seeding import generator
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
+from records.arrays import FloatArray, IntArray
+from records.registry import Registered, Registry
+from vision.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)

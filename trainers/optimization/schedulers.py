@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.registry import Range, Registered, Registry
+from records.registry import Range, Registered, Registry
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

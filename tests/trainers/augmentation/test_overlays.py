@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from records.arrays import UInt8Array
 from trainers.augmentation.overlays import Painted, paint_hair, paint_ruler, paint_vignette
 from trainers.augmentation.parameters import HairParameters, Parameters, RulerParameters, VignetteParameters
 
@@ -14,7 +14,7 @@ PAINTERS = [
 ]
 
 
-def skin(side_px: int) -> NDArray[np.uint8]:
+def skin(side_px: int) -> UInt8Array:
     return np.full((side_px, side_px, 3), (210, 160, 140), dtype=np.uint8)
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from records.arrays import UInt8Array
 from trainers.augmentation import OPERATIONS, POLICIES, Augmenter, Operation, Policy, load_policy
 from trainers.augmentation.operations import Canvas
-from trainers.seeding import picture_seeds
+from vision.seeding import picture_seeds
 
 SIDE_PX = 32
 CANVAS = Canvas(SIDE_PX, (200.0, 120.0, 90.0))
@@ -18,7 +19,7 @@ def seeds(epoch: int = 0, occurrence: int = 0) -> NDArray[np.uint64]:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> NDArray[np.uint8]:
+def pictures() -> UInt8Array:
     rows, columns = np.mgrid[:SIDE_PX, :SIDE_PX]
     base = np.stack([rows * 6, columns * 6, 60 + rows + columns], axis=-1)
     return np.clip(base[None] + np.arange(40)[:, None, None, None], 0, 255).astype(np.uint8)
@@ -36,7 +37,7 @@ def test_the_suite_runs_all_policies_and_operations() -> None:
 
 
 @pytest.mark.parametrize("policy", ALL, ids=lambda policy: policy.name)
-def test_a_picture_depends_on_its_seed_and_on_nothing_else(policy: Policy, pictures: NDArray[np.uint8]) -> None:
+def test_a_picture_depends_on_its_seed_and_on_nothing_else(policy: Policy, pictures: UInt8Array) -> None:
     together = Augmenter(policy, CANVAS).apply(pictures.copy(), seeds())
     assert together.shape == pictures.shape
     assert together.dtype == np.uint8
@@ -48,7 +49,7 @@ def test_a_picture_depends_on_its_seed_and_on_nothing_else(policy: Policy, pictu
 
 
 @pytest.mark.parametrize("policy", ALL[1:], ids=lambda policy: policy.name)
-def test_another_epoch_or_a_second_showing_looks_different(policy: Policy, pictures: NDArray[np.uint8]) -> None:
+def test_another_epoch_or_a_second_showing_looks_different(policy: Policy, pictures: UInt8Array) -> None:
     augmenter = Augmenter(policy, CANVAS)
     first = augmenter.apply(pictures.copy(), seeds())
     if policy.name in {"horizontal_flip", "vertical_flip"}:
@@ -58,18 +59,18 @@ def test_another_epoch_or_a_second_showing_looks_different(policy: Policy, pictu
     assert not np.array_equal(first, augmenter.apply(pictures.copy(), seeds(occurrence=1)))
 
 
-def test_no_policy_changes_nothing(pictures: NDArray[np.uint8]) -> None:
+def test_no_policy_changes_nothing(pictures: UInt8Array) -> None:
     assert np.array_equal(Augmenter(load_policy("none"), CANVAS).apply(pictures.copy(), seeds()), pictures)
 
 
-def test_flips_are_flips(pictures: NDArray[np.uint8]) -> None:
+def test_flips_are_flips(pictures: UInt8Array) -> None:
     flipped = Augmenter(only("horizontal_flip"), CANVAS).apply(pictures.copy(), seeds())
     assert np.array_equal(flipped, pictures[:, :, ::-1])
     upside_down = Augmenter(only("vertical_flip"), CANVAS).apply(pictures.copy(), seeds())
     assert np.array_equal(upside_down, pictures[:, ::-1])
 
 
-def test_probability_is_the_share_of_changed_pictures(pictures: NDArray[np.uint8]) -> None:
+def test_probability_is_the_share_of_changed_pictures(pictures: UInt8Array) -> None:
     policy = Policy(name="some", operations=(Operation(operation="horizontal_flip", probability=0.3),))
     many = np.repeat(pictures[:1], 2000, axis=0)
     keys = np.arange(2000, dtype=np.uint64)
@@ -78,7 +79,7 @@ def test_probability_is_the_share_of_changed_pictures(pictures: NDArray[np.uint8
     assert share == pytest.approx(0.3, abs=0.04)
 
 
-def test_cutout_covers_with_the_mean_colour(pictures: NDArray[np.uint8]) -> None:
+def test_cutout_covers_with_the_mean_colour(pictures: UInt8Array) -> None:
     out = Augmenter(only("cutout"), CANVAS).apply(pictures.copy(), seeds())
     changed = (out != pictures).any(axis=-1)
     assert changed.any(axis=(1, 2)).all()
@@ -86,7 +87,7 @@ def test_cutout_covers_with_the_mean_colour(pictures: NDArray[np.uint8]) -> None
     assert changed.mean() < 0.3**2 + 0.01
 
 
-def test_parameters_reach_the_transform(pictures: NDArray[np.uint8]) -> None:
+def test_parameters_reach_the_transform(pictures: UInt8Array) -> None:
     dull = Operation(
         operation="color_jitter", probability=1.0, parameters={"brightness": 0, "contrast": 0, "saturation": 0}
     )

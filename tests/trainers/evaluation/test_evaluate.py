@@ -6,16 +6,16 @@ import time
 import numpy as np
 import pytest
 
+from images.importer import open_dataset
 from records import audit
 from records.bundles import OperatingPoints, ReferPoint
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError, TaxonomyError
 from records.taxonomy import Taxonomy, load_taxonomy
 from records.types import AuditEvent, Side
-from trainers.calibration.operating import exact_interval
-from trainers.data.importer import open_dataset
 from trainers.evaluation.evaluate import SidePredictions, evaluate, predict_side
-from trainers.inference.loaded import load_model
+from vision.calibration.operating import exact_interval
+from vision.inference.loaded import load_model
 
 TAXONOMY = load_taxonomy("ham10000")
 CODES = list(TAXONOMY.codes)

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from images.importer import open_dataset
 from records.taxonomy import load_taxonomy
-from trainers.data.importer import open_dataset
 from trainers.evaluation.evaluate import evaluate, predict_side
 from trainers.evaluation.report.mistakes import worst_mistakes
 from trainers.evaluation.report.words import cards, warnings_of
 from trainers.evaluation.report.write import write_report
 from trainers.evaluation.slices import with_slices
-from trainers.inference.loaded import load_model
+from vision.inference.loaded import load_model
 
 VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy|nan)\b", re.IGNORECASE)
 

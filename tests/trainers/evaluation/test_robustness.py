@@ -9,8 +9,8 @@ from records.bundles import Calibration, Geometry
 from records.errors import ContractError
 from trainers.evaluation.attacks import PixelNetwork, attacks_on
 from trainers.evaluation.robustness import Sample, robustness_curves, work_of
-from trainers.inference.loaded import reference_logits
-from trainers.preprocess import scale_pixels, to_tensor
+from vision.inference.loaded import reference_logits
+from vision.preprocess import scale_pixels, to_tensor
 
 PLAIN = Geometry(side_px=2, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 """Pixel values in [0, 1] as they are."""

@@ -18,7 +18,7 @@ from records.taxonomy import DiagnosisClass, Taxonomy
 from trainers.fitting.checkpoints import Checkpoint
 from trainers.fitting.loop import TrainedModel, TrainingData, train
 from trainers.fitting.process_group import ProcessGroup
-from trainers.fitting.strategies import strategy_of
+from trainers.optimization.strategies import strategy_of
 from trainers.settings import TrainersSettings
 
 CLASSES = tuple(DiagnosisClass(code=code, name=code, malignant=False) for code in ("red", "green", "blue"))

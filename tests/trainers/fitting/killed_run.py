@@ -2,7 +2,7 @@
 
 KILL_AT is the how-manieth reading of pixels the process dies at: mean and deviation, every batch, batch norm's
 statistics and val are one each. For every number but the last a child dies first, so one import of torch is
-enough for many deaths. `test_loop` and `bench/kill_training.py` go on with what is left behind.
+enough for many deaths. `test_loop` and `bench/drills/kill_training.py` go on with what is left behind.
 """
 
 import hashlib

@@ -15,10 +15,10 @@ from records.store import Store
 from records.types import AuditEvent, Side
 from trainers.evaluation.evaluate import predict_side
 from trainers.fitting.fit import fit
-from trainers.inference.golden import golden_pictures
-from trainers.inference.loaded import load_model
-from trainers.models import MODELS
 from trainers.settings import TrainersSettings
+from vision.inference.golden import golden_pictures
+from vision.inference.loaded import load_model
+from vision.networks import MODELS
 
 SETTINGS = TrainersSettings(
     side_px=32, epochs=2, batch_size=16, precision="fp32", threads_per_worker=1, use_gpu=False, augmentation="flips"

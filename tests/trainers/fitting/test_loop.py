@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pictures(
 
 
 QUICK_MODELS = ("custom_cnn", "custom_cnn_base", "resnet18", "squeezenet", "efficientnet_lite0")
-"""The suite of tests/trainers/test_models.py takes a step with every model."""
+"""The suite of tests/vision/networks/test_networks.py takes a step with every model."""
 
 CHOICES = (
     [("model", name) for name in QUICK_MODELS]

@@ -13,8 +13,8 @@ import pytest
 
 from trainers.fitting.checkpoints import load_checkpoint
 from trainers.fitting.loop import train
-from trainers.fitting.strategies import STRATEGIES, strategy_of
 from trainers.fitting.workers import SingleWorker
+from trainers.optimization.strategies import STRATEGIES, strategy_of
 from trainers.settings import TrainersSettings
 
 pytestmark = pytest.mark.slow

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from images.decode import decode_square
 from records.datasets import DatasetVersion, build_version
 from records.errors import ContractError, TaxonomyError
 from records.store import Store
 from records.stored import find_images, read_picture
 from records.taxonomy import Taxonomy
 from records.types import Side
-from trainers.data.decode import decode_square
 from trainers.fitting.training_data import plan_data
 
 

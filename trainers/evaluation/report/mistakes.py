@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from records.arrays import IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
-from trainers.calibration.operating import answered
 from trainers.evaluation.evaluate import SidePredictions
-from trainers.evaluation.metrics import IntArray
-from trainers.explanations.overlay import overlay_png
-from trainers.inference.loaded import LoadedModel
+from vision.calibration.operating import answered
+from vision.explanations.overlay import overlay_png
+from vision.inference.loaded import LoadedModel
 
 NUM_MISTAKES = 12
 SIDE_PX = 160

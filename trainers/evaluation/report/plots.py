@@ -3,8 +3,6 @@
 Figures are made without pyplot, so that no display is asked for and none is left open.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,25 +10,11 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from records.arrays import BoolArray, FloatArray, IntArray
 from trainers.evaluation.figures import Evaluation, Interval, SliceReport
-from trainers.evaluation.metrics import BoolArray, FloatArray, IntArray
 from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
-
-INK, ACCENT, SECOND, PALE = "#24303a", "#0b6e8a", "#c25a1b", "#c9d3da"
-STYLE: Any = {
-    "font.size": 9.0,
-    "axes.edgecolor": "#8a98a3",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "svg.hashsalt": "relook",
-}
+from vision.metrics.svg import ACCENT, INK, PALE, SECOND, STYLE, figure_uri, new_figure
 
 
 def confusion_plot(evaluation: Evaluation) -> str:
@@ -38,7 +22,7 @@ def confusion_plot(evaluation: Evaluation) -> str:
     counts = np.array(evaluation.confusion_matrix, dtype=np.float64)
     codes = list(evaluation.per_class)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
-    figure, axes = _new(5.2, 4.6)
+    figure, axes = new_figure(5.2, 4.6)
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     for row, column in np.ndindex(*counts.shape):
         if counts[row, column] > 0:
@@ -50,12 +34,12 @@ def confusion_plot(evaluation: Evaluation) -> str:
     axes.set(xlabel="the model's most probable class", ylabel="true class")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def roc_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation) -> str:
     """Draw one ROC curve per class, one against the rest."""
-    figure, axes = _new(4.8, 4.2)
+    figure, axes = new_figure(4.8, 4.2)
     for index, (code, report) in enumerate(evaluation.per_class.items()):
         if report.auc is not None:
             _, hits, false_alarms, _ = _swept(labels == index, probabilities[:, index])
@@ -63,12 +47,12 @@ def roc_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation
     axes.plot([0, 1], [0, 1], color=PALE, linewidth=1, zorder=0)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
     axes.legend(title="area under the curve", loc="lower right", fontsize=7, title_fontsize=7, frameon=False)
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def precision_recall_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation) -> str:
     """Draw precision over sensitivity per class; the number is the average precision."""
-    figure, axes = _new(4.8, 4.2)
+    figure, axes = new_figure(4.8, 4.2)
     for index, (code, report) in enumerate(evaluation.per_class.items()):
         if report.support > 0:
             is_case = labels == index
@@ -78,12 +62,12 @@ def precision_recall_plot(labels: IntArray, probabilities: FloatArray, evaluatio
             axes.plot(hits[1:], precision[1:], label=label, **_line(index, code, evaluation))
     axes.set(xlabel="sensitivity (recall)", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
     axes.legend(title="average precision", loc="lower left", fontsize=7, title_fontsize=7, frameon=False)
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def reliability_plot(evaluation: Evaluation) -> str:
     """Draw how often answers were right over how sure the model was."""
-    figure, axes = _new(4.8, 4.2)
+    figure, axes = new_figure(4.8, 4.2)
     axes.plot([0, 1], [0, 1], color=PALE, linewidth=1, zorder=0)
     points = evaluation.reliability
     size = 12 + 280 * np.array([point.images for point in points]) / evaluation.images
@@ -92,27 +76,12 @@ def reliability_plot(evaluation: Evaluation) -> str:
     axes.scatter(confidence, accuracy, s=size, color=ACCENT, alpha=0.6)
     axes.set(xlabel="how sure the model was", ylabel="how often it was right", xlim=(0, 1), ylim=(0, 1.02))
     axes.text(0.04, 0.94, "dot size: share of pictures\ngrey line: exactly as sure as right", fontsize=7, va="top")
-    return _uri(figure)
-
-
-def learning_plot(
-    rounds: Sequence[int], labels: Sequence[int], quality: Sequence[float], intervals: Sequence[Interval]
-) -> str:
-    """Draw what rounds of learning were worth over the labels that experts had given; one number per round."""
-    figure, axes = _new(6.4, 3.4)
-    low = [value - interval[0] for value, interval in zip(quality, intervals, strict=True)]
-    high = [interval[1] - value for value, interval in zip(quality, intervals, strict=True)]
-    axes.errorbar(labels, quality, yerr=[low, high], color=ACCENT, ecolor=PALE, marker="o", capsize=3, linewidth=1.2)
-    for number, x, y in zip(rounds, labels, quality, strict=True):
-        axes.annotate(f"round {number}", (x, y), xytext=(5, 6), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="training labels from experts", ylabel="balanced accuracy, test side", ylim=(0, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def training_plot(curves: Sequence[dict[str, float]]) -> str:
     """Draw loss and validation balanced accuracy over the epochs of a training."""
-    figure, axes = _new(5.2, 3.2)
+    figure, axes = new_figure(5.2, 3.2)
     epochs = [point["epoch"] for point in curves]
     axes.plot(epochs, [point["train_loss"] for point in curves], color=PALE, label="loss, train")
     axes.plot(epochs, [point["val_loss"] for point in curves], color=SECOND, label="loss, val")
@@ -123,13 +92,13 @@ def training_plot(curves: Sequence[dict[str, float]]) -> str:
     right.set(ylabel="balanced accuracy", ylim=(0, 1))
     lines = [*axes.get_lines(), *right.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], fontsize=7, loc="center right", frameon=False)
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def slices_plot(reports: dict[str, SliceReport], evaluation: Evaluation) -> str:
     """Draw balanced accuracy, and the key class's sensitivity, of the values of one slice, with intervals."""
     names = list(reports)
-    figure, axes = _new(5.2, 0.62 * len(names) + 0.9)
+    figure, axes = new_figure(5.2, 0.62 * len(names) + 0.9)
     for row, name in enumerate(names):
         report = reports[name]
         _interval(axes, row - 0.13, report.balanced_accuracy, report.balanced_accuracy_ci, ACCENT)
@@ -139,12 +108,12 @@ def slices_plot(reports: dict[str, SliceReport], evaluation: Evaluation) -> str:
     axes.set_yticks(range(len(names)), [f"{name} ({reports[name].images})" for name in names])
     axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     axes.grid(axis="x", color="#eef2f4", zorder=-1)
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def robustness_plot(report: RobustnessReport) -> str:
     """Draw what is left of balanced accuracy under attack."""
-    figure, axes = _new(4.8, 3.4)
+    figure, axes = new_figure(4.8, 3.4)
     for (name, points), colour in zip(report.attacks.items(), (ACCENT, SECOND), strict=False):
         epsilons = [point.epsilon for point in points]
         axes.plot(epsilons, [point.balanced_accuracy for point in points], "o-", color=colour, label=name, markersize=3)
@@ -152,7 +121,7 @@ def robustness_plot(report: RobustnessReport) -> str:
         axes.fill_between(epsilons, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="largest change of a colour value, in 1/255", ylabel="balanced accuracy", ylim=(0, 1))
     axes.legend(fontsize=8, frameon=False)
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def replacement_plot(quality: ExplanationQuality) -> str:
@@ -167,7 +136,7 @@ def replacement_plot(quality: ExplanationQuality) -> str:
         axes.set(title=title, xlabel="share of pixels", ylim=(0, 1))
     left.set(ylabel="probability of the class")
     left.legend(fontsize=7, frameon=False)
-    return _uri(figure)
+    return figure_uri(figure)
 
 
 def _swept(is_case: BoolArray, scores: FloatArray) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
@@ -190,16 +159,3 @@ def _line(index: int, code: str, evaluation: Evaluation) -> dict[str, Any]:
     is_key = evaluation.key_class is not None and evaluation.key_class.name == code
     colour = SECOND if is_key else colormaps["tab20"]((2 * index + index // 10) % 20)
     return {"color": colour, "linewidth": 2.2 if is_key else 1.0, "zorder": 3 if is_key else 2}
-
-
-def _new(width_in: float, height_in: float) -> tuple[Figure, Axes]:
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width_in, height_in), layout="constrained")
-        return figure, figure.subplots()
-
-
-def _uri(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    with rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

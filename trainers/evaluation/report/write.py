@@ -13,7 +13,7 @@ from trainers.evaluation.figures import Evaluation, Interval
 from trainers.evaluation.report import plots
 from trainers.evaluation.report.mistakes import drawn_mistakes
 from trainers.evaluation.report.words import cards, name_of, percent, warnings_of
-from trainers.inference.loaded import LoadedModel
+from vision.inference.loaded import LoadedModel
 
 REPORT, METRICS = "report.html", "metrics.json"
 

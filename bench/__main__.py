@@ -1,0 +1,27 @@
+"""Measure this machine: `python -m bench train | tune | serve | explain | label`, each with `--json`.
+
+The verbs take the options of `relook` (`--config`, `--preset`, `--set`) and its exit codes.
+"""
+
+import sys
+
+import typer
+
+import bench.label.cli
+import bench.serve.cli
+import bench.train.cli
+import bench.tune.cli
+from cluster.cli import root, run
+
+app = typer.Typer(
+    help="Measure this machine: rates, ratios to peers, memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.callback()(root)
+for _verbs in (bench.train.cli, bench.tune.cli, bench.serve.cli, bench.label.cli):
+    app.add_typer(_verbs.app)
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], app, "python -m bench"))

@@ -1,0 +1,1 @@
+"""Long runs that kill, overload or cut off real processes and compare what is left."""

@@ -1,0 +1,228 @@
+"""Releases under live traffic on a real Ray Serve: a good candidate to the end, broken ones that are taken back.
+
+.venv/bin/python -m bench.drills.release_drills
+
+One JSON object; the exit code is 1 if a condition fails: no request of the good release fails, each broken candidate
+is taken back within the stated number of looks (and what was under way), no answer that went out was not finite.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.drills.live_service import Callers, LiveService, bundle_of, live_service, trained_champion
+from cluster.demo.drills import harmed_copy, twin
+from records.bundles import Architecture, Bundle, write_bundle
+from records.errors import RefusedError, UnknownIdError
+from records.models import register
+from records.store import Store
+from records.types import Arm, ModelStatus, Prediction, ReasonCode, Rollout, RolloutStage
+from serving.client import Client
+from serving.rollout.harms import looks_needed
+from serving.schemas import RolloutRequest
+from vision.inference.loaded import plain_network, reference_logits
+from vision.networks import build_model
+
+IN_FLIGHT = 8
+"""Pictures that two batches of all callers hold when the harm is proven."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A candidate that does harm.
+
+    Args:
+        name: for the report.
+        harm: kind of harm that has to be found.
+        bundle: the candidate.
+    """
+
+    name: str
+    harm: str
+    bundle: Bundle
+
+
+def main() -> int:
+    """Run all drills."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--answers", type=int, default=60, help="answers to wait for at each step of the good release")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="relook-release-") as folder:
+        home, pictures = Path(folder) / "home", Path(folder) / "pictures"
+        champion_id = trained_champion(home, pictures)
+        files = [path.read_bytes() for path in sorted(pictures.rglob("ISIC_*.jpg"))]
+        with live_service(home) as service:
+            champion = bundle_of(service, champion_id)
+            report: dict[str, Any] = {"broken": []}
+            for broken in (
+                Broken("sure, and never of the key class", "downgrade", overconfident(service.store, champion)),
+                Broken("not finite", "non_finite", overflowing(service.store, champion)),
+                Broken("slow", "slow", slow(service.store, champion)),
+            ):
+                report["broken"].append(drill(service, broken, files))
+            report["wrong_weights"] = refused_at_once(service, wrong_weights(service.store, champion), files)
+            report["good"] = good_release(service, twin(service.store, champion), files, options.answers)
+    failed = [one["candidate"] for one in report["broken"] if not one["holds"]]
+    failed += [name for name in ("wrong_weights", "good") if not report[name]["holds"]]
+    print(json.dumps({**report, "failed": failed}, indent=2))
+    return 1 if failed else 0
+
+
+def drill(service: LiveService, broken: Broken, files: list[bytes]) -> dict[str, Any]:
+    """Let half of the lesions be answered by a broken candidate, and wait until it is taken back."""
+    _candidate(service.store, broken.bundle)
+    with service.admin() as admin, Callers(service.url, files) as callers:
+        callers.wait_for(10)
+        admin.roll_out(RolloutRequest(model=broken.bundle.id, percent=50))
+        ended = _wait_until_ended(service.store, broken.bundle.id)
+        callers.wait_for(10)
+    looked, harmed = ended.evidence.get(broken.harm, (0, 0))
+    stated = looks_needed(broken.harm, harmed / looked) if looked and harmed else None
+    with service.store.ledger.read() as tx:
+        asked = tx.find(Prediction, where={"model_id": broken.bundle.id})
+    served_not_finite = sum(p.served and ReasonCode.NON_FINITE in p.reasons for p in asked)
+    figures = {
+        "candidate": broken.name,
+        "why": ended.why,
+        "looks": looked,
+        "looks_stated": stated,
+        "pictures_it_saw": len(asked),
+        "failed_requests": len(callers.failures),
+        "served_not_finite": served_not_finite,
+    }
+    within = stated is not None and looked <= stated + IN_FLIGHT
+    taken_back = ended.stage is RolloutStage.ROLLED_BACK
+    return {**figures, "holds": taken_back and within and not callers.failures and not served_not_finite}
+
+
+def refused_at_once(service: LiveService, bundle: Bundle, files: list[bytes]) -> dict[str, Any]:
+    """A candidate whose golden answers are wrong may not even begin."""
+    _candidate(service.store, bundle)
+    said = ""
+    with service.admin() as admin, Callers(service.url, files) as callers:
+        try:
+            admin.roll_out(RolloutRequest(model=bundle.id, percent=10))
+        except RefusedError as error:
+            said = str(error)
+        callers.wait_for(10)
+    with service.store.ledger.read() as tx:
+        asked = tx.count(Prediction, where={"model_id": bundle.id})
+    return {"said": said, "pictures_it_saw": asked, "holds": "golden" in said and asked == 0 and not callers.failures}
+
+
+def good_release(service: LiveService, bundle: Bundle, files: list[bytes], answers: int) -> dict[str, Any]:
+    """Shadow, 10 %, 50 %, everything; nobody's request may fail."""
+    _candidate(service.store, bundle)
+    steps = []
+    with service.admin() as admin, Callers(service.url, files) as callers:
+        for percent in (0, 10, 50):
+            admin.roll_out(RolloutRequest(model=bundle.id, percent=percent))
+            callers.wait_for(answers)
+            steps.append({"percent": percent, "candidate_saw": _seen(service.store, bundle.id)})
+        admin.roll_out(RolloutRequest(model=bundle.id, percent=100))
+        _wait_until_model(admin, bundle.id)
+        callers.wait_for(answers)
+    with service.store.ledger.read() as tx:
+        shadows = tx.count(Prediction, where={"model_id": bundle.id, "arm": Arm.SHADOW})
+        stored = tx.find(Prediction, where={"id": [answer.id for _, answer in callers.answers]})
+    ids = {answer.id for _, answer in callers.answers}
+    whole = len(stored) == len(ids) == len(callers.answers)
+    answered_by_it = callers.answers[-1][1].model.id == bundle.id
+    return {
+        "steps": steps,
+        "requests": len(callers.answers),
+        "failed_requests": len(callers.failures),
+        "mirrored": shadows,
+        "holds": whole and answered_by_it and shadows > 0 and not callers.failures,
+    }
+
+
+def overconfident(store: Store, bundle: Bundle) -> Bundle:
+    """Copy a model so that it hardly ever names the key class and is sure of what it names."""
+    harmed = harmed_copy(store, bundle)
+    calibration = harmed.document.calibration
+    sharper = calibration.model_copy(
+        update={"temperature": calibration.temperature / 10, "bias": [10 * value for value in calibration.bias]}
+    )
+    document = harmed.document.model_copy(update={"calibration": sharper})
+    return write_bundle(store, document, harmed.weights(), harmed.golden(), harmed.suitability())
+
+
+def overflowing(store: Store, bundle: Bundle) -> Bundle:
+    """Copy a model so that it is finite on its golden pictures, which are black, and on no other."""
+    network = plain_network(bundle)
+    name = next(name for name, value in network.named_parameters() if value.ndim == 4)
+    with torch.no_grad():
+        weight = network.get_parameter(name)
+        weight.copy_(weight.abs() / weight.abs().max() * 3e38)
+    inputs = np.zeros_like(bundle.golden()["inputs"])
+    golden = {"inputs": inputs, "logits": reference_logits(network, inputs, bundle.document.geometry)}
+    weights = {key: value.numpy() for key, value in network.state_dict().items()}
+    return _copy(store, bundle, "not finite", weights=weights, golden=golden)
+
+
+def slow(store: Store, bundle: Bundle) -> Bundle:
+    """Write a far larger network that sends every picture to an expert, so that only its time can do harm."""
+    network = build_model("resnet34", len(bundle.document.taxonomy.codes)).eval()
+    inputs = bundle.golden()["inputs"]
+    golden = {"inputs": inputs, "logits": reference_logits(network, inputs, bundle.document.geometry)}
+    key = bundle.document.taxonomy.key_class
+    bias = [20.0 if key and code == key.code else 0.0 for code in bundle.document.taxonomy.codes]
+    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+    calibration = bundle.document.calibration.model_copy(update={"bias": bias})
+    changed = {"architecture": Architecture(name="resnet34"), "calibration": calibration, "suitability": None}
+    document = bundle.document.model_copy(update={**changed, "metrics": {"planted": "slow"}})
+    return write_bundle(store, document, weights, golden)
+
+
+def wrong_weights(store: Store, bundle: Bundle) -> Bundle:
+    """Copy a model with the weights of one layer shuffled, and its golden answers as they were."""
+    weights = {name: value.copy() for name, value in bundle.weights().items()}
+    name = max(weights, key=lambda key: weights[key].size)
+    weights[name] = np.random.default_rng(0).permutation(weights[name].ravel()).reshape(weights[name].shape)
+    return _copy(store, bundle, "wrong weights", weights=weights, golden=bundle.golden())
+
+
+def _copy(store: Store, bundle: Bundle, planted: str, *, weights: Any, golden: Any) -> Bundle:
+    document = bundle.document.model_copy(update={"metrics": {"planted": planted}, "parent_model_id": bundle.id})
+    return write_bundle(store, document, weights, golden, bundle.suitability())
+
+
+def _candidate(store: Store, bundle: Bundle) -> None:
+    with store.ledger.begin() as tx:
+        register(tx, bundle, status=ModelStatus.CANDIDATE)
+
+
+def _seen(store: Store, model_id: str) -> int:
+    with store.ledger.read() as tx:
+        return tx.count(Prediction, where={"model_id": model_id})
+
+
+def _wait_until_ended(store: Store, model_id: str, timeout_s: float = 180.0) -> Rollout:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with store.ledger.read() as tx:
+            (found,) = tx.find(Rollout, where={"candidate_id": model_id})
+        if found.ended_at is not None or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def _wait_until_model(admin: Client, model_id: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while admin.model().id != model_id:
+        if time.monotonic() > deadline:
+            raise UnknownIdError(f"model {model_id[:12]} does not answer after {timeout_s:g} s")
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""The whole demo on a head and two worker nodes; a worker node is killed in the search, in the fit and while it serves.
+
+    .venv/bin/python -m bench.drills.three_nodes [--lesions 260] [--keep FOLDER] [--namespaces] [--tls]
+
+Three raylets, each with the processes and the folders of a node of its own, run `relook demo`: on loopback, or with
+`--namespaces` (root, Linux) each worker in a network namespace, with an address, a loopback and a folder for Ray
+that no other node can reach; `--tls` encrypts what Ray's nodes say to each other, as docs/operate.md has it. The
+head only listens for HTTP. A node dies with everything on it (kill -9) at three moments: while a trial of the search
+runs on it, while a worker of the fit does, and while it holds the predictor and requests come in. Ten seconds later
+another node takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who
+repeats it fails, nothing that was answered is lost, nothing is doubled, and the audit chain holds. One JSON object;
+exit 1 if something is wrong.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
+from pathlib import Path
+from subprocess import DEVNULL, Popen, run
+from typing import Any, Self
+
+import psutil
+
+from bench.drills.two_nodes import prepare_ray, trials_of
+
+NODE_CPUS = 3
+PREFIX, BRIDGE, HOSTS = "10.98.0", "relook-bridge", Path("/etc/netns")
+HEAD = f"{PREFIX}.1"
+REPLACED_AFTER_S = 10.0
+ENOUGH_PREDICTIONS = 20
+STAGES = ("search", "fit", "serving")
+SETTINGS = (
+    "trainers.num_workers=2",
+    "tuning.max_failures=3",
+    "trainers.max_failures=3",
+    "serving.start_timeout_s=600",
+    "serving.ingress_cpus=0",
+    "demo.requests=150",
+    "demo.retry_s=300",
+)
+
+
+def encrypt(folder: Path) -> None:
+    """Let every process of Ray that is started from here speak TLS, with an authority and a certificate of this run."""
+    addresses = ",".join(["DNS:localhost", "IP:127.0.0.1", *(f"IP:{PREFIX}.{host}" for host in range(1, 10))])
+    (folder / "node.ext").write_text(f"subjectAltName={addresses}")
+    key = "-newkey rsa:2048 -nodes"
+    for command in (
+        f"req -x509 {key} -days 2 -subj /CN=authority -keyout ca.key -out ca.crt",
+        f"req {key} -subj /CN=node -keyout node.key -out node.csr",
+        "x509 -req -in node.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile node.ext -out node.crt",
+    ):
+        run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    os.environ |= {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(folder / "node.crt"),
+        "RAY_TLS_SERVER_KEY": str(folder / "node.key"),
+        "RAY_TLS_CA_CERT": str(folder / "ca.crt"),
+    }
+
+
+def has_process(raylet: int, *words: str) -> bool:
+    """Return whether a worker of a raylet has one of these words in its title."""
+    for process in psutil.Process(raylet).children(recursive=True):
+        with suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and any(word in title for word in words):
+                return True
+    return False
+
+
+class Namespaces:
+    """Networks of their own for worker nodes, joined by a bridge. Everything is removed at the end.
+
+    Args:
+        scratch: a folder of its own for every node is made here.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._names: list[str] = []
+
+    def __enter__(self) -> Self:
+        """Make the bridge, which is the head's network."""
+        _ip(f"link add {BRIDGE} type bridge")
+        _ip(f"addr add {HEAD}/24 dev {BRIDGE}")
+        _ip(f"link set {BRIDGE} up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End every node and remove every network."""
+        for name in self._names:
+            self.kill(name)
+            _ip(f"netns del {name}")
+            shutil.rmtree(HOSTS / name)
+        _ip(f"link del {BRIDGE}")
+
+    def start(self, name: str, number: int, head: str, temp_dir: Path) -> "Popen[bytes]":
+        """Start a worker node in a network of its own, with a folder of its own at Ray's path."""
+        address, own = f"{PREFIX}.{number + 1}", self._scratch / name
+        own.mkdir()
+        (HOSTS / name).mkdir(parents=True)
+        # Training workers find each other by the name of their machine, which all share here.
+        (HOSTS / name / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
+        self._names.append(name)
+        _ip(f"netns add {name}")
+        _ip(f"link add {name} type veth peer name eth0 netns {name}")
+        _ip(f"link set {name} master {BRIDGE} up")
+        for what in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+            _ip(f"-n {name} {what}")
+        ray = f"{Path(sys.executable).parent / 'ray'} start --address={head} --node-ip-address={address}"
+        inside = f"mount --bind {own} {temp_dir} && exec {ray} --num-cpus={NODE_CPUS} --block"
+        with (self._scratch / f"{name}.log").open("wb") as log:
+            return Popen(["ip", "netns", "exec", name, "sh", "-c", inside], stdout=log, stderr=log)
+
+    def raylet(self, name: str) -> int | None:
+        """Return the process id of a node's raylet, once it has started."""
+        for process in self._processes(name):
+            with suppress(psutil.Error):
+                if process.name() == "raylet":
+                    return process.pid
+        return None
+
+    def kill(self, name: str) -> int:
+        """Kill everything in a network; return how many processes that were."""
+        dying = self._processes(name)
+        for process in dying:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return len(dying)
+
+    @staticmethod
+    def _processes(name: str) -> list[psutil.Process]:
+        found = []
+        for pid in _ip(f"netns pids {name}").split():
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
+
+
+def _ip(arguments: str) -> str:
+    return run(["ip", *arguments.split()], check=True, capture_output=True, text=True).stdout
+
+
+class Nodes:
+    """A head and two workers, of which one is killed at a time and replaced.
+
+    Args:
+        ray_folder: for Ray's sockets and logs; short, because of the sockets' paths.
+        namespaces: where every worker gets a network of its own; None is loopback for all.
+    """
+
+    def __init__(self, ray_folder: Path, namespaces: Namespaces | None) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._namespaces = namespaces
+        self._common = {
+            "node_ip_address": HEAD if namespaces else "127.0.0.1", "temp_dir": str(ray_folder / "t"),
+            "include_dashboard": False,
+        }  # fmt: skip
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | self._common)
+        self._temp_dir = ray_folder / "t"
+        self._workers: dict[str, Any] = {}
+        self._made = 0
+        for _ in range(2):
+            self.add()
+
+    @property
+    def raylets(self) -> dict[str, int]:
+        """Process ids of the workers' raylets that have started, by node."""
+        found = {}
+        for name, node in self._workers.items():
+            if self._namespaces is None:
+                found[name] = node.all_processes["raylet"][0].process.pid
+            elif raylet := self._namespaces.raylet(name):
+                found[name] = raylet
+        return found
+
+    def add(self) -> None:
+        """Start a worker node."""
+        self._made += 1
+        name = f"relook{self._made}"
+        if self._namespaces is None:
+            self._workers[name] = self.cluster.add_node(wait=False, num_cpus=NODE_CPUS, **self._common)
+        else:
+            self._workers[name] = self._namespaces.start(name, self._made, self.cluster.address, self._temp_dir)
+
+    def kill(self, name: str) -> int:
+        """Kill a node with everything on it; return how many processes that were."""
+        node = self._workers.pop(name)
+        if self._namespaces is not None:
+            return self._namespaces.kill(name)
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        dying = [*raylet.children(recursive=True), raylet]
+        for process in dying:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        return len(dying)
+
+
+class Killer:
+    """Kills a node in each stage of a demo and puts another in its place, all in the main thread, as Ray has it."""
+
+    def __init__(self, nodes: Nodes, home: Path, demo: "Popen[bytes]") -> None:
+        self._nodes, self._home, self._demo = nodes, home, demo
+        self.kills: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Wait for one stage after the other, then for the end of the demo."""
+        began_s = time.monotonic()
+        conditions: dict[str, Callable[[int], bool]] = {
+            "search": lambda raylet: bool(trials_of(raylet)),
+            "fit": lambda raylet: has_process(raylet, "RayTrainWorker"),
+            "serving": lambda raylet: has_process(raylet, "predictor") and self._predictions() >= ENOUGH_PREDICTIONS,
+        }
+        for stage in STAGES:
+            name = self._wait_for(conditions[stage])
+            if name is None:
+                break
+            time.sleep(2.0)
+            stored = self._predictions()
+            processes = self._nodes.kill(name)
+            self.kills.append(
+                {
+                    "stage": stage, "node": name, "processes": processes, "predictions_stored": stored,
+                    "after_s": round(time.monotonic() - began_s, 1),
+                }
+            )  # fmt: skip
+            time.sleep(REPLACED_AFTER_S)
+            self._nodes.add()
+        self._demo.wait()
+
+    def _wait_for(self, condition: Callable[[int], bool]) -> str | None:
+        while self._demo.poll() is None:
+            for name, raylet in self._nodes.raylets.items():
+                with suppress(psutil.NoSuchProcess):
+                    if condition(raylet):
+                        return name
+            time.sleep(0.2)
+        return None
+
+    def _predictions(self) -> int:
+        from records.settings import RecordsSettings
+        from records.store import open_store
+        from records.types import Prediction
+
+        if not (self._home / "ledger.db").exists():
+            return 0
+        with closing(open_store(RecordsSettings(home=self._home))) as store, store.ledger.read() as tx:
+            return tx.count(Prediction)
+
+
+def start_demo(home: Path, address: str, lesions: int, root: Path, out: Path) -> "Popen[bytes]":
+    """Start the demo on the cluster; what it prints goes to a file."""
+    sets = [f"demo.synth_lesions={lesions}", f"cluster.ray_address={address}", *SETTINGS]
+    command = [sys.executable, "-m", "cluster.cli", "demo", "--json"]
+    environment = {**os.environ, "RELOOK_HOME": str(home), "RELOOK_LABELING__PORT": "0", "PYTHONPATH": str(root)}
+    arguments = [part for setting in sets for part in ("--set", setting)]
+    with out.open("wb") as file:
+        return Popen([*command, *arguments], env=environment, stdout=file, cwd=root)
+
+
+def judge(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> list[str]:
+    """Return what is wrong."""
+    wrong = []
+    if (hit := [kill["stage"] for kill in kills]) != list(STAGES):
+        wrong.append(f"nodes were killed in {hit}, not in {list(STAGES)}")
+    if summary["served"]["failed"] or summary["swap"]["failed"]:
+        wrong.append(f"requests failed: {summary['served']}, {summary['swap']}")
+    asked = summary["label_studio"]
+    if asked["lost"] or asked["duplicated"]:
+        wrong.append(f"questions were lost or doubled: {asked}")
+    if not summary["gate"]["harmed_challenger_refused"]:
+        wrong.append("the gate took the harmed challenger")
+    if len(summary["rounds"]) != 2:
+        wrong.append(f"{len(summary['rounds'])} rounds, not 2")
+    doubled, stored = stored_twice(home)
+    if doubled:
+        wrong.append(f"{doubled} requests are stored twice")
+    if stored < (answered := summary["served"]["requests"] - summary["served"]["failed"]):
+        wrong.append(f"{answered} requests were answered and {stored} are stored")
+    return wrong
+
+
+def stored_twice(home: Path) -> tuple[int, int]:
+    """Return how many requests have more than one served prediction, and how many predictions there are."""
+    from records.settings import RecordsSettings
+    from records.store import open_store
+    from records.types import Prediction
+
+    with closing(open_store(RecordsSettings(home=home))) as store, store.ledger.read() as tx:
+        served = [p for p in tx.find(Prediction) if p.served]
+    return len(served) - len({p.idempotency_key for p in served}), len(served)
+
+
+def main() -> int:
+    """Play the demo on three nodes; 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lesions", type=int, default=260, help="lesions to generate")
+    parser.add_argument("--keep", type=Path, help="empty folder that keeps the home; default: it is removed")
+    parser.add_argument("--namespaces", action="store_true", help="a network of its own for every worker; needs root")
+    parser.add_argument("--tls", action="store_true", help="encrypt what Ray's nodes say to each other")
+    arguments = parser.parse_args()
+    root = Path(__file__).resolve().parents[2]
+    with (
+        tempfile.TemporaryDirectory(prefix="relook-three-") as scratch,
+        tempfile.TemporaryDirectory(prefix="rn", ignore_cleanup_errors=True) as ray_folder,
+        Namespaces(Path(scratch)) if arguments.namespaces else nullcontext() as namespaces,
+    ):
+        folder = (arguments.keep or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        home, said = folder / "home", folder / "summary.json"
+        prepare_ray(Path(ray_folder), on_loopback=namespaces is None)
+        (Path(ray_folder) / "t").mkdir()
+        if arguments.tls:
+            encrypt(Path(scratch))
+        nodes = Nodes(Path(ray_folder), namespaces)
+        began_s = time.monotonic()
+        demo = start_demo(home, nodes.cluster.address, arguments.lesions, root, said)
+        killer = Killer(nodes, home, demo)
+        try:
+            killer.run()
+        finally:
+            demo.terminate()
+            demo.wait()
+            nodes.cluster.shutdown()
+        took_s = time.monotonic() - began_s
+        if demo.returncode != 0:
+            print(json.dumps({"wrong": [f"the demo ended with {demo.returncode}"], "kills": killer.kills}))
+            return 1
+        summary = json.loads(said.read_text())
+        wrong = judge(home, summary, killer.kills)
+        verify = [sys.executable, "-m", "cluster.cli", "audit", "verify"]
+        checked = run(verify, env={**os.environ, "RELOOK_HOME": str(home)}, stdout=DEVNULL, cwd=root, check=False)
+        if checked.returncode:
+            wrong.append("the audit chain is broken")
+    found = {
+        "kills": killer.kills, "served": summary["served"], "swap": summary["swap"],
+        "label_studio": summary["label_studio"], "rounds": summary["rounds"], "seconds": round(took_s), "wrong": wrong,
+    }  # fmt: skip
+    print(json.dumps(found, indent=2))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Measurements of the labeling room, for `python -m bench label`."""

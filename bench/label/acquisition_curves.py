@@ -1,0 +1,241 @@
+"""Compare every acquisition rule against random, as docs/protocols/acquisition.md lays down.
+
+.venv/bin/python -m bench.label.acquisition_features HAM10000_DIR features.npz
+.venv/bin/python -m bench.label.acquisition_curves features.npz --out curves.json --plot docs/images/acquisition.png
+"""
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from labeling.acquisition.registry import RULES, Pool, choose
+from records.taxonomy import load_taxonomy
+
+STEPS = (100, 150, 200, 300, 400, 600, 800, 1_200, 1_600)
+MELANOMAS_UNTIL = 600
+HELD_OUT, COMPONENTS, STRENGTH = 0.2, 128, 0.01
+PASSES, DROPPED = 20, 0.1
+TAXONOMY = load_taxonomy("ham10000")
+CLASSES = list(TAXONOMY.codes)
+COSTS = np.array([each.miss_cost for each in TAXONOMY.classes])
+MELANOMA = CLASSES.index("mel")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One seed's pool [P] and held-out pictures [H], features reduced on the pool."""
+
+    ids: list[str]
+    pool: np.ndarray
+    pool_labels: np.ndarray
+    held_out: np.ndarray
+    held_out_labels: np.ndarray
+
+
+def split(path: str, seed: int) -> Sides:
+    """Hold out a fifth of the lesions of each class; the pool is the first picture of every other one."""
+    data = np.load(path)
+    labels = np.array([CLASSES.index(label) for label in data["labels"]])
+    _, first, lesion = np.unique(data["lesions"], return_index=True, return_inverse=True)
+    chance, out = np.random.default_rng(seed), np.zeros(len(first), dtype=bool)
+    for c in range(len(CLASSES)):
+        members = np.flatnonzero(labels[first] == c)
+        out[chance.permutation(members)[: round(HELD_OUT * len(members))]] = True
+    rows, tested = np.sort(first[~out]), np.flatnonzero(out[lesion])
+    scaler = StandardScaler().fit(data["features"][rows])
+    pool = scaler.transform(data["features"][rows])
+    reduced = PCA(COMPONENTS, svd_solver="covariance_eigh", random_state=0).fit(pool)
+    held_out = reduced.transform(scaler.transform(data["features"][tested]))
+    found = reduced.transform(pool).astype(np.float32)
+    return Sides([str(i) for i in data["ids"][rows]], found, labels[rows], held_out.astype(np.float32), labels[tested])
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logistic regression over all classes; one that has no label yet gets probability 0."""
+
+    model: LogisticRegression
+    shares: np.ndarray
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Return [N, C]."""
+        found = np.zeros((len(features), len(CLASSES)))
+        found[:, self.model.classes_] = self.model.predict_proba(features.astype(np.float64))
+        return found / found.sum(axis=1, keepdims=True)
+
+    def balanced_accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
+        """Return the mean recall of decisions at equal class shares."""
+        found = self.probabilities(features) / np.where(self.shares > 0, self.shares, np.inf)
+        right = found.argmax(axis=1) == labels
+        return float(np.mean([right[labels == c].mean() for c in range(len(CLASSES))]))
+
+
+def fit(features: np.ndarray, labels: np.ndarray) -> Head:
+    """Fit the head on what is labelled."""
+    model = LogisticRegression(C=STRENGTH, max_iter=2_000).fit(features.astype(np.float64), labels)
+    return Head(model, np.bincount(labels, minlength=len(CLASSES)) / len(labels))
+
+
+def ask(rule: str, sides: Sides, head: Head, known: list[int], count: int, seed: int) -> list[int]:
+    """Return which pictures of the pool the product's rule asks for next."""
+    blocked = np.zeros(len(sides.ids), dtype=bool)
+    blocked[known] = True
+    free = np.flatnonzero(~blocked)
+    features = sides.pool[free]
+    samples = None
+    if "samples" in RULES[rule].needs:
+        chance = np.random.default_rng(seed)
+        masks = (chance.random((PASSES, COMPONENTS)) >= DROPPED) / (1 - DROPPED)
+        samples = np.stack([head.probabilities(features * mask) for mask in masks])
+    ids = [sides.ids[row] for row in free]
+    pool = Pool(ids, ids, head.probabilities(features), features, samples, sides.pool[known], COSTS)
+    return [int(free[row]) for row in choose(rule, pool, count, seed=seed)]
+
+
+def course(rule: str, sides: Sides, seed: int) -> tuple[list[float], list[int]]:
+    """Return balanced accuracy, and melanomas among the labels, at every step."""
+    chance = np.random.default_rng(1_000 + seed)
+    known = [int(row) for row in chance.choice(len(sides.ids), STEPS[0], replace=False)]
+    accuracies, melanomas = [], []
+    for step in STEPS:
+        if step > len(known):
+            head = fit(sides.pool[known], sides.pool_labels[known])
+            known += ask(rule, sides, head, known, step - len(known), 10_000 * seed + step)
+        assert len(set(known)) == step
+        head = fit(sides.pool[known], sides.pool_labels[known])
+        accuracies.append(head.balanced_accuracy(sides.held_out, sides.held_out_labels))
+        melanomas.append(int((sides.pool_labels[known] == MELANOMA).sum()))
+    return accuracies, melanomas
+
+
+def one_seed(path: str, seed: int) -> dict:
+    """Return one seed's courses of all rules, and the figure with the whole pool labelled."""
+    sides = split(path, seed)
+    full = fit(sides.pool, sides.pool_labels).balanced_accuracy(sides.held_out, sides.held_out_labels)
+    found = {"seed": seed, "full": full, "pool": len(sides.ids), "rules": {}}
+    for rule in RULES:
+        accuracies, melanomas = course(rule, sides, seed)
+        found["rules"][rule] = {"balanced_accuracy": accuracies, "melanomas": melanomas}
+    return found
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Return half of the 95 % band of a mean over overlapping splits (Nadeau and Bengio 2003); [seeds, ...]."""
+    return stats.t.ppf(0.975, len(values) - 1) * _error(values)
+
+
+def p_value(differences: np.ndarray) -> float:
+    """Return the two-sided p of a mean difference of 0; [seeds]."""
+    return float(2 * stats.t.sf(abs(differences.mean() / _error(differences)), len(differences) - 1))
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Return p-values adjusted for their number (Holm 1979).
+
+    >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    adjusted, highest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return adjusted
+
+
+def labels_needed(curve: np.ndarray, target: float) -> float | None:
+    """Return where a curve over STEPS first reaches a target, linear between steps; None if it does not."""
+    reached = np.flatnonzero(curve >= target)
+    if not len(reached):
+        return None
+    at = int(reached[0])
+    if at == 0:
+        return float(STEPS[0])
+    share = (target - curve[at - 1]) / (curve[at] - curve[at - 1])
+    return float(STEPS[at - 1] + share * (STEPS[at] - STEPS[at - 1]))
+
+
+def summarise(seeds: list[dict]) -> dict:
+    """Return the protocol's figures of every rule."""
+    curves = {rule: np.array([s["rules"][rule]["balanced_accuracy"] for s in seeds]) for rule in RULES}
+    areas = {rule: np.trapezoid(curve, STEPS, axis=1) / (STEPS[-1] - STEPS[0]) for rule, curve in curves.items()}
+    adjusted = holm({rule: p_value(areas[rule] - areas["random"]) for rule in RULES if rule != "random"})
+    full = float(np.mean([s["full"] for s in seeds]))
+    until = STEPS.index(MELANOMAS_UNTIL)
+    rules = {}
+    for rule in RULES:
+        counts = np.array([s["rules"][rule]["melanomas"] for s in seeds])
+        found = 100.0 * (counts[:, until] - counts[:, 0]) / (MELANOMAS_UNTIL - STEPS[0])
+        gain = areas[rule] - areas["random"]
+        rules[rule] = {
+            "area": float(areas[rule].mean()),
+            "gain": float(gain.mean()),
+            "gain_band": float(half_width(gain)) if rule != "random" else None,
+            "holm_p": adjusted.get(rule),
+            "labels_needed": labels_needed(curves[rule].mean(axis=0), 0.95 * full),
+            "melanomas_per_100": float(found.mean()),
+            "melanomas_band": float(half_width(found)),
+            "at_1600": float(curves[rule][:, -1].mean()),
+        }
+    return {"full": full, "target": 0.95 * full, "seeds": len(seeds), "rules": rules}
+
+
+def plot(seeds: list[dict], target: float, out: Path) -> None:
+    """Draw the mean curves, each with its band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(3, 3, figsize=(11, 9), sharex=True, sharey=True, layout="constrained")
+    base = np.array([s["rules"]["random"]["balanced_accuracy"] for s in seeds])
+    for panel, rule in zip(panels.flat, RULES, strict=True):
+        curve = np.array([s["rules"][rule]["balanced_accuracy"] for s in seeds])
+        mean, half = curve.mean(axis=0), half_width(curve)
+        panel.plot(STEPS, base.mean(axis=0), color="0.5", label="random")
+        panel.plot(STEPS, mean, color="tab:blue", label=rule)
+        panel.fill_between(STEPS, mean - half, mean + half, color="tab:blue", alpha=0.2)
+        panel.axhline(target, color="0.7", linestyle=":")
+        panel.set_title(rule)
+    figure.supxlabel("labels")
+    figure.supylabel("held-out balanced accuracy; dotted: 95 % of the figure with all labels")
+    figure.savefig(out, dpi=90)
+
+
+def main() -> None:
+    """Run all seeds, write every course and the figures, and draw the curves."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("features")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    seeds = list(range(options.seeds))
+    # For the workers, which are processes of their own: each keeps to one core.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as workers:
+        found = list(workers.map(one_seed, [options.features] * len(seeds), seeds))
+    figures = summarise(found)
+    options.out.write_text(json.dumps({"figures": figures, "courses": found}, indent=1))
+    if options.plot:
+        plot(found, figures["target"], options.plot)
+    print(json.dumps(figures, indent=1))
+
+
+def _error(values: np.ndarray) -> np.ndarray:
+    variance = np.square(values - values.mean(axis=0)).sum(axis=0) / (len(values) - 1)
+    return np.sqrt(variance * (1 / len(values) + HELD_OUT / (1 - HELD_OUT)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""How fast questions go out and answers come in, beside a client that only moves them.
+
+Both work at one real, local Label Studio. The bare client sends the very task documents that a push sent, in
+the same batches, and reads the same pages of answers; it makes no pictures, keeps no ledger and checks
+nothing. They take turns, so that what else the machine does meets both.
+"""
+
+import io
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from labeling.client import LabelStudioClient
+from labeling.local_server import ServerInfo
+from labeling.project import known_project
+from labeling.pull import pull
+from labeling.push import push
+from labeling.settings import LabelingSettings
+from labeling.tasks import answer_result, label_config
+from records.errors import IntegrityError
+from records.ids import new_id, utc_now
+from records.store import Store
+from records.types import ExpertLabel, Image, ReasonCode, ReviewItem
+
+TURNS = 5
+_READERS = 4
+_PAGE_SIZE = 500
+
+
+def measure(
+    store: Store,
+    server: ServerInfo,
+    settings: LabelingSettings,
+    items: int,
+    advance: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Push, answer and pull, and let the bare client do the same.
+
+    Args:
+        store: empty; it is filled with generated pictures.
+        server: a Label Studio without projects.
+        settings: of the labeling room.
+        items: how many questions.
+        advance: hears what is being done.
+    Returns:
+        The keys of `python -m bench label`; rates are questions and answers per second.
+    Raises:
+        LabelStudioError: Label Studio does not answer or refuses.
+        IntegrityError: the two clients did not read the same number of answers.
+    """
+    settings = settings.model_copy(update={"blind_share": 0.0})
+    with _Recording(server.url, server.token) as client, LabelStudioClient(server.url, server.token) as bare:
+        advance(f"sending {items} questions")
+        pushed_s, bare_pushed_s = _push_in_turns(store, client, bare, settings, items)
+        advance(f"answering {items} questions")
+        _answer_all(store, client)
+        advance(f"reading {items} answers")
+        number = known_project(store, client) or 0
+        first_s, first = _timed(lambda: _read_bare(bare, number))
+        pulled_s, report = _timed(lambda: pull(store, client, settings))
+        second_s, second = _timed(lambda: _read_bare(bare, number))
+        if {first, second, report.new_labels} != {items}:
+            raise IntegrityError(f"{items} answers were given and {first}, {report.new_labels}, {second} were read")
+        exactly = counted(store, client)
+    bare_pulled_s = (first_s + second_s) / 2
+    return {
+        "items": items,
+        "push_s": items / pushed_s,
+        "bare_push_s": items / bare_pushed_s,
+        "push_over_bare": bare_pushed_s / pushed_s,
+        "pull_s": items / pulled_s,
+        "bare_pull_s": items / bare_pulled_s,
+        "pull_over_bare": bare_pulled_s / pulled_s,
+        "lost": exactly["lost"],
+        "duplicated": exactly["doubled"],
+    }
+
+
+def counted(store: Store, client: LabelStudioClient) -> dict[str, Any]:
+    """Hold the ledger against the shared project in Label Studio, as it is now.
+
+    Args:
+        store: with what was pushed and pulled.
+        client: connected.
+    Returns:
+        `tasks` and `annotations` that there are; `lost`: questions without a task and answers that the ledger
+        does not hold; `doubled`: second tasks of a question and second rows of a revision; `different`: answers
+        that the ledger holds otherwise, or that are gone.
+    """
+    project_id = known_project(store, client)
+    pages = client.list_tasks(project_id, with_annotations=True) if project_id is not None else ()
+    rows = [row for page in pages for row in page]
+    with store.ledger.read() as tx:
+        items = {item.id for item in tx.find(ReviewItem)}
+        labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
+    tasks = Counter(str(row.meta.get("relook_item")) for row in rows)
+    said = {a.id: a.result[0]["value"]["choices"][0] for row in rows for a in row.annotations if not a.was_cancelled}
+    newest = {label.annotation_id: label for label in labels}
+    held = {number: label.label for number, label in newest.items() if not label.deleted}
+    revisions = {(label.annotation_id, label.revision) for label in labels}
+    return {
+        "tasks": len(rows),
+        "annotations": len(said),
+        "lost": len(items - tasks.keys()) + len(said.keys() - held.keys()),
+        "doubled": tasks.total() - len(tasks) + len(labels) - len(revisions),
+        "different": sum(held[number] != label for number, label in said.items() if number in held)
+        + len(held.keys() - said.keys()),
+    }
+
+
+def add_questions(store: Store, count: int, seed: int) -> None:
+    """Write questions about generated pictures, with priorities in random order.
+
+    Args:
+        store: whose outbox takes them.
+        count: how many.
+        seed: of pictures and priorities.
+    """
+    chance = np.random.default_rng(seed)
+    for start in range(0, count, 500):
+        records: list[Image | ReviewItem] = []
+        for _ in range(start, min(start + 500, count)):
+            blob, now = store.blobs.put(_picture(chance)), utc_now()
+            records.append(
+                Image(
+                    id=blob, uri=store.blobs.uri(blob), format="jpeg", width_px=200, height_px=152, provenance="bench",
+                    created_at=now,
+                )
+            )  # fmt: skip
+            records.append(
+                ReviewItem(
+                    id=new_id(), created_at=now, image_id=blob, reasons=[ReasonCode.REFER],
+                    priority=float(chance.random() * 300), overlay_blob=blob,
+                )
+            )  # fmt: skip
+        with store.ledger.begin() as tx:
+            tx.add(*records)
+
+
+class _Recording(LabelStudioClient):
+    """A client that keeps the batches it sent."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sent: list[Sequence[Mapping[str, Any]]] = []
+
+    def import_tasks(self, project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
+        self.sent.append(tasks)
+        return super().import_tasks(project_id, tasks)
+
+
+def _push_in_turns(
+    store: Store, client: _Recording, bare: LabelStudioClient, settings: LabelingSettings, items: int
+) -> tuple[float, float]:
+    """Return the seconds that the push and the bare client took for all questions."""
+    project = {"title": "bare", "label_config": label_config(store.taxonomy)}
+    bare_project = int(bare.request("POST", "api/projects/", "make a project", body=project)["id"])
+    pushed_s = bare_s = 0.0
+    for turn in range(TURNS):
+        add_questions(store, items // TURNS + (turn < items % TURNS), seed=turn)
+        client.sent.clear()
+        pushed_s += _timed(lambda: push(store, client, settings))[0]
+        bare_s += _timed(lambda: _send_bare(bare, bare_project, client.sent))[0]
+    return pushed_s, bare_s
+
+
+def _send_bare(bare: LabelStudioClient, project_id: int, batches: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    for batch in batches:
+        bare.request("POST", f"api/projects/{project_id}/import", "import", body=list(batch), repeat=False)
+
+
+def _read_bare(bare: LabelStudioClient, project_id: int) -> int:
+    """Read all answers of a project page by page; returns how many there are."""
+    wanted = {"project": project_id, "fields": "all", "page_size": _PAGE_SIZE, "include": "id,annotations,result"}
+    found, page = 0, 1
+    while True:
+        listed = bare.request("GET", "api/tasks/", "read", params={**wanted, "page": page})
+        found += sum(len(task["annotations"]) for task in listed["tasks"])
+        if page * _PAGE_SIZE >= listed["total"]:
+            return found
+        page += 1
+
+
+def _answer_all(store: Store, client: LabelStudioClient) -> None:
+    with store.ledger.read() as tx:
+        items = tx.find(ReviewItem, order_by=("id",))
+    codes = store.taxonomy.codes
+
+    def give(numbered: tuple[int, ReviewItem]) -> None:
+        label = codes[numbered[0] % len(codes)]
+        client.create_annotation(numbered[1].task_id or 0, answer_result(label), key=uuid.uuid4())
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(give, enumerate(items)))
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def _picture(chance: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    coarse = chance.integers(0, 255, (19, 25, 3), dtype=np.uint8)
+    smooth = PillowImage.fromarray(coarse).resize((200, 152), PillowImage.Resampling.BICUBIC)
+    smooth.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()

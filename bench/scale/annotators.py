@@ -1,0 +1,105 @@
+"""How many answers a local Label Studio takes from many annotators at once, and how long each of them waits.
+
+Every annotator is a thread that opens a task and answers it, again and again and without thinking, so the rate is
+the most that the server takes. People need seconds to look; the rate over theirs is how many of them it carries.
+The server is the real one on SQLite, as `relook label up` starts it. Then one pull reads all answers.
+
+    python -m bench.scale.annotators [--annotators 100] [--tasks 1000]
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from bench.label.bulk import add_questions, counted
+from labeling.client import LabelStudioClient
+from labeling.local_server import LocalLabelStudio
+from labeling.pull import pull
+from labeling.push import push
+from labeling.settings import LabelingSettings
+from labeling.tasks import answer_result
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.types import ReviewItem
+
+LOOK_S = 10.0
+"""What a reader is taken to need for one picture; the rate that a server must carry follows from it."""
+
+
+def work(client: LabelStudioClient, tasks: list[int], label: str) -> list[float]:
+    """Open and answer tasks one after another; returns how long each took, seconds."""
+    took_s = []
+    for task in tasks:
+        began = time.perf_counter()
+        client.request("GET", f"api/tasks/{task}/", "open a task")
+        client.create_annotation(task, answer_result(label), key=uuid.uuid4())
+        took_s.append(time.perf_counter() - began)
+    return took_s
+
+
+def main() -> int:
+    """Print one JSON object; 1 if an answer is missing or doubled."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotators", type=int, default=100)
+    parser.add_argument("--tasks", type=int, default=1000)
+    options = parser.parse_args()
+    settings = LabelingSettings(port=0, blind_share=0.0)
+    with (
+        tempfile.TemporaryDirectory(prefix="relook-scale-") as scratch,
+        closing(open_store(RecordsSettings(home=Path(scratch) / "home"))) as store,
+    ):
+        local = LocalLabelStudio(store.home, settings)
+        server = local.up()
+        try:
+            with LabelStudioClient(server.url, server.token, timeout_s=300.0) as client:
+                add_questions(store, options.tasks, seed=0)
+                began = time.perf_counter()
+                push(store, client, settings)
+                pushed = time.perf_counter()
+                with store.ledger.read() as tx:
+                    tasks = [item.task_id for item in tx.find(ReviewItem) if item.task_id is not None]
+                shares = [tasks[number :: options.annotators] for number in range(options.annotators)]
+                with ThreadPoolExecutor(options.annotators) as pool:
+                    started = time.perf_counter()
+                    took = list(pool.map(work, [client] * len(shares), shares, ["nv"] * len(shares)))
+                    answered = time.perf_counter()
+                report = pull(store, client, settings)
+                pulled = time.perf_counter()
+                exactly = counted(store, client)
+        finally:
+            local.down()
+    took_s = np.concatenate(took)
+    per_s = len(tasks) / (answered - started)
+    print(
+        json.dumps(
+            {
+                "annotators": options.annotators,
+                "tasks": len(tasks),
+                "push_per_s": round(len(tasks) / (pushed - began), 1),
+                "answers_per_s": round(per_s, 1),
+                "wait_p50_s": round(float(np.percentile(took_s, 50)), 2),
+                "wait_p95_s": round(float(np.percentile(took_s, 95)), 2),
+                "look_s": LOOK_S,
+                "readers_carried": int(per_s * LOOK_S),
+                "pull_per_s": round(report.new_labels / (pulled - answered), 1),
+                "lost": exactly["lost"],
+                "doubled": exactly["doubled"],
+                "load": os.getloadavg(),
+            },
+            indent=2,
+        )
+    )
+    return 1 if exactly["lost"] or exactly["doubled"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""How long a trace takes in a ledger of ten million rows, on a real PostgreSQL.
+
+The rows are made up and loaded by COPY, a table at a time, with the indexes of the product's own schema (dropped
+for the load, made again after it as the schema has them). Of ten rows five are answers, 1.5 pictures and one each
+a group, a diagnosis, a question and an expert's answer or flag. One dataset version of a million pictures is built by
+the product; the others are files of the same size, linked to it. Then `records.lineage.trace`, which is what
+`relook trace` calls, is timed on ids drawn at random.
+
+    python -m bench.scale.trace [--rows 10000000] [--versions 10]
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import sqlalchemy as sa
+
+from bench.drills.demo_on_postgres import postgres
+from bench.scale.ledger import answer
+from records.datasets import build_version
+from records.ids import sha256_hex
+from records.ledger.tables import TABLES
+from records.lineage import trace
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.types import (
+    AnswerKind,
+    Confirmation,
+    DatasetRecord,
+    ExpertLabel,
+    Flag,
+    FlagReason,
+    Group,
+    Image,
+    ModelRecord,
+    Prediction,
+    Record,
+    ReviewItem,
+    ReviewState,
+    SourceLabel,
+)
+
+AIM_MS = 50.0
+START = datetime(2026, 1, 1, tzinfo=UTC)
+SHARES = {Prediction: 0.5, Image: 0.15, Group: 0.1, SourceLabel: 0.1, ReviewItem: 0.1, ExpertLabel: 0.045, Flag: 0.005}
+"""Of the rows. Pictures with a diagnosis come first, then those without; a group holds one picture with a diagnosis."""
+MODELS = 10
+LINES_AT_ONCE = 5_000
+
+
+def name(kind: type[Record], number: int) -> str:
+    """Return the id of a made-up row: hex, and so spread over the whole index, as real ones are."""
+    text = sha256_hex(f"{kind.table} {number}".encode())
+    return text if kind in (Image, ModelRecord) else text[:32]
+
+
+def line_of(record: Record, **varying: str) -> str:
+    """Return a record as a line of COPY with `%(name)s` where rows differ."""
+    cells = []
+    for field, value in record.model_dump(mode="json").items():
+        if field in varying:
+            cells.append(varying[field])
+        elif value is None:
+            cells.append(r"\N")
+        else:
+            cells.append(
+                (json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)).replace("%", "%%")
+            )
+    return "\t".join(cells) + "\n"
+
+
+def samples() -> dict[type[Record], Record]:
+    """Return one record of each type that the service and Label Studio write."""
+    made = answer(doubtful=True)
+    assert made.image is not None
+    assert made.review is not None
+    image = made.image.model_copy(update={"provenance": "import:bench", "perceptual_hash": "0" * 16, "group_id": "g"})
+    pushed = {"state": ReviewState.ANSWERED, "project_id": 1, "pushed_at": START, "answered_at": START, "task_id": 7}
+    return {
+        Prediction: made.prediction,
+        Image: image,
+        ReviewItem: made.review.model_copy(update=pushed),
+        Group: Group(id="g", created_at=START),
+        SourceLabel: SourceLabel(
+            id="s", image_id="i", label="nv", confirmation=Confirmation.HISTOPATHOLOGY, source="import:bench",
+            created_at=START,
+        ),
+        ExpertLabel: ExpertLabel(
+            id="e", created_at=START, review_item_id="r", image_id="i", answer=AnswerKind.CLASS, label="nv",
+            annotator="anna", annotated_at=START, server="http://127.0.0.1:8080", project_id=1, task_id=7,
+            annotation_id=1, revision="r" * 64,
+        ),
+        Flag: Flag(
+            id="f", created_at=START, prediction_id="p", caller="0123456789abcdef", reason=FlagReason.WRONG_LABEL,
+            suggested_label="mel", review_item_id="r",
+        ),
+    }  # fmt: skip
+
+
+def varying(counts: dict[type[Record], int]) -> dict[type[Record], Callable[[int], dict[str, Any]]]:
+    """Return for each type what differs from row to row."""
+    images, groups = counts[Image], counts[Group]
+
+    def at(number: int) -> str:
+        return (START + timedelta(milliseconds=number)).isoformat()
+
+    def group_of(number: int) -> str:
+        return name(Group, number) if number < groups else r"\N"
+
+    return {
+        Prediction: lambda n: {
+            "id": name(Prediction, n), "request_id": name(Flag, -n - 1), "created_at": at(n),
+            "idempotency_key": name(Group, -n - 1), "image_id": name(Image, n % images),
+            "model_id": name(ModelRecord, n * MODELS // counts[Prediction]),
+        },
+        Image: lambda n: {
+            "id": name(Image, n), "source_id": f"ISIC_{n:08d}", "lesion_id": f"HAM_{n:07d}", "created_at": at(n),
+            "group_id": group_of(n),
+        },
+        Group: lambda n: {"id": name(Group, n), "created_at": at(n)},
+        SourceLabel: lambda n: {"id": name(SourceLabel, n), "image_id": name(Image, n), "created_at": at(n)},
+        ReviewItem: lambda n: {
+            "id": name(ReviewItem, n), "created_at": at(n), "prediction_id": name(Prediction, n),
+            "image_id": name(Image, n % images), "priority": f"{n % 997}", "task_id": f"{n}",
+        },
+        ExpertLabel: lambda n: {
+            "id": name(ExpertLabel, n), "created_at": at(n), "review_item_id": name(ReviewItem, n),
+            "image_id": name(Image, n % images), "annotation_id": f"{n}",
+        },
+        Flag: lambda n: {"id": name(Flag, n), "created_at": at(n), "prediction_id": name(Prediction, n)},
+    }  # fmt: skip
+
+
+def lines(record_type: type[Record], rows: int, counts: dict[type[Record], int]) -> Iterator[str]:
+    """Yield lines of COPY, many at once."""
+    differs = varying(counts)[record_type]
+    template = line_of(samples()[record_type], **{field: f"%({field})s" for field in differs(0)})
+    for start in range(0, rows, LINES_AT_ONCE):
+        yield "".join(template % differs(number) for number in range(start, min(start + LINES_AT_ONCE, rows)))
+
+
+def load(database: str, counts: dict[type[Record], int]) -> dict[str, float]:
+    """Load all tables; returns the seconds of each, its indexes included."""
+    took_s = {}
+    dsn = sa.make_url(database).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("SET maintenance_work_mem = '512MB'")
+        for record_type, rows in counts.items():
+            began, table = time.perf_counter(), TABLES[record_type].name
+            query = "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = %s AND indexname NOT LIKE '%%_pkey'"
+            indexes = connection.execute(query, (table,)).fetchall()
+            for index, _ in indexes:
+                connection.execute(f'DROP INDEX "{index}"'.encode())
+            columns = ", ".join(f'"{column}"' for column in record_type.model_fields)
+            with connection.cursor().copy(f"COPY {table} ({columns}) FROM STDIN".encode()) as copy:
+                for part in lines(record_type, rows, counts):
+                    copy.write(part)
+            for _, definition in indexes:
+                connection.execute(definition.encode())
+            connection.execute(f"VACUUM ANALYZE {table}".encode())
+            took_s[table] = round(time.perf_counter() - began, 1)
+            print(f"{table}: {rows} rows in {took_s[table]} s", file=sys.stderr)
+    return took_s
+
+
+def add_versions(store: Store, versions: int) -> list[str]:
+    """Build one dataset version, link its file as the others, and let each have a model; returns the models."""
+    built = build_version(store).version
+    with store.ledger.begin() as tx:
+        first = tx.require(DatasetRecord, built.id)
+        ids = [built.id, *(sha256_hex(f"version {number}".encode()) for number in range(1, versions))]
+        for number, dataset_id in enumerate(ids):
+            created = START + timedelta(days=number)
+            if number:
+                folder = store.home.datasets / dataset_id
+                folder.mkdir()
+                os.link(store.home.datasets / built.id / "manifest.parquet", folder / "manifest.parquet")
+                tx.add(first.model_copy(update={"id": dataset_id, "created_at": created, "round": number}))
+        models = [
+            ModelRecord(
+                id=name(ModelRecord, number), created_at=START, status_changed_at=START, path="bundles/m",
+                architecture="custom_cnn", dataset_id=ids[number % versions], taxonomy_hash=first.taxonomy_hash,
+            )
+            for number in range(MODELS)
+        ]  # fmt: skip
+        tx.add(*models)
+    return [model.id for model in models]
+
+
+def timed(store: Store, subjects: Sequence[str]) -> dict[str, Any]:
+    """Trace every subject once; returns milliseconds and how many steps a trace has."""
+    took_ms, cpu_ms, steps = [], [], []
+    for subject in subjects:
+        began, cpu = time.perf_counter(), time.process_time()
+        found = trace(store, subject)
+        cpu_ms.append((time.process_time() - cpu) * 1e3)
+        took_ms.append((time.perf_counter() - began) * 1e3)
+        steps.append(len(found.steps))
+    return {
+        "traces": len(subjects),
+        "steps": round(float(np.mean(steps)), 1),
+        "first_ms": round(took_ms[0], 1),
+        "p50_ms": round(float(np.percentile(took_ms, 50)), 1),
+        "p95_ms": round(float(np.percentile(took_ms, 95)), 1),
+        "cpu_p50_ms": round(float(np.percentile(cpu_ms, 50)), 1),
+        "max_ms": round(max(took_ms), 1),
+    }
+
+
+def measure(store: Store, counts: dict[type[Record], int], models: Sequence[str], traces: int) -> dict[str, Any]:
+    """Time the kinds of subjects."""
+    chance = np.random.default_rng(0)
+
+    def drawn(kind: type[Record], below: int) -> list[str]:
+        return [name(kind, int(number)) for number in chance.integers(0, below, traces)]
+
+    asked = min(counts[ExpertLabel], counts[SourceLabel])
+    return {
+        "prediction": timed(store, drawn(Prediction, counts[Prediction])),
+        "prediction_by_12_characters": timed(store, [i[:12] for i in drawn(Prediction, counts[Prediction])]),
+        "picture_with_everything": timed(store, drawn(Image, min(counts[Flag], asked))),
+        "picture": timed(store, drawn(Image, counts[Image])),
+        "model": timed(store, models),
+    }
+
+
+def main() -> int:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--versions", type=int, default=10)
+    parser.add_argument("--traces", type=int, default=200, help="of each kind")
+    parser.add_argument("--place", type=Path, help="folder for the database; default: the temporary one")
+    options = parser.parse_args()
+    counts = {record_type: int(options.rows * share) for record_type, share in SHARES.items()}
+    with tempfile.TemporaryDirectory(prefix="relook-scale-", dir=options.place) as scratch:
+        os.chmod(scratch, 0o755)
+        with postgres(Path(scratch) / "postgres") as database:
+            settings = RecordsSettings(home=Path(scratch) / "home", database=database)
+            with closing(open_store(settings)) as store:
+                load_s = load(database, counts)
+                models = add_versions(store, options.versions)
+                with store.ledger.read() as tx:
+                    size = tx.connection.execute(sa.text("SELECT pg_database_size(current_database())")).scalar_one()
+                found = measure(store, counts, models, options.traces)
+    worst = max(kind["p95_ms"] for kind in found.values())
+    print(
+        json.dumps(
+            {
+                "rows": {record_type.table: rows for record_type, rows in counts.items()},
+                "versions": options.versions,
+                "images_of_a_version": counts[SourceLabel],
+                "database_gb": round(size / 1e9, 2),
+                "load_s": load_s,
+                "aim_ms": AIM_MS,
+                "p95_ms": worst,
+                "held": worst < AIM_MS,
+                "trace": found,
+                "load": os.getloadavg(),
+            },
+            indent=2,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

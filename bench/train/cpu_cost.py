@@ -1,0 +1,93 @@
+"""CPU seconds per picture of bare steps and of the loop with its feeder, for a busy machine.
+
+Where all cores are kept busy, rates are to each other as the inverse of these costs; unlike rates they hardly
+depend on what else runs. One thread, no Ray, no validation. `python -m bench train` measures rates.
+
+    .venv/bin/python -m bench.train.cpu_cost PICTURES --model custom_cnn
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from bench.train.training import prepare, raw_rate
+from records.bundles import Geometry
+from records.settings import RecordsSettings
+from records.store import open_store
+from trainers.augmentation import Augmenter, load_policy
+from trainers.augmentation.operations import Canvas
+from trainers.fitting.feeding import Feeder
+from trainers.fitting.starting import architecture_options
+from trainers.fitting.steps import Stepper
+from trainers.fitting.training_data import TrainingData
+from trainers.optimization.losses import LOSSES
+from trainers.optimization.optimizers import build_optimizer
+from trainers.settings import TrainersSettings
+from vision.networks import build_model
+from vision.precision import resolve_precision
+
+
+def loop_cost(settings: TrainersSettings, data: TrainingData, num_classes: int, steps: int) -> float:
+    """Return CPU seconds per picture of training steps on batches that the feeder prepares."""
+    augmenter = Augmenter(load_policy(settings.augmentation), Canvas(settings.side_px, (180.0, 140.0, 140.0)))
+    feeder = Feeder(data.pixels, data.labels, data.image_ids, data.train_index, augmenter, settings)
+    network = build_model(settings.model, num_classes, **architecture_options(settings))
+    network = network.to(memory_format=torch.channels_last)
+    stepper = Stepper(
+        network,
+        build_optimizer(network, settings),
+        None,
+        LOSSES[settings.loss].factory(settings),
+        Geometry(side_px=settings.side_px),
+        resolve_precision(settings.precision),
+        torch.device("cpu"),
+    )
+    done, epoch, began = -2, 0, 0.0
+    while done < steps:
+        for batch in feeder.epoch(epoch):
+            if done == 0:
+                began = time.process_time()
+            stepper.train_step(batch)
+            done += 1
+            if done == steps:
+                break
+        epoch += 1
+    return (time.process_time() - began) / (steps * settings.batch_size)
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--model", default="custom_cnn")
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = TrainersSettings(
+        model=options.model, side_px=options.side, threads_per_worker=1, use_gpu=False, batch_size=64
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(open_store(RecordsSettings(home=Path(folder) / "home"))) as store,
+    ):
+        plan = prepare(store, options.pictures, options.side, Path(folder), Progress(disable=True))
+        classes = len(store.taxonomy.codes)
+        raw = 1.0 / raw_rate(settings, classes, time.process_time)
+        loop = loop_cost(settings, plan.open(store, options.side), classes, options.steps)
+        raw = (raw + 1.0 / raw_rate(settings, classes, time.process_time)) / 2
+    print(
+        json.dumps(
+            {"model": options.model, "raw_cpu_ms": raw * 1e3, "loop_cpu_ms": loop * 1e3, "loop_over_raw": raw / loop}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Write which picture lies on which side of a dataset version, for scripts that know nothing of Relook.
+
+.venv/bin/python -m bench.train.sides DATASET_ID PICTURES_DIR > sides.csv
+"""
+
+import argparse
+import csv
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from records.datasets import load_dataset
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.stored import find_images
+
+
+def main() -> None:
+    """Print a table with the columns path, label, side; the home is the one that RELOOK_HOME names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset")
+    parser.add_argument("pictures", type=Path, help="folder that the dataset was imported from")
+    options = parser.parse_args()
+    paths = {path.stem: path for path in options.pictures.rglob("*.jpg")}
+    with closing(open_store(RecordsSettings(home=Path(os.environ.get("RELOOK_HOME", ".relook"))))) as store:
+        rows = load_dataset(store, options.dataset).rows
+        images = find_images(store, [str(image_id) for image_id in rows["image_id"]])
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["path", "label", "side"])
+    for image, label, side in zip(images, rows["label"], rows["side"], strict=True):
+        writer.writerow([paths[str(image.source_id)], label, side])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Measure how long Ray, a fit by Ray Train and the service take to begin, and what the service's processes hold.
+
+    .venv/bin/python -m bench.train.start --repeats 2
+
+Generated pictures and the smallest network, so that hardly anything but the start is measured. One JSON line per
+repeat: seconds, and MiB of memory that a replica shares with nobody. Copied into a checkout of another commit
+it measures that one; two of them by turns on an idle machine compare.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+
+from bench.drills.live_service import LiveService
+from bench.serve.peers import free_port
+from cluster.session import start_ray
+from cluster.settings import Settings
+from images.importer import open_dataset
+from images.synth import synthesize
+from records.models import register, serve_model
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.types import ModelStatus
+from serving.settings import ServingSettings
+from trainers.fitting.fit import fit
+from trainers.settings import TrainersSettings
+
+DEPLOYMENTS = ("ingress", "page", "predictor", "explainer")
+LESIONS = 140
+TRAINERS = {"model": "custom_cnn", "side_px": 32, "epochs": 2, "precision": "fp32", "threads_per_worker": 1}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long a block takes."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 1)
+
+
+def replicas_mib(service: LiveService) -> dict[str, float]:
+    """Return the memory that each replica of the service shares with nobody."""
+    return {
+        name: round(process.memory_full_info().uss / 2**20)
+        for name in DEPLOYMENTS
+        for process in service.replicas(name)
+    }
+
+
+def measure(folder: Path) -> dict:
+    """Start everything once."""
+    seconds: dict[str, float] = {}
+    settings = Settings(records=RecordsSettings(home=folder / "home"), serving=ServingSettings(port=free_port()))
+    trainers = TrainersSettings.model_validate({**TRAINERS, "num_workers": 1})
+    synthesize(folder / "pictures", lesions=LESIONS, seed=3, width_px=96)
+    with closing(open_store(settings.records)) as store:
+        dataset = open_dataset(store, str(folder / "pictures"))
+        with timed(seconds, "fit_without_ray"):
+            fit(store, trainers, dataset, run_dir=folder / "plain", use_ray=False)
+        began = time.perf_counter()
+        with start_ray(settings):
+            seconds["ray"] = round(time.perf_counter() - began, 1)
+            from serving.launch import start_service
+
+            with timed(seconds, "fit_by_ray_train"):
+                bundle = fit(store, trainers, dataset, run_dir=folder / "ray", use_ray=True)
+            with store.ledger.begin() as tx:
+                register(tx, bundle)
+                serve_model(tx, bundle.id, ModelStatus.CHAMPION)
+            with timed(seconds, "service"):
+                service = start_service(settings.serving, settings.records)
+            memory_mib = replicas_mib(LiveService(service.url, store, psutil.Process()))
+            with timed(seconds, "service_stop"):
+                service.stop()
+    return {"seconds": seconds, "replica_mib": memory_mib}
+
+
+def main() -> None:
+    """Print one line per repeat."""
+    # Ray's workers import the same commit as this process, wherever a package of this name is installed.
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=2)
+    for _ in range(parser.parse_args().repeats):
+        with tempfile.TemporaryDirectory(prefix="relook-start-") as folder:
+            print(json.dumps(measure(Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Measure a training within one run, so that only ratios of neighbours are formed.
+
+The bare rate is forward, backward and step of the same network on one batch that lies in memory, with the
+same precision, threads and optimizer; it is measured before and after the pipeline. The pipeline is what
+`relook train` runs under Ray Train: pixel cache, augmentation, loop, checkpoints, reports. Its rate counts
+the wall time from one report to the next without the forward passes of batch norm's statistics and of
+validation, which the bare steps do not have. The first epoch warms up and is not counted.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from bench.train.peers import Peers
+from images.importer import import_folder
+from images.synth import synthesize
+from records.bundles import Geometry
+from records.datasets import DatasetVersion, load_dataset
+from records.errors import ConfigError
+from records.store import Store
+from trainers.augmentation import load_policy
+from trainers.fitting.distributed import fit_distributed
+from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.starting import architecture_options
+from trainers.fitting.training_data import DataPlan, plan_data
+from trainers.fitting.workers import choose_device, compute_threads, threads_of
+from trainers.optimization.optimizers import build_optimizer
+from trainers.settings import TrainersSettings
+from vision.networks import build_model
+from vision.precision import autocast, resolve_precision
+from vision.preprocess import scale_pixels, to_tensor
+
+EPOCHS = 4
+VAL_PICTURES = 64
+LESIONS = 350
+WIDTH_PX = 600
+RAW_S = 6.0
+WARM_UP_STEPS = 3
+Figures = dict[str, Any]
+
+
+def prepare(store: Store, data: Path | None, side_px: int, folder: Path, bar: Progress) -> DataPlan:
+    """Import what is trained on.
+
+    Args:
+        store: an empty one.
+        data: folder of pictures; None generates some of HAM10000's size.
+        side_px: of the network.
+        folder: for generated pictures.
+        bar: progress is shown on it.
+    Returns:
+        Train and val pictures, decoded.
+    """
+    return plan_data(import_pictures(store, data, side_px, folder, bar), store.taxonomy)
+
+
+def import_pictures(store: Store, data: Path | None, side_px: int, folder: Path, bar: Progress) -> DatasetVersion:
+    """Import pictures to measure with.
+
+    Args:
+        store: an empty one.
+        data: folder of pictures; None generates some of HAM10000's size.
+        side_px: that they are decoded to.
+        folder: for generated pictures.
+        bar: progress is shown on it.
+    Returns:
+        The dataset version of them.
+    """
+    if data is None:
+        data = folder / "pictures"
+        synthesize(data, lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
+    report = import_folder(store, data, in_place=True, side_px=(side_px,), progress=bar)
+    return load_dataset(store, report.dataset_id)
+
+
+@dataclass
+class Bench:
+    """One run of the measurements.
+
+    Args:
+        store: with the pictures.
+        settings: of the trainers; what is measured is what they train.
+        plan: the pictures.
+        folder: for runs and tables.
+        epoch_s: seconds that an epoch of one worker shall take.
+        lightning_python: interpreter of an environment with Lightning.
+    """
+
+    store: Store
+    settings: TrainersSettings
+    plan: DataPlan
+    folder: Path
+    epoch_s: float
+    lightning_python: Path | None
+    _reasons: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> Figures:
+        """Measure everything; what cannot be measured is None, with its reason under `reasons`."""
+        cores = len(os.sched_getaffinity(0))
+        alone = _like(self.settings, num_workers=1, threads_per_worker=cores)
+        load = os.getloadavg()[0]
+        before = raw_rate(alone, len(self.store.taxonomy.codes))
+        plan = self._cut(before)
+        watch = MemoryWatch()
+        with watch:
+            pipeline = self._pipeline_rate(alone, plan, "one")
+        raw = (before + raw_rate(alone, len(self.store.taxonomy.codes))) / 2
+        shared = self._two_workers(plan, cores)
+        peers = Peers(self.store, self.settings, plan, self.folder, raw)
+        plain, lightning = peers.plain_rate(), peers.lightning_rate(self.lightning_python)
+        return {
+            "raw_images_s": _round(raw),
+            "pipeline_over_raw": _ratio(pipeline, raw),
+            "pipeline_over_plain_fp32": _ratio(pipeline, plain),
+            "pipeline_over_lightning": _ratio(pipeline, lightning),
+            "ddp2_over_single": _ratio(shared, pipeline),
+            "peak_memory_mb": round(watch.peak_mb),
+            "pipeline_images_s": _round(pipeline),
+            "plain_fp32_images_s": _round(plain),
+            "lightning_images_s": _round(lightning),
+            "ddp2_images_s": _round(shared),
+            "model": alone.model,
+            "side_px": alone.side_px,
+            "batch_size": alone.batch_size,
+            "precision": resolve_precision(alone.precision, str(choose_device(alone.use_gpu))),
+            "threads": cores,
+            "train_images": plan.num_train,
+            "load_average_before": _round(load),
+            "reasons": {**self._reasons, **peers.reasons},
+        }
+
+    def _cut(self, rate: float) -> DataPlan:
+        """Take as many training pictures as an epoch of the wanted length needs, and a few to validate with."""
+        batch = self.settings.batch_size
+        wanted = max(2, round(rate * self.epoch_s / batch)) * batch
+        num_train = min(wanted, max(batch, self.plan.num_train // batch * batch))
+        if self.plan.num_train < batch:
+            raise ConfigError(
+                f"{self.plan.num_train} training pictures are fewer than one batch of {batch}; "
+                f"take a folder with more, or --set trainers.batch_size={max(2, self.plan.num_train // 2 * 2)}"
+            )
+        rows = np.r_[0:num_train, self.plan.num_train : min(self.plan.num_train + VAL_PICTURES, len(self.plan.labels))]
+        return DataPlan([self.plan.image_ids[row] for row in rows], self.plan.labels[rows], num_train)
+
+    def _two_workers(self, plan: DataPlan, cores: int) -> float | None:
+        if cores < 2:
+            self._reasons["ddp2_over_single"] = "this machine has one core"
+            return None
+        if self.settings.batch_size % (2 * self.settings.accumulate_steps):
+            self._reasons["ddp2_over_single"] = "two workers cannot share this batch_size evenly"
+            return None
+        return self._pipeline_rate(_like(self.settings, num_workers=2, threads_per_worker=cores // 2), plan, "two")
+
+    def _pipeline_rate(self, settings: TrainersSettings, plan: DataPlan, name: str) -> float:
+        run_dir = self.folder / name
+        run_dir.mkdir()
+        told: list[tuple[float, EpochReport]] = []
+
+        def note(report: EpochReport) -> bool:
+            told.append((time.perf_counter(), report))
+            return False
+
+        policy = load_policy(settings.augmentation)
+        fit_distributed(settings, plan, self.store, run_dir, policy=policy, on_epoch=note)
+        spans = [after - before - report.validation_seconds for (before, _), (after, report) in pairwise(told)]
+        steps = -(-plan.num_train // settings.batch_size)
+        return steps * settings.batch_size / (sum(spans) / len(spans))
+
+
+def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Measure bare steps on one batch in memory.
+
+    Args:
+        settings: network, side, batch, optimizer, precision, threads.
+        num_classes: C.
+        clock: seconds; `time.process_time` gives pictures per second of CPU time, which a busy machine hardly changes.
+    Returns:
+        Pictures per second.
+    """
+    device = choose_device(settings.use_gpu)
+    precision = resolve_precision(settings.precision, str(device))
+    random = np.random.default_rng(0)
+    side, batch = settings.side_px, settings.batch_size
+    pixels = random.integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    labels = torch.from_numpy(random.integers(0, num_classes, batch)).to(device)
+    geometry = Geometry(side_px=side, scaling=settings.scaling)
+    with compute_threads(threads_of(settings)), torch.random.fork_rng():
+        network = build_model(settings.model, num_classes, **architecture_options(settings)).to(device)
+        network = network.to(memory_format=torch.channels_last).train()
+        optimizer = build_optimizer(network, settings)
+        # Whichever loss the settings name, its share of a step is too small to measure.
+        loss_of = nn.CrossEntropyLoss()
+        inputs = scale_pixels(to_tensor(pixels).to(device), geometry)
+        began, steps = clock(), -WARM_UP_STEPS
+        while steps < 2 or clock() - began < RAW_S:
+            if steps == 0:
+                began = clock()
+            with autocast(precision, str(device)):
+                logits = network(inputs)
+            loss = loss_of(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            float(loss.detach())
+            steps += 1
+        return steps * batch / (clock() - began)
+
+
+class MemoryWatch:
+    """Watches Ray Train's workers below this process; `peak_mb` is the most that one of them held.
+
+    Memory is the proportional set size: pages that several processes share count in parts.
+    """
+
+    EVERY_S = 0.5
+
+    def __init__(self) -> None:
+        self.peak_mb = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory watch", daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.EVERY_S):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        self.peak_mb = max(self.peak_mb, process.memory_full_info().pss / 1e6)
+
+
+def _like(settings: TrainersSettings, **changes: object) -> TrainersSettings:
+    shared = {"epochs": EPOCHS, "early_stop_patience_epochs": None, "strategy": "auto", "max_failures": 0}
+    return TrainersSettings.model_validate(settings.model_dump() | shared | changes)
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else round(ours / theirs, 3)
+
+
+def _round(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 1)

@@ -1,0 +1,1 @@
+"""Measurements of a search, behind `python -m bench tune`."""

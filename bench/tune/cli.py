@@ -1,0 +1,117 @@
+"""The tuning room's part of `relook bench`; `cluster/cli.py` joins the rooms' parts into one group.
+
+python -m bench tune --data HAM10000 --table table.jsonl --json
+"""
+
+import os
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from records.command import (
+    ConfigOption,
+    JsonOption,
+    PresetOption,
+    SetOption,
+    emit,
+    figures_table,
+    progress,
+    ray_of,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from records.datasets import DatasetVersion
+    from records.store import Store
+
+app = typer.Typer()
+STARTS = 6
+"""Trials whose start is measured, per core."""
+
+
+@app.command("tune")
+def bench_tune(
+    ctx: typer.Context,
+    data: Annotated[Path | None, typer.Option(help="Folder of pictures; default: generated ones.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="File of learning curves, gone on with if it is there; default: a new one.")
+    ] = None,
+    configurations: Annotated[int, typer.Option(min=3, help="Configurations in the table.")] = 60,
+    pictures: Annotated[int, typer.Option(min=7, help="Training pictures of the table and of measured trials.")] = 3000,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches that are replayed on the table.")] = 5,
+    trial_s: Annotated[float, typer.Option(min=0.1, help="Seconds of a trial that only computes.")] = 30.0,
+    simulated: Annotated[int, typer.Option(min=10, help="Trials of no length, for the driver's memory.")] = 1000,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a search: what halving saves on a table of real curves, and what Ray Tune costs."""
+    from bench.train.training import import_pictures
+    from bench.tune.tune import memory_growth, overhead
+    from records.store import open_store
+
+    settings = settings_of(ctx, config, preset, sets)
+    cores = len(os.sched_getaffinity(0))
+    figures: dict[str, Any] = {"load_average_before": round(os.getloadavg()[0], 1)}
+    with TemporaryDirectory(prefix="relook-bench-") as folder:
+        root = Path(folder)
+        # A home of its own: measuring must neither see nor change what the user has.
+        records = settings.records.apart(root / "home")
+        with closing(open_store(records)) as store:
+            with progress() as bar:
+                dataset = import_pictures(store, data, settings.trainers.side_px, root, bar)
+            figures |= _replayed(
+                store, settings, dataset, table or root / "table.jsonl", configurations, pictures, seeds
+            )
+            with ray_of(ctx, settings):
+                figures |= {
+                    "trial_start_s_median": _start(store, settings, dataset, root / "starts", pictures, cores),
+                    "tune_overhead": round(overhead(root / "busy", trial_s, cores, trials_each=4), 3),
+                    "driver_memory_growth": round(memory_growth(root / "many", simulated, cores), 1),
+                }
+    figures |= {"trial_s": trial_s, "simulated_trials": simulated, "cores": cores, "train_images": pictures}
+    emit(as_json, figures, figures_table("python -m bench tune", figures))
+
+
+def _replayed(
+    store: "Store",
+    settings: Any,
+    dataset: "DatasetVersion",
+    path: Path,
+    configurations: int,
+    pictures: int,
+    seeds: int,
+) -> dict[str, Any]:
+    from bench.tune.replay import compare_with_random
+    from bench.tune.table import train_table
+    from tuning.search import searched_space
+
+    tuning, base = settings.tuning, settings.trainers
+    space = searched_space(tuning, base)
+    rows = train_table(store, dataset, base, space, path, configurations=configurations, max_train_images=pictures)
+    return compare_with_random(rows, seeds, tuning.grace_epochs, tuning.reduction_factor)
+
+
+def _start(
+    store: "Store", settings: Any, dataset: "DatasetVersion", folder: Path, pictures: int, cores: int
+) -> float | None:
+    """Run a short real search; return the median start of its trials, the first of each process left out."""
+    from tuning.report import report_on
+    from tuning.search import search
+
+    tuning = settings.tuning.model_copy(
+        update={
+            "trials": STARTS * cores,
+            "trial_epochs": 1,
+            "grace_epochs": 1,
+            "confirm_seeds": 0,
+            "max_train_images": min(pictures, 300),
+        }
+    )
+    search(store, tuning, settings.trainers, dataset, run_dir=folder)
+    found = report_on(folder).start_seconds_median
+    return None if found is None else round(found, 3)

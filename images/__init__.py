@@ -1,0 +1,1 @@
+"""From bytes to pixels: import, groups and splits, decoding, the pixel cache, quality, audit, generated images."""

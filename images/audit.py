@@ -1,0 +1,208 @@
+"""What a dataset version is made of, whether it leaks, and what a random split would have pretended.
+
+In: a dataset version. Out: an `AuditReport`. Nothing is changed, and no side is read for its labels' sake:
+the audit counts, it does not evaluate.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field
+from rich.progress import Progress
+
+from images.cache import PixelCache
+from images.grouping import near_pairs
+from images.near_duplicates import HASH_SIDE_PX
+from images.quality import QualityOutlier, measure, quality_outliers
+from records.datasets import DatasetVersion
+from records.grouping import SIDE_SHARES
+from records.ledger import Transaction
+from records.ledger.tables import TABLES
+from records.store import Store
+from records.stored import find_images
+from records.types import Image, Quarantined, Side, SourceLabel
+
+RANDOM_SPLIT_SEED = 0
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RandomSplit(_Part):
+    """What a random split of the pictures, with the same shares and a fixed seed, would have done."""
+
+    seed: int
+    leaked_lesions: int = Field(description="lesions with pictures on more than one side")
+    test_images: int
+    leaked_test_images: int = Field(description="test pictures whose lesion is trained on")
+    leaked_test_share: float = Field(ge=0, le=1, description="the same as a share of the test pictures")
+
+
+class NearDuplicates(_Part):
+    """A pair of pictures that are nearly the same."""
+
+    first: str = Field(description="the picture's name at its source, or its id")
+    second: str
+    bits: int = Field(ge=0, le=64, description="in how many bits the perceptual hashes differ")
+    correlation: float
+    same_lesion: bool
+    same_diagnosis: bool
+    same_group: bool
+
+
+class AuditReport(_Part):
+    """The audit of one dataset version."""
+
+    dataset_id: str
+    images: int
+    lesions: int = Field(description="a picture that names no lesion is its own")
+    groups: int
+    classes: dict[str, int] = Field(description="pictures per class, in class order")
+    sides: dict[str, int] = Field(description="pictures per side")
+    side_lesions: dict[str, int] = Field(description="lesions per side")
+    leaked_lesions: int = Field(description="lesions with pictures on more than one side")
+    near_duplicate_pairs: int
+    label_conflicts: int = Field(description="rows refused for it, and lesions with two diagnoses in this version")
+    quarantined: int = Field(description="rows of all imports that could not be used and still are not")
+    random_split: RandomSplit
+    near_duplicates: list[NearDuplicates] = Field(description="all pairs; one of two diagnoses is not joined")
+    refused: dict[str, int] = Field(description="quarantined rows per code")
+    conflicts: list[str] = Field(
+        description="one sentence per label conflict, near-duplicates of two diagnoses included"
+    )
+    quality_outliers: list[QualityOutlier] = Field(description="pictures that were taken unlike the rest")
+
+
+def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress | None = None) -> AuditReport:
+    """Audit a dataset version.
+
+    Args:
+        store: with its pictures.
+        dataset: the version.
+        progress: shown while pictures are decoded, if the cache was emptied.
+    Returns:
+        The report.
+    Raises:
+        UnknownIdError: a picture of the version is not in the ledger.
+        DataError: a picture's file is gone or does not decode.
+    """
+    rows = dataset.rows
+    images = find_images(store, rows["image_id"].tolist())
+    lesions = pd.Series([image.lesion_id or image.id for image in images], index=rows.index)
+    labels = dict(zip(rows["image_id"], rows["label"], strict=True))
+    with store.ledger.read() as tx:
+        open_rows = _open_quarantine(tx)
+    refused = Counter(q.code for q in open_rows)
+    two_diagnoses = _two_diagnoses(rows, lesions)
+    pairs = _near_duplicates(
+        store, images, dict(zip(rows["image_id"], rows["group_id"], strict=True)), labels, progress
+    )
+    counts = rows["label"].value_counts()
+    return AuditReport(
+        dataset_id=dataset.id,
+        images=len(rows),
+        lesions=int(lesions.nunique()),
+        groups=dataset.num_groups,
+        classes={code: int(counts.get(code, 0)) for code in store.taxonomy.codes},
+        sides={side.value: int((rows["side"] == side.value).sum()) for side in Side},
+        side_lesions={side.value: int(lesions[rows["side"] == side.value].nunique()) for side in Side},
+        leaked_lesions=count_leaked(lesions, rows["side"]),
+        near_duplicate_pairs=len(pairs),
+        label_conflicts=refused["label_conflict"] + len(two_diagnoses),
+        quarantined=sum(refused.values()),
+        random_split=split_at_random(lesions),
+        near_duplicates=pairs,
+        refused=dict(sorted(refused.items())),
+        conflicts=[
+            *dict.fromkeys(q.reason for q in open_rows if q.code == "label_conflict"),
+            *two_diagnoses,
+            *(
+                f"{p.first} and {p.second} are nearly the same picture with two diagnoses"
+                for p in pairs
+                if not p.same_diagnosis
+            ),
+        ],
+        quality_outliers=_quality(store, images, progress),
+    )
+
+
+def count_leaked(lesions: "pd.Series[str]", sides: "pd.Series[str]") -> int:
+    """Count the lesions with pictures on more than one side.
+
+    Args:
+        lesions: [N] lesion of each picture.
+        sides: [N] side of each picture.
+    Returns:
+        The number; 0 is what a split must have.
+    """
+    return int((sides.groupby(lesions).nunique() > 1).sum())
+
+
+def split_at_random(lesions: "pd.Series[str]", seed: int = RANDOM_SPLIT_SEED) -> RandomSplit:
+    """Split pictures at random, as is often done, and count what leaks.
+
+    Args:
+        lesions: [N] lesion of each picture.
+        seed: of the shuffle.
+    Returns:
+        What the split would have done.
+    """
+    edges = np.cumsum(list(SIDE_SHARES.values())) * len(lesions)
+    names = np.array([side.value for side in SIDE_SHARES])
+    order = np.random.default_rng(seed).permutation(len(lesions))
+    sides = pd.Series(names[np.searchsorted(edges, order + 0.5).clip(max=len(names) - 1)], index=lesions.index)
+    in_test = sides == Side.TEST.value
+    leaked = in_test & lesions.isin(lesions[sides == Side.TRAIN.value])
+    return RandomSplit(
+        seed=seed,
+        leaked_lesions=count_leaked(lesions, sides),
+        test_images=int(in_test.sum()),
+        leaked_test_images=int(leaked.sum()),
+        leaked_test_share=round(float(leaked.sum()) / max(1, int(in_test.sum())), 4),
+    )
+
+
+def _near_duplicates(
+    store: Store, images: list[Image], group_of: dict[str, str], labels: dict[str, str], progress: Progress | None
+) -> list[NearDuplicates]:
+    name_of = {image.id: image.source_id or image.id for image in images}
+    return [
+        NearDuplicates(
+            first=name_of[pair.first],
+            second=name_of[pair.second],
+            bits=pair.bits,
+            correlation=pair.correlation,
+            same_lesion=pair.same_lesion,
+            same_diagnosis=pair.same_diagnosis,
+            same_group=group_of[pair.first] == group_of[pair.second],
+        )
+        for pair in near_pairs(store, images, labels, progress=progress)
+    ]
+
+
+def _two_diagnoses(rows: pd.DataFrame, lesions: "pd.Series[str]") -> list[str]:
+    """Return a sentence for every lesion whose pictures have several diagnoses."""
+    labels = rows.groupby(lesions)["label"].unique()
+    return [
+        f"lesion {lesion} has the classes {' and '.join(sorted(found))}"
+        for lesion, found in labels.items()
+        if len(found) > 1
+    ]
+
+
+def _quality(store: Store, images: list[Image], progress: Progress | None) -> list[QualityOutlier]:
+    image_ids = [image.id for image in images]
+    cache = PixelCache(store.home.cache, HASH_SIDE_PX)
+    cache.ensure(store, image_ids, progress)
+    return quality_outliers(measure(cache.rows(image_ids)), [image.source_id or image.id for image in images])
+
+
+def _open_quarantine(tx: Transaction) -> list[Quarantined]:
+    """Return refused rows, without those that a later run of the same import could use."""
+    images, labels = TABLES[Image], TABLES[SourceLabel]
+    query = sa.select(labels.c.source, images.c.source_id).join(images, images.c.id == labels.c.image_id)
+    used = {(source, source_id) for source, source_id in tx.connection.execute(query)}
+    return [q for q in tx.find(Quarantined) if (f"import:{q.import_id}", q.source_id) not in used]

@@ -1,0 +1,295 @@
+"""The pixel cache: every picture decoded once, memory-mapped, shared by all trials and workers of a node.
+
+A cache of one side and one decode version is a folder of segments. A segment is two files: `NAME.u8`
+with N rows of S x S x 3 bytes, and `NAME.ids` with N picture ids of 32 bytes. Both are written under
+a temporary name and moved, the ids last, so a segment that can be seen is whole. Two writers at
+worst store a row twice. The whole folder may be deleted at any time.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from images.decode import DECODE_VERSION, decode_square
+from images.parallel import chunks_of, map_in_order
+from records.arrays import IntArray, UInt8Array
+from records.errors import ContractError, UnavailableError
+from records.ids import new_id
+from records.store import Store
+from records.stored import find_images, read_picture
+from records.types import Image
+
+SEGMENT_BYTES = 32 * 2**20
+"""A segment is closed when it holds this much: what a killed run may lose at most."""
+
+_ID_BYTES = 32
+_STALE_S = 3600.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class PixelRows:
+    """Cached pixels of a list of pictures, in its order. It travels as paths, not as pixels.
+
+    Args:
+        side_px: S.
+        paths: segment files.
+        segment_of: [N] index into `paths`.
+        row_of: [N] row within the segment.
+    """
+
+    side_px: int
+    paths: tuple[Path, ...]
+    segment_of: IntArray = field(repr=False)
+    row_of: IntArray = field(repr=False)
+    _maps: list[UInt8Array | None] = field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.row_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the mappings behind; the receiver maps the same files."""
+        return {**self.__dict__, "_maps": []}
+
+    def take(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> UInt8Array:
+        """Copy rows out of the cache.
+
+        Args:
+            indices: [n] positions in the list, 0 to N - 1, repeats allowed.
+        Returns:
+            [n, S, S, 3], writable.
+        """
+        index = np.asarray(indices, dtype=np.int64)
+        segments, rows = self.segment_of[index], self.row_of[index]
+        out = np.empty((len(index), self.side_px, self.side_px, 3), dtype=np.uint8)
+        for segment in np.unique(segments):
+            here = segments == segment
+            out[here] = self._map(int(segment))[rows[here]]
+        return out
+
+    def _map(self, segment: int) -> UInt8Array:
+        if not self._maps:
+            self._maps = [None] * len(self.paths)
+        mapped = self._maps[segment]
+        if mapped is None:
+            whole = np.memmap(self.paths[segment], dtype=np.uint8, mode="r")
+            mapped = whole.view(np.ndarray).reshape(-1, self.side_px, self.side_px, 3)
+            self._maps[segment] = mapped
+        return mapped
+
+
+class PixelCache:
+    """The cache of one side. Opening it reads the ids only: 10,000 pictures take a few milliseconds.
+
+    Args:
+        folder: the cache folder of the home.
+        side_px: S, at least 1.
+    """
+
+    def __init__(self, folder: Path, side_px: int) -> None:
+        self.side_px = side_px
+        self.folder = folder / f"{side_px}px-v{DECODE_VERSION}"
+        self._paths: list[Path] = []
+        self._seen: set[str] = set()
+        self._place: dict[str, tuple[int, int]] = {}
+        self._refresh()
+
+    def __contains__(self, image_id: object) -> bool:
+        """Return whether the picture's pixels are here."""
+        return image_id in self._place
+
+    def __len__(self) -> int:
+        """Return how many pictures are cached."""
+        return len(self._place)
+
+    def missing(self, image_ids: Iterable[str]) -> list[str]:
+        """Return the ids that are not cached yet, once each, in their order."""
+        self._refresh()
+        return [image_id for image_id in dict.fromkeys(image_ids) if image_id not in self._place]
+
+    def append(self, image_ids: Sequence[str], pixels: UInt8Array) -> None:
+        """Add decoded pictures as one segment.
+
+        Args:
+            image_ids: [N] picture ids.
+            pixels: [N, S, S, 3].
+        Raises:
+            ContractError: the shapes do not fit.
+            UnavailableError: the disk is full or the folder cannot be written.
+        """
+        if pixels.dtype != np.uint8 or pixels.shape != (len(image_ids), self.side_px, self.side_px, 3):
+            raise ContractError(
+                f"a cache of {self.side_px} px takes uint8 [{len(image_ids)}, {self.side_px}, {self.side_px}, 3], "
+                f"not {pixels.dtype} {list(pixels.shape)}"
+            )
+        if not len(image_ids):
+            return
+        name = new_id()
+        _publish(self.folder / f"{name}.u8", np.ascontiguousarray(pixels).data)
+        _publish(self.folder / f"{name}.ids", b"".join(bytes.fromhex(image_id) for image_id in image_ids))
+        self._refresh()
+
+    def ensure(self, store: Store, image_ids: Iterable[str], progress: Progress | None = None) -> int:
+        """Decode the pictures that are missing, and only those.
+
+        Args:
+            store: with the pictures.
+            image_ids: of the pictures that are needed.
+            progress: a bar is added to it.
+        Returns:
+            How many pictures were decoded. What is decoded before an error or a kill is kept.
+        Raises:
+            UnknownIdError: a picture is not in the ledger.
+            DataError: a picture's file is gone or does not decode.
+            IntegrityError: a picture's file was altered.
+        """
+        missing = self.missing(image_ids)
+        if not missing:
+            return 0
+        self._drop_stale_files()
+        images = find_images(store, missing)
+
+        def decode(chunk: Sequence[Image]) -> UInt8Array:
+            return np.stack([decode_square(read_picture(store, image), self.side_px) for image in chunk])
+
+        task = progress.add_task(f"Decoding at {self.side_px} px", total=len(missing)) if progress else None
+        writer = SegmentWriter(self)
+        chunks = chunks_of(images)
+        try:
+            for chunk, pixels in zip(chunks, map_in_order(decode, chunks), strict=True):
+                writer.add([image.id for image in chunk], pixels)
+                if progress and task is not None:
+                    progress.advance(task, len(chunk))
+        finally:
+            writer.flush()
+        return len(missing)
+
+    def rows(self, image_ids: Sequence[str]) -> PixelRows:
+        """Return the pixels of pictures, in the given order, without reading them.
+
+        Args:
+            image_ids: [N], each cached; see `ensure`.
+        Returns:
+            N rows.
+        Raises:
+            ContractError: a picture is not cached.
+        """
+        absent = self.missing(image_ids)
+        if absent:
+            raise ContractError(f"picture {absent[0][:12]} is not cached at {self.side_px} px; call ensure first")
+        places = np.array([self._place[image_id] for image_id in image_ids], dtype=np.int64).reshape(-1, 2)
+        return PixelRows(self.side_px, tuple(self._paths), places[:, 0], places[:, 1])
+
+    def pixels(self, image_id: str) -> UInt8Array:
+        """Return the pixels of one cached picture; safe from several threads.
+
+        Args:
+            image_id: of a picture that is cached.
+        Returns:
+            [S, S, 3].
+        """
+        segment, row = self._place[image_id]
+        here = PixelRows(self.side_px, (self._paths[segment],), np.zeros(1, np.int64), np.array([row]))
+        return np.asarray(here.take([0])[0], dtype=np.uint8)
+
+    def _refresh(self) -> None:
+        """Take in the segments that appeared since the last look."""
+        if not self.folder.is_dir():
+            return
+        for ids_path in sorted(self.folder.glob("*.ids")):
+            if ids_path.name not in self._seen:
+                self._seen.add(ids_path.name)
+                self._take_in(ids_path)
+
+    def _take_in(self, ids_path: Path) -> None:
+        pixels_path = ids_path.with_suffix(".u8")
+        ids = ids_path.read_bytes()
+        count, rest = divmod(len(ids), _ID_BYTES)
+        expected = count * self.side_px**2 * 3
+        found = pixels_path.stat().st_size if pixels_path.is_file() else 0
+        if rest or found != expected or not count:
+            _log.warning(
+                "cache segment %s holds %d bytes for %d pictures where %d belong; it is thrown away and its pictures "
+                "are decoded again",
+                pixels_path, found, count, expected,
+            )  # fmt: skip
+            ids_path.unlink(missing_ok=True)
+            pixels_path.unlink(missing_ok=True)
+            return
+        segment = len(self._paths)
+        self._paths.append(pixels_path)
+        for row in range(count):
+            image_id = ids[row * _ID_BYTES : (row + 1) * _ID_BYTES].hex()
+            self._place.setdefault(image_id, (segment, row))
+
+    def _drop_stale_files(self) -> None:
+        """Remove what a killed writer left: temporary files, and pixels whose ids never came."""
+        if not self.folder.is_dir():
+            return
+        oldest = time.time() - _STALE_S
+        for path in self.folder.iterdir():
+            unfinished = path.suffix == ".new" or (path.suffix == ".u8" and not path.with_suffix(".ids").exists())
+            if unfinished and path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
+
+
+class SegmentWriter:
+    """Collect decoded rows and write them to a cache as segments of a good size.
+
+    Args:
+        cache: where to write.
+    """
+
+    def __init__(self, cache: PixelCache) -> None:
+        self._cache = cache
+        self._ids: list[str] = []
+        self._pixels: list[UInt8Array] = []
+        self._num_bytes = 0
+
+    def add(self, image_ids: Sequence[str], pixels: UInt8Array) -> None:
+        """Add rows; they are on disk after the segment is full, or after `flush`.
+
+        Args:
+            image_ids: [N] picture ids.
+            pixels: [N, S, S, 3].
+        """
+        self._ids.extend(image_ids)
+        self._pixels.append(pixels)
+        self._num_bytes += pixels.nbytes
+        if self._num_bytes >= SEGMENT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if self._ids:
+            self._cache.append(self._ids, np.concatenate(self._pixels))
+        self._ids, self._pixels, self._num_bytes = [], [], 0
+
+
+def _publish(path: Path, content: bytes | memoryview) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # Without it a power cut could leave a file of the right size and no content.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UnavailableError(
+            f"the pixel cache {path.parent} cannot be written ({error.strerror or error}); free some space there "
+            "(the whole cache may be deleted) and run it again: what is decoded is kept"
+        ) from error

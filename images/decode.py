@@ -1,0 +1,205 @@
+"""Turn the bytes of a picture into the square that models see.
+
+In: the bytes of a JPEG, PNG or WebP file. Out: uint8 [S, S, 3], sRGB, upright, the centre of the
+picture with its shorter side resized to S. The result depends on the bytes, S and `DECODE_VERSION`
+only, so that what was trained on and what is served are the same pixels.
+
+It does not scale to floats (a bundle's geometry says how) and does not judge picture quality.
+"""
+
+import io
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image as PillowImage
+from PIL import ImageCms
+
+from records.arrays import UInt8Array
+from records.errors import ContractError, PictureError
+from records.pictures import FORMATS, sniff
+
+DECODE_VERSION = 1
+"""Part of every cache key and bundle; to be raised whenever one pixel of one picture would change."""
+
+Box = tuple[float, float, float, float]
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSES = {
+    2: PillowImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PillowImage.Transpose.ROTATE_180,
+    4: PillowImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PillowImage.Transpose.TRANSPOSE,
+    6: PillowImage.Transpose.ROTATE_270,
+    7: PillowImage.Transpose.TRANSVERSE,
+    8: PillowImage.Transpose.ROTATE_90,
+}
+# What Pillow and the colour engine raise for bytes that are damaged in one way or another.
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
+
+
+def decode_square(data: bytes, side_px: int) -> UInt8Array:
+    """Decode the centre square of a picture.
+
+    Args:
+        data: a JPEG, PNG or WebP file.
+        side_px: S, at least 1.
+    Returns:
+        [S, S, 3], sRGB, upright.
+    Raises:
+        PictureError: the bytes are not such a file, are cut off, or hold too many pixels.
+        ContractError: S is below 1.
+    """
+    return decode_squares(data, (side_px,))[side_px]
+
+
+def decode_squares(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array]:
+    """Decode the centre square of a picture at several sides, sharing the work between them.
+
+    Args:
+        data: a JPEG, PNG or WebP file.
+        sides_px: the sides, each at least 1. Sides that need the same JPEG scale share one decode.
+    Returns:
+        Side to [S, S, 3]; each equal to what `decode_square` gives for that side alone.
+    Raises:
+        PictureError: the bytes are not such a file, are cut off, or hold too many pixels.
+        ContractError: a side is below 1.
+    """
+    if not sides_px or min(sides_px) < 1:
+        raise ContractError(f"sides_px must hold sides of at least 1 px, not {tuple(sides_px)}")
+    sniff(data)
+    squares: dict[int, UInt8Array] = {}
+    by_scale: dict[int, tuple[PillowImage.Image, Box]] = {}
+    try:
+        for side_px in sides_px:
+            picture = PillowImage.open(io.BytesIO(data), formats=FORMATS)
+            scale = _draft_scale(picture, side_px)
+            if scale not in by_scale:
+                box = _load(picture, scale)
+                by_scale[scale] = _plain_mode(picture), box
+            squares[side_px] = _finish(_centre(*by_scale[scale], side_px), picture)
+    except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning) as error:
+        raise PictureError("the picture has too many pixels; send a smaller one", "too_many_pixels") from error
+    except _DAMAGE as error:
+        raise PictureError(
+            "the picture is damaged or cut off and cannot be decoded; send an undamaged file", "damaged"
+        ) from error
+    return squares
+
+
+def decode_picture(data: bytes, max_side_px: int | None = None) -> UInt8Array:
+    """Decode a whole picture, as a person should see it.
+
+    Args:
+        data: a JPEG, PNG or WebP file.
+        max_side_px: the longer side is reduced to this; None keeps the size.
+    Returns:
+        [H, W, 3], sRGB, upright.
+    Raises:
+        PictureError: the bytes are not such a file, are cut off, or hold too many pixels.
+    """
+    sniff(data)
+    try:
+        picture = PillowImage.open(io.BytesIO(data), formats=FORMATS)
+        longer_px = max(picture.size)
+        factor = 1.0 if max_side_px is None else min(1.0, max_side_px / longer_px)
+        wanted = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+        box = _load(picture, _draft_scale(picture, min(wanted)))
+        plain = _plain_mode(picture)
+        if plain.size != wanted:
+            plain = plain.resize(wanted, PillowImage.Resampling.BICUBIC, box=box)
+        return _finish(plain, picture)
+    except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning) as error:
+        raise PictureError("the picture has too many pixels; send a smaller one", "too_many_pixels") from error
+    except _DAMAGE as error:
+        raise PictureError(
+            "the picture is damaged or cut off and cannot be decoded; send an undamaged file", "damaged"
+        ) from error
+
+
+def _draft_scale(picture: PillowImage.Image, side_px: int) -> int:
+    """Return by how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8."""
+    if picture.format not in ("JPEG", "MPO"):
+        return 1
+    ratio = min(picture.size) // side_px
+    return next((scale for scale in (8, 4, 2) if ratio >= scale), 1)
+
+
+def _load(picture: PillowImage.Image, scale: int) -> Box:
+    """Decode; return the part of the decoded picture that is picture and not padding."""
+    width_px, height_px = picture.size
+    if scale > 1:
+        picture.draft(None, (width_px // scale, height_px // scale))
+    picture.load()
+    return (0.0, 0.0, width_px / scale, height_px / scale)
+
+
+def _plain_mode(picture: PillowImage.Image) -> PillowImage.Image:
+    """Bring a decoded picture to L, RGB or CMYK; a see-through one is laid on white."""
+    if picture.mode.startswith("I;16"):
+        return PillowImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        return PillowImage.fromarray((np.asarray(picture).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        see_through = picture.convert("RGBA")
+        white = PillowImage.new("RGBA", see_through.size, (255, 255, 255, 255))
+        return PillowImage.alpha_composite(white, see_through).convert("RGB")
+    if picture.mode in ("L", "RGB", "CMYK"):
+        return picture
+    return picture.convert("L" if picture.mode == "1" else "RGB")
+
+
+def _centre(plain: PillowImage.Image, box: Box, side_px: int) -> PillowImage.Image:
+    _, _, width, height = box
+    shorter = min(width, height)
+    left, top = (width - shorter) / 2, (height - shorter) / 2
+    return plain.resize(
+        (side_px, side_px), PillowImage.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter)
+    )
+
+
+def _finish(plain: PillowImage.Image, source: PillowImage.Image) -> UInt8Array:
+    """Apply the colour profile and the orientation that the source carries.
+
+    It comes last: on the small picture both cost next to nothing and give the same result.
+    """
+    upright = _to_srgb(plain, source.info.get("icc_profile"))
+    transpose = _TRANSPOSES.get(_orientation(source))
+    if transpose is not None:
+        upright = upright.transpose(transpose)
+    return np.array(upright, dtype=np.uint8)
+
+
+def _to_srgb(plain: PillowImage.Image, profile: bytes | None) -> PillowImage.Image:
+    transform = _transform(profile, plain.mode) if profile else None
+    if transform is not None:
+        return transform.apply(plain)
+    return plain if plain.mode == "RGB" else plain.convert("RGB")
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Build the transform from an embedded profile to sRGB; None if the profile says nothing usable."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.NOCACHE,  # without a cache, threads may share the transform
+        )
+    except (ImageCms.PyCMSError, *_DAMAGE):
+        # A damaged profile, or one for another kind of colours, is no reason to refuse the picture.
+        return None
+
+
+def _orientation(picture: PillowImage.Image) -> int:
+    try:
+        value = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except _DAMAGE:
+        # An EXIF block that cannot be read turns nothing; the pixels are still good.
+        return 1
+    return value if isinstance(value, int) else 1

@@ -1,0 +1,225 @@
+"""Which pictures belong together: links by lesion, patient and near-duplicate, and the groups they form.
+
+In: images of the ledger, or about to enter it. Out: links, near-duplicate pairs, and groups written in
+the caller's transaction. Which side a group is on is not decided here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import sqlalchemy as sa
+from rich.progress import Progress
+
+from images.cache import PixelCache
+from images.near_duplicates import HASH_SIDE_PX, find_near_duplicates, perceptual_hash
+from records.arrays import IntArray, UInt8Array
+from records.grouping import KnownGroup, Placement, place
+from records.ids import utc_now
+from records.ledger import Transaction
+from records.ledger.tables import TABLES
+from records.store import Store
+from records.stored import find_images
+from records.types import LABEL_RANK, AnswerKind, Confirmation, ExpertLabel, Group, Image, Side, SourceLabel
+
+
+@dataclass(frozen=True)
+class NearPair:
+    """Two pictures that are nearly the same.
+
+    Args:
+        first: id of one picture.
+        second: id of the other.
+        bits: in how many of 64 bits their hashes differ.
+        correlation: of their grey 64 px squares.
+        same_diagnosis: False if both have a diagnosis and these differ; such a pair is not joined.
+        same_lesion: True if both name the same lesion.
+    """
+
+    first: str
+    second: str
+    bits: int
+    correlation: float
+    same_diagnosis: bool
+    same_lesion: bool
+
+
+def group_pictures(store: Store, image_ids: Sequence[str]) -> int:
+    """Put pictures that are in the ledger into groups, by lesion, patient and near-duplicate links.
+
+    Args:
+        store: with the pictures.
+        image_ids: of pictures without a group; one that has a group keeps it.
+    Returns:
+        How many got a group. A picture whose links would join two sides gets none.
+    Raises:
+        UnknownIdError: a picture is not in the ledger.
+        DataError: a picture's file is gone or does not decode.
+    """
+    newcomers = [i for i in find_images(store, list(dict.fromkeys(image_ids))) if i.group_id is None]
+    if not newcomers:
+        return 0
+    diagnoses = known_diagnoses(store)
+    pairs = near_pairs(store, newcomers, diagnoses, beside=grouped_images(store))
+    with store.ledger.begin() as tx:
+        placement = write_groups(tx, [image.id for image in newcomers], newcomers, pairs)
+        set_groups(tx, placement.group_of)
+    return len(placement.group_of)
+
+
+def grouped_images(store: Store) -> list[Image]:
+    """Return the pictures that are in a group and were not erased, by id."""
+    table = TABLES[Image]
+    query = sa.select(table).where(table.c.group_id.is_not(None), table.c.erased_at.is_(None)).order_by(table.c.id)
+    with store.ledger.read() as tx:
+        return [Image.model_validate(dict(row)) for row in tx.connection.execute(query).mappings()]
+
+
+def known_diagnoses(store: Store) -> dict[str, str]:
+    """Return picture id to diagnosis: the strongest imported one, else the one that all its experts gave."""
+    said: dict[str, set[str]] = {}
+    with store.ledger.read() as tx:
+        for label in tx.find(ExpertLabel, where={"answer": AnswerKind.CLASS, "deleted": False}):
+            if label.label is not None:
+                said.setdefault(label.image_id, set()).add(label.label)
+        table = TABLES[SourceLabel]
+        rows = tx.connection.execute(sa.select(table.c.image_id, table.c.label, table.c.confirmation)).all()
+    diagnoses = {image_id: next(iter(labels)) for image_id, labels in said.items() if len(labels) == 1}
+    by_rank = sorted(rows, key=lambda row: -LABEL_RANK[Confirmation(row.confirmation)])
+    diagnoses.update({row.image_id: row.label for row in by_rank})
+    return diagnoses
+
+
+def near_pairs(
+    store: Store,
+    newcomers: Sequence[Image],
+    diagnoses: Mapping[str, str],
+    *,
+    beside: Sequence[Image] = (),
+    progress: Progress | None = None,
+) -> list[NearPair]:
+    """Find the near-duplicates among new pictures, and between them and known ones.
+
+    Args:
+        store: with the pictures; its 64 px cache is completed as far as needed.
+        newcomers: pictures in the ledger, or whose 64 px squares are cached.
+        diagnoses: picture id to diagnosis, as far as known.
+        beside: pictures that were compared with each other before.
+        progress: shown while pictures are decoded.
+    Returns:
+        The pairs, in the order of the pictures.
+    Raises:
+        DataError: a picture's file is gone or does not decode.
+    """
+    images = [*beside, *newcomers]
+    cache = PixelCache(store.home.cache, HASH_SIDE_PX)
+
+    def squares(index: IntArray) -> UInt8Array:
+        wanted = [images[i].id for i in index.tolist()]
+        cache.ensure(store, wanted, progress)
+        return cache.rows(wanted).take(np.arange(len(wanted)))
+
+    unhashed = np.array([i for i, image in enumerate(images) if image.perceptual_hash is None], dtype=np.int64)
+    computed = (
+        dict(zip(unhashed.tolist(), map(perceptual_hash, squares(unhashed)), strict=True)) if len(unhashed) else {}
+    )
+    texts = [image.perceptual_hash or computed[i] for i, image in enumerate(images)]
+    hashes = np.array([int(text, 16) for text in texts], dtype=np.uint64)
+    found = find_near_duplicates(hashes, squares, first_new=len(beside))
+    return [_pair(images[pair.first], images[pair.second], pair.bits, pair.correlation, diagnoses) for pair in found]
+
+
+def _pair(first: Image, second: Image, bits: int, correlation: float, diagnoses: Mapping[str, str]) -> NearPair:
+    one, other = diagnoses.get(first.id), diagnoses.get(second.id)
+    return NearPair(
+        first=first.id,
+        second=second.id,
+        bits=bits,
+        correlation=round(correlation, 4),
+        same_diagnosis=one is None or other is None or one == other,
+        same_lesion=first.lesion_id is not None and first.lesion_id == second.lesion_id,
+    )
+
+
+def write_groups(
+    tx: Transaction, new_ids: Sequence[str], described: Sequence[Image], pairs: Iterable[NearPair]
+) -> Placement:
+    """Place new pictures into groups, and write the groups that are new or that merge.
+
+    Args:
+        tx: a write transaction.
+        new_ids: pictures without a group.
+        described: rows that name lesions and patients of new or known pictures; a picture may have several.
+        pairs: near-duplicates; those with different diagnoses are no links.
+    Returns:
+        The placement. The caller writes it into the images.
+    """
+    images, groups = TABLES[Image], {group.id: group for group in tx.find(Group)}
+    query = sa.select(images.c.id, images.c.group_id, images.c.lesion_id, images.c.patient_hash).where(
+        images.c.group_id.is_not(None)
+    )
+    known = tx.connection.execute(query).all()
+    group_of = {row.id: _final(row.group_id, groups) for row in known}
+    links = [(pair.first, pair.second) for pair in pairs if pair.same_diagnosis]
+    links += _links("lesion_id", described, {row.lesion_id: row.id for row in known})
+    links += _links("patient_hash", described, {row.patient_hash: row.id for row in known})
+    reachable = {*new_ids, *group_of}
+    links = [(one, other) for one, other in links if one in reachable and other in reachable]
+    named = {image_id for link in links for image_id in link}
+    known_group_of = {i: KnownGroup(g.id, g.side) for i, g in group_of.items() if i in named}
+    placement = place(new_ids, links, known_group_of)
+    now = utc_now()
+    tx.add(*(Group(id=group_id, created_at=now) for group_id in placement.new_groups))
+    for group_id, target in placement.merged.items():
+        tx.update(Group, group_id, merged_into=target)
+        tx.connection.execute(sa.update(images).where(images.c.group_id == group_id).values(group_id=target))
+    return placement
+
+
+def _links(field: str, described: Sequence[Image], known: Mapping[str | None, str]) -> list[tuple[str, str]]:
+    """Link each row to one picture, known or new, that has the same value in a field."""
+    first = {value: image_id for value, image_id in known.items() if value is not None}
+    links = []
+    for image in described:
+        value = getattr(image, field)
+        if value is not None and first.setdefault(value, image.id) != image.id:
+            links.append((first[value], image.id))
+    return links
+
+
+def _final(group_id: str, groups: Mapping[str, Group]) -> Group:
+    group = groups[group_id]
+    while group.merged_into is not None:
+        group = groups[group.merged_into]
+    return group
+
+
+def set_groups(tx: Transaction, group_of: Mapping[str, str]) -> None:
+    """Write the group of pictures that are in the ledger.
+
+    Args:
+        tx: a write transaction.
+        group_of: picture id to group id.
+    """
+    if group_of:
+        table = TABLES[Image]
+        statement = sa.update(table).where(table.c.id == sa.bindparam("key")).values(group_id=sa.bindparam("group"))
+        tx.connection.execute(statement, [{"key": key, "group": group} for key, group in group_of.items()])
+
+
+def set_sides(tx: Transaction, sides: Mapping[str, tuple[Side, str]]) -> None:
+    """Give groups their side, once; a group that has one keeps it.
+
+    Args:
+        tx: a write transaction.
+        sides: group id to (side, what drew it).
+    """
+    if sides:
+        table, now = TABLES[Group], utc_now()
+        statement = (
+            sa.update(table)
+            .where(table.c.id == sa.bindparam("key"), table.c.side.is_(None))
+            .values(side=sa.bindparam("new_side"), drawn_by=sa.bindparam("how"), drawn_at=sa.bindparam("now"))
+        )
+        rows = [{"key": g, "new_side": s.value, "how": how, "now": now} for g, (s, how) in sides.items()]
+        tx.connection.execute(statement, rows)

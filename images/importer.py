@@ -1,0 +1,292 @@
+"""Import a folder of labelled pictures: HAM10000's official layout, or any folder with a table.
+
+    relook data import DIR [--columns dx=diagnosis,lesion=mole_id] [--in-place]
+
+In: a folder. Out: pictures in the blob store and the pixel cache, ledger rows written in one transaction
+at the end, a dataset version, and an `ImportReport`. Nothing is dropped silently. Running it again does no
+work twice, and a run that was killed is simply run again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.progress import Progress
+
+from images.grouping import NearPair, grouped_images, known_diagnoses, near_pairs
+from images.import_rows import Entry, Refusal, merge_same_bytes, usable_rows
+from images.import_write import IMPORT_ACTION, Plan, Reading, Written, write_import
+from images.intake import Intake
+from images.source_table import SourceRow, SourceTable, read_source, tables_of
+from records.datasets import DatasetVersion, build_version, load_dataset
+from records.errors import ConfigError, DataError
+from records.ids import canonical_json, sha256_hex, utc_now
+from records.patients import patient_hash
+from records.store import Store
+from records.types import AuditEvent, Consent, DatasetRecord, Image, Quarantined, SourceLabel
+
+WITHHELD_COLUMNS = ["image_id", "source_id", "group_id", "label"]
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did.
+
+    Args:
+        import_id: from the table's content; the same table has the same id.
+        dataset_id: the version that was built; empty as long as not one picture has a label.
+        images: pictures of the table that can be used.
+        lesions: lesions among them; a picture that names none is its own.
+        new_images: pictures that the ledger did not know.
+        decoded: pictures that were decoded now.
+        unlabelled: pictures whose row has no diagnosis.
+        classes: class code to number of pictures, withheld ones included.
+        sides: side to number of pictures, withheld ones included.
+        quarantined: rows that could not be used, each with its reason.
+        near_duplicates: pairs that were found now; those of different diagnoses were not joined.
+        same_bytes: (name, name of the first) of files that are the same picture, byte for byte.
+        withheld: the truth of the withheld pictures, columns image_id, source_id, group_id, label.
+        notes: sentences about values that were left out.
+        seconds: how long it took.
+    """
+
+    import_id: str
+    dataset_id: str
+    images: int
+    lesions: int
+    new_images: int
+    decoded: int
+    unlabelled: int
+    classes: dict[str, int]
+    sides: dict[str, int]
+    quarantined: list[Quarantined] = field(repr=False)
+    near_duplicates: list[NearPair] = field(repr=False)
+    same_bytes: list[tuple[str, str]] = field(repr=False)
+    withheld: pd.DataFrame = field(repr=False)
+    notes: list[str]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values; of the withheld pictures only their number, never their truth."""
+        return {
+            **self.__dict__,
+            "quarantined": [q.model_dump(include={"source_id", "code", "reason"}) for q in self.quarantined],
+            "near_duplicates": [pair.__dict__ for pair in self.near_duplicates],
+            "withheld": len(self.withheld),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def import_folder(
+    store: Store,
+    folder: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    table: Path | None = None,
+    in_place: bool = False,
+    withhold_share: float = 0.0,
+    side_px: Sequence[int] = (64,),
+    consent: Consent = Consent.TRAINING,
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Import a folder of pictures with a table, and build the dataset version that follows.
+
+    Args:
+        store: to import into.
+        folder: with pictures and a table.
+        columns: names of the table's columns where they differ from `source_table.COLUMNS`.
+        table: the table, if it is not found by itself.
+        in_place: True stores where the files are and their hash, and copies nothing.
+        withhold_share: share of the train-side groups of each class whose labels are kept out of the ledger, 0 to
+            below 1. The same groups are chosen at every run.
+        side_px: sides at which the pictures are decoded into the cache.
+        consent: what the people in the pictures agreed to.
+        progress: a bar is added to it.
+    Returns:
+        What was done.
+    Raises:
+        DataError: no folder, table, column or pictures, or not one row can be used.
+        ConfigError: `withhold_share` is out of range.
+    """
+    started = time.monotonic()
+    if not 0.0 <= withhold_share < 1.0:
+        raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
+    source = read_source(folder, columns, table)
+    rows, refusals, notes = usable_rows(source.rows, store.taxonomy)
+    entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
+    entries, same_bytes, conflicting = merge_same_bytes(entries)
+    refusals += [*unreadable, *conflicting]
+    if not entries:
+        raise DataError(f"not one of {len(source.rows)} rows of {source.path} can be used; first: {refusals[0].reason}")
+    import_id = import_id_of(source, columns)
+    images = [_image(store, entry, import_id, consent) for entry in entries]
+    pairs = _pairs(store, entries, images, progress)
+    reading = Reading(sha256_hex(source.content), dict(columns or {}))
+    plan = Plan(import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt, reading)
+    with store.ledger.begin() as tx:
+        written = write_import(tx, plan)
+    dataset_id, left_out = _build(store)
+    return _report(plan, written, dataset_id, same_bytes, [*source.notes, *notes, *written.notes, *left_out], started)
+
+
+def open_dataset(store: Store, data: str | None, *, progress: Progress | None = None) -> DatasetVersion:
+    """Return the dataset that `--data` names, importing a folder if it has not been imported yet.
+
+    Args:
+        store: with the datasets.
+        data: a folder, a dataset id of 8 or more characters, or None for the newest version.
+        progress: shown while a folder is imported.
+    Returns:
+        The dataset version; for a folder, the one of everything known then.
+    Raises:
+        DataError: there is no data yet, or the folder cannot be imported.
+        UnknownIdError: no dataset has that id.
+    """
+    if data is None:
+        with store.ledger.read() as tx:
+            newest = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
+        if not newest:
+            raise DataError("there are no data yet; give a folder or a dataset id with --data")
+        return load_dataset(store, newest[0].id)
+    folder = Path(data)
+    if not folder.is_dir():
+        if "/" in data or folder.suffix:
+            raise DataError(f"there is no data folder {data}; give a folder, or the id of a dataset version")
+        return load_dataset(store, data)
+    table, columns = _known_reading(store, folder)
+    if _is_imported(store, import_id_of(read_source(folder, columns, table), columns)):
+        return build_version(store).version
+    report = import_folder(store, folder, columns=columns, table=table, progress=progress)
+    return load_dataset(store, report.dataset_id)
+
+
+def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, str] | None]:
+    """Return table and columns with which the folder was imported last; (None, None) for a new folder."""
+    tables = {sha256_hex(path.read_bytes()): path for path in tables_of(folder)}
+    with store.ledger.read() as tx:
+        imports = tx.find(AuditEvent, where={"action": IMPORT_ACTION}, order_by=("-number",))
+    for event in imports:
+        path = tables.get(event.details.get("table", ""))
+        if path is not None:
+            return path, event.details["columns"] or None
+    return None, None
+
+
+def import_id_of(source: SourceTable, columns: Mapping[str, str] | None) -> str:
+    """Return the id of an import, 16 hex characters: equal tables, read alike, have equal ids."""
+    return sha256_hex(sha256_hex(source.content).encode() + canonical_json(dict(columns or {})).encode())[:16]
+
+
+def _is_imported(store: Store, import_id: str) -> bool:
+    """Return whether an import ended with every row used and every label recorded."""
+    with store.ledger.read() as tx:
+        done = tx.find(
+            AuditEvent, where={"action": IMPORT_ACTION, "subject": import_id}, order_by=("-number",), limit=1
+        )
+    return bool(done) and not done[0].details["quarantined"] and not done[0].details["withheld"]
+
+
+def _take_in(
+    store: Store, rows: Sequence[SourceRow], sides_px: Sequence[int], in_place: bool, progress: Progress | None
+) -> tuple[list[Entry], list[Refusal]]:
+    with store.ledger.read() as tx:
+        known = tx.find(Image)
+    intake = Intake(
+        store,
+        sides_px,
+        in_place=in_place,
+        known_hashes={i.id: i.perceptual_hash for i in known if i.perceptual_hash is not None},
+        erased=frozenset(i.id for i in known if i.is_erased_for_good),
+    )
+    entries, refusals = [], []
+    paths = [row.path for row in rows if row.path is not None]
+    for row, taken in zip(rows, intake.run(paths, progress), strict=True):
+        if taken.refusal is None:
+            entries.append(Entry(row, taken))
+        else:
+            refusals.append(Refusal(row.source_id, taken.code, f"{row.source_id}: {taken.refusal}"))
+    return entries, refusals
+
+
+def _image(store: Store, entry: Entry, import_id: str, consent: Consent) -> Image:
+    context, taken = entry.row.context, entry.taken
+    return Image(
+        id=taken.image_id,
+        source_id=entry.row.source_id,
+        uri=taken.uri,
+        format=taken.format,
+        width_px=taken.width_px,
+        height_px=taken.height_px,
+        lesion_id=context["lesion_id"],
+        patient_hash=patient_hash(store.home, context["patient_id"]) if context["patient_id"] else None,
+        age_years=entry.row.age_years,
+        sex=context["sex"],
+        localization=context["localization"],
+        device=context["device"],
+        site=context["site"],
+        acquired_at=entry.row.acquired_at,
+        provenance=f"import:{import_id}",
+        consent=consent,
+        perceptual_hash=taken.perceptual_hash,
+        created_at=utc_now(),
+    )
+
+
+def _pairs(
+    store: Store, entries: Sequence[Entry], images: Sequence[Image], progress: Progress | None
+) -> list[NearPair]:
+    """Compare the pictures that are in no group yet with each other and with those that are."""
+    grouped = grouped_images(store)
+    placed = {image.id for image in grouped}
+    newcomers = list({image.id: image for image in images if image.id not in placed}.values())
+    if not newcomers:
+        return []
+    diagnoses = known_diagnoses(store)
+    diagnoses.update({entry.image_id: entry.row.label for entry in entries if entry.row.label is not None})
+    return near_pairs(store, newcomers, diagnoses, beside=grouped, progress=progress)
+
+
+def _build(store: Store) -> tuple[str, list[str]]:
+    """Build the version of everything imported; return its id and what it had to leave out."""
+    with store.ledger.read() as tx:
+        if not tx.count(SourceLabel):
+            return "", ["no picture has a label yet, so no dataset version was built"]
+    built = build_version(store)
+    notes = []
+    if built.without_consent:
+        notes.append(f"{len(built.without_consent)} labelled pictures lack the consent to train on them")
+    return built.version.id, notes
+
+
+def _report(
+    plan: Plan,
+    written: Written,
+    dataset_id: str,
+    same_bytes: list[tuple[str, str]],
+    notes: list[str],
+    started: float,
+) -> ImportReport:
+    by_image = {entry.image_id: entry for entry in reversed(plan.entries) if entry.image_id in written.group_of}
+    side_of = {i: written.side_of.get(group_id) for i, group_id in written.group_of.items()}
+    withheld = [(e.image_id, e.row.source_id, written.group_of[e.image_id], e.row.label) for e in written.withheld]
+    return ImportReport(
+        import_id=plan.import_id,
+        dataset_id=dataset_id,
+        images=len(by_image),
+        lesions=len({entry.row.context["lesion_id"] or image_id for image_id, entry in by_image.items()}),
+        new_images=written.new_images,
+        decoded=sum(entry.taken.decoded for entry in plan.entries),
+        unlabelled=sum(entry.row.label is None for entry in by_image.values()),
+        classes=dict(sorted(Counter(e.row.label for e in by_image.values() if e.row.label is not None).items())),
+        sides=dict(sorted(Counter(side.value for side in side_of.values() if side is not None).items())),
+        quarantined=written.quarantined,
+        near_duplicates=list(plan.pairs),
+        same_bytes=same_bytes,
+        withheld=pd.DataFrame(withheld, columns=WITHHELD_COLUMNS),
+        notes=notes,
+        seconds=time.monotonic() - started,
+    )

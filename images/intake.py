@@ -1,0 +1,147 @@
+"""What an import does to each picture: read, strip metadata, hash, store, decode once into the caches.
+
+In: paths. Out: `TakenIn` in the same order, or the reason why a picture could not be used. A picture whose
+pixels are cached is not decoded again, so a second run goes on where the first one stopped.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import Progress
+
+from images.cache import PixelCache, SegmentWriter
+from images.decode import decode_squares
+from images.near_duplicates import HASH_SIDE_PX, perceptual_hash
+from images.parallel import chunks_of, map_in_order
+from records.arrays import UInt8Array
+from records.errors import ContractError, PictureError
+from records.ids import sha256_hex
+from records.pictures import picture_size, sniff, strip_metadata
+from records.store import Store
+
+
+@dataclass(frozen=True)
+class TakenIn:
+    """A picture that is stored and cached, or the reason why not.
+
+    Args:
+        path: of the file.
+        refusal: one sentence; None if the picture can be used.
+        code: of the refusal, see Quarantined.
+        image_id: SHA-256 of the stored bytes.
+        uri: where they are.
+        format: jpeg, png or webp.
+        width_px: as stored.
+        height_px: as stored.
+        perceptual_hash: 16 hex characters.
+        decoded: True if it was decoded now.
+    """
+
+    path: Path
+    refusal: str | None = None
+    code: str = "unreadable"
+    image_id: str = ""
+    uri: str = ""
+    format: str = ""
+    width_px: int = 0
+    height_px: int = 0
+    perceptual_hash: str = ""
+    decoded: bool = False
+
+
+@dataclass(frozen=True)
+class _Read:
+    taken: TakenIn
+    squares: dict[int, UInt8Array] = field(default_factory=dict, repr=False)
+
+
+class Intake:
+    """Takes pictures in with all cores.
+
+    Args:
+        store: whose blobs and caches are filled.
+        sides_px: sides to cache; 64 px, which near-duplicates are found by, is always among them.
+        in_place: True leaves the files where they are, byte for byte, and stores only where that is.
+        known_hashes: picture id to perceptual hash, of pictures that need not be hashed again.
+        erased: ids of pictures that were erased on request and must not come back.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sides_px: Sequence[int],
+        *,
+        in_place: bool,
+        known_hashes: Mapping[str, str],
+        erased: frozenset[str] = frozenset(),
+    ) -> None:
+        if not all(side_px >= 1 for side_px in sides_px):
+            raise ContractError(f"sides_px must be at least 1, not {tuple(sides_px)}")
+        self._store, self._in_place = store, in_place
+        self._known_hashes, self._erased = known_hashes, erased
+        self._caches = {side_px: PixelCache(store.home.cache, side_px) for side_px in {*sides_px, HASH_SIDE_PX}}
+
+    def run(self, paths: Sequence[Path], progress: Progress | None = None) -> Iterator[TakenIn]:
+        """Take pictures in.
+
+        Args:
+            paths: of the files.
+            progress: a bar is added to it.
+        Yields:
+            One result per path, in order. What came before an error or a kill is kept.
+        """
+        writers = {side_px: SegmentWriter(cache) for side_px, cache in self._caches.items()}
+        task = progress.add_task("Reading pictures", total=len(paths)) if progress else None
+        try:
+            for chunk in map_in_order(self._read_chunk, chunks_of(paths)):
+                for read in chunk:
+                    for side_px, square in read.squares.items():
+                        writers[side_px].add([read.taken.image_id], square[None])
+                    yield read.taken
+                if progress and task is not None:
+                    progress.advance(task, len(chunk))
+        finally:
+            for writer in writers.values():
+                writer.flush()
+
+    def _read_chunk(self, paths: Sequence[Path]) -> list[_Read]:
+        return [self._read(path) for path in paths]
+
+    def _read(self, path: Path) -> _Read:
+        try:
+            return self._take_in(path, path.read_bytes())
+        except PictureError as error:
+            return _Read(TakenIn(path, refusal=str(error)))
+        except OSError as error:
+            return _Read(TakenIn(path, refusal=f"the file cannot be read ({error.strerror})"))
+
+    def _take_in(self, path: Path, data: bytes) -> _Read:
+        stored = data if self._in_place else strip_metadata(data)
+        kind, (width_px, height_px) = sniff(stored), picture_size(stored)
+        image_id = sha256_hex(stored)
+        if image_id in self._erased:
+            return _Read(TakenIn(path, "this picture was erased on request and is not stored again", "erased"))
+        needed = [side_px for side_px, cache in self._caches.items() if image_id not in cache]
+        squares = decode_squares(stored, needed) if needed else {}
+        uri = path.resolve().as_uri() if self._in_place else self._store.blobs.uri(self._store.blobs.put(stored))
+        return _Read(
+            TakenIn(
+                path=path,
+                image_id=image_id,
+                uri=uri,
+                format=kind,
+                width_px=width_px,
+                height_px=height_px,
+                perceptual_hash=self._hash(image_id, squares),
+                decoded=bool(squares),
+            ),
+            squares,
+        )
+
+    def _hash(self, image_id: str, squares: Mapping[int, UInt8Array]) -> str:
+        known = self._known_hashes.get(image_id)
+        if known is not None:
+            return known
+        square = squares.get(HASH_SIDE_PX)
+        return perceptual_hash(self._caches[HASH_SIDE_PX].pixels(image_id) if square is None else square)

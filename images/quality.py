@@ -1,0 +1,83 @@
+"""Which pictures of a dataset stand apart by how they were taken: dark, bright, blurred or flat.
+
+In: decoded pixels. Out: the pictures that lie many robust deviations (median, and 1.4826 times the median absolute
+deviation) from the rest. They are named, not removed: a dark picture may be of dark skin, and a flat one of an
+evenly coloured lesion. Whether a picture suits one model is another question; see `vision.inference.suitability`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from images.appearance import MEASURES, appearance
+from images.cache import PixelRows
+from records.arrays import FloatArray
+
+MANY_DEVIATIONS = 4.0
+_CHUNK = 512
+_NORMAL = 1.4826
+_WORDS = {
+    "lightness": ("dark", "bright"),
+    "log_lightness_deviation": ("flat", None),
+    "log_sharpness": ("blurred", "noisy"),
+}
+
+
+class QualityOutlier(BaseModel):
+    """A picture that stands apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str = Field(description="the picture's name at its source, or its id")
+    what: str = Field(description="dark, bright, flat, blurred or noisy")
+    measure: str = Field(description="see images.appearance.MEASURES")
+    value: float
+    median: float = Field(description="of all pictures")
+    deviations: float = Field(description="robust deviations from the median; negative is below")
+
+
+def quality_outliers(measured: FloatArray, names: Sequence[str]) -> list[QualityOutlier]:
+    """Name the pictures that stand apart, the furthest first.
+
+    Args:
+        measured: [N, 10] from `appearance`.
+        names: [N].
+    Returns:
+        One entry per picture and measure; none where all pictures measure the same.
+    """
+    found = []
+    for measure, words in _WORDS.items():
+        values = measured[:, MEASURES.index(measure)]
+        median = float(np.median(values))
+        spread = _NORMAL * float(np.median(np.abs(values - median)))
+        if spread <= 1e-9:
+            continue
+        deviations = (values - median) / spread
+        for row in np.flatnonzero(np.abs(deviations) >= MANY_DEVIATIONS):
+            what = words[0] if deviations[row] < 0 else words[1]
+            if what is not None:
+                found.append(
+                    QualityOutlier(
+                        image=names[row],
+                        what=what,
+                        measure=measure,
+                        value=round(float(values[row]), 3),
+                        median=round(median, 3),
+                        deviations=round(float(deviations[row]), 2),
+                    )
+                )
+    return sorted(found, key=lambda outlier: (-abs(outlier.deviations), outlier.image, outlier.measure))
+
+
+def measure(rows: PixelRows) -> FloatArray:
+    """Measure cached pictures, a few at a time.
+
+    Args:
+        rows: N of them.
+    Returns:
+        [N, 10], see `appearance`.
+    """
+    starts = range(0, len(rows), _CHUNK)
+    parts = [appearance(rows.take(np.arange(start, min(start + _CHUNK, len(rows))))) for start in starts]
+    return np.concatenate(parts) if parts else np.empty((0, len(MEASURES)))

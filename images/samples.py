@@ -1,0 +1,88 @@
+"""A few pictures to look at: from the train side of a dataset, evenly over its classes, or generated ones."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.progress import Progress
+
+from images.cache import PixelCache
+from images.decode import decode_square
+from images.importer import open_dataset
+from images.synth import SHARES, render
+from records.arrays import UInt8Array
+from records.datasets import DatasetVersion
+from records.ids import sha256_hex
+from records.store import Store
+from records.stored import find_images
+from records.types import DatasetRecord, Side
+
+_GENERATED_WIDTH_PX = 400
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Decoded pictures with their names.
+
+    Args:
+        pixels: [n, S, S, 3].
+        image_ids: [n] 64 hex characters.
+        names: [n] class and source id, for people.
+        source: where they come from, in words.
+    """
+
+    pixels: UInt8Array = field(repr=False)
+    image_ids: list[str]
+    names: list[str]
+    source: str
+
+
+def sample_pictures(
+    store: Store, data: str | None, count: int, side_px: int, *, progress: Progress | None = None
+) -> Sample:
+    """Choose pictures of the train side, one class after the other, always the same ones.
+
+    Args:
+        store: with the pictures.
+        data: a folder or a dataset id; None takes the newest version, or generated pictures if there is none.
+        count: how many, at least 1; fewer if the train side has fewer.
+        side_px: S.
+        progress: shown while pictures are imported or decoded.
+    Returns:
+        The pictures.
+    Raises:
+        DataError: the folder cannot be imported.
+        UnknownIdError: no dataset has that id.
+    """
+    if data is None:
+        with store.ledger.read() as tx:
+            if not tx.count(DatasetRecord):
+                return _generated(count, side_px)
+    dataset = open_dataset(store, data, progress=progress)
+    chosen = _one_class_after_the_other(dataset, count)
+    cache = PixelCache(store.home.cache, side_px)
+    cache.ensure(store, chosen, progress)
+    label_of = dict(zip(dataset.rows["image_id"], dataset.rows["label"], strict=True))
+    names = [f"{label_of[image.id]} {image.source_id or image.id[:12]}" for image in find_images(store, chosen)]
+    pixels = cache.rows(chosen).take(np.arange(len(chosen)))
+    return Sample(pixels, chosen, names, f"train pictures of dataset {dataset.id[:12]}")
+
+
+def _one_class_after_the_other(dataset: DatasetVersion, count: int) -> list[str]:
+    train = dataset.side(Side.TRAIN).sort_values("image_id")
+    turn = train.groupby("label").cumcount()
+    ordered = train.assign(turn=turn).sort_values(["turn", "label"])
+    return [str(image_id) for image_id in ordered["image_id"][:count]]
+
+
+def _generated(count: int, side_px: int) -> Sample:
+    codes = list(SHARES)
+    files = [
+        render(codes[n % len(codes)], seed=1, number=n, width_px=max(_GENERATED_WIDTH_PX, 2 * side_px))
+        for n in range(count)
+    ]
+    return Sample(
+        pixels=np.stack([decode_square(file, side_px) for file in files]),
+        image_ids=[sha256_hex(file) for file in files],
+        names=[f"{codes[n % len(codes)]} generated {n}" for n in range(count)],
+        source="generated pictures",
+    )

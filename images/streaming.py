@@ -1,0 +1,159 @@
+"""Training pictures that are decoded while they are trained on, by Ray Data, and never kept decoded.
+
+For data whose decoded copy no node's disk should hold. The pipeline reads stored pictures in the order in which
+an epoch needs them, decodes them in tasks on whatever nodes the cluster has, and hands them over in that order;
+so a streamed run sees the same pixels as a cached one. Every worker streams its own share. What is read again
+and again stays in the cache: the val side, and the sample that statistics are measured on.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from images.cache import PixelCache, PixelRows
+from images.decode import decode_square
+from records.arrays import IntArray, UInt8Array
+from records.errors import ContractError, RelookError, rebuilt
+from records.settings import RecordsSettings
+from records.store import Store, open_store
+from records.stored import find_images, read_picture
+
+PICTURES_PER_TASK = 128
+"""A task takes tens of milliseconds to place, and as much as this to decode them."""
+
+
+@dataclass(frozen=True)
+class StreamedPixels:
+    """Pictures of which few are cached and the others are decoded as they are needed.
+
+    Args:
+        image_ids: [N] picture ids.
+        side_px: S.
+        records: leads every node to the same store.
+        kept: [N] position of a picture in `cached`; -1 where it is not cached.
+        cached: the pixels of those that are.
+    """
+
+    image_ids: list[str] = field(repr=False)
+    side_px: int
+    records: RecordsSettings
+    kept: IntArray = field(repr=False)
+    cached: PixelRows = field(repr=False)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.image_ids)
+
+    def take(self, indices: Any) -> UInt8Array:
+        """Copy cached rows.
+
+        Args:
+            indices: [n] positions.
+        Returns:
+            [n, S, S, 3], writable.
+        Raises:
+            ContractError: one of them is not cached.
+        """
+        places = self.kept[np.asarray(indices, dtype=np.int64)]
+        if len(places) and places.min() < 0:
+            raise ContractError("a picture that is streamed was asked for out of turn; take `batches`")
+        return self.cached.take(places)
+
+    def batches(self, parts: Sequence[IntArray]) -> Iterator[UInt8Array]:
+        """Decode pictures in order; Ray has to run.
+
+        Args:
+            parts: positions, one array per batch; repeats are decoded again.
+        Yields:
+            [n, S, S, 3] per part, writable.
+        Raises:
+            DataError: a picture's file is gone or does not decode.
+            IntegrityError: a picture's file was altered.
+        """
+        wanted = [self.image_ids[position] for part in parts for position in part]
+        yield from _cut(_decoded(wanted, self.side_px, self.records), [len(part) for part in parts])
+
+
+def stream_pixels(store: Store, image_ids: list[str], kept: IntArray, side_px: int) -> StreamedPixels:
+    """Cache a part of the pictures, and leave the others to be streamed.
+
+    Args:
+        store: with the pictures; its settings have to lead every node to it.
+        image_ids: [N].
+        kept: positions of those to cache.
+        side_px: S.
+    Returns:
+        The pixels.
+    Raises:
+        DataError: a picture to cache cannot be read.
+    """
+    cache = PixelCache(store.home.cache, side_px)
+    ids = [image_ids[position] for position in kept]
+    cache.ensure(store, ids)
+    places = np.full(len(image_ids), -1, dtype=np.int64)
+    places[kept] = np.arange(len(kept))
+    return StreamedPixels(image_ids, side_px, store.settings, places, cache.rows(ids))
+
+
+def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> Iterator[UInt8Array]:
+    """Run the pipeline and yield pixels in order, in pieces of any length."""
+    starts = range(0, len(image_ids), PICTURES_PER_TASK)
+    tables = [pa.table({"image_id": image_ids[start : start + PICTURES_PER_TASK]}) for start in starts]
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    with ray.data.DataContext.current(context):
+        pictures = ray.data.from_arrow(tables).map_batches(
+            functools.partial(_decode, side_px=side_px, records=records),
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=0,  # the workers of a training may hold every CPU that Ray counts, and wait for these tasks
+            concurrency=min(len(tables), _cpus()),
+        )
+    for batch in pictures.iter_batches(batch_size=None, batch_format="numpy"):
+        if batch["failure"][0]:
+            raise rebuilt((str(batch["failure"][0]), str(batch["message"][0])))
+        yield np.asarray(batch["pixels"], dtype=np.uint8)
+
+
+def _decode(batch: dict[str, NDArray[Any]], *, side_px: int, records: RecordsSettings) -> dict[str, NDArray[Any]]:
+    """Decode one piece. An error is noted beside black pixels: of one that is raised, Ray keeps the text only."""
+    ids = [str(image_id) for image_id in batch["image_id"]]
+    kind, message = "", ""
+    try:
+        store = _store(records)
+        pixels = np.stack([decode_square(read_picture(store, image), side_px) for image in find_images(store, ids)])
+    except RelookError as error:
+        kind, message = type(error).__name__, str(error)
+        pixels = np.zeros((len(ids), side_px, side_px, 3), dtype=np.uint8)
+    return {"pixels": pixels, "failure": np.full(len(ids), kind), "message": np.full(len(ids), message)}
+
+
+@functools.lru_cache(maxsize=1)
+def _store(records: RecordsSettings) -> Store:
+    return open_store(records)
+
+
+def _cpus() -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+
+
+def _cut(pieces: Iterator[UInt8Array], lengths: Sequence[int]) -> Iterator[UInt8Array]:
+    """Cut a sequence of pixels that comes in pieces of one length into parts of other lengths."""
+    waiting: list[UInt8Array] = []
+    held = 0
+    for length in lengths:
+        while held < length:
+            piece = next(pieces)
+            waiting.append(piece)
+            held += len(piece)
+        joined = np.concatenate(waiting)  # a copy, since Ray's own arrays cannot be written to
+        yield joined[:length]
+        waiting, held = [joined[length:]], held - length

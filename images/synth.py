@@ -1,0 +1,268 @@
+"""Generate dermatoscopy-like pictures in HAM10000's official layout, so that everything runs with no download.
+
+    relook data synth DIR --lesions 600 --seed 7
+
+writes `HAM10000_images_part_1/`, `HAM10000_images_part_2/`, `masks/` and `HAM10000_metadata.csv`. Equal
+arguments give equal bytes. Ids start at ISIC_9000001, far above the real ones. The pictures are made up:
+they show that the machinery works and say nothing about skin.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PillowImage
+from rich.progress import Progress
+
+from images.parallel import chunks_of, map_in_order
+from images.synth_looks import LOOKS, draw_look
+from images.synth_paint import paint_lesion
+from images.synth_view import draw_habits, photograph
+from records.errors import ConfigError, DataError
+
+SHARES: dict[str, float] = {
+    "akiec": 0.08, "bcc": 0.10, "bkl": 0.14, "df": 0.05, "mel": 0.16, "nv": 0.42, "vasc": 0.05,
+}  # fmt: skip
+"""Share of the lesions that each class gets: unbalanced as in life, but with enough of each to learn from."""
+
+PICTURES_PER_LESION = (0.58, 0.27, 0.15)
+"""Probability of 1, 2 and 3 pictures of a lesion."""
+
+_MARK = "synth.json"
+_TABLE = "HAM10000_metadata.csv"
+_PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
+_COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
+_DX_TYPES: dict[str, dict[str, float]] = {
+    "akiec": {"histo": 1.0},
+    "bcc": {"histo": 1.0},
+    "bkl": {"histo": 0.7, "consensus": 0.25, "confocal": 0.05},
+    "df": {"histo": 0.45, "consensus": 0.55},
+    "mel": {"histo": 1.0},
+    "nv": {"follow_up": 0.5, "histo": 0.36, "consensus": 0.12, "confocal": 0.02},
+    "vasc": {"histo": 0.2, "consensus": 0.8},
+}
+_MEAN_AGE = {"akiec": 66, "bcc": 67, "bkl": 64, "df": 52, "mel": 61, "nv": 45, "vasc": 51}
+_SITES = ("back", "lower extremity", "trunk", "upper extremity", "abdomen", "face", "chest", "foot", "neck", "scalp")
+_SITE_SHARES = (0.22, 0.21, 0.14, 0.11, 0.1, 0.08, 0.05, 0.04, 0.03, 0.02)
+
+
+@dataclass(frozen=True)
+class SynthReport:
+    """What was generated.
+
+    Args:
+        folder: where.
+        images: number of pictures.
+        lesions: number of lesions.
+        classes: class code to number of pictures.
+        seed: of the generator.
+    """
+
+    folder: Path
+    images: int
+    lesions: int
+    classes: dict[str, int]
+    seed: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as JSON values."""
+        return {**self.__dict__, "folder": str(self.folder)}
+
+
+@dataclass(frozen=True)
+class _PlannedLesion:
+    number: int
+    code: str
+    first_image: int
+    num_images: int
+    context: tuple[str, str, str, str]
+
+
+def synthesize(
+    folder: Path,
+    *,
+    lesions: int,
+    seed: int,
+    width_px: int = 200,
+    shares: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> SynthReport:
+    """Generate a data folder.
+
+    Args:
+        folder: empty, missing, or generated before with equal arguments (then only finished).
+        lesions: number of lesions, at least one per class.
+        seed: of the generator, 0 or more.
+        width_px: of the pictures, at least 80; the height is three quarters of it (600 = original size).
+        shares: class code to share of the lesions; default `SHARES`.
+        progress: a bar is added to it.
+    Returns:
+        What the folder holds.
+    Raises:
+        ConfigError: an argument cannot work.
+        DataError: the folder holds something else.
+    """
+    weights = dict(SHARES if shares is None else shares)
+    _check_arguments(lesions, seed, width_px, weights)
+    plan = _plan(lesions, seed, weights)
+    request = {"generator": 1, "lesions": lesions, "seed": seed, "width_px": width_px, "shares": weights}
+    if not _is_finished(folder, request):
+        _write(folder, plan, seed, width_px, request, progress)
+    classes = {code: sum(p.num_images for p in plan if p.code == code) for code in weights}
+    return SynthReport(folder, sum(classes.values()), lesions, classes, seed)
+
+
+def render(code: str, *, seed: int, number: int = 0, view: int = 0, width_px: int = 200) -> bytes:
+    """Generate one picture.
+
+    Args:
+        code: its class.
+        seed: of the generator, 0 or more.
+        number: which lesion.
+        view: which picture of the lesion.
+        width_px: of the picture; its height is three quarters of it.
+    Returns:
+        A JPEG file.
+    Raises:
+        ConfigError: no such class is known to the generator.
+    """
+    if code not in LOOKS:
+        raise ConfigError(f"the generator knows no class {code!r}; it knows {', '.join(LOOKS)}")
+    planned = _PlannedLesion(number, code, 0, view + 1, ("", "", "", ""))
+    return _render_lesion(planned, seed, width_px)[view][0]
+
+
+def _check_arguments(lesions: int, seed: int, width_px: int, shares: Mapping[str, float]) -> None:
+    unknown = sorted(set(shares) - set(LOOKS))
+    if unknown:
+        raise ConfigError(f"the generator knows no class {unknown[0]!r}; it knows {', '.join(LOOKS)}")
+    if not shares or min(shares.values()) <= 0:
+        raise ConfigError("every share of a class must be above 0; leave a class out to get none of it")
+    if lesions < len(shares):
+        raise ConfigError(f"lesions is {lesions}; at least {len(shares)} are needed, one for each class")
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it must be 0 or more")
+    if width_px < 80:
+        raise ConfigError(f"width_px is {width_px}; it must be at least 80")
+
+
+def _is_finished(folder: Path, request: dict[str, object]) -> bool:
+    """Return whether the folder is complete already; refuse one that holds something else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    mark = folder / _MARK
+    if not mark.is_file():
+        raise DataError(f"{folder} is not empty and was not generated by Relook; choose an empty folder")
+    if json.loads(mark.read_text()).get("request") != request:
+        raise DataError(f"{folder} was generated with other arguments; choose an empty folder, or use the same ones")
+    return (folder / _TABLE).is_file()
+
+
+def _counts(lesions: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Split a number by shares, at least 1 each, the rest by largest remainder."""
+    total = sum(shares.values())
+    exact = {code: lesions * share / total for code, share in shares.items()}
+    counts = {code: max(1, int(value)) for code, value in exact.items()}
+    by_need = sorted(shares, key=lambda code: (counts[code] - exact[code], code))
+    step = 0
+    while sum(counts.values()) < lesions:
+        counts[by_need[step % len(by_need)]] += 1
+        step += 1
+    while sum(counts.values()) > lesions:
+        counts[max(counts, key=lambda code: (counts[code], code))] -= 1
+    return counts
+
+
+def _plan(lesions: int, seed: int, shares: Mapping[str, float]) -> list[_PlannedLesion]:
+    """Decide the class, the pictures and the context of every lesion, before any is painted."""
+    rng = np.random.default_rng([seed, 0])
+    codes = [code for code, count in _counts(lesions, shares).items() for _ in range(count)]
+    rng.shuffle(codes)
+    plan: list[_PlannedLesion] = []
+    next_image = 1
+    for number, code in enumerate(codes, start=1):
+        count = int(rng.choice(len(PICTURES_PER_LESION), p=PICTURES_PER_LESION)) + 1
+        plan.append(_PlannedLesion(number, code, next_image, count, _context(code, rng)))
+        next_image += count
+    return plan
+
+
+def _context(code: str, rng: np.random.Generator) -> tuple[str, str, str, str]:
+    """Draw (dx_type, age, sex, localization)."""
+    kinds = _DX_TYPES[code]
+    dx_type = str(rng.choice(list(kinds), p=list(kinds.values())))
+    years = float(np.clip(5 * round(rng.normal(_MEAN_AGE[code], 13) / 5), 5, 85))
+    age = "" if rng.random() < 0.006 else f"{years:.1f}"
+    sex = "unknown" if rng.random() < 0.006 else str(rng.choice(["male", "female"], p=[0.54, 0.46]))
+    return dx_type, age, sex, str(rng.choice(_SITES, p=_SITE_SHARES))
+
+
+def _write(
+    folder: Path,
+    plan: Sequence[_PlannedLesion],
+    seed: int,
+    width_px: int,
+    request: dict[str, object],
+    progress: Progress | None,
+) -> None:
+    for name in (*_PARTS, "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    # The mark comes first and the table last, so that a killed run is recognised and finished.
+    mark = {"what": "generated pictures, not photographs of patients", "request": request}
+    (folder / _MARK).write_text(json.dumps(mark, indent=2) + "\n")
+    num_images = sum(planned.num_images for planned in plan)
+
+    def paint(chunk: Sequence[_PlannedLesion]) -> int:
+        for planned in chunk:
+            _write_lesion(folder, planned, seed, width_px, num_images)
+        return sum(planned.num_images for planned in chunk)
+
+    task = progress.add_task("Painting pictures", total=num_images) if progress else None
+    for count in map_in_order(paint, chunks_of(plan, 8)):
+        if progress and task is not None:
+            progress.advance(task, count)
+    temporary = folder / f".{_TABLE}"
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for planned in plan:
+            dx_type, age, sex, localization = planned.context
+            lesion_id = f"HAM_{9_000_000 + planned.number:07d}"
+            for view in range(planned.num_images):
+                row = (lesion_id, _image_id(planned, view), planned.code, dx_type, age, sex, localization)
+                writer.writerow(row)
+    temporary.replace(folder / _TABLE)
+
+
+def _image_id(planned: _PlannedLesion, view: int) -> str:
+    return f"ISIC_{9_000_000 + planned.first_image + view:07d}"
+
+
+def _write_lesion(folder: Path, planned: _PlannedLesion, seed: int, width_px: int, num_images: int) -> None:
+    for view, (jpeg, mask_png) in enumerate(_render_lesion(planned, seed, width_px)):
+        part = _PARTS[0] if planned.first_image + view <= num_images // 2 else _PARTS[1]
+        image_id = _image_id(planned, view)
+        (folder / part / f"{image_id}.jpg").write_bytes(jpeg)
+        (folder / "masks" / f"{image_id}_segmentation.png").write_bytes(mask_png)
+
+
+def _render_lesion(planned: _PlannedLesion, seed: int, width_px: int) -> list[tuple[bytes, bytes]]:
+    """Paint a lesion once and photograph it as often as planned; returns (JPEG, mask PNG) pairs."""
+    height_px = width_px * 3 // 4
+    rng = np.random.default_rng([seed, planned.number, 1])
+    look = draw_look(planned.code, rng)
+    lesion = paint_lesion(look, width_px, height_px / 150.0, rng)
+    habits = draw_habits(rng)
+    pairs: list[tuple[bytes, bytes]] = []
+    for view in range(planned.num_images):
+        view_rng = np.random.default_rng([seed, planned.number, 2 + view])
+        picture, mask = photograph(lesion, habits, width_px, height_px, view_rng)
+        jpeg, png = io.BytesIO(), io.BytesIO()
+        PillowImage.fromarray(picture).save(jpeg, "JPEG", quality=88)
+        PillowImage.fromarray(mask).save(png, "PNG", compress_level=3)
+        pairs.append((jpeg.getvalue(), png.getvalue()))
+    return pairs

@@ -1,1 +1,0 @@
-"""Measurements of the labeling room, for `relook bench label`."""

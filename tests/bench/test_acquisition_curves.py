@@ -1,0 +1,62 @@
+"""The arithmetic of the comparison of acquisition rules, by hand, and one course over made-up features."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.label import acquisition_curves as curves
+from labeling.acquisition.registry import RULES
+
+
+def made_up(path: Path) -> Path:
+    """Write 600 lesions, every third with a second picture; diagnoses are told apart by the features."""
+    chance = np.random.default_rng(0)
+    codes = np.array(["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"])
+    of_lesion = np.arange(600) % 7
+    lesion = np.concatenate([np.arange(600), np.arange(0, 600, 3)])
+    labels = of_lesion[lesion]
+    features = chance.normal(size=(len(lesion), 160)) + 3.0 * np.eye(7, 160)[labels]
+    ids = [f"{number:04}" for number in range(len(lesion))]
+    np.savez(path, ids=ids, lesions=[f"L{n:03}" for n in lesion], labels=codes[labels], features=features)
+    return path
+
+
+def test_labels_needed_lie_on_the_line_between_steps() -> None:
+    curve = np.array([0.2, 0.4, 0.4, 0.5, 0.5, 0.6, 0.6, 0.6, 0.6])
+    assert curves.labels_needed(curve, 0.1) == 100
+    assert curves.labels_needed(curve, 0.3) == pytest.approx(125)
+    assert curves.labels_needed(curve, 0.55) == pytest.approx(500)
+    assert curves.labels_needed(curve, 0.7) is None
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls() -> None:
+    assert curves.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_the_error_is_that_of_overlapping_splits() -> None:
+    values = np.array([1.0, 2.0, 3.0])  # variance 1; 1/3 + 1/4 = 7/12; t(0.975, 2) = 4.3027
+    assert curves.half_width(values) == pytest.approx(4.302653 * np.sqrt(7 / 12), rel=1e-5)
+
+
+def test_no_lesion_lies_on_both_sides(tmp_path: Path) -> None:
+    path = made_up(tmp_path / "features.npz")
+    sides = curves.split(str(path), 3)
+    lesion_of = dict(zip(*(np.load(path)[name].tolist() for name in ("ids", "lesions")), strict=True))
+    pool = [lesion_of[picture] for picture in sides.ids]
+    held_out = 600 - len(pool)
+    assert len(set(pool)) == len(pool)
+    assert held_out == sum(round(0.2 * count) for count in np.bincount(np.arange(600) % 7))
+    rows_in_pool = sum(lesion in set(pool) for lesion in lesion_of.values())
+    assert len(sides.held_out) == len(lesion_of) - rows_in_pool
+
+
+def test_every_rule_starts_from_the_same_pictures_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "STEPS", (100, 120, 140))
+    sides = curves.split(str(made_up(tmp_path / "features.npz")), 0)
+    courses = {rule: curves.course(rule, sides, 0) for rule in RULES}
+    assert len({accuracies[0] for accuracies, _ in courses.values()}) == 1
+    assert len({melanomas[0] for _, melanomas in courses.values()}) == 1
+    assert courses["badge"] == curves.course("badge", sides, 0)
+    # Here the cost rule cannot but see melanomas: they are told apart, and cost most.
+    assert courses["expected_miss_cost"][1][-1] > courses["random"][1][-1]

@@ -1,0 +1,9 @@
+"""The verbs of `python -m bench`."""
+
+import typer
+
+from bench.__main__ import app
+
+
+def test_every_kind_of_measurement_is_a_verb() -> None:
+    assert set(typer.main.get_command(app).commands) == {"train", "tune", "serve", "explain", "label"}  # type: ignore[attr-defined]

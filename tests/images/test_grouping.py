@@ -1,0 +1,121 @@
+"""Groups of pictures that came in by other ways than an import: served ones that experts labelled."""
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image as PillowImage
+
+from images.grouping import group_pictures, known_diagnoses
+from images.importer import import_folder
+from images.synth import render
+from records.errors import UnknownIdError
+from records.ids import new_id, utc_now
+from records.patients import patient_hash
+from records.store import Store
+from records.types import AnswerKind, Confirmation, ExpertLabel, Group, Image, Side, SourceLabel
+
+
+def serve(store: Store, data: bytes, **context: str) -> str:
+    """Put a picture into the ledger as the service does."""
+    image_id = store.blobs.put(data)
+    image = Image(
+        id=image_id, uri=store.blobs.uri(image_id), format="jpeg", width_px=200, height_px=150, provenance="served",
+        created_at=utc_now(), **context,
+    )  # fmt: skip
+    with store.ledger.begin() as tx:
+        tx.add(image)
+    return image_id
+
+
+def group_of(store: Store, image_id: str) -> str | None:
+    with store.ledger.read() as tx:
+        return tx.require(Image, image_id).group_id
+
+
+def recompressed(data: bytes) -> bytes:
+    out = io.BytesIO()
+    PillowImage.open(io.BytesIO(data)).save(out, "JPEG", quality=72)
+    return out.getvalue()
+
+
+def expert(image_id: str, label: str | None) -> ExpertLabel:
+    now = utc_now()
+    return ExpertLabel(
+        id=new_id(), created_at=now, annotated_at=now, review_item_id="r", image_id=image_id, label=label,
+        annotator="a", answer=AnswerKind.CLASS if label else AnswerKind.CANT_TELL, server="s", project_id=1, task_id=1,
+        annotation_id=1, revision=new_id(),
+    )  # fmt: skip
+
+
+def test_served_pictures_form_groups_without_a_side(store: Store) -> None:
+    first = serve(store, render("nv", seed=1))
+    second = serve(store, render("mel", seed=2), lesion_id="L1")
+    third = serve(store, render("mel", seed=3), lesion_id="L1")
+    assert group_pictures(store, [first, second, third, first]) == 3
+    assert group_of(store, second) == group_of(store, third) != group_of(store, first)
+    with store.ledger.read() as tx:
+        assert {(g.side, g.drawn_by) for g in tx.find(Group)} == {(None, None)}
+    assert group_pictures(store, [first, second]) == 0
+    assert group_pictures(store, []) == 0
+
+
+def test_a_served_copy_joins_the_imported_lesion(store: Store, generated: Path) -> None:
+    import_folder(store, generated)
+    with store.ledger.read() as tx:
+        known = tx.find(Image, order_by=("id",))[0]
+    copy = serve(store, recompressed(store.blobs.get(known.id)))
+    assert group_pictures(store, [copy]) == 1
+    assert group_of(store, copy) == known.group_id
+
+
+def test_a_picture_can_connect_two_groups_that_have_no_side(store: Store) -> None:
+    first = serve(store, render("nv", seed=1), lesion_id="L1")
+    second = serve(store, render("nv", seed=2), patient_hash="p")
+    group_pictures(store, [first, second])
+    assert group_of(store, first) != group_of(store, second)
+    bridge = serve(store, render("nv", seed=3), lesion_id="L1", patient_hash="p")
+    assert group_pictures(store, [bridge]) == 1
+    assert group_of(store, first) == group_of(store, second) == group_of(store, bridge)
+    with store.ledger.read() as tx:
+        groups = {g.id: g.merged_into for g in tx.find(Group)}
+    assert sorted(map(bool, groups.values())) == [False, True]
+
+
+def test_a_picture_that_would_join_two_sides_gets_no_group(store: Store) -> None:
+    first = serve(store, render("nv", seed=1), lesion_id="L1")
+    second = serve(store, render("nv", seed=2), patient_hash="p")
+    group_pictures(store, [first, second])
+    with store.ledger.begin() as tx:
+        for image_id, side in ((first, Side.TRAIN), (second, Side.TEST)):
+            image = tx.require(Image, image_id)
+            tx.update(Group, image.group_id or "", side=side)
+    bridge = serve(store, render("nv", seed=3), lesion_id="L1", patient_hash="p")
+    assert group_pictures(store, [bridge]) == 0
+    assert group_of(store, bridge) is None
+
+
+def test_diagnoses_prefer_the_strongest_source_and_unanimous_experts(store: Store) -> None:
+    ids = [store.blobs.put(bytes([n])) for n in range(4)]
+    now = utc_now()
+    with store.ledger.begin() as tx:
+        tx.add(expert(ids[0], "nv"), expert(ids[0], "mel"), expert(ids[1], "nv"), expert(ids[2], None))
+        tx.add(expert(ids[3], "df"))
+        for label, confirmation in (("mel", Confirmation.HISTOPATHOLOGY), ("bkl", Confirmation.CONSENSUS)):
+            tx.add(
+                SourceLabel(
+                    id=new_id(), image_id=ids[3], label=label, confirmation=confirmation, source="x", created_at=now
+                )
+            )
+    assert known_diagnoses(store) == {ids[1]: "nv", ids[3]: "mel"}
+
+
+def test_unknown_pictures_are_named(store: Store) -> None:
+    with pytest.raises(UnknownIdError, match="import it first"):
+        group_pictures(store, ["f" * 64])
+
+
+def test_patients_are_told_apart_by_a_salted_hash(store: Store) -> None:
+    assert patient_hash(store.home, "P1") != patient_hash(store.home, "P2")
+    assert patient_hash(store.home, "P1") == patient_hash(store.home, "P1")
+    assert len(patient_hash(store.home, "P1")) == 64

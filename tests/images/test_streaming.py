@@ -1,0 +1,62 @@
+"""Streaming through a real Ray Data: the pixels of the cache, in the asked order, and nothing kept on disk."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from images.cache import PixelCache
+from images.decode import decode_square
+from records.datasets import build_version
+from records.errors import ContractError, UnknownIdError
+from records.store import Store
+from records.stored import find_images, read_picture
+from trainers.fitting.training_data import plan_data
+
+if TYPE_CHECKING:
+    from cluster.session import RaySession
+
+# Ray warns about its own defaults while it imports itself.
+pytestmark = [pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"), pytest.mark.slow]
+
+SIDE_PX = 19
+"""No other test caches this side."""
+
+
+@pytest.fixture(scope="module")
+def image_ids(filled_store: Store) -> list[str]:
+    return plan_data(build_version(filled_store).version, filled_store.taxonomy).image_ids
+
+
+def test_pictures_come_in_the_asked_order_and_are_not_kept(
+    ray_session: "RaySession", filled_store: Store, image_ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from images import streaming
+
+    monkeypatch.setattr(streaming, "PICTURES_PER_TASK", 5)
+    pixels = streaming.stream_pixels(filled_store, image_ids, np.array([4, 2]), SIDE_PX)
+    parts = [np.array([3, 3, 0]), np.array([9]), np.array([8, 7, 6, 5, 1, 12, 11])]
+    batches = list(pixels.batches(parts))
+    assert [len(batch) for batch in batches] == [3, 1, 7]
+    wanted = find_images(filled_store, [image_ids[position] for part in parts for position in part])
+    expected = np.stack([decode_square(read_picture(filled_store, image), SIDE_PX) for image in wanted])
+    assert np.array_equal(np.concatenate(batches), expected)
+    assert all(batch.flags.writeable for batch in batches)
+
+    cached = PixelCache(filled_store.home.cache, SIDE_PX)
+    assert len(pixels) == len(image_ids)
+    assert len(cached) == 2
+    assert np.array_equal(pixels.take([2, 4]), cached.rows([image_ids[2], image_ids[4]]).take([0, 1]))
+    with pytest.raises(ContractError, match="asked for out of turn"):
+        pixels.take([4, 5])
+
+
+def test_a_picture_that_is_gone_ends_the_stream_with_its_name(
+    ray_session: "RaySession", filled_store: Store, image_ids: list[str]
+) -> None:
+    from images.streaming import stream_pixels
+
+    absent = "f" * 64
+    pixels = stream_pixels(filled_store, [*image_ids, absent], np.array([0]), SIDE_PX)
+    with pytest.raises(UnknownIdError, match="no picture has the id ffffffffffff"):
+        list(pixels.batches([np.array([1, len(image_ids)])]))

@@ -1,0 +1,180 @@
+"""The verb `relook evaluate`."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group as Stack
+from rich.progress import Progress
+from rich.table import Table
+
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
+from records.errors import ConfigError
+from records.types import Side
+
+if TYPE_CHECKING:
+    from records.bundles import Bundle
+    from records.store import Store
+    from trainers.evaluation.evaluate import SidePredictions
+    from trainers.evaluation.figures import Evaluation, Interval
+
+app = typer.Typer()
+
+
+@app.command("evaluate")
+def evaluate_command(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of labelled pictures, with --labels.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Its table: image_id, dx (lesion_id, age, sex, ..).")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..")] = None,
+    data: Annotated[str | None, typer.Option(help="Dataset id; default: the one the model was made with.")] = None,
+    side: Annotated[Side, typer.Option(help="Side of the dataset; reading gate or test is audited.")] = Side.VAL,
+    masks: Annotated[Path | None, typer.Option(help="Folder of lesion masks, <image_id>_segmentation.png.")] = None,
+    prevalence: Annotated[str | None, typer.Option(help="Class shares to re-weight to: nv=0.9,mel=0.01")] = None,
+    robustness: Annotated[bool, typer.Option("--robustness", help="Attack a sample with FGSM and PGD.")] = False,
+    explanations: Annotated[bool, typer.Option("--explanations", help="Measure how faithful maps are.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.html and metrics.json.")] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on a side of a dataset, or on any folder of labelled pictures."""
+    from records.datasets import load_dataset
+    from records.models import find_bundle
+    from trainers.cli.data import parse_columns
+    from trainers.evaluation.evaluate import evaluate, predict_side
+    from trainers.evaluation.folder import predict_folder
+    from trainers.evaluation.report.write import write_report
+    from trainers.evaluation.slices import with_slices
+    from vision.inference.loaded import load_model
+
+    if (images is None) != (labels is None):
+        raise ConfigError("--images and --labels belong together: a folder of pictures and its table")
+    if masks is not None and not masks.is_dir():
+        raise ConfigError(f"--masks {masks} is no folder; give one with a mask per picture")
+    settings = settings_of(ctx, config, preset, sets)
+    with _open(settings) as store, progress() as bar:
+        bundle = find_bundle(store, model)
+        document = bundle.document
+        shares = _prevalence(prevalence, document.calibration.priors) if prevalence else None
+        loaded = load_model(bundle, precision=settings.trainers.precision)
+        if images is not None and labels is not None:
+            found = predict_folder(loaded, images, labels, columns=parse_columns(columns), progress=bar, masks=masks)
+        else:
+            dataset = load_dataset(store, data or document.dataset_id)
+            found = predict_side(store, bundle, dataset, side, actor="cli", model=loaded, progress=bar, masks=masks)
+        evaluation = evaluate(
+            found, document.taxonomy, document.operating, prevalence=shares, priors=document.calibration.priors
+        )
+        evaluation = with_slices(evaluation, found, document.taxonomy, document.operating)
+        evaluation = _probed(evaluation, bundle, found, bar, robustness=robustness, explanations=explanations)
+        if report is not None:
+            write_report(report, bundle, loaded, found, evaluation)
+    emit(as_json, evaluation, evaluation_tables(evaluation))
+
+
+def _prevalence(text: str, priors: dict[str, float]) -> dict[str, float]:
+    from vision.calibration.scaling import stated_prevalence
+
+    stated = {}
+    for part in text.split(","):
+        code, _, share = part.partition("=")
+        try:
+            stated[code.strip()] = float(share)
+        except ValueError as error:
+            raise ConfigError(f"--prevalence {text!r} is not of the form nv=0.9,mel=0.01") from error
+    return stated_prevalence(stated, priors)
+
+
+def _probed(
+    evaluation: "Evaluation",
+    bundle: "Bundle",
+    predictions: "SidePredictions",
+    bar: Progress,
+    *,
+    robustness: bool,
+    explanations: bool,
+) -> "Evaluation":
+    """Add what costs many passes, if it was asked for."""
+    from trainers.evaluation.probing import measure_explanations, measure_robustness, sample_of
+    from trainers.evaluation.robustness import work_of
+
+    found: dict[str, Any] = {}
+    if robustness:
+        task = bar.add_task("Attacking", total=work_of(len(sample_of(predictions))))
+        found["robustness"] = measure_robustness(bundle, predictions, lambda done: bar.advance(task, done))
+    if explanations:
+        bar.add_task("Measuring heat maps", total=None)
+        found["explanations"] = measure_explanations(bundle, predictions)
+    return evaluation.model_copy(update=found)
+
+
+def evaluation_tables(evaluation: "Evaluation") -> Stack:
+    """Lay out an evaluation for a person.
+
+    Args:
+        evaluation: the figures.
+    Returns:
+        Tables: the whole, per class, confusion matrix, and what is undefined.
+    """
+    where = f"{evaluation.side} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
+    whole = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
+    whole.add_row("pictures, lesions", f"{evaluation.images}, {evaluation.lesions}")
+    whole.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
+    even = evaluation.at_equal_prevalence
+    if even is not None:
+        whole.add_row("  if all classes came equally often", _figure(even.balanced_accuracy, even.balanced_accuracy_ci))
+    whole.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
+    whole.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
+    whole.add_row("macro AUC", _figure(evaluation.macro_auc))
+    whole.add_row("calibration error", _figure(evaluation.ece))
+    whole.add_row("left to no expert", _figure(evaluation.answered_share))
+    whole.add_row("classes per prediction set", _figure(evaluation.mean_set_size))
+    key = evaluation.key_class
+    if key is not None:
+        whole.add_row(f"{key.name} sensitivity, per lesion", _figure(key.sensitivity, key.sensitivity_ci))
+        whole.add_row(f"{key.name} specificity, per lesion", _figure(key.specificity, key.specificity_ci))
+        proof = "proven on calibration" if key.proven else "not proven on calibration"
+        whole.add_row(f"{key.name} referred from", f"{_figure(key.threshold)} (floor {key.floor:.2f} {proof})")
+        whole.add_row(
+            f"{key.name} specificity at 95 % sensitivity",
+            _figure(key.specificity_at_95_sensitivity, key.specificity_at_95_sensitivity_ci),
+        )
+    if evaluation.coverage is not None:
+        promise = f"{evaluation.coverage.overall:.3f} (promised {evaluation.coverage.promise:.2f} per class)"
+        whole.add_row("prediction set holds the class", promise)
+    if evaluation.side_reads is not None:
+        whole.add_row(f"{evaluation.side} was looked at", f"{evaluation.side_reads} times")
+    classes = Table("class", "pictures", "lesions", "sensitivity", "specificity", "precision")
+    for code, report in evaluation.per_class.items():
+        classes.add_row(
+            code,
+            str(report.support),
+            str(report.lesions),
+            _figure(report.sensitivity, report.sensitivity_ci),
+            _figure(report.specificity, report.specificity_ci),
+            _figure(report.precision, report.precision_ci),
+        )
+    codes = list(evaluation.per_class)
+    confusion = Table("truth \\ answer", *codes, title="confusion matrix")
+    for code, row in zip(codes, evaluation.confusion_matrix, strict=True):
+        confusion.add_row(code, *(str(count) for count in row))
+    notes = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
+    return Stack(
+        whole, classes, confusion, *notes, "95 % intervals, resampled by group; decision support, not a diagnosis"
+    )
+
+
+def _figure(value: float | None, interval: "Interval | None" = None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _open(settings: Any) -> "closing[Store]":
+    from records.store import open_store
+
+    return closing(open_store(settings.records))

@@ -1,0 +1,128 @@
+"""The verb `relook explain`.
+
+relook explain champion picture.jpg --method integrated_gradients --versus nv --out why.png
+"""
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of
+from records.errors import ConfigError, RefusedError
+
+if TYPE_CHECKING:
+    from records.bundles import Bundle
+
+app = typer.Typer()
+
+OVERLAY_SIDE_PX = 512
+ACTIVATIONS = "activations"
+
+
+@app.command("explain")
+def explain_command(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
+    out: Annotated[Path, typer.Option(help="Where the picture goes, a PNG file.")],
+    method: Annotated[
+        str, typer.Option(help="gradcam, integrated_gradients, gradient_shap, occlusion or activations.")
+    ] = "gradcam",
+    target: Annotated[str | None, typer.Option(help="Class to explain; default: the most probable one.")] = None,
+    versus: Annotated[str | None, typer.Option(help="Explain the target rather than this class.")] = None,
+    layer: Annotated[str | None, typer.Option(help="For activations; default: the last stage.")] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw where a model looked when it answered for a picture, or what a layer of it sees."""
+    from records.models import find_bundle
+    from records.store import open_store
+    from vision.explanations.methods import METHODS
+
+    names = (*METHODS, ACTIVATIONS)
+    if method not in names:
+        raise ConfigError(f"--method is {method!r}; it must be one of {', '.join(names)}")
+    if layer is not None and method != ACTIVATIONS:
+        raise ConfigError(f"--layer belongs to --method {ACTIVATIONS}, not to {method}")
+    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+        bundle = find_bundle(store, model)
+    if method == ACTIVATIONS:
+        result, png = _activations(bundle, image, layer)
+        human = f"{result['layer']}: {len(result['channels'])} of {result['shape'][0]} channels: {out}"
+    else:
+        result, png = _explained(bundle, image, method, target, versus)
+        share = f"{result['probabilities'][result['target']]:.0%}"
+        rather = f" rather than {versus}" if versus else ""
+        facts = "" if result["steps"] is None else f"{result['steps']} steps"
+        if result["completeness_error"] is not None:
+            facts += f", adds up within {result['completeness_error']:.1%}"
+        shape = tuple(result["shape"])
+        human = f"{method} for {result['target']}{rather} (probability {share}), map {shape}: {out}"
+        human += f" ({facts})" if facts else ""
+    try:
+        out.write_bytes(png)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
+    emit(as_json, {"model_id": bundle.id, "image": str(image), "method": method, **result, "out": str(out)}, human)
+
+
+def _explained(
+    bundle: "Bundle", image: Path, method: str, target: str | None, versus: str | None
+) -> tuple[dict[str, Any], bytes]:
+    """Return what is told about a map, and the map drawn over its picture."""
+    from trainers.evaluation.folder import read_square
+    from vision.explanations.overlay import overlay_png
+    from vision.inference.attribution import attribute
+    from vision.inference.loaded import load_model
+
+    # Gradients need fp32, and a single picture is quick in it.
+    loaded = load_model(bundle, precision="fp32")
+    pixels = read_square(image, loaded.geometry.side_px)[None]
+    answer = loaded.predict(pixels)
+    if not answer.finite[0]:
+        raise RefusedError("the model has no finite answer for this picture, so there is nothing to explain")
+    codes = loaded.taxonomy.codes
+    index = loaded.taxonomy.index_of(target) if target else int(answer.probabilities[0].argmax())
+    other = loaded.taxonomy.index_of(versus) if versus else None
+    if other == index:
+        raise ConfigError(f"--versus {versus} is the class that is explained; name another one")
+    found = attribute(loaded, pixels[0], method, index, other)
+    heat_map = found.values
+    result = {
+        "exact": found.exact,
+        "layer": found.layer,
+        "steps": found.steps,
+        "completeness_error": found.completeness_error,
+        "target": codes[index],
+        "versus": versus,
+        "probabilities": dict(zip(codes, answer.probabilities[0].tolist(), strict=True)),
+        "shape": list(heat_map.shape),
+        "values": heat_map.tolist(),
+    }
+    return result, overlay_png(read_square(image, OVERLAY_SIDE_PX), heat_map)
+
+
+def _activations(bundle: "Bundle", image: Path, layer: str | None) -> tuple[dict[str, Any], bytes]:
+    """Return which channels of a layer are shown, and their picture."""
+    from trainers.evaluation.folder import read_square
+    from vision.explanations.activations import channel_grid_png, layer_output, strongest_channels
+    from vision.inference.loaded import plain_network
+    from vision.networks import MODELS
+    from vision.preprocess import scale_pixels, to_tensor
+
+    geometry = bundle.document.geometry
+    pixels = read_square(image, geometry.side_px)[None]
+    name = layer or MODELS[bundle.document.architecture.name].target_layer
+    output = layer_output(plain_network(bundle), scale_pixels(to_tensor(pixels), geometry), name)[0]
+    channels = strongest_channels(output)
+    result = {
+        "layer": name,
+        "shape": list(output.shape),
+        "channels": channels.tolist(),
+        "mean_activation": output[channels].mean(axis=(1, 2)).tolist(),
+    }
+    return result, channel_grid_png(pixels[0], output, channels)

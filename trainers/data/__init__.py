@@ -1,1 +1,0 @@
-"""Pictures in: generated or imported, decoded once into a cache, grouped, audited."""

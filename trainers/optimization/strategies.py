@@ -1,0 +1,143 @@
+"""How several processes share a training: a registry of frozen records.
+
+Whatever the strategy, the same global batch gives the same model up to rounding, for networks without batch
+norm and dropout; a checkpoint of one strategy is continued by any other. Records import torch inside their
+functions, so looking something up is cheap.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from records.registry import Registered, Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from trainers.settings import TrainersSettings
+
+SMALLEST_UNIT = 100_000
+"""Parameters that a block needs to be gathered on its own in fsdp; smaller ones travel with the whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyRecipe(Registered):
+    """A way to share the work.
+
+    Args:
+        wrap: (network on its device, device) -> the network that averages gradients over the default process
+            group; not called for a group of one.
+        processes: how many it runs on.
+        shards: what each process holds only a part of.
+        elastic: whether the number of processes may change while it runs.
+    """
+
+    wrap: "Callable[[nn.Module, torch.device], nn.Module]" = field(repr=False)
+    processes: str
+    shards: tuple[str, ...] = ()
+    elastic: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Return processes, what is sharded, and whether it is elastic."""
+        return {"processes": self.processes, "shards": list(self.shards), "elastic": self.elastic}
+
+
+def _alone(network: "nn.Module", device: "torch.device") -> "nn.Module":
+    return network
+
+
+def _ddp(network: "nn.Module", device: "torch.device") -> "nn.Module":
+    from torch.nn.parallel import DistributedDataParallel
+
+    # Running statistics are averaged once per epoch, before validation, instead of sent with every step.
+    if device.type == "cuda":
+        shared = _share_norms(network, device)
+        return DistributedDataParallel(shared, device_ids=[device], forward_sync_buffers=False)
+    return DistributedDataParallel(network, forward_sync_buffers=False)
+
+
+def _fsdp(network: "nn.Module", device: "torch.device") -> "nn.Module":
+    import torch
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # The loop writes into no logits; without this, every process says once that one must not.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Only contiguous parameters can be sharded; activations stay in channels-last memory.
+    network = _share_norms(network, device).to(memory_format=torch.contiguous_format)
+    blocks = [block for part in network.children() for block in part.children()]
+    for block in blocks:
+        if sum(parameter.numel() for parameter in block.parameters()) >= SMALLEST_UNIT:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    return network
+
+
+def _share_norms(network: "nn.Module", device: "torch.device") -> "nn.Module":
+    from torch import nn
+
+    if device.type != "cuda":  # SyncBatchNorm refuses tensors on a CPU
+        return network
+    shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return shared
+
+
+STRATEGIES: Registry[StrategyRecipe] = Registry(
+    "strategy",
+    (
+        StrategyRecipe(name="single", description="one process computes whole batches", wrap=_alone, processes="1"),
+        StrategyRecipe(
+            name="ddp",
+            description="every process holds the whole model and computes its share of every batch "
+            "(DistributedDataParallel)",
+            wrap=_ddp,
+            processes="num_workers",
+        ),
+        StrategyRecipe(
+            name="fsdp",
+            description="parameters, gradients and optimizer state are split over the processes (FSDP2), for models "
+            "that do not fit beside their optimizer",
+            wrap=_fsdp,
+            processes="num_workers",
+            shards=("parameters", "gradients", "optimizer state"),
+        ),
+        StrategyRecipe(
+            name="elastic",
+            description="ddp on as many processes as the cluster can give, min_workers to num_workers, changing while "
+            "it runs",
+            wrap=_ddp,
+            processes="min_workers to num_workers",
+            elastic=True,
+        ),
+    ),
+)
+
+AUTO = "auto"
+
+
+def strategy_of(settings: "TrainersSettings") -> StrategyRecipe:
+    """Return the strategy of a run: the settings', or for `auto` single with one worker and ddp with more."""
+    if settings.strategy != AUTO:
+        return STRATEGIES[settings.strategy]
+    return STRATEGIES["single" if settings.num_workers == 1 else "ddp"]
+
+
+@contextmanager
+def gradients_kept_back(network: "nn.Module", keep_back: bool) -> Iterator[None]:
+    """Let gradients add up on this process inside the block, without averaging them over the group.
+
+    Args:
+        network: as `wrap` returned it.
+        keep_back: False averages as always.
+    """
+    no_sync = getattr(network, "no_sync", None)
+    set_sync = getattr(network, "set_requires_gradient_sync", None)
+    if set_sync is not None:
+        set_sync(not keep_back)
+    with no_sync() if keep_back and no_sync is not None else nullcontext():
+        yield

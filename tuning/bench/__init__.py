@@ -1,1 +1,0 @@
-"""Measurements of a search, behind `relook bench tune`."""

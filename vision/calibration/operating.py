@@ -1,0 +1,245 @@
+"""Where to draw the lines: thresholds that refer and thresholds that hurry.
+
+Everything is measured on the calibration side, per lesion, on calibrated probabilities, and is
+pure array work. A lesion's probability is the mean over its pictures. What small numbers cannot
+prove is said (`proven: false`), not assumed.
+
+It does not decide about a picture's quality or novelty; serving adds those rules.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import betaincinv
+
+from records.arrays import BoolArray, FloatArray, IntArray
+from records.bundles import OperatingPoints, ReferPoint
+from records.errors import ContractError
+from records.taxonomy import Taxonomy
+from vision.calibration.conformal import CONFORMAL_PROMISE, conformal_thresholds, prediction_set, thresholds_in_order
+from vision.metrics.metrics import check_probabilities, mean_by_unit
+
+LEVEL = 0.95
+MIN_URGENT_LESIONS = 10
+MALIGNANT_FLOOR = 0.90
+"""Sensitivity floor of p(malignant) for a taxonomy that declares no key class."""
+
+
+@dataclass(frozen=True)
+class Lesions:
+    """The pictures of one side, gathered by lesion."""
+
+    probabilities: FloatArray
+    """[L, C] mean over each lesion's pictures"""
+    labels: IntArray
+    """[L] class indices"""
+    first_image_index: IntArray
+    """[L]: the picture of each lesion that stands for it where one is needed, by smallest image id"""
+    lesion_index: IntArray
+    """[N]: the lesion of each picture"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def gather_lesions(
+    image_ids: Sequence[str], lesion_ids: Sequence[str | None], labels: IntArray, probabilities: FloatArray
+) -> Lesions:
+    """Gather pictures by lesion; a picture without a lesion id is a lesion of its own.
+
+    Args:
+        image_ids: [N]; ids are hashes, so the smallest of a lesion is a fair draw.
+        lesion_ids: [N].
+        labels: [N] class indices; pictures of one lesion with different labels count as two lesions.
+        probabilities: [N, C], a distribution per row.
+    Returns:
+        L lesions.
+    Raises:
+        ContractError: lengths differ, or a row is not a distribution.
+    """
+    check_probabilities(probabilities)
+    if not len(image_ids) == len(lesion_ids) == len(labels) == len(probabilities):
+        raise ContractError("image ids, lesion ids, labels and probabilities must have one length")
+    names = [
+        f"lesion:{lesion}:{label}" if lesion else f"image:{image}"
+        for image, lesion, label in zip(image_ids, lesion_ids, labels.tolist(), strict=True)
+    ]
+    _, lesion_index = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
+    order = np.lexsort((np.array(image_ids, dtype=str), lesion_index))
+    starts = np.flatnonzero(np.diff(lesion_index[order], prepend=-1))
+    first = order[starts]
+    return Lesions(mean_by_unit(probabilities, lesion_index), labels[first], first, lesion_index)
+
+
+def exact_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
+    """Compute the two-sided Clopper-Pearson interval of a proportion.
+
+    Args:
+        successes: 0 to `trials`.
+        trials: at least 1.
+        level: confidence, 0 to 1.
+    Returns:
+        Lower and upper end.
+    """
+    tail = (1.0 - level) / 2
+    low = exact_lower_bound(successes, trials, 1.0 - tail)
+    return low, 1.0 - exact_lower_bound(trials - successes, trials, 1.0 - tail)
+
+
+def exact_lower_bound(successes: int, trials: int, level: float = LEVEL) -> float:
+    """Compute the one-sided Clopper-Pearson lower bound of a proportion.
+
+    Args:
+        successes: 0 to `trials`.
+        trials: at least 1.
+        level: confidence, 0 to 1.
+    Returns:
+        The largest p that `successes` or more of `trials` refute at this level.
+
+    >>> [round(exact_lower_bound(n - misses, n), 3) for misses, n in ((0, 29), (2, 61), (4, 89))]
+    [0.902, 0.9, 0.9]
+    """
+    if successes == 0:
+        return 0.0
+    return float(betaincinv(successes, trials - successes + 1, 1.0 - level))
+
+
+def refer_point(scores: FloatArray, is_case: BoolArray, floor: float, level: float = LEVEL) -> ReferPoint:
+    """Find the highest threshold whose sensitivity is proven to reach a floor.
+
+    Proven means that the exact one-sided lower bound reaches the floor. If not even catching every
+    case proves it, the highest threshold whose point estimate reaches the floor is used and
+    `proven` is false. Without any case the threshold is 0: everything is referred.
+
+    Args:
+        scores: [L] probability of the class, per lesion; a lesion at or above the threshold is referred.
+        is_case: [L].
+        floor: sensitivity, 0 to 1.
+        level: confidence of the bound.
+    Returns:
+        The point with what was measured.
+    """
+    case_scores = np.sort(scores[is_case])[::-1]
+    num_cases = len(case_scores)
+    if num_cases == 0:
+        return ReferPoint(
+            threshold=0.0, sensitivity_floor=floor, proven=False, sensitivity=None,
+            sensitivity_lower_bound=None, specificity=_share(scores[~is_case] < 0.0), lesions=0,
+        )  # fmt: skip
+    wanted = [hits for hits in range(1, num_cases + 1) if exact_lower_bound(hits, num_cases, level) >= floor]
+    fallback = max(1, int(np.ceil(floor * num_cases - 1e-9)))
+    threshold = float(case_scores[(wanted[0] if wanted else fallback) - 1])
+    hits = int((case_scores >= threshold).sum())
+    bound = exact_lower_bound(hits, num_cases, level)
+    return ReferPoint(
+        threshold=threshold,
+        sensitivity_floor=floor,
+        proven=bound >= floor,
+        sensitivity=hits / num_cases,
+        sensitivity_lower_bound=bound,
+        specificity=_share(scores[~is_case] < threshold),
+        lesions=num_cases,
+    )
+
+
+def urgent_threshold(
+    scores: FloatArray, is_case: BoolArray, predictive_value: float, min_lesions: int = MIN_URGENT_LESIONS
+) -> float | None:
+    """Find the lowest threshold above which the share of cases reaches a predictive value.
+
+    Args:
+        scores: [L] p(malignant), per lesion.
+        is_case: [L].
+        predictive_value: wanted share of cases among the lesions at or above the threshold, 0 to 1.
+        min_lesions: so many lesions must lie at or above it, else the share means nothing.
+    Returns:
+        The threshold; None if there is no such one, and then nothing is urgent.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    counts = np.arange(1, len(ranked) + 1)
+    shares = np.cumsum(is_case[order]) / np.maximum(counts, 1)
+    # Equal scores are taken together, so only the last of each run can be a threshold.
+    is_last = np.append(ranked[1:] < ranked[:-1], True) if len(ranked) else np.zeros(0, dtype=bool)
+    fits = np.flatnonzero(is_last & (counts >= min_lesions) & (shares >= predictive_value))
+    return float(ranked[fits[-1]]) if len(fits) else None
+
+
+def fit_operating_points(
+    lesions: Lesions,
+    image_probabilities: FloatArray,
+    taxonomy: Taxonomy,
+    *,
+    urgent_predictive_value: float = 0.5,
+    promise: float = CONFORMAL_PROMISE,
+) -> OperatingPoints:
+    """Fit everything that triage compares probabilities with, on the calibration side.
+
+    Args:
+        lesions: of the calibration side.
+        image_probabilities: [N, C] of its pictures; one picture of each lesion enters the conformal
+            sets, because a prediction is about one picture.
+        taxonomy: key classes with their floors, malignant classes.
+        urgent_predictive_value: share of malignant lesions wanted among the urgent ones, 0 to 1.
+        promise: coverage of the prediction sets, per class.
+    Returns:
+        The operating points.
+    """
+    refer = {}
+    for key in taxonomy.key_classes:
+        index = taxonomy.index_of(key.code)
+        is_case = lesions.labels == index
+        refer[key.code] = refer_point(lesions.probabilities[:, index], is_case, key.sensitivity_floor)
+    is_malignant = np.array([c.malignant for c in taxonomy.classes])
+    refer_malignant, urgent = None, None
+    if is_malignant.any():
+        scores, cases = lesions.probabilities[:, is_malignant].sum(axis=1), is_malignant[lesions.labels]
+        scores = np.clip(scores, 0.0, 1.0)
+        floor = taxonomy.key_class.sensitivity_floor if taxonomy.key_class else MALIGNANT_FLOOR
+        refer_malignant = refer_point(scores, cases, floor)
+        urgent = urgent_threshold(scores, cases, urgent_predictive_value)
+    true_p = image_probabilities[lesions.first_image_index, lesions.labels]
+    thresholds, pooled = conformal_thresholds(1.0 - true_p, lesions.labels, taxonomy.codes, promise)
+    return OperatingPoints(
+        refer=refer,
+        refer_malignant=refer_malignant,
+        urgent_threshold=urgent,
+        conformal_promise=promise,
+        conformal_thresholds=thresholds,
+        pooled_classes=pooled,
+    )
+
+
+def answered(
+    probabilities: FloatArray, taxonomy: Taxonomy, operating: OperatingPoints, max_set_size: int = 2
+) -> BoolArray:
+    """Tell which pictures the probabilities alone let the service answer without an expert.
+
+    Not answered: at or above a refer threshold; a prediction set that is empty, holds more than
+    `max_set_size` classes, or holds a malignant class other than the label; a row that is not finite.
+
+    Args:
+        probabilities: [N, C] calibrated.
+        taxonomy: class order, malignant classes.
+        operating: thresholds.
+        max_set_size: classes.
+    Returns:
+        [N].
+    """
+    is_malignant = np.array([c.malignant for c in taxonomy.classes])
+    sets = prediction_set(probabilities, thresholds_in_order(operating, taxonomy))
+    finite = np.isfinite(probabilities).all(axis=1)
+    label = np.where(finite, np.nan_to_num(probabilities, nan=-1.0).argmax(axis=1), 0)
+    other_malignant = sets & is_malignant & (np.arange(len(is_malignant)) != label[:, None])
+    sizes = sets.sum(axis=1)
+    plain = finite & (sizes >= 1) & (sizes <= max_set_size) & ~other_malignant.any(axis=1)
+    for code, point in operating.refer.items():
+        plain &= ~(probabilities[:, taxonomy.index_of(code)] >= point.threshold)
+    if operating.refer_malignant is not None:
+        plain &= ~(probabilities[:, is_malignant].sum(axis=1) >= operating.refer_malignant.threshold)
+    return np.asarray(plain, dtype=np.bool_)
+
+
+def _share(is_member: BoolArray) -> float | None:
+    return float(is_member.mean()) if len(is_member) else None

@@ -1,0 +1,99 @@
+"""Grad-CAM with no backward pass, for heads whose gradient is known in advance.
+
+Grad-CAM (Selvaraju et al. 2017) weighs each channel of a feature map A [K, h, w] by the mean over
+positions of d logit_c / d A_k, and keeps the positive part of the weighted sum. Two heads make
+that mean a formula:
+
+- **pooling, then linear.** logit_c = sum_k w_ck mean(A_k) + b_c, so the gradient is w_ck / (h*w)
+  everywhere, and the map is relu(sum_k w_ck A_k) / (h*w).
+- **one map per class: ReLU, batch norm, pooling.** A is what the last 1x1 convolution puts out,
+  K = C. logit_c = gamma_c / sqrt(var_c + eps) * (mean(relu(A_c)) - mu_c) + beta_c, so only class c's own
+  map counts; its gradient is gamma_c / sqrt(var_c + eps) / (h*w) where A_c > 0 and 0 elsewhere, and
+  the mean of that is gamma_c / sqrt(var_c + eps) * share_c / (h*w), share_c = share of positions with A_c > 0.
+
+In: a feature map [N, K, h, w] and the head that follows it. Out: maps [N, C, h, w]. A head of
+another shape has no closed form here; `vision.explanations.gradients.head_gradcam` differentiates it.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from records.errors import ContractError
+
+
+class ClosedForm(Protocol):
+    """A head whose Grad-CAM needs no backward pass."""
+
+    def maps(self, features: Tensor) -> Tensor:
+        """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PooledLinear:
+    """Global average pooling followed by a linear layer."""
+
+    weight: Tensor
+    """[K, C] in float64: hundreds of channels nearly cancel where a map is faint, and fp32 would leave noise there"""
+
+    def maps(self, features: Tensor) -> Tensor:
+        """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
+        num_positions = features.shape[-2] * features.shape[-1]
+        weighted = features.permute(0, 2, 3, 1).double() @ self.weight
+        return (torch.relu(weighted) / num_positions).float().permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class PooledClassMaps:
+    """One feature map per class, then ReLU, an affine step per class, and global average pooling."""
+
+    scale: Tensor
+    """[C]: gamma / sqrt(var + eps); 1 without batch norm"""
+
+    def maps(self, features: Tensor) -> Tensor:
+        """Return one map per class, [N, C, h, w], from the class maps before their ReLU [N, C, h, w]."""
+        features = features.float()
+        num_positions = features.shape[-2] * features.shape[-1]
+        share_active = (features > 0).float().mean(dim=(2, 3), keepdim=True)
+        weighted = self.scale[:, None, None] * share_active / num_positions * features
+        # relu keeps the sign of a negative zero, and an answer should not print "-0.0".
+        return torch.relu(weighted) + 0.0
+
+
+def closed_form_of(head: nn.Module) -> ClosedForm | None:
+    """Recognise a head that has a closed form.
+
+    Args:
+        head: what follows the target layer; a sequence of layers in evaluation mode.
+    Returns:
+        Its closed form, or None if it has another shape.
+    """
+    layers = [layer for layer in head.children() if not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten)]
+    match layers:
+        case [nn.AdaptiveAvgPool2d(output_size=1), nn.Linear() as linear]:
+            return PooledLinear(linear.weight.detach().double().t().contiguous())
+        case [nn.ReLU(), nn.AdaptiveAvgPool2d(output_size=1)]:
+            return PooledClassMaps(torch.ones(()).expand(1))
+        case [nn.ReLU(), nn.BatchNorm2d() as norm, nn.AdaptiveAvgPool2d(output_size=1)]:
+            return PooledClassMaps(batch_norm_scale(norm).float())
+        case _:
+            return None
+
+
+def batch_norm_scale(norm: nn.BatchNorm2d) -> Tensor:
+    """Return what batch norm multiplies each channel by in evaluation, [K]: gamma / sqrt(var + eps).
+
+    Args:
+        norm: a layer that keeps running statistics.
+    Returns:
+        [K] in float64, detached.
+    Raises:
+        ContractError: the layer has no running statistics.
+    """
+    if norm.running_var is None:
+        raise ContractError("batch norm without running statistics has no fixed scale")
+    gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+    return gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)

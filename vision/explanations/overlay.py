@@ -1,0 +1,88 @@
+"""A map drawn over its picture, as PNG bytes.
+
+Strength is shown twice, by colour and by opacity: where the map is zero the picture stays as it
+is, so that a reader still sees the lesion. The map is scaled by its own maximum for display only.
+"""
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+
+from records.arrays import Float32Array, UInt8Array
+from records.errors import ContractError
+
+COLOUR_MAP = "viridis"
+"""Perceptually uniform, readable in all common colour vision, and unlike any skin tone."""
+
+_PNG_OPTIONS = (
+    cv2.IMWRITE_PNG_COMPRESSION, 1,
+    cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY,
+    cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB,
+)  # fmt: skip
+
+
+def overlay_png(picture: UInt8Array, heat_map: NDArray[np.floating], alpha: float = 0.6) -> bytes:
+    """Draw a map over a picture.
+
+    Args:
+        picture: [H, W, 3].
+        heat_map: [h, w], finite; negative values count as zero. Resized smoothly to the picture.
+        alpha: opacity where the map is largest, 0 to 1.
+    Returns:
+        PNG bytes of an RGB picture, H x W.
+    Raises:
+        ContractError: wrong shape, alpha outside 0 to 1, or a map that is not finite.
+    """
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ContractError(f"picture must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ContractError(f"alpha must be 0 to 1, got {alpha}")
+    height_px, width_px, _ = picture.shape
+    strength = resized_strength(heat_map, height_px, width_px)
+    colours = Image.fromarray(_levels(strength))
+    colours.putpalette(_palette())
+    opacity = Image.fromarray(_levels(alpha * strength))
+    blended = np.asarray(Image.composite(colours.convert("RGB"), Image.fromarray(picture), opacity))
+    # Twice as fast as Pillow's writer, which tries every filter on every row; a photograph has no runs to look for.
+    _, png = cv2.imencode(".png", blended[..., ::-1], _PNG_OPTIONS)
+    return png.tobytes()
+
+
+def resized_strength(heat_map: NDArray[np.floating], height_px: int, width_px: int) -> Float32Array:
+    """Scale a map to 0..1 by its maximum and resize it smoothly.
+
+    Args:
+        heat_map: [h, w], finite.
+        height_px: height of the result.
+        width_px: width of the result.
+    Returns:
+        [height_px, width_px] in [0, 1]; all zero if no value is positive.
+    Raises:
+        ContractError: not two-dimensional, or not finite.
+    """
+    if heat_map.ndim != 2 or not np.isfinite(heat_map).all():
+        raise ContractError("a map to draw must be [h, w] and finite; an answer that is not finite has no map")
+    positive = np.clip(heat_map, 0.0, None).astype(np.float32)
+    peak = float(positive.max())
+    if peak == 0.0:
+        return np.zeros((height_px, width_px), dtype=np.float32)
+    small = Image.fromarray(positive / np.float32(peak), mode="F")
+    resized = small.resize((width_px, height_px), Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(resized), 0.0, 1.0)
+
+
+def _levels(strength: NDArray[np.floating]) -> UInt8Array:
+    """Return 0..1 as 0..255."""
+    levels: UInt8Array = np.rint(strength * 255).astype(np.uint8)
+    return levels
+
+
+@lru_cache(maxsize=1)
+def _palette() -> bytes:
+    colours = colormaps[COLOUR_MAP](np.arange(256))[:, :3]
+    palette: bytes = np.rint(colours * 255).astype(np.uint8).tobytes()
+    return palette

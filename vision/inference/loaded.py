@@ -1,0 +1,332 @@
+"""How a finished model computes: pixels in, calibrated probabilities and heat maps out.
+
+In: a bundle, and decoded pixels uint8 [N, S, S, 3]. Out: numpy arrays only. A loaded model holds no
+state between calls and hooks nothing, so several threads may share one. A row whose logits are not
+finite gets NaN probabilities and NaN maps and never an error: what to do with it is the caller's decision.
+
+It does not decode, batch, decide or store; images and serving do.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from records.arrays import Float32Array, FloatArray, IntArray, UInt8Array
+from records.bundles import Bundle, Geometry
+from records.errors import ContractError, IntegrityError
+from records.taxonomy import Taxonomy
+from vision.calibration.scaling import apply_calibration
+from vision.explanations.closed_form import ClosedForm, closed_form_of
+from vision.explanations.gradients import head_gradcam
+from vision.explanations.methods import METHODS
+from vision.inference.described import early_statistics, first_convolution, pooled_features
+from vision.inference.fold import fold_batch_norm
+from vision.inference.output import BatchOutput
+from vision.inference.suitability import picture_checks_of
+from vision.networks import MODELS, build_model
+from vision.precision import Precision, PrecisionChoice, autocast, resolve_precision
+from vision.preprocess import check_pixels, scale_pixels, to_tensor
+
+GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1}
+"""Largest difference to the golden logits, as a share of the largest of them (or of 1, if that is larger)."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedModel:
+    """A bundle's network, ready to answer. Make one with `load_model`."""
+
+    engine = "torch"
+
+    def __init__(self, bundle: Bundle, network: nn.Module, precision: Precision, device: str) -> None:
+        self._document = bundle.document
+        self._golden = bundle.golden()
+        self._device = device
+        self._features = _prepared(network.get_submodule("features"), precision, device)
+        self._head = network.get_submodule("head").to(device)
+        self._closed_form: ClosedForm | None = closed_form_of(self._head)
+        self.checks = picture_checks_of(bundle)
+        self._first = _first_of(network, device) if self.checks is not None and self.checks.early is not None else None
+        self.model_id = bundle.id
+        self.precision: Precision = precision
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """Classes, in the order of every output."""
+        return self._document.taxonomy
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the network sees."""
+        return self._document.geometry
+
+    @property
+    def target_layer(self) -> str:
+        """The layer whose output the Grad-CAM maps weigh."""
+        return MODELS[self._document.architecture.name].target_layer
+
+    @property
+    def gradcam_is_exact(self) -> bool:
+        """True if Grad-CAM comes from the closed form, without a backward pass."""
+        return self._closed_form is not None
+
+    def predict(self, pixels: UInt8Array, *, gradcam: bool = False) -> BatchOutput:
+        """Answer for a batch of pictures, in one forward pass.
+
+        Args:
+            pixels: [N, S, S, 3], N >= 0.
+            gradcam: compute the maps of all classes as well.
+        Returns:
+            Logits, calibrated probabilities, and maps if they were asked for.
+        Raises:
+            ContractError: the pixels do not have the model's geometry.
+        """
+        check_pixels(pixels, self.geometry.side_px)
+        with torch.inference_mode():
+            inputs = self._inputs(pixels)
+            features = self._feature_map(inputs)
+            logits: Tensor = self._head(features)
+            maps = self._maps(features, logits) if gradcam else None
+            ood_scores = self._ood_scores(inputs, features)
+        logits_array = np.asarray(logits.cpu().numpy(), dtype=np.float32)
+        probabilities = apply_calibration(logits_array, self._document.calibration)
+        return BatchOutput(
+            logits_array,
+            probabilities,
+            num_threads=torch.get_num_threads(),
+            maps=None if maps is None else maps.contiguous().cpu().numpy(),
+            ood_scores=ood_scores,
+        )
+
+    def describe(self, pixels: UInt8Array) -> Float32Array:
+        """Describe pictures by a vector each, the pooled features of the last stage.
+
+        Args:
+            pixels: [N, S, S, 3], N >= 0.
+        Returns:
+            [N, D]; not finite where the network's features are not.
+        Raises:
+            ContractError: the pixels do not have the model's geometry.
+        """
+        check_pixels(pixels, self.geometry.side_px)
+        with torch.inference_mode():
+            vectors = pooled_features(self._feature_map(self._inputs(pixels)))
+        return np.asarray(vectors.cpu().numpy(), dtype=np.float32)
+
+    def dropout_samples(self, pixels: UInt8Array, passes: int, *, dropout: float = 0.2, seed: int = 0) -> FloatArray:
+        """Answer several times, each time with other channels of the last stage dropped (Gal and Ghahramani 2016).
+
+        Args:
+            pixels: [N, S, S, 3], N >= 0.
+            passes: how often, at least 1.
+            dropout: share of channels dropped, 0 to below 1; the others are scaled up.
+            seed: of the draws. A pass drops the same channels for all pictures.
+        Returns:
+            [passes, N, C] calibrated probabilities; NaN throughout a row whose logits are not finite.
+        Raises:
+            ContractError: the pixels do not have the model's geometry.
+        """
+        check_pixels(pixels, self.geometry.side_px)
+        chance = torch.Generator().manual_seed(seed)
+        answers = []
+        with torch.inference_mode():
+            features = self._feature_map(self._inputs(pixels))
+            for _ in range(passes):
+                kept = torch.rand(features.shape[1], generator=chance) >= dropout
+                mask = (kept.float() / (1.0 - dropout)).to(features.device)[None, :, None, None]
+                logits = np.asarray(self._head(features * mask).cpu().numpy(), dtype=np.float32)
+                answers.append(apply_calibration(logits, self._document.calibration))
+        return np.stack(answers)
+
+    def explain(self, pixels: UInt8Array, method: str, target: IntArray) -> Float32Array:
+        """Explain one class per picture with a named method.
+
+        Args:
+            pixels: [N, S, S, 3], N >= 1.
+            method: a name in `vision.explanations.methods.METHODS`.
+            target: [N] class indices.
+        Returns:
+            [N, h, w]; the size depends on the method. Grad-CAM is not negative, the others are signed.
+        Raises:
+            ContractError: the pixels do not fit, the method is unknown, or a gradient is asked of a bf16 model.
+        """
+        if method not in METHODS:
+            raise ContractError(f"unknown explanation {method!r}; there are {', '.join(METHODS)}")
+        function = METHODS[method].function
+        if function is None:
+            every_class = np.asarray(self.predict(pixels, gradcam=True).maps, dtype=np.float32)
+            return np.asarray(every_class[np.arange(len(target)), target])
+        if self.precision != "fp32":
+            raise ContractError(f"{method} differentiates and needs a model loaded with precision fp32")
+        check_pixels(pixels, self.geometry.side_px)
+        network = nn.Sequential(self._features, self._head)
+        maps = function(network, self._inputs(pixels), torch.from_numpy(target).to(self._device))
+        return np.asarray(maps.cpu().numpy(), dtype=np.float32)
+
+    def check_golden(self) -> float:
+        """Compare the answers for the bundle's golden pictures with the stored ones.
+
+        Returns:
+            The largest absolute difference of a logit.
+        Raises:
+            IntegrityError: it is above the tolerance of this precision (`GOLDEN_TOLERANCE`), or not finite.
+        """
+        difference, allowed = self._golden_difference()
+        if not difference <= allowed:
+            raise IntegrityError(
+                f"model {self.model_id[:12]} answers its golden pictures {difference:.3g} away from what was stored "
+                f"(allowed in {self.precision}: {allowed:.3g}); it must not be served"
+            )
+        return difference
+
+    def _golden_difference(self) -> tuple[float, float]:
+        """Return the largest absolute difference of a golden logit, and the largest that is allowed."""
+        expected = self._golden["logits"]
+        difference = float(np.abs(self.predict(self._golden["inputs"]).logits - expected).max())
+        return difference, GOLDEN_TOLERANCE[self.precision] * max(1.0, float(np.abs(expected).max()))
+
+    def _survives_its_precision(self) -> bool:
+        difference, allowed = self._golden_difference()
+        return difference <= allowed
+
+    @property
+    def faithfulness(self) -> dict[str, Any] | None:
+        """What the bundle says of its Grad-CAM maps, measured when it was made; None if it says nothing."""
+        found = self._document.explanation.get("faithfulness")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def network(self) -> nn.Module:
+        """Pictures to logits, for methods that differentiate; nobody may change it."""
+        return nn.Sequential(self._features, self._head)
+
+    def inputs(self, pixels: UInt8Array) -> Tensor:
+        """Return what the network sees, [N, 3, S, S]; ContractError if the pixels do not fit."""
+        check_pixels(pixels, self.geometry.side_px)
+        return self._inputs(pixels)
+
+    def feature_map(self, pixels: UInt8Array) -> tuple[Tensor, nn.Module]:
+        """Return the target layer's output [N, K, h, w] and the head that follows it."""
+        with torch.inference_mode():
+            return self._feature_map(self.inputs(pixels)), self._head
+
+    def _inputs(self, pixels: UInt8Array) -> Tensor:
+        return scale_pixels(to_tensor(pixels).to(self._device), self.geometry)
+
+    def _feature_map(self, inputs: Tensor) -> Tensor:
+        with autocast(self.precision, self._device):
+            features: Tensor = self._features(inputs)
+        return features.float()
+
+    def _ood_scores(self, inputs: Tensor, features: Tensor) -> FloatArray | None:
+        if self.checks is None:
+            return None
+        early = early_statistics(self._first, inputs).cpu().numpy() if self._first is not None else None
+        return self.checks.ood_scores(pooled_features(features).cpu().numpy(), early)
+
+    def _maps(self, features: Tensor, logits: Tensor) -> Tensor:
+        if self._closed_form is not None:
+            maps = self._closed_form.maps(features)
+        else:
+            classes = range(logits.shape[1])
+            maps = torch.stack([head_gradcam(self._head, features, _constant(logits, c)) for c in classes], dim=1)
+        maps[~torch.isfinite(logits).all(dim=1)] = torch.nan
+        return maps
+
+
+def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: str = "cpu") -> LoadedModel:
+    """Build a bundle's network, load its weights and make it ready to answer.
+
+    Batch norm is folded where that is exact, memory is channels-last, and convolutions are stored in
+    the format they compute in.
+
+    Args:
+        bundle: whose files were checked.
+        precision: `auto` is bf16 where the hardware has it and this model keeps its golden answers in it
+            (rounding that a batch norm of small variance magnifies can cost too much), else fp32.
+        device: a torch device name.
+    Returns:
+        The model; call `check_golden` before it answers anybody.
+    Raises:
+        IntegrityError: the weights do not fit the architecture.
+        ConfigError: the architecture is not registered, or the precision unknown.
+    """
+    model = LoadedModel(bundle, plain_network(bundle), resolve_precision(precision, device), device)
+    if precision != "auto" or model.precision == "fp32" or model._survives_its_precision():
+        return model
+    logger.info("model %s computes in fp32: it loses too much in %s", bundle.id[:12], model.precision)
+    return LoadedModel(bundle, plain_network(bundle), "fp32", device)
+
+
+def plain_network(bundle: Bundle) -> nn.Module:
+    """Build a bundle's network as it was trained, in evaluation mode: fp32, nothing folded, nobody else's.
+
+    Args:
+        bundle: whose files were checked.
+    Returns:
+        The network, with the parts `features` and `head`.
+    Raises:
+        IntegrityError: the weights do not fit the architecture.
+    """
+    document = bundle.document
+    network = build_model(document.architecture.name, len(document.taxonomy.codes), **document.architecture.options)
+    load_weights(network, bundle.weights(), bundle.id)
+    return network.eval().requires_grad_(False)
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, NDArray[Any]], model_id: str) -> None:
+    """Copy stored weights into a network.
+
+    Args:
+        network: that has exactly these parameters and buffers.
+        weights: by name.
+        model_id: for the message.
+    Raises:
+        IntegrityError: a name is missing or unknown, or a shape differs.
+    """
+    try:
+        network.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise IntegrityError(f"the weights of model {model_id[:12]} do not fit its architecture: {reason}") from error
+
+
+def reference_logits(network: nn.Module, pixels: UInt8Array, geometry: Geometry) -> Float32Array:
+    """Compute logits the plain way: fp32, nothing folded. Golden logits are made with it.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        pixels: [N, S, S, 3].
+        geometry: of the network.
+    Returns:
+        [N, C].
+    """
+    check_pixels(pixels, geometry.side_px)
+    with torch.inference_mode():
+        return np.asarray(network(scale_pixels(to_tensor(pixels), geometry)).numpy(), dtype=np.float32)
+
+
+def _prepared(features: nn.Module, precision: Precision, device: str) -> nn.Module:
+    folded = fold_batch_norm(features).to(device).to(memory_format=torch.channels_last)
+    if precision == "bf16":
+        # Autocast would convert the weights anew in every call; batch norm that is left keeps its fp32 statistics.
+        for module in folded.modules():
+            if not isinstance(module, nn.BatchNorm2d) and next(module.children(), None) is None:
+                module.to(torch.bfloat16)
+    return folded.requires_grad_(False)
+
+
+def _first_of(network: nn.Module, device: str) -> nn.Module:
+    """Copy the first convolution as it was trained; in the folded network it is another one."""
+    return copy.deepcopy(first_convolution(network)).to(device).requires_grad_(False)
+
+
+def _constant(logits: Tensor, class_index: int) -> Tensor:
+    return torch.full((len(logits),), class_index, dtype=torch.int64, device=logits.device)

@@ -1,0 +1,97 @@
+"""Bootstrap by group within class: resample whole groups, keep the number of groups of each class.
+
+Pictures of one group (lesion, patient) are not independent, so the group is what is drawn. A
+resample is a row of weights: how often each group was drawn. Metrics that are functions of a
+confusion matrix then cost one matrix product for all resamples together. Equal seeds and equal
+groups give equal weights, so two models are compared pairwise by using the same weights.
+"""
+
+import numpy as np
+
+from records.arrays import Float32Array, FloatArray, IntArray
+from records.errors import ContractError
+
+NUM_RESAMPLES = 1000
+LEVEL = 0.95
+
+
+def group_strata(labels: IntArray, group_index: IntArray, num_classes: int) -> IntArray:
+    """Name the class that each group is resampled within.
+
+    A group with pictures of several classes belongs to its most frequent one, at a tie to the one
+    that fewer pictures have.
+
+    Args:
+        labels: [N] class indices.
+        group_index: [N], 0 to G - 1, every group at least once.
+        num_classes: C.
+    Returns:
+        [G] class indices.
+    """
+    counts = np.zeros((int(group_index.max()) + 1, num_classes))
+    np.add.at(counts, (group_index, labels), 1.0)
+    rarity = 1.0 / (1.0 + counts.sum(axis=0))
+    # Added weights stay under one picture, so they decide between equal counts only.
+    return np.asarray((counts + 0.5 * rarity / rarity.max()).argmax(axis=1), dtype=np.int64)
+
+
+def resample_weights(strata: IntArray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Float32Array:
+    """Draw bootstrap resamples of groups, with replacement within each stratum.
+
+    Args:
+        strata: [G] the stratum of each group.
+        num_resamples: R.
+        seed: of the generator.
+    Returns:
+        [R, G]: how often each group was drawn; within a stratum each row sums to the stratum's size.
+    """
+    generator = np.random.default_rng(seed)
+    weights = np.zeros((num_resamples, len(strata)), dtype=np.float32)
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        weights[:, members] = generator.multinomial(
+            len(members), np.full(len(members), 1.0 / len(members)), size=num_resamples
+        )
+    return weights
+
+
+def resampled_confusions(
+    labels: IntArray, predicted: IntArray, group_index: IntArray, weights: Float32Array, num_classes: int
+) -> FloatArray:
+    """Build the confusion matrix of every resample.
+
+    Args:
+        labels: [N] class indices.
+        predicted: [N] class indices.
+        group_index: [N], 0 to G - 1.
+        weights: [R, G] from `resample_weights`.
+        num_classes: C.
+    Returns:
+        [R, C, C]; row = truth, column = answer.
+    Raises:
+        ContractError: the groups do not fit the weights.
+    """
+    num_groups = weights.shape[1]
+    if len(group_index) and int(group_index.max()) >= num_groups:
+        raise ContractError(f"group index {int(group_index.max())} is outside the {num_groups} groups of the weights")
+    cells = num_classes**2
+    flat = group_index * cells + labels * num_classes + predicted
+    by_group = np.bincount(flat, minlength=num_groups * cells).reshape(num_groups, cells).astype(np.float32)
+    return (weights @ by_group).astype(np.float64).reshape(-1, num_classes, num_classes)
+
+
+def percentile_interval(values: FloatArray, level: float = LEVEL) -> FloatArray:
+    """Take the central interval of resampled values, leaving out resamples where they are undefined.
+
+    Args:
+        values: [R, ...], NaN = undefined in that resample.
+        level: share of the resamples inside, 0 to 1.
+    Returns:
+        [2, ...]: lower and upper end; NaN where no resample is defined.
+    """
+    tail = (1.0 - level) / 2
+    defined = ~np.isnan(values).all(axis=0)
+    ends = np.full((2, *values.shape[1:]), np.nan)
+    if defined.any():
+        ends[:, defined] = np.nanquantile(values[:, defined], [tail, 1.0 - tail], axis=0)
+    return ends

@@ -1,0 +1,199 @@
+"""Classification metrics on arrays, for one evaluation or for a stack of bootstrap resamples.
+
+In: labels [N] and probabilities [N, C], or confusion matrices [..., C, C] whose rows are the truth.
+Out: arrays in which NaN means "undefined, because there is no such case". NaN never leaves the
+room: `trainers.evaluation.evaluate` turns it into null with the reason.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from records.arrays import FloatArray, IntArray
+from records.errors import ContractError
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per-class rates, each [..., C]; NaN where the denominator is zero."""
+
+    sensitivity: FloatArray
+    specificity: FloatArray
+    precision: FloatArray
+    f1: FloatArray
+
+
+def check_probabilities(probabilities: FloatArray, num_classes: int | None = None) -> None:
+    """Refuse probabilities that are not a distribution per row.
+
+    Args:
+        probabilities: [N, C], rows sum to 1 within 1e-6.
+        num_classes: C, if it is known.
+    Raises:
+        ContractError: wrong shape, a value that is not finite or negative, or a sum that is not 1 (names the row).
+    """
+    if probabilities.ndim != 2 or (num_classes is not None and probabilities.shape[1] != num_classes):
+        raise ContractError(f"probabilities must be [N, {num_classes or 'C'}], got {list(probabilities.shape)}")
+    with np.errstate(invalid="ignore"):
+        bad = ~((np.abs(probabilities.sum(axis=1) - 1.0) <= 1e-6) & (probabilities >= 0).all(axis=1))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise ContractError(f"row {row} of {len(bad)} is not a probability distribution: {probabilities[row].tolist()}")
+
+
+def confusion_matrix(labels: IntArray, predicted: IntArray, num_classes: int) -> IntArray:
+    """Count cases by truth and answer.
+
+    Args:
+        labels: [N] class indices, 0 to C - 1.
+        predicted: [N] class indices, 0 to C - 1.
+        num_classes: C.
+    Returns:
+        [C, C]; row = truth, column = answer.
+    """
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_rates(confusion: NDArray[np.floating] | IntArray) -> Rates:
+    """Compute sensitivity TP/(TP+FN), specificity TN/(TN+FP), precision TP/(TP+FP) and F1 of every class.
+
+    Args:
+        confusion: [..., C, C]; row = truth, column = answer.
+    Returns:
+        The rates, one class against the rest.
+
+    >>> class_rates(np.array([[8, 2], [1, 9]])).sensitivity.tolist()
+    [0.8, 0.9]
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    cases = counts.sum(axis=-1)
+    answers = counts.sum(axis=-2)
+    others = counts.sum(axis=(-2, -1))[..., None] - cases
+    return Rates(
+        sensitivity=_ratio(hits, cases),
+        specificity=_ratio(others - (answers - hits), others),
+        precision=_ratio(hits, answers),
+        f1=_ratio(2.0 * hits, cases + answers),
+    )
+
+
+def balanced_accuracy(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+    """Average the sensitivity over the classes that have cases.
+
+    Args:
+        confusion: [..., C, C]; row = truth, column = answer.
+    Returns:
+        [...] in [0, 1]; NaN if there are no cases at all.
+    """
+    sensitivity = class_rates(confusion).sensitivity
+    present = ~np.isnan(sensitivity)
+    return _ratio(np.where(present, sensitivity, 0.0).sum(axis=-1), present.sum(axis=-1).astype(np.float64))
+
+
+def accuracy_of(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+    """Return the share of right answers, [...], of confusion matrices [..., C, C]; NaN if there are no cases."""
+    counts = np.asarray(confusion, dtype=np.float64)
+    return _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum(axis=(-2, -1)))
+
+
+def macro_f1(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+    """Average F1 = 2 TP / (2 TP + FP + FN) over the classes that have cases.
+
+    Args:
+        confusion: [..., C, C]; row = truth, column = answer.
+    Returns:
+        [...] in [0, 1]; NaN if there are no cases at all.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    present = counts.sum(axis=-1) > 0
+    f1 = np.where(present, np.nan_to_num(class_rates(counts).f1), 0.0)
+    return _ratio(f1.sum(axis=-1), present.sum(axis=-1).astype(np.float64))
+
+
+def one_vs_rest_auc(labels: IntArray, probabilities: FloatArray) -> FloatArray:
+    """Compute the area under each class's ROC curve (Mann-Whitney U, ties count one half).
+
+    Args:
+        labels: [N] class indices.
+        probabilities: [N, C].
+    Returns:
+        [C]; NaN for a class without cases or without other cases.
+    """
+    ranks = pd.DataFrame(probabilities).rank().to_numpy()
+    is_class = labels[:, None] == np.arange(probabilities.shape[1])
+    cases = is_class.sum(axis=0).astype(np.float64)
+    others = len(labels) - cases
+    rank_sum = (ranks * is_class).sum(axis=0)
+    return _ratio(rank_sum - cases * (cases + 1) / 2, cases * others)
+
+
+def expected_calibration_error(labels: IntArray, probabilities: FloatArray, num_bins: int = ECE_BINS) -> float:
+    """Average the gap between confidence and accuracy over equal-width bins of confidence.
+
+    Bins are (i/B, (i+1)/B], weighted by their share of the cases (Guo et al. 2017).
+
+    Args:
+        labels: [N] class indices, N >= 1.
+        probabilities: [N, C]; confidence is the largest of a row.
+        num_bins: B.
+    Returns:
+        A number in [0, 1].
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def reliability_bins(
+    labels: IntArray, probabilities: FloatArray, num_bins: int = ECE_BINS
+) -> list[tuple[float, float, int]]:
+    """Gather cases of about the same confidence.
+
+    Args:
+        labels: [N] class indices.
+        probabilities: [N, C]; confidence is the largest of a row.
+        num_bins: B, of equal width.
+    Returns:
+        (mean confidence, accuracy, cases) of every bin that holds any, by rising confidence.
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    return [
+        # Sorted, so that the sum does not depend on the order of the cases.
+        (
+            float(np.sort(confidence[bins == index]).mean()),
+            float(correct[bins == index].mean()),
+            int((bins == index).sum()),
+        )
+        for index in np.unique(bins)
+    ]
+
+
+def mean_by_unit(values: FloatArray, unit_index: IntArray) -> FloatArray:
+    """Average the rows that belong to one unit, for example the pictures of one lesion.
+
+    Args:
+        values: [N] or [N, C].
+        unit_index: [N], 0 to U - 1, every unit at least once.
+    Returns:
+        [U] or [U, C].
+    """
+    sizes = np.bincount(unit_index)
+    if values.ndim == 1:
+        return np.asarray(np.bincount(unit_index, weights=values) / sizes)
+    sums = np.stack([np.bincount(unit_index, weights=column) for column in values.T], axis=1)
+    return np.asarray(sums / sizes[:, None], dtype=np.float64)
+
+
+def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    defined = denominator > 0
+    undefined = np.full(np.shape(numerator), np.nan)
+    return np.asarray(np.divide(numerator, denominator, out=undefined, where=defined))

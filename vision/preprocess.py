@@ -1,0 +1,55 @@
+"""From decoded pixels to the network's input, in one place for training, inference and explanations.
+
+In: uint8 [N, S, S, 3]. Out: float32 [N, 3, S, S] in channels-last memory, scaled as the geometry says.
+It neither decodes nor crops; `images.decode` does.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from records.arrays import UInt8Array
+from records.bundles import Geometry
+from records.errors import ContractError
+
+
+def check_pixels(pixels: UInt8Array, side_px: int) -> None:
+    """Refuse pixels that are not what a network of this geometry sees.
+
+    Args:
+        pixels: [N, S, S, 3].
+        side_px: S.
+    Raises:
+        ContractError: another shape or type.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (side_px, side_px, 3):
+        raise ContractError(
+            f"pixels must be uint8 [N, {side_px}, {side_px}, 3], got {pixels.dtype} {list(pixels.shape)}"
+        )
+
+
+def to_tensor(pixels: UInt8Array) -> Tensor:
+    """Return pixels as a tensor; a read-only array (a memory map) is copied, others share memory."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+
+
+def scale_pixels(pixels: Tensor, geometry: Geometry) -> Tensor:
+    """Scale pixels to what the network sees.
+
+    `mean_std`: (value / 255 - mean) / std per channel. `min_max`: each picture's own range to 0..1;
+    a picture of one colour becomes 0.
+
+    Args:
+        pixels: uint8 [N, S, S, 3], on any device.
+        geometry: which scaling, with which mean and standard deviation.
+    Returns:
+        float32 [N, 3, S, S], channels-last.
+    """
+    planes = pixels.permute(0, 3, 1, 2).float()
+    if geometry.scaling == "min_max":
+        low = planes.amin(dim=(1, 2, 3), keepdim=True)
+        high = planes.amax(dim=(1, 2, 3), keepdim=True)
+        return (planes - low) / (high - low).clamp(min=1.0)
+    mean = torch.tensor(geometry.mean, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(geometry.std, device=pixels.device).view(1, 3, 1, 1)
+    return planes.mul_(1.0 / (255.0 * std)).sub_(mean / std)
