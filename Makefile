@@ -31,7 +31,7 @@ $(LABEL_STUDIO): $(INSTALLED) labeling/label_studio_requirements.lock
 	$(BIN)/relook label install
 	@touch $@
 
-demo: setup  ## the whole loop, one command; make demo DATA=folder takes your pictures
+demo: setup  ## the whole loop, one command; make demo DATA=folder takes your images
 	$(BIN)/relook demo $(if $(DATA),--data "$(DATA)")
 
 check: $(INSTALLED)  ## style, types, import directions, docstrings, deploy files, changelog

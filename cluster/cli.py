@@ -117,7 +117,7 @@ def status(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what there is: pictures, labels, models, what waits for experts, the last round."""
+    """Show what there is: images, labels, models, what waits for experts, the last round."""
     from cluster.status import report, survey
 
     found = survey(settings_of(ctx, config, preset, sets).records)

@@ -23,7 +23,7 @@ from records.types import AuditEvent, Image, ModelStatus, RoundStep, Side
 from trainers.evaluation.evaluate import GUARDED_SIDES, SidePredictions, predict_side
 from trainers.evaluation.sanity import randomisation_similarity
 
-SANITY_PICTURES = 32
+SANITY_IMAGES = 32
 AGE_BANDS = ((0, 40), (40, 60), (60, 131))
 
 
@@ -56,12 +56,12 @@ def judge(store: Store, settings: Settings, challenger: Bundle, dataset: Dataset
 
 
 def slices_of(images: Sequence[Image]) -> list[Slice]:
-    """Cut pictures by age, sex, body site, device and institution.
+    """Cut images by age, sex, body site, device and institution.
 
     Args:
         images: [N].
     Returns:
-        Slices with at least one picture; pictures of which a field is not known are in no slice of it.
+        Slices with at least one image; images of which a field is not known are in no slice of it.
     """
     members: dict[str, BoolArray] = defaultdict(lambda: np.zeros(len(images), dtype=np.bool_))
     for row, image in enumerate(images):
@@ -87,8 +87,8 @@ def count_looks(store: Store) -> dict[str, int]:
 
 
 def _map_similarity(store: Store, bundle: Bundle, dataset: DatasetVersion, seed: int) -> float | None:
-    """Compare heat maps of validation pictures with those of the same network with random weights."""
-    image_ids = [str(image_id) for image_id in dataset.side(Side.VAL)["image_id"][:SANITY_PICTURES]]
+    """Compare heat maps of validation images with those of the same network with random weights."""
+    image_ids = [str(image_id) for image_id in dataset.side(Side.VAL)["image_id"][:SANITY_IMAGES]]
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
     cache.ensure(store, image_ids)
     return randomisation_similarity(bundle, cache.rows(image_ids).take(np.arange(len(image_ids))), seed=seed)

@@ -14,13 +14,13 @@ from records.errors import ConfigError
 @label_app.command("select")
 def select_command(
     ctx: typer.Context,
-    budget: Annotated[int, typer.Option("--budget", min=1, help="How many pictures at most.")] = 40,
+    budget: Annotated[int, typer.Option("--budget", min=1, help="How many images at most.")] = 40,
     rule: Annotated[str, typer.Option("--rule", help="See `relook catalog acquisition_rules`.")] = "least_confidence",
     mix: Annotated[
         list[str] | None, typer.Option("--mix", help="RULE=N instead of --rule, as often as there are parts.")
     ] = None,
     pool: Annotated[
-        Path | None, typer.Option("--pool", help="Folder of unlabelled pictures; default: those in the store.")
+        Path | None, typer.Option("--pool", help="Folder of unlabelled images; default: those in the store.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help="Whose doubt counts.")] = "champion",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of rules with chance in them.")] = 0,
@@ -29,9 +29,9 @@ def select_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose what experts should see next; `relook label push` sends it. One picture per lesion at most."""
+    """Choose what experts should see next; `relook label push` sends it. One image per lesion at most."""
     from cluster.pool import take_in_folder
-    from cluster.selection import select_pictures
+    from cluster.selection import select_images
     from labeling.acquisition.registry import rule_named
     from records.models import find_bundle
     from records.store import open_store
@@ -47,7 +47,7 @@ def select_command(
         for sentence in refused:
             stderr.print(f"[yellow]{sentence}[/]")
         most = sum(parts.values()) if parts else budget
-        chosen = select_pictures(store, bundle, most, rule, among=among, mix=parts or None, seed=seed)
+        chosen = select_images(store, bundle, most, rule, among=among, mix=parts or None, seed=seed)
     found = {
         "selected": chosen,
         "rule": rule if not parts else None,
@@ -56,14 +56,14 @@ def select_command(
         "pool": None if among is None else len(among),
         "refused": refused,
     }
-    emit(as_json, found, f"{chosen} pictures wait for `relook label push`")
+    emit(as_json, found, f"{chosen} images wait for `relook label push`")
 
 
 @label_app.command("second-opinions")
 def second_opinions_command(
     ctx: typer.Context,
     budget: Annotated[int, typer.Option("--budget", min=1, help="How many questions at most.")] = 40,
-    model: Annotated[str, typer.Option("--model", help="Whose features describe the pictures.")] = "champion",
+    model: Annotated[str, typer.Option("--model", help="Whose features describe the images.")] = "champion",
     config: ConfigOption = None,
     preset: PresetOption = None,
     sets: SetOption = None,

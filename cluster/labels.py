@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from images.grouping import group_pictures
+from images.grouping import group_images
 from labeling.consensus import ConsensusMethod, resolve
 from records.store import Store
 from records.types import ExpertLabel, Image, ReasonCode, ResolvedLabel, ReviewItem
@@ -11,14 +11,14 @@ from records.types import ExpertLabel, Image, ReasonCode, ResolvedLabel, ReviewI
 def resolved_labels(
     store: Store, until: datetime | None = None, method: ConsensusMethod = "majority"
 ) -> list[ResolvedLabel]:
-    """Return what the readers of each picture together say.
+    """Return what the readers of each image together say.
 
     Args:
         store: with the labels.
         until: leave out what was read after this moment; default: everything that was ever pulled.
         method: setting `labeling.consensus`.
     Returns:
-        One entry per picture.
+        One entry per image.
     """
     with store.ledger.read() as tx:
         labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
@@ -32,16 +32,16 @@ def resolved_labels(
 
 
 def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[ResolvedLabel]:
-    """Return what blind readers say of the pictures that were drawn at random.
+    """Return what blind readers say of the images that were drawn at random.
 
-    A drawn picture counts whatever else was thought of it, or the sample would lack what is doubted and flagged;
+    A drawn image counts whatever else was thought of it, or the sample would lack what is doubted and flagged;
     what was answered to any other question about it does not.
 
     Args:
         store: with the labels.
         method: setting `labeling.consensus`.
     Returns:
-        One entry per picture that a blind question about a drawn answer was answered for.
+        One entry per image that a blind question about a drawn answer was answered for.
     """
     with store.ledger.read() as tx:
         labels = tx.find(ExpertLabel, where={"blind": True}, order_by=("created_at", "id"))
@@ -49,15 +49,15 @@ def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[Res
     return resolve([label for label in labels if label.review_item_id in drawn], drawn, method=method)
 
 
-def group_labelled_pictures(store: Store) -> int:
-    """Put pictures that experts labelled and that are in no group yet into groups.
+def group_labelled_images(store: Store) -> int:
+    """Put images that experts labelled and that are in no group yet into groups.
 
     Args:
-        store: with the pictures.
+        store: with the images.
     Returns:
         How many were grouped.
     """
     with store.ledger.read() as tx:
         labelled = {label.image_id for label in tx.find(ExpertLabel, where={"deleted": False})}
         waiting = [image.id for image in tx.find(Image, where={"group_id": None}) if image.id in labelled]
-    return group_pictures(store, waiting) if waiting else 0
+    return group_images(store, waiting) if waiting else 0

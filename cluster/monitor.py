@@ -1,8 +1,8 @@
 """`relook monitor`: how good the answers are that were really given, from the random audit sample alone.
 
-In: predictions of the audit sample and what blind readers (or later findings) said of those pictures. Out:
+In: predictions of the audit sample and what blind readers (or later findings) said of those images. Out:
 sensitivity and specificity of the key class (referred or not), and how far stated confidence is from
-being right, per model, institution and device. Each picture counts by one over the probability with
+being right, per model, institution and device. Each image counts by one over the probability with
 which it was drawn. Labels that came from doubt or flags are not looked at: they are no sample.
 
 The intervals hold at all times together (a confidence sequence by betting): one may look every day and
@@ -46,9 +46,9 @@ class Share(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    estimate: float | None = Field(description="empty without a picture")
+    estimate: float | None = Field(description="empty without an image")
     interval: tuple[float, float] = Field(description="holds at all times together, level 0.95")
-    pictures: int = Field(ge=0)
+    images: int = Field(ge=0)
 
 
 class LiveQuality(BaseModel):
@@ -84,7 +84,7 @@ def monitor(store: Store, audit_share: float) -> list[LiveQuality]:
         The whole, then each model, institution and device.
     """
     audited = _audited(store)
-    # An earlier, smaller setting may have drawn pictures at a smaller chance.
+    # An earlier, smaller setting may have drawn images at a smaller chance.
     largest = max([1 / audit_share if audit_share else 1.0, *(row.weight for row in audited)])
     groups: dict[tuple[str, str], list[Audited]] = defaultdict(list)
     for row in audited:
@@ -105,12 +105,12 @@ def monitor(store: Store, audit_share: float) -> list[LiveQuality]:
 
 def report(found: Sequence[LiveQuality]) -> Table:
     """Return the figures as a table for people."""
-    table = Table("", "sensitivity", "specificity", "right", "confidence - right", "pictures")
+    table = Table("", "sensitivity", "specificity", "right", "confidence - right", "images")
     for row in found:
         name = row.by if row.by == "all" else f"{row.by} {row.name[:12]}"
         gap = "" if row.confidence_gap is None else f"{row.confidence_gap:+.3f}"
         cells = [_cell(share) for share in (row.sensitivity, row.specificity, row.accuracy)]
-        table.add_row(name, *cells, gap, str(row.accuracy.pictures))
+        table.add_row(name, *cells, gap, str(row.accuracy.images))
     return table
 
 
@@ -126,7 +126,7 @@ def share_of(events: Sequence[bool] | BoolArray, weights: Sequence[float], large
     Args:
         events: [N] in the order in which they became known.
         weights: [N] over 0, one over the probability of being drawn.
-        largest: the largest weight that a picture could have had; it must not be chosen by looking at the data.
+        largest: the largest weight that an image could have had; it must not be chosen by looking at the data.
     Returns:
         The share; without an event nothing is known and the interval is (0, 1).
     Raises:
@@ -134,14 +134,14 @@ def share_of(events: Sequence[bool] | BoolArray, weights: Sequence[float], large
     """
     x, w = np.asarray(events, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if not len(x):
-        return Share(estimate=None, interval=(0.0, 1.0), pictures=0)
+        return Share(estimate=None, interval=(0.0, 1.0), images=0)
     if w.max() > largest * (1 + 1e-9):
         raise ContractError(f"a weight is {w.max():g}, and the largest possible one was said to be {largest:g}")
     scaled = w / largest
     kept = _GRID[np.log(1 / (1 - LEVEL)) > _log_wealth(x, scaled).max(axis=0)]
     estimate = float((w * x).sum() / w.sum())
     ends = (float(min(kept.min(), estimate)), float(max(kept.max(), estimate))) if len(kept) else (estimate, estimate)
-    return Share(estimate=estimate, interval=ends, pictures=len(x))
+    return Share(estimate=estimate, interval=ends, images=len(x))
 
 
 def _log_wealth(x: FloatArray, weights: FloatArray) -> FloatArray:

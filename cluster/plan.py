@@ -29,7 +29,7 @@ class RoundPlan(BaseModel):
     new_labels: int = Field(ge=0, description="expert labels since the last round began")
     trials: int = Field(ge=0, description="of the search; 0 if the last winner would be fitted")
     epochs: int = Field(ge=1, description="of the fit")
-    pictures: int = Field(ge=0, description="in the newest dataset version")
+    images: int = Field(ge=0, description="in the newest dataset version")
     champion: str | None
     waiting_questions: int = Field(ge=0, description="that the push would send, without those it selects")
     steps: list[str] = Field(description="a sentence per step")
@@ -60,12 +60,12 @@ def plan_round(store: Store, settings: Settings) -> RoundPlan:
     trials = settings.tuning.trials if searches else 0
     steps = [
         *([f"goes on after {done[-1]}"] if done else []),
-        f"collect and version: {labels} new labels over {newest[0].num_images if newest else 0} pictures",
+        f"collect and version: {labels} new labels over {newest[0].num_images if newest else 0} images",
         f"tune: {trials} trials ({why})" if searches else f"tune: none ({why})",
         f"fit: {settings.trainers.model}, {settings.trainers.epochs} epochs on {settings.trainers.num_workers} workers",
         "evaluate and gate: one audited look at each of the two sides",
         f"rollout: {'a person approves' if settings.round.approval == 'person' else 'automatic if the gate promotes'}",
-        f"select: up to {settings.round.select_budget} pictures",
+        f"select: up to {settings.round.select_budget} images",
         f"push: {waiting} questions wait"
         + ("" if _has_label_studio(store, settings) else ", no Label Studio is set up"),
     ]
@@ -76,7 +76,7 @@ def plan_round(store: Store, settings: Settings) -> RoundPlan:
         new_labels=labels,
         trials=trials,
         epochs=settings.trainers.epochs,
-        pictures=newest[0].num_images if newest else 0,
+        images=newest[0].num_images if newest else 0,
         champion=champion.id if champion else None,
         waiting_questions=waiting,
         steps=steps,

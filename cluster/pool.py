@@ -1,4 +1,4 @@
-"""The pictures to choose from: those in the store that nobody has named, or a folder that is taken in for it."""
+"""The images to choose from: those in the store that nobody has named, or a folder that is taken in for it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from images.cache import PixelCache
-from images.grouping import group_pictures
+from images.grouping import group_images
 from images.intake import Intake
 from labeling.acquisition.registry import Pool, rule_named
 from records.arrays import Float32Array
@@ -26,19 +26,19 @@ _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
 def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:
-    """Store the pictures of a folder that the ledger does not know yet; like an import, with consent for training.
+    """Store the images of a folder that the ledger does not know yet; like an import, with consent for training.
 
     Args:
         store: to store them in.
         folder: looked through with its subfolders.
         side_px: at which they are decoded into the cache.
     Returns:
-        Ids of the pictures in the folder that can be used, and one sentence for each that cannot.
+        Ids of the images in the folder that can be used, and one sentence for each that cannot.
     Raises:
-        DataError: there is no such folder, or not one picture in it can be used.
+        DataError: there is no such folder, or not one image in it can be used.
     """
     if not folder.is_dir():
-        raise DataError(f"--pool {str(folder)!r} is not a folder; name one with pictures")
+        raise DataError(f"--pool {str(folder)!r} is not a folder; name one with images")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     with store.ledger.read() as tx:
         known = {image.id: image for image in tx.find(Image)}
@@ -64,21 +64,21 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
         )
     if not usable:
         why = f"; first: {refused[0]}" if refused else "; put JPEG, PNG or WebP files into it"
-        raise DataError(f"not one picture of {str(folder)!r} can be used{why}")
+        raise DataError(f"not one image of {str(folder)!r} can be used{why}")
     fresh = [i for image_id, i in usable.items() if image_id not in known or known[image_id].expired_at is not None]
     with store.ledger.begin() as tx:
         make_way(tx, [image.id for image in fresh])
         tx.add(*fresh)
     if fresh:
-        group_pictures(store, [image.id for image in fresh])
+        group_images(store, [image.id for image in fresh])
     return list(usable), refused
 
 
 def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
-    """Return pictures that may be shown, have no diagnosis and are not already a question, at most 4096.
+    """Return images that may be shown, have no diagnosis and are not already a question, at most 4096.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         among: only these, of which there may be more.
     Returns:
         By id.
@@ -99,16 +99,16 @@ def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
 
 
 def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[str], *, seed: int = 0) -> Pool:
-    """Compute what rules need of pictures.
+    """Compute what rules need of images.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         model: whose doubt counts.
         images: to choose from.
         rules: names of the rules that will be asked.
         seed: of passes with dropout.
     Returns:
-        One row per picture, in their order.
+        One row per image, in their order.
     """
     needs = {need for rule in rules for need in rule_named(rule).needs}
     cache = PixelCache(store.home.cache, model.geometry.side_px)
@@ -135,7 +135,7 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
 
 
 def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Float32Array:
-    """Describe the pictures that have a label already, at most 2048 of them by id."""
+    """Describe the images that have a label already, at most 2048 of them by id."""
     images, labels = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, ExpertLabel)]
     labelled = sa.or_(*(sa.exists().where(column == images.c.id) for column in labels))
     query = sa.select(images.c.id).where(labelled, images.c.erased_at.is_(None)).order_by(images.c.id).limit(MAX_KNOWN)

@@ -12,8 +12,8 @@ from typing import Any
 from cluster.gate import Verdict
 from cluster.gate.page import report_page
 from cluster.judging import judge
-from cluster.labels import group_labelled_pictures, resolved_labels
-from cluster.selection import select_pictures
+from cluster.labels import group_labelled_images, resolved_labels
+from cluster.selection import select_images
 from cluster.session import ray_is_running
 from cluster.settings import Settings
 from labeling.connection import connect
@@ -60,7 +60,7 @@ class RoundContext:
 
 
 def collect(context: RoundContext) -> StepResult:
-    """Read what experts have said since the last time, and group the pictures that it is about."""
+    """Read what experts have said since the last time, and group the images that it is about."""
     client = connect(context.store.home, context.settings.labeling)
     if client is None:
         pulled, text = 0, "no Label Studio is set up, so only labels that are known already count"
@@ -69,7 +69,7 @@ def collect(context: RoundContext) -> StepResult:
         pulled, text = report.new_labels, f"{report.new_labels} new answers read from Label Studio"
     # What is read after this moment belongs to the next round, however often this one is resumed.
     known_until = utc_now().isoformat()
-    grouped = group_labelled_pictures(context.store)
+    grouped = group_labelled_images(context.store)
     return {"pulled": pulled, "grouped": grouped, "known_until": known_until, "text": text}
 
 
@@ -98,7 +98,7 @@ def version(context: RoundContext) -> StepResult:
         "held_out": len(report.held_out),
         "outranked": list(report.outranked),
         "without_consent": len(report.without_consent),
-        "text": f"dataset {report.version.id[:12]}: {report.version.num_images} pictures, "
+        "text": f"dataset {report.version.id[:12]}: {report.version.num_images} images, "
         f"{expert_labels} training labels from experts",
     }
 
@@ -198,7 +198,7 @@ def rollout(context: RoundContext) -> StepResult:
 
 
 def select(context: RoundContext) -> StepResult:
-    """Choose the unlabelled pictures that experts should see next."""
+    """Choose the unlabelled images that experts should see next."""
     with context.store.ledger.read() as tx:
         current = serving_model(tx)
     if current is None or context.settings.round.select_budget == 0:
@@ -206,11 +206,11 @@ def select(context: RoundContext) -> StepResult:
     bundle = find_bundle(context.store, current.id)
 
     def result(selected: int) -> StepResult:
-        return {"selected": selected, "text": f"{selected} pictures selected for experts"}
+        return {"selected": selected, "text": f"{selected} images selected for experts"}
 
     # In the transaction that writes the questions: a round that is resumed must not ask for as many again.
     return result(
-        select_pictures(
+        select_images(
             context.store,
             bundle,
             context.settings.round.select_budget,

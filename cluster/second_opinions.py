@@ -1,7 +1,7 @@
-"""Second opinions: recorded diagnoses of training pictures that the others contradict go back to the experts.
+"""Second opinions: recorded diagnoses of training images that the others contradict go back to the experts.
 
 A linear head on the champion's features is fitted again for each of five folds, whole groups at a time, so
-no picture is judged by what learned from its own lesion. What experts answer follows the ranks of
+no image is judged by what learned from its own lesion. What experts answer follows the ranks of
 labels: a click never replaces a histopathology result.
 """
 
@@ -28,7 +28,7 @@ def ask_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budget: i
     """Write review items for the training labels that are most probably wrong.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         bundle: whose features describe them.
         dataset_id: the version whose train side is looked through; no held-out side is touched.
         budget: how many at most, one per group.

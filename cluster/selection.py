@@ -1,4 +1,4 @@
-"""Choose the unlabelled pictures that experts should see next, and write them to the outbox with their heat maps."""
+"""Choose the unlabelled images that experts should see next, and write them to the outbox with their heat maps."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,7 +12,7 @@ from records.bundles import Bundle
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.store import Store
-from records.stored import read_picture
+from records.stored import read_image
 from records.types import Image, ReasonCode, ReviewItem
 from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import load_model
@@ -22,7 +22,7 @@ OVERLAY_SIDE_PX = 384
 DEFAULT_RULE = "least_confidence"
 
 
-def select_pictures(
+def select_images(
     store: Store,
     bundle: Bundle,
     budget: int,
@@ -33,17 +33,17 @@ def select_pictures(
     seed: int = 0,
     within: Callable[[Transaction, int], None] = lambda tx, selected: None,
 ) -> int:
-    """Write review items for the unlabelled pictures that a rule wants asked.
+    """Write review items for the unlabelled images that a rule wants asked.
 
-    At most one picture of a lesion is chosen. Answers that are not finite come first. However they are
+    At most one image of a lesion is chosen. Answers that are not finite come first. However they are
     chosen, the answers train and never evaluate: what earlier selections left is no random sample.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         bundle: the model whose doubt counts.
-        budget: how many pictures at most.
+        budget: how many images at most.
         rule: its name, unless there is a mix.
-        among: picture ids to choose from; default: all that the store has.
+        among: image ids to choose from; default: all that the store has.
         mix: how many by rule, instead of one rule and one budget.
         seed: of rules with chance in them.
         within: called with the transaction that writes the items and their number, if any are written.
@@ -81,8 +81,8 @@ def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: f
     overlay = None
     if finite and output.maps is not None:
         heat_map = output.maps[row, int(output.probabilities[row].argmax())]
-        picture = decode_square(read_picture(store, image), OVERLAY_SIDE_PX)
-        overlay = store.blobs.put(overlay_png(picture, heat_map))
+        pixels = decode_square(read_image(store, image), OVERLAY_SIDE_PX)
+        overlay = store.blobs.put(overlay_png(pixels, heat_map))
     return ReviewItem(
         id=new_id(),
         created_at=utc_now(),

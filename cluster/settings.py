@@ -22,7 +22,7 @@ MASK = "**********"
 # Where and how long things are kept, on what they run and when they begin: the same work elsewhere has the same hash.
 _PLACES: dict[str, bool | set[str]] = {
     "preset": True,
-    "records": {"home", "database", "blobs", "keep_pictures_days", "keep_predictions_days"},
+    "records": {"home", "database", "blobs", "keep_images_days", "keep_predictions_days"},
     "serving": {"host", "port"},
     "labeling": {"url", "token", "environment", "port", "webhook_url"},
     "cluster": True,
@@ -77,7 +77,7 @@ class RoundSettings(RoomSettings):
     approval: Literal["automatic", "person"] = Field(
         default="automatic", description="who lets a model that passed the gate serve"
     )
-    select_budget: int = Field(default=40, ge=0, description="pictures that a round proposes to the experts, pictures")
+    select_budget: int = Field(default=40, ge=0, description="images that a round proposes to the experts, images")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of everything random in a round")
     watch_labels: int = Field(default=50, ge=1, description="for --watch: new expert labels that start a round, labels")
     watch_days: float = Field(
@@ -138,12 +138,12 @@ class DemoSettings(RoomSettings):
     fit_images: int = Field(
         default=60_000,
         ge=1,
-        description="training pictures shown in one fit at most; on more data the demo trains fewer epochs, pictures",
+        description="training images shown in one fit at most; on more data the demo trains fewer epochs, images",
     )
     withhold_share: float = Field(
         default=0.15, gt=0, lt=0.9, description="share of training groups whose labels only the expert knows, 0 to 1"
     )
-    requests: int = Field(default=240, ge=1, description="pictures sent to the service, count")
+    requests: int = Field(default=240, ge=1, description="images sent to the service, count")
     concurrency: int = Field(default=4, ge=1, le=64, description="requests under way at once, count")
     retry_s: float = Field(
         default=0.0,
@@ -158,7 +158,7 @@ class DemoSettings(RoomSettings):
         default=0.05, ge=0, le=1, description="share the simulated expert gets wrong, 0 to 1"
     )
     cant_tell_rate: float = Field(default=0.05, ge=0, le=1, description="share the expert cannot tell, 0 to 1")
-    seed: int = Field(default=7, ge=0, lt=2**31, description="seed of the generated pictures, users and experts")
+    seed: int = Field(default=7, ge=0, lt=2**31, description="seed of the generated images, users and experts")
 
 
 class Settings(RoomSettings):

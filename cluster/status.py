@@ -83,10 +83,10 @@ def report(found: Survey) -> Table:
     table.add_row("home", found.home)
     if not found.exists:
         table.add_row(
-            "", "nothing here yet; `relook demo` plays the whole loop, `relook data import DIR` takes your pictures"
+            "", "nothing here yet; `relook demo` plays the whole loop, `relook data import DIR` takes your images"
         )
         return table
-    table.add_row("pictures", f"{found.images} in {found.datasets} dataset versions")
+    table.add_row("images", f"{found.images} in {found.datasets} dataset versions")
     table.add_row("models", _counts(found.models))
     table.add_row("in use", f"{found.serving[:12]} ({found.serving_status})" if found.serving else "no model yet")
     table.add_row("predictions", str(found.predictions))

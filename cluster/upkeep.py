@@ -16,7 +16,7 @@ from records.types import Image
 
 
 def retain(store: Store, advance: Callable[[int, int], None]) -> Retention:
-    """Delete served pictures and answers that are due.
+    """Delete served images and answers that are due.
 
     Args:
         store: with the settings.
@@ -32,40 +32,40 @@ def retain(store: Store, advance: Callable[[int, int], None]) -> Retention:
     return apply_retention(store, actor="relook retention", forget=forget, advance=advance)
 
 
-def pictures_to_erase(store: Store, image_ids: Sequence[str], patient_id: str | None) -> list[str]:
-    """Return the pictures that are meant, by id.
+def images_to_erase(store: Store, image_ids: Sequence[str], patient_id: str | None) -> list[str]:
+    """Return the images that are meant, by id.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         image_ids: whole ids.
-        patient_id: all pictures of this patient, too, named as imports and callers named them.
+        patient_id: all images of this patient, too, named as imports and callers named them.
     Returns:
         Their ids, those that are gone already included: erasing again finishes what a killed run left.
     Raises:
-        UnknownIdError: there is no such picture.
-        DataError: nothing was named, or no picture of this patient is here.
+        UnknownIdError: there is no such image.
+        DataError: nothing was named, or no image of this patient is here.
     """
     with store.ledger.read() as tx:
         found = {tx.require(Image, image_id).id for image_id in image_ids}
         if patient_id is not None:
             theirs = tx.find(Image, where={"patient_hash": patient_hash(store.home, patient_id)})
             if not theirs:
-                raise DataError("no picture of this patient is here; name pictures by their ids if it came without one")
+                raise DataError("no image of this patient is here; name images by their ids if it came without one")
             found |= {image.id for image in theirs}
     if not found:
-        raise DataError("name pictures by their whole ids, or a patient with --patient")
+        raise DataError("name images by their whole ids, or a patient with --patient")
     return sorted(found)
 
 
 def erase(store: Store, image_ids: Sequence[str], advance: Callable[[int], None]) -> list[Erasure]:
-    """Erase pictures on a person's request.
+    """Erase images on a person's request.
 
     Args:
-        store: with the pictures.
-        image_ids: of `pictures_to_erase`.
+        store: with the images.
+        image_ids: of `images_to_erase`.
         advance: hears how many are done.
     Returns:
-        What was removed, per picture.
+        What was removed, per image.
     Raises:
         UnavailableError: a blob cannot be removed; run it again.
     """
@@ -79,13 +79,13 @@ def erase(store: Store, image_ids: Sequence[str], advance: Callable[[int], None]
 
 def sentence(found: Retention, *, dry_run: bool) -> str:
     """Return what went or would go, for people."""
-    if found.pictures_before is None and found.predictions_before is None:
-        return "everything is kept; records.keep_pictures_days and records.keep_predictions_days say for how long"
+    if found.images_before is None and found.predictions_before is None:
+        return "everything is kept; records.keep_images_days and records.keep_predictions_days say for how long"
     lines, gone = [], "would go" if dry_run else "deleted"
-    if found.pictures_before is not None:
+    if found.images_before is not None:
         lines.append(
-            f"pictures last sent before {found.pictures_before:%Y-%m-%d %H:%M}: {found.pictures} with "
-            f"{found.overlays} heat maps {gone}, {found.pictures_needed} needed and kept"
+            f"images last sent before {found.images_before:%Y-%m-%d %H:%M}: {found.images} with "
+            f"{found.overlays} heat maps {gone}, {found.images_needed} needed and kept"
         )
     if found.predictions_before is not None:
         lines.append(

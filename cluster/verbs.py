@@ -19,7 +19,7 @@ app = typer.Typer()
 
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder in HAM10000's layout or with a table; default: generated pictures."),
+    typer.Option("--data", help="Folder in HAM10000's layout or with a table; default: generated images."),
 ]
 
 
@@ -90,7 +90,7 @@ def retention_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete served pictures and answers whose time is over and that nobody needs; the audit keeps what went."""
+    """Delete served images and answers whose time is over and that nobody needs; the audit keeps what went."""
     from cluster.upkeep import retain, sentence
     from records.retention import find_due
     from records.store import open_store
@@ -100,7 +100,7 @@ def retention_command(
         if dry_run:
             found = find_due(store)
         else:
-            task = bar.add_task("pictures and answers", total=None)
+            task = bar.add_task("images and answers", total=None)
             found = retain(store, lambda done, total: bar.update(task, completed=done, total=total))
     emit(as_json, {"dry_run": dry_run, **found.model_dump(mode="json")}, sentence(found, dry_run=dry_run))
 
@@ -108,9 +108,9 @@ def retention_command(
 @app.command("erase")
 def erase_command(
     ctx: typer.Context,
-    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Whole ids of pictures.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Whole ids of images.")] = None,
     patient: Annotated[
-        str | None, typer.Option("--patient", help="All pictures of this patient, named as they came.")
+        str | None, typer.Option("--patient", help="All images of this patient, named as they came.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which, and erase nothing.")] = False,
     config: ConfigOption = None,
@@ -118,17 +118,17 @@ def erase_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Erase pictures because a person asks: bytes, heat maps and what was said of the person; each is audited."""
-    from cluster.upkeep import erase, pictures_to_erase
+    """Erase images because a person asks: bytes, heat maps and what was said of the person; each is audited."""
+    from cluster.upkeep import erase, images_to_erase
     from records.store import open_store
 
     with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store, progress() as bar:
-        wanted = pictures_to_erase(store, images or (), patient)
-        task = bar.add_task("pictures", total=len(wanted))
+        wanted = images_to_erase(store, images or (), patient)
+        task = bar.add_task("images", total=len(wanted))
         erased = [] if dry_run else erase(store, wanted, lambda done: bar.update(task, completed=done))
     left = [one.left_in_place for one in erased if one.left_in_place is not None]
-    body = {"dry_run": dry_run, "pictures": wanted, "blobs": sum(one.blobs for one in erased), "left_in_place": left}
-    said = [f"{len(wanted)} pictures {'would be erased' if dry_run else 'are erased'}"]
+    body = {"dry_run": dry_run, "images": wanted, "blobs": sum(one.blobs for one in erased), "left_in_place": left}
+    said = [f"{len(wanted)} images {'would be erased' if dry_run else 'are erased'}"]
     said += wanted if dry_run else []
     said += [f"{path} was imported in place: delete it yourself" for path in left]
     emit(as_json, body, "\n".join(said))
@@ -149,5 +149,5 @@ def monitor_command(
     settings = settings_of(ctx, config, preset, sets)
     with closing(open_store(settings.records)) as store:
         found = monitor(store, settings.serving.audit_share)
-    empty = "no picture of the audit sample has an expert's answer yet; `relook label sync` brings answers in"
+    empty = "no image of the audit sample has an expert's answer yet; `relook label sync` brings answers in"
     emit(as_json, {"quality": [q.model_dump(mode="json") for q in found]}, report(found) if found else empty)

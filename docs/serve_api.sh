@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every line of the HTTP API with curl, against a running service; it stops at the first answer that is not as said.
 #   [WEBHOOK_SECRET="$(cat .relook/keys/webhook-secret)"] \
-#   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh PICTURE [CANDIDATE_MODEL [SIGNED_PATH]]
-# KEY needs the scope admin. It erases the picture that it sent, and takes its own rollout back.
+#   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh IMAGE [CANDIDATE_MODEL [SIGNED_PATH]]
+# KEY needs the scope admin. It erases the image that it sent, and takes its own rollout back.
 set -euo pipefail
-PICTURE=$1 CANDIDATE=${2:-} SIGNED=${3:-}
+IMAGE=$1 CANDIDATE=${2:-} SIGNED=${3:-}
 URL=${URL:-http://127.0.0.1:8000}
 body=$(mktemp) && trap 'rm -f "$body"' EXIT
 
@@ -34,27 +34,27 @@ call 200 GET  /docs
 call 200 GET  /openapi.json
 
 # answers: raw, in a form with its context, repeated with one key, many at once
-call 200 POST '/v1/predictions?explain=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+call 200 POST '/v1/predictions?explain=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 id=$(field id) image=$(field image_id)
-call 200 POST /v1/predictions -F "image=@$PICTURE" -F 'context={"age": 61, "localization": "back"};type=application/json'
+call 200 POST /v1/predictions -F "image=@$IMAGE" -F 'context={"age": 61, "localization": "back"};type=application/json'
 key="tour-$RANDOM-$RANDOM-$$"
-call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 first=$(field id)
-call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 [ "$(field id)" = "$first" ] || { echo "a repeated key gave another answer" >&2; exit 1; }
-call 200 POST /v1/predictions/batch -F "image=@$PICTURE" -F "image=@$PICTURE" \
+call 200 POST /v1/predictions/batch -F "image=@$IMAGE" -F "image=@$IMAGE" \
   -F 'context=[{"lesion_id": "L1"}, {"lesion_id": "L1"}];type=application/json'
 call 200 GET  "/v1/predictions/$id"
 call 200 GET  '/v1/predictions?decision=review&limit=5'
 
-# explanations of a stored answer, and of a picture that is not stored
+# explanations of a stored answer, and of an image that is not stored
 for method in gradcam integrated_gradients gradient_shap occlusion; do
   call 200 GET "/v1/predictions/$id/explanation?method=$method&target=mel"
 done
 call 200 GET  "/v1/predictions/$id/explanation?target=mel&versus=nv"
 call 200 GET  "/v1/predictions/$id/explanation?format=png"
 call 200 GET  "/v1/predictions/$id/explanation?format=npy"
-call 200 POST '/v1/explanations?method=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$PICTURE"
+call 200 POST '/v1/explanations?method=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 
 # what people say, and what came of it
 call 200 POST "/v1/predictions/$id/flags" "${JSON[@]}" -d '{"reason": "wrong_label", "suggested_label": "mel"}'
@@ -84,7 +84,7 @@ call 200 DELETE "/v1/images/$image"
 # what is refused is a problem document
 call 404 GET  /v1/predictions/00000000000000000000000000000000
 call 415 POST /v1/predictions -H 'Content-Type: image/jpeg' -d 'text'
-call 422 POST /v1/predictions -F "image=@$PICTURE" -F 'contxt={"consent": "none"}'
+call 422 POST /v1/predictions -F "image=@$IMAGE" -F 'contxt={"consent": "none"}'
 call 405 GET  /v1/predictions/batch
 KEY=nobody call 401 GET /v1/models
 echo "every line answered as it should"

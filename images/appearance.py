@@ -1,4 +1,4 @@
-"""What a picture looks like in ten numbers, without any network: colour, contrast, sharpness.
+"""What an image looks like in ten numbers, without any network: colour, contrast, sharpness.
 
 In: decoded pixels uint8 [N, S, S, 3], as the model sees them. Out: [N, 10], columns as `MEASURES` names
 them. What was fitted to these numbers is in `vision.inference.suitability`.
@@ -28,7 +28,7 @@ LIGHTNESS, SHARPNESS, FINE_SHARE = (MEASURES.index(n) for n in ("lightness", "lo
 
 
 def appearance(pixels: UInt8Array) -> FloatArray:
-    """Measure the colour, contrast and sharpness of pictures.
+    """Measure the colour, contrast and sharpness of images.
 
     Means and deviations are of CIE Lab in 8 bits. Sharpness is the deviation of the Laplacian (Pech-Pacheco et
     al. 2000), contour that of the Sobel gradient, the fine share their ratio: blur takes fine detail first.
@@ -36,17 +36,17 @@ def appearance(pixels: UInt8Array) -> FloatArray:
     Args:
         pixels: [N, S, S, 3], S at least 8.
     Returns:
-        [N, 10], columns as in `MEASURES`; finite for every picture, also one of a single colour.
+        [N, 10], columns as in `MEASURES`; finite for every image, also one of a single colour.
     """
     measured = np.empty((len(pixels), len(MEASURES)))
-    for row, picture in enumerate(pixels):
-        measured[row] = _measure(picture)
+    for row, image in enumerate(pixels):
+        measured[row] = _measure(image)
     return measured
 
 
-def _measure(picture: UInt8Array) -> list[float]:
-    mean, deviation = cv2.meanStdDev(cv2.cvtColor(picture, cv2.COLOR_RGB2LAB))
-    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+def _measure(image: UInt8Array) -> list[float]:
+    mean, deviation = cv2.meanStdDev(cv2.cvtColor(image, cv2.COLOR_RGB2LAB))
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     sharpness = _deviation(cv2.Laplacian(grey, cv2.CV_16S))
     contour = float(
         np.hypot(_deviation(cv2.Sobel(grey, cv2.CV_16S, 1, 0)), _deviation(cv2.Sobel(grey, cv2.CV_16S, 0, 1)))
@@ -65,6 +65,6 @@ def _measure(picture: UInt8Array) -> list[float]:
 
 
 def _deviation(filtered: NDArray[Any]) -> float:
-    # The outermost pixels see a mirrored border, which is no detail of the picture.
+    # The outermost pixels see a mirrored border, which is no detail of the image.
     _, deviation = cv2.meanStdDev(filtered[1:-1, 1:-1])
     return float(deviation[0, 0])

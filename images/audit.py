@@ -32,19 +32,19 @@ class _Part(BaseModel):
 
 
 class RandomSplit(_Part):
-    """What a random split of the pictures, with the same shares and a fixed seed, would have done."""
+    """What a random split of the images, with the same shares and a fixed seed, would have done."""
 
     seed: int
-    leaked_lesions: int = Field(description="lesions with pictures on more than one side")
+    leaked_lesions: int = Field(description="lesions with images on more than one side")
     test_images: int
-    leaked_test_images: int = Field(description="test pictures whose lesion is trained on")
-    leaked_test_share: float = Field(ge=0, le=1, description="the same as a share of the test pictures")
+    leaked_test_images: int = Field(description="test images whose lesion is trained on")
+    leaked_test_share: float = Field(ge=0, le=1, description="the same as a share of the test images")
 
 
 class NearDuplicates(_Part):
-    """A pair of pictures that are nearly the same."""
+    """A pair of images that are nearly the same."""
 
-    first: str = Field(description="the picture's name at its source, or its id")
+    first: str = Field(description="the image's name at its source, or its id")
     second: str
     bits: int = Field(ge=0, le=64, description="in how many bits the perceptual hashes differ")
     correlation: float
@@ -58,12 +58,12 @@ class AuditReport(_Part):
 
     dataset_id: str
     images: int
-    lesions: int = Field(description="a picture that names no lesion is its own")
+    lesions: int = Field(description="an image that names no lesion is its own")
     groups: int
-    classes: dict[str, int] = Field(description="pictures per class, in class order")
-    sides: dict[str, int] = Field(description="pictures per side")
+    classes: dict[str, int] = Field(description="images per class, in class order")
+    sides: dict[str, int] = Field(description="images per side")
     side_lesions: dict[str, int] = Field(description="lesions per side")
-    leaked_lesions: int = Field(description="lesions with pictures on more than one side")
+    leaked_lesions: int = Field(description="lesions with images on more than one side")
     near_duplicate_pairs: int
     label_conflicts: int = Field(description="rows refused for it, and lesions with two diagnoses in this version")
     quarantined: int = Field(description="rows of all imports that could not be used and still are not")
@@ -73,21 +73,21 @@ class AuditReport(_Part):
     conflicts: list[str] = Field(
         description="one sentence per label conflict, near-duplicates of two diagnoses included"
     )
-    quality_outliers: list[QualityOutlier] = Field(description="pictures that were taken unlike the rest")
+    quality_outliers: list[QualityOutlier] = Field(description="images that were taken unlike the rest")
 
 
 def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress | None = None) -> AuditReport:
     """Audit a dataset version.
 
     Args:
-        store: with its pictures.
+        store: with its images.
         dataset: the version.
-        progress: shown while pictures are decoded, if the cache was emptied.
+        progress: shown while images are decoded, if the cache was emptied.
     Returns:
         The report.
     Raises:
-        UnknownIdError: a picture of the version is not in the ledger.
-        DataError: a picture's file is gone or does not decode.
+        UnknownIdError: an image of the version is not in the ledger.
+        DataError: an image's file is gone or does not decode.
     """
     rows = dataset.rows
     images = find_images(store, rows["image_id"].tolist())
@@ -120,7 +120,7 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
             *dict.fromkeys(q.reason for q in open_rows if q.code == "label_conflict"),
             *two_diagnoses,
             *(
-                f"{p.first} and {p.second} are nearly the same picture with two diagnoses"
+                f"{p.first} and {p.second} are nearly the same image with two diagnoses"
                 for p in pairs
                 if not p.same_diagnosis
             ),
@@ -130,11 +130,11 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
 
 
 def count_leaked(lesions: "pd.Series[str]", sides: "pd.Series[str]") -> int:
-    """Count the lesions with pictures on more than one side.
+    """Count the lesions with images on more than one side.
 
     Args:
-        lesions: [N] lesion of each picture.
-        sides: [N] side of each picture.
+        lesions: [N] lesion of each image.
+        sides: [N] side of each image.
     Returns:
         The number; 0 is what a split must have.
     """
@@ -142,10 +142,10 @@ def count_leaked(lesions: "pd.Series[str]", sides: "pd.Series[str]") -> int:
 
 
 def split_at_random(lesions: "pd.Series[str]", seed: int = RANDOM_SPLIT_SEED) -> RandomSplit:
-    """Split pictures at random, as is often done, and count what leaks.
+    """Split images at random, as is often done, and count what leaks.
 
     Args:
-        lesions: [N] lesion of each picture.
+        lesions: [N] lesion of each image.
         seed: of the shuffle.
     Returns:
         What the split would have done.
@@ -184,7 +184,7 @@ def _near_duplicates(
 
 
 def _two_diagnoses(rows: pd.DataFrame, lesions: "pd.Series[str]") -> list[str]:
-    """Return a sentence for every lesion whose pictures have several diagnoses."""
+    """Return a sentence for every lesion whose images have several diagnoses."""
     labels = rows.groupby(lesions)["label"].unique()
     return [
         f"lesion {lesion} has the classes {' and '.join(sorted(found))}"

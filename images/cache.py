@@ -1,7 +1,7 @@
-"""The pixel cache: every picture decoded once, memory-mapped, shared by all trials and workers of a node.
+"""The pixel cache: every image decoded once, memory-mapped, shared by all trials and workers of a node.
 
 A cache of one side and one decode version is a folder of segments. A segment is two files: `NAME.u8`
-with N rows of S x S x 3 bytes, and `NAME.ids` with N picture ids of 32 bytes. Both are written under
+with N rows of S x S x 3 bytes, and `NAME.ids` with N image ids of 32 bytes. Both are written under
 a temporary name and moved, the ids last, so a segment that can be seen is whole. Two writers at
 worst store a row twice. The whole folder may be deleted at any time.
 """
@@ -25,7 +25,7 @@ from records.arrays import IntArray, UInt8Array
 from records.errors import ContractError, UnavailableError
 from records.ids import new_id
 from records.store import Store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 from records.types import Image
 
 SEGMENT_BYTES = 32 * 2**20
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PixelRows:
-    """Cached pixels of a list of pictures, in its order. It travels as paths, not as pixels.
+    """Cached pixels of a list of images, in its order. It travels as paths, not as pixels.
 
     Args:
         side_px: S.
@@ -89,7 +89,7 @@ class PixelRows:
 
 
 class PixelCache:
-    """The cache of one side. Opening it reads the ids only: 10,000 pictures take a few milliseconds.
+    """The cache of one side. Opening it reads the ids only: 10,000 images take a few milliseconds.
 
     Args:
         folder: the cache folder of the home.
@@ -105,11 +105,11 @@ class PixelCache:
         self._refresh()
 
     def __contains__(self, image_id: object) -> bool:
-        """Return whether the picture's pixels are here."""
+        """Return whether the image's pixels are here."""
         return image_id in self._place
 
     def __len__(self) -> int:
-        """Return how many pictures are cached."""
+        """Return how many images are cached."""
         return len(self._place)
 
     def missing(self, image_ids: Iterable[str]) -> list[str]:
@@ -118,10 +118,10 @@ class PixelCache:
         return [image_id for image_id in dict.fromkeys(image_ids) if image_id not in self._place]
 
     def append(self, image_ids: Sequence[str], pixels: UInt8Array) -> None:
-        """Add decoded pictures as one segment.
+        """Add decoded images as one segment.
 
         Args:
-            image_ids: [N] picture ids.
+            image_ids: [N] image ids.
             pixels: [N, S, S, 3].
         Raises:
             ContractError: the shapes do not fit.
@@ -140,18 +140,18 @@ class PixelCache:
         self._refresh()
 
     def ensure(self, store: Store, image_ids: Iterable[str], progress: Progress | None = None) -> int:
-        """Decode the pictures that are missing, and only those.
+        """Decode the images that are missing, and only those.
 
         Args:
-            store: with the pictures.
-            image_ids: of the pictures that are needed.
+            store: with the images.
+            image_ids: of the images that are needed.
             progress: a bar is added to it.
         Returns:
-            How many pictures were decoded. What is decoded before an error or a kill is kept.
+            How many images were decoded. What is decoded before an error or a kill is kept.
         Raises:
-            UnknownIdError: a picture is not in the ledger.
-            DataError: a picture's file is gone or does not decode.
-            IntegrityError: a picture's file was altered.
+            UnknownIdError: an image is not in the ledger.
+            DataError: an image's file is gone or does not decode.
+            IntegrityError: an image's file was altered.
         """
         missing = self.missing(image_ids)
         if not missing:
@@ -160,7 +160,7 @@ class PixelCache:
         images = find_images(store, missing)
 
         def decode(chunk: Sequence[Image]) -> UInt8Array:
-            return np.stack([decode_square(read_picture(store, image), self.side_px) for image in chunk])
+            return np.stack([decode_square(read_image(store, image), self.side_px) for image in chunk])
 
         task = progress.add_task(f"Decoding at {self.side_px} px", total=len(missing)) if progress else None
         writer = SegmentWriter(self)
@@ -175,26 +175,26 @@ class PixelCache:
         return len(missing)
 
     def rows(self, image_ids: Sequence[str]) -> PixelRows:
-        """Return the pixels of pictures, in the given order, without reading them.
+        """Return the pixels of images, in the given order, without reading them.
 
         Args:
             image_ids: [N], each cached; see `ensure`.
         Returns:
             N rows.
         Raises:
-            ContractError: a picture is not cached.
+            ContractError: an image is not cached.
         """
         absent = self.missing(image_ids)
         if absent:
-            raise ContractError(f"picture {absent[0][:12]} is not cached at {self.side_px} px; call ensure first")
+            raise ContractError(f"image {absent[0][:12]} is not cached at {self.side_px} px; call ensure first")
         places = np.array([self._place[image_id] for image_id in image_ids], dtype=np.int64).reshape(-1, 2)
         return PixelRows(self.side_px, tuple(self._paths), places[:, 0], places[:, 1])
 
     def pixels(self, image_id: str) -> UInt8Array:
-        """Return the pixels of one cached picture; safe from several threads.
+        """Return the pixels of one cached image; safe from several threads.
 
         Args:
-            image_id: of a picture that is cached.
+            image_id: of an image that is cached.
         Returns:
             [S, S, 3].
         """
@@ -219,7 +219,7 @@ class PixelCache:
         found = pixels_path.stat().st_size if pixels_path.is_file() else 0
         if rest or found != expected or not count:
             _log.warning(
-                "cache segment %s holds %d bytes for %d pictures where %d belong; it is thrown away and its pictures "
+                "cache segment %s holds %d bytes for %d images where %d belong; it is thrown away and its images "
                 "are decoded again",
                 pixels_path, found, count, expected,
             )  # fmt: skip
@@ -260,7 +260,7 @@ class SegmentWriter:
         """Add rows; they are on disk after the segment is full, or after `flush`.
 
         Args:
-            image_ids: [N] picture ids.
+            image_ids: [N] image ids.
             pixels: [N, S, S, 3].
         """
         self._ids.extend(image_ids)

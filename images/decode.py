@@ -1,10 +1,10 @@
-"""Turn the bytes of a picture into the square that models see.
+"""Turn the bytes of an image into the square that models see.
 
 In: the bytes of a JPEG, PNG or WebP file. Out: uint8 [S, S, 3], sRGB, upright, the centre of the
-picture with its shorter side resized to S. The result depends on the bytes, S and `DECODE_VERSION`
+image with its shorter side resized to S. The result depends on the bytes, S and `DECODE_VERSION`
 only, so that what was trained on and what is served are the same pixels.
 
-It does not scale to floats (a bundle's geometry says how) and does not judge picture quality.
+It does not scale to floats (a bundle's geometry says how) and does not judge image quality.
 """
 
 import io
@@ -17,11 +17,11 @@ from PIL import Image as PillowImage
 from PIL import ImageCms
 
 from records.arrays import UInt8Array
-from records.errors import ContractError, PictureError
-from records.pictures import FORMATS, sniff
+from records.errors import ContractError, ImageError
+from records.images import FORMATS, sniff
 
 DECODE_VERSION = 1
-"""Part of every cache key and bundle; to be raised whenever one pixel of one picture would change."""
+"""Part of every cache key and bundle; to be raised whenever one pixel of one image would change."""
 
 Box = tuple[float, float, float, float]
 
@@ -40,7 +40,7 @@ _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
 
 
 def decode_square(data: bytes, side_px: int) -> UInt8Array:
-    """Decode the centre square of a picture.
+    """Decode the centre square of an image.
 
     Args:
         data: a JPEG, PNG or WebP file.
@@ -48,14 +48,14 @@ def decode_square(data: bytes, side_px: int) -> UInt8Array:
     Returns:
         [S, S, 3], sRGB, upright.
     Raises:
-        PictureError: the bytes are not such a file, are cut off, or hold too many pixels.
+        ImageError: the bytes are not such a file, are cut off, or hold too many pixels.
         ContractError: S is below 1.
     """
     return decode_squares(data, (side_px,))[side_px]
 
 
 def decode_squares(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array]:
-    """Decode the centre square of a picture at several sides, sharing the work between them.
+    """Decode the centre square of an image at several sides, sharing the work between them.
 
     Args:
         data: a JPEG, PNG or WebP file.
@@ -63,7 +63,7 @@ def decode_squares(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array
     Returns:
         Side to [S, S, 3]; each equal to what `decode_square` gives for that side alone.
     Raises:
-        PictureError: the bytes are not such a file, are cut off, or hold too many pixels.
+        ImageError: the bytes are not such a file, are cut off, or hold too many pixels.
         ContractError: a side is below 1.
     """
     if not sides_px or min(sides_px) < 1:
@@ -73,23 +73,23 @@ def decode_squares(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array
     by_scale: dict[int, tuple[PillowImage.Image, Box]] = {}
     try:
         for side_px in sides_px:
-            picture = PillowImage.open(io.BytesIO(data), formats=FORMATS)
-            scale = _draft_scale(picture, side_px)
+            image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
+            scale = _draft_scale(image, side_px)
             if scale not in by_scale:
-                box = _load(picture, scale)
-                by_scale[scale] = _plain_mode(picture), box
-            squares[side_px] = _finish(_centre(*by_scale[scale], side_px), picture)
+                box = _load(image, scale)
+                by_scale[scale] = _plain_mode(image), box
+            squares[side_px] = _finish(_centre(*by_scale[scale], side_px), image)
     except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning) as error:
-        raise PictureError("the picture has too many pixels; send a smaller one", "too_many_pixels") from error
+        raise ImageError("the image has too many pixels; send a smaller one", "too_many_pixels") from error
     except _DAMAGE as error:
-        raise PictureError(
-            "the picture is damaged or cut off and cannot be decoded; send an undamaged file", "damaged"
+        raise ImageError(
+            "the image is damaged or cut off and cannot be decoded; send an undamaged file", "damaged"
         ) from error
     return squares
 
 
-def decode_picture(data: bytes, max_side_px: int | None = None) -> UInt8Array:
-    """Decode a whole picture, as a person should see it.
+def decode_image(data: bytes, max_side_px: int | None = None) -> UInt8Array:
+    """Decode a whole image, as a person should see it.
 
     Args:
         data: a JPEG, PNG or WebP file.
@@ -97,57 +97,57 @@ def decode_picture(data: bytes, max_side_px: int | None = None) -> UInt8Array:
     Returns:
         [H, W, 3], sRGB, upright.
     Raises:
-        PictureError: the bytes are not such a file, are cut off, or hold too many pixels.
+        ImageError: the bytes are not such a file, are cut off, or hold too many pixels.
     """
     sniff(data)
     try:
-        picture = PillowImage.open(io.BytesIO(data), formats=FORMATS)
-        longer_px = max(picture.size)
+        image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
+        longer_px = max(image.size)
         factor = 1.0 if max_side_px is None else min(1.0, max_side_px / longer_px)
-        wanted = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        box = _load(picture, _draft_scale(picture, min(wanted)))
-        plain = _plain_mode(picture)
+        wanted = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        box = _load(image, _draft_scale(image, min(wanted)))
+        plain = _plain_mode(image)
         if plain.size != wanted:
             plain = plain.resize(wanted, PillowImage.Resampling.BICUBIC, box=box)
-        return _finish(plain, picture)
+        return _finish(plain, image)
     except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning) as error:
-        raise PictureError("the picture has too many pixels; send a smaller one", "too_many_pixels") from error
+        raise ImageError("the image has too many pixels; send a smaller one", "too_many_pixels") from error
     except _DAMAGE as error:
-        raise PictureError(
-            "the picture is damaged or cut off and cannot be decoded; send an undamaged file", "damaged"
+        raise ImageError(
+            "the image is damaged or cut off and cannot be decoded; send an undamaged file", "damaged"
         ) from error
 
 
-def _draft_scale(picture: PillowImage.Image, side_px: int) -> int:
+def _draft_scale(image: PillowImage.Image, side_px: int) -> int:
     """Return by how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8."""
-    if picture.format not in ("JPEG", "MPO"):
+    if image.format not in ("JPEG", "MPO"):
         return 1
-    ratio = min(picture.size) // side_px
+    ratio = min(image.size) // side_px
     return next((scale for scale in (8, 4, 2) if ratio >= scale), 1)
 
 
-def _load(picture: PillowImage.Image, scale: int) -> Box:
-    """Decode; return the part of the decoded picture that is picture and not padding."""
-    width_px, height_px = picture.size
+def _load(image: PillowImage.Image, scale: int) -> Box:
+    """Decode; return the part of the decoded image that is image and not padding."""
+    width_px, height_px = image.size
     if scale > 1:
-        picture.draft(None, (width_px // scale, height_px // scale))
-    picture.load()
+        image.draft(None, (width_px // scale, height_px // scale))
+    image.load()
     return (0.0, 0.0, width_px / scale, height_px / scale)
 
 
-def _plain_mode(picture: PillowImage.Image) -> PillowImage.Image:
-    """Bring a decoded picture to L, RGB or CMYK; a see-through one is laid on white."""
-    if picture.mode.startswith("I;16"):
-        return PillowImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        return PillowImage.fromarray((np.asarray(picture).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        see_through = picture.convert("RGBA")
+def _plain_mode(image: PillowImage.Image) -> PillowImage.Image:
+    """Bring a decoded image to L, RGB or CMYK; a see-through one is laid on white."""
+    if image.mode.startswith("I;16"):
+        return PillowImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        return PillowImage.fromarray((np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        see_through = image.convert("RGBA")
         white = PillowImage.new("RGBA", see_through.size, (255, 255, 255, 255))
         return PillowImage.alpha_composite(white, see_through).convert("RGB")
-    if picture.mode in ("L", "RGB", "CMYK"):
-        return picture
-    return picture.convert("L" if picture.mode == "1" else "RGB")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _centre(plain: PillowImage.Image, box: Box, side_px: int) -> PillowImage.Image:
@@ -162,7 +162,7 @@ def _centre(plain: PillowImage.Image, box: Box, side_px: int) -> PillowImage.Ima
 def _finish(plain: PillowImage.Image, source: PillowImage.Image) -> UInt8Array:
     """Apply the colour profile and the orientation that the source carries.
 
-    It comes last: on the small picture both cost next to nothing and give the same result.
+    It comes last: on the small image both cost next to nothing and give the same result.
     """
     upright = _to_srgb(plain, source.info.get("icc_profile"))
     transpose = _TRANSPOSES.get(_orientation(source))
@@ -192,13 +192,13 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             flags=ImageCms.Flags.NOCACHE,  # without a cache, threads may share the transform
         )
     except (ImageCms.PyCMSError, *_DAMAGE):
-        # A damaged profile, or one for another kind of colours, is no reason to refuse the picture.
+        # A damaged profile, or one for another kind of colours, is no reason to refuse the image.
         return None
 
 
-def _orientation(picture: PillowImage.Image) -> int:
+def _orientation(image: PillowImage.Image) -> int:
     try:
-        value = picture.getexif().get(_ORIENTATION_TAG, 1)
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DAMAGE:
         # An EXIF block that cannot be read turns nothing; the pixels are still good.
         return 1

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from images.resuming import ResumingDownloader
 from records.errors import ConfigError, DataError, IntegrityError, UnavailableError
 
-PICTURES_SUFFIX = ".jpg"
+IMAGES_SUFFIX = ".jpg"
 _WAITS_S = (1.0, 2.0, 4.0, 8.0)
 _HEADROOM_BYTES = 100 * 2**20
 
@@ -67,14 +67,14 @@ class DownloadReport:
         folder: that can be imported now.
         fetched: names of the files that were fetched now.
         present: names of those that were complete before.
-        pictures: in the folders of the archives.
+        images: in the folders of the archives.
         seconds: how long it took.
     """
 
     folder: Path
     fetched: list[str]
     present: list[str]
-    pictures: int
+    images: int
     seconds: float
 
     def as_dict(self) -> dict[str, object]:
@@ -119,7 +119,7 @@ def download(
         ConfigError: the base URL is none.
         UnavailableError: the server refuses or keeps breaking off, or the disk is too small; what came is kept.
         IntegrityError: a file is not what was published; it is thrown away.
-        DataError: the folder cannot be written, or an archive holds something else than pictures.
+        DataError: the folder cannot be written, or an archive holds something else than images.
     """
     started = time.monotonic()
     if not base_url.startswith(("https://", "http://")):
@@ -137,10 +137,10 @@ def download(
                 _unpack(file, fetched, folder, progress)
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error.strerror or error}); choose another folder") from error
-    pictures = sum(len(list(_pictures_folder(f, folder).glob(f"*{PICTURES_SUFFIX}"))) for f in files if f.is_archive)
+    images = sum(len(list(_images_folder(f, folder).glob(f"*{IMAGES_SUFFIX}"))) for f in files if f.is_archive)
     fetched_names = [file.name for file in missing]
     present = [file.name for file in files if file.name not in fetched_names]
-    return DownloadReport(folder, fetched_names, present, pictures, time.monotonic() - started)
+    return DownloadReport(folder, fetched_names, present, images, time.monotonic() - started)
 
 
 def _fetch(
@@ -190,13 +190,13 @@ def _require_space(missing: list[RemoteFile], folder: Path) -> None:
 
 
 def _unpack(file: RemoteFile, archive: Path, folder: Path, progress: Progress | None) -> None:
-    """Unpack the pictures of a checked archive, flat, and remove the archive."""
-    target = _pictures_folder(file, folder)
+    """Unpack the images of a checked archive, flat, and remove the archive."""
+    target = _images_folder(file, folder)
     target.mkdir(exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as opened:
             # macOS adds folders of its own to archives; a name is never taken as a path.
-            members = [m for m in opened.infolist() if _is_picture(m.filename)]
+            members = [m for m in opened.infolist() if _is_image(m.filename)]
             task = progress.add_task(f"Unpacking {file.name}", total=len(members)) if progress else None
             for member in members:
                 place = target / Path(member.filename).name
@@ -208,19 +208,19 @@ def _unpack(file: RemoteFile, archive: Path, folder: Path, progress: Progress | 
     except zipfile.BadZipFile as error:
         raise DataError(f"{archive} is no ZIP archive ({error}); delete it and run the same command again") from error
     if not members:
-        raise DataError(f"{archive} holds no {PICTURES_SUFFIX} pictures; it is not the archive that was expected")
+        raise DataError(f"{archive} holds no {IMAGES_SUFFIX} images; it is not the archive that was expected")
     _mark(file, folder).write_text(f"{file.md5}\n")
     archive.unlink()
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     path = Path(name)
-    return path.suffix.lower() == PICTURES_SUFFIX and not path.name.startswith(".") and "__MACOSX" not in path.parts
+    return path.suffix.lower() == IMAGES_SUFFIX and not path.name.startswith(".") and "__MACOSX" not in path.parts
 
 
-def _pictures_folder(file: RemoteFile, folder: Path) -> Path:
+def _images_folder(file: RemoteFile, folder: Path) -> Path:
     return folder / file.name.removesuffix(".zip")
 
 
 def _mark(file: RemoteFile, folder: Path) -> Path:
-    return _pictures_folder(file, folder) / ".complete"
+    return _images_folder(file, folder) / ".complete"

@@ -1,4 +1,4 @@
-"""Forget the decoded pixels of pictures that are gone from the store.
+"""Forget the decoded pixels of images that are gone from the store.
 
 The rows of a cache's segments are blanked where they lie, so that readers which have the segment
 mapped keep running; the id is blanked too, so that nobody finds the empty row.
@@ -11,13 +11,13 @@ _ID_BYTES = 32
 
 
 def forget_pixels(cache: Path, image_ids: Collection[str]) -> int:
-    """Blank pictures in every pixel cache of a home.
+    """Blank images in every pixel cache of a home.
 
     Args:
         cache: the cache folder of the home.
         image_ids: 64 hex characters each.
     Returns:
-        How many rows were blanked; 0 if none of the pictures was ever decoded here.
+        How many rows were blanked; 0 if none of the images was ever decoded here.
     """
     wanted = {bytes.fromhex(image_id) for image_id in image_ids}
     blanked = 0

@@ -1,4 +1,4 @@
-"""Which pictures belong together: links by lesion, patient and near-duplicate, and the groups they form.
+"""Which images belong together: links by lesion, patient and near-duplicate, and the groups they form.
 
 In: images of the ledger, or about to enter it. Out: links, near-duplicate pairs, and groups written in
 the caller's transaction. Which side a group is on is not decided here.
@@ -25,10 +25,10 @@ from records.types import LABEL_RANK, AnswerKind, Confirmation, ExpertLabel, Gro
 
 @dataclass(frozen=True)
 class NearPair:
-    """Two pictures that are nearly the same.
+    """Two images that are nearly the same.
 
     Args:
-        first: id of one picture.
+        first: id of one image.
         second: id of the other.
         bits: in how many of 64 bits their hashes differ.
         correlation: of their grey 64 px squares.
@@ -44,17 +44,17 @@ class NearPair:
     same_lesion: bool
 
 
-def group_pictures(store: Store, image_ids: Sequence[str]) -> int:
-    """Put pictures that are in the ledger into groups, by lesion, patient and near-duplicate links.
+def group_images(store: Store, image_ids: Sequence[str]) -> int:
+    """Put images that are in the ledger into groups, by lesion, patient and near-duplicate links.
 
     Args:
-        store: with the pictures.
-        image_ids: of pictures without a group; one that has a group keeps it.
+        store: with the images.
+        image_ids: of images without a group; one that has a group keeps it.
     Returns:
-        How many got a group. A picture whose links would join two sides gets none.
+        How many got a group. An image whose links would join two sides gets none.
     Raises:
-        UnknownIdError: a picture is not in the ledger.
-        DataError: a picture's file is gone or does not decode.
+        UnknownIdError: an image is not in the ledger.
+        DataError: an image's file is gone or does not decode.
     """
     newcomers = [i for i in find_images(store, list(dict.fromkeys(image_ids))) if i.group_id is None]
     if not newcomers:
@@ -68,7 +68,7 @@ def group_pictures(store: Store, image_ids: Sequence[str]) -> int:
 
 
 def grouped_images(store: Store) -> list[Image]:
-    """Return the pictures that are in a group and were not erased, by id."""
+    """Return the images that are in a group and were not erased, by id."""
     table = TABLES[Image]
     query = sa.select(table).where(table.c.group_id.is_not(None), table.c.erased_at.is_(None)).order_by(table.c.id)
     with store.ledger.read() as tx:
@@ -76,7 +76,7 @@ def grouped_images(store: Store) -> list[Image]:
 
 
 def known_diagnoses(store: Store) -> dict[str, str]:
-    """Return picture id to diagnosis: the strongest imported one, else the one that all its experts gave."""
+    """Return image id to diagnosis: the strongest imported one, else the one that all its experts gave."""
     said: dict[str, set[str]] = {}
     with store.ledger.read() as tx:
         for label in tx.find(ExpertLabel, where={"answer": AnswerKind.CLASS, "deleted": False}):
@@ -98,18 +98,18 @@ def near_pairs(
     beside: Sequence[Image] = (),
     progress: Progress | None = None,
 ) -> list[NearPair]:
-    """Find the near-duplicates among new pictures, and between them and known ones.
+    """Find the near-duplicates among new images, and between them and known ones.
 
     Args:
-        store: with the pictures; its 64 px cache is completed as far as needed.
-        newcomers: pictures in the ledger, or whose 64 px squares are cached.
-        diagnoses: picture id to diagnosis, as far as known.
-        beside: pictures that were compared with each other before.
-        progress: shown while pictures are decoded.
+        store: with the images; its 64 px cache is completed as far as needed.
+        newcomers: images in the ledger, or whose 64 px squares are cached.
+        diagnoses: image id to diagnosis, as far as known.
+        beside: images that were compared with each other before.
+        progress: shown while images are decoded.
     Returns:
-        The pairs, in the order of the pictures.
+        The pairs, in the order of the images.
     Raises:
-        DataError: a picture's file is gone or does not decode.
+        DataError: an image's file is gone or does not decode.
     """
     images = [*beside, *newcomers]
     cache = PixelCache(store.home.cache, HASH_SIDE_PX)
@@ -144,12 +144,12 @@ def _pair(first: Image, second: Image, bits: int, correlation: float, diagnoses:
 def write_groups(
     tx: Transaction, new_ids: Sequence[str], described: Sequence[Image], pairs: Iterable[NearPair]
 ) -> Placement:
-    """Place new pictures into groups, and write the groups that are new or that merge.
+    """Place new images into groups, and write the groups that are new or that merge.
 
     Args:
         tx: a write transaction.
-        new_ids: pictures without a group.
-        described: rows that name lesions and patients of new or known pictures; a picture may have several.
+        new_ids: images without a group.
+        described: rows that name lesions and patients of new or known images; an image may have several.
         pairs: near-duplicates; those with different diagnoses are no links.
     Returns:
         The placement. The caller writes it into the images.
@@ -177,7 +177,7 @@ def write_groups(
 
 
 def _links(field: str, described: Sequence[Image], known: Mapping[str | None, str]) -> list[tuple[str, str]]:
-    """Link each row to one picture, known or new, that has the same value in a field."""
+    """Link each row to one image, known or new, that has the same value in a field."""
     first = {value: image_id for value, image_id in known.items() if value is not None}
     links = []
     for image in described:
@@ -195,11 +195,11 @@ def _final(group_id: str, groups: Mapping[str, Group]) -> Group:
 
 
 def set_groups(tx: Transaction, group_of: Mapping[str, str]) -> None:
-    """Write the group of pictures that are in the ledger.
+    """Write the group of images that are in the ledger.
 
     Args:
         tx: a write transaction.
-        group_of: picture id to group id.
+        group_of: image id to group id.
     """
     if group_of:
         table = TABLES[Image]

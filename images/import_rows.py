@@ -24,14 +24,14 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row that can be used, with its stored picture. A label of None: a picture without a diagnosis."""
+    """A row that can be used, with its stored image. A label of None: an image without a diagnosis."""
 
     row: SourceRow
     taken: TakenIn
 
     @property
     def image_id(self) -> str:
-        """Id of the stored picture."""
+        """Id of the stored image."""
         return self.taken.image_id
 
 
@@ -40,8 +40,8 @@ class GroupFacts:
     """What drawing a side needs to know of a group.
 
     Args:
-        label: class of its first labelled picture.
-        splits: the sides that the table gives to its pictures.
+        label: class of its first labelled image.
+        splits: the sides that the table gives to its images.
     """
 
     label: str
@@ -49,13 +49,13 @@ class GroupFacts:
 
 
 def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[SourceRow], list[Refusal], list[str]]:
-    """Sort out the rows that cannot be used, before any picture is read.
+    """Sort out the rows that cannot be used, before any image is read.
 
     Args:
         rows: of the table.
         taxonomy: whose classes are known.
     Returns:
-        The rows to go on with, one per picture name; the refused ones; sentences about the rest.
+        The rows to go on with, one per image name; the refused ones; sentences about the rest.
     """
     refusals: list[Refusal] = []
     known: list[SourceRow] = []
@@ -66,7 +66,7 @@ def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[Sou
             refusals.append(Refusal(row.source_id, "unknown_class", reason))
         else:
             known.append(row)
-    in_conflict = _conflicts(known, lambda row: row.source_id, "picture")
+    in_conflict = _conflicts(known, lambda row: row.source_id, "image")
     in_conflict.update(_conflicts(known, lambda row: row.context["lesion_id"], "lesion"))
     kept: dict[str, SourceRow] = {}
     repeated = 0
@@ -74,17 +74,17 @@ def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[Sou
         if row.source_id in in_conflict:
             refusals.append(Refusal(row.source_id, "label_conflict", in_conflict[row.source_id]))
         elif row.path is None:
-            refusals.append(Refusal(row.source_id, "missing", row.problem or "there is no picture"))
+            refusals.append(Refusal(row.source_id, "missing", row.problem or "there is no image"))
         elif row.source_id in kept:
             repeated += 1
         else:
             kept[row.source_id] = row
-    notes = [f"{repeated} rows repeat the picture of another row and were read once"] if repeated else []
+    notes = [f"{repeated} rows repeat the image of another row and were read once"] if repeated else []
     return list(kept.values()), list(dict.fromkeys(refusals)), notes
 
 
 def merge_same_bytes(entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[str, str]], list[Refusal]]:
-    """Find names whose files are byte for byte the same picture.
+    """Find names whose files are byte for byte the same image.
 
     Args:
         entries: in the table's order.
@@ -101,7 +101,7 @@ def merge_same_bytes(entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[
         labels = sorted({entry.row.label for entry in alike if entry.row.label is not None})
         names = [entry.row.source_id for entry in alike]
         if len(labels) > 1:
-            reason = f"{' and '.join(names)} are the same picture with the classes {' and '.join(labels)}"
+            reason = f"{' and '.join(names)} are the same image with the classes {' and '.join(labels)}"
             refusals.extend(Refusal(name, "label_conflict", reason) for name in names)
             continue
         kept.extend(alike)
@@ -162,7 +162,7 @@ def pick_withheld(train_groups: Mapping[str, str], share: float, salt: str) -> s
 
 
 def _conflicts(rows: Sequence[SourceRow], key: Callable[[SourceRow], str | None], what: str) -> dict[str, str]:
-    """Return picture name to reason, for rows that share a key and have different classes."""
+    """Return image name to reason, for rows that share a key and have different classes."""
     labels: dict[str, Counter[str]] = {}
     for row in rows:
         value = key(row)

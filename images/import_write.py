@@ -1,4 +1,4 @@
-"""The one transaction that ends an import: pictures, groups, sides, labels, quarantine, audit event.
+"""The one transaction that ends an import: images, groups, sides, labels, quarantine, audit event.
 
 In: what was read and decoded. Out: ledger rows, all of them or none. What the ledger knows already stays
 as it is, so writing the same import again adds nothing but the audit event.
@@ -42,7 +42,7 @@ class Plan:
     Args:
         import_id: of the import.
         entries: rows that can be used.
-        images: their pictures, one per entry; two entries may be the same picture.
+        images: their images, one per entry; two entries may be the same image.
         pairs: near-duplicates.
         refusals: rows that cannot be used.
         withhold_share: share of the train-side groups whose labels are kept back.
@@ -65,10 +65,10 @@ class Written:
     """What was written.
 
     Args:
-        new_images: pictures that the ledger did not know.
-        group_of: picture id to group id; a picture that would have joined two sides is missing.
+        new_images: images that the ledger did not know.
+        group_of: image id to group id; an image that would have joined two sides is missing.
         side_of: group id to side, of the groups that have one.
-        withheld: entries whose label was kept back, one per picture.
+        withheld: entries whose label was kept back, one per image.
         quarantined: every row that could not be used, those of earlier runs of the same import included.
         notes: sentences about a given split.
     """
@@ -117,7 +117,7 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
 
 
 def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
-    """Write the pictures that are new, each in its group; name those that would join two sides."""
+    """Write the images that are new, each in its group; name those that would join two sides."""
     make_way(tx, {image.id for image in plan.images})
     table = TABLES[Image]
     known = dict(tx.connection.execute(sa.select(table.c.id, table.c.group_id)).all())
@@ -148,7 +148,7 @@ def _groups_of(tx: Transaction, plan: Plan) -> dict[str, str]:
 
 
 def _facts(plan: Plan, group_of: Mapping[str, str]) -> dict[str, GroupFacts]:
-    """Gather the labelled groups of the import; the first picture by id speaks for its group."""
+    """Gather the labelled groups of the import; the first image by id speaks for its group."""
     facts: dict[str, GroupFacts] = {}
     for entry in sorted(plan.entries, key=lambda entry: entry.image_id):
         group_id = group_of.get(entry.image_id)
@@ -178,7 +178,7 @@ def _known_labels(tx: Transaction) -> dict[str, list[_Label]]:
 
 
 def _conflicts(plan: Plan, known: Mapping[str, list[_Label]]) -> list[tuple[str, Refusal]]:
-    """Name the pictures that an equally strong label of another import contradicts."""
+    """Name the images that an equally strong label of another import contradicts."""
     conflicts = []
     for entry in plan.entries:
         rank = LABEL_RANK[entry.row.confirmation]
@@ -196,7 +196,7 @@ def _withheld(
     side_of: Mapping[str, Side],
     known: Mapping[str, list[_Label]],
 ) -> list[Entry]:
-    """Choose the pictures whose label is kept back; one that the ledger knows already cannot be."""
+    """Choose the images whose label is kept back; one that the ledger knows already cannot be."""
     train = {group_id: fact.label for group_id, fact in facts.items() if side_of.get(group_id) is Side.TRAIN}
     picked = pick_withheld(train, plan.withhold_share, plan.split_salt)
     withheld = {

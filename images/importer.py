@@ -1,8 +1,8 @@
-"""Import a folder of labelled pictures: HAM10000's official layout, or any folder with a table.
+"""Import a folder of labelled images: HAM10000's official layout, or any folder with a table.
 
     relook data import DIR [--columns dx=diagnosis,lesion=mole_id] [--in-place]
 
-In: a folder. Out: pictures in the blob store and the pixel cache, ledger rows written in one transaction
+In: a folder. Out: images in the blob store and the pixel cache, ledger rows written in one transaction
 at the end, a dataset version, and an `ImportReport`. Nothing is dropped silently. Running it again does no
 work twice, and a run that was killed is simply run again.
 """
@@ -38,18 +38,18 @@ class ImportReport:
 
     Args:
         import_id: from the table's content; the same table has the same id.
-        dataset_id: the version that was built; empty as long as not one picture has a label.
-        images: pictures of the table that can be used.
-        lesions: lesions among them; a picture that names none is its own.
-        new_images: pictures that the ledger did not know.
-        decoded: pictures that were decoded now.
-        unlabelled: pictures whose row has no diagnosis.
-        classes: class code to number of pictures, withheld ones included.
-        sides: side to number of pictures, withheld ones included.
+        dataset_id: the version that was built; empty as long as not one image has a label.
+        images: images of the table that can be used.
+        lesions: lesions among them; an image that names none is its own.
+        new_images: images that the ledger did not know.
+        decoded: images that were decoded now.
+        unlabelled: images whose row has no diagnosis.
+        classes: class code to number of images, withheld ones included.
+        sides: side to number of images, withheld ones included.
         quarantined: rows that could not be used, each with its reason.
         near_duplicates: pairs that were found now; those of different diagnoses were not joined.
-        same_bytes: (name, name of the first) of files that are the same picture, byte for byte.
-        withheld: the truth of the withheld pictures, columns image_id, source_id, group_id, label.
+        same_bytes: (name, name of the first) of files that are the same image, byte for byte.
+        withheld: the truth of the withheld images, columns image_id, source_id, group_id, label.
         notes: sentences about values that were left out.
         seconds: how long it took.
     """
@@ -71,7 +71,7 @@ class ImportReport:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON values; of the withheld pictures only their number, never their truth."""
+        """Return it as JSON values; of the withheld images only their number, never their truth."""
         return {
             **self.__dict__,
             "quarantined": [q.model_dump(include={"source_id", "code", "reason"}) for q in self.quarantined],
@@ -93,23 +93,23 @@ def import_folder(
     consent: Consent = Consent.TRAINING,
     progress: Progress | None = None,
 ) -> ImportReport:
-    """Import a folder of pictures with a table, and build the dataset version that follows.
+    """Import a folder of images with a table, and build the dataset version that follows.
 
     Args:
         store: to import into.
-        folder: with pictures and a table.
+        folder: with images and a table.
         columns: names of the table's columns where they differ from `source_table.COLUMNS`.
         table: the table, if it is not found by itself.
         in_place: True stores where the files are and their hash, and copies nothing.
         withhold_share: share of the train-side groups of each class whose labels are kept out of the ledger, 0 to
             below 1. The same groups are chosen at every run.
-        side_px: sides at which the pictures are decoded into the cache.
-        consent: what the people in the pictures agreed to.
+        side_px: sides at which the images are decoded into the cache.
+        consent: what the people in the images agreed to.
         progress: a bar is added to it.
     Returns:
         What was done.
     Raises:
-        DataError: no folder, table, column or pictures, or not one row can be used.
+        DataError: no folder, table, column or images, or not one row can be used.
         ConfigError: `withhold_share` is out of range.
     """
     started = time.monotonic()
@@ -239,7 +239,7 @@ def _image(store: Store, entry: Entry, import_id: str, consent: Consent) -> Imag
 def _pairs(
     store: Store, entries: Sequence[Entry], images: Sequence[Image], progress: Progress | None
 ) -> list[NearPair]:
-    """Compare the pictures that are in no group yet with each other and with those that are."""
+    """Compare the images that are in no group yet with each other and with those that are."""
     grouped = grouped_images(store)
     placed = {image.id for image in grouped}
     newcomers = list({image.id: image for image in images if image.id not in placed}.values())
@@ -254,11 +254,11 @@ def _build(store: Store) -> tuple[str, list[str]]:
     """Build the version of everything imported; return its id and what it had to leave out."""
     with store.ledger.read() as tx:
         if not tx.count(SourceLabel):
-            return "", ["no picture has a label yet, so no dataset version was built"]
+            return "", ["no image has a label yet, so no dataset version was built"]
     built = build_version(store)
     notes = []
     if built.without_consent:
-        notes.append(f"{len(built.without_consent)} labelled pictures lack the consent to train on them")
+        notes.append(f"{len(built.without_consent)} labelled images lack the consent to train on them")
     return built.version.id, notes
 
 

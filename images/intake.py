@@ -1,6 +1,6 @@
-"""What an import does to each picture: read, strip metadata, hash, store, decode once into the caches.
+"""What an import does to each image: read, strip metadata, hash, store, decode once into the caches.
 
-In: paths. Out: `TakenIn` in the same order, or the reason why a picture could not be used. A picture whose
+In: paths. Out: `TakenIn` in the same order, or the reason why an image could not be used. An image whose
 pixels are cached is not decoded again, so a second run goes on where the first one stopped.
 """
 
@@ -15,19 +15,19 @@ from images.decode import decode_squares
 from images.near_duplicates import HASH_SIDE_PX, perceptual_hash
 from images.parallel import chunks_of, map_in_order
 from records.arrays import UInt8Array
-from records.errors import ContractError, PictureError
+from records.errors import ContractError, ImageError
 from records.ids import sha256_hex
-from records.pictures import picture_size, sniff, strip_metadata
+from records.images import image_size, sniff, strip_metadata
 from records.store import Store
 
 
 @dataclass(frozen=True)
 class TakenIn:
-    """A picture that is stored and cached, or the reason why not.
+    """An image that is stored and cached, or the reason why not.
 
     Args:
         path: of the file.
-        refusal: one sentence; None if the picture can be used.
+        refusal: one sentence; None if the image can be used.
         code: of the refusal, see Quarantined.
         image_id: SHA-256 of the stored bytes.
         uri: where they are.
@@ -57,14 +57,14 @@ class _Read:
 
 
 class Intake:
-    """Takes pictures in with all cores.
+    """Takes images in with all cores.
 
     Args:
         store: whose blobs and caches are filled.
         sides_px: sides to cache; 64 px, which near-duplicates are found by, is always among them.
         in_place: True leaves the files where they are, byte for byte, and stores only where that is.
-        known_hashes: picture id to perceptual hash, of pictures that need not be hashed again.
-        erased: ids of pictures that were erased on request and must not come back.
+        known_hashes: image id to perceptual hash, of images that need not be hashed again.
+        erased: ids of images that were erased on request and must not come back.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Intake:
         self._caches = {side_px: PixelCache(store.home.cache, side_px) for side_px in {*sides_px, HASH_SIDE_PX}}
 
     def run(self, paths: Sequence[Path], progress: Progress | None = None) -> Iterator[TakenIn]:
-        """Take pictures in.
+        """Take images in.
 
         Args:
             paths: of the files.
@@ -92,7 +92,7 @@ class Intake:
             One result per path, in order. What came before an error or a kill is kept.
         """
         writers = {side_px: SegmentWriter(cache) for side_px, cache in self._caches.items()}
-        task = progress.add_task("Reading pictures", total=len(paths)) if progress else None
+        task = progress.add_task("Reading images", total=len(paths)) if progress else None
         try:
             for chunk in map_in_order(self._read_chunk, chunks_of(paths)):
                 for read in chunk:
@@ -111,17 +111,17 @@ class Intake:
     def _read(self, path: Path) -> _Read:
         try:
             return self._take_in(path, path.read_bytes())
-        except PictureError as error:
+        except ImageError as error:
             return _Read(TakenIn(path, refusal=str(error)))
         except OSError as error:
             return _Read(TakenIn(path, refusal=f"the file cannot be read ({error.strerror})"))
 
     def _take_in(self, path: Path, data: bytes) -> _Read:
         stored = data if self._in_place else strip_metadata(data)
-        kind, (width_px, height_px) = sniff(stored), picture_size(stored)
+        kind, (width_px, height_px) = sniff(stored), image_size(stored)
         image_id = sha256_hex(stored)
         if image_id in self._erased:
-            return _Read(TakenIn(path, "this picture was erased on request and is not stored again", "erased"))
+            return _Read(TakenIn(path, "this image was erased on request and is not stored again", "erased"))
         needed = [side_px for side_px, cache in self._caches.items() if image_id not in cache]
         squares = decode_squares(stored, needed) if needed else {}
         uri = path.resolve().as_uri() if self._in_place else self._store.blobs.uri(self._store.blobs.put(stored))

@@ -1,6 +1,6 @@
-"""Find pictures that are nearly the same: the same shot saved twice, cropped or recompressed.
+"""Find images that are nearly the same: the same shot saved twice, cropped or recompressed.
 
-Two pictures are near-duplicates if their 64-bit perceptual hashes differ in at most 2 bits *and*
+Two images are near-duplicates if their 64-bit perceptual hashes differ in at most 2 bits *and*
 their grey 64 px squares correlate to at least 0.98. The hash alone is cheap and too generous; the
 correlation alone is exact and too slow for all pairs.
 """
@@ -29,7 +29,7 @@ class NearDuplicate:
     """A pair of near-duplicates.
 
     Args:
-        first: index of one picture.
+        first: index of one image.
         second: index of the other, larger than `first`.
         bits: in how many of 64 bits the hashes differ.
         correlation: of the grey squares, at most 1.
@@ -42,12 +42,12 @@ class NearDuplicate:
 
 
 def perceptual_hash(square: UInt8Array) -> str:
-    """Return the 64-bit pHash of a picture as 16 hex characters.
+    """Return the 64-bit pHash of an image as 16 hex characters.
 
     Args:
         square: [64, 64, 3], as `decode_square` gives it.
     Returns:
-        The hash; similar pictures have hashes that differ in few bits.
+        The hash; similar images have hashes that differ in few bits.
     Raises:
         ContractError: the square has another shape.
     """
@@ -57,7 +57,7 @@ def perceptual_hash(square: UInt8Array) -> str:
 
 
 def grey(squares: UInt8Array) -> Float32Array:
-    """Return the luminance (ITU-R 601) of pictures.
+    """Return the luminance (ITU-R 601) of images.
 
     Args:
         squares: [N, S, S, 3].
@@ -74,7 +74,7 @@ def hash_pairs(
 
     Args:
         hashes: [N].
-        first_new: pairs of two pictures before this index are not looked for again.
+        first_new: pairs of two images before this index are not looked for again.
         max_bits: largest number of differing bits, 0 to 64.
     Returns:
         [P, 2] indices with the smaller one first, sorted; and [P] differing bits.
@@ -117,16 +117,16 @@ def find_near_duplicates(
     max_bits: int = MAX_BITS,
     min_correlation: float = MIN_CORRELATION,
 ) -> list[NearDuplicate]:
-    """Find all near-duplicates among pictures.
+    """Find all near-duplicates among images.
 
     Args:
         hashes: [N] perceptual hashes.
-        squares: gives the [n, 64, 64, 3] squares of n picture indices; asked only for pairs whose hashes are close.
-        first_new: pairs of two pictures before this index are not looked for again.
+        squares: gives the [n, 64, 64, 3] squares of n image indices; asked only for pairs whose hashes are close.
+        first_new: pairs of two images before this index are not looked for again.
         max_bits: largest number of differing bits.
         min_correlation: smallest correlation.
     Returns:
-        The pairs, sorted. A flat picture, one grey value all over, correlates with nothing.
+        The pairs, sorted. A flat image, one grey value all over, correlates with nothing.
     """
     pairs, bits = hash_pairs(hashes, first_new=first_new, max_bits=max_bits)
     result: list[NearDuplicate] = []
@@ -144,9 +144,9 @@ def find_near_duplicates(
     return result
 
 
-def _standardised(pictures: Float32Array) -> tuple[Float32Array, BoolArray]:
+def _standardised(images: Float32Array) -> tuple[Float32Array, BoolArray]:
     """Return [N, K] rows of mean 0 and length 1, and which rows vary at all."""
-    flat = pictures.reshape(len(pictures), -1)
+    flat = images.reshape(len(images), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
     length = np.linalg.norm(flat, axis=1)
     varies = length > 1e-3

@@ -1,7 +1,7 @@
 """Run a function over many chunks on all cores, in order and with bounded memory.
 
 Threads, not processes: reading, decoding and resizing happen outside the interpreter's lock, so two
-threads were as fast here as two processes (2.1 s against 3.1 s for 3,000 pictures), start at once, end
+threads were as fast here as two processes (2.1 s against 3.1 s for 3,000 images), start at once, end
 with Ctrl-C, and need no second copy of the program.
 """
 

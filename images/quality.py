@@ -1,8 +1,8 @@
-"""Which pictures of a dataset stand apart by how they were taken: dark, bright, blurred or flat.
+"""Which images of a dataset stand apart by how they were taken: dark, bright, blurred or flat.
 
-In: decoded pixels. Out: the pictures that lie many robust deviations (median, and 1.4826 times the median absolute
-deviation) from the rest. They are named, not removed: a dark picture may be of dark skin, and a flat one of an
-evenly coloured lesion. Whether a picture suits one model is another question; see `vision.inference.suitability`.
+In: decoded pixels. Out: the images that lie many robust deviations (median, and 1.4826 times the median absolute
+deviation) from the rest. They are named, not removed: a dark image may be of dark skin, and a flat one of an
+evenly coloured lesion. Whether an image suits one model is another question; see `vision.inference.suitability`.
 """
 
 from collections.abc import Sequence
@@ -25,26 +25,26 @@ _WORDS = {
 
 
 class QualityOutlier(BaseModel):
-    """A picture that stands apart."""
+    """An image that stands apart."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image: str = Field(description="the picture's name at its source, or its id")
+    image: str = Field(description="the image's name at its source, or its id")
     what: str = Field(description="dark, bright, flat, blurred or noisy")
     measure: str = Field(description="see images.appearance.MEASURES")
     value: float
-    median: float = Field(description="of all pictures")
+    median: float = Field(description="of all images")
     deviations: float = Field(description="robust deviations from the median; negative is below")
 
 
 def quality_outliers(measured: FloatArray, names: Sequence[str]) -> list[QualityOutlier]:
-    """Name the pictures that stand apart, the furthest first.
+    """Name the images that stand apart, the furthest first.
 
     Args:
         measured: [N, 10] from `appearance`.
         names: [N].
     Returns:
-        One entry per picture and measure; none where all pictures measure the same.
+        One entry per image and measure; none where all images measure the same.
     """
     found = []
     for measure, words in _WORDS.items():
@@ -71,7 +71,7 @@ def quality_outliers(measured: FloatArray, names: Sequence[str]) -> list[Quality
 
 
 def measure(rows: PixelRows) -> FloatArray:
-    """Measure cached pictures, a few at a time.
+    """Measure cached images, a few at a time.
 
     Args:
         rows: N of them.

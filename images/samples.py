@@ -1,4 +1,4 @@
-"""A few pictures to look at: from the train side of a dataset, evenly over its classes, or generated ones."""
+"""A few images to look at: from the train side of a dataset, evenly over its classes, or generated ones."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ _GENERATED_WIDTH_PX = 400
 
 @dataclass(frozen=True)
 class Sample:
-    """Decoded pictures with their names.
+    """Decoded images with their names.
 
     Args:
         pixels: [n, S, S, 3].
@@ -36,19 +36,19 @@ class Sample:
     source: str
 
 
-def sample_pictures(
+def sample_images(
     store: Store, data: str | None, count: int, side_px: int, *, progress: Progress | None = None
 ) -> Sample:
-    """Choose pictures of the train side, one class after the other, always the same ones.
+    """Choose images of the train side, one class after the other, always the same ones.
 
     Args:
-        store: with the pictures.
-        data: a folder or a dataset id; None takes the newest version, or generated pictures if there is none.
+        store: with the images.
+        data: a folder or a dataset id; None takes the newest version, or generated images if there is none.
         count: how many, at least 1; fewer if the train side has fewer.
         side_px: S.
-        progress: shown while pictures are imported or decoded.
+        progress: shown while images are imported or decoded.
     Returns:
-        The pictures.
+        The images.
     Raises:
         DataError: the folder cannot be imported.
         UnknownIdError: no dataset has that id.
@@ -64,7 +64,7 @@ def sample_pictures(
     label_of = dict(zip(dataset.rows["image_id"], dataset.rows["label"], strict=True))
     names = [f"{label_of[image.id]} {image.source_id or image.id[:12]}" for image in find_images(store, chosen)]
     pixels = cache.rows(chosen).take(np.arange(len(chosen)))
-    return Sample(pixels, chosen, names, f"train pictures of dataset {dataset.id[:12]}")
+    return Sample(pixels, chosen, names, f"train images of dataset {dataset.id[:12]}")
 
 
 def _one_class_after_the_other(dataset: DatasetVersion, count: int) -> list[str]:
@@ -84,5 +84,5 @@ def _generated(count: int, side_px: int) -> Sample:
         pixels=np.stack([decode_square(file, side_px) for file in files]),
         image_ids=[sha256_hex(file) for file in files],
         names=[f"{codes[n % len(codes)]} generated {n}" for n in range(count)],
-        source="generated pictures",
+        source="generated images",
     )

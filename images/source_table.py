@@ -1,7 +1,7 @@
 """A data folder before it is imported: its table, the columns that matter, and the files that rows name.
 
-In: HAM10000's official layout, or any folder of pictures with a table. Out: `SourceRow`s with a path
-each, and what cannot be used with its reason. No picture is opened here.
+In: HAM10000's official layout, or any folder of images with a table. Out: `SourceRow`s with a path
+each, and what cannot be used with its reason. No image is opened here.
 """
 
 import math
@@ -34,7 +34,7 @@ COLUMNS: dict[str, str] = {
 
 REQUIRED = ("image", "dx")
 TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
 _EMPTY = frozenset({"", "unknown", "nan", "na", "n/a", "none", "null"})
@@ -54,7 +54,7 @@ class SourceRow:
     """One row of the table.
 
     Args:
-        source_id: the picture's name in the table.
+        source_id: the image's name in the table.
         path: of its file; None if there is none.
         problem: why there is no path.
         label: as written; None if the row has no diagnosis.
@@ -97,24 +97,24 @@ def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: P
     """Read the table of a data folder and find the file of every row.
 
     Args:
-        folder: with pictures, in any depth, and a table at its top.
+        folder: with images, in any depth, and a table at its top.
         columns: names of the table's columns where they differ from `COLUMNS`, for example {"dx": "diagnosis"}.
         table: the table, if it is not found by its name or by being the only one.
     Returns:
         The rows.
     Raises:
-        DataError: no folder, no table, no such column, no rows, or no pictures.
+        DataError: no folder, no table, no such column, no rows, or no images.
     """
     if not folder.is_dir():
-        raise DataError(f"there is no data folder {folder}; give a folder with pictures and a table")
+        raise DataError(f"there is no data folder {folder}; give a folder with images and a table")
     path = _find_table(folder, table)
     frame = _read_frame(path)
     mapping = _map_columns(path, frame, dict(columns or {}))
     if frame.empty:
-        raise DataError(f"the table {path} has no rows; it needs one row per picture")
+        raise DataError(f"the table {path} has no rows; it needs one row per image")
     files = _Files(folder)
     if not files.by_stem:
-        raise DataError(f"there are no pictures in {folder}; put .jpg, .png or .webp files into it or its subfolders")
+        raise DataError(f"there are no images in {folder}; put .jpg, .png or .webp files into it or its subfolders")
     reader = _RowReader(frame, mapping, files)
     rows = list(reader.rows())
     return SourceTable(path, path.read_bytes(), rows, reader.notes())
@@ -124,7 +124,7 @@ def _find_table(folder: Path, table: Path | None) -> Path:
     if table is not None:
         path = table if table.is_absolute() or table.is_file() else folder / table
         if not path.is_file():
-            raise DataError(f"there is no table {table}; give the path of a CSV file with one row per picture")
+            raise DataError(f"there is no table {table}; give the path of a CSV file with one row per image")
         return path
     for name in TABLE_NAMES:
         if (folder / name).is_file():
@@ -134,7 +134,7 @@ def _find_table(folder: Path, table: Path | None) -> Path:
         return found[0]
     if not found:
         raise DataError(
-            f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per picture"
+            f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per image"
         )
     names = ", ".join(p.name for p in found[:5])
     raise DataError(f"{folder} holds {len(found)} tables ({names}); name the right one with --table")
@@ -182,7 +182,7 @@ def _map_columns(path: Path, frame: pd.DataFrame, given: dict[str, str]) -> dict
 
 
 class _Files:
-    """The pictures of a folder, by the ways a table may name them."""
+    """The images of a folder, by the ways a table may name them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -193,13 +193,13 @@ class _Files:
             self.by_name.setdefault(path.name, []).append(path)
 
     def _walk(self, folder: str) -> Iterator[Path]:
-        """Yield the pictures in a fixed order, so that equal folders give equal imports."""
+        """Yield the images in a fixed order, so that equal folders give equal imports."""
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         for entry in entries:
             if entry.is_dir():
                 if not entry.name.startswith("."):
                     yield from self._walk(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 yield Path(entry.path)
 
     def find(self, source_id: str) -> tuple[Path | None, str | None]:
@@ -211,7 +211,7 @@ class _Files:
             return (path, None) if path.is_file() else (None, f"there is no file {source_id} in {self.folder}")
         found = self.by_name.get(source_id) or self.by_stem.get(source_id) or []
         if not found:
-            return None, f"there is no picture named {source_id} in {self.folder}"
+            return None, f"there is no image named {source_id} in {self.folder}"
         if len(found) > 1 and len({path.read_bytes() for path in found}) > 1:
             names = " and ".join(str(path.relative_to(self.folder)) for path in found[:2])
             return None, f"{source_id} could be {names}; write the path into the table"
@@ -231,7 +231,7 @@ class _RowReader:
         for index in range(self._length):
             cell = {what: _text(values[index]) for what, values in self._columns.items()}
             source_id = self._columns["image"][index]
-            path, problem = self._files.find(source_id) if source_id else (None, f"row {index + 1} names no picture")
+            path, problem = self._files.find(source_id) if source_id else (None, f"row {index + 1} names no image")
             yield SourceRow(
                 source_id=source_id or f"row {index + 1}",
                 path=path,

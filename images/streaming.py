@@ -1,6 +1,6 @@
-"""Training pictures that are decoded while they are trained on, by Ray Data, and never kept decoded.
+"""Training images that are decoded while they are trained on, by Ray Data, and never kept decoded.
 
-For data whose decoded copy no node's disk should hold. The pipeline reads stored pictures in the order in which
+For data whose decoded copy no node's disk should hold. The pipeline reads stored images in the order in which
 an epoch needs them, decodes them in tasks on whatever nodes the cluster has, and hands them over in that order;
 so a streamed run sees the same pixels as a cached one. Every worker streams its own share. What is read again
 and again stays in the cache: the val side, and the sample that statistics are measured on.
@@ -23,21 +23,21 @@ from records.arrays import IntArray, UInt8Array
 from records.errors import ContractError, RelookError, rebuilt
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 
-PICTURES_PER_TASK = 128
+IMAGES_PER_TASK = 128
 """A task takes tens of milliseconds to place, and as much as this to decode them."""
 
 
 @dataclass(frozen=True)
 class StreamedPixels:
-    """Pictures of which few are cached and the others are decoded as they are needed.
+    """Images of which few are cached and the others are decoded as they are needed.
 
     Args:
-        image_ids: [N] picture ids.
+        image_ids: [N] image ids.
         side_px: S.
         records: leads every node to the same store.
-        kept: [N] position of a picture in `cached`; -1 where it is not cached.
+        kept: [N] position of an image in `cached`; -1 where it is not cached.
         cached: the pixels of those that are.
     """
 
@@ -63,36 +63,36 @@ class StreamedPixels:
         """
         places = self.kept[np.asarray(indices, dtype=np.int64)]
         if len(places) and places.min() < 0:
-            raise ContractError("a picture that is streamed was asked for out of turn; take `batches`")
+            raise ContractError("an image that is streamed was asked for out of turn; take `batches`")
         return self.cached.take(places)
 
     def batches(self, parts: Sequence[IntArray]) -> Iterator[UInt8Array]:
-        """Decode pictures in order; Ray has to run.
+        """Decode images in order; Ray has to run.
 
         Args:
             parts: positions, one array per batch; repeats are decoded again.
         Yields:
             [n, S, S, 3] per part, writable.
         Raises:
-            DataError: a picture's file is gone or does not decode.
-            IntegrityError: a picture's file was altered.
+            DataError: an image's file is gone or does not decode.
+            IntegrityError: an image's file was altered.
         """
         wanted = [self.image_ids[position] for part in parts for position in part]
         yield from _cut(_decoded(wanted, self.side_px, self.records), [len(part) for part in parts])
 
 
 def stream_pixels(store: Store, image_ids: list[str], kept: IntArray, side_px: int) -> StreamedPixels:
-    """Cache a part of the pictures, and leave the others to be streamed.
+    """Cache a part of the images, and leave the others to be streamed.
 
     Args:
-        store: with the pictures; its settings have to lead every node to it.
+        store: with the images; its settings have to lead every node to it.
         image_ids: [N].
         kept: positions of those to cache.
         side_px: S.
     Returns:
         The pixels.
     Raises:
-        DataError: a picture to cache cannot be read.
+        DataError: an image to cache cannot be read.
     """
     cache = PixelCache(store.home.cache, side_px)
     ids = [image_ids[position] for position in kept]
@@ -104,20 +104,20 @@ def stream_pixels(store: Store, image_ids: list[str], kept: IntArray, side_px: i
 
 def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> Iterator[UInt8Array]:
     """Run the pipeline and yield pixels in order, in pieces of any length."""
-    starts = range(0, len(image_ids), PICTURES_PER_TASK)
-    tables = [pa.table({"image_id": image_ids[start : start + PICTURES_PER_TASK]}) for start in starts]
+    starts = range(0, len(image_ids), IMAGES_PER_TASK)
+    tables = [pa.table({"image_id": image_ids[start : start + IMAGES_PER_TASK]}) for start in starts]
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
-        pictures = ray.data.from_arrow(tables).map_batches(
+        images = ray.data.from_arrow(tables).map_batches(
             functools.partial(_decode, side_px=side_px, records=records),
             batch_size=None,
             batch_format="numpy",
             num_cpus=0,  # the workers of a training may hold every CPU that Ray counts, and wait for these tasks
             concurrency=min(len(tables), _cpus()),
         )
-    for batch in pictures.iter_batches(batch_size=None, batch_format="numpy"):
+    for batch in images.iter_batches(batch_size=None, batch_format="numpy"):
         if batch["failure"][0]:
             raise rebuilt((str(batch["failure"][0]), str(batch["message"][0])))
         yield np.asarray(batch["pixels"], dtype=np.uint8)
@@ -129,7 +129,7 @@ def _decode(batch: dict[str, NDArray[Any]], *, side_px: int, records: RecordsSet
     kind, message = "", ""
     try:
         store = _store(records)
-        pixels = np.stack([decode_square(read_picture(store, image), side_px) for image in find_images(store, ids)])
+        pixels = np.stack([decode_square(read_image(store, image), side_px) for image in find_images(store, ids)])
     except RelookError as error:
         kind, message = type(error).__name__, str(error)
         pixels = np.zeros((len(ids), side_px, side_px, 3), dtype=np.uint8)

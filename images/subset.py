@@ -1,4 +1,4 @@
-"""A small, fair part of the training pictures: groups stay whole and classes keep their proportions."""
+"""A small, fair part of the training images: groups stay whole and classes keep their proportions."""
 
 import numpy as np
 import pandas as pd
@@ -7,10 +7,10 @@ from records.errors import DataError
 
 
 def grouped_subset(rows: pd.DataFrame, max_images: int | None, seed: int) -> pd.DataFrame:
-    """Take whole groups until about `max_images` pictures are chosen, each class in its proportion.
+    """Take whole groups until about `max_images` images are chosen, each class in its proportion.
 
-    A class gets its share of the pictures, rounded down, and at least one group, even where that
-    group is larger than the share; so the subset may be larger than asked by a few pictures of rare
+    A class gets its share of the images, rounded down, and at least one group, even where that
+    group is larger than the share; so the subset may be larger than asked by a few images of rare
     classes and is otherwise at most that large.
 
     Args:
@@ -20,7 +20,7 @@ def grouped_subset(rows: pd.DataFrame, max_images: int | None, seed: int) -> pd.
     Returns:
         The chosen rows, in their order, with a fresh index.
     Raises:
-        DataError: fewer pictures are allowed than there are classes.
+        DataError: fewer images are allowed than there are classes.
     """
     if max_images is None or max_images >= len(rows):
         return rows.reset_index(drop=True)
@@ -28,7 +28,7 @@ def grouped_subset(rows: pd.DataFrame, max_images: int | None, seed: int) -> pd.
     classes = sorted(groups["label"].unique())
     if max_images < len(classes):
         raise DataError(
-            f"max_train_images is {max_images}, but {len(classes)} classes need a picture each; "
+            f"max_train_images is {max_images}, but {len(classes)} classes need an image each; "
             f"set it to at least {len(classes)}"
         )
     random = np.random.default_rng(seed)

@@ -1,9 +1,9 @@
-"""Generate dermatoscopy-like pictures in HAM10000's official layout, so that everything runs with no download.
+"""Generate dermatoscopy-like images in HAM10000's official layout, so that everything runs with no download.
 
     relook data synth DIR --lesions 600 --seed 7
 
 writes `HAM10000_images_part_1/`, `HAM10000_images_part_2/`, `masks/` and `HAM10000_metadata.csv`. Equal
-arguments give equal bytes. Ids start at ISIC_9000001, far above the real ones. The pictures are made up:
+arguments give equal bytes. Ids start at ISIC_9000001, far above the real ones. The images are made up:
 they show that the machinery works and say nothing about skin.
 """
 
@@ -21,7 +21,7 @@ from rich.progress import Progress
 from images.parallel import chunks_of, map_in_order
 from images.synth_looks import LOOKS, draw_look
 from images.synth_paint import paint_lesion
-from images.synth_view import draw_habits, photograph
+from images.synth_view import draw_habits, draw_view
 from records.errors import ConfigError, DataError
 
 SHARES: dict[str, float] = {
@@ -29,8 +29,8 @@ SHARES: dict[str, float] = {
 }  # fmt: skip
 """Share of the lesions that each class gets: unbalanced as in life, but with enough of each to learn from."""
 
-PICTURES_PER_LESION = (0.58, 0.27, 0.15)
-"""Probability of 1, 2 and 3 pictures of a lesion."""
+IMAGES_PER_LESION = (0.58, 0.27, 0.15)
+"""Probability of 1, 2 and 3 images of a lesion."""
 
 _MARK = "synth.json"
 _TABLE = "HAM10000_metadata.csv"
@@ -56,9 +56,9 @@ class SynthReport:
 
     Args:
         folder: where.
-        images: number of pictures.
+        images: number of images.
         lesions: number of lesions.
-        classes: class code to number of pictures.
+        classes: class code to number of images.
         seed: of the generator.
     """
 
@@ -97,7 +97,7 @@ def synthesize(
         folder: empty, missing, or generated before with equal arguments (then only finished).
         lesions: number of lesions, at least one per class.
         seed: of the generator, 0 or more.
-        width_px: of the pictures, at least 80; the height is three quarters of it (600 = original size).
+        width_px: of the images, at least 80; the height is three quarters of it (600 = original size).
         shares: class code to share of the lesions; default `SHARES`.
         progress: a bar is added to it.
     Returns:
@@ -117,14 +117,14 @@ def synthesize(
 
 
 def render(code: str, *, seed: int, number: int = 0, view: int = 0, width_px: int = 200) -> bytes:
-    """Generate one picture.
+    """Generate one image.
 
     Args:
         code: its class.
         seed: of the generator, 0 or more.
         number: which lesion.
-        view: which picture of the lesion.
-        width_px: of the picture; its height is three quarters of it.
+        view: which image of the lesion.
+        width_px: of the image; its height is three quarters of it.
     Returns:
         A JPEG file.
     Raises:
@@ -178,14 +178,14 @@ def _counts(lesions: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 
 def _plan(lesions: int, seed: int, shares: Mapping[str, float]) -> list[_PlannedLesion]:
-    """Decide the class, the pictures and the context of every lesion, before any is painted."""
+    """Decide the class, the images and the context of every lesion, before any is painted."""
     rng = np.random.default_rng([seed, 0])
     codes = [code for code, count in _counts(lesions, shares).items() for _ in range(count)]
     rng.shuffle(codes)
     plan: list[_PlannedLesion] = []
     next_image = 1
     for number, code in enumerate(codes, start=1):
-        count = int(rng.choice(len(PICTURES_PER_LESION), p=PICTURES_PER_LESION)) + 1
+        count = int(rng.choice(len(IMAGES_PER_LESION), p=IMAGES_PER_LESION)) + 1
         plan.append(_PlannedLesion(number, code, next_image, count, _context(code, rng)))
         next_image += count
     return plan
@@ -212,7 +212,7 @@ def _write(
     for name in (*_PARTS, "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     # The mark comes first and the table last, so that a killed run is recognised and finished.
-    mark = {"what": "generated pictures, not photographs of patients", "request": request}
+    mark = {"what": "generated images, not images of patients", "request": request}
     (folder / _MARK).write_text(json.dumps(mark, indent=2) + "\n")
     num_images = sum(planned.num_images for planned in plan)
 
@@ -221,7 +221,7 @@ def _write(
             _write_lesion(folder, planned, seed, width_px, num_images)
         return sum(planned.num_images for planned in chunk)
 
-    task = progress.add_task("Painting pictures", total=num_images) if progress else None
+    task = progress.add_task("Painting images", total=num_images) if progress else None
     for count in map_in_order(paint, chunks_of(plan, 8)):
         if progress and task is not None:
             progress.advance(task, count)
@@ -251,7 +251,7 @@ def _write_lesion(folder: Path, planned: _PlannedLesion, seed: int, width_px: in
 
 
 def _render_lesion(planned: _PlannedLesion, seed: int, width_px: int) -> list[tuple[bytes, bytes]]:
-    """Paint a lesion once and photograph it as often as planned; returns (JPEG, mask PNG) pairs."""
+    """Paint a lesion once and image it as often as planned; returns (JPEG, mask PNG) pairs."""
     height_px = width_px * 3 // 4
     rng = np.random.default_rng([seed, planned.number, 1])
     look = draw_look(planned.code, rng)
@@ -260,9 +260,9 @@ def _render_lesion(planned: _PlannedLesion, seed: int, width_px: int) -> list[tu
     pairs: list[tuple[bytes, bytes]] = []
     for view in range(planned.num_images):
         view_rng = np.random.default_rng([seed, planned.number, 2 + view])
-        picture, mask = photograph(lesion, habits, width_px, height_px, view_rng)
+        image, mask = draw_view(lesion, habits, width_px, height_px, view_rng)
         jpeg, png = io.BytesIO(), io.BytesIO()
-        PillowImage.fromarray(picture).save(jpeg, "JPEG", quality=88)
+        PillowImage.fromarray(image).save(jpeg, "JPEG", quality=88)
         PillowImage.fromarray(mask).save(png, "PNG", compress_level=3)
         pairs.append((jpeg.getvalue(), png.getvalue()))
     return pairs

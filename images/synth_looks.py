@@ -20,7 +20,7 @@ class Look:
     Args:
         main: colour of most of the lesion.
         dark: colour of its patches, dots and network.
-        radius: share of half the picture's height.
+        radius: share of half the image's height.
         elongation: longer over shorter axis, at least 1.
         wobble: strength of the few large waves of the outline.
         ragged: strength of the many small ones.
@@ -119,7 +119,7 @@ LOOKALIKES: dict[str, Mapping[str, float]] = {
 """What an untypical lesion of a class is drawn towards, with probabilities."""
 
 UNTYPICAL_SHARE = 0.35
-"""Share of lesions that lie between two classes; it sets how hard the pictures are."""
+"""Share of lesions that lie between two classes; it sets how hard the images are."""
 
 
 def draw_look(code: str, rng: np.random.Generator) -> Look:

@@ -1,6 +1,6 @@
 """Paint a generated lesion: skin, outline, pigment, structures, and then a dermatoscope's view of it.
 
-All lengths are in units of 1/150 of the picture's height, so any size shows the same picture. Equal
+All lengths are in units of 1/150 of the image's height, so any size shows the same image. Equal
 generators give equal pixels. It knows looks, not classes.
 """
 
@@ -66,7 +66,7 @@ class _Canvas:
         return _enlarged(total, self.side_px)
 
     def cover(self, colour: Colour, weight: Float32Array) -> None:
-        """Lay a colour over the picture; weight 1 hides what is under it."""
+        """Lay a colour over the image; weight 1 hides what is under it."""
         for plane, value in zip(self.planes, colour, strict=True):
             plane -= np.float32(value)
             plane -= plane * weight
@@ -146,7 +146,7 @@ def paint_lesion(look: Look, side_px: int, unit_px: float, rng: np.random.Genera
     Args:
         look: how it looks.
         side_px: S.
-        unit_px: pixels per 1/150 of the final picture's height.
+        unit_px: pixels per 1/150 of the final image's height.
         rng: the lesion's own generator.
     Returns:
         The lesion and its mask.

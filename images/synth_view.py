@@ -1,6 +1,6 @@
-"""Photograph a painted lesion: turn and shift it, add hairs, light, vignette, noise.
+"""Image a painted lesion: turn and shift it, add hairs, light, vignette, noise.
 
-Each call is one picture of the lesion; several pictures of one lesion differ as visits do.
+Each call is one image of the lesion; several images of one lesion differ as visits do.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from records.arrays import Float32Array, FloatArray, UInt8Array
 
 @dataclass(frozen=True)
 class Habits:
-    """What stays the same in all pictures of a lesion.
+    """What stays the same in all images of a lesion.
 
     Args:
         hairs: mean number of hairs.
@@ -47,28 +47,28 @@ def draw_habits(rng: np.random.Generator) -> Habits:
     )
 
 
-def photograph(
+def draw_view(
     lesion: Lesion, habits: Habits, width_px: int, height_px: int, rng: np.random.Generator
 ) -> tuple[UInt8Array, UInt8Array]:
-    """Take one picture of a lesion.
+    """Take one image of a lesion.
 
     Args:
         lesion: painted.
         habits: of the lesion.
         width_px: W.
         height_px: H.
-        rng: the picture's own generator.
+        rng: the image's own generator.
     Returns:
-        The picture, uint8 [H, W, 3], and the lesion's mask, uint8 [H, W], 0 or 255.
+        The image, uint8 [H, W, 3], and the lesion's mask, uint8 [H, W], 0 or 255.
     """
     matrix = _pose(lesion.rgb.shape[0], width_px, height_px, rng)
     size = (width_px, height_px)
-    picture = cv2.warpAffine(lesion.rgb, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    image = cv2.warpAffine(lesion.rgb, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     mask = cv2.warpAffine(lesion.mask, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     unit_px = height_px / 150.0
     if rng.random() < 0.2:
-        picture = cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.5, 1.1)) * unit_px)
-    planes: list[Float32Array] = [np.asarray(plane) for plane in cv2.split(picture)]
+        image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.5, 1.1)) * unit_px)
+    planes: list[Float32Array] = [np.asarray(plane) for plane in cv2.split(image)]
     if habits.hairs:
         _draw_hairs(planes, int(rng.poisson(habits.hairs)), habits.hair_tone, unit_px, rng)
     _light(planes, habits, rng)
@@ -78,7 +78,7 @@ def photograph(
 
 
 def _pose(side_px: int, width_px: int, height_px: int, rng: np.random.Generator) -> FloatArray:
-    """Return the 2 x 3 matrix from the painting to the picture: any turn, some shift and zoom."""
+    """Return the 2 x 3 matrix from the painting to the image: any turn, some shift and zoom."""
     angle, zoom = float(rng.uniform(0, 360)), float(np.exp(rng.normal(0, 0.09)))
     middle = (side_px - 1) / 2
     matrix = cv2.getRotationMatrix2D((middle, middle), angle, zoom)

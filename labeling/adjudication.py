@@ -1,4 +1,4 @@
-"""Where readers disagree, somebody decides: an adjudication is one more question about the picture."""
+"""Where readers disagree, somebody decides: an adjudication is one more question about the image."""
 
 from labeling.consensus import contested
 from records.ids import hash_of, utc_now
@@ -10,13 +10,13 @@ PRIORITY = 150.0
 
 
 def ask_to_decide(store: Store, threshold: float) -> int:
-    """Write a question about each picture whose readers agree too little.
+    """Write a question about each image whose readers agree too little.
 
     Args:
         store: with the answers.
         threshold: setting `labeling.adjudicate_below`.
     Returns:
-        How many were written. A picture that has been asked about is not asked again, whatever came of it.
+        How many were written. An image that has been asked about is not asked again, whatever came of it.
     """
     with store.ledger.begin() as tx:
         disputed = contested(tx.find(ExpertLabel, order_by=("created_at", "id")), threshold)

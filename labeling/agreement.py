@@ -36,10 +36,10 @@ class AgreementReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pictures: int = Field(ge=0, description="with a class named by two readers or more")
+    images: int = Field(ge=0, description="with a class named by two readers or more")
     fleiss: float | None
     fleiss_by_class: dict[str, float | None] = Field(description="each class against the rest")
-    cohen: dict[str, float | None] = Field(description="`reader | reader` to kappa over the pictures both read")
+    cohen: dict[str, float | None] = Field(description="`reader | reader` to kappa over the images both read")
     readers: dict[str, dict[str, dict[str, float]]] = Field(description="reader to true to answered class, Dawid-Skene")
     anchoring: AnchoringReport
 
@@ -65,7 +65,7 @@ def agreement(
     Args:
         labels: all rows that were ever read.
         items: review items by id.
-        predictions: of the pictures, by id, oldest first.
+        predictions: of the images, by id, oldest first.
         codes: classes in taxonomy order.
     Returns:
         All figures.
@@ -84,7 +84,7 @@ def agreement(
             cohen[f"{one} | {other}"] = cohen_kappa(both)
     answers = [list(by_reader.values()) for by_reader in several]
     return AgreementReport(
-        pictures=len(several),
+        images=len(several),
         fleiss=fleiss_kappa(answers),
         fleiss_by_class={c: fleiss_kappa([[str(a == c) for a in one] for one in answers]) for c in codes},
         cohen=cohen,
@@ -97,9 +97,9 @@ def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     """Return Cohen's kappa (1960) of two readers.
 
     Args:
-        pairs: what both said about each picture.
+        pairs: what both said about each image.
     Returns:
-        At most 1; None if both only ever named one and the same class, or there is no picture.
+        At most 1; None if both only ever named one and the same class, or there is no image.
 
     >>> cohen_kappa([("a", "a"), ("a", "b"), ("b", "b"), ("b", "b")])
     0.5
@@ -114,12 +114,12 @@ def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
 
 
 def fleiss_kappa(answers: Sequence[Sequence[str]]) -> float | None:
-    """Return Fleiss' kappa (1971), also where pictures have different numbers of readers.
+    """Return Fleiss' kappa (1971), also where images have different numbers of readers.
 
     Args:
-        answers: what was said about each picture, two answers and more each.
+        answers: what was said about each image, two answers and more each.
     Returns:
-        At most 1; None if only one class was ever named, or there is no picture.
+        At most 1; None if only one class was ever named, or there is no image.
 
     >>> round(fleiss_kappa([["a", "a"], ["a", "b"], ["b", "b"], ["b", "b"]]) or 0.0, 4)
     0.4667
@@ -142,7 +142,7 @@ def anchoring(
     Args:
         rows: standing answers.
         items: review items by id.
-        predictions: by id; a read without a prediction of its own is held against its picture's last.
+        predictions: by id; a read without a prediction of its own is held against its image's last.
     Returns:
         Counts, and the difference of shares with its interval if both kinds of answers exist.
     """

@@ -238,7 +238,7 @@ def agreement_command(
 
     with contextlib.closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
         found = read_agreement(store)
-    table = Table(show_header=False, title=f"{found.pictures} pictures with two readers or more")
+    table = Table(show_header=False, title=f"{found.images} images with two readers or more")
     table.add_row("Fleiss' kappa", _kappa(found.fleiss))
     for code, kappa in found.fleiss_by_class.items():
         table.add_row(f"  {code} against the rest", _kappa(kappa))

@@ -1,7 +1,7 @@
 """Label Studio's API, as far as Relook needs it: typed, retried, with one clear sentence per failure.
 
-The only file that talks to its SDK. Lists leave the tasks' pictures out, so that a poll stays small
-however large the embedded pictures are. A call that may be repeated without harm is retried with
+The only file that talks to its SDK. Lists leave the tasks' images out, so that a poll stays small
+however large the embedded images are. A call that may be repeated without harm is retried with
 growing pauses; an import is not, since the caller has to look first whether it arrived.
 """
 

@@ -1,6 +1,6 @@
 """From what several readers said to one label: majority or Dawid-Skene, and adjudication above both.
 
-Pure functions over expert labels: nothing is read, stored or asked. A picture without a label that
+Pure functions over expert labels: nothing is read, stored or asked. An image without a label that
 more than half support stays without one, which is what asks for an adjudication.
 """
 
@@ -21,7 +21,7 @@ def resolve(
     adjudications: Collection[str] = frozenset(),
     method: ConsensusMethod = "majority",
 ) -> list[ResolvedLabel]:
-    """Return one resolution per picture.
+    """Return one resolution per image.
 
     Args:
         labels: all rows that were ever read, in any order, tombstones and old revisions included.
@@ -30,7 +30,7 @@ def resolve(
             class stands above the others.
         method: `majority`, or `dawid_skene`, which weighs readers by how well they tell the classes apart.
     Returns:
-        Sorted by picture id, one for each picture with at least one answer that still stands. Of each
+        Sorted by image id, one for each image with at least one answer that still stands. Of each
         reader only the newest answer counts. The label is the class that more than half support (of those
         who named a class, or of the probability), and empty where there is none: a tie, only `can't
         tell`, or only `other`. Two and more who agree are a consensus.
@@ -46,18 +46,18 @@ def resolve(
 
 
 def standing(labels: Iterable[ExpertLabel]) -> list[ExpertLabel]:
-    """Return each reader's newest answer about each picture, without what was deleted."""
+    """Return each reader's newest answer about each image, without what was deleted."""
     return list({(row.image_id, row.annotator): row for row in _alive(labels)}.values())
 
 
 def contested(labels: Iterable[ExpertLabel], threshold: float) -> dict[str, list[ExpertLabel]]:
-    """Return the pictures whose readers agree too little.
+    """Return the images whose readers agree too little.
 
     Args:
         labels: all rows that were ever read.
         threshold: smallest share of those who named a class that has to agree.
     Returns:
-        Picture id to its standing answers, where two and more named a class.
+        Image id to its standing answers, where two and more named a class.
     """
     found = {}
     for image_id, rows in sorted(_by_image(standing(labels)).items()):
@@ -71,9 +71,9 @@ def dawid_skene(by_image: Mapping[str, list[ExpertLabel]]) -> dict[str, dict[str
     """Return how probable each class is, given who said what and how each reader errs (Dawid and Skene 1979).
 
     Args:
-        by_image: standing answers by picture.
+        by_image: standing answers by image.
     Returns:
-        Picture id to class to probability, of pictures for which a class was named.
+        Image id to class to probability, of images for which a class was named.
     """
     fitted = _fit(by_image)
     rows = {} if fitted is None else fitted.probas_.to_dict("index")

@@ -1,6 +1,6 @@
 """Labels that are probably wrong, by confident learning (Northcutt et al. 2021).
 
-A pure function over out-of-fold probabilities: a picture's probabilities must come from a model that did
+A pure function over out-of-fold probabilities: an image's probabilities must come from a model that did
 not learn from its lesion. What is suspicious gets a second opinion; nothing is changed here.
 """
 
@@ -26,7 +26,7 @@ def suspicious_rows(labels: NDArray[np.intp], probabilities: FloatArray) -> list
     if probabilities.ndim != 2 or labels.shape != (len(probabilities),):
         raise ContractError(f"{labels.shape} labels do not fit probabilities of shape {probabilities.shape}")
     if not np.isfinite(probabilities).all():
-        raise ContractError("a probability is not finite; leave out the pictures that the model cannot answer")
+        raise ContractError("a probability is not finite; leave out the images that the model cannot answer")
     present, compact = np.unique(labels, return_inverse=True)
     if len(present) < 2:
         return []

@@ -24,7 +24,7 @@ from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
 from records.store import Store
-from records.stored import read_picture
+from records.stored import read_image
 from records.types import Image, Prediction, ReviewItem, ReviewState
 
 Advance = Callable[[int, int], None]
@@ -47,7 +47,7 @@ class PushReport(BaseModel):
     blind: int = Field(default=0, ge=0, description="tasks imported without the model's opinion")
     doubled: int = Field(default=0, ge=0, description="second tasks of an item that were removed")
     requeued: int = Field(default=0, ge=0, description="questions asked again, since their project was deleted")
-    withdrawn: int = Field(default=0, ge=0, description="questions about pictures that were erased meanwhile")
+    withdrawn: int = Field(default=0, ge=0, description="questions about images that were erased meanwhile")
     unreadable: list[str] = Field(default_factory=list, description="one sentence per item that could not be sent")
 
 
@@ -62,9 +62,9 @@ def push(
     """Send all review items that wait to Label Studio.
 
     Args:
-        store: with the outbox, the pictures and the overlays.
+        store: with the outbox, the images and the overlays.
         client: connected.
-        settings: batch size and picture size.
+        settings: batch size and image size.
         model_id: of the model that answers now; goes into the meta data of items without a prediction.
         advance: hears how far it is.
     Returns:
@@ -245,12 +245,12 @@ def _prepare(
         image = images.get(item.image_id)
         prediction = predictions.get(item.prediction_id) if item.prediction_id is not None else None
         if image is None:
-            return f"review item {item.id}: its picture {item.image_id[:12]} is not in the ledger"
+            return f"review item {item.id}: its image {item.image_id[:12]} is not in the ledger"
         try:
             made = task_document(
                 item,
                 image,
-                read_picture(store, image),
+                read_image(store, image),
                 store.blobs.get(item.overlay_blob) if item.overlay_blob is not None else None,
                 prediction,
                 taxonomy=store.taxonomy,

@@ -1,7 +1,7 @@
 """Who reads a question, and whether its task still says what the question is.
 
 Some questions are blind: all of the random audit sample, since labels for an evaluation must not lean on
-the model (a drawn picture that is urgent or flagged is read once more for that), and a share of the
+the model (a drawn image that is urgent or flagged is read once more for that), and a share of the
 others, which shows how much the model's opinion draws its readers. A blind question goes to a project
 of its own. Nothing here calls a server.
 """

@@ -1,4 +1,4 @@
-"""Tasks and annotations as Label Studio tells them, without the pictures."""
+"""Tasks and annotations as Label Studio tells them, without the images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class AnnotationRow:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A task without its pictures.
+    """A task without its images.
 
     Args:
         id: of the task.

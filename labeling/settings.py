@@ -40,10 +40,10 @@ class LabelingSettings(RoomSettings):
     project_title: str = Field(
         default="Relook review", min_length=3, max_length=50, description="title of the project, 3 to 50 characters"
     )
-    picture_side_px: int = Field(
-        default=512, ge=64, le=512, description="longer side of the pictures embedded in a task, pixels"
+    image_side_px: int = Field(
+        default=512, ge=64, le=512, description="longer side of the images embedded in a task, pixels"
     )
-    jpeg_quality: int = Field(default=88, ge=50, le=100, description="quality of embedded pictures, 50 to 100")
+    jpeg_quality: int = Field(default=88, ge=50, le=100, description="quality of embedded images, 50 to 100")
     blind_share: float = Field(
         default=0.1, ge=0, le=1, description="share of questions whose reader is not shown the model's opinion, 0 to 1"
     )
@@ -54,7 +54,7 @@ class LabelingSettings(RoomSettings):
         default=1, ge=1, le=9, description="independent blind reads of an urgent or a flagged question, people"
     )
     consensus: Literal["majority", "dawid_skene"] = Field(
-        default="majority", description="how several answers about one picture become a label"
+        default="majority", description="how several answers about one image become a label"
     )
     adjudicate_below: float = Field(
         default=0.67, gt=0, le=1, description="share of agreeing readers under which another one decides, 0 to 1"

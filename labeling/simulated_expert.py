@@ -1,7 +1,7 @@
 """An expert that knows the truth and answers through Label Studio's own API, for demos and experiments.
 
 What it says travels the same way as a person's answer: it becomes an annotation, by a named user of
-its own, and is read back by a pull. What it gets wrong depends on the seed and the picture alone.
+its own, and is read back by a pull. What it gets wrong depends on the seed and the image alone.
 """
 
 import random
@@ -63,10 +63,10 @@ def answer(
     Args:
         client: connected.
         store: with the ledger that says which questions are open.
-        truth: class code by picture id.
+        truth: class code by image id.
         error_rate: share of answers that name another class, 0 to 1.
         cant_tell_rate: share of answers that are `can't tell`, 0 to 1.
-        seed: of both draws; equal seed and picture give the equal answer.
+        seed: of both draws; equal seed and image give the equal answer.
         limit: at most so many answers.
         advance: hears how far it is.
     Returns:
@@ -116,7 +116,7 @@ def read_truth(path: Path, taxonomy: Taxonomy) -> dict[str, str]:
         path: a CSV or parquet file with the columns image_id and label.
         taxonomy: of the labels.
     Returns:
-        Class code by picture id.
+        Class code by image id.
     Raises:
         DataError: there is no such file, or it lacks a column.
         TaxonomyError: a label is not a class.

@@ -17,8 +17,8 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from labeling.settings import LabelingSettings
-from records.errors import PictureError
-from records.pictures import sniff
+from records.errors import ImageError
+from records.images import sniff
 from records.taxonomy import Taxonomy
 from records.types import AnswerKind, Image, Prediction, ReasonCode, ReviewItem
 
@@ -51,15 +51,15 @@ _REASONS: dict[ReasonCode, str] = {
     ReasonCode.PREDICTION_SET: "The model could not rule out other diagnoses.",
     ReasonCode.REFER: "The score of a malignant diagnosis is above the referral threshold.",
     ReasonCode.URGENT: "The score of a malignant diagnosis is high: please look at this one first.",
-    ReasonCode.OUT_OF_DISTRIBUTION: "The picture is unlike those the model learned from.",
+    ReasonCode.OUT_OF_DISTRIBUTION: "The image is unlike those the model learned from.",
     ReasonCode.NON_FINITE: "The model could not compute an answer.",
     ReasonCode.FLAGGED: "A user objected to the model's answer.",
     ReasonCode.AUDIT_SAMPLE: "Drawn at random, to check how the model is doing.",
-    ReasonCode.DRIFT: "Recent pictures differ from earlier ones.",
+    ReasonCode.DRIFT: "Recent images differ from earlier ones.",
     ReasonCode.SELECTED: "Chosen because an answer would teach the model most.",
     ReasonCode.LABEL_NOISE: "The recorded diagnosis may be wrong: please give a second opinion.",
     ReasonCode.ADJUDICATION: "Earlier readers disagree.",
-    ReasonCode.BAD_PICTURE: "The picture may not be good enough to judge.",
+    ReasonCode.BAD_IMAGE: "The image may not be good enough to judge.",
 }
 
 
@@ -117,7 +117,7 @@ def label_config(taxonomy: Taxonomy, *, blind: bool = False) -> str:
 def task_document(
     item: ReviewItem,
     image: Image,
-    picture: bytes,
+    content: bytes,
     overlay: bytes | None,
     prediction: Prediction | None,
     *,
@@ -130,20 +130,20 @@ def task_document(
     Args:
         item: the question.
         image: what it is about.
-        picture: its stored bytes.
-        overlay: the heat map over the picture, PNG, or None if there is none.
-        prediction: the answer that is questioned, or None for a picture that was never answered.
+        image: its stored bytes.
+        overlay: the heat map over the image, PNG, or None if there is none.
+        prediction: the answer that is questioned, or None for an image that was never answered.
         taxonomy: for the names of classes.
-        settings: size and quality of the embedded pictures.
+        settings: size and quality of the embedded images.
         key: idempotency key (item and project); it comes back with every listing of tasks.
     Returns:
         `data`, `meta` and `predictions` of one task.
     Raises:
-        PictureError: the picture or the overlay cannot be decoded.
+        ImageError: the image or the overlay cannot be decoded.
     """
     return {
         "data": {
-            "image": data_uri(picture, settings),
+            "image": data_uri(content, settings),
             **_opinion(item, overlay, prediction, taxonomy, settings),
             "about": about_text(image),
             "relook_item": item.id,
@@ -168,7 +168,7 @@ def _opinion(
     return {
         "why": why_text(item, taxonomy),
         "answer": answer_text(prediction, taxonomy),
-        "heatmap": heat_map or _no_heat_map(settings.picture_side_px),
+        "heatmap": heat_map or _no_heat_map(settings.image_side_px),
     }
 
 
@@ -202,35 +202,35 @@ def about_text(image: Image) -> str:
         image.sex,
         image.localization,
     ]
-    return ", ".join(word for word in known if word) or "nothing else is known about this picture"
+    return ", ".join(word for word in known if word) or "nothing else is known about this image"
 
 
-def data_uri(picture: bytes, settings: LabelingSettings, *, enlarge: bool = False) -> str:
-    """Return a picture as a data URI of at most `picture_side_px` on its longer side.
+def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False) -> str:
+    """Return an image as a data URI of at most `image_side_px` on its longer side.
 
     Args:
-        picture: JPEG, PNG or WebP bytes.
+        image: JPEG, PNG or WebP bytes.
         settings: size and quality.
-        enlarge: whether a smaller picture is brought to that size; the page shows a folded one as large as it is.
+        enlarge: whether a smaller image is brought to that size; the page shows a folded one as large as it is.
     Returns:
         A JPEG data URI. A JPEG that is small enough goes in as it is; orientation and ICC profile are kept.
     Raises:
-        PictureError: the bytes cannot be decoded.
+        ImageError: the bytes cannot be decoded.
     """
-    kind = sniff(picture)
-    side_px = settings.picture_side_px
+    kind = sniff(image)
+    side_px = settings.image_side_px
     try:
-        with PillowImage.open(io.BytesIO(picture), formats=("jpeg", "png", "webp")) as opened:
+        with PillowImage.open(io.BytesIO(image), formats=("jpeg", "png", "webp")) as opened:
             if kind == "jpeg" and max(opened.size) <= side_px and not enlarge:
                 opened.load()
-                return _jpeg_uri(picture)
-            # A profile of other channels would be wrong for the RGB picture made here.
+                return _jpeg_uri(image)
+            # A profile of other channels would be wrong for the RGB image made here.
             profile = opened.info.get("icc_profile") if opened.mode == "RGB" else None
             opened.draft("RGB", (side_px, side_px))
             upright = ImageOps.exif_transpose(opened)
             small = upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
-        raise PictureError("the picture cannot be decoded; it is damaged or cut off", "damaged") from error
+        raise ImageError("the image cannot be decoded; it is damaged or cut off", "damaged") from error
     if enlarge:
         small = ImageOps.contain(small, (side_px, side_px), PillowImage.Resampling.BILINEAR)
     small.thumbnail((side_px, side_px), PillowImage.Resampling.BICUBIC)
@@ -308,7 +308,7 @@ def _add_diagnosis(parent: ElementTree.Element, taxonomy: Taxonomy) -> None:
 
 
 def _add_quality(parent: ElementTree.Element) -> None:
-    ElementTree.SubElement(parent, "Header", value="Quality of the picture (optional)", size="5")
+    ElementTree.SubElement(parent, "Header", value="Quality of the image (optional)", size="5")
     choices = ElementTree.SubElement(
         parent, "Choices", name="image_quality", toName="image", choice="single-radio", showInline="true"
     )
@@ -336,13 +336,13 @@ def _jpeg_uri(jpeg: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
-def _encoded(picture: PillowImage.Image, quality: int, profile: bytes | None) -> bytes:
+def _encoded(image: PillowImage.Image, quality: int, profile: bytes | None) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality, icc_profile=profile)
+    image.save(buffer, "JPEG", quality=quality, icc_profile=profile)
     return buffer.getvalue()
 
 
 @lru_cache(maxsize=4)
 def _no_heat_map(side_px: int) -> str:
-    # Label Studio refuses a task that lacks a key of its page, and an empty picture shows as a broken one.
+    # Label Studio refuses a task that lacks a key of its page, and an empty image shows as a broken one.
     return _jpeg_uri(_encoded(PillowImage.new("RGB", (side_px // 4, side_px // 8), (221, 221, 221)), 50, None))

@@ -172,7 +172,7 @@ def open_blobs(url: str) -> BlobStore:
 
 
 def _require_writable(store: BlobStore) -> None:
-    """Find out at start, and not with the first picture, that nothing can be stored."""
+    """Find out at start, and not with the first image, that nothing can be stored."""
     probe = f"{store.root}/.probe-{new_id()}"
     try:
         store.filesystem.pipe_file(probe, b"relook")

@@ -2,8 +2,8 @@
 
     bundle.json           what it is: taxonomy, architecture, geometry, calibration, operating points
     weights.safetensors   its parameters and buffers
-    golden.safetensors    generated pictures (`inputs`, uint8 [N, S, S, 3]) and its logits for them ([N, C])
-    suitability.safetensors   what tells pictures like the training ones from others; older bundles lack it
+    golden.safetensors    generated images (`inputs`, uint8 [N, S, S, 3]) and its logits for them ([N, C])
+    suitability.safetensors   what tells images like the training ones from others; older bundles lack it
     report/               written later; not part of the id
 
 The id is the hash of these files without the report.
@@ -45,7 +45,7 @@ class Architecture(_Part):
 
 
 class Geometry(_Part):
-    """How a picture becomes the network's input."""
+    """How an image becomes the network's input."""
 
     side_px: int = Field(gt=0, description="the network sees side_px x side_px pixels")
     crop: Literal["center"] = Field(default="center", description="the shorter side is scaled to side_px, the rest cut")
@@ -93,22 +93,22 @@ class OperatingPoints(_Part):
 
 
 class QualityLimits(_Part):
-    """Limits of picture quality, on the pixels that the model sees; see `vision.inference.suitability`."""
+    """Limits of image quality, on the pixels that the model sees; see `vision.inference.suitability`."""
 
-    min_side_px: int = Field(gt=0, description="shorter side of a picture as it was sent")
-    lightness_median: float = Field(description="mean CIE lightness of a picture, 0 to 255")
+    min_side_px: int = Field(gt=0, description="shorter side of an image as it was sent")
+    lightness_median: float = Field(description="mean CIE lightness of an image, 0 to 255")
     min_lightness: float
     max_lightness: float
     sharpness_median: float = Field(description="log(1 + deviation of the Laplacian)")
     min_sharpness: float
     fine_share_median: float = Field(description="sharpness less log(1 + deviation of the gradient)")
     min_fine_share: float
-    distance_median: float = Field(description="of colour and texture to the training pictures")
+    distance_median: float = Field(description="of colour and texture to the training images")
     max_distance: float
 
 
 class SuitabilityLimits(_Part):
-    """Which pictures the model should not be asked about."""
+    """Which images the model should not be asked about."""
 
     ood_threshold: float = Field(gt=0, description="distance of the features; above it: out of distribution")
     ood_early_threshold: float | None = Field(
@@ -126,7 +126,7 @@ class BundleDocument(_Part):
     taxonomy_hash: str
     architecture: Architecture
     geometry: Geometry
-    class_priors: dict[str, float] = Field(description="share of each class among the training pictures")
+    class_priors: dict[str, float] = Field(description="share of each class among the training images")
     calibration: Calibration
     operating: OperatingPoints = OperatingPoints()
     suitability: SuitabilityLimits | None = Field(
@@ -154,11 +154,11 @@ class Bundle:
         return load_file(self.path / WEIGHTS)
 
     def golden(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return `inputs` (uint8 [N, S, S, 3]) and `logits` (float32 [N, C]) of generated pictures."""
+        """Return `inputs` (uint8 [N, S, S, 3]) and `logits` (float32 [N, C]) of generated images."""
         return load_file(self.path / GOLDEN)
 
     def suitability(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        """Return the arrays that pictures are compared with; None if the bundle has none."""
+        """Return the arrays that images are compared with; None if the bundle has none."""
         return load_file(self.path / SUITABILITY) if (self.path / SUITABILITY).is_file() else None
 
 

@@ -53,13 +53,13 @@ def audit_verify(
 @app.command("trace")
 def trace_command(
     ctx: typer.Context,
-    subject: Annotated[str, typer.Argument(metavar="ID", help="Prediction, picture or model id (8 characters do).")],
+    subject: Annotated[str, typer.Argument(metavar="ID", help="Prediction, image or model id (8 characters do).")],
     config: ConfigOption = None,
     preset: PresetOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the way of a picture from request to the model that learned from it."""
+    """Show the way of an image from request to the model that learned from it."""
     from records.lineage import trace
     from records.store import open_store
 

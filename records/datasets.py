@@ -1,6 +1,6 @@
-"""Dataset versions: immutable parquet manifests that say which picture has which label on which side.
+"""Dataset versions: immutable parquet manifests that say which image has which label on which side.
 
-A version's id is the hash of what training sees (picture, group, side, label, rank), so equal
+A version's id is the hash of what training sees (image, group, side, label, rank), so equal
 inputs give equal ids on every machine. Labels that came from doubt, flags or outcomes join train
 only; a group that has a side keeps it for good.
 """
@@ -28,7 +28,7 @@ from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Si
 HASHED_COLUMNS = ["image_id", "group_id", "side", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
 _ROWS_AT_ONCE = 50_000
-_ROWS_OF_A_GROUP = 10_000  # of a manifest's file, sorted by picture: to look one up, one group is read
+_ROWS_OF_A_GROUP = 10_000  # of a manifest's file, sorted by image: to look one up, one group is read
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DatasetVersion:
     Args:
         id: content hash, 64 hex characters.
         taxonomy_hash: of the taxonomy that its labels belong to.
-        rows: one row per labelled picture, columns of ManifestRow, sorted by picture id.
+        rows: one row per labelled image, columns of ManifestRow, sorted by image id.
     """
 
     id: str
@@ -46,12 +46,12 @@ class DatasetVersion:
     rows: pd.DataFrame = field(repr=False, compare=False)
 
     def side(self, side: Side) -> pd.DataFrame:
-        """Return the rows of one side, sorted by picture id, with a fresh index."""
+        """Return the rows of one side, sorted by image id, with a fresh index."""
         return self.rows[self.rows["side"] == side.value].reset_index(drop=True)
 
     @property
     def num_images(self) -> int:
-        """Number of labelled pictures."""
+        """Number of labelled images."""
         return len(self.rows)
 
     @property
@@ -66,13 +66,13 @@ class BuildReport:
 
     Args:
         version: what was built.
-        new_labels: pictures whose strongest label came from an expert.
+        new_labels: images whose strongest label came from an expert.
         held_out: those of them on a side other than train. A label from the audit sample is in the
-            version there; one from doubt is not, and the picture keeps the label it had, if any.
-        outranked: pictures where a label at least as strong contradicts an expert's; each is a case for
+            version there; one from doubt is not, and the image keeps the label it had, if any.
+        outranked: images where a label at least as strong contradicts an expert's; each is a case for
             adjudication.
-        without_consent: labelled pictures whose consent does not cover training.
-        ungrouped: labelled pictures that are in no group yet.
+        without_consent: labelled images whose consent does not cover training.
+        ungrouped: labelled images that are in no group yet.
     """
 
     version: DatasetVersion
@@ -89,16 +89,16 @@ def build_version(
     """Build the dataset version of everything that is known now, and write it if it is new.
 
     Args:
-        store: with the imported pictures and labels.
+        store: with the imported images and labels.
         resolved: what experts said, after consensus.
         round_number: the round that asks; 0 for an import.
         parent_id: the version that this one follows; labels that it has already keep their round.
     Returns:
         The version and what was left out. Equal knowledge gives an equal id; the same id is written once.
     Raises:
-        DataError: not one picture has a label that may be used.
+        DataError: not one image has a label that may be used.
         TaxonomyError: a label is not a class of the store's taxonomy.
-        IntegrityError: a picture is in a group that the ledger does not know.
+        IntegrityError: an image is in a group that the ledger does not know.
     """
     experts = expert_labels(resolved, round_number)
     known = read_known(store, experts)
@@ -112,14 +112,14 @@ def build_version(
     version = _write(store, version, round_number, parent_id)
     is_new = known.strongest["label_source"].str.startswith("expert:")
     is_held_out = is_new & (known.strongest["side"].fillna(Side.TRAIN.value) != Side.TRAIN.value)
-    no_consent = known.pictures["consent"] != Consent.TRAINING.value
+    no_consent = known.images["consent"] != Consent.TRAINING.value
     return BuildReport(
         version=version,
         new_labels=tuple(known.strongest.loc[is_new, "image_id"]),
         held_out=tuple(known.strongest.loc[is_held_out, "image_id"]),
         outranked=_outranked(experts, known.strongest),
-        without_consent=tuple(sorted(known.pictures.loc[no_consent, "image_id"])),
-        ungrouped=tuple(sorted(known.pictures.loc[known.pictures["group_id"].isna() & ~no_consent, "image_id"])),
+        without_consent=tuple(sorted(known.images.loc[no_consent, "image_id"])),
+        ungrouped=tuple(sorted(known.images.loc[known.images["group_id"].isna() & ~no_consent, "image_id"])),
     )
 
 
@@ -130,7 +130,7 @@ def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
         store: with the ledger and the files.
         dataset_id: id or prefix.
     Returns:
-        The version, its file checked against its id, without the pictures that were erased since.
+        The version, its file checked against its id, without the images that were erased since.
     Raises:
         UnknownIdError: nothing, or more than one version, has that id.
         IntegrityError: the manifest is missing, cannot be read, or was altered.
@@ -160,7 +160,7 @@ def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | Non
         dataset_id: the whole id.
         filters: which rows; all by default.
     Returns:
-        Rows in the schema of ManifestRow, sorted by picture id.
+        Rows in the schema of ManifestRow, sorted by image id.
     Raises:
         IntegrityError: the file is missing or is not a manifest.
     """
@@ -171,12 +171,12 @@ def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | Non
 
 
 def find_in_manifest(store: Store, dataset_id: str, image_id: str) -> ManifestRow | None:
-    """Look one picture up in a version; of its file only the part that can hold it is read.
+    """Look one image up in a version; of its file only the part that can hold it is read.
 
     Args:
         store: with the files.
         dataset_id: the whole id.
-        image_id: of the picture.
+        image_id: of the image.
     Returns:
         Its row, None if the version does not have it.
     Raises:
@@ -185,7 +185,7 @@ def find_in_manifest(store: Store, dataset_id: str, image_id: str) -> ManifestRo
     with _reading(dataset_id), pq.ParquetFile(store.home.datasets / dataset_id / MANIFEST) as file:
         _require_columns(file.schema_arrow.names, dataset_id)
         groups = [file.metadata.row_group(group).column(0).statistics for group in range(file.num_row_groups)]
-        # Rows are sorted by picture, so one group at most holds it.
+        # Rows are sorted by image, so one group at most holds it.
         group = bisect_left(groups, image_id, key=lambda statistics: str(statistics.max))
         if group == len(groups) or image_id < str(groups[group].min):
             return None
@@ -217,7 +217,7 @@ def content_id(rows: pd.DataFrame, taxonomy_hash: str) -> str:
     """Return the id of a manifest.
 
     Args:
-        rows: with at least the columns picture, group, side, label and rank, sorted by picture id.
+        rows: with at least the columns image, group, side, label and rank, sorted by image id.
         taxonomy_hash: of the taxonomy the labels belong to.
     Returns:
         64 hex characters over exactly what training sees; who said it and when is not part of it.

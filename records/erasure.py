@@ -1,6 +1,6 @@
-"""The right to erasure: what shows a picture goes, and the tombstone that it was there stays.
+"""The right to erasure: what shows an image goes, and the tombstone that it was there stays.
 
-In: the id of a picture. Out: what was removed. Gone are the stored bytes, the heat maps over them and
+In: the id of an image. Out: what was removed. Gone are the stored bytes, the heat maps over them and
 everything that was said of the person; the id, the answers that were given and the labels stay, so
 that the audit and the content hashes of dataset versions still hold. Loading a dataset version leaves
 out what was erased, so nothing trains on it again. Decoded pixels belong to `images.forget`.
@@ -31,7 +31,7 @@ PERSONAL = (
     "acquired_at",
     "perceptual_hash",
 )
-"""Fields of a picture that may point at the person in it."""
+"""Fields of an image that may point at the person in it."""
 
 
 class Erasure(BaseModel):
@@ -40,15 +40,15 @@ class Erasure(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     image_id: str
-    blobs: int = Field(ge=0, description="pictures and heat maps removed from the blob store")
+    blobs: int = Field(ge=0, description="images and heat maps removed from the blob store")
     withdrawn: int = Field(ge=0, description="open questions to experts that were taken back")
     left_in_place: str | None = Field(
-        default=None, description="path of a picture that was imported in place; its file belongs to somebody else"
+        default=None, description="path of an image that was imported in place; its file belongs to somebody else"
     )
 
 
 def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
-    """Erase a picture; erasing it again finishes what a killed run left and is no second event.
+    """Erase an image; erasing it again finishes what a killed run left and is no second event.
 
     Args:
         store: with ledger and blobs.
@@ -57,7 +57,7 @@ def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
     Returns:
         What was removed.
     Raises:
-        UnknownIdError: there is no such picture.
+        UnknownIdError: there is no such image.
         UnavailableError: a blob cannot be removed; run it again.
     """
     # First nobody may read it any more, then the bytes go: a kill in between leaves nothing readable by Relook.
@@ -89,23 +89,23 @@ def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
 
 
 def erased_ids(tx: Transaction) -> set[str]:
-    """Return the ids of all pictures that were erased.
+    """Return the ids of all images that were erased.
 
     Args:
         tx: any transaction.
     Returns:
-        Picture ids.
+        Image ids.
     """
     images = TABLES[Image].c
     return set(tx.connection.scalars(sa.select(images.id).where(images.erased_at.is_not(None))))
 
 
 def forget_people(tx: Transaction, image_ids: Collection[str]) -> None:
-    """Blank what was said of the people in pictures.
+    """Blank what was said of the people in images.
 
     Args:
         tx: a write transaction.
-        image_ids: of the pictures; their ids, answers and labels stay.
+        image_ids: of the images; their ids, answers and labels stay.
     """
     # These fields never change otherwise, so records cannot express it.
     images, predictions, flags, items = (TABLES[t] for t in (Image, Prediction, Flag, ReviewItem))
@@ -122,11 +122,11 @@ def forget_people(tx: Transaction, image_ids: Collection[str]) -> None:
 
 
 def make_way(tx: Transaction, image_ids: Collection[str]) -> None:
-    """Remove the tombstones of pictures whose time was over, so that they can be entered anew.
+    """Remove the tombstones of images whose time was over, so that they can be entered anew.
 
     Args:
         tx: a write transaction, which enters them.
-        image_ids: of pictures that come in; the tombstone of one that was erased on request stays.
+        image_ids: of images that come in; the tombstone of one that was erased on request stays.
     """
     images = TABLES[Image]
     known = any_of(images.c.id, image_ids, tx.connection.dialect)

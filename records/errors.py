@@ -3,8 +3,8 @@
     RelookError
     ├── UserError                 the caller can mend it: exit code 2, or a 4xx answer
     │   ├── ConfigError           a setting that cannot work: names field, value and a valid one
-    │   ├── DataError             a folder, table or picture that cannot be used
-    │   │   └── PictureError      bytes that are not a picture Relook reads
+    │   ├── DataError             a folder, table or image that cannot be used
+    │   │   └── ImageError      bytes that are not an image Relook reads
     │   ├── TaxonomyError         classes that do not fit together
     │   ├── UnknownIdError        an id that names nothing, or more than one thing
     │   ├── RefusedError          a request that is understood and not allowed
@@ -36,19 +36,19 @@ class DataError(UserError):
     """Raised when a data folder, a table or a file cannot be used."""
 
 
-class PictureError(DataError):
-    """Raised when bytes are not a picture that Relook reads.
+class ImageError(DataError):
+    """Raised when bytes are not an image that Relook reads.
 
     Args:
-        message: one sentence for the person who sent the picture.
-        code: a stable word for programs, such as `not_a_picture` or `too_many_pixels`.
+        message: one sentence for the person who sent the image.
+        code: a stable word for programs, such as `not_an_image` or `too_many_pixels`.
     """
 
-    def __init__(self, message: str, code: str = "not_a_picture") -> None:
+    def __init__(self, message: str, code: str = "not_an_image") -> None:
         super().__init__(message)
         self.code = code
 
-    def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
         """Keep the code when the error travels between processes."""
         return type(self), (str(self), self.code)
 

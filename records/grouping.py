@@ -1,7 +1,7 @@
-"""Groups and sides: what keeps the pictures of one lesion together, once and for good.
+"""Groups and sides: what keeps the images of one lesion together, once and for good.
 
 A group is what lesion, patient and near-duplicate links connect. A labelled group has a side that
-is drawn once and stored; adding pictures later never moves a group. A picture whose links would
+is drawn once and stored; adding images later never moves a group. An image whose links would
 join two sides is not placed at all, but named.
 """
 
@@ -29,7 +29,7 @@ class KnownGroup:
     """A group that exists already, as far as placing newcomers needs it.
 
     Args:
-        id: of the group that holds the picture now, that is after all merges.
+        id: of the group that holds the image now, that is after all merges.
         side: that it was drawn to, read in the transaction that writes the placement.
     """
 
@@ -42,10 +42,10 @@ class Placement:
     """Where newcomers go.
 
     Args:
-        group_of: picture id to group id, for every newcomer that could be placed.
+        group_of: image id to group id, for every newcomer that could be placed.
         new_groups: ids of groups that did not exist.
         merged: group id to the group that takes it in (same side, or one of them without a side).
-        refused: picture id to the ids of the two-sided groups it would have linked.
+        refused: image id to the ids of the two-sided groups it would have linked.
     """
 
     group_of: dict[str, str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Placement:
 
 
 def group_id_of(first_image_id: str) -> str:
-    """Return the id of a group that starts with this picture, 16 hex characters."""
+    """Return the id of a group that starts with this image, 16 hex characters."""
     return sha256_hex(f"group:{first_image_id}".encode())[:16]
 
 
@@ -64,17 +64,17 @@ def place(
     links: Iterable[tuple[str, str]],
     known_group_of: Mapping[str, KnownGroup],
 ) -> Placement:
-    """Put new pictures into groups.
+    """Put new images into groups.
 
     Args:
-        new_images: ids of pictures without a group.
-        links: pairs of picture ids that belong together; either may be new or known.
-        known_group_of: the group of every known picture that a link names.
+        new_images: ids of images without a group.
+        links: pairs of image ids that belong together; either may be new or known.
+        known_group_of: the group of every known image that a link names.
     Returns:
         The placement. A component that touches groups of two sides is refused as a whole: its new
-        pictures get no group.
+        images get no group.
     Raises:
-        ContractError: a link names a picture that is neither new nor known.
+        ContractError: a link names an image that is neither new nor known.
     """
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(new_images)
@@ -88,7 +88,7 @@ def place(
             elif image_id in known_group_of:
                 ends.append(f"group:{known_group_of[image_id].id}")
             else:
-                raise ContractError(f"a link names picture {image_id[:12]}, which is neither new nor known")
+                raise ContractError(f"a link names image {image_id[:12]}, which is neither new nor known")
         graph.add_edge(*ends)
     placement = Placement()
     new_groups: list[str] = []

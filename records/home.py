@@ -17,7 +17,7 @@ class Home:
 
     @property
     def blobs(self) -> Path:
-        """Stored pictures and overlays, by content."""
+        """Stored images and overlays, by content."""
         return self.root / "blobs"
 
     @property

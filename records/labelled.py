@@ -1,6 +1,6 @@
-"""What is known of the labelled pictures: their strongest labels, their groups and their sides.
+"""What is known of the labelled images: their strongest labels, their groups and their sides.
 
-In: the ledger and what experts said. Out: frames with one row per picture, which `records.datasets`
+In: the ledger and what experts said. Out: frames with one row per image, which `records.datasets`
 turns into a version. Sides that are missing are drawn here, once and for good.
 """
 
@@ -26,31 +26,31 @@ _IMAGE, _GROUP, _SOURCE = TABLES[Image].c, TABLES[Group].c, TABLES[SourceLabel].
 
 @dataclass(frozen=True)
 class Known:
-    """One consistent view of the labelled pictures.
+    """One consistent view of the labelled images.
 
     Args:
-        pictures: image_id, group_id and consent of every labelled picture that is not erased.
-        strongest: the strongest label of every usable picture, with group_id and side.
+        images: image_id, group_id and consent of every labelled image that is not erased.
+        strongest: the strongest label of every usable image, with group_id and side.
         rows: the same, except that on held-out sides labels from doubt do not count.
     """
 
-    pictures: pd.DataFrame
+    images: pd.DataFrame
     strongest: pd.DataFrame
     rows: pd.DataFrame
 
 
 def read_known(store: Store, experts: pd.DataFrame) -> Known:
-    """Read the labelled pictures in one view.
+    """Read the labelled images in one view.
 
     Args:
-        store: with the imported pictures and labels.
+        store: with the imported images and labels.
         experts: of `expert_labels`.
     Returns:
         What is known; `side` is missing where a group has none yet.
     Raises:
-        DataError: not one picture has a label that may be used.
+        DataError: not one image has a label that may be used.
         TaxonomyError: a label is not a class of the store's taxonomy.
-        IntegrityError: a picture is in a group that the ledger does not know.
+        IntegrityError: an image is in a group that the ledger does not know.
     """
     with store.ledger.read() as tx:
         labels = _frame(tx, _SOURCE.image_id, _SOURCE.label, _SOURCE.confirmation, _SOURCE.source.label("label_source"))
@@ -67,30 +67,28 @@ def read_known(store: Store, experts: pd.DataFrame) -> Known:
     labels = labels.merge(images, on="image_id").merge(_after_merges(groups), on="group_id", how="left")
     lost = labels.loc[labels["group_id"].notna() & labels["target_id"].isna(), "group_id"]
     if not lost.empty:
-        raise IntegrityError(f"the ledger has pictures in a group {lost.iloc[0]!r} that it does not know")
+        raise IntegrityError(f"the ledger has images in a group {lost.iloc[0]!r} that it does not know")
     labels = labels.assign(group_id=labels["target_id"]).drop(columns="target_id")
-    pictures = labels[["image_id", "group_id", "consent"]].drop_duplicates("image_id")
+    owned = labels[["image_id", "group_id", "consent"]].drop_duplicates("image_id")
     labels = labels[(labels["consent"] == Consent.TRAINING.value) & labels["group_id"].notna()]
     if labels.empty:
-        why = f"none of {len(pictures)} labelled pictures has both consent for training and a group"
-        raise DataError(
-            f"{why if len(pictures) else 'no picture has a label yet'}; import a folder with diagnoses first"
-        )
+        why = f"none of {len(images)} labelled images has both consent for training and a group"
+        raise DataError(f"{why if len(images) else 'no image has a label yet'}; import a folder with diagnoses first")
     strongest = _strongest(labels)
     biased = ~strongest["independent"] & strongest["side"].notna() & (strongest["side"] != Side.TRAIN.value)
     others = labels[labels["independent"] & labels["image_id"].isin(list(strongest.loc[biased, "image_id"]))]
     rows = pd.concat([strongest[~biased], _strongest(others)])
-    return Known(pictures, strongest, rows.sort_values("image_id", ignore_index=True))
+    return Known(owned, strongest, rows.sort_values("image_id", ignore_index=True))
 
 
 def expert_labels(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.DataFrame:
-    """Return what experts said as a frame; pictures that nobody could tell are not in it.
+    """Return what experts said as a frame; images that nobody could tell are not in it.
 
     Args:
         resolved: after consensus.
         round_number: the round that asks.
     Returns:
-        One row per picture. `independent` is true for labels from the audit sample alone.
+        One row per image. `independent` is true for labels from the audit sample alone.
     """
     said = [
         {
@@ -121,7 +119,7 @@ def _frame(
 
 
 def _after_merges(groups: pd.DataFrame) -> pd.DataFrame:
-    """Return group_id, the id of the group that holds its pictures now, and that one's side."""
+    """Return group_id, the id of the group that holds its images now, and that one's side."""
     moved = groups[groups["merged_into"].notna()]
     into: dict[str, str] = dict(zip(moved["group_id"], moved["merged_into"], strict=True))
     for group_id in into:
@@ -135,7 +133,7 @@ def _after_merges(groups: pd.DataFrame) -> pd.DataFrame:
 
 
 def _strongest(labels: pd.DataFrame) -> pd.DataFrame:
-    """Keep the strongest label of each picture, sorted by picture; among equals the first imported stays."""
+    """Keep the strongest label of each image, sorted by image; among equals the first imported stays."""
     labels = labels.assign(label_rank=labels["confirmation"].map(_RANKS).astype("int64"))
     several = labels["image_id"].duplicated(keep=False)
     contested = labels[several]

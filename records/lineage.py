@@ -1,4 +1,4 @@
-"""The way of a picture, an answer or a model through the records, in both directions.
+"""The way of an image, an answer or a model through the records, in both directions.
 
 A trace is a list of dated steps: request, answer, flag, question, expert's answer, dataset version,
 next model. It only reads.
@@ -45,7 +45,7 @@ def trace(store: Store, subject: str) -> Trace:
 
     Args:
         store: with the records.
-        subject: id of a prediction, a picture or a model, or a prefix of at least 8 characters.
+        subject: id of a prediction, an image or a model, or a prefix of at least 8 characters.
     Returns:
         The trace.
     Raises:
@@ -76,17 +76,17 @@ def _resolve(tx: Transaction, subject: str) -> tuple[str, str]:
         found.extend((kind, row[0]) for row in rows)
     if len(found) != 1:
         problem = "nothing has" if not found else f"{len(found)} things share"
-        raise UnknownIdError(f"{problem} the id {subject!r}; give the id of a prediction, a picture or a model")
+        raise UnknownIdError(f"{problem} the id {subject!r}; give the id of a prediction, an image or a model")
     return found[0]
 
 
 def _image_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     image = tx.require(Image, image_id)
     name = f" ({image.source_id})" if image.source_id else ""
-    yield TraceStep(at=image.created_at, kind="picture", id=image.id, text=f"picture{name} stored, {image.provenance}")
+    yield TraceStep(at=image.created_at, kind="image", id=image.id, text=f"image{name} stored, {image.provenance}")
     if image.erased_at is not None:
         why = "erased on request" if image.expired_at is None else "its time to be kept was over"
-        yield TraceStep(at=image.erased_at, kind="gone", id=image.id, text=f"picture deleted: {why}")
+        yield TraceStep(at=image.erased_at, kind="gone", id=image.id, text=f"image deleted: {why}")
     yield from _answer_steps(tx, image_id)
     yield from _question_steps(tx, image_id)
     yield from _dataset_steps(store, tx, image_id)
@@ -139,7 +139,7 @@ def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[Tra
 
 def _model_steps(tx: Transaction, model: ModelRecord) -> Iterator[TraceStep]:
     dataset = tx.require(DatasetRecord, model.dataset_id)
-    text = f"dataset {dataset.id[:12]}: {dataset.num_images} pictures in {dataset.num_groups} groups"
+    text = f"dataset {dataset.id[:12]}: {dataset.num_images} images in {dataset.num_groups} groups"
     yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
     yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
     answers = tx.count(Prediction, where={"model_id": model.id}, at_most=_COUNTED + 1)

@@ -1,6 +1,6 @@
-"""Retention: served pictures and answers whose time is over, and that nobody needs, are deleted.
+"""Retention: served images and answers whose time is over, and that nobody needs, are deleted.
 
-In: how long they are kept (settings of this room). Out: what went, and one audit event per run. A picture
+In: how long they are kept (settings of this room). Out: what went, and one audit event per run. An image
 goes as an erased one does, heat maps and what was said of the person included; what stays is a tombstone,
 so that its answers keep their place. Needed, and kept, is what waits for an expert, was labelled by
 anybody, is in a dataset version, or turned out to be something: no version, figure or replay changes.
@@ -42,7 +42,7 @@ ACTION = "retention.applied"
 """Action of the audit event; its details are the report."""
 
 _NAME = "records.retention"
-_PICTURES_AT_ONCE, _ANSWERS_AT_ONCE = 100, 1000  # in one transaction; nobody else writes meanwhile
+_IMAGES_AT_ONCE, _ANSWERS_AT_ONCE = 100, 1000  # in one transaction; nobody else writes meanwhile
 _DELETERS = 16
 _OPEN = (ReviewState.NEW, ReviewState.PUSHED)
 _IMAGE, _ANSWER, _ITEM = TABLES[Image].c, TABLES[Prediction].c, TABLES[ReviewItem].c
@@ -53,12 +53,12 @@ class Retention(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pictures_before: datetime | None = Field(description="last sent before this; empty: pictures are kept")
+    images_before: datetime | None = Field(description="last sent before this; empty: images are kept")
     predictions_before: datetime | None = Field(description="given before this; empty: answers are kept")
-    pictures: int = Field(default=0, ge=0)
-    overlays: int = Field(default=0, ge=0, description="heat maps over those pictures")
+    images: int = Field(default=0, ge=0)
+    overlays: int = Field(default=0, ge=0, description="heat maps over those images")
     predictions: int = Field(default=0, ge=0)
-    pictures_needed: int = Field(default=0, ge=0, description="as old, and kept since somebody needs them")
+    images_needed: int = Field(default=0, ge=0, description="as old, and kept since somebody needs them")
     predictions_needed: int = Field(default=0, ge=0, description="as old, and kept since something refers to them")
 
 
@@ -74,22 +74,22 @@ def find_due(store: Store, now: datetime | None = None) -> Retention:
         IntegrityError: the manifest of a dataset version is missing, so that it cannot be told what it needs.
     """
     limits = _limits(store, now or utc_now())
-    due = _due_pictures(store, limits.pictures_before)
+    due = _due_images(store, limits.images_before)
     with store.ledger.read() as tx:
         overlays = sum(
             _count(tx, _ITEM.id, any_of(_ITEM.image_id, part, tx.connection.dialect), _ITEM.overlay_blob.is_not(None))
             for part in _parts(due, _ANSWERS_AT_ONCE)
         )
-        old = _count(tx, _IMAGE.id, *_old_pictures(limits.pictures_before)) if limits.pictures_before else 0
+        old = _count(tx, _IMAGE.id, *_old_images(limits.images_before)) if limits.images_before else 0
         before = limits.predictions_before
         answers = _count(tx, _ANSWER.id, *_due_answers(before)) if before else 0
         old_answers = _count(tx, _ANSWER.id, _ANSWER.created_at < before) if before else 0
     return limits.model_copy(
         update={
-            "pictures": len(due),
+            "images": len(due),
             "overlays": overlays,
             "predictions": answers,
-            "pictures_needed": old - len(due),
+            "images_needed": old - len(due),
             "predictions_needed": old_answers - answers,
         }
     )
@@ -108,8 +108,8 @@ def apply_retention(
     Args:
         store: with the settings, the records and the blobs.
         actor: who asks, for the audit.
-        forget: removes what else this machine keeps of pictures, by their ids.
-        advance: hears how many pictures and answers are done, of how many.
+        forget: removes what else this machine keeps of images, by their ids.
+        advance: hears how many images and answers are done, of how many.
         now: the moment to count from; default: the present.
     Returns:
         What was deleted.
@@ -123,12 +123,12 @@ def apply_retention(
         with store.ledger.begin() as tx:
             _close(tx, actor, finished=False)
         planned = find_due(store, now)
-        if planned.pictures_before is None and planned.predictions_before is None:
+        if planned.images_before is None and planned.predictions_before is None:
             return planned
-        needed = planned.model_dump(include={"pictures_needed", "predictions_needed"})
+        needed = planned.model_dump(include={"images_needed", "predictions_needed"})
         run = _Run(store, _limits(store, now).model_copy(update=needed), forget, now)
         run.begin()
-        total, done = planned.pictures + planned.predictions, 0
+        total, done = planned.images + planned.predictions, 0
         for number in run.batches():
             done += number
             advance(min(done, total), total)
@@ -155,10 +155,10 @@ class _Run:
 
     def batches(self) -> Iterator[int]:
         """Delete part by part and yield how much was looked at."""
-        pictures_before, predictions_before = self.deleted.pictures_before, self.deleted.predictions_before
-        for part in _parts(_due_pictures(self.store, pictures_before), _PICTURES_AT_ONCE):
+        images_before, predictions_before = self.deleted.images_before, self.deleted.predictions_before
+        for part in _parts(_due_images(self.store, images_before), _IMAGES_AT_ONCE):
             with self.store.ledger.begin() as tx:
-                self._expire(tx, part, pictures_before)
+                self._expire(tx, part, images_before)
             yield len(part)
         for part in _pages_of_answers(self.store, predictions_before):
             with self.store.ledger.begin() as tx:
@@ -170,9 +170,9 @@ class _Run:
             yield len(part)
 
     def _expire(self, tx: Transaction, part: Sequence[str], before: datetime | None) -> None:
-        """Delete pictures as far as they are still due."""
+        """Delete images as far as they are still due."""
         dialect = tx.connection.dialect
-        due = [any_of(_IMAGE.id, part, dialect), *_old_pictures(before), *_nobody_needs(_IMAGE.id)]
+        due = [any_of(_IMAGE.id, part, dialect), *_old_images(before), *_nobody_needs(_IMAGE.id)]
         ids = list(tx.connection.scalars(sa.select(_IMAGE.id).where(*due)))
         asked = any_of(_ITEM.image_id, ids, dialect)
         overlays = list(
@@ -182,9 +182,9 @@ class _Run:
         gone = {"erased_at": self.now, "expired_at": self.now}
         tx.connection.execute(sa.update(TABLES[Image]).where(any_of(_IMAGE.id, ids, dialect)).values(gone))
         tx.connection.execute(sa.update(TABLES[ReviewItem]).where(asked).values(overlay_blob=None))
-        self._count(tx, pictures=len(ids), overlays=len(overlays))
+        self._count(tx, images=len(ids), overlays=len(overlays))
         # Before the commit: if this is killed, the rows are due again, and no row says of bytes that lie there
-        # that they are gone. Writers follow one another, so whoever brings one of the pictures back comes after it.
+        # that they are gone. Writers follow one another, so whoever brings one of the images back comes after it.
         self.forget(ids)
         with ThreadPoolExecutor(_DELETERS) as pool:
             list(pool.map(self.store.blobs.delete, [*ids, *overlays]))
@@ -204,25 +204,25 @@ def _close(tx: Transaction, actor: str, *, finished: bool) -> None:
     if cursor is None or not cursor.position:
         return
     details = {**cursor.position, "finished": finished}
-    audit.append(tx, actor=actor, action=ACTION, subject="served pictures and answers", details=details)
+    audit.append(tx, actor=actor, action=ACTION, subject="served images and answers", details=details)
     tx.update(Cursor, _NAME, position={})
 
 
 def _limits(store: Store, now: datetime) -> Retention:
-    days = store.settings.keep_pictures_days, store.settings.keep_predictions_days
-    pictures, predictions = (None if number is None else now - timedelta(days=number) for number in days)
-    return Retention(pictures_before=pictures, predictions_before=predictions)
+    days = store.settings.keep_images_days, store.settings.keep_predictions_days
+    images, predictions = (None if number is None else now - timedelta(days=number) for number in days)
+    return Retention(images_before=images, predictions_before=predictions)
 
 
-def _due_pictures(store: Store, before: datetime | None) -> list[str]:
-    """Return the ids of pictures that are due, sorted."""
+def _due_images(store: Store, before: datetime | None) -> list[str]:
+    """Return the ids of images that are due, sorted."""
     if before is None:
         return []
-    query = sa.select(_IMAGE.id).where(*_old_pictures(before), *_nobody_needs(_IMAGE.id)).order_by(_IMAGE.id)
+    query = sa.select(_IMAGE.id).where(*_old_images(before), *_nobody_needs(_IMAGE.id)).order_by(_IMAGE.id)
     with store.ledger.read() as tx:
         found = list(tx.connection.scalars(query))
         datasets = tx.find(DatasetRecord) if found else []
-    # What is in a version has a label, and a label keeps its picture; a ledger that lost one must not cost a picture.
+    # What is in a version has a label, and a label keeps its image; a ledger that lost one must not cost an image.
     used: set[str] = set()
     for dataset in datasets:
         rows = read_manifest(store, dataset.id, filters=pc.field("image_id").isin(found))
@@ -243,7 +243,7 @@ def _pages_of_answers(store: Store, before: datetime | None) -> Iterator[list[st
         yield page
 
 
-def _old_pictures(before: datetime | None) -> list[sa.ColumnElement[bool]]:
+def _old_images(before: datetime | None) -> list[sa.ColumnElement[bool]]:
     sent_since = sa.exists().where(_ANSWER.image_id == _IMAGE.id, _ANSWER.created_at >= before)
     return [_IMAGE.provenance == "served", _IMAGE.erased_at.is_(None), _IMAGE.created_at < before, ~sent_since]
 
@@ -255,7 +255,7 @@ def _due_answers(before: datetime | None) -> list[sa.ColumnElement[bool]]:
 
 
 def _nobody_needs(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
-    """Return conditions that no question is open about a picture and that nobody said what it shows."""
+    """Return conditions that no question is open about an image and that nobody said what it shows."""
     is_open = sa.exists().where(_ITEM.image_id == image_id, _ITEM.state.in_(_OPEN))
     labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, ExpertLabel)]
     turned_out = image_id.in_(sa.select(TABLES[Outcome].c.image_id))

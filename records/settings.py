@@ -33,11 +33,11 @@ class RecordsSettings(RoomSettings):
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="how long a writer waits for another, seconds"
     )
-    keep_pictures_days: int | None = Field(
+    keep_images_days: int | None = Field(
         default=None,
         ge=1,
         le=36_500,
-        description="for `relook retention`: served pictures that nobody needs go so long after they were last sent; "
+        description="for `relook retention`: served images that nobody needs go so long after they were last sent; "
         "null keeps them, days",
     )
     keep_predictions_days: int | None = Field(
@@ -45,17 +45,17 @@ class RecordsSettings(RoomSettings):
         ge=1,
         le=36_500,
         description="for `relook retention`: answers that nothing refers to go so long after they were given, and with "
-        "them what the caller said; at least keep_pictures_days; null keeps them, days",
+        "them what the caller said; at least keep_images_days; null keeps them, days",
     )
 
     @model_validator(mode="after")
-    def _answers_outlast_pictures(self) -> Self:
-        pictures, predictions = self.keep_pictures_days, self.keep_predictions_days
-        # How long a picture was not sent is read from its answers.
-        if pictures is not None and predictions is not None and predictions < pictures:
+    def _answers_outlast_images(self) -> Self:
+        images, predictions = self.keep_images_days, self.keep_predictions_days
+        # How long an image was not sent is read from its answers.
+        if images is not None and predictions is not None and predictions < images:
             raise ValueError(
-                f"keep_predictions_days is {predictions} and keep_pictures_days {pictures}; an answer has to be kept "
-                "at least as long as its picture"
+                f"keep_predictions_days is {predictions} and keep_images_days {images}; an answer has to be kept "
+                "at least as long as its image"
             )
         return self
 

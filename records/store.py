@@ -21,7 +21,7 @@ class Store:
         home: the folder that everything lives under.
         taxonomy: which classes there are.
         ledger: every record.
-        blobs: pictures and overlays.
+        blobs: images and overlays.
     """
 
     settings: RecordsSettings

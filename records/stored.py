@@ -1,4 +1,4 @@
-"""Stored pictures by id: their ledger rows, and their bytes checked against the id."""
+"""Stored images by id: their ledger rows, and their bytes checked against the id."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ _BATCH = 5000
 
 
 def find_images(store: Store, image_ids: Sequence[str]) -> list[Image]:
-    """Return the ledger rows of pictures, in the given order.
+    """Return the ledger rows of images, in the given order.
 
     Args:
         store: with the ledger.
-        image_ids: [N] picture ids.
+        image_ids: [N] image ids.
     Returns:
         [N] images.
     Raises:
-        UnknownIdError: a picture is not in the ledger.
+        UnknownIdError: an image is not in the ledger.
     """
     found: dict[str, Image] = {}
     with store.ledger.read() as tx:
@@ -30,18 +30,18 @@ def find_images(store: Store, image_ids: Sequence[str]) -> list[Image]:
             found.update((image.id, image) for image in tx.find(Image, where={"id": batch}))
     absent = next((image_id for image_id in image_ids if image_id not in found), None)
     if absent is not None:
-        raise UnknownIdError(f"no picture has the id {absent[:12]}; import it first")
+        raise UnknownIdError(f"no image has the id {absent[:12]}; import it first")
     return [found[image_id] for image_id in image_ids]
 
 
-def read_picture(store: Store, image: Image) -> bytes:
-    """Return the stored bytes of a picture, from the blob store or from where it was imported in place.
+def read_image(store: Store, image: Image) -> bytes:
+    """Return the stored bytes of an image, from the blob store or from where it was imported in place.
 
     Args:
         store: with the blobs.
         image: its ledger row.
     Returns:
-        The bytes; their SHA-256 is the picture's id.
+        The bytes; their SHA-256 is the image's id.
     Raises:
         DataError: an in-place file is gone.
         UnknownIdError: the blob is gone.
@@ -55,9 +55,9 @@ def read_picture(store: Store, image: Image) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"picture {image.source_id or image.id[:12]} was imported in place and cannot be read at {path} "
+            f"image {image.source_id or image.id[:12]} was imported in place and cannot be read at {path} "
             f"({error.strerror}); put it back, or import the folder again"
         ) from error
     if sha256_hex(data) != image.id:
-        raise IntegrityError(f"picture {image.source_id or image.id[:12]} at {path} was altered since it was imported")
+        raise IntegrityError(f"image {image.source_id or image.id[:12]} at {path} was altered since it was imported")
     return data

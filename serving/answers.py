@@ -86,12 +86,12 @@ def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagAnswer:
     Args:
         flag: the objection.
         item: the question it led to.
-        consent: of the picture.
+        consent: of the image.
     Returns:
         The body.
     """
     if item.state is ReviewState.PUSHED:
-        next_step = "The experts already have this picture; your objection moved it up in their queue."
+        next_step = "The experts already have this image; your objection moved it up in their queue."
     else:
         next_step = "Your objection is stored and goes to an expert."
     learns = " The next model can learn from the expert's answer." if consent is Consent.TRAINING else ""

@@ -35,7 +35,7 @@ from serving.service import Service
 logger = logging.getLogger(__name__)
 
 MULTIPART_OVERHEAD_BYTES = 100_000
-"""What a form may add to the picture: its boundaries and the context."""
+"""What a form may add to the image: its boundaries and the context."""
 
 API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 
@@ -73,7 +73,7 @@ def create_api(service: Service, metrics: Metrics, max_body_bytes: int) -> FastA
     api = FastAPI(
         title="Relook",
         version=metadata.version("relook"),
-        summary="Answers about pictures, with reasons. Decision support, not a diagnosis.",
+        summary="Answers about images, with reasons. Decision support, not a diagnosis.",
         docs_url=None,
         redoc_url=None,
         responses=errors,

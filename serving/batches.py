@@ -1,4 +1,4 @@
-"""What became of several pictures that were sent together."""
+"""What became of several images that were sent together."""
 
 from collections.abc import Sequence
 
@@ -24,11 +24,11 @@ def batch_body(
     """Put the answers of a batch together.
 
     Args:
-        found: an answer or an error per picture.
-        contexts: of the pictures, in the same order.
+        found: an answer or an error per image.
+        contexts: of the images, in the same order.
         taxonomy: of the answers.
     Returns:
-        The body; pictures of one lesion are summed up by the most cautious decision among them.
+        The body; images of one lesion are summed up by the most cautious decision among them.
     """
     items = []
     lesions: dict[str, list[Prediction]] = {}

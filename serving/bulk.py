@@ -1,6 +1,6 @@
-"""Many pictures at once, most worrying first: a folder in, a table out.
+"""Many images at once, most worrying first: a folder in, a table out.
 
-In: a model and a folder of pictures. Out: a CSV file, ordered by how soon somebody should look. What is done is
+In: a model and a folder of images. Out: a CSV file, ordered by how soon somebody should look. What is done is
 kept line by line beside the file, so an interrupted run goes on with `resume`. Nothing enters the ledger.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 from images.decode import decode_square
 from records.arrays import UInt8Array
 from records.bundles import Bundle
-from records.errors import DataError, PictureError, RefusedError
+from records.errors import DataError, ImageError, RefusedError
 from records.ids import sha256_hex
-from records.pictures import picture_size, sniff
+from records.images import image_size, sniff
 from records.taxonomy import Taxonomy
 from records.types import Decision
-from serving.pictures import draw_map
+from serving.images import draw_map
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, malignant_probability, triage
 from vision.inference.loaded import LoadedModel, load_model
@@ -51,26 +51,26 @@ def predict_folder(
     resume: bool = False,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> BulkResult:
-    """Answer for every picture of a folder and write the table.
+    """Answer for every image of a folder and write the table.
 
     Args:
         bundle: the model.
         folder: searched for JPEG, PNG and WebP files, subfolders too.
         out: the CSV file; `<out>.partial` holds what is done so far.
         settings: precision, batch size and rules of triage; nothing is drawn for the audit.
-        explain: write a heat map per picture into `<out>.maps/`.
+        explain: write a heat map per image into `<out>.maps/`.
         resume: go on with what `<out>.partial` holds.
-        on_done: called with how many pictures are done, and how many there are.
+        on_done: called with how many images are done, and how many there are.
     Returns:
         The rows, and how many files could not be read.
     Raises:
-        DataError: the folder holds no pictures.
+        DataError: the folder holds no images.
         RefusedError: an interrupted run is there and `resume` was not given, or it was of another model.
-        IntegrityError: the model does not answer its golden pictures.
+        IntegrityError: the model does not answer its golden images.
     """
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
-        raise DataError(f"{str(folder)!r} holds no .jpg, .png or .webp file; name a folder of pictures")
+        raise DataError(f"{str(folder)!r} holds no .jpg, .png or .webp file; name a folder of images")
     loaded = load_model(bundle, precision=settings.precision)
     loaded.check_golden()
     partial = out.with_name(out.name + ".partial")
@@ -85,7 +85,7 @@ def predict_folder(
             batch = left[start : start + settings.max_batch_size]
             read = list(threads.map(lambda path: _read(path, loaded.geometry.side_px, settings.max_pixels), batch))
             for row in _rows(bundle, loaded, folder, list(zip(batch, read, strict=True)), settings, maps):
-                done[row["picture"]] = row
+                done[row["image"]] = row
                 file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
             on_done(len(done), len(paths))
@@ -102,15 +102,15 @@ class _Read:
     shorter_px: int
 
 
-def _read(path: Path, side_px: int, max_pixels: int) -> _Read | PictureError:
+def _read(path: Path, side_px: int, max_pixels: int) -> _Read | ImageError:
     try:
         data = path.read_bytes()
         sniff(data)
-        width_px, height_px = picture_size(data)
+        width_px, height_px = image_size(data)
         if width_px * height_px > max_pixels:
-            return PictureError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
+            return ImageError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
         return _Read(data, decode_square(data, side_px), min(width_px, height_px))
-    except PictureError as error:
+    except ImageError as error:
         return error
 
 
@@ -118,13 +118,13 @@ def _rows(
     bundle: Bundle,
     loaded: LoadedModel,
     folder: Path,
-    batch: list[tuple[Path, _Read | PictureError]],
+    batch: list[tuple[Path, _Read | ImageError]],
     settings: ServingSettings,
     maps: Path | None,
 ) -> Iterator[dict[str, Any]]:
     usable = [(path, read) for path, read in batch if isinstance(read, _Read)]
     for path, read in batch:
-        if isinstance(read, PictureError):
+        if isinstance(read, ImageError):
             yield _row(str(path.relative_to(folder)), error=str(read))
     if not usable:
         return
@@ -153,16 +153,16 @@ def _rows(
         )
 
 
-def _row(picture: str, **values: Any) -> dict[str, Any]:
+def _row(image: str, **values: Any) -> dict[str, Any]:
     empty = {"decision": None, "label": None, "confidence": None, "p_malignant": None, "reasons": "", "error": None}
-    return {"picture": picture, **empty, "probabilities": {}, **values}
+    return {"image": image, **empty, "probabilities": {}, **values}
 
 
 def _worry(row: dict[str, Any]) -> tuple[int, float, str]:
     """Sort key: unreadable files last, then by decision, then by p(malignant)."""
     rank = _ORDER[Decision(row["decision"])] if row["decision"] else len(_ORDER)
     # Without a finite answer nobody knows, which worries most within its decision.
-    return rank, -(1.0 if row["p_malignant"] is None else row["p_malignant"]), row["picture"]
+    return rank, -(1.0 if row["p_malignant"] is None else row["p_malignant"]), row["image"]
 
 
 def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, Any]]:
@@ -179,11 +179,11 @@ def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, 
     head, *rows = (json.loads(line) for line in whole.splitlines())
     if head["model_id"] != model_id:
         raise RefusedError(f"{partial} was begun with model {head['model_id'][:12]}; remove it to begin anew")
-    return {row["picture"]: row for row in rows}
+    return {row["image"]: row for row in rows}
 
 
 def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
-    columns = ["picture", "decision", "label", "confidence", "p_malignant", "reasons", "error"]
+    columns = ["image", "decision", "label", "confidence", "p_malignant", "reasons", "error"]
     with out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, *(f"p_{code}" for code in taxonomy.codes)])

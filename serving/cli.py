@@ -77,16 +77,16 @@ def serve(
 def predict(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix of 8 or more, bundle path, or champion.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option("--out", help="The table, CSV.")],
-    explain: Annotated[str | None, typer.Option("--explain", help="gradcam: a heat map per picture.")] = None,
+    explain: Annotated[str | None, typer.Option("--explain", help="gradcam: a heat map per image.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     config: ConfigOption = None,
     preset: PresetOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer for a folder of pictures and write a table, most worrying first; nothing is stored or asked about."""
+    """Answer for a folder of images and write a table, most worrying first; nothing is stored or asked about."""
     from records.models import find_bundle
     from records.store import open_store
     from serving.bulk import predict_folder
@@ -95,15 +95,15 @@ def predict(
         raise ConfigError(f"--explain is {explain!r}; it must be gradcam")
     settings = settings_of(ctx, config, preset, sets)
     with closing(open_store(settings.records)) as store, progress() as bar:
-        bundle, task = find_bundle(store, model), bar.add_task("pictures", total=None)
+        bundle, task = find_bundle(store, model), bar.add_task("images", total=None)
         result = predict_folder(
             bundle, folder, out, settings.serving, explain=explain is not None, resume=resume,
             on_done=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     counts = Counter(row["decision"] or "unreadable" for row in result.rows)
     told = ", ".join(f"{number} {decision}" for decision, number in counts.items())
-    body = {"model_id": bundle.id, "pictures": len(result.rows), "decisions": dict(counts), "out": str(out)}
-    emit(as_json, body, f"{len(result.rows)} pictures ({told}) in {out}, most worrying first")
+    body = {"model_id": bundle.id, "images": len(result.rows), "decisions": dict(counts), "out": str(out)}
+    emit(as_json, body, f"{len(result.rows)} images ({told}) in {out}, most worrying first")
 
 
 @keys_app.command("create")

@@ -21,13 +21,13 @@ from pydantic import BaseModel, ValidationError
 from records.errors import (
     AccessError,
     DataError,
-    PictureError,
+    ImageError,
     RefusedError,
     RelookError,
     UnavailableError,
     UnknownIdError,
 )
-from records.pictures import sniff
+from records.images import sniff
 from serving.schemas import (
     BatchAnswer,
     Context,
@@ -77,7 +77,7 @@ class Client:
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._retry_s = retry_s
-        # trust_env off: a proxy set for the internet must not see pictures on their way to this machine.
+        # trust_env off: a proxy set for the internet must not see images on their way to this machine.
         self._http = httpx.Client(
             base_url=base_url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
         )
@@ -96,36 +96,36 @@ class Client:
 
     def predict(
         self,
-        picture: bytes,
+        image: bytes,
         *,
         explain: Literal["gradcam"] | None = None,
         context: Context | None = None,
         idempotency_key: str | None = None,
     ) -> PredictionAnswer:
-        """Ask for an answer about one picture.
+        """Ask for an answer about one image.
 
         Args:
-            picture: a JPEG, PNG or WebP file.
+            image: a JPEG, PNG or WebP file.
             explain: add the map of the most likely class.
-            context: what is known about the picture.
+            context: what is known about the image.
             idempotency_key: repeating a call with its key gives the same answer; default: a fresh key.
         Returns:
             The answer.
         Raises:
-            PictureError: the service cannot use the picture.
+            ImageError: the service cannot use the image.
             DataError: the context does not fit.
             UnavailableError: the service could not be reached, or stayed busy.
         """
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         parameters = {"explain": explain} if explain else {}
         if context is None:
-            headers["Content-Type"] = _media_type(picture)
-            sent: dict[str, Any] = {"content": picture}
+            headers["Content-Type"] = _media_type(image)
+            sent: dict[str, Any] = {"content": image}
         else:
             body = context.model_dump_json(exclude_none=True)
             sent = {
                 "files": {
-                    "image": ("image", picture, _media_type(picture)),
+                    "image": ("image", image, _media_type(image)),
                     "context": (None, body, "application/json"),
                 }
             }
@@ -152,24 +152,24 @@ class Client:
 
     def predict_many(
         self,
-        pictures: Sequence[bytes],
+        images: Sequence[bytes],
         *,
         contexts: Sequence[Context] | None = None,
         idempotency_key: str | None = None,
     ) -> BatchAnswer:
-        """Ask for answers about several pictures; one that cannot be used does not stop the others.
+        """Ask for answers about several images; one that cannot be used does not stop the others.
 
         Args:
-            pictures: JPEG, PNG or WebP files.
-            contexts: one per picture, or None.
+            images: JPEG, PNG or WebP files.
+            contexts: one per image, or None.
             idempotency_key: repeating a call with its key gives the same answers; default: a fresh key.
         Returns:
-            An answer or a problem per picture.
+            An answer or a problem per image.
         Raises:
-            DataError: too many pictures, or contexts that do not fit.
+            DataError: too many images, or contexts that do not fit.
             UnavailableError: the service could not be reached, or stayed busy.
         """
-        files: list[tuple[str, tuple[Any, ...]]] = [("image", ("image", p, _media_type(p))) for p in pictures]
+        files: list[tuple[str, tuple[Any, ...]]] = [("image", ("image", p, _media_type(p))) for p in images]
         if contexts is not None:
             body = json.dumps([c.model_dump(mode="json", exclude_none=True) for c in contexts])
             files.append(("context", (None, body, "application/json")))
@@ -187,26 +187,26 @@ class Client:
             target: class code; default: the answer's label.
             versus: class code that the target is held against.
         Returns:
-            The map, raw and drawn over the picture.
+            The map, raw and drawn over the image.
         Raises:
             UnknownIdError: there is no such answer.
-            RefusedError: its picture was not stored.
+            RefusedError: its image was not stored.
         """
         return _parsed(Explanation, self._explain(prediction_id, method, target, "json", versus))
 
     def explanation_png(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> bytes:
-        """Return the map drawn over the picture, as PNG bytes; see `explanation`."""
+        """Return the map drawn over the image, as PNG bytes; see `explanation`."""
         return self._explain(prediction_id, method, target, "png").content
 
-    def explain_picture(
-        self, picture: bytes, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
+    def explain_image(
+        self, image: bytes, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
     ) -> Explanation:
-        """Return where the model would look in a picture that is not stored; see `explanation`."""
+        """Return where the model would look in an image that is not stored; see `explanation`."""
         wanted = {"method": method, "target": target, "versus": versus}
         parameters = {name: value for name, value in wanted.items() if value is not None}
-        headers = {"Content-Type": _media_type(picture)}
+        headers = {"Content-Type": _media_type(image)}
         return _parsed(
-            Explanation, self._send("POST", "/v1/explanations", params=parameters, content=picture, headers=headers)
+            Explanation, self._send("POST", "/v1/explanations", params=parameters, content=image, headers=headers)
         )
 
     def outcome(self, prediction_id: str, request: OutcomeRequest) -> OutcomeAnswer:
@@ -219,7 +219,7 @@ class Client:
             What it is used for.
         Raises:
             UnknownIdError: there is no such answer.
-            RefusedError: its picture was not stored.
+            RefusedError: its image was not stored.
             DataError: the diagnosis is not a class.
         """
         body = request.model_dump(mode="json")
@@ -235,7 +235,7 @@ class Client:
         return _parsed(EventPage, self._send("GET", "/v1/events", params=parameters))
 
     def erase(self, image_id: str) -> ErasureAnswer:
-        """Erase a picture (scope admin); UnknownIdError if there is none."""
+        """Erase an image (scope admin); UnknownIdError if there is none."""
         return _parsed(ErasureAnswer, self._send("DELETE", f"/v1/images/{image_id}"))
 
     def flag(self, prediction_id: str, request: FlagRequest) -> FlagAnswer:
@@ -248,7 +248,7 @@ class Client:
             What became of it.
         Raises:
             UnknownIdError: there is no such answer.
-            RefusedError: the picture may not be shown to an expert.
+            RefusedError: the image may not be shown to an expert.
             DataError: the suggested label is not a class.
         """
         body = request.model_dump(mode="json")
@@ -337,10 +337,10 @@ class Client:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def _media_type(picture: bytes) -> str:
+def _media_type(image: bytes) -> str:
     try:
-        return f"image/{sniff(picture)}"
-    except PictureError:
+        return f"image/{sniff(image)}"
+    except ImageError:
         # The service says what is wrong with it, as it would to any other program.
         return "application/octet-stream"
 
@@ -372,9 +372,9 @@ def _error_of(response: httpx.Response) -> RelookError:
         case 409:
             return RefusedError(found.detail)
         case 413 | 415:
-            return PictureError(found.detail, found.code)
+            return ImageError(found.detail, found.code)
         case 422 if found.code in ("empty", "damaged"):
-            return PictureError(found.detail, found.code)
+            return ImageError(found.detail, found.code)
         case 429 | 503:
             return UnavailableError(found.detail)
         case status if status < 500:

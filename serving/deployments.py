@@ -22,7 +22,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from records import errors
-from records.errors import PictureError, RelookError, UnavailableError
+from records.errors import ImageError, RelookError, UnavailableError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Prediction
@@ -53,7 +53,7 @@ class Failure:
     def error(self) -> RelookError:
         """Return the error again."""
         if self.code is not None:
-            return PictureError(self.message, self.code)
+            return ImageError(self.message, self.code)
         kind: type[RelookError] = getattr(errors, self.kind)
         return kind(self.message)
 
@@ -114,11 +114,11 @@ class ExplainerReplica:
         """Explain a stored answer; see `Explainer.explain`."""
         return await self._in_turn(self._explainer.explain, prediction, method, target, versus)
 
-    async def explain_picture(
-        self, picture: bytes, method: Method, target: str | None, versus: str | None
+    async def explain_image(
+        self, image: bytes, method: Method, target: str | None, versus: str | None
     ) -> HeatMap | Failure:
-        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
-        return await self._in_turn(self._explainer.explain_picture, picture, method, target, versus)
+        """Explain an image that is not stored; see `Explainer.explain_image`."""
+        return await self._in_turn(self._explainer.explain_image, image, method, target, versus)
 
     async def _in_turn(self, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
         try:
@@ -168,9 +168,9 @@ class RemoteService:
         heat_map: HeatMap = await _called(self._explainer.explain.remote(prediction, method, target, versus))
         return heat_map
 
-    async def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
-        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
-        heat_map: HeatMap = await _called(self._explainer.explain_picture.remote(picture, method, target, versus))
+    async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
+        """Explain an image that is not stored; see `Explainer.explain_image`."""
+        heat_map: HeatMap = await _called(self._explainer.explain_image.remote(image, method, target, versus))
         return heat_map
 
     async def state(self) -> ServingState:
@@ -300,7 +300,7 @@ def _set_threads(cpus: float) -> None:
 
 
 def _failure(error: RelookError) -> Failure:
-    code = error.code if isinstance(error, PictureError) else None
+    code = error.code if isinstance(error, ImageError) else None
     return Failure(type(error).__name__, str(error), code)
 
 

@@ -13,10 +13,10 @@ from images.decode import decode_square
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
 from records.models import registered_bundle, serving_model
 from records.store import Store
-from records.stored import read_picture
+from records.stored import read_image
 from records.types import Consent, Image, ModelRecord, Prediction
+from serving.images import attribution_map, take_in
 from serving.messages import HeatMap, Method
-from serving.pictures import attribution_map, take_in
 from serving.settings import ServingSettings
 from vision.inference.attribution import attribute
 from vision.inference.loaded import LoadedModel, load_model
@@ -29,7 +29,7 @@ class Explainer:
     """Explains stored answers. Safe from several threads.
 
     Args:
-        store: with pictures, predictions and models.
+        store: with images, predictions and models.
         settings: of this room.
     """
 
@@ -52,32 +52,30 @@ class Explainer:
         Raises:
             TaxonomyError: a class is unknown.
             DataError: the two classes are one.
-            RefusedError: the picture was not stored, or the model has no finite answer for it.
+            RefusedError: the image was not stored, or the model has no finite answer for it.
         """
         wanted = target or prediction.label or self._store.taxonomy.codes[0]
         self._check_classes(wanted, versus)
-        picture = self._picture(prediction)
-        return self._map(
-            self._model(prediction.model_id, prediction.precision, method), picture, method, wanted, versus
-        )
+        image = self._image(prediction)
+        return self._map(self._model(prediction.model_id, prediction.precision, method), image, method, wanted, versus)
 
-    def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
+    def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Compute where the model that answers now would look. Nothing is stored.
 
         Args:
-            picture: as sent.
+            image: as sent.
             method: how.
             target: class code; None is the most likely class.
             versus: class code that the target is held against, or None.
         Returns:
             The map.
         Raises:
-            PictureError: the picture cannot be used.
+            ImageError: the image cannot be used.
             TaxonomyError: a class is unknown.
             DataError: the two classes are one.
             UnavailableError: no model answers.
         """
-        stored = take_in(self._store, picture, self._settings.max_pixels)
+        stored = take_in(self._store, image, self._settings.max_pixels)
         with self._store.ledger.read() as tx:
             served = serving_model(tx)
         if served is None:
@@ -94,27 +92,27 @@ class Explainer:
         if versus is not None and self._store.taxonomy.index_of(versus) == self._store.taxonomy.index_of(target):
             raise DataError(f"versus: {versus!r} cannot be held against itself; name another class")
 
-    def _map(self, loaded: LoadedModel, picture: bytes, method: Method, target: str, versus: str | None) -> HeatMap:
+    def _map(self, loaded: LoadedModel, image: bytes, method: Method, target: str, versus: str | None) -> HeatMap:
         index_of = self._store.taxonomy.index_of
-        pixels = decode_square(picture, loaded.geometry.side_px)
+        pixels = decode_square(image, loaded.geometry.side_px)
         against = None if versus is None else index_of(versus)
         found = attribute(loaded, pixels, method, index_of(target), against)
         if not np.isfinite(found.values).all():
-            raise RefusedError("the model has no finite answer for this picture, so there is nothing to explain")
+            raise RefusedError("the model has no finite answer for this image, so there is nothing to explain")
         side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
-        return attribution_map(loaded, found, picture, method, target, versus, side_px, alpha)
+        return attribution_map(loaded, found, image, method, target, versus, side_px, alpha)
 
-    def _picture(self, prediction: Prediction) -> bytes:
+    def _image(self, prediction: Prediction) -> bytes:
         with self._store.ledger.read() as tx:
             image = tx.get(Image, prediction.image_id)
         if image is None or image.erased_at is not None or prediction.consent is Consent.NONE:
             raise RefusedError(
-                "the picture of this answer was not stored, so it cannot be explained afterwards; "
+                "the image of this answer was not stored, so it cannot be explained afterwards; "
                 "send it again with ?explain=gradcam"
             )
         if self._store.blobs.has(image.id):
             return self._store.blobs.get(image.id)
-        return read_picture(self._store, image)
+        return read_image(self._store, image)
 
     def _model(self, model_id: str, precision: str, method: Method) -> LoadedModel:
         # Methods that differentiate need fp32, whatever the answer was computed in.

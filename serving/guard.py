@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from records.errors import PictureError
+from records.errors import ImageError
 from records.ids import new_id
 from serving.problems import MEDIA_TYPE, problem, problem_of
 from serving.schemas import Problem
@@ -114,9 +114,9 @@ class Guard:
 
         return receive_within_limit
 
-    def _too_large(self) -> PictureError:
+    def _too_large(self) -> ImageError:
         allowed = self._max_body_bytes / 1e6
-        return PictureError(f"the request is larger than the {allowed:g} MB that are allowed", "too_large")
+        return ImageError(f"the request is larger than the {allowed:g} MB that are allowed", "too_large")
 
 
 def _hostname(host: str) -> str | None:

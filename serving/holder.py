@@ -1,7 +1,7 @@
 """The model that answers, and its exchange for the next one without a pause.
 
 In: the ledger, which names the one model that answers. Out: `ModelHolder.current`. A new model is loaded
-beside the old one, must answer its golden pictures and is warmed up; then one reference changes.
+beside the old one, must answer its golden images and is warmed up; then one reference changes.
 Who asked before goes on with the old one. It promotes nothing.
 """
 
@@ -93,7 +93,7 @@ class ModelHolder:
 
         Returns:
             True if another model answers from now on. A model that cannot be loaded or fails its
-            golden pictures is logged, and the one before goes on answering.
+            golden images is logged, and the one before goes on answering.
         """
         with self._refreshing:
             try:
@@ -127,7 +127,7 @@ class ModelHolder:
 
 
 def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> ServedModel:
-    """Load a registered model, ask it its golden pictures and warm it up.
+    """Load a registered model, ask it its golden images and warm it up.
 
     Args:
         store: whose taxonomy it must have.
@@ -136,7 +136,7 @@ def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> 
     Returns:
         The model, ready to answer.
     Raises:
-        IntegrityError: it was altered, or does not answer its golden pictures.
+        IntegrityError: it was altered, or does not answer its golden images.
         TaxonomyError: it was made for other classes.
     """
     bundle = registered_bundle(store, named)

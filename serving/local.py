@@ -30,9 +30,9 @@ class LocalService:
         """Explain a stored answer; see `Explainer.explain`."""
         return await asyncio.to_thread(self.explainer.explain, prediction, method, target, versus)
 
-    async def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
-        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
-        return await asyncio.to_thread(self.explainer.explain_picture, picture, method, target, versus)
+    async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
+        """Explain an image that is not stored; see `Explainer.explain_image`."""
+        return await asyncio.to_thread(self.explainer.explain_image, image, method, target, versus)
 
     async def state(self) -> ServingState:
         """Return which model answers, or why none does."""

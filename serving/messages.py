@@ -17,9 +17,9 @@ Method = Literal["gradcam", "integrated_gradients", "gradient_shap", "occlusion"
 
 @dataclass(frozen=True, slots=True)
 class PredictionRequest:
-    """One picture to answer about."""
+    """One image to answer about."""
 
-    picture: bytes
+    image: bytes
     request_id: str
     context: Context
     caller: str = "local"
@@ -37,7 +37,7 @@ class HeatMap:
     layer: str | None
     target: str
     values: Float32Array
-    """[h, w] over the centre square of the picture"""
+    """[h, w] over the centre square of the image"""
     png: bytes
     versus: str | None = None
     steps: int | None = None

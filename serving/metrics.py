@@ -38,12 +38,10 @@ class Metrics:
             "relook_malignant_probability", "p(malignant): drift of scores", buckets=_SHARES, registry=self.registry
         )
         self._unlike = Histogram(
-            "relook_out_of_distribution", "How unlike the training pictures: drift of inputs",
+            "relook_out_of_distribution", "How unlike the training images: drift of inputs",
             buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0, 2.0, 5.0), registry=self.registry,
         )  # fmt: skip
-        self.under_way = Gauge(
-            "relook_pictures_under_way", "Pictures admitted and not answered", registry=self.registry
-        )
+        self.under_way = Gauge("relook_images_under_way", "Images admitted and not answered", registry=self.registry)
         self.explained = Counter("relook_explanations", "Maps computed", ("method",), registry=self.registry)
         self.flagged = Counter("relook_flags", "Objections", ("reason",), registry=self.registry)
         self._responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)

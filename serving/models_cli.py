@@ -58,7 +58,7 @@ def verify_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let models answer their golden pictures again, as after an upgrade; exit 1 if one does not answer as it did."""
+    """Let models answer their golden images again, as after an upgrade; exit 1 if one does not answer as it did."""
     from records.models import find_model
     from records.store import open_store
     from serving.verification import verify_models

@@ -1,7 +1,7 @@
 """What is written down: answers, questions to the experts, and flags, each in one transaction.
 
 In: verdicts and requests. Out: rows of the ledger. A question is written in the transaction that causes
-it, so neither exists without the other; labeling drains the questions later. A picture whose consent is
+it, so neither exists without the other; labeling drains the questions later. An image whose consent is
 `none` is neither stored nor asked about.
 """
 
@@ -36,7 +36,7 @@ OPEN_STATES = (ReviewState.NEW, ReviewState.PUSHED)
 
 
 @dataclass(frozen=True)
-class StoredPicture:
+class StoredImage:
     """The bytes as they are stored, and what their header says."""
 
     id: str
@@ -48,20 +48,20 @@ class StoredPicture:
 
 @dataclass(frozen=True)
 class Answer:
-    """All rows of one answer, and the picture of its image row."""
+    """All rows of one answer, and the image of its image row."""
 
     prediction: Prediction
     image: Image | None
     review: ReviewItem | None
-    picture: StoredPicture | None = None
+    stored: StoredImage | None = None
 
 
-def image_row(store: Store, picture: StoredPicture, context: Context, consent: Consent, now: datetime) -> Image:
-    """Make the row of a picture that came in over HTTP.
+def image_row(store: Store, image: StoredImage, context: Context, consent: Consent, now: datetime) -> Image:
+    """Make the row of an image that came in over HTTP.
 
     Args:
         store: whose blob store keeps the bytes.
-        picture: as stored.
+        image: as stored.
         context: what the caller said of it.
         consent: that it came with.
         now: the time of the answer.
@@ -69,11 +69,11 @@ def image_row(store: Store, picture: StoredPicture, context: Context, consent: C
         The row; the patient's id enters only as a salted hash.
     """
     return Image(
-        id=picture.id,
-        uri=store.blobs.uri(picture.id),
-        format=picture.format,
-        width_px=picture.width_px,
-        height_px=picture.height_px,
+        id=image.id,
+        uri=store.blobs.uri(image.id),
+        format=image.format,
+        width_px=image.width_px,
+        height_px=image.height_px,
         lesion_id=context.lesion_id,
         patient_hash=patient_hash(store.home, context.patient_id) if context.patient_id else None,
         age_years=context.age,
@@ -94,7 +94,7 @@ def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | Non
     Args:
         prediction: the answer.
         verdict: with at least one reason.
-        overlay_blob: blob of the heat map over the picture.
+        overlay_blob: blob of the heat map over the image.
         urgent_due_h: how soon an urgent one should be seen, hours.
     Returns:
         The row.
@@ -114,9 +114,9 @@ def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | Non
 
 
 def write_answers(store: Store, answers: Sequence[Answer]) -> list[ReviewItem | None]:
-    """Write answers with their pictures and questions, in one transaction.
+    """Write answers with their images and questions, in one transaction.
 
-    A picture that already waits for an expert is not asked about twice: the waiting question takes
+    An image that already waits for an expert is not asked about twice: the waiting question takes
     the new reasons.
 
     Args:
@@ -129,24 +129,24 @@ def write_answers(store: Store, answers: Sequence[Answer]) -> list[ReviewItem | 
         UnavailableError: the ledger does not answer.
     """
     images = {answer.image.id: answer.image for answer in answers if answer.image is not None}
-    # What is asked of the database first is whether it knows these pictures and keys, and what waits for the pictures.
+    # What is asked of the database first is whether it knows these images and keys, and what waits for the images.
     keys = {answer.prediction.idempotency_key for answer in answers}
     with store.ledger.begin(touches={*images, *(key for key in keys if key is not None)}) as tx:
         known = {image.id: image for image in tx.find(Image, where={"id": list(images)})} if images else {}
         expired = {image_id for image_id, image in known.items() if image.expired_at is not None}
         if expired:
             make_way(tx, expired)
-            _store_again(store, [a.picture for a in answers if a.picture is not None and a.picture.id in expired])
+            _store_again(store, [a.stored for a in answers if a.stored is not None and a.stored.id in expired])
         new_images = [image for image_id, image in images.items() if image_id not in known or image_id in expired]
         asked, new_questions = _ask(tx, [answer.review for answer in answers])
         tx.add(*new_images, *(answer.prediction for answer in answers), *new_questions)
     return asked
 
 
-def _store_again(store: Store, pictures: Sequence[StoredPicture]) -> None:
-    """Put pictures back that may have gone since they were stored on arrival; nothing is deleted meanwhile."""
-    for picture in pictures:
-        store.blobs.put(picture.data)
+def _store_again(store: Store, images: Sequence[StoredImage]) -> None:
+    """Put images back that may have gone since they were stored on arrival; nothing is deleted meanwhile."""
+    for image in images:
+        store.blobs.put(image.data)
 
 
 def _ask(tx: Transaction, questions: Sequence[ReviewItem | None]) -> tuple[list[ReviewItem | None], list[ReviewItem]]:
@@ -189,7 +189,7 @@ def find_repeated(store: Store, caller: str, idempotency_key: str) -> Prediction
 
 
 def review_of(tx: Transaction, prediction: Prediction) -> ReviewItem | None:
-    """Return the newest question that an answer led to, its own or the one that its picture waits with."""
+    """Return the newest question that an answer led to, its own or the one that its image waits with."""
     items = tx.find(ReviewItem, where={"prediction_id": prediction.id}, order_by=("-id",))
     if not items and prediction.decision in (Decision.REVIEW, Decision.URGENT):
         items = tx.find(ReviewItem, where={"image_id": prediction.image_id}, order_by=("-id",))
@@ -213,14 +213,14 @@ def write_flag(
     Returns:
         The objection and the question it led to.
     Raises:
-        RefusedError: the picture's consent does not allow that an expert sees it, or it is no longer kept.
+        RefusedError: the image's consent does not allow that an expert sees it, or it is no longer kept.
         TaxonomyError: the suggested label is not a class.
     """
     if request.suggested_label is not None:
         store.taxonomy.index_of(request.suggested_label)
     if prediction.consent is Consent.NONE:
         raise RefusedError(
-            "this picture came without consent to review, so no expert may see it; send it again with consent `review`"
+            "this image came without consent to review, so no expert may see it; send it again with consent `review`"
         )
     with store.ledger.begin() as tx:
         same = {"prediction_id": prediction.id, "caller": caller, **request.model_dump()}
@@ -230,7 +230,7 @@ def write_flag(
         image = tx.get(Image, prediction.image_id)
         if image is not None and image.erased_at is not None:
             raise RefusedError(
-                "the picture of this answer is no longer kept, so no expert can see it; send it again, then flag it"
+                "the image of this answer is no longer kept, so no expert can see it; send it again, then flag it"
             )
         item = _flagged_item(tx, prediction, request, overlay_blob, store.taxonomy)
         flag = Flag(

@@ -1,7 +1,7 @@
 """What turned out to be true later: stored, and a label of its rank for the next dataset version.
 
 In: a stored answer and a diagnosis. Out: rows of the ledger in one transaction. By `LABEL_RANK` a biopsy
-outranks every click; pictures without consent to training keep their outcome, and no model learns from it.
+outranks every click; images without consent to training keep their outcome, and no model learns from it.
 """
 
 from typing import Any
@@ -26,14 +26,14 @@ def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest,
     Raises:
         TaxonomyError: the diagnosis is not a class.
         DataError: it was observed in the future.
-        RefusedError: the picture was not stored.
+        RefusedError: the image was not stored.
     """
     store.taxonomy.index_of(request.diagnosis)
     now = utc_now()
     if request.observed_at > now:
         raise DataError(f"observed_at: {request.observed_at.isoformat()} has not come yet; give the past moment")
     if prediction.consent is Consent.NONE:
-        raise RefusedError("this picture came without consent, so nothing may be kept about it")
+        raise RefusedError("this image came without consent, so nothing may be kept about it")
     confirmation = Confirmation(request.confirmation)
     said: dict[str, Any] = {
         "prediction_id": prediction.id, "caller": caller, "diagnosis": request.diagnosis, "confirmation": confirmation,
@@ -56,7 +56,7 @@ def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest,
         text=(
             "Stored. The next dataset version takes it as a label of this rank."
             if learns
-            else "Stored. No model learns from it, since the picture's consent does not cover training."
+            else "Stored. No model learns from it, since the image's consent does not cover training."
         ),
     )
 

@@ -24,10 +24,10 @@ from records.errors import RefusedError, UnavailableError
 from records.store import Store
 from records.types import Consent, Rollout, RolloutStage
 from serving.holder import ModelHolder, ServedModel
+from serving.images import take_in, was_erased
 from serving.messages import Answered, PredictionRequest, ServingState
-from serving.outbox import StoredPicture
-from serving.pictures import take_in, was_erased
-from serving.recording import Job, Recorder, pixels_of, same_picture
+from serving.outbox import StoredImage
+from serving.recording import Job, Recorder, pixels_of, same_image
 from serving.rollout.trial import Beside, Trial
 from serving.settings import ServingSettings, compute_threads
 from vision.inference.output import BatchOutput
@@ -110,13 +110,13 @@ class Predictor:
         """Answer a request.
 
         Args:
-            request: one picture and what is known about it.
+            request: one image and what is known about it.
         Returns:
             The answer, after it was committed. A request with the idempotency key of another one gets
             that one's answer, also while it is under way.
         Raises:
-            PictureError: the picture cannot be used.
-            RefusedError: the idempotency key was used for another picture.
+            ImageError: the image cannot be used.
+            RefusedError: the idempotency key was used for another image.
             UnavailableError: no model answers, or the ledger does not.
         """
         if request.idempotency_key is None:
@@ -129,8 +129,8 @@ class Predictor:
             task.add_done_callback(lambda _: self._under_way.pop(key, None))
             return await asyncio.shield(task)
         answered = await asyncio.shield(task)
-        picture = await self._in(self._decode_threads, self._take_in, request)
-        return same_picture(answered, picture)
+        image = await self._in(self._decode_threads, self._take_in, request)
+        return same_image(answered, image)
 
     async def _predict(self, request: PredictionRequest) -> Answered:
         prepared = await self._in(self._decode_threads, self._prepare, request)
@@ -142,23 +142,23 @@ class Predictor:
 
     def _prepare(self, request: PredictionRequest) -> Job | Answered:
         arrived_s = time.perf_counter()
-        picture = self._take_in(request)
+        image = self._take_in(request)
         if request.idempotency_key is not None:
             repeated = self._recorder.repeated(request)
             if repeated is not None:
-                return same_picture(repeated, picture)
+                return same_image(repeated, image)
         model = self._holder.current
         consent = (request.context.consent or self._settings.default_consent) if self._settings.keep else Consent.NONE
-        pixels = decode_square(picture.data, model.document.geometry.side_px)
-        if consent is not Consent.NONE and was_erased(self._store, picture.id):
+        pixels = decode_square(image.data, model.document.geometry.side_px)
+        if consent is not Consent.NONE and was_erased(self._store, image.id):
             consent = Consent.NONE
         if consent is not Consent.NONE:
             # Before the transaction: a blob without a row is harmless, a row without its blob is not.
-            self._store.blobs.put(picture.data)
-        return Job(request, picture, consent, model, pixels, arrived_s)
+            self._store.blobs.put(image.data)
+        return Job(request, image, consent, model, pixels, arrived_s)
 
-    def _take_in(self, request: PredictionRequest) -> StoredPicture:
-        return take_in(self._store, request.picture, self._settings.max_pixels)
+    def _take_in(self, request: PredictionRequest) -> StoredImage:
+        return take_in(self._store, request.image, self._settings.max_pixels)
 
     async def _follow_ledger(self) -> None:
         while True:
@@ -268,8 +268,8 @@ class Predictor:
 
 
 def split_keys(jobs: list[Job]) -> list[str]:
-    """Return what a canary's split goes by: the lesion, so that its pictures stay together, else the picture."""
-    return [job.request.context.lesion_id or job.picture.id for job in jobs]
+    """Return what a canary's split goes by: the lesion, so that its images stay together, else the image."""
+    return [job.request.context.lesion_id or job.image.id for job in jobs]
 
 
 def _fail(batch: list[_Waiting], error: Exception) -> None:

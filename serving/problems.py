@@ -9,7 +9,7 @@ from typing import Any
 
 from records.errors import (
     AccessError,
-    PictureError,
+    ImageError,
     RefusedError,
     UnavailableError,
     UnknownIdError,
@@ -22,8 +22,8 @@ TYPE_PREFIX = "urn:relook:problem:"
 
 _ACCESS_STATUS: dict[str, int] = {"unauthenticated": 401, "forbidden": 403, "rate_limited": 429}
 
-_PICTURE_STATUS: dict[str, int] = {
-    "not_a_picture": 415,
+_IMAGE_STATUS: dict[str, int] = {
+    "not_an_image": 415,
     "unsupported_type": 415,
     "too_large": 413,
     "too_many_pixels": 413,
@@ -65,8 +65,8 @@ def problem_of(error: BaseException) -> Problem:
         4xx for the caller's errors, 503 for something outside that does not answer, else 500 without details.
     """
     match error:
-        case PictureError():
-            return problem(_PICTURE_STATUS.get(error.code, 422), error.code, str(error))
+        case ImageError():
+            return problem(_IMAGE_STATUS.get(error.code, 422), error.code, str(error))
         case AccessError():
             return problem(_ACCESS_STATUS[error.code], error.code, str(error))
         case UnknownIdError():

@@ -19,9 +19,9 @@ from records.ids import hash_of, new_id, utc_now
 from records.store import Store
 from records.types import Arm, Consent, Decision, Prediction
 from serving.holder import ServedModel
+from serving.images import draw_map, gradcam_map
 from serving.messages import Answered, HeatMap, PredictionRequest
-from serving.outbox import Answer, StoredPicture, find_repeated, image_row, review_of, review_row, write_answers
-from serving.pictures import draw_map, gradcam_map
+from serving.outbox import Answer, StoredImage, find_repeated, image_row, review_of, review_row, write_answers
 from serving.rollout.trial import Beside, Trial, serves_candidate
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
@@ -34,7 +34,7 @@ class Job:
     """One request, decoded for the model that was answering when it came."""
 
     request: PredictionRequest
-    picture: StoredPicture
+    image: StoredImage
     consent: Consent
     model: ServedModel
     pixels: UInt8Array
@@ -70,7 +70,7 @@ class Recorder:
             beside: what a candidate said of some of them; of two answers the more cautious one is served.
             trial: that counts what it did.
         Returns:
-            N answers that are committed; an error where a key was used for another picture.
+            N answers that are committed; an error where a key was used for another image.
         Raises:
             UnavailableError: the ledger or the blob store does not answer; nothing was answered then.
         """
@@ -149,13 +149,13 @@ class Recorder:
         except RefusedError as error:
             repeated = self.repeated(job.request) if job.request.idempotency_key else None
             try:
-                return error if repeated is None else same_picture(repeated, job.picture)
-            except RefusedError as other_picture:
-                return other_picture
+                return error if repeated is None else same_image(repeated, job.image)
+            except RefusedError as other_image:
+                return other_image
         return Answered(answer.prediction, review, heat_map)
 
     def _answer(self, job: Job, output: BatchOutput, row: int, suitable: Suitability) -> tuple[Answer, HeatMap | None]:
-        draw = audit_draw_of(job.picture.id, self._settings.audit_salt)
+        draw = audit_draw_of(job.image.id, self._settings.audit_salt)
         document = job.model.document
         verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw, suitable)
         prediction = self._prediction(job, verdict, output.probabilities[row], output.num_threads)
@@ -169,19 +169,19 @@ class Recorder:
             overlay = heat_map.png if heat_map else self._overlay(job, values)
             blob = self._store.blobs.put(overlay) if overlay else None
             review = review_row(prediction, verdict, blob, self._settings.urgent_due_h)
-        image = image_row(self._store, job.picture, job.request.context, job.consent, prediction.created_at)
-        return Answer(prediction, image, review, job.picture), heat_map
+        image = image_row(self._store, job.image, job.request.context, job.consent, prediction.created_at)
+        return Answer(prediction, image, review, job.image), heat_map
 
     def _heat_map(self, job: Job, verdict: Verdict, values: Float32Array | None) -> HeatMap | None:
         if not job.request.explain or values is None or verdict.label is None:
             return None
         side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
-        return gradcam_map(job.model.loaded, job.picture.data, values, verdict.label, side_px, alpha)
+        return gradcam_map(job.model.loaded, job.image.data, values, verdict.label, side_px, alpha)
 
     def _overlay(self, job: Job, values: Float32Array | None) -> bytes | None:
         if values is None:
             return None
-        return draw_map(job.picture.data, values, self._settings.overlay_side_px, self._settings.overlay_alpha)
+        return draw_map(job.image.data, values, self._settings.overlay_side_px, self._settings.overlay_alpha)
 
     def _prediction(self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int) -> Prediction:
         request, model = job.request, job.model
@@ -194,7 +194,7 @@ class Recorder:
             caller=request.caller,
             organisation=request.organisation,
             idempotency_key=request.idempotency_key,
-            image_id=job.picture.id,
+            image_id=job.image.id,
             consent=job.consent,
             context=_said(request),
             model_id=model.id,
@@ -220,7 +220,7 @@ class Recorder:
 def pixels_of(job: Job, model: ServedModel) -> UInt8Array:
     """Return a job's pixels in a model's geometry, [S, S, 3]."""
     side_px = model.document.geometry.side_px
-    return job.pixels if job.pixels.shape[0] == side_px else decode_square(job.picture.data, side_px)
+    return job.pixels if job.pixels.shape[0] == side_px else decode_square(job.image.data, side_px)
 
 
 def _unserved(prediction: Prediction) -> Prediction:
@@ -228,23 +228,23 @@ def _unserved(prediction: Prediction) -> Prediction:
 
 
 def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]:
-    sides_px = [min(job.picture.width_px, job.picture.height_px) for job in batch]
+    sides_px = [min(job.image.width_px, job.image.height_px) for job in batch]
     return assess(batch[0].model.loaded.checks, output, np.stack([job.pixels for job in batch]), sides_px)
 
 
-def same_picture(answered: Answered, picture: StoredPicture) -> Answered:
-    """Return a repeated answer, if it was about this picture.
+def same_image(answered: Answered, image: StoredImage) -> Answered:
+    """Return a repeated answer, if it was about this image.
 
     Args:
         answered: that was found for the request's idempotency key.
-        picture: of the request.
+        image: of the request.
     Returns:
         The answer.
     Raises:
-        RefusedError: the key was used for another picture.
+        RefusedError: the key was used for another image.
     """
-    if answered.prediction.image_id != picture.id:
-        raise RefusedError("this Idempotency-Key was used for another picture; use a fresh one for each picture")
+    if answered.prediction.image_id != image.id:
+        raise RefusedError("this Idempotency-Key was used for another image; use a fresh one for each image")
     return answered
 
 

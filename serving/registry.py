@@ -1,7 +1,7 @@
 """What is known of models and rounds, read from ledger and bundles for whoever asks. Nothing is computed anew.
 
 In: a store. Out: bodies of `serving.schemas_registry`, and the report that lies beside a bundle. Figures of the test
-side are those that a round wrote down; showing them again is no new look at its pictures.
+side are those that a round wrote down; showing them again is no new look at its images.
 """
 
 from functools import lru_cache

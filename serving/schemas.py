@@ -65,7 +65,7 @@ class Problem(Body):
 
 
 class Context(Body):
-    """What the caller knows about a picture."""
+    """What the caller knows about an image."""
 
     lesion_id: str | None = Field(default=None, max_length=200)
     patient_id: str | None = Field(default=None, max_length=200, description="only a salted hash of it is stored")
@@ -75,7 +75,7 @@ class Context(Body):
     device: str | None = Field(default=None, max_length=200)
     site: str | None = Field(default=None, max_length=200, description="institution")
     acquired_at: Moment | None = None
-    consent: Consent | None = Field(default=None, description="what may be done with the picture beyond answering")
+    consent: Consent | None = Field(default=None, description="what may be done with the image beyond answering")
 
 
 class ModelRef(Body):
@@ -115,8 +115,8 @@ class Explanation(Body):
         default=None, description="how far this model's Grad-CAM maps can be believed, measured when it was made"
     )
     shape: list[int] = Field(min_length=2, max_length=2, description="rows and columns of `values`")
-    values: list[list[FiniteFloat]] = Field(description="raw map over the centre square of the picture, not rescaled")
-    png_base64: str = Field(description="the map drawn over the picture, PNG")
+    values: list[list[FiniteFloat]] = Field(description="raw map over the centre square of the image, not rescaled")
+    png_base64: str = Field(description="the map drawn over the image, PNG")
 
 
 class PredictionAnswer(Body):
@@ -162,14 +162,14 @@ class FlagAnswer(Body):
 
 
 class BatchItem(Body):
-    """What became of one picture of a batch: an answer or a problem."""
+    """What became of one image of a batch: an answer or a problem."""
 
     answer: PredictionAnswer | None
     problem: Problem | None
 
 
 class LesionSummary(Body):
-    """Several pictures of one lesion together: the most cautious of their decisions."""
+    """Several images of one lesion together: the most cautious of their decisions."""
 
     lesion_id: str
     decision: Decision
@@ -177,10 +177,10 @@ class LesionSummary(Body):
 
 
 class BatchAnswer(Body):
-    """What became of a batch, in the order of its pictures."""
+    """What became of a batch, in the order of its images."""
 
     items: list[BatchItem]
-    lesions: list[LesionSummary] = Field(description="of pictures whose context names a lesion")
+    lesions: list[LesionSummary] = Field(description="of images whose context names a lesion")
 
 
 class OutcomeRequest(Body):

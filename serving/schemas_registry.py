@@ -12,7 +12,7 @@ from serving.schemas import Body, ClassInfo, ModelInfo, Probability
 
 
 class ScoreBand(Body):
-    """How often answers of about the same score were right, one picture per lesion."""
+    """How often answers of about the same score were right, one image per lesion."""
 
     low: Probability
     high: Probability
@@ -47,7 +47,7 @@ class RoundInfo(Body):
     why: str | None
     model_id: str | None
     dataset_id: str | None
-    images: int | None = Field(description="pictures of its dataset")
+    images: int | None = Field(description="images of its dataset")
     labels_from_experts: int | None = Field(description="training labels that experts gave")
     lesions: int | None = Field(description="that were tested on")
     balanced_accuracy: FiniteFloat | None

@@ -31,8 +31,8 @@ class Service(Protocol):
         """Explain a stored answer; see `Explainer.explain`."""
         ...
 
-    async def explain_picture(self, picture: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
-        """Explain a picture that is not stored; see `Explainer.explain_picture`."""
+    async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
+        """Explain an image that is not stored; see `Explainer.explain_image`."""
         ...
 
     async def state(self) -> ServingState:

@@ -14,14 +14,14 @@ from records.types import Consent
 
 
 class ServingSettings(RoomSettings):
-    """How pictures are taken in, answered and doubted."""
+    """How images are taken in, answered and doubted."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; beyond loopback only once a key exists")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of API and page")
     page: bool = Field(default=True, description="serve the web page at /")
 
     max_upload_mb: float = Field(default=20.0, gt=0, le=1024, description="largest request body, megabytes")
-    max_megapixels: float = Field(default=50.0, gt=0, le=1000, description="largest picture, millions of pixels")
+    max_megapixels: float = Field(default=50.0, gt=0, le=1000, description="largest image, millions of pixels")
     max_in_flight: int = Field(
         default=64, ge=1, le=100_000, description="predictions under way at once; one more is answered 429"
     )
@@ -30,16 +30,16 @@ class ServingSettings(RoomSettings):
     max_explaining: int = Field(
         default=8, ge=1, le=10_000, description="maps being computed at once; one more is answered 429"
     )
-    max_batch_pictures: int = Field(default=32, ge=1, le=1000, description="pictures of one batch request, at most")
+    max_batch_images: int = Field(default=32, ge=1, le=1000, description="images of one batch request, at most")
     rate_limit_per_minute: int = Field(
         default=6000, ge=0, le=10_000_000, description="requests that one API key may send a minute; 0 is no limit"
     )
 
-    max_batch_size: int = Field(default=16, ge=1, le=1024, description="pictures of one forward pass, at most")
+    max_batch_size: int = Field(default=16, ge=1, le=1024, description="images of one forward pass, at most")
     batch_wait_ms: float = Field(
         default=0.0, ge=0, le=1000, description="how long a batch waits to fill; 0 takes what queued up meanwhile"
     )
-    decode_threads: int = Field(default=2, ge=1, le=64, description="threads that decode and store pictures")
+    decode_threads: int = Field(default=2, ge=1, le=64, description="threads that decode and store images")
     ingress_cpus: float = Field(default=0.5, ge=0, le=64, description="CPUs Ray reserves for the HTTP replica")
     predictor_cpus: float = Field(
         default=1.0, gt=0, le=256, description="CPUs of the predictor, and its compute threads, rounded up"
@@ -65,18 +65,18 @@ class ServingSettings(RoomSettings):
         default=0.02,
         ge=0,
         le=1,
-        description="chance of an expert's look at the surest pictures; up to 4 times that elsewhere, 0 to 1",
+        description="chance of an expert's look at the surest images; up to 4 times that elsewhere, 0 to 1",
     )
     audit_salt: str = Field(default="audit", min_length=1, description="salt of the hash that draws the audit sample")
     urgent_due_h: float = Field(
-        default=24.0, gt=0, le=8760, description="how soon an expert should see an urgent picture, hours"
+        default=24.0, gt=0, le=8760, description="how soon an expert should see an urgent image, hours"
     )
     default_consent: Consent = Field(
         default=Consent.TRAINING, description="consent of a request that names none: none, review or training"
     )
     keep: bool = Field(
         default=True,
-        description="write answers and pictures down; false is for measuring, on loopback only: nothing can be read, "
+        description="write answers and images down; false is for measuring, on loopback only: nothing can be read, "
         "flagged or explained afterwards, and no expert is asked",
     )
     overlay_side_px: int = Field(
@@ -124,7 +124,7 @@ class ServingSettings(RoomSettings):
 
     @property
     def max_pixels(self) -> int:
-        """Largest picture, pixels."""
+        """Largest image, pixels."""
         return int(self.max_megapixels * 1e6)
 
     @property

@@ -1,8 +1,8 @@
 """From calibrated probabilities to a decision: answer, or ask an expert, and how soon.
 
 In: one row of probabilities, the operating points of the model's bundle, the rules of this service,
-and the picture's draw for the audit sample. Out: a `Verdict`. Pure: no clock, no ledger, no server.
-The thresholds themselves are fitted by trainers, and so is what makes a picture unfit to be judged.
+and the image's draw for the audit sample. Out: a `Verdict`. Pure: no clock, no ledger, no server.
+The thresholds themselves are fitted by trainers, and so is what makes an image unfit to be judged.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _PRIORITY_TIERS: dict[ReasonCode, float] = {
 }
 
 AUDIT_STRATA = ((0.05, 1), (0.2, 2), (float("inf"), 4))
-"""Upper bound of p(malignant), and how much more often than the surest pictures such a picture is drawn."""
+"""Upper bound of p(malignant), and how much more often than the surest images such an image is drawn."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TriageRules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is done with one picture, and why. Label and confidence are empty if the output is not finite."""
+    """What is done with one image, and why. Label and confidence are empty if the output is not finite."""
 
     decision: Decision
     reasons: tuple[ReasonCode, ...]
@@ -61,7 +61,7 @@ def triage(
     audit_draw: float,
     suitability: Suitability = NOTHING_KNOWN,
 ) -> Verdict:
-    """Decide about one picture.
+    """Decide about one image.
 
     Args:
         probabilities: [C] calibrated, in class order; not finite if the model's output was not.
@@ -69,10 +69,10 @@ def triage(
         operating: thresholds of the model that answered. A class without a conformal threshold is in
             every prediction set, so a model without thresholds answers nothing by itself.
         rules: of this service.
-        audit_draw: this picture's draw in [0, 1), see `audit_draw_of`.
-        suitability: whether the model should be asked about this picture at all.
+        audit_draw: this image's draw in [0, 1), see `audit_draw_of`.
+        suitability: whether the model should be asked about this image at all.
     Returns:
-        The verdict. A picture too poor to judge is `retake`, without label; else `urgent` outranks `review`, and any
+        The verdict. An image too poor to judge is `retake`, without label; else `urgent` outranks `review`, and any
         reason at all excludes `answered`.
     Raises:
         ContractError: the number of probabilities is not that of the classes, or they do not sum to 1.
@@ -87,7 +87,7 @@ def triage(
     selection = chance if is_sampled else None
     if suitability.quality_reason is not None:
         # No expert can judge it either, so not even the sample keeps it.
-        return Verdict(Decision.RETAKE, (ReasonCode.BAD_PICTURE,), None, None, (), 0.0, None, suitability)
+        return Verdict(Decision.RETAKE, (ReasonCode.BAD_IMAGE,), None, None, (), 0.0, None, suitability)
     if not is_finite:
         reasons = (ReasonCode.NON_FINITE, *sampled)
         priority = priority_of(reasons, None, taxonomy)
@@ -122,14 +122,14 @@ def _decision_for(reasons: tuple[ReasonCode, ...]) -> Decision:
 
 
 def audit_chance(p_malignant: float, share: float) -> float:
-    """Return how likely a picture enters the audit sample.
+    """Return how likely an image enters the audit sample.
 
     The sample is drawn in strata: missed malignant cases gather where p(malignant) is not small, so looking there
     more often makes an estimate of the live sensitivity narrower; dividing by this chance keeps it unbiased.
 
     Args:
         p_malignant: summed probability of the malignant classes; 1 if nothing finite is known.
-        share: the chance of the surest pictures, setting `serving.audit_share`.
+        share: the chance of the surest images, setting `serving.audit_share`.
     Returns:
         `share` below 0.05, twice that below 0.2, four times that from there on; at most 1.
 
@@ -168,13 +168,13 @@ def malignant_probability(probabilities: FloatArray, taxonomy: Taxonomy) -> floa
 
 
 def audit_draw_of(image_id: str, salt: str) -> float:
-    """Draw a picture for the audit sample: the same picture always gets the same number.
+    """Draw an image for the audit sample: the same image always gets the same number.
 
     Args:
         image_id: SHA-256 of the stored bytes.
         salt: setting `serving.audit_salt`.
     Returns:
-        In [0, 1), uniform over pictures and independent of what any model says of them.
+        In [0, 1), uniform over images and independent of what any model says of them.
     """
     return int(sha256_hex(f"{salt}:{image_id}".encode())[:13], 16) / 2**52
 

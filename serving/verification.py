@@ -1,6 +1,6 @@
 """Do models still answer as they did when they were made? After an upgrade of torch or of the machine, say.
 
-In: registered models. Out: for each whether its bundle is whole and its golden pictures get the stored logits. The
+In: registered models. Out: for each whether its bundle is whole and its golden images get the stored logits. The
 same check stands before a model that is to answer: a service whose model fails it does not become ready.
 """
 
@@ -34,7 +34,7 @@ def verify_models(
     precision: PrecisionChoice,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[VerifiedModel]:
-    """Let models answer their golden pictures again.
+    """Let models answer their golden images again.
 
     Args:
         store: that knows where their bundles are.

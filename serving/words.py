@@ -14,28 +14,28 @@ DECISION_TITLES: dict[Decision, str] = {
     Decision.ANSWERED: "Answered by the model alone",
     Decision.REVIEW: "An expert should look at this",
     Decision.URGENT: "An expert should look at this soon",
-    Decision.RETAKE: "Please take another picture",
+    Decision.RETAKE: "Please take another image",
 }
 
 FLAG_WORDS: dict[FlagReason, str] = {
     FlagReason.WRONG_LABEL: "The label is wrong",
     FlagReason.UNSURE: "I am not sure about it",
-    FlagReason.BAD_IMAGE: "The picture is not usable",
+    FlagReason.BAD_IMAGE: "The image is not usable",
     FlagReason.OTHER: "Something else",
 }
 
 
 QUALITY_WORDS: dict[str | None, str] = {
-    QualityReason.TOO_SMALL: "The picture has too few pixels; take it from closer or with a better camera.",
-    QualityReason.TOO_DARK: "The picture is too dark; take it again with more light.",
-    QualityReason.TOO_BRIGHT: "The picture is too bright; take it again with less light.",
-    QualityReason.BLURRED: "The picture is blurred; hold still, focus, and take it again.",
-    QualityReason.UNLIKE_TRAINING: "This does not look like the kind of picture that the model was trained with.",
+    QualityReason.TOO_SMALL: "The image has too few pixels; take it from closer or with a better camera.",
+    QualityReason.TOO_DARK: "The image is too dark; take it again with more light.",
+    QualityReason.TOO_BRIGHT: "The image is too bright; take it again with less light.",
+    QualityReason.BLURRED: "The image is blurred; hold still, focus, and take it again.",
+    QualityReason.UNLIKE_TRAINING: "This does not look like the kind of image that the model was trained with.",
 }
 
 
 def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) -> str:
-    """Say why a picture goes to an expert.
+    """Say why an image goes to an expert.
 
     Args:
         code: the reason.
@@ -49,11 +49,11 @@ def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) ->
         case ReasonCode.LOW_CONFIDENCE:
             return f"Even the most likely class has a probability of only {_percent(prediction.confidence)}."
         case ReasonCode.PREDICTION_SET if not prediction.prediction_set:
-            return "No class looks the way it did on the pictures that the model was calibrated with."
+            return "No class looks the way it did on the images that the model was calibrated with."
         case ReasonCode.PREDICTION_SET:
             held = ", ".join(names.get(c, c) for c in prediction.prediction_set)
             return f"These classes cannot be told apart with enough certainty: {held}."
-        case ReasonCode.BAD_PICTURE if prediction.quality_reason in QUALITY_WORDS:
+        case ReasonCode.BAD_IMAGE if prediction.quality_reason in QUALITY_WORDS:
             return QUALITY_WORDS[prediction.quality_reason]
         case ReasonCode.REFER | ReasonCode.URGENT:
             return _referral_text(code, prediction, taxonomy)
@@ -91,13 +91,13 @@ def _referral_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy)
 
 
 _FIXED: dict[ReasonCode, str] = {
-    ReasonCode.OUT_OF_DISTRIBUTION: "The picture is unlike those that the model knows.",
-    ReasonCode.NON_FINITE: "The model could not compute an answer for this picture.",
+    ReasonCode.OUT_OF_DISTRIBUTION: "The image is unlike those that the model knows.",
+    ReasonCode.NON_FINITE: "The model could not compute an answer for this image.",
     ReasonCode.FLAGGED: "Somebody disagreed with the answer.",
     ReasonCode.AUDIT_SAMPLE: "Chosen by chance, to check answers that seem certain.",
-    ReasonCode.DRIFT: "Pictures like this one have become more frequent lately.",
-    ReasonCode.SELECTED: "The model would learn much from this picture.",
+    ReasonCode.DRIFT: "Images like this one have become more frequent lately.",
+    ReasonCode.SELECTED: "The model would learn much from this image.",
     ReasonCode.LABEL_NOISE: "The label on record and the model disagree.",
-    ReasonCode.ADJUDICATION: "Two sources disagree about this picture.",
-    ReasonCode.BAD_PICTURE: "The picture is too poor to judge.",
+    ReasonCode.ADJUDICATION: "Two sources disagree about this image.",
+    ReasonCode.BAD_IMAGE: "The image is too poor to judge.",
 }

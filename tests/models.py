@@ -104,18 +104,18 @@ def random_bundle(model_store: Store) -> Callable[..., Bundle]:
 
 
 @pytest.fixture(scope="session")
-def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated data folder in HAM10000's layout; not to be changed."""
-    folder = tmp_path_factory.mktemp("pictures") / "data"
+    folder = tmp_path_factory.mktemp("images") / "data"
     synthesize(folder, lesions=60, seed=3, width_px=80)
     return folder
 
 
 @pytest.fixture(scope="session")
-def filled_store(pictures_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """A store with the generated pictures imported and decoded at 32 px."""
+def filled_store(images_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store with the generated images imported and decoded at 32 px."""
     opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("filled") / "home"))
-    import_folder(opened, pictures_folder, side_px=(32,))
+    import_folder(opened, images_folder, side_px=(32,))
     yield opened
     opened.close()
 
@@ -127,7 +127,7 @@ def make_bundle() -> Callable[..., Bundle]:
 
 
 class ArrayRows:
-    """Decoded pictures in memory, for training without a store."""
+    """Decoded images in memory, for training without a store."""
 
     def __init__(self, pixels: UInt8Array) -> None:
         self.pixels = pixels
@@ -148,7 +148,7 @@ def three_classes() -> Taxonomy:
 
 @pytest.fixture(scope="session")
 def toy_data() -> TrainingData:
-    """72 noisy pictures of 32 px for training and 24 for validation; the class is the brightest colour."""
+    """72 noisy images of 32 px for training and 24 for validation; the class is the brightest colour."""
     random = np.random.default_rng(5)
     labels = np.arange(96) % 3
     pixels = random.integers(60, 140, size=(96, 32, 32, 3))

@@ -168,7 +168,7 @@ def test_nothing_ties_the_project_to_one_machine() -> None:
     assert found == []
 
 
-def test_no_picture_of_a_patient_and_no_secret_is_tracked() -> None:
+def test_no_image_of_a_patient_and_no_secret_is_tracked() -> None:
     names = [path.relative_to(ROOT).as_posix() for path in _tracked()]
     assert not [name for name in names if "ISIC_" in name or name.endswith((".db", ".safetensors", "auth_token"))]
     assert not [name for name in names if name.startswith((".relook/", ".venv/"))]

@@ -40,7 +40,7 @@ class TrainersSettings(RoomSettings):
     )
     scaling: Literal["mean_std", "min_max"] = Field(
         default="mean_std",
-        description="of pixel values: by the training pictures' mean and deviation, or by each picture's range",
+        description="of pixel values: by the training images' mean and deviation, or by each image's range",
     )
     dropout: float = Field(default=0.01, ge=0, lt=1, description="rate after every block, in networks that have it")
     head_dropout: float = Field(
@@ -50,11 +50,11 @@ class TrainersSettings(RoomSettings):
     max_train_images: int | None = Field(
         default=None,
         ge=1,
-        description="train on at most so many pictures (whole groups, classes in proportion); default: all",
+        description="train on at most so many images (whole groups, classes in proportion); default: all",
     )
-    epochs: int = Field(default=12, ge=1, le=10_000, description="passes over the training pictures")
+    epochs: int = Field(default=12, ge=1, le=10_000, description="passes over the training images")
     batch_size: int = Field(
-        default=64, ge=2, le=65_536, description="pictures per optimizer step, over all workers together"
+        default=64, ge=2, le=65_536, description="images per optimizer step, over all workers together"
     )
     optimizer: str = Field(default="sgd", description="see `relook catalog optimizers`")
     learning_rate: float | None = Field(
@@ -149,7 +149,7 @@ class TrainersSettings(RoomSettings):
     max_failures: int = Field(default=2, ge=0, le=1000, description="lost workers that a distributed run survives")
     data_source: Literal["cache", "stream"] = Field(
         default="cache",
-        description="training pictures: decoded once and kept on disk, or streamed by Ray Data and never kept decoded",
+        description="training images: decoded once and kept on disk, or streamed by Ray Data and never kept decoded",
     )
     prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
     download_url: str = Field(

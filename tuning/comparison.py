@@ -1,7 +1,7 @@
 """Our figures beside the dissertation's, row by row, and why they differ.
 
 In: header and trials of a search that tried the dissertation's rows. Out: a Comparison. It says what was
-measured and what was published; it does not say that one is better, since they are not of the same pictures.
+measured and what was published; it does not say that one is better, since they are not of the same images.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class ComparedRow(BaseModel):
     accuracy_ci: Interval | None
     macro_f1: float | None
     macro_f1_ci: Interval | None
-    published: float | None = Field(description="by the dissertation, on its own test pictures")
+    published: float | None = Field(description="by the dissertation, on its own test images")
     metric: str = Field(description="of the published figure")
     difference: float | None = Field(description="ours less the published one, in its metric")
     failure: str | None = Field(description="why its trial failed")

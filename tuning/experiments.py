@@ -2,7 +2,7 @@
 
 In: a name. Out: rows of overrides of TrainersSettings, in the order in which they are tried. The published
 figures are of "Explainability in Deep Learning Vision Models" (BITS Pilani, 2023): accuracies on its own
-test pictures, and F1 from its literature table.
+test images, and F1 from its literature table.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def _rows(cnn: Mapping[str, Any], resnet: Mapping[str, Any], parts: tuple[int, i
     small, resnet18 = {"model": "custom_cnn", **cnn}, {"model": "resnet18", **resnet}
     resnet34 = resnet18 | {"model": "resnet34"}
     sizes = tuple(
-        Experiment(f"custom CNN, {part} pictures{words}", (AUGMENTATION,), small | policy | {"max_train_images": part})
+        Experiment(f"custom CNN, {part} images{words}", (AUGMENTATION,), small | policy | {"max_train_images": part})
         for part in parts
         for policy, words in ((BASE, ""), (AUGMENTED, ", augmented"))
     )
@@ -92,11 +92,11 @@ EXPERIMENTS: Mapping[str, tuple[Experiment, ...]] = MappingProxyType(
 )
 
 WHY_DIFFERENT = (
-    "Here no lesion is on two sides; there pictures of one lesion are, and the data were oversampled before the "
-    "split, so that test pictures were trained on as well (187 test pictures of df, of which there are 115 in all).",
-    "Here validation pictures keep the shares that the classes have; there every class had the same share. An accuracy "
-    "is the share of right answers among such different pictures, so balanced accuracy stands beside it.",
-    "Here the best epoch is chosen on the pictures that are reported, which flatters; the test side stays unread.",
+    "Here no lesion is on two sides; there images of one lesion are, and the data were oversampled before the "
+    "split, so that test images were trained on as well (187 test images of df, of which there are 115 in all).",
+    "Here validation images keep the shares that the classes have; there every class had the same share. An accuracy "
+    "is the share of right answers among such different images, so balanced accuracy stands beside it.",
+    "Here the best epoch is chosen on the images that are reported, which flatters; the test side stays unread.",
     "One seed per row: the intervals resample lesions and say nothing of what another seed would give.",
 )
 

@@ -1,7 +1,7 @@
 """What a trial that had its whole budget is worth on validation, with intervals resampled by group.
 
 In: the checkpoint that the trial has just kept. Out: `TrialFigures`, of the epoch that validated best. That
-epoch was chosen on the same pictures, so the figures flatter by that much.
+epoch was chosen on the same images, so the figures flatter by that much.
 """
 
 from pathlib import Path

@@ -27,7 +27,7 @@ _STATE_STYLES = {
 
 
 class SearchView:
-    """A live picture of a search.
+    """A live image of a search.
 
     Args:
         max_rows: trials shown at most; running ones and the best stay in sight.
@@ -145,7 +145,7 @@ def effects_table(effects: Effects) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Draw our figures beside the published ones, each row once."""
-    title = "Beside the dissertation: validation here, its own test pictures there"
+    title = "Beside the dissertation: validation here, its own test images there"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     table.add_column("row", overflow="fold")
     for name in ("balanced accuracy", "accuracy", "published"):
@@ -171,12 +171,12 @@ def search_summary(header: SearchHeader, trials: Sequence[TrialResult]) -> Rende
     leader = best_of(searched)
     verdict = None if leader is None else verdict_on(leader, trials)
     best = next((trial for trial in searched if verdict and trial.number == verdict.winner), leader)
-    seen = f"{header.train_images} training pictures"
+    seen = f"{header.train_images} training images"
     if header.train_images < header.train_images_available:
         seen += f" of {header.train_images_available}"
     lines = [
         f"Search on dataset {header.dataset_id[:12]}: {len(searched)} of {header.trials} trials, up to "
-        f"{header.trial_epochs} epochs each, {seen}, {header.val_images} validation pictures."
+        f"{header.trial_epochs} epochs each, {seen}, {header.val_images} validation images."
     ]
     winner = "No trial was scored."
     if best is not None and best.score is not None:

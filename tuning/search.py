@@ -55,14 +55,14 @@ def search(
     validation; with fresh seeds the leader has to be ahead once more. A trial's score is its best epoch.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         tuning: budget, resources, what is varied.
         trainers: the given settings.
         dataset: its train and val sides are read, no other.
         run_dir: keeps the journal; if it holds the journal of this very search, settled trials are not run again.
         on_event: told of every happening; what it raises ends the search and is raised here.
         enqueued: settings to try right after the given ones, for example earlier winners.
-        progress: shows the decoding of pictures that are not cached yet.
+        progress: shows the decoding of images that are not cached yet.
     Returns:
         All trials and the winner.
     Raises:
@@ -77,11 +77,11 @@ def search(
 
     space = searched_space(tuning, trainers)
     enqueued = (*experiment_settings(tuning.experiments, trainers), *enqueued)
-    pictures = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
-    header = _header(tuning, trainers, dataset, space, enqueued, pictures)
-    job = _job(store, tuning, trainers, enqueued, pictures, run_dir)
+    images = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
+    header = _header(tuning, trainers, dataset, space, enqueued, images)
+    job = _job(store, tuning, trainers, enqueued, images, run_dir)
     require_writable(run_dir)
-    _decode(store, pictures, (trainers, *enqueued), progress)
+    _decode(store, images, (trainers, *enqueued), progress)
     with open_journal(run_dir, header) as journal:
         log = SearchLog(header, journal, _forgetting(run_dir, on_event))
         log.kept()
@@ -100,10 +100,10 @@ def search(
     return _result(header, log, best, tuning, trainers)
 
 
-def _decode(store: Store, pictures: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
-    """Decode pictures to every side that is known now; a trial that draws another one decodes for itself."""
+def _decode(store: Store, images: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
+    """Decode images to every side that is known now; a trial that draws another one decodes for itself."""
     for side_px in sorted({settings.side_px for settings in wanted}):
-        pictures.open(store, side_px, progress)
+        images.open(store, side_px, progress)
 
 
 def _judge(header: SearchHeader, planner: Planner, tuning: TuningSettings, journal: Journal) -> Judge:
@@ -221,7 +221,7 @@ def _header(
     dataset: DatasetVersion,
     space: SearchSpace,
     enqueued: Sequence[TrainersSettings],
-    pictures: DataPlan,
+    images: DataPlan,
 ) -> SearchHeader:
     population = tuning.searcher is Searcher.PBT
     budget = trial_budget(trainers, tuning.trial_epochs)
@@ -246,9 +246,9 @@ def _header(
         trial_epochs=budget,
         grace_epochs=min(tuning.grace_epochs, budget),
         reduction_factor=tuning.reduction_factor,
-        train_images=pictures.limited(trainers.max_train_images).num_train,
+        train_images=images.limited(trainers.max_train_images).num_train,
         train_images_available=len(dataset.side(Side.TRAIN)),
-        val_images=len(pictures.image_ids) - pictures.num_train,
+        val_images=len(images.image_ids) - images.num_train,
     )
 
 
@@ -257,7 +257,7 @@ def _job(
     tuning: TuningSettings,
     trainers: TrainersSettings,
     enqueued: Sequence[TrainersSettings],
-    pictures: DataPlan,
+    images: DataPlan,
     run_dir: Path | None = None,
 ) -> TrialJob:
     # A policy that is a file is read here: a trial runs in another folder, perhaps on another machine.
@@ -268,7 +268,7 @@ def _job(
         trial_epochs=tuning.trial_epochs,
         taxonomy=store.taxonomy,
         policies={name: load_policy(name) for name in sorted(names) if name.endswith(YAML_SUFFIXES)},
-        pictures=pictures,
+        images=images,
         records=store.settings.model_copy(
             update={
                 "home": store.home.root,

@@ -117,7 +117,7 @@ class TuningSettings(RoomSettings):
     max_train_images: int | None = Field(
         default=None,
         ge=1,
-        description="train trials on at most this many pictures (whole groups, classes in proportion); default: all",
+        description="train trials on at most this many images (whole groups, classes in proportion); default: all",
     )
 
     @model_validator(mode="after")

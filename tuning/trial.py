@@ -1,4 +1,4 @@
-"""One trial: the training loop on the trial's share of settings, pictures and resources.
+"""One trial: the training loop on the trial's share of settings, images and resources.
 
 A `TrialJob` is everything a trial needs, the same for all trials of a search. It travels to other
 processes without pixels; a trial maps what its node has decoded already. It holds rows of train and
@@ -39,7 +39,7 @@ class TrialJob:
         trial_epochs: the budget of a trial.
         taxonomy: gives class order and the key class.
         policies: documents of augmentation policies that are files, by the name that settings give.
-        pictures: which are trained on and validated with.
+        images: which are trained on and validated with.
         records: lead to the store on every node; home and taxonomy are absolute.
         num_threads: CPU threads of a trial.
         use_gpu: whether a trial has (a part of) a GPU.
@@ -52,7 +52,7 @@ class TrialJob:
     trial_epochs: int
     taxonomy: Taxonomy
     policies: Mapping[str, Policy]
-    pictures: DataPlan
+    images: DataPlan
     records: RecordsSettings
     num_threads: int
     use_gpu: bool
@@ -77,17 +77,17 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), job.niceness))
     settings = trial_settings(plan, job)
     folder = None if job.run_dir is None else _folder(plan, job.run_dir)
-    pictures = job.pictures.limited(settings.max_train_images)
+    images = job.images.limited(settings.max_train_images)
     policy = trial_policy(plan, job)
     if job.workers > 1:
-        _train_in_group(settings, job, pictures, folder, policy, lambda epoch: report(epoch.model_dump(mode="json")))
+        _train_in_group(settings, job, images, folder, policy, lambda epoch: report(epoch.model_dump(mode="json")))
         return
-    data = _open_pictures(job, pictures, settings.side_px)
+    data = _open_images(job, images, settings.side_px)
 
     def on_epoch(epoch: EpochReport) -> None:
         told = epoch.model_dump(mode="json")
         if folder is not None and epoch.epoch == settings.epochs:
-            val_groups = pictures.group_ids[pictures.num_train :]
+            val_groups = images.group_ids[images.num_train :]
             figures = figures_of(folder / CHECKPOINT_FILE, settings, job.taxonomy, data, val_groups)
             told["figures"] = figures.model_dump(mode="json")
         report(told)
@@ -182,7 +182,7 @@ def _kept_epochs(folder: Path) -> list[EpochReport]:
 def _train_in_group(
     settings: TrainersSettings,
     job: TrialJob,
-    pictures: DataPlan,
+    images: DataPlan,
     folder: Path | None,
     policy: Policy,
     on_epoch: OnEpoch,
@@ -191,24 +191,22 @@ def _train_in_group(
     from trainers.fitting.distributed import fit_distributed
 
     with closing(open_store(job.records)) as store:
-        pictures.open(store, settings.side_px)
-        fit_distributed(
-            settings, pictures, store, folder or store.home.runs / "trial", policy=policy, on_epoch=on_epoch
-        )
+        images.open(store, settings.side_px)
+        fit_distributed(settings, images, store, folder or store.home.runs / "trial", policy=policy, on_epoch=on_epoch)
 
 
-def _open_pictures(job: TrialJob, pictures: DataPlan, side_px: int) -> TrainingData:
+def _open_images(job: TrialJob, images: DataPlan, side_px: int) -> TrainingData:
     """Map the pixels; only a node that has not decoded them yet opens the store, which takes a second."""
-    image_ids = pictures.image_ids
+    image_ids = images.image_ids
     cache = PixelCache(open_home(job.records.home).cache, side_px)
     if cache.missing(image_ids):
         with closing(open_store(job.records)) as store:
-            return pictures.open(store, side_px)
+            return images.open(store, side_px)
     rows = np.arange(len(image_ids), dtype=np.int64)
     return TrainingData(
         pixels=cache.rows(image_ids),
         image_ids=image_ids,
-        labels=pictures.labels,
-        train_index=rows[: pictures.num_train],
-        val_index=rows[pictures.num_train :],
+        labels=images.labels,
+        train_index=rows[: images.num_train],
+        val_index=rows[images.num_train :],
     )

@@ -85,7 +85,7 @@ class Decision(_Shape):
 class TrialFigures(_Shape):
     """Validation figures at the best epoch of a trial that had its whole budget; intervals resample groups, 95 %."""
 
-    epoch: int = Field(ge=1, description="the best one, chosen on the same pictures")
+    epoch: int = Field(ge=1, description="the best one, chosen on the same images")
     groups: int = Field(ge=1, description="lesions or patients that the intervals rest on")
     balanced_accuracy: float
     balanced_accuracy_ci: tuple[float, float]
@@ -156,8 +156,8 @@ class SearchHeader(_Shape):
     trial_epochs: int = Field(ge=1, description="the budget of one trial; never more than the full training has")
     grace_epochs: int = Field(ge=1)
     reduction_factor: int = Field(ge=2)
-    train_images: int = Field(ge=1, description="pictures that each trial trains on")
-    train_images_available: int = Field(ge=1, description="pictures on the train side")
+    train_images: int = Field(ge=1, description="images that each trial trains on")
+    train_images_available: int = Field(ge=1, description="images on the train side")
     val_images: int = Field(ge=1)
 
 

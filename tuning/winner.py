@@ -21,7 +21,7 @@ def fit_winner(
     """Train the winner's settings on all of train and register the bundle.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         result: of the search.
         dataset: that was searched on.
         run_dir: of the search; a fit that was killed goes on from there.

@@ -36,8 +36,8 @@ def to_tensor(pixels: UInt8Array) -> Tensor:
 def scale_pixels(pixels: Tensor, geometry: Geometry) -> Tensor:
     """Scale pixels to what the network sees.
 
-    `mean_std`: (value / 255 - mean) / std per channel. `min_max`: each picture's own range to 0..1;
-    a picture of one colour becomes 0.
+    `mean_std`: (value / 255 - mean) / std per channel. `min_max`: each image's own range to 0..1;
+    an image of one colour becomes 0.
 
     Args:
         pixels: uint8 [N, S, S, 3], on any device.

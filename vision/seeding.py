@@ -26,18 +26,18 @@ def generator(seed: int, epoch: int, *, purpose: str) -> np.random.Generator:
 
 
 def image_keys(image_ids: list[str]) -> Seeds:
-    """Return the first 64 bits of each picture's id, [N]."""
+    """Return the first 64 bits of each image's id, [N]."""
     return np.array([int(image_id[:16], 16) for image_id in image_ids], dtype=np.uint64)
 
 
-def picture_seeds(seed: int, epoch: int, keys: Seeds, occurrence: IntArray) -> Seeds:
-    """Mix a seed for every picture of an epoch.
+def image_seeds(seed: int, epoch: int, keys: Seeds, occurrence: IntArray) -> Seeds:
+    """Mix a seed for every image of an epoch.
 
     Args:
         seed: of the run.
         epoch: 0-based.
         keys: [n] from `image_keys`.
-        occurrence: [n] how often the picture has come before in this epoch.
+        occurrence: [n] how often the image has come before in this epoch.
     Returns:
         [n]; equal arguments give equal seeds, on every machine.
     """

@@ -18,7 +18,7 @@ from bench.drills.watched import watch
 def main() -> int:
     """Run the demo in a home of its own and print what it took; the exit code is the demo's."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="folder of pictures; default: generated ones")
+    parser.add_argument("--data", help="folder of images; default: generated ones")
     parser.add_argument("--keep", type=Path, help="home to keep; default: a temporary one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-bench-") as temporary:

@@ -44,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-fuzz-") as folder:
         home = Path(folder) / "home"
-        _make_model(home, Path(folder) / "pictures")
+        _make_model(home, Path(folder) / "images")
         with _served(home) as (url, process):
             report = {
                 "contract": contract(url, home, options.examples),
@@ -123,9 +123,9 @@ def _relook(home: Path, *arguments: str) -> None:
     subprocess.run(command, env=_environ(home), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def _make_model(home: Path, pictures: Path) -> None:
-    _relook(home, "data", "synth", str(pictures), "--lesions", "80")
-    _relook(home, "data", "import", str(pictures))
+def _make_model(home: Path, images: Path) -> None:
+    _relook(home, "data", "synth", str(images), "--lesions", "80")
+    _relook(home, "data", "import", str(images))
     _relook(home, "train", "--set", "trainers.epochs=2")
     (path,) = (home / "bundles").iterdir()
     _relook(home, "promote", path.name, "--provisional")

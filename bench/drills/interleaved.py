@@ -26,15 +26,15 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=1000, help="of each run")
     parser.add_argument("--threads", type=int, default=16, help="calls under way at once in the second run")
     parser.add_argument("--seed", type=int, default=2026, help="of the draw")
-    parser.add_argument("--max-batch-size", type=int, default=16, help="pictures of one forward pass; 1: no batches")
+    parser.add_argument("--max-batch-size", type=int, default=16, help="images of one forward pass; 1: no batches")
     parser.add_argument("--start-timeout", type=float, default=live_service.START_TIMEOUT_S, help="seconds")
     options = parser.parse_args()
     live_service.START_TIMEOUT_S = options.start_timeout
     sets = (f"serving.max_batch_size={options.max_batch_size}", f"serving.start_timeout_s={options.start_timeout}")
     with tempfile.TemporaryDirectory(prefix="relook-interleaved-") as folder:
-        home, pictures = Path(folder) / "home", Path(folder) / "pictures"
-        live_service.trained_champion(home, pictures)
-        files = [path.read_bytes() for path in sorted(pictures.rglob("*.jpg"))[:40]]
+        home, images = Path(folder) / "home", Path(folder) / "images"
+        live_service.trained_champion(home, images)
+        files = [path.read_bytes() for path in sorted(images.rglob("*.jpg"))[:40]]
         with live_service.live_service(home, "serving.page=false", *sets) as service:
             with Client(service.url) as client:
                 answers = [client.predict(data).id for data in files]

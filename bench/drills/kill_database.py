@@ -90,9 +90,9 @@ class Witnesses(Callers):
     def _ask(self, number: int) -> None:
         with httpx.Client(base_url=self.url, timeout=60.0, trust_env=False) as http:
             while not self._stop.is_set():
-                picture = self.pictures[number % len(self.pictures)]
+                image = self.images[number % len(self.images)]
                 headers = {"Content-Type": "image/jpeg", "Idempotency-Key": uuid.uuid4().hex}
-                body = self._insist(lambda p=picture, h=headers: http.post("/v1/predictions", content=p, headers=h))
+                body = self._insist(lambda p=image, h=headers: http.post("/v1/predictions", content=p, headers=h))
                 if body is not None:
                     self.answers.append((time.monotonic(), PredictionAnswer.model_validate(body)))
                     if number % 5 == 0:
@@ -144,9 +144,9 @@ def main() -> int:
 
 def drill(folder: Path, database: Database, rounds: int) -> dict[str, Any]:
     """Serve from a home whose ledger is the database, and hurt it under load."""
-    home, pictures, url = folder / "home", folder / "pictures", database.url.render_as_string(hide_password=False)
-    trained_champion(home, pictures, database=url)
-    files = [path.read_bytes() for path in sorted(pictures.rglob("ISIC_*.jpg"))]
+    home, images, url = folder / "home", folder / "images", database.url.render_as_string(hide_password=False)
+    trained_champion(home, images, database=url)
+    files = [path.read_bytes() for path in sorted(images.rglob("ISIC_*.jpg"))]
     ways = {
         "connections ended": database.end_connections,
         "a server process killed": database.kill_a_process,

@@ -184,7 +184,7 @@ def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def prepare(home: Path, folder: Path) -> dict[str, Any]:
-    """Fill the home that every run starts from: generated pictures, some of them without a diagnosis."""
+    """Fill the home that every run starts from: generated images, some of them without a diagnosis."""
     settings = settings_of(home, None, None)
     synthesize(folder, lesions=140, seed=3, width_px=96)
     store = open_store(settings.records)
@@ -232,7 +232,7 @@ def main() -> None:
 def run_matrix(root: Path, url: str | None, token: str | None, wanted: int | None) -> dict[str, Any]:
     """Kill, resume and compare; return the points and every difference."""
     base = root / "base"
-    in_child(lambda: prepare(base, root / "pictures"))
+    in_child(lambda: prepare(base, root / "images"))
     reference = in_child(lambda: play(_copy(base, root / "reference"), url, token, None))
     if reference is None:
         raise SystemExit("the round that nobody kills was killed")

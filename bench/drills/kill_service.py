@@ -32,9 +32,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=3, help="of each part")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-kills-") as folder:
-        home, pictures = Path(folder) / "home", Path(folder) / "pictures"
-        trained_champion(home, pictures)
-        files = [path.read_bytes() for path in sorted(pictures.rglob("ISIC_*.jpg"))]
+        home, images = Path(folder) / "home", Path(folder) / "images"
+        trained_champion(home, images)
+        files = [path.read_bytes() for path in sorted(images.rglob("ISIC_*.jpg"))]
         with live_service(home) as service:
             with Callers(service.url, files, retry_s=RETRY_S, flag_every=5) as callers:
                 kills = [kill(service, callers, name) for _ in range(options.kills) for name in DEPLOYMENTS]

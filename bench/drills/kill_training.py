@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-kill-") as folder:
-        data = Path(folder) / "pictures"
+        data = Path(folder) / "images"
         made = [sys.executable, "-m", "cluster.cli", "data", "synth", str(data), "--lesions", "400", "--json"]
         # One import, then copies: another home would have another key, and draw other sides.
         imported = Path(folder) / "imported"

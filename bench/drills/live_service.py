@@ -68,19 +68,19 @@ def relook(home: Path, *arguments: str, database: str | None = None) -> None:
     subprocess.run(command, env=_environ(home, database), check=True, stdout=subprocess.DEVNULL)
 
 
-def trained_champion(home: Path, pictures: Path, lesions: int = 120, database: str | None = None) -> str:
-    """Generate pictures, train a small model on them, and let it answer.
+def trained_champion(home: Path, images: Path, lesions: int = 120, database: str | None = None) -> str:
+    """Generate images, train a small model on them, and let it answer.
 
     Args:
         home: an empty folder.
-        pictures: where the pictures go.
+        images: where the images go.
         lesions: how many.
         database: of the ledger; default: SQLite in the home.
     Returns:
         The model's id.
     """
-    relook(home, "data", "synth", str(pictures), "--lesions", str(lesions), database=database)
-    relook(home, "data", "import", str(pictures), database=database)
+    relook(home, "data", "synth", str(images), "--lesions", str(lesions), database=database)
+    relook(home, "data", "import", str(images), database=database)
     relook(home, "train", "--set", "trainers.epochs=8", database=database)
     with contextlib.closing(open_store(RecordsSettings(home=home, database=database))) as store:
         (path,) = store.home.bundles.iterdir()
@@ -125,18 +125,18 @@ def bundle_of(service: LiveService, model_id: str) -> Bundle:
 
 @dataclass
 class Callers:
-    """Threads that send pictures, and now and then a flag, until they are stopped.
+    """Threads that send images, and now and then a flag, until they are stopped.
 
     Args:
         url: of the service.
-        pictures: that are sent, in a cycle.
+        images: that are sent, in a cycle.
         threads: how many.
         retry_s: how long a client repeats a request that got no answer; 0 shows every failure.
         flag_every: every n-th answer is flagged; 0 flags none.
     """
 
     url: str
-    pictures: Sequence[bytes]
+    images: Sequence[bytes]
     threads: int = 3
     retry_s: float = 0.0
     flag_every: int = 0
@@ -178,7 +178,7 @@ class Callers:
         with Client(self.url, retry_s=self.retry_s) as client:
             while not self._stop.is_set():
                 try:
-                    answer = client.predict(self.pictures[number % len(self.pictures)])
+                    answer = client.predict(self.images[number % len(self.images)])
                     self.answers.append((time.monotonic(), answer))
                     if self.flag_every and number % self.flag_every == 0:
                         made = client.flag(answer.id, FlagRequest(reason=FlagReason.OTHER, comment="a drill"))

@@ -32,7 +32,7 @@ from vision.inference.loaded import plain_network, reference_logits
 from vision.networks import build_model
 
 IN_FLIGHT = 8
-"""Pictures that two batches of all callers hold when the harm is proven."""
+"""Images that two batches of all callers hold when the harm is proven."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def main() -> int:
     parser.add_argument("--answers", type=int, default=60, help="answers to wait for at each step of the good release")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-release-") as folder:
-        home, pictures = Path(folder) / "home", Path(folder) / "pictures"
-        champion_id = trained_champion(home, pictures)
-        files = [path.read_bytes() for path in sorted(pictures.rglob("ISIC_*.jpg"))]
+        home, images = Path(folder) / "home", Path(folder) / "images"
+        champion_id = trained_champion(home, images)
+        files = [path.read_bytes() for path in sorted(images.rglob("ISIC_*.jpg"))]
         with live_service(home) as service:
             champion = bundle_of(service, champion_id)
             report: dict[str, Any] = {"broken": []}
@@ -94,7 +94,7 @@ def drill(service: LiveService, broken: Broken, files: list[bytes]) -> dict[str,
         "why": ended.why,
         "looks": looked,
         "looks_stated": stated,
-        "pictures_it_saw": len(asked),
+        "images_it_saw": len(asked),
         "failed_requests": len(callers.failures),
         "served_not_finite": served_not_finite,
     }
@@ -115,7 +115,7 @@ def refused_at_once(service: LiveService, bundle: Bundle, files: list[bytes]) ->
         callers.wait_for(10)
     with service.store.ledger.read() as tx:
         asked = tx.count(Prediction, where={"model_id": bundle.id})
-    return {"said": said, "pictures_it_saw": asked, "holds": "golden" in said and asked == 0 and not callers.failures}
+    return {"said": said, "images_it_saw": asked, "holds": "golden" in said and asked == 0 and not callers.failures}
 
 
 def good_release(service: LiveService, bundle: Bundle, files: list[bytes], answers: int) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def overconfident(store: Store, bundle: Bundle) -> Bundle:
 
 
 def overflowing(store: Store, bundle: Bundle) -> Bundle:
-    """Copy a model so that it is finite on its golden pictures, which are black, and on no other."""
+    """Copy a model so that it is finite on its golden images, which are black, and on no other."""
     network = plain_network(bundle)
     name = next(name for name, value in network.named_parameters() if value.ndim == 4)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def overflowing(store: Store, bundle: Bundle) -> Bundle:
 
 
 def slow(store: Store, bundle: Bundle) -> Bundle:
-    """Write a far larger network that sends every picture to an expert, so that only its time can do harm."""
+    """Write a far larger network that sends every image to an expert, so that only its time can do harm."""
     network = build_model("resnet34", len(bundle.document.taxonomy.codes)).eval()
     inputs = bundle.golden()["inputs"]
     golden = {"inputs": inputs, "logits": reference_logits(network, inputs, bundle.document.geometry)}

@@ -3,7 +3,7 @@
     .venv/bin/python -m bench.drills.two_nodes
 
 A head without CPUs and two raylets with one CPU each, on loopback, share the trials of a real search on
-generated pictures. Once both trials have some epochs, one raylet dies with all its processes (kill -9). The
+generated images. Once both trials have some epochs, one raylet dies with all its processes (kill -9). The
 same search without a kill follows. Scores and winner have to be equal, only the dead node's trial may start
 twice, and its checkpoint may never go back. One JSON line; exit 1 if something is wrong.
 """
@@ -188,9 +188,9 @@ def both_searches(folder: Path, ray_folder: Path, lesions: int, epochs: int, tri
     from records.settings import RecordsSettings
     from records.store import open_store
 
-    synthesize(folder / "pictures", lesions=lesions, seed=1)
+    synthesize(folder / "images", lesions=lesions, seed=1)
     with closing(open_store(RecordsSettings(home=folder / "home"))) as store:
-        dataset = open_dataset(store, str(folder / "pictures"))
+        dataset = open_dataset(store, str(folder / "images"))
         common = {"node_ip_address": "127.0.0.1", "temp_dir": str(ray_folder)}
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | common)
         try:

@@ -33,7 +33,7 @@ MELANOMA = CLASSES.index("mel")
 
 @dataclass(frozen=True)
 class Sides:
-    """One seed's pool [P] and held-out pictures [H], features reduced on the pool."""
+    """One seed's pool [P] and held-out images [H], features reduced on the pool."""
 
     ids: list[str]
     pool: np.ndarray
@@ -43,7 +43,7 @@ class Sides:
 
 
 def split(path: str, seed: int) -> Sides:
-    """Hold out a fifth of the lesions of each class; the pool is the first picture of every other one."""
+    """Hold out a fifth of the lesions of each class; the pool is the first image of every other one."""
     data = np.load(path)
     labels = np.array([CLASSES.index(label) for label in data["labels"]])
     _, first, lesion = np.unique(data["lesions"], return_index=True, return_inverse=True)
@@ -87,7 +87,7 @@ def fit(features: np.ndarray, labels: np.ndarray) -> Head:
 
 
 def ask(rule: str, sides: Sides, head: Head, known: list[int], count: int, seed: int) -> list[int]:
-    """Return which pictures of the pool the product's rule asks for next."""
+    """Return which images of the pool the product's rule asks for next."""
     blocked = np.zeros(len(sides.ids), dtype=bool)
     blocked[known] = True
     free = np.flatnonzero(~blocked)

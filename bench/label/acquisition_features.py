@@ -1,4 +1,4 @@
-"""Write the ImageNet features of every picture of a dataset folder, for `acquisition_curves.py`.
+"""Write the ImageNet features of every image of a dataset folder, for `acquisition_curves.py`.
 
 .venv/bin/python -m bench.label.acquisition_features HAM10000_DIR features.npz
 """
@@ -32,7 +32,7 @@ def network() -> torch.nn.Module:
 
 
 def features_of(paths: list[Path], bf16: bool) -> np.ndarray:
-    """Return the features of some pictures, [N, 1280]; on one thread, so that none waits for another."""
+    """Return the features of some images, [N, 1280]; on one thread, so that none waits for another."""
     torch.set_num_threads(1)
     steps = [v2.Resize(SIDE_PX), v2.CenterCrop(SIDE_PX), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     # The published weights were trained on pixels from -1 to 1.
@@ -42,22 +42,22 @@ def features_of(paths: list[Path], bf16: bool) -> np.ndarray:
     found: list[np.ndarray] = []
     with torch.inference_mode():
         for at in range(0, len(paths), BATCH):
-            pictures = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths[at : at + BATCH]])
-            pooled = features(pictures.to(dtype=number, memory_format=torch.channels_last))
+            images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths[at : at + BATCH]])
+            pooled = features(images.to(dtype=number, memory_format=torch.channels_last))
             found.append(pooled.float().numpy())
     return np.concatenate(found)
 
 
 def main() -> None:
-    """Read the table and the pictures, write ids, lesions, diagnoses and features [N, 1280] sorted by id."""
+    """Read the table and the images, write ids, lesions, diagnoses and features [N, 1280] sorted by id."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", type=Path, help="folder with HAM10000_metadata.csv and the JPEG files")
+    parser.add_argument("images", type=Path, help="folder with HAM10000_metadata.csv and the JPEG files")
     parser.add_argument("out", type=Path)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for a processor that has it")
     options = parser.parse_args()
-    with (options.pictures / "HAM10000_metadata.csv").open() as table:
+    with (options.images / "HAM10000_metadata.csv").open() as table:
         rows = sorted(csv.DictReader(table), key=lambda row: row["image_id"])
-    paths = {path.stem: path for path in options.pictures.rglob("ISIC_*.jpg")}
+    paths = {path.stem: path for path in options.images.rglob("ISIC_*.jpg")}
     parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
     found: list[np.ndarray] = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:

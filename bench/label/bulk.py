@@ -1,7 +1,7 @@
 """How fast questions go out and answers come in, beside a client that only moves them.
 
 Both work at one real, local Label Studio. The bare client sends the very task documents that a push sent, in
-the same batches, and reads the same pages of answers; it makes no pictures, keeps no ledger and checks
+the same batches, and reads the same pages of answers; it makes no images, keeps no ledger and checks
 nothing. They take turns, so that what else the machine does meets both.
 """
 
@@ -43,7 +43,7 @@ def measure(
     """Push, answer and pull, and let the bare client do the same.
 
     Args:
-        store: empty; it is filled with generated pictures.
+        store: empty; it is filled with generated images.
         server: a Label Studio without projects.
         settings: of the labeling room.
         items: how many questions.
@@ -115,18 +115,18 @@ def counted(store: Store, client: LabelStudioClient) -> dict[str, Any]:
 
 
 def add_questions(store: Store, count: int, seed: int) -> None:
-    """Write questions about generated pictures, with priorities in random order.
+    """Write questions about generated images, with priorities in random order.
 
     Args:
         store: whose outbox takes them.
         count: how many.
-        seed: of pictures and priorities.
+        seed: of images and priorities.
     """
     chance = np.random.default_rng(seed)
     for start in range(0, count, 500):
         records: list[Image | ReviewItem] = []
         for _ in range(start, min(start + 500, count)):
-            blob, now = store.blobs.put(_picture(chance)), utc_now()
+            blob, now = store.blobs.put(_image(chance)), utc_now()
             records.append(
                 Image(
                     id=blob, uri=store.blobs.uri(blob), format="jpeg", width_px=200, height_px=152, provenance="bench",
@@ -206,7 +206,7 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def _picture(chance: np.random.Generator) -> bytes:
+def _image(chance: np.random.Generator) -> bytes:
     buffer = io.BytesIO()
     coarse = chance.integers(0, 255, (19, 25, 3), dtype=np.uint8)
     smooth = PillowImage.fromarray(coarse).resize((200, 152), PillowImage.Resampling.BICUBIC)

@@ -5,7 +5,7 @@
 
 Lesions in five folds; the head is that of `acquisition_curves.py`, fitted on the noisy labels of the other four. A
 twentieth of the lesions gets another diagnosis, drawn evenly from the six others; the queue is `suspicious_rows`.
-One picture per lesion.
+One image per lesion.
 """
 
 import argparse

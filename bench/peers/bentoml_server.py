@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 @bentoml.service(resources={"cpu": "2"}, workers=1, traffic={"timeout": 60})
 class Classifier:
-    """Answers lists of pictures; BentoML joins the lists of several requests."""
+    """Answers lists of images; BentoML joins the lists of several requests."""
 
     def __init__(self) -> None:
         self.network = Network()

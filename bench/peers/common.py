@@ -1,4 +1,4 @@
-"""What all peers share: the network that Relook wrote for them, and how a picture becomes what it sees.
+"""What all peers share: the network that Relook wrote for them, and how an image becomes what it sees.
 
 The network is the one that Relook serves, batch norm folded and channels last, so that what differs is the serving.
 Nothing here needs Relook.
@@ -26,17 +26,17 @@ class Network:
         self.bf16 = found["precision"] == "bf16"
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Return a picture's centre square, uint8 [S, S, 3]."""
+        """Return an image's centre square, uint8 [S, S, 3]."""
         return self.square(Image.open(io.BytesIO(data)))
 
-    def square(self, picture: Image.Image) -> np.ndarray:
+    def square(self, image: Image.Image) -> np.ndarray:
         """Return the centre square, uint8 [S, S, 3]; a JPEG is reduced while it is decoded."""
-        picture.draft("RGB", (self.side_px, self.side_px))
-        picture = picture.convert("RGB")
-        shorter = min(picture.size)
-        left, top = (picture.width - shorter) / 2, (picture.height - shorter) / 2
+        image.draft("RGB", (self.side_px, self.side_px))
+        image = image.convert("RGB")
+        shorter = min(image.size)
+        left, top = (image.width - shorter) / 2, (image.height - shorter) / 2
         box = (left, top, left + shorter, top + shorter)
-        return np.asarray(picture.resize((self.side_px, self.side_px), Image.Resampling.BICUBIC, box=box))
+        return np.asarray(image.resize((self.side_px, self.side_px), Image.Resampling.BICUBIC, box=box))
 
     def inputs(self, pixels: list[np.ndarray]) -> torch.Tensor:
         """Return what the network sees, float32 [N, 3, S, S]."""
@@ -44,7 +44,7 @@ class Network:
         return planes.mul_(self.scale).sub_(self.shift)
 
     def answer(self, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
-        """Return label and probabilities of each picture."""
+        """Return label and probabilities of each image."""
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             rows = self.network(self.inputs(pixels)).float().softmax(dim=1)
         return [

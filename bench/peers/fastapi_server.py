@@ -45,7 +45,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/predict")
 async def predict(request: Request) -> dict[str, Any]:
-    """Answer about the picture in the body."""
+    """Answer about the image in the body."""
     pixels = await run_in_threadpool(network.decode, await request.body())
     future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
     waiting.put_nowait((pixels, future))

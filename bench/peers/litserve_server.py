@@ -13,14 +13,14 @@ from common import MAX_BATCH, Network
 
 
 class Classifier(litserve.LitAPI):
-    """Pictures come as forms; a batch is decoded by two threads."""
+    """Images come as forms; a batch is decoded by two threads."""
 
     def setup(self, device: str) -> None:
         """Load the network."""
         self.network, self.threads = Network(), ThreadPoolExecutor(2)
 
     def decode_request(self, request) -> bytes:  # an annotation would become part of its API
-        """Return the picture's bytes."""
+        """Return the image's bytes."""
         data: bytes = request["image"].file.read()
         return data
 

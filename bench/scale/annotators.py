@@ -32,7 +32,7 @@ from records.store import open_store
 from records.types import ReviewItem
 
 LOOK_S = 10.0
-"""What a reader is taken to need for one picture; the rate that a server must carry follows from it."""
+"""What a reader is taken to need for one image; the rate that a server must carry follows from it."""
 
 
 def work(client: LabelStudioClient, tasks: list[int], label: str) -> list[float]:

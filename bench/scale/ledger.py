@@ -1,7 +1,7 @@
 """How many answers a second several writers bring into a ledger on a real PostgreSQL.
 
 Each writer is a process of its own that calls what the predictor's recorder calls for every micro-batch
-(`serving.outbox.write_answers`): pictures, answers and the questions that some of them raise, in one
+(`serving.outbox.write_answers`): images, answers and the questions that some of them raise, in one
 transaction. At the end the database is counted: every answer that a writer saw committed is there once.
 
     python -m bench.scale.ledger [--writers 8] [--seconds 20] [--batches 1 4 16]
@@ -38,8 +38,8 @@ CONTEXT = {"lesion_id": "HAM_0000118", "age": 61.0, "sex": "female", "localizati
 
 
 def answer(doubtful: bool) -> Answer:
-    """Make the rows of one answer about a picture that the ledger does not know yet."""
-    now, picture = utc_now(), sha256_hex(new_id().encode())
+    """Make the rows of one answer about an image that the ledger does not know yet."""
+    now, content = utc_now(), sha256_hex(new_id().encode())
     prediction = Prediction(
         id=new_id(),
         request_id=new_id(),
@@ -47,7 +47,7 @@ def answer(doubtful: bool) -> Answer:
         caller="0123456789abcdef",
         organisation="clinic",
         idempotency_key=new_id(),
-        image_id=picture,
+        image_id=content,
         consent=Consent.TRAINING,
         context=CONTEXT,
         model_id="m" * 64,
@@ -67,8 +67,8 @@ def answer(doubtful: bool) -> Answer:
         latency_ms=12.5,
     )
     image = Image(
-        id=picture,
-        uri=f"file:///blobs/{picture[:2]}/{picture}",
+        id=content,
+        uri=f"file:///blobs/{content[:2]}/{content}",
         format="jpeg",
         width_px=600,
         height_px=450,
@@ -81,7 +81,7 @@ def answer(doubtful: bool) -> Answer:
         id=new_id(),
         created_at=now,
         prediction_id=prediction.id,
-        image_id=picture,
+        image_id=content,
         reasons=[ReasonCode.REFER],
         priority=10.0,
         overlay_blob="o" * 64,

@@ -1,11 +1,11 @@
-"""What a round costs beside tuning, fitting and evaluating, on a folder of pictures and a real Label Studio.
+"""What a round costs beside tuning, fitting and evaluating, on a folder of images and a real Label Studio.
 
 A folder is imported with a share of its labels withheld, and two rounds run in this process. Fitting is made short (one
-epoch on few pictures, no search) and has no Ray, since it does not count; what Ray's start would add is not in the
+epoch on few images, no search) and has no Ray, since it does not count; what Ray's start would add is not in the
 figures. Between the rounds a simulated expert answers what the first one asked, so the second reads answers, builds a
 new version and has a champion to compare with.
 
-    python -m bench.scale.round PICTURES [--model custom_cnn] [--side 32]
+    python -m bench.scale.round IMAGES [--model custom_cnn] [--side 32]
 """
 
 import argparse
@@ -58,7 +58,7 @@ def last_round(store: Store) -> dict[str, Any]:
 def main() -> int:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, help="folder with pictures and a table")
+    parser.add_argument("images", type=Path, help="folder with images and a table")
     parser.add_argument("--model", default="custom_cnn")
     parser.add_argument("--side", type=int, default=32, help="pixels")
     parser.add_argument("--rounds", type=int, default=2)
@@ -74,7 +74,7 @@ def main() -> int:
             records=records, labeling=labeling, trainers=trainers, round=RoundSettings(tune="never", select_budget=40)
         )
         with closing(open_store(records)) as store:
-            report = import_folder(store, options.pictures, withhold_share=0.15, side_px=(options.side,))
+            report = import_folder(store, options.images, withhold_share=0.15, side_px=(options.side,))
             truth = dict(zip(report.withheld["image_id"], report.withheld["label"], strict=True))
             server = LocalLabelStudio(store.home, labeling)
             server.up()
@@ -90,7 +90,7 @@ def main() -> int:
     print(
         json.dumps(
             {
-                "pictures": report.images,
+                "images": report.images,
                 "withheld": len(truth),
                 "aim_s": AIM_S,
                 "overhead_s": worst,

@@ -1,4 +1,4 @@
-"""Time and memory of what compares all pictures with all: choosing 1,000 of a million, and near-duplicates among them.
+"""Time and memory of what compares all images with all: choosing 1,000 of a million, and near-duplicates among them.
 
 Features are random and lie in a memory-mapped file, in float16; the probabilities are random as well. The largest
 resident memory is of the whole process, pages of the mapped file that happen to be in memory included.

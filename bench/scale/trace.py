@@ -1,8 +1,8 @@
 """How long a trace takes in a ledger of ten million rows, on a real PostgreSQL.
 
 The rows are made up and loaded by COPY, a table at a time, with the indexes of the product's own schema (dropped
-for the load, made again after it as the schema has them). Of ten rows five are answers, 1.5 pictures and one each
-a group, a diagnosis, a question and an expert's answer or flag. One dataset version of a million pictures is built by
+for the load, made again after it as the schema has them). Of ten rows five are answers, 1.5 images and one each
+a group, a diagnosis, a question and an expert's answer or flag. One dataset version of a million images is built by
 the product; the others are files of the same size, linked to it. Then `records.lineage.trace`, which is what
 `relook trace` calls, is timed on ids drawn at random.
 
@@ -53,7 +53,7 @@ from records.types import (
 AIM_MS = 50.0
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SHARES = {Prediction: 0.5, Image: 0.15, Group: 0.1, SourceLabel: 0.1, ReviewItem: 0.1, ExpertLabel: 0.045, Flag: 0.005}
-"""Of the rows. Pictures with a diagnosis come first, then those without; a group holds one picture with a diagnosis."""
+"""Of the rows. Images with a diagnosis come first, then those without; a group holds one image with a diagnosis."""
 MODELS = 10
 LINES_AT_ONCE = 5_000
 
@@ -228,8 +228,8 @@ def measure(store: Store, counts: dict[type[Record], int], models: Sequence[str]
     return {
         "prediction": timed(store, drawn(Prediction, counts[Prediction])),
         "prediction_by_12_characters": timed(store, [i[:12] for i in drawn(Prediction, counts[Prediction])]),
-        "picture_with_everything": timed(store, drawn(Image, min(counts[Flag], asked))),
-        "picture": timed(store, drawn(Image, counts[Image])),
+        "image_with_everything": timed(store, drawn(Image, min(counts[Flag], asked))),
+        "image": timed(store, drawn(Image, counts[Image])),
         "model": timed(store, models),
     }
 

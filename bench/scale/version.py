@@ -1,6 +1,6 @@
-"""Time and memory of a dataset version of a million pictures.
+"""Time and memory of a dataset version of a million images.
 
-The ledger is filled with made-up rows (a picture, its group and its label each); the pictures themselves do not
+The ledger is filled with made-up rows (an image, its group and its label each); the images themselves do not
 exist and are not read. The version is then built twice in a process of its own, whose largest resident memory is
 reported: first with every side still to be drawn, then with all of them drawn and one label changed.
 
@@ -36,13 +36,13 @@ SHARES = {"nv": 0.67, "mel": 0.11, "bkl": 0.11, "bcc": 0.05, "akiec": 0.03, "vas
 ROWS_AT_ONCE = 20_000
 
 
-def picture(number: int) -> str:
-    """Return the id of a made-up picture."""
-    return sha256_hex(f"picture {number}".encode())
+def image(number: int) -> str:
+    """Return the id of a made-up image."""
+    return sha256_hex(f"image {number}".encode())
 
 
 def label_of(number: int) -> str:
-    """Return the label of a made-up picture."""
+    """Return the label of a made-up image."""
     fraction, upper = (number * 7919 % 1000) / 1000, 0.0
     for code, share in SHARES.items():
         upper += share
@@ -52,18 +52,18 @@ def label_of(number: int) -> str:
 
 
 def fill(store: Store, images: int) -> None:
-    """Write pictures, groups and labels, in parts; every group has one picture, or two for a third of them."""
+    """Write images, groups and labels, in parts; every group has one image, or two for a third of them."""
     now = utc_now()
     for start in range(0, images, ROWS_AT_ONCE):
         rows: dict[type[Record], list[dict[str, Any]]] = {Image: [], Group: [], SourceLabel: []}
         for number in range(start, min(start + ROWS_AT_ONCE, images)):
-            image_id, second = picture(number), number % 4 == 3
-            group_id = picture(number - second)[:16]
+            image_id, second = image(number), number % 4 == 3
+            group_id = image(number - second)[:16]
             rows[Image].append(
                 {
                     "id": image_id,
                     "source_id": f"ISIC_{number:08d}",
-                    "uri": f"file:///pictures/ISIC_{number:08d}.jpg",
+                    "uri": f"file:///images/ISIC_{number:08d}.jpg",
                     "format": "jpeg",
                     "width_px": 600,
                     "height_px": 450,
@@ -99,7 +99,7 @@ def build(settings: RecordsSettings) -> dict[str, Any]:
         first = build_version(store).version
         built = time.perf_counter()
         newest = [
-            ResolvedLabel(image_id=picture(0), label="mel", confirmation=Confirmation.HISTOPATHOLOGY, annotators=["a"])
+            ResolvedLabel(image_id=image(0), label="mel", confirmation=Confirmation.HISTOPATHOLOGY, annotators=["a"])
         ]
         second = build_version(store, resolved=newest, round_number=1, parent_id=first.id).version
         again = time.perf_counter()
@@ -117,7 +117,7 @@ def build(settings: RecordsSettings) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print one JSON object; 1 if a picture is missing from the version."""
+    """Print one JSON object; 1 if an image is missing from the version."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--postgres", action="store_true", help="keep the ledger in a PostgreSQL; default: SQLite")

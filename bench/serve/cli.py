@@ -61,10 +61,10 @@ def bench_serve(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the service: its bare network, other servers, overload, explanations beside predictions, memory."""
-    from bench.serve.load import Pictures
+    from bench.serve.load import Images
     from bench.serve.peers import Peers, free_port
     from bench.serve.serve import Plan, ServeBench
-    from bench.serve.subject import Bare, cores, pictures_of, write_for_peers
+    from bench.serve.subject import Bare, cores, images_of, write_for_peers
     from serving.settings import compute_threads
     from vision.inference.loaded import load_model
 
@@ -79,10 +79,10 @@ def bench_serve(
         loaded = load_model(bundle, precision=serving.precision)
         write_for_peers(loaded, folder / "network.pt")
         bare = Bare(loaded, serving.max_batch_size, compute_threads(serving.predictor_cpus))
-        pictures = Pictures(pictures_of(data, folder, bar))
+        images = Images(images_of(data, folder, bar))
         others = Peers(peers, folder / "network.pt", folder)
         with ray_of(ctx, settings):
-            bench = ServeBench(serving, records, bare, others, pictures, Plan(rounds, seconds, requests), bar)
+            bench = ServeBench(serving, records, bare, others, images, Plan(rounds, seconds, requests), bar)
             figures = bench.run()
     figures |= _described(bundle, loaded.precision, compute_threads(serving.predictor_cpus))
     emit(as_json, figures, figures_table("python -m bench serve", figures))

@@ -1,6 +1,6 @@
 """Measure what a map costs: beside the answer that it belongs to, and alone beside pytorch-grad-cam.
 
-Rounds of neighbours again: answers, answers with the maps of all classes, maps drawn to the picture's size, the peer.
+Rounds of neighbours again: answers, answers with the maps of all classes, maps drawn to the image's size, the peer.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Predict, explain and flag calls in a drawn order: each must say the same alone and beside fifteen others.
 
-In: a running service and pictures. Out: what every call was answered, without what names one answer (ids and
+In: a running service and images. Out: what every call was answered, without what names one answer (ids and
 times). The same seed draws the same calls, so one list can be asked one at a time and again all together.
 """
 
@@ -21,7 +21,7 @@ Kind = Literal["predict", "explain", "flag"]
 METHODS = (*["gradcam"] * 12, "occlusion", "integrated_gradients", "gradient_shap")
 """Drawn evenly; Grad-CAM is what is asked for most, and the others take seconds."""
 TOLERANCE = 1e-6
-"""A batch in fp32 may round otherwise than one picture alone; in bf16 nothing differed on any machine so far."""
+"""A batch in fp32 may round otherwise than one image alone; in bf16 nothing differed on any machine so far."""
 _ONE_ANSWER = {"id", "request_id", "created_at", "review"}
 
 
@@ -31,13 +31,13 @@ class Call:
 
     Args:
         kind: what is asked.
-        picture: number of the picture, or of the answer that it is about.
+        image: number of the image, or of the answer that it is about.
         choice: explain: the method; flag: the reason; predict: whether a map comes along.
         code: a class.
     """
 
     kind: Kind
-    picture: int
+    image: int
     choice: str
     code: str
 
@@ -55,13 +55,13 @@ class Said:
     body: dict[str, Any]
 
 
-def draw_calls(seed: int, num_calls: int, num_pictures: int, codes: Sequence[str]) -> list[Call]:
+def draw_calls(seed: int, num_calls: int, num_images: int, codes: Sequence[str]) -> list[Call]:
     """Draw calls of the three kinds, as many of each, in a drawn order.
 
     Args:
         seed: of the draw.
         num_calls: how many.
-        num_pictures: pictures are numbered from 0 below it.
+        num_images: images are numbered from 0 below it.
         codes: of the classes.
     Returns:
         The calls.
@@ -72,20 +72,20 @@ def draw_calls(seed: int, num_calls: int, num_pictures: int, codes: Sequence[str
     calls = []
     for number in range(num_calls):
         kind = kinds[number % 3]
-        calls.append(Call(kind, draw.randrange(num_pictures), str(draw.choice(choices[kind])), draw.choice(codes)))
+        calls.append(Call(kind, draw.randrange(num_images), str(draw.choice(choices[kind])), draw.choice(codes)))
     draw.shuffle(calls)
     return calls
 
 
 def ask_all(
-    url: str, calls: Sequence[Call], picture: Callable[[int], bytes], answers: Sequence[str], threads: int, tag: str
+    url: str, calls: Sequence[Call], image: Callable[[int], bytes], answers: Sequence[str], threads: int, tag: str
 ) -> list[Said]:
     """Make all calls.
 
     Args:
         url: of the service.
         calls: to make.
-        picture: by its number.
+        image: by its number.
         answers: ids of the stored answers that explain and flag calls are about.
         threads: calls under way at once; 1 makes one at a time, in order.
         tag: written into every objection, so that no other run's is the same.
@@ -95,20 +95,20 @@ def ask_all(
     with Client(url, timeout_s=600.0, retry_s=1800.0) as client, ThreadPoolExecutor(threads) as pool:
 
         def ask(number: int) -> Said:
-            return _asked(client, calls[number], picture, answers, f"{tag} {number}")
+            return _asked(client, calls[number], image, answers, f"{tag} {number}")
 
         return list(pool.map(ask, range(len(calls))))
 
 
-def _asked(client: Client, call: Call, picture: Callable[[int], bytes], answers: Sequence[str], comment: str) -> Said:
+def _asked(client: Client, call: Call, image: Callable[[int], bytes], answers: Sequence[str], comment: str) -> Said:
     if call.kind == "predict":
-        answer = client.predict(picture(call.picture), explain="gradcam" if call.choice else None)
+        answer = client.predict(image(call.image), explain="gradcam" if call.choice else None)
         return Said(answer.id, answer.model_dump(mode="json", exclude=_ONE_ANSWER))
     if call.kind == "explain":
-        found = client.explanation(answers[call.picture], method=call.choice, target=call.code)
+        found = client.explanation(answers[call.image], method=call.choice, target=call.code)
         return Said("", found.model_dump(mode="json"))
     request = FlagRequest(reason=FlagReason(call.choice), suggested_label=call.code, comment=comment)
-    flag = client.flag(answers[call.picture], request)
+    flag = client.flag(answers[call.image], request)
     return Said(flag.id, {"state": flag.review.state, "text": flag.text, "prediction": flag.prediction_id})
 
 

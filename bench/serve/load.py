@@ -1,10 +1,10 @@
-"""The one client that every server is measured with: threads with a kept connection each, and unlike pictures.
+"""The one client that every server is measured with: threads with a kept connection each, and unlike images.
 
     with the server running:
-    closed_loop(target, pictures, callers=24, seconds=10)        # as much as it can answer
-    open_loop(target, pictures, per_second=30, seconds=10)       # as much as it is sent, whether it answers or not
+    closed_loop(target, images, callers=24, seconds=10)        # as much as it can answer
+    open_loop(target, images, per_second=30, seconds=10)       # as much as it is sent, whether it answers or not
 
-In: where to send pictures, and pictures. Out: a `Load`, one `Reply` per request. Requests are written with
+In: where to send images, and images. Out: a `Load`, one `Reply` per request. Requests are written with
 `http.client`, which costs a third of a millisecond each: it shares the cores with what is measured.
 """
 
@@ -22,17 +22,17 @@ from records.errors import DataError
 TIMEOUT_S = 60.0
 _TABLE = b"\xff\xdb"
 _FINE_ENTRIES = 24
-"""So many of a JPEG's 64 quantization steps, those of the finest detail, tell one picture from its copy."""
+"""So many of a JPEG's 64 quantization steps, those of the finest detail, tell one image from its copy."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where pictures are sent, and how.
+    """Where images are sent, and how.
 
     Args:
         port: on 127.0.0.1.
         path: with its query.
-        body: makes a request's body of a picture.
+        body: makes a request's body of an image.
         content_type: of that body.
     """
 
@@ -96,8 +96,8 @@ class Load:
         return self
 
 
-class Pictures:
-    """An endless row of pictures, no two of the same bytes. Safe from several threads.
+class Images:
+    """An endless row of images, no two of the same bytes. Safe from several threads.
 
     Args:
         files: JPEG files to make them of.
@@ -109,28 +109,28 @@ class Pictures:
         self._lock = threading.Lock()
 
     def __next__(self) -> bytes:
-        """Return the next picture."""
+        """Return the next image."""
         with self._lock:
             number = self._number
             self._number += 1
         return unlike(self._files[number % len(self._files)], number // len(self._files))
 
 
-def unlike(picture: bytes, number: int) -> bytes:
-    """Return a picture that looks the same and is another file: its finest quantization steps differ by at most one.
+def unlike(image: bytes, number: int) -> bytes:
+    """Return an image that looks the same and is another file: its finest quantization steps differ by at most one.
 
     Args:
-        picture: a JPEG file.
-        number: 0 is the picture itself; below 2 ** 24 no two are the same.
+        image: a JPEG file.
+        number: 0 is the image itself; below 2 ** 24 no two are the same.
     Returns:
         A JPEG file of the same length.
     Raises:
         DataError: it has no quantization table of 8 bits.
     """
-    at = picture.find(_TABLE)
-    if at < 0 or picture[at + 4] >> 4:
-        raise DataError("only baseline JPEG files can be varied; give a folder of such pictures")
-    changed = bytearray(picture)
+    at = image.find(_TABLE)
+    if at < 0 or image[at + 4] >> 4:
+        raise DataError("only baseline JPEG files can be varied; give a folder of such images")
+    changed = bytearray(image)
     last = at + 5 + 63
     for bit in range(_FINE_ENTRIES):
         if number >> bit & 1:
@@ -138,12 +138,12 @@ def unlike(picture: bytes, number: int) -> bytes:
     return bytes(changed)
 
 
-def closed_loop(target: Target, pictures: Pictures, callers: int, seconds: float) -> Load:
+def closed_loop(target: Target, images: Images, callers: int, seconds: float) -> Load:
     """Let callers ask without a pause.
 
     Args:
         target: whom they ask.
-        pictures: what they send.
+        images: what they send.
         callers: how many ask at once.
         seconds: for how long.
     Returns:
@@ -156,18 +156,16 @@ def closed_loop(target: Target, pictures: Pictures, callers: int, seconds: float
         while (now_s := time.perf_counter()) < ends_s:
             yield now_s
 
-    replies = _run(target, pictures, [due() for _ in range(callers)])
+    replies = _run(target, images, [due() for _ in range(callers)])
     return Load([reply for reply in replies if reply.done_s <= ends_s], seconds)
 
 
-def open_loop(
-    target: Target, pictures: Pictures, per_second: float, seconds: float, callers: int, seed: int = 0
-) -> Load:
+def open_loop(target: Target, images: Images, per_second: float, seconds: float, callers: int, seed: int = 0) -> Load:
     """Send requests at random moments of a given rate, and wait for all replies.
 
     Args:
         target: whom they ask.
-        pictures: what they send.
+        images: what they send.
         per_second: mean rate; the gaps are exponential.
         seconds: for how long.
         callers: how many may wait at once; a request that finds none free is late, and its latency counts from
@@ -189,16 +187,16 @@ def open_loop(
             time.sleep(max(0.0, moment_s - time.perf_counter()))
             yield moment_s
 
-    replies = _run(target, pictures, [due() for _ in range(callers)])
+    replies = _run(target, images, [due() for _ in range(callers)])
     return Load(replies, seconds)
 
 
-def ask(target: Target, pictures: Pictures, requests: int, callers: int) -> Load:
+def ask(target: Target, images: Images, requests: int, callers: int) -> Load:
     """Send so many requests as fast as they are answered.
 
     Args:
         target: whom they ask.
-        pictures: what they send.
+        images: what they send.
         requests: how many in all.
         callers: how many ask at once.
     Returns:
@@ -214,7 +212,7 @@ def ask(target: Target, pictures: Pictures, requests: int, callers: int) -> Load
                     return
             yield time.perf_counter()
 
-    replies = _run(target, pictures, [due() for _ in range(callers)])
+    replies = _run(target, images, [due() for _ in range(callers)])
     return Load(replies, time.perf_counter() - began_s)
 
 
@@ -223,14 +221,14 @@ class _Caller:
     """One thread's connection."""
 
     target: Target
-    pictures: Pictures
+    images: Images
     connection: http.client.HTTPConnection = field(init=False)
 
     def __post_init__(self) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", self.target.port, timeout=TIMEOUT_S)
 
     def send(self, due_s: float) -> Reply:
-        body = self.target.body(next(self.pictures))
+        body = self.target.body(next(self.images))
         headers = {"Content-Type": self.target.content_type}
         try:
             self.connection.request("POST", self.target.path, body, headers)
@@ -243,12 +241,12 @@ class _Caller:
         return Reply(due_s, time.perf_counter(), response.status, asked_to_wait)
 
 
-def _run(target: Target, pictures: Pictures, schedules: Sequence[Iterator[float]]) -> list[Reply]:
+def _run(target: Target, images: Images, schedules: Sequence[Iterator[float]]) -> list[Reply]:
     """Let every caller send one request per moment of its schedule."""
     replies: list[Reply] = []
 
     def work(schedule: Iterator[float]) -> None:
-        caller = _Caller(target, pictures)
+        caller = _Caller(target, images)
         # Appending is atomic; the order does not matter.
         replies.extend(caller.send(due_s) for due_s in schedule)
         caller.connection.close()

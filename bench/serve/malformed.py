@@ -1,6 +1,6 @@
 """Uploads that something is wrong with, drawn from a seed: the same seed and number is the same upload.
 
-In: a seed and a number. Out: a request for one of the routes that take pictures. Most are real pictures
+In: a seed and a number. Out: a request for one of the routes that take images. Most are real images
 of every kind that is read, damaged in one to three places; some checksums are made right again, so that the
 damage reaches the decoders. A few stay whole, since a damaged request must not spoil the next.
 """
@@ -55,7 +55,7 @@ def malformed_upload(seed: int, number: int) -> Upload:
         The request; nine of ten are damaged.
     """
     draw = np.random.default_rng((seed, number))
-    kinds = pictures()
+    kinds = images()
     data = kinds[sorted(kinds)[draw.integers(len(kinds))]]
     if draw.random() < 0.9:
         for _ in range(draw.integers(1, 4)):
@@ -68,8 +68,8 @@ def malformed_upload(seed: int, number: int) -> Upload:
 
 
 @lru_cache(maxsize=1)
-def pictures() -> dict[str, bytes]:
-    """Return one whole picture of every kind that is read, by its name."""
+def images() -> dict[str, bytes]:
+    """Return one whole image of every kind that is read, by its name."""
     pixels = np.random.default_rng(5).integers(0, 256, (72, 96, 4), dtype=np.uint8)
     rgba = PillowImage.fromarray(pixels).resize((96, 72), PillowImage.Resampling.BICUBIC)
     rgb = rgba.convert("RGB")
@@ -109,9 +109,9 @@ def png_of(width: int, height: int, compressed: bytes, *, colour: int = 2) -> by
     return PNG_MAGIC + b"".join(_chunk(n, d) for n, d in ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b"")))
 
 
-def _saved(picture: PillowImage.Image, form: str, **options: object) -> bytes:
+def _saved(image: PillowImage.Image, form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -157,7 +157,7 @@ def _remove(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def _splice(data: bytes, draw: np.random.Generator) -> bytes:
-    others = list(pictures().values())
+    others = list(images().values())
     other = others[draw.integers(len(others))]
     return data[: draw.integers(len(data) + 1)] + other[draw.integers(len(other)) :]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.serve.load import Pictures, Target, ask
+from bench.serve.load import Images, Target, ask
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "bench" / "peers"
 START_TIMEOUT_S = 300.0
@@ -27,18 +27,18 @@ _BOUNDARY = uuid.uuid4().hex
 
 
 def form(field: str) -> Callable[[bytes], bytes]:
-    """Return what makes a multipart form with one picture of a picture."""
+    """Return what makes a multipart form with one image of an image."""
 
-    def body(picture: bytes) -> bytes:
-        head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{field}"; filename="picture.jpg"\r\n'
-        return head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + picture + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    def body(image: bytes) -> bytes:
+        head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{field}"; filename="image.jpg"\r\n'
+        return head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + image + f"\r\n--{_BOUNDARY}--\r\n".encode()
 
     return body
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a peer is started, and how it takes pictures."""
+    """How a peer is started, and how it takes images."""
 
     command: tuple[str, ...]
     body: Callable[[bytes], bytes] = bytes
@@ -121,18 +121,18 @@ class Peers:
         }
 
     @contextlib.contextmanager
-    def running(self, pictures: Pictures) -> Iterator[dict[str, Peer]]:
+    def running(self, images: Images) -> Iterator[dict[str, Peer]]:
         """Run all servers that can be run for the length of a block, each stopped until it is woken.
 
         Args:
-            pictures: to ask them with until they answer.
+            images: to ask them with until they answer.
         Yields:
             Those that answer, by name; why others do not is in `reasons`.
         """
         found: dict[str, Peer] = {}
         try:
             for name, kind in SERVERS.items():
-                peer = self._started(name, kind, pictures)
+                peer = self._started(name, kind, images)
                 if peer is not None:
                     found[name] = peer
             yield found
@@ -171,7 +171,7 @@ class Peers:
             return python
         return None
 
-    def _started(self, name: str, kind: _Kind, pictures: Pictures) -> Peer | None:
+    def _started(self, name: str, kind: _Kind, images: Images) -> Peer | None:
         if (python := self._python(name)) is None:
             return None
         port = free_port()
@@ -184,7 +184,7 @@ class Peers:
         peer = Peer(name, Target(port, "/predict", kind.body, kind.content_type), psutil.Process(process.pid))
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline_s and process.poll() is None:
-            if ask(peer.target, pictures, 1, 1).answered:
+            if ask(peer.target, images, 1, 1).answered:
                 peer._signal(signal.SIGSTOP)
                 return peer
             time.sleep(0.5)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from rich.progress import Progress
 
-from bench.serve.load import Load, Pictures, Target, ask, closed_loop, open_loop
+from bench.serve.load import Images, Load, Target, ask, closed_loop, open_loop
 
 CALLERS = 32
 MANY_CALLERS = 160
@@ -32,14 +32,14 @@ class Pressure:
     Args:
         target: its predictions.
         port: where it listens.
-        pictures: to send.
+        images: to send.
         seconds: per stretch.
         bar: progress is shown on it.
     """
 
     target: Target
     port: int
-    pictures: Pictures
+    images: Images
     seconds: float
     bar: Progress
 
@@ -51,16 +51,16 @@ class Pressure:
         Returns:
             The figures, by key.
         """
-        ask(self.target, self.pictures, 2 * CALLERS, CALLERS)
+        ask(self.target, self.images, 2 * CALLERS, CALLERS)
         return {**self.at_70_percent(), **self.under_flood(), **self.overload(), **self.memory(requests)}
 
     def capacity(self) -> float:
         """Return answers per second at saturation."""
-        return closed_loop(self.target, self.pictures, CALLERS, self.seconds / 2).per_second
+        return closed_loop(self.target, self.images, CALLERS, self.seconds / 2).per_second
 
     def at_70_percent(self) -> Figures:
         """Return the latencies at 70 % of capacity, requests at random moments."""
-        load = open_loop(self.target, self.pictures, 0.7 * self.capacity(), 2 * self.seconds, MANY_CALLERS)
+        load = open_loop(self.target, self.images, 0.7 * self.capacity(), 2 * self.seconds, MANY_CALLERS)
         return {"p99_ms": _ms(load, 99), "p50_at_70_percent_ms": _ms(load, 50), "failed_at_70_percent": _failed(load)}
 
     def under_flood(self) -> Figures:
@@ -82,7 +82,7 @@ class Pressure:
     def overload(self) -> Figures:
         """Return what is left of the capacity when five times as much is asked for, and after that."""
         capacity = self.capacity()
-        load = open_loop(self.target, self.pictures, OVERLOAD * capacity, self.seconds, MANY_CALLERS)
+        load = open_loop(self.target, self.images, OVERLOAD * capacity, self.seconds, MANY_CALLERS)
         refused = [reply for reply in load.replies if reply.status == 429]
         last_s = max(reply.done_s for reply in load.replies)
         first_s = min(reply.due_s for reply in load.replies)
@@ -101,7 +101,7 @@ class Pressure:
         task = self.bar.add_task("requests with maps", total=requests)
         parts, sizes, failed = 5, [], 0
         for _ in range(parts):
-            failed += _failed(ask(explained, self.pictures, requests // parts, CALLERS // 2))
+            failed += _failed(ask(explained, self.images, requests // parts, CALLERS // 2))
             sizes.append(replicas_mb())
             self.bar.advance(task, requests // parts)
         return {
@@ -112,7 +112,7 @@ class Pressure:
         }
 
     def _half_load(self, rate: float, seed: int) -> Load:
-        return open_loop(self.target, self.pictures, rate, self.seconds, MANY_CALLERS, seed)
+        return open_loop(self.target, self.images, rate, self.seconds, MANY_CALLERS, seed)
 
     @contextlib.contextmanager
     def _flood(self) -> Iterator[list[float]]:
@@ -122,7 +122,7 @@ class Pressure:
 
         def flood() -> None:
             while not over.is_set():
-                if ask(target, self.pictures, 1, 1).answered:
+                if ask(target, self.images, 1, 1).answered:
                     moments.append(time.perf_counter())
 
         threads = [threading.Thread(target=flood, daemon=True) for _ in range(FLOODERS)]

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from rich.progress import Progress
 
-from bench.serve.load import Pictures, Target, ask, closed_loop
+from bench.serve.load import Images, Target, ask, closed_loop
 from bench.serve.peers import Peer, Peers
 from bench.serve.pressure import Pressure
 from bench.serve.subject import Bare
@@ -55,7 +55,7 @@ class ServeBench:
         records: a home where a model answers.
         bare: the same model's forward pass.
         peers: other servers.
-        pictures: to send.
+        images: to send.
         plan: how long to measure.
         bar: progress is shown on it.
     """
@@ -64,7 +64,7 @@ class ServeBench:
     records: RecordsSettings
     bare: Bare
     peers: Peers
-    pictures: Pictures
+    images: Images
     plan: Plan
     bar: Progress
     _rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -76,12 +76,12 @@ class ServeBench:
         """Measure everything; what cannot be measured is None, with its reason under `reasons`."""
         load_before = os.getloadavg()[0]
         task = self.bar.add_task("rounds", total=self.plan.rounds)
-        with self.peers.running(self.pictures) as peers:
+        with self.peers.running(self.images) as peers:
             for _ in range(self.plan.rounds):
                 self._round(peers)
                 self.bar.advance(task)
         with self._service() as target:
-            pressure = Pressure(target, self.settings.port, self.pictures, self.plan.seconds, self.bar)
+            pressure = Pressure(target, self.settings.port, self.images, self.plan.seconds, self.bar)
             pressed = pressure.figures(self.plan.requests)
             decisions = self._decisions()
         return {**self._ratios(), **pressed, **self._latencies(), "decisions": decisions} | {
@@ -115,12 +115,12 @@ class ServeBench:
         self, name: str, target: Target, server: psutil.Process | None = None, *, single: bool = True
     ) -> float:
         """Return the rate at saturation; note the CPU time of an answer and the latency of one request alone."""
-        ask(target, self.pictures, WARM_UP, CALLERS).require_answers(name)
+        ask(target, self.images, WARM_UP, CALLERS).require_answers(name)
         before_s = _cpu_s(server)
-        load = closed_loop(target, self.pictures, CALLERS, self.plan.seconds).require_answers(name)
+        load = closed_loop(target, self.images, CALLERS, self.plan.seconds).require_answers(name)
         self._cpu_ms[name].append(1000 * (_cpu_s(server) - before_s) / len(load.answered))
         if single:
-            alone = closed_loop(target, self.pictures, 1, self.plan.seconds / 3).require_answers(name)
+            alone = closed_loop(target, self.images, 1, self.plan.seconds / 3).require_answers(name)
             self._single_ms[name].append(alone.percentile_ms(50) or 0.0)
         return load.per_second
 
@@ -131,9 +131,9 @@ class ServeBench:
             yield Target(settings.port, "/v1/predictions")
 
     def _decisions(self) -> dict[str, int]:
-        """Return what the service decided about some of the pictures: what goes to experts costs more."""
+        """Return what the service decided about some of the images: what goes to experts costs more."""
         with Client(self.settings.url) as client:
-            return dict(Counter(client.predict(next(self.pictures)).decision for _ in range(50)))
+            return dict(Counter(client.predict(next(self.images)).decision for _ in range(50)))
 
     def _ratios(self) -> Figures:
         def over_raw(name: str) -> float | None:

@@ -1,6 +1,6 @@
 """What is measured: one network, its bare rate on these cores, and the file that peers load it from.
 
-In: a bundle. Out: pictures per second of its bare forward pass, and a file that needs torch alone. The network
+In: a bundle. Out: images per second of its bare forward pass, and a file that needs torch alone. The network
 handed out is the served one, with batch norm folded, so that servers are compared and not networks.
 """
 
@@ -43,9 +43,9 @@ def prepare(
 
     Args:
         records: of that home.
-        model: it answers; None trains one on generated pictures.
+        model: it answers; None trains one on generated images.
         trainers: how it is trained.
-        folder: for generated pictures.
+        folder: for generated images.
         bar: progress is shown on it.
     Returns:
         The model.
@@ -58,12 +58,12 @@ def prepare(
         return bundle
 
 
-def pictures_of(data: Path | None, folder: Path, bar: Progress) -> list[bytes]:
+def images_of(data: Path | None, folder: Path, bar: Progress) -> list[bytes]:
     """Return JPEG files to send.
 
     Args:
         data: folder to take them from; None generates some of HAM10000's size.
-        folder: for generated pictures.
+        folder: for generated images.
         bar: progress is shown on it.
     Returns:
         At most 500 files.
@@ -71,7 +71,7 @@ def pictures_of(data: Path | None, folder: Path, bar: Progress) -> list[bytes]:
         DataError: there is none.
     """
     if data is None:
-        data = folder / "pictures"
+        data = folder / "images"
         synthesize(data, lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
     found = sorted(data.rglob("*.jpg"))[:500]
     if not found:
@@ -98,16 +98,16 @@ class Bare:
         self._threads = threads
 
     def rate(self, seconds: float) -> tuple[float, float]:
-        """Return pictures per second in full batches, and the CPU time of a picture, milliseconds."""
+        """Return images per second in full batches, and the CPU time of an image, milliseconds."""
         before_s = time.process_time()
         times_s = self._times_s(self._inputs, seconds)
         # The first pass warms up: it costs CPU time and does not count.
         cpu_s = (time.process_time() - before_s) * len(times_s) / (len(times_s) + 1)
-        pictures = len(self._inputs) * len(times_s)
-        return pictures / sum(times_s), 1000 * cpu_s / pictures
+        images = len(self._inputs) * len(times_s)
+        return images / sum(times_s), 1000 * cpu_s / images
 
     def single_ms(self, seconds: float) -> float:
-        """Return the median time of one picture alone, milliseconds."""
+        """Return the median time of one image alone, milliseconds."""
         return 1000 * median(self._times_s(self._inputs[:1], seconds))
 
     def _times_s(self, inputs: torch.Tensor, seconds: float) -> Sequence[float]:
@@ -131,7 +131,7 @@ def write_for_peers(model: LoadedModel, path: Path) -> None:
         model: as it is served.
         path: the file; only this machine's own programs may load it, since it is pickled.
     Raises:
-        DataError: its pictures are scaled in a way that the peers do not know.
+        DataError: its images are scaled in a way that the peers do not know.
     """
     if model.geometry.scaling != "mean_std":
         raise DataError(f"the peers scale by mean and deviation, and this model by {model.geometry.scaling}")
@@ -165,8 +165,8 @@ def cores() -> int:
 
 
 def _trained(store: Store, trainers: TrainersSettings, folder: Path, bar: Progress) -> Bundle:
-    synthesize(folder / "pictures", lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
-    dataset = open_dataset(store, str(folder / "pictures"), progress=bar)
+    synthesize(folder / "images", lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
+    dataset = open_dataset(store, str(folder / "images"), progress=bar)
     shared = {"epochs": EPOCHS, "early_stop_patience_epochs": None, "threads_per_worker": cores()}
     settings = TrainersSettings.model_validate(trainers.model_dump() | shared)
     return fit(store, settings, dataset, run_dir=folder / "run", use_ray=False, progress=bar)

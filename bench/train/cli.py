@@ -28,7 +28,7 @@ app = typer.Typer()
 @app.command("train")
 def bench_train(
     ctx: typer.Context,
-    data: Annotated[Path | None, typer.Option(help="Folder of pictures; default: generated ones.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of images; default: generated ones.")] = None,
     epoch_s: Annotated[float, typer.Option(min=1.0, help="Seconds that a measured epoch shall take.")] = 8.0,
     lightning_python: Annotated[
         Path | None, typer.Option(help="Python of an environment that has Lightning; default: not measured.")

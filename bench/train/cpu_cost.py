@@ -1,9 +1,9 @@
-"""CPU seconds per picture of bare steps and of the loop with its feeder, for a busy machine.
+"""CPU seconds per image of bare steps and of the loop with its feeder, for a busy machine.
 
 Where all cores are kept busy, rates are to each other as the inverse of these costs; unlike rates they hardly
 depend on what else runs. One thread, no Ray, no validation. `python -m bench train` measures rates.
 
-    .venv/bin/python -m bench.train.cpu_cost PICTURES --model custom_cnn
+    .venv/bin/python -m bench.train.cpu_cost IMAGES --model custom_cnn
 """
 
 import argparse
@@ -34,7 +34,7 @@ from vision.precision import resolve_precision
 
 
 def loop_cost(settings: TrainersSettings, data: TrainingData, num_classes: int, steps: int) -> float:
-    """Return CPU seconds per picture of training steps on batches that the feeder prepares."""
+    """Return CPU seconds per image of training steps on batches that the feeder prepares."""
     augmenter = Augmenter(load_policy(settings.augmentation), Canvas(settings.side_px, (180.0, 140.0, 140.0)))
     feeder = Feeder(data.pixels, data.labels, data.image_ids, data.train_index, augmenter, settings)
     network = build_model(settings.model, num_classes, **architecture_options(settings))
@@ -64,7 +64,7 @@ def loop_cost(settings: TrainersSettings, data: TrainingData, num_classes: int, 
 def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("--model", default="custom_cnn")
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
@@ -77,7 +77,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         closing(open_store(RecordsSettings(home=Path(folder) / "home"))) as store,
     ):
-        plan = prepare(store, options.pictures, options.side, Path(folder), Progress(disable=True))
+        plan = prepare(store, options.images, options.side, Path(folder), Progress(disable=True))
         classes = len(store.taxonomy.codes)
         raw = 1.0 / raw_rate(settings, classes, time.process_time)
         loop = loop_cost(settings, plan.open(store, options.side), classes, options.steps)

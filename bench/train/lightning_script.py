@@ -16,7 +16,7 @@ from pathlib import Path
 import lightning
 import numpy as np
 import torch
-from plain_script import MODELS, Pictures, build, transforms
+from plain_script import MODELS, Images, build, transforms
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
@@ -33,8 +33,8 @@ class Recipe(lightning.LightningModule):
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
         """Return the loss of a batch."""
-        pictures, labels = batch
-        return nn.functional.cross_entropy(self.network(pictures.to(memory_format=torch.channels_last)), labels)
+        images, labels = batch
+        return nn.functional.cross_entropy(self.network(images.to(memory_format=torch.channels_last)), labels)
 
     def configure_optimizers(self) -> dict[str, object]:
         """Return SGD with OneCycle."""
@@ -77,7 +77,7 @@ def main() -> None:
     lightning.seed_everything(0, verbose=False)
     rows = list(csv.DictReader(options.table.open()))
     classes = sorted({row["label"] for row in rows})
-    train = Pictures([r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True))
+    train = Images([r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True))
     counts = np.bincount(train.labels, minlength=len(classes))
     weights = torch.tensor((np.maximum(counts, 1) ** -0.5)[train.labels])
     loader = DataLoader(

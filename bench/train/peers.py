@@ -29,11 +29,11 @@ class Peers:
     """The peers of one measurement.
 
     Args:
-        store: whose pictures were imported in place.
+        store: whose images were imported in place.
         settings: model, side and batch.
-        plan: the pictures.
+        plan: the images.
         folder: for the table.
-        rate: pictures per second to expect at most; decides how many steps a peer takes.
+        rate: images per second to expect at most; decides how many steps a peer takes.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Peers:
         self._write_table(store, plan)
 
     def plain_rate(self) -> float | None:
-        """Return the plain script's pictures per second; None if it cannot run, with a reason."""
+        """Return the plain script's images per second; None if it cannot run, with a reason."""
         return self._rate("pipeline_over_plain_fp32", "plain_script.py", sys.executable, [])
 
     def lightning_rate(self, python: Path | None) -> float | None:
-        """Return Lightning's pictures per second; None if it cannot run, with a reason.
+        """Return Lightning's images per second; None if it cannot run, with a reason.
 
         Args:
             python: interpreter of an environment that has it.
         Returns:
-            Pictures per second.
+            Images per second.
         """
         key = "pipeline_over_lightning"
         if python is None:

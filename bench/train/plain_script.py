@@ -2,7 +2,7 @@
 
 It is the peer that training is held against, in speed and in accuracy, so it is set up as such scripts
 are: torchvision transforms, a weighted sampler, OneCycle SGD, one process that trains and the DataLoader's
-own workers that decode. It uses none of Relook's code. The table of pictures comes from `bench/train/sides.py`,
+own workers that decode. It uses none of Relook's code. The table of images comes from `bench/train/sides.py`,
 so that both train on the same lesions.
 
     .venv/bin/python bench/train/plain_script.py TABLE --model efficientnet_lite0 --side 112 --epochs 8
@@ -30,7 +30,7 @@ WIDTHS = (8, 16, -8, 0, 16, 16, 32, -8, 0, 8, 16, 32, -8, 0, 16, 32, 0, 32, 64, 
 WARM_UP_STEPS = 3
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """JPEG files of one side, decoded anew every time."""
 
     def __init__(self, rows: list[dict[str, str]], classes: list[str], transform: v2.Transform) -> None:
@@ -39,16 +39,16 @@ class Pictures(Dataset):
         self.transform = transform
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """Decode and transform one picture."""
+        """Decode and transform one image."""
         return self.transform(Image.open(self.paths[index]).convert("RGB")), self.labels[index]
 
 
 def transforms(side: int, augment: bool) -> v2.Transform:
-    """Return the usual transforms of a script for square pictures."""
+    """Return the usual transforms of a script for square images."""
     steps: list[v2.Transform] = [v2.Resize(side), v2.CenterCrop(side)]
     if augment:
         steps = [
@@ -110,7 +110,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = list(csv.DictReader(options.table.open()))
     classes = sorted({row["label"] for row in rows})
-    train = Pictures([r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True))
+    train = Images([r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True))
     counts = np.bincount(train.labels, minlength=len(classes))
     weights = torch.tensor((np.maximum(counts, 1) ** -0.5)[train.labels])
     loader = DataLoader(
@@ -131,8 +131,8 @@ def main() -> None:
     epochs = options.epochs if not options.max_steps else 10**6
     for epoch in range(epochs):
         network.train()
-        for pictures, labels in loader:
-            loss = nn.functional.cross_entropy(network(pictures), labels)
+        for images, labels in loader:
+            loss = nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -153,16 +153,16 @@ def main() -> None:
     if not options.max_steps:
         for side in options.report:
             part = [r for r in rows if r["side"] == side]
-            figures[side] = score(network, Pictures(part, classes, transforms(options.side, augment=False)), classes)
+            figures[side] = score(network, Images(part, classes, transforms(options.side, augment=False)), classes)
     print(json.dumps(figures))
 
 
-def score(network: nn.Module, pictures: Pictures, classes: list[str]) -> dict[str, object]:
+def score(network: nn.Module, images: Images, classes: list[str]) -> dict[str, object]:
     """Return the figures of one side."""
     network.eval()
     with torch.inference_mode():
-        logits = torch.cat([network(batch) for batch, _ in DataLoader(pictures, batch_size=128)])
-    labels, probabilities = np.array(pictures.labels), logits.softmax(1).numpy()
+        logits = torch.cat([network(batch) for batch, _ in DataLoader(images, batch_size=128)])
+    labels, probabilities = np.array(images.labels), logits.softmax(1).numpy()
     confusion = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes)))
     return {
         "images": len(labels),

@@ -1,6 +1,6 @@
-"""Write which picture lies on which side of a dataset version, for scripts that know nothing of Relook.
+"""Write which image lies on which side of a dataset version, for scripts that know nothing of Relook.
 
-.venv/bin/python -m bench.train.sides DATASET_ID PICTURES_DIR > sides.csv
+.venv/bin/python -m bench.train.sides DATASET_ID IMAGES_DIR > sides.csv
 """
 
 import argparse
@@ -20,9 +20,9 @@ def main() -> None:
     """Print a table with the columns path, label, side; the home is the one that RELOOK_HOME names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
-    parser.add_argument("pictures", type=Path, help="folder that the dataset was imported from")
+    parser.add_argument("images", type=Path, help="folder that the dataset was imported from")
     options = parser.parse_args()
-    paths = {path.stem: path for path in options.pictures.rglob("*.jpg")}
+    paths = {path.stem: path for path in options.images.rglob("*.jpg")}
     with closing(open_store(RecordsSettings(home=Path(os.environ.get("RELOOK_HOME", ".relook"))))) as store:
         rows = load_dataset(store, options.dataset).rows
         images = find_images(store, [str(image_id) for image_id in rows["image_id"]])

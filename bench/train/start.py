@@ -2,7 +2,7 @@
 
     .venv/bin/python -m bench.train.start --repeats 2
 
-Generated pictures and the smallest network, so that hardly anything but the start is measured. One JSON line per
+Generated images and the smallest network, so that hardly anything but the start is measured. One JSON line per
 repeat: seconds, and MiB of memory that a replica shares with nobody. Copied into a checkout of another commit
 it measures that one; two of them by turns on an idle machine compare.
 """
@@ -59,9 +59,9 @@ def measure(folder: Path) -> dict:
     seconds: dict[str, float] = {}
     settings = Settings(records=RecordsSettings(home=folder / "home"), serving=ServingSettings(port=free_port()))
     trainers = TrainersSettings.model_validate({**TRAINERS, "num_workers": 1})
-    synthesize(folder / "pictures", lesions=LESIONS, seed=3, width_px=96)
+    synthesize(folder / "images", lesions=LESIONS, seed=3, width_px=96)
     with closing(open_store(settings.records)) as store:
-        dataset = open_dataset(store, str(folder / "pictures"))
+        dataset = open_dataset(store, str(folder / "images"))
         with timed(seconds, "fit_without_ray"):
             fit(store, trainers, dataset, run_dir=folder / "plain", use_ray=False)
         began = time.perf_counter()

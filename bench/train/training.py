@@ -43,7 +43,7 @@ from vision.precision import autocast, resolve_precision
 from vision.preprocess import scale_pixels, to_tensor
 
 EPOCHS = 4
-VAL_PICTURES = 64
+VAL_IMAGES = 64
 LESIONS = 350
 WIDTH_PX = 600
 RAW_S = 6.0
@@ -56,30 +56,30 @@ def prepare(store: Store, data: Path | None, side_px: int, folder: Path, bar: Pr
 
     Args:
         store: an empty one.
-        data: folder of pictures; None generates some of HAM10000's size.
+        data: folder of images; None generates some of HAM10000's size.
         side_px: of the network.
-        folder: for generated pictures.
+        folder: for generated images.
         bar: progress is shown on it.
     Returns:
-        Train and val pictures, decoded.
+        Train and val images, decoded.
     """
-    return plan_data(import_pictures(store, data, side_px, folder, bar), store.taxonomy)
+    return plan_data(import_images(store, data, side_px, folder, bar), store.taxonomy)
 
 
-def import_pictures(store: Store, data: Path | None, side_px: int, folder: Path, bar: Progress) -> DatasetVersion:
-    """Import pictures to measure with.
+def import_images(store: Store, data: Path | None, side_px: int, folder: Path, bar: Progress) -> DatasetVersion:
+    """Import images to measure with.
 
     Args:
         store: an empty one.
-        data: folder of pictures; None generates some of HAM10000's size.
+        data: folder of images; None generates some of HAM10000's size.
         side_px: that they are decoded to.
-        folder: for generated pictures.
+        folder: for generated images.
         bar: progress is shown on it.
     Returns:
         The dataset version of them.
     """
     if data is None:
-        data = folder / "pictures"
+        data = folder / "images"
         synthesize(data, lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
     report = import_folder(store, data, in_place=True, side_px=(side_px,), progress=bar)
     return load_dataset(store, report.dataset_id)
@@ -90,9 +90,9 @@ class Bench:
     """One run of the measurements.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         settings: of the trainers; what is measured is what they train.
-        plan: the pictures.
+        plan: the images.
         folder: for runs and tables.
         epoch_s: seconds that an epoch of one worker shall take.
         lightning_python: interpreter of an environment with Lightning.
@@ -142,16 +142,16 @@ class Bench:
         }
 
     def _cut(self, rate: float) -> DataPlan:
-        """Take as many training pictures as an epoch of the wanted length needs, and a few to validate with."""
+        """Take as many training images as an epoch of the wanted length needs, and a few to validate with."""
         batch = self.settings.batch_size
         wanted = max(2, round(rate * self.epoch_s / batch)) * batch
         num_train = min(wanted, max(batch, self.plan.num_train // batch * batch))
         if self.plan.num_train < batch:
             raise ConfigError(
-                f"{self.plan.num_train} training pictures are fewer than one batch of {batch}; "
+                f"{self.plan.num_train} training images are fewer than one batch of {batch}; "
                 f"take a folder with more, or --set trainers.batch_size={max(2, self.plan.num_train // 2 * 2)}"
             )
-        rows = np.r_[0:num_train, self.plan.num_train : min(self.plan.num_train + VAL_PICTURES, len(self.plan.labels))]
+        rows = np.r_[0:num_train, self.plan.num_train : min(self.plan.num_train + VAL_IMAGES, len(self.plan.labels))]
         return DataPlan([self.plan.image_ids[row] for row in rows], self.plan.labels[rows], num_train)
 
     def _two_workers(self, plan: DataPlan, cores: int) -> float | None:
@@ -185,9 +185,9 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
     Args:
         settings: network, side, batch, optimizer, precision, threads.
         num_classes: C.
-        clock: seconds; `time.process_time` gives pictures per second of CPU time, which a busy machine hardly changes.
+        clock: seconds; `time.process_time` gives images per second of CPU time, which a busy machine hardly changes.
     Returns:
-        Pictures per second.
+        Images per second.
     """
     device = choose_device(settings.use_gpu)
     precision = resolve_precision(settings.precision, str(device))

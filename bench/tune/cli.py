@@ -35,12 +35,12 @@ STARTS = 6
 @app.command("tune")
 def bench_tune(
     ctx: typer.Context,
-    data: Annotated[Path | None, typer.Option(help="Folder of pictures; default: generated ones.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of images; default: generated ones.")] = None,
     table: Annotated[
         Path | None, typer.Option(help="File of learning curves, gone on with if it is there; default: a new one.")
     ] = None,
     configurations: Annotated[int, typer.Option(min=3, help="Configurations in the table.")] = 60,
-    pictures: Annotated[int, typer.Option(min=7, help="Training pictures of the table and of measured trials.")] = 3000,
+    images: Annotated[int, typer.Option(min=7, help="Training images of the table and of measured trials.")] = 3000,
     seeds: Annotated[int, typer.Option(min=1, help="Searches that are replayed on the table.")] = 5,
     trial_s: Annotated[float, typer.Option(min=0.1, help="Seconds of a trial that only computes.")] = 30.0,
     simulated: Annotated[int, typer.Option(min=10, help="Trials of no length, for the driver's memory.")] = 1000,
@@ -50,7 +50,7 @@ def bench_tune(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a search: what halving saves on a table of real curves, and what Ray Tune costs."""
-    from bench.train.training import import_pictures
+    from bench.train.training import import_images
     from bench.tune.tune import memory_growth, overhead
     from records.store import open_store
 
@@ -63,17 +63,15 @@ def bench_tune(
         records = settings.records.apart(root / "home")
         with closing(open_store(records)) as store:
             with progress() as bar:
-                dataset = import_pictures(store, data, settings.trainers.side_px, root, bar)
-            figures |= _replayed(
-                store, settings, dataset, table or root / "table.jsonl", configurations, pictures, seeds
-            )
+                dataset = import_images(store, data, settings.trainers.side_px, root, bar)
+            figures |= _replayed(store, settings, dataset, table or root / "table.jsonl", configurations, images, seeds)
             with ray_of(ctx, settings):
                 figures |= {
-                    "trial_start_s_median": _start(store, settings, dataset, root / "starts", pictures, cores),
+                    "trial_start_s_median": _start(store, settings, dataset, root / "starts", images, cores),
                     "tune_overhead": round(overhead(root / "busy", trial_s, cores, trials_each=4), 3),
                     "driver_memory_growth": round(memory_growth(root / "many", simulated, cores), 1),
                 }
-    figures |= {"trial_s": trial_s, "simulated_trials": simulated, "cores": cores, "train_images": pictures}
+    figures |= {"trial_s": trial_s, "simulated_trials": simulated, "cores": cores, "train_images": images}
     emit(as_json, figures, figures_table("python -m bench tune", figures))
 
 
@@ -83,7 +81,7 @@ def _replayed(
     dataset: "DatasetVersion",
     path: Path,
     configurations: int,
-    pictures: int,
+    images: int,
     seeds: int,
 ) -> dict[str, Any]:
     from bench.tune.replay import compare_with_random
@@ -92,12 +90,12 @@ def _replayed(
 
     tuning, base = settings.tuning, settings.trainers
     space = searched_space(tuning, base)
-    rows = train_table(store, dataset, base, space, path, configurations=configurations, max_train_images=pictures)
+    rows = train_table(store, dataset, base, space, path, configurations=configurations, max_train_images=images)
     return compare_with_random(rows, seeds, tuning.grace_epochs, tuning.reduction_factor)
 
 
 def _start(
-    store: "Store", settings: Any, dataset: "DatasetVersion", folder: Path, pictures: int, cores: int
+    store: "Store", settings: Any, dataset: "DatasetVersion", folder: Path, images: int, cores: int
 ) -> float | None:
     """Run a short real search; return the median start of its trials, the first of each process left out."""
     from tuning.report import report_on
@@ -109,7 +107,7 @@ def _start(
             "trial_epochs": 1,
             "grace_epochs": 1,
             "confirm_seeds": 0,
-            "max_train_images": min(pictures, 300),
+            "max_train_images": min(images, 300),
         }
     )
     search(store, tuning, settings.trainers, dataset, run_dir=folder)

@@ -77,7 +77,7 @@ def train_table(
     """Train every configuration of a table for its whole budget, or go on with a table.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         dataset: its train and val sides are read.
         base: the given settings, which are the first configuration; its epochs are the budget.
         space: the others are drawn from it.
@@ -89,8 +89,8 @@ def train_table(
         The rows; a configuration that diverged scores 0 from there on.
     """
     planner = Planner(space, base, trials=configurations, seed=seed)
-    pictures = plan_data(searched_part(dataset, max_train_images, seed), store.taxonomy)
-    data = pictures.open(store, base.side_px)
+    images = plan_data(searched_part(dataset, max_train_images, seed), store.taxonomy)
+    data = images.open(store, base.side_px)
     done = len(read_table(path, base.epochs)) if path.is_file() else 0
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in range(done, configurations):

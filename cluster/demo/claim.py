@@ -20,7 +20,7 @@ def take_home(settings: Settings, data: Path | None) -> None:
 
     Args:
         settings: with the home and the database.
-        data: folder of the demo's pictures; None for generated ones.
+        data: folder of the demo's images; None for generated ones.
     Raises:
         RefusedError: the home holds work that no demo made, or the database holds another demo.
     """

@@ -27,7 +27,7 @@ def play_demo(settings: Settings, *, data: Path | None, expert: Expert, as_json:
 
     Args:
         settings: of everything.
-        data: folder with pictures; None generates some.
+        data: folder with images; None generates some.
         expert: who answers in Label Studio.
         as_json: print the summary as one JSON object.
     Raises:
@@ -107,11 +107,11 @@ def _next_steps(running: Running, stays: bool) -> Panel:
     # As it was typed, so that the lines can be copied whether or not the environment is activated.
     relook = sys.argv[0] if Path(sys.argv[0]).name == "relook" else "relook"
     steps = {
-        f"trace {prediction}": "the way of the flagged picture",
+        f"trace {prediction}": "the way of the flagged image",
         "models": "every model, and which one answers",
         "demo --reopen": "look around in this demo again",
         "demo --expert human": "answer the questions yourself",
-        "demo --data DIR": "the same on your own pictures",
+        "demo --data DIR": "the same on your own images",
     }
     lines = [f"{relook} {verb:<40} {what}" for verb, what in steps.items()]
     if stays:

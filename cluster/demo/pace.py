@@ -4,11 +4,11 @@ from cluster.settings import Settings
 
 
 def paced(settings: Settings, train_images: int) -> Settings:
-    """Shorten the training so that one fit shows about `demo.fit_images` pictures.
+    """Shorten the training so that one fit shows about `demo.fit_images` images.
 
     Args:
         settings: of the demo.
-        train_images: pictures on the train side.
+        train_images: images on the train side.
     Returns:
         The settings with as many epochs as fit, at least one and at most those configured.
     """

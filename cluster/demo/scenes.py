@@ -12,7 +12,7 @@ from cluster.demo.drills import harm_in_words, harmed_copy, twin
 from cluster.demo.experts import answer_as_simulated, label_studio_figures, wait_for_people
 from cluster.demo.pace import paced
 from cluster.demo.summary import DemoSummary, RoundSummary, Stages
-from cluster.demo.traffic import Picture, Tally, Traffic
+from cluster.demo.traffic import Tally, Traffic, TrafficImage
 from cluster.demo.view import View
 from cluster.gate import Verdict
 from cluster.judging import judge
@@ -32,7 +32,7 @@ from records.errors import IntegrityError, UnavailableError
 from records.lineage import trace
 from records.models import find_bundle, register, serve_model, serving_model
 from records.store import Store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
 from serving.client import Client
 from serving.launch import ServiceHandle
@@ -89,7 +89,7 @@ class Demo:
 
 
 def gather_data(demo: Demo, data: Path | None) -> StageResult:
-    """Import the pictures (or generate some), hide some diagnoses for the experts to find, and audit the split."""
+    """Import the images (or generate some), hide some diagnoses for the experts to find, and audit the split."""
     settings, home = demo.settings, demo.store.home
     folder = data
     if folder is None:
@@ -101,9 +101,9 @@ def gather_data(demo: Demo, data: Path | None) -> StageResult:
     )
     report.withheld.to_parquet(home.demo / "truth.parquet", index=False)
     found = audit_dataset(demo.store, load_dataset(demo.store, report.dataset_id))
-    demo.view.say(f"{report.images} pictures of {report.lesions} lesions; {found.leaked_lesions} lesions on two sides")
-    demo.view.say(f"a random split of the pictures would have leaked {found.random_split.leaked_lesions} lesions")
-    demo.view.say(f"{len(report.withheld)} training pictures keep their diagnosis to themselves: they are the traffic")
+    demo.view.say(f"{report.images} images of {report.lesions} lesions; {found.leaked_lesions} lesions on two sides")
+    demo.view.say(f"a random split of the images would have leaked {found.random_split.leaked_lesions} lesions")
+    demo.view.say(f"{len(report.withheld)} training images keep their diagnosis to themselves: they are the traffic")
     return {
         "source": str(data) if data else "generated",
         "images": report.images,
@@ -151,7 +151,7 @@ def _show(view: View, event: RoundEvent) -> None:
         report = event.payload
         view.now(
             f"fit, epoch {report.epoch}: validation balanced accuracy {report.val_balanced_accuracy:.3f}, "
-            f"{report.images_per_s:.0f} pictures/s"
+            f"{report.images_per_s:.0f} images/s"
         )
     elif isinstance(event.payload, SearchEvent):
         found = event.payload
@@ -162,11 +162,11 @@ def _show(view: View, event: RoundEvent) -> None:
 
 
 def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
-    """Send unlabelled pictures as HTTP requests and flag answers that look wrong."""
+    """Send unlabelled images as HTTP requests and flag answers that look wrong."""
     plan = demo.settings.demo
     traffic = Traffic(
         service.url,
-        pictures(demo),
+        hidden_images(demo),
         demo.tally,
         requests=plan.requests,
         concurrency=plan.concurrency,
@@ -183,13 +183,13 @@ def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
     return {"review_items": items, "flagged_predictions": demo.tally.flagged_predictions, **demo.tally.figures()}
 
 
-def pictures(demo: Demo) -> list[Picture]:
-    """Return the pictures whose diagnosis was hidden, in a seeded order; they are the traffic."""
+def hidden_images(demo: Demo) -> list[TrafficImage]:
+    """Return the images whose diagnosis was hidden, in a seeded order; they are the traffic."""
     truth = pd.read_parquet(demo.store.home.demo / "truth.parquet")
     truth = truth.sample(n=min(len(truth), demo.settings.demo.requests), random_state=demo.settings.demo.seed)
     images = find_images(demo.store, truth["image_id"].tolist())
     return [
-        Picture(image.id, image.source_id or image.id[:12], read_picture(demo.store, image), label)
+        TrafficImage(image.id, image.source_id or image.id[:12], read_image(demo.store, image), label)
         for image, label in zip(images, truth["label"], strict=True)
     ]
 
@@ -274,7 +274,7 @@ def _wait_until_served(client: Client, target: Bundle) -> float:
 
 
 def follow_one(demo: Demo) -> StageResult:
-    """Follow a flagged prediction whose picture the next model learned from."""
+    """Follow a flagged prediction whose image the next model learned from."""
     second = demo.stages.results["round_2"]["summary"]
     learned = load_dataset(demo.store, second["dataset_id"]).rows
     learned_ids = set(learned.loc[learned["label_source"].str.startswith("expert:"), "image_id"])
@@ -284,13 +284,13 @@ def follow_one(demo: Demo) -> StageResult:
         chosen = next((p for p in predictions if p.image_id in learned_ids), None)
         name = tx.require(Image, chosen.image_id).source_id if chosen else None
     if chosen is None:
-        return {"complete": False, "why": "no flagged picture got a diagnosis from the experts", "steps": []}
+        return {"complete": False, "why": "no flagged image got a diagnosis from the experts", "steps": []}
     found = trace(demo.store, chosen.id)
     steps = [step.model_dump(mode="json") for step in found.steps]
     for step in found.steps:
         demo.view.say(f"{step.kind}: {step.text}")
     complete = any(step.kind == "model" and step.id == second["model_id"] for step in found.steps)
-    return {"complete": complete, "prediction_id": chosen.id, "picture": name, "steps": steps}
+    return {"complete": complete, "prediction_id": chosen.id, "image": name, "steps": steps}
 
 
 def summarise(demo: Demo, server: ServerInfo) -> DemoSummary:

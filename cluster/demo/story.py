@@ -16,7 +16,7 @@ from cluster.demo.scenes import (
     follow_one,
     gate_drill,
     gather_data,
-    pictures,
+    hidden_images,
     play_round,
     send_traffic,
     summarise,
@@ -53,7 +53,7 @@ def play(settings: Settings, store: Store, *, data: Path | None, expert: Expert)
     Args:
         settings: of everything.
         store: the home that the demo fills.
-        data: a folder in HAM10000's layout, or a folder with a table; None generates pictures.
+        data: a folder in HAM10000's layout, or a folder with a table; None generates images.
         expert: `simulated` answers from the known truth, `human` waits for people.
     Yields:
         The summary, and what is still running.
@@ -69,7 +69,7 @@ def play(settings: Settings, store: Store, *, data: Path | None, expert: Expert)
     demo = Demo(settings, store, View(tally), tally, expert, stages)
     with ExitStack() as running:
         with demo.view.shown():
-            # Label Studio's first start takes a while, so it starts while pictures are read.
+            # Label Studio's first start takes a while, so it starts while images are read.
             starting = _start_label_studio(demo, running)
             running.enter_context(start_ray(settings))
             _require_alive(starting)
@@ -124,7 +124,7 @@ def _require_alive(starting: "Future[ServerInfo]") -> None:
 def _first_half(demo: Demo, data: Path | None, starting: "Future[ServerInfo]") -> None:
     demo.stage(
         "data",
-        "Pictures",
+        "Images",
         "a model is only as honest as its split: no lesion may be on two sides",
         lambda: gather_data(demo, data),
     )
@@ -141,18 +141,18 @@ def _second_half(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Demo
     demo.stage(
         "traffic",
         "Traffic",
-        "unlabelled pictures arrive; doubts go to the experts by themselves",
+        "unlabelled images arrive; doubts go to the experts by themselves",
         lambda: send_traffic(demo, service),
     )
     demo.stage(
         "experts",
         "Experts",
-        "people see the doubtful pictures in Label Studio and answer",
+        "people see the doubtful images in Label Studio and answer",
         lambda: ask_experts(demo, server),
     )
     background = Traffic(
         service.url,
-        pictures(demo),
+        hidden_images(demo),
         demo.tally,
         requests=None,
         concurrency=2,
@@ -179,7 +179,7 @@ def _second_half(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Demo
     demo.stage(
         "trace",
         "Trace",
-        "one flagged picture, from the request to the model that learned from it",
+        "one flagged image, from the request to the model that learned from it",
         lambda: follow_one(demo),
     )
     summary = summarise(demo, server)

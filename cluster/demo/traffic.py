@@ -1,4 +1,4 @@
-"""Traffic for the demo: threads that send pictures to the running service over HTTP and flag some answers."""
+"""Traffic for the demo: threads that send images to the running service over HTTP and flag some answers."""
 
 import itertools
 import threading
@@ -15,8 +15,8 @@ from serving.schemas import Context, FlagRequest, PredictionAnswer
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture to send.
+class TrafficImage:
+    """An image to send.
 
     Args:
         image_id: its id in the ledger.
@@ -57,13 +57,13 @@ class Tally:
 
 
 class Traffic:
-    """Sends pictures in a cycle until it has sent enough or is stopped.
+    """Sends images in a cycle until it has sent enough or is stopped.
 
     A flag is what an attentive user would do: the answer looks wrong, so it goes to an expert.
 
     Args:
         url: of the service.
-        pictures: what is sent, in order, again from the start when they run out.
+        images: what is sent, in order, again from the start when they run out.
         tally: where the counts go.
         requests: how many to send; None sends until `stop`.
         concurrency: threads.
@@ -75,7 +75,7 @@ class Traffic:
     def __init__(
         self,
         url: str,
-        pictures: Sequence[Picture],
+        images: Sequence[TrafficImage],
         tally: Tally,
         *,
         requests: int | None,
@@ -89,7 +89,7 @@ class Traffic:
         self._flags = flags
         self._retry_s = retry_s
         self._pause_s = concurrency / rate_per_s if rate_per_s else 0.0
-        self._pictures = itertools.islice(itertools.cycle(pictures), requests)
+        self._images = itertools.islice(itertools.cycle(images), requests)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._threads = [
@@ -120,16 +120,16 @@ class Traffic:
         with Client(self._url, retry_s=self._retry_s) as client:
             while not self._stop.is_set():
                 with self._lock:
-                    picture = next(self._pictures, None)
-                if picture is None:
+                    image = next(self._images, None)
+                if image is None:
                     return
-                self._send_one(client, picture)
+                self._send_one(client, image)
                 self._stop.wait(self._pause_s)
 
-    def _send_one(self, client: Client, picture: Picture) -> None:
+    def _send_one(self, client: Client, image: TrafficImage) -> None:
         started = time.perf_counter()
         try:
-            answer = client.predict(picture.data, context=Context(localization=None))
+            answer = client.predict(image.data, context=Context(localization=None))
         except RelookError as error:
             with self._lock:
                 self._tally.requests += 1
@@ -142,8 +142,8 @@ class Traffic:
             self._tally.models[answer.model.id] += 1
             said = f"{answer.label} {answer.confidence:.2f}" if answer.label and answer.confidence else "no answer"
             elapsed_ms = (time.perf_counter() - started) * 1000
-            self._tally.last = f"{picture.name}: {said}, {answer.decision}, {elapsed_ms:.0f} ms"
-            wanted = answer.label != picture.truth and self._tally.flagged < self._flags
+            self._tally.last = f"{image.name}: {said}, {answer.decision}, {elapsed_ms:.0f} ms"
+            wanted = answer.label != image.truth and self._tally.flagged < self._flags
             self._tally.flagged += wanted
         if wanted:
             self._flag(client, answer)

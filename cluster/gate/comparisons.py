@@ -123,7 +123,7 @@ def threshold_at_specificity(negatives: FloatArray, specificity: float) -> float
 
 
 def lesions_in(part: Slice, groups: IntArray) -> BoolArray:
-    """Return which lesions have a picture in a slice, [G]."""
+    """Return which lesions have an image in a slice, [G]."""
     return np.asarray(mean_by_unit(part.members.astype(np.float64), groups) > 0)
 
 

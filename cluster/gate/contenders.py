@@ -1,4 +1,4 @@
-"""A model as the gate sees it, and its lesions: one row per group, by the mean over the group's pictures."""
+"""A model as the gate sees it, and its lesions: one row per group, by the mean over the group's images."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Contender:
 
     Args:
         model_id: of the bundle.
-        predictions: on the gate side; all contenders answer the same pictures in the same order.
+        predictions: on the gate side; all contenders answer the same images in the same order.
         key_threshold: refer threshold of the key class, None if the taxonomy has none.
     """
 
@@ -37,7 +37,7 @@ class Slice:
 
     Args:
         name: such as `sex: female`.
-        members: [N] true for the pictures in it.
+        members: [N] true for the images in it.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Lesions:
 
 
 def lesions_of(predictions: SidePredictions, groups: IntArray, key_index: int) -> Lesions:
-    """Average the key-class probability over the pictures of each group.
+    """Average the key-class probability over the images of each group.
 
     Args:
         predictions: of one contender.
-        groups: [N] group index of each picture, 0 to G - 1.
+        groups: [N] group index of each image, 0 to G - 1.
         key_index: of the key class.
     Returns:
         One row per group.
@@ -75,6 +75,6 @@ def gate_weights(
 
 
 def accuracy_of(predictions: SidePredictions, num_classes: int) -> float:
-    """Return the balanced accuracy of a contender, per picture."""
+    """Return the balanced accuracy of a contender, per image."""
     predicted = predictions.probabilities.argmax(axis=1)
     return float(balanced_accuracy(confusion_matrix(predictions.labels, predicted, num_classes)))

@@ -47,11 +47,11 @@ def decide(
     Returns:
         The report. Without rivals the floors alone decide.
     Raises:
-        ContractError: the contenders did not answer the same pictures.
+        ContractError: the contenders did not answer the same images.
     """
     for role, rival in rivals:
         if not np.array_equal(rival.predictions.image_ids, challenger.predictions.image_ids):
-            raise ContractError(f"the {role} answered other pictures than the challenger")
+            raise ContractError(f"the {role} answered other images than the challenger")
     if not np.isfinite(challenger.predictions.probabilities).all():
         return _refused_for_non_finite(challenger, rivals, looks or {})
     groups = np.unique(challenger.predictions.group_ids, return_inverse=True)[1].astype(np.int64)

@@ -1,1 +1,1 @@
-"""Acquisition: which pictures an expert's minute is best spent on. `registry` names the rules, `choose` applies one."""
+"""Acquisition: which images an expert's minute is best spent on. `registry` names the rules, `choose` applies one."""

@@ -1,4 +1,4 @@
-"""Pictures that differ from each other: k-center, BADGE and TypiClust over feature vectors.
+"""Images that differ from each other: k-center, BADGE and TypiClust over feature vectors.
 
 The features are read a part at a time, so a pool that lies in a memory-mapped file never has to
 fit into memory. Each pick blocks its whole group.

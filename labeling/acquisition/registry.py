@@ -2,7 +2,7 @@
 
 In: a `Pool` of arrays. Out: row numbers. Whatever the rule, rows that are not finite come first, at
 most one row of a group is taken, and the order of the pool's rows decides nothing: equal ids, seed and
-values give equal pictures.
+values give equal images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +29,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pool:
-    """Unlabelled pictures, one per row of every array.
+    """Unlabelled images, one per row of every array.
 
     Args:
-        ids: [N] picture ids, all different.
-        group_ids: [N]; pictures of one lesion share a group.
+        ids: [N] image ids, all different.
+        group_ids: [N]; images of one lesion share a group.
         probabilities: [N, C] calibrated, in class order; a row that is not finite is asked first.
         features: [N, D], float16 to float64; may be memory-mapped.
         samples: [S, N, C] probabilities of S passes with dropout on.
-        known_features: [M, D] of pictures that have a label already.
+        known_features: [M, D] of images that have a label already.
         miss_costs: [C] of the taxonomy.
     """
 
@@ -158,7 +158,7 @@ def _check(rule: AcquisitionRule, pool: Pool, budget: int) -> None:
     sizes = {"probabilities": pool.probabilities, "features": pool.features}
     for name, values in sizes.items():
         if values is not None and len(values) != len(pool):
-            raise ContractError(f"{name} has {len(values)} rows for {len(pool)} pictures")
+            raise ContractError(f"{name} has {len(values)} rows for {len(pool)} images")
     if pool.samples is not None and (pool.samples.ndim != 3 or pool.samples.shape[1] != len(pool)):
         raise ContractError(f"samples must be [S, {len(pool)}, C], got {list(pool.samples.shape)}")
 
@@ -201,7 +201,7 @@ def _by_score(score: Callable[[Pool], FloatArray]) -> Callable[[_Task], list[int
 
 
 def _random(task: _Task) -> list[int]:
-    # By group, not by picture: a lesion with many pictures is not asked more often.
+    # By group, not by image: a lesion with many images is not asked more often.
     groups = list(task.pool.group_ids)
     order = np.random.default_rng(task.seed).permutation(len(groups))
     ranks = np.random.default_rng(task.seed + 1).permutation(int(task.groups.max()) + 1)

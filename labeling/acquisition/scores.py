@@ -1,4 +1,4 @@
-"""Scores of single pictures: larger is asked sooner.
+"""Scores of single images: larger is asked sooner.
 
 Pure functions over probabilities. A row that is not finite is never scored away: `non_finite_rows`
 names it, and it goes to an expert first.
@@ -114,11 +114,11 @@ def non_finite_rows(probabilities: FloatArray) -> NDArray[np.intp]:
 
 
 def one_per_group(order: NDArray[np.intp], group_ids: list[str], budget: int) -> list[int]:
-    """Take from an order at most one picture of each group.
+    """Take from an order at most one image of each group.
 
     Args:
         order: [N] row indices, best first.
-        group_ids: [N] group of each row; pictures of one lesion share a group.
+        group_ids: [N] group of each row; images of one lesion share a group.
         budget: how many to take at most.
     Returns:
         Row indices, best first.

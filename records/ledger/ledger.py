@@ -205,7 +205,7 @@ class Ledger:
         Write transactions follow one another, so keep them short: nobody else writes meanwhile.
 
         Args:
-            touches: names of all that it reads before it writes, for example picture ids. On PostgreSQL such
+            touches: names of all that it reads before it writes, for example image ids. On PostgreSQL such
                 transactions run beside those that touch other names, and share their waits for the disk; default:
                 it touches everything.
         Yields:

@@ -1,6 +1,17 @@
 """All record types, by their plain names."""
 
 from records.types.base import Record
+from records.types.images import (
+    LABEL_RANK,
+    Confirmation,
+    Consent,
+    Group,
+    Image,
+    ManifestRow,
+    Quarantined,
+    Side,
+    SourceLabel,
+)
 from records.types.labels import AnswerKind, ExpertLabel, ResolvedLabel
 from records.types.operations import (
     ApiKey,
@@ -16,17 +27,6 @@ from records.types.operations import (
     RoundRecord,
     RoundStep,
     Scope,
-)
-from records.types.pictures import (
-    LABEL_RANK,
-    Confirmation,
-    Consent,
-    Group,
-    Image,
-    ManifestRow,
-    Quarantined,
-    Side,
-    SourceLabel,
 )
 from records.types.predictions import (
     Arm,

@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from records.types.base import Record, Timestamp
-from records.types.pictures import Confirmation
+from records.types.images import Confirmation
 
 
 class AnswerKind(StrEnum):
@@ -46,7 +46,7 @@ class ExpertLabel(Record):
 
 
 class ResolvedLabel(BaseModel):
-    """What the readers of one picture together say; made by consensus, read by dataset versions."""
+    """What the readers of one image together say; made by consensus, read by dataset versions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,5 +58,5 @@ class ResolvedLabel(BaseModel):
     annotators: list[str] = Field(default_factory=list)
     expert_label_ids: list[str] = Field(default_factory=list, description="the rows that were counted")
     from_audit_sample: bool = Field(
-        default=False, description="true only if every question about the picture came from the random audit sample"
+        default=False, description="true only if every question about the image came from the random audit sample"
     )

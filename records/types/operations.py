@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from records.types.base import Record, Timestamp
-from records.types.pictures import Consent
+from records.types.images import Consent
 
 
 class ModelStatus(StrEnum):
@@ -162,7 +162,7 @@ class ApiKey(Record):
     organisation: str = Field(description="its bearer sees the objects of this organisation")
     scopes: list[Scope]
     secret_hash: str = Field(repr=False, description="SHA-256 of the whole key; a key is random, so no salt is needed")
-    sandbox: bool = Field(default=False, description="its pictures are never stored, asked about or learned from")
+    sandbox: bool = Field(default=False, description="its images are never stored, asked about or learned from")
     default_consent: Consent | None = Field(default=None, description="of a request that names none")
     expires_at: Timestamp | None = None
     revoked_at: Timestamp | None = None

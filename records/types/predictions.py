@@ -6,11 +6,11 @@ from typing import ClassVar
 from pydantic import Field
 
 from records.types.base import Probability, Record, Timestamp
-from records.types.pictures import Confirmation, Consent
+from records.types.images import Confirmation, Consent
 
 
 class Decision(StrEnum):
-    """What the service decided to do with a picture."""
+    """What the service decided to do with an image."""
 
     ANSWERED = "answered"
     REVIEW = "review"
@@ -27,7 +27,7 @@ class Arm(StrEnum):
 
 
 class ReasonCode(StrEnum):
-    """Why a picture goes to an expert."""
+    """Why an image goes to an expert."""
 
     LOW_CONFIDENCE = "low_confidence"
     PREDICTION_SET = "prediction_set"
@@ -41,7 +41,7 @@ class ReasonCode(StrEnum):
     SELECTED = "selected"
     LABEL_NOISE = "label_noise"
     ADJUDICATION = "adjudication"
-    BAD_PICTURE = "bad_picture"
+    BAD_IMAGE = "bad_image"
 
 
 class ReviewState(StrEnum):
@@ -98,7 +98,7 @@ class Prediction(Record):
     prediction_set: list[str] = Field(default_factory=list, description="class codes of the conformal set")
     out_of_distribution_score: float | None = None
     quality_score: float | None = None
-    quality_reason: str | None = Field(default=None, description="what is wrong with the picture, if anything is")
+    quality_reason: str | None = Field(default=None, description="what is wrong with the image, if anything is")
     decision: Decision
     reasons: list[ReasonCode] = Field(default_factory=list)
     latency_ms: float = Field(ge=0)
@@ -116,13 +116,13 @@ class ReviewItem(Record):
 
     id: str
     created_at: Timestamp
-    prediction_id: str | None = Field(default=None, description="empty for an item about a pool picture")
+    prediction_id: str | None = Field(default=None, description="empty for an item about a pool image")
     image_id: str
     reasons: list[ReasonCode]
     priority: float = Field(allow_inf_nan=False, description="larger is asked sooner")
     due: Timestamp | None = Field(default=None, description="deadline of an urgent item")
     selection_probability: Probability | None = Field(default=None, description="set for audit samples")
-    overlay_blob: str | None = Field(default=None, description="blob id of the heat map over the picture, PNG")
+    overlay_blob: str | None = Field(default=None, description="blob id of the heat map over the image, PNG")
     comment: str | None = Field(default=None, description="what the person who flagged it wrote")
     suggested_label: str | None = None
     blind: bool = Field(default=False, description="true if the reader is not shown what the model answered")

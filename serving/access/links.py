@@ -1,4 +1,4 @@
-"""Links to stored pictures that end by themselves: whoever holds one sees one picture until it expires."""
+"""Links to stored images that end by themselves: whoever holds one sees one image until it expires."""
 
 import hmac
 import time
@@ -12,7 +12,7 @@ LONGEST_S = 7 * 24 * 3600
 
 
 def sign_image_path(home: Home, image_id: str, lifetime_s: int, now_s: float | None = None) -> str:
-    """Return the path of a picture with its expiry and signature.
+    """Return the path of an image with its expiry and signature.
 
     Args:
         home: whose key signs.

@@ -34,8 +34,8 @@ def header_html(model: ServedModelInfo | None, detail: str = "", signed_in: str 
     """
     head = (
         "<div class='rl-head'><h1>Relook</h1>"
-        "<p>A second look at pictures, and an expert where the model is unsure.</p></div>"
-        f"<div class='rl-notice'><b>{escape(DISCLAIMER)}</b> It shows how likely each class is for a picture and "
+        "<p>A second look at images, and an expert where the model is unsure.</p></div>"
+        f"<div class='rl-notice'><b>{escape(DISCLAIMER)}</b> It shows how likely each class is for an image and "
         "where the model looked. It does not replace an examination.</div>"
     )
     if model is None:
@@ -52,13 +52,13 @@ def header_html(model: ServedModelInfo | None, detail: str = "", signed_in: str 
 def waiting_html() -> str:
     """Show what will appear where the answer will be."""
     return (
-        "<div class='rl-card'><h2>No picture yet</h2><p>Choose a picture or one of the generated examples, then press "
+        "<div class='rl-card'><h2>No image yet</h2><p>Choose an image or one of the generated examples, then press "
         "<b>Ask the model</b>.</p><p class='rl-small'>The answer comes with the probability of every class, a map "
         "of where the model looked, and what happens next.</p></div>"
     )
 
 
-def problem_html(sentence: str, title: str = "There is no answer for this picture") -> str:
+def problem_html(sentence: str, title: str = "There is no answer for this image") -> str:
     """Show one sentence about what could not be done.
 
     Args:
@@ -176,7 +176,7 @@ def _why(answer: PredictionAnswer) -> str:
     reasons = "".join(f"<li>{escape(reason.text)}</li>" for reason in answer.reasons)
     review = ""
     if asks and answer.review is None:
-        review = "<p>No expert is asked by this service, because the picture came without consent to review.</p>"
+        review = "<p>No expert is asked by this service, because the image came without consent to review.</p>"
     title = "Why an expert is asked" if asks else "Why"
     return f"<div id='rl-why'><h3>{title}</h3>{f'<ul>{reasons}</ul>' if reasons else ''}{review}</div>"
 

@@ -1,7 +1,7 @@
-"""The tab that asks: a picture, the answer, where the model looked, an objection, and what the experts say.
+"""The tab that asks: an image, the answer, where the model looked, an objection, and what the experts say.
 
 In: what a visitor chose. Out: HTML from the API's answers. What belongs to one answer is kept as `Asked` for as long
-as the visitor's page is open; the picture itself lies in the upload folder for minutes.
+as the visitor's page is open; the image itself lies in the upload folder for minutes.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from records.errors import DataError, PictureError, RefusedError, RelookError
+from records.errors import DataError, ImageError, RefusedError, RelookError
 from records.types import Consent, FlagReason, ReviewState
 from serving.client import Client
 from serving.page.answer_html import answer_html, fate_html, flag_html, problem_html, waiting_html
@@ -58,11 +58,11 @@ class AskHandlers:
         self._side_px = settings.overlay_side_px
 
     def ask(self, upload: dict[str, Any] | None, consent: str, key: str | None) -> tuple[Any, ...]:
-        """Ask about a picture.
+        """Ask about an image.
 
         Args:
             upload: of the browser: a file that it names.
-            consent: what may be done with the picture.
+            consent: what may be done with the image.
             key: of the visitor.
         Returns:
             Answer, its `Asked`, map, class choice, and what is visible now.
@@ -162,7 +162,7 @@ class AskHandlers:
         path = Path(str(upload.get("path", ""))).resolve()
         if not path.is_relative_to(self._folder):
             # The browser names the file; it may name nothing but uploads and examples.
-            raise PictureError("this file was not uploaded here; choose a picture")
+            raise ImageError("this file was not uploaded here; choose an image")
         return path
 
 
@@ -175,14 +175,14 @@ def ask_tab(
         handlers: what it does.
         visitors: with the classes.
         settings: with the default consent.
-        examples: pictures to try.
+        examples: images to try.
         key: field of the visitor's key.
     """
     asked = gr.State(None)
     timer = gr.Timer(FATE_EVERY_S, active=False)
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            picture, consent, ask = _question(settings, examples)
+            image, consent, ask = _question(settings, examples)
         with gr.Column(scale=6, min_width=320):
             result = gr.HTML(waiting_html(), elem_id="rl-result", padding=False)
             fate = gr.HTML("", elem_id="rl-fate", padding=False)
@@ -194,9 +194,7 @@ def ask_tab(
     method, target, versus = choices
     # Not preprocessed: Gradio would open the file and fail with its own words, and the API has better ones.
     outputs = [result, asked, drawn, look, target, method, versus, fate, form, flagged, timer]
-    ask.click(
-        handlers.ask, [picture, consent, key], outputs, preprocess=False, api_visibility="private", api_name="ask"
-    )
+    ask.click(handlers.ask, [image, consent, key], outputs, preprocess=False, api_visibility="private", api_name="ask")
     for choice in choices:
         choice.input(handlers.explain, [asked, *choices, key], drawn, api_visibility="private")
     send.click(handlers.flag, [asked, *said, key], [flagged, timer], api_visibility="private").then(
@@ -217,14 +215,14 @@ def _explained(client: Client, asked: Asked, chosen: dict[str, Any]) -> Explanat
         except RefusedError:
             # Kept by nobody after all, as in a sandbox: the upload is still here.
             pass
-    return client.explain_picture(_bytes_of(asked.path), **chosen)
+    return client.explain_image(_bytes_of(asked.path), **chosen)
 
 
 def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise PictureError("the upload is gone; choose the picture again") from error
+        raise ImageError("the upload is gone; choose the image again") from error
 
 
 def _consent(said: str) -> Consent:
@@ -235,27 +233,27 @@ def _consent(said: str) -> Consent:
 
 
 def _question(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, gr.Radio, gr.Button]:
-    picture = gr.Image(
-        label="Picture (JPEG, PNG or WebP)",
+    image = gr.Image(
+        label="Image (JPEG, PNG or WebP)",
         type="filepath",
         image_mode=None,
         sources=["upload", "webcam", "clipboard"],
         height=300,
-        elem_id="rl-picture",
-        alt_text="The picture to ask about",
+        elem_id="rl-image",
+        alt_text="The image to ask about",
     )
-    gr.Examples([[str(path)] for path in examples], inputs=[picture], label="Generated examples")
+    gr.Examples([[str(path)] for path in examples], inputs=[image], label="Generated examples")
     consent = gr.Radio(
         choices=[(words, value.value) for value, words in _CONSENT_WORDS.items()],
         value=settings.default_consent.value,
-        label="What may be done with the picture beyond answering",
+        label="What may be done with the image beyond answering",
     )
-    return picture, consent, gr.Button("Ask the model", variant="primary", elem_id="rl-ask")
+    return image, consent, gr.Button("Ask the model", variant="primary", elem_id="rl-ask")
 
 
 def _map_choices(visitors: Visitors, settings: ServingSettings) -> tuple[gr.Radio, gr.Dropdown, gr.Dropdown]:
     opacity = gr.Slider(
-        0, 100, round(100 * settings.overlay_alpha), step=5, label="Strength of the map over the picture, %",
+        0, 100, round(100 * settings.overlay_alpha), step=5, label="Strength of the map over the image, %",
         elem_id="rl-opacity", buttons=[],
     )  # fmt: skip
     opacity.change(None, opacity, None, js=_OPACITY_JS, api_visibility="private")

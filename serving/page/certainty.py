@@ -1,7 +1,7 @@
 """How sure an answer is, in words: how often such scores were right, and what the set of classes means.
 
 In: figures of the calibration side, which neither training nor calibration saw. Out: sentences. They say how often,
-and what that rests on; never that a picture or a person has nothing to fear.
+and what that rests on; never that an image or a person has nothing to fear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def scores_text(confidence: float, scores: Sequence[ScoreBand]) -> str:
         return NOT_KNOWN
     band = next((b for b in scores if b.low <= confidence < b.high or confidence == b.high == 1.0), None)
     if band is None:
-        return "No calibration picture had a score like this one, so how often such scores are right is not known."
+        return "No calibration image had a score like this one, so how often such scores are right is not known."
     low, high = (100 * end for end in band.right_ci)
     few = f" {band.lesions} are few, so this says little." if band.lesions < FEW_LESIONS else ""
     return (
@@ -47,7 +47,7 @@ def set_text(prediction_set: Sequence[str], names: Mapping[str, str], details: M
     """
     held = ", ".join(names.get(code, code) for code in prediction_set)
     if not prediction_set:
-        return "No class looks the way it did on the calibration data: the picture is unlike what the model knows."
+        return "No class looks the way it did on the calibration data: the image is unlike what the model knows."
     is_one = len(prediction_set) == 1
     begun = f"{'One class' if is_one else f'{len(prediction_set)} classes'} cannot be excluded: {held}."
     if details is None:
@@ -57,6 +57,6 @@ def set_text(prediction_set: Sequence[str], names: Mapping[str, str], details: M
     few = "every class" if len(pooled) == len(names) else ", ".join(pooled)
     together = f" Few lesions were there for {few}: for these it holds taken together." if pooled else ""
     return (
-        f"{begun} Such a set is made to hold the true class for at least {share} pictures of each class, if pictures "
+        f"{begun} Such a set is made to hold the true class for at least {share} images of each class, if images "
         f"are like those of calibration. A class outside it is unlikely, not ruled out.{together}"
     )

@@ -1,4 +1,4 @@
-"""Generated pictures to try the page with, one per class."""
+"""Generated images to try the page with, one per class."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ _SEED = 2024
 
 
 def write_examples(folder: Path, taxonomy: Taxonomy) -> list[Path]:
-    """Draw one generated picture per class, once.
+    """Draw one generated image per class, once.
 
     Args:
         folder: where they are kept.
-        taxonomy: pictures are drawn for the classes that the generator knows.
+        taxonomy: images are drawn for the classes that the generator knows.
     Returns:
         Their paths, in class order.
     """

@@ -1,4 +1,4 @@
-"""The picture and its map as two layers, so that whoever looks can fade the map in and out.
+"""The image and its map as two layers, so that whoever looks can fade the map in and out.
 
 In: the bytes that were asked about, and an explanation of the API. Out: data URIs.
 """
@@ -21,27 +21,27 @@ class Layers:
     """Two drawings of one size.
 
     Args:
-        picture: data URI of the centre square that the model sees.
+        image: data URI of the centre square that the model sees.
         heat: data URI of the map, see-through where nothing counted.
     """
 
-    picture: str
+    image: str
     heat: str
 
 
-def draw_layers(picture: bytes, explanation: Explanation, side_px: int) -> Layers:
-    """Draw picture and map apart.
+def draw_layers(image: bytes, explanation: Explanation, side_px: int) -> Layers:
+    """Draw image and map apart.
 
     Args:
-        picture: as it was sent.
+        image: as it was sent.
         explanation: with raw values; what speaks against the class is not drawn.
         side_px: of both.
     Returns:
         The layers.
     Raises:
-        PictureError: the picture cannot be read.
+        ImageError: the image cannot be read.
     """
-    square = Image.fromarray(decode_square(picture, side_px))
+    square = Image.fromarray(decode_square(image, side_px))
     strength = resized_strength(np.array(explanation.values, dtype=np.float32), side_px, side_px)
     levels = np.rint(strength * 255).astype(np.uint8)
     # Strength is shown twice, by colour and by opacity, as in the API's own drawing.

@@ -23,24 +23,24 @@ def map_html(explanation: Explanation, names: dict[str, str], layers: Layers | N
     Args:
         explanation: the map.
         names: class code to name.
-        layers: picture and map apart; None shows the API's own drawing.
+        layers: image and map apart; None shows the API's own drawing.
     Returns:
         HTML.
     """
     name = escape(names[explanation.target])
     against = f" rather than {escape(names[explanation.versus])}" if explanation.versus else ""
-    alt = f"Heat map over the picture: where the model found evidence for {name}{against}"
+    alt = f"Heat map over the image: where the model found evidence for {name}{against}"
     if layers is None:
         drawn = f"<img alt='{alt}' src='data:image/png;base64,{explanation.png_base64}'>"
     else:
         drawn = (
-            f"<div class='rl-layers' style='background-image:url({layers.picture})'>"
+            f"<div class='rl-layers' style='background-image:url({layers.image})'>"
             f"<img class='heat' alt='{alt}' src='{layers.heat}'></div>"
         )
     return (
         f"<div class='rl-card' id='rl-map'><h3>Where the model looked for {name}{against}</h3><div class='rl-map'>"
         f"{drawn}<div><p>The more yellow, the more that place counted for this class. Where nothing counted, the "
-        "picture is left as it is.</p><div class='rl-scale'></div><div class='rl-ends rl-small'><span>little</span>"
+        "image is left as it is.</p><div class='rl-scale'></div><div class='rl-ends rl-small'><span>little</span>"
         "<span>most</span></div><p class='rl-small'>A map shows what counted for the model, not whether it is right. "
         f"{escape(_method_text(explanation))}</p></div></div></div>"
     )
@@ -60,7 +60,7 @@ def _method_text(explanation: Explanation) -> str:
     if isinstance(hidden, float) and isinstance(shuffled, float):
         more = "more" if hidden < shuffled else "no more"
         sentence += (
-            f" On {facts.get('images')} validation pictures, hiding what its maps mark changed the answer {more} than "
+            f" On {facts.get('images')} validation images, hiding what its maps mark changed the answer {more} than "
             "hiding other places."
         )
     return sentence

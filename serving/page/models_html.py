@@ -58,11 +58,11 @@ def details_html(details: ModelDetails, names: dict[str, str]) -> str:
     ]
     if val:
         parts.append(
-            f"<h3>On {val.get('images')} validation pictures of {val.get('lesions')} lesions</h3>"
+            f"<h3>On {val.get('images')} validation images of {val.get('lesions')} lesions</h3>"
             "<p class='rl-small'>This side chose the epoch and the calibration, so its figures flatter a little; "
             "the report and the gate use others.</p>" + table_html(("Figure", "Value"), _figures(val, names))
         )
-        parts.append(table_html(("Class", "Pictures", "Sensitivity", "Specificity"), _classes(val, names)))
+        parts.append(table_html(("Class", "Images", "Sensitivity", "Specificity"), _classes(val, names)))
     else:
         parts.append("<p class='rl-small'>No figures were kept with this model.</p>")
     if details.scores:

@@ -61,7 +61,7 @@ def rounds_html(rounds: Sequence[RoundInfo]) -> str:
     heads = (
         "Round",
         "Began, UTC",
-        "Pictures",
+        "Images",
         "Labels from experts",
         "Balanced accuracy, test side",
         "Gate",

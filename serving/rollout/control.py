@@ -1,7 +1,7 @@
 """A rollout in the ledger: begun, widened, promoted, taken back. A running service follows within a second.
 
 In: the id of a candidate, or counts of harm. Out: the `Rollout` record. Every step is one transaction with its
-audit event. It computes nothing but golden pictures and knows nothing of requests.
+audit event. It computes nothing but golden images and knows nothing of requests.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
         The rollout.
     Raises:
         RefusedError: another candidate is under way, the model already answers, the gate has not passed it, or its
-            bundle is altered or does not answer its golden pictures.
+            bundle is altered or does not answer its golden images.
         UnknownIdError: the model is not registered, or no model answers yet.
     """
     with store.ledger.read() as tx:

@@ -27,10 +27,10 @@ class Harm:
 HARMS: dict[str, Harm] = {
     harm.name: harm
     for harm in (
-        Harm("error", 0.01, "pictures for which it failed"),
-        Harm("non_finite", 0.01, "pictures with a finite answer of the champion and none of the candidate"),
+        Harm("error", 0.01, "images for which it failed"),
+        Harm("non_finite", 0.01, "images with a finite answer of the champion and none of the candidate"),
         Harm("slow", 0.20, "batches that took it more than three times as long"),
-        Harm("downgrade", 0.05, "pictures that the champion refers and the candidate answers by itself"),
+        Harm("downgrade", 0.05, "images that the champion refers and the candidate answers by itself"),
     )
 }
 SLOW_FACTOR = 3.0

@@ -50,7 +50,7 @@ class Trial:
         self._running: tuple[Rollout, ServedModel] | None = None
 
     def refresh(self) -> None:
-        """Follow the ledger; a candidate that cannot be loaded or fails its golden pictures is rolled back."""
+        """Follow the ledger; a candidate that cannot be loaded or fails its golden images is rolled back."""
         try:
             with self._store.ledger.read() as tx:
                 named = current_rollout(tx)
@@ -76,7 +76,7 @@ class Trial:
         """Return the rows that the candidate sees at a stage, or None if there are none.
 
         Args:
-            keys: per row what the split goes by: the lesion, else the picture.
+            keys: per row what the split goes by: the lesion, else the image.
             stage: canary takes its share of keys, shadow every row.
         Returns:
             Rollout, candidate and row numbers.
@@ -94,7 +94,7 @@ class Trial:
         Args:
             found: from `rows_of`.
             pixels: [N, S, S, 3] of the rows alone, in the candidate's geometry.
-            champion_s: how long the champion took for a picture.
+            champion_s: how long the champion took for an image.
         Returns:
             What it said.
         """
@@ -122,7 +122,7 @@ class Trial:
 
 
 def in_canary(rollout: Rollout, key: str) -> bool:
-    """Return whether a lesion or picture belongs to the canary's share; widening keeps who was in."""
+    """Return whether a lesion or image belongs to the canary's share; widening keeps who was in."""
     return int(sha256_hex(f"{rollout.id}:{key}".encode())[:8], 16) % 100 < rollout.percent
 
 

@@ -1,4 +1,4 @@
-"""Pictures out of request bodies: raw, or in a form with their context."""
+"""Images out of request bodies: raw, or in a form with their context."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from records.errors import DataError, PictureError
+from records.errors import DataError, ImageError
 from serving.schemas import Context
 
 RAW_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
@@ -14,13 +14,13 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 _CONTEXTS = TypeAdapter(list[Context])
 
 
-def picture_body(*, many: bool = False) -> dict[str, Any]:
-    """Describe a body with one picture, raw or in a form, or with many in a form, for OpenAPI."""
+def image_body(*, many: bool = False) -> dict[str, Any]:
+    """Describe a body with one image, raw or in a form, or with many in a form, for OpenAPI."""
     image: dict[str, Any] = {"type": "string", "format": "binary"}
     context: dict[str, Any] = {"$ref": "#/components/schemas/Context"}
     if many:
         image = {"type": "array", "items": image, "minItems": 1}
-        context = {"type": "array", "items": context, "description": "one for each picture, in their order"}
+        context = {"type": "array", "items": context, "description": "one for each image, in their order"}
     form = {
         "schema": {
             "type": "object",
@@ -37,22 +37,22 @@ def picture_body(*, many: bool = False) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {**raw, "multipart/form-data": form}}}
 
 
-async def one_picture(request: Request) -> tuple[bytes, Context]:
-    """Read one picture and its context.
+async def one_image(request: Request) -> tuple[bytes, Context]:
+    """Read one image and its context.
 
     Args:
         request: whose body is still unread.
     Returns:
         The bytes as sent, and the context; empty for a raw body.
     Raises:
-        PictureError: the content type is not taken.
-        DataError: the form has no picture, or its context does not fit.
+        ImageError: the content type is not taken.
+        DataError: the form has no image, or its context does not fit.
     """
     media_type = _media_type(request)
     if media_type in RAW_TYPES:
         return await request.body(), Context()
     if media_type != "multipart/form-data":
-        raise PictureError(
+        raise ImageError(
             f"content type {media_type or 'none'!r} is not taken; send image/jpeg, image/png, image/webp, "
             "or multipart/form-data with `image`",
             "unsupported_type",
@@ -61,27 +61,27 @@ async def one_picture(request: Request) -> tuple[bytes, Context]:
         _require_known_parts(form)
         images = form.getlist("image")
         if not images or not isinstance(images[0], UploadFile):
-            raise DataError("the form has no file `image`; add the picture under that name")
+            raise DataError("the form has no file `image`; add the image under that name")
         if len(images) > 1:
             raise DataError("the form has two files `image`; send one, or several to /v1/predictions/batch")
         text = await _context_text(form)
         return await images[0].read(), Context() if text is None else _parsed_one(text)
 
 
-async def many_pictures(request: Request, most: int) -> list[tuple[bytes, Context]]:
-    """Read several pictures and their contexts.
+async def many_images(request: Request, most: int) -> list[tuple[bytes, Context]]:
+    """Read several images and their contexts.
 
     Args:
         request: whose body is still unread.
-        most: pictures at most.
+        most: images at most.
     Returns:
         Pairs in the order of the form.
     Raises:
-        PictureError: it is not a form.
-        DataError: no picture, too many, or contexts that do not fit.
+        ImageError: it is not a form.
+        DataError: no image, too many, or contexts that do not fit.
     """
     if _media_type(request) != "multipart/form-data":
-        raise PictureError("a batch is multipart/form-data with one `image` per picture", "unsupported_type")
+        raise ImageError("a batch is multipart/form-data with one `image` per image", "unsupported_type")
     async with request.form(max_files=most + 2, max_fields=2, max_part_size=_largest_part(request)) as form:
         _require_known_parts(form)
         images = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
@@ -90,7 +90,7 @@ async def many_pictures(request: Request, most: int) -> list[tuple[bytes, Contex
         text = await _context_text(form)
         contexts = [Context()] * len(images) if text is None else _parsed_many(text)
         if len(contexts) != len(images):
-            raise DataError(f"context: {len(contexts)} for {len(images)} pictures; send one for each, in their order")
+            raise DataError(f"context: {len(contexts)} for {len(images)} images; send one for each, in their order")
         return [(await image.read(), context) for image, context in zip(images, contexts, strict=True)]
 
 

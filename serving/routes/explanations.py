@@ -1,4 +1,4 @@
-"""Routes of explanations: of a stored answer, and of a picture that is not stored."""
+"""Routes of explanations: of a stored answer, and of an image that is not stored."""
 
 import io
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from serving.guard import problem_response
 from serving.messages import HeatMap, Method
 from serving.metrics import Metrics
 from serving.problems import problem
-from serving.routes.bodies import BINARY, one_picture, picture_body
+from serving.routes.bodies import BINARY, image_body, one_image
 from serving.routes.door import Door
 from serving.schemas import Explanation, PredictionId
 from serving.service import Service
@@ -64,12 +64,12 @@ def explanations_router(service: Service, door: Door, metrics: Metrics) -> APIRo
         versus: VersusQuery = None,
         form: FormQuery = "json",
     ) -> Any:
-        """Show where the model that gave this answer looked, computed by that model from the stored picture."""
+        """Show where the model that gave this answer looked, computed by that model from the stored image."""
         prediction, _ = await run_in_threadpool(read_answer, service.store, prediction_id, caller)
         return await in_turn(request, service.explain(prediction, method, target, versus), form, method)
 
-    @router.post("/v1/explanations", response_model=Explanation, responses=_FORMS, openapi_extra=picture_body())
-    async def explain_picture(
+    @router.post("/v1/explanations", response_model=Explanation, responses=_FORMS, openapi_extra=image_body())
+    async def explain_image(
         request: Request,
         caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
         method: MethodQuery = "gradcam",
@@ -77,9 +77,9 @@ def explanations_router(service: Service, door: Door, metrics: Metrics) -> APIRo
         versus: VersusQuery = None,
         form: FormQuery = "json",
     ) -> Any:
-        """Show where the model that answers now would look in a picture. Nothing is stored."""
-        picture, _ = await one_picture(request)
-        return await in_turn(request, service.explain_picture(picture, method, target, versus), form, method)
+        """Show where the model that answers now would look in an image. Nothing is stored."""
+        image, _ = await one_image(request)
+        return await in_turn(request, service.explain_image(image, method, target, versus), form, method)
 
     return router
 

@@ -82,6 +82,6 @@ async def _overlay_for_experts(service: Service, prediction: Prediction, review:
         heat_map = await service.explain(prediction, "gradcam", None)
         return await run_in_threadpool(service.store.blobs.put, heat_map.png)
     except RelookError as error:
-        # An objection must not be lost for want of its picture.
+        # An objection must not be lost for want of its image.
         logger.warning("no heat map for the flag on %s: %s", prediction.id, error)
         return None

@@ -84,7 +84,7 @@ def _add_health(router: APIRouter, service: Service, door: Door, metrics: Metric
 
     @router.get("/readyz", response_model=Readiness, tags=["health"], responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
-        """Say whether predictions can be made: a model is loaded and answered its golden pictures."""
+        """Say whether predictions can be made: a model is loaded and answered its golden images."""
         state = await service.state()
         if state.model is None:
             response.status_code = 503

@@ -14,7 +14,7 @@ from serving.guard import problem_response
 from serving.messages import Answered, PredictionRequest
 from serving.metrics import Metrics
 from serving.problems import problem
-from serving.routes.bodies import many_pictures, one_picture, picture_body
+from serving.routes.bodies import image_body, many_images, one_image
 from serving.routes.door import Door
 from serving.schemas import (
     BatchAnswer,
@@ -53,28 +53,28 @@ class _Asking:
         self.metrics = metrics
         self._under_way = 0
 
-    def admit(self, request: Request, num_pictures: int) -> Response | None:
-        """Make room for pictures, or return the refusal; whoever was admitted calls `leave`."""
+    def admit(self, request: Request, num_images: int) -> Response | None:
+        """Make room for images, or return the refusal; whoever was admitted calls `leave`."""
         settings = self.service.settings
-        if self._under_way + num_pictures > settings.max_in_flight:
-            busy = problem(429, "busy", "more pictures are under way than this service takes at once; try again soon")
+        if self._under_way + num_images > settings.max_in_flight:
+            busy = problem(429, "busy", "more images are under way than this service takes at once; try again soon")
             return problem_response(busy, request.state.request_id, settings.retry_after_s)
-        self._under_way += num_pictures
+        self._under_way += num_images
         self.metrics.under_way.set(self._under_way)
         return None
 
-    def leave(self, num_pictures: int) -> None:
+    def leave(self, num_images: int) -> None:
         """Give the room back."""
-        self._under_way -= num_pictures
+        self._under_way -= num_images
         self.metrics.under_way.set(self._under_way)
 
     async def ask(
-        self, picture: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool
+        self, image: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool
     ) -> Answered:
         """Ask for one answer, with its map if that is wanted."""
         answered = await self.service.predict(
             PredictionRequest(
-                picture=picture,
+                image=image,
                 request_id=request_id,
                 context=_with_consent(context, caller),
                 caller=caller.id,
@@ -101,21 +101,21 @@ def _with_consent(context: Context, caller: Caller) -> Context:
 
 
 def _add_predict(router: APIRouter, asking: _Asking, door: Door) -> None:
-    @router.post("", response_model=PredictionAnswer, openapi_extra=picture_body())
+    @router.post("", response_model=PredictionAnswer, openapi_extra=image_body())
     async def predict(
         request: Request,
         caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
         explain: Annotated[Literal["gradcam"] | None, Query(description="add the map of the most likely class")] = None,
         idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
     ) -> Any:
-        """Answer about one picture: calibrated probabilities, a decision with its reasons, and who looks at it next."""
+        """Answer about one image: calibrated probabilities, a decision with its reasons, and who looks at it next."""
         refused = asking.admit(request, 1)
         if refused is not None:
             return refused
         try:
-            picture, context = await one_picture(request)
+            image, context = await one_image(request)
             answered = await asking.ask(
-                picture, context, caller, request.state.request_id, idempotency_key, explain is not None
+                image, context, caller, request.state.request_id, idempotency_key, explain is not None
             )
         finally:
             asking.leave(1)
@@ -123,36 +123,36 @@ def _add_predict(router: APIRouter, asking: _Asking, door: Door) -> None:
 
 
 def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
-    most = asking.service.settings.max_batch_pictures
+    most = asking.service.settings.max_batch_images
 
-    @router.post("/batch", response_model=BatchAnswer, openapi_extra=picture_body(many=True))
+    @router.post("/batch", response_model=BatchAnswer, openapi_extra=image_body(many=True))
     async def predict_many(
         request: Request,
         caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
         idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
     ) -> Any:
-        """Answer about several pictures, also of one lesion; one that cannot be used does not stop the others."""
+        """Answer about several images, also of one lesion; one that cannot be used does not stop the others."""
         refused = asking.admit(request, 1)
         if refused is not None:
             return refused
         admitted = 1
         try:
-            pictures = await many_pictures(request, most)
-            refused = asking.admit(request, len(pictures) - 1)
+            images = await many_images(request, most)
+            refused = asking.admit(request, len(images) - 1)
             if refused is not None:
                 return refused
-            admitted = len(pictures)
+            admitted = len(images)
             found = await asyncio.gather(
                 *(
                     asking.ask(
-                        picture,
+                        image,
                         context,
                         caller,
                         request.state.request_id,
                         f"{idempotency_key}#{index}" if idempotency_key else None,
                         explain=False,
                     )
-                    for index, (picture, context) in enumerate(pictures)
+                    for index, (image, context) in enumerate(images)
                 ),
                 return_exceptions=True,
             )
@@ -161,7 +161,7 @@ def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
         for outcome in found:
             if isinstance(outcome, BaseException) and not isinstance(outcome, RelookError):
                 raise outcome
-        contexts = [context for _, context in pictures]
+        contexts = [context for _, context in images]
         return batch_body(found, contexts, asking.service.store.taxonomy)
 
     @router.get("/batch", include_in_schema=False)

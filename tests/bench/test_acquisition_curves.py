@@ -10,7 +10,7 @@ from labeling.acquisition.registry import RULES
 
 
 def made_up(path: Path) -> Path:
-    """Write 600 lesions, every third with a second picture; diagnoses are told apart by the features."""
+    """Write 600 lesions, every third with a second image; diagnoses are told apart by the features."""
     chance = np.random.default_rng(0)
     codes = np.array(["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"])
     of_lesion = np.arange(600) % 7
@@ -43,7 +43,7 @@ def test_no_lesion_lies_on_both_sides(tmp_path: Path) -> None:
     path = made_up(tmp_path / "features.npz")
     sides = curves.split(str(path), 3)
     lesion_of = dict(zip(*(np.load(path)[name].tolist() for name in ("ids", "lesions")), strict=True))
-    pool = [lesion_of[picture] for picture in sides.ids]
+    pool = [lesion_of[image] for image in sides.ids]
     held_out = 600 - len(pool)
     assert len(set(pool)) == len(pool)
     assert held_out == sum(round(0.2 * count) for count in np.bincount(np.arange(600) % 7))
@@ -51,7 +51,7 @@ def test_no_lesion_lies_on_both_sides(tmp_path: Path) -> None:
     assert len(sides.held_out) == len(lesion_of) - rows_in_pool
 
 
-def test_every_rule_starts_from_the_same_pictures_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rule_starts_from_the_same_images_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "STEPS", (100, 120, 140))
     sides = curves.split(str(made_up(tmp_path / "features.npz")), 0)
     courses = {rule: curves.course(rule, sides, 0) for rule in RULES}

@@ -18,7 +18,7 @@ def plan(filled_store: Store) -> DataPlan:
     return plan_data(build_version(filled_store).version, filled_store.taxonomy)
 
 
-def test_the_table_names_the_pictures_of_the_plan(filled_store: Store, plan: DataPlan, tmp_path: Path) -> None:
+def test_the_table_names_the_images_of_the_plan(filled_store: Store, plan: DataPlan, tmp_path: Path) -> None:
     Peers(filled_store, TrainersSettings(), plan, tmp_path)
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -195,7 +195,7 @@ def test_status_of_nothing_and_of_a_home(
 
 
 def test_ctrl_c_is_exit_130_with_a_word(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cluster.cli", "data", "synth", str(tmp_path / "pictures"), "--lesions", "5000"]
+    command = [sys.executable, "-m", "cluster.cli", "data", "synth", str(tmp_path / "images"), "--lesions", "5000"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -204,7 +204,7 @@ def test_ctrl_c_is_exit_130_with_a_word(tmp_path: Path) -> None:
         env=os.environ | {"RELOOK_HOME": str(tmp_path)},
     )
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "pictures").rglob("*.jpg")) and time.monotonic() < deadline:
+    while not list((tmp_path / "images").rglob("*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=30)

@@ -130,9 +130,9 @@ def test_answers_that_are_not_finite_are_refused() -> None:
     assert report.why == "1 of its 280 answers are not finite numbers"
 
 
-def test_contenders_must_have_answered_the_same_pictures() -> None:
+def test_contenders_must_have_answered_the_same_images() -> None:
     few, many = contender(labels_of(10), share_right=0.9, seed=1), contender(labels_of(12), share_right=0.9, seed=2)
-    with pytest.raises(ContractError, match="other pictures"):
+    with pytest.raises(ContractError, match="other images"):
         judge(few, ("champion", many))
 
 

@@ -21,7 +21,7 @@ LABELS = np.repeat(np.arange(NUM_CLASSES), 40)
 
 
 def contender(hit: np.ndarray, name: str) -> Contender:
-    """Make a model that is right exactly where `hit` is true; every picture is a lesion of its own."""
+    """Make a model that is right exactly where `hit` is true; every image is a lesion of its own."""
     answer = np.where(hit, LABELS, (LABELS + 1) % NUM_CLASSES)
     probabilities = np.full((len(LABELS), NUM_CLASSES), 0.1 / (NUM_CLASSES - 1))
     probabilities[np.arange(len(LABELS)), answer] = 0.9
@@ -142,7 +142,7 @@ def test_the_report_states_its_power() -> None:
 @pytest.mark.parametrize(
     ("age", "name"), [(0, "age: 0 to 39"), (40, "age: 40 to 59"), (60, "age: 60 and over"), (130, "age: 60 and over")]
 )
-def test_pictures_are_cut_by_what_is_known_of_them(age: float, name: str) -> None:
+def test_images_are_cut_by_what_is_known_of_them(age: float, name: str) -> None:
     def image(number: int, **known: object) -> Image:
         return Image.model_validate(
             {

@@ -48,7 +48,7 @@ def test_the_interval_holds_at_all_times_together() -> None:
     assert kept / 60 >= 0.95
 
 
-def test_more_pictures_make_it_narrower() -> None:
+def test_more_images_make_it_narrower() -> None:
     few, many = share_of([True] * 20, [1.0] * 20, 1.0), share_of([True] * 300, [1.0] * 300, 1.0)
     assert few.interval[0] < many.interval[0]
     assert many.interval == (pytest.approx(0.98, abs=0.01), 1.0)
@@ -131,7 +131,7 @@ def test_only_the_audit_sample_counts_and_being_drawn_is_no_finding(store: Store
     whole, by_model, by_site = monitor.monitor(store, 0.05)
     assert [q.by for q in (whole, by_model, by_site)] == ["all", "model", "site"]
     assert whole.sensitivity.estimate == pytest.approx(2 / 12)
-    assert whole.sensitivity.pictures == 2
+    assert whole.sensitivity.images == 2
     assert whole.specificity.estimate == 1.0
     assert whole.accuracy.estimate == pytest.approx(10 / 22)
     assert whole.confidence_gap == pytest.approx(0.75 - 10 / 22)

@@ -50,35 +50,35 @@ DOUBTS = (ReasonCode.REFER, ReasonCode.LOW_CONFIDENCE, ReasonCode.URGENT)
 WORK = LabelingSettings(blind_share=0.3)
 BY_A_LOOK = (Confirmation.CONSENSUS, Confirmation.SINGLE_READER)
 
-pictures = st.integers(0, 31)
+images = st.integers(0, 31)
 labels = st.sampled_from(LABELS)
 events = st.one_of(
-    st.tuples(st.just("ask"), pictures, st.sets(st.sampled_from(DOUBTS), max_size=2), st.booleans()),
-    st.tuples(st.just("flag"), pictures),
-    st.tuples(st.just("choose"), pictures, st.sampled_from([ReasonCode.SELECTED, ReasonCode.LABEL_NOISE])),
+    st.tuples(st.just("ask"), images, st.sets(st.sampled_from(DOUBTS), max_size=2), st.booleans()),
+    st.tuples(st.just("flag"), images),
+    st.tuples(st.just("choose"), images, st.sampled_from([ReasonCode.SELECTED, ReasonCode.LABEL_NOISE])),
     st.tuples(st.just("push")),
     st.tuples(st.just("answer"), st.integers(0, 9), st.sampled_from(READERS), labels),
     st.tuples(st.just("edit"), st.integers(0, 9), labels),
     st.tuples(st.just("delete"), st.integers(0, 9)),
     st.tuples(st.just("disagree")),
-    st.tuples(st.just("outcome"), pictures, labels, st.sampled_from(list(Confirmation)[:-1])),
+    st.tuples(st.just("outcome"), images, labels, st.sampled_from(list(Confirmation)[:-1])),
     st.tuples(st.just("round")),
 )
 
 
 def _image_id(number: int) -> str:
-    return sha256_hex(f"picture {number}".encode())
+    return sha256_hex(f"image {number}".encode())
 
 
 def _group_id(number: int) -> str:
-    """Pictures nobody knows share the lesions of known ones, each other's, or have their own."""
+    """Images nobody knows share the lesions of known ones, each other's, or have their own."""
     owner = number - 20 if 20 <= number < 24 else number - 10 if 24 <= number < 28 else number // 2 * 2
     return sha256_hex(f"group {owner if number >= 20 else number}".encode())[:16]
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with 20 labelled pictures, four on each side, and 12 without a label."""
+    """A home with 20 labelled images, four on each side, and 12 without a label."""
     home = tmp_path_factory.mktemp("imported") / "home"
     store, now = open_store(RecordsSettings(home=home)), utc_now()
     with store.ledger.begin() as tx:
@@ -269,7 +269,7 @@ def _history(imported: Path, folder: Path) -> Iterator[History]:
 
 
 def _drawn_and_flagged() -> list[tuple[Any, ...]]:
-    """A picture is drawn, read blind, flagged, and read again by somebody who sees the model's answer."""
+    """An image is drawn, read blind, flagged, and read again by somebody who sees the model's answer."""
     asked = [("ask", 30, set(), True), ("push",), ("answer", 0, "ann", "nv")]
     return [*asked, ("flag", 30), ("push",), ("answer", 1, "ben", "mel"), ("round",)]
 

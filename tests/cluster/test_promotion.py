@@ -28,8 +28,8 @@ def bundle(store: Store, tmp_path: Path) -> Bundle:
     """A small model that round 1 made; `anna` started the round."""
     from records.datasets import load_dataset
 
-    synthesize(tmp_path / "pictures", lesions=90, seed=1, width_px=80)
-    dataset = load_dataset(store, import_folder(store, tmp_path / "pictures", side_px=(32,)).dataset_id)
+    synthesize(tmp_path / "images", lesions=90, seed=1, width_px=80)
+    dataset = load_dataset(store, import_folder(store, tmp_path / "images", side_px=(32,)).dataset_id)
     settings = TrainersSettings(model="custom_cnn", side_px=32, epochs=1, precision="fp32", threads_per_worker=1)
     made = fit(store, settings, dataset, run_dir=tmp_path / "run", use_ray=False)
     record = RoundRecord(id=new_id(), number=1, started_at=utc_now(), seed=0, settings_hash="")

@@ -37,9 +37,9 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     patch = pytest.MonkeyPatch()
     for module in ("cluster.round_steps", "cluster.replay"):
         patch.setattr(f"{module}.ray_is_running", lambda: False)
-    synthesize(folder / "pictures", lesions=140, seed=3, width_px=96)
+    synthesize(folder / "images", lesions=140, seed=3, width_px=96)
     store = open_store(settings.records)
-    import_folder(store, folder / "pictures", side_px=(32,))
+    import_folder(store, folder / "images", side_px=(32,))
     run_round(store, settings, started_by="test")
     yield store, request.param
     patch.undo()

@@ -9,7 +9,7 @@ from PIL import Image as PillowImage
 
 from cluster.cli import run
 from cluster.pool import take_in_folder
-from cluster.selection import select_pictures
+from cluster.selection import select_images
 from labeling.acquisition.registry import RULES
 from records.bundles import (
     Architecture,
@@ -65,14 +65,14 @@ def model(store: Store) -> Bundle:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine pictures, two of them the same, and a file that is none."""
+    """Nine images, two of them the same, and a file that is none."""
     made = tmp_path / "pool"
     made.mkdir()
     for number in range(9):
         chance = np.random.default_rng(max(number, 1))
         pixels = chance.integers(0, 255, (8, 8, 3), dtype=np.uint8)
         PillowImage.fromarray(pixels).resize((80, 80), PillowImage.Resampling.BICUBIC).save(made / f"p{number}.png")
-    (made / "broken.jpg").write_bytes(b"no picture")
+    (made / "broken.jpg").write_bytes(b"no image")
     return made
 
 
@@ -86,13 +86,13 @@ def test_every_rule_chooses_from_a_real_model(store: Store, model: Bundle, folde
     among, refused = take_in_folder(store, folder, SIDE_PX)
     assert (len(among), len(refused)) == (8, 1)
     assert "broken.jpg" in refused[0]
-    assert select_pictures(store, model, 3, rule, among=among) == 3
+    assert select_images(store, model, 3, rule, among=among) == 3
     items = _items(store)
     assert len({item.image_id for item in items}) == 3
     assert [item.priority for item in items] == pytest.approx([1.0, 2 / 3, 1 / 3])
     assert {tuple(item.reasons) for item in items} == {(ReasonCode.SELECTED,)}
     assert all(item.overlay_blob is not None for item in items)
-    assert select_pictures(store, model, 30, rule) == 5, "nothing is asked twice"
+    assert select_images(store, model, 30, rule) == 5, "nothing is asked twice"
 
 
 def test_the_command_takes_a_folder_and_a_mix(
@@ -109,8 +109,8 @@ def test_the_command_takes_a_folder_and_a_mix(
         assert "error" in json.loads(capsys.readouterr().out)
 
 
-def test_a_folder_without_pictures_is_named(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not one picture"):
+def test_a_folder_without_images_is_named(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not one image"):
         take_in_folder(store, tmp_path, SIDE_PX)
 
 

@@ -34,30 +34,30 @@ def relook(store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def enter(store: Store, name: str, **changes: Any) -> str:
-    """Enter a served picture, 100 days old, with its decoded pixels."""
-    picture = store.blobs.put(name.encode())
+    """Enter a served image, 100 days old, with its decoded pixels."""
+    image = store.blobs.put(name.encode())
     values = {
-        "uri": store.blobs.uri(picture), "format": "jpeg", "width_px": 8, "height_px": 8, "provenance": "served",
+        "uri": store.blobs.uri(image), "format": "jpeg", "width_px": 8, "height_px": 8, "provenance": "served",
         "created_at": utc_now() - timedelta(days=100), **changes,
     }  # fmt: skip
     with store.ledger.begin() as tx:
-        tx.add(Image(id=picture, **values))
-    PixelCache(store.home.cache, 8).append([picture], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
-    return picture
+        tx.add(Image(id=image, **values))
+    PixelCache(store.home.cache, 8).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
+    return image
 
 
 def test_retention_says_deletes_and_says_again(store: Store, relook: Json) -> None:
-    picture, days = enter(store, "a"), ("--set", "records.keep_pictures_days=30")
-    assert relook("retention")["pictures_before"] is None
-    assert relook("retention", "--dry-run", *days)["pictures"] == 1
-    assert store.blobs.has(picture)
+    image, days = enter(store, "a"), ("--set", "records.keep_images_days=30")
+    assert relook("retention")["images_before"] is None
+    assert relook("retention", "--dry-run", *days)["images"] == 1
+    assert store.blobs.has(image)
     done = relook("retention", *days)
-    assert (done["dry_run"], done["pictures"], done["predictions_before"]) == (False, 1, None)
-    assert not store.blobs.has(picture)
-    assert PixelCache(store.home.cache, 8).missing([picture]) == [picture]
-    assert relook("retention", *days)["pictures"] == 0
+    assert (done["dry_run"], done["images"], done["predictions_before"]) == (False, 1, None)
+    assert not store.blobs.has(image)
+    assert PixelCache(store.home.cache, 8).missing([image]) == [image]
+    assert relook("retention", *days)["images"] == 0
     shorter = (*days, "--set", "records.keep_predictions_days=3")
-    assert "at least as long as its picture" in relook("retention", *shorter, code=2)["error"]["message"]
+    assert "at least as long as its image" in relook("retention", *shorter, code=2)["error"]["message"]
     assert audit.verify(store.ledger, store.home) == []
 
 
@@ -67,15 +67,15 @@ def test_everything_of_a_person_is_erased(store: Store, relook: Json, tmp_path: 
     file = tmp_path / "c.jpg"
     in_place = enter(store, "c", patient_hash=hashed, uri=file.as_uri())
     other = enter(store, "d")
-    assert relook("erase", "--patient", "P-17", "--dry-run")["pictures"] == sorted([*theirs, in_place])
+    assert relook("erase", "--patient", "P-17", "--dry-run")["images"] == sorted([*theirs, in_place])
     done = relook("erase", "--patient", "P-17")
     assert (done["blobs"], done["left_in_place"]) == (2, [str(file)])
-    assert not [picture for picture in theirs if store.blobs.has(picture)]
+    assert not [image for image in theirs if store.blobs.has(image)]
     assert store.blobs.has(other)
     assert PixelCache(store.home.cache, 8).missing([*theirs, other]) == theirs
     with store.ledger.read() as tx:
         assert tx.count(AuditEvent, where={"action": "image.erased"}) == 3
-    assert "no picture of this patient" in relook("erase", "--patient", "P-17", code=2)["error"]["message"]
-    assert relook("erase", theirs[0])["pictures"] == [theirs[0]], "a killed run is finished by id"
-    assert "name pictures" in relook("erase", code=2)["error"]["message"]
+    assert "no image of this patient" in relook("erase", "--patient", "P-17", code=2)["error"]["message"]
+    assert relook("erase", theirs[0])["images"] == [theirs[0]], "a killed run is finished by id"
+    assert "name images" in relook("erase", code=2)["error"]["message"]
     assert "no Image has the id" in relook("erase", "0" * 64, code=2)["error"]["message"]

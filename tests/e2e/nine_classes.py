@@ -2,7 +2,7 @@
 
     python tests/e2e/nine_classes.py DIR        writes DIR/photos, DIR/register.csv and DIR/shapes.yaml
 
-Classes are three shapes in three colours. Patients have one or two spots, spots one to three pictures, and the
+Classes are three shapes in three colours. Patients have one or two spots, spots one to three images, and the
 split follows the patients. Three rows cannot be used: a file is missing, one is cut off, one class is unknown.
 """
 
@@ -31,7 +31,7 @@ def make_folder(folder: Path, seed: int = 11) -> dict[str, str]:
         folder: to write into.
         seed: equal seeds give equal bytes.
     Returns:
-        Name of every usable picture to the side that the table gives.
+        Name of every usable image to the side that the table gives.
     """
     random = np.random.default_rng(seed)
     photos = folder / "photos"
@@ -77,8 +77,8 @@ def paint(code: str, random: np.random.Generator) -> Image.Image:
     """Paint a shape of a colour somewhere on a noisy ground, 96 x 72 px."""
     colour, shape = code.split("_")
     ground = random.normal(200, 12, size=(72, 96, 3)).clip(0, 255).astype(np.uint8)
-    picture = Image.fromarray(ground)
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(ground)
+    pen = ImageDraw.Draw(image)
     x, y = 48 + random.integers(-8, 9), 36 + random.integers(-6, 7)
     r = int(random.integers(18, 26))
     ink = tuple(int(v) for v in np.clip(np.array(COLOURS[colour]) + random.integers(-20, 21, 3), 0, 255))
@@ -89,9 +89,9 @@ def paint(code: str, random: np.random.Generator) -> Image.Image:
     else:
         pen.line((x - r, y, x + r, y), fill=ink, width=8)
         pen.line((x, y - r, x, y + r), fill=ink, width=8)
-    return picture
+    return image
 
 
 if __name__ == "__main__":
     made = make_folder(Path(sys.argv[1]))
-    sys.stdout.write(f"{len(made)} pictures; relook data import {sys.argv[1]} --columns {COLUMNS}\n")
+    sys.stdout.write(f"{len(made)} images; relook data import {sys.argv[1]} --columns {COLUMNS}\n")

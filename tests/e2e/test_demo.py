@@ -158,7 +158,7 @@ def test_what_the_demo_wrote_can_be_asked_for(played: tuple[Path, dict[str, Any]
 
 
 def test_an_unusable_data_folder_is_one_sentence_and_exit_2(tmp_path: Path) -> None:
-    empty = tmp_path / "pictures"
+    empty = tmp_path / "images"
     empty.mkdir()
     done = relook(tmp_path / "home", "demo", "--data", str(empty))
     assert done.returncode == 2

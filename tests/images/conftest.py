@@ -1,4 +1,4 @@
-"""Generated pictures that the data tests share, and small helpers to change copies of them."""
+"""Generated images that the data tests share, and small helpers to change copies of them."""
 
 import shutil
 from collections.abc import Callable

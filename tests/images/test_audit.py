@@ -31,10 +31,10 @@ def test_a_random_split_keeps_the_shares_and_leaks() -> None:
     split = split_at_random(lesions)
     assert split.test_images == 200
     assert split == split_at_random(lesions)
-    # The other picture of a test picture's lesion is trained on with probability 0.58.
+    # The other image of a test image's lesion is trained on with probability 0.58.
     assert split.leaked_test_share == pytest.approx(0.58, abs=0.1)
     assert split.leaked_test_images == round(split.leaked_test_share * 200)
-    # Both pictures land on one side with probability 0.3808.
+    # Both images land on one side with probability 0.3808.
     assert split.leaked_lesions == pytest.approx(1000 * (1 - 0.3808), abs=60)
     singles = split_at_random(pd.Series([f"L{n}" for n in range(100)]))
     assert (singles.leaked_lesions, singles.leaked_test_share) == (0, 0.0)

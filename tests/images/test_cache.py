@@ -18,13 +18,13 @@ from images.synth import synthesize
 from records.errors import ContractError, DataError, IntegrityError, UnavailableError, UnknownIdError
 from records.ids import sha256_hex
 from records.store import Store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 from records.types import Image
 
 
 @pytest.fixture
 def imported(store: Store, generated: Path) -> list[str]:
-    """Ids of imported pictures, decoded at 64 px only."""
+    """Ids of imported images, decoded at 64 px only."""
     import_folder(store, generated)
     with store.ledger.read() as tx:
         return [image.id for image in tx.find(Image, order_by=("id",))]
@@ -46,7 +46,7 @@ def test_what_is_missing_is_decoded_once(store: Store, imported: list[str]) -> N
     assert PixelCache(store.home.cache, 32).ensure(store, imported) == 0
 
 
-def test_sixty_new_pictures_decode_sixty(store: Store, imported: list[str], tmp_path: Path) -> None:
+def test_sixty_new_images_decode_sixty(store: Store, imported: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "more"
     synthesize(folder, lesions=60, seed=99, width_px=80)
     lines = (folder / "HAM10000_metadata.csv").read_text().splitlines()
@@ -60,13 +60,13 @@ def test_sixty_new_pictures_decode_sixty(store: Store, imported: list[str], tmp_
     assert PixelCache(store.home.cache, 64).ensure(store, everything) == 0
 
 
-def test_rows_are_the_decoded_pictures_in_the_asked_order(store: Store, imported: list[str]) -> None:
+def test_rows_are_the_decoded_images_in_the_asked_order(store: Store, imported: list[str]) -> None:
     cache = PixelCache(store.home.cache, 40)
     cache.ensure(store, imported[:9])
     cache.ensure(store, imported[9:17])
     order = [imported[i] for i in (12, 3, 16, 0, 9)]
     rows = cache.rows(order)
-    expected = [decode_square(read_picture(store, image), 40) for image in find_images(store, order)]
+    expected = [decode_square(read_image(store, image), 40) for image in find_images(store, order)]
     assert len(rows) == 5
     assert np.array_equal(rows.take([0, 1, 2, 3, 4]), np.stack(expected))
     assert np.array_equal(rows.take(np.array([4, 4, 1])), np.stack([expected[4], expected[4], expected[1]]))
@@ -103,7 +103,7 @@ def test_two_writers_at_worst_store_a_row_twice(tmp_path: Path) -> None:
     assert np.array_equal(first.rows(ids).take([2, 0]), pixels[[2, 0]])
 
 
-def test_ten_thousand_pictures_open_in_under_a_second(tmp_path: Path) -> None:
+def test_ten_thousand_images_open_in_under_a_second(tmp_path: Path) -> None:
     writer = PixelCache(tmp_path, 2)
     for part in range(10):
         writer.append(fake_ids(1000, 1000 * part), fake_rows(1000, 2, seed=part))
@@ -178,7 +178,7 @@ def test_what_was_decoded_before_an_error_is_kept(
     assert PixelCache(store.home.cache, 24).missing(imported) == imported[16:]
 
 
-def test_errors_name_the_picture(store: Store, copied: Path) -> None:
+def test_errors_name_the_image(store: Store, copied: Path) -> None:
     import_folder(store, copied, in_place=True)
     with store.ledger.read() as tx:
         gone, altered = tx.find(Image, order_by=("id",), limit=2)

@@ -7,36 +7,36 @@ import pytest
 from PIL import Image as PillowImage
 from PIL import ImageCms
 
-from images.decode import DECODE_VERSION, decode_picture, decode_square, decode_squares
+from images.decode import DECODE_VERSION, decode_image, decode_square, decode_squares
 from records.arrays import UInt8Array
-from records.errors import ContractError, PictureError
-from records.pictures import strip_metadata
+from records.errors import ContractError, ImageError
+from records.images import strip_metadata
 
-# What the first row and the first column of the stored picture are when it is seen upright.
+# What the first row and the first column of the stored image are when it is seen upright.
 EXIF_ORIENTATIONS = {
     1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
     5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
 }  # fmt: skip
 
 
-def encode(picture: UInt8Array, kind: str = "PNG", **options: object) -> bytes:
+def encode(image: UInt8Array, kind: str = "PNG", **options: object) -> bytes:
     out = io.BytesIO()
-    PillowImage.fromarray(picture).save(out, kind, **options)  # type: ignore[arg-type]
+    PillowImage.fromarray(image).save(out, kind, **options)  # type: ignore[arg-type]
     return out.getvalue()
 
 
 def quadrants(height: int = 32, width: int = 32) -> UInt8Array:
-    """Upright picture: red, green above blue, white."""
-    picture = np.zeros((height, width, 3), dtype=np.uint8)
-    picture[: height // 2, : width // 2] = (255, 0, 0)
-    picture[: height // 2, width // 2 :] = (0, 255, 0)
-    picture[height // 2 :, : width // 2] = (0, 0, 255)
-    picture[height // 2 :, width // 2 :] = (255, 255, 255)
-    return picture
+    """Upright image: red, green above blue, white."""
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    image[: height // 2, : width // 2] = (255, 0, 0)
+    image[: height // 2, width // 2 :] = (0, 255, 0)
+    image[height // 2 :, : width // 2] = (0, 0, 255)
+    image[height // 2 :, width // 2 :] = (255, 255, 255)
+    return image
 
 
 def stored_as(upright: UInt8Array, orientation: int) -> UInt8Array:
-    """Lay an upright picture down as a camera with this orientation stores it, straight from the EXIF table."""
+    """Lay an upright image down as a camera with this orientation stores it, straight from the EXIF table."""
     first_row, first_column = EXIF_ORIENTATIONS[orientation]
     if first_row in ("left", "right"):
         upright = upright.transpose(1, 0, 2)
@@ -61,19 +61,19 @@ def test_all_orientations_are_upright(orientation: int, kind: str) -> None:
     data = encode(stored_as(upright, orientation), kind, exif=exif(orientation), **options)
     square = decode_square(data, 24).astype(int)
     assert np.abs(square - decode_square(encode(upright), 24)).max() <= 6
-    assert np.abs(decode_picture(data).astype(int) - upright).max() <= 6
+    assert np.abs(decode_image(data).astype(int) - upright).max() <= 6
     # What is stored is stripped first; it must still be upright.
     assert np.array_equal(decode_square(strip_metadata(data), 24), square)
 
 
 def test_centre_crop_keeps_the_middle_of_the_shorter_side() -> None:
-    picture = np.zeros((20, 60, 3), dtype=np.uint8)
-    picture[:, 20:40] = 200
-    assert (decode_square(encode(picture), 10)[:, 2:-2] == 200).all()
-    assert (decode_square(encode(np.ascontiguousarray(picture.transpose(1, 0, 2))), 10)[2:-2] == 200).all()
+    image = np.zeros((20, 60, 3), dtype=np.uint8)
+    image[:, 20:40] = 200
+    assert (decode_square(encode(image), 10)[:, 2:-2] == 200).all()
+    assert (decode_square(encode(np.ascontiguousarray(image.transpose(1, 0, 2))), 10)[2:-2] == 200).all()
 
 
-def test_a_flat_picture_stays_flat_at_any_size() -> None:
+def test_a_flat_image_stays_flat_at_any_size() -> None:
     for size in ((1, 1), (3, 200), (200, 3), (64, 64), (65, 63), (600, 450)):
         square = decode_square(encode(np.full((size[1], size[0], 3), 77, dtype=np.uint8), "JPEG", quality=95), 64)
         assert square.shape == (64, 64, 3)
@@ -94,10 +94,10 @@ def test_modes_become_rgb() -> None:
         (deep, (100, 100, 100)),
         (black_white, (255, 255, 255)),
     ]
-    for picture, colour in expected:
+    for image, colour in expected:
         out = io.BytesIO()
-        picture.save(out, "PNG")
-        assert np.abs(decode_square(out.getvalue(), 4).astype(int) - colour).max() <= 1, picture.mode
+        image.save(out, "PNG")
+        assert np.abs(decode_square(out.getvalue(), 4).astype(int) - colour).max() <= 1, image.mode
 
 
 def test_cmyk_jpeg_becomes_rgb() -> None:
@@ -116,14 +116,12 @@ def test_colour_profile_is_applied() -> None:
     red[..., 0] = 255
     assert np.abs(decode_square(encode(red, icc_profile=srgb), 4).astype(int) - (255, 0, 0)).max() <= 1
     assert np.abs(decode_square(encode(red, icc_profile=swapped), 4).astype(int) - (0, 0, 255)).max() <= 3
-    assert np.abs(decode_picture(encode(red, icc_profile=swapped)).astype(int) - (0, 0, 255)).max() <= 3
+    assert np.abs(decode_image(encode(red, icc_profile=swapped)).astype(int) - (0, 0, 255)).max() <= 3
 
 
 def test_a_damaged_profile_changes_nothing() -> None:
-    picture = quadrants()
-    assert np.array_equal(
-        decode_square(encode(picture, icc_profile=b"rubbish" * 40), 8), decode_square(encode(picture), 8)
-    )
+    image = quadrants()
+    assert np.array_equal(decode_square(encode(image, icc_profile=b"rubbish" * 40), 8), decode_square(encode(image), 8))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -147,39 +145,39 @@ def test_several_sides_equal_single_ones(size: tuple[int, int]) -> None:
 def test_reduced_decoding_is_close_to_whole_decoding() -> None:
     rng = np.random.default_rng(1)
     small = PillowImage.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
-    picture = np.asarray(small.resize((801, 603), PillowImage.Resampling.BICUBIC))
-    reduced = decode_square(encode(picture, "JPEG", quality=98, subsampling=0), 64).astype(int)
-    assert np.abs(reduced - decode_square(encode(picture), 64)).mean() < 1.5
+    image = np.asarray(small.resize((801, 603), PillowImage.Resampling.BICUBIC))
+    reduced = decode_square(encode(image, "JPEG", quality=98, subsampling=0), 64).astype(int)
+    assert np.abs(reduced - decode_square(encode(image), 64)).mean() < 1.5
 
 
-def test_a_whole_picture_is_reduced_to_its_longer_side() -> None:
-    assert decode_picture(encode(quadrants(90, 120), "JPEG"), max_side_px=40).shape == (30, 40, 3)
-    assert decode_picture(encode(quadrants(30, 40)), max_side_px=400).shape == (30, 40, 3)
+def test_a_whole_image_is_reduced_to_its_longer_side() -> None:
+    assert decode_image(encode(quadrants(90, 120), "JPEG"), max_side_px=40).shape == (30, 40, 3)
+    assert decode_image(encode(quadrants(30, 40)), max_side_px=400).shape == (30, 40, 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_cut_off_pictures_are_refused(kind: str) -> None:
+def test_cut_off_images_are_refused(kind: str) -> None:
     rng = np.random.default_rng(2)
     data = encode(rng.integers(0, 255, (150, 200, 3), dtype=np.uint8), kind)
     for keep in (0.9, 0.5, 0.1):
-        with pytest.raises(PictureError, match="damaged or cut off"):
+        with pytest.raises(ImageError, match="damaged or cut off"):
             decode_square(data[: int(len(data) * keep)], 64)
-        with pytest.raises(PictureError, match="damaged or cut off"):
-            decode_picture(data[: int(len(data) * keep)])
+        with pytest.raises(ImageError, match="damaged or cut off"):
+            decode_image(data[: int(len(data) * keep)])
 
 
 @pytest.mark.parametrize(
-    ("data", "code"), [(b"", "empty"), (b"GIF89a...", "not_a_picture"), (b"\xff\xd8\xff", "damaged")]
+    ("data", "code"), [(b"", "empty"), (b"GIF89a...", "not_an_image"), (b"\xff\xd8\xff", "damaged")]
 )
-def test_what_is_no_picture_is_refused(data: bytes, code: str) -> None:
-    with pytest.raises(PictureError) as caught:
+def test_what_is_no_image_is_refused(data: bytes, code: str) -> None:
+    with pytest.raises(ImageError) as caught:
         decode_square(data, 64)
     assert caught.value.code == code
 
 
 def test_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PillowImage, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode_square(encode(quadrants()), 8)
     assert caught.value.code == "too_many_pixels"
 
@@ -194,8 +192,8 @@ def test_sides_must_be_positive() -> None:
 def test_the_version_is_that_of_these_pixels() -> None:
     """If one of these numbers changes, raise DECODE_VERSION: caches and bundles depend on it."""
     x = np.linspace(0, 255, 160)
-    picture = np.stack(np.broadcast_arrays(x[None, :], x[:120, None], np.float64(90)), axis=2).astype(np.uint8)
-    square = decode_square(encode(picture), 4)
+    image = np.stack(np.broadcast_arrays(x[None, :], x[:120, None], np.float64(90)), axis=2).astype(np.uint8)
+    square = decode_square(encode(image), 4)
     assert DECODE_VERSION == 1
     assert square[:, :, 0].tolist() == [[52, 103, 151, 202]] * 4
     assert square[:, :, 1].T.tolist() == [[24, 70, 120, 166]] * 4

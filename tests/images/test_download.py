@@ -15,16 +15,16 @@ from images import download as module
 from images.download import HAM10000, RemoteFile, download, files_of
 from records.errors import ConfigError, DataError, IntegrityError, UnavailableError
 
-PICTURES = {f"ISIC_{n:07d}.jpg": bytes([n]) * 40_000 for n in range(12)}
+IMAGES = {f"ISIC_{n:07d}.jpg": bytes([n]) * 40_000 for n in range(12)}
 TABLE = b"lesion_id,image_id,dx\n"
 NO_WAIT = (0.0, 0.0)
 CHUNK = 2**14
 
 
-def archive(pictures: dict[str, bytes]) -> bytes:
+def archive(images: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as opened:
-        for name, content in pictures.items():
+        for name, content in images.items():
             opened.writestr(name, content)
     return buffer.getvalue()
 
@@ -43,7 +43,7 @@ class Mirror:
 
 @pytest.fixture
 def mirror() -> Iterator[Mirror]:
-    state = Mirror({"/1?format=original": TABLE, "/2": archive(PICTURES)})
+    state = Mirror({"/1?format=original": TABLE, "/2": archive(IMAGES)})
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -89,9 +89,9 @@ def described(mirror: Mirror) -> tuple[RemoteFile, ...]:
 
 def test_files_are_fetched_checked_and_laid_out(mirror: Mirror, tmp_path: Path) -> None:
     report = download(described(mirror), tmp_path / "out", mirror.url + "/", waits_s=NO_WAIT)
-    assert (report.pictures, len(report.fetched), report.present) == (12, 2, [])
+    assert (report.images, len(report.fetched), report.present) == (12, 2, [])
     unpacked = {p.name: p.read_bytes() for p in (tmp_path / "out" / "HAM10000_images_part_1").glob("*.jpg")}
-    assert unpacked == PICTURES
+    assert unpacked == IMAGES
     assert (tmp_path / "out" / "HAM10000_metadata.csv").read_bytes() == TABLE
     assert not list((tmp_path / "out").glob("*.zip")) + list((tmp_path / "out").glob(".*.part"))
     mirror.asked.clear()
@@ -102,7 +102,7 @@ def test_files_are_fetched_checked_and_laid_out(mirror: Mirror, tmp_path: Path) 
 def test_a_broken_connection_is_taken_up_where_it_stopped(mirror: Mirror, tmp_path: Path) -> None:
     mirror.cut_after = [6 * CHUNK, 3 * CHUNK + 1]
     report = download(described(mirror), tmp_path, mirror.url, waits_s=NO_WAIT)
-    assert report.pictures == 12
+    assert report.images == 12
     ranges = [asked for path, asked in mirror.asked if path == "/2"]
     assert ranges == [None, f"bytes={6 * CHUNK}-", f"bytes={9 * CHUNK}-"]
 
@@ -118,20 +118,20 @@ def test_a_run_that_gave_up_is_finished_by_the_next(mirror: Mirror, tmp_path: Pa
 
 
 def test_a_whole_part_needs_no_bytes_and_too_long_a_one_is_dropped(mirror: Mirror, tmp_path: Path) -> None:
-    table, pictures = described(mirror)
-    part = tmp_path / f".{pictures.name}.{pictures.md5[:8]}.part"
+    table, images = described(mirror)
+    part = tmp_path / f".{images.name}.{images.md5[:8]}.part"
     part.write_bytes(mirror.files["/2"])
-    assert download((pictures,), tmp_path, mirror.url, waits_s=NO_WAIT).pictures == 12
+    assert download((images,), tmp_path, mirror.url, waits_s=NO_WAIT).images == 12
     other = tmp_path / "other"
     other.mkdir()
     (other / part.name).write_bytes(mirror.files["/2"] + b"more")
-    assert download((pictures,), other, mirror.url, waits_s=NO_WAIT).pictures == 12
+    assert download((images,), other, mirror.url, waits_s=NO_WAIT).images == 12
     assert table.name == "HAM10000_metadata.csv"
 
 
 def test_a_server_without_ranges_sends_it_all_again(mirror: Mirror, tmp_path: Path) -> None:
     mirror.cut_after, mirror.knows_ranges = [100_000], False
-    assert download(described(mirror), tmp_path, mirror.url, waits_s=NO_WAIT).pictures == 12
+    assert download(described(mirror), tmp_path, mirror.url, waits_s=NO_WAIT).images == 12
 
 
 def test_altered_bytes_are_thrown_away(mirror: Mirror, tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_altered_bytes_are_thrown_away(mirror: Mirror, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=f"does not have the published MD5 {files[1].md5} and was thrown away"):
         download(files, tmp_path, mirror.url, waits_s=NO_WAIT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["HAM10000_metadata.csv"]
-    mirror.files["/2"] = archive(PICTURES)
-    assert download(files, tmp_path, mirror.url, waits_s=NO_WAIT).pictures == 12
+    mirror.files["/2"] = archive(IMAGES)
+    assert download(files, tmp_path, mirror.url, waits_s=NO_WAIT).images == 12
 
 
 def test_an_altered_table_is_fetched_again(mirror: Mirror, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_names_in_an_archive_are_never_paths(mirror: Mirror, tmp_path: Path) -> 
     with pytest.raises(DataError, match="is no ZIP archive"):
         download(described(mirror), tmp_path / "c", mirror.url, waits_s=NO_WAIT)
     mirror.files["/2"] = archive({"readme.txt": b"1"})
-    with pytest.raises(DataError, match=r"holds no \.jpg pictures"):
+    with pytest.raises(DataError, match=r"holds no \.jpg images"):
         download(described(mirror), tmp_path / "d", mirror.url, waits_s=NO_WAIT)
 
 

@@ -1,4 +1,4 @@
-"""Decoded pixels of an erased picture are blanked; the rows beside it stay."""
+"""Decoded pixels of an erased image are blanked; the rows beside it stay."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from images.cache import PixelCache
 from images.forget import forget_pixels
 
 
-def test_only_the_erased_picture_is_blanked(tmp_path: Path) -> None:
+def test_only_the_erased_image_is_blanked(tmp_path: Path) -> None:
     ids = [f"{i:064x}" for i in (1, 2, 3)]
     pixels = np.stack([np.full((4, 4, 3), i, dtype=np.uint8) for i in (1, 2, 3)])
     PixelCache(tmp_path, 4).append(ids, pixels)

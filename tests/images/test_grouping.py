@@ -1,4 +1,4 @@
-"""Groups of pictures that came in by other ways than an import: served ones that experts labelled."""
+"""Groups of images that came in by other ways than an import: served ones that experts labelled."""
 
 import io
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image as PillowImage
 
-from images.grouping import group_pictures, known_diagnoses
+from images.grouping import group_images, known_diagnoses
 from images.importer import import_folder
 from images.synth import render
 from records.errors import UnknownIdError
@@ -17,7 +17,7 @@ from records.types import AnswerKind, Confirmation, ExpertLabel, Group, Image, S
 
 
 def serve(store: Store, data: bytes, **context: str) -> str:
-    """Put a picture into the ledger as the service does."""
+    """Put an image into the ledger as the service does."""
     image_id = store.blobs.put(data)
     image = Image(
         id=image_id, uri=store.blobs.uri(image_id), format="jpeg", width_px=200, height_px=150, provenance="served",
@@ -48,16 +48,16 @@ def expert(image_id: str, label: str | None) -> ExpertLabel:
     )  # fmt: skip
 
 
-def test_served_pictures_form_groups_without_a_side(store: Store) -> None:
+def test_served_images_form_groups_without_a_side(store: Store) -> None:
     first = serve(store, render("nv", seed=1))
     second = serve(store, render("mel", seed=2), lesion_id="L1")
     third = serve(store, render("mel", seed=3), lesion_id="L1")
-    assert group_pictures(store, [first, second, third, first]) == 3
+    assert group_images(store, [first, second, third, first]) == 3
     assert group_of(store, second) == group_of(store, third) != group_of(store, first)
     with store.ledger.read() as tx:
         assert {(g.side, g.drawn_by) for g in tx.find(Group)} == {(None, None)}
-    assert group_pictures(store, [first, second]) == 0
-    assert group_pictures(store, []) == 0
+    assert group_images(store, [first, second]) == 0
+    assert group_images(store, []) == 0
 
 
 def test_a_served_copy_joins_the_imported_lesion(store: Store, generated: Path) -> None:
@@ -65,33 +65,33 @@ def test_a_served_copy_joins_the_imported_lesion(store: Store, generated: Path) 
     with store.ledger.read() as tx:
         known = tx.find(Image, order_by=("id",))[0]
     copy = serve(store, recompressed(store.blobs.get(known.id)))
-    assert group_pictures(store, [copy]) == 1
+    assert group_images(store, [copy]) == 1
     assert group_of(store, copy) == known.group_id
 
 
-def test_a_picture_can_connect_two_groups_that_have_no_side(store: Store) -> None:
+def test_an_image_can_connect_two_groups_that_have_no_side(store: Store) -> None:
     first = serve(store, render("nv", seed=1), lesion_id="L1")
     second = serve(store, render("nv", seed=2), patient_hash="p")
-    group_pictures(store, [first, second])
+    group_images(store, [first, second])
     assert group_of(store, first) != group_of(store, second)
     bridge = serve(store, render("nv", seed=3), lesion_id="L1", patient_hash="p")
-    assert group_pictures(store, [bridge]) == 1
+    assert group_images(store, [bridge]) == 1
     assert group_of(store, first) == group_of(store, second) == group_of(store, bridge)
     with store.ledger.read() as tx:
         groups = {g.id: g.merged_into for g in tx.find(Group)}
     assert sorted(map(bool, groups.values())) == [False, True]
 
 
-def test_a_picture_that_would_join_two_sides_gets_no_group(store: Store) -> None:
+def test_an_image_that_would_join_two_sides_gets_no_group(store: Store) -> None:
     first = serve(store, render("nv", seed=1), lesion_id="L1")
     second = serve(store, render("nv", seed=2), patient_hash="p")
-    group_pictures(store, [first, second])
+    group_images(store, [first, second])
     with store.ledger.begin() as tx:
         for image_id, side in ((first, Side.TRAIN), (second, Side.TEST)):
             image = tx.require(Image, image_id)
             tx.update(Group, image.group_id or "", side=side)
     bridge = serve(store, render("nv", seed=3), lesion_id="L1", patient_hash="p")
-    assert group_pictures(store, [bridge]) == 0
+    assert group_images(store, [bridge]) == 0
     assert group_of(store, bridge) is None
 
 
@@ -110,9 +110,9 @@ def test_diagnoses_prefer_the_strongest_source_and_unanimous_experts(store: Stor
     assert known_diagnoses(store) == {ids[1]: "nv", ids[3]: "mel"}
 
 
-def test_unknown_pictures_are_named(store: Store) -> None:
+def test_unknown_images_are_named(store: Store) -> None:
     with pytest.raises(UnknownIdError, match="import it first"):
-        group_pictures(store, ["f" * 64])
+        group_images(store, ["f" * 64])
 
 
 def test_patients_are_told_apart_by_a_salted_hash(store: Store) -> None:

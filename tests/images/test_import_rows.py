@@ -24,7 +24,7 @@ SALT = "test"
 def row(name: str, label: str | None = "nv", lesion: str | None = None, *, found: bool = True) -> SourceRow:
     context = dict.fromkeys(("patient_id", "site", "device", "sex", "localization"))
     path = Path(f"/data/{name}.jpg") if found else None
-    problem = None if found else f"there is no picture named {name} in /data"
+    problem = None if found else f"there is no image named {name} in /data"
     return SourceRow(
         name, path, problem, label, Confirmation.CONSENSUS, None, {"lesion_id": lesion, **context}, None, None
     )
@@ -56,14 +56,14 @@ def test_rows_that_cannot_be_used_are_named() -> None:
     assert [r.source_id for r in kept] == ["good", "bare", "again"]
     assert {(r.source_id, r.code, r.reason) for r in refusals} == {
         ("zebra", "unknown_class", "zebra has the class 'zebra'; taxonomy 'ham10000' has " + ", ".join(HAM.codes)),
-        ("lost", "missing", "there is no picture named lost in /data"),
-        ("twice", "label_conflict", "picture twice has the classes mel and nv"),
+        ("lost", "missing", "there is no image named lost in /data"),
+        ("twice", "label_conflict", "image twice has the classes mel and nv"),
         ("left", "label_conflict", "lesion L1 has the classes bkl and nv"),
         ("right", "label_conflict", "lesion L1 has the classes bkl and nv"),
         ("other", "label_conflict", "lesion L1 has the classes bkl and nv"),
     }
     assert len(refusals) == 6
-    assert notes == ["1 rows repeat the picture of another row and were read once"]
+    assert notes == ["1 rows repeat the image of another row and were read once"]
 
 
 def test_every_row_is_kept_refused_or_counted() -> None:
@@ -72,13 +72,13 @@ def test_every_row_is_kept_refused_or_counted() -> None:
     assert {r.source_id for r in kept} | {r.source_id for r in refusals} == {r.source_id for r in rows}
 
 
-def test_same_bytes_are_one_picture_unless_labels_disagree() -> None:
+def test_same_bytes_are_one_image_unless_labels_disagree() -> None:
     entries = [entry("a", "1"), entry("b", "2", "mel"), entry("c", "1"), entry("d", "2", "nv"), entry("e", "1", None)]
     kept, same_bytes, refusals = merge_same_bytes(entries)
     assert [e.row.source_id for e in kept] == ["a", "c", "e"]
     assert same_bytes == [("c", "a"), ("e", "a")]
     assert [(r.source_id, r.code) for r in refusals] == [("b", "label_conflict"), ("d", "label_conflict")]
-    assert refusals[0].reason == "b and d are the same picture with the classes mel and nv"
+    assert refusals[0].reason == "b and d are the same image with the classes mel and nv"
 
 
 def test_the_first_import_is_stratified_and_later_ones_go_by_hash() -> None:

@@ -22,7 +22,7 @@ from records.datasets import load_dataset
 from records.errors import ConfigError, DataError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 from records.types import AuditEvent, Confirmation, Consent, DatasetRecord, Group, Image, Quarantined, Side, SourceLabel
 
 Change = Callable[[Callable[[pd.DataFrame], pd.DataFrame]], Path]
@@ -38,14 +38,14 @@ def sides_of(store: Store) -> dict[str, Side | None]:
         return {group.id: group.side for group in tx.find(Group)}
 
 
-def picture_of(folder: Path, source_id: str) -> Path:
+def image_of(folder: Path, source_id: str) -> Path:
     return next(folder.rglob(f"{source_id}.jpg"))
 
 
-def write_folder(folder: Path, rows: list[dict[str, str]], pictures: dict[str, bytes]) -> Path:
+def write_folder(folder: Path, rows: list[dict[str, str]], images: dict[str, bytes]) -> Path:
     folder.mkdir()
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
-    for name, data in pictures.items():
+    for name, data in images.items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -63,7 +63,7 @@ def test_everything_of_the_table_is_recorded(store: Store, generated: Path) -> N
         assert (image.format, image.width_px, image.height_px) == ("jpeg", 120, 90)
         assert image.consent is Consent.TRAINING
         assert image.provenance == f"import:{report.import_id}"
-        assert read_picture(store, image) == store.blobs.get(image.id)
+        assert read_image(store, image) == store.blobs.get(image.id)
     with store.ledger.read() as tx:
         labels = {label.image_id: label for label in tx.find(SourceLabel)}
         assert [e.action for e in tx.find(AuditEvent)] == ["data.imported"]
@@ -119,7 +119,7 @@ def test_no_lesion_is_on_two_sides(store: Store, generated: Path) -> None:
     assert set(dataset.rows["side"]) == {side.value for side in Side}
 
 
-def test_adding_pictures_never_moves_a_group(store: Store, change_table: Change, generated: Path) -> None:
+def test_adding_images_never_moves_a_group(store: Store, change_table: Change, generated: Path) -> None:
     half = change_table(lambda table: table[table.index % 2 == 0])
     import_folder(store, half)
     before = sides_of(store)
@@ -141,8 +141,8 @@ def test_in_place_copies_nothing(store: Store, copied: Path) -> None:
     import_folder(store, copied, in_place=True)
     assert not list(store.home.blobs.rglob("*"))
     for name, image in images_of(store).items():
-        assert image.uri == picture_of(copied, name).resolve().as_uri()
-        assert read_picture(store, image) == picture_of(copied, name).read_bytes()
+        assert image.uri == image_of(copied, name).resolve().as_uri()
+        assert read_image(store, image) == image_of(copied, name).read_bytes()
 
 
 def test_metadata_is_stripped_unless_in_place(store: Store, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_metadata_is_stripped_unless_in_place(store: Store, tmp_path: Path) -> N
     assert b"Somebody" in out.getvalue()
     folder = write_folder(tmp_path / "data", [{"image_id": "a", "dx": "nv"}], {"a.jpg": out.getvalue()})
     import_folder(store, folder)
-    stored = read_picture(store, images_of(store)["a"])
+    stored = read_image(store, images_of(store)["a"])
     assert b"Somebody" not in stored
     assert len(stored) < len(out.getvalue())
 
@@ -166,9 +166,9 @@ def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(store: Store, c
 
     folder = change_table(spoil)
     table = pd.read_csv(folder / "HAM10000_metadata.csv")
-    cut, text = picture_of(folder, table.image_id[4]), picture_of(folder, table.image_id[5])
+    cut, text = image_of(folder, table.image_id[4]), image_of(folder, table.image_id[5])
     cut.write_bytes(cut.read_bytes()[:700])
-    text.write_text("not a picture")
+    text.write_text("not an image")
     report = import_folder(store, folder)
     codes = {q.source_id: q.code for q in report.quarantined}
     lesions = table.lesion_id[table.image_id.isin([table.image_id[4], table.image_id[5]])]
@@ -181,7 +181,7 @@ def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(store: Store, c
     found = audit_dataset(store, load_dataset(store, report.dataset_id))
     assert (found.quarantined, found.refused) == (4, {"missing": 1, "unknown_class": 1, "unreadable": 2})
 
-    # The picture is mended and the import is run again: only it is decoded, and only it leaves the count.
+    # The image is mended and the import is run again: only it is decoded, and only it leaves the count.
     cut.write_bytes(render("nv", seed=77))
     again = import_folder(store, folder)
     assert (again.new_images, again.decoded) == (1, 1)
@@ -197,7 +197,7 @@ def test_a_folder_with_nothing_usable_is_refused(store: Store, tmp_path: Path) -
     assert images_of(store) == {}
 
 
-def test_same_bytes_under_two_names_are_one_picture(store: Store, tmp_path: Path) -> None:
+def test_same_bytes_under_two_names_are_one_image(store: Store, tmp_path: Path) -> None:
     one, other, third = (render("nv", seed=s) for s in (1, 2, 3))
     rows = [
         {"image_id": "a", "dx": "nv", "lesion_id": "L1"},
@@ -206,21 +206,21 @@ def test_same_bytes_under_two_names_are_one_picture(store: Store, tmp_path: Path
         {"image_id": "d", "dx": "mel", "lesion_id": "L3"},
         {"image_id": "e", "dx": "nv", "lesion_id": "L4"},
     ]
-    pictures = {"a.jpg": one, "b.jpg": one, "c.jpg": other, "d.jpg": third, "e.jpg": third}
-    report = import_folder(store, write_folder(tmp_path / "data", rows, pictures))
+    contents = {"a.jpg": one, "b.jpg": one, "c.jpg": other, "d.jpg": third, "e.jpg": third}
+    report = import_folder(store, write_folder(tmp_path / "data", rows, contents))
     assert report.same_bytes == [("b", "a")]
     assert {(q.source_id, q.code) for q in report.quarantined} == {("d", "label_conflict"), ("e", "label_conflict")}
     images = images_of(store)
     assert sorted(images) == ["a", "c"]
-    # `a` is also a picture of L2, so that lesion's other picture belongs to its group.
+    # `a` is also an image of L2, so that lesion's other image belongs to its group.
     assert images["a"].group_id == images["c"].group_id
 
 
 def test_patients_connect_lesions_and_are_stored_as_a_hash(store: Store, tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     rows = [{"pic": n, "dx": "nv", "mole": n, "who": w} for n, w in zip(names, ["P-17", "P-17", "P-18"], strict=True)]
-    pictures = {f"{n}.jpg": render("nv", seed=k) for k, n in enumerate(names)}
-    folder = write_folder(tmp_path / "data", rows, pictures)
+    contents = {f"{n}.jpg": render("nv", seed=k) for k, n in enumerate(names)}
+    folder = write_folder(tmp_path / "data", rows, contents)
     import_folder(store, folder, columns={"image": "pic", "lesion": "mole", "patient": "who"})
     images = images_of(store)
     assert images["a"].group_id == images["b"].group_id != images["c"].group_id
@@ -236,8 +236,8 @@ def test_near_duplicates_join_unless_diagnoses_differ(store: Store, tmp_path: Pa
 
     first, second = render("mel", seed=1, number=1), render("nv", seed=1, number=2)
     rows = [{"image_id": n, "dx": dx} for n, dx in [("a", "mel"), ("b", "mel"), ("c", "nv"), ("d", "bkl")]]
-    pictures = {"a.jpg": first, "b.jpg": again(first), "c.jpg": second, "d.jpg": again(second)}
-    report = import_folder(store, write_folder(tmp_path / "data", rows, pictures))
+    contents = {"a.jpg": first, "b.jpg": again(first), "c.jpg": second, "d.jpg": again(second)}
+    report = import_folder(store, write_folder(tmp_path / "data", rows, contents))
     images = images_of(store)
     assert images["a"].group_id == images["b"].group_id
     assert images["c"].group_id != images["d"].group_id
@@ -245,7 +245,7 @@ def test_near_duplicates_join_unless_diagnoses_differ(store: Store, tmp_path: Pa
     found = {tuple(sorted((name_of[p.first], name_of[p.second]))): p.same_diagnosis for p in report.near_duplicates}
     assert found == {("a", "b"): True, ("c", "d"): False}
 
-    # A later picture is compared with those that are here already.
+    # A later image is compared with those that are here already.
     late = write_folder(tmp_path / "late", [{"image_id": "e", "dx": "mel"}], {"e.jpg": again(again(first))})
     assert len(import_folder(store, late).near_duplicates) == 2
     assert images_of(store)["e"].group_id == images["a"].group_id
@@ -253,14 +253,14 @@ def test_near_duplicates_join_unless_diagnoses_differ(store: Store, tmp_path: Pa
 
 def test_a_newcomer_that_links_two_sides_is_named_and_left_out(store: Store, tmp_path: Path) -> None:
     rows = [{"image_id": f"p{n}", "dx": "nv", "lesion_id": f"L{n}", "patient_id": f"P{n}"} for n in range(20)]
-    pictures = {f"p{n}.jpg": render("nv", seed=5, number=n, width_px=80) for n in range(21)}
-    import_folder(store, write_folder(tmp_path / "data", rows, pictures))
+    contents = {f"p{n}.jpg": render("nv", seed=5, number=n, width_px=80) for n in range(21)}
+    import_folder(store, write_folder(tmp_path / "data", rows, contents))
     side_of = sides_of(store)
     images = images_of(store)
     sides = {n: side_of[images[f"p{n}"].group_id or ""] for n in range(20)}
     one, other = next((a, b) for a in range(20) for b in range(20) if sides[a] != sides[b])
     late = [{"image_id": "p20", "dx": "nv", "lesion_id": f"L{one}", "patient_id": f"P{other}"}]
-    report = import_folder(store, write_folder(tmp_path / "late", late, {"p20.jpg": pictures["p20.jpg"]}))
+    report = import_folder(store, write_folder(tmp_path / "late", late, {"p20.jpg": contents["p20.jpg"]}))
     assert [(q.source_id, q.code) for q in report.quarantined] == [("p20", "links_two_sides")]
     assert images_of(store)["p20"].group_id is None
     assert sides_of(store) == side_of
@@ -268,12 +268,12 @@ def test_a_newcomer_that_links_two_sides_is_named_and_left_out(store: Store, tmp
 
 
 def test_an_equally_strong_label_of_another_import_is_a_conflict(store: Store, tmp_path: Path) -> None:
-    picture = {"a.jpg": render("nv", seed=1)}
-    import_folder(store, write_folder(tmp_path / "x", [{"image_id": "a", "dx": "nv", "dx_type": "consensus"}], picture))
-    equal = write_folder(tmp_path / "y", [{"image_id": "a", "dx": "mel", "dx_type": "consensus"}], picture)
+    image = {"a.jpg": render("nv", seed=1)}
+    import_folder(store, write_folder(tmp_path / "x", [{"image_id": "a", "dx": "nv", "dx_type": "consensus"}], image))
+    equal = write_folder(tmp_path / "y", [{"image_id": "a", "dx": "mel", "dx_type": "consensus"}], image)
     refused = import_folder(store, equal).quarantined
     assert [(q.code, q.reason) for q in refused] == [("label_conflict", "a is mel here and was imported as nv before")]
-    stronger = write_folder(tmp_path / "z", [{"image_id": "a", "dx": "mel", "dx_type": "histo"}], picture)
+    stronger = write_folder(tmp_path / "z", [{"image_id": "a", "dx": "mel", "dx_type": "histo"}], image)
     report = import_folder(store, stronger)
     assert report.quarantined == []
     assert load_dataset(store, report.dataset_id).rows["label"].tolist() == ["mel"]
@@ -294,7 +294,7 @@ def test_withheld_labels_are_really_absent(store: Store, tmp_path: Path) -> None
     groups = {image.id: image.group_id for image in images_of(store).values()}
     assert not labelled & set(withheld["image_id"])
     assert len(labelled) == len(groups) - len(withheld)
-    # Whole groups: no other picture of a withheld lesion gives the answer away.
+    # Whole groups: no other image of a withheld lesion gives the answer away.
     assert {groups[i] for i in labelled}.isdisjoint(withheld["group_id"])
     dataset = load_dataset(store, report.dataset_id)
     assert set(dataset.rows["image_id"]) == labelled
@@ -329,10 +329,10 @@ def test_a_given_split_is_kept(store: Store, change_table: Change) -> None:
     assert report.sides["train"] > 0
 
 
-def test_pictures_without_a_diagnosis_wait_for_one(store: Store, tmp_path: Path) -> None:
+def test_images_without_a_diagnosis_wait_for_one(store: Store, tmp_path: Path) -> None:
     rows = [{"image_id": n, "dx": dx, "lesion_id": n} for n, dx in [("a", "nv"), ("b", "")]]
-    pictures = {"a.jpg": render("nv", seed=1), "b.jpg": render("nv", seed=2)}
-    report = import_folder(store, write_folder(tmp_path / "data", rows, pictures))
+    contents = {"a.jpg": render("nv", seed=1), "b.jpg": render("nv", seed=2)}
+    report = import_folder(store, write_folder(tmp_path / "data", rows, contents))
     assert (report.images, report.unlabelled, report.quarantined) == (2, 1, [])
     images = images_of(store)
     assert sides_of(store)[images["b"].group_id or ""] is None
@@ -341,7 +341,7 @@ def test_pictures_without_a_diagnosis_wait_for_one(store: Store, tmp_path: Path)
     assert import_folder(store, pool).unlabelled == 1
 
 
-def test_erased_pictures_do_not_come_back(store: Store, tmp_path: Path) -> None:
+def test_erased_images_do_not_come_back(store: Store, tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path / "data",
         [{"image_id": "a", "dx": "nv"}, {"image_id": "b", "dx": "nv"}],

@@ -10,7 +10,7 @@ from records.arrays import FloatArray, IntArray, UInt8Array
 from records.errors import ContractError
 
 
-def pictures(*greys: FloatArray) -> UInt8Array:
+def images(*greys: FloatArray) -> UInt8Array:
     return np.stack([np.repeat(g[..., None], 3, axis=2) for g in greys]).round().clip(0, 255).astype(np.uint8)
 
 
@@ -30,7 +30,7 @@ def test_all_64_bits_count() -> None:
     assert bits.tolist() == [1, 64, 63]
 
 
-def test_pairs_of_two_old_pictures_are_not_looked_for_again() -> None:
+def test_pairs_of_two_old_images_are_not_looked_for_again() -> None:
     hashes = np.zeros(4, dtype=np.uint64)
     pairs, _ = hash_pairs(hashes, first_new=3)
     assert pairs.tolist() == [[0, 3], [1, 3], [2, 3]]
@@ -51,7 +51,7 @@ def test_search_equals_a_plain_loop() -> None:
     assert [(int(i), int(j), int(b)) for (i, j), b in zip(pairs, bits, strict=True)] == expected
 
 
-def test_ten_thousand_pictures_take_seconds() -> None:
+def test_ten_thousand_images_take_seconds() -> None:
     hashes = np.random.default_rng(0).integers(0, 2**63, 10_015, dtype=np.uint64)
     started = time.process_time()
     hash_pairs(hashes)
@@ -60,7 +60,7 @@ def test_ten_thousand_pictures_take_seconds() -> None:
 
 def test_both_hash_and_correlation_must_agree() -> None:
     noise = np.random.default_rng(0).normal(0, 60, (64, 64))
-    squares = pictures(ramp(), ramp() * 0.8 + 10, ramp() + noise, 240 - ramp())
+    squares = images(ramp(), ramp() * 0.8 + 10, ramp() + noise, 240 - ramp())
     same_hash = np.zeros(4, dtype=np.uint64)
     found = find_near_duplicates(same_hash, lambda index: squares[index])
     assert [(p.first, p.second, p.bits) for p in found] == [(0, 1, 0)]
@@ -69,8 +69,8 @@ def test_both_hash_and_correlation_must_agree() -> None:
     assert find_near_duplicates(apart, lambda index: squares[index]) == []
 
 
-def test_a_flat_picture_is_like_no_other() -> None:
-    squares = pictures(np.full((64, 64), 90.0), np.full((64, 64), 90.0))
+def test_a_flat_image_is_like_no_other() -> None:
+    squares = images(np.full((64, 64), 90.0), np.full((64, 64), 90.0))
     assert find_near_duplicates(np.zeros(2, dtype=np.uint64), lambda index: squares[index]) == []
 
 
@@ -79,7 +79,7 @@ def test_only_candidates_are_fetched() -> None:
 
     def squares(index: IntArray) -> UInt8Array:
         asked.append(index.tolist())
-        return pictures(*[ramp() for _ in index])
+        return images(*[ramp() for _ in index])
 
     found = find_near_duplicates(np.array([0, 2**50 - 1, 1], dtype=np.uint64), squares)
     assert asked == [[0, 2]]
@@ -92,7 +92,7 @@ def test_hash_survives_light_and_not_a_turn() -> None:
     for _ in range(6):
         x, y = rng.integers(8, 56, 2)
         blob += 150 * np.exp(-((np.arange(64)[None, :] - x) ** 2 + (np.arange(64)[:, None] - y) ** 2) / 90)
-    first, brighter, turned = (int(perceptual_hash(p), 16) for p in pictures(blob, blob * 0.9 + 20, blob.T[::-1]))
+    first, brighter, turned = (int(perceptual_hash(p), 16) for p in images(blob, blob * 0.9 + 20, blob.T[::-1]))
     assert (first ^ brighter).bit_count() <= 2
     assert (first ^ turned).bit_count() > 8
 

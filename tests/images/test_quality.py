@@ -1,4 +1,4 @@
-"""Pictures that were taken unlike the rest are named in words."""
+"""Images that were taken unlike the rest are named in words."""
 
 import numpy as np
 
@@ -8,14 +8,14 @@ from images.quality import MANY_DEVIATIONS, quality_outliers
 RANDOM = np.random.default_rng(0)
 
 
-def pictures() -> np.ndarray:
-    """60 alike noisy pictures."""
+def images() -> np.ndarray:
+    """60 alike noisy images."""
     base = RANDOM.integers(100, 180, size=(60, 1, 1, 3)) + RANDOM.normal(0, 12, size=(60, 32, 32, 3))
     return base.clip(0, 255).astype(np.uint8)
 
 
-def test_a_dark_a_flat_and_a_blurred_picture_are_named() -> None:
-    pixels = pictures()
+def test_a_dark_a_flat_and_a_blurred_image_are_named() -> None:
+    pixels = images()
     pixels[3] = pixels[3] // 40
     pixels[7] = pixels[7].mean(axis=(0, 1)).astype(np.uint8)
     names = [f"P{n}" for n in range(60)]
@@ -36,5 +36,5 @@ def test_deviations_by_hand() -> None:
     assert outlier.deviations == round(50 / 1.4826, 2)
 
 
-def test_pictures_that_are_all_alike_have_no_outlier() -> None:
+def test_images_that_are_all_alike_have_no_outlier() -> None:
     assert quality_outliers(np.zeros((4, 10)), list("abcd")) == []

@@ -10,12 +10,12 @@ from records.errors import DataError
 from records.types import Confirmation, Side
 
 
-def make(folder: Path, table: str, *pictures: str, name: str = "table.csv") -> Path:
+def make(folder: Path, table: str, *images: str, name: str = "table.csv") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(table)
-    for picture in pictures:
-        (folder / picture).parent.mkdir(parents=True, exist_ok=True)
-        (folder / picture).write_bytes(picture.encode())
+    for image in images:
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        (folder / image).write_bytes(image.encode())
     return folder
 
 
@@ -90,8 +90,8 @@ def test_files_are_found_by_stem_name_or_path(tmp_path: Path) -> None:
     )
     rows = read_source(tmp_path).rows
     assert [row.path and row.path.name for row in rows] == ["a.JPG", "b.png", "c.jpg", None, None, None]
-    assert rows[3].problem == f"there is no picture named d in {tmp_path}"
-    assert rows[4].problem == "row 5 names no picture"
+    assert rows[3].problem == f"there is no image named d in {tmp_path}"
+    assert rows[4].problem == "row 5 names no image"
     assert rows[5].problem is not None
     assert "outside" in rows[5].problem
 
@@ -118,24 +118,24 @@ def test_byte_order_mark_and_tabs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "pictures", "columns", "message"),
+    ("table", "images", "columns", "message"),
     [
         ("image_id,label\na,nv\n", ["a.jpg"], {}, r"no column 'dx'; it has image_id, label; .*--columns dx=NAME"),
-        ("picture,dx\na,nv\n", ["a.jpg"], {}, r"no column 'image_id'; .*--columns image=NAME"),
+        ("image,dx\na,nv\n", ["a.jpg"], {}, r"no column 'image_id'; .*--columns image=NAME"),
         ("image_id,dx\na,nv\n", ["a.jpg"], {"lesion": "mole"}, "no column 'mole' for lesion; it has image_id, dx"),
         ("image_id,dx\na,nv\n", ["a.jpg"], {"diagnosis": "dx"}, "cannot be asked for 'diagnosis'; --columns takes"),
         ("image_id,dx\n", ["a.jpg"], {}, "has no rows"),
-        ("image_id,dx\na,nv\n", [], {}, "there are no pictures in"),
+        ("image_id,dx\na,nv\n", [], {}, "there are no images in"),
         ("image_id,dx,split\na,nv,holdout\n", ["a.jpg"], {}, "the split 'holdout'; it must be one of train, val"),
         ("", ["a.jpg"], {}, "is not a table in UTF-8 CSV"),
         ('image_id,dx\na,nv\n"b', ["a.jpg"], {}, "is not a table in UTF-8 CSV"),
     ],
 )
 def test_faults_are_one_sentence(
-    tmp_path: Path, table: str, pictures: list[str], columns: dict[str, str], message: str
+    tmp_path: Path, table: str, images: list[str], columns: dict[str, str], message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        read_source(make(tmp_path, table, *pictures), columns)
+        read_source(make(tmp_path, table, *images), columns)
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from images.decode import decode_square
 from records.datasets import build_version
 from records.errors import ContractError, UnknownIdError
 from records.store import Store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 from trainers.fitting.training_data import plan_data
 
 if TYPE_CHECKING:
@@ -28,18 +28,18 @@ def image_ids(filled_store: Store) -> list[str]:
     return plan_data(build_version(filled_store).version, filled_store.taxonomy).image_ids
 
 
-def test_pictures_come_in_the_asked_order_and_are_not_kept(
+def test_images_come_in_the_asked_order_and_are_not_kept(
     ray_session: "RaySession", filled_store: Store, image_ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from images import streaming
 
-    monkeypatch.setattr(streaming, "PICTURES_PER_TASK", 5)
+    monkeypatch.setattr(streaming, "IMAGES_PER_TASK", 5)
     pixels = streaming.stream_pixels(filled_store, image_ids, np.array([4, 2]), SIDE_PX)
     parts = [np.array([3, 3, 0]), np.array([9]), np.array([8, 7, 6, 5, 1, 12, 11])]
     batches = list(pixels.batches(parts))
     assert [len(batch) for batch in batches] == [3, 1, 7]
     wanted = find_images(filled_store, [image_ids[position] for part in parts for position in part])
-    expected = np.stack([decode_square(read_picture(filled_store, image), SIDE_PX) for image in wanted])
+    expected = np.stack([decode_square(read_image(filled_store, image), SIDE_PX) for image in wanted])
     assert np.array_equal(np.concatenate(batches), expected)
     assert all(batch.flags.writeable for batch in batches)
 
@@ -51,12 +51,12 @@ def test_pictures_come_in_the_asked_order_and_are_not_kept(
         pixels.take([4, 5])
 
 
-def test_a_picture_that_is_gone_ends_the_stream_with_its_name(
+def test_an_image_that_is_gone_ends_the_stream_with_its_name(
     ray_session: "RaySession", filled_store: Store, image_ids: list[str]
 ) -> None:
     from images.streaming import stream_pixels
 
     absent = "f" * 64
     pixels = stream_pixels(filled_store, [*image_ids, absent], np.array([0]), SIDE_PX)
-    with pytest.raises(UnknownIdError, match="no picture has the id ffffffffffff"):
+    with pytest.raises(UnknownIdError, match="no image has the id ffffffffffff"):
         list(pixels.batches([np.array([1, len(image_ids)])]))

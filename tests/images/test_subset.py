@@ -1,4 +1,4 @@
-"""How a smaller part of the training pictures is drawn."""
+"""How a smaller part of the training images is drawn."""
 
 import numpy as np
 import pandas as pd
@@ -8,13 +8,13 @@ from images.subset import grouped_subset
 from records.errors import DataError
 
 
-def rows(groups_per_class: dict[str, int], pictures_per_group: int = 2) -> pd.DataFrame:
+def rows(groups_per_class: dict[str, int], images_per_group: int = 2) -> pd.DataFrame:
     return pd.DataFrame(
         [
-            {"image_id": f"{label}-{group}-{picture}", "group_id": f"{label}-{group}", "label": label}
+            {"image_id": f"{label}-{group}-{image}", "group_id": f"{label}-{group}", "label": label}
             for label, count in groups_per_class.items()
             for group in range(count)
-            for picture in range(pictures_per_group)
+            for image in range(images_per_group)
         ]
     )
 
@@ -31,7 +31,7 @@ def test_groups_stay_whole_and_classes_keep_their_share():
 
 
 def test_a_rare_class_keeps_at_least_one_group():
-    chosen = grouped_subset(rows({"nv": 100, "df": 1}, pictures_per_group=3), 20, seed=0)
+    chosen = grouped_subset(rows({"nv": 100, "df": 1}, images_per_group=3), 20, seed=0)
 
     assert (chosen["label"] == "df").sum() == 3
     assert len(chosen) <= 20 + 3
@@ -56,6 +56,6 @@ def test_a_limit_that_is_not_reached_changes_nothing(limit):
     assert grouped_subset(ROWS, limit, seed=0).equals(ROWS)
 
 
-def test_fewer_pictures_than_classes_are_refused():
-    with pytest.raises(DataError, match=r"max_train_images is 2, but 3 classes need a picture each"):
+def test_fewer_images_than_classes_are_refused():
+    with pytest.raises(DataError, match=r"max_train_images is 2, but 3 classes need an image each"):
         grouped_subset(ROWS, 2, seed=0)

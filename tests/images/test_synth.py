@@ -32,9 +32,9 @@ def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     synthesize(tmp_path / "c", lesions=9, seed=4, width_px=100)
     ours, other = files_of(tmp_path / "a"), files_of(tmp_path / "c")
-    pictures = [name for name in ours if name.endswith(".jpg")]
-    assert pictures
-    assert not any(ours[name] == other.get(name) for name in pictures)
+    images = [name for name in ours if name.endswith(".jpg")]
+    assert images
+    assert not any(ours[name] == other.get(name) for name in images)
 
 
 def test_layout_is_the_official_one(generated: Path) -> None:
@@ -48,14 +48,14 @@ def test_layout_is_the_official_one(generated: Path) -> None:
     assert set(table["dx_type"]) <= {"histo", "follow_up", "consensus", "confocal"}
     for image_id, path in found.items():
         mask = np.asarray(PillowImage.open(generated / "masks" / f"{image_id}_segmentation.png"))
-        with PillowImage.open(path) as picture:
-            assert picture.format == "JPEG"
-            assert picture.size == (120, 90)
+        with PillowImage.open(path) as image:
+            assert image.format == "JPEG"
+            assert image.size == (120, 90)
         assert mask.shape == (90, 120)
         assert set(np.unique(mask)) == {0, 255}
 
 
-def test_lesions_have_several_pictures_and_one_diagnosis(generated: Path) -> None:
+def test_lesions_have_several_images_and_one_diagnosis(generated: Path) -> None:
     lesions = table_of(generated).groupby("lesion_id")
     assert (lesions["dx"].nunique() == 1).all()
     assert set(lesions.size()) == {1, 2, 3}
@@ -109,7 +109,7 @@ def test_a_killed_run_is_finished_and_a_finished_one_left_alone(tmp_path: Path) 
 
 
 def test_the_folder_says_what_it_is(generated: Path) -> None:
-    assert "not photographs" in json.loads((generated / "synth.json").read_text())["what"]
+    assert "not images" in json.loads((generated / "synth.json").read_text())["what"]
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_colours_alone_do_not_tell_the_classes_apart() -> None:
     """The classes must be learnable, and not so easy that a look at the colours is enough."""
 
     def features(code: str, number: int) -> list[float]:
-        picture = PillowImage.open(io.BytesIO(render(code, seed=7, number=number, width_px=80))).convert("RGB")
-        middle = np.asarray(picture, dtype=float)[12:48, 20:60].reshape(-1, 3)
+        image = PillowImage.open(io.BytesIO(render(code, seed=7, number=number, width_px=80))).convert("RGB")
+        middle = np.asarray(image, dtype=float)[12:48, 20:60].reshape(-1, 3)
         return [*middle.mean(axis=0), *middle.std(axis=0), *np.percentile(middle, [5, 95], axis=0).ravel()]
 
     codes = list(LOOKS)

@@ -1,4 +1,4 @@
-"""One real Label Studio for the whole session, and a fresh store with generated pictures for each test."""
+"""One real Label Studio for the whole session, and a fresh store with generated images for each test."""
 
 import io
 import os
@@ -21,8 +21,8 @@ from records.types import Decision, Image, Prediction, ReasonCode, ReviewItem
 ENVIRONMENT = os.environ.get("RELOOK_LABELING__ENVIRONMENT")
 
 
-def picture(seed: int, kind: str = "JPEG", size: tuple[int, int] = (96, 72)) -> bytes:
-    """A generated picture: a dark spot on a light ground, another place and colour for each seed."""
+def make_image(seed: int, kind: str = "JPEG", size: tuple[int, int] = (96, 72)) -> bytes:
+    """A generated image: a dark spot on a light ground, another place and colour for each seed."""
     chance = np.random.default_rng(seed)
     width, height = size
     y, x = np.mgrid[:height, :width]
@@ -66,18 +66,18 @@ AddItem = Callable[[bytes, bytes, float], ReviewItem]
 
 @pytest.fixture
 def ask_about(store: Store) -> AddItem:
-    """Write one question about a picture with its overlay, at a priority."""
+    """Write one question about an image with its overlay, at a priority."""
     return lambda data, overlay, priority: add_item(store, data, overlay, priority)
 
 
 @pytest.fixture
 def add_items(store: Store) -> AddItems:
-    """Write pictures, predictions and review items, as serving does; priority falls with the number."""
+    """Write images, predictions and review items, as serving does; priority falls with the number."""
 
     def add(count: int, *, first_seed: int = 0, overlays: bool = True) -> list[ReviewItem]:
         seeds = range(first_seed, first_seed + count)
         return [
-            add_item(store, picture(seed), picture(seed + 10_000, "PNG") if overlays else None, count - number)
+            add_item(store, make_image(seed), make_image(seed + 10_000, "PNG") if overlays else None, count - number)
             for number, seed in enumerate(seeds)
         ]
 
@@ -85,7 +85,7 @@ def add_items(store: Store) -> AddItems:
 
 
 def add_item(store: Store, data: bytes, overlay: bytes | None, priority: float) -> ReviewItem:
-    """Write one picture with a prediction and a question."""
+    """Write one image with a prediction and a question."""
     now = utc_now()
     image = Image(
         id=store.blobs.put(data),

@@ -105,10 +105,10 @@ def test_an_adjudication_stands_above_any_majority() -> None:
     assert resolve(labels)[0].label == "nv"
 
 
-def test_the_report_counts_pictures_with_two_readers() -> None:
+def test_the_report_counts_images_with_two_readers() -> None:
     labels = [said("i", "a", "mel"), said("i", "b", "mel"), said("j", "a", "nv"), said("j", "b", "mel")]
     found = agreement([*labels, said("k", "a", "nv")], {}, {}, ["mel", "nv"])
-    assert found.pictures == 2
+    assert found.images == 2
     assert found.cohen == {"a | b": 0.0}
     assert found.fleiss_by_class["mel"] == found.fleiss
     assert found.anchoring.difference is None

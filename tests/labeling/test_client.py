@@ -80,7 +80,7 @@ def test_what_is_gone_is_an_unknown_id(client: LabelStudioClient) -> None:
 def test_a_refused_import_says_why(store: Store, client: LabelStudioClient, settings: LabelingSettings) -> None:
     project = open_project(store, client, settings)
     with pytest.raises(LabelStudioError, match=r"refused to import 1 tasks \(400: .*image"):
-        client.import_tasks(project.id, [{"data": {"why": "no picture"}, "meta": {}, "predictions": []}])
+        client.import_tasks(project.id, [{"data": {"why": "no image"}, "meta": {}, "predictions": []}])
     assert client.state(project.id).total == 0
 
 

@@ -35,13 +35,13 @@ def _log_in(page: "Page", server: ServerInfo) -> None:
     page.get_by_text("Projects").first.wait_for()
 
 
-def _is_drawn(picture: "Locator") -> bool:
-    picture.wait_for()
-    return bool(picture.evaluate("async image => { await image.decode(); return image.naturalWidth > 0; }"))
+def _is_drawn(make_image: "Locator") -> bool:
+    make_image.wait_for()
+    return bool(make_image.evaluate("async image => { await image.decode(); return image.naturalWidth > 0; }"))
 
 
 def _lesion(number: int) -> tuple[bytes, bytes]:
-    """A generated picture, and a map drawn over it that is strongest in the middle."""
+    """A generated image, and a map drawn over it that is strongest in the middle."""
     data = render("mel" if number % 2 else "nv", seed=7, number=number, width_px=400)
     y, x = np.mgrid[-1:1:14j, -1:1:14j]
     with PillowImage.open(io.BytesIO(data)) as opened:
@@ -61,7 +61,7 @@ def _answer(page: "Page", diagnosis: str, comment: str) -> None:
 
 @pytest.mark.browser
 @pytest.mark.timeout(600)
-def test_an_expert_sees_picture_and_heat_map_and_clicks_arrive_in_the_order_of_priority(
+def test_an_expert_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_priority(
     browser: "Browser",
     server: ServerInfo,
     client: LabelStudioClient,
@@ -93,9 +93,9 @@ def test_an_expert_sees_picture_and_heat_map_and_clicks_arrive_in_the_order_of_p
     page.get_by_text("Your diagnosis").wait_for()
     page.get_by_text("The model was not sure.").wait_for()
     assert page.get_by_text("age 55, female, back").is_visible()
-    pictures = page.get_by_alt_text("image", exact=True)
-    picture, heat_map = pictures.first, pictures.nth(1)
-    assert _is_drawn(picture)
+    images = page.get_by_alt_text("image", exact=True)
+    make_image, heat_map = images.first, images.nth(1)
+    assert _is_drawn(make_image)
     expect(heat_map).to_be_hidden()
     assert not page.get_by_text("Melanoma 60%").is_visible(), "the model's opinion is folded away"
     page.screenshot(path=tmp_path / "label-task.png")

@@ -23,7 +23,7 @@ from labeling.tasks import (
     task_document,
     why_text,
 )
-from records.errors import PictureError
+from records.errors import ImageError
 from records.ids import utc_now
 from records.taxonomy import DiagnosisClass, Taxonomy, load_taxonomy
 from records.types import AnswerKind, Decision, Image, Prediction, ReasonCode, ReviewItem
@@ -150,7 +150,7 @@ def test_a_task_carries_key_score_and_no_answer() -> None:
     assert document["predictions"] == [{"result": [], "score": -7.5, "model_version": PRIORITY_VERSION}]
     assert document["meta"] == {"relook_item": "item", "relook_key": "item[relook:x]"}
     assert _opened(document["data"]["image"]).size == (512, 384)
-    assert _opened(document["data"]["heatmap"]).size == (512, 512), "a folded picture is shown as large as it is"
+    assert _opened(document["data"]["heatmap"]).size == (512, 512), "a folded image is shown as large as it is"
     assert "secret" not in str(document)
     assert "ISIC" not in str(document)
 
@@ -166,7 +166,7 @@ def test_the_words_of_a_task() -> None:
     assert answer_text(_prediction(label=None, probabilities=None), HAM) == "The model gave no answer."
     assert answer_text(None, HAM) == "The model was not asked."
     assert about_text(_image(age_years=55.0, sex="male")) == "age 55, male"
-    assert about_text(_image()) == "nothing else is known about this picture"
+    assert about_text(_image()) == "nothing else is known about this image"
 
 
 def test_a_small_jpeg_goes_in_as_it_is_and_others_are_encoded() -> None:
@@ -186,8 +186,8 @@ def test_orientation_is_applied_and_the_profile_kept() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", _encoded((64, 64), "JPEG")[:400], _encoded((600, 600), "PNG")[:900]])
-def test_damaged_pictures_are_refused(data: bytes) -> None:
-    with pytest.raises(PictureError):
+def test_damaged_images_are_refused(data: bytes) -> None:
+    with pytest.raises(ImageError):
         data_uri(data, SETTINGS)
 
 

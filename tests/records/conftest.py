@@ -1,4 +1,4 @@
-"""Samples that the tests of the records room share: one record of every type, labelled pictures, a small bundle."""
+"""Samples that the tests of the records room share: one record of every type, labelled images, a small bundle."""
 
 import shutil
 import subprocess
@@ -115,13 +115,13 @@ def run_python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="session")
 def image_id() -> Callable[[object], str]:
-    """Return the picture id that belongs to a short name."""
-    return lambda name: sha256_hex(f"picture {name}".encode())
+    """Return the image id that belongs to a short name."""
+    return lambda name: sha256_hex(f"image {name}".encode())
 
 
 @pytest.fixture(scope="session")
 def add_labelled(image_id: Callable[[object], str]) -> Callable[..., None]:
-    """Enter pictures, each in a group of its own unless `group` names one, with a label unless it is None."""
+    """Enter images, each in a group of its own unless `group` names one, with a label unless it is None."""
 
     def add(
         store: Store,
@@ -135,14 +135,14 @@ def add_labelled(image_id: Callable[[object], str]) -> Callable[..., None]:
     ) -> None:
         with store.ledger.begin() as tx:
             for name in names:
-                picture = image_id(name)
+                content = image_id(name)
                 group_id = group or sha256_hex(f"group {name}".encode())[:16]
                 if tx.get(Group, group_id) is None:
                     tx.add(Group(id=group_id, created_at=NOON))
                 values = {"consent": Consent.TRAINING, "group_id": group_id} | image
                 tx.add(
                     Image(
-                        id=picture,
+                        id=content,
                         uri="file:///none",
                         format="jpeg",
                         width_px=600,
@@ -155,8 +155,8 @@ def add_labelled(image_id: Callable[[object], str]) -> Callable[..., None]:
                 if label is not None:
                     tx.add(
                         SourceLabel(
-                            id=f"{source} {picture}",
-                            image_id=picture,
+                            id=f"{source} {image}",
+                            image_id=content,
                             label=label,
                             confirmation=confirmation,
                             source=source,

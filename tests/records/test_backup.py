@@ -29,7 +29,7 @@ def filled(store: Store, sample: Callable[..., Any]) -> Store:
         for number in range(3):
             audit.append(tx, actor="test", action="gate.read", subject=str(number), details={"ü": None})
     for number in range(3):
-        store.blobs.put(f"picture {number}".encode())
+        store.blobs.put(f"image {number}".encode())
     (store.home.keys / "patient-key").write_text("secret")
     (store.home.datasets / "abc").mkdir()
     (store.home.datasets / "abc" / "manifest.parquet").write_bytes(b"rows")

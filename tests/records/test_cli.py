@@ -67,6 +67,6 @@ def test_a_trace_is_shown_or_refused(store: Store, sample: Any) -> None:
     with store.ledger.begin() as tx:
         tx.add(image)
     shown = json.loads(_run(store, "trace", image.id[:8], "--json").stdout)
-    assert (shown["kind"], shown["subject"], [s["kind"] for s in shown["steps"]]) == ("image", image.id, ["picture"])
-    assert "picture" in _run(store, "trace", image.id).stdout
+    assert (shown["kind"], shown["subject"], [s["kind"] for s in shown["steps"]]) == ("image", image.id, ["image"])
+    assert "image" in _run(store, "trace", image.id).stdout
     assert isinstance(_run(store, "trace", "ffffffff").exception, UnknownIdError)

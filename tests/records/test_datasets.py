@@ -21,7 +21,7 @@ NewStore = Callable[..., AbstractContextManager[Store]]
 
 @pytest.fixture
 def imported(store: Store, add_labelled: Add) -> Store:
-    """60 pictures in 60 groups, their sides drawn."""
+    """60 images in 60 groups, their sides drawn."""
     add_labelled(store, range(40), "nv", confirmation=Confirmation.HISTOPATHOLOGY)
     add_labelled(store, range(40, 60), "mel", confirmation=Confirmation.SINGLE_READER)
     build_version(store)
@@ -30,7 +30,7 @@ def imported(store: Store, add_labelled: Add) -> Store:
 
 @pytest.fixture
 def says(image_id: Id) -> Callable[..., ResolvedLabel]:
-    """What experts say of a picture."""
+    """What experts say of an image."""
 
     def make(name: object, label: str | None, *, audit: bool = False, two: bool = False) -> ResolvedLabel:
         return ResolvedLabel(
@@ -44,18 +44,18 @@ def says(image_id: Id) -> Callable[..., ResolvedLabel]:
     return make
 
 
-def _row(report: BuildReport, picture: str) -> dict[str, Any]:
-    (row,) = report.version.rows[report.version.rows["image_id"] == picture].to_dict("records")
+def _row(report: BuildReport, image: str) -> dict[str, Any]:
+    (row,) = report.version.rows[report.version.rows["image_id"] == image].to_dict("records")
     return row
 
 
 def _on(store: Store, side: Side, image_id: Id, start: int = 0) -> int:
-    """Return the number of a picture on a side."""
+    """Return the number of an image on a side."""
     rows = build_version(store).version.side(side)
     return next(n for n in range(start, 60) if image_id(n) in set(rows["image_id"]))
 
 
-def test_a_version_holds_every_labelled_picture_once(imported: Store, image_id: Id) -> None:
+def test_a_version_holds_every_labelled_image_once(imported: Store, image_id: Id) -> None:
     report = build_version(imported)
     rows = report.version.rows
     assert list(rows.columns) == list(ManifestRow.model_fields)
@@ -131,7 +131,7 @@ def test_nobody_could_tell_adds_nothing(imported: Store, image_id: Id, says: Cal
 
 
 def _held_groups(store: Store, start: int, count: int) -> list[int]:
-    """Return picture numbers whose groups the hash would put on a side other than train."""
+    """Return image numbers whose groups the hash would put on a side other than train."""
     salt = store.settings.split_salt
     names = (n for n in range(start, 9999) if draw_side(sha256_hex(f"group {n}".encode())[:16], salt) != Side.TRAIN)
     return [next(names) for _ in range(count)]
@@ -156,7 +156,7 @@ def test_doubt_joins_train_and_the_audit_sample_any_side_by_hash(
 def test_a_label_from_doubt_never_enters_a_held_out_side(
     imported: Store, add_labelled: Add, image_id: Id, says: Callable[..., ResolvedLabel]
 ) -> None:
-    """Neither as a new picture of a held-out lesion, nor as a better label of a held-out picture."""
+    """Neither as a new image of a held-out lesion, nor as a better label of a held-out image."""
     held = _on(imported, Side.TEST, image_id, start=40)
     group = sha256_hex(f"group {held}".encode())[:16]
     add_labelled(imported, ["doubted", "audited"], None, group=group)
@@ -169,7 +169,7 @@ def test_a_label_from_doubt_never_enters_a_held_out_side(
     assert report.version.num_images == 61
 
 
-def test_adding_pictures_never_moves_a_group(imported: Store, add_labelled: Add) -> None:
+def test_adding_images_never_moves_a_group(imported: Store, add_labelled: Add) -> None:
     before = build_version(imported).version.rows
     add_labelled(imported, range(200, 300), "vasc")
     after = build_version(imported).version.rows
@@ -207,7 +207,7 @@ def test_what_is_left_out_is_named(
 
 
 def test_without_a_label_there_is_no_version(store: Store) -> None:
-    with pytest.raises(DataError, match="no picture has a label yet"):
+    with pytest.raises(DataError, match="no image has a label yet"):
         build_version(store)
     assert list(store.home.datasets.iterdir()) == []
 

@@ -18,25 +18,25 @@ Sample = Callable[..., Any]
 
 @pytest.fixture
 def erasable(store: Store, sample: Sample) -> str:
-    """A stored picture with an answer and an open question that has a heat map."""
-    picture = store.blobs.put(b"the picture")
+    """A stored image with an answer and an open question that has a heat map."""
+    image = store.blobs.put(b"the image")
     overlay = store.blobs.put(b"the heat map")
     with store.ledger.begin() as tx:
         tx.add(
-            sample(Image, id=picture, uri=store.blobs.uri(picture), erased_at=None),
-            sample(Prediction, image_id=picture),
+            sample(Image, id=image, uri=store.blobs.uri(image), erased_at=None),
+            sample(Prediction, image_id=image),
             sample(
                 ReviewItem,
-                image_id=picture,
+                image_id=image,
                 overlay_blob=overlay,
                 reasons=[ReasonCode.FLAGGED],
                 state=ReviewState.NEW,
             ),
         )
-    return picture
+    return image
 
 
-def test_nothing_that_shows_the_picture_or_names_the_person_stays(store: Store, erasable: str) -> None:
+def test_nothing_that_shows_the_image_or_names_the_person_stays(store: Store, erasable: str) -> None:
     report = erase_image(store, erasable, actor="key 1")
     assert (report.blobs, report.withdrawn, report.left_in_place) == (2, 1, None)
     assert not store.blobs.has(erasable)
@@ -53,7 +53,7 @@ def test_nothing_that_shows_the_picture_or_names_the_person_stays(store: Store, 
 
 def test_erasing_again_is_no_second_event(store: Store, erasable: str) -> None:
     erase_image(store, erasable, actor="key 1")
-    store.blobs.put(b"the picture")  # as if the first run had been killed before it came to the blob
+    store.blobs.put(b"the image")  # as if the first run had been killed before it came to the blob
     assert erase_image(store, erasable, actor="key 1").withdrawn == 0
     assert not store.blobs.has(erasable)
     with store.ledger.read() as tx:

@@ -13,7 +13,7 @@ def test_what_the_caller_can_mend_is_a_user_error() -> None:
         "AccessError",
         "ConfigError",
         "DataError",
-        "PictureError",
+        "ImageError",
         "TaxonomyError",
         "UnknownIdError",
         "RefusedError",
@@ -22,11 +22,11 @@ def test_what_the_caller_can_mend_is_a_user_error() -> None:
     assert len(ours) == 15
 
 
-def test_a_picture_error_keeps_its_code_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(errors.PictureError("too large", "too_many_pixels")))
+def test_an_image_error_keeps_its_code_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(errors.ImageError("too large", "too_many_pixels")))
     assert (str(error), error.code) == ("too large", "too_many_pixels")
 
 
-def test_a_picture_error_is_caught_as_bad_data() -> None:
+def test_an_image_error_is_caught_as_bad_data() -> None:
     with pytest.raises(errors.DataError, match=r"^no$"):
-        raise errors.PictureError("no")
+        raise errors.ImageError("no")

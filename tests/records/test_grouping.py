@@ -18,14 +18,14 @@ from records.grouping import (
 )
 from records.types import Side
 
-PICTURES = [f"picture {n:02d}" for n in range(12)]
+IMAGES = [f"image {n:02d}" for n in range(12)]
 Link = tuple[str, str]
-links = st.lists(st.tuples(st.sampled_from(PICTURES), st.sampled_from(PICTURES)), max_size=14)
+links = st.lists(st.tuples(st.sampled_from(IMAGES), st.sampled_from(IMAGES)), max_size=14)
 quick = settings(max_examples=150, derandomize=True, deadline=None, database=None)
 
 
 class Book:
-    """What a ledger would remember: groups, their sides, merges, and where every picture is."""
+    """What a ledger would remember: groups, their sides, merges, and where every image is."""
 
     def __init__(self, salt: str) -> None:
         self.salt = salt
@@ -33,8 +33,8 @@ class Book:
         self.side: dict[str, Side | None] = {}
         self.merged: dict[str, str] = {}
 
-    def now(self, picture: str) -> str:
-        group = self.group_of[picture]
+    def now(self, image: str) -> str:
+        group = self.group_of[image]
         while group in self.merged:
             group = self.merged[group]
         return group
@@ -88,16 +88,16 @@ def test_a_link_to_nobody_is_a_mistake() -> None:
 
 @quick
 @given(first=st.integers(1, 11), early=links, late=links, salt=st.text(min_size=1, max_size=3))
-def test_adding_pictures_never_moves_a_placed_one(first: int, early: list[Link], late: list[Link], salt: str) -> None:
+def test_adding_images_never_moves_a_placed_one(first: int, early: list[Link], late: list[Link], salt: str) -> None:
     book = Book(salt)
-    book.import_(PICTURES[:first], early, draw=True)
+    book.import_(IMAGES[:first], early, draw=True)
     before = {p: (book.now(p), book.side[book.now(p)]) for p in book.group_of}
-    placement = book.import_(PICTURES[first:], late, draw=False)
-    for picture, (group, side) in before.items():
-        assert book.side[book.now(picture)] == side
+    placement = book.import_(IMAGES[first:], late, draw=False)
+    for image, (group, side) in before.items():
+        assert book.side[book.now(image)] == side
         if not placement.merged:
-            assert book.now(picture) == group
-    assert set(placement.group_of) | set(placement.refused) == set(PICTURES[first:])
+            assert book.now(image) == group
+    assert set(placement.group_of) | set(placement.refused) == set(IMAGES[first:])
 
 
 @quick
@@ -109,7 +109,7 @@ def test_no_link_is_between_two_sides(cuts: list[int], between: list[Link], draw
     refused: set[str] = set()
     for start, end, draw in zip(starts, [*starts[1:], 12], draws, strict=False):
         known_links = [link for link in between if not refused & set(link)]
-        refused |= set(book.import_(PICTURES[start:end], known_links, draw=draw).refused)
+        refused |= set(book.import_(IMAGES[start:end], known_links, draw=draw).refused)
     book.import_([], [], draw=True)
     for one, other in between:
         if not refused & {one, other}:
@@ -118,12 +118,12 @@ def test_no_link_is_between_two_sides(cuts: list[int], between: list[Link], draw
 
 
 @quick
-@given(between=links, order=st.permutations(PICTURES), data=st.data())
+@given(between=links, order=st.permutations(IMAGES), data=st.data())
 def test_the_order_of_the_input_does_not_matter(between: list[Link], order: list[str], data: st.DataObject) -> None:
-    known = {p: KnownGroup(f"group {n % 2}", [Side.TRAIN, None][n % 2]) for n, p in enumerate(PICTURES[:4])}
+    known = {p: KnownGroup(f"group {n % 2}", [Side.TRAIN, None][n % 2]) for n, p in enumerate(IMAGES[:4])}
     newcomers = [p for p in order if p not in known]
     turned = [link[::-1] for link in data.draw(st.permutations(between))]
-    assert place(newcomers, turned, known) == place(PICTURES[4:], between, known)
+    assert place(newcomers, turned, known) == place(IMAGES[4:], between, known)
 
 
 def test_shares_add_up() -> None:

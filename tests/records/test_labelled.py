@@ -21,14 +21,14 @@ def _rows(store: Store, *resolved: ResolvedLabel) -> dict[str, dict[str, Any]]:
 
 
 def test_nothing_to_learn_from_is_said(store: Store, add_labelled: Add, image_id: Id) -> None:
-    with pytest.raises(DataError, match="no picture has a label yet; import a folder"):
+    with pytest.raises(DataError, match="no image has a label yet; import a folder"):
         read_known(store, NOBODY)
     add_labelled(store, ["pool"], None)
-    with pytest.raises(DataError, match="no picture has a label yet"):
+    with pytest.raises(DataError, match="no image has a label yet"):
         read_known(store, NOBODY)
     add_labelled(store, ["a"], "nv", consent=Consent.REVIEW)
     add_labelled(store, ["b"], "nv", group_id=None)
-    with pytest.raises(DataError, match="none of 2 labelled pictures has both consent for training and a group"):
+    with pytest.raises(DataError, match="none of 2 labelled images has both consent for training and a group"):
         read_known(store, NOBODY)
 
 
@@ -78,7 +78,7 @@ def test_merged_groups_count_as_the_last_one(store: Store, add_labelled: Add, im
     assert rows[image_id("d")]["group_id"] == "g4"
 
 
-def test_an_erased_picture_is_gone(store: Store, add_labelled: Add, image_id: Id, sample: Callable[..., Any]) -> None:
+def test_an_erased_image_is_gone(store: Store, add_labelled: Add, image_id: Id, sample: Callable[..., Any]) -> None:
     add_labelled(store, ["a", "b"], "nv")
     with store.ledger.begin() as tx:
         tx.update(Image, image_id("a"), erased_at=sample(Image).created_at)

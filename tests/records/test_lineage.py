@@ -32,11 +32,11 @@ PREDICTION, MODEL_1, MODEL_2 = "aaaa0000" + "1" * 24, "bbbb0000" + "1" * 56, "cc
 def history(
     store: Store, sample: Callable[..., Any], add_labelled: Callable[..., None], image_id: Callable[[object], str]
 ) -> str:
-    """One flagged picture: asked, doubted, flagged, answered by an expert, learned by the next model."""
+    """One flagged image: asked, doubted, flagged, answered by an expert, learned by the next model."""
     add_labelled(store, range(20), "nv")
     add_labelled(store, ["asked"], None, source_id="ISIC_1")
     first = build_version(store).version
-    picture, start = image_id("asked"), utc_now() - timedelta(hours=1)
+    image, start = image_id("asked"), utc_now() - timedelta(hours=1)
 
     def at(minutes: int) -> dict[str, Any]:
         return {"created_at": start + timedelta(minutes=minutes)}
@@ -45,11 +45,11 @@ def history(
         tx.add(
             sample(ModelRecord, id=MODEL_1, dataset_id=first.id, round=1, status=ModelStatus.RETIRED, **at(0)),
             sample(
-                Prediction, id=PREDICTION, image_id=picture, model_id=MODEL_1, model_status="champion",
+                Prediction, id=PREDICTION, image_id=image, model_id=MODEL_1, model_status="champion",
                 decision=Decision.REVIEW, label="nv", confidence=0.51, **at(1),
             ),
             sample(
-                ReviewItem, image_id=picture, prediction_id=PREDICTION, reasons=[ReasonCode.FLAGGED, ReasonCode.REFER],
+                ReviewItem, image_id=image, prediction_id=PREDICTION, reasons=[ReasonCode.FLAGGED, ReasonCode.REFER],
                 project_id=3, task_id=7, pushed_at=start + timedelta(minutes=3), **at(2),
             ),
             sample(
@@ -57,30 +57,30 @@ def history(
                 suggested_label="mel", **at(2),
             ),
             sample(
-                ExpertLabel, image_id=picture, annotator="anna", answer="class", label="mel", deleted=False, **at(4)
+                ExpertLabel, image_id=image, annotator="anna", answer="class", label="mel", deleted=False, **at(4)
             ),
             sample(
                 Outcome, prediction_id=PREDICTION, diagnosis="mel", confirmation=Confirmation.HISTOPATHOLOGY, **at(5)
             ),
         )  # fmt: skip
-    said = ResolvedLabel(image_id=picture, label="mel", confirmation=Confirmation.SINGLE_READER, annotators=["anna"])
+    said = ResolvedLabel(image_id=image, label="mel", confirmation=Confirmation.SINGLE_READER, annotators=["anna"])
     second = build_version(store, resolved=[said], round_number=2, parent_id=first.id).version
     with store.ledger.begin() as tx:
         created = {"created_at": utc_now(), "status_changed_at": utc_now()}
         values = {"id": MODEL_2, "dataset_id": second.id, "round": 2, "status": ModelStatus.CHAMPION} | created
         tx.add(sample(ModelRecord, 1, architecture="custom_cnn", **values))
-    return picture
+    return image
 
 
-def test_a_flagged_picture_is_followed_to_the_model_that_learned_from_it(store: Store, history: str) -> None:
+def test_a_flagged_image_is_followed_to_the_model_that_learned_from_it(store: Store, history: str) -> None:
     for subject, kind in ((PREDICTION, "prediction"), (PREDICTION[:8], "prediction"), (history, "image")):
         found = trace(store, subject)
         assert (found.kind, found.subject) == (kind, history if kind == "image" else PREDICTION)
         kinds = [step.kind for step in found.steps]
-        assert kinds == ["picture", "answer", "flag", "question", "task", "expert", "outcome", "dataset", "model"]
+        assert kinds == ["image", "answer", "flag", "question", "task", "expert", "outcome", "dataset", "model"]
         assert [step.at for step in found.steps] == sorted(step.at for step in found.steps)
     texts = {step.kind: step.text for step in found.steps}
-    assert texts["picture"].startswith("picture (ISIC_1) stored")
+    assert texts["image"].startswith("image (ISIC_1) stored")
     assert texts["answer"] == "review by model bbbb00001111 (champion): nv at 0.51"
     assert texts["flag"] == "flagged wrong_label by clinic, suggests mel"
     assert texts["question"] == "sent to experts: flagged, refer"
@@ -96,7 +96,7 @@ def test_a_model_is_followed_back_to_its_dataset(store: Store, history: str) -> 
     found = trace(store, MODEL_1[:8])
     assert (found.kind, found.subject) == ("model", MODEL_1)
     texts = {step.kind: step.text for step in found.steps}
-    assert texts["dataset"].endswith("20 pictures in 20 groups")
+    assert texts["dataset"].endswith("20 images in 20 groups")
     assert texts["answer"] == "answered 1 requests; status retired since then"
     assert "answer" not in {step.kind for step in trace(store, MODEL_2).steps}
 

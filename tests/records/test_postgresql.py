@@ -178,10 +178,10 @@ def test_a_newer_schema_and_a_missing_database_are_refused(pg_store: Store, serv
 def test_blobs_in_object_storage() -> None:
     base, _, query = os.environ["RELOOK_TEST_S3"].partition("?")
     blobs = open_blobs(f"{base}/{uuid.uuid4().hex}?{query}")
-    ids = sorted(blobs.put(f"picture {n}".encode()) for n in range(3))
+    ids = sorted(blobs.put(f"image {n}".encode()) for n in range(3))
     assert list(blobs.ids()) == ids
-    assert blobs.put(b"picture 0") in ids
-    assert blobs.get(ids[0]).startswith(b"picture")
+    assert blobs.put(b"image 0") in ids
+    assert blobs.get(ids[0]).startswith(b"image")
     assert blobs.has(ids[0])
     assert blobs.uri(ids[0]).startswith("s3://")
     assert blobs.uri(ids[0]).endswith(ids[0])

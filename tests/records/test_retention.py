@@ -38,32 +38,32 @@ OLD, RECENT = NOW - timedelta(days=100), NOW - timedelta(days=10)
 
 @pytest.fixture
 def keeping(records_settings: RecordsSettings) -> Any:
-    """A store that keeps pictures for 30 days and answers for 60."""
-    opened = open_store(records_settings.model_copy(update={"keep_pictures_days": 30, "keep_predictions_days": 60}))
+    """A store that keeps images for 30 days and answers for 60."""
+    opened = open_store(records_settings.model_copy(update={"keep_images_days": 30, "keep_predictions_days": 60}))
     yield opened
     opened.close()
 
 
 @pytest.fixture
 def serve(sample: Sample) -> Callable[..., str]:
-    """Enter a served picture with its answers; returns the picture's id."""
+    """Enter a served image with its answers; returns the image's id."""
 
     def enter(store: Store, name: str, *answers: datetime, asked: ReviewState | None = None, **image: Any) -> str:
-        picture = store.blobs.put(f"picture {name}".encode())
+        content = store.blobs.put(f"image {name}".encode())
         values = {"erased_at": None, "expired_at": None, "group_id": None, "created_at": OLD, "provenance": "served"}
-        rows = [sample(Image, id=picture, uri=store.blobs.uri(picture), **{**values, **image})]
+        rows = [sample(Image, id=content, uri=store.blobs.uri(content), **{**values, **image})]
         for number, given_at in enumerate(answers):
             key = f"{name}/{number}"
             rows.append(
-                sample(Prediction, id=key, image_id=picture, created_at=given_at, idempotency_key=key, request_id=key)
+                sample(Prediction, id=key, image_id=content, created_at=given_at, idempotency_key=key, request_id=key)
             )
         if asked is not None:
             overlay = store.blobs.put(f"overlay {name}".encode())
-            item = {"id": name, "image_id": picture, "prediction_id": f"{name}/0", "overlay_blob": overlay}
+            item = {"id": name, "image_id": content, "prediction_id": f"{name}/0", "overlay_blob": overlay}
             rows.append(sample(ReviewItem, state=asked, **item))
         with store.ledger.begin() as tx:
             tx.add(*rows)
-        return picture
+        return content
 
     return enter
 
@@ -78,21 +78,21 @@ def events(store: Store) -> list[AuditEvent]:
         return tx.find(AuditEvent, where={"action": ACTION}, order_by=("number",))
 
 
-def test_a_picture_that_nobody_needs_goes_with_all_that_shows_it(keeping: Store, serve: Callable[..., str]) -> None:
-    picture = serve(keeping, "a", OLD, asked=ReviewState.WITHDRAWN)
+def test_an_image_that_nobody_needs_goes_with_all_that_shows_it(keeping: Store, serve: Callable[..., str]) -> None:
+    content = serve(keeping, "a", OLD, asked=ReviewState.WITHDRAWN)
     forgotten: list[str] = []
     dry = find_due(keeping, NOW)
-    assert keeping.blobs.has(picture), "a dry run deletes nothing"
+    assert keeping.blobs.has(content), "a dry run deletes nothing"
     assert events(keeping) == []
     told: list[tuple[int, int]] = []
     done = run(keeping, forget=forgotten.extend, advance=lambda *at: told.append(at))
     assert done == dry
-    assert (done.pictures, done.overlays, done.predictions) == (1, 1, 1)
+    assert (done.images, done.overlays, done.predictions) == (1, 1, 1)
     assert list(keeping.blobs.ids()) == []
-    assert forgotten == [picture]
+    assert forgotten == [content]
     assert told[-1] == (2, 2)
     with keeping.ledger.read() as tx:
-        image, item = tx.require(Image, picture), tx.require(ReviewItem, "a")
+        image, item = tx.require(Image, content), tx.require(ReviewItem, "a")
         assert tx.count(Prediction) == 0
     assert (image.erased_at, image.expired_at, image.lesion_id, image.age_years) == (NOW, NOW, None, None)
     assert (item.state, item.overlay_blob, item.comment) == (ReviewState.WITHDRAWN, None, None)
@@ -104,18 +104,18 @@ def test_the_second_run_finds_nothing_and_says_so(keeping: Store, serve: Callabl
     serve(keeping, "a", OLD)
     run(keeping)
     again = run(keeping)
-    assert (again.pictures, again.overlays, again.predictions) == (0, 0, 0)
-    assert [event.details["pictures"] for event in events(keeping)] == [1, 0]
+    assert (again.images, again.overlays, again.predictions) == (0, 0, 0)
+    assert [event.details["images"] for event in events(keeping)] == [1, 0]
 
 
 @pytest.mark.parametrize("state", [ReviewState.NEW, ReviewState.PUSHED])
-def test_an_open_question_keeps_its_picture_and_answers(
+def test_an_open_question_keeps_its_image_and_answers(
     keeping: Store, serve: Callable[..., str], state: ReviewState
 ) -> None:
     serve(keeping, "a", OLD, OLD, asked=state)
     before = list(keeping.blobs.ids())
     done = run(keeping)
-    assert (done.pictures, done.predictions, done.pictures_needed, done.predictions_needed) == (0, 0, 1, 2)
+    assert (done.images, done.predictions, done.images_needed, done.predictions_needed) == (0, 0, 1, 2)
     assert list(keeping.blobs.ids()) == before
 
 
@@ -123,35 +123,35 @@ def test_an_open_question_keeps_its_picture_and_answers(
 def test_what_somebody_named_stays(
     keeping: Store, serve: Callable[..., str], sample: Sample, kind: type[SourceLabel | ExpertLabel | Outcome]
 ) -> None:
-    picture = serve(keeping, "a", OLD, asked=ReviewState.ANSWERED)
+    image = serve(keeping, "a", OLD, asked=ReviewState.ANSWERED)
     with keeping.ledger.begin() as tx:
-        tx.add(sample(kind, image_id=picture, **({"deleted": False} if kind is ExpertLabel else {})))
+        tx.add(sample(kind, image_id=image, **({"deleted": False} if kind is ExpertLabel else {})))
     done = run(keeping)
-    assert (done.pictures, done.predictions, done.pictures_needed, done.predictions_needed) == (0, 0, 1, 1)
+    assert (done.images, done.predictions, done.images_needed, done.predictions_needed) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("kind", [Flag, EventRecord])
-def test_an_answer_that_something_refers_to_outlives_its_picture(
+def test_an_answer_that_something_refers_to_outlives_its_image(
     keeping: Store, serve: Callable[..., str], sample: Sample, kind: type[Flag | EventRecord]
 ) -> None:
     serve(keeping, "a", OLD)
     with keeping.ledger.begin() as tx:
         tx.add(sample(kind, prediction_id="a/0"))
     done = run(keeping)
-    assert (done.pictures, done.predictions, done.predictions_needed) == (1, 0, 1)
+    assert (done.images, done.predictions, done.predictions_needed) == (1, 0, 1)
     with keeping.ledger.read() as tx:
         assert tx.require(Prediction, "a/0").context == {}, "and says nothing of the person any more"
 
 
 def test_what_was_sent_again_counts_from_then(keeping: Store, serve: Callable[..., str]) -> None:
-    picture = serve(keeping, "a", OLD, RECENT)
-    assert run(keeping).pictures == 0
-    assert keeping.blobs.has(picture)
+    image = serve(keeping, "a", OLD, RECENT)
+    assert run(keeping).images == 0
+    assert keeping.blobs.has(image)
     with keeping.ledger.read() as tx:
         assert [answer.id for answer in tx.find(Prediction)] == ["a/1"]
 
 
-def test_imported_pictures_and_fresh_ones_are_not_looked_at(keeping: Store, serve: Callable[..., str]) -> None:
+def test_imported_images_and_fresh_ones_are_not_looked_at(keeping: Store, serve: Callable[..., str]) -> None:
     serve(keeping, "imported", provenance="import:1")
     serve(keeping, "pool", provenance="pool")
     serve(keeping, "fresh", RECENT, created_at=RECENT)
@@ -160,14 +160,14 @@ def test_imported_pictures_and_fresh_ones_are_not_looked_at(keeping: Store, serv
     assert len(list(keeping.blobs.ids())) == 4
 
 
-def test_a_dataset_version_keeps_its_pictures_even_without_a_label_in_the_ledger(
+def test_a_dataset_version_keeps_its_images_even_without_a_label_in_the_ledger(
     keeping: Store, serve: Callable[..., str], add_labelled: Callable[..., None], image_id: Callable[[object], str]
 ) -> None:
     add_labelled(keeping, range(20), source="served")
     version = build_version(keeping).version
     with keeping.ledger.begin() as tx:
         tx.connection.exec_driver_sql("DELETE FROM source_labels")
-    assert run(keeping).pictures_needed == 20
+    assert run(keeping).images_needed == 20
     assert load_dataset(keeping, version.id).num_images == 20
     (keeping.home.datasets / version.id / "manifest.parquet").unlink()
     with pytest.raises(IntegrityError, match="missing"):
@@ -180,23 +180,23 @@ def test_by_default_everything_is_kept(
     with new_store("all") as store:
         serve(store, "a", OLD)
         done = run(store)
-        assert (done.pictures_before, done.predictions_before, done.pictures) == (None, None, 0)
+        assert (done.images_before, done.predictions_before, done.images) == (None, None, 0)
         assert len(list(store.blobs.ids())) == 1
         assert events(store) == []
 
 
-def test_pictures_alone_may_go(
+def test_images_alone_may_go(
     new_store: Callable[..., AbstractContextManager[Store]], serve: Callable[..., str]
 ) -> None:
-    with new_store("one", keep_pictures_days=30) as store:
+    with new_store("one", keep_images_days=30) as store:
         serve(store, "a", OLD)
         done = run(store)
-        assert (done.pictures, done.predictions, done.predictions_before) == (1, 0, None)
+        assert (done.images, done.predictions, done.predictions_before) == (1, 0, None)
         with store.ledger.read() as tx:
             assert tx.count(Prediction) == 1
 
 
-def test_a_picture_whose_time_was_over_may_come_back_and_one_that_was_erased_may_not(
+def test_an_image_whose_time_was_over_may_come_back_and_one_that_was_erased_may_not(
     keeping: Store, serve: Callable[..., str]
 ) -> None:
     expired, erased = serve(keeping, "a", OLD), serve(keeping, "b", OLD)
@@ -215,9 +215,9 @@ def test_two_runs_do_not_meet(keeping: Store) -> None:
         run(keeping)
 
 
-def test_answers_are_kept_as_long_as_pictures() -> None:
-    with pytest.raises(ValidationError, match="at least as long as its picture"):
-        RecordsSettings(keep_pictures_days=30, keep_predictions_days=29)
+def test_answers_are_kept_as_long_as_images() -> None:
+    with pytest.raises(ValidationError, match="at least as long as its image"):
+        RecordsSettings(keep_images_days=30, keep_predictions_days=29)
 
 
 KILLED = """
@@ -230,8 +230,8 @@ from records.settings import RecordsSettings
 from records.store import open_store
 
 home, place = Path(sys.argv[1]), sys.argv[2]
-retention._PICTURES_AT_ONCE = 4
-store = open_store(RecordsSettings(home=home, keep_pictures_days=30, keep_predictions_days=60))
+retention._IMAGES_AT_ONCE = 4
+store = open_store(RecordsSettings(home=home, keep_images_days=30, keep_predictions_days=60))
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -271,8 +271,8 @@ def test_a_killed_run_is_told_of_and_the_next_one_ends_it(
     done = run(keeping)
     first, second = events(keeping)
     assert (first.details["finished"], second.details["finished"]) == (False, True)
-    assert first.details["pictures"] == told_of
-    assert first.details["pictures"] + second.details["pictures"] == 10
+    assert first.details["images"] == told_of
+    assert first.details["images"] + second.details["images"] == 10
     assert first.details["predictions"] + done.predictions == 10
     with keeping.ledger.read() as tx:
         overlay = tx.require(ReviewItem, "kept").overlay_blob

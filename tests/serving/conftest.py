@@ -46,7 +46,7 @@ def refer_point(threshold: float) -> ReferPoint:
 
 
 def operating_points(codes: tuple[str, ...], *, refer: float = 0.2, q: float = 0.7) -> OperatingPoints:
-    """Points that answer a clear picture and refer an unclear one."""
+    """Points that answer a clear image and refer an unclear one."""
     return OperatingPoints(
         refer={"mel": refer_point(refer)},
         refer_malignant=refer_point(min(1.0, 2 * refer)),
@@ -60,13 +60,13 @@ def make_bundle(
     seed: int = 0,
     *,
     bias: dict[str, float] | None = None,
-    status_of_pictures: str = "finite",
+    status_of_images: str = "finite",
     golden_logits: Any = None,
     metrics: dict[str, Any] | None = None,
 ) -> Bundle:
     """Write a bundle with the custom CNN's random weights.
 
-    With `status_of_pictures="overflow"` it is finite on its (black) golden pictures only, and
+    With `status_of_images="overflow"` it is finite on its (black) golden images only, and
     `golden_logits` replaces what it should answer for them.
     """
     import torch
@@ -79,7 +79,7 @@ def make_bundle(
     network = build_model("custom_cnn", len(taxonomy.codes)).eval()
     geometry = Geometry(side_px=SIDE_PX)
     inputs = np.random.default_rng(seed).integers(0, 256, (4, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
-    if status_of_pictures == "overflow":
+    if status_of_images == "overflow":
         inputs[:] = 0
         with torch.no_grad():
             weight = network.get_parameter("features.block1.conv.weight")
@@ -182,8 +182,8 @@ async def _cancel_leftovers() -> None:
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[..., bytes]:
-    """Generated pictures by number: the same number is the same picture."""
+def make_image() -> Callable[..., bytes]:
+    """Generated images by number: the same number is the same image."""
     made: dict[int, bytes] = {}
 
     def make(number: int = 0) -> bytes:
@@ -199,7 +199,7 @@ def picture() -> Callable[..., bytes]:
 def service_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """The store of the in-process service: one champion with random weights."""
     opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("served")))
-    # With this bias the random network answers some pictures and doubts others.
+    # With this bias the random network answers some images and doubts others.
     serve_bundle(opened, make_bundle(opened, 0, bias={"bcc": -2.0}))
     yield opened
     opened.close()

@@ -69,7 +69,7 @@ def client_of(keyed: Any, tokens: dict[str, str]) -> Iterator[Callable[[str], Cl
         client.close()
 
 
-def test_without_a_valid_key_nothing_is_told(keyed: Any, client_of: Callable[[str], Client], picture: Any) -> None:
+def test_without_a_valid_key_nothing_is_told(keyed: Any, client_of: Callable[[str], Client], make_image: Any) -> None:
     with httpx.Client(base_url=keyed.url, trust_env=False) as http:
         for path in ("/v1/predictions", "/v1/model", "/v1/models", "/v1/events", "/metrics"):
             response = http.get(path)
@@ -80,21 +80,21 @@ def test_without_a_valid_key_nothing_is_told(keyed: Any, client_of: Callable[[st
         assert http.get("/v1/model", headers={"Authorization": "Basic abc"}).status_code == 401
         assert http.get("/healthz").status_code == 200
     with pytest.raises(AccessError, match="unknown, expired or revoked"):
-        client_of("rlk_0_wrong").predict(picture(0))
+        client_of("rlk_0_wrong").predict(make_image(0))
 
 
-def test_scopes_say_what_a_key_may_do(client_of: Callable[[str], Client], picture: Any) -> None:
-    answer = client_of("south").predict(picture(0))
+def test_scopes_say_what_a_key_may_do(client_of: Callable[[str], Client], make_image: Any) -> None:
+    answer = client_of("south").predict(make_image(0))
     with pytest.raises(AccessError, match="scope `flag`"):
         client_of("south").flag(answer.id, FlagRequest(reason="unsure"))
     with pytest.raises(AccessError, match="scope `predict`"):
-        client_of("auditor").predict(picture(0))
+        client_of("auditor").predict(make_image(0))
     with pytest.raises(AccessError, match="scope `admin`"):
         client_of("north").erase(answer.image_id)
 
 
-def test_objects_of_others_do_not_exist(kept: Store, client_of: Callable[[str], Client], picture: Any) -> None:
-    answer = client_of("north").predict(picture(1))
+def test_objects_of_others_do_not_exist(kept: Store, client_of: Callable[[str], Client], make_image: Any) -> None:
+    answer = client_of("north").predict(make_image(1))
     with kept.ledger.read() as tx:
         stored = tx.require(Prediction, answer.id)
     assert stored.organisation == "north"
@@ -108,8 +108,8 @@ def test_objects_of_others_do_not_exist(kept: Store, client_of: Callable[[str], 
     assert answer.id in {item.id for item in client_of("auditor").predictions(limit=200).items}
 
 
-def test_a_sandbox_key_leaves_nothing_behind(kept: Store, client_of: Callable[[str], Client], picture: Any) -> None:
-    answer = client_of("sandbox").predict(picture(30))
+def test_a_sandbox_key_leaves_nothing_behind(kept: Store, client_of: Callable[[str], Client], make_image: Any) -> None:
+    answer = client_of("sandbox").predict(make_image(30))
     assert answer.review is None
     with kept.ledger.read() as tx:
         assert tx.get(Image, answer.image_id) is None
@@ -117,12 +117,12 @@ def test_a_sandbox_key_leaves_nothing_behind(kept: Store, client_of: Callable[[s
     assert not kept.blobs.has(answer.image_id)
 
 
-def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, picture: Any) -> None:
+def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, make_image: Any) -> None:
     key, token = create_key(kept, name="short", organisation="north", scopes=[Scope.PREDICT], actor="test")
     headers = {"Authorization": f"Bearer {token}"}
     with Client(keyed.url, token) as client, httpx.Client(base_url=keyed.url, trust_env=False, headers=headers) as http:
         _until(lambda: http.get("/v1/model").status_code == 200)
-        client.predict(picture(0))
+        client.predict(make_image(0))
         revoke_key(kept, key.id, actor="test")
         revoke_key(kept, key.id, actor="test")
         _until(lambda: http.get("/v1/model").status_code == 401)
@@ -137,10 +137,10 @@ def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, picture
         revoke_key(kept, "nobody", actor="test")
 
 
-def test_a_signed_link_shows_one_picture_until_it_expires(
-    kept: Store, keyed: Any, client_of: Callable[[str], Client], picture: Any
+def test_a_signed_link_shows_one_image_until_it_expires(
+    kept: Store, keyed: Any, client_of: Callable[[str], Client], make_image: Any
 ) -> None:
-    image_id = client_of("north").predict(picture(2)).image_id
+    image_id = client_of("north").predict(make_image(2)).image_id
     with httpx.Client(base_url=keyed.url, trust_env=False) as http:
         good = http.get(sign_image_path(kept.home, image_id, 60))
         assert (good.status_code, good.headers["content-type"]) == (200, "image/jpeg")
@@ -153,14 +153,14 @@ def test_a_signed_link_shows_one_picture_until_it_expires(
         assert http.get("/v1/images/nonsense?expires=1&signature=a").status_code == 422
 
 
-def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str], Client], picture: Any) -> None:
-    answer = client_of("north").predict(picture(3))
+def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str], Client], make_image: Any) -> None:
+    answer = client_of("north").predict(make_image(3))
     admin = client_of("admin")
     erased = admin.erase(answer.image_id)
     assert erased.blobs >= 1
     assert not kept.blobs.has(answer.image_id)
     # Sent again it is answered and not kept.
-    again = client_of("north").predict(picture(3))
+    again = client_of("north").predict(make_image(3))
     assert again.image_id == answer.image_id
     assert not kept.blobs.has(answer.image_id)
     with kept.ledger.read() as tx:
@@ -170,26 +170,26 @@ def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str],
         admin.erase("0" * 64)
 
 
-def test_a_picture_whose_time_was_over_comes_back_when_it_is_sent_again(
-    kept: Store, client_of: Callable[[str], Client], picture: Any
+def test_an_image_whose_time_was_over_comes_back_when_it_is_sent_again(
+    kept: Store, client_of: Callable[[str], Client], make_image: Any
 ) -> None:
-    settings = kept.settings.model_copy(update={"keep_pictures_days": 1})
-    answer = client_of("north").predict(picture(4))
+    settings = kept.settings.model_copy(update={"keep_images_days": 1})
+    answer = client_of("north").predict(make_image(4))
     done = apply_retention(
         replace(kept, settings=settings), actor="test", forget=lambda ids: None, now=utc_now() + timedelta(days=2)
     )
-    assert done.pictures == 0, "every answer is drawn for the audit, so its question is open"
+    assert done.images == 0, "every answer is drawn for the audit, so its question is open"
     with kept.ledger.begin() as tx:
         (item,) = tx.find(ReviewItem, where={"image_id": answer.image_id})
         tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
     done = apply_retention(
         replace(kept, settings=settings), actor="test", forget=lambda ids: None, now=utc_now() + timedelta(days=2)
     )
-    assert done.pictures == 1
+    assert done.images == 1
     assert not kept.blobs.has(answer.image_id)
     with pytest.raises(RefusedError, match="no longer kept"):
         client_of("north").flag(answer.id, FlagRequest(reason="unsure"))
-    again = client_of("north").predict(picture(4))
+    again = client_of("north").predict(make_image(4))
     assert kept.blobs.has(again.image_id)
     assert again.review is not None
     with kept.ledger.read() as tx:

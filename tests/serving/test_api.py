@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from records.errors import PictureError, RefusedError, UnknownIdError
+from records.errors import ImageError, RefusedError, UnknownIdError
 from records.ids import sha256_hex
 from records.models import find_bundle
 from records.types import Consent, Decision, FlagReason, Image, Prediction, ReviewItem, ReviewState
@@ -54,9 +54,9 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def test_the_answer_is_what_the_design_says_and_is_in_the_ledger(
-    service: Any, http: httpx.Client, picture: Callable[..., bytes]
+    service: Any, http: httpx.Client, make_image: Callable[..., bytes]
 ) -> None:
-    response = http.post("/v1/predictions?explain=gradcam", content=picture(0), headers=JPEG)
+    response = http.post("/v1/predictions?explain=gradcam", content=make_image(0), headers=JPEG)
     assert response.status_code == 200
     body = response.json()
     assert list(body) == [
@@ -83,19 +83,19 @@ def test_the_answer_is_what_the_design_says_and_is_in_the_ledger(
     assert service.store.blobs.get(image.id)
 
 
-def test_a_raw_body_and_a_form_give_the_same_answer(client: Client, picture: Callable[..., bytes]) -> None:
-    raw = client.predict(picture(1))
-    form = client.predict(picture(1), context=Context(age=61, localization="back", patient_id="p-17"))
+def test_a_raw_body_and_a_form_give_the_same_answer(client: Client, make_image: Callable[..., bytes]) -> None:
+    raw = client.predict(make_image(1))
+    form = client.predict(make_image(1), context=Context(age=61, localization="back", patient_id="p-17"))
     assert raw.image_id == form.image_id
     assert raw.probabilities == form.probabilities
     assert raw.id != form.id
 
 
 def test_context_is_stored_and_a_patients_id_only_as_hash(
-    service: Any, client: Client, picture: Callable[..., bytes]
+    service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     context = Context(lesion_id="L-9", patient_id="patient-secret", age=44, sex="female", consent=Consent.REVIEW)
-    answer = client.predict(picture(2), context=context)
+    answer = client.predict(make_image(2), context=context)
     with service.store.ledger.read() as tx:
         stored, image = tx.require(Prediction, answer.id), tx.require(Image, answer.image_id)
     assert stored.consent is Consent.REVIEW
@@ -105,18 +105,18 @@ def test_context_is_stored_and_a_patients_id_only_as_hash(
     assert "patient-secret" not in stored.model_dump_json() + image.model_dump_json()
 
 
-def test_an_answer_read_again_is_the_same(client: Client, picture: Callable[..., bytes]) -> None:
-    answer = client.predict(picture(3))
+def test_an_answer_read_again_is_the_same(client: Client, make_image: Callable[..., bytes]) -> None:
+    answer = client.predict(make_image(3))
     assert client.prediction(answer.id) == answer
 
 
 def test_metadata_is_not_stored_and_does_not_change_the_answer(
-    service: Any, client: Client, picture: Callable[..., bytes]
+    service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     exif = PillowImage.Exif()
     exif[0x010E] = "name of a patient"
     block = exif.tobytes()
-    plain = picture(4)
+    plain = make_image(4)
     tagged = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]
     assert PillowImage.open(io.BytesIO(tagged)).getexif()[0x010E] == "name of a patient"
     with_metadata = client.predict(tagged)
@@ -124,10 +124,10 @@ def test_metadata_is_not_stored_and_does_not_change_the_answer(
     assert b"name of a patient" not in service.store.blobs.get(with_metadata.image_id)
 
 
-def test_an_uncertain_picture_raises_one_question_with_its_overlay(
-    service: Any, client: Client, picture: Callable[..., bytes]
+def test_an_uncertain_image_raises_one_question_with_its_overlay(
+    service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
-    answers = [client.predict(picture(number)) for number in range(20)]
+    answers = [client.predict(make_image(number)) for number in range(20)]
     decisions = {answer.decision for answer in answers}
     assert {Decision.ANSWERED, Decision.REVIEW} <= decisions
     with service.store.ledger.read() as tx:
@@ -142,11 +142,11 @@ def test_an_uncertain_picture_raises_one_question_with_its_overlay(
                 assert {reason.code for reason in answer.reasons} <= set(item.reasons)
 
 
-def test_a_picture_that_waits_already_is_not_asked_about_twice(
-    service: Any, client: Client, picture: Callable[..., bytes]
+def test_an_image_that_waits_already_is_not_asked_about_twice(
+    service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
-    doubtful = next(n for n in range(20) if client.predict(picture(n)).decision is Decision.REVIEW)
-    first, second = client.predict(picture(doubtful)), client.predict(picture(doubtful))
+    doubtful = next(n for n in range(20) if client.predict(make_image(n)).decision is Decision.REVIEW)
+    first, second = client.predict(make_image(doubtful)), client.predict(make_image(doubtful))
     with service.store.ledger.read() as tx:
         assert tx.count(ReviewItem, where={"image_id": first.image_id, "state": ReviewState.NEW}) == 1
     assert first.review == second.review == client.prediction(second.id).review
@@ -170,8 +170,8 @@ def test_without_consent_nothing_is_stored_or_asked(service: Any, client: Client
         assert tx.find(ReviewItem, where={"image_id": [answer.image_id for answer in answers]}) == []
 
 
-def test_answers_are_listed_newest_first_in_pages(client: Client, picture: Callable[..., bytes]) -> None:
-    made = [client.predict(picture(number)).id for number in range(5)]
+def test_answers_are_listed_newest_first_in_pages(client: Client, make_image: Callable[..., bytes]) -> None:
+    made = [client.predict(make_image(number)).id for number in range(5)]
     first = client.predictions(limit=3)
     assert [answer.id for answer in first.items] == made[::-1][:3]
     second = client.predictions(limit=2, after=first.next)
@@ -184,30 +184,30 @@ def test_answers_are_listed_newest_first_in_pages(client: Client, picture: Calla
 # ---------------------------------------------------------------- idempotency
 
 
-def test_a_repeated_key_gives_the_same_answer(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
-    first = client.predict(picture(6), idempotency_key="again-1", explain="gradcam")
-    second = client.predict(picture(6), idempotency_key="again-1", explain="gradcam")
+def test_a_repeated_key_gives_the_same_answer(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
+    first = client.predict(make_image(6), idempotency_key="again-1", explain="gradcam")
+    second = client.predict(make_image(6), idempotency_key="again-1", explain="gradcam")
     assert second == first
     with service.store.ledger.read() as tx:
         assert tx.count(Prediction, where={"idempotency_key": "again-1"}) == 1
 
 
-def test_a_key_of_another_picture_is_refused(client: Client, picture: Callable[..., bytes]) -> None:
-    client.predict(picture(6), idempotency_key="again-2")
-    with pytest.raises(RefusedError, match="another picture"):
-        client.predict(picture(7), idempotency_key="again-2")
+def test_a_key_of_another_image_is_refused(client: Client, make_image: Callable[..., bytes]) -> None:
+    client.predict(make_image(6), idempotency_key="again-2")
+    with pytest.raises(RefusedError, match="another image"):
+        client.predict(make_image(7), idempotency_key="again-2")
 
 
 # ---------------------------------------------------------------- explanations
 
 
-def test_a_stored_answer_is_explained_as_it_was_answered(client: Client, picture: Callable[..., bytes]) -> None:
-    answer = client.predict(picture(8), explain="gradcam")
+def test_a_stored_answer_is_explained_as_it_was_answered(client: Client, make_image: Callable[..., bytes]) -> None:
+    answer = client.predict(make_image(8), explain="gradcam")
     assert client.explanation(answer.id) == answer.explanation
 
 
-def test_any_class_can_be_explained_in_three_forms(http: httpx.Client, client: Client, picture: Any) -> None:
-    answer = client.predict(picture(8))
+def test_any_class_can_be_explained_in_three_forms(http: httpx.Client, client: Client, make_image: Any) -> None:
+    answer = client.predict(make_image(8))
     path = f"/v1/predictions/{answer.id}/explanation?method=gradcam&target=mel"
     as_json = client.explanation(answer.id, target="mel")
     assert as_json.target == "mel"
@@ -219,8 +219,8 @@ def test_any_class_can_be_explained_in_three_forms(http: httpx.Client, client: C
     assert npy.tolist() == as_json.values
 
 
-def test_explanations_that_cannot_be_are_refused(http: httpx.Client, client: Client, picture: Any) -> None:
-    answer = client.predict(picture(8))
+def test_explanations_that_cannot_be_are_refused(http: httpx.Client, client: Client, make_image: Any) -> None:
+    answer = client.predict(make_image(8))
     path = f"/v1/predictions/{answer.id}/explanation"
     assert "unknown class" in assert_problem(http.get(f"{path}?target=wart"), 422, "invalid")["detail"]
     assert_problem(http.get(f"{path}?method=tea_leaves"), 422, "invalid")
@@ -230,8 +230,8 @@ def test_explanations_that_cannot_be_are_refused(http: httpx.Client, client: Cli
 # ---------------------------------------------------------------- flags
 
 
-def test_a_flag_becomes_a_question_with_overlay_and_words(service: Any, client: Client, picture: Any) -> None:
-    answered = next(a for a in map(client.predict, map(picture, range(20))) if a.decision is Decision.ANSWERED)
+def test_a_flag_becomes_a_question_with_overlay_and_words(service: Any, client: Client, make_image: Any) -> None:
+    answered = next(a for a in map(client.predict, map(make_image, range(20))) if a.decision is Decision.ANSWERED)
     request = FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel", comment="irregular border")
     flagged = client.flag(answered.id, request)
     assert flagged.review.state is ReviewState.NEW
@@ -245,8 +245,8 @@ def test_a_flag_becomes_a_question_with_overlay_and_words(service: Any, client: 
     assert client.prediction(answered.id).review is not None
 
 
-def test_a_flag_on_a_question_that_waits_moves_it_up(service: Any, client: Client, picture: Any) -> None:
-    answer = next(a for a in map(client.predict, map(picture, range(20))) if a.decision is Decision.REVIEW)
+def test_a_flag_on_a_question_that_waits_moves_it_up(service: Any, client: Client, make_image: Any) -> None:
+    answer = next(a for a in map(client.predict, map(make_image, range(20))) if a.decision is Decision.REVIEW)
     with service.store.ledger.read() as tx:
         (before,) = tx.find(ReviewItem, where={"image_id": answer.image_id})
     client.flag(answer.id, FlagRequest(reason=FlagReason.UNSURE, comment="please look"))
@@ -258,8 +258,8 @@ def test_a_flag_on_a_question_that_waits_moves_it_up(service: Any, client: Clien
     assert after.comment == "please look"
 
 
-def test_flags_that_do_not_fit_are_refused(http: httpx.Client, client: Client, picture: Any) -> None:
-    path = f"/v1/predictions/{client.predict(picture(0)).id}/flags"
+def test_flags_that_do_not_fit_are_refused(http: httpx.Client, client: Client, make_image: Any) -> None:
+    path = f"/v1/predictions/{client.predict(make_image(0)).id}/flags"
     assert_problem(http.post(path, json={"reason": "wrong_label", "suggested_label": "wart"}), 422, "invalid")
     body = assert_problem(http.post(path, json={"reason": "because"}), 422, "invalid")
     assert body["errors"][0]["field"] == "body.reason"
@@ -268,26 +268,26 @@ def test_flags_that_do_not_fit_are_refused(http: httpx.Client, client: Client, p
     assert_problem(http.post(path, content=b"{", headers={"Content-Type": "application/json"}), 422, "invalid")
 
 
-# ---------------------------------------------------------------- pictures that cannot be used
+# ---------------------------------------------------------------- images that cannot be used
 
 
-def test_bodies_that_are_no_usable_picture(http: httpx.Client, picture: Callable[..., bytes]) -> None:
+def test_bodies_that_are_no_usable_image(http: httpx.Client, make_image: Callable[..., bytes]) -> None:
     def post(data: bytes, media_type: str = "image/jpeg") -> httpx.Response:
         return http.post("/v1/predictions", content=data, headers={"Content-Type": media_type})
 
     assert_problem(post(b""), 422, "empty")
-    assert_problem(post(b"hello, I am text"), 415, "not_a_picture")
-    assert_problem(post(b"GIF89a" + bytes(100)), 415, "not_a_picture")
-    assert_problem(post(picture(0)[:900]), 422, "damaged")
+    assert_problem(post(b"hello, I am text"), 415, "not_an_image")
+    assert_problem(post(b"GIF89a" + bytes(100)), 415, "not_an_image")
+    assert_problem(post(make_image(0)[:900]), 422, "damaged")
     assert_problem(post(b"\xff\xd8\xff"), 422, "damaged")
     assert_problem(post(huge_png(50_000, 50_000), "image/png"), 413, "too_many_pixels")
     assert_problem(post(huge_png(8_000, 8_000), "image/png"), 413, "too_many_pixels")
-    assert_problem(post(picture(0), "text/plain"), 415, "unsupported_type")
-    assert_problem(post(picture(0), ""), 415, "unsupported_type")
+    assert_problem(post(make_image(0), "text/plain"), 415, "unsupported_type")
+    assert_problem(post(make_image(0), ""), 415, "unsupported_type")
 
 
-def test_a_body_over_the_limit_is_refused(http: httpx.Client, picture: Callable[..., bytes]) -> None:
-    too_large = picture(0) + bytes(1_200_000)
+def test_a_body_over_the_limit_is_refused(http: httpx.Client, make_image: Callable[..., bytes]) -> None:
+    too_large = make_image(0) + bytes(1_200_000)
     assert_problem(http.post("/v1/predictions", content=too_large, headers=JPEG), 413, "too_large")
 
     def without_length() -> Any:
@@ -298,22 +298,22 @@ def test_a_body_over_the_limit_is_refused(http: httpx.Client, picture: Callable[
     assert http.get("/healthz").status_code == 200
 
 
-def test_content_decides_the_format_not_the_name(client: Client, http: httpx.Client, picture: Any) -> None:
-    jpeg_called_png = http.post("/v1/predictions", content=picture(0), headers={"Content-Type": "image/png"})
+def test_content_decides_the_format_not_the_name(client: Client, http: httpx.Client, make_image: Any) -> None:
+    jpeg_called_png = http.post("/v1/predictions", content=make_image(0), headers={"Content-Type": "image/png"})
     assert jpeg_called_png.status_code == 200
     for form in ("PNG", "WEBP"):
         buffer = io.BytesIO()
-        PillowImage.open(io.BytesIO(picture(0))).save(buffer, form, lossless=True)
-        assert client.predict(buffer.getvalue()).label == client.predict(picture(0)).label
+        PillowImage.open(io.BytesIO(make_image(0))).save(buffer, form, lossless=True)
+        assert client.predict(buffer.getvalue()).label == client.predict(make_image(0)).label
 
 
-def test_forms_that_do_not_fit(http: httpx.Client, picture: Callable[..., bytes]) -> None:
+def test_forms_that_do_not_fit(http: httpx.Client, make_image: Callable[..., bytes]) -> None:
     def post(**parts: Any) -> httpx.Response:
         return http.post("/v1/predictions", files=parts)
 
-    assert "`image`" in assert_problem(post(photo=("a", picture(0))), 422, "invalid")["detail"]
-    assert_problem(post(image=("a", b"text")), 415, "not_a_picture")
-    image = ("a.jpg", picture(0), "image/jpeg")
+    assert "`image`" in assert_problem(post(photo=("a", make_image(0))), 422, "invalid")["detail"]
+    assert_problem(post(image=("a", b"text")), 415, "not_an_image")
+    image = ("a.jpg", make_image(0), "image/jpeg")
     assert "context" in assert_problem(post(image=image, context=(None, "{")), 422, "invalid")["detail"]
     assert (
         "age" in assert_problem(post(image=image, context=(None, json.dumps({"age": 400}))), 422, "invalid")["detail"]
@@ -323,10 +323,10 @@ def test_forms_that_do_not_fit(http: httpx.Client, picture: Callable[..., bytes]
     assert_problem(broken, 400, "invalid")
 
 
-def test_parameters_that_do_not_fit(http: httpx.Client, picture: Callable[..., bytes]) -> None:
-    assert_problem(http.post("/v1/predictions?explain=magic", content=picture(0), headers=JPEG), 422, "invalid")
+def test_parameters_that_do_not_fit(http: httpx.Client, make_image: Callable[..., bytes]) -> None:
+    assert_problem(http.post("/v1/predictions?explain=magic", content=make_image(0), headers=JPEG), 422, "invalid")
     long_key = JPEG | {"Idempotency-Key": "k" * 201}
-    assert_problem(http.post("/v1/predictions", content=picture(0), headers=long_key), 422, "invalid")
+    assert_problem(http.post("/v1/predictions", content=make_image(0), headers=long_key), 422, "invalid")
     assert_problem(http.get("/v1/predictions?decision=perhaps"), 422, "invalid")
     assert_problem(http.get("/v1/predictions?limit=0"), 422, "invalid")
 
@@ -377,11 +377,11 @@ def test_docs_read_without_a_network(http: httpx.Client) -> None:
     assert "image/webp" in schema["paths"]["/v1/predictions"]["post"]["requestBody"]["content"]
 
 
-def test_a_picture_error_reaches_the_client_as_one(client: Client) -> None:
-    with pytest.raises(PictureError, match="JPEG, PNG or WebP") as caught:
-        client.predict(b"not a picture")
-    assert caught.value.code == "not_a_picture"
+def test_an_image_error_reaches_the_client_as_one(client: Client) -> None:
+    with pytest.raises(ImageError, match="JPEG, PNG or WebP") as caught:
+        client.predict(b"not an image")
+    assert caught.value.code == "not_an_image"
 
 
-def test_equal_pictures_have_one_id_whoever_sends_them(client: Client, picture: Callable[..., bytes]) -> None:
-    assert client.predict(picture(9)).image_id == sha256_hex(picture(9))
+def test_equal_images_have_one_id_whoever_sends_them(client: Client, make_image: Callable[..., bytes]) -> None:
+    assert client.predict(make_image(9)).image_id == sha256_hex(make_image(9))

@@ -1,4 +1,4 @@
-"""Measuring: no two pictures are one, refusals are seen, what cannot be measured has a reason."""
+"""Measuring: no two images are one, refusals are seen, what cannot be measured has a reason."""
 
 import io
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.progress import Progress
 
 from bench.serve.explain import explain_figures
-from bench.serve.load import Load, Pictures, Reply, Target, ask, closed_loop, open_loop, unlike
+from bench.serve.load import Images, Load, Reply, Target, ask, closed_loop, open_loop, unlike
 from bench.serve.peers import Peers
 from bench.serve.subject import Bare, write_for_peers
 from records.errors import DataError
@@ -25,9 +25,9 @@ from vision.inference.loaded import load_model
 PREDICTIONS = "/v1/predictions"
 
 
-def test_unlike_pictures_look_the_same_and_are_other_files(picture: Callable[..., bytes]) -> None:
-    made = [unlike(picture(0), number) for number in (0, 1, 2, 3, 1 << 23)]
-    assert made[0] == picture(0)
+def test_unlike_images_look_the_same_and_are_other_files(make_image: Callable[..., bytes]) -> None:
+    made = [unlike(make_image(0), number) for number in (0, 1, 2, 3, 1 << 23)]
+    assert made[0] == make_image(0)
     assert len(set(made)) == len(made)
     shown = [np.asarray(PillowImage.open(io.BytesIO(data)), dtype=float) for data in made]
     assert max(np.abs(other - shown[0]).mean() for other in shown) < 1.0
@@ -35,14 +35,14 @@ def test_unlike_pictures_look_the_same_and_are_other_files(picture: Callable[...
         unlike(b"\x89PNG", 1)
 
 
-def test_loads_count_what_was_answered(service: Any, picture: Callable[..., bytes]) -> None:
-    pictures = Pictures([picture(number) for number in range(3)])
+def test_loads_count_what_was_answered(service: Any, make_image: Callable[..., bytes]) -> None:
+    images = Images([make_image(number) for number in range(3)])
     target = Target(service.settings.port, PREDICTIONS)
     with service.store.ledger.read() as tx:
         before = tx.count(Prediction)
-    asked = ask(target, pictures, 12, 4).require_answers("the service")
-    closed = closed_loop(target, pictures, 2, 0.5)
-    opened = open_loop(target, pictures, 20.0, 0.5, 4)
+    asked = ask(target, images, 12, 4).require_answers("the service")
+    closed = closed_loop(target, images, 2, 0.5)
+    opened = open_loop(target, images, 20.0, 0.5, 4)
     assert len(asked.answered) == 12
     assert len(opened.replies) == 10
     assert opened.percentile_ms(50) is not None
@@ -53,8 +53,8 @@ def test_loads_count_what_was_answered(service: Any, picture: Callable[..., byte
     assert 0 <= late <= 2
 
 
-def test_a_load_with_refusals_is_no_figure(service: Any, picture: Callable[..., bytes]) -> None:
-    nowhere = ask(Target(service.settings.port, "/v1/nothing"), Pictures([picture(0)]), 4, 2)
+def test_a_load_with_refusals_is_no_figure(service: Any, make_image: Callable[..., bytes]) -> None:
+    nowhere = ask(Target(service.settings.port, "/v1/nothing"), Images([make_image(0)]), 4, 2)
     assert nowhere.share_of(404) == 1.0
     assert nowhere.percentile_ms(50) is None
     with pytest.raises(DataError, match=r"nobody did not answer 4 of 4 requests \(status \[404\]\)"):
@@ -70,9 +70,9 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
     assert load.share_of(429) == pytest.approx(1 / 3)
 
 
-def test_peers_that_cannot_run_are_none_with_a_reason(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+def test_peers_that_cannot_run_are_none_with_a_reason(tmp_path: Path, make_image: Callable[..., bytes]) -> None:
     unnamed = Peers(None, tmp_path / "network.pt", tmp_path)
-    with unnamed.running(Pictures([picture(0)])) as found:
+    with unnamed.running(Images([make_image(0)])) as found:
         assert found == {}
     assert set(unnamed.reasons) == {"litserve", "bentoml", "fastapi"}
     assert "unless --peers names" in unnamed.reasons["litserve"]
@@ -106,12 +106,12 @@ def test_explanations_have_figures(store: Store, tools: Any, tmp_path: Path) -> 
 
 
 def test_a_service_that_keeps_nothing_answers_and_keeps_nothing(
-    store: Store, tools: Any, picture: Callable[..., bytes]
+    store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
     settings = ServingSettings(port=tools.free_port(), keep=False)
     with tools.run_service(store, settings) as running, Client(running.url) as client:
-        answers = [client.predict(picture(number), explain="gradcam") for number in range(6)]
+        answers = [client.predict(make_image(number), explain="gradcam") for number in range(6)]
     assert all(answer.decision for answer in answers)
     assert any(answer.explanation for answer in answers)
     assert all(answer.review is None for answer in answers)

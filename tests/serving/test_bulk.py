@@ -1,4 +1,4 @@
-"""Many pictures at once: most worrying first, what cannot be read is told, an interrupted run goes on."""
+"""Many images at once: most worrying first, what cannot be read is told, an interrupted run goes on."""
 
 import csv
 from collections.abc import Callable
@@ -19,12 +19,12 @@ SETTINGS = ServingSettings(max_batch_size=4)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
-    made = tmp_path / "pictures"
+def folder(tmp_path: Path, make_image: Callable[..., bytes]) -> Path:
+    made = tmp_path / "images"
     (made / "more").mkdir(parents=True)
     for number in range(9):
-        (made / ("more" if number % 2 else ".") / f"p{number}.jpg").write_bytes(picture(number))
-    (made / "broken.png").write_bytes(b"no picture")
+        (made / ("more" if number % 2 else ".") / f"p{number}.jpg").write_bytes(make_image(number))
+    (made / "broken.png").write_bytes(b"no image")
     (made / "notes.txt").write_text("left out")
     return made
 
@@ -37,14 +37,14 @@ def test_the_table_is_what_the_service_answers_in_order(
     assert (len(result.rows), result.failed) == (10, 1)
     with out.open() as file:
         rows = list(csv.DictReader(file))
-    assert rows[-1]["picture"] == "broken.png"
+    assert rows[-1]["image"] == "broken.png"
     assert rows[-1]["error"]
     ranks = [["urgent", "review", "retake", "answered"].index(row["decision"]) for row in rows[:-1]]
     assert ranks == sorted(ranks)
     for before, after in pairwise(rows[:-1]):
         if before["decision"] == after["decision"]:
             assert float(before["p_malignant"]) >= float(after["p_malignant"])
-    served = client.predict((folder / rows[0]["picture"]).read_bytes())
+    served = client.predict((folder / rows[0]["image"]).read_bytes())
     assert rows[0]["label"] == served.label
     assert float(rows[0]["confidence"]) == pytest.approx(served.confidence, abs=1e-5)
     assert len(list((tmp_path / "table.csv.maps").iterdir())) == 9
@@ -64,13 +64,13 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(service_store: Store, fold
         predict_folder(bundle, folder, out, SETTINGS, on_done=stop)
     partial = tmp_path / "part.csv.partial"
     with partial.open("a") as file:
-        file.write('{"picture": "half')
+        file.write('{"image": "half')
     with pytest.raises(RefusedError, match="--resume"):
         predict_folder(bundle, folder, out, SETTINGS)
     seen: list[int] = []
     resumed = predict_folder(bundle, folder, out, SETTINGS, resume=True, on_done=lambda done, _: seen.append(done))
     assert seen[0] >= 4
-    assert [row["picture"] for row in resumed.rows] == [row["picture"] for row in whole.rows]
+    assert [row["image"] for row in resumed.rows] == [row["image"] for row in whole.rows]
     assert [row["decision"] for row in resumed.rows] == [row["decision"] for row in whole.rows]
 
 

@@ -69,7 +69,7 @@ def test_models_are_verified_and_an_altered_one_is_named(
     assert said[whole.id]["problem"] is None
     assert said[whole.id]["golden_difference"] < 1e-2
     assert "was altered" in said[altered.id]["problem"]
-    assert "golden pictures" in said[liar.id]["problem"]
+    assert "golden images" in said[liar.id]["problem"]
     assert run(["models", "verify", whole.id[:12], "--set", home]) == 0
     assert "unchanged" in capsys.readouterr().out
 

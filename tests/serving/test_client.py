@@ -61,12 +61,12 @@ def _length(request: bytes) -> int:
 
 
 def test_a_request_whose_answer_was_lost_is_repeated_and_counted_once(
-    service: Any, picture: Callable[..., bytes]
+    service: Any, make_image: Callable[..., bytes]
 ) -> None:
     with service.store.ledger.read() as tx:
         before = tx.count(Prediction)
     with unreliable_way(service.settings.port, cuts=2) as port, Client(f"http://127.0.0.1:{port}") as client:
-        answer = client.predict(picture(0))
+        answer = client.predict(make_image(0))
     with service.store.ledger.read() as tx:
         assert tx.count(Prediction) == before + 1
         assert tx.get(Prediction, answer.id) is not None

@@ -23,7 +23,7 @@ from serving.settings import ServingSettings
 SCRIPT = Path(__file__).parents[2] / "docs" / "serve_api.sh"
 
 
-def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, picture: Callable[..., bytes]) -> None:
+def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, make_image: Callable[..., bytes]) -> None:
     store = open_store(RecordsSettings(home=tmp_path / "home"))
     champion = tools.make_bundle(store, 0)
     tools.serve_bundle(store, champion)
@@ -33,8 +33,8 @@ def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, pictu
     with store.ledger.begin() as tx:
         register(tx, candidate, status=ModelStatus.CANDIDATE)
     file = tmp_path / "lesion.jpg"
-    file.write_bytes(picture(1))
-    signed = sign_image_path(store.home, sha256_hex(picture(1)), 600)
+    file.write_bytes(make_image(1))
+    signed = sign_image_path(store.home, sha256_hex(make_image(1)), 600)
     with tools.run_service(store, ServingSettings(port=tools.free_port())) as running:
         environ = {**os.environ, "URL": running.url, "KEY": admin_token(store.home)}
         environ["WEBHOOK_SECRET"] = key_of(store.home, SECRET_FILE)

@@ -20,12 +20,12 @@ METHODS = ("gradcam", "integrated_gradients", "gradient_shap", "occlusion")
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_explains_the_same_stored_and_unstored(
-    client: Client, picture: Callable[..., bytes], method: str
+    client: Client, make_image: Callable[..., bytes], method: str
 ) -> None:
-    answer = client.predict(picture(40))
+    answer = client.predict(make_image(40))
     stored = client.explanation(answer.id, method=method, target="mel", versus="nv")
     again = client.explanation(answer.id, method=method, target="mel", versus="nv")
-    fresh = client.explain_picture(picture(40), method=method, target="mel", versus="nv")
+    fresh = client.explain_image(make_image(40), method=method, target="mel", versus="nv")
     assert stored == again
     assert np.allclose(stored.values, fresh.values, atol=1e-6)
     assert (stored.target, stored.versus, stored.exact) == ("mel", "nv", False)
@@ -41,46 +41,46 @@ def test_every_method_explains_the_same_stored_and_unstored(
             assert stored.completeness_error <= 0.02 or stored.steps == 400
 
 
-def test_forms_of_an_explanation(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
+def test_forms_of_an_explanation(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
     with httpx.Client(base_url=service.url, trust_env=False) as http:
         headers = {"Content-Type": "image/jpeg"}
-        found = http.post("/v1/explanations?method=occlusion&format=npy", content=picture(41), headers=headers)
+        found = http.post("/v1/explanations?method=occlusion&format=npy", content=make_image(41), headers=headers)
         assert np.load(io.BytesIO(found.content), allow_pickle=False).shape == (64, 64)
-        found = http.post("/v1/explanations?format=png", content=picture(41), headers=headers)
+        found = http.post("/v1/explanations?format=png", content=make_image(41), headers=headers)
         assert found.content.startswith(b"\x89PNG")
-        found = http.post("/v1/explanations?method=guess", content=picture(41), headers=headers)
+        found = http.post("/v1/explanations?method=guess", content=make_image(41), headers=headers)
         assert found.status_code == 422
     with pytest.raises(DataError, match="against itself"):
-        client.explain_picture(picture(41), target="mel", versus="mel")
+        client.explain_image(make_image(41), target="mel", versus="mel")
     with pytest.raises(DataError):
-        client.explain_picture(picture(41), target="cat")
+        client.explain_image(make_image(41), target="cat")
 
 
-def test_a_batch_answers_each_and_sums_up_lesions(client: Client, picture: Callable[..., bytes]) -> None:
+def test_a_batch_answers_each_and_sums_up_lesions(client: Client, make_image: Callable[..., bytes]) -> None:
     contexts = [Context(lesion_id="L1"), Context(lesion_id="L1"), Context()]
-    found = client.predict_many([picture(42), picture(43), b"no picture"], contexts=contexts, idempotency_key="b1")
+    found = client.predict_many([make_image(42), make_image(43), b"no image"], contexts=contexts, idempotency_key="b1")
     answers = [item.answer for item in found.items]
     assert answers[0] is not None
     assert answers[1] is not None
     assert answers[2] is None
     assert found.items[2].problem is not None
-    assert found.items[2].problem.code == "not_a_picture"
+    assert found.items[2].problem.code == "not_an_image"
     order = ["answered", "retake", "review", "urgent"]
     (lesion,) = found.lesions
     assert lesion.lesion_id == "L1"
     assert lesion.prediction_ids == [answers[0].id, answers[1].id]
     assert order.index(lesion.decision) == max(order.index(a.decision) for a in answers[:2] if a)
-    assert answers[0].probabilities == pytest.approx(client.predict(picture(42)).probabilities, abs=1e-5)
-    again = client.predict_many([picture(42), picture(43), b"no picture"], contexts=contexts, idempotency_key="b1")
+    assert answers[0].probabilities == pytest.approx(client.predict(make_image(42)).probabilities, abs=1e-5)
+    again = client.predict_many([make_image(42), make_image(43), b"no image"], contexts=contexts, idempotency_key="b1")
     assert again == found
     with pytest.raises(DataError, match="send one for each"):
-        client.predict_many([picture(42)], contexts=contexts)
+        client.predict_many([make_image(42)], contexts=contexts)
     with pytest.raises(DataError, match="1 to 32 files"):
         client.predict_many([b"x"] * 33)
 
 
-def test_an_outcome_is_a_label_of_its_rank(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
-    answer = client.predict(picture(44))
+def test_an_outcome_is_a_label_of_its_rank(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
+    answer = client.predict(make_image(44))
     request = OutcomeRequest(diagnosis="mel", confirmation="histopathology", observed_at=utc_now())
     stored = client.outcome(answer.id, request)
     assert stored.agrees == (answer.label == "mel")
@@ -93,14 +93,16 @@ def test_an_outcome_is_a_label_of_its_rank(service: Any, client: Client, picture
         client.outcome(answer.id, request.model_copy(update={"observed_at": utc_now() + timedelta(days=1)}))
     with pytest.raises((DataError, TaxonomyError)):
         client.outcome(answer.id, request.model_copy(update={"diagnosis": "cat"}))
-    hidden = client.predict(picture(45), context=Context(consent=Consent.NONE))
+    hidden = client.predict(make_image(45), context=Context(consent=Consent.NONE))
     with pytest.raises(RefusedError, match="without consent"):
         client.outcome(hidden.id, request)
 
 
-def test_events_tell_each_change_once_and_in_order(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
+def test_events_tell_each_change_once_and_in_order(
+    service: Any, client: Client, make_image: Callable[..., bytes]
+) -> None:
     start = client.events(limit=200).next
-    answer = client.predict(picture(46))
+    answer = client.predict(make_image(46))
     before = client.events(after=start)
     assert before.items == []
     assert before.next == start
@@ -117,8 +119,8 @@ def test_events_tell_each_change_once_and_in_order(service: Any, client: Client,
     assert client.events(after=second.id).items == []
 
 
-def test_metrics_speak_prometheus(service: Any, client: Client, picture: Callable[..., bytes]) -> None:
-    client.predict(picture(47))
+def test_metrics_speak_prometheus(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
+    client.predict(make_image(47))
     with httpx.Client(base_url=service.url, trust_env=False) as http:
         http.get("/v1/nothing")
         http.get("/v1/model", headers={"Host": "elsewhere.example"})

@@ -1,4 +1,4 @@
-"""What anybody may send: the published contract holds, no upload breaks the service, odd pictures are answered."""
+"""What anybody may send: the published contract holds, no upload breaks the service, odd images are answered."""
 
 import base64
 import http.client
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from bench.serve.malformed import CONTENT_TYPES, ROUTES, malformed_upload, pictures, png_of
+from bench.serve.malformed import CONTENT_TYPES, ROUTES, images, malformed_upload, png_of
 from records.arrays import IntArray
 from records.settings import RecordsSettings
 from records.store import open_store
@@ -25,7 +25,7 @@ from serving.client import Client
 from serving.settings import ServingSettings
 
 EXIF_ORIENTATION = 0x0112
-# How the upright picture is stored so that a viewer who follows orientation 1 to 8 sees it upright again.
+# How the upright image is stored so that a viewer who follows orientation 1 to 8 sees it upright again.
 TRANSPOSES = {
     1: None,
     2: PillowImage.Transpose.FLIP_LEFT_RIGHT,
@@ -72,9 +72,9 @@ def test_what_schemathesis_tries_fits_the_published_contract(abused: Any) -> Non
 
 
 def test_a_forms_unknown_part_is_refused_since_it_may_be_a_misspelt_consent(
-    abused: Any, picture: Callable[..., bytes]
+    abused: Any, make_image: Callable[..., bytes]
 ) -> None:
-    image = ("image", ("a.jpg", picture(0), "image/jpeg"))
+    image = ("image", ("a.jpg", make_image(0), "image/jpeg"))
     consent = (None, '{"consent": "none"}', "application/json")
     with httpx.Client(base_url=abused.url, trust_env=False) as http:
         for path in ("/v1/predictions", "/v1/predictions/batch", "/v1/explanations"):
@@ -85,15 +85,15 @@ def test_a_forms_unknown_part_is_refused_since_it_may_be_a_misspelt_consent(
         assert "batch" in http.post("/v1/predictions", files=[image, image]).json()["detail"]
 
 
-def test_numbers_are_no_moments_and_words_are_no_numbers(abused: Any, picture: Callable[..., bytes]) -> None:
+def test_numbers_are_no_moments_and_words_are_no_numbers(abused: Any, make_image: Callable[..., bytes]) -> None:
     with Client(abused.url, retry_s=0.0) as client, httpx.Client(base_url=abused.url, trust_env=False) as http:
-        path = f"/v1/predictions/{client.predict(picture(0)).id}/outcomes"
+        path = f"/v1/predictions/{client.predict(make_image(0)).id}/outcomes"
         outcome = {"diagnosis": "nv", "confirmation": "histopathology"}
         for moment in (0, 1.5e9, "0", "-1", True, "2026-03-01T12:00:00"):
             assert http.post(path, json=outcome | {"observed_at": moment}).status_code == 422, moment
         assert http.post(path, json=outcome | {"observed_at": "2026-03-01T12:00:00Z"}).status_code == 200
         for age in ('"61"', "true"):
-            files = {"image": ("a.jpg", picture(0)), "context": (None, f'{{"age": {age}}}')}
+            files = {"image": ("a.jpg", make_image(0)), "context": (None, f'{{"age": {age}}}')}
             assert http.post("/v1/predictions", files=files).status_code == 422, age
 
 
@@ -124,9 +124,9 @@ def test_uploads_are_drawn_from_their_seed_and_cover_every_route() -> None:
 
 # Of a form that is cut off, Starlette leaves closing the part under way to the collector, which then warns.
 @pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile.*:pytest.PytestUnraisableExceptionWarning")
-def test_no_upload_is_the_services_own_fault(abused: Any, picture: Callable[..., bytes]) -> None:
+def test_no_upload_is_the_services_own_fault(abused: Any, make_image: Callable[..., bytes]) -> None:
     with Client(abused.url, retry_s=0.0) as client, httpx.Client(base_url=abused.url, trust_env=False) as http:
-        before = client.predict(picture(0)).probabilities
+        before = client.predict(make_image(0)).probabilities
         seen: Counter[int] = Counter()
         for number in range(150):
             response = send(http, number)
@@ -134,7 +134,7 @@ def test_no_upload_is_the_services_own_fault(abused: Any, picture: Callable[...,
             assert response.status_code < 500, f"upload {number}: {response.text}"
             if response.status_code >= 400:
                 assert response.headers["content-type"] == "application/problem+json", f"upload {number}"
-        assert client.predict(picture(0)).probabilities == before
+        assert client.predict(make_image(0)).probabilities == before
     # It is no test if everything is refused at the door.
     assert set(seen) == {200, 400, 413, 415, 422}
 
@@ -165,13 +165,13 @@ def test_a_small_file_that_unfolds_is_answered_or_refused(abused: Any, bomb: byt
     assert response.status_code in (200, 413, 422), response.text
 
 
-# ---------------------------------------------------------------- odd pictures
+# ---------------------------------------------------------------- odd images
 
 
-@pytest.mark.parametrize("kind", sorted(pictures()))
-def test_every_kind_of_picture_is_answered_with_a_map(abused: Any, kind: str) -> None:
+@pytest.mark.parametrize("kind", sorted(images()))
+def test_every_kind_of_image_is_answered_with_a_map(abused: Any, kind: str) -> None:
     with Client(abused.url, retry_s=0.0) as client:
-        answer = client.predict(pictures()[kind], explain="gradcam")
+        answer = client.predict(images()[kind], explain="gradcam")
     assert answer.probabilities is not None
     assert answer.explanation is not None
     assert np.isfinite(answer.explanation.values).all()
@@ -179,14 +179,12 @@ def test_every_kind_of_picture_is_answered_with_a_map(abused: Any, kind: str) ->
 
 def test_the_first_frame_of_an_animation_is_what_is_answered(abused: Any) -> None:
     with Client(abused.url, retry_s=0.0) as client:
-        assert (
-            client.predict(pictures()["png_animated"]).probabilities == client.predict(pictures()["png"]).probabilities
-        )
+        assert client.predict(images()["png_animated"]).probabilities == client.predict(images()["png"]).probabilities
 
 
-def test_all_eight_orientations_give_one_answer_and_one_map(abused: Any, picture: Callable[..., bytes]) -> None:
-    # Of the model's own side: where a picture is reduced, a turned one may differ by one grey level of rounding.
-    upright = PillowImage.open(io.BytesIO(picture(3))).convert("RGB").resize((96, 64))
+def test_all_eight_orientations_give_one_answer_and_one_map(abused: Any, make_image: Callable[..., bytes]) -> None:
+    # Of the model's own side: where an image is reduced, a turned one may differ by one grey level of rounding.
+    upright = PillowImage.open(io.BytesIO(make_image(3))).convert("RGB").resize((96, 64))
     answers = []
     with Client(abused.url, retry_s=0.0) as client:
         for orientation, transpose in TRANSPOSES.items():

@@ -19,24 +19,24 @@ REASONS = (ReasonCode.REFER, ReasonCode.PREDICTION_SET, ReasonCode.LOW_CONFIDENC
 
 
 def answer(number: int, reason: ReasonCode, key: str | None) -> Answer:
-    """An answer about one of a few pictures, which an expert should see."""
-    picture, now = sha256_hex(str(number).encode()), utc_now()
+    """An answer about one of a few images, which an expert should see."""
+    make_image, now = sha256_hex(str(number).encode()), utc_now()
     image = Image(
-        id=picture, uri="file:///none", format="jpeg", width_px=64, height_px=64, provenance="served",
+        id=make_image, uri="file:///none", format="jpeg", width_px=64, height_px=64, provenance="served",
         consent=Consent.TRAINING, created_at=now,
     )  # fmt: skip
     prediction = Prediction(
-        id=new_id(), request_id=new_id(), created_at=now, idempotency_key=key, caller="local", image_id=picture,
+        id=new_id(), request_id=new_id(), created_at=now, idempotency_key=key, caller="local", image_id=make_image,
         consent=Consent.TRAINING, model_id="m", model_status="champion", engine="torch", precision="fp32",
         num_threads=1, settings_hash="s", decision=Decision.REVIEW, reasons=[reason], latency_ms=1.0,
     )  # fmt: skip
     question = ReviewItem(
-        id=new_id(), created_at=now, prediction_id=prediction.id, image_id=picture, reasons=[reason], priority=1.0
+        id=new_id(), created_at=now, prediction_id=prediction.id, image_id=make_image, reasons=[reason], priority=1.0
     )
     return Answer(prediction, image, question)
 
 
-def test_replicas_that_write_at_once_store_each_picture_and_ask_about_it_once(tmp_path: Path) -> None:
+def test_replicas_that_write_at_once_store_each_image_and_ask_about_it_once(tmp_path: Path) -> None:
     server = pgserver.get_server(tmp_path / "pg", cleanup_mode="delete")
     database = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
     settings = RecordsSettings(home=tmp_path / "home", database=database)
@@ -46,7 +46,7 @@ def test_replicas_that_write_at_once_store_each_picture_and_ask_about_it_once(tm
     def replica(place: int) -> None:
         store = open_store(settings)
         for turn in range(10):
-            # Each pair of replicas meets the same pictures and keys, in orders of their own.
+            # Each pair of replicas meets the same images and keys, in orders of their own.
             batch = [answer((turn + place * step) % 6, REASONS[place], f"{turn} {step}") for step in (1, 2, 3)]
             try:
                 write_answers(store, batch if place % 2 else batch[::-1])

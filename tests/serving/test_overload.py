@@ -13,7 +13,7 @@ from serving.settings import ServingSettings
 
 
 def test_more_than_admitted_is_answered_429_and_the_client_waits(
-    store: Store, tools: Any, picture: Callable[..., bytes]
+    store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
     settings = ServingSettings(port=tools.free_port(), max_in_flight=2, max_batch_size=2)
@@ -21,7 +21,7 @@ def test_more_than_admitted_is_answered_429_and_the_client_waits(
 
         def post(number: int) -> httpx.Response:
             headers = {"Content-Type": "image/jpeg"}
-            return httpx.post(f"{running.url}/v1/predictions", content=picture(number), headers=headers, timeout=30)
+            return httpx.post(f"{running.url}/v1/predictions", content=make_image(number), headers=headers, timeout=30)
 
         responses = list(threads.map(post, range(48)))
         refused = [response for response in responses if response.status_code == 429]
@@ -31,6 +31,6 @@ def test_more_than_admitted_is_answered_429_and_the_client_waits(
         assert refused[0].headers["retry-after"] == "1"
 
         with Client(running.url) as client:
-            patient = list(threads.map(lambda number: client.predict(picture(number)), range(8)))
+            patient = list(threads.map(lambda number: client.predict(make_image(number)), range(8)))
     with store.ledger.read() as tx:
         assert tx.count(Prediction) == len(responses) - len(refused) + len(patient)

@@ -151,7 +151,7 @@ def test_how_often_such_scores_were_right_is_said_with_what_it_rests_on() -> Non
     assert "right one for 40: 80 % (95 % interval 66 to 90 %)" in text
     assert "few" not in text
     assert "3 are few" in scores_text(0.85, [BAND.model_copy(update={"lesions": 3, "right": 3})])
-    assert "No calibration picture" in scores_text(0.9, [BAND])
+    assert "No calibration image" in scores_text(0.9, [BAND])
     top = ScoreBand(low=0.9, high=1.0, lesions=9, right=9, right_ci=(0.6, 1.0))
     assert "from 90 to 100 %" in scores_text(1.0, [BAND, top])
     assert scores_text(0.8, []) == NOT_KNOWN
@@ -177,7 +177,7 @@ def test_every_event_is_a_sentence() -> None:
     assert "before the experts" in fate_html(ReviewStatus(state="pushed"), [], NAMES)  # type: ignore[arg-type]
 
 
-def test_the_layers_are_the_picture_and_a_map_that_is_clear_where_nothing_counted() -> None:
+def test_the_layers_are_the_image_and_a_map_that_is_clear_where_nothing_counted() -> None:
     layers = draw_layers(render("mel", seed=1), explanation(), 64)
     kind, data = layers.heat.split(",")
     heat = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
@@ -187,11 +187,11 @@ def test_the_layers_are_the_picture_and_a_map_that_is_clear_where_nothing_counte
     assert heat[63, 0, 3] < 10
     assert heat[63, 63, 3] < 10
     assert heat[0, 63, 3] > 200
-    picture = Image.open(io.BytesIO(base64.b64decode(layers.picture.split(",")[1])))
-    assert picture.size == (64, 64)
+    make_image = Image.open(io.BytesIO(base64.b64decode(layers.image.split(",")[1])))
+    assert make_image.size == (64, 64)
     html = map_html(explanation(versus="nv"), NAMES, layers)
     assert "Melanoma rather than Melanocytic nevus" in html
-    assert layers.picture in html
+    assert layers.image in html
     assert layers.heat in html
 
 
@@ -207,7 +207,7 @@ def test_a_map_says_how_it_was_made_and_how_far_such_maps_can_be_believed() -> N
 
 def test_models_rollouts_and_rounds_say_what_they_rest_on() -> None:
     html = details_html(details(), NAMES)
-    assert "On 9 validation pictures of 8 lesions" in html
+    assert "On 9 validation images of 8 lesions" in html
     assert "50.0 %" in html
     assert "not known" in html
     assert "80 to 90 %" in html

@@ -1,7 +1,7 @@
 """The page in a headless Chromium, at the width of a desk and of a phone: every tab, from upload to an expert's word.
 
-Pictures of the page are kept where RELOOK_SCREENSHOTS names a folder; a small model is trained for them then, so that
-they show what a page looks like in use. All pictures on them are generated.
+Images of the page are kept where RELOOK_SCREENSHOTS names a folder; a small model is trained for them then, so that
+they show what a page looks like in use. All images on them are generated.
 """
 
 import os
@@ -121,13 +121,14 @@ def _add_rounds(store: Store, bundle: Bundle) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize("width_px", WIDTHS)
 def test_from_upload_to_the_experts_word_and_every_tab(
-    browser: "Browser", url: str, models: tuple[Store, Bundle, Bundle], picture: Callable[..., bytes], tmp_path: Path,
+    browser: "Browser", url: str, models: tuple[Store, Bundle, Bundle], make_image: Callable[..., bytes],
+    tmp_path: Path,
     width_px: int,
 ) -> None:  # fmt: skip
     store, _, candidate = models
     folder = Path(WANTED) if WANTED else tmp_path
     file = tmp_path / "lesion.jpg"
-    file.write_bytes(_doubted(url, picture)[list(WIDTHS).index(width_px)])
+    file.write_bytes(_doubted(url, make_image)[list(WIDTHS).index(width_px)])
     page = browser.new_context(viewport={"width": width_px, "height": 900}).new_page()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -136,15 +137,15 @@ def test_from_upload_to_the_experts_word_and_every_tab(
     page.wait_for_selector("#rl-model")
 
     _upload_and_look(page, file)
-    _picture(page, folder / f"page{WIDTHS[width_px]}.png", width_px)
+    _image(page, folder / f"page{WIDTHS[width_px]}.png", width_px)
     _change_the_map(page)
     _object_and_hear(page, store, width_px)
     page.get_by_role("tab", name="History").click()
     page.wait_for_selector("#rl-history .rl-past")
     assert "An expert says" in page.inner_text("#rl-history .rl-past >> nth=0")
-    _picture(page, folder / f"page_history{WIDTHS[width_px]}.png", width_px)
+    _image(page, folder / f"page_history{WIDTHS[width_px]}.png", width_px)
     _move_a_rollout(page, store, candidate)
-    _picture(page, folder / f"page_models{WIDTHS[width_px]}.png", width_px)
+    _image(page, folder / f"page_models{WIDTHS[width_px]}.png", width_px)
     page.click("#rl-back")
     page.wait_for_selector("#rl-rollout >> text=rolled back")
     with store.ledger.begin() as tx:
@@ -152,27 +153,27 @@ def test_from_upload_to_the_experts_word_and_every_tab(
     page.get_by_role("tab", name="Rounds").click()
     page.wait_for_selector("#rl-rounds .rl-plot")
     assert "round 4: 230 labels, 64 %" in (page.locator("#rl-rounds .rl-plot").get_attribute("alt") or "")
-    _picture(page, folder / f"page_rounds{WIDTHS[width_px]}.png", width_px)
+    _image(page, folder / f"page_rounds{WIDTHS[width_px]}.png", width_px)
 
     assert not [address for address in asked if not address.startswith((url, "data:", "blob:"))]
     page.context.close()
 
 
-def _doubted(url: str, picture: Callable[..., bytes]) -> list[bytes]:
-    """Return a picture for each width that goes to an expert; asking leaves nothing behind."""
+def _doubted(url: str, make_image: Callable[..., bytes]) -> list[bytes]:
+    """Return an image for each width that goes to an expert; asking leaves nothing behind."""
     found: list[bytes] = []
     with Client(url) as client:
         for number in range(60, 120):
-            answer = client.predict(picture(number), context=Context(consent=Consent.NONE))
-            found += [picture(number)] if answer.decision is Decision.REVIEW and answer.label else []
+            answer = client.predict(make_image(number), context=Context(consent=Consent.NONE))
+            found += [make_image(number)] if answer.decision is Decision.REVIEW and answer.label else []
             if len(found) == len(WIDTHS):
                 return found
-    raise AssertionError("the model doubts none of sixty pictures")
+    raise AssertionError("the model doubts none of sixty images")
 
 
 def _upload_and_look(page: "Page", file: Path) -> None:
     with page.expect_response(lambda response: response.url.endswith(file.name)):
-        page.set_input_files("#rl-picture input[type=file]", str(file))
+        page.set_input_files("#rl-image input[type=file]", str(file))
     page.click("#rl-ask")
     page.wait_for_selector("#rl-map .heat")
     assert "Most likely" in page.inner_text("#rl-decision")
@@ -248,8 +249,8 @@ def _choose(page: "Page", dropdown: str, words: str) -> None:
     page.get_by_role("option").filter(has_text=words).click()
 
 
-def _picture(page: "Page", path: Path, width_px: int) -> None:
-    """Keep a picture of the whole page, and hold what it shows to what every page must keep."""
+def _image(page: "Page", path: Path, width_px: int) -> None:
+    """Keep an image of the whole page, and hold what it shows to what every page must keep."""
     text = page.inner_text("body")
     assert "not a diagnosis" in text
     assert not VERDICTS.search(text)

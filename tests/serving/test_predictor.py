@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from records.errors import PictureError, RefusedError, UnavailableError
+from records.errors import ImageError, RefusedError, UnavailableError
 from records.ids import new_id
 from records.store import Store
 from records.types import Decision, ModelStatus, Prediction, ReasonCode, ReviewItem
@@ -23,8 +23,8 @@ T = TypeVar("T")
 SETTINGS = ServingSettings(model_poll_s=0.05, audit_share=0.0)
 
 
-def request(picture: bytes, **changes: Any) -> PredictionRequest:
-    return PredictionRequest(picture=picture, request_id=new_id(), context=Context(), **changes)
+def request(make_image: bytes, **changes: Any) -> PredictionRequest:
+    return PredictionRequest(image=make_image, request_id=new_id(), context=Context(), **changes)
 
 
 def with_predictor(store: Store, use: Callable[[Predictor], Awaitable[T]], settings: ServingSettings = SETTINGS) -> T:
@@ -41,13 +41,15 @@ def with_predictor(store: Store, use: Callable[[Predictor], Awaitable[T]], setti
     return asyncio.run(run())
 
 
-def test_answers_of_a_batch_are_those_of_one_at_a_time(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+def test_answers_of_a_batch_are_those_of_one_at_a_time(
+    store: Store, tools: Any, make_image: Callable[..., bytes]
+) -> None:
     tools.serve_bundle(store, tools.make_bundle(store, bias={"bcc": -2.0}))
-    pictures = [picture(number) for number in range(12)]
+    images = [make_image(number) for number in range(12)]
 
     async def both(predictor: Predictor) -> tuple[list[Answered], list[Answered]]:
-        singles = [await predictor.predict(request(data)) for data in pictures]
-        return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in pictures)))
+        singles = [await predictor.predict(request(data)) for data in images]
+        return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in images)))
 
     singles, together = with_predictor(store, both)
     for one, other in zip(singles, together, strict=True):
@@ -61,14 +63,14 @@ def test_answers_of_a_batch_are_those_of_one_at_a_time(store: Store, tools: Any,
 
 
 def test_a_batch_alone_has_all_cores_and_batches_beside_each_other_one(
-    store: Store, tools: Any, picture: Callable[..., bytes]
+    store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
-    pictures = [picture(number) for number in range(12)]
+    images = [make_image(number) for number in range(12)]
 
     async def both(predictor: Predictor) -> tuple[list[Answered], list[Answered]]:
-        singles = [await predictor.predict(request(data)) for data in pictures[:3]]
-        return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in pictures)))
+        singles = [await predictor.predict(request(data)) for data in images[:3]]
+        return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in images)))
 
     settings = SETTINGS.model_copy(update={"predictor_cpus": 2.0, "max_batch_size": 2})
     singles, together = with_predictor(store, both, settings)
@@ -76,22 +78,22 @@ def test_a_batch_alone_has_all_cores_and_batches_beside_each_other_one(
     assert 1 in {answered.prediction.num_threads for answered in together}
 
 
-def test_one_bad_picture_harms_no_other(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+def test_one_bad_image_harms_no_other(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
     async def mixed(predictor: Predictor) -> list[Any]:
-        bodies = [picture(0), b"text", picture(1), picture(2)[:500], picture(3)]
+        bodies = [make_image(0), b"text", make_image(1), make_image(2)[:500], make_image(3)]
         return await asyncio.gather(*(predictor.predict(request(b)) for b in bodies), return_exceptions=True)
 
     results = with_predictor(store, mixed)
-    assert [type(result) for result in results] == [Answered, PictureError, Answered, PictureError, Answered]
+    assert [type(result) for result in results] == [Answered, ImageError, Answered, ImageError, Answered]
 
 
-def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
     async def same_key(predictor: Predictor) -> list[Answered]:
-        calls = (predictor.predict(request(picture(0), idempotency_key="k")) for _ in range(8))
+        calls = (predictor.predict(request(make_image(0), idempotency_key="k")) for _ in range(8))
         return list(await asyncio.gather(*calls))
 
     answered = with_predictor(store, same_key)
@@ -100,7 +102,7 @@ def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, pict
         assert tx.count(Prediction) == 1
 
 
-def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
     async def race() -> list[Answered]:
@@ -108,7 +110,7 @@ def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, pic
         for replica in replicas:
             await replica.start()
         calls = [
-            replica.predict(request(picture(number), idempotency_key=f"key-{number}"))
+            replica.predict(request(make_image(number), idempotency_key=f"key-{number}"))
             for number in range(4)
             for replica in replicas
         ]
@@ -124,11 +126,13 @@ def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, pic
         assert tx.count(Prediction) == 4
 
 
-def test_what_is_not_finite_is_asked_and_never_dropped(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
-    tools.serve_bundle(store, tools.make_bundle(store, status_of_pictures="overflow"))
+def test_what_is_not_finite_is_asked_and_never_dropped(
+    store: Store, tools: Any, make_image: Callable[..., bytes]
+) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store, status_of_images="overflow"))
 
     async def use(predictor: Predictor) -> Answered:
-        return await predictor.predict(request(picture(0), explain=True))
+        return await predictor.predict(request(make_image(0), explain=True))
 
     answered = with_predictor(store, use)
     prediction = answered.prediction
@@ -143,14 +147,16 @@ def test_what_is_not_finite_is_asked_and_never_dropped(store: Store, tools: Any,
         Explainer(store, SETTINGS).explain(prediction, "gradcam", "mel")
 
 
-def test_a_new_model_answers_from_the_next_request_on(store: Store, tools: Any, picture: Callable[..., bytes]) -> None:
+def test_a_new_model_answers_from_the_next_request_on(
+    store: Store, tools: Any, make_image: Callable[..., bytes]
+) -> None:
     first, second = tools.make_bundle(store, 0), tools.make_bundle(store, 1)
     tools.serve_bundle(store, first, ModelStatus.PROVISIONAL)
 
     async def swap(predictor: Predictor) -> list[tuple[str, str]]:
         seen = []
         for step in range(400):
-            answered = await predictor.predict(request(picture(step % 5)))
+            answered = await predictor.predict(request(make_image(step % 5)))
             seen.append((answered.prediction.model_id, answered.prediction.model_status))
             if step == 3:
                 await asyncio.to_thread(tools.serve_bundle, store, second)
@@ -176,7 +182,7 @@ def test_a_status_change_needs_no_new_model(store: Store, tools: Any) -> None:
     assert holder.current.loaded is loaded
 
 
-def test_a_model_that_misses_its_golden_pictures_is_not_served(
+def test_a_model_that_misses_its_golden_images_is_not_served(
     store: Store, tools: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = tools.make_bundle(store, 0)
@@ -202,10 +208,10 @@ def test_an_altered_bundle_is_not_served(store: Store, tools: Any, caplog: pytes
     assert "altered" in caplog.text
 
 
-def test_without_a_model_there_is_a_sentence(store: Store, picture: Callable[..., bytes]) -> None:
+def test_without_a_model_there_is_a_sentence(store: Store, make_image: Callable[..., bytes]) -> None:
     async def use(predictor: Predictor) -> str:
         with pytest.raises(UnavailableError, match="promote one"):
-            await predictor.predict(request(picture(0)))
+            await predictor.predict(request(make_image(0)))
         return predictor.state().detail
 
     assert "promote" in with_predictor(store, use)

@@ -6,8 +6,8 @@ from records.errors import (
     ConfigError,
     ContractError,
     DataError,
+    ImageError,
     IntegrityError,
-    PictureError,
     RefusedError,
     TaxonomyError,
     UnavailableError,
@@ -19,12 +19,12 @@ from serving.problems import problem, problem_of
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (PictureError("x"), 415, "not_a_picture"),
-        (PictureError("x", "unsupported_type"), 415, "unsupported_type"),
-        (PictureError("x", "too_large"), 413, "too_large"),
-        (PictureError("x", "too_many_pixels"), 413, "too_many_pixels"),
-        (PictureError("x", "damaged"), 422, "damaged"),
-        (PictureError("x", "empty"), 422, "empty"),
+        (ImageError("x"), 415, "not_an_image"),
+        (ImageError("x", "unsupported_type"), 415, "unsupported_type"),
+        (ImageError("x", "too_large"), 413, "too_large"),
+        (ImageError("x", "too_many_pixels"), 413, "too_many_pixels"),
+        (ImageError("x", "damaged"), 422, "damaged"),
+        (ImageError("x", "empty"), 422, "empty"),
         (UnknownIdError("x"), 404, "not_found"),
         (RefusedError("x"), 409, "refused"),
         (DataError("x"), 422, "invalid"),
@@ -50,5 +50,5 @@ def test_our_own_faults_give_nothing_away(error: type[Exception]) -> None:
 
 
 def test_the_callers_errors_keep_their_sentence() -> None:
-    assert problem_of(PictureError("the picture is empty", "empty")).detail == "the picture is empty"
+    assert problem_of(ImageError("the image is empty", "empty")).detail == "the image is empty"
     assert problem(404, "not_found", "nothing").title == "Not Found"

@@ -107,10 +107,10 @@ def test_without_a_key_nothing_is_told_once_keys_exist(served: tuple[Store, str,
                 ask()
 
 
-def test_events_of_named_answers_only(served: tuple[Store, str, str], picture: Callable[..., bytes]) -> None:
+def test_events_of_named_answers_only(served: tuple[Store, str, str], make_image: Callable[..., bytes]) -> None:
     _, _, url = served
     with Client(url, retry_s=0.0) as client:
-        ids = [client.predict(picture(number)).id for number in (50, 51, 52)]
+        ids = [client.predict(make_image(number)).id for number in (50, 51, 52)]
         request = OutcomeRequest(diagnosis="mel", confirmation="follow_up", observed_at=utc_now())
         for prediction_id in ids:
             client.outcome(prediction_id, request)

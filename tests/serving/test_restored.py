@@ -21,7 +21,7 @@ from serving.client import Client
 from serving.schemas import FlagRequest
 from serving.settings import ServingSettings
 
-NUM_PICTURES = 5
+NUM_IMAGES = 5
 
 
 def relook(home: Path, *arguments: str) -> dict[str, Any]:
@@ -59,26 +59,26 @@ def served_on_ray(home: Path, tools: Any) -> Iterator[str]:
         yield handle.url
 
 
-def answers(client: Client, picture: Callable[..., bytes]) -> list[dict[str, Any]]:
-    """Ask about some pictures; keep all of the answers but what is new with every request."""
-    found = [client.predict(picture(number), explain="gradcam") for number in range(NUM_PICTURES)]
+def answers(client: Client, make_image: Callable[..., bytes]) -> list[dict[str, Any]]:
+    """Ask about some images; keep all of the answers but what is new with every request."""
+    found = [client.predict(make_image(number), explain="gradcam") for number in range(NUM_IMAGES)]
     return [answer.model_dump(exclude={"id", "request_id", "created_at", "review"}) for answer in found]
 
 
-def test_a_restored_service_answers_as_before(tools: Any, picture: Callable[..., bytes], tmp_path: Path) -> None:
-    destroy_and_compare(served_here, tools, picture, tmp_path)
+def test_a_restored_service_answers_as_before(tools: Any, make_image: Callable[..., bytes], tmp_path: Path) -> None:
+    destroy_and_compare(served_here, tools, make_image, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_restored_service_on_ray_answers_as_before(
-    ray_session: Any, tools: Any, picture: Callable[..., bytes], tmp_path: Path
+    ray_session: Any, tools: Any, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    destroy_and_compare(served_on_ray, tools, picture, tmp_path)
+    destroy_and_compare(served_on_ray, tools, make_image, tmp_path)
 
 
 def destroy_and_compare(
-    served: Callable[..., AbstractContextManager[str]], tools: Any, picture: Callable[..., bytes], tmp_path: Path
+    served: Callable[..., AbstractContextManager[str]], tools: Any, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     home, backup = tmp_path / "home", tmp_path / "backup"
     with closing(open_store(RecordsSettings(home=home))) as store:
@@ -88,36 +88,36 @@ def destroy_and_compare(
     token = relook(home, "keys", "create", "somebody", *scopes)["key"]
 
     with served(home, tools) as url, Client(url, token) as client:
-        kept = client.predict(picture(0), explain="gradcam")
+        kept = client.predict(make_image(0), explain="gradcam")
         flagged = client.flag(kept.id, FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel"))
-        before = answers(client, picture)
+        before = answers(client, make_image)
         stored, overlay = client.prediction(kept.id), client.explanation_png(kept.id)
         relook(home, "backup", str(backup))
-        client.predict(picture(9))  # after the view of the backup
+        client.predict(make_image(9))  # after the view of the backup
     shutil.rmtree(home)
     relook(home, "restore", str(backup))
 
     assert relook(home, "audit", "verify")["whole"] is True
     with served(home, tools) as url:
         with Client(url, retry_s=0.0) as stranger, pytest.raises(RelookError):
-            stranger.predict(picture(0))
+            stranger.predict(make_image(0))
         with Client(url, token) as client:
             assert client.model().id == bundle.id
             assert client.prediction(kept.id) == stored
             assert client.prediction(kept.id).review == flagged.review
             assert client.explanation_png(kept.id) == overlay
-            assert answers(client, picture) == before
+            assert answers(client, make_image) == before
     assert relook(home, "audit", "verify")["whole"] is True
     events = relook(home, "trace", kept.id)
     assert {"answer", "flag", "question"} <= {step["kind"] for step in events["steps"]}
 
 
-def test_a_home_that_was_moved_answers_from_where_it_is(tmp_path: Path, tools: Any, picture: Any) -> None:
+def test_a_home_that_was_moved_answers_from_where_it_is(tmp_path: Path, tools: Any, make_image: Any) -> None:
     with closing(open_store(RecordsSettings(home=tmp_path / "before"))) as store:
         bundle = tools.make_bundle(store)
         tools.serve_bundle(store, bundle)
     shutil.move(tmp_path / "before", tmp_path / "after")
     with served_here(tmp_path / "after", tools) as url, Client(url) as client:
-        answer = client.predict(picture(1))
+        answer = client.predict(make_image(1))
         assert answer.model.id == bundle.id
         assert client.explanation(answer.id).method == "gradcam"

@@ -69,8 +69,8 @@ def candidate(store: Store, bundle: Any) -> str:
 class Traffic:
     """Asks all the time, from two threads, until it is stopped."""
 
-    def __init__(self, url: str, picture: Callable[..., bytes]) -> None:
-        self._url, self._picture = url, picture
+    def __init__(self, url: str, make_image: Callable[..., bytes]) -> None:
+        self._url, self._image = url, make_image
         self._stopped = threading.Event()
         self.answers: list[Any] = []
         self.failures: list[RelookError] = []
@@ -96,17 +96,17 @@ class Traffic:
         with Client(self._url, retry_s=0.0) as client:
             while not self._stopped.is_set():
                 try:
-                    self.answers.append(client.predict(self._picture(number % 20)))
+                    self.answers.append(client.predict(self._image(number % 20)))
                 except RelookError as error:
                     self.failures.append(error)
                 number += 1
 
 
 def test_shadow_canary_and_full_without_a_failed_request(
-    kept: Store, running: Any, tools: Any, picture: Callable[..., bytes]
+    kept: Store, running: Any, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     model_id = candidate(kept, tools.make_bundle(kept, 1, bias={"bcc": -2.0}))
-    with Traffic(running.url, picture) as traffic, Client(running.url, admin_token(kept.home)) as admin:
+    with Traffic(running.url, make_image) as traffic, Client(running.url, admin_token(kept.home)) as admin:
         traffic.more(5)
         assert admin.roll_out(RolloutRequest(model=model_id)).stage is RolloutStage.SHADOW
         wait_for(kept, Arm.SHADOW)
@@ -128,10 +128,10 @@ def test_shadow_canary_and_full_without_a_failed_request(
 
 
 def test_nan_answers_are_taken_back_and_never_served(
-    kept: Store, running: Any, tools: Any, picture: Callable[..., bytes]
+    kept: Store, running: Any, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
-    model_id = candidate(kept, tools.make_bundle(kept, 2, status_of_pictures="overflow"))
-    with Traffic(running.url, picture) as traffic:
+    model_id = candidate(kept, tools.make_bundle(kept, 2, status_of_images="overflow"))
+    with Traffic(running.url, make_image) as traffic:
         begin(kept, model_id, 99, actor="test")
         ended = wait_until_ended(kept, model_id)
         traffic.more(5)
@@ -145,7 +145,7 @@ def test_nan_answers_are_taken_back_and_never_served(
     assert asked
     # Two looks prove it; what was under way in the same two batches comes on top.
     assert len(asked) <= 8
-    # It may answer some picture well, and then its answer may go out; what is not finite never does.
+    # It may answer some image well, and then its answer may go out; what is not finite never does.
     assert not any(p.served for p in asked if ReasonCode.NON_FINITE in p.reasons)
 
 

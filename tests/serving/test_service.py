@@ -55,9 +55,9 @@ def ingress_process(url: str) -> psutil.Process:
     return psutil.Process(next(c.pid for c in listening if c.pid))
 
 
-def test_predict_explain_flag_and_read(url: str, served_store: Store, picture: Callable[..., bytes]) -> None:
+def test_predict_explain_flag_and_read(url: str, served_store: Store, make_image: Callable[..., bytes]) -> None:
     with Client(url) as client:
-        answer = client.predict(picture(0), explain="gradcam", context=Context(age=50))
+        answer = client.predict(make_image(0), explain="gradcam", context=Context(age=50))
         assert answer.explanation is not None
         assert client.explanation(answer.id) == answer.explanation
         assert client.explanation_png(answer.id, target="mel").startswith(b"\x89PNG")
@@ -69,31 +69,31 @@ def test_predict_explain_flag_and_read(url: str, served_store: Store, picture: C
         assert tx.count(Flag, where={"prediction_id": answer.id}) == 1
 
 
-def test_problems_cross_the_replicas_as_they_are(url: str, picture: Callable[..., bytes]) -> None:
+def test_problems_cross_the_replicas_as_they_are(url: str, make_image: Callable[..., bytes]) -> None:
     def post(data: bytes, **headers: str) -> Any:
         response = httpx.post(f"{url}/v1/predictions", content=data, headers={"Content-Type": "image/jpeg"} | headers)
         return response.status_code, response.json()["code"]
 
-    assert post(b"text") == (415, "not_a_picture")
-    assert post(picture(0)[:700]) == (422, "damaged")
+    assert post(b"text") == (415, "not_an_image")
+    assert post(make_image(0)[:700]) == (422, "damaged")
     key = {"Idempotency-Key": "ray-1"}
     assert httpx.post(
-        f"{url}/v1/predictions", content=picture(0), headers={"Content-Type": "image/jpeg"} | key
+        f"{url}/v1/predictions", content=make_image(0), headers={"Content-Type": "image/jpeg"} | key
     ).is_success
-    assert post(picture(1), **key) == (409, "refused")
+    assert post(make_image(1), **key) == (409, "refused")
 
 
 @pytest.mark.slow
 def test_interleaved_calls_get_the_answers_of_one_at_a_time_and_are_stored_once(
-    url: str, served_store: Store, picture: Callable[..., bytes]
+    url: str, served_store: Store, make_image: Callable[..., bytes]
 ) -> None:
     # bench/drills/interleaved.py is the long form.
-    calls = draw_calls(seed=3, num_calls=90, num_pictures=8, codes=served_store.taxonomy.codes)
+    calls = draw_calls(seed=3, num_calls=90, num_images=8, codes=served_store.taxonomy.codes)
     with Client(url) as client:
-        answers = [client.predict(picture(number)).id for number in range(8)]
+        answers = [client.predict(make_image(number)).id for number in range(8)]
         exactly = client.model().precision == "bf16"
-    alone = ask_all(url, calls, picture, answers, 1, "alone")
-    together = ask_all(url, calls, picture, answers, 16, "together")
+    alone = ask_all(url, calls, make_image, answers, 1, "alone")
+    together = ask_all(url, calls, make_image, answers, 16, "together")
     assert differing(alone, together, exactly=exactly) == []
     assert len({repr(said.body) for said in alone}) > len(calls) / 4
     with served_store.ledger.read() as tx:
@@ -130,17 +130,17 @@ def open_page(browser: "Browser", url: str, width_px: int) -> tuple["Page", list
 
 def upload_and_ask(page: "Page", file: Path) -> None:
     with page.expect_response(lambda response: response.url.endswith(file.name)):
-        page.set_input_files("#rl-picture input[type=file]", str(file))
+        page.set_input_files("#rl-image input[type=file]", str(file))
     page.click("#rl-ask")
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width_px", [1280, 390])
 def test_a_person_uploads_reads_and_objects(
-    browser: "Browser", url: str, served_store: Store, picture: Callable[..., bytes], tmp_path: Path, width_px: int
+    browser: "Browser", url: str, served_store: Store, make_image: Callable[..., bytes], tmp_path: Path, width_px: int
 ) -> None:
     file = tmp_path / "lesion.jpg"
-    file.write_bytes(picture(30 + width_px % 7))
+    file.write_bytes(make_image(30 + width_px % 7))
     page, asked = open_page(browser, url, width_px)
     assert "provisional" in page.inner_text("#rl-model")
     assert not page.is_visible("#rl-flag-form")
@@ -177,23 +177,23 @@ def test_an_example_is_asked_with_the_keyboard_and_a_wrong_file_is_told(
 ) -> None:
     page, _ = open_page(browser, url, 1280)
     page.locator(".gallery-item, .gallery button, [class*=gallery] img").first.click()
-    page.wait_for_selector("#rl-picture img")
+    page.wait_for_selector("#rl-image img")
     page.focus("#rl-ask")
     page.keyboard.press("Enter")
     page.wait_for_selector("#rl-decision")
 
     damaged = tmp_path / "broken.png"
-    damaged.write_bytes(b"this is no picture")
+    damaged.write_bytes(b"this is no image")
     page.get_by_label("Remove Image").click()
     upload_and_ask(page, damaged)
     page.wait_for_selector("#rl-result [role=alert]")
-    assert "not a picture that Relook reads" in page.inner_text("#rl-result")
+    assert "not an image that Relook reads" in page.inner_text("#rl-result")
     page.context.close()
 
 
-def test_the_page_reads_no_file_but_uploads(url: str, served_store: Store, picture: Callable[..., bytes]) -> None:
-    secret = served_store.home.keys / "picture.jpg"
-    secret.write_bytes(picture(0))
+def test_the_page_reads_no_file_but_uploads(url: str, served_store: Store, make_image: Callable[..., bytes]) -> None:
+    secret = served_store.home.keys / "image.jpg"
+    secret.write_bytes(make_image(0))
     with httpx.Client(base_url=url, timeout=20) as http:
         functions = http.get("/config").json()["dependencies"]
         ask = next(f["id"] for f in functions if len(f["inputs"]) == 3)
@@ -209,7 +209,7 @@ def test_the_page_reads_no_file_but_uploads(url: str, served_store: Store, pictu
 
 
 def test_a_swap_under_traffic_fails_no_request_and_every_answer_is_stored_once(
-    url: str, served_store: Store, tools: Any, picture: Callable[..., bytes]
+    url: str, served_store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     second = tools.make_bundle(served_store, 1, bias={"vasc": 2.0})
     answers: list[PredictionAnswer] = []
@@ -222,7 +222,7 @@ def test_a_swap_under_traffic_fails_no_request_and_every_answer_is_stored_once(
             number = thread
             while not stop.is_set():
                 try:
-                    answers.append(client.predict(picture(number % 20)))
+                    answers.append(client.predict(make_image(number % 20)))
                 except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
                     errors.append(error)
                     return
@@ -253,21 +253,21 @@ def test_a_swap_under_traffic_fails_no_request_and_every_answer_is_stored_once(
 
 
 def test_a_killed_ingress_comes_back_on_its_port_and_loses_no_answer(
-    url: str, served_store: Store, picture: Callable[..., bytes]
+    url: str, served_store: Store, make_image: Callable[..., bytes]
 ) -> None:
     with Client(url, retry_s=60) as client:
-        before = client.predict(picture(3), idempotency_key="before-the-kill")
+        before = client.predict(make_image(3), idempotency_key="before-the-kill")
         os.kill(ingress_process(url).pid, signal.SIGKILL)
-        after = client.predict(picture(3), idempotency_key="before-the-kill")
+        after = client.predict(make_image(3), idempotency_key="before-the-kill")
     assert after == before
 
 
-def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, picture: Callable[..., bytes]) -> None:
+def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, make_image: Callable[..., bytes]) -> None:
     alive = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     (page,) = (child for child in alive if "ServeReplica:relook:page" in " ".join(child.cmdline()))
     page.kill()
     with Client(url, retry_s=0.0) as client:
-        client.predict(picture(1))
+        client.predict(make_image(1))
     deadline = time.monotonic() + 60
     while (status := httpx.get(url, timeout=30).status_code) != 200:
         assert status == 503

@@ -54,7 +54,7 @@ rows = st.lists(st.floats(1e-6, 1.0), min_size=len(CODES), max_size=len(CODES)).
 )
 
 
-def test_a_clear_picture_is_answered() -> None:
+def test_a_clear_image_is_answered() -> None:
     verdict = decide(probabilities(nv=0.95))
     assert verdict.decision is Decision.ANSWERED
     assert verdict.reasons == ()
@@ -109,7 +109,7 @@ def test_the_audit_sample_takes_certain_answers_and_says_with_what_chance() -> N
     assert verdict.label == "nv"
 
 
-def test_the_audit_draw_is_uniform_and_fixed_per_picture() -> None:
+def test_the_audit_draw_is_uniform_and_fixed_per_image() -> None:
     draws = np.array([audit_draw_of(f"{number:064x}", "audit") for number in range(4000)])
     assert draws[7] == audit_draw_of(f"{7:064x}", "audit")
     assert 0.0 <= draws.min() < draws.max() < 1.0

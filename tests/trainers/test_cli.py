@@ -37,10 +37,10 @@ def test_the_catalogue(run: Any) -> None:
     assert "the catalogue has no kind 'colours'; there are models, " in str(refused.exception)
 
 
-def test_train_prints_the_model_and_goes_on_only_when_asked(run: Any, pictures_folder: Path) -> None:
-    nothing = run("train", "--data", str(pictures_folder), *FAST, "--resume")
+def test_train_prints_the_model_and_goes_on_only_when_asked(run: Any, images_folder: Path) -> None:
+    nothing = run("train", "--data", str(images_folder), *FAST, "--resume")
     assert "there is no training with these settings" in str(nothing.exception)
-    first = run("train", "--data", str(pictures_folder), *FAST, "--json")
+    first = run("train", "--data", str(images_folder), *FAST, "--json")
     assert first.exit_code == 0, first.exception
     printed = json.loads(first.stdout)
     assert len(printed["model_id"]) == 64

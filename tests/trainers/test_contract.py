@@ -28,7 +28,7 @@ ran: Counter[str] = Counter()
 
 
 class Rows:
-    """Pictures in memory."""
+    """Images in memory."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self._pixels = pixels
@@ -40,8 +40,8 @@ class Rows:
         return self._pixels[indices]
 
 
-def pictures(side_px: int) -> TrainingData:
-    """Eight pictures to train on and four for validation."""
+def images(side_px: int) -> TrainingData:
+    """Eight images to train on and four for validation."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, side_px, side_px, 3)).astype(np.uint8)
     ids = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(12)]
     return TrainingData(Rows(pixels), ids, np.arange(12) % 3, np.arange(8), np.arange(8, 12))
@@ -56,7 +56,7 @@ def test_it_trains(
     if kind == "models":
         side_px = MODELS[name].minimum_side_px
         changes |= {"model": name, "side_px": side_px, "batch_size": 4, "learning_rate": 0.001}
-        data = pictures(side_px)
+        data = images(side_px)
     elif kind == "operations":
         policy = Policy.model_validate({"name": name, "operations": [{"operation": name, "probability": 1.0}]})
     else:

@@ -65,8 +65,8 @@ def test_people_get_tables(run: Run, tmp_path: Path) -> None:
     assert "8 lesions" in run("synth", folder, "--lesions", 8, "--width", 80).stdout
     (folder / "HAM10000_images_part_1" / "ISIC_9000001.jpg").unlink()
     result = run("import", folder)
-    assert "missing): there is no picture named ISIC_9000001" in " ".join(result.stderr.split())
-    assert "pictures" in result.stdout
+    assert "missing): there is no image named ISIC_9000001" in " ".join(result.stderr.split())
+    assert "images" in result.stdout
     assert "random split" in run("audit").stdout
     assert "groups" in run("versions").stdout
 
@@ -106,15 +106,15 @@ def test_errors_reach_the_root_command(run: Run, tmp_path: Path) -> None:
         run("audit")
 
 
-def test_preview_draws_generated_pictures_and_those_of_a_dataset(run: Run, tmp_path: Path) -> None:
+def test_preview_draws_generated_images_and_those_of_a_dataset(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "light.png"
-    first = json.loads(run("preview", "light", "--out", out, "--pictures", 3, "--draws", 2, "--json").stdout)
-    assert (first["pictures"], first["source"]) == (3, "generated pictures")
+    first = json.loads(run("preview", "light", "--out", out, "--images", 3, "--draws", 2, "--json").stdout)
+    assert (first["images"], first["source"]) == (3, "generated images")
     with PillowImage.open(out) as sheet:
         assert sheet.format == "PNG"
     synthesize(tmp_path / "data", lesions=12, seed=1, width_px=80)
-    result = run("preview", "light", "--out", out, "--pictures", 3, "--draws", 2, "--data", tmp_path / "data")
-    assert "train pictures of dataset" in " ".join(result.stdout.split())
+    result = run("preview", "light", "--out", out, "--images", 3, "--draws", 2, "--data", tmp_path / "data")
+    assert "train images of dataset" in " ".join(result.stdout.split())
     with pytest.raises(ConfigError, match=r"--out .*light\.jpg is not a PNG"):
         run("preview", "light", "--out", tmp_path / "light.jpg")
     with pytest.raises(ConfigError, match="unknown augmentation policy 'strong'"):

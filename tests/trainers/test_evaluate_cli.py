@@ -1,4 +1,4 @@
-"""`relook evaluate` and `relook explain` from the command line, on generated pictures."""
+"""`relook evaluate` and `relook explain` from the command line, on generated images."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cluster.sources import load_settings
 from images.importer import open_dataset
-from records.errors import ConfigError, DataError, PictureError, TaxonomyError, UnknownIdError
+from records.errors import ConfigError, DataError, ImageError, TaxonomyError, UnknownIdError
 from records.models import register
 from records.types import AuditEvent
 from trainers.cli import app
@@ -46,8 +46,8 @@ def run(filled_store):
 
 
 @pytest.fixture
-def some_picture(pictures_folder):
-    return next(iter(sorted(pictures_folder.rglob("ISIC_*.jpg"))))
+def some_image(images_folder):
+    return next(iter(sorted(images_folder.rglob("ISIC_*.jpg"))))
 
 
 def test_evaluate_prints_every_promised_key(run, bundle):
@@ -82,9 +82,9 @@ def test_people_get_tables_without_verdicts(run, bundle):
         assert verdict not in shown.lower()
 
 
-def test_any_labelled_folder_can_be_evaluated(run, bundle, pictures_folder):
-    table = pictures_folder / "HAM10000_metadata.csv"
-    printed = json.loads(run("evaluate", bundle.id, "--images", pictures_folder, "--labels", table, "--json"))
+def test_any_labelled_folder_can_be_evaluated(run, bundle, images_folder):
+    table = images_folder / "HAM10000_metadata.csv"
+    printed = json.loads(run("evaluate", bundle.id, "--images", images_folder, "--labels", table, "--json"))
     frame = pd.read_csv(table)
     assert printed["images"] == len(frame)
     assert printed["lesions"] == frame["lesion_id"].nunique()
@@ -95,9 +95,9 @@ def test_any_labelled_folder_can_be_evaluated(run, bundle, pictures_folder):
 
 
 @pytest.fixture
-def labelled(pictures_folder, tmp_path):
-    """A folder of three pictures whose table a test may spoil: (folder, write_table)."""
-    for path in sorted(pictures_folder.rglob("ISIC_*.jpg"))[:3]:
+def labelled(images_folder, tmp_path):
+    """A folder of three images whose table a test may spoil: (folder, write_table)."""
+    for path in sorted(images_folder.rglob("ISIC_*.jpg"))[:3]:
         shutil.copy(path, tmp_path)
     names = sorted(path.stem for path in tmp_path.glob("*.jpg"))
 
@@ -120,7 +120,7 @@ def test_rows_that_cannot_be_evaluated_are_refused_and_named(run, bundle, labell
         ({"dx": ("mel", "scc", "nv")}, f"1 of 3 .* {names[1]} has the unknown class 'scc'"),
         ({"dx": ("mel", "", "nv")}, f"{names[1]} has no diagnosis"),
         ({"image_ids": [names[0], names[0], names[1]]}, f"{names[0]} is listed twice"),
-        ({"image_ids": [*names[:2], "ISIC_9999999"]}, "no picture named ISIC_9999999"),
+        ({"image_ids": [*names[:2], "ISIC_9999999"]}, "no image named ISIC_9999999"),
         ({"column": "label"}, "no column 'dx'"),
     ):
         with pytest.raises(DataError, match=message):
@@ -129,15 +129,15 @@ def test_rows_that_cannot_be_evaluated_are_refused_and_named(run, bundle, labell
         run("evaluate", bundle.id, "--images", folder / "absent", "--labels", folder / "t.csv")
 
 
-def test_a_truncated_picture_is_named(run, bundle, labelled):
+def test_a_truncated_image_is_named(run, bundle, labelled):
     names, folder, write = labelled
     path = folder / f"{names[2]}.jpg"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(PictureError, match=f"{names[2]}.*damaged"):
+    with pytest.raises(ImageError, match=f"{names[2]}.*damaged"):
         run("evaluate", bundle.id, *write())
 
 
-def test_arguments_that_do_not_fit(run, bundle, tmp_path, some_picture):
+def test_arguments_that_do_not_fit(run, bundle, tmp_path, some_image):
     with pytest.raises(ConfigError, match="belong together"):
         run("evaluate", bundle.id, "--images", tmp_path)
     with pytest.raises(UnknownIdError, match="no model is called"):
@@ -145,13 +145,13 @@ def test_arguments_that_do_not_fit(run, bundle, tmp_path, some_picture):
     with pytest.raises(UnknownIdError, match="no dataset version"):
         run("evaluate", bundle.id, "--data", "ffffffffff")
     with pytest.raises(ConfigError, match="must be one of gradcam"):
-        run("explain", bundle.id, some_picture, "--method", "tea_leaves", "--out", tmp_path / "o.png")
+        run("explain", bundle.id, some_image, "--method", "tea_leaves", "--out", tmp_path / "o.png")
     with pytest.raises(DataError, match="cannot be read"):
         run("explain", bundle.id, tmp_path / "absent.jpg", "--out", tmp_path / "o.png")
     with pytest.raises(TaxonomyError, match="unknown class 'scc'"):
-        run("explain", bundle.id, some_picture, "--target", "scc", "--out", tmp_path / "o.png")
+        run("explain", bundle.id, some_image, "--target", "scc", "--out", tmp_path / "o.png")
     with pytest.raises(ConfigError, match="cannot be written"):
-        run("explain", bundle.id, some_picture, "--out", tmp_path / "absent" / "o.png")
+        run("explain", bundle.id, some_image, "--out", tmp_path / "absent" / "o.png")
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_arguments_that_do_not_fit(run, bundle, tmp_path, some_picture):
         ("occlusion", [32, 32]),
     ],
 )
-def test_explain_draws_and_tells(method, shape, run, bundle, some_picture, tmp_path):
+def test_explain_draws_and_tells(method, shape, run, bundle, some_image, tmp_path):
     out = tmp_path / "overlay.png"
     printed = json.loads(
-        run("explain", bundle.id, some_picture, "--method", method, "--target", "mel", "--out", out, "--json")
+        run("explain", bundle.id, some_image, "--method", method, "--target", "mel", "--out", out, "--json")
     )
     with Image.open(out) as drawn:
         assert drawn.size == (512, 512)
@@ -177,8 +177,8 @@ def test_explain_draws_and_tells(method, shape, run, bundle, some_picture, tmp_p
     assert sum(printed["probabilities"].values()) == pytest.approx(1.0)
 
 
-def test_a_report_with_everything_measured(run, make_bundle, filled_store, pictures_folder, tmp_path):
-    table = pictures_folder / "HAM10000_metadata.csv"
+def test_a_report_with_everything_measured(run, make_bundle, filled_store, images_folder, tmp_path):
+    table = images_folder / "HAM10000_metadata.csv"
     bundle = make_bundle(filled_store, "custom_cnn", side_px=64)
     few = pd.read_csv(table).groupby("dx").head(3)
     few.to_csv(tmp_path / "few.csv", index=False)
@@ -193,7 +193,7 @@ def test_a_report_with_everything_measured(run, make_bundle, filled_store, pictu
             "evaluate",
             bundle.path,
             "--images",
-            pictures_folder,
+            images_folder,
             "--labels",
             tmp_path / "few.csv",
             "--masks",
@@ -231,13 +231,13 @@ def test_a_prevalence_can_be_stated(run, make_bundle, filled_store):
         run("evaluate", calibrated.path, "--masks", "/absent")
 
 
-def test_versus_and_activations(run, bundle, some_picture, tmp_path):
+def test_versus_and_activations(run, bundle, some_image, tmp_path):
     out = tmp_path / "o.png"
     told = json.loads(
         run(
             "explain",
             bundle.id,
-            some_picture,
+            some_image,
             "--method",
             "integrated_gradients",
             "--target",
@@ -252,19 +252,19 @@ def test_versus_and_activations(run, bundle, some_picture, tmp_path):
     assert told["versus"] == "nv"
     assert told["completeness_error"] <= 0.02 or told["steps"] == 400
     told = json.loads(
-        run("explain", bundle.id, some_picture, "--method", "activations", "--layer", "block3", "--out", out, "--json")
+        run("explain", bundle.id, some_image, "--method", "activations", "--layer", "block3", "--out", out, "--json")
     )
     assert told["layer"] == "block3"
     assert told["shape"] == [8, 32, 32]
     with pytest.raises(ConfigError, match=r"no layer 'block99'; there are block1, block2"):
-        run("explain", bundle.id, some_picture, "--method", "activations", "--layer", "block99", "--out", out)
+        run("explain", bundle.id, some_image, "--method", "activations", "--layer", "block99", "--out", out)
     with pytest.raises(ConfigError, match="--layer belongs to --method activations"):
-        run("explain", bundle.id, some_picture, "--layer", "block1", "--out", out)
+        run("explain", bundle.id, some_image, "--layer", "block1", "--out", out)
     with pytest.raises(ConfigError, match="name another one"):
-        run("explain", bundle.id, some_picture, "--target", "mel", "--versus", "mel", "--out", out)
+        run("explain", bundle.id, some_image, "--target", "mel", "--versus", "mel", "--out", out)
 
 
-def test_explain_says_what_it_did(run, bundle, some_picture, tmp_path):
-    shown = run("explain", bundle.path, some_picture, "--out", tmp_path / "o.png").replace("\n", "")
+def test_explain_says_what_it_did(run, bundle, some_image, tmp_path):
+    shown = run("explain", bundle.path, some_image, "--out", tmp_path / "o.png").replace("\n", "")
     assert "gradcam for" in shown
     assert "probability" in shown

@@ -1,4 +1,4 @@
-"""A small store with labelled pictures, and settings under which a search takes seconds."""
+"""A small store with labelled images, and settings under which a search takes seconds."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +19,14 @@ from tuning.trials import Origin, SearchHeader, TrialPlan, TrialResult
 
 SIDE_PX = 32
 LESIONS_PER_CLASS = 12
-PICTURES_PER_LESION = 2
+IMAGES_PER_LESION = 2
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, DatasetVersion]]:
-    """A store of generated pictures, each class in a colour of its own, and its dataset version.
+    """A store of generated images, each class in a colour of its own, and its dataset version.
 
-    The bytes of all calibration, gate and test pictures are gone: whoever reads one fails.
+    The bytes of all calibration, gate and test images are gone: whoever reads one fails.
     """
     store = open_store(RecordsSettings(home=tmp_path_factory.mktemp("tuning") / "home"))
     dataset = fill(store)
@@ -38,7 +38,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, 
 
 
 def fill(store: Store) -> DatasetVersion:
-    """Put labelled pictures into an empty store and build the version of them."""
+    """Put labelled images into an empty store and build the version of them."""
     random = np.random.default_rng(0)
     now = utc_now()
     with store.ledger.begin() as tx:
@@ -47,7 +47,7 @@ def fill(store: Store) -> DatasetVersion:
             for lesion in range(LESIONS_PER_CLASS):
                 group = Group(id=f"{index:08x}{lesion:08x}", created_at=now)
                 tx.add(group)
-                for _ in range(PICTURES_PER_LESION):
+                for _ in range(IMAGES_PER_LESION):
                     image_id = store.blobs.put(_png(colour, random))
                     tx.add(
                         Image(

@@ -10,9 +10,9 @@ def test_a_table_is_trained_once_gone_on_with_and_searched_on(labelled, trainers
     settings = Settings(trainers=trainers.model_copy(update={"epochs": 2}))
     path = tmp_path / "table.jsonl"
 
-    _replayed(store, settings, dataset, path, configurations=3, pictures=40, seeds=1)
+    _replayed(store, settings, dataset, path, configurations=3, images=40, seeds=1)
     first = read_table(path)
-    figures = _replayed(store, settings, dataset, path, configurations=4, pictures=40, seeds=2)
+    figures = _replayed(store, settings, dataset, path, configurations=4, images=40, seeds=2)
 
     assert read_table(path)[:3] == first
     assert [len(row.scores) for row in read_table(path)] == [2, 2, 2, 2]

@@ -87,4 +87,4 @@ def test_the_page_shows_the_rows_and_why_they_differ(mini, make_trial, tmp_path)
 
     assert "Beside the dissertation" in page
     assert "0.660 to 0.740" in page
-    assert "187 test pictures of df" in page
+    assert "187 test images of df" in page

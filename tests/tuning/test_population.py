@@ -154,7 +154,7 @@ def test_what_a_population_found_can_be_trained_again_without_it(evolved, labell
     (run_dir, result, _), (store, dataset) = evolved, labelled
     number = next(turn.number for turn in reversed(read_past(run_dir).turns) if turn.exploits)
     member = result.trials[number]
-    pictures = plan_data(searched_part(dataset, None, population.seed), store.taxonomy)
+    images = plan_data(searched_part(dataset, None, population.seed), store.taxonomy)
     words = shlex.split(_command(result.header, member))
     sets = [text for option, text in pairwise(words) if option == "--set"]
     settings = load_settings(sets=[*sets, f"trainers.threads_per_worker={population.cpus_per_trial}"]).trainers
@@ -163,7 +163,7 @@ def test_what_a_population_found_can_be_trained_again_without_it(evolved, labell
 
     train(
         settings,
-        pictures.open(store, settings.side_px),
+        images.open(store, settings.side_px),
         store.taxonomy,
         on_epoch=lambda report: scores.append(report.val_balanced_accuracy),
     )

@@ -95,7 +95,7 @@ def test_the_summary_tells_a_person_the_same(run):
     text = draw(search_summary(*read_journal(run)))
 
     assert "3 of 3 trials" in text
-    assert "10 training pictures of 20" in text
+    assert "10 training images of 20" in text
     assert "Winner: trial 0, validation balanced accuracy 0.350, the given settings." in text
     assert "not finite" in text
 

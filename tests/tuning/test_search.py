@@ -1,4 +1,4 @@
-"""A real search on generated pictures, under a real Ray."""
+"""A real search on generated images, under a real Ray."""
 
 import json
 

@@ -8,18 +8,18 @@ from records.types import Side
 from tuning.subset import require_search_rows
 
 
-def rows(groups_per_class: dict[str, int], pictures_per_group: int = 2, side: Side = Side.TRAIN) -> pd.DataFrame:
+def rows(groups_per_class: dict[str, int], images_per_group: int = 2, side: Side = Side.TRAIN) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "image_id": f"{label}-{group}-{picture}",
+                "image_id": f"{label}-{group}-{image}",
                 "group_id": f"{label}-{group}",
                 "label": label,
                 "side": side.value,
             }
             for label, count in groups_per_class.items()
             for group in range(count)
-            for picture in range(pictures_per_group)
+            for image in range(images_per_group)
         ]
     )
 

@@ -12,7 +12,7 @@ from trainers.fitting.training_data import plan_data
 from tuning.search import _job
 from tuning.settings import TuningSettings
 from tuning.subset import searched_part
-from tuning.trial import _open_pictures, run_trial, trial_settings
+from tuning.trial import _open_images, run_trial, trial_settings
 
 POLICY = "name: mine\noperations:\n  - {operation: horizontal_flip}\n"
 
@@ -23,8 +23,8 @@ def make_job(labelled, trainers):
 
     def make(tuning, base=trainers, enqueued=()):
         store, dataset = labelled
-        pictures = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
-        return _job(store, tuning, base, enqueued, pictures)
+        images = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
+        return _job(store, tuning, base, enqueued, images)
 
     return make
 
@@ -44,20 +44,20 @@ def test_a_trial_has_a_gpu_if_it_is_given_a_part_of_one(make_job, make_plan):
     assert trial_settings(make_plan(0), make_job(TuningSettings(gpus_per_trial=0.25))).use_gpu is True
 
 
-def test_the_pictures_of_a_trial_are_train_and_val_and_no_others(make_job, labelled):
+def test_the_images_of_a_trial_are_train_and_val_and_no_others(make_job, labelled):
     _, dataset = labelled
     job = make_job(TuningSettings())
 
-    assert job.pictures.image_ids[: job.pictures.num_train] == list(dataset.side(Side.TRAIN)["image_id"])
-    assert job.pictures.image_ids[job.pictures.num_train :] == list(dataset.side(Side.VAL)["image_id"])
+    assert job.images.image_ids[: job.images.num_train] == list(dataset.side(Side.TRAIN)["image_id"])
+    assert job.images.image_ids[job.images.num_train :] == list(dataset.side(Side.VAL)["image_id"])
 
 
 def test_a_part_of_train_is_taken_where_the_settings_say_so(make_job, labelled):
     _, dataset = labelled
     job = make_job(TuningSettings(max_train_images=30))
 
-    assert 7 <= job.pictures.num_train <= 30
-    assert len(job.pictures.image_ids) - job.pictures.num_train == len(dataset.side(Side.VAL))
+    assert 7 <= job.images.num_train <= 30
+    assert len(job.images.image_ids) - job.images.num_train == len(dataset.side(Side.VAL))
 
 
 def test_a_node_that_has_decoded_nothing_decodes_for_itself(make_job, labelled):
@@ -65,12 +65,12 @@ def test_a_node_that_has_decoded_nothing_decodes_for_itself(make_job, labelled):
     job = make_job(TuningSettings())
     assert len(PixelCache(store.home.cache, 16)) == 0
 
-    first, again = (_open_pictures(job, job.pictures, 16) for _ in range(2))
+    first, again = (_open_images(job, job.images, 16) for _ in range(2))
 
-    assert len(PixelCache(store.home.cache, 16)) == len(job.pictures.image_ids)
+    assert len(PixelCache(store.home.cache, 16)) == len(job.images.image_ids)
     assert first.pixels.take([0]).shape == (1, 16, 16, 3)
     assert (first.pixels.take([3]) == again.pixels.take([3])).all()
-    assert len(again.train_index) == job.pictures.num_train
+    assert len(again.train_index) == job.images.num_train
 
 
 def test_policies_that_are_files_travel_as_documents(make_job, trainers, tmp_path):

@@ -21,7 +21,7 @@ def test_mean_std_by_hand():
     assert scaled[0, 2].flatten().tolist() == pytest.approx([0.5, 0.0, 0.0, 0.2], abs=1e-6)
 
 
-def test_min_max_uses_each_pictures_own_range():
+def test_min_max_uses_each_images_own_range():
     two = np.concatenate([PIXELS, PIXELS // 2 + 10])
     scaled = scale_pixels(to_tensor(two), Geometry(side_px=2, scaling="min_max"))
     assert scaled.amin(dim=(1, 2, 3)).tolist() == [0.0, 0.0]

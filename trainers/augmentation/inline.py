@@ -2,7 +2,7 @@
 
     ops:rotate@0.4*0.5+cutout@0.25*0.2+d4@1
 
-names each operation with the share of pictures that it changes and, where the operation has
+names each operation with the share of images that it changes and, where the operation has
 parameters, its strength from 0 (barely visible) to 1 (the most that makes sense).
 
     ops:rotate@0.4*0.5+d4@1/5:rotate@0.4*0.62+d4@1
@@ -29,7 +29,7 @@ class Step:
 
     Args:
         operation: in `OPERATIONS`.
-        probability: share of the pictures that it changes, above 0 to 1.
+        probability: share of the images that it changes, above 0 to 1.
         strength: 0 to 1; None for an operation without parameters.
     """
 

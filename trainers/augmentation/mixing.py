@@ -1,4 +1,4 @@
-"""Mixing two pictures of a batch and their labels: MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019).
+"""Mixing two images of a batch and their labels: MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019).
 
 A mix is drawn once per batch from (seed, epoch, step): who is mixed with whom, how much of the partner comes in,
 and where. So the batch is the same however many workers share it. The loss of a mixed batch is
@@ -21,7 +21,7 @@ class Mixing(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["mixup", "cutmix"] = Field(
-        description="mixup lays the partner over the picture, cutmix replaces a rectangle by the partner's"
+        description="mixup lays the partner over the image, cutmix replaces a rectangle by the partner's"
     )
     alpha: float = Field(
         default=0.2, gt=0, le=10, description="of the Beta(alpha, alpha) that shares are drawn from; 1 is uniform"
@@ -35,7 +35,7 @@ class Mix:
 
     Args:
         partner: [B] position in the batch of everyone's partner.
-        share: of the picture and its label; the partner has the rest, 0 to 1.
+        share: of the image and its label; the partner has the rest, 0 to 1.
         box: top, bottom, left, right of what the partner replaces, px; None lays the partner over everything.
     """
 
@@ -44,7 +44,7 @@ class Mix:
     box: tuple[int, int, int, int] | None = None
 
     def apply(self, pixels: UInt8Array, partners: UInt8Array) -> UInt8Array:
-        """Mix pictures with their partners.
+        """Mix images with their partners.
 
         Args:
             pixels: [n, S, S, 3].
@@ -66,7 +66,7 @@ def draw_mix(mixing: Mixing, batch_size: int, side_px: int, *, seed: int, epoch:
 
     Args:
         mixing: of the policy.
-        batch_size: B, pictures of the batch over all workers.
+        batch_size: B, images of the batch over all workers.
         side_px: S.
         seed: of the run.
         epoch: 0-based.

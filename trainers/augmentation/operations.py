@@ -1,6 +1,6 @@
 """Which operations a policy may name, and the transform that each becomes: albumentations', or one painted by us.
 
-A transform is called as `transform(image=picture)["image"]` and takes its random numbers from
+A transform is called as `transform(image=image)["image"]` and takes its random numbers from
 `set_random_state`. Nothing here imports albumentations before a transform is built.
 """
 
@@ -28,11 +28,11 @@ from trainers.augmentation.parameters import (
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a transform has to know of the pictures.
+    """What a transform has to know of the images.
 
     Args:
         side_px: S.
-        fill: the training pictures' mean colour, RGB in 0 to 255.
+        fill: the training images' mean colour, RGB in 0 to 255.
     """
 
     side_px: int
@@ -230,7 +230,7 @@ OPERATIONS: Registry[OperationRecipe] = Registry(
         ),
         OperationRecipe(
             name="cutout",
-            description="covers one rectangle with the training pictures' mean colour",
+            description="covers one rectangle with the training images' mean colour",
             parameters=CutoutParameters,
             build=_cutout,
             at_strength=lambda strength: {"side": (0.05, 0.1 + 0.5 * strength)},

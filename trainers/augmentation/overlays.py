@@ -1,6 +1,6 @@
-"""What dermatoscopic pictures carry beside skin: the tube's dark rim, hairs, the marks of a ruler. Painted by us.
+"""What dermatoscopic images carry beside skin: the tube's dark rim, hairs, the marks of a ruler. Painted by us.
 
-In: a uint8 picture [S, S, 3], checked parameters, a generator. Out: a new picture of the same shape. Every length
+In: a uint8 image [S, S, 3], checked parameters, a generator. Out: a new image of the same shape. Every length
 is a share of the side; thin things are painted four times as large and reduced, so that a hair narrower than a
 pixel is a faint line and not a broken one.
 """
@@ -31,7 +31,7 @@ class Painted:
     Args:
         painter: what it does.
         parameters: of the operation.
-        probability: share of the pictures that it changes.
+        probability: share of the images that it changes.
     """
 
     def __init__(self, painter: Painter, parameters: Parameters, probability: float) -> None:
@@ -45,58 +45,58 @@ class Painted:
         self._generator = generator
 
     def __call__(self, *, image: UInt8Array) -> dict[str, UInt8Array]:
-        """Return the picture under `image`, painted over or as it was."""
+        """Return the image under `image`, painted over or as it was."""
         if self._generator.random() >= self._probability:
             return {"image": image}
         return {"image": self._painter(image, self._parameters, self._generator)}
 
 
-def paint_vignette(picture: UInt8Array, parameters: VignetteParameters, generator: np.random.Generator) -> UInt8Array:
+def paint_vignette(image: UInt8Array, parameters: VignetteParameters, generator: np.random.Generator) -> UInt8Array:
     """Darken what lies outside a circle near the centre.
 
     Args:
-        picture: [S, S, 3].
+        image: [S, S, 3].
         parameters: radius and edge of the circle.
         generator: of the random numbers.
     Returns:
         [S, S, 3].
     """
-    half_px = len(picture) / 2
-    centre = half_px + generator.uniform(-1, 1, 2) * parameters.shift * len(picture)
+    half_px = len(image) / 2
+    centre = half_px + generator.uniform(-1, 1, 2) * parameters.shift * len(image)
     radius_px = generator.uniform(*parameters.radius) * half_px
     soft_px = generator.uniform(*parameters.softness) * half_px
     rim = generator.uniform(0, _DARKEST_RIM)
-    places = np.arange(len(picture)) + 0.5
+    places = np.arange(len(image)) + 0.5
     distance_px = np.hypot(places[:, None] - centre[0], places[None, :] - centre[1])
     covered = np.clip((distance_px - radius_px) / soft_px + 0.5, 0.0, 1.0).astype(np.float32)
-    return _blend(picture, covered, np.full(3, rim, dtype=np.float32))
+    return _blend(image, covered, np.full(3, rim, dtype=np.float32))
 
 
-def paint_hair(picture: UInt8Array, parameters: HairParameters, generator: np.random.Generator) -> UInt8Array:
-    """Paint bent hairs that cross the picture or end in it.
+def paint_hair(image: UInt8Array, parameters: HairParameters, generator: np.random.Generator) -> UInt8Array:
+    """Paint bent hairs that cross the image or end in it.
 
     Args:
-        picture: [S, S, 3].
+        image: [S, S, 3].
         parameters: number, width and opacity.
         generator: of the random numbers.
     Returns:
         [S, S, 3].
     """
-    side_px = len(picture)
+    side_px = len(image)
     covered = np.zeros((side_px, side_px), dtype=np.float32)
     for _ in range(int(generator.integers(*parameters.count, endpoint=True))):
         curve = _bent_line(generator)
         width = generator.uniform(*parameters.width)
         mask = _stroke(side_px, [curve], width) * np.float32(generator.uniform(*parameters.opacity))
         np.maximum(covered, mask, out=covered)
-    return _blend(picture, covered, _HAIR_BROWNS[generator.integers(len(_HAIR_BROWNS))])
+    return _blend(image, covered, _HAIR_BROWNS[generator.integers(len(_HAIR_BROWNS))])
 
 
-def paint_ruler(picture: UInt8Array, parameters: RulerParameters, generator: np.random.Generator) -> UInt8Array:
+def paint_ruler(image: UInt8Array, parameters: RulerParameters, generator: np.random.Generator) -> UInt8Array:
     """Paint the marks of a ruler along one edge, a little askew.
 
     Args:
-        picture: [S, S, 3].
+        image: [S, S, 3].
         parameters: spacing, length and opacity of the marks.
         generator: of the random numbers.
     Returns:
@@ -111,9 +111,9 @@ def paint_ruler(picture: UInt8Array, parameters: RulerParameters, generator: np.
         reach = length * (1.8 if (number + first) % _EVERY_LONGER == 0 else 1.0)
         start = offset + tilt * (along - 0.5)
         marks.append(np.array([[along, start], [along - tilt * reach, start + reach]]))
-    covered = _stroke(len(picture), marks, 0.15 * spacing) * opacity
+    covered = _stroke(len(image), marks, 0.15 * spacing) * opacity
     covered = np.ascontiguousarray(np.rot90(covered, int(generator.integers(4))))
-    return _blend(picture, covered, _RULER_INKS[generator.integers(len(_RULER_INKS))])
+    return _blend(image, covered, _RULER_INKS[generator.integers(len(_RULER_INKS))])
 
 
 def _bent_line(generator: np.random.Generator) -> FloatArray:
@@ -137,6 +137,6 @@ def _stroke(side_px: int, lines: list[FloatArray], width: float) -> Float32Array
     return reduced.astype(np.float32) / np.float32(255.0)
 
 
-def _blend(picture: UInt8Array, covered: Float32Array, colour: Float32Array) -> UInt8Array:
-    mixed = picture + covered[:, :, None] * (colour - picture)
+def _blend(image: UInt8Array, covered: Float32Array, colour: Float32Array) -> UInt8Array:
+    mixed = image + covered[:, :, None] * (colour - image)
     return np.rint(mixed).clip(0, 255).astype(np.uint8)

@@ -1,6 +1,6 @@
 """The parameters that operations take: documented fields with bounds, so a policy that parses is a policy that runs.
 
-A span is a range from which every picture draws its own value. Lengths are shares of the side, so that a policy
+A span is a range from which every image draws its own value. Lengths are shares of the side, so that a policy
 means the same at 64 and at 224 px.
 """
 
@@ -58,7 +58,7 @@ class CropParameters(Parameters):
     """Of `crop`."""
 
     area: Annotated[Span, _within(0.05, 1.0)] = Field(
-        default=(0.7, 1.0), description="share of the picture's area that is kept"
+        default=(0.7, 1.0), description="share of the image's area that is kept"
     )
     aspect: Annotated[Span, _within(0.2, 5.0)] = Field(
         default=(0.9, 1.1), description="width over height of what is kept"
@@ -105,7 +105,7 @@ class DownscaleParameters(Parameters):
     """Of `downscale`."""
 
     scale: Annotated[Span, _within(0.1, 0.99)] = Field(
-        default=(0.4, 0.9), description="share of the side that the picture is reduced to before it is brought back"
+        default=(0.4, 0.9), description="share of the side that the image is reduced to before it is brought back"
     )
 
 

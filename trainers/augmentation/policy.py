@@ -29,7 +29,7 @@ class Operation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     operation: str = Field(description="see `relook catalog augmentations`")
-    probability: float = Field(default=0.5, gt=0, le=1, description="share of the pictures that it changes")
+    probability: float = Field(default=0.5, gt=0, le=1, description="share of the images that it changes")
     parameters: dict[str, Any] = Field(default_factory=dict, description="what is left out has the operation's default")
 
     @field_validator("operation")
@@ -65,7 +65,7 @@ class Phase(BaseModel):
 
 
 class Policy(BaseModel):
-    """Operations, applied in order, each to its share of the pictures; then whole batches may be mixed."""
+    """Operations, applied in order, each to its share of the images; then whole batches may be mixed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,7 +1,7 @@
-"""A picture of what a policy does: rows are pictures, columns are draws; below, every operation alone.
+"""An image of what a policy does: rows are images, columns are draws; below, every operation alone.
 
-The draws are those of a run: column d shows each picture as epoch d of a run with that seed would, mixing
-included. In the lower part each operation of the policy is forced on one picture, with the policy's parameters.
+The draws are those of a run: column d shows each image as epoch d of a run with that seed would, mixing
+included. In the lower part each operation of the policy is forced on one image, with the policy's parameters.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from trainers.augmentation.mixing import draw_mix
 from trainers.augmentation.operations import Canvas
 from trainers.augmentation.policy import Policy
 from trainers.augmentation.runner import Augmenter
-from vision.seeding import image_keys, picture_seeds
+from vision.seeding import image_keys, image_seeds
 
 _GAP_PX = 4
 _LABEL_PX = 150
@@ -27,7 +27,7 @@ _INK = (30, 30, 30)
 def policy_grid(
     policy: Policy, pixels: UInt8Array, image_ids: Sequence[str], *, draws: int, seed: int = 0
 ) -> UInt8Array:
-    """Draw a policy on pictures as a run would, one column per epoch.
+    """Draw a policy on images as a run would, one column per epoch.
 
     Args:
         policy: what to show.
@@ -36,17 +36,17 @@ def policy_grid(
         draws: d, at least 1.
         seed: of the run.
     Returns:
-        [n, d + 1, S, S, 3]; column 0 holds the pictures as they are.
+        [n, d + 1, S, S, 3]; column 0 holds the images as they are.
     Raises:
-        ContractError: no pictures, no draws, or ids that do not match.
+        ContractError: no images, no draws, or ids that do not match.
     """
     if not len(pixels) or len(pixels) != len(image_ids) or draws < 1:
-        raise ContractError(f"a preview needs pictures, an id for each and a draw, not {len(pixels)} and {draws}")
+        raise ContractError(f"a preview needs images, an id for each and a draw, not {len(pixels)} and {draws}")
     augmenter = Augmenter(policy, _canvas(pixels))
     keys, first_time = image_keys(list(image_ids)), np.zeros(len(pixels), dtype=np.int64)
     columns = [pixels]
     for epoch in range(draws):
-        drawn = augmenter.apply(pixels.copy(), picture_seeds(seed, epoch, keys, first_time))
+        drawn = augmenter.apply(pixels.copy(), image_seeds(seed, epoch, keys, first_time))
         mixing, side_px = policy.mixing, pixels.shape[1]
         mix = draw_mix(mixing, len(pixels), side_px, seed=seed, epoch=epoch, step=0) if mixing else None
         columns.append(mix.apply(drawn, drawn[mix.partner]) if mix else drawn)
@@ -56,16 +56,16 @@ def policy_grid(
 def operation_grid(
     policy: Policy, pixels: UInt8Array, image_ids: Sequence[str], *, draws: int, seed: int = 0
 ) -> UInt8Array:
-    """Draw every operation of a policy alone and always, on one picture each.
+    """Draw every operation of a policy alone and always, on one image each.
 
     Args:
         policy: with m operations.
-        pixels: [n, S, S, 3]; operation i is shown on picture i, in turn.
+        pixels: [n, S, S, 3]; operation i is shown on image i, in turn.
         image_ids: [n] 64 hex characters each.
         draws: d, at least 1.
         seed: of the run.
     Returns:
-        [m, d + 1, S, S, 3]; column 0 holds the picture as it is.
+        [m, d + 1, S, S, 3]; column 0 holds the image as it is.
     """
     rows = []
     for number, operation in enumerate(policy.operations):
@@ -88,7 +88,7 @@ def paint_preview(
         draws: number of columns beside the original, at least 1.
         seed: of the run.
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     wholes = policy_grid(policy, pixels, image_ids, draws=draws, seed=seed)
     alone = operation_grid(policy, pixels, image_ids, draws=draws, seed=seed)

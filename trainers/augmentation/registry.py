@@ -20,7 +20,7 @@ class PolicyRecipe(Registered):
     """A built-in policy.
 
     Args:
-        operations: what it does to pictures.
+        operations: what it does to images.
         mixing: what it does to batches.
     """
 
@@ -50,7 +50,7 @@ _LIGHT = (
 POLICIES: Registry[PolicyRecipe] = Registry(
     "augmentation policy",
     (
-        PolicyRecipe(name="none", description="pictures as they are", operations=()),
+        PolicyRecipe(name="none", description="images as they are", operations=()),
         PolicyRecipe(
             name="flips",
             description="mirrored left to right and top to bottom",

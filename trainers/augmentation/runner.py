@@ -1,7 +1,7 @@
-"""Run a policy over batches of pictures: the same picture and seed give the same result, whoever computes it.
+"""Run a policy over batches of images: the same image and seed give the same result, whoever computes it.
 
-In: uint8 [N, S, S, 3] and a seed per picture. Out: uint8 [N, S, S, 3]. An augmenter keeps one pair of
-generators that all its transforms share and reseeds it for every picture, which costs 6 microseconds
+In: uint8 [N, S, S, 3] and a seed per image. Out: uint8 [N, S, S, 3]. An augmenter keeps one pair of
+generators that all its transforms share and reseeds it for every image, which costs 6 microseconds
 where seeding an albumentations pipeline costs 250. It serves one thread at a time.
 """
 
@@ -22,7 +22,7 @@ class Augmenter:
 
     Args:
         policy: what to do.
-        canvas: side and mean colour of the pictures.
+        canvas: side and mean colour of the images.
     """
 
     def __init__(self, policy: Policy, canvas: Canvas) -> None:
@@ -45,7 +45,7 @@ class Augmenter:
 
         Args:
             pixels: [N, S, S, 3]; may be overwritten.
-            seeds: [N], one per picture.
+            seeds: [N], one per image.
         Returns:
             [N, S, S, 3].
         """
@@ -53,10 +53,10 @@ class Augmenter:
             return pixels
         for index, seed in enumerate(seeds.tolist()):
             self._reseed(seed)
-            picture = pixels[index]
+            image = pixels[index]
             for transform in self._transforms:
-                picture = transform(image=picture)["image"]
-            pixels[index] = picture
+                image = transform(image=image)["image"]
+            pixels[index] = image
         return pixels
 
     def _build(self) -> list[Any]:

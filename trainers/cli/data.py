@@ -15,13 +15,13 @@ from trainers.cli.data_tables import audit_tables, import_table, pretend_table, 
 if TYPE_CHECKING:
     from records.store import Store
 
-app = typer.Typer(help="Import, generate and audit pictures.", no_args_is_help=True)
+app = typer.Typer(help="Import, generate and audit images.", no_args_is_help=True)
 
 
 @app.command("import")
 def import_command(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with pictures and a table.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images and a table.")],
     columns: Annotated[
         str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..,patient=..,split=..,site=..")
     ] = None,
@@ -32,7 +32,7 @@ def import_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Import a folder of labelled pictures; a second run goes on where the first stopped."""
+    """Import a folder of labelled images; a second run goes on where the first stopped."""
     from images.importer import import_folder
 
     settings = settings_of(ctx, config, preset, sets)
@@ -55,15 +55,15 @@ def synth_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or missing folder.")],
     lesions: Annotated[int, typer.Option(help="How many lesions.")] = 700,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal bytes.")] = 7,
-    width: Annotated[int, typer.Option(help="Width of the pictures, px.")] = 200,
+    width: Annotated[int, typer.Option(help="Width of the images, px.")] = 200,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate dermatoscopy-like pictures in HAM10000's layout."""
+    """Generate dermatoscopy-like images in HAM10000's layout."""
     from images.synth import synthesize
 
     with progress() as bar:
         report = synthesize(folder, lesions=lesions, seed=seed, width_px=width, progress=bar)
-    emit(as_json, report.as_dict(), f"{report.images} pictures of {report.lesions} lesions in {report.folder}")
+    emit(as_json, report.as_dict(), f"{report.images} images of {report.lesions} lesions in {report.folder}")
 
 
 @app.command("download")
@@ -85,7 +85,7 @@ def download_command(
     stderr.print(TERMS[dataset], highlight=False)
     with progress() as bar:
         report = download(files, folder, settings.trainers.download_url, progress=bar)
-    done = f"{report.pictures} pictures in {report.folder}; next: relook data import {report.folder}"
+    done = f"{report.images} images in {report.folder}; next: relook data import {report.folder}"
     emit(as_json, report.as_dict(), done)
 
 
@@ -132,7 +132,7 @@ def versions_command(
 
     with _open(settings_of(ctx, config, preset, sets)) as store, store.ledger.read() as tx:
         versions = tx.find(DatasetRecord, order_by=("-created_at",))
-    table = Table("id", "made", "pictures", "groups", "round", "follows")
+    table = Table("id", "made", "images", "groups", "round", "follows")
     for v in versions:
         parent = v.parent_id[:12] if v.parent_id else ""
         made = f"{v.created_at:%Y-%m-%d %H:%M}"
@@ -146,17 +146,17 @@ def preview_command(
     policy: Annotated[str, typer.Argument(metavar="POLICY", help="A built-in policy, or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
     data: Annotated[
-        str | None, typer.Option(help="Folder or dataset id; default: the newest version, else generated pictures.")
+        str | None, typer.Option(help="Folder or dataset id; default: the newest version, else generated images.")
     ] = None,
-    pictures: Annotated[int, typer.Option(min=1, max=64, help="Rows.")] = 8,
-    draws: Annotated[int, typer.Option(min=1, max=64, help="Columns beside the picture as it is.")] = 8,
+    images: Annotated[int, typer.Option(min=1, max=64, help="Rows.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, max=64, help="Columns beside the image as it is.")] = 8,
     config: ConfigOption = None,
     preset: PresetOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw what an augmentation policy does to pictures of the train side, and each of its operations alone."""
-    from images.samples import sample_pictures
+    """Draw what an augmentation policy does to images of the train side, and each of its operations alone."""
+    from images.samples import sample_images
     from trainers.augmentation import load_policy
     from trainers.augmentation.preview import paint_preview
 
@@ -165,13 +165,13 @@ def preview_command(
     settings = settings_of(ctx, config, preset, sets)
     checked = load_policy(policy)
     with _open(settings) as store, progress() as bar:
-        sample = sample_pictures(store, data, pictures, settings.trainers.side_px, progress=bar)
+        sample = sample_images(store, data, images, settings.trainers.side_px, progress=bar)
     seed = settings.trainers.seed
     sheet = paint_preview(checked, sample.pixels, sample.image_ids, sample.names, draws=draws, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)
     result = {
-        "out": str(out), "policy": checked.name, "policy_hash": checked.content_hash(), "pictures": len(sample.names),
+        "out": str(out), "policy": checked.name, "policy_hash": checked.content_hash(), "images": len(sample.names),
         "draws": draws, "seed": seed, "source": sample.source,
     }  # fmt: skip
     emit(as_json, result, f"{out}: policy {checked.name} on {len(sample.names)} {sample.source}")

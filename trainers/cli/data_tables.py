@@ -28,12 +28,12 @@ def print_refusals(report: "ImportReport") -> None:
 def import_table(report: "ImportReport") -> Table:
     """Return what an import did, for people."""
     table = Table(show_header=False, title=f"import {report.import_id}")
-    table.add_row("pictures", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
+    table.add_row("images", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
     table.add_row("lesions", str(report.lesions))
     table.add_row("classes", ", ".join(f"{code} {count}" for code, count in report.classes.items()))
     table.add_row("sides", ", ".join(f"{side} {count}" for side, count in report.sides.items()))
     table.add_row("not used", str(len(report.quarantined)))
-    table.add_row("same picture twice", str(len(report.same_bytes)))
+    table.add_row("same image twice", str(len(report.same_bytes)))
     apart = sum(not pair.same_diagnosis for pair in report.near_duplicates)
     table.add_row("near-duplicate pairs", f"{len(report.near_duplicates)} ({apart} of two diagnoses, not joined)")
     table.add_row("dataset", report.dataset_id[:12])
@@ -43,11 +43,11 @@ def import_table(report: "ImportReport") -> Table:
 
 def audit_tables(report: "AuditReport") -> Stack:
     """Return what an audit found, for people."""
-    sides = Table("side", "pictures", "lesions", title=f"dataset {report.dataset_id[:12]}")
+    sides = Table("side", "images", "lesions", title=f"dataset {report.dataset_id[:12]}")
     for side, count in report.sides.items():
         sides.add_row(side, str(count), str(report.side_lesions[side]))
     sides.add_row("all", str(report.images), str(report.lesions), style="bold")
-    classes = Table("class", "pictures", "share")
+    classes = Table("class", "images", "share")
     for code, count in report.classes.items():
         classes.add_row(code, str(count), f"{count / max(1, report.images):.1%}")
     random = report.random_split
@@ -57,9 +57,9 @@ def audit_tables(report: "AuditReport") -> Stack:
         f"lesions on two sides: {report.leaked_lesions}",
         f"near-duplicate pairs: {report.near_duplicate_pairs}, label conflicts: {report.label_conflicts}, "
         f"rows not used: {report.quarantined}",
-        f"pictures taken unlike the rest: {len(report.quality_outliers)}{_worst(report)}",
-        f"a random split of the pictures would have put {random.leaked_lesions} lesions on two sides; "
-        f"{random.leaked_test_share:.1%} of its test pictures would show a lesion that was trained on",
+        f"images taken unlike the rest: {len(report.quality_outliers)}{_worst(report)}",
+        f"a random split of the images would have put {random.leaked_lesions} lesions on two sides; "
+        f"{random.leaked_test_share:.1%} of its test images would show a lesion that was trained on",
     )
 
 
@@ -72,7 +72,7 @@ def pretend_table(report: "PretendReport") -> Table:
         A table, honest split first.
     """
     title = f"{report.model} at {report.side_px} px, {report.epochs} epochs: what a split pretends (balanced accuracy)"
-    table = Table("split", "test pictures whose lesion is trained on", "pretended", "honest", "gap", title=title)
+    table = Table("split", "test images whose lesion is trained on", "pretended", "honest", "gap", title=title)
     for split in report.splits:
         pretended, honest = split.pretended.balanced_accuracy, split.honest.balanced_accuracy
         table.add_row(

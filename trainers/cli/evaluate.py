@@ -26,7 +26,7 @@ app = typer.Typer()
 def evaluate_command(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of labelled pictures, with --labels.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of labelled images, with --labels.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Its table: image_id, dx (lesion_id, age, sex, ..).")] = None,
     columns: Annotated[str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..")] = None,
     data: Annotated[str | None, typer.Option(help="Dataset id; default: the one the model was made with.")] = None,
@@ -41,7 +41,7 @@ def evaluate_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on a side of a dataset, or on any folder of labelled pictures."""
+    """Measure a model on a side of a dataset, or on any folder of labelled images."""
     from records.datasets import load_dataset
     from records.models import find_bundle
     from trainers.cli.data import parse_columns
@@ -52,9 +52,9 @@ def evaluate_command(
     from vision.inference.loaded import load_model
 
     if (images is None) != (labels is None):
-        raise ConfigError("--images and --labels belong together: a folder of pictures and its table")
+        raise ConfigError("--images and --labels belong together: a folder of images and its table")
     if masks is not None and not masks.is_dir():
-        raise ConfigError(f"--masks {masks} is no folder; give one with a mask per picture")
+        raise ConfigError(f"--masks {masks} is no folder; give one with a mask per image")
     settings = settings_of(ctx, config, preset, sets)
     with _open(settings) as store, progress() as bar:
         bundle = find_bundle(store, model)
@@ -122,7 +122,7 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
     """
     where = f"{evaluation.side} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
     whole = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
-    whole.add_row("pictures, lesions", f"{evaluation.images}, {evaluation.lesions}")
+    whole.add_row("images, lesions", f"{evaluation.images}, {evaluation.lesions}")
     whole.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
     even = evaluation.at_equal_prevalence
     if even is not None:
@@ -148,7 +148,7 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
         whole.add_row("prediction set holds the class", promise)
     if evaluation.side_reads is not None:
         whole.add_row(f"{evaluation.side} was looked at", f"{evaluation.side_reads} times")
-    classes = Table("class", "pictures", "lesions", "sensitivity", "specificity", "precision")
+    classes = Table("class", "images", "lesions", "sensitivity", "specificity", "precision")
     for code, report in evaluation.per_class.items():
         classes.add_row(
             code,

@@ -1,6 +1,6 @@
 """The verb `relook explain`.
 
-relook explain champion picture.jpg --method integrated_gradients --versus nv --out why.png
+relook explain champion image.jpg --method integrated_gradients --versus nv --out why.png
 """
 
 from contextlib import closing
@@ -26,7 +26,7 @@ def explain_command(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
-    out: Annotated[Path, typer.Option(help="Where the picture goes, a PNG file.")],
+    out: Annotated[Path, typer.Option(help="Where the image goes, a PNG file.")],
     method: Annotated[
         str, typer.Option(help="gradcam, integrated_gradients, gradient_shap, occlusion or activations.")
     ] = "gradcam",
@@ -38,7 +38,7 @@ def explain_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw where a model looked when it answered for a picture, or what a layer of it sees."""
+    """Draw where a model looked when it answered for an image, or what a layer of it sees."""
     from records.models import find_bundle
     from records.store import open_store
     from vision.explanations.methods import METHODS
@@ -73,18 +73,18 @@ def explain_command(
 def _explained(
     bundle: "Bundle", image: Path, method: str, target: str | None, versus: str | None
 ) -> tuple[dict[str, Any], bytes]:
-    """Return what is told about a map, and the map drawn over its picture."""
+    """Return what is told about a map, and the map drawn over its image."""
     from trainers.evaluation.folder import read_square
     from vision.explanations.overlay import overlay_png
     from vision.inference.attribution import attribute
     from vision.inference.loaded import load_model
 
-    # Gradients need fp32, and a single picture is quick in it.
+    # Gradients need fp32, and a single image is quick in it.
     loaded = load_model(bundle, precision="fp32")
     pixels = read_square(image, loaded.geometry.side_px)[None]
     answer = loaded.predict(pixels)
     if not answer.finite[0]:
-        raise RefusedError("the model has no finite answer for this picture, so there is nothing to explain")
+        raise RefusedError("the model has no finite answer for this image, so there is nothing to explain")
     codes = loaded.taxonomy.codes
     index = loaded.taxonomy.index_of(target) if target else int(answer.probabilities[0].argmax())
     other = loaded.taxonomy.index_of(versus) if versus else None
@@ -107,7 +107,7 @@ def _explained(
 
 
 def _activations(bundle: "Bundle", image: Path, layer: str | None) -> tuple[dict[str, Any], bytes]:
-    """Return which channels of a layer are shown, and their picture."""
+    """Return which channels of a layer are shown, and their image."""
     from trainers.evaluation.folder import read_square
     from vision.explanations.activations import channel_grid_png, layer_output, strongest_channels
     from vision.inference.loaded import plain_network

@@ -136,7 +136,7 @@ class EpochBar:
             self._task = self._bar.add_task("Training", total=self._epochs)
         text = (
             f"Training: loss {report.train_loss:.3f}, val balanced accuracy {report.val_balanced_accuracy:.3f}, "
-            f"{report.images_per_s:.0f} pictures/s"
+            f"{report.images_per_s:.0f} images/s"
         )
         self._bar.update(self._task, completed=report.epoch, description=text)
         return False

@@ -1,4 +1,4 @@
-"""FGSM and PGD on pixel values: the gradient goes through calibration, network and scaling back to the picture.
+"""FGSM and PGD on pixel values: the gradient goes through calibration, network and scaling back to the image.
 
 In: pixel values [N, 3, S, S] in [0, 1] and their classes. Out: changed values, within epsilon of the old ones
 and inside the valid range. They are not rounded to whole colour values, so a file of them would be a
@@ -59,7 +59,7 @@ def attacks_on(model: PixelNetwork, pgd_steps: int = PGD_STEPS) -> dict[str, Att
         model: that is attacked with full knowledge.
         pgd_steps: gradient steps of PGD, at least 1.
     Returns:
-        `fgsm` (one step of length epsilon) and `pgd` (small steps, kept within epsilon of the picture).
+        `fgsm` (one step of length epsilon) and `pgd` (small steps, kept within epsilon of the image).
     """
     fgsm = FGSM(model, loss_func=_loss, lower_bound=0.0, upper_bound=1.0)
     pgd = PGD(model, loss_func=_loss, lower_bound=0.0, upper_bound=1.0)

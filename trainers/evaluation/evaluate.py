@@ -1,8 +1,8 @@
 """What a model is worth: its answers on one side of a dataset, and the figures with their intervals.
 
 In: a bundle and a dataset side, or arrays. Out: `SidePredictions` and `trainers.evaluation.figures.Evaluation`.
-Accuracy figures are per picture; the key class at its operating point is per lesion, by the mean
-probability over the lesion's pictures. Intervals are 95 %: bootstrap by group within class, and
+Accuracy figures are per image; the key class at its operating point is per lesion, by the mean
+probability over the lesion's images. Intervals are 95 %: bootstrap by group within class, and
 exact (Clopper-Pearson over groups) where a bootstrap cannot vary, as for a sensitivity of 1.
 """
 
@@ -21,7 +21,7 @@ from records.bundles import Bundle, OperatingPoints
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.store import Store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Image, Side
 from trainers.evaluation.figures import (
@@ -34,7 +34,7 @@ from trainers.evaluation.figures import (
     key_class_report,
     undefined_reasons,
 )
-from trainers.evaluation.pictures import Pictures
+from trainers.evaluation.images import Images
 from trainers.evaluation.skin import SkinTones
 from trainers.evaluation.traits import Traits, traits_of_images
 from vision.calibration.conformal import prediction_set, thresholds_in_order
@@ -60,7 +60,7 @@ GUARDED_SIDES = (Side.GATE, Side.TEST)
 
 @dataclass(frozen=True)
 class SidePredictions:
-    """A model's answers for labelled pictures; all sequences have length N and one order."""
+    """A model's answers for labelled images; all sequences have length N and one order."""
 
     model_id: str
     image_ids: list[str]
@@ -77,7 +77,7 @@ class SidePredictions:
     side_reads: int | None = None
     traits: list[Traits] | None = None
     """what slices are cut by, where it is known"""
-    pictures: Pictures | None = None
+    images: Images | None = None
     """where they are"""
 
 
@@ -92,19 +92,19 @@ def predict_side(
     progress: Progress | None = None,
     masks: Path | None = None,
 ) -> SidePredictions:
-    """Answer for every labelled picture of a side. Reading gate or test is audited before it happens.
+    """Answer for every labelled image of a side. Reading gate or test is audited before it happens.
 
     Args:
-        store: with the pictures and the pixel cache.
+        store: with the images and the pixel cache.
         bundle: whose model answers.
         dataset: a version.
         side: of the split.
         actor: who reads it, for the audit.
         model: the bundle's model if it is loaded already.
         progress: a bar is added to it.
-        masks: folder of lesion masks, named after the pictures; skin is looked for outside them.
+        masks: folder of lesion masks, named after the images; skin is looked for outside them.
     Returns:
-        The answers, in order of picture id.
+        The answers, in order of image id.
     Raises:
         TaxonomyError: model and dataset were made with different taxonomies.
         DataError: the side is empty.
@@ -115,7 +115,7 @@ def predict_side(
         raise ContractError(f"model {model.model_id[:12]} is not the one of bundle {bundle.id[:12]}")
     rows = dataset.side(side)
     if rows.empty:
-        raise DataError(f"side {side.value} of dataset {dataset.id[:12]} has no pictures; import more lesions")
+        raise DataError(f"side {side.value} of dataset {dataset.id[:12]} has no images; import more lesions")
     side_reads = _record_read(store, bundle, dataset, side, actor, len(rows)) if side in GUARDED_SIDES else None
     image_ids = [str(image_id) for image_id in rows["image_id"]]
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
@@ -138,19 +138,19 @@ def predict_side(
         side=side,
         side_reads=side_reads,
         traits=traits_of_images(images, [int(rank) for rank in rows["label_rank"]], tones.angles),
-        pictures=_pictures(store, images, masks),
+        images=_images(store, images, masks),
     )
 
 
-def _pictures(store: Store, images: list[Image], masks: Path | None) -> Pictures:
+def _images(store: Store, images: list[Image], masks: Path | None) -> Images:
     names = [image.source_id or image.id for image in images]
-    return Pictures(names=names, read=lambda index: read_picture(store, images[index]), masks=masks)
+    return Images(names=names, read=lambda index: read_image(store, images[index]), masks=masks)
 
 
 def _outputs(
     model: LoadedModel, pixels: PixelRows, tones: SkinTones, title: str, progress: Progress | None
 ) -> list[BatchOutput]:
-    """Answer for pictures batch by batch, and look at their skin on the way."""
+    """Answer for images batch by batch, and look at their skin on the way."""
     task = progress.add_task(title, total=len(pixels)) if progress else None
     outputs = []
     for start in range(0, len(pixels), BATCH_SIZE):
@@ -175,7 +175,7 @@ def evaluate(
     """Compute all figures of an evaluation.
 
     Args:
-        predictions: at least one picture; every row a distribution.
+        predictions: at least one image; every row a distribution.
         taxonomy: of the predictions.
         operating: thresholds of the model; without them what needs thresholds is undefined.
         prevalence: class shares that answers are re-weighted to; what has thresholds stays as it is served.
@@ -185,10 +185,10 @@ def evaluate(
     Returns:
         The figures; undefined ones are None with a reason.
     Raises:
-        ContractError: no picture, or probabilities that are not finite or do not sum to 1.
+        ContractError: no image, or probabilities that are not finite or do not sum to 1.
     """
     num_classes = len(taxonomy.codes)
-    _require_pictures(predictions, num_classes)
+    _require_images(predictions, num_classes)
     labels, served = predictions.labels, predictions.probabilities
     probabilities = served if prevalence is None else reweight(served, priors or {}, prevalence)
     predicted = probabilities.argmax(axis=1)
@@ -223,9 +223,9 @@ def evaluate(
     )
 
 
-def _require_pictures(predictions: SidePredictions, num_classes: int) -> None:
+def _require_images(predictions: SidePredictions, num_classes: int) -> None:
     if not predictions.image_ids:
-        raise ContractError("an evaluation needs at least one picture")
+        raise ContractError("an evaluation needs at least one image")
     check_probabilities(predictions.probabilities, num_classes)
 
 
@@ -239,11 +239,11 @@ def _reliability(labels: IntArray, probabilities: FloatArray) -> list[Reliabilit
 def coverage_report(
     probabilities: FloatArray, lesions: Lesions, taxonomy: Taxonomy, operating: OperatingPoints | None
 ) -> Coverage | None:
-    """Count how often prediction sets hold the true class, by one picture per lesion.
+    """Count how often prediction sets hold the true class, by one image per lesion.
 
     Args:
-        probabilities: [N, C] of the pictures.
-        lesions: of the same pictures.
+        probabilities: [N, C] of the images.
+        lesions: of the same images.
         taxonomy: class order.
         operating: with the thresholds of the sets.
     Returns:

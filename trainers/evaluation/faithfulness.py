@@ -1,10 +1,10 @@
 """How far heat maps can be believed: deletion, insertion, and energy on the lesion.
 
-Deletion replaces pixels by the picture's mean colour, insertion brings them back into a blurred picture, both
+Deletion replaces pixels by the image's mean colour, insertion brings them back into a blurred image, both
 in the order of the map, and watch the class's probability (Petsiuk et al. 2018, RISE). The baseline is the
 same map with its cells shuffled: a random order of single pixels would be noise that breaks any network,
 and every map would look good beside it. Energy on the lesion is the energy-based pointing game
-(Wang et al. 2020, Score-CAM) against the share of the picture that the lesion covers.
+(Wang et al. 2020, Score-CAM) against the share of the image that the lesion covers.
 
 In: functions that answer for pixels uint8 [N, S, S, 3], and maps [N, h, w]. Out: figures. Nothing is stored.
 """
@@ -26,7 +26,7 @@ NUM_STEPS = 16
 """Equal steps from nothing replaced to everything replaced."""
 
 BLUR_SHARE = 1 / 8
-"""Deviation of the blur that insertion starts from, as a share of the picture's side."""
+"""Deviation of the blur that insertion starts from, as a share of the image's side."""
 
 BATCH_SIZE = 64
 
@@ -36,7 +36,7 @@ Answer = Callable[[UInt8Array], FloatArray]
 
 @dataclass(frozen=True)
 class Replacement:
-    """Curves of N pictures, each [N, K + 1]: the class's probability after 0, 1, ... K of K equal steps."""
+    """Curves of N images, each [N, K + 1]: the class's probability after 0, 1, ... K of K equal steps."""
 
     deletion: FloatArray
     deletion_shuffled: FloatArray
@@ -45,14 +45,14 @@ class Replacement:
 
 
 def replacement_order(heat_map: NDArray[np.floating], side_px: int, generator: np.random.Generator) -> IntArray:
-    """Order the pixels of a picture by a map, most important first; ties are broken by chance.
+    """Order the pixels of an image by a map, most important first; ties are broken by chance.
 
     Args:
         heat_map: [h, w], finite; negative values count as zero. Resized as it is drawn.
         side_px: S.
         generator: of the chance.
     Returns:
-        [S * S] indices into the picture's pixels, row by row.
+        [S * S] indices into the image's pixels, row by row.
     """
     strength = resized_strength(heat_map, side_px, side_px).ravel()
     order: IntArray = np.lexsort((generator.random(len(strength)), -strength))
@@ -67,11 +67,11 @@ def replacement_curve(
     target: IntArray,
     num_steps: int = NUM_STEPS,
 ) -> FloatArray:
-    """Follow a class's probability while pixels of one picture give way to those of another.
+    """Follow a class's probability while pixels of one image give way to those of another.
 
     Args:
         answer: gives probabilities.
-        start: [N, S, S, 3], what the pictures are at first.
+        start: [N, S, S, 3], what the images are at first.
         fill: [N, S, S, 3], what they are in the end.
         orders: [N, S * S] pixel indices, the first one replaced first.
         target: [N] the class that is watched.
@@ -123,7 +123,7 @@ def replace_pixels(
     shuffled = generator.permuted(maps.reshape(len(maps), -1), axis=1).reshape(maps.shape)
     mean = pixels.mean(axis=(1, 2), keepdims=True).round().astype(np.uint8)
     flat = np.broadcast_to(mean, pixels.shape)
-    blurred = np.stack([cv2.GaussianBlur(picture, (0, 0), BLUR_SHARE * side_px) for picture in pixels])
+    blurred = np.stack([cv2.GaussianBlur(image, (0, 0), BLUR_SHARE * side_px) for image in pixels])
     curves = {}
     for name, ranked in (("", maps), ("_shuffled", shuffled)):
         orders = np.stack([replacement_order(one, side_px, generator) for one in ranked])
@@ -175,9 +175,9 @@ def explanation_quality(
         target: [N] the class that each map is about.
         method: how the maps were made, for the report.
         labels: [N] class indices, which the bootstrap is stratified by.
-        group_index: [N] the independent unit of each picture.
+        group_index: [N] the independent unit of each image.
         num_classes: C.
-        masks: per picture the lesion's mask [S, S], or None; an empty mask counts as none.
+        masks: per image the lesion's mask [S, S], or None; an empty mask counts as none.
         randomisation_similarity: if it was measured, see `trainers.evaluation.sanity`.
         num_steps: of deletion and insertion.
     Returns:
@@ -202,7 +202,7 @@ def explanation_quality(
 
 
 class _Units:
-    """Means over pictures with intervals by group within class."""
+    """Means over images with intervals by group within class."""
 
     def __init__(self, labels: IntArray, group_index: IntArray, num_classes: int) -> None:
         _, self._group_index = np.unique(group_index, return_inverse=True)

@@ -30,13 +30,13 @@ class _Shape(BaseModel):
 
 
 class ClassReport(_Shape):
-    """One class against the rest, per picture; intervals are 95 %, resampled by group."""
+    """One class against the rest, per image; intervals are 95 %, resampled by group."""
 
     sensitivity: float | None = None
     specificity: float | None = None
     precision: float | None = None
     f1: float | None = None
-    support: int = Field(ge=0, description="pictures of the class")
+    support: int = Field(ge=0, description="images of the class")
     lesions: int = Field(ge=0, description="lesions of the class")
     sensitivity_ci: Interval | None = None
     specificity_ci: Interval | None = None
@@ -46,7 +46,7 @@ class ClassReport(_Shape):
 
 
 class KeyClassReport(_Shape):
-    """The first key class at its refer threshold, per lesion (mean probability over its pictures)."""
+    """The first key class at its refer threshold, per lesion (mean probability over its images)."""
 
     name: str
     sensitivity: float | None
@@ -64,7 +64,7 @@ class KeyClassReport(_Shape):
 
 
 class ReliabilityBin(_Shape):
-    """Pictures of about the same confidence, and how often their answers were right."""
+    """Images of about the same confidence, and how often their answers were right."""
 
     confidence: float = Field(description="mean confidence")
     accuracy: float
@@ -81,11 +81,11 @@ class EqualPrevalence(_Shape):
 
     balanced_accuracy: float
     balanced_accuracy_ci: Interval
-    sensitivity: dict[str, float | None] = Field(description="share of a class's pictures that were answered so")
+    sensitivity: dict[str, float | None] = Field(description="share of a class's images that were answered so")
 
 
 class Coverage(_Shape):
-    """How often the prediction set holds the true class; one picture per lesion."""
+    """How often the prediction set holds the true class; one image per lesion."""
 
     promise: float = Field(description="what every class was promised on the calibration side")
     overall: float
@@ -94,7 +94,7 @@ class Coverage(_Shape):
 
 
 class SliceReport(_Shape):
-    """The figures of a part of the pictures."""
+    """The figures of a part of the images."""
 
     images: int = Field(ge=1)
     lesions: int = Field(ge=1)
@@ -112,21 +112,21 @@ class SliceReport(_Shape):
 
 
 class Evaluation(_Shape):
-    """What a model is worth on a set of labelled pictures."""
+    """What a model is worth on a set of labelled images."""
 
     model_id: str
-    dataset_id: str | None = Field(default=None, description="empty for a folder of other pictures")
+    dataset_id: str | None = Field(default=None, description="empty for a folder of other images")
     side: str | None = None
     side_reads: int | None = Field(default=None, description="how often gate or test was looked at, this time included")
     images: int = Field(ge=1)
     lesions: int = Field(ge=1)
     groups: int = Field(ge=1, description="independent units that the intervals resample")
-    balanced_accuracy: float = Field(description="mean sensitivity of the classes that have pictures")
+    balanced_accuracy: float = Field(description="mean sensitivity of the classes that have images")
     balanced_accuracy_ci: Interval
     accuracy: float
     accuracy_ci: Interval
     macro_auc: float | None = Field(description="mean one-against-rest AUC of the classes where it is defined")
-    macro_f1: float = Field(description="mean F1 of the classes that have pictures; one never answered counts as 0")
+    macro_f1: float = Field(description="mean F1 of the classes that have images; one never answered counts as 0")
     macro_f1_ci: Interval
     ece: float = Field(description="expected calibration error: 15 equal-width bins of confidence")
     reliability: list[ReliabilityBin] = Field(default_factory=list, description="the bins of the calibration error")
@@ -139,7 +139,7 @@ class Evaluation(_Shape):
     per_class: dict[str, ClassReport]
     key_class: KeyClassReport | None
     confusion_matrix: list[list[int]] = Field(description="row = truth, column = answer, in class order")
-    answered_share: float | None = Field(description="share of pictures that thresholds and sets leave to no expert")
+    answered_share: float | None = Field(description="share of images that thresholds and sets leave to no expert")
     mean_set_size: float | None = Field(description="mean number of classes in the prediction set")
     coverage: Coverage | None = Field(default=None, description="of the prediction sets")
     slices: dict[str, dict[str, SliceReport]] = Field(
@@ -161,7 +161,7 @@ def class_reports(
     lesions: Lesions,
     aucs: FloatArray,
 ) -> dict[str, ClassReport]:
-    """Report every class against the rest, per picture.
+    """Report every class against the rest, per image.
 
     Args:
         taxonomy: class order.
@@ -169,8 +169,8 @@ def class_reports(
         confusions: [R, C, C] of the resamples.
         labels: [N] class indices.
         predicted: [N] class indices.
-        group_index: [N] the independent unit of each picture.
-        lesions: of the same pictures.
+        group_index: [N] the independent unit of each image.
+        lesions: of the same images.
         aucs: [C], NaN where undefined.
     Returns:
         Class code to report, in class order.
@@ -321,16 +321,16 @@ def undefined_reasons(
     absent = [code for code, report in per_class.items() if report.support == 0]
     for code, report in per_class.items():
         if report.sensitivity is None:
-            reasons[f"per_class.{code}.sensitivity"] = f"no picture of {code}"
+            reasons[f"per_class.{code}.sensitivity"] = f"no image of {code}"
         if report.specificity is None:
-            reasons[f"per_class.{code}.specificity"] = f"every picture is {code}"
+            reasons[f"per_class.{code}.specificity"] = f"every image is {code}"
         if report.precision is None:
-            reasons[f"per_class.{code}.precision"] = f"no picture was answered {code}"
+            reasons[f"per_class.{code}.precision"] = f"no image was answered {code}"
     if absent:
         present = [code for code in taxonomy.codes if code not in absent]
-        note = f"over {', '.join(present)} only: no picture of {', '.join(absent)}"
+        note = f"over {', '.join(present)} only: no image of {', '.join(absent)}"
         reasons["balanced_accuracy"] = note
-        reasons["macro_auc"] = note if len(present) > 1 else f"every picture is {present[0]}"
+        reasons["macro_auc"] = note if len(present) > 1 else f"every image is {present[0]}"
     if key_class is None:
         reasons["key_class"] = f"taxonomy {taxonomy.name} declares no key class"
     elif key_class.threshold is None:

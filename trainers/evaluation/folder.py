@@ -1,7 +1,7 @@
-"""A model's answers for any folder of labelled pictures, imported or not.
+"""A model's answers for any folder of labelled images, imported or not.
 
-In: a loaded model, a folder of pictures and a table (columns image_id, dx, and lesion_id or patient_id if known).
-Out: `SidePredictions` as for a side of a dataset. Pictures are cut to the model's geometry. Nothing is
+In: a loaded model, a folder of images and a table (columns image_id, dx, and lesion_id or patient_id if known).
+Out: `SidePredictions` as for a side of a dataset. Images are cut to the model's geometry. Nothing is
 stored, and nothing is left out: one unusable row is an error, because figures over the rest would flatter.
 """
 
@@ -15,11 +15,11 @@ from images.decode import decode_square
 from images.parallel import chunks_of, map_in_order
 from images.source_table import SourceRow, read_source
 from records.arrays import UInt8Array
-from records.errors import DataError, PictureError
+from records.errors import DataError, ImageError
 from records.taxonomy import Taxonomy
-from records.types.pictures import LABEL_RANK
+from records.types.images import LABEL_RANK
 from trainers.evaluation.evaluate import SidePredictions
-from trainers.evaluation.pictures import Pictures
+from trainers.evaluation.images import Images
 from trainers.evaluation.skin import SkinTones, tone_of
 from trainers.evaluation.traits import CONFIRMED_BY, Traits, age_band
 from vision.inference.loaded import LoadedModel
@@ -38,15 +38,15 @@ def predict_folder(
 
     Args:
         model: that answers.
-        images: folder with the pictures, in any depth.
+        images: folder with the images, in any depth.
         labels: the table.
         columns: names of the table's columns where they differ from the usual ones.
         progress: a bar is added to it.
-        masks: folder of lesion masks, named after the pictures; skin is looked for outside them.
+        masks: folder of lesion masks, named after the images; skin is looked for outside them.
     Returns:
-        The answers in the table's order; the independent unit is the patient, else the lesion, else the picture.
+        The answers in the table's order; the independent unit is the patient, else the lesion, else the image.
     Raises:
-        DataError: the folder or table cannot be read, or a row has no picture, no diagnosis or an unknown one.
+        DataError: the folder or table cannot be read, or a row has no image, no diagnosis or an unknown one.
     """
     source = read_source(images, columns, labels)
     class_indices = _checked(source.rows, labels, model.taxonomy)
@@ -72,7 +72,7 @@ def predict_folder(
         labels=np.array(class_indices, dtype=np.int64),
         logits=np.concatenate([output.logits for output in outputs]),
         probabilities=np.concatenate([output.probabilities for output in outputs]),
-        pictures=Pictures(
+        images=Images(
             names=[row.source_id for row in source.rows],
             read=lambda index: (source.rows[index].path or Path(source.rows[index].source_id)).read_bytes(),
             masks=masks,
@@ -118,7 +118,7 @@ def _decode(rows: Sequence[SourceRow], side_px: int) -> UInt8Array:
 
 
 def read_square(path: Path, side_px: int) -> UInt8Array:
-    """Read a picture file as the square that a model sees.
+    """Read an image file as the square that a model sees.
 
     Args:
         path: of a JPEG, PNG or WebP file.
@@ -127,11 +127,11 @@ def read_square(path: Path, side_px: int) -> UInt8Array:
         [S, S, 3].
     Raises:
         DataError: the file cannot be read.
-        PictureError: it is not a picture, or is damaged.
+        ImageError: it is not an image, or is damaged.
     """
     try:
         return decode_square(path.read_bytes(), side_px)
     except OSError as error:
-        raise DataError(f"the picture {path} cannot be read ({error.strerror})") from error
-    except PictureError as error:
-        raise PictureError(f"{path}: {error}", error.code) from error
+        raise DataError(f"the image {path} cannot be read ({error.strerror})") from error
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}", error.code) from error

@@ -1,7 +1,7 @@
-"""What a bundle says about its own heat maps, measured on a few pictures of the side that fitting may read.
+"""What a bundle says about its own heat maps, measured on a few images of the side that fitting may read.
 
 It is cheap, and equal for equal runs: the report (`relook evaluate --report --explanations`) measures the same
-on more pictures, with intervals and lesion masks.
+on more images, with intervals and lesion masks.
 """
 
 import numpy as np

@@ -14,7 +14,7 @@ class _Shape(BaseModel):
 
 
 class AttackPoint(_Shape):
-    """What is left of a model when every picture may be changed by up to epsilon."""
+    """What is left of a model when every image may be changed by up to epsilon."""
 
     epsilon: float = Field(ge=0, description="largest change of a colour value, in 1/255 of the pixel range")
     accuracy: float = Field(description="at the class shares of the whole side, not of the sample")
@@ -22,11 +22,11 @@ class AttackPoint(_Shape):
     balanced_accuracy: float
     balanced_accuracy_ci: Interval
     key_class_sensitivity: float | None = Field(
-        default=None, description="share of the key class's pictures that are answered with it"
+        default=None, description="share of the key class's images that are answered with it"
     )
     key_class_sensitivity_ci: Interval | None = None
     key_class_referred: float | None = Field(
-        default=None, description="share of the key class's pictures at or above its refer threshold"
+        default=None, description="share of the key class's images at or above its refer threshold"
     )
     key_class_referred_ci: Interval | None = None
 
@@ -34,7 +34,7 @@ class AttackPoint(_Shape):
 class RobustnessReport(_Shape):
     """Accuracy under attack with full knowledge of the network, in fp32."""
 
-    images: int = Field(ge=1, description="pictures attacked")
+    images: int = Field(ge=1, description="images attacked")
     groups: int = Field(ge=1, description="independent units among them")
     key_class: str | None = None
     pgd_steps: int = Field(ge=1)
@@ -55,19 +55,19 @@ class ReplacementCurve(_Shape):
 class MaskEnergy(_Shape):
     """How much of the maps' energy lies on the lesion."""
 
-    images: int = Field(ge=1, description="pictures with a mask and a map")
+    images: int = Field(ge=1, description="images with a mask and a map")
     energy: float = Field(description="mean share of a map's energy inside the lesion mask")
     energy_ci: Interval
-    area: float = Field(description="mean share of the picture that the mask covers: what an even map would reach")
-    above_area: float = Field(description="share of the pictures whose map is more on the lesion than an even one")
+    area: float = Field(description="mean share of the image that the mask covers: what an even map would reach")
+    above_area: float = Field(description="share of the images whose map is more on the lesion than an even one")
 
 
 class ExplanationQuality(_Shape):
     """How far the heat maps can be believed."""
 
     method: str
-    images: int = Field(ge=1, description="pictures whose map was tested")
-    constant_maps: int = Field(ge=0, description="further pictures whose map is flat, which explains nothing")
+    images: int = Field(ge=1, description="images whose map was tested")
+    constant_maps: int = Field(ge=0, description="further images whose map is flat, which explains nothing")
     deletion: ReplacementCurve
     insertion: ReplacementCurve
     randomisation_similarity: float | None = Field(

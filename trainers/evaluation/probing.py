@@ -1,4 +1,4 @@
-"""Robustness and explanation quality of a bundle, measured on a sample of evaluated pictures."""
+"""Robustness and explanation quality of a bundle, measured on a sample of evaluated images."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from records.errors import ContractError
 from trainers.evaluation.attacks import PixelNetwork
 from trainers.evaluation.evaluate import SidePredictions
 from trainers.evaluation.faithfulness import explanation_quality
-from trainers.evaluation.pictures import Pictures
+from trainers.evaluation.images import Images
 from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
 from trainers.evaluation.robustness import PER_CLASS, Sample, robustness_curves
 from trainers.evaluation.sanity import randomisation_similarity
@@ -19,23 +19,23 @@ from vision.metrics.sample import stratified_sample
 
 
 def sample_of(predictions: SidePredictions, per_class: int = PER_CLASS) -> IntArray:
-    """Choose the pictures that are probed, ascending: at most `per_class` of a class, from many groups."""
+    """Choose the images that are probed, ascending: at most `per_class` of a class, from many groups."""
     return stratified_sample(predictions.labels, _groups(predictions), per_class)
 
 
 def measure_robustness(
     bundle: Bundle, predictions: SidePredictions, on_batch: Callable[[int], None] | None = None
 ) -> RobustnessReport:
-    """Attack a sample of the evaluated pictures with FGSM and PGD.
+    """Attack a sample of the evaluated images with FGSM and PGD.
 
     Args:
         bundle: whose network is attacked, in fp32.
-        predictions: of the whole side or folder, with its pictures.
-        on_batch: told how many pictures were dealt with.
+        predictions: of the whole side or folder, with its images.
+        on_batch: told how many images were dealt with.
     Returns:
         The curves.
     Raises:
-        ContractError: the predictions do not know their pictures.
+        ContractError: the predictions do not know their images.
     """
     document, chosen = bundle.document, sample_of(predictions)
     refer = document.operating.refer
@@ -43,7 +43,7 @@ def measure_robustness(
     counts = np.bincount(predictions.labels, minlength=len(document.taxonomy.codes))
     return robustness_curves(
         PixelNetwork(plain_network(bundle), document.geometry, document.calibration),
-        _pictures(predictions).squares(chosen, document.geometry.side_px),
+        _images(predictions).squares(chosen, document.geometry.side_px),
         Sample(
             labels=predictions.labels[chosen],
             group_index=_groups(predictions)[chosen],
@@ -56,25 +56,25 @@ def measure_robustness(
 
 
 def measure_explanations(bundle: Bundle, predictions: SidePredictions) -> ExplanationQuality | None:
-    """Measure how faithful the Grad-CAM maps of a sample of the evaluated pictures are.
+    """Measure how faithful the Grad-CAM maps of a sample of the evaluated images are.
 
     Args:
         bundle: of the model.
-        predictions: of the whole side or folder, with its pictures.
+        predictions: of the whole side or folder, with its images.
     Returns:
         The figures; None if every map of the sample is flat.
     Raises:
-        ContractError: the predictions do not know their pictures.
+        ContractError: the predictions do not know their images.
     """
     side_px = bundle.document.geometry.side_px
-    chosen, pictures = sample_of(predictions), _pictures(predictions)
-    pixels = pictures.squares(chosen, side_px)
+    chosen, images = sample_of(predictions), _images(predictions)
+    pixels = images.squares(chosen, side_px)
     model = load_model(bundle, precision="fp32")
     target = model.predict(pixels).probabilities.argmax(axis=1)
     maps = model.explain(pixels, "gradcam", target)
     if not (np.ptp(maps, axis=(1, 2)) > 0).any():
         return None
-    masks = [pictures.mask(int(index), side_px) for index in chosen] if pictures.masks is not None else None
+    masks = [images.mask(int(index), side_px) for index in chosen] if images.masks is not None else None
     return explanation_quality(
         lambda some: model.predict(some).probabilities,
         pixels,
@@ -94,7 +94,7 @@ def _groups(predictions: SidePredictions) -> IntArray:
     return np.asarray(group_index, dtype=np.int64)
 
 
-def _pictures(predictions: SidePredictions) -> Pictures:
-    if predictions.pictures is None:
-        raise ContractError("these predictions do not know where their pictures are")
-    return predictions.pictures
+def _images(predictions: SidePredictions) -> Images:
+    if predictions.images is None:
+        raise ContractError("these predictions do not know where their images are")
+    return predictions.images

@@ -1,7 +1,7 @@
 """What is left of a model under attack: accuracy over a range of epsilons, with intervals by group.
 
-In: a network behind its scaling and calibration, pictures uint8 [N, S, S, 3] with their classes and groups.
-Out: `RobustnessReport`. For PGD, a picture that fell at one epsilon stays fallen at larger ones, since the
+In: a network behind its scaling and calibration, images uint8 [N, S, S, 3] with their classes and groups.
+Out: `RobustnessReport`. For PGD, an image that fell at one epsilon stays fallen at larger ones, since the
 smaller change is still allowed. FGSM takes one step of full length, so its curve may rise again.
 """
 
@@ -29,19 +29,19 @@ EPSILONS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """In 1/255 of the pixel range."""
 
 PER_CLASS = 20
-"""Pictures of a class that are attacked unless another number is asked for."""
+"""Images of a class that are attacked unless another number is asked for."""
 
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The pictures that are attacked, and what their figures are resampled and weighted by."""
+    """The images that are attacked, and what their figures are resampled and weighted by."""
 
     labels: IntArray
     """[N] class indices"""
     group_index: IntArray
-    """[N] the independent unit of each picture"""
+    """[N] the independent unit of each image"""
     class_shares: FloatArray
     """[C] of the whole side, so that accuracy does not depend on how the sample was drawn"""
     taxonomy: Taxonomy
@@ -50,7 +50,7 @@ class Sample:
 
     @property
     def is_key(self) -> BoolArray:
-        """[N]: whether a picture is of the key class."""
+        """[N]: whether an image is of the key class."""
         key = self.taxonomy.key_class
         return np.asarray(self.labels == (-1 if key is None else self.taxonomy.index_of(key.code)), dtype=np.bool_)
 
@@ -64,25 +64,25 @@ def robustness_curves(
     pgd_steps: int = PGD_STEPS,
     on_batch: Callable[[int], None] | None = None,
 ) -> RobustnessReport:
-    """Attack a sample of pictures with FGSM and PGD at every epsilon.
+    """Attack a sample of images with FGSM and PGD at every epsilon.
 
     Args:
         model: the network behind its scaling and calibration.
         pixels: [N, S, S, 3], N >= 1.
-        sample: what the pictures are.
+        sample: what the images are.
         epsilons: in 1/255 of the pixel range, not negative; 0 is added, order does not matter.
         pgd_steps: gradient steps of PGD, at least 1.
-        on_batch: told how many pictures were dealt with, for a progress bar that ends at `work_of`.
+        on_batch: told how many images were dealt with, for a progress bar that ends at `work_of`.
     Returns:
-        The curves; the point at 0 is the model's answer for the untouched pictures.
+        The curves; the point at 0 is the model's answer for the untouched images.
     Raises:
-        ContractError: an epsilon is negative, there is no picture, or an answer is not finite.
+        ContractError: an epsilon is negative, there is no image, or an answer is not finite.
     """
     ascending = sorted({0.0, *(float(epsilon) for epsilon in epsilons)})
     if ascending[0] < 0 or not np.isfinite(ascending).all():
         raise ContractError(f"epsilons must be finite and not negative, got {list(epsilons)}")
     if not len(pixels) == len(sample.labels) >= 1:
-        raise ContractError(f"robustness needs a picture per label, got {len(pixels)} for {len(sample.labels)}")
+        raise ContractError(f"robustness needs an image per label, got {len(pixels)} for {len(sample.labels)}")
     values = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 255.0
     summary = _Summary(sample)
     clean = _answers(model, values)
@@ -106,7 +106,7 @@ def robustness_curves(
 
 
 def work_of(num_images: int, epsilons: Sequence[float] = EPSILONS) -> int:
-    """Return how many pictures `robustness_curves` deals with, over both attacks and all epsilons."""
+    """Return how many images `robustness_curves` deals with, over both attacks and all epsilons."""
     return 2 * len({0.0, *epsilons} - {0.0}) * num_images
 
 
@@ -120,7 +120,7 @@ def _attacked(
     before: FloatArray,
     on_batch: Callable[[int], None] | None,
 ) -> FloatArray:
-    """Return probabilities [N, C] after the attack; pictures that do not stand keep their earlier row."""
+    """Return probabilities [N, C] after the attack; images that do not stand keep their earlier row."""
     answers = before.copy()
     truth = torch.from_numpy(labels)
     for start in range(0, len(values), BATCH_SIZE):
@@ -154,12 +154,12 @@ class _Summary:
         self._key_index = int(sample.labels[sample.is_key][0]) if sample.is_key.any() else None
 
     def standing(self, answers: FloatArray) -> BoolArray:
-        """[N]: pictures that an attack can still take something from."""
+        """[N]: images that an attack can still take something from."""
         right = answers.argmax(axis=1) == self._sample.labels
         return np.asarray(right | (self._sample.is_key & self._referred(answers)), dtype=np.bool_)
 
     def worse_of(self, before: FloatArray, after: FloatArray) -> FloatArray:
-        """Keep of each picture the wrong answer before the right one, else the row that gives its class less."""
+        """Keep of each image the wrong answer before the right one, else the row that gives its class less."""
         rows = np.arange(len(before))
         labels = self._sample.labels
         was_right, is_right = before.argmax(axis=1) == labels, after.argmax(axis=1) == labels
@@ -205,7 +205,7 @@ class _Summary:
         return np.asarray(answers[:, self._key_index] >= self._sample.refer_threshold, dtype=np.bool_)
 
     def _share(self, is_hit: BoolArray) -> tuple[float, Interval]:
-        """Return the share of hits among the key class's pictures, with its interval by group."""
+        """Return the share of hits among the key class's images, with its interval by group."""
         is_key = self._sample.is_key
         members = np.bincount(self._group_index, weights=is_key, minlength=self.num_groups)
         hits = np.bincount(self._group_index, weights=is_key & is_hit, minlength=self.num_groups)

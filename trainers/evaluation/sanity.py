@@ -2,7 +2,7 @@
 
 The model parameter randomisation test of Adebayo et al. 2018 (Sanity Checks for Saliency Maps,
 section 3): the maps of the trained network are compared with those of the same network with random
-weights. Maps that stay alike show edges of the picture, not reasons of the model.
+weights. Maps that stay alike show edges of the image, not reasons of the model.
 """
 
 import numpy as np
@@ -24,11 +24,11 @@ def randomisation_similarity(bundle: Bundle, pixels: UInt8Array, *, seed: int = 
 
     Args:
         bundle: of the trained model.
-        pixels: uint8 [N, S, S, 3], real pictures of the model's geometry, N >= 1.
+        pixels: uint8 [N, S, S, 3], real images of the model's geometry, N >= 1.
         seed: of the random weights.
     Returns:
-        Mean over the pictures of the absolute Spearman correlation between both maps of the trained
-        model's answer, 0 to 1; pictures whose trained map is constant are left out. None if all are.
+        Mean over the images of the absolute Spearman correlation between both maps of the trained
+        model's answer, 0 to 1; images whose trained map is constant are left out. None if all are.
     """
     document = bundle.document
     num_classes = len(document.taxonomy.codes)
@@ -74,7 +74,7 @@ def similarity(ours: Float32Array, theirs: Float32Array) -> float | None:
 
 
 def target_maps(network: nn.Module, inputs: torch.Tensor, target: torch.Tensor) -> Float32Array:
-    """Compute Grad-CAM of one class per picture.
+    """Compute Grad-CAM of one class per image.
 
     Args:
         network: in evaluation mode, with the parts `features` and `head`.

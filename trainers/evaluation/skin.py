@@ -28,19 +28,19 @@ DARKER = 25.0
 """Pixels whose L* lies so far below the median of the rest are not skin."""
 
 MIN_SHARE = 0.02
-"""With less skin than this share of the picture, nothing is said."""
+"""With less skin than this share of the image, nothing is said."""
 
 
-def typology_angle(picture: UInt8Array, mask: BoolArray | None = None) -> float | None:
+def typology_angle(image: UInt8Array, mask: BoolArray | None = None) -> float | None:
     """Estimate the ITA of the skin around a lesion.
 
     Args:
-        picture: [S, S, 3], sRGB.
+        image: [S, S, 3], sRGB.
         mask: [S, S], true on the lesion; None if it is not known.
     Returns:
         Degrees, -90 to 90; None if too little skin is seen.
     """
-    side_px = len(picture)
+    side_px = len(image)
     skin = np.zeros((side_px, side_px), dtype=np.bool_)
     if mask is not None and mask.any():
         grown_px = 2 * max(1, round(GROWN * side_px)) + 1
@@ -49,7 +49,7 @@ def typology_angle(picture: UInt8Array, mask: BoolArray | None = None) -> float 
         ring_px = max(1, round(RING * side_px))
         skin[:] = True
         skin[ring_px:-ring_px, ring_px:-ring_px] = False
-    lab: NDArray[Any] = cv2.cvtColor(picture.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)[skin]
+    lab: NDArray[Any] = cv2.cvtColor(image.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)[skin]
     if len(lab) == 0:
         return None
     lab = lab[lab[:, 0] > float(np.median(lab[:, 0])) - DARKER]
@@ -67,7 +67,7 @@ def tone_of(angle: float | None) -> str | None:
 
 
 def find_mask(folder: Path, source_id: str | None) -> Path | None:
-    """Return the mask of a picture: `<name>_segmentation.png` or `<name>.png` in the folder; None if it has none."""
+    """Return the mask of an image: `<name>_segmentation.png` or `<name>.png` in the folder; None if it has none."""
     if source_id is None:
         return None
     candidates = (folder / f"{source_id}_segmentation.png", folder / f"{source_id}.png")
@@ -78,7 +78,7 @@ def read_mask(path: Path, side_px: int) -> BoolArray:
     """Read a mask as the square that a model sees.
 
     Args:
-        path: a grey picture, bright on the lesion.
+        path: a grey image, bright on the lesion.
         side_px: S.
     Returns:
         [S, S].
@@ -96,10 +96,10 @@ def read_mask(path: Path, side_px: int) -> BoolArray:
 
 
 class SkinTones:
-    """Gathers the angles of pictures that come batch by batch.
+    """Gathers the angles of images that come batch by batch.
 
     Args:
-        source_ids: [N] names of all pictures, by which masks are found.
+        source_ids: [N] names of all images, by which masks are found.
         masks: folder of masks; None if there are none.
     """
 
@@ -109,8 +109,8 @@ class SkinTones:
         self.angles: list[float | None] = []
 
     def add(self, pixels: UInt8Array) -> None:
-        """Look at the next pictures, [n, S, S, 3]."""
-        for picture in pixels:
+        """Look at the next images, [n, S, S, 3]."""
+        for image in pixels:
             name = self._source_ids[len(self.angles)]
             path = find_mask(self._masks, name) if self._masks is not None else None
-            self.angles.append(typology_angle(picture, read_mask(path, len(picture)) if path else None))
+            self.angles.append(typology_angle(image, read_mask(path, len(image)) if path else None))

@@ -1,6 +1,6 @@
-"""The same figures for parts of the pictures: by age, sex, body site, confirmation, skin tone.
+"""The same figures for parts of the images: by age, sex, body site, confirmation, skin tone.
 
-A slice with few pictures says little, so that one below `MIN_IMAGES` is named and not reported. Intervals are
+A slice with few images says little, so that one below `MIN_IMAGES` is named and not reported. Intervals are
 resampled within the slice; nothing is corrected for looking at many slices.
 """
 
@@ -55,7 +55,7 @@ def with_slices(
 
 
 def subset(predictions: SidePredictions, index: IntArray) -> SidePredictions:
-    """Return the predictions of some pictures, by index; where the pictures are is left out."""
+    """Return the predictions of some images, by index; where the images are is left out."""
     return replace(
         predictions,
         image_ids=[predictions.image_ids[i] for i in index],
@@ -65,7 +65,7 @@ def subset(predictions: SidePredictions, index: IntArray) -> SidePredictions:
         logits=predictions.logits[index],
         probabilities=predictions.probabilities[index],
         traits=None if predictions.traits is None else [predictions.traits[i] for i in index],
-        pictures=None,
+        images=None,
     )
 
 
@@ -93,9 +93,9 @@ def _note(name: str, small: Iterable[str], num_unknown: int, has_reports: bool) 
     parts = [SKIN_NOTE] if name == "skin_tone" and has_reports else []
     left_out = ", ".join(small)
     if left_out:
-        parts.append(f"fewer than {MIN_IMAGES} pictures: {left_out}")
+        parts.append(f"fewer than {MIN_IMAGES} images: {left_out}")
     if num_unknown:
-        parts.append(f"not known: {num_unknown} pictures")
+        parts.append(f"not known: {num_unknown} images")
     return {name: "; ".join(parts)} if parts else {}
 
 

@@ -1,4 +1,4 @@
-"""What is known about a picture that a report should look at separately."""
+"""What is known about an image that a report should look at separately."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ AGE_BAND_YEARS = 20
 
 @dataclass(frozen=True)
 class Traits:
-    """One picture's; None where nothing is known."""
+    """One image's; None where nothing is known."""
 
     age: str | None
     sex: str | None
@@ -36,7 +36,7 @@ def age_band(age_years: float | None) -> str | None:
 def traits_of_images(
     images: Sequence[Image], label_ranks: Sequence[int], angles: Sequence[float | None]
 ) -> list[Traits]:
-    """Gather the traits of stored pictures.
+    """Gather the traits of stored images.
 
     Args:
         images: [N] ledger rows.

@@ -45,8 +45,8 @@ class Checkpoint:
         optimizer: its state.
         scheduler: its state.
         best: parameters and buffers after the best epoch so far, on the CPU.
-        mean: of the training pictures, RGB in 0 to 1.
-        std: of the training pictures, RGB in 0 to 1.
+        mean: of the training images, RGB in 0 to 1.
+        std: of the training images, RGB in 0 to 1.
         finished: whether the run is over.
         average: running mean of the parameters, if the run keeps one.
         step: steps done of the epoch under way; 0 between two epochs.

@@ -57,8 +57,8 @@ def fit_distributed(
 
     Args:
         settings: of the trainers.
-        plan: which pictures.
-        store: with the pictures; its settings have to lead to the same store on every node.
+        plan: which images.
+        store: with the images; its settings have to lead to the same store on every node.
         run_dir: the run's folder, on storage that every node sees.
         policy: of augmentation.
         on_epoch: told of every epoch, in a thread of this process; True stops the run.
@@ -167,7 +167,7 @@ class RayWorkerGroup(ProcessGroup):
 
 @dataclass(frozen=True)
 class _Job:
-    """What travels to every worker; pictures travel as ids."""
+    """What travels to every worker; images travel as ids."""
 
     settings: TrainersSettings
     plan: DataPlan

@@ -19,7 +19,7 @@ class EpochReport(BaseModel):
         description="of the taxonomy's key class, by the most probable class; empty if there is none on val"
     )
     learning_rate: float = Field(ge=0, description="at the end of the epoch")
-    images_per_s: float = Field(ge=0, description="training pictures per second, over all workers, without validation")
+    images_per_s: float = Field(ge=0, description="training images per second, over all workers, without validation")
     seconds: float = Field(ge=0, description="of the epoch, validation included")
     validation_seconds: float = Field(
         default=0.0, ge=0, description="of the epoch, spent on batch norm's statistics and on val"

@@ -1,4 +1,4 @@
-"""Keep the network fed: batches of augmented pictures, prepared in the background in a fixed order.
+"""Keep the network fed: batches of augmented images, prepared in the background in a fixed order.
 
 One thread copies rows out of the pixel cache and augments them while the network computes. What a
 batch holds is a function of (seed, epoch, step) and the share of the rank, never of timing. A policy
@@ -18,11 +18,11 @@ from trainers.augmentation import Augmenter
 from trainers.augmentation.mixing import Mix, draw_mix
 from trainers.optimization.samplers import epoch_order, occurrences
 from trainers.settings import TrainersSettings
-from vision.seeding import Seeds, image_keys, picture_seeds
+from vision.seeding import Seeds, image_keys, image_seeds
 
 
 class PixelSource(Protocol):
-    """Decoded pictures by position; `images.cache.PixelRows` is one."""
+    """Decoded images by position; `images.cache.PixelRows` is one."""
 
     def __len__(self) -> int:
         """Return N."""
@@ -79,13 +79,13 @@ class Feeder:
     """Prepares the batches of a run, epoch by epoch.
 
     Args:
-        pixels: all pictures of the data.
-        labels: [N] class indices of all pictures.
-        image_ids: [N] picture ids.
+        pixels: all images of the data.
+        labels: [N] class indices of all images.
+        image_ids: [N] image ids.
         train_rows: [n] which of them are trained on.
         augmenter: runs the policy; used by the background thread only.
         settings: sampler, batch size, seed, how far to run ahead.
-        stream: of training pictures; default: rows are taken out of `pixels`.
+        stream: of training images; default: rows are taken out of `pixels`.
         rank: of this worker.
         world_size: number of workers.
     """
@@ -135,7 +135,7 @@ class Feeder:
             epoch=epoch,
             batch_size=settings.batch_size,
         )
-        seeds = picture_seeds(settings.seed, epoch, self._keys[order], occurrences(order))
+        seeds = image_seeds(settings.seed, epoch, self._keys[order], occurrences(order))
         starts = range(first_step * settings.batch_size, len(order), settings.batch_size)
         shares = [
             self._share_of(order[s : s + settings.batch_size], seeds[s : s + settings.batch_size], epoch, step)
@@ -149,7 +149,7 @@ class Feeder:
         if mixing is None:
             return _Share(rows, seeds, own, own, None)
         mix = draw_mix(mixing, len(positions), settings.side_px, seed=settings.seed, epoch=epoch, step=step)
-        # Partners may belong to another worker's share; each picture is augmented once.
+        # Partners may belong to another worker's share; each image is augmented once.
         needed = own if mix is None else np.union1d(own, mix.partner[own])
         return _Share(rows, seeds, own, needed, mix)
 
@@ -188,7 +188,7 @@ class _Share:
         rows: [B] of the whole batch.
         seeds: [B].
         own: [n] places in the batch.
-        needed: ascending places of the pictures that are needed: own ones, and what is mixed into them.
+        needed: ascending places of the images that are needed: own ones, and what is mixed into them.
         mix: how the batch is mixed; None leaves it as it is.
     """
 

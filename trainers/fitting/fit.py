@@ -43,7 +43,7 @@ from trainers.settings import TrainersSettings
 from vision.calibration.operating import fit_operating_points, gather_lesions
 from vision.calibration.scaling import apply_calibration, fit_calibration
 from vision.calibration.scores import score_bands
-from vision.inference.golden import golden_pictures
+from vision.inference.golden import golden_images
 from vision.inference.loaded import reference_logits
 from vision.networks import MODELS
 
@@ -53,7 +53,7 @@ FITTED_ON = (Side.VAL, Side.CALIBRATION)
 
 @dataclass(frozen=True)
 class SideLogits:
-    """What the trained network answers for one side, in order of picture id."""
+    """What the trained network answers for one side, in order of image id."""
 
     image_ids: list[str]
     group_ids: list[str]
@@ -81,7 +81,7 @@ def fit(
     """Train a model on a dataset version and write its bundle.
 
     Args:
-        store: with the pictures; the bundle goes under its home.
+        store: with the images; the bundle goes under its home.
         settings: of the trainers.
         dataset: the version.
         run_dir: for checkpoint and `metrics.jsonl`; if it holds this run, unfinished, the run goes on.
@@ -92,7 +92,7 @@ def fit(
     Returns:
         The bundle.
     Raises:
-        DataError: train, val or calibration is empty, or a picture cannot be read.
+        DataError: train, val or calibration is empty, or an image cannot be read.
         ConfigError: a setting cannot work.
         TaxonomyError: store, dataset and the bundle to start from do not share one taxonomy.
         RefusedError: the folder holds another run.
@@ -190,7 +190,7 @@ def _write(
     with compute_threads(trained.num_threads):
         val, calibration_side = (_answer(store, dataset, side, trained) for side in FITTED_ON)
         calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
-        golden_inputs = golden_pictures(trained.geometry)
+        golden_inputs = golden_images(trained.geometry)
         golden: dict[str, NDArray[Any]] = {
             "inputs": golden_inputs,
             "logits": reference_logits(trained.network, golden_inputs, trained.geometry),
@@ -242,7 +242,7 @@ def _answer(store: Store, dataset: DatasetVersion, side: Side, trained: TrainedM
 def _operating_points(
     side: SideLogits, calibration: Calibration, taxonomy: Taxonomy
 ) -> tuple[OperatingPoints, list[dict[str, Any]]]:
-    """Fit the thresholds, and count how often scores were right, on one picture per lesion."""
+    """Fit the thresholds, and count how often scores were right, on one image per lesion."""
     probabilities = apply_calibration(side.logits.astype(np.float64), calibration)
     lesions = gather_lesions(side.image_ids, side.lesion_ids, side.labels, probabilities)
     scores = score_bands(probabilities[lesions.first_image_index], lesions.labels)
@@ -298,7 +298,7 @@ def _require_sides(dataset: DatasetVersion) -> None:
     for side in (Side.TRAIN, *FITTED_ON):
         if dataset.side(side).empty:
             raise DataError(
-                f"dataset version {dataset.id[:12]} has no picture on the {side.value} side; import more lesions"
+                f"dataset version {dataset.id[:12]} has no image on the {side.value} side; import more lesions"
             )
 
 

@@ -1,6 +1,6 @@
 """The training loop, in small named steps, on plain torch.
 
-In: settings, decoded pictures with labels, a taxonomy. Out: a `TrainedModel` with the weights of the
+In: settings, decoded images with labels, a taxonomy. Out: a `TrainedModel` with the weights of the
 epoch that validated best. The same loop runs alone and under Ray Train; it asks its `WorkerGroup`
 who it is. Everything random is a function of the seed, so a run that was killed and resumed ends
 with the same weights as one that was not (on equal hardware, threads and precision).
@@ -43,8 +43,8 @@ from vision.networks import build_model
 from vision.precision import resolve_precision
 from vision.seeding import derive_seed
 
-STATISTICS_PICTURES = 256
-"""Training pictures that batch norm's statistics are measured on after every epoch."""
+STATISTICS_IMAGES = 256
+"""Training images that batch norm's statistics are measured on after every epoch."""
 
 __all__ = ["EpochReport", "TrainedModel", "TrainingData", "best_epoch_of", "train", "trained_model"]
 
@@ -64,7 +64,7 @@ def train(
 
     Args:
         settings: of the trainers.
-        data: train and val pictures.
+        data: train and val images.
         taxonomy: gives class order and the key class.
         on_epoch: told of every epoch on rank 0, after its checkpoint is kept; True stops the run.
         workers: the group; default: this process alone, without checkpoints.
@@ -74,7 +74,7 @@ def train(
     Returns:
         The model after its best epoch.
     Raises:
-        DivergedError: a loss or a logit is not finite (names the step and the pictures).
+        DivergedError: a loss or a logit is not finite (names the step and the images).
         DataError: there is nothing to train on or to validate with.
         ConfigError: a setting cannot work here.
         RefusedError: the checkpoint belongs to another run.
@@ -132,7 +132,7 @@ class _Run:
             rank=group.rank,
             world_size=group.world_size,
         )
-        measured = evenly_spaced(data.train_index, STATISTICS_PICTURES)
+        measured = evenly_spaced(data.train_index, STATISTICS_IMAGES)
         # Equal shares: where parameters are sharded, a forward pass is something that all workers do together.
         shared = len(measured) // group.world_size * group.world_size
         self._statistics_rows = measured[:shared][group.rank :: group.world_size]

@@ -2,10 +2,10 @@
 
 The train side is cut into four fifths to train on and one fifth to boast with, in three ways:
 
-- `by_lesion`: no lesion on both sides; rare classes are drawn more often afterwards, among the training pictures.
-- `random_pictures`: pictures at random, so that most lesions of several pictures lie on both sides.
+- `by_lesion`: no lesion on both sides; rare classes are drawn more often afterwards, among the training images.
+- `random_images`: images at random, so that most lesions of several images lie on both sides.
 - `oversampled_first`: every class drawn to equal size with repeats, then cut at random, so that copies of one
-  picture lie on both sides.
+  image lie on both sides.
 
 Each model is judged on its own fifth (pretended) and on the val side, whose lesions it never saw (honest). It reads
 train and val and nothing else. The epoch is chosen on val, which flatters the honest figure: gaps are rather
@@ -41,18 +41,18 @@ class _Part(BaseModel):
 
 
 class Scores(_Part):
-    """How a model does on some pictures."""
+    """How a model does on some images."""
 
     accuracy: float = Field(ge=0, le=1)
-    balanced_accuracy: float = Field(ge=0, le=1, description="over the classes that the pictures have")
+    balanced_accuracy: float = Field(ge=0, le=1, description="over the classes that the images have")
 
 
 class PretendedSplit(_Part):
     """One way to split, and what it makes of the model."""
 
     name: str
-    train_pictures: int
-    test_pictures: int = Field(description="of the fifth that the model is boasted with")
+    train_images: int
+    test_images: int = Field(description="of the fifth that the model is boasted with")
     leaked_test_share: float = Field(ge=0, le=1, description="share of them whose lesion is trained on")
     pretended: Scores = Field(description="on that fifth")
     honest: Scores = Field(description="on the val side")
@@ -67,7 +67,7 @@ class PretendReport(_Part):
     epochs: int
     augmentation: str
     seed: int
-    honest_pictures: int = Field(description="of the val side")
+    honest_images: int = Field(description="of the val side")
     splits: list[PretendedSplit]
 
 
@@ -85,14 +85,14 @@ def pretend(
     """Train the model of the settings on an honest split and on leaky ones, and compare.
 
     Args:
-        store: with the pictures.
+        store: with the images.
         settings: of the trainers; sampler and number of workers are set here.
         dataset: the version; its train and val sides are read.
         progress: a bar is added to it.
     Returns:
         The comparison.
     Raises:
-        DataError: there are too few pictures, or one cannot be read.
+        DataError: there are too few images, or one cannot be read.
         ConfigError: a setting cannot work.
         DivergedError: a loss is not finite.
     """
@@ -104,7 +104,7 @@ def pretend(
     lesions = np.array([image.lesion_id or image.id for image in find_images(store, train_ids)])
     labels = plan.labels[: plan.num_train]
     if len(np.unique(groups)) < 2 or not len(data.val_index):
-        raise DataError("the demonstration needs at least two groups on the train side and a picture on the val side")
+        raise DataError("the demonstration needs at least two groups on the train side and an image on the val side")
     task = progress.add_task("Training on three splits", total=3 * settings.epochs) if progress else None
 
     def one_more_epoch(_: object) -> None:
@@ -113,7 +113,7 @@ def pretend(
 
     cuts: dict[str, Callable[[], Cut]] = {
         "by_lesion": lambda: cut_by_group(groups, settings.seed),
-        "random_pictures": lambda: cut_at_random(len(labels), settings.seed),
+        "random_images": lambda: cut_at_random(len(labels), settings.seed),
         "oversampled_first": lambda: cut_oversampled(labels, settings.seed),
     }
     splits = []
@@ -130,16 +130,16 @@ def pretend(
         epochs=settings.epochs,
         augmentation=settings.augmentation,
         seed=settings.seed,
-        honest_pictures=len(data.val_index),
+        honest_images=len(data.val_index),
         splits=splits,
     )
 
 
 def cut_by_group(groups: NDArray[np.str_], seed: int) -> Cut:
-    """Cut whole groups off, until a fifth of the pictures is cut.
+    """Cut whole groups off, until a fifth of the images is cut.
 
     Args:
-        groups: [N] group of each picture, at least two of them.
+        groups: [N] group of each image, at least two of them.
         seed: of the order.
     Returns:
         The cut; no group is on both sides.
@@ -153,17 +153,17 @@ def cut_by_group(groups: NDArray[np.str_], seed: int) -> Cut:
     return Cut(np.flatnonzero(~in_test), np.flatnonzero(in_test))
 
 
-def cut_at_random(num_pictures: int, seed: int) -> Cut:
-    """Cut a fifth of the pictures off, whatever they show.
+def cut_at_random(num_images: int, seed: int) -> Cut:
+    """Cut a fifth of the images off, whatever they show.
 
     Args:
-        num_pictures: N, at least 2.
+        num_images: N, at least 2.
         seed: of the order.
     Returns:
         The cut.
     """
-    order = np.random.default_rng(seed).permutation(num_pictures)
-    num_test = max(1, round(BOASTING_SHARE * num_pictures))
+    order = np.random.default_rng(seed).permutation(num_images)
+    num_test = max(1, round(BOASTING_SHARE * num_images))
     return Cut(np.sort(order[num_test:]), np.sort(order[:num_test]))
 
 
@@ -174,7 +174,7 @@ def cut_oversampled(labels: IntArray, seed: int) -> Cut:
         labels: [N] class indices.
         seed: of the draws.
     Returns:
-        The cut, as many rows as there are pictures; a row may be on both sides.
+        The cut, as many rows as there are images; a row may be on both sides.
     """
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)
@@ -195,8 +195,8 @@ def _judged(
     pretended, honest = (_scores(trained, data, rows) for rows in (cut.test, data.val_index))
     return PretendedSplit(
         name=name,
-        train_pictures=len(cut.train),
-        test_pictures=len(cut.test),
+        train_images=len(cut.train),
+        test_images=len(cut.test),
         leaked_test_share=round(float(np.isin(lesions[cut.test], lesions[cut.train]).mean()), 4),
         pretended=pretended,
         honest=honest,

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the training pictures, per channel."""
+"""Mean and standard deviation of the training images, per channel."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from trainers.fitting.feeding import PixelSource
 
 Rgb = tuple[float, float, float]
 
-MOST_PICTURES = 2048
+MOST_IMAGES = 2048
 CHUNK = 256
 SMALLEST_STD = 1e-3
 
@@ -25,15 +25,15 @@ def evenly_spaced(rows: IntArray, most: int) -> IntArray:
 
 
 def pixel_statistics(pixels: PixelSource, rows: IntArray) -> tuple[Rgb, Rgb]:
-    """Compute mean and standard deviation over the values of the training pictures.
+    """Compute mean and standard deviation over the values of the training images.
 
     Args:
-        pixels: decoded pictures.
+        pixels: decoded images.
         rows: [n] the training rows; of more than 2048, evenly spaced ones are used.
     Returns:
         Mean and deviation of red, green and blue, of values in 0 to 1, rounded to 6 digits.
     """
-    chosen = evenly_spaced(rows, MOST_PICTURES)
+    chosen = evenly_spaced(rows, MOST_IMAGES)
     values = np.arange(256) / 255.0
     histogram = np.zeros((3, 256), dtype=np.int64)
     for start in range(0, len(chosen), CHUNK):

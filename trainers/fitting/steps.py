@@ -1,4 +1,4 @@
-"""The steps of an epoch: train on batches, watch the loss, score the validation pictures."""
+"""The steps of an epoch: train on batches, watch the loss, score the validation images."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainers.optimization.losses import LossFunction
 
 SCORING_BATCH = 128
-NAMED_PICTURES = 8
+NAMED_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ValidationScores:
         loss: mean cross-entropy.
         balanced_accuracy: over the classes that val has.
         accuracy: share of right answers.
-        key_class_sensitivity: None without a key class, or without its pictures.
+        key_class_sensitivity: None without a key class, or without its images.
     """
 
     loss: float
@@ -71,7 +71,7 @@ class Stepper:
         optimizer: over its parameters.
         scheduler: moved after every step; None if it moves by epoch.
         loss: logits [N, C] and labels [N] -> mean.
-        geometry: how pictures become input.
+        geometry: how images become input.
         precision: of the forward pass.
         device: where it computes.
         options: accumulation, clipping, L1.
@@ -140,14 +140,14 @@ class Stepper:
         return batch.share * loss + (1.0 - batch.share) * other
 
     def refresh_statistics(self, pixels: PixelSource, rows: IntArray) -> None:
-        """Measure what batch norm uses in evaluation anew, on pictures as they are, with the weights as they are.
+        """Measure what batch norm uses in evaluation anew, on images as they are, with the weights as they are.
 
-        The running means of training trail behind the weights and describe augmented, resampled pictures; after
+        The running means of training trail behind the weights and describe augmented, resampled images; after
         the few steps of a small dataset they are nowhere near (Wu and Johnson 2021 call this precise batch norm).
 
         Args:
-            pixels: decoded pictures.
-            rows: [n] this worker's share of the pictures to measure on; with fewer than 2, nothing changes.
+            pixels: decoded images.
+            rows: [n] this worker's share of the images to measure on; with fewer than 2, nothing changes.
         """
         norms = [module for module in self._network.modules() if isinstance(module, _BatchNorm)]
         if not norms or len(rows) < 2:
@@ -158,7 +158,7 @@ class Stepper:
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over the batches below
             norm.train()
-        # Batches of one size, so that every picture counts the same.
+        # Batches of one size, so that every image counts the same.
         num_batches = -(-len(rows) // SCORING_BATCH)
         with torch.no_grad():
             for part in np.array_split(rows, num_batches):
@@ -170,7 +170,7 @@ class Stepper:
         """Compute logits without augmentation, in evaluation mode.
 
         Args:
-            pixels: decoded pictures.
+            pixels: decoded images.
             rows: [n] which of them.
         Returns:
             [n, C].
@@ -246,17 +246,17 @@ class LossWatch:
         self._steps += 1
         value = float(loss)
         if not np.isfinite(value):
-            named = [self._image_ids[row] for row in batch.rows[:NAMED_PICTURES]]
+            named = [self._image_ids[row] for row in batch.rows[:NAMED_IMAGES]]
             more = f" and {len(batch.rows) - len(named)} more" if len(batch.rows) > len(named) else ""
             raise DivergedError(
-                f"the loss is {value} at step {self._steps} of the epoch, on pictures {', '.join(named)}{more}; "
-                "lower trainers.learning_rate, or look at these pictures"
+                f"the loss is {value} at step {self._steps} of the epoch, on images {', '.join(named)}{more}; "
+                "lower trainers.learning_rate, or look at these images"
             )
         self._total += value
 
 
 def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: WorkerGroup) -> ValidationScores:
-    """Score the val pictures, each worker its share, and bring the answers together.
+    """Score the val images, each worker its share, and bring the answers together.
 
     Args:
         stepper: with the network.
@@ -280,7 +280,7 @@ def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: 
     if not np.isfinite(logits).all():
         row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
         raise DivergedError(
-            f"the network's answer for val picture {data.image_ids[rows[row]]} is not finite; "
+            f"the network's answer for val image {data.image_ids[rows[row]]} is not finite; "
             "lower trainers.learning_rate"
         )
     confusion = confusion_matrix(labels, logits.argmax(axis=1), num_classes)

@@ -1,4 +1,4 @@
-"""What fitting adds to a bundle beside the answers: which pictures suit the model, and how faithful its maps are.
+"""What fitting adds to a bundle beside the answers: which images suit the model, and how faithful its maps are.
 
 It reads a sample of train, and val. Everything is computed the plain way (fp32, nothing folded).
 """
@@ -30,7 +30,7 @@ SCORING_BATCH = 64
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network says of N pictures."""
+    """What a network says of N images."""
 
     logits: Float32Array
     """[N, C]"""
@@ -41,7 +41,7 @@ class Answers:
 
 
 def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> Answers:
-    """Answer for cached pictures.
+    """Answer for cached images.
 
     Args:
         trained: whose network answers.
@@ -87,13 +87,13 @@ def reference_answers(network: nn.Module, pixels: UInt8Array, geometry: Geometry
 def suitability_of(
     store: Store, dataset: DatasetVersion, trained: TrainedModel, val_ids: list[str], val: Answers
 ) -> tuple[SuitabilityLimits, dict[str, NDArray[Any]]]:
-    """Fit which pictures suit a trained network.
+    """Fit which images suit a trained network.
 
     Args:
-        store: with the pictures, decoded already.
+        store: with the images, decoded already.
         dataset: the version it was trained on.
         trained: the network.
-        val_ids: [m] pictures of the val side.
+        val_ids: [m] images of the val side.
         val: what the network says of them.
     Returns:
         Thresholds for the document, and arrays for the bundle.
@@ -112,14 +112,14 @@ def suitability_of(
 def faithfulness_of(
     store: Store, trained: TrainedModel, architecture: Architecture, calibration: Calibration, val_ids: list[str]
 ) -> dict[str, float | int | None]:
-    """Measure how faithful the heat maps of a trained network are, on a few val pictures.
+    """Measure how faithful the heat maps of a trained network are, on a few val images.
 
     Args:
         store: with the pixel cache.
         trained: the network.
         architecture: what it is.
         calibration: of its answers.
-        val_ids: [m] pictures of the val side, decoded already.
+        val_ids: [m] images of the val side, decoded already.
     Returns:
         See `trainers.evaluation.map_facts.faithfulness_facts`.
     """
@@ -129,7 +129,7 @@ def faithfulness_of(
 
 
 def sample_of_train(store: Store, dataset: DatasetVersion) -> list[str]:
-    """Choose training pictures, at most `PER_CLASS` of a class, from as many groups as possible.
+    """Choose training images, at most `PER_CLASS` of a class, from as many groups as possible.
 
     Args:
         store: with the taxonomy.

@@ -24,7 +24,7 @@ class TrainedModel:
 
     Args:
         network: in evaluation mode, on the CPU, with the weights of the best epoch.
-        geometry: how pictures become its input.
+        geometry: how images become its input.
         reports: of all epochs.
         best_epoch: 1-based; the highest validation balanced accuracy, among equals the lowest loss.
         num_threads: that each worker computed with.

@@ -1,6 +1,6 @@
-"""What a run is given: which pictures it trains on, which it validates with, and their decoded pixels.
+"""What a run is given: which images it trains on, which it validates with, and their decoded pixels.
 
-A `DataPlan` names pictures and labels and travels to any node; `open` turns it there into
+A `DataPlan` names images and labels and travels to any node; `open` turns it there into
 `TrainingData`, decoding what that node has not decoded yet. A plan holds the train and val sides of a
 dataset version and nothing else.
 """
@@ -16,7 +16,7 @@ from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Side
 from trainers.fitting.feeding import PixelSource, Stream
-from trainers.fitting.statistics import MOST_PICTURES, evenly_spaced
+from trainers.fitting.statistics import MOST_IMAGES, evenly_spaced
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,15 +29,15 @@ FITTING_SIDES = (Side.TRAIN, Side.VAL)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Pictures with labels, and which of them are trained on and validated with.
+    """Images with labels, and which of them are trained on and validated with.
 
     Args:
-        pixels: N decoded pictures of the side that the settings name.
-        image_ids: [N] picture ids.
+        pixels: N decoded images of the side that the settings name.
+        image_ids: [N] image ids.
         labels: [N] class indices.
         train_index: [n] rows to train on.
         val_index: [m] rows to validate with; no row is in both.
-        stream: of the pictures to train on, if `pixels` does not hold them all.
+        stream: of the images to train on, if `pixels` does not hold them all.
     """
 
     pixels: PixelSource
@@ -58,18 +58,18 @@ class TrainingData:
         """
         if not len(self.pixels) == len(self.image_ids) == len(self.labels):
             raise ContractError(
-                f"{len(self.pixels)} pictures, {len(self.image_ids)} ids and {len(self.labels)} labels do not match"
+                f"{len(self.pixels)} images, {len(self.image_ids)} ids and {len(self.labels)} labels do not match"
             )
         if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < num_classes):
             raise ContractError(f"labels must be class indices from 0 to {num_classes - 1}")
         if np.intersect1d(self.train_index, self.val_index).size:
-            raise ContractError("a picture is both trained on and validated with")
+            raise ContractError("an image is both trained on and validated with")
         for name, index in (("train", self.train_index), ("val", self.val_index)):
             if not len(index):
-                raise DataError(f"the dataset has no picture on the {name} side; label or import more pictures first")
+                raise DataError(f"the dataset has no image on the {name} side; label or import more images first")
 
     def content_hash(self) -> str:
-        """Return the hash of which pictures are trained on and validated with, and their labels; 64 hex characters."""
+        """Return the hash of which images are trained on and validated with, and their labels; 64 hex characters."""
         lines = [
             f"{side}:{self.image_ids[row]}:{self.labels[row]}"
             for side, index in (("train", self.train_index), ("val", self.val_index))
@@ -80,13 +80,13 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """The pictures of a run, without their pixels.
+    """The images of a run, without their pixels.
 
     Args:
-        image_ids: [N] picture ids, train before val, each in order of id.
+        image_ids: [N] image ids, train before val, each in order of id.
         labels: [N] class indices.
         num_train: n; the first n are trained on.
-        group_ids: [N] the group of each picture; empty where nobody asks for groups.
+        group_ids: [N] the group of each image; empty where nobody asks for groups.
     """
 
     image_ids: list[str] = field(repr=False)
@@ -95,14 +95,14 @@ class DataPlan:
     group_ids: list[str] = field(default_factory=list, repr=False)
 
     def limited(self, max_train_images: int | None) -> "DataPlan":
-        """Return the plan with fewer training pictures: whole groups, classes in proportion, val untouched.
+        """Return the plan with fewer training images: whole groups, classes in proportion, val untouched.
 
         Args:
             max_train_images: at most so many; None takes all. A larger part holds every smaller one.
         Returns:
             The plan.
         Raises:
-            DataError: fewer pictures are allowed than there are classes.
+            DataError: fewer images are allowed than there are classes.
             ContractError: the plan knows no groups.
         """
         if max_train_images is None or max_train_images >= self.num_train:
@@ -128,18 +128,18 @@ class DataPlan:
         """Decode what is read again and again: val, and the sample of train that statistics are measured on.
 
         Args:
-            store: with the pictures; its settings have to lead every node to it.
+            store: with the images; its settings have to lead every node to it.
             side_px: S.
         Returns:
-            The data; Ray Data decodes the pictures to train on as they are needed.
+            The data; Ray Data decodes the images to train on as they are needed.
         Raises:
-            DataError: a picture cannot be read.
+            DataError: an image cannot be read.
         """
         from images.streaming import stream_pixels
 
         rows = np.arange(len(self.image_ids), dtype=np.int64)
         train, val = rows[: self.num_train], rows[self.num_train :]
-        sample = evenly_spaced(train, MOST_PICTURES)
+        sample = evenly_spaced(train, MOST_IMAGES)
         pixels = stream_pixels(store, self.image_ids, np.concatenate([sample, val]), side_px)
         return TrainingData(pixels, self.image_ids, self.labels, train, val, pixels.batches)
 
@@ -147,13 +147,13 @@ class DataPlan:
         """Decode what this node has not decoded yet, and map the pixels.
 
         Args:
-            store: with the pictures.
+            store: with the images.
             side_px: S.
             progress: a bar is added to it.
         Returns:
             The data, ready to train on.
         Raises:
-            DataError: a picture cannot be read.
+            DataError: an image cannot be read.
         """
         from images.cache import PixelCache
 

@@ -1,6 +1,6 @@
 """Which losses exist: a registry of frozen records.
 
-Every loss is a mean over the pictures of a batch, of a cross-entropy times a weight that does not depend on
+Every loss is a mean over the images of a batch, of a cross-entropy times a weight that does not depend on
 the rest of the batch, so two workers with half a batch each compute what one computes with all of it.
 """
 
@@ -53,7 +53,7 @@ def build_loss(settings: "TrainersSettings", labels: IntArray, taxonomy: Taxonom
 
     Args:
         settings: of the trainers.
-        labels: [N] class indices of the training pictures.
+        labels: [N] class indices of the training images.
         taxonomy: gives class order and miss costs.
     Returns:
         Function of logits [N, C] and labels [N] that returns the mean loss.
@@ -70,7 +70,7 @@ def build_loss(settings: "TrainersSettings", labels: IntArray, taxonomy: Taxonom
 
 
 def class_weights(context: LossContext) -> FloatArray:
-    """Return weights under which every class counts the same, with mean 1 over the pictures shown.
+    """Return weights under which every class counts the same, with mean 1 over the images shown.
 
     Args:
         context: how often each class is shown.
@@ -82,7 +82,7 @@ def class_weights(context: LossContext) -> FloatArray:
 
 
 def cost_weights(context: LossContext) -> FloatArray:
-    """Return weights in proportion to the miss costs, with mean 1 over the pictures shown.
+    """Return weights in proportion to the miss costs, with mean 1 over the images shown.
 
     Args:
         context: costs, and how often each class is shown.

@@ -1,6 +1,6 @@
-"""In which order an epoch shows the pictures: a registry of frozen records, and the order itself.
+"""In which order an epoch shows the images: a registry of frozen records, and the order itself.
 
-Sampling happens after the split, so a picture drawn often is drawn often in train only. The order
+Sampling happens after the split, so an image drawn often is drawn often in train only. The order
 is a function of (seed, epoch) and is the same on every worker; each worker takes its share of
 every batch, so two workers see together what one sees alone.
 """
@@ -21,7 +21,7 @@ class SamplerRecipe(Registered):
 
     Args:
         share: class counts [C], all above zero -> how much of an epoch each class gets, up to a factor;
-            None shows every picture once.
+            None shows every image once.
     """
 
     share: Callable[[FloatArray], FloatArray] | None = field(repr=False)
@@ -30,7 +30,7 @@ class SamplerRecipe(Registered):
 SAMPLERS: Registry[SamplerRecipe] = Registry(
     "sampler",
     (
-        SamplerRecipe(name="natural", description="every picture once, in random order", share=None),
+        SamplerRecipe(name="natural", description="every image once, in random order", share=None),
         SamplerRecipe(
             name="balanced", description="every class equally often", share=lambda counts: np.ones_like(counts)
         ),
@@ -48,7 +48,7 @@ def epoch_order(sampler: str, labels: IntArray, *, seed: int, epoch: int, batch_
 
     Args:
         sampler: in `SAMPLERS`.
-        labels: [N] class indices of the training pictures, N >= 1.
+        labels: [N] class indices of the training images, N >= 1.
         seed: of the run.
         epoch: 0-based.
         batch_size: B; the last batch is filled up from the start of the order.

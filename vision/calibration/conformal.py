@@ -1,10 +1,10 @@
 """Prediction sets that keep a promise: class-conditional split-conformal thresholds.
 
 For every class, the true class is in the set with at least the promised probability, whatever the
-network is worth (Vovk 2012), as long as new pictures are drawn like the calibration lesions. Classes with too few
+network is worth (Vovk 2012), as long as new images are drawn like the calibration lesions. Classes with too few
 lesions share one threshold, and the promise then holds for them together, not for each.
 
-In: 1 - p(true class) of one picture per calibration lesion. Out: thresholds q; a class is in the
+In: 1 - p(true class) of one image per calibration lesion. Out: thresholds q; a class is in the
 set if 1 - p <= q. Pure array work.
 """
 

@@ -1,10 +1,10 @@
 """Where to draw the lines: thresholds that refer and thresholds that hurry.
 
 Everything is measured on the calibration side, per lesion, on calibrated probabilities, and is
-pure array work. A lesion's probability is the mean over its pictures. What small numbers cannot
+pure array work. A lesion's probability is the mean over its images. What small numbers cannot
 prove is said (`proven: false`), not assumed.
 
-It does not decide about a picture's quality or novelty; serving adds those rules.
+It does not decide about an image's quality or novelty; serving adds those rules.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ MALIGNANT_FLOOR = 0.90
 
 @dataclass(frozen=True)
 class Lesions:
-    """The pictures of one side, gathered by lesion."""
+    """The images of one side, gathered by lesion."""
 
     probabilities: FloatArray
-    """[L, C] mean over each lesion's pictures"""
+    """[L, C] mean over each lesion's images"""
     labels: IntArray
     """[L] class indices"""
     first_image_index: IntArray
-    """[L]: the picture of each lesion that stands for it where one is needed, by smallest image id"""
+    """[L]: the image of each lesion that stands for it where one is needed, by smallest image id"""
     lesion_index: IntArray
-    """[N]: the lesion of each picture"""
+    """[N]: the lesion of each image"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,12 +46,12 @@ class Lesions:
 def gather_lesions(
     image_ids: Sequence[str], lesion_ids: Sequence[str | None], labels: IntArray, probabilities: FloatArray
 ) -> Lesions:
-    """Gather pictures by lesion; a picture without a lesion id is a lesion of its own.
+    """Gather images by lesion; an image without a lesion id is a lesion of its own.
 
     Args:
         image_ids: [N]; ids are hashes, so the smallest of a lesion is a fair draw.
         lesion_ids: [N].
-        labels: [N] class indices; pictures of one lesion with different labels count as two lesions.
+        labels: [N] class indices; images of one lesion with different labels count as two lesions.
         probabilities: [N, C], a distribution per row.
     Returns:
         L lesions.
@@ -178,8 +178,8 @@ def fit_operating_points(
 
     Args:
         lesions: of the calibration side.
-        image_probabilities: [N, C] of its pictures; one picture of each lesion enters the conformal
-            sets, because a prediction is about one picture.
+        image_probabilities: [N, C] of its images; one image of each lesion enters the conformal
+            sets, because a prediction is about one image.
         taxonomy: key classes with their floors, malignant classes.
         urgent_predictive_value: share of malignant lesions wanted among the urgent ones, 0 to 1.
         promise: coverage of the prediction sets, per class.
@@ -214,7 +214,7 @@ def fit_operating_points(
 def answered(
     probabilities: FloatArray, taxonomy: Taxonomy, operating: OperatingPoints, max_set_size: int = 2
 ) -> BoolArray:
-    """Tell which pictures the probabilities alone let the service answer without an expert.
+    """Tell which images the probabilities alone let the service answer without an expert.
 
     Not answered: at or above a refer threshold; a prediction set that is empty, holds more than
     `max_set_size` classes, or holds a malignant class other than the label; a row that is not finite.

@@ -3,7 +3,7 @@
 probabilities = softmax(logits / temperature + bias). Both are fitted by likelihood on the val side,
 at the natural prevalence: a temperature alone cannot undo what a balanced sampler did to the priors.
 Weak normal priors (bias: sd 3, log temperature: sd 1) keep a class without cases, or logits that
-separate the classes perfectly, from running to infinity; a hundred pictures outweigh them.
+separate the classes perfectly, from running to infinity; a hundred images outweigh them.
 
 In: logits [N, C]. Out: `records.bundles.Calibration`, or probabilities [N, C] in float64.
 """
@@ -26,7 +26,7 @@ LOG_TEMPERATURE_BOUNDS = (-4.6, 4.6)
 
 
 def fit_calibration(logits: NDArray[np.floating], labels: IntArray, taxonomy: Taxonomy) -> Calibration:
-    """Fit temperature and per-class bias on pictures at their natural prevalence.
+    """Fit temperature and per-class bias on images at their natural prevalence.
 
     Args:
         logits: [N, C], finite, N >= 1.
@@ -35,7 +35,7 @@ def fit_calibration(logits: NDArray[np.floating], labels: IntArray, taxonomy: Ta
     Returns:
         The calibration with the class shares it was fitted at; the biases sum to zero.
     Raises:
-        ContractError: the shapes do not fit, there are no pictures, or a logit is not finite.
+        ContractError: the shapes do not fit, there are no images, or a logit is not finite.
     """
     num_classes = len(taxonomy.codes)
     logits = np.asarray(logits, dtype=np.float64)

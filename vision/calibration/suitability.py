@@ -1,10 +1,10 @@
-"""Fit what tells suitable pictures from others: distance of the features, and limits of quality.
+"""Fit what tells suitable images from others: distance of the features, and limits of quality.
 
-The reference is a sample of the train side, at most 300 pictures of a class. The thresholds of the two distances
+The reference is a sample of the train side, at most 300 images of a class. The thresholds of the two distances
 (last features, first convolution) are the smallest that each refuse at most 2 % of val. Limits of quality are
-quantiles of train and val with a margin, wide enough that a good picture is hardly ever sent back; see `MARGIN`.
+quantiles of train and val with a margin, wide enough that a good image is hardly ever sent back; see `MARGIN`.
 
-In: described pictures and sizes. Out: the part of the bundle's document, and small arrays.
+In: described images and sizes. Out: the part of the bundle's document, and small arrays.
 """
 
 from dataclasses import dataclass, replace
@@ -23,25 +23,25 @@ MAX_REFUSED = 0.04
 """Share of val that may lie beyond a threshold, half of it for each of the two."""
 
 PER_CLASS = 300
-"""Training pictures of a class whose features are looked at."""
+"""Training images of a class whose features are looked at."""
 
 DIRECTIONS = 32
 REFERENCE = 1000
 RANK = 5
 
 TAIL = 0.005
-"""Share of the fitting pictures beyond a limit of quality, before the margin."""
+"""Share of the fitting images beyond a limit of quality, before the margin."""
 
 MARGIN = 0.15
-"""A limit is moved outwards by this share of its distance to the median, and by more where few pictures show it."""
+"""A limit is moved outwards by this share of its distance to the median, and by more where few images show it."""
 
 MANY = 100
-"""With so many pictures the margin is twice `MARGIN`, with many more it comes down to it."""
+"""With so many images the margin is twice `MARGIN`, with many more it comes down to it."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """Pictures of a side as they are looked at."""
+    """Images of a side as they are looked at."""
 
     pixels: UInt8Array
     """[N, S, S, 3]"""
@@ -51,9 +51,9 @@ class Described:
     """[N, 2 K], see `early_statistics`"""
 
     def __post_init__(self) -> None:
-        """Refuse lengths that differ, and no picture at all."""
+        """Refuse lengths that differ, and no image at all."""
         if not len(self.pixels) == len(self.features) == len(self.early) >= 1:
-            raise ContractError("suitability needs pictures, with the features of each")
+            raise ContractError("suitability needs images, with the features of each")
 
 
 def fit_suitability(
@@ -66,10 +66,10 @@ def fit_suitability(
     """Fit both checks.
 
     Args:
-        train: n training pictures.
-        val: m pictures of the val side.
-        smallest_side_px: shorter side of the smallest picture fitted on, as it was sent.
-        seed: of the order that decides which pictures are stored.
+        train: n training images.
+        val: m images of the val side.
+        smallest_side_px: shorter side of the smallest image fitted on, as it was sent.
+        seed: of the order that decides which images are stored.
     Returns:
         Thresholds for the document, and arrays for the bundle.
     Raises:
@@ -133,7 +133,7 @@ def _limit(values: FloatArray, quantile: float) -> float:
 
 
 def _distances_to_others(looks: Neighbours, train_looks: FloatArray) -> FloatArray:
-    """Return how far each training picture is from the stored ones; those that are stored themselves do not count."""
+    """Return how far each training image is from the stored ones; those that are stored themselves do not count."""
     stored = len(looks.reference)
     others = replace(looks, rank=min(looks.rank + 1, stored))
     return np.concatenate([others.distance(train_looks[:stored]), looks.distance(train_looks[stored:])])

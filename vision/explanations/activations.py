@@ -1,6 +1,6 @@
-"""What a layer of a network sees: its channels as small pictures.
+"""What a layer of a network sees: its channels as small images.
 
-In: a network of one's own (a hook is set on it, so it must not be shared), normalised pictures, a layer's name.
+In: a network of one's own (a hook is set on it, so it must not be shared), normalised images, a layer's name.
 Out: the layer's output [N, K, h, w], and a PNG of its most active channels.
 """
 
@@ -27,7 +27,7 @@ def layer_names(network: nn.Module) -> list[str]:
 
 
 def layer_output(network: nn.Module, inputs: Tensor, layer: str) -> Float32Array:
-    """Run pictures through a network and return what one layer gives.
+    """Run images through a network and return what one layer gives.
 
     Args:
         network: in evaluation mode, and nobody else's: a hook is set on it.
@@ -56,21 +56,21 @@ def layer_output(network: nn.Module, inputs: Tensor, layer: str) -> Float32Array
 
 
 def strongest_channels(output: Float32Array, count: int = CHANNELS) -> IntArray:
-    """Return the channels of one picture [K, h, w] whose maps vary most, at most `count`, the strongest first."""
+    """Return the channels of one image [K, h, w] whose maps vary most, at most `count`, the strongest first."""
     return np.argsort(-output.std(axis=(1, 2)), kind="stable")[:count]
 
 
-def channel_grid_png(picture: UInt8Array, output: Float32Array, channels: IntArray) -> bytes:
-    """Draw a picture and, after it, channels of a layer, each scaled to its own range.
+def channel_grid_png(image: UInt8Array, output: Float32Array, channels: IntArray) -> bytes:
+    """Draw an image and, after it, channels of a layer, each scaled to its own range.
 
     Args:
-        picture: [H, H, 3].
-        output: [K, h, w] of one picture.
+        image: [H, H, 3].
+        output: [K, h, w] of one image.
         channels: which to draw, in order.
     Returns:
         PNG bytes.
     """
-    tiles = [np.asarray(Image.fromarray(picture).resize((TILE_PX, TILE_PX)), dtype=np.uint8)]
+    tiles = [np.asarray(Image.fromarray(image).resize((TILE_PX, TILE_PX)), dtype=np.uint8)]
     for channel in channels:
         values = output[channel]
         spread = float(np.ptp(values))

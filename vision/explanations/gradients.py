@@ -1,7 +1,7 @@
 """Explanations that differentiate: Grad-CAM through any head, Integrated Gradients, occlusion.
 
-In: a network (or its head), normalised pictures [N, 3, S, S] and the class that each map is about.
-Out: one map per picture. The gradients are taken with respect to a copy of the input, so that the
+In: a network (or its head), normalised images [N, 3, S, S] and the class that each map is about.
+Out: one map per image. The gradients are taken with respect to a copy of the input, so that the
 network's parameters, and other threads that use it, are untouched. captum draws, too, and takes a second to import:
 only what needs it loads it.
 """
@@ -15,7 +15,7 @@ MAX_PIXELS_IN_FLIGHT = BATCH_SIZE * 112 * 112
 
 
 def in_flight(side_px: int) -> int:
-    """Return how many pictures of a side may be computed with at once: at most 32, fewer above 112 px, at least 1."""
+    """Return how many images of a side may be computed with at once: at most 32, fewer above 112 px, at least 1."""
     return max(1, min(BATCH_SIZE, MAX_PIXELS_IN_FLIGHT // side_px**2))
 
 
@@ -38,7 +38,7 @@ def head_gradcam(head: nn.Module, features: Tensor, target: Tensor) -> Tensor:
 
 
 def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, steps: int = IG_STEPS) -> Tensor:
-    """Integrate the gradient from a picture of the mean colour to the picture (Sundararajan et al. 2017).
+    """Integrate the gradient from an image of the mean colour to the image (Sundararajan et al. 2017).
 
     Args:
         network: [N, 3, S, S] -> logits [N, C], in evaluation mode.
@@ -46,14 +46,14 @@ def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, ste
         target: [N] class indices.
         steps: points of the integral.
     Returns:
-        [N, S, S], signed, summed over colours; a map sums to about logit(picture) - logit(baseline).
+        [N, S, S], signed, summed over colours; a map sums to about logit(image) - logit(baseline).
     """
     from captum.attr import IntegratedGradients
 
     chunk = in_flight(inputs.shape[-1])
     with torch.inference_mode(False), torch.enable_grad():
         method = IntegratedGradients(network)
-        # Captum keeps at least one step of every picture in memory, so that pictures come in chunks, too.
+        # Captum keeps at least one step of every image in memory, so that images come in chunks, too.
         parts = [
             method.attribute(
                 inputs[start : start + chunk].detach().clone(),
@@ -67,7 +67,7 @@ def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, ste
 
 
 def occlusion(network: nn.Module, inputs: Tensor, target: Tensor, window_px: int | None = None) -> Tensor:
-    """Measure how far the class's logit falls when a window of the picture is covered with the mean colour.
+    """Measure how far the class's logit falls when a window of the image is covered with the mean colour.
 
     Args:
         network: [N, 3, S, S] -> logits [N, C], in evaluation mode.

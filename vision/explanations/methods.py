@@ -33,19 +33,19 @@ METHODS: dict[str, ExplanationMethod] = {
         ),
         ExplanationMethod(
             name="integrated_gradients",
-            description="how much each pixel moved the class's logit, on the way from a picture of the mean colour",
+            description="how much each pixel moved the class's logit, on the way from an image of the mean colour",
             function=integrated_gradients,
             signed=True,
         ),
         ExplanationMethod(
             name="gradient_shap",
-            description="the same from several baselines at seeded random points: less bound to one picture of nothing",
+            description="the same from several baselines at seeded random points: less bound to one image of nothing",
             function=gradient_shap_maps,
             signed=True,
         ),
         ExplanationMethod(
             name="occlusion",
-            description="how far the class's logit falls when a window of the picture is covered",
+            description="how far the class's logit falls when a window of the image is covered",
             function=occlusion,
             signed=True,
         ),

@@ -1,6 +1,6 @@
-"""A map drawn over its picture, as PNG bytes.
+"""A map drawn over its image, as PNG bytes.
 
-Strength is shown twice, by colour and by opacity: where the map is zero the picture stays as it
+Strength is shown twice, by colour and by opacity: where the map is zero the image stays as it
 is, so that a reader still sees the lesion. The map is scaled by its own maximum for display only.
 """
 
@@ -25,29 +25,29 @@ _PNG_OPTIONS = (
 )  # fmt: skip
 
 
-def overlay_png(picture: UInt8Array, heat_map: NDArray[np.floating], alpha: float = 0.6) -> bytes:
-    """Draw a map over a picture.
+def overlay_png(image: UInt8Array, heat_map: NDArray[np.floating], alpha: float = 0.6) -> bytes:
+    """Draw a map over an image.
 
     Args:
-        picture: [H, W, 3].
-        heat_map: [h, w], finite; negative values count as zero. Resized smoothly to the picture.
+        image: [H, W, 3].
+        heat_map: [h, w], finite; negative values count as zero. Resized smoothly to the image.
         alpha: opacity where the map is largest, 0 to 1.
     Returns:
-        PNG bytes of an RGB picture, H x W.
+        PNG bytes of an RGB image, H x W.
     Raises:
         ContractError: wrong shape, alpha outside 0 to 1, or a map that is not finite.
     """
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ContractError(f"picture must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ContractError(f"image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
     if not 0.0 <= alpha <= 1.0:
         raise ContractError(f"alpha must be 0 to 1, got {alpha}")
-    height_px, width_px, _ = picture.shape
+    height_px, width_px, _ = image.shape
     strength = resized_strength(heat_map, height_px, width_px)
     colours = Image.fromarray(_levels(strength))
     colours.putpalette(_palette())
     opacity = Image.fromarray(_levels(alpha * strength))
-    blended = np.asarray(Image.composite(colours.convert("RGB"), Image.fromarray(picture), opacity))
-    # Twice as fast as Pillow's writer, which tries every filter on every row; a photograph has no runs to look for.
+    blended = np.asarray(Image.composite(colours.convert("RGB"), Image.fromarray(image), opacity))
+    # Twice as fast as Pillow's writer, which tries every filter on every row; an image has no runs to look for.
     _, png = cv2.imencode(".png", blended[..., ::-1], _PNG_OPTIONS)
     return png.tobytes()
 

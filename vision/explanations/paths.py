@@ -1,7 +1,7 @@
 """Explanations that integrate gradients along paths, and how complete they are.
 
-In: a network with one output per picture, [1, 3, S, S] -> [1, 1], and one normalised picture. Out: a signed map
-whose sum should be the change of the output between baseline and picture; how far it is off is returned.
+In: a network with one output per image, [1, 3, S, S] -> [1, 1], and one normalised image. Out: a signed map
+whose sum should be the change of the output between baseline and image; how far it is off is returned.
 Captum's GradientShap draws from torch's global generator, which requests at the same time would share, so that
 one is written out here.
 """
@@ -50,12 +50,12 @@ def integrated_gradients_within(network: nn.Module, inputs: Tensor, allowed: flo
 
 
 def gradient_shap(network: nn.Module, inputs: Tensor, num_samples: int = SHAP_SAMPLES, seed: int = 0) -> PathMap:
-    """Average gradients at random points between baselines and the picture (Lundberg and Lee 2017; Erion et al. 2021).
+    """Average gradients at random points between baselines and the image (Lundberg and Lee 2017; Erion et al. 2021).
 
     Args:
         network: [N, 3, S, S] -> [N, 1], in evaluation mode.
-        inputs: [1, 3, S, S], normalised. Baselines are the mean colour of the training pictures, that of this
-            picture, and this picture blurred.
+        inputs: [1, 3, S, S], normalised. Baselines are the mean colour of the training images, that of this
+            image, and this image blurred.
         num_samples: points.
         seed: of the draw; equal seeds give equal maps.
     Returns:
@@ -67,14 +67,14 @@ def gradient_shap(network: nn.Module, inputs: Tensor, num_samples: int = SHAP_SA
     shares = torch.rand(num_samples, generator=generator).to(inputs.device)[:, None, None, None]
     total = torch.zeros_like(inputs)
     with torch.inference_mode(False), torch.enable_grad():
-        picture = inputs.detach().clone()
+        image = inputs.detach().clone()
         chunk = in_flight(inputs.shape[-1])
         for start in range(0, num_samples, chunk):
             some = slice(start, start + chunk)
             base = baselines[drawn[some]].detach().clone()
-            points = (base + shares[some].clone() * (picture - base)).detach().requires_grad_()
+            points = (base + shares[some].clone() * (image - base)).detach().requires_grad_()
             (gradient,) = torch.autograd.grad(network(points).sum(), points)
-            total = total + (gradient * (picture - base)).sum(dim=0, keepdim=True)
+            total = total + (gradient * (image - base)).sum(dim=0, keepdim=True)
     values = (total / num_samples).sum(dim=1).detach()
     with torch.inference_mode():
         change = float(network(inputs).sum() - network(baselines)[drawn].mean())
@@ -82,7 +82,7 @@ def gradient_shap(network: nn.Module, inputs: Tensor, num_samples: int = SHAP_SA
 
 
 def gradient_shap_maps(network: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
-    """Return Gradient SHAP maps [N, S, S] of pictures [N, 3, S, S] for the classes [N]; see `gradient_shap`."""
+    """Return Gradient SHAP maps [N, S, S] of images [N, 3, S, S] for the classes [N]; see `gradient_shap`."""
     return torch.cat(
         [gradient_shap(_OneLogit(network, int(c)), inputs[i : i + 1]).values for i, c in enumerate(target)]
     )

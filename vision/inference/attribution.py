@@ -1,6 +1,6 @@
-"""One picture explained by any registered method, for a class or for a class against another.
+"""One image explained by any registered method, for a class or for a class against another.
 
-In: a loaded model and the pixels of one picture. Out: an `Attribution` with what is known of its error.
+In: a loaded model and the pixels of one image. Out: an `Attribution` with what is known of its error.
 Nothing random is shared between calls, so equal calls give equal maps, also side by side.
 """
 
@@ -51,7 +51,7 @@ class ClassAgainst(nn.Module):
 def attribute(
     loaded: LoadedModel, pixels: UInt8Array, method: str, target: int, versus: int | None = None
 ) -> Attribution:
-    """Explain one picture.
+    """Explain one image.
 
     Args:
         loaded: the model; methods that differentiate through it need precision fp32.

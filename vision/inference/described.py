@@ -1,4 +1,4 @@
-"""What a network makes of a picture besides its answer, as the vectors by which pictures are compared.
+"""What a network makes of an image besides its answer, as the vectors by which images are compared.
 
 Its last features, and what its first convolution sees. Torch in, torch out; `neighbours` compares the vectors.
 """
@@ -28,7 +28,7 @@ def pooled_features(features: Tensor) -> Tensor:
 
 
 def first_convolution(network: nn.Module) -> nn.Module:
-    """Return the layer that sees the picture first.
+    """Return the layer that sees the image first.
 
     Args:
         network: with the part `features`, nothing folded into it.
@@ -44,7 +44,7 @@ def first_convolution(network: nn.Module) -> nn.Module:
 
 
 def early_statistics(convolution: nn.Module, inputs: Tensor) -> Tensor:
-    """Describe pictures by what a first convolution makes of them: mean and deviation of each channel.
+    """Describe images by what a first convolution makes of them: mean and deviation of each channel.
 
     Late features keep what tells the classes apart and forget the rest, so that a page of text may lie among the
     lesions; the first filters have forgotten nothing. (Early layers tell far data: Lee et al. 2018, A Simple

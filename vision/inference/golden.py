@@ -1,6 +1,6 @@
-"""Generated pictures whose logits a bundle stores, so that whoever loads it can tell whether it still answers the same.
+"""Generated images whose logits a bundle stores, so that whoever loads it can tell whether it still answers the same.
 
-They are made from a fixed seed and the bundle's own mean and deviation, never from real pictures, and
+They are made from a fixed seed and the bundle's own mean and deviation, never from real images, and
 look enough like skin to keep the network in its usual range: half smooth blobs, half gradients with a
 disc, each with a little noise.
 """
@@ -11,25 +11,25 @@ from records.arrays import FloatArray, UInt8Array
 from records.bundles import Geometry
 from vision.seeding import derive_seed
 
-NUM_PICTURES = 8
+NUM_IMAGES = 8
 CONTRAST = 1.5
 
 
-def golden_pictures(geometry: Geometry) -> UInt8Array:
+def golden_images(geometry: Geometry) -> UInt8Array:
     """Generate the golden inputs of a geometry.
 
     Args:
         geometry: side, mean and deviation.
     Returns:
-        [8, S, S, 3]; equal geometries give equal pictures.
+        [8, S, S, 3]; equal geometries give equal images.
     """
     random = np.random.default_rng(derive_seed("golden", geometry.side_px))
     fields = [
         _blobs(random, geometry.side_px) if number % 2 == 0 else _disc(random, geometry.side_px)
-        for number in range(NUM_PICTURES)
+        for number in range(NUM_IMAGES)
     ]
-    tints = random.uniform(0.5, 1.5, (NUM_PICTURES, 1, 1, 3))
-    noise = random.normal(0.0, 0.1, (NUM_PICTURES, geometry.side_px, geometry.side_px, 3))
+    tints = random.uniform(0.5, 1.5, (NUM_IMAGES, 1, 1, 3))
+    noise = random.normal(0.0, 0.1, (NUM_IMAGES, geometry.side_px, geometry.side_px, 3))
     standardised = np.stack(fields)[..., None] * tints * CONTRAST + noise
     values = np.asarray(geometry.mean) + np.asarray(geometry.std) * standardised
     return np.clip(np.rint(255.0 * values), 0, 255).astype(np.uint8)

@@ -28,7 +28,7 @@ from vision.explanations.methods import METHODS
 from vision.inference.described import early_statistics, first_convolution, pooled_features
 from vision.inference.fold import fold_batch_norm
 from vision.inference.output import BatchOutput
-from vision.inference.suitability import picture_checks_of
+from vision.inference.suitability import image_checks_of
 from vision.networks import MODELS, build_model
 from vision.precision import Precision, PrecisionChoice, autocast, resolve_precision
 from vision.preprocess import check_pixels, scale_pixels, to_tensor
@@ -52,7 +52,7 @@ class LoadedModel:
         self._features = _prepared(network.get_submodule("features"), precision, device)
         self._head = network.get_submodule("head").to(device)
         self._closed_form: ClosedForm | None = closed_form_of(self._head)
-        self.checks = picture_checks_of(bundle)
+        self.checks = image_checks_of(bundle)
         self._first = _first_of(network, device) if self.checks is not None and self.checks.early is not None else None
         self.model_id = bundle.id
         self.precision: Precision = precision
@@ -78,7 +78,7 @@ class LoadedModel:
         return self._closed_form is not None
 
     def predict(self, pixels: UInt8Array, *, gradcam: bool = False) -> BatchOutput:
-        """Answer for a batch of pictures, in one forward pass.
+        """Answer for a batch of images, in one forward pass.
 
         Args:
             pixels: [N, S, S, 3], N >= 0.
@@ -106,7 +106,7 @@ class LoadedModel:
         )
 
     def describe(self, pixels: UInt8Array) -> Float32Array:
-        """Describe pictures by a vector each, the pooled features of the last stage.
+        """Describe images by a vector each, the pooled features of the last stage.
 
         Args:
             pixels: [N, S, S, 3], N >= 0.
@@ -127,7 +127,7 @@ class LoadedModel:
             pixels: [N, S, S, 3], N >= 0.
             passes: how often, at least 1.
             dropout: share of channels dropped, 0 to below 1; the others are scaled up.
-            seed: of the draws. A pass drops the same channels for all pictures.
+            seed: of the draws. A pass drops the same channels for all images.
         Returns:
             [passes, N, C] calibrated probabilities; NaN throughout a row whose logits are not finite.
         Raises:
@@ -146,7 +146,7 @@ class LoadedModel:
         return np.stack(answers)
 
     def explain(self, pixels: UInt8Array, method: str, target: IntArray) -> Float32Array:
-        """Explain one class per picture with a named method.
+        """Explain one class per image with a named method.
 
         Args:
             pixels: [N, S, S, 3], N >= 1.
@@ -171,7 +171,7 @@ class LoadedModel:
         return np.asarray(maps.cpu().numpy(), dtype=np.float32)
 
     def check_golden(self) -> float:
-        """Compare the answers for the bundle's golden pictures with the stored ones.
+        """Compare the answers for the bundle's golden images with the stored ones.
 
         Returns:
             The largest absolute difference of a logit.
@@ -181,7 +181,7 @@ class LoadedModel:
         difference, allowed = self._golden_difference()
         if not difference <= allowed:
             raise IntegrityError(
-                f"model {self.model_id[:12]} answers its golden pictures {difference:.3g} away from what was stored "
+                f"model {self.model_id[:12]} answers its golden images {difference:.3g} away from what was stored "
                 f"(allowed in {self.precision}: {allowed:.3g}); it must not be served"
             )
         return difference
@@ -204,7 +204,7 @@ class LoadedModel:
 
     @property
     def network(self) -> nn.Module:
-        """Pictures to logits, for methods that differentiate; nobody may change it."""
+        """Images to logits, for methods that differentiate; nobody may change it."""
         return nn.Sequential(self._features, self._head)
 
     def inputs(self, pixels: UInt8Array) -> Tensor:

@@ -9,7 +9,7 @@ from records.arrays import BoolArray, Float32Array, FloatArray
 
 @dataclass(frozen=True)
 class BatchOutput:
-    """The answer for N pictures."""
+    """The answer for N images."""
 
     logits: Float32Array
     """[N, C], before calibration"""
@@ -20,7 +20,7 @@ class BatchOutput:
     maps: Float32Array | None
     """[N, C, h, w] Grad-CAM of every class, not negative; NaN for a row whose logits are not finite"""
     ood_scores: FloatArray | None = None
-    """[N] distance from the training pictures, above 1 is out of distribution (see `inference.suitability`); NaN
+    """[N] distance from the training images, above 1 is out of distribution (see `inference.suitability`); NaN
     for a row whose features are not finite; None if the bundle cannot tell"""
 
     @property

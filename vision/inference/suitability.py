@@ -1,17 +1,17 @@
-"""Is this a picture the model can be asked about: how far it is from the training pictures, and how good it is.
+"""Is this an image the model can be asked about: how far it is from the training images, and how good it is.
 
 Two questions, both answered with what `vision.calibration.suitability` fitted and the bundle stores:
 
-- **Out of distribution**: the network's own features of the picture, or what its first convolution makes of it,
-  are far from those of all training pictures. The answer may be wrong in ways that its probabilities do not show;
+- **Out of distribution**: the network's own features of the image, or what its first convolution makes of it,
+  are far from those of all training images. The answer may be wrong in ways that its probabilities do not show;
   an expert should look.
-- **Quality**: too small, too dark, too bright, blurred, or of another kind than the training pictures in colour
-  and texture (for dermatoscopy: not a dermatoscopic picture). A better picture should be taken.
+- **Quality**: too small, too dark, too bright, blurred, or of another kind than the training images in colour
+  and texture (for dermatoscopy: not a dermatoscopic image). A better image should be taken.
 
     output = model.predict(pixels)
-    for picture in assess(model.checks, output, pixels, shorter_sides_px): ...
+    for image in assess(model.checks, output, pixels, shorter_sides_px): ...
 
-A bundle that was made before this was fitted has neither; its pictures get None everywhere.
+A bundle that was made before this was fitted has neither; its images get None everywhere.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class QualityReason(StrEnum):
-    """What is wrong with a picture; the first that holds, in this order, is told."""
+    """What is wrong with an image; the first that holds, in this order, is told."""
 
     TOO_SMALL = "too_small"
     TOO_DARK = "too_dark"
@@ -44,24 +44,24 @@ class QualityReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Suitability:
-    """One picture's two answers; every field is None if the bundle knows nothing about them."""
+    """One image's two answers; every field is None if the bundle knows nothing about them."""
 
     ood_score: float | None
-    """distance to the training pictures over the largest that is accepted: above 1 is out of distribution; the
+    """distance to the training images over the largest that is accepted: above 1 is out of distribution; the
     larger of two, of the last features and of the first convolution"""
     is_out_of_distribution: bool | None
     quality_score: float | None
-    """1 = as good as the median training picture in every respect, 0 = at a limit, below 0 = beyond one; at most 1"""
+    """1 = as good as the median training image in every respect, 0 = at a limit, below 0 = beyond one; at most 1"""
     quality_reason: QualityReason | None
-    """None: nothing is wrong with the picture"""
+    """None: nothing is wrong with the image"""
 
 
 NOTHING_KNOWN = Suitability(None, None, None, None)
 
 
 @dataclass(frozen=True)
-class PictureChecks:
-    """What a bundle knows about suitable pictures."""
+class ImageChecks:
+    """What a bundle knows about suitable images."""
 
     features: Neighbours
     ood_threshold: float
@@ -72,7 +72,7 @@ class PictureChecks:
     limits: QualityLimits
 
     def ood_scores(self, pooled: NDArray[np.floating], early: NDArray[np.floating] | None) -> FloatArray:
-        """Compare pictures with the training pictures.
+        """Compare images with the training images.
 
         Args:
             pooled: [N, D] features, see `pooled_features`.
@@ -86,19 +86,19 @@ class PictureChecks:
         if self.early is None or self.early_threshold is None:
             return scores
         if early is None:
-            raise ContractError("this bundle compares what its first convolution makes of a picture, too")
+            raise ContractError("this bundle compares what its first convolution makes of an image, too")
         return np.maximum(scores, self.early.distance(early) / self.early_threshold)
 
     def quality(
         self, pixels: UInt8Array, shorter_sides_px: "Sequence[int] | None" = None
     ) -> list[tuple[float, QualityReason | None]]:
-        """Judge the quality of pictures.
+        """Judge the quality of images.
 
         Args:
             pixels: [N, S, S, 3], as the model sees them.
-            shorter_sides_px: [N] of the pictures as they were sent; None leaves the size out.
+            shorter_sides_px: [N] of the images as they were sent; None leaves the size out.
         Returns:
-            Per picture its score and what is wrong with it.
+            Per image its score and what is wrong with it.
         """
         measured = appearance(pixels)
         distance = self.looks.distance(measured)
@@ -111,7 +111,7 @@ class PictureChecks:
         return rows
 
     def _margins(self, values: FloatArray, distance: float, side_px: int | None) -> dict[QualityReason, float]:
-        """Per check how far inside its limit a picture is: 1 at the median, 0 at the limit."""
+        """Per check how far inside its limit an image is: 1 at the median, 0 at the limit."""
         limits = self.limits
         sharpness = _margin(float(values[SHARPNESS]), limits.sharpness_median, limits.min_sharpness)
         fine_share = _margin(float(values[FINE_SHARE]), limits.fine_share_median, limits.min_fine_share)
@@ -122,14 +122,14 @@ class PictureChecks:
             QualityReason.UNLIKE_TRAINING: _margin(distance, limits.distance_median, limits.max_distance),
         }
         if side_px is not None:
-            # A picture of twice the smallest side is as good as any.
+            # An image of twice the smallest side is as good as any.
             smallest_px = float(limits.min_side_px)
             margins[QualityReason.TOO_SMALL] = _margin(float(side_px), 2.0 * smallest_px, smallest_px)
         return margins
 
 
-def picture_checks_of(bundle: Bundle) -> PictureChecks | None:
-    """Read what a bundle knows about suitable pictures.
+def image_checks_of(bundle: Bundle) -> ImageChecks | None:
+    """Read what a bundle knows about suitable images.
 
     Args:
         bundle: whose files were checked.
@@ -139,7 +139,7 @@ def picture_checks_of(bundle: Bundle) -> PictureChecks | None:
     fitted, arrays = bundle.document.suitability, bundle.suitability()
     if fitted is None or arrays is None:
         return None
-    return PictureChecks(
+    return ImageChecks(
         features=Neighbours.from_arrays(arrays, FEATURES),
         ood_threshold=fitted.ood_threshold,
         early=None if fitted.ood_early_threshold is None else Neighbours.from_arrays(arrays, EARLY),
@@ -150,20 +150,20 @@ def picture_checks_of(bundle: Bundle) -> PictureChecks | None:
 
 
 def assess(
-    checks: PictureChecks | None,
+    checks: ImageChecks | None,
     output: BatchOutput,
     pixels: UInt8Array,
     shorter_sides_px: "Sequence[int] | None" = None,
 ) -> list[Suitability]:
-    """Tell of each picture of a batch whether the model should be asked about it. Pure; 0.3 ms a picture.
+    """Tell of each image of a batch whether the model should be asked about it. Pure; 0.3 ms an image.
 
     Args:
         checks: of the model that answered, or None.
         output: what it answered for these pixels.
         pixels: [N, S, S, 3], as they were given to `predict`.
-        shorter_sides_px: [N] of the pictures as they were sent, in pixels; None leaves their size out.
+        shorter_sides_px: [N] of the images as they were sent, in pixels; None leaves their size out.
     Returns:
-        One `Suitability` per picture. Where the output is not finite, the score is None and the picture counts as
+        One `Suitability` per image. Where the output is not finite, the score is None and the image counts as
         out of distribution.
     Raises:
         ContractError: the lengths differ.

@@ -1,6 +1,6 @@
 """Bootstrap by group within class: resample whole groups, keep the number of groups of each class.
 
-Pictures of one group (lesion, patient) are not independent, so the group is what is drawn. A
+Images of one group (lesion, patient) are not independent, so the group is what is drawn. A
 resample is a row of weights: how often each group was drawn. Metrics that are functions of a
 confusion matrix then cost one matrix product for all resamples together. Equal seeds and equal
 groups give equal weights, so two models are compared pairwise by using the same weights.
@@ -18,8 +18,8 @@ LEVEL = 0.95
 def group_strata(labels: IntArray, group_index: IntArray, num_classes: int) -> IntArray:
     """Name the class that each group is resampled within.
 
-    A group with pictures of several classes belongs to its most frequent one, at a tie to the one
-    that fewer pictures have.
+    A group with images of several classes belongs to its most frequent one, at a tie to the one
+    that fewer images have.
 
     Args:
         labels: [N] class indices.
@@ -31,7 +31,7 @@ def group_strata(labels: IntArray, group_index: IntArray, num_classes: int) -> I
     counts = np.zeros((int(group_index.max()) + 1, num_classes))
     np.add.at(counts, (group_index, labels), 1.0)
     rarity = 1.0 / (1.0 + counts.sum(axis=0))
-    # Added weights stay under one picture, so they decide between equal counts only.
+    # Added weights stay under one image, so they decide between equal counts only.
     return np.asarray((counts + 0.5 * rarity / rarity.max()).argmax(axis=1), dtype=np.int64)
 
 

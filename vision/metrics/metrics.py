@@ -178,7 +178,7 @@ def reliability_bins(
 
 
 def mean_by_unit(values: FloatArray, unit_index: IntArray) -> FloatArray:
-    """Average the rows that belong to one unit, for example the pictures of one lesion.
+    """Average the rows that belong to one unit, for example the images of one lesion.
 
     Args:
         values: [N] or [N, C].

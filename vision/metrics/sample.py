@@ -1,4 +1,4 @@
-"""A bounded sample of labelled pictures, for what is too slow to measure on all of them."""
+"""A bounded sample of labelled images, for what is too slow to measure on all of them."""
 
 import numpy as np
 
@@ -6,17 +6,17 @@ from records.arrays import IntArray
 
 
 def stratified_sample(labels: IntArray, group_index: IntArray, per_class: int, *, seed: int = 0) -> IntArray:
-    """Draw up to so many pictures of every class, from as many groups as possible.
+    """Draw up to so many images of every class, from as many groups as possible.
 
-    A group gives its second picture only when every group of the class has given its first.
+    A group gives its second image only when every group of the class has given its first.
 
     Args:
         labels: [N] class indices.
-        group_index: [N], 0 to G - 1, the independent unit of each picture.
-        per_class: largest number of pictures of a class, at least 1.
+        group_index: [N], 0 to G - 1, the independent unit of each image.
+        per_class: largest number of images of a class, at least 1.
         seed: of the draw.
     Returns:
-        Picture indices, ascending; equal arguments give equal samples.
+        Image indices, ascending; equal arguments give equal samples.
     """
     generator = np.random.default_rng(seed)
     chosen: list[int] = []

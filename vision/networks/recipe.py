@@ -30,7 +30,7 @@ class ModelRecipe(Registered):
         options: which settings shape it; they are stored in the bundle.
         parameters: trainable parameters with seven classes and default options.
         receptive_field_px: side of the input square that one position of the last feature map sees through the
-            convolutions; squeeze-and-excitation, which weighs channels by the whole picture, is not counted.
+            convolutions; squeeze-and-excitation, which weighs channels by the whole image, is not counted.
         input_side_px: the side it was designed for.
         minimum_side_px: the smallest side that is accepted; its pools leave at least one position of it.
         gradcam: `closed_form` if the map needs no backward pass, else `autograd`.

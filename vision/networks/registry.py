@@ -87,7 +87,7 @@ MODELS: Registry[ModelRecipe] = Registry(
         ),
         ModelRecipe(
             name="resnet18",
-            description="ResNet-18 with a 3x3 stride-1 stem and no max-pool, for small pictures",
+            description="ResNet-18 with a 3x3 stride-1 stem and no max-pool, for small images",
             factory=_resnet18,
             options=("head_dropout",),
             parameters=11_172_423,
@@ -103,7 +103,7 @@ MODELS: Registry[ModelRecipe] = Registry(
         ),
         ModelRecipe(
             name="resnet34",
-            description="ResNet-34 with a 3x3 stride-1 stem and no max-pool, for small pictures",
+            description="ResNet-34 with a 3x3 stride-1 stem and no max-pool, for small images",
             factory=_resnet34,
             options=("head_dropout",),
             parameters=21_280_583,

@@ -1,4 +1,4 @@
-"""ResNets for small pictures: a 3x3 stride-1 stem without bias and no max-pool.
+"""ResNets for small images: a 3x3 stride-1 stem without bias and no max-pool.
 
 The blocks are torchvision's; the stem, and the split into `features` and `head`, are ours.
 ResNet-18 has 11,172,423 parameters with seven classes.

@@ -19,19 +19,19 @@ def settings_of(home: Path) -> Settings:
     return Settings(records=RecordsSettings(home=home))
 
 
-def store_a_picture(settings: Settings) -> None:
+def store_an_image(settings: Settings) -> None:
     store = open_store(settings.records)
-    picture = Image(
+    image = Image(
         id="a" * 64, uri="x", format="jpeg", width_px=1, height_px=1, provenance="served", created_at=utc_now()
     )
     with store.ledger.begin() as tx:
-        tx.add(picture)
+        tx.add(image)
     store.close()
 
 
 def test_a_home_with_real_work_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
-    store_a_picture(settings)
+    store_an_image(settings)
     with pytest.raises(RefusedError, match="not a demo's"):
         take_home(settings, None)
     assert (tmp_path / "ledger.db").exists()
@@ -48,7 +48,7 @@ def test_a_demo_that_failed_before_its_first_stage_is_begun_anew_in_place(tmp_pa
 def test_an_unfinished_demo_of_the_same_data_goes_on(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     take_home(settings, None)
-    store_a_picture(settings)
+    store_an_image(settings)
     Stages(open_home(tmp_path)).done("data", {"source": "generated"})
     take_home(settings, None)
     assert Stages(open_home(tmp_path)).results["data"]["source"] == "generated"
@@ -58,7 +58,7 @@ def test_an_unfinished_demo_of_the_same_data_goes_on(tmp_path: Path) -> None:
 def test_a_finished_demo_or_one_of_other_data_is_moved_aside_whole(tmp_path: Path, finished: bool) -> None:
     settings = settings_of(tmp_path)
     take_home(settings, None)
-    store_a_picture(settings)
+    store_an_image(settings)
     home = open_home(tmp_path)
     Stages(home).done("data", {"source": "generated" if finished else "elsewhere"})
     if finished:

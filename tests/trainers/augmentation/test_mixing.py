@@ -25,7 +25,7 @@ def test_cutmix_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_the_share_of_the_label_is_the_share_of_the_picture(kind: str) -> None:
+def test_the_share_of_the_label_is_the_share_of_the_image(kind: str) -> None:
     black, white = np.zeros((1, 32, 32, 3), dtype=np.uint8), np.full((1, 32, 32, 3), 255, dtype=np.uint8)
     for mix in draws(kind, 100, probability=1.0, alpha=1.0):
         assert mix is not None

@@ -40,7 +40,7 @@ def test_a_vignette_keeps_the_centre_and_darkens_the_corners() -> None:
 def test_hairs_are_thin_and_dark() -> None:
     parameters = HairParameters(count=(1, 1), width=(0.01, 0.01), opacity=(1.0, 1.0))
     painted = [paint_hair(skin(200), parameters, np.random.default_rng(seed)) for seed in range(40)]
-    covered = [(picture != skin(200)).any(axis=-1).mean() for picture in painted]
+    covered = [(image != skin(200)).any(axis=-1).mean() for image in painted]
     # At most 1.2 sides long and, with its soft edge, about 3 px wide.
     assert max(covered) < 1.3 * 3.5 / 200
     assert min(covered) > 0
@@ -65,7 +65,7 @@ def test_a_ruler_has_evenly_spaced_marks_along_one_edge() -> None:
 def test_probability_is_the_share_that_is_painted() -> None:
     painted = Painted(paint_vignette, VignetteParameters(), 0.25)
     painted.set_random_state(np.random.default_rng(0), None)  # type: ignore[arg-type]
-    picture = skin(16)
-    changed = [painted(image=picture)["image"] is not picture for _ in range(1000)]
+    image = skin(16)
+    changed = [painted(image=image)["image"] is not image for _ in range(1000)]
     assert np.mean(changed) == pytest.approx(0.25, abs=0.05)
-    assert np.array_equal(picture, skin(16))
+    assert np.array_equal(image, skin(16))

@@ -10,7 +10,7 @@ from records.errors import ContractError
 from trainers.augmentation import POLICIES, Augmenter, load_policy
 from trainers.augmentation.operations import Canvas
 from trainers.augmentation.preview import operation_grid, paint_preview, policy_grid
-from vision.seeding import image_keys, picture_seeds
+from vision.seeding import image_keys, image_seeds
 
 IDS = [hashlib.sha256(bytes([n])).hexdigest() for n in range(3)]
 
@@ -27,7 +27,7 @@ def test_columns_are_the_epochs_of_a_run(pixels: UInt8Array) -> None:
     assert np.array_equal(grid[:, 0], pixels)
     mean = [float(round(v)) for v in pixels.mean(axis=(0, 1, 2))]
     augmenter = Augmenter(policy, Canvas(24, (mean[0], mean[1], mean[2])))
-    seeds = picture_seeds(5, 1, image_keys(IDS), np.zeros(3, dtype=np.int64))
+    seeds = image_seeds(5, 1, image_keys(IDS), np.zeros(3, dtype=np.int64))
     assert np.array_equal(grid[:, 2], augmenter.apply(pixels.copy(), seeds))
 
 
@@ -48,7 +48,7 @@ def test_a_sheet_holds_every_row(name: str, pixels: UInt8Array) -> None:
 
 
 def test_nothing_to_show_is_refused(pixels: UInt8Array) -> None:
-    with pytest.raises(ContractError, match="a preview needs pictures"):
+    with pytest.raises(ContractError, match="a preview needs images"):
         policy_grid(load_policy("none"), pixels, IDS[:2], draws=2)
-    with pytest.raises(ContractError, match="a preview needs pictures"):
+    with pytest.raises(ContractError, match="a preview needs images"):
         policy_grid(load_policy("none"), pixels, IDS, draws=0)

@@ -78,7 +78,7 @@ def test_the_key_class_is_counted_per_lesion_by_the_mean_probability():
     assert (key.name, key.threshold, key.lesions, key.floor, key.proven) == ("mel", 0.3, 2, 0.9, True)
     assert key.sensitivity == 1 / 2
     assert key.specificity == 2 / 3
-    # Per picture, by the most probable class (0.5 against 0.5 goes to the first in class order, mel).
+    # Per image, by the most probable class (0.5 against 0.5 goes to the first in class order, mel).
     assert result.per_class["mel"].sensitivity == 1 / 3
     assert result.per_class["mel"].specificity == 1.0
     assert result.per_class["nv"].sensitivity == 1.0
@@ -101,8 +101,8 @@ def test_what_is_undefined_is_null_with_its_reason_and_never_nan():
     assert loaded["per_class"]["bkl"]["precision"] is None
     assert loaded["key_class"]["sensitivity"] is None
     reasons = loaded["undefined"]
-    assert reasons["per_class.mel.sensitivity"] == "no picture of mel"
-    assert reasons["per_class.bkl.precision"] == "no picture was answered bkl"
+    assert reasons["per_class.mel.sensitivity"] == "no image of mel"
+    assert reasons["per_class.bkl.precision"] == "no image was answered bkl"
     assert reasons["key_class.sensitivity"] == "no lesion of mel"
     assert "over bkl, nv only" in reasons["balanced_accuracy"]
     assert result.per_class["bkl"].sensitivity == 0.0
@@ -175,7 +175,7 @@ def test_at_equal_prevalence_every_class_has_the_same_say():
     assert evaluate(found, TAXONOMY, None).at_equal_prevalence is None
 
 
-def test_coverage_counts_one_picture_per_lesion():
+def test_coverage_counts_one_image_per_lesion():
     rows = [("nv", {"nv": 0.9}), ("nv", {"nv": 0.1, "mel": 0.9}), ("mel", {"mel": 0.1, "nv": 0.9})]
     coverage = evaluate(predictions_of(rows, ["A", "A", None]), TAXONOMY, operating_points(q=0.5)).coverage
     assert (coverage.overall, coverage.per_class["nv"], coverage.per_class["mel"]) == (0.5, 1.0, 0.0)
@@ -214,7 +214,7 @@ def test_nothing_cannot_be_evaluated():
         evaluate(predictions_of([]), TAXONOMY, None)
 
 
-def test_a_thousand_pictures_are_evaluated_in_about_a_second():
+def test_a_thousand_images_are_evaluated_in_about_a_second():
     predictions = random_predictions(1000)
     started = time.perf_counter()
     evaluate(predictions, TAXONOMY, operating_points())

@@ -85,6 +85,6 @@ def test_the_costliest_mistake_comes_first_and_a_lesion_once(reported):
         reported[1],
         image_ids=list("abcd"), group_ids=list("abcd"), lesion_ids=["A", "A", "B", None],
         labels=np.array([mel, mel, nv, nv]), logits=np.zeros((4, 7), np.float32), probabilities=probabilities,
-        traits=None, pictures=None,
+        traits=None, images=None,
     )  # fmt: skip
     assert worst_mistakes(found, taxonomy).tolist() == [0, 2]

@@ -23,7 +23,7 @@ class ThreeColours(nn.Module):
         return inputs.sum(dim=(2, 3))
 
 
-def pictures_of(*colours: tuple[int, int, int]) -> np.ndarray:
+def images_of(*colours: tuple[int, int, int]) -> np.ndarray:
     return np.stack([np.full((2, 2, 3), colour, dtype=np.uint8) for colour in colours])
 
 
@@ -40,7 +40,7 @@ def figures(report, attack, name):
 def test_a_linear_answer_turns_where_computed(three_classes):
     # Red leads green by 20 of 255 and blue by 100. The gradient lowers red and raises the others, so the
     # lead over green shrinks by 2 epsilon: at 9 it is still 2, at 11 it is gone.
-    pixels = pictures_of((120, 100, 20), (120, 100, 20))
+    pixels = images_of((120, 100, 20), (120, 100, 20))
     report = robustness_curves(
         PixelNetwork(ThreeColours(), PLAIN), pixels, sample_of(three_classes, [0, 0]), epsilons=(9, 11)
     )
@@ -51,8 +51,8 @@ def test_a_linear_answer_turns_where_computed(three_classes):
 
 def test_values_stay_in_the_valid_range(three_classes):
     # Green cannot rise above 255: the lead of 41 shrinks by epsilon plus at most 1.
-    pixels = pictures_of((255, 214, 0))
-    clipped = pictures_of((255, 254, 0))
+    pixels = images_of((255, 214, 0))
+    clipped = images_of((255, 254, 0))
     model = PixelNetwork(ThreeColours(), PLAIN)
     report = robustness_curves(model, pixels, sample_of(three_classes, [0]), epsilons=(20, 21))
     assert figures(report, "fgsm", "accuracy") == {
@@ -69,7 +69,7 @@ def test_values_stay_in_the_valid_range(three_classes):
 def test_a_sure_network_is_attacked_too(three_classes):
     # 1 - p is 4e-14 here: the cross-entropy's gradient is zero in fp32 and would call this network robust.
     calibration = Calibration(temperature=0.01, bias=[0.0, 0.0, 0.0])
-    pixels = pictures_of((120, 100, 20))
+    pixels = images_of((120, 100, 20))
     report = robustness_curves(
         PixelNetwork(ThreeColours(), PLAIN, calibration), pixels, sample_of(three_classes, [0]), epsilons=(11,)
     )
@@ -78,7 +78,7 @@ def test_a_sure_network_is_attacked_too(three_classes):
 
 def test_key_class_and_shares_by_hand(three_classes):
     # Blue is the key class. p(blue) of the first is softmax(4 * (0, 0, 0.2))_2 = 0.527, of the second 0.330.
-    pixels = pictures_of((100, 100, 151), (100, 100, 99), (120, 100, 20), (100, 120, 20))
+    pixels = images_of((100, 100, 151), (100, 100, 99), (120, 100, 20), (100, 120, 20))
     sample = sample_of(three_classes, [2, 2, 0, 1], threshold=0.32, shares=[0.7, 0.2, 0.1])
     report = robustness_curves(PixelNetwork(ThreeColours(), PLAIN), pixels, sample, epsilons=(11,))
     clean, attacked = report.attacks["pgd"]
@@ -123,10 +123,10 @@ def test_epsilon_zero_is_the_clean_answer(make_network, filled_store, scaling):
 
 def test_refused(three_classes):
     model = PixelNetwork(ThreeColours(), PLAIN)
-    pixels = pictures_of((120, 100, 20))
+    pixels = images_of((120, 100, 20))
     with pytest.raises(ContractError, match="not negative"):
         robustness_curves(model, pixels, sample_of(three_classes, [0]), epsilons=(-1,))
-    with pytest.raises(ContractError, match="a picture per label"):
+    with pytest.raises(ContractError, match="an image per label"):
         robustness_curves(model, pixels, sample_of(three_classes, [0, 1]))
     broken = PixelNetwork(ThreeColours(), PLAIN, Calibration(temperature=1.0, bias=[float("nan"), 0.0, 0.0]))
     with pytest.raises(ContractError, match="not finite"):

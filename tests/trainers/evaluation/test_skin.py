@@ -1,4 +1,4 @@
-"""Skin tone: hand-made pictures with a known angle, with and without a mask."""
+"""Skin tone: hand-made images with a known angle, with and without a mask."""
 
 import numpy as np
 import pytest
@@ -12,21 +12,21 @@ from trainers.evaluation.traits import age_band
 SKIN, LESION, HAIR = (199, 163, 135), (90, 50, 40), (20, 15, 15)
 
 
-def picture(lesion=slice(24, 40)):
+def image(lesion=slice(24, 40)):
     made = np.full((64, 64, 3), SKIN, dtype=np.uint8)
     made[lesion, lesion] = LESION
     return made
 
 
 def test_the_angle_of_known_skin():
-    assert typology_angle(picture()) == pytest.approx(45.0, abs=1.0)
+    assert typology_angle(image()) == pytest.approx(45.0, abs=1.0)
     assert tone_of(45.0) == "light"
 
 
 def test_hair_on_the_border_is_left_out():
-    hairy = picture()
+    hairy = image()
     hairy[:, 2:4] = HAIR
-    assert typology_angle(hairy) == pytest.approx(typology_angle(picture()), abs=0.5)
+    assert typology_angle(hairy) == pytest.approx(typology_angle(image()), abs=0.5)
 
 
 def test_a_mask_finds_skin_where_the_ring_is_lesion():
@@ -48,7 +48,7 @@ def test_tones_and_bands_have_names():
     ]  # fmt: skip
 
 
-def test_masks_are_found_by_name_and_cut_as_pictures_are(tmp_path):
+def test_masks_are_found_by_name_and_cut_as_images_are(tmp_path):
     mask = np.zeros((60, 80), dtype=np.uint8)
     mask[:, 40:] = 255
     Image.fromarray(mask).save(tmp_path / "ISIC_1_segmentation.png")
@@ -57,9 +57,9 @@ def test_masks_are_found_by_name_and_cut_as_pictures_are(tmp_path):
     square = read_mask(found, 30)
     assert square[:, :15].sum() == 0
     assert square[:, 15:].all()
-    (tmp_path / "ISIC_3.png").write_text("no picture")
+    (tmp_path / "ISIC_3.png").write_text("no image")
     with pytest.raises(DataError, match="cannot be read"):
         read_mask(tmp_path / "ISIC_3.png", 30)
     tones = SkinTones(["ISIC_1", None], tmp_path)
-    tones.add(np.stack([picture(), picture()]))
+    tones.add(np.stack([image(), image()]))
     assert len(tones.angles) == 2

@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, object]] = {
 
 
 class Rows:
-    """Noisy pictures in memory; the class is the brightest colour."""
+    """Noisy images in memory; the class is the brightest colour."""
 
     def __init__(self, labels: np.ndarray) -> None:
         pixels = np.random.default_rng(5).integers(60, 140, size=(len(labels), 32, 32, 3))
@@ -56,8 +56,8 @@ class Rows:
         return self._pixels[indices]
 
 
-def pictures(num_train: int = 80, num_val: int = 141) -> TrainingData:
-    """Pictures to train on, and to validate with an odd number, which two workers cannot share evenly."""
+def images(num_train: int = 80, num_val: int = 141) -> TrainingData:
+    """Images to train on, and to validate with an odd number, which two workers cannot share evenly."""
     total = num_train + num_val
     labels = np.arange(total) % 3
     ids = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(total)]
@@ -75,7 +75,7 @@ def train_case(case: str, rank: int, folder: Path | None) -> TrainedModel:
     """Train one case as one of two workers."""
     settings = settings_of(case, 2)
     group = ProcessGroup(strategy_of(settings), rank, 2, torch.device("cpu"), folder)
-    data = pictures(8, 3) if case.startswith("resnet") else pictures()
+    data = images(8, 3) if case.startswith("resnet") else images()
     return train(settings, data, COLOURS, workers=group)
 
 
@@ -113,7 +113,7 @@ def stop_half_way(rank: int, folder: Path) -> None:
     settings = settings_of("everything-fsdp", 2).model_copy(update={"checkpoint_every_steps": 3})
     group = Stopping(strategy_of(settings), rank, 2, torch.device("cpu"), folder)
     with contextlib.suppress(StoppedError):
-        train(settings, pictures(), COLOURS, workers=group)
+        train(settings, images(), COLOURS, workers=group)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ READINGS = 1 + EPOCHS * (STEPS + 2)
 
 
 class Rows:
-    """Pictures in memory that kill the process when they were taken often enough."""
+    """Images in memory that kill the process when they were taken often enough."""
 
     def __init__(self, kill_at: int) -> None:
         self._pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)

@@ -33,7 +33,7 @@ def joined(batches: list[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.concatenate([getattr(b, name) for b in batches]) for name in ("pixels", "labels", "rows"))  # type: ignore[return-value]
 
 
-def test_an_epoch_is_whole_batches_of_training_pictures_with_their_labels(toy_data: TrainingData) -> None:
+def test_an_epoch_is_whole_batches_of_training_images_with_their_labels(toy_data: TrainingData) -> None:
     batches = list(feeder(toy_data).epoch(0))
     assert len(batches) == feeder(toy_data).steps_per_epoch == 5
     pixels, labels, rows = joined(batches)
@@ -70,7 +70,7 @@ def test_two_shares_make_the_whole(toy_data: TrainingData) -> None:
         assert np.array_equal(batch.rows[1::2], right.rows)
 
 
-def test_the_pictures_themselves_are_never_changed(toy_data: TrainingData) -> None:
+def test_the_images_themselves_are_never_changed(toy_data: TrainingData) -> None:
     before = toy_data.pixels.take(np.arange(96)).copy()
     list(feeder(toy_data, augmentation="dissertation").epoch(0))
     assert np.array_equal(toy_data.pixels.take(np.arange(96)), before)

@@ -16,7 +16,7 @@ from records.types import AuditEvent, Side
 from trainers.evaluation.evaluate import predict_side
 from trainers.fitting.fit import fit
 from trainers.settings import TrainersSettings
-from vision.inference.golden import golden_pictures
+from vision.inference.golden import golden_images
 from vision.inference.loaded import load_model
 from vision.networks import MODELS
 
@@ -66,9 +66,9 @@ def test_the_bundle_says_what_it_is(fitted: tuple[Bundle, Path], dataset: Datase
     assert all(0 <= band["right"] <= band["lesions"] for band in bands)
 
 
-def test_the_golden_pictures_are_generated_and_answered_the_same(fitted: tuple[Bundle, Path]) -> None:
+def test_the_golden_images_are_generated_and_answered_the_same(fitted: tuple[Bundle, Path]) -> None:
     bundle, _ = fitted
-    assert np.array_equal(bundle.golden()["inputs"], golden_pictures(bundle.document.geometry))
+    assert np.array_equal(bundle.golden()["inputs"], golden_images(bundle.document.geometry))
     assert load_model(bundle, precision="fp32").check_golden() < 1e-3
 
 
@@ -138,7 +138,7 @@ def test_stopping_early_still_gives_a_bundle(dataset: DatasetVersion, filled_sto
 def test_an_empty_side_is_named(dataset: DatasetVersion, filled_store: Store, tmp_path: Path) -> None:
     rows = dataset.rows[dataset.rows["side"] != Side.CALIBRATION.value]
     lacking = DatasetVersion(datasets.content_id(rows, dataset.taxonomy_hash), dataset.taxonomy_hash, rows)
-    with pytest.raises(DataError, match="has no picture on the calibration side; import more lesions"):
+    with pytest.raises(DataError, match="has no image on the calibration side; import more lesions"):
         fit(filled_store, SETTINGS, lacking, run_dir=tmp_path, use_ray=False)
 
 

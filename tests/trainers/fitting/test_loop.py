@@ -180,11 +180,11 @@ def test_early_stopping_waits_as_long_as_it_was_told(
     assert len(model.reports) == model.best_epoch + 2
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_pictures(
+def test_a_loss_that_is_not_finite_stops_with_step_and_images(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
 ) -> None:
     settings = change(toy_settings, model="custom_cnn_base", learning_rate=10.0, momentum=0.99, epochs=20)
-    with pytest.raises(DivergedError, match=r"(at step \d+ of the epoch, on pictures|val picture) [0-9a-f]{64}"):
+    with pytest.raises(DivergedError, match=r"(at step \d+ of the epoch, on images|val image) [0-9a-f]{64}"):
         train(settings, toy_data, three_classes)
 
 
@@ -237,9 +237,9 @@ def test_data_that_cannot_be_used(
         return TrainingData(**{**toy_data.__dict__, **changes})
 
     none = np.array([], dtype=np.int64)
-    with pytest.raises(DataError, match="no picture on the val side"):
+    with pytest.raises(DataError, match="no image on the val side"):
         train(toy_settings, with_(val_index=none), three_classes)
-    with pytest.raises(DataError, match="no picture on the train side"):
+    with pytest.raises(DataError, match="no image on the train side"):
         train(toy_settings, with_(train_index=none), three_classes)
     with pytest.raises(ContractError, match="both trained on and validated with"):
         train(toy_settings, with_(val_index=toy_data.train_index[:3]), three_classes)
@@ -356,7 +356,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     with pytest.raises(DivergedError) as caught:
         train(settings, toy_data, three_classes, workers=alone(tmp_path))
     told = re.fullmatch(
-        r"epoch (\d+): .*(at step \d+ of the epoch, on pictures|val picture) [0-9a-f]{64}.*; "
+        r"epoch (\d+): .*(at step \d+ of the epoch, on images|val image) [0-9a-f]{64}.*; "
         rf"the last good checkpoint is after epoch (\d+), in {tmp_path}",
         str(caught.value),
     )

@@ -23,7 +23,7 @@ def test_cutting_by_group_shares_no_group() -> None:
     assert len(two.test) > 0
 
 
-def test_cutting_at_random_splits_groups_but_no_picture() -> None:
+def test_cutting_at_random_splits_groups_but_no_image() -> None:
     cut = cut_at_random(300, seed=1)
     assert (len(cut.train), len(cut.test)) == (240, 60)
     assert sorted([*cut.train, *cut.test]) == list(range(300))
@@ -40,7 +40,7 @@ def test_oversampling_first_puts_copies_on_both_sides() -> None:
     assert np.isin(rare, cut.train).all()
     common = [row for row in cut.test if labels[row] == 0]
     assert not np.isin(common, cut.train).any()
-    # Every picture of a small class comes equally often, within one.
+    # Every image of a small class comes equally often, within one.
     counts = np.bincount(both, minlength=300)[270:]
     assert set(counts.tolist()) == {5, 10}
 
@@ -53,7 +53,7 @@ def test_leaky_splits_boast(filled_store: Store) -> None:
     dataset = build_version(filled_store).version
     report = pretend(filled_store, settings, dataset)
     honest, random, oversampled = report.splits
-    assert [split.name for split in report.splits] == ["by_lesion", "random_pictures", "oversampled_first"]
+    assert [split.name for split in report.splits] == ["by_lesion", "random_images", "oversampled_first"]
     assert honest.leaked_test_share == 0.0
     assert random.leaked_test_share > 0.1
     assert oversampled.leaked_test_share > 0.5
@@ -61,8 +61,8 @@ def test_leaky_splits_boast(filled_store: Store) -> None:
         assert split.gap == pytest.approx(split.pretended.balanced_accuracy - split.honest.balanced_accuracy, abs=1e-4)
 
 
-def test_too_few_pictures_are_refused(filled_store: Store) -> None:
+def test_too_few_images_are_refused(filled_store: Store) -> None:
     dataset = build_version(filled_store).version
     rows = dataset.rows[dataset.rows["side"] != "val"]
-    with pytest.raises(DataError, match="at least two groups on the train side and a picture on the val side"):
+    with pytest.raises(DataError, match="at least two groups on the train side and an image on the val side"):
         pretend(filled_store, TrainersSettings(side_px=32), replace(dataset, rows=rows))

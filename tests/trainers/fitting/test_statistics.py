@@ -7,7 +7,7 @@ from trainers.fitting.statistics import evenly_spaced, pixel_statistics
 from trainers.fitting.training_data import TrainingData
 
 
-def test_statistics_are_those_of_the_training_pictures(toy_data: TrainingData) -> None:
+def test_statistics_are_those_of_the_training_images(toy_data: TrainingData) -> None:
     mean, std = pixel_statistics(toy_data.pixels, toy_data.train_index)
     values = toy_data.pixels.take(toy_data.train_index).astype(np.float64) / 255.0
     assert mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=1e-6)

@@ -64,7 +64,7 @@ def test_a_mixed_step_by_hand() -> None:
 
 
 def test_l1_by_hand() -> None:
-    # Weights 2 and -2 of a grey picture whose input is 0: the loss has no gradient, L1 pulls by its weight.
+    # Weights 2 and -2 of a grey image whose input is 0: the loss has no gradient, L1 pulls by its weight.
     network = Flat(2)
     with torch.no_grad():
         network.linear.weight.copy_(torch.tensor([[2.0] * 3, [-2.0] * 3]))
@@ -90,22 +90,22 @@ def test_the_watch_averages() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_the_watch_names_step_and_pictures(value: float) -> None:
+def test_the_watch_names_step_and_images(value: float) -> None:
     watch = LossWatch(IDS)
     watch.add(torch.tensor(1.0), batch([0, 1]))
     watch.add(torch.tensor(value), batch(list(range(100, 110))))
-    with pytest.raises(DivergedError, match=rf"at step 2 of the epoch, on pictures {IDS[100]}.* and 2 more; lower"):
+    with pytest.raises(DivergedError, match=rf"at step 2 of the epoch, on images {IDS[100]}.* and 2 more; lower"):
         watch.add(torch.tensor(1.0), batch([0, 1]))
 
 
 def test_the_watch_looks_at_the_last_step_too() -> None:
     watch = LossWatch(IDS)
     watch.add(torch.tensor(float("nan")), batch([3]))
-    with pytest.raises(DivergedError, match=f"on pictures {IDS[3]};"):
+    with pytest.raises(DivergedError, match=f"on images {IDS[3]};"):
         watch.mean()
 
 
-def test_batch_norm_is_measured_on_the_pictures_as_they_are(toy_data: TrainingData) -> None:
+def test_batch_norm_is_measured_on_the_images_as_they_are(toy_data: TrainingData) -> None:
     norm = nn.BatchNorm2d(3)
     network = nn.Sequential(norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     stepper = make_stepper(network, Geometry(side_px=32, mean=(0, 0, 0), std=(1, 1, 1)))
@@ -152,11 +152,11 @@ def test_an_answer_that_is_not_finite_is_named(toy_data: TrainingData, three_cla
     network = Flat(3)
     nn.init.constant_(network.linear.weight, float("nan"))
     stepper = make_stepper(network, Geometry(side_px=32))
-    with pytest.raises(DivergedError, match=f"val picture {toy_data.image_ids[72]} is not finite"):
+    with pytest.raises(DivergedError, match=f"val image {toy_data.image_ids[72]} is not finite"):
         validate(stepper, toy_data, three_classes, SingleWorker(use_gpu=False))
 
 
-def test_a_key_class_without_pictures_has_no_sensitivity(toy_data: TrainingData, three_classes: Taxonomy) -> None:
+def test_a_key_class_without_images_has_no_sensitivity(toy_data: TrainingData, three_classes: Taxonomy) -> None:
     others = toy_data.val_index[toy_data.labels[toy_data.val_index] != 2]
     data = TrainingData(toy_data.pixels, toy_data.image_ids, toy_data.labels, toy_data.train_index, others)
     stepper = make_stepper(Flat(3), Geometry(side_px=32))

@@ -57,7 +57,7 @@ def largest_difference(left: Weights, right: Weights) -> float:
 
 def alone(case: str, run_dir: Path | None = None) -> Any:
     return train(
-        RUN["settings_of"](case, 1), RUN["pictures"](), RUN["COLOURS"], workers=SingleWorker(run_dir, use_gpu=False)
+        RUN["settings_of"](case, 1), RUN["images"](), RUN["COLOURS"], workers=SingleWorker(run_dir, use_gpu=False)
     )
 
 

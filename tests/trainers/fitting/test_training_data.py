@@ -10,7 +10,7 @@ from images.decode import decode_square
 from records.datasets import DatasetVersion, build_version
 from records.errors import ContractError, TaxonomyError
 from records.store import Store
-from records.stored import find_images, read_picture
+from records.stored import find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import Side
 from trainers.fitting.training_data import plan_data
@@ -29,13 +29,13 @@ def test_a_plan_holds_train_and_val_and_nothing_else(filled_store: Store, datase
     assert [filled_store.taxonomy.codes[label] for label in plan.labels] == [*train["label"], *val["label"]]
 
 
-def test_opening_a_plan_gives_the_pictures_of_its_rows(filled_store: Store, dataset: DatasetVersion) -> None:
+def test_opening_a_plan_gives_the_images_of_its_rows(filled_store: Store, dataset: DatasetVersion) -> None:
     plan = pickle.loads(pickle.dumps(plan_data(dataset, filled_store.taxonomy)))
     data = plan.open(filled_store, 32)
     assert np.array_equal(np.sort(np.r_[data.train_index, data.val_index]), np.arange(len(plan.image_ids)))
     for row in (0, len(plan.image_ids) - 1):
         (image,) = find_images(filled_store, [plan.image_ids[row]])
-        assert np.array_equal(data.pixels.take([row])[0], decode_square(read_picture(filled_store, image), 32))
+        assert np.array_equal(data.pixels.take([row])[0], decode_square(read_image(filled_store, image), 32))
 
 
 def test_a_version_of_another_taxonomy_is_refused(dataset: DatasetVersion, three_classes: Taxonomy) -> None:

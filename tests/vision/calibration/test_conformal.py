@@ -72,14 +72,14 @@ def test_mean_coverage_keeps_the_promise_whatever_the_model_is_worth():
 
 
 def test_coverage_over_200_grouped_resplits_lies_where_theory_says():
-    """Lesions of one to four pictures are dealt to two halves as wholes; one picture of each lesion is counted."""
+    """Lesions of one to four images are dealt to two halves as wholes; one image of each lesion is counted."""
     generator = np.random.default_rng(11)
     per_class, codes = 240, ["a", "b", "c"]
     lesion_labels = np.repeat(np.arange(3), per_class)
-    pictures = generator.integers(1, 5, len(lesion_labels))
-    lesion_of = np.repeat(np.arange(len(lesion_labels)), pictures)
+    images = generator.integers(1, 5, len(lesion_labels))
+    lesion_of = np.repeat(np.arange(len(lesion_labels)), images)
     labels = lesion_labels[lesion_of]
-    # Pictures of a lesion resemble each other, and the model is overconfident.
+    # Images of a lesion resemble each other, and the model is overconfident.
     tendency = generator.normal(size=(len(lesion_labels), 3)) + np.eye(3)[lesion_labels]
     logits = 3.0 * (tendency[lesion_of] + 0.4 * generator.normal(size=(len(labels), 3)))
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

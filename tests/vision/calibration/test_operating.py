@@ -94,7 +94,7 @@ def distribution(**p):
     return row
 
 
-def test_lesions_average_their_pictures_and_are_represented_by_the_smallest_id():
+def test_lesions_average_their_images_and_are_represented_by_the_smallest_id():
     p = np.stack([distribution(mel=0.2, nv=0.8), distribution(mel=0.6, nv=0.4), distribution(nv=1.0)])
     lesions = gather_lesions(["b", "a", "c"], ["L1", "L1", None], np.array([MEL, MEL, 5]), p)
     assert len(lesions) == 2

@@ -38,7 +38,7 @@ def test_an_unknown_layer_is_named_with_those_there_are(network):
         layer_output(network, torch.zeros(1, 3, 8, 8), "layer9")
 
 
-def test_the_grid_shows_the_picture_and_the_channels_that_vary_most():
+def test_the_grid_shows_the_image_and_the_channels_that_vary_most():
     output = np.zeros((5, 4, 4), dtype=np.float32)
     output[3, 0, 0], output[1, 0, 0] = 9.0, 4.0
     channels = strongest_channels(output, 3)

@@ -16,16 +16,16 @@ TOLERANCE = 1e-5
 
 
 def test_pooled_linear_by_hand():
-    # One 1x1 convolution makes two channels of a one-channel picture: A1 = x, A2 = 10 - x.
+    # One 1x1 convolution makes two channels of a one-channel image: A1 = x, A2 = 10 - x.
     conv = nn.Conv2d(1, 2, 1)
     linear = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         conv.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
         conv.bias.copy_(torch.tensor([0.0, 10.0]))
         linear.weight.copy_(torch.tensor([[2.0, 1.0], [1.0, -1.0]]))
-    picture = torch.tensor([[[[1.0, 2.0], [6.0, 8.0]]]])
+    image = torch.tensor([[[[1.0, 2.0], [6.0, 8.0]]]])
     with torch.no_grad():
-        features = conv(picture)
+        features = conv(image)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), linear).eval()
     maps = closed_form_of(head).maps(features)
     # class 0: relu(2x + (10 - x)) / 4 = (10 + x) / 4;  class 1: relu(x - (10 - x)) / 4 = relu(2x - 10) / 4

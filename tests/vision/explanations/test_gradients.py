@@ -9,7 +9,7 @@ from vision.explanations.gradients import head_gradcam, in_flight, integrated_gr
 
 @pytest.fixture
 def linear_network():
-    """logit_c = sum of weights_c * picture: attributions are known exactly."""
+    """logit_c = sum of weights_c * image: attributions are known exactly."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2, bias=False)).eval().requires_grad_(False)
     nn.init.normal_(network[1].weight, generator=torch.Generator().manual_seed(0))
     return network
@@ -63,7 +63,7 @@ def test_nothing_is_left_on_a_network(make_network):
     assert not inputs.requires_grad
 
 
-def test_large_pictures_are_computed_in_smaller_numbers(linear_network):
+def test_large_images_are_computed_in_smaller_numbers(linear_network):
     assert [in_flight(side) for side in (32, 112, 224, 299, 2000)] == [32, 32, 8, 4, 1]
     inputs = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     target = torch.arange(40) % 2

@@ -15,12 +15,12 @@ def linear_network():
     return network
 
 
-def picture(seed=1):
+def image(seed=1):
     return torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 class Steep(nn.Module):
-    """A steep step half-way to the picture: coarse integrals miss it."""
+    """A steep step half-way to the image: coarse integrals miss it."""
 
     def forward(self, inputs):
         return torch.sigmoid(400 * (inputs.mean(dim=(1, 2, 3)) - 0.37))[:, None]
@@ -37,25 +37,25 @@ def test_steps_are_doubled_until_the_map_adds_up_or_the_limit_comes():
 
 def test_a_class_against_another_is_the_difference_of_both(linear_network):
     maps = {
-        key: integrated_gradients_within(ClassAgainst(linear_network, *key), picture()).values
+        key: integrated_gradients_within(ClassAgainst(linear_network, *key), image()).values
         for key in ((1, 0), (1, None), (0, None))
     }
     assert torch.allclose(maps[1, 0], maps[1, None] - maps[0, None], atol=1e-4)
-    expected = ((linear_network[1].weight[1] - linear_network[1].weight[0]).view(3, 8, 8) * picture()[0]).sum(dim=0)
+    expected = ((linear_network[1].weight[1] - linear_network[1].weight[0]).view(3, 8, 8) * image()[0]).sum(dim=0)
     assert torch.allclose(maps[1, 0][0], expected, atol=1e-4)
 
 
 def test_gradient_shap_of_a_linear_network_is_weight_times_distance_to_the_drawn_baselines(linear_network):
     network = ClassAgainst(linear_network, 1, None)
-    found = gradient_shap(network, picture(), num_samples=64, seed=3)
+    found = gradient_shap(network, image(), num_samples=64, seed=3)
     # Whatever is drawn, a linear output is explained completely.
     assert found.completeness_error < 1e-4
-    assert torch.equal(found.values, gradient_shap(network, picture(), num_samples=64, seed=3).values)
-    assert not torch.equal(found.values, gradient_shap(network, picture(), num_samples=64, seed=4).values)
+    assert torch.equal(found.values, gradient_shap(network, image(), num_samples=64, seed=3).values)
+    assert not torch.equal(found.values, gradient_shap(network, image(), num_samples=64, seed=4).values)
 
 
 def test_an_output_that_does_not_change_has_no_completeness_error(linear_network):
     with torch.no_grad():
         linear_network[1].weight.zero_()
-    found = integrated_gradients_within(ClassAgainst(linear_network, 1, None), picture())
+    found = integrated_gradients_within(ClassAgainst(linear_network, 1, None), image())
     assert (found.steps, found.completeness_error) == (50, None)

@@ -1,4 +1,4 @@
-"""Pictures that are none of skin lesions: generated ones of eight kinds, and pieces of two photographs."""
+"""Images that are none of skin lesions: generated ones of eight kinds, and pieces of two images."""
 
 import cv2
 import numpy as np
@@ -7,8 +7,8 @@ from sklearn.datasets import load_sample_images
 from records.arrays import UInt8Array
 
 
-def foreign_pictures(side_px: int, count: int, seed: int = 0) -> tuple[UInt8Array, list[str]]:
-    """Return [count, S, S, 3] pictures and the kind of each, all kinds equally often."""
+def foreign_images(side_px: int, count: int, seed: int = 0) -> tuple[UInt8Array, list[str]]:
+    """Return [count, S, S, 3] images and the kind of each, all kinds equally often."""
     random = np.random.default_rng(seed)
     kinds = [list(KINDS)[row % len(KINDS)] for row in range(count)]
     return np.stack([KINDS[kind](random, side_px) for kind in kinds]), kinds
@@ -36,11 +36,11 @@ def _plain_skin(random: np.random.Generator, side: int) -> UInt8Array:
 
 
 def _shapes(random: np.random.Generator, side: int) -> UInt8Array:
-    picture = np.full((side, side, 3), random.integers(0, 256, 3), np.uint8)
+    image = np.full((side, side, 3), random.integers(0, 256, 3), np.uint8)
     for _ in range(6):
         corners = random.integers(0, side, (2, 2)).tolist()
-        cv2.rectangle(picture, corners[0], corners[1], random.integers(0, 256, 3).tolist(), -1)
-    return picture
+        cv2.rectangle(image, corners[0], corners[1], random.integers(0, 256, 3).tolist(), -1)
+    return image
 
 
 def _stripes(random: np.random.Generator, side: int) -> UInt8Array:
@@ -51,24 +51,24 @@ def _stripes(random: np.random.Generator, side: int) -> UInt8Array:
 
 
 def _face(random: np.random.Generator, side: int) -> UInt8Array:
-    picture = np.full((side, side, 3), random.integers(120, 220, 3), np.uint8)
+    image = np.full((side, side, 3), random.integers(120, 220, 3), np.uint8)
     middle, skin = side // 2, random.uniform([180, 120, 90], [240, 200, 170]).tolist()
-    cv2.ellipse(picture, (middle, middle), (side // 3, side // 2 - 5), 0, 0, 360, skin, -1)
+    cv2.ellipse(image, (middle, middle), (side // 3, side // 2 - 5), 0, 0, 360, skin, -1)
     for eye in (-side // 8, side // 8):
-        cv2.circle(picture, (middle + eye, middle - side // 8), side // 20, (30, 30, 30), -1)
-    cv2.ellipse(picture, (middle, middle + side // 5), (side // 8, side // 16), 0, 0, 180, (150, 50, 50), -1)
-    return picture
+        cv2.circle(image, (middle + eye, middle - side // 8), side // 20, (30, 30, 30), -1)
+    cv2.ellipse(image, (middle, middle + side // 5), (side // 8, side // 16), 0, 0, 180, (150, 50, 50), -1)
+    return image
 
 
 def _landscape(random: np.random.Generator, side: int) -> UInt8Array:
     light = 1.0 - np.mgrid[0:side, 0:side][0] / side
-    picture = np.stack([200 * light + 40, 180 * light + 60, 255 * light], axis=-1)
-    picture[int(side * 0.6) :] = random.integers([20, 80, 20], [80, 160, 60], 3)
-    return np.clip(picture + random.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+    image = np.stack([200 * light + 40, 180 * light + 60, 255 * light], axis=-1)
+    image[int(side * 0.6) :] = random.integers([20, 80, 20], [80, 160, 60], 3)
+    return np.clip(image + random.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
 
 
-def _piece(photograph: int, random: np.random.Generator, side: int) -> UInt8Array:
-    whole = load_sample_images().images[photograph]
+def _piece(image: int, random: np.random.Generator, side: int) -> UInt8Array:
+    whole = load_sample_images().images[image]
     size = int(random.integers(120, 400))
     top, left = (int(random.integers(0, length - size)) for length in whole.shape[:2])
     return cv2.resize(whole[top : top + size, left : left + size], (side, side), interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""Foreign pictures are refused and pictures like the training ones are not, on real dermatoscopic pictures."""
+"""Foreign images are refused and images like the training ones are not, on real dermatoscopic images."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from vision.calibration.suitability import Described, fit_suitability
 from vision.inference.loaded import load_model, plain_network
 from vision.inference.suitability import assess
 
-from .foreign import foreign_pictures
+from .foreign import foreign_images
 
 SIDE_PX = 64
 NUM_TRAIN, NUM_VAL, NUM_UNSEEN, NUM_FOREIGN = 800, 400, 400, 200
@@ -41,9 +41,9 @@ def refused(model, pixels):
     return np.array([one.is_out_of_distribution or one.quality_reason is not None for one in judged])
 
 
-def test_nineteen_of_twenty_foreign_pictures_are_refused(model):
-    pictures, kinds = foreign_pictures(SIDE_PX, NUM_FOREIGN)
-    told = refused(model, pictures)
+def test_nineteen_of_twenty_foreign_images_are_refused(model):
+    images, kinds = foreign_images(SIDE_PX, NUM_FOREIGN)
+    told = refused(model, images)
     by_kind = {kind: float(told[np.array(kinds) == kind].mean()) for kind in set(kinds)}
     assert len(by_kind) == 10
     assert told.mean() >= 0.95, by_kind
@@ -51,5 +51,5 @@ def test_nineteen_of_twenty_foreign_pictures_are_refused(model):
 
 def test_one_in_twenty_of_val_is_refused_at_most(model, lesions):
     assert refused(model, lesions[NUM_TRAIN : NUM_TRAIN + NUM_VAL]).mean() <= 0.05
-    # Unseen pictures are refused about as often: twice the share would be 4 standard errors away.
+    # Unseen images are refused about as often: twice the share would be 4 standard errors away.
     assert refused(model, lesions[-NUM_UNSEEN:]).mean() <= 0.10

@@ -127,7 +127,7 @@ def test_threads_that_predict_and_differentiate_do_not_disturb_each_other(model)
         assert explained.result() == pytest.approx(expected_maps)
 
 
-def test_no_picture_is_a_valid_batch(model):
+def test_no_image_is_a_valid_batch(model):
     output = model.predict(random_pixels(0), gradcam=True)
     assert output.logits.shape == (0, 7)
     assert output.maps.shape[:2] == (0, 7)

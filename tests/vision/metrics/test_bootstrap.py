@@ -14,7 +14,7 @@ NUM_CLASSES = 4
 
 @pytest.fixture(scope="module")
 def side():
-    """300 pictures of 120 groups, each group of one class."""
+    """300 images of 120 groups, each group of one class."""
     generator = np.random.default_rng(0)
     group_class = generator.choice(NUM_CLASSES, size=120, p=[0.6, 0.2, 0.15, 0.05])
     group_index = np.concatenate([np.arange(120), generator.integers(0, 120, size=180)])
@@ -23,13 +23,13 @@ def side():
     return labels, predicted, group_index
 
 
-def test_each_resample_equals_the_confusion_matrix_of_the_pictures_it_drew(side):
+def test_each_resample_equals_the_confusion_matrix_of_the_images_it_drew(side):
     labels, predicted, group_index = side
     weights = resample_weights(group_strata(labels, group_index, NUM_CLASSES), num_resamples=20, seed=1)
     fast = resampled_confusions(labels, predicted, group_index, weights, NUM_CLASSES)
     for resample, drawn in zip(fast, weights.astype(int), strict=True):
-        pictures = np.repeat(np.arange(len(labels)), drawn[group_index])
-        assert (resample == confusion_matrix(labels[pictures], predicted[pictures], NUM_CLASSES)).all()
+        images = np.repeat(np.arange(len(labels)), drawn[group_index])
+        assert (resample == confusion_matrix(labels[images], predicted[images], NUM_CLASSES)).all()
 
 
 def test_the_number_of_groups_of_a_class_stays(side):
@@ -57,14 +57,14 @@ def test_intervals_agree_with_a_plain_loop_over_resamples(side):
                 for c in range(NUM_CLASSES)
             ]
         )
-        pictures = np.concatenate([members[g] for g in drawn])
+        images = np.concatenate([members[g] for g in drawn])
         plain.append(
-            np.mean([(predicted[p] == c).mean() for c in range(NUM_CLASSES) for p in [pictures[labels[pictures] == c]]])
+            np.mean([(predicted[p] == c).mean() for c in range(NUM_CLASSES) for p in [images[labels[images] == c]]])
         )
     assert fast == pytest.approx(np.quantile(plain, [0.025, 0.975]), abs=0.01)
 
 
-def test_groups_widen_the_interval_of_repeated_pictures():
+def test_groups_widen_the_interval_of_repeated_images():
     labels, predicted = np.zeros(200, dtype=int), np.tile([0, 1], 100)
     groups_of_ten = np.repeat(np.arange(20), 10)
     predicted = np.repeat(np.arange(20) % 2, 10)
@@ -102,7 +102,7 @@ def test_groups_outside_the_weights_are_refused():
         resampled_confusions(np.array([0]), np.array([0]), np.array([5]), np.ones((3, 2), dtype=np.float32), 2)
 
 
-def test_a_thousand_resamples_of_a_thousand_pictures_take_under_a_second():
+def test_a_thousand_resamples_of_a_thousand_images_take_under_a_second():
     generator = np.random.default_rng(0)
     labels, group_index = generator.integers(0, 7, 1000), np.arange(1000)
     started = time.perf_counter()

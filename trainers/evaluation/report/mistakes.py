@@ -22,7 +22,7 @@ SIDE_PX = 160
 
 @dataclass(frozen=True)
 class Mistake:
-    """One picture that was named wrongly."""
+    """One image that was named wrongly."""
 
     name: str
     truth: str
@@ -31,21 +31,21 @@ class Mistake:
     answer_probability: float
     is_answered: bool
     """whether the rules would have left it to the model alone"""
-    picture: str
+    image: str
     """data URI"""
     overlay: str
-    """data URI of the picture with the heat map of the answer"""
+    """data URI of the image with the heat map of the answer"""
 
 
 def worst_mistakes(predictions: SidePredictions, taxonomy: Taxonomy, count: int = NUM_MISTAKES) -> IntArray:
-    """Choose the pictures whose wrong answer costs most; one per lesion.
+    """Choose the images whose wrong answer costs most; one per lesion.
 
     Args:
         predictions: of the evaluation.
         taxonomy: miss costs.
         count: at most so many.
     Returns:
-        Picture indices, the worst first.
+        Image indices, the worst first.
     """
     labels, probabilities = predictions.labels, predictions.probabilities
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
@@ -65,32 +65,32 @@ def drawn_mistakes(predictions: SidePredictions, model: LoadedModel, operating: 
     """Draw the worst mistakes.
 
     Args:
-        predictions: of the evaluation; without their pictures nothing is drawn.
+        predictions: of the evaluation; without their images nothing is drawn.
         model: that made them.
         operating: its thresholds.
     Returns:
         The mistakes, the worst first.
     """
-    pictures, taxonomy = predictions.pictures, model.taxonomy
+    images, taxonomy = predictions.images, model.taxonomy
     chosen = worst_mistakes(predictions, taxonomy)
-    if pictures is None or len(chosen) == 0:
+    if images is None or len(chosen) == 0:
         return []
     answers = predictions.probabilities[chosen].argmax(axis=1)
-    maps = model.explain(pictures.squares(chosen, model.geometry.side_px), "gradcam", answers)
+    maps = model.explain(images.squares(chosen, model.geometry.side_px), "gradcam", answers)
     is_answered = answered(predictions.probabilities[chosen], taxonomy, operating)
     mistakes = []
     for index, answer, alone, heat_map in zip(chosen.tolist(), answers.tolist(), is_answered, maps, strict=True):
-        picture, truth = pictures.square(index, SIDE_PX), int(predictions.labels[index])
+        image, truth = images.square(index, SIDE_PX), int(predictions.labels[index])
         mistakes.append(
             Mistake(
-                name=pictures.names[index],
+                name=images.names[index],
                 truth=taxonomy.classes[truth].name,
                 answer=taxonomy.classes[answer].name,
                 truth_probability=float(predictions.probabilities[index, truth]),
                 answer_probability=float(predictions.probabilities[index, answer]),
                 is_answered=bool(alone),
-                picture=_uri(overlay_png(picture, np.zeros((1, 1)))),
-                overlay=_uri(overlay_png(picture, heat_map)),
+                image=_uri(overlay_png(image, np.zeros((1, 1)))),
+                overlay=_uri(overlay_png(image, heat_map)),
             )
         )
     return mistakes

@@ -75,7 +75,7 @@ def reliability_plot(evaluation: Evaluation) -> str:
     axes.plot(confidence, accuracy, color=ACCENT, linewidth=1.2)
     axes.scatter(confidence, accuracy, s=size, color=ACCENT, alpha=0.6)
     axes.set(xlabel="how sure the model was", ylabel="how often it was right", xlim=(0, 1), ylim=(0, 1.02))
-    axes.text(0.04, 0.94, "dot size: share of pictures\ngrey line: exactly as sure as right", fontsize=7, va="top")
+    axes.text(0.04, 0.94, "dot size: share of images\ngrey line: exactly as sure as right", fontsize=7, va="top")
     return figure_uri(figure)
 
 

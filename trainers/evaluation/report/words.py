@@ -1,7 +1,7 @@
 """What an evaluation says in words: the first screen of the report, for somebody who decides and does not compute.
 
 In: an `Evaluation`. Out: sentences. They say how often, out of a hundred, and what that rests on; never that a
-picture or a person has nothing to fear.
+image or a person has nothing to fear.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
         Card(
             _of_100(evaluation.balanced_accuracy),
             "right, every class counting alike",
-            f"The most probable class was the right one for {_of_100(evaluation.balanced_accuracy)} pictures "
+            f"The most probable class was the right one for {_of_100(evaluation.balanced_accuracy)} images "
             f"({_range(evaluation.balanced_accuracy_ci)}) if each of the {_num_present(evaluation)} classes came "
             f"equally often; for {_of_100(evaluation.accuracy)} as they came here.",
         )
@@ -48,8 +48,8 @@ def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
         found.append(
             Card(
                 _of_100(evaluation.answered_share),
-                "pictures left to the model alone",
-                f"The rules would answer {_of_100(evaluation.answered_share)} pictures without an expert and send the "
+                "images left to the model alone",
+                f"The rules would answer {_of_100(evaluation.answered_share)} images without an expert and send the "
                 f"others to one. {evaluation.mean_set_size:.1f} classes are in the prediction set on average.",
             )
         )
@@ -117,7 +117,7 @@ def _about_key_class(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     report = evaluation.per_class[key.name]
     if report.sensitivity is not None and report.sensitivity < 0.5:
         found.append(
-            f"{name}: it is the most probable class for only {percent(report.sensitivity)} of its pictures; "
+            f"{name}: it is the most probable class for only {percent(report.sensitivity)} of its images; "
             "it is the referral that finds it, not the label."
         )
     return found
@@ -130,7 +130,7 @@ def _about_classes(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
         for code, report in evaluation.per_class.items()
         if report.sensitivity is not None and report.sensitivity < 0.4
     ]
-    found = [f"No picture of {', '.join(name_of(code, taxonomy) for code in absent)} was looked at."] if absent else []
+    found = [f"No image of {', '.join(name_of(code, taxonomy) for code in absent)} was looked at."] if absent else []
     return found + ([f"Seldom recognised: {', '.join(weak)}."] if weak else [])
 
 
@@ -181,7 +181,7 @@ def _about_maps(evaluation: Evaluation) -> list[str]:
 def _about_the_side(evaluation: Evaluation) -> list[str]:
     found = []
     if evaluation.side == "val":
-        found.append("These pictures chose the epoch and the calibration, so that the figures flatter a little.")
+        found.append("These images chose the epoch and the calibration, so that the figures flatter a little.")
     if evaluation.side_reads is not None and evaluation.side_reads > 1:
         found.append(f"The {evaluation.side} side was looked at {evaluation.side_reads} times; each look wears it out.")
     if evaluation.prevalence is not None:

@@ -97,7 +97,7 @@ def _plots(bundle: Bundle, predictions: SidePredictions, evaluation: Evaluation)
 
 def _where(evaluation: Evaluation) -> str:
     if evaluation.dataset_id is None:
-        return "a folder of labelled pictures"
+        return "a folder of labelled images"
     return f"the {evaluation.side} side of dataset {evaluation.dataset_id[:12]}"
 
 

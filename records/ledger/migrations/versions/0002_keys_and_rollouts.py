@@ -1,4 +1,4 @@
-"""Keys of the API, rollouts, what is wrong with a picture, and what caused an event."""
+"""Keys of the API, rollouts, what is wrong with an image, and what caused an event."""
 
 import sqlalchemy as sa
 from alembic import op

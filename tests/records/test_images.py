@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from records.errors import PictureError
-from records.pictures import FORMATS, picture_size, sniff, strip_metadata
+from records.errors import ImageError
+from records.images import FORMATS, image_size, sniff, strip_metadata
 
 SECRET = b"Erika Mustermann"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -53,7 +53,7 @@ def _save(mode: str = "RGB", orientation: int = 6, **options: Any) -> bytes:
     return file.getvalue()
 
 
-PICTURES: dict[str, Callable[[], bytes]] = {
+IMAGES: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: _save(format="JPEG", quality=90),
     "jpeg progressive": lambda: _save(format="JPEG", progressive=True),
     "jpeg grey": lambda: _save("L", format="JPEG"),
@@ -72,13 +72,13 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 
 
 def _decoded(data: bytes) -> tuple[str, np.ndarray[Any, Any], int, bytes | None]:
-    with Image.open(io.BytesIO(data)) as picture:
-        return picture.mode, np.asarray(picture), picture.getexif().get(ORIENTATION, 1), picture.info.get("icc_profile")
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode, np.asarray(image), image.getexif().get(ORIENTATION, 1), image.info.get("icc_profile")
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_metadata_goes_and_pixels_orientation_and_profile_stay(name: str) -> None:
-    data = PICTURES[name]()
+    data = IMAGES[name]()
     stripped = strip_metadata(data)
     assert SECRET not in stripped
     assert zlib.compress(SECRET * 9)[2:12] not in stripped
@@ -86,22 +86,22 @@ def test_metadata_goes_and_pixels_orientation_and_profile_stay(name: str) -> Non
     assert after[0] == before[0]
     np.testing.assert_array_equal(after[1], before[1])
     assert after[2:] == before[2:]
-    with Image.open(io.BytesIO(stripped)) as picture:
-        assert set(picture.getexif()) <= {ORIENTATION}
-        assert not {"comment", "xmp", "XML:com.adobe.xmp", "Author", "Compressed"} & set(picture.info)
+    with Image.open(io.BytesIO(stripped)) as image:
+        assert set(image.getexif()) <= {ORIENTATION}
+        assert not {"comment", "xmp", "XML:com.adobe.xmp", "Author", "Compressed"} & set(image.info)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_stripping_again_changes_nothing(name: str) -> None:
-    stripped = strip_metadata(PICTURES[name]())
+    stripped = strip_metadata(IMAGES[name]())
     assert strip_metadata(stripped) == stripped
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_format_and_size_are_told_by_content(name: str) -> None:
-    data = PICTURES[name]()
+    data = IMAGES[name]()
     assert sniff(data) == name.split()[0]
-    assert picture_size(data) == picture_size(strip_metadata(data)) == (60, 45)
+    assert image_size(data) == image_size(strip_metadata(data)) == (60, 45)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -111,16 +111,16 @@ def test_every_orientation_survives(kind: str, orientation: int) -> None:
 
 
 def test_what_is_hidden_behind_or_between_goes_too() -> None:
-    jpeg = PICTURES["jpeg progressive"]()
+    jpeg = IMAGES["jpeg progressive"]()
     second_scan = jpeg.index(b"\xff\xda", jpeg.index(b"\xff\xda") + 2)
     comment = b"\xff\xfe" + struct.pack(">H", len(SECRET) + 2) + SECRET
     # Phones put a second JPEG with its own GPS behind the first one.
-    hidden = jpeg[:second_scan] + comment + jpeg[second_scan:] + PICTURES["jpeg"]()
+    hidden = jpeg[:second_scan] + comment + jpeg[second_scan:] + IMAGES["jpeg"]()
     assert strip_metadata(hidden) == strip_metadata(jpeg)
-    png = PICTURES["png"]()
+    png = IMAGES["png"]()
     private = struct.pack(">I", len(SECRET)) + b"prVt" + SECRET + struct.pack(">I", zlib.crc32(b"prVt" + SECRET))
     assert strip_metadata(png[:33] + private + png[33:] + SECRET) == strip_metadata(png)
-    webp = PICTURES["webp lossy"]()
+    webp = IMAGES["webp lossy"]()
     unknown = b"NOTE" + struct.pack("<I", len(SECRET)) + SECRET
     inside = webp[8:] + unknown
     larger = b"RIFF" + struct.pack("<I", len(inside)) + inside
@@ -128,7 +128,7 @@ def test_what_is_hidden_behind_or_between_goes_too() -> None:
 
 
 def test_a_preview_in_the_jpeg_header_goes() -> None:
-    jpeg = strip_metadata(PICTURES["jpeg upright"]())
+    jpeg = strip_metadata(IMAGES["jpeg upright"]())
     at = jpeg.index(b"\xff\xe0")
     header = jpeg[at + 4 : at + 16] + bytes([2, 2]) + SECRET[:12]
     with_preview = jpeg[:at] + b"\xff\xe0" + struct.pack(">H", len(header) + 2) + header + jpeg[at + 18 :]
@@ -140,12 +140,12 @@ def test_frames_of_an_animation_keep_no_metadata() -> None:
     _pixels().save(file, "WEBP", save_all=True, append_images=[_pixels("L").convert("RGB")], duration=100, xmp=XMP)
     stripped = strip_metadata(file.getvalue())
     assert SECRET not in stripped
-    with Image.open(io.BytesIO(stripped)) as picture:
-        assert picture.n_frames == 2
+    with Image.open(io.BytesIO(stripped)) as image:
+        assert image.n_frames == 2
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_broken_exif_does_not_make_a_broken_picture(kind: str) -> None:
+def test_broken_exif_does_not_make_a_broken_image(kind: str) -> None:
     for exif in (
         b"Exif\x00\x00",
         b"Exif\x00\x00II*\x00\xff\xff\xff\x7f",
@@ -159,8 +159,8 @@ def test_broken_exif_does_not_make_a_broken_picture(kind: str) -> None:
     ("data", "code"),
     [
         (b"", "empty"),
-        (b"just a text", "not_a_picture"),
-        (b"GIF89a" + bytes(50), "not_a_picture"),
+        (b"just a text", "not_an_image"),
+        (b"GIF89a" + bytes(50), "not_an_image"),
         (b"\xff\xd8\xff", "damaged"),
         (b"\xff\xd8\xff\xe0\x00\x00", "damaged"),
         (b"\xff\xd8\xff\xd9", "damaged"),
@@ -170,43 +170,43 @@ def test_broken_exif_does_not_make_a_broken_picture(kind: str) -> None:
         (b"RIFF\xff\xff\xff\xffWEBPVP8 ", "damaged"),
     ],
 )
-def test_what_is_no_picture_has_a_code(data: bytes, code: str) -> None:
-    for read in (picture_size, strip_metadata):
-        with pytest.raises(PictureError) as caught:
+def test_what_is_no_image_has_a_code(data: bytes, code: str) -> None:
+    for read in (image_size, strip_metadata):
+        with pytest.raises(ImageError) as caught:
             read(data)
         assert caught.value.code == code
         assert "send" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_that_was_cut_off_is_damaged(name: str) -> None:
-    data = strip_metadata(PICTURES[name]())
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_that_was_cut_off_is_damaged(name: str) -> None:
+    data = strip_metadata(IMAGES[name]())
     for length in (len(data) - 1, len(data) - 2, len(data) // 2, 40):
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             strip_metadata(data[:length])
         assert caught.value.code == "damaged"
 
 
 def test_a_wrong_checksum_is_not_mended() -> None:
-    data = bytearray(strip_metadata(PICTURES["png"]()))
+    data = bytearray(strip_metadata(IMAGES["png"]()))
     data[data.index(b"IDAT") + 10] ^= 1
-    with pytest.raises(PictureError, match="checksum"):
+    with pytest.raises(ImageError, match="checksum"):
         strip_metadata(bytes(data))
 
 
-def test_a_picture_without_area_is_damaged() -> None:
+def test_an_image_without_area_is_damaged() -> None:
     header = b"IHDR" + struct.pack(">IIBBBBB", 0, 45, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    with pytest.raises(PictureError, match="no pixels"):
-        picture_size(data)
+    with pytest.raises(ImageError, match="no pixels"):
+        image_size(data)
 
 
 def test_formats_are_the_three_that_sniff_tells() -> None:
-    assert set(FORMATS) == {sniff(make()) for make in PICTURES.values()}
+    assert set(FORMATS) == {sniff(make()) for make in IMAGES.values()}
 
 
-SMALL = [strip_metadata(PICTURES[name]()) for name in ("jpeg", "jpeg progressive", "png", "webp lossy", "webp alpha")]
-SMALL += [PICTURES[name]() for name in ("jpeg", "png", "webp lossless")]
+SMALL = [strip_metadata(IMAGES[name]()) for name in ("jpeg", "jpeg progressive", "png", "webp lossy", "webp alpha")]
+SMALL += [IMAGES[name]() for name in ("jpeg", "png", "webp lossless")]
 
 
 @settings(max_examples=400, derandomize=True, deadline=None, database=None)
@@ -225,18 +225,18 @@ def test_damaged_bytes_never_raise_anything_else(
         data[at : at + len(value)] = value
     damaged = bytes(data[: int(len(data) * cut)] if cut < 0.5 else data)
     try:
-        size_px, stripped = picture_size(damaged), strip_metadata(damaged)
-    except PictureError as error:
+        size_px, stripped = image_size(damaged), strip_metadata(damaged)
+    except ImageError as error:
         code = error.code
     else:
         code = "fine"
         assert min(size_px) >= 1
         assert strip_metadata(stripped) == stripped
-        assert picture_size(stripped) == size_px
-    assert code in {"empty", "not_a_picture", "damaged", "fine"}
+        assert image_size(stripped) == size_px
+    assert code in {"empty", "not_an_image", "damaged", "fine"}
 
 
-def test_real_pictures_keep_their_pixels(ham10000: Path) -> None:
+def test_real_images_keep_their_pixels(ham10000: Path) -> None:
     files = sorted(ham10000.glob("HAM10000_images_part_*/*.jpg"))[::500]
     assert len(files) > 10
     for file in files:

@@ -1,6 +1,6 @@
 """From the bytes of a request to what is stored and what the model sees.
 
-In: bytes that anybody may have sent. Out: a `StoredPicture` without metadata, or a `PictureError`.
+In: bytes that anybody may have sent. Out: a `StoredImage` without metadata, or a `ImageError`.
 Limits are checked on the header, before any pixel is decoded.
 """
 
@@ -9,36 +9,36 @@ import sqlalchemy as sa
 
 from images.decode import decode_square
 from records.arrays import Float32Array
-from records.errors import PictureError
+from records.errors import ImageError
 from records.ids import sha256_hex
+from records.images import image_size, sniff, strip_metadata
 from records.ledger.tables import TABLES
-from records.pictures import picture_size, sniff, strip_metadata
 from records.store import Store
 from records.types import Image
 from serving.messages import HeatMap
-from serving.outbox import StoredPicture
+from serving.outbox import StoredImage
 from vision.explanations.overlay import overlay_png
 from vision.inference.attribution import Attribution
 from vision.inference.loaded import LoadedModel
 
 
-def take_in(store: Store, data: bytes, max_pixels: int) -> StoredPicture:
-    """Check a picture and bring it to the form that is stored.
+def take_in(store: Store, data: bytes, max_pixels: int) -> StoredImage:
+    """Check an image and bring it to the form that is stored.
 
     Args:
-        store: that may know the picture from an import.
+        store: that may know the image from an import.
         data: as sent.
         max_pixels: more are refused before decoding.
     Returns:
-        The picture without metadata, except orientation and colour profile.
+        The image without metadata, except orientation and colour profile.
     Raises:
-        PictureError: not a JPEG, PNG or WebP file, damaged, or too many pixels.
+        ImageError: not a JPEG, PNG or WebP file, damaged, or too many pixels.
     """
     kind = sniff(data)
-    width_px, height_px = picture_size(data)
+    width_px, height_px = image_size(data)
     if width_px * height_px > max_pixels:
-        raise PictureError(
-            f"the picture has {width_px} x {height_px} pixels and {max_pixels / 1e6:g} million are allowed; "
+        raise ImageError(
+            f"the image has {width_px} x {height_px} pixels and {max_pixels / 1e6:g} million are allowed; "
             "send a smaller one",
             "too_many_pixels",
         )
@@ -46,28 +46,28 @@ def take_in(store: Store, data: bytes, max_pixels: int) -> StoredPicture:
     if stored != data and _is_known(store, data):
         # Imported in place: its id is that of the whole file.
         stored = data
-    return StoredPicture(sha256_hex(stored), stored, kind, width_px, height_px)
+    return StoredImage(sha256_hex(stored), stored, kind, width_px, height_px)
 
 
-def draw_map(picture: bytes, values: Float32Array, side_px: int, alpha: float) -> bytes:
-    """Draw a map over the centre square of a picture.
+def draw_map(image: bytes, values: Float32Array, side_px: int, alpha: float) -> bytes:
+    """Draw a map over the centre square of an image.
 
     Args:
-        picture: as stored.
+        image: as stored.
         values: [h, w], finite.
         side_px: side of the result.
         alpha: opacity where the map is largest, 0 to 1.
     Returns:
         PNG bytes.
     """
-    return overlay_png(decode_square(picture, side_px), values, alpha)
+    return overlay_png(decode_square(image, side_px), values, alpha)
 
 
 def gradcam_map(
-    loaded: LoadedModel, picture: bytes, values: Float32Array, target: str, side_px: int, alpha: float
+    loaded: LoadedModel, image: bytes, values: Float32Array, target: str, side_px: int, alpha: float
 ) -> HeatMap:
     """Put a Grad-CAM map and its drawing together; see `draw_map` for the arguments."""
-    png = draw_map(picture, values, side_px, alpha)
+    png = draw_map(image, values, side_px, alpha)
     return HeatMap(
         "gradcam", loaded.gradcam_is_exact, loaded.target_layer, target, values, png,
         faithfulness=loaded.faithfulness,
@@ -77,7 +77,7 @@ def gradcam_map(
 def attribution_map(
     loaded: LoadedModel,
     found: Attribution,
-    picture: bytes,
+    image: bytes,
     method: str,
     target: str,
     versus: str | None,
@@ -85,7 +85,7 @@ def attribution_map(
     alpha: float,
 ) -> HeatMap:
     """Put a computed map and its drawing together; see `draw_map`. What speaks against the class is not drawn."""
-    png = draw_map(picture, np.clip(found.values, 0.0, None), side_px, alpha)
+    png = draw_map(image, np.clip(found.values, 0.0, None), side_px, alpha)
     return HeatMap(
         method=method,
         exact=found.exact,
@@ -102,7 +102,7 @@ def attribution_map(
 
 
 def was_erased(store: Store, image_id: str) -> bool:
-    """Return whether a picture was erased on request; one that is sent again is answered and not stored again."""
+    """Return whether an image was erased on request; one that is sent again is answered and not stored again."""
     images = TABLES[Image].c
     with store.ledger.read() as tx:
         erased = sa.and_(images.erased_at.is_not(None), images.expired_at.is_(None))

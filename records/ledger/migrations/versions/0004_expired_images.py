@@ -1,4 +1,4 @@
-"""Pictures that are gone because their time was over, and not because somebody asked for it."""
+"""Images that are gone because their time was over, and not because somebody asked for it."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Where an evaluation finds its pictures again: for heat maps, masks and attacks on a few of them."""
+"""Where an evaluation finds its images again: for heat maps, masks and attacks on a few of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from trainers.evaluation.skin import find_mask, read_mask
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """N pictures, read when they are asked for."""
+class Images:
+    """N images, read when they are asked for."""
 
     names: list[str]
     """[N] as a person knows them"""
     read: Callable[[int], bytes]
     """position -> the bytes of its file"""
     masks: Path | None = None
-    """folder of lesion masks, named after the pictures"""
+    """folder of lesion masks, named after the images"""
 
     def square(self, index: int, side_px: int) -> UInt8Array:
-        """Return a picture as a square, [S, S, 3]."""
+        """Return an image as a square, [S, S, 3]."""
         return decode_square(self.read(index), side_px)
 
     def squares(self, indices: IntArray, side_px: int) -> UInt8Array:
-        """Return pictures as squares, [n, S, S, 3]."""
+        """Return images as squares, [n, S, S, 3]."""
         return np.stack([self.square(int(index), side_px) for index in indices])
 
     def mask(self, index: int, side_px: int) -> BoolArray | None:

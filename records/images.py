@@ -1,4 +1,4 @@
-"""Picture files as bytes: format by content, size before decoding, metadata removed without re-encoding.
+"""Image files as bytes: format by content, size before decoding, metadata removed without re-encoding.
 
 What stays is what decoding needs: the pixels, the orientation and the ICC profile. Only parts that are
 known to be needed are kept, so nothing unknown slips through. Nothing here decodes pixels.
@@ -9,7 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from records.errors import PictureError
+from records.errors import ImageError
 
 FORMATS = ("jpeg", "png", "webp")
 
@@ -33,14 +33,14 @@ _WEBP_HAS_EXIF, _WEBP_HAS_XMP = 0x08, 0x04
 
 
 def sniff(data: bytes) -> str:
-    """Return the format of a picture, by its content.
+    """Return the format of an image, by its content.
 
     Args:
         data: the file.
     Returns:
         `jpeg`, `png` or `webp`.
     Raises:
-        PictureError: it is none of them (code `empty` or `not_a_picture`).
+        ImageError: it is none of them (code `empty` or `not_an_image`).
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpeg"
@@ -49,11 +49,11 @@ def sniff(data: bytes) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     if not data:
-        raise PictureError("the picture is empty; send a JPEG, PNG or WebP file", "empty")
-    raise PictureError("these bytes are not a picture that Relook reads; send a JPEG, PNG or WebP file")
+        raise ImageError("the image is empty; send a JPEG, PNG or WebP file", "empty")
+    raise ImageError("these bytes are not an image that Relook reads; send a JPEG, PNG or WebP file")
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes) -> tuple[int, int]:
     """Return (width, height) in pixels from the header, without decoding.
 
     Args:
@@ -61,7 +61,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     Returns:
         Width and height as stored, before orientation; both at least 1.
     Raises:
-        PictureError: it is no picture, or its header cannot be read (code `damaged`).
+        ImageError: it is no image, or its header cannot be read (code `damaged`).
     """
     kind = sniff(data)
     try:
@@ -79,19 +79,19 @@ def strip_metadata(data: bytes) -> bytes:
     Args:
         data: a JPEG, PNG or WebP file.
     Returns:
-        The bytes to store; whatever follows the picture's end is gone. Stripping them again changes nothing.
+        The bytes to store; whatever follows the image's end is gone. Stripping them again changes nothing.
     Raises:
-        PictureError: it is not such a file, or it is damaged or cut off (code `damaged`).
+        ImageError: it is not such a file, or it is damaged or cut off (code `damaged`).
     """
-    picture_size(data)
+    image_size(data)
     try:
         return {"jpeg": _strip_jpeg, "png": _strip_png, "webp": _strip_webp}[sniff(data)](data)
     except (struct.error, IndexError) as error:
         raise _damaged("it is cut off") from error
 
 
-def _damaged(what: str) -> PictureError:
-    return PictureError(f"the picture is damaged: {what}; send an undamaged file", "damaged")
+def _damaged(what: str) -> ImageError:
+    return ImageError(f"the image is damaged: {what}; send an undamaged file", "damaged")
 
 
 # ---------------------------------------------------------------- orientation
@@ -111,7 +111,7 @@ def _orientation(tiff: bytes) -> int:
                 (value,) = struct.unpack_from(f"{order}{_TIFF_INTEGERS[kind]}", tiff, entry + 8)
                 return int(value) if 1 <= value <= 8 else 1
     except struct.error:
-        return 1  # broken metadata does not make a broken picture
+        return 1  # broken metadata does not make a broken image
     return 1
 
 
@@ -124,7 +124,7 @@ def _orientation_tiff(orientation: int) -> bytes:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (marker, whole segment) up to the end of the picture; a scan's data belongs to its segment."""
+    """Yield (marker, whole segment) up to the end of the image; a scan's data belongs to its segment."""
     at = 2
     while True:
         if data[at] != 0xFF:
@@ -165,7 +165,7 @@ def _strip_jpeg(data: bytes) -> bytes:
             orientation = _orientation(segment[10:])
         elif marker in _JPEG_KEPT or (marker == _JPEG_ICC and segment[4:16] == b"ICC_PROFILE\x00"):
             kept.append(segment)
-        # What the next two say about colours is needed; a preview of the picture behind it is not.
+        # What the next two say about colours is needed; a preview of the image behind it is not.
         elif marker == 0xE0 and segment[4:9] == b"JFIF\x00" and len(segment) >= 18:
             kept.append(b"\xff\xe0\x00\x10" + segment[4:16] + b"\x00\x00")
         elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) >= 16:
@@ -182,7 +182,7 @@ def _strip_jpeg(data: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (name, whole chunk) up to the end of the picture."""
+    """Yield (name, whole chunk) up to the end of the image."""
     name, at = b"", 8
     while name != b"IEND":
         (length,) = struct.unpack_from(">I", data, at)

@@ -1,4 +1,4 @@
-"""Pictures, the groups that keep them on one side, and the labels that came with them."""
+"""Images, the groups that keep them on one side, and the labels that came with them."""
 
 from enum import StrEnum
 from typing import ClassVar
@@ -9,7 +9,7 @@ from records.types.base import Record, Timestamp
 
 
 class Consent(StrEnum):
-    """What the person in the picture agreed to; each level contains the ones before."""
+    """What the person in the image agreed to; each level contains the ones before."""
 
     NONE = "none"
     REVIEW = "review"
@@ -49,7 +49,7 @@ LABEL_RANK: dict[Confirmation, int] = {
 
 
 class Image(Record):
-    """A stored picture. Its id is the SHA-256 of the stored bytes."""
+    """A stored image. Its id is the SHA-256 of the stored bytes."""
 
     table: ClassVar[str] = "images"
     mutable: ClassVar[frozenset[str]] = frozenset({"group_id", "erased_at", "expired_at"})
@@ -67,16 +67,16 @@ class Image(Record):
     sex: str | None = None
     localization: str | None = Field(default=None, description="body site of the lesion")
     device: str | None = None
-    site: str | None = Field(default=None, description="institution that took the picture")
+    site: str | None = Field(default=None, description="institution that took the image")
     acquired_at: Timestamp | None = None
     provenance: str = Field(description="import:<id>, served, or generated")
     consent: Consent = Consent.NONE
     perceptual_hash: str | None = Field(default=None, description="64-bit pHash, 16 hex characters")
-    group_id: str | None = Field(default=None, description="set once, when the picture is grouped")
+    group_id: str | None = Field(default=None, description="set once, when the image is grouped")
     created_at: Timestamp
     erased_at: Timestamp | None = Field(default=None, description="since then its bytes are gone and it is a tombstone")
     expired_at: Timestamp | None = Field(
-        default=None, description="set with erased_at if its time to be kept was over; such a picture may come back"
+        default=None, description="set with erased_at if its time to be kept was over; such an image may come back"
     )
 
     @property
@@ -86,12 +86,12 @@ class Image(Record):
 
 
 class Group(Record):
-    """Pictures connected by lesion, patient or near-duplicate; the unit that a split draws."""
+    """Images connected by lesion, patient or near-duplicate; the unit that a split draws."""
 
     table: ClassVar[str] = "groups"
     mutable: ClassVar[frozenset[str]] = frozenset({"side", "drawn_by", "drawn_at", "merged_into"})
 
-    id: str = Field(description="first 16 hex characters of the hash of its first picture's id")
+    id: str = Field(description="first 16 hex characters of the hash of its first image's id")
     side: Side | None = Field(default=None, description="empty until the first label arrives")
     drawn_by: str | None = Field(default=None, description="given | stratified | hash | doubt: what drew the side")
     drawn_at: Timestamp | None = None
@@ -122,14 +122,14 @@ class Quarantined(Record):
 
     id: str
     import_id: str
-    source_id: str = Field(description="the picture's name in the table")
+    source_id: str = Field(description="the image's name in the table")
     code: str = Field(description="missing | unreadable | unknown_class | label_conflict | links_two_sides")
     reason: str = Field(description="one sentence")
     created_at: Timestamp
 
 
 class ManifestRow(Record):
-    """One labelled picture in a dataset version."""
+    """One labelled image in a dataset version."""
 
     table: ClassVar[str] = "manifest"
     key: ClassVar[str] = "image_id"
