@@ -17,7 +17,7 @@ from records.ids import utc_now
 from records.models import find_bundle
 from records.store import Store
 from records.stored import find_images
-from records.types import DatasetRecord, RoundStep, Side
+from records.types import DatasetRecord, RoundStep, Split
 
 
 def write_change_record(
@@ -65,7 +65,7 @@ def _data(store: Store, bundle: Bundle) -> dict[str, Any]:
         if tx.get(DatasetRecord, dataset_id) is None:
             return {"dataset_id": dataset_id, "here": False}
     dataset = load_dataset(store, dataset_id)
-    train = dataset.side(Side.TRAIN)
+    train = dataset.split(Split.TRAIN)
     images = find_images(store, [str(image_id) for image_id in train["image_id"]])
     return {
         "dataset_id": dataset_id,
@@ -76,7 +76,7 @@ def _data(store: Store, bundle: Bundle) -> dict[str, Any]:
         "train_labels": dict(Counter(str(label) for label in train["label"])),
         "train_provenance": dict(Counter(image.provenance for image in images)),
         "train_consent": dict(Counter(str(image.consent) for image in images)),
-        "labels_from_experts": int(dataset.rows["label_source"].str.startswith("expert:").sum()),
+        "labels_from_annotators": int(dataset.rows["label_source"].str.startswith("annotator:").sum()),
     }
 
 
@@ -87,7 +87,7 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list
 
 
 def _test_figures(store: Store, model_id: str) -> dict[str, Any] | None:
-    """Return the figures on the test side that the model's round reported, if a round made it."""
+    """Return the figures on the test split that the model's round reported, if a round made it."""
     with store.ledger.read() as tx:
         fits = [step for step in tx.find(RoundStep, where={"step": "fit"}) if step.result["model_id"] == model_id]
         if not fits:

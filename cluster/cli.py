@@ -47,7 +47,7 @@ from trainers.cli import CATALOGUES
 
 app = typer.Typer(
     name="relook",
-    help="Train an image classifier, serve it with an explanation beside every answer, learn from what experts say.",
+    help="Train an image classifier, serve it with an explanation beside every answer, learn from what annotators say.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -117,7 +117,7 @@ def status(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what there is: images, labels, models, what waits for experts, the last round."""
+    """Show what there is: images, labels, models, what waits for annotators, the last round."""
     from cluster.status import report, survey
 
     found = survey(settings_of(ctx, config, preset, sets).records)

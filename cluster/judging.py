@@ -1,7 +1,7 @@
-"""Everything the gate needs, gathered: predictions on the gate side, rivals, slices, and how often one has looked.
+"""Everything the gate needs, gathered: predictions on the gate split, rivals, slices, and how often one has looked.
 
 In: a store, settings, a bundle and a dataset version. Out: the gate's report. Every call reads the gate
-side, and each reading is an audit event.
+split, and each reading is an audit event.
 """
 
 from collections import defaultdict
@@ -19,8 +19,8 @@ from records.ledger import Transaction
 from records.models import find_bundle, serving_model
 from records.store import Store
 from records.stored import find_images
-from records.types import AuditEvent, Image, ModelStatus, RoundStep, Side
-from trainers.evaluation.evaluate import GUARDED_SIDES, SidePredictions, predict_side
+from records.types import AuditEvent, Image, ModelStatus, RoundStep, Split
+from trainers.evaluation.evaluate import GUARDED_SPLITS, SplitPredictions, predict_split
 from trainers.evaluation.sanity import randomisation_similarity
 
 SANITY_IMAGES = 32
@@ -28,20 +28,20 @@ AGE_BANDS = ((0, 40), (40, 60), (60, 131))
 
 
 def judge(store: Store, settings: Settings, challenger: Bundle, dataset: DatasetVersion, *, actor: str) -> GateReport:
-    """Hold a bundle against the gate; reading the gate side is audited.
+    """Hold a bundle against the gate; reading the gate split is audited.
 
     Args:
         store: with the ledger and the bundles.
         settings: with the gate's margins.
         challenger: the bundle that wants to answer.
-        dataset: whose gate side is read.
+        dataset: whose gate split is read.
         actor: who asks, for the audit.
     Returns:
         The gate's report.
     """
-    predictions = predict_side(store, challenger, dataset, Side.GATE, actor=actor)
+    predictions = predict_split(store, challenger, dataset, Split.GATE, actor=actor)
     rivals = [
-        (role, _contender(store, bundle, predict_side(store, bundle, dataset, Side.GATE, actor=actor)))
+        (role, _contender(store, bundle, predict_split(store, bundle, dataset, Split.GATE, actor=actor)))
         for role, bundle in _rivals(store, challenger.id)
     ]
     return decide(
@@ -81,20 +81,20 @@ def _slice_names(image: Image) -> Iterator[str]:
 
 
 def count_looks(store: Store) -> dict[str, int]:
-    """Return how often each guarded side was read so far, by side."""
+    """Return how often each guarded split was read so far, by split."""
     with store.ledger.read() as tx:
-        return {side.value: tx.count(AuditEvent, where={"action": f"{side.value}.read"}) for side in GUARDED_SIDES}
+        return {split.value: tx.count(AuditEvent, where={"action": f"{split.value}.read"}) for split in GUARDED_SPLITS}
 
 
 def _map_similarity(store: Store, bundle: Bundle, dataset: DatasetVersion, seed: int) -> float | None:
     """Compare heat maps of validation images with those of the same network with random weights."""
-    image_ids = [str(image_id) for image_id in dataset.side(Side.VAL)["image_id"][:SANITY_IMAGES]]
+    image_ids = [str(image_id) for image_id in dataset.split(Split.VAL)["image_id"][:SANITY_IMAGES]]
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
     cache.ensure(store, image_ids)
     return randomisation_similarity(bundle, cache.rows(image_ids).take(np.arange(len(image_ids))), seed=seed)
 
 
-def _contender(store: Store, bundle: Bundle, predictions: SidePredictions) -> Contender:
+def _contender(store: Store, bundle: Bundle, predictions: SplitPredictions) -> Contender:
     key = store.taxonomy.key_class
     point = bundle.document.operating.refer.get(key.code) if key else None
     return Contender(bundle.id, predictions, point.threshold if point else None)

@@ -1,4 +1,4 @@
-"""Verbs of `relook label` that need a model beside the experts: `select`, `second-opinions`."""
+"""Verbs of `relook label` that need a model beside the annotators: `select`, `second-opinions`."""
 
 from contextlib import closing
 from pathlib import Path
@@ -29,7 +29,7 @@ def select_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose what experts should see next; `relook label push` sends it. One image per lesion at most."""
+    """Choose what annotators should see next; `relook label push` sends it. One image per lesion at most."""
     from cluster.pool import take_in_folder
     from cluster.selection import select_images
     from labeling.acquisition.registry import rule_named

@@ -1,11 +1,11 @@
-"""From what experts said to what a dataset version reads: the one place where labeling and trainers meet."""
+"""From what annotators said to what a dataset version reads: the one place where labeling and trainers meet."""
 
 from datetime import datetime
 
 from images.grouping import group_images
 from labeling.consensus import ConsensusMethod, resolve
 from records.store import Store
-from records.types import ExpertLabel, Image, ReasonCode, ResolvedLabel, ReviewItem
+from records.types import Annotation, Image, ReasonCode, ResolvedLabel, ReviewItem
 
 
 def resolved_labels(
@@ -21,7 +21,7 @@ def resolved_labels(
         One entry per image.
     """
     with store.ledger.read() as tx:
-        labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
+        labels = tx.find(Annotation, order_by=("created_at", "id"))
         items = tx.find(ReviewItem)
     if until is not None:
         labels = [label for label in labels if label.created_at <= until]
@@ -44,13 +44,13 @@ def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[Res
         One entry per image that a blind question about a drawn answer was answered for.
     """
     with store.ledger.read() as tx:
-        labels = tx.find(ExpertLabel, where={"blind": True}, order_by=("created_at", "id"))
+        labels = tx.find(Annotation, where={"blind": True}, order_by=("created_at", "id"))
         drawn = {item.id for item in tx.find(ReviewItem) if ReasonCode.AUDIT_SAMPLE in item.reasons}
     return resolve([label for label in labels if label.review_item_id in drawn], drawn, method=method)
 
 
 def group_labelled_images(store: Store) -> int:
-    """Put images that experts labelled and that are in no group yet into groups.
+    """Put images that annotators labelled and that are in no group yet into groups.
 
     Args:
         store: with the images.
@@ -58,6 +58,6 @@ def group_labelled_images(store: Store) -> int:
         How many were grouped.
     """
     with store.ledger.read() as tx:
-        labelled = {label.image_id for label in tx.find(ExpertLabel, where={"deleted": False})}
+        labelled = {label.image_id for label in tx.find(Annotation, where={"deleted": False})}
         waiting = [image.id for image in tx.find(Image, where={"group_id": None}) if image.id in labelled]
     return group_images(store, waiting) if waiting else 0

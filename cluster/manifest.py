@@ -38,7 +38,7 @@ class RoundResult(BaseModel):
     dataset_id: str
     winner: dict[str, Any] = Field(description="settings of trainers that were fitted")
     model_id: str
-    test: dict[str, Any] = Field(description="evaluation on the test side")
+    test: dict[str, Any] = Field(description="evaluation on the test split")
     verdict: str
 
 

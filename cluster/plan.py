@@ -26,7 +26,7 @@ class RoundPlan(BaseModel):
     round: int
     resumes: bool = Field(description="true if a round was left unfinished and would be gone on with")
     due: str | None = Field(description="why `--watch` would start it now; empty if it would not")
-    new_labels: int = Field(ge=0, description="expert labels since the last round began")
+    new_labels: int = Field(ge=0, description="annotator labels since the last round began")
     trials: int = Field(ge=0, description="of the search; 0 if the last winner would be fitted")
     epochs: int = Field(ge=1, description="of the fit")
     images: int = Field(ge=0, description="in the newest dataset version")
@@ -63,7 +63,7 @@ def plan_round(store: Store, settings: Settings) -> RoundPlan:
         f"collect and version: {labels} new labels over {newest[0].num_images if newest else 0} images",
         f"tune: {trials} trials ({why})" if searches else f"tune: none ({why})",
         f"fit: {settings.trainers.model}, {settings.trainers.epochs} epochs on {settings.trainers.num_workers} workers",
-        "evaluate and gate: one audited look at each of the two sides",
+        "evaluate and gate: one audited look at each of the two splits",
         f"rollout: {'a person approves' if settings.round.approval == 'person' else 'automatic if the gate promotes'}",
         f"select: up to {settings.round.select_budget} images",
         f"push: {waiting} questions wait"

@@ -15,7 +15,7 @@ from records.errors import DataError
 from records.ids import utc_now
 from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import Consent, ExpertLabel, Image, ReviewItem, SourceLabel
+from records.types import Annotation, Consent, Image, ReviewItem, SourceLabel
 from vision.inference.loaded import LoadedModel
 
 BATCH_SIZE = 64
@@ -83,7 +83,7 @@ def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
     Returns:
         By id.
     """
-    images, known = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, ExpertLabel, ReviewItem)]
+    images, known = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, Annotation, ReviewItem)]
     query = sa.select(images).where(
         images.c.consent.in_([Consent.REVIEW, Consent.TRAINING]),
         images.c.erased_at.is_(None),
@@ -136,7 +136,7 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
 
 def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Float32Array:
     """Describe the images that have a label already, at most 2048 of them by id."""
-    images, labels = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, ExpertLabel)]
+    images, labels = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, Annotation)]
     labelled = sa.or_(*(sa.exists().where(column == images.c.id) for column in labels))
     query = sa.select(images.c.id).where(labelled, images.c.erased_at.is_(None)).order_by(images.c.id).limit(MAX_KNOWN)
     with store.ledger.read() as tx:

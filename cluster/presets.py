@@ -76,7 +76,7 @@ def dissertation() -> Settings:
 
 
 def dissertation_mini() -> Settings:
-    """The dissertation's rows on two cores: a quarter of its sides, 1,000 training images, 4 or 8 epochs."""
+    """The dissertation's rows on two cores: a quarter of its side lengths, 1,000 training images, 4 or 8 epochs."""
     whole = dissertation()
     return Settings(
         preset="dissertation_mini",

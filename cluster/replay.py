@@ -1,8 +1,8 @@
 """Run a finished round again from its manifest, and say whether it came out the same.
 
 In: the number of a round. Out: a `Replay`. The winner is fitted anew on the round's dataset version in
-a folder of its own and evaluated on the test side (which is audited); nothing is registered, rolled
-out or sent to experts.
+a folder of its own and evaluated on the test split (which is audited); nothing is registered, rolled
+out or sent to annotators.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from cluster.session import ray_is_running
 from records.datasets import load_dataset
 from records.ids import new_id
 from records.store import Store
-from records.types import Side
-from trainers.evaluation.evaluate import evaluate, predict_side
+from records.types import Split
+from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.fitting.fit import fit
 from trainers.settings import TrainersSettings
 
@@ -35,7 +35,7 @@ class Replay(BaseModel):
     model_id: str
     precision: str
     differences: dict[str, float | None] = Field(
-        description="replayed minus recorded, by figure on the test side; empty if only one of them is defined"
+        description="replayed minus recorded, by figure on the test split; empty if only one of them is defined"
     )
     within_tolerance: bool
     other_packages: dict[str, list[str]] = Field(description="package: [then, now], where they differ")
@@ -59,7 +59,7 @@ def replay_round(store: Store, number: int) -> Replay:
     dataset = load_dataset(store, recorded.dataset_id)
     run_dir = store.home.runs / f"replay-{number:04d}-{new_id()[-8:]}"
     bundle = fit(store, settings, dataset, run_dir=run_dir, use_ray=ray_is_running())
-    predictions = predict_side(store, bundle, dataset, Side.TEST, actor=f"replay of round {number}")
+    predictions = predict_split(store, bundle, dataset, Split.TEST, actor=f"replay of round {number}")
     figures = evaluate(predictions, store.taxonomy, bundle.document.operating).model_dump(mode="json")
     differences = {name: _difference(figures[name], recorded.test[name]) for name in _COMPARED}
     precision = str(bundle.document.config.get("precision", "fp32"))

@@ -35,7 +35,7 @@ def round_verb(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a round: collect labels, train, evaluate, ask the gate, roll out, ask experts."""
+    """Run a round: collect labels, train, evaluate, ask the gate, roll out, ask annotators."""
     from cluster.promotion import KEY_VARIABLE, caller_of, name_of
     from records.store import open_store
 

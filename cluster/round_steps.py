@@ -26,9 +26,9 @@ from records.ids import utc_now
 from records.ledger import Transaction
 from records.models import find_bundle, register, serve_model, serving_model
 from records.store import Store
-from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Side
+from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Split
 from trainers.evaluation.evaluate import evaluate as evaluate_predictions
-from trainers.evaluation.evaluate import predict_side
+from trainers.evaluation.evaluate import predict_split
 from trainers.fitting.fit import fit as fit_model
 from trainers.settings import TrainersSettings
 from tuning.search import search
@@ -60,7 +60,7 @@ class RoundContext:
 
 
 def collect(context: RoundContext) -> StepResult:
-    """Read what experts have said since the last time, and group the images that it is about."""
+    """Read what annotators have said since the last time, and group the images that it is about."""
     client = connect(context.store.home, context.settings.labeling)
     if client is None:
         pulled, text = 0, "no Label Studio is set up, so only labels that are known already count"
@@ -89,17 +89,17 @@ def version(context: RoundContext) -> StepResult:
         parent_id=last[0].id if last else None,
     )
     new = report.version.rows
-    expert_labels = int((new["label_source"].str.startswith("expert:") & (new["side"] == Side.TRAIN.value)).sum())
+    annotations = int((new["label_source"].str.startswith("annotator:") & (new["split"] == Split.TRAIN.value)).sum())
     return {
         "dataset_id": report.version.id,
         "images": report.version.num_images,
         "groups": report.version.num_groups,
-        "labels_from_experts": expert_labels,
+        "labels_from_annotators": annotations,
         "held_out": len(report.held_out),
         "outranked": list(report.outranked),
         "without_consent": len(report.without_consent),
         "text": f"dataset {report.version.id[:12]}: {report.version.num_images} images, "
-        f"{expert_labels} training labels from experts",
+        f"{annotations} training labels from annotators",
     }
 
 
@@ -149,9 +149,9 @@ def fit(context: RoundContext) -> StepResult:
 
 
 def evaluate(context: RoundContext) -> StepResult:
-    """Report the new model on the test side; nothing is decided by it."""
+    """Report the new model on the test split; nothing is decided by it."""
     bundle = _new_bundle(context)
-    predictions = predict_side(context.store, bundle, _dataset(context), Side.TEST, actor=_actor(context))
+    predictions = predict_split(context.store, bundle, _dataset(context), Split.TEST, actor=_actor(context))
     document = bundle.document
     evaluation = evaluate_predictions(
         predictions, context.store.taxonomy, document.operating, priors=document.calibration.priors
@@ -198,7 +198,7 @@ def rollout(context: RoundContext) -> StepResult:
 
 
 def select(context: RoundContext) -> StepResult:
-    """Choose the unlabelled images that experts should see next."""
+    """Choose the unlabelled images that annotators should see next."""
     with context.store.ledger.read() as tx:
         current = serving_model(tx)
     if current is None or context.settings.round.select_budget == 0:
@@ -206,7 +206,7 @@ def select(context: RoundContext) -> StepResult:
     bundle = find_bundle(context.store, current.id)
 
     def result(selected: int) -> StepResult:
-        return {"selected": selected, "text": f"{selected} images selected for experts"}
+        return {"selected": selected, "text": f"{selected} images selected for annotators"}
 
     # In the transaction that writes the questions: a round that is resumed must not ask for as many again.
     return result(

@@ -1,7 +1,7 @@
-"""Second opinions: recorded diagnoses of training images that the others contradict go back to the experts.
+"""Second opinions: recorded diagnoses of training images that the others contradict go back to the annotators.
 
 A linear head on the champion's features is fitted again for each of five folds, whole groups at a time, so
-no image is judged by what learned from its own lesion. What experts answer follows the ranks of
+no image is judged by what learned from its own lesion. What annotators answer follows the ranks of
 labels: a click never replaces a histopathology result.
 """
 
@@ -18,7 +18,7 @@ from records.datasets import load_dataset
 from records.ids import new_id, utc_now
 from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import ReasonCode, ReviewItem, Side
+from records.types import ReasonCode, ReviewItem, Split
 from vision.inference.loaded import load_model
 
 _FOLDS = 5
@@ -30,13 +30,13 @@ def ask_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budget: i
     Args:
         store: with the images.
         bundle: whose features describe them.
-        dataset_id: the version whose train side is looked through; no held-out side is touched.
+        dataset_id: the version whose train split is looked through; no held-out split is touched.
         budget: how many at most, one per group.
     Returns:
         How many labels are suspicious, and how many questions were written; nothing is asked twice.
     """
     rows = load_dataset(store, dataset_id).rows
-    rows = rows[rows["side"] == Side.TRAIN.value].reset_index(drop=True)
+    rows = rows[rows["split"] == Split.TRAIN.value].reset_index(drop=True)
     ids = list(rows["image_id"])
     model = load_model(bundle)
     cache = PixelCache(store.home.cache, model.geometry.side_px)

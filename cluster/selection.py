@@ -1,4 +1,4 @@
-"""Choose the unlabelled images that experts should see next, and write them to the outbox with their heat maps."""
+"""Choose the unlabelled images that annotators should see next, and write them to the outbox with their heat maps."""
 
 from collections.abc import Callable, Mapping
 

@@ -77,9 +77,11 @@ class RoundSettings(RoomSettings):
     approval: Literal["automatic", "person"] = Field(
         default="automatic", description="who lets a model that passed the gate serve"
     )
-    select_budget: int = Field(default=40, ge=0, description="images that a round proposes to the experts, images")
+    select_budget: int = Field(default=40, ge=0, description="images that a round proposes to the annotators, images")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of everything random in a round")
-    watch_labels: int = Field(default=50, ge=1, description="for --watch: new expert labels that start a round, labels")
+    watch_labels: int = Field(
+        default=50, ge=1, description="for --watch: new annotator labels that start a round, labels"
+    )
     watch_days: float = Field(
         default=7.0, gt=0, le=3650, description="for --watch: time since the last round that starts one, days"
     )
@@ -100,7 +102,7 @@ class RoundSettings(RoomSettings):
 
 
 class GateSettings(RoomSettings):
-    """What a challenger has to show. All figures are on the gate side, resampled by group within class."""
+    """What a challenger has to show. All figures are on the gate split, resampled by group within class."""
 
     margin: float = Field(
         default=0.02, ge=0, lt=1, description="balanced accuracy that a challenger may lose at its lower bound, 0 to 1"
@@ -126,7 +128,7 @@ class GateSettings(RoomSettings):
         le=1,
         description="likeness of its heat maps to those of the same network with random weights, at most, 0 to 1",
     )
-    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="level of the one-sided bounds, 0.5 to 1")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="level of the one-splitd bounds, 0.5 to 1")
     bootstrap_resamples: int = Field(default=2000, ge=100, le=100_000, description="bootstrap draws, count")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the bootstrap")
 
@@ -141,7 +143,7 @@ class DemoSettings(RoomSettings):
         description="training images shown in one fit at most; on more data the demo trains fewer epochs, images",
     )
     withhold_share: float = Field(
-        default=0.15, gt=0, lt=0.9, description="share of training groups whose labels only the expert knows, 0 to 1"
+        default=0.15, gt=0, lt=0.9, description="share of training groups whose labels only the annotator knows, 0 to 1"
     )
     requests: int = Field(default=240, ge=1, description="images sent to the service, count")
     concurrency: int = Field(default=4, ge=1, le=64, description="requests under way at once, count")
@@ -154,11 +156,11 @@ class DemoSettings(RoomSettings):
     )
     flags: int = Field(default=20, ge=0, description="answers that the simulated user flags, count")
     tasks: int = Field(default=60, ge=1, description="tasks pushed to Label Studio, at most, count")
-    expert_error_rate: float = Field(
-        default=0.05, ge=0, le=1, description="share the simulated expert gets wrong, 0 to 1"
+    annotator_error_rate: float = Field(
+        default=0.05, ge=0, le=1, description="share the simulated annotator gets wrong, 0 to 1"
     )
-    cant_tell_rate: float = Field(default=0.05, ge=0, le=1, description="share the expert cannot tell, 0 to 1")
-    seed: int = Field(default=7, ge=0, lt=2**31, description="seed of the generated images, users and experts")
+    cant_tell_rate: float = Field(default=0.05, ge=0, le=1, description="share the annotator cannot tell, 0 to 1")
+    seed: int = Field(default=7, ge=0, lt=2**31, description="seed of the generated images, users and annotators")
 
 
 class Settings(RoomSettings):

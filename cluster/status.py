@@ -12,8 +12,8 @@ from cluster.settings import without_password
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import (
+    Annotation,
     DatasetRecord,
-    ExpertLabel,
     Image,
     ModelRecord,
     ModelStatus,
@@ -32,7 +32,7 @@ class Survey(BaseModel):
     images: int = 0
     datasets: int = 0
     predictions: int = 0
-    expert_labels: int = 0
+    annotations: int = 0
     models: dict[str, int] = {}
     review_items: dict[str, int] = {}
     serving: str | None = None
@@ -65,7 +65,7 @@ def survey(settings: RecordsSettings) -> Survey:
                 images=tx.count(Image),
                 datasets=tx.count(DatasetRecord),
                 predictions=tx.count(Prediction),
-                expert_labels=tx.count(ExpertLabel),
+                annotations=tx.count(Annotation),
                 models={s.value: n for s in ModelStatus if (n := tx.count(ModelRecord, where={"status": s}))},
                 review_items={s.value: n for s in ReviewState if (n := tx.count(ReviewItem, where={"state": s}))},
                 serving=served[0].id if served else None,
@@ -90,8 +90,8 @@ def report(found: Survey) -> Table:
     table.add_row("models", _counts(found.models))
     table.add_row("in use", f"{found.serving[:12]} ({found.serving_status})" if found.serving else "no model yet")
     table.add_row("predictions", str(found.predictions))
-    table.add_row("for experts", _counts(found.review_items))
-    table.add_row("expert labels", str(found.expert_labels))
+    table.add_row("for annotators", _counts(found.review_items))
+    table.add_row("annotator labels", str(found.annotations))
     verdict = f"{found.last_round}: {found.last_verdict or 'not finished'}" if found.last_round else "none yet"
     table.add_row("last round", verdict)
     return table

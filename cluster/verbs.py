@@ -27,8 +27,8 @@ DataOption = Annotated[
 def demo(
     ctx: typer.Context,
     data: DataOption = None,
-    expert: Annotated[
-        Literal["simulated", "human"], typer.Option("--expert", help="Who answers in Label Studio.")
+    annotator: Annotated[
+        Literal["simulated", "human"], typer.Option("--annotator", help="Who answers in Label Studio.")
     ] = "simulated",
     reopen: Annotated[bool, typer.Option("--reopen", help="Bring the finished demo back.")] = False,
     config: ConfigOption = None,
@@ -36,14 +36,14 @@ def demo(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Play the whole loop once: search, train, serve, doubt, ask experts, learn, swap."""
+    """Play the whole loop once: search, train, serve, doubt, ask annotators, learn, swap."""
     from cluster.demo.command import play_demo, reopen_demo
 
     settings = settings_of(ctx, config, preset, sets)
     if reopen:
         reopen_demo(settings, as_json=as_json)
     else:
-        play_demo(settings, data=data, expert=expert, as_json=as_json)
+        play_demo(settings, data=data, annotator=annotator, as_json=as_json)
 
 
 @app.command()
@@ -149,5 +149,5 @@ def monitor_command(
     settings = settings_of(ctx, config, preset, sets)
     with closing(open_store(settings.records)) as store:
         found = monitor(store, settings.serving.audit_share)
-    empty = "no image of the audit sample has an expert's answer yet; `relook label sync` brings answers in"
+    empty = "no image of the audit sample has an annotator's answer yet; `relook label sync` brings answers in"
     emit(as_json, {"quality": [q.model_dump(mode="json") for q in found]}, report(found) if found else empty)

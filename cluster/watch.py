@@ -20,7 +20,7 @@ from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import ExpertLabel, RoundRecord, SourceLabel
+from records.types import Annotation, RoundRecord, SourceLabel
 
 Tell = Callable[[str], None]
 
@@ -48,7 +48,7 @@ def why_due(store: Store, settings: Settings) -> str | None:
 
 
 def new_labels(tx: Transaction, last: RoundRecord | None) -> int:
-    """Count the expert labels that came after a round began.
+    """Count the annotator labels that came after a round began.
 
     Args:
         tx: any transaction.
@@ -56,7 +56,7 @@ def new_labels(tx: Transaction, last: RoundRecord | None) -> int:
     Returns:
         Labels; deleted ones do not count.
     """
-    table = TABLES[ExpertLabel]
+    table = TABLES[Annotation]
     query = sa.select(sa.func.count()).select_from(table).where(table.c.deleted.is_(False))
     if last is not None:
         query = query.where(table.c.created_at > last.started_at)

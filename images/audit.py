@@ -1,6 +1,6 @@
 """What a dataset version is made of, whether it leaks, and what a random split would have pretended.
 
-In: a dataset version. Out: an `AuditReport`. Nothing is changed, and no side is read for its labels' sake:
+In: a dataset version. Out: an `AuditReport`. Nothing is changed, and no split is read for its labels' sake:
 the audit counts, it does not evaluate.
 """
 
@@ -17,12 +17,12 @@ from images.grouping import near_pairs
 from images.near_duplicates import HASH_SIDE_PX
 from images.quality import QualityOutlier, measure, quality_outliers
 from records.datasets import DatasetVersion
-from records.grouping import SIDE_SHARES
+from records.grouping import SPLIT_SHARES
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.stored import find_images
-from records.types import Image, Quarantined, Side, SourceLabel
+from records.types import Image, Quarantined, SourceLabel, Split
 
 RANDOM_SPLIT_SEED = 0
 
@@ -35,7 +35,7 @@ class RandomSplit(_Part):
     """What a random split of the images, with the same shares and a fixed seed, would have done."""
 
     seed: int
-    leaked_lesions: int = Field(description="lesions with images on more than one side")
+    leaked_lesions: int = Field(description="lesions with images on more than one split")
     test_images: int
     leaked_test_images: int = Field(description="test images whose lesion is trained on")
     leaked_test_share: float = Field(ge=0, le=1, description="the same as a share of the test images")
@@ -61,9 +61,9 @@ class AuditReport(_Part):
     lesions: int = Field(description="an image that names no lesion is its own")
     groups: int
     classes: dict[str, int] = Field(description="images per class, in class order")
-    sides: dict[str, int] = Field(description="images per side")
-    side_lesions: dict[str, int] = Field(description="lesions per side")
-    leaked_lesions: int = Field(description="lesions with images on more than one side")
+    splits: dict[str, int] = Field(description="images per split")
+    split_lesions: dict[str, int] = Field(description="lesions per split")
+    leaked_lesions: int = Field(description="lesions with images on more than one split")
     near_duplicate_pairs: int
     label_conflicts: int = Field(description="rows refused for it, and lesions with two diagnoses in this version")
     quarantined: int = Field(description="rows of all imports that could not be used and still are not")
@@ -107,9 +107,9 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
         lesions=int(lesions.nunique()),
         groups=dataset.num_groups,
         classes={code: int(counts.get(code, 0)) for code in store.taxonomy.codes},
-        sides={side.value: int((rows["side"] == side.value).sum()) for side in Side},
-        side_lesions={side.value: int(lesions[rows["side"] == side.value].nunique()) for side in Side},
-        leaked_lesions=count_leaked(lesions, rows["side"]),
+        splits={split.value: int((rows["split"] == split.value).sum()) for split in Split},
+        split_lesions={split.value: int(lesions[rows["split"] == split.value].nunique()) for split in Split},
+        leaked_lesions=count_leaked(lesions, rows["split"]),
         near_duplicate_pairs=len(pairs),
         label_conflicts=refused["label_conflict"] + len(two_diagnoses),
         quarantined=sum(refused.values()),
@@ -129,16 +129,16 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
     )
 
 
-def count_leaked(lesions: "pd.Series[str]", sides: "pd.Series[str]") -> int:
-    """Count the lesions with images on more than one side.
+def count_leaked(lesions: "pd.Series[str]", splits: "pd.Series[str]") -> int:
+    """Count the lesions with images on more than one split.
 
     Args:
         lesions: [N] lesion of each image.
-        sides: [N] side of each image.
+        splits: [N] split of each image.
     Returns:
         The number; 0 is what a split must have.
     """
-    return int((sides.groupby(lesions).nunique() > 1).sum())
+    return int((splits.groupby(lesions).nunique() > 1).sum())
 
 
 def split_at_random(lesions: "pd.Series[str]", seed: int = RANDOM_SPLIT_SEED) -> RandomSplit:
@@ -150,15 +150,15 @@ def split_at_random(lesions: "pd.Series[str]", seed: int = RANDOM_SPLIT_SEED) ->
     Returns:
         What the split would have done.
     """
-    edges = np.cumsum(list(SIDE_SHARES.values())) * len(lesions)
-    names = np.array([side.value for side in SIDE_SHARES])
+    edges = np.cumsum(list(SPLIT_SHARES.values())) * len(lesions)
+    names = np.array([split.value for split in SPLIT_SHARES])
     order = np.random.default_rng(seed).permutation(len(lesions))
-    sides = pd.Series(names[np.searchsorted(edges, order + 0.5).clip(max=len(names) - 1)], index=lesions.index)
-    in_test = sides == Side.TEST.value
-    leaked = in_test & lesions.isin(lesions[sides == Side.TRAIN.value])
+    splits = pd.Series(names[np.searchsorted(edges, order + 0.5).clip(max=len(names) - 1)], index=lesions.index)
+    in_test = splits == Split.TEST.value
+    leaked = in_test & lesions.isin(lesions[splits == Split.TRAIN.value])
     return RandomSplit(
         seed=seed,
-        leaked_lesions=count_leaked(lesions, sides),
+        leaked_lesions=count_leaked(lesions, splits),
         test_images=int(in_test.sum()),
         leaked_test_images=int(leaked.sum()),
         leaked_test_share=round(float(leaked.sum()) / max(1, int(in_test.sum())), 4),

@@ -1,7 +1,7 @@
 """Which images belong together: links by lesion, patient and near-duplicate, and the groups they form.
 
 In: images of the ledger, or about to enter it. Out: links, near-duplicate pairs, and groups written in
-the caller's transaction. Which side a group is on is not decided here.
+the caller's transaction. Which split a group is on is not decided here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.stored import find_images
-from records.types import LABEL_RANK, AnswerKind, Confirmation, ExpertLabel, Group, Image, Side, SourceLabel
+from records.types import LABEL_RANK, Annotation, AnswerKind, Confirmation, Group, Image, SourceLabel, Split
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def group_images(store: Store, image_ids: Sequence[str]) -> int:
         store: with the images.
         image_ids: of images without a group; one that has a group keeps it.
     Returns:
-        How many got a group. An image whose links would join two sides gets none.
+        How many got a group. An image whose links would join two splits gets none.
     Raises:
         UnknownIdError: an image is not in the ledger.
         DataError: an image's file is gone or does not decode.
@@ -76,10 +76,10 @@ def grouped_images(store: Store) -> list[Image]:
 
 
 def known_diagnoses(store: Store) -> dict[str, str]:
-    """Return image id to diagnosis: the strongest imported one, else the one that all its experts gave."""
+    """Return image id to diagnosis: the strongest imported one, else the one that all its annotators gave."""
     said: dict[str, set[str]] = {}
     with store.ledger.read() as tx:
-        for label in tx.find(ExpertLabel, where={"answer": AnswerKind.CLASS, "deleted": False}):
+        for label in tx.find(Annotation, where={"answer": AnswerKind.CLASS, "deleted": False}):
             if label.label is not None:
                 said.setdefault(label.image_id, set()).add(label.label)
         table = TABLES[SourceLabel]
@@ -166,7 +166,7 @@ def write_groups(
     reachable = {*new_ids, *group_of}
     links = [(one, other) for one, other in links if one in reachable and other in reachable]
     named = {image_id for link in links for image_id in link}
-    known_group_of = {i: KnownGroup(g.id, g.side) for i, g in group_of.items() if i in named}
+    known_group_of = {i: KnownGroup(g.id, g.split) for i, g in group_of.items() if i in named}
     placement = place(new_ids, links, known_group_of)
     now = utc_now()
     tx.add(*(Group(id=group_id, created_at=now) for group_id in placement.new_groups))
@@ -207,19 +207,19 @@ def set_groups(tx: Transaction, group_of: Mapping[str, str]) -> None:
         tx.connection.execute(statement, [{"key": key, "group": group} for key, group in group_of.items()])
 
 
-def set_sides(tx: Transaction, sides: Mapping[str, tuple[Side, str]]) -> None:
-    """Give groups their side, once; a group that has one keeps it.
+def set_splits(tx: Transaction, splits: Mapping[str, tuple[Split, str]]) -> None:
+    """Give groups their split, once; a group that has one keeps it.
 
     Args:
         tx: a write transaction.
-        sides: group id to (side, what drew it).
+        splits: group id to (split, what drew it).
     """
-    if sides:
+    if splits:
         table, now = TABLES[Group], utc_now()
         statement = (
             sa.update(table)
-            .where(table.c.id == sa.bindparam("key"), table.c.side.is_(None))
-            .values(side=sa.bindparam("new_side"), drawn_by=sa.bindparam("how"), drawn_at=sa.bindparam("now"))
+            .where(table.c.id == sa.bindparam("key"), table.c.split.is_(None))
+            .values(split=sa.bindparam("new_split"), drawn_by=sa.bindparam("how"), drawn_at=sa.bindparam("now"))
         )
-        rows = [{"key": g, "new_side": s.value, "how": how, "now": now} for g, (s, how) in sides.items()]
+        rows = [{"key": g, "new_split": s.value, "how": how, "now": now} for g, (s, how) in splits.items()]
         tx.connection.execute(statement, rows)

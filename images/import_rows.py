@@ -1,4 +1,4 @@
-"""The rules of an import, apart from files and ledger: which rows can be used, which side a group gets,
+"""The rules of an import, apart from files and ledger: which rows can be used, which split a group gets,
 which labels are withheld. Pure functions over rows.
 """
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from images.intake import TakenIn
 from images.source_table import SourceRow
-from records.grouping import draw_side, draw_stratified, position
+from records.grouping import draw_split, draw_stratified, position
 from records.taxonomy import Taxonomy
-from records.types import Side
+from records.types import Split
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class GroupFacts:
-    """What drawing a side needs to know of a group.
+    """What drawing a split needs to know of a group.
 
     Args:
         label: class of its first labelled image.
-        splits: the sides that the table gives to its images.
+        splits: the splits that the table gives to its images.
     """
 
     label: str
-    splits: frozenset[Side]
+    splits: frozenset[Split]
 
 
 def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[SourceRow], list[Refusal], list[str]]:
@@ -109,43 +109,43 @@ def merge_same_bytes(entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[
     return kept, same_bytes, refusals
 
 
-def draw_sides(
+def draw_splits(
     groups: Mapping[str, GroupFacts], *, is_first: bool, salt: str
-) -> tuple[dict[str, tuple[Side, str]], list[str]]:
-    """Draw a side for every group: as the table gives it, else stratified at the first import, else by hash.
+) -> tuple[dict[str, tuple[Split, str]], list[str]]:
+    """Draw a split for every group: as the table gives it, else stratified at the first import, else by hash.
 
-    A given split is kept if no group crosses it. Sides that it does not name (calibration and gate, as a rule)
+    A given split is kept if no group crosses it. Splits that it does not name (calibration and gate, as a rule)
     get their share of its training groups, because without them a model could be neither calibrated nor judged.
 
     Args:
-        groups: group id to facts, of the labelled groups that have no side.
-        is_first: True if no group has a side yet.
+        groups: group id to facts, of the labelled groups that have no split.
+        is_first: True if no group has a split yet.
         salt: setting `records.split_salt`.
     Returns:
-        Group id to (side, what drew it); and sentences about a split that could not be kept.
+        Group id to (split, what drew it); and sentences about a split that could not be kept.
     """
     given = {group_id: facts.splits for group_id, facts in groups.items() if facts.splits}
-    crossing = [group_id for group_id, splits in given.items() if len(splits) > 1]
+    crossing = [group_id for group_id, named in given.items() if len(named) > 1]
     notes: list[str] = []
     if crossing:
-        notes.append(f"the table's split was not kept: {len(crossing)} lesions or patients lie on two of its sides")
+        notes.append(f"the table's split was not kept: {len(crossing)} lesions or patients lie on two of its splits")
         given = {}
-    named = {side for splits in given.values() for side in splits}
-    fixed = {group_id: side for group_id, splits in given.items() for side in splits if side is not Side.TRAIN}
+    named = {split for listed in given.values() for split in listed}
+    fixed = {group_id: split for group_id, listed in given.items() for split in listed if split is not Split.TRAIN}
     free = {group_id: facts.label for group_id, facts in groups.items() if group_id not in fixed}
-    drawn = draw_stratified(free, salt) if is_first else {group_id: draw_side(group_id, salt) for group_id in free}
-    sides: dict[str, tuple[Side, str]] = {group_id: (side, "given") for group_id, side in fixed.items()}
-    for group_id, side in drawn.items():
-        stays = group_id in given and side in named
-        sides[group_id] = (Side.TRAIN, "given") if stays else (side, "stratified" if is_first else "hash")
-    return sides, notes
+    drawn = draw_stratified(free, salt) if is_first else {group_id: draw_split(group_id, salt) for group_id in free}
+    splits: dict[str, tuple[Split, str]] = {group_id: (split, "given") for group_id, split in fixed.items()}
+    for group_id, split in drawn.items():
+        stays = group_id in given and split in named
+        splits[group_id] = (Split.TRAIN, "given") if stays else (split, "stratified" if is_first else "hash")
+    return splits, notes
 
 
 def pick_withheld(train_groups: Mapping[str, str], share: float, salt: str) -> set[str]:
     """Choose the training groups whose labels are kept back.
 
     Args:
-        train_groups: group id to class code, groups of the train side only.
+        train_groups: group id to class code, groups of the train split only.
         share: of the groups of each class, 0 to below 1.
         salt: setting `records.split_salt`.
     Returns:

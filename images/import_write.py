@@ -1,4 +1,4 @@
-"""The one transaction that ends an import: images, groups, sides, labels, quarantine, audit event.
+"""The one transaction that ends an import: images, groups, splits, labels, quarantine, audit event.
 
 In: what was read and decoded. Out: ledger rows, all of them or none. What the ledger knows already stays
 as it is, so writing the same import again adds nothing but the audit event.
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from images.grouping import NearPair, set_groups, set_sides, write_groups
-from images.import_rows import Entry, GroupFacts, Refusal, draw_sides, pick_withheld
+from images.grouping import NearPair, set_groups, set_splits, write_groups
+from images.import_rows import Entry, GroupFacts, Refusal, draw_splits, pick_withheld
 from records import audit
 from records.erasure import make_way
 from records.ids import hash_of, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
-from records.types import LABEL_RANK, Confirmation, Group, Image, Quarantined, Side, SourceLabel
+from records.types import LABEL_RANK, Confirmation, Group, Image, Quarantined, SourceLabel, Split
 
 IMPORT_ACTION = "data.imported"
 """Action of the audit event; its subject is the import's id."""
@@ -45,7 +45,7 @@ class Plan:
         images: their images, one per entry; two entries may be the same image.
         pairs: near-duplicates.
         refusals: rows that cannot be used.
-        withhold_share: share of the train-side groups whose labels are kept back.
+        withhold_share: share of the train-split groups whose labels are kept back.
         split_salt: setting `records.split_salt`.
         reading: goes into the audit event.
     """
@@ -66,8 +66,8 @@ class Written:
 
     Args:
         new_images: images that the ledger did not know.
-        group_of: image id to group id; an image that would have joined two sides is missing.
-        side_of: group id to side, of the groups that have one.
+        group_of: image id to group id; an image that would have joined two splits is missing.
+        split_of: group id to split, of the groups that have one.
         withheld: entries whose label was kept back, one per image.
         quarantined: every row that could not be used, those of earlier runs of the same import included.
         notes: sentences about a given split.
@@ -75,7 +75,7 @@ class Written:
 
     new_images: int
     group_of: dict[str, str]
-    side_of: dict[str, Side]
+    split_of: dict[str, Split]
     withheld: list[Entry]
     quarantined: list[Quarantined]
     notes: list[str]
@@ -100,10 +100,10 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
     new_images, linking = _write_images(tx, plan)
     group_of = _groups_of(tx, plan)
     facts = _facts(plan, group_of)
-    side_of, notes = _write_sides(tx, facts, plan.split_salt)
+    split_of, notes = _write_splits(tx, facts, plan.split_salt)
     known = _known_labels(tx)
     conflicts = _conflicts(plan, known)
-    withheld = _withheld(plan, facts, group_of, side_of, known)
+    withheld = _withheld(plan, facts, group_of, split_of, known)
     skipped = {entry.image_id for entry in withheld} | {image_id for image_id, _ in conflicts}
     _write_labels(tx, plan, known, skipped)
     refusals = [*plan.refusals, *linking, *(refusal for _, refusal in conflicts)]
@@ -113,11 +113,11 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
         "table": plan.reading.table, "columns": dict(plan.reading.columns),
     }  # fmt: skip
     audit.append(tx, actor="local", action=IMPORT_ACTION, subject=plan.import_id, details=details)
-    return Written(new_images, group_of, side_of, withheld, quarantined, notes)
+    return Written(new_images, group_of, split_of, withheld, quarantined, notes)
 
 
 def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
-    """Write the images that are new, each in its group; name those that would join two sides."""
+    """Write the images that are new, each in its group; name those that would join two splits."""
     make_way(tx, {image.id for image in plan.images})
     table = TABLES[Image]
     known = dict(tx.connection.execute(sa.select(table.c.id, table.c.group_id)).all())
@@ -130,9 +130,9 @@ def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
     refusals = [
         Refusal(
             entry.row.source_id,
-            "links_two_sides",
+            "links_two_splits",
             f"{entry.row.source_id} belongs to groups {' and '.join(placement.refused[entry.image_id])}, "
-            "which are on two sides of the split",
+            "which are on two splits of the split",
         )
         for entry in plan.entries
         if entry.image_id in placement.refused
@@ -160,12 +160,12 @@ def _facts(plan: Plan, group_of: Mapping[str, str]) -> dict[str, GroupFacts]:
     return facts
 
 
-def _write_sides(tx: Transaction, facts: Mapping[str, GroupFacts], salt: str) -> tuple[dict[str, Side], list[str]]:
-    side_of = {group.id: group.side for group in tx.find(Group) if group.side is not None}
-    undrawn = {group_id: fact for group_id, fact in facts.items() if group_id not in side_of}
-    drawn, notes = draw_sides(undrawn, is_first=not side_of, salt=salt)
-    set_sides(tx, drawn)
-    return {**side_of, **{group_id: side for group_id, (side, _) in drawn.items()}}, notes
+def _write_splits(tx: Transaction, facts: Mapping[str, GroupFacts], salt: str) -> tuple[dict[str, Split], list[str]]:
+    split_of = {group.id: group.split for group in tx.find(Group) if group.split is not None}
+    undrawn = {group_id: fact for group_id, fact in facts.items() if group_id not in split_of}
+    drawn, notes = draw_splits(undrawn, is_first=not split_of, salt=salt)
+    set_splits(tx, drawn)
+    return {**split_of, **{group_id: split for group_id, (split, _) in drawn.items()}}, notes
 
 
 def _known_labels(tx: Transaction) -> dict[str, list[_Label]]:
@@ -193,11 +193,11 @@ def _withheld(
     plan: Plan,
     facts: Mapping[str, GroupFacts],
     group_of: Mapping[str, str],
-    side_of: Mapping[str, Side],
+    split_of: Mapping[str, Split],
     known: Mapping[str, list[_Label]],
 ) -> list[Entry]:
     """Choose the images whose label is kept back; one that the ledger knows already cannot be."""
-    train = {group_id: fact.label for group_id, fact in facts.items() if side_of.get(group_id) is Side.TRAIN}
+    train = {group_id: fact.label for group_id, fact in facts.items() if split_of.get(group_id) is Split.TRAIN}
     picked = pick_withheld(train, plan.withhold_share, plan.split_salt)
     withheld = {
         entry.image_id: entry

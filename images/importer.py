@@ -45,7 +45,7 @@ class ImportReport:
         decoded: images that were decoded now.
         unlabelled: images whose row has no diagnosis.
         classes: class code to number of images, withheld ones included.
-        sides: side to number of images, withheld ones included.
+        splits: split to number of images, withheld ones included.
         quarantined: rows that could not be used, each with its reason.
         near_duplicates: pairs that were found now; those of different diagnoses were not joined.
         same_bytes: (name, name of the first) of files that are the same image, byte for byte.
@@ -62,7 +62,7 @@ class ImportReport:
     decoded: int
     unlabelled: int
     classes: dict[str, int]
-    sides: dict[str, int]
+    splits: dict[str, int]
     quarantined: list[Quarantined] = field(repr=False)
     near_duplicates: list[NearPair] = field(repr=False)
     same_bytes: list[tuple[str, str]] = field(repr=False)
@@ -101,7 +101,7 @@ def import_folder(
         columns: names of the table's columns where they differ from `source_table.COLUMNS`.
         table: the table, if it is not found by itself.
         in_place: True stores where the files are and their hash, and copies nothing.
-        withhold_share: share of the train-side groups of each class whose labels are kept out of the ledger, 0 to
+        withhold_share: share of the train-split groups of each class whose labels are kept out of the ledger, 0 to
             below 1. The same groups are chosen at every run.
         side_px: sides at which the images are decoded into the cache.
         consent: what the people in the images agreed to.
@@ -271,7 +271,7 @@ def _report(
     started: float,
 ) -> ImportReport:
     by_image = {entry.image_id: entry for entry in reversed(plan.entries) if entry.image_id in written.group_of}
-    side_of = {i: written.side_of.get(group_id) for i, group_id in written.group_of.items()}
+    split_of = {i: written.split_of.get(group_id) for i, group_id in written.group_of.items()}
     withheld = [(e.image_id, e.row.source_id, written.group_of[e.image_id], e.row.label) for e in written.withheld]
     return ImportReport(
         import_id=plan.import_id,
@@ -282,7 +282,7 @@ def _report(
         decoded=sum(entry.taken.decoded for entry in plan.entries),
         unlabelled=sum(entry.row.label is None for entry in by_image.values()),
         classes=dict(sorted(Counter(e.row.label for e in by_image.values() if e.row.label is not None).items())),
-        sides=dict(sorted(Counter(side.value for side in side_of.values() if side is not None).items())),
+        splits=dict(sorted(Counter(split.value for split in split_of.values() if split is not None).items())),
         quarantined=written.quarantined,
         near_duplicates=list(plan.pairs),
         same_bytes=same_bytes,

@@ -17,7 +17,7 @@ from records.arrays import BoolArray, Float32Array, IntArray, UInt8Array
 from records.errors import ContractError
 
 HASH_SIDE_PX = 64
-"""Side of the squares that hashes and correlations are computed from."""
+"""Split of the squares that hashes and correlations are computed from."""
 MAX_BITS = 2
 MIN_CORRELATION = 0.98
 

@@ -1,4 +1,4 @@
-"""A few images to look at: from the train side of a dataset, evenly over its classes, or generated ones."""
+"""A few images to look at: from the train split of a dataset, evenly over its classes, or generated ones."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from records.datasets import DatasetVersion
 from records.ids import sha256_hex
 from records.store import Store
 from records.stored import find_images
-from records.types import DatasetRecord, Side
+from records.types import DatasetRecord, Split
 
 _GENERATED_WIDTH_PX = 400
 
@@ -39,12 +39,12 @@ class Sample:
 def sample_images(
     store: Store, data: str | None, count: int, side_px: int, *, progress: Progress | None = None
 ) -> Sample:
-    """Choose images of the train side, one class after the other, always the same ones.
+    """Choose images of the train split, one class after the other, always the same ones.
 
     Args:
         store: with the images.
         data: a folder or a dataset id; None takes the newest version, or generated images if there is none.
-        count: how many, at least 1; fewer if the train side has fewer.
+        count: how many, at least 1; fewer if the train split has fewer.
         side_px: S.
         progress: shown while images are imported or decoded.
     Returns:
@@ -68,7 +68,7 @@ def sample_images(
 
 
 def _one_class_after_the_other(dataset: DatasetVersion, count: int) -> list[str]:
-    train = dataset.side(Side.TRAIN).sort_values("image_id")
+    train = dataset.split(Split.TRAIN).sort_values("image_id")
     turn = train.groupby("label").cumcount()
     ordered = train.assign(turn=turn).sort_values(["turn", "label"])
     return [str(image_id) for image_id in ordered["image_id"][:count]]

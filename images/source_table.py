@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from records.errors import DataError
-from records.types import Confirmation, Side
+from records.types import Confirmation, Split
 
 COLUMNS: dict[str, str] = {
     "image": "image_id",
@@ -44,8 +44,8 @@ _CONFIRMATIONS = {
     **{confirmation.value: confirmation for confirmation in Confirmation},
 }
 _SPLITS = {
-    "training": Side.TRAIN, "valid": Side.VAL, "validation": Side.VAL, "testing": Side.TEST,
-    **{side.value: side for side in Side},
+    "training": Split.TRAIN, "valid": Split.VAL, "validation": Split.VAL, "testing": Split.TEST,
+    **{split.value: split for split in Split},
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class SourceRow:
         problem: why there is no path.
         label: as written; None if the row has no diagnosis.
         confirmation: how the diagnosis was established.
-        split: the side that the table gives.
+        split: the split that the table gives.
         context: lesion_id, patient_id, site, device, sex, localization: text as written, or None.
         age_years: 0 to 130.
         acquired_at: aware.
@@ -70,7 +70,7 @@ class SourceRow:
     problem: str | None
     label: str | None
     confirmation: Confirmation
-    split: Side | None
+    split: Split | None
     context: dict[str, str | None]
     age_years: float | None
     acquired_at: datetime | None
@@ -263,13 +263,15 @@ class _RowReader:
             self._note(f"diagnoses were confirmed by {text!r}, which is not known; they count as one reader's")
         return known or Confirmation.SINGLE_READER
 
-    def _split(self, text: str | None) -> Side | None:
+    def _split(self, text: str | None) -> Split | None:
         if text is None:
             return None
-        side = _SPLITS.get(text.lower())
-        if side is None:
-            raise DataError(f"the table gives the split {text!r}; it must be one of {', '.join(s.value for s in Side)}")
-        return side
+        split = _SPLITS.get(text.lower())
+        if split is None:
+            raise DataError(
+                f"the table gives the split {text!r}; it must be one of {', '.join(s.value for s in Split)}"
+            )
+        return split
 
     def _age(self, text: str | None) -> float | None:
         if text is None:

@@ -3,7 +3,7 @@
 For data whose decoded copy no node's disk should hold. The pipeline reads stored images in the order in which
 an epoch needs them, decodes them in tasks on whatever nodes the cluster has, and hands them over in that order;
 so a streamed run sees the same pixels as a cached one. Every worker streams its own share. What is read again
-and again stays in the cache: the val side, and the sample that statistics are measured on.
+and again stays in the cache: the val split, and the sample that statistics are measured on.
 """
 
 import functools

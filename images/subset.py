@@ -14,7 +14,7 @@ def grouped_subset(rows: pd.DataFrame, max_images: int | None, seed: int) -> pd.
     classes and is otherwise at most that large.
 
     Args:
-        rows: of one side; columns image_id, group_id, label; N >= 1.
+        rows: of one split; columns image_id, group_id, label; N >= 1.
         max_images: None, or at least N, takes all.
         seed: of the draw; a larger subset of the same seed is drawn in the same order.
     Returns:

@@ -1,5 +1,5 @@
-"""What experts say: the local Label Studio, tasks out, annotations in, and what readers agree on.
+"""What annotators say: the local Label Studio, tasks out, annotations in, and what readers agree on.
 
 This room imports records only. Nothing here predicts, trains or serves; it reads review items and
-blobs from the store and writes expert labels into it.
+blobs from the store and writes annotator labels into it.
 """

@@ -3,7 +3,7 @@
 from labeling.consensus import contested
 from records.ids import hash_of, utc_now
 from records.store import Store
-from records.types import ExpertLabel, ReasonCode, ReviewItem
+from records.types import Annotation, ReasonCode, ReviewItem
 
 PRIORITY = 150.0
 """Between flags and referrals: two people have spent their time already."""
@@ -19,7 +19,7 @@ def ask_to_decide(store: Store, threshold: float) -> int:
         How many were written. An image that has been asked about is not asked again, whatever came of it.
     """
     with store.ledger.begin() as tx:
-        disputed = contested(tx.find(ExpertLabel, order_by=("created_at", "id")), threshold)
+        disputed = contested(tx.find(Annotation, order_by=("created_at", "id")), threshold)
         questions = [_question(tx.require(ReviewItem, rows[-1].review_item_id)) for rows in disputed.values()]
         known = {item.id for item in tx.find(ReviewItem, where={"id": [question.id for question in questions]})}
         fresh = [question for question in questions if question.id not in known]

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.consensus import reader_confusion, standing
 from records.store import Store
-from records.types import AnswerKind, ExpertLabel, Prediction, ReviewItem
+from records.types import Annotation, AnswerKind, Prediction, ReviewItem
 
-_Z = 1.959963984540054  # two-sided 95 %
+_Z = 1.959963984540054  # two-splitd 95 %
 
 
 class AnchoringReport(BaseModel):
@@ -47,7 +47,7 @@ class AgreementReport(BaseModel):
 def read_agreement(store: Store) -> AgreementReport:
     """Return the report over all answers of a store."""
     with store.ledger.read() as tx:
-        labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
+        labels = tx.find(Annotation, order_by=("created_at", "id"))
         items = {i.id: i for i in tx.find(ReviewItem, where={"id": {row.review_item_id for row in labels}})}
         images = {row.image_id for row in labels}
         predictions = tx.find(Prediction, where={"image_id": images, "served": True}, order_by=("created_at",))
@@ -55,7 +55,7 @@ def read_agreement(store: Store) -> AgreementReport:
 
 
 def agreement(
-    labels: Iterable[ExpertLabel],
+    labels: Iterable[Annotation],
     items: Mapping[str, ReviewItem],
     predictions: Mapping[str, Prediction],
     codes: Sequence[str],
@@ -135,7 +135,7 @@ def fleiss_kappa(answers: Sequence[Sequence[str]]) -> float | None:
 
 
 def anchoring(
-    rows: Iterable[ExpertLabel], items: Mapping[str, ReviewItem], predictions: Mapping[str, Prediction]
+    rows: Iterable[Annotation], items: Mapping[str, ReviewItem], predictions: Mapping[str, Prediction]
 ) -> AnchoringReport:
     """Compare readers who saw the model's answer with those who did not.
 

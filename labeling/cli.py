@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from records.store import Store
 
 app = typer.Typer()
-label_app = typer.Typer(help="Experts: the local Label Studio, questions out, answers in.", no_args_is_help=True)
+label_app = typer.Typer(help="Annotators: the local Label Studio, questions out, answers in.", no_args_is_help=True)
 app.add_typer(label_app, name="label")
 
 
@@ -112,7 +112,7 @@ def status_command(
     table.add_row("questions", ", ".join(f"{count} {state}" for state, count in found.items.items()))
     if found.oldest_waiting_s is not None:
         table.add_row("oldest waits", f"{found.oldest_waiting_s:.0f} s")
-    table.add_row("answers read", str(found.expert_labels))
+    table.add_row("answers read", str(found.annotations))
     for problem in found.problems:
         table.add_row("[red]problem[/]", problem)
     emit(as_json, found, table)
@@ -212,7 +212,7 @@ def invite_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the link under which an expert makes an account; answers carry its address."""
+    """Print the link under which an annotator makes an account; answers carry its address."""
     from labeling.connection import require
     from labeling.people import invitation
     from records.home import open_home
@@ -266,8 +266,8 @@ def simulate_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a simulated expert answer the open tasks whose truth is known, through Label Studio's own API."""
-    from labeling.simulated_expert import answer, read_truth
+    """Let a simulated annotator answer the open tasks whose truth is known, through Label Studio's own API."""
+    from labeling.simulated_annotator import answer, read_truth
 
     settings = settings_of(ctx, config, preset, sets)
     with _connected(settings) as (store, client), _counting("answering") as advance:

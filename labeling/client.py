@@ -104,7 +104,7 @@ class LabelStudioClient:
         """Make the project that carries the marker, or bring the one that exists up to date.
 
         Args:
-            title: shown to experts, 3 to 50 characters.
+            title: shown to annotators, 3 to 50 characters.
             label_config: XML of the labeling page.
             marker: unique text that stays in the project's description.
             model_version: of the predictions whose scores order the tasks.

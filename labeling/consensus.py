@@ -1,6 +1,6 @@
 """From what several readers said to one label: majority or Dawid-Skene, and adjudication above both.
 
-Pure functions over expert labels: nothing is read, stored or asked. An image without a label that
+Pure functions over annotator labels: nothing is read, stored or asked. An image without a label that
 more than half support stays without one, which is what asks for an adjudication.
 """
 
@@ -9,13 +9,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from records.types import AnswerKind, Confirmation, ExpertLabel, ResolvedLabel
+from records.types import Annotation, AnswerKind, Confirmation, ResolvedLabel
 
 ConsensusMethod = Literal["majority", "dawid_skene"]
 
 
 def resolve(
-    labels: Iterable[ExpertLabel],
+    labels: Iterable[Annotation],
     audit_items: Collection[str] = frozenset(),
     *,
     adjudications: Collection[str] = frozenset(),
@@ -45,12 +45,12 @@ def resolve(
     ]
 
 
-def standing(labels: Iterable[ExpertLabel]) -> list[ExpertLabel]:
+def standing(labels: Iterable[Annotation]) -> list[Annotation]:
     """Return each reader's newest answer about each image, without what was deleted."""
     return list({(row.image_id, row.annotator): row for row in _alive(labels)}.values())
 
 
-def contested(labels: Iterable[ExpertLabel], threshold: float) -> dict[str, list[ExpertLabel]]:
+def contested(labels: Iterable[Annotation], threshold: float) -> dict[str, list[Annotation]]:
     """Return the images whose readers agree too little.
 
     Args:
@@ -67,7 +67,7 @@ def contested(labels: Iterable[ExpertLabel], threshold: float) -> dict[str, list
     return found
 
 
-def dawid_skene(by_image: Mapping[str, list[ExpertLabel]]) -> dict[str, dict[str, float]]:
+def dawid_skene(by_image: Mapping[str, list[Annotation]]) -> dict[str, dict[str, float]]:
     """Return how probable each class is, given who said what and how each reader errs (Dawid and Skene 1979).
 
     Args:
@@ -80,7 +80,7 @@ def dawid_skene(by_image: Mapping[str, list[ExpertLabel]]) -> dict[str, dict[str
     return {str(image_id): {str(code): float(p) for code, p in row.items()} for image_id, row in rows.items()}
 
 
-def reader_confusion(labels: Iterable[ExpertLabel]) -> dict[str, dict[str, dict[str, float]]]:
+def reader_confusion(labels: Iterable[Annotation]) -> dict[str, dict[str, dict[str, float]]]:
     """Return how each reader answers where the truth is one class, as Dawid-Skene estimates it.
 
     Args:
@@ -96,7 +96,7 @@ def reader_confusion(labels: Iterable[ExpertLabel]) -> dict[str, dict[str, dict[
     return found
 
 
-def _fit(by_image: Mapping[str, list[ExpertLabel]]) -> Any:
+def _fit(by_image: Mapping[str, list[Annotation]]) -> Any:
     """Fit crowd-kit's Dawid-Skene to all answers that name a class; None if there is none."""
     import pandas as pd
     from crowdkit.aggregation import DawidSkene
@@ -115,7 +115,7 @@ def _fit(by_image: Mapping[str, list[ExpertLabel]]) -> Any:
         return DawidSkene(n_iter=100, tol=1e-6).fit(pd.DataFrame(said))
 
 
-def _alive(labels: Iterable[ExpertLabel]) -> list[ExpertLabel]:
+def _alive(labels: Iterable[Annotation]) -> list[Annotation]:
     """Return the newest revision of each annotation that was not deleted, oldest answer first."""
     rows = sorted(labels, key=lambda label: (label.created_at, label.id))
     last_row = {(row.server, row.review_item_id, row.annotation_id): row for row in rows}
@@ -123,22 +123,22 @@ def _alive(labels: Iterable[ExpertLabel]) -> list[ExpertLabel]:
     return sorted(alive, key=lambda row: (row.annotated_at, row.created_at, row.id))
 
 
-def _by_image(rows: Iterable[ExpertLabel]) -> dict[str, list[ExpertLabel]]:
-    by_image: dict[str, list[ExpertLabel]] = defaultdict(list)
+def _by_image(rows: Iterable[Annotation]) -> dict[str, list[Annotation]]:
+    by_image: dict[str, list[Annotation]] = defaultdict(list)
     for row in rows:
         by_image[row.image_id].append(row)
     return by_image
 
 
-def _votes(rows: Iterable[ExpertLabel]) -> Counter[str]:
+def _votes(rows: Iterable[Annotation]) -> Counter[str]:
     return Counter(row.label for row in rows if row.answer == AnswerKind.CLASS and row.label is not None)
 
 
 def _resolve_one(
     image_id: str,
-    rows: list[ExpertLabel],
+    rows: list[Annotation],
     audit_items: Collection[str],
-    decision: ExpertLabel | None,
+    decision: Annotation | None,
     beliefs: Mapping[str, float] | None,
 ) -> ResolvedLabel:
     votes = _votes(rows)
@@ -159,6 +159,6 @@ def _resolve_one(
         confidence=support if votes else None,
         method=method,
         annotators=sorted(row.annotator for row in rows),
-        expert_label_ids=sorted(row.id for row in rows),
+        annotation_ids=sorted(row.id for row in rows),
         from_audit_sample=all(row.review_item_id in audit_items for row in counted),
     )

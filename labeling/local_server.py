@@ -36,7 +36,7 @@ from records.errors import ConfigError, IntegrityError, LabelStudioError, LabelS
 from records.home import Home
 from records.ids import utc_now
 
-USERNAME = "expert@relook.local"
+USERNAME = "annotator@relook.local"
 _HOST = "127.0.0.1"
 _STOP_TIMEOUT_S = 10.0
 _LOG_LIMIT_BYTES = 20_000_000

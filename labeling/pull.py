@@ -1,6 +1,6 @@
 """Answers in: a reconciling poll that makes the ledger say what Label Studio says.
 
-Each revision of an annotation becomes one expert label, once; an edit adds a row, a deletion or a
+Each revision of an annotation becomes one annotator label, once; an edit adds a row, a deletion or a
 skip of what was an answer adds a tombstone; drafts and skips are no answers. A poll in which nothing
 happened costs one request. Where a cursor and the server's clock could disagree, the poll reads too
 much rather than too little: the unique index on revisions keeps doubles out.
@@ -25,7 +25,7 @@ from records.ids import hash_of, new_id, utc_now
 from records.lease import hold
 from records.ledger import Transaction
 from records.store import Store
-from records.types import AnswerKind, Cursor, ExpertLabel, ReviewItem, ReviewState
+from records.types import Annotation, AnswerKind, Cursor, ReviewItem, ReviewState
 
 _OVERLAP = timedelta(seconds=60)
 _ADDED = (
@@ -56,7 +56,7 @@ class PullReport(BaseModel):
 def pull(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, *, advance: Advance = lambda done, total: None
 ) -> PullReport:
-    """Read what experts have said since the last time.
+    """Read what annotators have said since the last time.
 
     Args:
         store: with the ledger.
@@ -142,7 +142,7 @@ class _Pass:
     project_id: int
     desk: Desk = field(default_factory=Desk)
     readers: dict[int, str] = field(default_factory=dict)
-    added: list[ExpertLabel] = field(default_factory=list)
+    added: list[Annotation] = field(default_factory=list)
     not_understood: list[str] = field(default_factory=list)
     annotations: int = 0
     edited: int = 0
@@ -209,15 +209,15 @@ class _Pass:
             self.readers.update({user_id: f"user {user_id}" for user_id in wanted})
             self.readers.update(users(self.client))
 
-    def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, ExpertLabel]]:
+    def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, Annotation]]:
         """Return, by task and annotation, the row that was added last."""
         where = {"review_item_id": list(item_ids), "server": self.client.server, "project_id": self.project_id}
-        newest: dict[int, dict[int, ExpertLabel]] = {}
-        for label in tx.find(ExpertLabel, where=where, order_by=("created_at", "id")):
+        newest: dict[int, dict[int, Annotation]] = {}
+        for label in tx.find(Annotation, where=where, order_by=("created_at", "id")):
             newest.setdefault(label.task_id, {})[label.annotation_id] = label
         return newest
 
-    def _record_task(self, tx: Transaction, row: TaskRow, item: ReviewItem, known: Mapping[int, ExpertLabel]) -> None:
+    def _record_task(self, tx: Transaction, row: TaskRow, item: ReviewItem, known: Mapping[int, Annotation]) -> None:
         submitted = {a.id: a for a in row.annotations if not a.was_cancelled}
         self.annotations += len(submitted)
         labels = []
@@ -232,14 +232,14 @@ class _Pass:
         self._bury(tx, [one for one in known.values() if not one.deleted and one.annotation_id not in submitted])
         _settle(tx, item, self.project_id, row.id, answered=bool(submitted))
 
-    def _label(self, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> ExpertLabel:
+    def _label(self, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> Annotation:
         answer = read_answer(annotation.result, self.store.taxonomy)
         reader = self.readers[annotation.completed_by] if annotation.completed_by is not None else "unknown"
         if not answer.understood:
             self.not_understood.append(
                 f"annotation {annotation.id} of task {row.id} by {reader}: {answer.other_text}; kept, not trained on"
             )
-        return ExpertLabel(
+        return Annotation(
             id=new_id(),
             created_at=utc_now(),
             review_item_id=item.id,
@@ -260,7 +260,7 @@ class _Pass:
             revision=revision_of(annotation),
         )
 
-    def _bury(self, tx: Transaction, labels: Iterable[ExpertLabel]) -> None:
+    def _bury(self, tx: Transaction, labels: Iterable[Annotation]) -> None:
         for label in labels:
             now = utc_now()
             changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}

@@ -9,7 +9,7 @@ from records.settings import RoomSettings
 
 
 class LabelingSettings(RoomSettings):
-    """Where the experts work and how questions reach them."""
+    """Where the annotators work and how questions reach them."""
 
     url: str | None = Field(
         default=None,

@@ -14,7 +14,7 @@ from labeling.tasks import label_config
 from records.errors import RelookError
 from records.ids import utc_now
 from records.store import Store
-from records.types import ExpertLabel, ReviewItem, ReviewState
+from records.types import Annotation, ReviewItem, ReviewState
 
 
 class LabelingStatus(BaseModel):
@@ -30,7 +30,7 @@ class LabelingStatus(BaseModel):
     items: dict[str, int] = Field(description="review items by state")
     oldest_waiting_s: float | None = Field(default=None, description="age of the oldest item not yet pushed, seconds")
     overdue: int = Field(ge=0, description="urgent items past their deadline without an answer")
-    expert_labels: int = Field(ge=0, description="rows read from Label Studio, tombstones included")
+    annotations: int = Field(ge=0, description="rows read from Label Studio, tombstones included")
     problems: list[str]
 
 
@@ -88,13 +88,13 @@ def _look_at_outbox(store: Store, problems: list[str]) -> dict[str, Any]:
         items = {state.value: tx.count(ReviewItem, where={"state": state}) for state in ReviewState}
         oldest = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("created_at",), limit=1)
         waiting = tx.find(ReviewItem, where={"state": (ReviewState.NEW, ReviewState.PUSHED)})
-        num_labels = tx.count(ExpertLabel)
+        num_labels = tx.count(Annotation)
     overdue = sum(1 for item in waiting if item.due is not None and item.due < now)
     if overdue:
-        problems.append(f"{overdue} urgent questions are past their deadline; ask an expert to open Label Studio")
+        problems.append(f"{overdue} urgent questions are past their deadline; ask an annotator to open Label Studio")
     return {
         "items": items,
         "oldest_waiting_s": (now - oldest[0].created_at).total_seconds() if oldest else None,
         "overdue": overdue,
-        "expert_labels": num_labels,
+        "annotations": num_labels,
     }

@@ -1,4 +1,4 @@
-"""What an expert sees and answers: the labeling page, the tasks, and how an answer is read.
+"""What an annotator sees and answers: the labeling page, the tasks, and how an answer is read.
 
 The page follows the taxonomy; class codes travel as aliases, so display names may change. No answer
 is ever filled in beforehand: a task's prediction carries a score (negated priority) and an empty

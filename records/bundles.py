@@ -66,13 +66,13 @@ class Calibration(_Part):
 
 
 class ReferPoint(_Part):
-    """A threshold on one calibrated probability, and what was proven about it on the calibration side."""
+    """A threshold on one calibrated probability, and what was proven about it on the calibration split."""
 
     threshold: float = Field(ge=0, le=1, description="p at or above it is referred")
     sensitivity_floor: float = Field(ge=0, le=1)
-    proven: bool = Field(description="true if the exact one-sided 95 % lower bound reaches the floor")
-    sensitivity: float | None = Field(description="lesion-level, on the calibration side; empty without cases")
-    sensitivity_lower_bound: float | None = Field(description="exact one-sided 95 %")
+    proven: bool = Field(description="true if the exact one-splitd 95 % lower bound reaches the floor")
+    sensitivity: float | None = Field(description="lesion-level, on the calibration split; empty without cases")
+    sensitivity_lower_bound: float | None = Field(description="exact one-splitd 95 %")
     specificity: float | None
     lesions: int = Field(ge=0, description="positive lesions it was measured on")
 
@@ -137,7 +137,7 @@ class BundleDocument(_Part):
     config: dict[str, Any] = Field(description="the settings of trainers that made it")
     code_version: str
     num_threads: int = Field(ge=1, description="threads that the golden logits were computed with")
-    metrics: dict[str, Any] = Field(default_factory=dict, description="on the sides that fitting may read")
+    metrics: dict[str, Any] = Field(default_factory=dict, description="on the splits that fitting may read")
     explanation: dict[str, Any] = Field(default_factory=dict, description="target layer, and how faithful its maps are")
 
 

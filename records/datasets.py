@@ -1,8 +1,8 @@
-"""Dataset versions: immutable parquet manifests that say which image has which label on which side.
+"""Dataset versions: immutable parquet manifests that say which image has which label on which split.
 
-A version's id is the hash of what training sees (image, group, side, label, rank), so equal
+A version's id is the hash of what training sees (image, group, split, label, rank), so equal
 inputs give equal ids on every machine. Labels that came from doubt, flags or outcomes join train
-only; a group that has a side keeps it for good.
+only; a group that has a split keeps it for good.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from records.erasure import erased_ids
 from records.errors import IntegrityError, UnknownIdError
 from records.ids import new_id, utc_now
-from records.labelled import draw_sides, expert_labels, read_known
+from records.labelled import annotations, draw_splits, read_known
 from records.schemas import from_arrow, to_arrow
 from records.store import Store
-from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Side
+from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Split
 
-HASHED_COLUMNS = ["image_id", "group_id", "side", "label", "label_rank"]
+HASHED_COLUMNS = ["image_id", "group_id", "split", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
 _ROWS_AT_ONCE = 50_000
 _ROWS_OF_A_GROUP = 10_000  # of a manifest's file, sorted by image: to look one up, one group is read
@@ -45,9 +45,9 @@ class DatasetVersion:
     taxonomy_hash: str
     rows: pd.DataFrame = field(repr=False, compare=False)
 
-    def side(self, side: Side) -> pd.DataFrame:
-        """Return the rows of one side, sorted by image id, with a fresh index."""
-        return self.rows[self.rows["side"] == side.value].reset_index(drop=True)
+    def split(self, split: Split) -> pd.DataFrame:
+        """Return the rows of one split, sorted by image id, with a fresh index."""
+        return self.rows[self.rows["split"] == split.value].reset_index(drop=True)
 
     @property
     def num_images(self) -> int:
@@ -66,10 +66,10 @@ class BuildReport:
 
     Args:
         version: what was built.
-        new_labels: images whose strongest label came from an expert.
-        held_out: those of them on a side other than train. A label from the audit sample is in the
+        new_labels: images whose strongest label came from an annotator.
+        held_out: those of them on a split other than train. A label from the audit sample is in the
             version there; one from doubt is not, and the image keeps the label it had, if any.
-        outranked: images where a label at least as strong contradicts an expert's; each is a case for
+        outranked: images where a label at least as strong contradicts an annotator's; each is a case for
             adjudication.
         without_consent: labelled images whose consent does not cover training.
         ungrouped: labelled images that are in no group yet.
@@ -90,7 +90,7 @@ def build_version(
 
     Args:
         store: with the imported images and labels.
-        resolved: what experts said, after consensus.
+        resolved: what annotators said, after consensus.
         round_number: the round that asks; 0 for an import.
         parent_id: the version that this one follows; labels that it has already keep their round.
     Returns:
@@ -100,24 +100,24 @@ def build_version(
         TaxonomyError: a label is not a class of the store's taxonomy.
         IntegrityError: an image is in a group that the ledger does not know.
     """
-    experts = expert_labels(resolved, round_number)
-    known = read_known(store, experts)
+    annotators = annotations(resolved, round_number)
+    known = read_known(store, annotators)
     # Reading takes long and must not hold up other writers; drawing is short, and what it drew is read again,
-    # so that a version always comes from one consistent view in which every group has its side.
-    while not (undrawn := known.rows[known.rows["side"].isna()]).empty:
+    # so that a version always comes from one consistent view in which every group has its split.
+    while not (undrawn := known.rows[known.rows["split"].isna()]).empty:
         with store.ledger.begin() as tx:
-            draw_sides(tx, undrawn, store.settings.split_salt)
-        known = read_known(store, experts)
+            draw_splits(tx, undrawn, store.settings.split_salt)
+        known = read_known(store, annotators)
     version = _version(_keep_rounds(store, known.rows, parent_id), store.taxonomy.hash)
     version = _write(store, version, round_number, parent_id)
-    is_new = known.strongest["label_source"].str.startswith("expert:")
-    is_held_out = is_new & (known.strongest["side"].fillna(Side.TRAIN.value) != Side.TRAIN.value)
+    is_new = known.strongest["label_source"].str.startswith("annotator:")
+    is_held_out = is_new & (known.strongest["split"].fillna(Split.TRAIN.value) != Split.TRAIN.value)
     no_consent = known.images["consent"] != Consent.TRAINING.value
     return BuildReport(
         version=version,
         new_labels=tuple(known.strongest.loc[is_new, "image_id"]),
         held_out=tuple(known.strongest.loc[is_held_out, "image_id"]),
-        outranked=_outranked(experts, known.strongest),
+        outranked=_outranked(annotators, known.strongest),
         without_consent=tuple(sorted(known.images.loc[no_consent, "image_id"])),
         ungrouped=tuple(sorted(known.images.loc[known.images["group_id"].isna() & ~no_consent, "image_id"])),
     )
@@ -217,7 +217,7 @@ def content_id(rows: pd.DataFrame, taxonomy_hash: str) -> str:
     """Return the id of a manifest.
 
     Args:
-        rows: with at least the columns image, group, side, label and rank, sorted by image id.
+        rows: with at least the columns image, group, split, label and rank, sorted by image id.
         taxonomy_hash: of the taxonomy the labels belong to.
     Returns:
         64 hex characters over exactly what training sees; who said it and when is not part of it.
@@ -229,8 +229,8 @@ def content_id(rows: pd.DataFrame, taxonomy_hash: str) -> str:
     return digest.hexdigest()
 
 
-def _outranked(experts: pd.DataFrame, strongest: pd.DataFrame) -> tuple[str, ...]:
-    both = experts.merge(strongest, on="image_id", suffixes=("", "_strongest"))
+def _outranked(annotators: pd.DataFrame, strongest: pd.DataFrame) -> tuple[str, ...]:
+    both = annotators.merge(strongest, on="image_id", suffixes=("", "_strongest"))
     return tuple(sorted(both.loc[both["label"] != both["label_strongest"], "image_id"]))
 
 
@@ -263,7 +263,7 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
         "taxonomy_hash": version.taxonomy_hash,
         "images": version.num_images,
         "groups": version.num_groups,
-        "sides": {side.value: len(version.side(side)) for side in Side},
+        "splits": {split.value: len(version.split(split)) for split in Split},
     }
     # Each writer has its own temporary file: two may build the same version at once.
     temporary = folder / f".{new_id()}"

@@ -41,7 +41,7 @@ class Erasure(BaseModel):
 
     image_id: str
     blobs: int = Field(ge=0, description="images and heat maps removed from the blob store")
-    withdrawn: int = Field(ge=0, description="open questions to experts that were taken back")
+    withdrawn: int = Field(ge=0, description="open questions to annotators that were taken back")
     left_in_place: str | None = Field(
         default=None, description="path of an image that was imported in place; its file belongs to somebody else"
     )

@@ -1,8 +1,8 @@
-"""Groups and sides: what keeps the images of one lesion together, once and for good.
+"""Groups and splits: what keeps the images of one lesion together, once and for good.
 
-A group is what lesion, patient and near-duplicate links connect. A labelled group has a side that
+A group is what lesion, patient and near-duplicate links connect. A labelled group has a split that
 is drawn once and stored; adding images later never moves a group. An image whose links would
-join two sides is not placed at all, but named.
+join two splits is not placed at all, but named.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,16 +12,16 @@ import networkx as nx
 
 from records.errors import ContractError
 from records.ids import sha256_hex
-from records.types import Side
+from records.types import Split
 
-SIDE_SHARES: dict[Side, float] = {
-    Side.TRAIN: 0.58,
-    Side.VAL: 0.10,
-    Side.CALIBRATION: 0.12,
-    Side.GATE: 0.10,
-    Side.TEST: 0.10,
+SPLIT_SHARES: dict[Split, float] = {
+    Split.TRAIN: 0.58,
+    Split.VAL: 0.10,
+    Split.CALIBRATION: 0.12,
+    Split.GATE: 0.10,
+    Split.TEST: 0.10,
 }
-"""Share of the labelled groups that each side gets; in this order along the hash line."""
+"""Share of the labelled groups that each split gets; in this order along the hash line."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class KnownGroup:
 
     Args:
         id: of the group that holds the image now, that is after all merges.
-        side: that it was drawn to, read in the transaction that writes the placement.
+        split: that it was drawn to, read in the transaction that writes the placement.
     """
 
     id: str
-    side: Side | None
+    split: Split | None
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Placement:
     Args:
         group_of: image id to group id, for every newcomer that could be placed.
         new_groups: ids of groups that did not exist.
-        merged: group id to the group that takes it in (same side, or one of them without a side).
-        refused: image id to the ids of the two-sided groups it would have linked.
+        merged: group id to the group that takes it in (same split, or one of them without a split).
+        refused: image id to the ids of the two-splitd groups it would have linked.
     """
 
     group_of: dict[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ def place(
         links: pairs of image ids that belong together; either may be new or known.
         known_group_of: the group of every known image that a link names.
     Returns:
-        The placement. A component that touches groups of two sides is refused as a whole: its new
+        The placement. A component that touches groups of two splits is refused as a whole: its new
         images get no group.
     Raises:
         ContractError: a link names an image that is neither new nor known.
@@ -95,7 +95,7 @@ def place(
     for component in nx.connected_components(graph):
         members = sorted(node for node in component if not node.startswith("group:"))
         touched = sorted(node.removeprefix("group:") for node in component if node.startswith("group:"))
-        if len({groups[g].side for g in touched} - {None}) > 1:
+        if len({groups[g].split for g in touched} - {None}) > 1:
             placement.refused.update(dict.fromkeys(members, tuple(touched)))
             continue
         target = _target(touched, groups, members)
@@ -107,10 +107,10 @@ def place(
 
 
 def _target(touched: Sequence[str], groups: Mapping[str, KnownGroup], members: Sequence[str]) -> str:
-    """Choose the group that stays: one with a side before one without, then the smallest id."""
+    """Choose the group that stays: one with a split before one without, then the smallest id."""
     if not touched:
         return group_id_of(members[0])
-    return min(touched, key=lambda g: (groups[g].side is None, g))
+    return min(touched, key=lambda g: (groups[g].split is None, g))
 
 
 def position(group_id: str, salt: str) -> float:
@@ -125,43 +125,43 @@ def position(group_id: str, salt: str) -> float:
     return int(sha256_hex(f"{salt}:{group_id}".encode())[:16], 16) / 2**64
 
 
-def draw_side(group_id: str, salt: str) -> Side:
-    """Draw the side of one group by its salted hash alone.
+def draw_split(group_id: str, salt: str) -> Split:
+    """Draw the split of one group by its salted hash alone.
 
     Args:
         group_id: of the group.
         salt: setting `records.split_salt`.
     Returns:
-        The side; over many groups the shares are `SIDE_SHARES`.
+        The split; over many groups the shares are `SPLIT_SHARES`.
     """
-    return _side_at(position(group_id, salt))
+    return _split_at(position(group_id, salt))
 
 
-def draw_stratified(class_of_group: Mapping[str, str], salt: str) -> dict[str, Side]:
-    """Draw the sides of a first import so that every class is split at the shares.
+def draw_stratified(class_of_group: Mapping[str, str], salt: str) -> dict[str, Split]:
+    """Draw the splits of a first import so that every class is split at the shares.
 
     Args:
         class_of_group: group id to class code.
         salt: setting `records.split_salt`.
     Returns:
-        Group id to side. Within a class, groups are sorted by salted hash and cut at the shares, so
-        each side's count differs from its share by less than one group.
+        Group id to split. Within a class, groups are sorted by salted hash and cut at the shares, so
+        each split's count differs from its share by less than one group.
     """
     by_class: dict[str, list[str]] = {}
     for group_id, code in class_of_group.items():
         by_class.setdefault(code, []).append(group_id)
-    sides: dict[str, Side] = {}
+    splits: dict[str, Split] = {}
     for members in by_class.values():
         members.sort(key=lambda group_id: (position(group_id, salt), group_id))
         for rank, group_id in enumerate(members):
-            sides[group_id] = _side_at((rank + 0.5) / len(members))
-    return sides
+            splits[group_id] = _split_at((rank + 0.5) / len(members))
+    return splits
 
 
-def _side_at(fraction: float) -> Side:
+def _split_at(fraction: float) -> Split:
     upper = 0.0
-    for side, share in SIDE_SHARES.items():
+    for split, share in SPLIT_SHARES.items():
         upper += share
         if fraction < upper:
-            return side
-    return Side.TEST
+            return split
+    return Split.TEST

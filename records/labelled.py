@@ -1,7 +1,7 @@
-"""What is known of the labelled images: their strongest labels, their groups and their sides.
+"""What is known of the labelled images: their strongest labels, their groups and their splits.
 
-In: the ledger and what experts said. Out: frames with one row per image, which `records.datasets`
-turns into a version. Sides that are missing are drawn here, once and for good.
+In: the ledger and what annotators said. Out: frames with one row per image, which `records.datasets`
+turns into a version. Splits that are missing are drawn here, once and for good.
 """
 
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ import pandas as pd
 import sqlalchemy as sa
 
 from records.errors import DataError, IntegrityError
-from records.grouping import draw_side, draw_stratified
+from records.grouping import draw_split, draw_stratified
 from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
 from records.store import Store
-from records.types import LABEL_RANK, Consent, Group, Image, ResolvedLabel, Side, SourceLabel
+from records.types import LABEL_RANK, Consent, Group, Image, ResolvedLabel, SourceLabel, Split
 
 _ROWS_AT_ONCE = 50_000
 _RANKS = {confirmation.value: rank for confirmation, rank in LABEL_RANK.items()}
@@ -30,8 +30,8 @@ class Known:
 
     Args:
         images: image_id, group_id and consent of every labelled image that is not erased.
-        strongest: the strongest label of every usable image, with group_id and side.
-        rows: the same, except that on held-out sides labels from doubt do not count.
+        strongest: the strongest label of every usable image, with group_id and split.
+        rows: the same, except that on held-out splits labels from doubt do not count.
     """
 
     images: pd.DataFrame
@@ -39,14 +39,14 @@ class Known:
     rows: pd.DataFrame
 
 
-def read_known(store: Store, experts: pd.DataFrame) -> Known:
+def read_known(store: Store, annotators: pd.DataFrame) -> Known:
     """Read the labelled images in one view.
 
     Args:
         store: with the imported images and labels.
-        experts: of `expert_labels`.
+        annotators: of `annotations`.
     Returns:
-        What is known; `side` is missing where a group has none yet.
+        What is known; `split` is missing where a group has none yet.
     Raises:
         DataError: not one image has a label that may be used.
         TaxonomyError: a label is not a class of the store's taxonomy.
@@ -57,11 +57,11 @@ def read_known(store: Store, experts: pd.DataFrame) -> Known:
         images = _frame(
             tx, _IMAGE.id.label("image_id"), _IMAGE.group_id, _IMAGE.consent, where=_IMAGE.erased_at.is_(None)
         )
-        groups = _frame(tx, _GROUP.id.label("group_id"), _GROUP.side, _GROUP.merged_into)
+        groups = _frame(tx, _GROUP.id.label("group_id"), _GROUP.split, _GROUP.merged_into)
     # An outcome is as little a random sample as a doubt is: who is suspected is biopsied.
     labels = labels.assign(round=0, independent=labels["label_source"].str.startswith("import:"))
     # Columns of an empty frame have no type and would spoil those of the other.
-    labels = pd.concat([part for part in (labels, experts) if len(part)] or [labels], ignore_index=True)
+    labels = pd.concat([part for part in (labels, annotators) if len(part)] or [labels], ignore_index=True)
     for label in labels["label"].unique():
         store.taxonomy.index_of(label)
     labels = labels.merge(images, on="image_id").merge(_after_merges(groups), on="group_id", how="left")
@@ -75,14 +75,14 @@ def read_known(store: Store, experts: pd.DataFrame) -> Known:
         why = f"none of {len(images)} labelled images has both consent for training and a group"
         raise DataError(f"{why if len(images) else 'no image has a label yet'}; import a folder with diagnoses first")
     strongest = _strongest(labels)
-    biased = ~strongest["independent"] & strongest["side"].notna() & (strongest["side"] != Side.TRAIN.value)
+    biased = ~strongest["independent"] & strongest["split"].notna() & (strongest["split"] != Split.TRAIN.value)
     others = labels[labels["independent"] & labels["image_id"].isin(list(strongest.loc[biased, "image_id"]))]
     rows = pd.concat([strongest[~biased], _strongest(others)])
     return Known(owned, strongest, rows.sort_values("image_id", ignore_index=True))
 
 
-def expert_labels(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.DataFrame:
-    """Return what experts said as a frame; images that nobody could tell are not in it.
+def annotations(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.DataFrame:
+    """Return what annotators said as a frame; images that nobody could tell are not in it.
 
     Args:
         resolved: after consensus.
@@ -95,7 +95,7 @@ def expert_labels(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.Da
             "image_id": r.image_id,
             "label": r.label,
             "confirmation": r.confirmation.value,
-            "label_source": f"expert:{'+'.join(r.annotators)}",
+            "label_source": f"annotator:{'+'.join(r.annotators)}",
             "round": round_number,
             "independent": r.from_audit_sample,
         }
@@ -119,16 +119,16 @@ def _frame(
 
 
 def _after_merges(groups: pd.DataFrame) -> pd.DataFrame:
-    """Return group_id, the id of the group that holds its images now, and that one's side."""
+    """Return group_id, the id of the group that holds its images now, and that one's split."""
     moved = groups[groups["merged_into"].notna()]
     into: dict[str, str] = dict(zip(moved["group_id"], moved["merged_into"], strict=True))
     for group_id in into:
         while into[group_id] in into:
             into[group_id] = into[into[group_id]]
     kept = groups[groups["merged_into"].isna()]
-    taken = moved.assign(target_id=moved["group_id"].map(into)).drop(columns="side")
-    taken = taken.merge(kept[["group_id", "side"]].rename(columns={"group_id": "target_id"}), on="target_id")
-    columns = ["group_id", "target_id", "side"]
+    taken = moved.assign(target_id=moved["group_id"].map(into)).drop(columns="split")
+    taken = taken.merge(kept[["group_id", "split"]].rename(columns={"group_id": "target_id"}), on="target_id")
+    columns = ["group_id", "target_id", "split"]
     return pd.concat([kept.assign(target_id=kept["group_id"])[columns], taken[columns]])
 
 
@@ -137,35 +137,35 @@ def _strongest(labels: pd.DataFrame) -> pd.DataFrame:
     labels = labels.assign(label_rank=labels["confirmation"].map(_RANKS).astype("int64"))
     several = labels["image_id"].duplicated(keep=False)
     contested = labels[several]
-    contested = contested.assign(is_expert=contested["label_source"].str.startswith("expert:"))
-    contested = contested.sort_values(["image_id", "label_rank", "is_expert", "label_source", "label"])
-    decided = contested.drop_duplicates("image_id").drop(columns="is_expert")
+    contested = contested.assign(is_annotator=contested["label_source"].str.startswith("annotator:"))
+    contested = contested.sort_values(["image_id", "label_rank", "is_annotator", "label_source", "label"])
+    decided = contested.drop_duplicates("image_id").drop(columns="is_annotator")
     return pd.concat([labels[~several], decided]).sort_values("image_id", ignore_index=True)
 
 
-def draw_sides(tx: Transaction, undrawn: pd.DataFrame, salt: str) -> None:
-    """Give every labelled group that has none its side, once.
+def draw_splits(tx: Transaction, undrawn: pd.DataFrame, salt: str) -> None:
+    """Give every labelled group that has none its split, once.
 
     The first draw of a store is stratified; later ones go by hash. A group whose label came from
-    doubt, a flag, a selection or an outcome goes to train, so that it can never bias a held-out side.
+    doubt, a flag, a selection or an outcome goes to train, so that it can never bias a held-out split.
 
     Args:
         tx: a write transaction.
-        undrawn: rows of `Known` whose group has no side; one that got its side meanwhile keeps it.
+        undrawn: rows of `Known` whose group has no split; one that got its split meanwhile keeps it.
         salt: setting `records.split_salt`.
     """
     table = TABLES[Group]
     doubtful = set(undrawn.loc[~undrawn["independent"], "group_id"])
     fresh = undrawn[~undrawn["group_id"].isin(doubtful)].sort_values("image_id").drop_duplicates("group_id")
-    first = tx.connection.scalar(sa.select(table.c.id).where(table.c.side.is_not(None)).limit(1)) is None
+    first = tx.connection.scalar(sa.select(table.c.id).where(table.c.split.is_not(None)).limit(1)) is None
     if first:
         drawn = draw_stratified(dict(zip(fresh["group_id"], fresh["label"], strict=True)), salt)
     else:
-        drawn = {group_id: draw_side(group_id, salt) for group_id in fresh["group_id"]}
-    draws = [(side, "stratified" if first else "hash", [g for g in drawn if drawn[g] == side]) for side in Side]
-    for side, how, members in [*draws, (Side.TRAIN, "doubt", sorted(doubtful))]:
+        drawn = {group_id: draw_split(group_id, salt) for group_id in fresh["group_id"]}
+    draws = [(split, "stratified" if first else "hash", [g for g in drawn if drawn[g] == split]) for split in Split]
+    for split, how, members in [*draws, (Split.TRAIN, "doubt", sorted(doubtful))]:
         tx.connection.execute(
             sa.update(table)
-            .where(any_of(table.c.id, members, tx.connection.dialect), table.c.side.is_(None))
-            .values(side=side.value, drawn_by=how, drawn_at=utc_now())
+            .where(any_of(table.c.id, members, tx.connection.dialect), table.c.split.is_(None))
+            .values(split=split.value, drawn_by=how, drawn_at=utc_now())
         )

@@ -1,6 +1,6 @@
 """The way of an image, an answer or a model through the records, in both directions.
 
-A trace is a list of dated steps: request, answer, flag, question, expert's answer, dataset version,
+A trace is a list of dated steps: request, answer, flag, question, annotator's answer, dataset version,
 next model. It only reads.
 """
 
@@ -14,7 +14,7 @@ from records.errors import UnknownIdError
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import DatasetRecord, ExpertLabel, Flag, Image, ModelRecord, Outcome, Prediction, ReviewItem
+from records.types import Annotation, DatasetRecord, Flag, Image, ModelRecord, Outcome, Prediction, ReviewItem
 
 _COUNTED = 10_000
 
@@ -117,13 +117,13 @@ def _answer_text(prediction: Prediction) -> str:
 def _question_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     for item in tx.find(ReviewItem, where={"image_id": image_id}):
         reasons = ", ".join(item.reasons)
-        yield TraceStep(at=item.created_at, kind="question", id=item.id, text=f"sent to experts: {reasons}")
+        yield TraceStep(at=item.created_at, kind="question", id=item.id, text=f"sent to annotators: {reasons}")
         if item.pushed_at is not None:
             text = f"task {item.task_id} in project {item.project_id} of Label Studio"
             yield TraceStep(at=item.pushed_at, kind="task", id=f"{item.project_id}/{item.task_id}", text=text)
-    for label in tx.find(ExpertLabel, where={"image_id": image_id}):
+    for label in tx.find(Annotation, where={"image_id": image_id}):
         said = "deleted the annotation" if label.deleted else f"said {label.label or label.other_text or label.answer}"
-        yield TraceStep(at=label.created_at, kind="expert", id=label.id, text=f"{label.annotator} {said}")
+        yield TraceStep(at=label.created_at, kind="annotator", id=label.id, text=f"{label.annotator} {said}")
 
 
 def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
@@ -131,7 +131,7 @@ def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[Tra
         row = find_in_manifest(store, dataset.id, image_id)
         if row is None:
             continue
-        text = f"in dataset {dataset.id[:12]} as {row.label} on side {row.side} ({row.label_source})"
+        text = f"in dataset {dataset.id[:12]} as {row.label} on split {row.split} ({row.label_source})"
         yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
         for model in tx.find(ModelRecord, where={"dataset_id": dataset.id}):
             yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))

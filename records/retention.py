@@ -2,7 +2,7 @@
 
 In: how long they are kept (settings of this room). Out: what went, and one audit event per run. An image
 goes as an erased one does, heat maps and what was said of the person included; what stays is a tombstone,
-so that its answers keep their place. Needed, and kept, is what waits for an expert, was labelled by
+so that its answers keep their place. Needed, and kept, is what waits for an annotator, was labelled by
 anybody, is in a dataset version, or turned out to be something: no version, figure or replay changes.
 """
 
@@ -25,10 +25,10 @@ from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
 from records.store import Store
 from records.types import (
+    Annotation,
     Cursor,
     DatasetRecord,
     EventRecord,
-    ExpertLabel,
     Flag,
     Image,
     Outcome,
@@ -257,7 +257,7 @@ def _due_answers(before: datetime | None) -> list[sa.ColumnElement[bool]]:
 def _nobody_needs(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
     """Return conditions that no question is open about an image and that nobody said what it shows."""
     is_open = sa.exists().where(_ITEM.image_id == image_id, _ITEM.state.in_(_OPEN))
-    labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, ExpertLabel)]
+    labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, Annotation)]
     turned_out = image_id.in_(sa.select(TABLES[Outcome].c.image_id))
     return [~is_open, *(~condition for condition in labelled), ~turned_out]
 

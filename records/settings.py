@@ -24,7 +24,7 @@ class RecordsSettings(RoomSettings):
     blobs: str | None = Field(default=None, description="fsspec URL of the blob store; default: blobs/ in home")
     taxonomy: str = Field(default="ham10000", description="a built-in taxonomy's name, or the path of a YAML file")
     split_salt: str = Field(
-        default="relook", min_length=1, description="salt of the hash that draws sides; another salt is another split"
+        default="relook", min_length=1, description="salt of the hash that draws splits; another salt is another split"
     )
     durability: Literal["normal", "full"] = Field(
         default="normal",

@@ -39,7 +39,7 @@ def answer_body(
 
     Args:
         prediction: the answer.
-        review: its question to the experts, if there is one.
+        review: its question to the annotators, if there is one.
         heat_map: if it was asked for.
         taxonomy: of the model that answered.
     Returns:
@@ -91,10 +91,10 @@ def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagAnswer:
         The body.
     """
     if item.state is ReviewState.PUSHED:
-        next_step = "The experts already have this image; your objection moved it up in their queue."
+        next_step = "The annotators already have this image; your objection moved it up in their queue."
     else:
-        next_step = "Your objection is stored and goes to an expert."
-    learns = " The next model can learn from the expert's answer." if consent is Consent.TRAINING else ""
+        next_step = "Your objection is stored and goes to an annotator."
+    learns = " The next model can learn from the annotator's answer." if consent is Consent.TRAINING else ""
     return FlagAnswer(
         id=flag.id,
         prediction_id=flag.prediction_id,

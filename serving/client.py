@@ -248,7 +248,7 @@ class Client:
             What became of it.
         Raises:
             UnknownIdError: there is no such answer.
-            RefusedError: the image may not be shown to an expert.
+            RefusedError: the image may not be shown to an annotator.
             DataError: the suggested label is not a class.
         """
         body = request.model_dump(mode="json")

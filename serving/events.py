@@ -1,6 +1,6 @@
 """What happened to answers after they were given, in an order that a caller can read on from.
 
-In: expert labels, outcomes, deadlines and rollouts in the ledger. Out: `EventRecord` rows, written the first
+In: annotator labels, outcomes, deadlines and rollouts in the ledger. Out: `EventRecord` rows, written the first
 time that somebody asks, each once per cause and answer. Nobody else has to know that events exist.
 """
 
@@ -14,10 +14,10 @@ from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import (
+    Annotation,
     AnswerKind,
     Arm,
     EventRecord,
-    ExpertLabel,
     Outcome,
     Prediction,
     ReviewItem,
@@ -31,7 +31,7 @@ from serving.schemas import Event, EventPage
 MOST_AT_ONCE = 1000
 
 _EVENT, _ANSWER = TABLES[EventRecord].c, TABLES[Prediction].c
-_LABEL, _OUTCOME, _ITEM, _ROLLOUT = (TABLES[t].c for t in (ExpertLabel, Outcome, ReviewItem, Rollout))
+_LABEL, _OUTCOME, _ITEM, _ROLLOUT = (TABLES[t].c for t in (Annotation, Outcome, ReviewItem, Rollout))
 
 
 def read_events(
@@ -81,7 +81,7 @@ def gather(store: Store) -> int:
 
 def _new_events(tx: Transaction) -> Iterator[EventRecord]:
     for row in _unheard(tx, _LABEL, _LABEL.image_id == _ANSWER.image_id, _LABEL.deleted.is_(False)):
-        details = {"label": row["label"], "answer": row["answer"], "by": "expert"}
+        details = {"label": row["label"], "answer": row["answer"], "by": "annotator"}
         if row["answer"] != AnswerKind.CLASS:
             yield _event(row, "undecided", details)
         else:

@@ -26,7 +26,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         labels = ("decision", "label", "model", "arm")
         self._answers = Counter("relook_answers", "Answers given", labels, registry=self.registry)
-        self._reasons = Counter("relook_reasons", "Reasons for asking an expert", ("reason",), registry=self.registry)
+        self._reasons = Counter(
+            "relook_reasons", "Reasons for asking an annotator", ("reason",), registry=self.registry
+        )
         self._latency = Histogram(
             "relook_answer_seconds", "From decoding to the stored answer", buckets=_LATENCY_BUCKETS_S,
             registry=self.registry,
@@ -45,7 +47,7 @@ class Metrics:
         self.explained = Counter("relook_explanations", "Maps computed", ("method",), registry=self.registry)
         self.flagged = Counter("relook_flags", "Objections", ("reason",), registry=self.registry)
         self._responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)
-        self._waiting = Gauge("relook_questions_waiting", "Questions to experts", ("state",), registry=self.registry)
+        self._waiting = Gauge("relook_questions_waiting", "Questions to annotators", ("state",), registry=self.registry)
         self._overdue = Gauge(
             "relook_questions_overdue", "Urgent questions past their deadline", registry=self.registry
         )

@@ -90,7 +90,7 @@ def compare_command(
 ) -> None:
     """Show two models side by side: figures that their making wrote down, and the settings in which they differ.
 
-    The figures are those of sides that fitting may read; whether one is better is what the gate of a round decides.
+    The figures are those of splits that fitting may read; whether one is better is what the gate of a round decides.
     """
     from records.models import find_bundle
     from records.store import open_store

@@ -1,4 +1,4 @@
-"""What is written down: answers, questions to the experts, and flags, each in one transaction.
+"""What is written down: answers, questions to the annotators, and flags, each in one transaction.
 
 In: verdicts and requests. Out: rows of the ledger. A question is written in the transaction that causes
 it, so neither exists without the other; labeling drains the questions later. An image whose consent is
@@ -116,7 +116,7 @@ def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | Non
 def write_answers(store: Store, answers: Sequence[Answer]) -> list[ReviewItem | None]:
     """Write answers with their images and questions, in one transaction.
 
-    An image that already waits for an expert is not asked about twice: the waiting question takes
+    An image that already waits for an annotator is not asked about twice: the waiting question takes
     the new reasons.
 
     Args:
@@ -199,7 +199,7 @@ def review_of(tx: Transaction, prediction: Prediction) -> ReviewItem | None:
 def write_flag(
     store: Store, prediction: Prediction, request: FlagRequest, caller: str, overlay_blob: str | None
 ) -> tuple[Flag, ReviewItem]:
-    """Write an objection and its question to the experts, in one transaction.
+    """Write an objection and its question to the annotators, in one transaction.
 
     A question that already waits takes the objection in and moves up. An equal objection of the same
     caller is not written twice.
@@ -213,14 +213,14 @@ def write_flag(
     Returns:
         The objection and the question it led to.
     Raises:
-        RefusedError: the image's consent does not allow that an expert sees it, or it is no longer kept.
+        RefusedError: the image's consent does not allow that an annotator sees it, or it is no longer kept.
         TaxonomyError: the suggested label is not a class.
     """
     if request.suggested_label is not None:
         store.taxonomy.index_of(request.suggested_label)
     if prediction.consent is Consent.NONE:
         raise RefusedError(
-            "this image came without consent to review, so no expert may see it; send it again with consent `review`"
+            "this image came without consent to review, so no annotator may see it; send it again with consent `review`"
         )
     with store.ledger.begin() as tx:
         same = {"prediction_id": prediction.id, "caller": caller, **request.model_dump()}
@@ -230,7 +230,7 @@ def write_flag(
         image = tx.get(Image, prediction.image_id)
         if image is not None and image.erased_at is not None:
             raise RefusedError(
-                "the image of this answer is no longer kept, so no expert can see it; send it again, then flag it"
+                "the image of this answer is no longer kept, so no annotator can see it; send it again, then flag it"
             )
         item = _flagged_item(tx, prediction, request, overlay_blob, store.taxonomy)
         flag = Flag(

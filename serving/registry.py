@@ -1,7 +1,7 @@
 """What is known of models and rounds, read from ledger and bundles for whoever asks. Nothing is computed anew.
 
 In: a store. Out: bodies of `serving.schemas_registry`, and the report that lies beside a bundle. Figures of the test
-side are those that a round wrote down; showing them again is no new look at its images.
+split are those that a round wrote down; showing them again is no new look at its images.
 """
 
 from functools import lru_cache
@@ -89,7 +89,7 @@ def _round(record: RoundRecord, version: dict[str, Any] | None, evaluated: dict[
         **record.model_dump(include={"number", "started_at", "finished_at", "verdict", "why", "model_id"}),
         dataset_id=record.dataset_id or version.get("dataset_id"),
         images=version.get("images"),
-        labels_from_experts=version.get("labels_from_experts"),
+        labels_from_annotators=version.get("labels_from_annotators"),
         lesions=test.get("lesions"),
         balanced_accuracy=test.get("balanced_accuracy"),
         balanced_accuracy_ci=test.get("balanced_accuracy_ci"),

@@ -86,14 +86,14 @@ class ModelRef(Body):
 
 
 class Reason(Body):
-    """One reason why an expert should look."""
+    """One reason why an annotator should look."""
 
     code: ReasonCode
     text: str
 
 
 class ReviewStatus(Body):
-    """Where the question to the experts is on its way."""
+    """Where the question to the annotators is on its way."""
 
     state: ReviewState
     due: AwareDatetime | None = None
@@ -225,7 +225,7 @@ class ErasureAnswer(Body):
 
     image_id: str
     blobs: int
-    withdrawn: int = Field(description="open questions to experts that were taken back")
+    withdrawn: int = Field(description="open questions to annotators that were taken back")
     left_in_place: bool = Field(description="true if the file itself belongs to somebody else and was left")
 
 

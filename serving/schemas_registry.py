@@ -27,18 +27,18 @@ class ModelDetails(ModelInfo):
     status_text: str
     classes: list[ClassInfo]
     scores: list[ScoreBand] = Field(
-        description="on the calibration side, by rising score; empty for models made before it was kept"
+        description="on the calibration split, by rising score; empty for models made before it was kept"
     )
     promise: Probability = Field(description="coverage that the prediction sets promise per class")
     pooled_classes: list[str] = Field(description="classes of few calibration lesions: promised together, not each")
-    refer: dict[str, Probability] = Field(description="class code, or `malignant`: the score that goes to an expert")
-    metrics: dict[str, Any] = Field(description="on the sides that fitting may read")
+    refer: dict[str, Probability] = Field(description="class code, or `malignant`: the score that goes to an annotator")
+    metrics: dict[str, Any] = Field(description="on the splits that fitting may read")
     faithfulness: dict[str, Any] | None = Field(description="how far its Grad-CAM maps can be believed")
     has_report: bool = Field(description="whether a report was written beside it")
 
 
 class RoundInfo(Body):
-    """A round, and what its model was worth on the test side, by which nothing is decided."""
+    """A round, and what its model was worth on the test split, by which nothing is decided."""
 
     number: int = Field(ge=1)
     started_at: AwareDatetime
@@ -48,7 +48,7 @@ class RoundInfo(Body):
     model_id: str | None
     dataset_id: str | None
     images: int | None = Field(description="images of its dataset")
-    labels_from_experts: int | None = Field(description="training labels that experts gave")
+    labels_from_annotators: int | None = Field(description="training labels that annotators gave")
     lesions: int | None = Field(description="that were tested on")
     balanced_accuracy: FiniteFloat | None
     balanced_accuracy_ci: tuple[FiniteFloat, FiniteFloat] | None

@@ -56,20 +56,23 @@ class ServingSettings(RoomSettings):
     start_timeout_s: float = Field(default=300.0, gt=0, le=3600, description="how long a start may take, seconds")
 
     low_confidence: float = Field(
-        default=0.5, ge=0, le=1, description="an answer whose best class is below this goes to an expert, probability"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="an answer whose best class is below this goes to an annotator, probability",
     )
     max_set_size: int = Field(
-        default=2, ge=1, le=100, description="a prediction set with more classes goes to an expert, classes"
+        default=2, ge=1, le=100, description="a prediction set with more classes goes to an annotator, classes"
     )
     audit_share: float = Field(
         default=0.02,
         ge=0,
         le=1,
-        description="chance of an expert's look at the surest images; up to 4 times that elsewhere, 0 to 1",
+        description="chance of an annotator's look at the surest images; up to 4 times that elsewhere, 0 to 1",
     )
     audit_salt: str = Field(default="audit", min_length=1, description="salt of the hash that draws the audit sample")
     urgent_due_h: float = Field(
-        default=24.0, gt=0, le=8760, description="how soon an expert should see an urgent image, hours"
+        default=24.0, gt=0, le=8760, description="how soon an annotator should see an urgent image, hours"
     )
     default_consent: Consent = Field(
         default=Consent.TRAINING, description="consent of a request that names none: none, review or training"
@@ -77,7 +80,7 @@ class ServingSettings(RoomSettings):
     keep: bool = Field(
         default=True,
         description="write answers and images down; false is for measuring, on loopback only: nothing can be read, "
-        "flagged or explained afterwards, and no expert is asked",
+        "flagged or explained afterwards, and no annotator is asked",
     )
     overlay_side_px: int = Field(
         default=224,

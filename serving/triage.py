@@ -1,4 +1,4 @@
-"""From calibrated probabilities to a decision: answer, or ask an expert, and how soon.
+"""From calibrated probabilities to a decision: answer, or ask an annotator, and how soon.
 
 In: one row of probabilities, the operating points of the model's bundle, the rules of this service,
 and the image's draw for the audit sample. Out: a `Verdict`. Pure: no clock, no ledger, no server.
@@ -86,7 +86,7 @@ def triage(
     sampled = (ReasonCode.AUDIT_SAMPLE,) if is_sampled else ()
     selection = chance if is_sampled else None
     if suitability.quality_reason is not None:
-        # No expert can judge it either, so not even the sample keeps it.
+        # No annotator can judge it either, so not even the sample keeps it.
         return Verdict(Decision.RETAKE, (ReasonCode.BAD_IMAGE,), None, None, (), 0.0, None, suitability)
     if not is_finite:
         reasons = (ReasonCode.NON_FINITE, *sampled)

@@ -12,8 +12,8 @@ DISCLAIMER = "Decision support, not a diagnosis."
 
 DECISION_TITLES: dict[Decision, str] = {
     Decision.ANSWERED: "Answered by the model alone",
-    Decision.REVIEW: "An expert should look at this",
-    Decision.URGENT: "An expert should look at this soon",
+    Decision.REVIEW: "An annotator should look at this",
+    Decision.URGENT: "An annotator should look at this soon",
     Decision.RETAKE: "Please take another image",
 }
 
@@ -35,7 +35,7 @@ QUALITY_WORDS: dict[str | None, str] = {
 
 
 def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) -> str:
-    """Say why an image goes to an expert.
+    """Say why an image goes to an annotator.
 
     Args:
         code: the reason.
@@ -87,7 +87,7 @@ def _referral_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy)
     measured = ", ".join(parts)
     if code is ReasonCode.URGENT:
         return f"The probability of a malignant class is high enough to be looked at soon ({measured})."
-    return f"A probability is at or above the point from which an expert should look ({measured})."
+    return f"A probability is at or above the point from which an annotator should look ({measured})."
 
 
 _FIXED: dict[ReasonCode, str] = {

@@ -41,7 +41,7 @@ class ComparedRow(BaseModel):
 
 
 class Comparison(BaseModel):
-    """All rows, and what keeps the two sides from being comparable."""
+    """All rows, and what keeps the two splits from being comparable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -42,7 +42,7 @@ SMALL_STEP = {"learning_rate": 0.01}
 
 
 def _rows(cnn: Mapping[str, Any], resnet: Mapping[str, Any], parts: tuple[int, int]) -> tuple[Experiment, ...]:
-    """Return what both searches have; `cnn` and `resnet` are sides and epochs, `parts` smaller training sets."""
+    """Return what both searches have; `cnn` and `resnet` are splits and epochs, `parts` smaller training sets."""
     small, resnet18 = {"model": "custom_cnn", **cnn}, {"model": "resnet18", **resnet}
     resnet34 = resnet18 | {"model": "resnet34"}
     sizes = tuple(
@@ -92,11 +92,11 @@ EXPERIMENTS: Mapping[str, tuple[Experiment, ...]] = MappingProxyType(
 )
 
 WHY_DIFFERENT = (
-    "Here no lesion is on two sides; there images of one lesion are, and the data were oversampled before the "
+    "Here no lesion is on two splits; there images of one lesion are, and the data were oversampled before the "
     "split, so that test images were trained on as well (187 test images of df, of which there are 115 in all).",
     "Here validation images keep the shares that the classes have; there every class had the same share. An accuracy "
     "is the share of right answers among such different images, so balanced accuracy stands beside it.",
-    "Here the best epoch is chosen on the images that are reported, which flatters; the test side stays unread.",
+    "Here the best epoch is chosen on the images that are reported, which flatters; the test split stays unread.",
     "One seed per row: the intervals resample lesions and say nothing of what another seed would give.",
 )
 

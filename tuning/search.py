@@ -16,7 +16,7 @@ from records import errors
 from records.datasets import DatasetVersion
 from records.errors import ConfigError, RelookError
 from records.store import Store
-from records.types import Side
+from records.types import Split
 from trainers.augmentation import load_policy
 from trainers.augmentation.registry import YAML_SUFFIXES
 from trainers.fitting.training_data import DataPlan, plan_data
@@ -58,7 +58,7 @@ def search(
         store: with the images.
         tuning: budget, resources, what is varied.
         trainers: the given settings.
-        dataset: its train and val sides are read, no other.
+        dataset: its train and val splits are read, no other.
         run_dir: keeps the journal; if it holds the journal of this very search, settled trials are not run again.
         on_event: told of every happening; what it raises ends the search and is raised here.
         enqueued: settings to try right after the given ones, for example earlier winners.
@@ -101,7 +101,7 @@ def search(
 
 
 def _decode(store: Store, images: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
-    """Decode images to every side that is known now; a trial that draws another one decodes for itself."""
+    """Decode images to every split that is known now; a trial that draws another one decodes for itself."""
     for side_px in sorted({settings.side_px for settings in wanted}):
         images.open(store, side_px, progress)
 
@@ -247,7 +247,7 @@ def _header(
         grace_epochs=min(tuning.grace_epochs, budget),
         reduction_factor=tuning.reduction_factor,
         train_images=images.limited(trainers.max_train_images).num_train,
-        train_images_available=len(dataset.side(Side.TRAIN)),
+        train_images_available=len(dataset.split(Split.TRAIN)),
         val_images=len(images.image_ids) - images.num_train,
     )
 

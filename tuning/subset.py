@@ -10,9 +10,9 @@ import pandas as pd
 from images.subset import grouped_subset
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
-from records.types import Side
+from records.types import Split
 
-SEARCH_SIDES = (Side.TRAIN, Side.VAL)
+SEARCH_SPLITS = (Split.TRAIN, Split.VAL)
 
 
 def searched_part(dataset: DatasetVersion, max_train_images: int | None, seed: int) -> DatasetVersion:
@@ -27,10 +27,10 @@ def searched_part(dataset: DatasetVersion, max_train_images: int | None, seed: i
     Raises:
         DataError: train or val is empty, or fewer images are allowed than there are classes.
     """
-    train, val = dataset.side(Side.TRAIN), dataset.side(Side.VAL)
+    train, val = dataset.split(Split.TRAIN), dataset.split(Split.VAL)
     for name, rows in (("train", train), ("val", val)):
         if rows.empty:
-            raise DataError(f"dataset {dataset.id[:12]} has no image on the {name} side; import or label some")
+            raise DataError(f"dataset {dataset.id[:12]} has no image on the {name} split; import or label some")
     part = pd.concat([grouped_subset(train, max_train_images, seed), val], ignore_index=True)
     require_search_rows(part)
     return replace(dataset, rows=part)
@@ -42,11 +42,11 @@ def require_search_rows(rows: pd.DataFrame) -> None:
     Args:
         rows: columns of ManifestRow.
     Raises:
-        ContractError: a row is on another side than train or val (names the side and the image).
+        ContractError: a row is on another split than train or val (names the split and the image).
     """
-    foreign = rows[~rows["side"].isin([side.value for side in SEARCH_SIDES])]
+    foreign = rows[~rows["split"].isin([split.value for split in SEARCH_SPLITS])]
     if not foreign.empty:
         first = foreign.iloc[0]
         raise ContractError(
-            f"a search may read train and val only, but image {first['image_id'][:12]} is on side {first['side']}"
+            f"a search may read train and val only, but image {first['image_id'][:12]} is on split {first['split']}"
         )

@@ -157,7 +157,7 @@ class SearchHeader(_Shape):
     grace_epochs: int = Field(ge=1)
     reduction_factor: int = Field(ge=2)
     train_images: int = Field(ge=1, description="images that each trial trains on")
-    train_images_available: int = Field(ge=1, description="images on the train side")
+    train_images_available: int = Field(ge=1, description="images on the train split")
     val_images: int = Field(ge=1)
 
 

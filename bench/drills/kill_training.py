@@ -200,7 +200,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="relook-kill-") as folder:
         data = Path(folder) / "images"
         made = [sys.executable, "-m", "cluster.cli", "data", "synth", str(data), "--lesions", "400", "--json"]
-        # One import, then copies: another home would have another key, and draw other sides.
+        # One import, then copies: another home would have another key, and draw other splits.
         imported = Path(folder) / "imported"
         brought = [sys.executable, "-m", "cluster.cli", "data", "import", str(data), "--json"]
         for line in (made, brought):

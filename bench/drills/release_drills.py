@@ -170,7 +170,7 @@ def overflowing(store: Store, bundle: Bundle) -> Bundle:
 
 
 def slow(store: Store, bundle: Bundle) -> Bundle:
-    """Write a far larger network that sends every image to an expert, so that only its time can do harm."""
+    """Write a far larger network that sends every image to an annotator, so that only its time can do harm."""
     network = build_model("resnet34", len(bundle.document.taxonomy.codes)).eval()
     inputs = bundle.golden()["inputs"]
     golden = {"inputs": inputs, "logits": reference_logits(network, inputs, bundle.document.geometry)}

@@ -32,7 +32,7 @@ MELANOMA = CLASSES.index("mel")
 
 
 @dataclass(frozen=True)
-class Sides:
+class Splits:
     """One seed's pool [P] and held-out images [H], features reduced on the pool."""
 
     ids: list[str]
@@ -42,7 +42,7 @@ class Sides:
     held_out_labels: np.ndarray
 
 
-def split(path: str, seed: int) -> Sides:
+def split(path: str, seed: int) -> Splits:
     """Hold out a fifth of the lesions of each class; the pool is the first image of every other one."""
     data = np.load(path)
     labels = np.array([CLASSES.index(label) for label in data["labels"]])
@@ -57,7 +57,7 @@ def split(path: str, seed: int) -> Sides:
     reduced = PCA(COMPONENTS, svd_solver="covariance_eigh", random_state=0).fit(pool)
     held_out = reduced.transform(scaler.transform(data["features"][tested]))
     found = reduced.transform(pool).astype(np.float32)
-    return Sides([str(i) for i in data["ids"][rows]], found, labels[rows], held_out.astype(np.float32), labels[tested])
+    return Splits([str(i) for i in data["ids"][rows]], found, labels[rows], held_out.astype(np.float32), labels[tested])
 
 
 @dataclass(frozen=True)
@@ -86,45 +86,45 @@ def fit(features: np.ndarray, labels: np.ndarray) -> Head:
     return Head(model, np.bincount(labels, minlength=len(CLASSES)) / len(labels))
 
 
-def ask(rule: str, sides: Sides, head: Head, known: list[int], count: int, seed: int) -> list[int]:
+def ask(rule: str, splits: Splits, head: Head, known: list[int], count: int, seed: int) -> list[int]:
     """Return which images of the pool the product's rule asks for next."""
-    blocked = np.zeros(len(sides.ids), dtype=bool)
+    blocked = np.zeros(len(splits.ids), dtype=bool)
     blocked[known] = True
     free = np.flatnonzero(~blocked)
-    features = sides.pool[free]
+    features = splits.pool[free]
     samples = None
     if "samples" in RULES[rule].needs:
         chance = np.random.default_rng(seed)
         masks = (chance.random((PASSES, COMPONENTS)) >= DROPPED) / (1 - DROPPED)
         samples = np.stack([head.probabilities(features * mask) for mask in masks])
-    ids = [sides.ids[row] for row in free]
-    pool = Pool(ids, ids, head.probabilities(features), features, samples, sides.pool[known], COSTS)
+    ids = [splits.ids[row] for row in free]
+    pool = Pool(ids, ids, head.probabilities(features), features, samples, splits.pool[known], COSTS)
     return [int(free[row]) for row in choose(rule, pool, count, seed=seed)]
 
 
-def course(rule: str, sides: Sides, seed: int) -> tuple[list[float], list[int]]:
+def course(rule: str, splits: Splits, seed: int) -> tuple[list[float], list[int]]:
     """Return balanced accuracy, and melanomas among the labels, at every step."""
     chance = np.random.default_rng(1_000 + seed)
-    known = [int(row) for row in chance.choice(len(sides.ids), STEPS[0], replace=False)]
+    known = [int(row) for row in chance.choice(len(splits.ids), STEPS[0], replace=False)]
     accuracies, melanomas = [], []
     for step in STEPS:
         if step > len(known):
-            head = fit(sides.pool[known], sides.pool_labels[known])
-            known += ask(rule, sides, head, known, step - len(known), 10_000 * seed + step)
+            head = fit(splits.pool[known], splits.pool_labels[known])
+            known += ask(rule, splits, head, known, step - len(known), 10_000 * seed + step)
         assert len(set(known)) == step
-        head = fit(sides.pool[known], sides.pool_labels[known])
-        accuracies.append(head.balanced_accuracy(sides.held_out, sides.held_out_labels))
-        melanomas.append(int((sides.pool_labels[known] == MELANOMA).sum()))
+        head = fit(splits.pool[known], splits.pool_labels[known])
+        accuracies.append(head.balanced_accuracy(splits.held_out, splits.held_out_labels))
+        melanomas.append(int((splits.pool_labels[known] == MELANOMA).sum()))
     return accuracies, melanomas
 
 
 def one_seed(path: str, seed: int) -> dict:
     """Return one seed's courses of all rules, and the figure with the whole pool labelled."""
-    sides = split(path, seed)
-    full = fit(sides.pool, sides.pool_labels).balanced_accuracy(sides.held_out, sides.held_out_labels)
-    found = {"seed": seed, "full": full, "pool": len(sides.ids), "rules": {}}
+    splits = split(path, seed)
+    full = fit(splits.pool, splits.pool_labels).balanced_accuracy(splits.held_out, splits.held_out_labels)
+    found = {"seed": seed, "full": full, "pool": len(splits.ids), "rules": {}}
     for rule in RULES:
-        accuracies, melanomas = course(rule, sides, seed)
+        accuracies, melanomas = course(rule, splits, seed)
         found["rules"][rule] = {"balanced_accuracy": accuracies, "melanomas": melanomas}
     return found
 
@@ -135,7 +135,7 @@ def half_width(values: np.ndarray) -> np.ndarray:
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Return the two-sided p of a mean difference of 0; [seeds]."""
+    """Return the two-splitd p of a mean difference of 0; [seeds]."""
     return float(2 * stats.t.sf(abs(differences.mean() / _error(differences)), len(differences) - 1))
 
 

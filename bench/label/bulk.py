@@ -26,7 +26,7 @@ from labeling.tasks import answer_result, label_config
 from records.errors import IntegrityError
 from records.ids import new_id, utc_now
 from records.store import Store
-from records.types import ExpertLabel, Image, ReasonCode, ReviewItem
+from records.types import Annotation, Image, ReasonCode, ReviewItem
 
 TURNS = 5
 _READERS = 4
@@ -98,7 +98,7 @@ def counted(store: Store, client: LabelStudioClient) -> dict[str, Any]:
     rows = [row for page in pages for row in page]
     with store.ledger.read() as tx:
         items = {item.id for item in tx.find(ReviewItem)}
-        labels = tx.find(ExpertLabel, order_by=("created_at", "id"))
+        labels = tx.find(Annotation, order_by=("created_at", "id"))
     tasks = Counter(str(row.meta.get("relook_item")) for row in rows)
     said = {a.id: a.result[0]["value"]["choices"][0] for row in rows for a in row.annotations if not a.was_cancelled}
     newest = {label.annotation_id: label for label in labels}

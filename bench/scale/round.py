@@ -2,7 +2,7 @@
 
 A folder is imported with a share of its labels withheld, and two rounds run in this process. Fitting is made short (one
 epoch on few images, no search) and has no Ray, since it does not count; what Ray's start would add is not in the
-figures. Between the rounds a simulated expert answers what the first one asked, so the second reads answers, builds a
+figures. Between the rounds a simulated annotator answers what the first one asked, so the second reads them, builds a
 new version and has a champion to compare with.
 
     python -m bench.scale.round IMAGES [--model custom_cnn] [--side 32]
@@ -23,7 +23,7 @@ from images.importer import import_folder
 from labeling.connection import require
 from labeling.local_server import LocalLabelStudio
 from labeling.settings import LabelingSettings
-from labeling.simulated_expert import answer
+from labeling.simulated_annotator import answer
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import RoundRecord, RoundStep
@@ -46,7 +46,7 @@ def last_round(store: Store) -> dict[str, Any]:
     return {
         "round": record.number,
         "images": results["version"]["images"],
-        "labels_from_experts": results["version"]["labels_from_experts"],
+        "labels_from_annotators": results["version"]["labels_from_annotators"],
         "verdict": record.verdict,
         "selected": results["select"]["selected"],
         "pushed": results["push"]["pushed"],

@@ -2,7 +2,7 @@
 
 The rows are made up and loaded by COPY, a table at a time, with the indexes of the product's own schema (dropped
 for the load, made again after it as the schema has them). Of ten rows five are answers, 1.5 images and one each
-a group, a diagnosis, a question and an expert's answer or flag. One dataset version of a million images is built by
+a group, a diagnosis, a question and an annotator's answer or flag. One dataset version of a million images is built by
 the product; the others are files of the same size, linked to it. Then `records.lineage.trace`, which is what
 `relook trace` calls, is timed on ids drawn at random.
 
@@ -34,10 +34,10 @@ from records.lineage import trace
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
+    Annotation,
     AnswerKind,
     Confirmation,
     DatasetRecord,
-    ExpertLabel,
     Flag,
     FlagReason,
     Group,
@@ -52,7 +52,7 @@ from records.types import (
 
 AIM_MS = 50.0
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SHARES = {Prediction: 0.5, Image: 0.15, Group: 0.1, SourceLabel: 0.1, ReviewItem: 0.1, ExpertLabel: 0.045, Flag: 0.005}
+SHARES = {Prediction: 0.5, Image: 0.15, Group: 0.1, SourceLabel: 0.1, ReviewItem: 0.1, Annotation: 0.045, Flag: 0.005}
 """Of the rows. Images with a diagnosis come first, then those without; a group holds one image with a diagnosis."""
 MODELS = 10
 LINES_AT_ONCE = 5_000
@@ -95,7 +95,7 @@ def samples() -> dict[type[Record], Record]:
             id="s", image_id="i", label="nv", confirmation=Confirmation.HISTOPATHOLOGY, source="import:bench",
             created_at=START,
         ),
-        ExpertLabel: ExpertLabel(
+        Annotation: Annotation(
             id="e", created_at=START, review_item_id="r", image_id="i", answer=AnswerKind.CLASS, label="nv",
             annotator="anna", annotated_at=START, server="http://127.0.0.1:8080", project_id=1, task_id=7,
             annotation_id=1, revision="r" * 64,
@@ -133,8 +133,8 @@ def varying(counts: dict[type[Record], int]) -> dict[type[Record], Callable[[int
             "id": name(ReviewItem, n), "created_at": at(n), "prediction_id": name(Prediction, n),
             "image_id": name(Image, n % images), "priority": f"{n % 997}", "task_id": f"{n}",
         },
-        ExpertLabel: lambda n: {
-            "id": name(ExpertLabel, n), "created_at": at(n), "review_item_id": name(ReviewItem, n),
+        Annotation: lambda n: {
+            "id": name(Annotation, n), "created_at": at(n), "review_item_id": name(ReviewItem, n),
             "image_id": name(Image, n % images), "annotation_id": f"{n}",
         },
         Flag: lambda n: {"id": name(Flag, n), "created_at": at(n), "prediction_id": name(Prediction, n)},
@@ -224,7 +224,7 @@ def measure(store: Store, counts: dict[type[Record], int], models: Sequence[str]
     def drawn(kind: type[Record], below: int) -> list[str]:
         return [name(kind, int(number)) for number in chance.integers(0, below, traces)]
 
-    asked = min(counts[ExpertLabel], counts[SourceLabel])
+    asked = min(counts[Annotation], counts[SourceLabel])
     return {
         "prediction": timed(store, drawn(Prediction, counts[Prediction])),
         "prediction_by_12_characters": timed(store, [i[:12] for i in drawn(Prediction, counts[Prediction])]),

@@ -1,8 +1,8 @@
 """Time and memory of a dataset version of a million images.
 
 The ledger is filled with made-up rows (an image, its group and its label each); the images themselves do not
-exist and are not read. The version is then built twice in a process of its own, whose largest resident memory is
-reported: first with every side still to be drawn, then with all of them drawn and one label changed.
+exist and are not read. The version is then built twice in a process of its own, whose largest resplitnt memory is
+reported: first with every split still to be drawn, then with all of them drawn and one label changed.
 
     python -m bench.scale.version [--images 1000000] [--postgres]
 """
@@ -93,7 +93,7 @@ def fill(store: Store, images: int) -> None:
 
 
 def build(settings: RecordsSettings) -> dict[str, Any]:
-    """Build the version, build one that differs by an expert's label, and load it; tell times and memory."""
+    """Build the version, build one that differs by an annotator's label, and load it; tell times and memory."""
     with closing(open_store(settings)) as store:
         began = time.perf_counter()
         first = build_version(store).version
@@ -107,7 +107,7 @@ def build(settings: RecordsSettings) -> dict[str, Any]:
         return {
             "images": loaded.num_images,
             "groups": loaded.num_groups,
-            "sides": {str(side): int(count) for side, count in loaded.rows["side"].value_counts().items()},
+            "splits": {str(split): int(count) for split, count in loaded.rows["split"].value_counts().items()},
             "first_s": round(built - began, 1),
             "again_s": round(again - built, 1),
             "load_s": round(time.perf_counter() - again, 1),

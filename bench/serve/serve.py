@@ -131,7 +131,7 @@ class ServeBench:
             yield Target(settings.port, "/v1/predictions")
 
     def _decisions(self) -> dict[str, int]:
-        """Return what the service decided about some of the images: what goes to experts costs more."""
+        """Return what the service decided about some of the images: what goes to annotators costs more."""
         with Client(self.settings.url) as client:
             return dict(Counter(client.predict(next(self.images)).decision for _ in range(50)))
 

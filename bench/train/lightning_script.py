@@ -63,7 +63,7 @@ class Clock(lightning.Callback):
 def main() -> None:
     """Train for some steps, then print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", type=Path, help="columns path, label, side")
+    parser.add_argument("table", type=Path, help="columns path, label, split")
     parser.add_argument("--model", choices=MODELS, default="resnet18")
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
@@ -77,7 +77,7 @@ def main() -> None:
     lightning.seed_everything(0, verbose=False)
     rows = list(csv.DictReader(options.table.open()))
     classes = sorted({row["label"] for row in rows})
-    train = Images([r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True))
+    train = Images([r for r in rows if r["split"] == "train"], classes, transforms(options.side, augment=True))
     counts = np.bincount(train.labels, minlength=len(classes))
     weights = torch.tensor((np.maximum(counts, 1) ** -0.5)[train.labels])
     loader = DataLoader(

@@ -99,8 +99,8 @@ class Peers:
         images = find_images(store, plan.image_ids)
         with self._table.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["path", "label", "side"])
+            writer.writerow(["path", "label", "split"])
             for row, image in enumerate(images):
-                side = "train" if row < plan.num_train else "val"
+                split = "train" if row < plan.num_train else "val"
                 label = store.taxonomy.codes[int(plan.labels[row])]
-                writer.writerow([unquote(urlsplit(image.uri).path), label, side])
+                writer.writerow([unquote(urlsplit(image.uri).path), label, split])

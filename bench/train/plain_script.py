@@ -2,7 +2,7 @@
 
 It is the peer that training is held against, in speed and in accuracy, so it is set up as such scripts
 are: torchvision transforms, a weighted sampler, OneCycle SGD, one process that trains and the DataLoader's
-own workers that decode. It uses none of Relook's code. The table of images comes from `bench/train/sides.py`,
+own workers that decode. It uses none of Relook's code. The table of images comes from `bench/train/splits.py`,
 so that both train on the same lesions.
 
     .venv/bin/python bench/train/plain_script.py TABLE --model efficientnet_lite0 --side 112 --epochs 8
@@ -31,7 +31,7 @@ WARM_UP_STEPS = 3
 
 
 class Images(Dataset):
-    """JPEG files of one side, decoded anew every time."""
+    """JPEG files of one split, decoded anew every time."""
 
     def __init__(self, rows: list[dict[str, str]], classes: list[str], transform: v2.Transform) -> None:
         self.paths = [row["path"] for row in rows]
@@ -95,22 +95,22 @@ def custom_cnn(num_classes: int) -> nn.Module:
 
 
 def main() -> None:
-    """Train, then print one JSON object with figures on the chosen side."""
+    """Train, then print one JSON object with figures on the chosen split."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", type=Path, help="columns path, label, side")
+    parser.add_argument("table", type=Path, help="columns path, label, split")
     parser.add_argument("--model", choices=MODELS, default="efficientnet_lite0")
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", nargs="+", default=["val"], help="sides to report")
+    parser.add_argument("--report", nargs="+", default=["val"], help="splits to report")
     parser.add_argument("--max-steps", type=int, help="stop early, for timing")
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = list(csv.DictReader(options.table.open()))
     classes = sorted({row["label"] for row in rows})
-    train = Images([r for r in rows if r["side"] == "train"], classes, transforms(options.side, augment=True))
+    train = Images([r for r in rows if r["split"] == "train"], classes, transforms(options.side, augment=True))
     counts = np.bincount(train.labels, minlength=len(classes))
     weights = torch.tensor((np.maximum(counts, 1) ** -0.5)[train.labels])
     loader = DataLoader(
@@ -151,14 +151,14 @@ def main() -> None:
     figures = {"model": options.model, "images_s": timed / seconds, "train_seconds": seconds}
     figures["cpu_minutes_main_process"] = (time.process_time() - cpu_began) / 60
     if not options.max_steps:
-        for side in options.report:
-            part = [r for r in rows if r["side"] == side]
-            figures[side] = score(network, Images(part, classes, transforms(options.side, augment=False)), classes)
+        for split in options.report:
+            part = [r for r in rows if r["split"] == split]
+            figures[split] = score(network, Images(part, classes, transforms(options.side, augment=False)), classes)
     print(json.dumps(figures))
 
 
 def score(network: nn.Module, images: Images, classes: list[str]) -> dict[str, object]:
-    """Return the figures of one side."""
+    """Return the figures of one split."""
     network.eval()
     with torch.inference_mode():
         logits = torch.cat([network(batch) for batch, _ in DataLoader(images, batch_size=128)])

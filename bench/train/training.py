@@ -183,7 +183,7 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
     """Measure bare steps on one batch in memory.
 
     Args:
-        settings: network, side, batch, optimizer, precision, threads.
+        settings: network, split, batch, optimizer, precision, threads.
         num_classes: C.
         clock: seconds; `time.process_time` gives images per second of CPU time, which a busy machine hardly changes.
     Returns:
@@ -192,10 +192,10 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
     device = choose_device(settings.use_gpu)
     precision = resolve_precision(settings.precision, str(device))
     random = np.random.default_rng(0)
-    side, batch = settings.side_px, settings.batch_size
-    pixels = random.integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    side_px, batch = settings.side_px, settings.batch_size
+    pixels = random.integers(0, 256, (batch, side_px, side_px, 3), dtype=np.uint8)
     labels = torch.from_numpy(random.integers(0, num_classes, batch)).to(device)
-    geometry = Geometry(side_px=side, scaling=settings.scaling)
+    geometry = Geometry(side_px=side_px, scaling=settings.scaling)
     with compute_threads(threads_of(settings)), torch.random.fork_rng():
         network = build_model(settings.model, num_classes, **architecture_options(settings)).to(device)
         network = network.to(memory_format=torch.channels_last).train()

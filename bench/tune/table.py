@@ -78,7 +78,7 @@ def train_table(
 
     Args:
         store: with the images.
-        dataset: its train and val sides are read.
+        dataset: its train and val splits are read.
         base: the given settings, which are the first configuration; its epochs are the budget.
         space: the others are drawn from it.
         path: the file; a line is added per configuration.

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from cluster.demo.claim import take_home
-from cluster.demo.scenes import Expert
+from cluster.demo.scenes import Annotator
 from cluster.demo.story import Running, play, reopen
 from cluster.demo.summary import DemoSummary
 from cluster.settings import Settings
@@ -22,20 +22,20 @@ from records.command import emit, stderr
 from records.store import open_store
 
 
-def play_demo(settings: Settings, *, data: Path | None, expert: Expert, as_json: bool) -> None:
+def play_demo(settings: Settings, *, data: Path | None, annotator: Annotator, as_json: bool) -> None:
     """Play the demo and show what came of it.
 
     Args:
         settings: of everything.
         data: folder with images; None generates some.
-        expert: who answers in Label Studio.
+        annotator: who answers in Label Studio.
         as_json: print the summary as one JSON object.
     Raises:
         RefusedError: the home holds work that is not a demo's.
     """
     take_home(settings, data)
     store = open_store(settings.records)
-    with play(settings, store, data=data, expert=expert) as running:
+    with play(settings, store, data=data, annotator=annotator) as running:
         _show(running, as_json)
     store.close()
 
@@ -68,14 +68,14 @@ def _ending(running: Running, stays: bool) -> Group:
 
 
 def _rounds_table(summary: DemoSummary) -> Table:
-    table = Table("", "round 1", "round 2", title="What the experts' answers changed", title_justify="left")
+    table = Table("", "round 1", "round 2", title="What the annotators' answers changed", title_justify="left")
     first, second = summary.rounds
 
     def cells(name: str, *values: object) -> None:
         table.add_row(name, *(str(value) for value in values))
 
     cells("model", first.model_id[:12], second.model_id[:12])
-    cells("labels from experts", first.labels_from_experts, second.labels_from_experts)
+    cells("labels from annotators", first.labels_from_annotators, second.labels_from_annotators)
     cells(
         "balanced accuracy (test)",
         *(_with_interval(r.balanced_accuracy, r.balanced_accuracy_ci) for r in summary.rounds),
@@ -110,7 +110,7 @@ def _next_steps(running: Running, stays: bool) -> Panel:
         f"trace {prediction}": "the way of the flagged image",
         "models": "every model, and which one answers",
         "demo --reopen": "look around in this demo again",
-        "demo --expert human": "answer the questions yourself",
+        "demo --annotator human": "answer the questions yourself",
         "demo --data DIR": "the same on your own images",
     }
     lines = [f"{relook} {verb:<40} {what}" for verb, what in steps.items()]

@@ -8,7 +8,7 @@ def paced(settings: Settings, train_images: int) -> Settings:
 
     Args:
         settings: of the demo.
-        train_images: images on the train side.
+        train_images: images on the train split.
     Returns:
         The settings with as many epochs as fit, at least one and at most those configured.
     """

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from cluster.demo.annotators import answer_as_simulated, label_studio_figures, wait_for_people
 from cluster.demo.drills import harm_in_words, harmed_copy, twin
-from cluster.demo.experts import answer_as_simulated, label_studio_figures, wait_for_people
 from cluster.demo.pace import paced
 from cluster.demo.summary import DemoSummary, RoundSummary, Stages
 from cluster.demo.traffic import Tally, Traffic, TrafficImage
@@ -42,7 +42,7 @@ from tuning.trials import SearchEvent
 SWAP_TIMEOUT_S = 60.0
 
 StageResult = dict[str, Any]
-Expert = Literal["simulated", "human"]
+Annotator = Literal["simulated", "human"]
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Demo:
         store: everything that is kept.
         view: what shows it.
         tally: the traffic's counts.
-        expert: who answers in Label Studio.
+        annotator: who answers in Label Studio.
         stages: what is done already.
         seconds: how long each stage took.
     """
@@ -63,7 +63,7 @@ class Demo:
     store: Store
     view: View
     tally: Tally
-    expert: Expert
+    annotator: Annotator
     stages: Stages
 
     def stage(self, name: str, title: str, why: str, work: Callable[[], StageResult]) -> StageResult:
@@ -89,7 +89,7 @@ class Demo:
 
 
 def gather_data(demo: Demo, data: Path | None) -> StageResult:
-    """Import the images (or generate some), hide some diagnoses for the experts to find, and audit the split."""
+    """Import the images (or generate some), hide some diagnoses for the annotators to find, and audit the split."""
     settings, home = demo.settings, demo.store.home
     folder = data
     if folder is None:
@@ -101,14 +101,14 @@ def gather_data(demo: Demo, data: Path | None) -> StageResult:
     )
     report.withheld.to_parquet(home.demo / "truth.parquet", index=False)
     found = audit_dataset(demo.store, load_dataset(demo.store, report.dataset_id))
-    demo.view.say(f"{report.images} images of {report.lesions} lesions; {found.leaked_lesions} lesions on two sides")
+    demo.view.say(f"{report.images} images of {report.lesions} lesions; {found.leaked_lesions} lesions on two splits")
     demo.view.say(f"a random split of the images would have leaked {found.random_split.leaked_lesions} lesions")
     demo.view.say(f"{len(report.withheld)} training images keep their diagnosis to themselves: they are the traffic")
     return {
         "source": str(data) if data else "generated",
         "images": report.images,
         "lesions": report.lesions,
-        "sides": found.sides,
+        "splits": found.splits,
         "leaked_lesions": found.leaked_lesions,
         "random_split_leaked_lesions": found.random_split.leaked_lesions,
         "quarantined": found.quarantined,
@@ -120,7 +120,7 @@ def play_round(demo: Demo) -> StageResult:
     """Run the next round, or go on with one that an interrupted demo left."""
     with demo.store.ledger.read() as tx:
         unfinished = tx.count(RoundRecord, where={"finished_at": None}) > 0
-    settings = paced(demo.settings, demo.stages.results["data"]["sides"]["train"])
+    settings = paced(demo.settings, demo.stages.results["data"]["splits"]["train"])
     outcome = run_round(demo.store, settings, resume=unfinished, on_event=lambda event: _show(demo.view, event))
     results = outcome.results
     test = results["evaluate"]["test"]
@@ -128,7 +128,7 @@ def play_round(demo: Demo) -> StageResult:
     summary = RoundSummary(
         model_id=results["fit"]["model_id"],
         dataset_id=results["version"]["dataset_id"],
-        labels_from_experts=results["version"]["labels_from_experts"],
+        labels_from_annotators=results["version"]["labels_from_annotators"],
         balanced_accuracy=test["balanced_accuracy"],
         balanced_accuracy_ci=test["balanced_accuracy_ci"],
         melanoma_sensitivity=key.get("sensitivity"),
@@ -179,7 +179,7 @@ def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
         items = tx.count(ReviewItem)
     decisions = ", ".join(f"{count} {name}" for name, count in sorted(demo.tally.decisions.items()))
     demo.view.say(f"{demo.tally.requests} requests, {demo.tally.failed} failed: {decisions}")
-    demo.view.say(f"{demo.tally.flagged} answers flagged; {items} questions for experts are in the ledger")
+    demo.view.say(f"{demo.tally.flagged} answers flagged; {items} questions for annotators are in the ledger")
     return {"review_items": items, "flagged_predictions": demo.tally.flagged_predictions, **demo.tally.figures()}
 
 
@@ -194,18 +194,18 @@ def hidden_images(demo: Demo) -> list[TrafficImage]:
     ]
 
 
-def ask_experts(demo: Demo, server: ServerInfo) -> StageResult:
+def ask_annotators(demo: Demo, server: ServerInfo) -> StageResult:
     """Push the questions to Label Studio, have them answered there, and read the answers back."""
     client = require(demo.store.home, demo.settings.labeling)
     with demo.store.ledger.read() as tx:
         current = serving_model(tx)
     if current is None:
-        raise IntegrityError("no model answers, so there is nothing to ask experts about")
+        raise IntegrityError("no model answers, so there is nothing to ask annotators about")
     pushed = push(demo.store, client, demo.settings.labeling, current.id)
     demo.view.say(f"{pushed.pushed} tasks pushed to Label Studio {server.version} at {server.url}")
-    if demo.expert == "simulated":
+    if demo.annotator == "simulated":
         answered = answer_as_simulated(demo.store, client, demo.settings)
-        demo.view.say(f"the simulated expert answered {answered} of them")
+        demo.view.say(f"the simulated annotator answered {answered} of them")
     else:
         wait_for_people(demo.store, client, server, demo.view)
     pulled = pull(demo.store, client, demo.settings.labeling)
@@ -277,14 +277,14 @@ def follow_one(demo: Demo) -> StageResult:
     """Follow a flagged prediction whose image the next model learned from."""
     second = demo.stages.results["round_2"]["summary"]
     learned = load_dataset(demo.store, second["dataset_id"]).rows
-    learned_ids = set(learned.loc[learned["label_source"].str.startswith("expert:"), "image_id"])
+    learned_ids = set(learned.loc[learned["label_source"].str.startswith("annotator:"), "image_id"])
     flagged = demo.stages.results["traffic"]["flagged_predictions"]
     with demo.store.ledger.read() as tx:
         predictions = tx.find(Prediction, where={"id": flagged}, order_by=("id",))
         chosen = next((p for p in predictions if p.image_id in learned_ids), None)
         name = tx.require(Image, chosen.image_id).source_id if chosen else None
     if chosen is None:
-        return {"complete": False, "why": "no flagged image got a diagnosis from the experts", "steps": []}
+        return {"complete": False, "why": "no flagged image got a diagnosis from the annotators", "steps": []}
     found = trace(demo.store, chosen.id)
     steps = [step.model_dump(mode="json") for step in found.steps]
     for step in found.steps:

@@ -1,6 +1,6 @@
 """The demo's order of events. Each stage is kept when it is done, so an interrupted demo goes on.
 
-data -> round 1 -> serve -> traffic -> experts -> round 2 under traffic -> drills -> trace -> summary
+data -> round 1 -> serve -> traffic -> annotators -> round 2 under traffic -> drills -> trace -> summary
 """
 
 from collections.abc import Generator
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.demo.scenes import (
+    Annotator,
     Demo,
-    Expert,
-    ask_experts,
+    ask_annotators,
     follow_one,
     gate_drill,
     gather_data,
@@ -47,14 +47,14 @@ class Running:
 
 
 @contextmanager
-def play(settings: Settings, store: Store, *, data: Path | None, expert: Expert) -> Generator[Running]:
+def play(settings: Settings, store: Store, *, data: Path | None, annotator: Annotator) -> Generator[Running]:
     """Play the demo; service and Label Studio run until the block ends.
 
     Args:
         settings: of everything.
         store: the home that the demo fills.
         data: a folder in HAM10000's layout, or a folder with a table; None generates images.
-        expert: `simulated` answers from the known truth, `human` waits for people.
+        annotator: `simulated` answers from the known truth, `human` waits for people.
     Yields:
         The summary, and what is still running.
     Raises:
@@ -66,7 +66,7 @@ def play(settings: Settings, store: Store, *, data: Path | None, expert: Expert)
         read_source(data)
     stages = Stages(store.home)
     tally = Tally()
-    demo = Demo(settings, store, View(tally), tally, expert, stages)
+    demo = Demo(settings, store, View(tally), tally, annotator, stages)
     with ExitStack() as running:
         with demo.view.shown():
             # Label Studio's first start takes a while, so it starts while images are read.
@@ -125,10 +125,10 @@ def _first_half(demo: Demo, data: Path | None, starting: "Future[ServerInfo]") -
     demo.stage(
         "data",
         "Images",
-        "a model is only as honest as its split: no lesion may be on two sides",
+        "a model is only as honest as its split: no lesion may be on two splits",
         lambda: gather_data(demo, data),
     )
-    starting.result()  # a round collects answers first, and an expert's desk that is not open yet is an error to it
+    starting.result()  # a round collects answers first, and an annotator's desk that is not open yet is an error to it
     demo.stage(
         "round_1",
         "Round 1",
@@ -141,14 +141,14 @@ def _second_half(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Demo
     demo.stage(
         "traffic",
         "Traffic",
-        "unlabelled images arrive; doubts go to the experts by themselves",
+        "unlabelled images arrive; doubts go to the annotators by themselves",
         lambda: send_traffic(demo, service),
     )
     demo.stage(
-        "experts",
-        "Experts",
+        "annotators",
+        "Annotators",
         "people see the doubtful images in Label Studio and answer",
-        lambda: ask_experts(demo, server),
+        lambda: ask_annotators(demo, server),
     )
     background = Traffic(
         service.url,
@@ -164,7 +164,7 @@ def _second_half(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Demo
         demo.stage(
             "round_2",
             "Round 2",
-            "the next model learns from what the experts said, while requests keep coming",
+            "the next model learns from what the annotators said, while requests keep coming",
             lambda: play_round(demo),
         )
         demo.stage(

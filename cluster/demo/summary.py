@@ -16,10 +16,10 @@ class RoundSummary(BaseModel):
 
     model_id: str
     dataset_id: str
-    labels_from_experts: int
-    balanced_accuracy: float | None = Field(description="on the test side")
+    labels_from_annotators: int
+    balanced_accuracy: float | None = Field(description="on the test split")
     balanced_accuracy_ci: list[float] | None = Field(description="95 %, resampled by lesion")
-    melanoma_sensitivity: float | None = Field(description="of the key class at its operating point, test side")
+    melanoma_sensitivity: float | None = Field(description="of the key class at its operating point, test split")
     melanoma_specificity: float | None = None
     promoted: bool
     status: str

@@ -59,7 +59,7 @@ class Tally:
 class Traffic:
     """Sends images in a cycle until it has sent enough or is stopped.
 
-    A flag is what an attentive user would do: the answer looks wrong, so it goes to an expert.
+    A flag is what an attentive user would do: the answer looks wrong, so it goes to an annotator.
 
     Args:
         url: of the service.

@@ -1,6 +1,6 @@
 """Paired comparisons of a challenger with a rival: the same resamples of lesions are drawn for both.
 
-What counts is the one-sided bound of the difference. Where several slices are judged, their bounds
+What counts is the one-splitd bound of the difference. Where several slices are judged, their bounds
 hold all at once: each is as many of its own standard deviations below its estimate as the worst of all
 slices is in all but 5 % of the resamples (max-t).
 """
@@ -77,11 +77,11 @@ def sensitivity_checks(
     slices: Sequence[Slice],
     settings: GateSettings,
 ) -> list[Check]:
-    """Compare key-class sensitivity at the rival's specificity, on the whole side and on each large slice."""
+    """Compare key-class sensitivity at the rival's specificity, on the whole split and on each large slice."""
     name = f"key-class sensitivity against {role}"
     found = key_gain(challenger, rival, groups, key_index)
     if found is None:
-        text = f"{name} cannot be compared: no such lesions on the gate side"
+        text = f"{name} cannot be compared: no such lesions on the gate split"
         return [Check(name=name, outcome="undecided", text=text)]
     whole = _key_difference(found, np.ones_like(found.is_key), weights)
     assert whole is not None

@@ -7,7 +7,7 @@ import numpy as np
 from cluster.settings import GateSettings
 from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.taxonomy import Taxonomy
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 from vision.metrics.bootstrap import group_strata, resample_weights
 from vision.metrics.metrics import (
     balanced_accuracy,
@@ -22,18 +22,18 @@ class Contender:
 
     Args:
         model_id: of the bundle.
-        predictions: on the gate side; all contenders answer the same images in the same order.
+        predictions: on the gate split; all contenders answer the same images in the same order.
         key_threshold: refer threshold of the key class, None if the taxonomy has none.
     """
 
     model_id: str
-    predictions: SidePredictions
+    predictions: SplitPredictions
     key_threshold: float | None
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of the gate side that must not be left behind.
+    """A part of the gate split that must not be left behind.
 
     Args:
         name: such as `sex: female`.
@@ -52,7 +52,7 @@ class Lesions:
     key_probability: FloatArray
 
 
-def lesions_of(predictions: SidePredictions, groups: IntArray, key_index: int) -> Lesions:
+def lesions_of(predictions: SplitPredictions, groups: IntArray, key_index: int) -> Lesions:
     """Average the key-class probability over the images of each group.
 
     Args:
@@ -67,14 +67,14 @@ def lesions_of(predictions: SidePredictions, groups: IntArray, key_index: int) -
 
 
 def gate_weights(
-    predictions: SidePredictions, groups: IntArray, taxonomy: Taxonomy, settings: GateSettings
+    predictions: SplitPredictions, groups: IntArray, taxonomy: Taxonomy, settings: GateSettings
 ) -> Float32Array:
     """Draw the resamples that all contenders are compared on, [R, G]."""
     strata = group_strata(predictions.labels, groups, len(taxonomy.codes))
     return resample_weights(strata, num_resamples=settings.bootstrap_resamples, seed=settings.seed)
 
 
-def accuracy_of(predictions: SidePredictions, num_classes: int) -> float:
+def accuracy_of(predictions: SplitPredictions, num_classes: int) -> float:
     """Return the balanced accuracy of a contender, per image."""
     predicted = predictions.probabilities.argmax(axis=1)
     return float(balanced_accuracy(confusion_matrix(predictions.labels, predicted, num_classes)))

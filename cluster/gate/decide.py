@@ -1,12 +1,12 @@
 """The decision: may a challenger answer instead of the champion?
 
-In: the predictions of challenger, champion and best champion ever on the gate side, and each
+In: the predictions of challenger, champion and best champion ever on the gate split, and each
 model's operating point. Out: a verdict with every check behind it, in words and figures.
 
-Two kinds of evidence are asked for. Floors are point estimates on the gate side (with as few key
-lesions as a gate holds, a proven bound is out of reach; the proof belongs to the calibration side).
+Two kinds of evidence are asked for. Floors are point estimates on the gate split (with as few key
+lesions as a gate holds, a proven bound is out of reach; the proof belongs to the calibration split).
 Comparisons are paired: the same resamples of lesions are drawn for both models, and what counts is
-the one-sided bound of the difference. Nothing here reads data, trains or serves.
+the one-splitd bound of the difference. Nothing here reads data, trains or serves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,8 +42,8 @@ def decide(
         settings: margins and floors.
         explanation_similarity: how alike the heat maps of the trained and of a randomised network are,
             0 to 1; None if it could not be measured.
-        slices: parts of the side; those with enough key-class lesions must hold the margin, too.
-        looks: how often each guarded side was read so far, for the report.
+        slices: parts of the split; those with enough key-class lesions must hold the margin, too.
+        looks: how often each guarded split was read so far, for the report.
     Returns:
         The report. Without rivals the floors alone decide.
     Raises:

@@ -9,7 +9,7 @@ from cluster.gate.report import Check
 from cluster.settings import GateSettings
 from records.arrays import IntArray
 from records.taxonomy import Taxonomy
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 from vision.metrics.metrics import expected_calibration_error
 
 
@@ -35,7 +35,9 @@ def floor_checks(
     name, floor = taxonomy.key_class.code, taxonomy.key_class.sensitivity_floor
     num_key, num_other = int(lesions.is_key.sum()), int((~lesions.is_key).sum())
     if num_key == 0 or num_other == 0:
-        text = f"the gate side holds {num_key} lesions of {name} and {num_other} others, so its floor cannot be checked"
+        text = (
+            f"the gate split holds {num_key} lesions of {name} and {num_other} others, so its floor cannot be checked"
+        )
         return [Check(name=f"{name} sensitivity floor", outcome="undecided", text=text, limit=floor)]
     referred = lesions.key_probability >= challenger.key_threshold
     sensitivity = float(referred[lesions.is_key].mean())
@@ -60,7 +62,7 @@ def _floor_check(name: str, value: float, floor: float, lesions: int) -> Check:
     )
 
 
-def calibration_check(predictions: SidePredictions, settings: GateSettings) -> Check:
+def calibration_check(predictions: SplitPredictions, settings: GateSettings) -> Check:
     """Check that its probabilities are about as often right as they say."""
     error = expected_calibration_error(predictions.labels, predictions.probabilities)
     holds = error <= settings.max_calibration_error

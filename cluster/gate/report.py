@@ -25,7 +25,7 @@ class Check(BaseModel):
     outcome: Outcome
     text: str = Field(description="one sentence with the figures")
     estimate: float | None = None
-    lower_bound: float | None = Field(default=None, description="one-sided, at the confidence of the settings")
+    lower_bound: float | None = Field(default=None, description="one-splitd, at the confidence of the settings")
     limit: float | None = None
     lesions: int = Field(default=0, description="lesions the estimate rests on")
     more_lesions: int | None = Field(default=None, description="about how many more would decide, if undecided")
@@ -35,7 +35,7 @@ class Check(BaseModel):
 
 
 class SliceReport(BaseModel):
-    """A part of the gate side, such as one body site."""
+    """A part of the gate split, such as one body site."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,7 +57,7 @@ class GateReport(BaseModel):
     images: int
     lesions: int
     key_lesions: int
-    balanced_accuracy: float | None = Field(description="of the challenger, on the gate side")
+    balanced_accuracy: float | None = Field(description="of the challenger, on the gate split")
     checks: list[Check]
     slices: list[SliceReport] = []
-    looks: dict[str, int] = Field(default={}, description="how often each guarded side was read so far, by side")
+    looks: dict[str, int] = Field(default={}, description="how often each guarded split was read so far, by split")

@@ -1,1 +1,1 @@
-"""Acquisition: which images an expert's minute is best spent on. `registry` names the rules, `choose` applies one."""
+"""Acquisition: the images on which an annotator's minute is best spent. `registry` holds the rules."""

@@ -1,7 +1,7 @@
 """Scores of single images: larger is asked sooner.
 
 Pure functions over probabilities. A row that is not finite is never scored away: `non_finite_rows`
-names it, and it goes to an expert first.
+names it, and it goes to an annotator first.
 """
 
 import numpy as np
@@ -109,7 +109,7 @@ def miss_cost_scores(probabilities: FloatArray, miss_costs: FloatArray) -> Float
 
 
 def non_finite_rows(probabilities: FloatArray) -> NDArray[np.intp]:
-    """Return the indices of rows with a value that is not finite; each of them goes to an expert."""
+    """Return the indices of rows with a value that is not finite; each of them goes to an annotator."""
     return np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
 
 

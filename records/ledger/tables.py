@@ -15,12 +15,12 @@ from pydantic import AwareDatetime
 
 from records.errors import ContractError
 from records.types import (
+    Annotation,
     ApiKey,
     AuditEvent,
     Cursor,
     DatasetRecord,
     EventRecord,
-    ExpertLabel,
     Flag,
     Group,
     Image,
@@ -39,14 +39,14 @@ from records.types import (
 from records.types.base import field_type
 
 LEDGER_TYPES: tuple[type[Record], ...] = (
-    Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, ExpertLabel,
+    Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, Annotation,
     DatasetRecord, ModelRecord, RoundRecord, RoundStep, Lease, Cursor, AuditEvent, EventRecord,
     ApiKey, Rollout,
 )  # fmt: skip
 
 
 class UtcTime(sa.types.TypeDecorator[datetime]):
-    """A time that is aware and in UTC on both sides; SQLite alone would lose the zone."""
+    """A time that is aware and in UTC on both splits; SQLite alone would lose the zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True

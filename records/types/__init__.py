@@ -9,10 +9,10 @@ from records.types.images import (
     Image,
     ManifestRow,
     Quarantined,
-    Side,
     SourceLabel,
+    Split,
 )
-from records.types.labels import AnswerKind, ExpertLabel, ResolvedLabel
+from records.types.labels import Annotation, AnswerKind, ResolvedLabel
 from records.types.operations import (
     ApiKey,
     AuditEvent,
@@ -42,6 +42,7 @@ from records.types.predictions import (
 
 __all__ = [
     "LABEL_RANK",
+    "Annotation",
     "AnswerKind",
     "ApiKey",
     "Arm",
@@ -52,7 +53,6 @@ __all__ = [
     "DatasetRecord",
     "Decision",
     "EventRecord",
-    "ExpertLabel",
     "Flag",
     "FlagReason",
     "Group",
@@ -74,6 +74,6 @@ __all__ = [
     "RoundRecord",
     "RoundStep",
     "Scope",
-    "Side",
     "SourceLabel",
+    "Split",
 ]

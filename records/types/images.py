@@ -1,4 +1,4 @@
-"""Images, the groups that keep them on one side, and the labels that came with them."""
+"""Images, the groups that keep them on one split, and the labels that came with them."""
 
 from enum import StrEnum
 from typing import ClassVar
@@ -16,8 +16,8 @@ class Consent(StrEnum):
     TRAINING = "training"
 
 
-class Side(StrEnum):
-    """The side of the split that a group was drawn to, once and for good."""
+class Split(StrEnum):
+    """The split of the split that a group was drawn to, once and for good."""
 
     TRAIN = "train"
     VAL = "val"
@@ -89,18 +89,18 @@ class Group(Record):
     """Images connected by lesion, patient or near-duplicate; the unit that a split draws."""
 
     table: ClassVar[str] = "groups"
-    mutable: ClassVar[frozenset[str]] = frozenset({"side", "drawn_by", "drawn_at", "merged_into"})
+    mutable: ClassVar[frozenset[str]] = frozenset({"split", "drawn_by", "drawn_at", "merged_into"})
 
     id: str = Field(description="first 16 hex characters of the hash of its first image's id")
-    side: Side | None = Field(default=None, description="empty until the first label arrives")
-    drawn_by: str | None = Field(default=None, description="given | stratified | hash | doubt: what drew the side")
+    split: Split | None = Field(default=None, description="empty until the first label arrives")
+    drawn_by: str | None = Field(default=None, description="given | stratified | hash | doubt: what drew the split")
     drawn_at: Timestamp | None = None
     merged_into: str | None = Field(default=None, description="the group that took this one in, if any")
     created_at: Timestamp
 
 
 class SourceLabel(Record):
-    """A diagnosis that came with an imported table or as an outcome, not from an expert's task."""
+    """A diagnosis that came with an imported table or as an outcome, not from an annotator's task."""
 
     table: ClassVar[str] = "source_labels"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",),)
@@ -123,7 +123,7 @@ class Quarantined(Record):
     id: str
     import_id: str
     source_id: str = Field(description="the image's name in the table")
-    code: str = Field(description="missing | unreadable | unknown_class | label_conflict | links_two_sides")
+    code: str = Field(description="missing | unreadable | unknown_class | label_conflict | links_two_splits")
     reason: str = Field(description="one sentence")
     created_at: Timestamp
 
@@ -136,8 +136,8 @@ class ManifestRow(Record):
 
     image_id: str
     group_id: str
-    side: Side
+    split: Split
     label: str = Field(description="class code")
-    label_source: str = Field(description="import:<id>, outcome:<id> or expert:<annotation key>")
+    label_source: str = Field(description="import:<id>, outcome:<id> or annotator:<annotation key>")
     label_rank: int = Field(ge=0, description="see LABEL_RANK; smaller is stronger")
     round: int = Field(ge=0, description="0 for imported labels, else the round that brought the label in")

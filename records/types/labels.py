@@ -1,4 +1,4 @@
-"""What experts said."""
+"""What annotators said."""
 
 from enum import StrEnum
 from typing import ClassVar
@@ -10,17 +10,17 @@ from records.types.images import Confirmation
 
 
 class AnswerKind(StrEnum):
-    """What kind of answer an expert gave."""
+    """What kind of answer an annotator gave."""
 
     CLASS = "class"
     CANT_TELL = "cant_tell"
     OTHER = "other"
 
 
-class ExpertLabel(Record):
+class Annotation(Record):
     """One revision of one annotation. Edits add a row; deletions add a tombstone."""
 
-    table: ClassVar[str] = "expert_labels"
+    table: ClassVar[str] = "annotations"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",), ("review_item_id",))
     unique: ClassVar[tuple[tuple[str, ...], ...]] = (("server", "annotation_id", "revision"),)
 
@@ -30,7 +30,7 @@ class ExpertLabel(Record):
     image_id: str
     answer: AnswerKind
     label: str | None = Field(default=None, description="class code if the answer is a class")
-    other_text: str | None = Field(default=None, description="what the expert wrote if no class fits")
+    other_text: str | None = Field(default=None, description="what the annotator wrote if no class fits")
     image_quality: str | None = Field(default=None, description="good | usable | unusable")
     comment: str | None = None
     annotator: str
@@ -56,7 +56,7 @@ class ResolvedLabel(BaseModel):
     confidence: float | None = Field(default=None, ge=0, le=1, description="share or probability behind the label")
     method: str = Field(default="majority", description="majority, dawid_skene or adjudication")
     annotators: list[str] = Field(default_factory=list)
-    expert_label_ids: list[str] = Field(default_factory=list, description="the rows that were counted")
+    annotation_ids: list[str] = Field(default_factory=list, description="the rows that were counted")
     from_audit_sample: bool = Field(
         default=False, description="true only if every question about the image came from the random audit sample"
     )

@@ -27,7 +27,7 @@ class Arm(StrEnum):
 
 
 class ReasonCode(StrEnum):
-    """Why an image goes to an expert."""
+    """Why an image goes to an annotator."""
 
     LOW_CONFIDENCE = "low_confidence"
     PREDICTION_SET = "prediction_set"
@@ -105,7 +105,7 @@ class Prediction(Record):
 
 
 class ReviewItem(Record):
-    """A question for an expert, written in the transaction that caused it (the outbox)."""
+    """A question for an annotator, written in the transaction that caused it (the outbox)."""
 
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(

@@ -1,4 +1,4 @@
-"""The parts of the page as HTML: the model, an answer with why an expert is asked, and what became of a flag.
+"""The parts of the page as HTML: the model, an answer with why an annotator is asked, and what became of a flag.
 
 In: bodies of `serving.schemas`. Out: HTML. Everything that came from outside is escaped. The words are
 those of decision support; none is a verdict.
@@ -14,9 +14,9 @@ from serving.schemas_registry import ModelDetails
 from serving.words import DECISION_TITLES, DISCLAIMER
 
 _STATE_WORDS = {
-    ReviewState.NEW: "The question is written down and goes to the experts next",
-    ReviewState.PUSHED: "The question is before the experts",
-    ReviewState.ANSWERED: "An expert has answered",
+    ReviewState.NEW: "The question is written down and goes to the annotators next",
+    ReviewState.PUSHED: "The question is before the annotators",
+    ReviewState.ANSWERED: "An annotator has answered",
     ReviewState.CLOSED: "The question is closed",
     ReviewState.WITHDRAWN: "The question was taken back",
 }
@@ -34,7 +34,7 @@ def header_html(model: ServedModelInfo | None, detail: str = "", signed_in: str 
     """
     head = (
         "<div class='rl-head'><h1>Relook</h1>"
-        "<p>A second look at images, and an expert where the model is unsure.</p></div>"
+        "<p>A second look at images, and an annotator where the model is unsure.</p></div>"
         f"<div class='rl-notice'><b>{escape(DISCLAIMER)}</b> It shows how likely each class is for an image and "
         "where the model looked. It does not replace an examination.</div>"
     )
@@ -77,7 +77,7 @@ def problem_html(sentence: str, title: str = "There is no answer for this image"
 def answer_html(
     answer: PredictionAnswer, names: dict[str, str], malignant: frozenset[str], details: ModelDetails | None = None
 ) -> str:
-    """Show an answer: decision, why an expert is asked, probabilities, and how sure such an answer is.
+    """Show an answer: decision, why an annotator is asked, probabilities, and how sure such an answer is.
 
     Args:
         answer: to show.
@@ -98,13 +98,13 @@ def flag_html(flag: FlagAnswer) -> str:
     due = f" It should be seen by {flag.review.due:%Y-%m-%d %H:%M} UTC." if flag.review.due else ""
     return (
         "<div class='rl-card rl-decision review' role='status'><h2>Thank you</h2>"
-        f"<p>{escape(flag.text)}{due}</p><p class='rl-small'>What the experts say appears on this page, here and "
+        f"<p>{escape(flag.text)}{due}</p><p class='rl-small'>What the annotators say appears on this page, here and "
         "under <b>History</b>.</p></div>"
     )
 
 
 def fate_html(review: ReviewStatus | None, events: Sequence[Event], names: dict[str, str]) -> str:
-    """Show where the question to the experts is, and what they said.
+    """Show where the question to the annotators is, and what they said.
 
     Args:
         review: of the answer, or None if nobody was asked.
@@ -118,7 +118,7 @@ def fate_html(review: ReviewStatus | None, events: Sequence[Event], names: dict[
         return ""
     state = "" if review is None else f"<p class='rl-small'>{state_text(review)}</p>"
     items = "".join(f"<li>{escape(text)}</li>" for text in said)
-    title = "What the experts say" if items else "With the experts"
+    title = "What the annotators say" if items else "With the annotators"
     told = f"<ul>{items}</ul>" if items else ""
     return f"<div class='rl-card rl-fate' role='status'><h3>{title}</h3>{told}{state}</div>"
 
@@ -134,8 +134,8 @@ def event_text(event: Event, names: dict[str, str]) -> str:
     """
     label = str(event.details.get("label") or "")
     name = names.get(label, label)
-    by = str(event.details.get("by") or "expert")
-    who = "An expert says" if by == "expert" else f"{by.replace('_', ' ').capitalize()} says"
+    by = str(event.details.get("by") or "annotator")
+    who = "An annotator says" if by == "annotator" else f"{by.replace('_', ' ').capitalize()} says"
     when = f"{event.created_at:%Y-%m-%d %H:%M} UTC"
     match event.kind:
         case "amended":
@@ -143,7 +143,7 @@ def event_text(event: Event, names: dict[str, str]) -> str:
         case "confirmed":
             return f"{who} {name}, as the model found most likely ({when})."
         case "undecided":
-            return f"An expert could not name one of the classes ({when})."
+            return f"An annotator could not name one of the classes ({when})."
         case "overdue":
             return f"The question was to be answered by now and is not ({when})."
         case _:
@@ -176,8 +176,8 @@ def _why(answer: PredictionAnswer) -> str:
     reasons = "".join(f"<li>{escape(reason.text)}</li>" for reason in answer.reasons)
     review = ""
     if asks and answer.review is None:
-        review = "<p>No expert is asked by this service, because the image came without consent to review.</p>"
-    title = "Why an expert is asked" if asks else "Why"
+        review = "<p>No annotator is asked by this service, because the image came without consent to review.</p>"
+    title = "Why an annotator is asked" if asks else "Why"
     return f"<div id='rl-why'><h3>{title}</h3>{f'<ul>{reasons}</ul>' if reasons else ''}{review}</div>"
 
 

@@ -1,4 +1,4 @@
-"""The tab that asks: an image, the answer, where the model looked, an objection, and what the experts say.
+"""The tab that asks: an image, the answer, where the model looked, an objection, and what the annotators say.
 
 In: what a visitor chose. Out: HTML from the API's answers. What belongs to one answer is kept as `Asked` for as long
 as the visitor's page is open; the image itself lies in the upload folder for minutes.
@@ -26,8 +26,8 @@ FATE_EVERY_S = 5.0
 NO_MAP = "There is no such map"
 
 _CONSENT_WORDS = {
-    Consent.TRAINING: "Experts may see it, and models may learn from it",
-    Consent.REVIEW: "Experts may see it",
+    Consent.TRAINING: "Annotators may see it, and models may learn from it",
+    Consent.REVIEW: "Annotators may see it",
     Consent.NONE: "Neither; do not store it",
 }
 _OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--rl-opacity', value / 100); }"
@@ -110,13 +110,13 @@ class AskHandlers:
     def flag(
         self, asked: Asked | None, reason: str, suggested: str | None, comment: str, key: str | None
     ) -> tuple[str, Any]:
-        """Send an objection to the experts.
+        """Send an objection to the annotators.
 
         Args:
             asked: the answer.
             reason: of the objection.
             suggested: class code, or empty.
-            comment: for the expert.
+            comment: for the annotator.
             key: of the visitor.
         Returns:
             What became of it, and the timer that looks after it.
@@ -284,8 +284,8 @@ def _flag_form(visitors: Visitors) -> tuple[gr.HTML, gr.Button, tuple[gr.Radio, 
             elem_id="rl-suggested",
         )
         comment = gr.Textbox(
-            label="Comment for the expert", lines=2, max_length=2000, elem_id="rl-comment", placeholder="optional"
+            label="Comment for the annotator", lines=2, max_length=2000, elem_id="rl-comment", placeholder="optional"
         )
-        send = gr.Button("Send to an expert", elem_id="rl-flag")
+        send = gr.Button("Send to an annotator", elem_id="rl-flag")
     flagged = gr.HTML("", elem_id="rl-flagged", padding=False)
     return flagged, send, (reason, suggested, comment)

@@ -1,6 +1,6 @@
 """How sure an answer is, in words: how often such scores were right, and what the set of classes means.
 
-In: figures of the calibration side, which neither training nor calibration saw. Out: sentences. They say how often,
+In: figures of the calibration split, which neither training nor calibration saw. Out: sentences. They say how often,
 and what that rests on; never that an image or a person has nothing to fear.
 """
 
@@ -17,7 +17,7 @@ def scores_text(confidence: float, scores: Sequence[ScoreBand]) -> str:
 
     Args:
         confidence: probability of the most likely class.
-        scores: bands of the calibration side.
+        scores: bands of the calibration split.
     Returns:
         One or two sentences.
     """

@@ -1,4 +1,4 @@
-"""The tab of earlier answers: one's own, newest first, with what the experts said since.
+"""The tab of earlier answers: one's own, newest first, with what the annotators said since.
 
 In: answers and events of the API. Out: HTML. Whose answers they are is the API's decision.
 """

@@ -59,7 +59,7 @@ def details_html(details: ModelDetails, names: dict[str, str]) -> str:
     if val:
         parts.append(
             f"<h3>On {val.get('images')} validation images of {val.get('lesions')} lesions</h3>"
-            "<p class='rl-small'>This side chose the epoch and the calibration, so its figures flatter a little; "
+            "<p class='rl-small'>This split chose the epoch and the calibration, so its figures flatter a little; "
             "the report and the gate use others.</p>" + table_html(("Figure", "Value"), _figures(val, names))
         )
         parts.append(table_html(("Class", "Images", "Sensitivity", "Specificity"), _classes(val, names)))
@@ -78,7 +78,7 @@ def details_html(details: ModelDetails, names: dict[str, str]) -> str:
         parts.append(table_html(("Score of the answer", "Lesions", "Right (95 % interval)"), bands))
     named = names | {"malignant": "all malignant classes together"}
     refer = ", ".join(f"{escape(named.get(c, c))} from {100 * t:.1f} %" for c, t in details.refer.items())
-    parts.append(f"<p>Goes to an expert: {refer or 'no threshold is set'}. The sets of classes promise ")
+    parts.append(f"<p>Goes to an annotator: {refer or 'no threshold is set'}. The sets of classes promise ")
     parts.append(f"{100 * details.promise:.0f} % per class.</p></div>")
     return "".join(parts)
 

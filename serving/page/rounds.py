@@ -62,14 +62,14 @@ def rounds_html(rounds: Sequence[RoundInfo]) -> str:
         "Round",
         "Began, UTC",
         "Images",
-        "Labels from experts",
-        "Balanced accuracy, test side",
+        "Labels from annotators",
+        "Balanced accuracy, test split",
         "Gate",
         "Because",
     )
     return (
         f"<div class='rl-card'><h3>Labels against quality</h3>{_drawing(rounds)}"
-        "<p class='rl-small'>Balanced accuracy on the test side with its 95 % interval; nothing is decided by it. "
+        "<p class='rl-small'>Balanced accuracy on the test split with its 95 % interval; nothing is decided by it. "
         "Rounds of few lesions differ by chance.</p></div>"
         f"<div class='rl-card'><h3>All rounds</h3>{table_html(heads, [_row(r) for r in reversed(rounds)])}</div>"
     )
@@ -77,15 +77,17 @@ def rounds_html(rounds: Sequence[RoundInfo]) -> str:
 
 def _drawing(rounds: Sequence[RoundInfo]) -> str:
     done = [
-        (r.number, r.labels_from_experts, r.balanced_accuracy, r.balanced_accuracy_ci)
+        (r.number, r.labels_from_annotators, r.balanced_accuracy, r.balanced_accuracy_ci)
         for r in rounds
-        if r.labels_from_experts is not None and r.balanced_accuracy is not None and r.balanced_accuracy_ci is not None
+        if r.labels_from_annotators is not None
+        and r.balanced_accuracy is not None
+        and r.balanced_accuracy_ci is not None
     ]
     if not done:
         return "<p>No round has come as far as its figures yet.</p>"
     told = "; ".join(f"round {n}: {labels} labels, {100 * quality:.0f} %" for n, labels, quality, _ in done)
     drawn = learning_plot(*(list(column) for column in zip(*done, strict=True)))
-    return f"<img class='rl-plot' src='{drawn}' alt='Balanced accuracy over labels from experts. {escape(told)}'>"
+    return f"<img class='rl-plot' src='{drawn}' alt='Balanced accuracy over labels from annotators. {escape(told)}'>"
 
 
 def _row(r: RoundInfo) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ def _row(r: RoundInfo) -> tuple[str, ...]:
         str(r.number),
         f"{r.started_at:%Y-%m-%d %H:%M}",
         "" if r.images is None else str(r.images),
-        "" if r.labels_from_experts is None else str(r.labels_from_experts),
+        "" if r.labels_from_annotators is None else str(r.labels_from_annotators),
         quality,
         escape(r.verdict or ("unfinished" if r.finished_at is None else "")),
         f"<span class='rl-long'>{escape(r.why or '')}</span>",
@@ -108,13 +110,13 @@ def _row(r: RoundInfo) -> tuple[str, ...]:
 def learning_plot(
     rounds: Sequence[int], labels: Sequence[int], quality: Sequence[float], intervals: Sequence[tuple[float, float]]
 ) -> str:
-    """Draw what rounds of learning were worth over the labels that experts had given; one number per round."""
+    """Draw what rounds of learning were worth over the labels that annotators had given; one number per round."""
     figure, axes = new_figure(6.4, 3.4)
     low = [value - interval[0] for value, interval in zip(quality, intervals, strict=True)]
     high = [interval[1] - value for value, interval in zip(quality, intervals, strict=True)]
     axes.errorbar(labels, quality, yerr=[low, high], color=ACCENT, ecolor=PALE, marker="o", capsize=3, linewidth=1.2)
     for number, x, y in zip(rounds, labels, quality, strict=True):
         axes.annotate(f"round {number}", (x, y), xytext=(5, 6), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="training labels from experts", ylabel="balanced accuracy, test side", ylim=(0, 1))
+    axes.set(xlabel="training labels from annotators", ylabel="balanced accuracy, test split", ylim=(0, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure_uri(figure)

@@ -44,9 +44,9 @@ def feedback_router(service: Service, door: Door, metrics: Metrics) -> APIRouter
     async def flag(
         prediction_id: PredictionId, body: FlagRequest, caller: Annotated[Caller, Depends(door.requires(Scope.FLAG))]
     ) -> FlagAnswer:
-        """Object to an answer, so that an expert looks at it."""
+        """Object to an answer, so that an annotator looks at it."""
         prediction, review = await run_in_threadpool(read_answer, service.store, prediction_id, caller)
-        overlay = await _overlay_for_experts(service, prediction, review)
+        overlay = await _overlay_for_annotators(service, prediction, review)
         written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, overlay)
         metrics.flagged.labels(reason=body.reason.value).inc()
         return flag_body(written, item, prediction.consent)
@@ -68,13 +68,13 @@ def feedback_router(service: Service, door: Door, metrics: Metrics) -> APIRouter
             list[PredictionId] | None, Query(max_length=200, description="only what happened to these")
         ] = None,
     ) -> EventPage:
-        """Read what happened to one's own answers since: amended by an expert, overdue, recalled."""
+        """Read what happened to one's own answers since: amended by an annotator, overdue, recalled."""
         return read_events(service.store, caller, after, limit, prediction_id)
 
     return router
 
 
-async def _overlay_for_experts(service: Service, prediction: Prediction, review: ReviewItem | None) -> str | None:
+async def _overlay_for_annotators(service: Service, prediction: Prediction, review: ReviewItem | None) -> str | None:
     """Return the blob of a heat map for the question that a flag raises; None if there is no map or one already."""
     if review is not None and review.overlay_blob is not None:
         return review.overlay_blob

@@ -65,7 +65,7 @@ def _add_models(router: APIRouter, service: Service, door: Door) -> None:
 
     @router.get("/v1/rounds", response_model=RoundList)
     def list_rounds(caller: Annotated[Caller, Depends(door.requires(None))]) -> RoundList:
-        """List the rounds: labels, verdict, and each model's figures on the test side, by which nothing is decided."""
+        """List the rounds: labels, verdict, and each model's figures on the test split, by which nothing is decided."""
         return rounds_body(service.store)
 
     @router.get("/v1/caller", response_model=CallerInfo)

@@ -39,24 +39,24 @@ def test_the_error_is_that_of_overlapping_splits() -> None:
     assert curves.half_width(values) == pytest.approx(4.302653 * np.sqrt(7 / 12), rel=1e-5)
 
 
-def test_no_lesion_lies_on_both_sides(tmp_path: Path) -> None:
+def test_no_lesion_lies_on_both_splits(tmp_path: Path) -> None:
     path = made_up(tmp_path / "features.npz")
-    sides = curves.split(str(path), 3)
+    splits = curves.split(str(path), 3)
     lesion_of = dict(zip(*(np.load(path)[name].tolist() for name in ("ids", "lesions")), strict=True))
-    pool = [lesion_of[image] for image in sides.ids]
+    pool = [lesion_of[image] for image in splits.ids]
     held_out = 600 - len(pool)
     assert len(set(pool)) == len(pool)
     assert held_out == sum(round(0.2 * count) for count in np.bincount(np.arange(600) % 7))
     rows_in_pool = sum(lesion in set(pool) for lesion in lesion_of.values())
-    assert len(sides.held_out) == len(lesion_of) - rows_in_pool
+    assert len(splits.held_out) == len(lesion_of) - rows_in_pool
 
 
 def test_every_rule_starts_from_the_same_images_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "STEPS", (100, 120, 140))
-    sides = curves.split(str(made_up(tmp_path / "features.npz")), 0)
-    courses = {rule: curves.course(rule, sides, 0) for rule in RULES}
+    splits = curves.split(str(made_up(tmp_path / "features.npz")), 0)
+    courses = {rule: curves.course(rule, splits, 0) for rule in RULES}
     assert len({accuracies[0] for accuracies, _ in courses.values()}) == 1
     assert len({melanomas[0] for _, melanomas in courses.values()}) == 1
-    assert courses["badge"] == curves.course("badge", sides, 0)
+    assert courses["badge"] == curves.course("badge", splits, 0)
     # Here the cost rule cannot but see melanomas: they are told apart, and cost most.
     assert courses["expected_miss_cost"][1][-1] > courses["random"][1][-1]

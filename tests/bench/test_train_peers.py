@@ -22,7 +22,7 @@ def test_the_table_names_the_images_of_the_plan(filled_store: Store, plan: DataP
     Peers(filled_store, TrainersSettings(), plan, tmp_path)
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["side"] for row in rows].count("train") == plan.num_train
+    assert [row["split"] for row in rows].count("train") == plan.num_train
     assert len(rows) == len(plan.image_ids)
     assert all(row["label"] in filled_store.taxonomy.codes for row in rows)
 

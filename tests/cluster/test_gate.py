@@ -7,21 +7,21 @@ from cluster.gate import Contender, GateReport, Verdict, decide
 from cluster.settings import GateSettings
 from records.errors import ContractError
 from records.taxonomy import load_taxonomy
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 
 TAXONOMY = load_taxonomy("ham10000")
 MEL = TAXONOMY.index_of("mel")
 SETTINGS = GateSettings(bootstrap_resamples=400, max_calibration_error=1.0)
 
 
-def predictions_of(labels: np.ndarray, hit: np.ndarray, confidence: float, model_id: str) -> SidePredictions:
+def predictions_of(labels: np.ndarray, hit: np.ndarray, confidence: float, model_id: str) -> SplitPredictions:
     """Make answers that are right exactly where `hit` is true, with the given confidence."""
     num_images, num_classes = len(labels), len(TAXONOMY.codes)
     answer = np.where(hit, labels, (labels + 1) % num_classes)
     probabilities = np.full((num_images, num_classes), (1 - confidence) / (num_classes - 1))
     probabilities[np.arange(num_images), answer] = confidence
     names = [f"image{i:05d}" for i in range(num_images)]
-    return SidePredictions(
+    return SplitPredictions(
         model_id=model_id,
         image_ids=names,
         group_ids=[f"group{i // 2:05d}" for i in range(num_images)],
@@ -150,7 +150,7 @@ def test_equally_good_challengers_are_rarely_promoted() -> None:
 
 
 def test_the_bound_agrees_with_a_brute_force_bootstrap() -> None:
-    """Resample lesions within class by hand and compare the one-sided 95 % bound of the difference."""
+    """Resample lesions within class by hand and compare the one-splitd 95 % bound of the difference."""
     labels = labels_of(15)
     ours, theirs = contender(labels, share_right=0.8, seed=5), contender(labels, share_right=0.7, seed=6)
     report = judge(ours, ("champion", theirs))

@@ -11,7 +11,7 @@ from cluster.settings import GateSettings
 from records.ids import utc_now
 from records.taxonomy import load_taxonomy
 from records.types import Image
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 
 TAXONOMY = load_taxonomy("ham10000")
 MEL = TAXONOMY.index_of("mel")
@@ -30,7 +30,7 @@ def contender(hit: np.ndarray, name: str) -> Contender:
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     ids = [f"image{i:04d}" for i in range(len(LABELS))]
     logits = np.log(probabilities).astype(np.float32)
-    predictions = SidePredictions(name, ids, ids, list(ids), LABELS, logits, probabilities)
+    predictions = SplitPredictions(name, ids, ids, list(ids), LABELS, logits, probabilities)
     return Contender(name, predictions, key_threshold=0.3)
 
 
@@ -81,7 +81,7 @@ def test_a_model_that_is_worse_in_one_large_slice_is_refused() -> None:
     page = report_page(report, TAXONOMY)
     assert "must not answer" in page
     assert "too few for a figure" in page
-    assert "the gate side was read 3 times" in page
+    assert "the gate split was read 3 times" in page
 
 
 def test_names_from_tables_are_escaped_on_the_page() -> None:

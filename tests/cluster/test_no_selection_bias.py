@@ -23,11 +23,11 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
     LABEL_RANK,
+    Annotation,
     AnswerKind,
     Confirmation,
     Consent,
     Decision,
-    ExpertLabel,
     FlagReason,
     Group,
     Image,
@@ -36,8 +36,8 @@ from records.types import (
     ReasonCode,
     ReviewItem,
     ReviewState,
-    Side,
     SourceLabel,
+    Split,
 )
 from serving.outbox import Answer, write_answers, write_flag
 from serving.outcomes import write_outcome
@@ -78,13 +78,13 @@ def _group_id(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with 20 labelled images, four on each side, and 12 without a label."""
+    """A home with 20 labelled images, four on each split, and 12 without a label."""
     home = tmp_path_factory.mktemp("imported") / "home"
     store, now = open_store(RecordsSettings(home=home)), utc_now()
     with store.ledger.begin() as tx:
-        sides = {_group_id(n): list(Side)[n % 5] for n in (*BIOPSIED, *READ)}
+        splits = {_group_id(n): list(Split)[n % 5] for n in (*BIOPSIED, *READ)}
         for one in sorted({_group_id(n) for n in range(32)}):
-            drawn = {"side": sides[one], "drawn_by": "given", "drawn_at": now} if one in sides else {}
+            drawn = {"split": splits[one], "drawn_by": "given", "drawn_at": now} if one in splits else {}
             tx.add(Group(id=one, created_at=now, **drawn))
         for n in range(32):
             tx.add(
@@ -114,7 +114,7 @@ class History:
     parent: DatasetVersion | None = None
     rounds: int = 0
     said: int = 0
-    sides: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
 
     def happen(self, event: tuple[Any, ...]) -> None:
         getattr(self, event[0])(*event[1:])
@@ -189,14 +189,14 @@ class History:
         biopsies = self._biopsies()
         for row in version.rows.to_dict("records"):
             image_id, source = row["image_id"], row["label_source"]
-            assert self.sides.setdefault(row["group_id"], row["side"]) == row["side"], "a side never changes"
+            assert self.splits.setdefault(row["group_id"], row["split"]) == row["split"], "a split never changes"
             if image_id in biopsies:
-                may_be = biopsies[image_id] if row["side"] == Side.TRAIN else {LABELS[_number(image_id) % 3]}
+                may_be = biopsies[image_id] if row["split"] == Split.TRAIN else {LABELS[_number(image_id) % 3]}
                 assert row["label"] in may_be, "a click replaced a histopathology result"
-            if row["side"] == Side.TRAIN or source.startswith("import:"):
+            if row["split"] == Split.TRAIN or source.startswith("import:"):
                 continue
-            assert source.startswith("expert:"), f"an outcome is no random sample: {source}"
-            readers = set(source.removeprefix("expert:").split("+"))
+            assert source.startswith("annotator:"), f"an outcome is no random sample: {source}"
+            readers = set(source.removeprefix("annotator:").split("+"))
             assert (image_id, row["label"]) in {(one.image_id, one.label) for one in by_chance}
             assert readers <= {one.annotator for one in by_chance if one.image_id == image_id}
 
@@ -212,7 +212,7 @@ class History:
             strongest = {o.diagnosis for o in found if LABEL_RANK[o.confirmation] == best}
             assert row.truth in strongest if found else (row.image.id, row.truth) in blind
 
-    def _by_chance(self) -> list[ExpertLabel]:
+    def _by_chance(self) -> list[Annotation]:
         """What is said on questions that chance alone asked, and blind."""
         items = {item.id: item for item in self._find(ReviewItem)}
         rows = self._standing_rows()
@@ -225,8 +225,8 @@ class History:
                 found.setdefault(one.image_id, set()).add(one.label)
         return found
 
-    def _standing_rows(self) -> list[ExpertLabel]:
-        newest = {row.annotation_id: row for row in self._find(ExpertLabel)}
+    def _standing_rows(self) -> list[Annotation]:
+        newest = {row.annotation_id: row for row in self._find(Annotation)}
         return [row for row in newest.values() if not row.deleted]
 
     def _find(self, record_type: Any, **where: Any) -> list[Any]:
@@ -242,7 +242,7 @@ class History:
             "server": "local", "project_id": 1, "task_id": 1, "annotation_id": annotation, "revision": str(self.said),
         }  # fmt: skip
         with self.store.ledger.begin() as tx:
-            tx.add(ExpertLabel.model_validate(values | changes))
+            tx.add(Annotation.model_validate(values | changes))
 
     def _again(self, which: int, **changes: Any) -> None:
         standing = self._standing_rows()

@@ -1,4 +1,4 @@
-"""What experts are asked next: from the store or from a folder, by any rule."""
+"""What annotators are asked next: from the store or from a folder, by any rule."""
 
 import json
 from pathlib import Path

@@ -26,10 +26,10 @@ from records.ledger import Transaction
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
+    Annotation,
     AnswerKind,
     AuditEvent,
     Confirmation,
-    ExpertLabel,
     RoundRecord,
     RoundStep,
     SourceLabel,
@@ -39,10 +39,10 @@ SETTINGS = Settings(round=RoundSettings(watch_labels=3, watch_days=5, watch_poll
 
 
 def add_labels(tx: Transaction, count: int, images: Sequence[str] = ()) -> None:
-    start = tx.count(ExpertLabel)
+    start = tx.count(Annotation)
     for number in range(start, start + count):
         tx.add(
-            ExpertLabel(
+            Annotation(
                 id=new_id(),
                 created_at=utc_now(),
                 review_item_id=f"item {number}",
@@ -240,4 +240,4 @@ def test_two_watching_commands_run_one_round_when_the_labels_are_in(store: Store
         assert tx.count(AuditEvent, where={"action": "round.started"}) == 1
         assert tx.count(RoundStep) == len(round_room.STEPS)
         (version,) = tx.find(RoundStep, where={"step": "version"})
-    assert version.result["labels_from_experts"] == 3
+    assert version.result["labels_from_annotators"] == 3

@@ -31,7 +31,7 @@ def make_folder(folder: Path, seed: int = 11) -> dict[str, str]:
         folder: to write into.
         seed: equal seeds give equal bytes.
     Returns:
-        Name of every usable image to the side that the table gives.
+        Name of every usable image to the split that the table gives.
     """
     random = np.random.default_rng(seed)
     photos = folder / "photos"
@@ -46,7 +46,7 @@ def make_folder(folder: Path, seed: int = 11) -> dict[str, str]:
                 paint(code, random).save(photos / f"{name}.png")
                 rows.append((f"{name}.png", code, f"s{spot}", f"person {person}", fold, f"clinic {person % 2}"))
             spot += 1
-    sides = {row[0]: row[4] for row in rows}
+    splits = {row[0]: row[4] for row in rows}
     first = rows[0][0]
     (photos / f"{UNUSABLE['unreadable']}.png").write_bytes((photos / first).read_bytes()[:200])
     for name, code in (("unknown_file", CLASSES[0]), ("cut_off", CLASSES[1]), ("other_class", "yellow_star")):
@@ -57,7 +57,7 @@ def make_folder(folder: Path, seed: int = 11) -> dict[str, str]:
         writer.writerow(COLUMN_NAMES)
         writer.writerows(rows)
     (folder / "shapes.yaml").write_text(yaml.safe_dump(taxonomy(), sort_keys=False), encoding="utf-8")
-    return sides
+    return splits
 
 
 def taxonomy() -> dict[str, object]:

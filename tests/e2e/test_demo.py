@@ -17,7 +17,7 @@ import pytest
 
 from records.settings import RecordsSettings
 from records.store import open_store
-from records.types import ExpertLabel, Flag, ModelRecord, Prediction
+from records.types import Annotation, Flag, ModelRecord, Prediction
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -98,15 +98,15 @@ def test_the_summary_says_that_the_whole_loop_ran(played: tuple[Path, dict[str, 
     assert summary["swap"]["requests"] > 0
 
 
-def test_every_answer_of_the_experts_has_exactly_one_fate(played: tuple[Path, dict[str, Any]]) -> None:
+def test_every_answer_of_the_annotators_has_exactly_one_fate(played: tuple[Path, dict[str, Any]]) -> None:
     _, summary = played
     asked = summary["label_studio"]
     fates = asked["trained_on"] + asked["cant_tell"] + asked["extra_reads"] + asked["held_out"]
     assert asked["tasks_pushed"] >= 30
     assert asked["annotations_pulled"] == fates > 0
     assert (asked["lost"], asked["duplicated"]) == (0, 0)
-    assert summary["rounds"][1]["labels_from_experts"] == asked["trained_on"] > 0
-    assert summary["rounds"][0]["labels_from_experts"] == 0
+    assert summary["rounds"][1]["labels_from_annotators"] == asked["trained_on"] > 0
+    assert summary["rounds"][0]["labels_from_annotators"] == 0
 
 
 def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_answer(
@@ -122,23 +122,23 @@ def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_answ
     def step(kind: str, holds: str = "") -> dict[str, str]:
         return next(one for one in steps if one["kind"] == kind and (holds in one["text"] or one["id"] == holds))
 
-    said = [one["id"] for one in steps if one["kind"] == "expert"]
+    said = [one["id"] for one in steps if one["kind"] == "annotator"]
     with contextlib.closing(open_store(RecordsSettings(home=home))) as store, store.ledger.read() as tx:
         objection, *_ = tx.find(Flag, where={"prediction_id": prediction_id}, order_by=("created_at",))
-        (label,) = tx.find(ExpertLabel, where={"id": said, "review_item_id": objection.review_item_id})
+        (label,) = tx.find(Annotation, where={"id": said, "review_item_id": objection.review_item_id})
         assert label.image_id == tx.require(Prediction, prediction_id).image_id
         assert tx.require(ModelRecord, second["model_id"]).dataset_id == second["dataset_id"]
     answer, flag, question = (
         step("answer", prediction_id), step("flag", objection.id), step("question", objection.review_item_id)
     )  # fmt: skip
-    expert, dataset, model = (
-        step("expert", label.id), step("dataset", second["dataset_id"]), step("model", second["model_id"])
+    annotator, dataset, model = (
+        step("annotator", label.id), step("dataset", second["dataset_id"]), step("model", second["model_id"])
     )  # fmt: skip
     assert "flagged" in question["text"]
     task = step("task", f"task {label.task_id} in project {label.project_id} of Label Studio")
-    assert f" as {label.label} on side train (expert:{label.annotator}" in dataset["text"]
+    assert f" as {label.label} on split train (annotator:{label.annotator}" in dataset["text"]
     assert f"trained on dataset {dataset['id'][:12]} in round" in model["text"]
-    way = (answer, flag, task, expert, dataset, model)
+    way = (answer, flag, task, annotator, dataset, model)
     times = [one["at"] for one in way]
     assert times == sorted(times)
 

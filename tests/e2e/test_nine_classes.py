@@ -47,9 +47,9 @@ def test_import_train_evaluate_with_no_code(relook: Any, folder: Path, tmp_path:
     assert set(imported["classes"]) == set(NINE["CLASSES"])
     assert not list((tmp_path / "home" / "blobs").rglob("*.png"))
     folds = Counter(row["fold"] for name, row in given.items() if name.removesuffix(".png") not in _unusable())
-    assert (imported["sides"]["val"], imported["sides"]["test"]) == (folds["val"], folds["test"])
-    assert imported["sides"]["calibration"] > 0
-    assert sum(imported["sides"][s] for s in ("train", "calibration", "gate")) == folds["train"]
+    assert (imported["splits"]["val"], imported["splits"]["test"]) == (folds["val"], folds["test"])
+    assert imported["splits"]["calibration"] > 0
+    assert sum(imported["splits"][s] for s in ("train", "calibration", "gate")) == folds["train"]
 
     # The folder is known now: its columns need not be named again, and nothing is decoded twice.
     audit = relook("data", "audit", "--data", folder)
@@ -61,7 +61,7 @@ def test_import_train_evaluate_with_no_code(relook: Any, folder: Path, tmp_path:
         "train", "--data", folder, *small, "--set", "trainers.precision=fp32", "--set", "trainers.threads_per_worker=1"
     )
     assert trained["dataset_id"] == imported["dataset_id"]
-    evaluated = relook("evaluate", trained["model_id"], "--side", "test")
+    evaluated = relook("evaluate", trained["model_id"], "--split", "test")
     assert evaluated["images"] == folds["test"]
     assert set(evaluated["per_class"]) == set(NINE["CLASSES"])
     assert evaluated["key_class"]["name"] == NINE["KEY_CLASS"]
@@ -96,6 +96,6 @@ def test_a_split_that_a_patient_crosses_is_reported_and_not_kept(relook: Any, fo
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
     imported = relook("data", "import", folder, "--columns", NINE["COLUMNS"])
     assert any(
-        "split was not kept: 1 lesions or patients lie on two of its sides" in note for note in imported["notes"]
+        "split was not kept: 1 lesions or patients lie on two of its splits" in note for note in imported["notes"]
     )
     assert relook("data", "audit")["leaked_lesions"] == 0

@@ -11,18 +11,18 @@ from images.importer import import_folder
 from records.datasets import load_dataset
 from records.store import Store
 from records.stored import find_images
-from records.types import Side
+from records.types import Split
 
 KEYS = {
-    "images", "lesions", "classes", "sides", "leaked_lesions", "near_duplicate_pairs", "label_conflicts", "quarantined",
-    "random_split",
+    "images", "lesions", "classes", "splits", "leaked_lesions", "near_duplicate_pairs", "label_conflicts",
+    "quarantined", "random_split",
 }  # fmt: skip
 
 
 def test_leaks_are_counted_by_hand() -> None:
     lesions = pd.Series(["a", "a", "b", "b", "c", "d", "d"])
-    sides = pd.Series(["train", "test", "val", "val", "gate", "train", "gate"])
-    assert count_leaked(lesions, sides) == 2
+    splits = pd.Series(["train", "test", "val", "val", "gate", "train", "gate"])
+    assert count_leaked(lesions, splits) == 2
     assert count_leaked(lesions, pd.Series(["train"] * 7)) == 0
 
 
@@ -34,7 +34,7 @@ def test_a_random_split_keeps_the_shares_and_leaks() -> None:
     # The other image of a test image's lesion is trained on with probability 0.58.
     assert split.leaked_test_share == pytest.approx(0.58, abs=0.1)
     assert split.leaked_test_images == round(split.leaked_test_share * 200)
-    # Both images land on one side with probability 0.3808.
+    # Both images land on one split with probability 0.3808.
     assert split.leaked_lesions == pytest.approx(1000 * (1 - 0.3808), abs=60)
     singles = split_at_random(pd.Series([f"L{n}" for n in range(100)]))
     assert (singles.leaked_lesions, singles.leaked_test_share) == (0, 0.0)
@@ -47,8 +47,8 @@ def test_the_report_of_an_import(store: Store, generated: Path) -> None:
     assert (found.images, found.lesions, found.leaked_lesions) == (report.images, report.lesions, 0)
     assert list(found.classes) == list(store.taxonomy.codes)
     assert {code: count for code, count in found.classes.items() if count} == report.classes
-    assert sum(found.sides.values()) == report.images
-    assert sum(found.side_lesions.values()) == report.lesions
+    assert sum(found.splits.values()) == report.images
+    assert sum(found.split_lesions.values()) == report.lesions
     assert (found.label_conflicts, found.quarantined, found.near_duplicate_pairs) == (0, 0, 0)
 
 
@@ -58,7 +58,7 @@ def test_planted_leaks_and_conflicts_are_found(store: Store, generated: Path) ->
     lesions = pd.Series([i.lesion_id for i in find_images(store, rows["image_id"].tolist())])
     moved, relabelled = lesions[lesions.duplicated()].unique()[:2]
     first = {lesion: lesions[lesions == lesion].index[0] for lesion in (moved, relabelled)}
-    rows.loc[first[moved], "side"] = next(s.value for s in Side if s.value != rows.loc[first[moved], "side"])
+    rows.loc[first[moved], "split"] = next(s.value for s in Split if s.value != rows.loc[first[moved], "split"])
     rows.loc[first[relabelled], "label"] = next(
         c for c in store.taxonomy.codes if c != rows.loc[first[relabelled], "label"]
     )

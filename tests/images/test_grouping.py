@@ -1,4 +1,4 @@
-"""Groups of images that came in by other ways than an import: served ones that experts labelled."""
+"""Groups of images that came in by other ways than an import: served ones that annotators labelled."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ from records.errors import UnknownIdError
 from records.ids import new_id, utc_now
 from records.patients import patient_hash
 from records.store import Store
-from records.types import AnswerKind, Confirmation, ExpertLabel, Group, Image, Side, SourceLabel
+from records.types import Annotation, AnswerKind, Confirmation, Group, Image, SourceLabel, Split
 
 
 def serve(store: Store, data: bytes, **context: str) -> str:
@@ -39,23 +39,23 @@ def recompressed(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def expert(image_id: str, label: str | None) -> ExpertLabel:
+def annotator(image_id: str, label: str | None) -> Annotation:
     now = utc_now()
-    return ExpertLabel(
+    return Annotation(
         id=new_id(), created_at=now, annotated_at=now, review_item_id="r", image_id=image_id, label=label,
         annotator="a", answer=AnswerKind.CLASS if label else AnswerKind.CANT_TELL, server="s", project_id=1, task_id=1,
         annotation_id=1, revision=new_id(),
     )  # fmt: skip
 
 
-def test_served_images_form_groups_without_a_side(store: Store) -> None:
+def test_served_images_form_groups_without_a_split(store: Store) -> None:
     first = serve(store, render("nv", seed=1))
     second = serve(store, render("mel", seed=2), lesion_id="L1")
     third = serve(store, render("mel", seed=3), lesion_id="L1")
     assert group_images(store, [first, second, third, first]) == 3
     assert group_of(store, second) == group_of(store, third) != group_of(store, first)
     with store.ledger.read() as tx:
-        assert {(g.side, g.drawn_by) for g in tx.find(Group)} == {(None, None)}
+        assert {(g.split, g.drawn_by) for g in tx.find(Group)} == {(None, None)}
     assert group_images(store, [first, second]) == 0
     assert group_images(store, []) == 0
 
@@ -69,7 +69,7 @@ def test_a_served_copy_joins_the_imported_lesion(store: Store, generated: Path) 
     assert group_of(store, copy) == known.group_id
 
 
-def test_an_image_can_connect_two_groups_that_have_no_side(store: Store) -> None:
+def test_an_image_can_connect_two_groups_that_have_no_split(store: Store) -> None:
     first = serve(store, render("nv", seed=1), lesion_id="L1")
     second = serve(store, render("nv", seed=2), patient_hash="p")
     group_images(store, [first, second])
@@ -82,25 +82,25 @@ def test_an_image_can_connect_two_groups_that_have_no_side(store: Store) -> None
     assert sorted(map(bool, groups.values())) == [False, True]
 
 
-def test_an_image_that_would_join_two_sides_gets_no_group(store: Store) -> None:
+def test_an_image_that_would_join_two_splits_gets_no_group(store: Store) -> None:
     first = serve(store, render("nv", seed=1), lesion_id="L1")
     second = serve(store, render("nv", seed=2), patient_hash="p")
     group_images(store, [first, second])
     with store.ledger.begin() as tx:
-        for image_id, side in ((first, Side.TRAIN), (second, Side.TEST)):
+        for image_id, split in ((first, Split.TRAIN), (second, Split.TEST)):
             image = tx.require(Image, image_id)
-            tx.update(Group, image.group_id or "", side=side)
+            tx.update(Group, image.group_id or "", split=split)
     bridge = serve(store, render("nv", seed=3), lesion_id="L1", patient_hash="p")
     assert group_images(store, [bridge]) == 0
     assert group_of(store, bridge) is None
 
 
-def test_diagnoses_prefer_the_strongest_source_and_unanimous_experts(store: Store) -> None:
+def test_diagnoses_prefer_the_strongest_source_and_unanimous_annotators(store: Store) -> None:
     ids = [store.blobs.put(bytes([n])) for n in range(4)]
     now = utc_now()
     with store.ledger.begin() as tx:
-        tx.add(expert(ids[0], "nv"), expert(ids[0], "mel"), expert(ids[1], "nv"), expert(ids[2], None))
-        tx.add(expert(ids[3], "df"))
+        tx.add(annotator(ids[0], "nv"), annotator(ids[0], "mel"), annotator(ids[1], "nv"), annotator(ids[2], None))
+        tx.add(annotator(ids[3], "df"))
         for label, confirmation in (("mel", Confirmation.HISTOPATHOLOGY), ("bkl", Confirmation.CONSENSUS)):
             tx.add(
                 SourceLabel(

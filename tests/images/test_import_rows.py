@@ -6,16 +6,16 @@ from pathlib import Path
 from images.import_rows import (
     Entry,
     GroupFacts,
-    draw_sides,
+    draw_splits,
     merge_same_bytes,
     pick_withheld,
     usable_rows,
 )
 from images.intake import TakenIn
 from images.source_table import SourceRow
-from records.grouping import draw_side, draw_stratified
+from records.grouping import draw_split, draw_stratified
 from records.taxonomy import load_taxonomy
-from records.types import Confirmation, Side
+from records.types import Confirmation, Split
 
 HAM = load_taxonomy("ham10000")
 SALT = "test"
@@ -34,7 +34,7 @@ def entry(name: str, image_id: str, label: str | None = "nv") -> Entry:
     return Entry(row(name, label), TakenIn(Path(f"/data/{name}.jpg"), image_id=image_id))
 
 
-def groups(count: int, label: str = "nv", *splits: Side) -> dict[str, GroupFacts]:
+def groups(count: int, label: str = "nv", *splits: Split) -> dict[str, GroupFacts]:
     return {f"{label}-{'-'.join(splits)}{n}": GroupFacts(label, frozenset(splits)) for n in range(count)}
 
 
@@ -83,35 +83,35 @@ def test_same_bytes_are_one_image_unless_labels_disagree() -> None:
 
 def test_the_first_import_is_stratified_and_later_ones_go_by_hash() -> None:
     facts = {**groups(100, "nv"), **groups(20, "mel")}
-    first, notes = draw_sides(facts, is_first=True, salt=SALT)
+    first, notes = draw_splits(facts, is_first=True, salt=SALT)
     assert {g: s for g, (s, _) in first.items()} == draw_stratified({g: f.label for g, f in facts.items()}, SALT)
     assert {how for _, how in first.values()} == {"stratified"}
     assert notes == []
-    later, _ = draw_sides(facts, is_first=False, salt=SALT)
-    assert later == {g: (draw_side(g, SALT), "hash") for g in facts}
+    later, _ = draw_splits(facts, is_first=False, salt=SALT)
+    assert later == {g: (draw_split(g, SALT), "hash") for g in facts}
 
 
 def test_a_whole_given_split_is_kept_as_it_is() -> None:
-    facts = {name: fact for side in Side for name, fact in groups(5, "nv", side).items()}
-    drawn, notes = draw_sides(facts, is_first=True, salt=SALT)
+    facts = {name: fact for split in Split for name, fact in groups(5, "nv", split).items()}
+    drawn, notes = draw_splits(facts, is_first=True, salt=SALT)
     assert drawn == {g: (next(iter(f.splits)), "given") for g, f in facts.items()}
     assert notes == []
 
 
-def test_sides_that_a_split_lacks_come_out_of_its_training_groups() -> None:
-    train, test = groups(100, "nv", Side.TRAIN), groups(30, "nv", Side.TEST)
-    drawn, notes = draw_sides({**train, **test}, is_first=True, salt=SALT)
-    assert all(drawn[g] == (Side.TEST, "given") for g in test)
+def test_splits_that_a_split_lacks_come_out_of_its_training_groups() -> None:
+    train, test = groups(100, "nv", Split.TRAIN), groups(30, "nv", Split.TEST)
+    drawn, notes = draw_splits({**train, **test}, is_first=True, salt=SALT)
+    assert all(drawn[g] == (Split.TEST, "given") for g in test)
     counts = Counter(drawn[g][0] for g in train)
-    assert counts == {Side.TRAIN: 68, Side.VAL: 10, Side.CALIBRATION: 12, Side.GATE: 10}
+    assert counts == {Split.TRAIN: 68, Split.VAL: 10, Split.CALIBRATION: 12, Split.GATE: 10}
     assert notes == []
 
 
 def test_a_split_that_a_group_crosses_is_not_kept() -> None:
-    facts = {**groups(10, "nv", Side.TRAIN), **groups(1, "nv", Side.TRAIN, Side.TEST)}
-    drawn, notes = draw_sides(facts, is_first=True, salt=SALT)
+    facts = {**groups(10, "nv", Split.TRAIN), **groups(1, "nv", Split.TRAIN, Split.TEST)}
+    drawn, notes = draw_splits(facts, is_first=True, salt=SALT)
     assert {how for _, how in drawn.values()} == {"stratified"}
-    assert notes == ["the table's split was not kept: 1 lesions or patients lie on two of its sides"]
+    assert notes == ["the table's split was not kept: 1 lesions or patients lie on two of its splits"]
 
 
 def test_withheld_groups_are_a_share_of_each_class_and_always_the_same() -> None:

@@ -1,4 +1,4 @@
-"""Imports end to end: idempotent, resumable, nothing lost, nothing on two sides, labels withheld for real."""
+"""Imports end to end: idempotent, resumable, nothing lost, nothing on two splits, labels withheld for real."""
 
 import io
 import json
@@ -23,7 +23,17 @@ from records.errors import ConfigError, DataError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.stored import find_images, read_image
-from records.types import AuditEvent, Confirmation, Consent, DatasetRecord, Group, Image, Quarantined, Side, SourceLabel
+from records.types import (
+    AuditEvent,
+    Confirmation,
+    Consent,
+    DatasetRecord,
+    Group,
+    Image,
+    Quarantined,
+    SourceLabel,
+    Split,
+)
 
 Change = Callable[[Callable[[pd.DataFrame], pd.DataFrame]], Path]
 
@@ -33,9 +43,9 @@ def images_of(store: Store) -> dict[str, Image]:
         return {image.source_id or "": image for image in tx.find(Image)}
 
 
-def sides_of(store: Store) -> dict[str, Side | None]:
+def splits_of(store: Store) -> dict[str, Split | None]:
     with store.ledger.read() as tx:
-        return {group.id: group.side for group in tx.find(Group)}
+        return {group.id: group.split for group in tx.find(Group)}
 
 
 def image_of(folder: Path, source_id: str) -> Path:
@@ -76,12 +86,12 @@ def test_everything_of_the_table_is_recorded(store: Store, generated: Path) -> N
 
 def test_a_second_run_changes_nothing(store: Store, generated: Path) -> None:
     first = import_folder(store, generated)
-    before = (images_of(store), sides_of(store))
+    before = (images_of(store), splits_of(store))
     second = import_folder(store, generated)
     assert (second.new_images, second.decoded) == (0, 0)
     assert second.dataset_id == first.dataset_id
-    assert (second.images, second.classes, second.sides) == (first.images, first.classes, first.sides)
-    assert (images_of(store), sides_of(store)) == before
+    assert (second.images, second.classes, second.splits) == (first.images, first.classes, first.splits)
+    assert (images_of(store), splits_of(store)) == before
     with store.ledger.read() as tx:
         assert tx.count(DatasetRecord) == 1
         assert tx.count(SourceLabel) == first.images
@@ -111,21 +121,21 @@ def test_equal_inputs_give_equal_datasets(tmp_path: Path, generated: Path) -> No
     store.close()
 
 
-def test_no_lesion_is_on_two_sides(store: Store, generated: Path) -> None:
+def test_no_lesion_is_on_two_splits(store: Store, generated: Path) -> None:
     report = import_folder(store, generated)
     dataset = load_dataset(store, report.dataset_id)
     lesions = [image.lesion_id for image in find_images(store, dataset.rows["image_id"].tolist())]
-    assert (dataset.rows.groupby(lesions)["side"].nunique() == 1).all()
-    assert set(dataset.rows["side"]) == {side.value for side in Side}
+    assert (dataset.rows.groupby(lesions)["split"].nunique() == 1).all()
+    assert set(dataset.rows["split"]) == {split.value for split in Split}
 
 
 def test_adding_images_never_moves_a_group(store: Store, change_table: Change, generated: Path) -> None:
     half = change_table(lambda table: table[table.index % 2 == 0])
     import_folder(store, half)
-    before = sides_of(store)
+    before = splits_of(store)
     groups_before = {name: image.group_id for name, image in images_of(store).items()}
     report = import_folder(store, generated)
-    after = sides_of(store)
+    after = splits_of(store)
     assert {group_id: after[group_id] for group_id in before} == before
     assert {n: i.group_id for n, i in images_of(store).items() if n in groups_before} == groups_before
     assert len(after) > len(before)
@@ -251,19 +261,19 @@ def test_near_duplicates_join_unless_diagnoses_differ(store: Store, tmp_path: Pa
     assert images_of(store)["e"].group_id == images["a"].group_id
 
 
-def test_a_newcomer_that_links_two_sides_is_named_and_left_out(store: Store, tmp_path: Path) -> None:
+def test_a_newcomer_that_links_two_splits_is_named_and_left_out(store: Store, tmp_path: Path) -> None:
     rows = [{"image_id": f"p{n}", "dx": "nv", "lesion_id": f"L{n}", "patient_id": f"P{n}"} for n in range(20)]
     contents = {f"p{n}.jpg": render("nv", seed=5, number=n, width_px=80) for n in range(21)}
     import_folder(store, write_folder(tmp_path / "data", rows, contents))
-    side_of = sides_of(store)
+    split_of = splits_of(store)
     images = images_of(store)
-    sides = {n: side_of[images[f"p{n}"].group_id or ""] for n in range(20)}
-    one, other = next((a, b) for a in range(20) for b in range(20) if sides[a] != sides[b])
+    splits = {n: split_of[images[f"p{n}"].group_id or ""] for n in range(20)}
+    one, other = next((a, b) for a in range(20) for b in range(20) if splits[a] != splits[b])
     late = [{"image_id": "p20", "dx": "nv", "lesion_id": f"L{one}", "patient_id": f"P{other}"}]
     report = import_folder(store, write_folder(tmp_path / "late", late, {"p20.jpg": contents["p20.jpg"]}))
-    assert [(q.source_id, q.code) for q in report.quarantined] == [("p20", "links_two_sides")]
+    assert [(q.source_id, q.code) for q in report.quarantined] == [("p20", "links_two_splits")]
     assert images_of(store)["p20"].group_id is None
-    assert sides_of(store) == side_of
+    assert splits_of(store) == split_of
     assert images_of(store)["p20"].id not in set(load_dataset(store, report.dataset_id).rows["image_id"])
 
 
@@ -286,9 +296,9 @@ def test_withheld_labels_are_really_absent(store: Store, tmp_path: Path) -> None
     report = import_folder(store, folder, withhold_share=0.25)
     withheld = report.withheld
     assert list(withheld.columns) == ["image_id", "source_id", "group_id", "label"]
-    assert 0 < len(withheld) < report.sides["train"]
+    assert 0 < len(withheld) < report.splits["train"]
     assert (truth[withheld["source_id"]].to_numpy() == withheld["label"].to_numpy()).all()
-    assert {sides_of(store)[g] for g in withheld["group_id"]} == {Side.TRAIN}
+    assert {splits_of(store)[g] for g in withheld["group_id"]} == {Split.TRAIN}
     with store.ledger.read() as tx:
         labelled = {label.image_id for label in tx.find(SourceLabel)}
     groups = {image.id: image.group_id for image in images_of(store).values()}
@@ -322,11 +332,11 @@ def test_a_given_split_is_kept(store: Store, change_table: Change) -> None:
     folder = change_table(split)
     report = import_folder(store, folder)
     table = pd.read_csv(folder / "HAM10000_metadata.csv")
-    side_of = sides_of(store)
-    sides = {name: side_of[image.group_id or ""] for name, image in images_of(store).items()}
-    assert all((sides[r.image_id] is Side.TEST) == (r.split == "test") for r in table.itertuples())
+    split_of = splits_of(store)
+    splits = {name: split_of[image.group_id or ""] for name, image in images_of(store).items()}
+    assert all((splits[r.image_id] is Split.TEST) == (r.split == "test") for r in table.itertuples())
     assert report.notes == []
-    assert report.sides["train"] > 0
+    assert report.splits["train"] > 0
 
 
 def test_images_without_a_diagnosis_wait_for_one(store: Store, tmp_path: Path) -> None:
@@ -335,7 +345,7 @@ def test_images_without_a_diagnosis_wait_for_one(store: Store, tmp_path: Path) -
     report = import_folder(store, write_folder(tmp_path / "data", rows, contents))
     assert (report.images, report.unlabelled, report.quarantined) == (2, 1, [])
     images = images_of(store)
-    assert sides_of(store)[images["b"].group_id or ""] is None
+    assert splits_of(store)[images["b"].group_id or ""] is None
     assert load_dataset(store, report.dataset_id).rows["image_id"].tolist() == [images["a"].id]
     pool = write_folder(tmp_path / "pool", [{"image_id": "c", "dx": ""}], {"c.jpg": render("mel", seed=3)})
     assert import_folder(store, pool).unlabelled == 1
@@ -357,7 +367,7 @@ def test_erased_images_do_not_come_back(store: Store, tmp_path: Path) -> None:
     assert not store.blobs.has(image.id)
 
 
-def test_several_sides_are_cached_at_once(store: Store, generated: Path) -> None:
+def test_several_splits_are_cached_at_once(store: Store, generated: Path) -> None:
     report = import_folder(store, generated, side_px=(32, 48))
     for side_px in (32, 48, 64):
         cache = PixelCache(store.home.cache, side_px)
@@ -384,7 +394,7 @@ def test_data_are_opened_by_folder_id_or_newest(store: Store, generated: Path, t
 
 @pytest.mark.slow
 def test_all_of_ham10000(store: Store, ham10000: Path) -> None:
-    """Every lesion on one side, two exact duplicates, nothing lost, in the time that is promised."""
+    """Every lesion on one split, two exact duplicates, nothing lost, in the time that is promised."""
     started = time.process_time()
     report = import_folder(store, ham10000, in_place=True)
     # Processor time, so that a busy machine fails no test; two idle cores need less than this on the clock.
@@ -395,11 +405,11 @@ def test_all_of_ham10000(store: Store, ham10000: Path) -> None:
     dataset = load_dataset(store, report.dataset_id)
     lesions = pd.Series([i.lesion_id for i in find_images(store, dataset.rows["image_id"].tolist())])
     assert lesions.notna().all()
-    assert (dataset.rows["side"].groupby(lesions).nunique() == 1).all()
+    assert (dataset.rows["split"].groupby(lesions).nunique() == 1).all()
     assert (dataset.rows["label"].groupby(lesions).nunique() == 1).all()
     table = pd.read_csv(ham10000 / "HAM10000_metadata.csv")
     for code, count in table.groupby("dx")["lesion_id"].nunique().items():
-        per_side = lesions[dataset.rows["label"] == code].groupby(dataset.rows["side"]).nunique()
+        per_side = lesions[dataset.rows["label"] == code].groupby(dataset.rows["split"]).nunique()
         assert per_side["train"] / count == pytest.approx(0.58, abs=0.02), code
         assert per_side["calibration"] / count == pytest.approx(0.12, abs=0.02), code
     found = audit_dataset(store, dataset)

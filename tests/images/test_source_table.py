@@ -7,7 +7,7 @@ import pytest
 
 from images.source_table import SourceRow, read_source
 from records.errors import DataError
-from records.types import Confirmation, Side
+from records.types import Confirmation, Split
 
 
 def make(folder: Path, table: str, *images: str, name: str = "table.csv") -> Path:
@@ -33,7 +33,7 @@ def test_a_full_row(tmp_path: Path) -> None:
     row = only(make(tmp_path, table, "deep/er/a.jpg"))
     assert row.source_id == "a"
     assert row.path == tmp_path / "deep/er/a.jpg"
-    assert (row.label, row.confirmation, row.split) == ("nv", Confirmation.HISTOPATHOLOGY, Side.VAL)
+    assert (row.label, row.confirmation, row.split) == ("nv", Confirmation.HISTOPATHOLOGY, Split.VAL)
     assert row.context == {
         "lesion_id": "L1", "patient_id": "P1", "site": "Vienna", "device": "D3", "sex": "male", "localization": "back",
     }  # fmt: skip

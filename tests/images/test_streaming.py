@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"), pytest.mark.slow]
 
 SIDE_PX = 19
-"""No other test caches this side."""
+"""No other test caches this split."""
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,17 @@ import pytest
 from labeling.agreement import agreement, anchoring, cohen_kappa, fleiss_kappa
 from labeling.consensus import contested, reader_confusion, resolve
 from records.store import Store
-from records.types import AnswerKind, Confirmation, ExpertLabel, Prediction, ReviewItem
+from records.types import Annotation, AnswerKind, Confirmation, Prediction, ReviewItem
 
 AddItems = Callable[..., list[ReviewItem]]
 START = datetime(2026, 1, 1, tzinfo=UTC)
 COUNT = itertools.count()
 
 
-def said(image: str, reader: str, label: str | None, *, blind: bool = False, item: str = "item") -> ExpertLabel:
+def said(image: str, reader: str, label: str | None, *, blind: bool = False, item: str = "item") -> Annotation:
     number = next(COUNT)
     at = START + timedelta(seconds=number)
-    return ExpertLabel(
+    return Annotation(
         id=f"{number:08d}",
         created_at=at,
         review_item_id=item,
@@ -58,7 +58,7 @@ def test_fleiss_by_hand() -> None:
     assert fleiss_kappa([["a", "a"]]) is None
 
 
-def _simulated(confusion: dict[str, np.ndarray], truth: list[int], codes: list[str]) -> list[ExpertLabel]:
+def _simulated(confusion: dict[str, np.ndarray], truth: list[int], codes: list[str]) -> list[Annotation]:
     chance = np.random.default_rng(4)
     return [
         said(f"{number:04d}", reader, codes[chance.choice(len(codes), p=matrix[true])])

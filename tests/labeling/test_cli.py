@@ -14,7 +14,7 @@ from labeling.client import LabelStudioClient
 from labeling.connection import connect, require
 from labeling.local_server import LocalLabelStudio, ServerInfo
 from labeling.settings import LabelingSettings
-from labeling.simulated_expert import answer
+from labeling.simulated_annotator import answer
 from records.errors import ConfigError, ContractError, LabelStudioError
 from records.home import Home
 from records.store import Store
@@ -59,7 +59,7 @@ def test_push_answer_pull_and_sync(
     both = _json(call(elsewhere, "sync", "--json"))
     assert (both["push"]["pushed"], both["pull"]["new_labels"]) == (1, 0)
     status = _json(call(elsewhere, "status", "--json"))
-    assert (status["tasks"], status["expert_labels"]) == (5, 3)
+    assert (status["tasks"], status["annotations"]) == (5, 3)
     assert {state: count for state, count in status["items"].items() if count} == {"pushed": 2, "answered": 3}
     shown = call(elsewhere, "status")
     assert shown.exit_code == 0

@@ -7,17 +7,17 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from labeling.consensus import resolve
-from records.types import AnswerKind, Confirmation, ExpertLabel
+from records.types import Annotation, AnswerKind, Confirmation
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 COUNT = itertools.count()
 
 
-def said(reader: str, label: str | None, *, annotation: int | None = None, **changes: object) -> ExpertLabel:
+def said(reader: str, label: str | None, *, annotation: int | None = None, **changes: object) -> Annotation:
     """One row; `None` is can't tell. Each call is a second later than the one before."""
     number = next(COUNT)
     at = START + timedelta(seconds=number)
-    row = ExpertLabel(
+    row = Annotation(
         id=f"{number:08d}",
         created_at=at,
         review_item_id="item",
@@ -46,7 +46,7 @@ def test_two_who_agree_are_a_consensus() -> None:
     (found,) = resolve([said("a", "mel"), said("b", "mel"), said("c", "nv")])
     assert (found.label, found.confirmation) == ("mel", Confirmation.CONSENSUS)
     assert found.annotators == ["a", "b", "c"]
-    assert len(found.expert_label_ids) == 3
+    assert len(found.annotation_ids) == 3
 
 
 @pytest.mark.parametrize(

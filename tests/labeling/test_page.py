@@ -1,4 +1,4 @@
-"""The labeling page as an expert sees it: a real Label Studio in a real browser."""
+"""The labeling page as an annotator sees it: a real Label Studio in a real browser."""
 
 import io
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from labeling.pull import pull
 from labeling.push import push
 from labeling.settings import LabelingSettings
 from records.store import Store
-from records.types import ExpertLabel, ReviewItem
+from records.types import Annotation, ReviewItem
 from vision.explanations.overlay import overlay_png
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _answer(page: "Page", diagnosis: str, comment: str) -> None:
 
 @pytest.mark.browser
 @pytest.mark.timeout(600)
-def test_an_expert_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_priority(
+def test_an_annotator_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_priority(
     browser: "Browser",
     server: ServerInfo,
     client: LabelStudioClient,
@@ -115,7 +115,7 @@ def test_an_expert_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_pri
 
     assert pull(store, client, settings).new_labels == 5
     with store.ledger.read() as tx:
-        said = tx.find(ExpertLabel, order_by=("annotated_at",))
+        said = tx.find(Annotation, order_by=("annotated_at",))
     assert [label.review_item_id for label in said] == [item.id for item in by_priority]
     assert [label.label for label in said] == ["df", "mel", "nv", None, "bcc"]
     assert [label.comment for label in said] == [f"looked at number {n}" for n in range(1, 6)]

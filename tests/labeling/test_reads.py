@@ -18,7 +18,7 @@ from labeling.settings import LabelingSettings
 from labeling.sync import sync
 from labeling.tasks import answer_result, label_config, task_document
 from records.store import Store
-from records.types import ExpertLabel, ReasonCode, ReviewItem, ReviewState
+from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 
 AddItems = Callable[..., list[ReviewItem]]
 READERS = ("ada@clinic.org", "bo@clinic.org")
@@ -108,7 +108,7 @@ def test_blind_questions_go_to_their_readers_and_come_back_blind(
         client.create_annotation(item.task_id or 0, answer_result("mel"), key=uuid.uuid4())
     assert pull(store, client, wanted).new_labels == 4
     with store.ledger.read() as tx:
-        labels = {label.review_item_id: label.blind for label in tx.find(ExpertLabel)}
+        labels = {label.review_item_id: label.blind for label in tx.find(Annotation)}
     assert (labels[audit.id], labels[flagged.id], labels[plain.id]) == (True, False, False)
     assert sum(labels.values()) == 2
     found = read_agreement(store).anchoring
@@ -153,13 +153,13 @@ def test_disagreement_asks_once_more_and_is_resolved(
     assert (report.adjudications, report.push.pushed) == (1, 1)
     assert ask_to_decide(store, settings.adjudicate_below) == 0
     with store.ledger.read() as tx:
-        labels = tx.find(ExpertLabel)
+        labels = tx.find(Annotation)
     assert resolve(labels)[0].label is None
     decision = next(one for one in _items(store) if ReasonCode.ADJUDICATION in one.reasons)
     assert decision.state is ReviewState.PUSHED
     client.create_annotation(decision.task_id or 0, answer_result("mel"), key=uuid.uuid4(), completed_by=people[2])
     assert sync(store, client, settings).adjudications == 0
     with store.ledger.read() as tx:
-        labels = tx.find(ExpertLabel)
+        labels = tx.find(Annotation)
     (found,) = resolve(labels, adjudications={decision.id})
     assert (found.image_id, found.label, found.method) == (item.image_id, "mel", "adjudication")

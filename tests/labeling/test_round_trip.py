@@ -13,10 +13,10 @@ from labeling.project import Project, open_project
 from labeling.pull import pull
 from labeling.push import adopt, item_key, push
 from labeling.settings import LabelingSettings
-from labeling.simulated_expert import EMAIL, answer
+from labeling.simulated_annotator import EMAIL, answer
 from labeling.tasks import CANT_TELL, OTHER, answer_result
 from records.store import Store
-from records.types import AnswerKind, ExpertLabel, ReviewItem, ReviewState
+from records.types import Annotation, AnswerKind, ReviewItem, ReviewState
 
 AddItems = Callable[..., list[ReviewItem]]
 
@@ -45,9 +45,9 @@ def _items(store: Store) -> list[ReviewItem]:
         return tx.find(ReviewItem, order_by=("-priority",))
 
 
-def _labels(store: Store) -> list[ExpertLabel]:
+def _labels(store: Store) -> list[Annotation]:
     with store.ledger.read() as tx:
-        return tx.find(ExpertLabel, order_by=("created_at", "id"))
+        return tx.find(Annotation, order_by=("created_at", "id"))
 
 
 def _said(client: LabelStudioClient, project_id: int) -> dict[int, dict[str, Any]]:
@@ -142,7 +142,7 @@ def test_what_an_answer_says_is_kept(
     said = {label.review_item_id: label for label in _labels(store)}
     df = said[items[0].id]
     assert (df.answer, df.label, df.image_quality, df.comment) == (AnswerKind.CLASS, "df", "usable", "hair")
-    assert df.annotator == "expert@relook.local"
+    assert df.annotator == "annotator@relook.local"
     assert df.image_id == items[0].image_id
     assert said[items[1].id].answer is AnswerKind.CANT_TELL
     assert (said[items[2].id].answer, said[items[2].id].other_text) == (AnswerKind.OTHER, "a wart")
@@ -238,7 +238,7 @@ def test_a_deleted_project_is_asked_again_and_keeps_its_answers(
     assert [label.label for label in resolve(_labels(store))] == ["mel"]
 
 
-def test_the_simulated_expert_answers_once_and_reproducibly(
+def test_the_simulated_annotator_answers_once_and_reproducibly(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     items = add_items(24)

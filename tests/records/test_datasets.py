@@ -8,11 +8,11 @@ import pytest
 
 from records.datasets import BuildReport, build_version, content_id, load_dataset, read_manifest
 from records.errors import DataError, IntegrityError, UnknownIdError
-from records.grouping import draw_side
+from records.grouping import draw_split
 from records.ids import sha256_hex
 from records.schemas import arrow_schema
 from records.store import Store
-from records.types import Confirmation, Consent, DatasetRecord, Group, Image, ManifestRow, ResolvedLabel, Side
+from records.types import Confirmation, Consent, DatasetRecord, Group, Image, ManifestRow, ResolvedLabel, Split
 
 Add = Callable[..., None]
 Id = Callable[[object], str]
@@ -21,7 +21,7 @@ NewStore = Callable[..., AbstractContextManager[Store]]
 
 @pytest.fixture
 def imported(store: Store, add_labelled: Add) -> Store:
-    """60 images in 60 groups, their sides drawn."""
+    """60 images in 60 groups, their splits drawn."""
     add_labelled(store, range(40), "nv", confirmation=Confirmation.HISTOPATHOLOGY)
     add_labelled(store, range(40, 60), "mel", confirmation=Confirmation.SINGLE_READER)
     build_version(store)
@@ -30,7 +30,7 @@ def imported(store: Store, add_labelled: Add) -> Store:
 
 @pytest.fixture
 def says(image_id: Id) -> Callable[..., ResolvedLabel]:
-    """What experts say of an image."""
+    """What annotators say of an image."""
 
     def make(name: object, label: str | None, *, audit: bool = False, two: bool = False) -> ResolvedLabel:
         return ResolvedLabel(
@@ -49,9 +49,9 @@ def _row(report: BuildReport, image: str) -> dict[str, Any]:
     return row
 
 
-def _on(store: Store, side: Side, image_id: Id, start: int = 0) -> int:
-    """Return the number of an image on a side."""
-    rows = build_version(store).version.side(side)
+def _on(store: Store, split: Split, image_id: Id, start: int = 0) -> int:
+    """Return the number of an image on a split."""
+    rows = build_version(store).version.split(split)
     return next(n for n in range(start, 60) if image_id(n) in set(rows["image_id"]))
 
 
@@ -61,8 +61,8 @@ def test_a_version_holds_every_labelled_image_once(imported: Store, image_id: Id
     assert list(rows.columns) == list(ManifestRow.model_fields)
     assert rows["image_id"].tolist() == sorted(image_id(n) for n in range(60))
     assert (report.version.num_images, report.version.num_groups) == (60, 60)
-    assert {side: len(report.version.side(side)) for side in Side} == {
-        Side.TRAIN: 35, Side.VAL: 6, Side.CALIBRATION: 7, Side.GATE: 6, Side.TEST: 6
+    assert {split: len(report.version.split(split)) for split in Split} == {
+        Split.TRAIN: 35, Split.VAL: 6, Split.CALIBRATION: 7, Split.GATE: 6, Split.TEST: 6
     }  # fmt: skip
     assert report == BuildReport(report.version)
 
@@ -98,16 +98,16 @@ def test_the_same_version_is_written_once_and_loads_again(imported: Store) -> No
 def test_the_id_is_about_what_training_sees(imported: Store) -> None:
     rows, taxonomy_hash = build_version(imported).version.rows, imported.taxonomy.hash
     before = content_id(rows, taxonomy_hash)
-    assert content_id(rows.assign(label_source="expert:x", round=9), taxonomy_hash) == before
+    assert content_id(rows.assign(label_source="annotator:x", round=9), taxonomy_hash) == before
     assert content_id(rows, "0" * 64) != before
-    for column, value in (("label", "bcc"), ("side", "test"), ("group_id", "g"), ("label_rank", 9), ("image_id", "i")):
+    for column, value in (("label", "bcc"), ("split", "test"), ("group_id", "g"), ("label_rank", 9), ("image_id", "i")):
         assert content_id(rows.assign(**{column: value}), taxonomy_hash) != before
 
 
 def test_a_single_reader_never_replaces_histopathology(
     imported: Store, image_id: Id, says: Callable[..., ResolvedLabel]
 ) -> None:
-    contradicted, agreed = _on(imported, Side.TRAIN, image_id), _on(imported, Side.TRAIN, image_id, start=20)
+    contradicted, agreed = _on(imported, Split.TRAIN, image_id), _on(imported, Split.TRAIN, image_id, start=20)
     report = build_version(imported, resolved=[says(contradicted, "mel"), says(agreed, "nv")], round_number=1)
     assert _row(report, image_id(contradicted))["label"] == "nv"
     assert report.outranked == (image_id(contradicted),)
@@ -117,10 +117,10 @@ def test_a_single_reader_never_replaces_histopathology(
 def test_a_stronger_label_replaces_a_weaker_one(
     imported: Store, image_id: Id, says: Callable[..., ResolvedLabel]
 ) -> None:
-    number = _on(imported, Side.TRAIN, image_id, start=40)
+    number = _on(imported, Split.TRAIN, image_id, start=40)
     report = build_version(imported, resolved=[says(number, "bcc", two=True)], round_number=2)
     row = _row(report, image_id(number))
-    assert (row["label"], row["label_source"], row["label_rank"], row["round"]) == ("bcc", "expert:anna+ben", 2, 2)
+    assert (row["label"], row["label_source"], row["label_rank"], row["round"]) == ("bcc", "annotator:anna+ben", 2, 2)
     assert report.new_labels == (image_id(number),)
     assert report.outranked == report.held_out == ()
 
@@ -131,13 +131,13 @@ def test_nobody_could_tell_adds_nothing(imported: Store, image_id: Id, says: Cal
 
 
 def _held_groups(store: Store, start: int, count: int) -> list[int]:
-    """Return image numbers whose groups the hash would put on a side other than train."""
+    """Return image numbers whose groups the hash would put on a split other than train."""
     salt = store.settings.split_salt
-    names = (n for n in range(start, 9999) if draw_side(sha256_hex(f"group {n}".encode())[:16], salt) != Side.TRAIN)
+    names = (n for n in range(start, 9999) if draw_split(sha256_hex(f"group {n}".encode())[:16], salt) != Split.TRAIN)
     return [next(names) for _ in range(count)]
 
 
-def test_doubt_joins_train_and_the_audit_sample_any_side_by_hash(
+def test_doubt_joins_train_and_the_audit_sample_any_split_by_hash(
     imported: Store, add_labelled: Add, image_id: Id, says: Callable[..., ResolvedLabel]
 ) -> None:
     doubtful, audited = _held_groups(imported, 100, 2)
@@ -145,25 +145,25 @@ def test_doubt_joins_train_and_the_audit_sample_any_side_by_hash(
     resolved = [says(doubtful, "mel"), says(audited, "nv", audit=True)]
     report = build_version(imported, resolved=resolved, round_number=1)
     salt = imported.settings.split_salt
-    assert _row(report, image_id(doubtful))["side"] == "train"
-    assert _row(report, image_id(audited))["side"] == draw_side(sha256_hex(f"group {audited}".encode())[:16], salt)
+    assert _row(report, image_id(doubtful))["split"] == "train"
+    assert _row(report, image_id(audited))["split"] == draw_split(sha256_hex(f"group {audited}".encode())[:16], salt)
     assert set(report.new_labels) == {image_id(doubtful), image_id(audited)}
     assert report.held_out == (image_id(audited),)
     with imported.ledger.read() as tx:
         assert tx.require(Group, sha256_hex(f"group {doubtful}".encode())[:16]).drawn_by == "doubt"
 
 
-def test_a_label_from_doubt_never_enters_a_held_out_side(
+def test_a_label_from_doubt_never_enters_a_held_out_split(
     imported: Store, add_labelled: Add, image_id: Id, says: Callable[..., ResolvedLabel]
 ) -> None:
     """Neither as a new image of a held-out lesion, nor as a better label of a held-out image."""
-    held = _on(imported, Side.TEST, image_id, start=40)
+    held = _on(imported, Split.TEST, image_id, start=40)
     group = sha256_hex(f"group {held}".encode())[:16]
     add_labelled(imported, ["doubted", "audited"], None, group=group)
     resolved = [says(held, "bcc", two=True), says("doubted", "bcc"), says("audited", "bcc", audit=True)]
     report = build_version(imported, resolved=resolved, round_number=1)
-    assert (_row(report, image_id(held))["label"], _row(report, image_id(held))["side"]) == ("mel", "test")
-    assert (_row(report, image_id("audited"))["label"], _row(report, image_id("audited"))["side"]) == ("bcc", "test")
+    assert (_row(report, image_id(held))["label"], _row(report, image_id(held))["split"]) == ("mel", "test")
+    assert (_row(report, image_id("audited"))["label"], _row(report, image_id("audited"))["split"]) == ("bcc", "test")
     assert image_id("doubted") not in set(report.version.rows["image_id"])
     assert set(report.held_out) == {image_id(held), image_id("doubted"), image_id("audited")}
     assert report.version.num_images == 61
@@ -175,9 +175,9 @@ def test_adding_images_never_moves_a_group(imported: Store, add_labelled: Add) -
     after = build_version(imported).version.rows
     both = before.merge(after, on="image_id", suffixes=("", "_after"))
     assert len(both) == 60
-    assert (both["side"] == both["side_after"]).all()
+    assert (both["split"] == both["split_after"]).all()
     assert (both["group_id"] == both["group_id_after"]).all()
-    assert (after.groupby("group_id")["side"].nunique() == 1).all()
+    assert (after.groupby("group_id")["split"].nunique() == 1).all()
 
 
 def test_a_label_keeps_the_round_that_brought_it_in(
@@ -217,11 +217,11 @@ def test_an_altered_manifest_is_refused(imported: Store) -> None:
     path = imported.home.datasets / version.id / "manifest.parquet"
     whole = path.read_bytes()
     said = f"the manifest of dataset version {version.id[:12]}"
-    for column, value in (("label", "bcc"), ("side", "train")):
+    for column, value in (("label", "bcc"), ("split", "train")):
         version.rows.assign(**{column: value}).to_parquet(path)
         with pytest.raises(IntegrityError, match=f"{said} was altered"):
             load_dataset(imported, version.id)
-    version.rows.drop(columns="side").to_parquet(path)
+    version.rows.drop(columns="split").to_parquet(path)
     with pytest.raises(IntegrityError, match=f"{said} was altered"):
         load_dataset(imported, version.id)
     for rubbish in (whole[: len(whole) // 2], b"", b"text"):

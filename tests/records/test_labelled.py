@@ -4,19 +4,19 @@ from typing import Any
 import pytest
 
 from records.errors import DataError, IntegrityError, TaxonomyError
-from records.grouping import draw_side
+from records.grouping import draw_split
 from records.ids import sha256_hex
-from records.labelled import draw_sides, expert_labels, read_known
+from records.labelled import annotations, draw_splits, read_known
 from records.store import Store
-from records.types import Confirmation, Consent, Group, Image, ResolvedLabel, Side, SourceLabel
+from records.types import Confirmation, Consent, Group, Image, ResolvedLabel, SourceLabel, Split
 
 Add = Callable[..., None]
 Id = Callable[[object], str]
-NOBODY = expert_labels([], 0)
+NOBODY = annotations([], 0)
 
 
 def _rows(store: Store, *resolved: ResolvedLabel) -> dict[str, dict[str, Any]]:
-    frame = read_known(store, expert_labels(resolved, 1)).rows
+    frame = read_known(store, annotations(resolved, 1)).rows
     return {row["image_id"]: row for row in frame.to_dict("records")}
 
 
@@ -71,10 +71,10 @@ def test_merged_groups_count_as_the_last_one(store: Store, add_labelled: Add, im
     with store.ledger.begin() as tx:
         tx.update(Group, "g1", merged_into="g2")
         tx.update(Group, "g2", merged_into="g3")
-        tx.update(Group, "g3", side=Side.GATE)
+        tx.update(Group, "g3", split=Split.GATE)
     rows = _rows(store)
     assert {rows[image_id(n)]["group_id"] for n in "abc"} == {"g3"}
-    assert {rows[image_id(n)]["side"] for n in "abc"} == {"gate"}
+    assert {rows[image_id(n)]["split"] for n in "abc"} == {"gate"}
     assert rows[image_id("d")]["group_id"] == "g4"
 
 
@@ -85,41 +85,41 @@ def test_an_erased_image_is_gone(store: Store, add_labelled: Add, image_id: Id, 
     assert set(_rows(store)) == {image_id("b")}
 
 
-def test_sides_are_drawn_once_first_stratified_then_by_hash(store: Store, add_labelled: Add) -> None:
+def test_splits_are_drawn_once_first_stratified_then_by_hash(store: Store, add_labelled: Add) -> None:
     salt = store.settings.split_salt
     add_labelled(store, range(40), "nv")
     with store.ledger.begin() as tx:
-        draw_sides(tx, read_known(store, NOBODY).rows, salt)
+        draw_splits(tx, read_known(store, NOBODY).rows, salt)
         first = {group.id: group for group in tx.find(Group)}
     assert {group.drawn_by for group in first.values()} == {"stratified"}
-    assert [sum(g.side == side for g in first.values()) for side in Side] == [23, 4, 5, 4, 4]
+    assert [sum(g.split == split for g in first.values()) for split in Split] == [23, 4, 5, 4, 4]
     add_labelled(store, range(40, 80), "mel")
     rows = read_known(store, NOBODY).rows
     with store.ledger.begin() as tx:
-        draw_sides(tx, rows, salt)
+        draw_splits(tx, rows, salt)
         second = {group.id: group for group in tx.find(Group)}
     assert {key: second[key] for key in first} == first
     assert {g.drawn_by for key, g in second.items() if key not in first} == {"hash"}
-    assert all(g.side == draw_side(key, salt) for key, g in second.items() if key not in first)
+    assert all(g.split == draw_split(key, salt) for key, g in second.items() if key not in first)
 
 
-@pytest.mark.parametrize("source", ["outcome:1", "expert"])
+@pytest.mark.parametrize("source", ["outcome:1", "annotator"])
 def test_a_group_whose_label_comes_from_doubt_goes_to_train(
     store: Store, add_labelled: Add, image_id: Id, source: str
 ) -> None:
     add_labelled(store, ["imported"], "nv")
-    held = [n for n in range(200) if draw_side(_group(n), store.settings.split_salt) != Side.TRAIN][:3]
-    add_labelled(store, held, "mel" if source != "expert" else None, source=source)
-    experts = [
+    held = [n for n in range(200) if draw_split(_group(n), store.settings.split_salt) != Split.TRAIN][:3]
+    add_labelled(store, held, "mel" if source != "annotator" else None, source=source)
+    annotators = [
         ResolvedLabel(image_id=image_id(n), label="mel", confirmation=Confirmation.SINGLE_READER, annotators=["x"])
         for n in held
-        if source == "expert"
+        if source == "annotator"
     ]
-    rows = read_known(store, expert_labels(experts, 1)).rows
+    rows = read_known(store, annotations(annotators, 1)).rows
     with store.ledger.begin() as tx:
-        draw_sides(tx, rows, store.settings.split_salt)
+        draw_splits(tx, rows, store.settings.split_salt)
         drawn = [tx.require(Group, _group(n)) for n in held]
-    assert [(g.side, g.drawn_by) for g in drawn] == [(Side.TRAIN, "doubt")] * 3
+    assert [(g.split, g.drawn_by) for g in drawn] == [(Split.TRAIN, "doubt")] * 3
 
 
 def _group(name: object) -> str:

@@ -10,10 +10,10 @@ from records.ids import utc_now
 from records.lineage import trace
 from records.store import Store
 from records.types import (
+    Annotation,
     Confirmation,
     DatasetRecord,
     Decision,
-    ExpertLabel,
     Flag,
     FlagReason,
     ModelRecord,
@@ -32,7 +32,7 @@ PREDICTION, MODEL_1, MODEL_2 = "aaaa0000" + "1" * 24, "bbbb0000" + "1" * 56, "cc
 def history(
     store: Store, sample: Callable[..., Any], add_labelled: Callable[..., None], image_id: Callable[[object], str]
 ) -> str:
-    """One flagged image: asked, doubted, flagged, answered by an expert, learned by the next model."""
+    """One flagged image: asked, doubted, flagged, answered by an annotator, learned by the next model."""
     add_labelled(store, range(20), "nv")
     add_labelled(store, ["asked"], None, source_id="ISIC_1")
     first = build_version(store).version
@@ -57,7 +57,7 @@ def history(
                 suggested_label="mel", **at(2),
             ),
             sample(
-                ExpertLabel, image_id=image, annotator="anna", answer="class", label="mel", deleted=False, **at(4)
+                Annotation, image_id=image, annotator="anna", answer="class", label="mel", deleted=False, **at(4)
             ),
             sample(
                 Outcome, prediction_id=PREDICTION, diagnosis="mel", confirmation=Confirmation.HISTOPATHOLOGY, **at(5)
@@ -77,17 +77,17 @@ def test_a_flagged_image_is_followed_to_the_model_that_learned_from_it(store: St
         found = trace(store, subject)
         assert (found.kind, found.subject) == (kind, history if kind == "image" else PREDICTION)
         kinds = [step.kind for step in found.steps]
-        assert kinds == ["image", "answer", "flag", "question", "task", "expert", "outcome", "dataset", "model"]
+        assert kinds == ["image", "answer", "flag", "question", "task", "annotator", "outcome", "dataset", "model"]
         assert [step.at for step in found.steps] == sorted(step.at for step in found.steps)
     texts = {step.kind: step.text for step in found.steps}
     assert texts["image"].startswith("image (ISIC_1) stored")
     assert texts["answer"] == "review by model bbbb00001111 (champion): nv at 0.51"
     assert texts["flag"] == "flagged wrong_label by clinic, suggests mel"
-    assert texts["question"] == "sent to experts: flagged, refer"
+    assert texts["question"] == "sent to annotators: flagged, refer"
     assert texts["task"] == "task 7 in project 3 of Label Studio"
-    assert texts["expert"] == "anna said mel"
+    assert texts["annotator"] == "anna said mel"
     assert texts["outcome"] == "turned out to be mel (histopathology)"
-    assert texts["dataset"].endswith("as mel on side train (expert:anna)")
+    assert texts["dataset"].endswith("as mel on split train (annotator:anna)")
     assert texts["model"].startswith("model cccc00002222 (custom_cnn) trained on dataset")
     assert texts["model"].endswith("in round 2, champion")
 
@@ -114,9 +114,9 @@ def test_what_was_said_without_a_class_or_taken_back_is_told(
 ) -> None:
     with store.ledger.begin() as tx:
         tx.add(
-            sample(ExpertLabel, 1, image_id=history, answer="cant_tell", label=None, other_text=None, deleted=False),
-            sample(ExpertLabel, 2, image_id=history, answer="other", label=None, other_text="a tattoo", deleted=False),
-            sample(ExpertLabel, 3, image_id=history, deleted=True, annotator="ben"),
+            sample(Annotation, 1, image_id=history, answer="cant_tell", label=None, other_text=None, deleted=False),
+            sample(Annotation, 2, image_id=history, answer="other", label=None, other_text="a tattoo", deleted=False),
+            sample(Annotation, 3, image_id=history, deleted=True, annotator="ben"),
             sample(Prediction, 5, image_id=history, decision=Decision.RETAKE, label=None, confidence=None),
         )
     texts = {step.text for step in trace(store, history).steps}

@@ -19,9 +19,9 @@ from records.retention import ACTION, Retention, apply_retention, find_due
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
+    Annotation,
     AuditEvent,
     EventRecord,
-    ExpertLabel,
     Flag,
     Image,
     Outcome,
@@ -119,13 +119,13 @@ def test_an_open_question_keeps_its_image_and_answers(
     assert list(keeping.blobs.ids()) == before
 
 
-@pytest.mark.parametrize("kind", [SourceLabel, ExpertLabel, Outcome])
+@pytest.mark.parametrize("kind", [SourceLabel, Annotation, Outcome])
 def test_what_somebody_named_stays(
-    keeping: Store, serve: Callable[..., str], sample: Sample, kind: type[SourceLabel | ExpertLabel | Outcome]
+    keeping: Store, serve: Callable[..., str], sample: Sample, kind: type[SourceLabel | Annotation | Outcome]
 ) -> None:
     image = serve(keeping, "a", OLD, asked=ReviewState.ANSWERED)
     with keeping.ledger.begin() as tx:
-        tx.add(sample(kind, image_id=image, **({"deleted": False} if kind is ExpertLabel else {})))
+        tx.add(sample(kind, image_id=image, **({"deleted": False} if kind is Annotation else {})))
     done = run(keeping)
     assert (done.images, done.predictions, done.images_needed, done.predictions_needed) == (0, 0, 1, 1)
 

@@ -53,8 +53,8 @@ def test_a_frame_that_does_not_fit_is_refused(sample: Callable[..., Any]) -> Non
         to_arrow(ManifestRow, frame.drop(columns="label"))
     with pytest.raises(ContractError, match="ManifestRow"):
         to_arrow(ManifestRow, frame.assign(label_rank="x"))
-    with pytest.raises(ContractError, match="side"):
-        to_arrow(ManifestRow, frame.assign(side=["train", None]))
+    with pytest.raises(ContractError, match="split"):
+        to_arrow(ManifestRow, frame.assign(split=["train", None]))
 
 
 def test_values_that_are_not_json_are_refused(sample: Callable[..., Any]) -> None:

@@ -235,7 +235,7 @@ def test_a_flag_becomes_a_question_with_overlay_and_words(service: Any, client: 
     request = FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel", comment="irregular border")
     flagged = client.flag(answered.id, request)
     assert flagged.review.state is ReviewState.NEW
-    assert "expert" in flagged.text
+    assert "annotator" in flagged.text
     assert client.flag(answered.id, request) == flagged
     with service.store.ledger.read() as tx:
         (item,) = tx.find(ReviewItem, where={"image_id": answered.image_id})

@@ -183,7 +183,7 @@ def test_the_first_frame_of_an_animation_is_what_is_answered(abused: Any) -> Non
 
 
 def test_all_eight_orientations_give_one_answer_and_one_map(abused: Any, make_image: Callable[..., bytes]) -> None:
-    # Of the model's own side: where an image is reduced, a turned one may differ by one grey level of rounding.
+    # Of the model's own split: where an image is reduced, a turned one may differ by one grey level of rounding.
     upright = PillowImage.open(io.BytesIO(make_image(3))).convert("RGB").resize((96, 64))
     answers = []
     with Client(abused.url, retry_s=0.0) as client:

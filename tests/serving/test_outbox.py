@@ -19,7 +19,7 @@ REASONS = (ReasonCode.REFER, ReasonCode.PREDICTION_SET, ReasonCode.LOW_CONFIDENC
 
 
 def answer(number: int, reason: ReasonCode, key: str | None) -> Answer:
-    """An answer about one of a few images, which an expert should see."""
+    """An answer about one of a few images, which an annotator should see."""
     make_image, now = sha256_hex(str(number).encode()), utc_now()
     image = Image(
         id=make_image, uri="file:///none", format="jpeg", width_px=64, height_px=64, provenance="served",

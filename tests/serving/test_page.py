@@ -103,7 +103,7 @@ def every_part() -> list[str]:
         header_html(None, EVIL),
         flag_html(flag),
         fate_html(None, [event("amended", label=EVIL, by=EVIL)], NAMES),
-        history_html([evil], {evil.id: [event("confirmed", label="nv", by="expert")]}, names),
+        history_html([evil], {evil.id: [event("confirmed", label="nv", by="annotator")]}, names),
         map_html(explanation(target="nv"), names, None),
         models_html([model_info(architecture=EVIL)]),
         details_html(details(status_text=EVIL), names),
@@ -140,7 +140,7 @@ def test_the_answer_shows_what_matters() -> None:
     assert "without consent" in answer_html(answer(decision="review"), NAMES, frozenset())
     why = answer(decision="review", reasons=[{"code": "refer", "text": "It is high."}], review={"state": "new"})
     html = answer_html(why, NAMES, frozenset(), details())
-    assert html.index("Why an expert is asked") < html.index("It is high.")
+    assert html.index("Why an annotator is asked") < html.index("It is high.")
     nothing = answer(label=None, confidence=None, probabilities=None, prediction_set=[], decision="review")
     assert "No answer could be computed" in answer_html(nothing, NAMES, frozenset())
 
@@ -170,11 +170,11 @@ def test_what_the_set_means_is_said() -> None:
 
 def test_every_event_is_a_sentence() -> None:
     for kind in ("amended", "confirmed", "undecided", "overdue", "recalled"):
-        text = event_text(event(kind, label="mel", by="expert"), NAMES)
+        text = event_text(event(kind, label="mel", by="annotator"), NAMES)
         assert text.endswith("(2026-01-01 00:00 UTC).")
     assert event_text(event("amended", label="mel", by="histopathology"), NAMES).startswith("Histopathology says Mel")
     assert fate_html(None, [], NAMES) == ""
-    assert "before the experts" in fate_html(ReviewStatus(state="pushed"), [], NAMES)  # type: ignore[arg-type]
+    assert "before the annotators" in fate_html(ReviewStatus(state="pushed"), [], NAMES)  # type: ignore[arg-type]
 
 
 def test_the_layers_are_the_image_and_a_map_that_is_clear_where_nothing_counted() -> None:
@@ -216,7 +216,7 @@ def test_models_rollouts_and_rounds_say_what_they_rest_on() -> None:
     assert "canary, 10 %" in rollout_html(rollout())
     assert "No models yet" in models_html([])
     assert "No rounds yet" in rounds_html([])
-    measured = {"labels_from_experts": 7, "balanced_accuracy": 0.6, "balanced_accuracy_ci": (0.5, 0.7)}
+    measured = {"labels_from_annotators": 7, "balanced_accuracy": 0.6, "balanced_accuracy_ci": (0.5, 0.7)}
     html = rounds_html([a_round(1, **measured), a_round(2)])
     assert "round 1: 7 labels, 60 %" in html
     assert "60.0 % (50 to 70 %)" in html

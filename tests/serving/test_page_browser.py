@@ -1,4 +1,4 @@
-"""The page in a headless Chromium, at the width of a desk and of a phone: every tab, from upload to an expert's word.
+"""The page in a headless Chromium, at desktop and phone width: every tab, from upload to an annotator's label.
 
 Images of the page are kept where RELOOK_SCREENSHOTS names a folder; a small model is trained for them then, so that
 they show what a page looks like in use. All images on them are generated.
@@ -21,10 +21,10 @@ from records.models import register
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
+    Annotation,
     AnswerKind,
     Consent,
     Decision,
-    ExpertLabel,
     Flag,
     ModelRecord,
     ModelStatus,
@@ -109,7 +109,10 @@ def _add_rounds(store: Store, bundle: Bundle) -> None:
                 "balanced_accuracy": quality,
                 "balanced_accuracy_ci": [quality - half, quality + half],
             }
-            results = {"version": {"images": 600 + labels, "labels_from_experts": labels}, "evaluate": {"test": test}}
+            results = {
+                "version": {"images": 600 + labels, "labels_from_annotators": labels},
+                "evaluate": {"test": test},
+            }
             steps = [
                 RoundStep(id=new_id(), round_id=record.id, step=step, started_at=now, finished_at=now, result=result)
                 for step, result in results.items()
@@ -120,7 +123,7 @@ def _add_rounds(store: Store, bundle: Bundle) -> None:
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("width_px", WIDTHS)
-def test_from_upload_to_the_experts_word_and_every_tab(
+def test_from_upload_to_the_annotators_word_and_every_tab(
     browser: "Browser", url: str, models: tuple[Store, Bundle, Bundle], make_image: Callable[..., bytes],
     tmp_path: Path,
     width_px: int,
@@ -142,7 +145,7 @@ def test_from_upload_to_the_experts_word_and_every_tab(
     _object_and_hear(page, store, width_px)
     page.get_by_role("tab", name="History").click()
     page.wait_for_selector("#rl-history .rl-past")
-    assert "An expert says" in page.inner_text("#rl-history .rl-past >> nth=0")
+    assert "An annotator says" in page.inner_text("#rl-history .rl-past >> nth=0")
     _image(page, folder / f"page_history{WIDTHS[width_px]}.png", width_px)
     _move_a_rollout(page, store, candidate)
     _image(page, folder / f"page_models{WIDTHS[width_px]}.png", width_px)
@@ -160,7 +163,7 @@ def test_from_upload_to_the_experts_word_and_every_tab(
 
 
 def _doubted(url: str, make_image: Callable[..., bytes]) -> list[bytes]:
-    """Return an image for each width that goes to an expert; asking leaves nothing behind."""
+    """Return an image for each width that goes to an annotator; asking leaves nothing behind."""
     found: list[bytes] = []
     with Client(url) as client:
         for number in range(60, 120):
@@ -177,10 +180,10 @@ def _upload_and_look(page: "Page", file: Path) -> None:
     page.click("#rl-ask")
     page.wait_for_selector("#rl-map .heat")
     assert "Most likely" in page.inner_text("#rl-decision")
-    assert "Why an expert is asked" in page.inner_text("#rl-why")
+    assert "Why an annotator is asked" in page.inner_text("#rl-why")
     assert re.search(r"Of \d+ lesions of the calibration data", page.inner_text("#rl-often"))
     assert re.search(r"cannot be excluded|unlike what the model knows", page.inner_text("#rl-set"))
-    assert "With the experts" in page.inner_text("#rl-fate")
+    assert "With the annotators" in page.inner_text("#rl-fate")
 
 
 def _change_the_map(page: "Page") -> None:
@@ -204,12 +207,12 @@ def _object_and_hear(page: "Page", store: Store, width_px: int) -> None:
     page.fill("#rl-comment textarea", comment)
     page.click("#rl-flag")
     page.wait_for_selector("#rl-flagged .rl-card")
-    assert "goes to an expert" in page.inner_text("#rl-flagged")
+    assert "goes to an annotator" in page.inner_text("#rl-flagged")
     with store.ledger.begin() as tx:
         (flag,) = tx.find(Flag, where={"comment": comment})
         item = tx.require(ReviewItem, flag.review_item_id)
         number = int(item.image_id[:6], 16)
-        label = ExpertLabel(
+        label = Annotation(
             id=new_id(), created_at=utc_now(), review_item_id=item.id, image_id=item.image_id, answer=AnswerKind.CLASS,
             label="mel", annotator="a", annotated_at=utc_now(), server="test", project_id=1, task_id=number,
             annotation_id=number, revision="1",
@@ -217,7 +220,7 @@ def _object_and_hear(page: "Page", store: Store, width_px: int) -> None:
         tx.add(label)
         tx.update(ReviewItem, item.id, state=ReviewState.ANSWERED, answered_at=utc_now())
     # Nobody presses anything: the page looks by itself.
-    page.wait_for_selector("#rl-fate >> text=An expert says Melanoma")
+    page.wait_for_selector("#rl-fate >> text=An annotator says Melanoma")
 
 
 def _move_a_rollout(page: "Page", store: Store, candidate: Bundle) -> None:

@@ -65,7 +65,7 @@ def test_rounds_show_what_was_written_down(served: tuple[Store, str, str]) -> No
     )  # fmt: skip
     begun = RoundRecord(id=new_id(), number=2, started_at=utc_now(), seed=0, settings_hash="s")
     test = {"lesions": 30, "balanced_accuracy": 0.6, "balanced_accuracy_ci": [0.5, 0.7], "key_class": None}
-    steps = {"version": {"dataset_id": "d", "images": 90, "labels_from_experts": 7}, "evaluate": {"test": test}}
+    steps = {"version": {"dataset_id": "d", "images": 90, "labels_from_annotators": 7}, "evaluate": {"test": test}}
     with store.ledger.begin() as tx:
         tx.add(record, begun)
         for name, result in steps.items():
@@ -74,9 +74,9 @@ def test_rounds_show_what_was_written_down(served: tuple[Store, str, str]) -> No
             tx.add(step)
     with Client(url, retry_s=0.0) as client:
         first, second = client.rounds().items
-    assert (first.labels_from_experts, first.balanced_accuracy, first.balanced_accuracy_ci) == (7, 0.6, (0.5, 0.7))
+    assert (first.labels_from_annotators, first.balanced_accuracy, first.balanced_accuracy_ci) == (7, 0.6, (0.5, 0.7))
     assert (first.dataset_id, first.images, first.lesions, first.verdict) == ("d", 90, 30, "promote")
-    assert (second.number, second.labels_from_experts, second.balanced_accuracy, second.verdict) == (
+    assert (second.number, second.labels_from_annotators, second.balanced_accuracy, second.verdict) == (
         2,
         None,
         None,

@@ -156,7 +156,7 @@ def test_a_person_uploads_reads_and_objects(
     page.fill("#rl-comment textarea", f"seen at {width_px}")
     page.click("#rl-flag")
     page.wait_for_selector("#rl-flagged .rl-card")
-    assert "goes to an expert" in page.inner_text("#rl-flagged")
+    assert "goes to an annotator" in page.inner_text("#rl-flagged")
 
     text = page.inner_text("body")
     assert "not a diagnosis" in text

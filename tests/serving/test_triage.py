@@ -91,7 +91,7 @@ def test_a_model_without_thresholds_answers_nothing_by_itself() -> None:
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_what_is_not_finite_goes_to_an_expert_without_a_label(broken: float) -> None:
+def test_what_is_not_finite_goes_to_an_annotator_without_a_label(broken: float) -> None:
     row = probabilities(nv=0.9)
     row[3] = broken
     verdict = decide(row)

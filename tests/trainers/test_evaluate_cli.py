@@ -58,7 +58,7 @@ def test_evaluate_prints_every_promised_key(run, bundle):
     }  # fmt: skip
     assert promised <= set(printed)
     assert printed["model_id"] == bundle.id
-    assert printed["side"] == "val"
+    assert printed["split"] == "val"
     assert list(printed["per_class"]) == list(bundle.document.taxonomy.codes)
     assert {"sensitivity", "specificity", "precision", "support"} <= set(printed["per_class"]["mel"])
     assert {"name", "sensitivity", "specificity", "threshold", "sensitivity_ci"} <= set(printed["key_class"])
@@ -70,12 +70,12 @@ def test_reading_test_is_audited(run, bundle, filled_store):
             return tx.count(AuditEvent, where={"action": "test.read"})
 
     before = reads()
-    printed = json.loads(run("evaluate", bundle.id, "--side", "test", "--json"))
-    assert reads() == before + 1 == printed["side_reads"]
+    printed = json.loads(run("evaluate", bundle.id, "--split", "test", "--json"))
+    assert reads() == before + 1 == printed["split_reads"]
 
 
 def test_people_get_tables_without_verdicts(run, bundle):
-    shown = run("evaluate", bundle.path, "--side", "gate")
+    shown = run("evaluate", bundle.path, "--split", "gate")
     assert "balanced accuracy" in shown
     assert "gate was looked at" in shown
     for verdict in ("benign", "safe", "no cancer", "nan"):

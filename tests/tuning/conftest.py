@@ -12,7 +12,7 @@ from records.datasets import DatasetVersion, build_version
 from records.ids import utc_now
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import Confirmation, Consent, Group, Image, Side, SourceLabel
+from records.types import Confirmation, Consent, Group, Image, SourceLabel, Split
 from trainers.settings import TrainersSettings
 from tuning.settings import TuningSettings
 from tuning.trials import Origin, SearchHeader, TrialPlan, TrialResult
@@ -30,8 +30,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, 
     """
     store = open_store(RecordsSettings(home=tmp_path_factory.mktemp("tuning") / "home"))
     dataset = fill(store)
-    for side in (Side.CALIBRATION, Side.GATE, Side.TEST):
-        for image_id in dataset.side(side)["image_id"]:
+    for split in (Split.CALIBRATION, Split.GATE, Split.TEST):
+        for image_id in dataset.split(split)["image_id"]:
             store.blobs.delete(image_id)
     yield store, dataset
     store.close()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from images.cache import PixelCache
 from records.command import RAY_STARTER
 from records.errors import ConfigError, ContractError, DivergedError, RefusedError, RelookError
-from records.types import Side
+from records.types import Split
 from tuning.cli import app as tuning_app
 from tuning.journal import FILE_NAME, read_journal
 from tuning.report import report_on
@@ -56,14 +56,14 @@ def test_a_whole_trial_has_figures_with_intervals(searched):
 
 
 def test_only_train_and_val_were_read(searched, labelled):
-    """The other sides' bytes are gone, so reading one would have failed; nor are they in the cache."""
+    """The other splits' bytes are gone, so reading one would have failed; nor are they in the cache."""
     store, dataset = labelled
     header = searched[1].header
     cache = PixelCache(store.home.cache, 32)
 
     assert len(cache) == header.train_images + header.val_images
-    assert header.train_images == len(dataset.side(Side.TRAIN))
-    assert not cache.missing([*dataset.side(Side.TRAIN)["image_id"], *dataset.side(Side.VAL)["image_id"]])
+    assert header.train_images == len(dataset.split(Split.TRAIN))
+    assert not cache.missing([*dataset.split(Split.TRAIN)["image_id"], *dataset.split(Split.VAL)["image_id"]])
 
 
 def test_the_journal_holds_what_the_result_says(searched):
@@ -130,15 +130,15 @@ def test_an_error_keeps_its_class_where_it_is_ours(make_trial, kind, raised, mes
     assert (type(error), str(error)) == (raised, message)
 
 
-def test_rows_of_another_side_never_reach_a_trial(labelled, trainers, tuning, tmp_path):
+def test_rows_of_another_split_never_reach_a_trial(labelled, trainers, tuning, tmp_path):
     store, dataset = labelled
 
     class Leaky(type(dataset)):
-        def side(self, side):
-            return super().side(Side.GATE if side is Side.VAL else side)
+        def split(self, split):
+            return super().split(Split.GATE if split is Split.VAL else split)
 
     leaky = Leaky(dataset.id, dataset.taxonomy_hash, dataset.rows)
-    with pytest.raises(ContractError, match=r"a search may read train and val only, .* is on side gate"):
+    with pytest.raises(ContractError, match=r"a search may read train and val only, .* is on split gate"):
         search(store, tuning, trainers, leaky, run_dir=tmp_path / "run")
 
 

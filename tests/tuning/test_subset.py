@@ -4,18 +4,18 @@ import pandas as pd
 import pytest
 
 from records.errors import ContractError
-from records.types import Side
+from records.types import Split
 from tuning.subset import require_search_rows
 
 
-def rows(groups_per_class: dict[str, int], images_per_group: int = 2, side: Side = Side.TRAIN) -> pd.DataFrame:
+def rows(groups_per_class: dict[str, int], images_per_group: int = 2, split: Split = Split.TRAIN) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
                 "image_id": f"{label}-{group}-{image}",
                 "group_id": f"{label}-{group}",
                 "label": label,
-                "side": side.value,
+                "split": split.value,
             }
             for label, count in groups_per_class.items()
             for group in range(count)
@@ -27,13 +27,13 @@ def rows(groups_per_class: dict[str, int], images_per_group: int = 2, side: Side
 ROWS = rows({"nv": 6, "mel": 3, "df": 1})
 
 
-@pytest.mark.parametrize("side", [Side.CALIBRATION, Side.GATE, Side.TEST])
-def test_rows_of_other_sides_are_refused(side):
-    foreign = rows({"nv": 1}, side=side)
+@pytest.mark.parametrize("split", [Split.CALIBRATION, Split.GATE, Split.TEST])
+def test_rows_of_other_splits_are_refused(split):
+    foreign = rows({"nv": 1}, split=split)
 
-    with pytest.raises(ContractError, match=f"a search may read train and val only, .* is on side {side.value}"):
+    with pytest.raises(ContractError, match=f"a search may read train and val only, .* is on split {split.value}"):
         require_search_rows(pd.concat([ROWS, foreign], ignore_index=True))
 
 
 def test_train_and_val_rows_pass():
-    require_search_rows(pd.concat([ROWS, rows({"nv": 1}, side=Side.VAL)], ignore_index=True))
+    require_search_rows(pd.concat([ROWS, rows({"nv": 1}, split=Split.VAL)], ignore_index=True))

@@ -7,7 +7,7 @@ import pytest
 
 from images.cache import PixelCache
 from records.errors import ConfigError
-from records.types import Side
+from records.types import Split
 from trainers.fitting.training_data import plan_data
 from tuning.search import _job
 from tuning.settings import TuningSettings
@@ -48,8 +48,8 @@ def test_the_images_of_a_trial_are_train_and_val_and_no_others(make_job, labelle
     _, dataset = labelled
     job = make_job(TuningSettings())
 
-    assert job.images.image_ids[: job.images.num_train] == list(dataset.side(Side.TRAIN)["image_id"])
-    assert job.images.image_ids[job.images.num_train :] == list(dataset.side(Side.VAL)["image_id"])
+    assert job.images.image_ids[: job.images.num_train] == list(dataset.split(Split.TRAIN)["image_id"])
+    assert job.images.image_ids[job.images.num_train :] == list(dataset.split(Split.VAL)["image_id"])
 
 
 def test_a_part_of_train_is_taken_where_the_settings_say_so(make_job, labelled):
@@ -57,7 +57,7 @@ def test_a_part_of_train_is_taken_where_the_settings_say_so(make_job, labelled):
     job = make_job(TuningSettings(max_train_images=30))
 
     assert 7 <= job.images.num_train <= 30
-    assert len(job.images.image_ids) - job.images.num_train == len(dataset.side(Side.VAL))
+    assert len(job.images.image_ids) - job.images.num_train == len(dataset.split(Split.VAL))
 
 
 def test_a_node_that_has_decoded_nothing_decodes_for_itself(make_job, labelled):

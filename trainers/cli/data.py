@@ -155,7 +155,7 @@ def preview_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw what an augmentation policy does to images of the train side, and each of its operations alone."""
+    """Draw what an augmentation policy does to images of the train split, and each of its operations alone."""
     from images.samples import sample_images
     from trainers.augmentation import load_policy
     from trainers.augmentation.preview import paint_preview

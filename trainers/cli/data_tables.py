@@ -31,7 +31,7 @@ def import_table(report: "ImportReport") -> Table:
     table.add_row("images", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
     table.add_row("lesions", str(report.lesions))
     table.add_row("classes", ", ".join(f"{code} {count}" for code, count in report.classes.items()))
-    table.add_row("sides", ", ".join(f"{side} {count}" for side, count in report.sides.items()))
+    table.add_row("splits", ", ".join(f"{split} {count}" for split, count in report.splits.items()))
     table.add_row("not used", str(len(report.quarantined)))
     table.add_row("same image twice", str(len(report.same_bytes)))
     apart = sum(not pair.same_diagnosis for pair in report.near_duplicates)
@@ -43,22 +43,22 @@ def import_table(report: "ImportReport") -> Table:
 
 def audit_tables(report: "AuditReport") -> Stack:
     """Return what an audit found, for people."""
-    sides = Table("side", "images", "lesions", title=f"dataset {report.dataset_id[:12]}")
-    for side, count in report.sides.items():
-        sides.add_row(side, str(count), str(report.side_lesions[side]))
-    sides.add_row("all", str(report.images), str(report.lesions), style="bold")
+    splits = Table("split", "images", "lesions", title=f"dataset {report.dataset_id[:12]}")
+    for split, count in report.splits.items():
+        splits.add_row(split, str(count), str(report.split_lesions[split]))
+    splits.add_row("all", str(report.images), str(report.lesions), style="bold")
     classes = Table("class", "images", "share")
     for code, count in report.classes.items():
         classes.add_row(code, str(count), f"{count / max(1, report.images):.1%}")
     random = report.random_split
     return Stack(
-        sides,
+        splits,
         classes,
-        f"lesions on two sides: {report.leaked_lesions}",
+        f"lesions on two splits: {report.leaked_lesions}",
         f"near-duplicate pairs: {report.near_duplicate_pairs}, label conflicts: {report.label_conflicts}, "
         f"rows not used: {report.quarantined}",
         f"images taken unlike the rest: {len(report.quality_outliers)}{_worst(report)}",
-        f"a random split of the images would have put {random.leaked_lesions} lesions on two sides; "
+        f"a random split of the images would have put {random.leaked_lesions} lesions on two splits; "
         f"{random.leaked_test_share:.1%} of its test images would show a lesion that was trained on",
     )
 

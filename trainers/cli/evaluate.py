@@ -11,12 +11,12 @@ from rich.table import Table
 
 from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
 from records.errors import ConfigError
-from records.types import Side
+from records.types import Split
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
     from records.store import Store
-    from trainers.evaluation.evaluate import SidePredictions
+    from trainers.evaluation.evaluate import SplitPredictions
     from trainers.evaluation.figures import Evaluation, Interval
 
 app = typer.Typer()
@@ -30,7 +30,7 @@ def evaluate_command(
     labels: Annotated[Path | None, typer.Option(help="Its table: image_id, dx (lesion_id, age, sex, ..).")] = None,
     columns: Annotated[str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..")] = None,
     data: Annotated[str | None, typer.Option(help="Dataset id; default: the one the model was made with.")] = None,
-    side: Annotated[Side, typer.Option(help="Side of the dataset; reading gate or test is audited.")] = Side.VAL,
+    split: Annotated[Split, typer.Option(help="Split of the dataset; reading gate or test is audited.")] = Split.VAL,
     masks: Annotated[Path | None, typer.Option(help="Folder of lesion masks, <image_id>_segmentation.png.")] = None,
     prevalence: Annotated[str | None, typer.Option(help="Class shares to re-weight to: nv=0.9,mel=0.01")] = None,
     robustness: Annotated[bool, typer.Option("--robustness", help="Attack a sample with FGSM and PGD.")] = False,
@@ -41,11 +41,11 @@ def evaluate_command(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on a side of a dataset, or on any folder of labelled images."""
+    """Measure a model on a split of a dataset, or on any folder of labelled images."""
     from records.datasets import load_dataset
     from records.models import find_bundle
     from trainers.cli.data import parse_columns
-    from trainers.evaluation.evaluate import evaluate, predict_side
+    from trainers.evaluation.evaluate import evaluate, predict_split
     from trainers.evaluation.folder import predict_folder
     from trainers.evaluation.report.write import write_report
     from trainers.evaluation.slices import with_slices
@@ -65,7 +65,7 @@ def evaluate_command(
             found = predict_folder(loaded, images, labels, columns=parse_columns(columns), progress=bar, masks=masks)
         else:
             dataset = load_dataset(store, data or document.dataset_id)
-            found = predict_side(store, bundle, dataset, side, actor="cli", model=loaded, progress=bar, masks=masks)
+            found = predict_split(store, bundle, dataset, split, actor="cli", model=loaded, progress=bar, masks=masks)
         evaluation = evaluate(
             found, document.taxonomy, document.operating, prevalence=shares, priors=document.calibration.priors
         )
@@ -92,7 +92,7 @@ def _prevalence(text: str, priors: dict[str, float]) -> dict[str, float]:
 def _probed(
     evaluation: "Evaluation",
     bundle: "Bundle",
-    predictions: "SidePredictions",
+    predictions: "SplitPredictions",
     bar: Progress,
     *,
     robustness: bool,
@@ -120,7 +120,7 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
     Returns:
         Tables: the whole, per class, confusion matrix, and what is undefined.
     """
-    where = f"{evaluation.side} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
+    where = f"{evaluation.split} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
     whole = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
     whole.add_row("images, lesions", f"{evaluation.images}, {evaluation.lesions}")
     whole.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
@@ -131,7 +131,7 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
     whole.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
     whole.add_row("macro AUC", _figure(evaluation.macro_auc))
     whole.add_row("calibration error", _figure(evaluation.ece))
-    whole.add_row("left to no expert", _figure(evaluation.answered_share))
+    whole.add_row("left to no annotator", _figure(evaluation.answered_share))
     whole.add_row("classes per prediction set", _figure(evaluation.mean_set_size))
     key = evaluation.key_class
     if key is not None:
@@ -146,8 +146,8 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
     if evaluation.coverage is not None:
         promise = f"{evaluation.coverage.overall:.3f} (promised {evaluation.coverage.promise:.2f} per class)"
         whole.add_row("prediction set holds the class", promise)
-    if evaluation.side_reads is not None:
-        whole.add_row(f"{evaluation.side} was looked at", f"{evaluation.side_reads} times")
+    if evaluation.split_reads is not None:
+        whole.add_row(f"{evaluation.split} was looked at", f"{evaluation.split_reads} times")
     classes = Table("class", "images", "lesions", "sensitivity", "specificity", "precision")
     for code, report in evaluation.per_class.items():
         classes.add_row(

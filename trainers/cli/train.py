@@ -101,16 +101,16 @@ def catalog_command(
 def _report_on_val(
     store: "Store", trainers: "TrainersSettings", bundle: "Bundle", dataset: "DatasetVersion", bar: Progress
 ) -> None:
-    """Write the bundle's report, on the side that fitting has read anyway."""
-    from records.types import Side
-    from trainers.evaluation.evaluate import evaluate, predict_side
+    """Write the bundle's report, on the split that fitting has read anyway."""
+    from records.types import Split
+    from trainers.evaluation.evaluate import evaluate, predict_split
     from trainers.evaluation.report.write import write_report
     from trainers.evaluation.slices import with_slices
     from vision.inference.loaded import load_model
 
     document = bundle.document
     model = load_model(bundle, precision=trainers.precision)
-    found = predict_side(store, bundle, dataset, Side.VAL, actor="cli", model=model, progress=bar)
+    found = predict_split(store, bundle, dataset, Split.VAL, actor="cli", model=model, progress=bar)
     evaluation = with_slices(
         evaluate(found, document.taxonomy, document.operating), found, document.taxonomy, document.operating
     )

@@ -1,1 +1,1 @@
-"""What a model is worth: metrics, bootstrap by group, the evaluation of a side or of a folder."""
+"""What a model is worth: metrics, bootstrap by group, the evaluation of a split or of a folder."""

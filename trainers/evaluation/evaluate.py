@@ -1,6 +1,6 @@
-"""What a model is worth: its answers on one side of a dataset, and the figures with their intervals.
+"""What a model is worth: its answers on one split of a dataset, and the figures with their intervals.
 
-In: a bundle and a dataset side, or arrays. Out: `SidePredictions` and `trainers.evaluation.figures.Evaluation`.
+In: a bundle and a dataset split, or arrays. Out: `SplitPredictions` and `trainers.evaluation.figures.Evaluation`.
 Accuracy figures are per image; the key class at its operating point is per lesion, by the mean
 probability over the lesion's images. Intervals are 95 %: bootstrap by group within class, and
 exact (Clopper-Pearson over groups) where a bootstrap cannot vary, as for a sensitivity of 1.
@@ -23,7 +23,7 @@ from records.errors import ContractError, DataError
 from records.store import Store
 from records.stored import find_images, read_image
 from records.taxonomy import Taxonomy
-from records.types import AuditEvent, Image, Side
+from records.types import AuditEvent, Image, Split
 from trainers.evaluation.figures import (
     Coverage,
     EqualPrevalence,
@@ -55,11 +55,11 @@ from vision.metrics.metrics import (
 )
 
 BATCH_SIZE = 64
-GUARDED_SIDES = (Side.GATE, Side.TEST)
+GUARDED_SPLITS = (Split.GATE, Split.TEST)
 
 
 @dataclass(frozen=True)
-class SidePredictions:
+class SplitPredictions:
     """A model's answers for labelled images; all sequences have length N and one order."""
 
     model_id: str
@@ -73,32 +73,32 @@ class SidePredictions:
     probabilities: FloatArray
     """[N, C], calibrated"""
     dataset_id: str | None = None
-    side: Side | None = None
-    side_reads: int | None = None
+    split: Split | None = None
+    split_reads: int | None = None
     traits: list[Traits] | None = None
     """what slices are cut by, where it is known"""
     images: Images | None = None
     """where they are"""
 
 
-def predict_side(
+def predict_split(
     store: Store,
     bundle: Bundle,
     dataset: DatasetVersion,
-    side: Side,
+    split: Split,
     actor: str,
     *,
     model: LoadedModel | None = None,
     progress: Progress | None = None,
     masks: Path | None = None,
-) -> SidePredictions:
-    """Answer for every labelled image of a side. Reading gate or test is audited before it happens.
+) -> SplitPredictions:
+    """Answer for every labelled image of a split. Reading gate or test is audited before it happens.
 
     Args:
         store: with the images and the pixel cache.
         bundle: whose model answers.
         dataset: a version.
-        side: of the split.
+        split: of the split.
         actor: who reads it, for the audit.
         model: the bundle's model if it is loaded already.
         progress: a bar is added to it.
@@ -107,16 +107,16 @@ def predict_side(
         The answers, in order of image id.
     Raises:
         TaxonomyError: model and dataset were made with different taxonomies.
-        DataError: the side is empty.
+        DataError: the split is empty.
         ContractError: `model` is not this bundle's.
     """
     bundle.document.taxonomy.require_same(dataset.taxonomy_hash, f"dataset {dataset.id[:12]}")
     if model is not None and model.model_id != bundle.id:
         raise ContractError(f"model {model.model_id[:12]} is not the one of bundle {bundle.id[:12]}")
-    rows = dataset.side(side)
+    rows = dataset.split(split)
     if rows.empty:
-        raise DataError(f"side {side.value} of dataset {dataset.id[:12]} has no images; import more lesions")
-    side_reads = _record_read(store, bundle, dataset, side, actor, len(rows)) if side in GUARDED_SIDES else None
+        raise DataError(f"split {split.value} of dataset {dataset.id[:12]} has no images; import more lesions")
+    split_reads = _record_read(store, bundle, dataset, split, actor, len(rows)) if split in GUARDED_SPLITS else None
     image_ids = [str(image_id) for image_id in rows["image_id"]]
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
     cache.ensure(store, image_ids, progress)
@@ -124,9 +124,9 @@ def predict_side(
     model = model or load_model(bundle)
     images = find_images(store, image_ids)
     tones = SkinTones([image.source_id for image in images], masks)
-    outputs = _outputs(model, pixels, tones, f"Predicting {side.value}", progress)
+    outputs = _outputs(model, pixels, tones, f"Predicting {split.value}", progress)
     index_of = bundle.document.taxonomy.index_of
-    return SidePredictions(
+    return SplitPredictions(
         model_id=bundle.id,
         image_ids=image_ids,
         group_ids=[str(group_id) for group_id in rows["group_id"]],
@@ -135,8 +135,8 @@ def predict_side(
         logits=np.concatenate([output.logits for output in outputs]),
         probabilities=np.concatenate([output.probabilities for output in outputs]),
         dataset_id=dataset.id,
-        side=side,
-        side_reads=side_reads,
+        split=split,
+        split_reads=split_reads,
         traits=traits_of_images(images, [int(rank) for rank in rows["label_rank"]], tones.angles),
         images=_images(store, images, masks),
     )
@@ -163,7 +163,7 @@ def _outputs(
 
 
 def evaluate(
-    predictions: SidePredictions,
+    predictions: SplitPredictions,
     taxonomy: Taxonomy,
     operating: OperatingPoints | None,
     *,
@@ -180,7 +180,7 @@ def evaluate(
         operating: thresholds of the model; without them what needs thresholds is undefined.
         prevalence: class shares that answers are re-weighted to; what has thresholds stays as it is served.
         priors: class shares at calibration; needed with `prevalence`, and for figures at equal prevalence.
-        max_set_size: larger prediction sets go to an expert.
+        max_set_size: larger prediction sets go to an annotator.
         seed: of the bootstrap.
     Returns:
         The figures; undefined ones are None with a reason.
@@ -203,8 +203,8 @@ def evaluate(
     return Evaluation(
         model_id=predictions.model_id,
         dataset_id=predictions.dataset_id,
-        side=predictions.side.value if predictions.side else None,
-        side_reads=predictions.side_reads,
+        split=predictions.split.value if predictions.split else None,
+        split_reads=predictions.split_reads,
         images=len(labels),
         lesions=len(lesions),
         groups=weights.shape[1],
@@ -223,7 +223,7 @@ def evaluate(
     )
 
 
-def _require_images(predictions: SidePredictions, num_classes: int) -> None:
+def _require_images(predictions: SplitPredictions, num_classes: int) -> None:
     if not predictions.image_ids:
         raise ContractError("an evaluation needs at least one image")
     check_probabilities(predictions.probabilities, num_classes)
@@ -317,8 +317,10 @@ def _triage_figures(
     return {"answered_share": float(is_answered.mean()), "mean_set_size": float(sets.sum(axis=1).mean())}
 
 
-def _record_read(store: Store, bundle: Bundle, dataset: DatasetVersion, side: Side, actor: str, num_images: int) -> int:
-    action = f"{side.value}.read"
+def _record_read(
+    store: Store, bundle: Bundle, dataset: DatasetVersion, split: Split, actor: str, num_images: int
+) -> int:
+    action = f"{split.value}.read"
     with store.ledger.begin() as tx:
         audit.append(
             tx, actor=actor, action=action, subject=dataset.id, details={"model_id": bundle.id, "images": num_images}

@@ -26,7 +26,7 @@ NUM_STEPS = 16
 """Equal steps from nothing replaced to everything replaced."""
 
 BLUR_SHARE = 1 / 8
-"""Deviation of the blur that insertion starts from, as a share of the image's side."""
+"""Deviation of the blur that insertion starts from, as a share of the image's split."""
 
 BATCH_SIZE = 64
 

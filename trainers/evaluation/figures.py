@@ -56,7 +56,7 @@ class KeyClassReport(_Shape):
     specificity_ci: Interval | None
     lesions: int = Field(ge=0, description="lesions of the key class")
     floor: float = Field(description="sensitivity that a served model must reach")
-    proven: bool = Field(description="whether the calibration side proved the floor at this threshold")
+    proven: bool = Field(description="whether the calibration split proved the floor at this threshold")
     specificity_at_95_sensitivity: float | None = Field(
         default=None, description="largest specificity at a threshold that finds 95 % of the key class's lesions"
     )
@@ -87,7 +87,7 @@ class EqualPrevalence(_Shape):
 class Coverage(_Shape):
     """How often the prediction set holds the true class; one image per lesion."""
 
-    promise: float = Field(description="what every class was promised on the calibration side")
+    promise: float = Field(description="what every class was promised on the calibration split")
     overall: float
     per_class: dict[str, float | None]
     pooled_classes: list[str] = Field(description="classes that share one threshold: promised together, not each")
@@ -116,8 +116,10 @@ class Evaluation(_Shape):
 
     model_id: str
     dataset_id: str | None = Field(default=None, description="empty for a folder of other images")
-    side: str | None = None
-    side_reads: int | None = Field(default=None, description="how often gate or test was looked at, this time included")
+    split: str | None = None
+    split_reads: int | None = Field(
+        default=None, description="how often gate or test was looked at, this time included"
+    )
     images: int = Field(ge=1)
     lesions: int = Field(ge=1)
     groups: int = Field(ge=1, description="independent units that the intervals resample")
@@ -139,7 +141,7 @@ class Evaluation(_Shape):
     per_class: dict[str, ClassReport]
     key_class: KeyClassReport | None
     confusion_matrix: list[list[int]] = Field(description="row = truth, column = answer, in class order")
-    answered_share: float | None = Field(description="share of images that thresholds and sets leave to no expert")
+    answered_share: float | None = Field(description="share of images that thresholds and sets leave to no annotator")
     mean_set_size: float | None = Field(description="mean number of classes in the prediction set")
     coverage: Coverage | None = Field(default=None, description="of the prediction sets")
     slices: dict[str, dict[str, SliceReport]] = Field(

@@ -1,7 +1,7 @@
 """A model's answers for any folder of labelled images, imported or not.
 
 In: a loaded model, a folder of images and a table (columns image_id, dx, and lesion_id or patient_id if known).
-Out: `SidePredictions` as for a side of a dataset. Images are cut to the model's geometry. Nothing is
+Out: `SplitPredictions` as for a split of a dataset. Images are cut to the model's geometry. Nothing is
 stored, and nothing is left out: one unusable row is an error, because figures over the rest would flatter.
 """
 
@@ -18,7 +18,7 @@ from records.arrays import UInt8Array
 from records.errors import DataError, ImageError
 from records.taxonomy import Taxonomy
 from records.types.images import LABEL_RANK
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 from trainers.evaluation.images import Images
 from trainers.evaluation.skin import SkinTones, tone_of
 from trainers.evaluation.traits import CONFIRMED_BY, Traits, age_band
@@ -33,7 +33,7 @@ def predict_folder(
     columns: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     masks: Path | None = None,
-) -> SidePredictions:
+) -> SplitPredictions:
     """Answer for every row of a table.
 
     Args:
@@ -61,7 +61,7 @@ def predict_folder(
             progress.advance(task, len(pixels))
     lesion_ids = [row.context["lesion_id"] for row in source.rows]
     patient_ids = [row.context["patient_id"] for row in source.rows]
-    return SidePredictions(
+    return SplitPredictions(
         model_id=model.model_id,
         image_ids=[row.source_id for row in source.rows],
         group_ids=[

@@ -1,4 +1,4 @@
-"""What a bundle says about its own heat maps, measured on a few images of the side that fitting may read.
+"""What a bundle says about its own heat maps, measured on a few images of the split that fitting may read.
 
 It is cheap, and equal for equal runs: the report (`relook evaluate --report --explanations`) measures the same
 on more images, with intervals and lesion masks.

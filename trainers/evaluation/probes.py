@@ -17,7 +17,7 @@ class AttackPoint(_Shape):
     """What is left of a model when every image may be changed by up to epsilon."""
 
     epsilon: float = Field(ge=0, description="largest change of a colour value, in 1/255 of the pixel range")
-    accuracy: float = Field(description="at the class shares of the whole side, not of the sample")
+    accuracy: float = Field(description="at the class shares of the whole split, not of the sample")
     accuracy_ci: Interval
     balanced_accuracy: float
     balanced_accuracy_ci: Interval

@@ -8,7 +8,7 @@ from records.arrays import IntArray
 from records.bundles import Bundle
 from records.errors import ContractError
 from trainers.evaluation.attacks import PixelNetwork
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 from trainers.evaluation.faithfulness import explanation_quality
 from trainers.evaluation.images import Images
 from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
@@ -18,19 +18,19 @@ from vision.inference.loaded import load_model, plain_network
 from vision.metrics.sample import stratified_sample
 
 
-def sample_of(predictions: SidePredictions, per_class: int = PER_CLASS) -> IntArray:
+def sample_of(predictions: SplitPredictions, per_class: int = PER_CLASS) -> IntArray:
     """Choose the images that are probed, ascending: at most `per_class` of a class, from many groups."""
     return stratified_sample(predictions.labels, _groups(predictions), per_class)
 
 
 def measure_robustness(
-    bundle: Bundle, predictions: SidePredictions, on_batch: Callable[[int], None] | None = None
+    bundle: Bundle, predictions: SplitPredictions, on_batch: Callable[[int], None] | None = None
 ) -> RobustnessReport:
     """Attack a sample of the evaluated images with FGSM and PGD.
 
     Args:
         bundle: whose network is attacked, in fp32.
-        predictions: of the whole side or folder, with its images.
+        predictions: of the whole split or folder, with its images.
         on_batch: told how many images were dealt with.
     Returns:
         The curves.
@@ -55,12 +55,12 @@ def measure_robustness(
     )
 
 
-def measure_explanations(bundle: Bundle, predictions: SidePredictions) -> ExplanationQuality | None:
+def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> ExplanationQuality | None:
     """Measure how faithful the Grad-CAM maps of a sample of the evaluated images are.
 
     Args:
         bundle: of the model.
-        predictions: of the whole side or folder, with its images.
+        predictions: of the whole split or folder, with its images.
     Returns:
         The figures; None if every map of the sample is flat.
     Raises:
@@ -89,12 +89,12 @@ def measure_explanations(bundle: Bundle, predictions: SidePredictions) -> Explan
     )
 
 
-def _groups(predictions: SidePredictions) -> IntArray:
+def _groups(predictions: SplitPredictions) -> IntArray:
     _, group_index = np.unique(np.array(predictions.group_ids, dtype=str), return_inverse=True)
     return np.asarray(group_index, dtype=np.int64)
 
 
-def _images(predictions: SidePredictions) -> Images:
+def _images(predictions: SplitPredictions) -> Images:
     if predictions.images is None:
         raise ContractError("these predictions do not know where their images are")
     return predictions.images

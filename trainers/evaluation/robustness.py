@@ -43,7 +43,7 @@ class Sample:
     group_index: IntArray
     """[N] the independent unit of each image"""
     class_shares: FloatArray
-    """[C] of the whole side, so that accuracy does not depend on how the sample was drawn"""
+    """[C] of the whole split, so that accuracy does not depend on how the sample was drawn"""
     taxonomy: Taxonomy
     refer_threshold: float | None = None
     """of the key class, on its calibrated probability; None leaves that figure out"""
@@ -185,7 +185,7 @@ class _Summary:
         )
 
     def _weighted(self, sensitivity: FloatArray) -> FloatArray:
-        """Accuracy at the class shares of the side, over the classes that were sampled."""
+        """Accuracy at the class shares of the split, over the classes that were sampled."""
         shares = np.where(np.isnan(sensitivity), 0.0, self._sample.class_shares)
         return np.asarray((np.nan_to_num(sensitivity) * shares).sum(axis=-1) / shares.sum(axis=-1))
 

@@ -1,8 +1,8 @@
 """The tone of the skin around a lesion, as its individual typology angle (ITA).
 
 ITA = arctan((L* - 50) / b*) in degrees, of the median CIE L* and b* of the skin (Chardon et al. 1991). Skin is what
-lies outside the lesion's mask, grown by a twentieth of the side; without a mask it is the outer ring of the square,
-an eighth of the side wide. Pixels much darker than the ring's median are left out: hair and the shadow of the tube.
+lies outside the lesion's mask, grown by a twentieth of the split; without a mask it is the outer ring of the square,
+an eighth of the split wide. Pixels much darker than the ring's median are left out: hair and the shadow of the tube.
 
 It is an estimate, good for comparing groups: a dermatoscope's light is not calibrated, and a lesion that reaches the
 border is taken for skin where there is no mask.

@@ -12,7 +12,7 @@ import numpy as np
 from records.arrays import IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
-from trainers.evaluation.evaluate import SidePredictions, evaluate
+from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.evaluation.figures import Evaluation, SliceReport
 from trainers.evaluation.traits import Traits
 
@@ -22,7 +22,7 @@ SKIN_NOTE = "estimated from the skin around the lesion (ITA), outside its mask w
 
 
 def with_slices(
-    evaluation: Evaluation, predictions: SidePredictions, taxonomy: Taxonomy, operating: OperatingPoints | None
+    evaluation: Evaluation, predictions: SplitPredictions, taxonomy: Taxonomy, operating: OperatingPoints | None
 ) -> Evaluation:
     """Add the figures of every slice.
 
@@ -54,7 +54,7 @@ def with_slices(
     return evaluation.model_copy(update={"slices": slices, "slice_notes": notes})
 
 
-def subset(predictions: SidePredictions, index: IntArray) -> SidePredictions:
+def subset(predictions: SplitPredictions, index: IntArray) -> SplitPredictions:
     """Return the predictions of some images, by index; where the images are is left out."""
     return replace(
         predictions,
@@ -69,7 +69,7 @@ def subset(predictions: SidePredictions, index: IntArray) -> SidePredictions:
     )
 
 
-def _report(predictions: SidePredictions, taxonomy: Taxonomy, operating: OperatingPoints | None) -> SliceReport:
+def _report(predictions: SplitPredictions, taxonomy: Taxonomy, operating: OperatingPoints | None) -> SliceReport:
     part = evaluate(predictions, taxonomy, operating)
     key = part.key_class
     return SliceReport(

@@ -1,7 +1,7 @@
 """From a dataset version to a calibrated bundle: decode, train, calibrate, write.
 
 It reads train (to train), val (to choose the epoch, temperature and bias) and calibration (operating
-points and prediction sets), and no other side. A run folder that holds an unfinished run of the same
+points and prediction sets), and no other split. A run folder that holds an unfinished run of the same
 settings and data goes on; the same run done twice gives the same bundle. Nothing is registered.
 """
 
@@ -30,9 +30,9 @@ from records.errors import ConfigError, ContractError, DataError, UnavailableErr
 from records.store import Store
 from records.stored import find_images
 from records.taxonomy import Taxonomy
-from records.types import Side
+from records.types import Split
 from trainers.augmentation import Policy, load_policy
-from trainers.evaluation.evaluate import SidePredictions, evaluate
+from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.starting import StartingWeights, architecture_options, starting_weights
@@ -48,12 +48,12 @@ from vision.inference.loaded import reference_logits
 from vision.networks import MODELS
 
 CURVES = ("epoch", "train_loss", "val_loss", "val_balanced_accuracy")
-FITTED_ON = (Side.VAL, Side.CALIBRATION)
+FITTED_ON = (Split.VAL, Split.CALIBRATION)
 
 
 @dataclass(frozen=True)
-class SideLogits:
-    """What the trained network answers for one side, in order of image id."""
+class SplitLogits:
+    """What the trained network answers for one split, in order of image id."""
 
     image_ids: list[str]
     group_ids: list[str]
@@ -102,7 +102,7 @@ def fit(
     start = None if start_from is not None else starting_weights(settings, len(store.taxonomy.codes))
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
-    _require_sides(dataset)
+    _require_splits(dataset)
     _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(run_dir / "metrics.jsonl", on_epoch)
@@ -188,7 +188,7 @@ def _write(
     taxonomy = store.taxonomy
     architecture = Architecture(name=settings.model, options=architecture_options(settings))
     with compute_threads(trained.num_threads):
-        val, calibration_side = (_answer(store, dataset, side, trained) for side in FITTED_ON)
+        val, calibration_split = (_answer(store, dataset, split, trained) for split in FITTED_ON)
         calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
         golden_inputs = golden_images(trained.geometry)
         golden: dict[str, NDArray[Any]] = {
@@ -197,7 +197,7 @@ def _write(
         }
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.answers)
-    operating, scores = _operating_points(calibration_side, calibration, taxonomy)
+    operating, scores = _operating_points(calibration_split, calibration, taxonomy)
     recipe = MODELS[settings.model]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
     document = BundleDocument(
@@ -225,12 +225,12 @@ def _write(
     return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
 
 
-def _answer(store: Store, dataset: DatasetVersion, side: Side, trained: TrainedModel) -> SideLogits:
-    if side not in FITTED_ON:
-        raise ContractError(f"fitting must not read the {side.value} side")
-    rows = dataset.side(side)
+def _answer(store: Store, dataset: DatasetVersion, split: Split, trained: TrainedModel) -> SplitLogits:
+    if split not in FITTED_ON:
+        raise ContractError(f"fitting must not read the {split.value} split")
+    rows = dataset.split(split)
     image_ids = [str(image_id) for image_id in rows["image_id"]]
-    return SideLogits(
+    return SplitLogits(
         image_ids=image_ids,
         group_ids=[str(group_id) for group_id in rows["group_id"]],
         lesion_ids=[image.lesion_id for image in find_images(store, image_ids)],
@@ -240,11 +240,11 @@ def _answer(store: Store, dataset: DatasetVersion, side: Side, trained: TrainedM
 
 
 def _operating_points(
-    side: SideLogits, calibration: Calibration, taxonomy: Taxonomy
+    split: SplitLogits, calibration: Calibration, taxonomy: Taxonomy
 ) -> tuple[OperatingPoints, list[dict[str, Any]]]:
     """Fit the thresholds, and count how often scores were right, on one image per lesion."""
-    probabilities = apply_calibration(side.logits.astype(np.float64), calibration)
-    lesions = gather_lesions(side.image_ids, side.lesion_ids, side.labels, probabilities)
+    probabilities = apply_calibration(split.logits.astype(np.float64), calibration)
+    lesions = gather_lesions(split.image_ids, split.lesion_ids, split.labels, probabilities)
     scores = score_bands(probabilities[lesions.first_image_index], lesions.labels)
     return fit_operating_points(lesions, probabilities, taxonomy), scores
 
@@ -262,10 +262,10 @@ def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> di
 
 
 def _val_facts(
-    val: SideLogits, calibration: Calibration, operating: OperatingPoints, taxonomy: Taxonomy
+    val: SplitLogits, calibration: Calibration, operating: OperatingPoints, taxonomy: Taxonomy
 ) -> dict[str, Any]:
-    """Figures on the side that epoch, temperature and bias were chosen on; flattering by that much."""
-    predictions = SidePredictions(
+    """Figures on the split that epoch, temperature and bias were chosen on; flattering by that much."""
+    predictions = SplitPredictions(
         model_id="",
         image_ids=val.image_ids,
         group_ids=val.group_ids,
@@ -273,10 +273,10 @@ def _val_facts(
         labels=val.labels,
         logits=val.logits,
         probabilities=apply_calibration(val.logits.astype(np.float64), calibration),
-        side=Side.VAL,
+        split=Split.VAL,
     )
     report = evaluate(predictions, taxonomy, operating, priors=calibration.priors)
-    return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "side_reads"})
+    return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "split_reads"})
 
 
 def _weights_of(
@@ -294,11 +294,11 @@ def _weights_of(
     return start_from.weights()
 
 
-def _require_sides(dataset: DatasetVersion) -> None:
-    for side in (Side.TRAIN, *FITTED_ON):
-        if dataset.side(side).empty:
+def _require_splits(dataset: DatasetVersion) -> None:
+    for split in (Split.TRAIN, *FITTED_ON):
+        if dataset.split(split).empty:
             raise DataError(
-                f"dataset version {dataset.id[:12]} has no image on the {side.value} side; import more lesions"
+                f"dataset version {dataset.id[:12]} has no image on the {split.value} split; import more lesions"
             )
 
 
@@ -307,7 +307,7 @@ def _decode(
 ) -> None:
     """Decode all that fitting reads, in one pass; of train that is streamed, no more than a sample."""
     train = [] if settings.data_source == "stream" else plan.image_ids[: plan.num_train]
-    sides = [str(image_id) for side in FITTED_ON for image_id in dataset.side(side)["image_id"]]
+    splits = [str(image_id) for split in FITTED_ON for image_id in dataset.split(split)["image_id"]]
     PixelCache(store.home.cache, settings.side_px).ensure(
-        store, [*train, *sample_of_train(store, dataset), *sides], progress
+        store, [*train, *sample_of_train(store, dataset), *splits], progress
     )

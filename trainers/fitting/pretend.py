@@ -1,13 +1,13 @@
 """What a leaky split makes a model look like: the same small model, trained three times, judged twice.
 
-The train side is cut into four fifths to train on and one fifth to boast with, in three ways:
+The train split is cut into four fifths to train on and one fifth to boast with, in three ways:
 
-- `by_lesion`: no lesion on both sides; rare classes are drawn more often afterwards, among the training images.
-- `random_images`: images at random, so that most lesions of several images lie on both sides.
+- `by_lesion`: no lesion on both splits; rare classes are drawn more often afterwards, among the training images.
+- `random_images`: images at random, so that most lesions of several images lie on both splits.
 - `oversampled_first`: every class drawn to equal size with repeats, then cut at random, so that copies of one
-  image lie on both sides.
+  image lie on both splits.
 
-Each model is judged on its own fifth (pretended) and on the val side, whose lesions it never saw (honest). It reads
+Each model is judged on its own fifth (pretended) and on the val split, whose lesions it never saw (honest). It reads
 train and val and nothing else. The epoch is chosen on val, which flatters the honest figure: gaps are rather
 understated.
 """
@@ -25,7 +25,7 @@ from records.datasets import DatasetVersion
 from records.errors import DataError
 from records.store import Store
 from records.stored import find_images
-from records.types import Side
+from records.types import Split
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.training_data import TrainingData, plan_data
 from trainers.settings import TrainersSettings
@@ -55,7 +55,7 @@ class PretendedSplit(_Part):
     test_images: int = Field(description="of the fifth that the model is boasted with")
     leaked_test_share: float = Field(ge=0, le=1, description="share of them whose lesion is trained on")
     pretended: Scores = Field(description="on that fifth")
-    honest: Scores = Field(description="on the val side")
+    honest: Scores = Field(description="on the val split")
     gap: float = Field(description="balanced accuracy, pretended minus honest")
 
 
@@ -67,7 +67,7 @@ class PretendReport(_Part):
     epochs: int
     augmentation: str
     seed: int
-    honest_images: int = Field(description="of the val side")
+    honest_images: int = Field(description="of the val split")
     splits: list[PretendedSplit]
 
 
@@ -87,7 +87,7 @@ def pretend(
     Args:
         store: with the images.
         settings: of the trainers; sampler and number of workers are set here.
-        dataset: the version; its train and val sides are read.
+        dataset: the version; its train and val splits are read.
         progress: a bar is added to it.
     Returns:
         The comparison.
@@ -99,12 +99,12 @@ def pretend(
     plan = plan_data(dataset, store.taxonomy)
     data = plan.open(store, settings.side_px, progress)
     train_ids = plan.image_ids[: plan.num_train]
-    group_of = dict(zip(dataset.side(Side.TRAIN)["image_id"], dataset.side(Side.TRAIN)["group_id"], strict=True))
+    group_of = dict(zip(dataset.split(Split.TRAIN)["image_id"], dataset.split(Split.TRAIN)["group_id"], strict=True))
     groups = np.array([group_of[image_id] for image_id in train_ids])
     lesions = np.array([image.lesion_id or image.id for image in find_images(store, train_ids)])
     labels = plan.labels[: plan.num_train]
     if len(np.unique(groups)) < 2 or not len(data.val_index):
-        raise DataError("the demonstration needs at least two groups on the train side and an image on the val side")
+        raise DataError("the demonstration needs at least two groups on the train split and an image on the val split")
     task = progress.add_task("Training on three splits", total=3 * settings.epochs) if progress else None
 
     def one_more_epoch(_: object) -> None:
@@ -142,7 +142,7 @@ def cut_by_group(groups: NDArray[np.str_], seed: int) -> Cut:
         groups: [N] group of each image, at least two of them.
         seed: of the order.
     Returns:
-        The cut; no group is on both sides.
+        The cut; no group is on both splits.
     """
     names, member = np.unique(groups, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
@@ -174,7 +174,7 @@ def cut_oversampled(labels: IntArray, seed: int) -> Cut:
         labels: [N] class indices.
         seed: of the draws.
     Returns:
-        The cut, as many rows as there are images; a row may be on both sides.
+        The cut, as many rows as there are images; a row may be on both splits.
     """
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)

@@ -17,7 +17,7 @@ from records.bundles import Architecture, Calibration, Geometry, SuitabilityLimi
 from records.datasets import DatasetVersion
 from records.store import Store
 from records.stored import find_images
-from records.types import Side
+from records.types import Split
 from trainers.evaluation.map_facts import NUM_IMAGES, faithfulness_facts
 from trainers.fitting.loop import TrainedModel
 from vision.calibration.suitability import PER_CLASS, Described, fit_suitability
@@ -93,7 +93,7 @@ def suitability_of(
         store: with the images, decoded already.
         dataset: the version it was trained on.
         trained: the network.
-        val_ids: [m] images of the val side.
+        val_ids: [m] images of the val split.
         val: what the network says of them.
     Returns:
         Thresholds for the document, and arrays for the bundle.
@@ -119,7 +119,7 @@ def faithfulness_of(
         trained: the network.
         architecture: what it is.
         calibration: of its answers.
-        val_ids: [m] images of the val side, decoded already.
+        val_ids: [m] images of the val split, decoded already.
     Returns:
         See `trainers.evaluation.map_facts.faithfulness_facts`.
     """
@@ -137,7 +137,7 @@ def sample_of_train(store: Store, dataset: DatasetVersion) -> list[str]:
     Returns:
         Their ids.
     """
-    rows = dataset.side(Side.TRAIN)
+    rows = dataset.split(Split.TRAIN)
     labels = np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64)
     _, group_index = np.unique(rows["group_id"].to_numpy(dtype=str), return_inverse=True)
     chosen = stratified_sample(labels, group_index, PER_CLASS)

@@ -1,7 +1,7 @@
 """What a run is given: which images it trains on, which it validates with, and their decoded pixels.
 
 A `DataPlan` names images and labels and travels to any node; `open` turns it there into
-`TrainingData`, decoding what that node has not decoded yet. A plan holds the train and val sides of a
+`TrainingData`, decoding what that node has not decoded yet. A plan holds the train and val splits of a
 dataset version and nothing else.
 """
 
@@ -14,7 +14,7 @@ from records.arrays import IntArray
 from records.errors import ContractError, DataError
 from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
-from records.types import Side
+from records.types import Split
 from trainers.fitting.feeding import PixelSource, Stream
 from trainers.fitting.statistics import MOST_IMAGES, evenly_spaced
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from records.datasets import DatasetVersion
     from records.store import Store
 
-FITTING_SIDES = (Side.TRAIN, Side.VAL)
+FITTING_SPLITS = (Split.TRAIN, Split.VAL)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TrainingData:
     """Images with labels, and which of them are trained on and validated with.
 
     Args:
-        pixels: N decoded images of the side that the settings name.
+        pixels: N decoded images of the split that the settings name.
         image_ids: [N] image ids.
         labels: [N] class indices.
         train_index: [n] rows to train on.
@@ -53,8 +53,8 @@ class TrainingData:
         Args:
             num_classes: C.
         Raises:
-            ContractError: lengths or class indices do not fit, or a row is on both sides.
-            DataError: one of the two sides is empty.
+            ContractError: lengths or class indices do not fit, or a row is on both splits.
+            DataError: one of the two splits is empty.
         """
         if not len(self.pixels) == len(self.image_ids) == len(self.labels):
             raise ContractError(
@@ -66,13 +66,13 @@ class TrainingData:
             raise ContractError("an image is both trained on and validated with")
         for name, index in (("train", self.train_index), ("val", self.val_index)):
             if not len(index):
-                raise DataError(f"the dataset has no image on the {name} side; label or import more images first")
+                raise DataError(f"the dataset has no image on the {name} split; label or import more images first")
 
     def content_hash(self) -> str:
         """Return the hash of which images are trained on and validated with, and their labels; 64 hex characters."""
         lines = [
-            f"{side}:{self.image_ids[row]}:{self.labels[row]}"
-            for side, index in (("train", self.train_index), ("val", self.val_index))
+            f"{split}:{self.image_ids[row]}:{self.labels[row]}"
+            for split, index in (("train", self.train_index), ("val", self.val_index))
             for row in index
         ]
         return sha256_hex("\n".join(lines).encode())
@@ -170,7 +170,7 @@ class DataPlan:
 
 
 def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy) -> DataPlan:
-    """Read the train and val sides of a dataset version.
+    """Read the train and val splits of a dataset version.
 
     Args:
         dataset: the version.
@@ -181,7 +181,7 @@ def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy) -> DataPlan:
         TaxonomyError: the version was made with another taxonomy.
     """
     taxonomy.require_same(dataset.taxonomy_hash, f"dataset version {dataset.id[:12]}")
-    train, val = (dataset.side(side) for side in FITTING_SIDES)
+    train, val = (dataset.split(split) for split in FITTING_SPLITS)
     codes = [*train["label"], *val["label"]]
     return DataPlan(
         image_ids=[*train["image_id"], *val["image_id"]],

@@ -1,6 +1,6 @@
 """Where to draw the lines: thresholds that refer and thresholds that hurry.
 
-Everything is measured on the calibration side, per lesion, on calibrated probabilities, and is
+Everything is measured on the calibration split, per lesion, on calibrated probabilities, and is
 pure array work. A lesion's probability is the mean over its images. What small numbers cannot
 prove is said (`proven: false`), not assumed.
 
@@ -28,7 +28,7 @@ MALIGNANT_FLOOR = 0.90
 
 @dataclass(frozen=True)
 class Lesions:
-    """The images of one side, gathered by lesion."""
+    """The images of one split, gathered by lesion."""
 
     probabilities: FloatArray
     """[L, C] mean over each lesion's images"""
@@ -73,7 +73,7 @@ def gather_lesions(
 
 
 def exact_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
-    """Compute the two-sided Clopper-Pearson interval of a proportion.
+    """Compute the two-splitd Clopper-Pearson interval of a proportion.
 
     Args:
         successes: 0 to `trials`.
@@ -88,7 +88,7 @@ def exact_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[f
 
 
 def exact_lower_bound(successes: int, trials: int, level: float = LEVEL) -> float:
-    """Compute the one-sided Clopper-Pearson lower bound of a proportion.
+    """Compute the one-splitd Clopper-Pearson lower bound of a proportion.
 
     Args:
         successes: 0 to `trials`.
@@ -108,7 +108,7 @@ def exact_lower_bound(successes: int, trials: int, level: float = LEVEL) -> floa
 def refer_point(scores: FloatArray, is_case: BoolArray, floor: float, level: float = LEVEL) -> ReferPoint:
     """Find the highest threshold whose sensitivity is proven to reach a floor.
 
-    Proven means that the exact one-sided lower bound reaches the floor. If not even catching every
+    Proven means that the exact one-splitd lower bound reaches the floor. If not even catching every
     case proves it, the highest threshold whose point estimate reaches the floor is used and
     `proven` is false. Without any case the threshold is 0: everything is referred.
 
@@ -174,10 +174,10 @@ def fit_operating_points(
     urgent_predictive_value: float = 0.5,
     promise: float = CONFORMAL_PROMISE,
 ) -> OperatingPoints:
-    """Fit everything that triage compares probabilities with, on the calibration side.
+    """Fit everything that triage compares probabilities with, on the calibration split.
 
     Args:
-        lesions: of the calibration side.
+        lesions: of the calibration split.
         image_probabilities: [N, C] of its images; one image of each lesion enters the conformal
             sets, because a prediction is about one image.
         taxonomy: key classes with their floors, malignant classes.
@@ -214,7 +214,7 @@ def fit_operating_points(
 def answered(
     probabilities: FloatArray, taxonomy: Taxonomy, operating: OperatingPoints, max_set_size: int = 2
 ) -> BoolArray:
-    """Tell which images the probabilities alone let the service answer without an expert.
+    """Tell which images the probabilities alone let the service answer without an annotator.
 
     Not answered: at or above a refer threshold; a prediction set that is empty, holds more than
     `max_set_size` classes, or holds a malignant class other than the label; a row that is not finite.

@@ -1,6 +1,6 @@
 """Probabilities that mean what they say: a temperature and a bias per class.
 
-probabilities = softmax(logits / temperature + bias). Both are fitted by likelihood on the val side,
+probabilities = softmax(logits / temperature + bias). Both are fitted by likelihood on the val split,
 at the natural prevalence: a temperature alone cannot undo what a balanced sampler did to the priors.
 Weak normal priors (bias: sd 3, log temperature: sd 1) keep a class without cases, or logits that
 separate the classes perfectly, from running to infinity; a hundred images outweigh them.

@@ -1,6 +1,6 @@
 """How often answers of about the same score were right, on images that neither training nor calibration saw.
 
-In: probabilities and labels of one image per lesion of the calibration side. Out: bands of the largest
+In: probabilities and labels of one image per lesion of the calibration split. Out: bands of the largest
 probability with how many of its answers were right; the page says it in words beside an answer.
 """
 

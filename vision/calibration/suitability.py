@@ -1,6 +1,6 @@
 """Fit what tells suitable images from others: distance of the features, and limits of quality.
 
-The reference is a sample of the train side, at most 300 images of a class. The thresholds of the two distances
+The reference is a sample of the train split, at most 300 images of a class. The thresholds of the two distances
 (last features, first convolution) are the smallest that each refuse at most 2 % of val. Limits of quality are
 quantiles of train and val with a margin, wide enough that a good image is hardly ever sent back; see `MARGIN`.
 
@@ -41,7 +41,7 @@ MANY = 100
 
 @dataclass(frozen=True)
 class Described:
-    """Images of a side as they are looked at."""
+    """Images of a split as they are looked at."""
 
     pixels: UInt8Array
     """[N, S, S, 3]"""
@@ -67,7 +67,7 @@ def fit_suitability(
 
     Args:
         train: n training images.
-        val: m images of the val side.
+        val: m images of the val split.
         smallest_side_px: shorter side of the smallest image fitted on, as it was sent.
         seed: of the order that decides which images are stored.
     Returns:

@@ -4,7 +4,7 @@ Two questions, both answered with what `vision.calibration.suitability` fitted a
 
 - **Out of distribution**: the network's own features of the image, or what its first convolution makes of it,
   are far from those of all training images. The answer may be wrong in ways that its probabilities do not show;
-  an expert should look.
+  an annotator should look.
 - **Quality**: too small, too dark, too bright, blurred, or of another kind than the training images in colour
   and texture (for dermatoscopy: not a dermatoscopic image). A better image should be taken.
 

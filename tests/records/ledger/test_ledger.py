@@ -13,7 +13,7 @@ from records.errors import ContractError, RefusedError, UnavailableError, Unknow
 from records.ids import utc_now
 from records.ledger import Ledger, open_ledger
 from records.ledger.tables import LEDGER_TYPES
-from records.types import AuditEvent, Cursor, ExpertLabel, Image, Lease, Prediction, Record, ReviewItem, ReviewState
+from records.types import Annotation, AuditEvent, Cursor, Image, Lease, Prediction, Record, ReviewItem, ReviewState
 
 Sample = Callable[..., Any]
 
@@ -57,17 +57,17 @@ def test_finding(ledger: Ledger, sample: Sample) -> None:
 
 
 def test_nothing_is_ever_overwritten(ledger: Ledger, sample: Sample) -> None:
-    label = sample(ExpertLabel)
+    label = sample(Annotation)
     with ledger.begin() as tx:
         tx.add(label)
-        with pytest.raises(RefusedError, match="ExpertLabel exists already"):
-            tx.add(sample(ExpertLabel, 1), label)
+        with pytest.raises(RefusedError, match="Annotation exists already"):
+            tx.add(sample(Annotation, 1), label)
         same_revision = {"server": label.server, "annotation_id": label.annotation_id, "revision": label.revision}
-        with pytest.raises(RefusedError, match="ExpertLabel exists already"):
-            tx.add(sample(ExpertLabel, 2, **same_revision))
-        tx.add(sample(ExpertLabel, 3))
+        with pytest.raises(RefusedError, match="Annotation exists already"):
+            tx.add(sample(Annotation, 2, **same_revision))
+        tx.add(sample(Annotation, 3))
     with ledger.read() as tx:
-        assert {found.id for found in tx.find(ExpertLabel)} == {label.id, sample(ExpertLabel, 3).id}
+        assert {found.id for found in tx.find(Annotation)} == {label.id, sample(Annotation, 3).id}
 
 
 def test_only_mutable_fields_change_and_only_to_what_fits(ledger: Ledger, sample: Sample) -> None:

@@ -1,4 +1,4 @@
-"""Evaluations against hand numbers, and sides read from a real ledger with their audit."""
+"""Evaluations against hand numbers, and splits read from a real ledger with their audit."""
 
 import json
 import time
@@ -12,8 +12,8 @@ from records.bundles import OperatingPoints, ReferPoint
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError, TaxonomyError
 from records.taxonomy import Taxonomy, load_taxonomy
-from records.types import AuditEvent, Side
-from trainers.evaluation.evaluate import SidePredictions, evaluate, predict_side
+from records.types import AuditEvent, Split
+from trainers.evaluation.evaluate import SplitPredictions, evaluate, predict_split
 from vision.calibration.operating import exact_interval
 from vision.inference.loaded import load_model
 
@@ -43,7 +43,7 @@ def predictions_of(rows, lesion_ids=None):
         probabilities[i, CODES.index("vasc")] += 1 - sum(given.values())
     ids = lesion_ids or [None] * len(rows)
     images = [f"image{i:03}" for i in range(len(rows))]
-    return SidePredictions(
+    return SplitPredictions(
         model_id="m" * 64,
         image_ids=images,
         group_ids=[lesion or image for lesion, image in zip(ids, images, strict=True)],
@@ -61,7 +61,7 @@ def random_predictions(count, seed=0):
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     lesions = [f"L{i // 2}" for i in range(count)]
     images = [f"{i:05}" for i in range(count)]
-    return SidePredictions("m" * 64, images, lesions, list(lesions), labels, logits.astype(np.float32), probabilities)
+    return SplitPredictions("m" * 64, images, lesions, list(lesions), labels, logits.astype(np.float32), probabilities)
 
 
 def test_the_key_class_is_counted_per_lesion_by_the_mean_probability():
@@ -191,7 +191,7 @@ def test_one_lesion_half_right_does_not_look_certain():
 def test_equal_input_gives_equal_figures_in_any_order():
     predictions = random_predictions(200)
     order = np.random.default_rng(1).permutation(200)
-    shuffled = SidePredictions(
+    shuffled = SplitPredictions(
         "m" * 64, [predictions.image_ids[i] for i in order], [predictions.group_ids[i] for i in order],
         [predictions.lesion_ids[i] for i in order], predictions.labels[order], predictions.logits[order],
         predictions.probabilities[order],
@@ -221,7 +221,7 @@ def test_a_thousand_images_are_evaluated_in_about_a_second():
     assert time.perf_counter() - started < 2.0
 
 
-# ------------------------------------------------------------------ sides
+# ------------------------------------------------------------------ splits
 
 
 @pytest.fixture(scope="module")
@@ -241,45 +241,45 @@ def reads(store):
 
 def test_val_is_predicted_in_order_and_leaves_no_audit_event(filled_store, bundle, dataset):
     before = reads(filled_store)
-    predictions = predict_side(filled_store, bundle, dataset, Side.VAL, "test")
-    rows = dataset.side(Side.VAL)
+    predictions = predict_split(filled_store, bundle, dataset, Split.VAL, "test")
+    rows = dataset.split(Split.VAL)
     assert predictions.image_ids == rows["image_id"].tolist()
     assert predictions.group_ids == rows["group_id"].tolist()
     assert [CODES[label] for label in predictions.labels] == rows["label"].tolist()
     assert all(predictions.lesion_ids)
-    assert predictions.side_reads is None
+    assert predictions.split_reads is None
     assert reads(filled_store) == before
 
 
-@pytest.mark.parametrize("side", [Side.GATE, Side.TEST])
-def test_every_read_of_a_guarded_side_is_audited_and_counted(side, filled_store, bundle, dataset):
+@pytest.mark.parametrize("split", [Split.GATE, Split.TEST])
+def test_every_read_of_a_guarded_split_is_audited_and_counted(split, filled_store, bundle, dataset):
     before = reads(filled_store)
-    first = predict_side(filled_store, bundle, dataset, side, "round 1")
-    second = predict_side(filled_store, bundle, dataset, side, "round 2")
+    first = predict_split(filled_store, bundle, dataset, split, "round 1")
+    second = predict_split(filled_store, bundle, dataset, split, "round 2")
     assert reads(filled_store)[len(before) :] == [
-        ("round 1", f"{side.value}.read", dataset.id),
-        ("round 2", f"{side.value}.read", dataset.id),
+        ("round 1", f"{split.value}.read", dataset.id),
+        ("round 2", f"{split.value}.read", dataset.id),
     ]
-    assert second.side_reads == first.side_reads + 1
+    assert second.split_reads == first.split_reads + 1
     assert audit.verify(filled_store.ledger, filled_store.home) == []
-    assert evaluate(second, TAXONOMY, None).side_reads == second.side_reads
+    assert evaluate(second, TAXONOMY, None).split_reads == second.split_reads
 
 
 def test_a_loaded_model_gives_the_same_answers_and_another_one_is_refused(filled_store, bundle, dataset, make_bundle):
     model = load_model(bundle)
-    ours = predict_side(filled_store, bundle, dataset, Side.VAL, "test", model=model)
-    assert (ours.probabilities == predict_side(filled_store, bundle, dataset, Side.VAL, "test").probabilities).all()
+    ours = predict_split(filled_store, bundle, dataset, Split.VAL, "test", model=model)
+    assert (ours.probabilities == predict_split(filled_store, bundle, dataset, Split.VAL, "test").probabilities).all()
     other = make_bundle(filled_store, "custom_cnn", 1, 32)
     with pytest.raises(ContractError, match="is not the one"):
-        predict_side(filled_store, other, dataset, Side.VAL, "test", model=model)
+        predict_split(filled_store, other, dataset, Split.VAL, "test", model=model)
 
 
-def test_an_empty_side_and_a_foreign_taxonomy_are_refused_before_anything_is_read(filled_store, bundle, dataset):
+def test_an_empty_split_and_a_foreign_taxonomy_are_refused_before_anything_is_read(filled_store, bundle, dataset):
     before = reads(filled_store)
-    empty = DatasetVersion(dataset.id, dataset.taxonomy_hash, dataset.rows[dataset.rows["side"] != "test"])
-    with pytest.raises(DataError, match="side test"):
-        predict_side(filled_store, bundle, empty, Side.TEST, "test")
+    empty = DatasetVersion(dataset.id, dataset.taxonomy_hash, dataset.rows[dataset.rows["split"] != "test"])
+    with pytest.raises(DataError, match="split test"):
+        predict_split(filled_store, bundle, empty, Split.TEST, "test")
     foreign = DatasetVersion(dataset.id, "f" * 64, dataset.rows)
     with pytest.raises(TaxonomyError, match="taxonomy"):
-        predict_side(filled_store, bundle, foreign, Side.TEST, "test")
+        predict_split(filled_store, bundle, foreign, Split.TEST, "test")
     assert reads(filled_store) == before

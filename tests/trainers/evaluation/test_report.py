@@ -9,7 +9,7 @@ import pytest
 
 from images.importer import open_dataset
 from records.taxonomy import load_taxonomy
-from trainers.evaluation.evaluate import evaluate, predict_side
+from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.mistakes import worst_mistakes
 from trainers.evaluation.report.words import cards, warnings_of
 from trainers.evaluation.report.write import write_report
@@ -24,9 +24,9 @@ def reported(filled_store, make_bundle, tmp_path_factory):
     dataset = open_dataset(filled_store, None)
     bundle = make_bundle(filled_store, "custom_cnn", side_px=32, dataset_id=dataset.id)
     model = load_model(bundle, precision="fp32")
-    from records.types import Side
+    from records.types import Split
 
-    found = predict_side(filled_store, bundle, dataset, Side.TRAIN, actor="test", model=model)
+    found = predict_split(filled_store, bundle, dataset, Split.TRAIN, actor="test", model=model)
     taxonomy, operating = bundle.document.taxonomy, bundle.document.operating
     evaluation = with_slices(evaluate(found, taxonomy, operating), found, taxonomy, operating)
     folder = tmp_path_factory.mktemp("report") / "report"

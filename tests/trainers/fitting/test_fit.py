@@ -1,4 +1,4 @@
-"""From a dataset version to a bundle: what it holds, that it repeats, and which sides were read."""
+"""From a dataset version to a bundle: what it holds, that it repeats, and which splits were read."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from records.bundles import Bundle, read_bundle
 from records.datasets import DatasetVersion, build_version
 from records.errors import ConfigError, DataError
 from records.store import Store
-from records.types import AuditEvent, Side
-from trainers.evaluation.evaluate import predict_side
+from records.types import AuditEvent, Split
+from trainers.evaluation.evaluate import predict_split
 from trainers.fitting.fit import fit
 from trainers.settings import TrainersSettings
 from vision.inference.golden import golden_images
@@ -49,9 +49,9 @@ def test_the_bundle_says_what_it_is(fitted: tuple[Bundle, Path], dataset: Datase
     facts = document.explanation["faithfulness"]
     assert facts["images"] + facts["constant_maps"] <= 16
     assert [point["epoch"] for point in document.metrics["training"]["curves"]] == [1, 2]
-    counts = dataset.side(Side.TRAIN)["label"].value_counts()
+    counts = dataset.split(Split.TRAIN)["label"].value_counts()
     assert document.class_priors["nv"] == pytest.approx(counts["nv"] / counts.sum())
-    assert document.calibration.priors["nv"] == pytest.approx((dataset.side(Side.VAL)["label"] == "nv").mean())
+    assert document.calibration.priors["nv"] == pytest.approx((dataset.split(Split.VAL)["label"] == "nv").mean())
     assert set(document.operating.refer) == {"mel"}
     assert document.suitability is not None
     assert document.suitability.quality.min_side_px == 32
@@ -61,7 +61,7 @@ def test_the_bundle_says_what_it_is(fitted: tuple[Bundle, Path], dataset: Datase
     assert document.metrics["training"]["augmentation"]["name"] == "flips"
     assert 0 <= document.metrics["val"]["balanced_accuracy"] <= 1
     bands = document.metrics["calibration"]["scores"]
-    images = dataset.side(Side.CALIBRATION)
+    images = dataset.split(Split.CALIBRATION)
     assert 0 < sum(band["lesions"] for band in bands) <= len(images)
     assert all(0 <= band["right"] <= band["lesions"] for band in bands)
 
@@ -83,7 +83,7 @@ def test_the_loaded_model_answers_val_as_the_bundle_says(
     fitted: tuple[Bundle, Path], dataset: DatasetVersion, filled_store: Store
 ) -> None:
     bundle, _ = fitted
-    predictions = predict_side(filled_store, bundle, dataset, Side.VAL, actor="test")
+    predictions = predict_split(filled_store, bundle, dataset, Split.VAL, actor="test")
     hits = predictions.probabilities.argmax(axis=1) == predictions.labels
     assert hits.mean() == pytest.approx(bundle.document.metrics["val"]["accuracy"])
 
@@ -97,12 +97,12 @@ def test_a_finished_run_gives_the_same_bundle_again(
 
 
 def test_gate_and_test_are_not_read(dataset: DatasetVersion, filled_store: Store, tmp_path: Path) -> None:
-    read: list[Side] = []
+    read: list[Split] = []
 
     class Watched(DatasetVersion):
-        def side(self, side: Side) -> pd.DataFrame:
-            read.append(side)
-            return super().side(side)
+        def split(self, split: Split) -> pd.DataFrame:
+            read.append(split)
+            return super().split(split)
 
     with filled_store.ledger.read() as tx:
         before = tx.count(AuditEvent, {"action": ["gate.read", "test.read"]})
@@ -113,7 +113,7 @@ def test_gate_and_test_are_not_read(dataset: DatasetVersion, filled_store: Store
         run_dir=tmp_path,
         use_ray=False,
     )
-    assert set(read) == {Side.TRAIN, Side.VAL, Side.CALIBRATION}
+    assert set(read) == {Split.TRAIN, Split.VAL, Split.CALIBRATION}
     with filled_store.ledger.read() as tx:
         assert tx.count(AuditEvent, {"action": ["gate.read", "test.read"]}) == before
 
@@ -135,10 +135,10 @@ def test_stopping_early_still_gives_a_bundle(dataset: DatasetVersion, filled_sto
     assert bundle.document.metrics["training"]["epochs"] == 1
 
 
-def test_an_empty_side_is_named(dataset: DatasetVersion, filled_store: Store, tmp_path: Path) -> None:
-    rows = dataset.rows[dataset.rows["side"] != Side.CALIBRATION.value]
+def test_an_empty_split_is_named(dataset: DatasetVersion, filled_store: Store, tmp_path: Path) -> None:
+    rows = dataset.rows[dataset.rows["split"] != Split.CALIBRATION.value]
     lacking = DatasetVersion(datasets.content_id(rows, dataset.taxonomy_hash), dataset.taxonomy_hash, rows)
-    with pytest.raises(DataError, match="has no image on the calibration side; import more lesions"):
+    with pytest.raises(DataError, match="has no image on the calibration split; import more lesions"):
         fit(filled_store, SETTINGS, lacking, run_dir=tmp_path, use_ray=False)
 
 

@@ -237,9 +237,9 @@ def test_data_that_cannot_be_used(
         return TrainingData(**{**toy_data.__dict__, **changes})
 
     none = np.array([], dtype=np.int64)
-    with pytest.raises(DataError, match="no image on the val side"):
+    with pytest.raises(DataError, match="no image on the val split"):
         train(toy_settings, with_(val_index=none), three_classes)
-    with pytest.raises(DataError, match="no image on the train side"):
+    with pytest.raises(DataError, match="no image on the train split"):
         train(toy_settings, with_(train_index=none), three_classes)
     with pytest.raises(ContractError, match="both trained on and validated with"):
         train(toy_settings, with_(val_index=toy_data.train_index[:3]), three_classes)

@@ -1,4 +1,4 @@
-"""The leak demonstration: what each cut puts on both sides, and that the leaky ones boast."""
+"""The leak demonstration: what each cut puts on both splits, and that the leaky ones boast."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def test_cutting_at_random_splits_groups_but_no_image() -> None:
     assert np.isin(groups[cut.test], groups[cut.train]).mean() > 0.9
 
 
-def test_oversampling_first_puts_copies_on_both_sides() -> None:
+def test_oversampling_first_puts_copies_on_both_splits() -> None:
     labels = np.repeat([0, 1, 2], [270, 20, 10])
     cut = cut_oversampled(labels, seed=1)
     both = [*cut.train, *cut.test]
@@ -63,6 +63,6 @@ def test_leaky_splits_boast(filled_store: Store) -> None:
 
 def test_too_few_images_are_refused(filled_store: Store) -> None:
     dataset = build_version(filled_store).version
-    rows = dataset.rows[dataset.rows["side"] != "val"]
-    with pytest.raises(DataError, match="at least two groups on the train side and an image on the val side"):
+    rows = dataset.rows[dataset.rows["split"] != "val"]
+    with pytest.raises(DataError, match="at least two groups on the train split and an image on the val split"):
         pretend(filled_store, TrainersSettings(side_px=32), replace(dataset, rows=rows))

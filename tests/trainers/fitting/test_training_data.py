@@ -12,7 +12,7 @@ from records.errors import ContractError, TaxonomyError
 from records.store import Store
 from records.stored import find_images, read_image
 from records.taxonomy import Taxonomy
-from records.types import Side
+from records.types import Split
 from trainers.fitting.training_data import plan_data
 
 
@@ -23,7 +23,7 @@ def dataset(filled_store: Store) -> DatasetVersion:
 
 def test_a_plan_holds_train_and_val_and_nothing_else(filled_store: Store, dataset: DatasetVersion) -> None:
     plan = plan_data(dataset, filled_store.taxonomy)
-    train, val = dataset.side(Side.TRAIN), dataset.side(Side.VAL)
+    train, val = dataset.split(Split.TRAIN), dataset.split(Split.VAL)
     assert plan.image_ids == [*train["image_id"], *val["image_id"]]
     assert plan.num_train == len(train)
     assert [filled_store.taxonomy.codes[label] for label in plan.labels] == [*train["label"], *val["label"]]

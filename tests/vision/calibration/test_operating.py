@@ -128,7 +128,7 @@ def test_operating_points_hold_all_that_triage_needs():
     assert OperatingPoints.model_validate_json(operating.model_dump_json()) == operating
 
 
-def test_what_may_be_answered_without_an_expert():
+def test_what_may_be_answered_without_an_annotator():
     point = {
         "sensitivity_floor": 0.9,
         "proven": True,

@@ -11,7 +11,7 @@ import numpy as np
 from records.arrays import IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 from vision.calibration.operating import answered
 from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import LoadedModel
@@ -37,7 +37,7 @@ class Mistake:
     """data URI of the image with the heat map of the answer"""
 
 
-def worst_mistakes(predictions: SidePredictions, taxonomy: Taxonomy, count: int = NUM_MISTAKES) -> IntArray:
+def worst_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, count: int = NUM_MISTAKES) -> IntArray:
     """Choose the images whose wrong answer costs most; one per lesion.
 
     Args:
@@ -61,7 +61,7 @@ def worst_mistakes(predictions: SidePredictions, taxonomy: Taxonomy, count: int 
     return np.array(chosen, dtype=np.int64)
 
 
-def drawn_mistakes(predictions: SidePredictions, model: LoadedModel, operating: OperatingPoints) -> list[Mistake]:
+def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating: OperatingPoints) -> list[Mistake]:
     """Draw the worst mistakes.
 
     Args:

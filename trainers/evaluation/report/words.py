@@ -49,7 +49,7 @@ def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
             Card(
                 _of_100(evaluation.answered_share),
                 "images left to the model alone",
-                f"The rules would answer {_of_100(evaluation.answered_share)} images without an expert and send the "
+                f"The rules would answer {_of_100(evaluation.answered_share)} images without an annotator and send the "
                 f"others to one. {evaluation.mean_set_size:.1f} classes are in the prediction set on average.",
             )
         )
@@ -79,7 +79,7 @@ def warnings_of(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
         *_about_coverage(evaluation, taxonomy),
         *_about_slices(evaluation),
         *_about_maps(evaluation),
-        *_about_the_side(evaluation),
+        *_about_the_split(evaluation),
     ]
 
 
@@ -95,7 +95,7 @@ def percent(value: float | None) -> str:
 
 def _key_card(key: KeyClassReport, name: str) -> Card:
     text = (
-        f"Of 100 lesions that are {name.lower()}, about {100 * (key.sensitivity or 0):.0f} are referred to an expert"
+        f"Of 100 lesions that are {name.lower()}, about {100 * (key.sensitivity or 0):.0f} are referred to an annotator"
         f" ({_range(key.sensitivity_ci)}; measured on {key.lesions})."
     )
     if key.specificity is not None:
@@ -111,7 +111,7 @@ def _about_key_class(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     if key.sensitivity < key.floor:
         found.append(f"{name}: {percent(key.sensitivity)} referred is below the floor of {percent(key.floor)}.")
     if not key.proven:
-        found.append(f"{name}: the calibration side had too few lesions, or too hard ones, to prove the floor.")
+        found.append(f"{name}: the calibration split had too few lesions, or too hard ones, to prove the floor.")
     if key.lesions < FEW_LESIONS:
         found.append(f"{name}: only {key.lesions} lesions were looked at, so that its figures are coarse.")
     report = evaluation.per_class[key.name]
@@ -178,12 +178,14 @@ def _about_maps(evaluation: Evaluation) -> list[str]:
     return found
 
 
-def _about_the_side(evaluation: Evaluation) -> list[str]:
+def _about_the_split(evaluation: Evaluation) -> list[str]:
     found = []
-    if evaluation.side == "val":
+    if evaluation.split == "val":
         found.append("These images chose the epoch and the calibration, so that the figures flatter a little.")
-    if evaluation.side_reads is not None and evaluation.side_reads > 1:
-        found.append(f"The {evaluation.side} side was looked at {evaluation.side_reads} times; each look wears it out.")
+    if evaluation.split_reads is not None and evaluation.split_reads > 1:
+        found.append(
+            f"The {evaluation.split} split was looked at {evaluation.split_reads} times; each look wears it out."
+        )
     if evaluation.prevalence is not None:
         found.append("Answers were re-weighted to a stated prevalence; referral and sets are those of the service.")
     return found

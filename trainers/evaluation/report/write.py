@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from records.bundles import Bundle
 from records.errors import UnavailableError
-from trainers.evaluation.evaluate import SidePredictions
+from trainers.evaluation.evaluate import SplitPredictions
 from trainers.evaluation.figures import Evaluation, Interval
 from trainers.evaluation.report import plots
 from trainers.evaluation.report.mistakes import drawn_mistakes
@@ -27,7 +27,7 @@ SLICE_TITLES = {
 
 
 def write_report(
-    folder: Path, bundle: Bundle, model: LoadedModel, predictions: SidePredictions, evaluation: Evaluation
+    folder: Path, bundle: Bundle, model: LoadedModel, predictions: SplitPredictions, evaluation: Evaluation
 ) -> Path:
     """Write the report of an evaluation.
 
@@ -52,7 +52,7 @@ def write_report(
     return folder / REPORT
 
 
-def render_report(bundle: Bundle, model: LoadedModel, predictions: SidePredictions, evaluation: Evaluation) -> str:
+def render_report(bundle: Bundle, model: LoadedModel, predictions: SplitPredictions, evaluation: Evaluation) -> str:
     """Return the report as HTML; arguments as for `write_report`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "figure": _figure}
@@ -77,7 +77,7 @@ def render_report(bundle: Bundle, model: LoadedModel, predictions: SidePredictio
     )
 
 
-def _plots(bundle: Bundle, predictions: SidePredictions, evaluation: Evaluation) -> dict[str, str]:
+def _plots(bundle: Bundle, predictions: SplitPredictions, evaluation: Evaluation) -> dict[str, str]:
     labels, probabilities = predictions.labels, predictions.probabilities
     drawn = {
         "confusion": plots.confusion_plot(evaluation),
@@ -98,7 +98,7 @@ def _plots(bundle: Bundle, predictions: SidePredictions, evaluation: Evaluation)
 def _where(evaluation: Evaluation) -> str:
     if evaluation.dataset_id is None:
         return "a folder of labelled images"
-    return f"the {evaluation.side} side of dataset {evaluation.dataset_id[:12]}"
+    return f"the {evaluation.split} split of dataset {evaluation.dataset_id[:12]}"
 
 
 def _figure(value: float | None, interval: Interval | None = None) -> Any:

@@ -54,7 +54,7 @@ def upgrade() -> None:
         batch_op.create_index("ix_events_organisation_id", ["organisation", "id"], unique=False)
 
     op.create_table(
-        "expert_labels",
+        "annotations",
         sa.Column("id", sa.Text(), autoincrement=False, nullable=False),
         sa.Column("created_at", UtcTime(), autoincrement=False, nullable=False),
         sa.Column("review_item_id", sa.Text(), autoincrement=False, nullable=False),
@@ -76,11 +76,11 @@ def upgrade() -> None:
         sa.Column("deleted", sa.Boolean(), autoincrement=False, nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
-    with op.batch_alter_table("expert_labels", schema=None) as batch_op:
-        batch_op.create_index("ix_expert_labels_image_id", ["image_id"], unique=False)
-        batch_op.create_index("ix_expert_labels_review_item_id", ["review_item_id"], unique=False)
+    with op.batch_alter_table("annotations", schema=None) as batch_op:
+        batch_op.create_index("ix_annotations_image_id", ["image_id"], unique=False)
+        batch_op.create_index("ix_annotations_review_item_id", ["review_item_id"], unique=False)
         batch_op.create_index(
-            "ux_expert_labels_server_annotation_id_revision", ["server", "annotation_id", "revision"], unique=True
+            "ux_annotations_server_annotation_id_revision", ["server", "annotation_id", "revision"], unique=True
         )
 
     op.create_table(
@@ -102,7 +102,7 @@ def upgrade() -> None:
     op.create_table(
         "groups",
         sa.Column("id", sa.Text(), autoincrement=False, nullable=False),
-        sa.Column("side", sa.Text(), autoincrement=False, nullable=True),
+        sa.Column("split", sa.Text(), autoincrement=False, nullable=True),
         sa.Column("drawn_by", sa.Text(), autoincrement=False, nullable=True),
         sa.Column("drawn_at", UtcTime(), autoincrement=False, nullable=True),
         sa.Column("merged_into", sa.Text(), autoincrement=False, nullable=True),

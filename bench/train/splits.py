@@ -1,6 +1,6 @@
-"""Write which image lies on which side of a dataset version, for scripts that know nothing of Relook.
+"""Write which image lies on which split of a dataset version, for scripts that know nothing of Relook.
 
-.venv/bin/python -m bench.train.sides DATASET_ID IMAGES_DIR > sides.csv
+.venv/bin/python -m bench.train.splits DATASET_ID IMAGES_DIR > splits.csv
 """
 
 import argparse
@@ -17,7 +17,7 @@ from records.stored import find_images
 
 
 def main() -> None:
-    """Print a table with the columns path, label, side; the home is the one that RELOOK_HOME names."""
+    """Print a table with the columns path, label, split; the home is the one that RELOOK_HOME names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
     parser.add_argument("images", type=Path, help="folder that the dataset was imported from")
@@ -27,9 +27,9 @@ def main() -> None:
         rows = load_dataset(store, options.dataset).rows
         images = find_images(store, [str(image_id) for image_id in rows["image_id"]])
     writer = csv.writer(sys.stdout)
-    writer.writerow(["path", "label", "side"])
-    for image, label, side in zip(images, rows["label"], rows["side"], strict=True):
-        writer.writerow([paths[str(image.source_id)], label, side])
+    writer.writerow(["path", "label", "split"])
+    for image, label, split in zip(images, rows["label"], rows["split"], strict=True):
+        writer.writerow([paths[str(image.source_id)], label, split])
 
 
 if __name__ == "__main__":

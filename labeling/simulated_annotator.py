@@ -1,4 +1,4 @@
-"""An expert that knows the truth and answers through Label Studio's own API, for demos and experiments.
+"""An annotator that knows the truth and answers through Label Studio's own API, for demos and experiments.
 
 What it says travels the same way as a person's answer: it becomes an annotation, by a named user of
 its own, and is read back by a pull. What it gets wrong depends on the seed and the image alone.
@@ -23,14 +23,14 @@ from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import ReviewItem, ReviewState
 
-EMAIL = "simulated.expert@relook.local"
+EMAIL = "simulated.annotator@relook.local"
 _CONCURRENCY = 4
 _KEYS = uuid.UUID("5f6ac1c3-2f4e-4f0e-9a63-6a3a0f0d7f52")
 
 
 @dataclass(frozen=True)
 class GivenAnswer:
-    """One answer that the simulated expert gave.
+    """One answer that the simulated annotator gave.
 
     Args:
         review_item_id: the question.
@@ -86,7 +86,7 @@ def answer(
     wanted = [item for item in waiting if item.image_id in truth and item.task_id is not None][:limit]
     if not wanted:
         return []
-    reader = ensure_user(client, EMAIL, "Simulated", "expert")
+    reader = ensure_user(client, EMAIL, "Simulated", "annotator")
 
     def give(item: ReviewItem) -> GivenAnswer | None:
         right = truth[item.image_id]

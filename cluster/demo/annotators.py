@@ -1,4 +1,4 @@
-"""The experts of the demo, simulated or human, and the honest count of what became of their answers."""
+"""The annotators of the demo, simulated or human, and the honest count of what became of their answers."""
 
 import time
 from collections import Counter
@@ -11,11 +11,11 @@ from cluster.settings import Settings
 from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
 from labeling.project import known_desks
-from labeling.simulated_expert import answer
+from labeling.simulated_annotator import answer
 from records.datasets import load_dataset
 from records.errors import LabelStudioError
 from records.store import Store
-from records.types import AnswerKind, ExpertLabel, ReviewItem, ReviewState, Side
+from records.types import Annotation, AnswerKind, ReviewItem, ReviewState, Split
 
 LOOK_EVERY_S = 2.0
 
@@ -35,7 +35,7 @@ def answer_as_simulated(store: Store, client: LabelStudioClient, settings: Setti
         client,
         store,
         dict(zip(truth["image_id"], truth["label"], strict=True)),
-        error_rate=settings.demo.expert_error_rate,
+        error_rate=settings.demo.annotator_error_rate,
         cant_tell_rate=settings.demo.cant_tell_rate,
         seed=settings.demo.seed,
     )
@@ -58,7 +58,7 @@ def wait_for_people(store: Store, client: LabelStudioClient, server: ServerInfo,
     with store.ledger.read() as tx:
         wanted = tx.count(ReviewItem, where={"state": ReviewState.PUSHED})
     while (answered := sum(client.state(number).total_annotations for number in projects)) < wanted:
-        view.now(f"waiting for experts: {answered} of {wanted} answered")
+        view.now(f"waiting for annotators: {answered} of {wanted} answered")
         time.sleep(LOOK_EVERY_S)
 
 
@@ -77,7 +77,7 @@ def label_studio_figures(store: Store, client: LabelStudioClient, dataset_id: st
     tasks = [task for page in pages for task in page]
     there = {annotation.id for task in tasks for annotation in task.annotations if not annotation.was_cancelled}
     with store.ledger.read() as tx:
-        rows = tx.find(ExpertLabel, where={"project_id": projects}, order_by=("created_at", "id"))
+        rows = tx.find(Annotation, where={"project_id": projects}, order_by=("created_at", "id"))
     newest = {row.annotation_id: row for row in rows}
     pulled = [row for row in newest.values() if not row.deleted]
     items = Counter(str(task.meta.get("relook_item")) for task in tasks)
@@ -93,19 +93,19 @@ def label_studio_figures(store: Store, client: LabelStudioClient, dataset_id: st
     }
 
 
-def _fates(pulled: list[ExpertLabel], manifest: pd.DataFrame) -> dict[str, int]:
+def _fates(pulled: list[Annotation], manifest: pd.DataFrame) -> dict[str, int]:
     """Say what became of each annotation; every one has exactly one fate."""
-    by_expert = manifest[manifest["label_source"].str.startswith("expert:")].set_index("image_id")["side"]
+    by_annotator = manifest[manifest["label_source"].str.startswith("annotator:")].set_index("image_id")["split"]
     fates: Counter[str] = Counter({"trained_on": 0, "cant_tell": 0, "extra_reads": 0, "held_out": 0})
     counted: set[str] = set()
     for row in pulled:
         if row.answer is not AnswerKind.CLASS:
             fates["cant_tell"] += 1
-        elif row.image_id in counted or row.image_id not in by_expert.index:
+        elif row.image_id in counted or row.image_id not in by_annotator.index:
             fates["extra_reads"] += 1
         else:
             counted.add(row.image_id)
-            fates["trained_on" if by_expert[row.image_id] == Side.TRAIN else "held_out"] += 1
+            fates["trained_on" if by_annotator[row.image_id] == Split.TRAIN else "held_out"] += 1
     return dict(fates)
 
 
