@@ -116,8 +116,8 @@ def _resources(settings: Settings) -> Check:
 
 def fit_cpus(settings: Settings) -> float:
     """Return the CPUs that a fit takes: threads of a worker times workers."""
-    workers = settings.trainers.num_workers
-    threads = settings.trainers.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
+    workers = settings.trainers.workers.count
+    threads = settings.trainers.workers.threads or max(1, (os.cpu_count() or 1) // workers)
     return float(workers * threads)
 
 
@@ -245,13 +245,13 @@ def _blobs(settings: Settings) -> Check:
 
 
 def _gpu(settings: Settings) -> Check:
-    if settings.trainers.use_gpu is not True:
+    if settings.trainers.workers.use_gpu is not True:
         return Check(name="GPU", state="ok", detail="not asked for")
     import torch
 
     if not torch.cuda.is_available():
-        fix = "--set trainers.use_gpu=auto, or a preset for CPUs"
-        return Check(name="GPU", state="fail", detail="trainers.use_gpu is true and there is none", fix=fix)
+        fix = "--set trainers.workers.use_gpu=auto, or a preset for CPUs"
+        return Check(name="GPU", state="fail", detail="trainers.workers.use_gpu is true and there is none", fix=fix)
     return Check(name="GPU", state="ok", detail=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
 
 

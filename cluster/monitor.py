@@ -22,8 +22,7 @@ from rich.table import Table
 from cluster.labels import audit_labels
 from records.arrays import BoolArray, FloatArray
 from records.errors import ContractError
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.types import (
     LABEL_RANK,
     Confirmation,

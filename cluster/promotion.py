@@ -9,9 +9,9 @@ import getpass
 import os
 from typing import Any
 
-from cluster.change_record import write_change_record
 from cluster.gate import GateReport, Verdict
-from cluster.judging import judge
+from cluster.gate.run import run_gate
+from cluster.provenance import write_change_record
 from cluster.settings import Settings
 from records import audit
 from records.bundles import Bundle
@@ -110,7 +110,7 @@ def _ask_gate(store: Store, settings: Settings, bundle: Bundle) -> GateReport:
         newest = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
     if not newest:
         raise RefusedError("the gate needs a dataset version to judge on; import one, or use --provisional")
-    return judge(store, settings, bundle, load_dataset(store, newest[0].id), actor="relook promote")
+    return run_gate(store, settings, bundle, load_dataset(store, newest[0].id), actor="relook promote")
 
 
 def _require_right_to_force(reason: str, caller: Caller | None) -> None:

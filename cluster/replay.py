@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.manifest import installed_packages, read_manifest
+from cluster.provenance import installed_packages, read_manifest
 from cluster.session import ray_is_running
 from records.datasets import load_dataset
 from records.ids import new_id

@@ -13,10 +13,9 @@ from datetime import datetime
 from typing import Any
 
 from cluster import round_steps
-from cluster.change_record import write_change_record
 from cluster.gate import GateReport
-from cluster.manifest import complete_manifest, manifest_file, round_folder, write_manifest
 from cluster.notify import announced
+from cluster.provenance import complete_manifest, manifest_file, round_folder, write_change_record, write_manifest
 from cluster.round_steps import RoundContext, StepResult
 from cluster.settings import Settings, settings_hash
 from records import audit

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.gate import Verdict
-from cluster.gate.page import report_page
-from cluster.judging import judge
+from cluster.gate.report import report_page
+from cluster.gate.run import run_gate
 from cluster.labels import group_labelled_images, resolved_labels
 from cluster.selection import select_images
 from cluster.session import ray_is_running
@@ -163,7 +163,7 @@ def evaluate(context: RoundContext) -> StepResult:
 
 def gate(context: RoundContext) -> StepResult:
     """Hold the new model against the floors, the champion and the best champion ever."""
-    report = judge(context.store, context.settings, _new_bundle(context), _dataset(context), actor=_actor(context))
+    report = run_gate(context.store, context.settings, _new_bundle(context), _dataset(context), actor=_actor(context))
     (context.run_dir / "gate.json").write_text(report.model_dump_json(indent=2) + "\n")
     (context.run_dir / "gate.html").write_text(report_page(report, context.store.taxonomy))
     return {**report.model_dump(mode="json"), "text": f"{report.verdict}: {report.why}"}

@@ -1,24 +1,162 @@
 """Choose the unlabelled images that annotators should see next, and write them to the outbox with their heat maps."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
 
-from cluster.pool import BATCH_SIZE, candidates, pool_of
 from images.cache import PixelCache
 from images.decode import decode_square
-from labeling.acquisition.registry import choose, choose_mixed
+from images.grouping import group_images
+from images.intake import Intake
+from labeling.acquisition.registry import Pool, choose, choose_mixed, rule_named
+from labeling.acquisition.scores import suspicious_rows
+from records.arrays import Float32Array, FloatArray
 from records.bundles import Bundle
+from records.datasets import load_dataset
+from records.erasure import make_way
+from records.errors import DataError
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
-from records.store import Store
-from records.stored import read_image
-from records.types import Image, ReasonCode, ReviewItem
+from records.ledger.tables import TABLES
+from records.store import Store, read_image
+from records.types import Annotation, Consent, Image, ReasonCode, ReviewItem, SourceLabel, Split
+from vision.explanations import STORED_OVERLAY_SIDE_PX
 from vision.explanations.overlay import overlay_png
-from vision.inference.loaded import load_model
+from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.output import BatchOutput
 
-OVERLAY_SIDE_PX = 384
+BATCH_SIZE = 64
+MAX_CANDIDATES = 4096
+MAX_KNOWN = 2048
+DROPOUT_PASSES = 10
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+
+def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:
+    """Store the images of a folder that the ledger does not know yet; like an import, with consent for training.
+
+    Args:
+        store: to store them in.
+        folder: looked through with its subfolders.
+        side_px: at which they are decoded into the cache.
+    Returns:
+        Ids of the images in the folder that can be used, and one sentence for each that cannot.
+    Raises:
+        DataError: there is no such folder, or not one image in it can be used.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--pool {str(folder)!r} is not a folder; name one with images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    with store.ledger.read() as tx:
+        known = {image.id: image for image in tx.find(Image)}
+    hashes = {i.id: i.perceptual_hash for i in known.values() if i.perceptual_hash is not None}
+    erased = frozenset(i.id for i in known.values() if i.is_erased_for_good)
+    usable: dict[str, Image] = {}
+    refused: list[str] = []
+    for taken in Intake(store, (side_px,), in_place=False, known_hashes=hashes, erased=erased).run(paths):
+        if taken.refusal is not None:
+            refused.append(f"{taken.path.name}: {taken.refusal}")
+            continue
+        usable[taken.image_id] = Image(
+            id=taken.image_id,
+            source_id=taken.path.stem,
+            uri=taken.uri,
+            format=taken.format,
+            width_px=taken.width_px,
+            height_px=taken.height_px,
+            provenance="pool",
+            consent=Consent.TRAINING,
+            perceptual_hash=taken.perceptual_hash,
+            created_at=utc_now(),
+        )
+    if not usable:
+        why = f"; first: {refused[0]}" if refused else "; put JPEG, PNG or WebP files into it"
+        raise DataError(f"not one image of {str(folder)!r} can be used{why}")
+    fresh = [i for image_id, i in usable.items() if image_id not in known or known[image_id].expired_at is not None]
+    with store.ledger.begin() as tx:
+        make_way(tx, [image.id for image in fresh])
+        tx.add(*fresh)
+    if fresh:
+        group_images(store, [image.id for image in fresh])
+    return list(usable), refused
+
+
+def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
+    """Return images that may be shown, have no diagnosis and are not already a question, at most 4096.
+
+    Args:
+        store: with the images.
+        among: only these, of which there may be more.
+    Returns:
+        By id.
+    """
+    images, known = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, Annotation, ReviewItem)]
+    query = sa.select(images).where(
+        images.c.consent.in_([Consent.REVIEW, Consent.TRAINING]),
+        images.c.erased_at.is_(None),
+        *(~sa.exists().where(column == images.c.id) for column in known),
+    )
+    query = query.order_by(images.c.id)
+    if among is None:
+        query = query.limit(MAX_CANDIDATES)
+    with store.ledger.read() as tx:
+        found = [Image.model_validate(dict(row)) for row in tx.connection.execute(query).mappings()]
+    wanted = None if among is None else set(among)
+    return [image for image in found if wanted is None or image.id in wanted]
+
+
+def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[str], *, seed: int = 0) -> Pool:
+    """Compute what rules need of images.
+
+    Args:
+        store: with the images.
+        model: whose doubt counts.
+        images: to choose from.
+        rules: names of the rules that will be asked.
+        seed: of passes with dropout.
+    Returns:
+        One row per image, in their order.
+    """
+    needs = {need for rule in rules for need in rule_named(rule).needs}
+    cache = PixelCache(store.home.cache, model.geometry.side_px)
+    ids = [image.id for image in images]
+    cache.ensure(store, ids)
+    rows = cache.rows(ids)
+    probabilities, features, samples = [], [], []
+    for at in range(0, len(ids), BATCH_SIZE):
+        pixels = rows.take(np.arange(at, min(at + BATCH_SIZE, len(ids))))
+        probabilities.append(model.predict(pixels).probabilities)
+        if "features" in needs:
+            features.append(model.describe(pixels))
+        if "samples" in needs:
+            samples.append(model.dropout_samples(pixels, DROPOUT_PASSES, seed=seed))
+    return Pool(
+        ids=ids,
+        group_ids=[image.group_id or image.id for image in images],
+        probabilities=np.concatenate(probabilities),
+        features=np.concatenate(features) if features else None,
+        samples=np.concatenate(samples, axis=1) if samples else None,
+        known_features=_known_features(store, model, cache) if "features" in needs else None,
+        miss_costs=np.array([c.miss_cost for c in model.taxonomy.classes]),
+    )
+
+
+def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Float32Array:
+    """Describe the images that have a label already, at most 2048 of them by id."""
+    images, labels = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, Annotation)]
+    labelled = sa.or_(*(sa.exists().where(column == images.c.id) for column in labels))
+    query = sa.select(images.c.id).where(labelled, images.c.erased_at.is_(None)).order_by(images.c.id).limit(MAX_KNOWN)
+    with store.ledger.read() as tx:
+        ids = list(tx.connection.execute(query).scalars())
+    cache.ensure(store, ids)
+    rows = cache.rows(ids)
+    parts = [rows.take(np.arange(at, min(at + BATCH_SIZE, len(ids)))) for at in range(0, len(ids), BATCH_SIZE)]
+    return np.concatenate([model.describe(part) for part in parts] or [np.empty((0, 1), dtype=np.float32)])
+
+
 DEFAULT_RULE = "least_confidence"
 
 
@@ -81,7 +219,7 @@ def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: f
     overlay = None
     if finite and output.maps is not None:
         heat_map = output.maps[row, int(output.probabilities[row].argmax())]
-        pixels = decode_square(read_image(store, image), OVERLAY_SIDE_PX)
+        pixels = decode_square(read_image(store, image), STORED_OVERLAY_SIDE_PX)
         overlay = store.blobs.put(overlay_png(pixels, heat_map))
     return ReviewItem(
         id=new_id(),
@@ -91,3 +229,87 @@ def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: f
         priority=priority,
         overlay_blob=overlay,
     )
+
+
+_FOLDS = 5
+
+
+def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budget: int) -> tuple[int, int]:
+    """Write review items for the training labels that are most probably wrong.
+
+    Args:
+        store: with the images.
+        bundle: whose features describe them.
+        dataset_id: the version whose train split is looked through; no held-out split is touched.
+        budget: how many at most, one per group.
+    Returns:
+        How many labels are suspicious, and how many questions were written; nothing is asked twice.
+    """
+    rows = load_dataset(store, dataset_id).rows
+    rows = rows[rows["split"] == Split.TRAIN.value].reset_index(drop=True)
+    ids = list(rows["image_id"])
+    model = load_model(bundle)
+    cache = PixelCache(store.home.cache, model.geometry.side_px)
+    cache.ensure(store, ids)
+    cached = cache.rows(ids)
+    parts = [np.arange(at, min(at + BATCH_SIZE, len(ids))) for at in range(0, len(ids), BATCH_SIZE)]
+    features = np.concatenate([model.describe(cached.take(part)) for part in parts])
+    labels = np.array([store.taxonomy.index_of(label) for label in rows["label"]], dtype=np.intp)
+    groups = rows["group_id"].to_numpy()
+    finite = np.flatnonzero(np.isfinite(features).all(axis=1))
+    out_of_fold = out_of_fold_probabilities(features[finite], labels[finite], groups[finite], len(store.taxonomy.codes))
+    suspicious = [int(finite[row]) for row in suspicious_rows(labels[finite], out_of_fold)]
+    asked = _already_asked(store, ids)
+    chosen: dict[str, int] = {}
+    for row in suspicious:
+        if len(chosen) < budget and ids[row] not in asked:
+            chosen.setdefault(groups[row], row)
+    items = [
+        ReviewItem(
+            id=new_id(),
+            created_at=utc_now(),
+            image_id=ids[row],
+            reasons=[ReasonCode.LABEL_NOISE],
+            priority=1.0 - number / len(chosen),
+        )
+        for number, row in enumerate(chosen.values())
+    ]
+    with store.ledger.begin() as tx:
+        tx.add(*items)
+    return len(suspicious), len(items)
+
+
+def out_of_fold_probabilities(
+    features: Float32Array, labels: NDArray[np.intp], groups: NDArray[np.object_], num_classes: int
+) -> FloatArray:
+    """Return for every row what a linear head says that did not see its group.
+
+    Args:
+        features: [N, D], finite.
+        labels: [N] class indices.
+        groups: [N]; rows of one group are in one fold.
+        num_classes: C.
+    Returns:
+        [N, C], rows sum to 1; 0 for classes that a fold's training rows do not have.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    found = np.zeros((len(labels), num_classes))
+    folds = min(_FOLDS, len(set(groups)))
+    for train, test in GroupKFold(folds).split(features, labels, groups):
+        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
+        head.fit(features[train], labels[train])
+        found[np.ix_(test, head.classes_)] = head.predict_proba(features[test])
+    return found
+
+
+def _already_asked(store: Store, ids: list[str]) -> set[str]:
+    table = TABLES[ReviewItem].c
+    query = sa.select(table.image_id, table.reasons)
+    with store.ledger.read() as tx:
+        rows = tx.connection.execute(query).all()
+    wanted = set(ids)
+    return {image_id for image_id, reasons in rows if image_id in wanted and ReasonCode.LABEL_NOISE in reasons}

@@ -10,8 +10,8 @@ from cluster.demo.view import View
 from cluster.settings import Settings
 from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
-from labeling.project import known_desks
-from labeling.simulated_annotator import answer
+from labeling.project import known_projects
+from labeling.simulated_annotator import annotate
 from records.datasets import load_dataset
 from records.errors import LabelStudioError
 from records.store import Store
@@ -31,7 +31,7 @@ def answer_as_simulated(store: Store, client: LabelStudioClient, settings: Setti
         How many answers were given.
     """
     truth = pd.read_parquet(store.home.demo / "truth.parquet")
-    given = answer(
+    given = annotate(
         client,
         store,
         dict(zip(truth["image_id"], truth["label"], strict=True)),
@@ -110,7 +110,7 @@ def _fates(pulled: list[Annotation], manifest: pd.DataFrame) -> dict[str, int]:
 
 
 def _projects(store: Store, client: LabelStudioClient) -> list[int]:
-    projects = list(known_desks(store, client))
+    projects = list(known_projects(store, client))
     if not projects:
         raise LabelStudioError("nothing was pushed to Label Studio yet")
     return projects

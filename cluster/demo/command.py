@@ -13,16 +13,15 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 
-from cluster.demo.claim import take_home
-from cluster.demo.scenes import Annotator
-from cluster.demo.story import Running, play, reopen
-from cluster.demo.summary import DemoSummary
+from cluster.demo.run import Running, play, reopen
+from cluster.demo.stages import Annotator
+from cluster.demo.state import DemoSummary, prepare_home
 from cluster.settings import Settings
 from records.command import emit, stderr
 from records.store import open_store
 
 
-def play_demo(settings: Settings, *, data: Path | None, annotator: Annotator, as_json: bool) -> None:
+def run_demo(settings: Settings, *, data: Path | None, annotator: Annotator, as_json: bool) -> None:
     """Play the demo and show what came of it.
 
     Args:
@@ -33,7 +32,7 @@ def play_demo(settings: Settings, *, data: Path | None, annotator: Annotator, as
     Raises:
         RefusedError: the home holds work that is not a demo's.
     """
-    take_home(settings, data)
+    prepare_home(settings, data)
     store = open_store(settings.records)
     with play(settings, store, data=data, annotator=annotator) as running:
         _show(running, as_json)

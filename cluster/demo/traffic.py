@@ -11,7 +11,7 @@ from typing import Any
 from records.errors import RelookError
 from records.types import FlagReason
 from serving.client import Client
-from serving.schemas import Context, FlagRequest, PredictionAnswer
+from serving.schemas import Context, FlagRequest, PredictionResponse
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Traffic:
         if wanted:
             self._flag(client, answer)
 
-    def _flag(self, client: Client, answer: PredictionAnswer) -> None:
+    def _flag(self, client: Client, answer: PredictionResponse) -> None:
         request = FlagRequest(reason=FlagReason.WRONG_LABEL, comment="This does not look right to me.")
         try:
             client.flag(answer.id, request)

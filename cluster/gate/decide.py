@@ -13,9 +13,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cluster.gate.comparisons import accuracy_check, lesions_in, sensitivity_checks
+from cluster.gate.checks import (
+    accuracy_check,
+    calibration_check,
+    explanation_check,
+    floor_checks,
+    identity_checks,
+    lesions_in,
+    sensitivity_checks,
+)
 from cluster.gate.contenders import Contender, Slice, accuracy_of, gate_weights, lesions_of
-from cluster.gate.floors import calibration_check, explanation_check, floor_checks, identity_checks
 from cluster.gate.report import Check, GateReport, SliceReport, Verdict
 from cluster.settings import GateSettings
 from records.arrays import BoolArray, IntArray

@@ -1,9 +1,13 @@
 """What the gate says: a verdict, and every check behind it in words and figures."""
 
 from enum import StrEnum
+from importlib.resources import files
 from typing import Literal
 
+from jinja2 import Environment
 from pydantic import BaseModel, ConfigDict, Field
+
+from records.taxonomy import Taxonomy
 
 Outcome = Literal["pass", "fail", "undecided"]
 
@@ -61,3 +65,27 @@ class GateReport(BaseModel):
     checks: list[Check]
     slices: list[SliceReport] = []
     looks: dict[str, int] = Field(default={}, description="how often each guarded split was read so far, by split")
+
+
+HEADLINES = {
+    Verdict.PROMOTE: "The new model may answer",
+    Verdict.REFUSE: "The new model must not answer",
+    Verdict.UNDECIDED: "There are too few lesions to decide; the model before goes on answering",
+}
+
+
+def report_page(report: GateReport, taxonomy: Taxonomy) -> str:
+    """Render the report.
+
+    Args:
+        report: of the gate.
+        taxonomy: with the display name of the key class.
+    Returns:
+        One HTML page that needs nothing else.
+    """
+    key = taxonomy.key_class.code if taxonomy.key_class else None
+    name = next((c.name for c in taxonomy.classes if c.code == key), None)
+    # Names of sites and devices come from imported tables: everything is escaped.
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("cluster.gate") / "page.html").read_text(encoding="utf-8"))
+    return template.render(report=report, headline=HEADLINES[report.verdict], key_name=name)

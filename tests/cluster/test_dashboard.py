@@ -45,9 +45,9 @@ def test_there_is_a_panel_for_what_matters() -> None:
     assert len(QUERIES) >= 13
     text = " ".join(QUERIES)
     for name in (
-        "relook_answers_total",
-        "relook_questions_overdue",
-        "relook_answer_seconds_bucket",
+        "relook_predictions_total",
+        "relook_tasks_overdue",
+        "relook_prediction_seconds_bucket",
         "relook_flags_total",
     ):
         assert name in text

@@ -63,7 +63,7 @@ def test_nothing_is_made_by_looking(tmp_path: Path, free_port: int) -> None:
 
 
 def test_the_laptop_preset_fits_its_cpus() -> None:
-    cpus = _look(load_settings(sets=["trainers.threads_per_worker=2"]), "CPUs")
+    cpus = _look(load_settings(sets=["trainers.workers.threads=2"]), "CPUs")
     assert cpus.state == "ok"
     assert "ingress 0.5 + predictor 1 + explainer 0.5 + search or fit 2 = 4 of 4 CPUs" in cpus.detail
 
@@ -71,18 +71,18 @@ def test_the_laptop_preset_fits_its_cpus() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_fits_the_cpus_it_asks_ray_for(name: str) -> None:
     settings = load_settings(preset=name)
-    cores = settings.trainers.threads_per_worker or 2
-    assert _look(load_settings(preset=name, sets=[f"trainers.threads_per_worker={cores}"]), "CPUs").state == "ok"
+    cores = settings.trainers.workers.threads or 2
+    assert _look(load_settings(preset=name, sets=[f"trainers.workers.threads={cores}"]), "CPUs").state == "ok"
 
 
 def test_too_few_cpus_name_the_number_that_would_do() -> None:
-    cpus = _look(load_settings(sets=["cluster.logical_cpus=2", "trainers.threads_per_worker=2"]), "CPUs")
+    cpus = _look(load_settings(sets=["cluster.logical_cpus=2", "trainers.workers.threads=2"]), "CPUs")
     assert cpus.state == "fail"
     assert cpus.fix == "--set cluster.logical_cpus=4, or fewer CPUs for a part"
 
 
 def test_a_fit_takes_threads_times_workers() -> None:
-    sets = ["trainers.num_workers=2", "trainers.threads_per_worker=3", "trainers.batch_size=64"]
+    sets = ["trainers.workers.count=2", "trainers.workers.threads=3", "trainers.batch_size=64"]
     assert fit_cpus(load_settings(sets=sets)) == 6.0
 
 
@@ -174,6 +174,6 @@ def test_ray_that_would_be_open_or_does_not_answer(
 def test_a_gpu_that_is_asked_for_has_to_be_there(tmp_path: Path) -> None:
     import torch
 
-    check = _look(_settings(tmp_path, "trainers.use_gpu=true"), "GPU")
+    check = _look(_settings(tmp_path, "trainers.workers.use_gpu=true"), "GPU")
     assert check.state == ("ok" if torch.cuda.is_available() else "fail")
     assert _look(_settings(tmp_path), "GPU").state == "ok"

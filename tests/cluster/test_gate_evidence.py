@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from cluster.gate import Contender, GateReport, Slice, Verdict, decide
-from cluster.gate.comparisons import simultaneous_lower_bounds
-from cluster.gate.page import report_page
-from cluster.judging import slices_of
+from cluster.gate.checks import simultaneous_lower_bounds
+from cluster.gate.report import report_page
+from cluster.gate.run import slices_of
 from cluster.settings import GateSettings
 from records.ids import utc_now
 from records.taxonomy import load_taxonomy

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from cluster import monitor
 from cluster.labels import resolved_labels
-from labeling.adjudication import ask_to_decide
-from labeling.reads import plan_reads
+from labeling.reads import add_adjudications, plan_reads
 from labeling.settings import LabelingSettings
 from records.datasets import DatasetVersion, build_version
 from records.ids import new_id, sha256_hex, utc_now
@@ -39,7 +38,7 @@ from records.types import (
     SourceLabel,
     Split,
 )
-from serving.outbox import Answer, write_answers, write_flag
+from serving.outbox import PredictionRows, write_flag, write_predictions
 from serving.outcomes import write_outcome
 from serving.schemas import FlagRequest, OutcomeRequest
 
@@ -133,7 +132,7 @@ class History:
             priority=1.0, due=now + timedelta(hours=1) if ReasonCode.URGENT in reasons else None,
             selection_probability=0.5 if is_drawn else None,
         )  # fmt: skip
-        write_answers(self.store, [Answer(prediction, None, item if reasons else None)])
+        write_predictions(self.store, [PredictionRows(prediction, None, item if reasons else None)])
 
     def flag(self, number: int) -> None:
         for prediction in self._find(Prediction, image_id=_image_id(number))[-1:]:
@@ -169,7 +168,7 @@ class History:
         self._again(which, deleted=True)
 
     def disagree(self) -> None:
-        ask_to_decide(self.store, WORK.adjudicate_below)
+        add_adjudications(self.store, WORK.adjudicate_below)
 
     def outcome(self, number: int, diagnosis: str, confirmation: Confirmation) -> None:
         for prediction in self._find(Prediction, image_id=_image_id(number))[-1:]:

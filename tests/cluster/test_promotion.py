@@ -20,7 +20,7 @@ from records.store import Store
 from records.types import AuditEvent, ModelRecord, RoundRecord, Scope
 from serving.access.keys import create_key
 from trainers.fitting.fit import fit
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
 
 @pytest.fixture
@@ -30,7 +30,12 @@ def bundle(store: Store, tmp_path: Path) -> Bundle:
 
     synthesize(tmp_path / "images", lesions=90, seed=1, width_px=80)
     dataset = load_dataset(store, import_folder(store, tmp_path / "images", side_px=(32,)).dataset_id)
-    settings = TrainersSettings(model="custom_cnn", side_px=32, epochs=1, precision="fp32", threads_per_worker=1)
+    settings = TrainersSettings(
+        model=ModelSettings(name="custom_cnn", side_px=32),
+        epochs=1,
+        precision="fp32",
+        workers=WorkersSettings(threads=1),
+    )
     made = fit(store, settings, dataset, run_dir=tmp_path / "run", use_ray=False)
     record = RoundRecord(id=new_id(), number=1, started_at=utc_now(), seed=0, settings_hash="")
     with store.ledger.begin() as tx:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.gate import GateReport
-from cluster.judging import count_looks
-from cluster.manifest import manifest_file, round_folder
+from cluster.gate.run import count_looks
+from cluster.provenance import manifest_file, round_folder
 from cluster.replay import TOLERANCE, replay_round
 from cluster.round import run_round
 from cluster.settings import RoundSettings, Settings
@@ -17,7 +17,7 @@ from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, ModelRecord, RoundStep
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
 # Ray warns about its own defaults while it imports itself; where its session of other tests runs, a round uses it.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")]
@@ -30,7 +30,10 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     settings = Settings(
         records=RecordsSettings(home=folder / "home"),
         trainers=TrainersSettings(
-            model="custom_cnn", side_px=32, epochs=2, precision=request.param, threads_per_worker=1
+            model=ModelSettings(name="custom_cnn", side_px=32),
+            epochs=2,
+            precision=request.param,
+            workers=WorkersSettings(threads=1),
         ),
         round=RoundSettings(tune="never", select_budget=0),
     )

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from cluster.cli import run
-from cluster.pool import take_in_folder
-from cluster.selection import select_images
+from cluster.selection import select_images, take_in_folder
 from labeling.acquisition.registry import RULES
 from records.bundles import (
     Architecture,

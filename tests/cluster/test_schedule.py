@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 import cluster.round as round_room
-from cluster import watch
-from cluster.plan import plan_round
+from cluster import schedule
 from cluster.round_steps import RoundContext
+from cluster.schedule import plan_round
 from cluster.settings import RoundSettings, Settings
 from images.importer import import_folder
 from images.synth import synthesize
@@ -76,7 +76,7 @@ def add_round(tx: Transaction, *, days_ago: float = 1.0, finished: bool = True) 
 
 
 def test_a_round_is_due_by_labels_or_by_days(store: Store) -> None:
-    assert watch.why_due(store, SETTINGS) is None  # nothing was imported
+    assert schedule.why_due(store, SETTINGS) is None  # nothing was imported
     with store.ledger.begin() as tx:
         tx.add(
             SourceLabel(
@@ -88,19 +88,19 @@ def test_a_round_is_due_by_labels_or_by_days(store: Store) -> None:
                 created_at=utc_now(),
             )
         )
-    assert watch.why_due(store, SETTINGS) == "no round has run yet"
+    assert schedule.why_due(store, SETTINGS) == "no round has run yet"
     with store.ledger.begin() as tx:
         add_labels(tx, 2)
         add_round(tx, days_ago=0)
         add_labels(tx, 2)
-    assert watch.why_due(store, SETTINGS) is None
+    assert schedule.why_due(store, SETTINGS) is None
     with store.ledger.begin() as tx:
         add_labels(tx, 1)
-    assert watch.why_due(store, SETTINGS) == "3 new labels are in"
+    assert schedule.why_due(store, SETTINGS) == "3 new labels are in"
     with store.ledger.begin() as tx:
         add_round(tx, days_ago=6)
     patient = Settings(round=RoundSettings(watch_labels=100, watch_days=5))
-    assert watch.why_due(store, patient) == "6.0 days have passed"
+    assert schedule.why_due(store, patient) == "6.0 days have passed"
 
 
 STEP_RESULTS: dict[str, dict[str, Any]] = {
@@ -136,7 +136,7 @@ def test_of_four_watchers_exactly_one_runs_the_round(store: Store, short_steps: 
 
     def run(name: str) -> None:
         own = open_store(RecordsSettings(home=store.home.root))
-        watch.watch(
+        schedule.watch(
             own,
             SETTINGS,
             started_by=name,
@@ -179,10 +179,10 @@ def test_the_plan_says_what_a_round_would_do_and_changes_nothing(store: Store) -
 
 
 SMALL_ROUND = {
-    "RELOOK_TRAINERS__MODEL": "custom_cnn",
-    "RELOOK_TRAINERS__SIDE_PX": "32",
+    "RELOOK_TRAINERS__MODEL__NAME": "custom_cnn",
+    "RELOOK_TRAINERS__MODEL__SIDE_PX": "32",
     "RELOOK_TRAINERS__EPOCHS": "1",
-    "RELOOK_TRAINERS__THREADS_PER_WORKER": "1",
+    "RELOOK_TRAINERS__WORKERS__THREADS": "1",
     "RELOOK_ROUND__TUNE": "never",
     "RELOOK_ROUND__SELECT_BUDGET": "0",
     "RELOOK_ROUND__WATCH_LABELS": "3",

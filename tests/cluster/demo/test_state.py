@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.demo.claim import take_home
-from cluster.demo.summary import Stages, summary_path
+from cluster.demo.state import Stages, prepare_home, summary_path
 from cluster.settings import Settings
 from records.errors import RefusedError
 from records.home import open_home
@@ -33,37 +32,37 @@ def test_a_home_with_real_work_is_refused_and_left_as_it_is(tmp_path: Path) -> N
     settings = settings_of(tmp_path)
     store_an_image(settings)
     with pytest.raises(RefusedError, match="not a demo's"):
-        take_home(settings, None)
+        prepare_home(settings, None)
     assert (tmp_path / "ledger.db").exists()
 
 
 def test_a_demo_that_failed_before_its_first_stage_is_begun_anew_in_place(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
-    take_home(settings, Path("no/such/folder"))
+    prepare_home(settings, Path("no/such/folder"))
     open_store(settings.records).close()
-    take_home(settings, None)
+    prepare_home(settings, None)
     assert not (tmp_path / "demo" / "earlier").exists()
 
 
 def test_an_unfinished_demo_of_the_same_data_goes_on(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
-    take_home(settings, None)
+    prepare_home(settings, None)
     store_an_image(settings)
     Stages(open_home(tmp_path)).done("data", {"source": "generated"})
-    take_home(settings, None)
+    prepare_home(settings, None)
     assert Stages(open_home(tmp_path)).results["data"]["source"] == "generated"
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_finished_demo_or_one_of_other_data_is_moved_aside_whole(tmp_path: Path, finished: bool) -> None:
     settings = settings_of(tmp_path)
-    take_home(settings, None)
+    prepare_home(settings, None)
     store_an_image(settings)
     home = open_home(tmp_path)
     Stages(home).done("data", {"source": "generated" if finished else "elsewhere"})
     if finished:
         summary_path(home).write_text("{}")
-    take_home(settings, None)
+    prepare_home(settings, None)
     (earlier,) = (home.demo / "earlier").iterdir()
     assert (earlier / "ledger.db").exists()
     assert (earlier / "stages.json").exists()

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.demo.scenes import (
+from cluster.demo.stages import (
     Annotator,
     Demo,
     ask_annotators,
@@ -22,7 +22,7 @@ from cluster.demo.scenes import (
     summarise,
     swap,
 )
-from cluster.demo.summary import DemoSummary, Stages, summary_path, write_json
+from cluster.demo.state import DemoSummary, Stages, summary_path, write_json
 from cluster.demo.traffic import Tally, Traffic
 from cluster.demo.view import View
 from cluster.session import start_ray

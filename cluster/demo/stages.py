@@ -9,13 +9,12 @@ from typing import Any, Literal
 import pandas as pd
 
 from cluster.demo.annotators import answer_as_simulated, label_studio_figures, wait_for_people
-from cluster.demo.drills import harm_in_words, harmed_copy, twin
-from cluster.demo.pace import paced
-from cluster.demo.summary import DemoSummary, RoundSummary, Stages
+from cluster.demo.faults import harm_in_words, harmed_copy, twin
+from cluster.demo.state import DemoSummary, RoundSummary, Stages
 from cluster.demo.traffic import Tally, Traffic, TrafficImage
 from cluster.demo.view import View
 from cluster.gate import Verdict
-from cluster.judging import judge
+from cluster.gate.run import run_gate
 from cluster.round import RoundEvent, run_round
 from cluster.settings import Settings
 from images.audit import audit_dataset
@@ -31,8 +30,7 @@ from records.datasets import load_dataset
 from records.errors import IntegrityError, UnavailableError
 from records.lineage import trace
 from records.models import find_bundle, register, serve_model, serving_model
-from records.store import Store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, read_image
 from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
 from serving.client import Client
 from serving.launch import ServiceHandle
@@ -97,7 +95,7 @@ def gather_data(demo: Demo, data: Path | None) -> StageResult:
         demo.view.say(f"generating {settings.demo.synth_lesions} lesions (seed {settings.demo.seed})")
         synthesize(folder, lesions=settings.demo.synth_lesions, seed=settings.demo.seed)
     report = import_folder(
-        demo.store, folder, withhold_share=settings.demo.withhold_share, side_px=(settings.trainers.side_px,)
+        demo.store, folder, withhold_share=settings.demo.withhold_share, side_px=(settings.trainers.model.side_px,)
     )
     report.withheld.to_parquet(home.demo / "truth.parquet", index=False)
     found = audit_dataset(demo.store, load_dataset(demo.store, report.dataset_id))
@@ -222,7 +220,7 @@ def gate_drill(demo: Demo) -> StageResult:
         raise IntegrityError("no model answers, so there is nothing to harm")
     harmed = harmed_copy(demo.store, find_bundle(demo.store, current.id))
     dataset = load_dataset(demo.store, rounds[0].dataset_id or "")
-    report = judge(demo.store, demo.settings, harmed, dataset, actor="demo gate drill (planted)")
+    report = run_gate(demo.store, demo.settings, harmed, dataset, actor="demo gate drill (planted)")
     demo.view.say(f"{harm_in_words(demo.store.taxonomy)}: {report.verdict}, {report.why}")
     return {
         "harmed_challenger_refused": report.verdict is Verdict.REFUSE,
@@ -316,3 +314,18 @@ def summarise(demo: Demo, server: ServerInfo) -> DemoSummary:
         trace={key: value for key, value in results["trace"].items() if key != "seconds"},
         seconds={name: result["seconds"] for name, result in results.items()},
     )
+
+
+def paced(settings: Settings, train_images: int) -> Settings:
+    """Shorten the training so that one fit shows about `demo.fit_images` images.
+
+    Args:
+        settings: of the demo.
+        train_images: images on the train split.
+    Returns:
+        The settings with as many epochs as fit, at least one and at most those configured.
+    """
+    epochs = max(1, min(settings.trainers.epochs, settings.demo.fit_images // max(1, train_images)))
+    tuning = settings.tuning.model_copy(update={"trial_epochs": min(settings.tuning.trial_epochs, epochs)})
+    trainers = settings.trainers.model_copy(update={"epochs": epochs})
+    return settings.model_copy(update={"trainers": trainers, "tuning": tuning})

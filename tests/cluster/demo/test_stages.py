@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.demo.pace import paced
+from cluster.demo.stages import paced
 from cluster.presets import PRESETS
 
 

@@ -1,0 +1,127 @@
+"""Everything the gate needs, gathered: predictions on the gate split, rivals, slices, and how often one has looked.
+
+In: a store, settings, a bundle and a dataset version. Out: the gate's report. Every call reads the gate
+split, and each reading is an audit event.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cluster.gate import Contender, GateReport, Slice, Verdict, decide
+from cluster.settings import Settings
+from images.cache import PixelCache
+from records.arrays import BoolArray
+from records.bundles import Bundle
+from records.datasets import DatasetVersion
+from records.ledger import Transaction
+from records.models import find_bundle, serving_model
+from records.store import Store, find_images
+from records.types import AuditEvent, Image, ModelStatus, RoundStep, Split
+from trainers.evaluation.evaluate import GUARDED_SPLITS, SplitPredictions, predict_split
+from trainers.evaluation.sanity import randomisation_similarity
+
+SANITY_IMAGES = 32
+AGE_BANDS = ((0, 40), (40, 60), (60, 131))
+
+
+def run_gate(
+    store: Store, settings: Settings, challenger: Bundle, dataset: DatasetVersion, *, actor: str
+) -> GateReport:
+    """Hold a bundle against the gate; reading the gate split is audited.
+
+    Args:
+        store: with the ledger and the bundles.
+        settings: with the gate's margins.
+        challenger: the bundle that wants to answer.
+        dataset: whose gate split is read.
+        actor: who asks, for the audit.
+    Returns:
+        The gate's report.
+    """
+    predictions = predict_split(store, challenger, dataset, Split.GATE, actor=actor)
+    rivals = [
+        (role, _contender(store, bundle, predict_split(store, bundle, dataset, Split.GATE, actor=actor)))
+        for role, bundle in _rivals(store, challenger.id)
+    ]
+    return decide(
+        _contender(store, challenger, predictions),
+        rivals,
+        taxonomy=store.taxonomy,
+        settings=settings.gate,
+        explanation_similarity=_map_similarity(store, challenger, dataset, settings.gate.seed),
+        slices=slices_of(find_images(store, predictions.image_ids)),
+        looks=count_looks(store),
+    )
+
+
+def slices_of(images: Sequence[Image]) -> list[Slice]:
+    """Cut images by age, sex, body site, device and institution.
+
+    Args:
+        images: [N].
+    Returns:
+        Slices with at least one image; images of which a field is not known are in no slice of it.
+    """
+    members: dict[str, BoolArray] = defaultdict(lambda: np.zeros(len(images), dtype=np.bool_))
+    for row, image in enumerate(images):
+        for name in _slice_names(image):
+            members[name][row] = True
+    return [Slice(name, members[name]) for name in sorted(members)]
+
+
+def _slice_names(image: Image) -> Iterator[str]:
+    if image.age_years is not None:
+        low, high = next(band for band in AGE_BANDS if image.age_years < band[1])
+        yield f"age: {low} to {high - 1}" if high < AGE_BANDS[-1][1] else f"age: {low} and over"
+    for name in ("sex", "localization", "device", "site"):
+        value = getattr(image, name)
+        if value:
+            yield f"{name}: {value}"
+
+
+def count_looks(store: Store) -> dict[str, int]:
+    """Return how often each guarded split was read so far, by split."""
+    with store.ledger.read() as tx:
+        return {split.value: tx.count(AuditEvent, where={"action": f"{split.value}.read"}) for split in GUARDED_SPLITS}
+
+
+def _map_similarity(store: Store, bundle: Bundle, dataset: DatasetVersion, seed: int) -> float | None:
+    """Compare heat maps of validation images with those of the same network with random weights."""
+    image_ids = [str(image_id) for image_id in dataset.split(Split.VAL)["image_id"][:SANITY_IMAGES]]
+    cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
+    cache.ensure(store, image_ids)
+    return randomisation_similarity(bundle, cache.rows(image_ids).take(np.arange(len(image_ids))), seed=seed)
+
+
+def _contender(store: Store, bundle: Bundle, predictions: SplitPredictions) -> Contender:
+    key = store.taxonomy.key_class
+    point = bundle.document.operating.refer.get(key.code) if key else None
+    return Contender(bundle.id, predictions, point.threshold if point else None)
+
+
+def _rivals(store: Store, challenger_id: str) -> list[tuple[str, Bundle]]:
+    """Return the champion, and the best model that ever was champion if it is another one."""
+    with store.ledger.read() as tx:
+        current = serving_model(tx)
+        best = _best_ever(tx)
+    champion = current.id if current and current.status == ModelStatus.CHAMPION else None
+    rivals: dict[str, str] = {}
+    for role, model_id in (("champion", champion), ("best ever", best)):
+        if model_id is not None and model_id != challenger_id:
+            rivals.setdefault(model_id, role)
+    return [(role, find_bundle(store, model_id)) for model_id, role in rivals.items()]
+
+
+def _best_ever(tx: Transaction) -> str | None:
+    """Return the champion with the best balanced accuracy at its gate, whoever promoted it."""
+    figures = {
+        event.subject: float(event.details["balanced_accuracy"])
+        for event in tx.find(AuditEvent, where={"action": f"model.{ModelStatus.CHAMPION}"})
+        if event.details.get("balanced_accuracy") is not None
+    }
+    for step in tx.find(RoundStep, where={"step": "gate"}):
+        if step.result["verdict"] == Verdict.PROMOTE:
+            figures.setdefault(step.result["challenger"], step.result["balanced_accuracy"])
+    return max(figures, key=lambda model_id: figures[model_id], default=None)
