@@ -20,8 +20,7 @@ from records.datasets import DatasetVersion
 from records.grouping import SPLIT_SHARES
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.types import Image, Quarantined, SourceLabel, Split
 
 RANDOM_SPLIT_SEED = 0

@@ -24,8 +24,7 @@ from images.parallel import chunks_of, map_in_order
 from records.arrays import IntArray, UInt8Array
 from records.errors import ContractError, UnavailableError
 from records.ids import new_id
-from records.store import Store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, read_image
 from records.types import Image
 
 SEGMENT_BYTES = 32 * 2**20

@@ -18,8 +18,7 @@ from records.grouping import KnownGroup, Placement, place
 from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.types import LABEL_RANK, Annotation, AnswerKind, Confirmation, Group, Image, SourceLabel, Split
 
 

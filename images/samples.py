@@ -12,8 +12,7 @@ from images.synth import SHARES, render
 from records.arrays import UInt8Array
 from records.datasets import DatasetVersion
 from records.ids import sha256_hex
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.types import DatasetRecord, Split
 
 _GENERATED_WIDTH_PX = 400

@@ -22,8 +22,7 @@ from images.decode import decode_square
 from records.arrays import IntArray, UInt8Array
 from records.errors import ContractError, RelookError, rebuilt
 from records.settings import RecordsSettings
-from records.store import Store, open_store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, open_store, read_image
 
 IMAGES_PER_TASK = 128
 """A task takes tens of milliseconds to place, and as much as this to decode them."""

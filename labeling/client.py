@@ -23,10 +23,9 @@ from label_studio_sdk.core.parse_error import ParsingError
 from label_studio_sdk.core.request_options import RequestOptions
 from pydantic import SecretStr
 
-from labeling.failures import refusal
 from labeling.rows import ProjectRow, ProjectState, TaskRow, body_of, filter_by, known_id, task_row
 from labeling.tasks import LIST_VIEW
-from records.errors import LabelStudioError, RefusedError, UnknownIdError
+from records.errors import LabelStudioError, RefusedError, RelookError, UnknownIdError
 
 PAGE_SIZE = 500
 _PAUSES_S = (0.3, 1.0, 3.0)
@@ -55,7 +54,7 @@ class LabelStudioClient:
         self.server = "local" if local else self.url
         # A proxy of the environment cannot reach this machine's own loopback.
         self._http = httpx.Client(timeout=timeout_s, follow_redirects=True, trust_env=not local)
-        with self.speaking("log in"):
+        with self.translated_errors("log in"):
             self._sdk: LabelStudioBase = LabelStudio(  # type: ignore[no-untyped-call]
                 base_url=self.url,
                 api_key=secret,
@@ -89,12 +88,12 @@ class LabelStudioClient:
             LabelStudioError: it does not answer, or refuses the token.
         """
         self.request("GET", "api/current-user/whoami", "check the token")
-        with self.speaking("read its version"):
+        with self.translated_errors("read its version"):
             return str(self._sdk.versions.get().release)
 
     def find_project(self, marker: str) -> int | None:
         """Return the id of the project whose description holds the marker, or None."""
-        with self.speaking("list projects"):
+        with self.translated_errors("list projects"):
             for project in self._sdk.projects.list(include="id,description", page_size=100):
                 if project.id is not None and marker in (project.description or ""):
                     return int(project.id)
@@ -118,11 +117,11 @@ class LabelStudioClient:
         if found is not None:
             present = self.project(found)
             if present is not None and present.label_config != label_config.strip():
-                with self.speaking("update the label config"):
+                with self.translated_errors("update the label config"):
                     self._sdk.projects.update(found, label_config=label_config)
             project_id = found
         else:
-            with self.speaking("create a project"):
+            with self.translated_errors("create a project"):
                 project_id = known_id(
                     self._sdk.projects.create(
                         title=title,
@@ -146,20 +145,8 @@ class LabelStudioClient:
             found = self.request("GET", f"api/projects/{project_id}", action)
         except UnknownIdError:
             return None
-        with self.speaking(action):
+        with self.translated_errors(action):
             return ProjectRow(project_id, str(found["description"] or ""), str(found["label_config"]).strip())
-
-    def set_model_version(self, project_id: int, model_version: str) -> None:
-        """Choose which predictions order a project's tasks.
-
-        Args:
-            project_id: of the project.
-            model_version: one that at least one prediction in it has.
-        Raises:
-            LabelStudioError: no prediction has that version, or it does not answer.
-        """
-        with self.speaking("set the model version"):
-            self._sdk.projects.update(project_id, model_version=model_version)
 
     def import_tasks(self, project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
         """Import tasks, all or none. Never repeated here: look with `list_tasks` whether it arrived.
@@ -174,7 +161,7 @@ class LabelStudioClient:
         """
         action, path = f"import {len(tasks)} tasks", f"api/projects/{project_id}/import"
         found = self.request("POST", path, action, params={"return_task_ids": "true"}, body=list(tasks), repeat=False)
-        with self.speaking(action):
+        with self.translated_errors(action):
             task_ids = [int(task_id) for task_id in found["task_ids"]] if tasks else []
         if len(task_ids) != len(tasks):
             raise LabelStudioError(
@@ -254,7 +241,7 @@ class LabelStudioClient:
             return False
         wanted = document["predictions"][0]
         found = self.request("GET", "api/predictions/", action, params={"task": task_id})
-        with self.speaking(action):
+        with self.translated_errors(action):
             numbers = [int(one["id"]) for one in found if one["model_version"] == wanted["model_version"]]
         for number in numbers:
             self.request("PATCH", f"api/predictions/{number}/", action, body={"score": wanted["score"]})
@@ -291,8 +278,34 @@ class LabelStudioClient:
             found = self.request("POST", f"api/tasks/{task_id}/annotations/", action, body=body)
         except RefusedError:
             return None
-        with self.speaking(action):
+        with self.translated_errors(action):
             return int(found["id"])
+
+    def users(self) -> dict[int, str]:
+        """Return the e-mail address of every account, by user id."""
+        action = "list users"
+        found = self.request("GET", "api/users/", action)
+        with self.translated_errors(action):
+            return {int(user["id"]): str(user["email"]) for user in found}
+
+    def ensure_user(self, email: str, first_name: str, last_name: str) -> int:
+        """Return the id of the user with this e-mail address; one that is missing is added without a password."""
+        for user_id, known in self.users().items():
+            if known.lower() == email.lower():
+                return user_id
+        action = f"add the user {email}"
+        body = {"username": email, "email": email, "first_name": first_name, "last_name": last_name}
+        found = self.request("POST", "api/users/", action, body=body, repeat=False)
+        with self.translated_errors(action):
+            return int(found["id"])
+
+    def invitation(self) -> str:
+        """Return the sign-up link of this server; whoever has it can make an account."""
+        action = "invite a person"
+        found = self.request("GET", "api/invite", action)
+        with self.translated_errors(action):
+            link = urlsplit(found["invite_url"])
+            return f"{self.url}{link.path}?{link.query}"
 
     def _ensure_view(self, project_id: int) -> None:
         if self.request("GET", "api/dm/views/", "list views", params={"project": project_id}):
@@ -318,7 +331,7 @@ class LabelStudioClient:
         }
         action = f"list the tasks of project {project_id}"
         found = self.request("GET", "api/tasks/", action, params=params)
-        with self.speaking(action):
+        with self.translated_errors(action):
             rows = [task_row(task) for task in found["tasks"]]
             return rows, int(found["total"]), int(found["total_annotations"])
 
@@ -346,7 +359,7 @@ class LabelStudioClient:
         Raises:
             LabelStudioError: it does not answer, or refuses.
         """
-        with self.speaking(action):
+        with self.translated_errors(action):
             for pause_s in _PAUSES_S if repeat else ():
                 try:
                     return self._send(method, path, params, body)
@@ -367,7 +380,7 @@ class LabelStudioClient:
         return response.json() if response.content else None
 
     @contextmanager
-    def speaking(self, action: str) -> Generator[None]:
+    def translated_errors(self, action: str) -> Generator[None]:
         """Turn every failure of a call into one sentence.
 
         Args:
@@ -393,3 +406,39 @@ class LabelStudioClient:
             raise LabelStudioError(
                 f"what answered at {self.url} when asked to {action} is not a Label Studio that Relook knows"
             ) from error
+
+
+def refusal(url: str, action: str, status: int, body: Any) -> RelookError:
+    """Return the error for an answer that is not a success.
+
+    Args:
+        url: base URL of the Label Studio.
+        action: what was asked, as in `import 100 tasks`.
+        status: HTTP status.
+        body: what it answered, JSON or text.
+    Returns:
+        UnknownIdError for 404, RefusedError for 409 (it exists already), else LabelStudioError.
+    """
+    said = " ".join(_reason(body).split())[:300]
+    where = f"Label Studio at {url}"
+    if status in (401, 403):
+        return LabelStudioError(
+            f"{where} refused the token to {action} ({status}: {said}); for the local one it is kept in "
+            "RELOOK_HOME/keys/label-studio.json, for another it comes from RELOOK_LABELING__TOKEN"
+        )
+    if status == 404:
+        return UnknownIdError(f"{where} has nothing to {action}: {said}")
+    if status == 409:
+        return RefusedError(f"{where} has it already ({action}): {said}")
+    if status == 429:
+        return LabelStudioError(f"{where} asks for fewer requests ({action}); try again in a minute")
+    if status >= 500:
+        return LabelStudioError(f"{where} failed to {action} ({status}: {said}); its log says why")
+    return LabelStudioError(f"{where} refused to {action} ({status}: {said})")
+
+
+def _reason(body: Any) -> str:
+    if not isinstance(body, dict):
+        return str(body or "no reason given")
+    detail, faults = body.get("detail") or body, body.get("validation_errors")
+    return f"{detail}: {faults}" if faults else str(detail)

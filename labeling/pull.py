@@ -6,20 +6,20 @@ happened costs one request. Where a cursor and the server's clock could disagree
 much rather than too little: the unique index on revisions keeps doubles out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from labeling.client import LabelStudioClient
-from labeling.doubles import remove_doubles
-from labeling.people import users
-from labeling.project import LEASE, LEASE_WAIT_S, Desk, is_ours, known_desks, open_project
+from labeling.client import PAGE_SIZE, LabelStudioClient
+from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project
 from labeling.push import Advance
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
 from labeling.settings import LabelingSettings
-from labeling.tasks import read_answer
+from labeling.tasks import parse_annotation
 from records.errors import UnknownIdError
 from records.ids import hash_of, new_id, utc_now
 from records.lease import hold
@@ -28,6 +28,7 @@ from records.store import Store
 from records.types import Annotation, AnswerKind, Cursor, ReviewItem, ReviewState
 
 _OVERLAP = timedelta(seconds=60)
+_AT_ONCE = 4
 _ADDED = (
     "annotations", "new_labels", "edited", "deleted", "cant_tell", "other", "not_understood", "tasks_deleted",
     "doubled", "requeued",
@@ -69,11 +70,13 @@ def pull(
         LabelStudioError: Label Studio does not answer; what was read so far is kept.
         RefusedError: another process keeps pushing or pulling for over a minute.
     """
-    desks = known_desks(store, client)
-    if not desks:
+    projects = known_projects(store, client)
+    if not projects:
         return PullReport()
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
-        reports = [_pull(store, client, settings, number, desk, advance) for number, desk in desks.items()]
+        reports = [
+            _pull(store, client, settings, number, project_key, advance) for number, project_key in projects.items()
+        ]
     return _joined(reports)
 
 
@@ -87,7 +90,12 @@ def _joined(reports: Sequence[PullReport]) -> PullReport:
 
 
 def _pull(
-    store: Store, client: LabelStudioClient, settings: LabelingSettings, project_id: int, desk: Desk, advance: Advance
+    store: Store,
+    client: LabelStudioClient,
+    settings: LabelingSettings,
+    project_id: int,
+    project_key: ProjectKey,
+    advance: Advance,
 ) -> PullReport:
     name = f"labeling.pull {client.server} {project_id}"
     with store.ledger.read() as tx:
@@ -100,7 +108,7 @@ def _pull(
         # only once it was found twice.
         if before == {**seen, "settled": True}:
             return PullReport(project_id=project_id, idle=True)
-        reading = _Pass(store, client, project_id, desk)
+        reading = _Pass(store, client, project_id, project_key)
         done = 0
         since = datetime.fromisoformat(before["newest_update"]) - _OVERLAP if before.get("newest_update") else None
         for page in client.list_tasks(project_id, updated_since=since, with_annotations=True):
@@ -110,7 +118,7 @@ def _pull(
         reading.hold_against(state)
     except UnknownIdError:
         # Whoever deletes a project does not take back what its readers said: those answers stay.
-        project = open_project(store, client, settings, desk)
+        project = open_project(store, client, settings, project_key)
         return PullReport(project_id=project.id, requeued=project.requeued)
     settled = {key: before.get(key) for key in seen} == seen
     with store.ledger.begin() as tx:
@@ -140,7 +148,7 @@ class _Pass:
     store: Store
     client: LabelStudioClient
     project_id: int
-    desk: Desk = field(default_factory=Desk)
+    project_key: ProjectKey = field(default_factory=ProjectKey)
     readers: dict[int, str] = field(default_factory=dict)
     added: list[Annotation] = field(default_factory=list)
     not_understood: list[str] = field(default_factory=list)
@@ -165,16 +173,16 @@ class _Pass:
 
     def hold_against(self, state: ProjectState) -> None:
         """Find tasks that were deleted and second tasks of a question: Label Studio shows both in the total only."""
-        asked = (ReviewState.PUSHED, ReviewState.ANSWERED, ReviewState.CLOSED)
+        asked = (ReviewState.PUSHED, ReviewState.ANSWERED)
         with self.store.ledger.read() as tx:
             items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": asked})
-        if len(items) == state.total or not is_ours(self.store, self.client, self.project_id, self.desk):
+        if len(items) == state.total or not is_ours(self.store, self.client, self.project_id, self.project_key):
             return
         if len(items) > state.total:
             self._record_deleted_tasks(items)
         else:
             by_id = {item.id: item for item in items}
-            self.doubled += remove_doubles(self.store, self.client, self.project_id, by_id)
+            self.doubled += _remove_duplicates(self.store, self.client, self.project_id, by_id)
 
     def _record_deleted_tasks(self, items: Sequence[ReviewItem]) -> None:
         present = {row.id for page in self.client.list_tasks(self.project_id, page_size=5000) for row in page}
@@ -183,8 +191,7 @@ class _Pass:
             newest = self._newest_labels(tx, missing)
             for item in missing.values():
                 self._bury(tx, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted])
-                if item.state != ReviewState.CLOSED:
-                    tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
+                tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
                 self.tasks_deleted += 1
 
     def report(self) -> PullReport:
@@ -207,7 +214,7 @@ class _Pass:
         wanted = {a.completed_by for row in page for a in row.annotations if a.completed_by is not None}
         if not wanted <= self.readers.keys():
             self.readers.update({user_id: f"user {user_id}" for user_id in wanted})
-            self.readers.update(users(self.client))
+            self.readers.update(self.client.users())
 
     def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, Annotation]]:
         """Return, by task and annotation, the row that was added last."""
@@ -233,7 +240,7 @@ class _Pass:
         _settle(tx, item, self.project_id, row.id, answered=bool(submitted))
 
     def _label(self, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> Annotation:
-        answer = read_answer(annotation.result, self.store.taxonomy)
+        answer = parse_annotation(annotation.result, self.store.taxonomy)
         reader = self.readers[annotation.completed_by] if annotation.completed_by is not None else "unknown"
         if not answer.understood:
             self.not_understood.append(
@@ -280,3 +287,70 @@ def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *,
     wanted = ReviewState.ANSWERED if answered else ReviewState.PUSHED
     if item.state != wanted:
         tx.update(ReviewItem, item.id, state=wanted, answered_at=utc_now() if answered else None)
+
+
+def _remove_duplicates(
+    store: Store, client: LabelStudioClient, project_id: int, items: Mapping[str, ReviewItem]
+) -> int:
+    """Leave one task for each question.
+
+    The one that was answered stays, else the one that the ledger knows. A task that somebody answered or
+    skipped is never deleted.
+
+    Args:
+        store: with the questions.
+        client: connected.
+        project_id: of this store.
+        items: questions that have a task there, by id.
+    Returns:
+        How many tasks were deleted.
+    Raises:
+        LabelStudioError: Label Studio does not answer; what is left is removed the next time.
+    """
+    found: dict[str, list[int]] = defaultdict(list)
+    for page in client.list_tasks(project_id, page_size=5000):
+        for row in page:
+            found[str(row.meta.get("relook_item"))].append(row.id)
+    several = {item_id: task_ids for item_id, task_ids in found.items() if len(task_ids) > 1 and item_id in items}
+    touched = _touched(client, project_id, {task_id for task_ids in several.values() for task_id in task_ids})
+    spare: list[int] = []
+    with store.ledger.begin() as tx:
+        for item_id, task_ids in several.items():
+            kept = _kept(items[item_id], task_ids, touched)
+            spare.extend(task_id for task_id in task_ids if task_id != kept and task_id not in touched)
+            if kept != items[item_id].task_id:
+                _move(tx, items[item_id], kept, touched.get(kept))
+
+    def delete(task_id: int) -> bool:
+        # Looked at once more, so that an answer that has just been given is seen; the next pull sees it, too.
+        if _touched(client, project_id, {task_id}):
+            return False
+        client.delete_task(task_id)
+        return True
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return sum(pool.map(delete, spare))
+
+
+def _kept(item: ReviewItem, task_ids: list[int], touched: Mapping[int, TaskRow]) -> int:
+    among = [task_id for task_id in task_ids if task_id in touched] or task_ids
+    return item.task_id if item.task_id in among else min(among)
+
+
+def _move(tx: Transaction, item: ReviewItem, task_id: int, answers: TaskRow | None) -> None:
+    tx.update(ReviewItem, item.id, task_id=task_id)
+    was_answered = answers is not None and any(not annotation.was_cancelled for annotation in answers.annotations)
+    if item.state is ReviewState.PUSHED and was_answered:
+        tx.update(ReviewItem, item.id, state=ReviewState.ANSWERED)
+
+
+def _touched(client: LabelStudioClient, project_id: int, task_ids: Collection[int]) -> dict[int, TaskRow]:
+    """Return those tasks that somebody answered or skipped, as they are now."""
+    found: dict[int, TaskRow] = {}
+    if task_ids:
+        size = min(len(task_ids), PAGE_SIZE)
+        for page in client.list_tasks(project_id, after_id=min(task_ids) - 1, with_annotations=True, page_size=size):
+            found.update({row.id: row for row in page if row.id in task_ids and row.annotations})
+            if page[-1].id >= max(task_ids):
+                break
+    return found

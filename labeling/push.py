@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import LabelStudioClient
-from labeling.project import LEASE, LEASE_WAIT_S, Desk, Project, desk_of, known_desks, open_project
-from labeling.reads import plan_reads, says_hash, stale_items
+from labeling.project import LEASE, LEASE_WAIT_S, Project, ProjectKey, known_projects, open_project, project_key_of
+from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
@@ -23,8 +23,7 @@ from records.errors import DataError, UnknownIdError
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
-from records.store import Store
-from records.stored import read_image
+from records.store import Store, read_image
 from records.types import Image, Prediction, ReviewItem, ReviewState
 
 Advance = Callable[[int, int], None]
@@ -88,14 +87,14 @@ def _push(
     refreshed = _refresh(store, client, settings, model_id)
     with store.ledger.read() as tx:
         waiting = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
-    by_desk: dict[Desk, list[ReviewItem]] = {}
+    by_project: dict[ProjectKey, list[ReviewItem]] = {}
     for item in waiting:
-        by_desk.setdefault(desk_of(item), []).append(item)
+        by_project.setdefault(project_key_of(item), []).append(item)
     done, reports = 0, [PushReport(refreshed=refreshed)]
-    for desk in sorted(by_desk, key=lambda desk: (desk.blind, desk.reader or "")):
+    for project_key in sorted(by_project, key=lambda project_key: (project_key.blind, project_key.reader or "")):
         told = partial(_advance, advance, done, len(waiting))
-        reports.append(_Sending(store, client, settings, model_id, desk, told).run())
-        done += len(by_desk[desk])
+        reports.append(_Sending(store, client, settings, model_id, project_key, told).run())
+        done += len(by_project[project_key])
     return _joined(reports)
 
 
@@ -117,14 +116,14 @@ class _Sending:
     client: LabelStudioClient
     settings: LabelingSettings
     model_id: str | None
-    desk: Desk
+    project_key: ProjectKey
     advance: Callable[[int], None]
 
     def run(self) -> PushReport:
         """Import what waits for this project, the most urgent first."""
-        project = open_project(self.store, self.client, self.settings, self.desk)
+        project = open_project(self.store, self.client, self.settings, self.project_key)
         adopted, doubled = adopt(self.store, self.client, project)
-        where = {"state": ReviewState.NEW, "blind": self.desk.blind, "reader": self.desk.reader}
+        where = {"state": ReviewState.NEW, "blind": self.project_key.blind, "reader": self.project_key.reader}
         with self.store.ledger.read() as tx:
             waiting = tx.find(ReviewItem, where=where, order_by=("-priority", "id"))
         pushed, withdrawn = 0, 0
@@ -144,10 +143,10 @@ class _Sending:
             unreadable.extend(batch.unreadable)
             self.advance(min(start + size, len(waiting)))
         return PushReport(
-            project_id=None if self.desk.blind else project.id,
+            project_id=None if self.project_key.blind else project.id,
             pushed=pushed,
             adopted=adopted,
-            blind=pushed if self.desk.blind else 0,
+            blind=pushed if self.project_key.blind else 0,
             doubled=doubled,
             requeued=project.requeued,
             withdrawn=withdrawn,
@@ -158,13 +157,13 @@ class _Sending:
 def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None) -> int:
     """Bring open tasks in line whose question changed since: a new rank, another reason, a comment."""
     stale = stale_items(store)
-    desks = known_desks(store, client) if stale else {}
+    projects = known_projects(store, client) if stale else {}
     refreshed = 0
-    for number, desk in desks.items():
+    for number, project_key in projects.items():
         mine = [item for item in stale if item.project_id == number]
         if not mine:
             continue
-        project = open_project(store, client, settings, desk)
+        project = open_project(store, client, settings, project_key)
         for start in range(0, len(mine) if project.id == number else 0, settings.push_batch):
             batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, model_id)
             task_ids = [item.task_id or 0 for item in batch.items]
@@ -175,7 +174,7 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
                 ):
                     refreshed += found
                     with store.ledger.begin() as tx:
-                        tx.update(ReviewItem, item.id, sent_hash=says_hash(item))
+                        tx.update(ReviewItem, item.id, sent_hash=content_hash(item))
     return refreshed
 
 
@@ -220,7 +219,7 @@ def item_key(item_id: str, project: Project) -> str:
 def _mark_pushed(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, adopted: bool = False) -> None:
     """Record where a question went; what an adopted task says is not known, so it is refreshed once."""
     changes = {"state": ReviewState.PUSHED, "project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
-    tx.update(ReviewItem, item.id, **changes, sent_hash="adopted" if adopted else says_hash(item))
+    tx.update(ReviewItem, item.id, **changes, sent_hash="adopted" if adopted else content_hash(item))
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ _REASONS: dict[ReasonCode, str] = {
     ReasonCode.NON_FINITE: "The model could not compute an answer.",
     ReasonCode.FLAGGED: "A user objected to the model's answer.",
     ReasonCode.AUDIT_SAMPLE: "Drawn at random, to check how the model is doing.",
-    ReasonCode.DRIFT: "Recent images differ from earlier ones.",
     ReasonCode.SELECTED: "Chosen because an answer would teach the model most.",
     ReasonCode.LABEL_NOISE: "The recorded diagnosis may be wrong: please give a second opinion.",
     ReasonCode.ADJUDICATION: "Earlier readers disagree.",
@@ -167,7 +166,7 @@ def _opinion(
     heat_map = data_uri(overlay, settings, enlarge=True) if overlay is not None else None
     return {
         "why": why_text(item, taxonomy),
-        "answer": answer_text(prediction, taxonomy),
+        "answer": prediction_text(prediction, taxonomy),
         "heatmap": heat_map or _no_heat_map(settings.image_side_px),
     }
 
@@ -182,7 +181,7 @@ def why_text(item: ReviewItem, taxonomy: Taxonomy) -> str:
     return " ".join(sentences) or "Please give your diagnosis."
 
 
-def answer_text(prediction: Prediction | None, taxonomy: Taxonomy) -> str:
+def prediction_text(prediction: Prediction | None, taxonomy: Taxonomy) -> str:
     """Return the model's three best classes with their probabilities, and what it could not rule out, in words."""
     if prediction is None:
         return "The model was not asked."
@@ -237,7 +236,7 @@ def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False)
     return _jpeg_uri(_encoded(small, settings.jpeg_quality, profile))
 
 
-def read_answer(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> Answer:
+def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> Answer:
     """Read an annotation.
 
     Args:
@@ -262,13 +261,13 @@ def read_answer(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> Answ
     return Answer(AnswerKind.OTHER, None, said, image_quality, comment, understood=False)
 
 
-def answer_result(label: str) -> list[dict[str, Any]]:
+def annotation_result(label: str) -> list[dict[str, Any]]:
     """Return the regions of an annotation that chooses one diagnosis.
 
     Args:
         label: class code, or CANT_TELL.
     Returns:
-        What `read_answer` reads back.
+        What `parse_annotation` reads back.
     """
     return [{"from_name": "diagnosis", "to_name": "image", "type": "choices", "value": {"choices": [label]}}]
 

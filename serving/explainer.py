@@ -12,12 +12,12 @@ import numpy as np
 from images.decode import decode_square
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
 from records.models import registered_bundle, serving_model
-from records.store import Store
-from records.stored import read_image
+from records.store import Store, read_image
 from records.types import Consent, Image, ModelRecord, Prediction
 from serving.images import attribution_map, take_in
 from serving.messages import HeatMap, Method
 from serving.settings import ServingSettings
+from vision.explanations.methods import METHODS
 from vision.inference.attribution import attribute
 from vision.inference.loaded import LoadedModel, load_model
 from vision.precision import PrecisionChoice
@@ -115,8 +115,8 @@ class Explainer:
         return read_image(self._store, image)
 
     def _model(self, model_id: str, precision: str, method: Method) -> LoadedModel:
-        # Methods that differentiate need fp32, whatever the answer was computed in.
-        key = (model_id, precision if method == "gradcam" else "fp32")
+        # Some methods need fp32, whatever precision the prediction was computed in.
+        key = (model_id, "fp32" if METHODS[method].needs_fp32 else precision)
         with self._loading:
             if key not in self._models:
                 self._models[key] = self._load(*key)

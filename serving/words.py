@@ -95,7 +95,6 @@ _FIXED: dict[ReasonCode, str] = {
     ReasonCode.NON_FINITE: "The model could not compute an answer for this image.",
     ReasonCode.FLAGGED: "Somebody disagreed with the answer.",
     ReasonCode.AUDIT_SAMPLE: "Chosen by chance, to check answers that seem certain.",
-    ReasonCode.DRIFT: "Images like this one have become more frequent lately.",
     ReasonCode.SELECTED: "The model would learn much from this image.",
     ReasonCode.LABEL_NOISE: "The label on record and the model disagree.",
     ReasonCode.ADJUDICATION: "Two sources disagree about this image.",

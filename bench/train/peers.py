@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from trainers.fitting.training_data import DataPlan
 from trainers.settings import TrainersSettings
 from vision.precision import resolve_precision
@@ -69,13 +68,13 @@ class Peers:
         if not (SCRIPTS / script).is_file():
             self.reasons[key] = f"bench/train/{script} is part of a working copy, and this is none"
             return None
-        if settings.model not in KNOWN_MODELS:
-            self.reasons[key] = f"bench/train/{script} knows {', '.join(KNOWN_MODELS)}, not {settings.model}"
+        if settings.model.name not in KNOWN_MODELS:
+            self.reasons[key] = f"bench/train/{script} knows {', '.join(KNOWN_MODELS)}, not {settings.model.name}"
             return None
-        command = [python, str(SCRIPTS / script), str(self._table), "--model", settings.model]
+        command = [python, str(SCRIPTS / script), str(self._table), "--model", settings.model.name]
         command += [
             "--side",
-            str(settings.side_px),
+            str(settings.model.side_px),
             "--batch",
             str(settings.batch_size),
             "--max-steps",

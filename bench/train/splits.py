@@ -12,8 +12,7 @@ from pathlib import Path
 
 from records.datasets import load_dataset
 from records.settings import RecordsSettings
-from records.store import open_store
-from records.stored import find_images
+from records.store import find_images, open_store
 
 
 def main() -> None:

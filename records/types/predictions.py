@@ -37,7 +37,6 @@ class ReasonCode(StrEnum):
     NON_FINITE = "non_finite"
     FLAGGED = "flagged"
     AUDIT_SAMPLE = "audit_sample"
-    DRIFT = "drift"
     SELECTED = "selected"
     LABEL_NOISE = "label_noise"
     ADJUDICATION = "adjudication"
@@ -50,7 +49,6 @@ class ReviewState(StrEnum):
     NEW = "new"
     PUSHED = "pushed"
     ANSWERED = "answered"
-    CLOSED = "closed"
     WITHDRAWN = "withdrawn"
 
 

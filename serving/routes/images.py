@@ -7,13 +7,13 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 from images.forget import forget_pixels
 from records.erasure import erase_image
 from records.errors import UnknownIdError
-from records.stored import read_image
+from records.store import read_image
 from records.types import Image, Scope
 from serving.access.keys import Caller
 from serving.access.links import check_link
 from serving.routes.bodies import BINARY
 from serving.routes.door import Door
-from serving.schemas import ErasureAnswer
+from serving.schemas import ErasureResponse
 from serving.service import Service
 
 ImageId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the stored bytes")]
@@ -49,12 +49,12 @@ def images_router(service: Service, door: Door) -> APIRouter:
         data = store.blobs.get(image.id) if store.blobs.has(image.id) else read_image(store, image)
         return Response(data, media_type=f"image/{image.format}", headers={"Cache-Control": "private, no-store"})
 
-    @router.delete("/{image_id}", response_model=ErasureAnswer)
-    def erase(image_id: ImageId, caller: Annotated[Caller, Depends(door.requires(Scope.ADMIN))]) -> ErasureAnswer:
+    @router.delete("/{image_id}", response_model=ErasureResponse)
+    def erase(image_id: ImageId, caller: Annotated[Caller, Depends(door.requires(Scope.ADMIN))]) -> ErasureResponse:
         """Erase an image, its heat maps and what was said of the person; Label Studio follows at its next sync."""
         erased = erase_image(store, image_id, actor=caller.id)
         forget_pixels(store.home.cache, [image_id])
-        return ErasureAnswer(
+        return ErasureResponse(
             image_id=image_id,
             blobs=erased.blobs,
             withdrawn=erased.withdrawn,

@@ -9,8 +9,7 @@ import pytest
 from images.audit import audit_dataset, count_leaked, split_at_random
 from images.importer import import_folder
 from records.datasets import load_dataset
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.types import Split
 
 KEYS = {

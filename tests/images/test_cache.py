@@ -17,8 +17,7 @@ from images.parallel import chunks_of
 from images.synth import synthesize
 from records.errors import ContractError, DataError, IntegrityError, UnavailableError, UnknownIdError
 from records.ids import sha256_hex
-from records.store import Store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, read_image
 from records.types import Image
 
 

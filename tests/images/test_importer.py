@@ -21,8 +21,7 @@ from records import audit
 from records.datasets import load_dataset
 from records.errors import ConfigError, DataError, UnknownIdError
 from records.settings import RecordsSettings
-from records.store import Store, open_store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, open_store, read_image
 from records.types import (
     AuditEvent,
     Confirmation,

@@ -9,8 +9,7 @@ from images.cache import PixelCache
 from images.decode import decode_square
 from records.datasets import build_version
 from records.errors import ContractError, UnknownIdError
-from records.store import Store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, read_image
 from trainers.fitting.training_data import plan_data
 
 if TYPE_CHECKING:

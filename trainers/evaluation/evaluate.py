@@ -20,8 +20,7 @@ from records.arrays import Float32Array, FloatArray, IntArray
 from records.bundles import Bundle, OperatingPoints
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
-from records.store import Store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Image, Split
 from trainers.evaluation.figures import (

@@ -27,15 +27,14 @@ from records.bundles import (
 )
 from records.datasets import DatasetVersion
 from records.errors import ConfigError, ContractError, DataError, UnavailableError
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.taxonomy import Taxonomy
 from records.types import Split
 from trainers.augmentation import Policy, load_policy
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
-from trainers.fitting.starting import StartingWeights, architecture_options, starting_weights
+from trainers.fitting.starting import StartingWeights, starting_weights
 from trainers.fitting.suitability import Answers, answer_rows, faithfulness_of, sample_of_train, suitability_of
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
@@ -99,7 +98,7 @@ def fit(
         DivergedError: a loss or a logit is not finite.
     """
     policy = load_policy(settings.augmentation)
-    start = None if start_from is not None else starting_weights(settings, len(store.taxonomy.codes))
+    start = None if start_from is not None else starting_weights(settings.model, len(store.taxonomy.codes), settings.seed)
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
     _require_splits(dataset)
@@ -160,16 +159,16 @@ def _fit_alone(
 ) -> TrainedModel:
     if settings.needs_ray:
         raise ConfigError(
-            f"trainers.num_workers is {settings.num_workers} and trainers.data_source {settings.data_source}; "
-            "more than one worker, and streaming, need Ray: set trainers.num_workers=1 and trainers.data_source=cache "
-            "to train without it"
+            f"trainers.workers.count is {settings.workers.count} and trainers.workers.data_source "
+            f"{settings.workers.data_source}; more than one worker, and streaming, need Ray: set "
+            "trainers.workers.count=1 and trainers.workers.data_source=cache to train without it"
         )
     return train(
         settings,
-        plan.open(store, settings.side_px),
+        plan.open(store, settings.model.side_px),
         store.taxonomy,
         on_epoch=log,
-        workers=SingleWorker(run_dir, settings.use_gpu),
+        workers=SingleWorker(run_dir, settings.workers.use_gpu),
         policy=policy,
         initial_weights=initial_weights,
     )
@@ -186,7 +185,7 @@ def _write(
     start: StartingWeights | None,
 ) -> Bundle:
     taxonomy = store.taxonomy
-    architecture = Architecture(name=settings.model, options=architecture_options(settings))
+    architecture = Architecture(name=settings.model.name, options=settings.model.options)
     with compute_threads(trained.num_threads):
         val, calibration_split = (_answer(store, dataset, split, trained) for split in FITTED_ON)
         calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
@@ -198,7 +197,7 @@ def _write(
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.answers)
     operating, scores = _operating_points(calibration_split, calibration, taxonomy)
-    recipe = MODELS[settings.model]
+    recipe = MODELS[settings.model.name]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
     document = BundleDocument(
         taxonomy=taxonomy,
@@ -286,10 +285,10 @@ def _weights_of(
         return None
     taxonomy.require_same(start_from.document.taxonomy_hash, f"model {start_from.id[:12]}")
     architecture = start_from.document.architecture.name
-    if architecture != settings.model:
+    if architecture != settings.model.name:
         raise ConfigError(
-            f"trainers.model is {settings.model!r}, and model {start_from.id[:12]} to start from is {architecture!r}; "
-            f"set trainers.model={architecture}"
+            f"trainers.model.name is {settings.model.name!r}, and model {start_from.id[:12]} to start from is "
+            f"{architecture!r}; set trainers.model.name={architecture}"
         )
     return start_from.weights()
 
@@ -306,8 +305,8 @@ def _decode(
     store: Store, dataset: DatasetVersion, plan: DataPlan, settings: TrainersSettings, progress: Progress | None
 ) -> None:
     """Decode all that fitting reads, in one pass; of train that is streamed, no more than a sample."""
-    train = [] if settings.data_source == "stream" else plan.image_ids[: plan.num_train]
+    train = [] if settings.workers.data_source == "stream" else plan.image_ids[: plan.num_train]
     splits = [str(image_id) for split in FITTED_ON for image_id in dataset.split(split)["image_id"]]
-    PixelCache(store.home.cache, settings.side_px).ensure(
+    PixelCache(store.home.cache, settings.model.side_px).ensure(
         store, [*train, *sample_of_train(store, dataset), *splits], progress
     )

@@ -23,8 +23,7 @@ from rich.progress import Progress
 from records.arrays import IntArray
 from records.datasets import DatasetVersion
 from records.errors import DataError
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.types import Split
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.training_data import TrainingData, plan_data
@@ -97,7 +96,7 @@ def pretend(
         DivergedError: a loss is not finite.
     """
     plan = plan_data(dataset, store.taxonomy)
-    data = plan.open(store, settings.side_px, progress)
+    data = plan.open(store, settings.model.side_px, progress)
     train_ids = plan.image_ids[: plan.num_train]
     group_of = dict(zip(dataset.split(Split.TRAIN)["image_id"], dataset.split(Split.TRAIN)["group_id"], strict=True))
     groups = np.array([group_of[image_id] for image_id in train_ids])
@@ -120,13 +119,13 @@ def pretend(
     for name, draw in cuts.items():
         cut = draw()
         sampler = "natural" if name == "oversampled_first" else "balanced"
-        changed = settings.model_copy(update={"sampler": sampler, "num_workers": 1})
+        changed = settings.with_values({"sampler": sampler, "workers.count": 1})
         split_data = TrainingData(data.pixels, data.image_ids, data.labels, cut.train, data.val_index)
         trained = train(changed, split_data, store.taxonomy, on_epoch=one_more_epoch)
         splits.append(_judged(name, cut, trained, data, lesions))
     return PretendReport(
-        model=settings.model,
-        side_px=settings.side_px,
+        model=settings.model.name,
+        side_px=settings.model.side_px,
         epochs=settings.epochs,
         augmentation=settings.augmentation,
         seed=settings.seed,

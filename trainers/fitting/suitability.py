@@ -15,8 +15,7 @@ from images.cache import PixelCache
 from records.arrays import Float32Array, UInt8Array
 from records.bundles import Architecture, Calibration, Geometry, SuitabilityLimits
 from records.datasets import DatasetVersion
-from records.store import Store
-from records.stored import find_images
+from records.store import Store, find_images
 from records.types import Split
 from trainers.evaluation.map_facts import NUM_IMAGES, faithfulness_facts
 from trainers.fitting.loop import TrainedModel

@@ -77,12 +77,12 @@ def test_only_mutable_fields_change_and_only_to_what_fits(ledger: Ledger, sample
         tx.update(ReviewItem, item.id, state=ReviewState.ANSWERED, answered_at=item.created_at, project_id=None)
         tx.update(ReviewItem, item.id)
         with pytest.raises(ContractError, match=r"ReviewItem\.image_id never changes"):
-            tx.update(ReviewItem, item.id, state="closed", image_id="other")
+            tx.update(ReviewItem, item.id, state="answered", image_id="other")
         for wrong in ({"state": "lost"}, {"priority": float("nan")}, {"answered_at": "soon"}):
             with pytest.raises(ContractError, match="cannot become that"):
                 tx.update(ReviewItem, item.id, **wrong)
         with pytest.raises(UnknownIdError, match="no ReviewItem has the id 'none'"):
-            tx.update(ReviewItem, "none", state=ReviewState.CLOSED)
+            tx.update(ReviewItem, "none", state=ReviewState.WITHDRAWN)
     with ledger.read() as tx:
         changes = {"state": ReviewState.ANSWERED, "answered_at": item.created_at, "project_id": None}
         assert tx.require(ReviewItem, item.id) == item.model_copy(update=changes)

@@ -9,8 +9,7 @@ import pytest
 from images.decode import decode_square
 from records.datasets import DatasetVersion, build_version
 from records.errors import ContractError, TaxonomyError
-from records.store import Store
-from records.stored import find_images, read_image
+from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import Split
 from trainers.fitting.training_data import plan_data
