@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from records.taxonomy import Taxonomy
 from records.types import Decision, Prediction
-from serving.answers import answer_body
-from serving.messages import Answered
+from serving.messages import StoredPrediction
 from serving.problems import problem_of
-from serving.schemas import BatchAnswer, BatchItem, Context, LesionSummary
+from serving.responses import prediction_body
+from serving.schemas import BatchItem, BatchResponse, Context, LesionSummary
 
 CAUTION: dict[Decision, int] = {
     Decision.ANSWERED: 0,
@@ -19,8 +19,8 @@ CAUTION: dict[Decision, int] = {
 
 
 def batch_body(
-    found: Sequence[Answered | BaseException], contexts: Sequence[Context], taxonomy: Taxonomy
-) -> BatchAnswer:
+    found: Sequence[StoredPrediction | BaseException], contexts: Sequence[Context], taxonomy: Taxonomy
+) -> BatchResponse:
     """Put the answers of a batch together.
 
     Args:
@@ -36,7 +36,9 @@ def batch_body(
         if isinstance(outcome, BaseException):
             items.append(BatchItem(answer=None, problem=problem_of(outcome)))
             continue
-        items.append(BatchItem(answer=answer_body(outcome.prediction, outcome.review, None, taxonomy), problem=None))
+        items.append(
+            BatchItem(answer=prediction_body(outcome.prediction, outcome.review, None, taxonomy), problem=None)
+        )
         if context.lesion_id is not None:
             lesions.setdefault(context.lesion_id, []).append(outcome.prediction)
     summaries = [
@@ -47,4 +49,4 @@ def batch_body(
         )
         for lesion_id, predictions in lesions.items()
     ]
-    return BatchAnswer(items=items, lesions=summaries)
+    return BatchResponse(items=items, lesions=summaries)

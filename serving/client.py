@@ -29,18 +29,18 @@ from records.errors import (
 )
 from records.images import sniff
 from serving.schemas import (
-    BatchAnswer,
+    BatchResponse,
     Context,
-    ErasureAnswer,
+    ErasureResponse,
     EventPage,
     Explanation,
-    FlagAnswer,
     FlagRequest,
+    FlagResponse,
     ModelList,
-    OutcomeAnswer,
     OutcomeRequest,
-    PredictionAnswer,
+    OutcomeResponse,
     PredictionPage,
+    PredictionResponse,
     Problem,
     Readiness,
     RolloutInfo,
@@ -101,7 +101,7 @@ class Client:
         explain: Literal["gradcam"] | None = None,
         context: Context | None = None,
         idempotency_key: str | None = None,
-    ) -> PredictionAnswer:
+    ) -> PredictionResponse:
         """Ask for an answer about one image.
 
         Args:
@@ -130,11 +130,11 @@ class Client:
                 }
             }
         response = self._send("POST", "/v1/predictions", headers=headers, params=parameters, **sent)
-        return _parsed(PredictionAnswer, response)
+        return _parsed(PredictionResponse, response)
 
-    def prediction(self, prediction_id: str) -> PredictionAnswer:
+    def prediction(self, prediction_id: str) -> PredictionResponse:
         """Return a stored answer; UnknownIdError if there is none."""
-        return _parsed(PredictionAnswer, self._send("GET", f"/v1/predictions/{prediction_id}"))
+        return _parsed(PredictionResponse, self._send("GET", f"/v1/predictions/{prediction_id}"))
 
     def predictions(self, *, decision: str | None = None, after: str | None = None, limit: int = 50) -> PredictionPage:
         """List answers, newest first.
@@ -156,7 +156,7 @@ class Client:
         *,
         contexts: Sequence[Context] | None = None,
         idempotency_key: str | None = None,
-    ) -> BatchAnswer:
+    ) -> BatchResponse:
         """Ask for answers about several images; one that cannot be used does not stop the others.
 
         Args:
@@ -174,7 +174,7 @@ class Client:
             body = json.dumps([c.model_dump(mode="json", exclude_none=True) for c in contexts])
             files.append(("context", (None, body, "application/json")))
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        return _parsed(BatchAnswer, self._send("POST", "/v1/predictions/batch", headers=headers, files=files))
+        return _parsed(BatchResponse, self._send("POST", "/v1/predictions/batch", headers=headers, files=files))
 
     def explanation(
         self, prediction_id: str, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
@@ -209,7 +209,7 @@ class Client:
             Explanation, self._send("POST", "/v1/explanations", params=parameters, content=image, headers=headers)
         )
 
-    def outcome(self, prediction_id: str, request: OutcomeRequest) -> OutcomeAnswer:
+    def outcome(self, prediction_id: str, request: OutcomeRequest) -> OutcomeResponse:
         """Say what turned out to be true.
 
         Args:
@@ -223,7 +223,7 @@ class Client:
             DataError: the diagnosis is not a class.
         """
         body = request.model_dump(mode="json")
-        return _parsed(OutcomeAnswer, self._send("POST", f"/v1/predictions/{prediction_id}/outcomes", json=body))
+        return _parsed(OutcomeResponse, self._send("POST", f"/v1/predictions/{prediction_id}/outcomes", json=body))
 
     def events(
         self, *, after: str | None = None, limit: int = 50, prediction_ids: Sequence[str] | None = None
@@ -234,11 +234,11 @@ class Client:
             parameters["prediction_id"] = list(prediction_ids)
         return _parsed(EventPage, self._send("GET", "/v1/events", params=parameters))
 
-    def erase(self, image_id: str) -> ErasureAnswer:
+    def erase(self, image_id: str) -> ErasureResponse:
         """Erase an image (scope admin); UnknownIdError if there is none."""
-        return _parsed(ErasureAnswer, self._send("DELETE", f"/v1/images/{image_id}"))
+        return _parsed(ErasureResponse, self._send("DELETE", f"/v1/images/{image_id}"))
 
-    def flag(self, prediction_id: str, request: FlagRequest) -> FlagAnswer:
+    def flag(self, prediction_id: str, request: FlagRequest) -> FlagResponse:
         """Object to an answer.
 
         Args:
@@ -252,7 +252,7 @@ class Client:
             DataError: the suggested label is not a class.
         """
         body = request.model_dump(mode="json")
-        return _parsed(FlagAnswer, self._send("POST", f"/v1/predictions/{prediction_id}/flags", json=body))
+        return _parsed(FlagResponse, self._send("POST", f"/v1/predictions/{prediction_id}/flags", json=body))
 
     def model(self) -> ServedModelInfo:
         """Return the model that answers now."""

@@ -27,8 +27,8 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Prediction
 from serving.grouping import Grouping
-from serving.messages import Answered, HeatMap, Method, PredictionRequest, ServingState
-from serving.page_proxy import Locked, PageAddress, PageProxy
+from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
+from serving.page_proxy import PageAddress, PageProxy, RequireToken
 from serving.settings import ServingSettings, compute_threads
 
 T = TypeVar("T")
@@ -75,11 +75,11 @@ class PredictorReplica:
             self._started = True
         self._predictor.check()
 
-    async def predict(self, requests: list[PredictionRequest]) -> list[Answered | Failure]:
+    async def predict(self, requests: list[PredictionRequest]) -> list[StoredPrediction | Failure]:
         """Answer requests that came in one call; see `Predictor.predict`."""
         return list(await asyncio.gather(*map(self._predict, requests)))
 
-    async def _predict(self, request: PredictionRequest) -> Answered | Failure:
+    async def _predict(self, request: PredictionRequest) -> StoredPrediction | Failure:
         try:
             return await self._predictor.predict(request)
         except RelookError as error:
@@ -150,15 +150,15 @@ class RemoteService:
         self._explainer = explainer
         self._predictions = Grouping(self._predict, CALLS_UNDER_WAY, settings.max_batch_size)
 
-    async def predict(self, request: PredictionRequest) -> Answered:
+    async def predict(self, request: PredictionRequest) -> StoredPrediction:
         """Answer; see `Predictor.predict`."""
         result = await self._predictions.ask(request)
         if isinstance(result, Failure):
             raise result.error()
         return result
 
-    async def _predict(self, requests: list[PredictionRequest]) -> list[Answered | Failure]:
-        results: list[Answered | Failure] = await _called(self._predictor.predict.remote(requests))
+    async def _predict(self, requests: list[PredictionRequest]) -> list[StoredPrediction | Failure]:
+        results: list[StoredPrediction | Failure] = await _called(self._predictor.predict.remote(requests))
         return results
 
     async def explain(
@@ -187,7 +187,7 @@ class PageReplica:
         from serving.routes.page import page_app
 
         self._token = secrets.token_urlsafe(32)
-        app = Locked(page_app(settings, open_store(records)), self._token)
+        app = RequireToken(page_app(settings, open_store(records)), self._token)
         self._server = HttpServer(app, "127.0.0.1", 0)
 
     async def check_health(self) -> None:

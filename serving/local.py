@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from records.store import Store
 from records.types import Prediction
 from serving.explainer import Explainer
-from serving.messages import Answered, HeatMap, Method, PredictionRequest, ServingState
+from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.predictor import Predictor
 from serving.settings import ServingSettings
 
@@ -20,7 +20,7 @@ class LocalService:
     predictor: Predictor
     explainer: Explainer
 
-    async def predict(self, request: PredictionRequest) -> Answered:
+    async def predict(self, request: PredictionRequest) -> StoredPrediction:
         """Answer; see `Predictor.predict`."""
         return await self.predictor.predict(request)
 

@@ -5,14 +5,18 @@ and no Ray here, so the same values serve an app that runs in one process.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from records.arrays import Float32Array
 from records.types import Prediction, ReviewItem
 from serving.schemas import Context, ServedModelInfo
+from vision.explanations.methods import METHODS
 
-Method = Literal["gradcam", "integrated_gradients", "gradient_shap", "occlusion"]
-"""How a map can be computed."""
+if TYPE_CHECKING:
+    Method = str
+else:
+    # Pydantic builds validation and the OpenAPI enum from the registry; type checkers accept no computed Literal.
+    Method = Literal[METHODS.names]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class HeatMap:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class StoredPrediction:
     """A prediction that is in the ledger. The map is there only if it was computed with the answer."""
 
     prediction: Prediction

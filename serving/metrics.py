@@ -25,12 +25,12 @@ class Metrics:
         self._store = store
         self.registry = CollectorRegistry()
         labels = ("decision", "label", "model", "arm")
-        self._answers = Counter("relook_answers", "Answers given", labels, registry=self.registry)
+        self._answers = Counter("relook_predictions", "Answers given", labels, registry=self.registry)
         self._reasons = Counter(
             "relook_reasons", "Reasons for asking an annotator", ("reason",), registry=self.registry
         )
         self._latency = Histogram(
-            "relook_answer_seconds", "From decoding to the stored answer", buckets=_LATENCY_BUCKETS_S,
+            "relook_prediction_seconds", "From decoding to the stored answer", buckets=_LATENCY_BUCKETS_S,
             registry=self.registry,
         )  # fmt: skip
         self._confidence = Histogram(
@@ -47,10 +47,8 @@ class Metrics:
         self.explained = Counter("relook_explanations", "Maps computed", ("method",), registry=self.registry)
         self.flagged = Counter("relook_flags", "Objections", ("reason",), registry=self.registry)
         self._responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)
-        self._waiting = Gauge("relook_questions_waiting", "Questions to annotators", ("state",), registry=self.registry)
-        self._overdue = Gauge(
-            "relook_questions_overdue", "Urgent questions past their deadline", registry=self.registry
-        )
+        self._waiting = Gauge("relook_tasks_waiting", "Questions to annotators", ("state",), registry=self.registry)
+        self._overdue = Gauge("relook_tasks_overdue", "Urgent questions past their deadline", registry=self.registry)
 
     def responded(self, status: int) -> None:
         """Count an HTTP answer by its status."""

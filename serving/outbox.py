@@ -47,7 +47,7 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PredictionRows:
     """All rows of one answer, and the image of its image row."""
 
     prediction: Prediction
@@ -113,7 +113,7 @@ def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | Non
     )
 
 
-def write_answers(store: Store, answers: Sequence[Answer]) -> list[ReviewItem | None]:
+def write_predictions(store: Store, answers: Sequence[PredictionRows]) -> list[ReviewItem | None]:
     """Write answers with their images and questions, in one transaction.
 
     An image that already waits for an annotator is not asked about twice: the waiting question takes

@@ -10,10 +10,10 @@ from records.errors import DataError, RefusedError
 from records.ids import new_id, utc_now
 from records.store import Store
 from records.types import Confirmation, Consent, Outcome, Prediction, SourceLabel
-from serving.schemas import OutcomeAnswer, OutcomeRequest
+from serving.schemas import OutcomeRequest, OutcomeResponse
 
 
-def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest, caller: str) -> OutcomeAnswer:
+def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest, caller: str) -> OutcomeResponse:
     """Write an outcome; an equal one of the same caller is not written twice.
 
     Args:
@@ -49,7 +49,7 @@ def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest,
             if prediction.consent is Consent.TRAINING:
                 tx.add(_label(outcome))
     learns = prediction.consent is Consent.TRAINING
-    return OutcomeAnswer(
+    return OutcomeResponse(
         id=outcome.id,
         prediction_id=prediction.id,
         agrees=None if prediction.label is None else prediction.label == request.diagnosis,

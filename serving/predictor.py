@@ -25,7 +25,7 @@ from records.store import Store
 from records.types import Consent, Rollout, RolloutStage
 from serving.holder import ModelHolder, ServedModel
 from serving.images import take_in, was_erased
-from serving.messages import Answered, PredictionRequest, ServingState
+from serving.messages import PredictionRequest, ServingState, StoredPrediction
 from serving.outbox import StoredImage
 from serving.recording import Job, Recorder, pixels_of, same_image
 from serving.rollout.trial import Beside, Trial
@@ -43,7 +43,7 @@ class _Waiting:
     """A job and who waits for it."""
 
     job: Job
-    done: "asyncio.Future[Answered]" = field(repr=False)
+    done: "asyncio.Future[StoredPrediction]" = field(repr=False)
 
 
 class Predictor:
@@ -60,7 +60,7 @@ class Predictor:
         self._holder = ModelHolder(store, settings)
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._held: _Waiting | None = None
-        self._under_way: dict[tuple[str, str], asyncio.Task[Answered]] = {}
+        self._under_way: dict[tuple[str, str], asyncio.Task[StoredPrediction]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._settling: set[asyncio.Task[None]] = set()
         self._cores = compute_threads(settings.predictor_cpus)
@@ -106,7 +106,7 @@ class Predictor:
             if task.done():
                 raise UnavailableError(f"the predictor stopped: {task.exception() or 'cancelled'}")
 
-    async def predict(self, request: PredictionRequest) -> Answered:
+    async def predict(self, request: PredictionRequest) -> StoredPrediction:
         """Answer a request.
 
         Args:
@@ -132,15 +132,15 @@ class Predictor:
         image = await self._in(self._decode_threads, self._take_in, request)
         return same_image(answered, image)
 
-    async def _predict(self, request: PredictionRequest) -> Answered:
+    async def _predict(self, request: PredictionRequest) -> StoredPrediction:
         prepared = await self._in(self._decode_threads, self._prepare, request)
-        if isinstance(prepared, Answered):
+        if isinstance(prepared, StoredPrediction):
             return prepared
         waiting = _Waiting(prepared, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(waiting)
         return await waiting.done
 
-    def _prepare(self, request: PredictionRequest) -> Job | Answered:
+    def _prepare(self, request: PredictionRequest) -> Job | StoredPrediction:
         arrived_s = time.perf_counter()
         image = self._take_in(request)
         if request.idempotency_key is not None:
@@ -231,7 +231,7 @@ class Predictor:
         finally:
             self._slots.release()
 
-    def _mirror(self, jobs: list[Job], results: list[Answered | RefusedError]) -> None:
+    def _mirror(self, jobs: list[Job], results: list[StoredPrediction | RefusedError]) -> None:
         """Show a candidate in shadow what was answered, off the request's path; a batch is left out while one runs."""
         found = None if self._is_mirroring else self._trial.rows_of(split_keys(jobs), RolloutStage.SHADOW)
         if found is None:
@@ -247,7 +247,7 @@ class Predictor:
         if not task.cancelled() and task.exception() is not None:
             logger.error("a mirrored batch was not written", exc_info=task.exception())
 
-    def _ask_shadow(self, found: Found, jobs: list[Job], results: list[Answered | RefusedError]) -> None:
+    def _ask_shadow(self, found: Found, jobs: list[Job], results: list[StoredPrediction | RefusedError]) -> None:
         beside = self._trial.ask(found, np.stack([pixels_of(job, found[1]) for job in jobs]), float("inf"))
         self._recorder.record_shadow(jobs, results, beside, self._trial)
 

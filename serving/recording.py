@@ -20,8 +20,16 @@ from records.store import Store
 from records.types import Arm, Consent, Decision, Prediction
 from serving.holder import ServedModel
 from serving.images import draw_map, gradcam_map
-from serving.messages import Answered, HeatMap, PredictionRequest
-from serving.outbox import Answer, StoredImage, find_repeated, image_row, review_of, review_row, write_answers
+from serving.messages import HeatMap, PredictionRequest, StoredPrediction
+from serving.outbox import (
+    PredictionRows,
+    StoredImage,
+    find_repeated,
+    image_row,
+    review_of,
+    review_row,
+    write_predictions,
+)
 from serving.rollout.trial import Beside, Trial, serves_candidate
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
@@ -61,7 +69,7 @@ class Recorder:
 
     def record(
         self, batch: Sequence[Job], output: BatchOutput, beside: Beside | None = None, trial: Trial | None = None
-    ) -> list[Answered | RefusedError]:
+    ) -> list[StoredPrediction | RefusedError]:
         """Decide about a batch and write it down.
 
         Args:
@@ -77,41 +85,43 @@ class Recorder:
         suitable = _suitability(batch, output)
         made = list(self._drawing.map(self._answer, batch, repeat(output), range(len(batch)), suitable))
         if not self._settings.keep:
-            return [Answered(answer.prediction, None, heat_map) for answer, heat_map in made]
-        unserved: list[Answer] = []
+            return [StoredPrediction(answer.prediction, None, heat_map) for answer, heat_map in made]
+        unserved: list[PredictionRows] = []
         if beside is not None and trial is not None:
             made, unserved = self._beside(batch, made, beside, trial)
         try:
-            reviews = write_answers(self._store, [*(answer for answer, _ in made), *unserved])[: len(made)]
+            reviews = write_predictions(self._store, [*(answer for answer, _ in made), *unserved])[: len(made)]
         except RefusedError:
             # Another replica answered one of the keys in the meantime: only that one is repeated.
             return [self._write_alone(job, *rows) for job, rows in zip(batch, made, strict=True)]
         return [
-            Answered(answer.prediction, review, heat_map)
+            StoredPrediction(answer.prediction, review, heat_map)
             for (answer, heat_map), review in zip(made, reviews, strict=True)
         ]
 
     def record_shadow(
-        self, batch: Sequence[Job], served: Sequence[Answered | RefusedError], beside: Beside, trial: Trial
+        self, batch: Sequence[Job], served: Sequence[StoredPrediction | RefusedError], beside: Beside, trial: Trial
     ) -> None:
         """Write down what a mirrored candidate said, as answers that nobody got, and count its harm."""
         candidates = self._candidates(batch, beside, Arm.SHADOW)
         pairs = []
         for row, answer in zip(beside.rows, candidates, strict=True):
             champion = served[row]
-            if isinstance(champion, Answered):
+            if isinstance(champion, StoredPrediction):
                 pairs.append((champion.prediction, None if answer is None else answer[0].prediction))
-        rows = [Answer(_unserved(answer[0].prediction), None, None) for answer in candidates if answer is not None]
-        write_answers(self._store, rows)
+        rows = [
+            PredictionRows(_unserved(answer[0].prediction), None, None) for answer in candidates if answer is not None
+        ]
+        write_predictions(self._store, rows)
         trial.count(beside, pairs)
 
     def _beside(
         self,
         batch: Sequence[Job],
-        made: list[tuple[Answer, HeatMap | None]],
+        made: list[tuple[PredictionRows, HeatMap | None]],
         beside: Beside,
         trial: Trial,
-    ) -> tuple[list[tuple[Answer, HeatMap | None]], list[Answer]]:
+    ) -> tuple[list[tuple[PredictionRows, HeatMap | None]], list[PredictionRows]]:
         """Return the answers to serve, and those of the pairs that are only kept."""
         chosen, unserved, pairs = list(made), [], []
         for row, candidate in zip(beside.rows, self._candidates(batch, beside, Arm.CANDIDATE), strict=True):
@@ -122,11 +132,13 @@ class Recorder:
             takes = serves_candidate(champion[0].prediction, candidate[0].prediction)
             chosen[row] = candidate if takes else champion
             other = champion if takes else candidate
-            unserved.append(Answer(_unserved(other[0].prediction), None, None))
+            unserved.append(PredictionRows(_unserved(other[0].prediction), None, None))
         trial.count(beside, pairs)
         return chosen, unserved
 
-    def _candidates(self, batch: Sequence[Job], beside: Beside, arm: Arm) -> list[tuple[Answer, HeatMap | None] | None]:
+    def _candidates(
+        self, batch: Sequence[Job], beside: Beside, arm: Arm
+    ) -> list[tuple[PredictionRows, HeatMap | None] | None]:
         if beside.output is None:
             return [None] * len(beside.rows)
         jobs = [replace(batch[row], model=beside.model, arm=arm) for row in beside.rows]
@@ -135,26 +147,30 @@ class Recorder:
         suitable = _suitability(jobs, beside.output)
         return [self._answer(job, beside.output, row, suitable[row]) for row, job in enumerate(jobs)]
 
-    def repeated(self, request: PredictionRequest) -> Answered | None:
+    def repeated(self, request: PredictionRequest) -> StoredPrediction | None:
         """Return the answer that was given to a request's idempotency key before, if any."""
         found = find_repeated(self._store, request.caller, request.idempotency_key or "")
         if found is None:
             return None
         with self._store.ledger.read() as tx:
-            return Answered(found, review_of(tx, found))
+            return StoredPrediction(found, review_of(tx, found))
 
-    def _write_alone(self, job: Job, answer: Answer, heat_map: HeatMap | None) -> Answered | RefusedError:
+    def _write_alone(
+        self, job: Job, answer: PredictionRows, heat_map: HeatMap | None
+    ) -> StoredPrediction | RefusedError:
         try:
-            (review,) = write_answers(self._store, [answer])
+            (review,) = write_predictions(self._store, [answer])
         except RefusedError as error:
             repeated = self.repeated(job.request) if job.request.idempotency_key else None
             try:
                 return error if repeated is None else same_image(repeated, job.image)
             except RefusedError as other_image:
                 return other_image
-        return Answered(answer.prediction, review, heat_map)
+        return StoredPrediction(answer.prediction, review, heat_map)
 
-    def _answer(self, job: Job, output: BatchOutput, row: int, suitable: Suitability) -> tuple[Answer, HeatMap | None]:
+    def _answer(
+        self, job: Job, output: BatchOutput, row: int, suitable: Suitability
+    ) -> tuple[PredictionRows, HeatMap | None]:
         draw = audit_draw_of(job.image.id, self._settings.audit_salt)
         document = job.model.document
         verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw, suitable)
@@ -163,14 +179,14 @@ class Recorder:
         values = output.maps[row, target] if output.maps is not None and target is not None else None
         heat_map = self._heat_map(job, verdict, values)
         if job.consent is Consent.NONE:
-            return Answer(prediction, None, None), heat_map
+            return PredictionRows(prediction, None, None), heat_map
         review = None
         if verdict.decision in (Decision.REVIEW, Decision.URGENT):
             overlay = heat_map.png if heat_map else self._overlay(job, values)
             blob = self._store.blobs.put(overlay) if overlay else None
             review = review_row(prediction, verdict, blob, self._settings.urgent_due_h)
         image = image_row(self._store, job.image, job.request.context, job.consent, prediction.created_at)
-        return Answer(prediction, image, review, job.image), heat_map
+        return PredictionRows(prediction, image, review, job.image), heat_map
 
     def _heat_map(self, job: Job, verdict: Verdict, values: Float32Array | None) -> HeatMap | None:
         if not job.request.explain or values is None or verdict.label is None:
@@ -232,7 +248,7 @@ def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]
     return assess(batch[0].model.loaded.checks, output, np.stack([job.pixels for job in batch]), sides_px)
 
 
-def same_image(answered: Answered, image: StoredImage) -> Answered:
+def same_image(answered: StoredPrediction, image: StoredImage) -> StoredPrediction:
     """Return a repeated answer, if it was about this image.
 
     Args:

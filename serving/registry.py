@@ -13,7 +13,7 @@ from records.errors import UnknownIdError
 from records.models import bundle_folder
 from records.store import Store
 from records.types import ModelRecord, RoundRecord, RoundStep
-from serving.answers import model_body
+from serving.responses import model_body
 from serving.schemas import ClassInfo
 from serving.schemas_registry import ModelDetails, RoundInfo, RoundList, ScoreBand
 from serving.words import status_text

@@ -119,7 +119,7 @@ class Explanation(Body):
     png_base64: str = Field(description="the map drawn over the image, PNG")
 
 
-class PredictionAnswer(Body):
+class PredictionResponse(Body):
     """An answer."""
 
     id: PredictionId
@@ -140,7 +140,7 @@ class PredictionAnswer(Body):
 class PredictionPage(Body):
     """Some answers, newest first."""
 
-    items: list[PredictionAnswer]
+    items: list[PredictionResponse]
     next: str | None = Field(description="pass it as `after` to read on; empty at the end")
 
 
@@ -152,7 +152,7 @@ class FlagRequest(Body):
     comment: str | None = Field(default=None, max_length=2000)
 
 
-class FlagAnswer(Body):
+class FlagResponse(Body):
     """What became of an objection."""
 
     id: str
@@ -164,7 +164,7 @@ class FlagAnswer(Body):
 class BatchItem(Body):
     """What became of one image of a batch: an answer or a problem."""
 
-    answer: PredictionAnswer | None
+    answer: PredictionResponse | None
     problem: Problem | None
 
 
@@ -176,7 +176,7 @@ class LesionSummary(Body):
     prediction_ids: list[PredictionId]
 
 
-class BatchAnswer(Body):
+class BatchResponse(Body):
     """What became of a batch, in the order of its images."""
 
     items: list[BatchItem]
@@ -194,7 +194,7 @@ class OutcomeRequest(Body):
     observed_at: Moment
 
 
-class OutcomeAnswer(Body):
+class OutcomeResponse(Body):
     """An outcome that is stored."""
 
     id: str
@@ -220,7 +220,7 @@ class EventPage(Body):
     next: str | None = Field(description="pass it as `after` next time; it does not change while nothing happens")
 
 
-class ErasureAnswer(Body):
+class ErasureResponse(Body):
     """What was removed."""
 
     image_id: str

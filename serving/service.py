@@ -4,7 +4,7 @@ from typing import Protocol
 
 from records.store import Store
 from records.types import Prediction
-from serving.messages import Answered, HeatMap, Method, PredictionRequest, ServingState
+from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.settings import ServingSettings
 
 
@@ -21,7 +21,7 @@ class Service(Protocol):
         """Limits, and how overlays are drawn."""
         ...
 
-    async def predict(self, request: PredictionRequest) -> Answered:
+    async def predict(self, request: PredictionRequest) -> StoredPrediction:
         """Answer; see `Predictor.predict`."""
         ...
 

@@ -29,7 +29,7 @@ import sqlalchemy as sa
 
 from bench.drills.kill_service import RECOVERS_WITHIN_S, compare
 from bench.drills.live_service import Callers, live_service, trained_champion
-from serving.schemas import PredictionAnswer
+from serving.schemas import PredictionResponse
 
 STOPPED_S = 5.0
 GIVE_UP_S = 120.0
@@ -94,7 +94,7 @@ class Witnesses(Callers):
                 headers = {"Content-Type": "image/jpeg", "Idempotency-Key": uuid.uuid4().hex}
                 body = self._insist(lambda p=image, h=headers: http.post("/v1/predictions", content=p, headers=h))
                 if body is not None:
-                    self.answers.append((time.monotonic(), PredictionAnswer.model_validate(body)))
+                    self.answers.append((time.monotonic(), PredictionResponse.model_validate(body)))
                     if number % 5 == 0:
                         flag = {"reason": "other", "comment": "a drill"}
                         path = f"/v1/predictions/{body['id']}/flags"

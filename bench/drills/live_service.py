@@ -21,7 +21,7 @@ from records.store import Store, open_store
 from records.types import FlagReason
 from serving.access.keys import admin_token
 from serving.client import Client
-from serving.schemas import FlagRequest, PredictionAnswer
+from serving.schemas import FlagRequest, PredictionResponse
 
 START_TIMEOUT_S = 600.0
 
@@ -140,7 +140,7 @@ class Callers:
     threads: int = 3
     retry_s: float = 0.0
     flag_every: int = 0
-    answers: list[tuple[float, PredictionAnswer]] = field(default_factory=list)
+    answers: list[tuple[float, PredictionResponse]] = field(default_factory=list)
     """(seconds of the clock, answer)"""
     flags: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """How many answers a second several writers bring into a ledger on a real PostgreSQL.
 
 Each writer is a process of its own that calls what the predictor's recorder calls for every micro-batch
-(`serving.outbox.write_answers`): images, answers and the questions that some of them raise, in one
+(`serving.outbox.write_predictions`): images, answers and the questions that some of them raise, in one
 transaction. At the end the database is counted: every answer that a writer saw committed is there once.
 
     python -m bench.scale.ledger [--writers 8] [--seconds 20] [--batches 1 4 16]
@@ -28,7 +28,7 @@ from records.ids import new_id, sha256_hex, utc_now
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Consent, Decision, Image, Prediction, ReasonCode, ReviewItem
-from serving.outbox import Answer, write_answers
+from serving.outbox import PredictionRows, write_predictions
 
 AIM_PER_S = 1000.0
 START_TIMEOUT_S = 300.0
@@ -37,7 +37,7 @@ CODES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 CONTEXT = {"lesion_id": "HAM_0000118", "age": 61.0, "sex": "female", "localization": "lower extremity"}
 
 
-def answer(doubtful: bool) -> Answer:
+def answer(doubtful: bool) -> PredictionRows:
     """Make the rows of one answer about an image that the ledger does not know yet."""
     now, content = utc_now(), sha256_hex(new_id().encode())
     prediction = Prediction(
@@ -86,7 +86,7 @@ def answer(doubtful: bool) -> Answer:
         priority=10.0,
         overlay_blob="o" * 64,
     )
-    return Answer(prediction, image, review if doubtful else None)
+    return PredictionRows(prediction, image, review if doubtful else None)
 
 
 _START: Barrier | None = None
@@ -109,7 +109,7 @@ def write(database: str, home: Path, batch: int, seconds: float) -> list[float]:
         while time.monotonic() < end:
             answers = [answer(chance.random() < REVIEW_SHARE) for _ in range(batch)]
             began = time.perf_counter()
-            write_answers(store, answers)
+            write_predictions(store, answers)
             took_s.append(time.perf_counter() - began)
     return took_s
 

@@ -9,11 +9,11 @@ from fastapi.concurrency import run_in_threadpool
 
 from records.types import Scope
 from serving.access.keys import Caller
-from serving.answers import explanation_body, read_answer
 from serving.guard import problem_response
 from serving.messages import HeatMap, Method
 from serving.metrics import Metrics
 from serving.problems import problem
+from serving.responses import explanation_body, find_prediction
 from serving.routes.bodies import BINARY, image_body, one_image
 from serving.routes.door import Door
 from serving.schemas import Explanation, PredictionId
@@ -65,7 +65,7 @@ def explanations_router(service: Service, door: Door, metrics: Metrics) -> APIRo
         form: FormQuery = "json",
     ) -> Any:
         """Show where the model that gave this answer looked, computed by that model from the stored image."""
-        prediction, _ = await run_in_threadpool(read_answer, service.store, prediction_id, caller)
+        prediction, _ = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         return await in_turn(request, service.explain(prediction, method, target, versus), form, method)
 
     @router.post("/v1/explanations", response_model=Explanation, responses=_FORMS, openapi_extra=image_body())

@@ -9,18 +9,18 @@ from fastapi.concurrency import run_in_threadpool
 from records.errors import RelookError
 from records.types import Prediction, ReviewItem, Scope
 from serving.access.keys import Caller
-from serving.answers import flag_body, read_answer
 from serving.events import read_events
 from serving.metrics import Metrics
 from serving.outbox import write_flag
 from serving.outcomes import write_outcome
+from serving.responses import find_prediction, flag_body
 from serving.routes.door import Door
 from serving.schemas import (
     EventPage,
-    FlagAnswer,
     FlagRequest,
-    OutcomeAnswer,
+    FlagResponse,
     OutcomeRequest,
+    OutcomeResponse,
     PredictionId,
 )
 from serving.service import Service
@@ -40,23 +40,23 @@ def feedback_router(service: Service, door: Door, metrics: Metrics) -> APIRouter
     """
     router = APIRouter(tags=["feedback"])
 
-    @router.post("/v1/predictions/{prediction_id}/flags", response_model=FlagAnswer)
+    @router.post("/v1/predictions/{prediction_id}/flags", response_model=FlagResponse)
     async def flag(
         prediction_id: PredictionId, body: FlagRequest, caller: Annotated[Caller, Depends(door.requires(Scope.FLAG))]
-    ) -> FlagAnswer:
+    ) -> FlagResponse:
         """Object to an answer, so that an annotator looks at it."""
-        prediction, review = await run_in_threadpool(read_answer, service.store, prediction_id, caller)
+        prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         overlay = await _overlay_for_annotators(service, prediction, review)
         written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, overlay)
         metrics.flagged.labels(reason=body.reason.value).inc()
         return flag_body(written, item, prediction.consent)
 
-    @router.post("/v1/predictions/{prediction_id}/outcomes", response_model=OutcomeAnswer)
+    @router.post("/v1/predictions/{prediction_id}/outcomes", response_model=OutcomeResponse)
     def outcome(
         prediction_id: PredictionId, body: OutcomeRequest, caller: Annotated[Caller, Depends(door.requires(Scope.FLAG))]
-    ) -> OutcomeAnswer:
+    ) -> OutcomeResponse:
         """Say what turned out to be true, for example by biopsy; it outranks every click."""
-        prediction, _ = read_answer(service.store, prediction_id, caller)
+        prediction, _ = find_prediction(service.store, prediction_id, caller)
         return write_outcome(service.store, prediction, body, caller.id)
 
     @router.get("/v1/events", response_model=EventPage)

@@ -8,9 +8,9 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from records.errors import UnavailableError
 from records.types import ModelRecord, Scope
 from serving.access.keys import Caller
-from serving.answers import model_body
 from serving.metrics import Metrics
 from serving.registry import model_details, report_html, rounds_body
+from serving.responses import model_body
 from serving.routes.door import Door
 from serving.schemas import Health, ModelList, ModelRef, Readiness, ServedModelInfo
 from serving.schemas_registry import CallerInfo, ModelDetails, RoundList

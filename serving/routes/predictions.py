@@ -8,21 +8,21 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, R
 from records.errors import RelookError
 from records.types import Consent, Decision, Scope
 from serving.access.keys import Caller
-from serving.answers import answer_body, read_answer, read_page
 from serving.batches import batch_body
 from serving.guard import problem_response
-from serving.messages import Answered, PredictionRequest
+from serving.messages import PredictionRequest, StoredPrediction
 from serving.metrics import Metrics
 from serving.problems import problem
+from serving.responses import find_prediction, prediction_body, read_page
 from serving.routes.bodies import image_body, many_images, one_image
 from serving.routes.door import Door
 from serving.schemas import (
-    BatchAnswer,
+    BatchResponse,
     Context,
     IdempotencyKey,
-    PredictionAnswer,
     PredictionId,
     PredictionPage,
+    PredictionResponse,
 )
 from serving.service import Service
 
@@ -70,7 +70,7 @@ class _Asking:
 
     async def ask(
         self, image: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool
-    ) -> Answered:
+    ) -> StoredPrediction:
         """Ask for one answer, with its map if that is wanted."""
         answered = await self.service.predict(
             PredictionRequest(
@@ -87,7 +87,7 @@ class _Asking:
         if explain and answered.heat_map is None and answered.prediction.label is not None:
             # A repeated request: the answer is the stored one, its map is computed again.
             heat_map = await self.service.explain(answered.prediction, "gradcam", None)
-            return Answered(answered.prediction, answered.review, heat_map)
+            return StoredPrediction(answered.prediction, answered.review, heat_map)
         return answered
 
 
@@ -101,7 +101,7 @@ def _with_consent(context: Context, caller: Caller) -> Context:
 
 
 def _add_predict(router: APIRouter, asking: _Asking, door: Door) -> None:
-    @router.post("", response_model=PredictionAnswer, openapi_extra=image_body())
+    @router.post("", response_model=PredictionResponse, openapi_extra=image_body())
     async def predict(
         request: Request,
         caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
@@ -119,13 +119,13 @@ def _add_predict(router: APIRouter, asking: _Asking, door: Door) -> None:
             )
         finally:
             asking.leave(1)
-        return answer_body(answered.prediction, answered.review, answered.heat_map, asking.service.store.taxonomy)
+        return prediction_body(answered.prediction, answered.review, answered.heat_map, asking.service.store.taxonomy)
 
 
 def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
     most = asking.service.settings.max_batch_images
 
-    @router.post("/batch", response_model=BatchAnswer, openapi_extra=image_body(many=True))
+    @router.post("/batch", response_model=BatchResponse, openapi_extra=image_body(many=True))
     async def predict_many(
         request: Request,
         caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
@@ -181,10 +181,10 @@ def _add_reading(router: APIRouter, service: Service, door: Door) -> None:
         """List answers, newest first."""
         return read_page(service.store, caller, decision, after, limit)
 
-    @router.get("/{prediction_id}", response_model=PredictionAnswer)
+    @router.get("/{prediction_id}", response_model=PredictionResponse)
     def read_prediction(
         prediction_id: PredictionId, caller: Annotated[Caller, Depends(door.requires(None))]
-    ) -> PredictionAnswer:
+    ) -> PredictionResponse:
         """Read an answer again, with where its review stands now."""
-        prediction, review = read_answer(service.store, prediction_id, caller)
-        return answer_body(prediction, review, None, service.store.taxonomy)
+        prediction, review = find_prediction(service.store, prediction_id, caller)
+        return prediction_body(prediction, review, None, service.store.taxonomy)

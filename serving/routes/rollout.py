@@ -8,7 +8,7 @@ from records.errors import UnknownIdError
 from records.models import find_bundle
 from records.types import Scope
 from serving.access.keys import Caller
-from serving.answers import rollout_body
+from serving.responses import rollout_body
 from serving.rollout.control import begin, current_rollout, promote, roll_back
 from serving.routes.door import Door
 from serving.schemas import RolloutInfo, RolloutRequest

@@ -125,7 +125,7 @@ def test_metrics_speak_prometheus(service: Any, client: Client, make_image: Call
         http.get("/v1/nothing")
         http.get("/v1/model", headers={"Host": "elsewhere.example"})
         text = http.get("/metrics").text
-    for name in ("relook_answers_total", "relook_questions_waiting", "relook_questions_overdue", "relook_confidence"):
+    for name in ("relook_predictions_total", "relook_tasks_waiting", "relook_tasks_overdue", "relook_confidence"):
         assert name in text
     assert any(f'decision="{decision}"' in text for decision in Decision)
     for status in (200, 403, 404):

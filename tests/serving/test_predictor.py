@@ -13,7 +13,7 @@ from records.store import Store
 from records.types import Decision, ModelStatus, Prediction, ReasonCode, ReviewItem
 from serving.explainer import Explainer
 from serving.holder import ModelHolder
-from serving.messages import Answered, PredictionRequest
+from serving.messages import PredictionRequest, StoredPrediction
 from serving.predictor import Predictor
 from serving.schemas import Context
 from serving.settings import ServingSettings
@@ -47,7 +47,7 @@ def test_answers_of_a_batch_are_those_of_one_at_a_time(
     tools.serve_bundle(store, tools.make_bundle(store, bias={"bcc": -2.0}))
     images = [make_image(number) for number in range(12)]
 
-    async def both(predictor: Predictor) -> tuple[list[Answered], list[Answered]]:
+    async def both(predictor: Predictor) -> tuple[list[StoredPrediction], list[StoredPrediction]]:
         singles = [await predictor.predict(request(data)) for data in images]
         return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in images)))
 
@@ -68,7 +68,7 @@ def test_a_batch_alone_has_all_cores_and_batches_beside_each_other_one(
     tools.serve_bundle(store, tools.make_bundle(store))
     images = [make_image(number) for number in range(12)]
 
-    async def both(predictor: Predictor) -> tuple[list[Answered], list[Answered]]:
+    async def both(predictor: Predictor) -> tuple[list[StoredPrediction], list[StoredPrediction]]:
         singles = [await predictor.predict(request(data)) for data in images[:3]]
         return singles, list(await asyncio.gather(*(predictor.predict(request(data)) for data in images)))
 
@@ -86,13 +86,19 @@ def test_one_bad_image_harms_no_other(store: Store, tools: Any, make_image: Call
         return await asyncio.gather(*(predictor.predict(request(b)) for b in bodies), return_exceptions=True)
 
     results = with_predictor(store, mixed)
-    assert [type(result) for result in results] == [Answered, ImageError, Answered, ImageError, Answered]
+    assert [type(result) for result in results] == [
+        StoredPrediction,
+        ImageError,
+        StoredPrediction,
+        ImageError,
+        StoredPrediction,
+    ]
 
 
 def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
-    async def same_key(predictor: Predictor) -> list[Answered]:
+    async def same_key(predictor: Predictor) -> list[StoredPrediction]:
         calls = (predictor.predict(request(make_image(0), idempotency_key="k")) for _ in range(8))
         return list(await asyncio.gather(*calls))
 
@@ -105,7 +111,7 @@ def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, make
 def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
-    async def race() -> list[Answered]:
+    async def race() -> list[StoredPrediction]:
         replicas = [Predictor(store, SETTINGS) for _ in range(3)]
         for replica in replicas:
             await replica.start()
@@ -131,7 +137,7 @@ def test_what_is_not_finite_is_asked_and_never_dropped(
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store, status_of_images="overflow"))
 
-    async def use(predictor: Predictor) -> Answered:
+    async def use(predictor: Predictor) -> StoredPrediction:
         return await predictor.predict(request(make_image(0), explain=True))
 
     answered = with_predictor(store, use)

@@ -20,7 +20,7 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Decision, Flag, FlagReason, ModelStatus, Prediction, ReviewItem
 from serving.client import Client
-from serving.schemas import Context, FlagRequest, PredictionAnswer
+from serving.schemas import Context, FlagRequest, PredictionResponse
 from serving.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def test_a_swap_under_traffic_fails_no_request_and_every_answer_is_stored_once(
     url: str, served_store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     second = tools.make_bundle(served_store, 1, bias={"vasc": 2.0})
-    answers: list[PredictionAnswer] = []
+    answers: list[PredictionResponse] = []
     errors: list[Exception] = []
     stop = threading.Event()
 

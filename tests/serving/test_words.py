@@ -1,4 +1,4 @@
-"""Words: every reason has a sentence, and none of them is a verdict on a patient."""
+"""Texts: every reason has a sentence, and none sounds like a verdict on a patient."""
 
 import ast
 import re
@@ -16,8 +16,8 @@ from records.bundles import OperatingPoints, ReferPoint
 from records.ids import utc_now
 from records.taxonomy import load_taxonomy
 from records.types import Decision, FlagReason, Prediction, ReasonCode
-from serving.answers import answer_body
-from serving.page.answer_html import answer_html
+from serving.page.prediction_view import prediction_html
+from serving.responses import prediction_body
 from serving.triage import TriageRules, triage
 from serving.words import DECISION_TITLES, FLAG_WORDS, reason_text, status_text
 from vision.inference.suitability import NOTHING_KNOWN, Suitability
@@ -45,7 +45,7 @@ def test_every_reason_is_one_sentence(code: ReasonCode) -> None:
     assert not VERDICTS.search(text)
 
 
-def test_reasons_name_what_was_measured() -> None:
+def test_reasons_name_their_probabilities() -> None:
     given = prediction()
     assert "41 %" in reason_text(ReasonCode.LOW_CONFIDENCE, given, TAXONOMY)
     assert "Melanoma, Melanocytic nevus" in reason_text(ReasonCode.PREDICTION_SET, given, TAXONOMY)
@@ -55,7 +55,7 @@ def test_reasons_name_what_was_measured() -> None:
     assert "No class" in reason_text(ReasonCode.PREDICTION_SET, prediction(prediction_set=[]), TAXONOMY)
 
 
-def test_a_provisional_model_is_called_so() -> None:
+def test_a_provisional_model_is_named_as_such() -> None:
     assert "provisional" in status_text("provisional")
     assert "not passed" in status_text("provisional")
     assert "not" not in status_text("champion")
@@ -66,21 +66,25 @@ def test_every_decision_and_flag_has_words() -> None:
     assert set(FLAG_WORDS) == set(FlagReason)
 
 
-def spoken_texts(path: Path) -> list[str]:
-    """Every string of a module that is not a docstring."""
+def texts_of(path: Path) -> list[str]:
+    """Every string of a module that is not a docstring; a template as a whole."""
+    if path.suffix == ".html":
+        return [path.read_text()]
     tree = ast.parse(path.read_text())
-    silent = {
+    docstrings = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     return [
         node.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
     ]
 
 
-def test_no_text_of_the_room_sounds_like_a_verdict() -> None:
-    texts = {path: spoken_texts(path) for path in Path(serving.__file__).parent.rglob("*.py")}
+def test_no_text_of_serving_sounds_like_a_verdict() -> None:
+    texts = {path: texts_of(path) for path in Path(serving.__file__).parent.rglob("*.*")
+             if path.suffix in (".py", ".html")}  # fmt: skip
+    assert any(path.suffix == ".html" for path in texts)
     assert sum(map(len, texts.values())) > 500
     assert not {path.name: [t for t in found if VERDICTS.search(t)] for path, found in texts.items()
                 if any(map(VERDICTS.search, found))}  # fmt: skip
@@ -106,7 +110,7 @@ rows = st.lists(st.floats(1e-6, 1.0), min_size=7, max_size=7).map(lambda v: np.a
 
 @given(rows, points, rules, st.floats(0, 1, exclude_max=True), suitable)
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_what_goes_out_is_never_an_answer_above_a_threshold_nor_a_verdict(
+def test_nothing_above_a_threshold_goes_without_review_and_no_text_is_a_verdict(
     row: FloatArray, operating: OperatingPoints, rule: TriageRules, draw: float, suitability: Suitability
 ) -> None:
     verdict = triage(row, TAXONOMY, operating, rule, draw, suitability)
@@ -114,7 +118,7 @@ def test_what_goes_out_is_never_an_answer_above_a_threshold_nor_a_verdict(
         label=verdict.label, confidence=verdict.confidence, decision=verdict.decision, reasons=list(verdict.reasons),
         probabilities=dict(zip(TAXONOMY.codes, row.tolist(), strict=True)), prediction_set=list(verdict.prediction_set),
     )  # fmt: skip
-    body = answer_body(stored, None, None, TAXONOMY)
+    body = prediction_body(stored, None, None, TAXONOMY)
     p_malignant = sum(body.probabilities[code] for code in TAXONOMY.malignant_codes) if body.probabilities else 1.0
     assert operating.refer_malignant is not None
     # Sums of the same numbers in another order differ in their last bit.
@@ -125,13 +129,13 @@ def test_what_goes_out_is_never_an_answer_above_a_threshold_nor_a_verdict(
     if body.decision is Decision.ANSWERED:
         assert not body.reasons
     names = {c.code: c.name for c in TAXONOMY.classes}
-    page = answer_html(body, names, frozenset(TAXONOMY.malignant_codes))
+    page = prediction_html(body, names, frozenset(TAXONOMY.malignant_codes))
     assert not VERDICTS.search(body.model_dump_json() + page)
 
 
 @given(rows, points, st.integers(0, 6), st.sampled_from([np.nan, np.inf, -np.inf]))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_what_is_not_finite_is_never_answered_whatever_the_thresholds(
+def test_a_non_finite_prediction_goes_to_review_whatever_the_thresholds(
     row: FloatArray, operating: OperatingPoints, index: int, broken: float
 ) -> None:
     row = row.copy()

@@ -16,12 +16,12 @@ from serving.outbox import review_of
 from serving.rollout.harms import HARMS, log_evidence, threshold
 from serving.schemas import (
     Explanation,
-    FlagAnswer,
+    FlagResponse,
     HarmSeen,
     ModelInfo,
     ModelRef,
-    PredictionAnswer,
     PredictionPage,
+    PredictionResponse,
     Reason,
     ReviewStatus,
     RolloutInfo,
@@ -32,9 +32,9 @@ EVERY_ORGANISATION = ""
 """No organisation has this name, so only who sees all sees it."""
 
 
-def answer_body(
+def prediction_body(
     prediction: Prediction, review: ReviewItem | None, heat_map: HeatMap | None, taxonomy: Taxonomy
-) -> PredictionAnswer:
+) -> PredictionResponse:
     """Turn a stored answer into what its caller gets.
 
     Args:
@@ -45,7 +45,7 @@ def answer_body(
     Returns:
         The body; the same for the first reading and every later one.
     """
-    return PredictionAnswer(
+    return PredictionResponse(
         id=prediction.id,
         request_id=prediction.request_id,
         created_at=prediction.created_at,
@@ -80,7 +80,7 @@ def explanation_body(heat_map: HeatMap) -> Explanation:
     )
 
 
-def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagAnswer:
+def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagResponse:
     """Say what became of an objection.
 
     Args:
@@ -95,7 +95,7 @@ def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagAnswer:
     else:
         next_step = "Your objection is stored and goes to an annotator."
     learns = " The next model can learn from the annotator's answer." if consent is Consent.TRAINING else ""
-    return FlagAnswer(
+    return FlagResponse(
         id=flag.id,
         prediction_id=flag.prediction_id,
         review=ReviewStatus(state=item.state, due=item.due),
@@ -133,7 +133,7 @@ def rollout_body(rollout: Rollout) -> RolloutInfo:
     return RolloutInfo(harms=harms, **rollout.model_dump(exclude={"actor", "evidence"}))
 
 
-def read_answer(store: Store, prediction_id: str, caller: Caller) -> tuple[Prediction, ReviewItem | None]:
+def find_prediction(store: Store, prediction_id: str, caller: Caller) -> tuple[Prediction, ReviewItem | None]:
     """Read a stored answer with its question.
 
     Args:
@@ -166,7 +166,7 @@ def read_page(store: Store, caller: Caller, decision: Decision | None, after: st
     """
     with store.ledger.read() as tx:
         rows = _newest(tx, caller, decision, after, limit + 1)
-        items = [answer_body(row, review_of(tx, row), None, store.taxonomy) for row in rows[:limit]]
+        items = [prediction_body(row, review_of(tx, row), None, store.taxonomy) for row in rows[:limit]]
     return PredictionPage(items=items, next=items[-1].id if len(rows) > limit else None)
 
 
