@@ -11,7 +11,7 @@ from itertools import combinations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from labeling.consensus import reader_confusion, standing
+from labeling.consensus import annotator_confusion, standing
 from records.store import Store
 from records.types import Annotation, AnswerKind, Prediction, ReviewItem
 
@@ -88,7 +88,7 @@ def agreement(
         fleiss=fleiss_kappa(answers),
         fleiss_by_class={c: fleiss_kappa([[str(a == c) for a in one] for one in answers]) for c in codes},
         cohen=cohen,
-        readers=reader_confusion(rows),
+        readers=annotator_confusion(rows),
         anchoring=anchoring(standing(rows), items, predictions),
     )
 

@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from records.command import (
-    ConfigOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    emit,
-    progress,
-    settings_of,
-    stderr,
-)
+from records.command import Call, verb
+from records.progress import progress, stderr
 
 if TYPE_CHECKING:
     from labeling.client import LabelStudioClient
@@ -33,37 +25,25 @@ label_app = typer.Typer(help="Annotators: the local Label Studio, questions out,
 app.add_typer(label_app, name="label")
 
 
-@label_app.command("install")
-def install_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "install")
+def install_command(call: Call) -> None:
     """Install the local Label Studio into an environment of its own (about 1 GB, two minutes)."""
     from labeling.environment import environment_of, install
 
-    environment = environment_of(settings_of(ctx, config, preset, sets).labeling)
+    environment = environment_of(call.settings.labeling)
     with _telling() as tell:
         built = install(environment, tell)
     said = f"Label Studio is installed in {environment.folder}" + ("" if built else " already")
-    emit(as_json, {"folder": str(environment.folder), "built": built}, said)
+    call.emit({"folder": str(environment.folder), "built": built}, said)
 
 
-@label_app.command("up")
-def up_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "up")
+def up_command(call: Call) -> None:
     """Start the local Label Studio, or find it running; installs it first if it is missing."""
     from labeling.local_server import LocalLabelStudio
     from records.home import open_home
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     server = LocalLabelStudio(open_home(settings.records.home), settings.labeling)
     with _telling() as tell:
         info = server.up(tell)
@@ -71,40 +51,27 @@ def up_command(
         f"Label Studio {info.version} is up at {info.url}\n"
         f"log in as {info.username}; its password is in {server.keys_file}"
     )
-    emit(as_json, {**info.model_dump(mode="json"), "keys_file": str(server.keys_file)}, said)
+    call.emit({**info.model_dump(mode="json"), "keys_file": str(server.keys_file)}, said)
 
 
-@label_app.command("down")
-def down_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "down")
+def down_command(call: Call) -> None:
     """Stop the local Label Studio; its data stays."""
     from labeling.local_server import LocalLabelStudio
     from records.home import open_home
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     ran = LocalLabelStudio(open_home(settings.records.home), settings.labeling).down()
-    emit(as_json, {"stopped": ran}, "Label Studio is down" if ran else "Label Studio was not running")
+    call.emit({"stopped": ran}, "Label Studio is down" if ran else "Label Studio was not running")
 
 
-@label_app.command("status")
-def status_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "status")
+def status_command(call: Call) -> None:
     """Show what waits and what was answered, and name what is wrong with its fix."""
     from labeling.status import status
-    from records.store import open_store
 
-    settings = settings_of(ctx, config, preset, sets)
-    with contextlib.closing(open_store(settings.records)) as store:
+    settings = call.settings
+    with call.store() as store:
         found = status(store, settings.labeling)
     table = Table(show_header=False)
     table.add_row("Label Studio", f"{found.version} at {found.url}" if found.version else "does not answer")
@@ -115,71 +82,54 @@ def status_command(
     table.add_row("answers read", str(found.annotations))
     for problem in found.problems:
         table.add_row("[red]problem[/]", problem)
-    emit(as_json, found, table)
+    call.emit(found, table)
     if found.problems:
         raise typer.Exit(1)
 
 
-@label_app.command("push")
-def push_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "push")
+def push_command(call: Call) -> None:
     """Send questions that wait to Label Studio, the most urgent first; a second push adds nothing."""
     from labeling.push import push
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     with _connected(settings) as (store, client), _counting("sending questions") as advance:
         report = push(store, client, settings.labeling, advance=advance)
     _complain(report.unreadable)
     sent = f"{report.pushed} questions sent, {report.blind} of them blind; {report.refreshed} brought up to date"
     said = sent if report.pushed or report.refreshed else "nothing waits"
-    emit(as_json, report, said)
+    call.emit(report, said)
 
 
-@label_app.command("pull")
-def pull_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "pull")
+def pull_command(call: Call) -> None:
     """Read answers from Label Studio; edits and deletions are read as well, each once."""
     from labeling.pull import pull
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     with _connected(settings) as (store, client), _counting("reading answers") as advance:
         report = pull(store, client, settings.labeling, advance=advance)
     _complain(report.not_understood)
-    emit(as_json, report, f"{report.new_labels} new answers, {report.deleted} withdrawn")
+    call.emit(report, f"{report.new_labels} new answers, {report.deleted} withdrawn")
 
 
-@label_app.command("sync")
+@verb(label_app, "sync")
 def sync_command(
-    ctx: typer.Context,
+    call: Call,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
     every: Annotated[
         str | None, typer.Option(help="Pause between two looks, for example 15s; default: labeling.poll_every_s.")
     ] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Push and pull, once or for as long as it runs."""
     from labeling.connection import require
-    from labeling.sync import sync, wait_for_ring
+    from labeling.sync import sync, wait_for_notification
     from records.errors import LabelStudioError
     from records.hints import last_ring
-    from records.store import open_store
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     pause_s = _seconds(every) if every is not None else settings.labeling.poll_every_s
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(open_store(settings.records)) as store:
+    with contextlib.suppress(KeyboardInterrupt), call.store() as store:
         while True:
             rung = last_ring(store.ledger)  # before the look, so that what rings during it is looked at next
             try:
@@ -198,45 +148,31 @@ def sync_command(
                     said = (
                         f"{report.push.pushed} sent, {report.pull.new_labels} answers, {report.pull.deleted} withdrawn"
                     )
-                    emit(as_json, report, said)
+                    call.emit(report, said)
             if not watch:
                 return
-            wait_for_ring(store.ledger, rung, pause_s)
+            wait_for_notification(store.ledger, rung, pause_s)
 
 
-@label_app.command("invite")
-def invite_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "invite")
+def invite_command(call: Call) -> None:
     """Print the link under which an annotator makes an account; answers carry its address."""
     from labeling.connection import require
-    from labeling.people import invitation
     from records.home import open_home
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     with require(open_home(settings.records.home), settings.labeling) as client:
-        link = invitation(client)
+        link = client.invitation()
     said = f"{link}\nwhoever reads blind is also named in labeling.readers, by e-mail address"
-    emit(as_json, {"link": link}, said)
+    call.emit({"link": link}, said)
 
 
-@label_app.command("agreement")
-def agreement_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(label_app, "agreement")
+def agreement_command(call: Call) -> None:
     """Show how far readers agree, and how much the model's opinion draws them."""
     from labeling.agreement import read_agreement
-    from records.store import open_store
 
-    with contextlib.closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+    with call.store() as store:
         found = read_agreement(store)
     table = Table(show_header=False, title=f"{found.images} images with two readers or more")
     table.add_row("Fleiss' kappa", _kappa(found.fleiss))
@@ -250,29 +186,25 @@ def agreement_command(
     if seen.difference is not None and seen.interval is not None:
         low, high = seen.interval
         table.add_row("difference", f"{seen.difference:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}")
-    emit(as_json, found, table)
+    call.emit(found, table)
 
 
-@label_app.command("simulate")
+@verb(label_app, "simulate")
 def simulate_command(
-    ctx: typer.Context,
+    call: Call,
     truth: Annotated[Path | None, typer.Option(help="CSV with image_id and label; default: that of the demo.")] = None,
     error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of answers that name another class.")] = 0.0,
     cant_tell_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of answers that are can't tell.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many answers.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what it gets wrong.")] = 0,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Let a simulated annotator answer the open tasks whose truth is known, through Label Studio's own API."""
-    from labeling.simulated_annotator import answer, read_truth
+    from labeling.simulated_annotator import annotate, read_truth
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     with _connected(settings) as (store, client), _counting("answering") as advance:
         known = read_truth(truth or store.home.demo / "truth.parquet", store.taxonomy)
-        given = answer(
+        given = annotate(
             client, store, known, error_rate=error_rate, cant_tell_rate=cant_tell_rate, seed=seed, limit=limit,
             advance=advance,
         )  # fmt: skip
@@ -281,7 +213,7 @@ def simulate_command(
         "correct": sum(one.correct for one in given),
         "cant_tell": sum(one.label is None for one in given),
     }
-    emit(as_json, found, f"{found['answered']} answers, {found['correct']} of them right; read them with label pull")
+    call.emit(found, f"{found['answered']} answers, {found['correct']} of them right; read them with label pull")
 
 
 def _kappa(kappa: float | None) -> str:
@@ -291,9 +223,8 @@ def _kappa(kappa: float | None) -> str:
 @contextmanager
 def _connected(settings: Any) -> Generator[tuple["Store", "LabelStudioClient"]]:
     from labeling.connection import require
-    from records.store import open_store
 
-    with contextlib.closing(open_store(settings.records)) as store, require(store.home, settings.labeling) as client:
+    with call.store() as store, require(store.home, settings.labeling) as client:
         yield store, client
 
 

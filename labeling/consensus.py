@@ -80,7 +80,7 @@ def dawid_skene(by_image: Mapping[str, list[Annotation]]) -> dict[str, dict[str,
     return {str(image_id): {str(code): float(p) for code, p in row.items()} for image_id, row in rows.items()}
 
 
-def reader_confusion(labels: Iterable[Annotation]) -> dict[str, dict[str, dict[str, float]]]:
+def annotator_confusion(labels: Iterable[Annotation]) -> dict[str, dict[str, dict[str, float]]]:
     """Return how each reader answers where the truth is one class, as Dawid-Skene estimates it.
 
     Args:

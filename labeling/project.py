@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from labeling.client import LabelStudioClient
 from labeling.settings import LabelingSettings
 from labeling.tasks import PRIORITY_VERSION, label_config
-from labeling.webhooks import bell_of, ensure_webhook
+from labeling.webhooks import ensure_webhook, webhook_fingerprint
 from records.ids import new_id
 from records.ledger import Transaction
 from records.store import Store
@@ -41,7 +41,7 @@ class Project:
 
 
 @dataclass(frozen=True)
-class Desk:
+class ProjectKey:
     """Which of a store's projects.
 
     Args:
@@ -64,44 +64,46 @@ class Desk:
         return f"{settings.project_title[:22]}, blind: {self.reader or 'anyone'}"[:50]
 
 
-SHARED = Desk()
+SHARED = ProjectKey()
 
 
-def desk_of(item: ReviewItem) -> Desk:
+def project_key_of(item: ReviewItem) -> ProjectKey:
     """Return the project that a question belongs to."""
-    return Desk(item.blind, item.reader) if item.blind else SHARED
+    return ProjectKey(item.blind, item.reader) if item.blind else SHARED
 
 
-def open_project(store: Store, client: LabelStudioClient, settings: LabelingSettings, desk: Desk = SHARED) -> Project:
+def open_project(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, project_key: ProjectKey = SHARED
+) -> Project:
     """Return a project of this store, made or brought up to date where that is needed.
 
     Args:
         store: with the ledger and the taxonomy.
         client: connected.
         settings: with its title.
-        desk: which one.
+        project_key: which one.
     Returns:
         The project. One request if nothing changed.
     Raises:
         LabelStudioError: Label Studio does not answer, or refuses.
     """
-    name = cursor_name(client, desk)
+    name = cursor_name(client, project_key)
     with store.ledger.begin() as tx:
         cursor = tx.get(Cursor, name)
         if cursor is None:
-            desk_position = {"blind": desk.blind, "reader": desk.reader}
-            cursor = Cursor(name=name, position={"marker": f"[relook:{new_id()}]", "project_id": None, **desk_position})
+            whose = {"blind": project_key.blind, "reader": project_key.reader}
+            cursor = Cursor(name=name, position={"marker": f"[relook:{new_id()}]", "project_id": None, **whose})
             tx.add(cursor)
     marker: str = cursor.position["marker"]
     known: int | None = cursor.position["project_id"]
-    config = label_config(store.taxonomy, blind=desk.blind)
+    config = label_config(store.taxonomy, blind=project_key.blind)
     present = client.project(known) if known is not None else None
     ours = present is not None and marker in present.description
-    bell = bell_of(store.home, settings.webhook_url)
+    bell = webhook_fingerprint(store.home, settings.webhook_url)
     told = cursor.position.get("webhook") == bell
     if present is not None and ours and told and present.label_config == config.strip():
         return Project(present.id, marker)
-    project_id = client.ensure_project(desk.title(settings), config, marker, PRIORITY_VERSION)
+    project_id = client.ensure_project(project_key.title(settings), config, marker, PRIORITY_VERSION)
     ensure_webhook(store.home, client, project_id, settings.webhook_url)
     requeued = 0
     with store.ledger.begin() as tx:
@@ -112,34 +114,34 @@ def open_project(store: Store, client: LabelStudioClient, settings: LabelingSett
     return Project(project_id, marker, requeued)
 
 
-def known_project(store: Store, client: LabelStudioClient, desk: Desk = SHARED) -> int | None:
+def known_project(store: Store, client: LabelStudioClient, project_key: ProjectKey = SHARED) -> int | None:
     """Return the id of a project of this store as the ledger has it, without asking; None before the first push."""
     with store.ledger.read() as tx:
-        cursor = tx.get(Cursor, cursor_name(client, desk))
+        cursor = tx.get(Cursor, cursor_name(client, project_key))
     found = cursor.position["project_id"] if cursor is not None else None
     return int(found) if found is not None else None
 
 
-def known_desks(store: Store, client: LabelStudioClient) -> dict[int, Desk]:
+def known_projects(store: Store, client: LabelStudioClient) -> dict[int, ProjectKey]:
     """Return this store's projects at a server as the ledger has them, by id, without asking."""
     name = cursor_name(client)
     with store.ledger.read() as tx:
         cursors = [c for c in tx.find(Cursor) if c.name == name or c.name.startswith(f"{name} blind")]
     found = {c.position["project_id"]: c.position for c in cursors if c.position["project_id"] is not None}
-    return {number: Desk(at.get("blind", False), at.get("reader")) for number, at in sorted(found.items())}
+    return {number: ProjectKey(at.get("blind", False), at.get("reader")) for number, at in sorted(found.items())}
 
 
-def is_ours(store: Store, client: LabelStudioClient, project_id: int, desk: Desk = SHARED) -> bool:
+def is_ours(store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey = SHARED) -> bool:
     """Return whether a project is the one of this store, by its marker; an emptied server counts from 1 again."""
     with store.ledger.read() as tx:
-        cursor = tx.get(Cursor, cursor_name(client, desk))
+        cursor = tx.get(Cursor, cursor_name(client, project_key))
     project = client.project(project_id)
     return cursor is not None and project is not None and cursor.position["marker"] in project.description
 
 
-def cursor_name(client: LabelStudioClient, desk: Desk = SHARED) -> str:
+def cursor_name(client: LabelStudioClient, project_key: ProjectKey = SHARED) -> str:
     """Return the name of the cursor that keeps a project at this server."""
-    return f"labeling.project {client.server}{desk.suffix}"
+    return f"labeling.project {client.server}{project_key.suffix}"
 
 
 def _requeue(tx: Transaction, project_id: int) -> int:

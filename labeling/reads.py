@@ -8,12 +8,15 @@ of its own. Nothing here calls a server.
 
 import sqlalchemy as sa
 
+from labeling.consensus import contested
 from labeling.settings import LabelingSettings
-from records.ids import hash_of
+from records.ids import hash_of, utc_now
 from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import ReasonCode, ReviewItem, ReviewState
+from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 
+_ADJUDICATION_PRIORITY = 150.0
+"""Between flags and referrals: two people have spent their time already."""
 _SEVERAL = frozenset({ReasonCode.URGENT, ReasonCode.FLAGGED})
 
 
@@ -53,9 +56,27 @@ def is_blind(item: ReviewItem, share: float) -> bool:
     return ReasonCode.AUDIT_SAMPLE in item.reasons or _fraction(item.id) < share
 
 
-def says_hash(item: ReviewItem) -> str:
+def add_adjudications(store: Store, threshold: float) -> int:
+    """Write a question about each image whose readers agree too little.
+
+    Args:
+        store: with the answers.
+        threshold: setting `labeling.adjudicate_below`.
+    Returns:
+        How many were written. An image that has been asked about is not asked again, whatever came of it.
+    """
+    with store.ledger.begin() as tx:
+        disputed = contested(tx.find(Annotation, order_by=("created_at", "id")), threshold)
+        questions = [_adjudication(tx.require(ReviewItem, rows[-1].review_item_id)) for rows in disputed.values()]
+        known = {item.id for item in tx.find(ReviewItem, where={"id": [question.id for question in questions]})}
+        fresh = [question for question in questions if question.id not in known]
+        tx.add(*fresh)
+    return len(fresh)
+
+
+def content_hash(item: ReviewItem) -> str:
     """Return what tells apart two states of a question that its task has to show."""
-    return _says(item.priority, [reason.value for reason in item.reasons], item.comment, item.suggested_label)
+    return _content_hash(item.priority, [reason.value for reason in item.reasons], item.comment, item.suggested_label)
 
 
 def stale_items(store: Store) -> list[ReviewItem]:
@@ -65,18 +86,18 @@ def stale_items(store: Store) -> list[ReviewItem]:
     query = sa.select(*columns).where(table.state == ReviewState.PUSHED, table.sent_hash.is_not(None))
     with store.ledger.read() as tx:
         rows = tx.connection.execute(query).all()
-        ids = [row[0] for row in rows if _says(*row[1:5]) != row[5]]
+        ids = [row[0] for row in rows if _content_hash(*row[1:5]) != row[5]]
         return tx.find(ReviewItem, where={"id": ids}, order_by=("-priority", "id")) if ids else []
 
 
-def _says(priority: float, reasons: list[str], comment: str | None, suggested: str | None) -> str:
+def _content_hash(priority: float, reasons: list[str], comment: str | None, suggested: str | None) -> str:
     return hash_of([priority, [str(reason) for reason in reasons], comment, suggested])[:16]
 
 
 def _further_reads(item: ReviewItem, settings: LabelingSettings) -> list[ReviewItem]:
     if _SEVERAL.isdisjoint(item.reasons):
         return []
-    wanted = min(settings.reads_per_question - 1, len(settings.readers))
+    wanted = min(settings.reads_per_item - 1, len(settings.readers))
     first = int(_fraction(item.id) * len(settings.readers))
     readers: list[str | None] = [settings.readers[(first + n) % len(settings.readers)] for n in range(wanted)]
     if not readers and ReasonCode.AUDIT_SAMPLE in item.reasons:
@@ -93,3 +114,15 @@ def _reader(item_id: str, readers: tuple[str, ...]) -> str | None:
 def _fraction(item_id: str) -> float:
     """Return a number in [0, 1) that only the id decides."""
     return int(hash_of(["blind", item_id])[:8], 16) / 16**8
+
+
+def _adjudication(about: ReviewItem) -> ReviewItem:
+    return ReviewItem(
+        id=hash_of(["adjudication", about.image_id])[:32],
+        created_at=utc_now(),
+        prediction_id=about.prediction_id,
+        image_id=about.image_id,
+        reasons=[ReasonCode.ADJUDICATION],
+        priority=_ADJUDICATION_PRIORITY,
+        overlay_blob=about.overlay_blob,
+    )

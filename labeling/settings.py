@@ -50,7 +50,7 @@ class LabelingSettings(RoomSettings):
     readers: tuple[str, ...] = Field(
         default=(), description="e-mail addresses of those who read blind, each in a project of their own"
     )
-    reads_per_question: int = Field(
+    reads_per_item: int = Field(
         default=1, ge=1, le=9, description="independent blind reads of an urgent or a flagged question, people"
     )
     consensus: Literal["majority", "dawid_skene"] = Field(

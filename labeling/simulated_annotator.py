@@ -14,10 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from labeling.client import LabelStudioClient
-from labeling.people import ensure_user
-from labeling.project import known_desks
+from labeling.project import known_projects
 from labeling.push import Advance
-from labeling.tasks import CANT_TELL, answer_result
+from labeling.tasks import CANT_TELL, annotation_result
 from records.errors import ContractError, DataError, UnknownIdError
 from records.store import Store
 from records.taxonomy import Taxonomy
@@ -29,7 +28,7 @@ _KEYS = uuid.UUID("5f6ac1c3-2f4e-4f0e-9a63-6a3a0f0d7f52")
 
 
 @dataclass(frozen=True)
-class GivenAnswer:
+class SimulatedAnnotation:
     """One answer that the simulated annotator gave.
 
     Args:
@@ -47,7 +46,7 @@ class GivenAnswer:
     annotation_id: int
 
 
-def answer(
+def annotate(
     client: LabelStudioClient,
     store: Store,
     truth: Mapping[str, str],
@@ -57,7 +56,7 @@ def answer(
     seed: int = 0,
     limit: int | None = None,
     advance: Advance = lambda done, total: None,
-) -> list[GivenAnswer]:
+) -> list[SimulatedAnnotation]:
     """Answer the open tasks whose truth is known, the most urgent first.
 
     Args:
@@ -77,7 +76,7 @@ def answer(
     """
     if min(error_rate, cant_tell_rate) < 0 or not error_rate + cant_tell_rate <= 1:
         raise ContractError(f"rates must be 0 to 1 together, got {error_rate} wrong and {cant_tell_rate} can't tell")
-    projects = list(known_desks(store, client))
+    projects = list(known_projects(store, client))
     if not projects:
         return []
     with store.ledger.read() as tx:
@@ -86,21 +85,21 @@ def answer(
     wanted = [item for item in waiting if item.image_id in truth and item.task_id is not None][:limit]
     if not wanted:
         return []
-    reader = ensure_user(client, EMAIL, "Simulated", "annotator")
+    reader = client.ensure_user(EMAIL, "Simulated", "annotator")
 
-    def give(item: ReviewItem) -> GivenAnswer | None:
+    def give(item: ReviewItem) -> SimulatedAnnotation | None:
         right = truth[item.image_id]
         label = _draw(right, store.taxonomy, f"{seed}:{item.image_id}", error_rate, cant_tell_rate)
         key = uuid.uuid5(_KEYS, item.id)
         try:
             made = client.create_annotation(
-                item.task_id or 0, answer_result(label or CANT_TELL), key=key, completed_by=reader
+                item.task_id or 0, annotation_result(label or CANT_TELL), key=key, completed_by=reader
             )
         except UnknownIdError:  # the task was deleted meanwhile; the next pull says so
             return None
-        return None if made is None else GivenAnswer(item.id, item.image_id, label, label == right, made)
+        return None if made is None else SimulatedAnnotation(item.id, item.image_id, label, label == right, made)
 
-    given: list[GivenAnswer] = []
+    given: list[SimulatedAnnotation] = []
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
         for number, one in enumerate(pool.map(give, wanted), start=1):
             if one is not None:

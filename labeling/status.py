@@ -8,7 +8,7 @@ from labeling.client import LabelStudioClient
 from labeling.connection import connect
 from labeling.environment import environment_of, is_ready
 from labeling.local_server import LocalLabelStudio
-from labeling.project import Desk, is_ours, known_desks, known_project
+from labeling.project import ProjectKey, is_ours, known_project, known_projects
 from labeling.settings import LabelingSettings
 from labeling.tasks import label_config
 from records.errors import RelookError
@@ -53,7 +53,9 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
         if client is not None:
             with client:
                 version, url, project_id = client.version(), client.url, known_project(store, client)
-                counts = [_look_at_project(store, client, *one, problems) for one in known_desks(store, client).items()]
+                counts = [
+                    _look_at_project(store, client, *one, problems) for one in known_projects(store, client).items()
+                ]
                 tasks = sum(count for count in counts if count is not None) if any(counts) else None
         elif installed:
             problems.append("Label Studio was never started here; run `relook label up`")
@@ -68,16 +70,16 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
 
 
 def _look_at_project(
-    store: Store, client: LabelStudioClient, project_id: int, desk: Desk, problems: list[str]
+    store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey, problems: list[str]
 ) -> int | None:
     project = client.project(project_id)
-    if project is None or not is_ours(store, client, project_id, desk):
+    if project is None or not is_ours(store, client, project_id, project_key):
         problems.append(
             f"project {project_id} is gone from Label Studio; `relook label sync` makes it anew and asks its open "
             "questions again"
         )
         return None
-    if project.label_config != label_config(store.taxonomy, blind=desk.blind).strip():
+    if project.label_config != label_config(store.taxonomy, blind=project_key.blind).strip():
         problems.append(f"the labeling page of project {project_id} was changed by hand; the next push sets it back")
     return client.state(project_id).total
 

@@ -4,10 +4,10 @@ import time
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from labeling.adjudication import ask_to_decide
 from labeling.client import LabelStudioClient
 from labeling.pull import PullReport, pull
 from labeling.push import Advance, PushReport, push
+from labeling.reads import add_adjudications
 from labeling.settings import LabelingSettings
 from records.hints import last_ring
 from records.ledger import Ledger
@@ -50,11 +50,11 @@ def sync(
     """
     # In this order, since a pull may find that questions have to be asked again.
     pulled = pull(store, client, settings, advance=advance)
-    asked = ask_to_decide(store, settings.adjudicate_below) if not pulled.idle else 0
+    asked = add_adjudications(store, settings.adjudicate_below) if not pulled.idle else 0
     return SyncReport(adjudications=asked, pull=pulled, push=push(store, client, settings, model_id, advance=advance))
 
 
-def wait_for_ring(ledger: Ledger, rung: str | None, longest_s: float) -> bool:
+def wait_for_notification(ledger: Ledger, rung: str | None, longest_s: float) -> bool:
     """Wait until Label Studio rings, and no longer than a pause.
 
     Args:

@@ -25,7 +25,7 @@ _BANNED = (
 )  # fmt: skip
 
 
-def bell_of(home: Home, url: str | None) -> str | None:
+def webhook_fingerprint(home: Home, url: str | None) -> str | None:
     """Return what tells one webhook from another, address and fingerprint of its secret; None if there is none."""
     return None if url is None else f"{url.rstrip('/')} {sha256_hex(key_of(home, SECRET_FILE).encode())[:12]}"
 

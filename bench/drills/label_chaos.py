@@ -28,14 +28,14 @@ from typing import Any
 
 import httpx
 
-from bench.label.bulk import add_questions, counted
+from bench.label.bulk import add_review_items, counted
 from labeling.client import LabelStudioClient
 from labeling.local_server import LocalLabelStudio
 from labeling.project import known_project
 from labeling.pull import pull
 from labeling.settings import LabelingSettings
 from labeling.sync import sync
-from labeling.tasks import answer_result
+from labeling.tasks import annotation_result
 from records.errors import LabelStudioError
 from records.hints import WEBHOOK_PATH
 from records.home import open_home
@@ -165,7 +165,7 @@ def main() -> int:
         server = local.up()
         store = open_store(RecordsSettings(home=home.root))
         try:
-            add_questions(store, arguments.items, arguments.seed)
+            add_review_items(store, arguments.items, arguments.seed)
             with (
                 ChaosProxy(
                     server.url, drop=arguments.drop, delay_share=0.02, delay_s=arguments.delay_s, seed=arguments.seed
@@ -202,7 +202,7 @@ def play(
         if syncing.killed < kills:
             syncing.run(chance.randint(2, 12))
     for number in made[: len(items) // 100]:
-        client.request("PATCH", f"api/annotations/{number}/", "edit", body={"result": answer_result("bkl")})
+        client.request("PATCH", f"api/annotations/{number}/", "edit", body={"result": annotation_result("bkl")})
     for number in made[len(items) // 100 : len(items) // 50]:
         client.request("DELETE", f"api/annotations/{number}/", "delete")
 
@@ -284,7 +284,7 @@ def _answer(client: LabelStudioClient, store: Store, items: list[ReviewItem]) ->
     codes = store.taxonomy.codes
 
     def give(numbered: tuple[int, ReviewItem]) -> int | None:
-        label = answer_result(codes[numbered[0] % len(codes)])
+        label = annotation_result(codes[numbered[0] % len(codes)])
         return client.create_annotation(numbered[1].task_id or 0, label, key=uuid.uuid4())
 
     with ThreadPoolExecutor(4) as pool:

@@ -22,7 +22,7 @@ from labeling.project import known_project
 from labeling.pull import pull
 from labeling.push import push
 from labeling.settings import LabelingSettings
-from labeling.tasks import answer_result, label_config
+from labeling.tasks import annotation_result, label_config
 from records.errors import IntegrityError
 from records.ids import new_id, utc_now
 from records.store import Store
@@ -114,7 +114,7 @@ def counted(store: Store, client: LabelStudioClient) -> dict[str, Any]:
     }
 
 
-def add_questions(store: Store, count: int, seed: int) -> None:
+def add_review_items(store: Store, count: int, seed: int) -> None:
     """Write questions about generated images, with priorities in random order.
 
     Args:
@@ -163,7 +163,7 @@ def _push_in_turns(
     bare_project = int(bare.request("POST", "api/projects/", "make a project", body=project)["id"])
     pushed_s = bare_s = 0.0
     for turn in range(TURNS):
-        add_questions(store, items // TURNS + (turn < items % TURNS), seed=turn)
+        add_review_items(store, items // TURNS + (turn < items % TURNS), seed=turn)
         client.sent.clear()
         pushed_s += _timed(lambda: push(store, client, settings))[0]
         bare_s += _timed(lambda: _send_bare(bare, bare_project, client.sent))[0]
@@ -194,7 +194,7 @@ def _answer_all(store: Store, client: LabelStudioClient) -> None:
 
     def give(numbered: tuple[int, ReviewItem]) -> None:
         label = codes[numbered[0] % len(codes)]
-        client.create_annotation(numbered[1].task_id or 0, answer_result(label), key=uuid.uuid4())
+        client.create_annotation(numbered[1].task_id or 0, annotation_result(label), key=uuid.uuid4())
 
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(give, enumerate(items)))

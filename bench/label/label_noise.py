@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from bench.label.acquisition_curves import CLASSES, COMPONENTS, fit
-from labeling.label_noise import suspicious_rows
+from labeling.acquisition.scores import suspicious_rows
 
 NOISE, FOLDS, RECALL = 0.05, 5, 0.5
 

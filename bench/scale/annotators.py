@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.label.bulk import add_questions, counted
+from bench.label.bulk import add_review_items, counted
 from labeling.client import LabelStudioClient
 from labeling.local_server import LocalLabelStudio
 from labeling.pull import pull
 from labeling.push import push
 from labeling.settings import LabelingSettings
-from labeling.tasks import answer_result
+from labeling.tasks import annotation_result
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import ReviewItem
@@ -41,7 +41,7 @@ def work(client: LabelStudioClient, tasks: list[int], label: str) -> list[float]
     for task in tasks:
         began = time.perf_counter()
         client.request("GET", f"api/tasks/{task}/", "open a task")
-        client.create_annotation(task, answer_result(label), key=uuid.uuid4())
+        client.create_annotation(task, annotation_result(label), key=uuid.uuid4())
         took_s.append(time.perf_counter() - began)
     return took_s
 
@@ -61,7 +61,7 @@ def main() -> int:
         server = local.up()
         try:
             with LabelStudioClient(server.url, server.token, timeout_s=300.0) as client:
-                add_questions(store, options.tasks, seed=0)
+                add_review_items(store, options.tasks, seed=0)
                 began = time.perf_counter()
                 push(store, client, settings)
                 pushed = time.perf_counter()

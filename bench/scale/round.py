@@ -23,11 +23,11 @@ from images.importer import import_folder
 from labeling.connection import require
 from labeling.local_server import LocalLabelStudio
 from labeling.settings import LabelingSettings
-from labeling.simulated_annotator import answer
+from labeling.simulated_annotator import annotate
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import RoundRecord, RoundStep
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings
 
 AIM_S = 60.0
 NOT_COUNTED = ("tune", "fit", "evaluate")
@@ -65,7 +65,10 @@ def main() -> int:
     parser.add_argument("--train-images", type=int, default=640)
     options = parser.parse_args()
     trainers = TrainersSettings(
-        model=options.model, side_px=options.side, max_train_images=options.train_images, epochs=1, augmentation="flips"
+        model=ModelSettings(name=options.model, side_px=options.side),
+        max_train_images=options.train_images,
+        epochs=1,
+        augmentation="flips",
     )
     rounds = []
     with tempfile.TemporaryDirectory(prefix="relook-scale-") as scratch:
@@ -83,7 +86,7 @@ def main() -> int:
                     run_round(store, settings, started_by="bench")
                     rounds.append(last_round(store))
                     with require(store.home, labeling) as client:
-                        rounds[-1]["answered"] = len(answer(client, store, truth))
+                        rounds[-1]["answered"] = len(annotate(client, store, truth))
             finally:
                 server.down()
     worst = max(one["overhead_s"] for one in rounds)

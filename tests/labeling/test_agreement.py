@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from labeling.agreement import agreement, anchoring, cohen_kappa, fleiss_kappa
-from labeling.consensus import contested, reader_confusion, resolve
+from labeling.consensus import annotator_confusion, contested, resolve
 from records.store import Store
 from records.types import Annotation, AnswerKind, Confirmation, Prediction, ReviewItem
 
@@ -75,7 +75,7 @@ def test_dawid_skene_recovers_planted_confusions_and_beats_the_majority() -> Non
     planted = {"good 1": good, "good 2": good, "careless 1": careless, "careless 2": careless}
     truth = [int(t) for t in np.random.default_rng(1).integers(0, 3, 1500)]
     labels = _simulated(planted, truth, codes)
-    found = reader_confusion(labels)
+    found = annotator_confusion(labels)
     for reader, matrix in planted.items():
         for true, answered in itertools.product(range(3), range(3)):
             assert found[reader][codes[true]][codes[answered]] == pytest.approx(matrix[true, answered], abs=0.06)

@@ -14,7 +14,7 @@ from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
 from labeling.settings import LabelingSettings
 from labeling.sync import sync
-from labeling.tasks import answer_result
+from labeling.tasks import annotation_result
 from records.errors import LabelStudioError
 from records.store import Store
 from records.types import ReviewItem, ReviewState
@@ -48,7 +48,7 @@ def test_a_bad_network_loses_and_doubles_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("labeling.client._PAUSES_S", (0.01, 0.02, 0.05))
-    label_chaos.add_questions(store, 40, 3)
+    label_chaos.add_review_items(store, 40, 3)
     small = settings.model_copy(update={"push_batch": 5})
     token = server.token.get_secret_value()
     with label_chaos.ChaosProxy(server.url, drop=0.3, delay_share=0.05, delay_s=0.2, seed=11) as proxy:
@@ -56,7 +56,9 @@ def test_a_bad_network_loses_and_doubles_nothing(
         with store.ledger.read() as tx:
             items = tx.find(ReviewItem, order_by=("id",))
         for number, item in enumerate(items):
-            client.create_annotation(item.task_id or 0, answer_result("mel" if number % 3 else "nv"), key=uuid.uuid4())
+            client.create_annotation(
+                item.task_id or 0, annotation_result("mel" if number % 3 else "nv"), key=uuid.uuid4()
+            )
         _until_quiet(store, proxy.url, token, small)
     found = label_chaos.compare(store, client)
     assert proxy.counts["dropped"] > 5
@@ -68,7 +70,7 @@ def test_a_bad_network_loses_and_doubles_nothing(
 def test_a_killed_push_goes_on_where_it_was(
     store: Store, client: LabelStudioClient, server: ServerInfo, settings: LabelingSettings
 ) -> None:
-    label_chaos.add_questions(store, 30, 4)
+    label_chaos.add_review_items(store, 30, 4)
     push_and_die = (
         "import os, signal, sys\n"
         "from labeling.client import LabelStudioClient\n"

@@ -14,7 +14,7 @@ from labeling.client import LabelStudioClient
 from labeling.connection import connect, require
 from labeling.local_server import LocalLabelStudio, ServerInfo
 from labeling.settings import LabelingSettings
-from labeling.simulated_annotator import answer
+from labeling.simulated_annotator import annotate
 from records.errors import ConfigError, ContractError, LabelStudioError
 from records.home import Home
 from records.store import Store
@@ -53,7 +53,7 @@ def test_push_answer_pull_and_sync(
     assert (status["items"]["new"], status["problems"], status["version"]) == (4, [], "1.23.2")
     assert status["oldest_waiting_s"] >= 0
     assert _json(call(elsewhere, "push", "--json"))["pushed"] == 4
-    assert len(answer(client, store, {item.image_id: "nv" for item in items}, limit=3)) == 3
+    assert len(annotate(client, store, {item.image_id: "nv" for item in items}, limit=3)) == 3
     assert _json(call(elsewhere, "pull", "--json"))["new_labels"] == 3
     add_items(1, first_seed=90)
     both = _json(call(elsewhere, "sync", "--json"))
@@ -116,4 +116,4 @@ def test_settings_and_arguments_that_cannot_work(
     assert isinstance(result.exception, ConfigError)
     for wrong, unsure in ((-0.1, 0.0), (0.6, 0.6), (float("nan"), 0.0)):
         with pytest.raises(ContractError, match="rates"):
-            answer(client, store, {}, error_rate=wrong, cant_tell_rate=unsure)
+            annotate(client, store, {}, error_rate=wrong, cant_tell_rate=unsure)

@@ -14,7 +14,7 @@ from labeling.local_server import ServerInfo
 from labeling.project import open_project
 from labeling.push import push
 from labeling.settings import LabelingSettings
-from labeling.tasks import answer_result
+from labeling.tasks import annotation_result
 from records.errors import LabelStudioError, UnknownIdError
 from records.store import Store
 from records.types import ReviewItem
@@ -73,7 +73,7 @@ def test_what_is_gone_is_an_unknown_id(client: LabelStudioClient) -> None:
     with pytest.raises(UnknownIdError):
         client.state(10**6)
     with pytest.raises(UnknownIdError):
-        client.create_annotation(10**6, answer_result("mel"), key=uuid.uuid4())
+        client.create_annotation(10**6, annotation_result("mel"), key=uuid.uuid4())
     client.delete_task(10**6)
 
 
@@ -92,8 +92,8 @@ def test_an_annotation_with_a_known_key_is_made_once(
     with store.ledger.read() as tx:
         task_id = tx.require(ReviewItem, item.id).task_id or 0
     key = uuid.uuid4()
-    assert client.create_annotation(task_id, answer_result("mel"), key=key) is not None
-    assert client.create_annotation(task_id, answer_result("nv"), key=key) is None
+    assert client.create_annotation(task_id, annotation_result("mel"), key=key) is not None
+    assert client.create_annotation(task_id, annotation_result("nv"), key=key) is None
 
 
 def test_pages_follow_each_other_without_gap_or_double(

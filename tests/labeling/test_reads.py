@@ -5,18 +5,16 @@ from collections.abc import Callable
 
 import pytest
 
-from labeling.adjudication import ask_to_decide
 from labeling.agreement import read_agreement
 from labeling.client import LabelStudioClient
 from labeling.consensus import resolve
-from labeling.people import ensure_user
-from labeling.project import Desk, known_desks
+from labeling.project import ProjectKey, known_projects
 from labeling.pull import pull
 from labeling.push import push
-from labeling.reads import is_blind, plan_reads, says_hash, stale_items
+from labeling.reads import add_adjudications, content_hash, is_blind, plan_reads, stale_items
 from labeling.settings import LabelingSettings
 from labeling.sync import sync
-from labeling.tasks import answer_result, label_config, task_document
+from labeling.tasks import annotation_result, label_config, task_document
 from records.store import Store
 from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 
@@ -49,7 +47,7 @@ def test_the_audit_sample_is_always_blind_and_a_flag_never(store: Store, add_ite
 def test_further_reads_are_planned_once(store: Store, settings: LabelingSettings, add_items: AddItems) -> None:
     first, *_ = add_items(3)
     _change(store, first, reasons=[ReasonCode.FLAGGED], comment="surely a melanoma")
-    wanted = settings.model_copy(update={"readers": READERS, "reads_per_question": 3})
+    wanted = settings.model_copy(update={"readers": READERS, "reads_per_item": 3})
     assert plan_reads(store, wanted) == 2
     assert plan_reads(store, wanted) == 0
     reads = [item for item in _items(store) if item.reader is not None]
@@ -95,17 +93,17 @@ def test_blind_questions_go_to_their_readers_and_come_back_blind(
     audit, flagged, plain = add_items(3)
     _change(store, audit, reasons=[ReasonCode.AUDIT_SAMPLE])
     _change(store, flagged, reasons=[ReasonCode.FLAGGED])
-    wanted = settings.model_copy(update={"readers": READERS, "reads_per_question": 2})
+    wanted = settings.model_copy(update={"readers": READERS, "reads_per_item": 2})
     report = sync(store, client, wanted).push
     assert (report.pushed, report.blind) == (4, 2)
-    desks = known_desks(store, client)
-    assert Desk() in desks.values()
-    assert {desk.reader for desk in desks.values() if desk.blind} <= set(READERS)
+    projects = known_projects(store, client)
+    assert ProjectKey() in projects.values()
+    assert {project_key.reader for project_key in projects.values() if project_key.blind} <= set(READERS)
     in_project = {item.id: item.project_id for item in _items(store)}
     assert in_project[plain.id] == in_project[flagged.id] == report.project_id
     assert in_project[audit.id] != report.project_id
     for item in _items(store):
-        client.create_annotation(item.task_id or 0, answer_result("mel"), key=uuid.uuid4())
+        client.create_annotation(item.task_id or 0, annotation_result("mel"), key=uuid.uuid4())
     assert pull(store, client, wanted).new_labels == 4
     with store.ledger.read() as tx:
         labels = {label.review_item_id: label.blind for label in tx.find(Annotation)}
@@ -137,7 +135,7 @@ def test_a_question_that_changes_moves_up_and_says_so(
     query = {"project": project_id, "query": '{"ordering": ["tasks:predictions_score"]}', "fields": "all"}
     tasks = client.request("GET", "api/tasks/", "list", params={**query, "include": "id"})["tasks"]
     assert tasks[0]["id"] == last.task_id, "the most urgent first"
-    assert _items(store)[0].sent_hash == says_hash(_items(store)[0])
+    assert _items(store)[0].sent_hash == content_hash(_items(store)[0])
 
 
 def test_disagreement_asks_once_more_and_is_resolved(
@@ -146,18 +144,18 @@ def test_disagreement_asks_once_more_and_is_resolved(
     (item,) = add_items(1)
     sync(store, client, settings)
     task_id = _items(store)[0].task_id or 0
-    people = [ensure_user(client, f"{name}@relook.local", name, "Reader") for name in ("one", "two", "chief")]
+    people = [client.ensure_user(f"{name}@relook.local", name, "Reader") for name in ("one", "two", "chief")]
     for person, label in zip(people, ("mel", "nv"), strict=False):
-        client.create_annotation(task_id, answer_result(label), key=uuid.uuid4(), completed_by=person)
+        client.create_annotation(task_id, annotation_result(label), key=uuid.uuid4(), completed_by=person)
     report = sync(store, client, settings)
     assert (report.adjudications, report.push.pushed) == (1, 1)
-    assert ask_to_decide(store, settings.adjudicate_below) == 0
+    assert add_adjudications(store, settings.adjudicate_below) == 0
     with store.ledger.read() as tx:
         labels = tx.find(Annotation)
     assert resolve(labels)[0].label is None
     decision = next(one for one in _items(store) if ReasonCode.ADJUDICATION in one.reasons)
     assert decision.state is ReviewState.PUSHED
-    client.create_annotation(decision.task_id or 0, answer_result("mel"), key=uuid.uuid4(), completed_by=people[2])
+    client.create_annotation(decision.task_id or 0, annotation_result("mel"), key=uuid.uuid4(), completed_by=people[2])
     assert sync(store, client, settings).adjudications == 0
     with store.ledger.read() as tx:
         labels = tx.find(Annotation)

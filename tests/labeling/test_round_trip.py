@@ -13,8 +13,8 @@ from labeling.project import Project, open_project
 from labeling.pull import pull
 from labeling.push import adopt, item_key, push
 from labeling.settings import LabelingSettings
-from labeling.simulated_annotator import EMAIL, answer
-from labeling.tasks import CANT_TELL, OTHER, answer_result
+from labeling.simulated_annotator import EMAIL, annotate
+from labeling.tasks import CANT_TELL, OTHER, annotation_result
 from records.store import Store
 from records.types import Annotation, AnswerKind, ReviewItem, ReviewState
 
@@ -22,7 +22,7 @@ AddItems = Callable[..., list[ReviewItem]]
 
 
 def _say(client: LabelStudioClient, task_id: int, label: str) -> int:
-    made = client.create_annotation(task_id, answer_result(label), key=uuid.uuid4())
+    made = client.create_annotation(task_id, annotation_result(label), key=uuid.uuid4())
     assert made is not None
     return made
 
@@ -98,7 +98,7 @@ def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
     assert _held(store, project_id) == _said(client, project_id)
 
     for number in made[:20]:
-        _edit(client, number, result=answer_result("bcc"))
+        _edit(client, number, result=annotation_result("bcc"))
     for number in made[20:30]:
         _delete(client, number)
     for number in made[30:35]:  # an answer that is turned into a skip, and tasks that were never anything else
@@ -128,10 +128,10 @@ def test_what_an_answer_says_is_kept(
     tasks = {item.id: item.task_id or 0 for item in _items(store)}
     quality = {"from_name": "image_quality", "to_name": "image", "type": "choices", "value": {"choices": ["usable"]}}
     comment = {"from_name": "comment", "to_name": "image", "type": "textarea", "value": {"text": ["hair"]}}
-    client.create_annotation(tasks[items[0].id], [*answer_result("df"), quality, comment], key=uuid.uuid4())
+    client.create_annotation(tasks[items[0].id], [*annotation_result("df"), quality, comment], key=uuid.uuid4())
     _say(client, tasks[items[1].id], CANT_TELL)
     other = {"from_name": "other_text", "to_name": "image", "type": "textarea", "value": {"text": ["a wart"]}}
-    client.create_annotation(tasks[items[2].id], [*answer_result(OTHER), other], key=uuid.uuid4())
+    client.create_annotation(tasks[items[2].id], [*annotation_result(OTHER), other], key=uuid.uuid4())
     _say(client, tasks[items[3].id], "no_such_class")
 
     report = pull(store, client, settings)
@@ -244,14 +244,14 @@ def test_the_simulated_annotator_answers_once_and_reproducibly(
     items = add_items(24)
     push(store, client, settings)
     truth = {item.image_id: "bkl" for item in items[:20]}
-    given = answer(client, store, truth, error_rate=0.3, cant_tell_rate=0.2, seed=3)
+    given = annotate(client, store, truth, error_rate=0.3, cant_tell_rate=0.2, seed=3)
     assert len(given) == 20
     assert {one.image_id for one in given} == set(truth)
     wrong = [one for one in given if one.label not in (None, "bkl")]
     unsure = [one for one in given if one.label is None]
     assert 1 <= len(wrong) <= 12
     assert 1 <= len(unsure) <= 10
-    assert answer(client, store, truth, error_rate=0.3, cant_tell_rate=0.2, seed=3) == [], "each task once"
+    assert annotate(client, store, truth, error_rate=0.3, cant_tell_rate=0.2, seed=3) == [], "each task once"
 
     report = pull(store, client, settings)
     assert (report.new_labels, report.cant_tell) == (20, len(unsure))

@@ -15,11 +15,11 @@ from labeling.tasks import (
     OTHER,
     PRIORITY_VERSION,
     about_text,
-    answer_result,
-    answer_text,
+    annotation_result,
     data_uri,
     label_config,
-    read_answer,
+    parse_annotation,
+    prediction_text,
     task_document,
     why_text,
 )
@@ -112,7 +112,7 @@ def test_the_page_follows_the_taxonomy() -> None:
 def test_label_studios_own_validator_accepts_page_and_answers() -> None:
     page = LabelInterface(label_config(HAM))
     assert page.validate() is None
-    assert page.validate_annotation({"result": answer_result("mel")})
+    assert page.validate_annotation({"result": annotation_result("mel")})
 
 
 def test_classes_with_one_display_name_are_told_apart() -> None:
@@ -162,9 +162,9 @@ def test_the_words_of_a_task() -> None:
     )
     for reason in ReasonCode:
         assert why_text(_item(reasons=[reason], comment=None, suggested_label=None), HAM).endswith((".", "first."))
-    assert answer_text(_prediction(), HAM) == "Melanocytic nevus 50% · Melanoma 30% · Basal cell carcinoma 10%"
-    assert answer_text(_prediction(label=None, probabilities=None), HAM) == "The model gave no answer."
-    assert answer_text(None, HAM) == "The model was not asked."
+    assert prediction_text(_prediction(), HAM) == "Melanocytic nevus 50% · Melanoma 30% · Basal cell carcinoma 10%"
+    assert prediction_text(_prediction(label=None, probabilities=None), HAM) == "The model gave no answer."
+    assert prediction_text(None, HAM) == "The model was not asked."
     assert about_text(_image(age_years=55.0, sex="male")) == "age 55, male"
     assert about_text(_image()) == "nothing else is known about this image"
 
@@ -193,15 +193,15 @@ def test_damaged_images_are_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("code", HAM.codes)
 def test_each_class_reads_back(code: str) -> None:
-    answer = read_answer(answer_result(code), HAM)
+    answer = parse_annotation(annotation_result(code), HAM)
     assert (answer.kind, answer.label, answer.understood) == (AnswerKind.CLASS, code, True)
 
 
 def test_other_answers_are_kept_and_not_understood_ones_marked() -> None:
-    assert read_answer(answer_result(CANT_TELL), HAM).kind is AnswerKind.CANT_TELL
-    assert read_answer(answer_result(OTHER), HAM).understood
-    for result in ([], answer_result("naevus"), [*answer_result("mel"), *answer_result("nv")]):
-        answer = read_answer(result, HAM)
+    assert parse_annotation(annotation_result(CANT_TELL), HAM).kind is AnswerKind.CANT_TELL
+    assert parse_annotation(annotation_result(OTHER), HAM).understood
+    for result in ([], annotation_result("naevus"), [*annotation_result("mel"), *annotation_result("nv")]):
+        answer = parse_annotation(result, HAM)
         assert (answer.kind, answer.label, answer.understood) == (AnswerKind.OTHER, None, False)
-    assert "mel, nv" in str(read_answer([*answer_result("mel"), *answer_result("nv")], HAM).other_text)
-    assert read_answer([{"from_name": "diagnosis"}, {"value": None}], HAM).other_text == "no diagnosis was chosen"
+    assert "mel, nv" in str(parse_annotation([*annotation_result("mel"), *annotation_result("nv")], HAM).other_text)
+    assert parse_annotation([{"from_name": "diagnosis"}, {"value": None}], HAM).other_text == "no diagnosis was chosen"

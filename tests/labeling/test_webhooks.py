@@ -15,8 +15,8 @@ from fastapi import FastAPI
 
 from labeling.project import open_project
 from labeling.push import push
-from labeling.sync import sync, wait_for_ring
-from labeling.tasks import answer_result
+from labeling.sync import sync, wait_for_notification
+from labeling.tasks import annotation_result
 from labeling.webhooks import ensure_webhook
 from records.errors import AccessError, LabelStudioError
 from records.hints import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH, last_ring
@@ -66,14 +66,14 @@ def test_answers_edits_and_deletions_ring_and_the_next_look_reads_them(store, cl
     assert [hook["url"] for hook in hooks] == [address + WEBHOOK_PATH]
 
     rung = last_ring(store.ledger)
-    annotation = client.create_annotation(page[0].id, answer_result("mel"), key=uuid4())
-    assert wait_for_ring(store.ledger, rung, PATIENCE_S)
+    annotation = client.create_annotation(page[0].id, annotation_result("mel"), key=uuid4())
+    assert wait_for_notification(store.ledger, rung, PATIENCE_S)
     assert sync(store, client, ringing).pull.new_labels == 1
 
-    for verb, body in (("PATCH", {"result": answer_result("nv")}), ("DELETE", None)):
+    for verb, body in (("PATCH", {"result": annotation_result("nv")}), ("DELETE", None)):
         rung = last_ring(store.ledger)
         client.request(verb, f"api/annotations/{annotation}/", "change an answer", body=body)
-        assert wait_for_ring(store.ledger, rung, PATIENCE_S), verb
+        assert wait_for_notification(store.ledger, rung, PATIENCE_S), verb
     assert sync(store, client, ringing).pull.deleted == 1
 
     # A secret that was lost is made anew, and the next push tells Label Studio.
@@ -94,7 +94,7 @@ def test_a_guessed_secret_rings_nothing_and_a_wait_ends_by_itself(store, address
     assert httpx.post(address + WEBHOOK_PATH, trust_env=False).status_code == 422
     assert last_ring(store.ledger) is None
     began_s = time.monotonic()
-    assert not wait_for_ring(store.ledger, None, 0.2)
+    assert not wait_for_notification(store.ledger, None, 0.2)
     assert time.monotonic() - began_s >= 0.2
 
 
