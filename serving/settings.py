@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from records.settings import RoomSettings
 from records.types import Consent
+from vision.explanations import STORED_OVERLAY_SIDE_PX
 
 
 class ServingSettings(RoomSettings):
@@ -83,7 +84,7 @@ class ServingSettings(RoomSettings):
         "flagged or explained afterwards, and no annotator is asked",
     )
     overlay_side_px: int = Field(
-        default=224,
+        default=STORED_OVERLAY_SIDE_PX,
         ge=64,
         le=2048,
         description="side of drawn overlays, pixels; at 224 a JPEG of 450 rows is halved while it is decoded",

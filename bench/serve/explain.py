@@ -47,7 +47,7 @@ def explain_figures(
     target = np.zeros(len(pixels), dtype=np.int64)
 
     def maps() -> None:
-        for values in model.explain(pixels, "gradcam", target):
+        for values in model.gradcam(pixels, target):
             resized_strength(values, side_px, side_px)
 
     answers, with_maps, alone, theirs = [], [], [], []

@@ -18,6 +18,7 @@ COUNTS = {
     "losses": 4,
     "samplers": 3,
     "strategies": 4,
+    "explanations": 4,
 }
 RECORDS = [(kind, record) for kind, registry in REGISTRIES.items() for record in registry.records]
 

@@ -12,6 +12,7 @@ from trainers.optimization.optimizers import OPTIMIZERS
 from trainers.optimization.samplers import SAMPLERS
 from trainers.optimization.schedulers import SCHEDULERS
 from trainers.optimization.strategies import STRATEGIES
+from vision.explanations.methods import METHODS
 from vision.networks import MODELS
 
 Catalogue = dict[str, list[dict[str, Any]]]
@@ -25,6 +26,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "losses": LOSSES,
     "samplers": SAMPLERS,
     "strategies": STRATEGIES,
+    "explanations": METHODS,
 }
 """Kind, as the command line names it, to its registry."""
 

@@ -3,13 +3,12 @@
 relook explain champion image.jpg --method integrated_gradients --versus nv --out why.png
 """
 
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, settings_of
+from records.command import Call, verb
 from records.errors import ConfigError, RefusedError
 
 if TYPE_CHECKING:
@@ -17,38 +16,34 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-OVERLAY_SIDE_PX = 512
 ACTIVATIONS = "activations"
 
 
-@app.command("explain")
-def explain_command(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
-    out: Annotated[Path, typer.Option(help="Where the image goes, a PNG file.")],
-    method: Annotated[
-        str, typer.Option(help="gradcam, integrated_gradients, gradient_shap, occlusion or activations.")
-    ] = "gradcam",
-    target: Annotated[str | None, typer.Option(help="Class to explain; default: the most probable one.")] = None,
-    versus: Annotated[str | None, typer.Option(help="Explain the target rather than this class.")] = None,
-    layer: Annotated[str | None, typer.Option(help="For activations; default: the last stage.")] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Draw where a model looked when it answered for an image, or what a layer of it sees."""
-    from records.models import find_bundle
-    from records.store import open_store
+def _methods() -> list[str]:
     from vision.explanations.methods import METHODS
 
-    names = (*METHODS, ACTIVATIONS)
-    if method not in names:
-        raise ConfigError(f"--method is {method!r}; it must be one of {', '.join(names)}")
+    return [*METHODS, ACTIVATIONS]
+
+
+@verb(app, "explain")
+def explain_command(
+    call: Call,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP file.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")],
+    method: Annotated[str, typer.Option(help="Method: {choices}.", autocompletion=_methods)] = "gradcam",
+    target: Annotated[str | None, typer.Option(help="Class to explain; default: the most probable one.")] = None,
+    versus: Annotated[str | None, typer.Option(help="Explain why the target and not this class.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer for activations; default: the last stage.")] = None,
+) -> None:
+    """Draw the heat map of a prediction over its image, or the activations of a layer."""
+    from records.models import find_bundle
+
+    if method not in _methods():
+        raise ConfigError(f"--method is {method!r}; it must be one of {', '.join(_methods())}")
     if layer is not None and method != ACTIVATIONS:
         raise ConfigError(f"--layer belongs to --method {ACTIVATIONS}, not to {method}")
-    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+    with call.store() as store:
         bundle = find_bundle(store, model)
     if method == ACTIVATIONS:
         result, png = _activations(bundle, image, layer)
@@ -67,14 +62,15 @@ def explain_command(
         out.write_bytes(png)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
-    emit(as_json, {"model_id": bundle.id, "image": str(image), "method": method, **result, "out": str(out)}, human)
+    call.emit({"model_id": bundle.id, "image": str(image), "method": method, **result, "out": str(out)}, human)
 
 
 def _explained(
     bundle: "Bundle", image: Path, method: str, target: str | None, versus: str | None
 ) -> tuple[dict[str, Any], bytes]:
-    """Return what is told about a map, and the map drawn over its image."""
+    """Return the values that describe a heat map, and its overlay as PNG."""
     from trainers.evaluation.folder import read_square
+    from vision.explanations import FILE_OVERLAY_SIDE_PX
     from vision.explanations.overlay import overlay_png
     from vision.inference.attribution import attribute
     from vision.inference.loaded import load_model
@@ -103,11 +99,11 @@ def _explained(
         "shape": list(heat_map.shape),
         "values": heat_map.tolist(),
     }
-    return result, overlay_png(read_square(image, OVERLAY_SIDE_PX), heat_map)
+    return result, overlay_png(read_square(image, FILE_OVERLAY_SIDE_PX), heat_map)
 
 
 def _activations(bundle: "Bundle", image: Path, layer: str | None) -> tuple[dict[str, Any], bytes]:
-    """Return which channels of a layer are shown, and their image."""
+    """Return the strongest channels of a layer, and their grid as PNG."""
     from trainers.evaluation.folder import read_square
     from vision.explanations.activations import channel_grid_png, layer_output, strongest_channels
     from vision.inference.loaded import plain_network

@@ -71,7 +71,7 @@ def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> Expla
     pixels = images.squares(chosen, side_px)
     model = load_model(bundle, precision="fp32")
     target = model.predict(pixels).probabilities.argmax(axis=1)
-    maps = model.explain(pixels, "gradcam", target)
+    maps = model.gradcam(pixels, target)
     if not (np.ptp(maps, axis=(1, 2)) > 0).any():
         return None
     masks = [images.mask(int(index), side_px) for index in chosen] if images.masks is not None else None

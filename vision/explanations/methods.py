@@ -1,53 +1,95 @@
-"""The registry of explanation methods: what the command line, the service and the docs list."""
+"""The registry of explanation methods, the only list of them: API, page, command line and catalogue read it.
+
+A method maps a network with one output and one image to a `PixelMap`. The registry imports no torch: each
+function loads its implementation from `vision.explanations.gradients` on its first call.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from records.registry import Registered, Registry
 
-from vision.explanations.gradients import integrated_gradients, occlusion
-from vision.explanations.paths import gradient_shap_maps
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-DifferentiatingMethod = Callable[[nn.Module, Tensor, Tensor], Tensor]
+    from vision.explanations.gradients import PixelMap
 
-
-@dataclass(frozen=True)
-class ExplanationMethod:
-    """One way to explain an answer."""
-
-    name: str
-    description: str
-    function: DifferentiatingMethod | None
-    """(network, inputs [N, 3, S, S], target [N]) -> maps [N, h, w]; None: computed in the forward batch"""
-    signed: bool
+MethodFunction = Callable[["nn.Module", "Tensor"], "PixelMap"]
+"""(network [N, 3, S, S] -> [N, 1], normalised image [1, 3, S, S]) -> map of the network's output"""
 
 
-METHODS: dict[str, ExplanationMethod] = {
-    method.name: method
-    for method in (
+@dataclass(frozen=True, kw_only=True)
+class ExplanationMethod(Registered):
+    """A way to attribute a logit to parts of the image.
+
+    Args:
+        title: its name in the page.
+        needs_gradients: whether it differentiates the network, or the head where that has no closed form.
+        function: computes the map of one image; None for Grad-CAM, which the forward pass yields for all classes.
+    """
+
+    title: str
+    needs_gradients: bool
+    function: MethodFunction | None = field(default=None, repr=False)
+
+    @property
+    def needs_fp32(self) -> bool:
+        """Whether the model must be loaded with precision fp32: convolutions stored in bf16 run under autocast only."""
+        return self.function is not None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the method demands of a model."""
+        return {"needs_gradients": self.needs_gradients, "needs_fp32": self.needs_fp32}
+
+
+def _integrated_gradients(network: "nn.Module", image: "Tensor") -> "PixelMap":
+    from vision.explanations.gradients import integrated_gradients_within
+
+    return integrated_gradients_within(network, image)
+
+
+def _gradient_shap(network: "nn.Module", image: "Tensor") -> "PixelMap":
+    from vision.explanations.gradients import gradient_shap
+
+    return gradient_shap(network, image)
+
+
+def _occlusion(network: "nn.Module", image: "Tensor") -> "PixelMap":
+    from vision.explanations.gradients import occlusion_map
+
+    return occlusion_map(network, image)
+
+
+METHODS: Registry[ExplanationMethod] = Registry(
+    "explanation",
+    (
         ExplanationMethod(
             name="gradcam",
-            description="where the last convolutional stage found evidence for the class; comes with the answer",
-            function=None,
-            signed=False,
+            title="Grad-CAM",
+            description="evidence for a class in the last convolutional stage; computed with the prediction",
+            needs_gradients=True,
         ),
         ExplanationMethod(
             name="integrated_gradients",
-            description="how much each pixel moved the class's logit, on the way from an image of the mean colour",
-            function=integrated_gradients,
-            signed=True,
+            title="Integrated Gradients",
+            description="share of each pixel in the change of the logit from an image of the mean colour to this one",
+            needs_gradients=True,
+            function=_integrated_gradients,
         ),
         ExplanationMethod(
             name="gradient_shap",
-            description="the same from several baselines at seeded random points: less bound to one image of nothing",
-            function=gradient_shap_maps,
-            signed=True,
+            title="Gradient SHAP",
+            description="the same from three baselines at seeded random points; depends less on one baseline",
+            needs_gradients=True,
+            function=_gradient_shap,
         ),
         ExplanationMethod(
             name="occlusion",
-            description="how far the class's logit falls when a window of the image is covered",
-            function=occlusion,
-            signed=True,
+            title="Occlusion",
+            description="drop of the class's logit when a window of the image is covered",
+            needs_gradients=False,
+            function=_occlusion,
         ),
-    )
-}
+    ),
+)

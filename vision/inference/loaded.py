@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from records.arrays import Float32Array, FloatArray, IntArray, UInt8Array
 from records.bundles import Bundle, Geometry
-from records.errors import ContractError, IntegrityError
+from records.errors import IntegrityError
 from records.taxonomy import Taxonomy
 from vision.calibration.scaling import apply_calibration
 from vision.explanations.closed_form import ClosedForm, closed_form_of
 from vision.explanations.gradients import head_gradcam
-from vision.explanations.methods import METHODS
 from vision.inference.described import early_statistics, first_convolution, pooled_features
 from vision.inference.fold import fold_batch_norm
 from vision.inference.output import BatchOutput
@@ -145,30 +144,19 @@ class LoadedModel:
                 answers.append(apply_calibration(logits, self._document.calibration))
         return np.stack(answers)
 
-    def explain(self, pixels: UInt8Array, method: str, target: IntArray) -> Float32Array:
-        """Explain one class per image with a named method.
+    def gradcam(self, pixels: UInt8Array, target: IntArray) -> Float32Array:
+        """Compute Grad-CAM of one class per image, [N, h, w], not negative.
 
         Args:
             pixels: [N, S, S, 3], N >= 1.
-            method: a name in `vision.explanations.methods.METHODS`.
             target: [N] class indices.
         Returns:
-            [N, h, w]; the size depends on the method. Grad-CAM is not negative, the others are signed.
+            [N, h, w]; `attribute` runs the other methods.
         Raises:
-            ContractError: the pixels do not fit, the method is unknown, or a gradient is asked of a bf16 model.
+            ContractError: the pixels do not have the model's geometry.
         """
-        if method not in METHODS:
-            raise ContractError(f"unknown explanation {method!r}; there are {', '.join(METHODS)}")
-        function = METHODS[method].function
-        if function is None:
-            every_class = np.asarray(self.predict(pixels, gradcam=True).maps, dtype=np.float32)
-            return np.asarray(every_class[np.arange(len(target)), target])
-        if self.precision != "fp32":
-            raise ContractError(f"{method} differentiates and needs a model loaded with precision fp32")
-        check_pixels(pixels, self.geometry.side_px)
-        network = nn.Sequential(self._features, self._head)
-        maps = function(network, self._inputs(pixels), torch.from_numpy(target).to(self._device))
-        return np.asarray(maps.cpu().numpy(), dtype=np.float32)
+        every_class = np.asarray(self.predict(pixels, gradcam=True).maps, dtype=np.float32)
+        return np.asarray(every_class[np.arange(len(target)), target])
 
     def check_golden(self) -> float:
         """Compare the answers for the bundle's golden images with the stored ones.

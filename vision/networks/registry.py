@@ -1,10 +1,13 @@
-"""Which networks exist, and how one is built."""
+"""Which networks exist, the settings that choose one, and how it is built."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
 
 from records.errors import ConfigError
 from records.registry import Registry
+from records.settings import RoomSettings, checked_by
 from vision.networks.recipe import DROPOUT, HEAD_DROPOUT, ModelRecipe
 from vision.networks.torchvision_recipes import ADDRESS, TORCHVISION_RECIPES
 
@@ -170,6 +173,48 @@ def check_side(name: str, side_px: int) -> None:
     recipe = MODELS[name]
     if side_px < recipe.minimum_side_px:
         raise ConfigError(
-            f"trainers.side_px is {side_px}, and {name} needs at least {recipe.minimum_side_px} "
+            f"trainers.model.side_px is {side_px}, and {name} needs at least {recipe.minimum_side_px} "
             f"(it was designed for {recipe.input_side_px})"
         )
+
+
+class ModelSettings(RoomSettings):
+    """Which network is trained, what it starts from and which pixels it sees."""
+
+    name: Annotated[str, checked_by(MODELS.__getitem__)] = Field(
+        default="custom_cnn", description="network, see `relook catalog models`"
+    )
+    side_px: int = Field(default=64, ge=8, le=1024, description="the network sees side_px x side_px pixels")
+    weights: str = Field(
+        default="none",
+        min_length=1,
+        description="what the network starts from: none, imagenet, or the path of a .safetensors or .pt file",
+    )
+    scaling: Literal["mean_std", "min_max"] = Field(
+        default="mean_std",
+        description="of pixel values: by the training images' mean and deviation, or by each image's range",
+    )
+    dropout: float = Field(default=0.01, ge=0, lt=1, description="rate after every block, in networks that have it")
+    head_dropout: float = Field(
+        default=0.2, ge=0, lt=1, description="rate before the linear layer, in networks that have one"
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _is_source(cls, value: str) -> str:
+        if value not in {"none", "imagenet"} and not value.endswith((".safetensors", ".pt", ".pth")):
+            raise ValueError(f"{value!r} is neither none, nor imagenet, nor the path of a .safetensors or .pt file")
+        return value
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> Self:
+        try:
+            check_side(self.name, self.side_px)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `build_model` passes to this network: those of the rates that it takes."""
+        return {name: getattr(self, name) for name in MODELS[self.name].options}

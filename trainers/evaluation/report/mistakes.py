@@ -76,7 +76,7 @@ def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating:
     if images is None or len(chosen) == 0:
         return []
     answers = predictions.probabilities[chosen].argmax(axis=1)
-    maps = model.explain(images.squares(chosen, model.geometry.side_px), "gradcam", answers)
+    maps = model.gradcam(images.squares(chosen, model.geometry.side_px), answers)
     is_answered = answered(predictions.probabilities[chosen], taxonomy, operating)
     mistakes = []
     for index, answer, alone, heat_map in zip(chosen.tolist(), answers.tolist(), is_answered, maps, strict=True):
