@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from bench.drills.live_service import Callers, LiveService, bundle_of, live_service, trained_champion
-from cluster.demo.drills import harmed_copy, twin
+from cluster.demo.faults import harmed_copy, twin
 from records.bundles import Architecture, Bundle, write_bundle
 from records.errors import RefusedError, UnknownIdError
 from records.models import register
 from records.store import Store
 from records.types import Arm, ModelStatus, Prediction, ReasonCode, Rollout, RolloutStage
 from serving.client import Client
-from serving.rollout.harms import looks_needed
+from serving.rollout.guardrails import observations_needed
 from serving.schemas import RolloutRequest
 from vision.inference.loaded import plain_network, reference_logits
 from vision.networks import build_model
@@ -85,7 +85,7 @@ def drill(service: LiveService, broken: Broken, files: list[bytes]) -> dict[str,
         ended = _wait_until_ended(service.store, broken.bundle.id)
         callers.wait_for(10)
     looked, harmed = ended.evidence.get(broken.harm, (0, 0))
-    stated = looks_needed(broken.harm, harmed / looked) if looked and harmed else None
+    stated = observations_needed(broken.harm, harmed / looked) if looked and harmed else None
     with service.store.ledger.read() as tx:
         asked = tx.find(Prediction, where={"model_id": broken.bundle.id})
     served_not_finite = sum(p.served and ReasonCode.NON_FINITE in p.reasons for p in asked)
@@ -179,7 +179,7 @@ def slow(store: Store, bundle: Bundle) -> Bundle:
     weights = {name: value.numpy() for name, value in network.state_dict().items()}
     calibration = bundle.document.calibration.model_copy(update={"bias": bias})
     changed = {"architecture": Architecture(name="resnet34"), "calibration": calibration, "suitability": None}
-    document = bundle.document.model_copy(update={**changed, "metrics": {"planted": "slow"}})
+    document = bundle.document.model_copy(update={**changed, "metrics": {"fault": "slow"}})
     return write_bundle(store, document, weights, golden)
 
 
@@ -192,7 +192,7 @@ def wrong_weights(store: Store, bundle: Bundle) -> Bundle:
 
 
 def _copy(store: Store, bundle: Bundle, planted: str, *, weights: Any, golden: Any) -> Bundle:
-    document = bundle.document.model_copy(update={"metrics": {"planted": planted}, "parent_model_id": bundle.id})
+    document = bundle.document.model_copy(update={"metrics": {"fault": planted}, "parent_model_id": bundle.id})
     return write_bundle(store, document, weights, golden, bundle.suitability())
 
 

@@ -1,6 +1,5 @@
-"""`relook demo`: the whole loop, once, on real processes, told as a story.
+"""`relook demo`: the whole loop once, on real processes.
 
-`story` says what happens in which order, `traffic` sends the images, `drills` holds the two
-planted tests, `view` shows it, `summary` writes down what came of it. Nothing in here is
-needed by the product; everything it does, it does through the rooms' own functions.
+`run` calls the stages in order, `stages` says what each does, `traffic` sends images, `faults` injects two
+errors, `view` shows progress and `state` keeps results in the home. The product does not need this package.
 """

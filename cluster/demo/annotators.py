@@ -15,7 +15,7 @@ from labeling.simulated_annotator import annotate
 from records.datasets import load_dataset
 from records.errors import LabelStudioError
 from records.store import Store
-from records.types import Annotation, AnswerKind, ReviewItem, ReviewState, Split
+from records.types import Annotation, AnnotationKind, ReviewItem, ReviewState, Split
 
 POLL_S = 2.0
 
@@ -85,7 +85,7 @@ def _uses(pulled: list[Annotation], manifest: pd.DataFrame) -> dict[str, int]:
     uses: Counter[str] = Counter({"trained_on": 0, "cant_tell": 0, "extra_reads": 0, "held_out": 0})
     counted: set[str] = set()
     for row in pulled:
-        if row.answer is not AnswerKind.CLASS:
+        if row.kind is not AnnotationKind.CLASS:
             uses["cant_tell"] += 1
         elif row.image_id in counted or row.image_id not in by_annotator.index:
             uses["extra_reads"] += 1

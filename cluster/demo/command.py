@@ -1,4 +1,4 @@
-"""`relook demo`: play the loop, show what came of it, and keep it up for a look around."""
+"""`relook demo`: run the loop, print its summary, and in a terminal keep the servers up until `q` is pressed."""
 
 import os
 import select
@@ -13,34 +13,35 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 
-from cluster.demo.run import Running, play, reopen
-from cluster.demo.stages import Annotator
+from cluster.demo.run import Running, reopened_demo, running_demo
+from cluster.demo.stages import AnnotatorKind
 from cluster.demo.state import DemoSummary, prepare_home
 from cluster.settings import Settings
-from records.command import emit, stderr
+from records.command import emit
+from records.progress import stderr
 from records.store import open_store
 
 
-def run_demo(settings: Settings, *, data: Path | None, annotator: Annotator, as_json: bool) -> None:
-    """Play the demo and show what came of it.
+def run_demo(settings: Settings, *, data: Path | None, annotator: AnnotatorKind, as_json: bool) -> None:
+    """Run the demo and print its summary.
 
     Args:
         settings: of everything.
         data: folder with images; None generates some.
-        annotator: who answers in Label Studio.
+        annotator: who annotates in Label Studio.
         as_json: print the summary as one JSON object.
     Raises:
         RefusedError: the home holds work that is not a demo's.
     """
     prepare_home(settings, data)
     store = open_store(settings.records)
-    with play(settings, store, data=data, annotator=annotator) as running:
+    with running_demo(settings, store, data=data, annotator=annotator) as running:
         _show(running, as_json)
     store.close()
 
 
 def reopen_demo(settings: Settings, *, as_json: bool) -> None:
-    """Bring the finished demo back until it is left.
+    """Start the servers of the finished demo again and print its summary.
 
     Args:
         settings: of everything.
@@ -49,7 +50,7 @@ def reopen_demo(settings: Settings, *, as_json: bool) -> None:
         RefusedError: no demo was finished here.
     """
     store = open_store(settings.records)
-    with reopen(settings, store) as running:
+    with reopened_demo(settings, store) as running:
         _show(running, as_json)
     store.close()
 
@@ -67,7 +68,7 @@ def _ending(running: Running, stays: bool) -> Group:
 
 
 def _rounds_table(summary: DemoSummary) -> Table:
-    table = Table("", "round 1", "round 2", title="What the annotators' answers changed", title_justify="left")
+    table = Table("", "round 1", "round 2", title="What the annotations changed", title_justify="left")
     first, second = summary.rounds
 
     def cells(name: str, *values: object) -> None:
@@ -88,12 +89,12 @@ def _rounds_table(summary: DemoSummary) -> Table:
 
 def _facts_table(summary: DemoSummary) -> Table:
     table = Table.grid(padding=(0, 2))
-    asked = summary.label_studio
+    tasks = summary.label_studio
     table.add_row("requests", f"{summary.served['requests']}, {summary.served['failed']} failed")
     table.add_row(
         "Label Studio",
-        f"{asked['tasks_pushed']} tasks, {asked['annotations_pulled']} answers, "
-        f"{asked['lost']} lost, {asked['duplicated']} doubled",
+        f"{tasks['tasks_pushed']} tasks, {tasks['annotations_pulled']} annotations, "
+        f"{tasks['lost']} lost, {tasks['duplicated']} duplicated",
     )
     table.add_row("harmed challenger", "refused" if summary.gate["harmed_challenger_refused"] else "NOT refused")
     table.add_row("swap under traffic", f"{summary.swap['requests']} requests, {summary.swap['failed']} failed")
@@ -103,24 +104,24 @@ def _facts_table(summary: DemoSummary) -> Table:
 
 def _next_steps(running: Running, stays: bool) -> Panel:
     prediction = running.summary.trace.get("prediction_id", "PREDICTION_ID")
-    # As it was typed, so that the lines can be copied whether or not the environment is activated.
+    # The program as it was called, so that the lines can be copied whether or not the environment is activated.
     relook = sys.argv[0] if Path(sys.argv[0]).name == "relook" else "relook"
     steps = {
-        f"trace {prediction}": "the way of the flagged image",
-        "models": "every model, and which one answers",
-        "demo --reopen": "look around in this demo again",
-        "demo --annotator human": "answer the questions yourself",
+        f"trace {prediction}": "the history of the flagged image",
+        "models": "all models, and which one serves",
+        "demo --reopen": "start this demo's servers again",
+        "demo --annotator human": "annotate the tasks yourself",
         "demo --data DIR": "the same on your own images",
     }
     lines = [f"{relook} {verb:<40} {what}" for verb, what in steps.items()]
     if stays:
-        asked = running.label_studio
+        server = running.label_studio
         addresses = [
             f"page and API     {running.service.url}",
-            f"Label Studio     {asked.url}  user {asked.username}  password: see below",
+            f"Label Studio     {server.url}  user {server.username}  password: see below",
         ]
         lines = [*addresses, "", *lines]
-    title = "still here" if stays else "what to try next"
+    title = "still running" if stays else "what to try next"
     return Panel("\n".join(lines), title=title, border_style="cyan", expand=False)
 
 
@@ -137,7 +138,7 @@ def _number(value: float | None) -> str:
 def _stay_until_q(running: Running) -> None:
     password = running.label_studio.password.get_secret_value()
     stderr.print(f"Label Studio's password for {running.label_studio.username}: {password}", highlight=False)
-    stderr.print("everything stays up; press q to stop it", highlight=False)
+    stderr.print("the servers keep running; press q to stop them", highlight=False)
     with _keys():
         while True:
             ready, _, _ = select.select([sys.stdin], [], [], 1.0)
@@ -147,7 +148,7 @@ def _stay_until_q(running: Running) -> None:
 
 @contextmanager
 def _keys() -> Generator[None]:
-    """Read single keys; the terminal gets its own mode back at the end."""
+    """Read single keys without Enter; restore the terminal's mode at the end."""
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     try:

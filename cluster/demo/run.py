@@ -1,6 +1,8 @@
-"""The demo's order of events. Each stage is kept when it is done, so an interrupted demo goes on.
+"""The order of the demo's stages, and the processes that run meanwhile.
 
-data -> round 1 -> serve -> traffic -> annotators -> round 2 under traffic -> drills -> trace -> summary
+data -> round 1 -> service -> traffic -> annotators -> round 2 under traffic -> gate fault -> swap -> trace
+
+Each stage's result is kept when it is done, so an interrupted demo resumes after its last finished stage.
 """
 
 from collections.abc import Generator
@@ -10,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.demo.stages import (
-    Annotator,
+    AnnotatorKind,
     Demo,
-    ask_annotators,
-    follow_one,
-    gate_drill,
+    annotate_tasks,
+    gate_fault,
     gather_data,
-    hidden_images,
-    play_round,
+    run_next_round,
     send_traffic,
     summarise,
     swap,
+    trace_one,
+    withheld_images,
 )
 from cluster.demo.state import DemoSummary, Stages, summary_path, write_json
 from cluster.demo.traffic import Tally, Traffic
@@ -39,7 +41,7 @@ BACKGROUND_RATE_PER_S = 3.0
 
 @dataclass(frozen=True)
 class Running:
-    """What a finished demo still has running, for `relook demo` to show until it is left."""
+    """The summary of a finished demo, and the servers that still run."""
 
     summary: DemoSummary
     service: ServiceHandle
@@ -47,56 +49,57 @@ class Running:
 
 
 @contextmanager
-def play(settings: Settings, store: Store, *, data: Path | None, annotator: Annotator) -> Generator[Running]:
-    """Play the demo; service and Label Studio run until the block ends.
+def running_demo(
+    settings: Settings, store: Store, *, data: Path | None, annotator: AnnotatorKind
+) -> Generator[Running]:
+    """Run all stages; service and Label Studio keep running until the block ends.
 
     Args:
         settings: of everything.
         store: the home that the demo fills.
-        data: a folder in HAM10000's layout, or a folder with a table; None generates images.
-        annotator: `simulated` answers from the known truth, `human` waits for people.
+        data: a folder in HAM10000's layout or with a table; None generates images.
+        annotator: `simulated` annotates from the known truth, `human` waits for people.
     Yields:
         The summary, and what is still running.
     Raises:
-        UserError: the data, a port or a setting cannot be used, or Label Studio does not come up.
+        UserError: the data, a port or a setting cannot be used, or Label Studio does not start.
     """
-    # Said before minutes of work, not after them.
+    # Both can be checked now; without these calls they would fail after minutes of work.
     require_free_port(settings.serving.host, settings.serving.port)
     if data is not None:
         read_source(data)
-    stages = Stages(store.home)
     tally = Tally()
-    demo = Demo(settings, store, View(tally), tally, annotator, stages)
+    demo = Demo(settings, store, View(tally), tally, annotator, Stages(store.home))
     with ExitStack() as running:
         with demo.view.shown():
             # Label Studio's first start takes a while, so it starts while images are read.
             starting = _start_label_studio(demo, running)
             running.enter_context(start_ray(settings))
             _require_alive(starting)
-            _first_half(demo, data, starting)
-            with demo.view.chapter("Service", "the model answers over HTTP, with a heat map beside every answer"):
+            _before_service(demo, data, starting)
+            with demo.view.stage("Service", "serve the model over HTTP, with a heat map for every prediction"):
                 service = start_service(settings.serving, settings.records)
                 running.callback(service.stop)
                 demo.view.say(f"listening on {service.url}")
-            summary = _second_half(demo, service, starting.result())
+            summary = _with_service(demo, service, starting.result())
         yield Running(summary, service, starting.result())
 
 
 @contextmanager
-def reopen(settings: Settings, store: Store) -> Generator[Running]:
-    """Bring a finished demo back: the same model answers, Label Studio holds the same tasks.
+def reopened_demo(settings: Settings, store: Store) -> Generator[Running]:
+    """Start service and Label Studio of a finished demo again, with the same model and the same tasks.
 
     Args:
         settings: of everything.
-        store: the home that the demo filled.
+        store: the home of the demo.
     Yields:
-        The summary of then, and what is running now.
+        The summary of that demo, and what is running now.
     Raises:
         RefusedError: no demo was finished here.
     """
     path = summary_path(store.home)
     if not path.is_file():
-        raise RefusedError(f"no finished demo is in {store.home.root}; play one with `relook demo`")
+        raise RefusedError(f"no finished demo is in {store.home.root}; run one with `relook demo`")
     summary = DemoSummary.model_validate_json(path.read_text())
     with ExitStack() as running:
         server = LocalLabelStudio(store.home, settings.labeling)
@@ -110,49 +113,52 @@ def reopen(settings: Settings, store: Store) -> Generator[Running]:
 
 def _start_label_studio(demo: Demo, running: ExitStack) -> "Future[ServerInfo]":
     server = LocalLabelStudio(demo.store.home, demo.settings.labeling)
-    running.callback(server.down)  # runs after the pool below has ended, so nothing is started behind its back
+    # The stack unwinds in reverse: first the pool waits for a start that is still going on, then the server is stopped.
+    running.callback(server.down)
     pool = running.enter_context(ThreadPoolExecutor(1, thread_name_prefix="label-studio"))
     return pool.submit(server.up)
 
 
 def _require_alive(starting: "Future[ServerInfo]") -> None:
-    """Raise what kept Label Studio from coming up, as soon as it is known."""
+    """Raise an early error of Label Studio's start now instead of when it is first needed."""
     if starting.done():
         starting.result()
 
 
-def _first_half(demo: Demo, data: Path | None, starting: "Future[ServerInfo]") -> None:
+def _before_service(demo: Demo, data: Path | None, starting: "Future[ServerInfo]") -> None:
     demo.stage(
         "data",
         "Images",
-        "a model is only as honest as its split: no lesion may be on two splits",
+        "import them and split by lesion, so that no lesion is in two splits",
         lambda: gather_data(demo, data),
     )
-    starting.result()  # a round collects answers first, and an annotator's desk that is not open yet is an error to it
+    # A round begins by pulling annotations, so a Label Studio that is still starting would fail it.
+    starting.result()
     demo.stage(
         "round_1",
         "Round 1",
-        "search, fit, evaluate and ask the gate before anybody is answered",
-        lambda: play_round(demo),
+        "search, fit, evaluate and gate the first model",
+        lambda: run_next_round(demo),
     )
 
 
-def _second_half(demo: Demo, service: ServiceHandle, server: ServerInfo) -> DemoSummary:
+def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> DemoSummary:
     demo.stage(
         "traffic",
         "Traffic",
-        "unlabelled images arrive; doubts go to the annotators by themselves",
+        "send unlabelled images; doubtful predictions become review items",
         lambda: send_traffic(demo, service),
     )
     demo.stage(
         "annotators",
         "Annotators",
-        "people see the doubtful images in Label Studio and answer",
-        lambda: ask_annotators(demo, server),
+        "annotate the doubtful images in Label Studio",
+        lambda: annotate_tasks(demo, server),
     )
+    # From here to the swap requests keep arriving, so that a request which training or the swap disturbs is counted.
     background = Traffic(
         service.url,
-        hidden_images(demo),
+        withheld_images(demo),
         demo.tally,
         requests=None,
         concurrency=2,
@@ -164,24 +170,25 @@ def _second_half(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Demo
         demo.stage(
             "round_2",
             "Round 2",
-            "the next model learns from what the annotators said, while requests keep coming",
-            lambda: play_round(demo),
+            "train the next model on the annotations, while requests keep coming",
+            lambda: run_next_round(demo),
         )
         demo.stage(
-            "gate_drill",
-            "Gate drill",
-            "planted: a challenger that misses the key class must be refused",
-            lambda: gate_drill(demo),
+            "gate_fault",
+            "Gate",
+            "injected fault: the gate must refuse a challenger that misses the key class",
+            lambda: gate_fault(demo),
         )
-        demo.stage("swap", "Swap", "a new model takes over while requests come in", lambda: swap(demo, service))
+        demo.stage("swap", "Swap", "switch to another model while requests come in", lambda: swap(demo, service))
     finally:
         background.stop()
     demo.stage(
         "trace",
         "Trace",
-        "one flagged image, from the request to the model that learned from it",
-        lambda: follow_one(demo),
+        "follow one flagged image from the request to the model trained on it",
+        lambda: trace_one(demo),
     )
     summary = summarise(demo, server)
+    # Written last: the file is what marks the demo as finished.
     write_json(summary_path(demo.store.home), summary.model_dump(mode="json"))
     return summary

@@ -1,4 +1,8 @@
-"""The scenes of the demo: what each stage does, through the rooms' own functions, and what it hands on."""
+"""The stages of the demo: what each does, in functions that return JSON values for later stages and the summary.
+
+In: a `Demo`. Out: the stage's result. Everything is done through the functions that the product itself
+uses. Which stage follows which is in `cluster.demo.run`.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,7 +12,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from cluster.demo.annotators import answer_as_simulated, label_studio_figures, wait_for_people
+from cluster.demo.annotators import annotate_as_simulated, label_studio_figures, wait_for_people
 from cluster.demo.faults import harm_in_words, harmed_copy, twin
 from cluster.demo.state import DemoSummary, RoundSummary, Stages
 from cluster.demo.traffic import Tally, Traffic, TrafficImage
@@ -40,46 +44,45 @@ from tuning.trials import SearchEvent
 SWAP_TIMEOUT_S = 60.0
 
 StageResult = dict[str, Any]
-Annotator = Literal["simulated", "human"]
+AnnotatorKind = Literal["simulated", "human"]
 
 
 @dataclass
 class Demo:
-    """A demo that is under way.
+    """A demo that is running.
 
     Args:
         settings: of everything.
-        store: everything that is kept.
-        view: what shows it.
-        tally: the traffic's counts.
-        annotator: who answers in Label Studio.
-        stages: what is done already.
-        seconds: how long each stage took.
+        store: the home that the demo fills.
+        view: shows progress.
+        tally: counts of the traffic.
+        annotator: who annotates in Label Studio.
+        stages: results of the finished stages.
     """
 
     settings: Settings
     store: Store
     view: View
     tally: Tally
-    annotator: Annotator
+    annotator: AnnotatorKind
     stages: Stages
 
     def stage(self, name: str, title: str, why: str, work: Callable[[], StageResult]) -> StageResult:
-        """Run a stage unless an earlier run of the demo finished it.
+        """Run a stage, unless an interrupted run of this demo has finished it already.
 
         Args:
-            name: of the stage.
-            title: what happens.
-            why: in one sentence.
-            work: does it and returns JSON values.
+            name: key of the result in `stages` and of the seconds in the summary.
+            title: shown; what happens.
+            why: shown; one sentence.
+            work: does it.
         Returns:
-            What the stage produced, now or then.
+            The result of the stage, with its `seconds`.
         """
         if name in self.stages.results:
-            with self.view.chapter(title, "done before; kept"):
+            with self.view.stage(title, "done before; kept"):
                 return self.stages.results[name]
         started = time.perf_counter()
-        with self.view.chapter(title, why):
+        with self.view.stage(title, why):
             result = work()
         result["seconds"] = round(time.perf_counter() - started, 1)
         self.stages.done(name, result)
@@ -87,7 +90,7 @@ class Demo:
 
 
 def gather_data(demo: Demo, data: Path | None) -> StageResult:
-    """Import the images (or generate some), hide some diagnoses for the annotators to find, and audit the split."""
+    """Import or generate images, withhold some diagnoses for the annotators to find, and audit the split."""
     settings, home = demo.settings, demo.store.home
     folder = data
     if folder is None:
@@ -99,9 +102,9 @@ def gather_data(demo: Demo, data: Path | None) -> StageResult:
     )
     report.withheld.to_parquet(home.demo / "truth.parquet", index=False)
     found = audit_dataset(demo.store, load_dataset(demo.store, report.dataset_id))
-    demo.view.say(f"{report.images} images of {report.lesions} lesions; {found.leaked_lesions} lesions on two splits")
+    demo.view.say(f"{report.images} images of {report.lesions} lesions; {found.leaked_lesions} lesions in two splits")
     demo.view.say(f"a random split of the images would have leaked {found.random_split.leaked_lesions} lesions")
-    demo.view.say(f"{len(report.withheld)} training images keep their diagnosis to themselves: they are the traffic")
+    demo.view.say(f"{len(report.withheld)} training images without their diagnosis: they are sent as traffic")
     return {
         "source": str(data) if data else "generated",
         "images": report.images,
@@ -114,11 +117,11 @@ def gather_data(demo: Demo, data: Path | None) -> StageResult:
     }
 
 
-def play_round(demo: Demo) -> StageResult:
-    """Run the next round, or go on with one that an interrupted demo left."""
+def run_next_round(demo: Demo) -> StageResult:
+    """Run the next round, or resume the one that an interrupted demo left unfinished."""
     with demo.store.ledger.read() as tx:
         unfinished = tx.count(RoundRecord, where={"finished_at": None}) > 0
-    settings = paced(demo.settings, demo.stages.results["data"]["splits"]["train"])
+    settings = limit_epochs(demo.settings, demo.stages.results["data"]["splits"]["train"])
     outcome = run_round(demo.store, settings, resume=unfinished, on_event=lambda event: _show(demo.view, event))
     results = outcome.results
     test = results["evaluate"]["test"]
@@ -142,6 +145,17 @@ def play_round(demo: Demo) -> StageResult:
     }
 
 
+def limit_epochs(settings: Settings, train_images: int) -> Settings:
+    """Reduce the epochs so that one fit shows about `demo.fit_images` images; at least one epoch stays.
+
+    The demo then takes minutes on any data set. `train_images` is the size of the train split.
+    """
+    epochs = max(1, min(settings.trainers.epochs, settings.demo.fit_images // max(1, train_images)))
+    tuning = settings.tuning.model_copy(update={"trial_epochs": min(settings.tuning.trial_epochs, epochs)})
+    trainers = settings.trainers.model_copy(update={"epochs": epochs})
+    return settings.model_copy(update={"trainers": trainers, "tuning": tuning})
+
+
 def _show(view: View, event: RoundEvent) -> None:
     if event.state in ("done", "kept"):
         view.say(event.text)
@@ -160,11 +174,11 @@ def _show(view: View, event: RoundEvent) -> None:
 
 
 def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
-    """Send unlabelled images as HTTP requests and flag answers that look wrong."""
+    """Send unlabelled images as HTTP requests and flag predictions that look wrong."""
     plan = demo.settings.demo
     traffic = Traffic(
         service.url,
-        hidden_images(demo),
+        withheld_images(demo),
         demo.tally,
         requests=plan.requests,
         concurrency=plan.concurrency,
@@ -177,12 +191,12 @@ def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
         items = tx.count(ReviewItem)
     decisions = ", ".join(f"{count} {name}" for name, count in sorted(demo.tally.decisions.items()))
     demo.view.say(f"{demo.tally.requests} requests, {demo.tally.failed} failed: {decisions}")
-    demo.view.say(f"{demo.tally.flagged} answers flagged; {items} questions for annotators are in the ledger")
+    demo.view.say(f"{demo.tally.flagged} predictions flagged; {items} review items are in the ledger")
     return {"review_items": items, "flagged_predictions": demo.tally.flagged_predictions, **demo.tally.figures()}
 
 
-def hidden_images(demo: Demo) -> list[TrafficImage]:
-    """Return the images whose diagnosis was hidden, in a seeded order; they are the traffic."""
+def withheld_images(demo: Demo) -> list[TrafficImage]:
+    """Return the images whose diagnosis was withheld, in a seeded order; they are the traffic."""
     truth = pd.read_parquet(demo.store.home.demo / "truth.parquet")
     truth = truth.sample(n=min(len(truth), demo.settings.demo.requests), random_state=demo.settings.demo.seed)
     images = find_images(demo.store, truth["image_id"].tolist())
@@ -192,73 +206,72 @@ def hidden_images(demo: Demo) -> list[TrafficImage]:
     ]
 
 
-def ask_annotators(demo: Demo, server: ServerInfo) -> StageResult:
-    """Push the questions to Label Studio, have them answered there, and read the answers back."""
+def annotate_tasks(demo: Demo, server: ServerInfo) -> StageResult:
+    """Push the review items to Label Studio, have them annotated there, and pull the annotations."""
     client = require(demo.store.home, demo.settings.labeling)
-    with demo.store.ledger.read() as tx:
-        current = serving_model(tx)
-    if current is None:
-        raise IntegrityError("no model answers, so there is nothing to ask annotators about")
+    current = _serving(demo, "so no review item can be pushed")
     pushed = push(demo.store, client, demo.settings.labeling, current.id)
     demo.view.say(f"{pushed.pushed} tasks pushed to Label Studio {server.version} at {server.url}")
     if demo.annotator == "simulated":
-        answered = answer_as_simulated(demo.store, client, demo.settings)
-        demo.view.say(f"the simulated annotator answered {answered} of them")
+        made = annotate_as_simulated(demo.store, client, demo.settings)
+        demo.view.say(f"the simulated annotator annotated {made} of them")
     else:
         wait_for_people(demo.store, client, server, demo.view)
     pulled = pull(demo.store, client, demo.settings.labeling)
-    demo.view.say(f"{pulled.new_labels} answers read back, {pulled.cant_tell} times `can't tell`")
+    demo.view.say(f"{pulled.new_labels} annotations pulled, {pulled.cant_tell} of them `can't tell`")
     return {"tasks_pushed": pushed.pushed, "new_labels": pulled.new_labels}
 
 
-def gate_drill(demo: Demo) -> StageResult:
+def gate_fault(demo: Demo) -> StageResult:
     """Ask the gate about a copy of the model that was harmed on purpose."""
+    current = _serving(demo, "so there is none to harm")
     with demo.store.ledger.read() as tx:
-        current = serving_model(tx)
         rounds = tx.find(RoundRecord, order_by=("-number",), limit=1)
-    if current is None:
-        raise IntegrityError("no model answers, so there is nothing to harm")
     harmed = harmed_copy(demo.store, find_bundle(demo.store, current.id))
     dataset = load_dataset(demo.store, rounds[0].dataset_id or "")
-    report = run_gate(demo.store, demo.settings, harmed, dataset, actor="demo gate drill (planted)")
+    report = run_gate(demo.store, demo.settings, harmed, dataset, actor="demo (injected fault)")
     demo.view.say(f"{harm_in_words(demo.store.taxonomy)}: {report.verdict}, {report.why}")
     return {
         "harmed_challenger_refused": report.verdict is Verdict.REFUSE,
-        "planted": harm_in_words(demo.store.taxonomy),
+        "fault": harm_in_words(demo.store.taxonomy),
         "why": report.why,
         "checks": [check.model_dump(mode="json") for check in report.checks],
     }
 
 
 def swap(demo: Demo, service: ServiceHandle) -> StageResult:
-    """Swap to round 2's model if it was promoted, else to a copy of the model that answers."""
+    """Swap to round 2's model if it was promoted, else to a copy of the model that serves."""
     failed_before, requests_before = demo.tally.failed, demo.tally.requests
-    with demo.store.ledger.read() as tx:
-        current = serving_model(tx)
-    if current is None:
-        raise IntegrityError("no model answers, so there is nothing to swap")
-    promoted = demo.stages.results["round_2"]["summary"]["promoted"]
-    if promoted:
-        kind, target = "round 2 was promoted and took over", find_bundle(demo.store, current.id)
+    current = _serving(demo, "so there is none to swap")
+    if demo.stages.results["round_2"]["summary"]["promoted"]:
+        kind, target = "round 2's model was promoted and serves now", find_bundle(demo.store, current.id)
     else:
-        kind = "drill: the same model under a new id, since round 2 was not promoted"
+        kind = "round 2's model was not promoted, so a copy of the champion under a new id serves now"
         target = _swap_to_twin(demo, current)
     with Client(service.url) as client:
         seconds = _wait_until_served(client, target)
-    time.sleep(2.0)  # a few more requests on the new model, so that a failure would show
+    # A failure caused by the swap shows in the first requests to the new model, so some more have to arrive.
+    time.sleep(2.0)
     failed, requests = demo.tally.failed - failed_before, demo.tally.requests - requests_before
     demo.view.say(f"{kind}; {requests} requests during the swap, {failed} failed")
     return {"kind": kind, "model_id": target.id, "requests": requests, "failed": failed, "wait_s": round(seconds, 2)}
 
 
+def _serving(demo: Demo, consequence: str) -> ModelRecord:
+    with demo.store.ledger.read() as tx:
+        current = serving_model(tx)
+    if current is None:
+        raise IntegrityError(f"no model serves, {consequence}")
+    return current
+
+
 def _swap_to_twin(demo: Demo, current: ModelRecord) -> Bundle:
     target = twin(demo.store, find_bundle(demo.store, current.id))
+    # The service polls the ledger: this transaction is all that it needs to switch.
     with demo.store.ledger.begin() as tx:
         register(tx, target, round_number=current.round)
         serve_model(tx, target.id, ModelStatus(current.status))
-        audit.append(
-            tx, actor="demo", action=f"model.{current.status}", subject=target.id, details={"swap_drill": True}
-        )
+        audit.append(tx, actor="demo", action=f"model.{current.status}", subject=target.id, details={"demo_swap": True})
     return target
 
 
@@ -266,13 +279,13 @@ def _wait_until_served(client: Client, target: Bundle) -> float:
     started = time.perf_counter()
     while client.model().id != target.id:
         if time.perf_counter() - started > SWAP_TIMEOUT_S:
-            raise UnavailableError(f"the service did not take up model {target.id[:12]} within {SWAP_TIMEOUT_S:.0f} s")
+            raise UnavailableError(f"the service did not load model {target.id[:12]} within {SWAP_TIMEOUT_S:.0f} s")
         time.sleep(0.1)
     return time.perf_counter() - started
 
 
-def follow_one(demo: Demo) -> StageResult:
-    """Follow a flagged prediction whose image the next model learned from."""
+def trace_one(demo: Demo) -> StageResult:
+    """Trace a flagged prediction whose image the next model was trained on."""
     second = demo.stages.results["round_2"]["summary"]
     learned = load_dataset(demo.store, second["dataset_id"]).rows
     learned_ids = set(learned.loc[learned["label_source"].str.startswith("annotator:"), "image_id"])
@@ -282,7 +295,7 @@ def follow_one(demo: Demo) -> StageResult:
         chosen = next((p for p in predictions if p.image_id in learned_ids), None)
         name = tx.require(Image, chosen.image_id).source_id if chosen else None
     if chosen is None:
-        return {"complete": False, "why": "no flagged image got a diagnosis from the annotators", "steps": []}
+        return {"complete": False, "why": "no flagged image got a label from the annotators", "steps": []}
     found = trace(demo.store, chosen.id)
     steps = [step.model_dump(mode="json") for step in found.steps]
     for step in found.steps:
@@ -292,7 +305,7 @@ def follow_one(demo: Demo) -> StageResult:
 
 
 def summarise(demo: Demo, server: ServerInfo) -> DemoSummary:
-    """Put the figures of all stages together, held against Label Studio and the ledger."""
+    """Collect the results of all stages, compared with Label Studio and the ledger."""
     results = demo.stages.results
     rounds = [RoundSummary.model_validate(results[name]["summary"]) for name in ("round_1", "round_2")]
     search = results["round_1"]["search"]
@@ -304,28 +317,17 @@ def summarise(demo: Demo, server: ServerInfo) -> DemoSummary:
         }
     figures = label_studio_figures(demo.store, require(demo.store.home, demo.settings.labeling), rounds[1].dataset_id)
     return DemoSummary(
-        data={key: value for key, value in results["data"].items() if key != "seconds"},
+        data=_without_seconds(results["data"]),
         search={"trials": search["trials"], "best": search["best"]},
         rounds=rounds,
         served=served,
         label_studio={"version": server.version, **figures},
-        gate={key: value for key, value in results["gate_drill"].items() if key != "seconds"},
-        swap={key: value for key, value in results["swap"].items() if key != "seconds"},
-        trace={key: value for key, value in results["trace"].items() if key != "seconds"},
+        gate=_without_seconds(results["gate_fault"]),
+        swap=_without_seconds(results["swap"]),
+        trace=_without_seconds(results["trace"]),
         seconds={name: result["seconds"] for name, result in results.items()},
     )
 
 
-def paced(settings: Settings, train_images: int) -> Settings:
-    """Shorten the training so that one fit shows about `demo.fit_images` images.
-
-    Args:
-        settings: of the demo.
-        train_images: images on the train split.
-    Returns:
-        The settings with as many epochs as fit, at least one and at most those configured.
-    """
-    epochs = max(1, min(settings.trainers.epochs, settings.demo.fit_images // max(1, train_images)))
-    tuning = settings.tuning.model_copy(update={"trial_epochs": min(settings.tuning.trial_epochs, epochs)})
-    trainers = settings.trainers.model_copy(update={"epochs": epochs})
-    return settings.model_copy(update={"trainers": trainers, "tuning": tuning})
+def _without_seconds(result: StageResult) -> StageResult:
+    return {key: value for key, value in result.items() if key != "seconds"}

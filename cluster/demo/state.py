@@ -1,4 +1,8 @@
-"""What a demo leaves behind: `demo/summary.json`, and the stages that are done."""
+"""What a demo keeps in its home: the mark that the home is a demo's, the finished stages, and the summary.
+
+All are JSON files in `demo/` of the home. `prepare_home` decides whether a demo may use a home: one
+that holds other work is refused, and an earlier demo is moved aside, never deleted.
+"""
 
 import json
 import shutil
@@ -8,12 +12,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.settings import Settings
-from records.command import stderr
 from records.errors import RefusedError
 from records.home import Home, open_home
 from records.ids import utc_now
+from records.progress import stderr
 from records.store import open_store
 from records.types import Image, ModelRecord
+
+KEPT_FOLDERS = ("demo", "keys")
 
 
 class RoundSummary(BaseModel):
@@ -34,7 +40,7 @@ class RoundSummary(BaseModel):
 
 
 class DemoSummary(BaseModel):
-    """The whole demo in figures."""
+    """The results of the whole demo."""
 
     data: dict[str, Any]
     search: dict[str, Any]
@@ -48,65 +54,55 @@ class DemoSummary(BaseModel):
 
 
 class Stages:
-    """The stages of a demo that are done, kept in a file so that an interrupted demo goes on.
-
-    Args:
-        home: whose demo it is.
-    """
+    """The results of the finished stages, kept in a file so that an interrupted demo can be resumed."""
 
     def __init__(self, home: Home) -> None:
         self._path = home.demo / "stages.json"
         self.results: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def done(self, name: str, result: dict[str, Any]) -> None:
-        """Write down that a stage is done.
-
-        Args:
-            name: of the stage.
-            result: JSON values that later stages and the summary read.
-        """
+        """Record the result of a finished stage; it must be JSON."""
         self.results[name] = result
         write_json(self._path, self.results)
 
 
 def summary_path(home: Home) -> Path:
-    """Return where the summary of the finished demo is."""
+    """Return where the summary of a finished demo is."""
     return home.demo / "summary.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON atomically: a reader sees the old file or the new one, never a part of it."""
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
 
 
-KEPT_FOLDERS = ("demo", "keys")
-
-
 def prepare_home(settings: Settings, data: Path | None) -> None:
-    """Take the home for this demo: go on with an unfinished one, move a finished one aside, refuse real work.
+    """Prepare the home: resume an unfinished demo of the same data, or move an earlier demo aside.
 
     Args:
-        settings: with the home and the database.
+        settings: `records` names the home and the database.
         data: folder of the demo's images; None for generated ones.
     Raises:
-        RefusedError: the home holds work that no demo made, or the database holds another demo.
+        RefusedError: the home holds work that is not a demo's, or the database holds another demo.
     """
     home = open_home(settings.records.home)
     mark, stages = home.demo / "begun.json", Stages(home)
     source = str(data) if data else "generated"
     if not mark.exists() and _holds_work(settings):
         raise RefusedError(
-            f"{home.root} holds work that is not a demo's; play it in a folder of its own: RELOOK_HOME=DIR relook demo"
+            f"{home.root} holds work that is not a demo's; run the demo in its own folder: RELOOK_HOME=DIR relook demo"
         )
+    # The import is the first stage. Before it has ended there is nothing to keep or to move, whatever the source.
     if "data" in stages.results:
         if stages.results["data"]["source"] == source and not summary_path(home).exists():
-            stderr.print("an unfinished demo of the same data goes on", highlight=False)
+            stderr.print("resuming an unfinished demo of the same data", highlight=False)
             return
+        # Files can be moved aside; a database outside the home cannot.
         if settings.records.database:
             raise RefusedError("the database holds another demo; give this one its own (RELOOK_DATABASE)")
-        stderr.print(f"the demo before this one was moved to {_set_aside(home)}", highlight=False)
+        stderr.print(f"the previous demo was moved to {_move_aside(home)}", highlight=False)
     write_json(mark, {"source": source})
 
 
@@ -118,8 +114,8 @@ def _holds_work(settings: Settings) -> bool:
     return found > 0
 
 
-def _set_aside(home: Home) -> Path:
-    """Move what a demo left, except the keys and earlier demos, into a folder of its own."""
+def _move_aside(home: Home) -> Path:
+    """Move the files of a demo, except the keys and earlier demos, into a folder of its own."""
     earlier = home.demo / "earlier" / f"{utc_now():%Y%m%dT%H%M%S}"
     earlier.mkdir(parents=True)
     left = [path for path in home.root.iterdir() if path.name not in KEPT_FOLDERS]

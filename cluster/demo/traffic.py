@@ -1,4 +1,4 @@
-"""Traffic for the demo: threads that send images to the running service over HTTP and flag some answers."""
+"""Traffic for the demo: threads that send images to the running service over HTTP and flag some predictions."""
 
 import itertools
 import threading
@@ -20,9 +20,9 @@ class TrafficImage:
 
     Args:
         image_id: its id in the ledger.
-        name: what the source calls it.
-        data: the file.
-        truth: its diagnosis, which only the simulated people know.
+        name: in the data source.
+        data: the encoded file.
+        truth: its diagnosis, which the service does not get.
     """
 
     image_id: str
@@ -33,7 +33,7 @@ class TrafficImage:
 
 @dataclass
 class Tally:
-    """What came of the requests so far. Read it from any thread; only traffic writes it."""
+    """Counts of the requests so far. Any thread may read them; only `Traffic` writes them."""
 
     requests: int = 0
     failed: int = 0
@@ -51,25 +51,25 @@ class Tally:
             "failed": self.failed,
             "flagged": self.flagged,
             "decisions": dict(self.decisions),
-            "answered_by": dict(self.models),
+            "by_model": dict(self.models),
             "failures": self.failures[:5],
         }
 
 
 class Traffic:
-    """Sends images in a cycle until it has sent enough or is stopped.
+    """Sends images in a cycle until enough are sent or it is stopped.
 
-    A flag is what an attentive user would do: the answer looks wrong, so it goes to an annotator.
+    It flags predictions that differ from the truth, as an attentive user would.
 
     Args:
         url: of the service.
-        images: what is sent, in order, again from the start when they run out.
-        tally: where the counts go.
+        images: to send, in order, starting again when they run out.
+        tally: gets the counts.
         requests: how many to send; None sends until `stop`.
         concurrency: threads.
-        rate_per_s: requests per second of all threads together; None is as fast as the answers come.
-        flags: how many answers to flag at most.
-        retry_s: how long a request that fails is repeated; 0 shows every failure.
+        rate_per_s: requests per second of all threads together; None sends without a pause.
+        flags: how many predictions to flag at most.
+        retry_s: how long a failed request is repeated, seconds; 0 counts every failure.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class Traffic:
         ]
 
     def start(self) -> None:
-        """Begin to send."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Stop after the requests that are under way."""
+        """Stop after the requests in flight."""
         self._stop.set()
         self.wait()
 
@@ -113,12 +113,13 @@ class Traffic:
 
     @property
     def running(self) -> bool:
-        """True while requests are still to be sent."""
+        """Whether a thread is still sending."""
         return any(thread.is_alive() for thread in self._threads)
 
     def _send(self) -> None:
         with Client(self._url, retry_s=self._retry_s) as client:
             while not self._stop.is_set():
+                # All threads draw from one iterator, which is not thread-safe.
                 with self._lock:
                     image = next(self._images, None)
                 if image is None:
@@ -129,7 +130,7 @@ class Traffic:
     def _send_one(self, client: Client, image: TrafficImage) -> None:
         started = time.perf_counter()
         try:
-            answer = client.predict(image.data, context=Context(localization=None))
+            response = client.predict(image.data, context=Context(localization=None))
         except RelookError as error:
             with self._lock:
                 self._tally.requests += 1
@@ -138,20 +139,23 @@ class Traffic:
             return
         with self._lock:
             self._tally.requests += 1
-            self._tally.decisions[answer.decision] += 1
-            self._tally.models[answer.model.id] += 1
-            said = f"{answer.label} {answer.confidence:.2f}" if answer.label and answer.confidence else "no answer"
+            self._tally.decisions[response.decision] += 1
+            self._tally.models[response.model.id] += 1
+            said = (
+                f"{response.label} {response.confidence:.2f}" if response.label and response.confidence else "no label"
+            )
             elapsed_ms = (time.perf_counter() - started) * 1000
-            self._tally.last = f"{image.name}: {said}, {answer.decision}, {elapsed_ms:.0f} ms"
-            wanted = answer.label != image.truth and self._tally.flagged < self._flags
+            self._tally.last = f"{image.name}: {said}, {response.decision}, {elapsed_ms:.0f} ms"
+            # Counted here, before the flag is sent, so that threads together do not exceed the limit.
+            wanted = response.label != image.truth and self._tally.flagged < self._flags
             self._tally.flagged += wanted
         if wanted:
-            self._flag(client, answer)
+            self._flag(client, response)
 
-    def _flag(self, client: Client, answer: PredictionResponse) -> None:
+    def _flag(self, client: Client, response: PredictionResponse) -> None:
         request = FlagRequest(reason=FlagReason.WRONG_LABEL, comment="This does not look right to me.")
         try:
-            client.flag(answer.id, request)
+            client.flag(response.id, request)
         except RelookError as error:
             with self._lock:
                 self._tally.flagged -= 1
@@ -159,4 +163,4 @@ class Traffic:
                 self._tally.failures.append(str(error))
             return
         with self._lock:
-            self._tally.flagged_predictions.append(answer.id)
+            self._tally.flagged_predictions.append(response.id)

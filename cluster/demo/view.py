@@ -1,6 +1,6 @@
-"""The live view of a demo: what is happening, why, and what came of it so far.
+"""The live view of a demo: the stages, why each happens, and its results so far.
 
-In a terminal it is one screen that is redrawn; elsewhere each chapter is a line.
+In a terminal one screen is redrawn; elsewhere every stage and every result is a line.
 """
 
 import threading
@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.demo.traffic import Tally
-from records.command import stderr
+from records.progress import stderr
 
 
 @dataclass
-class Chapter:
-    """One step of the story."""
+class StageView:
+    """A stage on the screen; `seconds` is None while it runs."""
 
     title: str
     why: str
@@ -32,15 +32,12 @@ class Chapter:
 
 
 class View:
-    """Shows chapters as they happen.
-
-    Args:
-        tally: the traffic's counts, shown at the bottom while requests run.
-    """
+    """Shows stages as they run, and below them the counts of the traffic."""
 
     def __init__(self, tally: Tally) -> None:
-        self._chapters: list[Chapter] = []
+        self._stages: list[StageView] = []
         self._tally = tally
+        # rich renders in a thread of its own while stages and traffic change what it reads.
         self._lock = threading.RLock()
         self._spinner = Spinner("dots")
         self._live = Live(get_renderable=self._render, console=stderr, refresh_per_second=4, transient=False)
@@ -55,48 +52,41 @@ class View:
             yield self
 
     @contextmanager
-    def chapter(self, title: str, why: str) -> Generator[Chapter]:
-        """Tell a chapter while the block runs.
-
-        Args:
-            title: what happens.
-            why: in one sentence, why it happens.
-        Yields:
-            The chapter; its seconds are known when the block ends.
-        """
-        chapter = Chapter(title, why)
+    def stage(self, title: str, why: str) -> Generator[StageView]:
+        """Show a stage as running while the block runs; `why` is one sentence."""
+        stage = StageView(title, why)
         with self._lock:
-            self._chapters.append(chapter)
+            self._stages.append(stage)
         if not stderr.is_terminal:
             stderr.print(f"[bold]{title}[/bold]  [dim]{why}[/dim]", highlight=False)
         try:
-            yield chapter
+            yield stage
         finally:
-            chapter.seconds = time.perf_counter() - chapter.started
+            stage.seconds = time.perf_counter() - stage.started
 
     def say(self, text: str) -> None:
-        """Add a line that stays to the current chapter."""
+        """Add a permanent line to the current stage."""
         with self._lock:
-            self._chapters[-1].lines.append(text)
+            self._stages[-1].lines.append(text)
         if not stderr.is_terminal:
             stderr.print(f"  {text}", highlight=False, markup=False)
 
     def now(self, text: str) -> None:
-        """Show what is happening at this moment; the next call replaces it."""
+        """Show what is happening now; the next call replaces it."""
         self._spinner.update(text=Text(text, style="cyan", overflow="ellipsis", no_wrap=True))
 
     def _render(self) -> RenderableType:
         with self._lock:
-            chapters = list(self._chapters)
+            stages = list(self._stages)
         parts: list[RenderableType] = []
-        for chapter in chapters:
-            mark = "[green]✓[/green]" if chapter.seconds is not None else "[cyan]▸[/cyan]"
-            seconds = chapter.seconds if chapter.seconds is not None else time.perf_counter() - chapter.started
-            parts.append(Text.from_markup(f"{mark} [bold]{chapter.title}[/bold]  [dim]{seconds:.0f} s[/dim]"))
-            if chapter is chapters[-1]:
-                parts.append(Text(f"  {chapter.why}", style="dim"))
-            parts.extend(Text(f"    {line}") for line in chapter.lines[-6:])
-        if chapters and chapters[-1].seconds is None:
+        for stage in stages:
+            mark = "[green]✓[/green]" if stage.seconds is not None else "[cyan]▸[/cyan]"
+            seconds = stage.seconds if stage.seconds is not None else time.perf_counter() - stage.started
+            parts.append(Text.from_markup(f"{mark} [bold]{stage.title}[/bold]  [dim]{seconds:.0f} s[/dim]"))
+            if stage is stages[-1]:
+                parts.append(Text(f"  {stage.why}", style="dim"))
+            parts.extend(Text(f"    {line}") for line in stage.lines[-6:])
+        if stages and stages[-1].seconds is None:
             parts.append(self._spinner)
         if self._tally.requests:
             parts.append(self._traffic())

@@ -1,4 +1,4 @@
-"""Whose home a demo may take: nobody's, its own, never one with real work in it."""
+"""Which homes a demo may use: an empty one or its own, never one with other work in it."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_a_home_with_real_work_is_refused_and_left_as_it_is(tmp_path: Path) -> N
     assert (tmp_path / "ledger.db").exists()
 
 
-def test_a_demo_that_failed_before_its_first_stage_is_begun_anew_in_place(tmp_path: Path) -> None:
+def test_a_demo_that_failed_before_its_first_stage_is_started_again_in_place(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     prepare_home(settings, Path("no/such/folder"))
     open_store(settings.records).close()
@@ -44,7 +44,7 @@ def test_a_demo_that_failed_before_its_first_stage_is_begun_anew_in_place(tmp_pa
     assert not (tmp_path / "demo" / "earlier").exists()
 
 
-def test_an_unfinished_demo_of_the_same_data_goes_on(tmp_path: Path) -> None:
+def test_an_unfinished_demo_of_the_same_data_is_resumed(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     prepare_home(settings, None)
     store_an_image(settings)
