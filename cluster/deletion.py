@@ -9,7 +9,7 @@ from functools import partial
 from images.forget import forget_pixels
 from records.erasure import Erasure, erase_image
 from records.errors import DataError
-from records.patients import patient_hash
+from records.keys import patient_hash
 from records.retention import Retention, apply_retention
 from records.store import Store
 from records.types import Image

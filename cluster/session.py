@@ -27,7 +27,7 @@ import psutil
 from cluster.settings import ClusterSettings, Settings
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import Home, open_home
-from records.key_files import key_file
+from records.keys import key_file
 
 # Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); a socket's path ends at 107.
 MAX_TEMP_DIR_CHARS = 40

@@ -19,7 +19,7 @@ from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store, find_images
-from records.types import LABEL_RANK, Annotation, AnswerKind, Confirmation, Group, Image, SourceLabel, Split
+from records.types import LABEL_RANK, Annotation, AnnotationKind, Confirmation, Group, Image, SourceLabel, Split
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def known_diagnoses(store: Store) -> dict[str, str]:
     """Return image id to diagnosis: the strongest imported one, else the one that all its annotators gave."""
     said: dict[str, set[str]] = {}
     with store.ledger.read() as tx:
-        for label in tx.find(Annotation, where={"answer": AnswerKind.CLASS, "deleted": False}):
+        for label in tx.find(Annotation, where={"kind": AnnotationKind.CLASS, "deleted": False}):
             if label.label is not None:
                 said.setdefault(label.image_id, set()).add(label.label)
         table = TABLES[SourceLabel]

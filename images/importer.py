@@ -25,7 +25,7 @@ from images.source_table import SourceRow, SourceTable, read_source, tables_of
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.errors import ConfigError, DataError
 from records.ids import canonical_json, sha256_hex, utc_now
-from records.patients import patient_hash
+from records.keys import patient_hash
 from records.store import Store
 from records.types import AuditEvent, Consent, DatasetRecord, Image, Quarantined, SourceLabel
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.consensus import annotator_confusion, standing
 from records.store import Store
-from records.types import Annotation, AnswerKind, Prediction, ReviewItem
+from records.types import Annotation, AnnotationKind, Prediction, ReviewItem
 
 _Z = 1.959963984540054  # two-splitd 95 %
 
@@ -73,7 +73,7 @@ def agreement(
     rows = list(labels)
     said: dict[str, dict[str, str]] = defaultdict(dict)
     for row in standing(rows):
-        if row.answer == AnswerKind.CLASS and row.label is not None:
+        if row.kind == AnnotationKind.CLASS and row.label is not None:
             said[row.image_id][row.annotator] = row.label
     several = [by_reader for by_reader in said.values() if len(by_reader) > 1]
     readers = sorted({reader for by_reader in several for reader in by_reader})
@@ -152,7 +152,7 @@ def anchoring(
         item = items.get(row.review_item_id)
         asked = predictions.get(item.prediction_id or "") if item is not None else None
         label = asked.label if asked is not None else by_image.get(row.image_id)
-        if row.answer == AnswerKind.CLASS and label is not None:
+        if row.kind == AnnotationKind.CLASS and label is not None:
             count[row.blind, row.label == label] += 1
     blind, shown = (count[kind, True] + count[kind, False] for kind in (True, False))
     difference, interval = None, None

@@ -1,7 +1,7 @@
-"""From what several readers said to one label: majority or Dawid-Skene, and adjudication above both.
+"""Consensus: from the annotations of an image to one label, by majority or Dawid-Skene, adjudication above both.
 
-Pure functions over annotator labels: nothing is read, stored or asked. An image without a label that
-more than half support stays without one, which is what asks for an adjudication.
+Pure functions over annotations; nothing is read from a store or written to it. An image whose best label is not
+supported by more than half stays without a label.
 """
 
 import warnings
@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from records.types import Annotation, AnswerKind, Confirmation, ResolvedLabel
+from records.types import Annotation, AnnotationKind, Confirmation, ResolvedLabel
 
 ConsensusMethod = Literal["majority", "dawid_skene"]
 
@@ -21,46 +21,47 @@ def resolve(
     adjudications: Collection[str] = frozenset(),
     method: ConsensusMethod = "majority",
 ) -> list[ResolvedLabel]:
-    """Return one resolution per image.
+    """Return one resolved label per image that has a current annotation, sorted by image id.
 
     Args:
-        labels: all rows that were ever read, in any order, tombstones and old revisions included.
+        labels: all annotation rows of the ledger in any order, tombstones and old revisions included.
         audit_items: ids of review items that came from the random audit sample and from nothing else.
-        adjudications: ids of review items that ask to decide between readers; their newest answer that names a
-            class stands above the others.
-        method: `majority`, or `dawid_skene`, which weighs readers by how well they tell the classes apart.
+        adjudications: ids of review items that ask for an adjudication; their newest annotation that names a class
+            overrides all others.
+        method: `majority`, or `dawid_skene`, which weighs annotators by how well they tell the classes apart.
     Returns:
-        Sorted by image id, one for each image with at least one answer that still stands. Of each
-        reader only the newest answer counts. The label is the class that more than half support (of those
-        who named a class, or of the probability), and empty where there is none: a tie, only `can't
-        tell`, or only `other`. Two and more who agree are a consensus.
+        Of each annotator only the newest annotation counts. The label is the class with more than half of the votes
+        (or of the Dawid-Skene probability), and None where there is none: a tie, only `can't tell`, or only `other`.
+        Two or more annotators who agree make the confirmation a consensus.
     """
     rows = sorted(labels, key=lambda label: (label.created_at, label.id))
-    by_image = _by_image(standing(rows))
+    by_image = _by_image(current(rows))
     beliefs = dawid_skene(by_image) if method == "dawid_skene" else {}
-    decisions = {row.image_id: row for row in _alive(rows) if row.review_item_id in adjudications and row.label}
+    # Not from `current`: whoever adjudicated an image may have read it as well, and a later read of theirs must not
+    # replace the decision.
+    decisions = {row.image_id: row for row in _undeleted(rows) if row.review_item_id in adjudications and row.label}
     return [
         _resolve_one(image_id, by_image[image_id], audit_items, decisions.get(image_id), beliefs.get(image_id))
         for image_id in sorted(by_image)
     ]
 
 
-def standing(labels: Iterable[Annotation]) -> list[Annotation]:
-    """Return each reader's newest answer about each image, without what was deleted."""
-    return list({(row.image_id, row.annotator): row for row in _alive(labels)}.values())
+def current(labels: Iterable[Annotation]) -> list[Annotation]:
+    """Return each annotator's newest annotation of each image, leaving out what was deleted."""
+    return list({(row.image_id, row.annotator): row for row in _undeleted(labels)}.values())
 
 
 def contested(labels: Iterable[Annotation], threshold: float) -> dict[str, list[Annotation]]:
-    """Return the images whose readers agree too little.
+    """Return the images whose most frequent class has too small a share of the votes.
 
     Args:
-        labels: all rows that were ever read.
-        threshold: smallest share of those who named a class that has to agree.
+        labels: all annotation rows of the ledger.
+        threshold: smallest share of the annotators who named a class that has to agree, 0 to 1.
     Returns:
-        Image id to its standing answers, where two and more named a class.
+        Image id to its current annotations, of images for which at least two annotators named a class.
     """
     found = {}
-    for image_id, rows in sorted(_by_image(standing(labels)).items()):
+    for image_id, rows in sorted(_by_image(current(labels)).items()):
         votes = _votes(rows)
         if votes.total() >= 2 and max(votes.values()) < threshold * votes.total():
             found[image_id] = rows
@@ -68,10 +69,10 @@ def contested(labels: Iterable[Annotation], threshold: float) -> dict[str, list[
 
 
 def dawid_skene(by_image: Mapping[str, list[Annotation]]) -> dict[str, dict[str, float]]:
-    """Return how probable each class is, given who said what and how each reader errs (Dawid and Skene 1979).
+    """Return the probability of each class from all annotations and annotators' errors (Dawid and Skene 1979).
 
     Args:
-        by_image: standing answers by image.
+        by_image: current annotations by image id.
     Returns:
         Image id to class to probability, of images for which a class was named.
     """
@@ -81,23 +82,23 @@ def dawid_skene(by_image: Mapping[str, list[Annotation]]) -> dict[str, dict[str,
 
 
 def annotator_confusion(labels: Iterable[Annotation]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return how each reader answers where the truth is one class, as Dawid-Skene estimates it.
+    """Return each annotator's confusion matrix as Dawid-Skene estimates it.
 
     Args:
-        labels: all rows that were ever read.
+        labels: all annotation rows of the ledger.
     Returns:
-        Reader to true class to answered class to probability.
+        Annotator to true class to named class to probability.
     """
-    fitted = _fit(_by_image(standing(labels)))
+    fitted = _fit(_by_image(current(labels)))
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for (reader, answered), row in fitted.errors_.iterrows() if fitted is not None else ():
+    for (annotator, named), row in fitted.errors_.iterrows() if fitted is not None else ():
         for true, probability in row.items():
-            found.setdefault(str(reader), {}).setdefault(str(true), {})[str(answered)] = float(probability)
+            found.setdefault(str(annotator), {}).setdefault(str(true), {})[str(named)] = float(probability)
     return found
 
 
 def _fit(by_image: Mapping[str, list[Annotation]]) -> Any:
-    """Fit crowd-kit's Dawid-Skene to all answers that name a class; None if there is none."""
+    """Fit crowd-kit's Dawid-Skene to all annotations that name a class; None if there is none."""
     import pandas as pd
     from crowdkit.aggregation import DawidSkene
 
@@ -105,18 +106,20 @@ def _fit(by_image: Mapping[str, list[Annotation]]) -> Any:
         {"task": image_id, "worker": row.annotator, "label": row.label}
         for image_id, rows in sorted(by_image.items())
         for row in rows
-        if row.answer == AnswerKind.CLASS
+        if row.kind == AnnotationKind.CLASS
     ]
     if not said:
         return None
     with warnings.catch_warnings():
-        # crowd-kit 1.4 calls pandas in a way that pandas 3.1 announces to end.
+        # crowd-kit 1.4 calls pandas in a way that pandas 3.1 deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
         return DawidSkene(n_iter=100, tol=1e-6).fit(pd.DataFrame(said))
 
 
-def _alive(labels: Iterable[Annotation]) -> list[Annotation]:
-    """Return the newest revision of each annotation that was not deleted, oldest answer first."""
+def _undeleted(labels: Iterable[Annotation]) -> list[Annotation]:
+    """Return the newest revision of each annotation that was not deleted, oldest annotation first."""
+    # Two clocks: `created_at` is Relook's and orders the revisions of one annotation; `annotated_at` is Label
+    # Studio's and orders annotations. A pull may read an older annotation after a newer one.
     rows = sorted(labels, key=lambda label: (label.created_at, label.id))
     last_row = {(row.server, row.review_item_id, row.annotation_id): row for row in rows}
     alive = [row for row in last_row.values() if not row.deleted]
@@ -131,7 +134,7 @@ def _by_image(rows: Iterable[Annotation]) -> dict[str, list[Annotation]]:
 
 
 def _votes(rows: Iterable[Annotation]) -> Counter[str]:
-    return Counter(row.label for row in rows if row.answer == AnswerKind.CLASS and row.label is not None)
+    return Counter(row.label for row in rows if row.kind == AnnotationKind.CLASS and row.label is not None)
 
 
 def _resolve_one(

@@ -25,7 +25,7 @@ from records.ids import hash_of, new_id, utc_now
 from records.lease import hold
 from records.ledger import Transaction
 from records.store import Store
-from records.types import Annotation, AnswerKind, Cursor, ReviewItem, ReviewState
+from records.types import Annotation, AnnotationKind, Cursor, ReviewItem, ReviewState
 
 _OVERLAP = timedelta(seconds=60)
 _AT_ONCE = 4
@@ -196,15 +196,15 @@ class _Pass:
 
     def report(self) -> PullReport:
         """Return what was found."""
-        kinds = [label.answer for label in self.added]
+        kinds = [label.kind for label in self.added]
         return PullReport(
             project_id=self.project_id,
             annotations=self.annotations,
             new_labels=len(self.added),
             edited=self.edited,
             deleted=self.deleted,
-            cant_tell=kinds.count(AnswerKind.CANT_TELL),
-            other=kinds.count(AnswerKind.OTHER) - len(self.not_understood),
+            cant_tell=kinds.count(AnnotationKind.CANT_TELL),
+            other=kinds.count(AnnotationKind.OTHER) - len(self.not_understood),
             not_understood=self.not_understood,
             tasks_deleted=self.tasks_deleted,
             doubled=self.doubled,
@@ -251,7 +251,7 @@ class _Pass:
             created_at=utc_now(),
             review_item_id=item.id,
             image_id=item.image_id,
-            answer=answer.kind,
+            kind=answer.kind,
             label=answer.label,
             other_text=answer.other_text,
             image_quality=answer.image_quality,

@@ -1,4 +1,4 @@
-"""Pull and push, one after the other. Each holds the lease, so it never runs twice at the same time."""
+"""One sync: pull, then add adjudications, then push. Pull and push each hold the lease `labeling.sync`."""
 
 import time
 
@@ -9,8 +9,8 @@ from labeling.pull import PullReport, pull
 from labeling.push import Advance, PushReport, push
 from labeling.reads import add_adjudications
 from labeling.settings import LabelingSettings
-from records.hints import last_ring
 from records.ledger import Ledger
+from records.notifications import last_notification
 from records.store import Store
 
 _LISTEN_EVERY_S = 1.0
@@ -21,7 +21,7 @@ class SyncReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    adjudications: int = Field(default=0, ge=0, description="questions added since readers disagree")
+    adjudications: int = Field(default=0, ge=0, description="review items added since annotators disagree")
     pull: PullReport
     push: PushReport
 
@@ -34,38 +34,40 @@ def sync(
     *,
     advance: Advance = lambda done, total: None,
 ) -> SyncReport:
-    """Pull what was answered and push what waits, once.
+    """Pull new annotations and push waiting review items, once.
 
     Args:
-        store: with the ledger.
+        store: its ledger holds both.
         client: connected.
-        settings: of the labeling room.
-        model_id: of the model that answers now.
-        advance: hears how far each half is.
+        settings: also says when annotators disagree enough for an adjudication.
+        model_id: of the champion.
+        advance: called by both halves.
     Returns:
-        What was done.
+        Both reports.
     Raises:
-        LabelStudioError: Label Studio does not answer; what was done so far is recorded.
-        RefusedError: another process keeps pushing or pulling for over a minute.
+        LabelStudioError: Label Studio cannot be reached; what was done so far is recorded.
+        RefusedError: another process held the lease for over a minute.
     """
-    # In this order, since a pull may find that questions have to be asked again.
+    # Pull first: it requeues the items of deleted projects and finds disagreement, and the push then sends both.
     pulled = pull(store, client, settings, advance=advance)
-    asked = add_adjudications(store, settings.adjudicate_below) if not pulled.idle else 0
-    return SyncReport(adjudications=asked, pull=pulled, push=push(store, client, settings, model_id, advance=advance))
+    added = add_adjudications(store, settings.adjudicate_below) if not pulled.idle else 0
+    return SyncReport(adjudications=added, pull=pulled, push=push(store, client, settings, model_id, advance=advance))
 
 
-def wait_for_notification(ledger: Ledger, rung: str | None, longest_s: float) -> bool:
-    """Wait until Label Studio rings, and no longer than a pause.
+def wait_for_notification(ledger: Ledger, seen: str | None, longest_s: float) -> bool:
+    """Wait for a webhook of Label Studio.
 
     Args:
-        ledger: that the service writes rings to.
-        rung: the last ring that was acted upon.
-        longest_s: of the wait, seconds.
+        ledger: to which the service writes notifications.
+        seen: id of the newest notification that was handled; read it before the sync, so that one which arrives
+            during the sync ends the wait at once.
+        longest_s: timeout, seconds.
     Returns:
-        Whether it rang.
+        False after the timeout.
     """
     end_s = time.monotonic() + longest_s
-    while last_ring(ledger) == rung:
+    # Polled, since the service is another process and may run on another machine: the ledger is all they share.
+    while last_notification(ledger) == seen:
         left_s = end_s - time.monotonic()
         if left_s <= 0:
             return False

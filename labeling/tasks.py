@@ -20,7 +20,7 @@ from labeling.settings import LabelingSettings
 from records.errors import ImageError
 from records.images import sniff
 from records.taxonomy import Taxonomy
-from records.types import AnswerKind, Image, Prediction, ReasonCode, ReviewItem
+from records.types import AnnotationKind, Image, Prediction, ReasonCode, ReviewItem
 
 PRIORITY_VERSION = "relook-priority"
 """Model version of the predictions that order a project. It names the scale of the scores, which all
@@ -75,7 +75,7 @@ class Answer:
         understood: false if the diagnosis is missing or not one of the page; kept, never trained on.
     """
 
-    kind: AnswerKind
+    kind: AnnotationKind
     label: str | None
     other_text: str | None
     image_quality: str | None
@@ -252,13 +252,13 @@ def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) ->
     wrote = "\n".join(_values(result, "other_text", "text")) or None
     image_quality = quality[0] if len(quality) == 1 and quality[0] in QUALITIES else None
     if choices == [CANT_TELL]:
-        return Answer(AnswerKind.CANT_TELL, None, None, image_quality, comment)
+        return Answer(AnnotationKind.CANT_TELL, None, None, image_quality, comment)
     if choices == [OTHER]:
-        return Answer(AnswerKind.OTHER, None, wrote, image_quality, comment)
+        return Answer(AnnotationKind.OTHER, None, wrote, image_quality, comment)
     if len(choices) == 1 and choices[0] in taxonomy.codes:
-        return Answer(AnswerKind.CLASS, choices[0], None, image_quality, comment)
+        return Answer(AnnotationKind.CLASS, choices[0], None, image_quality, comment)
     said = f"not a choice of this project: {', '.join(choices)}" if choices else "no diagnosis was chosen"
-    return Answer(AnswerKind.OTHER, None, said, image_quality, comment, understood=False)
+    return Answer(AnnotationKind.OTHER, None, said, image_quality, comment, understood=False)
 
 
 def annotation_result(label: str) -> list[dict[str, Any]]:

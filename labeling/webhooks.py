@@ -1,21 +1,22 @@
-"""Label Studio rings when an answer came in, so that whoever watches looks at once rather than at the next turn.
+"""Webhooks: Label Studio notifies the service of changes, so that `relook label sync --watch` pulls at once.
 
-Only a hint: Label Studio sends each once, gives up after a second, and says nothing that is believed here. What
-changed is read by the poll, which finds everything without any hint.
+A webhook is a notification only. Label Studio sends each request once and gives up after a second, and its body is
+not trusted here: the pull reads what changed, and finds everything without any webhook.
 """
 
 from urllib.parse import urlsplit
 
 from labeling.client import LabelStudioClient
 from records.errors import LabelStudioError
-from records.hints import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH
 from records.home import Home
 from records.ids import sha256_hex
-from records.key_files import key_of
+from records.keys import key_of
+from records.notifications import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH
 
 ACTIONS = ("ANNOTATION_CREATED", "ANNOTATIONS_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_DELETED", "TASKS_DELETED")
 
-# What Label Studio refuses to call by itself, less the loopback that the local one and the local service share.
+# Label Studio's own list of networks that webhooks may not reach (SSRF protection), without the loopback: the local
+# service is there. The default can only be switched off as a whole, so the rest of it is repeated.
 _BANNED = (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
     "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4",
@@ -26,25 +27,26 @@ _BANNED = (
 
 
 def webhook_fingerprint(home: Home, url: str | None) -> str | None:
-    """Return what tells one webhook from another, address and fingerprint of its secret; None if there is none."""
+    """Return the address and a hash of the secret, which change when the webhook must be set anew; None without one."""
     return None if url is None else f"{url.rstrip('/')} {sha256_hex(key_of(home, SECRET_FILE).encode())[:12]}"
 
 
 def ensure_webhook(home: Home, client: LabelStudioClient, project_id: int, url: str | None) -> None:
-    """Make a project ring the service at this address, and no other one.
+    """Make a project send its webhooks to this address and to no other Relook service.
 
     Args:
-        home: whose secret goes with every ring.
+        home: its webhook secret is sent as a header of each request.
         client: connected.
-        project_id: of the project.
-        url: base address of the service as Label Studio sees it; None takes the bell away.
+        project_id: of an existing project.
+        url: base address of the service as Label Studio reaches it; None removes the webhook.
     Raises:
-        LabelStudioError: Label Studio does not answer, or may not call this address.
+        LabelStudioError: Label Studio cannot be reached, or may not call this address.
     """
     wanted = None if url is None else url.rstrip("/") + WEBHOOK_PATH
     headers = {SECRET_HEADER: key_of(home, SECRET_FILE)}
     present = client.request("GET", "api/webhooks/", "list webhooks", params={"project": project_id})
     stands = False
+    # The project may hold webhooks that people made for other services; only those to Relook's route are replaced.
     for hook in present:
         if not str(hook["url"]).endswith(WEBHOOK_PATH):
             continue
@@ -70,17 +72,17 @@ def ensure_webhook(home: Home, client: LabelStudioClient, project_id: int, url: 
         raise LabelStudioError(
             f"{error}; let Label Studio call that address (its SSRF_PROTECTION_ENABLED and "
             "USE_DEFAULT_BANNED_SUBNETS; the local one is allowed to when it is started with labeling.webhook_url "
-            "set), or unset labeling.webhook_url: answers then arrive at the next look"
+            "set), or unset labeling.webhook_url: annotations are then read at the next poll"
         ) from error
 
 
 def webhook_variables(url: str | None) -> dict[str, str]:
-    """Return what the local Label Studio needs in its environment to call an address.
+    """Return the environment variables that let the local Label Studio send webhooks to an address.
 
     Args:
-        url: base address of the service; None if nothing is called.
+        url: base address of the service; None if there is no webhook.
     Returns:
-        Variables that allow loopback and keep every other private network closed; none for an address elsewhere.
+        Variables that allow loopback and keep every other private network closed; empty for an address elsewhere.
     """
     if url is None or urlsplit(url).hostname not in ("127.0.0.1", "localhost"):
         return {}

@@ -122,7 +122,7 @@ def _question_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
             text = f"task {item.task_id} in project {item.project_id} of Label Studio"
             yield TraceStep(at=item.pushed_at, kind="task", id=f"{item.project_id}/{item.task_id}", text=text)
     for label in tx.find(Annotation, where={"image_id": image_id}):
-        said = "deleted the annotation" if label.deleted else f"said {label.label or label.other_text or label.answer}"
+        said = "deleted the annotation" if label.deleted else f"said {label.label or label.other_text or label.kind}"
         yield TraceStep(at=label.created_at, kind="annotator", id=label.id, text=f"{label.annotator} {said}")
 
 

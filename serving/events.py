@@ -15,7 +15,7 @@ from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import (
     Annotation,
-    AnswerKind,
+    AnnotationKind,
     Arm,
     EventRecord,
     Outcome,
@@ -81,8 +81,8 @@ def gather(store: Store) -> int:
 
 def _new_events(tx: Transaction) -> Iterator[EventRecord]:
     for row in _unheard(tx, _LABEL, _LABEL.image_id == _ANSWER.image_id, _LABEL.deleted.is_(False)):
-        details = {"label": row["label"], "answer": row["answer"], "by": "annotator"}
-        if row["answer"] != AnswerKind.CLASS:
+        details = {"label": row["label"], "answer": row["kind"], "by": "annotator"}
+        if row["kind"] != AnnotationKind.CLASS:
             yield _event(row, "undecided", details)
         else:
             yield _event(row, "confirmed" if row["label"] == row["predicted"] else "amended", details)

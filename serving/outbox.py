@@ -1,8 +1,8 @@
-"""What is written down: answers, questions to the annotators, and flags, each in one transaction.
+"""Transactional outbox: predictions, flags and outcomes, each in one transaction with what follows from it.
 
-In: verdicts and requests. Out: rows of the ledger. A question is written in the transaction that causes
-it, so neither exists without the other; labeling drains the questions later. An image whose consent is
-`none` is neither stored nor asked about.
+In: verdicts and requests. Out: rows of the ledger. A review item is written in the transaction that causes it, so
+neither exists without the other; the labeling room later pushes open items to Label Studio. An image whose consent
+is `none` is neither stored nor reviewed.
 """
 
 from collections.abc import Sequence
@@ -13,23 +13,26 @@ from typing import Any
 import numpy as np
 
 from records.erasure import make_way
-from records.errors import RefusedError
+from records.errors import DataError, RefusedError
 from records.ids import new_id, utc_now
+from records.keys import patient_hash
 from records.ledger import Transaction
-from records.patients import patient_hash
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import (
+    Confirmation,
     Consent,
     Decision,
     Flag,
     Image,
+    Outcome,
     Prediction,
     ReasonCode,
     ReviewItem,
     ReviewState,
+    SourceLabel,
 )
-from serving.schemas import Context, FlagRequest
+from serving.schemas import Context, FlagRequest, OutcomeRequest, OutcomeResponse
 from serving.triage import Verdict, priority_of
 
 OPEN_STATES = (ReviewState.NEW, ReviewState.PUSHED)
@@ -37,7 +40,7 @@ OPEN_STATES = (ReviewState.NEW, ReviewState.PUSHED)
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The bytes as they are stored, and what their header says."""
+    """An image in the form that is stored: no metadata except orientation and colour profile."""
 
     id: str
     data: bytes
@@ -48,7 +51,7 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class PredictionRows:
-    """All rows of one answer, and the image of its image row."""
+    """The rows of one prediction, and the bytes of its image row."""
 
     prediction: Prediction
     image: Image | None
@@ -57,17 +60,7 @@ class PredictionRows:
 
 
 def image_row(store: Store, image: StoredImage, context: Context, consent: Consent, now: datetime) -> Image:
-    """Make the row of an image that came in over HTTP.
-
-    Args:
-        store: whose blob store keeps the bytes.
-        image: as stored.
-        context: what the caller said of it.
-        consent: that it came with.
-        now: the time of the answer.
-    Returns:
-        The row; the patient's id enters only as a salted hash.
-    """
+    """Return the row of an image that was sent over HTTP; the patient's id enters only as a salted hash."""
     return Image(
         id=image.id,
         uri=store.blobs.uri(image.id),
@@ -89,15 +82,13 @@ def image_row(store: Store, image: StoredImage, context: Context, consent: Conse
 
 
 def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | None, urgent_due_h: float) -> ReviewItem:
-    """Make the question that an answer raises.
+    """Return the review item of a prediction.
 
     Args:
-        prediction: the answer.
+        prediction: with decision `review` or `urgent`.
         verdict: with at least one reason.
-        overlay_blob: blob of the heat map over the image.
-        urgent_due_h: how soon an urgent one should be seen, hours.
-    Returns:
-        The row.
+        overlay_blob: blob of the heat map over the image, or None.
+        urgent_due_h: time until an urgent item is due, hours.
     """
     is_urgent = ReasonCode.URGENT in verdict.reasons
     return ReviewItem(
@@ -113,75 +104,89 @@ def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | Non
     )
 
 
-def write_predictions(store: Store, answers: Sequence[PredictionRows]) -> list[ReviewItem | None]:
-    """Write answers with their images and questions, in one transaction.
+def write_predictions(store: Store, batch: Sequence[PredictionRows]) -> list[ReviewItem | None]:
+    """Write predictions with their images and review items, in one transaction.
 
-    An image that already waits for an annotator is not asked about twice: the waiting question takes
-    the new reasons.
+    An image with an open review item gets no second one: the open item takes the new reasons.
 
     Args:
         store: with the ledger.
-        answers: of one micro-batch.
+        batch: rows of one micro-batch.
     Returns:
-        For each answer the question that it led to, if any.
+        Per prediction the review item that it led to, or None.
     Raises:
         RefusedError: an idempotency key was used before; nothing of the batch is written then.
-        UnavailableError: the ledger does not answer.
+        UnavailableError: the ledger cannot be reached.
     """
-    images = {answer.image.id: answer.image for answer in answers if answer.image is not None}
-    # What is asked of the database first is whether it knows these images and keys, and what waits for the images.
-    keys = {answer.prediction.idempotency_key for answer in answers}
+    images = {rows.image.id: rows.image for rows in batch if rows.image is not None}
+    keys = {rows.prediction.idempotency_key for rows in batch}
+    # Named in advance, so that batches with disjoint images and keys commit concurrently on PostgreSQL, while two
+    # requests with one key, or two review items of one image, wait for each other.
     with store.ledger.begin(touches={*images, *(key for key in keys if key is not None)}) as tx:
         known = {image.id: image for image in tx.find(Image, where={"id": list(images)})} if images else {}
+        # The retention period of such an image ended and its bytes were deleted; it was sent again and is stored anew.
         expired = {image_id for image_id, image in known.items() if image.expired_at is not None}
         if expired:
             make_way(tx, expired)
-            _store_again(store, [a.stored for a in answers if a.stored is not None and a.stored.id in expired])
+            _store_again(
+                store, [rows.stored for rows in batch if rows.stored is not None and rows.stored.id in expired]
+            )
         new_images = [image for image_id, image in images.items() if image_id not in known or image_id in expired]
-        asked, new_questions = _ask(tx, [answer.review for answer in answers])
-        tx.add(*new_images, *(answer.prediction for answer in answers), *new_questions)
-    return asked
+        items, new_items = _merge_items(tx, [rows.review for rows in batch])
+        tx.add(*new_images, *(rows.prediction for rows in batch), *new_items)
+    return items
 
 
 def _store_again(store: Store, images: Sequence[StoredImage]) -> None:
-    """Put images back that may have gone since they were stored on arrival; nothing is deleted meanwhile."""
+    """Store bytes again that were deleted after their arrival.
+
+    Inside the transaction: expiry of images waits for it, so the blobs cannot be deleted a second time.
+    """
     for image in images:
         store.blobs.put(image.data)
 
 
-def _ask(tx: Transaction, questions: Sequence[ReviewItem | None]) -> tuple[list[ReviewItem | None], list[ReviewItem]]:
-    """Return the question that each one led to, and those of them that are to be added; the others are updated."""
-    image_ids = sorted({question.image_id for question in questions if question is not None})
-    waiting = _waiting(tx, image_ids) if image_ids else {}
-    stored = dict(waiting)
-    for question in questions:
-        if question is None:
-            continue
-        before = waiting.get(question.image_id)
-        waiting[question.image_id] = question if before is None else _merged(before, question)
-    fresh = [item for image_id, item in waiting.items() if image_id not in stored or item.id != stored[image_id].id]
-    for image_id, item in waiting.items():
+def _merge_items(
+    tx: Transaction, proposed: Sequence[ReviewItem | None]
+) -> tuple[list[ReviewItem | None], list[ReviewItem]]:
+    """Merge proposed review items with the open ones of their images, and update the open ones in the ledger.
+
+    Returns:
+        Per proposed item the one that it led to, and the items that are new and still to be added.
+    """
+    image_ids = sorted({item.image_id for item in proposed if item is not None})
+    current = _open_items(tx, image_ids) if image_ids else {}
+    stored = dict(current)
+    for item in proposed:
+        if item is not None:
+            # One image may occur several times in a batch, so each item merges into what the ones before it left.
+            before = current.get(item.image_id)
+            current[item.image_id] = item if before is None else _merged(before, item)
+    new = [item for image_id, item in current.items() if image_id not in stored or item.id != stored[image_id].id]
+    for image_id, item in current.items():
         if image_id in stored and item.id == stored[image_id].id and item != stored[image_id]:
             tx.update(ReviewItem, item.id, reasons=list(item.reasons), priority=item.priority)
-    return [None if question is None else waiting[question.image_id] for question in questions], fresh
+    return [None if item is None else current[item.image_id] for item in proposed], new
 
 
-def _waiting(tx: Transaction, image_ids: Sequence[str]) -> dict[str, ReviewItem]:
+def _open_items(tx: Transaction, image_ids: Sequence[str]) -> dict[str, ReviewItem]:
     items = tx.find(ReviewItem, where={"image_id": list(image_ids), "state": list(OPEN_STATES)}, order_by=("id",))
-    # What a blind reader is asked says nothing of reasons or comments, so it takes them in only where it is alone.
+    # Later entries win. The task of a blind read shows neither reasons nor comments, so a blind item is chosen only
+    # where it is the only open one.
     return {item.image_id: item for item in sorted(items, key=lambda item: not item.blind)}
 
 
-def _merged(waiting: ReviewItem, question: ReviewItem) -> ReviewItem:
-    if (question.due and not waiting.due) or (question.selection_probability and not waiting.selection_probability):
-        # A deadline and a drawn sample are facts of one question and never change in it.
-        return question
-    reasons = [*waiting.reasons, *(reason for reason in question.reasons if reason not in waiting.reasons)]
-    return waiting.model_copy(update={"reasons": reasons, "priority": max(waiting.priority, question.priority)})
+def _merged(before: ReviewItem, item: ReviewItem) -> ReviewItem:
+    # A due date and a sampling probability belong to the item that they were computed for and are never added to an
+    # older one; such an item becomes a second open item of its image.
+    if (item.due and not before.due) or (item.selection_probability and not before.selection_probability):
+        return item
+    reasons = [*before.reasons, *(reason for reason in item.reasons if reason not in before.reasons)]
+    return before.model_copy(update={"reasons": reasons, "priority": max(before.priority, item.priority)})
 
 
 def find_repeated(store: Store, caller: str, idempotency_key: str) -> Prediction | None:
-    """Return the answer that was given to this key before, if any."""
+    """Return the served prediction with this idempotency key, or None."""
     where = {"caller": caller, "idempotency_key": idempotency_key, "served": True}
     with store.ledger.read() as tx:
         found = tx.find(Prediction, where=where, limit=1)
@@ -189,7 +194,7 @@ def find_repeated(store: Store, caller: str, idempotency_key: str) -> Prediction
 
 
 def review_of(tx: Transaction, prediction: Prediction) -> ReviewItem | None:
-    """Return the newest question that an answer led to, its own or the one that its image waits with."""
+    """Return the newest review item of a prediction: its own, or that of its image which took its reasons."""
     items = tx.find(ReviewItem, where={"prediction_id": prediction.id}, order_by=("-id",))
     if not items and prediction.decision in (Decision.REVIEW, Decision.URGENT):
         items = tx.find(ReviewItem, where={"image_id": prediction.image_id}, order_by=("-id",))
@@ -199,21 +204,21 @@ def review_of(tx: Transaction, prediction: Prediction) -> ReviewItem | None:
 def write_flag(
     store: Store, prediction: Prediction, request: FlagRequest, caller: str, overlay_blob: str | None
 ) -> tuple[Flag, ReviewItem]:
-    """Write an objection and its question to the annotators, in one transaction.
+    """Write a flag and its review item, in one transaction.
 
-    A question that already waits takes the objection in and moves up. An equal objection of the same
-    caller is not written twice.
+    An open review item takes the flag's comment and label and gets a higher priority. An equal flag of the same caller
+    is written once.
 
     Args:
-        store: with the ledger and the taxonomy.
-        prediction: that is objected to.
-        request: the objection.
-        caller: who objects.
-        overlay_blob: blob of the heat map, for a question that has none yet.
+        store: with ledger and taxonomy.
+        prediction: that is flagged.
+        request: reason, suggested label and comment.
+        caller: id of the key.
+        overlay_blob: blob of the heat map, for an item that has none.
     Returns:
-        The objection and the question it led to.
+        The flag and its review item.
     Raises:
-        RefusedError: the image's consent does not allow that an annotator sees it, or it is no longer kept.
+        RefusedError: the image's consent does not cover review, or the image was erased.
         TaxonomyError: the suggested label is not a class.
     """
     if request.suggested_label is not None:
@@ -230,7 +235,7 @@ def write_flag(
         image = tx.get(Image, prediction.image_id)
         if image is not None and image.erased_at is not None:
             raise RefusedError(
-                "the image of this answer is no longer kept, so no annotator can see it; send it again, then flag it"
+                "the image of this prediction is no longer kept, so no annotator can see it; send it again, then flag it"
             )
         item = _flagged_item(tx, prediction, request, overlay_blob, store.taxonomy)
         flag = Flag(
@@ -249,20 +254,21 @@ def write_flag(
 def _flagged_item(
     tx: Transaction, prediction: Prediction, request: FlagRequest, overlay_blob: str | None, taxonomy: Taxonomy
 ) -> ReviewItem:
-    waiting = _waiting(tx, [prediction.image_id]).get(prediction.image_id)
-    before = tuple(waiting.reasons) if waiting else ()
-    reasons = (*before, *(() if ReasonCode.FLAGGED in before else (ReasonCode.FLAGGED,)))
+    before = _open_items(tx, [prediction.image_id]).get(prediction.image_id)
+    reasons = tuple(before.reasons) if before else ()
+    if ReasonCode.FLAGGED not in reasons:
+        reasons = (*reasons, ReasonCode.FLAGGED)
     priority = priority_of(reasons, probabilities_of(prediction, taxonomy), taxonomy)
     changes: dict[str, Any] = {
         "reasons": list(reasons),
-        "priority": max(priority, waiting.priority) if waiting else priority,
-        "comment": _joined(waiting.comment if waiting else None, request.comment),
-        "suggested_label": request.suggested_label or (waiting.suggested_label if waiting else None),
-        "overlay_blob": (waiting.overlay_blob if waiting else None) or overlay_blob,
+        "priority": max(priority, before.priority) if before else priority,
+        "comment": _joined(before.comment if before else None, request.comment),
+        "suggested_label": request.suggested_label or (before.suggested_label if before else None),
+        "overlay_blob": (before.overlay_blob if before else None) or overlay_blob,
     }
-    if waiting is not None:
-        tx.update(ReviewItem, waiting.id, **changes)
-        return waiting.model_copy(update=changes)
+    if before is not None:
+        tx.update(ReviewItem, before.id, **changes)
+        return before.model_copy(update=changes)
     item = ReviewItem(
         id=new_id(), created_at=utc_now(), prediction_id=prediction.id, image_id=prediction.image_id, **changes
     )
@@ -279,3 +285,63 @@ def probabilities_of(prediction: Prediction, taxonomy: Taxonomy) -> np.ndarray[A
     if prediction.probabilities is None:
         return None
     return np.array([prediction.probabilities[code] for code in taxonomy.codes])
+
+
+def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest, caller: str) -> OutcomeResponse:
+    """Write an outcome; an equal one of the same caller is written once.
+
+    With consent to training it also becomes a label. By `LABEL_RANK` a biopsy outranks every annotation.
+
+    Args:
+        store: with ledger and taxonomy.
+        prediction: that the outcome is about.
+        request: diagnosis and how it was confirmed.
+        caller: id of the key.
+    Returns:
+        The response body.
+    Raises:
+        TaxonomyError: the diagnosis is not a class.
+        DataError: `observed_at` is in the future.
+        RefusedError: the image was not stored.
+    """
+    store.taxonomy.index_of(request.diagnosis)
+    now, learns = utc_now(), prediction.consent is Consent.TRAINING
+    if request.observed_at > now:
+        raise DataError(
+            f"observed_at: {request.observed_at.isoformat()} is in the future; give the time of the diagnosis"
+        )
+    if prediction.consent is Consent.NONE:
+        raise RefusedError("this image came without consent, so nothing may be kept about it")
+    confirmation = Confirmation(request.confirmation)
+    values: dict[str, Any] = {
+        "prediction_id": prediction.id, "caller": caller, "diagnosis": request.diagnosis, "confirmation": confirmation,
+        "observed_at": request.observed_at,
+    }  # fmt: skip
+    with store.ledger.begin() as tx:
+        repeated = tx.find(Outcome, where=values, limit=1)
+        if repeated:
+            outcome = repeated[0]
+        else:
+            outcome = Outcome(id=new_id(), created_at=now, image_id=prediction.image_id, **values)
+            tx.add(outcome, *([_label(outcome)] if learns else []))
+    return OutcomeResponse(
+        id=outcome.id,
+        prediction_id=prediction.id,
+        agrees=None if prediction.label is None else prediction.label == request.diagnosis,
+        text=(
+            "Stored. The next dataset version takes it as a label of this rank."
+            if learns
+            else "Stored. No model learns from it, since the image's consent does not cover training."
+        ),
+    )
+
+
+def _label(outcome: Outcome) -> SourceLabel:
+    return SourceLabel(
+        id=new_id(),
+        image_id=outcome.image_id,
+        label=outcome.diagnosis,
+        confirmation=outcome.confirmation,
+        source=f"outcome:{outcome.id}",
+        created_at=outcome.created_at,
+    )

@@ -37,8 +37,8 @@ from labeling.settings import LabelingSettings
 from labeling.sync import sync
 from labeling.tasks import annotation_result
 from records.errors import LabelStudioError
-from records.hints import WEBHOOK_PATH
 from records.home import open_home
+from records.notifications import WEBHOOK_PATH
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ReviewItem, ReviewState

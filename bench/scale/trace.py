@@ -35,7 +35,7 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
     Annotation,
-    AnswerKind,
+    AnnotationKind,
     Confirmation,
     DatasetRecord,
     Flag,
@@ -96,7 +96,7 @@ def samples() -> dict[type[Record], Record]:
             created_at=START,
         ),
         Annotation: Annotation(
-            id="e", created_at=START, review_item_id="r", image_id="i", answer=AnswerKind.CLASS, label="nv",
+            id="e", created_at=START, review_item_id="r", image_id="i", kind=AnnotationKind.CLASS, label="nv",
             annotator="anna", annotated_at=START, server="http://127.0.0.1:8080", project_id=1, task_id=7,
             annotation_id=1, revision="r" * 64,
         ),

@@ -12,7 +12,7 @@ from records.types.images import (
     SourceLabel,
     Split,
 )
-from records.types.labels import Annotation, AnswerKind, ResolvedLabel
+from records.types.labels import Annotation, AnnotationKind, ResolvedLabel
 from records.types.operations import (
     ApiKey,
     AuditEvent,
@@ -43,7 +43,7 @@ from records.types.predictions import (
 __all__ = [
     "LABEL_RANK",
     "Annotation",
-    "AnswerKind",
+    "AnnotationKind",
     "ApiKey",
     "Arm",
     "AuditEvent",

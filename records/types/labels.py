@@ -9,8 +9,8 @@ from records.types.base import Record, Timestamp
 from records.types.images import Confirmation
 
 
-class AnswerKind(StrEnum):
-    """What kind of answer an annotator gave."""
+class AnnotationKind(StrEnum):
+    """What kind of choice an annotator made."""
 
     CLASS = "class"
     CANT_TELL = "cant_tell"
@@ -28,8 +28,8 @@ class Annotation(Record):
     created_at: Timestamp = Field(description="when Relook read it")
     review_item_id: str
     image_id: str
-    answer: AnswerKind
-    label: str | None = Field(default=None, description="class code if the answer is a class")
+    kind: AnnotationKind
+    label: str | None = Field(default=None, description="class code if `kind` is class")
     other_text: str | None = Field(default=None, description="what the annotator wrote if no class fits")
     image_quality: str | None = Field(default=None, description="good | usable | unusable")
     comment: str | None = None

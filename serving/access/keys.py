@@ -16,7 +16,7 @@ from records import audit
 from records.errors import AccessError, ConfigError, UnknownIdError
 from records.home import Home
 from records.ids import sha256_hex, utc_now
-from records.key_files import key_of
+from records.keys import key_of
 from records.store import Store
 from records.types import ApiKey, Consent, Scope
 

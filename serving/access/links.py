@@ -6,7 +6,7 @@ from urllib.parse import urlencode
 
 from records.errors import AccessError
 from records.home import Home
-from records.key_files import key_of
+from records.keys import key_of
 
 LONGEST_S = 7 * 24 * 3600
 

@@ -6,8 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 
 from records.errors import AccessError
-from records.hints import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH, ring
-from records.key_files import key_of
+from records.keys import key_of
+from records.notifications import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH, notify
 from serving.service import Service
 
 
@@ -29,6 +29,6 @@ def webhooks_router(service: Service) -> APIRouter:
         # As bytes: of strings it compares only those that are ASCII.
         if not hmac.compare_digest(expected, secret.encode()):
             raise AccessError("the webhook's secret does not fit; `relook label push` sets it anew", "forbidden")
-        ring(store.ledger)
+        notify(store.ledger)
 
     return router

@@ -13,7 +13,7 @@ from cluster.cli import run
 from images.cache import PixelCache
 from records import audit
 from records.ids import utc_now
-from records.patients import patient_hash
+from records.keys import patient_hash
 from records.store import Store
 from records.types import AuditEvent, Image
 

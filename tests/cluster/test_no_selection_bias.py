@@ -23,7 +23,7 @@ from records.store import Store, open_store
 from records.types import (
     LABEL_RANK,
     Annotation,
-    AnswerKind,
+    AnnotationKind,
     Confirmation,
     Consent,
     Decision,
@@ -39,7 +39,7 @@ from records.types import (
     Split,
 )
 from serving.outbox import PredictionRows, write_flag, write_predictions
-from serving.outcomes import write_outcome
+from serving.outbox import write_outcome
 from serving.schemas import FlagRequest, OutcomeRequest
 
 BIOPSIED, READ, UNKNOWN = range(10), range(10, 20), range(20, 32)
@@ -237,7 +237,7 @@ class History:
         now = utc_now()
         values = {
             "id": new_id(), "created_at": now, "review_item_id": item.id, "image_id": item.image_id,
-            "answer": AnswerKind.CLASS, "annotator": reader, "annotated_at": now, "blind": item.blind,
+            "kind": AnnotationKind.CLASS, "annotator": reader, "annotated_at": now, "blind": item.blind,
             "server": "local", "project_id": 1, "task_id": 1, "annotation_id": annotation, "revision": str(self.said),
         }  # fmt: skip
         with self.store.ledger.begin() as tx:

@@ -27,7 +27,7 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
     Annotation,
-    AnswerKind,
+    AnnotationKind,
     AuditEvent,
     Confirmation,
     RoundRecord,
@@ -47,7 +47,7 @@ def add_labels(tx: Transaction, count: int, images: Sequence[str] = ()) -> None:
                 created_at=utc_now(),
                 review_item_id=f"item {number}",
                 image_id=images[number] if images else f"image {number}",
-                answer=AnswerKind.CLASS,
+                kind=AnnotationKind.CLASS,
                 label="nv",
                 annotator="anna",
                 annotated_at=utc_now(),

@@ -11,9 +11,9 @@ from images.importer import import_folder
 from images.synth import render
 from records.errors import UnknownIdError
 from records.ids import new_id, utc_now
-from records.patients import patient_hash
+from records.keys import patient_hash
 from records.store import Store
-from records.types import Annotation, AnswerKind, Confirmation, Group, Image, SourceLabel, Split
+from records.types import Annotation, AnnotationKind, Confirmation, Group, Image, SourceLabel, Split
 
 
 def serve(store: Store, data: bytes, **context: str) -> str:
@@ -43,7 +43,7 @@ def annotator(image_id: str, label: str | None) -> Annotation:
     now = utc_now()
     return Annotation(
         id=new_id(), created_at=now, annotated_at=now, review_item_id="r", image_id=image_id, label=label,
-        annotator="a", answer=AnswerKind.CLASS if label else AnswerKind.CANT_TELL, server="s", project_id=1, task_id=1,
+        annotator="a", kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL, server="s", project_id=1, task_id=1,
         annotation_id=1, revision=new_id(),
     )  # fmt: skip
 

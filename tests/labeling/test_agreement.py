@@ -10,7 +10,7 @@ import pytest
 from labeling.agreement import agreement, anchoring, cohen_kappa, fleiss_kappa
 from labeling.consensus import annotator_confusion, contested, resolve
 from records.store import Store
-from records.types import Annotation, AnswerKind, Confirmation, Prediction, ReviewItem
+from records.types import Annotation, AnnotationKind, Confirmation, Prediction, ReviewItem
 
 AddItems = Callable[..., list[ReviewItem]]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -25,7 +25,7 @@ def said(image: str, reader: str, label: str | None, *, blind: bool = False, ite
         created_at=at,
         review_item_id=item,
         image_id=image,
-        answer=AnswerKind.CLASS if label else AnswerKind.CANT_TELL,
+        kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL,
         label=label,
         annotator=reader,
         annotated_at=at,

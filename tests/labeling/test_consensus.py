@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from labeling.consensus import resolve
-from records.types import Annotation, AnswerKind, Confirmation
+from records.types import Annotation, AnnotationKind, Confirmation
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 COUNT = itertools.count()
@@ -22,7 +22,7 @@ def said(reader: str, label: str | None, *, annotation: int | None = None, **cha
         created_at=at,
         review_item_id="item",
         image_id="image",
-        answer=AnswerKind.CLASS if label else AnswerKind.CANT_TELL,
+        kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL,
         label=label,
         annotator=reader,
         annotated_at=at,
@@ -65,7 +65,7 @@ def test_cant_tell_does_not_outvote_a_class() -> None:
 
 
 def test_other_is_no_class() -> None:
-    (found,) = resolve([said("a", None, answer=AnswerKind.OTHER, other_text="a wart")])
+    (found,) = resolve([said("a", None, kind=AnnotationKind.OTHER, other_text="a wart")])
     assert found.label is None
 
 

@@ -16,7 +16,7 @@ from labeling.settings import LabelingSettings
 from labeling.simulated_annotator import EMAIL, annotate
 from labeling.tasks import CANT_TELL, OTHER, annotation_result
 from records.store import Store
-from records.types import Annotation, AnswerKind, ReviewItem, ReviewState
+from records.types import Annotation, AnnotationKind, ReviewItem, ReviewState
 
 AddItems = Callable[..., list[ReviewItem]]
 
@@ -141,13 +141,13 @@ def test_what_an_answer_says_is_kept(
 
     said = {label.review_item_id: label for label in _labels(store)}
     df = said[items[0].id]
-    assert (df.answer, df.label, df.image_quality, df.comment) == (AnswerKind.CLASS, "df", "usable", "hair")
+    assert (df.kind, df.label, df.image_quality, df.comment) == (AnnotationKind.CLASS, "df", "usable", "hair")
     assert df.annotator == "annotator@relook.local"
     assert df.image_id == items[0].image_id
-    assert said[items[1].id].answer is AnswerKind.CANT_TELL
-    assert (said[items[2].id].answer, said[items[2].id].other_text) == (AnswerKind.OTHER, "a wart")
+    assert said[items[1].id].kind is AnnotationKind.CANT_TELL
+    assert (said[items[2].id].kind, said[items[2].id].other_text) == (AnnotationKind.OTHER, "a wart")
     unknown = said[items[3].id]
-    assert (unknown.answer, unknown.label) == (AnswerKind.OTHER, None), "kept, and never trained on"
+    assert (unknown.kind, unknown.label) == (AnnotationKind.OTHER, None), "kept, and never trained on"
     assert "no_such_class" in (unknown.other_text or "")
 
 

@@ -26,7 +26,7 @@ from labeling.tasks import (
 from records.errors import ImageError
 from records.ids import utc_now
 from records.taxonomy import DiagnosisClass, Taxonomy, load_taxonomy
-from records.types import AnswerKind, Decision, Image, Prediction, ReasonCode, ReviewItem
+from records.types import AnnotationKind, Decision, Image, Prediction, ReasonCode, ReviewItem
 
 HAM = load_taxonomy("ham10000")
 SETTINGS = LabelingSettings()
@@ -194,14 +194,14 @@ def test_damaged_images_are_refused(data: bytes) -> None:
 @pytest.mark.parametrize("code", HAM.codes)
 def test_each_class_reads_back(code: str) -> None:
     answer = parse_annotation(annotation_result(code), HAM)
-    assert (answer.kind, answer.label, answer.understood) == (AnswerKind.CLASS, code, True)
+    assert (answer.kind, answer.label, answer.understood) == (AnnotationKind.CLASS, code, True)
 
 
 def test_other_answers_are_kept_and_not_understood_ones_marked() -> None:
-    assert parse_annotation(annotation_result(CANT_TELL), HAM).kind is AnswerKind.CANT_TELL
+    assert parse_annotation(annotation_result(CANT_TELL), HAM).kind is AnnotationKind.CANT_TELL
     assert parse_annotation(annotation_result(OTHER), HAM).understood
     for result in ([], annotation_result("naevus"), [*annotation_result("mel"), *annotation_result("nv")]):
         answer = parse_annotation(result, HAM)
-        assert (answer.kind, answer.label, answer.understood) == (AnswerKind.OTHER, None, False)
+        assert (answer.kind, answer.label, answer.understood) == (AnnotationKind.OTHER, None, False)
     assert "mel, nv" in str(parse_annotation([*annotation_result("mel"), *annotation_result("nv")], HAM).other_text)
     assert parse_annotation([{"from_name": "diagnosis"}, {"value": None}], HAM).other_text == "no diagnosis was chosen"

@@ -19,8 +19,8 @@ from labeling.sync import sync, wait_for_notification
 from labeling.tasks import annotation_result
 from labeling.webhooks import ensure_webhook
 from records.errors import AccessError, LabelStudioError
-from records.hints import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH, last_ring
-from records.key_files import key_of
+from records.keys import key_of
+from records.notifications import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH, last_notification
 from serving.problems import problem_of
 from serving.routes.webhooks import webhooks_router
 
@@ -65,13 +65,13 @@ def test_answers_edits_and_deletions_ring_and_the_next_look_reads_them(store, cl
     hooks = client.request("GET", "api/webhooks/", "list webhooks", params={"project": project.id})
     assert [hook["url"] for hook in hooks] == [address + WEBHOOK_PATH]
 
-    rung = last_ring(store.ledger)
+    rung = last_notification(store.ledger)
     annotation = client.create_annotation(page[0].id, annotation_result("mel"), key=uuid4())
     assert wait_for_notification(store.ledger, rung, PATIENCE_S)
     assert sync(store, client, ringing).pull.new_labels == 1
 
     for verb, body in (("PATCH", {"result": annotation_result("nv")}), ("DELETE", None)):
-        rung = last_ring(store.ledger)
+        rung = last_notification(store.ledger)
         client.request(verb, f"api/annotations/{annotation}/", "change an answer", body=body)
         assert wait_for_notification(store.ledger, rung, PATIENCE_S), verb
     assert sync(store, client, ringing).pull.deleted == 1
@@ -92,7 +92,7 @@ def test_a_guessed_secret_rings_nothing_and_a_wait_ends_by_itself(store, address
         answer = httpx.post(address + WEBHOOK_PATH, headers={SECRET_HEADER: guess.encode()}, trust_env=False)
         assert answer.status_code == 403
     assert httpx.post(address + WEBHOOK_PATH, trust_env=False).status_code == 422
-    assert last_ring(store.ledger) is None
+    assert last_notification(store.ledger) is None
     began_s = time.monotonic()
     assert not wait_for_notification(store.ledger, None, 0.2)
     assert time.monotonic() - began_s >= 0.2

@@ -155,7 +155,7 @@ def add_labelled(image_id: Callable[[object], str]) -> Callable[..., None]:
                 if label is not None:
                     tx.add(
                         SourceLabel(
-                            id=f"{source} {image}",
+                            id=f"{source} {content}",
                             image_id=content,
                             label=label,
                             confirmation=confirmation,

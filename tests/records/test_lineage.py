@@ -57,7 +57,7 @@ def history(
                 suggested_label="mel", **at(2),
             ),
             sample(
-                Annotation, image_id=image, annotator="anna", answer="class", label="mel", deleted=False, **at(4)
+                Annotation, image_id=image, annotator="anna", kind="class", label="mel", deleted=False, **at(4)
             ),
             sample(
                 Outcome, prediction_id=PREDICTION, diagnosis="mel", confirmation=Confirmation.HISTOPATHOLOGY, **at(5)
@@ -114,8 +114,8 @@ def test_what_was_said_without_a_class_or_taken_back_is_told(
 ) -> None:
     with store.ledger.begin() as tx:
         tx.add(
-            sample(Annotation, 1, image_id=history, answer="cant_tell", label=None, other_text=None, deleted=False),
-            sample(Annotation, 2, image_id=history, answer="other", label=None, other_text="a tattoo", deleted=False),
+            sample(Annotation, 1, image_id=history, kind="cant_tell", label=None, other_text=None, deleted=False),
+            sample(Annotation, 2, image_id=history, kind="other", label=None, other_text="a tattoo", deleted=False),
             sample(Annotation, 3, image_id=history, deleted=True, annotator="ben"),
             sample(Prediction, 5, image_id=history, decision=Decision.RETAKE, label=None, confidence=None),
         )

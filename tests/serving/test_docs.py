@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from records.hints import SECRET_FILE
 from records.ids import sha256_hex
-from records.key_files import key_of
+from records.keys import key_of
 from records.models import register
+from records.notifications import SECRET_FILE
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import ModelStatus

@@ -11,7 +11,7 @@ import pytest
 
 from records.errors import DataError, RefusedError, TaxonomyError
 from records.ids import new_id, utc_now
-from records.types import Annotation, AnswerKind, Consent, Decision, Outcome, SourceLabel
+from records.types import Annotation, AnnotationKind, Consent, Decision, Outcome, SourceLabel
 from serving.client import Client
 from serving.schemas import Context, OutcomeRequest
 
@@ -135,7 +135,7 @@ def test_metrics_speak_prometheus(service: Any, client: Client, make_image: Call
 def _label(image_id: str, label: str) -> Annotation:
     number = int(image_id[:6], 16)
     return Annotation(
-        id=new_id(), created_at=utc_now(), review_item_id="r" * 32, image_id=image_id, answer=AnswerKind.CLASS,
+        id=new_id(), created_at=utc_now(), review_item_id="r" * 32, image_id=image_id, kind=AnnotationKind.CLASS,
         label=label, annotator="a", annotated_at=utc_now(), server="test", project_id=1, task_id=number,
         annotation_id=number, revision="1",
     )  # fmt: skip

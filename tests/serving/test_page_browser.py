@@ -22,7 +22,7 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
     Annotation,
-    AnswerKind,
+    AnnotationKind,
     Consent,
     Decision,
     Flag,
@@ -213,7 +213,7 @@ def _object_and_hear(page: "Page", store: Store, width_px: int) -> None:
         item = tx.require(ReviewItem, flag.review_item_id)
         number = int(item.image_id[:6], 16)
         label = Annotation(
-            id=new_id(), created_at=utc_now(), review_item_id=item.id, image_id=item.image_id, answer=AnswerKind.CLASS,
+            id=new_id(), created_at=utc_now(), review_item_id=item.id, image_id=item.image_id, kind=AnnotationKind.CLASS,
             label="mel", annotator="a", annotated_at=utc_now(), server="test", project_id=1, task_id=number,
             annotation_id=number, revision="1",
         )  # fmt: skip

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from records.home import open_home
-from records.patients import patient_hash
+from records.keys import patient_hash
 
 
 def test_a_patient_has_one_hash_per_home_and_another_in_each_home(tmp_path: Path) -> None:
