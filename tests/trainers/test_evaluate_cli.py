@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cluster.sources import load_settings
 from images.importer import open_dataset
-from records.errors import ConfigError, DataError, ImageError, TaxonomyError, UnknownIdError
+from records.errors import ConfigError, DataError, ImageError, IntegrityError, TaxonomyError, UnknownIdError
 from records.models import register
 from records.types import AuditEvent
 from trainers.cli import app
@@ -152,6 +152,24 @@ def test_arguments_that_do_not_fit(run, bundle, tmp_path, some_image):
         run("explain", bundle.id, some_image, "--target", "scc", "--out", tmp_path / "o.png")
     with pytest.raises(ConfigError, match="cannot be written"):
         run("explain", bundle.id, some_image, "--out", tmp_path / "absent" / "o.png")
+
+
+def test_a_bundle_of_another_decoder_is_refused_before_a_read_is_recorded(
+    run, bundle, filled_store, make_bundle, some_image, tmp_path
+):
+    geometry = bundle.document.geometry.model_copy(update={"decode_version": 2})
+    other = make_bundle(filled_store, "custom_cnn", side_px=32, geometry=geometry)
+    sentence = "trained behind image decoder 2, and this release has decoder 1; train the model again"
+    with filled_store.ledger.read() as tx:
+        before = tx.count(AuditEvent)
+    with pytest.raises(IntegrityError, match=sentence):
+        run("explain", other.path, some_image, "--out", tmp_path / "o.png")
+    with pytest.raises(IntegrityError, match=sentence):
+        run("explain", other.path, some_image, "--method", "activations", "--out", tmp_path / "o.png")
+    with pytest.raises(IntegrityError, match=sentence):
+        run("evaluate", other.path, "--split", "test")
+    with filled_store.ledger.read() as tx:
+        assert tx.count(AuditEvent) == before
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,13 @@ def predict_split(
     rows = dataset.split(split)
     if rows.empty:
         raise DataError(f"split {split.value} of dataset {dataset.id[:12]} has no images; import more lesions")
+    # Before the read is recorded: a model that cannot be loaded must not use up a look at gate or test.
+    model = model or load_model(bundle)
     split_reads = _record_read(store, bundle, dataset, split, actor, len(rows)) if split in GUARDED_SPLITS else None
     image_ids = [str(image_id) for image_id in rows["image_id"]]
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
     cache.ensure(store, image_ids, progress)
     pixels = cache.rows(image_ids)
-    model = model or load_model(bundle)
     images = find_images(store, image_ids)
     tones = SkinTones([image.source_id for image in images], masks)
     outputs = _outputs(model, pixels, tones, f"Predicting {split.value}", progress)

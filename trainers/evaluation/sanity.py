@@ -14,7 +14,7 @@ from records.arrays import Float32Array, UInt8Array
 from records.bundles import Architecture, Bundle
 from vision.explanations.closed_form import closed_form_of
 from vision.explanations.gradients import head_gradcam
-from vision.inference.loaded import load_weights
+from vision.inference.loaded import plain_network
 from vision.networks import build_model
 from vision.preprocess import scale_pixels, to_tensor
 
@@ -32,8 +32,7 @@ def randomisation_similarity(bundle: Bundle, pixels: UInt8Array, *, seed: int = 
     """
     document = bundle.document
     num_classes = len(document.taxonomy.codes)
-    trained = build_model(document.architecture.name, num_classes, **document.architecture.options).eval()
-    load_weights(trained, bundle.weights(), bundle.id)
+    trained = plain_network(bundle)
     inputs = scale_pixels(to_tensor(pixels), document.geometry)
     with torch.inference_mode():
         target = trained(inputs).argmax(dim=1)

@@ -1,10 +1,8 @@
-"""How a finished model computes: pixels in, calibrated probabilities and heat maps out.
+"""Inference with a bundle: pixels in, calibrated probabilities and heat maps out.
 
-In: a bundle, and decoded pixels uint8 [N, S, S, 3]. Out: numpy arrays only. A loaded model holds no
-state between calls and hooks nothing, so several threads may share one. A row whose logits are not
-finite gets NaN probabilities and NaN maps and never an error: what to do with it is the caller's decision.
-
-It does not decode, batch, decide or store; images and serving do.
+In: a bundle, and decoded pixels uint8 [N, S, S, 3]. Out: numpy arrays. A loaded model keeps no state between calls
+and registers no hooks, so threads may share it. A row whose logits are not finite gets NaN probabilities and NaN
+maps, and no error: the caller decides what becomes of it. Decoding, batching, triage and storage are elsewhere.
 """
 
 import copy
@@ -17,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from images.decode import DECODE_VERSION
 from records.arrays import Float32Array, FloatArray, IntArray, UInt8Array
 from records.bundles import Bundle, Geometry
 from records.errors import IntegrityError
@@ -35,12 +34,11 @@ from vision.preprocess import check_pixels, scale_pixels, to_tensor
 GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1}
 """Largest difference to the golden logits, as a share of the largest of them (or of 1, if that is larger)."""
 
-
 logger = logging.getLogger(__name__)
 
 
 class LoadedModel:
-    """A bundle's network, ready to answer. Make one with `load_model`."""
+    """A bundle's network, ready for inference. Made by `load_model`."""
 
     engine = "torch"
 
@@ -77,13 +75,13 @@ class LoadedModel:
         return self._closed_form is not None
 
     def predict(self, pixels: UInt8Array, *, gradcam: bool = False) -> BatchOutput:
-        """Answer for a batch of images, in one forward pass.
+        """Predict a batch of images in one forward pass.
 
         Args:
             pixels: [N, S, S, 3], N >= 0.
-            gradcam: compute the maps of all classes as well.
+            gradcam: also compute the maps of all classes.
         Returns:
-            Logits, calibrated probabilities, and maps if they were asked for.
+            Logits, calibrated probabilities, and maps on request.
         Raises:
             ContractError: the pixels do not have the model's geometry.
         """
@@ -120,11 +118,11 @@ class LoadedModel:
         return np.asarray(vectors.cpu().numpy(), dtype=np.float32)
 
     def dropout_samples(self, pixels: UInt8Array, passes: int, *, dropout: float = 0.2, seed: int = 0) -> FloatArray:
-        """Answer several times, each time with other channels of the last stage dropped (Gal and Ghahramani 2016).
+        """Predict several times, dropping other channels of the last stage each time (Gal and Ghahramani 2016).
 
         Args:
             pixels: [N, S, S, 3], N >= 0.
-            passes: how often, at least 1.
+            passes: number of forward passes of the head, at least 1.
             dropout: share of channels dropped, 0 to below 1; the others are scaled up.
             seed: of the draws. A pass drops the same channels for all images.
         Returns:
@@ -134,15 +132,16 @@ class LoadedModel:
         """
         check_pixels(pixels, self.geometry.side_px)
         chance = torch.Generator().manual_seed(seed)
-        answers = []
+        samples = []
         with torch.inference_mode():
             features = self._feature_map(self._inputs(pixels))
             for _ in range(passes):
+                # The features are computed once: dropping their channels is the only randomness.
                 kept = torch.rand(features.shape[1], generator=chance) >= dropout
                 mask = (kept.float() / (1.0 - dropout)).to(features.device)[None, :, None, None]
                 logits = np.asarray(self._head(features * mask).cpu().numpy(), dtype=np.float32)
-                answers.append(apply_calibration(logits, self._document.calibration))
-        return np.stack(answers)
+                samples.append(apply_calibration(logits, self._document.calibration))
+        return np.stack(samples)
 
     def gradcam(self, pixels: UInt8Array, target: IntArray) -> Float32Array:
         """Compute Grad-CAM of one class per image, [N, h, w], not negative.
@@ -159,7 +158,7 @@ class LoadedModel:
         return np.asarray(every_class[np.arange(len(target)), target])
 
     def check_golden(self) -> float:
-        """Compare the answers for the bundle's golden images with the stored ones.
+        """Compare the logits of the bundle's golden images with the stored ones.
 
         Returns:
             The largest absolute difference of a logit.
@@ -167,9 +166,10 @@ class LoadedModel:
             IntegrityError: it is above the tolerance of this precision (`GOLDEN_TOLERANCE`), or not finite.
         """
         difference, allowed = self._golden_difference()
+        # Negated, so that NaN is refused as well.
         if not difference <= allowed:
             raise IntegrityError(
-                f"model {self.model_id[:12]} answers its golden images {difference:.3g} away from what was stored "
+                f"model {self.model_id[:12]}: logits of its golden images differ by {difference:.3g} from those stored "
                 f"(allowed in {self.precision}: {allowed:.3g}); it must not be served"
             )
         return difference
@@ -186,13 +186,13 @@ class LoadedModel:
 
     @property
     def faithfulness(self) -> dict[str, Any] | None:
-        """What the bundle says of its Grad-CAM maps, measured when it was made; None if it says nothing."""
+        """Faithfulness of the Grad-CAM maps, measured when the bundle was made; None if it was not."""
         found = self._document.explanation.get("faithfulness")
         return found if isinstance(found, dict) else None
 
     @property
     def network(self) -> nn.Module:
-        """Images to logits, for methods that differentiate; nobody may change it."""
+        """Normalised images to logits, for methods that need the whole network; read-only."""
         return nn.Sequential(self._features, self._head)
 
     def inputs(self, pixels: UInt8Array) -> Tensor:
@@ -216,6 +216,7 @@ class LoadedModel:
     def _ood_scores(self, inputs: Tensor, features: Tensor) -> FloatArray | None:
         if self.checks is None:
             return None
+        # From a copy of the first convolution as trained: the distances were fitted on unfolded fp32 responses.
         early = early_statistics(self._first, inputs).cpu().numpy() if self._first is not None else None
         return self.checks.ood_scores(pooled_features(features).cpu().numpy(), early)
 
@@ -225,25 +226,26 @@ class LoadedModel:
         else:
             classes = range(logits.shape[1])
             maps = torch.stack([head_gradcam(self._head, features, _constant(logits, c)) for c in classes], dim=1)
+        # Features may be finite where the head overflows; a map beside such logits would look valid.
         maps[~torch.isfinite(logits).all(dim=1)] = torch.nan
         return maps
 
 
 def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: str = "cpu") -> LoadedModel:
-    """Build a bundle's network, load its weights and make it ready to answer.
+    """Build a bundle's network, load its weights and prepare it for inference.
 
-    Batch norm is folded where that is exact, memory is channels-last, and convolutions are stored in
-    the format they compute in.
+    Batch norm is folded where that is exact, memory is channels-last, and convolutions are stored in the format
+    they compute in.
 
     Args:
-        bundle: whose files were checked.
-        precision: `auto` is bf16 where the hardware has it and this model keeps its golden answers in it
-            (rounding that a batch norm of small variance magnifies can cost too much), else fp32.
+        bundle: its files were checked.
+        precision: `auto` is bf16 where the hardware has it and the golden logits stay within tolerance (a batch norm
+            of small variance magnifies rounding), else fp32.
         device: a torch device name.
     Returns:
-        The model; call `check_golden` before it answers anybody.
+        The model; call `check_golden` before it serves.
     Raises:
-        IntegrityError: the weights do not fit the architecture.
+        IntegrityError: the weights do not fit the architecture, or the model belongs to another decoder.
         ConfigError: the architecture is not registered, or the precision unknown.
     """
     model = LoadedModel(bundle, plain_network(bundle), resolve_precision(precision, device), device)
@@ -254,16 +256,23 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
 
 
 def plain_network(bundle: Bundle) -> nn.Module:
-    """Build a bundle's network as it was trained, in evaluation mode: fp32, nothing folded, nobody else's.
+    """Build a bundle's network as it was trained, in evaluation mode: fp32, nothing folded, a new copy per call.
 
     Args:
-        bundle: whose files were checked.
+        bundle: its files were checked.
     Returns:
         The network, with the parts `features` and `head`.
     Raises:
-        IntegrityError: the weights do not fit the architecture.
+        IntegrityError: the weights do not fit the architecture, or the model belongs to another decoder.
     """
     document = bundle.document
+    # Another decoder yields other pixels: predictions would be skewed, and golden images, which are generated and
+    # never decoded, would not show it.
+    if document.geometry.decode_version != DECODE_VERSION:
+        raise IntegrityError(
+            f"model {bundle.id[:12]} was trained behind image decoder {document.geometry.decode_version}, and this "
+            f"release has decoder {DECODE_VERSION}; train the model again or use the release that has its decoder"
+        )
     network = build_model(document.architecture.name, len(document.taxonomy.codes), **document.architecture.options)
     load_weights(network, bundle.weights(), bundle.id)
     return network.eval().requires_grad_(False)
@@ -273,9 +282,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, NDArray[Any]], model_
     """Copy stored weights into a network.
 
     Args:
-        network: that has exactly these parameters and buffers.
-        weights: by name.
-        model_id: for the message.
+        network: with exactly these parameters and buffers.
+        weights: arrays by name of parameter or buffer.
+        model_id: for the error message.
     Raises:
         IntegrityError: a name is missing or unknown, or a shape differs.
     """
@@ -287,7 +296,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, NDArray[Any]], model_
 
 
 def reference_logits(network: nn.Module, pixels: UInt8Array, geometry: Geometry) -> Float32Array:
-    """Compute logits the plain way: fp32, nothing folded. Golden logits are made with it.
+    """Compute logits in fp32 with nothing folded. Golden logits are made with it.
 
     Args:
         network: in evaluation mode, on the CPU.
@@ -304,7 +313,7 @@ def reference_logits(network: nn.Module, pixels: UInt8Array, geometry: Geometry)
 def _prepared(features: nn.Module, precision: Precision, device: str) -> nn.Module:
     folded = fold_batch_norm(features).to(device).to(memory_format=torch.channels_last)
     if precision == "bf16":
-        # Autocast would convert the weights anew in every call; batch norm that is left keeps its fp32 statistics.
+        # Autocast would convert the weights anew in every call. Batch norm that was not folded keeps fp32 statistics.
         for module in folded.modules():
             if not isinstance(module, nn.BatchNorm2d) and next(module.children(), None) is None:
                 module.to(torch.bfloat16)
@@ -312,7 +321,7 @@ def _prepared(features: nn.Module, precision: Precision, device: str) -> nn.Modu
 
 
 def _first_of(network: nn.Module, device: str) -> nn.Module:
-    """Copy the first convolution as it was trained; in the folded network it is another one."""
+    """Copy the first convolution as it was trained; folding changes its weights."""
     return copy.deepcopy(first_convolution(network)).to(device).requires_grad_(False)
 
 

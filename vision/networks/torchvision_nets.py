@@ -1,9 +1,9 @@
-"""Networks of torchvision, cut into `features` and `head`; their weights' names stay recognisable.
+"""Networks of torchvision, split into `features` and `head`.
 
-Where torchvision pools and then applies one linear layer, so does the head here, and Grad-CAM has a
-closed form. DenseNet's last ReLU, which torchvision applies outside its modules, ends `features`.
-MobileNetV3 and ConvNeXt have more than one layer after the pool; their maps are differentiated.
-The published weights' names are translated by `imagenet_name`.
+Where torchvision pools and then applies one linear layer, so does the head here, and Grad-CAM has a closed form.
+DenseNet's last ReLU, which torchvision applies outside its modules, ends `features`. MobileNetV3 and ConvNeXt have
+more than one layer after the pool; their maps are differentiated. The functions ending in `_name` translate the
+tensor names of published weights.
 """
 
 import re
@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock, ResNet
 
 
 class SplitNetwork(nn.Module):
@@ -32,16 +33,20 @@ class SplitNetwork(nn.Module):
         return logits
 
 
+def resnet18(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
+    """ResNet-18 with the small stem; see `_small_stem_resnet`."""
+    return _small_stem_resnet((2, 2, 2, 2), num_classes, head_dropout)
+
+
+def resnet34(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
+    """ResNet-34 with the small stem; see `_small_stem_resnet`."""
+    return _small_stem_resnet((3, 4, 6, 3), num_classes, head_dropout)
+
+
 def squeezenet(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
     """SqueezeNet 1.1; the classifier is a 1x1 convolution that ends `features`, one map per class.
 
     Its dropout stands before that convolution, as published, so `features` has it.
-
-    Args:
-        num_classes: C.
-        head_dropout: rate before the classifier.
-    Returns:
-        The network.
     """
     body = models.squeezenet1_1(num_classes=num_classes)
     classifier = body.classifier[1]
@@ -53,68 +58,33 @@ def squeezenet(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
 
 
 def densenet121(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
-    """DenseNet-121.
-
-    Args:
-        num_classes: C.
-        head_dropout: rate before the linear layer.
-    Returns:
-        The network.
-    """
+    """DenseNet-121."""
     body = models.densenet121(num_classes=1)
     body.features.add_module("relu", nn.ReLU())
     return SplitNetwork(_without_inplace(body.features), _pooled_linear(1024, num_classes, head_dropout))
 
 
 def inception_v3(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
-    """Inception-v3 without its auxiliary classifier.
-
-    Args:
-        num_classes: C.
-        head_dropout: rate before the linear layer.
-    Returns:
-        The network.
-    """
+    """Inception-v3 without its auxiliary classifier."""
     body = models.inception_v3(weights=None, num_classes=1, aux_logits=False, init_weights=False)
     layers = OrderedDict((n, m) for n, m in body.named_children() if n not in {"avgpool", "dropout", "fc"})
     return SplitNetwork(nn.Sequential(layers), _pooled_linear(2048, num_classes, head_dropout))
 
 
 def efficientnet_b0(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
-    """EfficientNet-B0.
-
-    Args:
-        num_classes: C.
-        head_dropout: rate before the linear layer.
-    Returns:
-        The network.
-    """
+    """EfficientNet-B0."""
     body = models.efficientnet_b0(num_classes=1)
     return SplitNetwork(_without_inplace(body.features), _pooled_linear(1280, num_classes, head_dropout))
 
 
 def efficientnet_v2_s(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
-    """EfficientNetV2-S.
-
-    Args:
-        num_classes: C.
-        head_dropout: rate before the linear layer.
-    Returns:
-        The network.
-    """
+    """EfficientNetV2-S."""
     body = models.efficientnet_v2_s(num_classes=1)
     return SplitNetwork(_without_inplace(body.features), _pooled_linear(1280, num_classes, head_dropout))
 
 
 def mobilenet_v3(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
-    """MobileNetV3-Large; two linear layers follow the pool.
-
-    Args:
-        num_classes: C.
-        head_dropout: rate before the last linear layer.
-    Returns:
-        The network.
-    """
+    """MobileNetV3-Large; two linear layers follow the pool."""
     body = models.mobilenet_v3_large(num_classes=num_classes)
     head = nn.Sequential(
         OrderedDict(
@@ -130,14 +100,7 @@ def mobilenet_v3(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork
 
 
 def convnext_tiny(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwork:
-    """ConvNeXt-Tiny; a layer norm follows the pool.
-
-    Args:
-        num_classes: C.
-        head_dropout: rate before the linear layer.
-    Returns:
-        The network.
-    """
+    """ConvNeXt-Tiny; a layer norm follows the pool."""
     body = models.convnext_tiny(num_classes=num_classes)
     head = nn.Sequential(
         OrderedDict(
@@ -191,9 +154,25 @@ def squeezenet_name(name: str) -> str:
     return "features.body." + name.removeprefix("features.")
 
 
-def inception_name(name: str) -> str:
-    """Return `inception_v3`'s name of a tensor that torchvision calls `name`."""
+def features_name(name: str) -> str:
+    """Return the name here of a tensor that torchvision's ResNet or Inception calls `name`.
+
+    The published ResNet stem is 7x7; its shape fits no tensor here, so loading leaves it out.
+    """
     return "head.linear." + name.removeprefix("fc.") if name.startswith("fc.") else "features." + name
+
+
+def _small_stem_resnet(depths: tuple[int, int, int, int], num_classes: int, head_dropout: float) -> SplitNetwork:
+    """Build a ResNet for small images: torchvision's blocks behind a 3x3 stride-1 stem without bias or max-pool."""
+    # One class: torchvision's own linear layer is unused. The stem is drawn after the body, as bundles and golden
+    # curves expect of a seed.
+    body = ResNet(BasicBlock, list(depths), num_classes=1)
+    stem = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    stages = {name: body.get_submodule(name) for name in ("bn1", "relu", "layer1", "layer2", "layer3", "layer4")}
+    return SplitNetwork(
+        nn.Sequential(OrderedDict(conv1=stem, **stages)), _pooled_linear(512, num_classes, head_dropout)
+    )
 
 
 def _pooled_linear(channels: int, num_classes: int, head_dropout: float) -> nn.Sequential:

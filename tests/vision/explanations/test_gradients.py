@@ -1,4 +1,4 @@
-"""Methods that differentiate or cover: hand numbers, completeness, seeds, classes compared, and no state left behind."""
+"""Methods that differentiate or cover: hand numbers, completeness, seeds, classes compared, no state left behind."""
 
 import pytest
 import torch

@@ -8,12 +8,13 @@ import pytest
 import torch
 from captum.attr import LayerGradCam
 
+from images.decode import DECODE_VERSION
 from records.bundles import Bundle, Calibration, write_bundle
 from records.errors import ConfigError, ContractError, IntegrityError
 from vision.calibration.scaling import apply_calibration
 from vision.explanations.methods import METHODS
 from vision.inference.attribution import attribute
-from vision.inference.loaded import load_model, load_weights, reference_logits
+from vision.inference.loaded import load_model, load_weights, plain_network, reference_logits
 from vision.networks import MODELS
 from vision.preprocess import scale_pixels, to_tensor
 
@@ -217,3 +218,13 @@ def test_explain_refuses_what_it_cannot_do(model, random_bundle):
 def test_it_names_its_layer(model):
     assert model.target_layer == "features.classifier"
     assert model.gradcam_is_exact
+
+
+def test_a_model_of_another_decoder_is_refused(random_bundle):
+    bundle = random_bundle("custom_cnn")
+    other = bundle.document.geometry.model_copy(update={"decode_version": DECODE_VERSION + 1})
+    changed = replace(bundle, document=bundle.document.model_copy(update={"geometry": other}))
+    sentence = f"decoder {DECODE_VERSION + 1}, and this release has decoder {DECODE_VERSION}; train the model again"
+    for load in (load_model, plain_network):
+        with pytest.raises(IntegrityError, match=sentence):
+            load(changed)

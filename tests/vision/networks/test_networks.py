@@ -16,7 +16,7 @@ from vision.explanations.closed_form import closed_form_of
 from vision.explanations.gradients import head_gradcam
 from vision.inference.fold import fold_batch_norm
 from vision.networks import MODELS, build_model
-from vision.networks.dropout import LARGEST_RATE, SparseDropout
+from vision.networks.custom_cnn import LARGEST_RATE, SparseDropout
 from vision.networks.registry import check_side
 
 NUM_MODELS = 12
