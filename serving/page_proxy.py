@@ -1,7 +1,8 @@
-"""The page of another process, as an ASGI app: requests are passed on, answers streamed back.
+"""Reverse proxy to the page, which runs in a process of its own so that its work takes no CPU time from the API.
 
-The page has a process of its own, so that whoever draws or uploads there takes nothing from the API. It listens on
-loopback and answers only requests that carry its token, which the ingress asks it for; all others go around the guard.
+`PageProxy` is the ASGI app in the ingress: it forwards requests and streams responses. `RequireToken` wraps the page's
+app: the page listens on loopback, and only requests with the token of the ingress are served. Without it, every local
+process could reach the page and bypass the authentication and limits of the ingress.
 """
 
 import asyncio
@@ -19,87 +20,84 @@ from records.errors import UnavailableError, UnknownIdError
 
 TOKEN_HEADER = "x-relook-page"
 FIND_TIMEOUT_S = 3.0
-"""How long a request waits for a page that is starting."""
-# Events of the page are one answer that lasts as long as somebody looks at it.
+"""How long a request waits for a page process that is starting."""
+# Gradio streams events in one response that lasts as long as the browser tab is open, so reads have no timeout.
 _TIMEOUT = httpx.Timeout(None, connect=5.0)
-_KEPT_BACK = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", TOKEN_HEADER})
-"""Headers of one connection, and the one that only the ingress may set."""
+_NOT_FORWARDED = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", TOKEN_HEADER})
+"""Hop-by-hop headers (RFC 9110, 7.6.1), and the token's, which only the ingress may set."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageAddress:
-    """Where the page listens.
-
-    Args:
-        port: on 127.0.0.1.
-        token: that every request has to carry.
-    """
+    """Port on 127.0.0.1 where the page listens, and the token that every request must carry."""
 
     port: int
     token: str = field(repr=False)
 
 
-class Locked:
-    """Lets only requests with the token through to an app.
-
-    Args:
-        app: what is locked.
-        token: that every request has to carry.
-    """
+class RequireToken:
+    """ASGI middleware that responds 403 to requests without the token."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app, self._token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as ASGI has it."""
+        """Serve one ASGI connection."""
+        # Lifespan events come from the server and carry no headers.
         if scope["type"] == "http":
-            said = Request(scope).headers.get(TOKEN_HEADER, "")
-            if not secrets.compare_digest(said.encode(), self._token.encode()):
-                await PlainTextResponse("ask the service, not its page", 403)(scope, receive, send)
+            given = Request(scope).headers.get(TOKEN_HEADER, "")
+            # compare_digest takes equally long for every wrong token, so response times do not help to guess it.
+            if not secrets.compare_digest(given.encode(), self._token.encode()):
+                await PlainTextResponse("use the address of the service, not that of its page", 403)(
+                    scope, receive, send
+                )
                 return
         await self._app(scope, receive, send)
 
 
 class PageProxy:
-    """Passes requests on to the page.
+    """ASGI app that forwards requests to the page.
 
     Args:
-        find: asks where the page listens; it may listen elsewhere after its process was replaced.
+        find: returns the page's current address, which changes when its process is replaced.
     """
 
     def __init__(self, find: Callable[[], Awaitable[PageAddress]]) -> None:
         self._find = find
-        self._known: PageAddress | None = None
+        self._address: PageAddress | None = None
         self._http = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as ASGI has it."""
+        """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._lifespan(receive, send)
             return
         request = Request(scope, receive)
-        answer = await self._passed_on(request)
-        response = StreamingResponse(answer.aiter_raw(), answer.status_code, background=BackgroundTask(answer.aclose))
-        # As they are: a header may come twice, as Set-Cookie does.
-        response.raw_headers = [(name, value) for name, value in answer.headers.raw if _is_passed_on(name)]
+        upstream = await self._forward(request)
+        # aiter_raw and not aiter_bytes: a compressed body stays as its Content-Encoding header says.
+        response = StreamingResponse(
+            upstream.aiter_raw(), upstream.status_code, background=BackgroundTask(upstream.aclose)
+        )
+        # A list and not a mapping, because a header such as Set-Cookie may occur more than once.
+        response.raw_headers = [(name, value) for name, value in upstream.headers.raw if _is_forwarded(name)]
         await response(scope, receive, send)
 
     def forget(self) -> None:
-        """Ask anew where the page listens, at the next request."""
-        self._known = None
+        """Drop the cached address; the next request finds the page again."""
+        self._address = None
 
-    async def _passed_on(self, request: Request) -> httpx.Response:
+    async def _forward(self, request: Request) -> httpx.Response:
         path, query = request.scope["raw_path"], request.scope["query_string"]
         if not path.startswith(b"/") or not (path + query).isascii():
-            # Written behind an address, such a path would make another address of it.
-            raise UnknownIdError("nothing is there: a path begins with a slash and has no letters beyond ASCII")
+            # Appended to host and port, a path like "@evil.example/" would turn them into the URL of another host.
+            raise UnknownIdError("not found: a path must begin with a slash and be ASCII")
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         for _ in range(2):
-            address = self._known or await self._found()
-            headers = [(name, value) for name, value in request.headers.raw if _is_passed_on(name)]
+            address = self._address or await self._find_page()
+            headers = [(name, value) for name, value in request.headers.raw if _is_forwarded(name)]
             headers.append((TOKEN_HEADER.encode(), address.token.encode()))
-            # Made here and not by the client, which would add headers that nobody sent.
-            asked = httpx.Request(
+            # Built directly: AsyncClient.build_request would add its default headers, such as User-Agent.
+            forwarded = httpx.Request(
                 request.method,
                 httpx.URL(
                     scheme="http", host="127.0.0.1", port=address.port, raw_path=path + b"?" * bool(query) + query
@@ -109,22 +107,22 @@ class PageProxy:
                 extensions={"timeout": _TIMEOUT.as_dict()},
             )
             try:
-                return await self._http.send(asked, stream=True)
+                return await self._http.send(forwarded, stream=True)
             except httpx.ConnectError:
-                # Nothing was sent yet, so asking the next process of the page is no repetition.
+                # The connection failed before anything was sent, so a second try cannot run an event twice.
                 self.forget()
             except httpx.HTTPError as error:
-                raise UnavailableError("the page did not answer; load it again") from error
-        raise UnavailableError("the page is starting; load it again in a moment")
+                raise UnavailableError("the page did not respond; reload it") from error
+        raise UnavailableError("the page is starting; reload it in a moment")
 
-    async def _found(self) -> PageAddress:
+    async def _find_page(self) -> PageAddress:
         try:
-            self._known = await asyncio.wait_for(self._find(), FIND_TIMEOUT_S)
+            self._address = await asyncio.wait_for(self._find(), FIND_TIMEOUT_S)
         except TimeoutError as error:
-            raise UnavailableError("the page is starting; load it again in a moment") from error
-        return self._known
+            raise UnavailableError("the page is starting; reload it in a moment") from error
+        return self._address
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -132,5 +130,5 @@ class PageProxy:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def _is_passed_on(name: bytes) -> bool:
-    return name.decode("latin-1").lower() not in _KEPT_BACK
+def _is_forwarded(name: bytes) -> bool:
+    return name.decode("latin-1").lower() not in _NOT_FORWARDED

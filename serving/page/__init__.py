@@ -1,7 +1,7 @@
-"""The web page (Gradio): ask, look, object, see what annotators said; models and rounds.
+"""The web page (Gradio) with four tabs: Predict, History, Models and Rounds.
 
-In: the address of the API, which it asks like any other caller, so the page can do nothing that the API does not
-allow. Out: a Gradio layout, which `routes.page` mounts. Every tab is a module with its layout and its handlers; what
-they show is made by the `*_html` modules. Nothing on the page comes from another host; uploads are deleted after
-minutes.
+The page is a client of the REST API like any other, so it can do nothing that the API does not allow for the visitor's
+key. Each tab is a module with its event handlers and its layout; HTML comes from the Jinja2 templates in `templates/`.
+`layout.build_page` returns the Gradio app that `routes.page` mounts. The page loads nothing from other hosts, and
+uploads are deleted after minutes.
 """

@@ -1,151 +1,147 @@
-"""The tab of earlier answers: one's own, newest first, with what the annotators said since.
+"""The History tab: earlier predictions, newest first, with their annotations; any of them can be opened again.
 
-In: answers and events of the API. Out: HTML. Whose answers they are is the API's decision.
+In: predictions and events of the API, which decides whose predictions the visitor's key may read. Out: HTML.
 """
 
-from html import escape
+from collections import defaultdict
 from typing import Any
 
 import gradio as gr
 
 from records.errors import RefusedError, RelookError
 from serving.client import Client
-from serving.page.answer_html import answer_html, event_text, fate_html, percent, problem_html, state_text
-from serving.page.map_html import map_html
-from serving.page.visitor import Visitors
-from serving.schemas import Event, PredictionAnswer
+from serving.page.api import PageApi
+from serving.page.heat_map import heat_map_html
+from serving.page.prediction_view import event_text, prediction_html, review_html, state_text
+from serving.page.render import problem_html, render
+from serving.schemas import Event, PredictionResponse
 from serving.words import DECISION_TITLES
 
 PAGE_SIZE = 20
 
 
 class HistoryHandlers:
-    """What the tab does. Every method may run in several threads.
+    """Event handlers of the tab. Gradio may call them from several threads.
 
     Args:
-        visitors: that ask.
+        api: access to the API.
     """
 
-    def __init__(self, visitors: Visitors) -> None:
-        self._visitors = visitors
+    def __init__(self, api: PageApi) -> None:
+        self._api = api
 
     def newest(self, key: str | None) -> tuple[Any, ...]:
-        """Show the newest answers; see `older`."""
+        """Show the newest predictions; see `older`."""
         return self.older(None, key)
 
     def older(self, after: str | None, key: str | None) -> tuple[Any, ...]:
-        """Show a page of answers.
+        """Show a page of predictions.
 
         Args:
-            after: id of the last answer of the page before, or None.
+            after: cursor from the page before; None begins with the newest.
             key: of the visitor.
         Returns:
-            The list, the choice of one of them, where the next page begins, its button, and an emptied view.
+            The list, the dropdown of its predictions, the next cursor, the button for it, and an empty detail view.
         """
         try:
-            with self._visitors.asking(key) as client:
+            with self._api.client(key) as client:
                 page = client.predictions(after=after, limit=PAGE_SIZE)
                 events = _events_of(client, page.items)
         except RelookError as error:
-            return problem_html(str(error), "The answers cannot be shown"), gr.update(), None, gr.update(), ""
-        names = self._visitors.names
-        html = history_html(page.items, events, names)
-        choices = [(_title(answer, names), answer.id) for answer in page.items]
+            return problem_html(str(error), "Predictions could not be loaded"), gr.update(), None, gr.update(), ""
+        html = history_html(page.items, events, self._api.names)
+        choices = [(_title(prediction, self._api.names), prediction.id) for prediction in page.items]
+        # The detail view is emptied: its prediction may not be on this page, and the dropdown no longer names it.
         return html, gr.Dropdown(choices=choices, value=None), page.next, gr.update(visible=page.next is not None), ""
 
     def open(self, prediction_id: str | None, key: str | None) -> str:
-        """Show one answer again, with its map and what became of it.
+        """Show a stored prediction with its review, events and heat map.
 
         Args:
-            prediction_id: of the answer.
+            prediction_id: None or empty shows nothing.
             key: of the visitor.
         Returns:
             HTML.
         """
         if not prediction_id:
             return ""
-        visitors = self._visitors
+        api = self._api
         try:
-            with visitors.asking(key) as client:
-                answer = client.prediction(prediction_id)
-                details = visitors.details(client, answer.model.id)
-                events = _events_of(client, [answer])[answer.id]
-                drawn = _drawn(client, answer, visitors)
+            with api.client(key) as client:
+                prediction = client.prediction(prediction_id)
+                details = api.details(client, prediction.model.id)
+                events = _events_of(client, [prediction])[prediction.id]
+                heat_map = _stored_map(client, prediction, api.names)
         except RelookError as error:
-            return problem_html(str(error), "The answer cannot be shown")
-        html = answer_html(answer, visitors.names, visitors.malignant, details)
-        return html + fate_html(answer.review, events, visitors.names) + drawn
+            return problem_html(str(error), "Prediction could not be loaded")
+        html = prediction_html(prediction, api.names, api.malignant, details)
+        return html + review_html(prediction.review, events, api.names) + heat_map
 
 
 def history_tab(handlers: HistoryHandlers, key: gr.Textbox) -> None:
-    """Lay the tab out; choosing it loads the newest answers.
+    """Lay the tab out; selecting it loads the newest predictions.
 
     Args:
-        handlers: what it does.
-        key: field of the visitor's key.
+        handlers: of the events.
+        key: text field with the visitor's key.
     """
     with gr.Tab("History") as tab:
         after = gr.State(None)
         listed = gr.HTML("", elem_id="rl-history", padding=False)
         with gr.Row():
-            again = gr.Button("Look again", elem_id="rl-history-again", min_width=140)
-            older = gr.Button("Older answers", visible=False, elem_id="rl-history-older", min_width=140)
-        chosen = gr.Dropdown([], value=None, label="Show one again", elem_id="rl-history-choice")
+            refresh = gr.Button("Refresh", elem_id="rl-history-refresh", min_width=140)
+            older = gr.Button("Older predictions", visible=False, elem_id="rl-history-older", min_width=140)
+        chosen = gr.Dropdown([], value=None, label="Open prediction", elem_id="rl-history-choice")
         shown = gr.HTML("", elem_id="rl-history-shown", padding=False)
     outputs = [listed, chosen, after, older, shown]
     tab.select(handlers.newest, key, outputs, api_visibility="private")
-    again.click(handlers.newest, key, outputs, api_visibility="private")
+    refresh.click(handlers.newest, key, outputs, api_visibility="private")
     older.click(handlers.older, [after, key], outputs, api_visibility="private")
+    # `input` and not `change`, which would also fire when a new list empties the choice.
     chosen.input(handlers.open, [chosen, key], shown, api_visibility="private")
 
 
-def history_html(answers: list[PredictionAnswer], events: dict[str, list[Event]], names: dict[str, str]) -> str:
-    """Show answers as a list.
+def history_html(predictions: list[PredictionResponse], events: dict[str, list[Event]], names: dict[str, str]) -> str:
+    """Show predictions as a list.
 
     Args:
-        answers: newest first.
-        events: by the id of the answer, oldest first.
-        names: class code to name.
+        predictions: newest first.
+        events: by the id of the prediction, oldest first.
+        names: class code to display name.
     Returns:
         HTML.
     """
-    if not answers:
-        return "<div class='rl-card'><h2>No answers yet</h2><p>What you ask under <b>Ask</b> is listed here.</p></div>"
-    rows = []
-    for answer in answers:
-        said = "".join(f"<li>{escape(event_text(event, names))}</li>" for event in events.get(answer.id, []))
-        state = "" if answer.review is None or said else f"<div class='rl-small'>{state_text(answer.review)}</div>"
-        rows.append(
-            f"<li class='rl-past {escape(answer.decision)}'><div><b>{_headline(answer, names)}</b> "
-            f"<span class='rl-small'>{answer.created_at:%Y-%m-%d %H:%M} UTC</span></div>"
-            f"<div>{escape(DECISION_TITLES[answer.decision])}.</div>{f'<ul>{said}</ul>' if said else state}</li>"
-        )
-    return f"<ul class='rl-list'>{''.join(rows)}</ul>"
+    rows = [
+        {
+            "prediction": prediction,
+            "title": DECISION_TITLES[prediction.decision],
+            "events": [event_text(event, names) for event in events.get(prediction.id, [])],
+            "state": None if prediction.review is None else state_text(prediction.review),
+        }
+        for prediction in predictions
+    ]
+    return render("history", rows=rows, names=names)
 
 
-def _headline(answer: PredictionAnswer, names: dict[str, str]) -> str:
-    if answer.label is None or answer.confidence is None:
-        return "No answer"
-    return f"{escape(names.get(answer.label, answer.label))}, {percent(answer.confidence)}"
+def _title(prediction: PredictionResponse, names: dict[str, str]) -> str:
+    label = "no label" if prediction.label is None else names.get(prediction.label, prediction.label)
+    return f"{prediction.created_at:%Y-%m-%d %H:%M:%S}, {label}"
 
 
-def _title(answer: PredictionAnswer, names: dict[str, str]) -> str:
-    label = "no answer" if answer.label is None else names.get(answer.label, answer.label)
-    return f"{answer.created_at:%Y-%m-%d %H:%M:%S}, {label}"
-
-
-def _events_of(client: Client, answers: list[PredictionAnswer]) -> dict[str, list[Event]]:
-    found: dict[str, list[Event]] = {answer.id: [] for answer in answers}
-    if found:
-        for event in client.events(prediction_ids=list(found), limit=200).items:
+def _events_of(client: Client, predictions: list[PredictionResponse]) -> dict[str, list[Event]]:
+    found: dict[str, list[Event]] = defaultdict(list)
+    # An empty list of ids would not be sent, and the API would then return the events of all predictions.
+    if predictions:
+        for event in client.events(prediction_ids=[prediction.id for prediction in predictions], limit=200).items:
             found[event.prediction_id].append(event)
     return found
 
 
-def _drawn(client: Client, answer: PredictionAnswer, visitors: Visitors) -> str:
-    if answer.label is None:
+def _stored_map(client: Client, prediction: PredictionResponse, names: dict[str, str]) -> str:
+    if prediction.label is None:
         return ""
     try:
-        return map_html(client.explanation(answer.id), visitors.names, None)
+        return heat_map_html(client.explanation(prediction.id), names, None)
     except RefusedError as error:
-        return f"<p class='rl-small'>{escape(str(error))}.</p>"
+        # The image was not stored or was erased. The prediction is still worth showing, so this is a note, no alert.
+        return render("refused", sentence=str(error))

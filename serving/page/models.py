@@ -1,176 +1,203 @@
-"""The tab of models: what was measured of each, its report, and the rollout, which admins move.
+"""The Models tab: registered models with their metrics and reports, and the rollout, which admins control.
 
-In: what the API says. Out: HTML. The buttons do what the API's routes do for the visitor's key, and nothing else.
+In: models and rollout of the API. Out: HTML. The buttons call the API's routes with the visitor's key.
 """
 
-from html import escape
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
 from records.errors import RelookError, UnknownIdError
 from serving.client import Client
-from serving.page.answer_html import problem_html
-from serving.page.models_html import details_html, models_html, rollout_html
-from serving.page.visitor import Visitors
-from serving.schemas import RolloutRequest
+from serving.page.api import PageApi
+from serving.page.render import problem_html, render, share
+from serving.schemas import ModelDetails, ModelInfo, RolloutInfo, RolloutRequest
 
-SHARES = {
-    "Shadow: it answers beside the model, unseen": 0,
+TRAFFIC_SHARES = {
+    "0 % (shadow: predictions are compared, not returned)": 0,
     "1 % of lesions": 1,
     "10 % of lesions": 10,
     "50 % of lesions": 50,
-    "All: promote it": 100,
+    "100 % (promote to champion)": 100,
 }
-NOT_MOVED = "Nothing was changed"
-_REASON = "taken back on the page"
+NOT_CHANGED = "Rollout not changed"
+_ROLLED_BACK = "rolled back on the page"
+_STAGES = {
+    "shadow": "The candidate predicts on the same images; its predictions are compared and not returned.",
+    "canary": "The candidate serves its traffic share; the more cautious of both predictions is returned.",
+    "promoted": "The candidate is the champion now.",
+    "rolled_back": "The candidate was rolled back.",
+}
 
 
 class ModelHandlers:
-    """What the tab does. Every method may run in several threads.
+    """Event handlers of the tab. Gradio may call them from several threads.
 
     Args:
-        visitors: that ask.
+        api: access to the API.
     """
 
-    def __init__(self, visitors: Visitors) -> None:
-        self._visitors = visitors
+    def __init__(self, api: PageApi) -> None:
+        self._api = api
 
     def load(self, key: str | None) -> tuple[Any, ...]:
-        """Show all models and the rollout.
-
-        Args:
-            key: of the visitor.
-        Returns:
-            The list, the choice of one, the rollout, and emptied views.
-        """
+        """Return the list of models, the dropdown, the rollout, and empty detail views."""
         try:
-            with self._visitors.asking(key) as client:
+            with self._api.client(key) as client:
                 models = client.models().items
                 rollout = _rollout(client)
         except RelookError as error:
-            return problem_html(str(error), "The models cannot be shown"), gr.update(), "", "", ""
+            return problem_html(str(error), "Models could not be loaded"), gr.update(), "", "", ""
         choices = [(f"{model.id[:12]}, {model.status}, {model.architecture}", model.id) for model in models]
         return models_html(models), gr.Dropdown(choices=choices, value=None), rollout, "", ""
 
     def show(self, model_id: str | None, key: str | None) -> tuple[str, Any, str]:
-        """Show what was measured of a model.
-
-        Args:
-            model_id: of the model.
-            key: of the visitor.
-        Returns:
-            Its figures, the button of its report, and an emptied report.
-        """
+        """Return a model's metrics, the button for its report, and an empty report."""
         if not model_id:
             return "", gr.update(visible=False), ""
         try:
-            with self._visitors.asking(key) as client:
+            with self._api.client(key) as client:
+                # Not from the cache of `PageApi`: a model's status changes during a rollout.
                 details = client.model_details(model_id)
         except RelookError as error:
-            return problem_html(str(error), "The model cannot be shown"), gr.update(visible=False), ""
-        return details_html(details, self._visitors.names), gr.update(visible=details.has_report), ""
+            return problem_html(str(error), "Model could not be loaded"), gr.update(visible=False), ""
+        return details_html(details, self._api.names), gr.update(visible=details.has_report), ""
 
     def report(self, model_id: str | None, key: str | None) -> str:
-        """Show a model's report in a frame that runs nothing.
-
-        Args:
-            model_id: of the model.
-            key: of the visitor.
-        Returns:
-            HTML.
-        """
+        """Return a model's report in a sandboxed frame."""
         if not model_id:
             return ""
         try:
-            with self._visitors.asking(key) as client:
-                report = client.report(model_id)
+            with self._api.client(key) as client:
+                return render("report", report=client.report(model_id))
         except RelookError as error:
-            return problem_html(str(error), "There is no report")
-        return f"<iframe class='rl-report' title='Report of the model' sandbox srcdoc='{escape(report)}'></iframe>"
+            return problem_html(str(error), "Report could not be loaded")
 
-    def move(self, model_id: str | None, share: int, reason: str, key: str | None) -> tuple[str, str]:
-        """Begin a rollout, change its share, or promote.
+    def roll_out(self, model_id: str | None, percent: int, reason: str, key: str | None) -> tuple[str, str]:
+        """Start a rollout, change its traffic share, or promote the candidate.
 
         Args:
             model_id: of the candidate.
-            share: percent of lesions.
-            reason: needed for a model that the gate has not passed.
-            key: of an admin.
+            percent: traffic share, 0 to 100; 0 is shadow, 100 promotes.
+            reason: required for a model that has not passed the gate; may be empty otherwise.
+            key: of a visitor with the scope admin.
         Returns:
-            The rollout, and what was refused.
+            The rollout, and an alert if the API refused.
         """
         if not model_id:
-            return self._rollout(key), problem_html("choose a model above first", NOT_MOVED)
+            return self._current_rollout(key), problem_html("choose a model first", NOT_CHANGED)
         try:
-            with self._visitors.asking(key) as client:
-                client.roll_out(RolloutRequest(model=model_id, percent=share, reason=reason.strip() or None))
+            with self._api.client(key) as client:
+                client.roll_out(RolloutRequest(model=model_id, percent=percent, reason=reason.strip() or None))
                 return _rollout(client), ""
         except RelookError as error:
-            return self._rollout(key), problem_html(str(error), NOT_MOVED)
+            return self._current_rollout(key), problem_html(str(error), NOT_CHANGED)
 
-    def take_back(self, reason: str, key: str | None) -> tuple[str, str]:
-        """Take the candidate back, or undo the last promotion.
+    def roll_back(self, reason: str, key: str | None) -> tuple[str, str]:
+        """Roll the candidate back, or undo the last promotion.
 
         Args:
-            reason: one sentence, for the audit.
-            key: of an admin.
+            reason: for the audit log; may be empty.
+            key: of a visitor with the scope admin.
         Returns:
-            The rollout, and what was refused.
+            The rollout, and an alert if the API refused.
         """
         try:
-            with self._visitors.asking(key) as client:
-                return rollout_html(client.roll_back(reason.strip() or _REASON)), ""
+            with self._api.client(key) as client:
+                # From the response: a rollout that has ended is no longer the one that the API reports as current.
+                return rollout_html(client.roll_back(reason.strip() or _ROLLED_BACK)), ""
         except RelookError as error:
-            return self._rollout(key), problem_html(str(error), NOT_MOVED)
+            return self._current_rollout(key), problem_html(str(error), NOT_CHANGED)
 
-    def _rollout(self, key: str | None) -> str:
+    def _current_rollout(self, key: str | None) -> str:
         try:
-            with self._visitors.asking(key) as client:
+            with self._api.client(key) as client:
                 return _rollout(client)
         except RelookError as error:
-            return problem_html(str(error), "The rollout cannot be shown")
+            return problem_html(str(error), "Rollout could not be loaded")
 
 
 def models_tab(handlers: ModelHandlers, key: gr.Textbox) -> gr.Column:
-    """Lay the tab out; choosing it loads what there is.
+    """Lay the tab out; selecting it loads models and rollout.
 
     Args:
-        handlers: what it does.
-        key: field of the visitor's key.
+        handlers: of the events.
+        key: text field with the visitor's key.
     Returns:
-        The part that is for admins, hidden.
+        The rollout controls, hidden until a visitor with the scope admin signs in.
     """
     with gr.Tab("Models") as tab:
         listed = gr.HTML("", elem_id="rl-models", padding=False)
-        chosen = gr.Dropdown([], value=None, label="What was measured of", elem_id="rl-model-choice")
+        chosen = gr.Dropdown([], value=None, label="Model", elem_id="rl-model-choice")
         shown = gr.HTML("", elem_id="rl-model-shown", padding=False)
-        open_report = gr.Button("Open its report", visible=False, elem_id="rl-report-open")
+        open_report = gr.Button("Open report", visible=False, elem_id="rl-report-open")
         report = gr.HTML("", elem_id="rl-report", padding=False)
         rollout = gr.HTML("", elem_id="rl-rollout", padding=False)
+        # Hiding is for clarity only; the API checks the key's scope at every call.
         admin: gr.Column = gr.Column(visible=False, elem_id="rl-admin")
         with admin:
-            share = gr.Radio(
-                list(SHARES.items()), value=0, label="How far the chosen model may come", elem_id="rl-share"
-            )
+            percent = gr.Radio(list(TRAFFIC_SHARES.items()), value=0, label="Traffic share", elem_id="rl-share")
             reason = gr.Textbox(
-                label="Reason, for the audit", max_length=500, elem_id="rl-reason",
-                info="Needed for a model that the gate has not passed.",
+                label="Reason", max_length=500, elem_id="rl-reason",
+                info="Stored in the audit log; required for a model that has not passed the gate.",
             )  # fmt: skip
             with gr.Row():
-                move = gr.Button("Move the rollout", variant="primary", elem_id="rl-move", min_width=140)
-                back = gr.Button("Take it back", variant="stop", elem_id="rl-back", min_width=140)
+                start = gr.Button(
+                    "Start or update rollout", variant="primary", elem_id="rl-rollout-start", min_width=140
+                )
+                back = gr.Button("Roll back", variant="stop", elem_id="rl-rollout-back", min_width=140)
             refused = gr.HTML("", elem_id="rl-refused", padding=False)
     tab.select(handlers.load, key, [listed, chosen, rollout, shown, report], api_visibility="private")
     chosen.input(handlers.show, [chosen, key], [shown, open_report, report], api_visibility="private")
     open_report.click(handlers.report, [chosen, key], report, api_visibility="private")
-    move.click(handlers.move, [chosen, share, reason, key], [rollout, refused], api_visibility="private")
-    back.click(handlers.take_back, [reason, key], [rollout, refused], api_visibility="private")
+    start.click(handlers.roll_out, [chosen, percent, reason, key], [rollout, refused], api_visibility="private")
+    back.click(handlers.roll_back, [reason, key], [rollout, refused], api_visibility="private")
     return admin
+
+
+def models_html(models: Sequence[ModelInfo]) -> str:
+    """Show models, newest first, as a table."""
+    return render("models", models=models)
+
+
+def details_html(details: ModelDetails, names: dict[str, str]) -> str:
+    """Show the metrics of a model.
+
+    Args:
+        details: of the model.
+        names: class code to display name.
+    Returns:
+        HTML.
+    """
+    val = details.metrics.get("val", {})
+    # Thresholds are per class, and one is for the sum of all malignant classes.
+    named = names | {"malignant": "all malignant classes together"}
+    metrics = list(_metrics(val, names))
+    return render("model_details", details=details, val=val, metrics=metrics, names=names, named=named)
+
+
+def rollout_html(rollout: RolloutInfo | None) -> str:
+    """Show a rollout with its guardrails; None says that none is in progress."""
+    return render("rollout", rollout=rollout, stage="" if rollout is None else _STAGES[rollout.stage])
+
+
+def _metrics(val: dict[str, Any], names: dict[str, str]) -> Iterator[tuple[str, str]]:
+    yield "Balanced accuracy", share(val.get("balanced_accuracy"), val.get("balanced_accuracy_ci"))
+    yield "Accuracy", share(val.get("accuracy"), val.get("accuracy_ci"))
+    yield "ROC AUC, mean of classes", share(val.get("macro_auc"))
+    yield "Expected calibration error", share(val.get("ece"))
+    key = val.get("key_class")
+    if key:
+        name = names.get(key["name"], key["name"])
+        yield f"{name}: sensitivity at its review threshold", share(key.get("sensitivity"), key.get("sensitivity_ci"))
+        yield f"{name}: specificity at its review threshold", share(key.get("specificity"))
+    yield "StoredPrediction without review", share(val.get("answered_share"))
 
 
 def _rollout(client: Client) -> str:
     try:
         return rollout_html(client.rollout())
     except UnknownIdError:
+        # The API responds 404 while no rollout is in progress; on the page that is a state and no error.
         return rollout_html(None)

@@ -6,8 +6,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from records.store import Store
-from serving.page.layout import build_page
-from serving.page.theme import page_theme
+from serving.page.layout import build_page, page_theme
 from serving.settings import ServingSettings
 
 

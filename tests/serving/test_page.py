@@ -26,8 +26,19 @@ from serving.page.prediction_view import (
 )
 from serving.page.render import problem_html, render
 from serving.page.rounds import rounds_html
-from serving.schemas import Event, Explanation, FlagResponse, ModelInfo, PredictionResponse, ReviewStatus, RolloutInfo
-from serving.schemas_registry import CallerInfo, ModelDetails, RoundInfo, ScoreBand
+from serving.schemas import (
+    CallerInfo,
+    Event,
+    Explanation,
+    FlagResponse,
+    ModelDetails,
+    ModelInfo,
+    PredictionResponse,
+    ReviewStatus,
+    RolloutInfo,
+    RoundInfo,
+    ScoreBand,
+)
 
 VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy)\b", re.IGNORECASE)
 NAMES = {"nv": "Melanocytic nevus", "mel": "Melanoma"}
@@ -71,10 +82,10 @@ def explanation(**changes: object) -> Explanation:
 
 
 def rollout(**changes: object) -> RolloutInfo:
-    harm = {"name": "errors", "looked": 9, "seen": 1, "tolerated": 0.01, "evidence": 0.1, "limit": 3.0}
+    guardrail = {"name": "errors", "observations": 9, "events": 1, "limit": 0.01, "evidence": 0.1, "threshold": 3.0}
     given = {
         "id": "r", "created_at": NOW, "champion_id": "a" * 64, "candidate_id": "b" * 64, "stage": "canary",
-        "percent": 10, "harms": [harm], "ended_at": None, "why": None,
+        "percent": 10, "guardrails": [guardrail], "ended_at": None, "why": None,
     }  # fmt: skip
     return RolloutInfo.model_validate(given | changes)
 

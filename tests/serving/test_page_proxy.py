@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from serving.guard import Guard
 from serving.http_server import HttpServer
-from serving.page_proxy import TOKEN_HEADER, Locked, PageAddress, PageProxy
+from serving.page_proxy import TOKEN_HEADER, PageAddress, PageProxy, RequireToken
 
 T = TypeVar("T")
 TOKEN = "only the ingress knows"
@@ -66,7 +66,7 @@ def through_the_proxy(use: Callable[[httpx.AsyncClient, int], Awaitable[T]], app
     """Run something against a page behind the proxy and the guard; it is told the page's own port."""
 
     async def run() -> T:
-        async with running(Locked(app, TOKEN)) as behind:
+        async with running(RequireToken(app, TOKEN)) as behind:
 
             async def find() -> PageAddress:
                 return PageAddress(behind, TOKEN)
@@ -141,7 +141,7 @@ def test_a_page_that_was_replaced_is_found_again_and_one_that_is_gone_is_a_probl
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             nobody = free.getsockname()[1]
-        async with running(Locked(page(), TOKEN)) as behind:
+        async with running(RequireToken(page(), TOKEN)) as behind:
             places = iter([nobody, behind, nobody, nobody])
 
             async def find() -> PageAddress:

@@ -1,0 +1,66 @@
+"""The page's access to the REST API with the key of each visitor.
+
+In: the key that a visitor typed. Out: a `serving.client.Client` that sends it. Keys are not stored; what is cached is
+the same for every visitor.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from records.errors import RelookError, UnavailableError
+from records.taxonomy import Taxonomy
+from serving.client import Client
+from serving.schemas import CallerInfo, ModelDetails
+
+_RETRY_S = 10.0
+
+
+class PageApi:
+    """Makes API clients for visitors and holds what all tabs show. Safe to share between threads.
+
+    Args:
+        url: base URL of the API.
+        taxonomy: its class names and malignant classes are shown.
+    """
+
+    def __init__(self, url: str, taxonomy: Taxonomy) -> None:
+        self._url = url
+        self._anonymous = Client(url, retry_s=_RETRY_S)
+        self._details: dict[str, ModelDetails] = {}
+        self.taxonomy = taxonomy
+        self.names = {c.code: c.name for c in taxonomy.classes}
+        self.malignant = frozenset(taxonomy.malignant_codes)
+
+    @contextmanager
+    def client(self, key: str | None) -> Iterator[Client]:
+        """Give a client that sends the visitor's key; without one, the client that all visitors share."""
+        # Gradio passes None for a text field that was never shown.
+        token = (key or "").strip()
+        if not token:
+            yield self._anonymous
+            return
+        # Made anew for each event: a client kept per key would keep the key in memory after the visitor has left.
+        with Client(self._url, token, retry_s=_RETRY_S) as client:
+            yield client
+
+    def details(self, client: Client, model_id: str) -> ModelDetails | None:
+        """Return the metrics of a model, fetched once per process; None if they cannot be read."""
+        # Two threads may both fetch the same model. They store equal values, so no lock is needed.
+        if model_id not in self._details:
+            try:
+                self._details[model_id] = client.model_details(model_id)
+            except UnavailableError:
+                raise
+            except RelookError:
+                # A prediction is shown without its model's metrics too, with a sentence that they are not known.
+                # The failure is not cached: it may be this visitor's key that may not read them.
+                return None
+        return self._details[model_id]
+
+
+def caller_text(caller: CallerInfo) -> str:
+    """Return who is signed in, with organisation and scopes, in one or two sentences."""
+    who = "No key is needed on this machine" if caller.id == "local" else "Signed in"
+    scopes = ", ".join(caller.scopes)
+    sandbox = " Sandbox: images are not stored and not used for training." if caller.sandbox else ""
+    return f"{who}. Organisation: {caller.organisation}. Scopes: {scopes}.{sandbox}"

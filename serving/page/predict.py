@@ -1,0 +1,299 @@
+"""The Predict tab: an image, its prediction, heat maps, a flag, and the state of the review.
+
+In: what the visitor chose. Out: HTML made from the API's responses. What belongs to the prediction on view is kept as
+`Shown` in the Gradio session, as long as the browser tab is open; the image lies in the upload folder for minutes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from records.errors import DataError, ImageError, RefusedError, RelookError
+from records.types import Consent, FlagReason, ReviewState
+from serving.client import Client
+from serving.page.api import PageApi
+from serving.page.heat_map import draw_layers, heat_map_html
+from serving.page.prediction_view import flag_html, prediction_html, review_html
+from serving.page.render import problem_html, render
+from serving.schemas import Context, Explanation, FlagRequest
+from serving.settings import ServingSettings
+from serving.words import FLAG_WORDS
+from vision.explanations.methods import METHODS
+
+REVIEW_POLL_S = 5.0
+"""How often an open page asks for the state of a review, seconds."""
+NO_MAP = "Heat map not available"
+NOT_FLAGGED = "Prediction not flagged"
+
+_CONSENT_TEXTS = {
+    Consent.TRAINING: "Review by annotators and training of models",
+    Consent.REVIEW: "Review by annotators",
+    Consent.NONE: "None: the image is not stored",
+}
+_OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--rl-opacity', value / 100); }"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The prediction on view in one browser tab."""
+
+    prediction_id: str
+    label: str | None
+    path: Path
+    is_stored: bool
+
+
+class PredictHandlers:
+    """Event handlers of the tab. Gradio may call them from several threads.
+
+    Args:
+        api: access to the API.
+        folder: holds uploads and examples; no file outside it is read.
+        side_px: width and height of the heat map's layers.
+    """
+
+    def __init__(self, api: PageApi, folder: Path, side_px: int) -> None:
+        self._api = api
+        # Resolved once: paths from the browser are resolved, too, before they are compared with it.
+        self._folder = folder.resolve()
+        self._side_px = side_px
+
+    def predict(self, upload: dict[str, Any] | None, consent: str, key: str | None) -> tuple[Any, ...]:
+        """Run a prediction with its Grad-CAM map.
+
+        Args:
+            upload: Gradio's file data as the browser sent it, not validated.
+            consent: value of the radio button.
+            key: of the visitor.
+        Returns:
+            Values for the outputs that `predict_tab` lists, in their order.
+        """
+        if upload is None:
+            return _no_prediction(render("no_image"))
+        try:
+            wanted = _consent(consent)
+            path = self._uploaded(upload)
+            with self._api.client(key) as client:
+                prediction = client.predict(_read(path), explain="gradcam", context=Context(consent=wanted))
+                details = self._api.details(client, prediction.model.id)
+        except RelookError as error:
+            return _no_prediction(problem_html(str(error)))
+        shown = Shown(prediction.id, prediction.label, path, is_stored=wanted is not Consent.NONE)
+        html = prediction_html(prediction, self._api.names, self._api.malignant, details)
+        heat_map = "" if prediction.explanation is None else self._heat_map(prediction.explanation, path)
+        review = review_html(prediction.review, [], self._api.names)
+        # Polling begins only where there is a review whose state can change.
+        timer = gr.Timer(active=prediction.review is not None)
+        return (
+            html, shown, heat_map, gr.update(visible=bool(heat_map)), prediction.label, "gradcam", "", review,
+            gr.update(visible=True), "", timer,
+        )  # fmt: skip
+
+    def explain(self, shown: Shown | None, method: str, target: str | None, versus: str | None, key: str | None) -> str:
+        """Draw another heat map of the prediction on view.
+
+        Args:
+            shown: the prediction on view.
+            method: name of an explanation method.
+            target: class code; empty is the predicted class.
+            versus: class code to compare with, or empty.
+            key: of the visitor.
+        Returns:
+            HTML.
+        """
+        if shown is None:
+            return problem_html("run a prediction first", NO_MAP)
+        chosen = {"method": method, "target": target or shown.label, "versus": versus or None}
+        try:
+            with self._api.client(key) as client:
+                return self._heat_map(_explanation(client, shown, chosen), shown.path)
+        except RelookError as error:
+            return problem_html(str(error), NO_MAP)
+
+    def flag(
+        self, shown: Shown | None, reason: str, suggested: str | None, comment: str, key: str | None
+    ) -> tuple[str, Any]:
+        """Flag the prediction on view.
+
+        Args:
+            shown: the prediction on view.
+            reason: value of a `FlagReason`.
+            suggested: class code, or empty.
+            comment: may be empty.
+            key: of the visitor.
+        Returns:
+            HTML, and the timer that polls the review.
+        """
+        if shown is None:
+            return problem_html("run a prediction first", NOT_FLAGGED), gr.Timer(active=False)
+        # Gradio sends "" for an empty field; the API expects no value then.
+        request = FlagRequest(
+            reason=FlagReason(reason), suggested_label=suggested or None, comment=comment.strip() or None
+        )
+        try:
+            with self._api.client(key) as client:
+                return flag_html(client.flag(shown.prediction_id, request)), gr.Timer(active=True)
+        except RelookError as error:
+            return problem_html(str(error), NOT_FLAGGED), gr.update()
+
+    def review(self, shown: Shown | None, key: str | None) -> tuple[Any, Any]:
+        """Read the state of the review.
+
+        Args:
+            shown: the prediction on view.
+            key: of the visitor.
+        Returns:
+            HTML, and the timer: inactive once the state cannot change any more.
+        """
+        if shown is None:
+            return "", gr.Timer(active=False)
+        try:
+            with self._api.client(key) as client:
+                prediction = client.prediction(shown.prediction_id)
+                events = client.events(prediction_ids=[shown.prediction_id]).items
+        except RelookError:
+            # The timer called, not the visitor: an alert would come from nowhere, and the next tick tries again.
+            return gr.update(), gr.update()
+        is_open = prediction.review is not None and prediction.review.state in (ReviewState.NEW, ReviewState.PUSHED)
+        return review_html(prediction.review, events, self._api.names), gr.Timer(active=is_open)
+
+    def _heat_map(self, explanation: Explanation, path: Path) -> str:
+        layers = draw_layers(_read(path), explanation, self._side_px)
+        return heat_map_html(explanation, self._api.names, layers)
+
+    def _uploaded(self, upload: dict[str, Any]) -> Path:
+        # The path comes from the browser, which may send any. Resolved first, so that ".." and links cannot lead out.
+        path = Path(str(upload.get("path", ""))).resolve()
+        if not path.is_relative_to(self._folder):
+            raise ImageError("this file was not uploaded here; choose an image")
+        return path
+
+
+def predict_tab(
+    handlers: PredictHandlers, api: PageApi, settings: ServingSettings, examples: list[Path], key: gr.Textbox
+) -> None:
+    """Lay the tab out and connect its events.
+
+    Args:
+        handlers: of the events.
+        api: with the classes to choose from.
+        settings: with default consent and overlay opacity.
+        examples: images to try.
+        key: text field with the visitor's key.
+    """
+    shown = gr.State(None)
+    timer = gr.Timer(REVIEW_POLL_S, active=False)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=320):
+            image, consent, predict = _inputs(settings, examples)
+        with gr.Column(scale=6, min_width=320):
+            result = gr.HTML(render("no_image"), elem_id="rl-result", padding=False)
+            review = gr.HTML("", elem_id="rl-review", padding=False)
+            with gr.Column(visible=False, elem_id="rl-explanation") as map_part:
+                heat_map = gr.HTML("", elem_id="rl-heat-map", padding=False)
+                choices = _map_choices(api, settings)
+            with gr.Column(visible=False, elem_id="rl-flag-form") as flag_part:
+                flagged, send, fields = _flag_form(api)
+    method, target, versus = choices
+    outputs = [result, shown, heat_map, map_part, target, method, versus, review, flag_part, flagged, timer]
+    # preprocess=False: Gradio would decode the image and fail with a message of its own; the API says what is wrong.
+    predict.click(handlers.predict, [image, consent, key], outputs, preprocess=False, api_visibility="private")
+    for choice in choices:
+        # `input` and not `change`: a new prediction resets these fields, which must not ask for another map.
+        choice.input(handlers.explain, [shown, *choices, key], heat_map, api_visibility="private")
+    send.click(handlers.flag, [shown, *fields, key], [flagged, timer], api_visibility="private").then(
+        handlers.review, [shown, key], [review, timer], api_visibility="private"
+    )
+    timer.tick(handlers.review, [shown, key], [review, timer], api_visibility="private", show_progress="hidden")
+
+
+def _no_prediction(html: str) -> tuple[Any, ...]:
+    hidden = gr.update(visible=False)
+    return html, None, "", hidden, None, "gradcam", "", "", hidden, "", gr.Timer(active=False)
+
+
+def _explanation(client: Client, shown: Shown, chosen: dict[str, Any]) -> Explanation:
+    if shown.is_stored:
+        try:
+            return client.explanation(shown.prediction_id, **chosen)
+        except RefusedError:
+            # The image was not stored in spite of the consent, as in a sandbox. The upload is still here.
+            pass
+    return client.explain_image(_read(shown.path), **chosen)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError("the upload has expired; choose the image again") from error
+
+
+def _consent(value: str) -> Consent:
+    try:
+        return Consent(value)
+    except ValueError as error:
+        raise DataError(f"consent is one of {', '.join(Consent)}, not {value!r}") from error
+
+
+def _inputs(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, gr.Radio, gr.Button]:
+    # image_mode=None and type="filepath" keep the uploaded bytes as they are: the API gets the original file.
+    image = gr.Image(
+        label="Image (JPEG, PNG or WebP)",
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "webcam", "clipboard"],
+        height=300,
+        elem_id="rl-image",
+        alt_text="Image to classify",
+    )
+    gr.Examples([[str(path)] for path in examples], inputs=[image], label="Generated examples")
+    consent = gr.Radio(
+        choices=[(text, value.value) for value, text in _CONSENT_TEXTS.items()],
+        value=settings.default_consent.value,
+        label="Consent to further use of the image",
+    )
+    return image, consent, gr.Button("Predict", variant="primary", elem_id="rl-predict")
+
+
+def _map_choices(api: PageApi, settings: ServingSettings) -> tuple[gr.Radio, gr.Dropdown, gr.Dropdown]:
+    opacity = gr.Slider(
+        0, 100, round(100 * settings.overlay_alpha), step=5, label="Heat map opacity, %", elem_id="rl-opacity",
+        buttons=[],
+    )  # fmt: skip
+    # Runs in the browser alone: a round trip to the server for each step of the slider would lag.
+    opacity.change(None, opacity, None, js=_OPACITY_JS, api_visibility="private")
+    classes = [(c.name, c.code) for c in api.taxonomy.classes]
+    method = gr.Radio(
+        [(method.title, method.name) for method in METHODS.records], value="gradcam", label="Explanation method",
+        info="Grad-CAM is immediate; the others take some seconds.", elem_id="rl-method",
+    )  # fmt: skip
+    with gr.Row():
+        target = gr.Dropdown(classes, value=None, label="Target class", elem_id="rl-target", min_width=140)
+        versus = gr.Dropdown(
+            [("none", ""), *classes], value="", label="Compare with class", elem_id="rl-versus", min_width=140
+        )
+    return method, target, versus
+
+
+def _flag_form(api: PageApi) -> tuple[gr.HTML, gr.Button, tuple[gr.Radio, gr.Dropdown, gr.Textbox]]:
+    with gr.Accordion("Flag this prediction", open=False):
+        reason = gr.Radio(
+            choices=[(text, value.value) for value, text in FLAG_WORDS.items()],
+            value=FlagReason.WRONG_LABEL.value,
+            label="Reason",
+        )
+        suggested = gr.Dropdown(
+            choices=[("none", ""), *((c.name, c.code) for c in api.taxonomy.classes)],
+            value="",
+            label="Suggested class",
+            elem_id="rl-suggested",
+        )
+        comment = gr.Textbox(
+            label="Comment for annotators", lines=2, max_length=2000, elem_id="rl-comment", placeholder="optional"
+        )
+        send = gr.Button("Submit flag", elem_id="rl-flag")
+    flagged = gr.HTML("", elem_id="rl-flagged", padding=False)
+    return flagged, send, (reason, suggested, comment)

@@ -1,0 +1,181 @@
+"""A prediction on the page: decision and reasons, probabilities, what they are worth, and the state of its review.
+
+In: bodies of `serving.schemas`. Out: HTML and sentences. What a score is worth comes from the calibration split, which
+neither training nor calibration saw. Texts are those of decision support: how often, how likely and what happens next;
+never a diagnosis, and never that an image or a person has nothing to fear.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from records.types import Decision, ReviewState
+from serving.page.render import render, utc_minute
+from serving.schemas import (
+    Event,
+    FlagResponse,
+    ModelDetails,
+    PredictionResponse,
+    ReviewStatus,
+    ScoreBand,
+    ServedModelInfo,
+)
+from serving.words import DECISION_TITLES, DISCLAIMER
+
+FEW_LESIONS = 20
+NOT_KNOWN = "How often scores like this one were right is not known for this model."
+
+_STATE_TEXTS = {
+    ReviewState.NEW: "Queued for review in Label Studio",
+    ReviewState.PUSHED: "Waiting for annotators in Label Studio",
+    ReviewState.ANSWERED: "Annotated",
+    ReviewState.WITHDRAWN: "Withdrawn",
+}
+
+
+def header_html(model: ServedModelInfo | None, detail: str = "", signed_in: str = "") -> str:
+    """Show the model that serves and who is signed in.
+
+    Args:
+        model: the served model, or None.
+        detail: why there is none.
+        signed_in: see `api.caller_text`; may be empty.
+    Returns:
+        HTML.
+    """
+    return render("header", disclaimer=DISCLAIMER, model=model, detail=detail, signed_in=signed_in)
+
+
+def prediction_html(
+    prediction: PredictionResponse,
+    names: dict[str, str],
+    malignant: frozenset[str],
+    details: ModelDetails | None = None,
+) -> str:
+    """Show a prediction: decision, reasons for review, probabilities and what they are worth.
+
+    Args:
+        prediction: body of the API.
+        names: class code to display name.
+        malignant: codes of the malignant classes.
+        details: of the model that made it; None if they cannot be read.
+    Returns:
+        HTML.
+    """
+    accuracy = NOT_KNOWN
+    if details is not None and prediction.confidence is not None:
+        accuracy = accuracy_text(prediction.confidence, details.scores)
+    return render(
+        "prediction",
+        prediction=prediction,
+        title=DECISION_TITLES[prediction.decision],
+        is_review=prediction.decision in (Decision.REVIEW, Decision.URGENT),
+        names=names,
+        malignant=malignant,
+        accuracy=accuracy,
+        prediction_set=set_text(prediction.prediction_set, names, details),
+    )
+
+
+def flag_html(flag: FlagResponse) -> str:
+    """Confirm a flag, with the date until which it is due."""
+    return render("flag", flag=flag)
+
+
+def review_html(review: ReviewStatus | None, events: Sequence[Event], names: dict[str, str]) -> str:
+    """Show the state of a prediction's review and what happened to the prediction since.
+
+    Args:
+        review: None if no review item was created.
+        events: of the prediction, oldest first.
+        names: class code to display name.
+    Returns:
+        HTML; empty if there is neither review nor event.
+    """
+    if review is None and not events:
+        return ""
+    state = None if review is None else state_text(review)
+    return render("review", events=[event_text(event, names) for event in events], state=state)
+
+
+def event_text(event: Event, names: dict[str, str]) -> str:
+    """Describe an event in one sentence.
+
+    Args:
+        event: of a prediction.
+        names: class code to display name.
+    Returns:
+        The sentence, not escaped.
+    """
+    label = str(event.details.get("label") or "")
+    name = names.get(label, label)
+    source = str(event.details.get("by") or "annotator").replace("_", " ").capitalize()
+    match event.kind:
+        case "amended":
+            text = f"{source}: {name}, which differs from the prediction"
+        case "confirmed":
+            text = f"{source}: {name}, which agrees with the prediction"
+        case "undecided":
+            text = "Annotator: no class could be assigned"
+        case "overdue":
+            text = "The review is overdue"
+        case _:
+            text = "The model that made this prediction was rolled back; run the prediction again"
+    return f"{text} ({utc_minute(event.created_at)})."
+
+
+def state_text(review: ReviewStatus) -> str:
+    """Describe the state of a review, with the date until which it is due."""
+    due = f", due {utc_minute(review.due)}" if review.due else ""
+    return f"{_STATE_TEXTS[review.state]}{due}."
+
+
+def accuracy_text(confidence: float, scores: Sequence[ScoreBand]) -> str:
+    """Say how often the most likely class was right at about this confidence.
+
+    Args:
+        confidence: probability of the most likely class.
+        scores: bands of the calibration split.
+    Returns:
+        One or two sentences.
+    """
+    if not scores:
+        return NOT_KNOWN
+    # Bands are half open; the last one also holds a confidence of exactly 1.
+    band = next((b for b in scores if b.low <= confidence < b.high or confidence == b.high == 1.0), None)
+    if band is None:
+        return "No calibration image had a score like this one, so how often such scores are right is not known."
+    low, high = (100 * end for end in band.right_ci)
+    # The share alone looks precise even if two lesions are behind it, so their number is named with the interval.
+    few = f" With only {band.lesions} lesions, this estimate is uncertain." if band.lesions < FEW_LESIONS else ""
+    return (
+        f"Of {band.lesions} lesions in the calibration split with a score from {100 * band.low:.0f} to "
+        f"{100 * band.high:.0f} %, the most likely class was right for {band.right}: "
+        f"{100 * band.right / band.lesions:.0f} % (95 % confidence interval {low:.0f} to {high:.0f} %).{few}"
+    )
+
+
+def set_text(prediction_set: Sequence[str], names: Mapping[str, str], details: ModelDetails | None) -> str:
+    """Explain a prediction set and its coverage.
+
+    Args:
+        prediction_set: codes of the classes that cannot be excluded.
+        names: class code to display name.
+        details: of the model that made the prediction; None leaves the coverage out.
+    Returns:
+        Some sentences.
+    """
+    if not prediction_set:
+        return "The set is empty: no class fits this image as it fitted the calibration data, so the image is unusual."
+    held = ", ".join(names.get(code, code) for code in prediction_set)
+    count = "One class" if len(prediction_set) == 1 else f"{len(prediction_set)} classes"
+    begun = f"{count} cannot be excluded: {held}."
+    if details is None:
+        return begun
+    share = f"{100 * details.promise:.0f} of 100"
+    pooled = [names.get(code, code) for code in details.pooled_classes]
+    # Classes with too few calibration lesions share one conformal threshold, so coverage holds for them jointly only.
+    few = "all classes" if len(pooled) == len(names) else ", ".join(pooled)
+    jointly = f" Coverage of {few} holds jointly, not for each class: calibration lesions were few." if pooled else ""
+    return (
+        f"{begun} Prediction sets contain the true class for at least {share} images of each class, provided that "
+        f"images resemble the calibration data. A class outside the set is unlikely, not ruled out.{jointly}"
+    )
