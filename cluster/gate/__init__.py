@@ -1,4 +1,4 @@
-"""The gate: may a challenger answer instead of the champion? It reads no data, trains and serves nothing."""
+"""The gate: may a challenger replace the champion? `run` gathers its input from a store, `decide` compares."""
 
 from cluster.gate.contenders import Contender, Slice
 from cluster.gate.decide import decide

@@ -1,4 +1,4 @@
-"""A model as the gate sees it, and its lesions: one row per group, by the mean over the group's images."""
+"""The models that the gate compares, and their predictions per lesion: the mean over the images of a group."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ from vision.metrics.metrics import (
 
 @dataclass(frozen=True)
 class Contender:
-    """A model as the gate sees it.
+    """A model that the gate compares: the challenger or a rival.
 
     Args:
         model_id: of the bundle.
-        predictions: on the gate split; all contenders answer the same images in the same order.
+        predictions: on the gate split; the same images in the same order for all contenders.
         key_threshold: refer threshold of the key class, None if the taxonomy has none.
     """
 
@@ -33,7 +33,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of the gate split that must not be left behind.
+    """A part of the gate split in which the challenger must not be worse.
 
     Args:
         name: such as `sex: female`.
@@ -53,15 +53,8 @@ class Lesions:
 
 
 def lesions_of(predictions: SplitPredictions, groups: IntArray, key_index: int) -> Lesions:
-    """Average the key-class probability over the images of each group.
-
-    Args:
-        predictions: of one contender.
-        groups: [N] group index of each image, 0 to G - 1.
-        key_index: of the key class.
-    Returns:
-        One row per group.
-    """
+    """Return the mean key-class probability of each group, given [N] group indices of the images, 0 to G - 1."""
+    # Images of one group may carry different labels; the lesion is of the key class if at least half are of it.
     is_key = mean_by_unit((predictions.labels == key_index).astype(np.float64), groups) >= 0.5
     return Lesions(is_key=is_key, key_probability=mean_by_unit(predictions.probabilities[:, key_index], groups))
 
@@ -69,12 +62,12 @@ def lesions_of(predictions: SplitPredictions, groups: IntArray, key_index: int) 
 def gate_weights(
     predictions: SplitPredictions, groups: IntArray, taxonomy: Taxonomy, settings: GateSettings
 ) -> Float32Array:
-    """Draw the resamples that all contenders are compared on, [R, G]."""
+    """Draw the resamples that all contenders share, [R, G] counts, stratified by class."""
     strata = group_strata(predictions.labels, groups, len(taxonomy.codes))
     return resample_weights(strata, num_resamples=settings.bootstrap_resamples, seed=settings.seed)
 
 
 def accuracy_of(predictions: SplitPredictions, num_classes: int) -> float:
-    """Return the balanced accuracy of a contender, per image."""
+    """Return the balanced accuracy over images."""
     predicted = predictions.probabilities.argmax(axis=1)
     return float(balanced_accuracy(confusion_matrix(predictions.labels, predicted, num_classes)))

@@ -1,12 +1,9 @@
-"""The decision: may a challenger answer instead of the champion?
+"""The decision of the gate: may a challenger replace the champion?
 
-In: the predictions of challenger, champion and best champion ever on the gate split, and each
-model's operating point. Out: a verdict with every check behind it, in words and figures.
-
-Two kinds of evidence are asked for. Floors are point estimates on the gate split (with as few key
-lesions as a gate holds, a proven bound is out of reach; the proof belongs to the calibration split).
-Comparisons are paired: the same resamples of lesions are drawn for both models, and what counts is
-the one-splitd bound of the difference. Nothing here reads data, trains or serves.
+In: predictions of challenger, champion and best champion ever on the gate split, with each model's
+operating point. Out: a `GateReport` with every check. Floors are compared with point estimates: the gate
+split holds too few key-class lesions for a useful bound, which the calibration split provides instead.
+Nothing here reads data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,25 +37,26 @@ def decide(
     slices: Sequence[Slice] = (),
     looks: Mapping[str, int] | None = None,
 ) -> GateReport:
-    """Decide whether the challenger may answer.
+    """Decide whether the challenger may serve.
 
     Args:
         challenger: the new model.
-        rivals: (role, contender) pairs, `champion` and, if it is another model, `best ever`.
+        rivals: (role, contender) pairs: `champion`, and `best ever` if that is another model.
         taxonomy: with the key class and its sensitivity floor.
         settings: margins and floors.
-        explanation_similarity: how alike the heat maps of the trained and of a randomised network are,
-            0 to 1; None if it could not be measured.
-        slices: parts of the split; those with enough key-class lesions must hold the margin, too.
+        explanation_similarity: of the heat maps of the trained and of a randomised network, 0 to 1; None if it
+            could not be measured.
+        slices: parts of the split; those with enough key-class lesions are checked, too.
         looks: how often each guarded split was read so far, for the report.
     Returns:
         The report. Without rivals the floors alone decide.
     Raises:
-        ContractError: the contenders did not answer the same images.
+        ContractError: the contenders did not predict the same images.
     """
     for role, rival in rivals:
         if not np.array_equal(rival.predictions.image_ids, challenger.predictions.image_ids):
-            raise ContractError(f"the {role} answered other images than the challenger")
+            raise ContractError(f"the {role} predicted other images than the challenger")
+    # NaN compares as false, so a check on such predictions could pass by accident.
     if not np.isfinite(challenger.predictions.probabilities).all():
         return _refused_for_non_finite(challenger, rivals, looks or {})
     groups = np.unique(challenger.predictions.group_ids, return_inverse=True)[1].astype(np.int64)
@@ -111,7 +109,7 @@ def _refused_for_non_finite(
 ) -> GateReport:
     num_images = len(challenger.predictions.image_ids)
     num_finite = int(np.isfinite(challenger.predictions.probabilities).all(axis=1).sum())
-    text = f"{num_images - num_finite} of its {num_images} answers are not finite numbers"
+    text = f"{num_images - num_finite} of its {num_images} predictions are not finite numbers"
     return GateReport(
         verdict=Verdict.REFUSE,
         why=text,
@@ -121,16 +119,17 @@ def _refused_for_non_finite(
         lesions=len(set(challenger.predictions.group_ids)),
         key_lesions=0,
         balanced_accuracy=None,
-        checks=[Check(name="finite answers", outcome="fail", text=text)],
+        checks=[Check(name="finite predictions", outcome="fail", text=text)],
         looks=dict(looks),
     )
 
 
 def _conclude(checks: Sequence[Check]) -> tuple[Verdict, str]:
+    # One failed check refuses, however many others are undecided: more lesions would not change it.
     failed = [check for check in checks if check.outcome == "fail"]
     if failed:
         return Verdict.REFUSE, failed[0].text
     undecided = [check for check in checks if check.outcome == "undecided"]
     if undecided:
         return Verdict.UNDECIDED, undecided[0].text
-    return Verdict.PROMOTE, "every floor holds and no comparison speaks against it"
+    return Verdict.PROMOTE, "every floor is reached and no comparison is worse or unclear"

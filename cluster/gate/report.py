@@ -1,4 +1,4 @@
-"""What the gate says: a verdict, and every check behind it in words and figures."""
+"""The gate's report: the verdict, every check in words and figures, and the page that shows them."""
 
 from enum import StrEnum
 from importlib.resources import files
@@ -13,7 +13,7 @@ Outcome = Literal["pass", "fail", "undecided"]
 
 
 class Verdict(StrEnum):
-    """What the gate says of a challenger."""
+    """The verdict on a challenger."""
 
     PROMOTE = "promote"
     REFUSE = "refuse"
@@ -21,7 +21,7 @@ class Verdict(StrEnum):
 
 
 class Check(BaseModel):
-    """One thing the gate looked at."""
+    """One check and its outcome."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,12 +29,12 @@ class Check(BaseModel):
     outcome: Outcome
     text: str = Field(description="one sentence with the figures")
     estimate: float | None = None
-    lower_bound: float | None = Field(default=None, description="one-splitd, at the confidence of the settings")
+    lower_bound: float | None = Field(default=None, description="one-sided, at the confidence of the settings")
     limit: float | None = None
     lesions: int = Field(default=0, description="lesions the estimate rests on")
-    more_lesions: int | None = Field(default=None, description="about how many more would decide, if undecided")
+    more_lesions: int | None = Field(default=None, description="if undecided: about how many more would decide")
     passes_from: float | None = Field(
-        default=None, description="power: true difference from which this check passes in four of five cases"
+        default=None, description="true difference from which this check passes with a power of 0.8"
     )
 
 
@@ -46,11 +46,11 @@ class SliceReport(BaseModel):
     name: str
     images: int
     key_lesions: int
-    judged: bool = Field(description="false if it holds too few key-class lesions for a figure")
+    judged: bool = Field(description="false if it holds too few key-class lesions to be checked")
 
 
 class GateReport(BaseModel):
-    """The verdict and everything it rests on."""
+    """The verdict and its evidence."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -68,24 +68,17 @@ class GateReport(BaseModel):
 
 
 HEADLINES = {
-    Verdict.PROMOTE: "The new model may answer",
-    Verdict.REFUSE: "The new model must not answer",
-    Verdict.UNDECIDED: "There are too few lesions to decide; the model before goes on answering",
+    Verdict.PROMOTE: "The new model may serve",
+    Verdict.REFUSE: "The new model must not serve",
+    Verdict.UNDECIDED: "There are too few lesions to decide; the current model keeps serving",
 }
 
 
 def report_page(report: GateReport, taxonomy: Taxonomy) -> str:
-    """Render the report.
-
-    Args:
-        report: of the gate.
-        taxonomy: with the display name of the key class.
-    Returns:
-        One HTML page that needs nothing else.
-    """
+    """Return the report as a self-contained HTML page; `taxonomy` has the display name of the key class."""
     key = taxonomy.key_class.code if taxonomy.key_class else None
     name = next((c.name for c in taxonomy.classes if c.code == key), None)
-    # Names of sites and devices come from imported tables: everything is escaped.
+    # Names of sites and devices come from imported tables, so everything is escaped.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("cluster.gate") / "page.html").read_text(encoding="utf-8"))
     return template.render(report=report, headline=HEADLINES[report.verdict], key_name=name)

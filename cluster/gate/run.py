@@ -1,4 +1,4 @@
-"""Everything the gate needs, gathered: predictions on the gate split, rivals, slices, and how often one has looked.
+"""Run the gate on a bundle: predict the gate split, find rivals and slices, and decide.
 
 In: a store, settings, a bundle and a dataset version. Out: the gate's report. Every call reads the gate
 split, and each reading is an audit event.
@@ -20,7 +20,7 @@ from records.models import find_bundle, serving_model
 from records.store import Store, find_images
 from records.types import AuditEvent, Image, ModelStatus, RoundStep, Split
 from trainers.evaluation.evaluate import GUARDED_SPLITS, SplitPredictions, predict_split
-from trainers.evaluation.sanity import randomisation_similarity
+from trainers.evaluation.faithfulness import randomisation_similarity
 
 SANITY_IMAGES = 32
 AGE_BANDS = ((0, 40), (40, 60), (60, 131))
@@ -29,14 +29,14 @@ AGE_BANDS = ((0, 40), (40, 60), (60, 131))
 def run_gate(
     store: Store, settings: Settings, challenger: Bundle, dataset: DatasetVersion, *, actor: str
 ) -> GateReport:
-    """Hold a bundle against the gate; reading the gate split is audited.
+    """Compare a bundle with the floors and the rivals; reading the gate split is audited.
 
     Args:
-        store: with the ledger and the bundles.
-        settings: with the gate's margins.
-        challenger: the bundle that wants to answer.
-        dataset: whose gate split is read.
-        actor: who asks, for the audit.
+        store: with the challenger and its rivals.
+        settings: `gate` has the margins and floors.
+        challenger: the bundle to decide on.
+        dataset: its gate split is read.
+        actor: for the audit.
     Returns:
         The gate's report.
     """
@@ -57,12 +57,9 @@ def run_gate(
 
 
 def slices_of(images: Sequence[Image]) -> list[Slice]:
-    """Cut images by age, sex, body site, device and institution.
+    """Return slices by age, sex, body site, device and institution, each with at least one image.
 
-    Args:
-        images: [N].
-    Returns:
-        Slices with at least one image; images of which a field is not known are in no slice of it.
+    An image without a value for a field is in no slice of that field.
     """
     members: dict[str, BoolArray] = defaultdict(lambda: np.zeros(len(images), dtype=np.bool_))
     for row, image in enumerate(images):
@@ -82,7 +79,7 @@ def _slice_names(image: Image) -> Iterator[str]:
 
 
 def count_looks(store: Store) -> dict[str, int]:
-    """Return how often each guarded split was read so far, by split."""
+    """Return how often each guarded split has been read, by split."""
     with store.ledger.read() as tx:
         return {split.value: tx.count(AuditEvent, where={"action": f"{split.value}.read"}) for split in GUARDED_SPLITS}
 
@@ -102,11 +99,13 @@ def _contender(store: Store, bundle: Bundle, predictions: SplitPredictions) -> C
 
 
 def _rivals(store: Store, challenger_id: str) -> list[tuple[str, Bundle]]:
-    """Return the champion, and the best model that ever was champion if it is another one."""
+    """Return the champion, and the best champion ever if that is another model."""
     with store.ledger.read() as tx:
         current = serving_model(tx)
         best = _best_ever(tx)
     champion = current.id if current and current.status == ModelStatus.CHAMPION else None
+    # The best champion ever is a rival, too: a sequence of champions, each a little worse than the one before and
+    # within the margin, would otherwise drift downwards.
     rivals: dict[str, str] = {}
     for role, model_id in (("champion", champion), ("best ever", best)):
         if model_id is not None and model_id != challenger_id:
@@ -116,6 +115,7 @@ def _rivals(store: Store, challenger_id: str) -> list[tuple[str, Bundle]]:
 
 def _best_ever(tx: Transaction) -> str | None:
     """Return the champion with the best balanced accuracy at its gate, whoever promoted it."""
+    # Promotions by a person are in the audit only, and those of a round are in its gate step as well.
     figures = {
         event.subject: float(event.details["balanced_accuracy"])
         for event in tx.find(AuditEvent, where={"action": f"model.{ModelStatus.CHAMPION}"})

@@ -1,4 +1,4 @@
-"""The gate: floors, paired comparisons, and what it says when the data cannot decide."""
+"""The gate: floors, paired comparisons, and the verdict when the data cannot decide."""
 
 import numpy as np
 import pytest
@@ -15,11 +15,11 @@ SETTINGS = GateSettings(bootstrap_resamples=400, max_calibration_error=1.0)
 
 
 def predictions_of(labels: np.ndarray, hit: np.ndarray, confidence: float, model_id: str) -> SplitPredictions:
-    """Make answers that are right exactly where `hit` is true, with the given confidence."""
+    """Make predictions that are right exactly where `hit` is true, with the given confidence."""
     num_images, num_classes = len(labels), len(TAXONOMY.codes)
-    answer = np.where(hit, labels, (labels + 1) % num_classes)
+    predicted = np.where(hit, labels, (labels + 1) % num_classes)
     probabilities = np.full((num_images, num_classes), (1 - confidence) / (num_classes - 1))
-    probabilities[np.arange(num_images), answer] = confidence
+    probabilities[np.arange(num_images), predicted] = confidence
     names = [f"image{i:05d}" for i in range(num_images)]
     return SplitPredictions(
         model_id=model_id,
@@ -46,7 +46,7 @@ def contender(
     return Contender(model_id, predictions_of(labels, hit, 0.9, model_id), key_threshold=0.3)
 
 
-def judge(challenger: Contender, *rivals: tuple[str, Contender], similarity: float | None = 0.2) -> GateReport:
+def compare(challenger: Contender, *rivals: tuple[str, Contender], similarity: float | None = 0.2) -> GateReport:
     return decide(challenger, rivals, taxonomy=TAXONOMY, settings=SETTINGS, explanation_similarity=similarity)
 
 
@@ -56,8 +56,8 @@ def outcome_of(report: GateReport, name: str) -> str:
 
 def test_without_a_champion_the_floors_alone_decide() -> None:
     labels = labels_of(40)
-    assert judge(contender(labels, share_right=0.8, seed=1)).verdict is Verdict.PROMOTE
-    report = judge(contender(labels, share_right=0.8, seed=1, misses_mel=True))
+    assert compare(contender(labels, share_right=0.8, seed=1)).verdict is Verdict.PROMOTE
+    report = compare(contender(labels, share_right=0.8, seed=1, misses_mel=True))
     assert report.verdict is Verdict.REFUSE
     assert outcome_of(report, "mel sensitivity floor") == "fail"
     assert "floor" in report.why
@@ -65,7 +65,9 @@ def test_without_a_champion_the_floors_alone_decide() -> None:
 
 def test_a_clearly_better_challenger_is_promoted() -> None:
     labels = labels_of(60)
-    report = judge(contender(labels, share_right=0.9, seed=1), ("champion", contender(labels, share_right=0.6, seed=2)))
+    report = compare(
+        contender(labels, share_right=0.9, seed=1), ("champion", contender(labels, share_right=0.6, seed=2))
+    )
     assert report.verdict is Verdict.PROMOTE, report.why
     gain = next(c for c in report.checks if c.name.startswith("balanced accuracy"))
     assert gain.lower_bound is not None
@@ -75,7 +77,7 @@ def test_a_clearly_better_challenger_is_promoted() -> None:
 def test_a_better_average_that_misses_melanomas_is_refused() -> None:
     labels = labels_of(60)
     challenger = contender(labels, share_right=0.95, seed=1, misses_mel=True)
-    report = judge(challenger, ("champion", contender(labels, share_right=0.6, seed=2)))
+    report = compare(challenger, ("champion", contender(labels, share_right=0.6, seed=2)))
     assert report.verdict is Verdict.REFUSE
     assert outcome_of(report, "balanced accuracy against champion") == "pass"
     assert outcome_of(report, "key-class sensitivity against champion") == "fail"
@@ -85,8 +87,8 @@ def test_an_identical_model_is_never_promoted() -> None:
     labels = labels_of(40)
     champion = contender(labels, share_right=0.8, seed=1, name="a" * 64)
     copy = Contender("b" * 64, champion.predictions, champion.key_threshold)
-    assert judge(copy, ("champion", champion)).verdict is Verdict.REFUSE
-    assert judge(champion, ("champion", champion)).why == "it answers exactly as the champion does"
+    assert compare(copy, ("champion", champion)).verdict is Verdict.REFUSE
+    assert compare(champion, ("champion", champion)).why == "its predictions equal those of the champion"
 
 
 def test_a_small_gain_on_few_lesions_is_undecided_and_says_how_many_more_are_needed() -> None:
@@ -98,7 +100,7 @@ def test_a_small_gain_on_few_lesions_is_undecided_and_says_how_many_more_are_nee
     wrong, right = others[~hit[others]], others[hit[others]]
     better[wrong[:8]] = True
     better[right[:6]] = False
-    report = judge(
+    report = compare(
         Contender("a" * 64, predictions_of(labels, better, 0.9, "a" * 64), 0.3),
         ("champion", Contender("b" * 64, predictions_of(labels, hit, 0.9, "b" * 64), 0.3)),
     )
@@ -112,34 +114,34 @@ def test_a_small_gain_on_few_lesions_is_undecided_and_says_how_many_more_are_nee
 def test_no_key_lesions_leave_the_floor_undecided() -> None:
     labels = labels_of(20)
     labels = labels[labels != MEL]
-    assert judge(contender(labels, share_right=0.9, seed=1)).verdict is Verdict.UNDECIDED
+    assert compare(contender(labels, share_right=0.9, seed=1)).verdict is Verdict.UNDECIDED
 
 
 @pytest.mark.parametrize(
     ("similarity", "verdict"), [(0.95, Verdict.REFUSE), (None, Verdict.REFUSE), (0.1, Verdict.PROMOTE)]
 )
 def test_heat_maps_that_ignore_the_weights_are_refused(similarity: float | None, verdict: Verdict) -> None:
-    assert judge(contender(labels_of(40), share_right=0.8, seed=1), similarity=similarity).verdict is verdict
+    assert compare(contender(labels_of(40), share_right=0.8, seed=1), similarity=similarity).verdict is verdict
 
 
-def test_answers_that_are_not_finite_are_refused() -> None:
+def test_predictions_that_are_not_finite_are_refused() -> None:
     challenger = contender(labels_of(20), share_right=0.9, seed=1)
     challenger.predictions.probabilities[3] = np.nan
-    report = judge(challenger)
+    report = compare(challenger)
     assert report.verdict is Verdict.REFUSE
-    assert report.why == "1 of its 280 answers are not finite numbers"
+    assert report.why == "1 of its 280 predictions are not finite numbers"
 
 
-def test_contenders_must_have_answered_the_same_images() -> None:
+def test_contenders_must_have_predicted_the_same_images() -> None:
     few, many = contender(labels_of(10), share_right=0.9, seed=1), contender(labels_of(12), share_right=0.9, seed=2)
     with pytest.raises(ContractError, match="other images"):
-        judge(few, ("champion", many))
+        compare(few, ("champion", many))
 
 
 def test_equally_good_challengers_are_rarely_promoted() -> None:
     labels = labels_of(30)
     promoted = sum(
-        judge(
+        compare(
             contender(labels, share_right=0.7, seed=2 * i),
             ("champion", contender(labels, share_right=0.7, seed=2 * i + 1)),
         ).verdict
@@ -150,10 +152,10 @@ def test_equally_good_challengers_are_rarely_promoted() -> None:
 
 
 def test_the_bound_agrees_with_a_brute_force_bootstrap() -> None:
-    """Resample lesions within class by hand and compare the one-splitd 95 % bound of the difference."""
+    """Resample lesions within class by hand and compare the one-sided 95 % bound of the difference."""
     labels = labels_of(15)
     ours, theirs = contender(labels, share_right=0.8, seed=5), contender(labels, share_right=0.7, seed=6)
-    report = judge(ours, ("champion", theirs))
+    report = compare(ours, ("champion", theirs))
     check = next(c for c in report.checks if c.name.startswith("balanced accuracy"))
     correct = [c.predictions.probabilities.argmax(axis=1) == labels for c in (ours, theirs)]
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What the gate's evidence is worth: slices, bounds that hold together, and its errors over many rounds."""
+"""The gate's evidence: slices, simultaneous bounds, and its errors over many rounds."""
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ LABELS = np.repeat(np.arange(NUM_CLASSES), 40)
 
 def contender(hit: np.ndarray, name: str) -> Contender:
     """Make a model that is right exactly where `hit` is true; every image is a lesion of its own."""
-    answer = np.where(hit, LABELS, (LABELS + 1) % NUM_CLASSES)
+    predicted = np.where(hit, LABELS, (LABELS + 1) % NUM_CLASSES)
     probabilities = np.full((len(LABELS), NUM_CLASSES), 0.1 / (NUM_CLASSES - 1))
-    probabilities[np.arange(len(LABELS)), answer] = 0.9
-    # Two models with the same answers are still two models.
+    probabilities[np.arange(len(LABELS)), predicted] = 0.9
+    # Equal predictions would fail the check that the models differ.
     probabilities[:, 0] += 1e-6 * (sum(name.encode()) % 97)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     ids = [f"image{i:04d}" for i in range(len(LABELS))]
@@ -34,7 +34,7 @@ def contender(hit: np.ndarray, name: str) -> Contender:
     return Contender(name, predictions, key_threshold=0.3)
 
 
-def judge(challenger: Contender, *rivals: tuple[str, Contender], slices: tuple[Slice, ...] = ()) -> GateReport:
+def compare(challenger: Contender, *rivals: tuple[str, Contender], slices: tuple[Slice, ...] = ()) -> GateReport:
     return decide(
         challenger,
         rivals,
@@ -66,7 +66,7 @@ def test_a_model_that_is_worse_in_one_large_slice_is_refused() -> None:
     weaker[::4] = False
     weaker[LABELS == MEL] = True
     weaker[MEL * 40 + 36 : MEL * 40 + 40] = False  # as many misses, in other lesions
-    report = judge(
+    report = compare(
         contender(better, "new"),
         ("champion", contender(weaker, "old")),
         slices=(slice_of("site: a", 0, 30), slice_of("site: b", 30, 40)),
@@ -79,17 +79,17 @@ def test_a_model_that_is_worse_in_one_large_slice_is_refused() -> None:
     ]
     assert not any("site: b" in check.name for check in report.checks)
     page = report_page(report, TAXONOMY)
-    assert "must not answer" in page
+    assert "must not serve" in page
     assert "too few for a figure" in page
     assert "the gate split was read 3 times" in page
 
 
 def test_names_from_tables_are_escaped_on_the_page() -> None:
     part = slice_of("site: <script>", 0, 30)
-    assert "<script>" not in report_page(judge(contender(LABELS >= 0, "new"), slices=(part,)), TAXONOMY)
+    assert "<script>" not in report_page(compare(contender(LABELS >= 0, "new"), slices=(part,)), TAXONOMY)
 
 
-def test_bounds_of_several_slices_hold_together() -> None:
+def test_bounds_of_several_slices_hold_simultaneously() -> None:
     """Over many draws of the data the true differences are all above their bounds in about 95 %."""
     generator = np.random.default_rng(0)
     truth, lesions, held = np.array([0.0, -0.05, 0.1, 0.02]), 60, 0
@@ -101,7 +101,7 @@ def test_bounds_of_several_slices_hold_together() -> None:
     assert 0.90 <= held / 200 <= 0.985
 
 
-def test_what_does_not_vary_is_its_own_bound() -> None:
+def test_a_difference_that_does_not_vary_is_its_own_bound() -> None:
     same = np.full((50, 1), 0.25)
     assert simultaneous_lower_bounds(np.array([0.25]), same, 0.95).tolist() == [0.25]
 
@@ -115,7 +115,7 @@ def test_equal_challengers_do_not_drift_the_champion_below_the_best_ever() -> No
         for number in range(1, 11):
             challenger = contender(draw(0.75, generator), str(number))
             rivals = [("champion", champion)] + ([("best ever", best)] if best is not champion else [])
-            promoted = judge(challenger, *rivals).verdict is Verdict.PROMOTE
+            promoted = compare(challenger, *rivals).verdict is Verdict.PROMOTE
             swaps.append(promoted)
             if promoted:
                 champion = challenger
@@ -132,7 +132,7 @@ def quality(model: Contender) -> float:
 
 def test_the_report_states_its_power() -> None:
     generator = np.random.default_rng(1)
-    report = judge(contender(draw(0.8, generator), "1"), ("champion", contender(draw(0.7, generator), "0")))
+    report = compare(contender(draw(0.8, generator), "1"), ("champion", contender(draw(0.7, generator), "0")))
     check = next(c for c in report.checks if c.name.startswith("balanced accuracy"))
     assert check.passes_from is not None
     assert 0 < check.passes_from < 0.2
@@ -142,7 +142,7 @@ def test_the_report_states_its_power() -> None:
 @pytest.mark.parametrize(
     ("age", "name"), [(0, "age: 0 to 39"), (40, "age: 40 to 59"), (60, "age: 60 and over"), (130, "age: 60 and over")]
 )
-def test_images_are_cut_by_what_is_known_of_them(age: float, name: str) -> None:
+def test_images_are_sliced_by_their_known_fields(age: float, name: str) -> None:
     def image(number: int, **known: object) -> Image:
         return Image.model_validate(
             {

@@ -75,7 +75,7 @@ def test_promotions_by_hand(
     as_person("ben")
     assert promote_model(store, clinical, bundle.id, provisional=True)["by"] == "ben"
 
-    monkeypatch.setattr(promotion, "judge", refusing)
+    monkeypatch.setattr(promotion, "run_gate", refusing)
     with pytest.raises(RefusedError, match="the gate says refuse: it misses too many"):
         promote_model(store, Settings(), bundle.id)
     with pytest.raises(RefusedError, match="needs a key with the scope admin"):
