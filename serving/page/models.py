@@ -192,7 +192,7 @@ def _metrics(val: dict[str, Any], names: dict[str, str]) -> Iterator[tuple[str, 
         name = names.get(key["name"], key["name"])
         yield f"{name}: sensitivity at its review threshold", share(key.get("sensitivity"), key.get("sensitivity_ci"))
         yield f"{name}: specificity at its review threshold", share(key.get("specificity"))
-    yield "StoredPrediction without review", share(val.get("answered_share"))
+    yield "Answered without review", share(val.get("answered_share"))
 
 
 def _rollout(client: Client) -> str:

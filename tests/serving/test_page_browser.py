@@ -1,7 +1,7 @@
-"""The page in a headless Chromium, at desktop and phone width: every tab, from upload to an annotator's label.
+"""The page in a headless Chromium, at desktop and phone width: every tab, from upload to an annotation.
 
-Images of the page are kept where RELOOK_SCREENSHOTS names a folder; a small model is trained for them then, so that
-they show what a page looks like in use. All images on them are generated.
+RELOOK_SCREENSHOTS=FOLDER keeps screenshots there, and trains a small model first, so that they show the page with the
+metrics of a real model. All images on them are generated.
 """
 
 import os
@@ -57,7 +57,7 @@ VAL = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[tuple[Store, Bundle, Bundle]]:
-    """A store, the model that answers, and a candidate."""
+    """A store, the champion, and a candidate."""
     store = open_store(RecordsSettings(home=tmp_path_factory.mktemp("page") / "home"))
     bands = [{"low": tenth / 10, "high": (tenth + 1) / 10, **BAND} for tenth in range(10)]
     champion = tools.make_bundle(
@@ -98,7 +98,7 @@ def _trained(store: Store, folder: Path) -> Bundle:
 def _add_rounds(store: Store, bundle: Bundle) -> None:
     figures = [(0, 0.48, 0.09), (60, 0.55, 0.08), (140, 0.61, 0.08), (230, 0.64, 0.07)]
     with store.ledger.begin() as tx:
-        for number, (labels, quality, half) in enumerate(figures, 1):
+        for number, (labels, accuracy, half) in enumerate(figures, 1):
             now = utc_now()
             record = RoundRecord(
                 id=new_id(), number=number, started_at=now, finished_at=now, seed=0, settings_hash="s",
@@ -106,8 +106,8 @@ def _add_rounds(store: Store, bundle: Bundle) -> None:
             )  # fmt: skip
             test = {
                 "lesions": 90,
-                "balanced_accuracy": quality,
-                "balanced_accuracy_ci": [quality - half, quality + half],
+                "balanced_accuracy": accuracy,
+                "balanced_accuracy_ci": [accuracy - half, accuracy + half],
             }
             results = {
                 "version": {"images": 600 + labels, "labels_from_annotators": labels},
@@ -123,7 +123,7 @@ def _add_rounds(store: Store, bundle: Bundle) -> None:
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("width_px", WIDTHS)
-def test_from_upload_to_the_annotators_word_and_every_tab(
+def test_every_tab_from_upload_to_annotation(
     browser: "Browser", url: str, models: tuple[Store, Bundle, Bundle], make_image: Callable[..., bytes],
     tmp_path: Path,
     width_px: int,
@@ -131,25 +131,25 @@ def test_from_upload_to_the_annotators_word_and_every_tab(
     store, _, candidate = models
     folder = Path(WANTED) if WANTED else tmp_path
     file = tmp_path / "lesion.jpg"
-    file.write_bytes(_doubted(url, make_image)[list(WIDTHS).index(width_px)])
+    file.write_bytes(_review_images(url, make_image)[list(WIDTHS).index(width_px)])
     page = browser.new_context(viewport={"width": width_px, "height": 900}).new_page()
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
     page.set_default_timeout(TIMEOUT_MS)
     page.goto(url)
     page.wait_for_selector("#rl-model")
 
-    _upload_and_look(page, file)
+    _upload_and_predict(page, file)
     _image(page, folder / f"page{WIDTHS[width_px]}.png", width_px)
     _change_the_map(page)
-    _object_and_hear(page, store, width_px)
+    _flag_and_see_the_annotation(page, store, width_px)
     page.get_by_role("tab", name="History").click()
     page.wait_for_selector("#rl-history .rl-past")
-    assert "An annotator says" in page.inner_text("#rl-history .rl-past >> nth=0")
+    assert "Annotator: " in page.inner_text("#rl-history .rl-past >> nth=0")
     _image(page, folder / f"page_history{WIDTHS[width_px]}.png", width_px)
     _move_a_rollout(page, store, candidate)
     _image(page, folder / f"page_models{WIDTHS[width_px]}.png", width_px)
-    page.click("#rl-back")
+    page.click("#rl-rollout-back")
     page.wait_for_selector("#rl-rollout >> text=rolled back")
     with store.ledger.begin() as tx:
         tx.update(ModelRecord, candidate.id, status=ModelStatus.CANDIDATE)
@@ -158,32 +158,32 @@ def test_from_upload_to_the_annotators_word_and_every_tab(
     assert "round 4: 230 labels, 64 %" in (page.locator("#rl-rounds .rl-plot").get_attribute("alt") or "")
     _image(page, folder / f"page_rounds{WIDTHS[width_px]}.png", width_px)
 
-    assert not [address for address in asked if not address.startswith((url, "data:", "blob:"))]
+    assert not [address for address in requested if not address.startswith((url, "data:", "blob:"))]
     page.context.close()
 
 
-def _doubted(url: str, make_image: Callable[..., bytes]) -> list[bytes]:
-    """Return an image for each width that goes to an annotator; asking leaves nothing behind."""
+def _review_images(url: str, make_image: Callable[..., bytes]) -> list[bytes]:
+    """Return an image for each width whose prediction goes to review; with consent none, nothing is stored."""
     found: list[bytes] = []
     with Client(url) as client:
         for number in range(60, 120):
-            answer = client.predict(make_image(number), context=Context(consent=Consent.NONE))
-            found += [make_image(number)] if answer.decision is Decision.REVIEW and answer.label else []
+            prediction = client.predict(make_image(number), context=Context(consent=Consent.NONE))
+            found += [make_image(number)] if prediction.decision is Decision.REVIEW and prediction.label else []
             if len(found) == len(WIDTHS):
                 return found
-    raise AssertionError("the model doubts none of sixty images")
+    raise AssertionError("none of sixty images goes to review")
 
 
-def _upload_and_look(page: "Page", file: Path) -> None:
+def _upload_and_predict(page: "Page", file: Path) -> None:
     with page.expect_response(lambda response: response.url.endswith(file.name)):
         page.set_input_files("#rl-image input[type=file]", str(file))
-    page.click("#rl-ask")
+    page.click("#rl-predict")
     page.wait_for_selector("#rl-map .heat")
     assert "Most likely" in page.inner_text("#rl-decision")
-    assert "Why an annotator is asked" in page.inner_text("#rl-why")
-    assert re.search(r"Of \d+ lesions of the calibration data", page.inner_text("#rl-often"))
-    assert re.search(r"cannot be excluded|unlike what the model knows", page.inner_text("#rl-set"))
-    assert "With the annotators" in page.inner_text("#rl-fate")
+    assert "Reasons for review" in page.inner_text("#rl-reasons")
+    assert re.search(r"Of \d+ lesions in the calibration split", page.inner_text("#rl-accuracy"))
+    assert re.search(r"cannot be excluded|The set is empty", page.inner_text("#rl-set"))
+    assert "Queued for review" in page.inner_text("#rl-review")
 
 
 def _change_the_map(page: "Page") -> None:
@@ -196,14 +196,14 @@ def _change_the_map(page: "Page") -> None:
     page.wait_for_function(f"getComputedStyle(document.querySelector('#rl-map .heat')).opacity < {before} - 0.15")
     first = heat.get_attribute("src")
     page.get_by_label("Occlusion").check()
-    page.wait_for_selector("#rl-map >> text=Method Occlusion")
+    page.wait_for_selector("#rl-map >> text=Method: Occlusion")
     assert heat.get_attribute("src") != first
     assert float(heat.evaluate("image => getComputedStyle(image).opacity")) < before - 0.15
 
 
-def _object_and_hear(page: "Page", store: Store, width_px: int) -> None:
+def _flag_and_see_the_annotation(page: "Page", store: Store, width_px: int) -> None:
     comment = f"seen at {width_px}"
-    page.get_by_text("Something is wrong with this answer").click()
+    page.get_by_text("Flag this prediction").click()
     page.fill("#rl-comment textarea", comment)
     page.click("#rl-flag")
     page.wait_for_selector("#rl-flagged .rl-card")
@@ -212,25 +212,25 @@ def _object_and_hear(page: "Page", store: Store, width_px: int) -> None:
         (flag,) = tx.find(Flag, where={"comment": comment})
         item = tx.require(ReviewItem, flag.review_item_id)
         number = int(item.image_id[:6], 16)
-        label = Annotation(
-            id=new_id(), created_at=utc_now(), review_item_id=item.id, image_id=item.image_id, kind=AnnotationKind.CLASS,
-            label="mel", annotator="a", annotated_at=utc_now(), server="test", project_id=1, task_id=number,
-            annotation_id=number, revision="1",
+        annotation = Annotation(
+            id=new_id(), created_at=utc_now(), review_item_id=item.id, image_id=item.image_id,
+            kind=AnnotationKind.CLASS, label="mel", annotator="a", annotated_at=utc_now(), server="test",
+            project_id=1, task_id=number, annotation_id=number, revision="1",
         )  # fmt: skip
-        tx.add(label)
+        tx.add(annotation)
         tx.update(ReviewItem, item.id, state=ReviewState.ANSWERED, answered_at=utc_now())
-    # Nobody presses anything: the page looks by itself.
-    page.wait_for_selector("#rl-fate >> text=An annotator says Melanoma")
+    # No click: the page polls the review by itself.
+    page.wait_for_selector("#rl-review >> text=Annotator: Melanoma")
 
 
 def _move_a_rollout(page: "Page", store: Store, candidate: Bundle) -> None:
     page.get_by_role("tab", name="Models").click()
     page.wait_for_selector("#rl-models table")
     assert not page.is_visible("#rl-admin")
-    page.get_by_text("Sign in with a key").click()
+    page.get_by_text("Sign in with an API key").click()
     page.fill("#rl-key input", admin_token(store.home))
-    page.click("#rl-enter")
-    page.wait_for_selector("#rl-caller >> text=move models")
+    page.click("#rl-sign-in-button")
+    page.wait_for_selector("#rl-caller >> text=Scopes: admin")
     page.wait_for_selector("#rl-admin")
     _choose(page, "#rl-model-choice", "champion")
     page.wait_for_selector("#rl-details")
@@ -241,7 +241,7 @@ def _move_a_rollout(page: "Page", store: Store, candidate: Bundle) -> None:
     _choose(page, "#rl-model-choice", "champion")
     page.wait_for_selector("#rl-report iframe", state="detached")
     _choose(page, "#rl-model-choice", candidate.id[:12])
-    page.click("#rl-move")
+    page.click("#rl-rollout-start")
     page.wait_for_selector("#rl-rollout >> text=Rollout: shadow")
     _choose(page, "#rl-model-choice", "champion")
     page.wait_for_selector("#rl-details table")

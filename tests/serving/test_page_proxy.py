@@ -1,4 +1,4 @@
-"""What is for the page reaches it whole and comes back whole; nobody else reaches it."""
+"""The proxy forwards requests and responses of the page unchanged, and the page serves the ingress only."""
 
 import asyncio
 import socket
@@ -22,7 +22,7 @@ TOKEN = "only the ingress knows"
 
 
 def page(stopped: asyncio.Event | None = None) -> Starlette:
-    """An app that says what reached it, and one that never stops saying something."""
+    """An app with a route that echoes its request and one that streams without end."""
 
     async def echo(request: Request) -> Response:
         body = await request.body()
@@ -58,12 +58,12 @@ async def running(app: object) -> AsyncIterator[int]:
         await server.stop()
 
 
-def asking(port: int) -> httpx.AsyncClient:
+def client_of(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
 
 
 def through_the_proxy(use: Callable[[httpx.AsyncClient, int], Awaitable[T]], app: Starlette) -> T:
-    """Run something against a page behind the proxy and the guard; it is told the page's own port."""
+    """Run `use` with a client of the proxy and the page's own port."""
 
     async def run() -> T:
         async with running(RequireToken(app, TOKEN)) as behind:
@@ -72,13 +72,13 @@ def through_the_proxy(use: Callable[[httpx.AsyncClient, int], Awaitable[T]], app
                 return PageAddress(behind, TOKEN)
 
             guarded = Guard(PageProxy(find), 1_000_000, lambda status: None)
-            async with running(guarded) as port, asking(port) as client:
+            async with running(guarded) as port, client_of(port) as client:
                 return await use(client, behind)
 
     return asyncio.run(run())
 
 
-def test_requests_and_answers_are_passed_on_as_they_are() -> None:
+def test_requests_and_responses_are_forwarded_unchanged() -> None:
     async def both(client: httpx.AsyncClient, _: int) -> list[httpx.Response]:
         chunks = (b"x" * 1000 for _ in range(50))
         sent = httpx.Request("GET", client.base_url.join("/echo?a=1&b=%20"), headers={"accept": "text/html"})
@@ -94,7 +94,7 @@ def test_requests_and_answers_are_passed_on_as_they_are() -> None:
     assert posted.json()["bytes"] == 50_000
 
 
-def test_events_come_as_they_happen_and_end_with_whoever_reads_them() -> None:
+def test_events_are_streamed_and_end_with_the_client() -> None:
     stopped = asyncio.Event()
 
     async def read_some(client: httpx.AsyncClient, _: int) -> list[bytes]:
@@ -110,9 +110,9 @@ def test_events_come_as_they_happen_and_end_with_whoever_reads_them() -> None:
     assert through_the_proxy(read_some, page(stopped))[0].startswith(b"data: tick")
 
 
-def test_the_page_answers_nobody_but_the_ingress() -> None:
+def test_the_page_serves_the_ingress_only() -> None:
     async def around(_: httpx.AsyncClient, behind: int) -> list[int]:
-        async with asking(behind) as stranger:
+        async with client_of(behind) as stranger:
             guessed = await stranger.get("/echo", headers={TOKEN_HEADER: "a guess"})
             return [(await stranger.get("/echo")).status_code, guessed.status_code]
 
@@ -121,22 +121,22 @@ def test_the_page_answers_nobody_but_the_ingress() -> None:
 
 
 @pytest.mark.parametrize("target", ["@evil.example/", "http://evil.example/there", "evil", "/\xe9cho"])
-def test_no_path_makes_another_address_of_the_pages(target: str) -> None:
+def test_no_path_changes_the_host(target: str) -> None:
     async def ask(client: httpx.AsyncClient, _: int) -> tuple[bytes, int]:
         reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
         head = f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
         writer.write(head.encode("latin-1"))
-        answer = await reader.read()
+        response = await reader.read()
         writer.close()
-        return answer, (await client.get("/echo", headers={TOKEN_HEADER: "a guess"})).status_code
+        return response, (await client.get("/echo", headers={TOKEN_HEADER: "a guess"})).status_code
 
-    answer, with_a_guess = through_the_proxy(ask, page())
+    response, with_a_guess = through_the_proxy(ask, page())
     # An absolute address is read as its path, which the page does not have.
-    assert answer.split()[1] in (b"400", b"404")
+    assert response.split()[1] in (b"400", b"404")
     assert with_a_guess == 200
 
 
-def test_a_page_that_was_replaced_is_found_again_and_one_that_is_gone_is_a_problem() -> None:
+def test_a_replaced_page_is_found_again_and_a_missing_one_is_a_503() -> None:
     async def run() -> tuple[int, httpx.Response]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -149,7 +149,7 @@ def test_a_page_that_was_replaced_is_found_again_and_one_that_is_gone_is_a_probl
 
             proxy = PageProxy(find)
             guarded = Guard(proxy, 1_000_000, lambda status: None)
-            async with running(guarded) as port, asking(port) as client:
+            async with running(guarded) as port, client_of(port) as client:
                 found = (await client.get("/echo")).status_code
                 proxy.forget()
                 return found, await client.get("/echo")
