@@ -1,6 +1,6 @@
-"""Deleting for good, in the store and in this home's decoded pixels: what is due, and what a person wants gone.
+"""Permanent deletion in the store and in the pixel cache: by retention period, and on a person's request.
 
-The records know what may go; decoded pixels are the trainers'. This is where the two meet.
+`records` decides what may be deleted and does it; this module removes the decoded pixels along with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from records.types import Image
 
 
 def retain(store: Store, advance: Callable[[int, int], None]) -> Retention:
-    """Delete served images and answers that are due.
+    """Delete served images and predictions whose retention period has ended.
 
     Args:
-        store: with the settings.
-        advance: hears how far it is, (done, total).
+        store: its settings have the periods.
+        advance: is called with (done, total).
     Returns:
-        What was deleted.
+        Counts of what was deleted.
     Raises:
-        RefusedError: another run is under way.
+        RefusedError: another deletion is running.
         IntegrityError: the manifest of a dataset version is missing; nothing was deleted.
         UnavailableError: a blob cannot be removed; run it again.
     """
@@ -33,20 +33,21 @@ def retain(store: Store, advance: Callable[[int, int], None]) -> Retention:
 
 
 def images_to_erase(store: Store, image_ids: Sequence[str], patient_id: str | None) -> list[str]:
-    """Return the images that are meant, by id.
+    """Return the sorted ids of the images to erase.
 
     Args:
         store: with the images.
-        image_ids: whole ids.
-        patient_id: all images of this patient, too, named as imports and callers named them.
+        image_ids: full ids.
+        patient_id: adds all images of this patient; named as in imports and requests.
     Returns:
-        Their ids, those that are gone already included: erasing again finishes what a killed run left.
+        Ids, also of erased images: erasing them again finishes what a killed run left.
     Raises:
         UnknownIdError: there is no such image.
-        DataError: nothing was named, or no image of this patient is here.
+        DataError: no image is named, or none of this patient exists.
     """
     with store.ledger.read() as tx:
         found = {tx.require(Image, image_id).id for image_id in image_ids}
+        # The ledger holds no patient ids, only their keyed hash.
         if patient_id is not None:
             theirs = tx.find(Image, where={"patient_hash": patient_hash(store.home, patient_id)})
             if not theirs:
@@ -62,8 +63,8 @@ def erase(store: Store, image_ids: Sequence[str], advance: Callable[[int], None]
 
     Args:
         store: with the images.
-        image_ids: of `images_to_erase`.
-        advance: hears how many are done.
+        image_ids: from `images_to_erase`.
+        advance: is called with the number of erased images.
     Returns:
         What was removed, per image.
     Raises:
@@ -71,6 +72,7 @@ def erase(store: Store, image_ids: Sequence[str], advance: Callable[[int], None]
     """
     erased = []
     for image_id in image_ids:
+        # The ledger first: after a kill in between, erasing again finds the image and removes its pixels.
         erased.append(erase_image(store, image_id, actor="relook erase"))
         forget_pixels(store.home.cache, [image_id])
         advance(len(erased))
@@ -78,10 +80,10 @@ def erase(store: Store, image_ids: Sequence[str], advance: Callable[[int], None]
 
 
 def sentence(found: Retention, *, dry_run: bool) -> str:
-    """Return what went or would go, for people."""
+    """Describe what was deleted, or with `dry_run` would be."""
     if found.images_before is None and found.predictions_before is None:
         return "everything is kept; records.keep_images_days and records.keep_predictions_days say for how long"
-    lines, gone = [], "would go" if dry_run else "deleted"
+    lines, gone = [], "would be deleted" if dry_run else "deleted"
     if found.images_before is not None:
         lines.append(
             f"images last sent before {found.images_before:%Y-%m-%d %H:%M}: {found.images} with "
@@ -89,7 +91,7 @@ def sentence(found: Retention, *, dry_run: bool) -> str:
         )
     if found.predictions_before is not None:
         lines.append(
-            f"answers given before {found.predictions_before:%Y-%m-%d %H:%M}: {found.predictions} "
+            f"predictions made before {found.predictions_before:%Y-%m-%d %H:%M}: {found.predictions} "
             f"{gone}, {found.predictions_needed} needed and kept"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""From what annotators said to what a dataset version reads: the one place where labeling and trainers meet."""
+"""Labels from annotations: resolved by consensus for dataset versions, and from blind reads for monitoring."""
 
 from datetime import datetime
 
@@ -11,11 +11,11 @@ from records.types import Annotation, Image, ReasonCode, ResolvedLabel, ReviewIt
 def resolved_labels(
     store: Store, until: datetime | None = None, method: ConsensusMethod = "majority"
 ) -> list[ResolvedLabel]:
-    """Return what the readers of each image together say.
+    """Return the consensus of the annotations of each image.
 
     Args:
-        store: with the labels.
-        until: leave out what was read after this moment; default: everything that was ever pulled.
+        store: with the annotations.
+        until: leave out annotations pulled after this moment; default: none.
         method: setting `labeling.consensus`.
     Returns:
         One entry per image.
@@ -25,23 +25,17 @@ def resolved_labels(
         items = tx.find(ReviewItem)
     if until is not None:
         labels = [label for label in labels if label.created_at <= until]
-    # A reader who saw the model's answer leans on it, which an evaluation of the model must not.
+    # Evaluation uses random images only, read blind: an annotator who sees a prediction tends to agree with it.
     by_chance_alone = {item.id for item in items if item.blind and item.reasons == [ReasonCode.AUDIT_SAMPLE]}
     decided = {item.id for item in items if ReasonCode.ADJUDICATION in item.reasons}
     return resolve(labels, by_chance_alone, adjudications=decided, method=method)
 
 
 def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[ResolvedLabel]:
-    """Return what blind readers say of the images that were drawn at random.
+    """Return the consensus of blind readers on the images of the random audit sample, one entry per read image.
 
-    A drawn image counts whatever else was thought of it, or the sample would lack what is doubted and flagged;
-    what was answered to any other question about it does not.
-
-    Args:
-        store: with the labels.
-        method: setting `labeling.consensus`.
-    Returns:
-        One entry per image that a blind question about a drawn answer was answered for.
+    An image stays in the sample if it was also doubted or flagged, or the sample would lack the hard cases. Only the
+    annotations of the audit's own review item count, not those of other review items of the image.
     """
     with store.ledger.read() as tx:
         labels = tx.find(Annotation, where={"blind": True}, order_by=("created_at", "id"))
@@ -50,13 +44,7 @@ def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[Res
 
 
 def group_labelled_images(store: Store) -> int:
-    """Put images that annotators labelled and that are in no group yet into groups.
-
-    Args:
-        store: with the images.
-    Returns:
-        How many were grouped.
-    """
+    """Assign groups to annotated images that have none; return how many."""
     with store.ledger.read() as tx:
         labelled = {label.image_id for label in tx.find(Annotation, where={"deleted": False})}
         waiting = [image.id for image in tx.find(Image, where={"group_id": None}) if image.id in labelled]

@@ -1,14 +1,14 @@
-"""`relook monitor`: how good the answers are that were really given, from the random audit sample alone.
+"""`relook monitor`: quality of the served predictions, estimated from the random audit sample alone.
 
-In: predictions of the audit sample and what blind readers (or later findings) said of those images. Out:
-sensitivity and specificity of the key class (referred or not), and how far stated confidence is from
-being right, per model, institution and device. Each image counts by one over the probability with
-which it was drawn. Labels that came from doubt or flags are not looked at: they are no sample.
+In: served predictions of the audit sample, and blind reads or outcomes of their images. Out: sensitivity and
+specificity of the key class (referred or not), accuracy, and mean confidence minus accuracy, by model,
+institution and device. An image weighs one over the probability with which it was drawn. Labels of doubted or
+flagged images are left out: those images are no random sample.
 
-The intervals hold at all times together (a confidence sequence by betting): one may look every day and
-stop when one likes. For a share p of weighted events x in [0, 1], the wealth of a bet against p is
-prod(1 + b w (x - p)) with w the weight over the largest that is possible; p is given up when the mean wealth of
-a grid of bets reaches 1 / alpha (Ville's inequality; Waudby-Smith and Ramdas, 2023).
+The intervals are a confidence sequence by betting, so they stay valid however often they are read. For a share p of
+weighted events x in [0, 1], the wealth of a bet against p is prod(1 + b w (x - p)), with w the weight divided by the
+largest possible one; p is excluded when the mean wealth over a grid of bets reaches 1 / alpha (Ville's
+inequality; Waudby-Smith and Ramdas, 2023).
 """
 
 from collections import defaultdict
@@ -41,31 +41,31 @@ _BETS = np.linspace(0.05, 0.95, 10)
 
 
 class Share(BaseModel):
-    """A weighted share and its interval."""
+    """A weighted share and its interval, level 0.95."""
 
     model_config = ConfigDict(frozen=True)
 
     estimate: float | None = Field(description="empty without an image")
-    interval: tuple[float, float] = Field(description="holds at all times together, level 0.95")
+    interval: tuple[float, float] = Field(description="valid at all times simultaneously, level 0.95")
     images: int = Field(ge=0)
 
 
 class LiveQuality(BaseModel):
-    """What is known of the answers of a model, of an institution or of a device."""
+    """Estimated quality of the predictions of a model, an institution or a device."""
 
     model_config = ConfigDict(frozen=True)
 
     by: str = Field(description="model | site | device | all")
     name: str
-    sensitivity: Share = Field(description="of the key class: referred, by decision or label, among its cases")
-    specificity: Share = Field(description="of the key class: not referred among all other cases")
+    sensitivity: Share = Field(description="of the key class: share of its cases referred, by decision or label")
+    specificity: Share = Field(description="of the key class: share of all other cases not referred")
     accuracy: Share
-    confidence_gap: float | None = Field(description="mean stated confidence minus share right, weighted")
+    confidence_gap: float | None = Field(description="weighted mean confidence minus accuracy")
 
 
 @dataclass(frozen=True)
 class Audited:
-    """One answer of the audit sample whose truth is known."""
+    """A prediction of the audit sample whose true class is known."""
 
     prediction: Prediction
     image: Image
@@ -74,16 +74,17 @@ class Audited:
 
 
 def monitor(store: Store, audit_share: float) -> list[LiveQuality]:
-    """Estimate the quality of the answers that were given.
+    """Estimate the quality of the served predictions.
 
     Args:
         store: with predictions, audit sample and labels.
-        audit_share: the least chance of being drawn, setting `serving.audit_share`.
+        audit_share: setting `serving.audit_share`, the smallest probability of being drawn.
     Returns:
-        The whole, then each model, institution and device.
+        One entry for all predictions, then one per model, institution and device.
     """
     audited = _audited(store)
-    # An earlier, smaller setting may have drawn images at a smaller chance.
+    # The bound must not depend on the drawn sample, so it comes from the setting. Only images drawn under an earlier,
+    # smaller setting can weigh more.
     largest = max([1 / audit_share if audit_share else 1.0, *(row.weight for row in audited)])
     groups: dict[tuple[str, str], list[Audited]] = defaultdict(list)
     for row in audited:
@@ -104,7 +105,7 @@ def monitor(store: Store, audit_share: float) -> list[LiveQuality]:
 
 def report(found: Sequence[LiveQuality]) -> Table:
     """Return the figures as a table for people."""
-    table = Table("", "sensitivity", "specificity", "right", "confidence - right", "images")
+    table = Table("", "sensitivity", "specificity", "accuracy", "confidence - accuracy", "images")
     for row in found:
         name = row.by if row.by == "all" else f"{row.by} {row.name[:12]}"
         gap = "" if row.confidence_gap is None else f"{row.confidence_gap:+.3f}"
@@ -115,19 +116,19 @@ def report(found: Sequence[LiveQuality]) -> Table:
 
 def _cell(share: Share) -> str:
     if share.estimate is None:
-        return "nothing known"
+        return "no data"
     return f"{share.estimate:.3f} ({share.interval[0]:.3f} to {share.interval[1]:.3f})"
 
 
 def share_of(events: Sequence[bool] | BoolArray, weights: Sequence[float], largest: float) -> Share:
-    """Estimate a weighted share with an interval that holds at all times.
+    """Estimate a weighted share with an interval that is valid at all times.
 
     Args:
         events: [N] in the order in which they became known.
-        weights: [N] over 0, one over the probability of being drawn.
-        largest: the largest weight that an image could have had; it must not be chosen by looking at the data.
+        weights: [N] positive, one over the probability of being drawn.
+        largest: the largest weight that an image can have; it must not be derived from the data.
     Returns:
-        The share; without an event nothing is known and the interval is (0, 1).
+        The share; without an event the estimate is None and the interval (0, 1).
     Raises:
         ContractError: a weight is over `largest`.
     """
@@ -137,17 +138,21 @@ def share_of(events: Sequence[bool] | BoolArray, weights: Sequence[float], large
     if w.max() > largest * (1 + 1e-9):
         raise ContractError(f"a weight is {w.max():g}, and the largest possible one was said to be {largest:g}")
     scaled = w / largest
+    # A value of p is excluded for good once the wealth against it has crossed 1 / alpha at any time, hence the maximum.
     kept = _GRID[np.log(1 / (1 - LEVEL)) > _log_wealth(x, scaled).max(axis=0)]
     estimate = float((w * x).sum() / w.sum())
+    # The estimate always belongs to its interval, also where the grid is too coarse to contain it.
     ends = (float(min(kept.min(), estimate)), float(max(kept.max(), estimate))) if len(kept) else (estimate, estimate)
     return Share(estimate=estimate, interval=ends, images=len(x))
 
 
 def _log_wealth(x: FloatArray, weights: FloatArray) -> FloatArray:
-    """Return the log of the mean wealth after every event, [N, grid]; half bets that p is too low, half too high."""
-    gain = weights[:, None] * (x[:, None] - _GRID)  # in [-1, 1]
+    """Return the log of the mean wealth after every event, [N, grid]; half of the bets are on each side of p."""
+    # Weights are scaled to at most 1, so gains are in [-1, 1] and a bet below 1 cannot lose all its wealth.
+    gain = weights[:, None] * (x[:, None] - _GRID)
     paths = [np.log1p(bet * sign * gain).cumsum(axis=0) for bet in _BETS for sign in (1.0, -1.0)]
     stacked = np.stack(paths)
+    # log-mean-exp: the wealth itself overflows after some hundred events.
     top = stacked.max(axis=0)
     wealth: FloatArray = top + np.log(np.exp(stacked - top).mean(axis=0))
     return wealth
@@ -178,24 +183,24 @@ def _weights(rows: Iterable[Audited]) -> list[float]:
 
 
 def _referred(prediction: Prediction, key: str | None) -> bool:
-    """Return whether the key class would have been looked at; being drawn for the audit does not count as that."""
+    """Return whether the case was referred for the key class; being drawn for the audit is no referral."""
     reasons = set(prediction.reasons) - {ReasonCode.AUDIT_SAMPLE}
     return prediction.label == key or (prediction.decision is not Decision.ANSWERED and bool(reasons))
 
 
 def _truth(store: Store) -> dict[str, str]:
-    """Return what blind readers of the audit sample said; what was found otherwise than by a look stands above that."""
+    """Return the true class by image: from blind readers, or from an outcome with stronger evidence."""
     with store.ledger.read() as tx:
         outcomes = tx.find(Outcome, order_by=("created_at", "id"))
     said = {label.image_id: label.label for label in audit_labels(store) if label.label is not None}
     known = [o for o in outcomes if o.diagnosis in store.taxonomy.codes and LABEL_RANK[o.confirmation] < _A_READER]
-    # The strongest is entered last, and of equals the newest.
+    # Later entries overwrite earlier ones, so the strongest outcome comes last, and of equal ones the newest.
     ranked = sorted(known, key=lambda outcome: -LABEL_RANK[outcome.confirmation])
     return {**said, **{outcome.image_id: outcome.diagnosis for outcome in ranked}}
 
 
 def _audited(store: Store) -> list[Audited]:
-    """Return the served answers of the audit sample whose truth is known, in the order of the answers."""
+    """Return the served predictions of the audit sample whose true class is known, oldest first."""
     with store.ledger.read() as tx:
         items = [
             item

@@ -1,8 +1,8 @@
-"""Telling people that a round ended, waits for a person, or failed: one POST to a receiver that the operator names.
+"""Notifications that a round ended, waits for approval, or failed: one POST to `round.notify_url`.
 
-The body is JSON whose `text` is one sentence, which chat systems show as it is; the other fields are for programs. A
-receiver that does not answer changes nothing about the round. A process that is killed tells nothing: whoever goes
-on with its round does.
+The body is JSON; its `text` is a sentence that chat systems can show, the other fields are for programs. A
+receiver that fails does not affect the round. A killed process sends nothing; the process that resumes its
+round does.
 """
 
 import logging
@@ -17,21 +17,20 @@ from cluster.settings import RoundSettings
 from records.types import ModelStatus, RoundRecord
 
 TIMEOUT_S = 10.0
-Announce = Callable[[RoundRecord, dict[str, dict[str, Any]]], None]
+NotifyEnd = Callable[[RoundRecord, dict[str, dict[str, Any]]], None]
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def announced(settings: RoundSettings, number: int) -> Iterator[Announce]:
-    """Tell the receiver of `round.notify_url` how a round ends.
+def notifying(settings: RoundSettings, number: int) -> Iterator[NotifyEnd]:
+    """Notify `round.notify_url` of the end of a round, and of an error that leaves the block.
 
     Args:
-        settings: of the round; without a receiver nothing is sent.
+        settings: without `notify_url` nothing is sent.
         number: of the round.
     Yields:
-        To be called with the finished round and its steps' results. An error that leaves the block
-        is told, and goes on.
+        A function to call with the finished round and the results of its steps.
     """
 
     def ended(record: RoundRecord, results: dict[str, dict[str, Any]]) -> None:
@@ -40,7 +39,7 @@ def announced(settings: RoundSettings, number: int) -> Iterator[Announce]:
         model_id = record.model_id or ""
         text = f"Relook round {number} ended: {record.verdict}, {rollout.get('text', 'nothing changed')}"
         if waits:
-            text += f"; it waits for a person: relook promote {model_id[:12]}"
+            text += f"; it waits for approval: relook promote {model_id[:12]}"
         body = {"verdict": record.verdict, "why": record.why, "model_id": model_id, "dataset_id": record.dataset_id}
         _send(settings, {"event": "round.waits" if waits else "round.ended", "round": number, "text": text, **body})
 
@@ -56,9 +55,10 @@ def _send(settings: RoundSettings, body: dict[str, Any]) -> None:
     if settings.notify_url is None:
         return
     try:
-        # The address itself may be the receiver's secret, so it is in no message.
+        # The address is often the secret of the receiver, as with chat webhooks, so no message contains it.
         httpx.post(settings.notify_url.get_secret_value(), json=body, timeout=TIMEOUT_S).raise_for_status()
     except httpx.HTTPStatusError as error:
-        logger.warning("the receiver of round.notify_url answered %s to %s", error.response.status_code, body["event"])
+        status = error.response.status_code
+        logger.warning("the receiver of round.notify_url responded with %s to %s", status, body["event"])
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        logger.warning("the receiver of round.notify_url was not told of %s: %s", body["event"], type(error).__name__)
+        logger.warning("the receiver of round.notify_url did not get %s: %s", body["event"], type(error).__name__)

@@ -1,8 +1,8 @@
-"""Let a model answer by hand: through the gate, plainly as provisional, or against the gate with a reason.
+"""Promotion by a person: through the gate, as provisional without it, or against it with a reason.
 
-Who asks is the bearer of the key in RELOOK_KEY, else the user of this machine. Where `round.approval` is
-`person`, whoever started the round that made a model does not approve it. Every promotion is audited
-and leaves a change record.
+The actor is the bearer of the key in RELOOK_KEY, else the user of this machine. With `round.approval` set to
+`person`, the person who started a round may not promote its model. Every promotion is audited and writes a
+change record.
 """
 
 import getpass
@@ -35,17 +35,17 @@ def promote_model(
     forced_because: str | None = None,
     caller: Caller | None = None,
 ) -> dict[str, Any]:
-    """Let a model answer; a running service takes it up within seconds.
+    """Let a model serve; a running service loads it within seconds.
 
     Args:
         store: with ledger and bundles.
-        settings: with the gate's margins.
+        settings: `gate` has the margins, `round.approval` says who may promote.
         name: id prefix, bundle path or `candidate`.
-        provisional: serve it without asking the gate; API and page say `provisional`.
-        forced_because: promote it whatever the gate says, for this reason.
+        provisional: serve it without running the gate; API and page say `provisional`.
+        forced_because: promote it against the gate, for this reason.
         caller: the bearer of a key; forcing needs one with the scope `admin`.
     Returns:
-        `model_id`, `status`, `by` and, if the gate was asked, its report.
+        `model_id`, `status`, `by`, `forced`, and the report of the gate if it was run.
     Raises:
         RefusedError: the gate does not promote it, the reason is empty, or the same person started the round.
         AccessError: it is forced without the scope `admin`.
@@ -58,7 +58,7 @@ def promote_model(
         _require_right_to_force(forced_because, caller)
     if settings.round.approval == "person":
         _require_second_person(store, bundle, person)
-    report = None if provisional else _ask_gate(store, settings, bundle)
+    report = None if provisional else _run_gate(store, settings, bundle)
     if report is not None and report.verdict is not Verdict.PROMOTE and forced_because is None:
         raise RefusedError(f"the gate says {report.verdict}: {report.why}")
     status = ModelStatus.PROVISIONAL if provisional else ModelStatus.CHAMPION
@@ -67,6 +67,7 @@ def promote_model(
         details = {"verdict": report.verdict, "balanced_accuracy": report.balanced_accuracy}
     if forced_because is not None:
         details["forced_because"] = forced_because
+    # One transaction: the service must not see a promotion that the audit does not have.
     with store.ledger.begin() as tx:
         register(tx, bundle)
         serve_model(tx, bundle.id, status)
@@ -82,11 +83,11 @@ def promote_model(
 
 
 def caller_of(store: Store, token: str | None) -> Caller | None:
-    """Return the bearer of a key, None without one.
+    """Return the bearer of a key, None without a key.
 
     Args:
         store: with the keys.
-        token: what RELOOK_KEY holds.
+        token: value of RELOOK_KEY.
     Returns:
         The caller.
     Raises:
@@ -96,7 +97,7 @@ def caller_of(store: Store, token: str | None) -> Caller | None:
 
 
 def name_of(caller: Caller | None) -> str:
-    """Return who acts, for the audit: the key's id, else the user of this machine."""
+    """Return the actor for the audit: the key's id, else the user of this machine."""
     if caller is not None:
         return f"key {caller.id}"
     try:
@@ -105,17 +106,17 @@ def name_of(caller: Caller | None) -> str:
         return f"uid {os.getuid()}"  # a container may run as a user that has no name
 
 
-def _ask_gate(store: Store, settings: Settings, bundle: Bundle) -> GateReport:
+def _run_gate(store: Store, settings: Settings, bundle: Bundle) -> GateReport:
     with store.ledger.read() as tx:
         newest = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
     if not newest:
-        raise RefusedError("the gate needs a dataset version to judge on; import one, or use --provisional")
+        raise RefusedError("the gate needs a dataset version; import one, or use --provisional")
     return run_gate(store, settings, bundle, load_dataset(store, newest[0].id), actor="relook promote")
 
 
 def _require_right_to_force(reason: str, caller: Caller | None) -> None:
     if not reason.strip():
-        raise RefusedError("a forced promotion needs a reason that others will read; give --reason")
+        raise RefusedError("a forced promotion needs a reason for the audit; give --reason")
     if caller is None:
         raise RefusedError(f"a forced promotion needs a key with the scope admin; put it into {KEY_VARIABLE}")
     caller.require(Scope.ADMIN)

@@ -1,7 +1,9 @@
-"""The manifest of a round: everything that is needed to run it again and to tell whether it came out the same.
+"""Provenance files: the manifest of a round, and the change record of a promotion.
 
-It is written when a round begins (seed, settings, packages) and completed when it ends (data, winner,
-model, verdict, test figures). Both are written whole or not at all.
+A manifest has everything that is needed to run a round again and to compare the results. It is written when
+the round begins (seed, settings, packages) and completed when it ends (data, winner, model, verdict, test
+figures). A change record says what changed with a promotion: data, gate report, settings, packages; one JSON
+file per model in `runs/changes/`. Files are written atomically and may be written again.
 """
 
 import json
@@ -38,7 +40,7 @@ RECORDED_PACKAGES = (
 
 
 class RoundResult(BaseModel):
-    """How a round came out, as far as a replay can tell."""
+    """The results of a round that a replay compares."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -50,7 +52,7 @@ class RoundResult(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json of a round."""
+    """The content of a round's `manifest.json`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,19 +71,14 @@ def round_folder(home: Home, number: int) -> Path:
 
 
 def manifest_file(run_dir: Path) -> Path:
-    """Return where the manifest of a round's folder is."""
+    """Return the manifest file in a round's folder."""
     return run_dir / "manifest.json"
 
 
 def write_manifest(run_dir: Path, record: RoundRecord, settings: Settings) -> None:
-    """Write what a round begins with; a manifest that is there already stays.
-
-    Args:
-        run_dir: folder of the round; made if missing.
-        record: of the round.
-        settings: of the round; secrets are masked.
-    """
+    """Write what a round begins with, secrets masked; an existing manifest stays."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    # A resumed round keeps the packages and settings that it began with, not those of the process that resumes it.
     if manifest_file(run_dir).exists():
         return
     manifest = Manifest(
@@ -96,12 +93,7 @@ def write_manifest(run_dir: Path, record: RoundRecord, settings: Settings) -> No
 
 
 def complete_manifest(run_dir: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Add how the round came out.
-
-    Args:
-        run_dir: folder of the round, with its manifest.
-        results: of every step, by name.
-    """
+    """Add the results of the steps, given by name, to the manifest of a round."""
     result = RoundResult(
         dataset_id=results["version"]["dataset_id"],
         winner=results["tune"]["settings"],
@@ -113,17 +105,9 @@ def complete_manifest(run_dir: Path, results: dict[str, dict[str, Any]]) -> None
 
 
 def read_manifest(home: Home, number: int) -> tuple[Manifest, RoundResult]:
-    """Read the manifest of a finished round.
+    """Read the manifest of a finished round, and its result.
 
-    Args:
-        home: with the folder of the round.
-        number: of the round.
-    Returns:
-        The manifest and its result.
-    Raises:
-        UnknownIdError: there is no such round.
-        RefusedError: the round has not ended yet.
-        IntegrityError: the manifest cannot be read.
+    UnknownIdError if there is no such round, RefusedError if it has not ended, IntegrityError if the file is damaged.
     """
     run_dir = round_folder(home, number)
     if not manifest_file(run_dir).is_file():
@@ -135,7 +119,7 @@ def read_manifest(home: Home, number: int) -> tuple[Manifest, RoundResult]:
 
 
 def installed_packages() -> dict[str, str]:
-    """Return the versions of the packages that decide a result."""
+    """Return the versions of the packages that results depend on."""
     return {name: package_version(name) for name in RECORDED_PACKAGES}
 
 
@@ -148,21 +132,25 @@ def _read(run_dir: Path) -> Manifest:
 
 
 def _put(run_dir: Path, manifest: Manifest) -> None:
-    path = manifest_file(run_dir)
+    _write(manifest_file(run_dir), manifest.model_dump(mode="json"))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    # Renaming is atomic: a process killed while it writes leaves the old file, never half of a new one.
     temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     temporary.replace(path)
 
 
 def write_change_record(
     store: Store, model_id: str, gate: GateReport | None, actor: str, *, forced_because: str | None = None
 ) -> Path:
-    """Write the change record of a promotion.
+    """Write the change record of a promotion and return its file.
 
     Args:
         store: with model and data.
-        model_id: of the model that answers now.
-        gate: what the gate said, None if it was not asked.
+        model_id: the model that serves now.
+        gate: report of the gate; None if it was not run.
         actor: who promoted it.
         forced_because: the reason, if it was promoted against the gate.
     Returns:
@@ -186,14 +174,12 @@ def write_change_record(
     folder = store.home.runs / "changes"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{model_id}.json"
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    _write(path, record)
     return path
 
 
 def _data(store: Store, bundle: Bundle) -> dict[str, Any]:
-    """Say what the model was trained on; a bundle from elsewhere names data that are not here."""
+    """Describe the training data; an imported bundle names a dataset version that this store may not have."""
     dataset_id = bundle.document.dataset_id
     with store.ledger.read() as tx:
         if tx.get(DatasetRecord, dataset_id) is None:
@@ -221,7 +207,7 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list
 
 
 def _test_figures(store: Store, model_id: str) -> dict[str, Any] | None:
-    """Return the figures on the test split that the model's round reported, if a round made it."""
+    """Return the evaluation on the test split by the round that made the model; None if no round did."""
     with store.ledger.read() as tx:
         fits = [step for step in tx.find(RoundStep, where={"step": "fit"}) if step.result["model_id"] == model_id]
         if not fits:

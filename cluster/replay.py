@@ -1,8 +1,7 @@
-"""Run a finished round again from its manifest, and say whether it came out the same.
+"""Replay of a finished round: fit and evaluate its winner again, and compare the results with its manifest.
 
-In: the number of a round. Out: a `Replay`. The winner is fitted anew on the round's dataset version in
-a folder of its own and evaluated on the test split (which is audited); nothing is registered, rolled
-out or sent to annotators.
+In: the number of a round. Out: a `Replay`. The fit gets its own folder; reading the test split is audited.
+Nothing is registered, rolled out or sent to annotators.
 """
 
 from typing import Any
@@ -20,18 +19,18 @@ from trainers.fitting.fit import fit
 from trainers.settings import TrainersSettings
 
 TOLERANCE = {"fp32": 0.0, "bf16": 1e-3}
-"""By how much a figure may differ, by precision; on the same kind of processor and the same packages."""
+"""Allowed difference of a figure by precision, on the same kind of processor with the same packages."""
 
 _COMPARED = ("balanced_accuracy", "accuracy", "macro_auc", "ece")
 
 
 class Replay(BaseModel):
-    """What a replay found."""
+    """The result of a replay."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     round: int
-    same_model: bool = Field(description="the bundle is equal to the last bit")
+    same_model: bool = Field(description="the bundle is bit-identical")
     model_id: str
     precision: str
     differences: dict[str, float | None] = Field(
@@ -42,17 +41,17 @@ class Replay(BaseModel):
 
 
 def replay_round(store: Store, number: int) -> Replay:
-    """Fit and evaluate a round's winner again.
+    """Fit and evaluate the winner of a finished round again, and compare.
 
     Args:
         store: with the round's dataset version.
-        number: of a finished round.
+        number: of the round.
     Returns:
         The comparison.
     Raises:
         UnknownIdError: there is no such round, or its dataset version is gone.
         RefusedError: the round has not ended.
-        IntegrityError: manifest or dataset were altered.
+        IntegrityError: manifest or dataset version was altered.
     """
     manifest, recorded = read_manifest(store.home, number)
     settings = TrainersSettings.model_validate(recorded.winner)
@@ -79,7 +78,7 @@ def replay_round(store: Store, number: int) -> Replay:
 
 
 def _difference(replayed: Any, recorded: Any) -> float | None:
-    """Return the difference of two figures; undefined on both sides is no difference, on one side none can be told."""
+    """Return the difference of two figures: 0 if both are undefined, None if only one is."""
     if replayed is None and recorded is None:
         return 0.0
     if replayed is None or recorded is None:

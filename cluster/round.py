@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster import round_steps
 from cluster.gate import GateReport
-from cluster.notify import announced
+from cluster.notify import notifying
 from cluster.provenance import complete_manifest, manifest_file, round_folder, write_change_record, write_manifest
 from cluster.round_steps import RoundContext, StepResult
 from cluster.settings import Settings, settings_hash
@@ -98,11 +98,11 @@ def run_round(
         run_dir = round_folder(store.home, record.number)
         write_manifest(run_dir, record, settings)
         context = RoundContext(store, settings, record, run_dir, _recorded_results(store, record))
-        with announced(settings.round, record.number) as announce:
+        with notifying(settings.round, record.number) as notify_end:
             for name, step in STEPS:
                 _run_step(context, name, step, on_event)
             finished = _finished(context)
-        announce(finished, context.results)
+        notify_end(finished, context.results)
         return RoundOutcome(finished, context.results)
 
 

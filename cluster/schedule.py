@@ -1,8 +1,8 @@
-"""`relook round --watch`: start a round when enough new labels are in, or enough days have passed.
+"""When a round is due, what it would do, and the loop that starts it: `relook round --watch` and `--dry-run`.
 
-Any number of watchers may run on any number of machines. Each asks the ledger; whoever gets the lease
-asks once more before it begins, so exactly one of them runs the round. A round that another process
-left unfinished is gone on with.
+Any number of watchers may run on any number of machines. Each polls the ledger; the one that gets the lease
+checks again before it begins, so exactly one runs the round. An unfinished round of a process that ended is
+resumed. A plan changes nothing; its time is the median of earlier rounds.
 """
 
 import time
@@ -31,14 +31,7 @@ Tell = Callable[[str], None]
 
 
 def why_due(store: Store, settings: Settings) -> str | None:
-    """Say why a round should start now.
-
-    Args:
-        store: with the ledger.
-        settings: `round.watch_labels` and `round.watch_days`.
-    Returns:
-        One sentence, or None if none should.
-    """
+    """Return why a round should start now, by `round.watch_labels` and `round.watch_days`; None if none should."""
     with store.ledger.read() as tx:
         rounds = tx.find(RoundRecord, order_by=("-number",), limit=1)
         if not rounds:
@@ -53,14 +46,7 @@ def why_due(store: Store, settings: Settings) -> str | None:
 
 
 def new_labels(tx: Transaction, last: RoundRecord | None) -> int:
-    """Count the annotator labels that came after a round began.
-
-    Args:
-        tx: any transaction.
-        last: the round, None to count all.
-    Returns:
-        Labels; deleted ones do not count.
-    """
+    """Count the annotations, without deleted ones, that came after a round began; None counts all."""
     table = TABLES[Annotation]
     query = sa.select(sa.func.count()).select_from(table).where(table.c.deleted.is_(False))
     if last is not None:
@@ -71,20 +57,11 @@ def new_labels(tx: Transaction, last: RoundRecord | None) -> int:
 def look(
     store: Store, settings: Settings, *, started_by: str, on_event: Callable[[RoundEvent], None], tell: Tell
 ) -> RoundOutcome | None:
-    """Look once, and run a round if one is due or was left unfinished.
+    """Check once, and run a round if one is due or unfinished; None if this process ran none.
 
-    Args:
-        store: everything that is kept.
-        settings: of the round.
-        started_by: for the audit.
-        on_event: told of every step of a round.
-        tell: told why a round starts, or why one does not.
-    Returns:
-        The round that this process ran, None if it ran none.
-    Raises:
-        UserError: the round cannot run with this input.
+    `tell` gets the reason why a round starts or does not. Raises UserError if the round cannot run with this input.
     """
-    _read_answers(store, settings, tell)
+    _pull_annotations(store, settings, tell)
     with store.ledger.read() as tx:
         unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
     reason = f"round {unfinished[0].number} was left unfinished" if unfinished else why_due(store, settings)
@@ -101,6 +78,7 @@ def look(
             on_event=on_event,
         )
     except RefusedError as error:
+        # Another watcher has the lease or has just run the round: no error, it is polled again.
         tell(f"not here: {error}")
         return None
 
@@ -114,15 +92,15 @@ def watch(
     tell: Tell,
     go_on: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Look again and again.
+    """Poll until `go_on` returns false, and run the rounds that become due.
 
     Args:
-        store: everything that is kept.
-        settings: of the rounds; `round.watch_poll_s` is the time between two looks.
+        store: to work on.
+        settings: of the rounds; `round.watch_poll_s` is the time between two polls.
         started_by: for the audit.
-        on_event: told of every step of a round.
-        tell: told what happens between rounds.
-        go_on: asked before every look.
+        on_event: is called with every event of a round.
+        tell: is called with a sentence on what happens between rounds.
+        go_on: is called before every poll.
     Returns:
         How many rounds this process ran.
     Raises:
@@ -138,43 +116,36 @@ def watch(
     return ran
 
 
-def _read_answers(store: Store, settings: Settings, tell: Tell) -> None:
-    """Read new answers, so that labels count also where no `relook label sync --watch` runs."""
+def _pull_annotations(store: Store, settings: Settings, tell: Tell) -> None:
+    """Pull annotations, so that they are counted even if no `relook label sync --watch` runs."""
     try:
         client = connect(store.home, settings.labeling)
         if client is not None:
             pull(store, client, settings.labeling)
     except (UnavailableError, RefusedError) as error:
-        tell(f"counting the labels that are known: {error}")
+        tell(f"Label Studio was not read, counting known labels: {error}")
 
 
 class RoundPlan(BaseModel):
-    """What a round would do."""
+    """What a round would do and how long it would take."""
 
     model_config = ConfigDict(frozen=True)
 
     round: int
-    resumes: bool = Field(description="true if a round was left unfinished and would be gone on with")
+    resumes: bool = Field(description="true if an unfinished round would be resumed")
     due: str | None = Field(description="why `--watch` would start it now; empty if it would not")
-    new_labels: int = Field(ge=0, description="annotator labels since the last round began")
-    trials: int = Field(ge=0, description="of the search; 0 if the last winner would be fitted")
+    new_labels: int = Field(ge=0, description="annotations since the last round began")
+    trials: int = Field(ge=0, description="trials of the search; 0 if the last winner would be fitted")
     epochs: int = Field(ge=1, description="of the fit")
     images: int = Field(ge=0, description="in the newest dataset version")
     champion: str | None
-    waiting_questions: int = Field(ge=0, description="that the push would send, without those it selects")
+    waiting_items: int = Field(ge=0, description="review items that the push would send, without newly selected ones")
     steps: list[str] = Field(description="a sentence per step")
-    expected_s: float | None = Field(description="median of earlier rounds, seconds")
+    expected_s: float | None = Field(description="median of earlier rounds, seconds; null without any")
 
 
 def plan_round(store: Store, settings: Settings) -> RoundPlan:
-    """Say what a round would do now.
-
-    Args:
-        store: everything that is kept.
-        settings: of the round.
-    Returns:
-        The plan.
-    """
+    """Return what a round would do now; nothing is changed."""
     with store.ledger.read() as tx:
         rounds = tx.find(RoundRecord, order_by=("-number",))
         unfinished = next((record for record in rounds if record.finished_at is None), None)
@@ -187,16 +158,16 @@ def plan_round(store: Store, settings: Settings) -> RoundPlan:
         durations = _durations(tx)
         done = [s.step for s in tx.find(RoundStep, where={"round_id": unfinished.id})] if unfinished else []
     searches, why = tune_now(store, settings, number)
-    trials = settings.tuning.trials if searches else 0
+    trials, trainers = settings.tuning.trials if searches else 0, settings.trainers
     steps = [
-        *([f"goes on after {done[-1]}"] if done else []),
+        *([f"resumes after {done[-1]}"] if done else []),
         f"collect and version: {labels} new labels over {newest[0].num_images if newest else 0} images",
         f"tune: {trials} trials ({why})" if searches else f"tune: none ({why})",
-        f"fit: {settings.trainers.model.name}, {settings.trainers.epochs} epochs on {settings.trainers.workers.count} workers",
-        "evaluate and gate: one audited look at each of the two splits",
+        f"fit: {trainers.model.name}, {trainers.epochs} epochs on {trainers.workers.count} workers",
+        "evaluate and gate: read the test and the gate split, audited",
         f"rollout: {'a person approves' if settings.round.approval == 'person' else 'automatic if the gate promotes'}",
         f"select: up to {settings.round.select_budget} images",
-        f"push: {waiting} questions wait"
+        f"push: {waiting} review items wait"
         + ("" if _has_label_studio(store, settings) else ", no Label Studio is set up"),
     ]
     return RoundPlan(
@@ -205,17 +176,18 @@ def plan_round(store: Store, settings: Settings) -> RoundPlan:
         due=why_due(store, settings),
         new_labels=labels,
         trials=trials,
-        epochs=settings.trainers.epochs,
+        epochs=trainers.epochs,
         images=newest[0].num_images if newest else 0,
         champion=champion.id if champion else None,
-        waiting_questions=waiting,
+        waiting_items=waiting,
         steps=steps,
         expected_s=median(durations) if durations else None,
     )
 
 
 def _durations(tx: Transaction) -> list[float]:
-    """Return how long earlier rounds worked, without the time that an interrupted one lay still, seconds."""
+    """Return how long the steps of each finished round took, seconds."""
+    # Summed over steps: the time in which an interrupted round waited for its resumption does not count.
     finished = {record.id for record in tx.find(RoundRecord) if record.finished_at is not None}
     seconds = dict.fromkeys(finished, 0.0)
     for step in tx.find(RoundStep):

@@ -1,4 +1,10 @@
-"""Choose the unlabelled images that annotators should see next, and write them to the outbox with their heat maps."""
+"""What annotators should see next: unlabelled images that an acquisition rule selects, and labels that look wrong.
+
+In: a store, a bundle and a budget. Out: review items in the ledger, which a push turns into tasks. The pool of
+unlabelled images is the store, or a folder that is imported first. Wrong labels are found by a linear head on
+the model's features, cross-validated with whole groups per fold; a new annotation follows the ranks of
+labels, so it never replaces a histopathology result.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +25,7 @@ from records.datasets import load_dataset
 from records.erasure import make_way
 from records.errors import DataError
 from records.ids import new_id, utc_now
+from records.images import IMAGE_SUFFIXES
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store, read_image
@@ -32,24 +39,23 @@ BATCH_SIZE = 64
 MAX_CANDIDATES = 4096
 MAX_KNOWN = 2048
 DROPOUT_PASSES = 10
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
 def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:
-    """Store the images of a folder that the ledger does not know yet; like an import, with consent for training.
+    """Import the images of a folder that the ledger does not know yet, with consent for training.
 
     Args:
-        store: to store them in.
-        folder: looked through with its subfolders.
-        side_px: at which they are decoded into the cache.
+        store: to import into.
+        folder: is searched with its subfolders.
+        side_px: side length of the decoded images in the cache.
     Returns:
-        Ids of the images in the folder that can be used, and one sentence for each that cannot.
+        Ids of the usable images in the folder, and one sentence for each unusable one.
     Raises:
-        DataError: there is no such folder, or not one image in it can be used.
+        DataError: there is no such folder, or it has no usable image.
     """
     if not folder.is_dir():
         raise DataError(f"--pool {str(folder)!r} is not a folder; name one with images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     with store.ledger.read() as tx:
         known = {image.id: image for image in tx.find(Image)}
     hashes = {i.id: i.perceptual_hash for i in known.values() if i.perceptual_hash is not None}
@@ -74,8 +80,9 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
         )
     if not usable:
         why = f"; first: {refused[0]}" if refused else "; put JPEG, PNG or WebP files into it"
-        raise DataError(f"not one image of {str(folder)!r} can be used{why}")
+        raise DataError(f"no image of {str(folder)!r} can be used{why}")
     fresh = [i for image_id, i in usable.items() if image_id not in known or known[image_id].expired_at is not None]
+    # An image that retention has deleted may come again: its empty row has to go first, the id is the same.
     with store.ledger.begin() as tx:
         make_way(tx, [image.id for image in fresh])
         tx.add(*fresh)
@@ -85,13 +92,9 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
 
 
 def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
-    """Return images that may be shown, have no diagnosis and are not already a question, at most 4096.
+    """Return images with consent that have neither a label nor a review item, by id.
 
-    Args:
-        store: with the images.
-        among: only these, of which there may be more.
-    Returns:
-        By id.
+    At most 4096 from the store, since each has to pass the network; all of `among` if it is given.
     """
     images, known = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, Annotation, ReviewItem)]
     query = sa.select(images).where(
@@ -109,14 +112,14 @@ def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
 
 
 def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[str], *, seed: int = 0) -> Pool:
-    """Compute what rules need of images.
+    """Compute what the named acquisition rules need: probabilities always, features and dropout samples on demand.
 
     Args:
         store: with the images.
-        model: whose doubt counts.
+        model: computes them.
         images: to choose from.
-        rules: names of the rules that will be asked.
-        seed: of passes with dropout.
+        rules: names in the registry.
+        seed: of the dropout passes.
     Returns:
         One row per image, in their order.
     """
@@ -145,7 +148,7 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
 
 
 def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Float32Array:
-    """Describe the images that have a label already, at most 2048 of them by id."""
+    """Return features of labelled images, at most 2048 by id, for rules that avoid what is already covered."""
     images, labels = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, Annotation)]
     labelled = sa.or_(*(sa.exists().where(column == images.c.id) for column in labels))
     query = sa.select(images.c.id).where(labelled, images.c.erased_at.is_(None)).order_by(images.c.id).limit(MAX_KNOWN)
@@ -171,22 +174,22 @@ def select_images(
     seed: int = 0,
     within: Callable[[Transaction, int], None] = lambda tx, selected: None,
 ) -> int:
-    """Write review items for the unlabelled images that a rule wants asked.
+    """Write review items for the unlabelled images that an acquisition rule selects.
 
-    At most one image of a lesion is chosen. Answers that are not finite come first. However they are
-    chosen, the answers train and never evaluate: what earlier selections left is no random sample.
+    At most one image per lesion is selected, and predictions that are not finite come first. The annotations are
+    used for training and never for evaluation: selected images are no random sample.
 
     Args:
         store: with the images.
-        bundle: the model whose doubt counts.
+        bundle: the model whose uncertainty is used.
         budget: how many images at most.
-        rule: its name, unless there is a mix.
-        among: image ids to choose from; default: all that the store has.
-        mix: how many by rule, instead of one rule and one budget.
-        seed: of rules with chance in them.
-        within: called with the transaction that writes the items and their number, if any are written.
+        rule: name of the rule, unless there is a mix.
+        among: image ids to select from; default: those in the store.
+        mix: number of images by rule, instead of `rule`.
+        seed: of rules that draw at random.
+        within: is called with the transaction that writes the items, and their number, if any are written.
     Returns:
-        How many were chosen.
+        How many were selected.
     Raises:
         ConfigError: there is no such rule.
     """
@@ -208,6 +211,7 @@ def select_images(
         items.extend(
             _item(store, images[chosen[at + i]], output, i, 1.0 - (at + i) / len(chosen)) for i in range(len(part))
         )
+    # Blobs of overlays are stored before the items that name them; a kill in between leaves unused blobs only.
     with store.ledger.begin() as tx:
         tx.add(*items)
         within(tx, len(items))
@@ -239,11 +243,11 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
 
     Args:
         store: with the images.
-        bundle: whose features describe them.
-        dataset_id: the version whose train split is looked through; no held-out split is touched.
-        budget: how many at most, one per group.
+        bundle: computes their features.
+        dataset_id: its train split is searched, and no other split.
+        budget: how many items at most, one per group.
     Returns:
-        How many labels are suspicious, and how many questions were written; nothing is asked twice.
+        How many labels are suspicious, and how many review items were written; no image gets two.
     """
     rows = load_dataset(store, dataset_id).rows
     rows = rows[rows["split"] == Split.TRAIN.value].reset_index(drop=True)
@@ -260,6 +264,7 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
     out_of_fold = out_of_fold_probabilities(features[finite], labels[finite], groups[finite], len(store.taxonomy.codes))
     suspicious = [int(finite[row]) for row in suspicious_rows(labels[finite], out_of_fold)]
     asked = _already_asked(store, ids)
+    # Rows come most suspicious first, so `setdefault` keeps the most suspicious one of each group.
     chosen: dict[str, int] = {}
     for row in suspicious:
         if len(chosen) < budget and ids[row] not in asked:
@@ -282,12 +287,12 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
 def out_of_fold_probabilities(
     features: Float32Array, labels: NDArray[np.intp], groups: NDArray[np.object_], num_classes: int
 ) -> FloatArray:
-    """Return for every row what a linear head says that did not see its group.
+    """Return for every row the probabilities of a linear head that was fitted without its group.
 
     Args:
         features: [N, D], finite.
         labels: [N] class indices.
-        groups: [N]; rows of one group are in one fold.
+        groups: [N]; rows of one group are in one fold, so no row is predicted from its own lesion.
         num_classes: C.
     Returns:
         [N, C], rows sum to 1; 0 for classes that a fold's training rows do not have.

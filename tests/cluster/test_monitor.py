@@ -1,4 +1,4 @@
-"""Live quality: weights undo the audit sample's strata, and the interval may be looked at any time."""
+"""Estimated quality: weights undo the audit sample's strata, and the interval is valid at any time."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,8 +33,8 @@ def test_hand_numbers() -> None:
         share_of([True], [3.0], 2.0)
 
 
-def test_the_interval_holds_at_all_times_together() -> None:
-    """A share of 0.8 drawn in two strata: in at least 95 % of the runs no look, at any time, gives it up."""
+def test_the_interval_is_valid_at_all_times() -> None:
+    """A share of 0.8 drawn in two strata: in at least 95 % of the runs it is excluded at no time."""
     truth = int(np.argmin(np.abs(_GRID - 0.8)))
     kept = 0
     for run in range(60):
@@ -55,8 +55,8 @@ def test_more_images_make_it_narrower() -> None:
 
 
 @pytest.fixture
-def answer(store: Store) -> Callable[..., None]:
-    """Enter an answer that was drawn for the audit, and what turned out to be true."""
+def audited(store: Store) -> Callable[..., None]:
+    """Add a prediction that was drawn for the audit, and its outcome."""
 
     def add(
         label: str, truth: str | None, *, chance: float = 0.1, reasons: tuple[ReasonCode, ...] = (), drawn: bool = True
@@ -121,13 +121,13 @@ def answer(store: Store) -> Callable[..., None]:
     return add
 
 
-def test_only_the_audit_sample_counts_and_being_drawn_is_no_finding(store: Store, answer: Callable[..., None]) -> None:
+def test_only_the_audit_sample_counts_and_being_drawn_is_no_referral(store: Store, audited: Callable[..., None]) -> None:
     assert monitor.monitor(store, 0.05) == []
-    answer("nv", "mel")  # missed, at a chance of 0.1: stands for ten
-    answer("nv", "mel", reasons=(ReasonCode.REFER,), chance=0.5)  # referred: stands for two
-    answer("nv", "nv")
-    answer("nv", "mel", drawn=False)  # came by a flag
-    answer("nv", None)  # nobody has said yet
+    audited("nv", "mel")  # missed, at a chance of 0.1: stands for ten
+    audited("nv", "mel", reasons=(ReasonCode.REFER,), chance=0.5)  # referred: stands for two
+    audited("nv", "nv")
+    audited("nv", "mel", drawn=False)  # flagged, not drawn
+    audited("nv", None)  # no outcome yet
     whole, by_model, by_site = monitor.monitor(store, 0.05)
     assert [q.by for q in (whole, by_model, by_site)] == ["all", "model", "site"]
     assert whole.sensitivity.estimate == pytest.approx(2 / 12)

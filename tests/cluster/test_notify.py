@@ -1,4 +1,4 @@
-"""A receiver is told how a round ended, and a receiver that fails changes nothing."""
+"""A receiver is notified of the end of a round; a receiver that fails changes nothing."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.gate import Verdict
-from cluster.notify import announced
+from cluster.notify import notifying
 from cluster.settings import RoundSettings, Settings, settings_hash
 from records.errors import UnavailableError
 from records.ids import new_id, utc_now
@@ -18,10 +18,10 @@ from records.types import ModelStatus, RoundRecord
 
 
 class Receiver(HTTPServer):
-    """Keeps what it is sent and answers with one status."""
+    """Keeps the bodies it gets and responds with one status."""
 
     def __init__(self, status: int = 200) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.status = status
         self.bodies: list[dict[str, Any]] = []
 
@@ -30,7 +30,7 @@ class Receiver(HTTPServer):
         return RoundSettings.model_validate({"notify_url": f"http://127.0.0.1:{self.server_port}/hook/s3cret"})
 
 
-class Answer(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Receiver
 
     def do_POST(self) -> None:
@@ -39,7 +39,7 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture(params=[200])
@@ -67,17 +67,17 @@ def ended(verdict: Verdict) -> RoundRecord:
         (Verdict.REFUSE, ModelStatus.REFUSED, "round.ended"),
     ],
 )
-def test_the_end_is_told_with_what_to_do(receiver: Receiver, verdict: Verdict, status: str, event: str) -> None:
-    with announced(receiver.settings, 3) as announce:
-        announce(ended(verdict), {"rollout": {"status": status, "text": f"model abab is {status}"}})
+def test_the_end_is_notified_with_what_to_do(receiver: Receiver, verdict: Verdict, status: str, event: str) -> None:
+    with notifying(receiver.settings, 3) as notify_end:
+        notify_end(ended(verdict), {"rollout": {"status": status, "text": f"model abab is {status}"}})
     (body,) = receiver.bodies
     assert (body["event"], body["round"], body["verdict"], body["why"]) == (event, 3, verdict, "because")
     assert str(status) in body["text"]
     assert ("relook promote abababababab" in body["text"]) == (event == "round.waits")
 
 
-def test_a_failed_round_is_told_and_still_fails(receiver: Receiver) -> None:
-    with pytest.raises(UnavailableError, match="the disk is full"), announced(receiver.settings, 3):
+def test_a_failed_round_is_notified_and_still_fails(receiver: Receiver) -> None:
+    with pytest.raises(UnavailableError, match="the disk is full"), notifying(receiver.settings, 3):
         raise UnavailableError("the disk is full")
     (body,) = receiver.bodies
     assert (body["event"], body["error"]) == ("round.failed", "UnavailableError")
@@ -89,27 +89,27 @@ def test_a_receiver_that_fails_is_a_warning_without_its_address(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = receiver.settings
-    with announced(settings, 3) as announce:
-        announce(ended(Verdict.REFUSE), {})
+    with notifying(settings, 3) as notify_end:
+        notify_end(ended(Verdict.REFUSE), {})
     receiver.server_close()
-    with announced(settings, 3) as announce:
-        announce(ended(Verdict.REFUSE), {})
-    answered, unreachable = (record.getMessage() for record in caplog.records if record.name == "cluster.notify")
-    assert "answered 500" in answered
-    assert "was not told" in unreachable
+    with notifying(settings, 3) as notify_end:
+        notify_end(ended(Verdict.REFUSE), {})
+    responded, unreachable = (record.getMessage() for record in caplog.records if record.name == "cluster.notify")
+    assert "responded with 500" in responded
+    assert "did not get" in unreachable
     assert "s3cret" not in caplog.text + repr(settings)
 
 
-def test_nobody_is_told_without_a_receiver() -> None:
-    with announced(RoundSettings(), 3) as announce:
-        announce(ended(Verdict.REFUSE), {})
+def test_nothing_is_sent_without_a_receiver() -> None:
+    with notifying(RoundSettings(), 3) as notify_end:
+        notify_end(ended(Verdict.REFUSE), {})
 
 
-def test_another_receiver_is_no_other_round() -> None:
-    told = Settings(round=RoundSettings.model_validate({"notify_url": "https://example.org/hook"}))
-    assert settings_hash(told) == settings_hash(Settings())
+def test_the_receiver_does_not_change_the_settings_hash() -> None:
+    notified = Settings(round=RoundSettings.model_validate({"notify_url": "https://example.org/hook"}))
+    assert settings_hash(notified) == settings_hash(Settings())
 
 
-def test_what_is_no_address_is_refused() -> None:
+def test_an_invalid_address_is_refused() -> None:
     with pytest.raises(ValidationError, match="begin it with https://"):
         RoundSettings.model_validate({"notify_url": "ftp://example.org"})
