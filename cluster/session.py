@@ -28,6 +28,7 @@ from cluster.settings import ClusterSettings, Settings
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import Home, open_home
 from records.keys import key_file
+from records.settings import environment
 
 # Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); a socket's path ends at 107.
 MAX_TEMP_DIR_CHARS = 40
@@ -88,13 +89,13 @@ def start_ray(settings: Settings) -> Iterator[RaySession]:
         raise ContractError("Ray is already initialised in this process; open one session around the whole command")
     environ = {"RAY_AUTH_MODE": "token", **_QUIET}
     if settings.cluster.ray_address:
-        with _environment(environ), _orderly_sigterm():
+        with environment(environ), _orderly_sigterm():
             yield from _joined(settings, environ)
     else:
         home = open_home(settings.records.home)
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             environ["RAY_AUTH_TOKEN_PATH"] = str(ray_token_file(home))
-        with _environment({**_LOCAL, **environ}), _orderly_sigterm():
+        with environment({**_LOCAL, **environ}), _orderly_sigterm():
             yield from _local(settings, home)
 
 
@@ -265,21 +266,6 @@ def _sweep(base: Path) -> None:
         with contextlib.suppress(OSError, ValueError):
             if not psutil.pid_exists(int(owner.read_text())):
                 shutil.rmtree(owner.parent)
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for this process and those it starts, and take them back at the end."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from records.errors import DataError
+from records.images import IMAGE_SUFFIXES
 from records.types import Confirmation, Split
 
 COLUMNS: dict[str, str] = {
@@ -34,7 +35,6 @@ COLUMNS: dict[str, str] = {
 
 REQUIRED = ("image", "dx")
 TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
 _EMPTY = frozenset({"", "unknown", "nan", "na", "n/a", "none", "null"})

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from images.cache import PixelCache, PixelRows
 from images.decode import decode_square
 from records.arrays import IntArray, UInt8Array
-from records.errors import ContractError, RelookError, rebuilt
+from records.errors import ContractError, RelookError, error_class
 from records.settings import RecordsSettings
 from records.store import Store, find_images, open_store, read_image
 
@@ -118,7 +118,7 @@ def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> It
         )
     for batch in images.iter_batches(batch_size=None, batch_format="numpy"):
         if batch["failure"][0]:
-            raise rebuilt((str(batch["failure"][0]), str(batch["message"][0])))
+            raise error_class(str(batch["failure"][0]))(str(batch["message"][0]))
         yield np.asarray(batch["pixels"], dtype=np.uint8)
 
 

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from records.errors import ContractError, IntegrityError, UnknownIdError
 from records.ids import new_id, sha256_hex
+from records.settings import first_problem
 from records.store import Store
 from records.taxonomy import Taxonomy
 
@@ -243,9 +244,8 @@ def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
         for name in (WEIGHTS, GOLDEN, *_optional(path)):
             load_file(path / name)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or DOCUMENT
-        raise IntegrityError(f"bundle {actual[:12]} cannot be read: {field}: {first['msg']}") from error
+        field, reason = first_problem(error)
+        raise IntegrityError(f"bundle {actual[:12]} cannot be read: {field or DOCUMENT}: {reason}") from error
     except (SafetensorError, UnicodeDecodeError) as error:
         raise IntegrityError(f"bundle {actual[:12]} cannot be read: {str(error).splitlines()[0]}") from error
     if document.taxonomy.hash != document.taxonomy_hash:

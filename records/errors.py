@@ -106,16 +106,11 @@ class LabelStudioStartError(LabelStudioError, UserError):
     """Raised when the local Label Studio does not come up; what stands in its way is on this machine."""
 
 
-def rebuilt(noted: tuple[str, str]) -> RelookError:
-    """Return an error that another process noted, for where an exception itself does not travel.
+def error_class(name: str) -> type[RelookError]:
+    """Return the error class of that name, to rebuild an error that another process recorded as text.
 
-    Args:
-        noted: its class's name and its message.
-    Returns:
-        The error; a plain `RelookError` if this version knows no such class.
+    Exceptions of third-party code may not be picklable, so processes exchange class name and message. A name
+    that is none of the classes above gives `RelookError`.
     """
-    kind, message = noted
-    known = globals().get(kind)
-    if isinstance(known, type) and issubclass(known, RelookError):
-        return known(message)
-    return RelookError(message)
+    known = globals().get(name)
+    return known if isinstance(known, type) and issubclass(known, RelookError) else RelookError

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from records.errors import ImageError
 
 FORMATS = ("jpeg", "png", "webp")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 _ORIENTATION_TAG = 0x0112
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I"}

@@ -1,9 +1,17 @@
-"""The settings of the records room, and the base that every room's settings share."""
+"""The settings of the records room, and what the settings of all rooms share.
 
+Shared are the base class, validators, a pydantic error as a field and a reason, and environment variables for a block.
+"""
+
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from records.errors import ConfigError
 
 
 class RoomSettings(BaseModel):
@@ -12,10 +20,24 @@ class RoomSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
+def checked_by(check: Callable[[str], object]) -> AfterValidator:
+    """Return a validator that refuses what `check` refuses with a ConfigError, for example an unregistered name."""
+
+    def validate(value: str) -> str:
+        try:
+            check(value)
+        except ConfigError as error:
+            # pydantic collects ValueErrors and adds the field; any other error would lose it.
+            raise ValueError(str(error)) from error
+        return value
+
+    return AfterValidator(validate)
+
+
 class RecordsSettings(RoomSettings):
     """Where things are kept."""
 
-    home: Path = Field(default=Path(".relook"), description="the one folder everything lives under; made absolute once")
+    home: Path = Field(default=Path(".relook"), description="folder that holds everything; made absolute on opening")
     database: str | None = Field(
         default=None,
         description="SQLAlchemy URL, sqlite:///FILE or postgresql+psycopg://...; default: ledger.db in home",
@@ -24,41 +46,62 @@ class RecordsSettings(RoomSettings):
     blobs: str | None = Field(default=None, description="fsspec URL of the blob store; default: blobs/ in home")
     taxonomy: str = Field(default="ham10000", description="a built-in taxonomy's name, or the path of a YAML file")
     split_salt: str = Field(
-        default="relook", min_length=1, description="salt of the hash that draws splits; another salt is another split"
+        default="relook", min_length=1, description="salt of the hash that draws splits; another salt changes them"
     )
     durability: Literal["normal", "full"] = Field(
         default="normal",
         description="SQLite synchronous mode: normal survives kill -9, full survives a power cut too (about 7x slower)",
     )
     busy_timeout_s: float = Field(
-        default=30.0, gt=0, le=600, description="how long a writer waits for another, seconds"
+        default=30.0, gt=0, le=600, description="how long a writer waits for another writer, seconds"
     )
     keep_images_days: int | None = Field(
         default=None,
         ge=1,
         le=36_500,
-        description="for `relook retention`: served images that nobody needs go so long after they were last sent; "
-        "null keeps them, days",
+        description="for `relook retention`: served images that nothing refers to are deleted this long after they "
+        "were last sent; null keeps them, days",
     )
     keep_predictions_days: int | None = Field(
         default=None,
         ge=1,
         le=36_500,
-        description="for `relook retention`: answers that nothing refers to go so long after they were given, and with "
-        "them what the caller said; at least keep_images_days; null keeps them, days",
+        description="for `relook retention`: predictions that nothing refers to are deleted this long after they were "
+        "made, together with the caller's context; at least keep_images_days; null keeps them, days",
     )
 
     @model_validator(mode="after")
-    def _answers_outlast_images(self) -> Self:
+    def _predictions_outlast_images(self) -> Self:
         images, predictions = self.keep_images_days, self.keep_predictions_days
-        # How long an image was not sent is read from its answers.
+        # Retention reads from its predictions when an image was last sent, so they must outlive it.
         if images is not None and predictions is not None and predictions < images:
             raise ValueError(
-                f"keep_predictions_days is {predictions} and keep_images_days {images}; an answer has to be kept "
-                "at least as long as its image"
+                f"keep_predictions_days is {predictions} and keep_images_days {images}; a prediction has to be "
+                "kept at least as long as its image"
             )
         return self
 
     def apart(self, home: Path) -> "RecordsSettings":
-        """Return settings of a home of its own, which neither sees nor changes what these keep, wherever it is."""
+        """Return settings of a separate home whose ledger and blobs are inside it; this store is not touched."""
         return self.model_copy(update={"home": home, "blobs": None, "database": None})
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Return the dotted name of the first field that pydantic refused, empty for the whole document, and the reason."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Generator[None]:
+    """Set environment variables while the block runs, for this process and those it starts; then restore them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -39,6 +39,13 @@ class Store:
     ledger: Ledger
     blobs: BlobStore
 
+    def portable_settings(self) -> RecordsSettings:
+        """Return settings that open this store from any working folder: home and taxonomy file are absolute paths."""
+        taxonomy = self.settings.taxonomy
+        if Path(taxonomy).is_file():
+            taxonomy = str(Path(taxonomy).absolute())
+        return self.settings.model_copy(update={"home": self.home.root, "taxonomy": taxonomy})
+
     def close(self) -> None:
         """Close the connections; the files stay."""
         self.ledger.close()

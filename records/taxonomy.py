@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from records.errors import TaxonomyError
 from records.ids import hash_of
+from records.settings import first_problem
 
 
 class DiagnosisClass(BaseModel):
@@ -126,9 +127,8 @@ def load_taxonomy(name_or_path: str) -> Taxonomy:
     try:
         return Taxonomy.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise TaxonomyError(f"taxonomy {name_or_path}: {field}: {first['msg']}") from error
+        field, reason = first_problem(error)
+        raise TaxonomyError(f"taxonomy {name_or_path}: {field or 'the document'}: {reason}") from error
 
 
 def _read(name_or_path: str) -> str:

@@ -19,7 +19,7 @@ from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.errors import DataError, ImageError, RefusedError
 from records.ids import sha256_hex
-from records.images import image_size, sniff
+from records.images import IMAGE_SUFFIXES, image_size, sniff
 from records.taxonomy import Taxonomy
 from records.types import Decision
 from serving.images import draw_map
@@ -28,7 +28,6 @@ from serving.triage import TriageRules, malignant_probability, triage
 from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.suitability import assess
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _ORDER = {Decision.URGENT: 0, Decision.REVIEW: 1, Decision.RETAKE: 2, Decision.ANSWERED: 3}
 
 
@@ -68,7 +67,7 @@ def predict_folder(
         RefusedError: an interrupted run is there and `resume` was not given, or it was of another model.
         IntegrityError: the model does not answer its golden images.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise DataError(f"{str(folder)!r} holds no .jpg, .png or .webp file; name a folder of images")
     loaded = load_model(bundle, precision=settings.precision)

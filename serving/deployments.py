@@ -21,8 +21,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from records import errors
-from records.errors import ImageError, RelookError, UnavailableError
+from records.errors import ImageError, RelookError, UnavailableError, error_class
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Prediction
@@ -54,8 +53,7 @@ class Failure:
         """Return the error again."""
         if self.code is not None:
             return ImageError(self.message, self.code)
-        kind: type[RelookError] = getattr(errors, self.kind)
-        return kind(self.message)
+        return error_class(self.kind)(self.message)
 
 
 class PredictorReplica:

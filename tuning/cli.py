@@ -4,24 +4,14 @@ relook tune --trials 12
 relook tune report --json
 """
 
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
 
-from records.command import (
-    ConfigOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    emit,
-    progress,
-    ray_of,
-    settings_of,
-    stderr,
-    stdout,
-)
+from records.command import Call, group_verb, stdout, verb
+from records.progress import duration, progress, say, stderr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -37,49 +27,59 @@ tune_app = typer.Typer(help="Search for better training settings.", invoke_witho
 app.add_typer(tune_app, name="tune")
 
 
-@tune_app.callback()
+def _searchers() -> list[str]:
+    from tuning.settings import Searcher
+
+    return [searcher.value for searcher in Searcher]
+
+
+def _schedulers() -> list[str]:
+    from tuning.settings import Scheduler
+
+    return [scheduler.value for scheduler in Scheduler]
+
+
+@group_verb(tune_app)
 def tune(
-    ctx: typer.Context,
-    trials: Annotated[int | None, typer.Option(help="Configurations to try; default: tuning.trials.")] = None,
+    call: Call,
+    trials: Annotated[int | None, typer.Option(help="Number of trials; default: tuning.trials.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder or dataset id; default: the newest version.")] = None,
     space: Annotated[
-        list[str] | None, typer.Option(help="name=a,b or name=low..high or a YAML file; may be given more than once.")
+        list[str] | None, typer.Option(help="Axis name=a,b or name=low..high, or a YAML file; may be repeated.")
     ] = None,
-    searcher: Annotated[str | None, typer.Option("--searcher", help="random, tpe or pbt.")] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help="asha, median or none.")] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="Fresh seeds that confirm the winner.")] = None,
+    searcher: Annotated[
+        str | None, typer.Option("--searcher", help="What proposes trials: {choices}.", autocompletion=_searchers)
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="What stops trials early: {choices}.", autocompletion=_schedulers)
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Number of fresh seeds that confirm the winner.")] = None,
     fit_winner: Annotated[
-        bool, typer.Option("--fit/--no-fit", help="Train the winner with its whole budget and register its bundle.")
+        bool, typer.Option("--fit/--no-fit", help="Train the winner for all epochs and register its bundle.")
     ] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the last search; what it has settled is not run again.")
+        bool, typer.Option("--resume", help="Resume the last search; trials that ended are kept.")
     ] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
-    """Search optimizers, schedulers and augmentations; the winner is chosen by validation only."""
-    if ctx.invoked_subcommand is not None:
-        return
+    """Search training settings; val alone chooses the winner."""
     from images.importer import open_dataset
     from records.ids import new_id
-    from records.store import open_store
     from tuning.page import write_report
     from tuning.report import RUN_PREFIX, find_run, report_on
     from tuning.search import search, searched_space
     from tuning.winner import fit_winner as fit
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
     tuning = _changed(settings.tuning, changes, space or [])
     searched_space(tuning, settings.trainers)
-    with closing(open_store(settings.records)) as store:
+    with call.store() as store:
         with progress() as bar:
             dataset = open_dataset(store, data, progress=bar)
         runs = store.home.runs
         run_dir = find_run(runs) if resume else runs / f"{RUN_PREFIX}{new_id()[:16]}"
-        with ray_of(ctx, settings), _watching() as on_event:
+        say(f"search: {tuning.trials} trials")
+        with call.ray(settings), _shown() as on_event:
             result = search(store, tuning, settings.trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         if fit_winner:
@@ -88,34 +88,30 @@ def tune(
     found = report_on(run_dir)
     page = write_report(found, run_dir)
     facts = {"model_id": None if bundle is None else bundle.id, "report": str(page)}
-    emit(as_json, found.model_dump(mode="json") | facts, _summary(run_dir))
+    call.emit(found.model_dump(mode="json") | facts, _summary(run_dir))
     if bundle is not None:
-        stderr.print(f"Model {bundle.id[:12]} is trained with the winner's settings and registered.", highlight=False)
+        say(f"Model {bundle.id[:12]} is trained with the winner's settings and registered.")
     stderr.print(f"Report: {page}", highlight=False, soft_wrap=True)
     stderr.print(f"Train the winner: {found.command}", highlight=False, soft_wrap=True)
 
 
-@tune_app.command()
+@verb(tune_app, "report")
 def report(
-    ctx: typer.Context,
+    call: Call,
     run: Annotated[str | None, typer.Option("--run", help="Name or folder of a search; default: the last one.")] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
-    """Show a search: leaderboard, effects, failures with their reasons, how to train its winner; write its page."""
+    """Show a search: trials, effects, failures, the command that trains the winner; write its page."""
     from records.home import open_home
     from tuning.live import comparison_table, effects_table
     from tuning.page import write_report
     from tuning.report import find_run, report_on
 
-    runs: Path = open_home(settings_of(ctx, config, preset, sets).records.home).runs
+    runs: Path = open_home(call.settings.records.home).runs
     folder = find_run(runs, run)
     found = report_on(folder)
     page = write_report(found, folder)
-    emit(as_json, found.model_dump(mode="json") | {"report": str(page)}, _summary(folder))
-    if not as_json:
+    call.emit(found.model_dump(mode="json") | {"report": str(page)}, _summary(folder))
+    if not call.as_json:
         stdout.print(effects_table(found.effects))
         if found.comparison is not None:
             stdout.print(comparison_table(found.comparison))
@@ -130,15 +126,16 @@ def _summary(folder: "Path") -> "RenderableType":
 
 
 @contextmanager
-def _watching() -> "Iterator[Callable[[SearchEvent], None]]":
+def _shown() -> "Iterator[Callable[[SearchEvent], None]]":
     """Show a search: a live table in a terminal, one line per trial that ended elsewhere."""
-    from tuning.live import SearchView, line_of
+    from tuning.live import SearchView, line_of, seconds_left
 
     if not stderr.is_terminal:
 
         def print_line(event: "SearchEvent") -> None:
             if line := line_of(event):
-                stderr.print(line, highlight=False, soft_wrap=True)
+                left_s = seconds_left(event)
+                say(f"search: {line}" + ("" if left_s is None else f", at most {duration(left_s)} left"))
 
         yield print_line
         return
@@ -148,10 +145,11 @@ def _watching() -> "Iterator[Callable[[SearchEvent], None]]":
 
 
 def _changed(tuning: "TuningSettings", changes: "Mapping[str, object]", space: list[str]) -> "TuningSettings":
-    """Apply the options of the command line to the settings; what was not given stays."""
+    """Apply the options of the command line to the settings; options that are not given change nothing."""
     from pydantic import ValidationError
 
     from records.errors import ConfigError
+    from records.settings import first_problem
     from tuning.settings import TuningSettings
 
     given = {name: value for name, value in changes.items() if value is not None}
@@ -160,6 +158,6 @@ def _changed(tuning: "TuningSettings", changes: "Mapping[str, object]", space: l
             tuning.model_dump() | given | ({"space": (*tuning.space, *space)} if space else {})
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "tuning"
-        raise ConfigError(f"tuning.{name} cannot be {first['input']!r}: {first['msg']}") from error
+        field, reason = first_problem(error)
+        value = error.errors(include_url=False)[0]["input"]
+        raise ConfigError(f"tuning.{field.partition('.')[0] or 'tuning'} cannot be {value!r}: {reason}") from error

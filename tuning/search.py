@@ -12,15 +12,14 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from records import errors
 from records.datasets import DatasetVersion
-from records.errors import ConfigError, RelookError
+from records.errors import ConfigError, RelookError, error_class
 from records.store import Store
 from records.types import Split
 from trainers.augmentation import load_policy
 from trainers.augmentation.registry import YAML_SUFFIXES
 from trainers.fitting.training_data import DataPlan, plan_data
-from trainers.settings import MACHINERY, TrainersSettings
+from trainers.settings import MACHINERY, TrainersSettings, flat_values
 from tuning.budget import trial_budget
 from tuning.confirm import FIRST_NUMBER, confirmation_plans, verdict_on
 from tuning.experiments import experiment_settings
@@ -102,7 +101,7 @@ def search(
 
 def _decode(store: Store, images: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
     """Decode images to every split that is known now; a trial that draws another one decodes for itself."""
-    for side_px in sorted({settings.side_px for settings in wanted}):
+    for side_px in sorted({settings.model.side_px for settings in wanted}):
         images.open(store, side_px, progress)
 
 
@@ -229,7 +228,7 @@ def _header(
         raise ConfigError(f"tuning.turn_epochs is {tuning.turn_epochs}, but a trial has {budget} epochs; lower it")
     return SearchHeader(
         dataset_id=dataset.id,
-        base=trainers.model_dump(mode="json", exclude=set(MACHINERY)),
+        base=flat_values(trainers.model_dump(mode="json", exclude=set(MACHINERY))),
         enqueued=tuple(difference(trainers, settings) for settings in enqueued),
         experiments=tuning.experiments,
         seed=tuning.seed,
@@ -262,19 +261,13 @@ def _job(
 ) -> TrialJob:
     # A policy that is a file is read here: a trial runs in another folder, perhaps on another machine.
     names = {settings.augmentation for settings in (trainers, *enqueued)}
-    taxonomy = store.settings.taxonomy
     return TrialJob(
         base=trainers,
         trial_epochs=tuning.trial_epochs,
         taxonomy=store.taxonomy,
         policies={name: load_policy(name) for name in sorted(names) if name.endswith(YAML_SUFFIXES)},
         images=images,
-        records=store.settings.model_copy(
-            update={
-                "home": store.home.root,
-                "taxonomy": str(Path(taxonomy).absolute()) if Path(taxonomy).is_file() else taxonomy,
-            }
-        ),
+        records=store.portable_settings(),
         num_threads=tuning.cpus_per_trial,
         use_gpu=tuning.gpus_per_trial > 0,
         niceness=tuning.niceness,
@@ -290,7 +283,6 @@ def _first_error(trials: Sequence[TrialResult]) -> RelookError:
         return RelookError("the search ended without a trial")
     first = failed[0]
     intro = f"all {len(failed)} trials failed; the first one's reason: "
-    kind = getattr(errors, first.error_kind or "", None)
-    if isinstance(kind, type) and issubclass(kind, RelookError):
-        return kind(f"{intro}{first.error}")
-    return RelookError(f"{intro}{first.error_kind}: {first.error}")
+    kind = error_class(first.error_kind or "")
+    known = kind.__name__ == first.error_kind
+    return kind(f"{intro}{first.error}" if known else f"{intro}{first.error_kind}: {first.error}")

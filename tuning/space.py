@@ -1,13 +1,15 @@
 """The search space, derived from the registries of the trainers; nothing is declared here a second time.
 
-An axis (optimizer, scheduler, augmentation, model, loss, sampler) is a field of TrainersSettings whose
-value names a record of a registry. A draw picks a record, then only the settings that this record makes
-tunable: a momentum is drawn for SGD and for nothing else. A policy of augmentation may also be composed
-of operations, each with a probability and a strength. Out: dicts of overrides of TrainersSettings.
+An axis (optimizer, scheduler, augmentation, model, loss, sampler) is a setting whose value names a record
+of a registry. A draw picks a record, then only the settings that this record makes tunable: a momentum is
+drawn for SGD and for nothing else. A policy of augmentation may also be composed of operations, each with
+a probability and a strength. Out: overrides, a dict from the dotted name of a field of TrainersSettings
+(`optimizer.momentum`) to its value.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from pydantic import ValidationError
 from records.errors import ConfigError, ContractError
 from records.ids import hash_of
 from records.registry import Choice, Range, Registered, Registry, Tunable
+from records.settings import first_problem
 from trainers.augmentation import POLICIES
 from trainers.augmentation.inline import PREFIX, Step, format_steps, parse_steps
 from trainers.augmentation.operations import OPERATIONS
@@ -70,11 +73,11 @@ class SearchSpace:
         for axis, records in self.axes.items():
             by_name = {record.name: record for record in records}
             name = (fixed or {}).get(axis) or choose(axis.value, Choice(tuple(by_name)))
-            overrides[axis.value] = name
+            overrides[axis.setting] = name
             for setting, tunable in by_name[name].tunable.items():
-                overrides[setting] = choose(f"{name}.{setting}", tunable)
+                overrides[f"{axis}.{setting}"] = choose(f"{name}.{setting}", tunable)
             if name == COMPOSED.name:
-                overrides[axis.value] = _compose(choose)
+                overrides[axis.setting] = _compose(choose)
         for setting, tunable in self.free.items():
             overrides[setting] = choose(setting, tunable)
         return overrides
@@ -92,7 +95,7 @@ class SearchSpace:
 
     def level(self, axis: Axis, settings: TrainersSettings) -> str:
         """Return the record of an axis that settings stand for; every line `ops:` is the composed policy."""
-        value: str = getattr(settings, axis.value)
+        value: str = attrgetter(axis.setting)(settings)
         return COMPOSED.name if value.startswith(PREFIX) else value
 
     def replay(self, settings: TrainersSettings, ask: Chooser) -> None:
@@ -109,12 +112,14 @@ class SearchSpace:
                 continue
             ask(axis.value, Choice((name,)))
             for setting in by_name[name].tunable:
-                value = learning_rate_of(settings) if setting == "learning_rate" else getattr(settings, setting)
+                value = attrgetter(f"{axis}.{setting}")(settings)
+                if value is None and setting == "learning_rate":
+                    value = learning_rate_of(settings.optimizer)
                 ask(f"{name}.{setting}", Choice((value,)))
             if name == COMPOSED.name:
                 _recall_steps(parse_steps(settings.augmentation), ask)
         for setting in self.free:
-            ask(setting, Choice((getattr(settings, setting),)))
+            ask(setting, Choice((attrgetter(setting)(settings),)))
 
     def tunables(self) -> dict[str, Tunable]:
         """Return every decision that a draw may be asked, by name."""
@@ -153,14 +158,15 @@ def derive_space(search: Sequence[Axis], base: TrainersSettings) -> SearchSpace:
     Returns:
         The space.
     Raises:
-        ContractError: two axes make the same setting tunable, so that one would overrule the other.
+        ContractError: a record makes something tunable that is no setting of its axis.
     """
     space = SearchSpace({axis: _records(axis, base) for axis in search})
-    owner: dict[str, Axis] = {}
+    known = base.flat()
     for axis, records in space.axes.items():
-        for name in sorted({name for record in records for name in record.tunable}):
-            if owner.setdefault(name, axis) is not axis:
-                raise ContractError(f"both {owner[name]} and {axis} make {name} tunable; one setting needs one owner")
+        for record in records:
+            for name in record.tunable:
+                if f"{axis}.{name}" not in known:
+                    raise ContractError(f"{record.name} makes {axis}.{name} tunable, which is no setting of the trainers")
     return space
 
 
@@ -169,30 +175,32 @@ def with_overrides(base: TrainersSettings, overrides: Mapping[str, Any]) -> Trai
 
     Args:
         base: the given settings.
-        overrides: field to value.
+        overrides: dotted name of a field to its value.
     Returns:
         The settings.
     Raises:
         ConfigError: the result is not valid (names the field).
     """
     try:
-        return TrainersSettings.model_validate(base.model_dump() | dict(overrides))
+        return base.with_values(overrides)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        what = f"trainers.{name} = {first.get('input')!r}" if name else f"the change of {', '.join(overrides)}"
-        raise ConfigError(f"{what} cannot be tried: {first['msg'].removeprefix('Value error, ')}") from error
+        name, reason = first_problem(error)
+        value = error.errors(include_url=False)[0].get("input")
+        # Where fields do not fit together, the input is all of them.
+        alone = name and not isinstance(value, Mapping)
+        what = f"trainers.{name} = {value!r}" if alone else f"the change of {', '.join(overrides)}"
+        raise ConfigError(f"{what} cannot be tried: {reason}") from error
 
 
 def difference(base: TrainersSettings, other: TrainersSettings) -> dict[str, Any]:
     """Return the overrides that make `other` out of `base`, as JSON values."""
-    before, after = base.model_dump(mode="json"), other.model_dump(mode="json")
+    before, after = base.flat(), other.flat()
     return {name: after[name] for name in after if after[name] != before[name]}
 
 
 def _records(axis: Axis, base: TrainersSettings) -> tuple[Registered, ...]:
     registry = REGISTRIES[axis]
-    given: str = getattr(base, axis.value)
+    given: str = attrgetter(axis.setting)(base)
     composed = (COMPOSED,) if axis is Axis.AUGMENTATION else ()
     known = given in registry or given.startswith(PREFIX)
     own = () if known else (Registered(name=given, description="given by the caller"),)

@@ -7,6 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from records.errors import DataError, ImageError
+from records.settings import first_problem
 from serving.schemas import Context
 
 RAW_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
@@ -132,6 +133,5 @@ def _parsed_many(text: bytes | str) -> list[Context]:
 
 
 def _misfit(error: ValidationError) -> DataError:
-    first = error.errors()[0]
-    field = ".".join(str(name) for name in first["loc"]) or "context"
-    return DataError(f"context: {field}: {first['msg']}")
+    field, reason = first_problem(error)
+    return DataError(f"context: {field or 'context'}: {reason}")

@@ -30,3 +30,9 @@ def test_an_image_error_keeps_its_code_between_processes() -> None:
 def test_an_image_error_is_caught_as_bad_data() -> None:
     with pytest.raises(errors.DataError, match=r"^no$"):
         raise errors.ImageError("no")
+
+
+def test_an_error_recorded_by_name_is_rebuilt_and_an_unknown_name_is_the_base_class() -> None:
+    assert errors.error_class("DataError") is errors.DataError
+    for name in ("ValueError", "error_class", ""):
+        assert errors.error_class(name) is errors.RelookError

@@ -1,7 +1,9 @@
+import os
+
 import pytest
 from pydantic import ValidationError
 
-from records.settings import RecordsSettings
+from records.settings import RecordsSettings, environment, first_problem
 
 
 def test_every_field_says_what_it_means() -> None:
@@ -18,3 +20,30 @@ def test_the_database_url_is_not_shown() -> None:
 def test_wrong_settings_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ValidationError, match=field):
         RecordsSettings.model_validate({field: value})
+
+
+def test_the_first_problem_names_the_field_and_the_reason() -> None:
+    for values, expected in (
+        ({"busy_timeout_s": 0}, ("busy_timeout_s", "Input should be greater than 0")),
+        (
+            {"keep_images_days": 9, "keep_predictions_days": 2},
+            (
+                "",
+                "keep_predictions_days is 2 and keep_images_days 9; a prediction has to be kept at least as long as "
+                "its image",
+            ),
+        ),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            RecordsSettings.model_validate(values)
+        assert first_problem(caught.value) == expected
+
+
+def test_environment_variables_hold_for_a_block_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELOOK_A", "before")
+    monkeypatch.delenv("RELOOK_B", raising=False)
+    with pytest.raises(RuntimeError, match="in the block"), environment({"RELOOK_A": "1", "RELOOK_B": "2"}):
+        assert (os.environ["RELOOK_A"], os.environ["RELOOK_B"]) == ("1", "2")
+        raise RuntimeError("in the block")
+    assert os.environ["RELOOK_A"] == "before"
+    assert "RELOOK_B" not in os.environ

@@ -18,6 +18,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from records.errors import ConfigError
 from records.ids import hash_of
+from records.settings import first_problem
 from trainers.augmentation.mixing import Mixing
 from trainers.augmentation.operations import OPERATIONS
 from trainers.augmentation.parameters import Parameters
@@ -129,8 +130,8 @@ def _sentence(error: ValidationError) -> str:
     """Name the first field that cannot work, its value, and what would be right."""
     first = error.errors(include_url=False)[0]
     loc = first["loc"]
-    field = ".".join(str(part) for part in loc) or "the document"
-    reason = first["msg"].removeprefix("Value error, ")
+    field, reason = first_problem(error)
+    field = field or "the document"
     model = _model_at(loc)
     name = str(loc[-1]) if loc else ""
     if first["type"] == "extra_forbidden":
@@ -155,7 +156,7 @@ def _parameter_sentence(error: ValidationError, operation: str, model: type[Para
     if first["type"] == "extra_forbidden":
         takes = f"it takes {', '.join(model.model_fields)}" if model.model_fields else "it takes none"
         return f"{operation} has no parameter {name!r}; {takes}"
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    reason = first_problem(error)[1].replace("Input should", "it should")
     default = model.model_fields[name].default
     valid = list(default) if isinstance(default, tuple) else default
     return f"{operation}.{name} cannot be {first['input']!r}: {reason}; a valid value is {valid}"

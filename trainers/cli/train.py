@@ -3,28 +3,29 @@
 relook train --data ./ham10000 --set trainers.epochs=20
 """
 
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group as Stack
 from rich.console import RenderableType
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, ray_of, settings_of
+from records.command import Call, JsonCall, verb
 from records.errors import ConfigError, RefusedError
+from records.progress import progress
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
     from records.datasets import DatasetVersion
     from records.store import Store
-    from trainers.fitting.epoch_report import EpochReport
+    from trainers.cli.catalog import Catalogue
     from trainers.settings import TrainersSettings
 
 REPORT = "report"
-"""Folder beside a bundle's files, outside its id."""
+"""Folder inside a bundle's folder; the bundle's id does not cover it."""
 
 NOT_FACTS = {"name", "description", "tunable"}
 CATALOGUES = "relook.catalogues"
@@ -33,75 +34,88 @@ CATALOGUES = "relook.catalogues"
 app = typer.Typer()
 
 
-@app.command("train")
+def _strategies() -> list[str]:
+    from trainers.optimization.strategies import STRATEGIES
+
+    return ["auto", *STRATEGIES]
+
+
+def _kinds(ctx: typer.Context) -> list[str]:
+    return list(_whole_catalogue(ctx))
+
+
+@verb(app, "train")
 def train_command(
-    ctx: typer.Context,
+    call: Call,
     data: Annotated[str | None, typer.Option(help="Folder or dataset id; default: the newest version.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; more than one start Ray Train.")] = None,
-    strategy: Annotated[
-        str | None, typer.Option(help="How processes share the work: auto, single, ddp, fsdp, elastic.")
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes; more than one run on Ray Train.")
     ] = None,
-    start_from: Annotated[str | None, typer.Option(help="Model to fine-tune: id prefix, path, champion.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same training.")] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    strategy: Annotated[
+        str | None, typer.Option(help="How processes share the work: {choices}.", autocompletion=_strategies)
+    ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="Model to fine-tune: id prefix, bundle path or champion.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the training with these settings.")] = False,
 ) -> None:
-    """Train a model, calibrate it, and register its bundle."""
+    """Train a model, calibrate it and register its bundle."""
     from images.importer import open_dataset
     from records.models import find_bundle, register
-    from records.store import open_store
+    from trainers.fitting.epoch_report import EpochBar
     from trainers.fitting.fit import fit
 
-    settings = settings_of(ctx, config, preset, sets)
-    trainers = _with_options(settings.trainers, {"num_workers": workers, "strategy": strategy})
+    trainers = _with_options(call.settings.trainers, workers, strategy)
     use_ray = trainers.needs_ray
-    with ExitStack() as stack:
-        store = stack.enter_context(closing(open_store(settings.records)))
-        bar = stack.enter_context(progress())
+    with call.store() as store, progress() as bar:
         start = find_bundle(store, start_from) if start_from else None
         dataset = open_dataset(store, data, progress=bar)
         run_dir = _run_dir(store, trainers, dataset, start, resume)
-        stack.enter_context(ray_of(ctx, settings) if use_ray else nullcontext())
-        bundle = fit(
-            store,
-            trainers,
-            dataset,
-            run_dir=run_dir,
-            use_ray=use_ray,
-            on_epoch=EpochBar(bar, trainers.epochs),
-            start_from=start,
-            progress=bar,
-        )
-        with store.ledger.begin() as tx:
-            register(tx, bundle)
-        _report_on_val(store, trainers, bundle, dataset, bar)
-    emit(as_json, _summary(bundle, run_dir), _summary_tables(bundle))
+        with call.ray() if use_ray else nullcontext():
+            bundle = fit(
+                store,
+                trainers,
+                dataset,
+                run_dir=run_dir,
+                use_ray=use_ray,
+                on_epoch=EpochBar(bar, trainers.epochs),
+                start_from=start,
+                progress=bar,
+            )
+            with store.ledger.begin() as tx:
+                register(tx, bundle)
+            _report_on_val(store, trainers, bundle, dataset, bar)
+    call.emit(_summary(bundle, run_dir), _summary_tables(bundle))
 
 
-@app.command("catalog")
+@verb(app, "catalog")
 def catalog_command(
-    ctx: typer.Context,
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="One kind only, such as models.")] = None,
-    as_json: JsonOption = False,
+    call: JsonCall,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="One kind only: {choices}.", autocompletion=_kinds)
+    ] = None,
 ) -> None:
-    """List what can be chosen: models, optimizers, schedulers, augmentations and more."""
+    """List the names that settings can choose: models, optimizers, schedulers, augmentations and more."""
+    whole = _whole_catalogue(call.context)
+    if kind is not None and kind not in whole:
+        raise ConfigError(f"the catalogue has no kind {kind!r}; there are {', '.join(whole)}")
+    chosen = whole if kind is None else {kind: whole[kind]}
+    call.emit(chosen, Stack(*(_catalogue_table(name, rows) for name, rows in chosen.items())))
+
+
+def _whole_catalogue(ctx: typer.Context) -> "Catalogue":
     from trainers.cli.catalog import catalogue
 
     whole = catalogue()
     for more in ctx.find_root().meta.get(CATALOGUES, ()):
         whole |= more()
-    if kind is not None and kind not in whole:
-        raise ConfigError(f"the catalogue has no kind {kind!r}; there are {', '.join(whole)}")
-    chosen = whole if kind is None else {kind: whole[kind]}
-    emit(as_json, chosen, Stack(*(_catalogue_table(name, rows) for name, rows in chosen.items())))
+    return whole
 
 
 def _report_on_val(
     store: "Store", trainers: "TrainersSettings", bundle: "Bundle", dataset: "DatasetVersion", bar: Progress
 ) -> None:
-    """Write the bundle's report, on the split that fitting has read anyway."""
+    """Write the bundle's report on val, which fitting has read anyway."""
     from records.types import Split
     from trainers.evaluation.evaluate import evaluate, predict_split
     from trainers.evaluation.report.write import write_report
@@ -117,49 +131,27 @@ def _report_on_val(
     write_report(bundle.path / REPORT, bundle, model, found, evaluation)
 
 
-class EpochBar:
-    """Shows a training as a bar with the last epoch's figures.
-
-    Args:
-        bar: where to show it.
-        epochs: how many there will be.
-    """
-
-    def __init__(self, bar: Progress, epochs: int) -> None:
-        self._bar = bar
-        self._epochs = epochs
-        self._task: TaskID | None = None
-
-    def __call__(self, report: "EpochReport") -> bool:
-        """Show an epoch; never stops the run."""
-        if self._task is None:
-            self._task = self._bar.add_task("Training", total=self._epochs)
-        text = (
-            f"Training: loss {report.train_loss:.3f}, val balanced accuracy {report.val_balanced_accuracy:.3f}, "
-            f"{report.images_per_s:.0f} images/s"
-        )
-        self._bar.update(self._task, completed=report.epoch, description=text)
-        return False
-
-
-def _with_options(trainers: "TrainersSettings", options: dict[str, Any]) -> "TrainersSettings":
-    given = {name: value for name, value in options.items() if value is not None}
+def _with_options(trainers: "TrainersSettings", workers: int | None, strategy: str | None) -> "TrainersSettings":
+    options = {"--workers": ("workers.count", workers), "--strategy": ("workers.strategy", strategy)}
+    given = {option: pair for option, pair in options.items() if pair[1] is not None}
     if not given:
         return trainers
     from pydantic import ValidationError
 
+    from records.settings import first_problem
+
     try:
-        return type(trainers).model_validate(trainers.model_dump() | given)
+        return trainers.with_values(dict(given.values()))
     except ValidationError as error:
-        reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        words = " ".join(f"--{name.removeprefix('num_')} {value}" for name, value in given.items())
+        _, reason = first_problem(error)
+        words = " ".join(f"{option} {value}" for option, (_, value) in given.items())
         raise ConfigError(f"{words} cannot be used: {reason}") from error
 
 
 def _run_dir(
     store: "Store", trainers: "TrainersSettings", dataset: "DatasetVersion", start: "Bundle | None", resume: bool
 ) -> Path:
-    """Name the folder after what is trained, so that `--resume` can only go on with the same thing."""
+    """Return the run's folder, named by a hash of what is trained, so that `--resume` continues only the same run."""
     from records.ids import hash_of
 
     identity = hash_of([trainers.recipe_hash(), dataset.id, start.id if start is not None else None])
@@ -207,7 +199,10 @@ def _summary_tables(bundle: "Bundle") -> RenderableType:
         )
     table.add_row("val calibration error", f"{val['ece']:.3f}")
     table.add_row("report", str(bundle.path / REPORT / "report.html"))
-    return Stack(table, "Val chose the epoch and the calibration: `relook evaluate` tells what the model is worth.")
+    return Stack(
+        table,
+        "Val chose the epoch, so its score is optimistic; `relook evaluate MODEL --split test` measures the model.",
+    )
 
 
 def _catalogue_table(kind: str, rows: list[dict[str, Any]]) -> Table:

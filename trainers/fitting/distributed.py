@@ -21,8 +21,8 @@ import ray.train.torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from records.errors import ConfigError, RelookError, UnavailableError, rebuilt
-from records.settings import RecordsSettings
+from records.errors import ConfigError, RelookError, UnavailableError, error_class
+from records.settings import RecordsSettings, environment
 from records.store import Store, open_store
 from trainers.augmentation import Policy
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -53,7 +53,7 @@ def fit_distributed(
     on_epoch: OnEpoch | None = None,
     initial_weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> TrainedModel:
-    """Train on `settings.num_workers` processes, or go on with what the folder holds.
+    """Train on `settings.workers.count` processes, or go on with what the folder holds.
 
     Args:
         settings: of the trainers.
@@ -67,15 +67,16 @@ def fit_distributed(
         The model after its best epoch.
     Raises:
         ConfigError: Ray has too few CPUs or GPUs for the workers.
-        UnavailableError: more workers were lost than `settings.max_failures`; the last checkpoint is kept.
+        UnavailableError: more workers were lost than `settings.workers.max_failures`; the last checkpoint is kept.
         DivergedError: a loss or a logit is not finite.
         RefusedError: the folder holds another run.
     """
     use_gpu = _use_gpu(settings)
-    settings = settings.model_copy(update={"threads_per_worker": threads_of(settings), "use_gpu": use_gpu})
+    settings = settings.with_values({"workers.threads": threads_of(settings.workers), "workers.use_gpu": use_gpu})
     _require_resources(settings, use_gpu)
     mailbox = open_mailbox()
-    job = _Job(settings, plan, _portable(store), policy, dict(initial_weights or {}), mailbox, run_dir.absolute())
+    records, weights = store.portable_settings(), dict(initial_weights or {})
+    job = _Job(settings, plan, records, policy, weights, mailbox, run_dir.absolute())
     trainer = _trainer(settings, job, run_dir, use_gpu)
     needed = _needed(settings, use_gpu)
     with _controller_environment(), told_of_scarcity(needed, _resources), Postman(mailbox, on_epoch) as postman:
@@ -86,7 +87,8 @@ def fit_distributed(
     postman.raise_if_failed()
     fatal = ray.get(mailbox.fatal.remote())
     if fatal is not None:
-        raise rebuilt(fatal)
+        name, message = fatal
+        raise error_class(name)(message)
     if result.checkpoint is None:
         raise UnavailableError(f"the run in {run_dir} ended without a checkpoint; run it again with --resume")
     with result.checkpoint.as_directory() as folder:
@@ -102,13 +104,13 @@ def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bo
         scaling_config=ray.train.ScalingConfig(
             num_workers=_num_workers(settings),  # type: ignore[arg-type] # the stubs know no elastic pair
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": settings.threads_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker={"CPU": settings.workers.threads} | ({"GPU": 1} if use_gpu else {}),
         ),
         # The stubs know the RunConfig of Ray Train's first version only.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=RUN_NAME,
             storage_path=str(run_dir.absolute()),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=settings.workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": _thread_variables(settings)},
         ),
@@ -116,9 +118,9 @@ def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bo
 
 
 def _num_workers(settings: TrainersSettings) -> int | tuple[int, int]:
-    if strategy_of(settings).elastic:
-        return (settings.min_workers, settings.num_workers)
-    return settings.num_workers
+    if strategy_of(settings.workers).elastic:
+        return (settings.workers.minimum, settings.workers.count)
+    return settings.workers.count
 
 
 class RayWorkerGroup(ProcessGroup):
@@ -183,7 +185,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     if ray.get(job.mailbox.fatal.remote()) is not None:
         # Ray Train starts a failed group again; what failed for a reason of its own would fail the same way.
         return
-    group = RayWorkerGroup(strategy_of(job.settings), job.run_dir / RUN_NAME)
+    group = RayWorkerGroup(strategy_of(job.settings.workers), job.run_dir / RUN_NAME)
     store = open_store(job.records)
 
     def tell(report: EpochReport) -> bool:
@@ -192,8 +194,8 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     try:
         if group.local_rank != 0:
             dist.barrier()
-        opened = job.plan.stream if job.settings.data_source == "stream" else job.plan.open
-        data = opened(store, job.settings.side_px)
+        opened = job.plan.stream if job.settings.workers.data_source == "stream" else job.plan.open
+        data = opened(store, job.settings.model.side_px)
         if group.local_rank == 0 and group.world_size > 1:
             dist.barrier()
         train(
@@ -221,26 +223,21 @@ def _controller_environment() -> Iterator[None]:
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # A worker that has reported a checkpoint waits until the controller looks, which it does every two seconds.
         wanted["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(LOCAL_LOOK_S)
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
+    with environment({name: value for name, value in wanted.items() if name not in os.environ}):
         yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def _use_gpu(settings: TrainersSettings) -> bool:
-    if settings.use_gpu != "auto":
-        return settings.use_gpu
+    if settings.workers.use_gpu != "auto":
+        return settings.workers.use_gpu
     return _fewest_workers(settings)[0] <= _resources().get("GPU", 0)
 
 
 def _fewest_workers(settings: TrainersSettings) -> tuple[int, str]:
     """Return how many workers have to be there before any of them trains, and the setting that says so."""
-    if strategy_of(settings).elastic:
-        return settings.min_workers, "min_workers"
-    return settings.num_workers, "num_workers"
+    if strategy_of(settings.workers).elastic:
+        return settings.workers.minimum, "workers.minimum"
+    return settings.workers.count, "workers.count"
 
 
 def _resources() -> dict[str, float]:
@@ -251,26 +248,26 @@ def _resources() -> dict[str, float]:
 def _needed(settings: TrainersSettings, use_gpu: bool) -> dict[str, float]:
     """Return what the fewest workers that may train together need."""
     workers, _ = _fewest_workers(settings)
-    cpus = float(workers * threads_of(settings))
+    cpus = float(workers * threads_of(settings.workers))
     return {"CPU": cpus, "GPU": float(workers)} if use_gpu else {"CPU": cpus}
 
 
 def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
     resources = _resources()
-    threads = threads_of(settings)
+    threads = threads_of(settings.workers)
     workers, field_name = _fewest_workers(settings)
     cpus = int(resources.get("CPU", 0))
     if workers * threads > cpus:
         raise ConfigError(
             f"{workers} workers with {threads} threads each need {workers * threads} CPUs "
-            f"and Ray has {cpus}; lower trainers.{field_name} or set trainers.threads_per_worker="
+            f"and Ray has {cpus}; lower trainers.{field_name} or set trainers.workers.threads="
             f"{max(1, cpus // workers)}"
         )
     gpus = int(resources.get("GPU", 0))
     if use_gpu and gpus < workers:
         raise ConfigError(
             f"{workers} workers need as many GPUs and Ray has {gpus}; "
-            f"lower trainers.{field_name} or set trainers.use_gpu=false"
+            f"lower trainers.{field_name} or set trainers.workers.use_gpu=false"
         )
 
 
@@ -278,7 +275,7 @@ def _thread_variables(settings: TrainersSettings) -> dict[str, str]:
     # Ray sets one thread per actor unless told, and what OpenMP reads at its start cannot be undone later.
     # Threads that wait for each other spin for microseconds, then sleep: on two cores shared with a service, training
     # was 2.3 times as fast so as with OpenMP's default of spinning for milliseconds, and 4 % slower on idle cores.
-    threads = str(threads_of(settings))
+    threads = str(threads_of(settings.workers))
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
@@ -287,17 +284,11 @@ def _thread_variables(settings: TrainersSettings) -> dict[str, str]:
     }
 
 
-def _portable(store: Store) -> RecordsSettings:
-    taxonomy = store.settings.taxonomy
-    if Path(taxonomy).is_file():
-        taxonomy = str(Path(taxonomy).absolute())
-    return store.settings.model_copy(update={"home": store.home.root, "taxonomy": taxonomy})
-
-
 def _reason(mailbox: Any, error: Exception, run_dir: Path) -> RelookError:
     fatal = ray.get(mailbox.fatal.remote())
     if fatal is not None:
-        return rebuilt(fatal)
+        name, message = fatal
+        return error_class(name)(message)
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UnavailableError(
         f"training was lost ({first_line.strip()[:200]}); the last checkpoint is in {run_dir}, "

@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.ids import new_id
+from records.settings import environment
 from tuning.judge import Judge
 from tuning.log import SearchLog
 from tuning.ray_search.recorder import SLOT, EndOnError, Recorder, TensorBoardLogs, Watch, number_of, sentence
@@ -218,21 +219,15 @@ def _num_nodes() -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    environment = {name: os.environ.get(name) for name in _QUIET}
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    os.environ.update(_QUIET)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        yield
+        with environment(_QUIET):
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
