@@ -1,4 +1,4 @@
-"""Which number format a network computes in, decided in one place for training and for inference.
+"""Number format of a network's computation, for training and inference.
 
 `auto` means bf16 where the hardware multiplies it natively (AVX512-BF16 or AMX on a CPU, a GPU
 that supports it) and fp32 everywhere else: emulated bf16 is slower and less exact.
@@ -16,13 +16,8 @@ PrecisionChoice = Literal["auto", "fp32", "bf16"]
 
 
 def has_native_bf16(device: str = "cpu") -> bool:
-    """Tell whether a device multiplies bf16 in hardware.
-
-    Args:
-        device: a torch device name, such as `cpu` or `cuda:0`.
-    Returns:
-        True if bf16 is the faster format there.
-    """
+    """Return whether a device multiplies bf16 in hardware."""
+    # torch emulates bf16 on older GPUs and reports it as supported unless asked for native support.
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
@@ -30,16 +25,7 @@ def has_native_bf16(device: str = "cpu") -> bool:
 
 
 def resolve_precision(choice: str, device: str = "cpu") -> Precision:
-    """Turn a setting into the format that is used.
-
-    Args:
-        choice: `auto`, `fp32` or `bf16`.
-        device: a torch device name.
-    Returns:
-        `fp32` or `bf16`.
-    Raises:
-        ConfigError: another word.
-    """
+    """Resolve `auto`, `fp32` or `bf16` to the format used on a device; ConfigError for another word."""
     if choice == "auto":
         return "bf16" if has_native_bf16(device) else "fp32"
     if choice == "fp32":
@@ -54,7 +40,7 @@ def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManage
 
     Args:
         precision: `bf16` casts matrix products and convolutions; `fp32` changes nothing.
-        device: a torch device name.
+        device: a torch device name, such as `cpu` or `cuda:0`.
     Returns:
         A context manager, to be entered once; it is local to the thread.
     """

@@ -1,7 +1,7 @@
-"""From decoded pixels to the network's input, in one place for training, inference and explanations.
+"""Decoded pixels to network input, for training, inference and explanations.
 
-In: uint8 [N, S, S, 3]. Out: float32 [N, 3, S, S] in channels-last memory, scaled as the geometry says.
-It neither decodes nor crops; `images.decode` does.
+In: uint8 [N, S, S, 3]. Out: float32 [N, 3, S, S] in channels-last memory, scaled by the geometry. Decoding and
+cropping are in `images.decode`.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from records.errors import ContractError
 
 
 def check_pixels(pixels: UInt8Array, side_px: int) -> None:
-    """Refuse pixels that are not what a network of this geometry sees.
+    """Check that pixels have the shape and type that a network takes.
 
     Args:
         pixels: [N, S, S, 3].
@@ -34,7 +34,7 @@ def to_tensor(pixels: UInt8Array) -> Tensor:
 
 
 def scale_pixels(pixels: Tensor, geometry: Geometry) -> Tensor:
-    """Scale pixels to what the network sees.
+    """Scale pixels to network input.
 
     `mean_std`: (value / 255 - mean) / std per channel. `min_max`: each image's own range to 0..1;
     an image of one colour becomes 0.
@@ -45,6 +45,7 @@ def scale_pixels(pixels: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         float32 [N, 3, S, S], channels-last.
     """
+    # The memory order of [N, S, S, 3] is channels-last of [N, 3, S, S], and the conversion to float keeps it.
     planes = pixels.permute(0, 3, 1, 2).float()
     if geometry.scaling == "min_max":
         low = planes.amin(dim=(1, 2, 3), keepdim=True)
@@ -52,4 +53,5 @@ def scale_pixels(pixels: Tensor, geometry: Geometry) -> Tensor:
         return (planes - low) / (high - low).clamp(min=1.0)
     mean = torch.tensor(geometry.mean, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(geometry.std, device=pixels.device).view(1, 3, 1, 1)
+    # In place: the conversion made a copy, and this runs for every batch of training and serving.
     return planes.mul_(1.0 / (255.0 * std)).sub_(mean / std)

@@ -1,1 +1,1 @@
-"""What a model is worth: metrics, bootstrap by group, the evaluation of a split or of a folder."""
+"""Evaluation of a model on a split or a folder: metrics with intervals by group, robustness, heat maps, report."""

@@ -1,9 +1,9 @@
-"""What a model is worth: its answers on one split of a dataset, and the figures with their intervals.
+"""Predictions of a model on one split of a dataset, and the metrics of predictions with their intervals.
 
 In: a bundle and a dataset split, or arrays. Out: `SplitPredictions` and `trainers.evaluation.figures.Evaluation`.
-Accuracy figures are per image; the key class at its operating point is per lesion, by the mean
-probability over the lesion's images. Intervals are 95 %: bootstrap by group within class, and
-exact (Clopper-Pearson over groups) where a bootstrap cannot vary, as for a sensitivity of 1.
+Accuracy is per image; the key class at its operating point is per lesion, by the mean probability over the lesion's
+images. Intervals are 95 %: bootstrap by group within class, and exact (Clopper-Pearson over groups) where a bootstrap
+cannot vary, as for a sensitivity of 1.
 """
 
 from collections.abc import Mapping
@@ -33,9 +33,8 @@ from trainers.evaluation.figures import (
     key_class_report,
     undefined_reasons,
 )
-from trainers.evaluation.images import Images
+from trainers.evaluation.images import Images, Traits, traits_of_images
 from trainers.evaluation.skin import SkinTones
-from trainers.evaluation.traits import Traits, traits_of_images
 from vision.calibration.conformal import prediction_set, thresholds_in_order
 from vision.calibration.operating import Lesions, answered, gather_lesions
 from vision.calibration.scaling import reweight
@@ -59,7 +58,7 @@ GUARDED_SPLITS = (Split.GATE, Split.TEST)
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """A model's answers for labelled images; all sequences have length N and one order."""
+    """A model's predictions for labelled images; all sequences have length N and the same order."""
 
     model_id: str
     image_ids: list[str]
@@ -75,9 +74,8 @@ class SplitPredictions:
     split: Split | None = None
     split_reads: int | None = None
     traits: list[Traits] | None = None
-    """what slices are cut by, where it is known"""
     images: Images | None = None
-    """where they are"""
+    """reads the image files again; None for predictions of a slice"""
 
 
 def predict_split(
@@ -91,19 +89,19 @@ def predict_split(
     progress: Progress | None = None,
     masks: Path | None = None,
 ) -> SplitPredictions:
-    """Answer for every labelled image of a split. Reading gate or test is audited before it happens.
+    """Predict every labelled image of a split. Reads of gate and test are audited before they happen.
 
     Args:
         store: with the images and the pixel cache.
-        bundle: whose model answers.
-        dataset: a version.
-        split: of the split.
-        actor: who reads it, for the audit.
+        bundle: whose model predicts.
+        dataset: the version with the split.
+        split: which images.
+        actor: name of the reader in the audit.
         model: the bundle's model if it is loaded already.
         progress: a bar is added to it.
-        masks: folder of lesion masks, named after the images; skin is looked for outside them.
+        masks: folder of lesion masks, named after the images; skin tone is measured outside them.
     Returns:
-        The answers, in order of image id.
+        The predictions, in order of image id.
     Raises:
         TaxonomyError: model and dataset were made with different taxonomies.
         DataError: the split is empty.
@@ -150,7 +148,7 @@ def _images(store: Store, images: list[Image], masks: Path | None) -> Images:
 def _outputs(
     model: LoadedModel, pixels: PixelRows, tones: SkinTones, title: str, progress: Progress | None
 ) -> list[BatchOutput]:
-    """Answer for images batch by batch, and look at their skin on the way."""
+    """Predict batch by batch, and measure the skin tone of each batch while its pixels are in memory."""
     task = progress.add_task(title, total=len(pixels)) if progress else None
     outputs = []
     for start in range(0, len(pixels), BATCH_SIZE):
@@ -172,24 +170,25 @@ def evaluate(
     max_set_size: int = 2,
     seed: int = 0,
 ) -> Evaluation:
-    """Compute all figures of an evaluation.
+    """Compute all metrics of an evaluation.
 
     Args:
         predictions: at least one image; every row a distribution.
-        taxonomy: of the predictions.
-        operating: thresholds of the model; without them what needs thresholds is undefined.
-        prevalence: class shares that answers are re-weighted to; what has thresholds stays as it is served.
-        priors: class shares at calibration; needed with `prevalence`, and for figures at equal prevalence.
+        taxonomy: class order, key classes and names.
+        operating: thresholds of the model; None makes the metrics that need thresholds undefined.
+        prevalence: class shares that predictions are re-weighted to; metrics with thresholds stay as served.
+        priors: class shares at calibration; needed with `prevalence`, and for metrics at equal prevalence.
         max_set_size: larger prediction sets go to an annotator.
         seed: of the bootstrap.
     Returns:
-        The figures; undefined ones are None with a reason.
+        The metrics; undefined ones are None with a reason.
     Raises:
         ContractError: no image, or probabilities that are not finite or do not sum to 1.
     """
     num_classes = len(taxonomy.codes)
     _require_images(predictions, num_classes)
     labels, served = predictions.labels, predictions.probabilities
+    # Triage runs on the served probabilities: thresholds and sets were fitted on them, not on re-weighted ones.
     probabilities = served if prevalence is None else reweight(served, priors or {}, prevalence)
     predicted = probabilities.argmax(axis=1)
     lesions = gather_lesions(predictions.image_ids, predictions.lesion_ids, labels, served)
@@ -239,18 +238,10 @@ def _reliability(labels: IntArray, probabilities: FloatArray) -> list[Reliabilit
 def coverage_report(
     probabilities: FloatArray, lesions: Lesions, taxonomy: Taxonomy, operating: OperatingPoints | None
 ) -> Coverage | None:
-    """Count how often prediction sets hold the true class, by one image per lesion.
-
-    Args:
-        probabilities: [N, C] of the images.
-        lesions: of the same images.
-        taxonomy: class order.
-        operating: with the thresholds of the sets.
-    Returns:
-        The shares; None for a model without such thresholds.
-    """
+    """Return how often prediction sets of probabilities [N, C] hold the true class; None without thresholds."""
     if operating is None or not operating.conformal_thresholds:
         return None
+    # One image per lesion, because images of a lesion are not independent and the promise is per image.
     sets = prediction_set(probabilities[lesions.first_image_index], thresholds_in_order(operating, taxonomy))
     held = sets[np.arange(len(lesions)), lesions.labels]
     return Coverage(
@@ -294,7 +285,7 @@ def whole_figures(confusion: IntArray, confusions: FloatArray, num_groups: int) 
     """Compute balanced accuracy, accuracy and macro F1, each with its interval under `<name>_ci`.
 
     Args:
-        confusion: [C, C]; row = truth, column = answer.
+        confusion: [C, C]; row = true class, column = predicted class.
         confusions: [R, C, C] of bootstrap resamples.
         num_groups: independent units that they rest on.
     Returns:

@@ -1,7 +1,8 @@
-"""The shape of an evaluation, declared once, and how its parts are filled.
+"""The schema of an evaluation and the functions that fill its parts.
 
-A metric that is undefined is null, and `undefined` says why under the metric's name; it is never 0 and
-never NaN. Intervals are 95 %, by bootstrap over groups within class.
+A metric that is undefined is null, and `undefined` gives the reason under the metric's name; it is never 0 and never
+NaN. Intervals are 95 %, by bootstrap over groups within class. Robustness and explanation quality are measured on a
+bounded sample, because they cost many forward and backward passes.
 """
 
 from typing import Any
@@ -12,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
-from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
 from vision.calibration.operating import Lesions, exact_interval
 from vision.metrics.bootstrap import percentile_interval
 from vision.metrics.metrics import class_rates
@@ -27,6 +27,71 @@ DEGENERATE = 1e-12
 
 class _Shape(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class AttackPoint(_Shape):
+    """Metrics of a model when every image may be changed by up to epsilon."""
+
+    epsilon: float = Field(ge=0, description="largest change of a colour value, in 1/255 of the pixel range")
+    accuracy: float = Field(description="at the class shares of the whole split, not of the sample")
+    accuracy_ci: Interval
+    balanced_accuracy: float
+    balanced_accuracy_ci: Interval
+    key_class_sensitivity: float | None = Field(
+        default=None, description="share of the key class's images that are predicted as it"
+    )
+    key_class_sensitivity_ci: Interval | None = None
+    key_class_referred: float | None = Field(
+        default=None, description="share of the key class's images at or above its refer threshold"
+    )
+    key_class_referred_ci: Interval | None = None
+
+
+class RobustnessReport(_Shape):
+    """Accuracy under attack with full knowledge of the network, in fp32."""
+
+    images: int = Field(ge=1, description="images attacked")
+    groups: int = Field(ge=1, description="independent units among them")
+    key_class: str | None = None
+    pgd_steps: int = Field(ge=1)
+    attacks: dict[str, list[AttackPoint]] = Field(description="fgsm and pgd, each by ascending epsilon from 0")
+
+
+class ReplacementCurve(_Shape):
+    """Deletion or insertion: the class's probability while pixels are replaced, most important first."""
+
+    auc: float = Field(description="mean area under the curve; low is good for deletion, high for insertion")
+    random_auc: float = Field(description="the same with the cells of each map shuffled")
+    gain: float = Field(
+        description="how much better than shuffled: above 0 means that the map ranks pixels by importance"
+    )
+    gain_ci: Interval
+    curve: list[float] = Field(description="mean probability at equal steps of the replaced share, 0 to 1")
+    random_curve: list[float]
+
+
+class MaskEnergy(_Shape):
+    """How much of the maps' energy lies on the lesion."""
+
+    images: int = Field(ge=1, description="images with a mask and a map")
+    energy: float = Field(description="mean share of a map's energy inside the lesion mask")
+    energy_ci: Interval
+    area: float = Field(description="mean share of the image that the mask covers: what an even map would reach")
+    above_area: float = Field(description="share of the images whose map is more on the lesion than an even one")
+
+
+class ExplanationQuality(_Shape):
+    """Faithfulness of the heat maps."""
+
+    method: str
+    images: int = Field(ge=1, description="images whose map was tested")
+    constant_maps: int = Field(ge=0, description="further images whose map is flat, which explains nothing")
+    deletion: ReplacementCurve
+    insertion: ReplacementCurve
+    randomisation_similarity: float | None = Field(
+        default=None, description="mean absolute rank correlation with the maps of a random network; low is good"
+    )
+    mask_energy: MaskEnergy | None = None
 
 
 class ClassReport(_Shape):
@@ -64,7 +129,7 @@ class KeyClassReport(_Shape):
 
 
 class ReliabilityBin(_Shape):
-    """Images of about the same confidence, and how often their answers were right."""
+    """Images of about the same confidence, and the share predicted correctly."""
 
     confidence: float = Field(description="mean confidence")
     accuracy: float
@@ -72,29 +137,28 @@ class ReliabilityBin(_Shape):
 
 
 class EqualPrevalence(_Shape):
-    """The answers if all classes came equally often: the decision that balanced accuracy rewards.
+    """Predictions re-weighted by Bayes to equal class shares: the decision that balanced accuracy rewards.
 
-    Calibrated probabilities of rare classes are small, as they should be, so the most probable class is seldom one of
-    them. Re-weighted by Bayes to equal shares, every class has the same say. A script that trains with a balanced
-    sampler and takes the largest output decides like this, and is compared with this.
+    Calibrated probabilities of rare classes are small, so the most probable class is seldom one of them. A training
+    script that uses a balanced sampler and takes the largest output is comparable with these figures.
     """
 
     balanced_accuracy: float
     balanced_accuracy_ci: Interval
-    sensitivity: dict[str, float | None] = Field(description="share of a class's images that were answered so")
+    sensitivity: dict[str, float | None] = Field(description="share of a class's images that were predicted as it")
 
 
 class Coverage(_Shape):
-    """How often the prediction set holds the true class; one image per lesion."""
+    """Share of prediction sets that hold the true class; one image per lesion."""
 
-    promise: float = Field(description="what every class was promised on the calibration split")
+    promise: float = Field(description="coverage that every class was fitted to on the calibration split")
     overall: float
     per_class: dict[str, float | None]
     pooled_classes: list[str] = Field(description="classes that share one threshold: promised together, not each")
 
 
 class SliceReport(_Shape):
-    """The figures of a part of the images."""
+    """Metrics of a part of the images."""
 
     images: int = Field(ge=1)
     lesions: int = Field(ge=1)
@@ -112,14 +176,12 @@ class SliceReport(_Shape):
 
 
 class Evaluation(_Shape):
-    """What a model is worth on a set of labelled images."""
+    """All metrics of a model on a set of labelled images."""
 
     model_id: str
     dataset_id: str | None = Field(default=None, description="empty for a folder of other images")
     split: str | None = None
-    split_reads: int | None = Field(
-        default=None, description="how often gate or test was looked at, this time included"
-    )
+    split_reads: int | None = Field(default=None, description="how often gate or test was read, this time included")
     images: int = Field(ge=1)
     lesions: int = Field(ge=1)
     groups: int = Field(ge=1, description="independent units that the intervals resample")
@@ -128,7 +190,7 @@ class Evaluation(_Shape):
     accuracy: float
     accuracy_ci: Interval
     macro_auc: float | None = Field(description="mean one-against-rest AUC of the classes where it is defined")
-    macro_f1: float = Field(description="mean F1 of the classes that have images; one never answered counts as 0")
+    macro_f1: float = Field(description="mean F1 of the classes that have images; one never predicted counts as 0")
     macro_f1_ci: Interval
     ece: float = Field(description="expected calibration error: 15 equal-width bins of confidence")
     reliability: list[ReliabilityBin] = Field(default_factory=list, description="the bins of the calibration error")
@@ -140,14 +202,14 @@ class Evaluation(_Shape):
     )
     per_class: dict[str, ClassReport]
     key_class: KeyClassReport | None
-    confusion_matrix: list[list[int]] = Field(description="row = truth, column = answer, in class order")
+    confusion_matrix: list[list[int]] = Field(description="row = true class, column = predicted class, in class order")
     answered_share: float | None = Field(description="share of images that thresholds and sets leave to no annotator")
     mean_set_size: float | None = Field(description="mean number of classes in the prediction set")
     coverage: Coverage | None = Field(default=None, description="of the prediction sets")
     slices: dict[str, dict[str, SliceReport]] = Field(
         default_factory=dict, description="age, sex, localization, confirmation, skin_tone: value to figures"
     )
-    slice_notes: dict[str, str] = Field(default_factory=dict, description="how a slice came about, what it leaves out")
+    slice_notes: dict[str, str] = Field(default_factory=dict, description="how a slice was made and what it leaves out")
     robustness: RobustnessReport | None = None
     explanations: ExplanationQuality | None = None
     undefined: dict[str, str] = Field(default_factory=dict, description="metric to why it is null or partial")
@@ -166,8 +228,8 @@ def class_reports(
     """Report every class against the rest, per image.
 
     Args:
-        taxonomy: class order.
-        confusion: [C, C]; row = truth, column = answer.
+        taxonomy: gives the class order.
+        confusion: [C, C]; row = true class, column = predicted class.
         confusions: [R, C, C] of the resamples.
         labels: [N] class indices.
         predicted: [N] class indices.
@@ -180,13 +242,13 @@ def class_reports(
     rates, samples = class_rates(confusion), class_rates(confusions)
     reports = {}
     for index, code in enumerate(taxonomy.codes):
-        is_case, is_answer = labels == index, predicted == index
+        is_case, is_predicted = labels == index, predicted == index
         values: dict[str, Any] = {}
         for name, members in (
             ("sensitivity", is_case),
             ("specificity", ~is_case),
-            ("precision", is_answer),
-            ("f1", is_case | is_answer),
+            ("precision", is_predicted),
+            ("f1", is_case | is_predicted),
         ):
             if members.any():
                 estimate = float(getattr(rates, name)[index])
@@ -226,8 +288,8 @@ def key_class_report(
     scores = lesions.probabilities[:, taxonomy.index_of(key.code)]
     if point is not None:
         is_referred = scores >= point.threshold
-        sensitivity, sensitivity_ci = _lesion_rate(is_referred, is_case, group_index, weights)
-        specificity, specificity_ci = _lesion_rate(~is_referred, ~is_case, group_index, weights)
+        sensitivity, sensitivity_ci = rate_by_group(is_referred, is_case, group_index, weights)
+        specificity, specificity_ci = rate_by_group(~is_referred, ~is_case, group_index, weights)
     return KeyClassReport(
         name=key.code,
         sensitivity=sensitivity,
@@ -249,7 +311,7 @@ def _at_fixed_sensitivity(
     threshold = sensitivity_threshold(scores, is_case, FIXED_SENSITIVITY)
     if threshold is None:
         return {}
-    specificity, interval = _lesion_rate(scores < threshold, ~is_case, group_index, weights)
+    specificity, interval = rate_by_group(scores < threshold, ~is_case, group_index, weights)
     return {"specificity_at_95_sensitivity": specificity, "specificity_at_95_sensitivity_ci": interval}
 
 
@@ -270,16 +332,26 @@ def sensitivity_threshold(scores: FloatArray, is_case: BoolArray, sensitivity: f
     return float(cases[int(np.ceil(sensitivity * len(cases) - 1e-9)) - 1]) if len(cases) else None
 
 
-def _lesion_rate(
+def rate_by_group(
     is_hit: BoolArray, is_member: BoolArray, group_index: IntArray, weights: Float32Array
 ) -> tuple[float | None, Interval | None]:
-    """Return the share of hits among the member lesions, with its interval by group."""
+    """Return the share of hits among the members with its interval; None without members.
+
+    Args:
+        is_hit: [N].
+        is_member: [N].
+        group_index: [N] the independent unit of each.
+        weights: [R, G] of the resamples.
+    Returns:
+        The share and its 95 % interval.
+    """
     if not is_member.any():
         return None, None
     num_groups = weights.shape[1]
     members = np.bincount(group_index, weights=is_member, minlength=num_groups)
     hits = np.bincount(group_index, weights=is_member & is_hit, minlength=num_groups)
     drawn = weights @ members
+    # A resample that drew no member has no rate: NaN, which the interval leaves out.
     samples = np.divide(weights @ hits, drawn, out=np.full(len(weights), np.nan), where=drawn > 0)
     estimate = float(hits.sum() / members.sum())
     return estimate, interval_of(estimate, samples, int((members > 0).sum()))
@@ -288,7 +360,7 @@ def _lesion_rate(
 def interval_of(estimate: float, samples: FloatArray, num_groups: int) -> Interval:
     """Take a 95 % interval; exact (Clopper-Pearson over groups) where the bootstrap does not vary.
 
-    That is the case where the estimate is 0 or 1, and where there are too few groups to draw from.
+    A bootstrap does not vary where the estimate is 0 or 1, or where there are too few groups to draw from.
 
     Args:
         estimate: a share.
@@ -298,6 +370,7 @@ def interval_of(estimate: float, samples: FloatArray, num_groups: int) -> Interv
         Lower and upper end.
     """
     low, high = percentile_interval(samples)
+    # Negated, so that NaN ends, where no resample is defined, take the exact interval as well.
     if not high - low > DEGENERATE:
         return exact_interval(round(estimate * num_groups), num_groups)
     return float(low), float(high)
@@ -309,16 +382,7 @@ def undefined_reasons(
     key_class: KeyClassReport | None,
     operating: OperatingPoints | None,
 ) -> dict[str, str]:
-    """Say why figures are null, or rest on fewer classes than the taxonomy has.
-
-    Args:
-        taxonomy: of the evaluation.
-        per_class: its class reports.
-        key_class: its key class report.
-        operating: the model's thresholds, or None.
-    Returns:
-        Metric to one sentence.
-    """
+    """Return, per metric that is null or rests on fewer classes than the taxonomy has, the reason in one sentence."""
     reasons = {}
     absent = [code for code, report in per_class.items() if report.support == 0]
     for code, report in per_class.items():
@@ -327,7 +391,7 @@ def undefined_reasons(
         if report.specificity is None:
             reasons[f"per_class.{code}.specificity"] = f"every image is {code}"
         if report.precision is None:
-            reasons[f"per_class.{code}.precision"] = f"no image was answered {code}"
+            reasons[f"per_class.{code}.precision"] = f"no image was predicted as {code}"
     if absent:
         present = [code for code in taxonomy.codes if code not in absent]
         note = f"over {', '.join(present)} only: no image of {', '.join(absent)}"

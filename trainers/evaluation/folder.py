@@ -1,8 +1,8 @@
-"""A model's answers for any folder of labelled images, imported or not.
+"""Predictions of a model for any folder of labelled images, imported or not.
 
 In: a loaded model, a folder of images and a table (columns image_id, dx, and lesion_id or patient_id if known).
-Out: `SplitPredictions` as for a split of a dataset. Images are cut to the model's geometry. Nothing is
-stored, and nothing is left out: one unusable row is an error, because figures over the rest would flatter.
+Out: `SplitPredictions` as for a split of a dataset. Nothing is stored, and no row is skipped: one unusable row is an
+error, because metrics over the rest would be too good.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,8 @@ from records.errors import DataError, ImageError
 from records.taxonomy import Taxonomy
 from records.types.images import LABEL_RANK
 from trainers.evaluation.evaluate import SplitPredictions
-from trainers.evaluation.images import Images
+from trainers.evaluation.images import CONFIRMED_BY, Images, Traits, age_band
 from trainers.evaluation.skin import SkinTones, tone_of
-from trainers.evaluation.traits import CONFIRMED_BY, Traits, age_band
 from vision.inference.loaded import LoadedModel
 
 
@@ -34,17 +33,17 @@ def predict_folder(
     progress: Progress | None = None,
     masks: Path | None = None,
 ) -> SplitPredictions:
-    """Answer for every row of a table.
+    """Predict every row of a table.
 
     Args:
-        model: that answers.
+        model: the loaded model.
         images: folder with the images, in any depth.
         labels: the table.
         columns: names of the table's columns where they differ from the usual ones.
         progress: a bar is added to it.
-        masks: folder of lesion masks, named after the images; skin is looked for outside them.
+        masks: folder of lesion masks, named after the images; skin tone is measured outside them.
     Returns:
-        The answers in the table's order; the independent unit is the patient, else the lesion, else the image.
+        The predictions in the table's order; the independent unit is the patient, else the lesion, else the image.
     Raises:
         DataError: the folder or table cannot be read, or a row has no image, no diagnosis or an unknown one.
     """
@@ -92,7 +91,7 @@ def _traits(row: SourceRow, angle: float | None) -> Traits:
 
 
 def _checked(rows: Sequence[SourceRow], labels: Path, taxonomy: Taxonomy) -> list[int]:
-    """Return the class of every row; refuse the table if a row cannot be evaluated."""
+    """Return the class index of every row; DataError if a row cannot be evaluated."""
     seen: set[str] = set()
     problems = []
     for row in rows:

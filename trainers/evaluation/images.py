@@ -1,6 +1,9 @@
-"""Where an evaluation finds its images again: for heat maps, masks and attacks on a few of them."""
+"""What an evaluation knows of its images besides their predictions: how to read them, masks, and traits.
 
-from collections.abc import Callable
+Heat maps, attacks and lesion masks need some of the images again; slices are cut by the traits.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +11,13 @@ import numpy as np
 
 from images.decode import decode_square
 from records.arrays import BoolArray, IntArray, UInt8Array
-from trainers.evaluation.skin import find_mask, read_mask
+from records.types import Image
+from trainers.evaluation.skin import find_mask, read_mask, tone_of
+
+CONFIRMED_BY = ("histopathology", "confocal or follow-up", "consensus", "one reader", "flag")
+"""By label rank."""
+
+AGE_BAND_YEARS = 20
 
 
 @dataclass(frozen=True)
@@ -16,7 +25,7 @@ class Images:
     """N images, read when they are asked for."""
 
     names: list[str]
-    """[N] as a person knows them"""
+    """[N] file name or source id"""
     read: Callable[[int], bytes]
     """position -> the bytes of its file"""
     masks: Path | None = None
@@ -34,3 +43,40 @@ class Images:
         """Return the lesion's mask, [S, S]; None if there is none."""
         path = find_mask(self.masks, self.names[index]) if self.masks is not None else None
         return read_mask(path, side_px) if path is not None else None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What slices are cut by; None where it is unknown."""
+
+    age: str | None
+    sex: str | None
+    localization: str | None
+    confirmation: str | None
+    skin_tone: str | None
+
+
+def age_band(age_years: float | None) -> str | None:
+    """Name the band of an age: under 20, 20 to 39, 40 to 59, 60 to 79, 80 and older."""
+    if age_years is None:
+        return None
+    low = int(age_years) // AGE_BAND_YEARS * AGE_BAND_YEARS
+    if low == 0:
+        return f"under {AGE_BAND_YEARS}"
+    return "80 and older" if low >= 80 else f"{low} to {low + AGE_BAND_YEARS - 1}"
+
+
+def traits_of_images(
+    images: Sequence[Image], label_ranks: Sequence[int], angles: Sequence[float | None]
+) -> list[Traits]:
+    """Return the traits of N stored images; `angles` are those of `skin.typology_angle`."""
+    return [
+        Traits(
+            age=age_band(image.age_years),
+            sex=image.sex,
+            localization=image.localization,
+            confirmation=CONFIRMED_BY[rank] if rank < len(CONFIRMED_BY) else None,
+            skin_tone=tone_of(angle),
+        )
+        for image, rank, angle in zip(images, label_ranks, angles, strict=True)
+    ]

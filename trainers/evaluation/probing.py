@@ -7,19 +7,17 @@ import numpy as np
 from records.arrays import IntArray
 from records.bundles import Bundle
 from records.errors import ContractError
-from trainers.evaluation.attacks import PixelNetwork
 from trainers.evaluation.evaluate import SplitPredictions
-from trainers.evaluation.faithfulness import explanation_quality
+from trainers.evaluation.faithfulness import explanation_quality, randomisation_similarity
+from trainers.evaluation.figures import ExplanationQuality, RobustnessReport
 from trainers.evaluation.images import Images
-from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
-from trainers.evaluation.robustness import PER_CLASS, Sample, robustness_curves
-from trainers.evaluation.sanity import randomisation_similarity
+from trainers.evaluation.robustness import PER_CLASS, PixelNetwork, Sample, robustness_curves
 from vision.inference.loaded import load_model, plain_network
-from vision.metrics.sample import stratified_sample
+from vision.metrics.bootstrap import stratified_sample
 
 
 def sample_of(predictions: SplitPredictions, per_class: int = PER_CLASS) -> IntArray:
-    """Choose the images that are probed, ascending: at most `per_class` of a class, from many groups."""
+    """Choose the images to measure on, ascending: at most `per_class` of a class, from as many groups as possible."""
     return stratified_sample(predictions.labels, _groups(predictions), per_class)
 
 
@@ -29,13 +27,13 @@ def measure_robustness(
     """Attack a sample of the evaluated images with FGSM and PGD.
 
     Args:
-        bundle: whose network is attacked, in fp32.
-        predictions: of the whole split or folder, with its images.
-        on_batch: told how many images were dealt with.
+        bundle: its network is attacked, in fp32.
+        predictions: of the whole split or folder, with `images`.
+        on_batch: called with the number of images processed.
     Returns:
         The curves.
     Raises:
-        ContractError: the predictions do not know their images.
+        ContractError: the predictions have no `images`.
     """
     document, chosen = bundle.document, sample_of(predictions)
     refer = document.operating.refer
@@ -60,11 +58,11 @@ def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> Expla
 
     Args:
         bundle: of the model.
-        predictions: of the whole split or folder, with its images.
+        predictions: of the whole split or folder, with `images`.
     Returns:
-        The figures; None if every map of the sample is flat.
+        The metrics; None if every map of the sample is constant.
     Raises:
-        ContractError: the predictions do not know their images.
+        ContractError: the predictions have no `images`.
     """
     side_px = bundle.document.geometry.side_px
     chosen, images = sample_of(predictions), _images(predictions)
@@ -96,5 +94,5 @@ def _groups(predictions: SplitPredictions) -> IntArray:
 
 def _images(predictions: SplitPredictions) -> Images:
     if predictions.images is None:
-        raise ContractError("these predictions do not know where their images are")
+        raise ContractError("these predictions have no images to read; predict the whole split or folder again")
     return predictions.images

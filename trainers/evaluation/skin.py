@@ -1,8 +1,8 @@
 """The tone of the skin around a lesion, as its individual typology angle (ITA).
 
 ITA = arctan((L* - 50) / b*) in degrees, of the median CIE L* and b* of the skin (Chardon et al. 1991). Skin is what
-lies outside the lesion's mask, grown by a twentieth of the split; without a mask it is the outer ring of the square,
-an eighth of the split wide. Pixels much darker than the ring's median are left out: hair and the shadow of the tube.
+lies outside the lesion's mask, grown by a twentieth of the side; without a mask it is the outer ring of the square,
+an eighth of the side wide. Pixels much darker than the ring's median are left out: hair and the shadow of the tube.
 
 It is an estimate, good for comparing groups: a dermatoscope's light is not calibrated, and a lesion that reaches the
 border is taken for skin where there is no mask.
@@ -28,7 +28,7 @@ DARKER = 25.0
 """Pixels whose L* lies so far below the median of the rest are not skin."""
 
 MIN_SHARE = 0.02
-"""With less skin than this share of the image, nothing is said."""
+"""Smallest share of the image that must be skin; with less, the angle is None."""
 
 
 def typology_angle(image: UInt8Array, mask: BoolArray | None = None) -> float | None:
@@ -52,10 +52,12 @@ def typology_angle(image: UInt8Array, mask: BoolArray | None = None) -> float | 
     lab: NDArray[Any] = cv2.cvtColor(image.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)[skin]
     if len(lab) == 0:
         return None
+    # Hair and the shadow of the tube are much darker than skin and would pull the median down.
     lab = lab[lab[:, 0] > float(np.median(lab[:, 0])) - DARKER]
     if len(lab) < MIN_SHARE * side_px**2:
         return None
     lightness, yellowness = float(np.median(lab[:, 0])), float(np.median(lab[:, 2]))
+    # ITA is defined for b* > 0; bluish pixels would flip the angle by 180 degrees.
     return float(np.degrees(np.arctan2(lightness - 50.0, max(yellowness, 1e-3))))
 
 
@@ -83,7 +85,7 @@ def read_mask(path: Path, side_px: int) -> BoolArray:
     Returns:
         [S, S].
     Raises:
-        DataError: it cannot be read.
+        DataError: OpenCV cannot read it.
     """
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None:
@@ -96,7 +98,7 @@ def read_mask(path: Path, side_px: int) -> BoolArray:
 
 
 class SkinTones:
-    """Gathers the angles of images that come batch by batch.
+    """Collects the angles of images that arrive in batches.
 
     Args:
         source_ids: [N] names of all images, by which masks are found.
@@ -109,7 +111,7 @@ class SkinTones:
         self.angles: list[float | None] = []
 
     def add(self, pixels: UInt8Array) -> None:
-        """Look at the next images, [n, S, S, 3]."""
+        """Measure the next images, [n, S, S, 3]."""
         for image in pixels:
             name = self._source_ids[len(self.angles)]
             path = find_mask(self._masks, name) if self._masks is not None else None

@@ -1,7 +1,7 @@
-"""The same figures for parts of the images: by age, sex, body site, confirmation, skin tone.
+"""Metrics by slice: age, sex, body site, confirmation, skin tone.
 
-A slice with few images says little, so that one below `MIN_IMAGES` is named and not reported. Intervals are
-resampled within the slice; nothing is corrected for looking at many slices.
+A slice with fewer than `MIN_IMAGES` images is named and not reported. Intervals are resampled within the slice and
+are not corrected for multiple comparisons.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.evaluation.figures import Evaluation, SliceReport
-from trainers.evaluation.traits import Traits
+from trainers.evaluation.images import Traits
 
 MIN_IMAGES = 20
 
@@ -24,16 +24,7 @@ SKIN_NOTE = "estimated from the skin around the lesion (ITA), outside its mask w
 def with_slices(
     evaluation: Evaluation, predictions: SplitPredictions, taxonomy: Taxonomy, operating: OperatingPoints | None
 ) -> Evaluation:
-    """Add the figures of every slice.
-
-    Args:
-        evaluation: of the same predictions.
-        predictions: with their traits; without them nothing is added.
-        taxonomy: of the predictions.
-        operating: thresholds of the model.
-    Returns:
-        The evaluation with `slices` and `slice_notes`.
-    """
+    """Return the evaluation with `slices` and `slice_notes`; unchanged if the predictions have no traits."""
     traits = predictions.traits
     if traits is None:
         return evaluation
@@ -55,7 +46,7 @@ def with_slices(
 
 
 def subset(predictions: SplitPredictions, index: IntArray) -> SplitPredictions:
-    """Return the predictions of some images, by index; where the images are is left out."""
+    """Return the predictions of some images, by index, without `images`, whose positions no longer fit."""
     return replace(
         predictions,
         image_ids=[predictions.image_ids[i] for i in index],
@@ -80,11 +71,7 @@ def _report(predictions: SplitPredictions, taxonomy: Taxonomy, operating: Operat
         accuracy_ci=part.accuracy_ci,
         balanced_accuracy=part.balanced_accuracy,
         balanced_accuracy_ci=part.balanced_accuracy_ci,
-        key_class_lesions=None if key is None else key.lesions,
-        key_class_sensitivity=None if key is None else key.sensitivity,
-        key_class_sensitivity_ci=None if key is None else key.sensitivity_ci,
-        key_class_specificity=None if key is None else key.specificity,
-        key_class_specificity_ci=None if key is None else key.specificity_ci,
+        **({} if key is None else {f"key_class_{name}": getattr(key, name) for name in _KEY_FIGURES}),
         answered_share=part.answered_share,
     )
 
@@ -99,6 +86,7 @@ def _note(name: str, small: Iterable[str], num_unknown: int, has_reports: bool) 
     return {name: "; ".join(parts)} if parts else {}
 
 
+_KEY_FIGURES = ("lesions", "sensitivity", "sensitivity_ci", "specificity", "specificity_ci")
 _TONE_ORDER = ("very light", "light", "intermediate", "tan", "brown", "dark")
 
 

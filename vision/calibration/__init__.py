@@ -1,1 +1,1 @@
-"""What probabilities may promise: temperature and bias, operating points, conformal sets."""
+"""Calibration of probabilities, operating points, conformal prediction sets, and distances to the training images."""

@@ -1,8 +1,8 @@
-"""Prediction sets that keep a promise: class-conditional split-conformal thresholds.
+"""Prediction sets with guaranteed coverage: class-conditional split-conformal thresholds.
 
-For every class, the true class is in the set with at least the promised probability, whatever the
-network is worth (Vovk 2012), as long as new images are drawn like the calibration lesions. Classes with too few
-lesions share one threshold, and the promise then holds for them together, not for each.
+For every class, the set holds the true class with at least the promised probability, however good the network is
+(Vovk 2012), as long as new images are drawn like the calibration lesions. Classes with too few lesions share one
+threshold, and the guarantee then holds for them together, not for each.
 
 In: 1 - p(true class) of one image per calibration lesion. Out: thresholds q; a class is in the
 set if 1 - p <= q. Pure array work.
@@ -30,6 +30,7 @@ def conformal_quantile(nonconformity: FloatArray, promise: float = CONFORMAL_PRO
     Returns:
         q in [0, 1]; 1 (everything is in the set) if n is too small for the promise.
     """
+    # 1e-9: (n + 1) * promise is a whole number for round promises, and rounding must not lift it to the next rank.
     rank = int(np.ceil((len(nonconformity) + 1) * promise - 1e-9))
     return float(np.sort(nonconformity)[rank - 1]) if 1 <= rank <= len(nonconformity) else 1.0
 
@@ -63,16 +64,16 @@ def conformal_thresholds(
 
 
 def prediction_set(probabilities: FloatArray, thresholds: FloatArray) -> BoolArray:
-    """Tell which classes cannot be excluded.
+    """Return which classes cannot be excluded.
 
     Args:
         probabilities: [N, C].
         thresholds: [C] conformal thresholds q in class order, see `thresholds_in_order`.
     Returns:
-        [N, C]: 1 - p <= q. A row may be empty (unlike anything seen: doubt); a row that is not
-        finite holds every class, since nothing can be excluded.
+        [N, C]: 1 - p <= q. A row may be empty, if the image is unlike any of calibration; a row that is not finite
+        holds every class.
     """
-    # 1e-12: the threshold itself went through 1 - p, and must not lose its own lesion to rounding.
+    # 1e-12: the threshold is a rounded 1 - p itself, and must include the lesion that it was taken from.
     inside = 1.0 - probabilities <= thresholds + 1e-12
     inside[~np.isfinite(probabilities).all(axis=1)] = True
     return np.asarray(inside, dtype=np.bool_)

@@ -1,9 +1,9 @@
-"""How far something is from everything that was seen: the distance to the k-th nearest of stored vectors.
+"""Distance of a vector to the k-th nearest of stored vectors, after whitening.
 
-Vectors are centred, turned to the directions in which the stored ones vary, and scaled so that they vary
-alike there; what lies outside those directions counts as one more. (Sun et al. 2022, Out-of-Distribution
-Detection with Deep Nearest Neighbors, with whitening in place of their normalisation; the residual is
-that of ViM, Wang et al. 2022.) Arrays in, numbers out; nothing is pickled.
+Vectors are centred, projected on the principal directions of the stored ones and scaled to unit variance there; the
+length of the residual outside those directions is one more coordinate. (Sun et al. 2022, Out-of-Distribution Detection
+with Deep Nearest Neighbors, with whitening in place of their normalisation; the residual is that of ViM, Wang et al.
+2022.) Stored as plain arrays; nothing is pickled.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from records.arrays import Float32Array, FloatArray
 from records.errors import ContractError
 
 SHRINKAGE = 0.02
-"""Share of the mean variance that is added to each direction's, so that none is magnified without end."""
+"""Share of the mean variance that is added to each direction's; bounds the scaling of flat directions."""
 
 FEATURES, EARLY, LOOKS = "features", "early", "appearance"
 """Prefixes under which a bundle stores the three sets of vectors that are compared."""
@@ -59,6 +59,7 @@ class Neighbours:
                 - 2.0 * projected @ self.reference.T.astype(np.float64)
                 + (self.reference.astype(np.float64) ** 2).sum(axis=1)
             )
+            # Squared distances by the binomial formula cost one matrix product; rounding may leave them below zero.
             nearest = np.partition(squares, self.rank - 1, axis=1)[:, self.rank - 1]
             distances[finite] = np.sqrt(np.clip(nearest, 0.0, None))
         return distances

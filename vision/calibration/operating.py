@@ -1,10 +1,8 @@
-"""Where to draw the lines: thresholds that refer and thresholds that hurry.
+"""Operating points: thresholds of referral and of urgency.
 
-Everything is measured on the calibration split, per lesion, on calibrated probabilities, and is
-pure array work. A lesion's probability is the mean over its images. What small numbers cannot
-prove is said (`proven: false`), not assumed.
-
-It does not decide about an image's quality or novelty; serving adds those rules.
+Everything is measured on the calibration split, per lesion, on calibrated probabilities, in pure array work. A
+lesion's probability is the mean over its images. Where the lesions are too few to prove a floor, the point says so
+(`proven: false`). Rules about an image's quality or novelty are not here; serving adds them.
 """
 
 from collections.abc import Sequence
@@ -28,14 +26,14 @@ MALIGNANT_FLOOR = 0.90
 
 @dataclass(frozen=True)
 class Lesions:
-    """The images of one split, gathered by lesion."""
+    """The images of one split, grouped by lesion."""
 
     probabilities: FloatArray
     """[L, C] mean over each lesion's images"""
     labels: IntArray
     """[L] class indices"""
     first_image_index: IntArray
-    """[L]: the image of each lesion that stands for it where one is needed, by smallest image id"""
+    """[L]: the image that represents each lesion where one is needed, by smallest image id"""
     lesion_index: IntArray
     """[N]: the lesion of each image"""
 
@@ -46,7 +44,7 @@ class Lesions:
 def gather_lesions(
     image_ids: Sequence[str], lesion_ids: Sequence[str | None], labels: IntArray, probabilities: FloatArray
 ) -> Lesions:
-    """Gather images by lesion; an image without a lesion id is a lesion of its own.
+    """Group images by lesion; an image without a lesion id is a lesion of its own.
 
     Args:
         image_ids: [N]; ids are hashes, so the smallest of a lesion is a fair draw.
@@ -73,22 +71,14 @@ def gather_lesions(
 
 
 def exact_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
-    """Compute the two-splitd Clopper-Pearson interval of a proportion.
-
-    Args:
-        successes: 0 to `trials`.
-        trials: at least 1.
-        level: confidence, 0 to 1.
-    Returns:
-        Lower and upper end.
-    """
+    """Return both ends of the two-sided Clopper-Pearson interval of a proportion, at least one trial."""
     tail = (1.0 - level) / 2
     low = exact_lower_bound(successes, trials, 1.0 - tail)
     return low, 1.0 - exact_lower_bound(trials - successes, trials, 1.0 - tail)
 
 
 def exact_lower_bound(successes: int, trials: int, level: float = LEVEL) -> float:
-    """Compute the one-splitd Clopper-Pearson lower bound of a proportion.
+    """Compute the one-sided Clopper-Pearson lower bound of a proportion.
 
     Args:
         successes: 0 to `trials`.
@@ -102,13 +92,15 @@ def exact_lower_bound(successes: int, trials: int, level: float = LEVEL) -> floa
     """
     if successes == 0:
         return 0.0
+    # scipy.stats.binomtest gives the same bound to 5e-13, but solves for it in milliseconds: `refer_point` evaluates
+    # one bound per lesion, and serving would import scipy.stats for it.
     return float(betaincinv(successes, trials - successes + 1, 1.0 - level))
 
 
 def refer_point(scores: FloatArray, is_case: BoolArray, floor: float, level: float = LEVEL) -> ReferPoint:
-    """Find the highest threshold whose sensitivity is proven to reach a floor.
+    """Find the highest threshold at which the sensitivity floor is proven.
 
-    Proven means that the exact one-splitd lower bound reaches the floor. If not even catching every
+    Proven means that the exact one-sided lower bound reaches the floor. If not even catching every
     case proves it, the highest threshold whose point estimate reaches the floor is used and
     `proven` is false. Without any case the threshold is 0: everything is referred.
 
@@ -127,6 +119,7 @@ def refer_point(scores: FloatArray, is_case: BoolArray, floor: float, level: flo
             threshold=0.0, sensitivity_floor=floor, proven=False, sensitivity=None,
             sensitivity_lower_bound=None, specificity=_share(scores[~is_case] < 0.0), lesions=0,
         )  # fmt: skip
+    # Sensitivity at the k-th highest case score is k / n: the fewest hits that prove the floor give the threshold.
     wanted = [hits for hits in range(1, num_cases + 1) if exact_lower_bound(hits, num_cases, level) >= floor]
     fallback = max(1, int(np.ceil(floor * num_cases - 1e-9)))
     threshold = float(case_scores[(wanted[0] if wanted else fallback) - 1])
@@ -152,9 +145,9 @@ def urgent_threshold(
         scores: [L] p(malignant), per lesion.
         is_case: [L].
         predictive_value: wanted share of cases among the lesions at or above the threshold, 0 to 1.
-        min_lesions: so many lesions must lie at or above it, else the share means nothing.
+        min_lesions: fewest lesions at or above it for which the share counts.
     Returns:
-        The threshold; None if there is no such one, and then nothing is urgent.
+        The threshold; None if none reaches the value: no lesion is urgent then.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -174,7 +167,7 @@ def fit_operating_points(
     urgent_predictive_value: float = 0.5,
     promise: float = CONFORMAL_PROMISE,
 ) -> OperatingPoints:
-    """Fit everything that triage compares probabilities with, on the calibration split.
+    """Fit all thresholds of triage on the calibration split.
 
     Args:
         lesions: of the calibration split.
@@ -195,6 +188,7 @@ def fit_operating_points(
     refer_malignant, urgent = None, None
     if is_malignant.any():
         scores, cases = lesions.probabilities[:, is_malignant].sum(axis=1), is_malignant[lesions.labels]
+        # A sum of probabilities may exceed 1 by rounding, and a threshold must be a probability.
         scores = np.clip(scores, 0.0, 1.0)
         floor = taxonomy.key_class.sensitivity_floor if taxonomy.key_class else MALIGNANT_FLOOR
         refer_malignant = refer_point(scores, cases, floor)
@@ -214,7 +208,7 @@ def fit_operating_points(
 def answered(
     probabilities: FloatArray, taxonomy: Taxonomy, operating: OperatingPoints, max_set_size: int = 2
 ) -> BoolArray:
-    """Tell which images the probabilities alone let the service answer without an annotator.
+    """Return which images the probabilities alone leave to the model, without an annotator, [N].
 
     Not answered: at or above a refer threshold; a prediction set that is empty, holds more than
     `max_set_size` classes, or holds a malignant class other than the label; a row that is not finite.
@@ -222,8 +216,8 @@ def answered(
     Args:
         probabilities: [N, C] calibrated.
         taxonomy: class order, malignant classes.
-        operating: thresholds.
-        max_set_size: classes.
+        operating: thresholds of referral and of the sets.
+        max_set_size: largest set that needs no annotator, in classes.
     Returns:
         [N].
     """
@@ -235,6 +229,7 @@ def answered(
     sizes = sets.sum(axis=1)
     plain = finite & (sizes >= 1) & (sizes <= max_set_size) & ~other_malignant.any(axis=1)
     for code, point in operating.refer.items():
+        # Negated, so that NaN is never below a threshold.
         plain &= ~(probabilities[:, taxonomy.index_of(code)] >= point.threshold)
     if operating.refer_malignant is not None:
         plain &= ~(probabilities[:, is_malignant].sum(axis=1) >= operating.refer_malignant.threshold)

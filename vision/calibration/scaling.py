@@ -1,9 +1,8 @@
-"""Probabilities that mean what they say: a temperature and a bias per class.
+"""Calibration by a temperature and a bias per class: probabilities = softmax(logits / temperature + bias).
 
-probabilities = softmax(logits / temperature + bias). Both are fitted by likelihood on the val split,
-at the natural prevalence: a temperature alone cannot undo what a balanced sampler did to the priors.
-Weak normal priors (bias: sd 3, log temperature: sd 1) keep a class without cases, or logits that
-separate the classes perfectly, from running to infinity; a hundred images outweigh them.
+Both are fitted by maximum posterior on the val split, at the natural prevalence: a temperature alone cannot undo what
+a balanced sampler did to the priors. Weak normal priors (bias: sd 3, log temperature: sd 1) keep the parameters finite
+for a class without cases or for separable logits; a hundred images outweigh them.
 
 In: logits [N, C]. Out: `records.bundles.Calibration`, or probabilities [N, C] in float64.
 """
@@ -46,10 +45,12 @@ def fit_calibration(logits: NDArray[np.floating], labels: IntArray, taxonomy: Ta
         raise ContractError(f"row {row} of the logits is not finite; such a model cannot be calibrated")
     start = np.zeros(1 + num_classes)
     bounds = [LOG_TEMPERATURE_BOUNDS] + [(None, None)] * num_classes
+    # The temperature is fitted as its logarithm, so that it stays positive and its prior is symmetric.
     fitted = minimize(
         _penalised_loss, start, args=(logits, labels), jac=True, method="L-BFGS-B", bounds=bounds,
         options={"maxiter": 500, "ftol": 1e-14, "gtol": 1e-9},
     )  # fmt: skip
+    # Softmax ignores a constant added to all biases; a sum of zero makes equal fits equal numbers.
     bias = fitted.x[1:] - fitted.x[1:].mean()
     shares = np.bincount(labels, minlength=num_classes) / len(labels)
     return Calibration(
@@ -64,7 +65,7 @@ def apply_calibration(logits: NDArray[np.floating], calibration: Calibration) ->
 
     Args:
         logits: [N, C].
-        calibration: what was fitted.
+        calibration: of the model.
     Returns:
         [N, C] in float64; rows sum to 1. A row with a logit that is not finite becomes NaN throughout.
     Raises:

@@ -1,10 +1,10 @@
-"""Fit what tells suitable images from others: distance of the features, and limits of quality.
+"""Fit the checks of suitable images: thresholds of feature distances, and limits of image quality.
 
 The reference is a sample of the train split, at most 300 images of a class. The thresholds of the two distances
 (last features, first convolution) are the smallest that each refuse at most 2 % of val. Limits of quality are
-quantiles of train and val with a margin, wide enough that a good image is hardly ever sent back; see `MARGIN`.
+quantiles of train and val with a margin, so wide that good images are rarely rejected; see `MARGIN`.
 
-In: described images and sizes. Out: the part of the bundle's document, and small arrays.
+In: features of images and their sizes. Out: a part of the bundle's document, and small arrays.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ MAX_REFUSED = 0.04
 """Share of val that may lie beyond a threshold, half of it for each of the two."""
 
 PER_CLASS = 300
-"""Training images of a class whose features are looked at."""
+"""Training images of a class whose features are used."""
 
 DIRECTIONS = 32
 REFERENCE = 1000
@@ -36,12 +36,12 @@ MARGIN = 0.15
 """A limit is moved outwards by this share of its distance to the median, and by more where few images show it."""
 
 MANY = 100
-"""With so many images the margin is twice `MARGIN`, with many more it comes down to it."""
+"""Number of images with which the margin is twice `MARGIN`; it approaches `MARGIN` with many more."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """Images of a split as they are looked at."""
+    """Images of a split with their features."""
 
     pixels: UInt8Array
     """[N, S, S, 3]"""
@@ -51,7 +51,7 @@ class Described:
     """[N, 2 K], see `early_statistics`"""
 
     def __post_init__(self) -> None:
-        """Refuse lengths that differ, and no image at all."""
+        """Raise ContractError if lengths differ or there is no image."""
         if not len(self.pixels) == len(self.features) == len(self.early) >= 1:
             raise ContractError("suitability needs images, with the features of each")
 
@@ -75,11 +75,13 @@ def fit_suitability(
     Raises:
         ContractError: a feature is not finite.
     """
+    # Only the first vectors are stored as reference, so their order must not be that of the dataset.
     order = np.random.default_rng(seed).permutation(len(train.pixels))
     features = fit_neighbours(train.features[order], max_directions=DIRECTIONS, max_reference=REFERENCE, rank=RANK)
     early = fit_neighbours(train.early[order], max_directions=DIRECTIONS, max_reference=REFERENCE, rank=RANK)
     train_looks, val_looks = appearance(train.pixels[order]), appearance(val.pixels)
     looks = fit_neighbours(train_looks, max_directions=train_looks.shape[1], max_reference=REFERENCE, rank=RANK)
+    # Distances as a new image would have them: a stored image is at distance 0 from itself.
     unseen = np.concatenate([_distances_to_others(looks, train_looks), looks.distance(val_looks)])
     document = SuitabilityLimits(
         ood_threshold=refusing_threshold(features.distance(val.features), MAX_REFUSED / 2),
@@ -106,6 +108,7 @@ def refusing_threshold(distances: FloatArray, max_refused: float) -> float:
     >>> refusing_threshold(np.arange(1.0, 11.0), 0.05)
     10.0
     """
+    # 1e-9: a product such as 0.05 * 20 may fall below the whole number that it stands for.
     allowed = int(np.floor(max_refused * len(distances) + 1e-9))
     return max(float(np.sort(distances)[len(distances) - 1 - allowed]), 1e-6)
 
@@ -133,7 +136,7 @@ def _limit(values: FloatArray, quantile: float) -> float:
 
 
 def _distances_to_others(looks: Neighbours, train_looks: FloatArray) -> FloatArray:
-    """Return how far each training image is from the stored ones; those that are stored themselves do not count."""
+    """Return the distance of each training image to the other stored ones."""
     stored = len(looks.reference)
     others = replace(looks, rank=min(looks.rank + 1, stored))
     return np.concatenate([others.distance(train_looks[:stored]), looks.distance(train_looks[stored:])])

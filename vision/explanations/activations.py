@@ -1,7 +1,7 @@
-"""What a layer of a network sees: its channels as small images.
+"""Output of a layer of a network, and its channels drawn as small images.
 
-In: a network of one's own (a hook is set on it, so it must not be shared), normalised images, a layer's name.
-Out: the layer's output [N, K, h, w], and a PNG of its most active channels.
+In: a network that no other thread uses (a hook is set on it), normalised images, a layer's name. Out: the layer's
+output [N, K, h, w], and a PNG of its most varied channels.
 """
 
 import io
@@ -22,21 +22,21 @@ GAP_PX = 4
 
 
 def layer_names(network: nn.Module) -> list[str]:
-    """Name the layers that can be looked at: every part of `features`, at any depth, in order."""
+    """Return the names of all layers inside `features`, at any depth, in order."""
     return [name for name, _ in network.named_modules() if name.startswith("features.")]
 
 
 def layer_output(network: nn.Module, inputs: Tensor, layer: str) -> Float32Array:
-    """Run images through a network and return what one layer gives.
+    """Run images through a network and return the output of one layer.
 
     Args:
-        network: in evaluation mode, and nobody else's: a hook is set on it.
+        network: in evaluation mode; no other thread may use it, since a hook is set on it.
         inputs: [N, 3, S, S], normalised.
         layer: a name of `layer_names`, for example `features.layer1`; the leading `features.` may be left out.
     Returns:
         [N, K, h, w].
     Raises:
-        ConfigError: there is no such layer, or it gives no maps.
+        ConfigError: there is no such layer, or its output is not [N, K, h, w].
     """
     names = layer_names(network)
     name = layer if layer in names else f"features.{layer}"

@@ -1,4 +1,4 @@
-"""Grad-CAM with no backward pass, for heads whose gradient is known in advance.
+"""Grad-CAM with no backward pass, for heads whose gradient is a formula.
 
 Grad-CAM (Selvaraju et al. 2017) weighs each channel of a feature map A [K, h, w] by the mean over
 positions of d logit_c / d A_k, and keeps the positive part of the weighted sum. Two heads make
@@ -12,7 +12,7 @@ that mean a formula:
   the mean of that is gamma_c / sqrt(var_c + eps) * share_c / (h*w), share_c = share of positions with A_c > 0.
 
 In: a feature map [N, K, h, w] and the head that follows it. Out: maps [N, C, h, w]. A head of
-another shape has no closed form here; `vision.explanations.gradients.head_gradcam` differentiates it.
+another shape has no closed form; `vision.explanations.gradients.head_gradcam` differentiates it.
 """
 
 from dataclasses import dataclass
@@ -59,18 +59,13 @@ class PooledClassMaps:
         num_positions = features.shape[-2] * features.shape[-1]
         share_active = (features > 0).float().mean(dim=(2, 3), keepdim=True)
         weighted = self.scale[:, None, None] * share_active / num_positions * features
-        # relu keeps the sign of a negative zero, and an answer should not print "-0.0".
+        # relu keeps the sign of a negative zero, and JSON would show "-0.0".
         return torch.relu(weighted) + 0.0
 
 
 def closed_form_of(head: nn.Module) -> ClosedForm | None:
-    """Recognise a head that has a closed form.
-
-    Args:
-        head: what follows the target layer; a sequence of layers in evaluation mode.
-    Returns:
-        Its closed form, or None if it has another shape.
-    """
+    """Return the closed form of a head, the sequence of layers after the target layer; None if it has none."""
+    # Dropout is the identity in evaluation mode, and flattening does not change values.
     layers = [layer for layer in head.children() if not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten)]
     match layers:
         case [nn.AdaptiveAvgPool2d(output_size=1), nn.Linear() as linear]:
@@ -84,15 +79,7 @@ def closed_form_of(head: nn.Module) -> ClosedForm | None:
 
 
 def batch_norm_scale(norm: nn.BatchNorm2d) -> Tensor:
-    """Return what batch norm multiplies each channel by in evaluation, [K]: gamma / sqrt(var + eps).
-
-    Args:
-        norm: a layer that keeps running statistics.
-    Returns:
-        [K] in float64, detached.
-    Raises:
-        ContractError: the layer has no running statistics.
-    """
+    """Return gamma / sqrt(var + eps), the factor of each channel in evaluation, [K] in float64, detached."""
     if norm.running_var is None:
         raise ContractError("batch norm without running statistics has no fixed scale")
     gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()

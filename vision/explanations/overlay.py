@@ -1,7 +1,7 @@
-"""A map drawn over its image, as PNG bytes.
+"""A heat map drawn over its image, as PNG bytes.
 
-Strength is shown twice, by colour and by opacity: where the map is zero the image stays as it
-is, so that a reader still sees the lesion. The map is scaled by its own maximum for display only.
+Colour and opacity both show strength: where the map is zero the image is unchanged, so the lesion stays visible. The
+map is scaled by its own maximum for display only.
 """
 
 from functools import lru_cache
@@ -47,7 +47,7 @@ def overlay_png(image: UInt8Array, heat_map: NDArray[np.floating], alpha: float 
     colours.putpalette(_palette())
     opacity = Image.fromarray(_levels(alpha * strength))
     blended = np.asarray(Image.composite(colours.convert("RGB"), Image.fromarray(image), opacity))
-    # Twice as fast as Pillow's writer, which tries every filter on every row; an image has no runs to look for.
+    # Twice as fast as Pillow's writer, which tries every filter on every row; photographs have no runs to find.
     _, png = cv2.imencode(".png", blended[..., ::-1], _PNG_OPTIONS)
     return png.tobytes()
 
@@ -65,7 +65,7 @@ def resized_strength(heat_map: NDArray[np.floating], height_px: int, width_px: i
         ContractError: not two-dimensional, or not finite.
     """
     if heat_map.ndim != 2 or not np.isfinite(heat_map).all():
-        raise ContractError("a map to draw must be [h, w] and finite; an answer that is not finite has no map")
+        raise ContractError("a map to draw must be [h, w] and finite; a prediction that is not finite has no map")
     positive = np.clip(heat_map, 0.0, None).astype(np.float32)
     peak = float(positive.max())
     if peak == 0.0:

@@ -1,6 +1,6 @@
-"""What a network makes of an image besides its answer, as the vectors by which images are compared.
+"""Feature vectors of images, from the last features and from the first convolution of a network.
 
-Its last features, and what its first convolution sees. Torch in, torch out; `neighbours` compares the vectors.
+Torch in, torch out; `vision.calibration.neighbours` compares the vectors.
 """
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from records.errors import ContractError
 
 FEW_CHANNELS = 64
-"""A feature map with fewer channels is described by their deviation and maximum, too."""
+"""A feature map with fewer channels is also described by their deviation and maximum."""
 
 
 def pooled_features(features: Tensor) -> Tensor:
-    """Describe feature maps by a vector each: the mean over positions, for few channels deviation and maximum, too.
+    """Describe feature maps by the mean over positions; for few channels by deviation and maximum as well.
 
     Args:
         features: [N, K, h, w].
@@ -28,12 +28,12 @@ def pooled_features(features: Tensor) -> Tensor:
 
 
 def first_convolution(network: nn.Module) -> nn.Module:
-    """Return the layer that sees the image first.
+    """Return the first convolution of a network, the layer itself.
 
     Args:
-        network: with the part `features`, nothing folded into it.
+        network: with the part `features`, before batch norm is folded.
     Returns:
-        Its first convolution, the network's own.
+        Its first convolution, not a copy.
     Raises:
         ContractError: it has none.
     """
@@ -44,11 +44,11 @@ def first_convolution(network: nn.Module) -> nn.Module:
 
 
 def early_statistics(convolution: nn.Module, inputs: Tensor) -> Tensor:
-    """Describe images by what a first convolution makes of them: mean and deviation of each channel.
+    """Describe images by mean and deviation of each channel of the first convolution.
 
-    Late features keep what tells the classes apart and forget the rest, so that a page of text may lie among the
-    lesions; the first filters have forgotten nothing. (Early layers tell far data: Lee et al. 2018, A Simple
-    Unified Framework for Detecting Out-of-Distribution Samples, section 2.2.)
+    Late features keep what separates the classes and drop the rest, so that a page of text may lie among the lesions;
+    the first filters still see the difference. (Lee et al. 2018, A Simple Unified Framework for Detecting
+    Out-of-Distribution Samples, section 2.2.)
 
     Args:
         convolution: with K filters, fp32.

@@ -1,4 +1,4 @@
-"""Batch norm folded into convolutions, for inference only and only where the result is the same function.
+"""Batch norm folded into convolutions, for inference, where the result is exactly the same function.
 
 Two patterns are rewritten, in evaluation mode:
 
@@ -8,7 +8,7 @@ Two patterns are rewritten, in evaluation mode:
   clamp per channel. Folding it into the *next* convolution, as is often done, is wrong under zero
   padding: the border is padded with 0, not with t.
 
-Anything else is left as it is. The network handed in is not changed.
+Anything else stays as it is. The input network is not changed.
 """
 
 import copy
@@ -25,7 +25,7 @@ from vision.explanations.closed_form import batch_norm_scale
 
 
 class ChannelClamp(nn.Module):
-    """A clamp with bounds per channel: what is left of ReLU when batch norm is folded through it."""
+    """A clamp with bounds per channel; replaces ReLU where batch norm is folded through it."""
 
     low: Tensor
     high: Tensor
@@ -44,10 +44,10 @@ _TRACING = threading.Lock()
 
 
 class _OwnThreadTracer(fx.Tracer):
-    """Traces only what its own thread calls.
+    """Traces only the calls of its own thread.
 
-    While torch.fx traces, it replaces the call of every module in the process; without this a network
-    that answers in another thread at that moment would be taken for a part of the traced one and fail.
+    While torch.fx traces, it patches `nn.Module.__call__` and `__getattr__` for the whole process. Without this class,
+    a network that runs in another thread at that moment would be traced as a part of this one, and fail.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Return an equal network with batch norm folded where that is exact.
 
     Args:
-        network: in evaluation mode; plain enough for torch.fx to trace.
+        network: in evaluation mode, traceable by torch.fx.
     Returns:
         A new network that computes the same function with fewer passes over memory.
     """
@@ -87,6 +87,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         before, active = _skip_relu(node.args[0], modules)
         conv = _module(before, modules)
         chain = [before] if active is None else [before, active]
+        # A value with a second user still needs its unscaled form, and a module called twice would be scaled twice.
         if not isinstance(conv, nn.Conv2d) or any(len(link.users) != 1 for link in chain):
             continue
         if uses[str(before.target)] != 1 or uses[str(node.target)] != 1:
@@ -103,13 +104,14 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def _fold_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, *, through_relu: bool) -> nn.Module:
-    """Scale `conv` in place; return what takes the place of `norm`."""
+    """Scale `conv` in place; return the module that replaces `norm`."""
     if norm.running_mean is None:
         raise ContractError("batch norm without running statistics cannot be folded")
     scale = batch_norm_scale(norm)
     beta = torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().double()
     bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.detach().double()
     shift = beta - scale * norm.running_mean.double()
+    # Folded in float64 and rounded once, so that the error stays at that of storing fp32 weights.
     dtype = conv.weight.dtype
     conv.weight = nn.Parameter((conv.weight.detach().double() * scale[:, None, None, None]).to(dtype))
     conv.bias = nn.Parameter((bias * scale + shift).to(dtype))

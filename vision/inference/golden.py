@@ -1,8 +1,7 @@
-"""Generated images whose logits a bundle stores, so that whoever loads it can tell whether it still answers the same.
+"""Golden inputs: generated images whose logits a bundle stores, to check that a loaded model still computes them.
 
-They are made from a fixed seed and the bundle's own mean and deviation, never from real images, and
-look enough like skin to keep the network in its usual range: half smooth blobs, half gradients with a
-disc, each with a little noise.
+They are made from a fixed seed and the bundle's own mean and deviation, never from real images, and look enough like
+skin to keep activations in their usual range: half smooth blobs, half gradients with a disc, each with some noise.
 """
 
 import numpy as np
@@ -16,13 +15,7 @@ CONTRAST = 1.5
 
 
 def golden_images(geometry: Geometry) -> UInt8Array:
-    """Generate the golden inputs of a geometry.
-
-    Args:
-        geometry: side, mean and deviation.
-    Returns:
-        [8, S, S, 3]; equal geometries give equal images.
-    """
+    """Return the golden inputs of a geometry, [8, S, S, 3]; equal geometries give equal images."""
     random = np.random.default_rng(derive_seed("golden", geometry.side_px))
     fields = [
         _blobs(random, geometry.side_px) if number % 2 == 0 else _disc(random, geometry.side_px)

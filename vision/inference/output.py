@@ -9,7 +9,7 @@ from records.arrays import BoolArray, Float32Array, FloatArray
 
 @dataclass(frozen=True)
 class BatchOutput:
-    """The answer for N images."""
+    """Predictions for N images."""
 
     logits: Float32Array
     """[N, C], before calibration"""
@@ -21,9 +21,9 @@ class BatchOutput:
     """[N, C, h, w] Grad-CAM of every class, not negative; NaN for a row whose logits are not finite"""
     ood_scores: FloatArray | None = None
     """[N] distance from the training images, above 1 is out of distribution (see `inference.suitability`); NaN
-    for a row whose features are not finite; None if the bundle cannot tell"""
+    for a row whose features are not finite; None if the bundle has no such check"""
 
     @property
     def finite(self) -> BoolArray:
-        """[N]: whether a row has an answer."""
+        """[N]: whether a row has probabilities."""
         return np.asarray(np.isfinite(self.probabilities).all(axis=1), dtype=np.bool_)

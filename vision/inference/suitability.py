@@ -1,22 +1,21 @@
-"""Is this an image the model can be asked about: how far it is from the training images, and how good it is.
+"""Checks of an image before its prediction is trusted: distance from the training images, and image quality.
 
-Two questions, both answered with what `vision.calibration.suitability` fitted and the bundle stores:
+Both use what `vision.calibration.suitability` fitted and the bundle stores:
 
-- **Out of distribution**: the network's own features of the image, or what its first convolution makes of it,
-  are far from those of all training images. The answer may be wrong in ways that its probabilities do not show;
-  an annotator should look.
-- **Quality**: too small, too dark, too bright, blurred, or of another kind than the training images in colour
-  and texture (for dermatoscopy: not a dermatoscopic image). A better image should be taken.
+- **Out of distribution**: the last features or the first convolution's responses are far from those of all training
+  images. The prediction may be wrong in ways that its probabilities do not show; an annotator should look.
+- **Quality**: too small, too dark, too bright, blurred, or unlike the training images in colour and texture (for
+  dermatoscopy: not a dermatoscopic image). A better image should be taken.
 
     output = model.predict(pixels)
     for image in assess(model.checks, output, pixels, shorter_sides_px): ...
 
-A bundle that was made before this was fitted has neither; its images get None everywhere.
+A bundle made without these checks has neither; all fields of its images are None.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +27,9 @@ from records.errors import ContractError
 from vision.calibration.neighbours import EARLY, FEATURES, LOOKS, Neighbours
 from vision.inference.output import BatchOutput
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 class QualityReason(StrEnum):
-    """What is wrong with an image; the first that holds, in this order, is told."""
+    """What is wrong with an image; the first that applies, in this order, is reported."""
 
     TOO_SMALL = "too_small"
     TOO_DARK = "too_dark"
@@ -44,7 +40,7 @@ class QualityReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Suitability:
-    """One image's two answers; every field is None if the bundle knows nothing about them."""
+    """The results of both checks for one image; every field is None if the bundle has no checks."""
 
     ood_score: float | None
     """distance to the training images over the largest that is accepted: above 1 is out of distribution; the
@@ -61,12 +57,12 @@ NOTHING_KNOWN = Suitability(None, None, None, None)
 
 @dataclass(frozen=True)
 class ImageChecks:
-    """What a bundle knows about suitable images."""
+    """The fitted checks of a bundle."""
 
     features: Neighbours
     ood_threshold: float
     early: Neighbours | None
-    """of the first convolution; None in a bundle that was made before it was fitted"""
+    """of the first convolution; None in a bundle made without it"""
     early_threshold: float | None
     looks: Neighbours
     limits: QualityLimits
@@ -86,19 +82,19 @@ class ImageChecks:
         if self.early is None or self.early_threshold is None:
             return scores
         if early is None:
-            raise ContractError("this bundle compares what its first convolution makes of an image, too")
+            raise ContractError("this bundle compares responses of the first convolution as well, and they are missing")
         return np.maximum(scores, self.early.distance(early) / self.early_threshold)
 
     def quality(
-        self, pixels: UInt8Array, shorter_sides_px: "Sequence[int] | None" = None
+        self, pixels: UInt8Array, shorter_sides_px: Sequence[int] | None = None
     ) -> list[tuple[float, QualityReason | None]]:
-        """Judge the quality of images.
+        """Measure the quality of images.
 
         Args:
             pixels: [N, S, S, 3], as the model sees them.
             shorter_sides_px: [N] of the images as they were sent; None leaves the size out.
         Returns:
-            Per image its score and what is wrong with it.
+            Score and reason per image; see `Suitability`.
         """
         measured = appearance(pixels)
         distance = self.looks.distance(measured)
@@ -122,20 +118,14 @@ class ImageChecks:
             QualityReason.UNLIKE_TRAINING: _margin(distance, limits.distance_median, limits.max_distance),
         }
         if side_px is not None:
-            # An image of twice the smallest side is as good as any.
+            # An image of twice the smallest side scores like the median training image.
             smallest_px = float(limits.min_side_px)
             margins[QualityReason.TOO_SMALL] = _margin(float(side_px), 2.0 * smallest_px, smallest_px)
         return margins
 
 
 def image_checks_of(bundle: Bundle) -> ImageChecks | None:
-    """Read what a bundle knows about suitable images.
-
-    Args:
-        bundle: whose files were checked.
-    Returns:
-        The checks; None if it was made before they were fitted.
-    """
+    """Return the checks of a bundle; None if it was made without them."""
     fitted, arrays = bundle.document.suitability, bundle.suitability()
     if fitted is None or arrays is None:
         return None
@@ -153,14 +143,14 @@ def assess(
     checks: ImageChecks | None,
     output: BatchOutput,
     pixels: UInt8Array,
-    shorter_sides_px: "Sequence[int] | None" = None,
+    shorter_sides_px: Sequence[int] | None = None,
 ) -> list[Suitability]:
-    """Tell of each image of a batch whether the model should be asked about it. Pure; 0.3 ms an image.
+    """Check each image of a batch. Pure; 0.3 ms an image.
 
     Args:
-        checks: of the model that answered, or None.
-        output: what it answered for these pixels.
-        pixels: [N, S, S, 3], as they were given to `predict`.
+        checks: of the model, or None.
+        output: its predictions for these pixels.
+        pixels: [N, S, S, 3], as given to `predict`.
         shorter_sides_px: [N] of the images as they were sent, in pixels; None leaves their size out.
     Returns:
         One `Suitability` per image. Where the output is not finite, the score is None and the image counts as
@@ -176,6 +166,7 @@ def assess(
     return [
         Suitability(
             ood_score=score if np.isfinite(score) else None,
+            # Negated, so that NaN counts as out of distribution.
             is_out_of_distribution=not score <= 1.0,
             quality_score=quality_score,
             quality_reason=reason,

@@ -1,1 +1,1 @@
-"""Figures over labels and predictions: balanced accuracy, rates, calibration error, and their intervals by group."""
+"""Classification metrics, their bootstrap by group, and the style of figures."""

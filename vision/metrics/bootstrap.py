@@ -1,9 +1,9 @@
-"""Bootstrap by group within class: resample whole groups, keep the number of groups of each class.
+"""Bootstrap by group within class, and samples by group.
 
-Images of one group (lesion, patient) are not independent, so the group is what is drawn. A
-resample is a row of weights: how often each group was drawn. Metrics that are functions of a
-confusion matrix then cost one matrix product for all resamples together. Equal seeds and equal
-groups give equal weights, so two models are compared pairwise by using the same weights.
+Images of one group (lesion, patient) are not independent, so whole groups are drawn, as many of each class as there
+are. A resample is a row of weights: how often each group was drawn. Metrics that are functions of a confusion matrix
+then cost one matrix product for all resamples. Equal seeds and equal groups give equal weights, so two models are
+compared pairwise by using the same weights.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 
 def group_strata(labels: IntArray, group_index: IntArray, num_classes: int) -> IntArray:
-    """Name the class that each group is resampled within.
+    """Return the class that each group is resampled within.
 
     A group with images of several classes belongs to its most frequent one, at a tie to the one
     that fewer images have.
@@ -67,7 +67,7 @@ def resampled_confusions(
         weights: [R, G] from `resample_weights`.
         num_classes: C.
     Returns:
-        [R, C, C]; row = truth, column = answer.
+        [R, C, C]; row = true class, column = predicted class.
     Raises:
         ContractError: the groups do not fit the weights.
     """
@@ -95,3 +95,29 @@ def percentile_interval(values: FloatArray, level: float = LEVEL) -> FloatArray:
     if defined.any():
         ends[:, defined] = np.nanquantile(values[:, defined], [tail, 1.0 - tail], axis=0)
     return ends
+
+
+def stratified_sample(labels: IntArray, group_index: IntArray, per_class: int, *, seed: int = 0) -> IntArray:
+    """Draw at most `per_class` images of every class, from as many groups as possible.
+
+    A group gives its second image only when every group of the class has given its first.
+
+    Args:
+        labels: [N] class indices.
+        group_index: [N], 0 to G - 1, the independent unit of each image.
+        per_class: largest number of images of a class, at least 1.
+        seed: of the permutation.
+    Returns:
+        Image indices, ascending; equal arguments give equal samples.
+    """
+    generator = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        rank = np.zeros(len(members), dtype=np.int64)
+        seen: dict[int, int] = {}
+        for position, group in enumerate(group_index[members].tolist()):
+            rank[position] = seen.get(group, 0)
+            seen[group] = int(rank[position]) + 1
+        chosen.extend(members[np.argsort(rank, kind="stable")][:per_class].tolist())
+    return np.array(sorted(chosen), dtype=np.int64)

@@ -1,20 +1,22 @@
 """Classification metrics on arrays, for one evaluation or for a stack of bootstrap resamples.
 
 In: labels [N] and probabilities [N, C], or confusion matrices [..., C, C] whose rows are the truth.
-Out: arrays in which NaN means "undefined, because there is no such case". NaN never leaves the
-room: `trainers.evaluation.evaluate` turns it into null with the reason.
+Out: arrays in which NaN means "undefined, because there is no such case"; `trainers.evaluation.evaluate` turns NaN
+into null with a reason.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from records.arrays import FloatArray, IntArray
+from records.arrays import BoolArray, FloatArray, IntArray
 from records.errors import ContractError
 
 ECE_BINS = 15
+SCORE_BANDS = 10
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ def check_probabilities(probabilities: FloatArray, num_classes: int | None = Non
 
 
 def confusion_matrix(labels: IntArray, predicted: IntArray, num_classes: int) -> IntArray:
-    """Count cases by truth and answer.
+    """Count cases by true and predicted class.
 
     Args:
         labels: [N] class indices, 0 to C - 1.
         predicted: [N] class indices, 0 to C - 1.
         num_classes: C.
     Returns:
-        [C, C]; row = truth, column = answer.
+        [C, C]; row = true class, column = predicted class.
     """
     return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -62,7 +64,7 @@ def class_rates(confusion: NDArray[np.floating] | IntArray) -> Rates:
     """Compute sensitivity TP/(TP+FN), specificity TN/(TN+FP), precision TP/(TP+FP) and F1 of every class.
 
     Args:
-        confusion: [..., C, C]; row = truth, column = answer.
+        confusion: [..., C, C]; row = true class, column = predicted class.
     Returns:
         The rates, one class against the rest.
 
@@ -72,13 +74,13 @@ def class_rates(confusion: NDArray[np.floating] | IntArray) -> Rates:
     counts = np.asarray(confusion, dtype=np.float64)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
     cases = counts.sum(axis=-1)
-    answers = counts.sum(axis=-2)
+    predicted = counts.sum(axis=-2)
     others = counts.sum(axis=(-2, -1))[..., None] - cases
     return Rates(
         sensitivity=_ratio(hits, cases),
-        specificity=_ratio(others - (answers - hits), others),
-        precision=_ratio(hits, answers),
-        f1=_ratio(2.0 * hits, cases + answers),
+        specificity=_ratio(others - (predicted - hits), others),
+        precision=_ratio(hits, predicted),
+        f1=_ratio(2.0 * hits, cases + predicted),
     )
 
 
@@ -86,7 +88,7 @@ def balanced_accuracy(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
     """Average the sensitivity over the classes that have cases.
 
     Args:
-        confusion: [..., C, C]; row = truth, column = answer.
+        confusion: [..., C, C]; row = true class, column = predicted class.
     Returns:
         [...] in [0, 1]; NaN if there are no cases at all.
     """
@@ -96,7 +98,7 @@ def balanced_accuracy(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
 
 
 def accuracy_of(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
-    """Return the share of right answers, [...], of confusion matrices [..., C, C]; NaN if there are no cases."""
+    """Return the share of correct predictions, [...], of confusion matrices [..., C, C]; NaN if there are no cases."""
     counts = np.asarray(confusion, dtype=np.float64)
     return _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum(axis=(-2, -1)))
 
@@ -105,7 +107,7 @@ def macro_f1(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
     """Average F1 = 2 TP / (2 TP + FP + FN) over the classes that have cases.
 
     Args:
-        confusion: [..., C, C]; row = truth, column = answer.
+        confusion: [..., C, C]; row = true class, column = predicted class.
     Returns:
         [...] in [0, 1]; NaN if there are no cases at all.
     """
@@ -144,9 +146,7 @@ def expected_calibration_error(labels: IntArray, probabilities: FloatArray, num_
     Returns:
         A number in [0, 1].
     """
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
-    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    confidence, correct, bins = _binned(labels, probabilities, num_bins)
     gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(labels))
 
@@ -163,9 +163,7 @@ def reliability_bins(
     Returns:
         (mean confidence, accuracy, cases) of every bin that holds any, by rising confidence.
     """
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
-    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    confidence, correct, bins = _binned(labels, probabilities, num_bins)
     return [
         # Sorted, so that the sum does not depend on the order of the cases.
         (
@@ -174,6 +172,32 @@ def reliability_bins(
             int((bins == index).sum()),
         )
         for index in np.unique(bins)
+    ]
+
+
+def score_bands(probabilities: FloatArray, labels: IntArray, num_bands: int = SCORE_BANDS) -> list[dict[str, Any]]:
+    """Count correct predictions by confidence, on images that neither training nor calibration saw.
+
+    Args:
+        probabilities: [L, C] calibrated, a distribution per row.
+        labels: [L] class indices.
+        num_bands: of equal width over 0 to 1; a band holds its lower end, the last one both.
+    Returns:
+        `low`, `high`, `lesions` and `right` of every band that holds a lesion, by rising confidence.
+    Raises:
+        ContractError: a row is not a distribution.
+    """
+    check_probabilities(probabilities)
+    right = probabilities.argmax(axis=1) == labels
+    bands = np.minimum((probabilities.max(axis=1) * num_bands).astype(np.int64), num_bands - 1)
+    return [
+        {
+            "low": int(band) / num_bands,
+            "high": (int(band) + 1) / num_bands,
+            "lesions": int((bands == band).sum()),
+            "right": int(right[bands == band].sum()),
+        }
+        for band in np.unique(bands)
     ]
 
 
@@ -191,6 +215,13 @@ def mean_by_unit(values: FloatArray, unit_index: IntArray) -> FloatArray:
         return np.asarray(np.bincount(unit_index, weights=values) / sizes)
     sums = np.stack([np.bincount(unit_index, weights=column) for column in values.T], axis=1)
     return np.asarray(sums / sizes[:, None], dtype=np.float64)
+
+
+def _binned(labels: IntArray, probabilities: FloatArray, num_bins: int) -> tuple[FloatArray, BoolArray, IntArray]:
+    """Return confidence, correctness and bin index of every case, each [N]."""
+    confidence = probabilities.max(axis=1)
+    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    return confidence, probabilities.argmax(axis=1) == labels, bins
 
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:

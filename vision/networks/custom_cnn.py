@@ -93,6 +93,7 @@ class _DropPositions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, rate: float) -> Tensor:
         count = values.numel()
+        # A single value counts as two: log1p(-1) is undefined.
         draws = round(math.log1p(-rate) / math.log1p(-1.0 / max(count, 2)))
         positions = torch.randint(count, (draws,)) if count else torch.empty(0, dtype=torch.int64)
         ctx.scale = 1.0 / (1.0 - rate)

@@ -1,9 +1,8 @@
-"""EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation and with ReLU6, made for small machines.
+"""EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation and with ReLU6, for small devices.
 
-Written out on plain layers, so that a bundle of it is served without the package that its ImageNet
-weights come in; `imagenet_name` says how that package names each tensor. TensorFlow's SAME padding
-is kept: a stride of 2 pads right and below only (the difference is worth several points of accuracy
-with the published weights).
+Written in plain layers, so that a bundle of it is served without the package that its ImageNet weights come in;
+`imagenet_name` translates that package's tensor names. TensorFlow's SAME padding is kept: a stride of 2 pads right and
+below only, which is worth several points of accuracy with the published weights.
 """
 
 from collections import OrderedDict
@@ -72,7 +71,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Widen by 1x1, filter every channel for itself, narrow by 1x1; add the input where the shapes allow it.
+    """Inverted residual block: expand by 1x1, depthwise filter, project by 1x1; add the input where shapes allow.
 
     Args:
         channels: of the input.
@@ -102,12 +101,9 @@ class InvertedResidual(nn.Module):
 
 
 def imagenet_name(name: str) -> str:
-    """Return our name of a tensor of the published weights.
+    """Translate a tensor name of `efficientnet-lite0-57934424.pth` to that of `EfficientNetLite0.state_dict`.
 
-    Args:
-        name: as `efficientnet-lite0-57934424.pth` has it.
-    Returns:
-        As `EfficientNetLite0.state_dict` has it; a name that file does not know stays as it is.
+    An unknown name is returned unchanged.
 
     >>> imagenet_name("_blocks.3._bn1.weight")
     'features.blocks.3.steps.filter.norm.weight'
@@ -140,6 +136,7 @@ def _conv_norm(
 ) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     around = kernel_px // 2
+    # TensorFlow pads an even input of a strided convolution by one pixel less above and left than below and right.
     if stride == 2:
         layers["pad"] = nn.ZeroPad2d((around - 1, around, around - 1, around))
         around = 0

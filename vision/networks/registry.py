@@ -290,7 +290,7 @@ def build_model(name: str, num_classes: int, **options: Any) -> "nn.Module":
     Args:
         name: in `MODELS`.
         num_classes: C, at least 2.
-        options: those that the network takes; what is left out has the network's default.
+        options: a subset of the recipe's `options`; the others have the network's defaults.
     Returns:
         A network with `features` and `head`: float32 [N, 3, S, S] -> logits [N, C].
     Raises:
@@ -304,14 +304,7 @@ def build_model(name: str, num_classes: int, **options: Any) -> "nn.Module":
 
 
 def check_side(name: str, side_px: int) -> None:
-    """Refuse a side that a network's pools would shrink to nothing.
-
-    Args:
-        name: of the network.
-        side_px: S.
-    Raises:
-        ConfigError: S is too small; names the smallest that works and the one it was designed for.
-    """
+    """Raise ConfigError if a network's pools would shrink a side to nothing."""
     recipe = MODELS[name]
     if side_px < recipe.minimum_side_px:
         raise ConfigError(

@@ -115,12 +115,7 @@ def convnext_tiny(num_classes: int, *, head_dropout: float = 0.2) -> SplitNetwor
 
 
 def imagenet_name(name: str) -> str:
-    """Return our name of a tensor of published weights.
-
-    Args:
-        name: as torchvision has it, or had it when the file was written.
-    Returns:
-        As `SplitNetwork.state_dict` has it.
+    """Translate a tensor name of torchvision's published weights, old or new, to that of `SplitNetwork.state_dict`.
 
     >>> imagenet_name("features.denseblock1.denselayer1.norm.1.weight")
     'features.denseblock1.denselayer1.norm1.weight'
@@ -187,7 +182,8 @@ def _pooled_linear(channels: int, num_classes: int, head_dropout: float) -> nn.S
 
 
 def _without_inplace(module: nn.Module) -> nn.Module:
-    """Let no activation overwrite its input: explanations read and differentiate what lies before it."""
+    """Make no activation overwrite its input."""
+    # Explanations read and differentiate feature maps that an in-place activation after them would change.
     for child in module.modules():
         if getattr(child, "inplace", False):
             child.inplace = False  # type: ignore[assignment]

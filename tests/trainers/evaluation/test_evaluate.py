@@ -102,7 +102,7 @@ def test_what_is_undefined_is_null_with_its_reason_and_never_nan():
     assert loaded["key_class"]["sensitivity"] is None
     reasons = loaded["undefined"]
     assert reasons["per_class.mel.sensitivity"] == "no image of mel"
-    assert reasons["per_class.bkl.precision"] == "no image was answered bkl"
+    assert reasons["per_class.bkl.precision"] == "no image was predicted as bkl"
     assert reasons["key_class.sensitivity"] == "no lesion of mel"
     assert "over bkl, nv only" in reasons["balanced_accuracy"]
     assert result.per_class["bkl"].sensitivity == 0.0

@@ -7,8 +7,7 @@ from torch import nn
 
 from records.bundles import Calibration, Geometry
 from records.errors import ContractError
-from trainers.evaluation.attacks import PixelNetwork, attacks_on
-from trainers.evaluation.robustness import Sample, robustness_curves, work_of
+from trainers.evaluation.robustness import PixelNetwork, Sample, attacks_on, robustness_curves, work_of
 from vision.inference.loaded import reference_logits
 from vision.preprocess import scale_pixels, to_tensor
 

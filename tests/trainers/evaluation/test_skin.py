@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from records.errors import DataError
+from trainers.evaluation.images import age_band
 from trainers.evaluation.skin import SkinTones, find_mask, read_mask, tone_of, typology_angle
-from trainers.evaluation.traits import age_band
 
 # sRGB of CIE L* 70, a* 10, b* 20: ITA = arctan(20 / 20) = 45 degrees.
 SKIN, LESION, HAIR = (199, 163, 135), (90, 50, 40), (20, 15, 15)

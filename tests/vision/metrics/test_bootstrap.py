@@ -1,4 +1,4 @@
-"""The vectorised bootstrap against a plain one, and its speed."""
+"""The vectorised bootstrap against a plain one and its speed; stratified samples take every class from many groups."""
 
 import time
 
@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from records.errors import ContractError
-from vision.metrics.bootstrap import group_strata, percentile_interval, resample_weights, resampled_confusions
+from vision.metrics.bootstrap import (
+    group_strata,
+    percentile_interval,
+    resample_weights,
+    resampled_confusions,
+    stratified_sample,
+)
 from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix
 
 NUM_CLASSES = 4
@@ -109,3 +115,20 @@ def test_a_thousand_resamples_of_a_thousand_images_take_under_a_second():
     weights = resample_weights(group_strata(labels, group_index, 7))
     class_rates(resampled_confusions(labels, labels, group_index, weights, 7))
     assert time.perf_counter() - started < 1.0
+
+
+def test_every_class_and_as_many_groups_as_possible():
+    labels = np.array([0] * 10 + [1] * 4 + [2])
+    groups = np.array([0] * 6 + [1, 2, 3, 4] + [5, 5, 5, 6] + [7])
+    chosen = stratified_sample(labels, groups, 5)
+    assert sorted(groups[chosen[labels[chosen] == 0]]) == [0, 1, 2, 3, 4]
+    assert (labels[chosen] == 1).sum() == 4
+    assert chosen[-1] == 14
+    assert np.array_equal(chosen, np.unique(chosen))
+
+
+def test_equal_seeds_draw_equally():
+    labels, groups = np.arange(300) % 3, np.arange(300) // 2
+    first, again, other = (stratified_sample(labels, groups, 20, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)

@@ -10,7 +10,6 @@ from torch import fx, nn
 from torchvision.ops.misc import SqueezeExcitation
 
 from records.errors import ConfigError
-from trainers.fitting.starting import architecture_options
 from trainers.settings import ModelSettings, TrainersSettings
 from vision.explanations.closed_form import closed_form_of
 from vision.explanations.gradients import head_gradcam
@@ -111,7 +110,7 @@ def head_maps(network: nn.Module, features: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_options_are_settings_and_unknown_ones_are_refused(name: str) -> None:
     settings = TrainersSettings(model=ModelSettings(name=name, side_px=96))
-    options = architecture_options(settings)
+    options = settings.model.options
     assert set(options) == set(MODELS[name].options)
     with pytest.raises(ConfigError, match=r"takes no option 'width'; it takes "):
         build_model(name, 7, width=2)

@@ -1,6 +1,6 @@
-"""The worst mistakes of an evaluation, each with where the model looked.
+"""The costliest misclassifications of an evaluation, each with its heat map.
 
-Worst is what cost most: the miss cost of the true class times the probability that the model did not give it.
+Cost is the miss cost of the true class times the probability that the model did not give it.
 """
 
 import base64
@@ -22,31 +22,23 @@ SIDE_PX = 160
 
 @dataclass(frozen=True)
 class Mistake:
-    """One image that was named wrongly."""
+    """One misclassified image."""
 
     name: str
     truth: str
-    answer: str
+    predicted: str
     truth_probability: float
-    answer_probability: float
+    predicted_probability: float
     is_answered: bool
     """whether the rules would have left it to the model alone"""
     image: str
     """data URI"""
     overlay: str
-    """data URI of the image with the heat map of the answer"""
+    """data URI of the image with the heat map of the predicted class"""
 
 
 def worst_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, count: int = NUM_MISTAKES) -> IntArray:
-    """Choose the images whose wrong answer costs most; one per lesion.
-
-    Args:
-        predictions: of the evaluation.
-        taxonomy: miss costs.
-        count: at most so many.
-    Returns:
-        Image indices, the worst first.
-    """
+    """Return the indices of at most `count` misclassified images, one per lesion, the costliest first."""
     labels, probabilities = predictions.labels, predictions.probabilities
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     costs = np.array([one.miss_cost for one in taxonomy.classes])
@@ -62,32 +54,24 @@ def worst_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, count: int
 
 
 def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating: OperatingPoints) -> list[Mistake]:
-    """Draw the worst mistakes.
-
-    Args:
-        predictions: of the evaluation; without their images nothing is drawn.
-        model: that made them.
-        operating: its thresholds.
-    Returns:
-        The mistakes, the worst first.
-    """
+    """Draw the costliest mistakes; none if the predictions have no images."""
     images, taxonomy = predictions.images, model.taxonomy
     chosen = worst_mistakes(predictions, taxonomy)
     if images is None or len(chosen) == 0:
         return []
-    answers = predictions.probabilities[chosen].argmax(axis=1)
-    maps = model.gradcam(images.squares(chosen, model.geometry.side_px), answers)
+    predicted = predictions.probabilities[chosen].argmax(axis=1)
+    maps = model.gradcam(images.squares(chosen, model.geometry.side_px), predicted)
     is_answered = answered(predictions.probabilities[chosen], taxonomy, operating)
     mistakes = []
-    for index, answer, alone, heat_map in zip(chosen.tolist(), answers.tolist(), is_answered, maps, strict=True):
+    for index, label, alone, heat_map in zip(chosen.tolist(), predicted.tolist(), is_answered, maps, strict=True):
         image, truth = images.square(index, SIDE_PX), int(predictions.labels[index])
         mistakes.append(
             Mistake(
                 name=images.names[index],
                 truth=taxonomy.classes[truth].name,
-                answer=taxonomy.classes[answer].name,
+                predicted=taxonomy.classes[label].name,
                 truth_probability=float(predictions.probabilities[index, truth]),
-                answer_probability=float(predictions.probabilities[index, answer]),
+                predicted_probability=float(predictions.probabilities[index, label]),
                 is_answered=bool(alone),
                 image=_uri(overlay_png(image, np.zeros((1, 1)))),
                 overlay=_uri(overlay_png(image, heat_map)),

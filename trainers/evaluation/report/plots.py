@@ -1,7 +1,4 @@
-"""The plots of the report, each as a data URI of an SVG that needs nothing else.
-
-Figures are made without pyplot, so that no display is asked for and none is left open.
-"""
+"""The plots of the report, each as a data URI of a self-contained SVG."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from records.arrays import BoolArray, FloatArray, IntArray
-from trainers.evaluation.figures import Evaluation, Interval, SliceReport
-from trainers.evaluation.probes import ExplanationQuality, RobustnessReport
+from trainers.evaluation.figures import Evaluation, ExplanationQuality, Interval, RobustnessReport, SliceReport
 from vision.metrics.svg import ACCENT, INK, PALE, SECOND, STYLE, figure_uri, new_figure
 
 
@@ -66,7 +62,7 @@ def precision_recall_plot(labels: IntArray, probabilities: FloatArray, evaluatio
 
 
 def reliability_plot(evaluation: Evaluation) -> str:
-    """Draw how often answers were right over how sure the model was."""
+    """Draw accuracy over confidence."""
     figure, axes = new_figure(4.8, 4.2)
     axes.plot([0, 1], [0, 1], color=PALE, linewidth=1, zorder=0)
     points = evaluation.reliability
@@ -112,7 +108,7 @@ def slices_plot(reports: dict[str, SliceReport], evaluation: Evaluation) -> str:
 
 
 def robustness_plot(report: RobustnessReport) -> str:
-    """Draw what is left of balanced accuracy under attack."""
+    """Draw balanced accuracy under attack."""
     figure, axes = new_figure(4.8, 3.4)
     for (name, points), colour in zip(report.attacks.items(), (ACCENT, SECOND), strict=False):
         epsilons = [point.epsilon for point in points]
@@ -125,7 +121,7 @@ def robustness_plot(report: RobustnessReport) -> str:
 
 
 def replacement_plot(quality: ExplanationQuality) -> str:
-    """Draw the class's probability while pixels are taken away or brought back in the order of the map."""
+    """Draw the class's probability while pixels are removed or restored in the order of the map."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 2.9), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)

@@ -1,7 +1,7 @@
-"""What an evaluation says in words: the first screen of the report, for somebody who decides and does not compute.
+"""Sentences of the report's first screen, for readers who decide and do not compute.
 
-In: an `Evaluation`. Out: sentences. They say how often, out of a hundred, and what that rests on; never that a
-image or a person has nothing to fear.
+In: an `Evaluation`. Out: cards and warnings that give natural frequencies (so many of 100) with their basis. No
+sentence says that an image or a person has nothing to fear.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ NOTABLE_GAP = 0.10
 
 @dataclass(frozen=True)
 class Card:
-    """One of the figures that matter, with what it means."""
+    """A headline number with its meaning."""
 
     figure: str
     title: str
@@ -23,14 +23,7 @@ class Card:
 
 
 def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
-    """Say what matters most, in at most four figures.
-
-    Args:
-        evaluation: the figures.
-        taxonomy: class names.
-    Returns:
-        The cards, the most important first.
-    """
+    """Return at most four cards, the most important first."""
     found = []
     key = evaluation.key_class
     if key is not None and key.sensitivity is not None:
@@ -49,14 +42,14 @@ def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
             Card(
                 _of_100(evaluation.answered_share),
                 "images left to the model alone",
-                f"The rules would answer {_of_100(evaluation.answered_share)} images without an annotator and send the "
-                f"others to one. {evaluation.mean_set_size:.1f} classes are in the prediction set on average.",
+                f"The rules would leave {_of_100(evaluation.answered_share)} images to the model and send the "
+                f"others to an annotator. {evaluation.mean_set_size:.1f} classes are in the prediction set on average.",
             )
         )
     found.append(
         Card(
             f"{100 * evaluation.ece:.0f} points",
-            "between what it says and what comes true",
+            "between confidence and accuracy",
             f"Where the model is 80 % sure it should be right 80 times of 100. On average it is "
             f"{100 * evaluation.ece:.1f} points off that.",
         )
@@ -65,14 +58,7 @@ def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
 
 
 def warnings_of(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
-    """Say what a reader must know before using a figure.
-
-    Args:
-        evaluation: the figures.
-        taxonomy: class names.
-    Returns:
-        Sentences, the most serious first.
-    """
+    """Return what must be known before a figure is used, one sentence each, the most serious first."""
     return [
         *_about_key_class(evaluation, taxonomy),
         *_about_classes(evaluation, taxonomy),
@@ -84,7 +70,7 @@ def warnings_of(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
 
 
 def name_of(code: str, taxonomy: Taxonomy) -> str:
-    """Return what a person reads for a class code."""
+    """Return the name of a class."""
     return taxonomy.classes[taxonomy.index_of(code)].name
 
 
@@ -169,7 +155,7 @@ def _about_maps(evaluation: Evaluation) -> list[str]:
     if quality is None:
         return found
     if quality.insertion.gain_ci[0] <= 0 and quality.deletion.gain_ci[0] <= 0:
-        found.append("The heat maps are no better than shuffled ones at telling which pixels matter.")
+        found.append("The heat maps are no better than shuffled ones at ranking pixels.")
     energy = quality.mask_energy
     if energy is not None and energy.energy_ci[0] <= energy.area:
         found.append("The heat maps lie no more on the lesion than an even map would.")
@@ -184,10 +170,11 @@ def _about_the_split(evaluation: Evaluation) -> list[str]:
         found.append("These images chose the epoch and the calibration, so that the figures flatter a little.")
     if evaluation.split_reads is not None and evaluation.split_reads > 1:
         found.append(
-            f"The {evaluation.split} split was looked at {evaluation.split_reads} times; each look wears it out."
+            f"The {evaluation.split} split was read {evaluation.split_reads} times; "
+            "each read makes its figures less independent."
         )
     if evaluation.prevalence is not None:
-        found.append("Answers were re-weighted to a stated prevalence; referral and sets are those of the service.")
+        found.append("Predictions were re-weighted to a stated prevalence; referral and sets are those of the service.")
     return found
 
 

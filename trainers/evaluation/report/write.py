@@ -1,4 +1,4 @@
-"""Write a report folder: `report.html`, which needs no other file and no network, and `metrics.json`."""
+"""Write a report folder: a self-contained `report.html`, and `metrics.json`."""
 
 from importlib import resources
 from pathlib import Path
@@ -32,11 +32,11 @@ def write_report(
     """Write the report of an evaluation.
 
     Args:
-        folder: made if it is not there; an older report in it is replaced.
+        folder: created if missing; an older report in it is replaced.
         bundle: of the model.
-        model: the same, loaded, to draw heat maps.
-        predictions: that were evaluated.
-        evaluation: their figures.
+        model: the same bundle, loaded, to draw heat maps.
+        predictions: the evaluated predictions.
+        evaluation: their metrics.
     Returns:
         The HTML file.
     Raises:
