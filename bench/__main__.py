@@ -1,6 +1,6 @@
-"""Measure this machine: `python -m bench train | tune | serve | explain | label`, each with `--json`.
+"""Measure this machine: `python -m bench train | tune | serve | explain | label`.
 
-The verbs take the options of `relook` (`--config`, `--preset`, `--set`) and its exit codes.
+The verbs have the common options of `relook` (`--config`, `--preset`, `--set`, `--json`) and its exit codes.
 """
 
 import sys

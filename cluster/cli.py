@@ -1,8 +1,8 @@
 """The `relook` command: joins the rooms' verbs and turns errors into exit codes.
 
-In: command-line arguments. Out: 0 done, 1 failed, 2 bad input, 130 interrupted; expected errors are one
-sentence on stderr (with `--json` an object on stdout, too) and never a traceback. The rooms' `cli`
-modules import what they compute with inside their verbs, so that `relook --help` stays quick.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. An expected error is one sentence on stderr (with `--json`
+also an object on stdout) and never a traceback. Verbs import their rooms' modules inside their functions, so that
+`relook --help` stays fast.
 
     relook --help
 """
@@ -23,31 +23,19 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-import cluster.label_verbs
-import cluster.round_cli
 import cluster.verbs
 import labeling.cli
 import records.cli
 import serving.cli
 import trainers.cli
 import tuning.cli
-from records.command import (
-    RAY_STARTER,
-    ConfigOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    emit,
-    emit_json,
-    results_alone,
-    settings_of,
-)
+from records.command import PRESET_NAMES, RAY_STARTER, Call, emit_json, results_alone, verb
 from records.errors import RelookError, UserError
 from trainers.cli import CATALOGUES
 
 app = typer.Typer(
     name="relook",
-    help="Train an image classifier, serve it with an explanation beside every answer, learn from what annotators say.",
+    help="Train an image classifier, serve it with an explanation of every prediction, learn from annotations.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,9 +55,10 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Give every verb the loader that composes its settings from their sources, and what starts Ray."""
+    """Leave in the context what only this room can do: compose settings, start Ray, list presets and rules."""
     ctx.obj = _load
     ctx.meta[RAY_STARTER] = _start_ray
+    ctx.meta[PRESET_NAMES] = _preset_names
     ctx.meta.setdefault(CATALOGUES, []).append(_acquisition_rules)
 
 
@@ -77,6 +66,12 @@ def _acquisition_rules() -> dict[str, list[dict[str, Any]]]:
     from labeling.acquisition.registry import acquisition_catalogue
 
     return {"acquisition_rules": acquisition_catalogue()}
+
+
+def _preset_names() -> Sequence[str]:
+    from cluster.presets import PRESETS
+
+    return list(PRESETS)
 
 
 def _load(config: Path | None, preset: str | None, sets: Sequence[str]) -> Any:
@@ -91,41 +86,29 @@ def _start_ray(settings: Any) -> AbstractContextManager[Any]:
     return start_ray(settings)
 
 
-@app.command()
-def doctor(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check this machine, one line per thing, and name the fix where something is wrong."""
+@verb(app, "doctor")
+def doctor(call: Call) -> None:
+    """Check this machine and name the fix for whatever is wrong."""
     from cluster.doctor import examine, report
 
-    checks = examine(settings_of(ctx, config, preset, sets))
+    checks = examine(call.settings)
     failed = any(check.state == "fail" for check in checks)
-    emit(as_json, {"ok": not failed, "checks": [check.model_dump() for check in checks]}, report(checks))
+    call.emit({"ok": not failed, "checks": [check.model_dump() for check in checks]}, report(checks))
     if failed:
         raise typer.Exit(1)
 
 
-@app.command()
-def status(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show what there is: images, labels, models, what waits for annotators, the last round."""
+@verb(app, "status")
+def status(call: Call) -> None:
+    """Show images, labels, models, open review items and the last round."""
     from cluster.status import report, survey
 
-    found = survey(settings_of(ctx, config, preset, sets).records)
-    emit(as_json, found, report(found))
+    found = survey(call.settings.records)
+    call.emit(found, report(found))
 
 
-# In this order they stand in `relook --help`.
-for _verbs in (cluster.verbs, cluster.round_cli, trainers.cli, tuning.cli, serving.cli, labeling.cli, records.cli):
+# `relook --help` lists them in this order.
+for _verbs in (cluster.verbs, trainers.cli, tuning.cli, serving.cli, labeling.cli, records.cli):
     app.add_typer(_verbs.app)
 
 
@@ -134,8 +117,8 @@ def run(arguments: Sequence[str], command: typer.Typer = app, name: str = "reloo
 
     Args:
         arguments: without the program's name.
-        command: whose verbs they name.
-        name: of the program, for help and error messages.
+        command: the app whose verbs are called.
+        name: the program's name in help and error messages.
     Returns:
         The exit code.
     """
@@ -154,7 +137,7 @@ def _run(arguments: Sequence[str], command: typer.Typer, name: str, *, as_json: 
         return _complain(str(error), type(error).__name__, 2 if isinstance(error, UserError) else 1, as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted; what was done so far is kept", "Interrupted", 130, as_json)
-    except Exception as error:  # noqa: BLE001 - the last line: nobody above could say it better
+    except Exception as error:  # noqa: BLE001 - nothing above this function could report it
         kept = _keep_traceback()
         message = f"unexpected {type(error).__name__}: {error}; this is a bug, the traceback is in {kept}"
         return _complain(message, type(error).__name__, 1, as_json)
@@ -175,7 +158,7 @@ def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 def _usage(error: TyperException) -> str:
     message, context = error.format_message(), getattr(error, "ctx", None)
-    # With no arguments at all the help was printed instead, and there is nothing to add.
+    # Without any argument Typer has printed the help already and raises an error with an empty message.
     return f"{message.rstrip('.')}; see `{context.command_path} --help`" if message and context else message
 
 

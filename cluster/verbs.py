@@ -1,19 +1,29 @@
-"""Verbs that need more than one room: `demo`, `promote`, `retention`, `erase`, `monitor`.
+"""Verbs that need more than one room: demo, rounds, promotion, deletion, monitoring, and two of `relook label`.
 
-Those of rounds are in `cluster.round_cli`.
-
-What they compute with is imported inside them, so that `relook --help` stays quick.
+Everything that they compute with is imported inside them, so that `relook --help` stays fast.
 """
 
 import os
-from contextlib import closing
+import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
-from records.errors import ConfigError
+from labeling.cli import label_app
+from records.command import Call, verb
+from records.errors import ConfigError, IntegrityError
+from records.progress import duration, progress, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from rich.progress import Progress, TaskID
+
+    from cluster.round import RoundEvent
+    from records.store import Store
 
 app = typer.Typer()
 
@@ -21,108 +31,87 @@ DataOption = Annotated[
     Path | None,
     typer.Option("--data", help="Folder in HAM10000's layout or with a table; default: generated images."),
 ]
+ModelOption = Annotated[str, typer.Option("--model", help="Id prefix, bundle path, champion or candidate.")]
 
 
-@app.command()
+@verb(app, "demo", preset="demo")
 def demo(
-    ctx: typer.Context,
+    call: Call,
     data: DataOption = None,
     annotator: Annotated[
-        Literal["simulated", "human"], typer.Option("--annotator", help="Who answers in Label Studio.")
+        Literal["simulated", "human"], typer.Option("--annotator", help="Who annotates in Label Studio.")
     ] = "simulated",
     reopen: Annotated[bool, typer.Option("--reopen", help="Bring the finished demo back.")] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = "demo",
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
-    """Play the whole loop once: search, train, serve, doubt, ask annotators, learn, swap."""
-    from cluster.demo.command import play_demo, reopen_demo
+    """Run the whole loop once: search, train, serve, review, annotate, retrain, swap."""
+    from cluster.demo.command import reopen_demo, run_demo
 
-    settings = settings_of(ctx, config, preset, sets)
     if reopen:
-        reopen_demo(settings, as_json=as_json)
+        reopen_demo(call.settings, as_json=call.as_json)
     else:
-        play_demo(settings, data=data, annotator=annotator, as_json=as_json)
+        run_demo(call.settings, data=data, annotator=annotator, as_json=call.as_json)
 
 
-@app.command()
+@verb(app, "promote")
 def promote(
-    ctx: typer.Context,
+    call: Call,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix of 8 or more, bundle path, or candidate.")],
     provisional: Annotated[
-        bool, typer.Option("--provisional", help="Serve it without the gate's word; every answer says so.")
+        bool, typer.Option("--provisional", help="Serve it without the gate; every response says so.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Whatever the gate says; needs --reason, and an admin's key in RELOOK_KEY.")
+        bool, typer.Option("--force", help="Overrule the gate; needs --reason and an admin's key in RELOOK_KEY.")
     ] = False,
-    reason: Annotated[str, typer.Option("--reason", help="Why it is forced; others will read it.")] = "",
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why it is forced; the audit keeps it.")] = "",
 ) -> None:
-    """Let a model answer, if the gate promotes it; a running service takes it up by itself."""
+    """Make a model the champion if the gate promotes it; a running service switches by itself."""
     from cluster.promotion import KEY_VARIABLE, caller_of, promote_model
-    from records.store import open_store
 
     if force and provisional:
         raise ConfigError("--force and --provisional exclude each other; give one of them")
-    settings = settings_of(ctx, config, preset, sets)
-    with closing(open_store(settings.records)) as store:
+    with call.store() as store:
         promoted = promote_model(
             store,
-            settings,
+            call.settings,
             model,
             provisional=provisional,
             forced_because=reason if force else None,
             caller=caller_of(store, os.environ.get(KEY_VARIABLE)),
         )
-    emit(as_json, promoted, f"model {promoted['model_id'][:12]} is {promoted['status']} and answers")
+    call.emit(promoted, f"model {promoted['model_id'][:12]} is {promoted['status']} and serves")
 
 
-@app.command("retention")
+@verb(app, "retention")
 def retention_command(
-    ctx: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    call: Call,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
 ) -> None:
-    """Delete served images and answers whose time is over and that nobody needs; the audit keeps what went."""
-    from cluster.upkeep import retain, sentence
+    """Delete served images and predictions that have expired and are not needed; each deletion is audited."""
+    from cluster.deletion import retain, sentence
     from records.retention import find_due
-    from records.store import open_store
 
-    settings = settings_of(ctx, config, preset, sets)
-    with closing(open_store(settings.records)) as store, progress() as bar:
+    with call.store() as store, progress() as bar:
         if dry_run:
             found = find_due(store)
         else:
-            task = bar.add_task("images and answers", total=None)
+            task = bar.add_task("images and predictions", total=None)
             found = retain(store, lambda done, total: bar.update(task, completed=done, total=total))
-    emit(as_json, {"dry_run": dry_run, **found.model_dump(mode="json")}, sentence(found, dry_run=dry_run))
+    call.emit({"dry_run": dry_run, **found.model_dump(mode="json")}, sentence(found, dry_run=dry_run))
 
 
-@app.command("erase")
+@verb(app, "erase")
 def erase_command(
-    ctx: typer.Context,
-    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Whole ids of images.")] = None,
+    call: Call,
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Full ids of images.")] = None,
     patient: Annotated[
-        str | None, typer.Option("--patient", help="All images of this patient, named as they came.")
+        str | None, typer.Option("--patient", help="All images of this patient, named as in the import or request.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which, and erase nothing.")] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the images; erase nothing.")] = False,
 ) -> None:
-    """Erase images because a person asks: bytes, heat maps and what was said of the person; each is audited."""
-    from cluster.upkeep import erase, images_to_erase
-    from records.store import open_store
+    """Erase images on a person's request: bytes, heat maps, personal data; each erasure is audited."""
+    from cluster.deletion import erase, images_to_erase
 
-    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store, progress() as bar:
+    with call.store() as store, progress() as bar:
         wanted = images_to_erase(store, images or (), patient)
         task = bar.add_task("images", total=len(wanted))
         erased = [] if dry_run else erase(store, wanted, lambda done: bar.update(task, completed=done))
@@ -131,23 +120,218 @@ def erase_command(
     said = [f"{len(wanted)} images {'would be erased' if dry_run else 'are erased'}"]
     said += wanted if dry_run else []
     said += [f"{path} was imported in place: delete it yourself" for path in left]
-    emit(as_json, body, "\n".join(said))
+    call.emit(body, "\n".join(said))
 
 
-@app.command("monitor")
-def monitor_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say how good the answers are that were really given, from the random audit sample alone."""
+@verb(app, "monitor")
+def monitor_command(call: Call) -> None:
+    """Estimate the quality of served predictions from the random audit sample."""
     from cluster.monitor import monitor, report
-    from records.store import open_store
 
-    settings = settings_of(ctx, config, preset, sets)
-    with closing(open_store(settings.records)) as store:
-        found = monitor(store, settings.serving.audit_share)
-    empty = "no image of the audit sample has an annotator's answer yet; `relook label sync` brings answers in"
-    emit(as_json, {"quality": [q.model_dump(mode="json") for q in found]}, report(found) if found else empty)
+    with call.store() as store:
+        found = monitor(store, call.settings.serving.audit_share)
+    empty = "no image of the audit sample is annotated yet; `relook label sync` reads annotations"
+    call.emit({"quality": [q.model_dump(mode="json") for q in found]}, report(found) if found else empty)
+
+
+@verb(app, "round")
+def round_command(
+    call: Call,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted round.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Start a round whenever one is due, until Ctrl-C.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what a round would do and cost.")] = False,
+    replay: Annotated[int | None, typer.Option("--replay", help="Run round N again and compare.")] = None,
+) -> None:
+    """Run a round: collect, version, tune, fit, evaluate, gate, roll out, select, push."""
+    from cluster.promotion import KEY_VARIABLE, caller_of, name_of
+
+    if resume + watch + dry_run + (replay is not None) > 1:
+        raise ConfigError("--resume, --watch, --dry-run and --replay exclude one another; give one of them")
+    with call.store() as store:
+        person = name_of(caller_of(store, os.environ.get(KEY_VARIABLE)))
+        if dry_run:
+            _show_plan(call, store)
+        elif replay is not None:
+            _replay(call, store, replay)
+        elif watch:
+            _watch(call, store, person)
+        else:
+            _run(call, store, person, resume=resume)
+
+
+@verb(app, "rounds")
+def rounds(call: Call) -> None:
+    """List the rounds and how they ended."""
+    from records.types import RoundRecord
+
+    with call.store() as store, store.ledger.read() as tx:
+        found = tx.find(RoundRecord, order_by=("number",))
+    table = Table("round", "began", "model", "dataset", "verdict", "because")
+    for record in found:
+        began = f"{record.started_at:%Y-%m-%d %H:%M}"
+        model, dataset = (record.model_id or "")[:12], (record.dataset_id or "")[:12]
+        table.add_row(str(record.number), began, model, dataset, record.verdict or "unfinished", record.why or "")
+    call.emit({"rounds": [record.model_dump(mode="json") for record in found]}, table)
+
+
+def _run(call: Call, store: "Store", person: str, *, resume: bool) -> None:
+    from cluster.round import run_round
+
+    with call.ray(), _round_shown() as show:
+        outcome = run_round(store, call.settings, resume=resume, started_by=person, on_event=show)
+    call.emit({"round": outcome.record.number, "steps": outcome.results}, f"round {outcome.record.number} is done")
+
+
+def _watch(call: Call, store: "Store", person: str) -> None:
+    from cluster.schedule import watch
+
+    with call.ray(), _round_shown() as show:
+        ran = watch(store, call.settings, started_by=person, on_event=show, tell=say)
+    call.emit({"rounds": ran}, f"{ran} rounds ran here")
+
+
+def _show_plan(call: Call, store: "Store") -> None:
+    from cluster.schedule import plan_round
+
+    plan = plan_round(store, call.settings)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("round", f"{plan.round}" + (" (resumed)" if plan.resumes else ""))
+    for step in plan.steps:
+        table.add_row("", step)
+    took = f"about {plan.expected_s:.0f} s, as earlier rounds" if plan.expected_s is not None else "not known yet"
+    table.add_row("time", took)
+    call.emit(plan, table)
+
+
+def _replay(call: Call, store: "Store", number: int) -> None:
+    from cluster.replay import replay_round
+
+    with call.ray():
+        found = replay_round(store, number)
+    if not found.within_tolerance:
+        packages = f"; packages differ: {', '.join(found.other_packages)}" if found.other_packages else ""
+        raise IntegrityError(f"round {number} came out differently: {found.differences}{packages}")
+    call.emit(found, f"round {number} came out the same" + ("" if found.same_model else " within its tolerance"))
+
+
+@contextmanager
+def _round_shown() -> "Generator[Callable[[RoundEvent], None]]":
+    with progress() as bar:
+        yield _RoundDisplay(bar)
+
+
+class _RoundDisplay:
+    """Shows a round: a task for the step that runs, and a line for each step that is done.
+
+    Args:
+        bar: where to show it.
+    """
+
+    def __init__(self, bar: "Progress") -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._began_s = time.monotonic()
+
+    def __call__(self, event: "RoundEvent") -> None:
+        if event.state == "started":
+            self._end_task()  # of a step that failed: with --watch the next round shares this display
+            self._began_s = time.monotonic()
+            self._task = self._bar.add_task(f"round {event.round_number}: {event.step}", total=None)
+        elif event.state == "progress" and self._task is not None:
+            if detail := _detail(event):
+                self._bar.update(self._task, detail=detail)
+        elif event.state == "done":
+            self._end_task()
+            say(f"✓ {event.step}: {event.text} ({duration(time.monotonic() - self._began_s)})")
+        elif event.state == "kept":
+            say(f"✓ {event.step}: {event.text}")
+
+    def _end_task(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+
+def _detail(event: "RoundEvent") -> str | None:
+    """Return what an epoch of the fit, or a trial that ended, has to tell; None for anything else."""
+    from trainers.fitting.epoch_report import EpochReport, epoch_text
+    from tuning.live import line_of
+    from tuning.trials import SearchEvent
+
+    if isinstance(event.payload, EpochReport):
+        return f"epoch {event.payload.epoch}, {epoch_text(event.payload)}"
+    return line_of(event.payload) if isinstance(event.payload, SearchEvent) else None
+
+
+def _rules() -> list[str]:
+    from labeling.acquisition.registry import acquisition_catalogue
+
+    return [row["name"] for row in acquisition_catalogue()]
+
+
+@verb(label_app, "select")
+def select_command(
+    call: Call,
+    budget: Annotated[int, typer.Option("--budget", min=1, help="How many images at most.")] = 40,
+    rule: Annotated[
+        str, typer.Option("--rule", help="Acquisition rule: {choices}.", autocompletion=_rules)
+    ] = "least_confidence",
+    mix: Annotated[
+        list[str] | None, typer.Option("--mix", help="RULE=N instead of --rule and --budget; may be repeated.")
+    ] = None,
+    pool: Annotated[
+        Path | None, typer.Option("--pool", help="Folder of unlabelled images; default: those in the store.")
+    ] = None,
+    model: ModelOption = "champion",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rules that draw at random.")] = 0,
+) -> None:
+    """Select images for annotators, at most one per lesion; `relook label push` sends them."""
+    from cluster.selection import select_images, take_in_folder
+    from labeling.acquisition.registry import rule_named
+    from records.models import find_bundle
+
+    parts = dict(_part(text) for text in mix or [])
+    for name in parts or [rule]:
+        rule_named(name)
+    with call.store() as store:
+        bundle = find_bundle(store, model)
+        among, refused = None, list[str]()
+        if pool is not None:
+            among, refused = take_in_folder(store, pool, bundle.document.geometry.side_px)
+        for sentence in refused:
+            say(sentence)
+        most = sum(parts.values()) if parts else budget
+        chosen = select_images(store, bundle, most, rule, among=among, mix=parts or None, seed=seed)
+    found = {
+        "selected": chosen,
+        "rule": rule if not parts else None,
+        "mix": parts or None,
+        "model_id": bundle.id,
+        "pool": None if among is None else len(among),
+        "refused": refused,
+    }
+    call.emit(found, f"{chosen} images wait for `relook label push`")
+
+
+@verb(label_app, "second-opinions")
+def second_opinions_command(
+    call: Call,
+    budget: Annotated[int, typer.Option("--budget", min=1, help="How many review items at most.")] = 40,
+    model: ModelOption = "champion",
+) -> None:
+    """Find training labels that are probably wrong and open review items; `relook label push` sends them."""
+    from cluster.selection import request_second_opinions
+    from records.models import find_bundle
+
+    with call.store() as store:
+        bundle = find_bundle(store, model)
+        suspicious, asked = request_second_opinions(store, bundle, bundle.document.dataset_id, budget)
+    found = {"suspicious": suspicious, "asked": asked, "model_id": bundle.id}
+    call.emit(found, f"{suspicious} training labels are suspicious; {asked} review items wait for `relook label push`")
+
+
+def _part(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    if not number.isdigit() or int(number) < 1:
+        raise ConfigError(f"--mix {text!r} is not RULE=N; write for example margin=20")
+    return name, int(number)

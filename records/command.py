@@ -1,82 +1,237 @@
-"""What every room's command line shares: the common options, one JSON object out, progress on stderr.
+"""What every room's verbs share: `--config`, `--preset`, `--set` and `--json`, and how a result is printed.
 
-The whole settings are composed by the cluster room, which no other room may import; its root
-command puts a loader into the context, and `settings_of` calls it.
+`verb` adds a function to an app with these options and hands it a `Call`: its settings, its store, Ray, and where the
+result goes. A function that takes a `JsonCall` gets `--json` only. The cluster room composes the whole settings, and no
+other room may import it, so its root command leaves a loader in the context. Progress is in `records.progress`.
 """
 
+import inspect
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, redirect_stdout
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TextIO, TypeVar
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
 
 from records.errors import ContractError
+
+if TYPE_CHECKING:
+    from records.store import Store
 
 SettingsLoader = Callable[[Path | None, str | None, Sequence[str]], Any]
 RayStarter = Callable[[Any], AbstractContextManager[Any]]
 RAY_STARTER = "relook.ray_starter"
-"""Key under which the root command leaves what starts Ray: settings -> context manager."""
+"""Key in the context's `meta` under which the root command leaves what starts Ray: settings -> context manager."""
+PRESET_NAMES = "relook.preset_names"
+"""Key in the context's `meta` under which the root command leaves what lists the presets."""
+CHOICES = "{choices}"
+"""In the help of an option with `autocompletion`: replaced by the names it completes, when help is shown."""
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", show_default=False)]
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--preset", help="laptop, single_gpu, multi_gpu, clinical, ham10000_cpu, dissertation or dissertation_mini."
-    ),
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="room.field=value; may be given more than once.", show_default=False)
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-
-stderr = Console(stderr=True)
 stdout = Console()
 _RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 
-def settings_of(ctx: typer.Context, config: Path | None, preset: str | None, sets: Sequence[str] | None) -> Any:
-    """Return the composed settings of this call.
+@dataclass(frozen=True)
+class JsonCall:
+    """One call of a verb that needs no settings.
 
     Args:
-        ctx: of the verb.
+        context: Typer's.
+        as_json: what `--json` said.
+    """
+
+    context: typer.Context
+    as_json: bool
+
+    def emit(self, value: dict[str, Any] | BaseModel, human: RenderableType | None = None) -> None:
+        """Print the verb's result; see `emit`."""
+        emit(self.as_json, value, human)
+
+
+@dataclass(frozen=True)
+class Call(JsonCall):
+    """One call of a verb: its settings and where its result goes.
+
+    Args:
         config: YAML file, or None.
-        preset: name, or None for the default one.
+        preset: its name, or None for the default one.
         sets: `room.field=value` texts.
-    Returns:
-        The Settings object of the cluster room; its attributes are the rooms' settings.
-    Raises:
-        ConfigError: a setting cannot work.
-        ContractError: the root command put no loader into the context.
     """
-    loader: SettingsLoader | None = ctx.find_root().obj
-    if loader is None:
-        raise ContractError("the root command has to put a settings loader into the context")
-    return loader(config, preset, tuple(sets or ()))
+
+    config: Path | None
+    preset: str | None
+    sets: tuple[str, ...]
+
+    @cached_property
+    def settings(self) -> Any:
+        """The composed Settings of the cluster room; its attributes are the rooms' settings."""
+        return self.compose()
+
+    def compose(self, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Any:
+        """Return the settings with further `room.field=value` texts.
+
+        Args:
+            before: texts that `--set` may overrule.
+            after: texts that overrule `--set`.
+        Raises:
+            ConfigError: a setting cannot work.
+            ContractError: the root command left no loader in the context.
+        """
+        loader: SettingsLoader | None = self.context.find_root().obj
+        if loader is None:
+            raise ContractError("the root command has to put a settings loader into the context")
+        return loader(self.config, self.preset, (*before, *self.sets, *after))
+
+    @contextmanager
+    def store(self) -> "Generator[Store]":
+        """Open the store of the settings while the block runs."""
+        from records.store import open_store
+
+        with closing(open_store(self.settings.records)) as store:
+            yield store
+
+    def ray(self, settings: Any = None) -> AbstractContextManager[Any]:
+        """Return a context in which Ray runs; at its end nothing that it started is left.
+
+        Args:
+            settings: composed settings; None takes those of the call.
+        Raises:
+            ContractError: the root command left nothing that starts Ray.
+        """
+        starter: RayStarter | None = self.context.meta.get(RAY_STARTER)
+        if starter is None:
+            raise ContractError("the root command has to leave what starts Ray in the context")
+        return starter(self.settings if settings is None else settings)
 
 
-def ray_of(ctx: typer.Context, settings: Any) -> AbstractContextManager[Any]:
-    """Return the Ray session of this call, to be entered with `with`.
+P = ParamSpec("P")
+C = TypeVar("C", bound=JsonCall)
+
+
+def verb(
+    app: typer.Typer, name: str, *, preset: str | None = None
+) -> Callable[[Callable[Concatenate[C, P], None]], Callable[Concatenate[C, P], None]]:
+    """Add a function to an app as a verb with the common options.
 
     Args:
-        ctx: of the verb.
-        settings: from `settings_of`.
+        app: the verb's group.
+        name: the verb's name.
+        preset: name of the preset without `--preset`; None leaves it to the environment.
     Returns:
-        A context in which Ray runs; at its end nothing that it started is left.
-    Raises:
-        ContractError: the root command left nothing that starts Ray.
+        A decorator. The function's first parameter is a `Call` (four options) or a `JsonCall` (`--json` alone), the
+        others are declared as for Typer. The function itself is not changed.
     """
-    starter: RayStarter | None = ctx.meta.get(RAY_STARTER)
-    if starter is None:
-        raise ContractError("the root command has to leave what starts Ray in the context")
-    return starter(settings)
+
+    def add(function: Callable[Concatenate[C, P], None]) -> Callable[Concatenate[C, P], None]:
+        app.command(name, cls=_Verb)(_with_common_options(function, preset))
+        return function
+
+    return add
+
+
+def group_verb(
+    app: typer.Typer,
+) -> Callable[[Callable[Concatenate[Call, P], None]], Callable[Concatenate[Call, P], None]]:
+    """Make a function what an app does without a verb, with the common options; it is not run before a verb.
+
+    Args:
+        app: a group with `invoke_without_command`.
+    Returns:
+        A decorator, as of `verb`.
+    """
+
+    def add(function: Callable[Concatenate[Call, P], None]) -> Callable[Concatenate[Call, P], None]:
+        def alone(call: Call, *args: P.args, **kwargs: P.kwargs) -> None:
+            if call.context.invoked_subcommand is None:
+                function(call, *args, **kwargs)
+
+        app.callback(cls=_VerbGroup)(_with_common_options(wraps(function)(alone), None))
+        return function
+
+    return add
+
+
+def preset_names(ctx: typer.Context) -> list[str]:
+    """Return the names of the presets; none if no root command left them in the context."""
+    return list(ctx.meta.get(PRESET_NAMES, list)())
+
+
+_PANEL = "Common options"
+_JSON = Parameter(
+    "as_json",
+    Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=_PANEL)],
+)
+
+
+def _settings_options(preset: str | None) -> list[Parameter]:
+    config = typer.Option("--config", help="Read settings from a YAML file.", rich_help_panel=_PANEL)
+    preset_option = typer.Option(
+        "--preset", help=f"Start from a preset: {CHOICES}.", autocompletion=preset_names, rich_help_panel=_PANEL
+    )
+    sets = typer.Option("--set", help="Set room.field=value; may be repeated.", rich_help_panel=_PANEL)
+    kind = Parameter.KEYWORD_ONLY
+    return [
+        Parameter("config", kind, default=None, annotation=Annotated[Path | None, config]),
+        Parameter("preset", kind, default=preset, annotation=Annotated[str | None, preset_option]),
+        Parameter("sets", kind, default=None, annotation=Annotated[list[str] | None, sets]),
+    ]
+
+
+def _with_common_options(function: Callable[..., None], preset: str | None) -> Callable[..., None]:
+    """Return a function with the signature that Typer reads: context, the verb's own parameters, common options."""
+    # Evaluated here, because Typer takes `__signature__` as it is and would see annotations that are texts.
+    first, *own = inspect.signature(function, eval_str=True).parameters.values()
+    if first.annotation not in (Call, JsonCall):
+        raise ContractError(f"the first parameter of the verb {function.__name__} has to be a Call or a JsonCall")
+    takes_settings = first.annotation is Call
+
+    @wraps(function)
+    def called(ctx: typer.Context, *, as_json: bool, **options: Any) -> None:
+        if not takes_settings:
+            function(JsonCall(ctx, as_json), **options)
+            return
+        config, preset, sets = (options.pop(name) for name in ("config", "preset", "sets"))
+        function(Call(ctx, as_json, config, preset, tuple(sets or ())), **options)
+
+    ctx = Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    common = [*(_settings_options(preset) if takes_settings else ()), _JSON]
+    own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
+    called.__signature__ = inspect.Signature([ctx, *own, *common])  # type: ignore[attr-defined]
+    return called
+
+
+def _list_choices(params: Iterable[Any], ctx: Any) -> None:
+    """Put the names that an option completes into its help."""
+    for param in params:
+        if CHOICES in (param.help or ""):
+            names = [item.value for item in param.shell_complete(ctx, "")]
+            listed = " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+            param.help = param.help.replace(CHOICES, listed)
+
+
+class _Verb(TyperCommand):
+    # Only when help is shown: the registries behind the names cost imports that no other call should pay.
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _list_choices(self.params, ctx)
+        super().format_help(ctx, formatter)
+
+
+class _VerbGroup(TyperGroup):
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _list_choices(self.params, ctx)
+        super().format_help(ctx, formatter)
 
 
 @contextmanager
@@ -112,13 +267,11 @@ def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType
 
 
 def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
-    """Lay out what was measured, for people.
+    """Lay out measured figures, one row each.
 
     Args:
         title: of the table.
         figures: by key; of one that is None, `reasons` may say why, by the key or a part of it.
-    Returns:
-        A row per figure.
     """
     table, reasons = Table("what", "figure", title=title), figures.get("reasons", {})
     for name, value in figures.items():
@@ -127,20 +280,3 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
             shown = round(value, 3) if isinstance(value, float) else value
             table.add_row(name.replace("_", " "), why if value is None else str(shown))
     return table
-
-
-def progress() -> Progress:
-    """Return a progress bar on stderr: what, bar, count, time left."""
-    return Progress(
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-    )
-
-
-def status(text: str) -> AbstractContextManager[Any]:
-    """Return a spinner on stderr for work whose length is not known."""
-    return stderr.status(text)

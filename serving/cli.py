@@ -1,160 +1,123 @@
-"""The verbs `relook serve`, `predict` and `keys`; those of models and rollouts join them.
+"""The verbs of serving: `serve`, `predict`, `keys`, `models`, `rollout` and `rollback`.
 
 relook serve --port 8000
+relook models compare champion candidate
+relook rollout MODEL --percent 10
 """
 
 import signal
 import threading
 from collections import Counter
-from contextlib import closing
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-import serving.models_cli
-import serving.rollout.cli
-from records.command import (
-    ConfigOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    emit,
-    progress,
-    ray_of,
-    settings_of,
-    status,
-    stderr,
-)
+from records.command import Call, group_verb, verb
 from records.errors import ConfigError
+from records.progress import progress, status, stderr
+from records.types import Consent, Scope
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    from records.bundles import BundleDocument
+    from records.store import Store
+    from records.types import ModelRecord
     from serving.settings import ServingSettings
-
-E = TypeVar("E", bound=StrEnum)
 
 app = typer.Typer()
 keys_app = typer.Typer(help="API keys: who may use the service, and for what.", no_args_is_help=True)
+models_app = typer.Typer(help="List, verify or compare the registered models.", invoke_without_command=True)
 app.add_typer(keys_app, name="keys")
-app.add_typer(serving.models_cli.app, name="models")
-app.add_typer(serving.rollout.cli.app)
+app.add_typer(models_app, name="models")
 
 
-@app.command()
+@verb(app, "serve")
 def serve(
-    ctx: typer.Context,
-    host: Annotated[str | None, typer.Option("--host", help="Address; default: serving.host.")] = None,
-    port: Annotated[int | None, typer.Option("--port", help="TCP port; default: serving.port.")] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    call: Call,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: serving.host.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="TCP port to listen on; default: serving.port.")] = None,
 ) -> None:
-    """Serve the model that the ledger names, with API and page, until Ctrl-C."""
+    """Serve the champion with API and page until Ctrl-C."""
     from serving.preconditions import require_startable
 
     given = [f"serving.host={host}"] if host is not None else []
     given += [f"serving.port={port}"] if port is not None else []
-    settings = settings_of(ctx, config, preset, [*(sets or ()), *given])
+    settings = call.compose(after=given)
     serving: ServingSettings = settings.serving
     require_startable(serving, settings.records)
 
     from serving.launch import run_service
 
-    with status("starting the service") as spinner, ray_of(ctx, settings), run_service(serving, settings.records) as s:
+    with status("starting the service") as spinner, call.ray(settings), run_service(serving, settings.records) as s:
         spinner.stop()
-        emit(as_json, {"url": s.url, "docs": f"{s.url}/docs"}, f"Relook answers at {s.url} (API: {s.url}/docs)")
+        call.emit({"url": s.url, "docs": f"{s.url}/docs"}, f"Relook serves at {s.url} (API: {s.url}/docs)")
         stderr.print("Ctrl-C stops it.")
         _wait_for_stop()
         stderr.print("stopping")
 
 
-@app.command()
+@verb(app, "predict")
 def predict(
-    ctx: typer.Context,
+    call: Call,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix of 8 or more, bundle path, or champion.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option("--out", help="The table, CSV.")],
-    explain: Annotated[str | None, typer.Option("--explain", help="gradcam: a heat map per image.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
+    explain: Annotated[str | None, typer.Option("--explain", help="gradcam: also write a heat map per image.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
-    """Answer for a folder of images and write a table, most worrying first; nothing is stored or asked about."""
+    """Predict a folder of images and write a table, most urgent first; store and review nothing."""
     from records.models import find_bundle
-    from records.store import open_store
     from serving.bulk import predict_folder
 
     if explain not in (None, "gradcam"):
         raise ConfigError(f"--explain is {explain!r}; it must be gradcam")
-    settings = settings_of(ctx, config, preset, sets)
-    with closing(open_store(settings.records)) as store, progress() as bar:
-        bundle, task = find_bundle(store, model), bar.add_task("images", total=None)
+    with call.store() as store, progress() as bar:
+        bundle, task = find_bundle(store, model), bar.add_task("predict", total=None)
         result = predict_folder(
-            bundle, folder, out, settings.serving, explain=explain is not None, resume=resume,
+            bundle, folder, out, call.settings.serving, explain=explain is not None, resume=resume,
             on_done=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     counts = Counter(row["decision"] or "unreadable" for row in result.rows)
     told = ", ".join(f"{number} {decision}" for decision, number in counts.items())
     body = {"model_id": bundle.id, "images": len(result.rows), "decisions": dict(counts), "out": str(out)}
-    emit(as_json, body, f"{len(result.rows)} images ({told}) in {out}, most worrying first")
+    call.emit(body, f"{len(result.rows)} images ({told}) in {out}, most urgent first")
 
 
-@keys_app.command("create")
+@verb(keys_app, "create")
 def create(
-    ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="Who uses it.")],
-    organisation: Annotated[str, typer.Option("--organisation", help="Whose answers its bearer sees.")],
+    call: Call,
+    name: Annotated[str, typer.Argument(help="Name of its user.")],
+    organisation: Annotated[str, typer.Option("--organisation", help="Whose predictions the key may read.")],
     scopes: Annotated[
-        list[str] | None, typer.Option("--scope", help="predict, flag, review, audit or admin; repeat for more.")
+        list[Scope] | None, typer.Option("--scope", help="What it may do; may be repeated; default: predict, flag.")
     ] = None,
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="Nothing it sends is stored or asked about.")] = False,
-    consent: Annotated[
-        str | None, typer.Option("--consent", help="Of requests that name none: none, review or training.")
-    ] = None,
-    days: Annotated[int | None, typer.Option("--days", min=1, help="Until it expires; default: never.")] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Store and review nothing that it sends.")] = False,
+    consent: Annotated[Consent | None, typer.Option("--consent", help="Consent of requests that state none.")] = None,
+    days: Annotated[int | None, typer.Option("--days", min=1, help="Days until it expires; default: never.")] = None,
 ) -> None:
-    """Make a key and show it, once; from the first key on nobody gets in without one."""
-    from records.store import open_store
-    from records.types import Consent, Scope
+    """Create a key and print it once; with the first key the service starts to require one."""
     from serving.access.keys import create_key
 
-    wanted = [choice_of(Scope, scope, "--scope") for scope in scopes or ["predict", "flag"]]
-    default_consent = choice_of(Consent, consent, "--consent") if consent is not None else None
-    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+    with call.store() as store:
         key, token = create_key(
-            store, name=name, organisation=organisation, scopes=wanted, actor="relook keys", sandbox=sandbox,
-            default_consent=default_consent, days=days,
+            store, name=name, organisation=organisation, scopes=scopes or [Scope.PREDICT, Scope.FLAG],
+            actor="relook keys", sandbox=sandbox, default_consent=consent, days=days,
         )  # fmt: skip
     made = {"id": key.id, "key": token, **key.model_dump(mode="json", include={"organisation", "scopes", "expires_at"})}
-    emit(as_json, made, f"{token}\nkeep it now: only its hash is stored (id {key.id})")
+    call.emit(made, f"{token}\nkeep it now: only its hash is stored (id {key.id})")
 
 
-@keys_app.command("list")
-def list_keys(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the keys; what they are made of cannot be shown any more."""
+@verb(keys_app, "list")
+def list_keys(call: Call) -> None:
+    """List the keys; their secrets are not stored and cannot be shown."""
     from records.ids import utc_now
-    from records.store import open_store
     from records.types import ApiKey
     from serving.access.keys import is_valid
 
-    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store, store.ledger.read() as tx:
+    with call.store() as store, store.ledger.read() as tx:
         found = tx.find(ApiKey, order_by=("created_at",))
     table = Table("id", "name", "organisation", "scopes", "expires", "state")
     for key in found:
@@ -163,45 +126,178 @@ def list_keys(
         scopes = ", ".join(key.scopes) + (" (sandbox)" if key.sandbox else "")
         table.add_row(key.id, key.name, key.organisation, scopes, expires, state)
     listed = [key.model_dump(mode="json", exclude={"secret_hash"}) for key in found]
-    emit(as_json, {"keys": listed}, table if found else "no key was made yet; `relook keys create` makes one")
+    call.emit({"keys": listed}, table if found else "there is no key yet; `relook keys create` creates one")
 
 
-@keys_app.command("revoke")
+@verb(keys_app, "revoke")
 def revoke(
-    ctx: typer.Context,
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `relook keys list` shows it.")],
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    call: Call,
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Id from `relook keys list`.")],
 ) -> None:
-    """End a key; a running service refuses it within a second."""
-    from records.store import open_store
+    """Revoke a key; a running service refuses it within a second."""
     from serving.access.keys import revoke_key
 
-    with closing(open_store(settings_of(ctx, config, preset, sets).records)) as store:
+    with call.store() as store:
         key = revoke_key(store, key_id, actor="relook keys")
-    emit(as_json, key.model_dump(mode="json", exclude={"secret_hash"}), f"key {key.id} ({key.name}) is revoked")
+    call.emit(key.model_dump(mode="json", exclude={"secret_hash"}), f"key {key.id} ({key.name}) is revoked")
 
 
-def choice_of(kind: type[E], value: str, option: str) -> E:
-    """Return a member of an enumeration by its value; ConfigError naming the option and all values if none has it."""
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise ConfigError(f"{option} is {value!r}; it must be one of {', '.join(m.value for m in kind)}") from error
+@group_verb(models_app)
+def list_models(call: Call) -> None:
+    """List the registered models, newest first, with their status."""
+    from serving.responses import model_body
+    from serving.schemas import ModelList
+
+    with call.store() as store:
+        items = [model_body(record) for record in _registered(store)]
+    table = Table("id", "status", "architecture", "dataset", "round", "made")
+    for item in items:
+        made = f"{item.created_at:%Y-%m-%d %H:%M}"
+        number = "" if item.round is None else str(item.round)
+        table.add_row(item.id[:12], item.status, item.architecture, item.dataset_id[:12], number, made)
+    call.emit(ModelList(items=items), table if items else "no model is registered yet; `relook train` makes one")
+
+
+@verb(models_app, "verify")
+def verify_command(
+    call: Call,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Id prefix, champion or candidate; default: all."),
+    ] = None,
+) -> None:
+    """Predict the golden images of models again, as after an upgrade; exit 1 if a prediction changed."""
+    from records.models import find_model
+    from serving.holder import verify_models
+
+    with call.store() as store, progress() as bar:
+        records = [find_model(store, name) for name in models] if models else _registered(store)
+        task = bar.add_task("verify models", total=len(records))
+        found = verify_models(store, records, call.settings.serving.precision, lambda: bar.advance(task))
+    table = Table("id", "status", "precision", "golden difference", "result")
+    for one in found:
+        difference = "" if one.golden_difference is None else f"{one.golden_difference:.2g}"
+        table.add_row(one.id[:12], one.status, one.precision or "", difference, one.problem or "unchanged")
+    body = {"models": [one.model_dump() for one in found], "whole": all(one.problem is None for one in found)}
+    call.emit(body, table if found else "no model is registered yet; `relook train` makes one")
+    if not body["whole"]:
+        raise typer.Exit(1)
+
+
+@verb(models_app, "compare")
+def compare_command(
+    call: Call,
+    one: Annotated[
+        str, typer.Argument(metavar="A", help="Id prefix of 8 or more, bundle path, champion or candidate.")
+    ],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+) -> None:
+    """Compare two models: the metrics in their bundles, and the settings in which they differ.
+
+    The metrics are of splits that fitting may read; the gate of a round decides which model is better.
+    """
+    from records.models import find_bundle
+
+    with call.store() as store:
+        pair = [find_bundle(store, name) for name in (one, other)]
+    documents = pair[0].document, pair[1].document
+    rows = {"figures": _figures_of_both(*documents), "settings": _settings_that_differ(*documents)}
+    table = Table("", pair[0].id[:12], pair[1].id[:12])
+    for part in rows.values():
+        for name, values in part.items():
+            table.add_row(name, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+        table.add_section()
+    call.emit({"models": [bundle.id for bundle in pair], **rows}, table)
+
+
+@verb(app, "rollout")
+def rollout(
+    call: Call,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Candidate; without it, show the current rollout.")
+    ] = None,
+    percent: Annotated[
+        int, typer.Option("--percent", min=0, max=100, help="Traffic share by lesion; 0 is shadow, 100 promotes.")
+    ] = 0,
+    reason: Annotated[
+        str | None, typer.Option("--reason", help="Why a model that the gate did not pass is rolled out.")
+    ] = None,
+) -> None:
+    """Roll out a candidate: in shadow, for a share of the traffic, then for all of it."""
+    from records.models import find_bundle
+    from serving.responses import rollout_body
+    from serving.rollout.control import begin, current_rollout, promote
+
+    with call.store() as store:
+        if model is None:
+            with store.ledger.read() as tx:
+                running = current_rollout(tx)
+            if running is None:
+                raise ConfigError("no rollout is under way; `relook rollout MODEL` starts one")
+        else:
+            bundle = find_bundle(store, model)
+            running = begin(store, bundle.id, min(percent, 99), actor="relook rollout", reason=reason)
+            if percent == 100:
+                running = promote(store, actor="relook rollout")
+        body = rollout_body(running)
+    seen = ", ".join(f"{g.name} {g.events} of {g.observations}" for g in body.guardrails)
+    call.emit(body, f"model {body.candidate_id[:12]} is in {body.stage} ({body.percent} %); seen: {seen}")
+
+
+@verb(app, "rollback")
+def rollback(
+    call: Call,
+    reason: Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")] = "taken back by hand",
+) -> None:
+    """Withdraw the candidate, or undo the last promotion."""
+    from serving.responses import rollout_body
+    from serving.rollout.control import roll_back
+
+    with call.store() as store:
+        body = rollout_body(roll_back(store, actor="relook rollback", why=reason))
+    call.emit(body, f"model {body.candidate_id[:12]} was rolled back: {body.why}")
 
 
 def _wait_for_stop() -> None:
-    """Wait for Ctrl-C or a request to end; both stop the service the same way."""
+    """Wait for SIGINT or SIGTERM; both stop the service in the same way."""
     stopped = threading.Event()
 
     def stop(_number: int, _frame: "FrameType | None") -> None:
         stopped.set()
 
+    # The default handlers raise, and the command would report an interruption (exit 130) instead of a normal end.
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         stopped.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _registered(store: "Store") -> "list[ModelRecord]":
+    from records.types import ModelRecord
+
+    with store.ledger.read() as tx:
+        return tx.find(ModelRecord, order_by=("-created_at",))
+
+
+def _figures_of_both(one: "BundleDocument", other: "BundleDocument") -> dict[str, list[Any]]:
+    left, right = _flat(one.metrics), _flat(other.metrics)
+    return {name: [value, right[name]] for name, value in left.items() if name in right}
+
+
+def _settings_that_differ(one: "BundleDocument", other: "BundleDocument") -> dict[str, list[Any]]:
+    left, right = (_flat({"dataset": document.dataset_id[:12], **document.config}) for document in (one, other))
+    pairs = {name: [left.get(name), right.get(name)] for name in sorted(left.keys() | right.keys())}
+    return {name: values for name, values in pairs.items() if values[0] != values[1]}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested numbers and words by dotted names; lists are left out of tables."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            found[prefix + name] = value
+    return found

@@ -29,10 +29,10 @@ def fit_winner(
     Returns:
         The registered bundle.
     """
-    from trainers.cli.train import EpochBar
+    from trainers.fitting.epoch_report import EpochBar
     from trainers.fitting.fit import fit
 
-    settings = result.settings.model_copy(update={"num_workers": 1})
+    settings = result.settings.with_values({"workers.count": 1})
     on_epoch = None if progress is None else EpochBar(progress, settings.epochs)
     folder = run_dir / f"fit-{settings.recipe_hash()[:12]}"
     bundle = fit(store, settings, dataset, run_dir=folder, use_ray=False, on_epoch=on_epoch, progress=progress)

@@ -1,4 +1,4 @@
-"""The labeling room's part of `relook bench`; `cluster/cli.py` joins the rooms' parts into one group.
+"""The verb `label` of `python -m bench`.
 
 python -m bench label --json
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from records.command import Call, figures_table, verb
-from records.progress import stderr
+from records.progress import say
 
 app = typer.Typer()
 
@@ -19,22 +19,22 @@ app = typer.Typer()
 @verb(app, "label")
 def bench_label(
     call: Call,
-    items: Annotated[int, typer.Option(min=10, help="Questions that are sent, answered and read.")] = 1000,
+    items: Annotated[int, typer.Option(min=10, help="Number of tasks that are sent, annotated and read.")] = 1000,
 ) -> None:
-    """Measure push and pull at a local Label Studio of their own, beside a client that only moves the data."""
+    """Measure push and pull with a Label Studio of their own, next to a client that only moves the data."""
     from bench.label.bulk import measure
     from labeling.local_server import LocalLabelStudio
     from records.store import open_store
 
     settings = call.settings
     with TemporaryDirectory(prefix="relook-bench-") as folder:
-        # A home of its own: measuring must neither see nor change what the user has.
+        # A home of its own: the measurement must neither see nor change the user's data.
         records = settings.records.apart(Path(folder) / "home")
         labeling = settings.labeling.model_copy(update={"port": 0, "url": None, "token": None})
         with closing(open_store(records)) as store:
             local = LocalLabelStudio(store.home, labeling)
             try:
-                figures = measure(store, local.up(stderr.print), labeling, items, stderr.print)
+                figures = measure(store, local.up(say), labeling, items, say)
             finally:
                 local.down()
     call.emit(figures, figures_table("python -m bench label", figures))

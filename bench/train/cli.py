@@ -1,4 +1,4 @@
-"""The trainers' part of `relook bench`; `cluster/cli.py` joins the rooms' parts into one group.
+"""The verb `train` of `python -m bench`.
 
 python -m bench train --json
 """
@@ -10,44 +10,31 @@ from typing import Annotated
 
 import typer
 
-from records.command import (
-    ConfigOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    emit,
-    figures_table,
-    progress,
-    ray_of,
-    settings_of,
-)
+from records.command import Call, figures_table, verb
+from records.progress import progress
 
 app = typer.Typer()
 
 
-@app.command("train")
+@verb(app, "train")
 def bench_train(
-    ctx: typer.Context,
+    call: Call,
     data: Annotated[Path | None, typer.Option(help="Folder of images; default: generated ones.")] = None,
-    epoch_s: Annotated[float, typer.Option(min=1.0, help="Seconds that a measured epoch shall take.")] = 8.0,
+    epoch_s: Annotated[float, typer.Option(min=1.0, help="Length of a measured epoch in seconds.")] = 8.0,
     lightning_python: Annotated[
-        Path | None, typer.Option(help="Python of an environment that has Lightning; default: not measured.")
+        Path | None, typer.Option(help="Python of an environment with Lightning; default: Lightning is not measured.")
     ] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Measure training: whole pipeline, bare steps, a plain fp32 script, Lightning, two workers."""
     from bench.train.training import Bench, prepare
     from records.store import open_store
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     with TemporaryDirectory(prefix="relook-bench-") as folder, progress() as bar:
-        # A home of its own: measuring must neither see nor change what the user has.
+        # A home of its own: the measurement must neither see nor change the user's data.
         records = settings.records.apart(Path(folder) / "home")
-        with closing(open_store(records)) as store, ray_of(ctx, settings):
-            plan = prepare(store, data, settings.trainers.side_px, Path(folder), bar)
+        with closing(open_store(records)) as store, call.ray(settings):
+            plan = prepare(store, data, settings.trainers.model.side_px, Path(folder), bar)
             bench = Bench(store, settings.trainers, plan, Path(folder), epoch_s, lightning_python)
             figures = bench.run()
-    emit(as_json, figures, figures_table("python -m bench train", figures))
+    call.emit(figures, figures_table("python -m bench train", figures))

@@ -1,4 +1,4 @@
-"""The tuning room's part of `relook bench`; `cluster/cli.py` joins the rooms' parts into one group.
+"""The verb `tune` of `python -m bench`.
 
 python -m bench tune --data HAM10000 --table table.jsonl --json
 """
@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from records.command import (
-    ConfigOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    emit,
-    figures_table,
-    progress,
-    ray_of,
-    settings_of,
-)
+from records.command import Call, figures_table, verb
+from records.progress import progress
 
 if TYPE_CHECKING:
     from records.datasets import DatasetVersion
@@ -32,47 +23,45 @@ STARTS = 6
 """Trials whose start is measured, per core."""
 
 
-@app.command("tune")
+@verb(app, "tune")
 def bench_tune(
-    ctx: typer.Context,
+    call: Call,
     data: Annotated[Path | None, typer.Option(help="Folder of images; default: generated ones.")] = None,
     table: Annotated[
-        Path | None, typer.Option(help="File of learning curves, gone on with if it is there; default: a new one.")
+        Path | None, typer.Option(help="File of learning curves, extended if it exists; default: a temporary one.")
     ] = None,
-    configurations: Annotated[int, typer.Option(min=3, help="Configurations in the table.")] = 60,
+    configurations: Annotated[int, typer.Option(min=3, help="Number of configurations in the table.")] = 60,
     images: Annotated[int, typer.Option(min=7, help="Training images of the table and of measured trials.")] = 3000,
-    seeds: Annotated[int, typer.Option(min=1, help="Searches that are replayed on the table.")] = 5,
-    trial_s: Annotated[float, typer.Option(min=0.1, help="Seconds of a trial that only computes.")] = 30.0,
-    simulated: Annotated[int, typer.Option(min=10, help="Trials of no length, for the driver's memory.")] = 1000,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of searches replayed on the table.")] = 5,
+    trial_s: Annotated[float, typer.Option(min=0.1, help="Length in seconds of a trial that only computes.")] = 30.0,
+    simulated: Annotated[
+        int, typer.Option(min=10, help="Number of empty trials, to measure the driver's memory.")
+    ] = 1000,
 ) -> None:
     """Measure a search: what halving saves on a table of real curves, and what Ray Tune costs."""
     from bench.train.training import import_images
     from bench.tune.tune import memory_growth, overhead
     from records.store import open_store
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     cores = len(os.sched_getaffinity(0))
     figures: dict[str, Any] = {"load_average_before": round(os.getloadavg()[0], 1)}
     with TemporaryDirectory(prefix="relook-bench-") as folder:
         root = Path(folder)
-        # A home of its own: measuring must neither see nor change what the user has.
+        # A home of its own: the measurement must neither see nor change the user's data.
         records = settings.records.apart(root / "home")
         with closing(open_store(records)) as store:
             with progress() as bar:
-                dataset = import_images(store, data, settings.trainers.side_px, root, bar)
+                dataset = import_images(store, data, settings.trainers.model.side_px, root, bar)
             figures |= _replayed(store, settings, dataset, table or root / "table.jsonl", configurations, images, seeds)
-            with ray_of(ctx, settings):
+            with call.ray(settings):
                 figures |= {
                     "trial_start_s_median": _start(store, settings, dataset, root / "starts", images, cores),
                     "tune_overhead": round(overhead(root / "busy", trial_s, cores, trials_each=4), 3),
                     "driver_memory_growth": round(memory_growth(root / "many", simulated, cores), 1),
                 }
     figures |= {"trial_s": trial_s, "simulated_trials": simulated, "cores": cores, "train_images": images}
-    emit(as_json, figures, figures_table("python -m bench tune", figures))
+    call.emit(figures, figures_table("python -m bench tune", figures))
 
 
 def _replayed(

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from cluster.cli import app, run
-from records.command import JsonOption
+from records.command import JsonCall, verb
 
 HEAVY = ("torch", "ray", "pandas", "pyarrow", "sqlalchemy", "gradio", "albumentations", "captum", "cv2", "sklearn")
 
@@ -141,8 +141,8 @@ def test_what_fails_without_being_the_users_fault_is_exit_1(
 def buggy_verb() -> Iterator[str]:
     """A verb with a bug: it raises what nobody foresaw."""
 
-    @app.command("buggy")
-    def buggy(as_json: JsonOption = False) -> None:
+    @verb(app, "buggy")
+    def buggy(call: JsonCall) -> None:
         """Divide by zero."""
         1 / 0  # noqa: B018
 

@@ -1,171 +1,168 @@
 """The verbs `relook data import | synth | download | audit | versions | preview`."""
 
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group as Stack
 from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of, stderr
+from records.command import Call, JsonCall, verb
 from records.errors import ConfigError, DataError
-from trainers.cli.data_tables import audit_tables, import_table, pretend_table, print_refusals
+from records.progress import progress, say, stderr
 
 if TYPE_CHECKING:
-    from records.store import Store
+    from images.audit import AuditReport
+    from images.importer import ImportReport
+    from trainers.fitting.pretend import PretendReport
 
 app = typer.Typer(help="Import, generate and audit images.", no_args_is_help=True)
 
+_SHOWN_REFUSALS = 20
 
-@app.command("import")
+
+def _policies() -> list[str]:
+    from trainers.augmentation import POLICIES
+
+    return list(POLICIES)
+
+
+def _datasets() -> list[str]:
+    from images.download import TERMS
+
+    return list(TERMS)
+
+
+@verb(app, "import")
 def import_command(
-    ctx: typer.Context,
+    call: Call,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images and a table.")],
     columns: Annotated[
         str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..,patient=..,split=..,site=..")
     ] = None,
-    table: Annotated[Path | None, typer.Option(help="The table, if it is not the only one in DIR.")] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Leave the files where they are; copy nothing.")] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    table: Annotated[Path | None, typer.Option(help="The table, if DIR holds several.")] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Register the files where they are; copy nothing.")
+    ] = False,
 ) -> None:
-    """Import a folder of labelled images; a second run goes on where the first stopped."""
+    """Import a folder of labelled images; a second run resumes the first."""
     from images.importer import import_folder
 
-    settings = settings_of(ctx, config, preset, sets)
-    with _open(settings) as store, progress() as bar:
+    with call.store() as store, progress() as bar:
         report = import_folder(
             store,
             folder,
             columns=parse_columns(columns),
             table=table,
             in_place=in_place,
-            side_px=(settings.trainers.side_px,),
+            side_px=(call.settings.trainers.model.side_px,),
             progress=bar,
         )
-    print_refusals(report)
-    emit(as_json, report.as_dict(), import_table(report))
+    _print_refusals(report)
+    call.emit(report.as_dict(), _import_table(report))
 
 
-@app.command("synth")
+@verb(app, "synth")
 def synth_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or missing folder.")],
-    lesions: Annotated[int, typer.Option(help="How many lesions.")] = 700,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal bytes.")] = 7,
-    width: Annotated[int, typer.Option(help="Width of the images, px.")] = 200,
-    as_json: JsonOption = False,
+    call: JsonCall,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; empty or missing.")],
+    lesions: Annotated[int, typer.Option(help="Number of lesions.")] = 700,
+    seed: Annotated[int, typer.Option(help="Seed; equal seeds give equal bytes.")] = 7,
+    width: Annotated[int, typer.Option(help="Width of the images in pixels.")] = 200,
 ) -> None:
     """Generate dermatoscopy-like images in HAM10000's layout."""
     from images.synth import synthesize
 
     with progress() as bar:
         report = synthesize(folder, lesions=lesions, seed=seed, width_px=width, progress=bar)
-    emit(as_json, report.as_dict(), f"{report.images} images of {report.lesions} lesions in {report.folder}")
+    call.emit(report.as_dict(), f"{report.images} images of {report.lesions} lesions in {report.folder}")
 
 
-@app.command("download")
+@verb(app, "download")
 def download_command(
-    ctx: typer.Context,
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="ham10000.")],
+    call: Call,
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="{choices}.", autocompletion=_datasets)],
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default: downloads/DATASET in the home.")] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
-    """Fetch a published dataset, checked and unpacked; a second run goes on where the first stopped."""
+    """Download, verify and unpack a published dataset; a second run resumes the first."""
     from images.download import TERMS, download, files_of
 
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     files = files_of(dataset)
     folder = out or Path(settings.records.home) / "downloads" / dataset
-    stderr.print(TERMS[dataset], highlight=False)
+    say(TERMS[dataset])
     with progress() as bar:
-        report = download(files, folder, settings.trainers.download_url, progress=bar)
+        report = download(files, folder, settings.images.download_url, progress=bar)
     done = f"{report.images} images in {report.folder}; next: relook data import {report.folder}"
-    emit(as_json, report.as_dict(), done)
+    call.emit(report.as_dict(), done)
 
 
-@app.command("audit")
+@verb(app, "audit")
 def audit_command(
-    ctx: typer.Context,
+    call: Call,
     data: Annotated[str | None, typer.Option(help="Folder or dataset id; default: the newest version.")] = None,
     pretends: Annotated[
-        bool, typer.Option("--pretend", help="Also train the model on an honest split and on leaky ones.")
+        bool, typer.Option("--pretend", help="Also train on an honest split and on leaky ones, and compare.")
     ] = False,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
 ) -> None:
-    """Show what a dataset is made of, whether it leaks, and what a random split would have pretended."""
+    """Show a dataset's splits, classes and leaks, and how far a random split would leak."""
     from images.audit import audit_dataset
     from images.importer import open_dataset
 
-    settings = settings_of(ctx, config, preset, sets)
-    with _open(settings) as store, progress() as bar:
+    with call.store() as store, progress() as bar:
         dataset = open_dataset(store, data, progress=bar)
         report = audit_dataset(store, dataset, progress=bar)
-        if not pretends:
-            emit(as_json, report, audit_tables(report))
-            return
-        from trainers.fitting.pretend import pretend
+        shown = None
+        if pretends:
+            from trainers.fitting.pretend import pretend
 
-        shown = pretend(store, settings.trainers, dataset, progress=bar)
+            shown = pretend(store, call.settings.trainers, dataset, progress=bar)
+    if shown is None:
+        call.emit(report, _audit_tables(report))
+        return
     result = {**report.model_dump(mode="json"), "pretend": shown.model_dump(mode="json")}
-    emit(as_json, result, Stack(audit_tables(report), pretend_table(shown)))
+    call.emit(result, Stack(_audit_tables(report), _pretend_table(shown)))
 
 
-@app.command("versions")
-def versions_command(
-    ctx: typer.Context,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@verb(app, "versions")
+def versions_command(call: Call) -> None:
     """List the dataset versions, newest first."""
     from records.types import DatasetRecord
 
-    with _open(settings_of(ctx, config, preset, sets)) as store, store.ledger.read() as tx:
+    with call.store() as store, store.ledger.read() as tx:
         versions = tx.find(DatasetRecord, order_by=("-created_at",))
     table = Table("id", "made", "images", "groups", "round", "follows")
     for v in versions:
         parent = v.parent_id[:12] if v.parent_id else ""
         made = f"{v.created_at:%Y-%m-%d %H:%M}"
         table.add_row(v.id[:12], made, str(v.num_images), str(v.num_groups), str(v.round), parent)
-    emit(as_json, {"versions": [version.model_dump(mode="json") for version in versions]}, table)
+    call.emit({"versions": [version.model_dump(mode="json") for version in versions]}, table)
 
 
-@app.command("preview")
+@verb(app, "preview")
 def preview_command(
-    ctx: typer.Context,
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A built-in policy, or a YAML file.")],
-    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
+    call: Call,
+    policy: Annotated[
+        str, typer.Argument(metavar="POLICY", help="YAML file or built-in policy: {choices}.", autocompletion=_policies)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
     data: Annotated[
         str | None, typer.Option(help="Folder or dataset id; default: the newest version, else generated images.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, max=64, help="Rows.")] = 8,
-    draws: Annotated[int, typer.Option(min=1, max=64, help="Columns beside the image as it is.")] = 8,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    images: Annotated[int, typer.Option(min=1, max=64, help="Number of images; one per row.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, max=64, help="Number of draws; columns beside the original.")] = 8,
 ) -> None:
-    """Draw what an augmentation policy does to images of the train split, and each of its operations alone."""
+    """Draw an augmentation policy, and each of its operations alone, on images of the train split."""
     from images.samples import sample_images
     from trainers.augmentation import load_policy
     from trainers.augmentation.preview import paint_preview
 
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out} is not a PNG; give a name that ends in .png")
-    settings = settings_of(ctx, config, preset, sets)
+    settings = call.settings
     checked = load_policy(policy)
-    with _open(settings) as store, progress() as bar:
-        sample = sample_images(store, data, images, settings.trainers.side_px, progress=bar)
+    with call.store() as store, progress() as bar:
+        sample = sample_images(store, data, images, settings.trainers.model.side_px, progress=bar)
     seed = settings.trainers.seed
     sheet = paint_preview(checked, sample.pixels, sample.image_ids, sample.names, draws=draws, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +171,7 @@ def preview_command(
         "out": str(out), "policy": checked.name, "policy_hash": checked.content_hash(), "images": len(sample.names),
         "draws": draws, "seed": seed, "source": sample.source,
     }  # fmt: skip
-    emit(as_json, result, f"{out}: policy {checked.name} on {len(sample.names)} {sample.source}")
+    call.emit(result, f"{out}: policy {checked.name} on {len(sample.names)} {sample.source}")
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -183,7 +180,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
     Args:
         text: `dx=diagnosis,lesion=mole_id`, or None.
     Returns:
-        What is read from which column.
+        Field to column.
     Raises:
         DataError: a part is not of the form `what=column`.
 
@@ -199,7 +196,68 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return columns
 
 
-def _open(settings: Any) -> "closing[Store]":
-    from records.store import open_store
+def _print_refusals(report: "ImportReport") -> None:
+    """Print on stderr which rows an import could not use, and its notes."""
+    for refused in report.quarantined[:_SHOWN_REFUSALS]:
+        stderr.print(f"not used ({refused.code}): {refused.reason}", highlight=False, markup=False)
+    if len(report.quarantined) > _SHOWN_REFUSALS:
+        stderr.print(f"... and {len(report.quarantined) - _SHOWN_REFUSALS} more; --json lists them all")
+    for note in report.notes:
+        stderr.print(f"note: {note}", highlight=False, markup=False)
 
-    return closing(open_store(settings.records))
+
+def _import_table(report: "ImportReport") -> Table:
+    """Lay out the report of an import."""
+    table = Table(show_header=False, title=f"import {report.import_id}")
+    table.add_row("images", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
+    table.add_row("lesions", str(report.lesions))
+    table.add_row("classes", ", ".join(f"{code} {count}" for code, count in report.classes.items()))
+    table.add_row("splits", ", ".join(f"{split} {count}" for split, count in report.splits.items()))
+    table.add_row("not used", str(len(report.quarantined)))
+    table.add_row("same image twice", str(len(report.same_bytes)))
+    apart = sum(not pair.same_diagnosis for pair in report.near_duplicates)
+    table.add_row("near-duplicate pairs", f"{len(report.near_duplicates)} ({apart} of two diagnoses, not joined)")
+    table.add_row("dataset", report.dataset_id[:12])
+    table.add_row("seconds", f"{report.seconds:.1f}")
+    return table
+
+
+def _audit_tables(report: "AuditReport") -> Stack:
+    """Lay out the report of an audit."""
+    splits = Table("split", "images", "lesions", title=f"dataset {report.dataset_id[:12]}")
+    for split, count in report.splits.items():
+        splits.add_row(split, str(count), str(report.split_lesions[split]))
+    splits.add_row("all", str(report.images), str(report.lesions), style="bold")
+    classes = Table("class", "images", "share")
+    for code, count in report.classes.items():
+        classes.add_row(code, str(count), f"{count / max(1, report.images):.1%}")
+    random = report.random_split
+    return Stack(
+        splits,
+        classes,
+        f"lesions in two splits: {report.leaked_lesions}",
+        f"near-duplicate pairs: {report.near_duplicate_pairs}, label conflicts: {report.label_conflicts}, "
+        f"rows not used: {report.quarantined}",
+        f"images with unusual quality: {len(report.quality_outliers)}{_worst(report)}",
+        f"a random split of the images would have put {random.leaked_lesions} lesions in two splits; "
+        f"{random.leaked_test_share:.1%} of its test images would show a lesion that is also in train",
+    )
+
+
+def _pretend_table(report: "PretendReport") -> Table:
+    """Lay out what the same model scores on each split, the honest one first."""
+    title = f"{report.model} at {report.side_px} px, {report.epochs} epochs: balanced accuracy that each split pretends"
+    table = Table("split", "test images with a lesion in train", "pretended", "honest", "gap", title=title)
+    for split in report.splits:
+        pretended, honest = split.pretended.balanced_accuracy, split.honest.balanced_accuracy
+        table.add_row(
+            split.name, f"{split.leaked_test_share:.1%}", f"{pretended:.3f}", f"{honest:.3f}", f"{split.gap:+.3f}"
+        )
+    return table
+
+
+def _worst(report: "AuditReport") -> str:
+    if not report.quality_outliers:
+        return ""
+    shown = [f"{o.image} {o.what}" for o in report.quality_outliers[:3]]
+    return f" ({', '.join(shown)}{', ...' if len(report.quality_outliers) > 3 else ''})"

@@ -1,6 +1,5 @@
 """The verb `relook evaluate`."""
 
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,37 +8,35 @@ from rich.console import Group as Stack
 from rich.progress import Progress
 from rich.table import Table
 
-from records.command import ConfigOption, JsonOption, PresetOption, SetOption, emit, progress, settings_of
+from records.command import Call, verb
 from records.errors import ConfigError
+from records.progress import progress
 from records.types import Split
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
-    from records.store import Store
     from trainers.evaluation.evaluate import SplitPredictions
     from trainers.evaluation.figures import Evaluation, Interval
 
 app = typer.Typer()
 
 
-@app.command("evaluate")
+@verb(app, "evaluate")
 def evaluate_command(
-    ctx: typer.Context,
+    call: Call,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
     images: Annotated[Path | None, typer.Option(help="Folder of labelled images, with --labels.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Its table: image_id, dx (lesion_id, age, sex, ..).")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Table of --images: image_id, dx (lesion_id, age, sex, ..).")
+    ] = None,
     columns: Annotated[str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..")] = None,
-    data: Annotated[str | None, typer.Option(help="Dataset id; default: the one the model was made with.")] = None,
-    split: Annotated[Split, typer.Option(help="Split of the dataset; reading gate or test is audited.")] = Split.VAL,
+    data: Annotated[str | None, typer.Option(help="Dataset id; default: the dataset of the model.")] = None,
+    split: Annotated[Split, typer.Option(help="Split to measure on; reads of gate and test are audited.")] = Split.VAL,
     masks: Annotated[Path | None, typer.Option(help="Folder of lesion masks, <image_id>_segmentation.png.")] = None,
-    prevalence: Annotated[str | None, typer.Option(help="Class shares to re-weight to: nv=0.9,mel=0.01")] = None,
+    prevalence: Annotated[str | None, typer.Option(help="Class shares to re-weight to: nv=0.9,mel=0.01.")] = None,
     robustness: Annotated[bool, typer.Option("--robustness", help="Attack a sample with FGSM and PGD.")] = False,
-    explanations: Annotated[bool, typer.Option("--explanations", help="Measure how faithful maps are.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.html and metrics.json.")] = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    as_json: JsonOption = False,
+    explanations: Annotated[bool, typer.Option("--explanations", help="Measure how faithful heat maps are.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Folder to write report.html and metrics.json to.")] = None,
 ) -> None:
     """Measure a model on a split of a dataset, or on any folder of labelled images."""
     from records.datasets import load_dataset
@@ -55,8 +52,8 @@ def evaluate_command(
         raise ConfigError("--images and --labels belong together: a folder of images and its table")
     if masks is not None and not masks.is_dir():
         raise ConfigError(f"--masks {masks} is no folder; give one with a mask per image")
-    settings = settings_of(ctx, config, preset, sets)
-    with _open(settings) as store, progress() as bar:
+    settings = call.settings
+    with call.store() as store, progress() as bar:
         bundle = find_bundle(store, model)
         document = bundle.document
         shares = _prevalence(prevalence, document.calibration.priors) if prevalence else None
@@ -73,7 +70,7 @@ def evaluate_command(
         evaluation = _probed(evaluation, bundle, found, bar, robustness=robustness, explanations=explanations)
         if report is not None:
             write_report(report, bundle, loaded, found, evaluation)
-    emit(as_json, evaluation, evaluation_tables(evaluation))
+    call.emit(evaluation, _evaluation_tables(evaluation))
 
 
 def _prevalence(text: str, priors: dict[str, float]) -> dict[str, float]:
@@ -98,7 +95,7 @@ def _probed(
     robustness: bool,
     explanations: bool,
 ) -> "Evaluation":
-    """Add what costs many passes, if it was asked for."""
+    """Add the measurements that need many forward passes, where requested."""
     from trainers.evaluation.probing import measure_explanations, measure_robustness, sample_of
     from trainers.evaluation.robustness import work_of
 
@@ -112,26 +109,20 @@ def _probed(
     return evaluation.model_copy(update=found)
 
 
-def evaluation_tables(evaluation: "Evaluation") -> Stack:
-    """Lay out an evaluation for a person.
-
-    Args:
-        evaluation: the figures.
-    Returns:
-        Tables: the whole, per class, confusion matrix, and what is undefined.
-    """
+def _evaluation_tables(evaluation: "Evaluation") -> Stack:
+    """Lay out an evaluation: totals, classes, confusion matrix, and why figures are undefined."""
     where = f"{evaluation.split} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
     whole = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
     whole.add_row("images, lesions", f"{evaluation.images}, {evaluation.lesions}")
     whole.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
     even = evaluation.at_equal_prevalence
     if even is not None:
-        whole.add_row("  if all classes came equally often", _figure(even.balanced_accuracy, even.balanced_accuracy_ci))
+        whole.add_row("  at equal class shares", _figure(even.balanced_accuracy, even.balanced_accuracy_ci))
     whole.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
     whole.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
     whole.add_row("macro AUC", _figure(evaluation.macro_auc))
     whole.add_row("calibration error", _figure(evaluation.ece))
-    whole.add_row("left to no annotator", _figure(evaluation.answered_share))
+    whole.add_row("decided without an annotator", _figure(evaluation.answered_share))
     whole.add_row("classes per prediction set", _figure(evaluation.mean_set_size))
     key = evaluation.key_class
     if key is not None:
@@ -144,10 +135,10 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
             _figure(key.specificity_at_95_sensitivity, key.specificity_at_95_sensitivity_ci),
         )
     if evaluation.coverage is not None:
-        promise = f"{evaluation.coverage.overall:.3f} (promised {evaluation.coverage.promise:.2f} per class)"
-        whole.add_row("prediction set holds the class", promise)
+        promise = f"{evaluation.coverage.overall:.3f} (target {evaluation.coverage.promise:.2f} per class)"
+        whole.add_row("prediction set contains the class", promise)
     if evaluation.split_reads is not None:
-        whole.add_row(f"{evaluation.split} was looked at", f"{evaluation.split_reads} times")
+        whole.add_row(f"{evaluation.split} was read", f"{evaluation.split_reads} times")
     classes = Table("class", "images", "lesions", "sensitivity", "specificity", "precision")
     for code, report in evaluation.per_class.items():
         classes.add_row(
@@ -159,7 +150,7 @@ def evaluation_tables(evaluation: "Evaluation") -> Stack:
             _figure(report.precision, report.precision_ci),
         )
     codes = list(evaluation.per_class)
-    confusion = Table("truth \\ answer", *codes, title="confusion matrix")
+    confusion = Table("truth \\ prediction", *codes, title="confusion matrix")
     for code, row in zip(codes, evaluation.confusion_matrix, strict=True):
         confusion.add_row(code, *(str(count) for count in row))
     notes = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
@@ -172,9 +163,3 @@ def _figure(value: float | None, interval: "Interval | None" = None) -> str:
     if value is None:
         return "undefined"
     return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
-def _open(settings: Any) -> "closing[Store]":
-    from records.store import open_store
-
-    return closing(open_store(settings.records))

@@ -1,8 +1,9 @@
-"""What a run says after every epoch."""
+"""What a run reports after every epoch, and how that is shown as progress."""
 
 from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict, Field
+from rich.progress import Progress
 
 
 class EpochReport(BaseModel):
@@ -28,3 +29,34 @@ class EpochReport(BaseModel):
 
 OnEpoch = Callable[[EpochReport], bool | None]
 """Told of every epoch; True stops the run."""
+
+
+class EpochBar:
+    """An `OnEpoch` that shows a training as one task of a progress: a bar, or a line per epoch.
+
+    Args:
+        progress: where to show it.
+        epochs: the last epoch's number.
+    """
+
+    def __init__(self, progress: Progress, epochs: int) -> None:
+        self._progress = progress
+        self._epochs = epochs
+        self._seconds: list[float] = []
+        self._task = progress.add_task("train", total=epochs, step="epoch")
+
+    def __call__(self, report: EpochReport) -> bool:
+        """Show an epoch; never stops the run."""
+        self._seconds.append(report.seconds)
+        # From the epochs' own seconds: a resumed run starts at a later epoch, and decoding comes before the first.
+        left_s = sum(self._seconds) / len(self._seconds) * (self._epochs - report.epoch)
+        self._progress.update(self._task, completed=report.epoch, detail=epoch_text(report), left_s=left_s)
+        return False
+
+
+def epoch_text(report: EpochReport) -> str:
+    """Return an epoch's loss, validation score and rate as one line."""
+    return (
+        f"loss {report.train_loss:.3f}, val balanced accuracy {report.val_balanced_accuracy:.3f}, "
+        f"{report.images_per_s:.0f} images/s"
+    )
