@@ -41,7 +41,7 @@ check: $(INSTALLED)  ## style, types, import directions, docstrings, deploy file
 	$(BIN)/lint-imports
 	$(BIN)/pydoclint $(ROOMS)
 	$(BIN)/pytest -q tests/cluster/test_deploy.py
-	@grep -q "^## $$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" CHANGELOG.md \
+	@grep -q "^## \[$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)\]" CHANGELOG.md \
 		|| { echo "CHANGELOG.md has no section for the version in pyproject.toml" >&2; exit 1; }
 
 format: $(INSTALLED)  ## sort imports and lay out the code

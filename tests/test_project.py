@@ -150,7 +150,7 @@ def test_this_environment_is_the_locked_one() -> None:
 def test_the_changelog_knows_the_version() -> None:
     version = _project()["project"]["version"]
     assert version == metadata.version("relook")
-    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.search(rf"^## \[{re.escape(version)}\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
 def test_nothing_ties_the_project_to_one_machine() -> None:
