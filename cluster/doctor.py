@@ -1,11 +1,12 @@
-"""`relook doctor`: one line per thing that has to be right, with the fix where it is not.
+"""`relook doctor`: one check per requirement of a command, each failed one with a fix.
 
-In: `Settings`. Out: a list of `Check`. It looks and asks, but starts no server, migrates no database
-and makes no home: what is not there yet is said to be fine.
+In: `Settings`. Out: a list of `Check`. It starts no server, migrates no database and creates no home; what does
+not exist yet passes.
 """
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -17,7 +18,7 @@ import psutil
 from pydantic import BaseModel
 from rich.table import Table
 
-from cluster.session import PROBE_TIMEOUT_S, answers, require_token_mode
+from cluster.session import PROBE_TIMEOUT_S, is_listening, require_token_mode
 from cluster.settings import Settings, without_password
 from records.errors import RelookError
 from records.home import Home
@@ -28,7 +29,7 @@ MEMORY_FAIL_BYTES, MEMORY_WARN_BYTES = 2 * GB, 6 * GB
 
 
 class Check(BaseModel):
-    """One thing that was looked at."""
+    """One requirement and its state."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
@@ -37,13 +38,7 @@ class Check(BaseModel):
 
 
 def examine(settings: Settings) -> list[Check]:
-    """Look at everything that a command needs.
-
-    Args:
-        settings: composed.
-    Returns:
-        One check per thing, in the order in which one would mend them. An error inside a check is a failed check.
-    """
+    """Return all checks in the order in which to fix them; an error inside a check is a failed check."""
     checks: list[Check] = []
     for name, look in _CHECKS.items():
         try:
@@ -64,9 +59,13 @@ def report(checks: list[Check]) -> Table:
 
 
 def _python(settings: Settings) -> Check:
-    # An older one could not have read this file; `make setup` refuses it with a sentence of its own.
-    found = ".".join(str(part) for part in sys.version_info[:3])
-    return Check(name="Python", state="ok", detail=f"{found} in {sys.prefix}")
+    # pip checks this only when it installs, not when a checkout or an old environment is used with another Python.
+    required = importlib.metadata.metadata("relook")["Requires-Python"]
+    oldest = tuple(int(part) for part in required.removeprefix(">=").partition(",")[0].split("."))
+    detail = f"{platform.python_version()} in {sys.prefix}"
+    if sys.version_info[: len(oldest)] < oldest:
+        return Check(name="Python", state="fail", detail=f"{detail}; {required} is needed", fix="make setup")
+    return Check(name="Python", state="ok", detail=detail)
 
 
 def _disk(settings: Settings) -> Check:
@@ -92,7 +91,7 @@ def _memory(settings: Settings) -> Check:
 
 
 def _resources(settings: Settings) -> Check:
-    """Add up what runs at once: the service, and beside it a search or a fit."""
+    """Add up the CPUs of what runs at the same time: the service, and a search or a fit."""
     serving, tuning, cluster = settings.serving, settings.tuning, settings.cluster
     service = serving.ingress_cpus + serving.predictor_cpus + serving.explainer_cpus
     fit = fit_cpus(settings)
@@ -115,7 +114,7 @@ def _resources(settings: Settings) -> Check:
 
 
 def fit_cpus(settings: Settings) -> float:
-    """Return the CPUs that a fit takes: threads of a worker times workers."""
+    """Return the CPUs of a fit: workers times threads per worker."""
     workers = settings.trainers.workers.count
     threads = settings.trainers.workers.threads or max(1, (os.cpu_count() or 1) // workers)
     return float(workers * threads)
@@ -126,9 +125,9 @@ def _ray(settings: Settings) -> Check:
     found = f"{importlib.metadata.version('ray')}, token authentication"
     address = settings.cluster.ray_address
     if address:
-        if not answers(address):
+        if not is_listening(address):
             fix = "start the cluster (ray up ray_cluster.yaml), or unset RELOOK_RAY_ADDRESS"
-            return Check(name="Ray", state="fail", detail=f"nothing answers at {address}", fix=fix)
+            return Check(name="Ray", state="fail", detail=f"nothing responds at {address}", fix=fix)
         return Check(name="Ray", state="ok", detail=f"{found}, cluster at {address}")
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).free < settings.cluster.object_store_mb * 2**20:
@@ -144,6 +143,7 @@ def _serving_port(settings: Settings) -> Check:
     holder = _holder(host, port)
     if holder is None:
         return Check(name="port", state="ok", detail=f"{port} is free for the service")
+    # A Relook service on this port is what the user wants; only a program that does not speak its API is in the way.
     with Client(settings.serving.url, timeout_s=PROBE_TIMEOUT_S, retry_s=0.0) as client:
         try:
             client.models()
@@ -161,7 +161,7 @@ def _label_studio_port(settings: Settings) -> Check:
     labeling = settings.labeling
     name = "Label Studio port"
     if labeling.url is not None or labeling.port == 0:
-        return Check(name=name, state="ok", detail="none is fixed")
+        return Check(name=name, state="ok", detail="no fixed port is set")
     running = LocalLabelStudio(Home(settings.records.home), labeling).status()
     if running is not None and running.url.endswith(f":{labeling.port}"):
         return Check(name=name, state="ok", detail=f"{labeling.port} is our Label Studio")
@@ -205,16 +205,14 @@ def _ledger(settings: Settings) -> Check:
     try:
         found, wanted = schema_versions(engine)
         is_usable = is_newer_and_usable(engine, found)
-    except Exception as error:  # noqa: BLE001 - a driver's errors are its own, and each means that the database is out of reach
+    except Exception as error:  # noqa: BLE001 - every driver has its own errors, and each means that the database is out of reach
         fix = "start the database, or unset RELOOK_DATABASE" if records.database else "restore a backup"
         reason = " ".join(str(error).split())[:200]
         return Check(name=name, state="fail", detail=f"{without_password(url)} does not open: {reason}", fix=fix)
     finally:
         engine.dispose()
     if is_usable:
-        detail = (
-            f"{without_password(url)} has schema {found}, newer than this program's {wanted}, which may still use it"
-        )
+        detail = f"{without_password(url)} has schema {found}, newer than this program's {wanted} but compatible"
         return Check(name=name, state="warn", detail=detail, fix="install the newer version here, too")
     if found != wanted:
         refuse_newer(found)
@@ -233,7 +231,7 @@ def _blobs(settings: Settings) -> Check:
     url = records.blobs or folder.as_uri()
     try:
         store = open_blobs(url)
-        # Random, so that the same bytes are no one else's.
+        # Random bytes: removing them afterwards cannot remove a blob that somebody stored.
         probe = os.urandom(16)
         blob_id = store.put(probe)
         store.get(blob_id)
@@ -281,7 +279,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _holder(host: str, port: int) -> str | None:
-    """Return who listens on a port, None if nobody does."""
+    """Return the program that listens on a port, None if none does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -289,7 +287,7 @@ def _holder(host: str, port: int) -> str | None:
             probe.bind((host, port))
             return None
         except PermissionError:
-            return "nobody, but this user may not open it"
+            return "no program, but this user may not open it"
         except OSError:
             pass
     for found in psutil.net_connections("tcp"):

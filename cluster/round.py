@@ -1,10 +1,10 @@
-"""The round: the one place that knows in which order things happen.
+"""The round: runs its steps in order, records each result, and resumes after a kill.
 
     collect -> version -> tune -> fit -> evaluate -> gate -> rollout -> select -> push
 
-Each step is a function in `cluster.round_steps` that may be run again without harm; its result is
-recorded when it ends, in the transaction of its last write where doing the step twice would show. A
-round that was killed goes on after its last recorded step, with the same settings, so it ends the same.
+Each step is an idempotent function in `cluster.round_steps`. Its result is recorded when it ends; a step that must
+not run twice records it in the transaction of its own last write. A killed round is resumed after its last
+recorded step with the same settings, and ends with the same result.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from records.types import RoundRecord, RoundStep
 
 @dataclass(frozen=True)
 class RoundEvent:
-    """Something that happened in a round, for whoever watches.
+    """Progress of a round.
 
     Args:
         round_number: of the round.
-        step: its name.
-        state: `started`, `progress`, `done`, or `kept` for a step that an earlier run had finished.
+        step: name of the step.
+        state: `started`, `progress`, `done`, or `kept` for a step that an earlier run finished.
         text: one sentence.
-        payload: the step's result once it is done, else whatever the step passes on.
+        payload: the result of a finished step; a report or event of the engine for `progress`.
     """
 
     round_number: int
@@ -48,7 +48,7 @@ class RoundEvent:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """How a round ended."""
+    """A finished round, and the results of its steps by name."""
 
     record: RoundRecord
     results: dict[str, StepResult]
@@ -76,32 +76,34 @@ def run_round(
     still_wanted: Callable[[], bool] = lambda: True,
     on_event: Callable[[RoundEvent], None] = lambda event: None,
 ) -> RoundOutcome:
-    """Run a round, or go on with the one that was interrupted.
+    """Run a round, or resume the one that was interrupted.
 
     Args:
-        store: everything that is kept.
+        store: to work on.
         settings: of the round; a resumed round must have the ones it began with.
-        resume: go on with the unfinished round instead of starting one.
-        started_by: the person who starts it, for the audit; with `round.approval=person` somebody else approves.
-        still_wanted: asked once this process alone may start a round, so that of two watchers one does.
-        on_event: told of every step.
+        resume: resume the unfinished round instead of starting one.
+        started_by: for the audit; with `round.approval=person` another person has to approve the model.
+        still_wanted: is called while this process holds the lease; false refuses to start the round.
+        on_event: is called with every event.
     Returns:
-        The finished round and what each step produced.
+        The finished round and the results of its steps.
     Raises:
         RefusedError: a round is unfinished and `resume` is false, none is and it is true, another
-            process runs one, the settings of a resumed round changed, or the round is not wanted any more.
+            process runs one, the settings of a resumed round changed, or `still_wanted` returns false.
     """
+    # A killed process cannot give its lease back, so its resumption waits until the lease runs out by itself.
     with hold(store.ledger, "round", wait_s=LEASE_S if resume else 0.0):
+        # Asked only now: what a watcher read before it had the lease may be out of date.
         if not resume and not still_wanted():
             raise RefusedError("another process ran the round meanwhile")
-        record = _resumed(store, settings) if resume else _begun(store, settings, started_by)
+        record = _resume(store, settings) if resume else _start(store, settings, started_by)
         run_dir = round_folder(store.home, record.number)
         write_manifest(run_dir, record, settings)
         context = RoundContext(store, settings, record, run_dir, _recorded_results(store, record))
         with notifying(settings.round, record.number) as notify_end:
             for name, step in STEPS:
                 _run_step(context, name, step, on_event)
-            finished = _finished(context)
+            finished = _finish(context)
         notify_end(finished, context.results)
         return RoundOutcome(finished, context.results)
 
@@ -116,38 +118,40 @@ def _run_step(
     if name in context.results:
         on_event(RoundEvent(number, name, "kept", f"{name}: done before", context.results[name]))
         return
-    on_event(RoundEvent(number, name, "started", f"{name} begins"))
+    on_event(RoundEvent(number, name, "started", f"{name} started"))
     started_at = utc_now()
 
     def tell(text: str, payload: Any) -> None:
         on_event(RoundEvent(number, name, "progress", text, payload))
 
+    # A step may record its result itself, in the transaction of its last write (see `RoundContext.record_with`).
     recorded = False
 
     def record(tx: Transaction, result: StepResult) -> None:
         nonlocal recorded
         recorded = True
-        tx.add(_done(context, name, started_at, result))
+        tx.add(_step_record(context, name, started_at, result))
 
     result = step(replace(context, tell=tell, record_with=record))
+    # A kill before this commit runs the step again; steps whose repetition would show never get here.
     if not recorded:
         with context.store.ledger.begin() as tx:
-            tx.add(_done(context, name, started_at, result))
+            tx.add(_step_record(context, name, started_at, result))
     context.results[name] = result
     on_event(RoundEvent(number, name, "done", str(result.get("text", f"{name} done")), result))
 
 
-def _done(context: RoundContext, name: str, started_at: datetime, result: StepResult) -> RoundStep:
+def _step_record(context: RoundContext, name: str, started_at: datetime, result: StepResult) -> RoundStep:
     return RoundStep(
         id=new_id(), round_id=context.record.id, step=name, started_at=started_at, finished_at=utc_now(), result=result
     )
 
 
-def _begun(store: Store, settings: Settings, started_by: str) -> RoundRecord:
+def _start(store: Store, settings: Settings, started_by: str) -> RoundRecord:
     with store.ledger.begin() as tx:
         unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
         if unfinished:
-            raise RefusedError(f"round {unfinished[0].number} is unfinished; go on with `relook round --resume`")
+            raise RefusedError(f"round {unfinished[0].number} is unfinished; resume it with `relook round --resume`")
         record = RoundRecord(
             id=new_id(),
             number=tx.count(RoundRecord) + 1,
@@ -161,11 +165,12 @@ def _begun(store: Store, settings: Settings, started_by: str) -> RoundRecord:
     return record
 
 
-def _resumed(store: Store, settings: Settings) -> RoundRecord:
+def _resume(store: Store, settings: Settings) -> RoundRecord:
     with store.ledger.read() as tx:
         unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
     if not unfinished:
         raise RefusedError("no round is unfinished; start one with `relook round`")
+    # Other settings would mix results of two configurations in one round, and its manifest would be wrong.
     if unfinished[0].settings_hash != settings_hash(settings):
         manifest = manifest_file(round_folder(store.home, unfinished[0].number))
         raise RefusedError(
@@ -179,7 +184,9 @@ def _recorded_results(store: Store, record: RoundRecord) -> dict[str, StepResult
         return {step.step: step.result for step in tx.find(RoundStep, where={"round_id": record.id})}
 
 
-def _finished(context: RoundContext) -> RoundRecord:
+def _finish(context: RoundContext) -> RoundRecord:
+    # Files first, `finished_at` last: a kill in between leaves an unfinished round, whose resumption finds all steps
+    # recorded and only writes the same files again.
     complete_manifest(context.run_dir, context.results)
     if context.results.get("rollout", {}).get("promoted"):
         report = GateReport.model_validate(context.results["gate"])

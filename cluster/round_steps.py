@@ -1,6 +1,7 @@
-"""The steps of a round. Each may be run again without harm; what it returns is recorded as JSON.
+"""The steps of a round: idempotent functions from a `RoundContext` to a JSON result.
 
-Which step follows which is the business of `cluster.round` alone.
+In: the context, with the results of earlier steps. Out: the step's result, whose `text` is shown. The order of
+the steps and the recording of their results are in `cluster.round`.
 """
 
 from collections.abc import Callable
@@ -38,16 +39,16 @@ StepResult = dict[str, Any]
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What every step gets.
+    """The input of every step.
 
     Args:
-        store: everything that is kept.
+        store: to work on.
         settings: of the round.
         record: the round's row in the ledger.
         run_dir: the folder of the round.
-        results: what the steps before returned, by name.
-        tell: passes a progress text, and whatever belongs to it, to whoever watches.
-        record_with: records the step's result in its own transaction, for steps that must not happen twice.
+        results: results of earlier steps, by name.
+        tell: reports progress as a text and a payload.
+        record_with: records the step's result in a transaction of the step, for steps that must not run twice.
     """
 
     store: Store
@@ -60,21 +61,21 @@ class RoundContext:
 
 
 def collect(context: RoundContext) -> StepResult:
-    """Read what annotators have said since the last time, and group the images that it is about."""
+    """Pull new annotations, and assign groups to their images."""
     client = connect(context.store.home, context.settings.labeling)
     if client is None:
-        pulled, text = 0, "no Label Studio is set up, so only labels that are known already count"
+        pulled, text = 0, "no Label Studio is set up, so only known labels count"
     else:
         report = pull(context.store, client, context.settings.labeling)
-        pulled, text = report.new_labels, f"{report.new_labels} new answers read from Label Studio"
-    # What is read after this moment belongs to the next round, however often this one is resumed.
+        pulled, text = report.new_labels, f"{report.new_labels} new annotations pulled from Label Studio"
+    # A fixed moment: annotations that arrive later belong to the next round, also if this one is resumed after them.
     known_until = utc_now().isoformat()
     grouped = group_labelled_images(context.store)
     return {"pulled": pulled, "grouped": grouped, "known_until": known_until, "text": text}
 
 
 def version(context: RoundContext) -> StepResult:
-    """Write the dataset version of everything that is known now."""
+    """Write a dataset version from all labels known at the end of `collect`."""
     with context.store.ledger.read() as tx:
         last = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
     known_until = context.results["collect"].get("known_until")
@@ -104,10 +105,11 @@ def version(context: RoundContext) -> StepResult:
 
 
 def tune(context: RoundContext) -> StepResult:
-    """Search for better training settings, or keep the last winner's."""
+    """Search for better training settings, or keep those of the last search."""
     wanted, why = tune_now(context.store, context.settings, context.record.number)
     start = _previous_winner(context)
     if not wanted:
+        # The settings are part of the result, so `fit` and a replay do not depend on what later rounds find.
         return {"searched": False, "settings": start.model_dump(mode="json"), "text": f"no search: {why}"}
     configured = context.settings.trainers
     result = search(
@@ -116,7 +118,7 @@ def tune(context: RoundContext) -> StepResult:
         configured,
         _dataset(context),
         enqueued=[start] if start != configured else [],
-        run_dir=context.run_dir / "search",
+        run_dir=context.run_dir / "search",  # with the journal from which a killed search is resumed
         on_event=lambda event: context.tell("search", event),
     )
     return {
@@ -129,16 +131,17 @@ def tune(context: RoundContext) -> StepResult:
 
 
 def fit(context: RoundContext) -> StepResult:
-    """Train the winner's settings on all workers and write the calibrated bundle."""
+    """Train with the winning settings and write the calibrated bundle."""
     settings = TrainersSettings.model_validate(context.results["tune"]["settings"])
     bundle = fit_model(
         context.store,
         settings,
         _dataset(context),
-        run_dir=context.run_dir / "fit",
+        run_dir=context.run_dir / "fit",  # with the checkpoints from which a killed fit is resumed
         use_ray=ray_is_running(),
         on_epoch=lambda report: context.tell("epoch", report),
     )
+    # A bundle's id is the hash of its content: running this step again registers the same model, not a second one.
     with context.store.ledger.begin() as tx:
         register(tx, bundle, round_number=context.record.number)
     return {
@@ -149,7 +152,7 @@ def fit(context: RoundContext) -> StepResult:
 
 
 def evaluate(context: RoundContext) -> StepResult:
-    """Report the new model on the test split; nothing is decided by it."""
+    """Evaluate the new model on the test split; no decision depends on it."""
     bundle = _new_bundle(context)
     predictions = predict_split(context.store, bundle, _dataset(context), Split.TEST, actor=_actor(context))
     document = bundle.document
@@ -162,7 +165,7 @@ def evaluate(context: RoundContext) -> StepResult:
 
 
 def gate(context: RoundContext) -> StepResult:
-    """Hold the new model against the floors, the champion and the best champion ever."""
+    """Compare the new model with the floors, the champion and the best champion ever."""
     report = run_gate(context.store, context.settings, _new_bundle(context), _dataset(context), actor=_actor(context))
     (context.run_dir / "gate.json").write_text(report.model_dump_json(indent=2) + "\n")
     (context.run_dir / "gate.html").write_text(report_page(report, context.store.taxonomy))
@@ -170,7 +173,7 @@ def gate(context: RoundContext) -> StepResult:
 
 
 def rollout(context: RoundContext) -> StepResult:
-    """Let the new model answer if the gate says so; the service follows the ledger by itself."""
+    """Set the new model's status by the verdict; the service polls the ledger and loads the model that serves."""
     verdict = Verdict(context.results["gate"]["verdict"])
     model_id = context.results["fit"]["model_id"]
     with context.store.ledger.begin() as tx:
@@ -190,15 +193,16 @@ def rollout(context: RoundContext) -> StepResult:
             "served": served,
             "promoted": status == ModelStatus.CHAMPION,
             "text": f"model {model_id[:12]} is {status}"
-            + (" and answers" if served else "; the one before goes on answering"),
+            + (" and serves" if served else "; the current model keeps serving"),
         }
-        # In one transaction: a round that is resumed must not undo what a person did to the model meanwhile.
+        # In the transaction of the change: between two transactions a kill would run the step again, and undo a
+        # promotion that a person made meanwhile.
         context.record_with(tx, result)
     return result
 
 
 def select(context: RoundContext) -> StepResult:
-    """Choose the unlabelled images that annotators should see next."""
+    """Select the unlabelled images that annotators should see next."""
     with context.store.ledger.read() as tx:
         current = serving_model(tx)
     if current is None or context.settings.round.select_budget == 0:
@@ -208,7 +212,7 @@ def select(context: RoundContext) -> StepResult:
     def result(selected: int) -> StepResult:
         return {"selected": selected, "text": f"{selected} images selected for annotators"}
 
-    # In the transaction that writes the questions: a round that is resumed must not ask for as many again.
+    # In the transaction that writes the review items: otherwise a kill after it would select as many images again.
     return result(
         select_images(
             context.store,
@@ -220,20 +224,21 @@ def select(context: RoundContext) -> StepResult:
 
 
 def push(context: RoundContext) -> StepResult:
-    """Send what is waiting to Label Studio."""
+    """Push waiting review items to Label Studio."""
     client = connect(context.store.home, context.settings.labeling)
     with context.store.ledger.read() as tx:
         current = serving_model(tx)
     if client is None or current is None:
-        return {"pushed": 0, "text": "no Label Studio is set up; the questions wait in the ledger"}
+        return {"pushed": 0, "text": "no Label Studio is set up; the review items wait in the ledger"}
+    # Can be repeated: a push adopts tasks that a killed push imported without recording them.
     report = push_items(context.store, client, context.settings.labeling, current.id)
     return {"pushed": report.pushed, "text": f"{report.pushed} tasks pushed to Label Studio"}
 
 
 def _status_after(verdict: Verdict, current: ModelRecord | None, approval: str, model_id: str) -> ModelStatus:
-    """Turn a verdict into what the model may be used for.
+    """Return the status of a model after its verdict.
 
-    Where nothing answers yet, a refused model may answer as provisional, and everything says so.
+    If no model serves yet, a model that was not promoted serves as provisional, which every response states.
     """
     if current is not None and current.id == model_id:
         return current.status
@@ -245,15 +250,7 @@ def _status_after(verdict: Verdict, current: ModelRecord | None, approval: str, 
 
 
 def tune_now(store: Store, settings: Settings, number: int) -> tuple[bool, str]:
-    """Say whether a round searches anew.
-
-    Args:
-        store: with the earlier rounds.
-        settings: `round.tune` and what belongs to it.
-        number: of the round.
-    Returns:
-        Whether it does, and why.
-    """
+    """Return whether round `number` searches, by `round.tune` and earlier rounds, and why."""
     mode = settings.round.tune
     with store.ledger.read() as tx:
         searched = any(step.result.get("searched") for step in tx.find(RoundStep, where={"step": "tune"}))
@@ -261,7 +258,7 @@ def tune_now(store: Store, settings: Settings, number: int) -> tuple[bool, str]:
     if mode == "never":
         return False, "round.tune is never"
     if not searched:
-        return True, "nothing has been searched before"
+        return True, "there is no earlier search"
     if mode == "always":
         return True, "round.tune is always"
     if mode == "every_n":
@@ -270,12 +267,13 @@ def tune_now(store: Store, settings: Settings, number: int) -> tuple[bool, str]:
     scores = [
         step.result["validation_balanced_accuracy"] for step in fits if "validation_balanced_accuracy" in step.result
     ]
+    # Against the best earlier round, not the last one: small drops in a row would never add up to a search.
     dropped = len(scores) >= 2 and max(scores[:-1]) - scores[-1] > settings.round.tune_drop
     return dropped, "validation dropped" if dropped else "validation did not drop"
 
 
 def _previous_winner(context: RoundContext) -> TrainersSettings:
-    """Return the settings to start from: the last search's winner, or the configured ones."""
+    """Return the settings to start from: the winner of the last search, else the configured ones."""
     with context.store.ledger.read() as tx:
         steps = tx.find(RoundStep, where={"step": "tune"}, order_by=("-finished_at",))
     winners = [step.result["settings"] for step in steps if step.result.get("searched")]

@@ -22,7 +22,7 @@ from labeling.acquisition.scores import suspicious_rows
 from records.arrays import Float32Array, FloatArray
 from records.bundles import Bundle
 from records.datasets import load_dataset
-from records.erasure import make_way
+from records.erasure import remove_expired_tombstones
 from records.errors import DataError
 from records.ids import new_id, utc_now
 from records.images import IMAGE_SUFFIXES
@@ -84,7 +84,7 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
     fresh = [i for image_id, i in usable.items() if image_id not in known or known[image_id].expired_at is not None]
     # An image that retention has deleted may come again: its empty row has to go first, the id is the same.
     with store.ledger.begin() as tx:
-        make_way(tx, [image.id for image in fresh])
+        remove_expired_tombstones(tx, [image.id for image in fresh])
         tx.add(*fresh)
     if fresh:
         group_images(store, [image.id for image in fresh])

@@ -1,8 +1,7 @@
-"""The Ray session of one command: started with token authentication, ended with nothing left behind.
+"""The Ray session of one command: started with token authentication, and ended without leaving a process.
 
-In: `Settings`. Out: a context in which `ray` is initialised, either as a Ray of our own on this
-machine (on loopback only) or joined to a running cluster. It places no work; trainers, tuning and
-serving do.
+In: `Settings`. Out: a context in which `ray` is initialised: a local Ray, on loopback only, or a connection to a
+running cluster. It schedules no work.
 """
 
 import contextlib
@@ -30,41 +29,42 @@ from records.home import Home, open_home
 from records.keys import key_file
 from records.settings import environment
 
-# Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); a socket's path ends at 107.
+# Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); Unix limits a socket's path to 107.
 MAX_TEMP_DIR_CHARS = 40
 PROBE_TIMEOUT_S = 3.0
 _OWNER = "owner.pid"
 _TOO_SLOW = "timed out during startup"
-# Ray tells as an error that Serve's controller, asked to end, has ended.
+# Ray logs the controller's requested shutdown as an error.
 _EXPECTED_AT_THE_END = re.compile(r"Task ServeController\.graceful_shutdown failed")
 NOT_UPLOADED = (".relook", ".venv", "venv", ".git", "**/__pycache__", ".*_cache", "tests", "bench", "docs")
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray would run every worker at 15, a service's replicas as well: behind all else on the machine.
+    # Ray's default is 15 for every worker, replicas of a service included: any other process would slow them down.
     "RAY_worker_niceness": "0",
-    # Threads of one forward pass wait for each other asleep. Awake, as OpenMP has it, they take the core from whoever
-    # works there, and one busy neighbour costs a network on two threads half of its rate, alone in a batch four fifths.
+    # Idle threads of a forward pass sleep instead of spinning, which is OpenMP's default. Spinning threads take the
+    # core from other processes: beside one busy process, inference on two threads ran at half of its rate.
     "OMP_WAIT_POLICY": "passive",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
 }
 _LOCAL = {
-    # Idle, Ray takes 466 MB; without workers in stock and without its metrics pipeline, 350 MB.
+    # An idle Ray takes 466 MB; without prestarted workers and metrics 350 MB.
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
-    # Serve looks at its replicas ten times a second, which took 5 % of a core for nothing.
+    # Serve's control loop runs ten times a second by default, which took 5 % of a core when idle.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Ray takes loopback as the node's address, as it does on desktop systems: every port it opens stays on 127.0.0.1.
+    # With "0" Ray uses 127.0.0.1 as the node's address, as on desktop systems. Its ports accept code to run and are
+    # not encrypted; on loopback no other machine can reach them, whatever the firewall.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
 @dataclass(frozen=True)
 class RaySession:
-    """A Ray that answers."""
+    """A running Ray; `owned` if this process started it, `logs` only then."""
 
     address: str
     owned: bool
@@ -73,16 +73,16 @@ class RaySession:
 
 @contextlib.contextmanager
 def start_ray(settings: Settings) -> Iterator[RaySession]:
-    """Start Ray here, or join the cluster of `cluster.ray_address`, for the length of the context.
+    """Start Ray here, or connect to the cluster at `cluster.ray_address`, while the context lasts.
 
     Args:
-        settings: of the command; `cluster` says how large Ray is, `records.home` keeps its token and logs.
+        settings: `cluster` sets the size of Ray; `records.home` keeps its token and logs.
     Yields:
-        The session. At the end every process that Ray started here is gone, also after Ctrl-C or an error.
+        The session. At the end every process of a local Ray is gone, also after Ctrl-C or an error.
     Raises:
-        ConfigError: token authentication is switched off by the environment, or the temporary path is too long.
+        ConfigError: token authentication is disabled by the environment, or the temporary path is too long.
         ContractError: Ray is already initialised in this process.
-        UnavailableError: Ray does not start, or the cluster does not answer.
+        UnavailableError: Ray does not start, or the cluster does not respond.
     """
     require_token_mode(os.environ)
     if ray_is_running():
@@ -100,30 +100,25 @@ def start_ray(settings: Settings) -> Iterator[RaySession]:
 
 
 def require_token_mode(environ: Mapping[str, str]) -> None:
-    """Refuse an environment that would open Ray.
-
-    Args:
-        environ: of the process that will start Ray.
-    Raises:
-        ConfigError: it switches token authentication off.
-    """
+    """Raise ConfigError if the environment disables token authentication."""
+    # Without a token Ray runs any code from anyone who reaches its ports, and on loopback that is every local user.
     mode = environ.get("RAY_AUTH_MODE", "token")
     if mode != "token":
         raise ConfigError(f"RAY_AUTH_MODE={mode!r} opens Ray to everyone who reaches its ports; unset it, or set token")
 
 
 def ray_is_running() -> bool:
-    """Return whether this process has a Ray session; asking does not import Ray."""
+    """Return whether this process has a Ray session; does not import Ray."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def answers(address: str) -> bool:
-    """Return whether something listens at `host:port`; `auto` names no place to ask, and counts as an answer."""
+def is_listening(address: str) -> bool:
+    """Return whether something listens at `host:port`; true for `auto`, which names no address."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return True
     try:
-        # Asked before Ray is, which would try for a minute.
+        # A probe of 3 s, since Ray itself would try to connect for a minute.
         with socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S):
             return True
     except (OSError, ValueError, OverflowError):
@@ -131,7 +126,7 @@ def answers(address: str) -> bool:
 
 
 def ray_token_file(home: Home) -> Path:
-    """Return the file with this home's Ray token, made at first use, readable by its owner only."""
+    """Return the file with this home's Ray token, created at first use with mode 0600."""
     return key_file(home, "ray_token")
 
 
@@ -143,11 +138,13 @@ def _local(settings: Settings, home: Home) -> Iterator[RaySession]:
         _init_here(temp_dir, wanted)
         yield RaySession(address=_address(), owned=True, logs=temp_dir / "session_latest" / "logs")
         failed = False
+    # Stopped on purpose: nobody will look for Ray's logs.
     except (KeyboardInterrupt, SystemExit):
         failed = False
         raise
     finally:
         with _uninterrupted():
+            # Listed before the shutdown: workers that survive the daemons are no longer descendants of this process.
             started = _processes_under(temp_dir)
             _shutdown()
             _end(started, wanted.stop_timeout_s)
@@ -157,7 +154,7 @@ def _local(settings: Settings, home: Home) -> Iterator[RaySession]:
 
 
 def _init_here(temp_dir: Path, wanted: ClusterSettings) -> None:
-    """Start Ray; once more if its node took longer than the 30 s that Ray allows it, as on a machine just booted."""
+    """Start a local Ray; try again once if its node did not start within Ray's 30 s, as happens just after a boot."""
     for attempt in (1, 2):
         try:
             _init(
@@ -179,6 +176,7 @@ def _init_here(temp_dir: Path, wanted: ClusterSettings) -> None:
 
 
 def _joined(settings: Settings, environ: Mapping[str, str]) -> Iterator[RaySession]:
+    # The nodes were started with an authentication mode of their own; a runtime environment must not set another.
     variables = {name: value for name, value in environ.items() if not name.startswith("RAY_AUTH")}
     runtime_env: dict[str, Any] = {"env_vars": variables}
     root = Path(__file__).resolve().parent.parent
@@ -188,9 +186,9 @@ def _joined(settings: Settings, environ: Mapping[str, str]) -> Iterator[RaySessi
             excludes.append(str(settings.records.home.relative_to(root)))
         runtime_env |= {"working_dir": str(root), "excludes": excludes}
     address = settings.cluster.ray_address
-    if address is not None and not answers(address):
+    if address is not None and not is_listening(address):
         raise UnavailableError(
-            f"no Ray answers at {address}; start it (ray up ray_cluster.yaml), or unset RELOOK_RAY_ADDRESS"
+            f"no Ray responds at {address}; start it (ray up ray_cluster.yaml), or unset RELOOK_RAY_ADDRESS"
         )
     try:
         _init(
@@ -214,17 +212,19 @@ def _init(**options: Any) -> None:
     if "RAY_DEDUP_LOGS_SKIP_REGEX" not in os.environ:
         stdout_deduplicator.skip_re = _EXPECTED_AT_THE_END
     if options["address"] == "local":
-        ray_constants.ENABLE_RAY_CLUSTER = False  # read at import, which may have been before our environment
-    # Ray keeps mode and token of its first look at the environment; a second session of this process has its own.
+        # Ray reads the variable when it is imported, which may have happened before this session set it.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    # Ray caches authentication mode and token at first use; a second session in this process has another token.
     native.Config.initialize("")
     native.AuthenticationTokenLoader.instance().reset_cache()
     if not is_token_auth_enabled():
-        raise UnavailableError("Ray did not switch token authentication on, so it was not started; check its version")
+        raise UnavailableError("Ray did not enable token authentication, so it was not started; check its version")
     try:
+        # `ray.init` installs its own SIGTERM handler; leaving this block restores ours.
         with _orderly_sigterm():
             ray.init(configure_logging=False, logging_level=logging.ERROR, **options)
-    except Exception as error:  # a node that is too slow to start is a bare one of Ray's
-        what = "start here" if options["address"] == "local" else f"answer at {options['address']}"
+    except Exception as error:  # Ray raises a bare Exception for a node that is too slow
+        what = "start here" if options["address"] == "local" else f"respond at {options['address']}"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnavailableError(f"Ray did not {what}: {reason[:300]}") from error
 
@@ -244,6 +244,7 @@ def _shutdown() -> None:
 def _temp_dir(wanted: Path | None) -> Path:
     if wanted is None:
         base = Path(tempfile.gettempdir())
+        # TMPDIR may be long, as on macOS; a socket in it could not be bound.
         if len(str(base)) > MAX_TEMP_DIR_CHARS - len("/relook-12345678"):
             base = Path("/tmp")
         _sweep(base)
@@ -261,7 +262,7 @@ def _temp_dir(wanted: Path | None) -> Path:
 
 
 def _sweep(base: Path) -> None:
-    """Remove what sessions left behind whose process was killed."""
+    """Remove the folders of sessions whose process was killed."""
     for owner in base.glob(f"relook-*/{_OWNER}"):
         with contextlib.suppress(OSError, ValueError):
             if not psutil.pid_exists(int(owner.read_text())):
@@ -270,7 +271,7 @@ def _sweep(base: Path) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let a second Ctrl-C wait until the processes are gone."""
+    """Ignore Ctrl-C while the block runs: a second one during the cleanup would leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -283,7 +284,7 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _orderly_sigterm() -> Iterator[None]:
-    """Make SIGTERM end the context as an error would; Ray's own handler prints a stack and stops no worker."""
+    """Turn SIGTERM into SystemExit, so that the context ends; Ray's own handler prints a stack and stops no worker."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -301,7 +302,8 @@ def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 
 def _processes_under(temp_dir: Path) -> list[psutil.Process]:
-    """Return Ray's daemons of this session and everything that runs below them."""
+    """Return Ray's daemons of this session with all their descendants."""
+    # This process has other children, such as Label Studio. Ray's name the session's folder in their command line.
     found: list[psutil.Process] = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -311,7 +313,7 @@ def _processes_under(temp_dir: Path) -> list[psutil.Process]:
 
 
 def _end(processes: list[psutil.Process], timeout_s: float) -> None:
-    """Wait for processes to end, then kill the ones that do not."""
+    """Wait for processes to end, then kill those that do not."""
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -320,7 +322,7 @@ def _end(processes: list[psutil.Process], timeout_s: float) -> None:
 
 
 def _keep_logs(temp_dir: Path, home: Home) -> None:
-    """Move Ray's logs to where someone can read them after a failure."""
+    """Move Ray's logs to the home after a failure."""
     for session in temp_dir.glob("session_2*"):
         if (session / "logs").is_dir():
             shutil.move(session / "logs", home.logs / "ray" / session.name)

@@ -1,6 +1,6 @@
-"""`relook status`: what there is, read from the ledger; nothing is made or changed.
+"""`relook status`: counts from the ledger; nothing is created or changed.
 
-In: where records are kept. Out: `Survey`. It asks no server; `relook doctor` does.
+In: settings of the records. Out: a `Survey`. It contacts no server; `relook doctor` does.
 """
 
 from pathlib import Path
@@ -42,14 +42,9 @@ class Survey(BaseModel):
 
 
 def survey(settings: RecordsSettings) -> Survey:
-    """Count what the ledger holds.
+    """Count the rows of the ledger; all counts are zero if the home does not exist.
 
-    Args:
-        settings: of the records room.
-    Returns:
-        The counts; all zero if nothing was ever kept there.
-    Raises:
-        UnavailableError: the database does not answer.
+    UnavailableError if the database cannot be reached.
     """
     home = Path(settings.home)
     if not home.exists() and settings.database is None:
@@ -83,15 +78,15 @@ def report(found: Survey) -> Table:
     table.add_row("home", found.home)
     if not found.exists:
         table.add_row(
-            "", "nothing here yet; `relook demo` plays the whole loop, `relook data import DIR` takes your images"
+            "", "nothing here yet; `relook demo` runs the whole loop, `relook data import DIR` imports your images"
         )
         return table
     table.add_row("images", f"{found.images} in {found.datasets} dataset versions")
     table.add_row("models", _counts(found.models))
     table.add_row("in use", f"{found.serving[:12]} ({found.serving_status})" if found.serving else "no model yet")
     table.add_row("predictions", str(found.predictions))
-    table.add_row("for annotators", _counts(found.review_items))
-    table.add_row("annotator labels", str(found.annotations))
+    table.add_row("review items", _counts(found.review_items))
+    table.add_row("annotations", str(found.annotations))
     verdict = f"{found.last_round}: {found.last_verdict or 'not finished'}" if found.last_round else "none yet"
     table.add_row("last round", verdict)
     return table

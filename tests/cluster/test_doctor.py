@@ -1,4 +1,4 @@
-"""What the doctor says of a healthy machine, and which fix it names for each thing that can be wrong."""
+"""The checks of a healthy machine, and the fix that each failed check names."""
 
 import shutil
 import socket
@@ -40,7 +40,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def test_nothing_is_made_by_looking(tmp_path: Path, free_port: int) -> None:
+def test_the_checks_create_nothing(tmp_path: Path, free_port: int) -> None:
     checks = examine(_settings(tmp_path / "home", f"serving.port={free_port}"))
     assert [check.name for check in checks] == [
         "Python",
@@ -60,6 +60,14 @@ def test_nothing_is_made_by_looking(tmp_path: Path, free_port: int) -> None:
     assert not [check for check in others if check.state == "fail"]
     assert not [check for check in checks if check.state == "fail" and check.fix is None]
     assert not (tmp_path / "home").exists()
+
+
+def test_a_python_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _look(load_settings(), "Python").state == "ok"
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: {"Requires-Python": ">=99.1,<100"})
+    python = _look(load_settings(), "Python")
+    assert (python.state, python.fix) == ("fail", "make setup")
+    assert ">=99.1" in python.detail
 
 
 def test_the_laptop_preset_fits_its_cpus() -> None:
@@ -103,7 +111,7 @@ def test_label_studio_that_is_not_installed(tmp_path: Path) -> None:
     assert (check.state, check.fix) == ("fail", "relook label install")
 
 
-def test_a_label_studio_elsewhere_needs_a_token_and_has_to_answer(tmp_path: Path, free_port: int) -> None:
+def test_an_external_label_studio_needs_a_token_and_has_to_respond(tmp_path: Path, free_port: int) -> None:
     url = f"http://127.0.0.1:{free_port}"
     missing = _look(_settings(tmp_path, f"labeling.url={url}"), "Label Studio")
     assert missing.state == "fail"
@@ -122,7 +130,7 @@ def test_ledger_and_blobs_of_a_home_in_use(tmp_path: Path) -> None:
     assert "written and read" in _look(settings, "blobs").detail
 
 
-def test_a_ledger_that_is_no_database_or_of_a_newer_program(tmp_path: Path) -> None:
+def test_a_ledger_that_is_no_database_or_has_a_newer_schema(tmp_path: Path) -> None:
     settings = _settings(tmp_path / "home")
     open_store(settings.records).close()
     file = tmp_path / "home" / "ledger.db"
@@ -158,7 +166,7 @@ def test_blobs_that_cannot_be_written(tmp_path: Path) -> None:
     assert check.fix == f"make {folder} writable"
 
 
-def test_ray_that_would_be_open_or_does_not_answer(
+def test_ray_without_authentication_or_that_does_not_respond(
     tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = _look(_settings(tmp_path, f"cluster.ray_address=127.0.0.1:{free_port}"), "Ray")
@@ -171,7 +179,7 @@ def test_ray_that_would_be_open_or_does_not_answer(
     assert "unset it, or set token" in opened.detail
 
 
-def test_a_gpu_that_is_asked_for_has_to_be_there(tmp_path: Path) -> None:
+def test_a_required_gpu_has_to_exist(tmp_path: Path) -> None:
     import torch
 
     check = _look(_settings(tmp_path, "trainers.workers.use_gpu=true"), "GPU")

@@ -121,7 +121,9 @@ def audited(store: Store) -> Callable[..., None]:
     return add
 
 
-def test_only_the_audit_sample_counts_and_being_drawn_is_no_referral(store: Store, audited: Callable[..., None]) -> None:
+def test_only_the_audit_sample_counts_and_being_drawn_is_no_referral(
+    store: Store, audited: Callable[..., None]
+) -> None:
     assert monitor.monitor(store, 0.05) == []
     audited("nv", "mel")  # missed, at a chance of 0.1: stands for ten
     audited("nv", "mel", reasons=(ReasonCode.REFER,), chance=0.5)  # referred: stands for two

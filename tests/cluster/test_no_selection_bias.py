@@ -38,8 +38,7 @@ from records.types import (
     SourceLabel,
     Split,
 )
-from serving.outbox import PredictionRows, write_flag, write_predictions
-from serving.outbox import write_outcome
+from serving.outbox import PredictionRows, write_flag, write_outcome, write_predictions
 from serving.schemas import FlagRequest, OutcomeRequest
 
 BIOPSIED, READ, UNKNOWN = range(10), range(10, 20), range(20, 32)

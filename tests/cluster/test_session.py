@@ -1,4 +1,4 @@
-"""A Ray session: closed to strangers, small when idle, and gone at its end, however it ends."""
+"""A Ray session: it requires a token, is small when idle, and leaves no process, however it ends."""
 
 import os
 import signal
@@ -79,14 +79,14 @@ def test_idle_ray_stays_small(ray_session: RaySession) -> None:
     assert total < 400 * 2**20
 
 
-def test_it_hands_out_what_the_preset_says(ray_session: RaySession, ray_settings: Settings) -> None:
+def test_it_has_the_resources_of_the_preset(ray_session: RaySession, ray_settings: Settings) -> None:
     resources = ray.cluster_resources()
     assert resources["CPU"] == ray_settings.cluster.logical_cpus == 4
     assert "GPU" not in resources
     assert resources["object_store_memory"] == ray_settings.cluster.object_store_mb * 2**20
 
 
-def test_a_stranger_without_the_token_is_turned_away(ray_session: RaySession) -> None:
+def test_a_client_without_the_token_is_rejected(ray_session: RaySession) -> None:
     script = f"import ray; ray.init(address={ray_session.address!r}, configure_logging=False); print('joined')"
     environ = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
     stranger = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=environ)
@@ -213,7 +213,7 @@ def test_ctrl_c_takes_down_every_process(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_what_a_killed_session_left_is_swept_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_session_removes_the_folder_of_a_killed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cluster import session
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -225,7 +225,7 @@ def test_what_a_killed_session_left_is_swept_by_the_next(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["relook-live"]
 
 
-def test_the_token_is_made_once_and_private(tmp_path: Path) -> None:
+def test_the_token_is_created_once_and_private(tmp_path: Path) -> None:
     home = open_home(tmp_path)
     path = ray_token_file(home)
     token = path.read_text()
@@ -235,7 +235,7 @@ def test_the_token_is_made_once_and_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["disabled", "k8s", ""])
-def test_an_environment_that_opens_ray_is_refused(mode: str) -> None:
+def test_an_environment_that_disables_authentication_is_refused(mode: str) -> None:
     with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE=.* opens Ray to everyone.*unset it, or set token"):
         require_token_mode({"RAY_AUTH_MODE": mode})
     require_token_mode({})
@@ -258,7 +258,7 @@ except ConfigError as error:
     assert not Path(long).exists()
 
 
-def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_respond_is_named(tmp_path: Path) -> None:
     began = time.monotonic()
     script = """
 from records.errors import UnavailableError
@@ -270,10 +270,10 @@ except UnavailableError as error:
 """
     process = _start(script, tmp_path, RELOOK_RAY_ADDRESS="127.0.0.1:9")
     out, errors = process.communicate(timeout=60)
-    assert "no Ray answers at 127.0.0.1:9; start it" in out, errors
+    assert "no Ray responds at 127.0.0.1:9; start it" in out, errors
     assert time.monotonic() - began < 20
 
 
-def test_unavailable_is_not_the_users_fault() -> None:
+def test_unavailable_is_no_user_error() -> None:
     assert not issubclass(UnavailableError, ConfigError)
     assert load_settings().cluster.ray_address is None
