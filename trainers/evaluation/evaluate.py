@@ -118,6 +118,7 @@ def predict_split(
     split_reads = _record_read(store, bundle, dataset, split, actor, len(rows)) if split in GUARDED_SPLITS else None
     image_ids = [str(image_id) for image_id in rows["image_id"]]
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
+    # Decoded once per geometry; fitting and later evaluations share the cache.
     cache.ensure(store, image_ids, progress)
     pixels = cache.rows(image_ids)
     images = find_images(store, image_ids)
@@ -154,6 +155,7 @@ def _outputs(
     for start in range(0, len(pixels), BATCH_SIZE):
         batch = pixels.take(np.arange(start, min(start + BATCH_SIZE, len(pixels))))
         outputs.append(model.predict(batch))
+        # Here, because the pixels of a split may not fit in memory together.
         tones.add(batch)
         if progress and task is not None:
             progress.advance(task, len(batch))
@@ -193,6 +195,7 @@ def evaluate(
     predicted = probabilities.argmax(axis=1)
     lesions = gather_lesions(predictions.image_ids, predictions.lesion_ids, labels, served)
     _, group_index = np.unique(np.array(predictions.group_ids, dtype=str), return_inverse=True)
+    # One set of resamples for all metrics, so that their intervals rest on the same draws.
     weights = resample_weights(group_strata(labels, group_index, num_classes), seed=seed)
     confusion = confusion_matrix(labels, predicted, num_classes)
     confusions = resampled_confusions(labels, predicted, group_index, weights, num_classes)
@@ -208,6 +211,7 @@ def evaluate(
         lesions=len(lesions),
         groups=weights.shape[1],
         **whole_figures(confusion, confusions, weights.shape[1]),
+        # nanmean warns if there is nothing to average.
         macro_auc=float(np.nanmean(aucs)) if np.isfinite(aucs).any() else None,
         ece=expected_calibration_error(labels, probabilities),
         reliability=_reliability(labels, probabilities),
@@ -265,6 +269,7 @@ def _at_equal_prevalence(
 ) -> EqualPrevalence | None:
     if not priors:
         return None
+    # Equal weights; a class without a share at calibration has none to divide by, and keeps share 0.
     known = {code: float(priors[code] > 0) for code in taxonomy.codes}
     predicted = reweight(probabilities, {code: priors[code] for code in taxonomy.codes}, known).argmax(axis=1)
     confusion = confusion_matrix(labels, predicted, len(taxonomy.codes))
@@ -282,15 +287,7 @@ def _at_equal_prevalence(
 
 
 def whole_figures(confusion: IntArray, confusions: FloatArray, num_groups: int) -> dict[str, Any]:
-    """Compute balanced accuracy, accuracy and macro F1, each with its interval under `<name>_ci`.
-
-    Args:
-        confusion: [C, C]; row = true class, column = predicted class.
-        confusions: [R, C, C] of bootstrap resamples.
-        num_groups: independent units that they rest on.
-    Returns:
-        Name to figure or interval.
-    """
+    """Return balanced accuracy, accuracy and macro F1 of a confusion matrix, with intervals from [R, C, C]."""
     figures: dict[str, Any] = {}
     for name, function in (("balanced_accuracy", balanced_accuracy), ("accuracy", accuracy_of), ("macro_f1", macro_f1)):
         estimate = float(function(confusion))
@@ -303,6 +300,7 @@ def _triage_figures(
 ) -> dict[str, Any]:
     if operating is None:
         return {"answered_share": None, "mean_set_size": None}
+    # Thresholds and sets only: the checks of quality and novelty that serving adds need the pixels.
     sets = prediction_set(probabilities, thresholds_in_order(operating, taxonomy))
     is_answered = answered(probabilities, taxonomy, operating, max_set_size)
     return {"answered_share": float(is_answered.mean()), "mean_set_size": float(sets.sum(axis=1).mean())}
@@ -312,6 +310,7 @@ def _record_read(
     store: Store, bundle: Bundle, dataset: DatasetVersion, split: Split, actor: str, num_images: int
 ) -> int:
     action = f"{split.value}.read"
+    # Appended and counted in one transaction, so that the count includes this read.
     with store.ledger.begin() as tx:
         audit.append(
             tx, actor=actor, action=action, subject=dataset.id, details={"model_id": bundle.id, "images": num_images}

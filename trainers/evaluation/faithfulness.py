@@ -67,6 +67,8 @@ def replacement_order(heat_map: NDArray[np.floating], side_px: int, generator: n
         [S * S] indices into the image's pixels, row by row.
     """
     strength = resized_strength(heat_map, side_px, side_px).ravel()
+    # Large areas of a resized map are equal, mostly zero: in row order they would favour the top of the image.
+    # lexsort takes its last key first.
     order: IntArray = np.lexsort((generator.random(len(strength)), -strength))
     return order
 
@@ -97,6 +99,7 @@ def replacement_curve(
     rows = np.arange(num_images)
     ends = np.linspace(0, num_pixels, num_steps + 1).round().astype(np.int64)
     curve = np.empty((num_images, num_steps + 1))
+    # The first step replaces nothing, since ends[0] is 0. Replaced pixels stay, so each step adds its own slice only.
     for step, (begin, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         pixels = orders[:, begin:stop]
         current[rows[:, None], pixels] = end[rows[:, None], pixels]
@@ -135,6 +138,7 @@ def replace_pixels(
     shuffled = generator.permuted(maps.reshape(len(maps), -1), axis=1).reshape(maps.shape)
     mean = pixels.mean(axis=(1, 2), keepdims=True).round().astype(np.uint8)
     flat = np.broadcast_to(mean, pixels.shape)
+    # As in RISE, insertion starts from a blurred image: a flat one would gain sharp edges that the network reacts to.
     blurred = np.stack([cv2.GaussianBlur(image, (0, 0), BLUR_SHARE * side_px) for image in pixels])
     curves = {}
     for name, ranked in (("", maps), ("_shuffled", shuffled)):
@@ -236,6 +240,7 @@ def randomisation_similarity(bundle: Bundle, pixels: UInt8Array, *, seed: int = 
 
 def random_network(architecture: Architecture, num_classes: int, *, seed: int = 0) -> nn.Module:
     """Build a network with random weights, in evaluation mode; torch's global generator is restored."""
+    # `build_model` draws from torch's global generator, which a training in this process draws from as well.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(architecture.name, num_classes, **architecture.options).eval()
@@ -251,6 +256,7 @@ def similarity(ours: Float32Array, theirs: Float32Array) -> float | None:
         Mean absolute Spearman correlation, 0 to 1, where ours are not constant; None if all are.
     """
     likeness = [
+        # The correlation with a constant map is undefined; such a map ranks nothing, so it counts as 0.
         abs(float(spearmanr(mine.ravel(), other.ravel()).statistic)) if np.ptp(other) > 0 else 0.0
         for mine, other in zip(ours, theirs, strict=True)
         if np.ptp(mine) > 0
@@ -302,6 +308,7 @@ def faithfulness_facts(
     def predict(some: UInt8Array) -> FloatArray:
         return apply_calibration(reference_logits(network, some, geometry), calibration)
 
+    # Not a `LoadedModel`: the bundle that these facts are written into does not exist yet.
     inputs = scale_pixels(to_tensor(pixels), geometry)
     target = predict(pixels).argmax(axis=1)
     maps = target_maps(network, inputs, torch.from_numpy(target))
@@ -317,6 +324,7 @@ def faithfulness_facts(
         facts |= {f"{name}_auc": round(float(area_under(getattr(curves, name)).mean()), FACTS_DIGITS) for name in names}
     else:
         facts |= {f"{name}_auc": None for name in names}
+    # Rounded, because these facts are content of the bundle: noise in the last digits would change its id.
     facts["randomisation_similarity"] = None if likeness is None else round(likeness, FACTS_DIGITS)
     return facts
 
@@ -325,6 +333,7 @@ class _Units:
     """Means over images with intervals by group within class."""
 
     def __init__(self, labels: IntArray, group_index: IntArray, num_classes: int) -> None:
+        # Renumbered, because groups whose maps are all constant are gone, and resampling needs 0 to G - 1.
         _, self._group_index = np.unique(group_index, return_inverse=True)
         self._weights = resample_weights(group_strata(labels, self._group_index, num_classes))
 
@@ -361,6 +370,7 @@ def _mask_report(
     group_index: IntArray,
     num_classes: int,
 ) -> MaskEnergy | None:
+    # An empty mask covers nothing, so that no map could have energy in it.
     known = [(index, mask) for index in informative.tolist() if (mask := masks[index]) is not None and mask.any()]
     measured = [(index, mask_energy(maps[index], mask), float(mask.mean())) for index, mask in known]
     pairs = [(index, energy, area) for index, energy, area in measured if energy is not None]

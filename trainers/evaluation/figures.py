@@ -26,6 +26,7 @@ DEGENERATE = 1e-12
 
 
 class _Shape(BaseModel):
+    # NaN and infinity are refused: JSON has neither, and null with a reason is the only way to be undefined.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -250,8 +251,10 @@ def class_reports(
             ("precision", is_predicted),
             ("f1", is_case | is_predicted),
         ):
+            # Without members the rate has no denominator; the report says null, and `undefined_reasons` says why.
             if members.any():
                 estimate = float(getattr(rates, name)[index])
+                # The exact interval needs the groups that this rate's denominator draws from, which differ by rate.
                 num_groups = len(np.unique(group_index[members]))
                 values[name] = estimate
                 values[f"{name}_ci"] = interval_of(estimate, getattr(samples, name)[:, index], num_groups)
@@ -268,16 +271,9 @@ def key_class_report(
     group_index: IntArray,
     weights: Float32Array,
 ) -> KeyClassReport | None:
-    """Report the first key class at its refer threshold, per lesion.
+    """Report the first key class at its refer threshold, per lesion; None if the taxonomy has no key class.
 
-    Args:
-        taxonomy: with the key class.
-        operating: with its threshold; None if the model has none.
-        lesions: with their mean probabilities.
-        group_index: [L] the independent unit of each lesion.
-        weights: [R, G] of the resamples.
-    Returns:
-        The report; None if the taxonomy has no key class.
+    `group_index` [L] is the independent unit of each lesion, `weights` [R, G] the resamples.
     """
     key = taxonomy.key_class
     if key is None:
@@ -285,6 +281,7 @@ def key_class_report(
     is_case = lesions.labels == taxonomy.index_of(key.code)
     point = None if operating is None else operating.refer.get(key.code)
     sensitivity, sensitivity_ci, specificity, specificity_ci = None, None, None, None
+    # Needed without an operating point, too: specificity at a fixed sensitivity finds its own threshold.
     scores = lesions.probabilities[:, taxonomy.index_of(key.code)]
     if point is not None:
         is_referred = scores >= point.threshold
@@ -328,6 +325,7 @@ def sensitivity_threshold(scores: FloatArray, is_case: BoolArray, sensitivity: f
     >>> sensitivity_threshold(np.array([0.9, 0.5, 0.2, 0.8]), np.array([True, True, True, False]), 0.6)
     0.5
     """
+    # 1e-9: a product such as 0.07 * 100 lies above the whole number that it stands for, and would demand one case more.
     cases = np.sort(scores[is_case])[::-1]
     return float(cases[int(np.ceil(sensitivity * len(cases) - 1e-9)) - 1]) if len(cases) else None
 
@@ -335,16 +333,7 @@ def sensitivity_threshold(scores: FloatArray, is_case: BoolArray, sensitivity: f
 def rate_by_group(
     is_hit: BoolArray, is_member: BoolArray, group_index: IntArray, weights: Float32Array
 ) -> tuple[float | None, Interval | None]:
-    """Return the share of hits among the members with its interval; None without members.
-
-    Args:
-        is_hit: [N].
-        is_member: [N].
-        group_index: [N] the independent unit of each.
-        weights: [R, G] of the resamples.
-    Returns:
-        The share and its 95 % interval.
-    """
+    """Return the share of hits among the members, both [N], with its interval by group; None without members."""
     if not is_member.any():
         return None, None
     num_groups = weights.shape[1]

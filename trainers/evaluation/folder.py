@@ -50,6 +50,7 @@ def predict_folder(
     source = read_source(images, columns, labels)
     class_indices = _checked(source.rows, labels, model.taxonomy)
     task = progress.add_task("Predicting", total=len(source.rows)) if progress else None
+    # Decoding in chunks bounds memory; the model predicts one chunk while the next is decoded.
     chunks = chunks_of(source.rows)
     outputs = []
     tones = SkinTones([row.source_id for row in source.rows], masks)
@@ -64,6 +65,7 @@ def predict_folder(
         model_id=model.model_id,
         image_ids=[row.source_id for row in source.rows],
         group_ids=[
+            # Prefixes keep a patient, a lesion and an image of the same name apart.
             f"patient:{patient}" if patient else f"lesion:{lesion}" if lesion else f"image:{row.source_id}"
             for row, patient, lesion in zip(source.rows, patient_ids, lesion_ids, strict=True)
         ],

@@ -8,7 +8,7 @@ from records.arrays import IntArray
 from records.bundles import Bundle
 from records.errors import ContractError
 from trainers.evaluation.evaluate import SplitPredictions
-from trainers.evaluation.faithfulness import explanation_quality, randomisation_similarity
+from trainers.evaluation.faithfulness import explanation_quality, is_informative, randomisation_similarity
 from trainers.evaluation.figures import ExplanationQuality, RobustnessReport
 from trainers.evaluation.images import Images
 from trainers.evaluation.robustness import PER_CLASS, PixelNetwork, Sample, robustness_curves
@@ -24,20 +24,11 @@ def sample_of(predictions: SplitPredictions, per_class: int = PER_CLASS) -> IntA
 def measure_robustness(
     bundle: Bundle, predictions: SplitPredictions, on_batch: Callable[[int], None] | None = None
 ) -> RobustnessReport:
-    """Attack a sample of the evaluated images with FGSM and PGD.
-
-    Args:
-        bundle: its network is attacked, in fp32.
-        predictions: of the whole split or folder, with `images`.
-        on_batch: called with the number of images processed.
-    Returns:
-        The curves.
-    Raises:
-        ContractError: the predictions have no `images`.
-    """
+    """Attack a sample of the evaluated images with FGSM and PGD, in fp32; `on_batch` gets the images processed."""
     document, chosen = bundle.document, sample_of(predictions)
     refer = document.operating.refer
     key = document.taxonomy.key_class
+    # Shares of the whole split: the sample is balanced, and its accuracy would be that of another population.
     counts = np.bincount(predictions.labels, minlength=len(document.taxonomy.codes))
     return robustness_curves(
         PixelNetwork(plain_network(bundle), document.geometry, document.calibration),
@@ -54,23 +45,15 @@ def measure_robustness(
 
 
 def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> ExplanationQuality | None:
-    """Measure how faithful the Grad-CAM maps of a sample of the evaluated images are.
-
-    Args:
-        bundle: of the model.
-        predictions: of the whole split or folder, with `images`.
-    Returns:
-        The metrics; None if every map of the sample is constant.
-    Raises:
-        ContractError: the predictions have no `images`.
-    """
+    """Measure the faithfulness of Grad-CAM on a sample of the evaluated images; None if every map is constant."""
     side_px = bundle.document.geometry.side_px
     chosen, images = sample_of(predictions), _images(predictions)
     pixels = images.squares(chosen, side_px)
+    # `auto` would take bf16 where the hardware has it, and reports of one bundle would differ by machine.
     model = load_model(bundle, precision="fp32")
     target = model.predict(pixels).probabilities.argmax(axis=1)
     maps = model.gradcam(pixels, target)
-    if not (np.ptp(maps, axis=(1, 2)) > 0).any():
+    if not is_informative(maps).any():
         return None
     masks = [images.mask(int(index), side_px) for index in chosen] if images.masks is not None else None
     return explanation_quality(

@@ -66,6 +66,8 @@ class PixelNetwork(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return calibrated logits [N, C] of pixel values [N, 3, S, S] in [0, 1]; differentiable."""
+        # Mirrors `vision.preprocess.scale_pixels`, which works on uint8 and in place: this one must be differentiable.
+        # The clamp is one colour value, as there, so that an image of one colour becomes 0.
         if self._is_min_max:
             low = values.amin(dim=(1, 2, 3), keepdim=True)
             high = values.amax(dim=(1, 2, 3), keepdim=True)
@@ -77,20 +79,14 @@ class PixelNetwork(nn.Module):
 
 
 def attacks_on(model: PixelNetwork, pgd_steps: int = PGD_STEPS) -> dict[str, Attack]:
-    """Return the attacks by name.
-
-    Args:
-        model: that is attacked with full knowledge.
-        pgd_steps: gradient steps of PGD, at least 1.
-    Returns:
-        `fgsm` (one step of length epsilon) and `pgd` (small steps, kept within epsilon of the image).
-    """
+    """Return `fgsm`, one step of length epsilon, and `pgd`, small steps kept within epsilon of the image."""
     fgsm = FGSM(model, loss_func=_loss, lower_bound=0.0, upper_bound=1.0)
     pgd = PGD(model, loss_func=_loss, lower_bound=0.0, upper_bound=1.0)
     # captum skips pixels whose gradient is below 1e-6; some networks would look robust for that reason alone.
     fgsm.zero_thresh = pgd.fgsm.zero_thresh = 0.0
 
     def by_fgsm(values: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        # A copy, because captum makes its input require gradients.
         return _quietly(lambda: fgsm.perturb(values.clone(), epsilon, labels))
 
     def by_pgd(values: Tensor, labels: Tensor, epsilon: float) -> Tensor:
@@ -135,6 +131,7 @@ class Sample:
     def is_key(self) -> BoolArray:
         """[N]: whether an image is of the key class."""
         key = self.taxonomy.key_class
+        # No label is -1: without a key class no image is of it.
         return np.asarray(self.labels == (-1 if key is None else self.taxonomy.index_of(key.code)), dtype=np.bool_)
 
 
@@ -174,6 +171,8 @@ def robustness_curves(
         worst = clean
         curves[name] = [summary.point(0.0, clean)]
         for epsilon in ascending[1:]:
+            # PGD leaves out images whose metrics cannot fall further, which saves most passes at large epsilons. FGSM
+            # attacks all of them, since its longer step may miss.
             standing = summary.standing(worst) if name == "pgd" else np.ones(len(values), dtype=np.bool_)
             after = _attacked(model, attack, epsilon / 255.0, values, sample.labels, standing, worst, on_batch)
             worst = summary.worse_of(worst, after) if name == "pgd" else after
@@ -210,6 +209,7 @@ def _attacked(
         batch = start + np.flatnonzero(standing[start : start + BATCH_SIZE])
         if len(batch):
             after[batch] = _probabilities(model, attack(values[batch], truth[batch], epsilon))
+        # Images left out count as processed, so that the progress bar reaches its end.
         if on_batch is not None:
             on_batch(min(BATCH_SIZE, len(values) - start))
     return after
@@ -219,6 +219,7 @@ def _probabilities(model: PixelNetwork, values: torch.Tensor) -> FloatArray:
     """Return calibrated probabilities [N, C] of pixel values [N, 3, S, S]."""
     with torch.inference_mode():
         parts = [model(values[start : start + BATCH_SIZE]) for start in range(0, len(values), BATCH_SIZE)]
+        # Softmax in float64 keeps tiny probabilities of the true class comparable in `worse_of`.
         logits = torch.cat(parts).double()
     if not torch.isfinite(logits).all():
         raise ContractError("the network gives logits that are not finite; such a model cannot be attacked")
@@ -238,6 +239,7 @@ class _Summary:
 
     def standing(self, probabilities: FloatArray) -> BoolArray:
         """[N]: images whose metrics an attack can still lower."""
+        # An image of the key class counts until it is neither predicted as such nor referred: both shares are reported.
         right = probabilities.argmax(axis=1) == self._sample.labels
         return np.asarray(right | (self._sample.is_key & self._referred(probabilities)), dtype=np.bool_)
 
@@ -245,6 +247,7 @@ class _Summary:
         """Return per image the misclassified row if one is, else the row with the lower probability of its class."""
         rows = np.arange(len(before))
         labels = self._sample.labels
+        # By probability alone, a correct row could win over a misclassified one that gives the true class more.
         was_right, is_right = before.argmax(axis=1) == labels, after.argmax(axis=1) == labels
         is_less = after[rows, labels] < before[rows, labels]
         is_worse = np.where(was_right == is_right, is_less, was_right)
@@ -269,6 +272,7 @@ class _Summary:
 
     def _weighted(self, sensitivity: FloatArray) -> FloatArray:
         """Accuracy at the class shares of the split, over the classes that were sampled."""
+        # A class without sampled images has no sensitivity; leaving out its share differs from counting it as 0.
         shares = np.where(np.isnan(sensitivity), 0.0, self._sample.class_shares)
         return np.asarray((np.nan_to_num(sensitivity) * shares).sum(axis=-1) / shares.sum(axis=-1))
 

@@ -77,22 +77,14 @@ def find_mask(folder: Path, source_id: str | None) -> Path | None:
 
 
 def read_mask(path: Path, side_px: int) -> BoolArray:
-    """Read a mask as the square that a model sees.
-
-    Args:
-        path: a grey image, bright on the lesion.
-        side_px: S.
-    Returns:
-        [S, S].
-    Raises:
-        DataError: OpenCV cannot read it.
-    """
+    """Read a grey mask, bright on the lesion, as the square [S, S] that a model sees; DataError if OpenCV cannot."""
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None:
         raise DataError(f"the mask {path} cannot be read; it must be a grey PNG")
     height_px, width_px = mask.shape
     shorter = min(height_px, width_px)
     top, left = (height_px - shorter) // 2, (width_px - shorter) // 2
+    # The centre square, as `images.decode` crops the image.
     square = mask[top : top + shorter, left : left + shorter]
     return np.asarray(cv2.resize(square, (side_px, side_px), interpolation=cv2.INTER_AREA) >= 128, dtype=np.bool_)
 

@@ -61,6 +61,7 @@ def subset(predictions: SplitPredictions, index: IntArray) -> SplitPredictions:
 
 
 def _report(predictions: SplitPredictions, taxonomy: Taxonomy, operating: OperatingPoints | None) -> SliceReport:
+    # The whole evaluation again, so that groups are resampled within the slice and not within the split.
     part = evaluate(predictions, taxonomy, operating)
     key = part.key_class
     return SliceReport(
@@ -93,4 +94,5 @@ _TONE_ORDER = ("very light", "light", "intermediate", "tan", "brown", "dark")
 def _order(value: str) -> tuple[int, str]:
     if value in _TONE_ORDER:
         return _TONE_ORDER.index(value), value
+    # "under 20" precedes "20 to 39"; text order would reverse them.
     return (-1 if value.startswith("under") else 0), value

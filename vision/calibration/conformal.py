@@ -55,6 +55,7 @@ def conformal_thresholds(
     """
     counts = np.bincount(labels, minlength=len(codes))
     is_small = counts < min_lesions
+    # Pooled over the small classes only: large classes would dominate the shared threshold.
     pooled_quantile = conformal_quantile(nonconformity[is_small[labels]], promise)
     thresholds = {
         code: pooled_quantile if is_small[index] else conformal_quantile(nonconformity[labels == index], promise)

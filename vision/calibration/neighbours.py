@@ -70,6 +70,7 @@ class Neighbours:
         inside = centred @ self.projection
         rest = np.zeros((len(vectors), 1))
         if self.residual_scale > 0:
+            # Columns are orthogonal, so dividing by their norms undoes the scaling to unit variance.
             directions = self.projection / np.linalg.norm(self.projection, axis=0)
             outside = centred - (centred @ directions) @ directions.T
             rest[:, 0] = np.linalg.norm(outside, axis=1) / self.residual_scale
@@ -115,12 +116,14 @@ def fit_neighbours(vectors: NDArray[np.floating], *, max_directions: int, max_re
     values = vectors.astype(np.float64)
     mean = values.mean(axis=0)
     _, singular, directions = np.linalg.svd(values - mean, full_matrices=False)
+    # The SVD of the centred vectors gives directions and variances without a D x D covariance.
     num_directions = min(max_directions, len(singular))
     variance = singular**2 / max(1, len(values) - 1)
     floor = SHRINKAGE * variance.mean() + 1e-12
     scale = 1.0 / np.sqrt(variance[:num_directions] + floor)
     projection = directions[:num_directions].T * scale
     outside = np.sqrt(variance[num_directions:].sum())
+    # A placeholder as reference: projecting the vectors to store needs everything else first.
     fitted = Neighbours(
         mean=mean.astype(np.float32),
         projection=np.ascontiguousarray(projection, dtype=np.float32),

@@ -64,6 +64,7 @@ def gather_lesions(
         for image, lesion, label in zip(image_ids, lesion_ids, labels.tolist(), strict=True)
     ]
     _, lesion_index = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
+    # By lesion, then image id: the first of each run has the smallest id.
     order = np.lexsort((np.array(image_ids, dtype=str), lesion_index))
     starts = np.flatnonzero(np.diff(lesion_index[order], prepend=-1))
     first = order[starts]
@@ -181,6 +182,7 @@ def fit_operating_points(
     """
     refer = {}
     for key in taxonomy.key_classes:
+        # Each key class has its own floor, so each gets a threshold of its own.
         index = taxonomy.index_of(key.code)
         is_case = lesions.labels == index
         refer[key.code] = refer_point(lesions.probabilities[:, index], is_case, key.sensitivity_floor)

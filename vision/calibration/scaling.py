@@ -74,6 +74,7 @@ def apply_calibration(logits: NDArray[np.floating], calibration: Calibration) ->
     if logits.ndim != 2 or logits.shape[1] != len(calibration.bias):
         raise ContractError(f"logits must be [N, {len(calibration.bias)}], got {list(logits.shape)}")
     finite = np.isfinite(logits).all(axis=1)
+    # Only finite rows are computed: softmax would warn about the others.
     probabilities = np.full(logits.shape, np.nan)
     scaled = logits[finite].astype(np.float64) / calibration.temperature + np.asarray(calibration.bias)
     probabilities[finite] = softmax(scaled, axis=1)
@@ -101,6 +102,7 @@ def reweight(probabilities: FloatArray, from_priors: Mapping[str, float], to_pri
     after = np.array([to_priors[code] for code in from_priors]) / sum(to_priors.values())
     if ((before == 0) & (after > 0)).any():
         raise ContractError("a class without a share at calibration cannot be re-weighted to have one")
+    # Where the old share is 0, so is the new one: such a class keeps probability 0.
     ratio = np.divide(after, before, out=np.zeros_like(after), where=before > 0)
     weighted = probabilities * ratio
     return np.asarray(weighted / weighted.sum(axis=1, keepdims=True), dtype=np.float64)
@@ -150,6 +152,7 @@ def _penalised_loss(parameters: FloatArray, logits: FloatArray, labels: IntArray
     loss += 0.5 * (bias**2).sum() / BIAS_PRIOR_SD**2 + 0.5 * (log_temperature / LOG_TEMPERATURE_PRIOR_SD) ** 2
     gradient = np.concatenate(
         [
+            # d(scaled) / d(log temperature) = -scaled, because scaled = logits * exp(-log temperature).
             [-(residual * scaled).sum() + log_temperature / LOG_TEMPERATURE_PRIOR_SD**2],
             residual.sum(axis=0) + bias / BIAS_PRIOR_SD**2,
         ]

@@ -132,6 +132,7 @@ def _quality_limits(looks: FloatArray, distances: FloatArray, smallest_side_px: 
 def _limit(values: FloatArray, quantile: float) -> float:
     """Return a quantile, moved outwards by a share of its distance to the median."""
     edge = float(np.quantile(values, quantile))
+    # Extreme quantiles of few images are noisy, so the margin grows with 1 / N.
     return edge + MARGIN * (1.0 + MANY / len(values)) * (edge - float(np.median(values)))
 
 

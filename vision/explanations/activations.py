@@ -74,6 +74,7 @@ def channel_grid_png(image: UInt8Array, output: Float32Array, channels: IntArray
     for channel in channels:
         values = output[channel]
         spread = float(np.ptp(values))
+        # A constant channel has no range to scale by.
         unit = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
         small = Image.fromarray((colormaps["viridis"](unit)[:, :, :3] * 255).astype(np.uint8))
         tiles.append(np.asarray(small.resize((TILE_PX, TILE_PX), Image.Resampling.NEAREST), dtype=np.uint8))

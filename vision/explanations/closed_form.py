@@ -41,6 +41,7 @@ class PooledLinear:
 
     def maps(self, features: Tensor) -> Tensor:
         """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
+        # Channels last makes the weighted sum over channels one matrix product.
         num_positions = features.shape[-2] * features.shape[-1]
         weighted = features.permute(0, 2, 3, 1).double() @ self.weight
         return (torch.relu(weighted) / num_positions).float().permute(0, 3, 1, 2)

@@ -61,8 +61,10 @@ def head_gradcam(head: nn.Module, features: Tensor, target: Tensor) -> Tensor:
         [N, h, w], not negative.
     """
     with torch.inference_mode(False), torch.enable_grad():
+        # Tensors made in inference mode cannot require gradients; a clone made outside of it can.
         leaf = features.detach().clone().requires_grad_()
         logits = head(leaf)
+        # Images are independent, so the gradient of the sum holds each image's own gradient.
         (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), leaf)
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     return torch.relu((weights * features).sum(dim=1))
@@ -124,6 +126,7 @@ def occlusion(network: nn.Module, inputs: Tensor, target: Tensor, window_px: int
                 target=target[row : row + 1],
                 perturbations_per_eval=in_flight(inputs.shape[-1]),
             )
+            # One image per call: captum multiplies the batch by perturbations_per_eval, beyond the bound on memory.
             for row in range(len(inputs))
         ]
     return torch.cat(parts)[:, 0]

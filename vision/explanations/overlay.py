@@ -72,6 +72,7 @@ def resized_strength(heat_map: NDArray[np.floating], height_px: int, width_px: i
         return np.zeros((height_px, width_px), dtype=np.float32)
     small = Image.fromarray(positive / np.float32(peak), mode="F")
     resized = small.resize((width_px, height_px), Image.Resampling.BICUBIC)
+    # Bicubic interpolation overshoots at edges.
     return np.clip(np.asarray(resized), 0.0, 1.0)
 
 

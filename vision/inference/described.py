@@ -56,5 +56,6 @@ def early_statistics(convolution: nn.Module, inputs: Tensor) -> Tensor:
     Returns:
         [N, 2 K], fp32.
     """
+    # correction=0: the deviation is defined for a single position, too.
     responses = convolution(inputs).flatten(2)
     return torch.cat([responses.mean(dim=2), responses.std(dim=2, correction=0)], dim=1)

@@ -30,6 +30,7 @@ def golden_images(geometry: Geometry) -> UInt8Array:
 
 def _blobs(random: np.random.Generator, side_px: int) -> FloatArray:
     """A few random waves, [S, S], deviation about 1."""
+    # Coordinates run from 0 to 1, so that the structure does not depend on the side.
     rows, columns = _coordinates(side_px)
     field = np.zeros((side_px, side_px))
     for _ in range(4):

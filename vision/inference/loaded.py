@@ -47,6 +47,7 @@ class LoadedModel:
         self._golden = bundle.golden()
         self._device = device
         self._features = _prepared(network.get_submodule("features"), precision, device)
+        # The head stays fp32 in every precision: it is small, and the closed form of Grad-CAM reads its weights.
         self._head = network.get_submodule("head").to(device)
         self._closed_form: ClosedForm | None = closed_form_of(self._head)
         self.checks = image_checks_of(bundle)
@@ -92,6 +93,7 @@ class LoadedModel:
             logits: Tensor = self._head(features)
             maps = self._maps(features, logits) if gradcam else None
             ood_scores = self._ood_scores(inputs, features)
+        # Calibration in numpy and float64, outside the network: it is the same for every precision and device.
         logits_array = np.asarray(logits.cpu().numpy(), dtype=np.float32)
         probabilities = apply_calibration(logits_array, self._document.calibration)
         return BatchOutput(
@@ -249,6 +251,7 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
         ConfigError: the architecture is not registered, or the precision unknown.
     """
     model = LoadedModel(bundle, plain_network(bundle), resolve_precision(precision, device), device)
+    # Only `auto` falls back: a precision that was asked for is used, and `check_golden` refuses what it breaks.
     if precision != "auto" or model.precision == "fp32" or model._survives_its_precision():
         return model
     logger.info("model %s computes in fp32: it loses too much in %s", bundle.id[:12], model.precision)
@@ -311,6 +314,7 @@ def reference_logits(network: nn.Module, pixels: UInt8Array, geometry: Geometry)
 
 
 def _prepared(features: nn.Module, precision: Precision, device: str) -> nn.Module:
+    # Folded before the conversion, because folding in bf16 would round the scales.
     folded = fold_batch_norm(features).to(device).to(memory_format=torch.channels_last)
     if precision == "bf16":
         # Autocast would convert the weights anew in every call. Batch norm that was not folded keeps fp32 statistics.

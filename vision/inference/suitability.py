@@ -97,6 +97,7 @@ class ImageChecks:
             Score and reason per image; see `Suitability`.
         """
         measured = appearance(pixels)
+        # The limits were fitted on decoded squares, so quality is measured on what the model sees, not on the upload.
         distance = self.looks.distance(measured)
         rows = []
         for row, (values, far) in enumerate(zip(measured, distance, strict=True)):
@@ -158,6 +159,7 @@ def assess(
     Raises:
         ContractError: the lengths differ.
     """
+    # Checked before the early return, so that wrong calls fail with every bundle.
     scores = output.ood_scores
     if not len(pixels) == len(output.logits) == len(pixels if shorter_sides_px is None else shorter_sides_px):
         raise ContractError("output, pixels and sides must have one length")

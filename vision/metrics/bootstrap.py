@@ -49,6 +49,7 @@ def resample_weights(strata: IntArray, *, num_resamples: int = NUM_RESAMPLES, se
     weights = np.zeros((num_resamples, len(strata)), dtype=np.float32)
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
+        # Multinomial counts are what n draws with replacement from n groups give.
         weights[:, members] = generator.multinomial(
             len(members), np.full(len(members), 1.0 / len(members)), size=num_resamples
         )
@@ -76,6 +77,8 @@ def resampled_confusions(
         raise ContractError(f"group index {int(group_index.max())} is outside the {num_groups} groups of the weights")
     cells = num_classes**2
     flat = group_index * cells + labels * num_classes + predicted
+    # One confusion matrix per group first: all resamples are then one matrix product. Counts below 2^24 are exact in
+    # float32.
     by_group = np.bincount(flat, minlength=num_groups * cells).reshape(num_groups, cells).astype(np.float32)
     return (weights @ by_group).astype(np.float64).reshape(-1, num_classes, num_classes)
 
@@ -90,6 +93,7 @@ def percentile_interval(values: FloatArray, level: float = LEVEL) -> FloatArray:
         [2, ...]: lower and upper end; NaN where no resample is defined.
     """
     tail = (1.0 - level) / 2
+    # nanquantile warns where no resample is defined; those ends stay NaN.
     defined = ~np.isnan(values).all(axis=0)
     ends = np.full((2, *values.shape[1:]), np.nan)
     if defined.any():
@@ -116,6 +120,7 @@ def stratified_sample(labels: IntArray, group_index: IntArray, per_class: int, *
         members = generator.permutation(np.flatnonzero(labels == label))
         rank = np.zeros(len(members), dtype=np.int64)
         seen: dict[int, int] = {}
+        # rank: how many images of its group precede it. Sorted by it, every group gives one image before any gives two.
         for position, group in enumerate(group_index[members].tolist()):
             rank[position] = seen.get(group, 0)
             seen[group] = int(rank[position]) + 1

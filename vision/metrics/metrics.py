@@ -40,6 +40,7 @@ def check_probabilities(probabilities: FloatArray, num_classes: int | None = Non
     """
     if probabilities.ndim != 2 or (num_classes is not None and probabilities.shape[1] != num_classes):
         raise ContractError(f"probabilities must be [N, {num_classes or 'C'}], got {list(probabilities.shape)}")
+    # Comparisons with NaN are false, so a row that is not finite counts as bad.
     with np.errstate(invalid="ignore"):
         bad = ~((np.abs(probabilities.sum(axis=1) - 1.0) <= 1e-6) & (probabilities >= 0).all(axis=1))
     if bad.any():
@@ -113,6 +114,7 @@ def macro_f1(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
     """
     counts = np.asarray(confusion, dtype=np.float64)
     present = counts.sum(axis=-1) > 0
+    # An absent class has F1 0 if it was predicted, else NaN; neither may enter the mean.
     f1 = np.where(present, np.nan_to_num(class_rates(counts).f1), 0.0)
     return _ratio(f1.sum(axis=-1), present.sum(axis=-1).astype(np.float64))
 
@@ -130,6 +132,7 @@ def one_vs_rest_auc(labels: IntArray, probabilities: FloatArray) -> FloatArray:
     is_class = labels[:, None] == np.arange(probabilities.shape[1])
     cases = is_class.sum(axis=0).astype(np.float64)
     others = len(labels) - cases
+    # The cases' rank sum minus its smallest possible value is Mann-Whitney's U; mean ranks count a tie as one half.
     rank_sum = (ranks * is_class).sum(axis=0)
     return _ratio(rank_sum - cases * (cases + 1) / 2, cases * others)
 
@@ -210,6 +213,7 @@ def mean_by_unit(values: FloatArray, unit_index: IntArray) -> FloatArray:
     Returns:
         [U] or [U, C].
     """
+    # bincount sums in C, for one column at a time; np.add.at over [N, C] is many times slower.
     sizes = np.bincount(unit_index)
     if values.ndim == 1:
         return np.asarray(np.bincount(unit_index, weights=values) / sizes)
@@ -220,6 +224,7 @@ def mean_by_unit(values: FloatArray, unit_index: IntArray) -> FloatArray:
 def _binned(labels: IntArray, probabilities: FloatArray, num_bins: int) -> tuple[FloatArray, BoolArray, IntArray]:
     """Return confidence, correctness and bin index of every case, each [N]."""
     confidence = probabilities.max(axis=1)
+    # ceil - 1 puts a confidence on a border into the lower bin, as (i/B, (i+1)/B] says; clip catches a confidence of 0.
     bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
     return confidence, probabilities.argmax(axis=1) == labels, bins
 

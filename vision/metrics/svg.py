@@ -22,6 +22,7 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
+    # Ids in the SVG are random without a salt, and equal figures must give equal bytes.
     "svg.hashsalt": "relook",
 }
 

@@ -83,6 +83,7 @@ class SparseDropout(nn.Dropout):
         """Zero values with probability p while training and scale the rest by 1 / (1 - p)."""
         if not self.training or self.p == 0.0:
             return input
+        # Positions index channels-last memory, which four dimensions have; GPUs draw fast enough.
         if self.p > LARGEST_RATE or input.device.type != "cpu" or input.dim() != 4:
             return super().forward(input)
         dropped: Tensor = _DropPositions.apply(input, self.p)

@@ -40,6 +40,7 @@ class EfficientNetLite0(nn.Module):
         channels = STEM_WIDTH
         for repeats, kernel_px, stride, expansion, width in STAGES:
             for repeat in range(repeats):
+                # Stochastic depth grows linearly with depth, from 0 at the first block, as published.
                 rate = DROPPED_PATHS * len(blocks) / num_blocks
                 blocks.append(
                     InvertedResidual(channels, width, kernel_px, stride if repeat == 0 else 1, expansion, rate)

@@ -75,6 +75,7 @@ class ModelRecipe(Registered):
 
 def _factory(module: str, name: str, **fixed: Any) -> Factory:
     def build(num_classes: int, **options: Any) -> "nn.Module":
+        # Imported here, so that settings, catalogue and help texts load without torch.
         network: nn.Module = getattr(import_module(f"vision.networks.{module}"), name)(num_classes, **fixed, **options)
         return network
 

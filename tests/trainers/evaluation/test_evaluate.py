@@ -151,7 +151,7 @@ def test_intervals_hold_the_estimate_and_are_exact_at_the_ends():
     assert perfect.per_class["nv"].sensitivity_ci[0] < 0.9
 
 
-def test_a_stated_prevalence_moves_answers_and_leaves_thresholds_alone():
+def test_a_stated_prevalence_moves_predictions_and_leaves_thresholds_alone():
     found = random_predictions(300)
     priors = dict.fromkeys(CODES, 1 / 7)
     plain = evaluate(found, TAXONOMY, operating_points())
@@ -202,7 +202,7 @@ def test_equal_input_gives_equal_figures_in_any_order():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_answer_that_is_not_finite_is_not_summarised_away(bad):
+def test_a_prediction_that_is_not_finite_is_refused(bad):
     predictions = random_predictions(10)
     predictions.probabilities[3, 2] = bad
     with pytest.raises(ContractError, match="row 3 of 10"):
@@ -265,7 +265,9 @@ def test_every_read_of_a_guarded_split_is_audited_and_counted(split, filled_stor
     assert evaluate(second, TAXONOMY, None).split_reads == second.split_reads
 
 
-def test_a_loaded_model_gives_the_same_answers_and_another_one_is_refused(filled_store, bundle, dataset, make_bundle):
+def test_a_loaded_model_gives_the_same_predictions_and_another_one_is_refused(
+    filled_store, bundle, dataset, make_bundle
+):
     model = load_model(bundle)
     ours = predict_split(filled_store, bundle, dataset, Split.VAL, "test", model=model)
     assert (ours.probabilities == predict_split(filled_store, bundle, dataset, Split.VAL, "test").probabilities).all()

@@ -78,8 +78,8 @@ def test_the_costliest_mistake_comes_first_and_a_lesion_once(reported):
     taxonomy = load_taxonomy("ham10000")
     mel, nv = taxonomy.index_of("mel"), taxonomy.index_of("nv")
     probabilities = np.full((4, 7), 0.01)
-    for row, (answer, share) in enumerate([(nv, 0.94), (nv, 0.5), (mel, 0.94), (nv, 0.94)]):
-        probabilities[row, answer] = share
+    for row, (predicted, share) in enumerate([(nv, 0.94), (nv, 0.5), (mel, 0.94), (nv, 0.94)]):
+        probabilities[row, predicted] = share
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     found = replace(
         reported[1],

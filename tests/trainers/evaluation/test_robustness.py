@@ -1,4 +1,4 @@
-"""Attacks on linear models, where the epsilon at which an answer turns can be computed by hand."""
+"""Attacks on linear models, where the epsilon at which a prediction flips can be computed by hand."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def figures(report, attack, name):
     return {point.epsilon: getattr(point, name) for point in report.attacks[attack]}
 
 
-def test_a_linear_answer_turns_where_computed(three_classes):
+def test_a_linear_prediction_flips_where_computed(three_classes):
     # Red leads green by 20 of 255 and blue by 100. The gradient lowers red and raises the others, so the
     # lead over green shrinks by 2 epsilon: at 9 it is still 2, at 11 it is gone.
     pixels = images_of((120, 100, 20), (120, 100, 20))
@@ -85,7 +85,7 @@ def test_key_class_and_shares_by_hand(three_classes):
     # 1, 1 and one half of the classes at their shares 0.7, 0.2 and 0.1
     assert clean.accuracy == pytest.approx(0.95)
     assert clean.balanced_accuracy == pytest.approx(2.5 / 3)
-    # The first keeps its lead of 51 - 22 and is both answered and referred; the second is lost.
+    # The first keeps its lead of 51 - 22 and is both predicted and referred; the second is lost.
     assert (attacked.key_class_sensitivity, attacked.key_class_referred) == (0.5, 0.5)
     assert attacked.balanced_accuracy == pytest.approx(0.5 / 3)
     assert attacked.accuracy == pytest.approx(0.05)
@@ -93,7 +93,7 @@ def test_key_class_and_shares_by_hand(three_classes):
 
 
 @pytest.mark.parametrize("scaling", ["mean_std", "min_max"])
-def test_epsilon_zero_is_the_clean_answer(make_network, filled_store, scaling):
+def test_epsilon_zero_is_the_clean_prediction(make_network, filled_store, scaling):
     taxonomy = filled_store.taxonomy
     geometry = Geometry(side_px=32, scaling=scaling, mean=(0.7, 0.6, 0.5), std=(0.2, 0.25, 0.3))
     network = make_network("custom_cnn", 7, 3)

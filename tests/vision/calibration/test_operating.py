@@ -1,4 +1,4 @@
-"""Thresholds: exact bounds, the refer point by hand, urgency, and what the service may answer."""
+"""Thresholds: exact bounds, the refer point by hand, urgency, and what is left to the model."""
 
 import numpy as np
 import pytest

@@ -106,7 +106,7 @@ def test_reweighting_recovers_another_prevalence_exactly():
     assert reweight(moved, {"a": 0.1, "b": 0.9}, {"b": 5, "a": 5}) == pytest.approx(posterior(0.5))
 
 
-def test_reweighting_refuses_what_has_no_answer():
+def test_reweighting_refuses_what_is_undefined():
     half = np.array([[0.5, 0.5]])
     with pytest.raises(TaxonomyError, match="for each of a, b"):
         reweight(half, {"a": 0.5, "b": 0.5}, {"a": 1.0})
@@ -125,7 +125,7 @@ def test_fit_refuses_what_it_cannot_use():
 
 
 def test_a_planted_prior_shift_is_recovered_by_reweighting():
-    """Calibrated at one prevalence and told of another, the probabilities mean what they say at the other."""
+    """Calibrated at one prevalence and re-weighted to another, the probabilities are calibrated at the other."""
     generator = np.random.default_rng(7)
     at_home = np.array([0.04, 0.06, 0.12, 0.02, 0.12, 0.6, 0.04])
     elsewhere = np.array([0.01, 0.02, 0.05, 0.01, 0.01, 0.89, 0.01])

@@ -121,23 +121,23 @@ def test_nan_stays_nan_through_the_clamp():
     assert out[0, 0, 0, 1:].tolist() == [0.0, 2.0]
 
 
-def test_networks_answer_in_other_threads_while_one_is_folded(make_network):
-    answering = fold_batch_norm(make_network("custom_cnn", 7, 3).features)
+def test_networks_run_in_other_threads_while_one_is_folded(make_network):
+    running = fold_batch_norm(make_network("custom_cnn", 7, 3).features)
     inputs = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        expected = answering(inputs)
+        expected = running(inputs)
     stop, failed = threading.Event(), []
 
-    def answer():
+    def run():
         while not stop.is_set():
             try:
                 with torch.inference_mode():
-                    assert torch.equal(answering(inputs), expected)
+                    assert torch.equal(running(inputs), expected)
             except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
                 failed.append(error)
                 return
 
-    threads = [threading.Thread(target=answer) for _ in range(2)]
+    threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for _ in range(5):

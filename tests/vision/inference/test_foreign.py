@@ -43,10 +43,10 @@ def refused(model, pixels):
 
 def test_nineteen_of_twenty_foreign_images_are_refused(model):
     images, kinds = foreign_images(SIDE_PX, NUM_FOREIGN)
-    told = refused(model, images)
-    by_kind = {kind: float(told[np.array(kinds) == kind].mean()) for kind in set(kinds)}
+    is_refused = refused(model, images)
+    by_kind = {kind: float(is_refused[np.array(kinds) == kind].mean()) for kind in set(kinds)}
     assert len(by_kind) == 10
-    assert told.mean() >= 0.95, by_kind
+    assert is_refused.mean() >= 0.95, by_kind
 
 
 def test_one_in_twenty_of_val_is_refused_at_most(model, lesions):

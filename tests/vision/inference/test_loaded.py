@@ -1,4 +1,4 @@
-"""A loaded model: equal to the plain network, to its golden answers, to itself in any batch and any thread."""
+"""A loaded model: equal to the plain network, to its golden logits, to itself in any batch and any thread."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,7 +31,7 @@ def model(random_bundle):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_answers_like_the_plain_network(name, random_bundle, make_network):
+def test_it_predicts_like_the_plain_network(name, random_bundle, make_network):
     bundle = random_bundle(name)
     model, pixels = load_model(bundle, precision="fp32"), random_pixels(3)
     output = model.predict(pixels)
@@ -103,7 +103,7 @@ def test_a_batch_of_eight_equals_eight_singles(name, random_bundle):
     assert np.concatenate([o.maps for o in alone]) == pytest.approx(together.maps, abs=1e-5 * scale)
 
 
-def test_permuting_the_batch_permutes_the_answers(model):
+def test_permuting_the_batch_permutes_the_predictions(model):
     pixels, order = random_pixels(5), np.array([3, 0, 4, 1, 2])
     assert model.predict(pixels[order]).logits == pytest.approx(model.predict(pixels).logits[order], abs=1e-4)
 
@@ -166,7 +166,7 @@ def test_logits_that_are_not_finite_give_no_map_and_no_error(random_bundle):
         model.check_golden()
 
 
-def test_a_model_that_answers_differently_than_stored_is_refused(random_bundle):
+def test_a_model_that_predicts_differently_than_stored_is_refused(random_bundle):
     bundle = random_bundle("custom_cnn")
     other = bundle.document.geometry.model_copy(update={"mean": (0.1, 0.1, 0.1)})
     changed = replace(bundle, document=bundle.document.model_copy(update={"geometry": other}))

@@ -86,10 +86,10 @@ def test_the_larger_of_two_distances_counts_and_an_older_bundle_has_one(checked,
         (lambda image: (255 - (255 - image) * 0.05).astype(np.uint8), QualityReason.TOO_BRIGHT),
     ],
 )
-def test_a_spoiled_image_is_told_with_its_reason(model, images, spoil, reason):
+def test_a_spoiled_image_is_reported_with_its_reason(model, images, spoil, reason):
     spoiled = np.stack([spoil(image) for image in images[-8:]])
-    told = reasons_of(model, spoiled)
-    assert sum(one is reason for one in told) >= 6, told
+    found = reasons_of(model, spoiled)
+    assert sum(one is reason for one in found) >= 6, found
     spoiled_scores = [p.quality_score for p in assess(model.checks, model.predict(spoiled), spoiled)]
     good_scores = [p.quality_score for p in assess(model.checks, model.predict(images[-8:]), images[-8:])]
     assert np.mean(spoiled_scores) < 0 < np.mean(good_scores)
@@ -107,9 +107,9 @@ def test_noise_a_page_and_grey_are_no_images_of_skin(model, images):
 
 def test_other_colours_are_another_kind_of_image(model, images):
     green = np.ascontiguousarray(images[-12:, :, :, [1, 0, 2]])
-    told = reasons_of(model, green)
-    assert all(reason is not None for reason in told)
-    assert QualityReason.UNLIKE_TRAINING in told
+    found = reasons_of(model, green)
+    assert all(reason is not None for reason in found)
+    assert QualityReason.UNLIKE_TRAINING in found
 
 
 def test_a_small_image_is_told(model, images):

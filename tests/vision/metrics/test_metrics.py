@@ -31,7 +31,7 @@ def cases():
 
 
 def test_rates_of_a_matrix_worked_out_by_hand():
-    # truth:   a a a a  b b  c;   answer:  a a a b  b c  c
+    # truth:   a a a a  b b  c;   predicted:  a a a b  b c  c
     confusion = confusion_matrix(np.array([0, 0, 0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 1, 2, 2]), 3)
     assert confusion.tolist() == [[3, 1, 0], [0, 1, 1], [0, 0, 1]]
     rates = class_rates(confusion)
@@ -127,7 +127,7 @@ def test_f1_and_accuracy_agree_with_scikit_learn(cases):
     assert np.allclose(macro_f1(stacked), macro_f1(confusion))
 
 
-def test_a_class_that_is_never_answered_counts_as_no_f1():
+def test_a_class_that_is_never_predicted_counts_as_no_f1():
     assert macro_f1(np.array([[4, 0], [2, 0]])) == pytest.approx((8 / 10 + 0) / 2)
 
 

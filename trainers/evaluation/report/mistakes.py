@@ -45,6 +45,7 @@ def worst_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, count: int
     loss = costs[labels[wrong]] * (1.0 - probabilities[wrong, labels[wrong]])
     chosen: list[int] = []
     seen: set[str] = set()
+    # A stable sort: equal costs keep the order of images, so equal evaluations show equal mistakes.
     for index in wrong[np.argsort(-loss, kind="stable")].tolist():
         lesion = predictions.lesion_ids[index] or predictions.image_ids[index]
         if lesion not in seen and len(chosen) < count:
@@ -73,6 +74,7 @@ def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating:
                 truth_probability=float(predictions.probabilities[index, truth]),
                 predicted_probability=float(predictions.probabilities[index, label]),
                 is_answered=bool(alone),
+                # An empty map changes no pixel; this only encodes the image as PNG.
                 image=_uri(overlay_png(image, np.zeros((1, 1)))),
                 overlay=_uri(overlay_png(image, heat_map)),
             )

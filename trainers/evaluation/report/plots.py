@@ -21,6 +21,7 @@ def confusion_plot(evaluation: Evaluation) -> str:
     figure, axes = new_figure(5.2, 4.6)
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     for row, column in np.ndindex(*counts.shape):
+        # Empty cells stay blank, so that the confusions stand out.
         if counts[row, column] > 0:
             colour = "white" if shares[row, column] > 0.55 else INK
             text = f"{100 * shares[row, column]:.0f} %\n{counts[row, column]:.0f}"
@@ -138,6 +139,7 @@ def replacement_plot(quality: ExplanationQuality) -> str:
 def _swept(is_case: BoolArray, scores: FloatArray) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
     """Sweep a threshold down: counts at or above it, sensitivity, 1 - specificity, precision; equal scores together."""
     order = np.argsort(-scores, kind="stable")
+    # Equal scores share one threshold, so only the last of a run is a point of the curve.
     last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
     hits = np.append(0, np.cumsum(is_case[order])[last])
     counts = np.append(0, last + 1)

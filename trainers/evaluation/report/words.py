@@ -127,6 +127,7 @@ def _about_coverage(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     short = [
         f"{name_of(code, taxonomy)} ({percent(share)})"
         for code, share in coverage.per_class.items()
+        # Pooled classes were promised coverage together, so a single one may lie below.
         if share is not None and code not in coverage.pooled_classes and share < coverage.promise - NOTABLE_GAP
     ]
     if not short:
@@ -141,6 +142,7 @@ def _about_slices(evaluation: Evaluation) -> list[str]:
         low = [
             f"{value} ({percent(report.balanced_accuracy)})"
             for value, report in reports.items()
+            # Balanced accuracy over fewer classes is another metric and cannot be compared with the whole.
             if report.classes == _num_present(evaluation)
             and report.balanced_accuracy_ci[1] < evaluation.balanced_accuracy
         ]

@@ -29,19 +29,7 @@ SLICE_TITLES = {
 def write_report(
     folder: Path, bundle: Bundle, model: LoadedModel, predictions: SplitPredictions, evaluation: Evaluation
 ) -> Path:
-    """Write the report of an evaluation.
-
-    Args:
-        folder: created if missing; an older report in it is replaced.
-        bundle: of the model.
-        model: the same bundle, loaded, to draw heat maps.
-        predictions: the evaluated predictions.
-        evaluation: their metrics.
-    Returns:
-        The HTML file.
-    Raises:
-        UnavailableError: the folder cannot be written.
-    """
+    """Write the report of an evaluation and return the HTML file; an older report in the folder is replaced."""
     html = render_report(bundle, model, predictions, evaluation)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +42,7 @@ def write_report(
 
 def render_report(bundle: Bundle, model: LoadedModel, predictions: SplitPredictions, evaluation: Evaluation) -> str:
     """Return the report as HTML; arguments as for `write_report`."""
+    # StrictUndefined: a value missing from the context fails instead of rendering as nothing.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "figure": _figure}
     template = resources.files("trainers.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
@@ -85,6 +74,7 @@ def _plots(bundle: Bundle, predictions: SplitPredictions, evaluation: Evaluation
         "precision_recall": plots.precision_recall_plot(labels, probabilities, evaluation),
         "reliability": plots.reliability_plot(evaluation),
     }
+    # Curves are optional in a bundle's metrics.
     training = bundle.document.metrics.get("training", {}).get("curves")
     if training:
         drawn["training"] = plots.training_plot(training)
