@@ -10,7 +10,7 @@ AUDIT_TOOLS := build/audit-tools
 TEST_PROCESSES ?= 2
 PIP := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: help setup demo check format test test-fast bench soak audit clean
+.PHONY: help setup demo check format test test-fast coverage mutants bench soak audit clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -54,6 +54,17 @@ test: setup  ## the whole suite: real Ray, real Label Studio, a browser where th
 test-fast: $(INSTALLED)  ## what needs no server and no browser
 	$(BIN)/pytest -m "not slow and not browser and not soak"
 
+coverage: setup  ## lines and branches that the suite runs, subprocesses and Ray's workers included
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --sort=cover
+
+mutants: setup  ## do the tests notice a change of the modules that decide about patients? (an hour)
+	$(BIN)/mutmut run --max-children $(TEST_PROCESSES)
+	$(BIN)/mutmut export-cicd-stats
+	$(BIN)/python .ci/mutation_score mutants/mutmut-cicd-stats.json
+
 bench: setup  ## time and memory of the demo; make bench-KIND measures train, tune, serve, explain or label
 	$(BIN)/python -m bench.drills.demo $(if $(DATA),--data "$(DATA)")
 
@@ -84,5 +95,5 @@ $(AUDIT_TOOLS)/.installed: .ci/audit.lock
 	@touch $@
 
 clean:  ## remove caches and the environment; .relook (your data) stays
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build mutants .coverage .coverage.* *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find $(ROOMS) tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("tests.models",)
 
-KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_TEST_S3", "RELOOK_REQUIRE_BROWSER"}
+KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_TEST_S3", "RELOOK_REQUIRE_BROWSER", "RELOOK_TEST_PRECISION"}
+
+PRECISION = os.environ.get("RELOOK_TEST_PRECISION", "fp32")
+"""What `precision=auto` means in the tests, on every machine: fp32, or bf16, which torch emulates where it has to."""
 
 # Read when torch is loaded, which nothing above does. Two test files at a time share the cores with Ray and a browser:
 # OpenMP's threads would wait for each other awake, and a network then takes four times as long.
@@ -40,6 +43,15 @@ def _closed_environment() -> Iterator[None]:
     patch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
     patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     patch.setenv("MPLBACKEND", "Agg")
+    # The hardware decides what `auto` means, so a figure that a test checks would depend on the machine. Processes
+    # that a test starts read the settings from the environment; this one is told directly.
+    patch.setenv("RELOOK_TRAINERS__PRECISION", PRECISION)
+    patch.setenv("RELOOK_SERVING__PRECISION", PRECISION)
+    patch.setattr("vision.precision.has_native_bf16", lambda device="cpu": PRECISION == "bf16")
+    # Width, language and time zone of whoever runs the tests change help texts, sorting and printed times.
+    patch.setenv("COLUMNS", "120")
+    patch.delenv("FORCE_COLOR", raising=False)
+    patch.delenv("NO_COLOR", raising=False)
     yield
     patch.undo()
 

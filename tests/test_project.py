@@ -40,7 +40,7 @@ MODULES = {
 # Declared, and used without an import of ours.
 UNSEEN = {"python-multipart": "starlette reads forms through it"}
 MAX_FUNCTION_LINES = 60
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 500
 
 
 def _canonical(name: str) -> str:
@@ -223,9 +223,10 @@ def test_the_make_verbs_exist_and_ci_runs_them() -> None:
     assert {"setup", "demo", "check", "test", "test-fast", "bench", "soak", "audit", "clean"} <= verbs
     ci = ROOT / ".ci" / "run"
     assert ci.stat().st_mode & 0o111
-    assert [line for line in ci.read_text().splitlines() if "make " in line] == [
+    assert [line for line in ci.read_text().splitlines() if "make " in line or line.startswith(".ci/")] == [
         "make setup",
         "make check",
+        ".ci/strange",
         "RELOOK_REQUIRE_BROWSER=1 make test",
     ]
 
