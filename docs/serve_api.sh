@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every line of the HTTP API with curl, against a running service; it stops at the first answer that is not as said.
+# Every line of the HTTP API with curl, against a running service; it stops at the first response with an unexpected status.
 #   [WEBHOOK_SECRET="$(cat .relook/keys/webhook-secret)"] \
-#   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh IMAGE [CANDIDATE_MODEL [SIGNED_PATH]]
+#   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh IMAGE [CANDIDATE_MODEL]
 # KEY needs the scope admin. It erases the image that it sent, and takes its own rollout back.
 set -euo pipefail
-IMAGE=$1 CANDIDATE=${2:-} SIGNED=${3:-}
+IMAGE=$1 CANDIDATE=${2:-}
 URL=${URL:-http://127.0.0.1:8000}
 body=$(mktemp) && trap 'rm -f "$body"' EXIT
 
@@ -41,13 +41,13 @@ key="tour-$RANDOM-$RANDOM-$$"
 call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 first=$(field id)
 call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
-[ "$(field id)" = "$first" ] || { echo "a repeated key gave another answer" >&2; exit 1; }
+[ "$(field id)" = "$first" ] || { echo "a repeated key gave another prediction" >&2; exit 1; }
 call 200 POST /v1/predictions/batch -F "image=@$IMAGE" -F "image=@$IMAGE" \
   -F 'context=[{"lesion_id": "L1"}, {"lesion_id": "L1"}];type=application/json'
 call 200 GET  "/v1/predictions/$id"
 call 200 GET  '/v1/predictions?decision=review&limit=5'
 
-# explanations of a stored answer, and of an image that is not stored
+# heat maps of a stored prediction, and of an image that is not stored
 for method in gradcam integrated_gradients gradient_shap occlusion; do
   call 200 GET "/v1/predictions/$id/explanation?method=$method&target=mel"
 done
@@ -71,14 +71,13 @@ if [ -n "$CANDIDATE" ]; then
 fi
 call 404 GET  /v1/rollout
 
-# the bell that Label Studio rings when an answer came in
+# the webhook of Label Studio
 if [ -n "${WEBHOOK_SECRET:-}" ]; then
   call 204 POST /v1/webhooks/label-studio -H "X-Relook-Webhook-Secret: $WEBHOOK_SECRET" "${JSON[@]}" -d '{"action": "ANNOTATION_CREATED"}'
 fi
 call 403 POST /v1/webhooks/label-studio -H 'X-Relook-Webhook-Secret: guessed'
 
-# a signed link, which needs no key; then erasure
-if [ -n "$SIGNED" ]; then KEY='' call 200 GET "$SIGNED"; fi
+# erasure
 call 200 DELETE "/v1/images/$image"
 
 # what is refused is a problem document

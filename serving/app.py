@@ -1,7 +1,6 @@
-"""The HTTP app: the API, its documentation, and the page behind one guarded door.
+"""The HTTP app: the API with its documentation and the page, behind one ASGI middleware.
 
-In: a `Service`. Out: an ASGI app. It knows nothing of Ray and starts nothing; whoever runs it starts the
-service first.
+In: a `Service`. Out: an ASGI app. It knows nothing of Ray and starts nothing: the caller starts the service first.
 """
 
 import logging
@@ -13,21 +12,19 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from records.errors import RelookError
-from serving.docs_page import docs_html
-from serving.guard import Guard, problem_response
 from serving.metrics import Metrics
-from serving.openapi import allowed_verbs, completed
-from serving.problems import problem, problem_of
-from serving.routes.door import Door
+from serving.middleware import RequestMiddleware
+from serving.openapi import allowed_verbs, completed, docs_html
+from serving.problems import problem, problem_of, problem_response
+from serving.routes.authenticator import Authenticator
 from serving.routes.explanations import explanations_router
 from serving.routes.feedback import feedback_router
 from serving.routes.images import images_router
 from serving.routes.models import models_router
 from serving.routes.predictions import predictions_router
-from serving.routes.rollout import rollout_router
 from serving.routes.webhooks import webhooks_router
 from serving.schemas import Problem
 from serving.service import Service
@@ -35,37 +32,20 @@ from serving.service import Service
 logger = logging.getLogger(__name__)
 
 MULTIPART_OVERHEAD_BYTES = 100_000
-"""What a form may add to the image: its boundaries and the context."""
-
-API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
+"""What a multipart form adds to the image: boundaries and context."""
 
 
 def create_app(service: Service, page: ASGIApp | None = None) -> ASGIApp:
-    """Make the whole app.
-
-    Args:
-        service: that answers.
-        page: the web page, for every path that is not the API's.
-    Returns:
-        An ASGI app; lifespan events go to the page.
-    """
+    """Return the whole app; with a page it serves every path that is not the API's and gets the lifespan events."""
     max_body_bytes = service.settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES
     metrics = Metrics(service.store)
     api = create_api(service, metrics, max_body_bytes)
-    front = api if page is None else _Front(api, page)
-    return Guard(front, max_body_bytes, metrics.responded, local_only=service.settings.is_loopback)
+    local_only = service.settings.is_loopback
+    return RequestMiddleware(api, max_body_bytes, metrics.responded, local_only=local_only, page=page)
 
 
 def create_api(service: Service, metrics: Metrics, max_body_bytes: int) -> FastAPI:
-    """Make the API alone, without the guard.
-
-    Args:
-        service: that answers.
-        metrics: that count.
-        max_body_bytes: largest request.
-    Returns:
-        The FastAPI app.
-    """
+    """Return the API alone, without the middleware."""
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": HTTPStatus(status).phrase}
         for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
@@ -73,19 +53,18 @@ def create_api(service: Service, metrics: Metrics, max_body_bytes: int) -> FastA
     api = FastAPI(
         title="Relook",
         version=metadata.version("relook"),
-        summary="Answers about images, with reasons. Decision support, not a diagnosis.",
+        summary="Predictions about images, with reasons. Decision support, not a diagnosis.",
         docs_url=None,
         redoc_url=None,
         responses=errors,
     )
     api.state.max_body_bytes = max_body_bytes
-    door = Door(service)
-    api.include_router(predictions_router(service, door, metrics))
-    api.include_router(explanations_router(service, door, metrics))
-    api.include_router(feedback_router(service, door, metrics))
-    api.include_router(images_router(service, door))
-    api.include_router(rollout_router(service, door))
-    api.include_router(models_router(service, door, metrics))
+    authenticator = Authenticator(service.store, service.settings.rate_limit_per_minute)
+    api.include_router(predictions_router(service, authenticator, metrics))
+    api.include_router(explanations_router(service, authenticator, metrics))
+    api.include_router(feedback_router(service, authenticator, metrics))
+    api.include_router(images_router(service, authenticator))
+    api.include_router(models_router(service, authenticator, metrics))
     api.include_router(webhooks_router(service))
     _add_problem_handlers(api, service.settings.retry_after_s)
 
@@ -109,7 +88,7 @@ def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
 
     @api.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> Response:
-        # Starlette raises the error again after this answer, and the guard logs it.
+        # Starlette raises the error again after this response, and the middleware logs it.
         return problem_response(problem_of(error), _request_id(request))
 
     @api.exception_handler(RequestValidationError)
@@ -134,15 +113,3 @@ def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
 
 def _request_id(request: Request) -> str | None:
     return getattr(request.state, "request_id", None)
-
-
-class _Front:
-    """Sends a request to the API or to the page, by its path."""
-
-    def __init__(self, api: ASGIApp, page: ASGIApp) -> None:
-        self._api, self._page = api, page
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        is_api = any(path == prefix or path.startswith(prefix + "/") for prefix in API_PATHS)
-        await (self._api if is_api else self._page)(scope, receive, send)

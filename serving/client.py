@@ -30,12 +30,14 @@ from records.errors import (
 from records.images import sniff
 from serving.schemas import (
     BatchResponse,
+    CallerInfo,
     Context,
     ErasureResponse,
     EventPage,
     Explanation,
     FlagRequest,
     FlagResponse,
+    ModelDetails,
     ModelList,
     OutcomeRequest,
     OutcomeResponse,
@@ -45,9 +47,9 @@ from serving.schemas import (
     Readiness,
     RolloutInfo,
     RolloutRequest,
+    RoundList,
     ServedModelInfo,
 )
-from serving.schemas_registry import CallerInfo, ModelDetails, RoundList
 
 B = TypeVar("B", bound=BaseModel)
 

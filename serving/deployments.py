@@ -1,11 +1,11 @@
-"""The service on Ray Serve: HTTP ingress, predictor, explainer and page, each a deployment of its own.
+"""The service on Ray Serve: HTTP ingress, predictor, explainer and page, each its own deployment.
 
     ingress (FastAPI) -> predictor (forward, triage, commit)
-                      -> explainer (maps of stored answers)
-                      -> page (Gradio, which asks the ingress as every caller does)
+                      -> explainer (heat maps of stored predictions)
+                      -> page (Gradio, which is a client of the ingress)
 
-The ingress listens by itself on the service's port (see `http_server`). Errors of the tree in `records.errors`
-travel between replicas as values, since exceptions lose their type and arguments on the way.
+The ingress listens on the service's port itself (see `http_server`). Errors of the tree in `records.errors` travel
+between replicas as `Failure` values, because Ray wraps exceptions and loses their type and arguments.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from records.errors import ImageError, RelookError, UnavailableError, error_clas
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Prediction
-from serving.grouping import Grouping
+from serving.grouping import CallGrouping
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.page_proxy import PageAddress, PageProxy, RequireToken
 from serving.settings import ServingSettings, compute_threads
@@ -34,30 +34,30 @@ T = TypeVar("T")
 
 APPLICATION = "relook"
 EXPLAINER_NICENESS = 10
-CALLS_UNDER_WAY = 4
-"""Calls to the predictor at once; what comes meanwhile gathers for the next one. One batch is computed and one is
-written while two gather."""
+MAX_CALLS = 4
+"""Concurrent calls to the predictor; requests that arrive meanwhile share the next call. With four, one batch computes
+and one commits while two more are collected."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error on its way from one replica to another."""
+    """An error as a value, to be sent from one replica to another."""
 
     kind: str
     message: str
     code: str | None = None
 
     def error(self) -> RelookError:
-        """Return the error again."""
+        """Return the error that this value was made of."""
         if self.code is not None:
             return ImageError(self.message, self.code)
         return error_class(self.kind)(self.message)
 
 
 class PredictorReplica:
-    """Runs a `Predictor` in a replica of its own."""
+    """Runs a `Predictor` in a replica."""
 
     def __init__(self, settings: ServingSettings, records: RecordsSettings) -> None:
         from serving.predictor import Predictor
@@ -67,14 +67,14 @@ class PredictorReplica:
         self._started = False
 
     async def check_health(self) -> None:
-        """Start at the first call, which Serve makes before any request; later say whether all is well."""
+        """Start at the first call, which Serve makes before any request; later raise if a loop has ended."""
         if not self._started:
             await self._predictor.start()
             self._started = True
         self._predictor.check()
 
     async def predict(self, requests: list[PredictionRequest]) -> list[StoredPrediction | Failure]:
-        """Answer requests that came in one call; see `Predictor.predict`."""
+        """Predict the images of one call; see `Predictor.predict`."""
         return list(await asyncio.gather(*map(self._predict, requests)))
 
     async def _predict(self, request: PredictionRequest) -> StoredPrediction | Failure:
@@ -83,12 +83,12 @@ class PredictorReplica:
         except RelookError as error:
             return _failure(error)
         except Exception as error:
-            # The others of the call have their answers.
+            # One failed request must not fail the others of the call, whose predictions are committed.
             logger.exception("request %s failed", request.request_id)
             return _failure(UnavailableError(f"a request failed: {type(error).__name__}"))
 
     async def state(self) -> ServingState:
-        """Return which model answers, or why none does."""
+        """Return which model serves, or why none does."""
         return self._predictor.state()
 
     async def __del__(self) -> None:
@@ -96,29 +96,29 @@ class PredictorReplica:
 
 
 class ExplainerReplica:
-    """Runs an `Explainer` in a replica of its own, so that explaining never slows predicting."""
+    """Runs an `Explainer` in its own replica, so that explaining does not slow predictions down."""
 
     def __init__(self, settings: ServingSettings, records: RecordsSettings) -> None:
         from serving.explainer import Explainer
 
         _set_threads(settings.explainer_cpus)
-        # Maps can wait; answers cannot.
+        # Where both share cores, the kernel prefers the predictor.
         os.nice(EXPLAINER_NICENESS)
         self._explainer = Explainer(open_store(records), settings)
 
     async def explain(
         self, prediction: Prediction, method: Method, target: str | None, versus: str | None
     ) -> HeatMap | Failure:
-        """Explain a stored answer; see `Explainer.explain`."""
-        return await self._in_turn(self._explainer.explain, prediction, method, target, versus)
+        """Explain a stored prediction; see `Explainer.explain`."""
+        return await self._in_thread(self._explainer.explain, prediction, method, target, versus)
 
     async def explain_image(
         self, image: bytes, method: Method, target: str | None, versus: str | None
     ) -> HeatMap | Failure:
         """Explain an image that is not stored; see `Explainer.explain_image`."""
-        return await self._in_turn(self._explainer.explain_image, image, method, target, versus)
+        return await self._in_thread(self._explainer.explain_image, image, method, target, versus)
 
-    async def _in_turn(self, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
+    async def _in_thread(self, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
         try:
             return await asyncio.to_thread(function, *arguments)
         except RelookError as error:
@@ -126,14 +126,7 @@ class ExplainerReplica:
 
 
 class RemoteService:
-    """The service as the ingress sees it: ledger and blobs here, computing elsewhere.
-
-    Args:
-        store: of the ingress.
-        settings: of this room.
-        predictor: handle of `PredictorReplica`.
-        explainer: handle of `ExplainerReplica`.
-    """
+    """The `Service` of the ingress: ledger and blobs here, computation by handles of the other replicas."""
 
     def __init__(
         self,
@@ -146,11 +139,11 @@ class RemoteService:
         self.settings = settings
         self._predictor = predictor
         self._explainer = explainer
-        self._predictions = Grouping(self._predict, CALLS_UNDER_WAY, settings.max_batch_size)
+        self._calls = CallGrouping(self._predict, MAX_CALLS, settings.max_batch_size)
 
     async def predict(self, request: PredictionRequest) -> StoredPrediction:
-        """Answer; see `Predictor.predict`."""
-        result = await self._predictions.ask(request)
+        """Predict one image; see `Predictor.predict`."""
+        result = await self._calls.submit(request)
         if isinstance(result, Failure):
             raise result.error()
         return result
@@ -162,7 +155,7 @@ class RemoteService:
     async def explain(
         self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
     ) -> HeatMap:
-        """Explain a stored answer; see `Explainer.explain`."""
+        """Explain a stored prediction; see `Explainer.explain`."""
         heat_map: HeatMap = await _called(self._explainer.explain.remote(prediction, method, target, versus))
         return heat_map
 
@@ -172,7 +165,7 @@ class RemoteService:
         return heat_map
 
     async def state(self) -> ServingState:
-        """Return which model answers, or why none does."""
+        """Return which model serves, or why none does."""
         state: ServingState = await _called(self._predictor.state.remote())
         return state
 
@@ -189,7 +182,7 @@ class PageReplica:
         self._server = HttpServer(app, "127.0.0.1", 0)
 
     async def check_health(self) -> None:
-        """Begin to listen at the first call; later say whether the listener still runs."""
+        """Start to listen at the first call; later raise if the listener has ended."""
         await self._server.check()
 
     async def address(self) -> PageAddress:
@@ -201,7 +194,7 @@ class PageReplica:
 
 
 class IngressReplica:
-    """Listens for HTTP: serves the API, and passes on what is for the page."""
+    """Listens for HTTP: serves the API and forwards requests for the page."""
 
     def __init__(
         self,
@@ -224,7 +217,7 @@ class IngressReplica:
         self._server = HttpServer(app, settings.host, settings.port)
 
     async def check_health(self) -> None:
-        """Begin to listen at the first call; later say whether the listener still runs."""
+        """Start to listen at the first call; later raise if the listener has ended."""
         await self._server.check()
 
     async def __del__(self) -> None:
@@ -232,19 +225,19 @@ class IngressReplica:
 
 
 def build_application(settings: ServingSettings, records: RecordsSettings, node: str) -> serve.Application:
-    """Describe the whole service to Ray Serve; nothing is started.
+    """Return the Ray Serve application; nothing is started.
 
     Args:
-        settings: of this room.
-        records: where everything is kept; `home` must be absolute, since replicas run in other folders.
+        settings: of the service.
+        records: `home` must be absolute, since replicas run in other folders.
         node: IP address of the Ray node that listens for HTTP; the other replicas run wherever there is room.
     Returns:
         The application.
     """
     predictor = _deployment(PredictorReplica, "predictor", settings, settings.predictor_cpus).bind(settings, records)
     explainer = _deployment(ExplainerReplica, "explainer", settings, settings.explainer_cpus).bind(settings, records)
-    # Ray gives every node a resource of this name. On another node than the command's, the address that the
-    # command was told, above all loopback, would be another machine's.
+    # Ray gives every node a resource of this name. It pins the ingress to the node of the command: `settings.host`,
+    # loopback above all, means that machine.
     here = {f"node:{node}": 0.001}
     ingress = _deployment(IngressReplica, "ingress", settings, settings.ingress_cpus, here)
     page = _deployment(PageReplica, "page", settings, 0, here).bind(settings, records) if settings.page else None
@@ -252,13 +245,13 @@ def build_application(settings: ServingSettings, records: RecordsSettings, node:
 
 
 def serve_environment() -> dict[str, str]:
-    """Return the variables that Ray Serve has to find in a replica's process; `build_application` sets them.
+    """Return the environment variables that Ray Serve reads in a replica; `build_application` sets them.
 
-    Handles and replicas then share one event loop and talk by gRPC: a hop costs 3.4 ms instead of 6.4.
+    With them, handles and replicas share one event loop and communicate by gRPC: a hop takes 3.4 ms instead of 6.4.
     """
     return {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # The ingress listens by itself; no replica is to open a port for HTTP through Serve.
+        # The ingress listens itself, so no replica may open an HTTP port through Serve.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
         "GRADIO_ANALYTICS_ENABLED": "False",
         "NO_ALBUMENTATIONS_UPDATE": "1",
@@ -268,7 +261,7 @@ def serve_environment() -> dict[str, str]:
 def _deployment(
     replica: type, name: str, settings: ServingSettings, cpus: float, resources: Mapping[str, float] | None = None
 ) -> serve.Deployment:
-    # Ray would give a replica one OpenMP thread whatever CPUs it has.
+    # Without OMP_NUM_THREADS, Ray gives a replica one OpenMP thread, whatever CPUs it reserves.
     environment = {**serve_environment(), "OMP_NUM_THREADS": str(compute_threads(cpus))}
     make: Any = serve.deployment
     deployment: serve.Deployment = make(
@@ -280,7 +273,7 @@ def _deployment(
             "resources": dict(resources or {}),
             "runtime_env": {"env_vars": environment},
         },
-        # The ingress admits; what it has admitted never queues on the way.
+        # The ingress limits requests in flight; with this margin Serve never queues what the ingress admitted.
         max_ongoing_requests=2 * settings.max_in_flight + 16,
         health_check_period_s=2,
         health_check_timeout_s=30,
@@ -306,7 +299,7 @@ async def _called(response: Any) -> Any:
     try:
         result = await response
     except (RayError, RayServeException) as error:
-        raise UnavailableError(f"a replica does not answer: {type(error).__name__}") from error
+        raise UnavailableError(f"a replica does not respond: {type(error).__name__}") from error
     if isinstance(result, Failure):
         raise result.error()
     return result

@@ -1,7 +1,7 @@
-"""The explainer: a map for an answer that was given before, computed again by the model that gave it.
+"""The explainer: heat maps for stored predictions, computed by the model that made the prediction.
 
-In: a stored prediction and a class. Out: a `HeatMap`. It holds the models it was asked about last, so
-that explaining never disturbs predicting. It writes nothing.
+In: a stored prediction and a class. Out: a `HeatMap`. It keeps its own copies of the models used last, so explaining
+shares no network and no lock with predicting. It writes nothing.
 """
 
 import threading
@@ -26,12 +26,7 @@ MODELS_KEPT = 3
 
 
 class Explainer:
-    """Explains stored answers. Safe from several threads.
-
-    Args:
-        store: with images, predictions and models.
-        settings: of this room.
-    """
+    """Explains stored predictions and unstored images. Thread-safe."""
 
     def __init__(self, store: Store, settings: ServingSettings) -> None:
         self._store = store
@@ -40,19 +35,19 @@ class Explainer:
         self._loading = threading.Lock()
 
     def explain(self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None) -> HeatMap:
-        """Compute where the model that answered looked.
+        """Return a heat map of a stored prediction.
 
         Args:
-            prediction: the stored answer.
-            method: how.
-            target: class code; None is the answer's label, or the first class if it has none.
-            versus: class code that the target is held against, or None.
+            prediction: whose image is stored.
+            method: name in `METHODS`.
+            target: class code; None is the predicted label, or the first class if there is none.
+            versus: class code that the target is compared with, or None.
         Returns:
-            The map.
+            The map with its overlay.
         Raises:
             TaxonomyError: a class is unknown.
-            DataError: the two classes are one.
-            RefusedError: the image was not stored, or the model has no finite answer for it.
+            DataError: `target` and `versus` are the same class.
+            RefusedError: the image was not stored, or the model's output for it is not finite.
         """
         wanted = target or prediction.label or self._store.taxonomy.codes[0]
         self._check_classes(wanted, versus)
@@ -60,20 +55,20 @@ class Explainer:
         return self._map(self._model(prediction.model_id, prediction.precision, method), image, method, wanted, versus)
 
     def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
-        """Compute where the model that answers now would look. Nothing is stored.
+        """Return a heat map of an image by the model that serves now. Nothing is stored.
 
         Args:
             image: as sent.
-            method: how.
+            method: name in `METHODS`.
             target: class code; None is the most likely class.
-            versus: class code that the target is held against, or None.
+            versus: class code that the target is compared with, or None.
         Returns:
-            The map.
+            The map with its overlay.
         Raises:
             ImageError: the image cannot be used.
             TaxonomyError: a class is unknown.
-            DataError: the two classes are one.
-            UnavailableError: no model answers.
+            DataError: `target` and `versus` are the same class.
+            UnavailableError: no model serves.
         """
         stored = take_in(self._store, image, self._settings.max_pixels)
         with self._store.ledger.read() as tx:
@@ -90,7 +85,7 @@ class Explainer:
     def _check_classes(self, target: str, versus: str | None) -> None:
         self._store.taxonomy.index_of(target)
         if versus is not None and self._store.taxonomy.index_of(versus) == self._store.taxonomy.index_of(target):
-            raise DataError(f"versus: {versus!r} cannot be held against itself; name another class")
+            raise DataError(f"versus: {versus!r} cannot be compared with itself; name another class")
 
     def _map(self, loaded: LoadedModel, image: bytes, method: Method, target: str, versus: str | None) -> HeatMap:
         index_of = self._store.taxonomy.index_of
@@ -98,7 +93,7 @@ class Explainer:
         against = None if versus is None else index_of(versus)
         found = attribute(loaded, pixels, method, index_of(target), against)
         if not np.isfinite(found.values).all():
-            raise RefusedError("the model has no finite answer for this image, so there is nothing to explain")
+            raise RefusedError("the model has no finite output for this image, so there is nothing to explain")
         side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
         return attribution_map(loaded, found, image, method, target, versus, side_px, alpha)
 
@@ -107,7 +102,7 @@ class Explainer:
             image = tx.get(Image, prediction.image_id)
         if image is None or image.erased_at is not None or prediction.consent is Consent.NONE:
             raise RefusedError(
-                "the image of this answer was not stored, so it cannot be explained afterwards; "
+                "the image of this prediction was not stored, so it cannot be explained afterwards; "
                 "send it again with ?explain=gradcam"
             )
         if self._store.blobs.has(image.id):
@@ -117,6 +112,7 @@ class Explainer:
     def _model(self, model_id: str, precision: str, method: Method) -> LoadedModel:
         # Some methods need fp32, whatever precision the prediction was computed in.
         key = (model_id, "fp32" if METHODS[method].needs_fp32 else precision)
+        # Loaded under the lock: two requests for one model must not load it twice.
         with self._loading:
             if key not in self._models:
                 self._models[key] = self._load(*key)
@@ -129,6 +125,6 @@ class Explainer:
         with self._store.ledger.read() as tx:
             record = tx.get(ModelRecord, model_id)
         if record is None:
-            raise UnknownIdError(f"the model {model_id[:12]} that gave this answer is no longer registered")
+            raise UnknownIdError(f"the model {model_id[:12]} that made this prediction is no longer registered")
         choice: PrecisionChoice = "auto" if precision == "auto" else "bf16" if precision == "bf16" else "fp32"
         return load_model(registered_bundle(self._store, record), precision=choice)

@@ -1,18 +1,21 @@
-"""The model that answers, and its exchange for the next one without a pause.
+"""The model that serves: loading, verification, and replacement without a pause.
 
-In: the ledger, which names the one model that answers. Out: `ModelHolder.current`. A new model is loaded
-beside the old one, must answer its golden images and is warmed up; then one reference changes.
-Who asked before goes on with the old one. It promotes nothing.
+In: the ledger, which names the serving model. Out: `ModelHolder.current`. A new model is loaded while the old one
+serves, must reproduce its golden logits and is warmed up; then one reference changes. Requests that were decoded for
+the old model are still computed by it. Nothing is promoted here.
 """
 
 import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from records.bundles import BundleDocument
-from records.errors import RelookError, UnavailableError
+from records.errors import IntegrityError, RelookError, UnavailableError, UnknownIdError
 from records.ids import utc_now
 from records.models import registered_bundle, serving_model
 from records.store import Store
@@ -27,12 +30,12 @@ from vision.precision import PrecisionChoice
 logger = logging.getLogger(__name__)
 
 RETRY_BROKEN_S = 30.0
-"""A model that could not be loaded is tried again after this long."""
+"""Time until a model that could not be loaded is tried again."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that may answer."""
+    """A loaded model that passed its golden images."""
 
     id: str
     status: str
@@ -42,7 +45,7 @@ class ServedModel:
     golden_difference: float
 
     def info(self) -> ServedModelInfo:
-        """Return what callers may know of it."""
+        """Return its public description."""
         document = self.document
         classes = [ClassInfo(code=c.code, name=c.name, malignant=c.malignant) for c in document.taxonomy.classes]
         return ServedModelInfo(
@@ -61,12 +64,7 @@ class ServedModel:
 
 
 class ModelHolder:
-    """Holds the model that answers. `refresh` runs in one thread at a time; `current` in any.
-
-    Args:
-        store: with the ledger that names the model.
-        settings: precision and the batch size to warm up with.
-    """
+    """Holds the serving model. `refresh` runs in one thread at a time; `current` in any."""
 
     def __init__(self, store: Store, settings: ServingSettings) -> None:
         self._store = store
@@ -78,22 +76,23 @@ class ModelHolder:
 
     @property
     def current(self) -> ServedModel:
-        """The model that answers now; UnavailableError if there is none."""
+        """The serving model; UnavailableError if there is none."""
         if self._current is None:
             raise UnavailableError(self._detail)
         return self._current
 
     def state(self) -> ServingState:
-        """Return which model answers, or why none does."""
+        """Return which model serves, or why none does."""
         current = self._current
         return ServingState(current.info() if current else None, self._detail)
 
     def refresh(self) -> bool:
-        """Follow the ledger: load the model it names, if it is another one or has another status.
+        """Load the model that the ledger names, if it is another one, and take over its status.
+
+        A model that cannot be loaded or fails its golden images is logged, and the current one keeps serving.
 
         Returns:
-            True if another model answers from now on. A model that cannot be loaded or fails its
-            golden images is logged, and the one before goes on answering.
+            True if another model serves from now on.
         """
         with self._refreshing:
             try:
@@ -101,9 +100,9 @@ class ModelHolder:
                     named = serving_model(tx)
                 return named is not None and self._follow(named)
             except (RelookError, OSError) as error:
-                # Whatever is wrong with the ledger or with a new model is no reason to stop answering.
+                # Neither an unreachable ledger nor a broken new model may stop the current one from serving.
                 self._detail = str(error)
-                logger.error("the model that answers stays as it is: %s", error)
+                logger.error("the serving model stays as it is: %s", error)
                 return False
 
     def _follow(self, named: ModelRecord) -> bool:
@@ -113,31 +112,33 @@ class ModelHolder:
                 self._current = replace(current, status=named.status.value)
             self._detail = "ready"
             return False
+        # Loading takes seconds of CPU; tried at each poll, a broken model would slow the current one down.
         if time.monotonic() < self._broken.get(named.id, 0.0):
             return False
         try:
+            # Assigning a reference is atomic: readers in other threads get the old model or the new one.
             self._current = load_served(self._store, named, self._settings)
         except Exception:
             self._broken[named.id] = time.monotonic() + RETRY_BROKEN_S
             raise
         self._broken.pop(named.id, None)
         self._detail = "ready"
-        logger.info("model %s (%s) answers from now on", named.id[:12], named.status)
+        logger.info("model %s (%s) serves from now on", named.id[:12], named.status)
         return True
 
 
 def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> ServedModel:
-    """Load a registered model, ask it its golden images and warm it up.
+    """Load a registered model, check its golden images and warm it up.
 
     Args:
-        store: whose taxonomy it must have.
-        named: the model.
-        settings: precision and the batch sizes to warm up with.
+        store: whose taxonomy the model must have.
+        named: its record.
+        settings: precision and batch sizes.
     Returns:
-        The model, ready to answer.
+        The model, ready to serve.
     Raises:
-        IntegrityError: it was altered, or does not answer its golden images.
-        TaxonomyError: it was made for other classes.
+        IntegrityError: the bundle was altered, or does not reproduce its golden logits.
+        TaxonomyError: it was trained for other classes.
     """
     bundle = registered_bundle(store, named)
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {named.id[:12]}")
@@ -145,6 +146,55 @@ def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> 
     loaded = load_model(bundle, precision=precision)
     difference = loaded.check_golden()
     golden = bundle.golden()["inputs"]
+    # The first forward pass of a batch size allocates memory and chooses kernels; requests should not wait for that.
     for size in (1, settings.max_batch_size):
         loaded.predict(golden[[0] * size], gradcam=True)
     return ServedModel(named.id, named.status.value, loaded, bundle.document, utc_now(), difference)
+
+
+class VerifiedModel(BaseModel):
+    """Result of verifying one model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    status: str
+    precision: str | None = Field(description="of the computation; null if the model could not be loaded")
+    golden_difference: float | None = Field(description="largest difference from a golden logit; null if not checked")
+    problem: str | None = Field(description="one sentence; null if there is none")
+
+
+def verify_models(
+    store: Store,
+    records: Sequence[ModelRecord],
+    precision: PrecisionChoice,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[VerifiedModel]:
+    """Check that registered models still reproduce their golden logits, for example after an upgrade of torch.
+
+    Args:
+        store: that knows where their bundles are.
+        records: of the models.
+        precision: to compute in.
+        on_done: called after each model.
+    Returns:
+        One result per model, in order; a model that fails does not keep the next one from being checked.
+    """
+    found = []
+    for record in records:
+        found.append(_verify(store, record, precision))
+        on_done()
+    return found
+
+
+def _verify(store: Store, record: ModelRecord, precision: PrecisionChoice) -> VerifiedModel:
+    computed_in, difference, problem = None, None, None
+    try:
+        model = load_model(registered_bundle(store, record), precision=precision)
+        computed_in = model.precision
+        difference = model.check_golden()
+    except (IntegrityError, UnknownIdError) as error:
+        problem = str(error)
+    return VerifiedModel(
+        id=record.id, status=record.status, precision=computed_in, golden_difference=difference, problem=problem
+    )

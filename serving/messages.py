@@ -1,7 +1,7 @@
-"""What travels between the HTTP replica and the replicas that compute.
+"""Messages between the HTTP ingress and the replicas that compute.
 
-Plain frozen values: a request to predict, what came of it, a map, and which model answers. No HTTP
-and no Ray here, so the same values serve an app that runs in one process.
+Plain frozen values: a prediction request, a stored prediction, a heat map, and the state of the model. No HTTP and no
+Ray here, so an app in one process uses the same values.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class PredictionRequest:
-    """One image to answer about."""
+    """One image to predict."""
 
     image: bytes
     request_id: str
@@ -34,7 +34,7 @@ class PredictionRequest:
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Where a model looked for one class."""
+    """A heat map for one class, with its overlay."""
 
     method: str
     exact: bool
@@ -51,7 +51,7 @@ class HeatMap:
 
 @dataclass(frozen=True, slots=True)
 class StoredPrediction:
-    """A prediction that is in the ledger. The map is there only if it was computed with the answer."""
+    """A committed prediction with its review item; the heat map only if it was computed with the prediction."""
 
     prediction: Prediction
     review: ReviewItem | None
@@ -60,7 +60,7 @@ class StoredPrediction:
 
 @dataclass(frozen=True, slots=True)
 class ServingState:
-    """Which model answers now, or why none does."""
+    """The model that serves now, or the reason why none does."""
 
     model: ServedModelInfo | None
     detail: str

@@ -1,7 +1,7 @@
-"""Figures for Prometheus, counted in the process that speaks HTTP.
+"""Prometheus metrics of the HTTP ingress.
 
-A registry of its own, so that two services in one process do not share counts. Queue lengths are read from the
-ledger when they are asked for. No label holds anything of a caller or a patient.
+Each service has its own registry, so two services in one process do not share counts. Gauges of open review items
+are read from the ledger at each scrape. No label contains data of a caller or a patient.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,22 +15,16 @@ _SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
 
 
 class Metrics:
-    """All counters of one service.
-
-    Args:
-        store: whose queue lengths are shown, and whose taxonomy says what is malignant.
-    """
+    """All metrics of one service."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.registry = CollectorRegistry()
         labels = ("decision", "label", "model", "arm")
-        self._answers = Counter("relook_predictions", "Answers given", labels, registry=self.registry)
-        self._reasons = Counter(
-            "relook_reasons", "Reasons for asking an annotator", ("reason",), registry=self.registry
-        )
+        self._predictions = Counter("relook_predictions", "Predictions", labels, registry=self.registry)
+        self._reasons = Counter("relook_reasons", "Reasons for review", ("reason",), registry=self.registry)
         self._latency = Histogram(
-            "relook_prediction_seconds", "From decoding to the stored answer", buckets=_LATENCY_BUCKETS_S,
+            "relook_prediction_seconds", "From decoding to the stored prediction", buckets=_LATENCY_BUCKETS_S,
             registry=self.registry,
         )  # fmt: skip
         self._confidence = Histogram(
@@ -43,20 +37,20 @@ class Metrics:
             "relook_out_of_distribution", "How unlike the training images: drift of inputs",
             buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0, 2.0, 5.0), registry=self.registry,
         )  # fmt: skip
-        self.under_way = Gauge("relook_images_under_way", "Images admitted and not answered", registry=self.registry)
-        self.explained = Counter("relook_explanations", "Maps computed", ("method",), registry=self.registry)
-        self.flagged = Counter("relook_flags", "Objections", ("reason",), registry=self.registry)
-        self._responses = Counter("relook_responses", "HTTP answers", ("status",), registry=self.registry)
-        self._waiting = Gauge("relook_tasks_waiting", "Questions to annotators", ("state",), registry=self.registry)
-        self._overdue = Gauge("relook_tasks_overdue", "Urgent questions past their deadline", registry=self.registry)
+        self.under_way = Gauge("relook_images_under_way", "Images in flight", registry=self.registry)
+        self.explained = Counter("relook_explanations", "Heat maps computed", ("method",), registry=self.registry)
+        self.flagged = Counter("relook_flags", "Flags", ("reason",), registry=self.registry)
+        self._responses = Counter("relook_responses", "HTTP responses", ("status",), registry=self.registry)
+        self._waiting = Gauge("relook_tasks_waiting", "Open review items", ("state",), registry=self.registry)
+        self._overdue = Gauge("relook_tasks_overdue", "Urgent review items past their due date", registry=self.registry)
 
     def responded(self, status: int) -> None:
-        """Count an HTTP answer by its status."""
+        """Count an HTTP response by its status."""
         self._responses.labels(status=str(status)).inc()
 
-    def answered(self, prediction: Prediction) -> None:
-        """Count an answer."""
-        self._answers.labels(
+    def predicted(self, prediction: Prediction) -> None:
+        """Count a prediction."""
+        self._predictions.labels(
             decision=prediction.decision.value,
             label=prediction.label or "none",
             model=prediction.model_id[:12],
@@ -73,7 +67,7 @@ class Metrics:
             self._unlike.observe(prediction.out_of_distribution_score)
 
     def text(self) -> bytes:
-        """Return all figures in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         with self._store.ledger.read() as tx:
             for state in (ReviewState.NEW, ReviewState.PUSHED):
                 self._waiting.labels(state=state.value).set(tx.count(ReviewItem, {"state": state}))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from records.erasure import make_way
+from records.erasure import remove_expired_tombstones
 from records.errors import DataError, RefusedError
 from records.ids import new_id, utc_now
 from records.keys import patient_hash
@@ -89,6 +89,8 @@ def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | Non
         verdict: with at least one reason.
         overlay_blob: blob of the heat map over the image, or None.
         urgent_due_h: time until an urgent item is due, hours.
+    Returns:
+        The row.
     """
     is_urgent = ReasonCode.URGENT in verdict.reasons
     return ReviewItem(
@@ -127,7 +129,7 @@ def write_predictions(store: Store, batch: Sequence[PredictionRows]) -> list[Rev
         # The retention period of such an image ended and its bytes were deleted; it was sent again and is stored anew.
         expired = {image_id for image_id, image in known.items() if image.expired_at is not None}
         if expired:
-            make_way(tx, expired)
+            remove_expired_tombstones(tx, expired)
             _store_again(
                 store, [rows.stored for rows in batch if rows.stored is not None and rows.stored.id in expired]
             )
@@ -235,7 +237,7 @@ def write_flag(
         image = tx.get(Image, prediction.image_id)
         if image is not None and image.erased_at is not None:
             raise RefusedError(
-                "the image of this prediction is no longer kept, so no annotator can see it; send it again, then flag it"
+                "the image of this prediction is no longer stored, so no annotator can see it; send it again"
             )
         item = _flagged_item(tx, prediction, request, overlay_blob, store.taxonomy)
         flag = Flag(

@@ -1,11 +1,11 @@
-"""The predictor: micro-batches from requests, one transaction per batch, then the answers.
+"""The predictor: micro-batches from concurrent requests, one transaction per batch.
 
-    request -> take in, decode (threads) -> queue -> forward passes (a thread per core)
-            -> triage, overlays, commit (one thread) -> answers
+    request -> take in, decode (threads) -> queue -> forward pass (a thread per core)
+            -> triage, overlays, commit (one thread) -> response
 
-A batch that computes alone has all cores; batches that compute at once have one core each, so that none waits
-for another's threads. While all cores compute the next batch gathers, so batches grow with load and a lone
-request waits for nobody. An answer leaves only after its rows are committed. No Ray and no HTTP here.
+Batch size adapts to load: a request on an idle service is computed at once, and while all cores are computing, the
+requests that arrive form the next batch. A batch that computes alone uses all cores; batches that compute at the same
+time use one core each. A prediction is returned only after its rows are committed. No Ray and no HTTP here.
 """
 
 import asyncio
@@ -22,71 +22,77 @@ import torch
 from images.decode import decode_square
 from records.errors import RefusedError, UnavailableError
 from records.store import Store
-from records.types import Consent, Rollout, RolloutStage
-from serving.holder import ModelHolder, ServedModel
+from records.types import Consent, RolloutStage
+from serving.holder import ModelHolder
 from serving.images import take_in, was_erased
 from serving.messages import PredictionRequest, ServingState, StoredPrediction
 from serving.outbox import StoredImage
-from serving.recording import Job, Recorder, pixels_of, same_image
-from serving.rollout.trial import Beside, Trial
+from serving.recording import Job, Recorder, Result, pixels_of, same_image
+from serving.rollout.candidate import CandidateOutput, CandidateRows, CandidateRunner
 from serving.settings import ServingSettings, compute_threads
 from vision.inference.output import BatchOutput
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Found = tuple[Rollout, ServedModel, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A job and who waits for it."""
+class _QueuedJob:
+    """A job and the future of its request."""
 
     job: Job
     done: "asyncio.Future[StoredPrediction]" = field(repr=False)
 
 
 class Predictor:
-    """Answers requests with the model that the ledger names. Use it within one event loop.
+    """Predicts with the model that the ledger names. All methods belong to one event loop.
 
     Args:
         store: with ledger and blobs.
-        settings: of this room.
+        settings: batching, threads and rules of triage.
     """
 
     def __init__(self, store: Store, settings: ServingSettings) -> None:
         self._store = store
         self._settings = settings
         self._holder = ModelHolder(store, settings)
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
-        self._held: _Waiting | None = None
-        self._under_way: dict[tuple[str, str], asyncio.Task[StoredPrediction]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._settling: set[asyncio.Task[None]] = set()
+        self._queue: asyncio.Queue[_QueuedJob] = asyncio.Queue()
+        # The first job of the next batch, if it was taken from the queue and belongs to another model.
+        self._held_back: _QueuedJob | None = None
+        # (caller, idempotency key) -> the running task of the first request with that key.
+        self._in_flight: dict[tuple[str, str], asyncio.Task[StoredPrediction]] = {}
+        self._loops: list[asyncio.Task[None]] = []
+        # asyncio keeps only weak references to tasks, so running ones are kept here until they end.
+        self._background: set[asyncio.Task[None]] = set()
         self._cores = compute_threads(settings.predictor_cpus)
-        # Every core may compute a batch while another waits for its commit; more would only grow latency.
+        # A slot is held from the forward pass to the commit, a core only during the forward pass. One slot more than
+        # cores lets a batch compute while another waits for its commit. With more slots, batches would leave the
+        # queue earlier and smaller, only to wait for the write thread: more latency, no more throughput.
         self._slots = asyncio.Semaphore(self._cores + 1)
         self._free_cores = asyncio.Semaphore(self._cores)
         self._num_computing = 0
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._forward_threads = ThreadPoolExecutor(self._cores, "forward")
+        # One write thread: SQLite runs one write transaction at a time, so a second thread would only wait.
         self._write_thread = ThreadPoolExecutor(1, "write")
+        # Loading a model takes seconds, so it has a thread of its own, and so has shadow traffic, which may be slow.
         self._poll_thread = ThreadPoolExecutor(1, "poll")
         self._shadow_thread = ThreadPoolExecutor(1, "shadow")
-        self._trial = Trial(store, settings)
+        self._candidate = CandidateRunner(store, settings)
         self._is_mirroring = False
         self._recorder = Recorder(store, settings, self._decode_threads)
 
     async def start(self) -> None:
-        """Load the model that answers and begin to take requests."""
+        """Load the model that serves and start the batch loop and the polling of the ledger."""
         await self._in(self._poll_thread, self._refresh)
-        self._tasks = [asyncio.create_task(self._follow_ledger()), asyncio.create_task(self._run_batches())]
+        self._loops = [asyncio.create_task(self._poll_ledger()), asyncio.create_task(self._run_batches())]
 
     async def stop(self) -> None:
-        """Finish what is under way and end all threads."""
-        for task in self._tasks:
+        """Finish running batches and end all threads."""
+        for task in self._loops:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._settling, return_exceptions=True)
+        await asyncio.gather(*self._loops, *self._background, return_exceptions=True)
         for pool in (
             self._decode_threads,
             self._forward_threads,
@@ -97,182 +103,207 @@ class Predictor:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def state(self) -> ServingState:
-        """Return which model answers, or why none does."""
+        """Return which model serves, or why none does."""
         return self._holder.state()
 
     def check(self) -> None:
-        """Raise UnavailableError if a loop of the predictor has ended, which only a bug can do."""
-        for task in self._tasks:
+        """Raise UnavailableError if a loop of the predictor has ended, which only a bug can cause."""
+        for task in self._loops:
             if task.done():
                 raise UnavailableError(f"the predictor stopped: {task.exception() or 'cancelled'}")
 
     async def predict(self, request: PredictionRequest) -> StoredPrediction:
-        """Answer a request.
+        """Predict one image.
+
+        A request with the idempotency key of an earlier one gets the prediction of that request, also while the
+        earlier one is still running.
 
         Args:
-            request: one image and what is known about it.
+            request: the image and its context.
         Returns:
-            The answer, after it was committed. A request with the idempotency key of another one gets
-            that one's answer, also while it is under way.
+            The prediction, after its commit.
         Raises:
             ImageError: the image cannot be used.
             RefusedError: the idempotency key was used for another image.
-            UnavailableError: no model answers, or the ledger does not.
+            UnavailableError: no model serves, or the ledger cannot be reached.
         """
         if request.idempotency_key is None:
             return await self._predict(request)
         key = (request.caller, request.idempotency_key)
-        task = self._under_way.get(key)
+        # No `await` between lookup and insert, so two requests of one event loop cannot both find the key free.
+        # Requests in different replicas can: there the unique key in the ledger decides, see `Recorder.record`.
+        task = self._in_flight.get(key)
         if task is None:
             task = asyncio.create_task(self._predict(request))
-            self._under_way[key] = task
-            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+            self._in_flight[key] = task
+            task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+            # Shielded: if this caller disconnects, others may wait for the same task.
             return await asyncio.shield(task)
-        answered = await asyncio.shield(task)
+        stored = await asyncio.shield(task)
         image = await self._in(self._decode_threads, self._take_in, request)
-        return same_image(answered, image)
+        return same_image(stored, image)
 
     async def _predict(self, request: PredictionRequest) -> StoredPrediction:
         prepared = await self._in(self._decode_threads, self._prepare, request)
         if isinstance(prepared, StoredPrediction):
             return prepared
-        waiting = _Waiting(prepared, asyncio.get_running_loop().create_future())
-        self._queue.put_nowait(waiting)
-        return await waiting.done
+        queued = _QueuedJob(prepared, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(queued)
+        return await queued.done
 
     def _prepare(self, request: PredictionRequest) -> Job | StoredPrediction:
+        """Return a decoded job, or the stored prediction of a repeated request. Runs in a decode thread."""
         arrived_s = time.perf_counter()
         image = self._take_in(request)
         if request.idempotency_key is not None:
             repeated = self._recorder.repeated(request)
             if repeated is not None:
                 return same_image(repeated, image)
+        # Bound to the job here: pixels are decoded in this model's geometry, so a later swap must not change it.
         model = self._holder.current
         consent = (request.context.consent or self._settings.default_consent) if self._settings.keep else Consent.NONE
         pixels = decode_square(image.data, model.document.geometry.side_px)
+        # An image that was erased on request is predicted when it is sent again, and not stored again.
         if consent is not Consent.NONE and was_erased(self._store, image.id):
             consent = Consent.NONE
         if consent is not Consent.NONE:
-            # Before the transaction: a blob without a row is harmless, a row without its blob is not.
+            # Before the transaction: after a crash in between, a blob without a row is harmless, while
+            # a row without its blob would promise an image that does not exist.
             self._store.blobs.put(image.data)
         return Job(request, image, consent, model, pixels, arrived_s)
 
     def _take_in(self, request: PredictionRequest) -> StoredImage:
         return take_in(self._store, request.image, self._settings.max_pixels)
 
-    async def _follow_ledger(self) -> None:
+    async def _poll_ledger(self) -> None:
         while True:
             await asyncio.sleep(self._settings.model_poll_s)
             await self._in(self._poll_thread, self._refresh)
 
     def _refresh(self) -> None:
         self._holder.refresh()
-        self._trial.refresh()
+        self._candidate.refresh()
 
     async def _run_batches(self) -> None:
         while True:
-            # A slot and a core first: while none is free, the batch grows.
+            # Slot and core come first, the batch afterwards: jobs that arrive while this loop waits for a core stay in
+            # the queue and join the batch. Gathered first, the batch would wait at its size of that moment.
             await self._slots.acquire()
             await self._free_cores.acquire()
             batch = await self._gather()
             self._num_computing += 1
+            # All cores only if nothing computes and nothing waits: torch threads of two forward passes on the same
+            # cores wait for each other at every operator. The number can only be chosen before the forward pass.
             is_alone = self._num_computing == 1 and self._queue.empty()
-            task = asyncio.create_task(self._answer(batch, self._cores if is_alone else 1))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
+            task = asyncio.create_task(self._compute(batch, self._cores if is_alone else 1))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
 
-    async def _answer(self, batch: list[_Waiting], num_threads: int) -> None:
+    async def _gather(self) -> list[_QueuedJob]:
+        """Wait for a job and take those that queue behind it, up to `max_batch_size` and all for the same model."""
+        first = self._held_back or await self._queue.get()
+        self._held_back = None
+        batch = [first]
+        deadline_s = time.perf_counter() + self._settings.batch_wait_ms / 1000
+        while len(batch) < self._settings.max_batch_size:
+            try:
+                left_s = deadline_s - time.perf_counter()
+                queued = self._queue.get_nowait() if left_s <= 0 else await asyncio.wait_for(self._queue.get(), left_s)
+            except (asyncio.QueueEmpty, TimeoutError):
+                break
+            # During a model swap the queue holds jobs of both models. An asyncio queue takes nothing back, so the
+            # first job of the other model is held back for the next batch, which keeps the order of arrival.
+            if queued.job.model.loaded is not first.job.model.loaded:
+                self._held_back = queued
+                break
+            batch.append(queued)
+        return batch
+
+    async def _compute(self, batch: list[_QueuedJob], num_threads: int) -> None:
         try:
-            output, beside = await self._in(self._forward_threads, self._forward, batch, num_threads)
+            output, candidate = await self._in(self._forward_threads, self._forward, batch, num_threads)
         except Exception as error:
             logger.exception("a forward pass failed")
             _fail(batch, error)
             self._slots.release()
             return
         finally:
+            # The core is free as soon as the forward pass ends; the slot stays taken until the commit.
             self._num_computing -= 1
             self._free_cores.release()
-        await self._settle(batch, output, beside)
+        await self._commit(batch, output, candidate)
 
-    async def _gather(self) -> list[_Waiting]:
-        """Wait for a job and take what queued up with it, all for the same model."""
-        first = self._held or await self._queue.get()
-        self._held = None
-        batch = [first]
-        deadline_s = time.perf_counter() + self._settings.batch_wait_ms / 1000
-        while len(batch) < self._settings.max_batch_size:
-            try:
-                left_s = deadline_s - time.perf_counter()
-                found = self._queue.get_nowait() if left_s <= 0 else await asyncio.wait_for(self._queue.get(), left_s)
-            except (asyncio.QueueEmpty, TimeoutError):
-                break
-            if found.job.model.loaded is not first.job.model.loaded:
-                self._held = found
-                break
-            batch.append(found)
-        return batch
-
-    async def _settle(self, batch: list[_Waiting], output: BatchOutput, beside: Beside | None) -> None:
-        try:
-            jobs = [waiting.job for waiting in batch]
-            results = await self._in(self._write_thread, self._recorder.record, jobs, output, beside, self._trial)
-        except Exception as error:
-            logger.exception("a batch was not written")
-            _fail(batch, error)
-        else:
-            for waiting, result in zip(batch, results, strict=True):
-                if waiting.done.done():
-                    continue
-                if isinstance(result, RefusedError):
-                    waiting.done.set_exception(result)
-                else:
-                    waiting.done.set_result(result)
-            self._mirror(jobs, results)
-        finally:
-            self._slots.release()
-
-    def _mirror(self, jobs: list[Job], results: list[StoredPrediction | RefusedError]) -> None:
-        """Show a candidate in shadow what was answered, off the request's path; a batch is left out while one runs."""
-        found = None if self._is_mirroring else self._trial.rows_of(split_keys(jobs), RolloutStage.SHADOW)
-        if found is None:
-            return
-        self._is_mirroring = True
-        task = asyncio.create_task(self._in(self._shadow_thread, self._ask_shadow, found, jobs, results))
-        self._settling.add(task)
-        task.add_done_callback(self._mirrored)
-
-    def _mirrored(self, task: "asyncio.Task[None]") -> None:
-        self._is_mirroring = False
-        self._settling.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("a mirrored batch was not written", exc_info=task.exception())
-
-    def _ask_shadow(self, found: Found, jobs: list[Job], results: list[StoredPrediction | RefusedError]) -> None:
-        beside = self._trial.ask(found, np.stack([pixels_of(job, found[1]) for job in jobs]), float("inf"))
-        self._recorder.record_shadow(jobs, results, beside, self._trial)
-
-    def _forward(self, batch: list[_Waiting], num_threads: int) -> tuple[BatchOutput, Beside | None]:
-        jobs = [waiting.job for waiting in batch]
+    def _forward(self, batch: list[_QueuedJob], num_threads: int) -> tuple[BatchOutput, CandidateOutput | None]:
+        jobs = [queued.job for queued in batch]
+        # Counts for the calling thread only, so every forward pass sets it anew.
         torch.set_num_threads(num_threads)
         began_s = time.perf_counter()
         output = jobs[0].model.loaded.predict(np.stack([job.pixels for job in jobs]), gradcam=True)
         each_s = (time.perf_counter() - began_s) / len(jobs)
-        found = self._trial.rows_of(split_keys(jobs), RolloutStage.CANARY)
-        if found is None:
+        selected = self._candidate.select(assignment_keys(jobs), RolloutStage.CANARY)
+        if selected is None:
             return output, None
-        pixels = np.stack([pixels_of(jobs[row], found[1]) for row in found[2]])
-        return output, self._trial.ask(found, pixels, each_s)
+        # A canary predicts in the request's path: either of the two predictions may be the one that is served.
+        pixels = np.stack([pixels_of(jobs[row], selected.model) for row in selected.rows])
+        return output, self._candidate.predict(selected, pixels, each_s)
+
+    async def _commit(self, batch: list[_QueuedJob], output: BatchOutput, candidate: CandidateOutput | None) -> None:
+        try:
+            jobs = [queued.job for queued in batch]
+            record = self._recorder.record
+            results = await self._in(self._write_thread, record, jobs, output, candidate, self._candidate)
+        except Exception as error:
+            # Nothing was committed, so no caller of the batch may get a prediction; they can send it again.
+            logger.exception("a batch was not written")
+            _fail(batch, error)
+        else:
+            # Only here, after the commit: a prediction that a caller has seen is never lost by a crash.
+            for queued, result in zip(batch, results, strict=True):
+                # A request that was cancelled meanwhile has a cancelled future; its prediction stays stored.
+                if queued.done.done():
+                    continue
+                if isinstance(result, RefusedError):
+                    queued.done.set_exception(result)
+                else:
+                    queued.done.set_result(result)
+            self._mirror(jobs, results)
+        finally:
+            self._slots.release()
+
+    def _mirror(self, jobs: list[Job], results: list[Result]) -> None:
+        """Let a candidate in shadow predict a batch that was served, outside of the request's path."""
+        # At most one mirrored batch at a time: under load the others are skipped, so that a slow candidate neither
+        # delays requests nor builds up a queue. Its guardrails need a sample of the traffic, not all of it.
+        selected = None if self._is_mirroring else self._candidate.select(assignment_keys(jobs), RolloutStage.SHADOW)
+        if selected is None:
+            return
+        self._is_mirroring = True
+        task = asyncio.create_task(self._in(self._shadow_thread, self._predict_shadow, selected, jobs, results))
+        self._background.add(task)
+        task.add_done_callback(self._mirrored)
+
+    def _mirrored(self, task: "asyncio.Task[None]") -> None:
+        self._is_mirroring = False
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a mirrored batch was not written", exc_info=task.exception())
+
+    def _predict_shadow(self, selected: CandidateRows, jobs: list[Job], results: list[Result]) -> None:
+        pixels = np.stack([pixels_of(job, selected.model) for job in jobs])
+        # Not compared by time: it shares its cores with served batches, so being slower says nothing about it.
+        candidate = self._candidate.predict(selected, pixels, champion_s=float("inf"))
+        self._recorder.record_shadow(jobs, results, candidate, self._candidate)
 
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
-def split_keys(jobs: list[Job]) -> list[str]:
-    """Return what a canary's split goes by: the lesion, so that its images stay together, else the image."""
+def assignment_keys(jobs: list[Job]) -> list[str]:
+    """Return per job what a canary assigns by: the lesion, so that all its images get one model, else the image."""
     return [job.request.context.lesion_id or job.image.id for job in jobs]
 
 
-def _fail(batch: list[_Waiting], error: Exception) -> None:
-    for waiting in batch:
-        if not waiting.done.done():
-            waiting.done.set_exception(error)
+def _fail(batch: list[_QueuedJob], error: Exception) -> None:
+    for queued in batch:
+        if not queued.done.done():
+            queued.done.set_exception(error)

@@ -1,11 +1,13 @@
-"""Every error as an RFC 9457 problem document: status, code and one sentence.
+"""Errors as RFC 9457 problem documents: status, code and one sentence.
 
-In: an error of the tree in `records.errors`. Out: a `Problem`. What is not the caller's fault says so
-and gives nothing away: no traceback, no path, no value of a setting.
+In: an error of the tree in `records.errors`. Out: a `Problem`, or the response with it. Errors that the caller did
+not cause reveal nothing: no traceback, no path, no value of a setting.
 """
 
 from http import HTTPStatus
 from typing import Any
+
+from starlette.responses import Response
 
 from records.errors import (
     AccessError,
@@ -33,14 +35,14 @@ _IMAGE_STATUS: dict[str, int] = {
 def problem(
     status: int, code: str, detail: str, *, request_id: str | None = None, errors: list[dict[str, Any]] | None = None
 ) -> Problem:
-    """Make a problem document.
+    """Return a problem document.
 
     Args:
         status: HTTP status, 400 to 599.
-        code: stable word for programs.
+        code: stable identifier for programs.
         detail: one sentence for people.
-        request_id: of the request, if it has one.
-        errors: fields that do not fit.
+        request_id: None until the response is made.
+        errors: fields of a body that do not fit, each with `field` and `message`.
     Returns:
         The document.
     """
@@ -57,12 +59,9 @@ def problem(
 
 
 def problem_of(error: BaseException) -> Problem:
-    """Turn an error into a problem document.
+    """Return the problem document of any error.
 
-    Args:
-        error: anything that was raised.
-    Returns:
-        4xx for the caller's errors, 503 for something outside that does not answer, else 500 without details.
+    Status 4xx for errors of the caller, 503 for a dependency that cannot be reached, else 500 without details.
     """
     match error:
         case ImageError():
@@ -77,7 +76,16 @@ def problem_of(error: BaseException) -> Problem:
             return problem(422, "invalid", str(error))
         case UnavailableError():
             return problem(
-                503, "unavailable", "the service cannot answer now; try again soon (/readyz says what is missing)"
+                503, "unavailable", "the service is not available now; try again soon (/readyz says what is missing)"
             )
         case _:
-            return problem(500, "internal", "the service met a fault of its own and logged it; try again later")
+            return problem(500, "internal", "the service has an internal error, which is logged; try again later")
+
+
+def problem_response(found: Problem, request_id: str | None, retry_after_s: int | None = None) -> Response:
+    """Return the HTTP response of a problem; `retry_after_s` becomes its Retry-After header."""
+    body = found.model_copy(update={"request_id": request_id}).model_dump_json(exclude_none=True)
+    headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}
+    if found.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="relook"'
+    return Response(body, status_code=found.status, headers=headers, media_type=MEDIA_TYPE)

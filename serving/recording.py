@@ -1,7 +1,7 @@
-"""What becomes of a computed batch: triage, overlays, rows, one transaction.
+"""The second half of a batch: triage, overlays, rows, one transaction.
 
-In: jobs with their model's output. Out: answers that are in the ledger, or why one is not. It runs in
-the writing thread of the predictor and knows nothing of queues.
+In: jobs with their model's output. Out: predictions that are committed to the ledger, or the error of a job. It runs
+in the write thread of the predictor and knows nothing of queues.
 """
 
 import time
@@ -30,34 +30,38 @@ from serving.outbox import (
     review_row,
     write_predictions,
 )
-from serving.rollout.trial import Beside, Trial, serves_candidate
+from serving.rollout.candidate import CandidateOutput, CandidateRunner, serves_candidate
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
 from vision.inference.output import BatchOutput
 from vision.inference.suitability import Suitability, assess
 
+Result = StoredPrediction | RefusedError
+Computed = tuple[PredictionRows, HeatMap | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request, decoded for the model that was answering when it came."""
+    """One request, decoded for the model that was serving when it arrived."""
 
     request: PredictionRequest
     image: StoredImage
     consent: Consent
     model: ServedModel
     pixels: UInt8Array
+    """[S, S, 3] in the geometry of `model`"""
     arrived_s: float
     """of `time.perf_counter`"""
     arm: Arm = Arm.CHAMPION
 
 
 class Recorder:
-    """Turns outputs into stored answers.
+    """Turns outputs into stored predictions.
 
     Args:
         store: with ledger and blobs.
         settings: rules of triage, and how overlays are drawn.
-        drawing: threads that draw overlays, which costs most of all this.
+        drawing: threads that draw overlays, the most expensive part of recording.
     """
 
     def __init__(self, store: Store, settings: ServingSettings, drawing: Executor) -> None:
@@ -68,109 +72,105 @@ class Recorder:
         self._drawing = drawing
 
     def record(
-        self, batch: Sequence[Job], output: BatchOutput, beside: Beside | None = None, trial: Trial | None = None
-    ) -> list[StoredPrediction | RefusedError]:
-        """Decide about a batch and write it down.
+        self,
+        batch: Sequence[Job],
+        output: BatchOutput,
+        candidate: CandidateOutput | None = None,
+        runner: CandidateRunner | None = None,
+    ) -> list[Result]:
+        """Decide about a batch and commit it in one transaction.
 
         Args:
             batch: N jobs of one model.
             output: of that model, N rows.
-            beside: what a candidate said of some of them; of two answers the more cautious one is served.
-            trial: that counts what it did.
+            candidate: a canary's output for some rows; the more cautious of two predictions is served.
+            runner: counts the guardrails of `candidate`.
         Returns:
-            N answers that are committed; an error where a key was used for another image.
+            Per job the committed prediction, or an error if its key was used for another image.
         Raises:
-            UnavailableError: the ledger or the blob store does not answer; nothing was answered then.
+            UnavailableError: ledger or blob store cannot be reached; nothing was committed then.
         """
         suitable = _suitability(batch, output)
-        made = list(self._drawing.map(self._answer, batch, repeat(output), range(len(batch)), suitable))
+        computed = list(self._drawing.map(self._compute, batch, repeat(output), range(len(batch)), suitable))
         if not self._settings.keep:
-            return [StoredPrediction(answer.prediction, None, heat_map) for answer, heat_map in made]
+            return [StoredPrediction(rows.prediction, None, heat_map) for rows, heat_map in computed]
         unserved: list[PredictionRows] = []
-        if beside is not None and trial is not None:
-            made, unserved = self._beside(batch, made, beside, trial)
+        if candidate is not None and runner is not None:
+            computed, unserved = self._choose(batch, computed, candidate, runner)
         try:
-            reviews = write_predictions(self._store, [*(answer for answer, _ in made), *unserved])[: len(made)]
+            # The served rows and the other halves of the pairs commit together: a pair is never stored by half.
+            items = write_predictions(self._store, [*(rows for rows, _ in computed), *unserved])[: len(computed)]
         except RefusedError:
-            # Another replica answered one of the keys in the meantime: only that one is repeated.
-            return [self._write_alone(job, *rows) for job, rows in zip(batch, made, strict=True)]
+            # Another replica committed one of the idempotency keys meanwhile, and the whole batch was rolled back.
+            # Written one by one, only that request gets the stored prediction and all others get their own.
+            return [self._record_alone(job, *each) for job, each in zip(batch, computed, strict=True)]
         return [
-            StoredPrediction(answer.prediction, review, heat_map)
-            for (answer, heat_map), review in zip(made, reviews, strict=True)
+            StoredPrediction(rows.prediction, review, heat_map)
+            for (rows, heat_map), review in zip(computed, items, strict=True)
         ]
 
     def record_shadow(
-        self, batch: Sequence[Job], served: Sequence[StoredPrediction | RefusedError], beside: Beside, trial: Trial
+        self, batch: Sequence[Job], served: Sequence[Result], candidate: CandidateOutput, runner: CandidateRunner
     ) -> None:
-        """Write down what a mirrored candidate said, as answers that nobody got, and count its harm."""
-        candidates = self._candidates(batch, beside, Arm.SHADOW)
+        """Commit what a candidate in shadow predicted, as unserved predictions, and count its guardrails."""
+        computed = self._compute_candidate(batch, candidate, Arm.SHADOW)
         pairs = []
-        for row, answer in zip(beside.rows, candidates, strict=True):
+        for row, shadow in zip(candidate.selected.rows, computed, strict=True):
             champion = served[row]
             if isinstance(champion, StoredPrediction):
-                pairs.append((champion.prediction, None if answer is None else answer[0].prediction))
-        rows = [
-            PredictionRows(_unserved(answer[0].prediction), None, None) for answer in candidates if answer is not None
-        ]
-        write_predictions(self._store, rows)
-        trial.count(beside, pairs)
-
-    def _beside(
-        self,
-        batch: Sequence[Job],
-        made: list[tuple[PredictionRows, HeatMap | None]],
-        beside: Beside,
-        trial: Trial,
-    ) -> tuple[list[tuple[PredictionRows, HeatMap | None]], list[PredictionRows]]:
-        """Return the answers to serve, and those of the pairs that are only kept."""
-        chosen, unserved, pairs = list(made), [], []
-        for row, candidate in zip(beside.rows, self._candidates(batch, beside, Arm.CANDIDATE), strict=True):
-            champion = made[row]
-            pairs.append((champion[0].prediction, None if candidate is None else candidate[0].prediction))
-            if candidate is None:
-                continue
-            takes = serves_candidate(champion[0].prediction, candidate[0].prediction)
-            chosen[row] = candidate if takes else champion
-            other = champion if takes else candidate
-            unserved.append(PredictionRows(_unserved(other[0].prediction), None, None))
-        trial.count(beside, pairs)
-        return chosen, unserved
-
-    def _candidates(
-        self, batch: Sequence[Job], beside: Beside, arm: Arm
-    ) -> list[tuple[PredictionRows, HeatMap | None] | None]:
-        if beside.output is None:
-            return [None] * len(beside.rows)
-        jobs = [replace(batch[row], model=beside.model, arm=arm) for row in beside.rows]
-        known = [pixels_of(job, beside.model) for job in jobs]
-        jobs = [replace(job, pixels=pixels) for job, pixels in zip(jobs, known, strict=True)]
-        suitable = _suitability(jobs, beside.output)
-        return [self._answer(job, beside.output, row, suitable[row]) for row, job in enumerate(jobs)]
+                pairs.append((champion.prediction, None if shadow is None else shadow[0].prediction))
+        write_predictions(self._store, [_unserved(shadow[0].prediction) for shadow in computed if shadow is not None])
+        runner.count(candidate, pairs)
 
     def repeated(self, request: PredictionRequest) -> StoredPrediction | None:
-        """Return the answer that was given to a request's idempotency key before, if any."""
+        """Return the stored prediction with a request's idempotency key, or None."""
         found = find_repeated(self._store, request.caller, request.idempotency_key or "")
         if found is None:
             return None
         with self._store.ledger.read() as tx:
             return StoredPrediction(found, review_of(tx, found))
 
-    def _write_alone(
-        self, job: Job, answer: PredictionRows, heat_map: HeatMap | None
-    ) -> StoredPrediction | RefusedError:
+    def _choose(
+        self, batch: Sequence[Job], computed: list[Computed], candidate: CandidateOutput, runner: CandidateRunner
+    ) -> tuple[list[Computed], list[PredictionRows]]:
+        """Return what is served per job, and the rows of the pairs that are stored and not served."""
+        chosen, unserved, pairs = list(computed), [], []
+        canary = self._compute_candidate(batch, candidate, Arm.CANDIDATE)
+        for row, other in zip(candidate.selected.rows, canary, strict=True):
+            champion = computed[row]
+            pairs.append((champion[0].prediction, None if other is None else other[0].prediction))
+            if other is None:
+                continue
+            if serves_candidate(champion[0].prediction, other[0].prediction):
+                chosen[row], other = other, champion
+            unserved.append(_unserved(other[0].prediction))
+        runner.count(candidate, pairs)
+        return chosen, unserved
+
+    def _compute_candidate(self, batch: Sequence[Job], candidate: CandidateOutput, arm: Arm) -> list[Computed | None]:
+        selected, output = candidate.selected, candidate.output
+        if output is None:
+            return [None] * len(selected.rows)
+        jobs = []
+        for row in selected.rows:
+            # Not the champion's pixels if the two geometries differ.
+            pixels = pixels_of(batch[row], selected.model)
+            jobs.append(replace(batch[row], model=selected.model, arm=arm, pixels=pixels))
+        suitable = _suitability(jobs, output)
+        return [self._compute(job, output, row, suitable[row]) for row, job in enumerate(jobs)]
+
+    def _record_alone(self, job: Job, rows: PredictionRows, heat_map: HeatMap | None) -> Result:
         try:
-            (review,) = write_predictions(self._store, [answer])
+            (review,) = write_predictions(self._store, [rows])
         except RefusedError as error:
             repeated = self.repeated(job.request) if job.request.idempotency_key else None
             try:
                 return error if repeated is None else same_image(repeated, job.image)
             except RefusedError as other_image:
                 return other_image
-        return StoredPrediction(answer.prediction, review, heat_map)
+        return StoredPrediction(rows.prediction, review, heat_map)
 
-    def _answer(
-        self, job: Job, output: BatchOutput, row: int, suitable: Suitability
-    ) -> tuple[PredictionRows, HeatMap | None]:
+    def _compute(self, job: Job, output: BatchOutput, row: int, suitable: Suitability) -> Computed:
         draw = audit_draw_of(job.image.id, self._settings.audit_salt)
         document = job.model.document
         verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw, suitable)
@@ -183,6 +183,7 @@ class Recorder:
         review = None
         if verdict.decision in (Decision.REVIEW, Decision.URGENT):
             overlay = heat_map.png if heat_map else self._overlay(job, values)
+            # Stored before the transaction, for the same reason as the image; see `Predictor._prepare`.
             blob = self._store.blobs.put(overlay) if overlay else None
             review = review_row(prediction, verdict, blob, self._settings.urgent_due_h)
         image = image_row(self._store, job.image, job.request.context, job.consent, prediction.created_at)
@@ -201,7 +202,7 @@ class Recorder:
 
     def _prediction(self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int) -> Prediction:
         request, model = job.request, job.model
-        has_answer = verdict.label is not None
+        has_label = verdict.label is not None
         codes = model.document.taxonomy.codes
         return Prediction(
             id=new_id(),
@@ -212,7 +213,7 @@ class Recorder:
             idempotency_key=request.idempotency_key,
             image_id=job.image.id,
             consent=job.consent,
-            context=_said(request),
+            context=_stored_context(request),
             model_id=model.id,
             model_status=model.status,
             arm=job.arm,
@@ -222,7 +223,7 @@ class Recorder:
             settings_hash=self._settings_hash,
             label=verdict.label,
             confidence=verdict.confidence,
-            probabilities=dict(zip(codes, probabilities.tolist(), strict=True)) if has_answer else None,
+            probabilities=dict(zip(codes, probabilities.tolist(), strict=True)) if has_label else None,
             prediction_set=list(verdict.prediction_set),
             out_of_distribution_score=verdict.suitability.ood_score,
             quality_score=verdict.suitability.quality_score,
@@ -239,8 +240,16 @@ def pixels_of(job: Job, model: ServedModel) -> UInt8Array:
     return job.pixels if job.pixels.shape[0] == side_px else decode_square(job.image.data, side_px)
 
 
-def _unserved(prediction: Prediction) -> Prediction:
-    return prediction.model_copy(update={"served": False})
+def same_image(stored: StoredPrediction, image: StoredImage) -> StoredPrediction:
+    """Return a repeated request's stored prediction; RefusedError if its key was used for another image."""
+    if stored.prediction.image_id != image.id:
+        raise RefusedError("this Idempotency-Key was used for another image; use a fresh one for each image")
+    return stored
+
+
+def _unserved(prediction: Prediction) -> PredictionRows:
+    """Return the rows of a prediction that no caller gets: without image and review item."""
+    return PredictionRows(prediction.model_copy(update={"served": False}), None, None)
 
 
 def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]:
@@ -248,22 +257,7 @@ def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]
     return assess(batch[0].model.loaded.checks, output, np.stack([job.pixels for job in batch]), sides_px)
 
 
-def same_image(answered: StoredPrediction, image: StoredImage) -> StoredPrediction:
-    """Return a repeated answer, if it was about this image.
-
-    Args:
-        answered: that was found for the request's idempotency key.
-        image: of the request.
-    Returns:
-        The answer.
-    Raises:
-        RefusedError: the key was used for another image.
-    """
-    if answered.prediction.image_id != image.id:
-        raise RefusedError("this Idempotency-Key was used for another image; use a fresh one for each image")
-    return answered
-
-
-def _said(request: PredictionRequest) -> dict[str, str | float | None]:
-    said = request.context.model_dump(mode="json", exclude={"patient_id", "consent"}, exclude_none=True)
-    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in said.items()}
+def _stored_context(request: PredictionRequest) -> dict[str, str | float | None]:
+    """Return the context for the prediction's row; the patient's id is never stored in clear."""
+    given = request.context.model_dump(mode="json", exclude={"patient_id", "consent"}, exclude_none=True)
+    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in given.items()}

@@ -1,6 +1,6 @@
 """What is known of models and rounds, read from ledger and bundles for whoever asks. Nothing is computed anew.
 
-In: a store. Out: bodies of `serving.schemas_registry`, and the report that lies beside a bundle. Figures of the test
+In: a store. Out: bodies of `serving.schemas`, and the report that lies beside a bundle. Figures of the test
 split are those that a round wrote down; showing them again is no new look at its images.
 """
 
@@ -14,8 +14,7 @@ from records.models import bundle_folder
 from records.store import Store
 from records.types import ModelRecord, RoundRecord, RoundStep
 from serving.responses import model_body
-from serving.schemas import ClassInfo
-from serving.schemas_registry import ModelDetails, RoundInfo, RoundList, ScoreBand
+from serving.schemas import ClassInfo, ModelDetails, RoundInfo, RoundList, ScoreBand
 from serving.words import status_text
 from vision.calibration.operating import exact_interval
 

@@ -1,6 +1,11 @@
-"""From stored records to the bodies that callers get, and the list of answers."""
+"""Response bodies from stored records, and the reading of stored predictions.
+
+In: records of the ledger and heat maps. Out: bodies of `serving.schemas`. A prediction has the same body in the
+response that made it and whenever it is read again.
+"""
 
 import base64
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
@@ -11,13 +16,18 @@ from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import Consent, Decision, Flag, ModelRecord, Prediction, ReviewItem, ReviewState, Rollout
 from serving.access.keys import Caller
-from serving.messages import HeatMap
+from serving.messages import HeatMap, StoredPrediction
 from serving.outbox import review_of
-from serving.rollout.harms import HARMS, log_evidence, threshold
+from serving.problems import problem_of
+from serving.rollout.guardrails import GUARDRAILS, log_evidence, threshold
 from serving.schemas import (
+    BatchItem,
+    BatchResponse,
+    Context,
     Explanation,
     FlagResponse,
-    HarmSeen,
+    GuardrailStatus,
+    LesionSummary,
     ModelInfo,
     ModelRef,
     PredictionPage,
@@ -26,25 +36,17 @@ from serving.schemas import (
     ReviewStatus,
     RolloutInfo,
 )
+from serving.triage import CAUTION
 from serving.words import reason_text
 
 EVERY_ORGANISATION = ""
-"""No organisation has this name, so only who sees all sees it."""
+"""No organisation has this name, so only a caller who may see all organisations may see it."""
 
 
 def prediction_body(
     prediction: Prediction, review: ReviewItem | None, heat_map: HeatMap | None, taxonomy: Taxonomy
 ) -> PredictionResponse:
-    """Turn a stored answer into what its caller gets.
-
-    Args:
-        prediction: the answer.
-        review: its question to the annotators, if there is one.
-        heat_map: if it was asked for.
-        taxonomy: of the model that answered.
-    Returns:
-        The body; the same for the first reading and every later one.
-    """
+    """Return the body of a prediction, with its review item and heat map if there are any."""
     return PredictionResponse(
         id=prediction.id,
         request_id=prediction.request_id,
@@ -62,8 +64,41 @@ def prediction_body(
     )
 
 
+def batch_body(
+    results: Sequence[StoredPrediction | BaseException], contexts: Sequence[Context], taxonomy: Taxonomy
+) -> BatchResponse:
+    """Return the body of a batch: a prediction or a problem per image, and a summary per lesion.
+
+    Args:
+        results: a prediction or an error per image.
+        contexts: of the images, in the same order.
+        taxonomy: of the predictions.
+    Returns:
+        The body; the decision for a lesion is the most cautious one of its images.
+    """
+    items = []
+    lesions: dict[str, list[Prediction]] = {}
+    for result, context in zip(results, contexts, strict=True):
+        if isinstance(result, BaseException):
+            items.append(BatchItem(prediction=None, problem=problem_of(result)))
+            continue
+        body = prediction_body(result.prediction, result.review, None, taxonomy)
+        items.append(BatchItem(prediction=body, problem=None))
+        if context.lesion_id is not None:
+            lesions.setdefault(context.lesion_id, []).append(result.prediction)
+    summaries = [
+        LesionSummary(
+            lesion_id=lesion_id,
+            decision=max((p.decision for p in predictions), key=CAUTION.__getitem__),
+            prediction_ids=[p.id for p in predictions],
+        )
+        for lesion_id, predictions in lesions.items()
+    ]
+    return BatchResponse(items=items, lesions=summaries)
+
+
 def explanation_body(heat_map: HeatMap) -> Explanation:
-    """Turn a map into its body: raw values, the drawing, and how far such maps can be believed if that is known."""
+    """Return the body of a heat map: raw values, overlay, and measured faithfulness if there is any."""
     height, width = heat_map.values.shape
     return Explanation(
         method=heat_map.method,
@@ -81,20 +116,12 @@ def explanation_body(heat_map: HeatMap) -> Explanation:
 
 
 def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagResponse:
-    """Say what became of an objection.
-
-    Args:
-        flag: the objection.
-        item: the question it led to.
-        consent: of the image.
-    Returns:
-        The body.
-    """
+    """Return the body of a flag; `consent` of the image decides whether a model may learn from the annotation."""
     if item.state is ReviewState.PUSHED:
-        next_step = "The annotators already have this image; your objection moved it up in their queue."
+        next_step = "The annotators already have this image; your flag moved it up in their queue."
     else:
-        next_step = "Your objection is stored and goes to an annotator."
-    learns = " The next model can learn from the annotator's answer." if consent is Consent.TRAINING else ""
+        next_step = "Your flag is stored and the image goes to an annotator."
+    learns = " The next model can learn from the annotation." if consent is Consent.TRAINING else ""
     return FlagResponse(
         id=flag.id,
         prediction_id=flag.prediction_id,
@@ -104,7 +131,7 @@ def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagResponse:
 
 
 def model_body(record: ModelRecord) -> ModelInfo:
-    """Turn a registered model into its body."""
+    """Return the body of a registered model."""
     return ModelInfo(
         id=record.id,
         status=record.status,
@@ -117,33 +144,28 @@ def model_body(record: ModelRecord) -> ModelInfo:
 
 
 def rollout_body(rollout: Rollout) -> RolloutInfo:
-    """Turn a rollout into its body, with the evidence of harm so far."""
-    counts = {name: rollout.evidence.get(name, (0, 0)) for name in HARMS}
-    harms = [
-        HarmSeen(
-            name=name,
-            looked=looked,
-            seen=seen,
-            tolerated=HARMS[name].tolerated,
-            evidence=log_evidence(looked, seen, HARMS[name].tolerated),
-            limit=threshold(),
+    """Return the body of a rollout, with all guardrails and their counts so far."""
+    guardrails = []
+    for name, guardrail in GUARDRAILS.items():
+        observations, events = rollout.evidence.get(name, (0, 0))
+        guardrails.append(
+            GuardrailStatus(
+                name=name,
+                observations=observations,
+                events=events,
+                limit=guardrail.limit,
+                evidence=log_evidence(observations, events, guardrail.limit),
+                threshold=threshold(),
+            )
         )
-        for name, (looked, seen) in counts.items()
-    ]
-    return RolloutInfo(harms=harms, **rollout.model_dump(exclude={"actor", "evidence"}))
+    return RolloutInfo(guardrails=guardrails, **rollout.model_dump(exclude={"actor", "evidence"}))
 
 
 def find_prediction(store: Store, prediction_id: str, caller: Caller) -> tuple[Prediction, ReviewItem | None]:
-    """Read a stored answer with its question.
+    """Return a served prediction with its review item, if there is one.
 
-    Args:
-        store: with the ledger.
-        prediction_id: 32 hex characters.
-        caller: who asks; what another organisation asked does not exist for them.
-    Returns:
-        The answer, and its question if there is one.
-    Raises:
-        UnknownIdError: there is no such answer.
+    Raises UnknownIdError if there is none, and equally if it belongs to another organisation: the response must not
+    tell whether such an id exists.
     """
     with store.ledger.read() as tx:
         prediction = tx.get(Prediction, prediction_id)
@@ -153,18 +175,19 @@ def find_prediction(store: Store, prediction_id: str, caller: Caller) -> tuple[P
 
 
 def read_page(store: Store, caller: Caller, decision: Decision | None, after: str | None, limit: int) -> PredictionPage:
-    """Read some answers, newest first.
+    """Return a page of predictions of the caller's organisation, newest first.
 
     Args:
         store: with the ledger.
-        caller: who asks; answers of other organisations are left out.
-        decision: only these, or None.
-        after: id of the last answer of the page before, or None.
-        limit: at most so many, at least 1.
+        caller: one who may see all organisations gets predictions of all.
+        decision: only predictions with this decision; None for all.
+        after: id of the last prediction of the page before; None for the first page.
+        limit: predictions of the page, at least 1.
     Returns:
         The page.
     """
     with store.ledger.read() as tx:
+        # One row more than asked for tells whether there is a next page, without a second query.
         rows = _newest(tx, caller, decision, after, limit + 1)
         items = [prediction_body(row, review_of(tx, row), None, store.taxonomy) for row in rows[:limit]]
     return PredictionPage(items=items, next=items[-1].id if len(rows) > limit else None)
@@ -180,6 +203,6 @@ def _newest(
     if decision is not None:
         query = query.where(table.c.decision == decision)
     if after is not None:
-        # Ids sort by creation time.
+        # Ids sort by creation time, so an id is a page boundary that later inserts do not move.
         query = query.where(table.c.id < after)
     return [Prediction.model_validate(dict(row)) for row in tx.connection.execute(query).mappings()]

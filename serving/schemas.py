@@ -1,6 +1,7 @@
-"""What travels over HTTP, typed once for the server and its client.
+"""Request and response bodies of the HTTP API, typed once for the server and its client.
 
-Field names and shapes are the API's contract: a field may be added, none changes its meaning.
+FastAPI derives the OpenAPI document from these pydantic models. Field names and shapes are the API's contract:
+a field may be added, none changes its meaning.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,38 +17,40 @@ from records.types import (
     ReasonCode,
     ReviewState,
     RolloutStage,
+    Scope,
 )
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PredictionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="id of a prediction, 32 hex characters")]
 IdempotencyKey = Annotated[
-    str, Field(min_length=1, max_length=200, description="repeating a request with its key gives the same answer")
+    str,
+    Field(min_length=1, max_length=200, description="a repeated request with the same key gets the stored prediction"),
 ]
 
 
 def _no_bare_number(value: Any) -> Any:
-    """Refuse what would else count as seconds since 1970: a slip of the caller must not become a date."""
+    """Refuse numbers, which pydantic would read as seconds since 1970: a typing error must not become a date."""
     if isinstance(value, (int, float)) or (isinstance(value, str) and value.strip().lstrip("+-").isnumeric()):
-        raise ValueError("a number is no moment; send text such as 2026-03-01T12:00:00Z")
+        raise ValueError("a number is not a date; send text such as 2026-03-01T12:00:00Z")
     return value
 
 
-def _no_word(value: Any) -> Any:
-    """Refuse "10" and true where a number is meant; 10.0 is 10 in JSON."""
+def _no_text(value: Any) -> Any:
+    """Refuse "10" and true for a number, as JSON Schema does; 10.0 is accepted, since it equals 10 in JSON."""
     if isinstance(value, (bool, str)):
         raise ValueError("Input should be a valid integer")
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_no_word)]
-"""A whole number, written as a number."""
+Whole = Annotated[int, BeforeValidator(_no_text)]
+"""An integer that JSON has as a number, not as text."""
 
 Moment = Annotated[AwareDatetime, BeforeValidator(_no_bare_number)]
-"""A date and time with its zone, in the words of RFC 3339."""
+"""A date and time with time zone, RFC 3339."""
 
 
 class Body(BaseModel):
-    """Base of all bodies: closed, and free of NaN."""
+    """Base of all bodies: immutable, unknown fields refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -75,44 +78,44 @@ class Context(Body):
     device: str | None = Field(default=None, max_length=200)
     site: str | None = Field(default=None, max_length=200, description="institution")
     acquired_at: Moment | None = None
-    consent: Consent | None = Field(default=None, description="what may be done with the image beyond answering")
+    consent: Consent | None = Field(default=None, description="use of the image beyond the prediction itself")
 
 
 class ModelRef(Body):
-    """Which model answered."""
+    """The model that made a prediction."""
 
     id: str
     status: str = Field(description="champion, provisional or candidate, at that moment")
 
 
 class Reason(Body):
-    """One reason why an annotator should look."""
+    """One reason for review."""
 
     code: ReasonCode
     text: str
 
 
 class ReviewStatus(Body):
-    """Where the question to the annotators is on its way."""
+    """State of the review item."""
 
     state: ReviewState
     due: AwareDatetime | None = None
 
 
 class Explanation(Body):
-    """Where the model looked for one class."""
+    """A heat map for one class."""
 
     method: str
-    exact: bool = Field(description="true if it was computed in closed form, without differentiating")
-    layer: str | None = Field(description="the layer whose map it is; empty if it is of the pixels")
+    exact: bool = Field(description="true if computed in closed form, without automatic differentiation")
+    layer: str | None = Field(description="layer whose activations are mapped; null for a map of the pixels")
     target: str = Field(description="class code that the map is about")
-    versus: str | None = Field(default=None, description="class code that `target` is held against")
-    steps: int | None = Field(default=None, description="points that were integrated over, or samples drawn")
+    versus: str | None = Field(default=None, description="class code that `target` is compared with")
+    steps: int | None = Field(default=None, description="integration points or samples")
     completeness_error: FiniteFloat | None = Field(
-        default=None, description="how far the map's sum is from the change of the logit, as a share of that change"
+        default=None, description="|sum of the map - change of the logit| / |change of the logit|"
     )
     faithfulness: dict[str, Any] | None = Field(
-        default=None, description="how far this model's Grad-CAM maps can be believed, measured when it was made"
+        default=None, description="measured faithfulness of this model's Grad-CAM maps"
     )
     shape: list[int] = Field(min_length=2, max_length=2, description="rows and columns of `values`")
     values: list[list[FiniteFloat]] = Field(description="raw map over the centre square of the image, not rescaled")
@@ -120,14 +123,14 @@ class Explanation(Body):
 
 
 class PredictionResponse(Body):
-    """An answer."""
+    """A stored prediction."""
 
     id: PredictionId
     request_id: str
     created_at: AwareDatetime
     image_id: str
     model: ModelRef
-    label: str | None = Field(description="class code; empty for retake and non-finite")
+    label: str | None = Field(description="class code; null for retake and non-finite output")
     confidence: Probability | None
     probabilities: dict[str, Probability] | None = Field(description="calibrated, in class order")
     prediction_set: list[str]
@@ -138,14 +141,14 @@ class PredictionResponse(Body):
 
 
 class PredictionPage(Body):
-    """Some answers, newest first."""
+    """A page of predictions, newest first."""
 
     items: list[PredictionResponse]
-    next: str | None = Field(description="pass it as `after` to read on; empty at the end")
+    next: str | None = Field(description="pass as `after` for the next page; null on the last")
 
 
 class FlagRequest(Body):
-    """An objection to an answer."""
+    """A flag on a prediction."""
 
     reason: FlagReason
     suggested_label: str | None = Field(default=None, description="class code")
@@ -153,7 +156,7 @@ class FlagRequest(Body):
 
 
 class FlagResponse(Body):
-    """What became of an objection."""
+    """A stored flag and the state of its review item."""
 
     id: str
     prediction_id: PredictionId
@@ -162,14 +165,14 @@ class FlagResponse(Body):
 
 
 class BatchItem(Body):
-    """What became of one image of a batch: an answer or a problem."""
+    """Result for one image of a batch: a prediction or a problem."""
 
-    answer: PredictionResponse | None
+    prediction: PredictionResponse | None
     problem: Problem | None
 
 
 class LesionSummary(Body):
-    """Several images of one lesion together: the most cautious of their decisions."""
+    """All images of one lesion in a batch: the most cautious of their decisions."""
 
     lesion_id: str
     decision: Decision
@@ -177,14 +180,14 @@ class LesionSummary(Body):
 
 
 class BatchResponse(Body):
-    """What became of a batch, in the order of its images."""
+    """Results of a batch, in the order of its images."""
 
     items: list[BatchItem]
-    lesions: list[LesionSummary] = Field(description="of images whose context names a lesion")
+    lesions: list[LesionSummary] = Field(description="one per lesion that a context names")
 
 
 class OutcomeRequest(Body):
-    """What turned out to be true."""
+    """A diagnosis reported after the prediction."""
 
     diagnosis: str = Field(description="class code")
     confirmation: Literal[
@@ -195,16 +198,16 @@ class OutcomeRequest(Body):
 
 
 class OutcomeResponse(Body):
-    """An outcome that is stored."""
+    """A stored outcome."""
 
     id: str
     prediction_id: PredictionId
-    agrees: bool | None = Field(description="whether the model's label was the same; empty if it gave none")
+    agrees: bool | None = Field(description="whether the predicted label was the same; null if there was none")
     text: str = Field(description="what it is used for, one sentence")
 
 
 class Event(Body):
-    """Something that happened to one's own answer."""
+    """A change that concerns a prediction of the caller's organisation."""
 
     id: str
     created_at: AwareDatetime
@@ -214,42 +217,42 @@ class Event(Body):
 
 
 class EventPage(Body):
-    """Some events, oldest first."""
+    """A page of events, oldest first."""
 
     items: list[Event]
-    next: str | None = Field(description="pass it as `after` next time; it does not change while nothing happens")
+    next: str | None = Field(description="pass as `after` next time; unchanged while there are no new events")
 
 
 class ErasureResponse(Body):
-    """What was removed."""
+    """What an erasure removed."""
 
     image_id: str
     blobs: int
-    withdrawn: int = Field(description="open questions to annotators that were taken back")
-    left_in_place: bool = Field(description="true if the file itself belongs to somebody else and was left")
+    withdrawn: int = Field(description="open review items that were withdrawn")
+    left_in_place: bool = Field(description="true if the file was imported in place and therefore not deleted")
 
 
 class RolloutRequest(Body):
-    """How far a candidate should come."""
+    """The traffic share that a candidate should get."""
 
     model: str = Field(min_length=1, max_length=200, description="id, prefix of 8 or more, or `candidate`")
-    percent: Whole = Field(default=0, ge=0, le=100, description="share of lesions; 0 mirrors, 100 promotes")
+    percent: Whole = Field(default=0, ge=0, le=100, description="traffic share by lesion; 0 is shadow, 100 promotes")
     reason: str | None = Field(default=None, max_length=500, description="needed if the gate has not passed it")
 
 
-class HarmSeen(Body):
-    """A kind of harm, how often it was looked for and seen."""
+class GuardrailStatus(Body):
+    """A guardrail and its counts so far."""
 
     name: str
-    looked: int
-    seen: int
-    tolerated: float = Field(description="rate that does not end the rollout")
-    evidence: FiniteFloat = Field(description="log e-value; the rollout ends at `limit`")
-    limit: FiniteFloat
+    observations: int
+    events: int
+    limit: float = Field(description="tolerated rate of events per observation")
+    evidence: FiniteFloat = Field(description="log e-value against `limit`; the rollout ends at `threshold`")
+    threshold: FiniteFloat
 
 
 class RolloutInfo(Body):
-    """A candidate beside the model that answers."""
+    """The rollout of a candidate."""
 
     id: str
     created_at: AwareDatetime
@@ -257,13 +260,13 @@ class RolloutInfo(Body):
     candidate_id: str
     stage: RolloutStage
     percent: int
-    harms: list[HarmSeen]
+    guardrails: list[GuardrailStatus]
     ended_at: AwareDatetime | None
     why: str | None
 
 
 class ClassInfo(Body):
-    """A class that the model tells apart."""
+    """A class of the taxonomy."""
 
     code: str
     name: str
@@ -283,7 +286,7 @@ class ModelInfo(Body):
 
 
 class ServedModelInfo(Body):
-    """The model that answers now."""
+    """The model that serves now."""
 
     id: str
     status: str
@@ -294,7 +297,7 @@ class ServedModelInfo(Body):
     side_px: int
     classes: list[ClassInfo]
     loaded_at: AwareDatetime
-    golden_difference: FiniteFloat = Field(description="largest difference to its golden logits when it was loaded")
+    golden_difference: FiniteFloat = Field(description="largest difference from the golden logits at load time")
     metrics: dict[str, Any]
 
 
@@ -305,7 +308,7 @@ class ModelList(Body):
 
 
 class Health(Body):
-    """The process answers."""
+    """Liveness of the process."""
 
     status: Literal["ok"] = "ok"
 
@@ -316,3 +319,66 @@ class Readiness(Body):
     ready: bool
     model: ModelRef | None
     detail: str
+
+
+class ScoreBand(Body):
+    """How often predictions in a band of scores were right, one image per lesion."""
+
+    low: Probability
+    high: Probability
+    lesions: int = Field(ge=1)
+    right: int = Field(ge=0)
+    right_ci: tuple[Probability, Probability] = Field(description="exact 95 % interval of the share that was right")
+
+
+class ModelDetails(ModelInfo):
+    """A registered model and its measured figures."""
+
+    status_text: str
+    classes: list[ClassInfo]
+    scores: list[ScoreBand] = Field(
+        description="on the calibration split, by rising score; empty for models without them"
+    )
+    promise: Probability = Field(description="guaranteed coverage of the prediction sets per class")
+    pooled_classes: list[str] = Field(
+        description="classes with few calibration lesions; the guarantee covers them jointly"
+    )
+    refer: dict[str, Probability] = Field(
+        description="class code, or `malignant`: probability from which an image goes to review"
+    )
+    metrics: dict[str, Any] = Field(description="on the splits that training may read")
+    faithfulness: dict[str, Any] | None = Field(description="measured faithfulness of its Grad-CAM maps")
+    has_report: bool = Field(description="whether the bundle has an evaluation report")
+
+
+class RoundInfo(Body):
+    """A round with the test figures of its model; no decision uses the test figures."""
+
+    number: int = Field(ge=1)
+    started_at: AwareDatetime
+    finished_at: AwareDatetime | None
+    verdict: str | None = Field(description="promote, refuse or undecided; null while it runs")
+    why: str | None
+    model_id: str | None
+    dataset_id: str | None
+    images: int | None = Field(description="images of its dataset")
+    labels_from_annotators: int | None = Field(description="training labels from annotators")
+    lesions: int | None = Field(description="lesions of the test split")
+    balanced_accuracy: FiniteFloat | None
+    balanced_accuracy_ci: tuple[FiniteFloat, FiniteFloat] | None
+    key_class: dict[str, Any] | None = Field(description="sensitivity and specificity at the refer threshold")
+
+
+class RoundList(Body):
+    """All rounds, oldest first."""
+
+    items: list[RoundInfo]
+
+
+class CallerInfo(Body):
+    """The caller and their scopes."""
+
+    id: str = Field(description="id of the key, or `local` without one")
+    organisation: str
+    scopes: list[Scope]
+    sandbox: bool = Field(description="true if images are not stored, reviewed or used for training")

@@ -1,4 +1,4 @@
-"""What the HTTP app needs from behind it, whether that is in this process or in other replicas."""
+"""The protocol between the HTTP app and what computes, in this process or in other replicas."""
 
 from typing import Protocol
 
@@ -9,26 +9,26 @@ from serving.settings import ServingSettings
 
 
 class Service(Protocol):
-    """Predicts and explains. Errors come out as errors of the tree in `records.errors`."""
+    """Predicts and explains. Every error is one of the tree in `records.errors`."""
 
     @property
     def store(self) -> Store:
-        """Ledger and blobs that the app reads, and writes flags to."""
+        """Ledger and blobs; the app reads both and writes flags and outcomes."""
         ...
 
     @property
     def settings(self) -> ServingSettings:
-        """Limits, and how overlays are drawn."""
+        """Request limits and overlay settings."""
         ...
 
     async def predict(self, request: PredictionRequest) -> StoredPrediction:
-        """Answer; see `Predictor.predict`."""
+        """Predict one image; see `Predictor.predict`."""
         ...
 
     async def explain(
         self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
     ) -> HeatMap:
-        """Explain a stored answer; see `Explainer.explain`."""
+        """Explain a stored prediction; see `Explainer.explain`."""
         ...
 
     async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
@@ -36,5 +36,5 @@ class Service(Protocol):
         ...
 
     async def state(self) -> ServingState:
-        """Return which model answers, or why none does."""
+        """Return which model serves, or why none does."""
         ...

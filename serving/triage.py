@@ -1,8 +1,8 @@
-"""From calibrated probabilities to a decision: answer, or ask an annotator, and how soon.
+"""Triage: from calibrated probabilities to a decision, its reasons and its priority for review.
 
-In: one row of probabilities, the operating points of the model's bundle, the rules of this service,
-and the image's draw for the audit sample. Out: a `Verdict`. Pure: no clock, no ledger, no server.
-The thresholds themselves are fitted by trainers, and so is what makes an image unfit to be judged.
+In: one row of probabilities, the operating points of the model's bundle, the rules of this service, and the image's
+draw for the audit sample. Out: a `Verdict`. Pure functions: no clock, no ledger. Training fits the thresholds and
+the suitability checks; nothing is fitted here.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,20 @@ _PRIORITY_TIERS: dict[ReasonCode, float] = {
 }
 
 AUDIT_STRATA = ((0.05, 1), (0.2, 2), (float("inf"), 4))
-"""Upper bound of p(malignant), and how much more often than the surest images such an image is drawn."""
+"""Upper bound of p(malignant) -> factor on the sampling probability of `serving.audit_share`."""
+
+CAUTION: dict[Decision, int] = {
+    Decision.ANSWERED: 0,
+    Decision.RETAKE: 1,
+    Decision.REVIEW: 2,
+    Decision.URGENT: 3,
+}
+"""Order of decisions by caution; of two decisions about one lesion the larger one counts."""
 
 
 @dataclass(frozen=True)
 class TriageRules:
-    """The rules that the service's operator sets; see `ServingSettings`."""
+    """Thresholds that the operator sets; see `ServingSettings`."""
 
     low_confidence: float
     max_set_size: int
@@ -41,7 +49,7 @@ class TriageRules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is done with one image, and why. Label and confidence are empty if the output is not finite."""
+    """The decision for one image. Label and confidence are None if the output is not finite or the image is refused."""
 
     decision: Decision
     reasons: tuple[ReasonCode, ...]
@@ -61,16 +69,16 @@ def triage(
     audit_draw: float,
     suitability: Suitability = NOTHING_KNOWN,
 ) -> Verdict:
-    """Decide about one image.
+    """Return the decision for one image.
 
     Args:
-        probabilities: [C] calibrated, in class order; not finite if the model's output was not.
-        taxonomy: class order and which classes are malignant.
-        operating: thresholds of the model that answered. A class without a conformal threshold is in
-            every prediction set, so a model without thresholds answers nothing by itself.
+        probabilities: [C] calibrated, in class order; non-finite if the model's output was.
+        taxonomy: class order and malignant classes.
+        operating: thresholds of the model. A class without a conformal threshold is in every prediction set, so a
+            model without thresholds sends every image to review.
         rules: of this service.
         audit_draw: this image's draw in [0, 1), see `audit_draw_of`.
-        suitability: whether the model should be asked about this image at all.
+        suitability: result of the quality and out-of-distribution checks.
     Returns:
         The verdict. An image too poor to judge is `retake`, without label; else `urgent` outranks `review`, and any
         reason at all excludes `answered`.
@@ -85,9 +93,10 @@ def triage(
     is_sampled = audit_draw < chance
     sampled = (ReasonCode.AUDIT_SAMPLE,) if is_sampled else ()
     selection = chance if is_sampled else None
+    # Quality comes first: an annotator could not judge the image either, so it is not even in the audit sample.
     if suitability.quality_reason is not None:
-        # No annotator can judge it either, so not even the sample keeps it.
         return Verdict(Decision.RETAKE, (ReasonCode.BAD_IMAGE,), None, None, (), 0.0, None, suitability)
+    # Non-finite output is reviewed and never dropped; it counts as malignant, so it gets the highest sampling chance.
     if not is_finite:
         reasons = (ReasonCode.NON_FINITE, *sampled)
         priority = priority_of(reasons, None, taxonomy)
@@ -122,14 +131,14 @@ def _decision_for(reasons: tuple[ReasonCode, ...]) -> Decision:
 
 
 def audit_chance(p_malignant: float, share: float) -> float:
-    """Return how likely an image enters the audit sample.
+    """Return the probability with which an image enters the audit sample.
 
-    The sample is drawn in strata: missed malignant cases gather where p(malignant) is not small, so looking there
-    more often makes an estimate of the live sensitivity narrower; dividing by this chance keeps it unbiased.
+    Sampling is stratified: missed malignant cases concentrate where p(malignant) is not small, so sampling more there
+    narrows the interval of the estimated live sensitivity. Weighting by 1 / probability keeps the estimate unbiased.
 
     Args:
-        p_malignant: summed probability of the malignant classes; 1 if nothing finite is known.
-        share: the chance of the surest images, setting `serving.audit_share`.
+        p_malignant: summed probability of the malignant classes; 1 if the output is not finite.
+        share: setting `serving.audit_share`, the probability in the lowest stratum.
     Returns:
         `share` below 0.05, twice that below 0.2, four times that from there on; at most 1.
 
@@ -141,16 +150,16 @@ def audit_chance(p_malignant: float, share: float) -> float:
 
 
 def priority_of(reasons: tuple[ReasonCode, ...], probabilities: FloatArray | None, taxonomy: Taxonomy) -> float:
-    """Rank a question among those that wait: larger is asked sooner.
+    """Return the priority of a review item; items of larger priority are reviewed first.
 
-    priority = tier + 10 * p(malignant) + (1 - (p1 - p2)), where the tier is that of the strongest
-    reason: urgent 300, flagged 200, refer or non-finite 100, audit sample 50 (a sample that waits
-    behind every doubt would estimate nothing), any other doubt 0; p1 and p2 are the two best classes.
+    priority = tier + 10 * p(malignant) + (1 - (p1 - p2)), where p1 and p2 are the two largest probabilities and the
+    tier is that of the strongest reason: urgent 300, flagged 200, refer or non-finite 100, audit sample 50, any other
+    0. The audit sample is above the other doubts because a sample that is never reviewed estimates nothing.
 
     Args:
-        reasons: why it is asked.
-        probabilities: [C], or None if there are no finite ones (counts as p(malignant) = 1 and a tie).
-        taxonomy: which classes are malignant.
+        reasons: of the review item.
+        probabilities: [C], or None if not finite (counts as p(malignant) = 1 and a tie).
+        taxonomy: malignant classes.
     Returns:
         A finite number.
     """
@@ -168,14 +177,15 @@ def malignant_probability(probabilities: FloatArray, taxonomy: Taxonomy) -> floa
 
 
 def audit_draw_of(image_id: str, salt: str) -> float:
-    """Draw an image for the audit sample: the same image always gets the same number.
+    """Return an image's draw for the audit sample: the same image always gets the same number.
 
     Args:
         image_id: SHA-256 of the stored bytes.
         salt: setting `serving.audit_salt`.
     Returns:
-        In [0, 1), uniform over images and independent of what any model says of them.
+        In [0, 1), uniform over images and independent of any model's output.
     """
+    # A hash instead of a random generator: a repeated request, another replica and a candidate draw the same number.
     return int(sha256_hex(f"{salt}:{image_id}".encode())[:13], 16) / 2**52
 
 
@@ -204,7 +214,7 @@ def _doubt_reasons(
     others = members.copy()
     others[label_index] = False
     reasons = []
-    # An empty set says that no class looks as it should, which is doubt, too.
+    # An empty set means that no class conforms to the calibration images, which is a reason for review, too.
     if not 1 <= int(members.sum()) <= rules.max_set_size or bool((others & is_malignant).any()):
         reasons.append(ReasonCode.PREDICTION_SET)
     if float(probabilities[label_index]) < rules.low_confidence:

@@ -1,1 +1,1 @@
-"""Who may do what: API keys, signed links, and how many requests a key may send."""
+"""API keys and the callers they identify."""

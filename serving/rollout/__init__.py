@@ -1,1 +1,1 @@
-"""A candidate beside the model that answers: mirrored, then answering a share, promoted or taken back by itself."""
+"""Rollout of a candidate: shadow, canary with a traffic share, promotion, rollback by guardrails."""

@@ -1,7 +1,7 @@
-"""A rollout in the ledger: begun, widened, promoted, taken back. A running service follows within a second.
+"""A rollout as a record in the ledger: start, change of traffic share, promotion, rollback.
 
-In: the id of a candidate, or counts of harm. Out: the `Rollout` record. Every step is one transaction with its
-audit event. It computes nothing but golden images and knows nothing of requests.
+In: the id of a candidate, or guardrail counts. Out: the `Rollout` record. Every step is one transaction with its
+audit event; a running service follows within a second. Nothing here handles requests.
 """
 
 from collections.abc import Mapping
@@ -13,40 +13,42 @@ from records.ledger import Transaction
 from records.models import registered_bundle, serve_model, serving_model
 from records.store import Store
 from records.types import ModelRecord, ModelStatus, Rollout, RolloutStage
-from serving.rollout.harms import HARMS, found_harm
+from serving.rollout.guardrails import GUARDRAILS, violated_guardrail
 
 UNDER_WAY = (RolloutStage.SHADOW, RolloutStage.CANARY)
 
 
 def current_rollout(tx: Transaction) -> Rollout | None:
-    """Return the rollout that is under way, or None."""
+    """Return the rollout in progress, or None."""
     found = tx.find(Rollout, where={"stage": list(UNDER_WAY)}, order_by=("-id",), limit=1)
     return found[0] if found else None
 
 
 def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str | None = None) -> Rollout:
-    """Begin a rollout, or widen or narrow the one under way of the same candidate.
+    """Start a rollout, or change the traffic share of the current one of the same candidate.
 
     Args:
         store: with ledger and bundles.
         model_id: of the candidate.
-        percent: share of lesions that it answers beside the champion; 0 mirrors without answering.
-        actor: who does it.
-        reason: needed for a model that the gate did not make a candidate.
+        percent: traffic share by lesion, 0 to 99; 0 is shadow: the candidate predicts and is never served.
+        actor: for the audit.
+        reason: required for a model that is not a candidate by the gate.
     Returns:
         The rollout.
     Raises:
-        RefusedError: another candidate is under way, the model already answers, the gate has not passed it, or its
-            bundle is altered or does not answer its golden images.
-        UnknownIdError: the model is not registered, or no model answers yet.
+        RefusedError: another rollout is in progress, the model serves already, the gate has not passed it, or its
+            bundle was altered or fails its golden images.
+        UnknownIdError: the model is not registered, or there is no champion yet.
     """
     with store.ledger.read() as tx:
         record = tx.require(ModelRecord, model_id)
         running = current_rollout(tx)
     if running is None:
+        # Outside of the transaction: loading a network takes seconds, and a write transaction blocks all others.
         _require_sound(store, record)
     stage = RolloutStage.CANARY if percent else RolloutStage.SHADOW
     with store.ledger.begin() as tx:
+        # Read again: another process may have started a rollout while the network was loaded.
         running = current_rollout(tx)
         if running is not None and running.candidate_id != model_id:
             raise RefusedError(f"model {running.candidate_id[:12]} is under way; promote it or roll it back first")
@@ -59,28 +61,19 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
 
 
 def _require_sound(store: Store, record: ModelRecord) -> None:
-    from vision.inference.loaded import load_model  # torch, which the API needs for nothing else
+    from vision.inference.loaded import load_model  # imports torch, which the ingress otherwise does without
 
     try:
         bundle = registered_bundle(store, record)
         load_model(bundle).check_golden()
     except IntegrityError as error:
-        # The fault is the candidate's, not the service's: whoever asked for it is told.
+        # Reported as the caller's error (409): the bundle is at fault, not the service.
         raise RefusedError(f"model {record.id[:12]} may not take traffic: {error}") from error
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {record.id[:12]}")
 
 
 def promote(store: Store, *, actor: str) -> Rollout:
-    """Let the candidate under way answer everything.
-
-    Args:
-        store: with the ledger.
-        actor: who does it.
-    Returns:
-        The rollout, ended.
-    Raises:
-        UnknownIdError: no rollout is under way.
-    """
+    """Make the candidate of the current rollout champion; UnknownIdError if there is none."""
     with store.ledger.begin() as tx:
         running = _require(tx)
         serve_model(tx, running.candidate_id, ModelStatus.CHAMPION)
@@ -90,16 +83,16 @@ def promote(store: Store, *, actor: str) -> Rollout:
 
 
 def roll_back(store: Store, *, actor: str, why: str) -> Rollout:
-    """Take the candidate under way back; without one, return to the model before the last promotion.
+    """Roll the current rollout back; without one, return to the champion before the last promotion.
 
     Args:
         store: with the ledger.
-        actor: who does it; `service` if harm was found.
-        why: one sentence.
+        actor: for the audit; `service` for a guardrail.
+        why: one sentence, kept in the record.
     Returns:
         The rollout.
     Raises:
-        UnknownIdError: there is nothing to go back to.
+        UnknownIdError: there is nothing to roll back.
     """
     with store.ledger.begin() as tx:
         running = current_rollout(tx) or _last_promoted(tx)
@@ -113,30 +106,30 @@ def roll_back(store: Store, *, actor: str, why: str) -> Rollout:
         return tx.require(Rollout, running.id)
 
 
-def tally(store: Store, rollout_id: str, seen: Mapping[str, tuple[int, int]]) -> Rollout:
-    """Add what was seen of a candidate, and take it back if that proves harm.
+def add_counts(store: Store, rollout_id: str, added: Mapping[str, tuple[int, int]]) -> Rollout:
+    """Add guardrail counts, and roll the candidate back if a guardrail is violated.
 
     Args:
         store: with the ledger.
         rollout_id: of the rollout that the counts belong to.
-        seen: kind of harm to (how often looked, how often seen).
+        added: guardrail -> (observations, events).
     Returns:
         The rollout as it is now.
     """
     with store.ledger.begin() as tx:
         running = tx.require(Rollout, rollout_id)
-        before = {name: tuple(running.evidence.get(name, (0, 0))) for name in HARMS}
-        counts = {
-            name: (before[name][0] + seen.get(name, (0, 0))[0], before[name][1] + seen.get(name, (0, 0))[1])
-            for name in HARMS
-        }
+        # Read and added in one write transaction: several replicas count into the same record.
+        before = {name: tuple(running.evidence.get(name, (0, 0))) for name in GUARDRAILS}
+        new = {name: added.get(name, (0, 0)) for name in GUARDRAILS}
+        counts = {name: (before[name][0] + new[name][0], before[name][1] + new[name][1]) for name in GUARDRAILS}
         tx.update(Rollout, rollout_id, evidence={name: list(pair) for name, pair in counts.items()})
         running = tx.require(Rollout, rollout_id)
-    harm = found_harm(counts) if running.stage in UNDER_WAY else None
-    if harm is None:
+    # A rollout that ended meanwhile keeps its counts, but must not be rolled back a second time.
+    violated = violated_guardrail(counts) if running.stage in UNDER_WAY else None
+    if violated is None:
         return running
-    looked, harmed = counts[harm.name]
-    why = f"{harmed} of {looked} {harm.text}; {100 * harm.tolerated:g} % are tolerated"
+    observations, events = counts[violated.name]
+    why = f"{events} of {observations} {violated.text}; {100 * violated.limit:g} % are tolerated"
     return roll_back(store, actor="service", why=why)
 
 
@@ -145,13 +138,13 @@ def _new(
 ) -> Rollout:
     champion = serving_model(tx)
     if champion is None:
-        raise UnknownIdError("no model answers yet, so there is nothing to roll out beside; `relook promote` makes one")
+        raise UnknownIdError("there is no champion yet to compare with; `relook promote` makes one")
     if champion.id == record.id:
         raise RefusedError(f"model {record.id[:12]} already answers")
     if record.status is not ModelStatus.CANDIDATE and not reason:
         raise RefusedError(
             f"model {record.id[:12]} is {record.status} and not a candidate: the gate has not passed it; "
-            "give a reason to roll it out all the same"
+            "give a reason to roll it out anyway"
         )
     now = utc_now()
     made = Rollout(

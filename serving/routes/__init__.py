@@ -1,1 +1,1 @@
-"""The HTTP routes, one file per subject; each takes a `Service` and a `Door` and returns a router."""
+"""The HTTP routes, one file per subject: a `Service` and an `Authenticator` in, a router out."""

@@ -1,4 +1,4 @@
-"""Routes of what people say about answers: objections, outcomes, and the events that come of them."""
+"""Routes of feedback on predictions: flags, outcomes, and the events that follow from them."""
 
 import logging
 from typing import Annotated
@@ -11,10 +11,9 @@ from records.types import Prediction, ReviewItem, Scope
 from serving.access.keys import Caller
 from serving.events import read_events
 from serving.metrics import Metrics
-from serving.outbox import write_flag
-from serving.outcomes import write_outcome
+from serving.outbox import write_flag, write_outcome
 from serving.responses import find_prediction, flag_body
-from serving.routes.door import Door
+from serving.routes.authenticator import Authenticator
 from serving.schemas import (
     EventPage,
     FlagRequest,
@@ -28,23 +27,17 @@ from serving.service import Service
 logger = logging.getLogger(__name__)
 
 
-def feedback_router(service: Service, door: Door, metrics: Metrics) -> APIRouter:
-    """Make the routes of flags, outcomes and events.
-
-    Args:
-        service: with the ledger.
-        door: that knows callers.
-        metrics: that count.
-    Returns:
-        The router.
-    """
+def feedback_router(service: Service, authenticator: Authenticator, metrics: Metrics) -> APIRouter:
+    """Return the router of flags, outcomes and events."""
     router = APIRouter(tags=["feedback"])
 
     @router.post("/v1/predictions/{prediction_id}/flags", response_model=FlagResponse)
     async def flag(
-        prediction_id: PredictionId, body: FlagRequest, caller: Annotated[Caller, Depends(door.requires(Scope.FLAG))]
+        prediction_id: PredictionId,
+        body: FlagRequest,
+        caller: Annotated[Caller, Depends(authenticator.requires(Scope.FLAG))],
     ) -> FlagResponse:
-        """Object to an answer, so that an annotator looks at it."""
+        """Flag a prediction for review by an annotator."""
         prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         overlay = await _overlay_for_annotators(service, prediction, review)
         written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, overlay)
@@ -53,35 +46,37 @@ def feedback_router(service: Service, door: Door, metrics: Metrics) -> APIRouter
 
     @router.post("/v1/predictions/{prediction_id}/outcomes", response_model=OutcomeResponse)
     def outcome(
-        prediction_id: PredictionId, body: OutcomeRequest, caller: Annotated[Caller, Depends(door.requires(Scope.FLAG))]
+        prediction_id: PredictionId,
+        body: OutcomeRequest,
+        caller: Annotated[Caller, Depends(authenticator.requires(Scope.FLAG))],
     ) -> OutcomeResponse:
-        """Say what turned out to be true, for example by biopsy; it outranks every click."""
+        """Report the diagnosis, for example of a biopsy; it outranks every annotation."""
         prediction, _ = find_prediction(service.store, prediction_id, caller)
         return write_outcome(service.store, prediction, body, caller.id)
 
     @router.get("/v1/events", response_model=EventPage)
     def events(
-        caller: Annotated[Caller, Depends(door.requires(None))],
+        caller: Annotated[Caller, Depends(authenticator.requires(None))],
         after: Annotated[PredictionId | None, Query(description="`next` of the page before")] = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
         prediction_id: Annotated[
-            list[PredictionId] | None, Query(max_length=200, description="only what happened to these")
+            list[PredictionId] | None, Query(max_length=200, description="only events of these predictions")
         ] = None,
     ) -> EventPage:
-        """Read what happened to one's own answers since: amended by an annotator, overdue, recalled."""
+        """List events of the caller's predictions: confirmed or amended by an annotator, overdue, recalled."""
         return read_events(service.store, caller, after, limit, prediction_id)
 
     return router
 
 
 async def _overlay_for_annotators(service: Service, prediction: Prediction, review: ReviewItem | None) -> str | None:
-    """Return the blob of a heat map for the question that a flag raises; None if there is no map or one already."""
+    """Return the blob of a heat map for the review item of a flag; None if there is no map."""
     if review is not None and review.overlay_blob is not None:
         return review.overlay_blob
     try:
         heat_map = await service.explain(prediction, "gradcam", None)
         return await run_in_threadpool(service.store.blobs.put, heat_map.png)
     except RelookError as error:
-        # An objection must not be lost for want of its image.
+        # The flag matters more than its heat map, so it is written without one.
         logger.warning("no heat map for the flag on %s: %s", prediction.id, error)
         return None

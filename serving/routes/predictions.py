@@ -1,4 +1,4 @@
-"""Routes of answers: ask for one or for many, read one, list them."""
+"""Routes of predictions: predict one image or a batch, read one prediction, list them."""
 
 import asyncio
 from typing import Annotated, Any, Literal
@@ -8,14 +8,12 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, R
 from records.errors import RelookError
 from records.types import Consent, Decision, Scope
 from serving.access.keys import Caller
-from serving.batches import batch_body
-from serving.guard import problem_response
 from serving.messages import PredictionRequest, StoredPrediction
 from serving.metrics import Metrics
-from serving.problems import problem
-from serving.responses import find_prediction, prediction_body, read_page
+from serving.problems import problem, problem_response
+from serving.responses import batch_body, find_prediction, prediction_body, read_page
+from serving.routes.authenticator import Authenticator
 from serving.routes.bodies import image_body, many_images, one_image
-from serving.routes.door import Door
 from serving.schemas import (
     BatchResponse,
     Context,
@@ -27,52 +25,44 @@ from serving.schemas import (
 from serving.service import Service
 
 
-def predictions_router(service: Service, door: Door, metrics: Metrics) -> APIRouter:
-    """Make the routes under /v1/predictions that ask and read.
-
-    Args:
-        service: that answers.
-        door: that knows callers.
-        metrics: that count.
-    Returns:
-        The router.
-    """
+def predictions_router(service: Service, authenticator: Authenticator, metrics: Metrics) -> APIRouter:
+    """Return the router of /v1/predictions."""
     router = APIRouter(prefix="/v1/predictions", tags=["predictions"])
-    asking = _Asking(service, metrics)
-    _add_predict(router, asking, door)
-    _add_batch(router, asking, door)
-    _add_reading(router, service, door)
+    admission = _Admission(service, metrics)
+    _add_predict(router, admission, authenticator)
+    _add_batch(router, admission, authenticator)
+    _add_reading(router, service, authenticator)
     return router
 
 
-class _Asking:
-    """Admits requests and asks the service; one event loop."""
+class _Admission:
+    """Limits the images in flight and calls the service. It belongs to one event loop, so counting needs no lock."""
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service = service
         self.metrics = metrics
-        self._under_way = 0
+        self._in_flight = 0
 
     def admit(self, request: Request, num_images: int) -> Response | None:
-        """Make room for images, or return the refusal; whoever was admitted calls `leave`."""
+        """Count images as in flight, or return a 429 response; call `release` for what was admitted."""
         settings = self.service.settings
-        if self._under_way + num_images > settings.max_in_flight:
+        if self._in_flight + num_images > settings.max_in_flight:
             busy = problem(429, "busy", "more images are under way than this service takes at once; try again soon")
             return problem_response(busy, request.state.request_id, settings.retry_after_s)
-        self._under_way += num_images
-        self.metrics.under_way.set(self._under_way)
+        self._in_flight += num_images
+        self.metrics.under_way.set(self._in_flight)
         return None
 
-    def leave(self, num_images: int) -> None:
-        """Give the room back."""
-        self._under_way -= num_images
-        self.metrics.under_way.set(self._under_way)
+    def release(self, num_images: int) -> None:
+        """Count images as finished."""
+        self._in_flight -= num_images
+        self.metrics.under_way.set(self._in_flight)
 
-    async def ask(
+    async def predict(
         self, image: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool
     ) -> StoredPrediction:
-        """Ask for one answer, with its map if that is wanted."""
-        answered = await self.service.predict(
+        """Return one prediction, with its heat map if `explain` is set."""
+        stored = await self.service.predict(
             PredictionRequest(
                 image=image,
                 request_id=request_id,
@@ -83,16 +73,16 @@ class _Asking:
                 explain=explain,
             )
         )
-        self.metrics.answered(answered.prediction)
-        if explain and answered.heat_map is None and answered.prediction.label is not None:
-            # A repeated request: the answer is the stored one, its map is computed again.
-            heat_map = await self.service.explain(answered.prediction, "gradcam", None)
-            return StoredPrediction(answered.prediction, answered.review, heat_map)
-        return answered
+        self.metrics.predicted(stored.prediction)
+        if explain and stored.heat_map is None and stored.prediction.label is not None:
+            # A repeated request gets the stored prediction; heat maps are not stored, so it is computed again.
+            heat_map = await self.service.explain(stored.prediction, "gradcam", None)
+            return StoredPrediction(stored.prediction, stored.review, heat_map)
+        return stored
 
 
 def _with_consent(context: Context, caller: Caller) -> Context:
-    """Return the context with the consent that counts: none from a sandbox, else what was said, else the key's."""
+    """Return the context with the effective consent: none for a sandbox key, else the request's, else the key's."""
     if caller.sandbox:
         return context.model_copy(update={"consent": Consent.NONE})
     if context.consent is None and caller.default_consent is not None:
@@ -100,51 +90,54 @@ def _with_consent(context: Context, caller: Caller) -> Context:
     return context
 
 
-def _add_predict(router: APIRouter, asking: _Asking, door: Door) -> None:
+def _add_predict(router: APIRouter, admission: _Admission, authenticator: Authenticator) -> None:
     @router.post("", response_model=PredictionResponse, openapi_extra=image_body())
     async def predict(
         request: Request,
-        caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
-        explain: Annotated[Literal["gradcam"] | None, Query(description="add the map of the most likely class")] = None,
+        caller: Annotated[Caller, Depends(authenticator.requires(Scope.PREDICT))],
+        explain: Annotated[
+            Literal["gradcam"] | None, Query(description="add the heat map of the most likely class")
+        ] = None,
         idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
     ) -> Any:
-        """Answer about one image: calibrated probabilities, a decision with its reasons, and who looks at it next."""
-        refused = asking.admit(request, 1)
+        """Predict one image: calibrated probabilities, a decision with its reasons, and the state of its review."""
+        refused = admission.admit(request, 1)
         if refused is not None:
             return refused
         try:
             image, context = await one_image(request)
-            answered = await asking.ask(
+            stored = await admission.predict(
                 image, context, caller, request.state.request_id, idempotency_key, explain is not None
             )
         finally:
-            asking.leave(1)
-        return prediction_body(answered.prediction, answered.review, answered.heat_map, asking.service.store.taxonomy)
+            admission.release(1)
+        return prediction_body(stored.prediction, stored.review, stored.heat_map, admission.service.store.taxonomy)
 
 
-def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
-    most = asking.service.settings.max_batch_images
+def _add_batch(router: APIRouter, admission: _Admission, authenticator: Authenticator) -> None:
+    most = admission.service.settings.max_batch_images
 
     @router.post("/batch", response_model=BatchResponse, openapi_extra=image_body(many=True))
     async def predict_many(
         request: Request,
-        caller: Annotated[Caller, Depends(door.requires(Scope.PREDICT))],
+        caller: Annotated[Caller, Depends(authenticator.requires(Scope.PREDICT))],
         idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
     ) -> Any:
-        """Answer about several images, also of one lesion; one that cannot be used does not stop the others."""
-        refused = asking.admit(request, 1)
+        """Predict several images, also of one lesion; an unusable image does not stop the others."""
+        # One image is admitted before the body is read, which bounds uploads, and the others once they are counted.
+        refused = admission.admit(request, 1)
         if refused is not None:
             return refused
         admitted = 1
         try:
             images = await many_images(request, most)
-            refused = asking.admit(request, len(images) - 1)
+            refused = admission.admit(request, len(images) - 1)
             if refused is not None:
                 return refused
             admitted = len(images)
-            found = await asyncio.gather(
+            results = await asyncio.gather(
                 *(
-                    asking.ask(
+                    admission.predict(
                         image,
                         context,
                         caller,
@@ -157,34 +150,35 @@ def _add_batch(router: APIRouter, asking: _Asking, door: Door) -> None:
                 return_exceptions=True,
             )
         finally:
-            asking.leave(admitted)
-        for outcome in found:
-            if isinstance(outcome, BaseException) and not isinstance(outcome, RelookError):
-                raise outcome
+            admission.release(admitted)
+        for result in results:
+            # Only known errors become the problem of one image; a bug fails the whole request, visibly.
+            if isinstance(result, BaseException) and not isinstance(result, RelookError):
+                raise result
         contexts = [context for _, context in images]
-        return batch_body(found, contexts, asking.service.store.taxonomy)
+        return batch_body(results, contexts, admission.service.store.taxonomy)
 
     @router.get("/batch", include_in_schema=False)
-    def no_batch_is_read() -> None:
-        # Else the next route would take the word for an id.
+    def refuse_get() -> None:
+        # Without it the route of one prediction would take "batch" for an id.
         raise HTTPException(405)
 
 
-def _add_reading(router: APIRouter, service: Service, door: Door) -> None:
+def _add_reading(router: APIRouter, service: Service, authenticator: Authenticator) -> None:
     @router.get("", response_model=PredictionPage)
     def list_predictions(
-        caller: Annotated[Caller, Depends(door.requires(None))],
-        decision: Annotated[Decision | None, Query(description="only these")] = None,
+        caller: Annotated[Caller, Depends(authenticator.requires(None))],
+        decision: Annotated[Decision | None, Query(description="only predictions with this decision")] = None,
         after: Annotated[PredictionId | None, Query(description="`next` of the page before")] = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
     ) -> PredictionPage:
-        """List answers, newest first."""
+        """List predictions, newest first."""
         return read_page(service.store, caller, decision, after, limit)
 
     @router.get("/{prediction_id}", response_model=PredictionResponse)
     def read_prediction(
-        prediction_id: PredictionId, caller: Annotated[Caller, Depends(door.requires(None))]
+        prediction_id: PredictionId, caller: Annotated[Caller, Depends(authenticator.requires(None))]
     ) -> PredictionResponse:
-        """Read an answer again, with where its review stands now."""
+        """Return a stored prediction with the current state of its review."""
         prediction, review = find_prediction(service.store, prediction_id, caller)
         return prediction_body(prediction, review, None, service.store.taxonomy)

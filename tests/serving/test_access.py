@@ -1,4 +1,4 @@
-"""Keys, scopes, visibility, links and rates over real HTTP: who may do what, and what others never learn."""
+"""Keys, scopes, visibility, erasure and rate limits over real HTTP."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +17,9 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ApiKey, Image, Prediction, ReviewItem, ReviewState, Scope
 from serving.access.keys import admin_token, create_key, revoke_key
-from serving.access.links import sign_image_path
-from serving.access.rates import RateLimit
 from serving.client import Client
 from serving.preconditions import require_startable
+from serving.routes.authenticator import RateLimit
 from serving.schemas import FlagRequest
 from serving.settings import ServingSettings
 
@@ -137,22 +136,6 @@ def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, make_im
         revoke_key(kept, "nobody", actor="test")
 
 
-def test_a_signed_link_shows_one_image_until_it_expires(
-    kept: Store, keyed: Any, client_of: Callable[[str], Client], make_image: Any
-) -> None:
-    image_id = client_of("north").predict(make_image(2)).image_id
-    with httpx.Client(base_url=keyed.url, trust_env=False) as http:
-        good = http.get(sign_image_path(kept.home, image_id, 60))
-        assert (good.status_code, good.headers["content-type"]) == (200, "image/jpeg")
-        assert good.content == kept.blobs.get(image_id)
-        old = http.get(sign_image_path(kept.home, image_id, 60, now_s=0))
-        assert (old.status_code, old.json()["code"]) == (403, "forbidden")
-        other = sign_image_path(kept.home, image_id, 60).replace(image_id, "0" * 64)
-        assert http.get(other).status_code == 403
-        assert http.get(f"/v1/images/{image_id}").status_code == 422
-        assert http.get("/v1/images/nonsense?expires=1&signature=a").status_code == 422
-
-
 def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str], Client], make_image: Any) -> None:
     answer = client_of("north").predict(make_image(3))
     admin = client_of("admin")
@@ -187,7 +170,7 @@ def test_an_image_whose_time_was_over_comes_back_when_it_is_sent_again(
     )
     assert done.images == 1
     assert not kept.blobs.has(answer.image_id)
-    with pytest.raises(RefusedError, match="no longer kept"):
+    with pytest.raises(RefusedError, match="no longer stored"):
         client_of("north").flag(answer.id, FlagRequest(reason="unsure"))
     again = client_of("north").predict(make_image(4))
     assert kept.blobs.has(again.image_id)

@@ -50,27 +50,27 @@ def test_forms_of_an_explanation(service: Any, client: Client, make_image: Calla
         assert found.content.startswith(b"\x89PNG")
         found = http.post("/v1/explanations?method=guess", content=make_image(41), headers=headers)
         assert found.status_code == 422
-    with pytest.raises(DataError, match="against itself"):
+    with pytest.raises(DataError, match="with itself"):
         client.explain_image(make_image(41), target="mel", versus="mel")
     with pytest.raises(DataError):
         client.explain_image(make_image(41), target="cat")
 
 
-def test_a_batch_answers_each_and_sums_up_lesions(client: Client, make_image: Callable[..., bytes]) -> None:
+def test_a_batch_predicts_each_image_and_summarises_lesions(client: Client, make_image: Callable[..., bytes]) -> None:
     contexts = [Context(lesion_id="L1"), Context(lesion_id="L1"), Context()]
     found = client.predict_many([make_image(42), make_image(43), b"no image"], contexts=contexts, idempotency_key="b1")
-    answers = [item.answer for item in found.items]
-    assert answers[0] is not None
-    assert answers[1] is not None
-    assert answers[2] is None
+    predictions = [item.prediction for item in found.items]
+    assert predictions[0] is not None
+    assert predictions[1] is not None
+    assert predictions[2] is None
     assert found.items[2].problem is not None
     assert found.items[2].problem.code == "not_an_image"
     order = ["answered", "retake", "review", "urgent"]
     (lesion,) = found.lesions
     assert lesion.lesion_id == "L1"
-    assert lesion.prediction_ids == [answers[0].id, answers[1].id]
-    assert order.index(lesion.decision) == max(order.index(a.decision) for a in answers[:2] if a)
-    assert answers[0].probabilities == pytest.approx(client.predict(make_image(42)).probabilities, abs=1e-5)
+    assert lesion.prediction_ids == [predictions[0].id, predictions[1].id]
+    assert order.index(lesion.decision) == max(order.index(a.decision) for a in predictions[:2] if a)
+    assert predictions[0].probabilities == pytest.approx(client.predict(make_image(42)).probabilities, abs=1e-5)
     again = client.predict_many([make_image(42), make_image(43), b"no image"], contexts=contexts, idempotency_key="b1")
     assert again == found
     with pytest.raises(DataError, match="send one for each"):
@@ -89,7 +89,7 @@ def test_an_outcome_is_a_label_of_its_rank(service: Any, client: Client, make_im
         assert tx.count(Outcome, where={"prediction_id": answer.id}) == 1
         (label,) = tx.find(SourceLabel, where={"image_id": answer.image_id})
     assert (label.label, label.confirmation, label.source) == ("mel", "histopathology", f"outcome:{stored.id}")
-    with pytest.raises(DataError, match="has not come yet"):
+    with pytest.raises(DataError, match="in the future"):
         client.outcome(answer.id, request.model_copy(update={"observed_at": utc_now() + timedelta(days=1)}))
     with pytest.raises((DataError, TaxonomyError)):
         client.outcome(answer.id, request.model_copy(update={"diagnosis": "cat"}))

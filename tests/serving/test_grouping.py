@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serving.grouping import Grouping
+from serving.grouping import CallGrouping
 
 
 class Carrier:
@@ -32,8 +32,8 @@ class Carrier:
 def test_what_comes_while_calls_are_under_way_leaves_together_and_in_order() -> None:
     async def play() -> None:
         carrier = Carrier()
-        grouping = Grouping(carrier.send, max_calls=2, max_group=4)
-        asked = [asyncio.create_task(grouping.ask(number)) for number in range(12)]
+        grouping = CallGrouping(carrier.send, max_calls=2, max_group=4)
+        asked = [asyncio.create_task(grouping.submit(number)) for number in range(12)]
         await asyncio.sleep(0.01)
         assert carrier.groups == [[0], [1]]
         await carrier.let_all_go()
@@ -49,8 +49,8 @@ def test_what_comes_while_calls_are_under_way_leaves_together_and_in_order() -> 
 def test_a_lost_call_is_an_error_of_those_whom_it_carried_and_of_nobody_else() -> None:
     async def play() -> None:
         carrier = Carrier()
-        grouping = Grouping(carrier.send, max_calls=1, max_group=2)
-        asked = [asyncio.create_task(grouping.ask(number)) for number in (5, 13, 6, 7)]
+        grouping = CallGrouping(carrier.send, max_calls=1, max_group=2)
+        asked = [asyncio.create_task(grouping.submit(number)) for number in (5, 13, 6, 7)]
         for _ in range(4):
             await asyncio.sleep(0.01)
             await carrier.let_all_go()
@@ -66,8 +66,8 @@ def test_a_lost_call_is_an_error_of_those_whom_it_carried_and_of_nobody_else() -
 def test_who_stops_waiting_takes_nothing_from_the_others() -> None:
     async def play() -> None:
         carrier = Carrier()
-        grouping = Grouping(carrier.send, max_calls=1, max_group=8)
-        asked = [asyncio.create_task(grouping.ask(number)) for number in range(3)]
+        grouping = CallGrouping(carrier.send, max_calls=1, max_group=8)
+        asked = [asyncio.create_task(grouping.submit(number)) for number in range(3)]
         await asyncio.sleep(0.01)
         asked[1].cancel()
         for _ in range(3):

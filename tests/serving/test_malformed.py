@@ -68,7 +68,7 @@ def test_what_schemathesis_tries_fits_the_published_contract(abused: Any) -> Non
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=abused.store.home.root)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "Tested: 24" in done.stdout
+    assert "Tested: 23" in done.stdout
 
 
 def test_a_forms_unknown_part_is_refused_since_it_may_be_a_misspelt_consent(
@@ -95,12 +95,6 @@ def test_numbers_are_no_moments_and_words_are_no_numbers(abused: Any, make_image
         for age in ('"61"', "true"):
             files = {"image": ("a.jpg", make_image(0)), "context": (None, f'{{"age": {age}}}')}
             assert http.post("/v1/predictions", files=files).status_code == 422, age
-
-
-def test_a_signature_that_is_not_ascii_is_one_that_does_not_fit(abused: Any) -> None:
-    with httpx.Client(base_url=abused.url, trust_env=False) as http:
-        response = http.get(f"/v1/images/{'a' * 64}", params={"expires": 2**40, "signature": "ö}"})
-    assert (response.status_code, response.json()["code"]) == (403, "forbidden")
 
 
 def test_every_path_names_the_verbs_it_takes_and_no_others(abused: Any) -> None:
@@ -135,7 +129,7 @@ def test_no_upload_is_the_services_own_fault(abused: Any, make_image: Callable[.
             if response.status_code >= 400:
                 assert response.headers["content-type"] == "application/problem+json", f"upload {number}"
         assert client.predict(make_image(0)).probabilities == before
-    # It is no test if everything is refused at the door.
+    # The test means nothing if the middleware refuses everything.
     assert set(seen) == {200, 400, 413, 415, 422}
 
 

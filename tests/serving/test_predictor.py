@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_asked_and_never_dropped(
     with store.ledger.read() as tx:
         (item,) = tx.find(ReviewItem)
     assert item.overlay_blob is None
-    with pytest.raises(RefusedError, match="no finite answer"):
+    with pytest.raises(RefusedError, match="no finite output"):
         Explainer(store, SETTINGS).explain(prediction, "gradcam", "mel")
 
 

@@ -109,7 +109,7 @@ def destroy_and_compare(
             assert answers(client, make_image) == before
     assert relook(home, "audit", "verify")["whole"] is True
     events = relook(home, "trace", kept.id)
-    assert {"answer", "flag", "question"} <= {step["kind"] for step in events["steps"]}
+    assert {"prediction", "flag", "review_item"} <= {step["kind"] for step in events["steps"]}
 
 
 def test_a_home_that_was_moved_answers_from_where_it_is(tmp_path: Path, tools: Any, make_image: Any) -> None:

@@ -14,35 +14,35 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Arm, ModelRecord, ModelStatus, Prediction, ReasonCode, RolloutStage
 from serving.access.keys import admin_token
-from serving.batches import CAUTION
 from serving.client import Client
 from serving.rollout.control import begin, current_rollout, promote, roll_back
-from serving.rollout.harms import HARMS, found_harm, log_evidence, looks_needed, threshold
+from serving.rollout.guardrails import GUARDRAILS, log_evidence, observations_needed, threshold, violated_guardrail
 from serving.schemas import RolloutRequest
 from serving.settings import ServingSettings
+from serving.triage import CAUTION
 
 
-def test_evidence_never_grows_on_average_while_harm_is_tolerated() -> None:
+def test_evidence_does_not_grow_on_average_within_the_limit() -> None:
     generator = np.random.default_rng(3)
-    harm = HARMS["downgrade"]
+    guardrail = GUARDRAILS["downgrade"]
     ended = 0
     for _ in range(300):
-        seen = np.cumsum(generator.random(500) < harm.tolerated)
+        seen = np.cumsum(generator.random(500) < guardrail.limit)
         ended += any(
-            log_evidence(n + 1, int(x), harm.tolerated) >= threshold() for n, x in enumerate(seen) if n % 5 == 0
+            log_evidence(n + 1, int(x), guardrail.limit) >= threshold() for n, x in enumerate(seen) if n % 5 == 0
         )
-    assert ended / 300 <= 0.05 / len(HARMS) + 0.02
+    assert ended / 300 <= 0.05 / len(GUARDRAILS) + 0.02
 
 
 @pytest.mark.parametrize(
     ("name", "rate", "most"), [("error", 1.0, 2), ("non_finite", 1.0, 2), ("slow", 1.0, 5), ("downgrade", 1.0, 3)]
 )
-def test_a_plain_harm_is_found_within_few_looks(name: str, rate: float, most: int) -> None:
-    needed = looks_needed(name, rate)
+def test_a_plain_violation_is_found_within_few_observations(name: str, rate: float, most: int) -> None:
+    needed = observations_needed(name, rate)
     assert needed is not None
     assert needed <= most
-    assert looks_needed(name, HARMS[name].tolerated) is None
-    assert found_harm({name: (needed, needed)}) is HARMS[name]
+    assert observations_needed(name, GUARDRAILS[name].limit) is None
+    assert violated_guardrail({name: (needed, needed)}) is GUARDRAILS[name]
 
 
 @pytest.fixture

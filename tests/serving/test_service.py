@@ -131,7 +131,7 @@ def open_page(browser: "Browser", url: str, width_px: int) -> tuple["Page", list
 def upload_and_ask(page: "Page", file: Path) -> None:
     with page.expect_response(lambda response: response.url.endswith(file.name)):
         page.set_input_files("#rl-image input[type=file]", str(file))
-    page.click("#rl-ask")
+    page.click("#rl-predict")
 
 
 @pytest.mark.browser
@@ -152,7 +152,7 @@ def test_a_person_uploads_reads_and_objects(
     drawn = page.locator("#rl-map img")
     assert drawn.evaluate("image => image.naturalWidth") == 224
 
-    page.get_by_text("Something is wrong with this answer").click()
+    page.get_by_text("Flag this prediction").click()
     page.fill("#rl-comment textarea", f"seen at {width_px}")
     page.click("#rl-flag")
     page.wait_for_selector("#rl-flagged .rl-card")
@@ -178,7 +178,7 @@ def test_an_example_is_asked_with_the_keyboard_and_a_wrong_file_is_told(
     page, _ = open_page(browser, url, 1280)
     page.locator(".gallery-item, .gallery button, [class*=gallery] img").first.click()
     page.wait_for_selector("#rl-image img")
-    page.focus("#rl-ask")
+    page.focus("#rl-predict")
     page.keyboard.press("Enter")
     page.wait_for_selector("#rl-decision")
 

@@ -1,8 +1,8 @@
-"""The door in front of API and page: who may knock, how much they may carry, and what a fault looks like.
+"""ASGI middleware: Host and Origin checks, body limit, request ids, security headers, problem documents.
 
-An ASGI app around another. It refuses a Host that is not this machine and an Origin that is not this
-service (a foreign web page must not drive a service that needs no key), bodies over the limit, and turns
-what nobody handled into a problem document. It gives every request its id.
+It stands before the API and the page and routes each request to one of them by its path. The Host check stops DNS
+rebinding and the Origin check foreign web pages: without keys, a browser on this machine could otherwise be made to
+use the service. It does not authenticate; see `serving.routes.authenticator`.
 """
 
 import logging
@@ -10,16 +10,16 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from records.errors import ImageError
 from records.ids import new_id
-from serving.problems import MEDIA_TYPE, problem, problem_of
+from serving.problems import problem, problem_of, problem_response
 from serving.schemas import Problem
 
 logger = logging.getLogger(__name__)
 
+API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -30,33 +30,41 @@ _SECURITY_HEADERS = {
 }
 
 
-class Guard:
-    """Checks every request before the app sees it.
+class RequestMiddleware:
+    """Checks every request before an app sees it.
 
     Args:
-        app: what is guarded.
-        max_body_bytes: of one request.
-        on_response: told the HTTP status of everything that is answered, refusals too.
-        local_only: refuse a Host that is not this machine; false for a service that listens beyond loopback,
-            where nobody gets in without a key.
+        api: serves `API_PATHS`, or every path if there is no page.
+        max_body_bytes: limit of one request body.
+        on_response: called with the HTTP status of every response, refusals included.
+        local_only: refuse a Host that is not this machine; false for a service that listens beyond loopback, which
+            requires a key for every request.
+        page: serves all other paths and gets the lifespan events.
     """
 
     def __init__(
-        self, app: ASGIApp, max_body_bytes: int, on_response: Callable[[int], None], *, local_only: bool = True
+        self,
+        api: ASGIApp,
+        max_body_bytes: int,
+        on_response: Callable[[int], None],
+        *,
+        local_only: bool = True,
+        page: ASGIApp | None = None,
     ) -> None:
-        self._app = app
+        self._api = api
+        self._page = page
+        self._max_body_bytes = max_body_bytes
         self._on_response = on_response
         self._local_only = local_only
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as ASGI has it."""
+        """Handle one connection, as ASGI defines it."""
         if scope["type"] == "websocket":
-            # Neither API nor page uses them, and a browser asks no leave before it opens one.
+            # Neither app uses WebSockets, and browsers open them across origins without a preflight request.
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope)(scope, receive, send)
             return
         request_id = new_id()
         scope.setdefault("state", {})["request_id"] = request_id
@@ -78,20 +86,26 @@ class Guard:
             await problem_response(refused, request_id)(scope, receive, send_with_headers)
             return
         try:
-            await self._app(scope, self._limited(receive), send_with_headers)
+            await self._app(scope)(scope, self._limited(receive), send_with_headers)
         except Exception as error:
             found = problem_of(error)
             if found.status >= 500:
                 logger.exception("request %s failed", request_id)
             else:
                 logger.exception("request %s was refused late", request_id)
+            # Once the status line is out it cannot be replaced; the connection then ends without a full body.
             if not started:
                 await problem_response(found, request_id)(scope, receive, send_with_headers)
+
+    def _app(self, scope: Scope) -> ASGIApp:
+        path = scope.get("path", "")
+        is_api = any(path == prefix or path.startswith(prefix + "/") for prefix in API_PATHS)
+        return self._api if is_api or self._page is None else self._page
 
     def _refusal(self, headers: Headers) -> Problem | None:
         host = headers.get("host", "")
         if self._local_only and _hostname(host) not in LOCAL_HOSTS:
-            return problem(403, "foreign_host", "this service answers only to local names, such as 127.0.0.1")
+            return problem(403, "foreign_host", "this service accepts only local host names, such as 127.0.0.1")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             return problem(403, "foreign_origin", "a page of another origin may not use this service")
@@ -101,6 +115,7 @@ class Guard:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
+        # Content-Length may be missing (chunked bodies) or wrong, so the bytes are counted as they arrive.
         received_bytes = 0
 
         async def receive_within_limit() -> Message:
@@ -124,20 +139,3 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
-
-
-def problem_response(found: Problem, request_id: str | None, retry_after_s: int | None = None) -> Response:
-    """Turn a problem into a response.
-
-    Args:
-        found: the problem.
-        request_id: of the request.
-        retry_after_s: wait that the caller is asked for, seconds.
-    Returns:
-        The response.
-    """
-    body = found.model_copy(update={"request_id": request_id}).model_dump_json(exclude_none=True)
-    headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}
-    if found.status == 401:
-        headers["WWW-Authenticate"] = 'Bearer realm="relook"'
-    return Response(body, status_code=found.status, headers=headers, media_type=MEDIA_TYPE)
