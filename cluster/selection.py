@@ -6,7 +6,7 @@ the model's features, cross-validated with whole groups per fold; a new annotati
 labels, so it never replaces a histopathology result.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,8 @@ BATCH_SIZE = 64
 MAX_CANDIDATES = 4096
 MAX_KNOWN = 2048
 DROPOUT_PASSES = 10
+DEFAULT_RULE = "least_confidence"
+_FOLDS = 5
 
 
 def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:
@@ -123,14 +125,15 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
     Returns:
         One row per image, in their order.
     """
+    # Features and dropout passes multiply the cost of the pool, so only what the rules read is computed.
     needs = {need for rule in rules for need in rule_named(rule).needs}
     cache = PixelCache(store.home.cache, model.geometry.side_px)
     ids = [image.id for image in images]
     cache.ensure(store, ids)
     rows = cache.rows(ids)
     probabilities, features, samples = [], [], []
-    for at in range(0, len(ids), BATCH_SIZE):
-        pixels = rows.take(np.arange(at, min(at + BATCH_SIZE, len(ids))))
+    for batch in _batches(len(ids)):
+        pixels = rows.take(batch)
         probabilities.append(model.predict(pixels).probabilities)
         if "features" in needs:
             features.append(model.describe(pixels))
@@ -138,6 +141,7 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
             samples.append(model.dropout_samples(pixels, DROPOUT_PASSES, seed=seed))
     return Pool(
         ids=ids,
+        # An image without a group is a group of its own, or all of them together would count as one lesion.
         group_ids=[image.group_id or image.id for image in images],
         probabilities=np.concatenate(probabilities),
         features=np.concatenate(features) if features else None,
@@ -156,11 +160,13 @@ def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Floa
         ids = list(tx.connection.execute(query).scalars())
     cache.ensure(store, ids)
     rows = cache.rows(ids)
-    parts = [rows.take(np.arange(at, min(at + BATCH_SIZE, len(ids)))) for at in range(0, len(ids), BATCH_SIZE)]
-    return np.concatenate([model.describe(part) for part in parts] or [np.empty((0, 1), dtype=np.float32)])
+    parts = [model.describe(rows.take(batch)) for batch in _batches(len(ids))]
+    return np.concatenate(parts or [np.empty((0, 1), dtype=np.float32)])
 
 
-DEFAULT_RULE = "least_confidence"
+def _batches(num_rows: int) -> Iterator[NDArray[np.intp]]:
+    for at in range(0, num_rows, BATCH_SIZE):
+        yield np.arange(at, min(at + BATCH_SIZE, num_rows))
 
 
 def select_images(
@@ -205,11 +211,12 @@ def select_images(
     )
     rows = PixelCache(store.home.cache, bundle.document.geometry.side_px).rows([images[row].id for row in chosen])
     items: list[ReviewItem] = []
-    for at in range(0, len(chosen), BATCH_SIZE):
-        part = np.arange(at, min(at + BATCH_SIZE, len(chosen)))
-        output = model.predict(rows.take(part), gradcam=True)
+    # A second pass over the few selected images: heat maps for the whole pool would cost a backward pass per image.
+    for batch in _batches(len(chosen)):
+        output = model.predict(rows.take(batch), gradcam=True)
         items.extend(
-            _item(store, images[chosen[at + i]], output, i, 1.0 - (at + i) / len(chosen)) for i in range(len(part))
+            _item(store, images[chosen[row]], output, i, 1.0 - row / len(chosen))
+            for i, row in enumerate(batch.tolist())
         )
     # Blobs of overlays are stored before the items that name them; a kill in between leaves unused blobs only.
     with store.ledger.begin() as tx:
@@ -219,6 +226,7 @@ def select_images(
 
 
 def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: float) -> ReviewItem:
+    # Without finite probabilities there is no predicted class whose map could be shown; the item says why.
     finite = bool(output.finite[row])
     overlay = None
     if finite and output.maps is not None:
@@ -233,9 +241,6 @@ def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: f
         priority=priority,
         overlay_blob=overlay,
     )
-
-
-_FOLDS = 5
 
 
 def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budget: int) -> tuple[int, int]:
@@ -256,10 +261,10 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
     cache = PixelCache(store.home.cache, model.geometry.side_px)
     cache.ensure(store, ids)
     cached = cache.rows(ids)
-    parts = [np.arange(at, min(at + BATCH_SIZE, len(ids))) for at in range(0, len(ids), BATCH_SIZE)]
-    features = np.concatenate([model.describe(cached.take(part)) for part in parts])
+    features = np.concatenate([model.describe(cached.take(batch)) for batch in _batches(len(ids))])
     labels = np.array([store.taxonomy.index_of(label) for label in rows["label"]], dtype=np.intp)
     groups = rows["group_id"].to_numpy()
+    # The linear head and cleanlab refuse NaN; images that the network cannot describe are left out.
     finite = np.flatnonzero(np.isfinite(features).all(axis=1))
     out_of_fold = out_of_fold_probabilities(features[finite], labels[finite], groups[finite], len(store.taxonomy.codes))
     suspicious = [int(finite[row]) for row in suspicious_rows(labels[finite], out_of_fold)]
@@ -302,6 +307,7 @@ def out_of_fold_probabilities(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    # A rare class may have all its groups in one fold. The head of that fold does not know it, so its columns stay 0.
     found = np.zeros((len(labels), num_classes))
     folds = min(_FOLDS, len(set(groups)))
     for train, test in GroupKFold(folds).split(features, labels, groups):

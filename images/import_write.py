@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from images.grouping import NearPair, set_groups, set_splits, write_groups
 from images.import_rows import Entry, GroupFacts, Refusal, draw_splits, pick_withheld
 from records import audit
-from records.erasure import make_way
+from records.erasure import remove_expired_tombstones
 from records.ids import hash_of, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
@@ -118,7 +118,7 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
 
 def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
     """Write the images that are new, each in its group; name those that would join two splits."""
-    make_way(tx, {image.id for image in plan.images})
+    remove_expired_tombstones(tx, {image.id for image in plan.images})
     table = TABLES[Image]
     known = dict(tx.connection.execute(sa.select(table.c.id, table.c.group_id)).all())
     first = {image.id: image for image in reversed(plan.images)}

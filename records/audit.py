@@ -1,9 +1,8 @@
 """The audit chain: append-only events, each carrying the hash of the one before.
 
-The number and hash of the newest event are also kept in a file outside the database, so that cutting
-off the end of the chain is found as well. Whoever appends has nothing to do for that: the ledger moves
-the file on once the transaction is committed. A crash in between leaves it one event behind, and the
-next event catches up.
+The number and hash of the newest event are also kept in a file outside the database, so that a chain whose end was
+cut off is detected as well. The ledger updates that file after each commit that appended an event. A crash in between
+leaves the file one event behind, and the next event catches up.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,17 +25,17 @@ def append(tx: Transaction, *, actor: str, action: str, subject: str, details: d
     """Append an event to the chain, in the caller's write transaction.
 
     Args:
-        tx: the transaction of the action that is recorded, so that neither exists without the other. Write
-            transactions follow one another, so two of them never take the same number.
+        tx: the transaction of the action that is recorded, so that neither exists without the other.
         actor: who did it.
-        action: what, for example `gate.read`.
-        subject: to what.
+        action: for example `gate.read`.
+        subject: the id or name of what it was done to.
         details: JSON values.
     Returns:
         The event's hash.
     Raises:
         ContractError: this is a read transaction, or the details are not JSON values.
     """
+    # Write transactions are serialized, so two of them never read the same last number.
     number, previous = _last(tx)
     event = AuditEvent(
         number=number + 1,
@@ -58,12 +57,12 @@ def append(tx: Transaction, *, actor: str, action: str, subject: str, details: d
 
 
 def event_hash(event: AuditEvent) -> str:
-    """Return the hash that an event must carry: over all its fields but the hash itself."""
+    """Return the hash that an event must carry: over all its fields except the hash itself."""
     return hash_of(event.model_dump(mode="json", exclude={"hash"}))
 
 
 def chain_head(tx: Transaction) -> str:
-    """Return the head of the chain as its file keeps it: number and hash of the newest event, and a newline."""
+    """Return the content of the head file: number and hash of the newest event, and a newline."""
     number, digest = _last(tx)
     return f"{number} {digest}\n"
 
@@ -74,25 +73,14 @@ def head_file(home: Home) -> Path:
 
 
 def anchor(ledger: Ledger, home: Home) -> None:
-    """Write the chain's head to its file outside the database; after an `append` this happens by itself.
-
-    Args:
-        ledger: with the chain.
-        home: with the file.
-    Raises:
-        UnavailableError: the file cannot be written.
-    """
+    """Write the chain's head to its file, as happens after each `append`; UnavailableError if that fails."""
     _write_head(ledger, head_file(home))
 
 
 def open_chain(ledger: Ledger, home: Home) -> None:
-    """Give a chain without events its head file, so that a missing one always means a removed one.
+    """Create the head file of a chain without events, so that a missing file always means a removed one.
 
-    Args:
-        ledger: with the chain.
-        home: that gets the file.
-    Raises:
-        UnavailableError: the file cannot be written.
+    UnavailableError is raised if it cannot be written.
     """
     if not head_file(home).exists():
         with ledger.read() as tx:
@@ -102,15 +90,8 @@ def open_chain(ledger: Ledger, home: Home) -> None:
 
 
 def verify(ledger: Ledger, home: Home) -> list[str]:
-    """Check the whole chain.
-
-    Args:
-        ledger: with the chain.
-        home: with the file that keeps its head.
-    Returns:
-        One sentence per fault, empty if the chain is whole.
-    """
-    # The head comes first: an event that is appended meanwhile must not make the chain look cut off.
+    """Check the whole chain and return one sentence per fault; the list is empty if the chain is intact."""
+    # The head is read before the chain: an event appended in between must not make the chain look cut off.
     head = _read_head(head_file(home))
     hashes = {0: GENESIS}
     with ledger.read() as tx:
@@ -121,7 +102,7 @@ def verify(ledger: Ledger, home: Home) -> list[str]:
 
 
 def _chain_faults(tx: Transaction, hashes: dict[int, str]) -> Iterator[str]:
-    """Yield a sentence per fault and enter the hash of every event."""
+    """Yield a sentence per fault, and store the hash of every event in `hashes`."""
     column = TABLES[AuditEvent].c.number
     previous, expected = GENESIS, 1
     for number in tx.connection.scalars(sa.select(column).order_by(column)).all():
@@ -132,7 +113,7 @@ def _chain_faults(tx: Transaction, hashes: dict[int, str]) -> Iterator[str]:
         try:
             event = tx.require(AuditEvent, number)
         except ValueError:
-            # Changed by hand into something that is no event any more.
+            # Edited by hand into a row that does not validate; its stored hash still links the next event.
             yield f"event {number} was altered: it cannot even be read"
             previous = hashes[number] = _hash_at(tx, number) or ""
             continue
@@ -158,12 +139,13 @@ def _move_head(ledger: Ledger) -> None:
 
 
 def _write_head(ledger: Ledger, path: Path) -> None:
-    # As a writer, so that of two processes neither can put an older head over a newer one.
+    # Under the write lock, so that of two processes neither replaces a newer head by an older one.
     with ledger.begin() as tx:
         head = _read_head(path)
         if head is not None and any(_head_faults(head, lambda number: _hash_at(tx, number))):
-            return  # the old head is the evidence against a chain that was cut off
+            return  # keep the old head: it is the evidence that the chain was cut off
         try:
+            # Renamed into place: a crash must not leave half a head, which would look like a cut-off chain.
             temporary = path.with_suffix(".new")
             temporary.write_text(chain_head(tx))
             temporary.replace(path)

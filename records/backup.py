@@ -1,13 +1,13 @@
-"""Back up everything that cannot be made again: ledger, blobs, dataset versions, bundles, keys, round reports.
+"""Back up everything that cannot be made again, and restore it into an empty home.
 
     ledger/TABLE.jsonl.gz   every row, from one consistent view, in a form that any database takes
     blobs/AB/ID             every blob, checked against its id
     files/...               datasets, bundles, keys, and the reports of rounds (no checkpoints, no cache)
     backup.json             written last: schema, and size and hash of every file; without it there is no backup
 
-The service may go on answering meanwhile: blobs and bundles never change, and what comes after the view
-of the ledger is not in the backup. It holds keys, so it is readable by its owner only. The database of
-a local Label Studio is not in it; answers that were pulled are.
+The service may keep running during a backup: blobs and bundles never change, and rows added after the view was
+opened are not in it. A backup holds keys, so only its owner can read it. The database of a local Label Studio is
+not included; annotations that were pulled are. Restoring works across kinds of database and blob store.
 """
 
 import gzip
@@ -15,26 +15,35 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from alembic import command
+from alembic.migration import MigrationContext
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from records.audit import chain_head, head_file
-from records.errors import DataError, IntegrityError
+from records.audit import chain_head, head_file, verify
+from records.blobs import open_blobs
+from records.errors import DataError, IntegrityError, RefusedError
+from records.home import open_home
 from records.ids import utc_now
 from records.ledger import Transaction
-from records.ledger.migrate import schema_versions
+from records.ledger.engine import WRITE_OPTION, make_engine
+from records.ledger.ledger import reachable
+from records.ledger.migrate import alembic_config, refuse_newer, schema_versions
 from records.ledger.tables import METADATA
-from records.store import Store
+from records.settings import RecordsSettings
+from records.store import Store, database_url, open_store
 
 MANIFEST, LEDGER, BLOBS, FILES = "backup.json", "ledger", "blobs", "files"
 WHOLE_FOLDERS = ("datasets", "bundles", "keys")
 REPORT_SUFFIXES = frozenset({".json", ".jsonl", ".html"})
 _ROWS_AT_ONCE = 5000
+_ROWS_PER_INSERT = 1000
 
 
 class BackupFile(BaseModel):
@@ -59,16 +68,10 @@ class BackupManifest(BaseModel):
 
 
 def back_up(store: Store, target: Path) -> BackupManifest:
-    """Write a backup.
+    """Write a backup of the store to a folder that is empty or does not exist.
 
-    Args:
-        store: what is backed up.
-        target: a folder that is empty or does not exist.
-    Returns:
-        What was written.
-    Raises:
-        DataError: the folder is not empty or cannot be written.
-        IntegrityError: a blob was altered; it is named, and no backup is made.
+    A folder that is not empty or cannot be written raises DataError; an altered blob raises IntegrityError, which
+    names it, and no backup is made.
     """
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def back_up(store: Store, target: Path) -> BackupManifest:
             head = chain_head(tx)
         _copy_blobs(store, target / BLOBS)
         _copy_files(store.home.root, target / FILES)
-        # The head that belongs to this view of the ledger, not the one of a moment later.
+        # The file in the home may already point past this view: the backup gets the head of the rows it holds.
         (target / FILES / head_file(store.home).relative_to(store.home.root)).write_text(head)
         manifest = BackupManifest(
             created_at=utc_now(),
@@ -88,6 +91,7 @@ def back_up(store: Store, target: Path) -> BackupManifest:
             rows=rows,
             files={str(path.relative_to(target)): describe(path) for path in _files_under(target)},
         )
+        # The manifest marks a backup as finished, so it appears last and in one step.
         temporary = target / f".{MANIFEST}"
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
         temporary.replace(target / MANIFEST)
@@ -97,15 +101,9 @@ def back_up(store: Store, target: Path) -> BackupManifest:
 
 
 def read_backup(source: Path) -> BackupManifest:
-    """Open a backup and check every file of it.
+    """Return the manifest of a backup after checking every file against it.
 
-    Args:
-        source: its folder.
-    Returns:
-        What it holds.
-    Raises:
-        DataError: the folder is no backup, or one that was not finished.
-        IntegrityError: a file is missing or was altered.
+    A folder that is no finished backup raises DataError; a missing or altered file raises IntegrityError.
     """
     try:
         manifest = BackupManifest.model_validate_json((source / MANIFEST).read_text())
@@ -131,7 +129,7 @@ def describe(path: Path) -> BackupFile:
 
 
 def _dump(tx: Transaction, table: sa.Table, folder: Path) -> int:
-    """Write the rows of a table as lines of JSON; return how many."""
+    """Write the rows of a table as lines of JSON and return their number."""
     folder.mkdir(exist_ok=True)
     count = 0
     key = next(iter(table.primary_key.columns))
@@ -159,7 +157,7 @@ def _copy_blobs(store: Store, folder: Path) -> None:
 
 def _copy_files(root: Path, folder: Path) -> None:
     for name in WHOLE_FOLDERS:
-        # Folders and files with a leading dot are what a killed writer left.
+        # Names with a leading dot are temporary: a writer is still busy with them, or was killed.
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns(".*"))
     for path in sorted((root / "runs").rglob("*")):
         if path.is_file() and path.suffix in REPORT_SUFFIXES:
@@ -170,3 +168,109 @@ def _copy_files(root: Path, folder: Path) -> None:
 
 def _files_under(target: Path) -> Iterator[Path]:
     yield from (path for path in sorted(target.rglob("*")) if path.is_file())
+
+
+def restore(source: Path, settings: RecordsSettings) -> BackupManifest:
+    """Restore a backup into an empty home and database.
+
+    Every file is checked before anything is written. The ledger is filled last, in one transaction, so a restore that
+    was killed leaves no ledger and can be run again. A backup of an older schema is migrated on the way.
+
+    Args:
+        source: folder of the backup.
+        settings: home, database and blob store to restore into.
+    Returns:
+        The manifest of the backup.
+    Raises:
+        DataError: the folder is no backup.
+        IntegrityError: the backup was altered, or its audit chain does not hold.
+        RefusedError: there is a ledger already.
+        ConfigError: the backup was written by a newer program.
+        UnavailableError: the database or the blob store does not answer.
+    """
+    manifest = read_backup(source)
+    refuse_newer(manifest.schema_version)
+    home = open_home(settings.home)
+    url = database_url(settings, home)
+    engine = make_engine(url, durability=settings.durability, busy_timeout_s=settings.busy_timeout_s)
+    shown = engine.url.render_as_string(hide_password=True)
+    try:
+        with reachable(shown):
+            _refuse_filled(engine, shown)
+            _put_files(source, home.root)
+            blobs = open_blobs(settings.blobs or str(home.blobs))
+            for path in sorted((source / BLOBS).rglob("*")):
+                if path.is_file():
+                    blobs.put(path.read_bytes())
+            _fill_ledger(engine, manifest, source / LEDGER)
+    finally:
+        engine.dispose()
+    store = open_store(settings)
+    faults = verify(store.ledger, store.home)
+    store.close()
+    if faults:
+        raise IntegrityError("the backup was restored, but its audit chain is broken: " + "; ".join(faults))
+    return manifest
+
+
+def _refuse_filled(engine: sa.Engine, shown: str) -> None:
+    with engine.connect() as connection:
+        if MigrationContext.configure(connection).get_current_revision() is not None:
+            raise RefusedError(f"there is a ledger in {shown} already; restore into an empty home and database")
+
+
+def _put_files(source: Path, root: Path) -> None:
+    shutil.copytree(source / FILES, root, dirs_exist_ok=True)
+    (root / "keys").chmod(0o700)
+    for path in (root / "keys").iterdir():
+        path.chmod(0o600)
+
+
+def _fill_ledger(engine: sa.Engine, manifest: BackupManifest, folder: Path) -> None:
+    with engine.connect() as connection:
+        connection = connection.execution_options(**{WRITE_OPTION: True})
+        with connection.begin():
+            config = alembic_config()
+            config.attributes["connection"] = connection
+            # First the schema that the rows were written with, then the migrations that change rows and all.
+            command.upgrade(config, manifest.schema_version)
+            # Reflected, since the tables of this program are those of the newest schema.
+            tables = sa.MetaData()
+            tables.reflect(connection)
+            for name in manifest.rows:
+                _fill_table(connection, tables.tables[name], folder / f"{name}.jsonl.gz")
+            command.upgrade(config, "head")
+
+
+def _fill_table(connection: sa.Connection, table: sa.Table, path: Path) -> None:
+    for column in table.columns:
+        # Reflection does not know that None is stored as SQL NULL here, not as the JSON value null.
+        if isinstance(column.type, sa.JSON):
+            column.type.none_as_null = True
+    times = {c.name for c in table.columns if isinstance(c.type, sa.DateTime)}
+    # The reflected column type is plain DateTime, so this repeats what `UtcTime` does: SQLite keeps no zone.
+    naive = connection.dialect.name == "sqlite"
+
+    def row(line: str) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(line)
+        for name in times & values.keys():
+            values[name] = _time(values[name], naive=naive)
+        return values
+
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = map(row, file)
+        while part := list(islice(rows, _ROWS_PER_INSERT)):
+            connection.execute(sa.insert(table), part)
+
+
+def _time(text: str | None, *, naive: bool) -> datetime | None:
+    if text is None:
+        return None
+    value = datetime.fromisoformat(text).astimezone(UTC)
+    return value.replace(tzinfo=None) if naive else value
+
+
+def rows_of(folder: Path, table: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table from a backup as plain values, for programs other than Relook."""
+    with gzip.open(folder / LEDGER / f"{table}.jsonl.gz", "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)

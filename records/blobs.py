@@ -1,8 +1,8 @@
 """The blob store: bytes by their own hash, on a local disk or in object storage (fsspec).
 
-A blob is written to a temporary name and then moved, so a reader sees all of it or none of it.
-`s3://` and `gs://` go through Arrow, which is here anyway; credentials come from the environment as the
-cloud's own tools read them. An S3 that is not Amazon's is named in the URL:
+A blob is written under a temporary name and then moved, so a reader sees all of it or none of it. `s3://` and `gs://`
+go through Arrow, which is a dependency anyway; credentials come from the environment, as the cloud's own tools read
+them. An S3-compatible server is named in the URL:
 `s3://bucket/blobs?endpoint_override=minio.example:9000&scheme=http`.
 """
 
@@ -31,7 +31,7 @@ class BlobStore:
 
     Args:
         url: the fsspec URL it was opened with.
-        root: the same place as the file system names it.
+        root: the same location as the file system names it.
         filesystem: the fsspec file system.
         local: true if blobs are files of this machine.
     """
@@ -42,19 +42,15 @@ class BlobStore:
     local: bool
 
     def put(self, data: bytes) -> str:
-        """Store bytes once.
+        """Store bytes once and return their id, the SHA-256 in 64 hex characters.
 
-        Args:
-            data: any bytes.
-        Returns:
-            Their id, the SHA-256 in 64 hex characters. Storing equal bytes again writes nothing, unless
-            the stored ones were cut short.
-        Raises:
-            UnavailableError: the store cannot be written.
+        Storing equal bytes again writes nothing, unless the stored file is shorter. UnavailableError is raised if the
+        store cannot be written.
         """
         blob_id = sha256_hex(data)
         path = self._path(blob_id)
         try:
+            # The size is compared, too: a full disk may have left a shorter file of that name.
             if not (self.filesystem.exists(path) and self.filesystem.size(path) == len(data)):
                 self._write(path, data)
         except OSError as error:
@@ -62,16 +58,10 @@ class BlobStore:
         return blob_id
 
     def get(self, blob_id: str) -> bytes:
-        """Return the bytes of a blob.
+        """Return the bytes of a blob, checked against their hash.
 
-        Args:
-            blob_id: 64 hex characters.
-        Returns:
-            The bytes, checked against their hash.
-        Raises:
-            UnknownIdError: there is no such blob.
-            IntegrityError: the stored bytes were altered.
-            UnavailableError: the store cannot be read.
+        A missing blob raises UnknownIdError, altered bytes IntegrityError, a store that cannot be read
+        UnavailableError.
         """
         try:
             data: bytes = self.filesystem.cat_file(self._path(blob_id))
@@ -84,13 +74,7 @@ class BlobStore:
         return data
 
     def ids(self) -> Iterator[str]:
-        """Yield the id of every blob, in order.
-
-        Yields:
-            64 hex characters.
-        Raises:
-            UnavailableError: the store cannot be listed.
-        """
+        """Yield the id of every blob, in order; UnavailableError if the store cannot be listed."""
         try:
             names = (path.rsplit("/", 1)[-1] for path in self.filesystem.find(self.root))
             yield from sorted(name for name in names if _BLOB_ID.fullmatch(name))
@@ -102,13 +86,9 @@ class BlobStore:
         return bool(self.filesystem.exists(self._path(blob_id)))
 
     def delete(self, blob_id: str) -> None:
-        """Remove a blob; one that is not there is no error.
+        """Remove a blob; a missing one is no error.
 
-        Args:
-            blob_id: 64 hex characters.
-        Raises:
-            UnknownIdError: this is not the id of a blob.
-            UnavailableError: the blob cannot be removed.
+        Text that is not a blob id raises UnknownIdError, a blob that cannot be removed UnavailableError.
         """
         path = self._path(blob_id)
         try:
@@ -120,12 +100,12 @@ class BlobStore:
             raise UnavailableError(f"blob store {self.url} cannot be written: {error}") from error
 
     def uri(self, blob_id: str) -> str:
-        """Return the full URI of a blob; that of a file is percent-encoded as URIs are."""
+        """Return the full URI of a blob; the URI of a file is percent-encoded."""
         path = self._path(blob_id)
         return Path(path).as_uri() if self.local else str(self.filesystem.unstrip_protocol(path))
 
     def _path(self, blob_id: str) -> str:
-        # Ids come from requests, too: `../..` must not become a path.
+        # Ids also come from requests: `../..` must not become a path.
         if not _BLOB_ID.fullmatch(blob_id):
             raise UnknownIdError(f"{blob_id[:64]!r} is not the id of a blob; an id is 64 hex characters")
         return f"{self.root}/{blob_id[:2]}/{blob_id}"
@@ -133,7 +113,7 @@ class BlobStore:
     def _write(self, path: str, data: bytes) -> None:
         folder = path.rsplit("/", 1)[0]
         if not self.local:
-            # Object stores have no folders and replace whole objects: a plain write is already all or nothing.
+            # Object stores have no folders and replace whole objects: a plain write is already atomic.
             self.filesystem.pipe_file(path, data)
             return
         self.filesystem.makedirs(folder, exist_ok=True)
@@ -143,15 +123,10 @@ class BlobStore:
 
 
 def open_blobs(url: str) -> BlobStore:
-    """Open a blob store.
+    """Open a blob store from an fsspec URL such as `file:///data/blobs` or `s3://bucket/blobs`, or a plain path.
 
-    Args:
-        url: an fsspec URL such as `file:///data/blobs` or `s3://bucket/blobs`, or a plain path.
-    Returns:
-        The store.
-    Raises:
-        ConfigError: it is a relative path, or no file system handles the URL.
-        UnavailableError: the object store does not answer or may not be written.
+    A relative path, or a URL that no file system handles, raises ConfigError. An object store that does not answer or
+    cannot be written raises UnavailableError.
     """
     try:
         if url.startswith(OBJECT_STORES):
@@ -163,7 +138,7 @@ def open_blobs(url: str) -> BlobStore:
         raise ConfigError(f"records.blobs {url!r} cannot be opened: {error}") from error
     local = isinstance(filesystem, LocalFileSystem)
     if local and not Path(url.rpartition("://")[2]).is_absolute():
-        # Ray changes the working folder, so every process would look elsewhere.
+        # Ray changes the working folder, so each process would resolve it differently.
         raise ConfigError(f"records.blobs {url!r} is a relative path; use an absolute one such as {root!r}")
     store = BlobStore(url=url, root=root.rstrip("/"), filesystem=filesystem, local=local)
     if not local:
@@ -172,7 +147,7 @@ def open_blobs(url: str) -> BlobStore:
 
 
 def _require_writable(store: BlobStore) -> None:
-    """Find out at start, and not with the first image, that nothing can be stored."""
+    """Write and remove a probe, so that a store without permissions fails at start, not at the first image."""
     probe = f"{store.root}/.probe-{new_id()}"
     try:
         store.filesystem.pipe_file(probe, b"relook")

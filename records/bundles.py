@@ -1,9 +1,9 @@
-"""Model bundles: a folder that holds everything a model needs to answer, and nothing pickled.
+"""Model bundles: a folder with everything a model needs to predict, and nothing pickled.
 
-    bundle.json           what it is: taxonomy, architecture, geometry, calibration, operating points
-    weights.safetensors   its parameters and buffers
-    golden.safetensors    generated images (`inputs`, uint8 [N, S, S, 3]) and its logits for them ([N, C])
-    suitability.safetensors   what tells images like the training ones from others; older bundles lack it
+    bundle.json               taxonomy, architecture, geometry, calibration, operating points
+    weights.safetensors       parameters and buffers
+    golden.safetensors        generated images (`inputs`, uint8 [N, S, S, 3]) and the model's `logits` for them, [N, C]
+    suitability.safetensors   statistics that detect images unlike the training images; older bundles lack it
     report/               written later; not part of the id
 
 The id is the hash of these files without the report.
@@ -30,11 +30,11 @@ from records.taxonomy import Taxonomy
 FORMAT_VERSION: Literal[1] = 1
 DOCUMENT, WEIGHTS, GOLDEN = "bundle.json", "weights.safetensors", "golden.safetensors"
 SUITABILITY = "suitability.safetensors"
-"""The one file that a bundle may lack."""
+"""The only optional file."""
 
 
 class _Part(BaseModel):
-    # Numbers that are not finite must be refused, not written as null.
+    # Kept as NaN in JSON values, so that `write_bundle` can refuse them; pydantic's default would write null.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="constants")
 
 
@@ -71,15 +71,15 @@ class ReferPoint(_Part):
 
     threshold: float = Field(ge=0, le=1, description="p at or above it is referred")
     sensitivity_floor: float = Field(ge=0, le=1)
-    proven: bool = Field(description="true if the exact one-splitd 95 % lower bound reaches the floor")
+    proven: bool = Field(description="true if the exact one-sided 95 % lower bound reaches the floor")
     sensitivity: float | None = Field(description="lesion-level, on the calibration split; empty without cases")
-    sensitivity_lower_bound: float | None = Field(description="exact one-splitd 95 %")
+    sensitivity_lower_bound: float | None = Field(description="exact one-sided 95 %")
     specificity: float | None
     lesions: int = Field(ge=0, description="positive lesions it was measured on")
 
 
 class OperatingPoints(_Part):
-    """Everything that triage compares probabilities with."""
+    """The thresholds that triage compares probabilities with."""
 
     refer: dict[str, ReferPoint] = Field(default_factory=dict, description="per key class")
     refer_malignant: ReferPoint | None = Field(default=None, description="on the sum over malignant classes")
@@ -109,7 +109,7 @@ class QualityLimits(_Part):
 
 
 class SuitabilityLimits(_Part):
-    """Which images the model should not be asked about."""
+    """Limits beyond which an image is not suitable for the model."""
 
     ood_threshold: float = Field(gt=0, description="distance of the features; above it: out of distribution")
     ood_early_threshold: float | None = Field(
@@ -170,14 +170,14 @@ def write_bundle(
     golden: Mapping[str, np.ndarray[Any, Any]],
     suitability: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> Bundle:
-    """Write a bundle under the home folder; nothing is registered or served by this.
+    """Write a bundle under the home folder, without registering it.
 
     Args:
-        store: whose home gets it.
-        document: bundle.json.
+        store: its home gets the bundle.
+        document: content of bundle.json.
         weights: parameters and buffers by name.
-        golden: `inputs` and `logits`.
-        suitability: arrays that belong to the document's `suitability`; None if it has none.
+        golden: `inputs` (uint8 [N, S, S, 3]) and `logits` (float32 [N, C]).
+        suitability: arrays that belong to `document.suitability`; None if that is None.
     Returns:
         The bundle; writing the same content again gives the same bundle.
     Raises:
@@ -190,6 +190,7 @@ def write_bundle(
         text = json.dumps(document.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False)
     except ValueError as error:
         raise ContractError(f"the bundle's document cannot be written as JSON: {error}") from error
+    # Written under a hidden name and renamed when complete: the id is known only then, and no reader sees a part.
     temporary = store.home.bundles / f".{new_id()}"
     temporary.mkdir(parents=True)
     try:
@@ -207,7 +208,7 @@ def write_bundle(
 
 
 def _contiguous(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    # safetensors writes what lies in memory; ascontiguousarray would give a scalar a dimension.
+    # safetensors writes the buffer as it lies in memory. ascontiguousarray would give a scalar a dimension.
     return {name: np.asarray(value, order="C") for name, value in arrays.items()}
 
 
@@ -217,15 +218,15 @@ def _move(temporary: Path, final: Path) -> None:
     except OSError:
         if not final.is_dir():
             raise
-        # Somebody wrote the same bundle before; it stays.
+        # Another process wrote the same bundle first. It is kept, and the caller checks it.
 
 
 def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
-    """Open a bundle and check it.
+    """Open a bundle and check it against its id.
 
     Args:
         path: its folder.
-        expected_id: the id it must have; by default its folder's name, if that is an id.
+        expected_id: the id it must have; by default the folder's name, if that is an id.
     Returns:
         The bundle.
     Raises:
@@ -241,6 +242,7 @@ def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
         raise IntegrityError(f"bundle {expected[:12]} was altered: its files hash to {actual[:12]}")
     try:
         document = BundleDocument.model_validate_json((path / DOCUMENT).read_text())
+        # The id only says that the bytes are as written; loading says that they were right when written.
         for name in (WEIGHTS, GOLDEN, *_optional(path)):
             load_file(path / name)
     except ValidationError as error:
@@ -256,14 +258,9 @@ def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:
 
 
 def content_id(path: Path) -> str:
-    """Return the id of a bundle's files, 64 hex characters.
+    """Return the id of a bundle's files: the hash over the files' hashes in fixed order, 64 hex characters.
 
-    Args:
-        path: the bundle's folder.
-    Returns:
-        The hash over the files' hashes, in fixed order.
-    Raises:
-        IntegrityError: a file is missing.
+    A missing file raises IntegrityError.
     """
     parts = []
     for name in (DOCUMENT, WEIGHTS, GOLDEN, *_optional(path)):

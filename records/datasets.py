@@ -1,8 +1,7 @@
-"""Dataset versions: immutable parquet manifests that say which image has which label on which split.
+"""Dataset versions: immutable parquet manifests of images with their groups, splits and labels.
 
-A version's id is the hash of what training sees (image, group, split, label, rank), so equal
-inputs give equal ids on every machine. Labels that came from doubt, flags or outcomes join train
-only; a group that has a split keeps it for good.
+A version's id is the hash of what training sees (image, group, split, label, rank), so equal inputs give equal ids on
+every machine. Labels that came from doubt, flags or outcomes join train only; a group that has a split keeps it.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Sp
 HASHED_COLUMNS = ["image_id", "group_id", "split", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
 _ROWS_AT_ONCE = 50_000
-_ROWS_OF_A_GROUP = 10_000  # of a manifest's file, sorted by image: to look one up, one group is read
+_ROWS_OF_A_GROUP = 10_000  # parquet row groups, sorted by image: a lookup reads one of them
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class DatasetVersion:
 
     Args:
         id: content hash, 64 hex characters.
-        taxonomy_hash: of the taxonomy that its labels belong to.
+        taxonomy_hash: hash of the taxonomy that its labels belong to.
         rows: one row per labelled image, columns of ManifestRow, sorted by image id.
     """
 
@@ -62,10 +61,10 @@ class DatasetVersion:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What building a version left out, and why.
+    """A version that was built, and what was left out of it.
 
     Args:
-        version: what was built.
+        version: the version.
         new_labels: images whose strongest label came from an annotator.
         held_out: those of them on a split other than train. A label from the audit sample is in the
             version there; one from doubt is not, and the image keeps the label it had, if any.
@@ -86,24 +85,24 @@ class BuildReport:
 def build_version(
     store: Store, *, resolved: Sequence[ResolvedLabel] = (), round_number: int = 0, parent_id: str | None = None
 ) -> BuildReport:
-    """Build the dataset version of everything that is known now, and write it if it is new.
+    """Build the dataset version of all labels that are known now, and write it if it is new.
 
     Args:
-        store: with the imported images and labels.
-        resolved: what annotators said, after consensus.
-        round_number: the round that asks; 0 for an import.
-        parent_id: the version that this one follows; labels that it has already keep their round.
+        store: its ledger holds the imported images and labels.
+        resolved: consensus of the annotations.
+        round_number: the round that builds it; 0 for an import.
+        parent_id: the version before this one; labels that it has already keep their round.
     Returns:
         The version and what was left out. Equal knowledge gives an equal id; the same id is written once.
     Raises:
-        DataError: not one image has a label that may be used.
+        DataError: no image has a usable label.
         TaxonomyError: a label is not a class of the store's taxonomy.
         IntegrityError: an image is in a group that the ledger does not know.
     """
     annotators = annotations(resolved, round_number)
     known = read_known(store, annotators)
-    # Reading takes long and must not hold up other writers; drawing is short, and what it drew is read again,
-    # so that a version always comes from one consistent view in which every group has its split.
+    # Reading takes long, so it happens outside the write transaction that draws splits. What was drawn is then read
+    # again, so that a version always comes from one consistent view in which every group has its split.
     while not (undrawn := known.rows[known.rows["split"].isna()]).empty:
         with store.ledger.begin() as tx:
             draw_splits(tx, undrawn, store.settings.split_salt)
@@ -124,16 +123,10 @@ def build_version(
 
 
 def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
-    """Load a version by its id or a prefix of at least 8 characters.
+    """Load a version by its id or a prefix of at least 8 characters, without images that were erased since.
 
-    Args:
-        store: with the ledger and the files.
-        dataset_id: id or prefix.
-    Returns:
-        The version, its file checked against its id, without the images that were erased since.
-    Raises:
-        UnknownIdError: nothing, or more than one version, has that id.
-        IntegrityError: the manifest is missing, cannot be read, or was altered.
+    An id that fits none, or more than one version, raises UnknownIdError. A manifest that is missing, unreadable or not
+    what its id says raises IntegrityError.
     """
     with store.ledger.read() as tx:
         found = [r for r in tx.find(DatasetRecord) if len(dataset_id) >= 8 and r.id.startswith(dataset_id)]
@@ -147,22 +140,17 @@ def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
     rows = read_manifest(store, record.id).to_pandas()
     if content_id(rows, record.taxonomy_hash) != record.id:
         raise IntegrityError(f"the manifest of dataset version {record.id[:12]} was altered; restore it from a backup")
+    # After the check: the id covers the erased images as well, and only their ids and labels are left.
     if gone:
         rows = rows[~rows["image_id"].isin(list(gone))].reset_index(drop=True)
     return DatasetVersion(record.id, record.taxonomy_hash, rows)
 
 
 def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | None = None) -> pa.Table:
-    """Read the manifest of a version, or some of its rows, without checking it against its id.
+    """Read the manifest of a version, or the rows that `filters` selects, without checking it against its id.
 
-    Args:
-        store: with the files.
-        dataset_id: the whole id.
-        filters: which rows; all by default.
-    Returns:
-        Rows in the schema of ManifestRow, sorted by image id.
-    Raises:
-        IntegrityError: the file is missing or is not a manifest.
+    Rows are in the schema of ManifestRow, sorted by image id. A file that is missing or no manifest raises
+    IntegrityError.
     """
     with _reading(dataset_id):
         table = pq.read_table(store.home.datasets / dataset_id / MANIFEST, filters=filters)
@@ -171,21 +159,14 @@ def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | Non
 
 
 def find_in_manifest(store: Store, dataset_id: str, image_id: str) -> ManifestRow | None:
-    """Look one image up in a version; of its file only the part that can hold it is read.
+    """Return the row of one image in a version, None if the version does not have it.
 
-    Args:
-        store: with the files.
-        dataset_id: the whole id.
-        image_id: of the image.
-    Returns:
-        Its row, None if the version does not have it.
-    Raises:
-        IntegrityError: the file is missing or is not a manifest.
+    Only the row group that can hold it is read. A file that is missing or no manifest raises IntegrityError.
     """
     with _reading(dataset_id), pq.ParquetFile(store.home.datasets / dataset_id / MANIFEST) as file:
         _require_columns(file.schema_arrow.names, dataset_id)
         groups = [file.metadata.row_group(group).column(0).statistics for group in range(file.num_row_groups)]
-        # Rows are sorted by image, so one group at most holds it.
+        # Rows are sorted by image, so at most one row group holds it, found by the largest id of each.
         group = bisect_left(groups, image_id, key=lambda statistics: str(statistics.max))
         if group == len(groups) or image_id < str(groups[group].min):
             return None
@@ -214,15 +195,13 @@ def _require_columns(names: Sequence[str], dataset_id: str) -> None:
 
 
 def content_id(rows: pd.DataFrame, taxonomy_hash: str) -> str:
-    """Return the id of a manifest.
+    """Return the id of a manifest: 64 hex characters over exactly what training sees.
 
-    Args:
-        rows: with at least the columns image, group, split, label and rank, sorted by image id.
-        taxonomy_hash: of the taxonomy the labels belong to.
-    Returns:
-        64 hex characters over exactly what training sees; who said it and when is not part of it.
+    `rows` has at least the columns image, group, split, label and rank, sorted by image id. Who labelled an image and
+    when is not part of the id.
     """
     digest = hashlib.sha256(f"{taxonomy_hash}\n{','.join(HASHED_COLUMNS)}\n".encode())
+    # In parts, so that the text of a million rows is never in memory at once; the hash does not depend on it.
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[HASHED_COLUMNS].iloc[start : start + _ROWS_AT_ONCE]
         digest.update(part.to_csv(index=False, header=False, lineterminator="\n").encode())
@@ -235,7 +214,7 @@ def _outranked(annotators: pd.DataFrame, strongest: pd.DataFrame) -> tuple[str, 
 
 
 def _keep_rounds(store: Store, rows: pd.DataFrame, parent_id: str | None) -> pd.DataFrame:
-    """Give labels that the parent has already the round that brought them in."""
+    """Give labels that the parent version has already the round that brought them in."""
     if parent_id is None:
         return rows
     said = ["image_id", "label", "label_source"]
@@ -251,7 +230,7 @@ def _version(rows: pd.DataFrame, taxonomy_hash: str) -> DatasetVersion:
 
 
 def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: str | None) -> DatasetVersion:
-    """Write files, then the record: a record without its manifest is never seen."""
+    """Write the files, then the record, so that a record without its manifest is never seen."""
     folder = store.home.datasets / version.id
     with store.ledger.read() as tx:
         recorded = tx.get(DatasetRecord, version.id) is not None

@@ -1,9 +1,8 @@
-"""The right to erasure: what shows an image goes, and the tombstone that it was there stays.
+"""Erasure on request: everything that shows an image is deleted, and a tombstone remains.
 
-In: the id of an image. Out: what was removed. Gone are the stored bytes, the heat maps over them and
-everything that was said of the person; the id, the answers that were given and the labels stay, so
-that the audit and the content hashes of dataset versions still hold. Loading a dataset version leaves
-out what was erased, so nothing trains on it again. Decoded pixels belong to `images.forget`.
+Deleted are the stored bytes, the heat maps over them and all personal data. The id, the predictions and the labels
+stay, so that the audit chain and the content hashes of dataset versions still hold. Loading a dataset version leaves
+out erased images, so no model is trained on them again. Decoded pixels are blanked by `images.cache.blank_pixels`.
 """
 
 from collections.abc import Collection
@@ -41,35 +40,37 @@ class Erasure(BaseModel):
 
     image_id: str
     blobs: int = Field(ge=0, description="images and heat maps removed from the blob store")
-    withdrawn: int = Field(ge=0, description="open questions to annotators that were taken back")
+    withdrawn: int = Field(ge=0, description="open review items that were withdrawn")
     left_in_place: str | None = Field(
-        default=None, description="path of an image that was imported in place; its file belongs to somebody else"
+        default=None,
+        description="path of an image that was imported in place; Relook does not delete files it did not write",
     )
 
 
 def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
-    """Erase an image; erasing it again finishes what a killed run left and is no second event.
+    """Erase an image; repeating it finishes what a killed run left and adds no second audit event.
 
     Args:
-        store: with ledger and blobs.
+        store: its ledger and blobs are changed.
         image_id: 64 hex characters.
-        actor: who asks, for the audit.
+        actor: who asked for it, for the audit.
     Returns:
         What was removed.
     Raises:
         UnknownIdError: there is no such image.
         UnavailableError: a blob cannot be removed; run it again.
     """
-    # First nobody may read it any more, then the bytes go: a kill in between leaves nothing readable by Relook.
+    # The ledger first: once the tombstone is committed Relook serves the image no more, so a kill before the bytes
+    # are deleted leaves nothing that can be read through it.
     with store.ledger.begin() as tx:
         image = tx.require(Image, image_id)
         items = tx.find(ReviewItem, where={"image_id": image_id})
         open_items = [item for item in items if item.state in (ReviewState.NEW, ReviewState.PUSHED)]
         for item in open_items:
             tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
-        # One whose time was over might come back; one that a person wants gone may not.
+        # An image that merely expired could be added again, so its tombstone becomes a permanent one.
         if not image.is_erased_for_good:
-            forget_people(tx, [image_id])
+            blank_personal_fields(tx, [image_id])
             tx.update(Image, image_id, erased_at=utc_now(), expired_at=None)
             audit.append(tx, actor=actor, action="image.erased", subject=image_id)
     stored_here = image.uri.endswith(image.id)
@@ -89,25 +90,14 @@ def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
 
 
 def erased_ids(tx: Transaction) -> set[str]:
-    """Return the ids of all images that were erased.
-
-    Args:
-        tx: any transaction.
-    Returns:
-        Image ids.
-    """
+    """Return the ids of all erased images."""
     images = TABLES[Image].c
     return set(tx.connection.scalars(sa.select(images.id).where(images.erased_at.is_not(None))))
 
 
-def forget_people(tx: Transaction, image_ids: Collection[str]) -> None:
-    """Blank what was said of the people in images.
-
-    Args:
-        tx: a write transaction.
-        image_ids: of the images; their ids, answers and labels stay.
-    """
-    # These fields never change otherwise, so records cannot express it.
+def blank_personal_fields(tx: Transaction, image_ids: Collection[str]) -> None:
+    """Blank what the records say about the people in images; ids, predictions and labels stay."""
+    # In SQL, since the record types declare these fields immutable.
     images, predictions, flags, items = (TABLES[t] for t in (Image, Prediction, Flag, ReviewItem))
     dialect = tx.connection.dialect
     about = any_of(predictions.c.image_id, image_ids, dialect)
@@ -121,12 +111,10 @@ def forget_people(tx: Transaction, image_ids: Collection[str]) -> None:
         tx.connection.execute(statement)
 
 
-def make_way(tx: Transaction, image_ids: Collection[str]) -> None:
-    """Remove the tombstones of images whose time was over, so that they can be entered anew.
+def remove_expired_tombstones(tx: Transaction, image_ids: Collection[str]) -> None:
+    """Remove the tombstones of expired images, so that the caller's write transaction can add them anew.
 
-    Args:
-        tx: a write transaction, which enters them.
-        image_ids: of images that come in; the tombstone of one that was erased on request stays.
+    The tombstone of an image that was erased on request stays.
     """
     images = TABLES[Image]
     known = any_of(images.c.id, image_ids, tx.connection.dialect)

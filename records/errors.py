@@ -1,20 +1,20 @@
-"""The one tree of errors.
+"""All error classes of Relook.
 
     RelookError
-    ├── UserError                 the caller can mend it: exit code 2, or a 4xx answer
+    ├── UserError                 the caller can fix it: exit code 2, or a 4xx response
     │   ├── ConfigError           a setting that cannot work: names field, value and a valid one
     │   ├── DataError             a folder, table or image that cannot be used
-    │   │   └── ImageError      bytes that are not an image Relook reads
+    │   │   └── ImageError        bytes that are not an image Relook reads
     │   ├── TaxonomyError         classes that do not fit together
     │   ├── UnknownIdError        an id that names nothing, or more than one thing
     │   ├── RefusedError          a request that is understood and not allowed
-    │   └── AccessError           nobody known asks, or somebody who may not do this
+    │   └── AccessError           an unknown caller, or one without permission
     ├── ContractError             a function was called against its contract (a bug in the caller)
     ├── IntegrityError            stored bytes or rows are not what their hash says
     ├── DivergedError             training produced a loss that is not finite
-    └── UnavailableError          something outside does not answer: server, database, storage
+    └── UnavailableError          a server, database or storage does not answer
         └── LabelStudioError      Label Studio refused, failed or is down
-            └── LabelStudioStartError   the local one does not come up (also a UserError)
+            └── LabelStudioStartError   the local one does not start (also a UserError)
 
 Every message is one sentence that says what was wrong and what would be right.
 """
@@ -25,7 +25,7 @@ class RelookError(Exception):
 
 
 class UserError(RelookError):
-    """Raised when the input is at fault and the caller can mend it."""
+    """Raised when the input is wrong and the caller can fix it."""
 
 
 class ConfigError(UserError):
@@ -41,7 +41,7 @@ class ImageError(DataError):
 
     Args:
         message: one sentence for the person who sent the image.
-        code: a stable word for programs, such as `not_an_image` or `too_many_pixels`.
+        code: a stable identifier for programs, such as `not_an_image` or `too_many_pixels`.
     """
 
     def __init__(self, message: str, code: str = "not_an_image") -> None:
@@ -49,7 +49,7 @@ class ImageError(DataError):
         self.code = code
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
-        """Keep the code when the error travels between processes."""
+        """Pickle the code as well: by default an exception pickles only what it passed to `Exception`."""
         return type(self), (str(self), self.code)
 
 
@@ -66,7 +66,7 @@ class RefusedError(UserError):
 
 
 class AccessError(UserError):
-    """Raised when a caller is not known, may not do this, or asks too often.
+    """Raised when a caller is unknown, lacks a permission or exceeds a rate limit.
 
     Args:
         message: one sentence for the caller.
@@ -78,7 +78,7 @@ class AccessError(UserError):
         self.code = code
 
     def __reduce__(self) -> tuple[type["AccessError"], tuple[str, str]]:
-        """Keep the code when the error travels between processes."""
+        """Pickle the code as well: by default an exception pickles only what it passed to `Exception`."""
         return type(self), (str(self), self.code)
 
 
@@ -103,7 +103,7 @@ class LabelStudioError(UnavailableError):
 
 
 class LabelStudioStartError(LabelStudioError, UserError):
-    """Raised when the local Label Studio does not come up; what stands in its way is on this machine."""
+    """Raised when the local Label Studio does not start; the cause is on this machine."""
 
 
 def error_class(name: str) -> type[RelookError]:

@@ -1,8 +1,7 @@
-"""Groups and splits: what keeps the images of one lesion together, once and for good.
+"""Groups and splits: what keeps the images of one lesion together.
 
-A group is what lesion, patient and near-duplicate links connect. A labelled group has a split that
-is drawn once and stored; adding images later never moves a group. An image whose links would
-join two splits is not placed at all, but named.
+A group is what lesion, patient and near-duplicate links connect. The split of a labelled group is drawn once and
+stored; images that are added later never move a group. Images whose links would join two splits get no group.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,16 +20,16 @@ SPLIT_SHARES: dict[Split, float] = {
     Split.GATE: 0.10,
     Split.TEST: 0.10,
 }
-"""Share of the labelled groups that each split gets; in this order along the hash line."""
+"""Share of the labelled groups in each split; the order is that of the hash line."""
 
 
 @dataclass(frozen=True)
 class KnownGroup:
-    """A group that exists already, as far as placing newcomers needs it.
+    """An existing group, as far as placing new images needs it.
 
     Args:
-        id: of the group that holds the image now, that is after all merges.
-        split: that it was drawn to, read in the transaction that writes the placement.
+        id: the group that holds the image now, after all merges.
+        split: read in the transaction that writes the placement; None if it was not drawn yet.
     """
 
     id: str
@@ -39,13 +38,13 @@ class KnownGroup:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where newcomers go.
+    """The groups of new images.
 
     Args:
-        group_of: image id to group id, for every newcomer that could be placed.
+        group_of: image id to group id, for every new image that could be placed.
         new_groups: ids of groups that did not exist.
         merged: group id to the group that takes it in (same split, or one of them without a split).
-        refused: image id to the ids of the two-splitd groups it would have linked.
+        refused: image id to the ids of the groups of different splits that it would have linked.
     """
 
     group_of: dict[str, str] = field(default_factory=dict)
@@ -64,15 +63,16 @@ def place(
     links: Iterable[tuple[str, str]],
     known_group_of: Mapping[str, KnownGroup],
 ) -> Placement:
-    """Put new images into groups.
+    """Assign new images to groups.
+
+    A connected component that touches groups of two splits is refused as a whole: its new images get no group.
 
     Args:
         new_images: ids of images without a group.
         links: pairs of image ids that belong together; either may be new or known.
         known_group_of: the group of every known image that a link names.
     Returns:
-        The placement. A component that touches groups of two splits is refused as a whole: its new
-        images get no group.
+        The placement.
     Raises:
         ContractError: a link names an image that is neither new nor known.
     """
@@ -83,6 +83,7 @@ def place(
     for pair in links:
         ends = []
         for image_id in pair:
+            # A known image stands for its whole group, so that links through the group are found as well.
             if image_id in newcomers:
                 ends.append(image_id)
             elif image_id in known_group_of:
@@ -107,45 +108,33 @@ def place(
 
 
 def _target(touched: Sequence[str], groups: Mapping[str, KnownGroup], members: Sequence[str]) -> str:
-    """Choose the group that stays: one with a split before one without, then the smallest id."""
+    """Choose the group that remains: one with a split before one without, then the smallest id."""
     if not touched:
         return group_id_of(members[0])
     return min(touched, key=lambda g: (groups[g].split is None, g))
 
 
 def position(group_id: str, salt: str) -> float:
-    """Return the place of a group on the hash line, in [0, 1).
-
-    Args:
-        group_id: of the group.
-        salt: setting `records.split_salt`.
-    Returns:
-        The first 64 bits of the salted hash, as a fraction.
-    """
+    """Return the position of a group on the hash line in [0, 1): the first 64 bits of its salted hash."""
     return int(sha256_hex(f"{salt}:{group_id}".encode())[:16], 16) / 2**64
 
 
 def draw_split(group_id: str, salt: str) -> Split:
-    """Draw the split of one group by its salted hash alone.
-
-    Args:
-        group_id: of the group.
-        salt: setting `records.split_salt`.
-    Returns:
-        The split; over many groups the shares are `SPLIT_SHARES`.
-    """
+    """Draw the split of one group from its salted hash; over many groups the shares are `SPLIT_SHARES`."""
     return _split_at(position(group_id, salt))
 
 
 def draw_stratified(class_of_group: Mapping[str, str], salt: str) -> dict[str, Split]:
-    """Draw the splits of a first import so that every class is split at the shares.
+    """Draw the splits of a first import so that every class is divided at the shares.
+
+    Within a class, groups are sorted by salted hash and cut at the shares, so each split's count differs from its
+    share by less than one group.
 
     Args:
         class_of_group: group id to class code.
         salt: setting `records.split_salt`.
     Returns:
-        Group id to split. Within a class, groups are sorted by salted hash and cut at the shares, so
-        each split's count differs from its share by less than one group.
+        Group id to split.
     """
     by_class: dict[str, list[str]] = {}
     for group_id, code in class_of_group.items():
@@ -154,6 +143,7 @@ def draw_stratified(class_of_group: Mapping[str, str], salt: str) -> dict[str, S
     for members in by_class.values():
         members.sort(key=lambda group_id: (position(group_id, salt), group_id))
         for rank, group_id in enumerate(members):
+            # Half a rank keeps even a class of one group off the edges between two splits.
             splits[group_id] = _split_at((rank + 0.5) / len(members))
     return splits
 
@@ -164,4 +154,4 @@ def _split_at(fraction: float) -> Split:
         upper += share
         if fraction < upper:
             return split
-    return Split.TEST
+    return Split.TEST  # the shares add up to 1 only up to rounding

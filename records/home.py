@@ -1,4 +1,4 @@
-"""The folder that everything lives under, with one name for each place in it."""
+"""The home: the folder that holds everything, with one name for each folder in it."""
 
 import os
 from dataclasses import dataclass
@@ -57,19 +57,15 @@ class Home:
 
     @property
     def demo(self) -> Path:
-        """What `relook demo` leaves behind."""
+        """Output of `relook demo`."""
         return self.root / "demo"
 
 
 def open_home(root: Path) -> Home:
-    """Make the folder and its places if they are missing.
+    """Create the folder and the folders in it if they are missing.
 
-    Args:
-        root: the folder; made absolute here, once, since Ray changes the working folder.
-    Returns:
-        The opened home.
-    Raises:
-        ConfigError: the folder cannot be made or written.
+    The path is made absolute here, once, since Ray changes the working folder. A folder that cannot be made or written
+    raises ConfigError.
     """
     absolute = Path(os.path.abspath(root.expanduser()))
     try:

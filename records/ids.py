@@ -1,4 +1,4 @@
-"""Ids, hashes and the clock: the three small things every record needs."""
+"""Ids, hashes and the clock."""
 
 import hashlib
 import json
@@ -26,12 +26,7 @@ def sha256_hex(data: bytes) -> str:
 def canonical_json(value: Any) -> str:
     """Return `value` as JSON with sorted keys and no spaces, so that equal values give equal text.
 
-    Args:
-        value: anything JSON can hold; NaN and infinities are refused.
-    Returns:
-        The text.
-    Raises:
-        ValueError: a float is not finite.
+    NaN and infinities raise ValueError.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 

@@ -1,7 +1,7 @@
 """Image files as bytes: format by content, size before decoding, metadata removed without re-encoding.
 
-What stays is what decoding needs: the pixels, the orientation and the ICC profile. Only parts that are
-known to be needed are kept, so nothing unknown slips through. Nothing here decodes pixels.
+`strip_metadata` keeps what decoding needs: the pixels, the orientation and the ICC profile. It copies only the parts
+that are known to be needed, so unknown metadata is dropped, too. Nothing here decodes pixels.
 """
 
 import re
@@ -20,7 +20,7 @@ _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 _JPEG_SCAN, _JPEG_END, _JPEG_EXIF, _JPEG_ICC = 0xDA, 0xD9, 0xE1, 0xE2
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_KEPT = frozenset(range(0xC0, 0xD0)) | frozenset(range(0xD9, 0xE0))
-# Inside a scan, FF 00 is a byte FF, FF D0 to FF D7 are restart points, and FF FF is filling.
+# Inside a scan, FF 00 is an escaped FF byte, FF D0 to FF D7 are restart markers, and FF FF is padding.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -34,14 +34,9 @@ _WEBP_HAS_EXIF, _WEBP_HAS_XMP = 0x08, 0x04
 
 
 def sniff(data: bytes) -> str:
-    """Return the format of an image, by its content.
+    """Return the format of a file by its content: `jpeg`, `png` or `webp`.
 
-    Args:
-        data: the file.
-    Returns:
-        `jpeg`, `png` or `webp`.
-    Raises:
-        ImageError: it is none of them (code `empty` or `not_an_image`).
+    Anything else raises ImageError (code `empty` or `not_an_image`).
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpeg"
@@ -55,14 +50,9 @@ def sniff(data: bytes) -> str:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) in pixels from the header, without decoding.
+    """Return (width, height) in pixels from the header, as stored, before orientation; both at least 1.
 
-    Args:
-        data: the file; what follows the header is not looked at.
-    Returns:
-        Width and height as stored, before orientation; both at least 1.
-    Raises:
-        ImageError: it is no image, or its header cannot be read (code `damaged`).
+    What follows the header is not read. ImageError (code `damaged`) is raised if the header cannot be read.
     """
     kind = sniff(data)
     try:
@@ -75,14 +65,10 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Remove all metadata except orientation and the ICC profile; the pixels are not touched.
+    """Return the file without any metadata except orientation and ICC profile; the pixels are not touched.
 
-    Args:
-        data: a JPEG, PNG or WebP file.
-    Returns:
-        The bytes to store; whatever follows the image's end is gone. Stripping them again changes nothing.
-    Raises:
-        ImageError: it is not such a file, or it is damaged or cut off (code `damaged`).
+    Bytes behind the image's end are dropped. Stripping twice changes nothing. A file that is damaged or truncated
+    raises ImageError (code `damaged`).
     """
     image_size(data)
     try:
@@ -99,7 +85,7 @@ def _damaged(what: str) -> ImageError:
 
 
 def _orientation(tiff: bytes) -> int:
-    """Return the orientation that an EXIF block names, 1 to 8; 1 if it names none or is broken."""
+    """Return the orientation in an EXIF block, 1 to 8; 1 if it has none or is broken."""
     order = {b"MM": ">", b"II": "<"}.get(tiff[:2])
     if order is None:
         return 1
@@ -112,7 +98,7 @@ def _orientation(tiff: bytes) -> int:
                 (value,) = struct.unpack_from(f"{order}{_TIFF_INTEGERS[kind]}", tiff, entry + 8)
                 return int(value) if 1 <= value <= 8 else 1
     except struct.error:
-        return 1  # broken metadata does not make a broken image
+        return 1  # broken metadata is no reason to refuse an image whose pixels are intact
     return 1
 
 
@@ -125,11 +111,12 @@ def _orientation_tiff(orientation: int) -> bytes:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (marker, whole segment) up to the end of the image; a scan's data belongs to its segment."""
+    """Yield (marker, whole segment) up to the end of the image; the data of a scan belongs to its segment."""
     at = 2
     while True:
         if data[at] != 0xFF:
             raise _damaged("there is something between its segments")
+        # Any number of FF bytes may pad the space before a marker.
         while data[at + 1] == 0xFF:
             at += 1
         marker = data[at + 1]
@@ -138,6 +125,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
             return
         (length,) = struct.unpack_from(">H", data, at + 2)
         end = at + 2 + length
+        # The length of a scan covers its header only: its data ends at the next marker that is no restart.
         if marker == _JPEG_SCAN:
             found = _JPEG_MARKER.search(data, end)
             end = found.start() if found else len(data) + 1
@@ -166,13 +154,14 @@ def _strip_jpeg(data: bytes) -> bytes:
             orientation = _orientation(segment[10:])
         elif marker in _JPEG_KEPT or (marker == _JPEG_ICC and segment[4:16] == b"ICC_PROFILE\x00"):
             kept.append(segment)
-        # What the next two say about colours is needed; a preview of the image behind it is not.
+        # JFIF and Adobe headers define the colour space. They are cut to their fixed part: a thumbnail may follow.
         elif marker == 0xE0 and segment[4:9] == b"JFIF\x00" and len(segment) >= 18:
             kept.append(b"\xff\xe0\x00\x10" + segment[4:16] + b"\x00\x00")
         elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) >= 16:
             kept.append(b"\xff\xee\x00\x0e" + segment[4:16])
     if not has_scan:
         raise _damaged("it holds no pixels")
+    # Written anew with one entry: the original block may hold position, device and names.
     if orientation != 1:
         body = b"Exif\x00\x00" + _orientation_tiff(orientation)
         kept.insert(0, b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body)
@@ -220,13 +209,13 @@ def _strip_png(data: bytes) -> bytes:
 
 
 def _webp_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (name, body) of the chunks between two places."""
+    """Yield (name, body) of the chunks between two offsets."""
     while at < end:
         name, (length,) = data[at : at + 4], struct.unpack_from("<I", data, at + 4)
         if at + 8 + length > end:
             raise _damaged("it is cut off")
         yield name, data[at + 8 : at + 8 + length]
-        at += 8 + length + (length & 1)
+        at += 8 + length + (length & 1)  # RIFF pads chunks to an even length
 
 
 def _webp_end(data: bytes) -> int:
@@ -257,6 +246,7 @@ def _strip_webp(data: bytes) -> bytes:
     parts: list[bytes] = []
     for name, body in chunks:
         if name == b"VP8X":
+            # The header announces which chunks follow, so it must agree with what is kept.
             flags = body[0] & ~(_WEBP_HAS_EXIF | _WEBP_HAS_XMP) | (_WEBP_HAS_EXIF if orientation != 1 else 0)
             body = bytes([flags]) + body[1:]
         if name == b"ANMF":

@@ -1,7 +1,7 @@
-"""What is known of the labelled images: their strongest labels, their groups and their splits.
+"""The labelled images: their strongest labels, their groups and their splits.
 
-In: the ledger and what annotators said. Out: frames with one row per image, which `records.datasets`
-turns into a version. Splits that are missing are drawn here, once and for good.
+Input: the ledger and the consensus of the annotators. Output: frames with one row per image, from which
+`records.datasets` builds a version. Missing splits are drawn here, once.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ class Known:
     Args:
         images: image_id, group_id and consent of every labelled image that is not erased.
         strongest: the strongest label of every usable image, with group_id and split.
-        rows: the same, except that on held-out splits labels from doubt do not count.
+        rows: the same, except that labels of doubtful origin do not count on held-out splits.
     """
 
     images: pd.DataFrame
@@ -40,15 +40,15 @@ class Known:
 
 
 def read_known(store: Store, annotators: pd.DataFrame) -> Known:
-    """Read the labelled images in one view.
+    """Read the labelled images in one view; `split` is missing where a group has none yet.
 
     Args:
-        store: with the imported images and labels.
-        annotators: of `annotations`.
+        store: its ledger holds the imported images and labels.
+        annotators: the frame from `annotations`.
     Returns:
-        What is known; `split` is missing where a group has none yet.
+        The view.
     Raises:
-        DataError: not one image has a label that may be used.
+        DataError: no image has a usable label.
         TaxonomyError: a label is not a class of the store's taxonomy.
         IntegrityError: an image is in a group that the ledger does not know.
     """
@@ -58,9 +58,9 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
             tx, _IMAGE.id.label("image_id"), _IMAGE.group_id, _IMAGE.consent, where=_IMAGE.erased_at.is_(None)
         )
         groups = _frame(tx, _GROUP.id.label("group_id"), _GROUP.split, _GROUP.merged_into)
-    # An outcome is as little a random sample as a doubt is: who is suspected is biopsied.
+    # Outcomes are no random sample either: lesions that look suspicious are the ones that get a biopsy.
     labels = labels.assign(round=0, independent=labels["label_source"].str.startswith("import:"))
-    # Columns of an empty frame have no type and would spoil those of the other.
+    # An empty frame has object columns, and concat would turn the typed columns of the other into objects.
     labels = pd.concat([part for part in (labels, annotators) if len(part)] or [labels], ignore_index=True)
     for label in labels["label"].unique():
         store.taxonomy.index_of(label)
@@ -75,6 +75,8 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
         why = f"none of {len(images)} labelled images has both consent for training and a group"
         raise DataError(f"{why if len(images) else 'no image has a label yet'}; import a folder with diagnoses first")
     strongest = _strongest(labels)
+    # A held-out image keeps an independent label even where a biased one is stronger: a model that chose which
+    # images are labelled must not also choose what it is measured on.
     biased = ~strongest["independent"] & strongest["split"].notna() & (strongest["split"] != Split.TRAIN.value)
     others = labels[labels["independent"] & labels["image_id"].isin(list(strongest.loc[biased, "image_id"]))]
     rows = pd.concat([strongest[~biased], _strongest(others)])
@@ -82,13 +84,9 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
 
 
 def annotations(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.DataFrame:
-    """Return what annotators said as a frame; images that nobody could tell are not in it.
+    """Return resolved annotations as a frame with one row per image, without images that have no class.
 
-    Args:
-        resolved: after consensus.
-        round_number: the round that asks.
-    Returns:
-        One row per image. `independent` is true for labels from the audit sample alone.
+    Column `independent` is true for labels that come from the audit sample alone.
     """
     said = [
         {
@@ -108,20 +106,21 @@ def annotations(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.Data
 def _frame(
     tx: Transaction, *columns: sa.ColumnElement[Any], where: sa.ColumnElement[bool] | None = None
 ) -> pd.DataFrame:
-    """Return columns of texts, read in parts so that a million rows fit."""
+    """Return columns as text, read in parts so that a million rows fit into memory."""
     query = sa.select(*columns) if where is None else sa.select(*columns).where(where)
     result = tx.connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
     names = list(result.keys())
-    # By column: pandas asks each row object in turn what it is, which takes ten times as long.
+    # Transposed into columns first: pandas inspects every row object otherwise, which takes ten times as long.
     by_column = (zip(*part, strict=True) for part in result.partitions())
     parts = [pd.DataFrame(dict(zip(names, part, strict=True)), dtype="str") for part in by_column]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names, dtype="str")
 
 
 def _after_merges(groups: pd.DataFrame) -> pd.DataFrame:
-    """Return group_id, the id of the group that holds its images now, and that one's split."""
+    """Return group_id, the id of the group that holds its images now, and the split of that group."""
     moved = groups[groups["merged_into"].notna()]
     into: dict[str, str] = dict(zip(moved["group_id"], moved["merged_into"], strict=True))
+    # Groups may have been merged several times: follow each chain to its end.
     for group_id in into:
         while into[group_id] in into:
             into[group_id] = into[into[group_id]]
@@ -133,8 +132,9 @@ def _after_merges(groups: pd.DataFrame) -> pd.DataFrame:
 
 
 def _strongest(labels: pd.DataFrame) -> pd.DataFrame:
-    """Keep the strongest label of each image, sorted by image; among equals the first imported stays."""
+    """Keep the strongest label of each image, sorted by image; among equals the first imported one."""
     labels = labels.assign(label_rank=labels["confirmation"].map(_RANKS).astype("int64"))
+    # Most images have one label, and sorting only the others is what makes a million rows fast.
     several = labels["image_id"].duplicated(keep=False)
     contested = labels[several]
     contested = contested.assign(is_annotator=contested["label_source"].str.startswith("annotator:"))
@@ -144,14 +144,14 @@ def _strongest(labels: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_splits(tx: Transaction, undrawn: pd.DataFrame, salt: str) -> None:
-    """Give every labelled group that has none its split, once.
+    """Draw the split of every labelled group that has none.
 
-    The first draw of a store is stratified; later ones go by hash. A group whose label came from
-    doubt, a flag, a selection or an outcome goes to train, so that it can never bias a held-out split.
+    The first draw of a store is stratified; later ones go by hash. A group whose label came from doubt, a flag, a
+    selection or an outcome goes to train, so that it can never bias a held-out split.
 
     Args:
         tx: a write transaction.
-        undrawn: rows of `Known` whose group has no split; one that got its split meanwhile keeps it.
+        undrawn: rows of `Known` whose group has no split; a group that got its split meanwhile keeps it.
         salt: setting `records.split_salt`.
     """
     table = TABLES[Group]

@@ -1,4 +1,4 @@
-"""A lease that is held for as long as a block runs: one round, one sync at a time, across machines."""
+"""Leases: named locks in the ledger, held while a block runs; one round or one sync at a time, on any machine."""
 
 import contextlib
 import os
@@ -16,25 +16,26 @@ from records.ledger import Ledger
 from records.types import Lease
 
 LEASE_S = 30.0
+"""How long a lease holds without being renewed, seconds."""
 
 
 @contextmanager
 def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
-    """Hold a right while the block runs; a thread prolongs it, and a killed holder loses it by itself.
+    """Hold a lease while the block runs; a thread renews it, and the lease of a killed holder expires.
 
     Args:
-        ledger: that keeps the lease.
-        name: of the right.
-        wait_s: how long to wait for another holder, seconds; `LEASE_S` outlasts one that was killed. One that
-            was killed on this machine is not waited for.
+        ledger: keeps the lease, so it holds for all machines that share the ledger.
+        name: what is locked, for example `round`.
+        wait_s: how long to wait for another holder, seconds; more than `LEASE_S` outlasts one that was killed. A holder
+            that was killed on this machine is not waited for.
     Yields:
         The name of the holder.
     Raises:
-        RefusedError: somebody else still holds it, or took it while the block ran because this process
-            or the ledger stood still for longer than `LEASE_S`.
+        RefusedError: another process still holds it, or took it while the block ran because this process
+            or the ledger was stopped for longer than `LEASE_S`.
     """
     holder = f"{_here()}:{os.getpid()}:{new_id()[-8:]}"
-    deadline = time.monotonic() + wait_s
+    deadline = time.monotonic() + wait_s  # the monotonic clock: the wall clock may be set back meanwhile
     _release_dead(ledger, name)
     while not ledger.lease(name, holder, LEASE_S):
         if time.monotonic() > deadline:
@@ -44,16 +45,16 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
         time.sleep(0.5)
     stop, lost = threading.Event(), threading.Event()
 
-    def prolong() -> None:
+    def renew() -> None:
         while not stop.wait(LEASE_S / 3):
             try:
                 if not ledger.lease(name, holder, LEASE_S):
                     lost.set()
                     return
             except UnavailableError:
-                continue  # a ledger that is away for a moment; the lease outlasts two more tries
+                continue  # renewed every third of its duration, the lease survives two failed attempts
 
-    thread = threading.Thread(target=prolong, name=f"lease-{name}", daemon=True)
+    thread = threading.Thread(target=renew, name=f"lease-{name}", daemon=True)
     thread.start()
     try:
         yield holder
@@ -61,12 +62,13 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
         stop.set()
         thread.join()
         ledger.release(name, holder)
+    # Only now, so that the block can finish: it may be in the middle of a write that must not be cut off.
     if lost.is_set():
-        raise RefusedError(f"the {name} lease was lost to another process meanwhile; run this again")
+        raise RefusedError(f"another process took the {name} lease while this ran; run this again")
 
 
 def _here() -> str:
-    """Name the place that process ids belong to: containers may share a host's name and not its processes."""
+    """Return the machine and process-id namespace: containers may share a host name but not process ids."""
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
@@ -74,7 +76,7 @@ def _here() -> str:
 
 
 def _release_dead(ledger: Ledger, name: str) -> None:
-    """Give back a lease whose holder was a process of this machine that is gone; elsewhere it runs out by itself."""
+    """Release a lease whose holder was a process of this machine that has ended; others expire by themselves."""
     with ledger.read() as tx:
         current = tx.get(Lease, name)
     place, _, process = (current.holder if current else "").rpartition(":")[0].rpartition(":")

@@ -1,7 +1,7 @@
-"""The way of an image, an answer or a model through the records, in both directions.
+"""Lineage: what happened to an image, a prediction or a model, as dated steps in both directions.
 
-A trace is a list of dated steps: request, answer, flag, question, annotator's answer, dataset version,
-next model. It only reads.
+Steps are the image, its predictions, flags, outcomes, review items, tasks, annotations, the dataset versions it is in
+and the models trained on them. This module only reads.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class TraceStep(BaseModel):
 
 
 class Trace(BaseModel):
-    """All that is known of one id, oldest step first."""
+    """All steps that concern one id, oldest first."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,10 +41,10 @@ class Trace(BaseModel):
 
 
 def trace(store: Store, subject: str) -> Trace:
-    """Follow an id both ways.
+    """Return the steps that lead to an id and follow from it.
 
     Args:
-        store: with the records.
+        store: its records are read.
         subject: id of a prediction, an image or a model, or a prefix of at least 8 characters.
     Returns:
         The trace.
@@ -59,7 +59,7 @@ def trace(store: Store, subject: str) -> Trace:
         else:
             image_id = tx.require(Prediction, full_id).image_id if kind == "prediction" else full_id
             steps = list(_image_steps(store, tx, image_id))
-    # Sorting is stable: what happened in one transaction stays in the order of the way.
+    # The sort is stable, so steps of one transaction, which have one time, keep the causal order they were made in.
     return Trace(subject=full_id, kind=kind, steps=sorted(steps, key=lambda step: step.at))
 
 
@@ -69,7 +69,8 @@ def _resolve(tx: Transaction, subject: str) -> tuple[str, str]:
     found: list[tuple[str, str]] = []
     for kind, record_type in (("prediction", Prediction), ("image", Image), ("model", ModelRecord)):
         column = TABLES[record_type].c.id
-        upper = subject + "g"  # ids are hex, so this is past every id with the prefix
+        # A range on the index, which `LIKE` would not use; ids are hex, so "g" sorts behind every id with the prefix.
+        upper = subject + "g"
         rows = tx.connection.execute(
             column.table.select().with_only_columns(column).where(column.between(subject, upper))
         )
@@ -85,19 +86,19 @@ def _image_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[Trace
     name = f" ({image.source_id})" if image.source_id else ""
     yield TraceStep(at=image.created_at, kind="image", id=image.id, text=f"image{name} stored, {image.provenance}")
     if image.erased_at is not None:
-        why = "erased on request" if image.expired_at is None else "its time to be kept was over"
+        why = "erased on request" if image.expired_at is None else "kept as long as configured"
         yield TraceStep(at=image.erased_at, kind="gone", id=image.id, text=f"image deleted: {why}")
-    yield from _answer_steps(tx, image_id)
-    yield from _question_steps(tx, image_id)
+    yield from _prediction_steps(tx, image_id)
+    yield from _review_steps(tx, image_id)
     yield from _dataset_steps(store, tx, image_id)
 
 
-def _answer_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+def _prediction_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     predictions = tx.find(Prediction, where={"image_id": image_id})
     for prediction in predictions:
         text = f"{prediction.decision} by model {prediction.model_id[:12]} ({prediction.model_status}): "
-        text += _answer_text(prediction)
-        yield TraceStep(at=prediction.created_at, kind="answer", id=prediction.id, text=text)
+        text += _prediction_text(prediction)
+        yield TraceStep(at=prediction.created_at, kind="prediction", id=prediction.id, text=text)
     about = {"prediction_id": [prediction.id for prediction in predictions]}
     for flag in tx.find(Flag, where=about):
         suggested = f", suggests {flag.suggested_label}" if flag.suggested_label else ""
@@ -108,16 +109,16 @@ def _answer_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
         yield TraceStep(at=outcome.created_at, kind="outcome", id=outcome.id, text=text)
 
 
-def _answer_text(prediction: Prediction) -> str:
+def _prediction_text(prediction: Prediction) -> str:
     if prediction.label is None or prediction.confidence is None:
-        return "no headline answer"
+        return "no label"
     return f"{prediction.label} at {prediction.confidence:.2f}"
 
 
-def _question_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+def _review_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     for item in tx.find(ReviewItem, where={"image_id": image_id}):
         reasons = ", ".join(item.reasons)
-        yield TraceStep(at=item.created_at, kind="question", id=item.id, text=f"sent to annotators: {reasons}")
+        yield TraceStep(at=item.created_at, kind="review_item", id=item.id, text=f"sent to annotators: {reasons}")
         if item.pushed_at is not None:
             text = f"task {item.task_id} in project {item.project_id} of Label Studio"
             yield TraceStep(at=item.pushed_at, kind="task", id=f"{item.project_id}/{item.task_id}", text=text)
@@ -142,11 +143,11 @@ def _model_steps(tx: Transaction, model: ModelRecord) -> Iterator[TraceStep]:
     text = f"dataset {dataset.id[:12]}: {dataset.num_images} images in {dataset.num_groups} groups"
     yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
     yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
-    answers = tx.count(Prediction, where={"model_id": model.id}, at_most=_COUNTED + 1)
-    if answers:
-        how_many = str(answers) if answers <= _COUNTED else f"more than {_COUNTED}"
-        text = f"answered {how_many} requests; status {model.status} since then"
-        yield TraceStep(at=model.status_changed_at, kind="answer", id=model.id, text=text)
+    predictions = tx.count(Prediction, where={"model_id": model.id}, at_most=_COUNTED + 1)
+    if predictions:
+        how_many = str(predictions) if predictions <= _COUNTED else f"more than {_COUNTED}"
+        text = f"made {how_many} predictions; status {model.status} since then"
+        yield TraceStep(at=model.status_changed_at, kind="prediction", id=model.id, text=text)
 
 
 def _model_text(model: ModelRecord) -> str:

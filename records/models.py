@@ -1,6 +1,6 @@
-"""Which bundles the ledger knows, which of them answers, and how a person finds one.
+"""Registered models: which bundles the ledger knows, which of them serves, and lookup by name.
 
-In: bundles and the names that people type. Out: model records. What a bundle's files hold is in `records.bundles`.
+What the files of a bundle hold is in `records.bundles`.
 """
 
 from pathlib import Path
@@ -18,13 +18,9 @@ SERVED = (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
 def register(
     tx: Transaction, bundle: Bundle, *, status: ModelStatus = ModelStatus.REGISTERED, round_number: int | None = None
 ) -> None:
-    """Enter a bundle in the ledger; one that is there already stays as it is.
+    """Add a bundle to the ledger, in a write transaction; one that is registered already stays as it is.
 
-    Args:
-        tx: a write transaction.
-        bundle: what is registered.
-        status: what it may be used for.
-        round_number: the round that made it, if one did.
+    `round_number` is the round that made it, None if no round did.
     """
     if tx.get(ModelRecord, bundle.id) is not None:
         return
@@ -45,35 +41,30 @@ def register(
 
 
 def serving_model(tx: Transaction) -> ModelRecord | None:
-    """Return the one model that answers, champion or provisional; None before the first promotion.
+    """Return the model that serves, champion or provisional; None before the first promotion.
 
-    Args:
-        tx: any transaction.
-    Returns:
-        Its record.
-    Raises:
-        IntegrityError: more than one model claims to answer.
+    IntegrityError is raised if more than one model has such a status.
     """
     found = tx.find(ModelRecord, where={"status": SERVED})
     if len(found) > 1:
         names = ", ".join(record.id[:12] for record in found)
-        raise IntegrityError(f"{len(found)} models claim to answer ({names}); promote one of them")
+        raise IntegrityError(f"{len(found)} models have the status of a serving model ({names}); promote one of them")
     return found[0] if found else None
 
 
 def serve_model(tx: Transaction, model_id: str, status: ModelStatus) -> None:
-    """Make a registered model the one that answers and retire the one before, in one transaction.
+    """Make a registered model the one that serves and retire the one before, in one write transaction.
 
     Args:
         tx: a write transaction.
-        model_id: of the model.
-        status: champion, or provisional for one that fails the floors.
+        model_id: id of a registered model.
+        status: champion, or provisional for one below the sensitivity floors.
     Raises:
-        ContractError: the status is not one that answers.
+        ContractError: the status is not one that serves.
         UnknownIdError: the model is not registered.
     """
     if status not in SERVED:
-        raise ContractError(f"a model that is {status} does not answer; use champion or provisional")
+        raise ContractError(f"a model that is {status} does not serve; use champion or provisional")
     now = utc_now()
     for before in tx.find(ModelRecord, where={"status": SERVED}):
         if before.id != model_id:
@@ -82,16 +73,9 @@ def serve_model(tx: Transaction, model_id: str, status: ModelStatus) -> None:
 
 
 def find_bundle(store: Store, name: str) -> Bundle:
-    """Find a bundle by what a person types.
+    """Return the bundle that a user named: `champion`, `candidate`, an id prefix of 8 or more characters, or a path.
 
-    Args:
-        store: with the ledger.
-        name: `champion`, `candidate`, an id prefix of 8 or more characters, or a bundle's path.
-    Returns:
-        The bundle.
-    Raises:
-        UnknownIdError: nothing, or more than one bundle, has that name.
-        IntegrityError: the bundle was altered.
+    A name that fits nothing, or more than one bundle, raises UnknownIdError; an altered bundle IntegrityError.
     """
     if "/" in name or (Path(name) / DOCUMENT).is_file():
         return read_bundle(Path(name))
@@ -99,15 +83,9 @@ def find_bundle(store: Store, name: str) -> Bundle:
 
 
 def find_model(store: Store, name: str) -> ModelRecord:
-    """Find a registered model by what a person types; its bundle is not opened.
+    """Return the registered model that a user named: `champion`, `candidate`, or an id prefix of 8 or more characters.
 
-    Args:
-        store: with the ledger.
-        name: `champion`, `candidate`, or an id prefix of 8 or more characters.
-    Returns:
-        Its record.
-    Raises:
-        UnknownIdError: nothing, or more than one model, has that name.
+    Its bundle is not opened. A name that fits nothing, or more than one model, raises UnknownIdError.
     """
     with store.ledger.read() as tx:
         if name == "champion":
@@ -132,6 +110,7 @@ def registered_bundle(store: Store, record: ModelRecord) -> Bundle:
 
 
 def bundle_folder(store: Store, record: ModelRecord) -> Path:
-    """Return the folder of a registered model: a home that was moved or restored elsewhere has it with it."""
+    """Return the folder of a registered model: in the home if it is there, else where it was written."""
+    # A home that was moved or restored elsewhere brought its bundles along, and the recorded path is stale.
     at_home = store.home.bundles / record.id
     return at_home if at_home.is_dir() else Path(record.path)

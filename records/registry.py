@@ -2,8 +2,8 @@
 
 A registry maps a name to a record with a one-line description and its tunable settings. Search
 space, command line, catalogue and docs are derived from it, never written a second time. A tunable's
-key is a field of `TrainersSettings`. Records import torch inside their factories, so looking
-something up is cheap.
+key is a field of the settings that stand beside its registry. Records import torch inside their
+factories, so looking something up is cheap.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,11 +42,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values.
-
-    Args:
-        values: what may be chosen.
-    """
+    """One of a few values."""
 
     values: tuple[Any, ...]
 
@@ -69,7 +65,7 @@ class Registered:
     Args:
         name: how settings name it.
         description: one line for people.
-        tunable: field of `TrainersSettings` to the values that a search may try.
+        tunable: field of the settings beside the registry to the values that a search may try.
     """
 
     name: str
@@ -97,15 +93,7 @@ class Registry(Generic[R]):
         self._records = MappingProxyType({record.name: record for record in records})
 
     def __getitem__(self, name: str) -> R:
-        """Return the record of that name.
-
-        Args:
-            name: of the record.
-        Returns:
-            The record.
-        Raises:
-            ConfigError: there is none; the message lists those that exist.
-        """
+        """Return the record of that name; an unknown name raises ConfigError, which lists those that exist."""
         try:
             return self._records[name]
         except KeyError:

@@ -1,9 +1,8 @@
-"""Retention: served images and answers whose time is over, and that nobody needs, are deleted.
+"""Retention: served images and predictions older than the configured number of days are deleted.
 
-In: how long they are kept (settings of this room). Out: what went, and one audit event per run. An image
-goes as an erased one does, heat maps and what was said of the person included; what stays is a tombstone,
-so that its answers keep their place. Needed, and kept, is what waits for an annotator, was labelled by
-anybody, is in a dataset version, or turned out to be something: no version, figure or replay changes.
+An image is deleted as on erasure, with heat maps and personal data; a tombstone stays, so that its predictions keep
+their reference. Kept, whatever their age, are images with an open review item, a label or an outcome, and images in a
+dataset version: no version, figure or replay changes. Each run writes one audit event.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from records import audit
 from records.datasets import read_manifest
-from records.erasure import forget_people
+from records.erasure import blank_personal_fields
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
@@ -42,10 +41,11 @@ ACTION = "retention.applied"
 """Action of the audit event; its details are the report."""
 
 _NAME = "records.retention"
-_IMAGES_AT_ONCE, _ANSWERS_AT_ONCE = 100, 1000  # in one transaction; nobody else writes meanwhile
+# Per transaction, which blocks other writers; images take longer, since their blobs are deleted in it.
+_IMAGES_AT_ONCE, _PREDICTIONS_AT_ONCE = 100, 1000
 _DELETERS = 16
 _OPEN = (ReviewState.NEW, ReviewState.PUSHED)
-_IMAGE, _ANSWER, _ITEM = TABLES[Image].c, TABLES[Prediction].c, TABLES[ReviewItem].c
+_IMAGE, _PREDICTION, _ITEM = TABLES[Image].c, TABLES[Prediction].c, TABLES[ReviewItem].c
 
 
 class Retention(BaseModel):
@@ -54,43 +54,43 @@ class Retention(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     images_before: datetime | None = Field(description="last sent before this; empty: images are kept")
-    predictions_before: datetime | None = Field(description="given before this; empty: answers are kept")
+    predictions_before: datetime | None = Field(description="made before this; empty: predictions are kept")
     images: int = Field(default=0, ge=0)
     overlays: int = Field(default=0, ge=0, description="heat maps over those images")
     predictions: int = Field(default=0, ge=0)
-    images_needed: int = Field(default=0, ge=0, description="as old, and kept since somebody needs them")
+    images_needed: int = Field(default=0, ge=0, description="as old, and kept since they are still needed")
     predictions_needed: int = Field(default=0, ge=0, description="as old, and kept since something refers to them")
 
 
 def find_due(store: Store, now: datetime | None = None) -> Retention:
-    """Say what a run would delete; nothing is written.
+    """Return what a run would delete; nothing is written.
 
     Args:
-        store: with the settings and the records.
-        now: the moment to count from; default: the present.
+        store: its settings say how long to keep what.
+        now: the time to count from; default: the present.
     Returns:
         The counts.
     Raises:
-        IntegrityError: the manifest of a dataset version is missing, so that it cannot be told what it needs.
+        IntegrityError: the manifest of a dataset version is missing, so the images in it are unknown.
     """
     limits = _limits(store, now or utc_now())
     due = _due_images(store, limits.images_before)
     with store.ledger.read() as tx:
         overlays = sum(
             _count(tx, _ITEM.id, any_of(_ITEM.image_id, part, tx.connection.dialect), _ITEM.overlay_blob.is_not(None))
-            for part in _parts(due, _ANSWERS_AT_ONCE)
+            for part in _parts(due, _PREDICTIONS_AT_ONCE)
         )
         old = _count(tx, _IMAGE.id, *_old_images(limits.images_before)) if limits.images_before else 0
         before = limits.predictions_before
-        answers = _count(tx, _ANSWER.id, *_due_answers(before)) if before else 0
-        old_answers = _count(tx, _ANSWER.id, _ANSWER.created_at < before) if before else 0
+        predictions = _count(tx, _PREDICTION.id, *_due_predictions(before)) if before else 0
+        old_predictions = _count(tx, _PREDICTION.id, _PREDICTION.created_at < before) if before else 0
     return limits.model_copy(
         update={
             "images": len(due),
             "overlays": overlays,
-            "predictions": answers,
+            "predictions": predictions,
             "images_needed": old - len(due),
-            "predictions_needed": old_answers - answers,
+            "predictions_needed": old_predictions - predictions,
         }
     )
 
@@ -103,18 +103,18 @@ def apply_retention(
     advance: Callable[[int, int], None] = lambda done, total: None,
     now: datetime | None = None,
 ) -> Retention:
-    """Delete what is due; what a killed run left is due again, and that run gets its audit event first.
+    """Delete what is due. What a killed run left is due again, and that run gets its audit event first.
 
     Args:
-        store: with the settings, the records and the blobs.
-        actor: who asks, for the audit.
-        forget: removes what else this machine keeps of images, by their ids.
-        advance: hears how many images and answers are done, of how many.
-        now: the moment to count from; default: the present.
+        store: its ledger and blobs are changed.
+        actor: who asked for it, for the audit.
+        forget: removes other copies of images on this machine, by their ids.
+        advance: called with the number of images and predictions done, and their total.
+        now: the time to count from; default: the present.
     Returns:
         What was deleted.
     Raises:
-        RefusedError: another run is under way.
+        RefusedError: another run is in progress.
         IntegrityError: the manifest of a dataset version is missing; nothing was deleted.
         UnavailableError: a blob cannot be removed; run it again.
     """
@@ -126,6 +126,7 @@ def apply_retention(
         if planned.images_before is None and planned.predictions_before is None:
             return planned
         needed = planned.model_dump(include={"images_needed", "predictions_needed"})
+        # The counts of what stays are known now; those of what goes are added up while it goes.
         run = _Run(store, _limits(store, now).model_copy(update=needed), forget, now)
         run.begin()
         total, done = planned.images + planned.predictions, 0
@@ -139,7 +140,7 @@ def apply_retention(
 
 @dataclass
 class _Run:
-    """One run. What it deleted is kept in a cursor, in the transactions that delete."""
+    """One run. Its counts are kept in a cursor, which is updated in the transactions that delete."""
 
     store: Store
     deleted: Retention
@@ -147,44 +148,45 @@ class _Run:
     now: datetime
 
     def begin(self) -> None:
-        """Open the cursor."""
+        """Create the cursor."""
         with self.store.ledger.begin() as tx:
             if tx.get(Cursor, _NAME) is None:
                 tx.add(Cursor(name=_NAME, position={}))
             self._keep(tx)
 
     def batches(self) -> Iterator[int]:
-        """Delete part by part and yield how much was looked at."""
+        """Delete batch by batch and yield how many rows each batch examined."""
         images_before, predictions_before = self.deleted.images_before, self.deleted.predictions_before
         for part in _parts(_due_images(self.store, images_before), _IMAGES_AT_ONCE):
             with self.store.ledger.begin() as tx:
                 self._expire(tx, part, images_before)
             yield len(part)
-        for part in _pages_of_answers(self.store, predictions_before):
+        for part in _pages_of_predictions(self.store, predictions_before):
             with self.store.ledger.begin() as tx:
-                mine = any_of(_ANSWER.id, part, tx.connection.dialect)
+                # Due is checked again in the transaction that deletes: a flag may have come in since the page was read.
+                mine = any_of(_PREDICTION.id, part, tx.connection.dialect)
                 gone = tx.connection.execute(
-                    sa.delete(TABLES[Prediction]).where(mine, *_due_answers(predictions_before))
+                    sa.delete(TABLES[Prediction]).where(mine, *_due_predictions(predictions_before))
                 )
                 self._count(tx, predictions=gone.rowcount)
             yield len(part)
 
     def _expire(self, tx: Transaction, part: Sequence[str], before: datetime | None) -> None:
-        """Delete images as far as they are still due."""
+        """Delete the images of a batch that are still due."""
         dialect = tx.connection.dialect
-        due = [any_of(_IMAGE.id, part, dialect), *_old_images(before), *_nobody_needs(_IMAGE.id)]
+        due = [any_of(_IMAGE.id, part, dialect), *_old_images(before), *_unreferenced(_IMAGE.id)]
         ids = list(tx.connection.scalars(sa.select(_IMAGE.id).where(*due)))
         asked = any_of(_ITEM.image_id, ids, dialect)
         overlays = list(
             tx.connection.scalars(sa.select(_ITEM.overlay_blob).where(asked, _ITEM.overlay_blob.is_not(None)))
         )
-        forget_people(tx, ids)
+        blank_personal_fields(tx, ids)
         gone = {"erased_at": self.now, "expired_at": self.now}
         tx.connection.execute(sa.update(TABLES[Image]).where(any_of(_IMAGE.id, ids, dialect)).values(gone))
         tx.connection.execute(sa.update(TABLES[ReviewItem]).where(asked).values(overlay_blob=None))
         self._count(tx, images=len(ids), overlays=len(overlays))
-        # Before the commit: if this is killed, the rows are due again, and no row says of bytes that lie there
-        # that they are gone. Writers follow one another, so whoever brings one of the images back comes after it.
+        # Bytes are deleted before the commit: after a kill the rows are due again, and no row claims that bytes are
+        # gone while they still exist. Writers are serialized, so an image that is added again comes after this.
         self.forget(ids)
         with ThreadPoolExecutor(_DELETERS) as pool:
             list(pool.map(self.store.blobs.delete, [*ids, *overlays]))
@@ -199,12 +201,12 @@ class _Run:
 
 
 def _close(tx: Transaction, actor: str, *, finished: bool) -> None:
-    """Write the event of the run that the cursor tells of, if there is one, and empty the cursor."""
+    """Write the audit event of the run that the cursor describes, if there is one, and empty the cursor."""
     cursor = tx.get(Cursor, _NAME)
     if cursor is None or not cursor.position:
         return
     details = {**cursor.position, "finished": finished}
-    audit.append(tx, actor=actor, action=ACTION, subject="served images and answers", details=details)
+    audit.append(tx, actor=actor, action=ACTION, subject="served images and predictions", details=details)
     tx.update(Cursor, _NAME, position={})
 
 
@@ -218,11 +220,11 @@ def _due_images(store: Store, before: datetime | None) -> list[str]:
     """Return the ids of images that are due, sorted."""
     if before is None:
         return []
-    query = sa.select(_IMAGE.id).where(*_old_images(before), *_nobody_needs(_IMAGE.id)).order_by(_IMAGE.id)
+    query = sa.select(_IMAGE.id).where(*_old_images(before), *_unreferenced(_IMAGE.id)).order_by(_IMAGE.id)
     with store.ledger.read() as tx:
         found = list(tx.connection.scalars(query))
         datasets = tx.find(DatasetRecord) if found else []
-    # What is in a version has a label, and a label keeps its image; a ledger that lost one must not cost an image.
+    # An image in a version has a label and is kept for that; this second check protects it if the label row is lost.
     used: set[str] = set()
     for dataset in datasets:
         rows = read_manifest(store, dataset.id, filters=pc.field("image_id").isin(found))
@@ -230,13 +232,13 @@ def _due_images(store: Store, before: datetime | None) -> list[str]:
     return [image_id for image_id in found if image_id not in used]
 
 
-def _pages_of_answers(store: Store, before: datetime | None) -> Iterator[list[str]]:
-    """Yield the ids of answers that are due, sorted, page by page; each page is one view."""
+def _pages_of_predictions(store: Store, before: datetime | None) -> Iterator[list[str]]:
+    """Yield the ids of predictions that are due, sorted, in pages; each page is read in a view of its own."""
     last = ""
     while before is not None:
-        query = sa.select(_ANSWER.id).where(_ANSWER.id > last, *_due_answers(before))
+        query = sa.select(_PREDICTION.id).where(_PREDICTION.id > last, *_due_predictions(before))
         with store.ledger.read() as tx:
-            page = list(tx.connection.scalars(query.order_by(_ANSWER.id).limit(_ANSWERS_AT_ONCE)))
+            page = list(tx.connection.scalars(query.order_by(_PREDICTION.id).limit(_PREDICTIONS_AT_ONCE)))
         if not page:
             return
         last = page[-1]
@@ -244,18 +246,24 @@ def _pages_of_answers(store: Store, before: datetime | None) -> Iterator[list[st
 
 
 def _old_images(before: datetime | None) -> list[sa.ColumnElement[bool]]:
-    sent_since = sa.exists().where(_ANSWER.image_id == _IMAGE.id, _ANSWER.created_at >= before)
+    sent_since = sa.exists().where(_PREDICTION.image_id == _IMAGE.id, _PREDICTION.created_at >= before)
     return [_IMAGE.provenance == "served", _IMAGE.erased_at.is_(None), _IMAGE.created_at < before, ~sent_since]
 
 
-def _due_answers(before: datetime | None) -> list[sa.ColumnElement[bool]]:
-    named = [sa.exists().where(TABLES[kind].c.prediction_id == _ANSWER.id) for kind in (Flag, Outcome)]
-    told = _ANSWER.id.in_(sa.select(TABLES[EventRecord].c.prediction_id))
-    return [_ANSWER.created_at < before, *(~condition for condition in named), ~told, *_nobody_needs(_ANSWER.image_id)]
+def _due_predictions(before: datetime | None) -> list[sa.ColumnElement[bool]]:
+    named = [sa.exists().where(TABLES[kind].c.prediction_id == _PREDICTION.id) for kind in (Flag, Outcome)]
+    # Events refer to their prediction, so a prediction that has events stays.
+    told = _PREDICTION.id.in_(sa.select(TABLES[EventRecord].c.prediction_id))
+    return [
+        _PREDICTION.created_at < before,
+        *(~condition for condition in named),
+        ~told,
+        *_unreferenced(_PREDICTION.image_id),
+    ]
 
 
-def _nobody_needs(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
-    """Return conditions that no question is open about an image and that nobody said what it shows."""
+def _unreferenced(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
+    """Return the conditions that an image has no open review item, no label and no outcome."""
     is_open = sa.exists().where(_ITEM.image_id == image_id, _ITEM.state.in_(_OPEN))
     labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, Annotation)]
     turned_out = image_id.in_(sa.select(TABLES[Outcome].c.image_id))

@@ -1,4 +1,4 @@
-"""Arrow schemas, derived from the record types, and records as arrow tables and back."""
+"""Arrow schemas derived from the record types, and records as Arrow tables and back."""
 
 import json
 from collections.abc import Sequence
@@ -26,14 +26,10 @@ _SCALARS: dict[Any, pa.DataType] = {
 
 
 def arrow_type(annotation: Any) -> pa.DataType:
-    """Return the arrow type of a plain field type.
+    """Return the Arrow type of a field's annotation.
 
-    Args:
-        annotation: str, int, float, bool, a timestamp, a StrEnum, list[...] or dict[str, ...].
-    Returns:
-        The arrow type; a dict whose values differ in type is kept as JSON text.
-    Raises:
-        ContractError: there is no arrow type for it.
+    It may be str, int, float, bool, a timestamp, a StrEnum, list[...] or dict[str, ...]; a dict whose values differ in
+    type is kept as JSON text. Any other annotation raises ContractError.
     """
     plain, _ = field_type(annotation)
     if plain in _SCALARS:
@@ -47,19 +43,14 @@ def arrow_type(annotation: Any) -> pa.DataType:
         return pa.list_(arrow_type(arguments[0]))
     if origin is dict:
         value, _ = field_type(arguments[1])
+        # An Arrow map has one value type, and keeps the order of its keys, which for probabilities is class order.
         return pa.map_(pa.string(), arrow_type(value)) if value in _SCALARS else pa.string()
     raise ContractError(f"no arrow type for {annotation!r}")
 
 
 @cache
 def arrow_schema(record_type: type[Record]) -> pa.Schema:
-    """Return the arrow schema of a record type, fields in declared order.
-
-    Args:
-        record_type: a subclass of Record.
-    Returns:
-        The schema; a field is nullable exactly if the record's may be empty.
-    """
+    """Return the Arrow schema of a record type: its fields in declared order, nullable where the field is optional."""
     return pa.schema(
         [
             pa.field(name, arrow_type(info.annotation), nullable=field_type(info.annotation)[1])
@@ -69,7 +60,7 @@ def arrow_schema(record_type: type[Record]) -> pa.Schema:
 
 
 def to_arrow(record_type: type[Record], frame: pd.DataFrame | Sequence[Record]) -> pa.Table:
-    """Return records as an arrow table in the record's schema.
+    """Return records as an Arrow table in the record's schema.
 
     Args:
         record_type: the type of every row.
@@ -77,7 +68,7 @@ def to_arrow(record_type: type[Record], frame: pd.DataFrame | Sequence[Record]) 
     Returns:
         The table.
     Raises:
-        ContractError: a column is missing, does not fit the schema, or is empty where it must not be.
+        ContractError: a column is missing, does not fit the schema, or is empty although the field is required.
     """
     schema = arrow_schema(record_type)
     try:
@@ -89,14 +80,7 @@ def to_arrow(record_type: type[Record], frame: pd.DataFrame | Sequence[Record]) 
 
 
 def from_arrow(record_type: type[R], table: pa.Table) -> list[R]:
-    """Return the records of an arrow table; the inverse of `to_arrow`.
-
-    Args:
-        record_type: the type of every row.
-        table: in the record's schema.
-    Returns:
-        The records, validated, in the table's order.
-    """
+    """Return the validated records of an Arrow table, in its order; the inverse of `to_arrow`."""
     rows = table.to_pylist(maps_as_pydicts="strict")
     for name in _json_fields(record_type):
         for row in rows:
@@ -106,7 +90,7 @@ def from_arrow(record_type: type[R], table: pa.Table) -> list[R]:
 
 @cache
 def _json_fields(record_type: type[Record]) -> tuple[str, ...]:
-    """Return the names of the fields that arrow holds as JSON text."""
+    """Return the names of the fields that are JSON text in Arrow."""
     return tuple(
         name
         for name, info in record_type.model_fields.items()

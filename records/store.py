@@ -1,4 +1,7 @@
-"""The store: home, taxonomy, ledger and blobs, opened together and passed to every room."""
+"""The store: home, taxonomy, ledger and blobs, opened together and passed to every room.
+
+Also here: the ledger rows of images, and their bytes checked against the id.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +29,11 @@ class Store:
     """Everything that is kept. Open it with `open_store`.
 
     Args:
-        settings: it was opened with; the home in them is absolute, so another process may open the same store.
-        home: the folder that everything lives under.
-        taxonomy: which classes there are.
-        ledger: every record.
-        blobs: images and overlays.
+        settings: those it was opened with; `home` is absolute, so another process can open the same store.
+        home: the folder that holds everything.
+        taxonomy: the ordered classes.
+        ledger: the database.
+        blobs: bytes of images and overlays.
     """
 
     settings: RecordsSettings
@@ -47,21 +50,15 @@ class Store:
         return self.settings.model_copy(update={"home": self.home.root, "taxonomy": taxonomy})
 
     def close(self) -> None:
-        """Close the connections; the files stay."""
+        """Close the connections of the ledger."""
         self.ledger.close()
 
 
 def open_store(settings: RecordsSettings) -> Store:
     """Open home, taxonomy, ledger (migrated) and blobs.
 
-    Args:
-        settings: of the records room.
-    Returns:
-        The open store.
-    Raises:
-        ConfigError: a place cannot be used.
-        TaxonomyError: the taxonomy is malformed.
-        UnavailableError: the database or the blob store does not answer.
+    A place that cannot be used raises ConfigError, a malformed taxonomy TaxonomyError, a database or blob store that
+    does not answer UnavailableError.
     """
     taxonomy = load_taxonomy(settings.taxonomy)
     home = open_home(settings.home)
@@ -77,30 +74,15 @@ def open_store(settings: RecordsSettings) -> Store:
 
 
 def database_url(settings: RecordsSettings, home: Home) -> str | sa.URL:
-    """Return where the ledger is: what the settings name, or `ledger.db` in the home.
-
-    Args:
-        settings: of the records room.
-        home: that they opened.
-    Returns:
-        A SQLAlchemy URL.
-    """
+    """Return the SQLAlchemy URL of the ledger: the one in the settings, or `ledger.db` in the home."""
     return settings.database or sa.URL.create("sqlite", database=str(home.root / "ledger.db"))
 
 
 def find_images(store: Store, image_ids: Sequence[str]) -> list[Image]:
-    """Return the ledger rows of images, in the given order.
-
-    Args:
-        store: with the ledger.
-        image_ids: [N] image ids.
-    Returns:
-        [N] images.
-    Raises:
-        UnknownIdError: an image is not in the ledger.
-    """
+    """Return the ledger rows of [N] images, in the given order; an unknown id raises UnknownIdError."""
     found: dict[str, Image] = {}
     with store.ledger.read() as tx:
+        # In batches: a condition on all ids of a large import at once would be one statement of many megabytes.
         for start in range(0, len(image_ids), _BATCH):
             batch = image_ids[start : start + _BATCH]
             found.update((image.id, image) for image in tx.find(Image, where={"id": batch}))
@@ -113,17 +95,10 @@ def find_images(store: Store, image_ids: Sequence[str]) -> list[Image]:
 def read_image(store: Store, image: Image) -> bytes:
     """Return the stored bytes of an image, from the blob store or from where it was imported in place.
 
-    Args:
-        store: with the blobs.
-        image: its ledger row.
-    Returns:
-        The bytes; their SHA-256 is the image's id.
-    Raises:
-        DataError: an in-place file is gone.
-        UnknownIdError: the blob is gone.
-        IntegrityError: the bytes were altered.
+    The SHA-256 of the bytes is the image's id. An in-place file that is gone raises DataError, a missing blob
+    UnknownIdError, altered bytes IntegrityError.
     """
-    # A blob is found by content and not by address, so that a home that was moved or restored still reads it.
+    # A blob is found by its id, not by the stored URI: the home may have been moved or restored elsewhere since.
     if image.uri.endswith(image.id):
         return store.blobs.get(image.id)
     path = Path(unquote(urlsplit(image.uri).path))

@@ -1,7 +1,7 @@
-"""The taxonomy: which classes exist, in which order, which of them must not be missed.
+"""The taxonomy: which classes exist, in which order, and which of them must not be missed.
 
-A taxonomy is a YAML document. Its order is declared there and never read from data; its hash
-travels with every dataset version and model bundle, and a mismatch raises.
+A taxonomy is a YAML document. Class order is declared there and never derived from data. Its hash is stored in every
+dataset version and model bundle, and a mismatch raises.
 """
 
 from functools import cached_property
@@ -21,8 +21,8 @@ class DiagnosisClass(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    code: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$", description="short code used in tables and answers")
-    name: str = Field(min_length=1, description="what a person reads")
+    code: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$", description="short code used in tables and predictions")
+    name: str = Field(min_length=1, description="name for people")
     malignant: bool = Field(description="True if missing it harms the patient")
     miss_cost: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="relative cost of missing one case")
 
@@ -74,19 +74,11 @@ class Taxonomy(BaseModel):
 
     @property
     def key_class(self) -> KeyClass | None:
-        """The first key class, the one that reports lead with; None if none is declared."""
+        """The first key class, which reports show first; None if none is declared."""
         return self.key_classes[0] if self.key_classes else None
 
     def index_of(self, code: str) -> int:
-        """Return the position of `code` in class order.
-
-        Args:
-            code: a class code.
-        Returns:
-            The 0-based class index.
-        Raises:
-            TaxonomyError: the class is unknown.
-        """
+        """Return the 0-based position of a class code in class order; TaxonomyError if it is unknown."""
         try:
             return self.codes.index(code)
         except ValueError:
@@ -94,14 +86,7 @@ class Taxonomy(BaseModel):
             raise TaxonomyError(f"unknown class {code!r}; taxonomy {self.name!r} has {known}") from None
 
     def require_same(self, other_hash: str, owner: str) -> None:
-        """Refuse to mix two taxonomies.
-
-        Args:
-            other_hash: the taxonomy hash that `owner` carries.
-            owner: what carries it, for the message.
-        Raises:
-            TaxonomyError: the hashes differ.
-        """
+        """Raise TaxonomyError if the hash that `owner` carries is not the hash of this taxonomy."""
         if other_hash != self.hash:
             raise TaxonomyError(
                 f"{owner} was made with taxonomy {other_hash[:12]}, this service uses {self.name!r} "
@@ -110,14 +95,9 @@ class Taxonomy(BaseModel):
 
 
 def load_taxonomy(name_or_path: str) -> Taxonomy:
-    """Load a built-in taxonomy by name, or one from a YAML file.
+    """Load a built-in taxonomy by name (`ham10000`), or one from a YAML file.
 
-    Args:
-        name_or_path: `ham10000`, or the path of a YAML file.
-    Returns:
-        The validated taxonomy.
-    Raises:
-        TaxonomyError: nothing has that name, or the document is malformed (names the field).
+    An unknown name or a malformed document raises TaxonomyError, which names the field.
     """
     text = _read(name_or_path)
     try:

@@ -1,9 +1,9 @@
-"""Engines: how SQLite and PostgreSQL are opened, and which places are refused.
+"""Engines: how SQLite and PostgreSQL connections are set up, and which locations are refused.
 
-Write transactions follow one another on both: SQLite locks the file, PostgreSQL takes one advisory
-lock. So whatever a transaction reads before it writes (the last audit event, the holder of a lease,
-the model that answers) is still true when it commits. On PostgreSQL those that name what they touch share
-that lock and take one for each of the names instead, so that they wait only for those who touch the same.
+Write transactions are serialized on both: SQLite locks the file, PostgreSQL takes one advisory lock. So whatever a
+transaction reads before it writes (the last audit event, the holder of a lease, the serving model) is still true when
+it commits. On PostgreSQL, a transaction that names what it touches takes the shared form of that lock and one lock per
+name, so it waits only for transactions that touch the same names.
 """
 
 import json
@@ -28,20 +28,20 @@ READ_OPTIONS: dict[str, dict[str, Any]] = {
     "sqlite": {},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
 }
-"""What makes a read transaction one consistent view, by kind of database."""
-_WRITER_LOCK = 7355608  # any number that nobody else in the database uses
-_STRIPES = 4096  # locks that names are spread over: the server has room for some thousands
+"""Execution options that make a read transaction one consistent view, by kind of database."""
+_WRITER_LOCK = 7355608  # arbitrary; other users of the same database must not take it
+_STRIPES = 4096  # names are hashed onto so many locks, since the server's lock table holds some thousands
 
 
 def make_engine(url: str | sa.URL, *, durability: Literal["normal", "full"], busy_timeout_s: float) -> sa.Engine:
-    """Make an engine with the settings that the ledger's promises rest on.
+    """Return an engine that serializes writers; nothing is connected yet.
 
     Args:
         url: a SQLAlchemy URL, SQLite or PostgreSQL.
         durability: SQLite's synchronous mode.
-        busy_timeout_s: how long a writer waits for another, seconds.
+        busy_timeout_s: how long a writer waits for another writer, seconds.
     Returns:
-        The engine; nothing is connected yet.
+        The engine.
     Raises:
         ConfigError: the URL is malformed, of another database or without its driver, or names a SQLite
             file that is not an absolute path or lies on a network disk.
@@ -53,7 +53,7 @@ def make_engine(url: str | sa.URL, *, durability: Literal["normal", "full"], bus
             "records.database is not a database URL; use sqlite:////FOLDER/FILE or postgresql+psycopg://..."
         ) from error
     kind = parsed.get_backend_name()
-    # Numbers that are not finite are not JSON; SQLite would store them and PostgreSQL refuse them.
+    # NaN is not JSON. SQLite would store it and PostgreSQL refuse it; refused here, both behave the same.
     options: dict[str, Any] = {
         "pool_timeout": busy_timeout_s,
         "json_serializer": partial(json.dumps, allow_nan=False),
@@ -72,7 +72,7 @@ def make_engine(url: str | sa.URL, *, durability: Literal["normal", "full"], bus
         raise ConfigError(
             f"records.database is of kind {kind!r}; use sqlite:////FOLDER/FILE or postgresql+psycopg://..."
         )
-    # Every connection to `:memory:` is another database, and Ray changes the folder that a relative path starts in.
+    # Each connection to `:memory:` opens a separate database, and Ray changes the folder of relative paths.
     if not parsed.database or not Path(parsed.database).is_absolute():
         raise ConfigError(
             f"records.database has to name an absolute file, sqlite:////FOLDER/FILE, not {parsed.database!r}"
@@ -84,13 +84,7 @@ def make_engine(url: str | sa.URL, *, durability: Literal["normal", "full"], bus
 
 
 def refuse_network_disk(path: Path) -> None:
-    """Refuse a SQLite file on a network file system, where its locks do not hold.
-
-    Args:
-        path: the database file; it need not exist.
-    Raises:
-        ConfigError: the file would lie on a network file system.
-    """
+    """Raise ConfigError if a SQLite file lies on a network file system, where its locks do not hold."""
     absolute = path.resolve()
     mounts = [p for p in psutil.disk_partitions(all=True) if absolute.is_relative_to(p.mountpoint)]
     # The longest mount point holds the file; of equal ones the last was mounted over the others.
@@ -105,16 +99,18 @@ def refuse_network_disk(path: Path) -> None:
 def _set_up_sqlite(engine: sa.Engine, durability: str) -> None:
     @sa.event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
-        # The driver must not open transactions by itself, or a read that turns into a write
-        # could fail at once instead of waiting for its turn.
+        # sqlite3 would open transactions itself, as deferred ones: such a transaction that first reads and then
+        # writes fails at once if another process wrote in between, whatever the timeout is.
         connection.isolation_level = None
         cursor = connection.cursor()
+        # With a write-ahead log readers keep their view while a writer commits.
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute(f"PRAGMA synchronous={durability.upper()}")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
+        # IMMEDIATE takes the write lock before the first read, so nothing that was read can change before commit.
         connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
 
 
@@ -134,13 +130,14 @@ def _set_up_postgresql(engine: sa.Engine, busy_timeout_s: float) -> None:
         if touches is None:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
             return
+        # Shared with other named transactions, exclusive against one that touches everything.
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock_shared({_WRITER_LOCK})")
         query = f"SELECT pg_advisory_xact_lock({_WRITER_LOCK}, stripe) FROM unnest(%s::int[]) AS stripe"
         connection.exec_driver_sql(query, (stripes(touches),))
 
 
 def stripes(names: Iterable[str]) -> list[int]:
-    """Return the numbers of the locks that stand for names, each once and in the one order that cannot deadlock."""
+    """Return the numbers of the locks that stand for names, each once and sorted: one order cannot deadlock."""
     return sorted({zlib.crc32(name.encode()) % _STRIPES for name in names})
 
 

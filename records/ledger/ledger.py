@@ -1,11 +1,11 @@
-"""The ledger's one way in: transactions over records.
+"""The ledger: transactions over records.
 
     with ledger.begin() as tx:      # writes: all of it or none of it
         tx.add(prediction, review_item)
     with ledger.read() as tx:       # reads: one consistent view
         tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority",))
 
-Rows are added, never replaced; only the fields that a record type names as mutable can change.
+Rows are added, never replaced; only the fields that a record type declares `mutable` can change.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
@@ -31,12 +31,12 @@ _FEW = 1000
 
 @dataclass(frozen=True)
 class Transaction:
-    """One transaction, typed by records.
+    """One transaction.
 
     Args:
         connection: the SQLAlchemy connection, for the rare query that records cannot express.
         writes: false in a read transaction.
-        after_commit: what to call with the ledger once this transaction is committed, each once.
+        after_commit: called with the ledger after this transaction was committed, each function once.
     """
 
     connection: sa.Connection
@@ -44,14 +44,10 @@ class Transaction:
     after_commit: list[Callable[["Ledger"], None]] = field(default_factory=list, repr=False)
 
     def add(self, *records: Record) -> None:
-        """Insert records.
+        """Insert records of any types, all or none of them.
 
-        Args:
-            records: any mix of types; they go in together, all or none.
-        Raises:
-            RefusedError: a key or unique value exists already; nothing is ever overwritten. The
-                transaction can go on after it.
-            ContractError: this is a read transaction, or a field holds something that is not JSON.
+        Raises RefusedError if a key or unique value exists already; the transaction stays usable. Raises
+        ContractError in a read transaction, or if a field holds a value that is not JSON.
         """
         self._require_writes()
         by_type: dict[type[Record], list[dict[str, Any]]] = {}
@@ -59,6 +55,7 @@ class Transaction:
             by_type.setdefault(type(record), []).append(record.model_dump(mode="python"))
         if not by_type:
             return
+        # A savepoint: on PostgreSQL a failed statement would otherwise abort the caller's whole transaction.
         with self.connection.begin_nested():
             for record_type, rows in by_type.items():
                 self._insert(record_type, rows)
@@ -80,16 +77,7 @@ class Transaction:
         return found[0] if found else None
 
     def require(self, record_type: type[R], key: str | int) -> R:
-        """Return the record with this key.
-
-        Args:
-            record_type: what is looked for.
-            key: the value of its key field.
-        Returns:
-            The record.
-        Raises:
-            UnknownIdError: there is none.
-        """
+        """Return the record with this key; UnknownIdError if there is none."""
         found = self.get(record_type, key)
         if found is None:
             raise UnknownIdError(f"no {record_type.__name__} has the id {key!r}")
@@ -102,15 +90,15 @@ class Transaction:
         order_by: Sequence[str] = (),
         limit: int | None = None,
     ) -> list[R]:
-        """Return the records that match.
+        """Return the records that match, in order.
 
         Args:
-            record_type: what is looked for.
+            record_type: the type, and with it the table.
             where: field to value; a list or set means any of them, None means empty.
             order_by: field names, a leading `-` for descending.
-            limit: at most so many.
+            limit: largest number of records.
         Returns:
-            The records, in order.
+            The records.
         Raises:
             ContractError: a field is unknown.
         """
@@ -126,17 +114,11 @@ class Transaction:
     def count(
         self, record_type: type[Record], where: Mapping[str, Any] | None = None, at_most: int | None = None
     ) -> int:
-        """Return how many records match.
+        """Return how many records match `where`, as in `find`.
 
-        Args:
-            record_type: what is counted.
-            where: as in `find`.
-            at_most: stop there; counting all of millions takes seconds.
-        Returns:
-            The number, `at_most` if there are as many or more.
-        Raises:
-            ContractError: a field is unknown.
+        `at_most` stops the count there: counting all of millions takes seconds.
         """
+        # The limit is inside the subquery, so the database stops scanning there.
         found = sa.select(sa.literal(1)).select_from(TABLES[record_type])
         found = found.where(*self._conditions(record_type, where or {})).limit(at_most)
         return int(self.connection.execute(sa.select(sa.func.count()).select_from(found.subquery())).scalar_one())
@@ -144,13 +126,8 @@ class Transaction:
     def update(self, record_type: type[Record], key: str | int, **changes: Any) -> None:
         """Change mutable fields of one record.
 
-        Args:
-            record_type: its type.
-            key: the value of its key field.
-            changes: new values, mutable fields only.
-        Raises:
-            ContractError: a field is not mutable, a value does not fit it, or this is a read transaction.
-            UnknownIdError: there is no such record.
+        Raises ContractError if a field is not mutable, a value does not fit it, or this is a read transaction;
+        UnknownIdError if there is no record with this key.
         """
         self._require_writes()
         forbidden = sorted(set(changes) - record_type.mutable)
@@ -158,6 +135,7 @@ class Transaction:
             raise ContractError(f"{record_type.__name__}.{forbidden[0]} never changes after it was written")
         current = self.require(record_type, key)
         try:
+            # The whole record is validated: pydantic checks nothing in `model_copy(update=...)`.
             changed = record_type.model_validate(current.model_dump() | changes)
         except ValidationError as error:
             raise ContractError(f"{record_type.__name__} cannot become that: {error}") from error
@@ -178,6 +156,7 @@ class Transaction:
                 yield column.is_(None)
             elif not isinstance(value, (list, tuple, set, frozenset)):
                 yield column == value
+            # Plain parameters let the planner estimate the number of rows; beyond a few it would be too many.
             elif len(value) <= _FEW:
                 yield column.in_(list(value))
             else:
@@ -189,7 +168,7 @@ class Ledger:
     """An open ledger. Safe to use from several threads; see `open_ledger`.
 
     Args:
-        url: where it is, without its password.
+        url: its URL without the password.
         engine: the SQLAlchemy engine.
         audit_head: the file outside the database that keeps the head of the audit chain, if there is one.
     """
@@ -202,11 +181,11 @@ class Ledger:
     def begin(self, touches: Collection[str] | None = None) -> Generator[Transaction]:
         """Open a write transaction; it commits at the end of the block and rolls back on an error.
 
-        Write transactions follow one another, so keep them short: nobody else writes meanwhile.
+        Write transactions are serialized, so keep them short.
 
         Args:
-            touches: names of all that it reads before it writes, for example image ids. On PostgreSQL such
-                transactions run beside those that touch other names, and share their waits for the disk; default:
+            touches: names of everything it reads before it writes, for example image ids. On PostgreSQL such
+                transactions run concurrently with those that touch other names, and share their disk flushes. Default:
                 it touches everything.
         Yields:
             The transaction.
@@ -216,6 +195,7 @@ class Ledger:
             with connection.begin():
                 tx = Transaction(connection)
                 yield tx
+        # After the commit and outside the transaction, since an action may open one itself.
         for action in dict.fromkeys(tx.after_commit):
             action(self)
 
@@ -228,14 +208,14 @@ class Ledger:
                 yield Transaction(connection, writes=False)
 
     def lease(self, name: str, holder: str, seconds: float) -> bool:
-        """Take or prolong the right to do something alone.
+        """Take or renew a lease.
 
         Args:
-            name: of the right.
-            holder: who asks; asking again prolongs.
+            name: what is locked.
+            holder: the caller's name; the current holder renews.
             seconds: how long it holds, counted from now.
         Returns:
-            True if `holder` has it now, False if somebody else does.
+            True if `holder` has it now, False if another holder does.
         """
         now = utc_now()
         expires_at = now + timedelta(seconds=seconds)
@@ -250,10 +230,11 @@ class Ledger:
             return True
 
     def release(self, name: str, holder: str) -> None:
-        """Give a right back; one that `holder` does not have is left alone."""
+        """Release a lease; one that `holder` does not have is left alone."""
         with self.begin() as tx:
             current = tx.get(Lease, name)
             if current is not None and current.holder == holder:
+                # Rows are never deleted: an expired lease is free.
                 tx.update(Lease, name, expires_at=utc_now())
 
     def close(self) -> None:
@@ -268,12 +249,12 @@ def open_ledger(
     busy_timeout_s: float = 30.0,
     audit_head: Path | None = None,
 ) -> Ledger:
-    """Open a ledger and bring its schema up to date.
+    """Open a ledger and migrate its schema.
 
     Args:
         url: a SQLAlchemy URL, SQLite or PostgreSQL.
         durability: SQLite's synchronous mode.
-        busy_timeout_s: how long a writer waits for another, seconds.
+        busy_timeout_s: how long a writer waits for another writer, seconds.
         audit_head: the file outside the database that keeps the head of the audit chain.
     Returns:
         The open ledger.
@@ -294,15 +275,7 @@ def open_ledger(
 
 @contextmanager
 def reachable(url: str) -> Generator[None]:
-    """Turn the driver's errors of a database that does not answer into UnavailableError.
-
-    Args:
-        url: of the ledger, without its password.
-    Yields:
-        Nothing.
-    Raises:
-        UnavailableError: the database does not answer.
-    """
+    """Turn the driver's errors of a database that does not answer into UnavailableError, which shows `url`."""
     try:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:

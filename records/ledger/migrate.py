@@ -1,4 +1,8 @@
-"""Bring a ledger's schema up to date (Alembic), under a lock, before anything uses it."""
+"""Migrate a ledger's schema to the version of this program (Alembic), under the write lock, before anything uses it.
+
+A newer schema is accepted if its `schema_floor` says that this program can still use it: machines that share a ledger
+can then be upgraded one after the other.
+"""
 
 from pathlib import Path
 
@@ -14,9 +18,9 @@ from records.ledger.tables import SCHEMA_FLOOR
 
 
 def alembic_config() -> Config:
-    """Return Alembic's configuration; the connection is passed in `attributes`."""
+    """Return Alembic's configuration; the caller passes the connection in `attributes`."""
     config = Config()
-    # Alembic reads a per cent sign as the start of a placeholder.
+    # Alembic interpolates its options: a per cent sign in the path would start a placeholder.
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     return config
 
@@ -30,13 +34,7 @@ def schema_versions(engine: sa.Engine) -> tuple[str | None, str]:
 
 
 def refuse_newer(current: str | None) -> None:
-    """Refuse a schema that this program does not know.
-
-    Args:
-        current: schema version of a database, None for an empty one.
-    Raises:
-        ConfigError: the database was written by a newer program.
-    """
+    """Raise ConfigError for a schema version that this program does not know; None, an empty database, is fine."""
     scripts = ScriptDirectory.from_config(alembic_config())
     if current is not None and current not in _known_revisions():
         raise ConfigError(
@@ -46,14 +44,7 @@ def refuse_newer(current: str | None) -> None:
 
 
 def is_newer_and_usable(engine: sa.Engine, current: str | None) -> bool:
-    """Return whether a database has a newer schema that still takes this program.
-
-    Args:
-        engine: of the ledger.
-        current: its schema version.
-    Returns:
-        True if the schema is unknown here and its migrations only added to what this program knows.
-    """
+    """Return whether a database has a newer schema, only added to, that this program can still use."""
     known = _known_revisions()
     if current is None or current in known:
         return False
@@ -68,12 +59,9 @@ def _known_revisions() -> set[str]:
 
 
 def upgrade(engine: sa.Engine) -> None:
-    """Run the migrations that are missing. A newer schema that still takes this program is left as it is.
+    """Run the missing migrations. A newer schema that this program can still use is left as it is.
 
-    Args:
-        engine: of the ledger.
-    Raises:
-        ConfigError: the database was written by a newer program, and changed so that this one cannot use it.
+    A newer schema that it cannot use raises ConfigError.
     """
     current, head = schema_versions(engine)
     if current == head or is_newer_and_usable(engine, current):
@@ -82,7 +70,7 @@ def upgrade(engine: sa.Engine) -> None:
     config = alembic_config()
     with engine.connect() as connection:
         connection = connection.execution_options(**{WRITE_OPTION: True})
-        # As a writer it waits for others; a process that comes second finds nothing left to do.
+        # The write lock serializes processes that start together; Alembic finds nothing left to do in the second.
         with connection.begin():
             config.attributes["connection"] = connection
             command.upgrade(config, "head")

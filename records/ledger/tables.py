@@ -1,7 +1,6 @@
 """SQL tables, derived from the record types.
 
-A test holds the migrations against these tables, so a changed record type without a migration
-fails the build.
+A test compares the migrations with these tables, so a record type that changes without a migration fails the build.
 """
 
 import json
@@ -46,20 +45,20 @@ LEDGER_TYPES: tuple[type[Record], ...] = (
 
 
 class UtcTime(sa.types.TypeDecorator[datetime]):
-    """A time that is aware and in UTC on both splits; SQLite alone would lose the zone."""
+    """A timestamp that comes back aware and in UTC from both databases; SQLite alone would lose the zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Turn a time into UTC before it is stored."""
+        """Convert a time to UTC before it is stored."""
         if value is None:
             return None
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Give a stored time its zone back."""
+        """Attach UTC to a stored time."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
@@ -91,6 +90,7 @@ def _table(record_type: type[Record], metadata: sa.MetaData) -> sa.Table:
             _column_type(info.annotation),
             primary_key=name == record_type.key,
             nullable=field_type(info.annotation)[1],
+            # Keys are chosen by the program; PostgreSQL would otherwise make an integer key a sequence.
             autoincrement=False,
         )
         for name, info in record_type.model_fields.items()
@@ -103,14 +103,10 @@ def _table(record_type: type[Record], metadata: sa.MetaData) -> sa.Table:
 
 
 def any_of(column: sa.Column[Any], values: Collection[Any], dialect: sa.Dialect) -> sa.ColumnElement[bool]:
-    """Return the condition that a column has one of many values, as one bound value however many there are.
+    """Return the condition that a column of texts or integers has one of many values.
 
-    Args:
-        column: of texts or whole numbers.
-        values: any number of them; databases would take only 32,766 (SQLite) or 65,535 (PostgreSQL) one by one.
-        dialect: of the database.
-    Returns:
-        The condition.
+    The values are sent as one bound parameter (JSON text or an array): databases accept only 32,766 (SQLite) or
+    65,535 (PostgreSQL) parameters in a statement.
     """
     plain = [value.value if isinstance(value, StrEnum) else value for value in values]
     if dialect.name == "sqlite":
@@ -119,6 +115,6 @@ def any_of(column: sa.Column[Any], values: Collection[Any], dialect: sa.Dialect)
 
 
 SCHEMA_FLOOR = sa.Table("schema_floor", sa.MetaData(), sa.Column("oldest", sa.Text, primary_key=True))
-"""One row: the oldest schema version whose program may use this ledger. No record, so no backup holds it."""
+"""One row: the oldest schema version whose program may use this ledger. It is not a record type, so backups lack it."""
 METADATA = sa.MetaData()
 TABLES: dict[type[Record], sa.Table] = {record_type: _table(record_type, METADATA) for record_type in LEDGER_TYPES}

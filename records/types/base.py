@@ -1,7 +1,7 @@
-"""The base of all record types: frozen, closed, and declared once.
+"""The base of all record types: frozen, without unknown fields.
 
-A record class is the single declaration of its SQL table (`records.ledger.tables`) and of its
-arrow schema (`records.schemas`).
+A record class is the only declaration of its SQL table (`records.ledger.tables`) and of its Arrow schema
+(`records.schemas`).
 """
 
 import types
@@ -16,7 +16,7 @@ Timestamp = AwareDatetime
 class Record(BaseModel):
     """A row. Fields named in `mutable` may change after it was written; all others never do."""
 
-    # A number that is not finite has no place in SQL or JSON (SQLite would store NaN as empty).
+    # NaN and infinities are neither SQL nor JSON values (SQLite would store NaN as NULL).
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     table: ClassVar[str]
@@ -27,12 +27,7 @@ class Record(BaseModel):
 
 
 def field_type(annotation: Any) -> tuple[Any, bool]:
-    """Split a field's annotation into its plain type and whether it may be empty.
-
-    Args:
-        annotation: as pydantic holds it, for example `float | None`.
-    Returns:
-        (type without `None` and metadata, may be empty).
+    """Split an annotation, as pydantic holds it, into its plain type and whether it may be None.
 
     >>> field_type(float | None)
     (<class 'float'>, True)

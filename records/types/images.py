@@ -1,4 +1,4 @@
-"""Images, the groups that keep them on one split, and the labels that came with them."""
+"""Images, the groups that keep them on one split, and the labels that were imported with them."""
 
 from enum import StrEnum
 from typing import ClassVar
@@ -9,7 +9,7 @@ from records.types.base import Record, Timestamp
 
 
 class Consent(StrEnum):
-    """What the person in the image agreed to; each level contains the ones before."""
+    """What the person in the image agreed to; each level includes the ones before."""
 
     NONE = "none"
     REVIEW = "review"
@@ -17,7 +17,7 @@ class Consent(StrEnum):
 
 
 class Split(StrEnum):
-    """The split of the split that a group was drawn to, once and for good."""
+    """The split that a group was drawn to, once."""
 
     TRAIN = "train"
     VAL = "val"
@@ -45,7 +45,7 @@ LABEL_RANK: dict[Confirmation, int] = {
     Confirmation.SINGLE_READER: 3,
     Confirmation.FLAG: 4,
 }
-"""Rank of a label by its confirmation; a label never replaces one with a smaller rank number."""
+"""Rank of a label by its confirmation; a label never replaces one with a smaller rank."""
 
 
 class Image(Record):
@@ -74,14 +74,16 @@ class Image(Record):
     perceptual_hash: str | None = Field(default=None, description="64-bit pHash, 16 hex characters")
     group_id: str | None = Field(default=None, description="set once, when the image is grouped")
     created_at: Timestamp
-    erased_at: Timestamp | None = Field(default=None, description="since then its bytes are gone and it is a tombstone")
+    erased_at: Timestamp | None = Field(
+        default=None, description="when its bytes were deleted; since then it is a tombstone"
+    )
     expired_at: Timestamp | None = Field(
-        default=None, description="set with erased_at if its time to be kept was over; such an image may come back"
+        default=None, description="set with erased_at by retention; such an image may be added again"
     )
 
     @property
     def is_erased_for_good(self) -> bool:
-        """Whether somebody asked for it to be erased, so that it may not come back."""
+        """Whether it was erased on request, so that it may not be added again."""
         return self.erased_at is not None and self.expired_at is None
 
 

@@ -1,4 +1,4 @@
-"""What annotators said."""
+"""Annotations from Label Studio, and the consensus of several."""
 
 from enum import StrEnum
 from typing import ClassVar
@@ -36,7 +36,7 @@ class Annotation(Record):
     annotator: str
     annotated_at: Timestamp
     lead_time_s: float | None = Field(default=None, ge=0)
-    blind: bool = Field(default=False, description="true if the model's opinion was hidden")
+    blind: bool = Field(default=False, description="true if the prediction was hidden from the annotator")
     server: str = Field(description="base URL of the Label Studio that holds it")
     project_id: int
     task_id: int
@@ -46,17 +46,17 @@ class Annotation(Record):
 
 
 class ResolvedLabel(BaseModel):
-    """What the readers of one image together say; made by consensus, read by dataset versions."""
+    """The consensus of the annotations of one image, made by labeling and used by dataset versions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_id: str
-    label: str | None = Field(description="class code; empty if nobody could tell, or no class fits")
+    label: str | None = Field(description="class code; empty if no annotator could tell, or no class fits")
     confirmation: Confirmation = Field(description="single_reader, or consensus of two and more")
     confidence: float | None = Field(default=None, ge=0, le=1, description="share or probability behind the label")
     method: str = Field(default="majority", description="majority, dawid_skene or adjudication")
     annotators: list[str] = Field(default_factory=list)
     annotation_ids: list[str] = Field(default_factory=list, description="the rows that were counted")
     from_audit_sample: bool = Field(
-        default=False, description="true only if every question about the image came from the random audit sample"
+        default=False, description="true only if every review item of the image came from the random audit sample"
     )

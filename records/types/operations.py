@@ -1,4 +1,4 @@
-"""What the machinery keeps: datasets, models, rounds, leases, audit events."""
+"""Records about operation: datasets, models, rounds, leases, audit events, API keys, rollouts."""
 
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -53,7 +53,7 @@ class ModelRecord(Record):
 
 
 class RoundRecord(Record):
-    """A round: its number, what it was made of, and how it ended."""
+    """A round: its number, its inputs and its verdict."""
 
     table: ClassVar[str] = "rounds"
     mutable: ClassVar[frozenset[str]] = frozenset({"finished_at", "verdict", "why", "model_id", "dataset_id"})
@@ -71,7 +71,7 @@ class RoundRecord(Record):
 
 
 class RoundStep(Record):
-    """A step of a round that is done, with what it produced. Written once, at its end."""
+    """A finished step of a round with its result. Written once, at its end."""
 
     table: ClassVar[str] = "round_steps"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("round_id",),)
@@ -86,7 +86,7 @@ class RoundStep(Record):
 
 
 class Lease(Record):
-    """A right that one process at a time may hold."""
+    """A lock that one process at a time may hold until it expires."""
 
     table: ClassVar[str] = "leases"
     key: ClassVar[str] = "name"
@@ -98,7 +98,7 @@ class Lease(Record):
 
 
 class Cursor(Record):
-    """How far a reconciling reader has come."""
+    """The position of a reader or a long-running job, so that it can continue."""
 
     table: ClassVar[str] = "cursors"
     key: ClassVar[str] = "name"
@@ -125,7 +125,7 @@ class AuditEvent(Record):
 
 
 class EventRecord(Record):
-    """Something that callers of the service may want to hear of, in order."""
+    """Something that happened to a prediction, for its caller, in order."""
 
     table: ClassVar[str] = "events"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("organisation", "id"),)
@@ -136,7 +136,9 @@ class EventRecord(Record):
     organisation: str
     kind: str = Field(description="amended | confirmed | undecided | overdue | recalled")
     prediction_id: str
-    source: str | None = Field(default=None, description="id of the label, outcome, question or rollout that caused it")
+    source: str | None = Field(
+        default=None, description="id of the annotation, outcome, review item or rollout that caused it"
+    )
     details: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -162,14 +164,14 @@ class ApiKey(Record):
     organisation: str = Field(description="its bearer sees the objects of this organisation")
     scopes: list[Scope]
     secret_hash: str = Field(repr=False, description="SHA-256 of the whole key; a key is random, so no salt is needed")
-    sandbox: bool = Field(default=False, description="its images are never stored, asked about or learned from")
-    default_consent: Consent | None = Field(default=None, description="of a request that names none")
+    sandbox: bool = Field(default=False, description="its images are never stored, reviewed or trained on")
+    default_consent: Consent | None = Field(default=None, description="consent of a request that names none")
     expires_at: Timestamp | None = None
     revoked_at: Timestamp | None = None
 
 
 class RolloutStage(StrEnum):
-    """How far a candidate has come."""
+    """The stage of a rollout."""
 
     SHADOW = "shadow"
     CANARY = "canary"
@@ -178,7 +180,7 @@ class RolloutStage(StrEnum):
 
 
 class Rollout(Record):
-    """A candidate beside the model that answers, and what was seen of it. At most one is under way."""
+    """A candidate's way to champion, with its evidence. At most one is in progress."""
 
     table: ClassVar[str] = "rollouts"
     mutable: ClassVar[frozenset[str]] = frozenset({"stage", "percent", "evidence", "ended_at", "why"})
@@ -187,10 +189,12 @@ class Rollout(Record):
     id: str
     created_at: Timestamp
     actor: str
-    champion_id: str = Field(description="the model that answered when it began")
+    champion_id: str = Field(description="the model that served when it began")
     candidate_id: str
     stage: RolloutStage
-    percent: int = Field(default=0, ge=0, le=100, description="share of lesions that the candidate answers, too")
-    evidence: dict[str, Any] = Field(default_factory=dict, description="per harm: how often looked at, how often seen")
+    percent: int = Field(default=0, ge=0, le=100, description="traffic share of the candidate, percent of lesions")
+    evidence: dict[str, Any] = Field(
+        default_factory=dict, description="per guardrail: number of looks, number of events"
+    )
     ended_at: Timestamp | None = None
     why: str | None = Field(default=None, description="why it ended, one sentence")

@@ -1,4 +1,4 @@
-"""What the service answered, and what people said about it: prediction, review item, flag, outcome."""
+"""Predictions, and what people reported about them: review items, flags and outcomes."""
 
 from enum import StrEnum
 from typing import ClassVar
@@ -19,7 +19,7 @@ class Decision(StrEnum):
 
 
 class Arm(StrEnum):
-    """The part a model played when it answered."""
+    """The role of a model when it made a prediction."""
 
     CHAMPION = "champion"
     CANDIDATE = "candidate"
@@ -27,7 +27,7 @@ class Arm(StrEnum):
 
 
 class ReasonCode(StrEnum):
-    """Why an image goes to an annotator."""
+    """Why an image is sent to an annotator."""
 
     LOW_CONFIDENCE = "low_confidence"
     PREDICTION_SET = "prediction_set"
@@ -44,7 +44,7 @@ class ReasonCode(StrEnum):
 
 
 class ReviewState(StrEnum):
-    """Where a review item is on its way."""
+    """The state of a review item."""
 
     NEW = "new"
     PUSHED = "pushed"
@@ -53,7 +53,7 @@ class ReviewState(StrEnum):
 
 
 class FlagReason(StrEnum):
-    """What a caller says is wrong with an answer."""
+    """What a caller says is wrong with a prediction."""
 
     WRONG_LABEL = "wrong_label"
     UNSURE = "unsure"
@@ -62,7 +62,7 @@ class FlagReason(StrEnum):
 
 
 class Prediction(Record):
-    """One answer of one model. Never overwritten; enough to be replayed exactly."""
+    """One prediction of one model. Never overwritten; holds enough to be replayed exactly."""
 
     table: ClassVar[str] = "predictions"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
@@ -81,11 +81,15 @@ class Prediction(Record):
     idempotency_key: str | None = None
     image_id: str
     consent: Consent = Consent.NONE
-    context: dict[str, str | float | None] = Field(default_factory=dict, description="what the caller said of it")
+    context: dict[str, str | float | None] = Field(
+        default_factory=dict, description="what the caller said about the image"
+    )
     model_id: str
     model_status: str = Field(description="champion | provisional | candidate at that moment")
     arm: Arm = Arm.CHAMPION
-    served: bool = Field(default=True, description="false for the answer of a pair that the caller did not get")
+    served: bool = Field(
+        default=True, description="false for a shadow or candidate prediction that the caller did not get"
+    )
     engine: str = Field(description="torch or openvino")
     precision: str = Field(description="fp32 or bf16")
     num_threads: int = Field(ge=1)
@@ -96,14 +100,14 @@ class Prediction(Record):
     prediction_set: list[str] = Field(default_factory=list, description="class codes of the conformal set")
     out_of_distribution_score: float | None = None
     quality_score: float | None = None
-    quality_reason: str | None = Field(default=None, description="what is wrong with the image, if anything is")
+    quality_reason: str | None = Field(default=None, description="what is wrong with the image, if anything")
     decision: Decision
     reasons: list[ReasonCode] = Field(default_factory=list)
     latency_ms: float = Field(ge=0)
 
 
 class ReviewItem(Record):
-    """A question for an annotator, written in the transaction that caused it (the outbox)."""
+    """A doubt about an image for annotators, written in the transaction that caused it (the outbox)."""
 
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(
@@ -117,15 +121,17 @@ class ReviewItem(Record):
     prediction_id: str | None = Field(default=None, description="empty for an item about a pool image")
     image_id: str
     reasons: list[ReasonCode]
-    priority: float = Field(allow_inf_nan=False, description="larger is asked sooner")
+    priority: float = Field(allow_inf_nan=False, description="items with a larger priority are pushed first")
     due: Timestamp | None = Field(default=None, description="deadline of an urgent item")
     selection_probability: Probability | None = Field(default=None, description="set for audit samples")
     overlay_blob: str | None = Field(default=None, description="blob id of the heat map over the image, PNG")
     comment: str | None = Field(default=None, description="what the person who flagged it wrote")
     suggested_label: str | None = None
-    blind: bool = Field(default=False, description="true if the reader is not shown what the model answered")
-    reader: str | None = Field(default=None, description="whose own project it goes to; empty for a shared one")
-    sent_hash: str | None = Field(default=None, description="of what the task says of it; another one means stale")
+    blind: bool = Field(default=False, description="true if the reader is not shown the prediction")
+    reader: str | None = Field(default=None, description="whose own project it goes to; empty for the shared project")
+    sent_hash: str | None = Field(
+        default=None, description="hash of the task that was sent; a different hash means that the task is stale"
+    )
     state: ReviewState = ReviewState.NEW
     project_id: int | None = None
     task_id: int | None = None
@@ -134,7 +140,7 @@ class ReviewItem(Record):
 
 
 class Flag(Record):
-    """A caller's objection to an answer."""
+    """A caller's report that a prediction looks wrong."""
 
     table: ClassVar[str] = "flags"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("prediction_id",),)
@@ -151,7 +157,7 @@ class Flag(Record):
 
 
 class Outcome(Record):
-    """What turned out to be true later, for example a biopsy result."""
+    """A diagnosis that was reported later, for example a biopsy result."""
 
     table: ClassVar[str] = "outcomes"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("prediction_id",),)

@@ -129,7 +129,7 @@ def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_answ
         assert label.image_id == tx.require(Prediction, prediction_id).image_id
         assert tx.require(ModelRecord, second["model_id"]).dataset_id == second["dataset_id"]
     answer, flag, question = (
-        step("answer", prediction_id), step("flag", objection.id), step("question", objection.review_item_id)
+        step("prediction", prediction_id), step("flag", objection.id), step("review_item", objection.review_item_id)
     )  # fmt: skip
     annotator, dataset, model = (
         step("annotator", label.id), step("dataset", second["dataset_id"]), step("model", second["model_id"])

@@ -10,10 +10,9 @@ import pytest
 import sqlalchemy as sa
 
 from records import audit
-from records.backup import back_up
+from records.backup import back_up, restore, rows_of
 from records.errors import ConfigError, DataError, IntegrityError, RefusedError
 from records.ledger.tables import LEDGER_TYPES, METADATA
-from records.restore import restore, rows_of
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, Record

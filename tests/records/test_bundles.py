@@ -221,7 +221,7 @@ def test_two_that_claim_to_answer_are_named_and_can_be_mended(store: Store, thre
     with store.ledger.begin() as tx:
         for each in three[:2]:
             tx.update(ModelRecord, each.id, status=ModelStatus.CHAMPION)
-        with pytest.raises(IntegrityError, match="2 models claim to answer"):
+        with pytest.raises(IntegrityError, match="2 models have the status of a serving model"):
             serving_model(tx)
         serve_model(tx, three[0].id, ModelStatus.CHAMPION)
         current = serving_model(tx)
@@ -232,7 +232,7 @@ def test_two_that_claim_to_answer_are_named_and_can_be_mended(store: Store, thre
 def test_serving_what_cannot_answer_changes_nothing(store: Store, three: list[Bundle]) -> None:
     with store.ledger.begin() as tx:
         serve_model(tx, three[0].id, ModelStatus.CHAMPION)
-        with pytest.raises(ContractError, match="retired does not answer"):
+        with pytest.raises(ContractError, match="retired does not serve"):
             serve_model(tx, three[1].id, ModelStatus.RETIRED)
 
     def serve_unknown() -> None:

@@ -77,13 +77,13 @@ def test_a_flagged_image_is_followed_to_the_model_that_learned_from_it(store: St
         found = trace(store, subject)
         assert (found.kind, found.subject) == (kind, history if kind == "image" else PREDICTION)
         kinds = [step.kind for step in found.steps]
-        assert kinds == ["image", "answer", "flag", "question", "task", "annotator", "outcome", "dataset", "model"]
+        assert kinds == ["image", "prediction", "flag", "review_item", "task", "annotator", "outcome", "dataset", "model"]
         assert [step.at for step in found.steps] == sorted(step.at for step in found.steps)
     texts = {step.kind: step.text for step in found.steps}
     assert texts["image"].startswith("image (ISIC_1) stored")
-    assert texts["answer"] == "review by model bbbb00001111 (champion): nv at 0.51"
+    assert texts["prediction"] == "review by model bbbb00001111 (champion): nv at 0.51"
     assert texts["flag"] == "flagged wrong_label by clinic, suggests mel"
-    assert texts["question"] == "sent to annotators: flagged, refer"
+    assert texts["review_item"] == "sent to annotators: flagged, refer"
     assert texts["task"] == "task 7 in project 3 of Label Studio"
     assert texts["annotator"] == "anna said mel"
     assert texts["outcome"] == "turned out to be mel (histopathology)"
@@ -97,8 +97,8 @@ def test_a_model_is_followed_back_to_its_dataset(store: Store, history: str) -> 
     assert (found.kind, found.subject) == ("model", MODEL_1)
     texts = {step.kind: step.text for step in found.steps}
     assert texts["dataset"].endswith("20 images in 20 groups")
-    assert texts["answer"] == "answered 1 requests; status retired since then"
-    assert "answer" not in {step.kind for step in trace(store, MODEL_2).steps}
+    assert texts["prediction"] == "made 1 predictions; status retired since then"
+    assert "prediction" not in {step.kind for step in trace(store, MODEL_2).steps}
 
 
 def test_many_answers_of_a_model_are_not_all_counted(
@@ -106,7 +106,7 @@ def test_many_answers_of_a_model_are_not_all_counted(
 ) -> None:
     monkeypatch.setattr("records.lineage._COUNTED", 0)
     texts = {step.kind: step.text for step in trace(store, MODEL_1).steps}
-    assert texts["answer"] == "answered more than 0 requests; status retired since then"
+    assert texts["prediction"] == "made more than 0 predictions; status retired since then"
 
 
 def test_what_was_said_without_a_class_or_taken_back_is_told(
@@ -123,7 +123,7 @@ def test_what_was_said_without_a_class_or_taken_back_is_told(
     assert {"ben deleted the annotation"} < texts
     assert any(text.endswith("said cant_tell") for text in texts)
     assert any(text.endswith("said a tattoo") for text in texts)
-    assert any(text.startswith("retake") and text.endswith("no headline answer") for text in texts)
+    assert any(text.startswith("retake") and text.endswith("no label") for text in texts)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import pytest
 import sqlalchemy as sa
 
 from records import audit
-from records.backup import back_up
+from records.backup import back_up, restore
 from records.blobs import open_blobs
 from records.datasets import build_version
 from records.errors import ConfigError, RefusedError, UnavailableError
 from records.lease import hold
 from records.ledger import open_ledger
 from records.ledger.tables import LEDGER_TYPES, SCHEMA_FLOOR
-from records.restore import restore
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, Cursor, Lease, Prediction

@@ -20,6 +20,7 @@ COUNTS = {
     "strategies": 4,
     "explanations": 4,
 }
+PART_OF = {"models": "model", "optimizers": "optimizer", "schedulers": "scheduler", "losses": "loss"}
 RECORDS = [(kind, record) for kind, registry in REGISTRIES.items() for record in registry.records]
 
 
@@ -32,9 +33,10 @@ def test_every_record_describes_itself_and_tunes_real_settings(kind: str, record
     assert record.description
     assert not record.description.endswith(".")
     for name, tunable in record.tunable.items():
-        assert name in TrainersSettings.model_fields
+        setting = f"{PART_OF[kind]}.{name}"
+        assert setting in TrainersSettings().flat()
         for value in tunable.values if isinstance(tunable, Choice) else (tunable.low, tunable.high):
-            TrainersSettings.model_validate({name: value})
+            TrainersSettings().with_values({setting: value})
     with pytest.raises(AttributeError):
         record.name = "other"  # type: ignore[misc]
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from records import audit
 from records.datasets import build_version, load_dataset
-from records.erasure import erase_image, make_way
+from records.erasure import erase_image, remove_expired_tombstones
 from records.errors import IntegrityError, RefusedError
 from records.lease import hold
 from records.retention import ACTION, Retention, apply_retention, find_due
@@ -203,7 +203,7 @@ def test_an_image_whose_time_was_over_may_come_back_and_one_that_was_erased_may_
     run(keeping)
     erase_image(keeping, erased, actor="key 1")
     with keeping.ledger.begin() as tx:
-        make_way(tx, [expired, erased])
+        remove_expired_tombstones(tx, [expired, erased])
     with keeping.ledger.read() as tx:
         assert tx.get(Image, expired) is None
         assert tx.require(Image, erased).expired_at is None
