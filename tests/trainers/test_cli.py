@@ -1,6 +1,10 @@
 """`relook train` and `relook catalog`, as a person or a program calls them."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,8 @@ from typer.testing import CliRunner, Result
 from cluster.cli import app
 
 FAST = [
-    "--set", "trainers.side_px=32", "--set", "trainers.epochs=1", "--set", "trainers.batch_size=16",
-    "--set", "trainers.threads_per_worker=1", "--set", "trainers.augmentation=none",
+    "--set", "trainers.model.side_px=32", "--set", "trainers.epochs=1", "--set", "trainers.batch_size=16",
+    "--set", "trainers.workers.threads=1", "--set", "trainers.augmentation=none",
 ]  # fmt: skip
 
 
@@ -55,10 +59,35 @@ def test_train_prints_the_model_and_goes_on_only_when_asked(run: Any, images_fol
     assert json.loads(shown.stdout)["model_id"] == printed["model_id"]
 
 
+def test_without_a_terminal_each_epoch_is_a_line(images_folder: Path, tmp_path: Path) -> None:
+    fast = [word.replace("trainers.epochs=1", "trainers.epochs=2") for word in FAST]
+    command = ["train", "--data", str(images_folder), *fast, "--set", "trainers.precision=fp32"]
+    command += ["--set", "trainers.model.name=custom_cnn", "--json"]
+    with (tmp_path / "stderr.txt").open("w") as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.cli", *command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"RELOOK_HOME": str(tmp_path / "home")},
+            check=False,
+        )
+    lines = (tmp_path / "stderr.txt").read_text().splitlines()
+    assert done.returncode == 0, lines
+    assert json.loads(done.stdout)["training"]["epochs"] == 2
+    epochs = [line for line in lines if "train: epoch" in line]
+    clock = r"\d\d:\d\d:\d\d"
+    figures = r"loss \d\.\d{3}, val balanced accuracy \d\.\d{3}, \d+ images/s"
+    assert re.fullmatch(rf"{clock} train: epoch 0/2", epochs[0])
+    assert re.fullmatch(rf"{clock} train: epoch 1/2, {figures}, \d+ s left", epochs[1])
+    assert re.fullmatch(rf"{clock} train: epoch 2/2, {figures}, done in .+", epochs[2])
+    assert len(epochs) == 3
+
+
 def test_bad_input_is_one_sentence(run: Any, tmp_path: Path) -> None:
     no_data = run("train")
     assert "there are no data yet" in str(no_data.exception)
-    unknown = run("train", "--set", "trainers.optimizer=lion")
+    unknown = run("train", "--set", "trainers.optimizer.name=lion")
     assert "unknown optimizer 'lion'; there are sgd, rmsprop, adam, adamw" in str(unknown.exception)
     uneven = run("train", "--workers", "5")
     assert "--workers 5 cannot be used: batch_size 64 cannot be shared evenly by 5 workers; take 65" in str(
