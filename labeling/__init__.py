@@ -1,5 +1,5 @@
-"""What annotators say: the local Label Studio, tasks out, annotations in, and what readers agree on.
+"""Labeling with Label Studio: review items become tasks, annotations become labels, and consensus joins them.
 
-This room imports records only. Nothing here predicts, trains or serves; it reads review items and
-blobs from the store and writes annotator labels into it.
+This room reads review items and blobs from the store and writes annotations into it. It decodes images to
+embed them in tasks; it never runs a model and trains nothing.
 """

@@ -1,7 +1,7 @@
-"""How far readers agree with each other, and how much the model's opinion draws them.
+"""Agreement of annotators: Fleiss' and Cohen's kappa, confusion matrices, and how the model's prediction anchors them.
 
-Kappa is 1 for full agreement and 0 for what chance would give; None where it says nothing, because
-only one class was ever named.
+Kappa is 1 for full agreement and 0 for the agreement that chance gives; it is None where it is undefined because only
+one class was ever named.
 """
 
 import math
@@ -11,41 +11,41 @@ from itertools import combinations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from labeling.consensus import annotator_confusion, standing
+from labeling.consensus import annotator_confusion, current
 from records.store import Store
 from records.types import Annotation, AnnotationKind, Prediction, ReviewItem
 
-_Z = 1.959963984540054  # two-splitd 95 %
-
 
 class AnchoringReport(BaseModel):
-    """How often readers say what the model said, by whether they saw it."""
+    """How often annotators name the predicted class, by whether they saw the prediction."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    blind: int = Field(ge=0, description="answers that name a class, given without the model's opinion")
+    blind: int = Field(ge=0, description="annotations that name a class, made without the prediction")
     blind_agreeing: int = Field(ge=0)
-    shown: int = Field(ge=0, description="answers that name a class, given with it")
+    shown: int = Field(ge=0, description="annotations that name a class, made with it")
     shown_agreeing: int = Field(ge=0)
-    difference: float | None = Field(description="share agreeing, shown minus blind; above 0 = readers follow")
+    difference: float | None = Field(description="share agreeing, shown minus blind; above 0 = annotators follow")
     interval: tuple[float, float] | None = Field(description="95 %, Newcombe's score method")
 
 
 class AgreementReport(BaseModel):
-    """What the answers that stand now say about their readers."""
+    """What the current annotations say about their annotators."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    images: int = Field(ge=0, description="with a class named by two readers or more")
+    images: int = Field(ge=0, description="with a class named by two annotators or more")
     fleiss: float | None
     fleiss_by_class: dict[str, float | None] = Field(description="each class against the rest")
-    cohen: dict[str, float | None] = Field(description="`reader | reader` to kappa over the images both read")
-    readers: dict[str, dict[str, dict[str, float]]] = Field(description="reader to true to answered class, Dawid-Skene")
+    cohen: dict[str, float | None] = Field(description="`annotator | annotator` to kappa over the images of both")
+    annotators: dict[str, dict[str, dict[str, float]]] = Field(
+        description="annotator to true class to named class to probability, by Dawid-Skene"
+    )
     anchoring: AnchoringReport
 
 
 def read_agreement(store: Store) -> AgreementReport:
-    """Return the report over all answers of a store."""
+    """Return the report over all annotations of a store."""
     with store.ledger.read() as tx:
         labels = tx.find(Annotation, order_by=("created_at", "id"))
         items = {i.id: i for i in tx.find(ReviewItem, where={"id": {row.review_item_id for row in labels}})}
@@ -60,73 +60,72 @@ def agreement(
     predictions: Mapping[str, Prediction],
     codes: Sequence[str],
 ) -> AgreementReport:
-    """Say how far readers agree.
+    """Compute the agreement report.
 
     Args:
-        labels: all rows that were ever read.
+        labels: all annotation rows of the ledger.
         items: review items by id.
-        predictions: of the images, by id, oldest first.
+        predictions: of the annotated images, by id, oldest first.
         codes: classes in taxonomy order.
     Returns:
-        All figures.
+        The report.
     """
     rows = list(labels)
-    said: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in standing(rows):
+    named: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in current(rows):
         if row.kind == AnnotationKind.CLASS and row.label is not None:
-            said[row.image_id][row.annotator] = row.label
-    several = [by_reader for by_reader in said.values() if len(by_reader) > 1]
-    readers = sorted({reader for by_reader in several for reader in by_reader})
+            named[row.image_id][row.annotator] = row.label
+    several = [by_annotator for by_annotator in named.values() if len(by_annotator) > 1]
+    annotators = sorted({annotator for by_annotator in several for annotator in by_annotator})
     cohen = {}
-    for one, other in combinations(readers, 2):
-        both = [(by_reader[one], by_reader[other]) for by_reader in several if one in by_reader and other in by_reader]
+    for one, other in combinations(annotators, 2):
+        both = [(labels_of[one], labels_of[other]) for labels_of in several if one in labels_of and other in labels_of]
         if both:
             cohen[f"{one} | {other}"] = cohen_kappa(both)
-    answers = [list(by_reader.values()) for by_reader in several]
+    votes = [list(by_annotator.values()) for by_annotator in several]
     return AgreementReport(
         images=len(several),
-        fleiss=fleiss_kappa(answers),
-        fleiss_by_class={c: fleiss_kappa([[str(a == c) for a in one] for one in answers]) for c in codes},
+        fleiss=fleiss_kappa(votes),
+        fleiss_by_class={code: fleiss_kappa([[str(v == code) for v in one] for one in votes]) for code in codes},
         cohen=cohen,
-        readers=annotator_confusion(rows),
-        anchoring=anchoring(standing(rows), items, predictions),
+        annotators=annotator_confusion(rows),
+        anchoring=anchoring(current(rows), items, predictions),
     )
 
 
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
-    """Return Cohen's kappa (1960) of two readers.
+    """Return Cohen's kappa (1960) of two annotators.
 
     Args:
-        pairs: what both said about each image.
+        pairs: the labels that both gave to each image.
     Returns:
         At most 1; None if both only ever named one and the same class, or there is no image.
 
     >>> cohen_kappa([("a", "a"), ("a", "b"), ("b", "b"), ("b", "b")])
     0.5
     """
-    if not pairs:
+    from sklearn.metrics import cohen_kappa_score
+
+    # With a single class chance alone gives full agreement, and kappa is 0 / 0.
+    if len({label for pair in pairs for label in pair}) < 2:
         return None
-    total = len(pairs)
-    observed = sum(one == other for one, other in pairs) / total
-    first, second = Counter(one for one, _ in pairs), Counter(other for _, other in pairs)
-    expected = sum(first[code] * second[code] for code in first) / total**2
-    return None if expected == 1 else (observed - expected) / (1 - expected)
+    return float(cohen_kappa_score([one for one, _ in pairs], [other for _, other in pairs]))
 
 
-def fleiss_kappa(answers: Sequence[Sequence[str]]) -> float | None:
-    """Return Fleiss' kappa (1971), also where images have different numbers of readers.
+def fleiss_kappa(votes: Sequence[Sequence[str]]) -> float | None:
+    """Return Fleiss' kappa (1971), also where images have different numbers of annotators.
 
     Args:
-        answers: what was said about each image, two answers and more each.
+        votes: the labels that each image got, at least two per image.
     Returns:
         At most 1; None if only one class was ever named, or there is no image.
 
     >>> round(fleiss_kappa([["a", "a"], ["a", "b"], ["b", "b"], ["b", "b"]]) or 0.0, 4)
     0.4667
     """
-    if not answers:
+    if not votes:
         return None
-    counts = [Counter(one) for one in answers]
+    counts = [Counter(one) for one in votes]
     agreeing = [sum(n * (n - 1) for n in c.values()) / (c.total() * (c.total() - 1)) for c in counts]
     whole: Counter[str] = sum(counts, Counter())
     expected = sum((number / whole.total()) ** 2 for number in whole.values())
@@ -137,21 +136,22 @@ def fleiss_kappa(answers: Sequence[Sequence[str]]) -> float | None:
 def anchoring(
     rows: Iterable[Annotation], items: Mapping[str, ReviewItem], predictions: Mapping[str, Prediction]
 ) -> AnchoringReport:
-    """Compare readers who saw the model's answer with those who did not.
+    """Compare annotators who saw the model's prediction with those who did not.
 
     Args:
-        rows: standing answers.
+        rows: current annotations.
         items: review items by id.
-        predictions: by id; a read without a prediction of its own is held against its image's last.
+        predictions: by id, oldest first.
     Returns:
-        Counts, and the difference of shares with its interval if both kinds of answers exist.
+        Counts, and the difference of shares with its interval if both groups have annotations.
     """
+    # A further blind read has no prediction of its own; it is compared with the newest one of its image.
     by_image = {p.image_id: p.label for p in predictions.values()}
     count: Counter[tuple[bool, bool]] = Counter()
     for row in rows:
         item = items.get(row.review_item_id)
-        asked = predictions.get(item.prediction_id or "") if item is not None else None
-        label = asked.label if asked is not None else by_image.get(row.image_id)
+        prediction = predictions.get(item.prediction_id or "") if item is not None else None
+        label = prediction.label if prediction is not None else by_image.get(row.image_id)
         if row.kind == AnnotationKind.CLASS and label is not None:
             count[row.blind, row.label == label] += 1
     blind, shown = (count[kind, True] + count[kind, False] for kind in (True, False))
@@ -170,14 +170,12 @@ def anchoring(
 
 
 def _newcombe(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
-    """Return the 95 % interval of a difference of two shares (Newcombe 1998, method 10)."""
-    (p, low_p, high_p), (q, low_q, high_q) = _wilson(*one), _wilson(*other)
+    """Return the 95 % interval of a difference of two shares, given as (hits, total) (Newcombe 1998, method 10)."""
+    from scipy.stats import binomtest
+
+    # From Wilson intervals of both shares; the usual interval of a difference is too narrow for few annotations.
+    (p, low_p, high_p), (q, low_q, high_q) = (
+        (hits / total, *binomtest(hits, total).proportion_ci(method="wilson")) for hits, total in (one, other)
+    )
     down, up = math.hypot(p - low_p, high_q - q), math.hypot(high_p - p, q - low_q)
     return p - q - down, p - q + up
-
-
-def _wilson(hits: int, total: int) -> tuple[float, float, float]:
-    share, square = hits / total, _Z**2
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = _Z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    return share, centre - half, centre + half

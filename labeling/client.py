@@ -1,8 +1,7 @@
-"""Label Studio's API, as far as Relook needs it: typed, retried, with one clear sentence per failure.
+"""Label Studio's API as far as Relook needs it: typed rows, retries, and errors as one sentence each.
 
-The only file that talks to its SDK. Lists leave the tasks' images out, so that a poll stays small
-however large the embedded images are. A call that may be repeated without harm is retried with
-growing pauses; an import is not, since the caller has to look first whether it arrived.
+This is the only module that imports Label Studio's SDK. Listings leave out the images of the tasks, so a poll
+stays small however large the embedded images are. Calls that are safe to repeat are retried with growing pauses.
 """
 
 import json
@@ -23,7 +22,7 @@ from label_studio_sdk.core.parse_error import ParsingError
 from label_studio_sdk.core.request_options import RequestOptions
 from pydantic import SecretStr
 
-from labeling.rows import ProjectRow, ProjectState, TaskRow, body_of, filter_by, known_id, task_row
+from labeling.rows import ProjectRow, ProjectState, TaskRow, filter_by, task_row
 from labeling.tasks import LIST_VIEW
 from records.errors import LabelStudioError, RefusedError, RelookError, UnknownIdError
 
@@ -32,16 +31,16 @@ _PAUSES_S = (0.3, 1.0, 3.0)
 _ONCE = RequestOptions(max_retries=0)
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 _RETRIED = frozenset({429, 500, 502, 503, 504})
-_SAMPLING = "Uncertainty sampling"  # the only one that follows prediction scores
+_SAMPLING = "Uncertainty sampling"  # the only mode that orders tasks by prediction score
 
 
 class LabelStudioClient:
     """A connection to one Label Studio. Safe to use from several threads.
 
     Args:
-        url: its base URL.
+        url: base URL of the server.
         token: an access token, personal or legacy.
-        timeout_s: per call, seconds.
+        timeout_s: per request, seconds.
     Raises:
         LabelStudioError: the token is not usable, for example an expired personal one.
     """
@@ -50,9 +49,10 @@ class LabelStudioClient:
         self.url = url.rstrip("/")
         secret = token.get_secret_value() if isinstance(token, SecretStr) else token
         local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
-        # The port of the local server may change from start to start; its data stays the same.
+        # Stored with every annotation. The local server may take another port at each start while its data stay
+        # the same, so its URL cannot identify it.
         self.server = "local" if local else self.url
-        # A proxy of the environment cannot reach this machine's own loopback.
+        # A proxy from the environment cannot reach the loopback of this machine.
         self._http = httpx.Client(timeout=timeout_s, follow_redirects=True, trust_env=not local)
         with self.translated_errors("log in"):
             self._sdk: LabelStudioBase = LabelStudio(  # type: ignore[no-untyped-call]
@@ -62,8 +62,7 @@ class LabelStudioClient:
                 timeout=timeout_s,
                 max_retries=len(_PAUSES_S),
             )
-
-        # A client that is dropped rather than closed must not leave sockets behind.
+        # Closes the sockets of a client that is garbage-collected without having been closed.
         weakref.finalize(self, self._http.close)
 
     def __enter__(self) -> Self:
@@ -80,13 +79,8 @@ class LabelStudioClient:
         self._http.close()
 
     def version(self) -> str:
-        """Return the release of Label Studio; needs a token that is accepted.
-
-        Returns:
-            For example 1.23.2.
-        Raises:
-            LabelStudioError: it does not answer, or refuses the token.
-        """
+        """Return the release of Label Studio, for example 1.23.2; raises LabelStudioError if it refuses the token."""
+        # The version itself is public; this request is what checks the token.
         self.request("GET", "api/current-user/whoami", "check the token")
         with self.translated_errors("read its version"):
             return str(self._sdk.versions.get().release)
@@ -100,7 +94,7 @@ class LabelStudioClient:
         return None
 
     def ensure_project(self, title: str, label_config: str, marker: str, model_version: str) -> int:
-        """Make the project that carries the marker, or bring the one that exists up to date.
+        """Create the project that carries the marker, or update the one that exists. Idempotent.
 
         Args:
             title: shown to annotators, 3 to 50 characters.
@@ -108,12 +102,13 @@ class LabelStudioClient:
             marker: unique text that stays in the project's description.
             model_version: of the predictions whose scores order the tasks.
         Returns:
-            The project's id. Calling again changes nothing.
+            The project's id.
         Raises:
-            LabelStudioError: it does not answer, or refuses the label config.
+            LabelStudioError: Label Studio cannot be reached, or refuses the label config.
         """
+        # By its marker first: a create request whose response was lost has made the project all the same.
         found = self.find_project(marker)
-        description = f"Questions from Relook; answers are read back. {marker}"
+        description = f"Tasks from Relook; annotations are read back. {marker}"
         if found is not None:
             present = self.project(found)
             if present is not None and present.label_config != label_config.strip():
@@ -122,19 +117,20 @@ class LabelStudioClient:
             project_id = found
         else:
             with self.translated_errors("create a project"):
-                project_id = known_id(
-                    self._sdk.projects.create(
-                        title=title,
-                        description=description,
-                        label_config=label_config,
-                        sampling=_SAMPLING,
-                        model_version=model_version,
-                        show_collab_predictions=False,
-                        enable_empty_annotation=False,
-                        maximum_annotations=1,
-                        request_options=_ONCE,
-                    ).id
+                created = self._sdk.projects.create(
+                    title=title,
+                    description=description,
+                    label_config=label_config,
+                    sampling=_SAMPLING,
+                    model_version=model_version,
+                    show_collab_predictions=False,
+                    enable_empty_annotation=False,
+                    maximum_annotations=1,
+                    request_options=_ONCE,
                 )
+                if created.id is None:
+                    raise KeyError("id")
+                project_id = created.id
         self._ensure_view(project_id)
         return project_id
 
@@ -149,16 +145,17 @@ class LabelStudioClient:
             return ProjectRow(project_id, str(found["description"] or ""), str(found["label_config"]).strip())
 
     def import_tasks(self, project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Import tasks, all or none. Never repeated here: look with `list_tasks` whether it arrived.
+        """Import tasks, all or none, and never retry: use `list_tasks` to see whether a failed import arrived.
 
         Args:
-            project_id: of the project.
+            project_id: of an existing project.
             tasks: each with `data`, `meta` and `predictions`.
         Returns:
             Task ids, in the order of `tasks`.
         Raises:
-            LabelStudioError: it was refused, or no answer came; then it may have arrived all the same.
+            LabelStudioError: the import was refused, or its response was lost; then it may have been carried out.
         """
+        # An import has no idempotency key in Label Studio: sending it twice makes every task twice.
         action, path = f"import {len(tasks)} tasks", f"api/projects/{project_id}/import"
         found = self.request("POST", path, action, params={"return_task_ids": "true"}, body=list(tasks), repeat=False)
         with self.translated_errors(action):
@@ -171,16 +168,7 @@ class LabelStudioClient:
         return task_ids
 
     def state(self, project_id: int) -> ProjectState:
-        """Return what changes whenever anything in the project does, in one request.
-
-        Args:
-            project_id: of the project.
-        Returns:
-            Counts and the newest update.
-        Raises:
-            UnknownIdError: the project is gone.
-            LabelStudioError: it does not answer.
-        """
+        """Return a project's counts and newest update in one request; UnknownIdError if the project is gone."""
         rows, total, num_annotations = self._tasks(project_id, {"ordering": ["-tasks:updated_at"]}, 1)
         return ProjectState(total, num_annotations, rows[0].updated_at if rows else None)
 
@@ -196,19 +184,20 @@ class LabelStudioClient:
         """Yield tasks by ascending id, a page at a time.
 
         Args:
-            project_id: of the project.
+            project_id: of an existing project.
             after_id: only tasks with a larger id.
-            updated_since: only tasks that changed then or later.
+            updated_since: only tasks that changed at this time or later.
             with_annotations: whether to read their annotations as well.
-            page_size: tasks in a page.
+            page_size: most tasks in a page.
         Yields:
-            Pages. Each starts behind the last id of the one before, so nothing that changes or
-            disappears meanwhile can make a task be passed over.
+            Pages; the last one is shorter than `page_size`.
         Raises:
             UnknownIdError: the project is gone.
-            LabelStudioError: it does not answer.
+            LabelStudioError: Label Studio cannot be reached.
         """
         while True:
+            # Pages by id rather than by page number: a task that is deleted, or leaves the time filter, between two
+            # requests would shift later pages, and a task would be skipped.
             items = [filter_by("id", "greater", "Number", after_id)]
             if updated_since is not None:
                 since = updated_since.astimezone(UTC).strftime(_TIME_FORMAT)
@@ -222,15 +211,15 @@ class LabelStudioClient:
                 return
 
     def refresh_task(self, task_id: int, document: Mapping[str, Any]) -> bool:
-        """Say anew what a task shows and where it stands in the order; its answers stay.
+        """Replace what a task shows and its priority; its annotations stay. Safe to repeat.
 
         Args:
-            task_id: of the task.
+            task_id: of a task that was imported earlier.
             document: as for `import_tasks`.
         Returns:
             False if the task is gone.
         Raises:
-            LabelStudioError: it was refused, or no answer came; refreshing again does no harm.
+            LabelStudioError: it was refused, or the response was lost.
         """
         action = f"refresh task {task_id}"
         try:
@@ -239,6 +228,7 @@ class LabelStudioClient:
             )
         except UnknownIdError:
             return False
+        # The order of a project follows the score of a prediction, which is a row of its own beside the task.
         wanted = document["predictions"][0]
         found = self.request("GET", "api/predictions/", action, params={"task": task_id})
         with self.translated_errors(action):
@@ -248,7 +238,7 @@ class LabelStudioClient:
         return True
 
     def delete_task(self, task_id: int) -> None:
-        """Delete a task; one that is gone already is no error."""
+        """Delete a task; it is no error if the task is gone already."""
         try:
             self.request("DELETE", f"api/tasks/{task_id}", f"delete task {task_id}")
         except UnknownIdError:
@@ -257,23 +247,23 @@ class LabelStudioClient:
     def create_annotation(
         self, task_id: int, result: Sequence[Mapping[str, Any]], *, key: UUID, completed_by: int | None = None
     ) -> int | None:
-        """Answer a task.
+        """Annotate a task.
 
         Args:
-            task_id: of the task.
+            task_id: of an existing task.
             result: one region per control.
-            key: an annotation with the same key is made only once.
-            completed_by: user id of the reader; default: the owner of the token.
+            key: idempotency key; Label Studio refuses a second annotation with the same key.
+            completed_by: user id of the annotator; default: the owner of the token.
         Returns:
             The annotation's id, or None if one with this key exists.
         Raises:
             UnknownIdError: the task is gone.
-            LabelStudioError: it was refused, or no answer came.
+            LabelStudioError: it was refused, or the response was lost.
         """
         body: dict[str, Any] = {"result": list(result), "unique_id": str(key)}
         if completed_by is not None:
             body["completed_by"] = completed_by
-        action = f"answer task {task_id}"
+        action = f"annotate task {task_id}"
         try:
             found = self.request("POST", f"api/tasks/{task_id}/annotations/", action, body=body)
         except RefusedError:
@@ -308,6 +298,7 @@ class LabelStudioClient:
             return f"{self.url}{link.path}?{link.query}"
 
     def _ensure_view(self, project_id: int) -> None:
+        # Without a view of its own a project lists its tasks by id, and annotators start with the first one listed.
         if self.request("GET", "api/dm/views/", "list views", params={"project": project_id}):
             return
         self.request(
@@ -318,7 +309,8 @@ class LabelStudioClient:
         self, project_id: int, query: Mapping[str, Any], page_size: int, *, with_annotations: bool = False
     ) -> tuple[list[TaskRow], int, int]:
         """Return a page of tasks, the number of tasks that match, and the number of their annotations."""
-        # Names of the task's and of the annotations' fields: the server applies one list to both.
+        # One list for the fields of tasks and of annotations: the server applies it to both. `data` is left out
+        # since it holds the embedded images.
         include = "id,meta,updated_at"
         if with_annotations:
             include += ",annotations,result,completed_by,was_cancelled,lead_time"
@@ -345,21 +337,23 @@ class LabelStudioClient:
         body: Any = None,
         repeat: bool = True,
     ) -> Any:
-        """Call a route that has no method of its own.
+        """Send a request to a route that has no method here.
 
         Args:
             method: GET, POST, PATCH or DELETE.
-            path: under the server's URL.
-            action: what is tried, in words, for the message of a failure.
-            params: of the query.
+            path: relative to the server's URL.
+            action: what is tried, in words, for the error message.
+            params: the query string.
             body: sent as JSON.
-            repeat: whether a failed call may be made again.
+            repeat: whether the request is safe to repeat after a failure.
         Returns:
-            The parsed answer; None if it is empty.
+            The parsed response; None if it is empty.
         Raises:
-            LabelStudioError: it does not answer, or refuses.
+            LabelStudioError: Label Studio cannot be reached, or refuses.
         """
         with self.translated_errors(action):
+            # Connection errors and overload pass; any other refusal would come again, so it is raised at once. The
+            # request after the loop is the last attempt, whose error reaches the caller.
             for pause_s in _PAUSES_S if repeat else ():
                 try:
                     return self._send(method, path, params, body)
@@ -372,21 +366,22 @@ class LabelStudioClient:
             return self._send(method, path, params, body)
 
     def _send(self, method: str, path: str, params: dict[str, Any] | None, body: Any) -> Any:
-        """Call through the SDK's own transport, which knows the token, without its models: they halve a list's rate."""
+        # The SDK's transport adds and renews the token. Its pydantic models are passed by: parsing them halves the
+        # rate at which tasks are listed.
         transport = self._sdk._client_wrapper.httpx_client
         response = transport.request(path, method=method, params=params, json=body, request_options=_ONCE)
         if response.is_error:
-            raise ApiError(status_code=response.status_code, body=body_of(response))
+            raise ApiError(status_code=response.status_code, body=_body(response))
         return response.json() if response.content else None
 
     @contextmanager
     def translated_errors(self, action: str) -> Generator[None]:
-        """Turn every failure of a call into one sentence.
+        """Raise every failure of the block, a request and the reading of its response, as one sentence.
 
         Args:
             action: what is tried, in words.
         Yields:
-            Nothing; the block makes the call and reads its answer.
+            Nothing.
         """
         try:
             yield
@@ -404,18 +399,18 @@ class LabelStudioClient:
             ) from error
         except (ParsingError, ValueError, KeyError, TypeError) as error:
             raise LabelStudioError(
-                f"what answered at {self.url} when asked to {action} is not a Label Studio that Relook knows"
+                f"the server at {self.url}, asked to {action}, is not a Label Studio that Relook knows"
             ) from error
 
 
 def refusal(url: str, action: str, status: int, body: Any) -> RelookError:
-    """Return the error for an answer that is not a success.
+    """Return the error for a response that is not a success, as one sentence that names the next step.
 
     Args:
         url: base URL of the Label Studio.
-        action: what was asked, as in `import 100 tasks`.
+        action: what was tried, as in `import 100 tasks`.
         status: HTTP status.
-        body: what it answered, JSON or text.
+        body: of the response, JSON or text.
     Returns:
         UnknownIdError for 404, RefusedError for 409 (it exists already), else LabelStudioError.
     """
@@ -442,3 +437,10 @@ def _reason(body: Any) -> str:
         return str(body or "no reason given")
     detail, faults = body.get("detail") or body, body.get("validation_errors")
     return f"{detail}: {faults}" if faults else str(detail)
+
+
+def _body(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return response.text

@@ -1,4 +1,4 @@
-"""From settings to a client: the Label Studio elsewhere that they name, or the local one."""
+"""Connect to the Label Studio that the settings name, or to the local one of a RELOOK_HOME."""
 
 from labeling.client import LabelStudioClient
 from labeling.local_server import LocalLabelStudio
@@ -8,16 +8,10 @@ from records.home import Home
 
 
 def connect(home: Home, settings: LabelingSettings) -> LabelStudioClient | None:
-    """Connect to the Label Studio that is set up.
+    """Connect to `labeling.url`, or to the local server of a home if no URL is set.
 
-    Args:
-        home: whose local server is meant if no URL is set.
-        settings: a URL in them names a server elsewhere.
-    Returns:
-        A client, or None if no URL is set and no local server was ever started here.
-    Raises:
-        ConfigError: a URL is set without a token.
-        LabelStudioError: the local server is down, or the token cannot be used.
+    Returns None if no URL is set and no local server was ever started in this home. Raises ConfigError if a URL is set
+    without a token, and LabelStudioError if the local server is down or the token cannot be used.
     """
     if settings.url is not None:
         if settings.token is None:
@@ -33,17 +27,7 @@ def connect(home: Home, settings: LabelingSettings) -> LabelStudioClient | None:
 
 
 def require(home: Home, settings: LabelingSettings) -> LabelStudioClient:
-    """Connect like `connect`, where there has to be one.
-
-    Args:
-        home: whose local server is meant if no URL is set.
-        settings: a URL in them names a server elsewhere.
-    Returns:
-        A client.
-    Raises:
-        ConfigError: a URL is set without a token.
-        LabelStudioError: none is set up, or it is down.
-    """
+    """Connect as `connect` does, and raise LabelStudioError if no Label Studio is set up."""
     client = connect(home, settings)
     if client is None:
         raise LabelStudioError("no Label Studio is set up; start a local one with `relook label up`")

@@ -1,9 +1,9 @@
-"""Label Studio's own virtual environment: built once from a lock, shared by every RELOOK_HOME.
+"""Label Studio's own virtual environment, built once from a lock file and shared by every RELOOK_HOME.
 
-Label Studio pins versions that do not fit beside this program's, so it gets an environment of its
-own. It holds an empty, migrated database too: copying that takes a first start from half a minute
-to a few seconds. A marker written last says that all of it is whole; without it, or with another
-lock, the next call builds it again. Nothing here starts a server.
+Label Studio pins versions that conflict with Relook's, so it is installed into an environment of its own, together
+with an empty, migrated database: copying that shortens a first start from half a minute to a few seconds. A marker
+file that is written last says that the environment is complete and which lock it was built from. Nothing here starts
+a server.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from records.errors import ConfigError, LabelStudioError
 from records.ids import sha256_hex
 
 Tell = Callable[[str], None]
-"""Takes one line that says what is going on, for a person who waits."""
+"""Called with one line of progress for the terminal."""
 
 DATABASE = "label_studio.sqlite3"
 DATA_VARIABLE = "LABEL_STUDIO_BASE_DATA_DIR"
@@ -34,17 +34,13 @@ _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR",
 
 @dataclass(frozen=True)
 class Environment:
-    """Where Label Studio's programs are.
-
-    Args:
-        folder: of the virtual environment.
-    """
+    """The virtual environment of Label Studio in a folder."""
 
     folder: Path
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """The Python interpreter."""
         return self.folder / "bin" / "python"
 
     @property
@@ -59,7 +55,7 @@ class Environment:
 
     @property
     def install_log(self) -> Path:
-        """What pip and the migrations said."""
+        """Output of pip and of the migrations."""
         return self.folder.with_name(f"{self.folder.name}-install.log")
 
 
@@ -75,7 +71,7 @@ def lock_text() -> str:
 
 
 def is_ready(environment: Environment) -> bool:
-    """Return whether the environment is whole and was built from the present lock."""
+    """Return whether the environment is complete and was built from the current lock file."""
     marker = environment.folder / _MARKER
     if not marker.is_file() or not environment.template.is_file() or not environment.program.is_file():
         return False
@@ -87,18 +83,19 @@ def install(environment: Environment, tell: Tell) -> bool:
     """Build the environment unless it is ready.
 
     Args:
-        environment: where.
-        tell: hears what is going on.
+        environment: to build.
+        tell: called with lines of progress.
     Returns:
         True if it was built, False if it was ready.
     Raises:
-        ConfigError: the folder holds something that was not made here, or cannot be written.
+        ConfigError: the folder holds other files, or cannot be written.
         LabelStudioError: a package could not be installed; the message names the log.
     """
     if is_ready(environment):
         return False
     lock_path = environment.folder.with_name(f".{environment.folder.name}.lock")
     with exclusive(lock_path, lambda: tell("waiting for another process that installs Label Studio")) as lock_file:
+        # Again, now that the lock is held: the process that was waited for may have built it.
         if is_ready(environment):
             return False
         _clear(environment)
@@ -106,6 +103,7 @@ def install(environment: Environment, tell: Tell) -> bool:
         builder.make_environment()
         builder.install_packages()
         builder.make_template()
+        # Renamed into place: a half-written marker must not pass for a complete environment.
         marker = environment.folder / _MARKER
         partial = marker.with_suffix(".partial")
         partial.write_text(json.dumps({"lock": _lock_hash(), "python": sys.version.split()[0]}))
@@ -118,12 +116,12 @@ def server_variables(data_folder: Path, secrets: Mapping[str, str]) -> dict[str,
     """Return the environment variables of a Label Studio process.
 
     Args:
-        data_folder: where it keeps its database and files.
-        secrets: more variables; they stay out of the command line, where `ps` would show them.
+        data_folder: for its database and files.
+        secrets: further variables; the command line would show them in `ps`.
     Returns:
-        A closed set: Label Studio also reads unprefixed names such as PORT, HOST and DEBUG, so
-        nothing else of the caller's environment is passed on.
+        All variables of the process; only those in `_KEPT_VARIABLES` come from the caller's environment.
     """
+    # Label Studio reads unprefixed names such as PORT, HOST and DEBUG as well, which are set for other programs.
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return {
         **kept,
@@ -132,7 +130,7 @@ def server_variables(data_folder: Path, secrets: Mapping[str, str]) -> dict[str,
         "LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK": "true",
         "LABEL_STUDIO_COLLECT_ANALYTICS": "false",
         "LABEL_STUDIO_LATEST_VERSION_CHECK": "false",
-        # Both default to a reporting service outside.
+        # Both default to an error reporting service on the internet.
         "LABEL_STUDIO_SENTRY_DSN": "",
         "LABEL_STUDIO_FRONTEND_SENTRY_DSN": "",
         **secrets,
@@ -141,11 +139,11 @@ def server_variables(data_folder: Path, secrets: Mapping[str, str]) -> dict[str,
 
 @contextmanager
 def exclusive(path: Path, on_wait: Callable[[], None]) -> Generator[int]:
-    """Hold a lock file for the length of a block; it is freed even if this process is killed.
+    """Hold a lock file while the block runs.
 
     Args:
-        path: of the lock file; made if it is missing.
-        on_wait: called once if another process holds it.
+        path: of the lock file; created if it is missing.
+        on_wait: called once if another process holds the lock.
     Yields:
         The open file descriptor.
     Raises:
@@ -159,6 +157,7 @@ def exclusive(path: Path, on_wait: Callable[[], None]) -> Generator[int]:
             f"folder {str(path.parent)!r} cannot be written ({error.strerror}); name one that this user may write"
         ) from error
     try:
+        # flock rather than the existence of the file: the kernel frees it when the holder is killed.
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,7 +173,7 @@ def _lock_hash() -> str:
 
 
 def _clear(environment: Environment) -> None:
-    """Move away what an interrupted install left, and refuse to touch anything else."""
+    """Remove what an interrupted or older install left; ConfigError if the folder holds anything else."""
     folder = environment.folder
     discarded = folder.with_name(f".{folder.name}.discarded")
     shutil.rmtree(discarded, ignore_errors=True)
@@ -184,6 +183,7 @@ def _clear(environment: Environment) -> None:
                 f"labeling.environment {str(folder)!r} holds files that Relook did not make; "
                 "name an empty or a new folder"
             )
+        # Renamed first: if the deletion is interrupted, the folder is gone as a whole and not half an environment.
         folder.replace(discarded)
         shutil.rmtree(discarded, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ class _Builder:
                 self.tell(f"unpacking {total} packages of Label Studio (about half a minute)")
 
         command = [str(self.environment.python), "-I", "-m", "pip", "install", "--disable-pip-version-check"]
-        # Most of a gigabyte is never imported: compiling on first use is faster than compiling it all.
+        # Most of the gigabyte is never imported: compiling on first use is faster than compiling all of it.
         self._run([*command, "--no-input", "--progress-bar", "off", "--no-compile", "-r", str(requirements)], hear)
 
     def make_template(self) -> None:
@@ -225,12 +225,13 @@ class _Builder:
         work = self.environment.folder / "template.partial"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        # Without a user: each server makes its own, with its own secrets.
+        # Without a user: each local server creates its own, with its own password and token.
         variables = server_variables(work, {"LABEL_STUDIO_USERNAME": "", "LABEL_STUDIO_PASSWORD": ""})
         self._run([str(self.environment.program), "version"], variables=variables)
         connection = sqlite3.connect(work / DATABASE)
         try:
-            # Kept in the file: readers no longer wait for writers, and a write costs half.
+            # Stored in the database file, so that copies have it. In WAL mode readers do not wait for writers, and a
+            # write takes half the time. The checkpoint empties the log, which is not copied.
             connection.execute("PRAGMA journal_mode=wal")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
@@ -255,7 +256,8 @@ class _Builder:
                 stderr=subprocess.STDOUT,
                 text=True,
                 env=variables,
-                # A child that outlives a killed parent keeps the lock until it is done writing.
+                # The child inherits the lock: if this process is killed, pip may go on writing into the folder, and
+                # the next install has to wait until it ends.
                 pass_fds=[self.lock_file],
             ) as process,
         ):

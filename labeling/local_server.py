@@ -1,9 +1,8 @@
-"""The local Label Studio: started, found again, stopped.
+"""The local Label Studio server of a RELOOK_HOME: start it, find it again, stop it.
 
-It runs headless on SQLite under RELOOK_HOME, listens on loopback only, and lives in a session of
-its own, so that it outlasts the command that started it. Its secrets are made once and handed over
-in environment variables. Its process id is written down, and the data folder in the process's own
-environment tells it from a later process with the same id, which is never taken for it nor stopped.
+It runs on SQLite under RELOOK_HOME, listens on loopback only, and has a session of its own, so that it outlasts the
+command that started it. Its account is created once and passed in environment variables. Its process id is kept in a
+file; the data folder among the process's environment variables tells it from a later process with the same id.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ _LOG_LIMIT_BYTES = 20_000_000
 
 
 class Secrets(BaseModel):
-    """The account of the local server; made once per RELOOK_HOME."""
+    """The account of the local server, created once per RELOOK_HOME."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,7 +52,7 @@ class Secrets(BaseModel):
 
 
 class ServerInfo(BaseModel):
-    """A local Label Studio that runs."""
+    """Address and account of a running local Label Studio."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,23 +66,18 @@ class ServerInfo(BaseModel):
 
 
 class _Process(BaseModel):
-    """What is written down about the process, as soon as there is one."""
+    """Content of the state file, which is written as soon as the process exists."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
     pid: int
     started_at: AwareDatetime
-    version: str | None = Field(default=None, description="empty until it answers")
+    version: str | None = Field(default=None, description="empty until it responds")
 
 
 class LocalLabelStudio:
-    """The Label Studio of one RELOOK_HOME.
-
-    Args:
-        home: whose data it keeps.
-        settings: port, timeouts and environment.
-    """
+    """The Label Studio of one RELOOK_HOME; the settings name its port, timeouts and environment."""
 
     def __init__(self, home: Home, settings: LabelingSettings) -> None:
         self._home = home
@@ -91,17 +85,17 @@ class LocalLabelStudio:
 
     @property
     def environment(self) -> Environment:
-        """Where its programs are."""
+        """The virtual environment that it is started from."""
         return environment_of(self._settings)
 
     @property
     def keys_file(self) -> Path:
-        """Where its account is kept."""
+        """File with its account."""
         return self._home.keys / "label-studio.json"
 
     @property
     def log_file(self) -> Path:
-        """What it says."""
+        """File with its output."""
         return self._home.logs / "label-studio.log"
 
     @property
@@ -113,9 +107,9 @@ class LocalLabelStudio:
         """Start the server, or find it running.
 
         Args:
-            tell: hears what is going on.
+            tell: called with lines of progress.
         Returns:
-            Where it is and how to log in. Equal as long as the same process runs.
+            Address and account, the same as long as the process runs.
         Raises:
             ConfigError: the port is taken, or the environment cannot be used.
             LabelStudioError: it could not be installed, or did not come up in time.
@@ -126,10 +120,12 @@ class LocalLabelStudio:
         install(self.environment, tell)
         waiting = "waiting for another process that starts Label Studio"
         with exclusive(self._home.label_studio / "up.lock", lambda: tell(waiting)):
+            # Looked up again, now that the lock is held: the process that was waited for may have started it.
             return self.status() or self._start(tell)
 
     def _start(self, tell: Tell) -> ServerInfo:
         process = self._known_process()
+        # A process without a version is one whose starter was killed while waiting: it is waited for, not doubled.
         if process is None or not self._is_alive(process.pid):
             process = self._spawn(self._free_port(), self._account())
         try:
@@ -142,18 +138,14 @@ class LocalLabelStudio:
         return self._info(process, version)
 
     def status(self) -> ServerInfo | None:
-        """Return where the server is, or None if it does not run or is still starting."""
+        """Return address and account of the server, or None if it is down or still starting."""
         process = self._known_process()
         if process is None or process.version is None or not self._is_alive(process.pid):
             return None
         return self._info(process, process.version)
 
     def down(self) -> bool:
-        """Stop the server and everything it started.
-
-        Returns:
-            True if it ran. Only the process that was written down, start time included, is ever stopped.
-        """
+        """Stop the server and its child processes; returns False if it was not running."""
         process = self._known_process()
         if process is None:
             return False
@@ -258,7 +250,7 @@ class LocalLabelStudio:
             ],
         )
         process = _Process(url=f"http://{_HOST}:{port}", pid=pid, started_at=utc_now())
-        # Before it is waited for: whoever is killed while waiting leaves a process that can be found and stopped.
+        # Written before the wait: if this process is killed while waiting, the server can still be found and stopped.
         self._write_private(self._state_file, process.model_dump_json())
         return process
 
@@ -268,32 +260,32 @@ class LocalLabelStudio:
         while (waited_s := time.monotonic() - started) < self._settings.start_timeout_s:
             tell(f"starting Label Studio at {url} ({waited_s:.0f} s)")
             if not self._is_alive(process.pid):
-                raise LabelStudioStartError(f"Label Studio stopped while it started: {self._last_words()}")
+                raise LabelStudioStartError(f"Label Studio stopped while it started: {self._last_log_line()}")
             version = _version(url)
             if version is not None:
                 return version
             time.sleep(0.1)
         raise LabelStudioStartError(
             f"Label Studio did not come up within {self._settings.start_timeout_s:g} s "
-            f"(labeling.start_timeout_s): {self._last_words()}"
+            f"(labeling.start_timeout_s): {self._last_log_line()}"
         )
 
     def _is_alive(self, pid: int) -> bool:
         _reap(pid)
         try:
-            # Not by its start time: that moves when the clock of the machine is set.
+            # Identified by its data folder, not by its start time, which moves when the clock of the machine is set.
             process = psutil.Process(pid)
             variables = process.environ()
-            # For a moment after it was spawned a process shows no variables: our own child is still being born.
-            is_being_born = not variables and process.ppid() == os.getpid()
+            # Between fork and exec a process shows no variables; a child of this process is then the one just spawned.
+            is_spawning = not variables and process.ppid() == os.getpid()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
-        return is_being_born or variables.get(DATA_VARIABLE) == str(self._home.label_studio)
+        return is_spawning or variables.get(DATA_VARIABLE) == str(self._home.label_studio)
 
     def _stop(self, process: _Process) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
-                # It leads its own session and group, so this reaches what it started and nothing else.
+                # The server leads its own process group: this reaches its children and nothing else.
                 os.killpg(process.pid, number)
             deadline = time.monotonic() + _STOP_TIMEOUT_S
             while time.monotonic() < deadline:
@@ -302,15 +294,15 @@ class LocalLabelStudio:
                     return
                 time.sleep(0.05)
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         lines = [line.strip() for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{lines[-1] if lines else 'it said nothing'}; see {self.log_file}"
+        return f"{lines[-1] if lines else 'its log is empty'}; see {self.log_file}"
 
 
 def _version(url: str) -> str | None:
-    """Return the release of the server, or None if it does not answer yet."""
+    """Return the release of the server, or None if it does not respond yet."""
     try:
-        # No proxy of the environment can reach this machine's own loopback.
+        # A proxy from the environment cannot reach the loopback of this machine.
         with httpx.Client(trust_env=False, timeout=30) as http:
             if not http.get(f"{url}/health").is_success:
                 return None
@@ -320,7 +312,8 @@ def _version(url: str) -> str | None:
 
 
 def _reap(pid: int) -> bool:
-    """Return whether a process can be forgotten; a child of this very process stays a zombie until it is waited for."""
+    """Return whether a process is no running child of this one."""
+    # A child that ended stays a zombie, and looks alive, until its parent waits for it.
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
@@ -328,7 +321,7 @@ def _reap(pid: int) -> bool:
 
 
 def _wait_until_gone(process: _Process) -> None:
-    """Wait for the last thread of a stopped server to let go of its port."""
+    """Wait until a stopped server has released its port, so that the next one can bind it."""
     port = int(process.url.rsplit(":", 1)[1])
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     while time.monotonic() < deadline:

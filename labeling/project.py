@@ -1,11 +1,8 @@
-"""The projects that hold this store's questions, found again by a marker that the ledger keeps.
+"""The Label Studio projects of a store: one shared, one per blind reader, one for blind items without a reader.
 
-The marker is written to the ledger before the project is made, so a process killed in between finds
-its project again instead of making another. A project that was deleted by hand is made anew, and
-its open questions wait to be pushed again; answers that were read from it stay.
-
-One project is shared. Blind questions have others: one for each named reader, since readers would see
-each other's answers in a shared one, and one for blind questions that are nobody's own.
+Blind readers have projects of their own since they would see each other's annotations in a shared one. A project is
+found again by a marker in its description, which the ledger keeps in a cursor. A project that was deleted in Label
+Studio is made anew and its open review items are requeued; annotations that were read from it stay.
 """
 
 from dataclasses import dataclass
@@ -20,8 +17,9 @@ from records.store import Store
 from records.types import Cursor, ReviewItem, ReviewState
 
 LEASE = "labeling.sync"
-"""The right to push or pull; both take it for as long as they run."""
+"""Name of the lease that push and pull hold while they run, so that only one of them runs at a time."""
 
+# Longer than a lease lasts, so that the lease of a holder that was killed on another machine has run out.
 LEASE_WAIT_S = 60.0
 
 
@@ -30,9 +28,9 @@ class Project:
     """A project in Label Studio.
 
     Args:
-        id: of the project.
+        id: in Label Studio.
         marker: unique text in its description.
-        requeued: questions that wait again because an earlier project was deleted.
+        requeued: review items that are new again because an earlier project was deleted.
     """
 
     id: int
@@ -42,11 +40,11 @@ class Project:
 
 @dataclass(frozen=True)
 class ProjectKey:
-    """Which of a store's projects.
+    """Tells the projects of a store apart.
 
     Args:
-        blind: whether the model's opinion is left out.
-        reader: whose own it is, an e-mail address; None for a shared one.
+        blind: whether the prediction is left out of its tasks.
+        reader: e-mail address of the only reader; None if the project is for everybody.
     """
 
     blind: bool = False
@@ -54,11 +52,11 @@ class ProjectKey:
 
     @property
     def suffix(self) -> str:
-        """What tells its cursor from that of the shared project."""
+        """End of its cursor's name; empty for the shared project."""
         return f" blind {self.reader or ''}".rstrip() if self.blind else ""
 
     def title(self, settings: LabelingSettings) -> str:
-        """Return the title of its project, at most 50 characters."""
+        """Return the title of its project; Label Studio takes at most 50 characters."""
         if not self.blind:
             return settings.project_title
         return f"{settings.project_title[:22]}, blind: {self.reader or 'anyone'}"[:50]
@@ -68,25 +66,16 @@ SHARED = ProjectKey()
 
 
 def project_key_of(item: ReviewItem) -> ProjectKey:
-    """Return the project that a question belongs to."""
+    """Return the key of the project that a review item belongs to."""
     return ProjectKey(item.blind, item.reader) if item.blind else SHARED
 
 
 def open_project(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, project_key: ProjectKey = SHARED
 ) -> Project:
-    """Return a project of this store, made or brought up to date where that is needed.
-
-    Args:
-        store: with the ledger and the taxonomy.
-        client: connected.
-        settings: with its title.
-        project_key: which one.
-    Returns:
-        The project. One request if nothing changed.
-    Raises:
-        LabelStudioError: Label Studio does not answer, or refuses.
-    """
+    """Return a project of this store, made or updated if needed; one request if nothing changed."""
+    # The marker is in the ledger before the project is made: a process that is killed in between finds its project
+    # by the marker instead of making a second one.
     name = cursor_name(client, project_key)
     with store.ledger.begin() as tx:
         cursor = tx.get(Cursor, name)
@@ -98,16 +87,17 @@ def open_project(
     known: int | None = cursor.position["project_id"]
     config = label_config(store.taxonomy, blind=project_key.blind)
     present = client.project(known) if known is not None else None
+    # The id alone is not enough: a Label Studio that was set up anew counts its projects from 1 again.
     ours = present is not None and marker in present.description
-    bell = webhook_fingerprint(store.home, settings.webhook_url)
-    told = cursor.position.get("webhook") == bell
-    if present is not None and ours and told and present.label_config == config.strip():
+    webhook = webhook_fingerprint(store.home, settings.webhook_url)
+    registered = cursor.position.get("webhook") == webhook
+    if present is not None and ours and registered and present.label_config == config.strip():
         return Project(present.id, marker)
     project_id = client.ensure_project(project_key.title(settings), config, marker, PRIORITY_VERSION)
     ensure_webhook(store.home, client, project_id, settings.webhook_url)
     requeued = 0
     with store.ledger.begin() as tx:
-        position = {**cursor.position, "project_id": project_id, "webhook": bell}
+        position = {**cursor.position, "project_id": project_id, "webhook": webhook}
         tx.update(Cursor, name, position=position)
         if known is not None and not ours:
             requeued = _requeue(tx, known)
@@ -115,7 +105,7 @@ def open_project(
 
 
 def known_project(store: Store, client: LabelStudioClient, project_key: ProjectKey = SHARED) -> int | None:
-    """Return the id of a project of this store as the ledger has it, without asking; None before the first push."""
+    """Return the id of a project of this store from the ledger, without a request; None before the first push."""
     with store.ledger.read() as tx:
         cursor = tx.get(Cursor, cursor_name(client, project_key))
     found = cursor.position["project_id"] if cursor is not None else None
@@ -123,7 +113,7 @@ def known_project(store: Store, client: LabelStudioClient, project_key: ProjectK
 
 
 def known_projects(store: Store, client: LabelStudioClient) -> dict[int, ProjectKey]:
-    """Return this store's projects at a server as the ledger has them, by id, without asking."""
+    """Return this store's projects at a server by id, from the ledger, without a request."""
     name = cursor_name(client)
     with store.ledger.read() as tx:
         cursors = [c for c in tx.find(Cursor) if c.name == name or c.name.startswith(f"{name} blind")]
@@ -132,7 +122,7 @@ def known_projects(store: Store, client: LabelStudioClient) -> dict[int, Project
 
 
 def is_ours(store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey = SHARED) -> bool:
-    """Return whether a project is the one of this store, by its marker; an emptied server counts from 1 again."""
+    """Return whether a project carries the marker of this store."""
     with store.ledger.read() as tx:
         cursor = tx.get(Cursor, cursor_name(client, project_key))
     project = client.project(project_id)
@@ -140,11 +130,12 @@ def is_ours(store: Store, client: LabelStudioClient, project_id: int, project_ke
 
 
 def cursor_name(client: LabelStudioClient, project_key: ProjectKey = SHARED) -> str:
-    """Return the name of the cursor that keeps a project at this server."""
+    """Return the name of the cursor that holds a project's id and marker at this server."""
     return f"labeling.project {client.server}{project_key.suffix}"
 
 
 def _requeue(tx: Transaction, project_id: int) -> int:
+    # Items that were answered stay answered: their annotations are in the ledger.
     open_items = tx.find(ReviewItem, where={"project_id": project_id, "state": ReviewState.PUSHED})
     for item in open_items:
         tx.update(ReviewItem, item.id, state=ReviewState.NEW, project_id=None, task_id=None, pushed_at=None)

@@ -1,9 +1,8 @@
-"""Answers in: a reconciling poll that makes the ledger say what Label Studio says.
+"""Pull: a reconciling poll that brings the ledger in line with the annotations in Label Studio.
 
-Each revision of an annotation becomes one annotator label, once; an edit adds a row, a deletion or a
-skip of what was an answer adds a tombstone; drafts and skips are no answers. A poll in which nothing
-happened costs one request. Where a cursor and the server's clock could disagree, the poll reads too
-much rather than too little: the unique index on revisions keeps doubles out.
+Each revision of an annotation becomes one `Annotation` row: an edit adds a row, and a deletion, or a skip of a task
+that was annotated, adds a tombstone. Drafts and skips are not read. A poll of an unchanged project is one request.
+Duplicate tasks, and tasks that were deleted in Label Studio, are found by the number of tasks in the project.
 """
 
 from collections import defaultdict
@@ -28,7 +27,7 @@ from records.store import Store
 from records.types import Annotation, AnnotationKind, Cursor, ReviewItem, ReviewState
 
 _OVERLAP = timedelta(seconds=60)
-_AT_ONCE = 4
+_DELETED_AT_ONCE = 4
 _ADDED = (
     "annotations", "new_labels", "edited", "deleted", "cant_tell", "other", "not_understood", "tasks_deleted",
     "doubled", "requeued",
@@ -41,34 +40,36 @@ class PullReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     project_id: int | None = Field(default=None, description="empty before the first push")
-    idle: bool = Field(default=False, description="true if one request said that nothing happened")
+    idle: bool = Field(default=False, description="true if nothing had changed, which one request shows")
     annotations: int = Field(default=0, ge=0, description="submitted annotations of the tasks that changed")
     new_labels: int = Field(default=0, ge=0, description="rows added for new and edited annotations")
     edited: int = Field(default=0, ge=0, description="those of them that revise an earlier row")
     deleted: int = Field(default=0, ge=0, description="tombstones added")
     cant_tell: int = Field(default=0, ge=0, description="new rows that say can't tell")
     other: int = Field(default=0, ge=0, description="new rows that say no class fits")
-    not_understood: list[str] = Field(default_factory=list, description="one sentence per answer kept but not used")
+    not_understood: list[str] = Field(
+        default_factory=list, description="one sentence per annotation that is kept but not used"
+    )
     tasks_deleted: int = Field(default=0, ge=0, description="tasks that were deleted in Label Studio")
-    doubled: int = Field(default=0, ge=0, description="second tasks of a question that were removed")
-    requeued: int = Field(default=0, ge=0, description="questions that wait again, since their project was deleted")
+    doubled: int = Field(default=0, ge=0, description="second tasks of a review item that were removed")
+    requeued: int = Field(default=0, ge=0, description="review items that wait again, since their project was deleted")
 
 
 def pull(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, *, advance: Advance = lambda done, total: None
 ) -> PullReport:
-    """Read what annotators have said since the last time.
+    """Read what annotators did since the last pull. Idempotent: a second pull adds nothing.
 
     Args:
-        store: with the ledger.
+        store: its ledger gets the annotations.
         client: connected.
-        settings: of the labeling room.
-        advance: hears how many changed tasks were read; their total is not known before.
+        settings: used to make a project anew that was deleted.
+        advance: called with the number of changed tasks that were read, as both numbers: the total is not known.
     Returns:
-        What was found. A second pull adds nothing.
+        Counts over all projects of the store.
     Raises:
-        LabelStudioError: Label Studio does not answer; what was read so far is kept.
-        RefusedError: another process keeps pushing or pulling for over a minute.
+        LabelStudioError: Label Studio cannot be reached; what was read so far is kept.
+        RefusedError: another process held the lease for over a minute.
     """
     projects = known_projects(store, client)
     if not projects:
@@ -81,7 +82,7 @@ def pull(
 
 
 def _joined(reports: Sequence[PullReport]) -> PullReport:
-    """Add up what was found in the projects; the id is that of the first, which is the shared one if there is one."""
+    """Add up the reports of several projects; the id is that of the first, the oldest one."""
     first = reports[0]
     if len(reports) == 1:
         return first
@@ -104,22 +105,26 @@ def _pull(
     try:
         state = client.state(project_id)
         seen = _position(state)
-        # A change can become visible after one with a later time did, so a state counts as read
-        # only once it was found twice.
+        # Label Studio sets `updated_at` before it commits, so a change can become visible after another one with a
+        # later time. A state therefore counts as read only once two pulls in a row have seen it.
         if before == {**seen, "settled": True}:
             return PullReport(project_id=project_id, idle=True)
         reading = _Pass(store, client, project_id, project_key)
         done = 0
+        # The overlap covers such late commits and a server clock that was set back; rows that are read again are
+        # recognised by their revision.
         since = datetime.fromisoformat(before["newest_update"]) - _OVERLAP if before.get("newest_update") else None
         for page in client.list_tasks(project_id, updated_since=since, with_annotations=True):
             reading.record(page)
             done += len(page)
             advance(done, done)
-        reading.hold_against(state)
+        reading.compare_totals(state)
     except UnknownIdError:
-        # Whoever deletes a project does not take back what its readers said: those answers stay.
+        # Deleting a project does not withdraw its annotations: the rows in the ledger stay, and open items requeue.
         project = open_project(store, client, settings, project_key)
         return PullReport(project_id=project.id, requeued=project.requeued)
+    # Written last: a pull that is killed before reads the same tasks again. The position is the state from before the
+    # listing, so what changes during the listing is read by the next pull.
     settled = {key: before.get(key) for key in seen} == seen
     with store.ledger.begin() as tx:
         if tx.get(Cursor, name) is None:
@@ -129,7 +134,7 @@ def _pull(
 
 
 def revision_of(annotation: AnnotationRow) -> str:
-    """Return what tells revisions of an annotation apart: the hash of its result and update time."""
+    """Return the hash of an annotation's result and update time, which every edit changes."""
     return hash_of([annotation.result, annotation.updated_at.isoformat()])
 
 
@@ -143,13 +148,13 @@ def _position(state: ProjectState) -> dict[str, str | int | None]:
 
 @dataclass
 class _Pass:
-    """One reading of a project, page by page, and what it has found so far."""
+    """One pass over the changed tasks of a project, page by page, with the counts so far."""
 
     store: Store
     client: LabelStudioClient
     project_id: int
     project_key: ProjectKey = field(default_factory=ProjectKey)
-    readers: dict[int, str] = field(default_factory=dict)
+    annotators: dict[int, str] = field(default_factory=dict)
     added: list[Annotation] = field(default_factory=list)
     not_understood: list[str] = field(default_factory=list)
     annotations: int = 0
@@ -160,7 +165,7 @@ class _Pass:
 
     def record(self, page: Sequence[TaskRow]) -> None:
         """Bring the ledger in line with a page of tasks, in one transaction."""
-        self._name_readers(page)
+        self._look_up_annotators(page)
         rows = [row for row in page if "relook_item" in row.meta]
         with self.store.ledger.begin() as tx:
             found = tx.find(ReviewItem, where={"id": {str(row.meta["relook_item"]) for row in rows}})
@@ -171,11 +176,12 @@ class _Pass:
                 if item is not None:
                     self._record_task(tx, row, item, known.get(row.id, {}))
 
-    def hold_against(self, state: ProjectState) -> None:
-        """Find tasks that were deleted and second tasks of a question: Label Studio shows both in the total only."""
-        asked = (ReviewState.PUSHED, ReviewState.ANSWERED)
+    def compare_totals(self, state: ProjectState) -> None:
+        """Find deleted tasks and duplicate tasks, which do not show in a listing of changed tasks."""
+        sent = (ReviewState.PUSHED, ReviewState.ANSWERED)
         with self.store.ledger.read() as tx:
-            items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": asked})
+            items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": sent})
+        # Before anything is withdrawn: a Label Studio that was set up anew can have a project with this id, too.
         if len(items) == state.total or not is_ours(self.store, self.client, self.project_id, self.project_key):
             return
         if len(items) > state.total:
@@ -190,12 +196,12 @@ class _Pass:
         with self.store.ledger.begin() as tx:
             newest = self._newest_labels(tx, missing)
             for item in missing.values():
-                self._bury(tx, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted])
+                self._add_tombstones(tx, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted])
                 tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
                 self.tasks_deleted += 1
 
     def report(self) -> PullReport:
-        """Return what was found."""
+        """Return the counts as a report."""
         kinds = [label.kind for label in self.added]
         return PullReport(
             project_id=self.project_id,
@@ -210,14 +216,15 @@ class _Pass:
             doubled=self.doubled,
         )
 
-    def _name_readers(self, page: Sequence[TaskRow]) -> None:
+    def _look_up_annotators(self, page: Sequence[TaskRow]) -> None:
         wanted = {a.completed_by for row in page for a in row.annotations if a.completed_by is not None}
-        if not wanted <= self.readers.keys():
-            self.readers.update({user_id: f"user {user_id}" for user_id in wanted})
-            self.readers.update(self.client.users())
+        if not wanted <= self.annotators.keys():
+            # A user who was deleted keeps a name here, so that the annotation still has an annotator.
+            self.annotators.update({user_id: f"user {user_id}" for user_id in wanted})
+            self.annotators.update(self.client.users())
 
     def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, Annotation]]:
-        """Return, by task and annotation, the row that was added last."""
+        """Return the newest row of each annotation, by task id and annotation id."""
         where = {"review_item_id": list(item_ids), "server": self.client.server, "project_id": self.project_id}
         newest: dict[int, dict[int, Annotation]] = {}
         for label in tx.find(Annotation, where=where, order_by=("created_at", "id")):
@@ -236,27 +243,30 @@ class _Pass:
         if labels:
             tx.add(*labels)
             self.added.extend(labels)
-        self._bury(tx, [one for one in known.values() if not one.deleted and one.annotation_id not in submitted])
+        # Label Studio does not report deletions. An annotation that the ledger holds and the task no longer has was
+        # deleted or turned into a skip. The listing holds all annotations of a task, so a missing one is really gone.
+        gone = [one for one in known.values() if not one.deleted and one.annotation_id not in submitted]
+        self._add_tombstones(tx, gone)
         _settle(tx, item, self.project_id, row.id, answered=bool(submitted))
 
     def _label(self, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> Annotation:
-        answer = parse_annotation(annotation.result, self.store.taxonomy)
-        reader = self.readers[annotation.completed_by] if annotation.completed_by is not None else "unknown"
-        if not answer.understood:
+        parsed = parse_annotation(annotation.result, self.store.taxonomy)
+        annotator = self.annotators[annotation.completed_by] if annotation.completed_by is not None else "unknown"
+        if not parsed.understood:
             self.not_understood.append(
-                f"annotation {annotation.id} of task {row.id} by {reader}: {answer.other_text}; kept, not trained on"
+                f"annotation {annotation.id} of task {row.id} by {annotator}: {parsed.other_text}; kept, not trained on"
             )
         return Annotation(
             id=new_id(),
             created_at=utc_now(),
             review_item_id=item.id,
             image_id=item.image_id,
-            kind=answer.kind,
-            label=answer.label,
-            other_text=answer.other_text,
-            image_quality=answer.image_quality,
-            comment=answer.comment,
-            annotator=reader,
+            kind=parsed.kind,
+            label=parsed.label,
+            other_text=parsed.other_text,
+            image_quality=parsed.image_quality,
+            comment=parsed.comment,
+            annotator=annotator,
             annotated_at=annotation.updated_at,
             lead_time_s=annotation.lead_time_s,
             blind=item.blind,
@@ -267,22 +277,24 @@ class _Pass:
             revision=revision_of(annotation),
         )
 
-    def _bury(self, tx: Transaction, labels: Iterable[Annotation]) -> None:
+    def _add_tombstones(self, tx: Transaction, labels: Iterable[Annotation]) -> None:
         for label in labels:
             now = utc_now()
             changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}
-            # Derived from what it ends, so that it differs from the tombstone of any other revision.
+            # Derived from the revision that it ends: revisions are unique per annotation, and an annotation can be
+            # skipped, submitted and skipped again, which takes a tombstone each time.
             tx.add(label.model_copy(update={**changes, "revision": hash_of(["deleted", label.revision])}))
             self.deleted += 1
 
 
 def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, answered: bool) -> None:
-    """Bring an item's state in line with its task; what was closed or withdrawn stays so."""
+    """Bring the state of an item in line with its task; a withdrawn item stays withdrawn."""
     if item.state not in (ReviewState.NEW, ReviewState.PUSHED, ReviewState.ANSWERED):
         return
     if item.task_id is None:
         at = {"project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
-        # What it says is not known, so the next push brings it up to date.
+        # A push imported this task and was killed before it wrote its id. What the task shows is unknown, so the hash
+        # matches nothing and the next push refreshes it.
         tx.update(ReviewItem, item.id, **at, sent_hash="adopted")
     wanted = ReviewState.ANSWERED if answered else ReviewState.PUSHED
     if item.state != wanted:
@@ -292,20 +304,10 @@ def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *,
 def _remove_duplicates(
     store: Store, client: LabelStudioClient, project_id: int, items: Mapping[str, ReviewItem]
 ) -> int:
-    """Leave one task for each question.
+    """Delete duplicate tasks, which come of an import that a network sent twice; returns how many were deleted.
 
-    The one that was answered stays, else the one that the ledger knows. A task that somebody answered or
-    skipped is never deleted.
-
-    Args:
-        store: with the questions.
-        client: connected.
-        project_id: of this store.
-        items: questions that have a task there, by id.
-    Returns:
-        How many tasks were deleted.
-    Raises:
-        LabelStudioError: Label Studio does not answer; what is left is removed the next time.
+    The annotated task of an item stays, else the one in the ledger. A task that somebody annotated or skipped is never
+    deleted. If a request fails, the next pull removes the rest.
     """
     found: dict[str, list[int]] = defaultdict(list)
     for page in client.list_tasks(project_id, page_size=5000):
@@ -314,6 +316,8 @@ def _remove_duplicates(
     several = {item_id: task_ids for item_id, task_ids in found.items() if len(task_ids) > 1 and item_id in items}
     touched = _touched(client, project_id, {task_id for task_ids in several.values() for task_id in task_ids})
     spare: list[int] = []
+    # The ledger first: if the process is killed before a task is deleted, its item points to the task that stays, and
+    # the next pull deletes the spare one.
     with store.ledger.begin() as tx:
         for item_id, task_ids in several.items():
             kept = _kept(items[item_id], task_ids, touched)
@@ -322,13 +326,13 @@ def _remove_duplicates(
                 _move(tx, items[item_id], kept, touched.get(kept))
 
     def delete(task_id: int) -> bool:
-        # Looked at once more, so that an answer that has just been given is seen; the next pull sees it, too.
+        # Checked again right before, since somebody may have annotated the task since the listing.
         if _touched(client, project_id, {task_id}):
             return False
         client.delete_task(task_id)
         return True
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_DELETED_AT_ONCE) as pool:
         return sum(pool.map(delete, spare))
 
 
@@ -337,15 +341,15 @@ def _kept(item: ReviewItem, task_ids: list[int], touched: Mapping[int, TaskRow])
     return item.task_id if item.task_id in among else min(among)
 
 
-def _move(tx: Transaction, item: ReviewItem, task_id: int, answers: TaskRow | None) -> None:
+def _move(tx: Transaction, item: ReviewItem, task_id: int, touched: TaskRow | None) -> None:
     tx.update(ReviewItem, item.id, task_id=task_id)
-    was_answered = answers is not None and any(not annotation.was_cancelled for annotation in answers.annotations)
+    was_answered = touched is not None and any(not annotation.was_cancelled for annotation in touched.annotations)
     if item.state is ReviewState.PUSHED and was_answered:
         tx.update(ReviewItem, item.id, state=ReviewState.ANSWERED)
 
 
 def _touched(client: LabelStudioClient, project_id: int, task_ids: Collection[int]) -> dict[int, TaskRow]:
-    """Return those tasks that somebody answered or skipped, as they are now."""
+    """Return the tasks that somebody annotated or skipped, as they are now."""
     found: dict[int, TaskRow] = {}
     if task_ids:
         size = min(len(task_ids), PAGE_SIZE)

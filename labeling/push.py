@@ -1,8 +1,8 @@
-"""Questions out: review items become tasks, the most urgent first, each exactly once.
+"""Push: waiting review items become tasks in Label Studio, the most urgent first, each exactly once.
 
-A task carries its item's key. Before anything is imported, tasks that are newer than the ledger
-knows of are looked at: those that a killed or cut-off push left behind are adopted instead of being
-imported again. Nothing is lost while Label Studio is down; the items wait in the ledger.
+Each task carries the id of its item. Before an import, tasks that are newer than the newest one in the ledger are
+listed: those that an earlier push imported without recording it are adopted instead of being imported again. While
+Label Studio is down the items wait in the ledger. Tasks whose item has changed since are refreshed.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,12 +41,12 @@ class PushReport(BaseModel):
 
     project_id: int | None = Field(default=None, description="of the shared project; empty if nothing waited for it")
     pushed: int = Field(default=0, ge=0, description="tasks that were imported")
-    adopted: int = Field(default=0, ge=0, description="tasks that an earlier, killed push had imported")
-    refreshed: int = Field(default=0, ge=0, description="tasks whose question had changed since they were sent")
-    blind: int = Field(default=0, ge=0, description="tasks imported without the model's opinion")
+    adopted: int = Field(default=0, ge=0, description="tasks that an earlier push had imported without recording them")
+    refreshed: int = Field(default=0, ge=0, description="tasks whose review item had changed since they were sent")
+    blind: int = Field(default=0, ge=0, description="tasks imported without the prediction")
     doubled: int = Field(default=0, ge=0, description="second tasks of an item that were removed")
-    requeued: int = Field(default=0, ge=0, description="questions asked again, since their project was deleted")
-    withdrawn: int = Field(default=0, ge=0, description="questions about images that were erased meanwhile")
+    requeued: int = Field(default=0, ge=0, description="review items that wait again, since their project was deleted")
+    withdrawn: int = Field(default=0, ge=0, description="review items of images that were erased meanwhile")
     unreadable: list[str] = Field(default_factory=list, description="one sentence per item that could not be sent")
 
 
@@ -58,20 +58,21 @@ def push(
     *,
     advance: Advance = lambda done, total: None,
 ) -> PushReport:
-    """Send all review items that wait to Label Studio.
+    """Send all waiting review items to Label Studio. Idempotent: a second push adds nothing.
 
     Args:
-        store: with the outbox, the images and the overlays.
+        store: its ledger is the outbox; its blobs hold images and overlays.
         client: connected.
-        settings: batch size and image size.
-        model_id: of the model that answers now; goes into the meta data of items without a prediction.
-        advance: hears how far it is.
+        settings: batch size, image size, blind share and readers.
+        model_id: of the champion; stored in the task's meta data if its item has no prediction.
+        advance: called with (done, total) after each batch.
     Returns:
-        What was done. A second push adds nothing, and asks nothing if no item waits or changed.
+        Counts over all projects of the store.
     Raises:
-        LabelStudioError: Label Studio does not answer or refuses; what was pushed so far is recorded.
-        RefusedError: another process keeps pushing or pulling for over a minute.
+        LabelStudioError: Label Studio cannot be reached, or refuses; what was pushed so far is recorded.
+        RefusedError: another process held the lease for over a minute.
     """
+    # Without the lease and without a request: most pushes of `sync --watch` find nothing to do.
     with store.ledger.read() as tx:
         waits = tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
     if not waits and not stale_items(store):
@@ -92,8 +93,8 @@ def _push(
         by_project.setdefault(project_key_of(item), []).append(item)
     done, reports = 0, [PushReport(refreshed=refreshed)]
     for project_key in sorted(by_project, key=lambda project_key: (project_key.blind, project_key.reader or "")):
-        told = partial(_advance, advance, done, len(waiting))
-        reports.append(_Sending(store, client, settings, model_id, project_key, told).run())
+        counted = partial(_advance, advance, done, len(waiting))
+        reports.append(_ProjectPush(store, client, settings, model_id, project_key, counted).run())
         done += len(by_project[project_key])
     return _joined(reports)
 
@@ -109,8 +110,8 @@ def _joined(reports: Sequence[PushReport]) -> PushReport:
 
 
 @dataclass(frozen=True)
-class _Sending:
-    """One project's share of a push; `advance` hears how many of its items are done."""
+class _ProjectPush:
+    """The push of one project's items; `advance` is called with the number of them that are done."""
 
     store: Store
     client: LabelStudioClient
@@ -120,8 +121,9 @@ class _Sending:
     advance: Callable[[int], None]
 
     def run(self) -> PushReport:
-        """Import what waits for this project, the most urgent first."""
+        """Import the items that wait for this project, the most urgent first."""
         project = open_project(self.store, self.client, self.settings, self.project_key)
+        # In this order: opening the project may requeue items, and adopting takes items off the list that is read next.
         adopted, doubled = adopt(self.store, self.client, project)
         where = {"state": ReviewState.NEW, "blind": self.project_key.blind, "reader": self.project_key.reader}
         with self.store.ledger.read() as tx:
@@ -133,6 +135,8 @@ class _Sending:
             part = waiting[start : start + size]
             batch = _prepare(self.store, part, project, self.settings, self.model_id)
             task_ids = self.client.import_tasks(project.id, batch.documents) if batch.documents else []
+            # An import and this transaction cannot be one: a push that is killed between them, or loses the response,
+            # leaves tasks that no item knows. The next push adopts them.
             with self.store.ledger.begin() as tx:
                 for item, task_id in zip(batch.items, task_ids, strict=True):
                     _mark_pushed(tx, item, project.id, task_id)
@@ -155,7 +159,7 @@ class _Sending:
 
 
 def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None) -> int:
-    """Bring open tasks in line whose question changed since: a new rank, another reason, a comment."""
+    """Update the open tasks whose review item changed: another priority or reason, a comment."""
     stale = stale_items(store)
     projects = known_projects(store, client) if stale else {}
     refreshed = 0
@@ -168,7 +172,8 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
             batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, model_id)
             task_ids = [item.task_id or 0 for item in batch.items]
             with ThreadPoolExecutor(_REFRESHED_AT_ONCE) as pool:
-                # A task that is gone is found by the next pull.
+                # A task that is gone is found by the next pull. Its item counts as sent all the same, or every push
+                # would try it again.
                 for item, found in zip(
                     batch.items, pool.map(client.refresh_task, task_ids, batch.documents), strict=True
                 ):
@@ -179,17 +184,9 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
 
 
 def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[int, int]:
-    """Record tasks that were imported without the ledger hearing of it.
-
-    Args:
-        store: with the ledger.
-        client: connected.
-        project: of this store.
-    Returns:
-        How many tasks were adopted, and how many second tasks of an item were removed.
-    Raises:
-        LabelStudioError: Label Studio does not answer.
-    """
+    """Record tasks that were imported without being recorded, and delete second tasks; returns both counts."""
+    # Task ids only grow, so tasks that are not recorded lie above the newest one that is. If a network sent an import
+    # twice and the second copy was recorded, the first lies below; the pull finds it by the number of tasks.
     with store.ledger.read() as tx:
         newest = tx.find(ReviewItem, where={"project_id": project.id}, order_by=("-task_id",), limit=1)
     after_id = (newest[0].task_id or 0) if newest else 0
@@ -203,6 +200,7 @@ def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[in
                 if item is not None and item.task_id is None and item.state == ReviewState.NEW:
                     _mark_pushed(tx, item, project.id, row.id, adopted=True)
                     adopted += 1
+                # A duplicate that somebody annotated is left to the pull, which moves the item to it.
                 elif item is not None and item.task_id != row.id and not row.annotations:
                     second.append(row)
         for row in second:
@@ -212,19 +210,19 @@ def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[in
 
 
 def item_key(item_id: str, project: Project) -> str:
-    """Return the idempotency key of an item's task: item and project."""
+    """Return the idempotency key of an item's task, made of the item's id and the project's marker."""
     return f"{item_id}{project.marker}"
 
 
 def _mark_pushed(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, adopted: bool = False) -> None:
-    """Record where a question went; what an adopted task says is not known, so it is refreshed once."""
+    """Record the task of an item; what an adopted task shows is unknown, so its hash makes it refreshed once."""
     changes = {"state": ReviewState.PUSHED, "project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
     tx.update(ReviewItem, item.id, **changes, sent_hash="adopted" if adopted else content_hash(item))
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Items sorted by what can be done with them; `documents` are the tasks of `items`."""
+    """Items by what can be done with them; `documents` are the tasks of `items`, in the same order."""
 
     items: list[ReviewItem]
     documents: list[dict[str, Any]]
@@ -237,8 +235,8 @@ def _prepare(
 ) -> _Batch:
     with store.ledger.read() as tx:
         images = {i.id: i for i in tx.find(Image, where={"id": {item.image_id for item in waiting}})}
-        asked = {item.prediction_id for item in waiting if item.prediction_id is not None}
-        predictions = {p.id: p for p in tx.find(Prediction, where={"id": asked})}
+        predicted = {item.prediction_id for item in waiting if item.prediction_id is not None}
+        predictions = {p.id: p for p in tx.find(Prediction, where={"id": predicted})}
 
     def document(item: ReviewItem) -> dict[str, Any] | str:
         image = images.get(item.image_id)
@@ -265,6 +263,8 @@ def _prepare(
     erased = {image.id for image in images.values() if image.erased_at is not None}
     batch.erased.extend(item for item in waiting if item.image_id in erased)
     wanted = [item for item in waiting if item.image_id not in erased]
+    # Decoding and encoding release the GIL. An image that cannot be read becomes a sentence in the report: one damaged
+    # file must not hold up the others.
     with ThreadPoolExecutor(_ENCODERS) as pool:
         for item, made in zip(wanted, pool.map(document, wanted), strict=True):
             if isinstance(made, str):

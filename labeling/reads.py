@@ -1,9 +1,8 @@
-"""Who reads a question, and whether its task still says what the question is.
+"""Which reads a review item gets: blind or with the prediction, further reads, adjudications, and refreshed tasks.
 
-Some questions are blind: all of the random audit sample, since labels for an evaluation must not lean on
-the model (a drawn image that is urgent or flagged is read once more for that), and a share of the
-others, which shows how much the model's opinion draws its readers. A blind question goes to a project
-of its own. Nothing here calls a server.
+Items of the random audit sample are read blind, since labels for an evaluation must not depend on the model. If such
+an item is also urgent or flagged, it gets a second, blind read. A share of the other items is blind as well, which
+measures how far the prediction influences its readers. This module writes to the ledger and calls no server.
 """
 
 import sqlalchemy as sa
@@ -16,20 +15,14 @@ from records.store import Store
 from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 
 _ADJUDICATION_PRIORITY = 150.0
-"""Between flags and referrals: two people have spent their time already."""
+"""Below flags and above referrals: two people have spent time on the image already."""
 _SEVERAL = frozenset({ReasonCode.URGENT, ReasonCode.FLAGGED})
 
 
 def plan_reads(store: Store, settings: LabelingSettings) -> int:
-    """Decide which of the waiting questions are blind and whose they are, and add further reads.
-
-    Args:
-        store: with the outbox.
-        settings: the share, the readers and the number of reads.
-    Returns:
-        How many further reads were added. What was decided once stays; calling again adds nothing.
-    """
+    """Decide which waiting review items are blind and whose they are, and add further reads; returns their number."""
     added = 0
+    # Every choice follows from the item's id, so a push that was killed half-way decides the same the next time.
     with store.ledger.begin() as tx:
         for item in tx.find(ReviewItem, where={"state": ReviewState.NEW, "blind": False}, order_by=("id",)):
             if is_blind(item, settings.blind_share):
@@ -42,45 +35,48 @@ def plan_reads(store: Store, settings: LabelingSettings) -> int:
 
 
 def is_blind(item: ReviewItem, share: float) -> bool:
-    """Return whether a question is asked without the model's opinion.
+    """Return whether a review item is read without the model's prediction.
 
     Args:
-        item: a question.
+        item: a review item.
         share: setting `labeling.blind_share`.
     Returns:
-        True for the audit sample, and for a share of the others that their ids decide; never for an urgent
-        or a flagged one, whose reader should see everything. If such a one was drawn, it has a blind read beside it.
+        True for the audit sample, and for the given share of the other items, chosen by their ids.
     """
+    # A person decides about a patient here, or between two annotators, and should see all that is known. An audit
+    # sample among these items gets its blind read from `_further_reads`.
     if not _SEVERAL.isdisjoint(item.reasons) or ReasonCode.ADJUDICATION in item.reasons:
         return False
     return ReasonCode.AUDIT_SAMPLE in item.reasons or _fraction(item.id) < share
 
 
 def add_adjudications(store: Store, threshold: float) -> int:
-    """Write a question about each image whose readers agree too little.
+    """Add a review item for each image whose annotators agree less than the threshold, at most once per image.
 
     Args:
-        store: with the answers.
+        store: its ledger holds the annotations.
         threshold: setting `labeling.adjudicate_below`.
     Returns:
-        How many were written. An image that has been asked about is not asked again, whatever came of it.
+        How many were added.
     """
     with store.ledger.begin() as tx:
         disputed = contested(tx.find(Annotation, order_by=("created_at", "id")), threshold)
-        questions = [_adjudication(tx.require(ReviewItem, rows[-1].review_item_id)) for rows in disputed.values()]
-        known = {item.id for item in tx.find(ReviewItem, where={"id": [question.id for question in questions]})}
-        fresh = [question for question in questions if question.id not in known]
+        wanted = [_adjudication(tx.require(ReviewItem, rows[-1].review_item_id)) for rows in disputed.values()]
+        # The id follows from the image. Annotators who still disagree after an adjudication cause no second one.
+        known = {item.id for item in tx.find(ReviewItem, where={"id": [item.id for item in wanted]})}
+        fresh = [item for item in wanted if item.id not in known]
         tx.add(*fresh)
     return len(fresh)
 
 
 def content_hash(item: ReviewItem) -> str:
-    """Return what tells apart two states of a question that its task has to show."""
+    """Return a hash of what a task shows of its review item; stored as `sent_hash` when the task is sent."""
     return _content_hash(item.priority, [reason.value for reason in item.reasons], item.comment, item.suggested_label)
 
 
 def stale_items(store: Store) -> list[ReviewItem]:
-    """Return the open questions whose task says something else than they do now."""
+    """Return the pushed review items that changed since their task was sent or refreshed."""
+    # Selects columns instead of records: this runs before every push, over many items of which few have changed.
     table = TABLES[ReviewItem].c
     columns = (table.id, table.priority, table.reasons, table.comment, table.suggested_label, table.sent_hash)
     query = sa.select(*columns).where(table.state == ReviewState.PUSHED, table.sent_hash.is_not(None))
@@ -98,21 +94,23 @@ def _further_reads(item: ReviewItem, settings: LabelingSettings) -> list[ReviewI
     if _SEVERAL.isdisjoint(item.reasons):
         return []
     wanted = min(settings.reads_per_item - 1, len(settings.readers))
+    # Starts at a reader that the id chooses and goes round, so that the work is shared evenly and nobody reads twice.
     first = int(_fraction(item.id) * len(settings.readers))
     readers: list[str | None] = [settings.readers[(first + n) % len(settings.readers)] for n in range(wanted)]
     if not readers and ReasonCode.AUDIT_SAMPLE in item.reasons:
         readers = [_reader(item.id, settings.readers)]
     changes = {"prediction_id": None, "comment": None, "suggested_label": None, "blind": True, "overlay_blob": None}
-    # The id follows from question and reader, so that no read is ever added twice.
+    # The id follows from item and reader, so that a read is never added twice.
     return [item.model_copy(update={**changes, "id": hash_of([item.id, r])[:32], "reader": r}) for r in readers]
 
 
 def _reader(item_id: str, readers: tuple[str, ...]) -> str | None:
+    # Not the fraction itself: blind items are those with a small one, and all of them would get the first reader.
     return readers[int(_fraction(item_id) * 997) % len(readers)] if readers else None
 
 
 def _fraction(item_id: str) -> float:
-    """Return a number in [0, 1) that only the id decides."""
+    """Return a number in [0, 1) that depends on the id alone."""
     return int(hash_of(["blind", item_id])[:8], 16) / 16**8
 
 

@@ -1,22 +1,14 @@
-"""Tasks and annotations as Label Studio tells them, without the images."""
+"""Projects, tasks and annotations as Label Studio's API returns them, without the images of the tasks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import httpx
-
 
 @dataclass(frozen=True)
 class ProjectRow:
-    """A project.
-
-    Args:
-        id: of the project.
-        description: holds the marker of the store that made it.
-        label_config: XML of its labeling page, without white space around it.
-    """
+    """A project: `description` holds the marker of its store, `label_config` is stripped XML."""
 
     id: int
     description: str
@@ -25,15 +17,15 @@ class ProjectRow:
 
 @dataclass(frozen=True)
 class AnnotationRow:
-    """An annotation as Label Studio has it.
+    """An annotation.
 
     Args:
-        id: of the annotation.
+        id: unique in a Label Studio.
         result: its regions, one per control that was used.
-        completed_by: user id of the reader.
-        was_cancelled: true if the reader skipped the task.
+        completed_by: user id of the annotator.
+        was_cancelled: true if the annotator skipped the task.
         updated_at: of the last edit.
-        lead_time_s: how long the reader had the task open, seconds.
+        lead_time_s: how long the annotator had the task open, seconds.
     """
 
     id: int
@@ -49,10 +41,10 @@ class TaskRow:
     """A task without its images.
 
     Args:
-        id: of the task.
-        meta: what the import put beside the data.
+        id: unique in a Label Studio, larger for later imports.
+        meta: what the import stored beside the data.
         updated_at: moves with every change of the task or its annotations.
-        annotations: empty unless they were asked for.
+        annotations: empty unless they were requested.
     """
 
     id: int
@@ -63,7 +55,7 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class ProjectState:
-    """What one cheap request says about a project; equal twice in a row means nothing happened.
+    """What one small request says about a project; two equal states in a row mean that nothing changed.
 
     Args:
         total: number of tasks.
@@ -76,19 +68,19 @@ class ProjectState:
     newest_update: datetime | None
 
 
-def time_of(text: str) -> datetime:
-    """Return the time of a text such as 2026-01-31T12:00:00.000000Z."""
-    return datetime.fromisoformat(text)
-
-
 def task_row(task: Mapping[str, Any]) -> TaskRow:
-    """Return the row of a task from the server's JSON; a KeyError means that it is not one."""
+    """Return the row of a task from the server's JSON; a KeyError means that it is not a task."""
     return TaskRow(
         id=int(task["id"]),
         meta=task["meta"] if isinstance(task["meta"], dict) else {},
-        updated_at=time_of(task["updated_at"]),
+        updated_at=datetime.fromisoformat(task["updated_at"]),
         annotations=tuple(_annotation_row(row) for row in task.get("annotations") or ()),
     )
+
+
+def filter_by(field: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
+    """Return a condition on tasks in the format of the Data Manager's `filters`."""
+    return {"filter": f"filter:tasks:{field}", "operator": operator, "type": kind, "value": value}
 
 
 def _annotation_row(row: Mapping[str, Any]) -> AnnotationRow:
@@ -97,26 +89,6 @@ def _annotation_row(row: Mapping[str, Any]) -> AnnotationRow:
         result=list(row["result"] or ()),
         completed_by=row["completed_by"],
         was_cancelled=bool(row["was_cancelled"]),
-        updated_at=time_of(row["updated_at"]),
+        updated_at=datetime.fromisoformat(row["updated_at"]),
         lead_time_s=row["lead_time"],
     )
-
-
-def known_id(value: int | None) -> int:
-    """Return an id that the server must have given; KeyError if it did not."""
-    if value is None:
-        raise KeyError("id")
-    return value
-
-
-def body_of(response: httpx.Response) -> Any:
-    """Return what a response says, parsed if it is JSON."""
-    try:
-        return response.json()
-    except ValueError:
-        return response.text
-
-
-def filter_by(field: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
-    """Return a condition on tasks as the server's lists take it."""
-    return {"filter": f"filter:tasks:{field}", "operator": operator, "type": kind, "value": value}

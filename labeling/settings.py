@@ -1,4 +1,4 @@
-"""The settings of the labeling room: which Label Studio, what a task looks like, how often to look."""
+"""Settings of labeling: the Label Studio to use, the size of tasks, who reads blind, and when to poll."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from records.settings import RoomSettings
 
 
 class LabelingSettings(RoomSettings):
-    """Where the annotators work and how questions reach them."""
+    """Which Label Studio is used, and how review items reach its annotators."""
 
     url: str | None = Field(
         default=None,
@@ -34,8 +34,8 @@ class LabelingSettings(RoomSettings):
     webhook_url: str | None = Field(
         default=None,
         pattern=r"^https?://[^/]+/?$",
-        description="address under which Label Studio reaches `relook serve`, so that answers are read at once; "
-        "default: none, answers are read at the next look",
+        description="address under which Label Studio reaches `relook serve`, so that annotations are read at once; "
+        "default: none, annotations are read at the next poll",
     )
     project_title: str = Field(
         default="Relook review", min_length=3, max_length=50, description="title of the project, 3 to 50 characters"
@@ -45,21 +45,21 @@ class LabelingSettings(RoomSettings):
     )
     jpeg_quality: int = Field(default=88, ge=50, le=100, description="quality of embedded images, 50 to 100")
     blind_share: float = Field(
-        default=0.1, ge=0, le=1, description="share of questions whose reader is not shown the model's opinion, 0 to 1"
+        default=0.1, ge=0, le=1, description="share of review items that are read without the prediction, 0 to 1"
     )
     readers: tuple[str, ...] = Field(
-        default=(), description="e-mail addresses of those who read blind, each in a project of their own"
+        default=(), description="e-mail addresses of the blind readers, each with a project of their own"
     )
     reads_per_item: int = Field(
-        default=1, ge=1, le=9, description="independent blind reads of an urgent or a flagged question, people"
+        default=1, ge=1, le=9, description="reads of an urgent or flagged review item, all but one blind, 1 to 9"
     )
     consensus: Literal["majority", "dawid_skene"] = Field(
-        default="majority", description="how several answers about one image become a label"
+        default="majority", description="how several annotations of one image become a label"
     )
     adjudicate_below: float = Field(
-        default=0.67, gt=0, le=1, description="share of agreeing readers under which another one decides, 0 to 1"
+        default=0.67, gt=0, le=1, description="share of agreeing annotators below which one more decides, 0 to 1"
     )
     push_batch: int = Field(default=100, ge=1, le=1000, description="tasks in one import")
     poll_every_s: float = Field(
-        default=15.0, ge=1, le=3600, description="pause of `relook label sync --watch` between two looks, seconds"
+        default=15.0, ge=1, le=3600, description="pause of `relook label sync --watch` between two polls, seconds"
     )

@@ -1,7 +1,7 @@
-"""An annotator that knows the truth and answers through Label Studio's own API, for demos and experiments.
+"""A simulated annotator, which annotates tasks from a known truth through Label Studio's API, for demos and tests.
 
-What it says travels the same way as a person's answer: it becomes an annotation, by a named user of
-its own, and is read back by a pull. What it gets wrong depends on the seed and the image alone.
+Its annotations are those of a Label Studio user of its own and are read back by a pull like anybody else's. Which of
+them are wrong depends on the seed and the image alone.
 """
 
 import random
@@ -29,13 +29,13 @@ _KEYS = uuid.UUID("5f6ac1c3-2f4e-4f0e-9a63-6a3a0f0d7f52")
 
 @dataclass(frozen=True)
 class SimulatedAnnotation:
-    """One answer that the simulated annotator gave.
+    """One annotation that the simulated annotator made.
 
     Args:
-        review_item_id: the question.
-        image_id: what it is about.
+        review_item_id: of the task.
+        image_id: of the task.
         label: class code, or None for `can't tell`.
-        correct: whether it is the truth; False for `can't tell`.
+        correct: whether the label is the truth; False for `can't tell`.
         annotation_id: in Label Studio.
     """
 
@@ -57,22 +57,22 @@ def annotate(
     limit: int | None = None,
     advance: Advance = lambda done, total: None,
 ) -> list[SimulatedAnnotation]:
-    """Answer the open tasks whose truth is known, the most urgent first.
+    """Annotate the open tasks whose truth is known, the most urgent first.
 
     Args:
         client: connected.
-        store: with the ledger that says which questions are open.
+        store: its ledger says which tasks are open.
         truth: class code by image id.
-        error_rate: share of answers that name another class, 0 to 1.
-        cant_tell_rate: share of answers that are `can't tell`, 0 to 1.
-        seed: of both draws; equal seed and image give the equal answer.
-        limit: at most so many answers.
-        advance: hears how far it is.
+        error_rate: share of annotations that name another class, 0 to 1.
+        cant_tell_rate: share of annotations that are `can't tell`, 0 to 1.
+        seed: of both draws; the same seed and image give the same annotation.
+        limit: most annotations to make; default: no limit.
+        advance: called with (done, total) after each task.
     Returns:
-        The answers given now. A task that it answered before is left alone.
+        The annotations made now; tasks that were annotated by an earlier call are left out.
     Raises:
         ContractError: a rate is outside 0 to 1, or both together are above 1.
-        LabelStudioError: Label Studio does not answer.
+        LabelStudioError: Label Studio cannot be reached.
     """
     if min(error_rate, cant_tell_rate) < 0 or not error_rate + cant_tell_rate <= 1:
         raise ContractError(f"rates must be 0 to 1 together, got {error_rate} wrong and {cant_tell_rate} can't tell")
@@ -85,40 +85,34 @@ def annotate(
     wanted = [item for item in waiting if item.image_id in truth and item.task_id is not None][:limit]
     if not wanted:
         return []
-    reader = client.ensure_user(EMAIL, "Simulated", "annotator")
+    user_id = client.ensure_user(EMAIL, "Simulated", "annotator")
 
-    def give(item: ReviewItem) -> SimulatedAnnotation | None:
+    def annotate_one(item: ReviewItem) -> SimulatedAnnotation | None:
         right = truth[item.image_id]
         label = _draw(right, store.taxonomy, f"{seed}:{item.image_id}", error_rate, cant_tell_rate)
+        # One key per item, so that a second call, or a request that is sent twice, adds no second annotation.
         key = uuid.uuid5(_KEYS, item.id)
         try:
             made = client.create_annotation(
-                item.task_id or 0, annotation_result(label or CANT_TELL), key=key, completed_by=reader
+                item.task_id or 0, annotation_result(label or CANT_TELL), key=key, completed_by=user_id
             )
-        except UnknownIdError:  # the task was deleted meanwhile; the next pull says so
+        except UnknownIdError:  # the task was deleted meanwhile; the next pull withdraws its item
             return None
         return None if made is None else SimulatedAnnotation(item.id, item.image_id, label, label == right, made)
 
-    given: list[SimulatedAnnotation] = []
+    made_now: list[SimulatedAnnotation] = []
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
-        for number, one in enumerate(pool.map(give, wanted), start=1):
+        for number, one in enumerate(pool.map(annotate_one, wanted), start=1):
             if one is not None:
-                given.append(one)
+                made_now.append(one)
             advance(number, len(wanted))
-    return given
+    return made_now
 
 
 def read_truth(path: Path, taxonomy: Taxonomy) -> dict[str, str]:
-    """Read what is true.
+    """Read class codes by image id from a CSV or parquet file with the columns image_id and label.
 
-    Args:
-        path: a CSV or parquet file with the columns image_id and label.
-        taxonomy: of the labels.
-    Returns:
-        Class code by image id.
-    Raises:
-        DataError: there is no such file, or it lacks a column.
-        TaxonomyError: a label is not a class.
+    Raises DataError if there is no such file or a column is missing, and TaxonomyError if a label is not a class.
     """
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}; name one with the columns image_id and label")

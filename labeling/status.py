@@ -1,4 +1,4 @@
-"""How labeling is doing: what waits, what was answered, and what is wrong with its fix in words."""
+"""Status of labeling: the server, the projects, the review items by state, and problems with their fixes."""
 
 from typing import Any
 
@@ -18,31 +18,24 @@ from records.types import Annotation, ReviewItem, ReviewState
 
 
 class LabelingStatus(BaseModel):
-    """The state of labeling. `problems` holds one sentence each, with the fix; empty means that all is well."""
+    """The state of labeling; `problems` holds one sentence with the fix per problem."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str | None = Field(default=None, description="of the Label Studio that answers")
+    url: str | None = Field(default=None, description="of the Label Studio that responds")
     version: str | None = None
-    installed: bool = Field(description="whether the local environment is whole")
+    installed: bool = Field(description="whether the local environment is complete")
     project_id: int | None = None
     tasks: int | None = Field(default=None, description="tasks in the project")
     items: dict[str, int] = Field(description="review items by state")
     oldest_waiting_s: float | None = Field(default=None, description="age of the oldest item not yet pushed, seconds")
-    overdue: int = Field(ge=0, description="urgent items past their deadline without an answer")
+    overdue: int = Field(ge=0, description="urgent items past their deadline without an annotation")
     annotations: int = Field(ge=0, description="rows read from Label Studio, tombstones included")
     problems: list[str]
 
 
 def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
-    """Look at the server, the project and the outbox.
-
-    Args:
-        store: with the ledger.
-        settings: of the labeling room.
-    Returns:
-        What was found; an unreachable server is a problem in it, not an error.
-    """
+    """Check the server, its projects and the outbox; an unreachable server is a problem in the result, not an error."""
     problems: list[str] = []
     installed = is_ready(environment_of(settings))
     if not installed and settings.url is None:
@@ -54,7 +47,7 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
             with client:
                 version, url, project_id = client.version(), client.url, known_project(store, client)
                 counts = [
-                    _look_at_project(store, client, *one, problems) for one in known_projects(store, client).items()
+                    _check_project(store, client, *one, problems) for one in known_projects(store, client).items()
                 ]
                 tasks = sum(count for count in counts if count is not None) if any(counts) else None
         elif installed:
@@ -63,20 +56,20 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
         problems.append(str(error))
         if settings.url is None:
             problems.append(f"its log is {LocalLabelStudio(store.home, settings).log_file}")
-    outbox = _look_at_outbox(store, problems)
+    outbox = _check_outbox(store, problems)
     return LabelingStatus(
         url=url, version=version, installed=installed, project_id=project_id, tasks=tasks, problems=problems, **outbox
     )
 
 
-def _look_at_project(
+def _check_project(
     store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey, problems: list[str]
 ) -> int | None:
     project = client.project(project_id)
     if project is None or not is_ours(store, client, project_id, project_key):
         problems.append(
-            f"project {project_id} is gone from Label Studio; `relook label sync` makes it anew and asks its open "
-            "questions again"
+            f"project {project_id} is gone from Label Studio; `relook label sync` makes it anew and sends its open "
+            "review items again"
         )
         return None
     if project.label_config != label_config(store.taxonomy, blind=project_key.blind).strip():
@@ -84,7 +77,7 @@ def _look_at_project(
     return client.state(project_id).total
 
 
-def _look_at_outbox(store: Store, problems: list[str]) -> dict[str, Any]:
+def _check_outbox(store: Store, problems: list[str]) -> dict[str, Any]:
     now = utc_now()
     with store.ledger.read() as tx:
         items = {state.value: tx.count(ReviewItem, where={"state": state}) for state in ReviewState}
@@ -93,7 +86,7 @@ def _look_at_outbox(store: Store, problems: list[str]) -> dict[str, Any]:
         num_labels = tx.count(Annotation)
     overdue = sum(1 for item in waiting if item.due is not None and item.due < now)
     if overdue:
-        problems.append(f"{overdue} urgent questions are past their deadline; ask an annotator to open Label Studio")
+        problems.append(f"{overdue} urgent review items are past their deadline; ask an annotator to open Label Studio")
     return {
         "items": items,
         "oldest_waiting_s": (now - oldest[0].created_at).total_seconds() if oldest else None,

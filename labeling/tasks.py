@@ -1,8 +1,8 @@
-"""What an annotator sees and answers: the labeling page, the tasks, and how an answer is read.
+"""Tasks: the labeling page, the content of a task, and the parsing of annotations. Nothing here calls a server.
 
-The page follows the taxonomy; class codes travel as aliases, so display names may change. No answer
-is ever filled in beforehand: a task's prediction carries a score (negated priority) and an empty
-result. The model's opinion is folded away until the reader opens it. Nothing here calls a server.
+The choices of the page follow the taxonomy. Class codes are stored as aliases of the choices, so display names may
+change. No choice is preselected: the prediction of a task has a score, the negated priority, and an empty result. The
+model's prediction is in folded panels until the annotator opens them, and it is missing in blind tasks.
 """
 
 import base64
@@ -23,8 +23,8 @@ from records.taxonomy import Taxonomy
 from records.types import AnnotationKind, Image, Prediction, ReasonCode, ReviewItem
 
 PRIORITY_VERSION = "relook-priority"
-"""Model version of the predictions that order a project. It names the scale of the scores, which all
-models share, so that an open question keeps its place when another model takes over."""
+"""Model version of the predictions that order a project. All models share it, since the score is a priority and does
+not depend on the model; an open task keeps its place when another model becomes the champion."""
 
 CANT_TELL = "cant-tell"
 OTHER = "no-class-fits"  # a hyphen cannot occur in a class code
@@ -44,34 +44,34 @@ LIST_VIEW: dict[str, Any] = {
     "ordering": ["tasks:predictions_score"],
     "hiddenColumns": {"explore": list(_HIDDEN), "labeling": list(_HIDDEN)},
 }
-"""How Label Studio lists the tasks: without a view of its own by id, and the first that opens is the first listed."""
+"""View of the task list, ordered by priority; annotators get the tasks in the order of the list."""
 
 _REASONS: dict[ReasonCode, str] = {
     ReasonCode.LOW_CONFIDENCE: "The model was not sure.",
     ReasonCode.PREDICTION_SET: "The model could not rule out other diagnoses.",
-    ReasonCode.REFER: "The score of a malignant diagnosis is above the referral threshold.",
-    ReasonCode.URGENT: "The score of a malignant diagnosis is high: please look at this one first.",
-    ReasonCode.OUT_OF_DISTRIBUTION: "The image is unlike those the model learned from.",
-    ReasonCode.NON_FINITE: "The model could not compute an answer.",
-    ReasonCode.FLAGGED: "A user objected to the model's answer.",
-    ReasonCode.AUDIT_SAMPLE: "Drawn at random, to check how the model is doing.",
-    ReasonCode.SELECTED: "Chosen because an answer would teach the model most.",
+    ReasonCode.REFER: "The model's score for a malignant diagnosis is above the referral threshold.",
+    ReasonCode.URGENT: "The model's score for a malignant diagnosis is high: please read this image first.",
+    ReasonCode.OUT_OF_DISTRIBUTION: "The image is unlike those that the model was trained on.",
+    ReasonCode.NON_FINITE: "The model could not compute a prediction for this image.",
+    ReasonCode.FLAGGED: "A user reported that the model's prediction looks wrong.",
+    ReasonCode.AUDIT_SAMPLE: "Drawn at random, to check how well the model works.",
+    ReasonCode.SELECTED: "Chosen because a diagnosis of this image would improve the model most.",
     ReasonCode.LABEL_NOISE: "The recorded diagnosis may be wrong: please give a second opinion.",
-    ReasonCode.ADJUDICATION: "Earlier readers disagree.",
-    ReasonCode.BAD_IMAGE: "The image may not be good enough to judge.",
+    ReasonCode.ADJUDICATION: "Earlier diagnoses of this image differ: please decide.",
+    ReasonCode.BAD_IMAGE: "The image may be unusable: please check its quality.",
 }
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one annotation says.
+class ParsedAnnotation:
+    """The content of one annotation.
 
     Args:
         kind: class, can't tell, or other.
-        label: class code, if it is a class.
-        other_text: what the reader wrote if no class fits, or what could not be understood.
+        label: class code, if `kind` is a class.
+        other_text: what the annotator wrote if no class fits, or why the annotation was not understood.
         image_quality: good, usable or unusable, if it was given.
-        comment: what the reader wrote.
+        comment: what the annotator wrote.
         understood: false if the diagnosis is missing or not one of the page; kept, never trained on.
     """
 
@@ -88,7 +88,7 @@ def label_config(taxonomy: Taxonomy, *, blind: bool = False) -> str:
 
     Args:
         taxonomy: its classes become the choices, in its order; the first nine get the digits as hotkeys.
-        blind: whether to leave out what the model answered and where it looked.
+        blind: whether to leave out the prediction and the heat map.
     Returns:
         XML text; equal taxonomies give equal text.
     """
@@ -127,14 +127,14 @@ def task_document(
     """Return the task of a review item, ready to be imported.
 
     Args:
-        item: the question.
-        image: what it is about.
-        image: its stored bytes.
+        item: says why the image is reviewed, and whether the task is blind.
+        image: the record of the image.
+        content: the stored bytes of the image.
         overlay: the heat map over the image, PNG, or None if there is none.
-        prediction: the answer that is questioned, or None for an image that was never answered.
-        taxonomy: for the names of classes.
+        prediction: the prediction under review, or None for an image without one.
+        taxonomy: has the display names of the classes.
         settings: size and quality of the embedded images.
-        key: idempotency key (item and project); it comes back with every listing of tasks.
+        key: idempotency key (item and project), returned with every listing of tasks.
     Returns:
         `data`, `meta` and `predictions` of one task.
     Raises:
@@ -143,7 +143,7 @@ def task_document(
     return {
         "data": {
             "image": data_uri(content, settings),
-            **_opinion(item, overlay, prediction, taxonomy, settings),
+            **_texts(item, overlay, prediction, taxonomy, settings),
             "about": about_text(image),
             "relook_item": item.id,
             "relook_key": key,
@@ -153,14 +153,15 @@ def task_document(
     }
 
 
-def _opinion(
+def _texts(
     item: ReviewItem,
     overlay: bytes | None,
     prediction: Prediction | None,
     taxonomy: Taxonomy,
     settings: LabelingSettings,
 ) -> dict[str, str]:
-    """Return what the model thinks and why it is asked; a blind reader gets neither, not even in the task's data."""
+    """Return the data keys with the reason, the prediction and the heat map; a blind task has only a neutral reason."""
+    # Left out of the data and not only of the page, since annotators can open a task's data in Label Studio.
     if item.blind:
         return {"why": "Please give your diagnosis."}
     heat_map = data_uri(overlay, settings, enlarge=True) if overlay is not None else None
@@ -172,7 +173,7 @@ def _opinion(
 
 
 def why_text(item: ReviewItem, taxonomy: Taxonomy) -> str:
-    """Return why a question is asked, in words, with what a person who flagged it wrote."""
+    """Return the reasons of a review item in words, with the suggestion and comment of a flag."""
     sentences = [_REASONS[reason] for reason in item.reasons]
     if item.suggested_label is not None:
         sentences.append(f"Suggested instead: {_names(taxonomy).get(item.suggested_label, item.suggested_label)}.")
@@ -182,11 +183,11 @@ def why_text(item: ReviewItem, taxonomy: Taxonomy) -> str:
 
 
 def prediction_text(prediction: Prediction | None, taxonomy: Taxonomy) -> str:
-    """Return the model's three best classes with their probabilities, and what it could not rule out, in words."""
+    """Return the three most probable classes with their probabilities, and the classes of the prediction set."""
     if prediction is None:
-        return "The model was not asked."
+        return "There is no prediction for this image."
     if prediction.label is None or prediction.probabilities is None:
-        return "The model gave no answer."
+        return "The model gave no prediction."
     names = _names(taxonomy)
     best = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:3]
     said = " · ".join(f"{names.get(code, code)} {probability:.0%}" for code, probability in best)
@@ -195,13 +196,13 @@ def prediction_text(prediction: Prediction | None, taxonomy: Taxonomy) -> str:
 
 
 def about_text(image: Image) -> str:
-    """Return what is known of the patient and the site, without anything that identifies them."""
+    """Return age, sex and site as far as they are known; nothing that identifies a patient."""
     known = [
         f"age {image.age_years:g}" if image.age_years is not None else None,
         image.sex,
         image.localization,
     ]
-    return ", ".join(word for word in known if word) or "nothing else is known about this image"
+    return ", ".join(word for word in known if word) or "No age, sex or site is recorded."
 
 
 def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False) -> str:
@@ -209,10 +210,10 @@ def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False)
 
     Args:
         image: JPEG, PNG or WebP bytes.
-        settings: size and quality.
-        enlarge: whether a smaller image is brought to that size; the page shows a folded one as large as it is.
+        settings: longest side and JPEG quality.
+        enlarge: whether to enlarge a smaller image to that size, for a folded panel, which shows images at their own.
     Returns:
-        A JPEG data URI. A JPEG that is small enough goes in as it is; orientation and ICC profile are kept.
+        A JPEG data URI. A JPEG that is small enough is not encoded again; orientation and ICC profile are kept.
     Raises:
         ImageError: the bytes cannot be decoded.
     """
@@ -225,6 +226,7 @@ def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False)
                 return _jpeg_uri(image)
             # A profile of other channels would be wrong for the RGB image made here.
             profile = opened.info.get("icc_profile") if opened.mode == "RGB" else None
+            # Lets libjpeg decode at a half, quarter or eighth of the size, several times faster for large photos.
             opened.draft("RGB", (side_px, side_px))
             upright = ImageOps.exif_transpose(opened)
             small = upright.convert("RGB")
@@ -236,15 +238,15 @@ def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False)
     return _jpeg_uri(_encoded(small, settings.jpeg_quality, profile))
 
 
-def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> Answer:
-    """Read an annotation.
+def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> ParsedAnnotation:
+    """Parse the result of an annotation.
 
     Args:
         result: its regions, as Label Studio stores them.
-        taxonomy: a choice must be one of its codes, or one of the two of the page.
+        taxonomy: a choice must be one of its codes, CANT_TELL or OTHER.
     Returns:
-        The answer. A diagnosis that is missing, doubled or unknown becomes `other` with `understood`
-        false and the choice in its text: nothing is lost, and nothing is trained on a guess.
+        The content. A diagnosis that is missing, doubled or unknown becomes `other` with `understood` false and the
+        choice in `other_text`: the annotation is kept, and nothing is trained on a guess.
     """
     choices = _values(result, "diagnosis", "choices")
     quality = _values(result, "image_quality", "choices")
@@ -252,13 +254,13 @@ def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) ->
     wrote = "\n".join(_values(result, "other_text", "text")) or None
     image_quality = quality[0] if len(quality) == 1 and quality[0] in QUALITIES else None
     if choices == [CANT_TELL]:
-        return Answer(AnnotationKind.CANT_TELL, None, None, image_quality, comment)
+        return ParsedAnnotation(AnnotationKind.CANT_TELL, None, None, image_quality, comment)
     if choices == [OTHER]:
-        return Answer(AnnotationKind.OTHER, None, wrote, image_quality, comment)
+        return ParsedAnnotation(AnnotationKind.OTHER, None, wrote, image_quality, comment)
     if len(choices) == 1 and choices[0] in taxonomy.codes:
-        return Answer(AnnotationKind.CLASS, choices[0], None, image_quality, comment)
+        return ParsedAnnotation(AnnotationKind.CLASS, choices[0], None, image_quality, comment)
     said = f"not a choice of this project: {', '.join(choices)}" if choices else "no diagnosis was chosen"
-    return Answer(AnnotationKind.OTHER, None, said, image_quality, comment, understood=False)
+    return ParsedAnnotation(AnnotationKind.OTHER, None, said, image_quality, comment, understood=False)
 
 
 def annotation_result(label: str) -> list[dict[str, Any]]:
@@ -267,16 +269,16 @@ def annotation_result(label: str) -> list[dict[str, Any]]:
     Args:
         label: class code, or CANT_TELL.
     Returns:
-        What `parse_annotation` reads back.
+        A result as `parse_annotation` takes it.
     """
     return [{"from_name": "diagnosis", "to_name": "image", "type": "choices", "value": {"choices": [label]}}]
 
 
 def _add_model(left: ElementTree.Element) -> None:
-    """Add the model's opinion, folded away until the reader opens it."""
+    """Add the prediction and the heat map in folded panels, so that annotators look at the image first."""
     folds = ElementTree.SubElement(left, "Collapse", accordion="false")
-    answer = ElementTree.SubElement(folds, "Panel", value="What the model answered")
-    ElementTree.SubElement(answer, "Header", value="$answer", size="5")
+    prediction = ElementTree.SubElement(folds, "Panel", value="Model's prediction")
+    ElementTree.SubElement(prediction, "Header", value="$answer", size="5")
     looked = ElementTree.SubElement(folds, "Panel", value="Where the model looked")
     ElementTree.SubElement(
         looked, "Image", name="heatmap", value="$heatmap", zoom="true", zoomControl="true", selectionControl="false",
@@ -288,7 +290,7 @@ def _add_diagnosis(parent: ElementTree.Element, taxonomy: Taxonomy) -> None:
     ElementTree.SubElement(parent, "Header", value="Your diagnosis", size="5")
     choices = ElementTree.SubElement(
         parent, "Choices", name="diagnosis", toName="image", choice="single-radio", required="true",
-        requiredMessage="Choose a diagnosis, or say that you can't tell.", showInline="false",
+        requiredMessage="Choose a diagnosis or Can't tell.", showInline="false",
     )  # fmt: skip
     names = _names(taxonomy)
     for number, code in enumerate(taxonomy.codes, start=1):
@@ -296,18 +298,18 @@ def _add_diagnosis(parent: ElementTree.Element, taxonomy: Taxonomy) -> None:
         if number <= 9:
             choice.set("hotkey", str(number))
     ElementTree.SubElement(choices, "Choice", value="Can't tell", alias=CANT_TELL, hotkey="0")
-    ElementTree.SubElement(choices, "Choice", value="Other: no class fits", alias=OTHER)
+    ElementTree.SubElement(choices, "Choice", value="Other diagnosis", alias=OTHER)
     only_other = ElementTree.SubElement(
-        parent, "View", visibleWhen="choice-selected", whenTagName="diagnosis", whenChoiceValue="Other: no class fits"
+        parent, "View", visibleWhen="choice-selected", whenTagName="diagnosis", whenChoiceValue="Other diagnosis"
     )
     ElementTree.SubElement(
         only_other, "TextArea", name="other_text", toName="image", rows="1", editable="true", maxSubmissions="1",
-        placeholder="What is it?",
+        placeholder="Which diagnosis?",
     )  # fmt: skip
 
 
 def _add_quality(parent: ElementTree.Element) -> None:
-    ElementTree.SubElement(parent, "Header", value="Quality of the image (optional)", size="5")
+    ElementTree.SubElement(parent, "Header", value="Image quality (optional)", size="5")
     choices = ElementTree.SubElement(
         parent, "Choices", name="image_quality", toName="image", choice="single-radio", showInline="true"
     )
@@ -316,7 +318,7 @@ def _add_quality(parent: ElementTree.Element) -> None:
 
 
 def _names(taxonomy: Taxonomy) -> dict[str, str]:
-    """Return display names by code, told apart by their code where two are the same."""
+    """Return display names by code; equal names get their code added."""
     names = [c.name for c in taxonomy.classes]
     return {c.code: c.name if names.count(c.name) == 1 else f"{c.name} ({c.code})" for c in taxonomy.classes}
 
@@ -343,5 +345,5 @@ def _encoded(image: PillowImage.Image, quality: int, profile: bytes | None) -> b
 
 @lru_cache(maxsize=4)
 def _no_heat_map(side_px: int) -> str:
-    # Label Studio refuses a task that lacks a key of its page, and an empty image shows as a broken one.
+    # Label Studio refuses a task without a key that its page uses, and an empty value shows as a broken image.
     return _jpeg_uri(_encoded(PillowImage.new("RGB", (side_px // 4, side_px // 8), (221, 221, 221)), 50, None))

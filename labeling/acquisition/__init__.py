@@ -1,1 +1,1 @@
-"""Acquisition: the images on which an annotator's minute is best spent. `registry` holds the rules."""
+"""Acquisition rules: which images to label next."""

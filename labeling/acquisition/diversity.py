@@ -1,7 +1,7 @@
-"""Images that differ from each other: k-center, BADGE and TypiClust over feature vectors.
+"""Diverse images: k-center, BADGE and TypiClust over feature vectors.
 
-The features are read a part at a time, so a pool that lies in a memory-mapped file never has to
-fit into memory. Each pick blocks its whole group.
+In: features [N, D] and the group of each row. Out: row indices in the order of choice, at most one per group. The
+features are read in parts, so a pool in a memory-mapped file does not have to fit into memory.
 """
 
 from collections.abc import Iterator
@@ -20,19 +20,20 @@ _CENTRES_AT_ONCE = 256
 _LEADERS = 4_096
 _NEIGHBOURS = 20  # of TypiClust's typicality, as in the paper
 _MOST_CLUSTERS = 500
+_PASSES = 10  # of k-means over the features; later ones change its inertia by less than 1 %
 _MOST_COMPARED = 2_000
 
 
 def k_center_rows(
     features: Features, groups: NDArray[np.intp], budget: int, known: Features | None = None
 ) -> list[int]:
-    """Take again and again the row that is farthest from all that is known or taken (Sener and Savarese 2018).
+    """Take the row that is farthest from all known and taken rows, repeatedly (Sener and Savarese 2018).
 
     Args:
         features: [N, D] of the pool.
         groups: [N] group number of each row, 0 and up.
-        budget: how many at most.
-        known: [M, D] of what has a label already; without any, the row farthest from the mean comes first.
+        budget: most rows to take.
+        known: [M, D] of labelled images; without any, the row farthest from the mean comes first.
     Returns:
         Row indices in the order of taking, one per group.
     """
@@ -49,7 +50,9 @@ def k_center_rows(
     while len(taken) < budget and free.any():
         leaders = leaders[free[leaders]]
         _count_in(taken, nearest, counted, leaders, features, squares)
-        # Every centre only lowers distances, so a row that was not looked at since is at most as far as it was then.
+        # Lazy greedy: each taken row can only lower the distances of the others. An old distance is therefore an upper
+        # bound, and rows whose bound is below the best current distance need no update. Only when all leaders have
+        # fallen below the bound of the rest are new leaders chosen.
         while not len(leaders) or nearest[leaders].max() < floor:
             leaders, floor = _leaders(nearest, free)
             _count_in(taken, nearest, counted, leaders, features, squares)
@@ -60,7 +63,7 @@ def k_center_rows(
 
 
 def _leaders(nearest: FloatArray, free: BoolArray) -> tuple[NDArray[np.intp], float]:
-    """Return the free rows that are farthest by what is known, in order of rows, and what all others are below."""
+    """Return the free rows with the largest distances known so far, and the upper bound of all other rows."""
     known = np.where(free, nearest, -1.0)
     floor = float(np.partition(known, -_LEADERS)[-_LEADERS]) if len(known) > _LEADERS else 0.0
     return np.flatnonzero(known >= max(floor, 0.0)), floor
@@ -74,7 +77,7 @@ def _count_in(
     features: Features,
     squares: FloatArray,
 ) -> None:
-    """Lower the distances of some rows by the centres that were taken since these rows were last looked at."""
+    """Update the distances of some rows with the centres that were taken since the last update of each row."""
     late = rows[counted[rows] < len(taken)]
     if not len(late):
         return
@@ -90,18 +93,17 @@ def _count_in(
 def badge_rows(
     features: Features, probabilities: FloatArray, groups: NDArray[np.intp], budget: int, chance: np.random.Generator
 ) -> list[int]:
-    """Draw rows whose last-layer gradients are large and differ (BADGE, Ash et al. 2020).
+    """Draw rows whose last-layer gradients are large and differ from each other (BADGE, Ash et al. 2020).
 
-    The gradient of a row is the outer product of (probabilities minus one-hot of the best class) and its
-    features. Distances follow from the two factors, so the [N, C * D] matrix is never made. The first
-    row is the one with the largest gradient, the others are k-means++ draws.
+    The gradient of a row is the outer product of (probabilities minus one-hot of the best class) and its features. The
+    first row is the one with the largest gradient, the others are k-means++ draws.
 
     Args:
         features: [N, D].
         probabilities: [N, C], finite.
         groups: [N] group number of each row, 0 and up.
-        budget: how many at most.
-        chance: of the draws.
+        budget: most rows to take.
+        chance: generator of the draws.
     Returns:
         Row indices in the order of drawing, one per group.
     """
@@ -117,9 +119,12 @@ def badge_rows(
         taken.append(row)
         free &= groups != groups[row]
         centre = np.asarray(features[row], dtype=np.float32)
+        # The inner product of two outer products is the product of their factors' inner products, so the [N, C * D]
+        # matrix of gradients is never made.
         for at, part in _parts(features):
             here = slice(at, at + len(part))
             along = (part @ centre) * (errors[here] @ errors[row])
+            # Rounding can make the distance of two equal rows negative, which no weight of a draw may be.
             distance = np.maximum(squares[here] + squares[row] - 2.0 * along, 0.0)
             np.minimum(nearest[here], distance, out=nearest[here])
     return taken
@@ -133,18 +138,20 @@ def typical_rows(
     Args:
         features: [N, D].
         groups: [N] group number of each row, 0 and up.
-        budget: how many at most.
-        seed: of the clustering.
-        known: [M, D] of what has a label already; clusters with the fewest of them come first.
+        budget: most rows to take.
+        seed: of the clustering and of the samples in large clusters.
+        known: [M, D] of labelled images; clusters with the fewest of them come first.
     Returns:
         Row indices in the order of taking, one per group.
     """
-    centres = _cluster_centres(features, min(budget + _count(known), _MOST_CLUSTERS, len(features)), seed)
-    if not len(centres):
+    num_known = 0 if known is None else len(known)
+    num_clusters = min(budget + num_known, _MOST_CLUSTERS, len(features))
+    if not num_clusters:
         return []
+    centres = _cluster_centres(features, num_clusters, seed)
     clusters = _nearest_centre(features, centres)
     covered: NDArray[np.intp] = np.zeros(len(centres), dtype=np.intp)
-    if known is not None and len(known):
+    if known is not None and num_known:
         covered = np.bincount(_nearest_centre(known, centres), minlength=len(centres)).astype(np.intp)
     sizes = np.bincount(clusters, minlength=len(centres))
     chance = np.random.default_rng(seed)
@@ -164,30 +171,21 @@ def typical_rows(
     return taken
 
 
-def _count(known: Features | None) -> int:
-    return 0 if known is None else len(known)
-
-
 def _cluster_centres(features: Features, num_clusters: int, seed: int) -> Float32Array:
-    """Return centres by k-means: k-means++ draws, then Lloyd's steps until nothing moves or 25 are done."""
+    """Return k-means centres [num_clusters, D], fitted on parts of the features."""
+    from sklearn.cluster import MiniBatchKMeans
+
     chance = np.random.default_rng(seed)
-    free, squares = np.ones(len(features), dtype=bool), _squares(features)
-    nearest: FloatArray = np.full(len(features), np.inf)
-    centres = np.empty((num_clusters, features.shape[1]), dtype=np.float32)
-    for number in range(num_clusters):
-        centres[number] = features[_draw(nearest if number else squares, free, chance)]
-        _lower(nearest, features, squares, centres[number])
-    before: NDArray[np.intp] = np.empty(0, dtype=np.intp)
-    for _ in range(25):
-        clusters = _nearest_centre(features, centres)
-        if np.array_equal(clusters, before):
-            break
-        before = clusters
-        sums, sizes = np.zeros(centres.shape), np.bincount(clusters, minlength=num_clusters)
-        for at, part in _parts(features):
-            np.add.at(sums, clusters[at : at + len(part)], part)
-        filled = sizes > 0
-        centres[filled] = (sums[filled] / sizes[filled, None]).astype(np.float32)
+    # No reassignment: it moves the centres of small clusters into large ones, and a small cluster may be a rare
+    # diagnosis.
+    model = MiniBatchKMeans(num_clusters, random_state=int(chance.integers(2**31)), reassignment_ratio=0.0)
+    # The first batch places the centres, so it is drawn from the whole pool and not from its beginning.
+    first = np.sort(chance.choice(len(features), min(len(features), _ROWS_AT_ONCE), replace=False))
+    model.partial_fit(np.asarray(features[first], dtype=np.float32))
+    for _ in range(_PASSES):
+        for _, part in _parts(features):
+            model.partial_fit(part)
+    centres: Float32Array = model.cluster_centers_.astype(np.float32)
     return centres
 
 
@@ -198,7 +196,7 @@ def _nearest_centre(features: Features, centres: Float32Array) -> NDArray[np.int
 
 
 def _by_typicality(features: Features, rows: NDArray[np.intp], chance: np.random.Generator) -> list[int]:
-    """Return rows of one cluster, those with the closest neighbours first; a large one is held against a sample."""
+    """Return rows of one cluster, those with the closest neighbours first; in a large one, neighbours in a sample."""
     against = chance.choice(rows, _MOST_COMPARED, replace=False) if len(rows) > _MOST_COMPARED else rows
     others = np.asarray(features[against], dtype=np.float64)
     neighbours = min(_NEIGHBOURS, len(against) - 1)
@@ -208,6 +206,7 @@ def _by_typicality(features: Features, rows: NDArray[np.intp], chance: np.random
         squares = np.square(part).sum(axis=1)[:, None] + np.square(others).sum(axis=1) - 2.0 * part @ others.T
         closest = np.sort(np.partition(squares, neighbours, axis=1)[:, : neighbours + 1], axis=1)[:, 1:]
         mean_distance[at : at + len(part)] = np.sqrt(np.maximum(closest, 0.0)).mean(axis=1)
+    # Rounded, so that rows with equal distances keep their order whatever the order of summation was.
     return [int(row) for row in rows[np.argsort(mean_distance.round(9), kind="stable")]]
 
 
@@ -220,16 +219,6 @@ def _draw(weights: FloatArray, free: BoolArray, chance: np.random.Generator) -> 
 def _squares(features: Features) -> FloatArray:
     parts = [np.square(part, dtype=np.float64).sum(axis=1) for _, part in _parts(features)]
     return np.concatenate(parts) if parts else np.empty(0)
-
-
-def _lower(nearest: FloatArray, features: Features, squares: FloatArray, centre: Float32Array) -> None:
-    """Lower each row's squared distance to its nearest centre by one more centre."""
-    of_centre = float(np.square(centre, dtype=np.float64).sum())
-    for at, part in _parts(features):
-        here = slice(at, at + len(part))
-        # As a product, which reads each feature once: the speed of memory is the limit here.
-        distance = np.maximum(squares[here] + of_centre - 2.0 * (part @ centre), 0.0)
-        np.minimum(nearest[here], distance, out=nearest[here])
 
 
 def _nearest_of(part: Float32Array, squares: FloatArray, centres: Float32Array) -> FloatArray:

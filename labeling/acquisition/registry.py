@@ -1,8 +1,7 @@
-"""The acquisition rules by name, and how one is applied to a pool.
+"""Registry of acquisition rules, and their application to a pool.
 
-In: a `Pool` of arrays. Out: row numbers. Whatever the rule, rows that are not finite come first, at
-most one row of a group is taken, and the order of the pool's rows decides nothing: equal ids, seed and
-values give equal images.
+In: a `Pool` of arrays. Out: row numbers. With every rule, rows that are not finite come first, at most one row of a
+group is taken, and the choice does not depend on the order of the rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +33,10 @@ class Pool:
     Args:
         ids: [N] image ids, all different.
         group_ids: [N]; images of one lesion share a group.
-        probabilities: [N, C] calibrated, in class order; a row that is not finite is asked first.
+        probabilities: [N, C] calibrated, in class order; a row that is not finite is chosen first.
         features: [N, D], float16 to float64; may be memory-mapped.
         samples: [S, N, C] probabilities of S passes with dropout on.
-        known_features: [M, D] of images that have a label already.
+        known_features: [M, D] of labelled images.
         miss_costs: [C] of the taxonomy.
     """
 
@@ -55,7 +54,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a rule works on: finite rows sorted by id."""
+    """Input of a rule: finite rows sorted by id, and the group number of each."""
 
     pool: Pool
     groups: NDArray[np.intp]
@@ -65,13 +64,13 @@ class _Task:
 
 @dataclass(frozen=True)
 class AcquisitionRule:
-    """A way of choosing.
+    """A rule that chooses rows of a pool.
 
     Args:
         name: as in `relook label select --rule`.
-        description: one line.
-        needs: fields of the pool that have to be there.
-        pick: returns rows in the order of asking, one per group.
+        description: one line, for `relook catalog`.
+        needs: fields of the pool that must not be None.
+        pick: returns rows, best first, one per group.
     """
 
     name: str
@@ -81,15 +80,15 @@ class AcquisitionRule:
 
 
 def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0) -> list[int]:
-    """Return the rows that a rule asks for.
+    """Return the rows that a rule chooses.
 
     Args:
-        rule: its name.
-        pool: with the fields that the rule needs.
-        budget: how many at most.
-        seed: of rules with chance in them.
+        rule: name of the rule.
+        pool: has the fields that the rule needs.
+        budget: most rows to choose.
+        seed: used by rules that draw at random.
     Returns:
-        Row numbers, most wanted first, at most one per group. Rows that are not finite come first.
+        Row numbers, best first, at most one per group. Rows that are not finite come first.
     Raises:
         ConfigError: there is no such rule.
         ContractError: a field is missing or has another number of rows, or the budget is below 0.
@@ -97,6 +96,7 @@ def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0) -> list[int]:
     found = rule_named(rule)
     _check(found, pool, budget)
     wrong = _non_finite(found, pool)
+    # Sorted by id before the rule sees them, so that ties and random draws do not depend on the order of the pool.
     order = np.argsort(np.asarray(pool.ids, dtype=np.str_), kind="stable")
     groups = [str(group) for group in pool.group_ids]
     first = one_per_group(order[wrong[order]], groups, budget)
@@ -110,19 +110,19 @@ def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0) -> list[int]:
 
 
 def choose_mixed(budgets: Mapping[str, int], pool: Pool, *, seed: int = 0) -> list[tuple[int, str]]:
-    """Return rows by several rules, each with a budget of its own.
+    """Return the rows that several rules choose one after the other.
 
     Args:
-        budgets: how many by rule. `random` is drawn first, whatever its place, so that nothing else decides
-            what the audit sample looks like; the others follow in the order given.
-        pool: with the fields that the rules need.
-        seed: of rules with chance in them.
+        budgets: most rows by rule name; `random` goes first, the others follow in the given order.
+        pool: has the fields that the rules need.
+        seed: used by rules that draw at random.
     Returns:
         (row, rule) pairs, at most one per group over all rules.
     Raises:
         ConfigError: there is no such rule.
         ContractError: as in `choose`.
     """
+    # The audit sample must be random among all rows; after another rule it would be random among what that rule left.
     names = sorted(budgets, key=lambda name: name != "random")
     chosen: list[tuple[int, str]] = []
     blocked: set[str] = set()
@@ -135,7 +135,7 @@ def choose_mixed(budgets: Mapping[str, int], pool: Pool, *, seed: int = 0) -> li
 
 
 def rule_named(name: str) -> AcquisitionRule:
-    """Return a rule; a ConfigError names those that there are."""
+    """Return a rule by name; the ConfigError for an unknown name lists the rules."""
     try:
         return RULES[name]
     except KeyError:
@@ -143,7 +143,7 @@ def rule_named(name: str) -> AcquisitionRule:
 
 
 def acquisition_catalogue() -> list[dict[str, Any]]:
-    """Return the rules as rows of `relook catalog`."""
+    """Return the rules as rows for `relook catalog`."""
     return [{"name": r.name, "needs": list(r.needs), "description": r.description} for r in RULES.values()]
 
 
@@ -164,7 +164,7 @@ def _check(rule: AcquisitionRule, pool: Pool, budget: int) -> None:
 
 
 def _non_finite(rule: AcquisitionRule, pool: Pool) -> BoolArray:
-    """Say which rows hold a value that is not finite in anything that there is of them."""
+    """Return a mask [N] of rows with non-finite probabilities, or non-finite values in a field that the rule needs."""
     wrong = np.zeros(len(pool), dtype=bool)
     if pool.probabilities is not None:
         wrong |= ~np.isfinite(pool.probabilities).all(axis=1)
@@ -178,7 +178,7 @@ def _non_finite(rule: AcquisitionRule, pool: Pool) -> BoolArray:
 
 
 def _taken(pool: Pool, rows: NDArray[np.intp]) -> Pool:
-    """Return some rows of a pool; all of them in order are not copied, since they may be a large file."""
+    """Return some rows of a pool, without copying if they are all rows in order: features may be a large file."""
     if len(rows) == len(pool) and bool((rows == np.arange(len(pool))).all()):
         return pool
     return replace(
@@ -193,7 +193,7 @@ def _taken(pool: Pool, rows: NDArray[np.intp]) -> Pool:
 
 def _by_score(score: Callable[[Pool], FloatArray]) -> Callable[[_Task], list[int]]:
     def pick(task: _Task) -> list[int]:
-        # Rounded, so that equal scores stay equal whatever order they were added up in.
+        # Rounded, so that equal scores stay equal whatever the order of summation was.
         order = np.argsort(-score(task.pool).round(12), kind="stable")
         return one_per_group(order, list(task.pool.group_ids), task.budget)
 
@@ -201,7 +201,7 @@ def _by_score(score: Callable[[Pool], FloatArray]) -> Callable[[_Task], list[int
 
 
 def _random(task: _Task) -> list[int]:
-    # By group, not by image: a lesion with many images is not asked more often.
+    # Groups are ranked, not images: a lesion with many images is not chosen more often.
     groups = list(task.pool.group_ids)
     order = np.random.default_rng(task.seed).permutation(len(groups))
     ranks = np.random.default_rng(task.seed + 1).permutation(int(task.groups.max()) + 1)
@@ -211,7 +211,7 @@ def _random(task: _Task) -> list[int]:
 
 def _given(value: T | None) -> T:
     if value is None:
-        raise ContractError("a rule reads a field that it does not say it needs")
+        raise ContractError("a rule reads a field that is not among its `needs`")
     return value
 
 
@@ -252,7 +252,7 @@ _ALL = (
         "bald", "passes with dropout disagree most", ("samples",),
         _by_score(lambda pool: bald_scores(_given(pool.samples))),
     ),
-    AcquisitionRule("k_center", "farthest from everything labelled or taken", ("features",), _k_center),
+    AcquisitionRule("k_center", "farthest from all labelled and taken images", ("features",), _k_center),
     AcquisitionRule("badge", "large and different gradients", ("features", "probabilities"), _badge),
     AcquisitionRule("typiclust", "typical of its cluster; for a cold start", ("features",), _typiclust),
     AcquisitionRule(

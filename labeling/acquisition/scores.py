@@ -1,7 +1,7 @@
-"""Scores of single images: larger is asked sooner.
+"""Scores of single images from their probabilities; images with larger scores are labelled sooner.
 
-Pure functions over probabilities. A row that is not finite is never scored away: `non_finite_rows`
-names it, and it goes to an annotator first.
+Pure functions. Rows that are not finite are not scored: `non_finite_rows` finds them, and they go to an annotator
+first. `suspicious_rows` ranks images whose recorded label is probably wrong.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from records.errors import ContractError
 
 
 def least_confidence_scores(probabilities: FloatArray) -> FloatArray:
-    """Score how unsure each answer is: 1 minus the probability of the best class (Lewis and Gale 1994).
+    """Score how unsure each prediction is: 1 minus the probability of the best class (Lewis and Gale 1994).
 
     Args:
         probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
@@ -30,7 +30,7 @@ def least_confidence_scores(probabilities: FloatArray) -> FloatArray:
 
 
 def margin_scores(probabilities: FloatArray) -> FloatArray:
-    """Score how undecided each answer is: 1 minus the gap between its two best classes (Scheffer 2001).
+    """Score how undecided each prediction is: 1 minus the gap between its two best classes (Scheffer 2001).
 
     Args:
         probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
@@ -49,7 +49,7 @@ def margin_scores(probabilities: FloatArray) -> FloatArray:
 
 
 def entropy_scores(probabilities: FloatArray) -> FloatArray:
-    """Score the entropy of each answer, in nats (Shannon 1948).
+    """Score the entropy of each prediction, in nats (Shannon 1948).
 
     Args:
         probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
@@ -66,7 +66,7 @@ def entropy_scores(probabilities: FloatArray) -> FloatArray:
 
 
 def bald_scores(samples: FloatArray) -> FloatArray:
-    """Score how much the draws of a model disagree: the mutual information of answer and weights (Houlsby 2011).
+    """Score how much passes with dropout disagree: mutual information of prediction and weights (Houlsby 2011).
 
     Args:
         samples: [S, N, C] probabilities of S passes with dropout on, rows sum to 1 within 1e-6.
@@ -86,7 +86,7 @@ def bald_scores(samples: FloatArray) -> FloatArray:
 
 
 def miss_cost_scores(probabilities: FloatArray, miss_costs: FloatArray) -> FloatArray:
-    """Score what it is expected to cost if nobody looks: each class's probability times its miss cost.
+    """Score the expected cost of not reviewing an image: the sum of each class's probability times its miss cost.
 
     Args:
         probabilities: [N, C], rows sum to 1 within 1e-6, C >= 2.
@@ -109,26 +109,26 @@ def miss_cost_scores(probabilities: FloatArray, miss_costs: FloatArray) -> Float
 
 
 def non_finite_rows(probabilities: FloatArray) -> NDArray[np.intp]:
-    """Return the indices of rows with a value that is not finite; each of them goes to an annotator."""
+    """Return the indices of rows with a value that is not finite."""
     return np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
 
 
 def suspicious_rows(labels: NDArray[np.intp], probabilities: FloatArray) -> list[int]:
-    """Return the rows whose label is probably wrong, the most suspicious first.
+    """Return the rows whose label is probably wrong, by confident learning (Northcutt et al. 2021).
 
     Args:
-        labels: [N] class indices as they are recorded.
-        probabilities: [N, C] out-of-fold, in class order, rows sum to 1.
+        labels: [N] recorded class indices.
+        probabilities: [N, C] in class order, rows sum to 1, by models that did not learn from the row's lesion.
     Returns:
-        Row numbers, by how little the model believes the label; empty if there is nothing to suspect.
-        Classes that no row has are left out of the comparison.
+        Row numbers, those with the lowest probability of their label first; may be empty.
     Raises:
         ContractError: the shapes do not fit, or a probability is not finite.
     """
     if probabilities.ndim != 2 or labels.shape != (len(probabilities),):
         raise ContractError(f"{labels.shape} labels do not fit probabilities of shape {probabilities.shape}")
     if not np.isfinite(probabilities).all():
-        raise ContractError("a probability is not finite; leave out the images that the model cannot answer")
+        raise ContractError("a probability is not finite; leave out the images that the model cannot predict")
+    # cleanlab estimates a threshold per class from its own rows, so classes without rows are left out.
     present, compact = np.unique(labels, return_inverse=True)
     if len(present) < 2:
         return []
@@ -142,12 +142,12 @@ def suspicious_rows(labels: NDArray[np.intp], probabilities: FloatArray) -> list
 
 
 def one_per_group(order: NDArray[np.intp], group_ids: list[str], budget: int) -> list[int]:
-    """Take from an order at most one image of each group.
+    """Take at most one row of each group, in the given order.
 
     Args:
         order: [N] row indices, best first.
         group_ids: [N] group of each row; images of one lesion share a group.
-        budget: how many to take at most.
+        budget: most rows to take.
     Returns:
         Row indices, best first.
 
@@ -171,7 +171,7 @@ def _check(probabilities: FloatArray) -> None:
 
 
 def _entropy(probabilities: FloatArray) -> FloatArray:
-    # 0 ln 0 = 0, without a warning and without changing any other value.
+    # 0 ln 0 = 0; where the probability is 0 the logarithm is replaced by 0, which also avoids the warning.
     logs = np.log(np.where(probabilities > 0, probabilities, 1.0))
     found: FloatArray = np.maximum(-(probabilities * logs).sum(axis=-1), 0.0)
     return found

@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="session")
 def server(home: Home, settings: LabelingSettings) -> Iterator[ServerInfo]:
-    # Started so that it may call this machine; which project does so is each test's own matter.
+    # Started so that webhooks may reach this machine; which project sends them is up to each test.
     local = LocalLabelStudio(home, settings.model_copy(update={"webhook_url": "http://127.0.0.1:8000"}))
     yield local.up(lambda text: print(text))
     assert local.down()
@@ -65,9 +65,9 @@ AddItem = Callable[[bytes, bytes, float], ReviewItem]
 
 
 @pytest.fixture
-def ask_about(store: Store) -> AddItem:
-    """Write one question about an image with its overlay, at a priority."""
-    return lambda data, overlay, priority: add_item(store, data, overlay, priority)
+def add_item(store: Store) -> AddItem:
+    """Write one review item of an image with its overlay, at a priority."""
+    return lambda data, overlay, priority: write_item(store, data, overlay, priority)
 
 
 @pytest.fixture
@@ -77,15 +77,15 @@ def add_items(store: Store) -> AddItems:
     def add(count: int, *, first_seed: int = 0, overlays: bool = True) -> list[ReviewItem]:
         seeds = range(first_seed, first_seed + count)
         return [
-            add_item(store, make_image(seed), make_image(seed + 10_000, "PNG") if overlays else None, count - number)
+            write_item(store, make_image(seed), make_image(seed + 10_000, "PNG") if overlays else None, count - number)
             for number, seed in enumerate(seeds)
         ]
 
     return add
 
 
-def add_item(store: Store, data: bytes, overlay: bytes | None, priority: float) -> ReviewItem:
-    """Write one image with a prediction and a question."""
+def write_item(store: Store, data: bytes, overlay: bytes | None, priority: float) -> ReviewItem:
+    """Write one image with a prediction and a review item."""
     now = utc_now()
     image = Image(
         id=store.blobs.put(data),

@@ -70,7 +70,7 @@ def test_every_rule_takes_one_of_a_group_whatever_the_order(
 @pytest.mark.parametrize("rule", NAMES)
 @settings(max_examples=15, deadline=None)
 @given(bad=st.sets(st.integers(0, 11), max_size=6), value=st.sampled_from([np.nan, np.inf, -np.inf]))
-def test_what_is_not_finite_is_asked_first(rule: str, bad: set[int], value: float) -> None:
+def test_what_is_not_finite_is_chosen_first(rule: str, bad: set[int], value: float) -> None:
     pool = a_pool(12, 5)
     rows = sorted(bad)
     _some(pool.probabilities)[rows, 1] = value
@@ -91,7 +91,7 @@ def test_the_rules_are_named_and_say_what_they_need() -> None:
         choose("margin", replace(a_pool(3, 0), probabilities=np.full((2, 3), 1 / 3)), 1)
 
 
-def test_random_asks_every_lesion_with_the_same_chance() -> None:
+def test_random_chooses_every_lesion_with_the_same_chance() -> None:
     pool = Pool(ids=[f"{n:02d}" for n in range(12)], group_ids=["many"] * 10 + ["one", "other"])
     first = [pool.group_ids[choose("random", pool, 1, seed=seed)[0]] for seed in range(600)]
     # 200 expected; four standard deviations are 46.
@@ -114,7 +114,7 @@ def test_k_center_by_hand() -> None:
     assert k_center_rows(line[:0], np.arange(0), 3) == []
 
 
-def test_k_center_in_a_large_pool_takes_what_the_plain_way_takes() -> None:
+def test_k_center_in_a_large_pool_equals_the_plain_algorithm() -> None:
     chance = np.random.default_rng(1)
     features = chance.normal(size=(9_000, 5)) * chance.exponential(size=(9_000, 1))
     groups = chance.integers(0, 4_000, 9_000).astype(np.intp)
@@ -198,7 +198,7 @@ def test_badge_starts_where_scikit_activeml_does(seed: int) -> None:
     from skactiveml.pool import Badge
 
     class Fixed(SkactivemlClassifier):  # type: ignore[misc]
-        """Answers every question with the same probabilities."""
+        """Predicts the same probabilities for every input."""
 
         def fit(self, X: object, y: object) -> "Fixed":  # noqa: N803 - a name of the library
             return self
@@ -224,7 +224,7 @@ def test_typiclust_agrees_with_scikit_activeml() -> None:
     assert typical_rows(pool, np.arange(len(pool)), 3, seed=0, known=known) == [row - 1 for row in theirs]
 
 
-def test_half_of_planted_noise_is_found_at_a_precision_above_one_half() -> None:
+def test_half_of_planted_label_noise_is_found_at_a_precision_above_one_half() -> None:
     chance = np.random.default_rng(0)
     truth = chance.choice(7, 1400, p=[0.05, 0.07, 0.12, 0.03, 0.13, 0.57, 0.03])
     # A model that is right in about three quarters of cases, as an honest out-of-fold one may be.
@@ -239,7 +239,7 @@ def test_half_of_planted_noise_is_found_at_a_precision_above_one_half() -> None:
     assert 35 / at_half >= 0.5
 
 
-def test_what_cannot_be_judged_is_refused_or_empty() -> None:
+def test_suspicious_rows_of_unfit_input_are_refused_or_empty() -> None:
     assert suspicious_rows(np.array([2, 2]), np.full((2, 3), 1 / 3)) == []
     with pytest.raises(ContractError, match="not finite"):
         suspicious_rows(np.array([0, 1]), np.array([[np.nan, 1.0], [0.5, 0.5]]))

@@ -1,4 +1,4 @@
-"""Kappas by hand, planted confusions recovered, and readers who follow the model told from those who do not."""
+"""Kappas by hand, planted confusion matrices recovered, and anchoring of annotators who saw the prediction."""
 
 import itertools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 COUNT = itertools.count()
 
 
-def said(image: str, reader: str, label: str | None, *, blind: bool = False, item: str = "item") -> Annotation:
+def said(image: str, annotator: str, label: str | None, *, blind: bool = False, item: str = "item") -> Annotation:
     number = next(COUNT)
     at = START + timedelta(seconds=number)
     return Annotation(
@@ -27,7 +27,7 @@ def said(image: str, reader: str, label: str | None, *, blind: bool = False, ite
         image_id=image,
         kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL,
         label=label,
-        annotator=reader,
+        annotator=annotator,
         annotated_at=at,
         blind=blind,
         server="local",
@@ -52,8 +52,8 @@ def test_fleiss_by_hand() -> None:
         (0, 0, 0, 0, 14), (0, 2, 6, 4, 2), (0, 0, 3, 5, 6), (0, 3, 9, 2, 0), (2, 2, 8, 1, 1),
         (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7),
     ]  # fmt: skip
-    answers = [[str(code) for code, number in enumerate(row) for _ in range(number)] for row in table]
-    assert fleiss_kappa(answers) == pytest.approx(0.210, abs=5e-4)
+    votes = [[str(code) for code, number in enumerate(row) for _ in range(number)] for row in table]
+    assert fleiss_kappa(votes) == pytest.approx(0.210, abs=5e-4)
     assert fleiss_kappa([]) is None
     assert fleiss_kappa([["a", "a"]]) is None
 
@@ -61,24 +61,24 @@ def test_fleiss_by_hand() -> None:
 def _simulated(confusion: dict[str, np.ndarray], truth: list[int], codes: list[str]) -> list[Annotation]:
     chance = np.random.default_rng(4)
     return [
-        said(f"{number:04d}", reader, codes[chance.choice(len(codes), p=matrix[true])])
+        said(f"{number:04d}", annotator, codes[chance.choice(len(codes), p=matrix[true])])
         for number, true in enumerate(truth)
-        for reader, matrix in confusion.items()
+        for annotator, matrix in confusion.items()
     ]
 
 
 def test_dawid_skene_recovers_planted_confusions_and_beats_the_majority() -> None:
     codes = ["bkl", "mel", "nv"]
     good = np.array([[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.05, 0.05, 0.9]])
-    # Two readers who call most melanomas nevi outvote the careful ones where they meet.
+    # Two annotators who call most melanomas nevi outvote the careful ones where they meet.
     careless = np.array([[0.8, 0.1, 0.1], [0.1, 0.2, 0.7], [0.1, 0.1, 0.8]])
     planted = {"good 1": good, "good 2": good, "careless 1": careless, "careless 2": careless}
     truth = [int(t) for t in np.random.default_rng(1).integers(0, 3, 1500)]
     labels = _simulated(planted, truth, codes)
     found = annotator_confusion(labels)
-    for reader, matrix in planted.items():
-        for true, answered in itertools.product(range(3), range(3)):
-            assert found[reader][codes[true]][codes[answered]] == pytest.approx(matrix[true, answered], abs=0.06)
+    for annotator, matrix in planted.items():
+        for true, named in itertools.product(range(3), range(3)):
+            assert found[annotator][codes[true]][codes[named]] == pytest.approx(matrix[true, named], abs=0.06)
 
     def right(method: str) -> int:
         resolved = resolve(labels, method=method)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_dawid_skene_recovers_planted_confusions_and_beats_the_majority() -> Non
     assert 0.5 < one.confidence <= 1.0
 
 
-def test_an_adjudication_stands_above_any_majority() -> None:
+def test_an_adjudication_overrides_any_majority() -> None:
     labels = [said("i", "a", "mel"), said("i", "b", "nv")]
     assert list(contested(labels, 0.67)) == ["i"]
     assert contested([*labels, said("i", "c", "nv")], 0.6) == {}
@@ -99,13 +99,13 @@ def test_an_adjudication_stands_above_any_majority() -> None:
     labels += [said("i", "chief", "mel", item="decide"), said("i", "c", "nv"), said("i", "d", "nv")]
     (found,) = resolve(labels, adjudications={"decide"})
     assert (found.label, found.method, found.confirmation) == ("mel", "adjudication", Confirmation.CONSENSUS)
-    # Whoever read it first and decides later does so all the same.
+    # A later annotation by the adjudicator does not replace the decision.
     labels.append(said("i", "chief", "nv"))
     assert resolve(labels, adjudications={"decide"})[0].label == "mel"
     assert resolve(labels)[0].label == "nv"
 
 
-def test_the_report_counts_images_with_two_readers() -> None:
+def test_the_report_counts_images_with_two_annotators() -> None:
     labels = [said("i", "a", "mel"), said("i", "b", "mel"), said("j", "a", "nv"), said("j", "b", "mel")]
     found = agreement([*labels, said("k", "a", "nv")], {}, {}, ["mel", "nv"])
     assert found.images == 2

@@ -1,4 +1,4 @@
-"""A network that drops, doubles and delays, and a process that is killed: nothing lost, nothing doubled."""
+"""A network that drops, repeats and delays requests, and killed processes: nothing lost, nothing duplicated."""
 
 import os
 import signal
@@ -36,11 +36,11 @@ def _until_quiet(store: Store, url: str, token: str, settings: LabelingSettings)
             waits = tx.count(ReviewItem, where={"state": ReviewState.NEW})
         if not waits and report.pull.idle:
             return failures
-    pytest.fail("60 looks were not enough")
+    pytest.fail("60 syncs were not enough")
 
 
 @pytest.mark.slow
-def test_a_bad_network_loses_and_doubles_nothing(
+def test_a_bad_network_loses_and_duplicates_nothing(
     store: Store,
     client: LabelStudioClient,
     server: ServerInfo,
@@ -67,7 +67,7 @@ def test_a_bad_network_loses_and_doubles_nothing(
 
 
 @pytest.mark.slow
-def test_a_killed_push_goes_on_where_it_was(
+def test_a_killed_push_is_continued(
     store: Store, client: LabelStudioClient, server: ServerInfo, settings: LabelingSettings
 ) -> None:
     label_chaos.add_review_items(store, 30, 4)

@@ -1,4 +1,4 @@
-"""The verbs, called as a person calls them, against a real Label Studio."""
+"""The `relook label` verbs through typer's runner, against a real Label Studio."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def _json(result: Result) -> dict[str, Any]:
     return found
 
 
-def test_push_answer_pull_and_sync(
+def test_push_annotate_pull_and_sync(
     store: Store, client: LabelStudioClient, elsewhere: LabelingSettings, add_items: AddItems, call: Call
 ) -> None:
     items = add_items(4)

@@ -1,4 +1,4 @@
-"""One clear sentence per failure: real refusals of Label Studio, and small real servers that misbehave."""
+"""One sentence per failure: refusals of a real Label Studio, and small HTTP servers that misbehave."""
 
 import json
 import socket
@@ -19,16 +19,16 @@ from records.errors import LabelStudioError, UnknownIdError
 from records.store import Store
 from records.types import ReviewItem
 
-Answers = list[tuple[int, str]]
+Responses = list[tuple[int, str]]
 
 
 @pytest.fixture
-def misbehaving() -> Iterator[Callable[[Answers], str]]:
-    """Make a server that gives these answers, one a request, the last one for good; returns its URL."""
+def misbehaving() -> Iterator[Callable[[Responses], str]]:
+    """Make a server that gives these responses, one a request, the last one for good; returns its URL."""
     servers: list[ThreadingHTTPServer] = []
 
-    def make(answers: Answers) -> str:
-        waiting = list(answers)
+    def make(responses: Responses) -> str:
+        waiting = list(responses)
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -96,7 +96,7 @@ def test_an_annotation_with_a_known_key_is_made_once(
     assert client.create_annotation(task_id, annotation_result("nv"), key=key) is None
 
 
-def test_pages_follow_each_other_without_gap_or_double(
+def test_pages_follow_each_other_without_gap_or_duplicate(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: Callable[..., list[ReviewItem]]
 ) -> None:
     add_items(7)
@@ -111,7 +111,7 @@ def test_pages_follow_each_other_without_gap_or_double(
     assert [row.id for row in since] == ids[-1:]
 
 
-def test_nobody_there() -> None:
+def test_no_server_at_the_address() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -122,7 +122,7 @@ def test_nobody_there() -> None:
         client.import_tasks(1, [])
 
 
-def test_somebody_who_never_answers() -> None:
+def test_a_server_that_never_responds() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -133,7 +133,7 @@ def test_somebody_who_never_answers() -> None:
 
 
 @pytest.mark.parametrize("body", ["<html>hello</html>", "{}", "[]", "null", '{"tasks": [{}], "total": 1}'])
-def test_something_else_that_answers(misbehaving: Callable[[Answers], str], body: str) -> None:
+def test_a_server_that_is_not_label_studio(misbehaving: Callable[[Responses], str], body: str) -> None:
     with (
         LabelStudioClient(misbehaving([(200, body)]), "0" * 40) as client,
         pytest.raises(LabelStudioError, match="is not a Label Studio that Relook knows"),
@@ -141,7 +141,7 @@ def test_something_else_that_answers(misbehaving: Callable[[Answers], str], body
         client.state(1)
 
 
-def test_passing_failures_are_retried_and_an_import_is_not(misbehaving: Callable[[Answers], str]) -> None:
+def test_passing_failures_are_retried_and_an_import_is_not(misbehaving: Callable[[Responses], str]) -> None:
     fine = json.dumps(
         {"total": 3, "total_annotations": 1, "tasks": [{"id": 1, "meta": {}, "updated_at": "2026-01-01T00:00:00Z"}]}
     )
@@ -155,7 +155,7 @@ def test_passing_failures_are_retried_and_an_import_is_not(misbehaving: Callable
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "refused the token"), (400, "refused to read project 1")])
-def test_refusals_are_not_retried(misbehaving: Callable[[Answers], str], status: int, words: str) -> None:
+def test_refusals_are_not_retried(misbehaving: Callable[[Responses], str], status: int, words: str) -> None:
     url = misbehaving([(status, '{"detail": "no"}'), (200, "{}")])
     with LabelStudioClient(url, "0" * 40) as client, pytest.raises(LabelStudioError, match=words):
         client.project(1)

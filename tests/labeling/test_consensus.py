@@ -1,4 +1,4 @@
-"""Majority by hand: whose answer counts, and when there is no label."""
+"""Majority by hand: which annotations count, and when there is no label."""
 
 import itertools
 import random
@@ -13,7 +13,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 COUNT = itertools.count()
 
 
-def said(reader: str, label: str | None, *, annotation: int | None = None, **changes: object) -> Annotation:
+def said(annotator: str, label: str | None, *, annotation: int | None = None, **changes: object) -> Annotation:
     """One row; `None` is can't tell. Each call is a second later than the one before."""
     number = next(COUNT)
     at = START + timedelta(seconds=number)
@@ -24,7 +24,7 @@ def said(reader: str, label: str | None, *, annotation: int | None = None, **cha
         image_id="image",
         kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL,
         label=label,
-        annotator=reader,
+        annotator=annotator,
         annotated_at=at,
         server="local",
         project_id=1,
@@ -35,7 +35,7 @@ def said(reader: str, label: str | None, *, annotation: int | None = None, **cha
     return row.model_copy(update=changes)
 
 
-def test_one_reader_is_a_single_reader() -> None:
+def test_one_annotator_is_a_single_reader() -> None:
     (found,) = resolve([said("a", "mel")])
     assert (found.image_id, found.label, found.confirmation) == ("image", "mel", Confirmation.SINGLE_READER)
     assert found.annotators == ["a"]
@@ -54,7 +54,7 @@ def test_two_who_agree_are_a_consensus() -> None:
     [["mel", "nv"], [None], [None, None], ["mel", "mel", "nv", "bcc"], ["mel", "mel", "nv", "nv", None]],
 )
 def test_no_majority_is_no_label(labels: list[str | None]) -> None:
-    (found,) = resolve([said(f"reader {n}", label) for n, label in enumerate(labels)])
+    (found,) = resolve([said(f"annotator {n}", label) for n, label in enumerate(labels)])
     assert found.label is None
     assert found.confirmation is Confirmation.SINGLE_READER
 
@@ -74,12 +74,12 @@ def test_the_newest_revision_counts() -> None:
     assert found.label == "nv"
 
 
-def test_a_readers_newest_annotation_counts() -> None:
+def test_an_annotators_newest_annotation_counts() -> None:
     (found,) = resolve([said("a", "mel"), said("a", "nv"), said("b", "nv")])
     assert (found.label, found.confirmation, found.annotators) == ("nv", Confirmation.CONSENSUS, ["a", "b"])
 
 
-def test_a_tombstone_ends_an_annotation_and_an_older_one_stands_again() -> None:
+def test_a_tombstone_ends_an_annotation_and_an_older_one_counts_again() -> None:
     first, second = said("a", "mel", annotation=1), said("a", "nv", annotation=2)
     gone = said("a", "nv", annotation=2, deleted=True)
     assert resolve([second, gone]) == []

@@ -1,4 +1,4 @@
-"""Label Studio's own environment: the lock, the marker, and what an interrupted install leaves."""
+"""Label Studio's own environment: the lock file, the marker, and interrupted installs."""
 
 import os
 import re

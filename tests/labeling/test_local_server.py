@@ -1,4 +1,4 @@
-"""The local Label Studio: who may reach it, what it tells, and that it really stops."""
+"""The local Label Studio: loopback only, its secrets, starting and finding it, and that it really stops."""
 
 import json
 import os
@@ -59,10 +59,10 @@ def test_sign_up_is_closed_and_calls_need_a_token(server: ServerInfo) -> None:
         form = {"email": "stranger@example.org", "password": "a-long-password"}
         page = http.get("/user/signup/")
         token = page.cookies.get("csrftoken") or http.cookies.get("csrftoken") or ""
-        answer = http.post(
+        response = http.post(
             "/user/signup/", data={**form, "csrfmiddlewaretoken": token}, headers={"Referer": f"{server.url}/"}
         )
-        assert answer.status_code in (403, 405), answer.text[:200]
+        assert response.status_code in (403, 405), response.text[:200]
 
 
 def test_up_finds_what_runs(server: ServerInfo, home: Home, settings: LabelingSettings) -> None:
@@ -109,7 +109,7 @@ def test_a_taken_port_is_one_sentence_that_names_the_setting(own_home: Home, set
     assert not local.existed
 
 
-def test_a_server_that_does_not_come_up_shows_its_last_words(own: LocalLabelStudio, own_home: Home) -> None:
+def test_a_server_that_does_not_come_up_shows_its_last_log_line(own: LocalLabelStudio, own_home: Home) -> None:
     own.keys_file.write_text(json.dumps({"username": "a@b.c", "password": "p" * 12, "token": "t" * 40}))
     (own_home.label_studio / DATABASE).write_bytes(b"not a database" * 100)
     with pytest.raises(LabelStudioError, match=r"stopped while it started: .*not a database.*label-studio\.log"):

@@ -35,9 +35,9 @@ def _log_in(page: "Page", server: ServerInfo) -> None:
     page.get_by_text("Projects").first.wait_for()
 
 
-def _is_drawn(make_image: "Locator") -> bool:
-    make_image.wait_for()
-    return bool(make_image.evaluate("async image => { await image.decode(); return image.naturalWidth > 0; }"))
+def _is_drawn(shown: "Locator") -> bool:
+    shown.wait_for()
+    return bool(shown.evaluate("async image => { await image.decode(); return image.naturalWidth > 0; }"))
 
 
 def _lesion(number: int) -> tuple[bytes, bytes]:
@@ -48,8 +48,8 @@ def _lesion(number: int) -> tuple[bytes, bytes]:
         return data, overlay_png(np.asarray(opened.convert("RGB")), np.exp(-5 * (x**2 + (y - 0.1) ** 2)))
 
 
-def _answer(page: "Page", diagnosis: str, comment: str) -> None:
-    """Click a diagnosis, write a comment, submit, and wait until the next question was asked for."""
+def _annotate(page: "Page", diagnosis: str, comment: str) -> None:
+    """Click a diagnosis, write a comment, submit, and wait until the next task was requested."""
     chosen = page.locator("input[type=radio]:checked")
     expect(chosen).to_have_count(0)
     page.locator("label").filter(has_text=diagnosis).first.click()
@@ -67,13 +67,13 @@ def test_an_annotator_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_
     client: LabelStudioClient,
     store: Store,
     settings: LabelingSettings,
-    ask_about: Callable[[bytes, bytes, float], ReviewItem],
+    add_item: Callable[[bytes, bytes, float], ReviewItem],
     tmp_path: Path,
 ) -> None:
-    # In two pushes, and neither by priority, so that the order of the tasks and the order of asking differ.
-    items = [ask_about(*_lesion(number), priority) for number, priority in enumerate((20.0, 5.0))]
+    # In two pushes, and neither by priority, so that the order of the task ids and the order shown differ.
+    items = [add_item(*_lesion(number), priority) for number, priority in enumerate((20.0, 5.0))]
     first = push(store, client, settings)
-    items += [ask_about(*_lesion(number + 2), priority) for number, priority in enumerate((30.0, 1.0, 10.0))]
+    items += [add_item(*_lesion(number + 2), priority) for number, priority in enumerate((30.0, 1.0, 10.0))]
     push(store, client, settings)
     by_priority = sorted(items, key=lambda item: -item.priority)
 
@@ -81,10 +81,10 @@ def test_an_annotator_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_
     page = context.new_page()
     page.set_default_timeout(PATIENCE_MS)
     expect.set_options(timeout=PATIENCE_MS)
-    asked_elsewhere: list[str] = []
+    requested_elsewhere: list[str] = []
     page.on(
         "request",
-        lambda r: asked_elsewhere.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None,
+        lambda r: requested_elsewhere.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None,
     )
     _log_in(page, server)
     page.goto(f"{server.url}/projects/{first.project_id}/data")
@@ -94,12 +94,12 @@ def test_an_annotator_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_
     page.get_by_text("The model was not sure.").wait_for()
     assert page.get_by_text("age 55, female, back").is_visible()
     images = page.get_by_alt_text("image", exact=True)
-    make_image, heat_map = images.first, images.nth(1)
-    assert _is_drawn(make_image)
+    image, heat_map = images.first, images.nth(1)
+    assert _is_drawn(image)
     expect(heat_map).to_be_hidden()
-    assert not page.get_by_text("Melanoma 60%").is_visible(), "the model's opinion is folded away"
+    assert not page.get_by_text("Melanoma 60%").is_visible(), "the model's prediction is folded away"
     page.screenshot(path=tmp_path / "label-task.png")
-    page.get_by_text("What the model answered").click()
+    page.get_by_text("Model's prediction", exact=True).click()
     page.get_by_text("Melanoma 60%").wait_for()
     page.get_by_text("Where the model looked").click()
     assert _is_drawn(heat_map)
@@ -108,15 +108,15 @@ def test_an_annotator_sees_image_and_heat_map_and_clicks_arrive_in_the_order_of_
     page.get_by_text("Where the model looked").click()
     expect(heat_map).to_be_hidden()
 
-    answers = ("Dermatofibroma", "Melanoma", "Melanocytic nevus", "Can't tell", "Basal cell carcinoma")
-    for number, diagnosis in enumerate(answers, start=1):
-        _answer(page, diagnosis, f"looked at number {number}")
+    diagnoses = ("Dermatofibroma", "Melanoma", "Melanocytic nevus", "Can't tell", "Basal cell carcinoma")
+    for number, diagnosis in enumerate(diagnoses, start=1):
+        _annotate(page, diagnosis, f"looked at number {number}")
     context.close()
 
     assert pull(store, client, settings).new_labels == 5
     with store.ledger.read() as tx:
-        said = tx.find(Annotation, order_by=("annotated_at",))
-    assert [label.review_item_id for label in said] == [item.id for item in by_priority]
-    assert [label.label for label in said] == ["df", "mel", "nv", None, "bcc"]
-    assert [label.comment for label in said] == [f"looked at number {n}" for n in range(1, 6)]
-    assert asked_elsewhere == []
+        labels = tx.find(Annotation, order_by=("annotated_at",))
+    assert [label.review_item_id for label in labels] == [item.id for item in by_priority]
+    assert [label.label for label in labels] == ["df", "mel", "nv", None, "bcc"]
+    assert [label.comment for label in labels] == [f"looked at number {n}" for n in range(1, 6)]
+    assert requested_elsewhere == []

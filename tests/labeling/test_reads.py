@@ -1,4 +1,4 @@
-"""Who reads what: blind questions, readers of their own, questions that changed, and disagreement."""
+"""Reads: blind items, projects per reader, refreshed tasks, and adjudication."""
 
 import uuid
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_further_reads_are_planned_once(store: Store, settings: LabelingSettings
 
 
 @pytest.mark.parametrize("reason", [ReasonCode.FLAGGED, ReasonCode.URGENT])
-def test_a_drawn_question_that_is_not_blind_has_one_blind_read(
+def test_a_drawn_item_that_is_not_blind_gets_one_blind_read(
     store: Store, settings: LabelingSettings, add_items: AddItems, reason: ReasonCode
 ) -> None:
     drawn, other = add_items(2)
@@ -69,7 +69,7 @@ def test_a_drawn_question_that_is_not_blind_has_one_blind_read(
     assert ReasonCode.AUDIT_SAMPLE in read.reasons
 
 
-def test_a_blind_task_says_nothing_of_the_model(store: Store, settings: LabelingSettings, add_items: AddItems) -> None:
+def test_a_blind_task_shows_nothing_of_the_model(store: Store, settings: LabelingSettings, add_items: AddItems) -> None:
     (item,) = add_items(1)
     config = label_config(store.taxonomy, blind=True)
     assert "$heatmap" not in config
@@ -87,7 +87,7 @@ def test_a_blind_task_says_nothing_of_the_model(store: Store, settings: Labeling
     assert "mel" not in made["data"]["why"]
 
 
-def test_blind_questions_go_to_their_readers_and_come_back_blind(
+def test_blind_items_go_to_their_readers_and_come_back_blind(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     audit, flagged, plain = add_items(3)
@@ -110,12 +110,12 @@ def test_blind_questions_go_to_their_readers_and_come_back_blind(
     assert (labels[audit.id], labels[flagged.id], labels[plain.id]) == (True, False, False)
     assert sum(labels.values()) == 2
     found = read_agreement(store).anchoring
-    assert found.shown + found.blind == 3, "one reader answered all, and of a reader the newest answer counts"
+    assert found.shown + found.blind == 3, "one annotator did all, and of an annotator the newest annotation counts"
     pull(store, client, wanted)
     assert pull(store, client, wanted).idle
 
 
-def test_a_question_that_changes_moves_up_and_says_so(
+def test_a_changed_item_moves_up_and_its_task_says_so(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     add_items(3)
@@ -138,15 +138,15 @@ def test_a_question_that_changes_moves_up_and_says_so(
     assert _items(store)[0].sent_hash == content_hash(_items(store)[0])
 
 
-def test_disagreement_asks_once_more_and_is_resolved(
+def test_disagreement_adds_one_adjudication_that_resolves_it(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     (item,) = add_items(1)
     sync(store, client, settings)
     task_id = _items(store)[0].task_id or 0
-    people = [client.ensure_user(f"{name}@relook.local", name, "Reader") for name in ("one", "two", "chief")]
-    for person, label in zip(people, ("mel", "nv"), strict=False):
-        client.create_annotation(task_id, annotation_result(label), key=uuid.uuid4(), completed_by=person)
+    annotators = [client.ensure_user(f"{name}@relook.local", name, "Reader") for name in ("one", "two", "chief")]
+    for annotator, label in zip(annotators, ("mel", "nv"), strict=False):
+        client.create_annotation(task_id, annotation_result(label), key=uuid.uuid4(), completed_by=annotator)
     report = sync(store, client, settings)
     assert (report.adjudications, report.push.pushed) == (1, 1)
     assert add_adjudications(store, settings.adjudicate_below) == 0
@@ -155,7 +155,9 @@ def test_disagreement_asks_once_more_and_is_resolved(
     assert resolve(labels)[0].label is None
     decision = next(one for one in _items(store) if ReasonCode.ADJUDICATION in one.reasons)
     assert decision.state is ReviewState.PUSHED
-    client.create_annotation(decision.task_id or 0, annotation_result("mel"), key=uuid.uuid4(), completed_by=people[2])
+    client.create_annotation(
+        decision.task_id or 0, annotation_result("mel"), key=uuid.uuid4(), completed_by=annotators[2]
+    )
     assert sync(store, client, settings).adjudications == 0
     with store.ledger.read() as tx:
         labels = tx.find(Annotation)

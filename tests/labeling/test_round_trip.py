@@ -1,4 +1,4 @@
-"""Push, answer, edit, delete and pull against a real Label Studio: the ledger says what it says."""
+"""Push, annotate, edit, delete and pull against a real Label Studio: the ledger equals it afterwards."""
 
 import uuid
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from records.types import Annotation, AnnotationKind, ReviewItem, ReviewState
 AddItems = Callable[..., list[ReviewItem]]
 
 
-def _say(client: LabelStudioClient, task_id: int, label: str) -> int:
+def _annotate(client: LabelStudioClient, task_id: int, label: str) -> int:
     made = client.create_annotation(task_id, annotation_result(label), key=uuid.uuid4())
     assert made is not None
     return made
@@ -36,7 +36,7 @@ def _delete(client: LabelStudioClient, annotation_id: int) -> None:
 
 
 def _post(client: LabelStudioClient, task_id: int, body: dict[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = client.request("POST", f"api/tasks/{task_id}/annotations/", "answer", body=body)
+    made: dict[str, Any] = client.request("POST", f"api/tasks/{task_id}/annotations/", "annotate", body=body)
     return made
 
 
@@ -51,23 +51,23 @@ def _labels(store: Store) -> list[Annotation]:
 
 
 def _said(client: LabelStudioClient, project_id: int) -> dict[int, dict[str, Any]]:
-    """Task id -> item and standing answers of everything in a project, from Label Studio's own export."""
-    asked = {"exportType": "JSON", "download_all_tasks": "true"}
+    """Task id -> item and annotations of everything in a project, from Label Studio's own export."""
+    params = {"exportType": "JSON", "download_all_tasks": "true"}
     return {
         task["id"]: {
             "item": task["meta"]["relook_item"],
-            "answers": {
+            "annotations": {
                 one["id"]: (one["result"][0]["value"]["choices"][0], datetime.fromisoformat(one["updated_at"]))
                 for one in task["annotations"]
                 if not one["was_cancelled"]
             },
         }
-        for task in client.request("GET", f"api/projects/{project_id}/export", "export", params=asked)
+        for task in client.request("GET", f"api/projects/{project_id}/export", "export", params=params)
     }
 
 
 def _held(store: Store, project_id: int) -> dict[int, dict[str, Any]]:
-    """The same, as the ledger has it; an item is answered if and only if an answer of its task stands."""
+    """The same from the ledger; an item is answered if and only if its task has an annotation that is not deleted."""
     newest = {label.annotation_id: label for label in _labels(store)}
     held = {}
     for item in _items(store):
@@ -76,8 +76,8 @@ def _held(store: Store, project_id: int) -> dict[int, dict[str, Any]]:
         mine = [one for one in newest.values() if one.task_id == item.task_id and not one.deleted]
         assert {(one.review_item_id, one.image_id) for one in mine} <= {(item.id, item.image_id)}
         assert item.state is (ReviewState.ANSWERED if mine else ReviewState.PUSHED)
-        answers = {one.annotation_id: (one.label, one.annotated_at) for one in mine}
-        held[item.task_id] = {"item": item.id, "answers": answers}
+        annotations = {one.annotation_id: (one.label, one.annotated_at) for one in mine}
+        held[item.task_id] = {"item": item.id, "annotations": annotations}
     return held
 
 
@@ -92,7 +92,7 @@ def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
     items = _items(store)
     assert [item.task_id for item in items] == sorted(item.task_id or 0 for item in items), "the most urgent first"
 
-    made = [_say(client, item.task_id or 0, "mel" if n % 2 else "nv") for n, item in enumerate(items[:180])]
+    made = [_annotate(client, item.task_id or 0, "mel" if n % 2 else "nv") for n, item in enumerate(items[:180])]
     first = pull(store, client, settings)
     assert (first.new_labels, first.annotations, first.edited, first.deleted) == (180, 180, 0, 0)
     assert _held(store, project_id) == _said(client, project_id)
@@ -101,15 +101,15 @@ def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
         _edit(client, number, result=annotation_result("bcc"))
     for number in made[20:30]:
         _delete(client, number)
-    for number in made[30:35]:  # an answer that is turned into a skip, and tasks that were never anything else
+    for number in made[30:35]:  # annotations that are turned into skips, and tasks that were only skipped
         _edit(client, number, was_cancelled=True)
     skip = {"result": [], "was_cancelled": True}
     skips = [_post(client, items[n].task_id or 0, skip)["id"] for n in range(180, 185)]
     second = pull(store, client, settings)
     assert (second.new_labels, second.edited, second.deleted) == (20, 20, 15)
-    assert set(skips).isdisjoint(label.annotation_id for label in _labels(store)), "a skip is no answer"
+    assert set(skips).isdisjoint(label.annotation_id for label in _labels(store)), "a skip is no annotation"
     said = _said(client, project_id)
-    assert sum(len(task["answers"]) for task in said.values()) == 165
+    assert sum(len(task["annotations"]) for task in said.values()) == 165
     assert _held(store, project_id) == said
 
     again = pull(store, client, settings)
@@ -120,7 +120,7 @@ def test_the_ledger_equals_label_studio_after_edits_deletions_and_skips(
     assert len(_labels(store)) == 180 + 20 + 15
 
 
-def test_what_an_answer_says_is_kept(
+def test_the_content_of_an_annotation_is_kept(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     items = add_items(4)
@@ -129,10 +129,10 @@ def test_what_an_answer_says_is_kept(
     quality = {"from_name": "image_quality", "to_name": "image", "type": "choices", "value": {"choices": ["usable"]}}
     comment = {"from_name": "comment", "to_name": "image", "type": "textarea", "value": {"text": ["hair"]}}
     client.create_annotation(tasks[items[0].id], [*annotation_result("df"), quality, comment], key=uuid.uuid4())
-    _say(client, tasks[items[1].id], CANT_TELL)
+    _annotate(client, tasks[items[1].id], CANT_TELL)
     other = {"from_name": "other_text", "to_name": "image", "type": "textarea", "value": {"text": ["a wart"]}}
     client.create_annotation(tasks[items[2].id], [*annotation_result(OTHER), other], key=uuid.uuid4())
-    _say(client, tasks[items[3].id], "no_such_class")
+    _annotate(client, tasks[items[3].id], "no_such_class")
 
     report = pull(store, client, settings)
     assert (report.new_labels, report.cant_tell, report.other) == (4, 1, 1)
@@ -151,7 +151,7 @@ def test_what_an_answer_says_is_kept(
     assert "no_such_class" in (unknown.other_text or "")
 
 
-def test_a_push_killed_after_its_import_doubles_nothing(
+def test_a_push_killed_after_its_import_duplicates_nothing(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     items = add_items(6)
@@ -178,14 +178,14 @@ def test_a_push_killed_after_its_import_doubles_nothing(
     assert client.state(project.id).total == 6
 
 
-def test_second_tasks_of_a_question_are_removed_and_no_answer_with_them(
+def test_second_tasks_of_an_item_are_removed_and_no_annotation_with_them(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     add_items(3)
     project = open_project(store, client, settings)
     push(store, client, settings)
     first = _items(store)
-    # The same import arriving twice: of one question the ledger knows the first task, of one the second.
+    # The same import arriving twice: of one item the ledger knows the first task, of one the second.
     empty = dict.fromkeys(("image", "heatmap", "why", "answer", "about"), "")
     again = [
         {"data": empty, "meta": {"relook_item": item.id, "relook_key": item_key(item.id, project)}} for item in first
@@ -193,7 +193,7 @@ def test_second_tasks_of_a_question_are_removed_and_no_answer_with_them(
     second = client.import_tasks(project.id, again)
     with store.ledger.begin() as tx:
         tx.update(ReviewItem, first[1].id, task_id=second[1])
-    _say(client, second[2], "mel")
+    _annotate(client, second[2], "mel")
     report = pull(store, client, settings)
     assert (report.doubled, report.new_labels, report.tasks_deleted) == (3, 1, 0)
     items = _items(store)
@@ -203,13 +203,13 @@ def test_second_tasks_of_a_question_are_removed_and_no_answer_with_them(
     assert (pull(store, client, settings).doubled, len(_labels(store))) == (0, 1)
 
 
-def test_a_deleted_task_is_withdrawn_and_its_answer_buried(
+def test_a_deleted_task_withdraws_its_item_and_annotation(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     items = add_items(3)
     push(store, client, settings)
     first, second, third = _items(store)
-    _say(client, first.task_id or 0, "mel")
+    _annotate(client, first.task_id or 0, "mel")
     assert pull(store, client, settings).new_labels == 1
     client.delete_task(first.task_id or 0)
     client.delete_task(second.task_id or 0)
@@ -222,13 +222,13 @@ def test_a_deleted_task_is_withdrawn_and_its_answer_buried(
     assert third.state is ReviewState.PUSHED
 
 
-def test_a_deleted_project_is_asked_again_and_keeps_its_answers(
+def test_a_deleted_project_is_made_anew_and_keeps_its_annotations(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     add_items(3)
     old = push(store, client, settings).project_id
     answered = _items(store)[0]
-    _say(client, answered.task_id or 0, "mel")
+    _annotate(client, answered.task_id or 0, "mel")
     pull(store, client, settings)
     client.request("DELETE", f"api/projects/{old}", "delete the project")
     assert pull(store, client, settings).requeued == 2
@@ -238,7 +238,7 @@ def test_a_deleted_project_is_asked_again_and_keeps_its_answers(
     assert [label.label for label in resolve(_labels(store))] == ["mel"]
 
 
-def test_the_simulated_annotator_answers_once_and_reproducibly(
+def test_the_simulated_annotator_annotates_once_and_reproducibly(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems
 ) -> None:
     items = add_items(24)

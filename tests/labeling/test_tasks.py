@@ -1,4 +1,4 @@
-"""The labeling page, the task format, and how answers are read; no server."""
+"""The labeling page, the task format, and the parsing of annotations; no server."""
 
 import base64
 import io
@@ -109,7 +109,7 @@ def test_the_page_follows_the_taxonomy() -> None:
     assert label_config(HAM) == label_config(load_taxonomy("ham10000"))
 
 
-def test_label_studios_own_validator_accepts_page_and_answers() -> None:
+def test_label_studios_own_validator_accepts_page_and_annotations() -> None:
     page = LabelInterface(label_config(HAM))
     assert page.validate() is None
     assert page.validate_annotation({"result": annotation_result("mel")})
@@ -136,7 +136,7 @@ def test_more_than_nine_classes_keep_their_digits_apart() -> None:
     assert keys == [*"123456789", "0"]
 
 
-def test_a_task_carries_key_score_and_no_answer() -> None:
+def test_a_task_has_key_and_score_and_no_preselected_choice() -> None:
     document = task_document(
         _item(),
         _image(),
@@ -150,23 +150,24 @@ def test_a_task_carries_key_score_and_no_answer() -> None:
     assert document["predictions"] == [{"result": [], "score": -7.5, "model_version": PRIORITY_VERSION}]
     assert document["meta"] == {"relook_item": "item", "relook_key": "item[relook:x]"}
     assert _opened(document["data"]["image"]).size == (512, 384)
-    assert _opened(document["data"]["heatmap"]).size == (512, 512), "a folded image is shown as large as it is"
+    assert _opened(document["data"]["heatmap"]).size == (512, 512), "a folded panel shows an image at its own size"
     assert "secret" not in str(document)
     assert "ISIC" not in str(document)
 
 
-def test_the_words_of_a_task() -> None:
+def test_the_texts_of_a_task() -> None:
     why = why_text(_item(), HAM)
     assert why == (
-        "A user objected to the model's answer. Suggested instead: Melanoma. Their comment: “looks <b>odd</b>”"
+        "A user reported that the model's prediction looks wrong. Suggested instead: Melanoma. "
+        "Their comment: “looks <b>odd</b>”"
     )
     for reason in ReasonCode:
         assert why_text(_item(reasons=[reason], comment=None, suggested_label=None), HAM).endswith((".", "first."))
     assert prediction_text(_prediction(), HAM) == "Melanocytic nevus 50% · Melanoma 30% · Basal cell carcinoma 10%"
-    assert prediction_text(_prediction(label=None, probabilities=None), HAM) == "The model gave no answer."
-    assert prediction_text(None, HAM) == "The model was not asked."
+    assert prediction_text(_prediction(label=None, probabilities=None), HAM) == "The model gave no prediction."
+    assert prediction_text(None, HAM) == "There is no prediction for this image."
     assert about_text(_image(age_years=55.0, sex="male")) == "age 55, male"
-    assert about_text(_image()) == "nothing else is known about this image"
+    assert about_text(_image()) == "No age, sex or site is recorded."
 
 
 def test_a_small_jpeg_goes_in_as_it_is_and_others_are_encoded() -> None:
@@ -193,15 +194,15 @@ def test_damaged_images_are_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("code", HAM.codes)
 def test_each_class_reads_back(code: str) -> None:
-    answer = parse_annotation(annotation_result(code), HAM)
-    assert (answer.kind, answer.label, answer.understood) == (AnnotationKind.CLASS, code, True)
+    parsed = parse_annotation(annotation_result(code), HAM)
+    assert (parsed.kind, parsed.label, parsed.understood) == (AnnotationKind.CLASS, code, True)
 
 
-def test_other_answers_are_kept_and_not_understood_ones_marked() -> None:
+def test_other_annotations_are_kept_and_those_not_understood_are_marked() -> None:
     assert parse_annotation(annotation_result(CANT_TELL), HAM).kind is AnnotationKind.CANT_TELL
     assert parse_annotation(annotation_result(OTHER), HAM).understood
     for result in ([], annotation_result("naevus"), [*annotation_result("mel"), *annotation_result("nv")]):
-        answer = parse_annotation(result, HAM)
-        assert (answer.kind, answer.label, answer.understood) == (AnnotationKind.OTHER, None, False)
+        parsed = parse_annotation(result, HAM)
+        assert (parsed.kind, parsed.label, parsed.understood) == (AnnotationKind.OTHER, None, False)
     assert "mel, nv" in str(parse_annotation([*annotation_result("mel"), *annotation_result("nv")], HAM).other_text)
     assert parse_annotation([{"from_name": "diagnosis"}, {"value": None}], HAM).other_text == "no diagnosis was chosen"

@@ -1,4 +1,4 @@
-"""A real Label Studio rings the service when an answer is made, edited or deleted; a guess does not ring."""
+"""A real Label Studio notifies the service of new, edited and deleted annotations; a guessed secret is refused."""
 
 import socket
 import threading
@@ -29,7 +29,7 @@ PATIENCE_S = 30.0
 
 @dataclass(frozen=True)
 class Served:
-    """All that the route asks of a service."""
+    """The part of a service that the route uses."""
 
     store: Any
 
@@ -56,41 +56,43 @@ def address(store) -> Iterator[str]:
         thread.join()
 
 
-def test_answers_edits_and_deletions_ring_and_the_next_look_reads_them(store, client, settings, add_items, address):
-    ringing = settings.model_copy(update={"webhook_url": address})
+def test_annotations_edits_and_deletions_notify_and_the_next_sync_reads_them(
+    store, client, settings, add_items, address
+):
+    notified = settings.model_copy(update={"webhook_url": address})
     add_items(2)
-    push(store, client, ringing)
-    project = open_project(store, client, ringing)
+    push(store, client, notified)
+    project = open_project(store, client, notified)
     (page,) = client.list_tasks(project.id)
     hooks = client.request("GET", "api/webhooks/", "list webhooks", params={"project": project.id})
     assert [hook["url"] for hook in hooks] == [address + WEBHOOK_PATH]
 
-    rung = last_notification(store.ledger)
+    seen = last_notification(store.ledger)
     annotation = client.create_annotation(page[0].id, annotation_result("mel"), key=uuid4())
-    assert wait_for_notification(store.ledger, rung, PATIENCE_S)
-    assert sync(store, client, ringing).pull.new_labels == 1
+    assert wait_for_notification(store.ledger, seen, PATIENCE_S)
+    assert sync(store, client, notified).pull.new_labels == 1
 
     for verb, body in (("PATCH", {"result": annotation_result("nv")}), ("DELETE", None)):
-        rung = last_notification(store.ledger)
-        client.request(verb, f"api/annotations/{annotation}/", "change an answer", body=body)
-        assert wait_for_notification(store.ledger, rung, PATIENCE_S), verb
-    assert sync(store, client, ringing).pull.deleted == 1
+        seen = last_notification(store.ledger)
+        client.request(verb, f"api/annotations/{annotation}/", "change an annotation", body=body)
+        assert wait_for_notification(store.ledger, seen, PATIENCE_S), verb
+    assert sync(store, client, notified).pull.deleted == 1
 
     # A secret that was lost is made anew, and the next push tells Label Studio.
     (store.home.keys / SECRET_FILE).unlink()
-    open_project(store, client, ringing)
+    open_project(store, client, notified)
     (hook,) = client.request("GET", "api/webhooks/", "list webhooks", params={"project": project.id})
     assert hook["headers"] == {SECRET_HEADER: key_of(store.home, SECRET_FILE)}
 
-    # No setting, no bell.
+    # Without the setting there is no webhook.
     open_project(store, client, settings)
     assert client.request("GET", "api/webhooks/", "list webhooks", params={"project": project.id}) == []
 
 
-def test_a_guessed_secret_rings_nothing_and_a_wait_ends_by_itself(store, address):
+def test_a_guessed_secret_notifies_nobody_and_a_wait_ends_by_itself(store, address):
     for guess in ("", "guessed", "ä" * 64):
-        answer = httpx.post(address + WEBHOOK_PATH, headers={SECRET_HEADER: guess.encode()}, trust_env=False)
-        assert answer.status_code == 403
+        response = httpx.post(address + WEBHOOK_PATH, headers={SECRET_HEADER: guess.encode()}, trust_env=False)
+        assert response.status_code == 403
     assert httpx.post(address + WEBHOOK_PATH, trust_env=False).status_code == 422
     assert last_notification(store.ledger) is None
     began_s = time.monotonic()
