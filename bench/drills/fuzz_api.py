@@ -3,7 +3,7 @@
 .venv/bin/python -m bench.drills.fuzz_api --uploads 10000 --examples 200
 
 It starts `relook serve` with a small model in a folder of its own. One JSON object; the exit code is 1 if
-schemathesis finds anything, an upload is answered 5xx, a process dies, or the processes grow by more than 5 %
+schemathesis finds anything, an upload gets a 5xx response, a process dies, or the processes grow by more than 5 %
 between the first third of the uploads and the end.
 """
 
@@ -74,7 +74,7 @@ def contract(url: str, home: Path, examples: int) -> dict[str, Any]:
 
 
 def uploads(url: str, process: psutil.Process, count: int) -> dict[str, Any]:
-    """Send malformed uploads; watch answers, processes and memory."""
+    """Send malformed uploads; watch responses, processes and memory."""
     statuses: Counter[int] = Counter()
     faults: list[str] = []
     replicas = _replicas(process)

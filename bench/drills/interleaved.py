@@ -1,10 +1,10 @@
-"""1,000 interleaved predict, explain and flag calls to a real service: the answers of one at a time, stored once each.
+"""1,000 interleaved predict, explain and flag calls to a real service: same responses as one at a time, stored once.
 
 .venv/bin/python -m bench.drills.interleaved --calls 1000 --threads 16 [--max-batch-size 1]
 
 It starts `relook serve` with a small trained model in a folder of its own, makes the calls one at a time, then the
 same ones all together. In fp32 a network rounds otherwise in a batch than alone: there numbers are compared within
-1e-6, and with batches of one to the last bit. One JSON object; the exit code is 1 if an answer differs or the ledger
+1e-6, and with batches of one to the last bit. One JSON object; the exit code is 1 if a response differs or the ledger
 disagrees.
 """
 
@@ -37,13 +37,13 @@ def main() -> int:
         files = [path.read_bytes() for path in sorted(images.rglob("*.jpg"))[:40]]
         with live_service.live_service(home, "serving.page=false", *sets) as service:
             with Client(service.url) as client:
-                answers = [client.predict(data).id for data in files]
+                predictions = [client.predict(data).id for data in files]
                 precision = client.model().precision
             calls = draw_calls(options.seed, options.calls, len(files), service.store.taxonomy.codes)
             runs, took_s = {}, {}
             for tag, threads in (("alone", 1), ("together", options.threads)):
                 began_s = time.monotonic()
-                runs[tag] = ask_all(service.url, calls, files.__getitem__, answers, threads, tag)
+                runs[tag] = ask_all(service.url, calls, files.__getitem__, predictions, threads, tag)
                 took_s[tag] = round(time.monotonic() - began_s, 1)
             exactly = precision == "bf16" or options.max_batch_size == 1
             others = differing(runs["alone"], runs["together"], exactly=exactly)

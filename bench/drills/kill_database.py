@@ -1,12 +1,12 @@
-"""The ledger's PostgreSQL is taken away under load: nothing answered is lost, every failure says so, and it comes back.
+"""Failures of the ledger's PostgreSQL under load: no response is lost, every failure is a problem document.
 
 .venv/bin/python -m bench.drills.kill_database --rounds 3
 
 A round ends all of the service's connections, lets one server process die by SIGKILL (which makes PostgreSQL
-recover), and stops the whole server for some seconds. Callers repeat what got no answer with the same Idempotency-Key
-and flag every fifth answer. One JSON object; the exit code is 1 if an answer or an accepted flag is missing from the
-ledger, one stands there twice, a failure is anything but a problem document with 503 or 429, or no request succeeded
-within 30 s.
+recover), and stops the whole server for some seconds. Callers repeat requests without a response under the same
+Idempotency-Key and flag every fifth prediction. Prints one JSON object; the exit code is 1 if a returned prediction or
+an accepted flag is missing from the ledger or is there twice, a failure is anything but a problem document with 503 or
+429, or no request succeeded within 30 s.
 """
 
 import argparse
@@ -82,10 +82,10 @@ class Database:
 
 @dataclass
 class Witnesses(Callers):
-    """Callers that repeat until they are answered, and note every failure as it came."""
+    """Callers that repeat until they get a response, and record every failure."""
 
     refused: Counter[str] = field(default_factory=Counter)
-    """what came instead of an answer: status, media type and code"""
+    """failures by status, media type and code"""
 
     def _ask(self, number: int) -> None:
         with httpx.Client(base_url=self.url, timeout=60.0, trust_env=False) as http:
@@ -94,7 +94,7 @@ class Witnesses(Callers):
                 headers = {"Content-Type": "image/jpeg", "Idempotency-Key": uuid.uuid4().hex}
                 body = self._insist(lambda p=image, h=headers: http.post("/v1/predictions", content=p, headers=h))
                 if body is not None:
-                    self.answers.append((time.monotonic(), PredictionResponse.model_validate(body)))
+                    self.responses.append((time.monotonic(), PredictionResponse.model_validate(body)))
                     if number % 5 == 0:
                         flag = {"reason": "other", "comment": "a drill"}
                         path = f"/v1/predictions/{body['id']}/flags"
@@ -115,7 +115,7 @@ class Witnesses(Callers):
                     return body
                 self.refused[_said(response)] += 1
             time.sleep(PAUSE_S)
-        self.failures.append("no answer in time")
+        self.failures.append("no response in time")
         return None
 
 
@@ -136,7 +136,7 @@ def main() -> int:
             database.close()
     proper = {"503 application/problem+json unavailable", "429 application/problem+json busy"}
     improper = {said: count for said, count in report["refused"].items() if said not in proper}
-    slow = [one for one in report["kills"] if one["next_answer_s"] > RECOVERS_WITHIN_S]
+    slow = [one for one in report["kills"] if one["next_response_s"] > RECOVERS_WITHIN_S]
     holds = not (slow or improper or report["lost"] or report["doubled"] or report["gave_up"])
     print(json.dumps({**report, "improper": improper, "holds": holds}, indent=2))
     return 0 if holds else 1
@@ -161,15 +161,15 @@ def drill(folder: Path, database: Database, rounds: int) -> dict[str, Any]:
 
 
 def hurt(witnesses: Witnesses, name: str, way: Callable[[], None]) -> dict[str, Any]:
-    """Hurt the database and wait until a request that was sent after it was back is answered."""
+    """Harm the database and wait for the response to a request that was sent after it was back."""
     witnesses.wait_for(20)
     refused = sum(witnesses.refused.values())
     way()
-    back_s, before = time.monotonic(), len(witnesses.answers)
-    # As many answers as there are callers may have been under way.
+    back_s, before = time.monotonic(), len(witnesses.responses)
+    # As many responses as there are callers may have been in flight.
     witnesses.wait_for(witnesses.threads + 1)
-    after_s = witnesses.answers[before + witnesses.threads][0] - back_s
-    return {"done": name, "next_answer_s": round(after_s, 2), "refused": sum(witnesses.refused.values()) - refused}
+    after_s = witnesses.responses[before + witnesses.threads][0] - back_s
+    return {"done": name, "next_response_s": round(after_s, 2), "refused": sum(witnesses.refused.values()) - refused}
 
 
 def _said(response: httpx.Response) -> str:

@@ -38,7 +38,7 @@ from records.ledger.engine import WRITE_OPTION
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, DatasetRecord, ModelRecord, ReviewItem, RoundRecord, RoundStep
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
 WRITE_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 RISKIEST_FIRST = ("select", "rollout", "fit", "version", "gate", "push", "begin", "evaluate", "collect", "tune")
@@ -100,7 +100,12 @@ def settings_of(home: Path, url: str | None, token: str | None) -> Settings:
     """Return the settings of the smallest round that has every step."""
     return Settings(
         records=RecordsSettings(home=home),
-        trainers=TrainersSettings(model="custom_cnn", side_px=32, epochs=2, precision="fp32", threads_per_worker=1),
+        trainers=TrainersSettings(
+            model=ModelSettings(name="custom_cnn", side_px=32),
+            epochs=2,
+            precision="fp32",
+            workers=WorkersSettings(threads=1),
+        ),
         round=RoundSettings(tune="never", select_budget=5),
         labeling=LabelingSettings(url=url, token=token),
     )
@@ -149,8 +154,8 @@ def outcome_of(store: Store, settings: Settings) -> dict[str, Any]:
         "why": record.why,
         "rollouts": {action: n for action, n in actions.items() if action.startswith("model.")},
         "rounds_started": actions["round.started"],
-        "questions": sorted(item.image_id for item in items),
-        "question_states": dict(Counter(str(item.state) for item in items)),
+        "review_items": sorted(item.image_id for item in items),
+        "review_item_states": dict(Counter(str(item.state) for item in items)),
         "tasks": sorted(Counter(tasks).values()),
         "audit_faults": audit.verify(store.ledger, store.home),
     }

@@ -1,10 +1,10 @@
-"""SIGKILL of each part of the service under load: nothing answered is lost, nothing is doubled, and it comes back.
+"""SIGKILL of each deployment of the service under load: no response is lost or doubled, and it recovers.
 
 .venv/bin/python -m bench.drills.kill_service --kills 3
 
-Callers repeat what got no answer with the same Idempotency-Key and flag every fifth answer. One JSON object; the
-exit code is 1 if an answer or an accepted flag is missing from the ledger, one stands there twice, a client gave up,
-or no request succeeded within 30 s of a kill.
+Callers repeat requests without a response under the same Idempotency-Key and flag every fifth prediction. Prints one
+JSON object; the exit code is 1 if a returned prediction or an accepted flag is missing from the ledger or is there
+twice, a client gave up, or no request succeeded within 30 s of a kill.
 """
 
 import argparse
@@ -27,9 +27,9 @@ RETRY_S = 120.0
 
 
 def main() -> int:
-    """Kill every part several times."""
+    """Kill every deployment several times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=3, help="of each part")
+    parser.add_argument("--kills", type=int, default=3, help="of each deployment")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-kills-") as folder:
         home, images = Path(folder) / "home", Path(folder) / "images"
@@ -40,14 +40,14 @@ def main() -> int:
                 kills = [kill(service, callers, name) for _ in range(options.kills) for name in DEPLOYMENTS]
                 callers.wait_for(20)
             report = {"kills": kills, **compare(service, callers)}
-    slow = [one for one in kills if one["next_answer_s"] > RECOVERS_WITHIN_S]
+    slow = [one for one in kills if one["next_response_s"] > RECOVERS_WITHIN_S]
     holds = not (slow or report["lost"] or report["doubled"] or report["gave_up"])
     print(json.dumps({**report, "holds": holds}, indent=2))
     return 0 if holds else 1
 
 
 def kill(service: LiveService, callers: Callers, deployment: str) -> dict[str, Any]:
-    """Kill the replica of one deployment and wait until a request that was sent later is answered."""
+    """Kill the replica of one deployment and wait for the response to a request that was sent later."""
     deadline = time.monotonic() + RETRY_S
     while not (replicas := service.replicas(deployment)):
         if time.monotonic() > deadline:
@@ -57,24 +57,24 @@ def kill(service: LiveService, callers: Callers, deployment: str) -> dict[str, A
     victim = replicas[0]
     victim.kill()
     psutil.wait_procs([victim], timeout=10)
-    killed_s, before = time.monotonic(), len(callers.answers)
-    # As many answers as there are callers may have been under way when it was killed.
+    killed_s, before = time.monotonic(), len(callers.responses)
+    # As many responses as there are callers may have been in flight when it was killed.
     callers.wait_for(callers.threads + 1, timeout_s=RETRY_S)
-    after_s = callers.answers[before + callers.threads][0] - killed_s
-    return {"killed": deployment, "next_answer_s": round(after_s, 2)}
+    after_s = callers.responses[before + callers.threads][0] - killed_s
+    return {"killed": deployment, "next_response_s": round(after_s, 2)}
 
 
 def compare(service: LiveService, callers: Callers) -> dict[str, Any]:
-    """Compare what callers were told with the ledger."""
-    told = [answer.id for _, answer in callers.answers]
+    """Compare the responses of callers with the ledger."""
+    returned = [response.id for _, response in callers.responses]
     with service.store.ledger.read() as tx:
         stored = [row.id for row in tx.find(Prediction) if row.served]
         flags = [row.id for row in tx.find(Flag)]
-    lost = len(set(told) - set(stored)) + len(set(callers.flags) - set(flags))
-    # One key, one prediction: more rows than answers would be requests that were predicted twice.
-    doubled = sum(n - 1 for n in Counter([*told, *callers.flags]).values()) + max(0, len(stored) - len(told))
+    lost = len(set(returned) - set(stored)) + len(set(callers.flags) - set(flags))
+    # One key, one prediction: more rows than responses would be requests that were predicted twice.
+    doubled = sum(n - 1 for n in Counter([*returned, *callers.flags]).values()) + max(0, len(stored) - len(returned))
     doubled += max(0, len(flags) - len(callers.flags))
-    figures = {"answers": len(told), "flags": len(callers.flags), "lost": lost, "doubled": doubled}
+    figures = {"responses": len(returned), "flags": len(callers.flags), "lost": lost, "doubled": doubled}
     return {**figures, "gave_up": len(callers.failures), "failures": callers.failures[:5]}
 
 

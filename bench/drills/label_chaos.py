@@ -1,11 +1,11 @@
-"""Push, answer and pull through a bad network with kills: 0 lost, 0 doubled, the order kept. One JSON line.
+"""Push tasks and pull annotations over a faulty network with kills: 0 lost, 0 doubled, the order kept.
 
-A proxy stands between Relook and a real Label Studio. It drops requests before they arrive, drops answers
-after Label Studio has committed, sends requests twice and holds others back. A process that syncs again and
-again, as `relook label sync --watch` does, works through it and is killed (SIGKILL) after a random number of
-requests, half of the times while questions go out and half while answers come in. Label Studio rings at every
-answer, and every ring is lost: the poll alone has to find everything. At the end some answers are edited and
-deleted, and what the ledger holds is compared with what Label Studio holds.
+A proxy between Relook and a real Label Studio drops requests before they arrive, drops responses after Label Studio
+has committed, sends requests twice and delays others. A process that syncs in a loop, as `relook label sync --watch`
+does, runs through it and is killed (SIGKILL) after a random number of requests, half of the times while tasks are
+pushed and half while annotations are pulled. All of Label Studio's webhook calls are lost, so the poll alone has to
+find every annotation. At the end some annotations are edited and deleted, and the ledger is compared with Label
+Studio. Prints one JSON line.
 
 .venv/bin/python -m bench.drills.label_chaos --items 2000 --kills 20 --drop 0.3 --delay-s 5
 """
@@ -55,7 +55,7 @@ class ChaosProxy:
 
     Args:
         upstream: base URL of the real server.
-        drop: share of requests that get no answer, half of them after they were carried out; 0 to 1.
+        drop: share of requests that get no response, half of them after they were carried out; 0 to 1.
         delay_share: share that is held back.
         delay_s: for how long, seconds.
         seed: of all draws.
@@ -94,16 +94,16 @@ class ChaosProxy:
                     return
                 headers = {name: self.headers[name] for name in _KEPT if name in self.headers}
                 for _ in range(2 if twice else 1):
-                    answer = http.request(self.command, self.path, content=body, headers=headers)
+                    response = http.request(self.command, self.path, content=body, headers=headers)
                 if fate < drop:
                     self.connection.close()
                     return
-                self.send_response(answer.status_code)
-                self.send_header("content-type", answer.headers.get("content-type", "application/json"))
-                self.send_header("content-length", str(len(answer.content)))
+                self.send_response(response.status_code)
+                self.send_header("content-type", response.headers.get("content-type", "application/json"))
+                self.send_header("content-length", str(len(response.content)))
                 self.send_header("connection", "close")
                 self.end_headers()
-                self.wfile.write(answer.content)
+                self.wfile.write(response.content)
 
             do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = _pass_on  # noqa: N815 - names of the library
 
@@ -130,7 +130,7 @@ class ChaosProxy:
 
 
 def compare(store: Store, client: LabelStudioClient) -> dict[str, Any]:
-    """Hold the ledger against Label Studio itself.
+    """Compare the ledger with Label Studio.
 
     Args:
         store: with what was pushed and pulled.
@@ -144,8 +144,11 @@ def compare(store: Store, client: LabelStudioClient) -> dict[str, Any]:
     order = {"project": known_project(store, client), "query": json.dumps({"ordering": ["tasks:predictions_score"]})}
     size = {"fields": "all", "include": "id,meta", "page_size": exactly["tasks"] + 1}
     listed = client.request("GET", "api/tasks/", "list", params={**order, **size})
-    asked = [items[task["meta"]["relook_item"]].priority for task in listed["tasks"]]
-    return {**exactly, "order_kept": len(asked) == exactly["tasks"] and asked == sorted(asked, reverse=True)}
+    priorities = [items[task["meta"]["relook_item"]].priority for task in listed["tasks"]]
+    return {
+        **exactly,
+        "order_kept": len(priorities) == exactly["tasks"] and priorities == sorted(priorities, reverse=True),
+    }
 
 
 def main() -> int:
@@ -172,7 +175,7 @@ def main() -> int:
                 ) as proxy,
                 LabelStudioClient(server.url, server.token) as client,
             ):
-                found = play(
+                found = run_faults(
                     store, client, proxy, server.token.get_secret_value(), kills=arguments.kills, seed=arguments.seed,
                     batch=arguments.batch,
                 )  # fmt: skip
@@ -183,10 +186,10 @@ def main() -> int:
     return int(bool(found["lost"] or found["doubled"] or found["different"] or not found["order_kept"]))
 
 
-def play(
+def run_faults(
     store: Store, client: LabelStudioClient, proxy: ChaosProxy, token: str, *, kills: int, seed: int, batch: int
 ) -> dict[str, Any]:
-    """Send all questions, answer them in waves, edit and delete, with kills in between; compare."""
+    """Push all tasks, annotate them in waves, edit and delete, with kills in between; compare."""
     chance, began = random.Random(seed), time.monotonic()
     syncing = Syncing(store, proxy, token, batch)
     while syncing.killed < kills // 2 and syncing.waits():
@@ -198,7 +201,7 @@ def play(
         items = tx.find(ReviewItem, order_by=("id",))
     waves, made = max(kills - killed_pushing, 1), []
     for wave in range(waves):
-        made += _answer(client, store, items[wave::waves])
+        made += _annotate(client, store, items[wave::waves])
         if syncing.killed < kills:
             syncing.run(chance.randint(2, 12))
     for number in made[: len(items) // 100]:
@@ -236,7 +239,7 @@ class Syncing:
         self._arguments = (store.home.root, proxy.url, token, batch)
 
     def waits(self) -> bool:
-        """Return whether a question has not been sent yet."""
+        """Return whether a review item has not been pushed yet."""
         with self._store.ledger.read() as tx:
             return tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
 
@@ -280,7 +283,7 @@ def sync_forever(home: Path, url: str, token: str, batch: int) -> None:
         time.sleep(0.5)
 
 
-def _answer(client: LabelStudioClient, store: Store, items: list[ReviewItem]) -> list[int]:
+def _annotate(client: LabelStudioClient, store: Store, items: list[ReviewItem]) -> list[int]:
     codes = store.taxonomy.codes
 
     def give(numbered: tuple[int, ReviewItem]) -> int | None:

@@ -1,4 +1,4 @@
-"""A service of its own process for drills: a trained model, `relook serve`, and callers who never stop asking."""
+"""A service in a process of its own for the drills: a trained model, `relook serve`, and threads that send requests."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ class LiveService:
     """A running `relook serve`.
 
     Args:
-        url: where it answers.
+        url: base URL.
         store: its ledger and bundles, opened from here.
         process: of the command; Ray and the replicas are among its descendants.
     """
@@ -69,7 +69,7 @@ def relook(home: Path, *arguments: str, database: str | None = None) -> None:
 
 
 def trained_champion(home: Path, images: Path, lesions: int = 120, database: str | None = None) -> str:
-    """Generate images, train a small model on them, and let it answer.
+    """Generate images, train a small model on them, and serve it.
 
     Args:
         home: an empty folder.
@@ -131,8 +131,8 @@ class Callers:
         url: of the service.
         images: that are sent, in a cycle.
         threads: how many.
-        retry_s: how long a client repeats a request that got no answer; 0 shows every failure.
-        flag_every: every n-th answer is flagged; 0 flags none.
+        retry_s: how long a client repeats a request without a response; 0 shows every failure.
+        flag_every: every n-th prediction is flagged; 0 flags none.
     """
 
     url: str
@@ -140,8 +140,8 @@ class Callers:
     threads: int = 3
     retry_s: float = 0.0
     flag_every: int = 0
-    answers: list[tuple[float, PredictionResponse]] = field(default_factory=list)
-    """(seconds of the clock, answer)"""
+    responses: list[tuple[float, PredictionResponse]] = field(default_factory=list)
+    """(time.monotonic, response)"""
     flags: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -151,7 +151,7 @@ class Callers:
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(self.threads)]
 
     def __enter__(self) -> "Callers":
-        """Begin to ask."""
+        """Start sending."""
         for thread in self._threads:
             thread.start()
         return self
@@ -163,25 +163,25 @@ class Callers:
             thread.join()
 
     def wait_for(self, more: int, timeout_s: float = 120.0) -> None:
-        """Wait until so many more answers came.
+        """Wait for so many more responses.
 
         Raises:
             TimeoutError: they did not come in time.
         """
-        deadline, wanted = time.monotonic() + timeout_s, len(self.answers) + more
-        while len(self.answers) < wanted:
+        deadline, wanted = time.monotonic() + timeout_s, len(self.responses) + more
+        while len(self.responses) < wanted:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{len(self.answers)} of {wanted} answers after {timeout_s:g} s")
+                raise TimeoutError(f"{len(self.responses)} of {wanted} responses after {timeout_s:g} s")
             time.sleep(0.02)
 
     def _ask(self, number: int) -> None:
         with Client(self.url, retry_s=self.retry_s) as client:
             while not self._stop.is_set():
                 try:
-                    answer = client.predict(self.images[number % len(self.images)])
-                    self.answers.append((time.monotonic(), answer))
+                    response = client.predict(self.images[number % len(self.images)])
+                    self.responses.append((time.monotonic(), response))
                     if self.flag_every and number % self.flag_every == 0:
-                        made = client.flag(answer.id, FlagRequest(reason=FlagReason.OTHER, comment="a drill"))
+                        made = client.flag(response.id, FlagRequest(reason=FlagReason.OTHER, comment="a drill"))
                         self.flags.append(made.id)
                 except RelookError as error:
                     self.failures.append(f"{type(error).__name__}: {error}")

@@ -3,7 +3,7 @@
 .venv/bin/python -m bench.drills.release_drills
 
 One JSON object; the exit code is 1 if a condition fails: no request of the good release fails, each broken candidate
-is taken back within the stated number of looks (and what was under way), no answer that went out was not finite.
+is taken back within the stated number of looks (and what was under way), no served prediction was not finite.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Broken:
 def main() -> int:
     """Run all drills."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--answers", type=int, default=60, help="answers to wait for at each step of the good release")
+    parser.add_argument("--responses", type=int, default=60, help="responses to wait for at each step")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-release-") as folder:
         home, images = Path(folder) / "home", Path(folder) / "images"
@@ -69,7 +69,7 @@ def main() -> int:
             ):
                 report["broken"].append(drill(service, broken, files))
             report["wrong_weights"] = refused_at_once(service, wrong_weights(service.store, champion), files)
-            report["good"] = good_release(service, twin(service.store, champion), files, options.answers)
+            report["good"] = good_release(service, twin(service.store, champion), files, options.responses)
     failed = [one["candidate"] for one in report["broken"] if not one["holds"]]
     failed += [name for name in ("wrong_weights", "good") if not report[name]["holds"]]
     print(json.dumps({**report, "failed": failed}, indent=2))
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def drill(service: LiveService, broken: Broken, files: list[bytes]) -> dict[str, Any]:
-    """Let half of the lesions be answered by a broken candidate, and wait until it is taken back."""
+    """Route half of the lesions to a broken candidate, and wait until it is rolled back."""
     _candidate(service.store, broken.bundle)
     with service.admin() as admin, Callers(service.url, files) as callers:
         callers.wait_for(10)
@@ -104,7 +104,7 @@ def drill(service: LiveService, broken: Broken, files: list[bytes]) -> dict[str,
 
 
 def refused_at_once(service: LiveService, bundle: Bundle, files: list[bytes]) -> dict[str, Any]:
-    """A candidate whose golden answers are wrong may not even begin."""
+    """A candidate whose golden logits are wrong is refused before it starts."""
     _candidate(service.store, bundle)
     said = ""
     with service.admin() as admin, Callers(service.url, files) as callers:
@@ -118,30 +118,30 @@ def refused_at_once(service: LiveService, bundle: Bundle, files: list[bytes]) ->
     return {"said": said, "images_it_saw": asked, "holds": "golden" in said and asked == 0 and not callers.failures}
 
 
-def good_release(service: LiveService, bundle: Bundle, files: list[bytes], answers: int) -> dict[str, Any]:
+def good_release(service: LiveService, bundle: Bundle, files: list[bytes], responses: int) -> dict[str, Any]:
     """Shadow, 10 %, 50 %, everything; nobody's request may fail."""
     _candidate(service.store, bundle)
     steps = []
     with service.admin() as admin, Callers(service.url, files) as callers:
         for percent in (0, 10, 50):
             admin.roll_out(RolloutRequest(model=bundle.id, percent=percent))
-            callers.wait_for(answers)
+            callers.wait_for(responses)
             steps.append({"percent": percent, "candidate_saw": _seen(service.store, bundle.id)})
         admin.roll_out(RolloutRequest(model=bundle.id, percent=100))
         _wait_until_model(admin, bundle.id)
-        callers.wait_for(answers)
+        callers.wait_for(responses)
     with service.store.ledger.read() as tx:
         shadows = tx.count(Prediction, where={"model_id": bundle.id, "arm": Arm.SHADOW})
-        stored = tx.find(Prediction, where={"id": [answer.id for _, answer in callers.answers]})
-    ids = {answer.id for _, answer in callers.answers}
-    whole = len(stored) == len(ids) == len(callers.answers)
-    answered_by_it = callers.answers[-1][1].model.id == bundle.id
+        stored = tx.find(Prediction, where={"id": [response.id for _, response in callers.responses]})
+    ids = {response.id for _, response in callers.responses}
+    whole = len(stored) == len(ids) == len(callers.responses)
+    served_by_it = callers.responses[-1][1].model.id == bundle.id
     return {
         "steps": steps,
-        "requests": len(callers.answers),
+        "requests": len(callers.responses),
         "failed_requests": len(callers.failures),
         "mirrored": shadows,
-        "holds": whole and answered_by_it and shadows > 0 and not callers.failures,
+        "holds": whole and served_by_it and shadows > 0 and not callers.failures,
     }
 
 
@@ -184,7 +184,7 @@ def slow(store: Store, bundle: Bundle) -> Bundle:
 
 
 def wrong_weights(store: Store, bundle: Bundle) -> Bundle:
-    """Copy a model with the weights of one layer shuffled, and its golden answers as they were."""
+    """Copy a model with the weights of one layer shuffled, and its golden logits unchanged."""
     weights = {name: value.copy() for name, value in bundle.weights().items()}
     name = max(weights, key=lambda key: weights[key].size)
     weights[name] = np.random.default_rng(0).permutation(weights[name].ravel()).reshape(weights[name].shape)
@@ -220,7 +220,7 @@ def _wait_until_model(admin: Client, model_id: str, timeout_s: float = 60.0) -> 
     deadline = time.monotonic() + timeout_s
     while admin.model().id != model_id:
         if time.monotonic() > deadline:
-            raise UnknownIdError(f"model {model_id[:12]} does not answer after {timeout_s:g} s")
+            raise UnknownIdError(f"model {model_id[:12]} does not serve after {timeout_s:g} s")
         time.sleep(0.1)
 
 

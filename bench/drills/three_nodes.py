@@ -8,7 +8,7 @@ that no other node can reach; `--tls` encrypts what Ray's nodes say to each othe
 head only listens for HTTP. A node dies with everything on it (kill -9) at three moments: while a trial of the search
 runs on it, while a worker of the fit does, and while it holds the predictor and requests come in. Ten seconds later
 another node takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who
-repeats it fails, nothing that was answered is lost, nothing is doubled, and the audit chain holds. One JSON object;
+repeats it fails, no returned prediction is lost, nothing is doubled, and the audit chain holds. One JSON object;
 exit 1 if something is wrong.
 """
 
@@ -37,9 +37,9 @@ REPLACED_AFTER_S = 10.0
 ENOUGH_PREDICTIONS = 20
 STAGES = ("search", "fit", "serving")
 SETTINGS = (
-    "trainers.num_workers=2",
+    "trainers.workers.count=2",
     "tuning.max_failures=3",
-    "trainers.max_failures=3",
+    "trainers.workers.max_failures=3",
     "serving.start_timeout_s=600",
     "serving.ingress_cpus=0",
     "demo.requests=150",
@@ -277,7 +277,7 @@ def judge(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> l
         wrong.append(f"requests failed: {summary['served']}, {summary['swap']}")
     asked = summary["label_studio"]
     if asked["lost"] or asked["duplicated"]:
-        wrong.append(f"questions were lost or doubled: {asked}")
+        wrong.append(f"tasks were lost or doubled: {asked}")
     if not summary["gate"]["harmed_challenger_refused"]:
         wrong.append("the gate took the harmed challenger")
     if len(summary["rounds"]) != 2:
@@ -285,8 +285,8 @@ def judge(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> l
     doubled, stored = stored_twice(home)
     if doubled:
         wrong.append(f"{doubled} requests are stored twice")
-    if stored < (answered := summary["served"]["requests"] - summary["served"]["failed"]):
-        wrong.append(f"{answered} requests were answered and {stored} are stored")
+    if stored < (succeeded := summary["served"]["requests"] - summary["served"]["failed"]):
+        wrong.append(f"{succeeded} requests succeeded and {stored} are stored")
     return wrong
 
 

@@ -101,11 +101,11 @@ def run_search(
     store: Any, dataset: Any, run_dir: Path, epochs: int, trials: int, raylets: dict[str, int]
 ) -> dict[str, Any]:
     """Search on the cluster; with raylets, one of them is killed on the way."""
-    from trainers.settings import TrainersSettings
+    from trainers.settings import ModelSettings, TrainersSettings
     from tuning.search import search
     from tuning.settings import TuningSettings
 
-    trainers = TrainersSettings(side_px=64, epochs=epochs, augmentation="light", precision="fp32")
+    trainers = TrainersSettings(model=ModelSettings(side_px=64), epochs=epochs, augmentation="light", precision="fp32")
     tuning = TuningSettings(
         trials=trials, trial_epochs=epochs, scheduler="none", cpus_per_trial=NODE_CPUS, confirm_seeds=0,
         search=("optimizer", "scheduler"), max_failures=2,

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from trainers.fitting.starting import IMAGENET, starting_weights
-from trainers.settings import ModelSettings, TrainersSettings
+from trainers.settings import ModelSettings
 from vision.networks.registry import build_model
 
 MODEL, SIDE_PX, BATCH, PART = "efficientnet_lite0", 112, 64, 512
@@ -25,7 +25,7 @@ MODEL, SIDE_PX, BATCH, PART = "efficientnet_lite0", 112, 64, 512
 
 def network() -> torch.nn.Module:
     """Return the network up to its pooled features: [N, 3, S, S] -> [N, 1280]."""
-    start = starting_weights(TrainersSettings(model=ModelSettings(name=MODEL, side_px=SIDE_PX, weights=IMAGENET)), 7)
+    start = starting_weights(ModelSettings(name=MODEL, side_px=SIDE_PX, weights=IMAGENET), 7, seed=0)
     whole = build_model(MODEL, 7)
     whole.load_state_dict({name: torch.from_numpy(value) for name, value in start.values.items()})
     return torch.nn.Sequential(whole.features, whole.head.pool, whole.head.flatten).eval()

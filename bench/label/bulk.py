@@ -1,8 +1,8 @@
-"""How fast questions go out and answers come in, beside a client that only moves them.
+"""Rates of pushing tasks and pulling annotations, compared with a client that only transfers them.
 
-Both work at one real, local Label Studio. The bare client sends the very task documents that a push sent, in
-the same batches, and reads the same pages of answers; it makes no images, keeps no ledger and checks
-nothing. They take turns, so that what else the machine does meets both.
+Both use one real, local Label Studio. The bare client sends the task documents that a push sent, in the same batches,
+and reads the same pages of annotations; it makes no images, keeps no ledger and checks nothing. They alternate, so
+that other load on the machine affects both.
 """
 
 import io
@@ -40,33 +40,33 @@ def measure(
     items: int,
     advance: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Push, answer and pull, and let the bare client do the same.
+    """Push, annotate and pull, and let the bare client do the same.
 
     Args:
         store: empty; it is filled with generated images.
         server: a Label Studio without projects.
         settings: of the labeling room.
-        items: how many questions.
-        advance: hears what is being done.
+        items: number of tasks.
+        advance: called with a line about each step.
     Returns:
-        The keys of `python -m bench label`; rates are questions and answers per second.
+        The keys of `python -m bench label`; rates are tasks and annotations per second.
     Raises:
-        LabelStudioError: Label Studio does not answer or refuses.
-        IntegrityError: the two clients did not read the same number of answers.
+        LabelStudioError: Label Studio cannot be reached or refuses.
+        IntegrityError: the two clients did not read the same number of annotations.
     """
     settings = settings.model_copy(update={"blind_share": 0.0})
     with _Recording(server.url, server.token) as client, LabelStudioClient(server.url, server.token) as bare:
-        advance(f"sending {items} questions")
+        advance(f"pushing {items} tasks")
         pushed_s, bare_pushed_s = _push_in_turns(store, client, bare, settings, items)
-        advance(f"answering {items} questions")
-        _answer_all(store, client)
-        advance(f"reading {items} answers")
+        advance(f"annotating {items} tasks")
+        _annotate_all(store, client)
+        advance(f"pulling {items} annotations")
         number = known_project(store, client) or 0
         first_s, first = _timed(lambda: _read_bare(bare, number))
         pulled_s, report = _timed(lambda: pull(store, client, settings))
         second_s, second = _timed(lambda: _read_bare(bare, number))
         if {first, second, report.new_labels} != {items}:
-            raise IntegrityError(f"{items} answers were given and {first}, {report.new_labels}, {second} were read")
+            raise IntegrityError(f"{items} annotations were made and {first}, {report.new_labels}, {second} were read")
         exactly = counted(store, client)
     bare_pulled_s = (first_s + second_s) / 2
     return {
@@ -83,15 +83,15 @@ def measure(
 
 
 def counted(store: Store, client: LabelStudioClient) -> dict[str, Any]:
-    """Hold the ledger against the shared project in Label Studio, as it is now.
+    """Compare the ledger with the shared project in Label Studio, as it is now.
 
     Args:
         store: with what was pushed and pulled.
         client: connected.
     Returns:
-        `tasks` and `annotations` that there are; `lost`: questions without a task and answers that the ledger
-        does not hold; `doubled`: second tasks of a question and second rows of a revision; `different`: answers
-        that the ledger holds otherwise, or that are gone.
+        Numbers of `tasks` and `annotations`; `lost`: review items without a task and annotations missing from the
+        ledger; `doubled`: second tasks of a review item and second rows of a revision; `different`: annotations whose
+        label differs in the ledger, or that Label Studio no longer has.
     """
     project_id = known_project(store, client)
     pages = client.list_tasks(project_id, with_annotations=True) if project_id is not None else ()
@@ -115,7 +115,7 @@ def counted(store: Store, client: LabelStudioClient) -> dict[str, Any]:
 
 
 def add_review_items(store: Store, count: int, seed: int) -> None:
-    """Write questions about generated images, with priorities in random order.
+    """Write review items about generated images, with priorities in random order.
 
     Args:
         store: whose outbox takes them.
@@ -158,7 +158,7 @@ class _Recording(LabelStudioClient):
 def _push_in_turns(
     store: Store, client: _Recording, bare: LabelStudioClient, settings: LabelingSettings, items: int
 ) -> tuple[float, float]:
-    """Return the seconds that the push and the bare client took for all questions."""
+    """Return the seconds that the push and the bare client took for all tasks."""
     project = {"title": "bare", "label_config": label_config(store.taxonomy)}
     bare_project = int(bare.request("POST", "api/projects/", "make a project", body=project)["id"])
     pushed_s = bare_s = 0.0
@@ -176,7 +176,7 @@ def _send_bare(bare: LabelStudioClient, project_id: int, batches: Sequence[Seque
 
 
 def _read_bare(bare: LabelStudioClient, project_id: int) -> int:
-    """Read all answers of a project page by page; returns how many there are."""
+    """Read all annotations of a project page by page and return their number."""
     wanted = {"project": project_id, "fields": "all", "page_size": _PAGE_SIZE, "include": "id,annotations,result"}
     found, page = 0, 1
     while True:
@@ -187,7 +187,7 @@ def _read_bare(bare: LabelStudioClient, project_id: int) -> int:
         page += 1
 
 
-def _answer_all(store: Store, client: LabelStudioClient) -> None:
+def _annotate_all(store: Store, client: LabelStudioClient) -> None:
     with store.ledger.read() as tx:
         items = tx.find(ReviewItem, order_by=("id",))
     codes = store.taxonomy.codes

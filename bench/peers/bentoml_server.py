@@ -12,12 +12,12 @@ from PIL.Image import Image
 
 @bentoml.service(resources={"cpu": "2"}, workers=1, traffic={"timeout": 60})
 class Classifier:
-    """Answers lists of images; BentoML joins the lists of several requests."""
+    """Predicts lists of images; BentoML joins the lists of several requests."""
 
     def __init__(self) -> None:
         self.network = Network()
 
     @bentoml.api(batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=10_000)
     def predict(self, images: list[Image]) -> list[dict[str, Any]]:
-        """Answer a batch."""
-        return self.network.answer([self.network.square(image) for image in images])
+        """Predict a batch."""
+        return self.network.predict([self.network.square(image) for image in images])

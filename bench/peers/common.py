@@ -43,7 +43,7 @@ class Network:
         planes = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
         return planes.mul_(self.scale).sub_(self.shift)
 
-    def answer(self, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+    def predict(self, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
         """Return label and probabilities of each image."""
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             rows = self.network(self.inputs(pixels)).float().softmax(dim=1)

@@ -21,15 +21,15 @@ waiting: asyncio.Queue[tuple[Any, asyncio.Future[dict[str, Any]]]] = asyncio.Que
 
 
 async def run_batches() -> None:
-    """Answer what waits, batch after batch."""
+    """Predict the waiting requests, batch after batch."""
     loop = asyncio.get_running_loop()
     while True:
         batch = [await waiting.get()]
         while len(batch) < MAX_BATCH and not waiting.empty():
             batch.append(waiting.get_nowait())
-        answers = await loop.run_in_executor(computing, network.answer, [pixels for pixels, _ in batch])
-        for (_, future), answer in zip(batch, answers, strict=True):
-            future.set_result(answer)
+        predictions = await loop.run_in_executor(computing, network.predict, [pixels for pixels, _ in batch])
+        for (_, future), prediction in zip(batch, predictions, strict=True):
+            future.set_result(prediction)
 
 
 @asynccontextmanager
@@ -45,7 +45,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/predict")
 async def predict(request: Request) -> dict[str, Any]:
-    """Answer about the image in the body."""
+    """Predict the image in the body."""
     pixels = await run_in_threadpool(network.decode, await request.body())
     future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
     waiting.put_nowait((pixels, future))

@@ -29,11 +29,11 @@ class Classifier(litserve.LitAPI):
         return list(self.threads.map(self.network.decode, inputs))
 
     def predict(self, inputs: list[np.ndarray]) -> list[dict[str, Any]]:
-        """Answer a batch."""
-        return self.network.answer(inputs)
+        """Predict a batch."""
+        return self.network.predict(inputs)
 
     def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the answers one by one."""
+        """Return the predictions one by one."""
         return output
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""How many answers a local Label Studio takes from many annotators at once, and how long each of them waits.
+"""Annotations per second that a local Label Studio takes from many concurrent annotators, and their latency.
 
-Every annotator is a thread that opens a task and answers it, again and again and without thinking, so the rate is
+Every annotator is a thread that opens and annotates tasks without a pause, so the rate is
 the most that the server takes. People need seconds to look; the rate over theirs is how many of them it carries.
-The server is the real one on SQLite, as `relook label up` starts it. Then one pull reads all answers.
+The server is the real one on SQLite, as `relook label up` starts it. Then one pull reads all annotations.
 
     python -m bench.scale.annotators [--annotators 100] [--tasks 1000]
 """
@@ -36,7 +36,7 @@ LOOK_S = 10.0
 
 
 def work(client: LabelStudioClient, tasks: list[int], label: str) -> list[float]:
-    """Open and answer tasks one after another; returns how long each took, seconds."""
+    """Open and annotate tasks one after another; returns the seconds of each."""
     took_s = []
     for task in tasks:
         began = time.perf_counter()
@@ -47,7 +47,7 @@ def work(client: LabelStudioClient, tasks: list[int], label: str) -> list[float]
 
 
 def main() -> int:
-    """Print one JSON object; 1 if an answer is missing or doubled."""
+    """Print one JSON object; 1 if an annotation is missing or doubled."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotators", type=int, default=100)
     parser.add_argument("--tasks", type=int, default=1000)
@@ -71,26 +71,26 @@ def main() -> int:
                 with ThreadPoolExecutor(options.annotators) as pool:
                     started = time.perf_counter()
                     took = list(pool.map(work, [client] * len(shares), shares, ["nv"] * len(shares)))
-                    answered = time.perf_counter()
+                    annotated = time.perf_counter()
                 report = pull(store, client, settings)
                 pulled = time.perf_counter()
                 exactly = counted(store, client)
         finally:
             local.down()
     took_s = np.concatenate(took)
-    per_s = len(tasks) / (answered - started)
+    per_s = len(tasks) / (annotated - started)
     print(
         json.dumps(
             {
                 "annotators": options.annotators,
                 "tasks": len(tasks),
                 "push_per_s": round(len(tasks) / (pushed - began), 1),
-                "answers_per_s": round(per_s, 1),
+                "annotations_per_s": round(per_s, 1),
                 "wait_p50_s": round(float(np.percentile(took_s, 50)), 2),
                 "wait_p95_s": round(float(np.percentile(took_s, 95)), 2),
                 "look_s": LOOK_S,
                 "readers_carried": int(per_s * LOOK_S),
-                "pull_per_s": round(report.new_labels / (pulled - answered), 1),
+                "pull_per_s": round(report.new_labels / (pulled - annotated), 1),
                 "lost": exactly["lost"],
                 "doubled": exactly["doubled"],
                 "load": os.getloadavg(),

@@ -1,8 +1,8 @@
-"""How many answers a second several writers bring into a ledger on a real PostgreSQL.
+"""Predictions per second that several writers commit to a ledger on a real PostgreSQL.
 
 Each writer is a process of its own that calls what the predictor's recorder calls for every micro-batch
-(`serving.outbox.write_predictions`): images, answers and the questions that some of them raise, in one
-transaction. At the end the database is counted: every answer that a writer saw committed is there once.
+(`serving.outbox.write_predictions`): images, predictions and the review items of some of them, in one
+transaction. At the end the rows are counted: every prediction that a writer saw committed is there once.
 
     python -m bench.scale.ledger [--writers 8] [--seconds 20] [--batches 1 4 16]
 """
@@ -37,8 +37,8 @@ CODES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 CONTEXT = {"lesion_id": "HAM_0000118", "age": 61.0, "sex": "female", "localization": "lower extremity"}
 
 
-def answer(doubtful: bool) -> PredictionRows:
-    """Make the rows of one answer about an image that the ledger does not know yet."""
+def prediction_rows(doubtful: bool) -> PredictionRows:
+    """Make the rows of one prediction about an image that the ledger does not hold yet."""
     now, content = utc_now(), sha256_hex(new_id().encode())
     prediction = Prediction(
         id=new_id(),
@@ -107,15 +107,15 @@ def write(database: str, home: Path, batch: int, seconds: float) -> list[float]:
         end = time.monotonic() + seconds
         took_s: list[float] = []
         while time.monotonic() < end:
-            answers = [answer(chance.random() < REVIEW_SHARE) for _ in range(batch)]
+            predictions = [prediction_rows(chance.random() < REVIEW_SHARE) for _ in range(batch)]
             began = time.perf_counter()
-            write_predictions(store, answers)
+            write_predictions(store, predictions)
             took_s.append(time.perf_counter() - began)
     return took_s
 
 
 def counts(database: str, home: Path) -> tuple[int, int]:
-    """Return how many answers and questions the ledger holds."""
+    """Return the numbers of predictions and review items."""
     with closing(open_store(RecordsSettings(home=home, database=database))) as store, store.ledger.read() as tx:
         return tx.count(Prediction), tx.count(ReviewItem)
 
@@ -149,24 +149,24 @@ def measure(
     committed = len(took_s) * batch
     return {
         "batch": batch,
-        "answers": committed,
-        "questions": after[1] - before[1],
+        "predictions": committed,
+        "review_items": after[1] - before[1],
         "missing": committed - (after[0] - before[0]),
         "per_s": round(committed / lasted_s, 1),
         "transactions_per_s": round(len(took_s) / lasted_s, 1),
-        "server_cpu_ms_per_answer": round(server_cpu / committed * 1e3, 3),
-        "writers_cpu_ms_per_answer": round(writers_cpu / committed * 1e3, 3),
+        "server_cpu_ms_per_prediction": round(server_cpu / committed * 1e3, 3),
+        "writers_cpu_ms_per_prediction": round(writers_cpu / committed * 1e3, 3),
         "transaction_p50_ms": round(float(np.percentile(took_s, 50)) * 1e3, 2),
         "transaction_p99_ms": round(float(np.percentile(took_s, 99)) * 1e3, 2),
     }
 
 
 def main() -> int:
-    """Print one JSON object; 1 if an answer that was committed is not there."""
+    """Print one JSON object; 1 if a committed prediction is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--writers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each batch size")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="answers of one transaction")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="predictions of one transaction")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-scale-") as scratch:
         os.chmod(scratch, 0o755)

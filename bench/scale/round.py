@@ -2,7 +2,7 @@
 
 A folder is imported with a share of its labels withheld, and two rounds run in this process. Fitting is made short (one
 epoch on few images, no search) and has no Ray, since it does not count; what Ray's start would add is not in the
-figures. Between the rounds a simulated annotator answers what the first one asked, so the second reads them, builds a
+figures. Between the rounds a simulated annotator labels the tasks of the first, so the second reads them, builds a
 new version and has a champion to compare with.
 
     python -m bench.scale.round IMAGES [--model custom_cnn] [--side 32]

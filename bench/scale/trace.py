@@ -1,8 +1,8 @@
 """How long a trace takes in a ledger of ten million rows, on a real PostgreSQL.
 
 The rows are made up and loaded by COPY, a table at a time, with the indexes of the product's own schema (dropped
-for the load, made again after it as the schema has them). Of ten rows five are answers, 1.5 images and one each
-a group, a diagnosis, a question and an annotator's answer or flag. One dataset version of a million images is built by
+for the load, made again after it as the schema has them). Of ten rows five are predictions, 1.5 images and one each
+a group, a diagnosis, a review item and an annotation or flag. One dataset version of a million images is built by
 the product; the others are files of the same size, linked to it. Then `records.lineage.trace`, which is what
 `relook trace` calls, is timed on ids drawn at random.
 
@@ -26,7 +26,7 @@ import psycopg
 import sqlalchemy as sa
 
 from bench.drills.demo_on_postgres import postgres
-from bench.scale.ledger import answer
+from bench.scale.ledger import prediction_rows
 from records.datasets import build_version
 from records.ids import sha256_hex
 from records.ledger.tables import TABLES
@@ -81,7 +81,7 @@ def line_of(record: Record, **varying: str) -> str:
 
 def samples() -> dict[type[Record], Record]:
     """Return one record of each type that the service and Label Studio write."""
-    made = answer(doubtful=True)
+    made = prediction_rows(doubtful=True)
     assert made.image is not None
     assert made.review is not None
     image = made.image.model_copy(update={"provenance": "import:bench", "perceptual_hash": "0" * 16, "group_id": "g"})

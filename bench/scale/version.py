@@ -1,7 +1,7 @@
 """Time and memory of a dataset version of a million images.
 
 The ledger is filled with made-up rows (an image, its group and its label each); the images themselves do not
-exist and are not read. The version is then built twice in a process of its own, whose largest resplitnt memory is
+exist and are not read. The version is then built twice in a process of its own, whose largest resident memory is
 reported: first with every split still to be drawn, then with all of them drawn and one label changed.
 
     python -m bench.scale.version [--images 1000000] [--postgres]

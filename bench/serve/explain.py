@@ -1,6 +1,7 @@
-"""Measure what a map costs: beside the answer that it belongs to, and alone beside pytorch-grad-cam.
+"""Rates of Grad-CAM: with the prediction, alone, and compared with pytorch-grad-cam (`python -m bench explain`).
 
-Rounds of neighbours again: answers, answers with the maps of all classes, maps drawn to the image's size, the peer.
+Every round measures, one after the other: predictions, predictions with the maps of all classes, maps resized to the
+image, the peer.
 """
 
 import os
@@ -50,20 +51,20 @@ def explain_figures(
         for values in model.gradcam(pixels, target):
             resized_strength(values, side_px, side_px)
 
-    answers, with_maps, alone, theirs = [], [], [], []
+    predictions, with_maps, alone, theirs = [], [], [], []
     task = bar.add_task("rounds", total=rounds)
     for _ in range(rounds):
         with compute_threads(threads):
-            answers.append(_rate(lambda: model.predict(pixels), len(pixels), seconds))
+            predictions.append(_rate(lambda: model.predict(pixels), len(pixels), seconds))
             with_maps.append(_rate(lambda: model.predict(pixels, gradcam=True), len(pixels), seconds))
             alone.append(_rate(maps, len(pixels), seconds))
         if (rate := peers.gradcam_rate(len(pixels), seconds)) is not None:
             theirs.append(rate)
         bar.advance(task)
     return {
-        "gradcam_over_predict": _ratio(with_maps, answers),
+        "gradcam_over_predict": _ratio(with_maps, predictions),
         "gradcam_over_pytorch_grad_cam": _ratio(alone, theirs),
-        "predict_images_s": round(median(answers), 1),
+        "predict_images_s": round(median(predictions), 1),
         "predict_with_maps_images_s": round(median(with_maps), 1),
         "maps_s": round(median(alone), 1),
         "pytorch_grad_cam_maps_s": round(median(theirs), 1) if theirs else None,

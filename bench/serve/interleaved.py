@@ -1,7 +1,7 @@
-"""Predict, explain and flag calls in a drawn order: each must say the same alone and beside fifteen others.
+"""Predict, explain and flag calls in random order: each must get the same response alone and among fifteen others.
 
-In: a running service and images. Out: what every call was answered, without what names one answer (ids and
-times). The same seed draws the same calls, so one list can be asked one at a time and again all together.
+In: a running service and images. Out: the body of every response without ids and times. The same seed draws the same
+calls, so one list can be sent one call at a time and again concurrently.
 """
 
 import random
@@ -19,10 +19,10 @@ from serving.schemas import FlagRequest
 Kind = Literal["predict", "explain", "flag"]
 
 METHODS = (*["gradcam"] * 12, "occlusion", "integrated_gradients", "gradient_shap")
-"""Drawn evenly; Grad-CAM is what is asked for most, and the others take seconds."""
+"""Drawn evenly; Grad-CAM is requested most, and the others take seconds."""
 TOLERANCE = 1e-6
 """A batch in fp32 may round otherwise than one image alone; in bf16 nothing differed on any machine so far."""
-_ONE_ANSWER = {"id", "request_id", "created_at", "review"}
+_PER_RESPONSE = {"id", "request_id", "created_at", "review"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Call:
     """One call to make.
 
     Args:
-        kind: what is asked.
-        image: number of the image, or of the answer that it is about.
+        kind: which route.
+        image: number of the image, or of the prediction that it is about.
         choice: explain: the method; flag: the reason; predict: whether a map comes along.
         code: a class.
     """
@@ -43,12 +43,12 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a call was answered.
+class Outcome:
+    """The response to a call.
 
     Args:
-        id: of the stored answer or objection; empty for a map, which is not stored.
-        body: everything that must not depend on what else is under way.
+        id: of the stored prediction or flag; empty for a map, which is not stored.
+        body: everything that must not depend on concurrent requests.
     """
 
     id: str
@@ -78,49 +78,51 @@ def draw_calls(seed: int, num_calls: int, num_images: int, codes: Sequence[str])
 
 
 def ask_all(
-    url: str, calls: Sequence[Call], image: Callable[[int], bytes], answers: Sequence[str], threads: int, tag: str
-) -> list[Said]:
+    url: str, calls: Sequence[Call], image: Callable[[int], bytes], predictions: Sequence[str], threads: int, tag: str
+) -> list[Outcome]:
     """Make all calls.
 
     Args:
         url: of the service.
         calls: to make.
         image: by its number.
-        answers: ids of the stored answers that explain and flag calls are about.
+        predictions: ids of the stored predictions that explain and flag calls are about.
         threads: calls under way at once; 1 makes one at a time, in order.
-        tag: written into every objection, so that no other run's is the same.
+        tag: written into every flag, so that it differs from those of other runs.
     Returns:
-        What was answered, in the order of the calls.
+        The responses, in the order of the calls.
     """
     with Client(url, timeout_s=600.0, retry_s=1800.0) as client, ThreadPoolExecutor(threads) as pool:
 
-        def ask(number: int) -> Said:
-            return _asked(client, calls[number], image, answers, f"{tag} {number}")
+        def ask(number: int) -> Outcome:
+            return _send(client, calls[number], image, predictions, f"{tag} {number}")
 
         return list(pool.map(ask, range(len(calls))))
 
 
-def _asked(client: Client, call: Call, image: Callable[[int], bytes], answers: Sequence[str], comment: str) -> Said:
+def _send(
+    client: Client, call: Call, image: Callable[[int], bytes], predictions: Sequence[str], comment: str
+) -> Outcome:
     if call.kind == "predict":
-        answer = client.predict(image(call.image), explain="gradcam" if call.choice else None)
-        return Said(answer.id, answer.model_dump(mode="json", exclude=_ONE_ANSWER))
+        response = client.predict(image(call.image), explain="gradcam" if call.choice else None)
+        return Outcome(response.id, response.model_dump(mode="json", exclude=_PER_RESPONSE))
     if call.kind == "explain":
-        found = client.explanation(answers[call.image], method=call.choice, target=call.code)
-        return Said("", found.model_dump(mode="json"))
+        found = client.explanation(predictions[call.image], method=call.choice, target=call.code)
+        return Outcome("", found.model_dump(mode="json"))
     request = FlagRequest(reason=FlagReason(call.choice), suggested_label=call.code, comment=comment)
-    flag = client.flag(answers[call.image], request)
-    return Said(flag.id, {"state": flag.review.state, "text": flag.text, "prediction": flag.prediction_id})
+    flag = client.flag(predictions[call.image], request)
+    return Outcome(flag.id, {"state": flag.review.state, "text": flag.text, "prediction": flag.prediction_id})
 
 
-def differing(alone: Sequence[Said], together: Sequence[Said], *, exactly: bool) -> list[int]:
-    """Compare what calls were answered in two runs.
+def differing(alone: Sequence[Outcome], together: Sequence[Outcome], *, exactly: bool) -> list[int]:
+    """Compare the responses of two runs.
 
     Args:
         alone: [N] one at a time.
         together: [N] the same calls, all at once.
-        exactly: to the last bit; else numbers within `TOLERANCE`, and drawings are not looked at.
+        exactly: to the last bit; else numbers within `TOLERANCE`, and drawings are not compared.
     Returns:
-        The numbers of the calls that were answered otherwise.
+        The numbers of the calls whose responses differ.
     """
     pairs = zip(alone, together, strict=True)
     return [n for n, (a, b) in enumerate(pairs) if not (a.body == b.body if exactly else _near(a.body, b.body))]
@@ -136,28 +138,28 @@ def _near(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def stored_once(tx: Transaction, calls: Sequence[Call], said: Sequence[Said], tag: str) -> dict[str, int]:
+def stored_once(tx: Transaction, calls: Sequence[Call], outcomes: Sequence[Outcome], tag: str) -> dict[str, int]:
     """Find what the calls left in the ledger; maps leave nothing.
 
     Args:
         tx: a transaction that reads.
         calls: [N].
-        said: [N].
+        outcomes: [N].
         tag: of the run.
     Returns:
-        How many answers and objections there are.
+        Numbers of predictions and flags.
     Raises:
-        ContractError: one is missing, there twice, or says something else than was answered.
+        ContractError: one is missing, there twice, or differs from its response.
     """
-    predicted = [s for c, s in zip(calls, said, strict=True) if c.kind == "predict"]
+    predicted = [s for c, s in zip(calls, outcomes, strict=True) if c.kind == "predict"]
     rows = {row.id: row for row in tx.find(Prediction, where={"id": [s.id for s in predicted]})}
     if len(rows) != len(predicted) or any(rows[s.id].probabilities != s.body["probabilities"] for s in predicted):
-        raise ContractError(f"{len(predicted)} answers were given and {len(rows)} are in the ledger, or others")
-    flagged = {s.id: f"{tag} {n}" for n, (c, s) in enumerate(zip(calls, said, strict=True)) if c.kind == "flag"}
+        raise ContractError(f"{len(predicted)} predictions were returned and {len(rows)} are in the ledger, or others")
+    flagged = {s.id: f"{tag} {n}" for n, (c, s) in enumerate(zip(calls, outcomes, strict=True)) if c.kind == "flag"}
     flags = [flag for flag in tx.find(Flag) if (flag.comment or "").startswith(f"{tag} ")]
     if {flag.id: flag.comment for flag in flags} != flagged:
-        raise ContractError(f"{len(flagged)} objections were accepted and {len(flags)} are in the ledger, or others")
-    asked = {item.id: (item.comment or "").splitlines() for item in tx.find(ReviewItem)}
-    if any(asked[flag.review_item_id].count(flag.comment or "") != 1 for flag in flags):
-        raise ContractError("an objection is not once in the question that it raised")
-    return {"answers": len(rows), "objections": len(flags)}
+        raise ContractError(f"{len(flagged)} flags were accepted and {len(flags)} are in the ledger, or others")
+    comments = {item.id: (item.comment or "").splitlines() for item in tx.find(ReviewItem)}
+    if any(comments[flag.review_item_id].count(flag.comment or "") != 1 for flag in flags):
+        raise ContractError("a flag is not exactly once in its review item")
+    return {"predictions": len(rows), "flags": len(flags)}

@@ -1,8 +1,8 @@
-"""The one client that every server is measured with: threads with a kept connection each, and unlike images.
+"""The load generator for every server: threads with a persistent connection each, and images that all differ.
 
     with the server running:
-    closed_loop(target, images, callers=24, seconds=10)        # as much as it can answer
-    open_loop(target, images, per_second=30, seconds=10)       # as much as it is sent, whether it answers or not
+    closed_loop(target, images, callers=24, seconds=10)        # the next request follows a response
+    open_loop(target, images, per_second=30, seconds=10)       # requests at fixed times, whether responses come or not
 
 In: where to send images, and images. Out: a `Load`, one `Reply` per request. Requests are written with
 `http.client`, which costs a third of a millisecond each: it shares the cores with what is measured.
@@ -68,31 +68,29 @@ class Load:
 
     @cached_property
     def answered(self) -> list[Reply]:
-        """Those with an answer."""
+        """Replies with a result."""
         return [reply for reply in self.replies if 200 <= reply.status < 300]
 
     @property
     def per_second(self) -> float:
-        """Answers per second."""
+        """Successful replies per second."""
         return len(self.answered) / self.seconds
 
     def share_of(self, status: int) -> float:
-        """Return which share of all requests was answered with this status."""
+        """Return the share of all requests that got this status."""
         return sum(reply.status == status for reply in self.replies) / max(1, len(self.replies))
 
     def percentile_ms(self, percent: float) -> float | None:
-        """Return a percentile of the answers' latency, milliseconds; None if there was no answer."""
+        """Return a percentile of the latency of successful replies, milliseconds; None without any."""
         if not self.answered:
             return None
         return float(np.percentile([reply.latency_ms for reply in self.answered], percent))
 
-    def require_answers(self, what: str) -> "Load":
+    def require_success(self, what: str) -> "Load":
         """Return this load; DataError if a request failed, which would make its figures mean something else."""
         failed = [reply.status for reply in self.replies if not 200 <= reply.status < 300]
         if failed or not self.replies:
-            raise DataError(
-                f"{what} did not answer {len(failed)} of {len(self.replies)} requests (status {failed[:1]})"
-            )
+            raise DataError(f"{what} failed {len(failed)} of {len(self.replies)} requests (status {failed[:1]})")
         return self
 
 
@@ -192,7 +190,7 @@ def open_loop(target: Target, images: Images, per_second: float, seconds: float,
 
 
 def ask(target: Target, images: Images, requests: int, callers: int) -> Load:
-    """Send so many requests as fast as they are answered.
+    """Send so many requests as fast as the server replies.
 
     Args:
         target: whom they ask.

@@ -1,6 +1,6 @@
 """Servers of others around the same network, each in an environment of its own under one folder.
 
-In: a folder that `bench/peers/install.py` made, and the network's file. Out: where each of them answers. All of them
+In: a folder that `bench/peers/install.py` made, and the network's file. Out: the address of each. All of them
 run at once, and all but the one that is measured are stopped by a signal, so that none takes the others' cores.
 """
 
@@ -62,7 +62,7 @@ class Peer:
 
     Args:
         name: of it.
-        target: where it answers.
+        target: its address.
         process: of its command; others may be below it.
     """
 
@@ -125,9 +125,9 @@ class Peers:
         """Run all servers that can be run for the length of a block, each stopped until it is woken.
 
         Args:
-            images: to ask them with until they answer.
+            images: to send until they reply.
         Yields:
-            Those that answer, by name; why others do not is in `reasons`.
+            Those that reply, by name; why others do not is in `reasons`.
         """
         found: dict[str, Peer] = {}
         try:
@@ -189,7 +189,7 @@ class Peers:
                 return peer
             time.sleep(0.5)
         peer.end()
-        self.reasons[name] = f"it did not answer within {START_TIMEOUT_S:g} s: {_last_line(log.read_text())}"
+        self.reasons[name] = f"it did not reply within {START_TIMEOUT_S:g} s: {_last_line(log.read_text())}"
         return None
 
 

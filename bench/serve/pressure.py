@@ -55,7 +55,7 @@ class Pressure:
         return {**self.at_70_percent(), **self.under_flood(), **self.overload(), **self.memory(requests)}
 
     def capacity(self) -> float:
-        """Return answers per second at saturation."""
+        """Return replies per second at saturation."""
         return closed_loop(self.target, self.images, CALLERS, self.seconds / 2).per_second
 
     def at_70_percent(self) -> Figures:
@@ -116,7 +116,7 @@ class Pressure:
 
     @contextlib.contextmanager
     def _flood(self) -> Iterator[list[float]]:
-        """Ask for Integrated Gradients without a pause; the moments of the answers are collected in the list."""
+        """Ask for Integrated Gradients without a pause; the times of the replies are collected in the list."""
         target = Target(self.port, "/v1/explanations?method=integrated_gradients")
         over, moments = threading.Event(), list[float]()
 

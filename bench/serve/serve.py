@@ -52,7 +52,7 @@ class ServeBench:
 
     Args:
         settings: of the service; its port has to be free.
-        records: a home where a model answers.
+        records: a home with a serving model.
         bare: the same model's forward pass.
         peers: other servers.
         images: to send.
@@ -114,13 +114,13 @@ class ServeBench:
     def _measure(
         self, name: str, target: Target, server: psutil.Process | None = None, *, single: bool = True
     ) -> float:
-        """Return the rate at saturation; note the CPU time of an answer and the latency of one request alone."""
-        ask(target, self.images, WARM_UP, CALLERS).require_answers(name)
+        """Return the rate at saturation; note the CPU time of a request and the latency of one request alone."""
+        ask(target, self.images, WARM_UP, CALLERS).require_success(name)
         before_s = _cpu_s(server)
-        load = closed_loop(target, self.images, CALLERS, self.plan.seconds).require_answers(name)
+        load = closed_loop(target, self.images, CALLERS, self.plan.seconds).require_success(name)
         self._cpu_ms[name].append(1000 * (_cpu_s(server) - before_s) / len(load.answered))
         if single:
-            alone = closed_loop(target, self.images, 1, self.plan.seconds / 3).require_answers(name)
+            alone = closed_loop(target, self.images, 1, self.plan.seconds / 3).require_success(name)
             self._single_ms[name].append(alone.percentile_ms(50) or 0.0)
         return load.per_second
 
@@ -157,7 +157,7 @@ class ServeBench:
         }
 
     def _cpu_times(self) -> Figures:
-        """Return the CPU time of an answer, client included, and the ratios that it alone would give."""
+        """Return the CPU time of a request, client included, and the ratios that it alone would give."""
         found = {name: median(times) for name, times in self._cpu_ms.items()}
         return {f"{name}_cpu_ms": round(value, 2) for name, value in found.items()} | {
             f"{name}_over_raw_by_cpu": round(found["raw"] / found[name], 3) for name in (FULL, KEEPS_NOTHING)

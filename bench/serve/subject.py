@@ -39,11 +39,11 @@ WIDTH_PX = 600
 def prepare(
     records: RecordsSettings, model: Bundle | None, trainers: TrainersSettings, folder: Path, bar: Progress
 ) -> Bundle:
-    """Let a model answer in a home of its own.
+    """Serve a model from a home of its own.
 
     Args:
         records: of that home.
-        model: it answers; None trains one on generated images.
+        model: to serve; None trains one on generated images.
         trainers: how it is trained.
         folder: for generated images.
         bar: progress is shown on it.
@@ -167,6 +167,6 @@ def cores() -> int:
 def _trained(store: Store, trainers: TrainersSettings, folder: Path, bar: Progress) -> Bundle:
     synthesize(folder / "images", lesions=LESIONS, seed=0, width_px=WIDTH_PX, progress=bar)
     dataset = open_dataset(store, str(folder / "images"), progress=bar)
-    shared = {"epochs": EPOCHS, "early_stop_patience_epochs": None, "threads_per_worker": cores()}
-    settings = TrainersSettings.model_validate(trainers.model_dump() | shared)
+    shared = {"epochs": EPOCHS, "early_stop_patience_epochs": None, "workers.threads": cores()}
+    settings = trainers.with_values(shared)
     return fit(store, settings, dataset, run_dir=folder / "run", use_ray=False, progress=bar)

@@ -23,28 +23,27 @@ from records.store import open_store
 from trainers.augmentation import Augmenter, load_policy
 from trainers.augmentation.operations import Canvas
 from trainers.fitting.feeding import Feeder
-from trainers.fitting.starting import architecture_options
 from trainers.fitting.steps import Stepper
 from trainers.fitting.training_data import TrainingData
 from trainers.optimization.losses import LOSSES
 from trainers.optimization.optimizers import build_optimizer
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 from vision.networks import build_model
 from vision.precision import resolve_precision
 
 
 def loop_cost(settings: TrainersSettings, data: TrainingData, num_classes: int, steps: int) -> float:
     """Return CPU seconds per image of training steps on batches that the feeder prepares."""
-    augmenter = Augmenter(load_policy(settings.augmentation), Canvas(settings.side_px, (180.0, 140.0, 140.0)))
+    augmenter = Augmenter(load_policy(settings.augmentation), Canvas(settings.model.side_px, (180.0, 140.0, 140.0)))
     feeder = Feeder(data.pixels, data.labels, data.image_ids, data.train_index, augmenter, settings)
-    network = build_model(settings.model, num_classes, **architecture_options(settings))
+    network = build_model(settings.model.name, num_classes, **settings.model.options)
     network = network.to(memory_format=torch.channels_last)
     stepper = Stepper(
         network,
-        build_optimizer(network, settings),
+        build_optimizer(network, settings.optimizer),
         None,
-        LOSSES[settings.loss].factory(settings),
-        Geometry(side_px=settings.side_px),
+        LOSSES[settings.loss.name].factory(settings),
+        Geometry(side_px=settings.model.side_px),
         resolve_precision(settings.precision),
         torch.device("cpu"),
     )
@@ -71,7 +70,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = TrainersSettings(
-        model=options.model, side_px=options.side, threads_per_worker=1, use_gpu=False, batch_size=64
+        model=ModelSettings(name=options.model, side_px=options.side),
+        workers=WorkersSettings(threads=1, use_gpu=False),
+        batch_size=64,
     )
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -32,7 +32,7 @@ LOOPBACK = "fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0
 TRIALS = (
     "relook --help > /dev/null",
     "relook data synth /data/images --lesions 210 --width 96",
-    "relook train --data /data/images --set trainers.epochs=1 --set trainers.side_px=32",
+    "relook train --data /data/images --set trainers.epochs=1 --set trainers.model.side_px=32",
     "relook promote $(basename /data/bundles/*) --provisional",
     "relook models",
 )

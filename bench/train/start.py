@@ -34,7 +34,12 @@ from trainers.settings import TrainersSettings
 
 DEPLOYMENTS = ("ingress", "page", "predictor", "explainer")
 LESIONS = 140
-TRAINERS = {"model": "custom_cnn", "side_px": 32, "epochs": 2, "precision": "fp32", "threads_per_worker": 1}
+TRAINERS = {
+    "model": {"name": "custom_cnn", "side_px": 32},
+    "epochs": 2,
+    "precision": "fp32",
+    "workers": {"count": 1, "threads": 1},
+}
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def measure(folder: Path) -> dict:
     """Start everything once."""
     seconds: dict[str, float] = {}
     settings = Settings(records=RecordsSettings(home=folder / "home"), serving=ServingSettings(port=free_port()))
-    trainers = TrainersSettings.model_validate({**TRAINERS, "num_workers": 1})
+    trainers = TrainersSettings.model_validate(TRAINERS)
     synthesize(folder / "images", lesions=LESIONS, seed=3, width_px=96)
     with closing(open_store(settings.records)) as store:
         dataset = open_dataset(store, str(folder / "images"))

@@ -33,7 +33,6 @@ from records.store import Store
 from trainers.augmentation import load_policy
 from trainers.fitting.distributed import fit_distributed
 from trainers.fitting.epoch_report import EpochReport
-from trainers.fitting.starting import architecture_options
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import choose_device, compute_threads, threads_of
 from trainers.optimization.optimizers import build_optimizer
@@ -109,7 +108,7 @@ class Bench:
     def run(self) -> Figures:
         """Measure everything; what cannot be measured is None, with its reason under `reasons`."""
         cores = len(os.sched_getaffinity(0))
-        alone = _like(self.settings, num_workers=1, threads_per_worker=cores)
+        alone = _like(self.settings, {"workers.count": 1, "workers.threads": cores})
         load = os.getloadavg()[0]
         before = raw_rate(alone, len(self.store.taxonomy.codes))
         plan = self._cut(before)
@@ -158,10 +157,12 @@ class Bench:
         if cores < 2:
             self._reasons["ddp2_over_single"] = "this machine has one core"
             return None
-        if self.settings.batch_size % (2 * self.settings.accumulate_steps):
+        if self.settings.batch_size % (2 * self.settings.optimizer.accumulate_steps):
             self._reasons["ddp2_over_single"] = "two workers cannot share this batch_size evenly"
             return None
-        return self._pipeline_rate(_like(self.settings, num_workers=2, threads_per_worker=cores // 2), plan, "two")
+        return self._pipeline_rate(
+            _like(self.settings, {"workers.count": 2, "workers.threads": cores // 2}), plan, "two"
+        )
 
     def _pipeline_rate(self, settings: TrainersSettings, plan: DataPlan, name: str) -> float:
         run_dir = self.folder / name
@@ -189,17 +190,17 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
     Returns:
         Images per second.
     """
-    device = choose_device(settings.use_gpu)
+    device = choose_device(settings.workers.use_gpu)
     precision = resolve_precision(settings.precision, str(device))
     random = np.random.default_rng(0)
-    side_px, batch = settings.side_px, settings.batch_size
+    side_px, batch = settings.model.side_px, settings.batch_size
     pixels = random.integers(0, 256, (batch, side_px, side_px, 3), dtype=np.uint8)
     labels = torch.from_numpy(random.integers(0, num_classes, batch)).to(device)
-    geometry = Geometry(side_px=side_px, scaling=settings.scaling)
-    with compute_threads(threads_of(settings)), torch.random.fork_rng():
-        network = build_model(settings.model, num_classes, **architecture_options(settings)).to(device)
+    geometry = Geometry(side_px=side_px, scaling=settings.model.scaling)
+    with compute_threads(threads_of(settings.workers)), torch.random.fork_rng():
+        network = build_model(settings.model.name, num_classes, **settings.model.options).to(device)
         network = network.to(memory_format=torch.channels_last).train()
-        optimizer = build_optimizer(network, settings)
+        optimizer = build_optimizer(network, settings.optimizer)
         # Whichever loss the settings name, its share of a step is too small to measure.
         loss_of = nn.CrossEntropyLoss()
         inputs = scale_pixels(to_tensor(pixels).to(device), geometry)
@@ -247,9 +248,14 @@ class MemoryWatch:
                         self.peak_mb = max(self.peak_mb, process.memory_full_info().pss / 1e6)
 
 
-def _like(settings: TrainersSettings, **changes: object) -> TrainersSettings:
-    shared = {"epochs": EPOCHS, "early_stop_patience_epochs": None, "strategy": "auto", "max_failures": 0}
-    return TrainersSettings.model_validate(settings.model_dump() | shared | changes)
+def _like(settings: TrainersSettings, changes: dict[str, object]) -> TrainersSettings:
+    shared = {
+        "epochs": EPOCHS,
+        "early_stop_patience_epochs": None,
+        "workers.strategy": "auto",
+        "workers.max_failures": 0,
+    }
+    return settings.with_values(shared | changes)
 
 
 def _ratio(ours: float | None, theirs: float | None) -> float | None:

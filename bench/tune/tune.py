@@ -70,7 +70,7 @@ def memory_growth(folder: Path, trials: int, at_a_time: int) -> float:
         trials: how many.
         at_a_time: trials that run at once.
     Returns:
-        MB of resplitnt memory, from a tenth of the trials to the end.
+        MB of resident memory, from a tenth of the trials to the end.
     """
     process = psutil.Process()
     seen: list[float] = []

@@ -37,4 +37,4 @@ def test_a_killed_round_ends_as_one_that_was_left_alone() -> None:
     assert found["writes"] == sum(KILL_POINTS.values()) == 61
     assert found["reference"]["rounds_started"] == 1
     assert sum(found["reference"]["rollouts"].values()) == 1
-    assert len(set(found["reference"]["questions"])) == len(found["reference"]["questions"]) == 5
+    assert len(set(found["reference"]["review_items"])) == len(found["reference"]["review_items"]) == 5

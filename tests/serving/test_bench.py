@@ -40,7 +40,7 @@ def test_loads_count_what_was_answered(service: Any, make_image: Callable[..., b
     target = Target(service.settings.port, PREDICTIONS)
     with service.store.ledger.read() as tx:
         before = tx.count(Prediction)
-    asked = ask(target, images, 12, 4).require_answers("the service")
+    asked = ask(target, images, 12, 4).require_success("the service")
     closed = closed_loop(target, images, 2, 0.5)
     opened = open_loop(target, images, 20.0, 0.5, 4)
     assert len(asked.answered) == 12
@@ -58,9 +58,9 @@ def test_a_load_with_refusals_is_no_figure(service: Any, make_image: Callable[..
     assert nowhere.share_of(404) == 1.0
     assert nowhere.percentile_ms(50) is None
     with pytest.raises(DataError, match=r"nobody did not answer 4 of 4 requests \(status \[404\]\)"):
-        nowhere.require_answers("nobody")
+        nowhere.require_success("nobody")
     with pytest.raises(DataError, match="0 of 0"):
-        Load([], 1.0).require_answers("nobody")
+        Load([], 1.0).require_success("nobody")
 
 
 def test_latency_counts_from_when_a_request_was_due() -> None:

@@ -98,7 +98,7 @@ def test_interleaved_calls_get_the_answers_of_one_at_a_time_and_are_stored_once(
     assert len({repr(said.body) for said in alone}) > len(calls) / 4
     with served_store.ledger.read() as tx:
         for tag, said in (("alone", alone), ("together", together)):
-            assert stored_once(tx, calls, said, tag) == {"answers": 30, "objections": 30}
+            assert stored_once(tx, calls, said, tag) == {"predictions": 30, "flags": 30}
 
 
 def test_the_page_is_on_the_same_port_and_names_no_foreign_host(url: str) -> None:
