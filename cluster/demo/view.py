@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import TaskID
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from cluster.demo.traffic import Tally
-from records.progress import stderr
+from records.progress import LineProgress, duration, say, stderr
 
 
 @dataclass
@@ -40,6 +41,8 @@ class View:
         # rich renders in a thread of its own while stages and traffic change what it reads.
         self._lock = threading.RLock()
         self._spinner = Spinner("dots")
+        self._progress = LineProgress()
+        self._task: TaskID | None = None
         self._live = Live(get_renderable=self._render, console=stderr, refresh_per_second=4, transient=False)
 
     @contextmanager
@@ -58,22 +61,28 @@ class View:
         with self._lock:
             self._stages.append(stage)
         if not stderr.is_terminal:
-            stderr.print(f"[bold]{title}[/bold]  [dim]{why}[/dim]", highlight=False)
+            self._task = self._progress.add_task(f"{title}: {why}", total=None)
         try:
             yield stage
         finally:
             stage.seconds = time.perf_counter() - stage.started
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+                self._task = None
+                say(f"{title}: done in {duration(stage.seconds)}")
 
     def say(self, text: str) -> None:
         """Add a permanent line to the current stage."""
         with self._lock:
             self._stages[-1].lines.append(text)
         if not stderr.is_terminal:
-            stderr.print(f"  {text}", highlight=False, markup=False)
+            say(f"  {text}")
 
     def now(self, text: str) -> None:
         """Show what is happening now; the next call replaces it."""
         self._spinner.update(text=Text(text, style="cyan", overflow="ellipsis", no_wrap=True))
+        if self._task is not None:
+            self._progress.update(self._task, description=text)
 
     def _render(self) -> RenderableType:
         with self._lock:
