@@ -105,6 +105,7 @@ def _resources(settings: Settings) -> Check:
         f"{serving.explainer_cpus:g} + search or fit {max(float(tuning.cpus_per_trial), fit):g} = {needed:g} of "
         f"{cluster.logical_cpus} CPUs; {max(trials, 0)} trials at once beside the service"
     )
+    # The CPUs of a cluster are known to Ray only, and it may add nodes on demand.
     if cluster.ray_address:
         return Check(name="CPUs", state="ok", detail=f"decided by the cluster at {cluster.ray_address}")
     if needed > cluster.logical_cpus or trials < 1:
@@ -129,6 +130,7 @@ def _ray(settings: Settings) -> Check:
             fix = "start the cluster (ray up ray_cluster.yaml), or unset RELOOK_RAY_ADDRESS"
             return Check(name="Ray", state="fail", detail=f"nothing responds at {address}", fix=fix)
         return Check(name="Ray", state="ok", detail=f"{found}, cluster at {address}")
+    # Ray keeps its objects in shared memory and falls back to /tmp, which is slow; containers get 64 MB by default.
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).free < settings.cluster.object_store_mb * 2**20:
         fix = "docker run --shm-size=1g, or a smaller --set cluster.object_store_mb"
@@ -282,6 +284,7 @@ def _holder(host: str, port: int) -> str | None:
     """Return the program that listens on a port, None if none does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
+        # As servers do: a port in TIME_WAIT of a service that has just ended counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -290,6 +293,7 @@ def _holder(host: str, port: int) -> str | None:
             return "no program, but this user may not open it"
         except OSError:
             pass
+    # Processes of other users have no pid here without root, and then the program stays unnamed.
     for found in psutil.net_connections("tcp"):
         if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port and found.pid:
             return f"{psutil.Process(found.pid).name()} (process {found.pid})"

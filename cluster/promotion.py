@@ -56,6 +56,7 @@ def promote_model(
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {bundle.id[:12]}")
     if forced_because is not None:
         _require_right_to_force(forced_because, caller)
+    # Also for provisional and forced promotions: otherwise they would be a way around the second person.
     if settings.round.approval == "person":
         _require_second_person(store, bundle, person)
     report = None if provisional else _run_gate(store, settings, bundle)
@@ -72,6 +73,7 @@ def promote_model(
         register(tx, bundle)
         serve_model(tx, bundle.id, status)
         audit.append(tx, actor=person, action=f"model.{status}", subject=bundle.id, details=details)
+    # After the commit: a record without its promotion would be wrong, a missing one can be written again.
     write_change_record(store, bundle.id, report, person, forced_because=forced_because)
     return {
         "model_id": bundle.id,
@@ -117,6 +119,7 @@ def _run_gate(store: Store, settings: Settings, bundle: Bundle) -> GateReport:
 def _require_right_to_force(reason: str, caller: Caller | None) -> None:
     if not reason.strip():
         raise RefusedError("a forced promotion needs a reason for the audit; give --reason")
+    # The user of the machine proves nothing about rights; a key with a scope does.
     if caller is None:
         raise RefusedError(f"a forced promotion needs a key with the scope admin; put it into {KEY_VARIABLE}")
     caller.require(Scope.ADMIN)

@@ -157,6 +157,7 @@ def write_change_record(
         The file.
     """
     bundle = find_bundle(store, model_id)
+    # From the report: the ledger already names the new champion.
     before = find_bundle(store, gate.champion) if gate and gate.champion else None
     record = {
         "model_id": model_id,
@@ -201,7 +202,7 @@ def _data(store: Store, bundle: Bundle) -> dict[str, Any]:
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return field: [before, after] for every field that differs."""
+    """Return `{field: [before, after]}` for every field that differs."""
     names = sorted({*before, *after})
     return {name: [before.get(name), after.get(name)] for name in names if before.get(name) != after.get(name)}
 

@@ -56,12 +56,14 @@ def replay_round(store: Store, number: int) -> Replay:
     manifest, recorded = read_manifest(store.home, number)
     settings = TrainersSettings.model_validate(recorded.winner)
     dataset = load_dataset(store, recorded.dataset_id)
+    # A new folder per replay: in the round's own folder the fit would resume from its checkpoints and train nothing.
     run_dir = store.home.runs / f"replay-{number:04d}-{new_id()[-8:]}"
     bundle = fit(store, settings, dataset, run_dir=run_dir, use_ray=ray_is_running())
     predictions = predict_split(store, bundle, dataset, Split.TEST, actor=f"replay of round {number}")
     figures = evaluate(predictions, store.taxonomy, bundle.document.operating).model_dump(mode="json")
     differences = {name: _difference(figures[name], recorded.test[name]) for name in _COMPARED}
     precision = str(bundle.document.config.get("precision", "fp32"))
+    # bf16 is not reproducible to the last bit, so anything that is not fp32 gets the wider tolerance.
     allowed = TOLERANCE["fp32" if precision == "fp32" else "bf16"]
     now = installed_packages()
     return Replay(

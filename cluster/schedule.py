@@ -61,6 +61,7 @@ def look(
 
     `tell` gets the reason why a round starts or does not. Raises UserError if the round cannot run with this input.
     """
+    # Before counting: labels are due for a round when they are in Label Studio, not only when they were pulled.
     _pull_annotations(store, settings, tell)
     with store.ledger.read() as tx:
         unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
@@ -74,6 +75,7 @@ def look(
             settings,
             resume=bool(unfinished),
             started_by=started_by,
+            # Two watchers may see the same labels. The second one gets the lease when the first has ended its round.
             still_wanted=lambda: why_due(store, settings) is not None,
             on_event=on_event,
         )
@@ -110,6 +112,7 @@ def watch(
     while go_on():
         try:
             ran += look(store, settings, started_by=started_by, on_event=on_event, tell=tell) is not None
+        # A database or cluster that is down for a while must not end the watcher; the next poll tries again.
         except UnavailableError as error:
             tell(f"waiting: {error}")
         time.sleep(settings.round.watch_poll_s)
@@ -157,6 +160,7 @@ def plan_round(store: Store, settings: Settings) -> RoundPlan:
         waiting = tx.count(ReviewItem, where={"state": ReviewState.NEW})
         durations = _durations(tx)
         done = [s.step for s in tx.find(RoundStep, where={"round_id": unfinished.id})] if unfinished else []
+    # The rule of the step itself, so that a plan and its round cannot differ.
     searches, why = tune_now(store, settings, number)
     trials, trainers = settings.tuning.trials if searches else 0, settings.trainers
     steps = [

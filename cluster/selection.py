@@ -211,13 +211,11 @@ def select_images(
     )
     rows = PixelCache(store.home.cache, bundle.document.geometry.side_px).rows([images[row].id for row in chosen])
     items: list[ReviewItem] = []
-    # A second pass over the few selected images: heat maps for the whole pool would cost a backward pass per image.
+    # Heat maps are computed here and not for the pool, since only the few selected images need one.
     for batch in _batches(len(chosen)):
         output = model.predict(rows.take(batch), gradcam=True)
-        items.extend(
-            _item(store, images[chosen[row]], output, i, 1.0 - row / len(chosen))
-            for i, row in enumerate(batch.tolist())
-        )
+        for i, row in enumerate(batch.tolist()):
+            items.append(_item(store, images[chosen[row]], output, i, 1.0 - row / len(chosen)))
     # Blobs of overlays are stored before the items that name them; a kill in between leaves unused blobs only.
     with store.ledger.begin() as tx:
         tx.add(*items)

@@ -46,6 +46,7 @@ def survey(settings: RecordsSettings) -> Survey:
 
     UnavailableError if the database cannot be reached.
     """
+    # Opening a store creates its home and migrates the ledger, which a status must not do to an empty folder.
     home = Path(settings.home)
     if not home.exists() and settings.database is None:
         return Survey(home=str(home), exists=False)

@@ -56,6 +56,7 @@ def reopen_demo(settings: Settings, *, as_json: bool) -> None:
 
 
 def _show(running: Running, as_json: bool) -> None:
+    # Without a terminal nobody can press q: in a script the demo ends by itself.
     stays = sys.stdin.isatty() and stderr.is_terminal
     emit(as_json, running.summary, _ending(running, stays))
     if stays:
@@ -136,6 +137,7 @@ def _number(value: float | None) -> str:
 
 
 def _stay_until_q(running: Running) -> None:
+    # On stderr: stdout may be a file that keeps the summary, and the password does not belong there.
     password = running.label_studio.password.get_secret_value()
     stderr.print(f"Label Studio's password for {running.label_studio.username}: {password}", highlight=False)
     stderr.print("the servers keep running; press q to stop them", highlight=False)

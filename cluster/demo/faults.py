@@ -10,10 +10,9 @@ from records.taxonomy import Taxonomy
 
 
 def harmed_copy(store: Store, bundle: Bundle) -> Bundle:
-    """Return a copy of a model that gives the key class a probability near zero, neither registered nor served.
+    """Return a copy of a model that gives the key class a probability near zero.
 
-    Raises:
-        ContractError: the taxonomy has no key class.
+    It is neither registered nor served. ContractError if the taxonomy has no key class.
     """
     key = store.taxonomy.key_class
     if key is None:

@@ -147,7 +147,7 @@ def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Dem
         "traffic",
         "Traffic",
         "send unlabelled images; doubtful predictions become review items",
-        lambda: send_traffic(demo, service),
+        lambda: send_traffic(demo, service.url),
     )
     demo.stage(
         "annotators",
@@ -179,7 +179,7 @@ def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Dem
             "injected fault: the gate must refuse a challenger that misses the key class",
             lambda: gate_fault(demo),
         )
-        demo.stage("swap", "Swap", "switch to another model while requests come in", lambda: swap(demo, service))
+        demo.stage("swap", "Swap", "switch to another model while requests come in", lambda: swap(demo, service.url))
     finally:
         background.stop()
     demo.stage(

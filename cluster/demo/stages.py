@@ -37,7 +37,6 @@ from records.models import find_bundle, register, serve_model, serving_model
 from records.store import Store, find_images, read_image
 from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
 from serving.client import Client
-from serving.launch import ServiceHandle
 from trainers.fitting.epoch_report import EpochReport
 from tuning.trials import SearchEvent
 
@@ -100,6 +99,7 @@ def gather_data(demo: Demo, data: Path | None) -> StageResult:
     report = import_folder(
         demo.store, folder, withhold_share=settings.demo.withhold_share, side_px=(settings.trainers.model.side_px,)
     )
+    # The truth stays outside the ledger, where no stage but the simulated annotator and the traffic reads it.
     report.withheld.to_parquet(home.demo / "truth.parquet", index=False)
     found = audit_dataset(demo.store, load_dataset(demo.store, report.dataset_id))
     demo.view.say(f"{report.images} images of {report.lesions} lesions; {found.leaked_lesions} lesions in two splits")
@@ -121,6 +121,7 @@ def run_next_round(demo: Demo) -> StageResult:
     """Run the next round, or resume the one that an interrupted demo left unfinished."""
     with demo.store.ledger.read() as tx:
         unfinished = tx.count(RoundRecord, where={"finished_at": None}) > 0
+    # Derived from the finished data stage: a resumed round needs the very settings that it began with.
     settings = limit_epochs(demo.settings, demo.stages.results["data"]["splits"]["train"])
     outcome = run_round(demo.store, settings, resume=unfinished, on_event=lambda event: _show(demo.view, event))
     results = outcome.results
@@ -173,11 +174,11 @@ def _show(view: View, event: RoundEvent) -> None:
         view.now(event.text)
 
 
-def send_traffic(demo: Demo, service: ServiceHandle) -> StageResult:
+def send_traffic(demo: Demo, service_url: str) -> StageResult:
     """Send unlabelled images as HTTP requests and flag predictions that look wrong."""
     plan = demo.settings.demo
     traffic = Traffic(
-        service.url,
+        service_url,
         withheld_images(demo),
         demo.tally,
         requests=plan.requests,
@@ -239,7 +240,7 @@ def gate_fault(demo: Demo) -> StageResult:
     }
 
 
-def swap(demo: Demo, service: ServiceHandle) -> StageResult:
+def swap(demo: Demo, service_url: str) -> StageResult:
     """Swap to round 2's model if it was promoted, else to a copy of the model that serves."""
     failed_before, requests_before = demo.tally.failed, demo.tally.requests
     current = _serving(demo, "so there is none to swap")
@@ -248,7 +249,7 @@ def swap(demo: Demo, service: ServiceHandle) -> StageResult:
     else:
         kind = "round 2's model was not promoted, so a copy of the champion under a new id serves now"
         target = _swap_to_twin(demo, current)
-    with Client(service.url) as client:
+    with Client(service_url) as client:
         seconds = _wait_until_served(client, target)
     # A failure caused by the swap shows in the first requests to the new model, so some more have to arrive.
     time.sleep(2.0)
@@ -267,7 +268,7 @@ def _serving(demo: Demo, consequence: str) -> ModelRecord:
 
 def _swap_to_twin(demo: Demo, current: ModelRecord) -> Bundle:
     target = twin(demo.store, find_bundle(demo.store, current.id))
-    # The service polls the ledger: this transaction is all that it needs to switch.
+    # The service polls the ledger, so this transaction is all that it needs to switch. The copy takes over the status.
     with demo.store.ledger.begin() as tx:
         register(tx, target, round_number=current.round)
         serve_model(tx, target.id, ModelStatus(current.status))

@@ -64,6 +64,7 @@ def decide(
     checks = [*identity_checks(challenger, rivals), *floor_checks(challenger, groups, key_index, taxonomy, settings)]
     checks.append(calibration_check(challenger.predictions, settings))
     checks.append(explanation_check(explanation_similarity, settings))
+    # Drawn once for all rivals and slices: paired differences have a smaller variance than two independent samples.
     weights = gate_weights(challenger.predictions, groups, taxonomy, settings)
     for role, rival in rivals:
         checks.append(accuracy_check(role, challenger, rival, groups, weights, taxonomy, settings))

@@ -40,6 +40,7 @@ def run_gate(
     Returns:
         The gate's report.
     """
+    # Predictions are computed anew for rivals, too: their stored figures may be of another dataset version.
     predictions = predict_split(store, challenger, dataset, Split.GATE, actor=actor)
     rivals = [
         (role, _contender(store, bundle, predict_split(store, bundle, dataset, Split.GATE, actor=actor)))

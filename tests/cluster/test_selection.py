@@ -109,7 +109,7 @@ def test_the_command_takes_a_folder_and_a_mix(
 
 
 def test_a_folder_without_images_is_named(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not one image"):
+    with pytest.raises(DataError, match="no image"):
         take_in_folder(store, tmp_path, SIDE_PX)
 
 
