@@ -15,11 +15,11 @@ from serving.page.render import problem_html, render, share
 from serving.schemas import ModelDetails, ModelInfo, RolloutInfo, RolloutRequest
 
 TRAFFIC_SHARES = {
-    "0 % (shadow: predictions are compared, not returned)": 0,
-    "1 % of lesions": 1,
-    "10 % of lesions": 10,
-    "50 % of lesions": 50,
-    "100 % (promote to champion)": 100,
+    "0 % (shadow)": 0,
+    "1 %": 1,
+    "10 %": 10,
+    "50 %": 50,
+    "100 % (promote)": 100,
 }
 NOT_CHANGED = "Rollout not changed"
 _ROLLED_BACK = "rolled back on the page"
@@ -137,15 +137,16 @@ def models_tab(handlers: ModelHandlers, key: gr.Textbox) -> gr.Column:
         # Hiding is for clarity only; the API checks the key's scope at every call.
         admin: gr.Column = gr.Column(visible=False, elem_id="rl-admin")
         with admin:
-            percent = gr.Radio(list(TRAFFIC_SHARES.items()), value=0, label="Traffic share", elem_id="rl-share")
+            percent = gr.Radio(
+                list(TRAFFIC_SHARES.items()), value=0, label="Traffic share", elem_id="rl-share",
+                info="By lesion: all images of a lesion are in the share, or none.",
+            )  # fmt: skip
             reason = gr.Textbox(
                 label="Reason", max_length=500, elem_id="rl-reason",
                 info="Stored in the audit log; required for a model that has not passed the gate.",
             )  # fmt: skip
             with gr.Row():
-                start = gr.Button(
-                    "Start or update rollout", variant="primary", elem_id="rl-rollout-start", min_width=140
-                )
+                start = gr.Button("Roll out", variant="primary", elem_id="rl-rollout-start", min_width=140)
                 back = gr.Button("Roll back", variant="stop", elem_id="rl-rollout-back", min_width=140)
             refused = gr.HTML("", elem_id="rl-refused", padding=False)
     tab.select(handlers.load, key, [listed, chosen, rollout, shown, report], api_visibility="private")
