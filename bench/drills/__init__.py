@@ -1,1 +1,1 @@
-"""Long runs that kill, overload or cut off real processes and compare what is left."""
+"""Long runs that kill, overload or disconnect real processes and check what is left."""

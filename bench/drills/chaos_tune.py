@@ -1,14 +1,13 @@
-"""Kill searches at random moments and compare what they decide with a search that nobody kills.
+"""Kill searches at random moments and compare their decisions with those of a search that is not killed.
 
     .venv/bin/python -m bench.drills.chaos_tune --rounds 3 --kills 3
     .venv/bin/python -m bench.drills.chaos_tune --rounds 3 --kills 3 --searcher pbt
 
-Real Ray Tune in a process of its own, with a trial function whose scores are a table. The driver, the
-head of Ray (its control store or its raylet) or the processes of the trials are killed with -9; then the
-search goes on from its journal. With one trial at a time decisions and winner have to be those of the
-search that nobody killed; with two, every decision that was journalled has to stay. The turns of a population
-have to be those of the search that nobody killed in either case. One JSON line per round, with the kills that
-took effect; a round with fewer of them than were asked for has failed.
+Runs real Ray Tune in a process of its own, with a trial function whose scores come from a table. The driver, Ray's
+head (GCS or raylet) or the trial processes are killed (SIGKILL); then the search resumes from its journal. With one
+trial at a time, decisions and winner must equal those of the undisturbed search; with two, every journalled decision
+must remain. The generations of a population must be equal in either case. Prints one JSON line per round with the
+kills that took effect; a round with fewer kills than requested has failed.
 """
 
 import argparse
@@ -172,7 +171,7 @@ def winner(folder: Path) -> tuple[int, float | None, dict]:
     return best.number, best.score, best.overrides
 
 
-def play(
+def run_search(
     folder: Path, searcher: str, seed: int, at_a_time: int, victims: list[str], epoch_s: float
 ) -> tuple[int, list[str]]:
     """Run a search to its end, killing each victim a while after the next decisions.
@@ -211,9 +210,9 @@ def play(
 
 def one_round(folder: Path, searcher: str, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> dict:
     """Compare a search that is killed with one that is not."""
-    took, wrong = play(folder / "killed", searcher, seed, at_a_time, victims, epoch_s)
+    took, wrong = run_search(folder / "killed", searcher, seed, at_a_time, victims, epoch_s)
     if at_a_time == 1 or searcher == "pbt":
-        wrong += play(folder / "whole", searcher, seed, at_a_time, [], epoch_s)[1]
+        wrong += run_search(folder / "whole", searcher, seed, at_a_time, [], epoch_s)[1]
         if sorted(decisions(folder / "killed")) != sorted(decisions(folder / "whole")):
             wrong.append("other decisions than the search that nobody killed")
         if turns(folder / "killed") != turns(folder / "whole"):
@@ -233,7 +232,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--searcher", choices=tuple(TRIALS), default="tpe")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--at-a-time", type=int, default=0, help="1 or 2; 0 plays both in turn")
+    parser.add_argument("--at-a-time", type=int, default=0, help="1 or 2; 0 runs both alternately")
     parser.add_argument("--epoch-s", type=float, default=0.3)
     parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

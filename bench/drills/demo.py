@@ -1,4 +1,4 @@
-"""Time and memory of the demo, measured from outside, as one JSON object.
+"""Wall time and memory of the demo, measured from outside, as one JSON object.
 
 .venv/bin/python -m bench.drills.demo [--data DIR] [--keep DIR]
 """

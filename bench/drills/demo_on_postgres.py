@@ -1,10 +1,9 @@
 """The whole demo twice: on SQLite and files, and on a real PostgreSQL and an S3 endpoint. The summaries must be equal.
 
-PostgreSQL is Debian's, run as an unprivileged user with a password on a TCP port; the S3 endpoint is
-`moto`'s server, in an environment of its own (`--moto` names one that exists). What is decided by the
-clock is taken out on both sides: requests come one after another, trials end when they are done, nobody
-is asked by lot. What then still differs by nature (times, ids of predictions, how much background traffic
-there was) is left out of the comparison and listed.
+PostgreSQL is Debian's, run as an unprivileged user with a password on a TCP port; the S3 endpoint is `moto`'s server,
+in an environment of its own (`--moto` names an existing one). Both runs are made independent of the clock: requests
+are sent one after another, trials run to completion, and the audit sample is off. What still differs (times, ids of
+predictions, amount of background traffic) is left out of the comparison and listed.
 
     python -m bench.drills.demo_on_postgres [--lesions 260] [--moto VENV] [--keep FOLDER]
 """
@@ -145,7 +144,7 @@ def object_store(venv: Path, folder: Path) -> Iterator[str]:
         server.wait(timeout=60)
 
 
-def play(home: Path, lesions: int, places: dict[str, str]) -> tuple[dict[str, Any], float]:
+def run_demo(home: Path, lesions: int, places: dict[str, str]) -> tuple[dict[str, Any], float]:
     """Play the demo in a home; return its summary and how long it took, seconds.
 
     Raises:
@@ -212,12 +211,12 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         venv = (arguments.moto or folder / "moto").resolve()
         with postgres(folder / "postgres") as database, object_store(venv, folder) as blobs:
-            there, there_s = play(
+            there, there_s = run_demo(
                 folder / "home-there", arguments.lesions, {"RELOOK_DATABASE": database, "RELOOK_BLOBS": blobs}
             )
         left = [path for path in (folder / "home-there" / "blobs").rglob("*") if path.is_file()]
         local_database = (folder / "home-there" / "ledger.db").exists()
-        here, here_s = play(folder / "home-here", arguments.lesions, {})
+        here, here_s = run_demo(folder / "home-here", arguments.lesions, {})
     one, other = comparable(here), comparable(there)
     different = {
         key: [one.get(key), other.get(key)]

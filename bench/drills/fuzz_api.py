@@ -1,10 +1,10 @@
-"""A real service under everything that can be sent wrong: schemathesis over its contract, then malformed uploads.
+"""Fuzz a real service: schemathesis over its OpenAPI contract, then malformed uploads.
 
 .venv/bin/python -m bench.drills.fuzz_api --uploads 10000 --examples 200
 
-It starts `relook serve` with a small model in a folder of its own. One JSON object; the exit code is 1 if
-schemathesis finds anything, an upload gets a 5xx response, a process dies, or the processes grow by more than 5 %
-between the first third of the uploads and the end.
+Starts `relook serve` with a small model in a temporary folder. Prints one JSON object; the exit code is 1 if
+schemathesis finds anything, an upload gets a 5xx response, a process dies, or the processes' memory grows by more than
+5 % between the first third of the uploads and the end.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
 .venv/bin/python -m bench.drills.interleaved --calls 1000 --threads 16 [--max-batch-size 1]
 
-It starts `relook serve` with a small trained model in a folder of its own, makes the calls one at a time, then the
-same ones all together. In fp32 a network rounds otherwise in a batch than alone: there numbers are compared within
-1e-6, and with batches of one to the last bit. One JSON object; the exit code is 1 if a response differs or the ledger
+Starts `relook serve` with a small trained model in a temporary folder, makes the calls one at a time, then the same
+calls concurrently. In fp32 a network rounds differently in a batch than alone, so numbers are compared within 1e-6;
+with batches of one, to the last bit. Prints one JSON object; the exit code is 1 if a response differs or the ledger
 disagrees.
 """
 

@@ -2,11 +2,11 @@
 
 .venv/bin/python -m bench.drills.kill_database --rounds 3
 
-A round ends all of the service's connections, lets one server process die by SIGKILL (which makes PostgreSQL
-recover), and stops the whole server for some seconds. Callers repeat requests without a response under the same
-Idempotency-Key and flag every fifth prediction. Prints one JSON object; the exit code is 1 if a returned prediction or
-an accepted flag is missing from the ledger or is there twice, a failure is anything but a problem document with 503 or
-429, or no request succeeded within 30 s.
+A round terminates all connections of the service, kills one server process (SIGKILL, after which PostgreSQL recovers),
+and stops the whole server for some seconds. Callers repeat requests without a response under the same Idempotency-Key
+and flag every fifth prediction. Prints one JSON object; the exit code is 1 if a returned prediction or an accepted
+flag is missing from the ledger or is there twice, a failure is anything but a problem document with 503 or 429, or no
+request succeeded within 30 s.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""Kill a round (SIGKILL) before each of its writes, resume it, and compare it with one that was left alone.
+"""Kill a round (SIGKILL) before each of its writes, resume it, and compare it with an undisturbed round.
 
-A write is a commit to the ledger or a file opened for writing, renamed, removed or made in the home, on
-the main thread. The round runs without Ray (its workers are processes of their own, with tests of their
-own) and, if asked, against a real Label Studio.
+A write is a commit to the ledger, or a file opened for writing, renamed, removed or created in the home, on the main
+thread. The round runs without Ray (its workers have tests of their own) and, on request, with a real Label Studio.
 
     python -m bench.drills.kill_matrix --points 8       some of them, spread over the steps
     python -m bench.drills.kill_matrix                  all of them: minutes
@@ -111,7 +110,7 @@ def settings_of(home: Path, url: str | None, token: str | None) -> Settings:
     )
 
 
-def play(home: Path, url: str | None, token: str | None, at: int | None) -> dict[str, Any]:
+def run_round(home: Path, url: str | None, token: str | None, at: int | None) -> dict[str, Any]:
     """Run or resume the round of a home in this process; return what came out and which points were passed."""
     settings = settings_of(home, url, token)
     store = open_store(settings.records)
@@ -238,7 +237,7 @@ def run_matrix(root: Path, url: str | None, token: str | None, wanted: int | Non
     """Kill, resume and compare; return the points and every difference."""
     base = root / "base"
     in_child(lambda: prepare(base, root / "images"))
-    reference = in_child(lambda: play(_copy(base, root / "reference"), url, token, None))
+    reference = in_child(lambda: run_round(_copy(base, root / "reference"), url, token, None))
     if reference is None:
         raise SystemExit("the round that nobody kills was killed")
     points = reference.pop("points")
@@ -247,9 +246,9 @@ def run_matrix(root: Path, url: str | None, token: str | None, wanted: int | Non
     numbers = chosen(points, wanted)
     for number in numbers:
         home = _copy(base, root / f"point-{number}")
-        if in_child(lambda home=home, number=number: play(home, url, token, number)) is None:
+        if in_child(lambda home=home, number=number: run_round(home, url, token, number)) is None:
             killed += 1
-        resumed = in_child(lambda home=home: play(home, url, token, None)) or {}
+        resumed = in_child(lambda home=home: run_round(home, url, token, None)) or {}
         resumed.pop("points", None)
         wrong = {k: [v, resumed.get(k)] for k, v in reference.items() if resumed.get(k) != v}
         if wrong:

@@ -1,9 +1,9 @@
-"""Kill a training (SIGKILL) at random moments, resume it, and compare it with one that was left alone.
+"""Kill a training (SIGKILL) at random moments, resume it, and compare it with an undisturbed one.
 
-One worker has to end with the same model id, that is with equal weights, calibration and metrics, bit for bit.
-Two workers under Ray Train have to end with metrics within 1e-3; workers and the whole command are killed by turns.
-Every kill waits for some new checkpoints and a random moment more; a run that is over before its last kill fails.
-One JSON line per run; exit code 1 at the first difference.
+With one worker the model ids must be equal, that is weights, calibration and metrics bit for bit. With two workers
+under Ray Train the metrics must agree within 1e-3; workers and the whole command are killed alternately. Every kill
+waits for some new checkpoints and a random moment more; a run that finishes before its last kill fails. Prints one
+JSON line per run; the exit code is 1 at the first difference.
 
     .venv/bin/python -m bench.drills.kill_training --kills 10 --rounds 3
     .venv/bin/python -m bench.drills.kill_training --workers 2 --kills 3
@@ -32,18 +32,18 @@ from records.errors import IntegrityError
 from trainers.fitting.checkpoints import load_checkpoint
 
 SETTINGS = (
-    "model=custom_cnn_base",
-    "dropout=0",
-    "side_px=32",
+    "model.name=custom_cnn_base",
+    "model.dropout=0",
+    "model.side_px=32",
     "epochs=12",
     "batch_size=16",
     "precision=fp32",
-    "threads_per_worker=1",
-    "use_gpu=false",
-    "checkpoint_every_steps=4",
-    "ema_decay=0.95",
-    "clip_norm=1.0",
-    "max_failures=1000",
+    "workers.threads=1",
+    "workers.use_gpu=false",
+    "workers.checkpoint_every_steps=4",
+    "optimizer.ema_decay=0.95",
+    "optimizer.clip_norm=1.0",
+    "workers.max_failures=1000",
 )
 TOLERANCE = 1e-3
 MOST_CHECKPOINTS = 12

@@ -43,10 +43,10 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ReviewItem, ReviewState
 
-# A process of its own that has imported everything, and forks: starting one takes no time, whatever the machine does.
+# A fork server that has imported everything: starting a process takes little time even on a loaded machine.
 _PROCESSES = get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["labeling.sync", "records.store"])
-_PATIENCE_S = 3600
+_TIMEOUT_S = 3600
 _KEPT = ("authorization", "content-type", "accept")
 
 
@@ -73,7 +73,7 @@ class ChaosProxy:
             def log_message(self, *_: Any) -> None:
                 """Say nothing."""
 
-            def _pass_on(self) -> None:
+            def _forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 if self.path == WEBHOOK_PATH:
                     counts["webhooks_lost"] += 1
@@ -105,13 +105,13 @@ class ChaosProxy:
                 self.end_headers()
                 self.wfile.write(response.content)
 
-            do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = _pass_on  # noqa: N815 - names of the library
+            do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = _forward  # noqa: N815 - names of the library
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
             def handle_error(self, *_: Any) -> None:
-                """A client that was killed hung up; that is the point."""
+                """Ignore connections that a killed client closed."""
 
         self._http = http
         self._server = Server(("127.0.0.1", 0), Handler)
@@ -140,19 +140,19 @@ def compare(store: Store, client: LabelStudioClient) -> dict[str, Any]:
     """
     with store.ledger.read() as tx:
         items = {item.id: item for item in tx.find(ReviewItem)}
-    exactly = counted(store, client)
+    exact = counted(store, client)
     order = {"project": known_project(store, client), "query": json.dumps({"ordering": ["tasks:predictions_score"]})}
-    size = {"fields": "all", "include": "id,meta", "page_size": exactly["tasks"] + 1}
+    size = {"fields": "all", "include": "id,meta", "page_size": exact["tasks"] + 1}
     listed = client.request("GET", "api/tasks/", "list", params={**order, **size})
     priorities = [items[task["meta"]["relook_item"]].priority for task in listed["tasks"]]
     return {
-        **exactly,
-        "order_kept": len(priorities) == exactly["tasks"] and priorities == sorted(priorities, reverse=True),
+        **exact,
+        "order_kept": len(priorities) == exact["tasks"] and priorities == sorted(priorities, reverse=True),
     }
 
 
 def main() -> int:
-    """Run it once; 1 if anything was lost, doubled or out of order."""
+    """Run the drill once; exit with 1 if anything was lost, duplicated or out of order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=20)
@@ -163,7 +163,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-chaos-") as folder:
         home = open_home(Path(folder))
-        # Started so that it may call this machine; whom it calls is the proxy.
+        # Started so that webhooks may reach this machine; the proxy receives them.
         local = LocalLabelStudio(home, LabelingSettings(port=0, webhook_url="http://127.0.0.1:8000"))
         server = local.up()
         store = open_store(RecordsSettings(home=home.root))
@@ -215,7 +215,7 @@ def run_faults(
 
     syncing.run(None, until=equal)
     with LabelStudioClient(proxy.upstream, token) as direct:
-        # Through the good network: a second look adds nothing.
+        # Without the proxy: another pull must add nothing.
         again = pull(store, direct, LabelingSettings())
     times = {"pushed_s": round(pushed_s, 1), "seconds": round(time.monotonic() - began, 1)}
     kinds = {"killed_pushing": killed_pushing, "killed_pulling": syncing.killed - killed_pushing}
@@ -224,14 +224,7 @@ def run_faults(
 
 
 class Syncing:
-    """Lets processes sync through the proxy.
-
-    Args:
-        store: of the same home.
-        proxy: that they are sent through.
-        token: of Label Studio.
-        batch: tasks in one import.
-    """
+    """Runs and kills processes that sync through the proxy; `batch` is the number of tasks in an import."""
 
     def __init__(self, store: Store, proxy: ChaosProxy, token: str, batch: int) -> None:
         self.killed = 0
@@ -244,13 +237,13 @@ class Syncing:
             return tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
 
     def run(self, requests: int | None, until: Callable[[], bool] = lambda: False) -> None:
-        """Let one sync, and kill it after so many requests; without a number it ends when `until` holds.
+        """Run one process until it has sent a number of requests, or until a condition holds.
 
         Args:
-            requests: of this process; None never kills it in the middle of its work.
-            until: what to wait for.
+            requests: number after which the process is killed; None means no limit.
+            until: condition that ends the run.
         """
-        deadline, before = time.monotonic() + _PATIENCE_S, self._proxy.counts["requests"]
+        deadline, before = time.monotonic() + _TIMEOUT_S, self._proxy.counts["requests"]
         process = _PROCESSES.Process(target=sync_forever, args=self._arguments, daemon=True)
         process.start()
         try:
@@ -267,11 +260,11 @@ class Syncing:
         finally:
             process.kill()
             process.join()
-        raise SystemExit(f"not done after {_PATIENCE_S} s")
+        raise SystemExit(f"not done after {_TIMEOUT_S} s")
 
 
 def sync_forever(home: Path, url: str, token: str, batch: int) -> None:
-    """Sync again and again; an outage is waited out."""
+    """Sync in a loop; a failure of Label Studio is retried."""
     store = open_store(RecordsSettings(home=home))
     settings = LabelingSettings(push_batch=batch, blind_share=0.0, webhook_url=url)
     while True:
@@ -286,12 +279,12 @@ def sync_forever(home: Path, url: str, token: str, batch: int) -> None:
 def _annotate(client: LabelStudioClient, store: Store, items: list[ReviewItem]) -> list[int]:
     codes = store.taxonomy.codes
 
-    def give(numbered: tuple[int, ReviewItem]) -> int | None:
+    def annotate(numbered: tuple[int, ReviewItem]) -> int | None:
         label = annotation_result(codes[numbered[0] % len(codes)])
         return client.create_annotation(numbered[1].task_id or 0, label, key=uuid.uuid4())
 
     with ThreadPoolExecutor(4) as pool:
-        return [number for number in pool.map(give, enumerate(items)) if number is not None]
+        return [number for number in pool.map(annotate, enumerate(items)) if number is not None]
 
 
 if __name__ == "__main__":

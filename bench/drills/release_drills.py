@@ -1,9 +1,9 @@
-"""Releases under live traffic on a real Ray Serve: a good candidate to the end, broken ones that are taken back.
+"""Releases under live traffic on a real Ray Serve: a good candidate to promotion, broken ones to rollback.
 
 .venv/bin/python -m bench.drills.release_drills
 
-One JSON object; the exit code is 1 if a condition fails: no request of the good release fails, each broken candidate
-is taken back within the stated number of looks (and what was under way), no served prediction was not finite.
+Prints one JSON object; the exit code is 1 if a condition fails: no request of the good release fails, each broken
+candidate is rolled back within the stated number of images (and those in flight), every served prediction is finite.
 """
 
 import argparse

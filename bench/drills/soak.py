@@ -1,4 +1,4 @@
-"""The demo again and again: every run has to end well and leave no process behind. One JSON line per run.
+"""Run the demo repeatedly: every run must succeed and leave no process behind. Prints one JSON line per run.
 
 .venv/bin/python -m bench.drills.soak --minutes 60
 """

@@ -2,14 +2,13 @@
 
     .venv/bin/python -m bench.drills.three_nodes [--lesions 260] [--keep FOLDER] [--namespaces] [--tls]
 
-Three raylets, each with the processes and the folders of a node of its own, run `relook demo`: on loopback, or with
-`--namespaces` (root, Linux) each worker in a network namespace, with an address, a loopback and a folder for Ray
-that no other node can reach; `--tls` encrypts what Ray's nodes say to each other, as docs/operate.md has it. The
-head only listens for HTTP. A node dies with everything on it (kill -9) at three moments: while a trial of the search
-runs on it, while a worker of the fit does, and while it holds the predictor and requests come in. Ten seconds later
-another node takes its place, as an autoscaler would have it. The demo has to end right: no request of a caller who
-repeats it fails, no returned prediction is lost, nothing is doubled, and the audit chain holds. One JSON object;
-exit 1 if something is wrong.
+Three raylets, each with the processes and folders of a node, run `relook demo`: on loopback, or with `--namespaces`
+(root, Linux) each worker in a network namespace with an address, a loopback and a Ray folder of its own; `--tls`
+encrypts the traffic between Ray's nodes, see docs/operate.md. The head only listens for HTTP. A node is killed with
+all its processes (kill -9) three times: while it runs a trial of the search, while it runs a worker of the fit, and
+while it holds the predictor under requests. Ten seconds later another node replaces it, as an autoscaler would.
+The demo must succeed: no request of a caller who repeats it fails, no returned prediction is lost or doubled, and
+the audit chain holds. Prints one JSON object; the exit code is 1 if something is wrong.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Kill a node of a two-node Ray cluster in the middle of a search and see what that costs.
+"""Kill a node of a two-node Ray cluster in the middle of a search and measure the cost.
 
     .venv/bin/python -m bench.drills.two_nodes
 
-A head without CPUs and two raylets with one CPU each, on loopback, share the trials of a real search on
-generated images. Once both trials have some epochs, one raylet dies with all its processes (kill -9). The
-same search without a kill follows. Scores and winner have to be equal, only the dead node's trial may start
-twice, and its checkpoint may never go back. One JSON line; exit 1 if something is wrong.
+A head without CPUs and two raylets with one CPU each, on loopback, share the trials of a real search on generated
+images. After some epochs of both trials, one raylet is killed with all its processes (kill -9). The same search runs
+again without a kill. Scores and winner must be equal, only the dead node's trial may start twice, and its checkpoint
+may never go back. Prints one JSON line; the exit code is 1 if something is wrong.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Run a command and measure it from outside: wall time, peak memory of all its processes, what it left running.
+"""Run a command and measure it from outside: wall time, peak memory of all its processes, processes left running.
 
-Memory is proportional set size (PSS): pages shared by several processes count once in the sum.
+Memory is proportional set size (PSS): a page shared by several processes counts once in the sum.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""Measurements of the labeling room, for `python -m bench label`."""
+"""Measurements of labeling: throughput (`python -m bench label`), acquisition rules, label noise."""

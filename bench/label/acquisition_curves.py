@@ -1,4 +1,4 @@
-"""Compare every acquisition rule against random, as docs/protocols/acquisition.md lays down.
+"""Compare every acquisition rule with random selection, by the protocol in docs/protocols/acquisition.md.
 
 .venv/bin/python -m bench.label.acquisition_features HAM10000_DIR features.npz
 .venv/bin/python -m bench.label.acquisition_curves features.npz --out curves.json --plot docs/images/acquisition.png
@@ -33,7 +33,7 @@ MELANOMA = CLASSES.index("mel")
 
 @dataclass(frozen=True)
 class Splits:
-    """One seed's pool [P] and held-out images [H], features reduced on the pool."""
+    """Pool [P] and held-out images [H] of one seed; features are reduced by a PCA of the pool."""
 
     ids: list[str]
     pool: np.ndarray
@@ -43,7 +43,7 @@ class Splits:
 
 
 def split(path: str, seed: int) -> Splits:
-    """Hold out a fifth of the lesions of each class; the pool is the first image of every other one."""
+    """Hold out a fifth of the lesions of each class; the pool has the first image of each remaining lesion."""
     data = np.load(path)
     labels = np.array([CLASSES.index(label) for label in data["labels"]])
     _, first, lesion = np.unique(data["lesions"], return_index=True, return_inverse=True)
@@ -62,7 +62,7 @@ def split(path: str, seed: int) -> Splits:
 
 @dataclass(frozen=True)
 class Head:
-    """Logistic regression over all classes; one that has no label yet gets probability 0."""
+    """Logistic regression over all classes; a class without labels gets probability 0."""
 
     model: LogisticRegression
     shares: np.ndarray
@@ -81,13 +81,13 @@ class Head:
 
 
 def fit(features: np.ndarray, labels: np.ndarray) -> Head:
-    """Fit the head on what is labelled."""
+    """Fit the head on the labelled images."""
     model = LogisticRegression(C=STRENGTH, max_iter=2_000).fit(features.astype(np.float64), labels)
     return Head(model, np.bincount(labels, minlength=len(CLASSES)) / len(labels))
 
 
-def ask(rule: str, splits: Splits, head: Head, known: list[int], count: int, seed: int) -> list[int]:
-    """Return which images of the pool the product's rule asks for next."""
+def choose_next(rule: str, splits: Splits, head: Head, known: list[int], count: int, seed: int) -> list[int]:
+    """Return the rows of the pool that a rule chooses next."""
     blocked = np.zeros(len(splits.ids), dtype=bool)
     blocked[known] = True
     free = np.flatnonzero(~blocked)
@@ -102,15 +102,15 @@ def ask(rule: str, splits: Splits, head: Head, known: list[int], count: int, see
     return [int(free[row]) for row in choose(rule, pool, count, seed=seed)]
 
 
-def course(rule: str, splits: Splits, seed: int) -> tuple[list[float], list[int]]:
-    """Return balanced accuracy, and melanomas among the labels, at every step."""
+def learning_curve(rule: str, splits: Splits, seed: int) -> tuple[list[float], list[int]]:
+    """Return balanced accuracy and the number of labelled melanomas at each step."""
     chance = np.random.default_rng(1_000 + seed)
     known = [int(row) for row in chance.choice(len(splits.ids), STEPS[0], replace=False)]
     accuracies, melanomas = [], []
     for step in STEPS:
         if step > len(known):
             head = fit(splits.pool[known], splits.pool_labels[known])
-            known += ask(rule, splits, head, known, step - len(known), 10_000 * seed + step)
+            known += choose_next(rule, splits, head, known, step - len(known), 10_000 * seed + step)
         assert len(set(known)) == step
         head = fit(splits.pool[known], splits.pool_labels[known])
         accuracies.append(head.balanced_accuracy(splits.held_out, splits.held_out_labels))
@@ -119,12 +119,12 @@ def course(rule: str, splits: Splits, seed: int) -> tuple[list[float], list[int]
 
 
 def one_seed(path: str, seed: int) -> dict:
-    """Return one seed's courses of all rules, and the figure with the whole pool labelled."""
+    """Return the curves of all rules for one seed, and the balanced accuracy with the whole pool labelled."""
     splits = split(path, seed)
     full = fit(splits.pool, splits.pool_labels).balanced_accuracy(splits.held_out, splits.held_out_labels)
     found = {"seed": seed, "full": full, "pool": len(splits.ids), "rules": {}}
     for rule in RULES:
-        accuracies, melanomas = course(rule, splits, seed)
+        accuracies, melanomas = learning_curve(rule, splits, seed)
         found["rules"][rule] = {"balanced_accuracy": accuracies, "melanomas": melanomas}
     return found
 
@@ -135,7 +135,7 @@ def half_width(values: np.ndarray) -> np.ndarray:
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Return the two-splitd p of a mean difference of 0; [seeds]."""
+    """Return the two-sided p-value of a mean difference of 0; [seeds]."""
     return float(2 * stats.t.sf(abs(differences.mean() / _error(differences)), len(differences) - 1))
 
 
@@ -153,7 +153,7 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def labels_needed(curve: np.ndarray, target: float) -> float | None:
-    """Return where a curve over STEPS first reaches a target, linear between steps; None if it does not."""
+    """Return the number of labels at which a curve first reaches a target, linear between STEPS; None if never."""
     reached = np.flatnonzero(curve >= target)
     if not len(reached):
         return None
@@ -165,7 +165,7 @@ def labels_needed(curve: np.ndarray, target: float) -> float | None:
 
 
 def summarise(seeds: list[dict]) -> dict:
-    """Return the protocol's figures of every rule."""
+    """Return the figures of the protocol for every rule."""
     curves = {rule: np.array([s["rules"][rule]["balanced_accuracy"] for s in seeds]) for rule in RULES}
     areas = {rule: np.trapezoid(curve, STEPS, axis=1) / (STEPS[-1] - STEPS[0]) for rule, curve in curves.items()}
     adjusted = holm({rule: p_value(areas[rule] - areas["random"]) for rule in RULES if rule != "random"})
@@ -190,7 +190,7 @@ def summarise(seeds: list[dict]) -> dict:
 
 
 def plot(seeds: list[dict], target: float, out: Path) -> None:
-    """Draw the mean curves, each with its band."""
+    """Plot the mean curves with their bands."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +212,7 @@ def plot(seeds: list[dict], target: float, out: Path) -> None:
 
 
 def main() -> None:
-    """Run all seeds, write every course and the figures, and draw the curves."""
+    """Run all seeds, write the curves and figures, and plot them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("features")
     parser.add_argument("--seeds", type=int, default=10)
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     seeds = list(range(options.seeds))
-    # For the workers, which are processes of their own: each keeps to one core.
+    # Set before the workers start: each uses one core.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as workers:
         found = list(workers.map(one_seed, [options.features] * len(seeds), seeds))

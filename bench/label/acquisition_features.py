@@ -1,4 +1,4 @@
-"""Write the ImageNet features of every image of a dataset folder, for `acquisition_curves.py`.
+"""Compute ImageNet features of all images of a dataset folder, for `acquisition_curves.py`.
 
 .venv/bin/python -m bench.label.acquisition_features HAM10000_DIR features.npz
 """
@@ -32,7 +32,7 @@ def network() -> torch.nn.Module:
 
 
 def features_of(paths: list[Path], bf16: bool) -> np.ndarray:
-    """Return the features of some images, [N, 1280]; on one thread, so that none waits for another."""
+    """Return the features [N, 1280] of some images, computed on one thread: each worker process has one core."""
     torch.set_num_threads(1)
     steps = [v2.Resize(SIDE_PX), v2.CenterCrop(SIDE_PX), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     # The published weights were trained on pixels from -1 to 1.
@@ -61,8 +61,10 @@ def main() -> None:
     parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
     found: list[np.ndarray] = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        asked = [pool.submit(features_of, [paths[row["image_id"]] for row in part], options.bf16) for part in parts]
-        for each in asked:
+        parts_done = [
+            pool.submit(features_of, [paths[row["image_id"]] for row in part], options.bf16) for part in parts
+        ]
+        for each in parts_done:
             found.append(each.result())
             print(f"{sum(map(len, found))} of {len(rows)}", file=sys.stderr, flush=True)
     np.savez(

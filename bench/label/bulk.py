@@ -29,7 +29,7 @@ from records.store import Store
 from records.types import Annotation, Image, ReasonCode, ReviewItem
 
 TURNS = 5
-_READERS = 4
+_ANNOTATORS = 4
 _PAGE_SIZE = 500
 
 
@@ -63,11 +63,12 @@ def measure(
         advance(f"pulling {items} annotations")
         number = known_project(store, client) or 0
         first_s, first = _timed(lambda: _read_bare(bare, number))
+        # The bare client reads before and after the pull; the mean cancels a drift of the machine's speed.
         pulled_s, report = _timed(lambda: pull(store, client, settings))
         second_s, second = _timed(lambda: _read_bare(bare, number))
         if {first, second, report.new_labels} != {items}:
             raise IntegrityError(f"{items} annotations were made and {first}, {report.new_labels}, {second} were read")
-        exactly = counted(store, client)
+        exact = counted(store, client)
     bare_pulled_s = (first_s + second_s) / 2
     return {
         "items": items,
@@ -77,8 +78,8 @@ def measure(
         "pull_s": items / pulled_s,
         "bare_pull_s": items / bare_pulled_s,
         "pull_over_bare": bare_pulled_s / pulled_s,
-        "lost": exactly["lost"],
-        "duplicated": exactly["doubled"],
+        "lost": exact["lost"],
+        "duplicated": exact["doubled"],
     }
 
 
@@ -100,28 +101,22 @@ def counted(store: Store, client: LabelStudioClient) -> dict[str, Any]:
         items = {item.id for item in tx.find(ReviewItem)}
         labels = tx.find(Annotation, order_by=("created_at", "id"))
     tasks = Counter(str(row.meta.get("relook_item")) for row in rows)
-    said = {a.id: a.result[0]["value"]["choices"][0] for row in rows for a in row.annotations if not a.was_cancelled}
+    made = {a.id: a.result[0]["value"]["choices"][0] for row in rows for a in row.annotations if not a.was_cancelled}
     newest = {label.annotation_id: label for label in labels}
     held = {number: label.label for number, label in newest.items() if not label.deleted}
     revisions = {(label.annotation_id, label.revision) for label in labels}
     return {
         "tasks": len(rows),
-        "annotations": len(said),
-        "lost": len(items - tasks.keys()) + len(said.keys() - held.keys()),
+        "annotations": len(made),
+        "lost": len(items - tasks.keys()) + len(made.keys() - held.keys()),
         "doubled": tasks.total() - len(tasks) + len(labels) - len(revisions),
-        "different": sum(held[number] != label for number, label in said.items() if number in held)
-        + len(held.keys() - said.keys()),
+        "different": sum(held[number] != label for number, label in made.items() if number in held)
+        + len(held.keys() - made.keys()),
     }
 
 
 def add_review_items(store: Store, count: int, seed: int) -> None:
-    """Write review items about generated images, with priorities in random order.
-
-    Args:
-        store: whose outbox takes them.
-        count: how many.
-        seed: of images and priorities.
-    """
+    """Add review items of generated images with random priorities."""
     chance = np.random.default_rng(seed)
     for start in range(0, count, 500):
         records: list[Image | ReviewItem] = []
@@ -144,7 +139,7 @@ def add_review_items(store: Store, count: int, seed: int) -> None:
 
 
 class _Recording(LabelStudioClient):
-    """A client that keeps the batches it sent."""
+    """A client that keeps the batches that it imported."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -192,12 +187,12 @@ def _annotate_all(store: Store, client: LabelStudioClient) -> None:
         items = tx.find(ReviewItem, order_by=("id",))
     codes = store.taxonomy.codes
 
-    def give(numbered: tuple[int, ReviewItem]) -> None:
+    def annotate(numbered: tuple[int, ReviewItem]) -> None:
         label = codes[numbered[0] % len(codes)]
         client.create_annotation(numbered[1].task_id or 0, annotation_result(label), key=uuid.uuid4())
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(give, enumerate(items)))
+    with ThreadPoolExecutor(_ANNOTATORS) as pool:
+        list(pool.map(annotate, enumerate(items)))
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

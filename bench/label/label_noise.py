@@ -1,11 +1,11 @@
-"""How well the second-opinion queue finds wrong labels that were put among the real ones of HAM10000.
+"""How well the second-opinion queue finds wrong labels that were inserted into HAM10000.
 
 .venv/bin/python -m bench.label.acquisition_features HAM10000_DIR features.npz
 .venv/bin/python -m bench.label.label_noise features.npz
 
-Lesions in five folds; the head is that of `acquisition_curves.py`, fitted on the noisy labels of the other four. A
-twentieth of the lesions gets another diagnosis, drawn evenly from the six others; the queue is `suspicious_rows`.
-One image per lesion.
+Five-fold cross-validation by lesion, one image per lesion; the head is that of `acquisition_curves.py`, fitted on the
+noisy labels of the other folds. One lesion in twenty gets another diagnosis, drawn evenly from the six others; the
+queue is `suspicious_rows`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ NOISE, FOLDS, RECALL = 0.05, 5, 0.5
 
 
 def one_seed(features: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float | None]:
-    """Return precision where half of the planted errors are found (None if never), and both over the whole queue."""
+    """Return the precision at which half of the planted errors are found (None if never), and both over all rows."""
     chance = np.random.default_rng(seed)
     wrong = chance.choice(len(truth), round(NOISE * len(truth)), replace=False)
     labels = truth.copy()

@@ -1,1 +1,1 @@
-"""Ledger, datasets, search and labeling at sizes beyond one machine's daily use."""
+"""Ledger, datasets, search and labeling at sizes far beyond daily use."""

@@ -1,8 +1,8 @@
 """Annotations per second that a local Label Studio takes from many concurrent annotators, and their latency.
 
-Every annotator is a thread that opens and annotates tasks without a pause, so the rate is
-the most that the server takes. People need seconds to look; the rate over theirs is how many of them it carries.
-The server is the real one on SQLite, as `relook label up` starts it. Then one pull reads all annotations.
+Every annotator is a thread that opens and annotates tasks without a pause, so the rate is the maximum of the server.
+Divided by the rate of a person, who needs seconds to look, it gives the number of annotators that the server carries.
+The server is the real one on SQLite, as `relook label up` starts it. At the end one pull reads all annotations.
 
     python -m bench.scale.annotators [--annotators 100] [--tasks 1000]
 """
@@ -32,7 +32,7 @@ from records.store import open_store
 from records.types import ReviewItem
 
 LOOK_S = 10.0
-"""What a reader is taken to need for one image; the rate that a server must carry follows from it."""
+"""Assumed time that a person needs for one image, seconds."""
 
 
 def work(client: LabelStudioClient, tasks: list[int], label: str) -> list[float]:
@@ -74,7 +74,7 @@ def main() -> int:
                     annotated = time.perf_counter()
                 report = pull(store, client, settings)
                 pulled = time.perf_counter()
-                exactly = counted(store, client)
+                exact = counted(store, client)
         finally:
             local.down()
     took_s = np.concatenate(took)
@@ -89,16 +89,16 @@ def main() -> int:
                 "wait_p50_s": round(float(np.percentile(took_s, 50)), 2),
                 "wait_p95_s": round(float(np.percentile(took_s, 95)), 2),
                 "look_s": LOOK_S,
-                "readers_carried": int(per_s * LOOK_S),
+                "annotators_supported": int(per_s * LOOK_S),
                 "pull_per_s": round(report.new_labels / (pulled - annotated), 1),
-                "lost": exactly["lost"],
-                "doubled": exactly["doubled"],
+                "lost": exact["lost"],
+                "doubled": exact["doubled"],
                 "load": os.getloadavg(),
             },
             indent=2,
         )
     )
-    return 1 if exactly["lost"] or exactly["doubled"] else 0
+    return 1 if exact["lost"] or exact["doubled"] else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Predictions per second that several writers commit to a ledger on a real PostgreSQL.
 
-Each writer is a process of its own that calls what the predictor's recorder calls for every micro-batch
-(`serving.outbox.write_predictions`): images, predictions and the review items of some of them, in one
-transaction. At the end the rows are counted: every prediction that a writer saw committed is there once.
+Each writer is a process that calls `serving.outbox.write_predictions`, as the predictor's recorder does for every
+micro-batch: images, predictions and the review items of some of them, in one transaction. At the end the rows are
+counted: every prediction that a writer saw committed must be there once.
 
     python -m bench.scale.ledger [--writers 8] [--seconds 20] [--batches 1 4 16]
 """

@@ -1,9 +1,9 @@
-"""What a round costs beside tuning, fitting and evaluating, on a folder of images and a real Label Studio.
+"""Cost of a round without tuning, fitting and evaluating, on a folder of images and a real Label Studio.
 
-A folder is imported with a share of its labels withheld, and two rounds run in this process. Fitting is made short (one
-epoch on few images, no search) and has no Ray, since it does not count; what Ray's start would add is not in the
-figures. Between the rounds a simulated annotator labels the tasks of the first, so the second reads them, builds a
-new version and has a champion to compare with.
+A folder is imported with a share of its labels withheld, and two rounds run in this process. Fitting is shortened (one
+epoch on few images, no search) and runs without Ray, so Ray's start is not in the figures. Between the rounds a
+simulated annotator labels the tasks of the first, so the second pulls them, builds a new version and compares its
+model with a champion.
 
     python -m bench.scale.round IMAGES [--model custom_cnn] [--side 32]
 """

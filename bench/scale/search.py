@@ -1,8 +1,8 @@
-"""How many reports a second the driver of a search takes: what it decides and journals for each epoch of each trial.
+"""Reports per second that the driver of a search processes: decisions and journal for each epoch of each trial.
 
-No trial is trained and Ray is not there: a hundred pretended trials report in turns to the judge, the log and the
-journal of a real search, every line on disk before the next. With a GPU for each trial a search on N GPUs sends
-N reports per epoch, so the rate over N says how short an epoch may be.
+No trial is trained and Ray is not started: a hundred simulated trials report alternately to the judge, the log and the
+journal of a real search, every line on disk before the next. A search on N GPUs, one per trial, sends N reports per
+epoch, so N over the rate is the shortest epoch that it can follow.
 
     python -m bench.scale.search [--at-once 100] [--trials 300] [--epochs 30]
 """

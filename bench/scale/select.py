@@ -1,7 +1,7 @@
-"""Time and memory of what compares all images with all: choosing 1,000 of a million, and near-duplicates among them.
+"""Time and memory of comparing all images with all: choosing 1,000 of a million, and near-duplicates among them.
 
-Features are random and lie in a memory-mapped file, in float16; the probabilities are random as well. The largest
-resident memory is of the whole process, pages of the mapped file that happen to be in memory included.
+Features are random float16 in a memory-mapped file; the probabilities are random as well. The largest resident memory
+is that of the whole process, including pages of the mapped file that are in memory.
 
     python -m bench.scale.select [--rule k_center] [--rows 1000000] [--features 512] [--budget 1000]
 """

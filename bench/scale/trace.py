@@ -1,10 +1,9 @@
-"""How long a trace takes in a ledger of ten million rows, on a real PostgreSQL.
+"""Time of a trace in a ledger of ten million rows, on a real PostgreSQL.
 
-The rows are made up and loaded by COPY, a table at a time, with the indexes of the product's own schema (dropped
-for the load, made again after it as the schema has them). Of ten rows five are predictions, 1.5 images and one each
-a group, a diagnosis, a review item and an annotation or flag. One dataset version of a million images is built by
-the product; the others are files of the same size, linked to it. Then `records.lineage.trace`, which is what
-`relook trace` calls, is timed on ids drawn at random.
+The rows are synthetic and loaded by COPY, one table at a time, with the indexes of the product's schema (dropped for
+the load and recreated after it). Of ten rows five are predictions, 1.5 images and one each a group, a diagnosis, a
+review item and an annotation or flag. One dataset version of a million images is built by the product; the others are
+files of the same size, linked to it. Then `records.lineage.trace`, which `relook trace` calls, is timed on random ids.
 
     python -m bench.scale.trace [--rows 10000000] [--versions 10]
 """

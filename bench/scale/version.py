@@ -1,8 +1,8 @@
 """Time and memory of a dataset version of a million images.
 
-The ledger is filled with made-up rows (an image, its group and its label each); the images themselves do not
-exist and are not read. The version is then built twice in a process of its own, whose largest resident memory is
-reported: first with every split still to be drawn, then with all of them drawn and one label changed.
+The ledger is filled with synthetic rows (an image, its group and its label each); image files do not exist and are not
+read. The version is built twice in a process whose largest resident memory is reported: first with every split still
+to be drawn, then with all of them drawn and one label changed.
 
     python -m bench.scale.version [--images 1000000] [--postgres]
 """

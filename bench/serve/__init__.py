@@ -1,1 +1,1 @@
-"""What is asked of a running service to find out how fast and how hard to break it is."""
+"""Throughput, latency and robustness of a running service, compared with other servers."""

@@ -1,8 +1,8 @@
-"""Uploads that something is wrong with, drawn from a seed: the same seed and number is the same upload.
+"""Malformed uploads drawn from a seed: the same seed and number give the same upload.
 
-In: a seed and a number. Out: a request for one of the routes that take images. Most are real images
-of every kind that is read, damaged in one to three places; some checksums are made right again, so that the
-damage reaches the decoders. A few stay whole, since a damaged request must not spoil the next.
+In: a seed and a number. Out: a request for one of the routes that take images. Most are real images of every format
+that is read, damaged in one to three places; some checksums are corrected afterwards, so that the damage reaches the
+decoders. A few stay intact, since a damaged request must not affect the next.
 """
 
 import io

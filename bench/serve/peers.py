@@ -1,7 +1,7 @@
-"""Servers of others around the same network, each in an environment of its own under one folder.
+"""Other servers around the same network, each in an environment of its own under one folder.
 
-In: a folder that `bench/peers/install.py` made, and the network's file. Out: the address of each. All of them
-run at once, and all but the one that is measured are stopped by a signal, so that none takes the others' cores.
+In: a folder that `bench/peers/install.py` made, and the network's file. Out: the address of each. All of them run at
+the same time; all but the measured one are stopped by SIGSTOP, so that none uses the others' cores.
 """
 
 import contextlib

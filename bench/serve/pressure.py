@@ -1,7 +1,7 @@
-"""What the service does under pressure: tails, a flood of explanations, five times too much, many requests.
+"""The service under pressure: tail latency, a flood of explanations, five times its capacity, many requests.
 
-In: a running service. Out: figures. Capacity is measured just before what is held against it, because the machine
-may have less to give than it had a minute ago.
+In: a running service. Out: figures. Capacity is measured just before each comparison with it, because the machine's
+speed may change within minutes.
 """
 
 import contextlib

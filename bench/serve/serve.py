@@ -1,8 +1,8 @@
-"""Measure the service beside its bare network and other servers, in rounds, so that only neighbours are compared.
+"""Compare the service with its bare network and with other servers (`python -m bench serve`).
 
-A round is: bare network, the service with everything on, the service that keeps nothing, each peer, bare network
-again. A ratio is formed within its round, and the median of the rounds is told, because what else runs on a machine
-changes from minute to minute. What the service does under pressure follows (see `pressure`).
+A round measures: bare network, the service with everything on, the service that keeps nothing, each peer, bare network
+again. Ratios are formed within a round, and their median over the rounds is reported, because other load on a machine
+changes from minute to minute. The service under pressure follows (see `pressure`).
 """
 
 import contextlib

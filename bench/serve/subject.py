@@ -1,7 +1,7 @@
-"""What is measured: one network, its bare rate on these cores, and the file that peers load it from.
+"""The measured network: its bare rate on these cores, and the file that peers load it from.
 
-In: a bundle. Out: images per second of its bare forward pass, and a file that needs torch alone. The network
-handed out is the served one, with batch norm folded, so that servers are compared and not networks.
+In: a bundle. Out: images per second of its bare forward pass, and a file that needs torch alone. The network in it is
+the served one, with batch norm folded, so that servers are compared and not networks.
 """
 
 import os

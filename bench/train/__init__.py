@@ -1,1 +1,1 @@
-"""How fast and how large a training is, beside the same network without it and beside what others would write."""
+"""Speed and memory of training, compared with the bare network and with scripts that do not use Relook."""

@@ -1,7 +1,7 @@
-"""CPU seconds per image of bare steps and of the loop with its feeder, for a busy machine.
+"""CPU seconds per image of bare steps and of the training loop with its feeder, for a busy machine.
 
-Where all cores are kept busy, rates are to each other as the inverse of these costs; unlike rates they hardly
-depend on what else runs. One thread, no Ray, no validation. `python -m bench train` measures rates.
+Where all cores are busy, rates are inversely proportional to these costs; unlike rates, costs hardly depend on other
+load. One thread, no Ray, no validation. `python -m bench train` measures rates.
 
     .venv/bin/python -m bench.train.cpu_cost IMAGES --model custom_cnn
 """

@@ -1,10 +1,9 @@
-"""Run the steps of `cluster/deploy/Dockerfile` where there is no container engine, and try what comes out of them.
+"""Run the steps of `cluster/deploy/Dockerfile` without a container engine, and test the result.
 
-Every stage gets a root of its own: this machine's Debian with Python 3.11 as it is, below a layer that
-takes all that is written (overlayfs, in a mount namespace of its own), so paths are those of the
-Dockerfile and this machine stays as it was. Then the image is tried as it would run: its user, its
-environment, a root that is read-only, no network but loopback, and `/data` and `/tmp` the only places to
-write. Needs root, Linux, /usr/bin/python3.11, 10 GB, and the wheels of the lock.
+Every stage gets a root of its own: this machine's Debian with Python 3.11, below an overlayfs layer in a mount
+namespace that takes all writes, so paths are those of the Dockerfile and this machine stays unchanged. Then the image
+is run as deployed: its user and environment, a read-only root, no network but loopback, and only `/data` and `/tmp`
+writable. Needs root, Linux, /usr/bin/python3.11, 10 GB, and the wheels of the lock.
 
     python -m bench.train.image_steps [--keep FOLDER]
 """

@@ -1,7 +1,7 @@
-"""What others would write, run beside us: a plain fp32 script, and the same recipe in Lightning.
+"""Training scripts without Relook as peers: a plain fp32 PyTorch script, and the same recipe in Lightning.
 
-Both are scripts under `bench/` of a working copy; they use none of Relook's code and read JPEG files that a
-table names. Lightning belongs into an environment of its own, because it brings its own pins.
+Both are scripts under `bench/` of a working copy; they use none of Relook's code and read JPEG files that a table
+names. Lightning needs an environment of its own, because it pins its own dependencies.
 """
 
 import csv

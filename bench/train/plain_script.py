@@ -1,9 +1,8 @@
-"""What one would write without Relook: a plain fp32 PyTorch script with a DataLoader over JPEG files.
+"""Training without Relook: a plain fp32 PyTorch script with a DataLoader over JPEG files.
 
-It is the peer that training is held against, in speed and in accuracy, so it is set up as such scripts
-are: torchvision transforms, a weighted sampler, OneCycle SGD, one process that trains and the DataLoader's
-own workers that decode. It uses none of Relook's code. The table of images comes from `bench/train/splits.py`,
-so that both train on the same lesions.
+It is the peer of training in speed and accuracy, with the usual set-up: torchvision transforms, a weighted sampler,
+OneCycle SGD, one process that trains, and the DataLoader's workers that decode. It uses none of Relook's code. The
+table of images comes from `bench/train/splits.py`, so both train on the same lesions.
 
     .venv/bin/python bench/train/plain_script.py TABLE --model efficientnet_lite0 --side 112 --epochs 8
 """

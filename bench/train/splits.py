@@ -1,4 +1,4 @@
-"""Write which image lies on which split of a dataset version, for scripts that know nothing of Relook.
+"""Write the split of every image of a dataset version, for scripts that do not use Relook.
 
 .venv/bin/python -m bench.train.splits DATASET_ID IMAGES_DIR > splits.csv
 """

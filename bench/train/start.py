@@ -1,10 +1,10 @@
-"""Measure how long Ray, a fit by Ray Train and the service take to begin, and what the service's processes hold.
+"""Start-up time of Ray, of a fit by Ray Train and of the service, and memory of the service's processes.
 
     .venv/bin/python -m bench.train.start --repeats 2
 
-Generated images and the smallest network, so that hardly anything but the start is measured. One JSON line per
-repeat: seconds, and MiB of memory that a replica shares with nobody. Copied into a checkout of another commit
-it measures that one; two of them by turns on an idle machine compare.
+Uses generated images and the smallest network, so that start-up dominates. Prints one JSON line per repeat: seconds,
+and MiB of memory that a replica does not share. Copied into a checkout of another commit it measures that commit; two
+of them run alternately on an idle machine are comparable.
 """
 
 import argparse

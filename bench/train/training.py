@@ -1,10 +1,10 @@
-"""Measure a training within one run, so that only ratios of neighbours are formed.
+"""Training throughput against the bare network, measured within one run so that ratios are comparable.
 
-The bare rate is forward, backward and step of the same network on one batch that lies in memory, with the
-same precision, threads and optimizer; it is measured before and after the pipeline. The pipeline is what
-`relook train` runs under Ray Train: pixel cache, augmentation, loop, checkpoints, reports. Its rate counts
-the wall time from one report to the next without the forward passes of batch norm's statistics and of
-validation, which the bare steps do not have. The first epoch warms up and is not counted.
+The bare rate is forward, backward and optimizer step of the same network on one batch in memory, with the same
+precision, threads and optimizer; it is measured before and after the pipeline. The pipeline is what `relook train`
+runs under Ray Train: pixel cache, augmentation, loop, checkpoints, reports. Its rate is over the wall time from one
+report to the next, without the forward passes of batch norm statistics and of validation, which the bare steps do not
+have. The first epoch warms up and is not counted.
 """
 
 import os

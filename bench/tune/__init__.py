@@ -1,1 +1,1 @@
-"""Measurements of a search, behind `python -m bench tune`."""
+"""Measurements of a search: the cost of Ray Tune, and searches replayed on a table (`python -m bench tune`)."""

@@ -1,7 +1,7 @@
-"""Searches replayed on a table of whole learning curves: what halving saves, and what it misses.
+"""Searches replayed on a table of whole learning curves: epochs saved by halving, and score lost.
 
-In: rows of a table. Out: the best score that a search saw, and the epochs that it paid for. The judge is the
-one that a real search asks.
+In: rows of a table. Out: the best score that a search saw, and the epochs that it paid for. The judge is the one of a
+real search.
 """
 
 from collections.abc import Sequence

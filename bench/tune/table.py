@@ -1,8 +1,8 @@
-"""A table of whole learning curves, on which searches are replayed thousands of times for nothing.
+"""A table of whole learning curves, on which searches are replayed thousands of times without training.
 
-Every configuration of the table is trained for its whole budget, once. A replayed search asks the table
-for the score of (configuration, epoch) where a real one would train, and is charged the epoch. One
-JSON line per configuration, so a table that was interrupted goes on.
+Every configuration of the table is trained for its whole budget, once. A replayed search takes the score of
+(configuration, epoch) from the table where a real one would train, and is charged the epoch. One JSON line per
+configuration, so an interrupted table can be continued.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What Ray Tune itself costs: time between trials, and memory of the driver, with trials that only pretend.
+"""Overhead of Ray Tune: time between trials, and memory of the driver, with simulated trials.
 
 In: a running Ray session. Out: figures. Runner, log and journal are those of a real search.
 """
