@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.serve.peers import free_port
+
 MOTO = "moto[s3,server]==5.2.5"
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 POSTGRES_USER = "postgres"
@@ -54,13 +56,6 @@ BY_NATURE = (
     "trace.steps",
 )
 """Parts of a summary that two demos on one and the same database do not share either."""
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(port: int, timeout_s: float = 60.0) -> None:

@@ -27,6 +27,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FakeMultiNodeProvider,
 )
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
     import json, sys, time
@@ -54,12 +56,6 @@ DRIVER = """
     found = {"before": before, "gpus": ray.get(gpus.remote()), "during": kinds(), "after": until(before)}
     Path(sys.argv[2]).write_text(json.dumps(found))
 """
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _fake_cloud(address: str) -> dict[str, Any]:
@@ -103,7 +99,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     """The address of a head with the autoscaler; every process below it is gone afterwards."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     config = tmp_path / "cluster.yaml"
     config.write_text(yaml.safe_dump(_fake_cloud(address)))
     folder = tempfile.mkdtemp(prefix="relook-", dir="/tmp")  # sockets need a short path

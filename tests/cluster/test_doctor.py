@@ -14,6 +14,7 @@ from cluster.presets import PRESETS
 from cluster.settings import Settings
 from cluster.sources import load_settings
 from records.store import open_store
+from tests.ports import free_port
 
 
 def _settings(home: Path, *sets: str, **environ: str) -> Settings:
@@ -33,15 +34,8 @@ def taken_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-@pytest.fixture
-def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def test_the_checks_create_nothing(tmp_path: Path, free_port: int) -> None:
-    checks = examine(_settings(tmp_path / "home", f"serving.port={free_port}"))
+def test_the_checks_create_nothing(tmp_path: Path) -> None:
+    checks = examine(_settings(tmp_path / "home", f"serving.port={free_port()}"))
     assert [check.name for check in checks] == [
         "Python",
         "disk",
@@ -111,8 +105,8 @@ def test_label_studio_that_is_not_installed(tmp_path: Path) -> None:
     assert (check.state, check.fix) == ("fail", "relook label install")
 
 
-def test_an_external_label_studio_needs_a_token_and_has_to_respond(tmp_path: Path, free_port: int) -> None:
-    url = f"http://127.0.0.1:{free_port}"
+def test_an_external_label_studio_needs_a_token_and_has_to_respond(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
     missing = _look(_settings(tmp_path, f"labeling.url={url}"), "Label Studio")
     assert missing.state == "fail"
     assert "RELOOK_LABELING__TOKEN" in f"{missing.detail} {missing.fix}"
@@ -166,10 +160,8 @@ def test_blobs_that_cannot_be_written(tmp_path: Path) -> None:
     assert check.fix == f"make {folder} writable"
 
 
-def test_ray_without_authentication_or_that_does_not_respond(
-    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = _look(_settings(tmp_path, f"cluster.ray_address=127.0.0.1:{free_port}"), "Ray")
+def test_ray_without_authentication_or_that_does_not_respond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = _look(_settings(tmp_path, f"cluster.ray_address=127.0.0.1:{free_port()}"), "Ray")
     assert cluster.state == "fail"
     assert cluster.fix is not None
     assert "RELOOK_RAY_ADDRESS" in cluster.fix

@@ -18,6 +18,7 @@ import pytest
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Annotation, Flag, ModelRecord, Prediction
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,12 +49,6 @@ def relook(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def environment_of(home: Path) -> dict[str, str]:
     ports = {"RELOOK_SERVING__PORT": str(free_port()), "RELOOK_LABELING__PORT": "0"}
     return {**os.environ, "RELOOK_HOME": str(home), **ports}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def sets() -> list[str]:
