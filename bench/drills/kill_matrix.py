@@ -110,8 +110,8 @@ def settings_of(home: Path, url: str | None, token: str | None) -> Settings:
     )
 
 
-def run_round(home: Path, url: str | None, token: str | None, at: int | None) -> dict[str, Any]:
-    """Run or resume the round of a home in this process; return what came out and which points were passed."""
+def run_in_home(home: Path, url: str | None, token: str | None, at: int | None) -> dict[str, Any]:
+    """Run or resume the round of a home in this process; return its results and the writes that were passed."""
     settings = settings_of(home, url, token)
     store = open_store(settings.records)
     killer = Killer(home, at)
@@ -237,7 +237,7 @@ def run_matrix(root: Path, url: str | None, token: str | None, wanted: int | Non
     """Kill, resume and compare; return the points and every difference."""
     base = root / "base"
     in_child(lambda: prepare(base, root / "images"))
-    reference = in_child(lambda: run_round(_copy(base, root / "reference"), url, token, None))
+    reference = in_child(lambda: run_in_home(_copy(base, root / "reference"), url, token, None))
     if reference is None:
         raise SystemExit("the round that nobody kills was killed")
     points = reference.pop("points")
@@ -246,9 +246,9 @@ def run_matrix(root: Path, url: str | None, token: str | None, wanted: int | Non
     numbers = chosen(points, wanted)
     for number in numbers:
         home = _copy(base, root / f"point-{number}")
-        if in_child(lambda home=home, number=number: run_round(home, url, token, number)) is None:
+        if in_child(lambda home=home, number=number: run_in_home(home, url, token, number)) is None:
             killed += 1
-        resumed = in_child(lambda home=home: run_round(home, url, token, None)) or {}
+        resumed = in_child(lambda home=home: run_in_home(home, url, token, None)) or {}
         resumed.pop("points", None)
         wrong = {k: [v, resumed.get(k)] for k, v in reference.items() if resumed.get(k) != v}
         if wrong:

@@ -267,7 +267,7 @@ def start_demo(home: Path, address: str, lesions: int, root: Path, out: Path) ->
         return Popen([*command, *arguments], env=environment, stdout=file, cwd=root)
 
 
-def judge(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> list[str]:
+def find_faults(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> list[str]:
     """Return what is wrong."""
     wrong = []
     if (hit := [kill["stage"] for kill in kills]) != list(STAGES):
@@ -336,7 +336,7 @@ def main() -> int:
             print(json.dumps({"wrong": [f"the demo ended with {demo.returncode}"], "kills": killer.kills}))
             return 1
         summary = json.loads(said.read_text())
-        wrong = judge(home, summary, killer.kills)
+        wrong = find_faults(home, summary, killer.kills)
         verify = [sys.executable, "-m", "cluster.cli", "audit", "verify"]
         checked = run(verify, env={**os.environ, "RELOOK_HOME": str(home)}, stdout=DEVNULL, cwd=root, check=False)
         if checked.returncode:

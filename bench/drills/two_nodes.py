@@ -126,7 +126,7 @@ def run_search(
     return {"result": result, "events": events, "killer": killer, "seconds": time.monotonic() - started}
 
 
-def judge(killed: dict[str, Any], whole: dict[str, Any], epochs: int) -> dict[str, Any]:
+def compare(killed: dict[str, Any], whole: dict[str, Any], epochs: int) -> dict[str, Any]:
     """Say what the kill cost and what is wrong."""
     killer, wrong = killed["killer"], []
     if killer.victim is None:
@@ -222,7 +222,7 @@ def main() -> int:
         prepare_ray(Path(ray_folder))
         size = (arguments.lesions, arguments.epochs, arguments.trials)
         killed, whole = both_searches(Path(folder), Path(ray_folder), *size)
-    found = judge(killed, whole, arguments.epochs)
+    found = compare(killed, whole, arguments.epochs)
     print(json.dumps(found), flush=True)
     return int(bool(found["wrong"]))
 
