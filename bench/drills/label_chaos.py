@@ -51,14 +51,14 @@ _KEPT = ("authorization", "content-type", "accept")
 
 
 class ChaosProxy:
-    """A proxy on a free port of loopback that harms a share of what passes.
+    """A proxy on a free loopback port that drops, repeats and delays a share of the requests.
 
     Args:
         upstream: base URL of the real server.
         drop: share of requests that get no response, half of them after they were carried out; 0 to 1.
-        delay_share: share that is held back.
-        delay_s: for how long, seconds.
-        seed: of all draws.
+        delay_share: share of requests that are delayed, 0 to 1.
+        delay_s: length of a delay, seconds.
+        seed: of all random choices.
     """
 
     def __init__(self, upstream: str, *, drop: float, delay_share: float, delay_s: float, seed: int) -> None:
@@ -130,14 +130,7 @@ class ChaosProxy:
 
 
 def compare(store: Store, client: LabelStudioClient) -> dict[str, Any]:
-    """Compare the ledger with Label Studio.
-
-    Args:
-        store: with what was pushed and pulled.
-        client: connected without the proxy.
-    Returns:
-        What is lost, doubled, or out of order.
-    """
+    """Return the counts of `counted`, and whether Label Studio lists the tasks by priority."""
     with store.ledger.read() as tx:
         items = {item.id: item for item in tx.find(ReviewItem)}
     exact = counted(store, client)

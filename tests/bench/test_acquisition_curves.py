@@ -54,9 +54,9 @@ def test_no_lesion_lies_on_both_splits(tmp_path: Path) -> None:
 def test_every_rule_starts_from_the_same_images_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "STEPS", (100, 120, 140))
     splits = curves.split(str(made_up(tmp_path / "features.npz")), 0)
-    courses = {rule: curves.course(rule, splits, 0) for rule in RULES}
-    assert len({accuracies[0] for accuracies, _ in courses.values()}) == 1
-    assert len({melanomas[0] for _, melanomas in courses.values()}) == 1
-    assert courses["badge"] == curves.course("badge", splits, 0)
+    learned = {rule: curves.learning_curve(rule, splits, 0) for rule in RULES}
+    assert len({accuracies[0] for accuracies, _ in learned.values()}) == 1
+    assert len({melanomas[0] for _, melanomas in learned.values()}) == 1
+    assert learned["badge"] == curves.learning_curve("badge", splits, 0)
     # Here the cost rule cannot but see melanomas: they are told apart, and cost most.
-    assert courses["expected_miss_cost"][1][-1] > courses["random"][1][-1]
+    assert learned["expected_miss_cost"][1][-1] > learned["random"][1][-1]
