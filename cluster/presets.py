@@ -12,7 +12,7 @@ from cluster.settings import ClusterSettings, RoundSettings, Settings
 from records.settings import RecordsSettings
 from records.types import Consent
 from serving.settings import ServingSettings
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, OptimizerSettings, SchedulerSettings, TrainersSettings, WorkersSettings
 from tuning.experiments import EXPERIMENTS
 from tuning.settings import Scheduler, TuningSettings
 
@@ -26,7 +26,12 @@ def single_gpu() -> Settings:
     """One machine with one GPU: four trials share it, a fit takes all of it."""
     return Settings(
         preset="single_gpu",
-        trainers=TrainersSettings(model="resnet18", epochs=30, batch_size=256, use_gpu=True, threads_per_worker=4),
+        trainers=TrainersSettings(
+            model=ModelSettings(name="resnet18"),
+            epochs=30,
+            batch_size=256,
+            workers=WorkersSettings(use_gpu=True, threads=4),
+        ),
         tuning=TuningSettings(trials=32, trial_epochs=12, gpus_per_trial=0.25),
         cluster=ClusterSettings(logical_cpus=10, num_gpus=1, object_store_mb=2000),
     )
@@ -37,7 +42,10 @@ def multi_gpu() -> Settings:
     return Settings(
         preset="multi_gpu",
         trainers=TrainersSettings(
-            model="resnet18", epochs=30, batch_size=1024, use_gpu=True, num_workers=4, threads_per_worker=4
+            model=ModelSettings(name="resnet18"),
+            epochs=30,
+            batch_size=1024,
+            workers=WorkersSettings(use_gpu=True, count=4, threads=4),
         ),
         tuning=TuningSettings(trials=64, trial_epochs=12, cpus_per_trial=2, gpus_per_trial=1.0),
         serving=ServingSettings(predictor_cpus=4.0, explainer_cpus=2.0, ingress_cpus=1.0),
@@ -60,14 +68,10 @@ def dissertation() -> Settings:
     return Settings(
         preset="dissertation",
         trainers=TrainersSettings(
-            model="custom_cnn",
-            side_px=224,
-            scaling="min_max",
+            model=ModelSettings(name="custom_cnn", side_px=224, scaling="min_max"),
             epochs=20,
-            optimizer="sgd",
-            momentum=0.9,
-            nesterov=False,
-            scheduler="step",
+            optimizer=OptimizerSettings(name="sgd", momentum=0.9, nesterov=False),
+            scheduler=SchedulerSettings(name="step"),
             sampler="balanced",
             augmentation="dissertation",
         ),
@@ -80,9 +84,8 @@ def dissertation_mini() -> Settings:
     whole = dissertation()
     return Settings(
         preset="dissertation_mini",
-        trainers=TrainersSettings.model_validate(
-            whole.trainers.model_dump()
-            | {"side_px": 56, "epochs": 8, "augmentation": "none", "batch_size": 32, "max_train_images": 1000}
+        trainers=whole.trainers.with_values(
+            {"model.side_px": 56, "epochs": 8, "augmentation": "none", "batch_size": 32, "max_train_images": 1000}
         ),
         tuning=_rows_of("dissertation_mini", epochs=8),
     )
@@ -104,13 +107,10 @@ def ham10000_cpu() -> Settings:
     return Settings(
         preset="ham10000_cpu",
         trainers=TrainersSettings(
-            model="efficientnet_lite0",
-            weights="imagenet",
-            side_px=128,
+            model=ModelSettings(name="efficientnet_lite0", weights="imagenet", side_px=128),
             epochs=16,
-            optimizer="sgd",
-            learning_rate=0.05,
-            scheduler="onecycle",
+            optimizer=OptimizerSettings(name="sgd", learning_rate=0.05),
+            scheduler=SchedulerSettings(name="onecycle"),
             sampler="square_root",
             augmentation="lesion",
         ),
@@ -121,7 +121,7 @@ def demo() -> Settings:
     """What `relook demo` plays with: a small network and a short search, so that the whole loop takes minutes."""
     return Settings(
         preset="demo",
-        trainers=TrainersSettings(model="custom_cnn", epochs=20),
+        trainers=TrainersSettings(model=ModelSettings(name="custom_cnn"), epochs=20),
         tuning=TuningSettings(trials=5, trial_epochs=4, max_train_images=500, confirm_seeds=0),
         round=RoundSettings(tune="every_n", select_budget=20),
     )

@@ -25,6 +25,7 @@ from records.ids import utc_now
 from records.models import find_bundle
 from records.store import Store, find_images
 from records.types import DatasetRecord, RoundRecord, RoundStep, Split
+from trainers.settings import flat_values
 
 RECORDED_PACKAGES = (
     "relook",
@@ -167,7 +168,9 @@ def write_change_record(
         "forced_because": forced_because,
         "gate": gate.model_dump(mode="json") if gate else None,
         "data": _data(store, bundle),
-        "settings_changed": _difference(before.document.config if before else {}, bundle.document.config),
+        "settings_changed": _difference(
+            flat_values(before.document.config if before else {}), flat_values(bundle.document.config)
+        ),
         "code_version": [before.document.code_version if before else None, bundle.document.code_version],
         "packages": installed_packages(),
         "test": _test_figures(store, model_id),

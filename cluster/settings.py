@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from images.settings import ImagesSettings
 from labeling.settings import LabelingSettings
 from records.ids import hash_of
 from records.settings import RecordsSettings, RoomSettings
@@ -128,7 +129,7 @@ class GateSettings(RoomSettings):
         le=1,
         description="likeness of its heat maps to those of the same network with random weights, at most, 0 to 1",
     )
-    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="level of the one-splitd bounds, 0.5 to 1")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="level of the one-sided bounds, 0.5 to 1")
     bootstrap_resamples: int = Field(default=2000, ge=100, le=100_000, description="bootstrap draws, count")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the bootstrap")
 
@@ -168,6 +169,7 @@ class Settings(RoomSettings):
 
     preset: str = Field(default="laptop", description="the preset these settings started from")
     records: RecordsSettings = RecordsSettings()
+    images: ImagesSettings = ImagesSettings()
     trainers: TrainersSettings = TrainersSettings()
     tuning: TuningSettings = TuningSettings()
     serving: ServingSettings = ServingSettings()

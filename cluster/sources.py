@@ -1,8 +1,9 @@
 """Where settings come from: defaults < preset < YAML file < environment < `--set`.
 
-In: a file, a preset's name, `room.field=value` texts and an environment. Out: `Settings`, or one
-sentence that names the field, the value, where it came from and what would be valid. Nothing else is
-read: no other file, and not the process's own environment unless it is passed in.
+In: a file, a preset's name, `room.field=value` texts (a part of a room is one name more, as in
+`trainers.optimizer.momentum=0.9`) and an environment. Out: `Settings`, or a ConfigError of one sentence
+that names the field, the value, its source and a valid value. No other file is read, and the process's own
+environment only if it is passed in.
 """
 
 import difflib
@@ -106,7 +107,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _from_document(document: Mapping[str, Any], source: str) -> Iterator[_Given]:
-    """Flatten nested mappings down to fields; a field that is itself a mapping stays whole."""
+    """Flatten nested mappings down to fields of models; a field whose value is a mapping stays one value."""
 
     def walk(prefix: tuple[str, ...], value: Any) -> Iterator[_Given]:
         is_model = not prefix or _model_in(_field(prefix)) is not None
@@ -197,15 +198,32 @@ def _check(item: _Given) -> None:
         known = model.model_fields if model is not None else {}
         if part not in known:
             parent = ".".join(item.path[:depth])
-            close = difflib.get_close_matches(part, known, n=1, cutoff=0.6)
-            hint = f"did you mean {'.'.join((*item.path[:depth], *close))}?" if close else _known(parent, known)
+            close = _closest(part, model, last=depth == len(item.path) - 1)
+            hint = f"did you mean {'.'.join((*item.path[:depth], close))}?" if close else _known(parent, known)
             raise ConfigError(f"no setting {item.name} (from {item.source}); {hint}")
         model = _model_in(known[part])
     if model is not None:
         example = next(iter(model.model_fields))
         raise ConfigError(
-            f"{item.name} (from {item.source}) holds fields, not a value; give them by name, such as {example}"
+            f"{item.name} (from {item.source}) holds fields, not a value; give them by name, such as "
+            f"{item.name}.{example}"
         )
+
+
+def _closest(part: str, model: type[BaseModel] | None, *, last: bool) -> str | None:
+    """Return the field that is spelled most like `part`; for the last name of a path also a field one level below."""
+    fields = model.model_fields if model is not None else {}
+    inner = {
+        name: f"{field}.{name}"
+        for field in fields
+        for name in getattr(_model_in(fields[field]), "model_fields", {})
+        if last
+    }
+    for known in ({field: field for field in fields}, inner):
+        close = difflib.get_close_matches(part, known, n=1, cutoff=0.6)
+        if close:
+            return known[close[0]]
+    return None
 
 
 def _known(parent: str, known: Mapping[str, Any]) -> str:

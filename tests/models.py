@@ -26,7 +26,7 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.taxonomy import DiagnosisClass, KeyClass, Taxonomy
 from trainers.fitting.training_data import TrainingData
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, OptimizerSettings, TrainersSettings, WorkersSettings
 from vision.inference.loaded import reference_logits
 from vision.networks import build_model
 
@@ -161,6 +161,11 @@ def toy_data() -> TrainingData:
 def toy_settings() -> TrainersSettings:
     """Three short fp32 epochs on one thread."""
     return TrainersSettings(
-        model="custom_cnn", side_px=32, epochs=3, batch_size=24, precision="fp32", threads_per_worker=1, use_gpu=False,
-        learning_rate=0.05, augmentation="flips",
-    )  # fmt: skip
+        model=ModelSettings(name="custom_cnn", side_px=32),
+        epochs=3,
+        batch_size=24,
+        precision="fp32",
+        workers=WorkersSettings(threads=1, use_gpu=False),
+        optimizer=OptimizerSettings(learning_rate=0.05),
+        augmentation="flips",
+    )

@@ -31,11 +31,10 @@ def squeeze(settings: TrainersSettings, trial_epochs: int) -> TrainersSettings:
     epochs = trial_budget(settings, trial_epochs)
     factor = epochs / settings.epochs
     changes: dict[str, object] = {"epochs": epochs, "early_stop_patience_epochs": None}
-    for name in type(settings).model_fields:
-        value = getattr(settings, name)
-        if name == "learning_rate_factors":
+    for name, value in settings.flat().items():
+        if name == "scheduler.learning_rate_factors":
             changes[name] = tuple({scaled_start(start, factor): rate for start, rate in value}.items())
         if not name.endswith(UNIT_SUFFIX) or name in changes or not value:
             continue
         changes[name] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
-    return TrainersSettings.model_validate(settings.model_dump() | changes)
+    return settings.with_values(changes)

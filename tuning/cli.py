@@ -72,6 +72,7 @@ def tune(
     settings = call.settings
     changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
     tuning = _changed(settings.tuning, changes, space or [])
+    # Computed here only for its errors: an impossible space is refused before data are imported and Ray starts.
     searched_space(tuning, settings.trainers)
     with call.store() as store:
         with progress() as bar:
@@ -82,6 +83,7 @@ def tune(
         with call.ray(settings), _shown() as on_event:
             result = search(store, tuning, settings.trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
+        # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.
         if fit_winner:
             with progress() as bar:
                 bundle = fit(store, result, dataset, run_dir, bar)

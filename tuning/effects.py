@@ -17,6 +17,7 @@ from scipy.special import stdtrit as student_quantile
 
 from records.arrays import FloatArray
 from trainers.augmentation.inline import PREFIX
+from tuning.settings import Axis
 from tuning.space import COMPOSED
 from tuning.trials import Origin, SearchHeader, TrialResult
 
@@ -107,7 +108,8 @@ def _comparable(header: SearchHeader, trials: Sequence[TrialResult]) -> tuple[li
 
 def _levels(header: SearchHeader, trial: TrialResult) -> dict[str, str]:
     values = header.base | trial.overrides
-    return {axis: COMPOSED.name if str(values[axis]).startswith(PREFIX) else str(values[axis]) for axis in header.axes}
+    chosen = {axis: str(values[Axis(axis).setting]) for axis in header.axes}
+    return {axis: COMPOSED.name if name.startswith(PREFIX) else name for axis, name in chosen.items()}
 
 
 def _estimates(
@@ -205,11 +207,12 @@ def importance_of(header: SearchHeader, trials: Sequence[TrialResult], seed: int
 def _features(header: SearchHeader, trial: TrialResult, names: Sequence[str]) -> list[float]:
     values = header.base | trial.overrides
     levels = _levels(header, trial)
+    axis_of = {Axis(axis).setting: axis for axis in header.axes}
     features = []
     for name in names:
-        if name in header.axes:
-            choices = header.axes[name]
-            features.append(float(choices.index(levels[name])) if levels[name] in choices else -1.0)
+        if name in axis_of:
+            level, choices = levels[axis_of[name]], header.axes[axis_of[name]]
+            features.append(float(choices.index(level)) if level in choices else -1.0)
         else:
             value = values.get(name)
             features.append(float(value) if isinstance(value, int | float) else -1.0)

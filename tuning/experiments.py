@@ -38,28 +38,28 @@ AUGMENTATION, LITERATURE = "augmentation and training-set size", "networks of it
 BASE = {"augmentation": "none"}
 AUGMENTED = {"augmentation": "dissertation"}
 # Without batch norm the usual step is too long for this network.
-SMALL_STEP = {"learning_rate": 0.01}
+SMALL_STEP = {"optimizer.learning_rate": 0.01}
 
 
 def _rows(cnn: Mapping[str, Any], resnet: Mapping[str, Any], parts: tuple[int, int]) -> tuple[Experiment, ...]:
     """Return what both searches have; `cnn` and `resnet` are splits and epochs, `parts` smaller training sets."""
-    small, resnet18 = {"model": "custom_cnn", **cnn}, {"model": "resnet18", **resnet}
-    resnet34 = resnet18 | {"model": "resnet34"}
+    small, resnet18 = {"model.name": "custom_cnn", **cnn}, {"model.name": "resnet18", **resnet}
+    resnet34 = resnet18 | {"model.name": "resnet34"}
     sizes = tuple(
         Experiment(f"custom CNN, {part} images{words}", (AUGMENTATION,), small | policy | {"max_train_images": part})
         for part in parts
         for policy, words in ((BASE, ""), (AUGMENTED, ", augmented"))
     )
-    no_norm = {"model": "custom_cnn_base"} | SMALL_STEP
+    no_norm = {"model.name": "custom_cnn_base"} | SMALL_STEP
     return (
         Experiment("custom CNN + batch norm", (NETWORKS, AUGMENTATION), small | BASE, 0.723),
         Experiment("custom CNN, base", (NETWORKS,), small | BASE | no_norm, 0.678),
         Experiment("custom CNN + batch norm, augmented", (NETWORKS, AUGMENTATION), small | AUGMENTED, 0.739),
         Experiment("ResNet-18, SGD, StepLR", (NETWORKS, OPTIMIZERS, SCHEDULERS), resnet18 | BASE, 0.82),
         Experiment("ResNet-18, augmented", (NETWORKS,), resnet18 | AUGMENTED, 0.889),
-        Experiment("ResNet-18, RMSprop", (OPTIMIZERS,), resnet18 | BASE | {"optimizer": "rmsprop"}, 0.734),
-        Experiment("ResNet-18, Adam", (OPTIMIZERS,), resnet18 | BASE | {"optimizer": "adam"}, 0.76),
-        Experiment("ResNet-18, ReduceLROnPlateau", (SCHEDULERS,), resnet18 | BASE | {"scheduler": "plateau"}),
+        Experiment("ResNet-18, RMSprop", (OPTIMIZERS,), resnet18 | BASE | {"optimizer.name": "rmsprop"}, 0.734),
+        Experiment("ResNet-18, Adam", (OPTIMIZERS,), resnet18 | BASE | {"optimizer.name": "adam"}, 0.76),
+        Experiment("ResNet-18, ReduceLROnPlateau", (SCHEDULERS,), resnet18 | BASE | {"scheduler.name": "plateau"}),
         *sizes,
         Experiment("ResNet-34", (NETWORKS,), resnet34 | BASE, 0.8321),
         Experiment("ResNet-34, augmented", (NETWORKS,), resnet34 | AUGMENTED, 0.8742),
@@ -70,24 +70,33 @@ def _literature() -> tuple[Experiment, ...]:
     published = (("SqueezeNet", "squeezenet", 224, 0.946), ("DenseNet-121", "densenet121", 224, 0.963))
     return tuple(
         Experiment(
-            name, (LITERATURE,), AUGMENTED | {"model": model, "side_px": side_px, "epochs": 20}, figure, "macro_f1"
+            name,
+            (LITERATURE,),
+            AUGMENTED | {"model.name": model, "model.side_px": side_px, "epochs": 20},
+            figure,
+            "macro_f1",
         )
         for name, model, side_px, figure in (*published, ("Inception-v3", "inception_v3", 299, 0.957))
     )
 
 
 def _whole() -> tuple[Experiment, ...]:
-    rows = _rows({"side_px": 224, "epochs": 20}, {"side_px": 64, "epochs": 20}, (1500, 3000))
+    rows = _rows({"model.side_px": 224, "epochs": 20}, {"model.side_px": 64, "epochs": 20}, (1500, 3000))
     return (*rows, *_literature())
 
 
 # In four epochs both schedules have to come to their point.
-MINI_RESNET = {"side_px": 16, "epochs": 4, "step_size_epochs": 2, "plateau_patience_epochs": 0}
+MINI_RESNET = {
+    "model.side_px": 16,
+    "epochs": 4,
+    "scheduler.step_size_epochs": 2,
+    "scheduler.plateau_patience_epochs": 0,
+}
 
 EXPERIMENTS: Mapping[str, tuple[Experiment, ...]] = MappingProxyType(
     {
         "dissertation": _whole(),
-        "dissertation_mini": _rows({"side_px": 56, "epochs": 8}, MINI_RESNET, (250, 500)),
+        "dissertation_mini": _rows({"model.side_px": 56, "epochs": 8}, MINI_RESNET, (250, 500)),
     }
 )
 

@@ -214,7 +214,8 @@ def _drop_torn_line(path: Path) -> None:
 def _require_same_search(before: SearchHeader, now: SearchHeader, run_dir: Path) -> None:
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     # A setting that the journal does not name came to Relook after the search began, which ran as its default says.
-    old["base"] = TrainersSettings().model_dump(mode="json", include=set(new["base"])) | old["base"]
+    defaults = TrainersSettings().flat()
+    old["base"] = {name: value for name, value in defaults.items() if name in new["base"]} | old["base"]
     for name in old:
         if name not in MAY_CHANGE and old[name] != new[name]:
             changed = _first_difference(name, old[name], new[name])

@@ -192,7 +192,10 @@ def describe(overrides: dict[str, Any]) -> str:
     if not overrides:
         return "the given settings"
     return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in overrides.items()
+        f"{name.removesuffix('.name')} {value:.3g}"
+        if isinstance(value, float)
+        else f"{name.removesuffix('.name')} {value}"
+        for name, value in overrides.items()
     )
 
 

@@ -1,9 +1,9 @@
 """Read how a person narrows the space: texts of the command line, or a YAML file of the same.
 
-    optimizer=sgd,adam              only these
-    learning_rate=1e-4..1e-2        a part of every optimizer's own range
-    sgd.momentum=0.85..0.95         of one record only
-    batch_size=32,64,128            a setting that no registry offers joins the space
+    optimizer=sgd,adam                   only these
+    optimizer.learning_rate=1e-4..1e-2   a part of every optimizer's own range
+    sgd.momentum=0.85..0.95              of one record only
+    batch_size=32,64,128                 a setting that no registry offers joins the space
 
 In YAML the same names stand before a list, `low..high`, or {low, high, log, integer}. Out: name to
 Choice or Range. What the names mean is decided by `tuning.space`.

@@ -8,6 +8,7 @@ import difflib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from records.errors import ConfigError
@@ -16,7 +17,11 @@ from trainers.settings import MACHINERY, TrainersSettings
 from tuning.settings import Axis
 from tuning.space import COMPOSED, REGISTRIES, SearchSpace, derive_space, with_overrides
 
-NOT_SEARCHED = MACHINERY | {"epochs", "seed", "precision", "early_stop_patience_epochs"}
+SEARCHABLE = frozenset(
+    name
+    for name in TrainersSettings().flat()
+    if name.partition(".")[0] not in MACHINERY | {"epochs", "seed", "precision", "early_stop_patience_epochs"}
+) - {axis.setting for axis in Axis}
 MOST_CORNERS = 4096
 
 
@@ -67,12 +72,12 @@ def _apply(
     base: TrainersSettings,
 ) -> None:
     """Narrow every record that owns a setting; a setting without an owner joins the space."""
-    record_name, dot, setting = name.rpartition(".")
+    prefix, dot, setting = name.rpartition(".")
     owners = [
         (axis, index)
         for axis, records in axes.items()
         for index, record in enumerate(records)
-        if setting in record.tunable and record_name in ("", record.name)
+        if setting in record.tunable and prefix in (axis.value, record.name)
     ]
     for axis, index in owners:
         record = axes[axis][index]
@@ -80,25 +85,27 @@ def _apply(
         axes[axis][index] = replace(record, tunable={**record.tunable, setting: narrowed})
     if owners:
         return
-    if dot:
-        raise ConfigError(f"space: {name} is unknown; {_nearest(name, axes)}")
-    if setting not in TrainersSettings.model_fields or setting in NOT_SEARCHED:
-        raise ConfigError(f"space: {setting} cannot be searched; {_nearest(setting, axes)}")
-    owner = _owner_left_out(setting, axes, base)
+    if name not in SEARCHABLE:
+        records = {record.name for chosen in axes.values() for record in chosen}
+        what = "is unknown" if dot and prefix in records else "cannot be searched"
+        raise ConfigError(f"space: {name} {what}; {_nearest(name, axes)}")
+    owner = _owner_left_out(prefix, setting, axes, base)
     if owner:
-        raise ConfigError(f"space: {setting} belongs to {owner}, which the space leaves out; add {owner} or drop it")
+        raise ConfigError(f"space: {name} belongs to {owner}, which the space leaves out; add {owner} or drop it")
     for value in tunable.values if isinstance(tunable, Choice) else (tunable.low, tunable.high):
-        with_overrides(base, {setting: value})
-    free[setting] = tunable
+        with_overrides(base, {name: value})
+    free[name] = tunable
 
 
-def _owner_left_out(setting: str, axes: Mapping[Axis, list[Registered]], base: TrainersSettings) -> str | None:
+def _owner_left_out(
+    part: str, setting: str, axes: Mapping[Axis, list[Registered]], base: TrainersSettings
+) -> str | None:
     """Return a record that owns the setting, if neither the space nor the given settings use one that does."""
-    for axis, registry in REGISTRIES.items():
-        owners = [record.name for record in registry.records if setting in record.tunable]
-        if owners and (axis in axes or getattr(base, axis.value) not in owners):
-            return str(owners[0])
-    return None
+    if part not in set(Axis):
+        return None
+    axis = Axis(part)
+    owners = [record.name for record in REGISTRIES[axis].records if setting in record.tunable]
+    return str(owners[0]) if owners and (axis in axes or attrgetter(axis.setting)(base) not in owners) else None
 
 
 def _common(name: str, registered: Tunable, wanted: Tunable) -> Tunable:
@@ -125,12 +132,12 @@ def _try_corners(space: SearchSpace, base: TrainersSettings) -> None:
         try:
             with_overrides(base, overrides)
         except ConfigError as error:
-            shown = ", ".join(f"{name} {value}" for name, value in overrides.items())
+            shown = ", ".join(f"{name.removesuffix('.name')} {value}" for name, value in overrides.items())
             raise ConfigError(f"space: the combination {shown} is impossible: {error}") from error
 
 
 def _corners(space: SearchSpace) -> Iterator[dict[str, Any]]:
-    names = [*(axis.value for axis in space.axes), *space.free]
+    names = [*(axis.setting for axis in space.axes), *space.free]
     values: list[tuple[Any, ...]] = [
         tuple(record.name for record in records if record.name != COMPOSED.name) or ("none",)
         for records in space.axes.values()
@@ -141,10 +148,13 @@ def _corners(space: SearchSpace) -> Iterator[dict[str, Any]]:
 
 
 def _nearest(name: str, axes: Mapping[Axis, list[Registered]]) -> str:
-    settings = set(TrainersSettings.model_fields) - NOT_SEARCHED
-    known = settings | {f"{r.name}.{s}" for records in axes.values() for r in records for s in r.tunable}
+    known = SEARCHABLE | {f"{r.name}.{s}" for records in axes.values() for r in records for s in r.tunable}
     close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(settings))}"
+    if "." not in name:
+        # Someone who leaves the part out means a setting's last name: learning_rate is optimizer.learning_rate.
+        by_last_name = {setting.rpartition(".")[2]: setting for setting in sorted(SEARCHABLE)}
+        close = [by_last_name[last] for last in difflib.get_close_matches(name, by_last_name, n=3)]
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(SEARCHABLE))}"
 
 
 def _words(tunable: Tunable) -> str:

@@ -106,9 +106,9 @@ class Population:
         # Overrides count in epochs of the whole training, of which a trial is a shortened one.
         start = scaled_start(epoch + 1, settings.epochs / self._header.trial_epochs)
         known = self._planner.space.tunables()
-        rates = known.get(f"{settings.optimizer}.learning_rate") or known.get("learning_rate")
+        rates = known.get(f"{settings.optimizer.name}.learning_rate") or known.get("optimizer.learning_rate")
         if rates is None:
-            rates = OPTIMIZERS[settings.optimizer].tunable["learning_rate"]
+            rates = OPTIMIZERS[settings.optimizer.name].tunable["learning_rate"]
         return overrides | changed(settings, start, rates, random)
 
 
@@ -163,11 +163,11 @@ def changed(settings: TrainersSettings, start: int, rates: Tunable, random: np.r
         Overrides; what the settings had planned for later epochs is dropped. A policy that is not in one line has no
         strengths and stays as it is.
     """
-    rate, factor = learning_rate_of(settings), rate_factor(settings, start)
+    rate, factor = learning_rate_of(settings.optimizer), rate_factor(settings.scheduler, start)
     low, high = (rates.low, rates.high) if isinstance(rates, Range) else (min(rates.values), max(rates.values))
     wanted = min(high, max(low, rate * factor * random.choice(FACTORS)))
-    factors = [list(pair) for pair in settings.learning_rate_factors if pair[0] < start]
-    found: Overrides = {"learning_rate_factors": [*factors, [start, float(f"{wanted / rate:.4g}")]]}
+    factors = [list(pair) for pair in settings.scheduler.learning_rate_factors if pair[0] < start]
+    found: Overrides = {"scheduler.learning_rate_factors": [*factors, [start, float(f"{wanted / rate:.4g}")]]}
     if settings.augmentation.startswith(PREFIX):
         begun = [phase for phase in parse_phases(settings.augmentation) if phase[0] <= start]
         steps = [_changed_step(step, random) for step in begun[-1][1]]

@@ -152,7 +152,7 @@ def _rungs(decisions: Sequence[Decision]) -> tuple[dict[str, Any], ...]:
 
 def _command(header: SearchHeader, best: TrialResult) -> str:
     """Name every setting of the winner that is not the trainers' own default."""
-    defaults = TrainersSettings().model_dump(mode="json")
+    defaults = TrainersSettings().flat()
     winner = header.base | best.overrides
     parts = ["relook", "train", "--data", header.dataset_id[:12]]
     for name, value in winner.items():

@@ -18,6 +18,11 @@ class Axis(StrEnum):
     LOSS = "loss"
     SAMPLER = "sampler"
 
+    @property
+    def setting(self) -> str:
+        """The field of TrainersSettings that names the choice, dotted: `optimizer.name`, but plain `sampler`."""
+        return self.value if self in (Axis.AUGMENTATION, Axis.SAMPLER) else f"{self.value}.name"
+
 
 class Searcher(StrEnum):
     """Who proposes what to try next."""

@@ -166,7 +166,9 @@ def derive_space(search: Sequence[Axis], base: TrainersSettings) -> SearchSpace:
         for record in records:
             for name in record.tunable:
                 if f"{axis}.{name}" not in known:
-                    raise ContractError(f"{record.name} makes {axis}.{name} tunable, which is no setting of the trainers")
+                    raise ContractError(
+                        f"{record.name} makes {axis}.{name} tunable, which is no setting of the trainers"
+                    )
     return space
 
 

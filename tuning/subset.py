@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from images.subset import grouped_subset
+from images.grouping import grouped_subset
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.types import Split

@@ -82,7 +82,7 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     if job.workers > 1:
         _train_in_group(settings, job, images, folder, policy, lambda epoch: report(epoch.model_dump(mode="json")))
         return
-    data = _open_images(job, images, settings.side_px)
+    data = _open_images(job, images, settings.model.side_px)
 
     def on_epoch(epoch: EpochReport) -> None:
         told = epoch.model_dump(mode="json")
@@ -104,7 +104,7 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
         data,
         job.taxonomy,
         on_epoch=on_epoch,
-        workers=SingleWorker(folder, settings.use_gpu),
+        workers=SingleWorker(folder, settings.workers.use_gpu),
         policy=policy,
         pause_after=plan.until_epoch,
     )
@@ -130,7 +130,7 @@ def trial_policy(plan: TrialPlan, job: TrialJob) -> Policy:
 def trial_settings(plan: TrialPlan, job: TrialJob) -> TrainersSettings:
     """Return the settings that a trial trains with: overridden, squeezed, on the trial's resources."""
     whole = with_overrides(job.base, plan.overrides)
-    machinery = {"num_workers": job.workers, "threads_per_worker": job.num_threads, "use_gpu": job.use_gpu}
+    machinery = {"workers.count": job.workers, "workers.threads": job.num_threads, "workers.use_gpu": job.use_gpu}
     return with_overrides(squeeze(whole, job.trial_epochs), machinery)
 
 
@@ -191,7 +191,7 @@ def _train_in_group(
     from trainers.fitting.distributed import fit_distributed
 
     with closing(open_store(job.records)) as store:
-        images.open(store, settings.side_px)
+        images.open(store, settings.model.side_px)
         fit_distributed(settings, images, store, folder or store.home.runs / "trial", policy=policy, on_epoch=on_epoch)
 
 

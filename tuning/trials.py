@@ -66,7 +66,9 @@ class TrialPlan(_Shape):
 
     number: int = Field(ge=0, description="0 is always the given settings themselves")
     origin: Origin
-    overrides: dict[str, Any] = Field(description="fields of TrainersSettings that differ from the given ones")
+    overrides: dict[str, Any] = Field(
+        description="dotted names of fields of TrainersSettings, to values that differ from the given ones"
+    )
     until_epoch: int | None = Field(default=None, description="in a population: where it waits for its next turn")
     turn: Turn | None = Field(default=None, description="in a population: its last turn")
 
@@ -139,7 +141,7 @@ class SearchHeader(_Shape):
     """What a search is made of; a search goes on only if all but the number of trials is the same."""
 
     dataset_id: str
-    base: dict[str, Any] = Field(description="the given TrainersSettings")
+    base: dict[str, Any] = Field(description="the given TrainersSettings, by dotted names of fields")
     enqueued: tuple[dict[str, Any], ...] = Field(default=(), description="overrides to try right after the given ones")
     experiments: str = Field(default="none", description="rows of a dissertation that were tried first")
     seed: int = Field(ge=0)

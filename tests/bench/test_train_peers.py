@@ -10,7 +10,7 @@ from bench.train.peers import Peers
 from records.datasets import build_version
 from records.store import Store
 from trainers.fitting.training_data import DataPlan, plan_data
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_the_table_names_the_images_of_the_plan(filled_store: Store, plan: DataP
 
 
 def test_what_cannot_be_measured_has_a_reason(filled_store: Store, plan: DataPlan, tmp_path: Path) -> None:
-    unknown = Peers(filled_store, TrainersSettings(model="custom_cnn_base"), plan, tmp_path)
+    unknown = Peers(filled_store, TrainersSettings(model=ModelSettings(name="custom_cnn_base")), plan, tmp_path)
     assert unknown.plain_rate() is None
     assert "knows custom_cnn, resnet18, efficientnet_lite0, not custom_cnn_base" in str(unknown.reasons)
     absent = Peers(filled_store, TrainersSettings(), plan, tmp_path)
@@ -42,5 +42,10 @@ def test_what_cannot_be_measured_has_a_reason(filled_store: Store, plan: DataPla
 
 def test_bare_steps_have_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RAW_S", 0.0)
-    settings = TrainersSettings(side_px=32, batch_size=4, precision="fp32", threads_per_worker=1, use_gpu=False)
+    settings = TrainersSettings(
+        model=ModelSettings(side_px=32),
+        batch_size=4,
+        precision="fp32",
+        workers=WorkersSettings(threads=1, use_gpu=False),
+    )
     assert training.raw_rate(settings, 7) > 0

@@ -1,5 +1,6 @@
 """Where settings come from, which one wins, and what is said when one cannot be used."""
 
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_each_source_beats_the_one_before_it(tmp_path: Path) -> None:
     settings = load_settings(config, None, ["trainers.seed=3", "trainers.seed=4"], environ)
     trainers = settings.trainers
     assert settings.preset == "dissertation"
-    assert trainers.side_px == 224  # preset
+    assert trainers.model.side_px == 224  # preset
     assert trainers.batch_size == 32  # file over preset
     assert trainers.epochs == 3  # environment over file
     assert trainers.seed == 4  # the last --set over all
@@ -96,16 +97,15 @@ def test_each_short_name_reaches_its_field(variable: str, tmp_path: Path) -> Non
     ("text", "expected"),
     [
         ("trainers.early_stop_patience_epochs=null", None),
-        ("trainers.use_gpu=true", True),
-        ("trainers.use_gpu=auto", "auto"),
-        ("trainers.weight_decay=1e-3", 1e-3),
+        ("trainers.workers.use_gpu=true", True),
+        ("trainers.workers.use_gpu=auto", "auto"),
+        ("trainers.optimizer.weight_decay=1e-3", 1e-3),
         ("tuning.search=[optimizer, scheduler]", ("optimizer", "scheduler")),
         ("serving.default_consent=none", "none"),
     ],
 )
 def test_text_becomes_the_type_of_its_field(text: str, expected: object) -> None:
-    room, field = text.partition("=")[0].split(".")
-    assert getattr(getattr(load_settings(sets=[text]), room), field) == expected
+    assert attrgetter(text.partition("=")[0])(load_settings(sets=[text])) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,26 @@ def test_text_becomes_the_type_of_its_field(text: str, expected: object) -> None
         ("trainer.epochs=3", r"no setting trainer\.epochs \(from --set\); did you mean trainers\?"),
         (
             "xyzzy.epochs=3",
-            r"no setting xyzzy\.epochs \(from --set\); the rooms are records, trainers, tuning, serving",
+            r"no setting xyzzy\.epochs \(from --set\); the rooms are records, images, trainers, tuning, serving",
         ),
         ("gate.xyzzy=3", r"no setting gate\.xyzzy \(from --set\); gate has margin, "),
+        (
+            "trainers.momentum=0.5",
+            r"no setting trainers\.momentum \(from --set\); did you mean trainers\.optimizer\.momentum\?",
+        ),
+        (
+            "trainers.optimizer.momentun=0.5",
+            r"no setting trainers\.optimizer\.momentun \(from --set\); did you mean trainers\.optimizer\.momentum\?",
+        ),
+        ("trainers.optimizer=adam", r"holds fields, not a value; give them by name, such as trainers\.optimizer\.name"),
+        (
+            "trainers.optimizer.momentum=2",
+            r"trainers\.optimizer\.momentum = '2' \(from --set\) .*less than 1; a valid value is 0\.9 \(of sgd\)",
+        ),
+        ("trainers.model.side_px=16", r"trainers\.model: trainers\.model\.side_px is 16, and custom_cnn needs"),
         ("trainers.epochs.x=3", r"no setting trainers\.epochs\.x \(from --set\); trainers\.epochs is a value"),
-        ("trainers.optimizer=adm", r"unknown optimizer 'adm'; there are .*sgd.*; a valid value is 'sgd'"),
-        ("trainers.use_gpu=perhaps", r"it should be 'auto' or it should be a valid boolean"),
+        ("trainers.optimizer.name=adm", r"unknown optimizer 'adm'; there are .*sgd.*; a valid value is 'sgd'"),
+        ("trainers.workers.use_gpu=perhaps", r"it should be 'auto' or it should be a valid boolean"),
         ("round.tune=sometimes", r"it should be 'always', 'every_n', 'on_drop' or 'never'; a valid value is 'always'"),
         ("tuning.search=[optimzer]", r"it should be 'optimizer', .* or 'sampler'; a valid value is \["),
         ("epochs=3", r"--set 'epochs=3' must read room\.field=value, for example --set trainers\.epochs=5"),
@@ -140,7 +154,7 @@ def test_a_wrong_setting_is_one_sentence_with_field_value_source_and_a_valid_one
 
 def test_fields_that_do_not_fit_together_name_the_room() -> None:
     with pytest.raises(ConfigError, match=r"trainers: batch_size 63 cannot be shared evenly by 2 workers"):
-        load_settings(sets=["trainers.batch_size=63", "trainers.num_workers=2"])
+        load_settings(sets=["trainers.batch_size=63", "trainers.workers.count=2"])
 
 
 def test_a_wrong_variable_is_named() -> None:
@@ -222,12 +236,26 @@ def test_passwords_in_urls_are_masked(url: str, shown: str) -> None:
 
 def test_every_field_of_every_room_says_what_it_means() -> None:
     rooms = [field.annotation for name, field in Settings.model_fields.items() if name != "preset"]
-    assert len(rooms) == 9
-    for room in rooms:
+    assert len(rooms) == 10
+    while rooms:
+        room = rooms.pop()
         assert isinstance(room, type)
         assert issubclass(room, RoomSettings)
         silent = [name for name, field in room.model_fields.items() if not field.description]
         assert not silent, f"{room.__name__}: {silent}"
+        inner = [field.annotation for field in room.model_fields.values()]
+        rooms += [part for part in inner if isinstance(part, type) and issubclass(part, RoomSettings)]
+
+
+def test_parts_of_a_room_come_from_every_source(tmp_path: Path) -> None:
+    config = _file(tmp_path, "trainers:\n  optimizer: {name: adam, weight_decay: 0.1}\n  model: {side_px: 96}\n")
+    environ = {"RELOOK_TRAINERS__OPTIMIZER__WEIGHT_DECAY": "0.2", "RELOOK_TRAINERS__LOSS__NAME": "focal"}
+    trainers = load_settings(config, "dissertation", ["trainers.optimizer.clip_norm=1"], environ).trainers
+    assert trainers.scheduler.name == "step"  # preset
+    assert (trainers.optimizer.name, trainers.model.side_px) == ("adam", 96)  # file
+    assert (trainers.optimizer.weight_decay, trainers.loss.name) == (0.2, "focal")  # environment over file
+    assert trainers.optimizer.clip_norm == 1  # --set
+    assert trainers.optimizer.nesterov is False  # still the preset's: a source changes only the fields that it names
 
 
 def test_settings_are_frozen_and_closed() -> None:

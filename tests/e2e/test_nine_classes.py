@@ -56,9 +56,9 @@ def test_import_train_evaluate_with_no_code(relook: Any, folder: Path, tmp_path:
     assert (audit["dataset_id"], audit["leaked_lesions"]) == (imported["dataset_id"], 0)
     assert audit["quarantined"] == 3
 
-    small = ("--set", "trainers.side_px=32", "--set", "trainers.epochs=5", "--set", "trainers.batch_size=16")
+    small = ("--set", "trainers.model.side_px=32", "--set", "trainers.epochs=5", "--set", "trainers.batch_size=16")
     trained = relook(
-        "train", "--data", folder, *small, "--set", "trainers.precision=fp32", "--set", "trainers.threads_per_worker=1"
+        "train", "--data", folder, *small, "--set", "trainers.precision=fp32", "--set", "trainers.workers.threads=1"
     )
     assert trained["dataset_id"] == imported["dataset_id"]
     evaluated = relook("evaluate", trained["model_id"], "--split", "test")

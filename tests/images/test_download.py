@@ -134,10 +134,10 @@ def test_a_server_without_ranges_sends_it_all_again(mirror: Mirror, tmp_path: Pa
     assert download(described(mirror), tmp_path, mirror.url, waits_s=NO_WAIT).images == 12
 
 
-def test_altered_bytes_are_thrown_away(mirror: Mirror, tmp_path: Path) -> None:
+def test_altered_bytes_are_deleted(mirror: Mirror, tmp_path: Path) -> None:
     files = described(mirror)
     mirror.files["/2"] = mirror.files["/2"][:-1] + b"x"
-    with pytest.raises(IntegrityError, match=f"does not have the published MD5 {files[1].md5} and was thrown away"):
+    with pytest.raises(IntegrityError, match=f"does not have the published MD5 {files[1].md5} and was deleted"):
         download(files, tmp_path, mirror.url, waits_s=NO_WAIT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["HAM10000_metadata.csv"]
     mirror.files["/2"] = archive(IMAGES)
@@ -152,7 +152,7 @@ def test_an_altered_table_is_fetched_again(mirror: Mirror, tmp_path: Path) -> No
 
 def test_refusals_of_a_server(mirror: Mirror, tmp_path: Path) -> None:
     mirror.status = 403
-    with pytest.raises(UnavailableError, match=r"the server answered 403 .*; check trainers\.download_url"):
+    with pytest.raises(UnavailableError, match=r"the server answered 403 .*; check images\.download_url"):
         download(described(mirror), tmp_path, mirror.url, waits_s=NO_WAIT)
     assert len(mirror.asked) == 1
     mirror.status = 503
@@ -165,7 +165,7 @@ def test_refusals_of_a_server(mirror: Mirror, tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_before_anything_is_fetched(
     mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"trainers\.download_url is 'ftp://x'; it must start with https://"):
+    with pytest.raises(ConfigError, match=r"images\.download_url is 'ftp://x'; it must start with https://"):
         download(described(mirror), tmp_path, "ftp://x")
     with pytest.raises(ConfigError, match="no dataset 'isic' to download; there are ham10000"):
         files_of("isic")

@@ -14,9 +14,9 @@ from trainers.settings import TrainersSettings
 from vision.networks import MODELS
 
 SETTING_OF = {
-    "optimizers": "optimizer",
-    "schedulers": "scheduler",
-    "losses": "loss",
+    "optimizers": "optimizer.name",
+    "schedulers": "scheduler.name",
+    "losses": "loss.name",
     "samplers": "sampler",
     "augmentations": "augmentation",
 }
@@ -55,13 +55,13 @@ def test_it_trains(
     data, policy = toy_data, None
     if kind == "models":
         side_px = MODELS[name].minimum_side_px
-        changes |= {"model": name, "side_px": side_px, "batch_size": 4, "learning_rate": 0.001}
+        changes |= {"model.name": name, "model.side_px": side_px, "batch_size": 4, "optimizer.learning_rate": 0.001}
         data = images(side_px)
     elif kind == "operations":
         policy = Policy.model_validate({"name": name, "operations": [{"operation": name, "probability": 1.0}]})
     else:
         changes[SETTING_OF[kind]] = name
-    settings = TrainersSettings.model_validate(toy_settings.model_dump() | changes)
+    settings = toy_settings.with_values(changes)
     trained = train(settings, data, three_classes, policy=policy)
     assert len(trained.reports) == 1
     assert np.isfinite(trained.reports[0].train_loss)

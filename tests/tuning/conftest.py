@@ -13,7 +13,7 @@ from records.ids import utc_now
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Confirmation, Consent, Group, Image, SourceLabel, Split
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, OptimizerSettings, TrainersSettings
 from tuning.settings import TuningSettings
 from tuning.trials import Origin, SearchHeader, TrialPlan, TrialResult
 
@@ -84,14 +84,19 @@ def _png(colour: np.ndarray, random: np.random.Generator) -> bytes:
 def trainers() -> TrainersSettings:
     """Small and quick, and without augmentation's import."""
     return TrainersSettings(
-        side_px=SIDE_PX, epochs=4, batch_size=32, augmentation="none", precision="fp32", learning_rate=0.05
+        model=ModelSettings(side_px=SIDE_PX),
+        epochs=4,
+        batch_size=32,
+        augmentation="none",
+        precision="fp32",
+        optimizer=OptimizerSettings(learning_rate=0.05),
     )
 
 
 @pytest.fixture(scope="session")
 def diverging(trainers: TrainersSettings) -> TrainersSettings:
     """Settings under which the weights grow about tenfold per step, so that the loss is soon not finite."""
-    return trainers.model_copy(update={"learning_rate": 10.0, "weight_decay": 1.0, "batch_size": 2})
+    return trainers.with_values({"optimizer.learning_rate": 10.0, "optimizer.weight_decay": 1.0, "batch_size": 2})
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +120,7 @@ def make_header() -> Callable[..., SearchHeader]:
     def make(**changes: Any) -> SearchHeader:
         values = {
             "dataset_id": "d" * 64,
-            "base": {"optimizer": "sgd"},
+            "base": {"optimizer.name": "sgd"},
             "seed": 0,
             "search": ("optimizer",),
             "space_hash": "5" * 64,

@@ -2,26 +2,28 @@
 
 import pytest
 
-from trainers.settings import TrainersSettings
+from trainers.settings import SchedulerSettings, TrainersSettings
 from tuning.budget import squeeze, trial_budget
 
 WHOLE = TrainersSettings(
-    epochs=20, step_size_epochs=10, plateau_patience_epochs=4, warmup_epochs=2.0, early_stop_patience_epochs=5
+    epochs=20,
+    scheduler=SchedulerSettings(step_size_epochs=10, plateau_patience_epochs=4, warmup_epochs=2.0),
+    early_stop_patience_epochs=5,
 )
 
 
 def test_durations_shrink_by_the_same_factor():
     short = squeeze(WHOLE, 5)
 
-    assert (short.epochs, short.step_size_epochs, short.plateau_patience_epochs) == (5, 2, 1)
-    assert short.warmup_epochs == pytest.approx(0.5)
+    assert (short.epochs, short.scheduler.step_size_epochs, short.scheduler.plateau_patience_epochs) == (5, 2, 1)
+    assert short.scheduler.warmup_epochs == pytest.approx(0.5)
 
 
 def test_changes_of_the_learning_rate_move_with_the_budget():
-    settings = WHOLE.model_copy(update={"learning_rate_factors": ((9, 0.5), (10, 0.4), (17, 2.0))})
+    settings = WHOLE.with_values({"scheduler.learning_rate_factors": ((9, 0.5), (10, 0.4), (17, 2.0))})
 
-    assert squeeze(settings, 5).learning_rate_factors == ((3, 0.4), (5, 2.0))
-    assert squeeze(settings, 20).learning_rate_factors == settings.learning_rate_factors
+    assert squeeze(settings, 5).scheduler.learning_rate_factors == ((3, 0.4), (5, 2.0))
+    assert squeeze(settings, 20).scheduler.learning_rate_factors == settings.scheduler.learning_rate_factors
 
 
 def test_only_successive_halving_ends_a_trial():
@@ -30,22 +32,23 @@ def test_only_successive_halving_ends_a_trial():
 
 def test_nothing_else_changes():
     short = squeeze(WHOLE, 5)
-    durations = {name for name in TrainersSettings.model_fields if name.endswith("epochs")}
+    durations = {name for name in WHOLE.flat() if name.endswith("epochs")}
 
     assert durations == {
         "epochs",
-        "step_size_epochs",
-        "plateau_patience_epochs",
-        "warmup_epochs",
+        "scheduler.step_size_epochs",
+        "scheduler.plateau_patience_epochs",
+        "scheduler.warmup_epochs",
         "early_stop_patience_epochs",
     }
-    assert short.model_dump(exclude=durations) == WHOLE.model_dump(exclude=durations)
+    unchanged = [name for name in WHOLE.flat() if name not in durations]
+    assert [short.flat()[name] for name in unchanged] == [WHOLE.flat()[name] for name in unchanged]
 
 
 def test_a_duration_never_vanishes_and_zero_stays_zero():
-    short = squeeze(WHOLE.model_copy(update={"plateau_patience_epochs": 0, "step_size_epochs": 1}), 2)
+    short = squeeze(WHOLE.with_values({"scheduler.plateau_patience_epochs": 0, "scheduler.step_size_epochs": 1}), 2)
 
-    assert (short.step_size_epochs, short.plateau_patience_epochs) == (1, 0)
+    assert (short.scheduler.step_size_epochs, short.scheduler.plateau_patience_epochs) == (1, 0)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(5, 5), (20, 20), (50, 20)])

@@ -27,7 +27,7 @@ FIGURES = TrialFigures(
 def mini(make_header):
     """The header of a search over the rows of the small preset."""
     settings = PRESETS["dissertation_mini"]()
-    base = settings.trainers.model_dump(mode="json")
+    base = settings.trainers.flat()
     return make_header(experiments="dissertation_mini", base=base, trials=settings.tuning.trials, trial_epochs=8)
 
 
@@ -55,7 +55,7 @@ def test_what_the_dissertation_compares_is_there():
         "networks of its literature table": [0.946, 0.963, 0.957],
     }
     base = PRESETS["dissertation"]().trainers
-    assert {row.model for row in experiment_settings("dissertation", base)} == {
+    assert {row.model.name for row in experiment_settings("dissertation", base)} == {
         "custom_cnn", "custom_cnn_base", "resnet18", "resnet34", "squeezenet", "densenet121", "inception_v3",
     }  # fmt: skip
     assert not MODELS["custom_cnn_base"].batch_norm

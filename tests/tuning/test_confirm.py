@@ -6,7 +6,7 @@ from trainers.settings import TrainersSettings
 from tuning.confirm import confirmation_plans, interval, verdict_on
 from tuning.trials import Origin
 
-LEADER = {"optimizer": "adamw"}
+LEADER = {"optimizer.name": "adamw"}
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def confirmed(make_trial):
         by_seed = {number: list(own), 0: list(given)}
         trials = [leader]
         for plan in plans:
-            whose = number if plan.overrides.get("optimizer") else 0
+            whose = number if plan.overrides.get("optimizer.name") else 0
             if by_seed[whose]:
                 trials.append(make_trial(plan.number, [by_seed[whose].pop(0)], origin=plan.origin, **changes))
         return leader, trials

@@ -6,7 +6,7 @@ from tuning.effects import SAME, effects_of
 from tuning.trials import Origin
 
 AXES = {"optimizer": ("sgd", "adamw"), "scheduler": ("cosine", "step")}
-BASE = {"optimizer": "sgd", "scheduler": "cosine"}
+BASE = {"optimizer.name": "sgd", "scheduler.name": "cosine"}
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def balanced(make_trial):
             for scheduler in AXES["scheduler"]:
                 for noise in (0.01, -0.01):
                     score = 0.5 + (0.1 if optimizer == "sgd" else -0.1) + noise
-                    overrides = {"optimizer": optimizer, "scheduler": scheduler}
+                    overrides = {"optimizer.name": optimizer, "scheduler.name": scheduler}
                     trials.append(make_trial(len(trials), [0.1, score], overrides=overrides, **changes))
         return trials
 
@@ -93,7 +93,7 @@ def test_too_few_trials_give_no_estimate(header, balanced):
 def test_what_a_choice_costs_is_its_mean_epoch(header, make_trial):
     trials = [
         make_trial(0, [0.2, 0.3], epoch_seconds=(1.0, 3.0)),
-        make_trial(1, [0.2], epoch_seconds=(5.0,), overrides={"optimizer": "adamw"}),
+        make_trial(1, [0.2], epoch_seconds=(5.0,), overrides={"optimizer.name": "adamw"}),
     ]
     rows = table(header, trials)
 

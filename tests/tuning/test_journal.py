@@ -72,7 +72,7 @@ def test_any_other_damage_names_the_line(tmp_path, make_header, line):
     [
         ({"seed": 1}, r"another seed \(0, now 1\)"),
         ({"dataset_id": "e" * 64}, "another dataset_id"),
-        ({"base": {"optimizer": "adam"}}, r"another base.optimizer \('sgd', now 'adam'\)"),
+        ({"base": {"optimizer.name": "adam"}}, r"another base.optimizer.name \('sgd', now 'adam'\)"),
         ({"space_hash": "6" * 64}, "another space_hash"),
     ],
 )
@@ -86,16 +86,16 @@ def test_another_search_is_refused(tmp_path, make_header, change, message):
 @pytest.mark.parametrize(("gamma", "same"), [(0.3, True), (0.5, False)])
 def test_a_setting_that_is_newer_than_the_search_had_its_default(tmp_path, make_header, gamma, same):
     header = make_header()
-    assert "gamma" not in header.base
-    assert TrainersSettings().gamma == 0.3
+    assert "scheduler.gamma" not in header.base
+    assert TrainersSettings().scheduler.gamma == 0.3
     open_journal(tmp_path, header).close()
-    today = make_header(base=header.base | {"gamma": gamma})
+    today = make_header(base=header.base | {"scheduler.gamma": gamma})
 
     if same:
         open_journal(tmp_path, today).close()
         assert read_journal(tmp_path)[0] == today
     else:
-        with pytest.raises(RefusedError, match=r"another base.gamma \(0.3, now 0.5\)"):
+        with pytest.raises(RefusedError, match=r"another base.scheduler.gamma \(0.3, now 0.5\)"):
             open_journal(tmp_path, today)
 
 
@@ -133,7 +133,7 @@ def test_turns_are_one_line_for_a_generation_and_change_their_trials(tmp_path, m
     header = make_header(turn_epochs=1)
     turns = [
         Turn(number=0, epoch=1, score=0.5, parent=0, parent_overrides={}, overrides={}),
-        Turn(number=1, epoch=1, score=0.2, parent=0, parent_overrides={}, overrides={"momentum": 0.8}),
+        Turn(number=1, epoch=1, score=0.2, parent=0, parent_overrides={}, overrides={"optimizer.momentum": 0.8}),
     ]
     with open_journal(tmp_path, header) as journal:
         log = SearchLog(header, journal)
@@ -147,7 +147,7 @@ def test_turns_are_one_line_for_a_generation_and_change_their_trials(tmp_path, m
     with open_journal(tmp_path, header) as journal:
         assert journal.turns == turns
         assert [(trial.state, trial.scores) for trial in journal.past.values()] == [("running", (0.5,))] * 2
-        assert journal.past[1].overrides == {"momentum": 0.8}
+        assert journal.past[1].overrides == {"optimizer.momentum": 0.8}
         assert journal.settled == {}
     lines = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
     assert [line["kind"] for line in lines].count("turns") == 1

@@ -4,7 +4,7 @@ import pytest
 
 from records.errors import ConfigError
 from records.registry import Choice, Range
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings
 from tuning.narrow import read_space
 from tuning.narrowing import narrow
 from tuning.planner import Planner
@@ -21,7 +21,7 @@ def narrowed(*items, base=BASE):
 
 
 def test_names_and_ranges_are_narrowed_where_they_belong():
-    space = narrowed("optimizer=sgd,adam", "learning_rate=4e-3..9e-3", "sgd.momentum=0.85..0.9")
+    space = narrowed("optimizer=sgd,adam", "optimizer.learning_rate=4e-3..9e-3", "sgd.momentum=0.85..0.9")
     sgd, adam = space.axes[Axis.OPTIMIZER]
 
     assert (sgd.name, adam.name) == ("sgd", "adam")
@@ -31,18 +31,18 @@ def test_names_and_ranges_are_narrowed_where_they_belong():
 
 
 def test_settings_without_an_owner_and_other_registries_join():
-    space = narrowed("batch_size=32,64", "model=custom_cnn,resnet18", "scaling=mean_std,min_max")
+    space = narrowed("batch_size=32,64", "model=custom_cnn,resnet18", "model.scaling=mean_std,min_max")
 
     assert space.free["batch_size"] == Choice((32, 64))
     assert [record.name for record in space.axes[Axis.MODEL]] == ["custom_cnn", "resnet18"]
     drawn = [Planner(space, BASE, trials=9, seed=0).plan(number).overrides for number in range(1, 9)]
     assert {overrides["batch_size"] for overrides in drawn} == {32, 64}
-    assert all(("head_dropout" in o) == (o["model"] == "resnet18") for o in drawn)
+    assert all(("model.head_dropout" in o) == (o["model.name"] == "resnet18") for o in drawn)
 
 
 def test_a_yaml_file_says_the_same(tmp_path):
     file = tmp_path / "space.yaml"
-    file.write_text("optimizer: [sgd]\nlearning_rate: {low: 1e-2, high: 0.1, log: true}\nscheduler: cosine\n")
+    file.write_text("optimizer: [sgd]\noptimizer.learning_rate: {low: 1e-2, high: 0.1, log: true}\nscheduler: cosine\n")
 
     space = narrowed(str(file))
 
@@ -54,14 +54,15 @@ def test_a_yaml_file_says_the_same(tmp_path):
     ("item", "message"),
     [
         ("optimizer=sgd,magic", "optimizer 'magic' is unknown; there are sgd, rmsprop, adam, adamw"),
-        ("lerning_rate=1..2", r"lerning_rate cannot be searched; did you mean .*learning_rate"),
-        ("learning_rate=1e-2..1e-3", r"the range of learning_rate is empty \(0.01..0.001\)"),
-        ("learning_rate=5..6", r"5..6 leaves nothing of sgd.learning_rate, which may be 0.003..0.3"),
+        ("lerning_rate=1..2", r"lerning_rate cannot be searched; did you mean .*optimizer\.learning_rate"),
+        ("learning_rate=1e-3..1e-2", r"learning_rate cannot be searched; did you mean .*optimizer\.learning_rate"),
+        ("optimizer.learning_rate=1e-2..1e-3", r"the range of optimizer.learning_rate is empty \(0.01..0.001\)"),
+        ("optimizer.learning_rate=5..6", r"5..6 leaves nothing of sgd.learning_rate, which may be 0.003..0.3"),
         ("sgd.magic=1,2", "sgd.magic is unknown"),
         ("epochs=3,4", "epochs cannot be searched"),
         ("batch_size=", "batch_size has no value left"),
         ("batch_size=1,64", "batch_size = 1 cannot be tried"),
-        ("side_px=16,64", r"side_px.* cannot be tried: .*custom_cnn needs at least 32"),
+        ("model.side_px=16,64", r"model.side_px.* cannot be tried: .*custom_cnn needs at least 32"),
         ("nothing", "neither name=values nor a YAML file"),
         ("none.yaml", r"the space none.yaml cannot be read"),
     ],
@@ -72,12 +73,12 @@ def test_what_cannot_work_is_refused_with_the_fix(item, message):
 
 
 def test_a_setting_of_a_record_that_is_left_out_is_refused():
-    with pytest.raises(ConfigError, match="momentum belongs to sgd, which the space leaves out"):
-        narrowed("optimizer=adam", "momentum=0.8,0.9")
+    with pytest.raises(ConfigError, match=r"optimizer\.momentum belongs to sgd, which the space leaves out"):
+        narrowed("optimizer=adam", "optimizer.momentum=0.8,0.9")
 
 
 def test_an_impossible_combination_is_named():
-    base = TrainersSettings(model="resnet18", side_px=16)
+    base = TrainersSettings(model=ModelSettings(name="resnet18", side_px=16))
 
     with pytest.raises(ConfigError, match=r"combination .*model custom_cnn.* is impossible.*at least 32"):
         narrowed("model=resnet18,custom_cnn", base=base)
@@ -93,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_samples_are_balanced_over_the_choices_of_each_axis():
     space = narrowed("augmentation=none,light")
     planner = Planner(space, BASE, trials=9, seed=3)
-    optimizers = [planner.plan(number).overrides["optimizer"] for number in range(1, 9)]
+    optimizers = [planner.plan(number).overrides["optimizer.name"] for number in range(1, 9)]
 
     assert sorted(optimizers) == sorted(["sgd", "rmsprop", "adam", "adamw"] * 2)
 
@@ -104,7 +105,7 @@ def test_tpe_proposes_a_function_of_seed_and_history(make_trial):
     history = []
     for number in range(7):
         plan = planner.plan(number, history)
-        good = plan.overrides.get("optimizer") == "adam"
+        good = plan.overrides.get("optimizer.name") == "adam"
         history.append(make_trial(number, [0.5 if good else 0.2], overrides=plan.overrides, origin=plan.origin))
 
     resumed = Planner(space, BASE, trials=20, seed=1, searcher=Searcher.TPE, startup_trials=6, done=history)

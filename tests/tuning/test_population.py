@@ -63,12 +63,12 @@ def test_small_populations(scores, parents):
 
 
 def test_a_change_holds_from_its_epoch_and_stays_within_the_ranges(trainers, numpy_random):
-    settings = trainers.model_copy(update={"augmentation": LINE, "learning_rate": 0.05})
+    settings = trainers.with_values({"augmentation": LINE, "optimizer.learning_rate": 0.05})
 
     found = with_overrides(settings, changed(settings, 3, Range(1e-3, 0.06, log=True), numpy_random))
 
-    assert found.learning_rate == 0.05
-    [(start, factor)] = found.learning_rate_factors
+    assert found.optimizer.learning_rate == 0.05
+    [(start, factor)] = found.scheduler.learning_rate_factors
     assert (start, factor) in {(3, 0.8), (3, 1.2)}  # 0.0625 would be too much
     (_, first), (start, later) = parse_phases(found.augmentation)
     assert [str(step) for step in first] == LINE.removeprefix("ops:").split("+")
@@ -80,16 +80,20 @@ def test_a_change_holds_from_its_epoch_and_stays_within_the_ranges(trainers, num
 
 def test_a_change_takes_the_place_of_what_was_planned_for_later(trainers, numpy_random):
     line = "ops:rotate@0.4*0.5/2:rotate@0.4*0.2/3:rotate@0.4*1/7:rotate@0.4*0.1"
-    planned = {"augmentation": line, "learning_rate": 0.05, "learning_rate_factors": ((2, 0.5), (3, 1.0), (7, 0.1))}
+    planned = {
+        "augmentation": line,
+        "optimizer.learning_rate": 0.05,
+        "scheduler.learning_rate_factors": ((2, 0.5), (3, 1.0), (7, 0.1)),
+    }
 
-    found = changed(trainers.model_copy(update=planned), 3, Range(1e-3, 0.3, log=True), numpy_random)
+    found = changed(trainers.with_values(planned), 3, Range(1e-3, 0.3, log=True), numpy_random)
 
     assert found["augmentation"] in {f"ops:rotate@0.4*0.5/2:rotate@0.4*0.2/3:rotate@0.4*{x}" for x in ("0.8", "1")}
-    assert found["learning_rate_factors"] in [[[2, 0.5], [3, factor]] for factor in (0.8, 1.25)]
+    assert found["scheduler.learning_rate_factors"] in [[[2, 0.5], [3, factor]] for factor in (0.8, 1.25)]
 
 
 def test_a_policy_without_strengths_is_kept(trainers, numpy_random):
-    assert list(changed(trainers, 3, Range(1e-3, 0.3, log=True), numpy_random)) == ["learning_rate_factors"]
+    assert list(changed(trainers, 3, Range(1e-3, 0.3, log=True), numpy_random)) == ["scheduler.learning_rate_factors"]
 
 
 @pytest.fixture
@@ -116,7 +120,13 @@ def test_what_is_no_population_is_refused(changes, message):
 @pytest.fixture(scope="module")
 def population(tuning):
     """Four members of four epochs, which turn after epochs 1, 2 and 3."""
-    changes = {"searcher": "pbt", "turn_epochs": 1, "trial_epochs": 4, "search": ("augmentation",), "scheduler": "asha"}
+    changes = {
+        "searcher": "pbt",
+        "turn_epochs": 1,
+        "trial_epochs": 4,
+        "search": ("augmentation",),
+        "scheduler": "asha",
+    }
     return TuningSettings.model_validate(tuning.model_dump() | changes)
 
 
@@ -139,7 +149,7 @@ def test_strengths_and_learning_rate_change_while_members_train(evolved):
     assert result.trials[0].overrides == {}
     taken = [turn for turn in turns if turn.exploits]
     assert taken
-    assert all(turn.overrides["learning_rate_factors"][-1][0] == turn.epoch + 1 for turn in taken)
+    assert all(turn.overrides["scheduler.learning_rate_factors"][-1][0] == turn.epoch + 1 for turn in taken)
     phases = [parse_phases(turn.overrides["augmentation"]) for turn in taken if turn.parent]
     assert phases
     assert all(steps[-1] != steps[0] for steps in phases)
@@ -157,13 +167,13 @@ def test_what_a_population_found_can_be_trained_again_without_it(evolved, labell
     images = plan_data(searched_part(dataset, None, population.seed), store.taxonomy)
     words = shlex.split(_command(result.header, member))
     sets = [text for option, text in pairwise(words) if option == "--set"]
-    settings = load_settings(sets=[*sets, f"trainers.threads_per_worker={population.cpus_per_trial}"]).trainers
+    settings = load_settings(sets=[*sets, f"trainers.workers.threads={population.cpus_per_trial}"]).trainers
     assert settings.recipe_hash() == with_overrides(trainers, member.overrides).recipe_hash()
     scores = []
 
     train(
         settings,
-        images.open(store, settings.side_px),
+        images.open(store, settings.model.side_px),
         store.taxonomy,
         on_epoch=lambda report: scores.append(report.val_balanced_accuracy),
     )

@@ -27,9 +27,9 @@ def decided(number, score, goes_on=True, epoch=1):
 def run(tmp_path, make_header, make_trial):
     trials = [
         make_trial(0, [0.30, 0.35], start_seconds=5.0, cold_start=True),
-        make_trial(1, [0.2], "stopped", overrides={"optimizer": "adam"}, start_seconds=0.1, cold_start=False),
+        make_trial(1, [0.2], "stopped", overrides={"optimizer.name": "adam"}, start_seconds=0.1, cold_start=False),
         make_trial(
-            2, [], "failed", overrides={"learning_rate": 9.0}, error="not finite", error_kind="DivergedError",
+            2, [], "failed", overrides={"optimizer.learning_rate": 9.0}, error="not finite", error_kind="DivergedError",
             start_seconds=0.3, cold_start=False,
         ),
     ]  # fmt: skip
@@ -51,16 +51,16 @@ def test_the_report_ranks_and_names_failures(run):
 
 
 def test_the_command_repeats_the_winner(tmp_path, make_header, make_trial):
-    base = {"optimizer": "sgd", "epochs": 30}
+    base = {"optimizer.name": "sgd", "epochs": 30}
     winner = make_trial(
-        1, [0.9], overrides={"optimizer": "adam", "learning_rate": 0.01, "augmentation": "my file.yaml"}
+        1, [0.9], overrides={"optimizer.name": "adam", "optimizer.learning_rate": 0.01, "augmentation": "my file.yaml"}
     )
     with open_journal(tmp_path, make_header(base=base)) as journal:
         journal.write("ended", trial=winner.model_dump(mode="json"))
 
     assert report_on(tmp_path).command == (
-        f"relook train --data {'d' * 12} --set trainers.epochs=30 --set trainers.optimizer=adam "
-        "--set 'trainers.augmentation=my file.yaml' --set trainers.learning_rate=0.01"
+        f"relook train --data {'d' * 12} --set trainers.epochs=30 --set trainers.optimizer.name=adam "
+        "--set 'trainers.augmentation=my file.yaml' --set trainers.optimizer.learning_rate=0.01"
     )
 
 
@@ -106,12 +106,12 @@ def test_the_live_view_shows_leader_and_budget(tmp_path, make_header, make_plan)
     with open_journal(tmp_path, make_header()) as journal:
         log = SearchLog(make_header(), journal, view.update)
         log.started(make_plan(0))
-        log.started(make_plan(1, optimizer="adam", learning_rate=0.00123456))
+        log.started(make_plan(1, **{"optimizer.name": "adam", "optimizer.learning_rate": 0.00123456}))
         log.epoch(decided(1, 0.42), seconds=1.0, key_class_sensitivity=None)
     text = " ".join(draw(view).split())
 
     assert "0 of 3 trials done, 1 of at most 6 epochs" in text
-    assert "best so far 0.420 by optimizer adam, learning_rate 0.00123" in text
+    assert "best so far 0.420 by optimizer adam, optimizer.learning_rate 0.00123" in text
 
 
 def test_the_live_view_keeps_running_trials_and_the_best_in_sight(tmp_path, make_header, make_plan):
@@ -134,7 +134,7 @@ def test_elsewhere_than_in_a_terminal_each_end_is_a_line(tmp_path, make_header, 
         log.started(make_plan(0))
         log.epoch(decided(0, 0.42, goes_on=False), seconds=1.0, key_class_sensitivity=None)
         log.ended(0)
-        log.started(make_plan(1, optimizer="adam"))
+        log.started(make_plan(1, **{"optimizer.name": "adam"}))
         log.failed(1, kind="DivergedError", message="the loss is not finite", lost=False)
 
     assert [line for line in lines if line] == [

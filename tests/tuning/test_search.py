@@ -42,7 +42,7 @@ def test_the_winner_is_never_worse_than_the_given_settings(searched, trainers, t
     assert given.epochs == tuning.trial_epochs
     assert result.best.score >= given.score
     assert result.best.score == max(trial.score for trial in result.trials if trial.scores)
-    assert result.settings == trainers.model_copy(update=result.best.overrides)
+    assert result.settings == trainers.with_values(result.best.overrides)
     assert result.settings.epochs == trainers.epochs
 
 
@@ -104,7 +104,7 @@ def test_another_search_does_not_go_on_in_its_folder(searched, labelled, trainer
 def test_when_every_trial_fails_the_first_ones_error_is_raised(ray_session, labelled, diverging, tuning, tmp_path):
     store, dataset = labelled
     two = tuning.model_copy(update={"trials": 2})
-    steeper = diverging.model_copy(update={"momentum": 0.95})
+    steeper = diverging.with_values({"optimizer.momentum": 0.95})
 
     with pytest.raises(DivergedError, match="all 2 trials failed; the first one's reason: "):
         search(store, two, diverging, dataset, run_dir=tmp_path, enqueued=[steeper])
@@ -112,7 +112,7 @@ def test_when_every_trial_fails_the_first_ones_error_is_raised(ray_session, labe
     report, (_, trials) = report_on(tmp_path), read_journal(tmp_path)
     assert [failure["number"] for failure in report.failures] == [0, 1]
     assert [trial.origin for trial in trials] == [Origin.DEFAULTS, Origin.ENQUEUED]
-    assert trials[1].overrides == {"momentum": 0.95}
+    assert trials[1].overrides == {"optimizer.momentum": 0.95}
     assert [trial.cold_start for trial in trials] == [True, False]
 
 

@@ -10,7 +10,7 @@ from records.registry import Choice, Range, Registered
 from trainers.augmentation import POLICIES
 from trainers.optimization.optimizers import OPTIMIZERS
 from trainers.optimization.schedulers import SCHEDULERS
-from trainers.settings import TrainersSettings
+from trainers.settings import OptimizerSettings, TrainersSettings
 from tuning import space as space_module
 from tuning.planner import Planner
 from tuning.settings import Axis
@@ -37,10 +37,13 @@ def test_every_registered_record_is_in_the_space():
 
 
 def test_every_tunable_is_a_field_of_the_trainers_settings():
-    tunables = {name for axis in derive_space(ALL, BASE).axes.values() for record in axis for name in record.tunable}
+    axes = derive_space(ALL, BASE).axes
+    tunables = {f"{axis}.{name}" for axis, records in axes.items() for record in records for name in record.tunable}
 
-    assert {"learning_rate", "momentum", "gamma", "step_size_epochs"} <= tunables
-    assert tunables <= set(TrainersSettings.model_fields)
+    assert {
+        "optimizer.learning_rate", "optimizer.momentum", "scheduler.gamma", "scheduler.step_size_epochs",
+    } <= tunables  # fmt: skip
+    assert tunables <= set(BASE.flat())
 
 
 def test_the_learning_rate_is_searched_in_the_logarithm_around_each_optimizers_own():
@@ -62,7 +65,7 @@ def test_every_sample_is_valid_and_within_its_ranges():
         for axis, records in space.axes.items():
             record = next(record for record in records if record.name == space.level(axis, settings))
             met.add((axis.value, record.name))
-            assert all(overrides[name] in tunable for name, tunable in record.tunable.items())
+            assert all(overrides[f"{axis}.{name}"] in tunable for name, tunable in record.tunable.items())
 
     # A composed policy in which every operation is off is called none.
     assert len(met) == len(OPTIMIZERS) + len(SCHEDULERS) + len(POLICIES) + 1
@@ -74,23 +77,22 @@ def test_a_sample_holds_only_what_its_choices_make_tunable():
 
     for _ in range(200):
         overrides = space.sample(random)
-        expected = set(ALL)
+        expected = {"optimizer.name", "scheduler.name", "augmentation"}
         for axis, records in space.axes.items():
-            expected |= set(
-                next(r for r in records if r.name == space.level(axis, with_overrides(BASE, overrides))).tunable
-            )
+            level = space.level(axis, with_overrides(BASE, overrides))
+            expected |= {f"{axis}.{name}" for name in next(r for r in records if r.name == level).tunable}
         assert set(overrides) == expected
-        assert ("momentum" in overrides) == (overrides["optimizer"] == "sgd")
-        assert ("step_size_epochs" in overrides) == (overrides["scheduler"] == "step")
+        assert ("optimizer.momentum" in overrides) == (overrides["optimizer.name"] == "sgd")
+        assert ("scheduler.step_size_epochs" in overrides) == (overrides["scheduler.name"] == "step")
 
 
 def test_an_axis_that_is_not_searched_stays_as_given():
-    base = TrainersSettings(optimizer="adam", learning_rate=0.002)
+    base = TrainersSettings(optimizer=OptimizerSettings(name="adam", learning_rate=0.002))
     overrides = derive_space((Axis.SCHEDULER,), base).sample(np.random.default_rng(0))
 
-    assert "optimizer" not in overrides
-    assert "learning_rate" not in overrides
-    assert with_overrides(base, overrides).learning_rate == 0.002
+    assert "optimizer.name" not in overrides
+    assert "optimizer.learning_rate" not in overrides
+    assert with_overrides(base, overrides).optimizer.learning_rate == 0.002
 
 
 def test_a_policy_file_of_the_caller_joins_the_registered_policies():
@@ -106,7 +108,7 @@ def test_log_ranges_are_sampled_evenly_in_the_logarithm():
     space = SearchSpace({Axis.OPTIMIZER: (record,)})
     random = np.random.default_rng(3)
 
-    exponents = [math.log10(space.sample(random)["learning_rate"]) for _ in range(2000)]
+    exponents = [math.log10(space.sample(random)["optimizer.learning_rate"]) for _ in range(2000)]
 
     assert np.mean(exponents) == pytest.approx(-3.0, abs=0.05)
     assert np.mean(np.array(exponents) < -3.5) == pytest.approx(0.25, abs=0.04)
@@ -118,7 +120,7 @@ def test_whole_numbers_reach_both_ends(log):
     space = SearchSpace({Axis.SCHEDULER: (record,)})
     random = np.random.default_rng(4)
 
-    drawn = {space.sample(random)["step_size_epochs"] for _ in range(300)}
+    drawn = {space.sample(random)["scheduler.step_size_epochs"] for _ in range(300)}
 
     assert drawn == {1, 2, 3, 4, 5}
     assert all(isinstance(value, int) for value in drawn)
@@ -129,10 +131,10 @@ def test_choices_are_all_drawn():
     space = SearchSpace({Axis.OPTIMIZER: (record,)})
     random = np.random.default_rng(5)
 
-    assert {space.sample(random)["nesterov"] for _ in range(30)} == {False, True}
+    assert {space.sample(random)["optimizer.nesterov"] for _ in range(30)} == {False, True}
 
 
-def test_two_owners_of_one_setting_are_refused(monkeypatch):
+def test_a_record_that_tunes_a_setting_of_another_axis_is_refused(monkeypatch):
     class Overlapping:
         records = (Registered(name="twice", description="", tunable={"learning_rate": Range(1e-3, 1e-2)}),)
 
@@ -141,12 +143,12 @@ def test_two_owners_of_one_setting_are_refused(monkeypatch):
 
     monkeypatch.setattr(space_module, "REGISTRIES", {**space_module.REGISTRIES, Axis.SCHEDULER: Overlapping()})
 
-    with pytest.raises(ContractError, match="both optimizer and scheduler make learning_rate tunable"):
+    with pytest.raises(ContractError, match=r"twice makes scheduler\.learning_rate tunable, which is no setting"):
         derive_space(ALL, BASE)
 
 
 def test_the_given_settings_come_first_then_the_enqueued_then_samples():
-    winner = TrainersSettings(optimizer="adam", learning_rate=0.003)
+    winner = TrainersSettings(optimizer=OptimizerSettings(name="adam", learning_rate=0.003))
 
     plans = list(plan_trials(derive_space(ALL, BASE), BASE, trials=5, seed=0, enqueued=[winner, BASE, winner]))
 
@@ -157,7 +159,7 @@ def test_the_given_settings_come_first_then_the_enqueued_then_samples():
 
 
 def test_a_search_of_one_trial_tries_the_given_settings():
-    winner = TrainersSettings(optimizer="adam")
+    winner = TrainersSettings(optimizer=OptimizerSettings(name="adam"))
 
     plans = list(plan_trials(derive_space(ALL, BASE), BASE, trials=1, seed=0, enqueued=[winner]))
 
@@ -184,15 +186,20 @@ def test_configurations_are_not_tried_twice_while_there_are_others():
 
 
 def test_difference_and_overrides_are_inverse():
-    other = TrainersSettings(optimizer="rmsprop", learning_rate=1e-3, epochs=7)
+    other = TrainersSettings(optimizer=OptimizerSettings(name="rmsprop", learning_rate=1e-3), epochs=7)
 
-    assert difference(BASE, other) == {"optimizer": "rmsprop", "learning_rate": 1e-3, "epochs": 7}
+    assert difference(BASE, other) == {"optimizer.name": "rmsprop", "optimizer.learning_rate": 1e-3, "epochs": 7}
     assert with_overrides(BASE, difference(BASE, other)) == other
 
 
 @pytest.mark.parametrize(
     ("overrides", "field"),
-    [({"learning_rate": -1.0}, "learning_rate"), ({"optimizer": "magic"}, "optimizer"), ({"speed": 1}, "speed")],
+    [
+        ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate"),
+        ({"optimizer.name": "magic"}, "optimizer.name"),
+        ({"optimizer.speed": 1}, "optimizer.speed"),
+        ({"speed": 1}, "speed"),
+    ],
 )
 def test_overrides_that_cannot_work_name_the_field(overrides, field):
     with pytest.raises(ConfigError, match=f"trainers.{field} = "):

@@ -30,18 +30,18 @@ def make_job(labelled, trainers):
 
 
 def test_a_trial_trains_with_its_overrides_in_its_budget_on_its_resources(make_job, make_plan, trainers):
-    wide = trainers.model_copy(update={"num_workers": 2, "threads_per_worker": 8, "use_gpu": True})
+    wide = trainers.with_values({"workers.count": 2, "workers.threads": 8, "workers.use_gpu": True})
     job = make_job(TuningSettings(trial_epochs=2, cpus_per_trial=3), wide)
 
-    settings = trial_settings(make_plan(1, optimizer="adam", learning_rate=1e-3), job)
+    settings = trial_settings(make_plan(1, **{"optimizer.name": "adam", "optimizer.learning_rate": 1e-3}), job)
 
-    assert (settings.optimizer, settings.learning_rate, settings.epochs) == ("adam", 1e-3, 2)
-    assert (settings.num_workers, settings.threads_per_worker, settings.use_gpu) == (1, 3, False)
+    assert (settings.optimizer.name, settings.optimizer.learning_rate, settings.epochs) == ("adam", 1e-3, 2)
+    assert (settings.workers.count, settings.workers.threads, settings.workers.use_gpu) == (1, 3, False)
     assert settings.batch_size == wide.batch_size
 
 
 def test_a_trial_has_a_gpu_if_it_is_given_a_part_of_one(make_job, make_plan):
-    assert trial_settings(make_plan(0), make_job(TuningSettings(gpus_per_trial=0.25))).use_gpu is True
+    assert trial_settings(make_plan(0), make_job(TuningSettings(gpus_per_trial=0.25))).workers.use_gpu is True
 
 
 def test_the_images_of_a_trial_are_train_and_val_and_no_others(make_job, labelled):

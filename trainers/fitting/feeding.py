@@ -148,7 +148,7 @@ class Feeder:
         rows, own = self._train_rows[positions], np.arange(len(positions))[self._share]
         if mixing is None:
             return _Share(rows, seeds, own, own, None)
-        mix = draw_mix(mixing, len(positions), settings.side_px, seed=settings.seed, epoch=epoch, step=step)
+        mix = draw_mix(mixing, len(positions), settings.model.side_px, seed=settings.seed, epoch=epoch, step=step)
         # Partners may belong to another worker's share; each image is augmented once.
         needed = own if mix is None else np.union1d(own, mix.partner[own])
         return _Share(rows, seeds, own, needed, mix)
@@ -160,7 +160,7 @@ class Feeder:
         try:
             for share in shares:
                 waiting.append(executor.submit(self._prepare, share, pieces))
-                if len(waiting) > self._settings.prefetch_batches:
+                if len(waiting) > self._settings.workers.prefetch_batches:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

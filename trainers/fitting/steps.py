@@ -18,6 +18,7 @@ from records.taxonomy import Taxonomy
 from trainers.fitting.feeding import Batch, PixelSource
 from trainers.fitting.sharding import local
 from trainers.fitting.workers import WorkerGroup
+from trainers.optimization.optimizers import OptimizerSettings
 from trainers.optimization.strategies import gradients_kept_back
 from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix
 from vision.precision import Precision, autocast
@@ -48,21 +49,6 @@ class ValidationScores:
     key_class_sensitivity: float | None
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """What a step does beside following the gradient of the loss.
-
-    Args:
-        accumulate_steps: parts that a share is computed in.
-        clip_norm: longest gradient; None shortens none.
-        l1: weight of the absolute weights.
-    """
-
-    accumulate_steps: int = 1
-    clip_norm: float | None = None
-    l1: float = 0.0
-
-
 class Stepper:
     """Everything one step touches.
 
@@ -74,7 +60,7 @@ class Stepper:
         geometry: how images become input.
         precision: of the forward pass.
         device: where it computes.
-        options: accumulation, clipping, L1.
+        settings: accumulation, clipping and L1 are read from it.
     """
 
     def __init__(
@@ -86,7 +72,7 @@ class Stepper:
         geometry: Geometry,
         precision: Precision,
         device: torch.device,
-        options: StepOptions | None = None,
+        settings: OptimizerSettings,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
@@ -95,7 +81,7 @@ class Stepper:
         self._geometry = geometry
         self._precision = precision
         self._device = device
-        self._options = options or StepOptions()
+        self._settings = settings
 
     def train_step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
@@ -107,7 +93,7 @@ class Stepper:
         """
         self._network.train()
         self._optimizer.zero_grad(set_to_none=True)
-        parts = batch.parts(self._options.accumulate_steps)
+        parts = batch.parts(self._settings.accumulate_steps)
         total = torch.zeros((), device=self._device)
         for number, (part, weight) in enumerate(parts, 1):
             with gradients_kept_back(self._network, number < len(parts)):
@@ -123,13 +109,13 @@ class Stepper:
     def _shape_gradients(self) -> None:
         """Shorten the gradient, then add L1's: like weight decay, it pulls beside the loss and is not clipped."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self._options.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self._options.clip_norm)
-        if self._options.l1:
+        if self._settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
+        if self._settings.l1:
             with torch.no_grad():
                 for parameter in parameters:
                     if parameter.ndim >= 2:
-                        local(parameter.grad).add_(local(parameter).sign(), alpha=self._options.l1)
+                        local(parameter.grad).add_(local(parameter).sign(), alpha=self._settings.l1)
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         logits = self._logits(batch.pixels)
@@ -250,7 +236,7 @@ class LossWatch:
             more = f" and {len(batch.rows) - len(named)} more" if len(batch.rows) > len(named) else ""
             raise DivergedError(
                 f"the loss is {value} at step {self._steps} of the epoch, on images {', '.join(named)}{more}; "
-                "lower trainers.learning_rate, or look at these images"
+                "lower trainers.optimizer.learning_rate, or look at these images"
             )
         self._total += value
 
@@ -281,7 +267,7 @@ def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: 
         row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
         raise DivergedError(
             f"the network's answer for val image {data.image_ids[rows[row]]} is not finite; "
-            "lower trainers.learning_rate"
+            "lower trainers.optimizer.learning_rate"
         )
     confusion = confusion_matrix(labels, logits.argmax(axis=1), num_classes)
     key_class = taxonomy.key_class

@@ -17,11 +17,11 @@ from records.bundles import Architecture, Calibration, Geometry, SuitabilityLimi
 from records.datasets import DatasetVersion
 from records.store import Store, find_images
 from records.types import Split
-from trainers.evaluation.map_facts import NUM_IMAGES, faithfulness_facts
+from trainers.evaluation.faithfulness import FACTS_IMAGES, faithfulness_facts
 from trainers.fitting.loop import TrainedModel
 from vision.calibration.suitability import PER_CLASS, Described, fit_suitability
 from vision.inference.described import early_statistics, first_convolution, pooled_features
-from vision.metrics.sample import stratified_sample
+from vision.metrics.bootstrap import stratified_sample
 from vision.preprocess import check_pixels, scale_pixels, to_tensor
 
 SCORING_BATCH = 64
@@ -120,10 +120,10 @@ def faithfulness_of(
         calibration: of its answers.
         val_ids: [m] images of the val split, decoded already.
     Returns:
-        See `trainers.evaluation.map_facts.faithfulness_facts`.
+        See `trainers.evaluation.faithfulness.faithfulness_facts`.
     """
     pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(val_ids)
-    few = pixels.take(np.arange(min(NUM_IMAGES, len(val_ids))))
+    few = pixels.take(np.arange(min(FACTS_IMAGES, len(val_ids))))
     return faithfulness_facts(trained.network, architecture, trained.geometry, calibration, few)
 
 

@@ -12,7 +12,6 @@ from records.bundles import Geometry
 from records.taxonomy import Taxonomy
 from trainers.fitting.checkpoints import Checkpoint
 from trainers.fitting.epoch_report import EpochReport
-from trainers.fitting.starting import architecture_options
 from trainers.fitting.workers import threads_of
 from trainers.settings import TrainersSettings
 from vision.networks import build_model
@@ -57,18 +56,18 @@ def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: 
         The model after its best epoch.
     """
     with torch.random.fork_rng(devices=[]):
-        network = build_model(settings.model, len(taxonomy.codes), **architecture_options(settings))
+        network = build_model(settings.model.name, len(taxonomy.codes), **settings.model.options)
     network.load_state_dict(checkpoint.best)
     network.eval().requires_grad_(False)
     reports = checkpoint.epoch_reports()
     geometry = Geometry(
-        side_px=settings.side_px,
-        scaling=settings.scaling,
+        side_px=settings.model.side_px,
+        scaling=settings.model.scaling,
         mean=checkpoint.mean,
         std=checkpoint.std,
         decode_version=DECODE_VERSION,
     )
-    return TrainedModel(network, geometry, reports, best_epoch_of(reports), threads_of(settings))
+    return TrainedModel(network, geometry, reports, best_epoch_of(reports), threads_of(settings.workers))
 
 
 def best_epoch_of(reports: list[EpochReport]) -> int:

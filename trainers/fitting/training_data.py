@@ -111,7 +111,7 @@ class DataPlan:
             raise ContractError("a plan without groups cannot be limited")
         from pandas import DataFrame
 
-        from images.subset import grouped_subset
+        from images.grouping import grouped_subset
 
         n = self.num_train
         rows = DataFrame({"image_id": self.image_ids[:n], "group_id": self.group_ids[:n], "label": self.labels[:n]})

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from trainers.settings import TrainersSettings
+from trainers.optimization.strategies import WorkersSettings
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -107,15 +107,15 @@ def choose_device(use_gpu: Literal["auto"] | bool) -> torch.device:
 
     available = torch.cuda.is_available()
     if use_gpu is True and not available:
-        raise ConfigError("trainers.use_gpu is true, but torch sees no GPU here; set it to auto or false")
+        raise ConfigError("trainers.workers.use_gpu is true, but torch sees no GPU here; set it to auto or false")
     return torch.device("cuda" if available and use_gpu is not False else "cpu")
 
 
-def threads_of(settings: TrainersSettings) -> int:
+def threads_of(settings: WorkersSettings) -> int:
     """Return how many CPU threads one worker computes with."""
-    if settings.threads_per_worker is not None:
-        return settings.threads_per_worker
-    return max(1, len(os.sched_getaffinity(0)) // settings.num_workers)
+    if settings.threads is not None:
+        return settings.threads
+    return max(1, len(os.sched_getaffinity(0)) // settings.count)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which losses exist: a registry of frozen records.
+"""Which losses exist: a registry of frozen records, and the settings that choose one.
 
 Every loss is a mean over the images of a batch, of a cross-entropy times a weight that does not depend on
 the rest of the batch, so two workers with half a batch each compute what one computes with all of it.
@@ -6,20 +6,20 @@ the rest of the batch, so two workers with half a batch each compute what one co
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from pydantic import Field
 
 from records.arrays import FloatArray, IntArray
 from records.errors import ConfigError
 from records.registry import Range, Registered, Registry
+from records.settings import RoomSettings, checked_by
 from records.taxonomy import Taxonomy
 from trainers.optimization.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from trainers.settings import TrainersSettings
 
     LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,28 +45,7 @@ class LossRecipe(Registered):
         factory: (settings, context) -> function of logits [N, C] and labels [N] that returns the mean over N.
     """
 
-    factory: "Callable[[TrainersSettings, LossContext], LossFunction]" = field(repr=False)
-
-
-def build_loss(settings: "TrainersSettings", labels: IntArray, taxonomy: Taxonomy) -> "LossFunction":
-    """Build the chosen loss.
-
-    Args:
-        settings: of the trainers.
-        labels: [N] class indices of the training images.
-        taxonomy: gives class order and miss costs.
-    Returns:
-        Function of logits [N, C] and labels [N] that returns the mean loss.
-    Raises:
-        ConfigError: the loss goes by miss costs, and they are all 0 for the classes at hand.
-    """
-    counts = np.bincount(labels, minlength=len(taxonomy.codes)).astype(np.float64)
-    share = SAMPLERS[settings.sampler].share
-    shown = counts.copy()
-    if share is not None:
-        shown[counts > 0] = share(counts[counts > 0])
-    costs = np.array([each.miss_cost for each in taxonomy.classes], dtype=np.float64)
-    return LOSSES[settings.loss].factory(settings, LossContext(shown / shown.sum() * len(labels), costs))
+    factory: "Callable[[LossSettings, LossContext], LossFunction]" = field(repr=False)
 
 
 def class_weights(context: LossContext) -> FloatArray:
@@ -93,7 +72,8 @@ def cost_weights(context: LossContext) -> FloatArray:
     """
     if not (context.miss_costs * context.shown).sum() > 0:
         raise ConfigError(
-            "trainers.loss is cost_sensitive, and every miss_cost of the taxonomy is 0; give one class a cost above 0"
+            "trainers.loss.name is cost_sensitive, and every miss_cost of the taxonomy is 0; give one class a cost "
+            "above 0"
         )
     return _with_mean_one(context.miss_costs, context.shown)
 
@@ -102,21 +82,21 @@ def _with_mean_one(weights: FloatArray, shown: FloatArray) -> FloatArray:
     return np.asarray(weights * shown.sum() / (weights * shown).sum(), dtype=np.float64)
 
 
-def _cross_entropy(settings: "TrainersSettings", context: LossContext) -> "LossFunction":
+def _cross_entropy(settings: "LossSettings", context: LossContext) -> "LossFunction":
     from torch import nn
 
     return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
 
 
-def _class_weighted(settings: "TrainersSettings", context: LossContext) -> "LossFunction":
+def _class_weighted(settings: "LossSettings", context: LossContext) -> "LossFunction":
     return _weighted(settings, class_weights(context))
 
 
-def _cost_sensitive(settings: "TrainersSettings", context: LossContext) -> "LossFunction":
+def _cost_sensitive(settings: "LossSettings", context: LossContext) -> "LossFunction":
     return _weighted(settings, cost_weights(context))
 
 
-def _weighted(settings: "TrainersSettings", weights: FloatArray) -> "LossFunction":
+def _weighted(settings: "LossSettings", weights: FloatArray) -> "LossFunction":
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -129,7 +109,7 @@ def _weighted(settings: "TrainersSettings", weights: FloatArray) -> "LossFunctio
     return loss
 
 
-def _focal(settings: "TrainersSettings", context: LossContext) -> "LossFunction":
+def _focal(settings: "LossSettings", context: LossContext) -> "LossFunction":
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -162,7 +142,7 @@ LOSSES: Registry[LossRecipe] = Registry(
         ),
         LossRecipe(
             name="focal",
-            description="cross-entropy that fades where the answer is right already (Lin et al. 2017)",
+            description="cross-entropy that fades where the prediction is right already (Lin et al. 2017)",
             factory=_focal,
             tunable={"focal_gamma": Range(0.5, 3.0), "label_smoothing": SMOOTHING},
         ),
@@ -174,3 +154,37 @@ LOSSES: Registry[LossRecipe] = Registry(
         ),
     ),
 )
+
+
+class LossSettings(RoomSettings):
+    """What is minimized."""
+
+    name: Annotated[str, checked_by(LOSSES.__getitem__)] = Field(
+        default="cross_entropy", description="see `relook catalog losses`"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the label spread over all classes")
+    focal_gamma: float = Field(
+        default=2.0, ge=0, le=10, allow_inf_nan=False, description="how fast the focal loss fades; 0 is cross-entropy"
+    )
+
+
+def build_loss(settings: LossSettings, labels: IntArray, taxonomy: Taxonomy, *, sampler: str) -> "LossFunction":
+    """Build the chosen loss.
+
+    Args:
+        settings: the chosen loss and its numbers.
+        labels: [N] class indices of the training images.
+        taxonomy: gives class order and miss costs.
+        sampler: in `SAMPLERS`; it decides how often a class is shown, which class weights correct for.
+    Returns:
+        Function of logits [N, C] and labels [N] that returns the mean loss.
+    Raises:
+        ConfigError: the loss goes by miss costs, and they are all 0 for the classes at hand.
+    """
+    counts = np.bincount(labels, minlength=len(taxonomy.codes)).astype(np.float64)
+    share = SAMPLERS[sampler].share
+    shown = counts.copy()
+    if share is not None:
+        shown[counts > 0] = share(counts[counts > 0])
+    costs = np.array([each.miss_cost for each in taxonomy.classes], dtype=np.float64)
+    return LOSSES[settings.name].factory(settings, LossContext(shown / shown.sum() * len(labels), costs))

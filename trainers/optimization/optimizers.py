@@ -1,4 +1,4 @@
-"""Which optimizers exist: a registry of frozen records.
+"""Which optimizers exist: a registry of frozen records, and the settings that choose one.
 
 Weight decay is applied to weights of two or more dimensions only; decaying biases and batch norm
 costs accuracy and regularises nothing.
@@ -6,15 +6,16 @@ costs accuracy and regularises nothing.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from records.registry import Choice, Range, Registered, Registry
+from records.settings import RoomSettings, checked_by
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
-
-    from trainers.settings import TrainersSettings
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -30,7 +31,7 @@ class OptimizerRecipe(Registered):
         default_learning_rate: what is used if the settings name none.
     """
 
-    factory: "Callable[[ParameterGroups, float, TrainersSettings], Optimizer]" = field(repr=False)
+    factory: "Callable[[ParameterGroups, float, OptimizerSettings], Optimizer]" = field(repr=False)
     default_learning_rate: float
 
     def facts(self) -> dict[str, Any]:
@@ -38,7 +39,7 @@ class OptimizerRecipe(Registered):
         return {"default_learning_rate": self.default_learning_rate}
 
 
-def _sgd(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+def _sgd(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
     from torch.optim import SGD
 
     # Nesterov's step is defined with momentum only.
@@ -46,19 +47,19 @@ def _sgd(groups: ParameterGroups, learning_rate: float, settings: "TrainersSetti
     return SGD(groups, lr=learning_rate, momentum=settings.momentum, nesterov=nesterov)
 
 
-def _rmsprop(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+def _rmsprop(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
     from torch.optim import RMSprop
 
     return RMSprop(groups, lr=learning_rate)
 
 
-def _adam(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+def _adam(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
     from torch.optim import Adam
 
     return Adam(groups, lr=learning_rate)
 
 
-def _adamw(groups: ParameterGroups, learning_rate: float, settings: "TrainersSettings") -> "Optimizer":
+def _adamw(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
     from torch.optim import AdamW
 
     return AdamW(groups, lr=learning_rate)
@@ -104,26 +105,66 @@ OPTIMIZERS: Registry[OptimizerRecipe] = Registry(
 )
 
 
-def learning_rate_of(settings: "TrainersSettings") -> float:
+class OptimizerSettings(RoomSettings):
+    """How weights are changed by gradients."""
+
+    name: Annotated[str, checked_by(OPTIMIZERS.__getitem__)] = Field(
+        default="sgd", description="see `relook catalog optimizers`"
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, le=10, allow_inf_nan=False, description="step size; default: the optimizer's own"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(default=True, description="Nesterov's momentum, in sgd")
+    weight_decay: float = Field(
+        default=5e-4, ge=0, le=1, allow_inf_nan=False, description="pull of weights to zero (L2), per step"
+    )
+    l1: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.1,
+        allow_inf_nan=False,
+        description="factor of the sum of absolute weights that is added to the loss (L1); weights of two or more "
+        "dimensions only",
+    )
+    clip_norm: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="largest L2 norm of the gradient over all parameters; a longer gradient is scaled down to it; "
+        "default: no limit",
+    )
+    accumulate_steps: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="parts into which a worker splits its share of a batch; their gradients add up, which needs less "
+        "memory",
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share that a running mean of the weights keeps per step; the mean is validated and served; "
+        "default: no mean",
+    )
+
+
+def learning_rate_of(settings: OptimizerSettings) -> float:
     """Return the learning rate that a run starts from: the settings', or the optimizer's default."""
     if settings.learning_rate is not None:
         return settings.learning_rate
-    return OPTIMIZERS[settings.optimizer].default_learning_rate
+    return OPTIMIZERS[settings.name].default_learning_rate
 
 
-def build_optimizer(model: "nn.Module", settings: "TrainersSettings") -> "Optimizer":
-    """Build the chosen optimizer over a network's trainable parameters.
-
-    Args:
-        model: the network.
-        settings: of the trainers.
-    Returns:
-        The optimizer, with two groups: decayed weights, and the rest.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(network: "nn.Module", settings: OptimizerSettings) -> "Optimizer":
+    """Build the chosen optimizer over the trainable parameters, in two groups: decayed weights, and the rest."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    recipe = OPTIMIZERS[settings.optimizer]
+    recipe = OPTIMIZERS[settings.name]
     return recipe.factory(groups, learning_rate_of(settings), settings)

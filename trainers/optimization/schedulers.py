@@ -1,4 +1,4 @@
-"""Which learning-rate schedules exist: a registry of frozen records.
+"""Which learning-rate schedules exist: a registry of frozen records, and the settings that choose one.
 
 A schedule moves after every step, after every epoch, or after every epoch by the validation score;
 its record says which, and the loop does the rest.
@@ -7,15 +7,16 @@ its record says which, and the loop does the rest.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_validator
 
 from records.registry import Range, Registered, Registry
+from records.settings import RoomSettings, checked_by
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
-
-    from trainers.settings import TrainersSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,11 @@ class SchedulerRecipe(Registered):
     """A schedule that can be chosen.
 
     Args:
-        factory: (optimizer, settings, steps per epoch) -> the schedule.
+        factory: (optimizer, settings, epochs, steps per epoch) -> the schedule.
         moves: after every `step`, every `epoch`, or every epoch by the validation `score` (higher is better).
     """
 
-    factory: "Callable[[Optimizer, TrainersSettings, int], LRScheduler]" = field(repr=False)
+    factory: "Callable[[Optimizer, SchedulerSettings, int, int], LRScheduler]" = field(repr=False)
     moves: Literal["step", "epoch", "score"]
 
     def facts(self) -> dict[str, Any]:
@@ -35,13 +36,13 @@ class SchedulerRecipe(Registered):
         return {"moves": self.moves}
 
 
-def _step(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+def _step(optimizer: "Optimizer", settings: "SchedulerSettings", epochs: int, steps_per_epoch: int) -> "LRScheduler":
     from torch.optim.lr_scheduler import StepLR
 
     return StepLR(optimizer, step_size=settings.step_size_epochs, gamma=settings.gamma)
 
 
-def _plateau(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+def _plateau(optimizer: "Optimizer", settings: "SchedulerSettings", epochs: int, steps_per_epoch: int) -> "LRScheduler":
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
     return ReduceLROnPlateau(
@@ -49,10 +50,10 @@ def _plateau(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epo
     )
 
 
-def _cosine(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+def _cosine(optimizer: "Optimizer", settings: "SchedulerSettings", epochs: int, steps_per_epoch: int) -> "LRScheduler":
     from torch.optim.lr_scheduler import LambdaLR
 
-    total = settings.epochs * steps_per_epoch
+    total = epochs * steps_per_epoch
     # A run of one epoch warms up too, over a part of it.
     warm_up = min(settings.warmup_epochs * steps_per_epoch, total / 4)
 
@@ -64,14 +65,16 @@ def _cosine(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoc
     return LambdaLR(optimizer, factor)
 
 
-def _onecycle(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
+def _onecycle(
+    optimizer: "Optimizer", settings: "SchedulerSettings", epochs: int, steps_per_epoch: int
+) -> "LRScheduler":
     from torch.optim.lr_scheduler import OneCycleLR
 
     # Momentum is cycled where momentum is what the settings chose; Adam's betas are left alone.
     return OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=settings.epochs * steps_per_epoch + 1,
+        total_steps=epochs * steps_per_epoch + 1,
         cycle_momentum=bool(optimizer.defaults.get("momentum")),
     )
 
@@ -112,25 +115,57 @@ SCHEDULERS: Registry[SchedulerRecipe] = Registry(
 )
 
 
-def build_scheduler(optimizer: "Optimizer", settings: "TrainersSettings", steps_per_epoch: int) -> "LRScheduler":
-    """Build the chosen schedule.
+class SchedulerSettings(RoomSettings):
+    """How the learning rate changes during a run."""
+
+    name: Annotated[str, checked_by(SCHEDULERS.__getitem__)] = Field(
+        default="cosine", description="of the learning rate, see `relook catalog schedulers`"
+    )
+    step_size_epochs: int = Field(default=4, ge=1, le=10_000, description="epochs between two cuts, in step")
+    gamma: float = Field(default=0.3, gt=0, lt=1, description="factor of a cut, in step and plateau")
+    plateau_patience_epochs: int = Field(
+        default=2, ge=0, le=10_000, description="epochs without gain before a cut, in plateau"
+    )
+    warmup_epochs: float = Field(default=1.0, ge=0, le=1000, description="epochs of rising learning rate, in cosine")
+    learning_rate_factors: tuple[tuple[int, float], ...] = Field(
+        default=(),
+        description="pairs of epoch and factor: what the scheduled rate is multiplied by from that epoch on; "
+        "default: never",
+    )
+
+    @field_validator("learning_rate_factors")
+    @classmethod
+    def _ascend(cls, value: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        epochs = [epoch for epoch, _ in value]
+        if epochs != sorted(set(epochs)) or (epochs and epochs[0] < 2):
+            raise ValueError(f"the epochs {epochs} should ascend from 2 or later, as [[3, 0.8], [5, 1.2]]")
+        if not all(0 < factor <= 1000 for _, factor in value):
+            raise ValueError("factors should be above 0 and at most 1000, as [[3, 0.8], [5, 1.2]]")
+        return value
+
+
+def build_scheduler(
+    optimizer: "Optimizer", settings: SchedulerSettings, *, epochs: int, steps_per_epoch: int
+) -> "LRScheduler":
+    """Build the chosen schedule, at its first step.
 
     Args:
-        optimizer: whose learning rate it sets.
-        settings: of the trainers.
+        optimizer: the schedule sets its learning rate.
+        settings: the chosen schedule and its numbers.
+        epochs: of the whole run, which some schedules are stretched over.
         steps_per_epoch: optimizer steps in one epoch, at least 1.
     Returns:
-        The schedule at its first step.
+        The schedule; call it as its record's `moves` says.
     """
-    return SCHEDULERS[settings.scheduler].factory(optimizer, settings, steps_per_epoch)
+    return SCHEDULERS[settings.name].factory(optimizer, settings, epochs, steps_per_epoch)
 
 
-def rate_factor(settings: "TrainersSettings", epoch: int) -> float:
+def rate_factor(settings: SchedulerSettings, epoch: int) -> float:
     """Return what the settings multiply the scheduled learning rate by in an epoch; 1 is the first."""
     return next((factor for start, factor in reversed(settings.learning_rate_factors) if start <= epoch), 1.0)
 
 
-def change_rate(optimizer: "Optimizer", scheduler: "LRScheduler", settings: "TrainersSettings", epoch: int) -> None:
+def change_rate(optimizer: "Optimizer", scheduler: "LRScheduler", settings: SchedulerSettings, epoch: int) -> None:
     """Multiply the learning rate where an epoch begins with another factor than the one before it had.
 
     What the schedule computes from is multiplied as well, so that it goes on at the new height; all of it is part

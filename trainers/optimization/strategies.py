@@ -1,4 +1,4 @@
-"""How several processes share a training: a registry of frozen records.
+"""How several processes share a training: a registry of frozen records, and the settings that choose one.
 
 Whatever the strategy, the same global batch gives the same model up to rounding, for networks without batch
 norm and dropout; a checkpoint of one strategy is continued by any other. Records import torch inside their
@@ -9,15 +9,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from records.registry import Registered, Registry
+from records.settings import RoomSettings, checked_by
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from trainers.settings import TrainersSettings
 
 SMALLEST_UNIT = 100_000
 """Parameters that a block needs to be gathered on its own in fsdp; smaller ones travel with the whole."""
@@ -96,22 +97,21 @@ STRATEGIES: Registry[StrategyRecipe] = Registry(
             description="every process holds the whole model and computes its share of every batch "
             "(DistributedDataParallel)",
             wrap=_ddp,
-            processes="num_workers",
+            processes="count",
         ),
         StrategyRecipe(
             name="fsdp",
             description="parameters, gradients and optimizer state are split over the processes (FSDP2), for models "
             "that do not fit beside their optimizer",
             wrap=_fsdp,
-            processes="num_workers",
+            processes="count",
             shards=("parameters", "gradients", "optimizer state"),
         ),
         StrategyRecipe(
             name="elastic",
-            description="ddp on as many processes as the cluster can give, min_workers to num_workers, changing while "
-            "it runs",
+            description="ddp on as many processes as the cluster can give, minimum to count, changing while it runs",
             wrap=_ddp,
-            processes="min_workers to num_workers",
+            processes="minimum to count",
             elastic=True,
         ),
     ),
@@ -120,11 +120,55 @@ STRATEGIES: Registry[StrategyRecipe] = Registry(
 AUTO = "auto"
 
 
-def strategy_of(settings: "TrainersSettings") -> StrategyRecipe:
+def _check_strategy(name: str) -> None:
+    if name != AUTO:
+        STRATEGIES[name]
+
+
+class WorkersSettings(RoomSettings):
+    """Where and how fast a model is trained; no field changes what the model becomes."""
+
+    count: int = Field(
+        default=1, ge=1, le=4096, description="processes that share every batch; with strategy elastic, the most"
+    )
+    minimum: int = Field(default=1, ge=1, le=4096, description="fewest processes, with strategy elastic")
+    strategy: Annotated[str, checked_by(_check_strategy)] = Field(
+        default=AUTO,
+        description="how they share it, see `relook catalog strategies`; auto is single with one worker, else ddp",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of a worker; default: this machine's cores over count"
+    )
+    use_gpu: Literal["auto"] | bool = Field(default="auto", description="train on GPUs; auto if the machine has one")
+    max_failures: int = Field(default=2, ge=0, le=1000, description="lost workers that a distributed run survives")
+    checkpoint_every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**9,
+        description="optimizer steps between two checkpoints within an epoch; default: after every epoch only",
+    )
+    data_source: Literal["cache", "stream"] = Field(
+        default="cache",
+        description="training images: decoded once and kept on disk, or streamed by Ray Data and never kept decoded",
+    )
+    prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.strategy == "single" and self.count > 1:
+            raise ValueError(f"strategy 'single' is one process and count is {self.count}; take ddp, or count=1")
+        if strategy_of(self).elastic and self.minimum > self.count:
+            raise ValueError(
+                f"minimum {self.minimum} is more than count {self.count}; take minimum={self.count} or fewer"
+            )
+        return self
+
+
+def strategy_of(settings: WorkersSettings) -> StrategyRecipe:
     """Return the strategy of a run: the settings', or for `auto` single with one worker and ddp with more."""
     if settings.strategy != AUTO:
         return STRATEGIES[settings.strategy]
-    return STRATEGIES["single" if settings.num_workers == 1 else "ddp"]
+    return STRATEGIES["single" if settings.count == 1 else "ddp"]
 
 
 @contextmanager

@@ -23,16 +23,24 @@ from trainers.settings import TrainersSettings
 
 CLASSES = tuple(DiagnosisClass(code=code, name=code, malignant=False) for code in ("red", "green", "blue"))
 COLOURS = Taxonomy(name="colours", version=1, classes=CLASSES)
-PLAIN = {"model": "custom_cnn_base", "dropout": 0.0, "batch_size": 16, "epochs": 4, "learning_rate": 0.02}
-EVERYTHING = {**PLAIN, "accumulate_steps": 2, "clip_norm": 0.5, "l1": 1e-4, "ema_decay": 0.9}
-NORMS = {**PLAIN, "model": "custom_cnn", "dropout": 0.01, "epochs": 5, "learning_rate": 0.05}
-RESNET = {"model": "resnet18", "batch_size": 4, "epochs": 1, "learning_rate": 0.005}
+PLAIN = {
+    "model.name": "custom_cnn_base", "model.dropout": 0.0, "batch_size": 16, "epochs": 4,
+    "optimizer.learning_rate": 0.02,
+}  # fmt: skip
+EVERYTHING = {
+    **PLAIN, "optimizer.accumulate_steps": 2, "optimizer.clip_norm": 0.5, "optimizer.l1": 1e-4,
+    "optimizer.ema_decay": 0.9,
+}  # fmt: skip
+NORMS = {
+    **PLAIN, "model.name": "custom_cnn", "model.dropout": 0.01, "epochs": 5, "optimizer.learning_rate": 0.05,
+}  # fmt: skip
+RESNET = {"model.name": "resnet18", "batch_size": 4, "epochs": 1, "optimizer.learning_rate": 0.005}
 
 CASES: dict[str, dict[str, object]] = {
     "plain-ddp": PLAIN,
     "plain-fsdp": PLAIN,
     "everything-ddp": EVERYTHING,
-    "everything-fsdp": {**EVERYTHING, "optimizer": "adam", "learning_rate": 1e-3},
+    "everything-fsdp": {**EVERYTHING, "optimizer.name": "adam", "optimizer.learning_rate": 1e-3},
     "uneven-elastic": {**PLAIN, "batch_size": 17},
     "norms-ddp": NORMS,
     "norms-fsdp": NORMS,
@@ -67,14 +75,17 @@ def images(num_train: int = 80, num_val: int = 141) -> TrainingData:
 def settings_of(case: str, num_workers: int) -> TrainersSettings:
     """Return a case's settings; one worker is always single."""
     strategy = case.split("-")[1] if num_workers > 1 else "single"
-    shared = {"side_px": 32, "precision": "fp32", "threads_per_worker": 1, "use_gpu": False, "augmentation": "flips"}
-    return TrainersSettings.model_validate({**shared, **CASES[case], "strategy": strategy, "num_workers": num_workers})
+    shared = {
+        "model.side_px": 32, "precision": "fp32", "augmentation": "flips", "workers.threads": 1,
+        "workers.use_gpu": False, "workers.strategy": strategy, "workers.count": num_workers,
+    }  # fmt: skip
+    return TrainersSettings().with_values({**shared, **CASES[case]})
 
 
 def train_case(case: str, rank: int, folder: Path | None) -> TrainedModel:
     """Train one case as one of two workers."""
     settings = settings_of(case, 2)
-    group = ProcessGroup(strategy_of(settings), rank, 2, torch.device("cpu"), folder)
+    group = ProcessGroup(strategy_of(settings.workers), rank, 2, torch.device("cpu"), folder)
     data = images(8, 3) if case.startswith("resnet") else images()
     return train(settings, data, COLOURS, workers=group)
 
@@ -110,8 +121,8 @@ class Stopping(ProcessGroup):
 def stop_half_way(rank: int, folder: Path) -> None:
     """Train a sharded run until its second epoch is half done."""
     folder.mkdir(exist_ok=True)
-    settings = settings_of("everything-fsdp", 2).model_copy(update={"checkpoint_every_steps": 3})
-    group = Stopping(strategy_of(settings), rank, 2, torch.device("cpu"), folder)
+    settings = settings_of("everything-fsdp", 2).with_values({"workers.checkpoint_every_steps": 3})
+    group = Stopping(strategy_of(settings.workers), rank, 2, torch.device("cpu"), folder)
     with contextlib.suppress(StoppedError):
         train(settings, images(), COLOURS, workers=group)
 

@@ -16,7 +16,7 @@ import numpy as np
 from records.taxonomy import load_taxonomy
 from trainers.fitting.loop import TrainedModel, TrainingData, train
 from trainers.fitting.workers import SingleWorker
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, OptimizerSettings, TrainersSettings, WorkersSettings
 
 EPOCHS, STEPS = 3, 4
 READINGS = 1 + EPOCHS * (STEPS + 2)
@@ -44,10 +44,14 @@ def train_here(run_dir: Path, kill_at: int = -1) -> TrainedModel:
     ids = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(40)]
     data = TrainingData(Rows(kill_at), ids, np.arange(40) % 7, np.arange(32), np.arange(32, 40))
     settings = TrainersSettings(
-        side_px=32, epochs=EPOCHS, batch_size=32 // STEPS, precision="fp32", threads_per_worker=1, augmentation="light",
-        prefetch_batches=1, ema_decay=0.9, clip_norm=1.0, l1=1e-5, accumulate_steps=2, checkpoint_every_steps=3,
-        dropout=0.05,
-    )  # fmt: skip
+        model=ModelSettings(side_px=32, dropout=0.05),
+        epochs=EPOCHS,
+        batch_size=32 // STEPS,
+        precision="fp32",
+        workers=WorkersSettings(threads=1, prefetch_batches=1, checkpoint_every_steps=3),
+        augmentation="light",
+        optimizer=OptimizerSettings(ema_decay=0.9, clip_norm=1.0, l1=1e-5, accumulate_steps=2),
+    )
     return train(settings, data, load_taxonomy("ham10000"), workers=SingleWorker(run_dir, use_gpu=False))
 
 

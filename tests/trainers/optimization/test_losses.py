@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from records.errors import ConfigError
 from records.taxonomy import DiagnosisClass, Taxonomy
 from trainers.optimization.losses import LOSSES, LossContext, build_loss, class_weights, cost_weights
-from trainers.settings import TrainersSettings
+from trainers.settings import LossSettings
 
 
 def taxonomy(*costs: float) -> Taxonomy:
@@ -39,7 +39,7 @@ def test_weights_by_hand() -> None:
 
 
 def test_a_balanced_sampler_leaves_nothing_to_weigh() -> None:
-    balanced = build_loss(TrainersSettings(loss="class_weighted", sampler="balanced"), LABELS, taxonomy(1, 1, 1))
+    balanced = build_loss(LossSettings(name="class_weighted"), LABELS, taxonomy(1, 1, 1), sampler="balanced")
     assert balanced(LOGITS, TRUE).item() == pytest.approx(cross_entropy(LOGITS, TRUE).item())
 
 
@@ -47,42 +47,42 @@ def test_natural_and_square_root_samplers_by_hand() -> None:
     each = cross_entropy(LOGITS, TRUE, reduction="none")
     for sampler, shown in (("natural", [6, 3, 1]), ("square_root", [6**0.5, 3**0.5, 1])):
         weights = class_weights(LossContext(np.array(shown, dtype=float), np.ones(3)))
-        loss = build_loss(TrainersSettings(loss="class_weighted", sampler=sampler), LABELS, taxonomy(1, 1, 1))
+        loss = build_loss(LossSettings(name="class_weighted"), LABELS, taxonomy(1, 1, 1), sampler=sampler)
         expected = (each * torch.tensor(weights[TRUE.numpy()])).mean()
         assert loss(LOGITS, TRUE).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_focal_by_hand_and_without_focus_the_plain_one() -> None:
     p = LOGITS.softmax(1)[torch.arange(4), TRUE]
-    loss = build_loss(TrainersSettings(loss="focal", focal_gamma=2.0), LABELS, taxonomy(1, 1, 1))
+    loss = build_loss(LossSettings(name="focal", focal_gamma=2.0), LABELS, taxonomy(1, 1, 1), sampler="square_root")
     assert loss(LOGITS, TRUE).item() == pytest.approx(((1 - p) ** 2 * -p.log()).mean().item(), rel=1e-5)
-    plain = build_loss(TrainersSettings(loss="focal", focal_gamma=0.0), LABELS, taxonomy(1, 1, 1))
+    plain = build_loss(LossSettings(name="focal", focal_gamma=0.0), LABELS, taxonomy(1, 1, 1), sampler="square_root")
     assert plain(LOGITS, TRUE).item() == pytest.approx(cross_entropy(LOGITS, TRUE).item(), rel=1e-5)
 
 
 def test_focal_stays_finite_where_the_answer_is_certain() -> None:
     logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
-    loss = build_loss(TrainersSettings(loss="focal", focal_gamma=0.5), LABELS, taxonomy(1, 1, 1))
+    loss = build_loss(LossSettings(name="focal", focal_gamma=0.5), LABELS, taxonomy(1, 1, 1), sampler="square_root")
     loss(logits, torch.tensor([0])).backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
 
 
 def test_a_costly_class_pulls_harder() -> None:
-    settings = TrainersSettings(loss="cost_sensitive", sampler="natural")
-    cheap, dear = (build_loss(settings, LABELS, taxonomy(1, 1, cost)) for cost in (1, 11))
+    settings = LossSettings(name="cost_sensitive")
+    cheap, dear = (build_loss(settings, LABELS, taxonomy(1, 1, cost), sampler="natural") for cost in (1, 11))
     missed = torch.tensor([[3.0, 0.0, 0.0]])
     assert dear(missed, torch.tensor([2])).item() == pytest.approx(5.5 * cheap(missed, torch.tensor([2])).item())
 
 
 def test_costs_of_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="every miss_cost of the taxonomy is 0"):
-        build_loss(TrainersSettings(loss="cost_sensitive"), LABELS, taxonomy(0, 0, 0))
+        build_loss(LossSettings(name="cost_sensitive"), LABELS, taxonomy(0, 0, 0), sampler="square_root")
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_two_halves_are_the_whole(name: str) -> None:
-    settings = TrainersSettings(loss=name, sampler="natural", label_smoothing=0.1)
-    loss = build_loss(settings, LABELS, taxonomy(1, 2, 10))
+    settings = LossSettings(name=name, label_smoothing=0.1)
+    loss = build_loss(settings, LABELS, taxonomy(1, 2, 10), sampler="natural")
     halves = (loss(LOGITS[:2], TRUE[:2]) + loss(LOGITS[2:], TRUE[2:])) / 2
     assert halves.item() == pytest.approx(loss(LOGITS, TRUE).item(), rel=1e-6)
