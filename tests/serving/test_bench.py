@@ -35,7 +35,7 @@ def test_unlike_images_look_the_same_and_are_other_files(make_image: Callable[..
         unlike(b"\x89PNG", 1)
 
 
-def test_loads_count_what_was_answered(service: Any, make_image: Callable[..., bytes]) -> None:
+def test_loads_count_predictions(service: Any, make_image: Callable[..., bytes]) -> None:
     images = Images([make_image(number) for number in range(3)])
     target = Target(service.settings.port, PREDICTIONS)
     with service.store.ledger.read() as tx:
@@ -57,7 +57,7 @@ def test_a_load_with_refusals_is_no_figure(service: Any, make_image: Callable[..
     nowhere = ask(Target(service.settings.port, "/v1/nothing"), Images([make_image(0)]), 4, 2)
     assert nowhere.share_of(404) == 1.0
     assert nowhere.percentile_ms(50) is None
-    with pytest.raises(DataError, match=r"nobody did not answer 4 of 4 requests \(status \[404\]\)"):
+    with pytest.raises(DataError, match=r"nobody failed 4 of 4 requests \(status \[404\]\)"):
         nowhere.require_success("nobody")
     with pytest.raises(DataError, match="0 of 0"):
         Load([], 1.0).require_success("nobody")
@@ -105,7 +105,7 @@ def test_explanations_have_figures(store: Store, tools: Any, tmp_path: Path) -> 
     assert "--peers" in figures["reasons"]["pytorch_grad_cam"]
 
 
-def test_a_service_that_keeps_nothing_answers_and_keeps_nothing(
+def test_a_service_that_keeps_nothing_predicts_and_stores_nothing(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
