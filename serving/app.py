@@ -93,6 +93,7 @@ def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        # Without the rejected input, which pydantic reports, too: it may be personal data.
         fields = [{"field": ".".join(str(p) for p in e["loc"]), "message": str(e["msg"])} for e in error.errors()]
         detail = "; ".join(f"{e['field']}: {e['message']}" for e in fields[:3])
         return problem_response(problem(422, "invalid", detail, errors=fields), _request_id(request))

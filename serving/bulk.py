@@ -1,7 +1,7 @@
-"""Many images at once, most worrying first: a folder in, a table out.
+"""Prediction of a folder of images into a CSV file, most urgent first.
 
-In: a model and a folder of images. Out: a CSV file, ordered by how soon somebody should look. What is done is
-kept line by line beside the file, so an interrupted run goes on with `resume`. Nothing enters the ledger.
+In: a model and a folder. Out: a table ordered by decision and p(malignant). Finished rows are kept, line by line, in a
+file beside the table, so an interrupted run continues with `resume`. Nothing enters the ledger.
 """
 
 import csv
@@ -33,10 +33,10 @@ _ORDER = {Decision.URGENT: 0, Decision.REVIEW: 1, Decision.RETAKE: 2, Decision.A
 
 @dataclass(frozen=True)
 class BulkResult:
-    """What a run did."""
+    """Result of a run."""
 
     rows: list[dict[str, Any]]
-    """most worrying first"""
+    """most urgent first"""
     failed: int
 
 
@@ -50,22 +50,22 @@ def predict_folder(
     resume: bool = False,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> BulkResult:
-    """Answer for every image of a folder and write the table.
+    """Predict every image of a folder and write the table.
 
     Args:
         bundle: the model.
-        folder: searched for JPEG, PNG and WebP files, subfolders too.
-        out: the CSV file; `<out>.partial` holds what is done so far.
-        settings: precision, batch size and rules of triage; nothing is drawn for the audit.
+        folder: searched for JPEG, PNG and WebP files, subfolders included.
+        out: the CSV file; `<out>.partial` holds the finished rows.
+        settings: precision, batch size and rules of triage; no audit sample is drawn.
         explain: write a heat map per image into `<out>.maps/`.
-        resume: go on with what `<out>.partial` holds.
-        on_done: called with how many images are done, and how many there are.
+        resume: continue with the rows of `<out>.partial`.
+        on_done: called with the number of finished images and of all images.
     Returns:
-        The rows, and how many files could not be read.
+        The rows, and the number of unreadable files.
     Raises:
         DataError: the folder holds no images.
-        RefusedError: an interrupted run is there and `resume` was not given, or it was of another model.
-        IntegrityError: the model does not answer its golden images.
+        RefusedError: an interrupted run exists and `resume` was not given, or it was of another model.
+        IntegrityError: the model does not reproduce its golden logits.
     """
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
@@ -85,30 +85,33 @@ def predict_folder(
             read = list(threads.map(lambda path: _read(path, loaded.geometry.side_px, settings.max_pixels), batch))
             for row in _rows(bundle, loaded, folder, list(zip(batch, read, strict=True)), settings, maps):
                 done[row["image"]] = row
+                # Rows first, table last: the table is sorted, so it can be written only when all rows are there.
                 file.write(json.dumps(row, allow_nan=False) + "\n")
+            # After each batch, so that a killed run repeats at most one batch.
             file.flush()
             on_done(len(done), len(paths))
-    rows = sorted(done.values(), key=_worry)
+    rows = sorted(done.values(), key=_urgency)
     _write(out, rows, bundle.document.taxonomy)
+    # Only now: if writing the table fails, `resume` still finds all rows.
     partial.unlink()
     return BulkResult(rows, sum(row["error"] is not None for row in rows))
 
 
 @dataclass(frozen=True)
-class _Read:
+class _Decoded:
     data: bytes
     pixels: UInt8Array
     shorter_px: int
 
 
-def _read(path: Path, side_px: int, max_pixels: int) -> _Read | ImageError:
+def _read(path: Path, side_px: int, max_pixels: int) -> _Decoded | ImageError:
     try:
         data = path.read_bytes()
         sniff(data)
         width_px, height_px = image_size(data)
         if width_px * height_px > max_pixels:
             return ImageError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
-        return _Read(data, decode_square(data, side_px), min(width_px, height_px))
+        return _Decoded(data, decode_square(data, side_px), min(width_px, height_px))
     except ImageError as error:
         return error
 
@@ -117,11 +120,11 @@ def _rows(
     bundle: Bundle,
     loaded: LoadedModel,
     folder: Path,
-    batch: list[tuple[Path, _Read | ImageError]],
+    batch: list[tuple[Path, _Decoded | ImageError]],
     settings: ServingSettings,
     maps: Path | None,
 ) -> Iterator[dict[str, Any]]:
-    usable = [(path, read) for path, read in batch if isinstance(read, _Read)]
+    usable = [(path, read) for path, read in batch if isinstance(read, _Decoded)]
     for path, read in batch:
         if isinstance(read, ImageError):
             yield _row(str(path.relative_to(folder)), error=str(read))
@@ -130,25 +133,27 @@ def _rows(
     pixels = np.stack([read.pixels for _, read in usable])
     output = loaded.predict(pixels, gradcam=maps is not None)
     suitable = assess(loaded.checks, output, pixels, [read.shorter_px for _, read in usable])
+    # No audit sample: nothing enters the ledger, so no annotator could review it.
     rules = TriageRules(settings.low_confidence, settings.max_set_size, audit_share=0.0)
     taxonomy = bundle.document.taxonomy
     for row, (path, read) in enumerate(usable):
         values = output.probabilities[row]
         verdict = triage(values, taxonomy, bundle.document.operating, rules, 0.5, suitable[row])
         name = str(path.relative_to(folder))
-        has_answer = verdict.label is not None
+        has_label = verdict.label is not None
         if maps is not None and output.maps is not None and verdict.label is not None:
             drawn = output.maps[row, taxonomy.index_of(verdict.label)]
             png = draw_map(read.data, drawn, settings.overlay_side_px, settings.overlay_alpha)
+            # The hash of the relative path keeps equal file names of different subfolders apart.
             (maps / f"{sha256_hex(name.encode())[:16]}-{path.stem}.png").write_bytes(png)
         yield _row(
             name,
             decision=verdict.decision.value,
             label=verdict.label,
             confidence=verdict.confidence,
-            p_malignant=malignant_probability(values, taxonomy) if has_answer else None,
+            p_malignant=malignant_probability(values, taxonomy) if has_label else None,
             reasons=" ".join(verdict.reasons),
-            probabilities=dict(zip(taxonomy.codes, values.tolist(), strict=True)) if has_answer else {},
+            probabilities=dict(zip(taxonomy.codes, values.tolist(), strict=True)) if has_label else {},
         )
 
 
@@ -157,10 +162,10 @@ def _row(image: str, **values: Any) -> dict[str, Any]:
     return {"image": image, **empty, "probabilities": {}, **values}
 
 
-def _worry(row: dict[str, Any]) -> tuple[int, float, str]:
+def _urgency(row: dict[str, Any]) -> tuple[int, float, str]:
     """Sort key: unreadable files last, then by decision, then by p(malignant)."""
     rank = _ORDER[Decision(row["decision"])] if row["decision"] else len(_ORDER)
-    # Without a finite answer nobody knows, which worries most within its decision.
+    # Without a finite output p(malignant) counts as 1, as in triage.
     return rank, -(1.0 if row["p_malignant"] is None else row["p_malignant"]), row["image"]
 
 
@@ -170,14 +175,14 @@ def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, 
         partial.write_text(json.dumps({"model_id": model_id}) + "\n")
         return {}
     if not resume:
-        raise RefusedError(f"{partial} holds an interrupted run; go on with --resume, or remove it")
+        raise RefusedError(f"{partial} holds an interrupted run; continue it with --resume, or remove it")
     text = partial.read_text()
-    # A run that was killed may have left half a line.
+    # A killed run may have left half a line at the end; its image is predicted again.
     whole = text[: text.rfind("\n") + 1]
     partial.write_text(whole)
     head, *rows = (json.loads(line) for line in whole.splitlines())
     if head["model_id"] != model_id:
-        raise RefusedError(f"{partial} was begun with model {head['model_id'][:12]}; remove it to begin anew")
+        raise RefusedError(f"{partial} was started with model {head['model_id'][:12]}; remove it to start again")
     return {row["image"]: row for row in rows}
 
 

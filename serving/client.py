@@ -1,11 +1,11 @@
-"""A typed client of the service, used by the page, the demo and the tests, and by anybody's program.
+"""A typed HTTP client of the service, for the page, the demo, tests and other programs.
 
     with Client("http://127.0.0.1:8000") as client:
-        answer = client.predict(Path("lesion.jpg").read_bytes(), explain="gradcam")
+        prediction = client.predict(Path("lesion.jpg").read_bytes(), explain="gradcam")
 
-In: bytes and bodies of `serving.schemas`. Out: bodies of `serving.schemas`, or an error of the tree in
-`records.errors`. A request that got no answer is sent again with the same Idempotency-Key, so nothing is
-predicted or flagged twice. One client may be shared by threads.
+In and out: bytes and bodies of `serving.schemas`, or an error of the tree in `records.errors`. A request without a
+response is sent again with the same Idempotency-Key, so no image is predicted or flagged twice. Threads may share a
+client.
 """
 
 import json
@@ -63,9 +63,9 @@ class Client:
     Args:
         base_url: such as `http://127.0.0.1:8000`.
         api_key: sent as bearer token if given.
-        timeout_s: of one request.
-        retry_s: how long a request is tried again while the service cannot be reached or is busy.
-        transport: of httpx, to reach an app without a network.
+        timeout_s: of one attempt, seconds.
+        retry_s: time during which a request is repeated while the service is unreachable or busy, seconds.
+        transport: an httpx transport, to call an app without a network.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Client:
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._retry_s = retry_s
-        # trust_env off: a proxy set for the internet must not see images on their way to this machine.
+        # trust_env off: a proxy that the environment sets for the internet must not see the images.
         self._http = httpx.Client(
             base_url=base_url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
         )
@@ -104,20 +104,21 @@ class Client:
         context: Context | None = None,
         idempotency_key: str | None = None,
     ) -> PredictionResponse:
-        """Ask for an answer about one image.
+        """Predict one image.
 
         Args:
             image: a JPEG, PNG or WebP file.
-            explain: add the map of the most likely class.
-            context: what is known about the image.
-            idempotency_key: repeating a call with its key gives the same answer; default: a fresh key.
+            explain: add the heat map of the most likely class.
+            context: metadata and consent of the image.
+            idempotency_key: a repeated call with the same key gets the same prediction; default: a new key.
         Returns:
-            The answer.
+            The prediction.
         Raises:
             ImageError: the service cannot use the image.
-            DataError: the context does not fit.
+            DataError: the context is invalid.
             UnavailableError: the service could not be reached, or stayed busy.
         """
+        # Set before the first attempt: all repetitions of this call must carry the same key.
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         parameters = {"explain": explain} if explain else {}
         if context is None:
@@ -135,19 +136,11 @@ class Client:
         return _parsed(PredictionResponse, response)
 
     def prediction(self, prediction_id: str) -> PredictionResponse:
-        """Return a stored answer; UnknownIdError if there is none."""
+        """Return a stored prediction; UnknownIdError if there is none."""
         return _parsed(PredictionResponse, self._send("GET", f"/v1/predictions/{prediction_id}"))
 
     def predictions(self, *, decision: str | None = None, after: str | None = None, limit: int = 50) -> PredictionPage:
-        """List answers, newest first.
-
-        Args:
-            decision: only these.
-            after: `next` of the page before.
-            limit: at most so many.
-        Returns:
-            One page.
-        """
+        """Return a page of predictions, newest first; `after` is `next` of the page before."""
         wanted = {"decision": decision, "after": after, "limit": limit}
         parameters = {name: value for name, value in wanted.items() if value is not None}
         return _parsed(PredictionPage, self._send("GET", "/v1/predictions", params=parameters))
@@ -159,16 +152,16 @@ class Client:
         contexts: Sequence[Context] | None = None,
         idempotency_key: str | None = None,
     ) -> BatchResponse:
-        """Ask for answers about several images; one that cannot be used does not stop the others.
+        """Predict several images; an unusable image does not stop the others.
 
         Args:
             images: JPEG, PNG or WebP files.
             contexts: one per image, or None.
-            idempotency_key: repeating a call with its key gives the same answers; default: a fresh key.
+            idempotency_key: a repeated call with the same key gets the same predictions; default: a new key.
         Returns:
-            An answer or a problem per image.
+            A prediction or a problem per image.
         Raises:
-            DataError: too many images, or contexts that do not fit.
+            DataError: too many images, or invalid contexts.
             UnavailableError: the service could not be reached, or stayed busy.
         """
         files: list[tuple[str, tuple[Any, ...]]] = [("image", ("image", p, _media_type(p))) for p in images]
@@ -181,29 +174,29 @@ class Client:
     def explanation(
         self, prediction_id: str, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
     ) -> Explanation:
-        """Return where the model looked.
+        """Return a heat map of a stored prediction.
 
         Args:
-            prediction_id: of a stored answer.
-            method: how it is computed.
-            target: class code; default: the answer's label.
-            versus: class code that the target is held against.
+            prediction_id: 32 hex characters.
+            method: name of the method.
+            target: class code; default: the predicted label.
+            versus: class code that the target is compared with.
         Returns:
-            The map, raw and drawn over the image.
+            The raw map and its overlay.
         Raises:
-            UnknownIdError: there is no such answer.
+            UnknownIdError: there is no such prediction.
             RefusedError: its image was not stored.
         """
         return _parsed(Explanation, self._explain(prediction_id, method, target, "json", versus))
 
     def explanation_png(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> bytes:
-        """Return the map drawn over the image, as PNG bytes; see `explanation`."""
+        """Return the overlay as PNG bytes; see `explanation`."""
         return self._explain(prediction_id, method, target, "png").content
 
     def explain_image(
         self, image: bytes, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
     ) -> Explanation:
-        """Return where the model would look in an image that is not stored; see `explanation`."""
+        """Return a heat map of an image that is not stored; see `explanation`."""
         wanted = {"method": method, "target": target, "versus": versus}
         parameters = {name: value for name, value in wanted.items() if value is not None}
         headers = {"Content-Type": _media_type(image)}
@@ -212,15 +205,15 @@ class Client:
         )
 
     def outcome(self, prediction_id: str, request: OutcomeRequest) -> OutcomeResponse:
-        """Say what turned out to be true.
+        """Report a diagnosis; an equal report is stored once.
 
         Args:
-            prediction_id: of a stored answer.
-            request: the outcome; sending an equal one again changes nothing.
+            prediction_id: of a stored prediction.
+            request: diagnosis and how it was confirmed.
         Returns:
-            What it is used for.
+            The stored outcome.
         Raises:
-            UnknownIdError: there is no such answer.
+            UnknownIdError: there is no such prediction.
             RefusedError: its image was not stored.
             DataError: the diagnosis is not a class.
         """
@@ -230,7 +223,7 @@ class Client:
     def events(
         self, *, after: str | None = None, limit: int = 50, prediction_ids: Sequence[str] | None = None
     ) -> EventPage:
-        """Return what happened to one's own answers (or to these), oldest first; pass `next` on as `after`."""
+        """Return events of all predictions or of these, oldest first; pass `next` as `after`."""
         parameters: dict[str, Any] = {"limit": limit} | ({"after": after} if after else {})
         if prediction_ids is not None:
             parameters["prediction_id"] = list(prediction_ids)
@@ -241,45 +234,45 @@ class Client:
         return _parsed(ErasureResponse, self._send("DELETE", f"/v1/images/{image_id}"))
 
     def flag(self, prediction_id: str, request: FlagRequest) -> FlagResponse:
-        """Object to an answer.
+        """Flag a prediction for review; an equal flag is stored once.
 
         Args:
-            prediction_id: of a stored answer.
-            request: the objection; sending an equal one again changes nothing.
+            prediction_id: of a stored prediction.
+            request: reason, suggested label and comment.
         Returns:
-            What became of it.
+            The stored flag and the state of its review item.
         Raises:
-            UnknownIdError: there is no such answer.
-            RefusedError: the image may not be shown to an annotator.
+            UnknownIdError: there is no such prediction.
+            RefusedError: no annotator may see the image.
             DataError: the suggested label is not a class.
         """
         body = request.model_dump(mode="json")
         return _parsed(FlagResponse, self._send("POST", f"/v1/predictions/{prediction_id}/flags", json=body))
 
     def model(self) -> ServedModelInfo:
-        """Return the model that answers now."""
+        """Return the model that serves now."""
         return _parsed(ServedModelInfo, self._send("GET", "/v1/model"))
 
     def rollout(self) -> RolloutInfo:
-        """Return the rollout that is under way; UnknownIdError if there is none."""
+        """Return the current rollout; UnknownIdError if there is none."""
         return _parsed(RolloutInfo, self._send("GET", "/v1/rollout"))
 
     def roll_out(self, request: RolloutRequest) -> RolloutInfo:
-        """Begin, widen or finish a rollout (scope admin).
+        """Start a rollout, change its traffic share, or promote the candidate (scope admin).
 
         Args:
-            request: candidate and share.
+            request: candidate and traffic share.
         Returns:
-            How far it is.
+            The rollout.
         Raises:
             AccessError: the key lacks the scope.
-            RefusedError: another candidate is under way, or the gate has not passed this one.
+            RefusedError: another rollout is in progress, or the gate has not passed this candidate.
             UnknownIdError: there is no such model.
         """
         return _parsed(RolloutInfo, self._send("POST", "/v1/rollout", json=request.model_dump(mode="json")))
 
     def roll_back(self, reason: str) -> RolloutInfo:
-        """Take the candidate back, or undo the last promotion (scope admin)."""
+        """Roll the current rollout back, or undo the last promotion (scope admin)."""
         return _parsed(RolloutInfo, self._send("DELETE", "/v1/rollout", params={"reason": reason}))
 
     def models(self) -> ModelList:
@@ -287,11 +280,11 @@ class Client:
         return _parsed(ModelList, self._send("GET", "/v1/models"))
 
     def model_details(self, model_id: str) -> ModelDetails:
-        """Return what was measured of a model; UnknownIdError if there is none."""
+        """Return the measured figures of a model; UnknownIdError if there is none."""
         return _parsed(ModelDetails, self._send("GET", f"/v1/models/{model_id}"))
 
     def report(self, model_id: str) -> str:
-        """Return the report beside a model, HTML; UnknownIdError if there is none."""
+        """Return the HTML report of a model; UnknownIdError if there is none."""
         return self._send("GET", f"/v1/models/{model_id}/report").text
 
     def rounds(self) -> RoundList:
@@ -299,15 +292,16 @@ class Client:
         return _parsed(RoundList, self._send("GET", "/v1/rounds"))
 
     def caller(self) -> CallerInfo:
-        """Return who this client is to the service; AccessError if its key opens nothing."""
+        """Return the caller that the key identifies; AccessError if the key is not valid."""
         return _parsed(CallerInfo, self._send("GET", "/v1/caller"))
 
     def ready(self) -> Readiness:
-        """Return whether predictions can be made now; it asks once and does not wait."""
+        """Return whether predictions can be made now; one attempt without repetition."""
         try:
+            # Not by `_send`: 503 is the expected response while a service starts, and must not be repeated.
             response = self._http.get("/readyz")
         except httpx.TransportError as error:
-            return Readiness(ready=False, model=None, detail=f"no service answers at {self._http.base_url}: {error}")
+            return Readiness(ready=False, model=None, detail=f"no service responds at {self._http.base_url}: {error}")
         return _parsed(Readiness, response)
 
     def _explain(
@@ -324,17 +318,20 @@ class Client:
             try:
                 response = self._http.request(verb, path, **sent)
             except httpx.TransportError as error:
+                # The request may have been processed before the connection broke; repeating it is safe, since its
+                # idempotency key then finds the stored prediction.
                 if time.monotonic() + pause_s > deadline:
                     raise UnavailableError(
-                        f"the service at {self._http.base_url} does not answer ({error or type(error).__name__}); "
+                        f"the service at {self._http.base_url} does not respond ({error or type(error).__name__}); "
                         "start it with `relook serve`"
                     ) from error
             else:
+                # Only 429 and 503 are repeated: any other error would be the same the next time.
                 if response.is_success:
                     return response
                 if response.status_code not in _BUSY or time.monotonic() + pause_s > deadline:
                     raise _error_of(response)
-                pause_s = max(pause_s, _asked_pause_s(response))
+                pause_s = max(pause_s, _retry_after_s(response))
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -343,11 +340,11 @@ def _media_type(image: bytes) -> str:
     try:
         return f"image/{sniff(image)}"
     except ImageError:
-        # The service says what is wrong with it, as it would to any other program.
+        # Sent anyway: the service reports what is wrong with the image.
         return "application/octet-stream"
 
 
-def _asked_pause_s(response: httpx.Response) -> float:
+def _retry_after_s(response: httpx.Response) -> float:
     asked = response.headers.get("Retry-After", "")
     return min(float(asked), _LONGEST_PAUSE_S) if asked.isdigit() else 0.0
 
@@ -357,7 +354,7 @@ def _parsed(body: type[B], response: httpx.Response) -> B:
         return body.model_validate_json(response.content)
     except ValidationError as error:
         raise RelookError(
-            f"{response.request.url.path} did not answer with a {body.__name__}; is this a service of the same version?"
+            f"{response.request.url.path} did not return a {body.__name__}; is this a service of the same version?"
         ) from error
 
 
@@ -365,7 +362,7 @@ def _error_of(response: httpx.Response) -> RelookError:
     try:
         found = Problem.model_validate(json.loads(response.content))
     except (ValueError, ValidationError):
-        return RelookError(f"{response.request.url.path} answered {response.status_code} without saying why")
+        return RelookError(f"{response.request.url.path} returned {response.status_code} without a problem document")
     match found.status:
         case 401 | 403:
             return AccessError(found.detail, found.code)

@@ -60,6 +60,7 @@ class PredictorReplica:
     """Runs a `Predictor` in a replica."""
 
     def __init__(self, settings: ServingSettings, records: RecordsSettings) -> None:
+        # Imported in its replica only: ingress and page load this module, too, and do without torch.
         from serving.predictor import Predictor
 
         _set_threads(settings.predictor_cpus)
@@ -68,6 +69,8 @@ class PredictorReplica:
 
     async def check_health(self) -> None:
         """Start at the first call, which Serve makes before any request; later raise if a loop has ended."""
+        # Not in `__init__`, which cannot await. Serve routes requests only after the first successful check, so a
+        # replica gets none before its model is loaded.
         if not self._started:
             await self._predictor.start()
             self._started = True
@@ -75,6 +78,7 @@ class PredictorReplica:
 
     async def predict(self, requests: list[PredictionRequest]) -> list[StoredPrediction | Failure]:
         """Predict the images of one call; see `Predictor.predict`."""
+        # All at once: the predictor forms its own batches of them and of the requests of other calls.
         return list(await asyncio.gather(*map(self._predict, requests)))
 
     async def _predict(self, request: PredictionRequest) -> StoredPrediction | Failure:
@@ -103,6 +107,7 @@ class ExplainerReplica:
 
         _set_threads(settings.explainer_cpus)
         # Where both share cores, the kernel prefers the predictor.
+        # Explanations can wait, predictions cannot.
         os.nice(EXPLAINER_NICENESS)
         self._explainer = Explainer(open_store(records), settings)
 
@@ -298,6 +303,7 @@ def _failure(error: RelookError) -> Failure:
 async def _called(response: Any) -> Any:
     try:
         result = await response
+    # A replica that died or is being replaced; callers get 503 and may repeat the request.
     except (RayError, RayServeException) as error:
         raise UnavailableError(f"a replica does not respond: {type(error).__name__}") from error
     if isinstance(result, Failure):

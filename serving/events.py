@@ -1,7 +1,7 @@
-"""What happened to answers after they were given, in an order that a caller can read on from.
+"""Events: changes to predictions after they were returned, in an order that a caller can read incrementally.
 
-In: annotator labels, outcomes, deadlines and rollouts in the ledger. Out: `EventRecord` rows, written the first
-time that somebody asks, each once per cause and answer. Nobody else has to know that events exist.
+In: annotations, outcomes, due dates and rollouts in the ledger. Out: `EventRecord` rows, one per cause and prediction,
+derived whenever a caller reads events. So no other module has to publish events.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ from serving.schemas import Event, EventPage
 
 MOST_AT_ONCE = 1000
 
-_EVENT, _ANSWER = TABLES[EventRecord].c, TABLES[Prediction].c
+_EVENT, _PREDICTION = TABLES[EventRecord].c, TABLES[Prediction].c
 _LABEL, _OUTCOME, _ITEM, _ROLLOUT = (TABLES[t].c for t in (Annotation, Outcome, ReviewItem, Rollout))
 
 
@@ -41,12 +41,12 @@ def read_events(
 
     Args:
         store: with the ledger.
-        caller: who asks.
+        caller: whose organisation.
         after: id of the last event that was read, or None from the beginning.
-        limit: at most so many.
-        prediction_ids: only events of these answers, or None.
+        limit: events of the page.
+        prediction_ids: only events of these predictions, or None.
     Returns:
-        The page; its `next` stays the same while nothing happens.
+        The page; its `next` stays the same while there are no new events.
     """
     gather(store)
     query = sa.select(TABLES[EventRecord]).where(_EVENT.organisation == caller.organisation)
@@ -62,17 +62,12 @@ def read_events(
 
 
 def gather(store: Store) -> int:
-    """Write down what happened since the last time.
-
-    Args:
-        store: with the ledger.
-    Returns:
-        How many events are new.
-    """
+    """Write events for changes since the last call and return their number."""
     with store.ledger.read() as tx:
         if next(_new_events(tx), None) is None:
             return 0
-    # Write transactions follow one another and ids sort by time, so a later reader never misses an earlier id.
+    # Looked for again, since another process may have written them meanwhile. Such transactions run one after the other
+    # and ids sort by time, so no event with a smaller id appears after a caller has read a larger one.
     with store.ledger.begin() as tx:
         events = list(_new_events(tx))[:MOST_AT_ONCE]
         tx.add(*events)
@@ -80,32 +75,37 @@ def gather(store: Store) -> int:
 
 
 def _new_events(tx: Transaction) -> Iterator[EventRecord]:
-    for row in _unheard(tx, _LABEL, _LABEL.image_id == _ANSWER.image_id, _LABEL.deleted.is_(False)):
-        details = {"label": row["label"], "answer": row["kind"], "by": "annotator"}
+    # An annotation concerns all predictions of its image, an outcome only its own prediction.
+    for row in _new_causes(tx, _LABEL, _LABEL.image_id == _PREDICTION.image_id, _LABEL.deleted.is_(False)):
+        details = {"label": row["label"], "kind": row["kind"], "by": "annotator"}
         if row["kind"] != AnnotationKind.CLASS:
             yield _event(row, "undecided", details)
         else:
             yield _event(row, "confirmed" if row["label"] == row["predicted"] else "amended", details)
-    for row in _unheard(tx, _OUTCOME, _OUTCOME.prediction_id == _ANSWER.id):
-        details = {"label": row["diagnosis"], "answer": "class", "by": row["confirmation"]}
+    for row in _new_causes(tx, _OUTCOME, _OUTCOME.prediction_id == _PREDICTION.id):
+        details = {"label": row["diagnosis"], "kind": "class", "by": row["confirmation"]}
         yield _event(row, "confirmed" if row["diagnosis"] == row["predicted"] else "amended", details)
     is_open = _ITEM.state.in_([ReviewState.NEW, ReviewState.PUSHED])
-    for row in _unheard(tx, _ITEM, _ITEM.prediction_id == _ANSWER.id, _ITEM.due < utc_now(), is_open):
+    for row in _new_causes(tx, _ITEM, _ITEM.prediction_id == _PREDICTION.id, _ITEM.due < utc_now(), is_open):
         yield _event(row, "overdue", {"due": row["due"].isoformat()})
-    was_recalled = sa.and_(_ROLLOUT.candidate_id == _ANSWER.model_id, _ANSWER.created_at >= _ROLLOUT.created_at)
+    # Only what the candidate itself predicted during this rollout; the champion's predictions stay valid.
+    was_recalled = sa.and_(_ROLLOUT.candidate_id == _PREDICTION.model_id, _PREDICTION.created_at >= _ROLLOUT.created_at)
     rolled_back = _ROLLOUT.stage == RolloutStage.ROLLED_BACK
-    for row in _unheard(tx, _ROLLOUT, was_recalled, rolled_back, _ANSWER.arm == Arm.CANDIDATE):
+    for row in _new_causes(tx, _ROLLOUT, was_recalled, rolled_back, _PREDICTION.arm == Arm.CANDIDATE):
         yield _event(row, "recalled", {"model_id": row["candidate_id"], "why": row["why"]})
 
 
-def _unheard(tx: Transaction, cause: Any, joined: Any, *conditions: Any) -> Iterator[dict[str, Any]]:
-    """Yield causes with the served answers that they concern, as far as no event tells of the pair."""
-    told = sa.exists().where(_EVENT.source == cause.id, _EVENT.prediction_id == _ANSWER.id)
+def _new_causes(tx: Transaction, cause: Any, joined: Any, *conditions: Any) -> Iterator[dict[str, Any]]:
+    """Yield pairs of a cause and a served prediction that it concerns, for which there is no event yet."""
+    # An anti-join instead of a stored position: annotations arrive late, and not in the order of their ids.
+    is_known = sa.exists().where(_EVENT.source == cause.id, _EVENT.prediction_id == _PREDICTION.id)
     columns = [column for column in cause if column.name not in ("organisation", "prediction_id")]
     query = (
-        sa.select(*columns, _ANSWER.id.label("prediction"), _ANSWER.organisation, _ANSWER.label.label("predicted"))
+        sa.select(
+            *columns, _PREDICTION.id.label("prediction"), _PREDICTION.organisation, _PREDICTION.label.label("predicted")
+        )
         .join(TABLES[Prediction], joined)
-        .where(_ANSWER.served.is_(True), ~told, *conditions)
+        .where(_PREDICTION.served.is_(True), ~is_known, *conditions)
         .order_by(cause.id)
         .limit(MOST_AT_ONCE)
     )

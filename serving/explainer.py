@@ -117,6 +117,7 @@ class Explainer:
             if key not in self._models:
                 self._models[key] = self._load(*key)
             self._models.move_to_end(key)
+            # Least recently used first. A running explanation keeps its own reference to a model that is dropped here.
             while len(self._models) > MODELS_KEPT:
                 self._models.popitem(last=False)
             return self._models[key]

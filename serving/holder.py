@@ -108,6 +108,7 @@ class ModelHolder:
     def _follow(self, named: ModelRecord) -> bool:
         current = self._current
         if current is not None and current.id == named.id:
+            # Promotion of the serving model changes only its status, so nothing is loaded again.
             if current.status != named.status:
                 self._current = replace(current, status=named.status.value)
             self._detail = "ready"

@@ -1,8 +1,8 @@
-"""One HTTP listener inside a running event loop, on a port that is known before and free again after.
+"""An HTTP listener inside a running event loop, on a fixed port that is free again after a restart.
 
-The ingress replica listens by itself instead of through Ray Serve's proxy or its direct ingress: the proxy
-costs several times the latency, and the direct ingress never comes back on a fixed port after its
-replica was killed, because it binds without SO_REUSEADDR and then blocks the port for good.
+The ingress replica listens itself instead of through Ray Serve's proxy or its direct ingress. The proxy has several
+times the latency. The direct ingress cannot bind a fixed port again after its replica was killed, because it binds
+without SO_REUSEADDR and then keeps the port blocked.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ from records.errors import ConfigError, UnavailableError
 
 BACKLOG = 512
 KEEP_ALIVE_S = 75
-"""How long an idle connection stays open, seconds: longer than the 60 s after which load balancers let go, so that
-the one who may send a request is the one who closes."""
+"""How long an idle connection stays open, seconds. Longer than the 60 s of common load balancers, so that the balancer
+closes first; if the server did, a request that was just sent would be lost."""
 DRAIN_S = 10
-"""How long requests that are under way may take to finish when the listener stops, seconds."""
+"""How long running requests may take to finish when the listener stops, seconds."""
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signals to the process it runs in."""
+    """A uvicorn server that installs no signal handlers; the replica's process has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,7 +44,7 @@ class HttpServer:
         self._address = (host, port)
         self.port = port
         """where it listens, once it does"""
-        # Behind no proxy: headers that claim another client or scheme are not believed.
+        # No proxy stands before it, so forwarded headers are ignored: anybody could send them.
         config = uvicorn.Config(
             app, log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S,
@@ -53,7 +53,7 @@ class HttpServer:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listen, and return when requests are taken.
+        """Listen, and return once requests are accepted.
 
         Raises:
             ConfigError: the port is in use.
@@ -62,13 +62,14 @@ class HttpServer:
         listening = bind(*self._address)
         self.port = listening.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
+        # uvicorn sets a flag and no event, so it has to be polled.
         while not self._server.started:
             if self._task.done():
                 raise UnavailableError("the HTTP app did not start") from self._task.exception()
             await asyncio.sleep(0.01)
 
     async def check(self) -> None:
-        """Listen, if nobody asked for it yet; later say whether it still does.
+        """Start to listen at the first call; later raise if the listener has ended.
 
         Raises:
             ConfigError: the port is in use.
@@ -80,26 +81,18 @@ class HttpServer:
             raise UnavailableError("the HTTP listener ended")
 
     async def stop(self) -> None:
-        """Take no more requests, finish those under way, and free the port."""
+        """Accept no more requests, finish the running ones, and free the port."""
         if self._task is not None:
             self._server.should_exit = True
             await asyncio.wait([self._task], timeout=DRAIN_S + 5)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a TCP socket.
-
-    Args:
-        host: address.
-        port: TCP port; 0 picks a free one.
-    Returns:
-        The bound socket, not yet listening.
-    Raises:
-        ConfigError: the port is in use or may not be used.
-    """
+    """Return a bound, listening TCP socket; port 0 picks a free one. ConfigError if the port cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio switches Nagle's delay (40 ms an answer) off only where it is.
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is given; without it a response takes 40 ms longer.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    # Without it, closed connections in TIME_WAIT keep the port blocked for a minute after a restart.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))

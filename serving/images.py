@@ -1,7 +1,7 @@
-"""From the bytes of a request to what is stored and what the model sees.
+"""Intake of images that were sent, and heat maps drawn over them.
 
-In: bytes that anybody may have sent. Out: a `StoredImage` without metadata, or a `ImageError`.
-Limits are checked on the header, before any pixel is decoded.
+In: untrusted bytes. Out: a `StoredImage` without metadata, or an `ImageError`. Limits are checked on the header,
+before any pixel is decoded.
 """
 
 import numpy as np
@@ -23,12 +23,12 @@ from vision.inference.loaded import LoadedModel
 
 
 def take_in(store: Store, data: bytes, max_pixels: int) -> StoredImage:
-    """Check an image and bring it to the form that is stored.
+    """Check an image and return it in the form that is stored.
 
     Args:
-        store: that may know the image from an import.
+        store: its ledger may know the image from an import.
         data: as sent.
-        max_pixels: more are refused before decoding.
+        max_pixels: larger images are refused before decoding.
     Returns:
         The image without metadata, except orientation and colour profile.
     Raises:
@@ -36,6 +36,7 @@ def take_in(store: Store, data: bytes, max_pixels: int) -> StoredImage:
     """
     kind = sniff(data)
     width_px, height_px = image_size(data)
+    # A small file can declare a huge image, so the size is taken from the header before memory is allocated.
     if width_px * height_px > max_pixels:
         raise ImageError(
             f"the image has {width_px} x {height_px} pixels and {max_pixels / 1e6:g} million are allowed; "
@@ -44,18 +45,18 @@ def take_in(store: Store, data: bytes, max_pixels: int) -> StoredImage:
         )
     stored = strip_metadata(data)
     if stored != data and _is_known(store, data):
-        # Imported in place: its id is that of the whole file.
+        # Imported in place, where the file stays unchanged: its id is the hash of the file with metadata.
         stored = data
     return StoredImage(sha256_hex(stored), stored, kind, width_px, height_px)
 
 
 def draw_map(image: bytes, values: Float32Array, side_px: int, alpha: float) -> bytes:
-    """Draw a map over the centre square of an image.
+    """Draw a heat map over the centre square of an image.
 
     Args:
         image: as stored.
         values: [h, w], finite.
-        side_px: side of the result.
+        side_px: side of the result, pixels.
         alpha: opacity where the map is largest, 0 to 1.
     Returns:
         PNG bytes.
@@ -66,7 +67,7 @@ def draw_map(image: bytes, values: Float32Array, side_px: int, alpha: float) -> 
 def gradcam_map(
     loaded: LoadedModel, image: bytes, values: Float32Array, target: str, side_px: int, alpha: float
 ) -> HeatMap:
-    """Put a Grad-CAM map and its drawing together; see `draw_map` for the arguments."""
+    """Return a Grad-CAM map with its overlay; see `draw_map` for the arguments."""
     png = draw_map(image, values, side_px, alpha)
     return HeatMap(
         "gradcam", loaded.gradcam_is_exact, loaded.target_layer, target, values, png,
@@ -84,7 +85,7 @@ def attribution_map(
     side_px: int,
     alpha: float,
 ) -> HeatMap:
-    """Put a computed map and its drawing together; see `draw_map`. What speaks against the class is not drawn."""
+    """Return an attribution with its overlay; see `draw_map`. Negative values are not drawn."""
     png = draw_map(image, np.clip(found.values, 0.0, None), side_px, alpha)
     return HeatMap(
         method=method,
@@ -96,13 +97,13 @@ def attribution_map(
         versus=versus,
         steps=found.steps,
         completeness_error=found.completeness_error,
-        # What was measured holds for the method that it was measured with.
+        # Faithfulness is measured for Grad-CAM of one class, so it says nothing about other maps.
         faithfulness=loaded.faithfulness if method == "gradcam" and versus is None else None,
     )
 
 
 def was_erased(store: Store, image_id: str) -> bool:
-    """Return whether an image was erased on request; one that is sent again is answered and not stored again."""
+    """Return whether an image was erased on request; if it is sent again, it is predicted and not stored."""
     images = TABLES[Image].c
     with store.ledger.read() as tx:
         erased = sa.and_(images.erased_at.is_not(None), images.expired_at.is_(None))

@@ -1,7 +1,7 @@
-"""Starting and stopping the service on a Ray that runs already.
+"""Start and stop of the service on a running Ray.
 
-In: settings. Out: a `ServiceHandle` with the address. What cannot work is said before anything is
-started; what was started is stopped again.
+In: settings. Out: a `ServiceHandle` with the address. Preconditions are checked before anything is started; if the
+start fails, what was started is stopped again.
 """
 
 import contextlib
@@ -29,44 +29,44 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class ServiceHandle:
-    """A running service.
-
-    Args:
-        url: where it answers.
-    """
+    """A running service at `url`."""
 
     url: str
 
     def stop(self) -> None:
-        """Finish what is under way, then stop the service and Ray Serve; Ray itself goes on."""
+        """Finish running requests, then stop the service and Ray Serve; Ray itself keeps running."""
         serve.delete(APPLICATION)
         _shut_down()
 
 
 def start_service(settings: ServingSettings, records: RecordsSettings) -> ServiceHandle:
-    """Start the service on the Ray that is initialised in this process, and wait until it answers.
+    """Start the service on the Ray that is initialised in this process, and wait until it is ready.
 
     Args:
-        settings: of this room.
-        records: where everything is kept.
+        settings: of the service.
+        records: of ledger and blobs.
     Returns:
         The running service.
     Raises:
         ConfigError: the port is in use.
         UnknownIdError: no model is to be served.
-        UnavailableError: the service did not start in time; says what Ray Serve knows about it.
+        UnavailableError: the service did not start in time; the message ends with that of Ray Serve.
     """
     require_startable(settings, records)
+    # Replicas run in other working folders, so a relative home would be another folder there.
     absolute = records.model_copy(update={"home": Path(os.path.abspath(records.home.expanduser()))})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # No HTTP proxies: the ingress listens itself.
     serve.start(proxy_location="Disabled")
     node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     application = build_application(settings, absolute, node)
     target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
     try:
+        # Serve waits without a limit; `_wait_until_ready` has one and reports why a deployment failed.
         serve.run_many([target], wait_for_applications_running=False)
         _wait_until_ready(settings)
     except BaseException:
+        # KeyboardInterrupt, too: a start that is interrupted must not leave replicas behind.
         _shut_down()
         raise
     return ServiceHandle(settings.url)
@@ -88,12 +88,12 @@ def _shut_down() -> None:
 
 def _wait_until_ready(settings: ServingSettings) -> None:
     deadline = time.monotonic() + settings.start_timeout_s
-    detail = "it was not asked yet"
+    detail = "no readiness check succeeded yet"
     with Client(settings.url, timeout_s=5.0, retry_s=0.0) as client:
         while time.monotonic() < deadline:
             application = serve.status().applications.get(APPLICATION)
             if application is not None and application.status == "DEPLOY_FAILED":
-                raise UnavailableError(f"the service did not start: {_last_words(application.message)}")
+                raise UnavailableError(f"the service did not start: {_last_lines(application.message)}")
             if application is not None and application.status == "RUNNING":
                 readiness = client.ready()
                 if readiness.ready:
@@ -101,13 +101,13 @@ def _wait_until_ready(settings: ServingSettings) -> None:
                 detail = readiness.detail
             time.sleep(_POLL_S)
     status = serve.status().applications.get(APPLICATION)
-    words = "; ".join(d.message for d in status.deployments.values() if d.message) if status else ""
+    messages = "; ".join(d.message for d in status.deployments.values() if d.message) if status else ""
     raise UnavailableError(
-        f"the service was not ready within {settings.start_timeout_s:g} s: {_last_words(words) or detail}"
+        f"the service was not ready within {settings.start_timeout_s:g} s: {_last_lines(messages) or detail}"
     )
 
 
-def _last_words(message: str) -> str:
+def _last_lines(message: str) -> str:
     """Return the end of Ray Serve's message, where the error itself is."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[-2:])[-400:]

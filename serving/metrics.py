@@ -53,6 +53,7 @@ class Metrics:
         self._predictions.labels(
             decision=prediction.decision.value,
             label=prediction.label or "none",
+            # Twelve characters, as wherever people read model ids.
             model=prediction.model_id[:12],
             arm=prediction.arm.value,
         ).inc()
@@ -72,6 +73,7 @@ class Metrics:
             for state in (ReviewState.NEW, ReviewState.PUSHED):
                 self._waiting.labels(state=state.value).set(tx.count(ReviewItem, {"state": state}))
             open_items = tx.find(ReviewItem, {"state": [ReviewState.NEW, ReviewState.PUSHED]})
+        # Due dates pass without any event, so this gauge is computed at each scrape and not counted.
         now = utc_now()
         self._overdue.set(sum(item.due is not None and item.due < now for item in open_items))
         return generate_latest(self.registry)

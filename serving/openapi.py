@@ -37,6 +37,7 @@ curl -s -H 'Content-Type: application/json' -d '{{"reason": "wrong_label"}}' {ur
 def completed(document: Document, class_codes: Sequence[str]) -> Document:
     """Complete FastAPI's document of an app in place and return it, OpenAPI 3.1; `class_codes` in class order."""
     schemas = document["components"]["schemas"]
+    # No route declares the form part `context`, so FastAPI leaves its schema out.
     schemas["Context"] = Context.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= schemas["Context"].pop("$defs", {})
     for operation in _operations(document):

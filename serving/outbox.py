@@ -189,6 +189,7 @@ def _merged(before: ReviewItem, item: ReviewItem) -> ReviewItem:
 
 def find_repeated(store: Store, caller: str, idempotency_key: str) -> Prediction | None:
     """Return the served prediction with this idempotency key, or None."""
+    # Both rows of a canary pair have the key; only the served one is what the caller got.
     where = {"caller": caller, "idempotency_key": idempotency_key, "served": True}
     with store.ledger.read() as tx:
         found = tx.find(Prediction, where=where, limit=1)
@@ -198,6 +199,7 @@ def find_repeated(store: Store, caller: str, idempotency_key: str) -> Prediction
 def review_of(tx: Transaction, prediction: Prediction) -> ReviewItem | None:
     """Return the newest review item of a prediction: its own, or that of its image which took its reasons."""
     items = tx.find(ReviewItem, where={"prediction_id": prediction.id}, order_by=("-id",))
+    # If the image had an open item already, the reasons of this prediction were merged into that one.
     if not items and prediction.decision in (Decision.REVIEW, Decision.URGENT):
         items = tx.find(ReviewItem, where={"image_id": prediction.image_id}, order_by=("-id",))
     return next((item for item in items if item.state is not ReviewState.WITHDRAWN), None)

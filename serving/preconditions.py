@@ -1,4 +1,4 @@
-"""What has to hold before a service can start, checked without starting or importing Ray."""
+"""Checks before the start of a service, without starting or importing Ray."""
 
 from records.errors import ConfigError, UnknownIdError
 from records.models import serving_model
@@ -10,16 +10,17 @@ from serving.settings import ServingSettings
 
 
 def require_startable(settings: ServingSettings, records: RecordsSettings) -> None:
-    """Say in one sentence why a service could not start, before anything is started.
+    """Raise if a service could not start, before anything is started.
 
     Args:
-        settings: of this room.
-        records: where everything is kept.
+        settings: of the service.
+        records: of ledger and blobs.
     Raises:
-        ConfigError: the port is in use, or others can reach it and there is no key yet.
-        UnknownIdError: no model is to be served.
-        UnavailableError: the ledger does not answer.
+        ConfigError: the port is in use, or it is reachable from outside and there is no key yet.
+        UnknownIdError: no model was promoted.
+        UnavailableError: the ledger cannot be reached.
     """
+    # The port first: the check is immediate, while opening the ledger may wait for a database.
     require_free_port(settings.host, settings.port)
     store = open_store(records)
     try:

@@ -64,6 +64,7 @@ def problem_of(error: BaseException) -> Problem:
     Status 4xx for errors of the caller, 503 for a dependency that cannot be reached, else 500 without details.
     """
     match error:
+        # Subclasses before their base: all but UnavailableError are UserErrors.
         case ImageError():
             return problem(_IMAGE_STATUS.get(error.code, 422), error.code, str(error))
         case AccessError():
@@ -74,6 +75,7 @@ def problem_of(error: BaseException) -> Problem:
             return problem(409, "refused", str(error))
         case UserError():
             return problem(422, "invalid", str(error))
+        # A fixed sentence: the error itself may name a host, a path or a URL with a password.
         case UnavailableError():
             return problem(
                 503, "unavailable", "the service is not available now; try again soon (/readyz says what is missing)"

@@ -91,6 +91,7 @@ class Recorder:
             UnavailableError: ledger or blob store cannot be reached; nothing was committed then.
         """
         suitable = _suitability(batch, output)
+        # Overlays of a batch are drawn in parallel; the write thread waits, which keeps commits in order of batches.
         computed = list(self._drawing.map(self._compute, batch, repeat(output), range(len(batch)), suitable))
         if not self._settings.keep:
             return [StoredPrediction(rows.prediction, None, heat_map) for rows, heat_map in computed]

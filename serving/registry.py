@@ -1,7 +1,7 @@
-"""What is known of models and rounds, read from ledger and bundles for whoever asks. Nothing is computed anew.
+"""Bodies about models and rounds, read from ledger and bundles. Nothing is computed anew.
 
-In: a store. Out: bodies of `serving.schemas`, and the report that lies beside a bundle. Figures of the test
-split are those that a round wrote down; showing them again is no new look at its images.
+In: a store. Out: bodies of `serving.schemas`, and the report of a bundle. Test figures are those that a round has
+stored; reading them again does not touch the images of the test split.
 """
 
 from functools import lru_cache
@@ -22,17 +22,7 @@ REPORT = Path("report") / "report.html"
 
 
 def model_details(store: Store, model_id: str) -> ModelDetails:
-    """Return a registered model with what was measured of it.
-
-    Args:
-        store: with the ledger.
-        model_id: 64 hex characters.
-    Returns:
-        The body.
-    Raises:
-        UnknownIdError: there is no such model.
-        IntegrityError: its bundle was altered.
-    """
+    """Return a registered model with its measured figures; UnknownIdError if there is none."""
     record = _record(store, model_id)
     document = _document(bundle_folder(store, record), record.id)
     operating = document.operating
@@ -54,27 +44,18 @@ def model_details(store: Store, model_id: str) -> ModelDetails:
 
 
 def report_html(store: Store, model_id: str) -> str:
-    """Return the report that was written beside a model.
-
-    Args:
-        store: with the ledger.
-        model_id: 64 hex characters.
-    Returns:
-        A page that needs nothing else.
-    Raises:
-        UnknownIdError: there is no such model, or no report of it.
-    """
+    """Return the HTML report of a model; UnknownIdError if there is no such model or no report."""
     record = _record(store, model_id)
     try:
         return (bundle_folder(store, record) / REPORT).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UnknownIdError(
-            f"no report lies beside model {model_id[:12]}; `relook evaluate {model_id[:12]}` makes one"
+            f"there is no report of model {model_id[:12]}; `relook evaluate {model_id[:12]}` makes one"
         ) from error
 
 
 def rounds_body(store: Store) -> RoundList:
-    """Return all rounds with what they were made of and what came of them, oldest first."""
+    """Return all rounds with their inputs and results, oldest first."""
     with store.ledger.read() as tx:
         rounds = tx.find(RoundRecord, order_by=("number",))
         steps = tx.find(RoundStep, where={"step": ["version", "evaluate"]})
@@ -111,5 +92,5 @@ def _record(store: Store, model_id: str) -> ModelRecord:
 
 @lru_cache(maxsize=32)
 def _document(folder: Path, model_id: str) -> BundleDocument:
-    """Read a bundle's document once; a bundle never changes."""
+    """Read a bundle's document; cached, since a bundle is immutable."""
     return read_bundle(folder, expected_id=model_id).document

@@ -146,6 +146,7 @@ def model_body(record: ModelRecord) -> ModelInfo:
 def rollout_body(rollout: Rollout) -> RolloutInfo:
     """Return the body of a rollout, with all guardrails and their counts so far."""
     guardrails = []
+    # All guardrails, also those without counts yet, so that a caller always sees the same list.
     for name, guardrail in GUARDRAILS.items():
         observations, events = rollout.evidence.get(name, (0, 0))
         guardrails.append(

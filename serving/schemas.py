@@ -52,6 +52,7 @@ Moment = Annotated[AwareDatetime, BeforeValidator(_no_bare_number)]
 class Body(BaseModel):
     """Base of all bodies: immutable, unknown fields refused."""
 
+    # A misspelt field, such as `consent`, is refused instead of ignored.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 

@@ -1,4 +1,4 @@
-"""The settings of the serving room: where it listens, how it batches, what it doubts.
+"""The settings of the service: addresses, request limits, batching, triage and overlays.
 
 Nothing is read from the environment here; the cluster room composes settings from their sources.
 """
@@ -15,7 +15,7 @@ from vision.explanations import STORED_OVERLAY_SIDE_PX
 
 
 class ServingSettings(RoomSettings):
-    """How images are taken in, answered and doubted."""
+    """Settings of HTTP, batching, triage and overlays."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; beyond loopback only once a key exists")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of API and page")
@@ -24,12 +24,12 @@ class ServingSettings(RoomSettings):
     max_upload_mb: float = Field(default=20.0, gt=0, le=1024, description="largest request body, megabytes")
     max_megapixels: float = Field(default=50.0, gt=0, le=1000, description="largest image, millions of pixels")
     max_in_flight: int = Field(
-        default=64, ge=1, le=100_000, description="predictions under way at once; one more is answered 429"
+        default=64, ge=1, le=100_000, description="images predicted at the same time; further requests get 429"
     )
     retry_after_s: int = Field(default=1, ge=1, le=3600, description="wait that a 429 or 503 asks for, seconds")
 
     max_explaining: int = Field(
-        default=8, ge=1, le=10_000, description="maps being computed at once; one more is answered 429"
+        default=8, ge=1, le=10_000, description="heat maps computed at the same time; further requests get 429"
     )
     max_batch_images: int = Field(default=32, ge=1, le=1000, description="images of one batch request, at most")
     rate_limit_per_minute: int = Field(
@@ -38,7 +38,10 @@ class ServingSettings(RoomSettings):
 
     max_batch_size: int = Field(default=16, ge=1, le=1024, description="images of one forward pass, at most")
     batch_wait_ms: float = Field(
-        default=0.0, ge=0, le=1000, description="how long a batch waits to fill; 0 takes what queued up meanwhile"
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="how long a batch waits to fill, milliseconds; 0 takes what is in the queue",
     )
     decode_threads: int = Field(default=2, ge=1, le=64, description="threads that decode and store images")
     ingress_cpus: float = Field(default=0.5, ge=0, le=64, description="CPUs Ray reserves for the HTTP replica")
@@ -52,7 +55,7 @@ class ServingSettings(RoomSettings):
         default="auto", description="number format of the network; auto is bf16 where the hardware has it"
     )
     model_poll_s: float = Field(
-        default=1.0, gt=0, le=60, description="how often a replica asks the ledger which model answers, seconds"
+        default=1.0, gt=0, le=60, description="how often a replica reads from the ledger which model serves, seconds"
     )
     start_timeout_s: float = Field(default=300.0, gt=0, le=3600, description="how long a start may take, seconds")
 
@@ -60,16 +63,14 @@ class ServingSettings(RoomSettings):
         default=0.5,
         ge=0,
         le=1,
-        description="an answer whose best class is below this goes to an annotator, probability",
+        description="a prediction whose largest probability is below this goes to review",
     )
-    max_set_size: int = Field(
-        default=2, ge=1, le=100, description="a prediction set with more classes goes to an annotator, classes"
-    )
+    max_set_size: int = Field(default=2, ge=1, le=100, description="a prediction set with more classes goes to review")
     audit_share: float = Field(
         default=0.02,
         ge=0,
         le=1,
-        description="chance of an annotator's look at the surest images; up to 4 times that elsewhere, 0 to 1",
+        description="audit sampling probability of the surest images; up to 4 times that for others",
     )
     audit_salt: str = Field(default="audit", min_length=1, description="salt of the hash that draws the audit sample")
     urgent_due_h: float = Field(
@@ -80,8 +81,8 @@ class ServingSettings(RoomSettings):
     )
     keep: bool = Field(
         default=True,
-        description="write answers and images down; false is for measuring, on loopback only: nothing can be read, "
-        "flagged or explained afterwards, and no annotator is asked",
+        description="store predictions and images; false is for benchmarks, on loopback only: nothing can be read, "
+        "flagged or explained afterwards, and nothing is reviewed",
     )
     overlay_side_px: int = Field(
         default=STORED_OVERLAY_SIDE_PX,
@@ -98,7 +99,7 @@ class ServingSettings(RoomSettings):
             try:
                 ipaddress.ip_address(value)
             except ValueError as error:
-                raise ValueError(f"{value!r} is no address to listen on; use 127.0.0.1, ::1 or localhost") from error
+                raise ValueError(f"{value!r} is not an IP address; use 127.0.0.1, ::1 or localhost") from error
         return value
 
     @model_validator(mode="after")
@@ -111,9 +112,9 @@ class ServingSettings(RoomSettings):
         return self
 
     @model_validator(mode="after")
-    def _keeps_what_others_are_told(self) -> Self:
+    def _keep_is_off_on_loopback_only(self) -> Self:
         if not self.keep and not self.is_loopback:
-            raise ValueError("keep=false is for measuring on this machine; it needs a host on loopback")
+            raise ValueError("keep=false is for benchmarks on this machine; it needs a host on loopback")
         return self
 
     @property
@@ -139,5 +140,5 @@ class ServingSettings(RoomSettings):
 
 
 def compute_threads(cpus: float) -> int:
-    """Return how many threads may compute on so many CPUs: as many, rounded up, at least one."""
+    """Return the number of compute threads for a number of CPUs: rounded up, at least one."""
     return max(1, math.ceil(cpus))

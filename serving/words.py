@@ -1,7 +1,7 @@
-"""What a person reads: reasons, decisions and model states in plain sentences.
+"""Texts for people: reasons, decisions and model states as plain sentences.
 
-In: stored records. Out: text that depends on nothing but them, so that an answer read again says the
-same. These are words of decision support: how likely and what happens next, never a verdict on a patient.
+In: stored records. Out: text that depends on nothing else, so that a prediction that is read again has the same text.
+The texts give probabilities and next steps, never a verdict on a patient.
 """
 
 from records.taxonomy import Taxonomy
@@ -11,10 +11,10 @@ from vision.inference.suitability import QualityReason
 DISCLAIMER = "Decision support, not a diagnosis."
 
 DECISION_TITLES: dict[Decision, str] = {
-    Decision.ANSWERED: "Answered by the model alone",
-    Decision.REVIEW: "An annotator should look at this",
-    Decision.URGENT: "An annotator should look at this soon",
-    Decision.RETAKE: "Please take another image",
+    Decision.ANSWERED: "Answered without review",
+    Decision.REVIEW: "Needs review by an annotator",
+    Decision.URGENT: "Needs urgent review by an annotator",
+    Decision.RETAKE: "Retake the image",
 }
 
 FLAG_WORDS: dict[FlagReason, str] = {
@@ -35,15 +35,7 @@ QUALITY_WORDS: dict[str | None, str] = {
 
 
 def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) -> str:
-    """Say why an image goes to an annotator.
-
-    Args:
-        code: the reason.
-        prediction: the stored answer that it belongs to.
-        taxonomy: of the model that answered.
-    Returns:
-        One sentence.
-    """
+    """Return one sentence for a reason of a stored prediction; class names are those of `taxonomy`."""
     names = {c.code: c.name for c in taxonomy.classes}
     match code:
         case ReasonCode.LOW_CONFIDENCE:
@@ -62,14 +54,14 @@ def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) ->
 
 
 def status_text(status: str) -> str:
-    """Say what the status of the model that answers means, in one sentence."""
+    """Return what the status of the serving model means, in one sentence."""
     if status == ModelStatus.PROVISIONAL:
         return (
             "This model is provisional: it has not passed the checks that a champion must pass, "
-            "and its answers need particular caution."
+            "and its predictions need particular caution."
         )
     if status == ModelStatus.CHAMPION:
-        return "This model has passed the checks that stand before it may answer."
+        return "This model has passed the checks that every champion must pass."
     return f"This model is {status}."
 
 
@@ -86,15 +78,15 @@ def _referral_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy)
         parts.append(f"all malignant classes together {_percent(p_malignant)}")
     measured = ", ".join(parts)
     if code is ReasonCode.URGENT:
-        return f"The probability of a malignant class is high enough to be looked at soon ({measured})."
-    return f"A probability is at or above the point from which an annotator should look ({measured})."
+        return f"The probability of a malignant class is at or above the threshold for urgent review ({measured})."
+    return f"A probability is at or above its review threshold ({measured})."
 
 
 _FIXED: dict[ReasonCode, str] = {
     ReasonCode.OUT_OF_DISTRIBUTION: "The image is unlike those that the model knows.",
-    ReasonCode.NON_FINITE: "The model could not compute an answer for this image.",
-    ReasonCode.FLAGGED: "Somebody disagreed with the answer.",
-    ReasonCode.AUDIT_SAMPLE: "Chosen by chance, to check answers that seem certain.",
+    ReasonCode.NON_FINITE: "The model could not compute a prediction for this image.",
+    ReasonCode.FLAGGED: "A user flagged the prediction.",
+    ReasonCode.AUDIT_SAMPLE: "Drawn at random, to check predictions that seem certain.",
     ReasonCode.SELECTED: "The model would learn much from this image.",
     ReasonCode.LABEL_NOISE: "The label on record and the model disagree.",
     ReasonCode.ADJUDICATION: "Two sources disagree about this image.",

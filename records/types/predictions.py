@@ -90,7 +90,7 @@ class Prediction(Record):
     served: bool = Field(
         default=True, description="false for a shadow or candidate prediction that the caller did not get"
     )
-    engine: str = Field(description="torch or openvino")
+    engine: str = Field(description="inference engine; torch")
     precision: str = Field(description="fp32 or bf16")
     num_threads: int = Field(ge=1)
     settings_hash: str

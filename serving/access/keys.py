@@ -1,7 +1,7 @@
-"""API keys: made once, kept as a hash, found again by the bearer token of a request.
+"""API keys: created once, stored as a hash, looked up by the bearer token of a request.
 
-In: a store and a token. Out: a `Caller`. A token is `rlk_<id>_<secret>`; the secret has 256 random bits, so a
-plain SHA-256 of the token is as good as a slow hash. It knows nothing of HTTP.
+In: a store and a token. Out: a `Caller`. A token is `rlk_<id>_<secret>`. Its secret has 256 random bits, so it cannot
+be guessed and a plain SHA-256 of the token is as safe as a slow password hash. It knows nothing of HTTP.
 """
 
 import hmac
@@ -23,14 +23,14 @@ from records.types import ApiKey, Consent, Scope
 PREFIX = "rlk"
 LOCAL_ORGANISATION = "local"
 CACHE_S = 1.0
-"""How long a revoked key may go on at most, seconds."""
+"""Age of the cached keys at most, seconds; so long a revoked key may still work."""
 
 _SEES_ALL = frozenset({Scope.REVIEW, Scope.AUDIT, Scope.ADMIN})
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, and what they may do."""
+    """The identity and permissions behind a request."""
 
     id: str
     organisation: str
@@ -49,7 +49,7 @@ class Caller:
 
 
 LOCAL = Caller("local", LOCAL_ORGANISATION, frozenset(Scope) - {Scope.ADMIN})
-"""Whoever asks on this machine while no key exists."""
+"""The caller of every request while no key was ever made, on this machine only."""
 
 
 def create_key(
@@ -63,19 +63,19 @@ def create_key(
     default_consent: Consent | None = None,
     days: int | None = None,
 ) -> tuple[ApiKey, str]:
-    """Make a key and enter it in the ledger and the audit.
+    """Create a key and write it to ledger and audit.
 
     Args:
         store: with the ledger.
         name: for people.
-        organisation: whose objects its bearer sees.
+        organisation: whose predictions and images the key may see.
         scopes: at least one.
-        actor: who makes it.
-        sandbox: nothing that it sends is stored, asked about or learned from.
-        default_consent: of its requests that name none.
-        days: until it expires; None is never.
+        actor: for the audit.
+        sandbox: images of this key are not stored, reviewed or used for training.
+        default_consent: for requests without consent.
+        days: until the key expires; None is never.
     Returns:
-        The record, and the token: the only time that it can be read.
+        The record, and the token, which cannot be read again later.
     Raises:
         ConfigError: no scope, an empty name or organisation, or less than a day.
     """
@@ -91,6 +91,7 @@ def create_key(
         name=name,
         organisation=organisation,
         scopes=sorted(set(scopes)),
+        # Only the hash is stored, so a copy of the ledger contains no usable key.
         secret_hash=sha256_hex(token.encode()),
         sandbox=sandbox,
         default_consent=default_consent,
@@ -104,17 +105,7 @@ def create_key(
 
 
 def revoke_key(store: Store, key_id: str, *, actor: str) -> ApiKey:
-    """End a key; a running service refuses it within a second. Ending it again changes nothing.
-
-    Args:
-        store: with the ledger.
-        key_id: id, as `relook keys list` shows it.
-        actor: who ends it.
-    Returns:
-        The record.
-    Raises:
-        UnknownIdError: there is no such key.
-    """
+    """Revoke a key, effective within a second, and return its record; UnknownIdError if there is none. Idempotent."""
     with store.ledger.begin() as tx:
         key = tx.get(ApiKey, key_id)
         if key is None:
@@ -126,22 +117,18 @@ def revoke_key(store: Store, key_id: str, *, actor: str) -> ApiKey:
 
 
 def has_keys(store: Store) -> bool:
-    """Return whether a key was ever made; from then on nobody gets in without one, even if all are revoked."""
+    """Return whether a key was ever made; from then on every request needs one, even if all are revoked."""
     with store.ledger.read() as tx:
         return bool(tx.find(ApiKey, limit=1))
 
 
 def admin_token(home: Home) -> str:
-    """Return the token of this home's own administrator, made at the first call and readable by its owner only."""
+    """Return the token of this home's administrator, created at the first call in a file of mode 0600."""
     return key_of(home, "admin-key", lambda: f"{PREFIX}_admin_{secrets.token_urlsafe(32)}")
 
 
 class KeyRing:
-    """Finds callers by their tokens. Safe from several threads.
-
-    Args:
-        store: with the keys.
-    """
+    """Looks callers up by their tokens, in a copy of all keys that is at most a second old. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -152,11 +139,11 @@ class KeyRing:
 
     @property
     def is_fresh(self) -> bool:
-        """True while `caller` needs no look into the ledger."""
+        """True while `caller` does not read the ledger."""
         return time.monotonic() - self._read_at_s <= CACHE_S
 
     def caller(self, authorization: str | None) -> Caller:
-        """Return who sent a request.
+        """Return the caller of a request.
 
         Args:
             authorization: the request's header, or None.
@@ -164,15 +151,17 @@ class KeyRing:
             The caller; `LOCAL` if there is no header and no key was ever made.
         Raises:
             AccessError: no key, or one that is unknown, expired or revoked.
-            UnavailableError: the ledger does not answer.
+            UnavailableError: the ledger cannot be reached.
         """
         keys = self._current()
         if authorization is None:
+            # `keys` includes revoked ones: once a key was made, no request without a key is accepted again.
             if keys:
                 raise AccessError("this service needs a key: send `Authorization: Bearer rlk_...`", "unauthenticated")
             return LOCAL
         kind, _, token = authorization.partition(" ")
         token_hash = sha256_hex(token.strip().encode())
+        # In constant time: response times must not reveal how much of a guessed hash is right.
         if kind.lower() == "bearer" and hmac.compare_digest(token_hash, self._admin_hash):
             return Caller("admin", LOCAL_ORGANISATION, frozenset(Scope))
         found = keys.get(token_hash) if kind.lower() == "bearer" else None
@@ -182,6 +171,7 @@ class KeyRing:
 
     def _current(self) -> dict[str, ApiKey]:
         with self._reading:
+            # Under the lock, so that one thread reads the ledger when the copy expires and the others wait for it.
             if not self.is_fresh:
                 with self._store.ledger.read() as tx:
                     self._keys = {key.secret_hash: key for key in tx.find(ApiKey)}
@@ -190,5 +180,5 @@ class KeyRing:
 
 
 def is_valid(key: ApiKey, now: datetime) -> bool:
-    """Return whether a key opens anything at a moment."""
+    """Return whether a key is neither revoked nor expired at `now`."""
     return key.revoked_at is None and (key.expires_at is None or now < key.expires_at)

@@ -98,6 +98,7 @@ def roll_back(store: Store, *, actor: str, why: str) -> Rollout:
         running = current_rollout(tx) or _last_promoted(tx)
         if running.stage is RolloutStage.PROMOTED:
             serve_model(tx, running.champion_id, ModelStatus.CHAMPION)
+        # A model that is refused can only be rolled out again with a reason, see `_new`.
         candidate = tx.require(ModelRecord, running.candidate_id)
         if candidate.status is ModelStatus.CANDIDATE or running.stage is RolloutStage.PROMOTED:
             tx.update(ModelRecord, candidate.id, status=ModelStatus.REFUSED, status_changed_at=utc_now())
@@ -163,6 +164,7 @@ def _require(tx: Transaction) -> Rollout:
 
 
 def _last_promoted(tx: Transaction) -> Rollout:
+    # Only while the promoted model still serves: another one may have been promoted directly since.
     found = tx.find(Rollout, where={"stage": RolloutStage.PROMOTED}, order_by=("-id",), limit=1)
     served = serving_model(tx)
     if not found or served is None or served.id != found[0].candidate_id:

@@ -41,6 +41,7 @@ class Authenticator:
                 caller = await run_in_threadpool(self._keys.caller, authorization)
             if scope is not None:
                 caller.require(scope)
+            # Without keys there is one local caller, the user of this machine, who is not limited.
             if caller.id != "local":
                 self._rates.take(caller.id)
             return caller

@@ -1,4 +1,4 @@
-"""Images out of request bodies: raw, or in a form with their context."""
+"""Reading images from request bodies: raw, or as multipart form with their context."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _CONTEXTS = TypeAdapter(list[Context])
 
 
 def image_body(*, many: bool = False) -> dict[str, Any]:
-    """Describe a body with one image, raw or in a form, or with many in a form, for OpenAPI."""
+    """Return the OpenAPI description of a body: one image, raw or as form, or many as form."""
     image: dict[str, Any] = {"type": "string", "format": "binary"}
     context: dict[str, Any] = {"$ref": "#/components/schemas/Context"}
     if many:
@@ -39,22 +39,16 @@ def image_body(*, many: bool = False) -> dict[str, Any]:
 
 
 async def one_image(request: Request) -> tuple[bytes, Context]:
-    """Read one image and its context.
+    """Return the bytes of one image as sent, and its context, which is empty for a raw body.
 
-    Args:
-        request: whose body is still unread.
-    Returns:
-        The bytes as sent, and the context; empty for a raw body.
-    Raises:
-        ImageError: the content type is not taken.
-        DataError: the form has no image, or its context does not fit.
+    Raises ImageError for another content type, and DataError if the form has no image or its context does not fit.
     """
     media_type = _media_type(request)
     if media_type in RAW_TYPES:
         return await request.body(), Context()
     if media_type != "multipart/form-data":
         raise ImageError(
-            f"content type {media_type or 'none'!r} is not taken; send image/jpeg, image/png, image/webp, "
+            f"content type {media_type or 'none'!r} is not supported; send image/jpeg, image/png, image/webp, "
             "or multipart/form-data with `image`",
             "unsupported_type",
         )
@@ -70,19 +64,13 @@ async def one_image(request: Request) -> tuple[bytes, Context]:
 
 
 async def many_images(request: Request, most: int) -> list[tuple[bytes, Context]]:
-    """Read several images and their contexts.
+    """Return several images with their contexts, in the order of the form; at most `most`.
 
-    Args:
-        request: whose body is still unread.
-        most: images at most.
-    Returns:
-        Pairs in the order of the form.
-    Raises:
-        ImageError: it is not a form.
-        DataError: no image, too many, or contexts that do not fit.
+    Raises ImageError if the body is not a form, and DataError for no image, too many, or contexts that do not fit.
     """
     if _media_type(request) != "multipart/form-data":
         raise ImageError("a batch is multipart/form-data with one `image` per image", "unsupported_type")
+    # Room for the context and one image too many, so that the check below names the limit.
     async with request.form(max_files=most + 2, max_fields=2, max_part_size=_largest_part(request)) as form:
         _require_known_parts(form)
         images = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
@@ -105,7 +93,7 @@ def _largest_part(request: Request) -> int:
 
 
 def _require_known_parts(form: FormData) -> None:
-    """Refuse a misspelt part: it may have held the consent that the caller believes to have given."""
+    """Refuse unknown parts: a misspelt `context` may hold a consent that would silently be ignored."""
     unknown = sorted(set(form) - {"image", "context"})
     if unknown:
         raise DataError(f"the form has a part {unknown[0][:40]!r}; its parts are `image` and `context`")

@@ -39,6 +39,7 @@ def feedback_router(service: Service, authenticator: Authenticator, metrics: Met
     ) -> FlagResponse:
         """Flag a prediction for review by an annotator."""
         prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
+        # Before the write transaction, which must be short: an explanation takes up to seconds.
         overlay = await _overlay_for_annotators(service, prediction, review)
         written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, overlay)
         metrics.flagged.labels(reason=body.reason.value).inc()

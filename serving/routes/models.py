@@ -124,6 +124,7 @@ def _add_health(router: APIRouter, service: Service, authenticator: Authenticato
         """Return whether predictions can be made: a model is loaded and passed its golden images."""
         state = await service.state()
         if state.model is None:
+            # A load balancer reads the status only, a person the detail.
             response.status_code = 503
             return Readiness(ready=False, model=None, detail=state.detail)
         model = ModelRef(id=state.model.id, status=state.model.status)

@@ -1,4 +1,4 @@
-"""The bell that Label Studio rings when an answer came in."""
+"""The webhook that Label Studio calls when an annotation was made."""
 
 import hmac
 from typing import Annotated
@@ -12,23 +12,17 @@ from serving.service import Service
 
 
 def webhooks_router(service: Service) -> APIRouter:
-    """Make the route of webhooks.
-
-    Args:
-        service: with ledger and home.
-    Returns:
-        The router.
-    """
+    """Return the router of webhooks."""
     router = APIRouter(tags=["labeling"])
     store = service.store
     expected = key_of(store.home, SECRET_FILE).encode()
 
     @router.post(WEBHOOK_PATH, status_code=204, response_class=Response)
-    def label_studio_rang(secret: Annotated[str, Header(alias=SECRET_HEADER, max_length=128)]) -> None:
-        """Tell whoever runs `relook label sync --watch` to look now; the body is not read, a poll finds the truth."""
-        # As bytes: of strings it compares only those that are ASCII.
+    def label_studio_changed(secret: Annotated[str, Header(alias=SECRET_HEADER, max_length=128)]) -> None:
+        """Notify `relook label sync --watch` to pull now; the body is not read, the pull asks Label Studio itself."""
+        # As bytes: compare_digest refuses strings that are not ASCII.
         if not hmac.compare_digest(expected, secret.encode()):
-            raise AccessError("the webhook's secret does not fit; `relook label push` sets it anew", "forbidden")
+            raise AccessError("the webhook's secret is wrong; `relook label push` sets it again", "forbidden")
         notify(store.ledger)
 
     return router

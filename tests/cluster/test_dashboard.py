@@ -32,7 +32,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         confidence=0.5, probabilities=dict.fromkeys(codes, 1 / len(codes)), decision=Decision.REVIEW, latency_ms=1.0,
         reasons=[ReasonCode.LOW_CONFIDENCE], out_of_distribution_score=0.5,
     )  # fmt: skip
-    metrics.answered(prediction)
+    metrics.predicted(prediction)
     metrics.explained.labels(method="gradcam").inc()
     metrics.flagged.labels(reason="other").inc()
     families = text_string_to_metric_families(metrics.text().decode())

@@ -1,7 +1,6 @@
-"""Tiny real models and real services for the tests of serving: one in this process, one on Ray."""
+"""Tiny real models, and the real service in this process, for the tests of serving."""
 
 import asyncio
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,20 +24,21 @@ from records.bundles import (
 from records.models import register, serve_model
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import ModelStatus
+from records.types import ModelStatus, Prediction
 from serving.app import create_app
 from serving.client import Client
 from serving.explainer import Explainer
 from serving.http_server import HttpServer
-from serving.local import LocalService
+from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.predictor import Predictor
 from serving.settings import ServingSettings
+from tests.ports import free_port
 
 SIDE_PX = 64
 
 
 def refer_point(threshold: float) -> ReferPoint:
-    """A point of which only the threshold matters."""
+    """An operating point; only its threshold matters here."""
     return ReferPoint(
         threshold=threshold, sensitivity_floor=0.9, proven=True, sensitivity=1.0, sensitivity_lower_bound=0.9,
         specificity=0.5, lesions=40,
@@ -46,7 +46,7 @@ def refer_point(threshold: float) -> ReferPoint:
 
 
 def operating_points(codes: tuple[str, ...], *, refer: float = 0.2, q: float = 0.7) -> OperatingPoints:
-    """Points that answer a clear image and refer an unclear one."""
+    """Operating points that answer a clear image and refer an unclear one."""
     return OperatingPoints(
         refer={"mel": refer_point(refer)},
         refer_malignant=refer_point(min(1.0, 2 * refer)),
@@ -111,12 +111,28 @@ def serve_bundle(store: Store, bundle: Bundle, status: ModelStatus = ModelStatus
         serve_model(tx, bundle.id, status)
 
 
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+@dataclass(frozen=True)
+class LocalService:
+    """The service in one process and event loop, without Ray."""
+
+    store: Store
+    settings: ServingSettings
+    predictor: Predictor
+    explainer: Explainer
+
+    async def predict(self, request: PredictionRequest) -> StoredPrediction:
+        return await self.predictor.predict(request)
+
+    async def explain(
+        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
+    ) -> HeatMap:
+        return await asyncio.to_thread(self.explainer.explain, prediction, method, target, versus)
+
+    async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
+        return await asyncio.to_thread(self.explainer.explain_image, image, method, target, versus)
+
+    async def state(self) -> ServingState:
+        return self.predictor.state()
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,7 @@ class ServingTools:
 
 
 async def _cancel_leftovers() -> None:
-    """End what the page keeps running for ever."""
+    """Cancel tasks of the page that run for ever."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()
@@ -183,7 +199,7 @@ async def _cancel_leftovers() -> None:
 
 @pytest.fixture(scope="session")
 def make_image() -> Callable[..., bytes]:
-    """Generated images by number: the same number is the same image."""
+    """Generated images by number: an equal number gives an equal image."""
     made: dict[int, bytes] = {}
 
     def make(number: int = 0) -> bytes:
@@ -199,7 +215,7 @@ def make_image() -> Callable[..., bytes]:
 def service_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """The store of the in-process service: one champion with random weights."""
     opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("served")))
-    # With this bias the random network answers some images and doubts others.
+    # With this bias the random network answers some images and sends others to review.
     serve_bundle(opened, make_bundle(opened, 0, bias={"bcc": -2.0}))
     yield opened
     opened.close()
@@ -215,12 +231,12 @@ def service(service_store: Store) -> Iterator[RunningService]:
 
 @pytest.fixture(scope="session")
 def tools() -> ServingTools:
-    """What tests of this room share; test modules cannot import one another."""
+    """Helpers of this room as a fixture; test modules cannot import one another."""
     return ServingTools()
 
 
 @pytest.fixture
 def client(service: RunningService) -> Iterator[Client]:
-    """A client of the in-process service that does not wait for it."""
+    """A client of the in-process service that does not repeat requests."""
     with Client(service.url, retry_s=0.0) as opened:
         yield opened

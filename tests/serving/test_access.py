@@ -68,7 +68,7 @@ def client_of(keyed: Any, tokens: dict[str, str]) -> Iterator[Callable[[str], Cl
         client.close()
 
 
-def test_without_a_valid_key_nothing_is_told(keyed: Any, client_of: Callable[[str], Client], make_image: Any) -> None:
+def test_without_a_valid_key_every_route_is_refused(keyed: Any, client_of: Callable[[str], Client], make_image: Any) -> None:
     with httpx.Client(base_url=keyed.url, trust_env=False) as http:
         for path in ("/v1/predictions", "/v1/model", "/v1/models", "/v1/events", "/metrics"):
             response = http.get(path)
@@ -82,7 +82,7 @@ def test_without_a_valid_key_nothing_is_told(keyed: Any, client_of: Callable[[st
         client_of("rlk_0_wrong").predict(make_image(0))
 
 
-def test_scopes_say_what_a_key_may_do(client_of: Callable[[str], Client], make_image: Any) -> None:
+def test_scopes_limit_what_a_key_may_do(client_of: Callable[[str], Client], make_image: Any) -> None:
     answer = client_of("south").predict(make_image(0))
     with pytest.raises(AccessError, match="scope `flag`"):
         client_of("south").flag(answer.id, FlagRequest(reason="unsure"))
@@ -153,7 +153,7 @@ def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str],
         admin.erase("0" * 64)
 
 
-def test_an_image_whose_time_was_over_comes_back_when_it_is_sent_again(
+def test_an_expired_image_is_stored_again_when_it_is_sent_again(
     kept: Store, client_of: Callable[[str], Client], make_image: Any
 ) -> None:
     settings = kept.settings.model_copy(update={"keep_images_days": 1})

@@ -53,7 +53,7 @@ def huge_png(width: int, height: int) -> bytes:
 # ---------------------------------------------------------------- answers
 
 
-def test_the_answer_is_what_the_design_says_and_is_in_the_ledger(
+def test_a_prediction_has_the_documented_fields_and_is_in_the_ledger(
     service: Any, http: httpx.Client, make_image: Callable[..., bytes]
 ) -> None:
     response = http.post("/v1/predictions?explain=gradcam", content=make_image(0), headers=JPEG)
@@ -83,7 +83,7 @@ def test_the_answer_is_what_the_design_says_and_is_in_the_ledger(
     assert service.store.blobs.get(image.id)
 
 
-def test_a_raw_body_and_a_form_give_the_same_answer(client: Client, make_image: Callable[..., bytes]) -> None:
+def test_a_raw_body_and_a_form_give_the_same_prediction(client: Client, make_image: Callable[..., bytes]) -> None:
     raw = client.predict(make_image(1))
     form = client.predict(make_image(1), context=Context(age=61, localization="back", patient_id="p-17"))
     assert raw.image_id == form.image_id
@@ -105,12 +105,12 @@ def test_context_is_stored_and_a_patients_id_only_as_hash(
     assert "patient-secret" not in stored.model_dump_json() + image.model_dump_json()
 
 
-def test_an_answer_read_again_is_the_same(client: Client, make_image: Callable[..., bytes]) -> None:
+def test_a_prediction_read_again_is_the_same(client: Client, make_image: Callable[..., bytes]) -> None:
     answer = client.predict(make_image(3))
     assert client.prediction(answer.id) == answer
 
 
-def test_metadata_is_not_stored_and_does_not_change_the_answer(
+def test_metadata_is_not_stored_and_does_not_change_the_prediction(
     service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     exif = PillowImage.Exif()
@@ -124,7 +124,7 @@ def test_metadata_is_not_stored_and_does_not_change_the_answer(
     assert b"name of a patient" not in service.store.blobs.get(with_metadata.image_id)
 
 
-def test_an_uncertain_image_raises_one_question_with_its_overlay(
+def test_an_uncertain_image_gets_one_review_item_with_its_overlay(
     service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     answers = [client.predict(make_image(number)) for number in range(20)]
@@ -142,7 +142,7 @@ def test_an_uncertain_image_raises_one_question_with_its_overlay(
                 assert {reason.code for reason in answer.reasons} <= set(item.reasons)
 
 
-def test_an_image_that_waits_already_is_not_asked_about_twice(
+def test_an_image_with_an_open_review_item_gets_no_second_one(
     service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     doubtful = next(n for n in range(20) if client.predict(make_image(n)).decision is Decision.REVIEW)
@@ -152,7 +152,7 @@ def test_an_image_that_waits_already_is_not_asked_about_twice(
     assert first.review == second.review == client.prediction(second.id).review
 
 
-def test_without_consent_nothing_is_stored_or_asked(service: Any, client: Client) -> None:
+def test_without_consent_nothing_is_stored_or_reviewed(service: Any, client: Client) -> None:
     from images.synth import render
 
     private = [render("mel", seed=77, number=number) for number in range(6)]
@@ -170,7 +170,7 @@ def test_without_consent_nothing_is_stored_or_asked(service: Any, client: Client
         assert tx.find(ReviewItem, where={"image_id": [answer.image_id for answer in answers]}) == []
 
 
-def test_answers_are_listed_newest_first_in_pages(client: Client, make_image: Callable[..., bytes]) -> None:
+def test_predictions_are_listed_newest_first_in_pages(client: Client, make_image: Callable[..., bytes]) -> None:
     made = [client.predict(make_image(number)).id for number in range(5)]
     first = client.predictions(limit=3)
     assert [answer.id for answer in first.items] == made[::-1][:3]
@@ -184,7 +184,7 @@ def test_answers_are_listed_newest_first_in_pages(client: Client, make_image: Ca
 # ---------------------------------------------------------------- idempotency
 
 
-def test_a_repeated_key_gives_the_same_answer(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
+def test_a_repeated_key_gives_the_same_prediction(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
     first = client.predict(make_image(6), idempotency_key="again-1", explain="gradcam")
     second = client.predict(make_image(6), idempotency_key="again-1", explain="gradcam")
     assert second == first
@@ -201,7 +201,7 @@ def test_a_key_of_another_image_is_refused(client: Client, make_image: Callable[
 # ---------------------------------------------------------------- explanations
 
 
-def test_a_stored_answer_is_explained_as_it_was_answered(client: Client, make_image: Callable[..., bytes]) -> None:
+def test_a_stored_prediction_is_explained_by_its_own_model(client: Client, make_image: Callable[..., bytes]) -> None:
     answer = client.predict(make_image(8), explain="gradcam")
     assert client.explanation(answer.id) == answer.explanation
 
@@ -230,7 +230,7 @@ def test_explanations_that_cannot_be_are_refused(http: httpx.Client, client: Cli
 # ---------------------------------------------------------------- flags
 
 
-def test_a_flag_becomes_a_question_with_overlay_and_words(service: Any, client: Client, make_image: Any) -> None:
+def test_a_flag_becomes_a_review_item_with_overlay_and_comment(service: Any, client: Client, make_image: Any) -> None:
     answered = next(a for a in map(client.predict, map(make_image, range(20))) if a.decision is Decision.ANSWERED)
     request = FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel", comment="irregular border")
     flagged = client.flag(answered.id, request)
@@ -245,7 +245,7 @@ def test_a_flag_becomes_a_question_with_overlay_and_words(service: Any, client: 
     assert client.prediction(answered.id).review is not None
 
 
-def test_a_flag_on_a_question_that_waits_moves_it_up(service: Any, client: Client, make_image: Any) -> None:
+def test_a_flag_on_an_open_review_item_raises_its_priority(service: Any, client: Client, make_image: Any) -> None:
     answer = next(a for a in map(client.predict, map(make_image, range(20))) if a.decision is Decision.REVIEW)
     with service.store.ledger.read() as tx:
         (before,) = tx.find(ReviewItem, where={"image_id": answer.image_id})

@@ -29,7 +29,7 @@ def folder(tmp_path: Path, make_image: Callable[..., bytes]) -> Path:
     return made
 
 
-def test_the_table_is_what_the_service_answers_in_order(
+def test_the_table_has_the_predictions_of_the_service_in_order(
     service_store: Store, client: Client, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "table.csv"

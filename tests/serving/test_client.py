@@ -60,7 +60,7 @@ def _length(request: bytes) -> int:
     return 0
 
 
-def test_a_request_whose_answer_was_lost_is_repeated_and_counted_once(
+def test_a_request_with_a_lost_response_is_repeated_and_counted_once(
     service: Any, make_image: Callable[..., bytes]
 ) -> None:
     with service.store.ledger.read() as tx:
@@ -77,7 +77,7 @@ def test_a_service_that_is_not_there_is_one_sentence(tools: Any) -> None:
         with pytest.raises(UnavailableError, match="relook serve"):
             client.model()
         assert not client.ready().ready
-        assert "no service answers" in client.ready().detail
+        assert "no service responds" in client.ready().detail
 
 
 def test_something_else_on_the_port_is_told_apart() -> None:

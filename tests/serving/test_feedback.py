@@ -98,7 +98,7 @@ def test_an_outcome_is_a_label_of_its_rank(service: Any, client: Client, make_im
         client.outcome(hidden.id, request)
 
 
-def test_events_tell_each_change_once_and_in_order(
+def test_events_list_each_change_once_and_in_order(
     service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     start = client.events(limit=200).next
@@ -119,7 +119,7 @@ def test_events_tell_each_change_once_and_in_order(
     assert client.events(after=second.id).items == []
 
 
-def test_metrics_speak_prometheus(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
+def test_metrics_are_in_prometheus_format(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
     client.predict(make_image(47))
     with httpx.Client(base_url=service.url, trust_env=False) as http:
         http.get("/v1/nothing")

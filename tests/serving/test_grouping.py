@@ -29,7 +29,7 @@ class Carrier:
         await asyncio.sleep(0.01)
 
 
-def test_what_comes_while_calls_are_under_way_leaves_together_and_in_order() -> None:
+def test_requests_during_running_calls_share_the_next_call_in_order() -> None:
     async def play() -> None:
         carrier = Carrier()
         grouping = CallGrouping(carrier.send, max_calls=2, max_group=4)
@@ -46,7 +46,7 @@ def test_what_comes_while_calls_are_under_way_leaves_together_and_in_order() -> 
     asyncio.run(play())
 
 
-def test_a_lost_call_is_an_error_of_those_whom_it_carried_and_of_nobody_else() -> None:
+def test_a_failed_call_is_an_error_of_its_own_requests_only() -> None:
     async def play() -> None:
         carrier = Carrier()
         grouping = CallGrouping(carrier.send, max_calls=1, max_group=2)
@@ -63,7 +63,7 @@ def test_a_lost_call_is_an_error_of_those_whom_it_carried_and_of_nobody_else() -
     asyncio.run(play())
 
 
-def test_who_stops_waiting_takes_nothing_from_the_others() -> None:
+def test_a_cancelled_request_does_not_affect_the_others() -> None:
     async def play() -> None:
         carrier = Carrier()
         grouping = CallGrouping(carrier.send, max_calls=1, max_group=8)

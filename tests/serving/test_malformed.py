@@ -153,7 +153,7 @@ def test_a_body_of_100_mb_is_refused_before_it_is_sent(abused: Any) -> None:
         pytest.param(png_of(50_000, 50_000, zlib.compress(b"\0")), id="50,000 x 50,000 in its header"),
     ],
 )
-def test_a_small_file_that_unfolds_is_answered_or_refused(abused: Any, bomb: bytes) -> None:
+def test_a_small_file_with_a_huge_image_is_predicted_or_refused(abused: Any, bomb: bytes) -> None:
     with httpx.Client(base_url=abused.url, trust_env=False, timeout=20) as http:
         response = http.post("/v1/predictions", content=bomb, headers={"Content-Type": "image/png"})
     assert response.status_code in (200, 413, 422), response.text
@@ -163,7 +163,7 @@ def test_a_small_file_that_unfolds_is_answered_or_refused(abused: Any, bomb: byt
 
 
 @pytest.mark.parametrize("kind", sorted(images()))
-def test_every_kind_of_image_is_answered_with_a_map(abused: Any, kind: str) -> None:
+def test_every_kind_of_image_is_predicted_with_a_map(abused: Any, kind: str) -> None:
     with Client(abused.url, retry_s=0.0) as client:
         answer = client.predict(images()[kind], explain="gradcam")
     assert answer.probabilities is not None
@@ -171,12 +171,12 @@ def test_every_kind_of_image_is_answered_with_a_map(abused: Any, kind: str) -> N
     assert np.isfinite(answer.explanation.values).all()
 
 
-def test_the_first_frame_of_an_animation_is_what_is_answered(abused: Any) -> None:
+def test_the_first_frame_of_an_animation_is_predicted(abused: Any) -> None:
     with Client(abused.url, retry_s=0.0) as client:
         assert client.predict(images()["png_animated"]).probabilities == client.predict(images()["png"]).probabilities
 
 
-def test_all_eight_orientations_give_one_answer_and_one_map(abused: Any, make_image: Callable[..., bytes]) -> None:
+def test_all_eight_orientations_give_one_prediction_and_one_map(abused: Any, make_image: Callable[..., bytes]) -> None:
     # Of the model's own split: where an image is reduced, a turned one may differ by one grey level of rounding.
     upright = PillowImage.open(io.BytesIO(make_image(3))).convert("RGB").resize((96, 64))
     answers = []

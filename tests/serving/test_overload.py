@@ -12,7 +12,7 @@ from serving.client import Client
 from serving.settings import ServingSettings
 
 
-def test_more_than_admitted_is_answered_429_and_the_client_waits(
+def test_more_than_admitted_gets_429_and_the_client_waits(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))

@@ -41,7 +41,7 @@ def with_predictor(store: Store, use: Callable[[Predictor], Awaitable[T]], setti
     return asyncio.run(run())
 
 
-def test_answers_of_a_batch_are_those_of_one_at_a_time(
+def test_predictions_of_a_batch_equal_those_of_one_at_a_time(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store, bias={"bcc": -2.0}))
@@ -62,7 +62,7 @@ def test_answers_of_a_batch_are_those_of_one_at_a_time(
         assert tx.count(Prediction) == 24
 
 
-def test_a_batch_alone_has_all_cores_and_batches_beside_each_other_one(
+def test_a_batch_alone_has_all_cores_and_concurrent_batches_one_each(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
@@ -95,7 +95,7 @@ def test_one_bad_image_harms_no_other(store: Store, tools: Any, make_image: Call
     ]
 
 
-def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
+def test_a_key_in_flight_is_predicted_once(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
     async def same_key(predictor: Predictor) -> list[StoredPrediction]:
@@ -108,7 +108,7 @@ def test_a_key_that_is_under_way_is_answered_once(store: Store, tools: Any, make
         assert tx.count(Prediction) == 1
 
 
-def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
+def test_two_replicas_with_one_key_give_one_prediction(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
     async def race() -> list[StoredPrediction]:
@@ -132,7 +132,7 @@ def test_two_replicas_with_one_key_give_one_answer(store: Store, tools: Any, mak
         assert tx.count(Prediction) == 4
 
 
-def test_what_is_not_finite_is_asked_and_never_dropped(
+def test_non_finite_output_is_reviewed_and_never_dropped(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     tools.serve_bundle(store, tools.make_bundle(store, status_of_images="overflow"))
@@ -153,7 +153,7 @@ def test_what_is_not_finite_is_asked_and_never_dropped(
         Explainer(store, SETTINGS).explain(prediction, "gradcam", "mel")
 
 
-def test_a_new_model_answers_from_the_next_request_on(
+def test_a_new_model_serves_from_the_next_request_on(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     first, second = tools.make_bundle(store, 0), tools.make_bundle(store, 1)

@@ -43,7 +43,7 @@ def test_each_error_has_its_status(error: Exception, status: int, code: str) -> 
 
 
 @pytest.mark.parametrize("error", [UnavailableError, IntegrityError, RuntimeError])
-def test_our_own_faults_give_nothing_away(error: type[Exception]) -> None:
+def test_internal_errors_reveal_nothing(error: type[Exception]) -> None:
     found = problem_of(error("sqlite:////secret/place/ledger.db at line 7"))
     assert "secret" not in found.model_dump_json()
     assert "Traceback" not in found.model_dump_json()

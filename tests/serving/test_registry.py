@@ -34,7 +34,7 @@ def served(tmp_path: Any, tools: Any) -> Iterator[tuple[Store, str, str]]:
     store.close()
 
 
-def test_a_model_says_how_often_its_scores_were_right(served: tuple[Store, str, str]) -> None:
+def test_a_model_lists_how_often_its_scores_were_right(served: tuple[Store, str, str]) -> None:
     store, model_id, url = served
     with Client(url, retry_s=0.0) as client:
         found = client.model_details(model_id)
@@ -57,7 +57,7 @@ def test_a_model_says_how_often_its_scores_were_right(served: tuple[Store, str, 
     assert answered.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
 
 
-def test_rounds_show_what_was_written_down(served: tuple[Store, str, str]) -> None:
+def test_rounds_show_stored_results(served: tuple[Store, str, str]) -> None:
     store, model_id, url = served
     record = RoundRecord(
         id=new_id(), number=1, started_at=utc_now(), seed=0, settings_hash="s", model_id=model_id, verdict="promote",
@@ -84,7 +84,7 @@ def test_rounds_show_what_was_written_down(served: tuple[Store, str, str]) -> No
     )
 
 
-def test_a_caller_is_told_who_they_are_and_a_stranger_is_not(served: tuple[Store, str, str]) -> None:
+def test_a_caller_can_read_their_identity_and_a_stranger_cannot(served: tuple[Store, str, str]) -> None:
     store, _, url = served
     with Client(url, retry_s=0.0) as client:
         assert client.caller().id == "local"
@@ -97,7 +97,7 @@ def test_a_caller_is_told_who_they_are_and_a_stranger_is_not(served: tuple[Store
         assert Scope.ADMIN in client.caller().scopes
 
 
-def test_without_a_key_nothing_is_told_once_keys_exist(served: tuple[Store, str, str]) -> None:
+def test_without_a_key_routes_are_refused_once_keys_exist(served: tuple[Store, str, str]) -> None:
     store, model_id, url = served
     create_key(store, name="ward", organisation="clinic", scopes=[Scope.PREDICT], actor="test")
     time.sleep(CACHE_S)
@@ -107,7 +107,7 @@ def test_without_a_key_nothing_is_told_once_keys_exist(served: tuple[Store, str,
                 ask()
 
 
-def test_events_of_named_answers_only(served: tuple[Store, str, str], make_image: Callable[..., bytes]) -> None:
+def test_events_of_named_predictions_only(served: tuple[Store, str, str], make_image: Callable[..., bytes]) -> None:
     _, _, url = served
     with Client(url, retry_s=0.0) as client:
         ids = [client.predict(make_image(number)).id for number in (50, 51, 52)]

@@ -65,13 +65,13 @@ def answers(client: Client, make_image: Callable[..., bytes]) -> list[dict[str, 
     return [answer.model_dump(exclude={"id", "request_id", "created_at", "review"}) for answer in found]
 
 
-def test_a_restored_service_answers_as_before(tools: Any, make_image: Callable[..., bytes], tmp_path: Path) -> None:
+def test_a_restored_service_predicts_as_before(tools: Any, make_image: Callable[..., bytes], tmp_path: Path) -> None:
     destroy_and_compare(served_here, tools, make_image, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_a_restored_service_on_ray_answers_as_before(
+def test_a_restored_service_on_ray_predicts_as_before(
     ray_session: Any, tools: Any, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     destroy_and_compare(served_on_ray, tools, make_image, tmp_path)
@@ -112,7 +112,7 @@ def destroy_and_compare(
     assert {"prediction", "flag", "review_item"} <= {step["kind"] for step in events["steps"]}
 
 
-def test_a_home_that_was_moved_answers_from_where_it_is(tmp_path: Path, tools: Any, make_image: Any) -> None:
+def test_a_moved_home_predicts_from_its_new_place(tmp_path: Path, tools: Any, make_image: Any) -> None:
     with closing(open_store(RecordsSettings(home=tmp_path / "before"))) as store:
         bundle = tools.make_bundle(store)
         tools.serve_bundle(store, bundle)

@@ -127,7 +127,7 @@ def test_shadow_canary_and_full_without_a_failed_request(
     check_pairs(kept, {answer.request_id: answer for answer in traffic.answers})
 
 
-def test_nan_answers_are_taken_back_and_never_served(
+def test_a_candidate_with_nan_output_is_rolled_back_and_nan_never_served(
     kept: Store, running: Any, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     model_id = candidate(kept, tools.make_bundle(kept, 2, status_of_images="overflow"))
@@ -149,7 +149,7 @@ def test_nan_answers_are_taken_back_and_never_served(
     assert not any(p.served for p in asked if ReasonCode.NON_FINITE in p.reasons)
 
 
-def test_a_candidate_with_wrong_golden_answers_gets_no_traffic(kept: Store, tools: Any) -> None:
+def test_a_candidate_with_wrong_golden_logits_gets_no_traffic(kept: Store, tools: Any) -> None:
     wrong = np.full((4, len(kept.taxonomy.codes)), 9.0, dtype=np.float32)
     model_id = candidate(kept, tools.make_bundle(kept, 3, golden_logits=wrong))
     with pytest.raises(RefusedError, match=r"may not take traffic: .*golden"):

@@ -84,7 +84,7 @@ def test_problems_cross_the_replicas_as_they_are(url: str, make_image: Callable[
 
 
 @pytest.mark.slow
-def test_interleaved_calls_get_the_answers_of_one_at_a_time_and_are_stored_once(
+def test_interleaved_calls_get_the_predictions_of_one_at_a_time_and_are_stored_once(
     url: str, served_store: Store, make_image: Callable[..., bytes]
 ) -> None:
     # bench/drills/interleaved.py is the long form.
@@ -172,7 +172,7 @@ def test_a_person_uploads_reads_and_objects(
 
 
 @pytest.mark.browser
-def test_an_example_is_asked_with_the_keyboard_and_a_wrong_file_is_told(
+def test_an_example_is_predicted_by_keyboard_and_a_wrong_file_is_reported(
     browser: "Browser", url: str, tmp_path: Path
 ) -> None:
     page, _ = open_page(browser, url, 1280)
@@ -208,7 +208,7 @@ def test_the_page_reads_no_file_but_uploads(url: str, served_store: Store, make_
 # ---------------------------------------------------------------- exchange and trouble
 
 
-def test_a_swap_under_traffic_fails_no_request_and_every_answer_is_stored_once(
+def test_a_swap_under_traffic_fails_no_request_and_every_prediction_is_stored_once(
     url: str, served_store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     second = tools.make_bundle(served_store, 1, bias={"vasc": 2.0})
@@ -252,7 +252,7 @@ def test_a_swap_under_traffic_fails_no_request_and_every_answer_is_stored_once(
     assert doubtful <= waiting
 
 
-def test_a_killed_ingress_comes_back_on_its_port_and_loses_no_answer(
+def test_a_killed_ingress_comes_back_on_its_port_and_loses_no_prediction(
     url: str, served_store: Store, make_image: Callable[..., bytes]
 ) -> None:
     with Client(url, retry_s=60) as client:
@@ -275,7 +275,7 @@ def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, make_image: Call
         time.sleep(0.2)
 
 
-def test_what_cannot_start_is_said_before_anything_is_started(
+def test_failed_preconditions_are_reported_before_anything_is_started(
     url: str, served_store: Store, tmp_path: Any, tools: Any
 ) -> None:
     from serving.launch import start_service

@@ -9,16 +9,16 @@ from serving.settings import ServingSettings, compute_threads
 
 @pytest.mark.parametrize("host", ["example.org", "", "localhost:80", "1.2.3"])
 def test_only_an_address_is_listened_on(host: str) -> None:
-    with pytest.raises(ValidationError, match="no address"):
+    with pytest.raises(ValidationError, match="not an IP address"):
         ServingSettings(host=host)
 
 
 @pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:80"), ("::1", "http://[::1]:80")])
-def test_the_url_says_where(host: str, url: str) -> None:
+def test_the_url_has_host_and_port(host: str, url: str) -> None:
     assert ServingSettings(host=host, port=80).url == url
 
 
-def test_a_batch_has_to_fit_into_what_is_admitted() -> None:
+def test_a_batch_has_to_fit_into_max_in_flight() -> None:
     with pytest.raises(ValidationError, match="raise max_in_flight"):
         ServingSettings(max_batch_size=32, max_in_flight=16)
 

@@ -78,20 +78,20 @@ def test_rules_by_hand(row: FloatArray, decision: str, reasons: set[str]) -> Non
     assert {reason.value for reason in verdict.reasons} == reasons
 
 
-def test_an_empty_prediction_set_is_doubt() -> None:
+def test_an_empty_prediction_set_goes_to_review() -> None:
     strict = operating_points(0.01)
     verdict = triage(probabilities(nv=0.9), TAXONOMY, strict, RULES, NOT_SAMPLED)
     assert verdict.prediction_set == ()
     assert verdict.reasons == (ReasonCode.PREDICTION_SET,)
 
 
-def test_a_model_without_thresholds_answers_nothing_by_itself() -> None:
+def test_a_model_without_thresholds_sends_everything_to_review() -> None:
     verdict = triage(probabilities(nv=0.99), TAXONOMY, OperatingPoints(), RULES, NOT_SAMPLED)
     assert verdict.decision is Decision.REVIEW
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_what_is_not_finite_goes_to_an_annotator_without_a_label(broken: float) -> None:
+def test_non_finite_output_goes_to_review_without_a_label(broken: float) -> None:
     row = probabilities(nv=0.9)
     row[3] = broken
     verdict = decide(row)
@@ -101,7 +101,7 @@ def test_what_is_not_finite_goes_to_an_annotator_without_a_label(broken: float) 
     assert np.isfinite(verdict.priority)
 
 
-def test_the_audit_sample_takes_certain_answers_and_says_with_what_chance() -> None:
+def test_the_audit_sample_takes_certain_predictions_and_stores_their_probability() -> None:
     verdict = decide(probabilities(nv=0.99), draw=0.019)
     assert verdict.decision is Decision.REVIEW
     assert verdict.reasons == (ReasonCode.AUDIT_SAMPLE,)
@@ -133,12 +133,12 @@ def test_nothing_above_a_threshold_is_ever_answered(row: FloatArray) -> None:
 
 @given(rows)
 @settings(max_examples=200, deadline=None)
-def test_offline_figures_count_as_answered_what_the_service_answers(row: FloatArray) -> None:
+def test_offline_figures_count_the_decisions_of_the_service(row: FloatArray) -> None:
     online = triage(row, TAXONOMY, POINTS, TriageRules(0.0, 2, 0.0), NOT_SAMPLED).decision is Decision.ANSWERED
     assert bool(answered(row[None], TAXONOMY, POINTS)[0]) == online
 
 
-def test_urgent_is_asked_before_flagged_before_referred_before_sampled_before_unsure() -> None:
+def test_priority_is_urgent_flagged_referred_sampled_unsure() -> None:
     row = probabilities(nv=0.5)
     order = [
         ReasonCode.URGENT,
