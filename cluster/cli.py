@@ -93,6 +93,7 @@ def doctor(call: Call) -> None:
 
     checks = examine(call.settings)
     failed = any(check.state == "fail" for check in checks)
+    # Printed before the exit code is raised, so that a script gets the checks of a machine that fails them.
     call.emit({"ok": not failed, "checks": [check.model_dump() for check in checks]}, report(checks))
     if failed:
         raise typer.Exit(1)
@@ -122,6 +123,7 @@ def run(arguments: Sequence[str], command: typer.Typer = app, name: str = "reloo
     Returns:
         The exit code.
     """
+    # Searched in the text, because a call that cannot be parsed must also answer with one JSON object.
     if "--json" not in arguments:
         return _run(arguments, command, name, as_json=False)
     with results_alone():
@@ -141,6 +143,7 @@ def _run(arguments: Sequence[str], command: typer.Typer, name: str, *, as_json: 
         kept = _keep_traceback()
         message = f"unexpected {type(error).__name__}: {error}; this is a bug, the traceback is in {kept}"
         return _complain(message, type(error).__name__, 1, as_json)
+    # Typer turns Ctrl-C inside a verb into this code without raising.
     if code == 130:
         return _complain("interrupted; what was done so far is kept", "Interrupted", 130, as_json)
     return code if isinstance(code, int) else 0
@@ -148,6 +151,7 @@ def _run(arguments: Sequence[str], command: typer.Typer, name: str, *, as_json: 
 
 def main() -> None:
     """Run the command line of this process and exit with its code."""
+    # By default SIGTERM ends the process at once; as an exception it runs the `finally` blocks that stop Ray.
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     sys.exit(run(sys.argv[1:]))
 

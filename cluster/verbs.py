@@ -76,6 +76,7 @@ def promote(
             model,
             provisional=provisional,
             forced_because=reason if force else None,
+            # The key comes from the environment: an option would show it to everyone who lists the processes.
             caller=caller_of(store, os.environ.get(KEY_VARIABLE)),
         )
     call.emit(promoted, f"model {promoted['model_id'][:12]} is {promoted['status']} and serves")
@@ -94,6 +95,7 @@ def retention_command(
         if dry_run:
             found = find_due(store)
         else:
+            # The call itself counts what is due, so the total is known only with its first report.
             task = bar.add_task("images and predictions", total=None)
             found = retain(store, lambda done, total: bar.update(task, completed=done, total=total))
     call.emit({"dry_run": dry_run, **found.model_dump(mode="json")}, sentence(found, dry_run=dry_run))
@@ -111,6 +113,7 @@ def erase_command(
     """Erase images on a person's request: bytes, heat maps, personal data; each erasure is audited."""
     from cluster.deletion import erase, images_to_erase
 
+    # One image at a time and in order: after an interruption the same call erases the rest.
     with call.store() as store, progress() as bar:
         wanted = images_to_erase(store, images or (), patient)
         task = bar.add_task("images", total=len(wanted))
@@ -137,7 +140,7 @@ def monitor_command(call: Call) -> None:
 @verb(app, "round")
 def round_command(
     call: Call,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted round.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted round.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Start a round whenever one is due, until Ctrl-C.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what a round would do and cost.")] = False,
     replay: Annotated[int | None, typer.Option("--replay", help="Run round N again and compare.")] = None,
@@ -208,6 +211,7 @@ def _replay(call: Call, store: "Store", number: int) -> None:
 
     with call.ray():
         found = replay_round(store, number)
+    # The most frequent cause goes into the message: another version of a package rounds differently.
     if not found.within_tolerance:
         packages = f"; packages differ: {', '.join(found.other_packages)}" if found.other_packages else ""
         raise IntegrityError(f"round {number} came out differently: {found.differences}{packages}")
@@ -291,6 +295,7 @@ def select_command(
     from records.models import find_bundle
 
     parts = dict(_part(text) for text in mix or [])
+    # A misspelt rule is refused here, before a folder of images is read and a model loaded.
     for name in parts or [rule]:
         rule_named(name)
     with call.store() as store:

@@ -81,6 +81,7 @@ def status_command(call: Call) -> None:
     for problem in found.problems:
         table.add_row("[red]problem[/]", problem)
     call.emit(found, table)
+    # After the table, so that a monitor gets both the exit code and the reasons.
     if found.problems:
         raise typer.Exit(1)
 

@@ -47,7 +47,7 @@ class JsonCall:
 
     Args:
         context: Typer's.
-        as_json: what `--json` said.
+        as_json: whether `--json` was given.
     """
 
     context: typer.Context
@@ -78,11 +78,13 @@ class Call(JsonCall):
         return self.compose()
 
     def compose(self, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Any:
-        """Return the settings with further `room.field=value` texts.
+        """Compose the settings with further `room.field=value` texts.
 
         Args:
             before: texts that `--set` may overrule.
             after: texts that overrule `--set`.
+        Returns:
+            The Settings object of the cluster room.
         Raises:
             ConfigError: a setting cannot work.
             ContractError: the root command left no loader in the context.
@@ -95,16 +97,19 @@ class Call(JsonCall):
     @contextmanager
     def store(self) -> "Generator[Store]":
         """Open the store of the settings while the block runs."""
+        # Imported here: the store brings the database driver, and `relook --help` needs none.
         from records.store import open_store
 
         with closing(open_store(self.settings.records)) as store:
             yield store
 
     def ray(self, settings: Any = None) -> AbstractContextManager[Any]:
-        """Return a context in which Ray runs; at its end nothing that it started is left.
+        """Start Ray for a block.
 
         Args:
             settings: composed settings; None takes those of the call.
+        Returns:
+            A context in which Ray runs; at its end nothing that it started is left.
         Raises:
             ContractError: the root command left nothing that starts Ray.
         """
@@ -142,7 +147,7 @@ def verb(
 def group_verb(
     app: typer.Typer,
 ) -> Callable[[Callable[Concatenate[Call, P], None]], Callable[Concatenate[Call, P], None]]:
-    """Make a function what an app does without a verb, with the common options; it is not run before a verb.
+    """Call a function when a group is called without a verb; the group gets the common options.
 
     Args:
         app: a group with `invoke_without_command`.
@@ -152,6 +157,7 @@ def group_verb(
 
     def add(function: Callable[Concatenate[Call, P], None]) -> Callable[Concatenate[Call, P], None]:
         def alone(call: Call, *args: P.args, **kwargs: P.kwargs) -> None:
+            # Typer calls a group's function before every verb of the group, too.
             if call.context.invoked_subcommand is None:
                 function(call, *args, **kwargs)
 
@@ -205,6 +211,7 @@ def _with_common_options(function: Callable[..., None], preset: str | None) -> C
         config, preset, sets = (options.pop(name) for name in ("config", "preset", "sets"))
         function(Call(ctx, as_json, config, preset, tuple(sets or ())), **options)
 
+    # All keyword-only: Typer passes by name, and a required option may then follow one with a default.
     ctx = Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     common = [*(_settings_options(preset) if takes_settings else ()), _JSON]
     own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
@@ -237,6 +244,7 @@ class _VerbGroup(TyperGroup):
 @contextmanager
 def results_alone() -> Generator[None]:
     """Keep stdout for results while the block runs: what engines print there goes to stderr instead."""
+    # A context variable and not the object that `sys.stdout` is now: tests and rich replace `sys.stdout` themselves.
     results = sys.stdout
     token = _RESULTS.set(results)
     try:
@@ -252,12 +260,12 @@ def emit_json(value: dict[str, Any]) -> None:
 
 
 def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType | None = None) -> None:
-    """Print the result of a verb: one JSON object, or its form for people.
+    """Print the result of a verb: one JSON object, or text and tables.
 
     Args:
-        as_json: what `--json` said.
-        value: the machine-readable result; it must hold no NaN.
-        human: what a person sees; nothing is printed for None.
+        as_json: whether `--json` was given.
+        value: printed with `--json`; it must hold no NaN.
+        human: printed otherwise; None prints nothing.
     """
     if as_json:
         plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
@@ -267,12 +275,7 @@ def emit(as_json: bool, value: dict[str, Any] | BaseModel, human: RenderableType
 
 
 def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
-    """Lay out measured figures, one row each.
-
-    Args:
-        title: of the table.
-        figures: by key; of one that is None, `reasons` may say why, by the key or a part of it.
-    """
+    """Lay out measured figures, one row each; `figures["reasons"]` explains by key, or part of it, what is None."""
     table, reasons = Table("what", "figure", title=title), figures.get("reasons", {})
     for name, value in figures.items():
         if name != "reasons":

@@ -1,8 +1,8 @@
 """Progress on stderr: a bar in a terminal, lines of plain text everywhere else.
 
 `progress()` and `status()` are used by every verb. Where stderr is a file or a pipe, rich draws nothing, so
-`LineProgress` prints a line when a task begins, when it ends, at every step that has something to tell (an epoch, a
-message), and at most once per minute for a task that only counts. Nothing here writes to stdout.
+`LineProgress` prints a line when a task begins, when it ends, at every step with a new detail or message (an epoch, a
+package), and at most once per minute for a task that only counts. Nothing here writes to stdout.
 """
 
 import re
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 def progress() -> Progress:
     """Return progress on stderr: bars in a terminal, lines elsewhere.
 
-    A task may have the fields `step` (what is counted, such as "epoch"), `detail` (what the last step told) and
+    A task may have the fields `step` (what is counted, such as "epoch"), `detail` (the result of the last step) and
     `left_s` (seconds left, where the caller knows better than the rate of the counts).
     """
     if not stderr.is_terminal:
@@ -188,12 +188,12 @@ class LineProgress(Progress):
             return
         detail, message = task.fields.get("detail", ""), _without_numbers(task.description)
         # A text that only counts differently ("package 3 of 9") is a count; another text is a step.
-        told = detail != printed.detail or message != printed.message
+        is_step = detail != printed.detail or message != printed.message
         # The first line does not delay the first step: a run of two short epochs still prints both.
-        step_is_due = told and now_s - printed.steps_at_s >= STEP_PAUSE_S
+        step_is_due = is_step and now_s - printed.steps_at_s >= STEP_PAUSE_S
         if step_is_due or now_s - printed.at_s >= COUNT_PAUSE_S:
             printed.at_s = now_s
-            if told:
+            if is_step:
                 printed.steps_at_s, printed.detail, printed.message = now_s, detail, message
             self._write(_line(task, _left_s(task)))
 
@@ -216,8 +216,8 @@ def _line(task: Task, left_s: float | None = None) -> str:
     parts = [f"{step} {count}".strip() if count else "", task.fields.get("detail", "")]
     if left_s is not None:
         parts.append(f"{duration(left_s)} left")
-    told = ", ".join(part for part in parts if part)
-    return f"{task.description}: {told}" if told else task.description
+    listed = ", ".join(part for part in parts if part)
+    return f"{task.description}: {listed}" if listed else task.description
 
 
 def _left_s(task: Task) -> float | None:

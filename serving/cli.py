@@ -49,9 +49,11 @@ def serve(
     serving: ServingSettings = settings.serving
     require_startable(serving, settings.records)
 
+    # Imported after the checks: Ray and torch take seconds to load, and a port in use should be reported at once.
     from serving.launch import run_service
 
     with status("starting the service") as spinner, call.ray(settings), run_service(serving, settings.records) as s:
+        # The service runs inside of this block, but its display has to end before the address is printed.
         spinner.stop()
         call.emit({"url": s.url, "docs": f"{s.url}/docs"}, f"Relook serves at {s.url} (API: {s.url}/docs)")
         stderr.print("Ctrl-C stops it.")
@@ -66,7 +68,7 @@ def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
     explain: Annotated[str | None, typer.Option("--explain", help="gradcam: also write a heat map per image.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
 ) -> None:
     """Predict a folder of images and write a table, most urgent first; store and review nothing."""
     from records.models import find_bundle
@@ -81,9 +83,9 @@ def predict(
             on_done=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     counts = Counter(row["decision"] or "unreadable" for row in result.rows)
-    told = ", ".join(f"{number} {decision}" for decision, number in counts.items())
+    listed = ", ".join(f"{number} {decision}" for decision, number in counts.items())
     body = {"model_id": bundle.id, "images": len(result.rows), "decisions": dict(counts), "out": str(out)}
-    call.emit(body, f"{len(result.rows)} images ({told}) in {out}, most urgent first")
+    call.emit(body, f"{len(result.rows)} images ({listed}) in {out}, most urgent first")
 
 
 @verb(keys_app, "create")
@@ -178,6 +180,7 @@ def verify_command(
     for one in found:
         difference = "" if one.golden_difference is None else f"{one.golden_difference:.2g}"
         table.add_row(one.id[:12], one.status, one.precision or "", difference, one.problem or "unchanged")
+    # Printed before the exit code is raised, so that a script reads which model changed.
     body = {"models": [one.model_dump() for one in found], "whole": all(one.problem is None for one in found)}
     call.emit(body, table if found else "no model is registered yet; `relook train` makes one")
     if not body["whole"]:
@@ -236,6 +239,7 @@ def rollout(
                 raise ConfigError("no rollout is under way; `relook rollout MODEL` starts one")
         else:
             bundle = find_bundle(store, model)
+            # A rollout has at most 99 %; 100 % is a promotion, which needs a rollout to end.
             running = begin(store, bundle.id, min(percent, 99), actor="relook rollout", reason=reason)
             if percent == 100:
                 running = promote(store, actor="relook rollout")

@@ -64,10 +64,9 @@ def tune(
     """Search training settings; val alone chooses the winner."""
     from images.importer import open_dataset
     from records.ids import new_id
-    from tuning.page import write_report
-    from tuning.report import RUN_PREFIX, find_run, report_on
+    from tuning.report import RUN_PREFIX, find_run, report_on, write_report
+    from tuning.search import fit_winner as fit
     from tuning.search import search, searched_space
-    from tuning.winner import fit_winner as fit
 
     settings = call.settings
     changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
@@ -105,8 +104,7 @@ def report(
     """Show a search: trials, effects, failures, the command that trains the winner; write its page."""
     from records.home import open_home
     from tuning.live import comparison_table, effects_table
-    from tuning.page import write_report
-    from tuning.report import find_run, report_on
+    from tuning.report import find_run, report_on, write_report
 
     runs: Path = open_home(call.settings.records.home).runs
     folder = find_run(runs, run)

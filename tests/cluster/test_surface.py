@@ -54,7 +54,9 @@ def test_the_api_has_the_operations_that_it_had(store: Store) -> None:
     assert operations == {operation for operation in SURFACE["operations"] if operation not in GONE}
 
 
-@pytest.mark.parametrize("entry", [*SURFACE["gone"], *SURFACE["renamed"]], ids=lambda entry: entry.get("what") or entry["from"])
+@pytest.mark.parametrize(
+    "entry", [*SURFACE["gone"], *SURFACE["renamed"]], ids=lambda entry: entry.get("what") or entry["from"]
+)
 def test_what_is_gone_or_renamed_has_a_reason_and_was_there(entry: dict[str, str]) -> None:
     what = entry.get("what") or entry["from"].rsplit(" ", 1)[0]
     assert what in SURFACE["verbs"] or what in SURFACE["operations"]

@@ -117,6 +117,7 @@ def audit_command(
             from trainers.fitting.pretend import pretend
 
             shown = pretend(store, call.settings.trainers, dataset, progress=bar)
+    # Printed after the progress has ended, which would otherwise draw over the tables.
     if shown is None:
         call.emit(report, _audit_tables(report))
         return
@@ -160,6 +161,7 @@ def preview_command(
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out} is not a PNG; give a name that ends in .png")
     settings = call.settings
+    # Loaded first: a wrong policy is refused before images are read.
     checked = load_policy(policy)
     with call.store() as store, progress() as bar:
         sample = sample_images(store, data, images, settings.trainers.model.side_px, progress=bar)

@@ -63,6 +63,7 @@ def evaluate_command(
         else:
             dataset = load_dataset(store, data or document.dataset_id)
             found = predict_split(store, bundle, dataset, split, actor="cli", model=loaded, progress=bar, masks=masks)
+        # Thresholds are used as served; a stated prevalence re-weights only the figures without thresholds.
         evaluation = evaluate(
             found, document.taxonomy, document.operating, prevalence=shares, priors=document.calibration.priors
         )

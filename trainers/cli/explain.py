@@ -58,6 +58,7 @@ def explain_command(
         shape = tuple(result["shape"])
         human = f"{method} for {result['target']}{rather} (probability {share}), map {shape}: {out}"
         human += f" ({facts})" if facts else ""
+    # An unwritable path is the user's mistake: exit 2 with a sentence instead of a traceback.
     try:
         out.write_bytes(png)
     except OSError as error:
@@ -78,11 +79,11 @@ def _explained(
     # Gradients need fp32, and a single image is quick in it.
     loaded = load_model(bundle, precision="fp32")
     pixels = read_square(image, loaded.geometry.side_px)[None]
-    answer = loaded.predict(pixels)
-    if not answer.finite[0]:
-        raise RefusedError("the model has no finite answer for this image, so there is nothing to explain")
+    output = loaded.predict(pixels)
+    if not output.finite[0]:
+        raise RefusedError("the model's prediction for this image is not finite, so there is nothing to explain")
     codes = loaded.taxonomy.codes
-    index = loaded.taxonomy.index_of(target) if target else int(answer.probabilities[0].argmax())
+    index = loaded.taxonomy.index_of(target) if target else int(output.probabilities[0].argmax())
     other = loaded.taxonomy.index_of(versus) if versus else None
     if other == index:
         raise ConfigError(f"--versus {versus} is the class that is explained; name another one")
@@ -95,7 +96,7 @@ def _explained(
         "completeness_error": found.completeness_error,
         "target": codes[index],
         "versus": versus,
-        "probabilities": dict(zip(codes, answer.probabilities[0].tolist(), strict=True)),
+        "probabilities": dict(zip(codes, output.probabilities[0].tolist(), strict=True)),
         "shape": list(heat_map.shape),
         "values": heat_map.tolist(),
     }

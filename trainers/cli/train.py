@@ -71,6 +71,7 @@ def train_command(
         start = find_bundle(store, start_from) if start_from else None
         dataset = open_dataset(store, data, progress=bar)
         run_dir = _run_dir(store, trainers, dataset, start, resume)
+        # One worker trains in this process: starting Ray costs seconds and memory that only several workers need.
         with call.ray() if use_ray else nullcontext():
             bundle = fit(
                 store,
@@ -82,6 +83,7 @@ def train_command(
                 start_from=start,
                 progress=bar,
             )
+            # Registered before the report is written: a report can be made again, a lost training cannot.
             with store.ledger.begin() as tx:
                 register(tx, bundle)
             _report_on_val(store, trainers, bundle, dataset, bar)
@@ -156,6 +158,7 @@ def _run_dir(
 
     identity = hash_of([trainers.recipe_hash(), dataset.id, start.id if start is not None else None])
     run_dir = store.home.runs / f"train-{identity[:12]}"
+    # The file appears with the first epoch; a run that failed before it left nothing to resume.
     begun = (run_dir / "metrics.jsonl").is_file()
     if begun and not resume:
         raise RefusedError(
