@@ -150,6 +150,7 @@ def replace_pixels(
 
 def is_informative(maps: NDArray[np.floating]) -> BoolArray:
     """Return which maps rank pixels at all, [N]: not those that are constant or nowhere above zero."""
+    # Clipped first: a map that varies below zero only orders no pixel, since negative values count as zero.
     positive = np.clip(maps, 0.0, None)
     return np.asarray(np.ptp(positive, axis=(1, 2)) > 0, dtype=np.bool_)
 

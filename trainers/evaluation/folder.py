@@ -106,6 +106,7 @@ def _checked(rows: Sequence[SourceRow], labels: Path, taxonomy: Taxonomy) -> lis
         elif row.label not in taxonomy.codes:
             problems.append(f"{row.source_id} has the unknown class {row.label!r}")
         seen.add(row.source_id)
+    # All problems are counted and one is shown, which is enough to find the column or folder that is wrong.
     if problems:
         raise DataError(
             f"{len(problems)} of {len(rows)} rows of {labels} cannot be evaluated, first: {problems[0]}; "

@@ -127,6 +127,7 @@ def fit_neighbours(vectors: NDArray[np.floating], *, max_directions: int, max_re
     fitted = Neighbours(
         mean=mean.astype(np.float32),
         projection=np.ascontiguousarray(projection, dtype=np.float32),
+        # A residual at the level of rounding would be magnified into noise; 0 leaves it out.
         residual_scale=float(outside) if outside > 1e-6 * singular.max(initial=0.0) else 0.0,
         reference=np.zeros((1, num_directions + 1), dtype=np.float32),
         rank=min(rank, len(values), max_reference),

@@ -69,6 +69,7 @@ def resized_strength(heat_map: NDArray[np.floating], height_px: int, width_px: i
     positive = np.clip(heat_map, 0.0, None).astype(np.float32)
     peak = float(positive.max())
     if peak == 0.0:
+        # No positive value, so nothing to scale by: the overlay is the image itself.
         return np.zeros((height_px, width_px), dtype=np.float32)
     small = Image.fromarray(positive / np.float32(peak), mode="F")
     resized = small.resize((width_px, height_px), Image.Resampling.BICUBIC)

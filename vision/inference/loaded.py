@@ -294,6 +294,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, NDArray[Any]], model_
     try:
         network.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=True)
     except RuntimeError as error:
+        # torch lists every name that does not fit, on lines of its own; the first ones are enough in one sentence.
         reason = " ".join(str(error).split())[:300]
         raise IntegrityError(f"the weights of model {model_id[:12]} do not fit its architecture: {reason}") from error
 

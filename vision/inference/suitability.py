@@ -103,6 +103,7 @@ class ImageChecks:
         for row, (values, far) in enumerate(zip(measured, distance, strict=True)):
             side_px = None if shorter_sides_px is None else shorter_sides_px[row]
             margins = self._margins(values, float(far), side_px)
+            # In the order of `QualityReason`, whose first member that applies is reported.
             beyond = [reason for reason in QualityReason if margins.get(reason, 1.0) < 0.0]
             rows.append((min(1.0, *margins.values()), beyond[0] if beyond else None))
         return rows

@@ -93,6 +93,7 @@ class InvertedResidual(nn.Module):
         steps["project"] = _conv_norm(wide, width, 1, active=False)
         self.steps = nn.Sequential(steps)
         self.adds = stride == 1 and channels == width
+        # "row" drops the residual of single images, not of the whole batch.
         self.drop_path = StochasticDepth(dropped, "row")
 
     def forward(self, inputs: Tensor) -> Tensor:

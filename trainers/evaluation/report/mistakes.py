@@ -47,6 +47,7 @@ def worst_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, count: int
     seen: set[str] = set()
     # A stable sort: equal costs keep the order of images, so equal evaluations show equal mistakes.
     for index in wrong[np.argsort(-loss, kind="stable")].tolist():
+        # An image without a lesion id is a lesion of its own.
         lesion = predictions.lesion_ids[index] or predictions.image_ids[index]
         if lesion not in seen and len(chosen) < count:
             chosen.append(index)

@@ -155,5 +155,6 @@ def _interval(axes: Axes, row: float, value: float, interval: Interval, colour: 
 def _line(index: int, code: str, evaluation: Evaluation) -> dict[str, Any]:
     """The key class stands out; the others have a colour of their own."""
     is_key = evaluation.key_class is not None and evaluation.key_class.name == code
+    # tab20 alternates dark and light shades: the ten dark ones first, then the light ones.
     colour = SECOND if is_key else colormaps["tab20"]((2 * index + index // 10) % 20)
     return {"color": colour, "linewidth": 2.2 if is_key else 1.0, "zorder": 3 if is_key else 2}
