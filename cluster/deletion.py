@@ -6,7 +6,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from images.forget import forget_pixels
+from images.cache import blank_pixels
 from records.erasure import Erasure, erase_image
 from records.errors import DataError
 from records.keys import patient_hash
@@ -28,7 +28,7 @@ def retain(store: Store, advance: Callable[[int, int], None]) -> Retention:
         IntegrityError: the manifest of a dataset version is missing; nothing was deleted.
         UnavailableError: a blob cannot be removed; run it again.
     """
-    forget = partial(forget_pixels, store.home.cache)
+    forget = partial(blank_pixels, store.home.cache)
     return apply_retention(store, actor="relook retention", forget=forget, advance=advance)
 
 
@@ -74,7 +74,7 @@ def erase(store: Store, image_ids: Sequence[str], advance: Callable[[int], None]
     for image_id in image_ids:
         # The ledger first: after a kill in between, erasing again finds the image and removes its pixels.
         erased.append(erase_image(store, image_id, actor="relook erase"))
-        forget_pixels(store.home.cache, [image_id])
+        blank_pixels(store.home.cache, [image_id])
         advance(len(erased))
     return erased
 

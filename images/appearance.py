@@ -1,7 +1,7 @@
-"""What an image looks like in ten numbers, without any network: colour, contrast, sharpness.
+"""Ten numbers that describe an image without any network: colour, contrast, sharpness.
 
-In: decoded pixels uint8 [N, S, S, 3], as the model sees them. Out: [N, 10], columns as `MEASURES` names
-them. What was fitted to these numbers is in `vision.inference.suitability`.
+Input: decoded pixels uint8 [N, S, S, 3], as the model sees them. Output: [N, 10], columns named by `MEASURES`. The
+limits that are fitted to these numbers are in `vision.inference.suitability`.
 """
 
 from typing import Any
@@ -53,6 +53,7 @@ def _measure(image: UInt8Array) -> list[float]:
     )
     quarter = len(grey) // 4
     centre = float(grey[quarter:-quarter, quarter:-quarter].mean() - grey.mean())
+    # In logarithms, so that the ratio of the two is a difference and a featureless image stays finite.
     log_sharpness, log_contour = float(np.log1p(sharpness)), float(np.log1p(contour))
     return [
         *mean[:, 0].tolist(),
@@ -65,6 +66,6 @@ def _measure(image: UInt8Array) -> list[float]:
 
 
 def _deviation(filtered: NDArray[Any]) -> float:
-    # The outermost pixels see a mirrored border, which is no detail of the image.
+    # At the border the filter sees mirrored pixels, whose edges are not in the image.
     _, deviation = cv2.meanStdDev(filtered[1:-1, 1:-1])
     return float(deviation[0, 0])

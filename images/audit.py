@@ -1,7 +1,7 @@
-"""What a dataset version is made of, whether it leaks, and what a random split would have pretended.
+"""Audit of a dataset version: what it holds, whether it leaks, and what a random split would have leaked.
 
-In: a dataset version. Out: an `AuditReport`. Nothing is changed, and no split is read for its labels' sake:
-the audit counts, it does not evaluate.
+Input: a dataset version. Output: an `AuditReport`. The audit only counts images and changes nothing; it computes no
+metric on any split.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ class _Part(BaseModel):
 
 
 class RandomSplit(_Part):
-    """What a random split of the images, with the same shares and a fixed seed, would have done."""
+    """The leaks of a random split of the images, with the same shares and a fixed seed."""
 
     seed: int
     leaked_lesions: int = Field(description="lesions with images on more than one split")
@@ -79,9 +79,9 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
     """Audit a dataset version.
 
     Args:
-        store: with its images.
+        store: its ledger and images are read.
         dataset: the version.
-        progress: shown while images are decoded, if the cache was emptied.
+        progress: shows decoding, which is needed only if the cache lacks images.
     Returns:
         The report.
     Raises:
@@ -129,26 +129,12 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
 
 
 def count_leaked(lesions: "pd.Series[str]", splits: "pd.Series[str]") -> int:
-    """Count the lesions with images on more than one split.
-
-    Args:
-        lesions: [N] lesion of each image.
-        splits: [N] split of each image.
-    Returns:
-        The number; 0 is what a split must have.
-    """
+    """Return how many lesions, [N], have images on more than one split, [N]; a correct split has 0."""
     return int((splits.groupby(lesions).nunique() > 1).sum())
 
 
 def split_at_random(lesions: "pd.Series[str]", seed: int = RANDOM_SPLIT_SEED) -> RandomSplit:
-    """Split images at random, as is often done, and count what leaks.
-
-    Args:
-        lesions: [N] lesion of each image.
-        seed: of the shuffle.
-    Returns:
-        What the split would have done.
-    """
+    """Split images at random, as is often done, and count the leaks; `lesions` is [N], one per image."""
     edges = np.cumsum(list(SPLIT_SHARES.values())) * len(lesions)
     names = np.array([split.value for split in SPLIT_SHARES])
     order = np.random.default_rng(seed).permutation(len(lesions))
@@ -200,7 +186,7 @@ def _quality(store: Store, images: list[Image], progress: Progress | None) -> li
 
 
 def _open_quarantine(tx: Transaction) -> list[Quarantined]:
-    """Return refused rows, without those that a later run of the same import could use."""
+    """Return refused rows, except those that a later run of the same import could use."""
     images, labels = TABLES[Image], TABLES[SourceLabel]
     query = sa.select(labels.c.source, images.c.source_id).join(images, images.c.id == labels.c.image_id)
     used = {(source, source_id) for source, source_id in tx.connection.execute(query)}

@@ -1,16 +1,16 @@
 """The pixel cache: every image decoded once, memory-mapped, shared by all trials and workers of a node.
 
-A cache of one side and one decode version is a folder of segments. A segment is two files: `NAME.u8`
-with N rows of S x S x 3 bytes, and `NAME.ids` with N image ids of 32 bytes. Both are written under
-a temporary name and moved, the ids last, so a segment that can be seen is whole. Two writers at
-worst store a row twice. The whole folder may be deleted at any time.
+The cache of one side and decode version is a folder of segments. A segment is two files: `NAME.u8` with N rows of
+S x S x 3 bytes, and `NAME.ids` with N image ids of 32 bytes. Both are written under a temporary name and renamed, the
+ids last, so a visible segment is complete. Two concurrent writers at worst store a row twice. The folder may be
+deleted at any time.
 """
 
 import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from records.store import Store, find_images, read_image
 from records.types import Image
 
 SEGMENT_BYTES = 32 * 2**20
-"""A segment is closed when it holds this much: what a killed run may lose at most."""
+"""A segment is written when it holds this much, so a killed run loses no more than that."""
 
 _ID_BYTES = 32
 _STALE_S = 3600.0
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PixelRows:
-    """Cached pixels of a list of images, in its order. It travels as paths, not as pixels.
+    """Cached pixels of a list of images, in its order. Pickled, it holds paths, not pixels.
 
     Args:
         side_px: S.
@@ -57,20 +57,21 @@ class PixelRows:
         return len(self.row_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the mappings behind; the receiver maps the same files."""
+        """Leave out the memory maps; the receiver maps the same files."""
         return {**self.__dict__, "_maps": []}
 
     def take(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> UInt8Array:
         """Copy rows out of the cache.
 
         Args:
-            indices: [n] positions in the list, 0 to N - 1, repeats allowed.
+            indices: [n] positions in the list, 0 to N - 1; repeats are allowed.
         Returns:
             [n, S, S, 3], writable.
         """
         index = np.asarray(indices, dtype=np.int64)
         segments, rows = self.segment_of[index], self.row_of[index]
         out = np.empty((len(index), self.side_px, self.side_px, 3), dtype=np.uint8)
+        # One gather per segment: a batch of shuffled rows touches few files and many rows in each.
         for segment in np.unique(segments):
             here = segments == segment
             out[here] = self._map(int(segment))[rows[here]]
@@ -88,7 +89,7 @@ class PixelRows:
 
 
 class PixelCache:
-    """The cache of one side. Opening it reads the ids only: 10,000 images take a few milliseconds.
+    """The cache of one side. Opening it reads only the ids: 10,000 images take a few milliseconds.
 
     Args:
         folder: the cache folder of the home.
@@ -104,7 +105,7 @@ class PixelCache:
         self._refresh()
 
     def __contains__(self, image_id: object) -> bool:
-        """Return whether the image's pixels are here."""
+        """Return whether the image's pixels are cached."""
         return image_id in self._place
 
     def __len__(self) -> int:
@@ -134,23 +135,16 @@ class PixelCache:
         if not len(image_ids):
             return
         name = new_id()
+        # Pixels first: `_refresh` looks for ids, so a segment appears only once both files are there.
         _publish(self.folder / f"{name}.u8", np.ascontiguousarray(pixels).data)
         _publish(self.folder / f"{name}.ids", b"".join(bytes.fromhex(image_id) for image_id in image_ids))
         self._refresh()
 
     def ensure(self, store: Store, image_ids: Iterable[str], progress: Progress | None = None) -> int:
-        """Decode the images that are missing, and only those.
+        """Decode the images that are missing and return their number.
 
-        Args:
-            store: with the images.
-            image_ids: of the images that are needed.
-            progress: a bar is added to it.
-        Returns:
-            How many images were decoded. What is decoded before an error or a kill is kept.
-        Raises:
-            UnknownIdError: an image is not in the ledger.
-            DataError: an image's file is gone or does not decode.
-            IntegrityError: an image's file was altered.
+        What was decoded before an error or a kill is kept. Raises UnknownIdError if an image is not in the ledger,
+        DataError if its file is gone or does not decode, IntegrityError if its file was altered.
         """
         missing = self.missing(image_ids)
         if not missing:
@@ -174,15 +168,7 @@ class PixelCache:
         return len(missing)
 
     def rows(self, image_ids: Sequence[str]) -> PixelRows:
-        """Return the pixels of images, in the given order, without reading them.
-
-        Args:
-            image_ids: [N], each cached; see `ensure`.
-        Returns:
-            N rows.
-        Raises:
-            ContractError: an image is not cached.
-        """
+        """Return the pixels of [N] cached images without reading them; ContractError if one is not cached."""
         absent = self.missing(image_ids)
         if absent:
             raise ContractError(f"image {absent[0][:12]} is not cached at {self.side_px} px; call ensure first")
@@ -190,19 +176,13 @@ class PixelCache:
         return PixelRows(self.side_px, tuple(self._paths), places[:, 0], places[:, 1])
 
     def pixels(self, image_id: str) -> UInt8Array:
-        """Return the pixels of one cached image; safe from several threads.
-
-        Args:
-            image_id: of an image that is cached.
-        Returns:
-            [S, S, 3].
-        """
+        """Return the pixels of one cached image, [S, S, 3]; safe from several threads."""
         segment, row = self._place[image_id]
         here = PixelRows(self.side_px, (self._paths[segment],), np.zeros(1, np.int64), np.array([row]))
         return np.asarray(here.take([0])[0], dtype=np.uint8)
 
     def _refresh(self) -> None:
-        """Take in the segments that appeared since the last look."""
+        """Add the segments that appeared since the last call."""
         if not self.folder.is_dir():
             return
         for ids_path in sorted(self.folder.glob("*.ids")):
@@ -218,7 +198,7 @@ class PixelCache:
         found = pixels_path.stat().st_size if pixels_path.is_file() else 0
         if rest or found != expected or not count:
             _log.warning(
-                "cache segment %s holds %d bytes for %d images where %d belong; it is thrown away and its images "
+                "cache segment %s holds %d bytes for %d images where %d belong; it is deleted and its images "
                 "are decoded again",
                 pixels_path, found, count, expected,
             )  # fmt: skip
@@ -232,9 +212,10 @@ class PixelCache:
             self._place.setdefault(image_id, (segment, row))
 
     def _drop_stale_files(self) -> None:
-        """Remove what a killed writer left: temporary files, and pixels whose ids never came."""
+        """Remove the files of killed writers: temporary ones, and pixels without ids."""
         if not self.folder.is_dir():
             return
+        # Young files may belong to a writer that is still at work in another process.
         oldest = time.time() - _STALE_S
         for path in self.folder.iterdir():
             unfinished = path.suffix == ".new" or (path.suffix == ".u8" and not path.with_suffix(".ids").exists())
@@ -243,11 +224,7 @@ class PixelCache:
 
 
 class SegmentWriter:
-    """Collect decoded rows and write them to a cache as segments of a good size.
-
-    Args:
-        cache: where to write.
-    """
+    """Collects decoded rows and writes them to a cache as segments of about `SEGMENT_BYTES`."""
 
     def __init__(self, cache: PixelCache) -> None:
         self._cache = cache
@@ -256,12 +233,7 @@ class SegmentWriter:
         self._num_bytes = 0
 
     def add(self, image_ids: Sequence[str], pixels: UInt8Array) -> None:
-        """Add rows; they are on disk after the segment is full, or after `flush`.
-
-        Args:
-            image_ids: [N] image ids.
-            pixels: [N, S, S, 3].
-        """
+        """Add [N] ids with pixels [N, S, S, 3]; they are on disk once the segment is full, or after `flush`."""
         self._ids.extend(image_ids)
         self._pixels.append(pixels)
         self._num_bytes += pixels.nbytes
@@ -269,7 +241,7 @@ class SegmentWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write the rows that are still in memory."""
         if self._ids:
             self._cache.append(self._ids, np.concatenate(self._pixels))
         self._ids, self._pixels, self._num_bytes = [], [], 0
@@ -282,7 +254,7 @@ def _publish(path: Path, content: bytes | memoryview) -> None:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            # Without it a power cut could leave a file of the right size and no content.
+            # Without fsync a power cut could leave a file of the right size whose content is missing.
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -292,3 +264,32 @@ def _publish(path: Path, content: bytes | memoryview) -> None:
             f"the pixel cache {path.parent} cannot be written ({error.strerror or error}); free some space there "
             "(the whole cache may be deleted) and run it again: what is decoded is kept"
         ) from error
+
+
+def blank_pixels(cache: Path, image_ids: Collection[str]) -> int:
+    """Blank images in every pixel cache of a home and return how many rows that were.
+
+    Rows are overwritten where they lie, so processes that have the segment mapped keep running. Their ids are blanked,
+    too, so no reader finds an empty row.
+    """
+    wanted = {bytes.fromhex(image_id) for image_id in image_ids}
+    blanked = 0
+    for ids_path in sorted(cache.glob("*px-v*/*.ids")):
+        ids = ids_path.read_bytes()
+        pixels_path = ids_path.with_suffix(".u8")
+        rows = [at for at in range(0, len(ids), _ID_BYTES) if ids[at : at + _ID_BYTES] in wanted]
+        if not rows or not pixels_path.is_file():
+            continue
+        row_bytes = pixels_path.stat().st_size * _ID_BYTES // len(ids)
+        for at in rows:
+            # Pixels before ids: after a kill in between, the next call still finds the row and finishes it.
+            _blank(pixels_path, at // _ID_BYTES * row_bytes, row_bytes)
+            _blank(ids_path, at, _ID_BYTES)
+        blanked += len(rows)
+    return blanked
+
+
+def _blank(path: Path, start: int, length: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(length))

@@ -1,10 +1,8 @@
-"""Turn the bytes of an image into the square that models see.
+"""Decode the bytes of an image into the square that models see.
 
-In: the bytes of a JPEG, PNG or WebP file. Out: uint8 [S, S, 3], sRGB, upright, the centre of the
-image with its shorter side resized to S. The result depends on the bytes, S and `DECODE_VERSION`
-only, so that what was trained on and what is served are the same pixels.
-
-It does not scale to floats (a bundle's geometry says how) and does not judge image quality.
+Input: the bytes of a JPEG, PNG or WebP file. Output: uint8 [S, S, 3], sRGB, upright: the centre of the image with its
+shorter side resized to S. The result depends only on the bytes, S and `DECODE_VERSION`, so training and serving see
+the same pixels. Scaling to floats is part of a bundle's geometry; image quality is not judged here.
 """
 
 import io
@@ -21,7 +19,7 @@ from records.errors import ContractError, ImageError
 from records.images import FORMATS, sniff
 
 DECODE_VERSION = 1
-"""Part of every cache key and bundle; to be raised whenever one pixel of one image would change."""
+"""Part of every cache key and bundle. Raise it with any change that alters a single pixel of any image."""
 
 Box = tuple[float, float, float, float]
 
@@ -35,22 +33,12 @@ _TRANSPOSES = {
     7: PillowImage.Transpose.TRANSVERSE,
     8: PillowImage.Transpose.ROTATE_90,
 }
-# What Pillow and the colour engine raise for bytes that are damaged in one way or another.
+# Pillow and the colour engine raise any of these for damaged bytes, depending on where the damage is.
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
 
 
 def decode_square(data: bytes, side_px: int) -> UInt8Array:
-    """Decode the centre square of an image.
-
-    Args:
-        data: a JPEG, PNG or WebP file.
-        side_px: S, at least 1.
-    Returns:
-        [S, S, 3], sRGB, upright.
-    Raises:
-        ImageError: the bytes are not such a file, are cut off, or hold too many pixels.
-        ContractError: S is below 1.
-    """
+    """Decode the centre square of an image to [S, S, 3], sRGB, upright; see `decode_squares`."""
     return decode_squares(data, (side_px,))[side_px]
 
 
@@ -61,9 +49,9 @@ def decode_squares(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array
         data: a JPEG, PNG or WebP file.
         sides_px: the sides, each at least 1. Sides that need the same JPEG scale share one decode.
     Returns:
-        Side to [S, S, 3]; each equal to what `decode_square` gives for that side alone.
+        Side to [S, S, 3]; each equal to the result of `decode_square` for that side alone.
     Raises:
-        ImageError: the bytes are not such a file, are cut off, or hold too many pixels.
+        ImageError: the bytes are not such a file, are truncated, or hold too many pixels.
         ContractError: a side is below 1.
     """
     if not sides_px or min(sides_px) < 1:
@@ -89,7 +77,7 @@ def decode_squares(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array
 
 
 def decode_image(data: bytes, max_side_px: int | None = None) -> UInt8Array:
-    """Decode a whole image, as a person should see it.
+    """Decode a whole image for display.
 
     Args:
         data: a JPEG, PNG or WebP file.
@@ -97,7 +85,7 @@ def decode_image(data: bytes, max_side_px: int | None = None) -> UInt8Array:
     Returns:
         [H, W, 3], sRGB, upright.
     Raises:
-        ImageError: the bytes are not such a file, are cut off, or hold too many pixels.
+        ImageError: the bytes are not such a file, are truncated, or hold too many pixels.
     """
     sniff(data)
     try:
@@ -119,25 +107,29 @@ def decode_image(data: bytes, max_side_px: int | None = None) -> UInt8Array:
 
 
 def _draft_scale(image: PillowImage.Image, side_px: int) -> int:
-    """Return by how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8."""
+    """Return the factor by which a JPEG may be reduced while it is decoded: 1, 2, 4 or 8."""
     if image.format not in ("JPEG", "MPO"):
         return 1
+    # Only whole reductions that leave at least the wanted side; resizing does the rest.
     ratio = min(image.size) // side_px
     return next((scale for scale in (8, 4, 2) if ratio >= scale), 1)
 
 
 def _load(image: PillowImage.Image, scale: int) -> Box:
-    """Decode; return the part of the decoded image that is image and not padding."""
+    """Decode and return the box of the decoded image that is not padding."""
     width_px, height_px = image.size
     if scale > 1:
+        # libjpeg scales in the frequency domain, which costs a fraction of a full decode. Rounded up to whole
+        # blocks, the result may end in padding, so the exact box is returned.
         image.draft(None, (width_px // scale, height_px // scale))
     image.load()
     return (0.0, 0.0, width_px / scale, height_px / scale)
 
 
 def _plain_mode(image: PillowImage.Image) -> PillowImage.Image:
-    """Bring a decoded image to L, RGB or CMYK; a see-through one is laid on white."""
+    """Convert a decoded image to L, RGB or CMYK; transparent pixels are blended with white."""
     if image.mode.startswith("I;16"):
+        # Pillow's own conversion to 8 bits clips at 255, so 16-bit images would come out white.
         return PillowImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         return PillowImage.fromarray((np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
@@ -160,9 +152,9 @@ def _centre(plain: PillowImage.Image, box: Box, side_px: int) -> PillowImage.Ima
 
 
 def _finish(plain: PillowImage.Image, source: PillowImage.Image) -> UInt8Array:
-    """Apply the colour profile and the orientation that the source carries.
+    """Apply the colour profile and the orientation of the source.
 
-    It comes last: on the small image both cost next to nothing and give the same result.
+    They come last: on the small image both are cheap, and the result is the same.
     """
     upright = _to_srgb(plain, source.info.get("icc_profile"))
     transpose = _TRANSPOSES.get(_orientation(source))
@@ -180,7 +172,7 @@ def _to_srgb(plain: PillowImage.Image, profile: bytes | None) -> PillowImage.Ima
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Build the transform from an embedded profile to sRGB; None if the profile says nothing usable."""
+    """Build the transform from an embedded profile to sRGB; None if the profile is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return ImageCms.buildTransform(
@@ -192,7 +184,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             flags=ImageCms.Flags.NOCACHE,  # without a cache, threads may share the transform
         )
     except (ImageCms.PyCMSError, *_DAMAGE):
-        # A damaged profile, or one for another kind of colours, is no reason to refuse the image.
+        # A profile that is damaged or for another colour space is ignored; the pixels are taken as sRGB.
         return None
 
 
@@ -200,6 +192,6 @@ def _orientation(image: PillowImage.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DAMAGE:
-        # An EXIF block that cannot be read turns nothing; the pixels are still good.
+        # Without readable EXIF the image is taken as upright; its pixels are intact.
         return 1
     return value if isinstance(value, int) else 1

@@ -1,19 +1,21 @@
-"""Which images belong together: links by lesion, patient and near-duplicate, and the groups they form.
+"""Groups of images: links by lesion, patient and near-duplicate, and subsets of whole groups.
 
-In: images of the ledger, or about to enter it. Out: links, near-duplicate pairs, and groups written in
-the caller's transaction. Which split a group is on is not decided here.
+Input: images in the ledger, or about to be added. Output: links, near-duplicate pairs, and groups written in the
+caller's transaction. Splits are drawn elsewhere (`images.import_plan`, `records.labelled`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import sqlalchemy as sa
 from rich.progress import Progress
 
 from images.cache import PixelCache
 from images.near_duplicates import HASH_SIDE_PX, find_near_duplicates, perceptual_hash
 from records.arrays import IntArray, UInt8Array
+from records.errors import DataError
 from records.grouping import KnownGroup, Placement, place
 from records.ids import utc_now
 from records.ledger import Transaction
@@ -29,8 +31,8 @@ class NearPair:
     Args:
         first: id of one image.
         second: id of the other.
-        bits: in how many of 64 bits their hashes differ.
-        correlation: of their grey 64 px squares.
+        bits: number of bits, of 64, in which their hashes differ.
+        correlation: correlation of their grey 64 px squares.
         same_diagnosis: False if both have a diagnosis and these differ; such a pair is not joined.
         same_lesion: True if both name the same lesion.
     """
@@ -44,16 +46,10 @@ class NearPair:
 
 
 def group_images(store: Store, image_ids: Sequence[str]) -> int:
-    """Put images that are in the ledger into groups, by lesion, patient and near-duplicate links.
+    """Assign images of the ledger to groups and return how many got one.
 
-    Args:
-        store: with the images.
-        image_ids: of images without a group; one that has a group keeps it.
-    Returns:
-        How many got a group. An image whose links would join two splits gets none.
-    Raises:
-        UnknownIdError: an image is not in the ledger.
-        DataError: an image's file is gone or does not decode.
+    An image that has a group keeps it, and an image whose links would join two splits gets none. Raises
+    UnknownIdError if an image is not in the ledger, DataError if its file is gone or does not decode.
     """
     newcomers = [i for i in find_images(store, list(dict.fromkeys(image_ids))) if i.group_id is None]
     if not newcomers:
@@ -67,7 +63,7 @@ def group_images(store: Store, image_ids: Sequence[str]) -> int:
 
 
 def grouped_images(store: Store) -> list[Image]:
-    """Return the images that are in a group and were not erased, by id."""
+    """Return the images that are in a group and not erased, by id."""
     table = TABLES[Image]
     query = sa.select(table).where(table.c.group_id.is_not(None), table.c.erased_at.is_(None)).order_by(table.c.id)
     with store.ledger.read() as tx:
@@ -75,7 +71,7 @@ def grouped_images(store: Store) -> list[Image]:
 
 
 def known_diagnoses(store: Store) -> dict[str, str]:
-    """Return image id to diagnosis: the strongest imported one, else the one that all its annotators gave."""
+    """Return image id to diagnosis: the strongest imported one, else the one that all annotators agree on."""
     said: dict[str, set[str]] = {}
     with store.ledger.read() as tx:
         for label in tx.find(Annotation, where={"kind": AnnotationKind.CLASS, "deleted": False}):
@@ -84,6 +80,7 @@ def known_diagnoses(store: Store) -> dict[str, str]:
         table = TABLES[SourceLabel]
         rows = tx.connection.execute(sa.select(table.c.image_id, table.c.label, table.c.confirmation)).all()
     diagnoses = {image_id: next(iter(labels)) for image_id, labels in said.items() if len(labels) == 1}
+    # Weakest first, so that in the dict the strongest label of an image is written last.
     by_rank = sorted(rows, key=lambda row: -LABEL_RANK[Confirmation(row.confirmation)])
     diagnoses.update({row.image_id: row.label for row in by_rank})
     return diagnoses
@@ -97,14 +94,14 @@ def near_pairs(
     beside: Sequence[Image] = (),
     progress: Progress | None = None,
 ) -> list[NearPair]:
-    """Find the near-duplicates among new images, and between them and known ones.
+    """Find the near-duplicates among new images, and between new and known ones.
 
     Args:
-        store: with the images; its 64 px cache is completed as far as needed.
+        store: missing pixels are added to its 64 px cache.
         newcomers: images in the ledger, or whose 64 px squares are cached.
         diagnoses: image id to diagnosis, as far as known.
-        beside: images that were compared with each other before.
-        progress: shown while images are decoded.
+        beside: known images, which were compared with each other before.
+        progress: shows decoding.
     Returns:
         The pairs, in the order of the images.
     Raises:
@@ -162,6 +159,7 @@ def write_groups(
     links = [(pair.first, pair.second) for pair in pairs if pair.same_diagnosis]
     links += _links("lesion_id", described, {row.lesion_id: row.id for row in known})
     links += _links("patient_hash", described, {row.patient_hash: row.id for row in known})
+    # A description may name an image that is not part of this import and has no group: no link can lead there.
     reachable = {*new_ids, *group_of}
     links = [(one, other) for one, other in links if one in reachable and other in reachable]
     named = {image_id for link in links for image_id in link}
@@ -181,6 +179,7 @@ def _links(field: str, described: Sequence[Image], known: Mapping[str | None, st
     links = []
     for image in described:
         value = getattr(image, field)
+        # A star, not all pairs: connected components are the same, and a patient may have hundreds of images.
         if value is not None and first.setdefault(value, image.id) != image.id:
             links.append((first[value], image.id))
     return links
@@ -194,12 +193,7 @@ def _final(group_id: str, groups: Mapping[str, Group]) -> Group:
 
 
 def set_groups(tx: Transaction, group_of: Mapping[str, str]) -> None:
-    """Write the group of images that are in the ledger.
-
-    Args:
-        tx: a write transaction.
-        group_of: image id to group id.
-    """
+    """Write the group of images that are in the ledger; `group_of` maps image id to group id."""
     if group_of:
         table = TABLES[Image]
         statement = sa.update(table).where(table.c.id == sa.bindparam("key")).values(group_id=sa.bindparam("group"))
@@ -207,12 +201,7 @@ def set_groups(tx: Transaction, group_of: Mapping[str, str]) -> None:
 
 
 def set_splits(tx: Transaction, splits: Mapping[str, tuple[Split, str]]) -> None:
-    """Give groups their split, once; a group that has one keeps it.
-
-    Args:
-        tx: a write transaction.
-        splits: group id to (split, what drew it).
-    """
+    """Write the split of groups that have none; `splits` maps group id to (split, what drew it)."""
     if splits:
         table, now = TABLES[Group], utc_now()
         statement = (
@@ -222,3 +211,40 @@ def set_splits(tx: Transaction, splits: Mapping[str, tuple[Split, str]]) -> None
         )
         rows = [{"key": g, "new_split": s.value, "how": how, "now": now} for g, (s, how) in splits.items()]
         tx.connection.execute(statement, rows)
+
+
+def grouped_subset(rows: pd.DataFrame, max_images: int | None, seed: int) -> pd.DataFrame:
+    """Take whole groups until about `max_images` images are chosen, each class in its proportion.
+
+    A class gets its share of the images, rounded down, and at least one group, even one larger than the share. So the
+    subset exceeds `max_images` at most by a few images of rare classes.
+
+    Args:
+        rows: rows of one split; columns image_id, group_id, label; N >= 1.
+        max_images: None, or at least N, takes all.
+        seed: a larger subset of the same seed is drawn in the same order.
+    Returns:
+        The chosen rows, in their order, with a fresh index.
+    Raises:
+        DataError: fewer images are allowed than there are classes.
+    """
+    if max_images is None or max_images >= len(rows):
+        return rows.reset_index(drop=True)
+    groups = rows.groupby("group_id", sort=True).agg(label=("label", "first"), size=("image_id", "size"))
+    classes = sorted(groups["label"].unique())
+    if max_images < len(classes):
+        raise DataError(
+            f"max_train_images is {max_images}, but {len(classes)} classes need an image each; "
+            f"set it to at least {len(classes)}"
+        )
+    random = np.random.default_rng(seed)
+    chosen: list[str] = []
+    for label in classes:
+        members = groups[groups["label"] == label]
+        shuffled = members.iloc[random.permutation(len(members))]
+        quota = int(max_images * members["size"].sum() / len(rows))
+        # The cumulative sum keeps the prefix of one fixed order, which makes larger subsets contain smaller ones.
+        fits = shuffled["size"].cumsum() <= quota
+        fits.iloc[0] = True
+        chosen.extend(shuffled.index[fits])
+    return rows[rows["group_id"].isin(chosen)].reset_index(drop=True)

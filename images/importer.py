@@ -2,9 +2,9 @@
 
     relook data import DIR [--columns dx=diagnosis,lesion=mole_id] [--in-place]
 
-In: a folder. Out: images in the blob store and the pixel cache, ledger rows written in one transaction
-at the end, a dataset version, and an `ImportReport`. Nothing is dropped silently. Running it again does no
-work twice, and a run that was killed is simply run again.
+Output: images in the blob store and the pixel cache, ledger rows written in one transaction at the end, a dataset
+version, and an `ImportReport` that lists every row that was left out. Running it again repeats no work, and a run that
+was killed is simply run again.
 """
 
 import time
@@ -18,8 +18,17 @@ import pandas as pd
 from rich.progress import Progress
 
 from images.grouping import NearPair, grouped_images, known_diagnoses, near_pairs
-from images.import_rows import Entry, Refusal, merge_same_bytes, usable_rows
-from images.import_write import IMPORT_ACTION, Plan, Reading, Written, write_import
+from images.import_plan import (
+    IMPORT_ACTION,
+    Entry,
+    Plan,
+    Reading,
+    Refusal,
+    Written,
+    merge_same_bytes,
+    usable_rows,
+    write_import,
+)
 from images.intake import Intake
 from images.source_table import SourceRow, SourceTable, read_source, tables_of
 from records.datasets import DatasetVersion, build_version, load_dataset
@@ -34,24 +43,24 @@ WITHHELD_COLUMNS = ["image_id", "source_id", "group_id", "label"]
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did.
+    """Result of an import.
 
     Args:
-        import_id: from the table's content; the same table has the same id.
-        dataset_id: the version that was built; empty as long as not one image has a label.
+        import_id: hash of the table's content; the same table has the same id.
+        dataset_id: the version that was built; empty as long as no image has a label.
         images: images of the table that can be used.
-        lesions: lesions among them; an image that names none is its own.
+        lesions: lesions among them; an image without a lesion counts as one.
         new_images: images that the ledger did not know.
         decoded: images that were decoded now.
         unlabelled: images whose row has no diagnosis.
-        classes: class code to number of images, withheld ones included.
-        splits: split to number of images, withheld ones included.
+        classes: class code to number of images, including withheld ones.
+        splits: split to number of images, including withheld ones.
         quarantined: rows that could not be used, each with its reason.
         near_duplicates: pairs that were found now; those of different diagnoses were not joined.
         same_bytes: (name, name of the first) of files that are the same image, byte for byte.
-        withheld: the truth of the withheld images, columns image_id, source_id, group_id, label.
+        withheld: labels of the withheld images, columns image_id, source_id, group_id, label.
         notes: sentences about values that were left out.
-        seconds: how long it took.
+        seconds: duration.
     """
 
     import_id: str
@@ -71,7 +80,7 @@ class ImportReport:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON values; of the withheld images only their number, never their truth."""
+        """Return it as JSON values, with only the number of withheld images, never their labels."""
         return {
             **self.__dict__,
             "quarantined": [q.model_dump(include={"source_id", "code", "reason"}) for q in self.quarantined],
@@ -96,20 +105,20 @@ def import_folder(
     """Import a folder of images with a table, and build the dataset version that follows.
 
     Args:
-        store: to import into.
-        folder: with images and a table.
+        store: gets the images and records.
+        folder: images in any depth, and a table.
         columns: names of the table's columns where they differ from `source_table.COLUMNS`.
-        table: the table, if it is not found by itself.
-        in_place: True stores where the files are and their hash, and copies nothing.
+        table: the table, if it is not the only one.
+        in_place: True leaves the files where they are and stores only their path and hash.
         withhold_share: share of the train-split groups of each class whose labels are kept out of the ledger, 0 to
             below 1. The same groups are chosen at every run.
         side_px: sides at which the images are decoded into the cache.
         consent: what the people in the images agreed to.
-        progress: a bar is added to it.
+        progress: gets a bar.
     Returns:
-        What was done.
+        The report.
     Raises:
-        DataError: no folder, table, column or images, or not one row can be used.
+        DataError: no folder, table, column or images, or no row can be used.
         ConfigError: `withhold_share` is out of range.
     """
     started = time.monotonic()
@@ -121,12 +130,15 @@ def import_folder(
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
     if not entries:
-        raise DataError(f"not one of {len(source.rows)} rows of {source.path} can be used; first: {refusals[0].reason}")
+        raise DataError(
+            f"none of the {len(source.rows)} rows of {source.path} can be used; first: {refusals[0].reason}"
+        )
     import_id = import_id_of(source, columns)
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
     reading = Reading(sha256_hex(source.content), dict(columns or {}))
     plan = Plan(import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt, reading)
+    # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)
     dataset_id, left_out = _build(store)
@@ -137,11 +149,11 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
     """Return the dataset that `--data` names, importing a folder if it has not been imported yet.
 
     Args:
-        store: with the datasets.
+        store: holds the datasets.
         data: a folder, a dataset id of 8 or more characters, or None for the newest version.
-        progress: shown while a folder is imported.
+        progress: shows an import.
     Returns:
-        The dataset version; for a folder, the one of everything known then.
+        The dataset version; for a folder, the version of everything known then.
     Raises:
         DataError: there is no data yet, or the folder cannot be imported.
         UnknownIdError: no dataset has that id.
@@ -150,7 +162,7 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
         with store.ledger.read() as tx:
             newest = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
         if not newest:
-            raise DataError("there are no data yet; give a folder or a dataset id with --data")
+            raise DataError("there is no data yet; give a folder or a dataset id with --data")
         return load_dataset(store, newest[0].id)
     folder = Path(data)
     if not folder.is_dir():
@@ -165,7 +177,7 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
 
 
 def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, str] | None]:
-    """Return table and columns with which the folder was imported last; (None, None) for a new folder."""
+    """Return table and columns of the folder's last import; (None, None) for a new folder."""
     tables = {sha256_hex(path.read_bytes()): path for path in tables_of(folder)}
     with store.ledger.read() as tx:
         imports = tx.find(AuditEvent, where={"action": IMPORT_ACTION}, order_by=("-number",))
@@ -177,7 +189,7 @@ def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, s
 
 
 def import_id_of(source: SourceTable, columns: Mapping[str, str] | None) -> str:
-    """Return the id of an import, 16 hex characters: equal tables, read alike, have equal ids."""
+    """Return the id of an import, 16 hex characters: equal tables with equal columns have equal ids."""
     return sha256_hex(sha256_hex(source.content).encode() + canonical_json(dict(columns or {})).encode())[:16]
 
 
@@ -239,7 +251,7 @@ def _image(store: Store, entry: Entry, import_id: str, consent: Consent) -> Imag
 def _pairs(
     store: Store, entries: Sequence[Entry], images: Sequence[Image], progress: Progress | None
 ) -> list[NearPair]:
-    """Compare the images that are in no group yet with each other and with those that are."""
+    """Compare the images without a group with each other and with those that have one."""
     grouped = grouped_images(store)
     placed = {image.id for image in grouped}
     newcomers = list({image.id: image for image in images if image.id not in placed}.values())
@@ -251,7 +263,7 @@ def _pairs(
 
 
 def _build(store: Store) -> tuple[str, list[str]]:
-    """Build the version of everything imported; return its id and what it had to leave out."""
+    """Build the version of everything imported; return its id and notes about what was left out."""
     with store.ledger.read() as tx:
         if not tx.count(SourceLabel):
             return "", ["no image has a label yet, so no dataset version was built"]

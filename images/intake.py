@@ -1,7 +1,7 @@
-"""What an import does to each image: read, strip metadata, hash, store, decode once into the caches.
+"""The work of an import on each image: read, strip metadata, hash, store, decode once into the caches.
 
-In: paths. Out: `TakenIn` in the same order, or the reason why an image could not be used. An image whose
-pixels are cached is not decoded again, so a second run goes on where the first one stopped.
+Input: paths. Output: one `TakenIn` per path, in order, with the stored image or the reason why it cannot be used.
+Images whose pixels are cached are not decoded again, so a second run continues where the first one stopped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +23,14 @@ from records.store import Store
 
 @dataclass(frozen=True)
 class TakenIn:
-    """An image that is stored and cached, or the reason why not.
+    """A stored and cached image, or the reason why there is none.
 
     Args:
-        path: of the file.
+        path: the file.
         refusal: one sentence; None if the image can be used.
-        code: of the refusal, see Quarantined.
+        code: code of the refusal, see Quarantined.
         image_id: SHA-256 of the stored bytes.
-        uri: where they are.
+        uri: location of the stored bytes.
         format: jpeg, png or webp.
         width_px: as stored.
         height_px: as stored.
@@ -57,14 +57,14 @@ class _Read:
 
 
 class Intake:
-    """Takes images in with all cores.
+    """Reads and decodes images on all cores.
 
     Args:
-        store: whose blobs and caches are filled.
-        sides_px: sides to cache; 64 px, which near-duplicates are found by, is always among them.
-        in_place: True leaves the files where they are, byte for byte, and stores only where that is.
+        store: its blobs and caches are filled.
+        sides_px: sides to cache; 64 px, which finding near-duplicates needs, is always added.
+        in_place: True leaves the files where they are, unchanged, and stores only their location.
         known_hashes: image id to perceptual hash, of images that need not be hashed again.
-        erased: ids of images that were erased on request and must not come back.
+        erased: ids of images that were erased on request and must not be stored again.
     """
 
     def __init__(
@@ -83,14 +83,7 @@ class Intake:
         self._caches = {side_px: PixelCache(store.home.cache, side_px) for side_px in {*sides_px, HASH_SIDE_PX}}
 
     def run(self, paths: Sequence[Path], progress: Progress | None = None) -> Iterator[TakenIn]:
-        """Take images in.
-
-        Args:
-            paths: of the files.
-            progress: a bar is added to it.
-        Yields:
-            One result per path, in order. What came before an error or a kill is kept.
-        """
+        """Yield one result per path, in order; what was stored before an error or a kill is kept."""
         writers = {side_px: SegmentWriter(cache) for side_px, cache in self._caches.items()}
         task = progress.add_task("Reading images", total=len(paths)) if progress else None
         try:
@@ -101,6 +94,7 @@ class Intake:
                     yield read.taken
                 if progress and task is not None:
                     progress.advance(task, len(chunk))
+        # Also after an error or an early end of the caller: decoded rows that are still in memory are not lost.
         finally:
             for writer in writers.values():
                 writer.flush()
@@ -117,12 +111,14 @@ class Intake:
             return _Read(TakenIn(path, refusal=f"the file cannot be read ({error.strerror})"))
 
     def _take_in(self, path: Path, data: bytes) -> _Read:
+        # A file in place belongs to its owner and keeps its metadata; its id is then the hash of the file itself.
         stored = data if self._in_place else strip_metadata(data)
         kind, (width_px, height_px) = sniff(stored), image_size(stored)
         image_id = sha256_hex(stored)
         if image_id in self._erased:
             return _Read(TakenIn(path, "this image was erased on request and is not stored again", "erased"))
         needed = [side_px for side_px, cache in self._caches.items() if image_id not in cache]
+        # Decoded before it is stored: an image that does not decode must not leave a blob behind.
         squares = decode_squares(stored, needed) if needed else {}
         uri = path.resolve().as_uri() if self._in_place else self._store.blobs.uri(self._store.blobs.put(stored))
         return _Read(

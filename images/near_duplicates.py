@@ -1,8 +1,8 @@
-"""Find images that are nearly the same: the same shot saved twice, cropped or recompressed.
+"""Find images that are nearly the same: one shot saved twice, cropped or recompressed.
 
-Two images are near-duplicates if their 64-bit perceptual hashes differ in at most 2 bits *and*
-their grey 64 px squares correlate to at least 0.98. The hash alone is cheap and too generous; the
-correlation alone is exact and too slow for all pairs.
+Two images are near-duplicates if their 64-bit perceptual hashes differ in at most 2 bits *and* their grey 64 px
+squares correlate to at least 0.98. The hash alone is cheap but gives false pairs; the correlation alone is exact but
+too slow for all pairs.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from records.arrays import BoolArray, Float32Array, IntArray, UInt8Array
 from records.errors import ContractError
 
 HASH_SIDE_PX = 64
-"""Split of the squares that hashes and correlations are computed from."""
+"""Side of the squares that hashes and correlations are computed from."""
 MAX_BITS = 2
 MIN_CORRELATION = 0.98
 
@@ -31,8 +31,8 @@ class NearDuplicate:
     Args:
         first: index of one image.
         second: index of the other, larger than `first`.
-        bits: in how many of 64 bits the hashes differ.
-        correlation: of the grey squares, at most 1.
+        bits: number of bits, of 64, in which the hashes differ.
+        correlation: correlation of the grey squares, at most 1.
     """
 
     first: int
@@ -42,14 +42,9 @@ class NearDuplicate:
 
 
 def perceptual_hash(square: UInt8Array) -> str:
-    """Return the 64-bit pHash of an image as 16 hex characters.
+    """Return the 64-bit pHash of a [64, 64, 3] square as 16 hex characters; similar images differ in few bits.
 
-    Args:
-        square: [64, 64, 3], as `decode_square` gives it.
-    Returns:
-        The hash; similar images have hashes that differ in few bits.
-    Raises:
-        ContractError: the square has another shape.
+    Another shape raises ContractError.
     """
     if square.shape != (HASH_SIDE_PX, HASH_SIDE_PX, 3):
         raise ContractError(f"a perceptual hash needs a [64, 64, 3] square, not {list(square.shape)}")
@@ -57,13 +52,7 @@ def perceptual_hash(square: UInt8Array) -> str:
 
 
 def grey(squares: UInt8Array) -> Float32Array:
-    """Return the luminance (ITU-R 601) of images.
-
-    Args:
-        squares: [N, S, S, 3].
-    Returns:
-        [N, S, S], 0 to 255.
-    """
+    """Return the luminance (ITU-R 601) of [N, S, S, 3] images: [N, S, S], 0 to 255."""
     return squares.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -74,7 +63,7 @@ def hash_pairs(
 
     Args:
         hashes: [N].
-        first_new: pairs of two images before this index are not looked for again.
+        first_new: pairs of two images before this index are skipped: they were compared before.
         max_bits: largest number of differing bits, 0 to 64.
     Returns:
         [P, 2] indices with the smaller one first, sorted; and [P] differing bits.
@@ -85,7 +74,8 @@ def hash_pairs(
 
 
 def _masks(max_bits: int) -> list[np.uint64]:
-    """Share the 64 bits out to more masks than bits may differ: close hashes are equal in at least one of them."""
+    """Distribute the 64 bits over `max_bits + 1` masks."""
+    # Pigeonhole: b differing bits cannot touch all of b + 1 masks, so close hashes are equal in at least one.
     parts = max_bits + 1
     return [np.uint64(sum(1 << bit for bit in range(part, 64, parts))) for part in range(parts)]
 
@@ -98,7 +88,7 @@ def _equal_in(mask: np.uint64, hashes: NDArray[np.uint64], first_new: int, max_b
     keys, found = keys[order], [np.empty((0, 2), dtype=np.int64)]
     left: IntArray = np.arange(len(order))
     for step in range(1, len(order)):
-        # Equal keys lie beside one another, so what has no partner at this distance has none at a larger one.
+        # Keys are sorted, so an entry without an equal key at this distance has none at a larger one.
         left = left[left + step < len(order)]
         left = left[keys[left] == keys[left + step]]
         if not len(left):
@@ -117,19 +107,20 @@ def find_near_duplicates(
     max_bits: int = MAX_BITS,
     min_correlation: float = MIN_CORRELATION,
 ) -> list[NearDuplicate]:
-    """Find all near-duplicates among images.
+    """Find all near-duplicates among N images.
 
     Args:
         hashes: [N] perceptual hashes.
-        squares: gives the [n, 64, 64, 3] squares of n image indices; asked only for pairs whose hashes are close.
-        first_new: pairs of two images before this index are not looked for again.
+        squares: returns the [n, 64, 64, 3] squares of n image indices; called only for pairs with close hashes.
+        first_new: pairs of two images before this index are skipped: they were compared before.
         max_bits: largest number of differing bits.
         min_correlation: smallest correlation.
     Returns:
-        The pairs, sorted. A flat image, one grey value all over, correlates with nothing.
+        The pairs, sorted. An image of one grey value correlates with nothing.
     """
     pairs, bits = hash_pairs(hashes, first_new=first_new, max_bits=max_bits)
     result: list[NearDuplicate] = []
+    # In chunks, since each needs the squares of up to twice as many images in memory as floats.
     for start in range(0, len(pairs), _CHUNK_PAIRS):
         some = pairs[start : start + _CHUNK_PAIRS]
         wanted, position = np.unique(some, return_inverse=True)
@@ -145,7 +136,7 @@ def find_near_duplicates(
 
 
 def _standardised(images: Float32Array) -> tuple[Float32Array, BoolArray]:
-    """Return [N, K] rows of mean 0 and length 1, and which rows vary at all."""
+    """Return [N, K] rows of mean 0 and length 1, and which rows are not constant."""
     flat = images.reshape(len(images), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
     length = np.linalg.norm(flat, axis=1)

@@ -1,8 +1,8 @@
-"""Which images of a dataset stand apart by how they were taken: dark, bright, blurred or flat.
+"""Images of a dataset that are unusually dark, bright, blurred or flat.
 
-In: decoded pixels. Out: the images that lie many robust deviations (median, and 1.4826 times the median absolute
-deviation) from the rest. They are named, not removed: a dark image may be of dark skin, and a flat one of an
-evenly coloured lesion. Whether an image suits one model is another question; see `vision.inference.suitability`.
+Input: decoded pixels. Output: the images that lie many robust deviations (median, and 1.4826 times the median absolute
+deviation) from the others. They are reported, not removed: a dark image may be of dark skin, and a flat one of an
+evenly coloured lesion. Whether an image suits one model is decided in `vision.inference.suitability`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _WORDS = {
 
 
 class QualityOutlier(BaseModel):
-    """An image that stands apart."""
+    """An image that differs from the others in one measure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,19 +38,20 @@ class QualityOutlier(BaseModel):
 
 
 def quality_outliers(measured: FloatArray, names: Sequence[str]) -> list[QualityOutlier]:
-    """Name the images that stand apart, the furthest first.
+    """Return the images that differ most, the furthest first; none where all images measure the same.
 
     Args:
         measured: [N, 10] from `appearance`.
         names: [N].
     Returns:
-        One entry per image and measure; none where all images measure the same.
+        One entry per image and measure.
     """
     found = []
     for measure, words in _WORDS.items():
         values = measured[:, MEASURES.index(measure)]
         median = float(np.median(values))
         spread = _NORMAL * float(np.median(np.abs(values - median)))
+        # Median and MAD, since a few extreme images must not widen the range that they are judged by.
         if spread <= 1e-9:
             continue
         deviations = (values - median) / spread
@@ -71,13 +72,7 @@ def quality_outliers(measured: FloatArray, names: Sequence[str]) -> list[Quality
 
 
 def measure(rows: PixelRows) -> FloatArray:
-    """Measure cached images, a few at a time.
-
-    Args:
-        rows: N of them.
-    Returns:
-        [N, 10], see `appearance`.
-    """
+    """Measure N cached images, a few at a time: [N, 10], see `appearance`."""
     starts = range(0, len(rows), _CHUNK)
     parts = [appearance(rows.take(np.arange(start, min(start + _CHUNK, len(rows))))) for start in starts]
     return np.concatenate(parts) if parts else np.empty((0, len(MEASURES)))

@@ -1,4 +1,4 @@
-"""A few images to look at: from the train split of a dataset, evenly over its classes, or generated ones."""
+"""A few images to display: from the train split of a dataset, evenly over its classes, or generated ones."""
 
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ class Sample:
     Args:
         pixels: [n, S, S, 3].
         image_ids: [n] 64 hex characters.
-        names: [n] class and source id, for people.
-        source: where they come from, in words.
+        names: [n] class and source id.
+        source: description of where they come from.
     """
 
     pixels: UInt8Array = field(repr=False)
@@ -38,14 +38,14 @@ class Sample:
 def sample_images(
     store: Store, data: str | None, count: int, side_px: int, *, progress: Progress | None = None
 ) -> Sample:
-    """Choose images of the train split, one class after the other, always the same ones.
+    """Choose images of the train split, taking the classes in turn; the choice is deterministic.
 
     Args:
-        store: with the images.
+        store: its images are decoded.
         data: a folder or a dataset id; None takes the newest version, or generated images if there is none.
         count: how many, at least 1; fewer if the train split has fewer.
         side_px: S.
-        progress: shown while images are imported or decoded.
+        progress: shows importing or decoding.
     Returns:
         The images.
     Raises:
@@ -57,7 +57,7 @@ def sample_images(
             if not tx.count(DatasetRecord):
                 return _generated(count, side_px)
     dataset = open_dataset(store, data, progress=progress)
-    chosen = _one_class_after_the_other(dataset, count)
+    chosen = _classes_in_turn(dataset, count)
     cache = PixelCache(store.home.cache, side_px)
     cache.ensure(store, chosen, progress)
     label_of = dict(zip(dataset.rows["image_id"], dataset.rows["label"], strict=True))
@@ -66,7 +66,7 @@ def sample_images(
     return Sample(pixels, chosen, names, f"train images of dataset {dataset.id[:12]}")
 
 
-def _one_class_after_the_other(dataset: DatasetVersion, count: int) -> list[str]:
+def _classes_in_turn(dataset: DatasetVersion, count: int) -> list[str]:
     train = dataset.split(Split.TRAIN).sort_values("image_id")
     turn = train.groupby("label").cumcount()
     ordered = train.assign(turn=turn).sort_values(["turn", "label"])

@@ -1,7 +1,7 @@
-"""A data folder before it is imported: its table, the columns that matter, and the files that rows name.
+"""A data folder before it is imported: its table, the columns that matter, and the file of every row.
 
-In: HAM10000's official layout, or any folder of images with a table. Out: `SourceRow`s with a path
-each, and what cannot be used with its reason. No image is opened here.
+Input: HAM10000's official layout, or any folder of images with a table. Output: a `SourceRow` per row, with a path or
+the reason why there is none. No image is opened here.
 """
 
 import math
@@ -31,7 +31,7 @@ COLUMNS: dict[str, str] = {
     "device": "device",
     "acquired": "acquired_at",
 }
-"""What a table may tell, and the column that is read for it unless another is named."""
+"""Meaning to the column that is read for it by default; the keys are those of `--columns`."""
 
 REQUIRED = ("image", "dx")
 TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
@@ -55,14 +55,14 @@ class SourceRow:
 
     Args:
         source_id: the image's name in the table.
-        path: of its file; None if there is none.
+        path: its file; None if there is none.
         problem: why there is no path.
         label: as written; None if the row has no diagnosis.
         confirmation: how the diagnosis was established.
         split: the split that the table gives.
         context: lesion_id, patient_id, site, device, sex, localization: text as written, or None.
         age_years: 0 to 130.
-        acquired_at: aware.
+        acquired_at: with a time zone.
     """
 
     source_id: str
@@ -81,8 +81,8 @@ class SourceTable:
     """A table that was read.
 
     Args:
-        path: of the table.
-        content: its bytes, from which an import takes its id.
+        path: the file.
+        content: its bytes, of which an import's id is a hash.
         rows: in the table's order.
         notes: sentences about values that were left out.
     """
@@ -97,11 +97,11 @@ def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: P
     """Read the table of a data folder and find the file of every row.
 
     Args:
-        folder: with images, in any depth, and a table at its top.
+        folder: images in any depth, and a table at its top.
         columns: names of the table's columns where they differ from `COLUMNS`, for example {"dx": "diagnosis"}.
         table: the table, if it is not found by its name or by being the only one.
     Returns:
-        The rows.
+        The table.
     Raises:
         DataError: no folder, no table, no such column, no rows, or no images.
     """
@@ -151,6 +151,7 @@ def _read_frame(path: Path) -> pd.DataFrame:
     try:
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline()
+        # Tables of spreadsheets use semicolons in some countries; the header tells which separator is meant.
         separator = max(",;\t", key=header.count)
         frame = pd.read_csv(
             path, sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
@@ -163,10 +164,10 @@ def _read_frame(path: Path) -> pd.DataFrame:
 
 
 def _map_columns(path: Path, frame: pd.DataFrame, given: dict[str, str]) -> dict[str, str]:
-    """Return what is read from which column; only columns that exist."""
+    """Return meaning to column, only for columns that exist."""
     unknown = sorted(set(given) - set(COLUMNS))
     if unknown:
-        raise DataError(f"a table cannot be asked for {unknown[0]!r}; --columns takes {', '.join(COLUMNS)}")
+        raise DataError(f"--columns does not take {unknown[0]!r}; it takes {', '.join(COLUMNS)}")
     have = ", ".join(map(str, frame.columns))
     for what, name in given.items():
         if name not in frame.columns:
@@ -182,7 +183,7 @@ def _map_columns(path: Path, frame: pd.DataFrame, given: dict[str, str]) -> dict
 
 
 class _Files:
-    """The images of a folder, by the ways a table may name them."""
+    """The images of a folder, indexed by the ways a table may name them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -204,6 +205,7 @@ class _Files:
 
     def find(self, source_id: str) -> tuple[Path | None, str | None]:
         """Return (path, None), or (None, why there is none)."""
+        # A name in a table may be a path, but never one that leaves the folder.
         if "/" in source_id:
             path = (self.folder / source_id).resolve()
             if not path.is_relative_to(self.folder.resolve()):
@@ -212,6 +214,7 @@ class _Files:
         found = self.by_name.get(source_id) or self.by_stem.get(source_id) or []
         if not found:
             return None, f"there is no image named {source_id} in {self.folder}"
+        # Several files of one name are no problem if they are the same image.
         if len(found) > 1 and len({path.read_bytes() for path in found}) > 1:
             names = " and ".join(str(path.relative_to(self.folder)) for path in found[:2])
             return None, f"{source_id} could be {names}; write the path into the table"
@@ -219,7 +222,7 @@ class _Files:
 
 
 class _RowReader:
-    """Read rows, and count the values that say nothing usable."""
+    """Reads rows, and counts the values that cannot be used."""
 
     def __init__(self, frame: pd.DataFrame, mapping: Mapping[str, str], files: _Files) -> None:
         self._columns = {what: frame[name].str.strip().tolist() for what, name in mapping.items()}

@@ -1,9 +1,9 @@
-"""Training images that are decoded while they are trained on, by Ray Data, and never kept decoded.
+"""Training images decoded by Ray Data while they are trained on, and never stored decoded.
 
-For data whose decoded copy no node's disk should hold. The pipeline reads stored images in the order in which
-an epoch needs them, decodes them in tasks on whatever nodes the cluster has, and hands them over in that order;
-so a streamed run sees the same pixels as a cached one. Every worker streams its own share. What is read again
-and again stays in the cache: the val split, and the sample that statistics are measured on.
+For data whose decoded copy would not fit on a node's disk. The pipeline reads stored images in the order in which an
+epoch needs them, decodes them in tasks on any node, and returns them in that order, so a streamed run sees the same
+pixels as a cached one. Each worker streams its own shard. Images that are read repeatedly stay in the pixel cache: the
+val split, and the sample that statistics are measured on.
 """
 
 import functools
@@ -25,19 +25,19 @@ from records.settings import RecordsSettings
 from records.store import Store, find_images, open_store, read_image
 
 IMAGES_PER_TASK = 128
-"""A task takes tens of milliseconds to place, and as much as this to decode them."""
+"""Placing a task takes tens of milliseconds, so each decodes enough images to make that small."""
 
 
 @dataclass(frozen=True)
 class StreamedPixels:
-    """Images of which few are cached and the others are decoded as they are needed.
+    """Pixels of N images, of which few are cached and the others are decoded when needed.
 
     Args:
         image_ids: [N] image ids.
         side_px: S.
-        records: leads every node to the same store.
+        records: settings with which every node opens the same store.
         kept: [N] position of an image in `cached`; -1 where it is not cached.
-        cached: the pixels of those that are.
+        cached: the pixels of the cached ones.
     """
 
     image_ids: list[str] = field(repr=False)
@@ -51,22 +51,14 @@ class StreamedPixels:
         return len(self.image_ids)
 
     def take(self, indices: Any) -> UInt8Array:
-        """Copy cached rows.
-
-        Args:
-            indices: [n] positions.
-        Returns:
-            [n, S, S, 3], writable.
-        Raises:
-            ContractError: one of them is not cached.
-        """
+        """Copy cached rows, [n] positions to [n, S, S, 3], writable; ContractError if one is not cached."""
         places = self.kept[np.asarray(indices, dtype=np.int64)]
         if len(places) and places.min() < 0:
-            raise ContractError("an image that is streamed was asked for out of turn; take `batches`")
+            raise ContractError("an image that is not cached cannot be taken at random; use `batches`")
         return self.cached.take(places)
 
     def batches(self, parts: Sequence[IntArray]) -> Iterator[UInt8Array]:
-        """Decode images in order; Ray has to run.
+        """Decode images in order; Ray has to be initialized.
 
         Args:
             parts: positions, one array per batch; repeats are decoded again.
@@ -84,9 +76,9 @@ def stream_pixels(store: Store, image_ids: list[str], kept: IntArray, side_px: i
     """Cache a part of the images, and leave the others to be streamed.
 
     Args:
-        store: with the images; its settings have to lead every node to it.
-        image_ids: [N].
-        kept: positions of those to cache.
+        store: its settings have to open the same store on every node.
+        image_ids: [N] image ids.
+        kept: positions of the images to cache.
         side_px: S.
     Returns:
         The pixels.
@@ -113,7 +105,9 @@ def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> It
             functools.partial(_decode, side_px=side_px, records=records),
             batch_size=None,
             batch_format="numpy",
-            num_cpus=0,  # the workers of a training may hold every CPU that Ray counts, and wait for these tasks
+            # The training workers may hold every CPU that Ray counts and wait for these tasks: asking for one here
+            # would deadlock. `concurrency` bounds the tasks instead.
+            num_cpus=0,
             concurrency=min(len(tables), _cpus()),
         )
     for batch in images.iter_batches(batch_size=None, batch_format="numpy"):
@@ -123,7 +117,7 @@ def _decoded(image_ids: list[str], side_px: int, records: RecordsSettings) -> It
 
 
 def _decode(batch: dict[str, NDArray[Any]], *, side_px: int, records: RecordsSettings) -> dict[str, NDArray[Any]]:
-    """Decode one piece. An error is noted beside black pixels: of one that is raised, Ray keeps the text only."""
+    """Decode one block. An error is returned beside black pixels: Ray would keep only the text of a raised one."""
     ids = [str(image_id) for image_id in batch["image_id"]]
     kind, message = "", ""
     try:
@@ -135,6 +129,7 @@ def _decode(batch: dict[str, NDArray[Any]], *, side_px: int, records: RecordsSet
     return {"pixels": pixels, "failure": np.full(len(ids), kind), "message": np.full(len(ids), message)}
 
 
+# Task processes are reused, and opening a store for every block would dominate.
 @functools.lru_cache(maxsize=1)
 def _store(records: RecordsSettings) -> Store:
     return open_store(records)
@@ -145,7 +140,7 @@ def _cpus() -> int:
 
 
 def _cut(pieces: Iterator[UInt8Array], lengths: Sequence[int]) -> Iterator[UInt8Array]:
-    """Cut a sequence of pixels that comes in pieces of one length into parts of other lengths."""
+    """Cut a stream of pixel arrays into parts of the given lengths."""
     waiting: list[UInt8Array] = []
     held = 0
     for length in lengths:
@@ -153,6 +148,6 @@ def _cut(pieces: Iterator[UInt8Array], lengths: Sequence[int]) -> Iterator[UInt8
             piece = next(pieces)
             waiting.append(piece)
             held += len(piece)
-        joined = np.concatenate(waiting)  # a copy, since Ray's own arrays cannot be written to
+        joined = np.concatenate(waiting)  # copies, since arrays from Ray's object store are read-only
         yield joined[:length]
         waiting, held = [joined[length:]], held - length

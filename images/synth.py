@@ -1,10 +1,10 @@
-"""Generate dermatoscopy-like images in HAM10000's official layout, so that everything runs with no download.
+"""Generate dermatoscopy-like images in HAM10000's official layout, so that everything runs without a download.
 
     relook data synth DIR --lesions 600 --seed 7
 
-writes `HAM10000_images_part_1/`, `HAM10000_images_part_2/`, `masks/` and `HAM10000_metadata.csv`. Equal
-arguments give equal bytes. Ids start at ISIC_9000001, far above the real ones. The images are made up:
-they show that the machinery works and say nothing about skin.
+writes `HAM10000_images_part_1/`, `HAM10000_images_part_2/`, `masks/` and `HAM10000_metadata.csv`. Equal arguments give
+equal bytes. Ids start at ISIC_9000001, far above real ones. The images are artificial: they test the software and say
+nothing about skin.
 """
 
 import csv
@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image as PillowImage
 from rich.progress import Progress
 
 from images.parallel import chunks_of, map_in_order
-from images.synth_looks import LOOKS, draw_look
-from images.synth_paint import paint_lesion
-from images.synth_view import draw_habits, draw_view
+from images.synth_lesion import LOOKS, Lesion, draw_look, paint_lesion
+from records.arrays import Float32Array, FloatArray, UInt8Array
 from records.errors import ConfigError, DataError
 
 SHARES: dict[str, float] = {
     "akiec": 0.08, "bcc": 0.10, "bkl": 0.14, "df": 0.05, "mel": 0.16, "nv": 0.42, "vasc": 0.05,
 }  # fmt: skip
-"""Share of the lesions that each class gets: unbalanced as in life, but with enough of each to learn from."""
+"""Share of the lesions in each class: unbalanced as in practice, but with enough of each to train on."""
 
 IMAGES_PER_LESION = (0.58, 0.27, 0.15)
 """Probability of 1, 2 and 3 images of a lesion."""
@@ -52,14 +52,14 @@ _SITE_SHARES = (0.22, 0.21, 0.14, 0.11, 0.1, 0.08, 0.05, 0.04, 0.03, 0.02)
 
 @dataclass(frozen=True)
 class SynthReport:
-    """What was generated.
+    """Content of a generated folder.
 
     Args:
-        folder: where.
+        folder: its path.
         images: number of images.
         lesions: number of lesions.
         classes: class code to number of images.
-        seed: of the generator.
+        seed: seed of the generator.
     """
 
     folder: Path
@@ -96,14 +96,14 @@ def synthesize(
     Args:
         folder: empty, missing, or generated before with equal arguments (then only finished).
         lesions: number of lesions, at least one per class.
-        seed: of the generator, 0 or more.
-        width_px: of the images, at least 80; the height is three quarters of it (600 = original size).
+        seed: 0 or more.
+        width_px: width of the images, at least 80; the height is three quarters of it (600 = original size).
         shares: class code to share of the lesions; default `SHARES`.
-        progress: a bar is added to it.
+        progress: gets a bar.
     Returns:
-        What the folder holds.
+        The content of the folder.
     Raises:
-        ConfigError: an argument cannot work.
+        ConfigError: an argument is out of range.
         DataError: the folder holds something else.
     """
     weights = dict(SHARES if shares is None else shares)
@@ -117,18 +117,16 @@ def synthesize(
 
 
 def render(code: str, *, seed: int, number: int = 0, view: int = 0, width_px: int = 200) -> bytes:
-    """Generate one image.
+    """Generate one image as a JPEG file.
 
     Args:
-        code: its class.
-        seed: of the generator, 0 or more.
-        number: which lesion.
-        view: which image of the lesion.
-        width_px: of the image; its height is three quarters of it.
+        code: class code; an unknown one raises ConfigError.
+        seed: 0 or more.
+        number: number of the lesion.
+        view: number of the image of the lesion.
+        width_px: width; the height is three quarters of it.
     Returns:
-        A JPEG file.
-    Raises:
-        ConfigError: no such class is known to the generator.
+        The bytes.
     """
     if code not in LOOKS:
         raise ConfigError(f"the generator knows no class {code!r}; it knows {', '.join(LOOKS)}")
@@ -178,7 +176,8 @@ def _counts(lesions: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 
 def _plan(lesions: int, seed: int, shares: Mapping[str, float]) -> list[_PlannedLesion]:
-    """Decide the class, the images and the context of every lesion, before any is painted."""
+    """Draw the class, the images and the metadata of every lesion, before any is painted."""
+    # One generator for the plan and one per lesion, so that lesions can be painted in any order on all cores.
     rng = np.random.default_rng([seed, 0])
     codes = [code for code, count in _counts(lesions, shares).items() for _ in range(count)]
     rng.shuffle(codes)
@@ -211,7 +210,7 @@ def _write(
 ) -> None:
     for name in (*_PARTS, "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    # The mark comes first and the table last, so that a killed run is recognised and finished.
+    # The marker is written first and the table last, so that a killed run is recognized and finished.
     mark = {"what": "generated images, not images of patients", "request": request}
     (folder / _MARK).write_text(json.dumps(mark, indent=2) + "\n")
     num_images = sum(planned.num_images for planned in plan)
@@ -266,3 +265,114 @@ def _render_lesion(planned: _PlannedLesion, seed: int, width_px: int) -> list[tu
         PillowImage.fromarray(mask).save(png, "PNG", compress_level=3)
         pairs.append((jpeg.getvalue(), png.getvalue()))
     return pairs
+
+
+# ---------------------------------------------------------------- view of a lesion
+
+
+@dataclass(frozen=True)
+class Habits:
+    """Properties that all images of a lesion share.
+
+    Args:
+        hairs: mean number of hairs.
+        hair_tone: grey value of the hairs, 0 to 255.
+        vignette: whether the dermatoscope's rim is visible.
+        cast: [3] gain of the camera's channels.
+    """
+
+    hairs: float
+    hair_tone: float
+    vignette: bool
+    cast: tuple[float, float, float]
+
+
+def draw_habits(rng: np.random.Generator) -> Habits:
+    """Draw a lesion's surroundings and camera; about a third of the lesions have hairs, a quarter a vignette."""
+    hairs = float(rng.gamma(1.5, 6.0)) if rng.random() < 0.35 else 0.0
+    exposure, warmth, tint = rng.normal(0, 0.03), rng.normal(0, 0.035), rng.normal(0, 0.012)
+    return Habits(
+        hairs=hairs,
+        hair_tone=float(rng.choice([32.0, 52.0, 84.0, 170.0], p=[0.4, 0.3, 0.2, 0.1])),
+        vignette=bool(rng.random() < 0.25),
+        cast=(1.0 + exposure + warmth, 1.0 + exposure - abs(tint), 1.0 + exposure - warmth),
+    )
+
+
+def draw_view(
+    lesion: Lesion, habits: Habits, width_px: int, height_px: int, rng: np.random.Generator
+) -> tuple[UInt8Array, UInt8Array]:
+    """Render one image of a lesion: a random pose, hairs, light, vignette and noise.
+
+    Several images of one lesion differ as those of several visits do.
+
+    Args:
+        lesion: painted.
+        habits: shared by all images of the lesion.
+        width_px: W.
+        height_px: H.
+        rng: the generator of this image.
+    Returns:
+        The image, uint8 [H, W, 3], and the lesion's mask, uint8 [H, W], 0 or 255.
+    """
+    matrix = _pose(lesion.rgb.shape[0], width_px, height_px, rng)
+    size = (width_px, height_px)
+    image = cv2.warpAffine(lesion.rgb, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    mask = cv2.warpAffine(lesion.mask, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    unit_px = height_px / 150.0
+    if rng.random() < 0.2:
+        image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.5, 1.1)) * unit_px)
+    planes: list[Float32Array] = [np.asarray(plane) for plane in cv2.split(image)]
+    if habits.hairs:
+        _draw_hairs(planes, int(rng.poisson(habits.hairs)), habits.hair_tone, unit_px, rng)
+    _light(planes, habits, rng)
+    grain = rng.standard_normal((height_px, width_px), dtype=np.float32) * np.float32(rng.uniform(1.2, 4.0))
+    finished = cv2.merge([np.clip(plane + grain, 0, 255).astype(np.uint8) for plane in planes])
+    return np.asarray(finished, dtype=np.uint8), np.where(mask > 0.5, 255, 0).astype(np.uint8)
+
+
+def _pose(side_px: int, width_px: int, height_px: int, rng: np.random.Generator) -> FloatArray:
+    """Return the 2 x 3 matrix from the painting to the image: any rotation, some shift and zoom."""
+    angle, zoom = float(rng.uniform(0, 360)), float(np.exp(rng.normal(0, 0.09)))
+    middle = (side_px - 1) / 2
+    matrix = cv2.getRotationMatrix2D((middle, middle), angle, zoom)
+    matrix[0, 2] += (width_px - 1) / 2 - middle + rng.normal(0, 0.04) * width_px
+    matrix[1, 2] += (height_px - 1) / 2 - middle + rng.normal(0, 0.035) * height_px
+    return np.asarray(matrix)
+
+
+def _draw_hairs(planes: list[Float32Array], count: int, tone: float, unit_px: float, rng: np.random.Generator) -> None:
+    """Draw bent hairs of about one direction."""
+    height_px, width_px = planes[0].shape
+    drawn = np.zeros((height_px, width_px), dtype=np.uint8)
+    direction = rng.uniform(0, np.pi)
+    t = np.linspace(0.0, 1.0, 12)[:, None]
+    for _ in range(count):
+        angle = direction + rng.normal(0, 0.45)
+        along = np.array([np.cos(angle), np.sin(angle)])
+        start = rng.uniform(-0.1, 1.0, 2) * (width_px, height_px)
+        length = rng.uniform(30, 130) * unit_px
+        bow = np.array([-along[1], along[0]]) * rng.normal(0, 0.16) * length
+        path = start + along * length * t + bow * 4 * t * (1 - t)
+        fixed = np.round(path * 16).astype(np.int32)
+        cv2.polylines(drawn, [fixed], False, int(rng.integers(70, 220)), max(1, round(0.8 * unit_px)), cv2.LINE_AA, 4)
+    weight = drawn.astype(np.float32) / np.float32(255.0)
+    for plane, warmth in zip(planes, (1.1, 0.92, 0.84), strict=True):
+        plane += (np.float32(tone * warmth) - plane) * weight
+
+
+def _light(planes: list[Float32Array], habits: Habits, rng: np.random.Generator) -> None:
+    """Apply exposure, the camera's colour cast, uneven light and the rim, in place."""
+    height_px, width_px = planes[0].shape
+    x = np.linspace(-1, 1, width_px, dtype=np.float32)[None, :]
+    y = np.linspace(-1, 1, height_px, dtype=np.float32)[:, None]
+    slope_x, slope_y = rng.normal(0, 0.045, 2)
+    gain = np.float32(np.exp(rng.normal(0, 0.06))) * (1 + np.float32(slope_x) * x + np.float32(slope_y) * y)
+    distance = np.hypot(x * np.float32(width_px / height_px), y)
+    gain = gain * (1 - np.float32(0.07) * distance * distance)
+    if habits.vignette:
+        rim = np.float32(rng.uniform(1.15, 1.5))
+        gain = gain * np.clip((rim - distance) / np.float32(0.16) + 0.5, 0.07, 1.0)
+    shades = 1.0 + rng.normal(0, 0.012, 3)
+    for plane, cast, shade in zip(planes, habits.cast, shades, strict=True):
+        plane *= gain * np.float32(cast * shade)

@@ -72,8 +72,8 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
     owned = labels[["image_id", "group_id", "consent"]].drop_duplicates("image_id")
     labels = labels[(labels["consent"] == Consent.TRAINING.value) & labels["group_id"].notna()]
     if labels.empty:
-        why = f"none of {len(images)} labelled images has both consent for training and a group"
-        raise DataError(f"{why if len(images) else 'no image has a label yet'}; import a folder with diagnoses first")
+        why = f"none of {len(owned)} labelled images has both consent for training and a group"
+        raise DataError(f"{why if len(owned) else 'no image has a label yet'}; import a folder with diagnoses first")
     strongest = _strongest(labels)
     # A held-out image keeps an independent label even where a biased one is stronger: a model that chose which
     # images are labelled must not also choose what it is measured on.

@@ -194,7 +194,7 @@ class Rollout(Record):
     stage: RolloutStage
     percent: int = Field(default=0, ge=0, le=100, description="traffic share of the candidate, percent of lesions")
     evidence: dict[str, Any] = Field(
-        default_factory=dict, description="per guardrail: number of looks, number of events"
+        default_factory=dict, description="per guardrail: number of observations and of events"
     )
     ended_at: Timestamp | None = None
     why: str | None = Field(default=None, description="why it ended, one sentence")

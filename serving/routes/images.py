@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path
 
-from images.forget import forget_pixels
+from images.cache import blank_pixels
 from records.erasure import erase_image
 from records.types import Scope
 from serving.access.keys import Caller
@@ -26,7 +26,7 @@ def images_router(service: Service, authenticator: Authenticator) -> APIRouter:
     ) -> ErasureResponse:
         """Erase an image, its heat maps and all personal data of it; Label Studio follows at its next sync."""
         erased = erase_image(store, image_id, actor=caller.id)
-        forget_pixels(store.home.cache, [image_id])
+        blank_pixels(store.home.cache, [image_id])
         return ErasureResponse(
             image_id=image_id,
             blobs=erased.blobs,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from images.cache import PixelCache, SegmentWriter
+from images.cache import PixelCache, SegmentWriter, blank_pixels
 from images.decode import DECODE_VERSION, decode_square
 from images.importer import import_folder
 from images.parallel import chunks_of
@@ -213,3 +213,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path, m
     monkeypatch.undo()
     cache.append(["ab" * 32], np.zeros((1, 8, 8, 3), dtype=np.uint8))
     assert len(cache) == 1
+
+
+def test_only_the_erased_image_is_blanked(tmp_path: Path) -> None:
+    ids = [f"{i:064x}" for i in (1, 2, 3)]
+    pixels = np.stack([np.full((4, 4, 3), i, dtype=np.uint8) for i in (1, 2, 3)])
+    PixelCache(tmp_path, 4).append(ids, pixels)
+    assert blank_pixels(tmp_path, [ids[1], 64 * "f"]) == 1
+    assert blank_pixels(tmp_path, [ids[1]]) == 0
+    cache = PixelCache(tmp_path, 4)
+    assert cache.missing(ids) == [ids[1]]
+    assert np.array_equal(cache.rows([ids[0], ids[2]]).take([0, 1]), pixels[[0, 2]])
+    assert bytes(pixels[1]) not in next(tmp_path.glob("*/*.u8")).read_bytes()

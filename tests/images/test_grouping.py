@@ -3,13 +3,15 @@
 import io
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image as PillowImage
 
-from images.grouping import group_images, known_diagnoses
+from images.grouping import group_images, grouped_subset, known_diagnoses
 from images.importer import import_folder
 from images.synth import render
-from records.errors import UnknownIdError
+from records.errors import DataError, UnknownIdError
 from records.ids import new_id, utc_now
 from records.keys import patient_hash
 from records.store import Store
@@ -43,8 +45,8 @@ def annotator(image_id: str, label: str | None) -> Annotation:
     now = utc_now()
     return Annotation(
         id=new_id(), created_at=now, annotated_at=now, review_item_id="r", image_id=image_id, label=label,
-        annotator="a", kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL, server="s", project_id=1, task_id=1,
-        annotation_id=1, revision=new_id(),
+        annotator="a", kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL, server="s", project_id=1,
+        task_id=1, annotation_id=1, revision=new_id(),
     )  # fmt: skip
 
 
@@ -119,3 +121,56 @@ def test_patients_are_told_apart_by_a_salted_hash(store: Store) -> None:
     assert patient_hash(store.home, "P1") != patient_hash(store.home, "P2")
     assert patient_hash(store.home, "P1") == patient_hash(store.home, "P1")
     assert len(patient_hash(store.home, "P1")) == 64
+
+
+def training_rows(groups_per_class: dict[str, int], images_per_group: int = 2) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"image_id": f"{label}-{group}-{image}", "group_id": f"{label}-{group}", "label": label}
+            for label, count in groups_per_class.items()
+            for group in range(count)
+            for image in range(images_per_group)
+        ]
+    )
+
+
+ROWS = training_rows({"nv": 60, "mel": 30, "df": 10})
+
+
+def test_groups_stay_whole_and_classes_keep_their_share():
+    chosen = grouped_subset(ROWS, 100, seed=0)
+
+    assert len(chosen) <= 100
+    assert (chosen.groupby("group_id").size() == 2).all()
+    assert chosen["label"].value_counts().to_dict() == {"nv": 60, "mel": 30, "df": 10}
+
+
+def test_a_rare_class_keeps_at_least_one_group():
+    chosen = grouped_subset(training_rows({"nv": 100, "df": 1}, images_per_group=3), 20, seed=0)
+
+    assert (chosen["label"] == "df").sum() == 3
+    assert len(chosen) <= 20 + 3
+
+
+def test_the_draw_depends_on_the_seed_and_a_larger_one_contains_it():
+    small, other, large = (grouped_subset(ROWS, n, seed=s) for n, s in ((60, 1), (60, 2), (120, 1)))
+
+    assert small.equals(grouped_subset(ROWS, 60, seed=1))
+    assert set(small["group_id"]) != set(other["group_id"])
+    assert set(small["group_id"]) <= set(large["group_id"])
+
+
+def test_the_order_of_the_rows_decides_nothing():
+    shuffled = ROWS.iloc[np.random.default_rng(0).permutation(len(ROWS))]
+
+    assert set(grouped_subset(shuffled, 60, seed=1)["image_id"]) == set(grouped_subset(ROWS, 60, seed=1)["image_id"])
+
+
+@pytest.mark.parametrize("limit", [None, 200, 10_000])
+def test_a_limit_that_is_not_reached_changes_nothing(limit):
+    assert grouped_subset(ROWS, limit, seed=0).equals(ROWS)
+
+
+def test_fewer_images_than_classes_are_refused():
+    with pytest.raises(DataError, match=r"max_train_images is 2, but 3 classes need an image each"):
+        grouped_subset(ROWS, 2, seed=0)

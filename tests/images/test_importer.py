@@ -201,7 +201,7 @@ def test_what_cannot_be_used_is_quarantined_and_the_rest_goes_on(store: Store, c
 
 def test_a_folder_with_nothing_usable_is_refused(store: Store, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", [{"image_id": "a", "dx": "zebra"}], {"a.jpg": b"x"})
-    with pytest.raises(DataError, match=r"not one of 1 rows of .* can be used; first: a has the class 'zebra'"):
+    with pytest.raises(DataError, match=r"none of the 1 rows of .* can be used; first: a has the class 'zebra'"):
         import_folder(store, folder)
     assert images_of(store) == {}
 
@@ -375,7 +375,7 @@ def test_several_splits_are_cached_at_once(store: Store, generated: Path) -> Non
 
 
 def test_data_are_opened_by_folder_id_or_newest(store: Store, generated: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there are no data yet"):
+    with pytest.raises(DataError, match="there is no data yet"):
         open_dataset(store, None)
     with pytest.raises(DataError, match="there is no data folder"):
         open_dataset(store, str(tmp_path / "nowhere"))

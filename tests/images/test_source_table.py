@@ -123,7 +123,7 @@ def test_byte_order_mark_and_tabs(tmp_path: Path) -> None:
         ("image_id,label\na,nv\n", ["a.jpg"], {}, r"no column 'dx'; it has image_id, label; .*--columns dx=NAME"),
         ("image,dx\na,nv\n", ["a.jpg"], {}, r"no column 'image_id'; .*--columns image=NAME"),
         ("image_id,dx\na,nv\n", ["a.jpg"], {"lesion": "mole"}, "no column 'mole' for lesion; it has image_id, dx"),
-        ("image_id,dx\na,nv\n", ["a.jpg"], {"diagnosis": "dx"}, "cannot be asked for 'diagnosis'; --columns takes"),
+        ("image_id,dx\na,nv\n", ["a.jpg"], {"diagnosis": "dx"}, "--columns does not take 'diagnosis'; it takes"),
         ("image_id,dx\n", ["a.jpg"], {}, "has no rows"),
         ("image_id,dx\na,nv\n", [], {}, "there are no images in"),
         ("image_id,dx,split\na,nv,holdout\n", ["a.jpg"], {}, "the split 'holdout'; it must be one of train, val"),

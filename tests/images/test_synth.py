@@ -12,7 +12,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import balanced_accuracy_score
 
 from images.synth import SHARES, render, synthesize
-from images.synth_looks import LOOKALIKES, LOOKS, blend
+from images.synth_lesion import LOOKALIKES, LOOKS, blend
 from records.errors import ConfigError, DataError
 from records.taxonomy import load_taxonomy
 

@@ -77,7 +77,17 @@ def test_a_flagged_image_is_followed_to_the_model_that_learned_from_it(store: St
         found = trace(store, subject)
         assert (found.kind, found.subject) == (kind, history if kind == "image" else PREDICTION)
         kinds = [step.kind for step in found.steps]
-        assert kinds == ["image", "prediction", "flag", "review_item", "task", "annotator", "outcome", "dataset", "model"]
+        assert kinds == [
+            "image",
+            "prediction",
+            "flag",
+            "review_item",
+            "task",
+            "annotator",
+            "outcome",
+            "dataset",
+            "model",
+        ]
         assert [step.at for step in found.steps] == sorted(step.at for step in found.steps)
     texts = {step.kind: step.text for step in found.steps}
     assert texts["image"].startswith("image (ISIC_1) stored")

@@ -86,7 +86,7 @@ def test_without_a_terminal_each_epoch_is_a_line(images_folder: Path, tmp_path: 
 
 def test_bad_input_is_one_sentence(run: Any, tmp_path: Path) -> None:
     no_data = run("train")
-    assert "there are no data yet" in str(no_data.exception)
+    assert "there is no data yet" in str(no_data.exception)
     unknown = run("train", "--set", "trainers.optimizer.name=lion")
     assert "unknown optimizer 'lion'; there are sgd, rmsprop, adam, adamw" in str(unknown.exception)
     uneven = run("train", "--workers", "5")

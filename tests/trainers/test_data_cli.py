@@ -102,7 +102,7 @@ def test_columns_of_another_form_are_refused() -> None:
 def test_errors_reach_the_root_command(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no data folder"):
         run("import", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="there are no data yet"):
+    with pytest.raises(DataError, match="there is no data yet"):
         run("audit")
 
 

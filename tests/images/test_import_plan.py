@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from images.import_rows import (
+from images.import_plan import (
     Entry,
     GroupFacts,
     draw_splits,

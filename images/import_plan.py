@@ -1,0 +1,405 @@
+"""The rules of an import and the one transaction that ends it.
+
+The rules are pure functions over rows: which rows can be used, which split a group gets, which labels are withheld.
+The transaction writes images, groups, splits, labels, quarantine and an audit event, all of them or none. Rows that
+the ledger has already stay as they are, so writing the same import again adds nothing but the audit event.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from images.grouping import NearPair, set_groups, set_splits, write_groups
+from images.intake import TakenIn
+from images.source_table import SourceRow
+from records import audit
+from records.erasure import remove_expired_tombstones
+from records.grouping import draw_split, draw_stratified, position
+from records.ids import hash_of, utc_now
+from records.ledger import Transaction
+from records.ledger.tables import TABLES
+from records.taxonomy import Taxonomy
+from records.types import LABEL_RANK, Confirmation, Group, Image, Quarantined, SourceLabel, Split
+
+IMPORT_ACTION = "data.imported"
+"""Action of the audit event; its subject is the import's id."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row that cannot be used; see Quarantined."""
+
+    source_id: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row that can be used, with its stored image. Its label is None if the row has no diagnosis."""
+
+    row: SourceRow
+    taken: TakenIn
+
+    @property
+    def image_id(self) -> str:
+        """Id of the stored image."""
+        return self.taken.image_id
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """The facts about a group that drawing its split needs.
+
+    Args:
+        label: class of its first labelled image.
+        splits: the splits that the table gives to its images.
+    """
+
+    label: str
+    splits: frozenset[Split]
+
+
+def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[SourceRow], list[Refusal], list[str]]:
+    """Separate the rows that can be used from the others, before any image is read.
+
+    Args:
+        rows: all rows of the table.
+        taxonomy: its classes are the known ones.
+    Returns:
+        The usable rows, one per image name; the refused ones; notes about repeated rows.
+    """
+    refusals: list[Refusal] = []
+    known: list[SourceRow] = []
+    for row in rows:
+        if row.label is not None and row.label not in taxonomy.codes:
+            classes = ", ".join(taxonomy.codes)
+            reason = f"{row.source_id} has the class {row.label!r}; taxonomy {taxonomy.name!r} has {classes}"
+            refusals.append(Refusal(row.source_id, "unknown_class", reason))
+        else:
+            known.append(row)
+    in_conflict = _class_conflicts(known, lambda row: row.source_id, "image")
+    in_conflict.update(_class_conflicts(known, lambda row: row.context["lesion_id"], "lesion"))
+    kept: dict[str, SourceRow] = {}
+    repeated = 0
+    for row in known:
+        if row.source_id in in_conflict:
+            refusals.append(Refusal(row.source_id, "label_conflict", in_conflict[row.source_id]))
+        elif row.path is None:
+            refusals.append(Refusal(row.source_id, "missing", row.problem or "there is no image"))
+        elif row.source_id in kept:
+            repeated += 1
+        else:
+            kept[row.source_id] = row
+    notes = [f"{repeated} rows repeat the image of another row and were read once"] if repeated else []
+    return list(kept.values()), list(dict.fromkeys(refusals)), notes
+
+
+def merge_same_bytes(entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[str, str]], list[Refusal]]:
+    """Find names whose files are byte for byte the same image.
+
+    Args:
+        entries: in the table's order.
+    Returns:
+        All entries whose labels agree; (name, name of the first with the same bytes) pairs; the refused others.
+    """
+    by_image: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_image.setdefault(entry.image_id, []).append(entry)
+    kept: list[Entry] = []
+    same_bytes: list[tuple[str, str]] = []
+    refusals: list[Refusal] = []
+    for alike in by_image.values():
+        labels = sorted({entry.row.label for entry in alike if entry.row.label is not None})
+        names = [entry.row.source_id for entry in alike]
+        if len(labels) > 1:
+            reason = f"{' and '.join(names)} are the same image with the classes {' and '.join(labels)}"
+            refusals.extend(Refusal(name, "label_conflict", reason) for name in names)
+            continue
+        kept.extend(alike)
+        same_bytes.extend((name, names[0]) for name in names[1:])
+    return kept, same_bytes, refusals
+
+
+def draw_splits(
+    groups: Mapping[str, GroupFacts], *, is_first: bool, salt: str
+) -> tuple[dict[str, tuple[Split, str]], list[str]]:
+    """Draw a split for every group: as the table gives it, else stratified at the first import, else by hash.
+
+    A given split is kept if no group crosses it. Splits that it does not name (usually calibration and gate) get their
+    share of its training groups, because a model needs them to be calibrated and judged.
+
+    Args:
+        groups: group id to facts, of the labelled groups that have no split.
+        is_first: True if no group has a split yet.
+        salt: setting `records.split_salt`.
+    Returns:
+        Group id to (split, what drew it); and sentences about a split that could not be kept.
+    """
+    given = {group_id: facts.splits for group_id, facts in groups.items() if facts.splits}
+    crossing = [group_id for group_id, named in given.items() if len(named) > 1]
+    notes: list[str] = []
+    if crossing:
+        notes.append(f"the table's split was not kept: {len(crossing)} lesions or patients lie on two of its splits")
+        given = {}
+    named = {split for listed in given.values() for split in listed}
+    fixed = {group_id: split for group_id, listed in given.items() for split in listed if split is not Split.TRAIN}
+    free = {group_id: facts.label for group_id, facts in groups.items() if group_id not in fixed}
+    drawn = draw_stratified(free, salt) if is_first else {group_id: draw_split(group_id, salt) for group_id in free}
+    splits: dict[str, tuple[Split, str]] = {group_id: (split, "given") for group_id, split in fixed.items()}
+    for group_id, split in drawn.items():
+        stays = group_id in given and split in named
+        splits[group_id] = (Split.TRAIN, "given") if stays else (split, "stratified" if is_first else "hash")
+    return splits, notes
+
+
+def pick_withheld(train_groups: Mapping[str, str], share: float, salt: str) -> set[str]:
+    """Choose the training groups whose labels are withheld.
+
+    Args:
+        train_groups: group id to class code, groups of the train split only.
+        share: share of the groups of each class, 0 to below 1.
+        salt: setting `records.split_salt`.
+    Returns:
+        Group ids: of each class the first ones by salted hash, the same ones at every call.
+    """
+    by_class: dict[str, list[str]] = {}
+    for group_id, label in train_groups.items():
+        by_class.setdefault(label, []).append(group_id)
+    picked: set[str] = set()
+    for members in by_class.values():
+        # A salt of its own: with that of the splits, the withheld groups would be one end of the train split.
+        members.sort(key=lambda group_id: (position(group_id, f"{salt}:withhold"), group_id))
+        picked.update(members[: int(share * len(members) + 0.5)])
+    return picked
+
+
+def _class_conflicts(rows: Sequence[SourceRow], key: Callable[[SourceRow], str | None], what: str) -> dict[str, str]:
+    """Return image name to reason, for rows that share a key and have different classes."""
+    labels: dict[str, Counter[str]] = {}
+    for row in rows:
+        value = key(row)
+        if value is not None and row.label is not None:
+            labels.setdefault(value, Counter())[row.label] += 1
+    reasons: dict[str, str] = {}
+    for row in rows:
+        value = key(row)
+        if value is not None and len(labels.get(value, ())) > 1:
+            reasons[row.source_id] = f"{what} {value} has the classes {' and '.join(sorted(labels[value]))}"
+    return reasons
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a table was read; the same folder is recognized by it later.
+
+    Args:
+        table: SHA-256 of the table.
+        columns: the columns that were named by the user, meaning to column.
+    """
+
+    table: str
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an import writes.
+
+    Args:
+        import_id: 16 hex characters.
+        entries: rows that can be used.
+        images: their images, one per entry; two entries may be the same image.
+        pairs: near-duplicates.
+        refusals: rows that cannot be used.
+        withhold_share: share of the train-split groups whose labels are withheld.
+        split_salt: setting `records.split_salt`.
+        reading: goes into the audit event.
+    """
+
+    import_id: str
+    entries: Sequence[Entry]
+    images: Sequence[Image]
+    pairs: Sequence[NearPair]
+    refusals: Sequence[Refusal]
+    withhold_share: float
+    split_salt: str
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Written:
+    """Everything that was written.
+
+    Args:
+        new_images: images that the ledger did not know.
+        group_of: image id to group id; an image that would have joined two splits is missing.
+        split_of: group id to split, of the groups that have one.
+        withheld: entries whose label was withheld, one per image.
+        quarantined: every row that could not be used, including those of earlier runs of the same import.
+        notes: sentences about a given split.
+    """
+
+    new_images: int
+    group_of: dict[str, str]
+    split_of: dict[str, Split]
+    withheld: list[Entry]
+    quarantined: list[Quarantined]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Label:
+    text: str
+    confirmation: Confirmation
+    source: str
+
+
+def write_import(tx: Transaction, plan: Plan) -> Written:
+    """Write an import in one write transaction."""
+    new_images, linking = _write_images(tx, plan)
+    group_of = _groups_of(tx, plan)
+    facts = _facts(plan, group_of)
+    split_of, notes = _write_splits(tx, facts, plan.split_salt)
+    known = _known_labels(tx)
+    conflicts = _label_conflicts(plan, known)
+    withheld = _withheld(plan, facts, group_of, split_of, known)
+    skipped = {entry.image_id for entry in withheld} | {image_id for image_id, _ in conflicts}
+    _write_labels(tx, plan, known, skipped)
+    refusals = [*plan.refusals, *linking, *(refusal for _, refusal in conflicts)]
+    quarantined = _write_quarantine(tx, plan.import_id, refusals)
+    details = {
+        "images": len(group_of), "quarantined": len(quarantined), "withheld": len(withheld),
+        "table": plan.reading.table, "columns": dict(plan.reading.columns),
+    }  # fmt: skip
+    audit.append(tx, actor="local", action=IMPORT_ACTION, subject=plan.import_id, details=details)
+    return Written(new_images, group_of, split_of, withheld, quarantined, notes)
+
+
+def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
+    """Write the new images with their groups; return their number and the rows that would join two splits."""
+    # Their ids would otherwise collide with the rows that are added below.
+    remove_expired_tombstones(tx, {image.id for image in plan.images})
+    table = TABLES[Image]
+    known = dict(tx.connection.execute(sa.select(table.c.id, table.c.group_id)).all())
+    # Reversed, so that the first of several rows about one image wins.
+    first = {image.id: image for image in reversed(plan.images)}
+    without_group = sorted(image_id for image_id in first if known.get(image_id) is None)
+    placement = write_groups(tx, without_group, plan.images, plan.pairs)
+    new = [image for image_id, image in first.items() if image_id not in known]
+    tx.add(*(image.model_copy(update={"group_id": placement.group_of.get(image.id)}) for image in new))
+    set_groups(tx, {i: group_id for i, group_id in placement.group_of.items() if i in known})
+    refusals = [
+        Refusal(
+            entry.row.source_id,
+            "links_two_splits",
+            f"{entry.row.source_id} belongs to groups {' and '.join(placement.refused[entry.image_id])}, "
+            "which are on two different splits",
+        )
+        for entry in plan.entries
+        if entry.image_id in placement.refused
+    ]
+    return len(new), refusals
+
+
+def _groups_of(tx: Transaction, plan: Plan) -> dict[str, str]:
+    table = TABLES[Image]
+    wanted = {image.id for image in plan.images}
+    rows = tx.connection.execute(sa.select(table.c.id, table.c.group_id).where(table.c.group_id.is_not(None))).all()
+    return {image_id: group_id for image_id, group_id in rows if image_id in wanted}
+
+
+def _facts(plan: Plan, group_of: Mapping[str, str]) -> dict[str, GroupFacts]:
+    """Collect the labelled groups of the import; the label of a group is that of its first image by id."""
+    facts: dict[str, GroupFacts] = {}
+    for entry in sorted(plan.entries, key=lambda entry: entry.image_id):
+        group_id = group_of.get(entry.image_id)
+        if group_id is None or entry.row.label is None:
+            continue
+        splits = frozenset() if entry.row.split is None else frozenset({entry.row.split})
+        before = facts.get(group_id, GroupFacts(entry.row.label, frozenset()))
+        facts[group_id] = GroupFacts(before.label, before.splits | splits)
+    return facts
+
+
+def _write_splits(tx: Transaction, facts: Mapping[str, GroupFacts], salt: str) -> tuple[dict[str, Split], list[str]]:
+    split_of = {group.id: group.split for group in tx.find(Group) if group.split is not None}
+    undrawn = {group_id: fact for group_id, fact in facts.items() if group_id not in split_of}
+    drawn, notes = draw_splits(undrawn, is_first=not split_of, salt=salt)
+    set_splits(tx, drawn)
+    return {**split_of, **{group_id: split for group_id, (split, _) in drawn.items()}}, notes
+
+
+def _known_labels(tx: Transaction) -> dict[str, list[_Label]]:
+    table = TABLES[SourceLabel]
+    query = sa.select(table.c.image_id, table.c.label, table.c.confirmation, table.c.source)
+    labels: dict[str, list[_Label]] = {}
+    for image_id, label, confirmation, source in tx.connection.execute(query):
+        labels.setdefault(image_id, []).append(_Label(label, Confirmation(confirmation), source))
+    return labels
+
+
+def _label_conflicts(plan: Plan, known: Mapping[str, list[_Label]]) -> list[tuple[str, Refusal]]:
+    """Return the images whose label contradicts an equally strong label of another import."""
+    conflicts = []
+    for entry in plan.entries:
+        rank = LABEL_RANK[entry.row.confirmation]
+        for label in known.get(entry.image_id, ()):
+            if entry.row.label not in (None, label.text) and LABEL_RANK[label.confirmation] == rank:
+                reason = f"{entry.row.source_id} is {entry.row.label} here and was imported as {label.text} before"
+                conflicts.append((entry.image_id, Refusal(entry.row.source_id, "label_conflict", reason)))
+    return conflicts
+
+
+def _withheld(
+    plan: Plan,
+    facts: Mapping[str, GroupFacts],
+    group_of: Mapping[str, str],
+    split_of: Mapping[str, Split],
+    known: Mapping[str, list[_Label]],
+) -> list[Entry]:
+    """Choose the images whose label is withheld; a label that the ledger has already cannot be."""
+    train = {group_id: fact.label for group_id, fact in facts.items() if split_of.get(group_id) is Split.TRAIN}
+    picked = pick_withheld(train, plan.withhold_share, plan.split_salt)
+    withheld = {
+        entry.image_id: entry
+        for entry in plan.entries
+        if entry.row.label is not None and group_of.get(entry.image_id) in picked and entry.image_id not in known
+    }
+    return list(withheld.values())
+
+
+def _write_labels(tx: Transaction, plan: Plan, known: Mapping[str, list[_Label]], skipped: set[str]) -> None:
+    now, source = utc_now(), f"import:{plan.import_id}"
+    labels: dict[str, SourceLabel] = {}
+    for entry in plan.entries:
+        text, confirmation = entry.row.label, entry.row.confirmation
+        if text is None or entry.image_id in skipped:
+            continue
+        if _Label(text, confirmation, source) in known.get(entry.image_id, ()):
+            continue
+        key = hash_of([entry.image_id, source, text, confirmation])[:32]
+        labels[key] = SourceLabel(
+            id=key, image_id=entry.image_id, label=text, confirmation=confirmation, source=source, created_at=now
+        )
+    tx.add(*labels.values())
+
+
+def _write_quarantine(tx: Transaction, import_id: str, refusals: Sequence[Refusal]) -> list[Quarantined]:
+    now = utc_now()
+    rows = {
+        key: Quarantined(
+            id=key, import_id=import_id, source_id=r.source_id, code=r.code, reason=r.reason, created_at=now
+        )
+        for r in refusals
+        for key in [hash_of([import_id, r.source_id, r.code])[:32]]
+    }
+    # Keys are hashes of their content, so a second run finds its own rows and adds only new ones.
+    known = {row.id for row in tx.find(Quarantined, where={"import_id": import_id})}
+    tx.add(*(row for key, row in rows.items() if key not in known))
+    return list(rows.values())
