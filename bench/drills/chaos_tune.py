@@ -30,7 +30,7 @@ VICTIMS = ("driver", "head", "trials")
 
 
 def search(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: float) -> None:
-    """Run or go on with a search; this is the process that is killed."""
+    """Run or resume a search; this process is killed."""
     from cluster.session import start_ray
     from cluster.settings import Settings
     from trainers.settings import TrainersSettings
@@ -88,7 +88,7 @@ def search(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: floa
 
 
 def start(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: float) -> subprocess.Popen[bytes]:
-    """Start a search in a session of its own."""
+    """Start a search as the leader of a new process session."""
     command = [sys.executable, "-m", "bench.drills.chaos_tune", "--search", str(folder), "--seed", str(seed)]
     command += ["--searcher", searcher, "--at-a-time", str(at_a_time), "--epoch-s", str(epoch_s)]
     log = (folder / "log.txt").open("ab")
@@ -96,7 +96,7 @@ def start(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: float
 
 
 def kill(process: subprocess.Popen[bytes], victim: str) -> None:
-    """Kill a part of a running search with -9; whatever the driver's or the head's death left running ends, too."""
+    """Kill a part of a running search with -9; end what the death of driver or head left running, too."""
     family = psutil.Process(process.pid).children(recursive=True)
     if victim == "driver":
         os.kill(process.pid, signal.SIGKILL)
@@ -139,7 +139,7 @@ def until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bo
 
 
 def starts_again(folder: Path) -> int:
-    """Return how often the journal says of a trial that was started that it is started once more."""
+    """Return how many times the journal starts a trial that was started before."""
     text = (folder / "journal.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     started = [line["trial"]["number"] for line in lines if line["kind"] == "started"]
@@ -226,7 +226,7 @@ def one_round(folder: Path, searcher: str, seed: int, at_a_time: int, victims: l
 
 
 def main() -> int:
-    """Play the rounds; 1 if one went wrong."""
+    """Run the rounds; exit with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=3)

@@ -16,7 +16,7 @@ from bench.drills.watched import watch
 
 
 def main() -> int:
-    """Run the demo in a home of its own and print what it took; the exit code is the demo's."""
+    """Run the demo in a home of its own and print time and memory; the exit code is the demo's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder of images; default: generated ones")
     parser.add_argument("--keep", type=Path, help="home to keep; default: a temporary one")
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure means nothing without: cores, memory, commit."""
+    """Return what the figures depend on: cores, memory, commit."""
     import psutil
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -55,7 +55,7 @@ BY_NATURE = (
     "trace.prediction_id",
     "trace.steps",
 )
-"""Parts of a summary that two demos on one and the same database do not share either."""
+"""Parts of a summary that differ even between two demos on the same database."""
 
 
 def wait_for(port: int, timeout_s: float = 60.0) -> None:
@@ -174,7 +174,7 @@ def run_demo(home: Path, lesions: int, places: dict[str, str]) -> tuple[dict[str
 
 
 def comparable(summary: dict[str, Any]) -> dict[str, Any]:
-    """Flatten a summary and leave out what differs by nature; of the traffic, what must be nothing stays."""
+    """Flatten a summary without what always differs; counts of the traffic that must be 0 stay."""
     flat: dict[str, Any] = {"served.failed": summary["served"]["failed"]}
 
     def add(prefix: str, value: Any) -> None:
@@ -194,7 +194,7 @@ def comparable(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Play both demos and print what differs as JSON; 0 if nothing does."""
+    """Run both demos and print the differences as JSON; exit with 0 if there are none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lesions", type=int, default=260, help="lesions to generate")
     parser.add_argument("--moto", type=Path, help="environment with moto's server; default: a new one")

@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def contract(url: str, home: Path, examples: int) -> dict[str, Any]:
-    """Let schemathesis try the published contract."""
+    """Run schemathesis against the published contract."""
     with contextlib.closing(open_store(RecordsSettings(home=home))) as store:
         token = admin_token(store.home)
     command = [
@@ -105,7 +105,7 @@ def uploads(url: str, process: psutil.Process, count: int) -> dict[str, Any]:
 
 
 def _replicas(process: psutil.Process) -> list[psutil.Process]:
-    """Return the worker processes of the service; psutil knows one again by its start, too."""
+    """Return the worker processes of the service; psutil tells a reused process id by its start time."""
     found = []
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):

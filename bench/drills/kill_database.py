@@ -37,7 +37,7 @@ PAUSE_S = 0.1
 
 
 class Database:
-    """A PostgreSQL server that can be hurt.
+    """A PostgreSQL server whose failures can be provoked.
 
     Args:
         folder: for its files.
@@ -48,7 +48,7 @@ class Database:
         self.url = sa.make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
 
     def end_connections(self) -> None:
-        """End every connection but our own."""
+        """End every connection but this one."""
         self._query(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND client_port = -1"
         )
@@ -120,7 +120,7 @@ class Witnesses(Callers):
 
 
 def main() -> int:
-    """Hurt the database in every way, several times."""
+    """Provoke every failure of the database several times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -143,7 +143,7 @@ def main() -> int:
 
 
 def drill(folder: Path, database: Database, rounds: int) -> dict[str, Any]:
-    """Serve from a home whose ledger is the database, and hurt it under load."""
+    """Serve from a home whose ledger is the database, and provoke its failures under load."""
     home, images, url = folder / "home", folder / "images", database.url.render_as_string(hide_password=False)
     trained_champion(home, images, database=url)
     files = [path.read_bytes() for path in sorted(images.rglob("ISIC_*.jpg"))]
@@ -161,7 +161,7 @@ def drill(folder: Path, database: Database, rounds: int) -> dict[str, Any]:
 
 
 def hurt(witnesses: Witnesses, name: str, way: Callable[[], None]) -> dict[str, Any]:
-    """Harm the database and wait for the response to a request that was sent after it was back."""
+    """Provoke a failure of the database and wait for the response to a request that was sent after it was back."""
     witnesses.wait_for(20)
     refused = sum(witnesses.refused.values())
     way()

@@ -41,7 +41,7 @@ from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
 WRITE_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 RISKIEST_FIRST = ("select", "rollout", "fit", "version", "gate", "push", "begin", "evaluate", "collect", "tune")
-"""Where a few points are taken: what would show first if a step were done twice."""
+"""Steps that a short run kills in: those where a repetition would show first."""
 
 
 class Killer:
@@ -59,7 +59,7 @@ class Killer:
         self.armed = False
 
     def arm(self) -> None:
-        """Begin to count."""
+        """Start counting."""
         sys.addaudithook(self._audited)
         sa.event.listen(sa.Engine, "commit", self._committed)
         self.armed = True
@@ -161,7 +161,7 @@ def outcome_of(store: Store, settings: Settings) -> dict[str, Any]:
 
 
 def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """Fork, do the work there, and return what it says; None if it was killed."""
+    """Fork, do the work there, and return its result; None if it was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

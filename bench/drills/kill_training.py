@@ -71,7 +71,7 @@ def uninterrupted(data: Path, home: Path, workers: int, seed: int) -> dict[str, 
 
 
 def parts(workers: int, kills: int, seed: int) -> list[str]:
-    """Return what to kill, by turns; a run with one worker has nothing but its command."""
+    """Return what to kill, alternately; a run with one worker has only its command."""
     return ["command" if workers == 1 or (number + seed) % 2 else "worker" for number in range(kills)]
 
 
@@ -81,7 +81,7 @@ def environ(home: Path) -> dict[str, str]:
 
 
 def begun(home: Path) -> bool:
-    """Tell whether a training left something to resume."""
+    """Return whether a training left something to resume."""
     return any(home.glob("runs/train-*/metrics.jsonl"))
 
 
@@ -116,7 +116,7 @@ class Kill:
 
 
 class Run:
-    """A training that is killed again and again, and its command started again when it is gone."""
+    """A training that is killed repeatedly, and its command restarted."""
 
     def __init__(self, line: Callable[[bool], list[str]], home: Path, chance: random.Random) -> None:
         self._line, self._home, self._chance = line, home, chance

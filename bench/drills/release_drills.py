@@ -32,7 +32,7 @@ from vision.inference.loaded import plain_network, reference_logits
 from vision.networks import build_model
 
 IN_FLIGHT = 8
-"""Images that two batches of all callers hold when the harm is proven."""
+"""Images in flight, two batches of all callers, when the guardrail trips."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def refused_at_once(service: LiveService, bundle: Bundle, files: list[bytes]) ->
 
 
 def good_release(service: LiveService, bundle: Bundle, files: list[bytes], responses: int) -> dict[str, Any]:
-    """Shadow, 10 %, 50 %, everything; nobody's request may fail."""
+    """Shadow, 10 %, 50 %, everything; no request may fail."""
     _candidate(service.store, bundle)
     steps = []
     with service.admin() as admin, Callers(service.url, files) as callers:
@@ -146,7 +146,7 @@ def good_release(service: LiveService, bundle: Bundle, files: list[bytes], respo
 
 
 def overconfident(store: Store, bundle: Bundle) -> Bundle:
-    """Copy a model so that it hardly ever names the key class and is sure of what it names."""
+    """Copy a model so that it hardly ever predicts the key class, with high confidence."""
     harmed = harmed_copy(store, bundle)
     calibration = harmed.document.calibration
     sharper = calibration.model_copy(
@@ -170,7 +170,7 @@ def overflowing(store: Store, bundle: Bundle) -> Bundle:
 
 
 def slow(store: Store, bundle: Bundle) -> Bundle:
-    """Write a far larger network that sends every image to an annotator, so that only its time can do harm."""
+    """Write a far larger network that refers every image to an annotator: only its latency can trip a guardrail."""
     network = build_model("resnet34", len(bundle.document.taxonomy.codes)).eval()
     inputs = bundle.golden()["inputs"]
     golden = {"inputs": inputs, "logits": reference_logits(network, inputs, bundle.document.geometry)}

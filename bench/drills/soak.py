@@ -14,7 +14,7 @@ from bench.drills.watched import watch
 
 
 def main() -> int:
-    """Run demos until the minutes are over; stop at the first one that fails or leaves something running."""
+    """Run demos for the given minutes; stop at the first that fails or leaves a process running."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="start no further run after so many minutes")
     arguments = parser.parse_args()

@@ -47,7 +47,7 @@ SETTINGS = (
 
 
 def encrypt(folder: Path) -> None:
-    """Let every process of Ray that is started from here speak TLS, with an authority and a certificate of this run."""
+    """Make every process of Ray that is started from here use TLS, with a CA and a certificate of this run."""
     addresses = ",".join(["DNS:localhost", "IP:127.0.0.1", *(f"IP:{PREFIX}.{host}" for host in range(1, 10))])
     (folder / "node.ext").write_text(f"subjectAltName={addresses}")
     key = "-newkey rsa:2048 -nodes"
@@ -128,7 +128,7 @@ class Namespaces:
         return None
 
     def kill(self, name: str) -> int:
-        """Kill everything in a network; return how many processes that were."""
+        """Kill everything in a network namespace; return the number of processes."""
         dying = self._processes(name)
         for process in dying:
             with suppress(psutil.NoSuchProcess):
@@ -192,7 +192,7 @@ class Nodes:
             self._workers[name] = self._namespaces.start(name, self._made, self.cluster.address, self._temp_dir)
 
     def kill(self, name: str) -> int:
-        """Kill a node with everything on it; return how many processes that were."""
+        """Kill a node with everything on it; return the number of processes."""
         node = self._workers.pop(name)
         if self._namespaces is not None:
             return self._namespaces.kill(name)
@@ -206,7 +206,7 @@ class Nodes:
 
 
 class Killer:
-    """Kills a node in each stage of a demo and puts another in its place, all in the main thread, as Ray has it."""
+    """Kills a node in each stage of a demo and replaces it, all in the main thread, as Ray requires."""
 
     def __init__(self, nodes: Nodes, home: Path, demo: "Popen[bytes]") -> None:
         self._nodes, self._home, self._demo = nodes, home, demo
@@ -268,7 +268,7 @@ def start_demo(home: Path, address: str, lesions: int, root: Path, out: Path) ->
 
 
 def find_faults(home: Path, summary: dict[str, Any], kills: list[dict[str, Any]]) -> list[str]:
-    """Return what is wrong."""
+    """Return the failed conditions."""
     wrong = []
     if (hit := [kill["stage"] for kill in kills]) != list(STAGES):
         wrong.append(f"nodes were killed in {hit}, not in {list(STAGES)}")
@@ -301,7 +301,7 @@ def stored_twice(home: Path) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Play the demo on three nodes; 1 if something is wrong."""
+    """Run the demo on three nodes; exit with 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lesions", type=int, default=260, help="lesions to generate")
     parser.add_argument("--keep", type=Path, help="empty folder that keeps the home; default: it is removed")

@@ -127,7 +127,7 @@ def run_search(
 
 
 def compare(killed: dict[str, Any], whole: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """Say what the kill cost and what is wrong."""
+    """Report the cost of the kill and the failed conditions."""
     killer, wrong = killed["killer"], []
     if killer.victim is None:
         return {

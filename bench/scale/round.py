@@ -34,7 +34,7 @@ NOT_COUNTED = ("tune", "fit", "evaluate")
 
 
 def last_round(store: Store) -> dict[str, Any]:
-    """Return what the newest round took by its own records, and what of it is overhead, seconds."""
+    """Return the duration of the newest round by its own records and its overhead, seconds."""
     with store.ledger.read() as tx:
         record = tx.find(RoundRecord, order_by=("-number",), limit=1)[0]
         steps = tx.find(RoundStep, where={"round_id": record.id}, order_by=("started_at",))

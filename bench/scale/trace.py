@@ -58,13 +58,13 @@ LINES_AT_ONCE = 5_000
 
 
 def name(kind: type[Record], number: int) -> str:
-    """Return the id of a made-up row: hex, and so spread over the whole index, as real ones are."""
+    """Return the id of a synthetic row: a hash, spread over the whole index as real ids are."""
     text = sha256_hex(f"{kind.table} {number}".encode())
     return text if kind in (Image, ModelRecord) else text[:32]
 
 
 def line_of(record: Record, **varying: str) -> str:
-    """Return a record as a line of COPY with `%(name)s` where rows differ."""
+    """Return a record as a line of COPY with `%(name)s` in the columns that differ by row."""
     cells = []
     for field, value in record.model_dump(mode="json").items():
         if field in varying:
@@ -173,7 +173,7 @@ def load(database: str, counts: dict[type[Record], int]) -> dict[str, float]:
 
 
 def add_versions(store: Store, versions: int) -> list[str]:
-    """Build one dataset version, link its file as the others, and let each have a model; returns the models."""
+    """Build one dataset version, link its file as the others, and add a model for each; returns the models."""
     built = build_version(store).version
     with store.ledger.begin() as tx:
         first = tx.require(DatasetRecord, built.id)

@@ -37,12 +37,12 @@ ROWS_AT_ONCE = 20_000
 
 
 def image(number: int) -> str:
-    """Return the id of a made-up image."""
+    """Return the id of a synthetic image."""
     return sha256_hex(f"image {number}".encode())
 
 
 def label_of(number: int) -> str:
-    """Return the label of a made-up image."""
+    """Return the label of a synthetic image."""
     fraction, upper = (number * 7919 % 1000) / 1000, 0.0
     for code, share in SHARES.items():
         upper += share
@@ -93,7 +93,7 @@ def fill(store: Store, images: int) -> None:
 
 
 def build(settings: RecordsSettings) -> dict[str, Any]:
-    """Build the version, build one that differs by an annotator's label, and load it; tell times and memory."""
+    """Build the version, build one that differs by an annotator's label, and load it; return times and memory."""
     with closing(open_store(settings)) as store:
         began = time.perf_counter()
         first = build_version(store).version

@@ -21,7 +21,7 @@ Kind = Literal["predict", "explain", "flag"]
 METHODS = (*["gradcam"] * 12, "occlusion", "integrated_gradients", "gradient_shap")
 """Drawn evenly; Grad-CAM is requested most, and the others take seconds."""
 TOLERANCE = 1e-6
-"""A batch in fp32 may round otherwise than one image alone; in bf16 nothing differed on any machine so far."""
+"""A batch in fp32 may round differently than one image alone; in bf16 no difference was seen on any machine so far."""
 _PER_RESPONSE = {"id", "request_id", "created_at", "review"}
 
 

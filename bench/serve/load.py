@@ -22,7 +22,7 @@ from records.errors import DataError
 TIMEOUT_S = 60.0
 _TABLE = b"\xff\xdb"
 _FINE_ENTRIES = 24
-"""So many of a JPEG's 64 quantization steps, those of the finest detail, tell one image from its copy."""
+"""Number of a JPEG's 64 quantization steps, those of the finest detail, that are varied to make copies differ."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of one request."""
+    """The result of one request."""
 
     due_s: float
     """when it should be sent, `time.perf_counter`"""
@@ -55,13 +55,13 @@ class Reply:
 
     @property
     def latency_ms(self) -> float:
-        """From the moment it should have been sent."""
+        """Measured from the time it should have been sent."""
         return (self.done_s - self.due_s) * 1000
 
 
 @dataclass(frozen=True)
 class Load:
-    """What became of all requests of one stretch of time."""
+    """The results of all requests in a period."""
 
     replies: Sequence[Reply]
     seconds: float
@@ -87,7 +87,7 @@ class Load:
         return float(np.percentile([reply.latency_ms for reply in self.answered], percent))
 
     def require_success(self, what: str) -> "Load":
-        """Return this load; DataError if a request failed, which would make its figures mean something else."""
+        """Return this load; DataError if a request failed, since its figures would not be comparable."""
         failed = [reply.status for reply in self.replies if not 200 <= reply.status < 300]
         if failed or not self.replies:
             raise DataError(f"{what} failed {len(failed)} of {len(self.replies)} requests (status {failed[:1]})")
@@ -240,7 +240,7 @@ class _Caller:
 
 
 def _run(target: Target, images: Images, schedules: Sequence[Iterator[float]]) -> list[Reply]:
-    """Let every caller send one request per moment of its schedule."""
+    """Make every caller send one request at each time of its schedule."""
     replies: list[Reply] = []
 
     def work(schedule: Iterator[float]) -> None:

@@ -69,7 +69,7 @@ def malformed_upload(seed: int, number: int) -> Upload:
 
 @lru_cache(maxsize=1)
 def images() -> dict[str, bytes]:
-    """Return one whole image of every kind that is read, by its name."""
+    """Return one intact image of every format that is read, by name."""
     pixels = np.random.default_rng(5).integers(0, 256, (72, 96, 4), dtype=np.uint8)
     rgba = PillowImage.fromarray(pixels).resize((96, 72), PillowImage.Resampling.BICUBIC)
     rgb = rgba.convert("RGB")
@@ -140,7 +140,7 @@ def _flip_header(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def _extreme(data: bytes, draw: np.random.Generator) -> bytes:
-    """Write a length or a size that is far too large, or none, over four bytes."""
+    """Overwrite four bytes with a length that is far too large, or with zero."""
     at = draw.integers(0, max(1, min(len(data), 400)))
     value = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x00", b"\x00\x00\xff\xff")[draw.integers(4)]
     return data[:at] + value + data[at + 4 :]
@@ -163,7 +163,7 @@ def _splice(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def _mend_checksums(data: bytes, draw: np.random.Generator) -> bytes:
-    """Give the chunks of a PNG the checksums of what they hold now, after one more byte is changed."""
+    """Change one more byte of a PNG and correct the checksums of its chunks."""
     changed = _flip(data[8:], draw)
     at, parts = 0, [PNG_MAGIC]
     while data[:8] == PNG_MAGIC and at + 8 <= len(changed):
@@ -174,7 +174,7 @@ def _mend_checksums(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def _bomb(data: bytes, draw: np.random.Generator) -> bytes:
-    """Replace it by a small file that unfolds: to more rows than it says, or to the most that may be."""
+    """Return a small file that decompresses to more rows than its header says, or to the largest allowed image."""
     side = int(draw.choice([1, 64, 6000, 50_000]))
     return png_of(side, side, zlib.compress(bytes(4_000_000)))
 

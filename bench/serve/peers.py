@@ -38,7 +38,7 @@ def form(field: str) -> Callable[[bytes], bytes]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a peer is started, and how it takes images."""
+    """Command and request format of a peer."""
 
     command: tuple[str, ...]
     body: Callable[[bytes], bytes] = bytes
@@ -72,7 +72,7 @@ class Peer:
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[Target]:
-        """Let it run for the length of a block."""
+        """Resume it for the length of a block."""
         self._signal(signal.SIGCONT)
         try:
             yield self.target
@@ -80,7 +80,7 @@ class Peer:
             self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
-        """End it and all its processes."""
+        """Terminate it with all its processes."""
         ended = [self.process, *self._children()]
         for process in ended:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -141,7 +141,7 @@ class Peers:
                 peer.end()
 
     def gradcam_rate(self, batch_size: int, seconds: float) -> float | None:
-        """Return how many maps a second pytorch-grad-cam makes; None if it cannot run, with a reason."""
+        """Return the maps per second of pytorch-grad-cam; None with a reason if it cannot run."""
         name = "pytorch_grad_cam"
         if (python := self._python(name)) is None:
             return None

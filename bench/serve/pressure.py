@@ -64,7 +64,7 @@ class Pressure:
         return {"p99_ms": _ms(load, 99), "p50_at_70_percent_ms": _ms(load, 50), "failed_at_70_percent": _failed(load)}
 
     def under_flood(self) -> Figures:
-        """Return how much longer predictions take at half load while gradients are asked for without a pause."""
+        """Return how much longer predictions take at half load under uninterrupted requests for gradients."""
         rate = self.capacity() / 2
         quiet, flooded, maps = [], [], []
         for pair in range(PAIRS):
@@ -80,7 +80,7 @@ class Pressure:
         }
 
     def overload(self) -> Figures:
-        """Return what is left of the capacity when five times as much is asked for, and after that."""
+        """Return the goodput at five times the capacity, and after it, as shares of the capacity."""
         capacity = self.capacity()
         load = open_loop(self.target, self.images, OVERLOAD * capacity, self.seconds, MANY_CALLERS)
         refused = [reply for reply in load.replies if reply.status == 429]
@@ -116,7 +116,7 @@ class Pressure:
 
     @contextlib.contextmanager
     def _flood(self) -> Iterator[list[float]]:
-        """Ask for Integrated Gradients without a pause; the times of the replies are collected in the list."""
+        """Request Integrated Gradients without a pause; the times of the replies are collected in the list."""
         target = Target(self.port, "/v1/explanations?method=integrated_gradients")
         over, moments = threading.Event(), list[float]()
 

@@ -131,7 +131,7 @@ class ServeBench:
             yield Target(settings.port, "/v1/predictions")
 
     def _decisions(self) -> dict[str, int]:
-        """Return what the service decided about some of the images: what goes to annotators costs more."""
+        """Return the decisions about some of the images: those that go to annotators cost more."""
         with Client(self.settings.url) as client:
             return dict(Counter(client.predict(next(self.images)).decision for _ in range(50)))
 
@@ -157,7 +157,7 @@ class ServeBench:
         }
 
     def _cpu_times(self) -> Figures:
-        """Return the CPU time of a request, client included, and the ratios that it alone would give."""
+        """Return the CPU time of a request, client included, and the ratios that CPU time alone would give."""
         found = {name: median(times) for name, times in self._cpu_ms.items()}
         return {f"{name}_cpu_ms": round(value, 2) for name, value in found.items()} | {
             f"{name}_over_raw_by_cpu": round(found["raw"] / found[name], 3) for name in (FULL, KEEPS_NOTHING)

@@ -43,7 +43,7 @@ kill $server; wait $server || true"""
 
 @dataclass
 class Stage:
-    """One FROM and what follows it."""
+    """A stage of the Dockerfile: FROM and the instructions after it."""
 
     name: str
     folder: Path
@@ -55,7 +55,7 @@ class Stage:
     entrypoint: list[str] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """Make the layers, and what the base image has and this Debian lacks."""
+        """Mount the layers, and add what the base image has and this Debian lacks."""
         for part in ("upper", "work", "root", "volumes"):
             (self.folder / part).mkdir(parents=True)
         binaries = self.folder / "upper" / "usr" / "local" / "bin"
@@ -98,7 +98,7 @@ class Stage:
             raise SystemExit(f"[{self.name}] {command}\nended with {done.returncode}")
 
     def _volume(self, path: str) -> Path:
-        """The folder of a volume: it begins with what the image has there, owner and mode included."""
+        """The folder of a volume; it starts as a copy of the image's folder, owner and mode included."""
         kept = self.folder / "volumes" / path.strip("/")
         if not kept.exists():
             kept.mkdir()
@@ -179,7 +179,7 @@ def _copy(stages: dict[str, Stage], stage: Stage, words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Build and try."""
+    """Build the image and test it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="an empty folder that keeps the layers; default: they are removed")
     arguments = parser.parse_args()

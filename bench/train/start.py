@@ -44,14 +44,14 @@ TRAINERS = {
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note how long a block takes."""
+    """Record the seconds of a block."""
     began = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - began, 1)
 
 
 def replicas_mib(service: LiveService) -> dict[str, float]:
-    """Return the memory that each replica of the service shares with nobody."""
+    """Return the memory of each replica of the service that no other process shares."""
     return {
         name: round(process.memory_full_info().uss / 2**20)
         for name in DEPLOYMENTS

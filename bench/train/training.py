@@ -141,7 +141,7 @@ class Bench:
         }
 
     def _cut(self, rate: float) -> DataPlan:
-        """Take as many training images as an epoch of the wanted length needs, and a few to validate with."""
+        """Choose as many training images as an epoch of the requested length needs, and a few for validation."""
         batch = self.settings.batch_size
         wanted = max(2, round(rate * self.epoch_s / batch)) * batch
         num_train = min(wanted, max(batch, self.plan.num_train // batch * batch))

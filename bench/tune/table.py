@@ -19,8 +19,8 @@ from trainers.fitting.epoch_report import EpochReport
 from trainers.fitting.training_data import plan_data
 from trainers.settings import TrainersSettings
 from tuning.planner import Planner
+from tuning.search import searched_part
 from tuning.space import SearchSpace, with_overrides
-from tuning.subset import searched_part
 
 
 @dataclass(frozen=True)

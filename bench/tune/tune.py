@@ -19,7 +19,7 @@ from tuning.trials import EventKind, Origin, SearchEvent, SearchHeader, TrialPla
 
 EPOCHS = 3
 WARM_TRIALS = 0.1
-"""Share of the simulated trials after which memory is first looked at: by then everything is imported."""
+"""Share of the simulated trials after which memory is first measured: by then everything is imported."""
 
 
 def pretend(plan: TrialPlan, epoch_s: float, report: Callable[[dict[str, Any]], None]) -> None:
