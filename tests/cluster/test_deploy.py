@@ -1,11 +1,12 @@
-"""Deploy files: each is what its engine's published schema takes, and names verbs, settings and files that exist.
+"""Deploy files: each fits the published schema of its engine, and names verbs, settings and files that exist.
 
-No engine runs here. `make check` runs this file, too.
+No engine is started. `make check` runs this file, too.
 """
 
 import copy
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -70,7 +71,7 @@ def _ray_cluster() -> dict[str, Any]:
 
 
 def _pods_of_ray(cluster: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The pods that the operator makes of a RayCluster, and one with the container that it adds for the autoscaler."""
+    """The pods that the operator creates for a RayCluster, and one with the autoscaler container that it adds."""
     spec = cluster["spec"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         yield _pod(group["template"]["spec"])
@@ -105,7 +106,7 @@ def _task_containers() -> list[dict[str, Any]]:
 
 
 def _commands() -> list[list[str]]:
-    """Every command line of ours that a deploy file starts."""
+    """Every `relook` command line that a deploy file starts."""
     lines = [service["command"] for service in _compose()["services"].values() if service.get("image") == OF_RELOOK]
     lines += [
         container["args"] for spec in _pod_specs().values() for container in spec["containers"] if "args" in container
@@ -123,7 +124,7 @@ def _no_database(compose: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- compose
 
 
-def test_the_compose_file_is_one() -> None:
+def test_the_compose_file_is_valid() -> None:
     parsed = PyOptions(apply_merge=True).from_yaml(_compose_text())
     parsed.validate()
     assert set(parsed.to_spec().services or {}) == set(_compose()["services"])
@@ -149,7 +150,7 @@ def test_a_spoilt_compose_file_is_refused(spoil: Change) -> None:
         PyOptions(apply_merge=True).from_yaml(yaml.safe_dump(compose)).validate()
 
 
-def test_what_compose_services_refer_to_is_there() -> None:
+def test_references_of_compose_services_exist() -> None:
     compose = _compose()
     for name, service in compose["services"].items():
         others = service.get("depends_on", [])
@@ -242,7 +243,7 @@ def test_pods_run_without_root_and_without_rights() -> None:
             assert rights.get("readOnlyRootFilesystem", False) or container["image"] != OF_RELOOK, name
 
 
-def test_the_kustomization_is_whole_and_its_secrets_are_named() -> None:
+def test_the_kustomization_is_complete_and_lists_its_secrets() -> None:
     files = {path.name for path in KUBERNETES.glob("*.yaml")} - {"kustomization.yaml"}
     assert set(_kustomization()["resources"]) == files
     assert [image["name"] for image in _kustomization()["images"]] == [OF_RELOOK]
@@ -256,7 +257,7 @@ def test_the_kustomization_is_whole_and_its_secrets_are_named() -> None:
 # ---------------------------------------------------------------- ECS
 
 
-def test_the_ecs_template_is_one() -> None:
+def test_the_ecs_template_is_valid() -> None:
     found = cfnlint.lint((DEPLOY / "ecs" / "relook.json").read_text(), regions=["eu-central-1"])
     assert [str(match) for match in found] == []
 
@@ -340,7 +341,7 @@ def test_a_deploy_file_starts_a_verb_that_exists(words: list[str]) -> None:
     assert not isinstance(command, click.Group)
 
 
-def test_every_setting_that_a_deploy_file_names_is_one() -> None:
+def test_every_setting_in_a_deploy_file_exists() -> None:
     variables = dict(_compose()["services"]["head"]["environment"])
     (config,) = [document["data"] for document in _documents() if document["kind"] == "ConfigMap"]
     variables |= config
@@ -355,9 +356,10 @@ def test_every_setting_that_a_deploy_file_names_is_one() -> None:
     assert {"RELOOK_DATABASE", "RELOOK_BLOBS", "RELOOK_STORAGE", "RELOOK_LABELING__TOKEN"} <= set(given)
 
 
-def test_the_image_installs_what_is_locked_and_every_room() -> None:
+def test_the_image_installs_the_locked_packages_and_every_room() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
-    rooms = yaml.safe_load("[records, trainers, tuning, serving, labeling, cluster]")
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    rooms = [name.rstrip("*") for name in document["tool"]["setuptools"]["packages"]["find"]["include"]]
     assert re.findall(r"^COPY (\w+) \1$", text, re.MULTILINE) == rooms
     assert "-r requirements.lock" in text
     assert "USER 10001:10001" in text
