@@ -116,6 +116,7 @@ def audit_dataset(store: Store, dataset: DatasetVersion, *, progress: Progress |
         near_duplicates=pairs,
         refused=dict(sorted(refused.items())),
         conflicts=[
+            # All rows of a lesion are refused for one reason, which is listed once.
             *dict.fromkeys(q.reason for q in open_rows if q.code == "label_conflict"),
             *two_diagnoses,
             *(
@@ -135,11 +136,14 @@ def count_leaked(lesions: "pd.Series[str]", splits: "pd.Series[str]") -> int:
 
 def split_at_random(lesions: "pd.Series[str]", seed: int = RANDOM_SPLIT_SEED) -> RandomSplit:
     """Split images at random, as is often done, and count the leaks; `lesions` is [N], one per image."""
+    # As in a real split, the order of the images is cut at the cumulative shares.
     edges = np.cumsum(list(SPLIT_SHARES.values())) * len(lesions)
     names = np.array([split.value for split in SPLIT_SHARES])
     order = np.random.default_rng(seed).permutation(len(lesions))
+    # Rounding may put the last edge a little below the number of images, hence the clip.
     splits = pd.Series(names[np.searchsorted(edges, order + 0.5).clip(max=len(names) - 1)], index=lesions.index)
     in_test = splits == Split.TEST.value
+    # A test image leaks if the model could have seen another image of its lesion in training.
     leaked = in_test & lesions.isin(lesions[splits == Split.TRAIN.value])
     return RandomSplit(
         seed=seed,
@@ -180,6 +184,7 @@ def _two_diagnoses(rows: pd.DataFrame, lesions: "pd.Series[str]") -> list[str]:
 
 def _quality(store: Store, images: list[Image], progress: Progress | None) -> list[QualityOutlier]:
     image_ids = [image.id for image in images]
+    # The side of the near-duplicate search, so that its pixels are reused.
     cache = PixelCache(store.home.cache, HASH_SIDE_PX)
     cache.ensure(store, image_ids, progress)
     return quality_outliers(measure(cache.rows(image_ids)), [image.source_id or image.id for image in images])
@@ -188,6 +193,7 @@ def _quality(store: Store, images: list[Image], progress: Progress | None) -> li
 def _open_quarantine(tx: Transaction) -> list[Quarantined]:
     """Return refused rows, except those that a later run of the same import could use."""
     images, labels = TABLES[Image], TABLES[SourceLabel]
+    # A row that was refused and later repaired has a label of the same import; only open problems are reported.
     query = sa.select(labels.c.source, images.c.source_id).join(images, images.c.id == labels.c.image_id)
     used = {(source, source_id) for source, source_id in tx.connection.execute(query)}
     return [q for q in tx.find(Quarantined) if (f"import:{q.import_id}", q.source_id) not in used]

@@ -209,6 +209,7 @@ class PixelCache:
         self._paths.append(pixels_path)
         for row in range(count):
             image_id = ids[row * _ID_BYTES : (row + 1) * _ID_BYTES].hex()
+            # The first segment wins; a second row of an image holds the same pixels.
             self._place.setdefault(image_id, (segment, row))
 
     def _drop_stale_files(self) -> None:

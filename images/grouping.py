@@ -55,6 +55,7 @@ def group_images(store: Store, image_ids: Sequence[str]) -> int:
     if not newcomers:
         return 0
     diagnoses = known_diagnoses(store)
+    # Comparing decodes images, so it happens before the write transaction.
     pairs = near_pairs(store, newcomers, diagnoses, beside=grouped_images(store))
     with store.ledger.begin() as tx:
         placement = write_groups(tx, [image.id for image in newcomers], newcomers, pairs)
@@ -115,6 +116,7 @@ def near_pairs(
         cache.ensure(store, wanted, progress)
         return cache.rows(wanted).take(np.arange(len(wanted)))
 
+    # Imported images have a hash in the ledger; images from the service are hashed here.
     unhashed = np.array([i for i, image in enumerate(images) if image.perceptual_hash is None], dtype=np.int64)
     computed = (
         dict(zip(unhashed.tolist(), map(perceptual_hash, squares(unhashed)), strict=True)) if len(unhashed) else {}
@@ -168,6 +170,7 @@ def write_groups(
     now = utc_now()
     tx.add(*(Group(id=group_id, created_at=now) for group_id in placement.new_groups))
     for group_id, target in placement.merged.items():
+        # The merged group keeps its row, since older dataset versions name it; its images move to the target at once.
         tx.update(Group, group_id, merged_into=target)
         tx.connection.execute(sa.update(images).where(images.c.group_id == group_id).values(group_id=target))
     return placement

@@ -80,6 +80,7 @@ def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[Sou
             refusals.append(Refusal(row.source_id, "unknown_class", reason))
         else:
             known.append(row)
+    # Which of two contradicting classes is right cannot be known here, so all rows concerned are refused.
     in_conflict = _class_conflicts(known, lambda row: row.source_id, "image")
     in_conflict.update(_class_conflicts(known, lambda row: row.context["lesion_id"], "lesion"))
     kept: dict[str, SourceRow] = {}
@@ -143,8 +144,10 @@ def draw_splits(
     notes: list[str] = []
     if crossing:
         notes.append(f"the table's split was not kept: {len(crossing)} lesions or patients lie on two of its splits")
+        # One group on two splits means that the table's split leaks, so none of it is kept.
         given = {}
     named = {split for listed in given.values() for split in listed}
+    # Held-out splits of the table stay; its training groups may still be drawn to splits that it does not name.
     fixed = {group_id: split for group_id, listed in given.items() for split in listed if split is not Split.TRAIN}
     free = {group_id: facts.label for group_id, facts in groups.items() if group_id not in fixed}
     drawn = draw_stratified(free, salt) if is_first else {group_id: draw_split(group_id, salt) for group_id in free}
@@ -291,6 +294,7 @@ def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
     first = {image.id: image for image in reversed(plan.images)}
     without_group = sorted(image_id for image_id in first if known.get(image_id) is None)
     placement = write_groups(tx, without_group, plan.images, plan.pairs)
+    # A known image keeps its row: only its missing group may be filled in.
     new = [image for image_id, image in first.items() if image_id not in known]
     tx.add(*(image.model_copy(update={"group_id": placement.group_of.get(image.id)}) for image in new))
     set_groups(tx, {i: group_id for i, group_id in placement.group_of.items() if i in known})
@@ -317,6 +321,7 @@ def _groups_of(tx: Transaction, plan: Plan) -> dict[str, str]:
 def _facts(plan: Plan, group_of: Mapping[str, str]) -> dict[str, GroupFacts]:
     """Collect the labelled groups of the import; the label of a group is that of its first image by id."""
     facts: dict[str, GroupFacts] = {}
+    # Sorted by id, not by row, so that the order of the table does not change any split.
     for entry in sorted(plan.entries, key=lambda entry: entry.image_id):
         group_id = group_of.get(entry.image_id)
         if group_id is None or entry.row.label is None:
@@ -350,6 +355,7 @@ def _label_conflicts(plan: Plan, known: Mapping[str, list[_Label]]) -> list[tupl
     for entry in plan.entries:
         rank = LABEL_RANK[entry.row.confirmation]
         for label in known.get(entry.image_id, ()):
+            # A stronger label simply wins; only labels of equal rank contradict each other.
             if entry.row.label not in (None, label.text) and LABEL_RANK[label.confirmation] == rank:
                 reason = f"{entry.row.source_id} is {entry.row.label} here and was imported as {label.text} before"
                 conflicts.append((entry.image_id, Refusal(entry.row.source_id, "label_conflict", reason)))

@@ -125,6 +125,7 @@ def import_folder(
     if not 0.0 <= withhold_share < 1.0:
         raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
     source = read_source(folder, columns, table)
+    # Rows that the table alone rules out are refused before any image is read, since reading is the slow part.
     rows, refusals, notes = usable_rows(source.rows, store.taxonomy)
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
     entries, same_bytes, conflicting = merge_same_bytes(entries)
@@ -171,6 +172,7 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
         return load_dataset(store, data)
     table, columns = _known_reading(store, folder)
     if _is_imported(store, import_id_of(read_source(folder, columns, table), columns)):
+        # A version of everything known now: annotations or other folders may have been added since the import.
         return build_version(store).version
     report = import_folder(store, folder, columns=columns, table=table, progress=progress)
     return load_dataset(store, report.dataset_id)
@@ -178,6 +180,7 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
 
 def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, str] | None]:
     """Return table and columns of the folder's last import; (None, None) for a new folder."""
+    # A folder is recognized by the hash of a table in it, so it may be moved, and `--columns` is needed only once.
     tables = {sha256_hex(path.read_bytes()): path for path in tables_of(folder)}
     with store.ledger.read() as tx:
         imports = tx.find(AuditEvent, where={"action": IMPORT_ACTION}, order_by=("-number",))
@@ -199,6 +202,7 @@ def _is_imported(store: Store, import_id: str) -> bool:
         done = tx.find(
             AuditEvent, where={"action": IMPORT_ACTION, "subject": import_id}, order_by=("-number",), limit=1
         )
+    # Refused rows may have been repaired since, and withheld labels may be wanted now: such an import is repeated.
     return bool(done) and not done[0].details["quarantined"] and not done[0].details["withheld"]
 
 
@@ -252,6 +256,7 @@ def _pairs(
     store: Store, entries: Sequence[Entry], images: Sequence[Image], progress: Progress | None
 ) -> list[NearPair]:
     """Compare the images without a group with each other and with those that have one."""
+    # Pairs of grouped images were compared when the later one of them was imported.
     grouped = grouped_images(store)
     placed = {image.id for image in grouped}
     newcomers = list({image.id: image for image in images if image.id not in placed}.values())
@@ -282,6 +287,7 @@ def _report(
     notes: list[str],
     started: float,
 ) -> ImportReport:
+    # Reversed, so that the first row about an image counts; images without a group joined two splits and do not.
     by_image = {entry.image_id: entry for entry in reversed(plan.entries) if entry.image_id in written.group_of}
     split_of = {i: written.split_of.get(group_id) for i, group_id in written.group_of.items()}
     withheld = [(e.image_id, e.row.source_id, written.group_of[e.image_id], e.row.label) for e in written.withheld]

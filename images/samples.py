@@ -68,6 +68,7 @@ def sample_images(
 
 def _classes_in_turn(dataset: DatasetVersion, count: int) -> list[str]:
     train = dataset.split(Split.TRAIN).sort_values("image_id")
+    # Numbers the images within each class, so the n-th of every class comes before the next of any.
     turn = train.groupby("label").cumcount()
     ordered = train.assign(turn=turn).sort_values(["turn", "label"])
     return [str(image_id) for image_id in ordered["image_id"][:count]]
@@ -76,6 +77,7 @@ def _classes_in_turn(dataset: DatasetVersion, count: int) -> list[str]:
 def _generated(count: int, side_px: int) -> Sample:
     codes = list(SHARES)
     files = [
+        # At least 1.5 times as high as the square, so generated images are scaled down like real ones.
         render(codes[n % len(codes)], seed=1, number=n, width_px=max(_GENERATED_WIDTH_PX, 2 * side_px))
         for n in range(count)
     ]

@@ -153,6 +153,8 @@ def _read_frame(path: Path) -> pd.DataFrame:
             header = file.readline()
         # Tables of spreadsheets use semicolons in some countries; the header tells which separator is meant.
         separator = max(",;\t", key=header.count)
+        # Everything as text: pandas would turn ids such as 0012 into numbers, and NA into a missing value.
+        # Spreadsheets write a byte order mark, which utf-8-sig removes.
         frame = pd.read_csv(
             path, sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
         )
@@ -195,6 +197,7 @@ class _Files:
 
     def _walk(self, folder: str) -> Iterator[Path]:
         """Yield the images in a fixed order, so that equal folders give equal imports."""
+        # scandir, since asking for the type of each of 10,000 entries would be a system call each.
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         for entry in entries:
             if entry.is_dir():
@@ -207,6 +210,7 @@ class _Files:
         """Return (path, None), or (None, why there is none)."""
         # A name in a table may be a path, but never one that leaves the folder.
         if "/" in source_id:
+            # Resolved, so that neither `..` nor a symbolic link leads out of the folder.
             path = (self.folder / source_id).resolve()
             if not path.is_relative_to(self.folder.resolve()):
                 return None, f"{source_id} lies outside {self.folder}"
@@ -262,6 +266,7 @@ class _RowReader:
         if text is None:
             return Confirmation.SINGLE_READER
         known = _CONFIRMATIONS.get(text.lower().replace("-", "_").replace(" ", "_"))
+        # Without a diagnosis there is nothing that the unknown method could have confirmed.
         if known is None and label is not None:
             self._note(f"diagnoses were confirmed by {text!r}, which is not known; they count as one reader's")
         return known or Confirmation.SINGLE_READER
@@ -269,6 +274,7 @@ class _RowReader:
     def _split(self, text: str | None) -> Split | None:
         if text is None:
             return None
+        # An unknown split is an error and not a note: ignoring it could put held-out images into training.
         split = _SPLITS.get(text.lower())
         if split is None:
             raise DataError(
@@ -296,6 +302,7 @@ class _RowReader:
         except ValueError:
             self._note("times are not ISO 8601 and were left out")
             return None
+        # Times in the ledger are aware; one without a zone is taken as UTC.
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 

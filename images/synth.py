@@ -167,9 +167,11 @@ def _counts(lesions: int, shares: Mapping[str, float]) -> dict[str, int]:
     counts = {code: max(1, int(value)) for code, value in exact.items()}
     by_need = sorted(shares, key=lambda code: (counts[code] - exact[code], code))
     step = 0
+    # Rounding down left some lesions; they go to the classes that lost most by it.
     while sum(counts.values()) < lesions:
         counts[by_need[step % len(by_need)]] += 1
         step += 1
+    # At least one lesion per class may be too many in sum; the largest classes give them up.
     while sum(counts.values()) > lesions:
         counts[max(counts, key=lambda code: (counts[code], code))] -= 1
     return counts
@@ -243,6 +245,7 @@ def _image_id(planned: _PlannedLesion, view: int) -> str:
 
 def _write_lesion(folder: Path, planned: _PlannedLesion, seed: int, width_px: int, num_images: int) -> None:
     for view, (jpeg, mask_png) in enumerate(_render_lesion(planned, seed, width_px)):
+        # By number of the image, so the images of one lesion may lie in both folders.
         part = _PARTS[0] if planned.first_image + view <= num_images // 2 else _PARTS[1]
         image_id = _image_id(planned, view)
         (folder / part / f"{image_id}.jpg").write_bytes(jpeg)
@@ -258,6 +261,7 @@ def _render_lesion(planned: _PlannedLesion, seed: int, width_px: int) -> list[tu
     habits = draw_habits(rng)
     pairs: list[tuple[bytes, bytes]] = []
     for view in range(planned.num_images):
+        # Each view has its own generator, so a lesion with more views keeps the first ones unchanged.
         view_rng = np.random.default_rng([seed, planned.number, 2 + view])
         image, mask = draw_view(lesion, habits, width_px, height_px, view_rng)
         jpeg, png = io.BytesIO(), io.BytesIO()
@@ -317,6 +321,7 @@ def draw_view(
     """
     matrix = _pose(lesion.rgb.shape[0], width_px, height_px, rng)
     size = (width_px, height_px)
+    # Skin is mirrored at the border of the painting, while the mask ends there.
     image = cv2.warpAffine(lesion.rgb, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     mask = cv2.warpAffine(lesion.mask, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     unit_px = height_px / 150.0
@@ -344,6 +349,7 @@ def _pose(side_px: int, width_px: int, height_px: int, rng: np.random.Generator)
 def _draw_hairs(planes: list[Float32Array], count: int, tone: float, unit_px: float, rng: np.random.Generator) -> None:
     """Draw bent hairs of about one direction."""
     height_px, width_px = planes[0].shape
+    # Hairs are collected in one plane of weights, so crossing hairs do not darken each other.
     drawn = np.zeros((height_px, width_px), dtype=np.uint8)
     direction = rng.uniform(0, np.pi)
     t = np.linspace(0.0, 1.0, 12)[:, None]

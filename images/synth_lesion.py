@@ -233,6 +233,7 @@ class _Canvas:
     def cover(self, colour: Colour, weight: Float32Array) -> None:
         """Lay a colour over the image; weight 1 hides what is under it."""
         for plane, value in zip(self.planes, colour, strict=True):
+            # In place: `plane + (value - plane) * weight` would allocate two more planes for each colour.
             plane -= np.float32(value)
             plane -= plane * weight
             plane += np.float32(value)
@@ -246,12 +247,14 @@ class _Canvas:
         """Return [count, 2] random places (x, y) inside the outline, units."""
         angle = self.rng.uniform(0, 2 * np.pi, count)
         index = (angle / (2 * np.pi) * len(self.outline)).astype(int) % len(self.outline)
+        # The square root makes the density even over the area; without it places would crowd in the middle.
         distance = self.radius * self.outline[index] * np.sqrt(self.rng.uniform(0, 1, count)) * reach
         return np.stack([np.cos(angle) * distance, np.sin(angle) * distance], axis=1).astype(np.float32)
 
     def stamp(self, places: Float32Array, radii: Float32Array, stretch: float = 1.0) -> Float32Array:
         """Return a plane with ovals at these places; `stretch` is the longer over the shorter axis."""
         plane = np.zeros((self.side_px, self.side_px), dtype=np.uint8)
+        # OpenCV takes fixed-point coordinates, without which small structures would snap to whole pixels.
         scale = 2**_SHIFT
         for (x, y), radius in zip(self.pixels(places), radii * self.unit_px, strict=True):
             axes = (max(1, round(float(radius * stretch) * scale)), max(1, round(float(radius) * scale)))
@@ -277,6 +280,7 @@ class _Canvas:
         index = (angle * (len(self.outline) / (2 * np.pi))).astype(np.int32) % len(self.outline)
         distance = np.hypot(self.x, self.y) / self.radius
         waves = self.noise(12.0, 3) * np.float32(self.look.ragged)
+        # Positive inside, zero at the outline, so borders of any softness come from one plane.
         depth = np.asarray(1.0 - distance / self.outline[index] + waves, dtype=np.float32)
         return depth, self.blur(_step(depth, self.look.softness), 0.9)
 
@@ -290,12 +294,14 @@ def _outline(look: Look, rng: np.random.Generator) -> Float32Array:
     angle = np.arange(512) * (2 * np.pi / 512)
     turned = angle - rng.uniform(0, np.pi)
     ratio = max(1.0, look.elongation)
+    # An ellipse in polar coordinates; both axes change, so the area stays about the same.
     radii = 1.0 / np.sqrt((np.cos(turned) ** 2) / ratio + (np.sin(turned) ** 2) * ratio)
     for wave in range(2, 7):
         radii += look.wobble * rng.normal() / (wave - 0.5) * np.cos(wave * angle + rng.uniform(0, 2 * np.pi)) * 1.5
     if look.lobes > 0.05:
         direction = rng.uniform(0, 2 * np.pi)
         radii *= 1.0 + 0.5 * look.lobes * np.cos(angle - direction) * rng.uniform(0.4, 1.0)
+    # Bounded, since a sum of random waves could reach below zero or out of the image.
     return np.asarray(np.clip(radii, 0.3, 1.9), dtype=np.float32)
 
 
@@ -344,6 +350,7 @@ def _paint_skin(c: _Canvas) -> Colour:
 def _paint_pigment(c: _Canvas, skin: Colour) -> None:
     """Paint the body of the lesion: main colour, darker patches and middle, network, veil."""
     look, rng = c.look, c.rng
+    # On dark skin the pigment is darker as well, or it would look lighter than its surroundings.
     shade = min(1.0, sum(skin) / 560.0)
     main, dark = _shaded(look.main, 0.55 + 0.45 * shade), _shaded(look.dark, 0.55 + 0.45 * shade)
     body = c.alpha * np.float32(min(1.0, look.opacity))
@@ -355,6 +362,7 @@ def _paint_pigment(c: _Canvas, skin: Colour) -> None:
         patchy = _step(c.noise(22.0, 3) - np.float32(rng.uniform(-0.3, 0.7)), 1.1)
         c.cover(dark, c.alpha * patchy * np.float32(min(0.95, look.patches)))
     if look.network > 0.08:
+        # The pigment network lies in the valleys of the lattice and fades where the noise is low.
         mesh = _step(-_honeycomb(c, float(rng.uniform(4.4, 6.2))), 0.6) * _step(c.noise(20.0, 2) + 0.6, 2.0)
         fade = c.alpha * _step(0.75 - c.depth, 1.2) if look.pale > 0.3 else c.alpha
         c.cover(dark, mesh * fade * np.float32(min(0.85, look.network)))

@@ -125,6 +125,7 @@ def _chain_faults(tx: Transaction, hashes: dict[int, str]) -> Iterator[str]:
 
 
 def _head_faults(head: str, hash_at: Callable[[int], str | None]) -> Iterator[str]:
+    # The chain may be one event ahead of the file, so the event is looked up by its number.
     number, _, expected = head.partition(" ")
     found = hash_at(int(number)) if number.isdigit() else None
     if found is None:

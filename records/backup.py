@@ -232,7 +232,7 @@ def _fill_ledger(engine: sa.Engine, manifest: BackupManifest, folder: Path) -> N
         with connection.begin():
             config = alembic_config()
             config.attributes["connection"] = connection
-            # First the schema that the rows were written with, then the migrations that change rows and all.
+            # First the schema that the rows were written with, then the newer migrations, which may also change rows.
             command.upgrade(config, manifest.schema_version)
             # Reflected, since the tables of this program are those of the newest schema.
             tables = sa.MetaData()

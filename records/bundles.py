@@ -266,6 +266,7 @@ def content_id(path: Path) -> str:
     for name in (DOCUMENT, WEIGHTS, GOLDEN, *_optional(path)):
         if not (path / name).is_file():
             raise IntegrityError(f"bundle {str(path)!r} is incomplete: {name} is missing")
+        # Hashes of files, not of their bytes joined: moving bytes between two files has to change the id.
         parts.append(f"{name}:{sha256_hex((path / name).read_bytes())}")
     return sha256_hex("\n".join(parts).encode())
 

@@ -201,6 +201,7 @@ def _with_common_options(function: Callable[..., None], preset: str | None) -> C
     first, *own = inspect.signature(function, eval_str=True).parameters.values()
     if first.annotation not in (Call, JsonCall):
         raise ContractError(f"the first parameter of the verb {function.__name__} has to be a Call or a JsonCall")
+    # The annotation decides, as everywhere in Typer; so a verb cannot use settings whose options it does not have.
     takes_settings = first.annotation is Call
 
     @wraps(function)
@@ -225,6 +226,7 @@ def _list_choices(params: Iterable[Any], ctx: Any) -> None:
         if CHOICES in (param.help or ""):
             names = [item.value for item in param.shell_complete(ctx, "")]
             listed = " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+            # Typer builds its commands anew for every run, so nobody else sees the changed text.
             param.help = param.help.replace(CHOICES, listed)
 
 
@@ -256,6 +258,7 @@ def results_alone() -> Generator[None]:
 
 def emit_json(value: dict[str, Any]) -> None:
     """Print one JSON object on stdout; it must hold no NaN."""
+    # NaN is not JSON: most parsers outside of Python would refuse the whole document.
     typer.echo(json.dumps(value, allow_nan=False), file=_RESULTS.get())
 
 

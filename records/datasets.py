@@ -219,6 +219,7 @@ def _keep_rounds(store: Store, rows: pd.DataFrame, parent_id: str | None) -> pd.
         return rows
     said = ["image_id", "label", "label_source"]
     before = read_manifest(store, parent_id, filters=pc.field("round") > 0).to_pandas()[[*said, "round"]]
+    # A changed label is a new one and gets the round that changed it.
     merged = rows.merge(before, on=said, how="left", suffixes=("", "_before"))
     return merged.assign(round=merged["round_before"].fillna(merged["round"]))
 
@@ -237,6 +238,7 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
     if recorded and (folder / MANIFEST).is_file():
         return load_dataset(store, version.id)
     folder.mkdir(parents=True, exist_ok=True)
+    # For people and other tools; Relook itself reads the manifest and the record.
     summary = {
         "id": version.id,
         "taxonomy_hash": version.taxonomy_hash,

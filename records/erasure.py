@@ -73,6 +73,7 @@ def erase_image(store: Store, image_id: str, *, actor: str) -> Erasure:
             blank_personal_fields(tx, [image_id])
             tx.update(Image, image_id, erased_at=utc_now(), expired_at=None)
             audit.append(tx, actor=actor, action="image.erased", subject=image_id)
+    # A blob's URI ends in its id; any other URI is a file that was imported in place.
     stored_here = image.uri.endswith(image.id)
     blobs = [item.overlay_blob for item in items if item.overlay_blob is not None]
     for blob_id in [*blobs, *([image.id] if stored_here else [])]:

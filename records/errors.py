@@ -112,5 +112,6 @@ def error_class(name: str) -> type[RelookError]:
     Exceptions of third-party code may not be picklable, so processes exchange class name and message. A name
     that is none of the classes above gives `RelookError`.
     """
+    # Only this module is searched: a recorded name must not be able to import anything.
     known = globals().get(name)
     return known if isinstance(known, type) and issubclass(known, RelookError) else RelookError

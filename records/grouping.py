@@ -76,6 +76,7 @@ def place(
     Raises:
         ContractError: a link names an image that is neither new nor known.
     """
+    # Groups become nodes of their own beside new images; the prefix keeps their ids apart.
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(new_images)
     groups = {group.id: group for group in known_group_of.values()}
@@ -96,6 +97,7 @@ def place(
     for component in nx.connected_components(graph):
         members = sorted(node for node in component if not node.startswith("group:"))
         touched = sorted(node.removeprefix("group:") for node in component if node.startswith("group:"))
+        # Moving either group would change a split that models were measured on, so the images stay out.
         if len({groups[g].split for g in touched} - {None}) > 1:
             placement.refused.update(dict.fromkeys(members, tuple(touched)))
             continue

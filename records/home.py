@@ -67,10 +67,12 @@ def open_home(root: Path) -> Home:
     The path is made absolute here, once, since Ray changes the working folder. A folder that cannot be made or written
     raises ConfigError.
     """
+    # abspath, not resolve: a home behind a symbolic link keeps the path that the user gave.
     absolute = Path(os.path.abspath(root.expanduser()))
     try:
         for name in FOLDERS:
             (absolute / name).mkdir(parents=True, exist_ok=True)
+        # Also if the folder existed already, perhaps with wider permissions.
         (absolute / "keys").chmod(0o700)
     except OSError as error:
         raise ConfigError(

@@ -129,6 +129,7 @@ def _review_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
 
 def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     for dataset in tx.find(DatasetRecord, order_by=("created_at",)):
+        # Every version is asked: one that leaves the image out says so only in its manifest.
         row = find_in_manifest(store, dataset.id, image_id)
         if row is None:
             continue
@@ -143,6 +144,7 @@ def _model_steps(tx: Transaction, model: ModelRecord) -> Iterator[TraceStep]:
     text = f"dataset {dataset.id[:12]}: {dataset.num_images} images in {dataset.num_groups} groups"
     yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
     yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
+    # Bounded, since a model that served for months has millions.
     predictions = tx.count(Prediction, where={"model_id": model.id}, at_most=_COUNTED + 1)
     if predictions:
         how_many = str(predictions) if predictions <= _COUNTED else f"more than {_COUNTED}"

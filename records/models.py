@@ -66,6 +66,7 @@ def serve_model(tx: Transaction, model_id: str, status: ModelStatus) -> None:
     if status not in SERVED:
         raise ContractError(f"a model that is {status} does not serve; use champion or provisional")
     now = utc_now()
+    # In the same transaction, so there is never a moment with two serving models or none.
     for before in tx.find(ModelRecord, where={"status": SERVED}):
         if before.id != model_id:
             tx.update(ModelRecord, before.id, status=ModelStatus.RETIRED, status_changed_at=now)

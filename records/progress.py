@@ -91,6 +91,7 @@ def status(text: str) -> Generator["Status"]:
         What replaces the text, and what ends the display before the block ends.
     """
     if stderr.is_terminal:
+        # Not a bar without a length: a spinner redraws one line, and engines that start print lines of their own.
         with stderr.status(text) as spinner:
             yield Status(spinner.update, spinner.stop)
         return
@@ -134,6 +135,7 @@ class LineProgress(Progress):
     def __init__(self, write: Callable[[str], None] = write_line, clock: Callable[[], float] = time.monotonic) -> None:
         # Disabled, so that rich neither starts its refresh thread nor prints an empty line at the end.
         super().__init__(console=stderr, disable=True, get_time=clock)
+        # Every method below holds rich's own lock: downloads and decoding advance their tasks from threads.
         self._write = write
         self._printed: dict[TaskID, _Printed] = {}
 
@@ -144,6 +146,7 @@ class LineProgress(Progress):
             task = self._tasks[task_id]
             message = _without_numbers(description)
             self._printed[task_id] = _Printed(self.get_time(), detail=task.fields.get("detail", ""), message=message)
+            # A total of None is not known yet; a total of 0 is no work, which needs no line.
             if task.total != 0:
                 self._write(_line(task) if task.total else f"{task.description} ...")
         return task_id
@@ -168,6 +171,7 @@ class LineProgress(Progress):
 
     def stop(self) -> None:
         """Print the last line of every task that has not ended."""
+        # Not rich's own `stop`, which has no display to end here; a second call finds every task ended.
         self._end_all("done in")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -183,6 +187,7 @@ class LineProgress(Progress):
         printed, now_s = self._printed[task.id], self.get_time()
         if printed.ended:
             return
+        # Before the pauses: the last step is printed however soon it follows.
         if task.total and task.completed >= task.total:
             self._end(task, printed, "done in")
             return

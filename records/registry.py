@@ -32,6 +32,7 @@ class Range:
 
     def __contains__(self, value: object) -> bool:
         """Return whether the value lies in the range."""
+        # bool is a subclass of int, and True is no number of layers.
         whole = not self.integer or (isinstance(value, int) and not isinstance(value, bool))
         return isinstance(value, int | float) and whole and self.low <= value <= self.high
 
@@ -90,6 +91,7 @@ class Registry(Generic[R]):
 
     def __init__(self, kind: str, records: tuple[R, ...]) -> None:
         self.kind = kind
+        # Read-only, so that every process sees the same records.
         self._records = MappingProxyType({record.name: record for record in records})
 
     def __getitem__(self, name: str) -> R:

@@ -119,6 +119,7 @@ def apply_retention(
         UnavailableError: a blob cannot be removed; run it again.
     """
     now = now or utc_now()
+    # One run at a time: the cursor holds the counts of a single run.
     with hold(store.ledger, _NAME):
         with store.ledger.begin() as tx:
             _close(tx, actor, finished=False)
@@ -264,6 +265,7 @@ def _due_predictions(before: datetime | None) -> list[sa.ColumnElement[bool]]:
 
 def _unreferenced(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
     """Return the conditions that an image has no open review item, no label and no outcome."""
+    # `exists` stops at the first row and uses the index on the image.
     is_open = sa.exists().where(_ITEM.image_id == image_id, _ITEM.state.in_(_OPEN))
     labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, Annotation)]
     turned_out = image_id.in_(sa.select(TABLES[Outcome].c.image_id))

@@ -73,6 +73,7 @@ def to_arrow(record_type: type[Record], frame: pd.DataFrame | Sequence[Record]) 
     schema = arrow_schema(record_type)
     try:
         if isinstance(frame, pd.DataFrame):
+            # Checked against the schema here, so a manifest with a wrong column is never written.
             return pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
         return pa.Table.from_pylist([_plain_row(record) for record in frame], schema=schema)
     except (KeyError, ValueError, pa.ArrowTypeError) as error:

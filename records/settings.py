@@ -88,6 +88,7 @@ class RecordsSettings(RoomSettings):
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Return the dotted name of the first field that pydantic refused, empty for the whole document, and the reason."""
+    # Only the first: the errors after it are often consequences, such as one per member of a union.
     first = error.errors(include_url=False)[0]
     return ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
 

@@ -60,6 +60,7 @@ def open_store(settings: RecordsSettings) -> Store:
     A place that cannot be used raises ConfigError, a malformed taxonomy TaxonomyError, a database or blob store that
     does not answer UnavailableError.
     """
+    # First, since a wrong taxonomy should not leave an empty home behind.
     taxonomy = load_taxonomy(settings.taxonomy)
     home = open_home(settings.home)
     ledger = open_ledger(
@@ -69,6 +70,7 @@ def open_store(settings: RecordsSettings) -> Store:
         audit_head=head_file(home),
     )
     open_chain(ledger, home)
+    # Passed to Ray workers, which start in another folder, so the path has to be absolute.
     settings = settings.model_copy(update={"home": home.root})
     return Store(settings, home, taxonomy, ledger, open_blobs(settings.blobs or str(home.blobs)))
 

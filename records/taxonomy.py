@@ -87,6 +87,7 @@ class Taxonomy(BaseModel):
 
     def require_same(self, other_hash: str, owner: str) -> None:
         """Raise TaxonomyError if the hash that `owner` carries is not the hash of this taxonomy."""
+        # Compared by hash, not by codes: costs and key classes change decisions as well.
         if other_hash != self.hash:
             raise TaxonomyError(
                 f"{owner} was made with taxonomy {other_hash[:12]}, this service uses {self.name!r} "
@@ -112,6 +113,7 @@ def load_taxonomy(name_or_path: str) -> Taxonomy:
 
 
 def _read(name_or_path: str) -> str:
+    # A name without a slash is a built-in one first, so a stray file cannot replace `ham10000`.
     built_in = resources.files("records") / "taxonomies" / f"{name_or_path}.yaml"
     if "/" not in name_or_path and built_in.is_file():
         return built_in.read_text(encoding="utf-8")

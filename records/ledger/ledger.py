@@ -217,6 +217,8 @@ class Ledger:
         Returns:
             True if `holder` has it now, False if another holder does.
         """
+        # The clock of this machine: holders on machines whose clocks differ by more than a lease's length would
+        # overlap.
         now = utc_now()
         expires_at = now + timedelta(seconds=seconds)
         with self.begin() as tx:

@@ -49,6 +49,7 @@ def is_newer_and_usable(engine: sa.Engine, current: str | None) -> bool:
     if current is None or current in known:
         return False
     with engine.connect() as connection:
+        # A schema without the table makes no statement, so it is refused.
         if not sa.inspect(connection).has_table(SCHEMA_FLOOR.name):
             return False
         return connection.scalar(sa.select(SCHEMA_FLOOR.c.oldest)) in known

@@ -76,8 +76,10 @@ def _column_type(annotation: Any) -> sa.types.TypeEngine[Any]:
     }
     if plain in simple:
         return simple[plain]
+    # Text, not a database enum, which would need a migration for every new value.
     if isinstance(plain, type) and issubclass(plain, StrEnum):
         return sa.Text()
+    # none_as_null: None becomes SQL NULL, so `IS NULL` finds it; JSON null would be a value.
     if get_origin(plain) in (list, dict):
         return sa.JSON(none_as_null=True)
     raise ContractError(f"no column type for {annotation!r}")

@@ -42,8 +42,13 @@ def test_the_first_problem_names_the_field_and_the_reason() -> None:
 def test_environment_variables_hold_for_a_block_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELOOK_A", "before")
     monkeypatch.delenv("RELOOK_B", raising=False)
-    with pytest.raises(RuntimeError, match="in the block"), environment({"RELOOK_A": "1", "RELOOK_B": "2"}):
-        assert (os.environ["RELOOK_A"], os.environ["RELOOK_B"]) == ("1", "2")
-        raise RuntimeError("in the block")
+
+    def fail_in_the_block() -> None:
+        with environment({"RELOOK_A": "1", "RELOOK_B": "2"}):
+            assert (os.environ["RELOOK_A"], os.environ["RELOOK_B"]) == ("1", "2")
+            raise RuntimeError("in the block")
+
+    with pytest.raises(RuntimeError, match="in the block"):
+        fail_in_the_block()
     assert os.environ["RELOOK_A"] == "before"
     assert "RELOOK_B" not in os.environ
