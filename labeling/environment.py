@@ -22,7 +22,7 @@ from labeling.settings import LabelingSettings
 from records.errors import ConfigError, LabelStudioError
 from records.ids import sha256_hex
 
-Tell = Callable[[str], None]
+ReportLine = Callable[[str], None]
 """Called with one line of progress for the terminal."""
 
 DATABASE = "label_studio.sqlite3"
@@ -79,12 +79,12 @@ def is_ready(environment: Environment) -> bool:
     return isinstance(found, dict) and found.get("lock") == _lock_hash()
 
 
-def install(environment: Environment, tell: Tell) -> bool:
+def install(environment: Environment, report: ReportLine) -> bool:
     """Build the environment unless it is ready.
 
     Args:
         environment: to build.
-        tell: called with lines of progress.
+        report: called with lines of progress.
     Returns:
         True if it was built, False if it was ready.
     Raises:
@@ -94,12 +94,12 @@ def install(environment: Environment, tell: Tell) -> bool:
     if is_ready(environment):
         return False
     lock_path = environment.folder.with_name(f".{environment.folder.name}.lock")
-    with exclusive(lock_path, lambda: tell("waiting for another process that installs Label Studio")) as lock_file:
+    with exclusive(lock_path, lambda: report("waiting for another process that installs Label Studio")) as lock_file:
         # Again, now that the lock is held: the process that was waited for may have built it.
         if is_ready(environment):
             return False
         _clear(environment)
-        builder = _Builder(environment, tell, lock_file)
+        builder = _Builder(environment, report, lock_file)
         builder.make_environment()
         builder.install_packages()
         builder.make_template()
@@ -193,11 +193,11 @@ def _clear(environment: Environment) -> None:
 @dataclass(frozen=True)
 class _Builder:
     environment: Environment
-    tell: Tell
+    report: ReportLine
     lock_file: int
 
     def make_environment(self) -> None:
-        self.tell("making a virtual environment for Label Studio")
+        self.report("making a virtual environment for Label Studio")
         self.environment.install_log.write_text("")
         self._run([sys.executable, "-I", "-m", "venv", str(self.environment.folder)])
 
@@ -207,21 +207,21 @@ class _Builder:
         total = sum(1 for line in lock_text().splitlines() if "==" in line)
         collected = 0
 
-        def hear(line: str) -> None:
+        def on_line(line: str) -> None:
             nonlocal collected
             # A wheel from a local folder is processed, one from an index is collected.
             if line.startswith(("Collecting ", "Processing ")):
                 collected += 1
-                self.tell(f"fetching Label Studio, package {min(collected, total)} of {total}")
+                self.report(f"fetching Label Studio, package {min(collected, total)} of {total}")
             elif line.startswith("Installing collected packages"):
-                self.tell(f"unpacking {total} packages of Label Studio (about half a minute)")
+                self.report(f"unpacking {total} packages of Label Studio (about half a minute)")
 
         command = [str(self.environment.python), "-I", "-m", "pip", "install", "--disable-pip-version-check"]
         # Most of the gigabyte is never imported: compiling on first use is faster than compiling all of it.
-        self._run([*command, "--no-input", "--progress-bar", "off", "--no-compile", "-r", str(requirements)], hear)
+        self._run([*command, "--no-input", "--progress-bar", "off", "--no-compile", "-r", str(requirements)], on_line)
 
     def make_template(self) -> None:
-        self.tell("preparing an empty Label Studio database (about half a minute)")
+        self.report("preparing an empty Label Studio database (about half a minute)")
         work = self.environment.folder / "template.partial"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -243,7 +243,7 @@ class _Builder:
     def _run(
         self,
         command: list[str],
-        hear: Tell = lambda line: None,
+        on_line: ReportLine = lambda line: None,
         *,
         variables: Mapping[str, str] | None = None,
     ) -> None:
@@ -266,7 +266,7 @@ class _Builder:
                 for line in process.stdout or ():
                     log.write(line)
                     last = line.strip() or last
-                    hear(line.strip())
+                    on_line(line.strip())
                 code = process.wait()
             except BaseException:
                 process.kill()

@@ -23,7 +23,7 @@ from labeling.environment import (
     DATA_VARIABLE,
     DATABASE,
     Environment,
-    Tell,
+    ReportLine,
     environment_of,
     exclusive,
     install,
@@ -103,11 +103,11 @@ class LocalLabelStudio:
         """Whether it was ever started in this home."""
         return (self._home.label_studio / DATABASE).is_file()
 
-    def up(self, tell: Tell = lambda text: None) -> ServerInfo:
+    def up(self, report: ReportLine = lambda text: None) -> ServerInfo:
         """Start the server, or find it running.
 
         Args:
-            tell: called with lines of progress.
+            report: called with lines of progress.
         Returns:
             Address and account, the same as long as the process runs.
         Raises:
@@ -117,19 +117,19 @@ class LocalLabelStudio:
         running = self.status()
         if running is not None:
             return running
-        install(self.environment, tell)
+        install(self.environment, report)
         waiting = "waiting for another process that starts Label Studio"
-        with exclusive(self._home.label_studio / "up.lock", lambda: tell(waiting)):
+        with exclusive(self._home.label_studio / "up.lock", lambda: report(waiting)):
             # Looked up again, now that the lock is held: the process that was waited for may have started it.
-            return self.status() or self._start(tell)
+            return self.status() or self._start(report)
 
-    def _start(self, tell: Tell) -> ServerInfo:
+    def _start(self, report: ReportLine) -> ServerInfo:
         process = self._known_process()
         # A process without a version is one whose starter was killed while waiting: it is waited for, not doubled.
         if process is None or not self._is_alive(process.pid):
             process = self._spawn(self._free_port(), self._account())
         try:
-            version = self._wait(process, tell)
+            version = self._wait(process, report)
             process = process.model_copy(update={"version": version})
             self._write_private(self._state_file, process.model_dump_json())
         except BaseException:
@@ -254,11 +254,11 @@ class LocalLabelStudio:
         self._write_private(self._state_file, process.model_dump_json())
         return process
 
-    def _wait(self, process: _Process, tell: Tell) -> str:
+    def _wait(self, process: _Process, report: ReportLine) -> str:
         url = process.url
         started = time.monotonic()
         while (waited_s := time.monotonic() - started) < self._settings.start_timeout_s:
-            tell(f"starting Label Studio at {url} ({waited_s:.0f} s)")
+            report(f"starting Label Studio at {url} ({waited_s:.0f} s)")
             if not self._is_alive(process.pid):
                 raise LabelStudioStartError(f"Label Studio stopped while it started: {self._last_log_line()}")
             version = _version(url)
