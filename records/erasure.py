@@ -102,11 +102,11 @@ def blank_personal_fields(tx: Transaction, image_ids: Collection[str]) -> None:
     images, predictions, flags, items = (TABLES[t] for t in (Image, Prediction, Flag, ReviewItem))
     dialect = tx.connection.dialect
     about = any_of(predictions.c.image_id, image_ids, dialect)
-    answers = sa.select(predictions.c.id).where(about)
+    prediction_ids = sa.select(predictions.c.id).where(about)
     for statement in (
         sa.update(images).where(any_of(images.c.id, image_ids, dialect)).values(dict.fromkeys(PERSONAL)),
         sa.update(predictions).where(about).values(context={}),
-        sa.update(flags).where(flags.c.prediction_id.in_(answers)).values(comment=None),
+        sa.update(flags).where(flags.c.prediction_id.in_(prediction_ids)).values(comment=None),
         sa.update(items).where(any_of(items.c.image_id, image_ids, dialect)).values(comment=None),
     ):
         tx.connection.execute(statement)

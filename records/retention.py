@@ -254,11 +254,11 @@ def _old_images(before: datetime | None) -> list[sa.ColumnElement[bool]]:
 def _due_predictions(before: datetime | None) -> list[sa.ColumnElement[bool]]:
     named = [sa.exists().where(TABLES[kind].c.prediction_id == _PREDICTION.id) for kind in (Flag, Outcome)]
     # Events refer to their prediction, so a prediction that has events stays.
-    told = _PREDICTION.id.in_(sa.select(TABLES[EventRecord].c.prediction_id))
+    has_event = _PREDICTION.id.in_(sa.select(TABLES[EventRecord].c.prediction_id))
     return [
         _PREDICTION.created_at < before,
         *(~condition for condition in named),
-        ~told,
+        ~has_event,
         *_unreferenced(_PREDICTION.image_id),
     ]
 

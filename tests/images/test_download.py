@@ -1,4 +1,4 @@
-"""Downloads against a real HTTP server: whole, broken off, taken up again, altered, refused."""
+"""Downloads from a real HTTP server: complete, interrupted, resumed, altered, refused."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ def archive(images: dict[str, bytes]) -> bytes:
 
 @dataclass
 class Mirror:
-    """What the server has, how it misbehaves, and what it was asked."""
+    """Files of the server, its faults, and the requests it got."""
 
     files: dict[str, bytes]
     cut_after: list[int] = field(default_factory=list)

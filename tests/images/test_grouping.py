@@ -1,4 +1,4 @@
-"""Groups of images that came in by other ways than an import: served ones that annotators labelled."""
+"""Groups of images that were not imported but served and then annotated; subsets of whole groups."""
 
 import io
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_unknown_images_are_named(store: Store) -> None:
         group_images(store, ["f" * 64])
 
 
-def test_patients_are_told_apart_by_a_salted_hash(store: Store) -> None:
+def test_patients_are_distinguished_by_a_keyed_hash(store: Store) -> None:
     assert patient_hash(store.home, "P1") != patient_hash(store.home, "P2")
     assert patient_hash(store.home, "P1") == patient_hash(store.home, "P1")
     assert len(patient_hash(store.home, "P1")) == 64

@@ -98,7 +98,7 @@ def test_a_whole_given_split_is_kept_as_it_is() -> None:
     assert notes == []
 
 
-def test_splits_that_a_split_lacks_come_out_of_its_training_groups() -> None:
+def test_splits_that_the_table_lacks_come_out_of_its_training_groups() -> None:
     train, test = groups(100, "nv", Split.TRAIN), groups(30, "nv", Split.TEST)
     drawn, notes = draw_splits({**train, **test}, is_first=True, salt=SALT)
     assert all(drawn[g] == (Split.TEST, "given") for g in test)
@@ -107,7 +107,7 @@ def test_splits_that_a_split_lacks_come_out_of_its_training_groups() -> None:
     assert notes == []
 
 
-def test_a_split_that_a_group_crosses_is_not_kept() -> None:
+def test_a_given_split_that_a_group_crosses_is_not_kept() -> None:
     facts = {**groups(10, "nv", Split.TRAIN), **groups(1, "nv", Split.TRAIN, Split.TEST)}
     drawn, notes = draw_splits(facts, is_first=True, salt=SALT)
     assert {how for _, how in drawn.values()} == {"stratified"}

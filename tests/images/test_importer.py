@@ -366,7 +366,7 @@ def test_erased_images_do_not_come_back(store: Store, tmp_path: Path) -> None:
     assert not store.blobs.has(image.id)
 
 
-def test_several_splits_are_cached_at_once(store: Store, generated: Path) -> None:
+def test_several_sides_are_cached_at_once(store: Store, generated: Path) -> None:
     report = import_folder(store, generated, side_px=(32, 48))
     for side_px in (32, 48, 64):
         cache = PixelCache(store.home.cache, side_px)
@@ -374,7 +374,7 @@ def test_several_splits_are_cached_at_once(store: Store, generated: Path) -> Non
         assert cache.missing([image.id for image in images_of(store).values()]) == []
 
 
-def test_data_are_opened_by_folder_id_or_newest(store: Store, generated: Path, tmp_path: Path) -> None:
+def test_data_is_opened_by_folder_id_or_newest(store: Store, generated: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no data yet"):
         open_dataset(store, None)
     with pytest.raises(DataError, match="there is no data folder"):

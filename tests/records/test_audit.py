@@ -167,7 +167,7 @@ def test_a_head_that_lags_after_a_crash_is_no_fault_and_catches_up(chain: Store)
     assert head.read_text().startswith("6 ")
 
 
-def test_a_head_that_cannot_be_written_is_said_and_the_event_stays(chain: Store) -> None:
+def test_a_head_that_cannot_be_written_is_an_error_and_the_event_stays(chain: Store) -> None:
     head = audit.head_file(chain.home)
     (head.parent / "audit-head.new").mkdir()
     with pytest.raises(UnavailableError, match="its events are recorded"), chain.ledger.begin() as tx:

@@ -202,7 +202,7 @@ def test_registering_twice_keeps_the_first(store: Store, bundle: Bundle) -> None
     assert (first.status, first.round, first.dataset_id) == (ModelStatus.REGISTERED, 1, "d" * 64)
 
 
-def test_one_model_answers_and_the_one_before_retires(store: Store, three: list[Bundle]) -> None:
+def test_one_model_serves_and_the_one_before_retires(store: Store, three: list[Bundle]) -> None:
     with store.ledger.begin() as tx:
         assert serving_model(tx) is None
         for each, status in zip(
@@ -217,7 +217,7 @@ def test_one_model_answers_and_the_one_before_retires(store: Store, three: list[
         assert tx.require(ModelRecord, three[2].id).status == ModelStatus.PROVISIONAL
 
 
-def test_two_that_claim_to_answer_are_named_and_can_be_mended(store: Store, three: list[Bundle]) -> None:
+def test_two_serving_models_are_named_and_can_be_repaired(store: Store, three: list[Bundle]) -> None:
     with store.ledger.begin() as tx:
         for each in three[:2]:
             tx.update(ModelRecord, each.id, status=ModelStatus.CHAMPION)
@@ -229,7 +229,7 @@ def test_two_that_claim_to_answer_are_named_and_can_be_mended(store: Store, thre
         assert current.id == three[0].id
 
 
-def test_serving_what_cannot_answer_changes_nothing(store: Store, three: list[Bundle]) -> None:
+def test_a_status_that_does_not_serve_changes_nothing(store: Store, three: list[Bundle]) -> None:
     with store.ledger.begin() as tx:
         serve_model(tx, three[0].id, ModelStatus.CHAMPION)
         with pytest.raises(ContractError, match="retired does not serve"):

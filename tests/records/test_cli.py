@@ -47,7 +47,7 @@ def test_a_malformed_taxonomy_names_the_field(store: Store, tmp_path: Path) -> N
     assert "classes: " in str(result.exception)
 
 
-def test_a_whole_chain_is_said_to_be_whole(chain: Store) -> None:
+def test_an_intact_chain_is_reported_as_intact(chain: Store) -> None:
     assert json.loads(_run(chain, "audit", "verify", "--json").stdout) == {"whole": True, "faults": []}
     assert _run(chain, "audit", "verify").stdout == "the audit chain is whole\n"
 

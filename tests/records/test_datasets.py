@@ -125,7 +125,9 @@ def test_a_stronger_label_replaces_a_weaker_one(
     assert report.outranked == report.held_out == ()
 
 
-def test_nobody_could_tell_adds_nothing(imported: Store, image_id: Id, says: Callable[..., ResolvedLabel]) -> None:
+def test_an_image_without_a_class_adds_nothing(
+    imported: Store, image_id: Id, says: Callable[..., ResolvedLabel]
+) -> None:
     report = build_version(imported, resolved=[says(0, None)], round_number=1)
     assert report == BuildReport(build_version(imported).version)
 

@@ -1,4 +1,4 @@
-"""The right to erasure: bytes, heat maps and the person's data go, ids and hashes stay."""
+"""Erasure: bytes, heat maps and personal data are deleted, ids and hashes stay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ Sample = Callable[..., Any]
 
 @pytest.fixture
 def erasable(store: Store, sample: Sample) -> str:
-    """A stored image with an answer and an open question that has a heat map."""
+    """A stored image with a prediction and an open review item that has a heat map."""
     image = store.blobs.put(b"the image")
     overlay = store.blobs.put(b"the heat map")
     with store.ledger.begin() as tx:
@@ -42,12 +42,12 @@ def test_nothing_that_shows_the_image_or_names_the_person_stays(store: Store, er
     assert not store.blobs.has(erasable)
     assert not store.blobs.has(sha256_hex(b"the heat map"))
     with store.ledger.read() as tx:
-        image, (item,), (answer,) = tx.require(Image, erasable), tx.find(ReviewItem), tx.find(Prediction)
+        image, (item,), (prediction,) = tx.require(Image, erasable), tx.find(ReviewItem), tx.find(Prediction)
         assert erased_ids(tx) == {erasable}
     assert image.erased_at is not None
     assert {getattr(image, name) for name in PERSONAL} == {None}
     assert (item.state, item.overlay_blob, item.comment) == (ReviewState.WITHDRAWN, None, None)
-    assert (answer.context, answer.image_id) == ({}, erasable)
+    assert (prediction.context, prediction.image_id) == ({}, erasable)
     assert audit.verify(store.ledger, store.home) == []
 
 

@@ -5,7 +5,7 @@ import pytest
 from records import errors
 
 
-def test_what_the_caller_can_mend_is_a_user_error() -> None:
+def test_what_the_caller_can_fix_is_a_user_error() -> None:
     ours = {e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.RelookError)}
     users = {e.__name__ for e in ours if issubclass(e, errors.UserError)}
     assert users == {

@@ -73,7 +73,7 @@ def test_a_group_without_a_split_joins_the_one_with_a_split() -> None:
     assert placement.merged == {"aaaa": "zzzz", "bbbb": "zzzz"}
 
 
-def test_who_would_join_two_splits_is_refused_and_named() -> None:
+def test_an_image_that_would_join_two_splits_is_refused_and_named() -> None:
     known = {"k": KnownGroup("kkkk", Split.TRAIN), "l": KnownGroup("llll", Split.TEST)}
     placement = place(["a", "b", "c"], [("a", "k"), ("b", "a"), ("b", "l")], known)
     assert placement.refused == {"a": ("kkkk", "llll"), "b": ("kkkk", "llll")}
@@ -81,7 +81,7 @@ def test_who_would_join_two_splits_is_refused_and_named() -> None:
     assert placement.merged == {}
 
 
-def test_a_link_to_nobody_is_a_mistake() -> None:
+def test_a_link_to_an_unknown_image_is_a_contract_error() -> None:
     with pytest.raises(ContractError, match="neither new nor known"):
         place(["a"], [("a", "nobody")], {})
 

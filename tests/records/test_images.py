@@ -98,7 +98,7 @@ def test_stripping_again_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_format_and_size_are_told_by_content(name: str) -> None:
+def test_format_and_size_come_from_the_content(name: str) -> None:
     data = IMAGES[name]()
     assert sniff(data) == name.split()[0]
     assert image_size(data) == image_size(strip_metadata(data)) == (60, 45)
@@ -187,7 +187,7 @@ def test_an_image_that_was_cut_off_is_damaged(name: str) -> None:
         assert caught.value.code == "damaged"
 
 
-def test_a_wrong_checksum_is_not_mended() -> None:
+def test_a_wrong_checksum_is_refused() -> None:
     data = bytearray(strip_metadata(IMAGES["png"]()))
     data[data.index(b"IDAT") + 10] ^= 1
     with pytest.raises(ImageError, match="checksum"):
@@ -201,7 +201,7 @@ def test_an_image_without_area_is_damaged() -> None:
         image_size(data)
 
 
-def test_formats_are_the_three_that_sniff_tells() -> None:
+def test_formats_are_the_three_that_sniff_returns() -> None:
     assert set(FORMATS) == {sniff(make()) for make in IMAGES.values()}
 
 

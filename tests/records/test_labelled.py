@@ -20,7 +20,7 @@ def _rows(store: Store, *resolved: ResolvedLabel) -> dict[str, dict[str, Any]]:
     return {row["image_id"]: row for row in frame.to_dict("records")}
 
 
-def test_nothing_to_learn_from_is_said(store: Store, add_labelled: Add, image_id: Id) -> None:
+def test_a_store_without_usable_labels_is_refused(store: Store, add_labelled: Add, image_id: Id) -> None:
     with pytest.raises(DataError, match="no image has a label yet; import a folder"):
         read_known(store, NOBODY)
     add_labelled(store, ["pool"], None)

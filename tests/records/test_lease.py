@@ -15,7 +15,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LEASE_S", 0.6)
 
 
-def test_one_holds_it_and_gives_it_back(ledger: Ledger) -> None:
+def test_one_holds_it_and_releases_it(ledger: Ledger) -> None:
     with lease.hold(ledger, "round") as holder:
         assert holder
         with pytest.raises(RefusedError, match="another process holds the round lease"), lease.hold(ledger, "round"):
@@ -26,13 +26,13 @@ def test_one_holds_it_and_gives_it_back(ledger: Ledger) -> None:
         assert other != holder
 
 
-def test_it_is_prolonged_for_as_long_as_the_block_runs(ledger: Ledger) -> None:
+def test_it_is_renewed_for_as_long_as_the_block_runs(ledger: Ledger) -> None:
     with lease.hold(ledger, "round"):
         time.sleep(1.0)
         assert not ledger.lease("round", "somebody else", 1)
 
 
-def test_it_is_given_back_after_an_error(ledger: Ledger) -> None:
+def test_it_is_released_after_an_error(ledger: Ledger) -> None:
     def fail() -> None:
         with lease.hold(ledger, "round"):
             raise KeyError
@@ -48,7 +48,7 @@ def test_waiting_outlasts_a_holder_that_was_killed(ledger: Ledger) -> None:
         pass
 
 
-def test_a_lease_that_was_lost_meanwhile_is_said(ledger: Ledger) -> None:
+def test_a_lease_that_another_process_took_is_reported(ledger: Ledger) -> None:
     def stand_still() -> None:
         with lease.hold(ledger, "round") as holder:
             ledger.release("round", holder)

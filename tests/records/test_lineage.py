@@ -32,7 +32,7 @@ PREDICTION, MODEL_1, MODEL_2 = "aaaa0000" + "1" * 24, "bbbb0000" + "1" * 56, "cc
 def history(
     store: Store, sample: Callable[..., Any], add_labelled: Callable[..., None], image_id: Callable[[object], str]
 ) -> str:
-    """One flagged image: asked, doubted, flagged, answered by an annotator, learned by the next model."""
+    """One flagged image: predicted, reviewed, flagged, annotated, used to train the next model."""
     add_labelled(store, range(20), "nv")
     add_labelled(store, ["asked"], None, source_id="ISIC_1")
     first = build_version(store).version
@@ -111,7 +111,7 @@ def test_a_model_is_followed_back_to_its_dataset(store: Store, history: str) -> 
     assert "prediction" not in {step.kind for step in trace(store, MODEL_2).steps}
 
 
-def test_many_answers_of_a_model_are_not_all_counted(
+def test_many_predictions_of_a_model_are_not_all_counted(
     store: Store, history: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("records.lineage._COUNTED", 0)
@@ -119,7 +119,7 @@ def test_many_answers_of_a_model_are_not_all_counted(
     assert texts["prediction"] == "made more than 0 predictions; status retired since then"
 
 
-def test_what_was_said_without_a_class_or_taken_back_is_told(
+def test_annotations_without_a_class_or_deleted_are_shown(
     store: Store, history: str, sample: Callable[..., Any]
 ) -> None:
     with store.ledger.begin() as tx:

@@ -1,4 +1,4 @@
-"""Retention: what nobody needs goes when its time is over, everything else stays, a run may be killed anywhere."""
+"""Retention: unreferenced images and predictions are deleted when due, all others stay, also if a run is killed."""
 
 import signal
 import subprocess
@@ -38,7 +38,7 @@ OLD, RECENT = NOW - timedelta(days=100), NOW - timedelta(days=10)
 
 @pytest.fixture
 def keeping(records_settings: RecordsSettings) -> Any:
-    """A store that keeps images for 30 days and answers for 60."""
+    """A store that keeps images for 30 days and predictions for 60."""
     opened = open_store(records_settings.model_copy(update={"keep_images_days": 30, "keep_predictions_days": 60}))
     yield opened
     opened.close()
@@ -46,13 +46,13 @@ def keeping(records_settings: RecordsSettings) -> Any:
 
 @pytest.fixture
 def serve(sample: Sample) -> Callable[..., str]:
-    """Enter a served image with its answers; returns the image's id."""
+    """Add a served image with its predictions; returns the image's id."""
 
-    def enter(store: Store, name: str, *answers: datetime, asked: ReviewState | None = None, **image: Any) -> str:
+    def enter(store: Store, name: str, *predicted_at: datetime, asked: ReviewState | None = None, **image: Any) -> str:
         content = store.blobs.put(f"image {name}".encode())
         values = {"erased_at": None, "expired_at": None, "group_id": None, "created_at": OLD, "provenance": "served"}
         rows = [sample(Image, id=content, uri=store.blobs.uri(content), **{**values, **image})]
-        for number, given_at in enumerate(answers):
+        for number, given_at in enumerate(predicted_at):
             key = f"{name}/{number}"
             rows.append(
                 sample(Prediction, id=key, image_id=content, created_at=given_at, idempotency_key=key, request_id=key)
@@ -78,7 +78,7 @@ def events(store: Store) -> list[AuditEvent]:
         return tx.find(AuditEvent, where={"action": ACTION}, order_by=("number",))
 
 
-def test_an_image_that_nobody_needs_goes_with_all_that_shows_it(keeping: Store, serve: Callable[..., str]) -> None:
+def test_an_unreferenced_image_is_deleted_with_its_heat_maps(keeping: Store, serve: Callable[..., str]) -> None:
     content = serve(keeping, "a", OLD, asked=ReviewState.WITHDRAWN)
     forgotten: list[str] = []
     dry = find_due(keeping, NOW)
@@ -109,7 +109,7 @@ def test_the_second_run_finds_nothing_and_says_so(keeping: Store, serve: Callabl
 
 
 @pytest.mark.parametrize("state", [ReviewState.NEW, ReviewState.PUSHED])
-def test_an_open_question_keeps_its_image_and_answers(
+def test_an_open_review_item_keeps_its_image_and_predictions(
     keeping: Store, serve: Callable[..., str], state: ReviewState
 ) -> None:
     serve(keeping, "a", OLD, OLD, asked=state)
@@ -120,7 +120,7 @@ def test_an_open_question_keeps_its_image_and_answers(
 
 
 @pytest.mark.parametrize("kind", [SourceLabel, Annotation, Outcome])
-def test_what_somebody_named_stays(
+def test_an_image_with_a_label_or_outcome_stays(
     keeping: Store, serve: Callable[..., str], sample: Sample, kind: type[SourceLabel | Annotation | Outcome]
 ) -> None:
     image = serve(keeping, "a", OLD, asked=ReviewState.ANSWERED)
@@ -131,7 +131,7 @@ def test_what_somebody_named_stays(
 
 
 @pytest.mark.parametrize("kind", [Flag, EventRecord])
-def test_an_answer_that_something_refers_to_outlives_its_image(
+def test_a_prediction_that_something_refers_to_outlives_its_image(
     keeping: Store, serve: Callable[..., str], sample: Sample, kind: type[Flag | EventRecord]
 ) -> None:
     serve(keeping, "a", OLD)
@@ -143,15 +143,15 @@ def test_an_answer_that_something_refers_to_outlives_its_image(
         assert tx.require(Prediction, "a/0").context == {}, "and says nothing of the person any more"
 
 
-def test_what_was_sent_again_counts_from_then(keeping: Store, serve: Callable[..., str]) -> None:
+def test_an_image_that_was_sent_again_is_kept_from_then_on(keeping: Store, serve: Callable[..., str]) -> None:
     image = serve(keeping, "a", OLD, RECENT)
     assert run(keeping).images == 0
     assert keeping.blobs.has(image)
     with keeping.ledger.read() as tx:
-        assert [answer.id for answer in tx.find(Prediction)] == ["a/1"]
+        assert [prediction.id for prediction in tx.find(Prediction)] == ["a/1"]
 
 
-def test_imported_images_and_fresh_ones_are_not_looked_at(keeping: Store, serve: Callable[..., str]) -> None:
+def test_imported_images_and_recent_ones_are_kept(keeping: Store, serve: Callable[..., str]) -> None:
     serve(keeping, "imported", provenance="import:1")
     serve(keeping, "pool", provenance="pool")
     serve(keeping, "fresh", RECENT, created_at=RECENT)
@@ -196,7 +196,7 @@ def test_images_alone_may_go(
             assert tx.count(Prediction) == 1
 
 
-def test_an_image_whose_time_was_over_may_come_back_and_one_that_was_erased_may_not(
+def test_an_expired_image_may_be_added_again_and_an_erased_one_may_not(
     keeping: Store, serve: Callable[..., str]
 ) -> None:
     expired, erased = serve(keeping, "a", OLD), serve(keeping, "b", OLD)
@@ -210,12 +210,12 @@ def test_an_image_whose_time_was_over_may_come_back_and_one_that_was_erased_may_
         assert tx.count(AuditEvent, where={"action": "image.erased", "subject": erased}) == 1
 
 
-def test_two_runs_do_not_meet(keeping: Store) -> None:
+def test_two_runs_exclude_each_other(keeping: Store) -> None:
     with hold(keeping.ledger, "records.retention"), pytest.raises(RefusedError, match="another process"):
         run(keeping)
 
 
-def test_answers_are_kept_as_long_as_images() -> None:
+def test_predictions_are_kept_as_long_as_images() -> None:
     with pytest.raises(ValidationError, match="at least as long as its image"):
         RecordsSettings(keep_images_days=30, keep_predictions_days=29)
 
@@ -247,16 +247,16 @@ BlobStore.delete = delete
 retention.apply_retention(
     store, actor="killed", now=datetime.fromisoformat(sys.argv[3]),
     forget=lambda ids: die() if place == "before the blobs" and deleted else None,
-    advance=lambda done, total: die() if (place, done) in (("between parts", 8), ("before the answers", 10)) else None,
+    advance=lambda done, total: die() if (place, done) in (("between parts", 8), ("before predictions", 10)) else None,
 )
 """
 
 
 @pytest.mark.parametrize(
     ("place", "told_of"),
-    [("before the blobs", 4), ("among blobs", 4), ("between parts", 8), ("before the answers", 10)],
+    [("before the blobs", 4), ("among blobs", 4), ("between parts", 8), ("before predictions", 10)],
 )
-def test_a_killed_run_is_told_of_and_the_next_one_ends_it(
+def test_a_killed_run_gets_its_event_from_the_next_run_which_finishes_it(
     keeping: Store,
     serve: Callable[..., str],
     run_python: Callable[..., subprocess.Popen[str]],
@@ -277,5 +277,5 @@ def test_a_killed_run_is_told_of_and_the_next_one_ends_it(
     with keeping.ledger.read() as tx:
         overlay = tx.require(ReviewItem, "kept").overlay_blob
         assert tx.count(Image, where={"erased_at": None}) == 1
-        assert {answer.image_id for answer in tx.find(Prediction)} == {kept}
+        assert {prediction.image_id for prediction in tx.find(Prediction)} == {kept}
     assert set(keeping.blobs.ids()) == {kept, overlay}

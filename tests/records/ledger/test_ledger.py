@@ -250,7 +250,7 @@ def test_a_killed_writer_leaves_whole_transactions(ledger: Ledger, run_python: C
             assert tx.connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
 
 
-def test_a_lease_is_prolonged_runs_out_and_is_given_back(ledger: Ledger) -> None:
+def test_a_lease_is_renewed_expires_and_is_released(ledger: Ledger) -> None:
     assert ledger.lease("round", "a", 30)
     assert not ledger.lease("round", "b", 30)
     assert ledger.lease("sync", "b", 30)
