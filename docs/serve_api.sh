@@ -8,7 +8,7 @@ IMAGE=$1 CANDIDATE=${2:-}
 URL=${URL:-http://127.0.0.1:8000}
 body=$(mktemp) && trap 'rm -f "$body"' EXIT
 
-call() { # STATUS VERB PATH [curl options]: send, and hold the status against what is expected
+call() { # STATUS VERB PATH [curl options]: send and compare the status with the expected one
   local expected=$1 verb=$2 path=$3 got
   shift 3
   if [ -n "$KEY" ]; then set -- -H "Authorization: Bearer $KEY" "$@"; fi
@@ -33,7 +33,7 @@ call 200 GET  /metrics
 call 200 GET  /docs
 call 200 GET  /openapi.json
 
-# answers: raw, in a form with its context, repeated with one key, many at once
+# predictions: raw, in a form with its context, repeated with one key, many at once
 call 200 POST '/v1/predictions?explain=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 id=$(field id) image=$(field image_id)
 call 200 POST /v1/predictions -F "image=@$IMAGE" -F 'context={"age": 61, "localization": "back"};type=application/json'
@@ -56,14 +56,14 @@ call 200 GET  "/v1/predictions/$id/explanation?format=png"
 call 200 GET  "/v1/predictions/$id/explanation?format=npy"
 call 200 POST '/v1/explanations?method=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 
-# what people say, and what came of it
+# flags, outcomes and events
 call 200 POST "/v1/predictions/$id/flags" "${JSON[@]}" -d '{"reason": "wrong_label", "suggested_label": "mel"}'
 call 200 POST "/v1/predictions/$id/outcomes" "${JSON[@]}" \
   -d '{"diagnosis": "mel", "confirmation": "histopathology", "observed_at": "2026-01-15T09:00:00Z"}'
 call 200 GET  '/v1/events?limit=5'
 call 200 GET  "/v1/events?prediction_id=$id"
 
-# a candidate beside the model that answers
+# a rollout: a candidate beside the champion
 if [ -n "$CANDIDATE" ]; then
   call 200 POST   /v1/rollout "${JSON[@]}" -d "{\"model\": \"$CANDIDATE\", \"percent\": 0, \"reason\": \"a tour\"}"
   call 200 GET    /v1/rollout
