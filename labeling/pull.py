@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import PAGE_SIZE, LabelStudioClient
 from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project
-from labeling.push import Advance
+from labeling.push import Advance, sums
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import parse_annotation
@@ -86,8 +86,7 @@ def _joined(reports: Sequence[PullReport]) -> PullReport:
     first = reports[0]
     if len(reports) == 1:
         return first
-    total = {name: sum((getattr(r, name) for r in reports), type(getattr(first, name))()) for name in _ADDED}
-    return PullReport(project_id=first.project_id, idle=all(r.idle for r in reports), **total)
+    return PullReport(project_id=first.project_id, idle=all(r.idle for r in reports), **sums(reports, _ADDED))
 
 
 def _pull(

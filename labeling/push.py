@@ -31,7 +31,7 @@ Advance = Callable[[int, int], None]
 
 _ENCODERS = 2
 _REFRESHED_AT_ONCE = 4
-_ADDED = ("pushed", "adopted", "refreshed", "blind", "doubled", "requeued", "withdrawn")
+_ADDED = ("pushed", "adopted", "refreshed", "blind", "doubled", "requeued", "withdrawn", "unreadable")
 
 
 class PushReport(BaseModel):
@@ -103,10 +103,14 @@ def _advance(advance: Advance, before: int, total: int, done: int) -> None:
     advance(before + done, total)
 
 
+def sums(reports: Sequence[BaseModel], names: Sequence[str]) -> dict[str, Any]:
+    """Add up fields of one or more reports of one type: numbers are summed, lists joined."""
+    return {name: sum((getattr(r, name) for r in reports), type(getattr(reports[0], name))()) for name in names}
+
+
 def _joined(reports: Sequence[PushReport]) -> PushReport:
-    numbers = {name: sum(getattr(r, name) for r in reports) for name in _ADDED}
     project_id = next((r.project_id for r in reports if r.project_id is not None), None)
-    return PushReport(project_id=project_id, unreadable=[s for r in reports for s in r.unreadable], **numbers)
+    return PushReport(project_id=project_id, **sums(reports, _ADDED))
 
 
 @dataclass(frozen=True)
