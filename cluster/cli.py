@@ -161,7 +161,8 @@ def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 
 def _usage(error: TyperException) -> str:
-    message, context = error.format_message(), getattr(error, "ctx", None)
+    # Typer leaves pydantic's prefix in messages about lists of choices.
+    message, context = error.format_message().replace("Value error, ", ""), getattr(error, "ctx", None)
     # Without any argument Typer has printed the help already and raises an error with an empty message.
     return f"{message.rstrip('.')}; see `{context.command_path} --help`" if message and context else message
 
@@ -175,6 +176,7 @@ def _complain(message: str, kind: str, code: int, as_json: bool) -> int:
 
 
 def _keep_traceback() -> Path:
+    # Settings may be what failed, so the folder comes from the environment alone.
     logs = Path(os.environ.get("RELOOK_HOME", ".relook")) / "logs"
     folder = logs if logs.is_dir() else Path(tempfile.gettempdir())
     path = folder / f"relook-error-{datetime.now():%Y%m%dT%H%M%S}-{os.getpid()}.txt"

@@ -67,6 +67,7 @@ def promote(
     """Make a model the champion if the gate promotes it; a running service switches by itself."""
     from cluster.promotion import KEY_VARIABLE, caller_of, promote_model
 
+    # Provisional serves without the gate's verdict, force against it: their audit records would contradict each other.
     if force and provisional:
         raise ConfigError("--force and --provisional exclude each other; give one of them")
     with call.store() as store:
@@ -245,6 +246,7 @@ class _RoundDisplay:
             if detail := _detail(event):
                 self._bar.update(self._task, detail=detail)
         elif event.state == "done":
+            # The task first: its bar would stay below the line that says that the step is done.
             self._end_task()
             say(f"✓ {event.step}: {event.text} ({duration(time.monotonic() - self._began_s)})")
         elif event.state == "kept":
@@ -262,6 +264,7 @@ def _detail(event: "RoundEvent") -> str | None:
     from tuning.live import line_of
     from tuning.trials import SearchEvent
 
+    # A step passes on what its engine reports; epochs of trials would be too many lines, so trials count when they end.
     if isinstance(event.payload, EpochReport):
         return f"epoch {event.payload.epoch}, {epoch_text(event.payload)}"
     return line_of(event.payload) if isinstance(event.payload, SearchEvent) else None

@@ -91,6 +91,7 @@ def push_command(call: Call) -> None:
     """Send open review items to Label Studio as tasks, the most urgent first; each is sent once."""
     from labeling.push import push
 
+    # `push` holds a lease in the ledger, so this may run next to a sync without sending anything twice.
     with _connected(call) as (store, client), _counting("send tasks") as advance:
         report = push(store, client, call.settings.labeling, advance=advance)
     _complain(report.unreadable)

@@ -236,7 +236,7 @@ def rollout(
             with store.ledger.read() as tx:
                 running = current_rollout(tx)
             if running is None:
-                raise ConfigError("no rollout is under way; `relook rollout MODEL` starts one")
+                raise ConfigError("no rollout is in progress; `relook rollout MODEL` starts one")
         else:
             bundle = find_bundle(store, model)
             # A rollout has at most 99 %; 100 % is a promotion, which needs a rollout to end.
@@ -286,6 +286,7 @@ def _registered(store: "Store") -> "list[ModelRecord]":
 
 
 def _figures_of_both(one: "BundleDocument", other: "BundleDocument") -> dict[str, list[Any]]:
+    # Only metrics that both have: models may be of different taxonomies or versions.
     left, right = _flat(one.metrics), _flat(other.metrics)
     return {name: [value, right[name]] for name, value in left.items() if name in right}
 

@@ -74,6 +74,7 @@ def tune(
     # Computed here only for its errors: an impossible space is refused before data are imported and Ray starts.
     searched_space(tuning, settings.trainers)
     with call.store() as store:
+        # A progress of its own, ended before the search: two live displays cannot share one terminal.
         with progress() as bar:
             dataset = open_dataset(store, data, progress=bar)
         runs = store.home.runs
@@ -86,6 +87,7 @@ def tune(
         if fit_winner:
             with progress() as bar:
                 bundle = fit(store, result, dataset, run_dir, bar)
+    # From the journal and not from `result`, so that `relook tune report` shows the same.
     found = report_on(run_dir)
     page = write_report(found, run_dir)
     facts = {"model_id": None if bundle is None else bundle.id, "report": str(page)}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from labeling.cli import app
+from labeling.cli import _counting, app
 from labeling.client import LabelStudioClient
 from labeling.connection import connect, require
 from labeling.local_server import LocalLabelStudio, ServerInfo
@@ -117,3 +117,14 @@ def test_settings_and_arguments_that_cannot_work(
     for wrong, unsure in ((-0.1, 0.0), (0.6, 0.6), (float("nan"), 0.0)):
         with pytest.raises(ContractError, match="rates"):
             annotate(client, store, {}, error_rate=wrong, cant_tell_rate=unsure)
+
+
+def test_work_is_counted_and_no_work_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with _counting("send tasks"):
+        pass
+    assert capsys.readouterr().err == ""
+    with _counting("send tasks") as advance:
+        advance(1, 2)
+        advance(2, 2)
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["send tasks: 0/2", "send tasks: 2/2, done in 0 s"]

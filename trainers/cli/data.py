@@ -55,6 +55,7 @@ def import_command(
             columns=parse_columns(columns),
             table=table,
             in_place=in_place,
+            # Decoded at the size that training will use, so that the first training need not decode again.
             side_px=(call.settings.trainers.model.side_px,),
             progress=bar,
         )
@@ -90,6 +91,7 @@ def download_command(
     settings = call.settings
     files = files_of(dataset)
     folder = out or Path(settings.records.home) / "downloads" / dataset
+    # Before the download: the licence may be a reason not to start it.
     say(TERMS[dataset])
     with progress() as bar:
         report = download(files, folder, settings.images.download_url, progress=bar)
@@ -200,6 +202,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 def _print_refusals(report: "ImportReport") -> None:
     """Print on stderr which rows an import could not use, and its notes."""
+    # On stderr, because stdout holds the report; a table with thousands of wrong rows would bury it.
     for refused in report.quarantined[:_SHOWN_REFUSALS]:
         stderr.print(f"not used ({refused.code}): {refused.reason}", highlight=False, markup=False)
     if len(report.quarantined) > _SHOWN_REFUSALS:

@@ -69,6 +69,7 @@ def evaluate_command(
         )
         evaluation = with_slices(evaluation, found, document.taxonomy, document.operating)
         evaluation = _probed(evaluation, bundle, found, bar, robustness=robustness, explanations=explanations)
+        # Inside of the store's block: the report draws images, which it reads from the blobs.
         if report is not None:
             write_report(report, bundle, loaded, found, evaluation)
     call.emit(evaluation, _evaluation_tables(evaluation))

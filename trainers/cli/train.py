@@ -108,6 +108,7 @@ def catalog_command(
 def _whole_catalogue(ctx: typer.Context) -> "Catalogue":
     from trainers.cli.catalog import catalogue
 
+    # Rooms above this one may not be imported here; the root command leaves their part in the context.
     whole = catalogue()
     for more in ctx.find_root().meta.get(CATALOGUES, ()):
         whole |= more()
