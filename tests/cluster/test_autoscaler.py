@@ -1,7 +1,7 @@
-"""Ray's autoscaler with the node types of `ray_cluster.yaml`: a GPU task brings a node, and an idle one goes.
+"""Ray's autoscaler with the node types of `ray_cluster.yaml`: a GPU task starts a node, and an idle node is stopped.
 
-The cloud is Ray's fake provider, which starts each node as a raylet of this machine. Nothing here stops
-Ray by name: other Rays may run beside it.
+The cloud is Ray's fake provider, which starts each node as a raylet on this machine. Processes are stopped by id, never
+by name, since other Ray sessions may be running.
 """
 
 import json
@@ -119,14 +119,14 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
 
 
 def healthy(address: str, environment: dict[str, str]) -> bool:
-    """Ask a head as containers are told to ask it."""
+    """Check a head as the containers' health checks do."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     return subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False).returncode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.soak
-def test_a_gpu_task_brings_a_spot_node_and_an_idle_one_goes(
+def test_a_gpu_task_starts_a_spot_node_and_an_idle_node_is_stopped(
     head: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     port = int(head.rpartition(":")[2])
@@ -136,9 +136,9 @@ def test_a_gpu_task_brings_a_spot_node_and_an_idle_one_goes(
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.2)
-    # What Compose asks the head, and what KubeRay's container that waits for the head does: both need the token.
+    # The health check of Compose and of KubeRay's waiting container; it needs the token.
     assert healthy(head, environment)
-    assert not healthy(head, {**environment, "RAY_AUTH_TOKEN": "somebody else's"})
+    assert not healthy(head, {**environment, "RAY_AUTH_TOKEN": "another token"})
     script = tmp_path / "driver.py"
     script.write_text(textwrap.dedent(DRIVER))
     done = subprocess.run(

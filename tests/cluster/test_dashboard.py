@@ -1,4 +1,4 @@
-"""The Grafana dashboard: every figure that it asks for is one that the service publishes, with the labels it has."""
+"""The Grafana dashboard: every metric and label that it queries is published by the service."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`relook retention` and `relook erase`: what they say and delete, decoded pixels included."""
+"""`relook retention` and `relook erase`: what they report and delete, decoded pixels included."""
 
 import json
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def relook(store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return verb
 
 
-def enter(store: Store, name: str, **changes: Any) -> str:
-    """Enter a served image, 100 days old, with its decoded pixels."""
+def add_image(store: Store, name: str, **changes: Any) -> str:
+    """Add a served image, 100 days old, with its decoded pixels."""
     image = store.blobs.put(name.encode())
     values = {
         "uri": store.blobs.uri(image), "format": "jpeg", "width_px": 8, "height_px": 8, "provenance": "served",
@@ -46,8 +46,8 @@ def enter(store: Store, name: str, **changes: Any) -> str:
     return image
 
 
-def test_retention_says_deletes_and_says_again(store: Store, relook: Json) -> None:
-    image, days = enter(store, "a"), ("--set", "records.keep_images_days=30")
+def test_retention_reports_deletes_and_reports_again(store: Store, relook: Json) -> None:
+    image, days = add_image(store, "a"), ("--set", "records.keep_images_days=30")
     assert relook("retention")["images_before"] is None
     assert relook("retention", "--dry-run", *days)["images"] == 1
     assert store.blobs.has(image)
@@ -63,10 +63,10 @@ def test_retention_says_deletes_and_says_again(store: Store, relook: Json) -> No
 
 def test_everything_of_a_person_is_erased(store: Store, relook: Json, tmp_path: Path) -> None:
     hashed = patient_hash(store.home, "P-17")
-    theirs = [enter(store, name, patient_hash=hashed) for name in ("a", "b")]
+    theirs = [add_image(store, name, patient_hash=hashed) for name in ("a", "b")]
     file = tmp_path / "c.jpg"
-    in_place = enter(store, "c", patient_hash=hashed, uri=file.as_uri())
-    other = enter(store, "d")
+    in_place = add_image(store, "c", patient_hash=hashed, uri=file.as_uri())
+    other = add_image(store, "d")
     assert relook("erase", "--patient", "P-17", "--dry-run")["images"] == sorted([*theirs, in_place])
     done = relook("erase", "--patient", "P-17")
     assert (done["blobs"], done["left_in_place"]) == (2, [str(file)])

@@ -1,4 +1,4 @@
-"""A round that is killed between two writes goes on to the same end; `bench.drills.kill_matrix` kills between all."""
+"""A round killed between two writes resumes to the same result; `bench.drills.kill_matrix` tests all points."""
 
 import json
 import os
@@ -14,11 +14,11 @@ KILL_POINTS = {
     "begin": 8, "collect": 1, "version": 1, "tune": 1, "fit": 12, "evaluate": 6, "gate": 7, "rollout": 4, "select": 16,
     "push": 5,
 }  # fmt: skip
-"""Writes of a round's steps; a round can be killed before each of them."""
+"""Number of writes by step; a round can be killed before each of them."""
 
 
 @pytest.mark.slow
-def test_a_killed_round_ends_as_one_that_was_left_alone() -> None:
+def test_a_killed_round_ends_like_an_undisturbed_one() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.drills.kill_matrix", "--points", str(SHORT)],
         cwd=ROOT,
@@ -32,7 +32,7 @@ def test_a_killed_round_ends_as_one_that_was_left_alone() -> None:
     found = json.loads(done.stdout)
     assert found["different"] == {}
     assert found["killed"] == len(found["kill_points"]) == SHORT
-    # Every point between two writes, so that a step which loses one, or a hook which loses its grip, is seen.
+    # All points are counted, so that a step with fewer writes, or a hook that misses writes, is noticed.
     assert found["writes_by_step"] == KILL_POINTS
     assert found["writes"] == sum(KILL_POINTS.values()) == 61
     assert found["reference"]["rounds_started"] == 1

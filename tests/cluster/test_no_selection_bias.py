@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: labels from doubt and flags judge nothing, and no click undoes a biopsy."""
+"""For any order of events: labels of selected or flagged images never evaluate, and no annotation replaces a biopsy."""
 
 import shutil
 from collections.abc import Iterator
@@ -46,16 +46,16 @@ LABELS = ("mel", "nv", "bcc")
 READERS = ("ann", "ben", "cleo")
 DOUBTS = (ReasonCode.REFER, ReasonCode.LOW_CONFIDENCE, ReasonCode.URGENT)
 WORK = LabelingSettings(blind_share=0.3)
-BY_A_LOOK = (Confirmation.CONSENSUS, Confirmation.SINGLE_READER)
+BY_READERS = (Confirmation.CONSENSUS, Confirmation.SINGLE_READER)
 
 images = st.integers(0, 31)
 labels = st.sampled_from(LABELS)
 events = st.one_of(
-    st.tuples(st.just("ask"), images, st.sets(st.sampled_from(DOUBTS), max_size=2), st.booleans()),
+    st.tuples(st.just("predict"), images, st.sets(st.sampled_from(DOUBTS), max_size=2), st.booleans()),
     st.tuples(st.just("flag"), images),
     st.tuples(st.just("choose"), images, st.sampled_from([ReasonCode.SELECTED, ReasonCode.LABEL_NOISE])),
     st.tuples(st.just("push")),
-    st.tuples(st.just("answer"), st.integers(0, 9), st.sampled_from(READERS), labels),
+    st.tuples(st.just("annotate"), st.integers(0, 9), st.sampled_from(READERS), labels),
     st.tuples(st.just("edit"), st.integers(0, 9), labels),
     st.tuples(st.just("delete"), st.integers(0, 9)),
     st.tuples(st.just("disagree")),
@@ -69,7 +69,7 @@ def _image_id(number: int) -> str:
 
 
 def _group_id(number: int) -> str:
-    """Images nobody knows share the lesions of known ones, each other's, or have their own."""
+    """Unlabelled images share a lesion with labelled ones, with each other, or have their own."""
     owner = number - 20 if 20 <= number < 24 else number - 10 if 24 <= number < 28 else number // 2 * 2
     return sha256_hex(f"group {owner if number >= 20 else number}".encode())[:16]
 
@@ -106,18 +106,18 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class History:
-    """A store that things happen to, through the functions that the product uses."""
+    """A store to which events are applied through the functions of the product."""
 
     store: Store
     parent: DatasetVersion | None = None
     rounds: int = 0
-    said: int = 0
+    annotations: int = 0
     splits: dict[str, str] = field(default_factory=dict)
 
-    def happen(self, event: tuple[Any, ...]) -> None:
+    def apply(self, event: tuple[Any, ...]) -> None:
         getattr(self, event[0])(*event[1:])
 
-    def ask(self, number: int, doubts: set[ReasonCode], is_drawn: bool) -> None:
+    def predict(self, number: int, doubts: set[ReasonCode], is_drawn: bool) -> None:
         reasons = [*sorted(doubts), *([ReasonCode.AUDIT_SAMPLE] if is_drawn else [])]
         now = utc_now()
         prediction = Prediction(
@@ -139,7 +139,7 @@ class History:
             is_open = [ReviewState.NEW, ReviewState.PUSHED]
             before = self._find(ReviewItem, image_id=prediction.image_id, state=is_open)
             _, item = write_flag(self.store, prediction, wrong, "local", None)
-            assert not item.blind or all(one.blind for one in before), "who reads blind never hears of a flag"
+            assert not item.blind or all(one.blind for one in before), "a blind reader must not see a flag"
 
     def choose(self, number: int, reason: ReasonCode) -> None:
         item = ReviewItem(id=new_id(), created_at=utc_now(), image_id=_image_id(number), reasons=[reason], priority=1.0)
@@ -152,27 +152,27 @@ class History:
             for item in tx.find(ReviewItem, where={"state": ReviewState.NEW}):
                 tx.update(ReviewItem, item.id, state=ReviewState.PUSHED, pushed_at=utc_now())
 
-    def answer(self, which: int, reader: str, label: str) -> None:
-        asked = self._find(ReviewItem, state=[ReviewState.PUSHED, ReviewState.ANSWERED])
-        if asked:
-            item = asked[which % len(asked)]
-            self._say(item, reader, annotation=self.said + 1, label=label)
+    def annotate(self, which: int, reader: str, label: str) -> None:
+        items = self._find(ReviewItem, state=[ReviewState.PUSHED, ReviewState.ANSWERED])
+        if items:
+            item = items[which % len(items)]
+            self._add_annotation(item, reader, annotation=self.annotations + 1, label=label)
             with self.store.ledger.begin() as tx:
                 tx.update(ReviewItem, item.id, state=ReviewState.ANSWERED)
 
     def edit(self, which: int, label: str) -> None:
-        self._again(which, label=label)
+        self._revise(which, label=label)
 
     def delete(self, which: int) -> None:
-        self._again(which, deleted=True)
+        self._revise(which, deleted=True)
 
     def disagree(self) -> None:
         add_adjudications(self.store, WORK.adjudicate_below)
 
     def outcome(self, number: int, diagnosis: str, confirmation: Confirmation) -> None:
         for prediction in self._find(Prediction, image_id=_image_id(number))[-1:]:
-            said = OutcomeRequest(diagnosis=diagnosis, confirmation=confirmation, observed_at=prediction.created_at)
-            write_outcome(self.store, prediction, said, "local")
+            request = OutcomeRequest(diagnosis=diagnosis, confirmation=confirmation, observed_at=prediction.created_at)
+            write_outcome(self.store, prediction, request, "local")
 
     def round(self) -> None:
         self.rounds += 1
@@ -190,30 +190,28 @@ class History:
             assert self.splits.setdefault(row["group_id"], row["split"]) == row["split"], "a split never changes"
             if image_id in biopsies:
                 may_be = biopsies[image_id] if row["split"] == Split.TRAIN else {LABELS[_number(image_id) % 3]}
-                assert row["label"] in may_be, "a click replaced a histopathology result"
+                assert row["label"] in may_be, "an annotation replaced a histopathology result"
             if row["split"] == Split.TRAIN or source.startswith("import:"):
                 continue
-            assert source.startswith("annotator:"), f"an outcome is no random sample: {source}"
+            assert source.startswith("annotator:"), f"outcomes are no random sample: {source}"
             readers = set(source.removeprefix("annotator:").split("+"))
             assert (image_id, row["label"]) in {(one.image_id, one.label) for one in by_chance}
             assert readers <= {one.annotator for one in by_chance if one.image_id == image_id}
 
     def _check_live(self) -> None:
         drawn = {item.id: item for item in self._find(ReviewItem) if ReasonCode.AUDIT_SAMPLE in item.reasons}
-        blind = {
-            (row.image_id, row.label) for row in self._standing_rows() if row.blind and row.review_item_id in drawn
-        }
+        blind = {(row.image_id, row.label) for row in self._current_rows() if row.blind and row.review_item_id in drawn}
         for row in monitor._audited(self.store):
             assert row.image.id in {item.image_id for item in drawn.values()}
-            found = [o for o in self._find(Outcome, image_id=row.image.id) if o.confirmation not in BY_A_LOOK]
+            found = [o for o in self._find(Outcome, image_id=row.image.id) if o.confirmation not in BY_READERS]
             best = min((LABEL_RANK[o.confirmation] for o in found), default=None)
             strongest = {o.diagnosis for o in found if LABEL_RANK[o.confirmation] == best}
             assert row.truth in strongest if found else (row.image.id, row.truth) in blind
 
     def _by_chance(self) -> list[Annotation]:
-        """What is said on questions that chance alone asked, and blind."""
+        """Blind annotations of review items that were drawn at random and for no other reason."""
         items = {item.id: item for item in self._find(ReviewItem)}
-        rows = self._standing_rows()
+        rows = self._current_rows()
         return [row for row in rows if row.blind and items[row.review_item_id].reasons == [ReasonCode.AUDIT_SAMPLE]]
 
     def _biopsies(self) -> dict[str, set[str]]:
@@ -223,7 +221,7 @@ class History:
                 found.setdefault(one.image_id, set()).add(one.label)
         return found
 
-    def _standing_rows(self) -> list[Annotation]:
+    def _current_rows(self) -> list[Annotation]:
         newest = {row.annotation_id: row for row in self._find(Annotation)}
         return [row for row in newest.values() if not row.deleted]
 
@@ -231,23 +229,24 @@ class History:
         with self.store.ledger.read() as tx:
             return list(tx.find(record_type, where=where or None, order_by=("created_at", "id")))
 
-    def _say(self, item: ReviewItem, reader: str, annotation: int, **changes: Any) -> None:
-        self.said += 1
+    def _add_annotation(self, item: ReviewItem, reader: str, annotation: int, **changes: Any) -> None:
+        self.annotations += 1
         now = utc_now()
         values = {
             "id": new_id(), "created_at": now, "review_item_id": item.id, "image_id": item.image_id,
             "kind": AnnotationKind.CLASS, "annotator": reader, "annotated_at": now, "blind": item.blind,
-            "server": "local", "project_id": 1, "task_id": 1, "annotation_id": annotation, "revision": str(self.said),
+            "server": "local", "project_id": 1, "task_id": 1, "annotation_id": annotation,
+            "revision": str(self.annotations),
         }  # fmt: skip
         with self.store.ledger.begin() as tx:
             tx.add(Annotation.model_validate(values | changes))
 
-    def _again(self, which: int, **changes: Any) -> None:
-        standing = self._standing_rows()
-        if standing:
-            row = standing[which % len(standing)]
+    def _revise(self, which: int, **changes: Any) -> None:
+        current = self._current_rows()
+        if current:
+            row = current[which % len(current)]
             (item,) = self._find(ReviewItem, id=row.review_item_id)
-            self._say(item, row.annotator, row.annotation_id, **({"label": row.label} | changes))
+            self._add_annotation(item, row.annotator, row.annotation_id, **({"label": row.label} | changes))
 
 
 def _number(image_id: str) -> int:
@@ -267,21 +266,21 @@ def _history(imported: Path, folder: Path) -> Iterator[History]:
 
 
 def _drawn_and_flagged() -> list[tuple[Any, ...]]:
-    """An image is drawn, read blind, flagged, and read again by somebody who sees the model's answer."""
-    asked = [("ask", 30, set(), True), ("push",), ("answer", 0, "ann", "nv")]
-    return [*asked, ("flag", 30), ("push",), ("answer", 1, "ben", "mel"), ("round",)]
+    """An image is drawn, read blind, flagged, and annotated again by someone who sees the prediction."""
+    drawn = [("predict", 30, set(), True), ("push",), ("annotate", 0, "ann", "nv")]
+    return [*drawn, ("flag", 30), ("push",), ("annotate", 1, "ben", "mel"), ("round",)]
 
 
 @pytest.mark.slow
 @example(history=_drawn_and_flagged())
-@example(history=[("ask", 0, set(), True), ("outcome", 0, "bcc", Confirmation.HISTOPATHOLOGY),
+@example(history=[("predict", 0, set(), True), ("outcome", 0, "bcc", Confirmation.HISTOPATHOLOGY),
                   ("outcome", 0, "mel", Confirmation.SINGLE_READER), ("round",)])  # fmt: skip
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(history=st.lists(events, min_size=12, max_size=45))
-def test_doubt_and_flags_judge_nothing_and_no_click_undoes_a_biopsy(
+def test_selected_and_flagged_images_never_evaluate_and_no_annotation_replaces_a_biopsy(
     history: list[tuple[Any, ...]], imported: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with _history(imported, tmp_path_factory.getbasetemp()) as made:
         for event in history:
-            made.happen(event)
+            made.apply(event)
         made.round()

@@ -1,4 +1,4 @@
-"""Who may let a model answer: not who started its round, and against the gate only an admin with a reason."""
+"""Who may promote: not the person who started the round, and against the gate only an admin with a reason."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
 @pytest.fixture
 def bundle(store: Store, tmp_path: Path) -> Bundle:
-    """A small model that round 1 made; `anna` started the round."""
+    """A small model from round 1, which `anna` started."""
     from records.datasets import load_dataset
 
     synthesize(tmp_path / "images", lesions=90, seed=1, width_px=80)
@@ -65,7 +65,7 @@ def refusing(*_: object, **__: object) -> GateReport:
     )
 
 
-def test_promotions_by_hand(
+def test_promotions_by_persons(
     store: Store, bundle: Bundle, as_person: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clinical = Settings(round=RoundSettings(approval="person"))

@@ -1,4 +1,4 @@
-"""A round that is run again from its manifest comes out the same."""
+"""A replay of a round from its manifest gives the same results."""
 
 import json
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from records.store import Store, open_store
 from records.types import AuditEvent, ModelRecord, RoundStep
 from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 
-# Ray warns about its own defaults while it imports itself; where its session of other tests runs, a round uses it.
+# Importing Ray raises its own deprecation warnings; a round uses Ray if another test's session is running.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")]
 
 
 @pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.soak)])
-def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, str]]:
-    """A small round that has ended, and the precision it was asked for; in this process, whoever uses Ray in it."""
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, str]]:
+    """A small finished round and its precision, run in this process without Ray."""
     folder = tmp_path_factory.mktemp("replay")
     settings = Settings(
         records=RecordsSettings(home=folder / "home"),
@@ -49,8 +49,8 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     store.close()
 
 
-def test_the_metrics_are_the_same(played: tuple[Store, str]) -> None:
-    store, precision = played
+def test_the_metrics_are_the_same(finished: tuple[Store, str]) -> None:
+    store, precision = finished
     with store.ledger.read() as tx:
         before = tx.count(ModelRecord), tx.count(AuditEvent, where={"action": "round.started"})
     found = replay_round(store, 1)
@@ -69,20 +69,20 @@ def test_the_metrics_are_the_same(played: tuple[Store, str]) -> None:
     assert after == before == (1, 1)
 
 
-def test_looks_at_gate_and_test_are_counted_in_the_report(played: tuple[Store, str]) -> None:
-    store, _ = played
+def test_readings_of_gate_and_test_are_counted_in_the_report(finished: tuple[Store, str]) -> None:
+    store, _ = finished
     with store.ledger.read() as tx:
-        (judged,) = tx.find(RoundStep, where={"step": "gate"})
+        (gate,) = tx.find(RoundStep, where={"step": "gate"})
         replays = tx.count(AuditEvent, where={"action": "test.read", "actor": "replay of round 1"})
-    looks = GateReport.model_validate(judged.result).looks
+    looks = GateReport.model_validate(gate.result).looks
     now = count_looks(store)
     assert looks["gate"] == now["gate"] >= 1
     assert looks["test"] + replays == now["test"] > replays
 
 
-@pytest.mark.parametrize("played", ["fp32"], indirect=True)
-def test_a_round_that_came_out_differently_is_told_apart(played: tuple[Store, str]) -> None:
-    store, _ = played
+@pytest.mark.parametrize("finished", ["fp32"], indirect=True)
+def test_a_different_result_is_reported(finished: tuple[Store, str]) -> None:
+    store, _ = finished
     path = manifest_file(round_folder(store.home, 1))
     kept = path.read_text()
     document = json.loads(kept)
@@ -98,9 +98,9 @@ def test_a_round_that_came_out_differently_is_told_apart(played: tuple[Store, st
     assert found.other_packages["torch"][0] == "0.1"
 
 
-@pytest.mark.parametrize("played", ["fp32"], indirect=True)
-def test_what_cannot_be_replayed_is_said(played: tuple[Store, str]) -> None:
-    store, _ = played
+@pytest.mark.parametrize("finished", ["fp32"], indirect=True)
+def test_a_round_that_cannot_be_replayed_is_an_error(finished: tuple[Store, str]) -> None:
+    store, _ = finished
     with pytest.raises(UnknownIdError, match="no round has the number 7"):
         replay_round(store, 7)
     unfinished = round_folder(store.home, 2)

@@ -1,4 +1,4 @@
-"""When a round is due, and that of several watchers exactly one runs it."""
+"""When a round is due, what it would do, and that exactly one of several watchers runs it."""
 
 import contextlib
 import os
@@ -108,13 +108,13 @@ STEP_RESULTS: dict[str, dict[str, Any]] = {
     "tune": {"settings": {}},
     "fit": {"model_id": "m" * 64},
     "evaluate": {"test": {}},
-    "gate": {"verdict": "refuse", "why": "it was only a test"},
+    "gate": {"verdict": "refuse", "why": "this is a test"},
 }
 
 
 @pytest.fixture
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps that take no time; order, lease, second look and records stay real."""
+    """Replace the steps by ones that take no time; order, lease, second check and records stay real."""
     ran: list[str] = []
 
     def step(name: str) -> Callable[[RoundContext], dict[str, Any]]:
@@ -163,13 +163,13 @@ def test_of_four_watchers_exactly_one_runs_the_round(store: Store, short_steps: 
     assert started.actor.startswith("watcher")
 
 
-def test_the_plan_says_what_a_round_would_do_and_changes_nothing(store: Store) -> None:
+def test_the_plan_shows_what_a_round_would_do_and_changes_nothing(store: Store) -> None:
     with store.ledger.begin() as tx:
         add_round(tx)
         add_labels(tx, 4)
     plan = plan_round(store, SETTINGS)
     assert (plan.round, plan.resumes, plan.new_labels, plan.due) == (2, False, 4, "4 new labels are in")
-    assert plan.trials == SETTINGS.tuning.trials  # nothing has been searched before
+    assert plan.trials == SETTINGS.tuning.trials  # there is no earlier search
     assert len(plan.steps) == 7
     with store.ledger.begin() as tx:
         add_round(tx, finished=False)
@@ -218,16 +218,16 @@ def test_two_watching_commands_run_one_round_when_the_labels_are_in(store: Store
         with log.open("w") as file:
             watchers.append(psutil.Popen(command, env=environment, stdout=file, stderr=file))
     try:
-        # A watcher looks for labels once its Ray is up.
+        # A watcher polls once its Ray has started.
         for watcher in watchers:
             assert wait_until(lambda w=watcher: any("raylet" in c.name() for c in w.children(recursive=True)))
         with store.ledger.begin() as tx:
             add_labels(tx, 3, withheld["image_id"].tolist())
         assert wait_until(finished), [log.read_text() for log in logs]
-        time.sleep(3.0)  # six more looks of each
+        time.sleep(3.0)  # six more polls of each
     finally:
         for watcher in watchers:
-            # Ray may swallow a Ctrl-C that comes while it starts.
+            # Ray may ignore a Ctrl-C while it starts.
             while watcher.is_running() and watcher.poll() is None:
                 watcher.send_signal(signal.SIGINT)
                 with contextlib.suppress(psutil.TimeoutExpired):

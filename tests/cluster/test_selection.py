@@ -1,4 +1,4 @@
-"""What annotators are asked next: from the store or from a folder, by any rule."""
+"""Selection of images for annotators: from the store or from a folder, by every rule."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ SIDE_PX = 64
 
 @pytest.fixture
 def model(store: Store) -> Bundle:
-    """A network of random weights that answers."""
+    """A network with random weights that serves."""
     codes = store.taxonomy.codes
     network = build_model("custom_cnn", len(codes)).eval()
     geometry = Geometry(side_px=SIDE_PX)
@@ -64,7 +64,7 @@ def model(store: Store) -> Bundle:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine images, two of them the same, and a file that is none."""
+    """Nine images, two of them identical, and a file that is no image."""
     made = tmp_path / "pool"
     made.mkdir()
     for number in range(9):
@@ -81,7 +81,7 @@ def _items(store: Store) -> list[ReviewItem]:
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_every_rule_chooses_from_a_real_model(store: Store, model: Bundle, folder: Path, rule: str) -> None:
+def test_every_rule_selects_with_a_real_model(store: Store, model: Bundle, folder: Path, rule: str) -> None:
     among, refused = take_in_folder(store, folder, SIDE_PX)
     assert (len(among), len(refused)) == (8, 1)
     assert "broken.jpg" in refused[0]
@@ -91,7 +91,7 @@ def test_every_rule_chooses_from_a_real_model(store: Store, model: Bundle, folde
     assert [item.priority for item in items] == pytest.approx([1.0, 2 / 3, 1 / 3])
     assert {tuple(item.reasons) for item in items} == {(ReasonCode.SELECTED,)}
     assert all(item.overlay_blob is not None for item in items)
-    assert select_images(store, model, 30, rule) == 5, "nothing is asked twice"
+    assert select_images(store, model, 30, rule) == 5, "no image is selected twice"
 
 
 def test_the_command_takes_a_folder_and_a_mix(
@@ -113,7 +113,7 @@ def test_a_folder_without_images_is_named(store: Store, tmp_path: Path) -> None:
         take_in_folder(store, tmp_path, SIDE_PX)
 
 
-def test_passes_with_dropout_differ_and_repeat(model: Bundle) -> None:
+def test_dropout_passes_differ_and_are_reproducible(model: Bundle) -> None:
     loaded = load_model(model)
     pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
     samples = loaded.dropout_samples(pixels, 4, seed=5)

@@ -56,8 +56,8 @@ def sets() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Play a small demo once for the whole module."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Run a small demo once for the whole module."""
     home = tmp_path_factory.mktemp("demo")
     before = set(psutil.pids())
     done = relook(home, "demo", "--json", *sets())
@@ -70,7 +70,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
 
 
 def left_behind(before: set[int], home: Path) -> list[str]:
-    """Name processes that are new and belong to a demo: Ray's, Label Studio's, or ours."""
+    """Return new processes of a demo: Ray's, Label Studio's, or ours."""
     found = []
     for process in psutil.process_iter(["pid", "cmdline", "environ"]):
         ours = (process.info["environ"] or {}).get("RELOOK_HOME") == str(home)
@@ -79,8 +79,8 @@ def left_behind(before: set[int], home: Path) -> list[str]:
     return found
 
 
-def test_the_summary_says_that_the_whole_loop_ran(played: tuple[Path, dict[str, Any]]) -> None:
-    _, summary = played
+def test_the_summary_covers_the_whole_loop(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = finished
     assert summary["data"]["leaked_lesions"] == 0
     assert summary["search"]["trials"] >= 4
     assert summary["search"]["best"]["score"] > 0
@@ -93,21 +93,21 @@ def test_the_summary_says_that_the_whole_loop_ran(played: tuple[Path, dict[str, 
     assert summary["swap"]["requests"] > 0
 
 
-def test_every_answer_of_the_annotators_has_exactly_one_fate(played: tuple[Path, dict[str, Any]]) -> None:
-    _, summary = played
-    asked = summary["label_studio"]
-    fates = asked["trained_on"] + asked["cant_tell"] + asked["extra_reads"] + asked["held_out"]
-    assert asked["tasks_pushed"] >= 30
-    assert asked["annotations_pulled"] == fates > 0
-    assert (asked["lost"], asked["duplicated"]) == (0, 0)
-    assert summary["rounds"][1]["labels_from_annotators"] == asked["trained_on"] > 0
+def test_every_annotation_is_counted_exactly_once(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = finished
+    found = summary["label_studio"]
+    uses = found["trained_on"] + found["cant_tell"] + found["extra_reads"] + found["held_out"]
+    assert found["tasks_pushed"] >= 30
+    assert found["annotations_pulled"] == uses > 0
+    assert (found["lost"], found["duplicated"]) == (0, 0)
+    assert summary["rounds"][1]["labels_from_annotators"] == found["trained_on"] > 0
     assert summary["rounds"][0]["labels_from_annotators"] == 0
 
 
-def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_answer(
-    played: tuple[Path, dict[str, Any]],
+def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_annotation(
+    finished: tuple[Path, dict[str, Any]],
 ) -> None:
-    home, summary = played
+    home, summary = finished
     assert summary["trace"]["complete"] is True, summary["trace"]
     prediction_id, second = summary["trace"]["prediction_id"], summary["rounds"][1]
     done = relook(home, "trace", prediction_id, "--json")
@@ -119,31 +119,31 @@ def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_answ
 
     said = [one["id"] for one in steps if one["kind"] == "annotator"]
     with contextlib.closing(open_store(RecordsSettings(home=home))) as store, store.ledger.read() as tx:
-        objection, *_ = tx.find(Flag, where={"prediction_id": prediction_id}, order_by=("created_at",))
-        (label,) = tx.find(Annotation, where={"id": said, "review_item_id": objection.review_item_id})
+        flag_row, *_ = tx.find(Flag, where={"prediction_id": prediction_id}, order_by=("created_at",))
+        (label,) = tx.find(Annotation, where={"id": said, "review_item_id": flag_row.review_item_id})
         assert label.image_id == tx.require(Prediction, prediction_id).image_id
         assert tx.require(ModelRecord, second["model_id"]).dataset_id == second["dataset_id"]
-    answer, flag, question = (
-        step("prediction", prediction_id), step("flag", objection.id), step("review_item", objection.review_item_id)
+    prediction, flag, item = (
+        step("prediction", prediction_id), step("flag", flag_row.id), step("review_item", flag_row.review_item_id)
     )  # fmt: skip
     annotator, dataset, model = (
         step("annotator", label.id), step("dataset", second["dataset_id"]), step("model", second["model_id"])
     )  # fmt: skip
-    assert "flagged" in question["text"]
+    assert "flagged" in item["text"]
     task = step("task", f"task {label.task_id} in project {label.project_id} of Label Studio")
     assert f" as {label.label} on split train (annotator:{label.annotator}" in dataset["text"]
     assert f"trained on dataset {dataset['id'][:12]} in round" in model["text"]
-    way = (answer, flag, task, annotator, dataset, model)
-    times = [one["at"] for one in way]
+    path = (prediction, flag, task, annotator, dataset, model)
+    times = [one["at"] for one in path]
     assert times == sorted(times)
 
     printed = relook(home, "trace", prediction_id).stdout
-    assert all(one["kind"] in printed for one in (*way, question))
+    assert all(one["kind"] in printed for one in (*path, item))
     assert model["id"][:12] in printed
 
 
-def test_what_the_demo_wrote_can_be_asked_for(played: tuple[Path, dict[str, Any]]) -> None:
-    home, summary = played
+def test_the_records_of_the_demo_can_be_read(finished: tuple[Path, dict[str, Any]]) -> None:
+    home, summary = finished
     rounds = json.loads(relook(home, "rounds", "--json").stdout)["rounds"]
     assert [record["model_id"] for record in rounds] == [record["model_id"] for record in summary["rounds"]]
     assert json.loads(relook(home, "audit", "verify", "--json").stdout)["whole"] is True
@@ -161,7 +161,7 @@ def test_an_unusable_data_folder_is_one_sentence_and_exit_2(tmp_path: Path) -> N
     assert str(empty) in done.stderr.splitlines()[-1]
 
 
-def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_a_taken_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -185,6 +185,6 @@ def test_ctrl_c_stops_every_process_that_was_started(tmp_path: Path) -> None:
         time.sleep(3)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    # A shell shows 130 for both: the code that was returned, or the signal that ended what was already cleaned up.
+    # A shell shows 130 for both: a returned exit code, or the signal if it came after the cleanup.
     assert process.returncode in (130, -signal.SIGINT)
     assert left_behind(before, tmp_path) == []

@@ -30,8 +30,8 @@ def relook(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     def call(*words: object) -> dict[str, Any]:
         result = CliRunner().invoke(app, [*map(str, words), "--json"], catch_exceptions=False)
         assert result.exit_code == 0, result.stderr
-        answer: dict[str, Any] = json.loads(result.stdout)
-        return answer
+        printed: dict[str, Any] = json.loads(result.stdout)
+        return printed
 
     return call
 
