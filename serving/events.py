@@ -97,7 +97,8 @@ def _new_events(tx: Transaction) -> Iterator[EventRecord]:
 
 def _new_causes(tx: Transaction, cause: Any, joined: Any, *conditions: Any) -> Iterator[dict[str, Any]]:
     """Yield pairs of a cause and a served prediction that it concerns, for which there is no event yet."""
-    # An anti-join instead of a stored position: annotations arrive late, and not in the order of their ids.
+    # An anti-join instead of a stored position: a due date passes and a rollout ends without a new row, and an image
+    # may be predicted again long after its annotation.
     is_known = sa.exists().where(_EVENT.source == cause.id, _EVENT.prediction_id == _PREDICTION.id)
     columns = [column for column in cause if column.name not in ("organisation", "prediction_id")]
     query = (

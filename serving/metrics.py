@@ -37,7 +37,7 @@ class Metrics:
             "relook_out_of_distribution", "How unlike the training images: drift of inputs",
             buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0, 2.0, 5.0), registry=self.registry,
         )  # fmt: skip
-        self.under_way = Gauge("relook_images_under_way", "Images in flight", registry=self.registry)
+        self.in_flight = Gauge("relook_images_in_flight", "Images in flight", registry=self.registry)
         self.explained = Counter("relook_explanations", "Heat maps computed", ("method",), registry=self.registry)
         self.flagged = Counter("relook_flags", "Flags", ("reason",), registry=self.registry)
         self._responses = Counter("relook_responses", "HTTP responses", ("status",), registry=self.registry)

@@ -51,7 +51,8 @@ def begin(store: Store, model_id: str, percent: int, *, actor: str, reason: str 
         # Read again: another process may have started a rollout while the network was loaded.
         running = current_rollout(tx)
         if running is not None and running.candidate_id != model_id:
-            raise RefusedError(f"model {running.candidate_id[:12]} is under way; promote it or roll it back first")
+            name = running.candidate_id[:12]
+            raise RefusedError(f"the rollout of model {name} is in progress; promote it or roll it back first")
         if running is None:
             running = _new(tx, record, stage, percent, actor, reason)
         tx.update(Rollout, running.id, stage=stage, percent=percent)
@@ -141,7 +142,7 @@ def _new(
     if champion is None:
         raise UnknownIdError("there is no champion yet to compare with; `relook promote` makes one")
     if champion.id == record.id:
-        raise RefusedError(f"model {record.id[:12]} already answers")
+        raise RefusedError(f"model {record.id[:12]} already serves")
     if record.status is not ModelStatus.CANDIDATE and not reason:
         raise RefusedError(
             f"model {record.id[:12]} is {record.status} and not a candidate: the gate has not passed it; "
@@ -159,7 +160,7 @@ def _new(
 def _require(tx: Transaction) -> Rollout:
     running = current_rollout(tx)
     if running is None:
-        raise UnknownIdError("no rollout is under way; `relook rollout MODEL` begins one")
+        raise UnknownIdError("no rollout is in progress; `relook rollout MODEL` starts one")
     return running
 
 
@@ -168,5 +169,5 @@ def _last_promoted(tx: Transaction) -> Rollout:
     found = tx.find(Rollout, where={"stage": RolloutStage.PROMOTED}, order_by=("-id",), limit=1)
     served = serving_model(tx)
     if not found or served is None or served.id != found[0].candidate_id:
-        raise UnknownIdError("no rollout is under way and none was promoted last, so there is nothing to roll back")
+        raise UnknownIdError("no rollout is in progress and none was promoted last, so there is nothing to roll back")
     return found[0]

@@ -37,7 +37,7 @@ def explanations_router(service: Service, authenticator: Authenticator, metrics:
         if in_flight >= service.settings.max_explaining:
             # A coroutine that is never awaited must be closed, else Python warns about it.
             explanation.close()
-            busy = problem(429, "busy", "more maps are being computed than this service takes at once; try again soon")
+            busy = problem(429, "busy", "the service computes as many heat maps as it accepts; try again soon")
             return problem_response(busy, request.state.request_id, service.settings.retry_after_s)
         in_flight += 1
         try:

@@ -92,7 +92,7 @@ def _add_rollout(router: APIRouter, service: Service, authenticator: Authenticat
         with store.ledger.read() as tx:
             running = current_rollout(tx)
         if running is None:
-            raise UnknownIdError("no rollout is under way")
+            raise UnknownIdError("no rollout is in progress")
         return rollout_body(running)
 
     @router.post("/v1/rollout", response_model=RolloutInfo)

@@ -47,16 +47,16 @@ class _Admission:
         """Count images as in flight, or return a 429 response; call `release` for what was admitted."""
         settings = self.service.settings
         if self._in_flight + num_images > settings.max_in_flight:
-            busy = problem(429, "busy", "more images are under way than this service takes at once; try again soon")
+            busy = problem(429, "busy", "the service has as many images in flight as it accepts; try again soon")
             return problem_response(busy, request.state.request_id, settings.retry_after_s)
         self._in_flight += num_images
-        self.metrics.under_way.set(self._in_flight)
+        self.metrics.in_flight.set(self._in_flight)
         return None
 
     def release(self, num_images: int) -> None:
         """Count images as finished."""
         self._in_flight -= num_images
-        self.metrics.under_way.set(self._in_flight)
+        self.metrics.in_flight.set(self._in_flight)
 
     async def predict(
         self, image: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool

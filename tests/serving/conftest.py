@@ -67,7 +67,7 @@ def make_bundle(
     """Write a bundle with the custom CNN's random weights.
 
     With `status_of_images="overflow"` it is finite on its (black) golden images only, and
-    `golden_logits` replaces what it should answer for them.
+    `golden_logits` replaces the logits stored for them.
     """
     import torch
 
@@ -105,7 +105,7 @@ def make_bundle(
 
 
 def serve_bundle(store: Store, bundle: Bundle, status: ModelStatus = ModelStatus.CHAMPION) -> None:
-    """Make a bundle the one that answers."""
+    """Make a bundle the one that serves."""
     with store.ledger.begin() as tx:
         register(tx, bundle)
         serve_model(tx, bundle.id, status)

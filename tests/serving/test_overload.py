@@ -1,4 +1,4 @@
-"""Overload: what is not admitted is told so at once, with a time to come back, and the client comes back."""
+"""Overload: a request beyond the limit gets 429 with Retry-After at once, and the client repeats it."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The predictor's core without HTTP or Ray: batches equal singles, models swap, faults stay where they are."""
+"""The predictor's core without HTTP or Ray: batches equal singles, models swap, errors stay with their request."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -74,8 +74,8 @@ def test_a_batch_alone_has_all_cores_and_concurrent_batches_one_each(
 
     settings = SETTINGS.model_copy(update={"predictor_cpus": 2.0, "max_batch_size": 2})
     singles, together = with_predictor(store, both, settings)
-    assert {answered.prediction.num_threads for answered in singles} == {2}
-    assert 1 in {answered.prediction.num_threads for answered in together}
+    assert {stored.prediction.num_threads for stored in singles} == {2}
+    assert 1 in {stored.prediction.num_threads for stored in together}
 
 
 def test_one_bad_image_harms_no_other(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
@@ -102,13 +102,15 @@ def test_a_key_in_flight_is_predicted_once(store: Store, tools: Any, make_image:
         calls = (predictor.predict(request(make_image(0), idempotency_key="k")) for _ in range(8))
         return list(await asyncio.gather(*calls))
 
-    answered = with_predictor(store, same_key)
-    assert len({result.prediction.id for result in answered}) == 1
+    stored = with_predictor(store, same_key)
+    assert len({result.prediction.id for result in stored}) == 1
     with store.ledger.read() as tx:
         assert tx.count(Prediction) == 1
 
 
-def test_two_replicas_with_one_key_give_one_prediction(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
+def test_two_replicas_with_one_key_give_one_prediction(
+    store: Store, tools: Any, make_image: Callable[..., bytes]
+) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 
     async def race() -> list[StoredPrediction]:
@@ -126,8 +128,8 @@ def test_two_replicas_with_one_key_give_one_prediction(store: Store, tools: Any,
             for replica in replicas:
                 await replica.stop()
 
-    answered = asyncio.run(race())
-    assert len({result.prediction.id for result in answered}) == 4
+    stored = asyncio.run(race())
+    assert len({result.prediction.id for result in stored}) == 4
     with store.ledger.read() as tx:
         assert tx.count(Prediction) == 4
 
@@ -140,12 +142,12 @@ def test_non_finite_output_is_reviewed_and_never_dropped(
     async def use(predictor: Predictor) -> StoredPrediction:
         return await predictor.predict(request(make_image(0), explain=True))
 
-    answered = with_predictor(store, use)
-    prediction = answered.prediction
+    stored = with_predictor(store, use)
+    prediction = stored.prediction
     assert prediction.decision is Decision.REVIEW
     assert prediction.reasons == [ReasonCode.NON_FINITE]
     assert (prediction.label, prediction.confidence, prediction.probabilities) == (None, None, None)
-    assert answered.heat_map is None
+    assert stored.heat_map is None
     with store.ledger.read() as tx:
         (item,) = tx.find(ReviewItem)
     assert item.overlay_blob is None
@@ -162,8 +164,8 @@ def test_a_new_model_serves_from_the_next_request_on(
     async def swap(predictor: Predictor) -> list[tuple[str, str]]:
         seen = []
         for step in range(400):
-            answered = await predictor.predict(request(make_image(step % 5)))
-            seen.append((answered.prediction.model_id, answered.prediction.model_status))
+            stored = await predictor.predict(request(make_image(step % 5)))
+            seen.append((stored.prediction.model_id, stored.prediction.model_status))
             if step == 3:
                 await asyncio.to_thread(tools.serve_bundle, store, second)
             if seen[-1][0] == second.id:

@@ -1,4 +1,4 @@
-"""Problem documents: the right status for each kind of error, and nothing given away."""
+"""Problem documents: the right status for each kind of error, and no internal details."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is known of models, rounds and callers over real HTTP: as it was written down, for whoever may ask."""
+"""Models, rounds and callers over real HTTP: stored figures, and only for callers with a key."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Back up, destroy, restore: the service answers as before, here and on a real Ray, and the audit chain holds."""
+"""Back up, destroy, restore: the service predicts as before, here and on a real Ray, and the audit chain holds."""
 
 import json
 import os
@@ -59,10 +59,10 @@ def served_on_ray(home: Path, tools: Any) -> Iterator[str]:
         yield handle.url
 
 
-def answers(client: Client, make_image: Callable[..., bytes]) -> list[dict[str, Any]]:
-    """Ask about some images; keep all of the answers but what is new with every request."""
+def predict_some(client: Client, make_image: Callable[..., bytes]) -> list[dict[str, Any]]:
+    """Predict some images and return the predictions without what is new in each request."""
     found = [client.predict(make_image(number), explain="gradcam") for number in range(NUM_IMAGES)]
-    return [answer.model_dump(exclude={"id", "request_id", "created_at", "review"}) for answer in found]
+    return [prediction.model_dump(exclude={"id", "request_id", "created_at", "review"}) for prediction in found]
 
 
 def test_a_restored_service_predicts_as_before(tools: Any, make_image: Callable[..., bytes], tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def destroy_and_compare(
     with served(home, tools) as url, Client(url, token) as client:
         kept = client.predict(make_image(0), explain="gradcam")
         flagged = client.flag(kept.id, FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel"))
-        before = answers(client, make_image)
+        before = predict_some(client, make_image)
         stored, overlay = client.prediction(kept.id), client.explanation_png(kept.id)
         relook(home, "backup", str(backup))
         client.predict(make_image(9))  # after the view of the backup
@@ -106,7 +106,7 @@ def destroy_and_compare(
             assert client.prediction(kept.id) == stored
             assert client.prediction(kept.id).review == flagged.review
             assert client.explanation_png(kept.id) == overlay
-            assert answers(client, make_image) == before
+            assert predict_some(client, make_image) == before
     assert relook(home, "audit", "verify")["whole"] is True
     events = relook(home, "trace", kept.id)
     assert {"prediction", "flag", "review_item"} <= {step["kind"] for step in events["steps"]}
@@ -118,6 +118,6 @@ def test_a_moved_home_predicts_from_its_new_place(tmp_path: Path, tools: Any, ma
         tools.serve_bundle(store, bundle)
     shutil.move(tmp_path / "before", tmp_path / "after")
     with served_here(tmp_path / "after", tools) as url, Client(url) as client:
-        answer = client.predict(make_image(1))
-        assert answer.model.id == bundle.id
-        assert client.explanation(answer.id).method == "gradcam"
+        prediction = client.predict(make_image(1))
+        assert prediction.model.id == bundle.id
+        assert client.explanation(prediction.id).method == "gradcam"

@@ -1,4 +1,4 @@
-"""Rollouts under live traffic: nothing fails, the more cautious answer is served, broken candidates are taken back."""
+"""Rollouts under live traffic: no failed request, the more cautious prediction is served, broken candidates end."""
 
 import threading
 import time
@@ -67,14 +67,14 @@ def candidate(store: Store, bundle: Any) -> str:
 
 
 class Traffic:
-    """Asks all the time, from two threads, until it is stopped."""
+    """Sends images from two threads until it is stopped."""
 
     def __init__(self, url: str, make_image: Callable[..., bytes]) -> None:
         self._url, self._image = url, make_image
         self._stopped = threading.Event()
-        self.answers: list[Any] = []
+        self.predictions: list[Any] = []
         self.failures: list[RelookError] = []
-        self._threads = [threading.Thread(target=self._ask, args=(start,)) for start in (0, 10)]
+        self._threads = [threading.Thread(target=self._send, args=(start,)) for start in (0, 10)]
 
     def __enter__(self) -> "Traffic":
         for thread in self._threads:
@@ -87,16 +87,16 @@ class Traffic:
             thread.join(timeout=30)
 
     def more(self, number: int) -> None:
-        deadline, wanted = time.monotonic() + 30, len(self.answers) + number
-        while len(self.answers) < wanted:
+        deadline, wanted = time.monotonic() + 30, len(self.predictions) + number
+        while len(self.predictions) < wanted:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def _ask(self, number: int) -> None:
+    def _send(self, number: int) -> None:
         with Client(self._url, retry_s=0.0) as client:
             while not self._stopped.is_set():
                 try:
-                    self.answers.append(client.predict(self._image(number % 20)))
+                    self.predictions.append(client.predict(self._image(number % 20)))
                 except RelookError as error:
                     self.failures.append(error)
                 number += 1
@@ -110,13 +110,13 @@ def test_shadow_canary_and_full_without_a_failed_request(
         traffic.more(5)
         assert admin.roll_out(RolloutRequest(model=model_id)).stage is RolloutStage.SHADOW
         wait_for(kept, Arm.SHADOW)
-        # Two untrained networks disagree by nature; what this test is about is that nobody's request fails.
+        # Two untrained networks disagree by nature; this test is about failed requests only.
         for percent in (10, 60):
-            if admin_says(admin) is None:
+            if current_rollout_of(admin) is None:
                 break
             admin.roll_out(RolloutRequest(model=model_id, percent=percent))
             traffic.more(20)
-        if admin_says(admin) is not None:
+        if current_rollout_of(admin) is not None:
             admin.roll_out(RolloutRequest(model=model_id, percent=100))
             deadline = time.monotonic() + 20
             while admin.model().id != model_id:
@@ -124,7 +124,7 @@ def test_shadow_canary_and_full_without_a_failed_request(
                 time.sleep(0.05)
         traffic.more(10)
     assert traffic.failures == []
-    check_pairs(kept, {answer.request_id: answer for answer in traffic.answers})
+    check_pairs(kept, {prediction.request_id: prediction for prediction in traffic.predictions})
 
 
 def test_a_candidate_with_nan_output_is_rolled_back_and_nan_never_served(
@@ -138,15 +138,15 @@ def test_a_candidate_with_nan_output_is_rolled_back_and_nan_never_served(
     assert traffic.failures == []
     assert ended.stage is RolloutStage.ROLLED_BACK
     assert "finite" in (ended.why or "")
-    assert all(answer.label is not None for answer in traffic.answers)
+    assert all(prediction.label is not None for prediction in traffic.predictions)
     with kept.ledger.read() as tx:
-        asked = tx.find(Prediction, where={"model_id": model_id})
+        predicted = tx.find(Prediction, where={"model_id": model_id})
         assert tx.require(ModelRecord, model_id).status is ModelStatus.REFUSED
-    assert asked
-    # Two looks prove it; what was under way in the same two batches comes on top.
-    assert len(asked) <= 8
-    # It may answer some image well, and then its answer may go out; what is not finite never does.
-    assert not any(p.served for p in asked if ReasonCode.NON_FINITE in p.reasons)
+    assert predicted
+    # Two observations suffice; images in flight in the same two batches come on top.
+    assert len(predicted) <= 8
+    # Its finite predictions may be served; non-finite ones never are.
+    assert not any(p.served for p in predicted if ReasonCode.NON_FINITE in p.reasons)
 
 
 def test_a_candidate_with_wrong_golden_logits_gets_no_traffic(kept: Store, tools: Any) -> None:
@@ -167,12 +167,12 @@ def test_what_may_not_be_rolled_out_is_refused(kept: Store, running: Any, tools:
         (champion,) = tx.find(ModelRecord, where={"status": ModelStatus.CHAMPION})
     with pytest.raises(RefusedError, match="not a candidate"):
         begin(kept, plain.id, 0, actor="test")
-    with pytest.raises(RefusedError, match="already answers"):
+    with pytest.raises(RefusedError, match="already serves"):
         begin(kept, champion.id, 0, actor="test")
     with pytest.raises(UnknownIdError, match="nothing to roll back"):
         roll_back(kept, actor="test", why="x")
     begin(kept, first, 0, actor="test")
-    with pytest.raises(RefusedError, match="is under way"):
+    with pytest.raises(RefusedError, match="is in progress"):
         begin(kept, second, 0, actor="test")
     with Client(running.url, retry_s=0.0) as client, pytest.raises(AccessError, match="admin"):
         client.roll_back("no")
@@ -184,7 +184,7 @@ def test_what_may_not_be_rolled_out_is_refused(kept: Store, running: Any, tools:
         assert tx.require(ModelRecord, first).status is ModelStatus.REFUSED
 
 
-def admin_says(admin: Client) -> Any:
+def current_rollout_of(admin: Client) -> Any:
     try:
         return admin.rollout()
     except UnknownIdError:
@@ -214,7 +214,7 @@ def wait_until_ended(store: Store, model_id: str) -> Any:
         time.sleep(0.05)
 
 
-def check_pairs(store: Store, answers: dict[str, Any]) -> None:
+def check_pairs(store: Store, predictions: dict[str, Any]) -> None:
     """Of every pair exactly one row was served, it is what the caller got, and it is the more cautious one."""
     with store.ledger.read() as tx:
         rows = [p for p in tx.find(Prediction) if p.arm is not Arm.SHADOW]
@@ -222,10 +222,10 @@ def check_pairs(store: Store, answers: dict[str, Any]) -> None:
     for row in rows:
         by_request.setdefault(row.request_id, []).append(row)
     pairs = 0
-    for request_id, answer in answers.items():
+    for request_id, prediction in predictions.items():
         group = by_request[request_id]
         (served,) = [row for row in group if row.served]
-        assert served.id == answer.id
+        assert served.id == prediction.id
         assert CAUTION[served.decision] == max(CAUTION[row.decision] for row in group)
         pairs += len(group) == 2
     assert pairs > 0

@@ -1,4 +1,4 @@
-"""The service on a real Ray: every part once, a swap under traffic without a failed request, and its own end."""
+"""The service on a real Ray: every part once, a model swap under traffic without a failed request, and shutdown."""
 
 import os
 import re
@@ -57,16 +57,16 @@ def ingress_process(url: str) -> psutil.Process:
 
 def test_predict_explain_flag_and_read(url: str, served_store: Store, make_image: Callable[..., bytes]) -> None:
     with Client(url) as client:
-        answer = client.predict(make_image(0), explain="gradcam", context=Context(age=50))
-        assert answer.explanation is not None
-        assert client.explanation(answer.id) == answer.explanation
-        assert client.explanation_png(answer.id, target="mel").startswith(b"\x89PNG")
-        flagged = client.flag(answer.id, FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel"))
-        assert client.prediction(answer.id).review == flagged.review
-        assert client.model().id == client.ready().model.id == answer.model.id  # type: ignore[union-attr]
+        prediction = client.predict(make_image(0), explain="gradcam", context=Context(age=50))
+        assert prediction.explanation is not None
+        assert client.explanation(prediction.id) == prediction.explanation
+        assert client.explanation_png(prediction.id, target="mel").startswith(b"\x89PNG")
+        flagged = client.flag(prediction.id, FlagRequest(reason=FlagReason.WRONG_LABEL, suggested_label="mel"))
+        assert client.prediction(prediction.id).review == flagged.review
+        assert client.model().id == client.ready().model.id == prediction.model.id  # type: ignore[union-attr]
     with served_store.ledger.read() as tx:
-        assert tx.require(Prediction, answer.id).num_threads == 1
-        assert tx.count(Flag, where={"prediction_id": answer.id}) == 1
+        assert tx.require(Prediction, prediction.id).num_threads == 1
+        assert tx.count(Flag, where={"prediction_id": prediction.id}) == 1
 
 
 def test_problems_cross_the_replicas_as_they_are(url: str, make_image: Callable[..., bytes]) -> None:
@@ -90,10 +90,10 @@ def test_interleaved_calls_get_the_predictions_of_one_at_a_time_and_are_stored_o
     # bench/drills/interleaved.py is the long form.
     calls = draw_calls(seed=3, num_calls=90, num_images=8, codes=served_store.taxonomy.codes)
     with Client(url) as client:
-        answers = [client.predict(make_image(number)).id for number in range(8)]
+        predictions = [client.predict(make_image(number)).id for number in range(8)]
         exactly = client.model().precision == "bf16"
-    alone = ask_all(url, calls, make_image, answers, 1, "alone")
-    together = ask_all(url, calls, make_image, answers, 16, "together")
+    alone = ask_all(url, calls, make_image, predictions, 1, "alone")
+    together = ask_all(url, calls, make_image, predictions, 16, "together")
     assert differing(alone, together, exactly=exactly) == []
     assert len({repr(said.body) for said in alone}) > len(calls) / 4
     with served_store.ledger.read() as tx:
@@ -212,7 +212,7 @@ def test_a_swap_under_traffic_fails_no_request_and_every_prediction_is_stored_on
     url: str, served_store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:
     second = tools.make_bundle(served_store, 1, bias={"vasc": 2.0})
-    answers: list[PredictionResponse] = []
+    predictions: list[PredictionResponse] = []
     errors: list[Exception] = []
     stop = threading.Event()
 
@@ -222,7 +222,7 @@ def test_a_swap_under_traffic_fails_no_request_and_every_prediction_is_stored_on
             number = thread
             while not stop.is_set():
                 try:
-                    answers.append(client.predict(make_image(number % 20)))
+                    predictions.append(client.predict(make_image(number % 20)))
                 except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
                     errors.append(error)
                     return
@@ -234,7 +234,7 @@ def test_a_swap_under_traffic_fails_no_request_and_every_prediction_is_stored_on
     time.sleep(1.0)
     tools.serve_bundle(served_store, second)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any(answer.model.id == second.id for answer in answers[-8:]):
+    while time.monotonic() < deadline and not any(prediction.model.id == second.id for prediction in predictions[-8:]):
         time.sleep(0.1)
     time.sleep(0.5)
     stop.set()
@@ -242,13 +242,13 @@ def test_a_swap_under_traffic_fails_no_request_and_every_prediction_is_stored_on
         thread.join()
 
     assert errors == []
-    assert len({answer.model.id for answer in answers}) == 2
-    assert answers[-1].model.id == second.id
+    assert len({prediction.model.id for prediction in predictions}) == 2
+    assert predictions[-1].model.id == second.id
     with served_store.ledger.read() as tx:
-        stored = tx.find(Prediction, where={"id": [answer.id for answer in answers]})
+        stored = tx.find(Prediction, where={"id": [prediction.id for prediction in predictions]})
         waiting = {item.image_id for item in tx.find(ReviewItem)}
-    assert len(stored) == len(answers) == len({answer.id for answer in answers})
-    doubtful = {answer.image_id for answer in answers if answer.decision is not Decision.ANSWERED}
+    assert len(stored) == len(predictions) == len({prediction.id for prediction in predictions})
+    doubtful = {prediction.image_id for prediction in predictions if prediction.decision is not Decision.ANSWERED}
     assert doubtful <= waiting
 
 

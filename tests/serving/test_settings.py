@@ -1,4 +1,4 @@
-"""Settings: what cannot work is refused by name."""
+"""Settings: impossible values are refused, and the message names the setting."""
 
 import pytest
 from pydantic import ValidationError

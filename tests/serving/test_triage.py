@@ -1,4 +1,4 @@
-"""Triage: nothing above a threshold is answered, doubt is never dropped, and offline agrees with online."""
+"""Triage: nothing above a threshold is answered, no reason for review is dropped, and offline equals online."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Texts: every reason has a sentence, and none sounds like a verdict on a patient."""
+"""Texts: every reason has a sentence, and none is a verdict on a patient."""
 
 import ast
 import re
