@@ -16,17 +16,10 @@ from records.types import Image
 
 
 def retain(store: Store, advance: Callable[[int, int], None]) -> Retention:
-    """Delete served images and predictions whose retention period has ended.
+    """Delete served images and predictions whose retention period has ended; `advance` gets (done, total).
 
-    Args:
-        store: its settings have the periods.
-        advance: is called with (done, total).
-    Returns:
-        Counts of what was deleted.
-    Raises:
-        RefusedError: another deletion is running.
-        IntegrityError: the manifest of a dataset version is missing; nothing was deleted.
-        UnavailableError: a blob cannot be removed; run it again.
+    RefusedError if another deletion is running, IntegrityError if the manifest of a dataset version is missing (nothing
+    was deleted), UnavailableError if a blob cannot be removed (run it again).
     """
     forget = partial(blank_pixels, store.home.cache)
     return apply_retention(store, actor="relook retention", forget=forget, advance=advance)
@@ -59,16 +52,9 @@ def images_to_erase(store: Store, image_ids: Sequence[str], patient_id: str | No
 
 
 def erase(store: Store, image_ids: Sequence[str], advance: Callable[[int], None]) -> list[Erasure]:
-    """Erase images on a person's request.
+    """Erase images on a person's request; `advance` gets the number of erased images.
 
-    Args:
-        store: with the images.
-        image_ids: from `images_to_erase`.
-        advance: is called with the number of erased images.
-    Returns:
-        What was removed, per image.
-    Raises:
-        UnavailableError: a blob cannot be removed; run it again.
+    UnavailableError if a blob cannot be removed; run it again.
     """
     erased = []
     for image_id in image_ids:

@@ -85,16 +85,7 @@ def promote_model(
 
 
 def caller_of(store: Store, token: str | None) -> Caller | None:
-    """Return the bearer of a key, None without a key.
-
-    Args:
-        store: with the keys.
-        token: value of RELOOK_KEY.
-    Returns:
-        The caller.
-    Raises:
-        AccessError: the key is unknown, expired or revoked.
-    """
+    """Return the bearer of a key, None without one; AccessError if the key is unknown, expired or revoked."""
     return KeyRing(store).caller(f"Bearer {token}") if token else None
 
 

@@ -184,6 +184,7 @@ def _joined(settings: Settings, environ: Mapping[str, str]) -> Iterator[RaySessi
         excludes = [*NOT_UPLOADED]
         if settings.records.home.is_relative_to(root):
             excludes.append(str(settings.records.home.relative_to(root)))
+        # In a checkout the code is uploaded, so that workers run this version and not the one installed on the nodes.
         runtime_env |= {"working_dir": str(root), "excludes": excludes}
     address = settings.cluster.ray_address
     if address is not None and not is_listening(address):
@@ -265,6 +266,7 @@ def _sweep(base: Path) -> None:
     """Remove the folders of sessions whose process was killed."""
     for owner in base.glob(f"relook-*/{_OWNER}"):
         with contextlib.suppress(OSError, ValueError):
+            # A folder belongs to a running session as long as its process lives; a kill (SIGKILL) skips its cleanup.
             if not psutil.pid_exists(int(owner.read_text())):
                 shutil.rmtree(owner.parent)
 

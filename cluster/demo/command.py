@@ -23,15 +23,9 @@ from records.store import open_store
 
 
 def run_demo(settings: Settings, *, data: Path | None, annotator: AnnotatorKind, as_json: bool) -> None:
-    """Run the demo and print its summary.
+    """Run the demo and print its summary; without `data`, a folder, images are generated.
 
-    Args:
-        settings: of everything.
-        data: folder with images; None generates some.
-        annotator: who annotates in Label Studio.
-        as_json: print the summary as one JSON object.
-    Raises:
-        RefusedError: the home holds work that is not a demo's.
+    RefusedError if the home holds work that is not a demo's.
     """
     prepare_home(settings, data)
     store = open_store(settings.records)
@@ -41,14 +35,7 @@ def run_demo(settings: Settings, *, data: Path | None, annotator: AnnotatorKind,
 
 
 def reopen_demo(settings: Settings, *, as_json: bool) -> None:
-    """Start the servers of the finished demo again and print its summary.
-
-    Args:
-        settings: of everything.
-        as_json: print the summary as one JSON object.
-    Raises:
-        RefusedError: no demo was finished here.
-    """
+    """Start the servers of the finished demo again and print its summary; RefusedError if none was finished here."""
     store = open_store(settings.records)
     with reopened_demo(settings, store) as running:
         _show(running, as_json)

@@ -89,13 +89,7 @@ def running_demo(
 def reopened_demo(settings: Settings, store: Store) -> Generator[Running]:
     """Start service and Label Studio of a finished demo again, with the same model and the same tasks.
 
-    Args:
-        settings: of everything.
-        store: the home of the demo.
-    Yields:
-        The summary of that demo, and what is running now.
-    Raises:
-        RefusedError: no demo was finished here.
+    RefusedError if no demo was finished here.
     """
     path = summary_path(store.home)
     if not path.is_file():
@@ -106,6 +100,7 @@ def reopened_demo(settings: Settings, store: Store) -> Generator[Running]:
         running.callback(server.down)
         info = server.up()
         running.enter_context(start_ray(settings))
+        # Registered after Ray, so that the stack stops the service while its Ray still runs.
         service = start_service(settings.serving, settings.records)
         running.callback(service.stop)
         yield Running(summary, service, info)
