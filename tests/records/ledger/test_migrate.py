@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,11 +7,12 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from records.errors import ConfigError
 from records.ids import utc_now
-from records.ledger import Ledger, open_ledger
+from records.ledger import Ledger, migrate, open_ledger
 from records.ledger.migrate import alembic_config, schema_versions, upgrade
 from records.ledger.tables import METADATA, SCHEMA_FLOOR
 from records.types import Consent, Cursor, Image
@@ -56,22 +58,46 @@ def test_a_newer_schema_that_does_not_say_who_may_use_it_is_refused_and_left_alo
     assert schema_versions(ledger.engine)[0] == "9999"
 
 
-def upgraded_by_a_newer_program(ledger: Ledger, floor: str) -> None:
-    """What a program of the next release leaves: a column, a table, its version, and who may go on."""
-    with ledger.engine.connect() as connection:
-        connection.exec_driver_sql("ALTER TABLE cursors ADD COLUMN later TEXT")
-        connection.exec_driver_sql("ALTER TABLE images ADD COLUMN later INTEGER DEFAULT 7 NOT NULL")
-        connection.exec_driver_sql("CREATE TABLE later (id TEXT PRIMARY KEY)")
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-        connection.execute(sa.update(SCHEMA_FLOOR).values(oldest=floor))
-        connection.commit()
+NEXT = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
 
 
-def test_the_previous_program_goes_on_with_a_schema_that_was_only_added_to(ledger: Ledger) -> None:
-    known = schema_versions(ledger.engine)[1]
+def upgrade():
+    op.add_column("cursors", sa.Column("later", sa.Text(), nullable=True))
+    op.add_column("images", sa.Column("later", sa.Integer(), nullable=False, server_default="7"))
+    op.create_table("later", sa.Column("id", sa.Text(), primary_key=True))
+    if {breaks}:
+        op.execute("UPDATE schema_floor SET oldest = '0002'")
+"""
+
+
+def upgraded_by_a_newer_program(ledger: Ledger, folder: Path, *, breaks: bool) -> None:
+    """Open the ledger as a made-up next release does: it has one migration more, which adds a column and a table."""
+    (folder / "next").mkdir()
+    (folder / "next" / "0002_next.py").write_text(NEXT.format(breaks=breaks))
+
+    def config_of_the_next_release() -> Config:
+        config = alembic_config()
+        ours = Path(config.get_main_option("script_location") or "") / "versions"
+        config.set_main_option("path_separator", "os")
+        config.set_main_option("version_locations", os.pathsep.join(map(str, (ours, folder / "next"))))
+        return config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migrate, "alembic_config", config_of_the_next_release)
+        newer = open_ledger(ledger.engine.url)
+        assert schema_versions(newer.engine) == ("0002", "0002")
+        newer.close()
+
+
+def test_the_previous_program_goes_on_with_a_schema_that_was_only_added_to(ledger: Ledger, tmp_path: Path) -> None:
     with ledger.begin() as tx:
         tx.add(Cursor(name="before", position={"a": 1}))
-    upgraded_by_a_newer_program(ledger, floor=known)
+    upgraded_by_a_newer_program(ledger, tmp_path, breaks=False)
     again = open_ledger(ledger.engine.url)
     image = Image(
         id="a" * 64, uri="blob:a", format="png", width_px=8, height_px=8, provenance="generated",
@@ -83,12 +109,12 @@ def test_the_previous_program_goes_on_with_a_schema_that_was_only_added_to(ledge
     with again.read() as tx:
         assert {c.name: c.position for c in tx.find(Cursor)} == {"before": {"a": 3}, "after": {"a": 2}}
         assert tx.require(Image, image.id) == image
-    assert schema_versions(again.engine)[0] == "9999"
+    assert schema_versions(again.engine) == ("0002", "0001")
     again.close()
 
 
-def test_the_previous_program_is_refused_where_the_schema_says_so(ledger: Ledger) -> None:
-    upgraded_by_a_newer_program(ledger, floor="9999")
+def test_the_previous_program_is_refused_where_the_schema_says_so(ledger: Ledger, tmp_path: Path) -> None:
+    upgraded_by_a_newer_program(ledger, tmp_path, breaks=True)
     with pytest.raises(ConfigError, match="install the newer version"):
         open_ledger(ledger.engine.url)
 
