@@ -250,7 +250,7 @@ class _RoundDisplay:
             self._end_task()
             say(f"✓ {event.step}: {event.text} ({duration(time.monotonic() - self._began_s)})")
         elif event.state == "kept":
-            say(f"✓ {event.step}: {event.text}")
+            say(f"✓ {event.text}")
 
     def _end_task(self) -> None:
         if self._task is not None:

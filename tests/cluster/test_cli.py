@@ -1,4 +1,4 @@
-"""The `relook` command: quick help, exit codes, one sentence per error, nothing half-said with --json."""
+"""The `relook` command: fast help, exit codes, one sentence per error, one JSON object with --json."""
 
 import json
 import os
@@ -14,7 +14,10 @@ import pytest
 import typer
 
 from cluster.cli import app, run
+from cluster.round import RoundEvent
+from cluster.verbs import _round_shown
 from records.command import JsonCall, verb
+from trainers.fitting.epoch_report import EpochReport
 
 HEAVY = ("torch", "ray", "pandas", "pyarrow", "sqlalchemy", "gradio", "albumentations", "captum", "cv2", "sklearn")
 
@@ -26,7 +29,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert "doctor" in text
 
 
-def test_every_verb_of_the_rooms_is_joined_and_explained() -> None:
+def test_every_verb_of_the_rooms_is_there_with_a_help_text() -> None:
     verbs = {
         "doctor",
         "status",
@@ -62,7 +65,7 @@ def test_every_verb_of_the_rooms_is_joined_and_explained() -> None:
     assert not silent
 
 
-def test_every_verb_that_answers_takes_json() -> None:
+def test_every_verb_takes_json() -> None:
     root = typer.main.get_command(app)
 
     def leaves(command: object, path: str) -> list[tuple[str, object]]:
@@ -120,26 +123,29 @@ def test_bad_input_is_one_sentence_and_exit_2(
 
     assert run([*arguments, "--json"]) == code
     captured = capsys.readouterr()
-    told = json.loads(captured.out)["error"]
-    assert told["exit_code"] == code
-    assert sentence in told["message"]
+    printed = json.loads(captured.out)["error"]
+    assert printed["exit_code"] == code
+    assert sentence in printed["message"]
 
 
-def test_what_fails_without_being_the_users_fault_is_exit_1(
+def test_a_failure_that_is_no_bad_input_is_exit_1(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RELOOK_HOME", str(tmp_path / "home"))
     assert run(["doctor", "--set", f"labeling.environment={tmp_path / 'none'}", "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"] is False
-    assert {"name": "Label Studio", "state": "fail", "detail": "not installed", "fix": "relook label install"} in told[
-        "checks"
-    ]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] is False
+    assert {
+        "name": "Label Studio",
+        "state": "fail",
+        "detail": "not installed",
+        "fix": "relook label install",
+    } in printed["checks"]
 
 
 @pytest.fixture
 def buggy_verb() -> Iterator[str]:
-    """A verb with a bug: it raises what nobody foresaw."""
+    """A verb with a bug: it raises an unexpected error."""
 
     @verb(app, "buggy")
     def buggy(call: JsonCall) -> None:
@@ -194,7 +200,7 @@ def test_status_of_nothing_and_of_a_home(
     assert (found["images"], found["models"], found["serving"], found["last_round"]) == (0, {}, None, None)
 
 
-def test_ctrl_c_is_exit_130_with_a_word(tmp_path: Path) -> None:
+def test_ctrl_c_is_exit_130_with_a_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster.cli", "data", "synth", str(tmp_path / "images"), "--lesions", "5000"]
     process = subprocess.Popen(
         command,
@@ -212,3 +218,25 @@ def test_ctrl_c_is_exit_130_with_a_word(tmp_path: Path) -> None:
     assert out == ""
     assert "relook: interrupted; what was done so far is kept" in errors
     assert "Traceback" not in errors
+
+
+def test_a_round_shows_each_step_as_it_begins_reports_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    epoch = EpochReport(
+        epoch=2, train_loss=0.8, val_loss=0.9, val_balanced_accuracy=0.5, val_accuracy=0.6, key_class_sensitivity=None,
+        learning_rate=0.01, images_per_s=812.0, seconds=3.0,
+    )  # fmt: skip
+    with _round_shown() as show:
+        show(RoundEvent(3, "collect", "kept", "collect: done before"))
+        show(RoundEvent(3, "fit", "started", "fit begins"))
+        show(RoundEvent(3, "fit", "progress", "epoch", epoch))
+        show(RoundEvent(3, "fit", "done", "model abc is fitted"))
+        show(RoundEvent(3, "gate", "started", "gate begins"))
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "✓ collect: done before",
+        "round 3: fit ...",
+        "round 3: fit: epoch 2, loss 0.800, val balanced accuracy 0.500, 812 images/s",
+        "✓ fit: model abc is fitted (0 s)",
+        "round 3: gate ...",
+        "round 3: gate, done in 0 s",
+    ]

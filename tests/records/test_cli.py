@@ -52,7 +52,7 @@ def test_an_intact_chain_is_reported_as_intact(chain: Store) -> None:
     assert _run(chain, "audit", "verify").stdout == "the audit chain is whole\n"
 
 
-def test_a_broken_chain_fails_with_what_is_broken(chain: Store) -> None:
+def test_a_broken_chain_fails_and_names_the_event(chain: Store) -> None:
     with chain.ledger.begin() as tx:
         tx.connection.execute(sa.delete(TABLES[AuditEvent]).where(TABLES[AuditEvent].c.number == 2))
     result = _run(chain, "audit", "verify")

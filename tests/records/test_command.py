@@ -32,7 +32,7 @@ def _colours() -> list[str]:
 
 
 def _app(calls: list[tuple[Any, ...]]) -> typer.Typer:
-    """An app whose verbs note how they were called."""
+    """Return an app whose verbs record their calls."""
     app = typer.Typer()
 
     @app.callback()
@@ -158,7 +158,7 @@ def test_ray_comes_from_the_root_command_too() -> None:
 
 
 def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    emit(True, {"ü": 1, "list": [1.5, None]}, "for people")
+    emit(True, {"ü": 1, "list": [1.5, None]}, "as text")
     emit(True, Result(name="x", value=0.5))
     first, second = capsys.readouterr().out.splitlines()
     assert json.loads(first) == {"ü": 1, "list": [1.5, None]}
@@ -171,7 +171,7 @@ def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_people_get_their_own_form(capsys: pytest.CaptureFixture[str]) -> None:
-    emit(False, {"x": 1}, "for people")
+def test_without_json_the_text_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    emit(False, {"x": 1}, "as text")
     emit(False, {"x": 1})
-    assert capsys.readouterr().out == "for people\n"
+    assert capsys.readouterr().out == "as text\n"

@@ -24,7 +24,7 @@ def test_a_port_in_use_is_one_sentence_and_exit_2(store: Store, tools: Any, caps
     assert len(error.strip().splitlines()) == 1
 
 
-def test_serving_nothing_is_refused(tmp_path: Path, tools: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serving_without_a_champion_is_refused(tmp_path: Path, tools: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--port", str(tools.free_port()), "--set", f"records.home={tmp_path / 'home'}"]) == 2
     assert "no model is to be served yet" in capsys.readouterr().err
 
@@ -50,31 +50,31 @@ def test_models_are_listed(store: Store, tools: Any, capsys: pytest.CaptureFixtu
     assert bundle.id[:12] in capsys.readouterr().out
 
 
-def test_models_are_verified_and_an_altered_one_is_named(
+def test_models_are_verified_and_altered_ones_are_named(
     store: Store, tools: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = f"records.home={store.home.root}"
     whole, wrong, altered = (tools.make_bundle(store, seed) for seed in (0, 1, 2))
-    liar = tools.make_bundle(store, 3, golden_logits=wrong.golden()["logits"])
-    for bundle in (whole, altered, liar):
+    changed = tools.make_bundle(store, 3, golden_logits=wrong.golden()["logits"])
+    for bundle in (whole, altered, changed):
         with store.ledger.begin() as tx:
             register(tx, bundle)
     weights = altered.path / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
 
     assert run(["models", "verify", "--json", "--set", home]) == 1
-    said = {one["id"]: one for one in json.loads(capsys.readouterr().out)["models"]}
+    listed = {one["id"]: one for one in json.loads(capsys.readouterr().out)["models"]}
 
-    assert said.keys() == {whole.id, altered.id, liar.id}
-    assert said[whole.id]["problem"] is None
-    assert said[whole.id]["golden_difference"] < 1e-2
-    assert "was altered" in said[altered.id]["problem"]
-    assert "golden images" in said[liar.id]["problem"]
+    assert listed.keys() == {whole.id, altered.id, changed.id}
+    assert listed[whole.id]["problem"] is None
+    assert listed[whole.id]["golden_difference"] < 1e-2
+    assert "was altered" in listed[altered.id]["problem"]
+    assert "golden images" in listed[changed.id]["problem"]
     assert run(["models", "verify", whole.id[:12], "--set", home]) == 0
     assert "unchanged" in capsys.readouterr().out
 
 
-def test_two_models_are_compared_in_what_they_wrote_down(
+def test_two_models_are_compared_by_metrics_and_settings(
     store: Store, tools: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = f"records.home={store.home.root}"
@@ -83,14 +83,14 @@ def test_two_models_are_compared_in_what_they_wrote_down(
         for bundle in pair:
             register(tx, bundle)
     assert run(["models", "compare", *(bundle.id[:12] for bundle in pair), "--json", "--set", home]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["models"] == [bundle.id for bundle in pair]
-    assert said["figures"] == {"val.balanced_accuracy": [0.5, 0.6]}
-    assert said["settings"] == {}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["models"] == [bundle.id for bundle in pair]
+    assert printed["figures"] == {"val.balanced_accuracy": [0.5, 0.6]}
+    assert printed["settings"] == {}
     assert run(["models", "compare", pair[0].id[:12], "nobody", "--set", home]) == 2
 
 
-def test_a_model_that_is_not_registered_is_no_verified_one(
+def test_a_model_that_is_not_registered_cannot_be_verified(
     store: Store, tools: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = tools.make_bundle(store)

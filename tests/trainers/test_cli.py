@@ -1,4 +1,4 @@
-"""`relook train` and `relook catalog`, as a person or a program calls them."""
+"""`relook train` and `relook catalog`: results, refusals, and progress without a terminal."""
 
 import json
 import os

@@ -60,7 +60,7 @@ def test_generate_import_audit_list(run: Run, tmp_path: Path) -> None:
     assert [v["id"] for v in versions] == [imported["dataset_id"]]
 
 
-def test_people_get_tables(run: Run, tmp_path: Path) -> None:
+def test_without_json_tables_are_printed(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     assert "8 lesions" in run("synth", folder, "--lesions", 8, "--width", 80).stdout
     (folder / "HAM10000_images_part_1" / "ISIC_9000001.jpg").unlink()

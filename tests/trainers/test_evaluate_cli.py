@@ -74,7 +74,7 @@ def test_reading_test_is_audited(run, bundle, filled_store):
     assert reads() == before + 1 == printed["split_reads"]
 
 
-def test_people_get_tables_without_verdicts(run, bundle):
+def test_tables_hold_no_verdicts(run, bundle):
     shown = run("evaluate", bundle.path, "--split", "gate")
     assert "balanced accuracy" in shown
     assert "gate was read" in shown
@@ -137,7 +137,7 @@ def test_a_truncated_image_is_named(run, bundle, labelled):
         run("evaluate", bundle.id, *write())
 
 
-def test_arguments_that_do_not_fit(run, bundle, tmp_path, some_image):
+def test_arguments_that_do_not_fit_are_refused(run, bundle, tmp_path, some_image):
     with pytest.raises(ConfigError, match="belong together"):
         run("evaluate", bundle.id, "--images", tmp_path)
     with pytest.raises(UnknownIdError, match="no model is called"):
@@ -181,7 +181,7 @@ def test_a_bundle_of_another_decoder_is_refused_before_a_read_is_recorded(
         ("occlusion", [32, 32]),
     ],
 )
-def test_explain_draws_and_tells(method, shape, run, bundle, some_image, tmp_path):
+def test_explain_draws_an_overlay_and_prints_the_values(method, shape, run, bundle, some_image, tmp_path):
     out = tmp_path / "overlay.png"
     printed = json.loads(
         run("explain", bundle.id, some_image, "--method", method, "--target", "mel", "--out", out, "--json")
@@ -251,7 +251,7 @@ def test_a_prevalence_can_be_stated(run, make_bundle, filled_store):
 
 def test_versus_and_activations(run, bundle, some_image, tmp_path):
     out = tmp_path / "o.png"
-    told = json.loads(
+    printed = json.loads(
         run(
             "explain",
             bundle.id,
@@ -267,13 +267,13 @@ def test_versus_and_activations(run, bundle, some_image, tmp_path):
             "--json",
         )
     )
-    assert told["versus"] == "nv"
-    assert told["completeness_error"] <= 0.02 or told["steps"] == 400
-    told = json.loads(
+    assert printed["versus"] == "nv"
+    assert printed["completeness_error"] <= 0.02 or printed["steps"] == 400
+    printed = json.loads(
         run("explain", bundle.id, some_image, "--method", "activations", "--layer", "block3", "--out", out, "--json")
     )
-    assert told["layer"] == "block3"
-    assert told["shape"] == [8, 32, 32]
+    assert printed["layer"] == "block3"
+    assert printed["shape"] == [8, 32, 32]
     with pytest.raises(ConfigError, match=r"no layer 'block99'; there are block1, block2"):
         run("explain", bundle.id, some_image, "--method", "activations", "--layer", "block99", "--out", out)
     with pytest.raises(ConfigError, match="--layer belongs to --method activations"):
@@ -282,7 +282,7 @@ def test_versus_and_activations(run, bundle, some_image, tmp_path):
         run("explain", bundle.id, some_image, "--target", "mel", "--versus", "mel", "--out", out)
 
 
-def test_explain_says_what_it_did(run, bundle, some_image, tmp_path):
+def test_explain_prints_a_summary(run, bundle, some_image, tmp_path):
     shown = run("explain", bundle.path, some_image, "--out", tmp_path / "o.png").replace("\n", "")
     assert "gradcam for" in shown
     assert "probability" in shown

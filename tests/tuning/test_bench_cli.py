@@ -1,11 +1,11 @@
-"""What the verb replays: a real table of a few short trainings, gone on with and searched on. It needs no Ray."""
+"""`python -m bench tune`: the table of learning curves is trained once, extended and searched on. It needs no Ray."""
 
 from bench.tune.cli import _replayed
 from bench.tune.table import read_table
 from cluster.settings import Settings
 
 
-def test_a_table_is_trained_once_gone_on_with_and_searched_on(labelled, trainers, tmp_path):
+def test_a_table_is_trained_once_extended_and_searched_on(labelled, trainers, tmp_path):
     store, dataset = labelled
     settings = Settings(trainers=trainers.model_copy(update={"epochs": 2}))
     path = tmp_path / "table.jsonl"
