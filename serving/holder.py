@@ -173,13 +173,8 @@ def verify_models(
 ) -> list[VerifiedModel]:
     """Check that registered models still reproduce their golden logits, for example after an upgrade of torch.
 
-    Args:
-        store: that knows where their bundles are.
-        records: of the models.
-        precision: to compute in.
-        on_done: called after each model.
-    Returns:
-        One result per model, in order; a model that fails does not keep the next one from being checked.
+    Returns one result per model, in order; a model that fails does not keep the next one from being checked. `on_done`
+    is called after each.
     """
     found = []
     for record in records:

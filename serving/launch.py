@@ -42,15 +42,8 @@ class ServiceHandle:
 def start_service(settings: ServingSettings, records: RecordsSettings) -> ServiceHandle:
     """Start the service on the Ray that is initialised in this process, and wait until it is ready.
 
-    Args:
-        settings: of the service.
-        records: of ledger and blobs.
-    Returns:
-        The running service.
-    Raises:
-        ConfigError: the port is in use.
-        UnknownIdError: no model is to be served.
-        UnavailableError: the service did not start in time; the message ends with that of Ray Serve.
+    Raises ConfigError or UnknownIdError for a failed precondition, and UnavailableError if the service is not ready in
+    time; that message ends with the one of Ray Serve.
     """
     require_startable(settings, records)
     # Replicas run in other working folders, so a relative home would be another folder there.

@@ -10,15 +10,10 @@ from serving.settings import ServingSettings
 
 
 def require_startable(settings: ServingSettings, records: RecordsSettings) -> None:
-    """Raise if a service could not start, before anything is started.
+    """Check the preconditions of a start.
 
-    Args:
-        settings: of the service.
-        records: of ledger and blobs.
-    Raises:
-        ConfigError: the port is in use, or it is reachable from outside and there is no key yet.
-        UnknownIdError: no model was promoted.
-        UnavailableError: the ledger cannot be reached.
+    Raises ConfigError if the port is in use, or reachable from outside while there is no key; UnknownIdError if no
+    model was promoted; UnavailableError if the ledger cannot be reached.
     """
     # The port first: the check is immediate, while opening the ledger may wait for a database.
     require_free_port(settings.host, settings.port)

@@ -49,7 +49,7 @@ class TriageRules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision for one image. Label and confidence are None if the output is not finite or the image is refused."""
+    """The decision for one image. Label and confidence are None for non-finite output and for `retake`."""
 
     decision: Decision
     reasons: tuple[ReasonCode, ...]
@@ -80,8 +80,7 @@ def triage(
         audit_draw: this image's draw in [0, 1), see `audit_draw_of`.
         suitability: result of the quality and out-of-distribution checks.
     Returns:
-        The verdict. An image too poor to judge is `retake`, without label; else `urgent` outranks `review`, and any
-        reason at all excludes `answered`.
+        The verdict: `retake` without label for an image too poor to judge, `answered` if there is no reason for review.
     Raises:
         ContractError: the number of probabilities is not that of the classes, or they do not sum to 1.
     """
