@@ -1,4 +1,4 @@
-"""The page as an ASGI app of its own, for every path that is not the API's."""
+"""The Gradio page as an ASGI app, for every path that is not the API's."""
 
 from pathlib import Path
 
@@ -11,14 +11,7 @@ from serving.settings import ServingSettings
 
 
 def page_app(settings: ServingSettings, store: Store) -> FastAPI:
-    """Make the page.
-
-    Args:
-        settings: address of the API, upload limit, default consent.
-        store: taxonomy and home.
-    Returns:
-        An ASGI app that wants lifespan events.
-    """
+    """Return the page as an ASGI app that needs lifespan events."""
     mounted: FastAPI = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         build_page(settings, store),
