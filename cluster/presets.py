@@ -1,7 +1,7 @@
 """Presets: functions that return a whole `Settings` for a kind of machine or a kind of use.
 
-In: nothing. Out: `Settings`. A preset is the second source of settings; a file, the environment and
-`--set` may change any field of it. `relook doctor` prints how a preset shares the CPUs.
+A preset is the weakest source of settings; a file, the environment and `--set` may change any field of it.
+`relook doctor` prints how a preset shares the CPUs.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ def multi_gpu() -> Settings:
 
 
 def clinical() -> Settings:
-    """A laptop's size, a clinic's rules: a person approves, consent is none unless given, the audit never stops."""
+    """The laptop preset with a clinic's rules: a person approves, consent defaults to none, audits cannot be off."""
     return Settings(
         preset="clinical",
         records=RecordsSettings(durability="full"),
@@ -92,7 +92,7 @@ def dissertation_mini() -> Settings:
 
 
 def _rows_of(experiments: Literal["dissertation", "dissertation_mini"], epochs: int) -> TuningSettings:
-    """Try every row once, to its end: what is asked is not which one wins."""
+    """Train every row once and to its end, because all of them are reported."""
     return TuningSettings(
         experiments=experiments,
         trials=len(EXPERIMENTS[experiments]),
@@ -118,9 +118,10 @@ def ham10000_cpu() -> Settings:
 
 
 def demo() -> Settings:
-    """What `relook demo` plays with: a small network and a short search, so that the whole loop takes minutes."""
+    """For `relook demo`: a small network and a short search, so that the whole loop takes minutes."""
     return Settings(
         preset="demo",
+        # Small enough for minutes on two cores; more data lower the epochs, see `demo.fit_images`.
         trainers=TrainersSettings(model=ModelSettings(name="custom_cnn"), epochs=20),
         tuning=TuningSettings(trials=5, trial_epochs=4, max_train_images=500, confirm_seeds=0),
         round=RoundSettings(tune="every_n", select_budget=20),

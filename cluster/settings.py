@@ -1,8 +1,7 @@
 """The whole settings of a run: one frozen model per room, composed into `Settings`.
 
-In: nothing. Out: `Settings` and the models of this room (cluster, round, gate, demo). Where values
-come from (presets, file, environment, `--set`) is told in `cluster.sources`; this module only says
-what exists, in which unit and range.
+It holds `Settings` and the models of this room (cluster, round, gate, demo): names, units, ranges and defaults.
+Where values come from (preset, file, environment, `--set`) is in `cluster.sources`.
 """
 
 from pathlib import Path
@@ -63,7 +62,7 @@ class ClusterSettings(RoomSettings):
 
 
 class RoundSettings(RoomSettings):
-    """How a round goes."""
+    """What a round does and when it starts."""
 
     tune: Literal["always", "every_n", "on_drop", "never"] = Field(
         default="always", description="when a round searches anew; otherwise it fits the last winner"
@@ -91,7 +90,7 @@ class RoundSettings(RoomSettings):
     )
     notify_url: SecretStr | None = Field(
         default=None,
-        description="http(s) address that is told how a round ended; set RELOOK_ROUND__NOTIFY_URL, never a config file",
+        description="http(s) address that receives how a round ended; only from RELOOK_ROUND__NOTIFY_URL",
     )
 
     @field_validator("notify_url")
@@ -135,7 +134,7 @@ class GateSettings(RoomSettings):
 
 
 class DemoSettings(RoomSettings):
-    """What `relook demo` plays through."""
+    """What `relook demo` runs."""
 
     synth_lesions: int = Field(default=700, ge=70, description="lesions to generate when no data are given, count")
     fit_images: int = Field(
@@ -155,7 +154,7 @@ class DemoSettings(RoomSettings):
         description="how long a caller repeats a request that fails, with the same Idempotency-Key; 0: every failure "
         "shows, seconds",
     )
-    flags: int = Field(default=20, ge=0, description="answers that the simulated user flags, count")
+    flags: int = Field(default=20, ge=0, description="predictions that the simulated user flags, count")
     tasks: int = Field(default=60, ge=1, description="tasks pushed to Label Studio, at most, count")
     annotator_error_rate: float = Field(
         default=0.05, ge=0, le=1, description="share the simulated annotator gets wrong, 0 to 1"

@@ -73,8 +73,12 @@ def load_settings(
         *_from_environ(environ),
         *_from_sets(sets),
     ]
+    # Plain nested values: the preset first, then each given field in order of strength, validated once at the end. So
+    # fields that only fit together may come from different sources.
     values = base.model_dump()
     for item in given:
+        # Names are checked before values, with our own sentence; pydantic would only say that extra inputs are not
+        # permitted.
         _check(item)
         _place(values, item)
     values["records"]["home"] = Path(os.path.abspath(Path(values["records"]["home"]).expanduser()))
@@ -132,6 +136,7 @@ def _from_environ(environ: Mapping[str, str]) -> Iterator[_Given]:
             path = tuple(variable.removeprefix(PREFIX).lower().split("__"))
             yield _Given(path, _plain(text), variable)
         else:
+            # Other RELOOK_ variables exist (RELOOK_TEST_DATA), so only a near miss of a short name is an error.
             slip = difflib.get_close_matches(variable, SHORT_NAMES, n=1, cutoff=0.85)
             if slip:
                 raise ConfigError(f"the environment variable {variable} means nothing; did you mean {slip[0]}?")
@@ -149,6 +154,7 @@ def _from_sets(sets: Sequence[str]) -> Iterator[_Given]:
 
 def _plain(text: str) -> Any:
     """Lists, mappings and null are read as YAML; all else stays text, which pydantic turns into the field's type."""
+    # Not all text is read as YAML: `no` would become False, and 1e-3 a string.
     if text != "null" and not text.startswith(("[", "{")):
         return text
     try:
@@ -245,6 +251,7 @@ def _sentence(error: ValidationError, given: Sequence[_Given], base: Settings) -
     """Say in one sentence what is wrong with the first field that pydantic refused."""
     errors = error.errors(include_url=False)
     location = tuple(str(part) for part in errors[0]["loc"])
+    # The last source that gave the field is the one that counts, so it is the one to name.
     item = next((g for g in reversed(given) if location[: len(g.path)] == g.path), None)
     if item is None:
         reason = _reason(errors[0]["msg"])

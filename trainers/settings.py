@@ -90,11 +90,7 @@ class TrainersSettings(RoomSettings):
         return flat_values(self.model_dump(mode="json"))
 
     def with_values(self, values: Mapping[str, Any]) -> "TrainersSettings":
-        """Return a validated copy in which the fields named by dotted names have other values.
-
-        Raises:
-            pydantic.ValidationError: a name is unknown, or the whole is not valid.
-        """
+        """Return a copy with other values by dotted names; a ValidationError if a name or the whole is not valid."""
         changed = self.model_dump()
         for name, value in values.items():
             *parents, field = name.split(".")

@@ -1,4 +1,4 @@
-"""Call nobody the winner on the scores that chose it: train leader and given settings with fresh seeds.
+"""Confirmation: train the leader and the given settings again with fresh seeds before one is called the winner.
 
 The best of many scores is partly luck. So the leader of a search and the given settings are trained
 again with the same few new seeds, at the budget of a trial and without an early end; the leader is
@@ -20,15 +20,10 @@ LEVEL = 0.95
 
 
 def confirmation_plans(leader: TrialResult, base: TrainersSettings, seeds: int) -> list[TrialPlan]:
-    """Say what is trained to confirm a leader.
+    """Plan the trainings that confirm a leader.
 
-    Args:
-        leader: of the search.
-        base: the given settings, which run with the same seeds.
-        seeds: how many.
-    Returns:
-        Plans of the leader and of the given settings in turn; of the latter alone if they lead. Their
-        numbers say whose configuration they repeat, so that going on finds them again.
+    Returns plans of the leader and of the given settings alternately; of the latter alone if they lead. Their
+    numbers say whose configuration they repeat, so that going on finds them again.
     """
     found = []
     for index in range(seeds):
@@ -42,16 +37,13 @@ def confirmation_plans(leader: TrialResult, base: TrainersSettings, seeds: int) 
 def verdict_on(leader: TrialResult, trials: Sequence[TrialResult]) -> Verdict | None:
     """Compare leader and given settings by their fresh seeds.
 
-    Args:
-        leader: of the search.
-        trials: of the search, confirmations among them.
-    Returns:
-        The verdict; None if one of the two has no confirmation that ended well.
+    Returns the verdict; None if one of the two has no confirmation that ended well.
     """
     own, given = _scores(leader.number, trials), _scores(0, trials)
     both = sorted(own.keys() & given.keys())
     if not both:
         return None
+    # Paired by seed: initial weights and order of images are shared, so their spread cancels.
     differences = [own[index] - given[index] for index in both]
     mean = fmean(differences)
     low, high = interval(differences)

@@ -1,11 +1,10 @@
 """What difference a choice makes: the effect of each optimizer, scheduler, policy, with its uncertainty.
 
-Only balanced samples count, at a budget that all of them had: their choices were drawn before any score
-was seen. Trials that a searcher proposed, or that successive halving favoured with more epochs, prove
-nothing about their choices. The effect of a choice is the coefficient of an additive least-squares model
-of all axes, against the mean of its axis; where there are too few trials for that, of a model of its axis
-alone, to which the other axes are noise. Intervals are t-intervals widened for all choices of the search
-together (Bonferroni).
+Only balanced samples are compared, at a budget that all of them had, because their choices were drawn before any score
+was seen; trials that a searcher proposed, or that got more epochs by successive halving, are biased. The effect of a
+choice is its coefficient in an additive least-squares model of all axes, against the mean of its axis. With too few
+trials for that, each axis gets a model of its own, to which the other axes are noise. Intervals are t-intervals with
+Bonferroni correction over all choices of the search.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import stdtrit as student_quantile
 
 from records.arrays import FloatArray
-from trainers.augmentation.inline import PREFIX
+from trainers.augmentation.registry import PREFIX
 from tuning.settings import Axis
 from tuning.space import COMPOSED
 from tuning.trials import Origin, SearchHeader, TrialResult
@@ -24,7 +23,7 @@ from tuning.trials import Origin, SearchHeader, TrialResult
 Estimates = dict[tuple[str, str], tuple[float, float, float]]
 LEVEL = 0.95
 LEAST_SPARE = 2
-"""Trials beyond the number of estimated effects; with fewer, their spread is anyone's guess."""
+"""Residual degrees of freedom at least; with fewer, the residual variance is not estimated well enough."""
 SAME = "not distinguishable"
 
 
@@ -57,11 +56,7 @@ class Effects(BaseModel):
 def effects_of(header: SearchHeader, trials: Sequence[TrialResult]) -> Effects:
     """Estimate the effect of every choice of every axis.
 
-    Args:
-        header: of the search.
-        trials: of the search.
-    Returns:
-        An effect per choice; without enough balanced trials all are `not distinguishable`.
+    Returns an effect per choice; without enough balanced trials all are `not distinguishable`.
     """
     block, epochs, basis = _comparable(header, trials)
     levels = [_levels(header, trial) for trial in block]
@@ -89,7 +84,7 @@ def effects_of(header: SearchHeader, trials: Sequence[TrialResult]) -> Effects:
 
 def _comparable(header: SearchHeader, trials: Sequence[TrialResult]) -> tuple[list[TrialResult], int, str]:
     """Return the balanced trials, the epochs that all of them had, and both in words."""
-    if header.turn_epochs:
+    if header.generation_epochs:
         return [], 0, "members of a population change while they train, which proves nothing about their choices"
     sampled = [trial for trial in trials if trial.origin is Origin.SAMPLED and trial.scores and trial.error is None]
     block = sampled[: header.block_trials]
@@ -135,6 +130,8 @@ def _least_squares(
     names: list[tuple[str, str]] = []
     for axis, choices in met.items():
         for choice in choices[:-1]:
+            # Sum-to-zero coding: the last choice of an axis is minus the sum of the others, so effects are against
+            # the axis mean.
             column = [(row[axis] == choice) - float(row[axis] == choices[-1]) for row in levels]
             columns.append(np.array(column, dtype=np.float64))
             names.append((axis, choice))
@@ -149,6 +146,8 @@ def _least_squares(
     for axis, choices in met.items():
         if len(choices) > 1:
             contrasts[axis, choices[-1]] = -sum(contrasts[axis, choice] for choice in choices[:-1])
+    # Bonferroni: the error probability is divided by the number of choices in the whole search, so one wrong interval
+    # among all is as rare as one alone.
     width = float(student_quantile(spare, 1.0 - (1.0 - LEVEL) / (2 * max(1, contrasts_in_all))))
     found = {}
     for name, contrast in contrasts.items():
@@ -176,20 +175,16 @@ def _cost(header: SearchHeader, trials: Sequence[TrialResult], axis: str, choice
 def importance_of(header: SearchHeader, trials: Sequence[TrialResult], seed: int = 0) -> dict[str, float] | None:
     """Say how much each setting moves the score: permutation importance in a random forest.
 
-    Args:
-        header: of the search.
-        trials: of the search.
-        seed: of the forest.
-    Returns:
-        Setting to its share, summing to 1; None with fewer than 12 scored trials, where it would be noise, and for
-        a population, whose settings change while they are scored.
+    Returns setting to its share, summing to 1; None with fewer than 12 scored trials, where it would be noise, and
+    for a population, whose settings change while they are scored.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
 
     scored = [trial for trial in trials if trial.scores and not trial.confirms]
-    if len(scored) < 12 or header.turn_epochs:
+    if len(scored) < 12 or header.generation_epochs:
         return None
+    # The budget that all trials had: scores of longer trials would be larger for that reason alone.
     epochs = min(trial.epochs for trial in scored)
     names = sorted({name for trial in scored for name in trial.overrides if name != "seed"})
     rows = [_features(header, trial, names) for trial in scored]

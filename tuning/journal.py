@@ -1,10 +1,9 @@
-"""The journal of a search: one JSON line per thing that happened, on disk before it takes effect.
+"""The journal of a search: one JSON line per event, on disk before the event takes effect (a write-ahead log).
 
-`journal.jsonl` in the run's folder is the only record of a search: going on after a crash and the
-report both read it. A line that was cut off by a crash is dropped; any other damage raises. Every
-decision of the scheduler stands in it as (trial, epoch, rung, score, goes on) before it takes effect,
-and what the searcher proposed follows from the trials, so both are replayed and never asked twice. The
-turns of a population stand in it, a generation in one line, before a member goes on. It holds no weights.
+`journal.jsonl` in the run's folder is the only record of a search; resuming and the report both read it. It holds
+every decision of the scheduler as (trial, epoch, rung, score, goes on) and every generation of a population, each in
+one line. Proposals of the searcher are a function of the trials. So a resumed search replays decisions and proposals
+instead of making them again. A last line that a crash cut off is dropped; any other damage raises. It holds no weights.
 """
 
 import json
@@ -20,10 +19,10 @@ from pydantic import ValidationError
 from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
 from records.ids import canonical_json
 from trainers.settings import TrainersSettings
-from tuning.trials import Decision, SearchHeader, TrialResult, TrialState, Turn
+from tuning.trials import Decision, GenerationStep, SearchHeader, TrialResult, TrialState
 
 FILE_NAME = "journal.jsonl"
-# A search may be asked for more trials than before; everything else makes it another search.
+# A search may be extended by trials and seeds; any other change makes it another search.
 MAY_CHANGE = {"trials", "confirm_seeds"}
 
 
@@ -35,36 +34,29 @@ class Past:
         header: the latest.
         trials: that were started, in order of number, as they went the last time.
         decisions: in the order in which they were made.
-        turns: of a population, in the order in which they were made.
+        generations: of a population, in the order in which they were made.
     """
 
     header: SearchHeader
     trials: list[TrialResult]
     decisions: list[Decision]
-    turns: list[Turn]
+    generations: list[GenerationStep]
 
 
 class Journal:
-    """An open journal. Use `open_journal`; close it, or use it in a `with`.
-
-    Args:
-        file: opened for appending.
-        past: trials of an earlier run of the same search.
-        decisions: that were made in it.
-        turns: that were made in it.
-    """
+    """An open journal, made by `open_journal`; a context manager that closes the file."""
 
     def __init__(
         self,
         file: TextIO,
         past: Sequence[TrialResult] = (),
         decisions: Sequence[Decision] = (),
-        turns: Sequence[Turn] = (),
+        generations: Sequence[GenerationStep] = (),
     ) -> None:
         self._file = file
         self.past = {trial.number: trial for trial in past}
         self.decisions = list(decisions)
-        self.turns = list(turns)
+        self.generations = list(generations)
 
     @property
     def settled(self) -> dict[int, TrialResult]:
@@ -75,6 +67,7 @@ class Journal:
         """Append one line and wait until it is on disk."""
         self._file.write(canonical_json({"kind": kind, **fields}) + "\n")
         self._file.flush()
+        # fsync per line: a decision whose line is lost in a power cut would be made again, perhaps differently.
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -111,6 +104,7 @@ def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if past:
+            # Before appending, or the next line would be glued to the torn one.
             _drop_torn_line(path)
         file = path.open("a", encoding="utf-8")
     except OSError as error:
@@ -121,8 +115,9 @@ def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
         journal = Journal(file)
         journal.write("search", header=header.model_dump(mode="json"))
         return journal
-    journal = Journal(file, [_concluded(trial, past) for trial in past.trials], past.decisions, past.turns)
+    journal = Journal(file, [_concluded(trial, past) for trial in past.trials], past.decisions, past.generations)
     journal.write("search", header=header.model_dump(mode="json"))
+    # The end of a trial that the kill came too early to write.
     for before in past.trials:
         now = journal.past[before.number]
         if now != before:
@@ -133,14 +128,10 @@ def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
 def read_journal(run_dir: Path) -> tuple[SearchHeader, list[TrialResult]]:
     """Read what a search has recorded so far.
 
-    Args:
-        run_dir: the run's folder.
-    Returns:
-        The latest header, and every trial that was started, in order of number. A trial that was
-        started twice is given as it went the last time.
-    Raises:
-        UnknownIdError: there is no journal in the folder.
-        IntegrityError: the journal is damaged (names the line).
+    Returns the latest header, and every trial that was started, in order of number. A trial that was started twice
+    is given as it went the last time.
+    Raises UnknownIdError: there is no journal in the folder.
+    Raises IntegrityError: the journal is damaged (names the line).
     """
     past = read_past(run_dir)
     return past.header, past.trials
@@ -149,13 +140,9 @@ def read_journal(run_dir: Path) -> tuple[SearchHeader, list[TrialResult]]:
 def read_past(run_dir: Path) -> Past:
     """Read what a search has recorded so far, decisions included.
 
-    Args:
-        run_dir: the run's folder.
-    Returns:
-        Header, trials, decisions and turns.
-    Raises:
-        UnknownIdError: there is no journal in the folder.
-        IntegrityError: the journal is damaged (names the line).
+    Returns header, trials, decisions and generations.
+    Raises UnknownIdError: there is no journal in the folder.
+    Raises IntegrityError: the journal is damaged (names the line).
     """
     path = run_dir / FILE_NAME
     if not path.is_file():
@@ -163,15 +150,15 @@ def read_past(run_dir: Path) -> Past:
     header: SearchHeader | None = None
     trials: dict[int, TrialResult] = {}
     decisions: list[Decision] = []
-    turns: list[Turn] = []
+    generations: list[GenerationStep] = []
     for number, line in _lines(path):
         try:
             entry = json.loads(line)
             if entry["kind"] == "search":
                 header = SearchHeader.model_validate(entry["header"])
                 continue
-            if entry["kind"] == "turns":
-                turns += [Turn.model_validate(turn) for turn in entry["turns"]]
+            if entry["kind"] == "generation":
+                generations += [GenerationStep.model_validate(step) for step in entry["steps"]]
                 trials |= {int(trial["number"]): TrialResult.model_validate(trial) for trial in entry["trials"]}
                 continue
             trial = TrialResult.model_validate(entry["trial"])
@@ -182,7 +169,7 @@ def read_past(run_dir: Path) -> Past:
             raise IntegrityError(f"line {number} of {path} is damaged; start the search in a new folder") from error
     if header is None:
         raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
-    return Past(header, [trials[number] for number in sorted(trials)], decisions, turns)
+    return Past(header, [trials[number] for number in sorted(trials)], decisions, generations)
 
 
 def _concluded(trial: TrialResult, past: Past) -> TrialResult:
@@ -199,6 +186,7 @@ def _concluded(trial: TrialResult, past: Past) -> TrialResult:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        # A line without its newline was being written when the process died; it has taken no effect yet.
         if line.endswith("\n"):
             yield number, line
 

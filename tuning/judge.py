@@ -1,8 +1,8 @@
-"""Whether a trial goes on: asynchronous successive halving, median stopping, or never an early end.
+"""The pruner: asynchronous successive halving, median stopping, or no early stop.
 
-In: (trial, epoch, score), as they come. Out: a Decision, which the journal keeps before it takes
-effect. A judge is told the decisions of an earlier run first and never decides the same thing twice,
-so a search that was killed goes on with its rungs. Plain Python; it knows nothing of Ray.
+In: (trial, epoch, score), as they arrive. Out: a Decision, which the journal keeps before it takes effect. The
+decisions of an earlier run are replayed first and none is made twice, so a search that was killed resumes with its
+rungs. Plain Python, without Ray.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,6 +33,7 @@ class Judge:
         self._is_exempt = is_exempt
         self._made: dict[tuple[int, int], Decision] = {}
         for decision in past:
+            # Scores of the earlier run, in their order: asynchronous halving depends on who reached a rung first.
             self._rule.take_in(decision.number, decision.epoch, decision.score)
             self._made[decision.number, decision.epoch] = decision
 
@@ -48,15 +49,17 @@ class Judge:
             epoch: that it has done, 1 for the first.
             score: of that epoch, larger is better.
         Returns:
-            The decision, whose `goes_on` is false only where a trial is cut off. What was asked before is
-            answered as before, whatever the score is now.
+            The decision; `goes_on` is false only where a trial is cut off. A repeated call returns the first decision,
+            whatever the score is now.
         """
         made = self.known(number, epoch)
         if made is not None:
             return made
+        # The bar before the score is taken in: a trial is compared with those that came before it, not with itself.
         rung, cutoff = self._rule.bar(epoch)
         self._rule.take_in(number, epoch, score)
         last = epoch >= self.max_epochs
+        # Exempt trials are scored like all others and raise the bar; only their own end is never early.
         goes_on = last or cutoff is None or score >= cutoff or self._is_exempt(number)
         decision = Decision(number=number, epoch=epoch, score=score, rung=rung, cutoff=cutoff, goes_on=goes_on)
         self._made[number, epoch] = decision
@@ -67,7 +70,7 @@ class Rule(Protocol):
     """When a score is too low to go on."""
 
     def bar(self, epoch: int) -> tuple[int | None, float | None]:
-        """Return the rung (None between rungs) and the score to reach there (None: every score will do)."""
+        """Return the rung (None between rungs) and the score to reach there (None: any score continues)."""
         ...
 
     def take_in(self, number: int, epoch: int, score: float) -> None:

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tuning.comparison import Comparison
 from tuning.confirm import verdict_on
 from tuning.effects import Effects
+from tuning.experiments import Comparison
 from tuning.log import best_of
 from tuning.trials import EventKind, SearchEvent, SearchHeader, TrialResult, TrialState
 
@@ -99,14 +99,7 @@ def ranked(trials: Iterable[TrialResult]) -> list[TrialResult]:
 
 
 def trial_table(trials: Sequence[TrialResult], best: TrialResult | None) -> Table:
-    """Draw trials, one a row, in the given order.
-
-    Args:
-        trials: to be drawn.
-        best: is marked.
-    Returns:
-        The table.
-    """
+    """Draw trials, one a row, in the given order."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (("trial", "right"), ("score", "right"), ("by epoch", "left"), ("state", "left")):
         table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)

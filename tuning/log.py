@@ -1,7 +1,7 @@
-"""How a running search stands: every happening is journalled, counted and told to whoever watches.
+"""The state of a running search: every event is journalled, counted and passed to a listener.
 
-In: what the runner of trials sees (started, epoch, ended). Out: journal lines, SearchEvents, and at
-the end the TrialResults. It decides nothing and knows nothing of Ray.
+In: events of trials (started, epoch, ended). Out: journal lines, SearchEvents, and at the end the TrialResults. It
+makes no decision and imports no Ray.
 """
 
 import time
@@ -13,13 +13,13 @@ from tuning.trials import (
     GOOD_STATES,
     Decision,
     EventKind,
+    GenerationStep,
     SearchEvent,
     SearchHeader,
     TrialFigures,
     TrialPlan,
     TrialResult,
     TrialState,
-    Turn,
 )
 
 Listener = Callable[[SearchEvent], None]
@@ -35,11 +35,7 @@ _END_EVENTS = {
 def best_of(trials: Iterable[TrialResult], *, running_too: bool = False) -> TrialResult | None:
     """Return the winner: the highest score of a trial that did not fail; among equals the first.
 
-    Args:
-        trials: in any order.
-        running_too: let a trial lead that has not ended.
-    Returns:
-        The winner, or None if no trial was scored.
+    Returns the winner, or None if no trial was scored.
     """
     states = GOOD_STATES | {TrialState.RUNNING} if running_too else GOOD_STATES
     scored = [trial for trial in trials if trial.scores and trial.state in states and not trial.confirms]
@@ -47,13 +43,13 @@ def best_of(trials: Iterable[TrialResult], *, running_too: bool = False) -> Tria
 
 
 class SearchLog:
-    """The book of a running search.
+    """State and journal of a running search.
 
     Args:
         header: what the search is made of.
         journal: open; its settled trials count as done from the start, and what an unsettled one had
             reached is kept.
-        on_event: told of every happening, in order, from the thread that runs the search.
+        on_event: called with every event, in order, in the thread that runs the search.
     """
 
     def __init__(self, header: SearchHeader, journal: Journal, on_event: Listener | None = None) -> None:
@@ -84,7 +80,7 @@ class SearchLog:
         return time.time() - self._started_at
 
     def kept(self) -> None:
-        """Tell of the trials that an earlier run settled."""
+        """Send an event for each trial that an earlier run settled."""
         for trial in self.trials:
             self._tell(EventKind.KEPT, trial)
 
@@ -93,7 +89,7 @@ class SearchLog:
         trial = TrialResult(number=plan.number, origin=plan.origin, overrides=plan.overrides, state=TrialState.RUNNING)
         before = self._trials.get(plan.number) or self._reached.get(plan.number)
         if before is not None:
-            names = ["scores", "epoch_seconds", "key_class_sensitivity", *(["seconds"] if plan.turn else [])]
+            names = ["scores", "epoch_seconds", "key_class_sensitivity", *(["seconds"] if plan.generation_step else [])]
             trial = trial.model_copy(update={name: getattr(before, name) for name in names})
         self._trials[plan.number] = trial
         self._trial_started_at[plan.number] = time.time()
@@ -133,6 +129,7 @@ class SearchLog:
         """
         number = decision.number
         before = self._trials[number]
+        # A restarted trial repeats epochs whose checkpoint was kept and whose report was lost, or reported twice.
         if decision.epoch <= before.epochs:
             return
         better = before.score is None or decision.score > before.score
@@ -148,28 +145,26 @@ class SearchLog:
         self._journal.write("epoch", trial=trial.model_dump(mode="json"), decision=decision.model_dump(mode="json"))
         self._tell(EventKind.EPOCH, trial)
 
-    def turned(self, turns: Sequence[Turn]) -> None:
-        """Record what the members of a population go on with, before they do; in one line, so that all have it or none.
+    def generation(self, steps: Sequence[GenerationStep]) -> None:
+        """Record what the members of a population continue with, before they do.
 
-        A member that goes on with another's weights has that one's scores: they are what its settings came to.
-
-        Args:
-            turns: of all members after the same epoch.
+        All steps of a generation are one line of the journal, so that a crash leaves all of them or none. A member
+        that takes over another's weights takes over its scores, too: its settings trained from the start give them.
         """
         before = {**self._reached, **self._trials}
-        for turn in turns:
-            parent = before[turn.parent]
+        for step in steps:
+            parent = before[step.parent]
             taken = {"scores": parent.scores, "key_class_sensitivity": parent.key_class_sensitivity}
-            trial = before[turn.number].model_copy(update={**taken, "overrides": turn.overrides})
-            self._trials[turn.number] = trial
-        trials = [self._trials[turn.number].model_dump(mode="json") for turn in turns]
-        self._journal.write("turns", turns=[turn.model_dump(mode="json") for turn in turns], trials=trials)
-        for turn in turns:
-            if turn.exploits:
-                self._tell(EventKind.TURNED, self._trials[turn.number])
+            trial = before[step.number].model_copy(update={**taken, "overrides": step.overrides})
+            self._trials[step.number] = trial
+        trials = [self._trials[step.number].model_dump(mode="json") for step in steps]
+        self._journal.write("generation", steps=[step.model_dump(mode="json") for step in steps], trials=trials)
+        for step in steps:
+            if step.exploits:
+                self._tell(EventKind.EXPLOITED, self._trials[step.number])
 
     def waits(self, number: int) -> None:
-        """Record that a member of a population has made room until its next turn, or is over if there is none."""
+        """Record that a member of a population has made room until its next generation, or is over if there is none."""
         trial = self._trials[number]
         if trial.epochs >= self._header.trial_epochs:
             self.ended(number)

@@ -1,8 +1,8 @@
-"""What is tried next: the given settings, then what the caller wants tried, then samples or suggestions.
+"""Which configuration is tried next: the given settings, then enqueued ones, then samples or suggestions.
 
-Plan number n is a function of the seed, n, the space and the trials before it, so that a search which
-goes on proposes what it would have proposed. Samples are balanced: every few of them each choice of an
-axis comes equally often, which a comparison of choices needs.
+Plan number n is a function of the seed, n, the space and the trials before it, so that a resumed search proposes what
+it would have proposed. Samples are balanced: each choice of an axis comes equally often, which the comparison of
+choices in `tuning.effects` needs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,14 +15,14 @@ from tuning.settings import Axis, Searcher
 from tuning.space import COMPOSED, SearchSpace, difference, with_overrides
 from tuning.trials import Origin, TrialPlan, TrialResult
 
-# Names alone can repeat when nothing else is tunable, so a draw is repeated this often before it is taken twice.
+# Choices of names alone repeat soon; a draw is repeated at most this often to find a configuration that is new.
 MAX_DRAWS = 50
 
 History = Sequence[TrialResult]
 
 
 class Planner:
-    """Says what is tried next.
+    """Plans trials by number.
 
     Args:
         space: that is searched.
@@ -99,6 +99,8 @@ class Planner:
         return self._suggest(number, history)
 
     def _sample(self, number: int) -> TrialPlan:
+        # A generator per trial number: plans do not depend on how many were drawn before, so more trials keep the
+        # first ones.
         random = np.random.default_rng([self._seed, number])
         levels = self._levels(number - len(self._first))
 
@@ -124,6 +126,7 @@ class Planner:
             proposed = TrialPlan(number=number, origin=origin, overrides=propose(attempt))
             try:
                 known = self._hash(proposed) in seen
+            # Corners of the space were checked, but ranges in between may combine to something invalid.
             except ConfigError:
                 continue
             plan = proposed
@@ -137,8 +140,9 @@ class Planner:
         """Return the choice of each axis for a sample: whole permutations of the choices, one after the other."""
         levels = {}
         for position, (axis, records) in enumerate(self.space.axes.items()):
-            turn, place = divmod(sample, len(records))
-            order = np.random.default_rng([self._seed, 1 + position, turn, len(records)]).permutation(len(records))
+            pass_number, place = divmod(sample, len(records))
+            random = np.random.default_rng([self._seed, 1 + position, pass_number, len(records)])
+            order = random.permutation(len(records))
             levels[axis] = records[int(order[place])].name
         if self._searcher is Searcher.PBT and COMPOSED in self.space.axes.get(Axis.AUGMENTATION, ()):
             # Only a composed policy has strengths that a population can change.

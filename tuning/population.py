@@ -1,12 +1,12 @@
-"""Population-based training (Jaderberg et al. 2017): trials that train side by side and learn from each other.
+"""Population-based training (Jaderberg et al. 2017): trials that train side by side and take over from each other.
 
-All members train to the same epoch and wait. Then the worst quarter goes on with the weights of one of the
-best quarter, and with its settings, of which the learning rate and the strengths of the augmentation are
-changed a little; everybody else goes on as before. The given settings, trial 0, are never changed. Because
-all wait, a generation is a function of the seed and of its scores, however many trials run at a time.
+All members train one generation, to the same epoch, and wait. Then the worst quarter exploits the best quarter: each
+continues with the weights and settings of one of the best, learning rate and strengths of augmentation changed a
+little. The others continue as they are; the given settings, trial 0, never change. Because all wait, a generation is a
+function of the seed and its scores, however many trials run at a time.
 
-What a member goes on with is written to the journal before it takes effect and is not decided again. Its
-settings say all changes with their epochs, so they can be trained again from the start without a search.
+Every step is in the journal before it takes effect and is not made again. Overrides hold all changes with their
+epochs, so a member's settings can be trained again from the start, without a search.
 """
 
 import shutil
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from records.registry import Range, Tunable
-from trainers.augmentation.inline import PREFIX, Step, format_phases, parse_phases
 from trainers.augmentation.policy import scaled_start
+from trainers.augmentation.registry import PREFIX, Step, format_phases, parse_phases
 from trainers.optimization.optimizers import OPTIMIZERS, learning_rate_of
 from trainers.optimization.schedulers import rate_factor
 from trainers.settings import TrainersSettings
@@ -28,24 +28,24 @@ from tuning.log import SearchLog
 from tuning.planner import Planner
 from tuning.space import STRENGTH, with_overrides
 from tuning.trial import parts_folder
-from tuning.trials import SearchHeader, TrialPlan, TrialState, Turn
+from tuning.trials import GenerationStep, SearchHeader, TrialPlan, TrialState
 
 QUANTILE = 0.25
-"""Share of the members that are replaced at a turn, and of those that they are replaced by; at least one."""
+"""Share of the members that exploit others after a generation, and of those that are exploited; at least one."""
 FACTORS = (0.8, 1.25)
 
 Overrides = dict[str, Any]
 
 
 class Population:
-    """Plans the parts of all members' trainings.
+    """Plans what each member trains in each generation.
 
     Args:
         header: of the search.
         planner: says what the members begin with, and within which space.
-        judge: knows the score of every epoch.
-        log: told of turns.
-        past: turns of an earlier run.
+        judge: has the score of every epoch.
+        log: records generations.
+        past: steps of an earlier run of the search.
         run_dir: of the search; checkpoints that nobody goes on with any more are removed from it.
     """
 
@@ -56,7 +56,7 @@ class Population:
         *,
         judge: Judge,
         log: SearchLog,
-        past: Sequence[Turn],
+        past: Sequence[GenerationStep],
         run_dir: Path,
     ) -> None:
         self._header = header
@@ -67,43 +67,49 @@ class Population:
         self._run_dir = run_dir
 
     def plans(self) -> Iterator[TrialPlan | None]:
-        """Yield the next part of a member's training; None while the members wait for each other."""
+        """Yield the next generation of each member after another; None while the members wait for each other."""
         header = self._header
         plans = {number: self._planner.plan(number) for number in range(header.trials)}
-        for until in (*range(header.turn_epochs, header.trial_epochs, header.turn_epochs), header.trial_epochs):
+        every, last = header.generation_epochs, header.trial_epochs
+        for until in (*range(every, last, every), last):
             for number, plan in plans.items():
                 plans[number] = plan.model_copy(update={"until_epoch": until})
+                # A score that is known comes from the journal: the member has trained this generation in an earlier
+                # run.
                 if self._judge.known(number, until) is None and not self._is_out(number):
                     yield plans[number]
             while any(self._judge.known(number, until) is None and not self._is_out(number) for number in plans):
                 yield None
-            if until < header.trial_epochs:
-                turns = self._turns_after(until, plans)
+            if until < last:
+                # Members without a score failed or were lost; the next generation goes on without them.
                 plans = {
-                    turn.number: plans[turn.number].model_copy(update={"overrides": turn.overrides, "turn": turn})
-                    for turn in turns
+                    step.number: plans[step.number].model_copy(
+                        update={"overrides": step.overrides, "generation_step": step}
+                    )
+                    for step in self._generation_after(until, plans)
                 }
-                shutil.rmtree(parts_folder(self._run_dir, until - header.turn_epochs), ignore_errors=True)
-        shutil.rmtree(parts_folder(self._run_dir, header.trial_epochs).parent, ignore_errors=True)
+                # Members continue from the checkpoints of `until`; those of the generation before are not read again.
+                shutil.rmtree(parts_folder(self._run_dir, until - every), ignore_errors=True)
+        shutil.rmtree(parts_folder(self._run_dir, last).parent, ignore_errors=True)
 
     def _is_out(self, number: int) -> bool:
         return any(t.number == number and t.state in (TrialState.FAILED, TrialState.LOST) for t in self._log.trials)
 
-    def _turns_after(self, epoch: int, plans: Mapping[int, TrialPlan]) -> list[Turn]:
-        """Return the turns of a generation: as they were made, or made and written down now."""
-        past = [turn for turn in self._past if turn.epoch == epoch]
+    def _generation_after(self, epoch: int, plans: Mapping[int, TrialPlan]) -> list[GenerationStep]:
+        """Return the steps of all members: those in the journal, or new ones, journalled before they take effect."""
+        past = [step for step in self._past if step.epoch == epoch]
         if past:
             return past
         made = {number: self._judge.known(number, epoch) for number in plans}
         scores = {number: decision.score for number, decision in made.items() if decision is not None}
         overrides = {number: plan.overrides for number, plan in plans.items()}
-        turns = make_turns(epoch, scores, overrides, self._change, self._header.seed)
-        self._log.turned(turns)
-        return turns
+        steps = make_generation(epoch, scores, overrides, self._change, self._header.seed)
+        self._log.generation(steps)
+        return steps
 
     def _change(self, overrides: Overrides, epoch: int, random: np.random.Generator) -> Overrides:
         settings = with_overrides(self._planner.base, overrides)
-        # Overrides count in epochs of the whole training, of which a trial is a shortened one.
+        # Overrides count epochs of the full training; the trial is a shortened copy, so its epochs are scaled back.
         start = scaled_start(epoch + 1, settings.epochs / self._header.trial_epochs)
         known = self._planner.space.tunables()
         rates = known.get(f"{settings.optimizer.name}.learning_rate") or known.get("optimizer.learning_rate")
@@ -112,34 +118,36 @@ class Population:
         return overrides | changed(settings, start, rates, random)
 
 
-def make_turns(
+def make_generation(
     epoch: int,
     scores: Mapping[int, float],
     overrides: Mapping[int, Overrides],
     change: Callable[[Overrides, int, np.random.Generator], Overrides],
     seed: int,
-) -> list[Turn]:
-    """Decide what the members of a population go on with.
+) -> list[GenerationStep]:
+    """Decide what each member of a population continues with; a function of its arguments alone.
 
     Args:
-        epoch: that all have done.
-        scores: of that epoch, by number of the member.
-        overrides: that they were trained with.
-        change: of what is taken over: (overrides, epoch, source of chance) -> overrides.
-        seed: of the search; with it, epoch and scores decide.
+        epoch: the last epoch that all members have done.
+        scores: score of that epoch, by number of the member.
+        overrides: overrides that each member was trained with, by number.
+        change: (overrides of the exploited member, epoch, generator) -> overrides to continue with.
+        seed: of the search.
     Returns:
-        A turn for every member with a score, in order of number.
+        One step per member with a score, in order of number.
     """
     ranked = sorted(scores, key=lambda number: (-scores[number], number))
     count = max(1, int(len(ranked) * QUANTILE)) if len(ranked) > 1 else 0
+    # Trial 0 may be exploited by others and never exploits: the given settings have to be comparable at the end.
     best, worst = ranked[:count], set(ranked[len(ranked) - count :]) - {0}
-    turns = []
+    steps = []
     for number in sorted(scores):
+        # One generator per (member, epoch): how many trials run at a time changes no draw.
         random = np.random.default_rng([seed, number, epoch])
         parent = best[int(random.integers(count))] if number in worst else number
         taken = overrides[parent]
-        turns.append(
-            Turn(
+        steps.append(
+            GenerationStep(
                 number=number,
                 epoch=epoch,
                 score=scores[number],
@@ -148,7 +156,7 @@ def make_turns(
                 overrides=change(taken, epoch, random) if parent != number else taken,
             )
         )
-    return turns
+    return steps
 
 
 def changed(settings: TrainersSettings, start: int, rates: Tunable, random: np.random.Generator) -> Overrides:
@@ -165,7 +173,10 @@ def changed(settings: TrainersSettings, start: int, rates: Tunable, random: np.r
     """
     rate, factor = learning_rate_of(settings.optimizer), rate_factor(settings.scheduler, start)
     low, high = (rates.low, rates.high) if isinstance(rates, Range) else (min(rates.values), max(rates.values))
+    # Clipped to the searched range, as the initial rates are.
     wanted = min(high, max(low, rate * factor * random.choice(FACTORS)))
+    # Changes that the exploited member had planned for later epochs are dropped; the new member's own follow from
+    # later generations.
     factors = [list(pair) for pair in settings.scheduler.learning_rate_factors if pair[0] < start]
     found: Overrides = {"scheduler.learning_rate_factors": [*factors, [start, float(f"{wanted / rate:.4g}")]]}
     if settings.augmentation.startswith(PREFIX):

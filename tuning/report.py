@@ -1,7 +1,7 @@
 """The report of a search: who led and how surely, what each choice did, what failed and why, what it cost.
 
-In: the journal of a run. Out: a SearchReport, as JSON, drawn by `tuning.live`, or as a page by
-`tuning.page`. What it says about choices rests on balanced trials only (`tuning.effects`).
+In: the journal of a run. Out: a SearchReport, as JSON, in a terminal (`tuning.live`), or as one HTML page that loads
+nothing from a network. Statements about choices rest on balanced trials only (`tuning.effects`).
 """
 
 import shlex
@@ -12,15 +12,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from records.errors import UnknownIdError
+from records.errors import UnavailableError, UnknownIdError
 from trainers.settings import TrainersSettings
-from tuning.comparison import Comparison, compare
 from tuning.confirm import verdict_on
 from tuning.effects import Effects, effects_of, importance_of
+from tuning.experiments import Comparison, compare
 from tuning.journal import FILE_NAME, read_past
-from tuning.live import ranked
+from tuning.live import describe, ranked
 from tuning.log import best_of
-from tuning.trials import Decision, SearchHeader, TrialResult, TrialState, Turn, Verdict
+from tuning.trials import Decision, GenerationStep, SearchHeader, TrialResult, TrialState, Verdict
 
 RUN_PREFIX = "tune-"
 
@@ -41,7 +41,9 @@ class SearchReport(BaseModel):
     comparison: Comparison | None = Field(description="beside published figures; empty if no such rows were tried")
     importance: dict[str, float] | None = Field(description="share of each setting; empty with too few trials")
     rungs: tuple[dict[str, Any], ...] = Field(description="rung, trials that came, went on, were cut off, last cutoff")
-    turns: tuple[Turn, ...] = Field(description="of a population: who went on with whose weights, and with what")
+    exploits: tuple[GenerationStep, ...] = Field(
+        description="of a population: steps that took over another trial's weights"
+    )
     failures: tuple[dict[str, Any], ...] = Field(description="trial number, kind and reason")
     epochs_trained: int = Field(ge=0)
     epochs_budget: int = Field(ge=1, description="if no trial had been cut off")
@@ -53,13 +55,9 @@ class SearchReport(BaseModel):
 def report_on(run_dir: Path) -> SearchReport:
     """Build the report of a run from its journal.
 
-    Args:
-        run_dir: the run's folder.
-    Returns:
-        The report; of a search that is still running or was killed, as far as it came.
-    Raises:
-        UnknownIdError: the folder holds no search.
-        IntegrityError: the journal is damaged.
+    Returns the report; of a search that is still running or was killed, as far as it came.
+    Raises UnknownIdError: the folder holds no search.
+    Raises IntegrityError: the journal is damaged.
     """
     past = read_past(run_dir)
     header = past.header
@@ -79,7 +77,7 @@ def report_on(run_dir: Path) -> SearchReport:
         comparison=compare(header, trials),
         importance=importance_of(header, trials),
         rungs=_rungs([d for d in past.decisions if d.number < header.trials]),
-        turns=tuple(turn for turn in past.turns if turn.exploits),
+        exploits=tuple(step for step in past.generations if step.exploits),
         failures=tuple(
             {"number": trial.number, "kind": trial.error_kind, "reason": trial.error}
             for trial in past.trials
@@ -164,3 +162,99 @@ def _command(header: SearchHeader, best: TrialResult) -> str:
 def _later_starts_median(trials: list[TrialResult]) -> float | None:
     starts = [trial.start_seconds for trial in trials if trial.start_seconds is not None and not trial.cold_start]
     return median(starts) if starts else None
+
+
+TEMPLATE = Path(__file__).with_name("page.html")
+WIDTH, HEIGHT, LEFT, BOTTOM = 720, 260, 44, 28
+
+
+def write_report(report: SearchReport, folder: Path) -> Path:
+    """Write the page and the JSON of a report.
+
+    Raises UnavailableError: the folder cannot be written.
+    """
+    page = folder / "report.html"
+    try:
+        page.write_text(render(report), encoding="utf-8")
+        (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UnavailableError(f"the report in {folder} cannot be written ({error.strerror})") from error
+    return page
+
+
+def render(report: SearchReport) -> str:
+    """Return the page; everything that comes from settings or errors is escaped."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"points": _points, "score": _score, "described": describe, "span": _span}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(report=report, curves=_curves(report), bars=_bars(report), size=(WIDTH, HEIGHT))
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"
+
+
+def _span(row: Any, unit: str = "points") -> str:
+    low, high = (row["low"], row["high"]) if isinstance(row, dict) else (row.low, row.high)
+    if low is None or high is None:
+        return "-"
+    show = _points if unit == "points" else _score
+    return f"{show(low)} to {show(high)}"
+
+
+def _curves(report: SearchReport) -> dict[str, Any]:
+    """Return the learning curves as SVG points, the winner marked, with ticks of both axes."""
+    rows = [row for row in report.leaderboard if row["scores"]]
+    if not rows:
+        return {"lines": [], "x": [], "y": []}
+    epochs = report.header.trial_epochs
+    low: float = min(min(row["scores"]) for row in rows)
+    high: float = max(max(row["scores"]) for row in rows)
+    reach: float = max(high - low, 0.01)
+
+    def x(epoch: float) -> float:
+        return LEFT + (WIDTH - LEFT - 12) * (epoch - 1) / max(1, epochs - 1)
+
+    def y(score: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 12) * (score - low) / reach
+
+    lines = [
+        {
+            "points": " ".join(f"{x(e):.1f},{y(s):.1f}" for e, s in enumerate(row["scores"], start=1)),
+            "end": (round(x(len(row["scores"])), 1), round(y(row["scores"][-1]), 1)),
+            "state": row["state"],
+            "best": report.best is not None and row["number"] == report.best["number"],
+            "title": f"trial {row['number']}: {describe(row['overrides'])}",
+        }
+        for row in reversed(rows)
+    ]
+    ticks = [low + reach * part / 4 for part in range(5)]
+    step = max(1, epochs // 10)
+    return {
+        "lines": lines,
+        "x": [(round(x(epoch), 1), epoch) for epoch in range(1, epochs + 1, step)],
+        "y": [(round(y(tick), 1), f"{tick:.2f}") for tick in ticks],
+    }
+
+
+def _bars(report: SearchReport) -> list[dict[str, Any]]:
+    """Return one interval bar per effect that could be estimated, in percent of the widest."""
+    shown = [row for row in report.effects.table if row.low is not None and row.high is not None]
+    widest = max((max(abs(row.low or 0), abs(row.high or 0)) for row in shown), default=0.0) or 1.0
+    return [
+        {
+            "row": row,
+            "left": 50 + 50 * (row.low or 0) / widest,
+            "width": 50 * ((row.high or 0) - (row.low or 0)) / widest,
+            "at": 50 + 50 * (row.effect or 0) / widest,
+        }
+        if row.low is not None
+        else {"row": row, "left": 0, "width": 0, "at": None}
+        for row in report.effects.table
+    ]

@@ -39,10 +39,7 @@ class TrialShape:
 def trial_shape(tuning: TuningSettings) -> TrialShape:
     """Return what one trial takes.
 
-    Args:
-        tuning: its CPUs and GPUs, each for every worker.
-    Returns:
-        A fraction of a GPU, one GPU, or a group of workers with a message-passing process.
+    Returns a fraction of a GPU, one GPU, or a group of workers with a message-passing process.
     """
     one = {"CPU": float(tuning.cpus_per_trial)} | ({"GPU": g} if (g := tuning.gpus_per_trial) else {})
     if tuning.workers_per_trial == 1:

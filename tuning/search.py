@@ -1,40 +1,42 @@
 """A search: plan the trials, run them on train and val, confirm the leader, return the winner by validation.
 
-In: a store, settings, a dataset version and a running Ray session. Out: a SearchResult and the
-journal in the run's folder; a folder whose journal is unfinished is gone on with. It fits nothing
-for use (the caller trains the winner anew) and never sees calibration, gate or test rows.
+In: a store, settings, a dataset version and a running Ray session. Out: a SearchResult and the journal in the run's
+folder; an unfinished journal is resumed. A search sees rows of train and val only. `fit_winner` trains the winner's
+settings afterwards, with the full budget and calibrated; only then calibration rows are read.
 """
 
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from rich.progress import Progress
 
+from images.grouping import grouped_subset
+from records.bundles import Bundle
 from records.datasets import DatasetVersion
-from records.errors import ConfigError, RelookError, error_class
+from records.errors import ConfigError, ContractError, DataError, RelookError, error_class
+from records.models import register
 from records.store import Store
 from records.types import Split
 from trainers.augmentation import load_policy
 from trainers.augmentation.registry import YAML_SUFFIXES
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import MACHINERY, TrainersSettings, flat_values
-from tuning.budget import trial_budget
 from tuning.confirm import FIRST_NUMBER, confirmation_plans, verdict_on
 from tuning.experiments import experiment_settings
 from tuning.journal import Journal, open_journal
 from tuning.judge import Judge, rule_of
 from tuning.log import Listener, SearchLog, best_of
-from tuning.narrow import read_space
-from tuning.narrowing import narrow
+from tuning.narrow import narrow, read_space
 from tuning.planner import Planner
 from tuning.population import Population
 from tuning.settings import Scheduler, Searcher, TuningSettings
 from tuning.space import SearchSpace, axes_of, derive_space, difference, with_overrides
-from tuning.subset import searched_part
 from tuning.trial import TrialJob, run_trial, trial_folder
-from tuning.trials import SearchEvent, SearchHeader, SearchResult, TrialPlan, TrialResult, Turn
+from tuning.trials import GenerationStep, SearchEvent, SearchHeader, SearchResult, TrialPlan, TrialResult, trial_budget
 
 
 def search(
@@ -50,16 +52,16 @@ def search(
 ) -> SearchResult:
     """Search for better settings than the given ones, on the Ray session that is running.
 
-    The given settings are trial 0 and always get their whole budget, so the winner is never worse than they are on
-    validation; with fresh seeds the leader has to be ahead once more. A trial's score is its best epoch.
+    The given settings are trial 0 and always get the full budget, so the winner is never worse than they are on
+    validation; with fresh seeds the leader has to be ahead once more. The score of a trial is its best epoch.
 
     Args:
-        store: with the images.
+        store: holds the images.
         tuning: budget, resources, what is varied.
         trainers: the given settings.
         dataset: its train and val splits are read, no other.
         run_dir: keeps the journal; if it holds the journal of this very search, settled trials are not run again.
-        on_event: told of every happening; what it raises ends the search and is raised here.
+        on_event: called with every event; an error that it raises ends the search and is raised here.
         enqueued: settings to try right after the given ones, for example earlier winners.
         progress: shows the decoding of images that are not cached yet.
     Returns:
@@ -77,6 +79,7 @@ def search(
     space = searched_space(tuning, trainers)
     enqueued = (*experiment_settings(tuning.experiments, trainers), *enqueued)
     images = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
+    # Everything that can be refused is refused before the first process starts: space, policy files, folder, journal.
     header = _header(tuning, trainers, dataset, space, enqueued, images)
     job = _job(store, tuning, trainers, enqueued, images, run_dir)
     require_writable(run_dir)
@@ -90,17 +93,19 @@ def search(
         def run(plans: Iterable[TrialPlan | None]) -> None:
             run_trials(plans, run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
 
-        run(_todo(header, planner, judge, log, journal.turns, run_dir))
+        run(_todo(header, planner, judge, log, journal.generations, run_dir))
         best = best_of(log.trials)
         if best is None:
             raise _first_error(log.trials)
         confirming = confirmation_plans(best, trainers, tuning.confirm_seeds)
+        # Confirmations run after the search and only for its leader; they choose nothing, so their scores are
+        # unbiased.
         run([plan for plan in confirming if plan.number not in journal.settled])
     return _result(header, log, best, tuning, trainers)
 
 
 def _decode(store: Store, images: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
-    """Decode images to every split that is known now; a trial that draws another one decodes for itself."""
+    """Decode images to every side length that is known now; a trial that draws another one decodes for itself."""
     for side_px in sorted({settings.model.side_px for settings in wanted}):
         images.open(store, side_px, progress)
 
@@ -134,13 +139,8 @@ def _result(
 def searched_space(tuning: TuningSettings, trainers: TrainersSettings) -> SearchSpace:
     """Return the space of a search: derived from the registries, narrowed as the settings say.
 
-    Args:
-        tuning: axes and how they are narrowed.
-        trainers: the given settings.
-    Returns:
-        The space; every corner of it can be trained.
-    Raises:
-        ConfigError: a name is unknown, a range is empty, or a combination is impossible.
+    Returns the space; every corner of it can be trained.
+    Raises ConfigError: a name is unknown, a range is empty, or a combination is impossible.
     """
     wanted = read_space(tuning.space)
     return narrow(derive_space(tuning.search, trainers), trainers, wanted)
@@ -157,6 +157,7 @@ def require_writable(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{os.getpid()}"
+        # A real write, because permission bits do not tell of a full disk or a read-only mount.
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -190,11 +191,11 @@ def _planner(
 
 
 def _todo(
-    header: SearchHeader, planner: Planner, judge: Judge, log: SearchLog, turns: Sequence[Turn], run_dir: Path
+    header: SearchHeader, planner: Planner, judge: Judge, log: SearchLog, past: Sequence[GenerationStep], run_dir: Path
 ) -> Iterator[TrialPlan | None]:
-    """Plan trial after trial, each when there is room for it, so that a searcher that learns knows the most."""
-    if header.turn_epochs:
-        yield from Population(header, planner, judge=judge, log=log, past=turns, run_dir=run_dir).plans()
+    """Plan trials one by one, each as late as possible, so that a searcher that learns has the most results."""
+    if header.generation_epochs:
+        yield from Population(header, planner, judge=judge, log=log, past=past, run_dir=run_dir).plans()
         return
     settled = {trial.number for trial in log.trials if trial.settled}
     for number in range(header.trials):
@@ -203,7 +204,7 @@ def _todo(
 
 
 def _forgetting(run_dir: Path, on_event: Listener | None) -> Listener:
-    """Remove the checkpoint of a trial that needs it no more, then pass the event on."""
+    """Remove the checkpoint of a settled trial, then pass the event on."""
 
     def listen(event: SearchEvent) -> None:
         if event.trial.settled:
@@ -224,8 +225,10 @@ def _header(
 ) -> SearchHeader:
     population = tuning.searcher is Searcher.PBT
     budget = trial_budget(trainers, tuning.trial_epochs)
-    if population and tuning.turn_epochs >= budget:
-        raise ConfigError(f"tuning.turn_epochs is {tuning.turn_epochs}, but a trial has {budget} epochs; lower it")
+    if population and tuning.generation_epochs >= budget:
+        raise ConfigError(
+            f"tuning.generation_epochs is {tuning.generation_epochs}, but a trial has {budget} epochs; lower it"
+        )
     return SearchHeader(
         dataset_id=dataset.id,
         base=flat_values(trainers.model_dump(mode="json", exclude=set(MACHINERY))),
@@ -237,7 +240,7 @@ def _header(
         scheduler=(Scheduler.NONE if population else tuning.scheduler).value,
         startup_trials=tuning.startup_trials,
         block_trials=tuning.block_trials,
-        turn_epochs=tuning.turn_epochs if population else 0,
+        generation_epochs=tuning.generation_epochs if population else 0,
         confirm_seeds=tuning.confirm_seeds,
         axes=dict(axes_of(space)),
         space_hash=space.hash,
@@ -286,3 +289,66 @@ def _first_error(trials: Sequence[TrialResult]) -> RelookError:
     kind = error_class(first.error_kind or "")
     known = kind.__name__ == first.error_kind
     return kind(f"{intro}{first.error}" if known else f"{intro}{first.error_kind}: {first.error}")
+
+
+def fit_winner(
+    store: Store, result: SearchResult, dataset: DatasetVersion, run_dir: Path, progress: Progress | None = None
+) -> Bundle:
+    """Train the winner's settings on all of train and register the bundle.
+
+    Args:
+        store: with the images.
+        result: of the search.
+        dataset: that was searched on.
+        run_dir: of the search; a fit that was killed goes on from there.
+        progress: bars are added to it.
+    Returns:
+        The registered bundle.
+    """
+    from trainers.fitting.epoch_report import EpochBar
+    from trainers.fitting.fit import fit
+
+    settings = result.settings.with_values({"workers.count": 1})
+    on_epoch = None if progress is None else EpochBar(progress, settings.epochs)
+    folder = run_dir / f"fit-{settings.recipe_hash()[:12]}"
+    bundle = fit(store, settings, dataset, run_dir=folder, use_ray=False, on_epoch=on_epoch, progress=progress)
+    with store.ledger.begin() as tx:
+        register(tx, bundle)
+    return bundle
+
+
+SEARCH_SPLITS = (Split.TRAIN, Split.VAL)
+
+
+def searched_part(dataset: DatasetVersion, max_train_images: int | None, seed: int) -> DatasetVersion:
+    """Return what a search sees of a dataset version: val, and train or a part of it.
+
+    Args:
+        dataset: the version.
+        max_train_images: of the part; None takes all.
+        seed: of the draw.
+    Returns:
+        The version with these rows only, under its own id.
+    Raises:
+        DataError: train or val is empty, or fewer images are allowed than there are classes.
+    """
+    train, val = dataset.split(Split.TRAIN), dataset.split(Split.VAL)
+    for name, rows in (("train", train), ("val", val)):
+        if rows.empty:
+            raise DataError(f"dataset {dataset.id[:12]} has no image on the {name} split; import or label some")
+    part = pd.concat([grouped_subset(train, max_train_images, seed), val], ignore_index=True)
+    require_search_rows(part)
+    return replace(dataset, rows=part)
+
+
+def require_search_rows(rows: pd.DataFrame) -> None:
+    """Refuse rows that no search may see.
+
+    Raises ContractError: a row is on another split than train or val (names the split and the image).
+    """
+    foreign = rows[~rows["split"].isin([split.value for split in SEARCH_SPLITS])]
+    if not foreign.empty:
+        first = foreign.iloc[0]
+        raise ContractError(
+            f"a search may read train and val only, but image {first['image_id'][:12]} is on split {first['split']}"
+        )

@@ -50,7 +50,7 @@ class TuningSettings(RoomSettings):
         default=6,
         ge=1,
         le=1000,
-        description="epochs of a trial that is not cut off; a longer training is squeezed into them, schedule included",
+        description="epochs of a trial that is not cut off; a longer training is shortened to them, schedule included",
     )
     searcher: Searcher = Field(
         default=Searcher.RANDOM,
@@ -68,8 +68,8 @@ class TuningSettings(RoomSettings):
     startup_trials: int = Field(
         default=10, ge=0, le=10_000, description="for tpe: balanced random trials before it proposes any"
     )
-    turn_epochs: int = Field(
-        default=2, ge=1, le=1000, description="for pbt: epochs of a trial between two turns of the population"
+    generation_epochs: int = Field(
+        default=2, ge=1, le=1000, description="for pbt: epochs that every trial trains in one generation"
     )
     block_trials: int = Field(
         default=0,
@@ -146,9 +146,10 @@ class TuningSettings(RoomSettings):
     def _require_population(self) -> None:
         if self.trials < 2:
             raise ValueError("searcher pbt needs a population; set trials to 2 or more")
-        if self.turn_epochs >= self.trial_epochs:
+        if self.generation_epochs >= self.trial_epochs:
             raise ValueError(
-                f"turn_epochs {self.turn_epochs} leaves no turn within trial_epochs {self.trial_epochs}; lower it"
+                f"generation_epochs {self.generation_epochs} leaves no generation within trial_epochs "
+                f"{self.trial_epochs}; lower it"
             )
         if self.workers_per_trial > 1:
             raise ValueError("searcher pbt trains each trial in one process; set workers_per_trial to 1")

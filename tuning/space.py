@@ -7,6 +7,7 @@ a probability and a strength. Out: overrides, a dict from the dotted name of a f
 (`optimizer.momentum`) to its value.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -20,16 +21,53 @@ from records.ids import hash_of
 from records.registry import Choice, Range, Registered, Registry, Tunable
 from records.settings import first_problem
 from trainers.augmentation import POLICIES
-from trainers.augmentation.inline import PREFIX, Step, format_steps, parse_steps
 from trainers.augmentation.operations import OPERATIONS
+from trainers.augmentation.registry import PREFIX, Step, format_steps, parse_steps
 from trainers.optimization.losses import LOSSES
 from trainers.optimization.optimizers import OPTIMIZERS, learning_rate_of
 from trainers.optimization.samplers import SAMPLERS
 from trainers.optimization.schedulers import SCHEDULERS
 from trainers.settings import TrainersSettings
-from tuning.drawing import random_chooser
 from tuning.settings import Axis
 from vision.networks import MODELS
+
+
+def random_chooser(random: np.random.Generator) -> Callable[[str, Tunable], Any]:
+    """Return what decides by chance; the generator's state decides the result."""
+
+    def choose(name: str, tunable: Tunable) -> Any:
+        return draw(tunable, random)
+
+    return choose
+
+
+def draw(tunable: Tunable, random: np.random.Generator) -> Any:
+    """Draw one value.
+
+    Returns the value; numbers that are not whole have four digits, which is enough for a setting and can be typed.
+    """
+    if isinstance(tunable, Choice):
+        return tunable.values[int(random.integers(len(tunable.values)))]
+    if tunable.integer:
+        return _draw_integer(tunable, random)
+    if tunable.log:
+        value = math.exp(random.uniform(math.log(tunable.low), math.log(tunable.high)))
+    else:
+        value = random.uniform(tunable.low, tunable.high)
+    return four_digits(value, tunable)
+
+
+def four_digits(value: float, tunable: Range) -> float:
+    """Round to four digits without leaving the range."""
+    return min(tunable.high, max(tunable.low, float(f"{value:.4g}")))
+
+
+def _draw_integer(tunable: Range, random: np.random.Generator) -> int:
+    low, high = math.ceil(tunable.low), math.floor(tunable.high)
+    if tunable.log:
+        return min(high, max(low, round(math.exp(random.uniform(math.log(low), math.log(high))))))
+    return int(random.integers(low, high + 1))
+
 
 REGISTRIES: Mapping[Axis, Registry[Any]] = {
     Axis.OPTIMIZER: OPTIMIZERS,
@@ -61,10 +99,10 @@ class SearchSpace:
     free: Mapping[str, Tunable] = field(default_factory=dict)
 
     def draw(self, choose: Chooser, fixed: Mapping[Axis, str] | None = None) -> dict[str, Any]:
-        """Draw one configuration, asking for one decision after the other.
+        """Draw one configuration, one decision after the other.
 
         Args:
-            choose: decides; it is asked only what the decisions before have left open.
+            choose: decides; called only for decisions that the earlier ones have left open.
             fixed: records that are decided already.
         Returns:
             Overrides of TrainersSettings: the name on each axis, then the settings that it makes tunable.
@@ -99,11 +137,11 @@ class SearchSpace:
         return COMPOSED.name if value.startswith(PREFIX) else value
 
     def replay(self, settings: TrainersSettings, ask: Chooser) -> None:
-        """Ask the decisions of a draw with a chooser that knows the answers, for example to teach a searcher.
+        """Repeat the decisions behind given settings, for example to add a trial to a searcher's history.
 
         Args:
             settings: that were drawn or given; decisions that they do not stand for are not asked.
-            ask: told the name of each decision, and what was decided as a Choice of one value.
+            ask: called with the name of each decision, and the value that was decided as a Choice of one.
         """
         for axis, records in self.axes.items():
             by_name = {record.name: record for record in records}
@@ -113,6 +151,7 @@ class SearchSpace:
             ask(axis.value, Choice((name,)))
             for setting in by_name[name].tunable:
                 value = attrgetter(f"{axis}.{setting}")(settings)
+                # No rate means the optimizer's own, which is the number that the searcher has to learn from.
                 if value is None and setting == "learning_rate":
                     value = learning_rate_of(settings.optimizer)
                 ask(f"{name}.{setting}", Choice((value,)))

@@ -1,5 +1,5 @@
-"""Optuna's tree-structured Parzen estimator, asked anew each time: what it proposes is a function of
-the trials so far and a seed, so nothing of it has to be saved.
+"""Proposals of Optuna's tree-structured Parzen estimator. The study is rebuilt for each proposal, which makes a
+proposal a function of the trials so far and a seed; no state has to be saved.
 
 In: the space and the trials. Out: overrides of TrainersSettings.
 """
@@ -12,8 +12,7 @@ import numpy as np
 
 from records.registry import Choice, Tunable
 from trainers.settings import TrainersSettings
-from tuning.drawing import four_digits
-from tuning.space import SearchSpace, with_overrides
+from tuning.space import SearchSpace, four_digits, with_overrides
 from tuning.trials import TrialResult, TrialState
 
 
@@ -53,7 +52,7 @@ def suggest(
 
 
 def _frozen(space: SearchSpace, tunables: dict[str, Tunable], settings: TrainersSettings, trial: TrialResult) -> Any:
-    """Turn a trial into Optuna's record of it, with the decisions that lie in the space."""
+    """GenerationStep a trial into Optuna's record of it, with the decisions that lie in the space."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import TrialState as State
     from optuna.trial import create_trial
@@ -78,5 +77,6 @@ def _frozen(space: SearchSpace, tunables: dict[str, Tunable], settings: Trainers
     if trial.state is TrialState.FINISHED:
         return create_trial(params=params, distributions=distributions, value=trial.score)
     state = State.RUNNING if trial.state is TrialState.RUNNING else State.PRUNED
+    # A pruned trial counts by the best score up to each epoch, since that is what a finished one counts by.
     reached = dict(enumerate(np.maximum.accumulate(trial.scores).tolist(), start=1)) if trial.scores else {}
     return create_trial(params=params, distributions=distributions, intermediate_values=reached, state=state)

@@ -1,8 +1,9 @@
-"""One trial: the training loop on the trial's share of settings, images and resources.
+"""One trial: the training loop with the trial's overrides, budget and resources.
 
-A `TrialJob` is everything a trial needs, the same for all trials of a search. It travels to other
-processes without pixels; a trial maps what its node has decoded already. It holds rows of train and
-val and no others.
+A `TrialJob` is what all trials of a search share; it is sent to worker processes without pixels, and a trial maps
+those that its node has decoded already. It holds rows of train and val only. After the last epoch a trial reports
+`TrialFigures`: validation figures of its best epoch, with intervals resampled by group. That epoch was chosen on the
+same images, so the figures are optimistic by that much.
 """
 
 import os
@@ -24,10 +25,8 @@ from trainers.augmentation import Policy, load_policy
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.training_data import DataPlan, TrainingData
 from trainers.settings import TrainersSettings
-from tuning.budget import squeeze, trial_budget
-from tuning.figures import figures_of
 from tuning.space import with_overrides
-from tuning.trials import TrialPlan, Turn
+from tuning.trials import GenerationStep, TrialFigures, TrialPlan, shortened, trial_budget
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,15 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     """Train one configuration within the budget.
 
     Args:
-        plan: the configuration; in a population, up to where the member waits for its next turn.
+        plan: the configuration; in a population, up to where the member waits for its next step.
         job: what it is trained on.
-        report: told the fields of EpochReport after each epoch; it may end the trial by raising.
+        report: called with the fields of EpochReport after each epoch; it may end the trial by raising.
     """
-    # Here and not above: whoever only plans or reports a search needs no torch.
+    # Imported here: planning and reporting a search need no torch.
     from trainers.fitting.loop import train
     from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker
 
-    # Only ever up: who is not root may not take back what Ray or another trial of this process gave away.
+    # Only upwards: without root a process may not raise its priority again, and Ray reuses it for later trials.
     os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), job.niceness))
     settings = trial_settings(plan, job)
     folder = None if job.run_dir is None else _folder(plan, job.run_dir)
@@ -85,19 +84,20 @@ def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]],
     data = _open_images(job, images, settings.model.side_px)
 
     def on_epoch(epoch: EpochReport) -> None:
-        told = epoch.model_dump(mode="json")
+        reported = epoch.model_dump(mode="json")
         if folder is not None and epoch.epoch == settings.epochs:
             val_groups = images.group_ids[images.num_train :]
             figures = figures_of(folder / CHECKPOINT_FILE, settings, job.taxonomy, data, val_groups)
-            told["figures"] = figures.model_dump(mode="json")
-        report(told)
+            reported["figures"] = figures.model_dump(mode="json")
+        report(reported)
 
     if folder is not None:
-        if plan.turn is not None and job.run_dir is not None:
-            _take_over(plan, plan.turn, job, folder, job.run_dir)
+        if plan.generation_step is not None and job.run_dir is not None:
+            _take_over(plan, plan.generation_step, job, folder, job.run_dir)
         # The process may have died between a checkpoint and its report.
         for epoch in _kept_epochs(folder):
-            if plan.turn is None or epoch.epoch > plan.turn.epoch:
+            # Epochs up to the exploited checkpoint were reported in the generation before.
+            if plan.generation_step is None or epoch.epoch > plan.generation_step.epoch:
                 on_epoch(epoch)
     train(
         settings,
@@ -121,17 +121,17 @@ def parts_folder(run_dir: Path, until_epoch: int) -> Path:
 
 
 def trial_policy(plan: TrialPlan, job: TrialJob) -> Policy:
-    """Return the policy that a trial trains with: its phases squeezed as everything else is."""
+    """Return the policy that a trial trains with: its phases shortened as everything else is."""
     whole = with_overrides(job.base, plan.overrides)
     policy = job.policies.get(whole.augmentation) or load_policy(whole.augmentation)
-    return policy.squeezed(trial_budget(whole, job.trial_epochs) / whole.epochs)
+    return policy.shortened(trial_budget(whole, job.trial_epochs) / whole.epochs)
 
 
 def trial_settings(plan: TrialPlan, job: TrialJob) -> TrainersSettings:
-    """Return the settings that a trial trains with: overridden, squeezed, on the trial's resources."""
+    """Return the settings that a trial trains with: overridden, shortened, on the trial's resources."""
     whole = with_overrides(job.base, plan.overrides)
     machinery = {"workers.count": job.workers, "workers.threads": job.num_threads, "workers.use_gpu": job.use_gpu}
-    return with_overrides(squeeze(whole, job.trial_epochs), machinery)
+    return with_overrides(shortened(whole, job.trial_epochs), machinery)
 
 
 def _folder(plan: TrialPlan, run_dir: Path) -> Path:
@@ -140,7 +140,7 @@ def _folder(plan: TrialPlan, run_dir: Path) -> Path:
     return parts_folder(run_dir, plan.until_epoch) / f"{plan.number:04d}"
 
 
-def _take_over(plan: TrialPlan, turn: Turn, job: TrialJob, folder: Path, run_dir: Path) -> None:
+def _take_over(plan: TrialPlan, step: GenerationStep, job: TrialJob, folder: Path, run_dir: Path) -> None:
     """Begin a part of a training with the parent's checkpoint, unless it is begun already.
 
     Where that checkpoint is gone or damaged the training starts over: its settings say what the epochs before
@@ -149,8 +149,9 @@ def _take_over(plan: TrialPlan, turn: Turn, job: TrialJob, folder: Path, run_dir
     from trainers.fitting.checkpoints import Recipe, handed_on, load_checkpoint, save_checkpoint
     from trainers.fitting.workers import CHECKPOINT_FILE
 
-    source = parts_folder(run_dir, turn.epoch) / f"{turn.parent:04d}" / CHECKPOINT_FILE
+    source = parts_folder(run_dir, step.epoch) / f"{step.parent:04d}" / CHECKPOINT_FILE
     target = folder / CHECKPOINT_FILE
+    # An existing target is a member that was restarted within its generation and resumes its own checkpoint.
     if target.is_file() or not source.is_file():
         return
 
@@ -161,7 +162,7 @@ def _take_over(plan: TrialPlan, turn: Turn, job: TrialJob, folder: Path, run_dir
     with suppress(IntegrityError):
         found = load_checkpoint(source)
         folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(handed_on(found, turn.epoch, recipe(turn.parent_overrides), recipe(plan.overrides)), target)
+        save_checkpoint(handed_on(found, step.epoch, recipe(step.parent_overrides), recipe(plan.overrides)), target)
 
 
 def _kept_epochs(folder: Path) -> list[EpochReport]:
@@ -210,3 +211,43 @@ def _open_images(job: TrialJob, images: DataPlan, side_px: int) -> TrainingData:
         train_index=rows[: images.num_train],
         val_index=rows[images.num_train :],
     )
+
+
+BATCH = 256
+
+
+def figures_of(
+    checkpoint: Path, settings: TrainersSettings, taxonomy: Taxonomy, data: TrainingData, val_groups: list[str]
+) -> TrialFigures:
+    """Score the best epoch of a checkpoint.
+
+    Args:
+        checkpoint: of the run.
+        settings: of the run.
+        taxonomy: gives class order.
+        data: whose val rows are read.
+        val_groups: [m] the group of each val row.
+    Returns:
+        The figures, by the most probable class, before calibration.
+    """
+    from trainers.evaluation.evaluate import whole_figures
+    from trainers.fitting.checkpoints import load_checkpoint
+    from trainers.fitting.loop import trained_model
+    from trainers.fitting.workers import compute_threads
+    from vision.inference.loaded import reference_logits
+    from vision.metrics.bootstrap import group_strata, resample_weights, resampled_confusions
+    from vision.metrics.metrics import confusion_matrix
+
+    trained = trained_model(load_checkpoint(checkpoint), settings, taxonomy)
+    rows, num_classes = data.val_index, len(taxonomy.codes)
+    with compute_threads(trained.num_threads):
+        logits = [
+            reference_logits(trained.network, data.pixels.take(rows[start : start + BATCH]), trained.geometry)
+            for start in range(0, len(rows), BATCH)
+        ]
+    labels, predicted = data.labels[rows], np.concatenate(logits).argmax(axis=1)
+    _, groups = np.unique(np.array(val_groups, dtype=str), return_inverse=True)
+    weights = resample_weights(group_strata(labels, groups, num_classes), seed=0)
+    confusions = resampled_confusions(labels, predicted, groups, weights, num_classes)
+    figures = whole_figures(confusion_matrix(labels, predicted, num_classes), confusions, weights.shape[1])
+    return TrialFigures(epoch=trained.best_epoch, groups=weights.shape[1], **figures)

@@ -1,8 +1,11 @@
-"""What a search records and returns: plans, results, events.
+"""What a search records and returns: plans, results, events; and the budget of a trial.
 
-A `TrialPlan` is what shall be tried, a `TrialResult` what came of it, a `SearchEvent` what a person
-who watches is told, and a `SearchResult` what the search ends with. Scores are validation balanced
-accuracies in [0, 1], larger is better.
+A `TrialPlan` is a configuration to try, a `TrialResult` what came of it, a `SearchEvent` what a live display gets, and
+a `SearchResult` what the search returns. Scores are validation balanced accuracies in [0, 1], larger is better.
+
+Every trial trains for the same number of epochs, and every duration of its learning-rate schedule is shortened by the
+same factor: a schedule that cuts the rate at half time does so in the trial as well, so trials that meet at a rung are
+at the same point of their schedules. The winner is trained with its own, unshortened durations.
 """
 
 from enum import StrEnum
@@ -10,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainers.augmentation.policy import scaled_start
 from trainers.settings import TrainersSettings
 
 
@@ -45,8 +49,8 @@ class _Shape(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Turn(_Shape):
-    """What a member of a population does between two parts of its training; kept before it takes effect, made once."""
+class GenerationStep(_Shape):
+    """What a member of a population continues with after a generation; decided once, journalled before it is used."""
 
     number: int = Field(ge=0, description="of the trial, a member of the population")
     epoch: int = Field(ge=1, description="epochs that every member has done")
@@ -69,8 +73,8 @@ class TrialPlan(_Shape):
     overrides: dict[str, Any] = Field(
         description="dotted names of fields of TrainersSettings, to values that differ from the given ones"
     )
-    until_epoch: int | None = Field(default=None, description="in a population: where it waits for its next turn")
-    turn: Turn | None = Field(default=None, description="in a population: its last turn")
+    until_epoch: int | None = Field(default=None, description="in a population: where it waits for its next generation")
+    generation_step: GenerationStep | None = Field(default=None, description="in a population: its last generation")
 
 
 class Decision(_Shape):
@@ -151,7 +155,7 @@ class SearchHeader(_Shape):
     scheduler: str = Field(default="asha", description="who ended trials early")
     startup_trials: int = Field(default=0, ge=0, description="balanced trials before the searcher proposed any")
     block_trials: int = Field(default=0, ge=0, description="balanced trials that were never cut off")
-    turn_epochs: int = Field(default=0, ge=0, description="epochs between two turns of a population; 0 if it is none")
+    generation_epochs: int = Field(default=0, ge=0, description="epochs of a generation of a population; 0 without one")
     confirm_seeds: int = Field(default=0, ge=0, description="fresh seeds that confirm the winner")
     axes: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="axis to what it may be")
     trials: int = Field(ge=1)
@@ -169,7 +173,7 @@ class EventKind(StrEnum):
     KEPT = "kept"
     STARTED = "started"
     EPOCH = "epoch"
-    TURNED = "turned"
+    EXPLOITED = "exploited"
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -220,3 +224,36 @@ class SearchResult(_Shape):
     verdict: Verdict | None = Field(default=None, description="empty if nothing was confirmed")
     settings: TrainersSettings = Field(description="the given settings with the winner's overrides")
     seconds: float = Field(ge=0)
+
+
+UNIT_SUFFIX = "_epochs"
+
+
+def trial_budget(settings: TrainersSettings, trial_epochs: int) -> int:
+    """Return the epochs of a trial: `trial_epochs`, but never more than the whole training has."""
+    return min(trial_epochs, settings.epochs)
+
+
+def shortened(settings: TrainersSettings, trial_epochs: int) -> TrainersSettings:
+    """Shorten a training to the budget of a trial.
+
+    Args:
+        settings: of the whole training.
+        trial_epochs: the budget, at least 1.
+    Returns:
+        The same settings with `epochs` set to the budget and every other duration in epochs shortened
+        by the same factor (whole ones to at least 1, zero stays zero). Early stopping is switched off:
+        in a search only successive halving ends a trial.
+    """
+    epochs = trial_budget(settings, trial_epochs)
+    factor = epochs / settings.epochs
+    changes: dict[str, object] = {"epochs": epochs, "early_stop_patience_epochs": None}
+    for name, value in settings.flat().items():
+        if name == "scheduler.learning_rate_factors":
+            changes[name] = tuple({scaled_start(start, factor): rate for start, rate in value}.items())
+        # Durations are recognized by their unit: a new setting in epochs is shortened without being listed here.
+        if not name.endswith(UNIT_SUFFIX) or name in changes or not value:
+            continue
+        # At least one epoch: rounding may make two schedules equal in a short trial, but must not switch one off.
+        changes[name] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+    return settings.with_values(changes)

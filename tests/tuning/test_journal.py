@@ -8,7 +8,7 @@ from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdE
 from trainers.settings import TrainersSettings
 from tuning.journal import FILE_NAME, open_journal, read_journal
 from tuning.log import SearchLog
-from tuning.trials import Decision, Origin, TrialPlan, Turn
+from tuning.trials import Decision, GenerationStep, Origin, TrialPlan
 
 
 def write(journal, trial, kind="ended"):
@@ -129,11 +129,13 @@ def test_a_folder_that_cannot_be_written(tmp_path, make_header):
         open_journal(tmp_path / "file" / "run", make_header())
 
 
-def test_turns_are_one_line_for_a_generation_and_change_their_trials(tmp_path, make_header, make_trial):
-    header = make_header(turn_epochs=1)
-    turns = [
-        Turn(number=0, epoch=1, score=0.5, parent=0, parent_overrides={}, overrides={}),
-        Turn(number=1, epoch=1, score=0.2, parent=0, parent_overrides={}, overrides={"optimizer.momentum": 0.8}),
+def test_a_generation_is_one_line_and_changes_its_trials(tmp_path, make_header, make_trial):
+    header = make_header(generation_epochs=1)
+    generations = [
+        GenerationStep(number=0, epoch=1, score=0.5, parent=0, parent_overrides={}, overrides={}),
+        GenerationStep(
+            number=1, epoch=1, score=0.2, parent=0, parent_overrides={}, overrides={"optimizer.momentum": 0.8}
+        ),
     ]
     with open_journal(tmp_path, header) as journal:
         log = SearchLog(header, journal)
@@ -142,12 +144,12 @@ def test_turns_are_one_line_for_a_generation_and_change_their_trials(tmp_path, m
             decision = Decision(number=number, epoch=1, score=score, rung=None, cutoff=None, goes_on=True)
             log.epoch(decision, seconds=1.0, key_class_sensitivity=None)
             log.waits(number)
-        log.turned(turns)
+        log.generation(generations)
 
     with open_journal(tmp_path, header) as journal:
-        assert journal.turns == turns
+        assert journal.generations == generations
         assert [(trial.state, trial.scores) for trial in journal.past.values()] == [("running", (0.5,))] * 2
         assert journal.past[1].overrides == {"optimizer.momentum": 0.8}
         assert journal.settled == {}
     lines = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
-    assert [line["kind"] for line in lines].count("turns") == 1
+    assert [line["kind"] for line in lines].count("generation") == 1

@@ -1,4 +1,4 @@
-"""Population-based training: turns by hand, a real search under a real Ray, its schedule trained again without one."""
+"""Population-based training: generations by hand, a search under Ray, its schedule trained again without one."""
 
 import json
 import shlex
@@ -11,16 +11,15 @@ from cluster.sources import load_settings
 from records.errors import ConfigError
 from records.registry import Range
 from trainers.augmentation import load_policy
-from trainers.augmentation.inline import parse_phases
+from trainers.augmentation.registry import parse_phases
 from trainers.fitting.loop import train
 from trainers.fitting.training_data import plan_data
 from tuning.journal import FILE_NAME, read_past
-from tuning.population import changed, make_turns
+from tuning.population import changed, make_generation
 from tuning.report import _command, report_on
-from tuning.search import search
+from tuning.search import search, searched_part
 from tuning.settings import Searcher, TuningSettings
 from tuning.space import with_overrides
-from tuning.subset import searched_part
 
 LINE = "ops:d4@1+rotate@0.4*0.5+cutout@0.3*0.9"
 
@@ -34,16 +33,16 @@ def test_the_worst_quarter_goes_on_as_the_best_quarter():
     scores = {0: 0.30, 1: 0.80, 2: 0.50, 3: 0.20, 4: 0.70, 5: 0.60, 6: 0.40, 7: 0.10}
     overrides = {number: {"mark": number} for number in scores}
 
-    turns = make_turns(2, scores, overrides, grow, seed=0)
+    generations = make_generation(2, scores, overrides, grow, seed=0)
 
-    assert [(turn.number, turn.score) for turn in turns] == sorted(scores.items())
-    parents = {turn.number: turn.parent for turn in turns if turn.exploits}
+    assert [(step.number, step.score) for step in generations] == sorted(scores.items())
+    parents = {step.number: step.parent for step in generations if step.exploits}
     assert sorted(parents) == [3, 7]
     assert set(parents.values()) <= {1, 4}
-    for turn in turns:
-        assert turn.parent_overrides == {"mark": turn.parent}
-        assert turn.overrides == {"mark": turn.parent} | ({"changed_at": 2} if turn.exploits else {})
-    assert turns == make_turns(2, scores, overrides, grow, seed=0)
+    for step in generations:
+        assert step.parent_overrides == {"mark": step.parent}
+        assert step.overrides == {"mark": step.parent} | ({"changed_at": 2} if step.exploits else {})
+    assert generations == make_generation(2, scores, overrides, grow, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +56,9 @@ def test_the_worst_quarter_goes_on_as_the_best_quarter():
     ],
 )
 def test_small_populations(scores, parents):
-    turns = make_turns(1, scores, {number: {} for number in scores}, grow, seed=0)
+    generations = make_generation(1, scores, {number: {} for number in scores}, grow, seed=0)
 
-    assert {turn.number: turn.parent for turn in turns} == parents
+    assert {step.number: step.parent for step in generations} == parents
 
 
 def test_a_change_holds_from_its_epoch_and_stays_within_the_ranges(trainers, numpy_random):
@@ -107,22 +106,22 @@ def numpy_random():
     ("changes", "message"),
     [
         ({"trials": 1}, "needs a population"),
-        ({"turn_epochs": 4}, "leaves no turn within trial_epochs 4"),
+        ({"generation_epochs": 4}, "leaves no generation within trial_epochs 4"),
         ({"workers_per_trial": 2}, "set workers_per_trial to 1"),
     ],
 )
 def test_what_is_no_population_is_refused(changes, message):
-    values = {"searcher": "pbt", "trials": 4, "trial_epochs": 4, "turn_epochs": 1}
+    values = {"searcher": "pbt", "trials": 4, "trial_epochs": 4, "generation_epochs": 1}
     with pytest.raises(ValidationError, match=message):
         TuningSettings.model_validate(values | changes)
 
 
 @pytest.fixture(scope="module")
 def population(tuning):
-    """Four members of four epochs, which turn after epochs 1, 2 and 3."""
+    """Four members of four epochs, which generation after epochs 1, 2 and 3."""
     changes = {
         "searcher": "pbt",
-        "turn_epochs": 1,
+        "generation_epochs": 1,
         "trial_epochs": 4,
         "search": ("augmentation",),
         "scheduler": "asha",
@@ -142,27 +141,27 @@ def evolved(ray_session, labelled, trainers, population, tmp_path_factory):
 @pytest.mark.slow
 def test_strengths_and_learning_rate_change_while_members_train(evolved):
     run_dir, result, _ = evolved
-    turns = read_past(run_dir).turns
+    generations = read_past(run_dir).generations
 
-    assert [(turn.epoch, turn.number) for turn in turns] == [(e, n) for e in (1, 2, 3) for n in range(4)]
+    assert [(step.epoch, step.number) for step in generations] == [(e, n) for e in (1, 2, 3) for n in range(4)]
     assert [trial.state for trial in result.trials] == ["finished"] * 4
     assert result.trials[0].overrides == {}
-    taken = [turn for turn in turns if turn.exploits]
+    taken = [step for step in generations if step.exploits]
     assert taken
-    assert all(turn.overrides["scheduler.learning_rate_factors"][-1][0] == turn.epoch + 1 for turn in taken)
-    phases = [parse_phases(turn.overrides["augmentation"]) for turn in taken if turn.parent]
+    assert all(step.overrides["scheduler.learning_rate_factors"][-1][0] == step.epoch + 1 for step in taken)
+    phases = [parse_phases(step.overrides["augmentation"]) for step in taken if step.parent]
     assert phases
     assert all(steps[-1] != steps[0] for steps in phases)
     assert not (run_dir / "population").exists()
     assert result.header.scheduler == "none"
-    assert report_on(run_dir).turns == tuple(taken)
+    assert report_on(run_dir).generations == tuple(taken)
 
 
 @pytest.mark.slow
 def test_what_a_population_found_can_be_trained_again_without_it(evolved, labelled, trainers, population):
     """The command of a member that went on with other members' weights trains to its very scores at one go."""
     (run_dir, result, _), (store, dataset) = evolved, labelled
-    number = next(turn.number for turn in reversed(read_past(run_dir).turns) if turn.exploits)
+    number = next(step.number for step in reversed(read_past(run_dir).generations) if step.exploits)
     member = result.trials[number]
     images = plan_data(searched_part(dataset, None, population.seed), store.taxonomy)
     words = shlex.split(_command(result.header, member))
@@ -182,27 +181,27 @@ def test_what_a_population_found_can_be_trained_again_without_it(evolved, labell
 
 
 @pytest.mark.slow
-def test_a_population_that_was_killed_goes_on_with_its_turns(evolved, labelled, trainers, population, tmp_path):
-    """Killed as the second generation began, without its checkpoints: the same turns and scores as before."""
+def test_a_population_that_was_killed_goes_on_with_its_generations(evolved, labelled, trainers, population, tmp_path):
+    """Killed as the second generation began, without its checkpoints: the same generations and scores as before."""
     (run_dir, result, _), (store, dataset) = evolved, labelled
     lines = (run_dir / FILE_NAME).read_text().splitlines(keepends=True)
-    turned = [at for at, line in enumerate(lines) if json.loads(line)["kind"] == "turns"]
-    (tmp_path / FILE_NAME).write_text("".join(lines[: turned[1] + 2]))
+    written = [at for at, line in enumerate(lines) if json.loads(line)["kind"] == "generation"]
+    (tmp_path / FILE_NAME).write_text("".join(lines[: written[1] + 2]))
 
     again = search(store, population, trainers, dataset, run_dir=tmp_path)
 
-    assert read_past(tmp_path).turns == read_past(run_dir).turns
+    assert read_past(tmp_path).generations == read_past(run_dir).generations
     assert [(t.overrides, t.scores) for t in again.trials] == [(t.overrides, t.scores) for t in result.trials]
     kinds = [json.loads(line)["kind"] for line in (tmp_path / FILE_NAME).read_text().splitlines()]
-    assert kinds.count("turns") == 3
+    assert kinds.count("generation") == 3
 
 
-def test_turns_that_never_come_are_refused(labelled, trainers, population, tmp_path):
+def test_generations_that_never_end_are_refused(labelled, trainers, population, tmp_path):
     store, dataset = labelled
     short = trainers.model_copy(update={"epochs": 2})
-    rare = population.model_copy(update={"turn_epochs": 2})
+    rare = population.model_copy(update={"generation_epochs": 2})
 
-    with pytest.raises(ConfigError, match=r"tuning\.turn_epochs is 2, but a trial has 2 epochs"):
+    with pytest.raises(ConfigError, match=r"tuning\.generation_epochs is 2, but a trial has 2 epochs"):
         search(store, rare, short, dataset, run_dir=tmp_path)
 
 

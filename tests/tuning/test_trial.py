@@ -9,9 +9,8 @@ from images.cache import PixelCache
 from records.errors import ConfigError
 from records.types import Split
 from trainers.fitting.training_data import plan_data
-from tuning.search import _job
+from tuning.search import _job, searched_part
 from tuning.settings import TuningSettings
-from tuning.subset import searched_part
 from tuning.trial import _open_images, run_trial, trial_settings
 
 POLICY = "name: mine\noperations:\n  - {operation: horizontal_flip}\n"

@@ -26,13 +26,7 @@ _EVERY_LONGER = 5
 
 
 class Painted:
-    """A painter behind the interface of an albumentations transform.
-
-    Args:
-        painter: what it does.
-        parameters: of the operation.
-        probability: share of the images that it changes.
-    """
+    """A painter behind the interface of an albumentations transform."""
 
     def __init__(self, painter: Painter, parameters: Parameters, probability: float) -> None:
         self._painter = painter
@@ -87,6 +81,7 @@ def paint_hair(image: UInt8Array, parameters: HairParameters, generator: np.rand
     for _ in range(int(generator.integers(*parameters.count, endpoint=True))):
         curve = _bent_line(generator)
         width = generator.uniform(*parameters.width)
+        # Maximum and not sum: where two hairs cross, the skin is hidden once.
         mask = _stroke(side_px, [curve], width) * np.float32(generator.uniform(*parameters.opacity))
         np.maximum(covered, mask, out=covered)
     return _blend(image, covered, _HAIR_BROWNS[generator.integers(len(_HAIR_BROWNS))])
@@ -112,6 +107,7 @@ def paint_ruler(image: UInt8Array, parameters: RulerParameters, generator: np.ra
         start = offset + tilt * (along - 0.5)
         marks.append(np.array([[along, start], [along - tilt * reach, start + reach]]))
     covered = _stroke(len(image), marks, 0.15 * spacing) * opacity
+    # Painted along the top edge and rotated, so that one code path serves all four edges.
     covered = np.ascontiguousarray(np.rot90(covered, int(generator.integers(4))))
     return _blend(image, covered, _RULER_INKS[generator.integers(len(_RULER_INKS))])
 
@@ -133,6 +129,7 @@ def _stroke(side_px: int, lines: list[FloatArray], width: float) -> Float32Array
     canvas = np.zeros((large_px, large_px), dtype=np.uint8)
     points = [np.round(line * large_px).astype(np.int32).reshape(-1, 1, 2) for line in lines]
     cv2.polylines(canvas, points, isClosed=False, color=255, thickness=max(1, round(width * large_px)))
+    # INTER_AREA averages the oversampled pixels: an anti-aliased line whose opacity is its coverage.
     reduced = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA)
     return reduced.astype(np.float32) / np.float32(255.0)
 

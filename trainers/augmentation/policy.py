@@ -88,14 +88,16 @@ class Policy(BaseModel):
         begun = [phase for phase in self.phases if phase.from_epoch <= epoch]
         return begun[-1].operations if begun else self.operations
 
-    def squeezed(self, factor: float) -> "Policy":
-        """Return the policy for a training that is shorter by a factor; phases that would coincide are one."""
+    def shortened(self, factor: float) -> "Policy":
+        """Return the policy for a training shortened by a factor; of phases that would coincide the last one stays."""
         phases = {scaled_start(phase.from_epoch, factor): phase.operations for phase in self.phases}
         kept = tuple(Phase(from_epoch=start, operations=operations) for start, operations in phases.items())
         return self.model_copy(update={"phases": kept})
 
     def content_hash(self) -> str:
         """Return the hash of what the policy does, defaults written out and the name left out; 64 hex characters."""
+        # Parts that are not used are left out, so that hashes of policies without them do not change when such a part
+        # is added to the format.
         left_out = {"name"} | {part for part in ("mixing", "phases") if not getattr(self, part)}
         return hash_of(self.model_dump(mode="json", exclude=left_out))
 
@@ -112,13 +114,7 @@ def scaled_start(from_epoch: int, factor: float) -> int:
 def parse_policy(document: Any, source: str) -> Policy:
     """Check a policy document.
 
-    Args:
-        document: plain values, as YAML gives them.
-        source: where it came from, for the message.
-    Returns:
-        The policy.
-    Raises:
-        ConfigError: a field is unknown or out of range; the message names field, value and a valid one.
+    Raises ConfigError: a field is unknown or out of range; the message names field, value and a valid one.
     """
     try:
         return Policy.model_validate(document)

@@ -18,12 +18,7 @@ from vision.seeding import Seeds
 
 
 class Augmenter:
-    """A policy, ready to run. Use one per thread.
-
-    Args:
-        policy: what to do.
-        canvas: side and mean colour of the images.
-    """
+    """A policy, ready to run. Use one per thread."""
 
     def __init__(self, policy: Policy, canvas: Canvas) -> None:
         self.policy = policy
@@ -72,12 +67,15 @@ class Augmenter:
         transforms = []
         for step in self._operations:
             transform = OPERATIONS[step.operation].build(step.checked_parameters(), step.probability, self._canvas)
+            # All transforms share one pair of generators, so reseeding the pair reseeds them all.
             transform.set_random_state(generator, self._python_random)
             transforms.append(transform)
         return transforms
 
     def _reseed(self, seed: int) -> None:
         self._python_random.seed(seed)
+        # Setting the state of PCG64 directly skips SeedSequence's hashing, which would cost more than most
+        # transforms. The increment has to be odd.
         self._bits.state = {
             "bit_generator": "PCG64",
             "state": {"state": seed, "inc": 1},

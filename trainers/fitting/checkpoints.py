@@ -1,4 +1,4 @@
-"""Everything a run needs to go on as if nothing had happened, in one file.
+"""Checkpoints: everything that a run needs to be resumed exactly, in one file.
 
 A checkpoint is taken between two optimizer steps. It holds weights, their running mean, the states of optimizer
 and schedule, and the position: epochs that are done and steps of the one under way. Order, augmentation and
@@ -94,11 +94,7 @@ _IDENTITY_WORDS = {
 def require_same_run(checkpoint: Checkpoint, identity: Identity) -> None:
     """Refuse to go on with another run's checkpoint.
 
-    Args:
-        checkpoint: what was found.
-        identity: of the run that wants to go on.
-    Raises:
-        RefusedError: they differ; says in what.
+    Raises RefusedError: they differ; says in what.
     """
     for part in fields(Identity):
         if getattr(checkpoint.identity, part.name) != getattr(identity, part.name):
@@ -119,7 +115,8 @@ class Recipe:
 def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe) -> Checkpoint:
     """Return a checkpoint as one of a run with other settings or policy, which goes on with it.
 
-    The caller answers for it that both are the same up to there, so that the taker alone would have come to the same.
+    The caller guarantees that both recipes are equal up to that epoch, so that the taker alone would have reached the
+    same state.
 
     Args:
         checkpoint: of the giver.
@@ -132,6 +129,7 @@ def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe)
         RefusedError: it is not the giver's, or elsewhere than after these epochs.
     """
     found = Recipe(checkpoint.identity.recipe_hash, checkpoint.identity.policy_hash)
+    # A checkpoint within an epoch is refused: the steps that are left would run with the taker's settings.
     if found != giver or checkpoint.epochs_done != epochs or checkpoint.step:
         raise RefusedError(
             f"a checkpoint after {checkpoint.position} cannot be handed on: it is not the giver's after epoch {epochs}"
@@ -142,18 +140,17 @@ def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe)
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint so that a kill leaves either the old one or the new one.
 
-    Args:
-        checkpoint: what to keep.
-        path: the file, in a folder that is there.
-    Raises:
-        UnavailableError: the disk is full or the folder is gone; the checkpoint before is untouched.
+    Raises UnavailableError: the disk is full or the folder is gone; the checkpoint before is untouched.
     """
     temporary = path.with_name(f".{path.name}.{new_id()}")
     try:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"folder {path.parent} is gone")
+        # Written beside the target and renamed: rename is atomic within a file system, so a kill leaves the old file
+        # or the new one, never half of one.
         torch.save(_plain(checkpoint), temporary)
         temporary.replace(path)
+    # torch reports a full disk as a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing is left to remove
             temporary.unlink(missing_ok=True)
@@ -167,14 +164,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
-    Args:
-        path: the file.
-    Returns:
-        The checkpoint, on the CPU.
-    Raises:
-        IntegrityError: the file is damaged.
+    Raises IntegrityError: the file is damaged.
     """
     try:
+        # weights_only: a checkpoint may come from shared storage, and unpickling arbitrary objects would execute
+        # them.
         document = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(**{**document, "identity": Identity(**document["identity"])})
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:

@@ -1,15 +1,16 @@
-"""The same loop on several processes or machines, under Ray Train. The only file that knows Ray Train.
+"""The training loop on several processes or machines, under Ray Train; no other file imports Ray Train.
 
-In: settings, a data plan, a store, a folder. Out: the same `TrainedModel`. Ray has to run already. Each
-worker maps the pixels on its own node, computes its share of every batch as the strategy says (gloo on
-CPUs, NCCL on GPUs) and keeps a checkpoint per epoch under `run_dir/ray`; the same folder goes on where it
-stopped. Reports reach the caller through a mailbox actor, live, and the caller's answer reaches the
-workers before their next epoch.
+In: settings, a data plan, a store, a folder. Out: the same `TrainedModel` as `train` returns. Ray has to run already.
+Each worker maps the pixels on its own node and computes its share of every batch as the strategy says (gloo on CPUs,
+NCCL on GPUs). Ray Train keeps a checkpoint per epoch under `run_dir/ray`, and the same folder resumes the run. Epoch
+reports reach the caller while training runs, see `trainers.fitting.channel`.
 """
 
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +26,12 @@ from records.errors import ConfigError, RelookError, UnavailableError, error_cla
 from records.settings import RecordsSettings, environment
 from records.store import Store, open_store
 from trainers.augmentation import Policy
+from trainers.fitting.channel import ReportThread, open_channel
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train, trained_model
-from trainers.fitting.mailbox import Postman, open_mailbox
-from trainers.fitting.process_group import ProcessGroup
-from trainers.fitting.scarcity import told_of_scarcity
 from trainers.fitting.training_data import DataPlan
-from trainers.fitting.workers import CHECKPOINT_FILE, threads_of
+from trainers.fitting.workers import CHECKPOINT_FILE, ProcessGroup, threads_of
 from trainers.optimization.strategies import StrategyRecipe, strategy_of
 from trainers.settings import TrainersSettings
 
@@ -74,18 +73,20 @@ def fit_distributed(
     use_gpu = _use_gpu(settings)
     settings = settings.with_values({"workers.threads": threads_of(settings.workers), "workers.use_gpu": use_gpu})
     _require_resources(settings, use_gpu)
-    mailbox = open_mailbox()
+    channel = open_channel()
     records, weights = store.portable_settings(), dict(initial_weights or {})
-    job = _Job(settings, plan, records, policy, weights, mailbox, run_dir.absolute())
+    job = _Job(settings, plan, records, policy, weights, channel, run_dir.absolute())
     trainer = _trainer(settings, job, run_dir, use_gpu)
     needed = _needed(settings, use_gpu)
-    with _controller_environment(), told_of_scarcity(needed, _resources), Postman(mailbox, on_epoch) as postman:
+    with _controller_environment(), warns_of_scarcity(needed, _resources), ReportThread(channel, on_epoch) as reports:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _reason(mailbox, error, run_dir) from error
-    postman.raise_if_failed()
-    fatal = ray.get(mailbox.fatal.remote())
+            raise _reason(channel, error, run_dir) from error
+    reports.raise_if_failed()
+    # The group ends normally after a fatal error of our own (see `_train_on_worker`), so success has to be checked
+    # here.
+    fatal = ray.get(channel.fatal.remote())
     if fatal is not None:
         name, message = fatal
         raise error_class(name)(message)
@@ -143,13 +144,13 @@ class RayWorkerGroup(ProcessGroup):
         self.local_rank: int = context.get_local_rank()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Hand the checkpoint of rank 0 to Ray Train; all workers meet here."""
+        """Report the checkpoint of rank 0 to Ray Train; a barrier for all workers."""
         metrics = checkpoint.reports[-1] if checkpoint.reports else {}
         if self.rank != 0:
             ray.train.report(metrics)
             return
         if self.kept_in is not None and not self.kept_in.is_dir():
-            # Ray Train would make it anew, on whatever disk is below a mount that is gone.
+            # Ray Train would create the folder again, on whatever disk lies below a mount that is gone.
             raise UnavailableError(
                 f"the checkpoint after {checkpoint.position} cannot be written: folder {self.kept_in} is gone; "
                 "bring its storage back and run it again with --resume"
@@ -169,29 +170,30 @@ class RayWorkerGroup(ProcessGroup):
 
 @dataclass(frozen=True)
 class _Job:
-    """What travels to every worker; images travel as ids."""
+    """What is sent to every worker; images are sent as ids and decoded or mapped on the worker's node."""
 
     settings: TrainersSettings
     plan: DataPlan
     records: RecordsSettings
     policy: Policy
     initial_weights: dict[str, NDArray[Any]] = field(repr=False)
-    mailbox: Any
+    channel: Any
     run_dir: Path
 
 
 def _train_on_worker(config: dict[str, Any]) -> None:
     job: _Job = ray.get(config["job"])
-    if ray.get(job.mailbox.fatal.remote()) is not None:
-        # Ray Train starts a failed group again; what failed for a reason of its own would fail the same way.
+    if ray.get(job.channel.fatal.remote()) is not None:
+        # Ray Train restarts a failed group. An error of our own (diverged, bad data) would only happen again.
         return
     group = RayWorkerGroup(strategy_of(job.settings.workers), job.run_dir / RUN_NAME)
     store = open_store(job.records)
 
     def tell(report: EpochReport) -> bool:
-        return bool(ray.get(job.mailbox.tell.remote(report.model_dump())))
+        return bool(ray.get(job.channel.report.remote(report.model_dump())))
 
     try:
+        # One process per node decodes while the others wait; afterwards they find everything in the node's cache.
         if group.local_rank != 0:
             dist.barrier()
         opened = job.plan.stream if job.settings.workers.data_source == "stream" else job.plan.open
@@ -208,7 +210,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
             initial_weights=job.initial_weights or None,
         )
     except RelookError as error:
-        ray.get(job.mailbox.fail.remote(type(error).__name__, str(error)))
+        ray.get(job.channel.fail.remote(type(error).__name__, str(error)))
         raise
     finally:
         store.close()
@@ -216,12 +218,12 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 
 @contextmanager
 def _controller_environment() -> Iterator[None]:
-    """Tell Ray Train's controller, which reads the environment of the caller, how to behave."""
+    """Set environment variables that Ray Train's controller inherits from the caller; what the user has set wins."""
     wanted = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S)}
     if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
-        # A process more that watches for nodes about to be taken away; this one takes everything with it.
+        # It would be one more process; on a single node there is nowhere to go when that node is preempted.
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # A worker that has reported a checkpoint waits until the controller looks, which it does every two seconds.
+        # A worker that reported a checkpoint waits for the controller's next poll, two seconds by default.
         wanted["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(LOCAL_LOOK_S)
     with environment({name: value for name, value in wanted.items() if name not in os.environ}):
         yield
@@ -284,8 +286,8 @@ def _thread_variables(settings: TrainersSettings) -> dict[str, str]:
     }
 
 
-def _reason(mailbox: Any, error: Exception, run_dir: Path) -> RelookError:
-    fatal = ray.get(mailbox.fatal.remote())
+def _reason(channel: Any, error: Exception, run_dir: Path) -> RelookError:
+    fatal = ray.get(channel.fatal.remote())
     if fatal is not None:
         name, message = fatal
         return error_class(name)(message)
@@ -294,3 +296,51 @@ def _reason(mailbox: Any, error: Exception, run_dir: Path) -> RelookError:
         f"training was lost ({first_line.strip()[:200]}); the last checkpoint is in {run_dir}, "
         "run it again with --resume"
     )
+
+
+LOOK_EVERY_S = 20.0
+Resources = Mapping[str, float]
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def warns_of_scarcity(
+    needed: Resources, available: Callable[[], Resources], *, every_s: float = LOOK_EVERY_S
+) -> Iterator[None]:
+    """Log a warning when the cluster becomes too small for the fit, and another when it is large enough again.
+
+    Ray Train waits for a lost node in silence; without this a fit would seem to hang.
+
+    Args:
+        needed: CPUs and GPUs of all workers together, by Ray's names.
+        available: asks the cluster what it has, taken or not.
+        every_s: time between two looks, seconds.
+    Yields:
+        Nothing.
+    """
+    over = threading.Event()
+
+    def look() -> None:
+        waits = False
+        while not over.wait(every_s):
+            has = available()
+            missing = [f"{need:g} {name}s and Ray has {has.get(name, 0):g}" for name, need in needed.items()
+                       if has.get(name, 0) < need]  # fmt: skip
+            if missing and not waits:
+                logger.warning(
+                    "the fit waits: it needs %s, so a node was lost; it goes on from its checkpoint once another is "
+                    "there, or stop it and run it again with --resume and fewer workers", ", ".join(missing),
+                )  # fmt: skip
+            elif waits and not missing:
+                logger.warning("the fit goes on: Ray has what it needs again")
+            waits = bool(missing)
+
+    # A daemon: a Ray call that hangs must not keep the process from exiting.
+    watcher = threading.Thread(target=look, name="scarcity", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(timeout=5.0)

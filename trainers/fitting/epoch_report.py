@@ -32,12 +32,7 @@ OnEpoch = Callable[[EpochReport], bool | None]
 
 
 class EpochBar:
-    """An `OnEpoch` that shows a training as one task of a progress: a bar, or a line per epoch.
-
-    Args:
-        progress: where to show it.
-        epochs: the last epoch's number.
-    """
+    """An `OnEpoch` that shows a training as one task of a progress: a bar, or a line per epoch."""
 
     def __init__(self, progress: Progress, epochs: int) -> None:
         self._progress = progress

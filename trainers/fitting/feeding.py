@@ -1,8 +1,8 @@
-"""Keep the network fed: batches of augmented images, prepared in the background in a fixed order.
+"""Batches of augmented images, prepared in the background in a fixed order.
 
-One thread copies rows out of the pixel cache and augments them while the network computes. What a
-batch holds is a function of (seed, epoch, step) and the share of the rank, never of timing. A policy
-that changes with the epochs is turned where an epoch begins.
+One thread copies rows out of the pixel cache and augments them while the network computes. The content of a batch is
+a function of (seed, epoch, step) and the rank's share, never of timing. A policy with phases changes its operations
+where an epoch begins.
 """
 
 from collections import deque
@@ -135,7 +135,10 @@ class Feeder:
             epoch=epoch,
             batch_size=settings.batch_size,
         )
+        # A seed per shown image: from its id, the epoch and how often it was shown before, so an image gets the same
+        # augmentation whatever batch or worker it falls into.
         seeds = image_seeds(settings.seed, epoch, self._keys[order], occurrences(order))
+        # Skipped steps cost nothing: order and seeds are computed for the whole epoch, images only from here on.
         starts = range(first_step * settings.batch_size, len(order), settings.batch_size)
         shares = [
             self._share_of(order[s : s + settings.batch_size], seeds[s : s + settings.batch_size], epoch, step)
@@ -154,27 +157,35 @@ class Feeder:
         return _Share(rows, seeds, own, needed, mix)
 
     def _prefetched(self, shares: "list[_Share]") -> Iterator[Batch]:
+        # One thread, because the augmenter's generators are shared by its transforms and because batches have to come
+        # in order; OpenCV and numpy release the GIL, so it overlaps with the network.
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder")
         waiting: deque[Future[Batch]] = deque()
         pieces = self._stream([share.rows[share.needed] for share in shares])
         try:
             for share in shares:
                 waiting.append(executor.submit(self._prepare, share, pieces))
+                # Bounds the memory of batches that are ready and not yet used.
                 if len(waiting) > self._settings.workers.prefetch_batches:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            # Also when the consumer stops in mid-epoch: a batch still being prepared would race with the next epoch's
+            # use of the augmenter.
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, share: "_Share", pieces: Iterator[UInt8Array]) -> Batch:
         own_rows = share.rows[share.own]
         own_labels = self._labels[own_rows]
+        # Shares differ by an image where workers do not divide the batch; DDP averages over workers, so a share's
+        # mean loss is weighted by its size to give the mean over the batch.
         weight = len(own_rows) * self._world_size / self._settings.batch_size
         pixels = self._augmenter.apply(next(pieces), share.seeds[share.needed])
         if share.mix is None:
             return Batch(pixels, own_labels, own_rows, weight=weight)
         partners = share.mix.partner[share.own]
+        # `needed` is sorted, so searchsorted finds where each image lies among the augmented ones.
         own_at, partners_at = (np.searchsorted(share.needed, places) for places in (share.own, partners))
         mixed = share.mix.apply(pixels[own_at], pixels[partners_at])
         return Batch(mixed, own_labels, own_rows, self._labels[share.rows[partners]], share.mix.share, weight)

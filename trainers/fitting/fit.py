@@ -35,7 +35,7 @@ from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.starting import StartingWeights, starting_weights
-from trainers.fitting.suitability import Answers, answer_rows, faithfulness_of, sample_of_train, suitability_of
+from trainers.fitting.suitability import Outputs, faithfulness_of, outputs_of, sample_of_train, suitability_of
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.settings import TrainersSettings
@@ -52,18 +52,18 @@ FITTED_ON = (Split.VAL, Split.CALIBRATION)
 
 @dataclass(frozen=True)
 class SplitLogits:
-    """What the trained network answers for one split, in order of image id."""
+    """Logits and features of one split, in order of image id."""
 
     image_ids: list[str]
     group_ids: list[str]
     lesion_ids: list[str | None]
     labels: IntArray
-    answers: Answers
+    outputs: Outputs
 
     @property
     def logits(self) -> Float32Array:
         """[N, C]"""
-        return self.answers.logits
+        return self.outputs.logits
 
 
 def fit(
@@ -81,7 +81,7 @@ def fit(
 
     Args:
         store: with the images; the bundle goes under its home.
-        settings: of the trainers.
+        settings: the recipe, and how this machine executes it.
         dataset: the version.
         run_dir: for checkpoint and `metrics.jsonl`; if it holds this run, unfinished, the run goes on.
         use_ray: train under Ray Train, which has to run already; needed for more than one worker.
@@ -115,17 +115,13 @@ def fit(
         )
     else:
         trained = _fit_alone(settings, plan, store, run_dir, policy, log, initial_weights)
+    # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
     return _write(store, settings, dataset, plan, policy, trained, start_from, start)
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl`, a line per epoch, and passes every report on.
-
-    Args:
-        path: the file.
-        on_epoch: told after the line is written.
-    """
+    """Writes `metrics.jsonl`, a line per epoch, and passes every report on."""
 
     def __init__(self, path: Path, on_epoch: OnEpoch | None) -> None:
         self._path = path
@@ -137,7 +133,7 @@ class MetricsLog:
         return bool(self._on_epoch(report)) if self._on_epoch is not None else False
 
     def complete(self, reports: list[EpochReport]) -> None:
-        """Write all lines anew: a run that was killed may have told an epoch twice, or not at all."""
+        """Rewrite the file with all lines."""
         self._put("w", reports)
 
     def _put(self, mode: str, reports: list[EpochReport]) -> None:
@@ -189,7 +185,7 @@ def _write(
     taxonomy = store.taxonomy
     architecture = Architecture(name=settings.model.name, options=settings.model.options)
     with compute_threads(trained.num_threads):
-        val, calibration_split = (_answer(store, dataset, split, trained) for split in FITTED_ON)
+        val, calibration_split = (_logits_of(store, dataset, split, trained) for split in FITTED_ON)
         calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
         golden_inputs = golden_images(trained.geometry)
         golden: dict[str, NDArray[Any]] = {
@@ -197,7 +193,7 @@ def _write(
             "logits": reference_logits(trained.network, golden_inputs, trained.geometry),
         }
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
-        suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.answers)
+        suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs)
     operating, scores = _operating_points(calibration_split, calibration, taxonomy)
     recipe = MODELS[settings.model.name]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
@@ -226,7 +222,9 @@ def _write(
     return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
 
 
-def _answer(store: Store, dataset: DatasetVersion, split: Split, trained: TrainedModel) -> SplitLogits:
+def _logits_of(store: Store, dataset: DatasetVersion, split: Split, trained: TrainedModel) -> SplitLogits:
+    # Guards the split contract in code: a bundle whose thresholds saw gate or test images could not be judged on
+    # them.
     if split not in FITTED_ON:
         raise ContractError(f"fitting must not read the {split.value} split")
     rows = dataset.split(split)
@@ -236,7 +234,7 @@ def _answer(store: Store, dataset: DatasetVersion, split: Split, trained: Traine
         group_ids=[str(group_id) for group_id in rows["group_id"]],
         lesion_ids=[image.lesion_id for image in find_images(store, image_ids)],
         labels=np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64),
-        answers=answer_rows(trained, store, image_ids),
+        outputs=outputs_of(trained, store, image_ids),
     )
 
 
@@ -245,13 +243,14 @@ def _operating_points(
 ) -> tuple[OperatingPoints, list[dict[str, Any]]]:
     """Fit the thresholds, and count how often scores were right, on one image per lesion."""
     probabilities = apply_calibration(split.logits.astype(np.float64), calibration)
+    # One image per lesion: several images of one lesion are not independent, and would narrow the intervals.
     lesions = gather_lesions(split.image_ids, split.lesion_ids, split.labels, probabilities)
     scores = score_bands(probabilities[lesions.first_image_index], lesions.labels)
     return fit_operating_points(lesions, probabilities, taxonomy), scores
 
 
 def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> dict[str, Any]:
-    """How the model came to be. Nothing here depends on the clock, so that equal runs give equal ids."""
+    """Facts about the training. None depends on the clock, so that equal runs give bundles with equal ids."""
     return {
         "epochs": len(trained.reports),
         "best_epoch": trained.best_epoch,
@@ -265,7 +264,7 @@ def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> di
 def _val_facts(
     val: SplitLogits, calibration: Calibration, operating: OperatingPoints, taxonomy: Taxonomy
 ) -> dict[str, Any]:
-    """Figures on the split that epoch, temperature and bias were chosen on; flattering by that much."""
+    """Figures on val. Epoch, temperature and bias were chosen on it, so they are optimistic."""
     predictions = SplitPredictions(
         model_id="",
         image_ids=val.image_ids,
@@ -306,7 +305,7 @@ def _require_splits(dataset: DatasetVersion) -> None:
 def _decode(
     store: Store, dataset: DatasetVersion, plan: DataPlan, settings: TrainersSettings, progress: Progress | None
 ) -> None:
-    """Decode all that fitting reads, in one pass; of train that is streamed, no more than a sample."""
+    """Decode everything that fitting reads in one pass; with streaming, only a sample of train."""
     train = [] if settings.workers.data_source == "stream" else plan.image_ids[: plan.num_train]
     splits = [str(image_id) for split in FITTED_ON for image_id in dataset.split(split)["image_id"]]
     PixelCache(store.home.cache, settings.model.side_px).ensure(

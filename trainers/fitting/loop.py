@@ -1,16 +1,18 @@
-"""The training loop, in small named steps, on plain torch.
+"""The training loop, on plain torch.
 
-In: settings, decoded images with labels, a taxonomy. Out: a `TrainedModel` with the weights of the
-epoch that validated best. The same loop runs alone and under Ray Train; it asks its `WorkerGroup`
-who it is. Everything random is a function of the seed, so a run that was killed and resumed ends
-with the same weights as one that was not (on equal hardware, threads and precision).
+In: settings, decoded images with labels, a taxonomy. Out: a `TrainedModel` with the weights of the epoch that
+validated best. `train` is the entry; `_Run.next_epoch` is one epoch: optimizer steps, validation, checkpoint. The same
+loop runs in one process and under Ray Train; rank, device and checkpoint storage come from its `WorkerGroup`.
 
-It reads the train and val rows it is given. It does not calibrate, evaluate or write bundles.
+Every random number is a function of the seed and the position (epoch, step), so a run that was killed and resumed ends
+with the same weights as an uninterrupted one, on equal hardware, threads and precision. The loop does not calibrate,
+evaluate or write bundles.
 """
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,22 +20,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from images.decode import DECODE_VERSION
 from records.bundles import Geometry
 from records.errors import DivergedError
 from records.ids import hash_of, sha256_hex
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, Policy, load_policy
 from trainers.augmentation.operations import Canvas
-from trainers.fitting.averaging import WeightAverage
 from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_same_run
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.feeding import Feeder
-from trainers.fitting.sharding import local, restore_optimizer, whole
+from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
-from trainers.fitting.statistics import evenly_spaced, pixel_statistics
 from trainers.fitting.steps import LossWatch, Stepper, validate
-from trainers.fitting.trained import TrainedModel, best_epoch_of, trained_model
-from trainers.fitting.training_data import TrainingData
+from trainers.fitting.training_data import TrainingData, evenly_spaced, pixel_statistics
 from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, mean_over, threads_of
 from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
@@ -49,6 +49,66 @@ STATISTICS_IMAGES = 256
 __all__ = ["EpochReport", "TrainedModel", "TrainingData", "best_epoch_of", "train", "trained_model"]
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a run returns.
+
+    Args:
+        network: in evaluation mode, on the CPU, with the weights of the best epoch.
+        geometry: how images become its input.
+        reports: of all epochs.
+        best_epoch: 1-based; the highest validation balanced accuracy, among equals the lowest loss.
+        num_threads: that each worker computed with.
+    """
+
+    network: nn.Module
+    geometry: Geometry
+    reports: list[EpochReport]
+    best_epoch: int
+    num_threads: int
+
+    @property
+    def best(self) -> EpochReport:
+        """The report of the best epoch."""
+        return self.reports[self.best_epoch - 1]
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """Return parameters and buffers by name, as arrays of their own."""
+        return {name: value.numpy().copy() for name, value in self.network.state_dict().items()}
+
+
+def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: Taxonomy) -> TrainedModel:
+    """Rebuild what a run ended with from its last checkpoint.
+
+    Args:
+        checkpoint: after at least one epoch.
+        settings: of the run.
+        taxonomy: of the run.
+    Returns:
+        The model after its best epoch.
+    """
+    # Building a network draws its initial weights; the caller's generator must not notice, since they are replaced at
+    # once.
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(settings.model.name, len(taxonomy.codes), **settings.model.options)
+    network.load_state_dict(checkpoint.best)
+    network.eval().requires_grad_(False)
+    reports = checkpoint.epoch_reports()
+    geometry = Geometry(
+        side_px=settings.model.side_px,
+        scaling=settings.model.scaling,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        decode_version=DECODE_VERSION,
+    )
+    return TrainedModel(network, geometry, reports, best_epoch_of(reports), threads_of(settings.workers))
+
+
+def best_epoch_of(reports: list[EpochReport]) -> int:
+    """Return the epoch that validated best, 1-based; among equal balanced accuracies the lowest loss."""
+    return max(reports, key=lambda report: (report.val_balanced_accuracy, -report.val_loss, -report.epoch)).epoch
+
+
 def train(
     settings: TrainersSettings,
     data: TrainingData,
@@ -60,17 +120,17 @@ def train(
     initial_weights: Mapping[str, NDArray[Any]] | None = None,
     pause_after: int | None = None,
 ) -> TrainedModel:
-    """Train a model, or go on with the run that the group holds a checkpoint of.
+    """Train a model, or resume the run whose checkpoint the group holds.
 
     Args:
-        settings: of the trainers.
+        settings: the recipe, and how this machine executes it.
         data: train and val images.
         taxonomy: gives class order and the key class.
-        on_epoch: told of every epoch on rank 0, after its checkpoint is kept; True stops the run.
+        on_epoch: called on rank 0 after every epoch, when its checkpoint is saved; True stops the run.
         workers: the group; default: this process alone, without checkpoints.
         policy: of augmentation; default: the one that the settings name.
         initial_weights: parameters and buffers to start from, by name; default: as `settings.model.weights` says.
-        pause_after: epochs after which the run is left as its checkpoint has it, to be gone on with; default: all.
+        pause_after: epochs after which to return early; the checkpoint resumes the run. Default: all epochs.
     Returns:
         The model after its best epoch.
     Raises:
@@ -91,13 +151,15 @@ def train(
         while not run.finished and (pause_after is None or run.epochs_done < pause_after):
             report = run.next_epoch()
             if on_epoch is not None:
+                # Only rank 0 calls `on_epoch`, and `any_of` shares the result: all workers have to leave the loop in
+                # the same epoch, or the next collective would never complete.
                 stop = bool(on_epoch(report)) if group.rank == 0 else False
                 run.stop_if(any_of(group, stop))
     return trained_model(run.checkpoint(), settings, taxonomy)
 
 
 class _Run:
-    """A run between its first epoch and its last."""
+    """The state of a run: everything that a checkpoint holds, and what is rebuilt from it."""
 
     def __init__(
         self,
@@ -118,6 +180,8 @@ class _Run:
             require_same_run(found, self._identity)
         self._reports = found.epoch_reports() if found else []
         self._stopped = found.finished if found else False
+        # A resumed run takes the statistics of its checkpoint; `require_same_run` has made sure that they are of the
+        # same images.
         mean, std = (found.mean, found.std) if found else pixel_statistics(data.pixels, data.train_index)
         self._geometry = Geometry(side_px=settings.model.side_px, scaling=settings.model.scaling, mean=mean, std=std)
         augmenter = Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean)))
@@ -133,9 +197,12 @@ class _Run:
             world_size=group.world_size,
         )
         measured = evenly_spaced(data.train_index, STATISTICS_IMAGES)
-        # Equal shares: where parameters are sharded, a forward pass is something that all workers do together.
+        # Equal shares: with sharded parameters (fsdp) a forward pass is a collective, so all workers have to run
+        # equally many; the remainder is left out.
         shared = len(measured) // group.world_size * group.world_size
         self._statistics_rows = measured[:shared][group.rank :: group.world_size]
+        # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
+        # is built after it, because its state has to refer to the sharded parameters.
         self._network = self._build_network(initial_weights, found)
         wrapped = group.wrap(self._network)
         self._optimizer = build_optimizer(self._network, settings.optimizer)
@@ -152,6 +219,7 @@ class _Run:
         )
         self._step, self._loss_sum = (found.step, found.loss_sum) if found else (0, 0.0)
         self._kept = found.position if found else None
+        # A checkpoint within the first epoch needs best weights, too: the initial ones.
         self._best = found.best if found else _copy_to_cpu(self._network)
         if found:
             self._restore(found)
@@ -190,11 +258,16 @@ class _Run:
         num_images = (self._feeder.steps_per_epoch - self._step) * self._settings.batch_size
         train_loss = self._train_epoch(len(self._reports))
         trained = time.perf_counter()
+        # With a running mean (EMA), its weights are measured, validated and kept as the best ones; the last step's
+        # own weights are back in place when the block ends, and training continues from them.
         with self._average.in_place() if self._average else nullcontext():
+            # Batch norm's statistics belong to the weights that are validated, so they are measured under those and
+            # averaged over the workers before the first validation batch.
             self._stepper.refresh_statistics(self._data.pixels, self._statistics_rows)
             self._group.average_buffers(self._network)
             scores = validate(self._stepper, self._data, self._taxonomy, self._group)
             validated = time.perf_counter()
+            # Before the report and the checkpoint: the schedule's state belongs to the epoch that has just ended.
             self._move_scheduler(scores.balanced_accuracy)
             report = EpochReport(
                 epoch=len(self._reports) + 1,
@@ -212,30 +285,37 @@ class _Run:
         return report
 
     def _train_epoch(self, epoch: int) -> float:
-        """Take the steps that are left of an epoch; return the mean loss of all its steps over all workers."""
+        """Run the remaining steps of an epoch; return the mean loss of all its steps over all workers."""
         settings, steps = self._settings, self._feeder.steps_per_epoch
+        # Only at the start of an epoch: a run resumed within it has the changed rate in its optimizer's state
+        # already, and would multiply it twice.
         if self._step == 0:
             change_rate(self._optimizer, self._scheduler, settings.scheduler, epoch + 1)
         watch = LossWatch(self._data.image_ids, self._step, self._loss_sum)
         for batch in self._feeder.epoch(epoch, self._step):
-            # Dropout is a function of (seed, epoch, step, rank): a checkpoint needs no state of a generator.
+            # Dropout draws from torch's global generator. Seeding it by position makes a checkpoint independent of
+            # the generator's state: a resumed epoch drops the same units.
             torch.manual_seed(derive_seed(settings.seed, epoch, self._step, self._group.rank, "torch"))
             watch.add(self._stepper.train_step(batch), batch)
             if self._average:
                 self._average.update(epoch * steps + self._step)
             self._step += 1
             every = settings.workers.checkpoint_every_steps
+            # The end of an epoch is saved by `next_epoch`, together with its validation figures.
             if every and self._step % every == 0 and self._step < steps:
+                # The sum so far is part of the checkpoint, so that the epoch's mean loss is that of all its steps
+                # even if another process finishes it.
                 self._loss_sum = mean_over(self._group, watch.total())
                 self._require_finite()
                 self._keep()
         loss = mean_over(self._group, watch.mean())
+        # From here on the position is the next epoch's first step; `_keep` writes it in that form.
         self._step, self._loss_sum = 0, 0.0
         return loss
 
     def _require_finite(self) -> None:
-        """Refuse to keep weights that the last step ruined; after an epoch, validation notices."""
-        if any_of(self._group, not all(bool(local(p).isfinite().all()) for p in self._network.parameters())):
+        """Raise before weights with NaN or infinity are saved; at the end of an epoch, validation detects them."""
+        if any_of(self._group, not all(bool(to_local(p).isfinite().all()) for p in self._network.parameters())):
             raise DivergedError(
                 f"weights are not finite after step {self._step} of the epoch; lower trainers.optimizer.learning_rate"
             )
@@ -246,6 +326,7 @@ class _Run:
         self._kept = checkpoint.position
 
     def _last_good(self) -> str:
+        # Named in the error, because after a diverged epoch this is the state that `--resume` starts from.
         if self._kept is None or self._group.kept_in is None:
             return "no checkpoint was kept before"
         return f"the last good checkpoint is after {self._kept}, in {self._group.kept_in}"
@@ -261,8 +342,8 @@ class _Run:
         return Checkpoint(
             identity=self._identity,
             reports=[report.model_dump() for report in self._reports],
-            network=whole(self._network.state_dict()),
-            optimizer=whole(self._optimizer.state_dict()),
+            network=full_tensor(self._network.state_dict()),
+            optimizer=full_tensor(self._optimizer.state_dict()),
             scheduler=self._scheduler.state_dict(),
             best=self._best,
             mean=self._geometry.mean,
@@ -276,6 +357,7 @@ class _Run:
     def _take_in(self, report: EpochReport) -> None:
         self._reports.append(report)
         best_epoch = best_epoch_of(self._reports)
+        # Inside the EMA block of `_next_epoch`: what is copied are the weights that were validated.
         if best_epoch == report.epoch:
             self._best = _copy_to_cpu(self._network)
         patience = self._settings.early_stop_patience_epochs
@@ -290,6 +372,8 @@ class _Run:
             self._scheduler.step(score)  # type: ignore[arg-type]
 
     def _build_network(self, initial_weights: Mapping[str, NDArray[Any]] | None, found: Checkpoint | None) -> nn.Module:
+        # Initial weights come from the seed alone. `starting_weights` uses the same derived seed, so that tensors a
+        # file does not provide are those of a run without the file.
         torch.manual_seed(derive_seed(self._settings.seed, "network"))
         chosen = self._settings.model
         network = build_model(chosen.name, len(self._taxonomy.codes), **chosen.options)
@@ -302,6 +386,8 @@ class _Run:
         return network.to(self._group.device).to(memory_format=torch.channels_last)
 
     def _restore(self, found: Checkpoint) -> None:
+        # Checkpoints hold whole tensors. Sharding them again here is what lets a run continue under another strategy
+        # or another number of workers.
         restore_optimizer(self._optimizer, found.optimizer)
         self._scheduler.load_state_dict(found.scheduler)
         if self._average and found.average is not None:
@@ -315,6 +401,7 @@ def _identity(
     policy: Policy,
     initial_weights: Mapping[str, NDArray[Any]] | None,
 ) -> Identity:
+    # By content, not by file name: the same weights from another path are the same start.
     start = {name: sha256_hex(np.ascontiguousarray(value).tobytes()) for name, value in (initial_weights or {}).items()}
     return Identity(
         recipe_hash=settings.recipe_hash(),
@@ -326,7 +413,7 @@ def _identity(
 
 
 def _copy_to_cpu(network: nn.Module) -> Weights:
-    return {name: whole(value).to("cpu", copy=True) for name, value in network.state_dict().items()}
+    return {name: full_tensor(value).to("cpu", copy=True) for name, value in network.state_dict().items()}
 
 
 def _to_bytes(mean: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -336,7 +423,7 @@ def _to_bytes(mean: tuple[float, float, float]) -> tuple[float, float, float]:
 
 @contextmanager
 def _own_random_state(group: WorkerGroup) -> Iterator[None]:
-    """Keep torch's global generator as the caller left it."""
+    """Restore torch's global generator after the run, so that a caller's own random numbers do not depend on it."""
     devices = [group.device] if group.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield

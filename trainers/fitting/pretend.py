@@ -1,6 +1,6 @@
-"""What a leaky split makes a model look like: the same small model, trained three times, judged twice.
+"""How much a leaky split flatters a model: the same small model, trained on three splits, scored twice each.
 
-The train split is cut into four fifths to train on and one fifth to boast with, in three ways:
+The train split is cut into four fifths to train on and one fifth to test on, in three ways:
 
 - `by_lesion`: no lesion on both splits; rare classes are drawn more often afterwards, among the training images.
 - `random_images`: images at random, so that most lesions of several images lie on both splits.
@@ -31,7 +31,7 @@ from trainers.settings import TrainersSettings
 from vision.inference.loaded import reference_logits
 from vision.metrics.metrics import balanced_accuracy, confusion_matrix
 
-BOASTING_SHARE = 0.2
+TEST_SHARE = 0.2
 _SCORING_BATCH = 64
 
 
@@ -51,7 +51,7 @@ class PretendedSplit(_Part):
 
     name: str
     train_images: int
-    test_images: int = Field(description="of the fifth that the model is boasted with")
+    test_images: int = Field(description="of the fifth that the model is tested on")
     leaked_test_share: float = Field(ge=0, le=1, description="share of them whose lesion is trained on")
     pretended: Scores = Field(description="on that fifth")
     honest: Scores = Field(description="on the val split")
@@ -72,7 +72,7 @@ class PretendReport(_Part):
 
 @dataclass(frozen=True)
 class Cut:
-    """Rows to train on and rows to boast with; a row may come more than once."""
+    """Rows to train on and rows to test on; a row may come more than once."""
 
     train: IntArray
     test: IntArray
@@ -146,7 +146,8 @@ def cut_by_group(groups: NDArray[np.str_], seed: int) -> Cut:
     names, member = np.unique(groups, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     sizes = np.bincount(member)[order]
-    taken = np.cumsum(sizes) <= max(BOASTING_SHARE * len(groups), sizes[0])
+    taken = np.cumsum(sizes) <= max(TEST_SHARE * len(groups), sizes[0])
+    # At least one group has to remain to train on.
     taken[-1] = False
     in_test = np.isin(member, order[taken])
     return Cut(np.flatnonzero(~in_test), np.flatnonzero(in_test))
@@ -162,7 +163,7 @@ def cut_at_random(num_images: int, seed: int) -> Cut:
         The cut.
     """
     order = np.random.default_rng(seed).permutation(num_images)
-    num_test = max(1, round(BOASTING_SHARE * num_images))
+    num_test = max(1, round(TEST_SHARE * num_images))
     return Cut(np.sort(order[num_test:]), np.sort(order[:num_test]))
 
 
@@ -184,6 +185,7 @@ def cut_oversampled(labels: IntArray, seed: int) -> Cut:
         rounds = -(-wanted // len(rows))
         drawn.append(np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:wanted])
     rows = np.concatenate(drawn)
+    # The mistake that is demonstrated: repeats of one image are cut apart, so copies lie on both splits.
     places = cut_at_random(len(rows), seed)
     return Cut(np.sort(rows[places.train]), np.sort(rows[places.test]))
 
@@ -209,9 +211,9 @@ def _scores(trained: TrainedModel, data: TrainingData, rows: IntArray) -> Scores
         for start in range(0, len(rows), _SCORING_BATCH)
     ]
     logits, labels = np.concatenate(parts), data.labels[rows]
-    answers = logits.argmax(axis=1)
-    confusion = confusion_matrix(labels, answers, logits.shape[1])
+    predicted = logits.argmax(axis=1)
+    confusion = confusion_matrix(labels, predicted, logits.shape[1])
     return Scores(
-        accuracy=round(float((answers == labels).mean()), 4),
+        accuracy=round(float((predicted == labels).mean()), 4),
         balanced_accuracy=round(float(balanced_accuracy(confusion)), 4),
     )

@@ -78,17 +78,21 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
 
     path = imagenet_file(settings.name) if settings.weights == IMAGENET else Path(settings.weights)
     content = _content_of(path)
+    # The whole file is hashed before anything in it is parsed.
     digest = sha256_hex(content)
     if settings.weights == IMAGENET:
         _check_name(path, digest)
     given = _tensors_of(path)
     with torch.random.fork_rng(devices=[]):
+        # As in the loop, so that tensors the file does not provide are those of a run without a file.
         torch.manual_seed(derive_seed(seed, "network"))
         network = build_model(settings.name, num_classes, **settings.options)
     own = network.state_dict()
     named = _named_as_own(given, own, MODELS[settings.name].imagenet_name)
     fitting = {name: value for name, value in named.items() if name in own and value.shape == own[name].shape}
     num_features = sum(name.startswith("features.") for name in own)
+    # Half of the feature tensors: heads differ by class count, and a file for another network matches a few names at
+    # most.
     if 2 * sum(name.startswith("features.") for name in fitting) < num_features:
         raise ConfigError(
             f"trainers.model.weights: {path} has {len(fitting)} of the {len(own)} tensors of {settings.name}; "
@@ -183,6 +187,7 @@ def _named_as_own(
     if rename is None or set(plain) == set(own):
         return plain
     translated = {rename(name): value for name, value in given.items()}
+    # The file may use published names or ours; whichever naming matches more tensors is the right one.
     return max(plain, translated, key=lambda named: len(named.keys() & own.keys()))
 
 

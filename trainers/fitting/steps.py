@@ -1,4 +1,8 @@
-"""The steps of an epoch: train on batches, watch the loss, score the validation images."""
+"""The steps of an epoch: one optimizer step, the check of its loss, batch norm's statistics, validation.
+
+A `Stepper` owns network, optimizer and loss; it knows nothing of epochs or checkpoints. `validate` shares the
+validation images over a `WorkerGroup` and gathers the logits.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,10 +20,10 @@ from records.bundles import Geometry
 from records.errors import DivergedError
 from records.taxonomy import Taxonomy
 from trainers.fitting.feeding import Batch, PixelSource
-from trainers.fitting.sharding import local
+from trainers.fitting.sharding import to_local
 from trainers.fitting.workers import WorkerGroup
 from trainers.optimization.optimizers import OptimizerSettings
-from trainers.optimization.strategies import gradients_kept_back
+from trainers.optimization.strategies import no_sync
 from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix
 from vision.precision import Precision, autocast
 from vision.preprocess import scale_pixels, to_tensor
@@ -34,12 +38,12 @@ NAMED_IMAGES = 8
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """How the network does on val.
+    """Figures on the validation images.
 
     Args:
         loss: mean cross-entropy.
         balanced_accuracy: over the classes that val has.
-        accuracy: share of right answers.
+        accuracy: share of correct predictions.
         key_class_sensitivity: None without a key class, or without its images.
     """
 
@@ -50,7 +54,7 @@ class ValidationScores:
 
 
 class Stepper:
-    """Everything one step touches.
+    """Runs steps on one device.
 
     Args:
         network: wrapped for the group, on the device.
@@ -86,17 +90,17 @@ class Stepper:
     def train_step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
 
-        Args:
-            batch: this worker's share.
-        Returns:
-            The loss, detached, on the device; its mean over the workers is the batch's.
+        Returns the loss, detached, on the device; its mean over the workers is the batch's.
         """
         self._network.train()
         self._optimizer.zero_grad(set_to_none=True)
         parts = batch.parts(self._settings.accumulate_steps)
+        # Summed on the device: reading a number from a GPU would wait for it.
         total = torch.zeros((), device=self._device)
         for number, (part, weight) in enumerate(parts, 1):
-            with gradients_kept_back(self._network, number < len(parts)):
+            # Gradients of the parts add up locally; they are averaged over the workers once, with the last part,
+            # instead of once per part.
+            with no_sync(self._network, number < len(parts)):
                 loss = self._batch_loss(part) * weight
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -107,7 +111,7 @@ class Stepper:
         return total
 
     def _shape_gradients(self) -> None:
-        """Shorten the gradient, then add L1's: like weight decay, it pulls beside the loss and is not clipped."""
+        """Clip the gradient, then add the one of L1: like weight decay it is no part of the loss and is not clipped."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self._settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
@@ -115,7 +119,8 @@ class Stepper:
             with torch.no_grad():
                 for parameter in parameters:
                     if parameter.ndim >= 2:
-                        local(parameter.grad).add_(local(parameter).sign(), alpha=self._settings.l1)
+                        # Element-wise, so each process can do its own shard without a collective.
+                        to_local(parameter.grad).add_(to_local(parameter).sign(), alpha=self._settings.l1)
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         logits = self._logits(batch.pixels)
@@ -123,6 +128,7 @@ class Stepper:
         if batch.partner_labels is None:
             return loss
         other = self._loss(logits, torch.from_numpy(batch.partner_labels).to(self._device))
+        # For every loss with hard labels this equals the loss against the mixed label.
         return batch.share * loss + (1.0 - batch.share) * other
 
     def refresh_statistics(self, pixels: PixelSource, rows: IntArray) -> None:
@@ -138,9 +144,11 @@ class Stepper:
         norms = [module for module in self._network.modules() if isinstance(module, _BatchNorm)]
         if not norms or len(rows) < 2:
             return
+        # Dropout stays off; only the norms below are set to training mode, so that they collect statistics.
         self._network.eval()
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
+            # With momentum None torch keeps a cumulative mean over all batches since the reset.
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over the batches below
             norm.train()
@@ -177,13 +185,7 @@ class Stepper:
 
 
 class LossWatch:
-    """Sums losses and notices the first that is not finite, one step late so that a GPU never waits.
-
-    Args:
-        image_ids: of the training data.
-        steps: of the epoch that were done before.
-        total: the sum of their losses.
-    """
+    """Sums losses and notices the first that is not finite, one step late so that a GPU never waits."""
 
     def __init__(self, image_ids: list[str], steps: int = 0, total: float = 0.0) -> None:
         self._image_ids = image_ids
@@ -194,11 +196,7 @@ class LossWatch:
     def add(self, loss: Tensor, batch: Batch) -> None:
         """Take in the loss of a step and look at the one before.
 
-        Args:
-            loss: a scalar.
-            batch: what it was computed on.
-        Raises:
-            DivergedError: the loss before is not finite.
+        Raises DivergedError: the loss before is not finite.
         """
         self._settle()
         self._pending = (loss, batch)
@@ -230,6 +228,7 @@ class LossWatch:
         loss, batch = self._pending
         self._pending = None
         self._steps += 1
+        # The loss of the step before: a GPU has computed it by now, so reading it does not stall the queue.
         value = float(loss)
         if not np.isfinite(value):
             named = [self._image_ids[row] for row in batch.rows[:NAMED_IMAGES]]
@@ -242,31 +241,26 @@ class LossWatch:
 
 
 def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: WorkerGroup) -> ValidationScores:
-    """Score the val images, each worker its share, and bring the answers together.
+    """Score the val images, each worker its share, and gather the logits.
 
-    Args:
-        stepper: with the network.
-        data: whose val rows are read.
-        taxonomy: names the key class.
-        group: shares the work.
-    Returns:
-        The scores, equal on every worker.
-    Raises:
-        DivergedError: a logit is not finite.
+    Returns the scores, equal on every worker.
+    Raises DivergedError: a logit is not finite.
     """
     rows, labels = data.val_index, data.labels[data.val_index]
     num_classes = len(taxonomy.codes)
-    # Filled up to equal shares: where parameters are sharded, a forward pass is something that all do together.
+    # Filled up to equal shares: with sharded parameters a forward pass is a collective, so all run equally many.
     filled = np.resize(rows, -(-len(rows) // group.world_size) * group.world_size)
     own = stepper.score(data.pixels, filled[group.rank :: group.world_size])
     gathered = np.empty((len(filled), num_classes), dtype=np.float32)
+    # Rank r scored rows r, r + W, r + 2 W ...; writing them back with the same stride restores the order, and what
+    # was filled up falls off the end.
     for rank, part in enumerate(group.gather(own)):
         gathered[rank :: group.world_size] = part.reshape(-1, num_classes)
     logits = gathered[: len(rows)]
     if not np.isfinite(logits).all():
         row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
         raise DivergedError(
-            f"the network's answer for val image {data.image_ids[rows[row]]} is not finite; "
+            f"the network's logits for val image {data.image_ids[rows[row]]} is not finite; "
             "lower trainers.optimizer.learning_rate"
         )
     confusion = confusion_matrix(labels, logits.argmax(axis=1), num_classes)

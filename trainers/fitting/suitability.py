@@ -1,4 +1,4 @@
-"""What fitting adds to a bundle beside the answers: which images suit the model, and how faithful its maps are.
+"""What fitting adds to a bundle beside weights and calibration: limits of suitable images, faithfulness of heat maps.
 
 It reads a sample of train, and val. Everything is computed the plain way (fp32, nothing folded).
 """
@@ -28,8 +28,8 @@ SCORING_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a network says of N images."""
+class Outputs:
+    """Outputs of a network for N images."""
 
     logits: Float32Array
     """[N, C]"""
@@ -39,11 +39,11 @@ class Answers:
     """[N, 2 K], see `early_statistics`"""
 
 
-def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> Answers:
-    """Answer for cached images.
+def outputs_of(trained: TrainedModel, store: Store, image_ids: list[str]) -> Outputs:
+    """Run the network on cached images, in batches.
 
     Args:
-        trained: whose network answers.
+        trained: the network and its geometry.
         store: with the pixel cache.
         image_ids: [N], N >= 1, decoded already.
     Returns:
@@ -52,19 +52,19 @@ def answer_rows(trained: TrainedModel, store: Store, image_ids: list[str]) -> An
     pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
     starts = range(0, len(pixels), SCORING_BATCH)
     parts = [
-        reference_answers(
+        reference_outputs(
             trained.network, pixels.take(np.arange(start, min(start + SCORING_BATCH, len(pixels)))), trained.geometry
         )
         for start in starts
     ]
-    return Answers(
+    return Outputs(
         logits=np.concatenate([part.logits for part in parts]),
         pooled=np.concatenate([part.pooled for part in parts]),
         early=np.concatenate([part.early for part in parts]),
     )
 
 
-def reference_answers(network: nn.Module, pixels: UInt8Array, geometry: Geometry) -> Answers:
+def reference_outputs(network: nn.Module, pixels: UInt8Array, geometry: Geometry) -> Outputs:
     """Compute logits and features the plain way: fp32, nothing folded.
 
     Args:
@@ -72,7 +72,7 @@ def reference_answers(network: nn.Module, pixels: UInt8Array, geometry: Geometry
         pixels: [N, S, S, 3].
         geometry: of the network.
     Returns:
-        The answers; the logits are those of `reference_logits`.
+        The outputs; the logits are those of `reference_logits`.
     """
     check_pixels(pixels, geometry.side_px)
     with torch.inference_mode():
@@ -80,11 +80,11 @@ def reference_answers(network: nn.Module, pixels: UInt8Array, geometry: Geometry
         features = network.get_submodule("features")(inputs)
         logits = network.get_submodule("head")(features)
         early = early_statistics(first_convolution(network), inputs)
-        return Answers(logits.numpy().astype(np.float32), pooled_features(features).numpy(), early.numpy())
+        return Outputs(logits.numpy().astype(np.float32), pooled_features(features).numpy(), early.numpy())
 
 
 def suitability_of(
-    store: Store, dataset: DatasetVersion, trained: TrainedModel, val_ids: list[str], val: Answers
+    store: Store, dataset: DatasetVersion, trained: TrainedModel, val_ids: list[str], val: Outputs
 ) -> tuple[SuitabilityLimits, dict[str, NDArray[Any]]]:
     """Fit which images suit a trained network.
 
@@ -93,14 +93,14 @@ def suitability_of(
         dataset: the version it was trained on.
         trained: the network.
         val_ids: [m] images of the val split.
-        val: what the network says of them.
+        val: outputs for them.
     Returns:
         Thresholds for the document, and arrays for the bundle.
     """
     train_ids = sample_of_train(store, dataset)
     cache = PixelCache(store.home.cache, trained.geometry.side_px)
     images = find_images(store, [*train_ids, *val_ids])
-    train = answer_rows(trained, store, train_ids)
+    train = outputs_of(trained, store, train_ids)
     return fit_suitability(
         Described(cache.rows(train_ids).take(np.arange(len(train_ids))), train.pooled, train.early),
         Described(cache.rows(val_ids).take(np.arange(len(val_ids))), val.pooled, val.early),
@@ -117,7 +117,7 @@ def faithfulness_of(
         store: with the pixel cache.
         trained: the network.
         architecture: what it is.
-        calibration: of its answers.
+        calibration: of its logits.
         val_ids: [m] images of the val split, decoded already.
     Returns:
         See `trainers.evaluation.faithfulness.faithfulness_facts`.
@@ -128,14 +128,7 @@ def faithfulness_of(
 
 
 def sample_of_train(store: Store, dataset: DatasetVersion) -> list[str]:
-    """Choose training images, at most `PER_CLASS` of a class, from as many groups as possible.
-
-    Args:
-        store: with the taxonomy.
-        dataset: the version.
-    Returns:
-        Their ids.
-    """
+    """Choose training images, at most `PER_CLASS` of a class, from as many groups as possible."""
     rows = dataset.split(Split.TRAIN)
     labels = np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64)
     _, group_index = np.unique(rows["group_id"].to_numpy(dtype=str), return_inverse=True)

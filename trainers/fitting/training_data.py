@@ -1,4 +1,4 @@
-"""What a run is given: which images it trains on, which it validates with, and their decoded pixels.
+"""The data of a run: which images it trains on, which it validates with, their decoded pixels and pixel statistics.
 
 A `DataPlan` names images and labels and travels to any node; `open` turns it there into
 `TrainingData`, decoding what that node has not decoded yet. A plan holds the train and val splits of a
@@ -54,6 +54,7 @@ def pixel_statistics(pixels: PixelSource, rows: IntArray) -> tuple[Rgb, Rgb]:
     """
     chosen = evenly_spaced(rows, MOST_IMAGES)
     values = np.arange(256) / 255.0
+    # Integer histograms instead of running float sums: exact, so the result does not depend on chunk size or order.
     histogram = np.zeros((3, 256), dtype=np.int64)
     for start in range(0, len(chosen), CHUNK):
         batch = pixels.take(chosen[start : start + CHUNK])
@@ -97,11 +98,8 @@ class TrainingData:
     def require_usable(self, num_classes: int) -> None:
         """Refuse data that a run cannot use.
 
-        Args:
-            num_classes: C.
-        Raises:
-            ContractError: lengths or class indices do not fit, or a row is on both splits.
-            DataError: one of the two splits is empty.
+        Raises ContractError: lengths or class indices do not fit, or a row is on both splits.
+        Raises DataError: one of the two splits is empty.
         """
         if not len(self.pixels) == len(self.image_ids) == len(self.labels):
             raise ContractError(
@@ -117,6 +115,7 @@ class TrainingData:
 
     def content_hash(self) -> str:
         """Return the hash of which images are trained on and validated with, and their labels; 64 hex characters."""
+        # Order is part of the identity: batches are drawn by row number.
         lines = [
             f"{split}:{self.image_ids[row]}:{self.labels[row]}"
             for split, index in (("train", self.train_index), ("val", self.val_index))
@@ -162,6 +161,7 @@ class DataPlan:
 
         n = self.num_train
         rows = DataFrame({"image_id": self.image_ids[:n], "group_id": self.group_ids[:n], "label": self.labels[:n]})
+        # Always seed 0, whatever the run's seed: trials with different seeds train on the same images.
         chosen = set(grouped_subset(rows, max_train_images, seed=0)["image_id"])
         kept = [row for row, image_id in enumerate(self.image_ids) if row >= n or image_id in chosen]
         return DataPlan(
@@ -193,14 +193,7 @@ class DataPlan:
     def open(self, store: "Store", side_px: int, progress: "Progress | None" = None) -> TrainingData:
         """Decode what this node has not decoded yet, and map the pixels.
 
-        Args:
-            store: with the images.
-            side_px: S.
-            progress: a bar is added to it.
-        Returns:
-            The data, ready to train on.
-        Raises:
-            DataError: an image cannot be read.
+        Raises DataError: an image cannot be read.
         """
         from images.cache import PixelCache
 
@@ -219,13 +212,7 @@ class DataPlan:
 def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy) -> DataPlan:
     """Read the train and val splits of a dataset version.
 
-    Args:
-        dataset: the version.
-        taxonomy: that its labels belong to.
-    Returns:
-        The plan.
-    Raises:
-        TaxonomyError: the version was made with another taxonomy.
+    Raises TaxonomyError: the version was made with another taxonomy.
     """
     taxonomy.require_same(dataset.taxonomy_hash, f"dataset version {dataset.id[:12]}")
     train, val = (dataset.split(split) for split in FITTING_SPLITS)

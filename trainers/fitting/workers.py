@@ -1,8 +1,8 @@
-"""Who computes: the loop's view of the processes that train together.
+"""Worker groups: the loop's view of the processes that train together.
 
-The loop asks its group for its rank, a device, a wrapped network, gathered arrays and a place for
-checkpoints, and knows nothing else of where it runs. `SingleWorker` is one process with a folder;
-`trainers.fitting.distributed` has the group that Ray Train starts.
+A group provides rank, device, wrapped network, gathered arrays and storage for checkpoints. `SingleWorker` is one
+process with a folder; `ProcessGroup` works over torch.distributed, whoever started the processes (torchrun, a test,
+or Ray Train through `trainers.fitting.distributed`).
 """
 
 import os
@@ -14,10 +14,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import distributed as dist
 from torch import nn
 
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from trainers.optimization.strategies import WorkersSettings
+from trainers.optimization.strategies import StrategyRecipe, WorkersSettings
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -67,7 +68,7 @@ class SingleWorker:
         self.device = choose_device(use_gpu)
         self.kept_in = run_dir
         if run_dir is not None:
-            # Here and never again: a folder that vanishes later is a disk that is gone, not one to make anew.
+            # Here and never again: a folder that vanishes later is an unmounted disk, and a new folder would hide that.
             run_dir.mkdir(parents=True, exist_ok=True)
 
     def wrap(self, network: nn.Module) -> nn.Module:
@@ -115,6 +116,7 @@ def threads_of(settings: WorkersSettings) -> int:
     """Return how many CPU threads one worker computes with."""
     if settings.threads is not None:
         return settings.threads
+    # The affinity mask and not the core count: taskset or a cpuset may leave only some of the cores.
     return max(1, len(os.sched_getaffinity(0)) // settings.count)
 
 
@@ -137,3 +139,68 @@ def mean_over(group: WorkerGroup, value: float) -> float:
 def any_of(group: WorkerGroup, flag: bool) -> bool:
     """Return on every worker whether one of them said yes."""
     return bool(np.concatenate(group.gather(np.array([flag]))).any())
+
+
+class ProcessGroup:
+    """A `WorkerGroup` over the default process group.
+
+    Args:
+        strategy: how the processes share the work.
+        rank: of this process.
+        world_size: number of processes.
+        device: where this process computes.
+        run_dir: where checkpoints go; None keeps none.
+    """
+
+    def __init__(
+        self,
+        strategy: StrategyRecipe,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        run_dir: Path | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.kept_in = run_dir
+        self._strategy = strategy
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Return the network with gradients averaged over the group; on GPUs batch norm is shared, too."""
+        return network if self.world_size == 1 else self._strategy.wrap(network, self.device)
+
+    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return every worker's array, in order of rank, on every worker."""
+        if self.world_size == 1:
+            return [array]
+        gathered: list[Any] = [None] * self.world_size
+        # Pickled objects: the arrays are small, and no worker has to know the others' shapes in advance.
+        dist.all_gather_object(gathered, array)
+        return gathered
+
+    def average_buffers(self, network: nn.Module) -> None:
+        """Replace running statistics by their mean over the group."""
+        buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if self.world_size == 1 or not buffers:
+            return
+        # One collective for all buffers instead of one per layer.
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        means = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Let rank 0 write the checkpoint; all workers meet here."""
+        if self.kept_in is not None and self.rank == 0:
+            save_checkpoint(checkpoint, self.kept_in / CHECKPOINT_FILE)
+        if self.world_size > 1:
+            # No worker continues before the file is complete: after a crash all resume from the same checkpoint.
+            dist.barrier()
+
+    def load(self) -> Checkpoint | None:
+        """Return the checkpoint of the folder, if there is one."""
+        path = self.kept_in / CHECKPOINT_FILE if self.kept_in is not None else None
+        return load_checkpoint(path) if path is not None and path.is_file() else None

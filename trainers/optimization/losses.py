@@ -51,11 +51,9 @@ class LossRecipe(Registered):
 def class_weights(context: LossContext) -> FloatArray:
     """Return weights under which every class counts the same, with mean 1 over the images shown.
 
-    Args:
-        context: how often each class is shown.
-    Returns:
-        [C]; 0 for a class that is never shown.
+    Returns [C]; 0 for a class that is never shown.
     """
+    # Classes that are never shown get weight 0 instead of infinity.
     inverse = np.divide(1.0, context.shown, out=np.zeros_like(context.shown), where=context.shown > 0)
     return _with_mean_one(inverse, context.shown)
 
@@ -63,12 +61,8 @@ def class_weights(context: LossContext) -> FloatArray:
 def cost_weights(context: LossContext) -> FloatArray:
     """Return weights in proportion to the miss costs, with mean 1 over the images shown.
 
-    Args:
-        context: costs, and how often each class is shown.
-    Returns:
-        [C].
-    Raises:
-        ConfigError: every class that is shown costs nothing.
+    Returns [C].
+    Raises ConfigError: every class that is shown costs nothing.
     """
     if not (context.miss_costs * context.shown).sum() > 0:
         raise ConfigError(
@@ -100,6 +94,8 @@ def _weighted(settings: "LossSettings", weights: FloatArray) -> "LossFunction":
     import torch
     from torch.nn.functional import cross_entropy
 
+    # Not CrossEntropyLoss(weight=): its mean divides by the batch's weights, and two half batches would not add up to
+    # the whole one.
     table = torch.tensor(weights, dtype=torch.float32)
 
     def loss(logits: "Tensor", labels: "Tensor") -> "Tensor":
@@ -114,6 +110,7 @@ def _focal(settings: "LossSettings", context: LossContext) -> "LossFunction":
     from torch.nn.functional import cross_entropy
 
     def loss(logits: "Tensor", labels: "Tensor") -> "Tensor":
+        # The focal weight needs the true probability, so it is computed without label smoothing; the loss has it.
         surprise = cross_entropy(logits, labels, reduction="none")
         each = cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="none")
         # 1 - p without the cancellation near p = 1; the floor keeps the derivative finite there.

@@ -163,6 +163,7 @@ def build_optimizer(network: "nn.Module", settings: OptimizerSettings) -> "Optim
     """Build the chosen optimizer over the trainable parameters, in two groups: decayed weights, and the rest."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
+        # Two groups, because torch sets weight decay per group; one-dimensional parameters are biases and norms.
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]

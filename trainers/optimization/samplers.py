@@ -59,6 +59,7 @@ def epoch_order(sampler: str, labels: IntArray, *, seed: int, epoch: int, batch_
     share = SAMPLERS[sampler].share
     order = rng.permutation(len(labels)) if share is None else _draw(labels, share, rng)
     num_batches = -(-len(labels) // batch_size)
+    # Full batches only: batch norm and workers' shares need equal sizes.
     return np.resize(order, num_batches * batch_size).astype(np.int64)
 
 
@@ -90,6 +91,8 @@ def _draw(labels: IntArray, share: Callable[[FloatArray], FloatArray], rng: np.r
     parts = []
     for class_index, quota in zip(classes, quotas, strict=True):
         members = np.flatnonzero(labels == class_index)
+        # Whole passes first, each in its own order: with independent draws some images of a class would be missed by
+        # chance.
         passes = -(-int(quota) // len(members))
         parts.append(np.concatenate([rng.permutation(members) for _ in range(max(passes, 1))])[:quota])
     return rng.permutation(np.concatenate(parts))
@@ -99,5 +102,6 @@ def _round_to_sum(values: FloatArray, total: int) -> IntArray:
     """Round down, then give what is missing to the largest remainders."""
     rounded = np.floor(values).astype(np.int64)
     missing = total - int(rounded.sum())
+    # Largest remainders; a stable sort, so that ties go to the first class on every platform.
     rounded[np.argsort(-(values - rounded), kind="stable")[:missing]] += 1
     return rounded

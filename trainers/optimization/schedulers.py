@@ -1,7 +1,7 @@
 """Which learning-rate schedules exist: a registry of frozen records, and the settings that choose one.
 
-A schedule moves after every step, after every epoch, or after every epoch by the validation score;
-its record says which, and the loop does the rest.
+A schedule moves after every step, after every epoch, or after every epoch by the validation score; its record says
+which (`moves`), and the loop calls it accordingly.
 """
 
 import math
@@ -45,6 +45,7 @@ def _step(optimizer: "Optimizer", settings: "SchedulerSettings", epochs: int, st
 def _plateau(optimizer: "Optimizer", settings: "SchedulerSettings", epochs: int, steps_per_epoch: int) -> "LRScheduler":
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+    # Scores are balanced accuracies: the relative threshold of 1e-3 ignores gains below a tenth of a percent.
     return ReduceLROnPlateau(
         optimizer, mode="max", factor=settings.gamma, patience=settings.plateau_patience_epochs, threshold=1e-3
     )
@@ -74,6 +75,7 @@ def _onecycle(
     return OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
+        # One more than the steps taken: OneCycleLR steps once when it is built, and raises beyond its total.
         total_steps=epochs * steps_per_epoch + 1,
         cycle_momentum=bool(optimizer.defaults.get("momentum")),
     )
@@ -166,21 +168,14 @@ def rate_factor(settings: SchedulerSettings, epoch: int) -> float:
 
 
 def change_rate(optimizer: "Optimizer", scheduler: "LRScheduler", settings: SchedulerSettings, epoch: int) -> None:
-    """Multiply the learning rate where an epoch begins with another factor than the one before it had.
-
-    What the schedule computes from is multiplied as well, so that it goes on at the new height; all of it is part
-    of a checkpoint.
-
-    Args:
-        optimizer: whose learning rate it is.
-        scheduler: that sets it.
-        settings: of the trainers.
-        epoch: that begins; 1 is the first.
-    """
+    """Multiply the learning rate at the start of `epoch` (1 is the first) if its factor differs from the last one's."""
     change = rate_factor(settings, epoch) / rate_factor(settings, epoch - 1)
     if change == 1.0:
         return
     for group in optimizer.param_groups:
+        # What the schedules compute from is multiplied as well, so that they continue at the new height.
+        # `initial_lr`, `max_lr` and `min_lr` live in the optimizer's groups and `base_lrs` in the schedule;
+        # checkpoints hold both.
         for name in ("lr", "initial_lr", "max_lr", "min_lr"):
             if name in group:
                 group[name] *= change

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SMALLEST_UNIT = 100_000
-"""Parameters that a block needs to be gathered on its own in fsdp; smaller ones travel with the whole."""
+"""Parameters from which a block is its own FSDP unit; smaller blocks are gathered with the root, in one message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def _fsdp(network: "nn.Module", device: "torch.device") -> "nn.Module":
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # The loop writes into no logits; without this, every process says once that one must not.
+    # The loop never writes into logits in place; without this every process warns once that it must not.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # Only contiguous parameters can be sharded; activations stay in channels-last memory.
@@ -75,6 +75,7 @@ def _fsdp(network: "nn.Module", device: "torch.device") -> "nn.Module":
     for block in blocks:
         if sum(parameter.numel() for parameter in block.parameters()) >= SMALLEST_UNIT:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # The root last: it takes the parameters that no block has claimed.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
     return network
 
@@ -172,16 +173,17 @@ def strategy_of(settings: WorkersSettings) -> StrategyRecipe:
 
 
 @contextmanager
-def gradients_kept_back(network: "nn.Module", keep_back: bool) -> Iterator[None]:
-    """Let gradients add up on this process inside the block, without averaging them over the group.
+def no_sync(network: "nn.Module", enabled: bool) -> Iterator[None]:
+    """Accumulate gradients inside the block without averaging them, as `DistributedDataParallel.no_sync` does.
 
     Args:
         network: as `wrap` returned it.
-        keep_back: False averages as always.
+        enabled: False averages as always.
     """
-    no_sync = getattr(network, "no_sync", None)
+    ddp_no_sync = getattr(network, "no_sync", None)
+    # FSDP2 has a switch on the module, DDP a context manager, and a network that is not wrapped has neither.
     set_sync = getattr(network, "set_requires_gradient_sync", None)
     if set_sync is not None:
-        set_sync(not keep_back)
-    with no_sync() if keep_back and no_sync is not None else nullcontext():
+        set_sync(not enabled)
+    with ddp_no_sync() if enabled and ddp_no_sync is not None else nullcontext():
         yield

@@ -1,7 +1,7 @@
-"""Between Ray Tune and the search's log: what is recorded may raise, and Tune must not see it.
+"""Ray Tune's callbacks and scheduler for a search: they ask the judge and write to the search's log.
 
-Tune wraps an error of a callback into a text, or leaves trials running behind it. So an error of the
-journal or of a listener is kept here, asks Tune to end the search, and is raised when Tune is done.
+Tune turns an error of a callback into text, or leaves trials running. So an error of the journal or of a listener is
+stored in the `Recorder`, which makes Tune end the search, and raised when Tune is done.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,17 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.logger import TBXLoggerCallback
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from tuning.judge import Judge
 from tuning.log import SearchLog
-from tuning.trials import TrialPlan
+from tuning.trials import TrialFigures, TrialPlan
 
 SLOT = "plan"
 
 
 class Recorder:
-    """Passes happenings to the log until something ends the search.
-
-    Args:
-        log: of the search.
-    """
+    """Writes events to the log until an error ends the search."""
 
     def __init__(self, log: SearchLog) -> None:
         self.log = log
@@ -32,22 +30,18 @@ class Recorder:
         """Pickle as an empty shell: Tune saves its scheduler and callbacks, which nobody restores."""
         return {"error": None}
 
-    def record(self, happening: Callable[[SearchLog], None]) -> None:
+    def record(self, event: Callable[[SearchLog], None]) -> None:
         """Record something, unless the search is already ending."""
         if self.error is not None:
             return
         try:
-            happening(self.log)
+            event(self.log)
         except BaseException as error:  # noqa: BLE001  raised by run_trials when Tune has stopped its actors
             self.error = error
 
 
 class Watch(tune.Callback):
-    """Records starts, ends and deaths of trials.
-
-    Args:
-        recorder: of the search.
-    """
+    """Records starts, ends and deaths of trials."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -78,11 +72,7 @@ class Watch(tune.Callback):
 
 
 class EndOnError(tune.Stopper):
-    """Ends the whole search once the recorder holds an error.
-
-    Args:
-        recorder: of the search.
-    """
+    """Ends the whole search once the recorder holds an error."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -120,3 +110,45 @@ def sentence(error: BaseException) -> str:
     """Return the last line of an error's text, where Ray puts the cause, or the error's class name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:500] if lines else type(error).__name__
+
+
+SCORE = "val_balanced_accuracy"
+FAILURE = "error_kind"
+FIGURES = "figures/"
+
+
+class JudgedTrials(FIFOScheduler):
+    """Runs trials in order and ends those that the judge ends. Ray's own ASHA loses its rungs at a crash."""
+
+    def __init__(self, recorder: Recorder, judge: Judge) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+        self._judge = judge
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without judge: Tune saves its scheduler, which nobody restores."""
+        return {"_recorder": self._recorder, "_judge": None}
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Decide whether a trial goes on, after writing the decision down."""
+        number = number_of(trial)
+        self._recorder.record(lambda log: log.began(number, result["began_at"], result["process"]))
+        if FAILURE in result:
+            kind, message = result[FAILURE], result["error"]
+            self._recorder.record(lambda log: log.failed(number, kind=kind, message=message, lost=False))
+            return str(TrialScheduler.STOP)
+        # The decision is in the journal before Tune gets it: a kill in between leads to the same decision after
+        # resuming.
+        decision = self._judge.decide(number, result["epoch"], result[SCORE])
+        # Tune hands over nested values flat.
+        figures = {name.removeprefix(FIGURES): value for name, value in result.items() if name.startswith(FIGURES)}
+        self._recorder.record(
+            lambda log: log.epoch(
+                decision,
+                seconds=result["seconds"],
+                key_class_sensitivity=result.get("key_class_sensitivity"),
+                figures=TrialFigures.model_validate(figures) if figures else None,
+            )
+        )
+        over = not decision.goes_on or decision.epoch >= (plan_of(trial).until_epoch or self._judge.max_epochs)
+        return str(TrialScheduler.STOP if over else TrialScheduler.CONTINUE)

@@ -1,4 +1,4 @@
-"""Run trials on the Ray session of the caller, and tell the search's log what happens to them.
+"""Run trials with Ray Tune on the caller's Ray session and record events in the search's log.
 
 In: plans, made one at a time as there is room, a function that runs one, the judge, the log. Ray's
 tables and warnings are kept off the terminal.
@@ -28,8 +28,18 @@ from records.ids import new_id
 from records.settings import environment
 from tuning.judge import Judge
 from tuning.log import SearchLog
-from tuning.ray_search.recorder import SLOT, EndOnError, Recorder, TensorBoardLogs, Watch, number_of, sentence
-from tuning.ray_search.rungs import FAILURE, SCORE, JudgedTrials
+from tuning.ray_search.recorder import (
+    FAILURE,
+    SCORE,
+    SLOT,
+    EndOnError,
+    JudgedTrials,
+    Recorder,
+    TensorBoardLogs,
+    Watch,
+    number_of,
+    sentence,
+)
 from tuning.resources import trial_shape, trials_at_a_time
 from tuning.settings import TuningSettings
 from tuning.trials import TrialPlan
@@ -66,7 +76,7 @@ def run_trials(
         data: given to every call of the function; sent to each node once.
         judge: decides after each epoch.
         tuning: resources and concurrency.
-        log: told of every happening; what its listener raises ends the search and is raised here.
+        log: records every event; an error of its listener ends the search and is raised here.
         folder: Ray Tune keeps its own files in a new folder there (TensorBoard logs among them).
     Raises:
         ContractError: no Ray session is running.

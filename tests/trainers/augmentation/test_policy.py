@@ -120,10 +120,10 @@ def test_the_dissertations_policy_does_what_it_says() -> None:
     assert operations["color_jitter"] == {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.15}
 
 
-def test_phases_are_squeezed_as_the_training_is() -> None:
+def test_phases_are_shortened_as_the_training_is() -> None:
     policy = load_policy("ops:d4@1/5:d4@0.5/6:d4@0.4/11:d4@0.2")
 
-    squeezed = policy.squeezed(0.5)
+    shortened = policy.shortened(0.5)
 
-    assert [(phase.from_epoch, phase.operations[0].probability) for phase in squeezed.phases] == [(3, 0.4), (6, 0.2)]
-    assert policy.squeezed(1.0) == policy
+    assert [(phase.from_epoch, phase.operations[0].probability) for phase in shortened.phases] == [(3, 0.4), (6, 0.2)]
+    assert policy.shortened(1.0) == policy

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from records.taxonomy import DiagnosisClass, Taxonomy
 from trainers.fitting.checkpoints import Checkpoint
 from trainers.fitting.loop import TrainedModel, TrainingData, train
-from trainers.fitting.process_group import ProcessGroup
+from trainers.fitting.workers import ProcessGroup
 from trainers.optimization.strategies import strategy_of
 from trainers.settings import TrainersSettings
 

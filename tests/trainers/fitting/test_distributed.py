@@ -16,6 +16,7 @@ from records.datasets import build_version
 from records.errors import ConfigError, RefusedError, UnavailableError
 from records.store import Store
 from trainers.augmentation import load_policy
+from trainers.fitting.distributed import warns_of_scarcity
 from trainers.fitting.epoch_report import EpochReport
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.training_data import DataPlan, plan_data
@@ -23,6 +24,7 @@ from trainers.settings import ModelSettings, OptimizerSettings, TrainersSettings
 
 if TYPE_CHECKING:
     from cluster.session import RaySession
+
 
 # Ray warns about its own defaults while it imports itself.
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
@@ -158,3 +160,36 @@ def test_more_workers_than_ray_has_cpus(
     demanding = SETTINGS.with_values({"workers.use_gpu": True})
     with pytest.raises(ConfigError, match=r"need as many GPUs and Ray has 0; .* trainers.workers.use_gpu=false"):
         fit_distributed(demanding, plan, filled_store, tmp_path, policy=POLICY)
+
+
+def test_waiting_is_told_once_and_so_is_going_on(caplog: pytest.LogCaptureFixture) -> None:
+    answers = iter([{"CPU": 4.0}, {"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 3.0, "GPU": 1.0}])
+    asked = threading.Event()
+
+    def available() -> dict[str, float]:
+        found = next(answers, None)
+        if found is None:
+            asked.set()
+            return {"CPU": 3.0}
+        return found
+
+    with warns_of_scarcity({"CPU": 3}, available, every_s=0.01):
+        assert asked.wait(10)
+    waits, goes_on = (record.getMessage() for record in caplog.records)
+    assert "needs 3 CPUs and Ray has 2" in waits
+    assert "--resume" in waits
+    assert "goes on" in goes_on
+
+
+def test_a_missing_gpu_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    asked = threading.Event()
+
+    def available() -> dict[str, float]:
+        if len(caplog.records) > 0:
+            asked.set()
+        return {"CPU": 8.0}
+
+    with warns_of_scarcity({"CPU": 2, "GPU": 2}, available, every_s=0.01):
+        assert asked.wait(10)
+    (waits,) = (record.getMessage() for record in caplog.records)
+    assert "needs 2 GPUs and Ray has 0" in waits

@@ -12,7 +12,7 @@ from records.errors import ContractError, TaxonomyError
 from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import Split
-from trainers.fitting.training_data import plan_data
+from trainers.fitting.training_data import TrainingData, evenly_spaced, pixel_statistics, plan_data
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +60,30 @@ def test_a_plan_without_groups_cannot_be_limited(filled_store: Store, dataset: D
     plan = replace(plan_data(dataset, filled_store.taxonomy), group_ids=[])
     with pytest.raises(ContractError, match="a plan without groups cannot be limited"):
         plan.limited(10)
+
+
+def test_statistics_are_those_of_the_training_images(toy_data: TrainingData) -> None:
+    mean, std = pixel_statistics(toy_data.pixels, toy_data.train_index)
+    values = toy_data.pixels.take(toy_data.train_index).astype(np.float64) / 255.0
+    assert mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=1e-6)
+    assert std == pytest.approx(values.std(axis=(0, 1, 2)), abs=1e-6)
+
+
+def test_order_does_not_matter(toy_data: TrainingData) -> None:
+    assert pixel_statistics(toy_data.pixels, np.arange(9)) == pixel_statistics(toy_data.pixels, np.arange(9)[::-1])
+
+
+def test_one_colour_has_a_deviation_that_can_be_divided_by() -> None:
+    class Flat:
+        def __len__(self) -> int:
+            return 2
+
+        def take(self, indices: object) -> np.ndarray:
+            return np.full((2, 4, 4, 3), 51, dtype=np.uint8)
+
+    assert pixel_statistics(Flat(), np.arange(2)) == ((0.2, 0.2, 0.2), (0.001, 0.001, 0.001))
+
+
+def test_evenly_spaced_rows() -> None:
+    assert evenly_spaced(np.array([9, 1, 5]), 8).tolist() == [1, 5, 9]
+    assert evenly_spaced(np.arange(101), 3).tolist() == [0, 50, 100]

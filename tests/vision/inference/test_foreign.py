@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from images.decode import decode_square
-from trainers.fitting.suitability import reference_answers
+from trainers.fitting.suitability import reference_outputs
 from vision.calibration.suitability import Described, fit_suitability
 from vision.inference.loaded import load_model, plain_network
 from vision.inference.suitability import assess
@@ -30,7 +30,7 @@ def model(lesions, model_store, make_bundle):
     described = [
         Described(part, answers.pooled, answers.early)
         for part in (lesions[:NUM_TRAIN], lesions[NUM_TRAIN : NUM_TRAIN + NUM_VAL])
-        for answers in [reference_answers(plain_network(bare), part, bare.document.geometry)]
+        for answers in [reference_outputs(plain_network(bare), part, bare.document.geometry)]
     ]
     document, arrays = fit_suitability(*described, smallest_side_px=150)
     return load_model(make_bundle(model_store, "custom_cnn", seed=3, arrays=arrays, suitability=document))

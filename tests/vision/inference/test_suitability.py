@@ -11,7 +11,7 @@ from images.appearance import MEASURES, SHARPNESS, appearance
 from images.decode import decode_square
 from records.bundles import read_bundle
 from records.errors import ContractError, IntegrityError
-from trainers.fitting.suitability import reference_answers
+from trainers.fitting.suitability import reference_outputs
 from vision.calibration.suitability import Described, fit_suitability, refusing_threshold
 from vision.inference.loaded import load_model, plain_network
 from vision.inference.suitability import NOTHING_KNOWN, QualityReason, assess, image_checks_of
@@ -36,7 +36,7 @@ def checked(model_store, make_bundle, images):
 
 
 def described(bundle, pixels):
-    answers = reference_answers(plain_network(bundle), pixels, bundle.document.geometry)
+    answers = reference_outputs(plain_network(bundle), pixels, bundle.document.geometry)
     return Described(pixels, answers.pooled, answers.early)
 
 

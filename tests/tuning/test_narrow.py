@@ -5,8 +5,7 @@ import pytest
 from records.errors import ConfigError
 from records.registry import Choice, Range
 from trainers.settings import ModelSettings, TrainersSettings
-from tuning.narrow import read_space
-from tuning.narrowing import narrow
+from tuning.narrow import narrow, read_space
 from tuning.planner import Planner
 from tuning.search import require_writable
 from tuning.settings import Axis, Searcher, TuningSettings

@@ -3,11 +3,9 @@
 import pytest
 
 from cluster.presets import PRESETS
-from tuning.comparison import compare
-from tuning.experiments import EXPERIMENTS, experiment_settings
+from tuning.experiments import EXPERIMENTS, compare, experiment_settings
 from tuning.journal import open_journal
-from tuning.page import render
-from tuning.report import report_on
+from tuning.report import render, report_on
 from tuning.trials import TrialFigures
 from vision.networks import MODELS
 

@@ -4,7 +4,7 @@ import pytest
 
 from records.errors import ConfigError
 from trainers.augmentation import OPERATIONS, load_policy
-from trainers.augmentation.inline import Step, format_phases, format_steps, parse_phases, parse_steps, policy_of_line
+from trainers.augmentation.registry import Step, format_phases, format_steps, parse_phases, parse_steps, policy_of_line
 
 
 def test_a_line_becomes_the_policy_it_says():
