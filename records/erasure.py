@@ -19,17 +19,9 @@ from records.store import Store
 from records.types import Flag, Image, Prediction, ReviewItem, ReviewState
 
 PERSONAL = (
-    "source_id",
-    "lesion_id",
-    "patient_hash",
-    "age_years",
-    "sex",
-    "localization",
-    "device",
-    "site",
-    "acquired_at",
+    "source_id", "lesion_id", "patient_hash", "age_years", "sex", "localization", "device", "site", "acquired_at",
     "perceptual_hash",
-)
+)  # fmt: skip
 """Fields of an image that may point at the person in it."""
 
 
