@@ -114,14 +114,7 @@ WHY_DIFFERENT = (
 
 
 def experiment_settings(name: str, base: TrainersSettings) -> list[TrainersSettings]:
-    """Return what the rows of a search train.
-
-    Args:
-        name: in `EXPERIMENTS`, or empty for none.
-        base: the given settings.
-    Returns:
-        One per row.
-    """
+    """Return what the rows of a search train."""
     return [with_overrides(base, row.overrides) for row in EXPERIMENTS.get(name, ())]
 
 

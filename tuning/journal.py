@@ -28,14 +28,7 @@ MAY_CHANGE = {"trials", "confirm_seeds"}
 
 @dataclass(frozen=True)
 class Past:
-    """What a journal says.
-
-    Args:
-        header: the latest.
-        trials: that were started, in order of number, as they went the last time.
-        decisions: in the order in which they were made.
-        generations: of a population, in the order in which they were made.
-    """
+    """What a journal says."""
 
     header: SearchHeader
     trials: list[TrialResult]
@@ -86,15 +79,10 @@ class Journal:
 def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
     """Start the journal of a search, or go on with it.
 
-    Args:
-        run_dir: the run's folder; made if it is missing.
-        header: what the search is made of.
-    Returns:
-        The open journal, with the trials that need not run again.
-    Raises:
-        RefusedError: the folder holds the journal of another search (names the difference).
-        IntegrityError: the journal is damaged.
-        ConfigError: the folder cannot be written.
+    Returns the open journal, with the trials that need not run again.
+    Raises RefusedError: the folder holds the journal of another search (names the difference).
+    Raises IntegrityError: the journal is damaged.
+    Raises ConfigError: the folder cannot be written.
     """
     path = run_dir / FILE_NAME
     past: Past | None = None

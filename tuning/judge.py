@@ -44,13 +44,8 @@ class Judge:
     def decide(self, number: int, epoch: int, score: float) -> Decision:
         """Decide whether a trial goes on after an epoch.
 
-        Args:
-            number: of the trial.
-            epoch: that it has done, 1 for the first.
-            score: of that epoch, larger is better.
-        Returns:
-            The decision; `goes_on` is false only where a trial is cut off. A repeated call returns the first decision,
-            whatever the score is now.
+        Returns the decision; `goes_on` is false only where a trial is cut off. A repeated call returns the
+        first decision, whatever the score is now.
         """
         made = self.known(number, epoch)
         if made is not None:
@@ -83,11 +78,6 @@ class Halving:
 
     After grace_epochs * factor^k epochs a trial goes on if it is not below the best 1/factor of those
     that came to that rung before it.
-
-    Args:
-        grace_epochs: the first rung.
-        factor: at least 2.
-        max_epochs: rungs lie below it.
     """
 
     def __init__(self, grace_epochs: int, factor: int, max_epochs: int) -> None:

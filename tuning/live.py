@@ -27,11 +27,7 @@ _STATE_STYLES = {
 
 
 class SearchView:
-    """A live image of a search.
-
-    Args:
-        max_rows: trials shown at most; running ones and the best stay in sight.
-    """
+    """A live image of a search."""
 
     def __init__(self, max_rows: int = 12) -> None:
         self._max_rows = max_rows

@@ -99,13 +99,7 @@ class SearchLog:
         self._tell(EventKind.STARTED, trial)
 
     def began(self, number: int, at: float, process: str) -> None:
-        """Note when and where the first epoch of a trial began; only the first call for a trial counts.
-
-        Args:
-            number: of the trial.
-            at: seconds since 1970, by the clock of its node.
-            process: that runs the trial; the first trial of a process waited for its start.
-        """
+        """Note when and where the first epoch of a trial began; only the first call for a trial counts."""
         if self._trials[number].start_seconds is None:
             start_seconds = max(0.0, at - self._due_at.get(number, self._started_at))
             self._change(number, start_seconds=start_seconds, cold_start=process not in self._processes)
@@ -174,14 +168,7 @@ class SearchLog:
             self._slot_free_at.append(now)
 
     def failed(self, number: int, *, kind: str, message: str, lost: bool) -> None:
-        """Record that a trial failed.
-
-        Args:
-            number: of the trial.
-            kind: class name of the error.
-            message: one sentence.
-            lost: True if its process died, False if its own code raised.
-        """
+        """Record that a trial failed."""
         self._end(number, TrialState.LOST if lost else TrialState.FAILED, error=message, error_kind=kind)
 
     def ended(self, number: int) -> None:

@@ -35,12 +35,7 @@ _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 def read_space(items: Sequence[str]) -> dict[str, Tunable]:
     """Read how the space is narrowed.
 
-    Args:
-        items: `name=values` texts and paths of YAML files; what comes later replaces what came before.
-    Returns:
-        Name to what it may be.
-    Raises:
-        ConfigError: a text or file cannot be read, or a range is empty.
+    Raises ConfigError: a text or file cannot be read, or a range is empty.
     """
     found: dict[str, Tunable] = {}
     for item in items:
@@ -127,15 +122,8 @@ MOST_CORNERS = 4096
 def narrow(space: SearchSpace, base: TrainersSettings, wanted: Mapping[str, Tunable]) -> SearchSpace:
     """Narrow a space, and let settings that no registry offers join it.
 
-    Args:
-        space: from `derive_space`.
-        base: the given settings.
-        wanted: name to what it may be; a name is an axis, a setting, or `record.setting`.
-    Returns:
-        The narrowed space.
-    Raises:
-        ConfigError: a name is unknown, a range has nothing in common with a registered one, or a
-            combination of values can never be trained (names it, with the fix).
+    Raises ConfigError: a name is unknown, a range has nothing in common with a registered one, or a combination of
+    values can never be trained (names it, with the fix).
     """
     axes = {axis: list(records) for axis, records in space.axes.items()}
     for axis in Axis:

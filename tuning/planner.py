@@ -66,11 +66,7 @@ class Planner:
     def plan(self, number: int, history: History = ()) -> TrialPlan:
         """Return a plan.
 
-        Args:
-            number: below the number of trials; those before it were asked for already, or are made now.
-            history: the trials so far, in order of number; a searcher that learns reads them.
-        Returns:
-            The plan; the same one each time.
+        Returns the plan; the same one each time.
         """
         for earlier in range(number + 1):
             if earlier not in self._plans:

@@ -38,16 +38,7 @@ Overrides = dict[str, Any]
 
 
 class Population:
-    """Plans what each member trains in each generation.
-
-    Args:
-        header: of the search.
-        planner: says what the members begin with, and within which space.
-        judge: has the score of every epoch.
-        log: records generations.
-        past: steps of an earlier run of the search.
-        run_dir: of the search; checkpoints that nobody goes on with any more are removed from it.
-    """
+    """Plans what each member trains in each generation."""
 
     def __init__(
         self,
@@ -162,14 +153,8 @@ def make_generation(
 def changed(settings: TrainersSettings, start: int, rates: Tunable, random: np.random.Generator) -> Overrides:
     """Change learning rate and strengths from an epoch on.
 
-    Args:
-        settings: so far.
-        start: the first epoch that is different, 2 or later.
-        rates: that the learning rate stays within.
-        random: draws one of `FACTORS` for the learning rate and for each strength.
-    Returns:
-        Overrides; what the settings had planned for later epochs is dropped. A policy that is not in one line has no
-        strengths and stays as it is.
+    Returns overrides; what the settings had planned for later epochs is dropped. A policy that is not in one line
+    has no strengths and stays as it is.
     """
     rate, factor = learning_rate_of(settings.optimizer), rate_factor(settings.scheduler, start)
     low, high = (rates.low, rates.high) if isinstance(rates, Range) else (min(rates.values), max(rates.values))

@@ -16,13 +16,7 @@ DRIVER_CPUS = 0.01
 
 @dataclass(frozen=True)
 class TrialShape:
-    """What one trial takes.
-
-    Args:
-        own: resources of the trial's process.
-        worker: resources of each worker of its group; empty if it trains by itself.
-        workers: of the group; 1 if it trains by itself.
-    """
+    """Resources of one trial: `own` of its process, `worker` of each worker of its group (empty without one)."""
 
     own: dict[str, float]
     worker: dict[str, float]

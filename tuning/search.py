@@ -72,7 +72,7 @@ def search(
         DataError: train or val is empty.
         ContractError: no Ray session is running.
         RelookError: every trial failed; it is the first one's error.
-        KeyboardInterrupt: Ctrl-C, after the trials were stopped; the journal can be gone on with.
+        KeyboardInterrupt: Ctrl-C, after the trials were stopped; the journal can be resumed.
     """
     from tuning.ray_search import run_trials  # planning and reporting need no Ray; its import takes a second
 
@@ -149,10 +149,7 @@ def searched_space(tuning: TuningSettings, trainers: TrainersSettings) -> Search
 def require_writable(run_dir: Path) -> None:
     """Refuse a folder that cannot be written, before anything starts.
 
-    Args:
-        run_dir: of the search; made if it is missing.
-    Raises:
-        ConfigError: it cannot be written (says why).
+    Raises ConfigError: it cannot be written (says why).
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -294,17 +291,7 @@ def _first_error(trials: Sequence[TrialResult]) -> RelookError:
 def fit_winner(
     store: Store, result: SearchResult, dataset: DatasetVersion, run_dir: Path, progress: Progress | None = None
 ) -> Bundle:
-    """Train the winner's settings on all of train and register the bundle.
-
-    Args:
-        store: with the images.
-        result: of the search.
-        dataset: that was searched on.
-        run_dir: of the search; a fit that was killed goes on from there.
-        progress: bars are added to it.
-    Returns:
-        The registered bundle.
-    """
+    """Train the winner's settings on all of train and register the bundle."""
     from trainers.fitting.epoch_report import EpochBar
     from trainers.fitting.fit import fit
 

@@ -101,11 +101,7 @@ class SearchSpace:
     def draw(self, choose: Chooser, fixed: Mapping[Axis, str] | None = None) -> dict[str, Any]:
         """Draw one configuration, one decision after the other.
 
-        Args:
-            choose: decides; called only for decisions that the earlier ones have left open.
-            fixed: records that are decided already.
-        Returns:
-            Overrides of TrainersSettings: the name on each axis, then the settings that it makes tunable.
+        Returns overrides of TrainersSettings: the name on each axis, then the settings that it makes tunable.
         """
         overrides: dict[str, Any] = {}
         for axis, records in self.axes.items():
@@ -123,11 +119,7 @@ class SearchSpace:
     def sample(self, random: np.random.Generator, fixed: Mapping[Axis, str] | None = None) -> dict[str, Any]:
         """Draw one configuration by chance.
 
-        Args:
-            random: the only source of chance; its state decides the result.
-            fixed: records that are decided already.
-        Returns:
-            Overrides of TrainersSettings.
+        Returns overrides of TrainersSettings.
         """
         return self.draw(random_chooser(random), fixed)
 
@@ -137,12 +129,7 @@ class SearchSpace:
         return COMPOSED.name if value.startswith(PREFIX) else value
 
     def replay(self, settings: TrainersSettings, ask: Chooser) -> None:
-        """Repeat the decisions behind given settings, for example to add a trial to a searcher's history.
-
-        Args:
-            settings: that were drawn or given; decisions that they do not stand for are not asked.
-            ask: called with the name of each decision, and the value that was decided as a Choice of one.
-        """
+        """Repeat the decisions behind given settings, for example to add a trial to a searcher's history."""
         for axis, records in self.axes.items():
             by_name = {record.name: record for record in records}
             name = self.level(axis, settings)
@@ -191,13 +178,7 @@ class SearchSpace:
 def derive_space(search: Sequence[Axis], base: TrainersSettings) -> SearchSpace:
     """Derive the space from the registries.
 
-    Args:
-        search: the axes to vary; what is not named stays as `base` has it.
-        base: the given settings; a policy of the caller's own (a file) joins the registered ones.
-    Returns:
-        The space.
-    Raises:
-        ContractError: a record makes something tunable that is no setting of its axis.
+    Raises ContractError: a record makes something tunable that is no setting of its axis.
     """
     space = SearchSpace({axis: _records(axis, base) for axis in search})
     known = base.flat()

@@ -21,13 +21,7 @@ def suggest(
 ) -> dict[str, Any]:
     """Propose one configuration.
 
-    Args:
-        space: that is searched.
-        base: the given settings.
-        history: trials so far; cut-off ones count by how far they came, failed ones as the worst.
-        seed: of this proposal.
-    Returns:
-        Overrides of TrainersSettings.
+    Returns overrides of TrainersSettings.
     """
     import optuna
 

@@ -61,13 +61,7 @@ class TrialJob:
 
 
 def run_trial(plan: TrialPlan, job: TrialJob, report: Callable[[dict[str, Any]], None]) -> None:
-    """Train one configuration within the budget.
-
-    Args:
-        plan: the configuration; in a population, up to where the member waits for its next step.
-        job: what it is trained on.
-        report: called with the fields of EpochReport after each epoch; it may end the trial by raising.
-    """
+    """Train one configuration within the budget."""
     # Imported here: planning and reporting a search need no torch.
     from trainers.fitting.loop import train
     from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker

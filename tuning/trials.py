@@ -55,13 +55,13 @@ class GenerationStep(_Shape):
     number: int = Field(ge=0, description="of the trial, a member of the population")
     epoch: int = Field(ge=1, description="epochs that every member has done")
     score: float = Field(description="of that epoch, by which members are compared")
-    parent: int = Field(ge=0, description="the trial whose weights it goes on with; most go on with their own")
+    parent: int = Field(ge=0, description="the trial whose weights it continues with; most continue with their own")
     parent_overrides: dict[str, Any] = Field(description="that these weights were trained with")
-    overrides: dict[str, Any] = Field(description="that it goes on with; the same as the parent's up to this epoch")
+    overrides: dict[str, Any] = Field(description="that it continues with; the same as the parent's up to this epoch")
 
     @property
     def exploits(self) -> bool:
-        """Whether it goes on with another trial's weights."""
+        """Whether it takes over another trial's weights."""
         return self.parent != self.number
 
 
@@ -237,13 +237,9 @@ def trial_budget(settings: TrainersSettings, trial_epochs: int) -> int:
 def shortened(settings: TrainersSettings, trial_epochs: int) -> TrainersSettings:
     """Shorten a training to the budget of a trial.
 
-    Args:
-        settings: of the whole training.
-        trial_epochs: the budget, at least 1.
-    Returns:
-        The same settings with `epochs` set to the budget and every other duration in epochs shortened
-        by the same factor (whole ones to at least 1, zero stays zero). Early stopping is switched off:
-        in a search only successive halving ends a trial.
+    Returns the same settings with `epochs` set to the budget and every other duration in epochs shortened by the
+    same factor (whole ones to at least 1, zero stays zero). Early stopping is switched off: in a search only
+    successive halving ends a trial.
     """
     epochs = trial_budget(settings, trial_epochs)
     factor = epochs / settings.epochs

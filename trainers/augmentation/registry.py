@@ -126,10 +126,7 @@ POLICIES: Registry[PolicyRecipe] = Registry(
 def check_policy_name(name: str) -> None:
     """Refuse a name that is neither a built-in policy, nor a policy in one line, nor a YAML file's.
 
-    Args:
-        name: what settings say; no file is read.
-    Raises:
-        ConfigError: it is none of them; names the built-in ones.
+    Raises ConfigError: it is none of them; names the built-in ones.
     """
     if name.startswith(PREFIX):
         policy_of_line(name)
@@ -141,14 +138,9 @@ def check_policy_name(name: str) -> None:
 
 
 def load_policy(name: str) -> Policy:
-    """Find a policy.
+    """Find a policy by its built-in name, by its line (`ops:...`) or in a YAML file.
 
-    Args:
-        name: of a built-in policy, a policy in one line (`ops:...`), or the path of a YAML file.
-    Returns:
-        The checked policy.
-    Raises:
-        ConfigError: it does not exist, or the document cannot work.
+    Raises ConfigError: it does not exist, or the document cannot work.
     """
     check_policy_name(name)
     if name.startswith(PREFIX):
@@ -212,28 +204,19 @@ def format_phases(phases: Phases) -> str:
 
 
 def parse_steps(line: str) -> list[Step]:
-    """Read the steps that a policy in one line begins with.
+    """Read the first phase of a line, `ops:...`.
 
-    Args:
-        line: begins with `ops:`.
-    Returns:
-        Its steps of the first epoch, in order.
-    Raises:
-        ConfigError: a step is not `operation@probability[*strength]`, or out of range (names the step).
+    Returns its steps of the first epoch, in order.
+    Raises ConfigError: a step is not `operation@probability[*strength]`, or out of range (names the step).
     """
     return list(parse_phases(line)[0][1])
 
 
 def parse_phases(line: str) -> list[tuple[int, list[Step]]]:
-    """Read the line of a policy.
+    """Read a line, `ops:...`, into pairs of first epoch (1 for the first pair) and steps.
 
-    Args:
-        line: begins with `ops:`.
-    Returns:
-        The epochs from which on its steps hold, 1 for the first, and the steps, in order.
-    Raises:
-        ConfigError: a step is not `operation@probability[*strength]`, or out of range (names the step); a later
-            phase does not begin with its epoch.
+    Raises ConfigError: a step is not `operation@probability[*strength]`, or out of range (names the step); a later
+    phase does not begin with its epoch.
     """
     first, *later = line.removeprefix(PREFIX).split("/")
     phases = [(1, _steps(first, line))]
@@ -263,12 +246,8 @@ def _steps(part: str, line: str) -> list[Step]:
 def policy_of_line(line: str) -> Policy:
     """Return the policy that a line stands for.
 
-    Args:
-        line: begins with `ops:`.
-    Returns:
-        The checked policy; its name is the line, cut to what a name may have.
-    Raises:
-        ConfigError: the line cannot be read or a value is out of range.
+    Returns the checked policy; its name is the line, cut to what a name may have.
+    Raises ConfigError: the line cannot be read or a value is out of range.
     """
     (_, first), *later = parse_phases(line)
     phases = [{"from_epoch": start, "operations": [_document_of(step) for step in steps]} for start, steps in later]

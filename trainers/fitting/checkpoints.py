@@ -113,7 +113,7 @@ class Recipe:
 
 
 def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe) -> Checkpoint:
-    """Return a checkpoint as one of a run with other settings or policy, which goes on with it.
+    """Return a checkpoint under the identity of a run with other settings or policy, which continues from it.
 
     The caller guarantees that both recipes are equal up to that epoch, so that the taker alone would have reached the
     same state.

@@ -55,12 +55,12 @@ def fit_distributed(
     """Train on `settings.workers.count` processes, or go on with what the folder holds.
 
     Args:
-        settings: of the trainers.
+        settings: the recipe, and how the workers execute it.
         plan: which images.
         store: with the images; its settings have to lead to the same store on every node.
         run_dir: the run's folder, on storage that every node sees.
         policy: of augmentation.
-        on_epoch: told of every epoch, in a thread of this process; True stops the run.
+        on_epoch: called after every epoch, in a thread of this process; True stops the run.
         initial_weights: parameters and buffers to start from, by name.
     Returns:
         The model after its best epoch.
@@ -274,7 +274,7 @@ def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
 
 
 def _thread_variables(settings: TrainersSettings) -> dict[str, str]:
-    # Ray sets one thread per actor unless told, and what OpenMP reads at its start cannot be undone later.
+    # Ray sets one thread per actor by default, and OpenMP reads the variable once, when it is loaded.
     # Threads that wait for each other spin for microseconds, then sleep: on two cores shared with a service, training
     # was 2.3 times as fast so as with OpenMP's default of spinning for milliseconds, and 4 % slower on idle cores.
     threads = str(threads_of(settings.workers))

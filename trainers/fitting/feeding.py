@@ -60,10 +60,7 @@ class Batch:
     def parts(self, count: int) -> "list[tuple[Batch, float]]":
         """Cut the share.
 
-        Args:
-            count: number of parts, at least 1.
-        Returns:
-            Parts with the weight of each part's mean loss; the weights add up to the share's.
+        Returns parts with the weight of each part's mean loss; the weights add up to the share's.
         """
         if count == 1:
             return [(self, self.weight)]

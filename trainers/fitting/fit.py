@@ -85,7 +85,7 @@ def fit(
         dataset: the version.
         run_dir: for checkpoint and `metrics.jsonl`; if it holds this run, unfinished, the run goes on.
         use_ray: train under Ray Train, which has to run already; needed for more than one worker.
-        on_epoch: told of every epoch; True stops training, and what follows is done with the best epoch so far.
+        on_epoch: called after every epoch; True stops training, and the best epoch so far is calibrated.
         start_from: a bundle of the same architecture whose weights are fine-tuned; default: fresh weights.
         progress: bars are added to it.
     Returns:

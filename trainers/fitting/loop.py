@@ -80,12 +80,7 @@ class TrainedModel:
 def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: Taxonomy) -> TrainedModel:
     """Rebuild what a run ended with from its last checkpoint.
 
-    Args:
-        checkpoint: after at least one epoch.
-        settings: of the run.
-        taxonomy: of the run.
-    Returns:
-        The model after its best epoch.
+    Returns the model after its best epoch.
     """
     # Building a network draws its initial weights; the caller's generator must not notice, since they are replaced at
     # once.

@@ -83,17 +83,9 @@ def pretend(
 ) -> PretendReport:
     """Train the model of the settings on an honest split and on leaky ones, and compare.
 
-    Args:
-        store: with the images.
-        settings: of the trainers; sampler and number of workers are set here.
-        dataset: the version; its train and val splits are read.
-        progress: a bar is added to it.
-    Returns:
-        The comparison.
-    Raises:
-        DataError: there are too few images, or one cannot be read.
-        ConfigError: a setting cannot work.
-        DivergedError: a loss is not finite.
+    Raises DataError: there are too few images, or one cannot be read.
+    Raises ConfigError: a setting cannot work.
+    Raises DivergedError: a loss is not finite.
     """
     plan = plan_data(dataset, store.taxonomy)
     data = plan.open(store, settings.model.side_px, progress)
@@ -154,14 +146,7 @@ def cut_by_group(groups: NDArray[np.str_], seed: int) -> Cut:
 
 
 def cut_at_random(num_images: int, seed: int) -> Cut:
-    """Cut a fifth of the images off, whatever they show.
-
-    Args:
-        num_images: N, at least 2.
-        seed: of the order.
-    Returns:
-        The cut.
-    """
+    """Cut a fifth of the images off, whatever they show."""
     order = np.random.default_rng(seed).permutation(num_images)
     num_test = max(1, round(TEST_SHARE * num_images))
     return Cut(np.sort(order[num_test:]), np.sort(order[:num_test]))

@@ -52,12 +52,7 @@ def split_like(value: Tensor, pattern: Tensor) -> Tensor:
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state from a checkpoint, whose tensors are full, into parameters that may be sharded.
-
-    Args:
-        optimizer: over parameters that may be sharded.
-        state: as `full_tensor(optimizer.state_dict())` returned it.
-    """
+    """Load an optimizer's state from a checkpoint, whose tensors are full, into parameters that may be sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     split = {
         index: {name: _split_if_alike(item, parameters[index]) for name, item in entry.items()}

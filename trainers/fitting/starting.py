@@ -112,13 +112,8 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
 def imagenet_file(model: str) -> Path:
     """Return where the ImageNet weights of a network lie on this machine.
 
-    Args:
-        model: a name in `MODELS`.
-    Returns:
-        The file; it exists.
-    Raises:
-        ConfigError: the network has none, or the extra `pretrained` is not installed.
-        UnavailableError: torchvision's cache does not hold them; nothing is downloaded.
+    Raises ConfigError: the network has none, or the extra `pretrained` is not installed.
+    Raises UnavailableError: torchvision's cache does not hold them; nothing is downloaded.
     """
     origin = MODELS[model].imagenet
     if origin is None:

@@ -1,6 +1,6 @@
 """The data of a run: which images it trains on, which it validates with, their decoded pixels and pixel statistics.
 
-A `DataPlan` names images and labels and travels to any node; `open` turns it there into
+A `DataPlan` names images and labels and can be sent to any node; `open` makes it there into
 `TrainingData`, decoding what that node has not decoded yet. A plan holds the train and val splits of a
 dataset version and nothing else.
 """
@@ -174,13 +174,8 @@ class DataPlan:
     def stream(self, store: "Store", side_px: int) -> TrainingData:
         """Decode what is read again and again: val, and the sample of train that statistics are measured on.
 
-        Args:
-            store: with the images; its settings have to lead every node to it.
-            side_px: S.
-        Returns:
-            The data; Ray Data decodes the images to train on as they are needed.
-        Raises:
-            DataError: an image cannot be read.
+        Returns the data; Ray Data decodes the images to train on as they are needed.
+        Raises DataError: an image cannot be read.
         """
         from images.streaming import stream_pixels
 

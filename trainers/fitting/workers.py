@@ -97,12 +97,7 @@ class SingleWorker:
 def choose_device(use_gpu: Literal["auto"] | bool) -> torch.device:
     """Return where one process computes.
 
-    Args:
-        use_gpu: `auto` takes a GPU if torch sees one.
-    Returns:
-        `cuda` or `cpu`.
-    Raises:
-        ConfigError: a GPU is demanded and there is none.
+    Raises ConfigError: a GPU is demanded and there is none.
     """
     from records.errors import ConfigError
 

@@ -151,13 +151,7 @@ def build_scheduler(
 ) -> "LRScheduler":
     """Build the chosen schedule, at its first step.
 
-    Args:
-        optimizer: the schedule sets its learning rate.
-        settings: the chosen schedule and its numbers.
-        epochs: of the whole run, which some schedules are stretched over.
-        steps_per_epoch: optimizer steps in one epoch, at least 1.
-    Returns:
-        The schedule; call it as its record's `moves` says.
+    Returns the schedule; call it as its record's `moves` says.
     """
     return SCHEDULERS[settings.name].factory(optimizer, settings, epochs, steps_per_epoch)
 

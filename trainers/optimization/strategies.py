@@ -174,12 +174,7 @@ def strategy_of(settings: WorkersSettings) -> StrategyRecipe:
 
 @contextmanager
 def no_sync(network: "nn.Module", enabled: bool) -> Iterator[None]:
-    """Accumulate gradients inside the block without averaging them, as `DistributedDataParallel.no_sync` does.
-
-    Args:
-        network: as `wrap` returned it.
-        enabled: False averages as always.
-    """
+    """Accumulate gradients inside the block without averaging them, as `DistributedDataParallel.no_sync` does."""
     ddp_no_sync = getattr(network, "no_sync", None)
     # FSDP2 has a switch on the module, DDP a context manager, and a network that is not wrapped has neither.
     set_sync = getattr(network, "set_requires_gradient_sync", None)

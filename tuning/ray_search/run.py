@@ -106,13 +106,7 @@ def run_trials(
 
 
 class PlanFeed(Searcher):
-    """Hands Ray Tune the next plan whenever there is room for one more trial.
-
-    Args:
-        recorder: keeps what making a plan raises.
-        plans: the next ones; made when they are asked for.
-        at_a_time: trials that run at once.
-    """
+    """Hands Ray Tune the next plan whenever there is room for one more trial."""
 
     def __init__(self, recorder: Recorder, plans: Iterator[TrialPlan | None], at_a_time: int) -> None:
         super().__init__(metric=SCORE, mode="max")
