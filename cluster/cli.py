@@ -123,7 +123,7 @@ def run(arguments: Sequence[str], command: typer.Typer = app, name: str = "reloo
     Returns:
         The exit code.
     """
-    # Searched in the text, because a call that cannot be parsed must also answer with one JSON object.
+    # Searched in the text, because a call that cannot be parsed must also end with one JSON object.
     if "--json" not in arguments:
         return _run(arguments, command, name, as_json=False)
     with results_alone():

@@ -35,7 +35,7 @@ _HIDDEN = tuple(
     for name in (
         "inner_id", "annotations_results", "annotations_ids", "predictions_results", "predictions_model_versions",
         "total_predictions", "file_upload", "storage_filename", "avg_lead_time", "draft_exists", "updated_by",
-        "updated_at", "created_at", "data.heatmap", "data.answer", "data.relook_item", "data.relook_key",
+        "updated_at", "created_at", "data.heatmap", "data.prediction", "data.relook_item", "data.relook_key",
     )
 )  # fmt: skip
 LIST_VIEW: dict[str, Any] = {
@@ -167,7 +167,7 @@ def _texts(
     heat_map = data_uri(overlay, settings, enlarge=True) if overlay is not None else None
     return {
         "why": why_text(item, taxonomy),
-        "answer": prediction_text(prediction, taxonomy),
+        "prediction": prediction_text(prediction, taxonomy),
         "heatmap": heat_map or _no_heat_map(settings.image_side_px),
     }
 
@@ -278,7 +278,7 @@ def _add_model(left: ElementTree.Element) -> None:
     """Add the prediction and the heat map in folded panels, so that annotators look at the image first."""
     folds = ElementTree.SubElement(left, "Collapse", accordion="false")
     prediction = ElementTree.SubElement(folds, "Panel", value="Model's prediction")
-    ElementTree.SubElement(prediction, "Header", value="$answer", size="5")
+    ElementTree.SubElement(prediction, "Header", value="$prediction", size="5")
     looked = ElementTree.SubElement(folds, "Panel", value="Where the model looked")
     ElementTree.SubElement(
         looked, "Image", name="heatmap", value="$heatmap", zoom="true", zoomControl="true", selectionControl="false",

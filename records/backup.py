@@ -186,7 +186,7 @@ def restore(source: Path, settings: RecordsSettings) -> BackupManifest:
         IntegrityError: the backup was altered, or its audit chain does not hold.
         RefusedError: there is a ledger already.
         ConfigError: the backup was written by a newer program.
-        UnavailableError: the database or the blob store does not answer.
+        UnavailableError: the database or the blob store does not respond.
     """
     manifest = read_backup(source)
     refuse_newer(manifest.schema_version)

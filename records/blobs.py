@@ -125,7 +125,7 @@ class BlobStore:
 def open_blobs(url: str) -> BlobStore:
     """Open a blob store from an fsspec URL such as `file:///data/blobs` or `s3://bucket/blobs`, or a plain path.
 
-    A relative path, or a URL that no file system handles, raises ConfigError. An object store that does not answer or
+    A relative path, or a URL that no file system handles, raises ConfigError. An object store that does not respond or
     cannot be written raises UnavailableError.
     """
     try:

@@ -84,12 +84,13 @@ class OperatingPoints(_Part):
     refer: dict[str, ReferPoint] = Field(default_factory=dict, description="per key class")
     refer_malignant: ReferPoint | None = Field(default=None, description="on the sum over malignant classes")
     urgent_threshold: float | None = Field(default=None, ge=0, le=1, description="on p(malignant)")
-    conformal_promise: float = Field(default=0.90, gt=0, lt=1, description="coverage promised per class")
+    conformal_promise: float = Field(default=0.90, gt=0, lt=1, description="promised coverage of prediction sets")
     conformal_thresholds: dict[str, float] = Field(
         default_factory=dict, description="class code to q: the class is in the set if 1 - p <= q"
     )
     pooled_classes: list[str] = Field(
-        default_factory=list, description="classes with too few calibration lesions, sharing one threshold"
+        default_factory=list,
+        description="classes with few calibration lesions: they share one threshold and are promised coverage together",
     )
 
 

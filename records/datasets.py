@@ -1,7 +1,8 @@
 """Dataset versions: immutable parquet manifests of images with their groups, splits and labels.
 
 A version's id is the hash of what training sees (image, group, split, label, rank), so equal inputs give equal ids on
-every machine. Labels that came from doubt, flags or outcomes join train only; a group that has a split keeps it.
+every machine. Labels of images that were selected for doubt, flags or outcomes are used on the train split only. A
+group keeps the split that it has.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Sp
 HASHED_COLUMNS = ["image_id", "group_id", "split", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
 _ROWS_AT_ONCE = 50_000
-_ROWS_OF_A_GROUP = 10_000  # parquet row groups, sorted by image: a lookup reads one of them
+_ROWS_OF_A_GROUP = 10_000  # per parquet row group; rows are sorted by image, so a lookup reads one row group
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ class BuildReport:
     Args:
         version: the version.
         new_labels: images whose strongest label came from an annotator.
-        held_out: those of them on a split other than train. A label from the audit sample is in the
-            version there; one from doubt is not, and the image keeps the label it had, if any.
-        outranked: images where a label at least as strong contradicts an annotator's; each is a case for
-            adjudication.
+        held_out: the `new_labels` that are on a split other than train. Of these, only labels from the audit sample
+            are in the version; any other image keeps its earlier label, if it has one.
+        outranked: images whose annotator label is not in the version because a label that is at least as strong
+            contradicts it; each needs adjudication.
         without_consent: labelled images whose consent does not cover training.
         ungrouped: labelled images that are in no group yet.
     """
@@ -85,15 +86,15 @@ class BuildReport:
 def build_version(
     store: Store, *, resolved: Sequence[ResolvedLabel] = (), round_number: int = 0, parent_id: str | None = None
 ) -> BuildReport:
-    """Build the dataset version of all labels that are known now, and write it if it is new.
+    """Build a dataset version from all labels in the ledger and `resolved`, and write it if it is new.
 
     Args:
         store: its ledger holds the imported images and labels.
         resolved: consensus of the annotations.
         round_number: the round that builds it; 0 for an import.
-        parent_id: the version before this one; labels that it has already keep their round.
+        parent_id: the previous version; labels that it already has keep the round that added them.
     Returns:
-        The version and what was left out. Equal knowledge gives an equal id; the same id is written once.
+        The version and what was left out. Equal labels, groups and splits give an equal id, which is written once.
     Raises:
         DataError: no image has a usable label.
         TaxonomyError: a label is not a class of the store's taxonomy.
@@ -101,8 +102,8 @@ def build_version(
     """
     annotators = annotations(resolved, round_number)
     known = read_known(store, annotators)
-    # Reading takes long, so it happens outside the write transaction that draws splits. What was drawn is then read
-    # again, so that a version always comes from one consistent view in which every group has its split.
+    # Reading takes long, so it happens outside the write transaction that draws missing splits. After a draw,
+    # everything is read again, so that the version comes from one consistent read in which every group has a split.
     while not (undrawn := known.rows[known.rows["split"].isna()]).empty:
         with store.ledger.begin() as tx:
             draw_splits(tx, undrawn, store.settings.split_salt)
@@ -125,8 +126,8 @@ def build_version(
 def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
     """Load a version by its id or a prefix of at least 8 characters, without images that were erased since.
 
-    An id that fits none, or more than one version, raises UnknownIdError. A manifest that is missing, unreadable or not
-    what its id says raises IntegrityError.
+    Raises UnknownIdError if no version or more than one has this id or prefix, and IntegrityError if the manifest is
+    missing, cannot be read or does not match its id.
     """
     with store.ledger.read() as tx:
         found = [r for r in tx.find(DatasetRecord) if len(dataset_id) >= 8 and r.id.startswith(dataset_id)]
@@ -140,7 +141,7 @@ def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
     rows = read_manifest(store, record.id).to_pandas()
     if content_id(rows, record.taxonomy_hash) != record.id:
         raise IntegrityError(f"the manifest of dataset version {record.id[:12]} was altered; restore it from a backup")
-    # After the check: the id covers the erased images as well, and only their ids and labels are left.
+    # Erased images are dropped after the check, because the id is the hash of all rows, theirs included.
     if gone:
         rows = rows[~rows["image_id"].isin(list(gone))].reset_index(drop=True)
     return DatasetVersion(record.id, record.taxonomy_hash, rows)
@@ -149,8 +150,8 @@ def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
 def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | None = None) -> pa.Table:
     """Read the manifest of a version, or the rows that `filters` selects, without checking it against its id.
 
-    Rows are in the schema of ManifestRow, sorted by image id. A file that is missing or no manifest raises
-    IntegrityError.
+    Rows are in the schema of ManifestRow, sorted by image id. Raises IntegrityError if the file is missing or is not a
+    manifest.
     """
     with _reading(dataset_id):
         table = pq.read_table(store.home.datasets / dataset_id / MANIFEST, filters=filters)
@@ -161,12 +162,12 @@ def read_manifest(store: Store, dataset_id: str, *, filters: pc.Expression | Non
 def find_in_manifest(store: Store, dataset_id: str, image_id: str) -> ManifestRow | None:
     """Return the row of one image in a version, None if the version does not have it.
 
-    Only the row group that can hold it is read. A file that is missing or no manifest raises IntegrityError.
+    Only the row group that can hold it is read. Raises IntegrityError if the file is missing or is not a manifest.
     """
     with _reading(dataset_id), pq.ParquetFile(store.home.datasets / dataset_id / MANIFEST) as file:
         _require_columns(file.schema_arrow.names, dataset_id)
         groups = [file.metadata.row_group(group).column(0).statistics for group in range(file.num_row_groups)]
-        # Rows are sorted by image, so at most one row group holds it, found by the largest id of each.
+        # Rows are sorted by image id, so at most one row group can hold it: the first whose largest id is not smaller.
         group = bisect_left(groups, image_id, key=lambda statistics: str(statistics.max))
         if group == len(groups) or image_id < str(groups[group].min):
             return None
@@ -195,13 +196,13 @@ def _require_columns(names: Sequence[str], dataset_id: str) -> None:
 
 
 def content_id(rows: pd.DataFrame, taxonomy_hash: str) -> str:
-    """Return the id of a manifest: 64 hex characters over exactly what training sees.
+    """Return the id of a manifest: the SHA-256 of what training sees, as 64 hex characters.
 
     `rows` has at least the columns image, group, split, label and rank, sorted by image id. Who labelled an image and
     when is not part of the id.
     """
     digest = hashlib.sha256(f"{taxonomy_hash}\n{','.join(HASHED_COLUMNS)}\n".encode())
-    # In parts, so that the text of a million rows is never in memory at once; the hash does not depend on it.
+    # Hashed in parts, so that the text of a million rows is never in memory at once; the result is the same.
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[HASHED_COLUMNS].iloc[start : start + _ROWS_AT_ONCE]
         digest.update(part.to_csv(index=False, header=False, lineterminator="\n").encode())
@@ -214,7 +215,7 @@ def _outranked(annotators: pd.DataFrame, strongest: pd.DataFrame) -> tuple[str, 
 
 
 def _keep_rounds(store: Store, rows: pd.DataFrame, parent_id: str | None) -> pd.DataFrame:
-    """Give labels that the parent version has already the round that brought them in."""
+    """Set `round` of labels that the parent version already has to the round that added them."""
     if parent_id is None:
         return rows
     said = ["image_id", "label", "label_source"]
@@ -231,14 +232,14 @@ def _version(rows: pd.DataFrame, taxonomy_hash: str) -> DatasetVersion:
 
 
 def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: str | None) -> DatasetVersion:
-    """Write the files, then the record, so that a record without its manifest is never seen."""
+    """Write the files and then the record, so that there is never a record without its manifest."""
     folder = store.home.datasets / version.id
     with store.ledger.read() as tx:
         recorded = tx.get(DatasetRecord, version.id) is not None
     if recorded and (folder / MANIFEST).is_file():
         return load_dataset(store, version.id)
     folder.mkdir(parents=True, exist_ok=True)
-    # For people and other tools; Relook itself reads the manifest and the record.
+    # The summary is for people and other tools; Relook itself reads the manifest and the record.
     summary = {
         "id": version.id,
         "taxonomy_hash": version.taxonomy_hash,
@@ -246,7 +247,7 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
         "groups": version.num_groups,
         "splits": {split.value: len(version.split(split)) for split in Split},
     }
-    # Each writer has its own temporary file: two may build the same version at once.
+    # Each writer has its own temporary file, because two may build the same version at the same time.
     temporary = folder / f".{new_id()}"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     temporary.replace(folder / "dataset.json")

@@ -12,7 +12,7 @@
     ├── ContractError             a function was called against its contract (a bug in the caller)
     ├── IntegrityError            stored bytes or rows are not what their hash says
     ├── DivergedError             training produced a loss that is not finite
-    └── UnavailableError          a server, database or storage does not answer
+    └── UnavailableError          a server, database or storage does not respond
         └── LabelStudioError      Label Studio refused, failed or is down
             └── LabelStudioStartError   the local one does not start (also a UserError)
 
@@ -95,7 +95,7 @@ class DivergedError(RelookError):
 
 
 class UnavailableError(RelookError):
-    """Raised when a server, database or storage that is needed does not answer."""
+    """Raised when a server, database or storage that is needed does not respond."""
 
 
 class LabelStudioError(UnavailableError):

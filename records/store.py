@@ -58,7 +58,7 @@ def open_store(settings: RecordsSettings) -> Store:
     """Open home, taxonomy, ledger (migrated) and blobs.
 
     A place that cannot be used raises ConfigError, a malformed taxonomy TaxonomyError, a database or blob store that
-    does not answer UnavailableError.
+    does not respond UnavailableError.
     """
     # First, since a wrong taxonomy should not leave an empty home behind.
     taxonomy = load_taxonomy(settings.taxonomy)

@@ -45,7 +45,7 @@ def banned_words() -> tuple[Banned, ...]:
             continue
         for word, room in re.findall(r"`([^`]+)`(?: \((\w+)\))?", cells[2]):
             found.append(Banned(word.removesuffix("()"), room or None, word.endswith("()")))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def sources(*folders: str) -> Iterator[Path]:

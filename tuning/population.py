@@ -1,4 +1,4 @@
-"""Population-based training (Jaderberg et al. 2017): trials that train side by side and take over from each other.
+"""Population-based training (Jaderberg et al. 2017): concurrent trials of which weak ones exploit strong ones.
 
 All members train one generation, to the same epoch, and wait. Then the worst quarter exploits the best quarter: each
 continues with the weights and settings of one of the best, learning rate and strengths of augmentation changed a

@@ -140,7 +140,7 @@ def object_store(venv: Path, folder: Path) -> Iterator[str]:
 
 
 def run_demo(home: Path, lesions: int, places: dict[str, str]) -> tuple[dict[str, Any], float]:
-    """Play the demo in a home; return its summary and how long it took, seconds.
+    """Run the demo in a home; return its summary and how long it took, seconds.
 
     Raises:
         SystemExit: the demo failed.

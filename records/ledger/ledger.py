@@ -262,7 +262,7 @@ def open_ledger(
         The open ledger.
     Raises:
         ConfigError: the URL cannot work, or the schema is newer than this program.
-        UnavailableError: the database does not answer.
+        UnavailableError: the database does not respond.
     """
     engine = make_engine(url, durability=durability, busy_timeout_s=busy_timeout_s)
     shown = engine.url.render_as_string(hide_password=True)
@@ -277,12 +277,12 @@ def open_ledger(
 
 @contextmanager
 def reachable(url: str) -> Generator[None]:
-    """Turn the driver's errors of a database that does not answer into UnavailableError, which shows `url`."""
+    """Turn the driver's errors of a database that does not respond into UnavailableError, which shows `url`."""
     try:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
         reason = getattr(error, "orig", None) or error
-        raise UnavailableError(f"ledger {url} does not answer: {' '.join(str(reason).split())}") from error
+        raise UnavailableError(f"ledger {url} does not respond: {' '.join(str(reason).split())}") from error
 
 
 def _column(record_type: type[Record], name: str) -> sa.Column[Any]:

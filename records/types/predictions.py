@@ -27,7 +27,7 @@ class Arm(StrEnum):
 
 
 class ReasonCode(StrEnum):
-    """Why an image is sent to an annotator."""
+    """Why an image is sent to an annotator or, for `bad_image`, has to be taken again."""
 
     LOW_CONFIDENCE = "low_confidence"
     PREDICTION_SET = "prediction_set"
@@ -62,7 +62,7 @@ class FlagReason(StrEnum):
 
 
 class Prediction(Record):
-    """One prediction of one model. Never overwritten; holds enough to be replayed exactly."""
+    """One prediction of one model. It is never changed, and holds what is needed to compute it again exactly."""
 
     table: ClassVar[str] = "predictions"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
@@ -85,7 +85,7 @@ class Prediction(Record):
         default_factory=dict, description="what the caller said about the image"
     )
     model_id: str
-    model_status: str = Field(description="champion | provisional | candidate at that moment")
+    model_status: str = Field(description="champion | provisional | candidate, when it predicted")
     arm: Arm = Arm.CHAMPION
     served: bool = Field(
         default=True, description="false for a shadow or candidate prediction that the caller did not get"
@@ -107,7 +107,10 @@ class Prediction(Record):
 
 
 class ReviewItem(Record):
-    """A doubt about an image for annotators, written in the transaction that caused it (the outbox)."""
+    """A doubt about an image, for annotators to resolve.
+
+    It is written in the same transaction as what caused it (transactional outbox).
+    """
 
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(
@@ -125,10 +128,12 @@ class ReviewItem(Record):
     due: Timestamp | None = Field(default=None, description="deadline of an urgent item")
     selection_probability: Probability | None = Field(default=None, description="set for audit samples")
     overlay_blob: str | None = Field(default=None, description="blob id of the heat map over the image, PNG")
-    comment: str | None = Field(default=None, description="what the person who flagged it wrote")
+    comment: str | None = Field(default=None, description="comment of the user who flagged the prediction")
     suggested_label: str | None = None
     blind: bool = Field(default=False, description="true if the reader is not shown the prediction")
-    reader: str | None = Field(default=None, description="whose own project it goes to; empty for the shared project")
+    reader: str | None = Field(
+        default=None, description="annotator whose own project it goes to; empty: shared project"
+    )
     sent_hash: str | None = Field(
         default=None, description="hash of the task that was sent; a different hash means that the task is stale"
     )

@@ -160,7 +160,7 @@ def test_a_push_killed_after_its_import_duplicates_nothing(
     # What a push leaves behind that is killed between the import and the ledger's transaction.
     orphans = [
         {
-            "data": {"image": "", "heatmap": "", "why": "", "answer": "", "about": ""},
+            "data": {"image": "", "heatmap": "", "why": "", "prediction": "", "about": ""},
             "meta": {"relook_item": item.id, "relook_key": item_key(item.id, project)},
             "predictions": [],
         }
@@ -186,7 +186,7 @@ def test_second_tasks_of_an_item_are_removed_and_no_annotation_with_them(
     push(store, client, settings)
     first = _items(store)
     # The same import arriving twice: of one item the ledger knows the first task, of one the second.
-    empty = dict.fromkeys(("image", "heatmap", "why", "answer", "about"), "")
+    empty = dict.fromkeys(("image", "heatmap", "why", "prediction", "about"), "")
     again = [
         {"data": empty, "meta": {"relook_item": item.id, "relook_key": item_key(item.id, project)}} for item in first
     ]

@@ -169,7 +169,7 @@ def test_a_newer_schema_and_a_missing_database_are_refused(pg_store: Store, serv
     with pytest.raises(ConfigError, match="'9999' is newer than this program knows"):
         open_ledger(database)
     nowhere = server.set(database="nowhere").render_as_string(hide_password=False)
-    with pytest.raises(UnavailableError, match=r'does not answer: .*database "nowhere" does not exist'):
+    with pytest.raises(UnavailableError, match=r'does not respond: .*database "nowhere" does not exist'):
         open_ledger(nowhere)
 
 

@@ -1,6 +1,6 @@
 """Ray Tune's callbacks and scheduler for a search: they ask the judge and write to the search's log.
 
-Tune turns an error of a callback into text, or leaves trials running. So an error of the journal or of a listener is
+Tune converts an error of a callback to text, or leaves trials running. So an error of the journal or of a listener is
 stored in the `Recorder`, which makes Tune end the search, and raised when Tune is done.
 """
 

@@ -160,7 +160,7 @@ def test_a_writer_that_waits_too_long_says_so(tmp_path: Path) -> None:
     impatient = open_ledger(f"sqlite:///{tmp_path}/ledger.db", busy_timeout_s=0.2)
     with (
         impatient.begin(),
-        pytest.raises(UnavailableError, match=r"ledger sqlite:.* does not answer: database is locked"),
+        pytest.raises(UnavailableError, match=r"ledger sqlite:.* does not respond: database is locked"),
         impatient.begin(),
     ):
         pass
@@ -169,7 +169,7 @@ def test_a_writer_that_waits_too_long_says_so(tmp_path: Path) -> None:
 
 def test_what_is_no_database_does_not_answer(tmp_path: Path) -> None:
     (tmp_path / "ledger.db").mkdir()
-    with pytest.raises(UnavailableError, match="does not answer: unable to open database file"):
+    with pytest.raises(UnavailableError, match="does not respond: unable to open database file"):
         open_ledger(f"sqlite:///{tmp_path}/ledger.db")
 
 
