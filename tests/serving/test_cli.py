@@ -5,11 +5,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.cli import run
 from records.models import register
 from records.store import Store
+from vision.inference.loaded import GOLDEN_TOLERANCE
+from vision.precision import Precision
 
 
 def test_a_port_in_use_is_one_sentence_and_exit_2(store: Store, tools: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,10 +53,12 @@ def test_models_are_listed(store: Store, tools: Any, capsys: pytest.CaptureFixtu
     assert bundle.id[:12] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_models_are_verified_and_altered_ones_are_named(
-    store: Store, tools: Any, capsys: pytest.CaptureFixture[str]
+    store: Store, tools: Any, capsys: pytest.CaptureFixture[str], precision: Precision
 ) -> None:
     home = f"records.home={store.home.root}"
+    number_format = f"serving.precision={precision}"
     whole, wrong, altered = (tools.make_bundle(store, seed) for seed in (0, 1, 2))
     changed = tools.make_bundle(store, 3, golden_logits=wrong.golden()["logits"])
     for bundle in (whole, altered, changed):
@@ -62,15 +67,16 @@ def test_models_are_verified_and_altered_ones_are_named(
     weights = altered.path / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
 
-    assert run(["models", "verify", "--json", "--set", home]) == 1
+    assert run(["models", "verify", "--json", "--set", home, "--set", number_format]) == 1
     listed = {one["id"]: one for one in json.loads(capsys.readouterr().out)["models"]}
 
     assert listed.keys() == {whole.id, altered.id, changed.id}
     assert listed[whole.id]["problem"] is None
-    assert listed[whole.id]["golden_difference"] < 1e-2
+    largest = max(1.0, float(np.abs(whole.golden()["logits"]).max()))
+    assert listed[whole.id]["golden_difference"] <= GOLDEN_TOLERANCE[precision] * largest
     assert "was altered" in listed[altered.id]["problem"]
     assert "golden images" in listed[changed.id]["problem"]
-    assert run(["models", "verify", whole.id[:12], "--set", home]) == 0
+    assert run(["models", "verify", whole.id[:12], "--set", home, "--set", number_format]) == 0
     assert "unchanged" in capsys.readouterr().out
 
 

@@ -7,8 +7,19 @@ from records.errors import ConfigError
 from vision.precision import autocast, has_native_bf16, resolve_precision
 
 
-def test_auto_is_bf16_only_where_the_hardware_has_it():
-    assert resolve_precision("auto") == ("bf16" if has_native_bf16() else "fp32")
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_only_where_the_hardware_has_it(native, expected, monkeypatch):
+    monkeypatch.setattr("vision.precision.has_native_bf16", lambda device: native)
+    assert resolve_precision("auto") == expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False), ({}, False)],
+)
+def test_the_processor_says_whether_it_multiplies_bf16(capabilities, expected, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    assert has_native_bf16("cpu") is expected
 
 
 @pytest.mark.parametrize("choice", ["fp32", "bf16"])
