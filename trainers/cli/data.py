@@ -153,7 +153,7 @@ def preview_command(
         str | None, typer.Option(help="Folder or dataset id; default: the newest version, else generated images.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=64, help="Number of images; one per row.")] = 8,
-    draws: Annotated[int, typer.Option(min=1, max=64, help="Number of draws; columns beside the original.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, max=64, help="Augmented versions of each image; one per column.")] = 8,
 ) -> None:
     """Draw an augmentation policy, and each of its operations alone, on images of the train split."""
     from images.samples import sample_images

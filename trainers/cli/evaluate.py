@@ -114,33 +114,33 @@ def _probed(
 def _evaluation_tables(evaluation: "Evaluation") -> Stack:
     """Lay out an evaluation: totals, classes, confusion matrix, and why figures are undefined."""
     where = f"{evaluation.split} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
-    whole = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
-    whole.add_row("images, lesions", f"{evaluation.images}, {evaluation.lesions}")
-    whole.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
+    summary = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
+    summary.add_row("images, lesions", f"{evaluation.images}, {evaluation.lesions}")
+    summary.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
     even = evaluation.at_equal_prevalence
     if even is not None:
-        whole.add_row("  at equal class shares", _figure(even.balanced_accuracy, even.balanced_accuracy_ci))
-    whole.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
-    whole.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
-    whole.add_row("macro AUC", _figure(evaluation.macro_auc))
-    whole.add_row("calibration error", _figure(evaluation.ece))
-    whole.add_row("decided without an annotator", _figure(evaluation.answered_share))
-    whole.add_row("classes per prediction set", _figure(evaluation.mean_set_size))
+        summary.add_row("  at equal class shares", _figure(even.balanced_accuracy, even.balanced_accuracy_ci))
+    summary.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
+    summary.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
+    summary.add_row("macro AUC", _figure(evaluation.macro_auc))
+    summary.add_row("calibration error", _figure(evaluation.ece))
+    summary.add_row("decided without an annotator", _figure(evaluation.answered_share))
+    summary.add_row("classes per prediction set", _figure(evaluation.mean_set_size))
     key = evaluation.key_class
     if key is not None:
-        whole.add_row(f"{key.name} sensitivity, per lesion", _figure(key.sensitivity, key.sensitivity_ci))
-        whole.add_row(f"{key.name} specificity, per lesion", _figure(key.specificity, key.specificity_ci))
+        summary.add_row(f"{key.name} sensitivity, per lesion", _figure(key.sensitivity, key.sensitivity_ci))
+        summary.add_row(f"{key.name} specificity, per lesion", _figure(key.specificity, key.specificity_ci))
         proof = "proven on calibration" if key.proven else "not proven on calibration"
-        whole.add_row(f"{key.name} referred from", f"{_figure(key.threshold)} (floor {key.floor:.2f} {proof})")
-        whole.add_row(
+        summary.add_row(f"{key.name} referred from", f"{_figure(key.threshold)} (floor {key.floor:.2f} {proof})")
+        summary.add_row(
             f"{key.name} specificity at 95 % sensitivity",
             _figure(key.specificity_at_95_sensitivity, key.specificity_at_95_sensitivity_ci),
         )
     if evaluation.coverage is not None:
         promise = f"{evaluation.coverage.overall:.3f} (target {evaluation.coverage.promise:.2f} per class)"
-        whole.add_row("prediction set contains the class", promise)
+        summary.add_row("prediction set contains the class", promise)
     if evaluation.split_reads is not None:
-        whole.add_row(f"{evaluation.split} was read", f"{evaluation.split_reads} times")
+        summary.add_row(f"{evaluation.split} was read", f"{evaluation.split_reads} times")
     classes = Table("class", "images", "lesions", "sensitivity", "specificity", "precision")
     for code, report in evaluation.per_class.items():
         classes.add_row(
@@ -157,7 +157,7 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
         confusion.add_row(code, *(str(count) for count in row))
     notes = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
     return Stack(
-        whole, classes, confusion, *notes, "95 % intervals, resampled by group; decision support, not a diagnosis"
+        summary, classes, confusion, *notes, "95 % intervals, resampled by group; decision support, not a diagnosis"
     )
 
 

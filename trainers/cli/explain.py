@@ -33,7 +33,7 @@ def explain_command(
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
     method: Annotated[str, typer.Option(help="Method: {choices}.", autocompletion=_methods)] = "gradcam",
     target: Annotated[str | None, typer.Option(help="Class to explain; default: the most probable one.")] = None,
-    versus: Annotated[str | None, typer.Option(help="Explain why the target and not this class.")] = None,
+    versus: Annotated[str | None, typer.Option(help="Class to compare the target with.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer for activations; default: the last stage.")] = None,
 ) -> None:
     """Draw the heat map of a prediction over its image, or the activations of a layer."""

@@ -41,7 +41,7 @@ def _strategies() -> list[str]:
 
 
 def _kinds(ctx: typer.Context) -> list[str]:
-    return list(_whole_catalogue(ctx))
+    return list(_full_catalogue(ctx))
 
 
 @verb(app, "train")
@@ -98,21 +98,21 @@ def catalog_command(
     ] = None,
 ) -> None:
     """List the names that settings can choose: models, optimizers, schedulers, augmentations and more."""
-    whole = _whole_catalogue(call.context)
-    if kind is not None and kind not in whole:
-        raise ConfigError(f"the catalogue has no kind {kind!r}; there are {', '.join(whole)}")
-    chosen = whole if kind is None else {kind: whole[kind]}
+    kinds = _full_catalogue(call.context)
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"the catalogue has no kind {kind!r}; there are {', '.join(kinds)}")
+    chosen = kinds if kind is None else {kind: kinds[kind]}
     call.emit(chosen, Stack(*(_catalogue_table(name, rows) for name, rows in chosen.items())))
 
 
-def _whole_catalogue(ctx: typer.Context) -> "Catalogue":
+def _full_catalogue(ctx: typer.Context) -> "Catalogue":
     from trainers.cli.catalog import catalogue
 
     # Rooms above this one may not be imported here; the root command leaves their part in the context.
-    whole = catalogue()
+    kinds = catalogue()
     for more in ctx.find_root().meta.get(CATALOGUES, ()):
-        whole |= more()
-    return whole
+        kinds |= more()
+    return kinds
 
 
 def _report_on_val(
