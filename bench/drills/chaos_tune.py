@@ -20,8 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -33,23 +35,27 @@ def search(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: floa
     """Run or resume a search; this process is killed."""
     from cluster.session import start_ray
     from cluster.settings import Settings
-    from trainers.settings import TrainersSettings
+    from trainers.settings import MACHINERY, TrainersSettings, flat_values
     from tuning.journal import open_journal
     from tuning.judge import Judge, rule_of
     from tuning.log import SearchLog
     from tuning.planner import Planner
     from tuning.population import Population
     from tuning.ray_search import run_trials
-    from tuning.settings import Searcher, TuningSettings
+    from tuning.ray_search.run import Report
+    from tuning.settings import Scheduler, Searcher, TuningSettings
     from tuning.space import derive_space
-    from tuning.trials import SearchHeader
+    from tuning.trials import SearchHeader, TrialPlan
 
-    def train(plan, data, report):
+    def train(plan: TrialPlan, data: Any, report: Report) -> None:
+        # Imported here: Ray pickles this function by value and runs it in a process of its own.
         import random as chance
         import time as clock
 
-        for epoch in range(plan.turn.epoch + 1 if plan.turn else 1, (plan.until_epoch or data["epochs"]) + 1):
+        done = plan.generation_step.epoch if plan.generation_step else 0
+        for epoch in range(done + 1, (plan.until_epoch or data["epochs"]) + 1):
             clock.sleep(data["epoch_s"])
+            # A function of seed, trial and epoch: whoever runs it again, after whichever kill, scores the same.
             value = round(chance.Random(f"{data['seed']}:{plan.number}:{epoch}").uniform(0.2, 0.5) + 0.05 * epoch, 6)
             report(
                 {
@@ -60,16 +66,17 @@ def search(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: floa
                 }
             )
 
-    base = TrainersSettings()
+    base, population = TrainersSettings(), searcher == Searcher.PBT
     tuning = TuningSettings(
-        trials=TRIALS[searcher], trial_epochs=EPOCHS, turn_epochs=1, reduction_factor=2, max_concurrent=at_a_time,
-        searcher=searcher,
+        trials=TRIALS[searcher], trial_epochs=EPOCHS, generation_epochs=1, reduction_factor=2,
+        max_concurrent=at_a_time, searcher=Searcher(searcher),
     )  # fmt: skip
     header = SearchHeader(
-        dataset_id="c" * 64, base=base.model_dump(mode="json"), seed=seed, search=("optimizer",), space_hash="0" * 64,
+        dataset_id="c" * 64, base=flat_values(base.model_dump(mode="json", exclude=set(MACHINERY))), seed=seed,
+        search=("optimizer",), space_hash="0" * 64,
         trials=TRIALS[searcher], trial_epochs=EPOCHS, grace_epochs=1, reduction_factor=2, train_images=1,
         train_images_available=1, val_images=1, searcher=searcher,
-        **({"scheduler": "none", "turn_epochs": 1} if tuning.searcher is Searcher.PBT else {}),
+        scheduler=Scheduler.NONE if population else Scheduler.ASHA, generation_epochs=1 if population else 0,
     )  # fmt: skip
     with open_journal(folder, header) as journal, start_ray(Settings()):
         log = SearchLog(header, journal)
@@ -79,9 +86,11 @@ def search(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: floa
             done=list(journal.past.values()),
         )  # fmt: skip
         judge = Judge(rule_of(header), EPOCHS, lambda number: number == 0, journal.decisions)
+        plans: Iterable[TrialPlan | None]
         plans = (planner.plan(number, log.trials) for number in range(header.trials) if number not in journal.settled)
-        if header.turn_epochs:
-            plans = Population(header, planner, judge=judge, log=log, past=journal.turns, run_dir=folder).plans()
+        if population:
+            past = journal.generations
+            plans = Population(header, planner, judge=judge, log=log, past=past, run_dir=folder).plans()
         data = {"seed": seed, "epochs": EPOCHS, "epoch_s": epoch_s}
         run_trials(plans, train, data, judge=judge, tuning=tuning, log=log, folder=folder)
     (folder / "done").touch()
@@ -146,7 +155,7 @@ def starts_again(folder: Path) -> int:
     return len(started) - len(set(started))
 
 
-def decisions(folder: Path) -> list[tuple]:
+def decisions(folder: Path) -> list[tuple[int, int, float, int | None, bool]]:
     """Return (trial, epoch, score, rung, goes on) in the order in which they were journalled."""
     from tuning.journal import read_past
 
@@ -155,20 +164,26 @@ def decisions(folder: Path) -> list[tuple]:
     return [(d.number, d.epoch, d.score, d.rung, d.goes_on) for d in read_past(folder).decisions]
 
 
-def turns(folder: Path) -> list[tuple]:
+def has_decided(folder: Path, count: int) -> bool:
+    """Return whether so many decisions are in the journal."""
+    return len(decisions(folder)) >= count
+
+
+def generations(folder: Path) -> list[tuple[int, int, float, int, str]]:
     """Return (trial, epoch, score, parent, settings) of a population in the order in which they were journalled."""
     from tuning.journal import read_past
 
-    return [(t.number, t.epoch, t.score, t.parent, json.dumps(t.overrides)) for t in read_past(folder).turns]
+    steps = read_past(folder).generations
+    return [(step.number, step.epoch, step.score, step.parent, json.dumps(step.overrides)) for step in steps]
 
 
-def winner(folder: Path) -> tuple[int, float | None, dict]:
-    """Return number, score and settings of the winner."""
+def winner(folder: Path) -> tuple[int, float | None, dict[str, Any]] | None:
+    """Return number, score and settings of the winner; None if no trial was scored."""
     from tuning.journal import read_past
     from tuning.log import best_of
 
     best = best_of(read_past(folder).trials)
-    return best.number, best.score, best.overrides
+    return (best.number, best.score, best.overrides) if best else None
 
 
 def run_search(
@@ -183,8 +198,7 @@ def run_search(
     wrong: list[str] = []
     process = start(folder, searcher, seed, at_a_time, epoch_s)
     for victim in victims:
-        wanted = len(decisions(folder)) + chance.randint(1, 4)
-        if not until(process, lambda wanted=wanted: len(decisions(folder)) >= wanted):
+        if not until(process, partial(has_decided, folder, len(decisions(folder)) + chance.randint(1, 4))):
             break
         time.sleep(chance.uniform(0, epoch_s))
         before, starts = decisions(folder), starts_again(folder)
@@ -208,20 +222,23 @@ def run_search(
     return took, wrong
 
 
-def one_round(folder: Path, searcher: str, seed: int, at_a_time: int, victims: list[str], epoch_s: float) -> dict:
+def one_round(
+    folder: Path, searcher: str, seed: int, at_a_time: int, victims: list[str], epoch_s: float
+) -> dict[str, Any]:
     """Compare a search that is killed with one that is not."""
     took, wrong = run_search(folder / "killed", searcher, seed, at_a_time, victims, epoch_s)
     if at_a_time == 1 or searcher == "pbt":
         wrong += run_search(folder / "whole", searcher, seed, at_a_time, [], epoch_s)[1]
         if sorted(decisions(folder / "killed")) != sorted(decisions(folder / "whole")):
             wrong.append("other decisions than the search that nobody killed")
-        if turns(folder / "killed") != turns(folder / "whole"):
-            wrong.append("other turns than the search that nobody killed")
+        if generations(folder / "killed") != generations(folder / "whole"):
+            wrong.append("other generations than the search that nobody killed")
         if winner(folder / "killed") != winner(folder / "whole"):
             wrong.append("another winner than the search that nobody killed")
+    best = winner(folder / "killed")
     return {"searcher": searcher, "seed": seed, "at_a_time": at_a_time, "victims": victims, "kills_asked": len(victims),
-            "kills_took_effect": took, "winner": winner(folder / "killed")[:2],
-            "decisions": len(decisions(folder / "killed")), "turns": len(turns(folder / "killed")),
+            "kills_took_effect": took, "winner": best and best[:2],
+            "decisions": len(decisions(folder / "killed")), "generation_steps": len(generations(folder / "killed")),
             "wrong": wrong}  # fmt: skip
 
 

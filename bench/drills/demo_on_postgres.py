@@ -84,11 +84,13 @@ def postgres(folder: Path) -> Iterator[str]:
     data.mkdir()
     secret = folder / "password"
     secret.write_text(password)
-    run_as = {"user": POSTGRES_USER, "group": POSTGRES_USER, "extra_groups": []} if os.geteuid() == 0 else {}
+    run_as: dict[str, Any] = (
+        {"user": POSTGRES_USER, "group": POSTGRES_USER, "extra_groups": []} if os.geteuid() == 0 else {}
+    )
     if run_as:
         for path in (data, secret):
             shutil.chown(path, POSTGRES_USER, POSTGRES_USER)
-    initdb = [
+    initdb: list[str | Path] = [
         POSTGRES / "initdb",
         "-D",
         data,

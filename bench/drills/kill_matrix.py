@@ -20,10 +20,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import SecretStr
 
 from cluster.round import RoundEvent, run_round
 from cluster.settings import RoundSettings, Settings
@@ -95,7 +97,7 @@ class Killer:
             self.step = event.step
 
 
-def settings_of(home: Path, url: str | None, token: str | None) -> Settings:
+def settings_of(home: Path, url: str | None, token: SecretStr | None) -> Settings:
     """Return the settings of the smallest round that has every step."""
     return Settings(
         records=RecordsSettings(home=home),
@@ -110,7 +112,7 @@ def settings_of(home: Path, url: str | None, token: str | None) -> Settings:
     )
 
 
-def run_in_home(home: Path, url: str | None, token: str | None, at: int | None) -> dict[str, Any]:
+def run_in_home(home: Path, url: str | None, token: SecretStr | None, at: int | None) -> dict[str, Any]:
     """Run or resume the round of a home in this process; return its results and the writes that were passed."""
     settings = settings_of(home, url, token)
     store = open_store(settings.records)
@@ -223,7 +225,7 @@ def main() -> None:
         server = LocalLabelStudio(_home(root), LabelingSettings(port=0)) if arguments.label_studio else None
         try:
             running = server.up() if server else None
-            url, token = (running.url, running.token.get_secret_value()) if running else (None, None)
+            url, token = (running.url, running.token) if running else (None, None)
             result = run_matrix(root, url, token, arguments.points)
         finally:
             if server:
@@ -233,10 +235,10 @@ def main() -> None:
     sys.exit(1 if result["different"] else 0)
 
 
-def run_matrix(root: Path, url: str | None, token: str | None, wanted: int | None) -> dict[str, Any]:
+def run_matrix(root: Path, url: str | None, token: SecretStr | None, wanted: int | None) -> dict[str, Any]:
     """Kill, resume and compare; return the points and every difference."""
     base = root / "base"
-    in_child(lambda: prepare(base, root / "images"))
+    in_child(partial(prepare, base, root / "images"))
     reference = in_child(lambda: run_in_home(_copy(base, root / "reference"), url, token, None))
     if reference is None:
         raise SystemExit("the round that nobody kills was killed")
@@ -246,9 +248,9 @@ def run_matrix(root: Path, url: str | None, token: str | None, wanted: int | Non
     numbers = chosen(points, wanted)
     for number in numbers:
         home = _copy(base, root / f"point-{number}")
-        if in_child(lambda home=home, number=number: run_in_home(home, url, token, number)) is None:
+        if in_child(partial(run_in_home, home, url, token, number)) is None:
             killed += 1
-        resumed = in_child(lambda home=home: run_in_home(home, url, token, None)) or {}
+        resumed = in_child(partial(run_in_home, home, url, token, None)) or {}
         resumed.pop("points", None)
         wrong = {k: [v, resumed.get(k)] for k, v in reference.items() if resumed.get(k) != v}
         if wrong:

@@ -184,9 +184,11 @@ class Run:
 
 def largest_difference(left: dict[str, Any], right: dict[str, Any]) -> float:
     """Return the largest difference between the last lines of two runs' metrics."""
-    last = [json.loads((Path(run["run_dir"]) / "metrics.jsonl").read_text().splitlines()[-1]) for run in (left, right)]
+    last: list[dict[str, Any]] = [
+        json.loads((Path(run["run_dir"]) / "metrics.jsonl").read_text().splitlines()[-1]) for run in (left, right)
+    ]
     names = ("train_loss", "val_loss", "val_balanced_accuracy", "val_accuracy")
-    return max(abs(last[0][name] - last[1][name]) for name in names)
+    return float(max(abs(last[0][name] - last[1][name]) for name in names))
 
 
 def main() -> int:
@@ -203,8 +205,8 @@ def main() -> int:
         # One import, then copies: another home would have another key, and draw other splits.
         imported = Path(folder) / "imported"
         brought = [sys.executable, "-m", "cluster.cli", "data", "import", str(data), "--json"]
-        for line in (made, brought):
-            subprocess.run(line, env=environ(imported), check=True, stdout=subprocess.DEVNULL)
+        for preparation in (made, brought):
+            subprocess.run(preparation, env=environ(imported), check=True, stdout=subprocess.DEVNULL)
         for number in range(options.rounds):
             seed = options.seed + number
             homes = [Path(folder) / f"{kind}-{seed}" for kind in ("whole", "killed")]
@@ -217,8 +219,8 @@ def main() -> int:
             resumed = run.finish(LIMIT_S)
             difference = largest_difference(whole, resumed)
             same = whole["model_id"] == resumed["model_id"]
-            line = {"seed": seed, "workers": options.workers, "kills": [asdict(kill) for kill in run.kills]}
-            print(json.dumps({**line, "same_model": same, "largest_difference": difference}), flush=True)
+            facts = {"seed": seed, "workers": options.workers, "kills": [asdict(kill) for kill in run.kills]}
+            print(json.dumps({**facts, "same_model": same, "largest_difference": difference}), flush=True)
             if difference > TOLERANCE or (options.workers == 1 and not same):
                 return 1
     return 0

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -95,7 +96,7 @@ def live_service(home: Path, *sets: str, database: str | None = None) -> Iterato
 
     Args:
         home: the folder.
-        sets: settings, such as `serving.num_replicas=2`.
+        sets: settings, such as `serving.page=false`.
         database: of the ledger; default: SQLite in the home.
     """
     with socket.socket() as probe:
@@ -150,7 +151,7 @@ class Callers:
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(self.threads)]
 
-    def __enter__(self) -> "Callers":
+    def __enter__(self) -> Self:
         """Start sending."""
         for thread in self._threads:
             thread.start()

@@ -164,7 +164,8 @@ class Nodes:
             "node_ip_address": HEAD if namespaces else "127.0.0.1", "temp_dir": str(ray_folder / "t"),
             "include_dashboard": False,
         }  # fmt: skip
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | self._common)
+        # Any: half of the methods of Ray's test cluster have no annotations.
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | self._common)
         self._temp_dir = ray_folder / "t"
         self._workers: dict[str, Any] = {}
         self._made = 0

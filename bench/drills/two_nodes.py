@@ -103,12 +103,12 @@ def run_search(
     """Search on the cluster; with raylets, one of them is killed on the way."""
     from trainers.settings import ModelSettings, TrainersSettings
     from tuning.search import search
-    from tuning.settings import TuningSettings
+    from tuning.settings import Axis, Scheduler, TuningSettings
 
     trainers = TrainersSettings(model=ModelSettings(side_px=64), epochs=epochs, augmentation="light", precision="fp32")
     tuning = TuningSettings(
-        trials=trials, trial_epochs=epochs, scheduler="none", cpus_per_trial=NODE_CPUS, confirm_seeds=0,
-        search=("optimizer", "scheduler"), max_failures=2,
+        trials=trials, trial_epochs=epochs, scheduler=Scheduler.NONE, cpus_per_trial=NODE_CPUS, confirm_seeds=0,
+        search=(Axis.OPTIMIZER, Axis.SCHEDULER), max_failures=2,
     )  # fmt: skip
     killer = Killer(run_dir, raylets)
     events: list[tuple[float, str, int]] = []
@@ -191,8 +191,11 @@ def both_searches(folder: Path, ray_folder: Path, lesions: int, epochs: int, tri
     synthesize(folder / "images", lesions=lesions, seed=1)
     with closing(open_store(RecordsSettings(home=folder / "home"))) as store:
         dataset = open_dataset(store, str(folder / "images"))
-        common = {"node_ip_address": "127.0.0.1", "temp_dir": str(ray_folder)}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | common)
+        common: dict[str, Any] = {"node_ip_address": "127.0.0.1", "temp_dir": str(ray_folder)}
+        # Any: half of the methods of Ray's test cluster have no annotations.
+        cluster: Any = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | common
+        )
         try:
             nodes = {name: cluster.add_node(num_cpus=NODE_CPUS, **common) for name in ("a", "b")}
             raylets = {name: node.all_processes["raylet"][0].process.pid for name, node in nodes.items()}

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -19,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from labeling.acquisition.registry import RULES, Pool, choose
+from records.arrays import Float32Array, FloatArray, IntArray
 from records.taxonomy import load_taxonomy
 
 STEPS = (100, 150, 200, 300, 400, 600, 800, 1_200, 1_600)
@@ -36,10 +38,10 @@ class Splits:
     """Pool [P] and held-out images [H] of one seed; features are reduced by a PCA of the pool."""
 
     ids: list[str]
-    pool: np.ndarray
-    pool_labels: np.ndarray
-    held_out: np.ndarray
-    held_out_labels: np.ndarray
+    pool: Float32Array
+    pool_labels: IntArray
+    held_out: Float32Array
+    held_out_labels: IntArray
 
 
 def split(path: str, seed: int) -> Splits:
@@ -65,22 +67,22 @@ class Head:
     """Logistic regression over all classes; a class without labels gets probability 0."""
 
     model: LogisticRegression
-    shares: np.ndarray
+    shares: FloatArray
 
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
+    def probabilities(self, features: Float32Array | FloatArray) -> FloatArray:
         """Return [N, C]."""
         found = np.zeros((len(features), len(CLASSES)))
         found[:, self.model.classes_] = self.model.predict_proba(features.astype(np.float64))
-        return found / found.sum(axis=1, keepdims=True)
+        return np.asarray(found / found.sum(axis=1, keepdims=True))
 
-    def balanced_accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
+    def balanced_accuracy(self, features: Float32Array, labels: IntArray) -> float:
         """Return the mean recall of decisions at equal class shares."""
         found = self.probabilities(features) / np.where(self.shares > 0, self.shares, np.inf)
         right = found.argmax(axis=1) == labels
         return float(np.mean([right[labels == c].mean() for c in range(len(CLASSES))]))
 
 
-def fit(features: np.ndarray, labels: np.ndarray) -> Head:
+def fit(features: Float32Array | FloatArray, labels: IntArray) -> Head:
     """Fit the head on the labelled images."""
     model = LogisticRegression(C=STRENGTH, max_iter=2_000).fit(features.astype(np.float64), labels)
     return Head(model, np.bincount(labels, minlength=len(CLASSES)) / len(labels))
@@ -118,23 +120,23 @@ def learning_curve(rule: str, splits: Splits, seed: int) -> tuple[list[float], l
     return accuracies, melanomas
 
 
-def one_seed(path: str, seed: int) -> dict:
+def one_seed(path: str, seed: int) -> dict[str, Any]:
     """Return the curves of all rules for one seed, and the balanced accuracy with the whole pool labelled."""
     splits = split(path, seed)
     full = fit(splits.pool, splits.pool_labels).balanced_accuracy(splits.held_out, splits.held_out_labels)
-    found = {"seed": seed, "full": full, "pool": len(splits.ids), "rules": {}}
+    rules = {}
     for rule in RULES:
         accuracies, melanomas = learning_curve(rule, splits, seed)
-        found["rules"][rule] = {"balanced_accuracy": accuracies, "melanomas": melanomas}
-    return found
+        rules[rule] = {"balanced_accuracy": accuracies, "melanomas": melanomas}
+    return {"seed": seed, "full": full, "pool": len(splits.ids), "rules": rules}
 
 
-def half_width(values: np.ndarray) -> np.ndarray:
+def half_width(values: FloatArray) -> FloatArray:
     """Return half of the 95 % band of a mean over overlapping splits (Nadeau and Bengio 2003); [seeds, ...]."""
-    return stats.t.ppf(0.975, len(values) - 1) * _error(values)
+    return np.asarray(stats.t.ppf(0.975, len(values) - 1) * _error(values))
 
 
-def p_value(differences: np.ndarray) -> float:
+def p_value(differences: FloatArray) -> float:
     """Return the two-sided p-value of a mean difference of 0; [seeds]."""
     return float(2 * stats.t.sf(abs(differences.mean() / _error(differences)), len(differences) - 1))
 
@@ -152,7 +154,7 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def labels_needed(curve: np.ndarray, target: float) -> float | None:
+def labels_needed(curve: FloatArray, target: float) -> float | None:
     """Return the number of labels at which a curve first reaches a target, linear between STEPS; None if never."""
     reached = np.flatnonzero(curve >= target)
     if not len(reached):
@@ -164,7 +166,7 @@ def labels_needed(curve: np.ndarray, target: float) -> float | None:
     return float(STEPS[at - 1] + share * (STEPS[at] - STEPS[at - 1]))
 
 
-def summarise(seeds: list[dict]) -> dict:
+def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of the protocol for every rule."""
     curves = {rule: np.array([s["rules"][rule]["balanced_accuracy"] for s in seeds]) for rule in RULES}
     areas = {rule: np.trapezoid(curve, STEPS, axis=1) / (STEPS[-1] - STEPS[0]) for rule, curve in curves.items()}
@@ -189,7 +191,7 @@ def summarise(seeds: list[dict]) -> dict:
     return {"full": full, "target": 0.95 * full, "seeds": len(seeds), "rules": rules}
 
 
-def plot(seeds: list[dict], target: float, out: Path) -> None:
+def plot(seeds: list[dict[str, Any]], target: float, out: Path) -> None:
     """Plot the mean curves with their bands."""
     import matplotlib
 
@@ -232,9 +234,9 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
 
 
-def _error(values: np.ndarray) -> np.ndarray:
+def _error(values: FloatArray) -> FloatArray:
     variance = np.square(values - values.mean(axis=0)).sum(axis=0) / (len(values) - 1)
-    return np.sqrt(variance * (1 / len(values) + HELD_OUT / (1 - HELD_OUT)))
+    return np.asarray(np.sqrt(variance * (1 / len(values) + HELD_OUT / (1 - HELD_OUT))))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from records.arrays import Float32Array
 from trainers.fitting.starting import IMAGENET, starting_weights
 from trainers.settings import ModelSettings
 from vision.networks.registry import build_model
@@ -26,20 +27,21 @@ MODEL, SIDE_PX, BATCH, PART = "efficientnet_lite0", 112, 64, 512
 def network() -> torch.nn.Module:
     """Return the network up to its pooled features: [N, 3, S, S] -> [N, 1280]."""
     start = starting_weights(ModelSettings(name=MODEL, side_px=SIDE_PX, weights=IMAGENET), 7, seed=0)
+    assert start is not None
     whole = build_model(MODEL, 7)
     whole.load_state_dict({name: torch.from_numpy(value) for name, value in start.values.items()})
-    return torch.nn.Sequential(whole.features, whole.head.pool, whole.head.flatten).eval()
+    return torch.nn.Sequential(*map(whole.get_submodule, ("features", "head.pool", "head.flatten"))).eval()
 
 
-def features_of(paths: list[Path], bf16: bool) -> np.ndarray:
+def features_of(paths: list[Path], bf16: bool) -> Float32Array:
     """Return the features [N, 1280] of some images, computed on one thread: each worker process has one core."""
     torch.set_num_threads(1)
     steps = [v2.Resize(SIDE_PX), v2.CenterCrop(SIDE_PX), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     # The published weights were trained on pixels from -1 to 1.
     transform = v2.Compose([*steps, v2.Normalize([0.5] * 3, [0.5] * 3)])
     number = torch.bfloat16 if bf16 else torch.float32
-    features = network().to(dtype=number, memory_format=torch.channels_last)
-    found: list[np.ndarray] = []
+    features = network().to(number).to(memory_format=torch.channels_last)
+    found: list[Float32Array] = []
     with torch.inference_mode():
         for at in range(0, len(paths), BATCH):
             images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths[at : at + BATCH]])
@@ -59,7 +61,7 @@ def main() -> None:
         rows = sorted(csv.DictReader(table), key=lambda row: row["image_id"])
     paths = {path.stem: path for path in options.images.rglob("ISIC_*.jpg")}
     parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
-    found: list[np.ndarray] = []
+    found: list[Float32Array] = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         parts_done = [
             pool.submit(features_of, [paths[row["image_id"]] for row in part], options.bf16) for part in parts

@@ -18,11 +18,12 @@ from sklearn.preprocessing import StandardScaler
 
 from bench.label.acquisition_curves import CLASSES, COMPONENTS, fit
 from labeling.acquisition.scores import suspicious_rows
+from records.arrays import FloatArray, IntArray
 
 NOISE, FOLDS, RECALL = 0.05, 5, 0.5
 
 
-def one_seed(features: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float | None]:
+def one_seed(features: FloatArray, truth: IntArray, seed: int) -> dict[str, float | None]:
     """Return the precision at which half of the planted errors are found (None if never), and both over all rows."""
     chance = np.random.default_rng(seed)
     wrong = chance.choice(len(truth), round(NOISE * len(truth)), replace=False)

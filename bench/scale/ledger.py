@@ -34,7 +34,12 @@ AIM_PER_S = 1000.0
 START_TIMEOUT_S = 300.0
 REVIEW_SHARE = 0.4
 CODES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
-CONTEXT = {"lesion_id": "HAM_0000118", "age": 61.0, "sex": "female", "localization": "lower extremity"}
+CONTEXT: dict[str, str | float | None] = {
+    "lesion_id": "HAM_0000118",
+    "age": 61.0,
+    "sex": "female",
+    "localization": "lower extremity",
+}
 
 
 def prediction_rows(doubtful: bool) -> PredictionRows:

@@ -41,7 +41,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="relook-scale-") as folder, open_journal(Path(folder), header) as journal:
         log = SearchLog(header, journal)
         judge = Judge(Halving(1, 3, options.epochs), options.epochs, lambda number: number == 0)
-        waiting, running = list(range(options.trials)), {}
+        waiting = list(range(options.trials))
+        running: dict[int, int] = {}
         began = time.perf_counter()
         while waiting or running:
             while waiting and len(running) < options.at_once:

@@ -51,7 +51,9 @@ from records.types import (
 
 AIM_MS = 50.0
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SHARES = {Prediction: 0.5, Image: 0.15, Group: 0.1, SourceLabel: 0.1, ReviewItem: 0.1, Annotation: 0.045, Flag: 0.005}
+SHARES: dict[type[Record], float] = {
+    Prediction: 0.5, Image: 0.15, Group: 0.1, SourceLabel: 0.1, ReviewItem: 0.1, Annotation: 0.045, Flag: 0.005,
+}  # fmt: skip
 """Of the rows. Images with a diagnosis come first, then those without; a group holds one image with a diagnosis."""
 MODELS = 10
 LINES_AT_ONCE = 5_000

@@ -20,33 +20,36 @@ from bench.train.training import prepare, raw_rate
 from records.bundles import Geometry
 from records.settings import RecordsSettings
 from records.store import open_store
+from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, load_policy
 from trainers.augmentation.operations import Canvas
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.steps import Stepper
 from trainers.fitting.training_data import TrainingData
-from trainers.optimization.losses import LOSSES
+from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.settings import ModelSettings, TrainersSettings, WorkersSettings
 from vision.networks import build_model
 from vision.precision import resolve_precision
 
 
-def loop_cost(settings: TrainersSettings, data: TrainingData, num_classes: int, steps: int) -> float:
+def loop_cost(settings: TrainersSettings, data: TrainingData, taxonomy: Taxonomy, steps: int) -> float:
     """Return CPU seconds per image of training steps on batches that the feeder prepares."""
     augmenter = Augmenter(load_policy(settings.augmentation), Canvas(settings.model.side_px, (180.0, 140.0, 140.0)))
     feeder = Feeder(data.pixels, data.labels, data.image_ids, data.train_index, augmenter, settings)
-    network = build_model(settings.model.name, num_classes, **settings.model.options)
+    network = build_model(settings.model.name, len(taxonomy.codes), **settings.model.options)
     network = network.to(memory_format=torch.channels_last)
     stepper = Stepper(
         network,
         build_optimizer(network, settings.optimizer),
         None,
-        LOSSES[settings.loss.name].factory(settings),
-        Geometry(side_px=settings.model.side_px),
+        build_loss(settings.loss, data.labels[data.train_index], taxonomy, sampler=settings.sampler),
+        Geometry(side_px=settings.model.side_px, scaling=settings.model.scaling),
         resolve_precision(settings.precision),
         torch.device("cpu"),
+        settings.optimizer,
     )
+    # The first two steps warm up and are not counted.
     done, epoch, began = -2, 0, 0.0
     while done < steps:
         for batch in feeder.epoch(epoch):
@@ -81,7 +84,7 @@ def main() -> None:
         plan = prepare(store, options.images, options.side, Path(folder), Progress(disable=True))
         classes = len(store.taxonomy.codes)
         raw = 1.0 / raw_rate(settings, classes, time.process_time)
-        loop = loop_cost(settings, plan.open(store, options.side), classes, options.steps)
+        loop = loop_cost(settings, plan.open(store, options.side), store.taxonomy, options.steps)
         raw = (raw + 1.0 / raw_rate(settings, classes, time.process_time)) / 2
     print(
         json.dumps(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -59,7 +60,7 @@ def replicas_mib(service: LiveService) -> dict[str, float]:
     }
 
 
-def measure(folder: Path) -> dict:
+def measure(folder: Path) -> dict[str, Any]:
     """Start everything once."""
     seconds: dict[str, float] = {}
     settings = Settings(records=RecordsSettings(home=folder / "home"), serving=ServingSettings(port=free_port()))
