@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every line of the HTTP API with curl, against a running service; it stops at the first response with an unexpected status.
+# Call every operation of the HTTP API of a running service with curl; stop at the first unexpected status.
 #   [WEBHOOK_SECRET="$(cat .relook/keys/webhook-secret)"] \
 #   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh IMAGE [CANDIDATE_MODEL]
-# KEY needs the scope admin. It erases the image that it sent, and takes its own rollout back.
+# KEY needs the scope admin. At the end the script erases the image that it sent; it rolls its own rollout back.
 set -euo pipefail
 IMAGE=$1 CANDIDATE=${2:-}
 URL=${URL:-http://127.0.0.1:8000}
@@ -33,7 +33,7 @@ call 200 GET  /metrics
 call 200 GET  /docs
 call 200 GET  /openapi.json
 
-# predictions: raw, in a form with its context, repeated with one key, many at once
+# predictions: raw body, form with context, repeated with one Idempotency-Key, batch
 call 200 POST '/v1/predictions?explain=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 id=$(field id) image=$(field image_id)
 call 200 POST /v1/predictions -F "image=@$IMAGE" -F 'context={"age": 61, "localization": "back"};type=application/json'
@@ -63,7 +63,7 @@ call 200 POST "/v1/predictions/$id/outcomes" "${JSON[@]}" \
 call 200 GET  '/v1/events?limit=5'
 call 200 GET  "/v1/events?prediction_id=$id"
 
-# a rollout: a candidate beside the champion
+# a rollout of a candidate in shadow
 if [ -n "$CANDIDATE" ]; then
   call 200 POST   /v1/rollout "${JSON[@]}" -d "{\"model\": \"$CANDIDATE\", \"percent\": 0, \"reason\": \"a tour\"}"
   call 200 GET    /v1/rollout
@@ -80,10 +80,10 @@ call 403 POST /v1/webhooks/label-studio -H 'X-Relook-Webhook-Secret: guessed'
 # erasure
 call 200 DELETE "/v1/images/$image"
 
-# what is refused is a problem document
+# wrong requests
 call 404 GET  /v1/predictions/00000000000000000000000000000000
 call 415 POST /v1/predictions -H 'Content-Type: image/jpeg' -d 'text'
 call 422 POST /v1/predictions -F "image=@$IMAGE" -F 'contxt={"consent": "none"}'
 call 405 GET  /v1/predictions/batch
 KEY=nobody call 401 GET /v1/models
-echo "every line answered as it should"
+echo "every response had the expected status"
