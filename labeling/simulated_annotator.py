@@ -76,8 +76,7 @@ def annotate(
     """
     if min(error_rate, cant_tell_rate) < 0 or not error_rate + cant_tell_rate <= 1:
         raise ContractError(f"rates must be 0 to 1 together, got {error_rate} wrong and {cant_tell_rate} can't tell")
-    projects = list(known_projects(store, client))
-    if not projects:
+    if not (projects := list(known_projects(store, client))):
         return []
     with store.ledger.read() as tx:
         where = {"state": ReviewState.PUSHED, "project_id": projects}

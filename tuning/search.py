@@ -52,8 +52,7 @@ def search(
 ) -> SearchResult:
     """Search for better settings than the given ones, on the Ray session that is running.
 
-    The given settings are trial 0 and always get the full budget, so the winner is never worse than they are on
-    validation; with fresh seeds the leader has to be ahead once more. The score of a trial is its best epoch.
+    The given settings are trial 0 with the full budget, so the winner is never worse than they are on validation.
 
     Args:
         store: holds the images.
@@ -94,12 +93,10 @@ def search(
             run_trials(plans, run_trial, job, judge=judge, tuning=tuning, log=log, folder=run_dir)
 
         run(_todo(header, planner, judge, log, journal.generations, run_dir))
-        best = best_of(log.trials)
-        if best is None:
+        if (best := best_of(log.trials)) is None:
             raise _first_error(log.trials)
         confirming = confirmation_plans(best, trainers, tuning.confirm_seeds)
-        # Confirmations run after the search and only for its leader; they choose nothing, so their scores are
-        # unbiased.
+        # Confirmations run after the search for its leader only and choose nothing, so their scores are unbiased.
         run([plan for plan in confirming if plan.number not in journal.settled])
     return _result(header, log, best, tuning, trainers)
 

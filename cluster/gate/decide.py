@@ -71,11 +71,7 @@ def decide(
         if key_index is not None:
             checks += sensitivity_checks(role, challenger, rival, groups, weights, key_index, slices, settings)
     verdict, why = _conclude(checks)
-    is_key = (
-        lesions_of(challenger.predictions, groups, key_index).is_key
-        if key_index is not None
-        else np.zeros(int(groups.max()) + 1, dtype=np.bool_)
-    )
+    is_key = _key_lesions(challenger, groups, key_index)
     return GateReport(
         verdict=verdict,
         why=why,
@@ -89,6 +85,12 @@ def decide(
         slices=[_slice_report(part, groups, is_key, settings) for part in slices],
         looks=dict(looks or {}),
     )
+
+
+def _key_lesions(challenger: Contender, groups: IntArray, key_index: int | None) -> BoolArray:
+    if key_index is None:
+        return np.zeros(int(groups.max()) + 1, dtype=np.bool_)
+    return lesions_of(challenger.predictions, groups, key_index).is_key
 
 
 def _slice_report(part: Slice, groups: IntArray, is_key: BoolArray, settings: GateSettings) -> SliceReport:

@@ -120,10 +120,9 @@ def predict_split(
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
     # Decoded once per geometry; fitting and later evaluations share the cache.
     cache.ensure(store, image_ids, progress)
-    pixels = cache.rows(image_ids)
     images = find_images(store, image_ids)
     tones = SkinTones([image.source_id for image in images], masks)
-    outputs = _outputs(model, pixels, tones, f"Predicting {split.value}", progress)
+    outputs = _outputs(model, cache.rows(image_ids), tones, f"Predicting {split.value}", progress)
     index_of = bundle.document.taxonomy.index_of
     return SplitPredictions(
         model_id=bundle.id,
@@ -187,9 +186,8 @@ def evaluate(
     Raises:
         ContractError: no image, or probabilities that are not finite or do not sum to 1.
     """
-    num_classes = len(taxonomy.codes)
+    labels, served, num_classes = predictions.labels, predictions.probabilities, len(taxonomy.codes)
     _require_images(predictions, num_classes)
-    labels, served = predictions.labels, predictions.probabilities
     # Triage runs on the served probabilities: thresholds and sets were fitted on them, not on re-weighted ones.
     probabilities = served if prevalence is None else reweight(served, priors or {}, prevalence)
     predicted = probabilities.argmax(axis=1)
@@ -211,8 +209,7 @@ def evaluate(
         lesions=len(lesions),
         groups=weights.shape[1],
         **whole_figures(confusion, confusions, weights.shape[1]),
-        # nanmean warns if there is nothing to average.
-        macro_auc=float(np.nanmean(aucs)) if np.isfinite(aucs).any() else None,
+        macro_auc=_mean_of_finite(aucs),
         ece=expected_calibration_error(labels, probabilities),
         reliability=_reliability(labels, probabilities),
         prevalence=None if prevalence is None else dict(prevalence),
@@ -224,6 +221,11 @@ def evaluate(
         undefined=undefined_reasons(taxonomy, per_class, key_class, operating),
         **_triage_figures(served, taxonomy, operating, max_set_size),
     )
+
+
+def _mean_of_finite(values: FloatArray) -> float | None:
+    # Checked first, because nanmean warns if there is nothing to average.
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
 def _require_images(predictions: SplitPredictions, num_classes: int) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from images.decode import DECODE_VERSION
+from records.arrays import IntArray
 from records.bundles import Geometry
 from records.errors import DivergedError
 from records.ids import hash_of, sha256_hex
@@ -44,7 +45,7 @@ from vision.precision import resolve_precision
 from vision.seeding import derive_seed
 
 STATISTICS_IMAGES = 256
-"""Training images that batch norm's statistics are measured on after every epoch."""
+"""Number of training images on which the statistics of batch norm are measured after every epoch."""
 
 __all__ = ["EpochReport", "TrainedModel", "TrainingData", "best_epoch_of", "train", "trained_model"]
 
@@ -57,8 +58,8 @@ class TrainedModel:
         network: in evaluation mode, on the CPU, with the weights of the best epoch.
         geometry: how images become its input.
         reports: of all epochs.
-        best_epoch: 1-based; the highest validation balanced accuracy, among equals the lowest loss.
-        num_threads: that each worker computed with.
+        best_epoch: 1-based; the epoch with the highest validation balanced accuracy, among equals the lowest loss.
+        num_threads: number of threads that each worker computed with.
     """
 
     network: nn.Module
@@ -73,17 +74,14 @@ class TrainedModel:
         return self.reports[self.best_epoch - 1]
 
     def weights(self) -> dict[str, NDArray[Any]]:
-        """Return parameters and buffers by name, as arrays of their own."""
+        """Return copies of parameters and buffers by name."""
         return {name: value.numpy().copy() for name, value in self.network.state_dict().items()}
 
 
 def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: Taxonomy) -> TrainedModel:
-    """Rebuild what a run ended with from its last checkpoint.
-
-    Returns the model after its best epoch.
-    """
-    # Building a network draws its initial weights; the caller's generator must not notice, since they are replaced at
-    # once.
+    """Rebuild the model of a run's best epoch from its last checkpoint."""
+    # Building a network draws random initial weights, which are replaced at once; `fork_rng` keeps this from changing
+    # the state of the caller's random generator.
     with torch.random.fork_rng(devices=[]):
         network = build_model(settings.model.name, len(taxonomy.codes), **settings.model.options)
     network.load_state_dict(checkpoint.best)
@@ -125,7 +123,8 @@ def train(
         workers: the group; default: this process alone, without checkpoints.
         policy: of augmentation; default: the one that the settings name.
         initial_weights: parameters and buffers to start from, by name; default: as `settings.model.weights` says.
-        pause_after: epochs after which to return early; the checkpoint resumes the run. Default: all epochs.
+        pause_after: number of epochs after which to return early; a later call resumes from the checkpoint.
+            Default: all epochs.
     Returns:
         The model after its best epoch.
     Raises:
@@ -175,8 +174,8 @@ class _Run:
             require_same_run(found, self._identity)
         self._reports = found.epoch_reports() if found else []
         self._stopped = found.finished if found else False
-        # A resumed run takes the statistics of its checkpoint; `require_same_run` has made sure that they are of the
-        # same images.
+        # A resumed run takes the pixel statistics from its checkpoint; `require_same_run` has checked that they are
+        # those of the same images.
         mean, std = (found.mean, found.std) if found else pixel_statistics(data.pixels, data.train_index)
         self._geometry = Geometry(side_px=settings.model.side_px, scaling=settings.model.scaling, mean=mean, std=std)
         augmenter = Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean)))
@@ -191,11 +190,7 @@ class _Run:
             rank=group.rank,
             world_size=group.world_size,
         )
-        measured = evenly_spaced(data.train_index, STATISTICS_IMAGES)
-        # Equal shares: with sharded parameters (fsdp) a forward pass is a collective, so all workers have to run
-        # equally many; the remainder is left out.
-        shared = len(measured) // group.world_size * group.world_size
-        self._statistics_rows = measured[:shared][group.rank :: group.world_size]
+        self._statistics_rows = _statistics_rows(data, group)
         # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
         # is built after it, because its state has to refer to the sharded parameters.
         self._network = self._build_network(initial_weights, found)
@@ -214,24 +209,15 @@ class _Run:
         )
         self._step, self._loss_sum = (found.step, found.loss_sum) if found else (0, 0.0)
         self._kept = found.position if found else None
-        # A checkpoint within the first epoch needs best weights, too: the initial ones.
+        # A checkpoint that is written before the first epoch ends has the initial weights as the best ones.
         self._best = found.best if found else _copy_to_cpu(self._network)
         if found:
             self._restore(found)
-        self._stepper = Stepper(
-            wrapped,
-            self._optimizer,
-            self._scheduler if SCHEDULERS[settings.scheduler.name].moves == "step" else None,
-            build_loss(settings.loss, data.labels[data.train_index], taxonomy, sampler=settings.sampler),
-            self._geometry,
-            resolve_precision(settings.precision, str(group.device)),
-            group.device,
-            settings.optimizer,
-        )
+        self._stepper = self._build_stepper(wrapped)
 
     @property
     def finished(self) -> bool:
-        """Whether there is no epoch left to do."""
+        """Whether no epoch is left, or the run was stopped."""
         return self._stopped or len(self._reports) >= self._settings.epochs
 
     @property
@@ -240,7 +226,7 @@ class _Run:
         return len(self._reports)
 
     def next_epoch(self) -> EpochReport:
-        """Train and validate one epoch, or what is left of it; keep the best weights and a checkpoint."""
+        """Train and validate one epoch, or the rest of a resumed one; keep the best weights and a checkpoint."""
         try:
             report = self._next_epoch()
         except DivergedError as error:
@@ -253,16 +239,16 @@ class _Run:
         num_images = (self._feeder.steps_per_epoch - self._step) * self._settings.batch_size
         train_loss = self._train_epoch(len(self._reports))
         trained = time.perf_counter()
-        # With a running mean (EMA), its weights are measured, validated and kept as the best ones; the last step's
-        # own weights are back in place when the block ends, and training continues from them.
+        # With a running mean of the weights (EMA), the averaged weights are validated and kept as the best ones. When
+        # the block ends, the weights of the last step are back in place, and training continues from them.
         with self._average.in_place() if self._average else nullcontext():
-            # Batch norm's statistics belong to the weights that are validated, so they are measured under those and
-            # averaged over the workers before the first validation batch.
+            # The statistics of batch norm have to fit the weights that are validated, so they are measured with these
+            # weights and averaged over the workers before the first validation batch.
             self._stepper.refresh_statistics(self._data.pixels, self._statistics_rows)
             self._group.average_buffers(self._network)
             scores = validate(self._stepper, self._data, self._taxonomy, self._group)
             validated = time.perf_counter()
-            # Before the report and the checkpoint: the schedule's state belongs to the epoch that has just ended.
+            # The schedule moves before the report and the checkpoint, so that both hold its state after this epoch.
             self._move_scheduler(scores.balanced_accuracy)
             report = EpochReport(
                 epoch=len(self._reports) + 1,
@@ -282,8 +268,8 @@ class _Run:
     def _train_epoch(self, epoch: int) -> float:
         """Run the remaining steps of an epoch; return the mean loss of all its steps over all workers."""
         settings, steps = self._settings, self._feeder.steps_per_epoch
-        # Only at the start of an epoch: a run resumed within it has the changed rate in its optimizer's state
-        # already, and would multiply it twice.
+        # The rate is changed at the start of an epoch only. A run that is resumed within an epoch has the changed rate
+        # in its optimizer state already and would multiply it twice.
         if self._step == 0:
             change_rate(self._optimizer, self._scheduler, settings.scheduler, epoch + 1)
         watch = LossWatch(self._data.image_ids, self._step, self._loss_sum)
@@ -304,7 +290,7 @@ class _Run:
                 self._require_finite()
                 self._keep()
         loss = mean_over(self._group, watch.mean())
-        # From here on the position is the next epoch's first step; `_keep` writes it in that form.
+        # The position is now the first step of the next epoch, and `_keep` saves it like that.
         self._step, self._loss_sum = 0, 0.0
         return loss
 
@@ -333,7 +319,10 @@ class _Run:
             self._keep()
 
     def checkpoint(self) -> Checkpoint:
-        """Return everything that is needed to go on from here; all workers call it together."""
+        """Return the checkpoint of the current position.
+
+        All workers have to call it, because collecting sharded tensors is a collective operation.
+        """
         return Checkpoint(
             identity=self._identity,
             reports=[report.model_dump() for report in self._reports],
@@ -352,7 +341,7 @@ class _Run:
     def _take_in(self, report: EpochReport) -> None:
         self._reports.append(report)
         best_epoch = best_epoch_of(self._reports)
-        # Inside the EMA block of `_next_epoch`: what is copied are the weights that were validated.
+        # This runs inside the EMA block of `_next_epoch`, so the weights that are copied are those that were validated.
         if best_epoch == report.epoch:
             self._best = _copy_to_cpu(self._network)
         patience = self._settings.early_stop_patience_epochs
@@ -367,8 +356,8 @@ class _Run:
             self._scheduler.step(score)  # type: ignore[arg-type]
 
     def _build_network(self, initial_weights: Mapping[str, NDArray[Any]] | None, found: Checkpoint | None) -> nn.Module:
-        # Initial weights come from the seed alone. `starting_weights` uses the same derived seed, so that tensors a
-        # file does not provide are those of a run without the file.
+        # Initial weights depend on the seed only. `starting_weights` uses the same derived seed, so that tensors that
+        # a weights file lacks are initialised as in a run without the file.
         torch.manual_seed(derive_seed(self._settings.seed, "network"))
         chosen = self._settings.model
         network = build_model(chosen.name, len(self._taxonomy.codes), **chosen.options)
@@ -380,13 +369,35 @@ class _Run:
             network.load_state_dict(found.network)
         return network.to(self._group.device).to(memory_format=torch.channels_last)
 
+    def _build_stepper(self, wrapped: nn.Module) -> Stepper:
+        settings, data = self._settings, self._data
+        return Stepper(
+            wrapped,
+            self._optimizer,
+            self._scheduler if SCHEDULERS[settings.scheduler.name].moves == "step" else None,
+            build_loss(settings.loss, data.labels[data.train_index], self._taxonomy, sampler=settings.sampler),
+            self._geometry,
+            resolve_precision(settings.precision, str(self._group.device)),
+            self._group.device,
+            settings.optimizer,
+        )
+
     def _restore(self, found: Checkpoint) -> None:
-        # Checkpoints hold whole tensors. Sharding them again here is what lets a run continue under another strategy
-        # or another number of workers.
+        # Checkpoints hold full tensors, which are sharded again here. So a run can continue with another strategy or
+        # another number of workers.
         restore_optimizer(self._optimizer, found.optimizer)
         self._scheduler.load_state_dict(found.scheduler)
         if self._average and found.average is not None:
             self._average.restore(found.average)
+
+
+def _statistics_rows(data: TrainingData, group: WorkerGroup) -> IntArray:
+    """Return this worker's part of the training images on which batch norm's statistics are measured."""
+    measured = evenly_spaced(data.train_index, STATISTICS_IMAGES)
+    # All workers get equally many images, and the remainder is left out: with sharded parameters (fsdp) a forward pass
+    # is a collective operation, which all workers have to run equally often.
+    shared = len(measured) // group.world_size * group.world_size
+    return measured[:shared][group.rank :: group.world_size]
 
 
 def _identity(
@@ -396,7 +407,7 @@ def _identity(
     policy: Policy,
     initial_weights: Mapping[str, NDArray[Any]] | None,
 ) -> Identity:
-    # By content, not by file name: the same weights from another path are the same start.
+    # Initial weights are identified by their content, so the same weights at another path give the same identity.
     start = {name: sha256_hex(np.ascontiguousarray(value).tobytes()) for name, value in (initial_weights or {}).items()}
     return Identity(
         recipe_hash=settings.recipe_hash(),
