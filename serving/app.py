@@ -1,6 +1,6 @@
 """The HTTP app: the API with its documentation and the page, behind one ASGI middleware.
 
-In: a `Service`. Out: an ASGI app. It knows nothing of Ray and starts nothing: the caller starts the service first.
+In: a `Service`. Out: an ASGI app. It does not use Ray and starts nothing: the caller starts the service first.
 """
 
 import logging

@@ -64,13 +64,13 @@ def serve(
 @verb(app, "predict")
 def predict(
     call: Call,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix of 8 or more, bundle path, or champion.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix (8 characters), bundle path, or champion.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
     explain: Annotated[str | None, typer.Option("--explain", help="gradcam: also write a heat map per image.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
 ) -> None:
-    """Predict a folder of images and write a table, most urgent first; store and review nothing."""
+    """Predict a folder of images and write a table, most urgent first; nothing is stored or reviewed."""
     from records.models import find_bundle
     from serving.bulk import predict_folder
 
@@ -91,16 +91,16 @@ def predict(
 @verb(keys_app, "create")
 def create(
     call: Call,
-    name: Annotated[str, typer.Argument(help="Name of its user.")],
+    name: Annotated[str, typer.Argument(help="Name of the key's user.")],
     organisation: Annotated[str, typer.Option("--organisation", help="Whose predictions the key may read.")],
     scopes: Annotated[
-        list[Scope] | None, typer.Option("--scope", help="What it may do; may be repeated; default: predict, flag.")
+        list[Scope] | None, typer.Option("--scope", help="Permission; may be repeated; default: predict, flag.")
     ] = None,
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="Store and review nothing that it sends.")] = False,
-    consent: Annotated[Consent | None, typer.Option("--consent", help="Consent of requests that state none.")] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Neither store nor review its images.")] = False,
+    consent: Annotated[Consent | None, typer.Option("--consent", help="Consent of requests without one.")] = None,
     days: Annotated[int | None, typer.Option("--days", min=1, help="Days until it expires; default: never.")] = None,
 ) -> None:
-    """Create a key and print it once; with the first key the service starts to require one."""
+    """Create a key and print it once; as soon as there is a key, the service requires one."""
     from serving.access.keys import create_key
 
     with call.store() as store:
@@ -191,7 +191,7 @@ def verify_command(
 def compare_command(
     call: Call,
     one: Annotated[
-        str, typer.Argument(metavar="A", help="Id prefix of 8 or more, bundle path, champion or candidate.")
+        str, typer.Argument(metavar="A", help="Id prefix (8 characters), bundle path, champion or candidate.")
     ],
     other: Annotated[str, typer.Argument(metavar="B", help="The same.")],
 ) -> None:
@@ -223,7 +223,7 @@ def rollout(
         int, typer.Option("--percent", min=0, max=100, help="Traffic share by lesion; 0 is shadow, 100 promotes.")
     ] = 0,
     reason: Annotated[
-        str | None, typer.Option("--reason", help="Why a model that the gate did not pass is rolled out.")
+        str | None, typer.Option("--reason", help="Reason; required for a model that has not passed the gate.")
     ] = None,
 ) -> None:
     """Roll out a candidate: in shadow, for a share of the traffic, then for all of it."""
@@ -251,7 +251,7 @@ def rollout(
 @verb(app, "rollback")
 def rollback(
     call: Call,
-    reason: Annotated[str, typer.Option("--reason", help="Why; the ledger keeps it.")] = "taken back by hand",
+    reason: Annotated[str, typer.Option("--reason", help="Reason, for the audit log.")] = "taken back by hand",
 ) -> None:
     """Withdraw the candidate, or undo the last promotion."""
     from serving.responses import rollout_body

@@ -1,8 +1,8 @@
-"""Grouping of concurrent requests into calls to another replica, since a call costs more than its content.
+"""Grouping of concurrent requests into calls to another replica, because each call has a high fixed cost.
 
 In: requests, one by one. Out: their results, one by one. A request on an idle service is sent at once. While
 `max_calls` calls are running, requests are collected and sent together when a call returns, so the size of calls grows
-with load. It knows nothing of Ray or of the requests.
+with load. It depends neither on Ray nor on the type of the requests.
 """
 
 import asyncio

@@ -46,7 +46,7 @@ class _QueuedJob:
 
 
 class Predictor:
-    """Predicts with the model that the ledger names. All methods belong to one event loop.
+    """Predicts with the model that the ledger names. All public methods must be called from one event loop.
 
     Args:
         store: with ledger and blobs.
@@ -58,7 +58,7 @@ class Predictor:
         self._settings = settings
         self._holder = ModelHolder(store, settings)
         self._queue: asyncio.Queue[_QueuedJob] = asyncio.Queue()
-        # The first job of the next batch, if it was taken from the queue and belongs to another model.
+        # A job that was taken from the queue but needs another model than its batch; it starts the next batch.
         self._held_back: _QueuedJob | None = None
         # (caller, idempotency key) -> the running task of the first request with that key.
         self._in_flight: dict[tuple[str, str], asyncio.Task[StoredPrediction]] = {}
@@ -76,7 +76,8 @@ class Predictor:
         self._forward_threads = ThreadPoolExecutor(self._cores, "forward")
         # One write thread: SQLite runs one write transaction at a time, so a second thread would only wait.
         self._write_thread = ThreadPoolExecutor(1, "write")
-        # Loading a model takes seconds, so it has a thread of its own, and so has shadow traffic, which may be slow.
+        # Loading a model takes seconds, and shadow predictions may be slow. Each has a thread of its own, so that
+        # neither delays requests.
         self._poll_thread = ThreadPoolExecutor(1, "poll")
         self._shadow_thread = ThreadPoolExecutor(1, "shadow")
         self._candidate = CandidateRunner(store, settings)
@@ -84,7 +85,7 @@ class Predictor:
         self._recorder = Recorder(store, settings, self._decode_threads)
 
     async def start(self) -> None:
-        """Load the model that serves and start the batch loop and the polling of the ledger."""
+        """Load the serving model, then start the batch loop and the polling of the ledger."""
         await self._in(self._poll_thread, self._refresh)
         self._loops = [asyncio.create_task(self._poll_ledger()), asyncio.create_task(self._run_batches())]
 
@@ -115,8 +116,8 @@ class Predictor:
     async def predict(self, request: PredictionRequest) -> StoredPrediction:
         """Predict one image.
 
-        A request with the idempotency key of an earlier one gets the prediction of that request, also while the
-        earlier one is still running.
+        A request with the idempotency key of an earlier request gets the prediction of that request, even if the
+        earlier request is still running.
 
         Args:
             request: the image and its context.
@@ -131,13 +132,13 @@ class Predictor:
             return await self._predict(request)
         key = (request.caller, request.idempotency_key)
         # No `await` between lookup and insert, so two requests of one event loop cannot both find the key free.
-        # Requests in different replicas can: there the unique key in the ledger decides, see `Recorder.record`.
+        # Requests in different replicas can; then the unique constraint in the ledger decides, see `Recorder.record`.
         task = self._in_flight.get(key)
         if task is None:
             task = asyncio.create_task(self._predict(request))
             self._in_flight[key] = task
             task.add_done_callback(lambda _: self._in_flight.pop(key, None))
-            # Shielded: if this caller disconnects, others may wait for the same task.
+            # A caller that disconnects must not cancel the task, because other callers may wait for it.
             return await asyncio.shield(task)
         stored = await asyncio.shield(task)
         image = await self._in(self._decode_threads, self._take_in, request)
@@ -159,16 +160,16 @@ class Predictor:
             repeated = self._recorder.repeated(request)
             if repeated is not None:
                 return same_image(repeated, image)
-        # Bound to the job here: pixels are decoded in this model's geometry, so a later swap must not change it.
+        # The job keeps this model even if the models are swapped: its pixels have the size that this model needs.
         model = self._holder.current
         consent = (request.context.consent or self._settings.default_consent) if self._settings.keep else Consent.NONE
         pixels = decode_square(image.data, model.document.geometry.side_px)
-        # An image that was erased on request is predicted when it is sent again, and not stored again.
+        # An image that was erased on request and is sent again is predicted, but not stored.
         if consent is not Consent.NONE and was_erased(self._store, image.id):
             consent = Consent.NONE
         if consent is not Consent.NONE:
-            # Before the transaction: after a crash in between, a blob without a row is harmless, while
-            # a row without its blob would promise an image that does not exist.
+            # The blob is written before the transaction. A crash in between leaves a blob without a row, which is
+            # harmless. The other order could leave a row that refers to a missing blob.
             self._store.blobs.put(image.data)
         return Job(request, image, consent, model, pixels, arrived_s)
 
@@ -186,21 +187,22 @@ class Predictor:
 
     async def _run_batches(self) -> None:
         while True:
-            # Slot and core come first, the batch afterwards: jobs that arrive while this loop waits for a core stay in
-            # the queue and join the batch. Gathered first, the batch would wait at its size of that moment.
+            # A slot and a core are acquired before the batch is gathered, so that jobs that arrive while this loop
+            # waits for a core still join the batch.
             await self._slots.acquire()
             await self._free_cores.acquire()
             batch = await self._gather()
             self._num_computing += 1
-            # All cores only if nothing computes and nothing waits: torch threads of two forward passes on the same
-            # cores wait for each other at every operator. The number can only be chosen before the forward pass.
+            # The batch uses all cores only if no other batch computes and no job waits. When two multi-threaded
+            # forward passes share cores, their threads wait for each other at every operator, and the number of
+            # threads cannot be changed during a forward pass.
             is_alone = self._num_computing == 1 and self._queue.empty()
             task = asyncio.create_task(self._compute(batch, self._cores if is_alone else 1))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
     async def _gather(self) -> list[_QueuedJob]:
-        """Wait for a job and take those that queue behind it, up to `max_batch_size` and all for the same model."""
+        """Wait for a job, then collect further jobs for the same model, up to `max_batch_size` in all."""
         first = self._held_back or await self._queue.get()
         self._held_back = None
         batch = [first]
@@ -211,8 +213,9 @@ class Predictor:
                 queued = self._queue.get_nowait() if left_s <= 0 else await asyncio.wait_for(self._queue.get(), left_s)
             except (asyncio.QueueEmpty, TimeoutError):
                 break
-            # During a model swap the queue holds jobs of both models. An asyncio queue takes nothing back, so the
-            # first job of the other model is held back for the next batch, which keeps the order of arrival.
+            # During a model swap the queue holds jobs for both models. `asyncio.Queue` cannot put a job back at the
+            # front, so the first job for the other model is kept here and starts the next batch. This preserves the
+            # order of arrival.
             if queued.job.model.loaded is not first.job.model.loaded:
                 self._held_back = queued
                 break
@@ -228,14 +231,14 @@ class Predictor:
             self._slots.release()
             return
         finally:
-            # The core is free as soon as the forward pass ends; the slot stays taken until the commit.
+            # The core is released as soon as the forward pass ends, the slot only after the commit.
             self._num_computing -= 1
             self._free_cores.release()
         await self._commit(batch, output, candidate)
 
     def _forward(self, batch: list[_QueuedJob], num_threads: int) -> tuple[BatchOutput, CandidateOutput | None]:
         jobs = [queued.job for queued in batch]
-        # Counts for the calling thread only, so every forward pass sets it anew.
+        # The setting applies to the calling thread only, so every forward pass sets it.
         torch.set_num_threads(num_threads)
         began_s = time.perf_counter()
         output = jobs[0].model.loaded.predict(np.stack([job.pixels for job in jobs]), gradcam=True)
@@ -243,7 +246,7 @@ class Predictor:
         selected = self._candidate.select(assignment_keys(jobs), RolloutStage.CANARY)
         if selected is None:
             return output, None
-        # A canary predicts in the request's path: either of the two predictions may be the one that is served.
+        # A canary predicts before the response is sent, because its prediction may be the one that is returned.
         pixels = np.stack([pixels_of(jobs[row], selected.model) for row in selected.rows])
         return output, self._candidate.predict(selected, pixels, each_s)
 
@@ -253,13 +256,13 @@ class Predictor:
             record = self._recorder.record
             results = await self._in(self._write_thread, record, jobs, output, candidate, self._candidate)
         except Exception as error:
-            # Nothing was committed, so no caller of the batch may get a prediction; they can send it again.
+            # Nothing was committed, so every request of the batch fails, and callers can send them again.
             logger.exception("a batch was not written")
             _fail(batch, error)
         else:
-            # Only here, after the commit: a prediction that a caller has seen is never lost by a crash.
+            # Results are returned only after the commit, so a crash cannot lose a prediction that a caller has seen.
             for queued, result in zip(batch, results, strict=True):
-                # A request that was cancelled meanwhile has a cancelled future; its prediction stays stored.
+                # A request that was cancelled has a cancelled future; its prediction stays stored.
                 if queued.done.done():
                     continue
                 if isinstance(result, RefusedError):
@@ -271,9 +274,9 @@ class Predictor:
             self._slots.release()
 
     def _mirror(self, jobs: list[Job], results: list[Result]) -> None:
-        """Let a candidate in shadow predict a batch that was served, outside of the request's path."""
-        # At most one mirrored batch at a time: under load the others are skipped, so that a slow candidate neither
-        # delays requests nor builds up a queue. Its guardrails need a sample of the traffic, not all of it.
+        """Predict a served batch with a candidate in shadow, in the background."""
+        # At most one batch is mirrored at a time. Under load the others are skipped, so that a slow candidate neither
+        # delays requests nor builds up a queue; its guardrails need only a sample of the traffic.
         selected = None if self._is_mirroring else self._candidate.select(assignment_keys(jobs), RolloutStage.SHADOW)
         if selected is None:
             return
@@ -290,7 +293,8 @@ class Predictor:
 
     def _predict_shadow(self, selected: CandidateRows, jobs: list[Job], results: list[Result]) -> None:
         pixels = np.stack([pixels_of(job, selected.model) for job in jobs])
-        # Not compared by time: it shares its cores with served batches, so being slower says nothing about it.
+        # Infinity switches the comparison of latency off: a shadow prediction shares its cores with served batches,
+        # so its time does not measure the candidate.
         candidate = self._candidate.predict(selected, pixels, champion_s=float("inf"))
         self._recorder.record_shadow(jobs, results, candidate, self._candidate)
 
@@ -299,7 +303,10 @@ class Predictor:
 
 
 def assignment_keys(jobs: list[Job]) -> list[str]:
-    """Return per job what a canary assigns by: the lesion, so that all its images get one model, else the image."""
+    """Return for each job the key that assigns it to champion or canary.
+
+    The key is the lesion id, so that all images of a lesion get the same model, or the image id if no lesion is given.
+    """
     return [job.request.context.lesion_id or job.image.id for job in jobs]
 
 

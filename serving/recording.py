@@ -1,7 +1,7 @@
 """The second half of a batch: triage, overlays, rows, one transaction.
 
 In: jobs with their model's output. Out: predictions that are committed to the ledger, or the error of a job. It runs
-in the write thread of the predictor and knows nothing of queues.
+in the write thread of the predictor and does not use its queues.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Response bodies from stored records, and the reading of stored predictions.
 
-In: records of the ledger and heat maps. Out: bodies of `serving.schemas`. A prediction has the same body in the
-response that made it and whenever it is read again.
+In: records of the ledger and heat maps. Out: bodies of `serving.schemas`. The body of a prediction is the same in the
+response to the request that made it and whenever it is read again.
 """
 
 import base64

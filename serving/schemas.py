@@ -340,9 +340,9 @@ class ModelDetails(ModelInfo):
     scores: list[ScoreBand] = Field(
         description="on the calibration split, by rising score; empty for models without them"
     )
-    promise: Probability = Field(description="guaranteed coverage of the prediction sets per class")
+    promise: Probability = Field(description="guaranteed coverage of the prediction sets; see pooled_classes")
     pooled_classes: list[str] = Field(
-        description="classes with few calibration lesions; the guarantee covers them jointly"
+        description="classes with few calibration lesions; the guarantee holds for them together, not for each"
     )
     refer: dict[str, Probability] = Field(
         description="class code, or `malignant`: probability from which an image goes to review"

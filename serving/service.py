@@ -1,4 +1,4 @@
-"""The protocol between the HTTP app and what computes, in this process or in other replicas."""
+"""The protocol through which the HTTP app calls predictor and explainer, in this process or in other replicas."""
 
 from typing import Protocol
 

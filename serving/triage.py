@@ -1,8 +1,8 @@
 """Triage: from calibrated probabilities to a decision, its reasons and its priority for review.
 
 In: one row of probabilities, the operating points of the model's bundle, the rules of this service, and the image's
-draw for the audit sample. Out: a `Verdict`. Pure functions: no clock, no ledger. Training fits the thresholds and
-the suitability checks; nothing is fitted here.
+number in [0, 1) that decides whether it is in the audit sample. Out: a `Verdict`. All functions are pure: they use no
+clock and no ledger. Thresholds and suitability checks are fitted during training, not here.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _PRIORITY_TIERS: dict[ReasonCode, float] = {
 }
 
 AUDIT_STRATA = ((0.05, 1), (0.2, 2), (float("inf"), 4))
-"""Upper bound of p(malignant) -> factor on the sampling probability of `serving.audit_share`."""
+"""Pairs of an upper bound of p(malignant) and the factor by which `serving.audit_share` is multiplied below it."""
 
 CAUTION: dict[Decision, int] = {
     Decision.ANSWERED: 0,
@@ -35,7 +35,7 @@ CAUTION: dict[Decision, int] = {
     Decision.REVIEW: 2,
     Decision.URGENT: 3,
 }
-"""Order of decisions by caution; of two decisions about one lesion the larger one counts."""
+"""How cautious each decision is. Of several decisions about an image or a lesion, the most cautious one is returned."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def triage(
     Returns:
         The verdict: `retake` without label for an image too poor to judge, `answered` if there is no reason for review.
     Raises:
-        ContractError: the number of probabilities is not that of the classes, or they do not sum to 1.
+        ContractError: there is not one probability per class, or the probabilities do not sum to 1.
     """
     if probabilities.shape != (len(taxonomy.codes),):
         raise ContractError(f"probabilities {probabilities.shape} do not fit {len(taxonomy.codes)} classes")
@@ -92,10 +92,10 @@ def triage(
     is_sampled = audit_draw < chance
     sampled = (ReasonCode.AUDIT_SAMPLE,) if is_sampled else ()
     selection = chance if is_sampled else None
-    # Quality comes first: an annotator could not judge the image either, so it is not even in the audit sample.
+    # Quality is checked first: annotators could not judge the image either, so it is left out of the audit sample.
     if suitability.quality_reason is not None:
         return Verdict(Decision.RETAKE, (ReasonCode.BAD_IMAGE,), None, None, (), 0.0, None, suitability)
-    # Non-finite output is reviewed and never dropped; it counts as malignant, so it gets the highest sampling chance.
+    # An image with non-finite output is always reviewed. It counts as malignant in the audit sample (see above).
     if not is_finite:
         reasons = (ReasonCode.NON_FINITE, *sampled)
         priority = priority_of(reasons, None, taxonomy)
@@ -184,7 +184,8 @@ def audit_draw_of(image_id: str, salt: str) -> float:
     Returns:
         In [0, 1), uniform over images and independent of any model's output.
     """
-    # A hash instead of a random generator: a repeated request, another replica and a candidate draw the same number.
+    # A hash instead of a random generator, so that a repeated request, another replica and a candidate get the same
+    # number.
     return int(sha256_hex(f"{salt}:{image_id}".encode())[:13], 16) / 2**52
 
 
@@ -213,7 +214,7 @@ def _doubt_reasons(
     others = members.copy()
     others[label_index] = False
     reasons = []
-    # An empty set means that no class conforms to the calibration images, which is a reason for review, too.
+    # An empty set is a reason for review, too: the probability of every class is below what is usual for its images.
     if not 1 <= int(members.sum()) <= rules.max_set_size or bool((others & is_malignant).any()):
         reasons.append(ReasonCode.PREDICTION_SET)
     if float(probabilities[label_index]) < rules.low_confidence:

@@ -1,7 +1,7 @@
 """Texts for people: reasons, decisions and model states as plain sentences.
 
-In: stored records. Out: text that depends on nothing else, so that a prediction that is read again has the same text.
-The texts give probabilities and next steps, never a verdict on a patient.
+In: stored records. Out: text that depends only on these records, so that a prediction has the same text whenever it is
+read. The texts give probabilities and next steps, never a verdict on a patient.
 """
 
 from records.taxonomy import Taxonomy
@@ -41,7 +41,7 @@ def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) ->
         case ReasonCode.LOW_CONFIDENCE:
             return f"Even the most likely class has a probability of only {_percent(prediction.confidence)}."
         case ReasonCode.PREDICTION_SET if not prediction.prediction_set:
-            return "No class looks the way it did on the images that the model was calibrated with."
+            return "No class has a probability as high as is usual for its calibration images."
         case ReasonCode.PREDICTION_SET:
             held = ", ".join(names.get(c, c) for c in prediction.prediction_set)
             return f"These classes cannot be told apart with enough certainty: {held}."
@@ -58,7 +58,7 @@ def status_text(status: str) -> str:
     if status == ModelStatus.PROVISIONAL:
         return (
             "This model is provisional: it has not passed the checks that a champion must pass, "
-            "and its predictions need particular caution."
+            "so its predictions must be used with particular caution."
         )
     if status == ModelStatus.CHAMPION:
         return "This model has passed the checks that every champion must pass."
@@ -83,12 +83,12 @@ def _referral_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy)
 
 
 _FIXED: dict[ReasonCode, str] = {
-    ReasonCode.OUT_OF_DISTRIBUTION: "The image is unlike those that the model knows.",
+    ReasonCode.OUT_OF_DISTRIBUTION: "The image is unlike the images that the model was trained with.",
     ReasonCode.NON_FINITE: "The model could not compute a prediction for this image.",
     ReasonCode.FLAGGED: "A user flagged the prediction.",
-    ReasonCode.AUDIT_SAMPLE: "Drawn at random, to check predictions that seem certain.",
-    ReasonCode.SELECTED: "The model would learn much from this image.",
-    ReasonCode.LABEL_NOISE: "The label on record and the model disagree.",
-    ReasonCode.ADJUDICATION: "Two sources disagree about this image.",
-    ReasonCode.BAD_IMAGE: "The image is too poor to judge.",
+    ReasonCode.AUDIT_SAMPLE: "The image was drawn at random to check the quality of predictions.",
+    ReasonCode.SELECTED: "A label for this image is expected to improve the model.",
+    ReasonCode.LABEL_NOISE: "The stored label and the model's prediction differ.",
+    ReasonCode.ADJUDICATION: "Two labels of this image differ.",
+    ReasonCode.BAD_IMAGE: "The quality of the image is too low for a prediction.",
 }

@@ -1,7 +1,7 @@
 """API keys: created once, stored as a hash, looked up by the bearer token of a request.
 
 In: a store and a token. Out: a `Caller`. A token is `rlk_<id>_<secret>`. Its secret has 256 random bits, so it cannot
-be guessed and a plain SHA-256 of the token is as safe as a slow password hash. It knows nothing of HTTP.
+be guessed and a plain SHA-256 of the token is as safe as a slow password hash. This module does not use HTTP.
 """
 
 import hmac
@@ -23,7 +23,7 @@ from records.types import ApiKey, Consent, Scope
 PREFIX = "rlk"
 LOCAL_ORGANISATION = "local"
 CACHE_S = 1.0
-"""Age of the cached keys at most, seconds; so long a revoked key may still work."""
+"""Maximum age of the cached keys, seconds; a revoked key may still work for this long."""
 
 _SEES_ALL = frozenset({Scope.REVIEW, Scope.AUDIT, Scope.ADMIN})
 
@@ -45,7 +45,7 @@ class Caller:
     def require(self, scope: Scope) -> None:
         """Raise AccessError unless the caller has a scope; `admin` includes all others."""
         if not self.scopes & {scope, Scope.ADMIN}:
-            raise AccessError(f"this needs a key with the scope `{scope}`", "forbidden")
+            raise AccessError(f"this request needs a key with the scope `{scope}`", "forbidden")
 
 
 LOCAL = Caller("local", LOCAL_ORGANISATION, frozenset(Scope) - {Scope.ADMIN})

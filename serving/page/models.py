@@ -1,4 +1,4 @@
-"""The Models tab: registered models with their metrics and reports, and the rollout, which admins control.
+"""The Models tab: registered models with their metrics and reports, and the controls of the rollout for admins.
 
 In: models and rollout of the API. Out: HTML. The buttons call the API's routes with the visitor's key.
 """
@@ -11,6 +11,7 @@ import gradio as gr
 from records.errors import RelookError, UnknownIdError
 from serving.client import Client
 from serving.page.api import PageApi
+from serving.page.prediction_view import coverage_text
 from serving.page.render import problem_html, render, share
 from serving.schemas import ModelDetails, ModelInfo, RolloutInfo, RolloutRequest
 
@@ -25,7 +26,7 @@ NOT_CHANGED = "Rollout not changed"
 _ROLLED_BACK = "rolled back on the page"
 _STAGES = {
     "shadow": "The candidate predicts on the same images; its predictions are compared and not returned.",
-    "canary": "The candidate serves its traffic share; the more cautious of both predictions is returned.",
+    "canary": "The candidate also predicts the images of its traffic share; the more cautious prediction is returned.",
     "promoted": "The candidate is the champion now.",
     "rolled_back": "The candidate was rolled back.",
 }
@@ -174,8 +175,15 @@ def details_html(details: ModelDetails, names: dict[str, str]) -> str:
     val = details.metrics.get("val", {})
     # Thresholds are per class, and one is for the sum of all malignant classes.
     named = names | {"malignant": "all malignant classes together"}
-    metrics = list(_metrics(val, names))
-    return render("model_details", details=details, val=val, metrics=metrics, names=names, named=named)
+    return render(
+        "model_details",
+        details=details,
+        val=val,
+        metrics=list(_metrics(val, names)),
+        names=names,
+        named=named,
+        coverage=coverage_text(names, details),
+    )
 
 
 def rollout_html(rollout: RolloutInfo | None) -> str:

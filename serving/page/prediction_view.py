@@ -1,8 +1,8 @@
-"""A prediction on the page: decision and reasons, probabilities, what they are worth, and the state of its review.
+"""A prediction on the page: decision, reasons, probabilities, how often such scores were right, and the review's state.
 
-In: bodies of `serving.schemas`. Out: HTML and sentences. What a score is worth comes from the calibration split, which
-neither training nor calibration saw. Texts are those of decision support: how often, how likely and what happens next;
-never a diagnosis, and never that an image or a person has nothing to fear.
+In: bodies of `serving.schemas`. Out: HTML and sentences. How often scores were right is measured on the calibration
+split, which is used neither to train the network nor to calibrate its probabilities. Texts say how likely, how often
+and what happens next; they give no diagnosis, and never say that an image or a person has nothing to fear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ def prediction_html(
     malignant: frozenset[str],
     details: ModelDetails | None = None,
 ) -> str:
-    """Show a prediction: decision, reasons for review, probabilities and what they are worth.
+    """Show a prediction: decision, reasons for review, probabilities and how often such scores were right.
 
     Args:
         prediction: body of the API.
@@ -164,18 +164,37 @@ def set_text(prediction_set: Sequence[str], names: Mapping[str, str], details: M
         Some sentences.
     """
     if not prediction_set:
-        return "The set is empty: no class fits this image as it fitted the calibration data, so the image is unusual."
+        return "The set is empty: no class has a probability as high as is usual for its calibration images."
     held = ", ".join(names.get(code, code) for code in prediction_set)
     count = "One class" if len(prediction_set) == 1 else f"{len(prediction_set)} classes"
     begun = f"{count} cannot be excluded: {held}."
     if details is None:
         return begun
-    share = f"{100 * details.promise:.0f} of 100"
-    pooled = [names.get(code, code) for code in details.pooled_classes]
-    # Classes with too few calibration lesions share one conformal threshold, so coverage holds for them jointly only.
-    few = "all classes" if len(pooled) == len(names) else ", ".join(pooled)
-    jointly = f" Coverage of {few} holds jointly, not for each class: calibration lesions were few." if pooled else ""
     return (
-        f"{begun} Prediction sets contain the true class for at least {share} images of each class, provided that "
-        f"images resemble the calibration data. A class outside the set is unlikely, not ruled out.{jointly}"
+        f"{begun} {coverage_text(names, details)} This requires that images resemble the calibration data. "
+        "A class outside the set is unlikely, not ruled out."
+    )
+
+
+def coverage_text(names: Mapping[str, str], details: ModelDetails) -> str:
+    """Say how often prediction sets contain the true class.
+
+    Args:
+        names: class code to display name.
+        details: of the model.
+    Returns:
+        One or two sentences.
+    """
+    contain = f"Prediction sets contain the true class for at least {100 * details.promise:.0f} of 100 images"
+    pooled = [names.get(code, code) for code in details.pooled_classes]
+    # Classes with few calibration lesions share one threshold, so the share is promised for their images together and
+    # not for each of these classes. If there is only one, it shares its threshold with no other class.
+    if len(pooled) < 2:
+        return f"{contain} of each class."
+    if len(pooled) == len(names):
+        return f"{contain} of all classes together, not of each class, because calibration lesions were few."
+    few = f"{', '.join(pooled[:-1])} and {pooled[-1]}"
+    return (
+        f"{contain} of each class except {few}. Their calibration lesions were few, so for them the same share holds "
+        "for the images of these classes together, not for each class."
     )

@@ -98,7 +98,7 @@ class CandidateRunner:
         Args:
             selected: N rows.
             pixels: [N, S, S, 3] of these rows, in the candidate's geometry.
-            champion_s: the champion's time per image, seconds; infinity if it is not compared.
+            champion_s: the champion's time per image, seconds; infinity if the times are not compared.
         Returns:
             The output; an error is logged and becomes `output=None`.
         """

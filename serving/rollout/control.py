@@ -169,5 +169,7 @@ def _last_promoted(tx: Transaction) -> Rollout:
     found = tx.find(Rollout, where={"stage": RolloutStage.PROMOTED}, order_by=("-id",), limit=1)
     served = serving_model(tx)
     if not found or served is None or served.id != found[0].candidate_id:
-        raise UnknownIdError("no rollout is in progress and none was promoted last, so there is nothing to roll back")
+        raise UnknownIdError(
+            "no rollout is in progress and none promoted the serving model, so there is nothing to roll back"
+        )
     return found[0]

@@ -69,7 +69,7 @@ async def many_images(request: Request, most: int) -> list[tuple[bytes, Context]
     Raises ImageError if the body is not a form, and DataError for no image, too many, or contexts that do not fit.
     """
     if _media_type(request) != "multipart/form-data":
-        raise ImageError("a batch is multipart/form-data with one `image` per image", "unsupported_type")
+        raise ImageError("a batch must be multipart/form-data with one part `image` per image", "unsupported_type")
     # Room for the context and one image too many, so that the check below names the limit.
     async with request.form(max_files=most + 2, max_fields=2, max_part_size=_largest_part(request)) as form:
         _require_known_parts(form)

@@ -174,9 +174,16 @@ def test_a_prediction_set_is_explained_with_its_coverage() -> None:
     text = set_text(["nv", "mel"], NAMES, details())
     assert text.startswith("2 classes cannot be excluded: Melanocytic nevus, Melanoma.")
     assert "at least 90 of 100" in text
-    assert "Coverage of Melanoma holds jointly" in text
     assert "not ruled out" in text
-    assert "Coverage of all classes holds jointly" in set_text(["nv"], NAMES, details(pooled_classes=["nv", "mel"]))
+    # One class with few calibration lesions shares its threshold with no other.
+    for alone in ([], ["mel"]):
+        assert "at least 90 of 100 images of each class." in set_text(["nv"], NAMES, details(pooled_classes=alone))
+    every = set_text(["nv"], NAMES, details(pooled_classes=["nv", "mel"]))
+    assert "at least 90 of 100 images of all classes together, not of each class" in every
+    assert "images of each class" not in every
+    some = set_text(["nv"], NAMES | {"df": "Dermatofibroma"}, details(pooled_classes=["mel", "df"]))
+    assert "at least 90 of 100 images of each class except Melanoma and Dermatofibroma." in some
+    assert "the same share holds for the images of these classes together, not for each class" in some
     assert set_text(["nv"], NAMES, None) == "One class cannot be excluded: Melanocytic nevus."
     assert "The set is empty" in set_text([], NAMES, details())
 

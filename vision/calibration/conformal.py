@@ -48,7 +48,7 @@ def conformal_thresholds(
         nonconformity: [L] 1 - p(true class), one per lesion.
         labels: [L] class indices.
         codes: [C] class codes in class order.
-        promise: coverage promised per class.
+        promise: coverage that is promised.
         min_lesions: classes with fewer lesions are pooled with one another.
     Returns:
         Class code to q (the class is in the set if 1 - p <= q), and the codes of the pooled classes.

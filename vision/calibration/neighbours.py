@@ -112,7 +112,7 @@ def fit_neighbours(vectors: NDArray[np.floating], *, max_directions: int, max_re
         ContractError: no vector, or one that is not finite.
     """
     if len(vectors) == 0 or not np.isfinite(vectors).all():
-        raise ContractError("a distance needs vectors to compare with, and finite ones")
+        raise ContractError("a distance needs at least one vector to compare with, and all must be finite")
     values = vectors.astype(np.float64)
     mean = values.mean(axis=0)
     _, singular, directions = np.linalg.svd(values - mean, full_matrices=False)

@@ -94,14 +94,14 @@ def reweight(probabilities: FloatArray, from_priors: Mapping[str, float], to_pri
         [N, C].
     Raises:
         TaxonomyError: the classes differ, or a share is negative.
-        ContractError: a class that the stated population has had no share before.
+        ContractError: a class has a share in the stated population and had none before.
     """
     if set(from_priors) != set(to_priors) or min(to_priors.values()) < 0:
         raise TaxonomyError(f"the stated prevalence needs a share >= 0 for each of {', '.join(from_priors)}")
     before = np.array([from_priors[code] for code in from_priors])
     after = np.array([to_priors[code] for code in from_priors]) / sum(to_priors.values())
     if ((before == 0) & (after > 0)).any():
-        raise ContractError("a class without a share at calibration cannot be re-weighted to have one")
+        raise ContractError("a class without a share in the calibration data cannot get a prevalence above 0")
     # Where the old share is 0, so is the new one: such a class keeps probability 0.
     ratio = np.divide(after, before, out=np.zeros_like(after), where=before > 0)
     weighted = probabilities * ratio
@@ -118,7 +118,7 @@ def stated_prevalence(stated: Mapping[str, float], priors: Mapping[str, float]) 
         Class code to share, in the order of `priors`; they sum to 1.
     Raises:
         ConfigError: an unknown class, a share outside 0 to 1, a sum that cannot be, or a class with a share now and
-            none at calibration.
+            none in the calibration data.
 
     >>> stated_prevalence({"nv": 0.8}, {"mel": 0.1, "nv": 0.6, "bcc": 0.3})
     {'mel': 0.05, 'nv': 0.8, 'bcc': 0.15}
@@ -130,7 +130,9 @@ def stated_prevalence(stated: Mapping[str, float], priors: Mapping[str, float]) 
         if not 0.0 <= share <= 1.0:
             raise ConfigError(f"prevalence of {code} is {share:g}; it must be a share from 0 to 1, such as {code}=0.1")
         if share > 0 and priors[code] == 0:
-            raise ConfigError(f"prevalence of {code} is {share:g}, and calibration had none of it to re-weight from")
+            raise ConfigError(
+                f"prevalence of {code} is {share:g}, but calibration had none of this class; leave it out"
+            )
     rest, others = 1.0 - sum(stated.values()), sum(priors[code] for code in priors if code not in stated)
     if rest < -1e-6 or (rest > 1e-6 and others == 0):
         raise ConfigError(f"the stated prevalence sums to {1.0 - rest:g}; it must be 1, or less and leave classes out")

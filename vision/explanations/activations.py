@@ -42,7 +42,7 @@ def layer_output(network: nn.Module, inputs: Tensor, layer: str) -> Float32Array
     name = layer if layer in names else f"features.{layer}"
     if name not in names:
         shallow = [one.removeprefix("features.") for one in names if one.count(".") == 1]
-        raise ConfigError(f"the network has no layer {layer!r}; there are {', '.join(shallow)}, and what they hold")
+        raise ConfigError(f"the network has no layer {layer!r}; there are {', '.join(shallow)} and their sublayers")
     kept: list[Tensor] = []
     # Removed even if the forward pass fails: a hook that stays would run in every later pass.
     handle = network.get_submodule(name).register_forward_hook(lambda _module, _inputs, output: kept.append(output))

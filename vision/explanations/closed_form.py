@@ -1,18 +1,18 @@
-"""Grad-CAM with no backward pass, for heads whose gradient is a formula.
+"""Grad-CAM without a backward pass, for heads whose gradient has a closed form.
 
-Grad-CAM (Selvaraju et al. 2017) weighs each channel of a feature map A [K, h, w] by the mean over
-positions of d logit_c / d A_k, and keeps the positive part of the weighted sum. Two heads make
-that mean a formula:
+Grad-CAM (Selvaraju et al. 2017) multiplies each channel A_k of a feature map A [K, h, w] by a weight, the mean over
+positions of d logit_c / d A_k, sums over the channels and keeps the positive part of the sum. For two kinds of heads
+the weight has a closed form:
 
-- **pooling, then linear.** logit_c = sum_k w_ck mean(A_k) + b_c, so the gradient is w_ck / (h*w)
-  everywhere, and the map is relu(sum_k w_ck A_k) / (h*w).
-- **one map per class: ReLU, batch norm, pooling.** A is what the last 1x1 convolution puts out,
-  K = C. logit_c = gamma_c / sqrt(var_c + eps) * (mean(relu(A_c)) - mu_c) + beta_c, so only class c's own
-  map counts; its gradient is gamma_c / sqrt(var_c + eps) / (h*w) where A_c > 0 and 0 elsewhere, and
-  the mean of that is gamma_c / sqrt(var_c + eps) * share_c / (h*w), share_c = share of positions with A_c > 0.
+- **Pooling, then a linear layer.** logit_c = sum_k w_ck mean(A_k) + b_c, so the gradient is w_ck / (h*w) at every
+  position, and the map is relu(sum_k w_ck A_k) / (h*w).
+- **One map per class, then ReLU, batch norm and pooling.** A is the output of the last 1x1 convolution, with K = C.
+  logit_c = s_c * (mean(relu(A_c)) - mu_c) + beta_c with s_c = gamma_c / sqrt(var_c + eps), so logit_c depends on the
+  map of class c only. The gradient is s_c / (h*w) where A_c > 0 and 0 elsewhere. Its mean over positions is
+  s_c * share_c / (h*w), where share_c is the share of positions with A_c > 0.
 
-In: a feature map [N, K, h, w] and the head that follows it. Out: maps [N, C, h, w]. A head of
-another shape has no closed form; `vision.explanations.gradients.head_gradcam` differentiates it.
+In: a feature map [N, K, h, w] and the head that follows it. Out: maps [N, C, h, w]. Other heads have no closed form;
+for them, `vision.explanations.gradients.head_gradcam` runs a backward pass through the head.
 """
 
 from dataclasses import dataclass
@@ -37,11 +37,11 @@ class PooledLinear:
     """Global average pooling followed by a linear layer."""
 
     weight: Tensor
-    """[K, C] in float64: hundreds of channels nearly cancel where a map is faint, and fp32 would leave noise there"""
+    """[K, C] in float64: where a map is faint, hundreds of channels nearly cancel, and fp32 would leave noise"""
 
     def maps(self, features: Tensor) -> Tensor:
         """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
-        # Channels last makes the weighted sum over channels one matrix product.
+        # With channels last, the weighted sum over channels is one matrix product.
         num_positions = features.shape[-2] * features.shape[-1]
         weighted = features.permute(0, 2, 3, 1).double() @ self.weight
         return (torch.relu(weighted) / num_positions).float().permute(0, 3, 1, 2)
@@ -60,12 +60,12 @@ class PooledClassMaps:
         num_positions = features.shape[-2] * features.shape[-1]
         share_active = (features > 0).float().mean(dim=(2, 3), keepdim=True)
         weighted = self.scale[:, None, None] * share_active / num_positions * features
-        # relu keeps the sign of a negative zero, and JSON would show "-0.0".
+        # relu(-0.0) is -0.0, which JSON would show; adding 0.0 makes it 0.0.
         return torch.relu(weighted) + 0.0
 
 
 def closed_form_of(head: nn.Module) -> ClosedForm | None:
-    """Return the closed form of a head, the sequence of layers after the target layer; None if it has none."""
+    """Return the closed form of `head`, the layers after the target layer of Grad-CAM, or None if it has none."""
     # Dropout is the identity in evaluation mode, and flattening does not change values.
     layers = [layer for layer in head.children() if not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten)]
     match layers:

@@ -1,4 +1,4 @@
-"""The registry of explanation methods, the only list of them: API, page, command line and catalogue read it.
+"""The registry of explanation methods; API, page, command line and catalogue list the methods from it.
 
 A method maps a network with one output and one image to a `PixelMap`. The registry imports no torch: each
 function loads its implementation from `vision.explanations.gradients` on its first call.

@@ -1,1 +1,1 @@
-"""How a finished network computes: the loaded model, batch norm folded away, golden inputs."""
+"""Inference with a trained network: the loaded model, folding of batch norm, golden inputs."""

@@ -51,7 +51,7 @@ def attribute(
     if method not in METHODS:
         raise ContractError(f"unknown explanation {method!r}; there are {', '.join(METHODS)}")
     if target == versus:
-        raise ContractError("a class cannot be held against itself; name two classes")
+        raise ContractError("a class cannot be compared with itself; name two classes")
     function = METHODS[method].function
     if function is None:
         return _gradcam(loaded, pixels, target, versus)

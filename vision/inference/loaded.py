@@ -273,7 +273,7 @@ def plain_network(bundle: Bundle) -> nn.Module:
     # never decoded, would not show it.
     if document.geometry.decode_version != DECODE_VERSION:
         raise IntegrityError(
-            f"model {bundle.id[:12]} was trained behind image decoder {document.geometry.decode_version}, and this "
+            f"model {bundle.id[:12]} was trained with images of decoder {document.geometry.decode_version}, and this "
             f"release has decoder {DECODE_VERSION}; train the model again or use the release that has its decoder"
         )
     network = build_model(document.architecture.name, len(document.taxonomy.codes), **document.architecture.options)

@@ -1,6 +1,6 @@
-"""Figures as data URIs of an SVG that needs nothing else, in one style for reports and page.
+"""Figures as data URIs of a self-contained SVG, in one style for reports and page.
 
-Figures are made without pyplot, so that no display is asked for and none is left open.
+Figures are made without pyplot, so that no display is needed and no figure stays in memory.
 """
 
 import base64

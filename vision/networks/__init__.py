@@ -1,7 +1,7 @@
 """The networks: a registry of frozen records, and one file per family.
 
 Every network is two parts, `features` and `head`, and `forward` is head(features(x)). `features` ends
-at the layer that Grad-CAM weighs, so the head alone says whether its map has a closed form.
+at the target layer of Grad-CAM, so the head alone determines whether the map has a closed form.
 """
 
 from vision.networks.registry import MODELS, ModelRecipe, build_model

@@ -1,6 +1,7 @@
 """The registry of networks, the settings that choose one, and how one is built.
 
-The numbers are declared, so that a catalogue needs no torch; a test compares each with the built network. Factories
+Numbers such as the parameter count are declared, so that the catalogue does not import torch; a test compares them with
+the built network. Factories
 import the network's module on their first call.
 """
 
