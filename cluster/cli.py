@@ -88,7 +88,7 @@ def _start_ray(settings: Any) -> AbstractContextManager[Any]:
 
 @verb(app, "doctor")
 def doctor(call: Call) -> None:
-    """Check this machine and name the fix for whatever is wrong."""
+    """Check this machine and print a fix for each problem."""
     from cluster.doctor import examine, report
 
     checks = examine(call.settings)

@@ -1,7 +1,7 @@
 """`relook doctor`: one check per requirement of a command, each failed one with a fix.
 
-In: `Settings`. Out: a list of `Check`. It starts no server, migrates no database and creates no home; what does
-not exist yet passes.
+In: `Settings`. Out: a list of `Check`. It starts no server, migrates no database and creates no home; a home or
+database that does not exist yet passes.
 """
 
 import importlib.metadata

@@ -136,7 +136,7 @@ def share_of(events: Sequence[bool] | BoolArray, weights: Sequence[float], large
     if not len(x):
         return Share(estimate=None, interval=(0.0, 1.0), images=0)
     if w.max() > largest * (1 + 1e-9):
-        raise ContractError(f"a weight is {w.max():g}, and the largest possible one was said to be {largest:g}")
+        raise ContractError(f"a weight is {w.max():g}, which is more than the largest possible weight, {largest:g}")
     scaled = w / largest
     # A value of p is excluded for good once the wealth against it has crossed 1 / alpha at any time, hence the maximum.
     kept = _GRID[np.log(1 / (1 - LEVEL)) > _log_wealth(x, scaled).max(axis=0)]

@@ -2,9 +2,10 @@
 
     collect -> version -> tune -> fit -> evaluate -> gate -> rollout -> select -> push
 
-Each step is an idempotent function in `cluster.round_steps`. Its result is recorded when it ends; a step that must
-not run twice records it in the transaction of its own last write. A killed round is resumed after its last
-recorded step with the same settings, and ends with the same result.
+The steps are functions in `cluster.round_steps`. The result of a step is recorded when the step ends. A killed round
+is resumed with the same settings after its last recorded step, and ends with the same result. A step that was killed
+before its result was recorded runs again. Most steps are idempotent; a step that must not run twice records its result
+in the transaction of its last write.
 """
 
 from collections.abc import Callable
@@ -83,17 +84,17 @@ def run_round(
         settings: of the round; a resumed round must have the ones it began with.
         resume: resume the unfinished round instead of starting one.
         started_by: for the audit; with `round.approval=person` another person has to approve the model.
-        still_wanted: is called while this process holds the lease; false refuses to start the round.
+        still_wanted: is called after the lease is acquired; if it returns false, the round is not started.
         on_event: is called with every event.
     Returns:
         The finished round and the results of its steps.
     Raises:
-        RefusedError: a round is unfinished and `resume` is false, none is and it is true, another
-            process runs one, the settings of a resumed round changed, or `still_wanted` returns false.
+        RefusedError: a round is unfinished and `resume` is false; no round is unfinished and `resume` is true;
+            another process runs a round; the settings of a resumed round changed; or `still_wanted` returns false.
     """
-    # A killed process cannot give its lease back, so its resumption waits until the lease runs out by itself.
+    # A killed process cannot release its lease, so `resume` waits until the lease expires.
     with hold(store.ledger, "round", wait_s=LEASE_S if resume else 0.0):
-        # Asked only now: what a watcher read before it had the lease may be out of date.
+        # Called under the lease, because what a watcher read before it had the lease may be out of date.
         if not resume and not still_wanted():
             raise RefusedError("another process ran the round meanwhile")
         record = _resume(store, settings) if resume else _start(store, settings, started_by)
@@ -116,7 +117,7 @@ def _run_step(
 ) -> None:
     number = context.record.number
     if name in context.results:
-        on_event(RoundEvent(number, name, "kept", f"{name}: done before", context.results[name]))
+        on_event(RoundEvent(number, name, "kept", f"{name}: already done", context.results[name]))
         return
     on_event(RoundEvent(number, name, "started", f"{name} started"))
     started_at = utc_now()
@@ -133,7 +134,8 @@ def _run_step(
         tx.add(_step_record(context, name, started_at, result))
 
     result = step(replace(context, tell=tell, record_with=record))
-    # A kill before this commit runs the step again; steps whose repetition would show never get here.
+    # If the process is killed before this commit, the step runs again when the round is resumed. A step that must not
+    # run twice has recorded its result already.
     if not recorded:
         with context.store.ledger.begin() as tx:
             tx.add(_step_record(context, name, started_at, result))
@@ -185,8 +187,8 @@ def _recorded_results(store: Store, record: RoundRecord) -> dict[str, StepResult
 
 
 def _finish(context: RoundContext) -> RoundRecord:
-    # Files first, `finished_at` last: a kill in between leaves an unfinished round, whose resumption finds all steps
-    # recorded and only writes the same files again.
+    # The files are written first and `finished_at` last. After a kill in between the round is still unfinished;
+    # resuming it finds all steps recorded and only writes the same files again.
     complete_manifest(context.run_dir, context.results)
     if context.results.get("rollout", {}).get("promoted"):
         report = GateReport.model_validate(context.results["gate"])

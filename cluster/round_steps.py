@@ -68,7 +68,7 @@ def collect(context: RoundContext) -> StepResult:
     else:
         report = pull(context.store, client, context.settings.labeling)
         pulled, text = report.new_labels, f"{report.new_labels} new annotations pulled from Label Studio"
-    # A fixed moment: annotations that arrive later belong to the next round, also if this one is resumed after them.
+    # A fixed time: annotations that arrive later belong to the next round, even if this one is resumed after them.
     known_until = utc_now().isoformat()
     grouped = group_labelled_images(context.store)
     return {"pulled": pulled, "grouped": grouped, "known_until": known_until, "text": text}
@@ -195,8 +195,8 @@ def rollout(context: RoundContext) -> StepResult:
             "text": f"model {model_id[:12]} is {status}"
             + (" and serves" if served else "; the current model keeps serving"),
         }
-        # In the transaction of the change: between two transactions a kill would run the step again, and undo a
-        # promotion that a person made meanwhile.
+        # The result is recorded in the transaction of the change. With two transactions, a kill in between would make
+        # the step run again on resume, which could undo a promotion that a person made meanwhile.
         context.record_with(tx, result)
     return result
 
@@ -212,7 +212,8 @@ def select(context: RoundContext) -> StepResult:
     def result(selected: int) -> StepResult:
         return {"selected": selected, "text": f"{selected} images selected for annotators"}
 
-    # In the transaction that writes the review items: otherwise a kill after it would select as many images again.
+    # The result is recorded in the transaction that writes the review items. Otherwise, a round that is killed between
+    # the two would select as many images again when it is resumed.
     return result(
         select_images(
             context.store,

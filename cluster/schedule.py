@@ -2,7 +2,7 @@
 
 Any number of watchers may run on any number of machines. Each polls the ledger; the one that gets the lease
 checks again before it begins, so exactly one runs the round. An unfinished round of a process that ended is
-resumed. A plan changes nothing; its time is the median of earlier rounds.
+resumed. `--dry-run` changes nothing; the duration that it shows is the median of earlier rounds.
 """
 
 import time

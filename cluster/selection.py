@@ -2,8 +2,8 @@
 
 In: a store, a bundle and a budget. Out: review items in the ledger, which a push turns into tasks. The pool of
 unlabelled images is the store, or a folder that is imported first. Wrong labels are found by a linear head on
-the model's features, cross-validated with whole groups per fold; a new annotation follows the ranks of
-labels, so it never replaces a histopathology result.
+the model's features, cross-validated with whole groups per fold. A new annotation does not replace a label of higher
+rank, such as a histopathology result.
 """
 
 from collections.abc import Callable, Iterator, Mapping

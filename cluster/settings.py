@@ -19,7 +19,8 @@ from tuning.settings import TuningSettings
 
 MASK = "**********"
 
-# Where and how long things are kept, on what they run and when they begin: the same work elsewhere has the same hash.
+# These settings say where and how long data is kept, on what a round runs and when it starts. They do not change its
+# results, so `settings_hash` leaves them out.
 _PLACES: dict[str, bool | set[str]] = {
     "preset": True,
     "records": {"home", "database", "blobs", "keep_images_days", "keep_predictions_days"},

@@ -41,7 +41,7 @@ def demo(
     annotator: Annotated[
         Literal["simulated", "human"], typer.Option("--annotator", help="Who annotates in Label Studio.")
     ] = "simulated",
-    reopen: Annotated[bool, typer.Option("--reopen", help="Bring the finished demo back.")] = False,
+    reopen: Annotated[bool, typer.Option("--reopen", help="Start the servers of a finished demo again.")] = False,
 ) -> None:
     """Run the whole loop once: search, train, serve, review, annotate, retrain, swap."""
     from cluster.demo.command import reopen_demo, run_demo
@@ -55,14 +55,14 @@ def demo(
 @verb(app, "promote")
 def promote(
     call: Call,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix of 8 or more, bundle path, or candidate.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix (8 characters), bundle path, or candidate.")],
     provisional: Annotated[
         bool, typer.Option("--provisional", help="Serve it without the gate; every response says so.")
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Overrule the gate; needs --reason and an admin's key in RELOOK_KEY.")
     ] = False,
-    reason: Annotated[str, typer.Option("--reason", help="Why it is forced; the audit keeps it.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Reason for --force, for the audit log.")] = "",
 ) -> None:
     """Make a model the champion if the gate promotes it; a running service switches by itself."""
     from cluster.promotion import KEY_VARIABLE, caller_of, promote_model

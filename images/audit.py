@@ -1,4 +1,4 @@
-"""Audit of a dataset version: what it holds, whether it leaks, and what a random split would have leaked.
+"""Audit of a dataset version: splits and classes, leaks between splits, and how much a random split would have leaked.
 
 Input: a dataset version. Output: an `AuditReport`. The audit only counts images and changes nothing; it computes no
 metric on any split.

@@ -1,4 +1,4 @@
-"""Agreement of annotators: Fleiss' and Cohen's kappa, confusion matrices, and how the model's prediction anchors them.
+"""Agreement of annotators: Fleiss' and Cohen's kappa, confusion matrices, and the influence of a shown prediction.
 
 Kappa is 1 for full agreement and 0 for the agreement that chance gives; it is None where it is undefined because only
 one class was ever named.

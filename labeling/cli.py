@@ -66,7 +66,7 @@ def down_command(call: Call) -> None:
 
 @verb(label_app, "status")
 def status_command(call: Call) -> None:
-    """Show open and annotated review items, and problems with their fix; exit 1 if there are any."""
+    """Show open and annotated review items, and problems with their fix; exit 1 if there is a problem."""
     from labeling.status import status as labeling_status
 
     with call.store() as store:
@@ -210,7 +210,7 @@ def simulate_command(
     truth: Annotated[Path | None, typer.Option(help="CSV with image_id and label; default: the demo's.")] = None,
     error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of annotations with a wrong class.")] = 0.0,
     cant_tell_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of annotations that are can't tell.")
+        float, typer.Option(min=0, max=1, help='Share of annotations that say "can\'t tell".')
     ] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="How many annotations at most.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the errors.")] = 0,

@@ -1,4 +1,4 @@
-"""Consensus: from the annotations of an image to one label, by majority or Dawid-Skene, adjudication above both.
+"""Consensus: one label from the annotations of an image, by majority or Dawid-Skene; an adjudication overrules both.
 
 Pure functions over annotations; nothing is read from a store or written to it. An image whose best label is not
 supported by more than half stays without a label.

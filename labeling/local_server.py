@@ -1,8 +1,9 @@
 """The local Label Studio server of a RELOOK_HOME: start it, find it again, stop it.
 
-It runs on SQLite under RELOOK_HOME, listens on loopback only, and has a session of its own, so that it outlasts the
-command that started it. Its account is created once and passed in environment variables. Its process id is kept in a
-file; the data folder among the process's environment variables tells it from a later process with the same id.
+It runs on SQLite under RELOOK_HOME, listens on loopback only, and has a session of its own, so that it keeps running
+when the command that started it ends. Its account is created once and passed in environment variables. Its process id
+is kept in a file. To detect a later process with the same id, the data folder in the environment variables of the
+process is compared as well.
 """
 
 import contextlib
@@ -125,7 +126,8 @@ class LocalLabelStudio:
 
     def _start(self, report: ReportLine) -> ServerInfo:
         process = self._known_process()
-        # A process without a version is one whose starter was killed while waiting: it is waited for, not doubled.
+        # A process without a version was started by a command that was killed while it waited. No second process is
+        # started; this command waits for the first.
         if process is None or not self._is_alive(process.pid):
             process = self._spawn(self._free_port(), self._account())
         try:

@@ -1,4 +1,4 @@
-"""Type aliases of the arrays that several rooms hand to each other; shapes stand where they are used."""
+"""Type aliases of arrays that several rooms use; shapes are documented where the arrays are used."""
 
 import numpy as np
 from numpy.typing import NDArray

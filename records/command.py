@@ -115,7 +115,7 @@ class Call(JsonCall):
         """
         starter: RayStarter | None = self.context.meta.get(RAY_STARTER)
         if starter is None:
-            raise ContractError("the root command has to leave what starts Ray in the context")
+            raise ContractError("the root command has to put a function that starts Ray into the context")
         return starter(self.settings if settings is None else settings)
 
 

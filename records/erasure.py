@@ -1,6 +1,6 @@
 """Erasure on request: everything that shows an image is deleted, and a tombstone remains.
 
-Deleted are the stored bytes, the heat maps over them and all personal data. The id, the predictions and the labels
+The stored bytes, the heat maps over them and all personal data are deleted. The id, the predictions and the labels
 stay, so that the audit chain and the content hashes of dataset versions still hold. Loading a dataset version leaves
 out erased images, so no model is trained on them again. Decoded pixels are blanked by `images.cache.blank_pixels`.
 """

@@ -1,7 +1,8 @@
-"""Groups and splits: what keeps the images of one lesion together.
+"""Groups and splits: all images of one lesion are in one group, and so on one split.
 
-A group is what lesion, patient and near-duplicate links connect. The split of a labelled group is drawn once and
-stored; images that are added later never move a group. Images whose links would join two splits get no group.
+A group is a set of images that are connected by lesion, patient and near-duplicate links. The split of a labelled group
+is drawn once and stored; images that are added later never move a group. Images whose links would join two splits get
+no group.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -31,7 +31,8 @@ class Known:
     Args:
         images: image_id, group_id and consent of every labelled image that is not erased.
         strongest: the strongest label of every usable image, with group_id and split.
-        rows: the same, except that labels of doubtful origin do not count on held-out splits.
+        rows: the same, except that on held-out splits only independent labels count: those that were imported or come
+            from the audit sample.
     """
 
     images: pd.DataFrame
@@ -75,8 +76,8 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
         why = f"none of {len(owned)} labelled images has both consent for training and a group"
         raise DataError(f"{why if len(owned) else 'no image has a label yet'}; import a folder with diagnoses first")
     strongest = _strongest(labels)
-    # A held-out image keeps an independent label even where a biased one is stronger: a model that chose which
-    # images are labelled must not also choose what it is measured on.
+    # An image on a held-out split keeps an independent label even if a biased one is stronger: the model had a part in
+    # choosing which images get biased labels, and it must not be measured on its own choice.
     biased = ~strongest["independent"] & strongest["split"].notna() & (strongest["split"] != Split.TRAIN.value)
     others = labels[labels["independent"] & labels["image_id"].isin(list(strongest.loc[biased, "image_id"]))]
     rows = pd.concat([strongest[~biased], _strongest(others)])

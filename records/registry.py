@@ -1,9 +1,8 @@
-"""Registries of frozen records: the one place that says what exists, what it is and what can be tuned.
+"""Registries of frozen records: the choices for a setting, such as optimizers, with their tunable settings.
 
-A registry maps a name to a record with a one-line description and its tunable settings. Search
-space, command line, catalogue and docs are derived from it, never written a second time. A tunable's
-key is a field of the settings that stand beside its registry. Records import torch inside their
-factories, so looking something up is cheap.
+A registry maps a name to a record with a one-line description and its tunable settings. Search space, command line,
+catalogue and docs are derived from it, never written a second time. The key of a tunable is a field of the settings
+that are declared next to the registry. Records import torch inside their factories, so looking something up is cheap.
 """
 
 from collections.abc import Iterator, Mapping

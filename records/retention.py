@@ -1,8 +1,8 @@
 """Retention: served images and predictions older than the configured number of days are deleted.
 
 An image is deleted as on erasure, with heat maps and personal data; a tombstone stays, so that its predictions keep
-their reference. Kept, whatever their age, are images with an open review item, a label or an outcome, and images in a
-dataset version: no version, figure or replay changes. Each run writes one audit event.
+their reference. Images with an open review item, a label or an outcome and images in a dataset version are kept,
+whatever their age, so that no version, figure or replay changes. Each run writes one audit event.
 """
 
 from collections.abc import Callable, Iterator, Sequence

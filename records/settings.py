@@ -1,6 +1,7 @@
 """The settings of the records room, and what the settings of all rooms share.
 
-Shared are the base class, validators, a pydantic error as a field and a reason, and environment variables for a block.
+The shared parts are the base class, validators, the conversion of a pydantic error into a field and a reason, and a
+context manager that sets environment variables for a block.
 """
 
 import os

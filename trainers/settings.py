@@ -1,4 +1,4 @@
-"""The settings of the trainers room, composed of parts that stand beside the registries that own their names.
+"""The settings of the trainers room, composed of parts that are declared next to their registries.
 
 A part is what one factory takes: `build_optimizer` takes `settings.optimizer`, `build_loss` takes `settings.loss`.
 What is declared here belongs to the run as a whole. `workers` holds what only says where and how fast a model is

@@ -16,7 +16,7 @@ def harmed_copy(store: Store, bundle: Bundle) -> Bundle:
     """
     key = store.taxonomy.key_class
     if key is None:
-        raise ContractError("a taxonomy without a key class has nothing to harm")
+        raise ContractError("the gate fault needs a taxonomy with a key class")
     # Only the key class's bias changes, so the average over all classes hardly suffers: a gate that
     # compared averages would let this model pass.
     bias = list(bundle.document.calibration.bias)

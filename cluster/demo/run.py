@@ -1,4 +1,4 @@
-"""The order of the demo's stages, and the processes that run meanwhile.
+"""The order of the demo's stages, and the processes that run beside them.
 
 data -> round 1 -> service -> traffic -> annotators -> round 2 under traffic -> gate fault -> swap -> trace
 

@@ -1,4 +1,4 @@
-"""What a demo keeps in its home: the mark that the home is a demo's, the finished stages, and the summary.
+"""Files of a demo in its home: a marker that the home belongs to a demo, the finished stages, and the summary.
 
 All are JSON files in `demo/` of the home. `prepare_home` decides whether a demo may use a home: one
 that holds other work is refused, and an earlier demo is moved aside, never deleted.

@@ -151,7 +151,7 @@ def _check(rule: AcquisitionRule, pool: Pool, budget: int) -> None:
     if budget < 0:
         raise ContractError(f"the budget must be at least 0, got {budget}")
     if len(set(pool.ids)) != len(pool.ids) or len(pool.group_ids) != len(pool):
-        raise ContractError("a pool needs ids that all differ, and one group for each")
+        raise ContractError("a pool needs unique ids, and one group for each id")
     for name in rule.needs:
         if getattr(pool, name) is None:
             raise ContractError(f"rule {rule.name} needs {name}, which this pool does not have")

@@ -132,7 +132,7 @@ class ReviewItem(Record):
     suggested_label: str | None = None
     blind: bool = Field(default=False, description="true if the reader is not shown the prediction")
     reader: str | None = Field(
-        default=None, description="annotator whose own project it goes to; empty: shared project"
+        default=None, description="annotator whose own project gets the item; empty for the shared project"
     )
     sent_hash: str | None = Field(
         default=None, description="hash of the task that was sent; a different hash means that the task is stale"

@@ -226,14 +226,14 @@ def test_a_round_shows_each_step_as_it_begins_reports_and_ends(capsys: pytest.Ca
         learning_rate=0.01, images_per_s=812.0, seconds=3.0,
     )  # fmt: skip
     with _round_shown() as show:
-        show(RoundEvent(3, "collect", "kept", "collect: done before"))
+        show(RoundEvent(3, "collect", "kept", "collect: already done"))
         show(RoundEvent(3, "fit", "started", "fit begins"))
         show(RoundEvent(3, "fit", "progress", "epoch", epoch))
         show(RoundEvent(3, "fit", "done", "model abc is fitted"))
         show(RoundEvent(3, "gate", "started", "gate begins"))
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
     assert lines == [
-        "✓ collect: done before",
+        "✓ collect: already done",
         "round 3: fit ...",
         "round 3: fit: epoch 2, loss 0.800, val balanced accuracy 0.500, 812 images/s",
         "✓ fit: model abc is fitted (0 s)",

@@ -159,7 +159,7 @@ def test_a_bundle_of_another_decoder_is_refused_before_a_read_is_recorded(
 ):
     geometry = bundle.document.geometry.model_copy(update={"decode_version": 2})
     other = make_bundle(filled_store, "custom_cnn", side_px=32, geometry=geometry)
-    sentence = "trained behind image decoder 2, and this release has decoder 1; train the model again"
+    sentence = "trained with images of decoder 2, and this release has decoder 1; train the model again"
     with filled_store.ledger.read() as tx:
         before = tx.count(AuditEvent)
     with pytest.raises(IntegrityError, match=sentence):

@@ -1,7 +1,7 @@
 """Mixing two images of a batch and their labels: MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019).
 
-A mix is drawn once per batch from (seed, epoch, step): who is mixed with whom, how much of the partner comes in,
-and where. So the batch is the same however many workers share it. The loss of a mixed batch is
+A mix is drawn once per batch from (seed, epoch, step): the partner of each image, the share of the partner and, for
+CutMix, the region. So the batch is the same however many workers share it. The loss of a mixed batch is
 share * loss(logits, labels) + (1 - share) * loss(logits, partner_labels), for every loss with hard labels.
 """
 

@@ -1,4 +1,4 @@
-"""Which operations a policy may name, and the transform that each becomes: albumentations', or one painted by us.
+"""Which operations a policy may name, and the transform of each: one of albumentations, or one of `overlays`.
 
 A transform is called as `transform(image=image)["image"]` and takes its random numbers from
 `set_random_state`. Nothing here imports albumentations before a transform is built.

@@ -1,8 +1,8 @@
-"""What dermatoscopic images carry beside skin: the tube's dark rim, hairs, the marks of a ruler. Painted by us.
+"""Artefacts of dermatoscopic images, drawn as augmentation: the tube's dark rim, hairs, the marks of a ruler.
 
 In: a uint8 image [S, S, 3], checked parameters, a generator. Out: a new image of the same shape. Every length
-is a share of the side; thin things are painted four times as large and reduced, so that a hair narrower than a
-pixel is a faint line and not a broken one.
+is a share of the side; thin lines are drawn four times as large and reduced, so that a hair narrower than a pixel is a
+faint line and not a broken one.
 """
 
 import random

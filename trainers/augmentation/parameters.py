@@ -1,7 +1,7 @@
-"""The parameters that operations take: documented fields with bounds, so a policy that parses is a policy that runs.
+"""The parameters that operations take: documented fields with bounds, so that every policy that can be parsed can run.
 
-A span is a range from which every image draws its own value. Lengths are shares of the side, so that a policy
-means the same at 64 and at 224 px.
+A span is a range from which a value is drawn for each image. Lengths are shares of the side, so that a policy has the
+same effect at 64 and at 224 px.
 """
 
 from typing import Annotated

@@ -152,10 +152,12 @@ class EqualPrevalence(_Shape):
 class Coverage(_Shape):
     """Share of prediction sets that hold the true class; one image per lesion."""
 
-    promise: float = Field(description="coverage that every class was fitted to on the calibration split")
+    promise: float = Field(description="coverage that the thresholds were fitted to on the calibration split")
     overall: float
     per_class: dict[str, float | None]
-    pooled_classes: list[str] = Field(description="classes that share one threshold: promised together, not each")
+    pooled_classes: list[str] = Field(
+        description="classes that share one threshold: coverage is promised for them together, not for each"
+    )
 
 
 class SliceReport(_Shape):

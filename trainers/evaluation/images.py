@@ -1,6 +1,6 @@
-"""What an evaluation knows of its images besides their predictions: how to read them, masks, and traits.
+"""What an evaluation needs of its images besides their predictions: how to read them, masks, and traits.
 
-Heat maps, attacks and lesion masks need some of the images again; slices are cut by the traits.
+Heat maps and attacks need some of the images again, with their lesion masks; slices are formed by the traits.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,1 +1,1 @@
-"""What a run chooses for its learning: optimizers, schedules, losses and samplers, each a registry of records."""
+"""Optimizers, schedules, losses and samplers, each a registry of records from which the settings choose."""

@@ -1,8 +1,8 @@
-"""In which order an epoch shows the images: a registry of frozen records, and the order itself.
+"""Samplers, which set the order of the images in an epoch: a registry of frozen records, and the order itself.
 
 Sampling happens after the split, so an image drawn often is drawn often in train only. The order
 is a function of (seed, epoch) and is the same on every worker; each worker takes its share of
-every batch, so two workers see together what one sees alone.
+every batch, so two workers together train on the same batches as one worker alone.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Sentences of the report's first screen, for readers who decide and do not compute.
+"""Sentences of the report's first screen, for readers without a background in statistics.
 
 In: an `Evaluation`. Out: cards and warnings that give natural frequencies (so many of 100) with their basis. No
 sentence says that an image or a person has nothing to fear.
