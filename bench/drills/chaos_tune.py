@@ -106,6 +106,7 @@ def start(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: float
 
 def kill(process: subprocess.Popen[bytes], victim: str) -> None:
     """Kill a part of a running search with -9; end what the death of driver or head left running, too."""
+    # Listed before the kill: afterwards the children belong to init and are not found any more.
     family = psutil.Process(process.pid).children(recursive=True)
     if victim == "driver":
         os.kill(process.pid, signal.SIGKILL)
@@ -117,7 +118,7 @@ def kill(process: subprocess.Popen[bytes], victim: str) -> None:
             if (victim == "head" and is_head) or (victim == "trials" and is_trial):
                 child.kill()
     if victim == "trials":
-        return
+        return  # the driver lives and starts them again
     try:
         process.wait(20)
     except subprocess.TimeoutExpired:
@@ -150,6 +151,7 @@ def until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bo
 def starts_again(folder: Path) -> int:
     """Return how many times the journal starts a trial that was started before."""
     text = (folder / "journal.jsonl").read_text(encoding="utf-8")
+    # A kill may have cut off the last line, which then does not count.
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     started = [line["trial"]["number"] for line in lines if line["kind"] == "started"]
     return len(started) - len(set(started))
@@ -201,6 +203,7 @@ def run_search(
         if not until(process, partial(has_decided, folder, len(decisions(folder)) + chance.randint(1, 4))):
             break
         time.sleep(chance.uniform(0, epoch_s))
+        # Read before the kill: what the journal holds now may not change, whatever the kill cuts off.
         before, starts = decisions(folder), starts_again(folder)
         kill(process, victim)
         took += took_effect(process, folder, victim, starts)
@@ -229,6 +232,7 @@ def one_round(
     took, wrong = run_search(folder / "killed", searcher, seed, at_a_time, victims, epoch_s)
     if at_a_time == 1 or searcher == "pbt":
         wrong += run_search(folder / "whole", searcher, seed, at_a_time, [], epoch_s)[1]
+        # Sorted: with two trials of a population at a time, which of them reports first depends on the machine.
         if sorted(decisions(folder / "killed")) != sorted(decisions(folder / "whole")):
             wrong.append("other decisions than the search that nobody killed")
         if generations(folder / "killed") != generations(folder / "whole"):

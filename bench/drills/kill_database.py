@@ -59,11 +59,13 @@ class Database:
         pids = self._query(
             "SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
         )
+        # Over a local socket the server runs on this machine, so its process ids are ours.
         psutil.Process(pids[0]).kill()
 
     def stop_a_while(self) -> None:
         """Stop the server at once, as a crash would, and start it again after some seconds."""
         server = psutil.Process(self._server.get_pid())
+        # SIGQUIT is PostgreSQL's immediate shutdown: no checkpoint, so the next start has to recover.
         server.send_signal(signal.SIGQUIT)
         psutil.wait_procs([server], timeout=30)
         time.sleep(STOPPED_S)

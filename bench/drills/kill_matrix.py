@@ -81,10 +81,12 @@ class Killer:
             self._write(event)
 
     def _committed(self, connection: sa.Connection) -> None:
+        # Reading transactions end in a commit, too; a kill before one cannot show anything.
         if connection.get_execution_options().get(WRITE_OPTION):
             self._write("commit")
 
     def _write(self, kind: str) -> None:
+        # The main thread alone: its writes come in the same order in every run, so their numbers name the same write.
         if not self.armed or threading.current_thread() is not threading.main_thread():
             return
         self.points.append(f"{self.step}: {kind}")
@@ -164,6 +166,7 @@ def outcome_of(store: Store, settings: Settings) -> dict[str, Any]:
 
 def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     """Fork, do the work there, and return its result; None if it was killed."""
+    # Forked, not started anew: imports take seconds. And an audit hook cannot be removed; it goes with its process.
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -167,6 +167,7 @@ class Run:
             raise SystemExit(f"the training was over after {len(self.kills)} kills; give it more epochs")
 
     def _kill_now(self, part: str) -> None:
+        # Listed before the kill: afterwards the children belong to init and are not found any more.
         family = psutil.Process(self._process.pid).children(recursive=True)
         if part == "worker":
             workers = [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
@@ -176,6 +177,7 @@ class Run:
             return
         self._process.send_signal(signal.SIGKILL)
         self._process.communicate()
+        # Ray would outlive its driver, and the next run would share the cores with it.
         for one in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()

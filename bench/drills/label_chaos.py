@@ -93,6 +93,7 @@ class ChaosProxy:
                     self.connection.close()
                     return
                 headers = {name: self.headers[name] for name in _KEPT if name in self.headers}
+                # Carried out, and only then dropped: the caller cannot tell this from a request that never came.
                 for _ in range(2 if twice else 1):
                     response = http.request(self.command, self.path, content=body, headers=headers)
                 if fate < drop:

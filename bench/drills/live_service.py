@@ -109,6 +109,7 @@ def live_service(home: Path, *sets: str, database: str | None = None) -> Iterato
         command, env=_environ(home, database), stdout=log, stderr=log, start_new_session=True
     ) as process:
         try:
+            # Opened beside the service: conditions are checked in the ledger, not in what the service says of itself.
             with contextlib.closing(open_store(RecordsSettings(home=home, database=database))) as store:
                 service = LiveService(f"http://127.0.0.1:{port}", store, psutil.Process(process.pid))
                 _wait_until_ready(service)

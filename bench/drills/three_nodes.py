@@ -225,7 +225,7 @@ class Killer:
             name = self._wait_for(conditions[stage])
             if name is None:
                 break
-            time.sleep(2.0)
+            time.sleep(2.0)  # into the stage, so that the kill interrupts work and not a start
             stored = self._predictions()
             processes = self._nodes.kill(name)
             self.kills.append(

@@ -85,8 +85,10 @@ class Killer(threading.Thread):
         )
         if not far:
             return
+        # Any node will do; the same one in every run keeps runs comparable.
         self.before, self.victim = placed, max(placed)
         raylet = psutil.Process(self._raylets[self.victim])
+        # Workers first: those of a raylet that is gone end by themselves, which a power cut does not wait for.
         dying = [*raylet.children(recursive=True), raylet]
         for process in dying:
             with suppress(psutil.NoSuchProcess):
