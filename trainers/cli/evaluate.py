@@ -137,7 +137,7 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
             _figure(key.specificity_at_95_sensitivity, key.specificity_at_95_sensitivity_ci),
         )
     if evaluation.coverage is not None:
-        promise = f"{evaluation.coverage.overall:.3f} (target {evaluation.coverage.promise:.2f} per class)"
+        promise = f"{evaluation.coverage.overall:.3f} (target {evaluation.coverage.promise:.2f})"
         summary.add_row("prediction set contains the class", promise)
     if evaluation.split_reads is not None:
         summary.add_row(f"{evaluation.split} was read", f"{evaluation.split_reads} times")

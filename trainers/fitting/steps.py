@@ -260,7 +260,7 @@ def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: 
     if not np.isfinite(logits).all():
         row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
         raise DivergedError(
-            f"the network's logits for val image {data.image_ids[rows[row]]} is not finite; "
+            f"the network's logits of val image {data.image_ids[rows[row]]} are not finite; "
             "lower trainers.optimizer.learning_rate"
         )
     confusion = confusion_matrix(labels, logits.argmax(axis=1), num_classes)
