@@ -157,7 +157,7 @@ def test_an_answer_that_is_not_finite_is_named(toy_data: TrainingData, three_cla
     network = Flat(3)
     nn.init.constant_(network.linear.weight, float("nan"))
     stepper = make_stepper(network, Geometry(side_px=32))
-    with pytest.raises(DivergedError, match=f"val image {toy_data.image_ids[72]} is not finite"):
+    with pytest.raises(DivergedError, match=f"val image {toy_data.image_ids[72]} are not finite"):
         validate(stepper, toy_data, three_classes, SingleWorker(use_gpu=False))
 
 
