@@ -16,6 +16,7 @@ import psutil
 from rich.progress import Progress
 
 from bench.serve.load import Images, Load, Target, ask, closed_loop, open_loop
+from records.errors import DataError
 
 CALLERS = 32
 MANY_CALLERS = 160
@@ -55,8 +56,11 @@ class Pressure:
         return {**self.at_70_percent(), **self.under_flood(), **self.overload(), **self.memory(requests)}
 
     def capacity(self) -> float:
-        """Return replies per second at saturation."""
-        return closed_loop(self.target, self.images, CALLERS, self.seconds / 2).per_second
+        """Return replies per second at saturation; DataError without any, since all rates are relative to it."""
+        load = closed_loop(self.target, self.images, CALLERS, self.seconds / 2)
+        if not load.answered:
+            raise DataError(f"no request succeeded within {load.seconds:g} s; measure longer (--seconds)")
+        return load.per_second
 
     def at_70_percent(self) -> Figures:
         """Return the latencies at 70 % of capacity, requests at random moments."""
