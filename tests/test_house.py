@@ -20,10 +20,6 @@ MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 
 GLOSSARY = ROOT / "docs" / "glossary.md"
-WORDS_OF_OTHERS = {
-    # Names that a library, a file format or another program gives; they are not ours to choose.
-    "TypeGuard": "typing",
-}
 PROSE_SUFFIXES = {".md", ".html", ".js", ".css", ".yaml", ".json", ".sh", ".svg"}
 
 
@@ -54,10 +50,11 @@ def sources(*folders: str) -> Iterator[Path]:
         yield from sorted(path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
 
 
-def parts_of(name: str) -> set[str]:
+@cache
+def parts_of(name: str) -> frozenset[str]:
     """Split an identifier into lower-case words; `TrafficShare` and `traffic_share` give the same."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    return {part.lower() for part in spaced.split("_") if part}
+    return frozenset(part.lower() for part in spaced.split("_") if part)
 
 
 def names_and_texts(path: Path) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
@@ -75,19 +72,20 @@ def complaints(path: Path, banned: tuple[Banned, ...]) -> list[str]:
     """Name the places of a file that use a word which the glossary replaces."""
     where = path.relative_to(ROOT).as_posix()
     rules = [rule for rule in banned if rule.room is None or where.startswith(f"{rule.room}/")]
+    exact = {rule.word for rule in rules if rule.names_only}
+    words = {rule.word for rule in rules if not rule.names_only}
+    # One pattern for all words: a pattern for each would read every text dozens of times.
+    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, sorted(words)))})(?![\w-])", re.IGNORECASE)
     if path.suffix == ".py":
         names, texts = names_and_texts(path)
     else:
         names, texts = [], list(enumerate(path.read_text().splitlines(), 1))
     found = []
-    for rule in rules:
-        for line, name in names:
-            exact = name == rule.word
-            if name not in WORDS_OF_OTHERS and (exact if rule.names_only else rule.word in parts_of(name)):
-                found.append(f"{where}:{line} {name}: {rule.word}")
-        pattern = re.compile(rf"(?<![\w-]){re.escape(rule.word)}(?![\w-])", re.IGNORECASE)
-        if not rule.names_only:
-            found += [f"{where}:{line}: {rule.word}" for line, text in texts if pattern.search(text)]
+    for line, name in names:
+        hits = (words & parts_of(name)) | (exact & {name})
+        found += [f"{where}:{line} {name}: {word}" for word in sorted(hits)]
+    for line, text in texts:
+        found += [f"{where}:{line}: {word.lower()}" for word in dict.fromkeys(pattern.findall(text))]
     return found
 
 
@@ -114,8 +112,8 @@ def test_a_forbidden_word_is_found_in_names_and_texts(tmp_path: Path, monkeypatc
     rules = (Banned("trial", "serving", False), Banned("expert", None, False), Banned("pictures", None, False))
     assert complaints(path, rules) == [
         "serving/made_up.py:1 TrialRun: trial",
-        "serving/made_up.py:2: expert",
         "serving/made_up.py:4 num_pictures: pictures",
+        "serving/made_up.py:2: expert",
     ]
 
 
