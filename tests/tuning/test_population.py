@@ -154,7 +154,7 @@ def test_strengths_and_learning_rate_change_while_members_train(evolved):
     assert all(steps[-1] != steps[0] for steps in phases)
     assert not (run_dir / "population").exists()
     assert result.header.scheduler == "none"
-    assert report_on(run_dir).generations == tuple(taken)
+    assert report_on(run_dir).exploits == tuple(taken)
 
 
 @pytest.mark.slow
