@@ -62,8 +62,8 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "next"
+down_revision = "{head}"
 
 
 def upgrade():
@@ -71,14 +71,15 @@ def upgrade():
     op.add_column("images", sa.Column("later", sa.Integer(), nullable=False, server_default="7"))
     op.create_table("later", sa.Column("id", sa.Text(), primary_key=True))
     if {breaks}:
-        op.execute("UPDATE schema_floor SET oldest = '0002'")
+        op.execute("UPDATE schema_floor SET oldest = 'next'")
 """
 
 
 def upgraded_by_a_newer_program(ledger: Ledger, folder: Path, *, breaks: bool) -> None:
     """Open the ledger as a made-up next release does: it has one migration more, which adds a column and a table."""
     (folder / "next").mkdir()
-    (folder / "next" / "0002_next.py").write_text(NEXT.format(breaks=breaks))
+    head = schema_versions(ledger.engine)[1]
+    (folder / "next" / "next.py").write_text(NEXT.format(head=head, breaks=breaks))
 
     def config_of_the_next_release() -> Config:
         config = alembic_config()
@@ -90,7 +91,7 @@ def upgraded_by_a_newer_program(ledger: Ledger, folder: Path, *, breaks: bool) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(migrate, "alembic_config", config_of_the_next_release)
         newer = open_ledger(ledger.engine.url)
-        assert schema_versions(newer.engine) == ("0002", "0002")
+        assert schema_versions(newer.engine) == ("next", "next")
         newer.close()
 
 
@@ -109,7 +110,8 @@ def test_the_previous_program_goes_on_with_a_schema_that_was_only_added_to(ledge
     with again.read() as tx:
         assert {c.name: c.position for c in tx.find(Cursor)} == {"before": {"a": 3}, "after": {"a": 2}}
         assert tx.require(Image, image.id) == image
-    assert schema_versions(again.engine) == ("0002", "0001")
+    head = schema_versions(ledger.engine)[1]
+    assert schema_versions(again.engine) == ("next", head)
     again.close()
 
 
