@@ -10,16 +10,16 @@ Rows are added, never replaced; only the fields that a record type declares `mut
 
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from records.errors import ContractError, RefusedError, UnavailableError, UnknownIdError
-from records.ids import utc_now
+from records.errors import ContractError, RefusedError, RelookError, UnavailableError, UnknownIdError
 from records.ledger.engine import READ_OPTIONS, TOUCHES_OPTION, WRITE_OPTION, make_engine
 from records.ledger.migrate import upgrade
 from records.ledger.tables import TABLES, any_of
@@ -27,6 +27,21 @@ from records.types import Lease, Record
 
 R = TypeVar("R", bound=Record)
 _FEW = 1000
+_RELEASED = datetime.fromtimestamp(0, UTC)  # before every time that a clock can be set to
+_LONGEST_LEASE = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A held lease, which the write transactions of its holder check; see `FENCES`."""
+
+    url: str
+    name: str
+    number: int
+
+
+FENCES: ContextVar[tuple[Fence, ...]] = ContextVar("FENCES", default=())
+"""The leases that the running code holds. A thread that it starts has them only in a copy of its context."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +160,24 @@ class Transaction:
         key_column = _column(record_type, record_type.key)
         self.connection.execute(sa.update(TABLES[record_type]).where(key_column == key).values(**values))
 
+    def now(self) -> datetime:
+        """Return the time by the database's clock, which all machines that share the ledger read alike."""
+        if self.connection.dialect.name == "sqlite":
+            text = self.connection.exec_driver_sql("SELECT strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now')").scalar_one()
+            return datetime.fromisoformat(text)
+        # Not now(), which is when the transaction began: it may have waited for other writers since.
+        now: datetime = self.connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+        return now.astimezone(UTC)
+
+    def now_after(self, record_type: type[Record]) -> datetime:
+        """Return the time by the database's clock, moved after `created_at` of every record of a type.
+
+        So `created_at` orders these records as they were written, also where the clock was set back. It holds in write
+        transactions that touch everything, since only those follow one another.
+        """
+        newest = self.connection.scalar(sa.select(sa.func.max(TABLES[record_type].c.created_at)))
+        return self.now() if newest is None else max(self.now(), newest + timedelta(microseconds=1))
+
     def _require_writes(self) -> None:
         if not self.writes:
             raise ContractError("a read transaction cannot write; open one with ledger.begin()")
@@ -189,11 +222,17 @@ class Ledger:
                 it touches everything.
         Yields:
             The transaction.
+        Raises:
+            RefusedError: it was opened in a block that holds a lease which another process has taken.
         """
         with reachable(self.url), self.engine.connect() as connection:
             connection = connection.execution_options(**{WRITE_OPTION: True, TOUCHES_OPTION: touches})
             with connection.begin():
                 tx = Transaction(connection)
+                # A lease is taken in a transaction that excludes this one, so it stays ours until the commit.
+                for fence in FENCES.get():
+                    if fence.url == self.url and tx.require(Lease, fence.name).fence != fence.number:
+                        raise RefusedError(lost_lease(fence.name))
                 yield tx
         # After the commit and outside the transaction, since an action may open one itself.
         for action in dict.fromkeys(tx.after_commit):
@@ -213,22 +252,20 @@ class Ledger:
         Args:
             name: what is locked.
             holder: the caller's name; the current holder renews.
-            seconds: how long it holds, counted from now.
+            seconds: how long it holds, counted from now by the database's clock.
         Returns:
             True if `holder` has it now, False if another holder does.
         """
-        # The clock of this machine: holders on machines whose clocks differ by more than a lease's length would
-        # overlap.
-        now = utc_now()
-        expires_at = now + timedelta(seconds=seconds)
         with self.begin() as tx:
-            current = tx.get(Lease, name)
+            now = tx.now()
+            current, expires_at = tx.get(Lease, name), now + timedelta(seconds=seconds)
             if current is None:
-                tx.add(Lease(name=name, holder=holder, expires_at=expires_at))
+                tx.add(Lease(name=name, holder=holder, expires_at=expires_at, fence=1))
                 return True
-            if current.holder != holder and current.expires_at > now:
+            if current.holder != holder and not is_expired(current, now):
                 return False
-            tx.update(Lease, name, holder=holder, expires_at=expires_at)
+            fence = current.fence + (current.holder != holder)
+            tx.update(Lease, name, holder=holder, expires_at=expires_at, fence=fence)
             return True
 
     def release(self, name: str, holder: str) -> None:
@@ -236,8 +273,8 @@ class Ledger:
         with self.begin() as tx:
             current = tx.get(Lease, name)
             if current is not None and current.holder == holder:
-                # Rows are never deleted: an expired lease is free.
-                tx.update(Lease, name, expires_at=utc_now())
+                # Rows are never deleted: their fence numbers go on.
+                tx.update(Lease, name, expires_at=_RELEASED)
 
     def close(self) -> None:
         """Close all connections."""
@@ -283,6 +320,29 @@ def reachable(url: str) -> Generator[None]:
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
         reason = getattr(error, "orig", None) or error
         raise UnavailableError(f"ledger {url} does not respond: {' '.join(str(reason).split())}") from error
+    except sa.exc.StatementError as error:
+        # SQLAlchemy wraps what the column types raise: a value that no database can hold.
+        if isinstance(error.orig, RelookError):
+            raise error.orig from error
+        raise
+
+
+def is_expired(lease: Lease, now: datetime) -> bool:
+    """Return whether a lease may be taken by another; `now` is by the database's clock.
+
+    A time that is too far ahead was written before the clock was set back.
+    """
+    return not now < lease.expires_at <= now + _LONGEST_LEASE
+
+
+def is_released(lease: Lease) -> bool:
+    """Return whether the last holder released a lease, as opposed to one that expired."""
+    return lease.expires_at == _RELEASED
+
+
+def lost_lease(name: str) -> str:
+    """Return the sentence of the error of a holder whose lease was taken."""
+    return f"another process took the {name} lease while this ran; this wrote nothing since then, run it again"
 
 
 def _column(record_type: type[Record], name: str) -> sa.Column[Any]:

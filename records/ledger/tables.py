@@ -12,7 +12,7 @@ from typing import Any, get_origin
 import sqlalchemy as sa
 from pydantic import AwareDatetime
 
-from records.errors import ContractError
+from records.errors import ContractError, DataError
 from records.types import (
     Annotation,
     ApiKey,
@@ -35,7 +35,7 @@ from records.types import (
     RoundStep,
     SourceLabel,
 )
-from records.types.base import field_type
+from records.types.base import field_type, storable
 
 LEDGER_TYPES: tuple[type[Record], ...] = (
     Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, Annotation,
@@ -54,7 +54,12 @@ class UtcTime(sa.types.TypeDecorator[datetime]):
         """Convert a time to UTC before it is stored."""
         if value is None:
             return None
-        value = value.astimezone(UTC)
+        try:
+            value = value.astimezone(UTC)
+        except OverflowError as error:
+            raise DataError(
+                f"{value.isoformat()} lies outside the years 1 to 9999 in UTC; give another time"
+            ) from error
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
@@ -64,12 +69,26 @@ class UtcTime(sa.types.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class PlainText(sa.types.TypeDecorator[str]):
+    """Text that both databases can hold: SQLite would take U+0000, on which PostgreSQL fails a whole statement."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        """Refuse what cannot be stored, in rows and in conditions."""
+        try:
+            return value if value is None else storable(value)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+
+
 def _column_type(annotation: Any) -> sa.types.TypeEngine[Any]:
     plain, _ = field_type(annotation)
     if plain is AwareDatetime:
         return UtcTime()
     simple: dict[Any, sa.types.TypeEngine[Any]] = {
-        str: sa.Text(),
+        str: PlainText(),
         int: sa.BigInteger(),
         float: sa.Double(),
         bool: sa.Boolean(),
