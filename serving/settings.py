@@ -5,6 +5,8 @@ Nothing is read from the environment here; the cluster room composes settings fr
 
 import ipaddress
 import math
+import re
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -20,11 +22,60 @@ class ServingSettings(RoomSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on; beyond loopback only once a key exists")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of API and page")
     page: bool = Field(default=True, description="serve the web page at /")
+    page_folder: Path | None = Field(
+        default=None,
+        description="folder below which the page keeps uploads for minutes; default: the system's temporary folder",
+    )
+    page_uploads_mb: float = Field(
+        default=500.0, gt=0, le=100_000, description="uploads that the page keeps at a time, megabytes"
+    )
+    page_uploads_per_caller_mb: float = Field(
+        default=100.0, gt=0, le=100_000, description="of these, uploads of one key, megabytes"
+    )
+    page_upload_life_s: float = Field(
+        default=600.0, ge=10, le=86_400, description="when an upload of the page is deleted, seconds"
+    )
+
+    root_path: str = Field(
+        default="", max_length=200, description="path below which a reverse proxy shows the service, such as /relook"
+    )
+    trusted_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="host names that requests may name, besides those of this machine; empty accepts every name where "
+        "`host` is beyond loopback",
+    )
+    forwarded_allow_ips: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="addresses or networks of reverse proxies whose X-Forwarded headers are believed; with one, every "
+        "request needs a key",
+    )
 
     max_upload_mb: float = Field(default=20.0, gt=0, le=1024, description="largest request body, megabytes")
+    max_json_kb: float = Field(default=64.0, gt=0, le=10_000, description="largest JSON body, kilobytes")
+    max_bodies_mb: float = Field(
+        default=512.0, gt=0, le=100_000, description="memory of all request bodies together, megabytes"
+    )
+    max_header_kb: float = Field(
+        default=32.0, ge=1, le=1000, description="request line and headers of one request, kilobytes"
+    )
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="how long a request line with its headers may take, seconds"
+    )
+    min_upload_kb_s: float = Field(
+        default=4.0, gt=0, le=10_000, description="least rate of a body over 10 seconds, kilobytes per second"
+    )
+    max_connections: int = Field(
+        default=512, ge=8, le=100_000, description="open connections; one address may hold half of them"
+    )
     max_megapixels: float = Field(default=50.0, gt=0, le=1000, description="largest image, millions of pixels")
     max_in_flight: int = Field(
-        default=64, ge=1, le=100_000, description="images predicted at the same time; further requests get 429"
+        default=64,
+        ge=1,
+        le=100_000,
+        description="images predicted at the same time; further requests get 429, and so do those of a key that holds "
+        "more than twice what is left",
     )
     retry_after_s: int = Field(default=1, ge=1, le=3600, description="wait that a 429 or 503 asks for, seconds")
 
@@ -33,7 +84,11 @@ class ServingSettings(RoomSettings):
     )
     max_batch_images: int = Field(default=32, ge=1, le=1000, description="images of one batch request, at most")
     rate_limit_per_minute: int = Field(
-        default=6000, ge=0, le=10_000_000, description="requests that one API key may send a minute; 0 is no limit"
+        default=6000,
+        ge=0,
+        le=10_000_000,
+        description="cost units that one API key may use a minute, one per request and image, "
+        "more for large images and slow explanations; 0 is no limit",
     )
 
     max_batch_size: int = Field(default=16, ge=1, le=1024, description="images of one forward pass, at most")
@@ -102,12 +157,48 @@ class ServingSettings(RoomSettings):
                 raise ValueError(f"{value!r} is not an IP address; use 127.0.0.1, ::1 or localhost") from error
         return value
 
+    @field_validator("root_path")
+    @classmethod
+    def _root_path_is_a_path(cls, value: str) -> str:
+        if value and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is None:
+            raise ValueError(f"{value!r} is not a path such as /relook: begin with a slash and end without one")
+        return value
+
+    @field_validator("trusted_hosts")
+    @classmethod
+    def _hosts_have_no_port(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if re.fullmatch(r"[A-Za-z0-9.-]+|\[?[0-9A-Fa-f:.]+\]?", host) is None:
+                raise ValueError(f"{host!r} is not a host name such as relook.example.org, without a port")
+        return tuple(host.strip("[]").lower() for host in value)
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _proxies_are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(
+                    f"{network!r} is neither an address nor a network; write 127.0.0.1 or 10.0.0.0/8"
+                ) from error
+        return value
+
     @model_validator(mode="after")
     def _batch_fits_in_flight(self) -> Self:
         if self.max_batch_size > self.max_in_flight:
             raise ValueError(
                 f"max_batch_size {self.max_batch_size} can never fill with max_in_flight {self.max_in_flight}; "
                 "raise max_in_flight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _upload_fits_bodies(self) -> Self:
+        if 2 * self.max_upload_mb > self.max_bodies_mb:
+            raise ValueError(
+                f"max_bodies_mb {self.max_bodies_mb:g} is too little for bodies of {self.max_upload_mb:g} MB; it must "
+                "be at least twice max_upload_mb"
             )
         return self
 
@@ -123,9 +214,19 @@ class ServingSettings(RoomSettings):
         return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
 
     @property
+    def is_proxied(self) -> bool:
+        """Whether a reverse proxy is expected before the service."""
+        return bool(self.root_path or self.trusted_hosts or self.forwarded_allow_ips)
+
+    @property
     def max_upload_bytes(self) -> int:
         """Largest request body, bytes."""
         return int(self.max_upload_mb * 1e6)
+
+    @property
+    def max_json_bytes(self) -> int:
+        """Largest JSON body, bytes."""
+        return int(self.max_json_kb * 1000)
 
     @property
     def max_pixels(self) -> int:
