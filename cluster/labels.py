@@ -1,9 +1,12 @@
 """Labels from annotations: resolved by consensus for dataset versions, and from blind reads for monitoring."""
 
-from datetime import datetime
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
 
 from images.grouping import group_images
 from labeling.consensus import ConsensusMethod, resolve
+from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import Annotation, Image, ReasonCode, ResolvedLabel, ReviewItem
 
@@ -29,6 +32,13 @@ def resolved_labels(
     by_chance_alone = {item.id for item in items if item.blind and item.reasons == [ReasonCode.AUDIT_SAMPLE]}
     decided = {item.id for item in items if ReasonCode.ADJUDICATION in item.reasons}
     return resolve(labels, by_chance_alone, adjudications=decided, method=method)
+
+
+def newest_annotation(store: Store) -> datetime:
+    """Return `created_at` of the newest annotation, tombstones included; 1970 without any. A later one is greater."""
+    with store.ledger.read() as tx:
+        newest: datetime | None = tx.connection.scalar(sa.select(sa.func.max(TABLES[Annotation].c.created_at)))
+    return newest or datetime.fromtimestamp(0, UTC)
 
 
 def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[ResolvedLabel]:

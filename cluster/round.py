@@ -157,7 +157,7 @@ def _start(store: Store, settings: Settings, started_by: str) -> RoundRecord:
         record = RoundRecord(
             id=new_id(),
             number=tx.count(RoundRecord) + 1,
-            started_at=utc_now(),
+            started_at=tx.now(),
             seed=settings.round.seed,
             settings_hash=settings_hash(settings),
         )

@@ -7,7 +7,7 @@ resumed. `--dry-run` changes nothing; the duration that it shows is the median o
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from statistics import median
 
 import sqlalchemy as sa
@@ -20,7 +20,6 @@ from labeling.connection import connect
 from labeling.local_server import LocalLabelStudio
 from labeling.pull import pull
 from records.errors import RefusedError, UnavailableError
-from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.models import serving_model
@@ -36,21 +35,25 @@ def why_due(store: Store, settings: Settings) -> str | None:
         rounds = tx.find(RoundRecord, order_by=("-number",), limit=1)
         if not rounds:
             return "no round has run yet" if tx.count(SourceLabel) else None
-        new = new_labels(tx, rounds[0])
+        new, now = new_labels(tx, rounds[0]), tx.now()
     if new >= settings.round.watch_labels:
         return f"{new} new labels are in"
-    passed = utc_now() - rounds[0].started_at
+    # A start that lies as far in the future was written before the clock was set back.
+    passed = abs(now - rounds[0].started_at)
     if passed >= timedelta(days=settings.round.watch_days):
         return f"{passed.total_seconds() / 86_400:.1f} days have passed"
     return None
 
 
 def new_labels(tx: Transaction, last: RoundRecord | None) -> int:
-    """Count the annotations, without deleted ones, that came after a round began; None counts all."""
+    """Count the annotations, without deleted ones, that a round did not see; None counts all."""
     table = TABLES[Annotation]
     query = sa.select(sa.func.count()).select_from(table).where(table.c.deleted.is_(False))
     if last is not None:
-        query = query.where(table.c.created_at > last.started_at)
+        # Compared with the newest annotation that the round saw, since `started_at` is of another machine's clock.
+        collected = tx.find(RoundStep, where={"round_id": last.id, "step": "collect"}, limit=1)
+        until = collected[0].result.get("known_until") if collected else None
+        query = query.where(table.c.created_at > (datetime.fromisoformat(until) if until else last.started_at))
     return int(tx.connection.scalar(query) or 0)
 
 

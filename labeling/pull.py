@@ -169,11 +169,11 @@ class _Pass:
         with self.store.ledger.begin() as tx:
             found = tx.find(ReviewItem, where={"id": {str(row.meta["relook_item"]) for row in rows}})
             items = {item.id: item for item in found}
-            known = self._newest_labels(tx, items)
+            known, now = self._newest_labels(tx, items), tx.now_after(Annotation)
             for row in rows:
                 item = items.get(str(row.meta["relook_item"]))
                 if item is not None:
-                    self._record_task(tx, row, item, known.get(row.id, {}))
+                    self._record_task(tx, now, row, item, known.get(row.id, {}))
 
     def compare_totals(self, state: ProjectState) -> None:
         """Find deleted tasks and duplicate tasks, which do not show in a listing of changed tasks."""
@@ -193,9 +193,11 @@ class _Pass:
         present = {row.id for page in self.client.list_tasks(self.project_id, page_size=5000) for row in page}
         missing = {item.id: item for item in items if item.task_id not in present}
         with self.store.ledger.begin() as tx:
-            newest = self._newest_labels(tx, missing)
+            newest, now = self._newest_labels(tx, missing), tx.now_after(Annotation)
             for item in missing.values():
-                self._add_tombstones(tx, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted])
+                self._add_tombstones(
+                    tx, now, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted]
+                )
                 tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
                 self.tasks_deleted += 1
 
@@ -230,14 +232,16 @@ class _Pass:
             newest.setdefault(label.task_id, {})[label.annotation_id] = label
         return newest
 
-    def _record_task(self, tx: Transaction, row: TaskRow, item: ReviewItem, known: Mapping[int, Annotation]) -> None:
+    def _record_task(
+        self, tx: Transaction, now: datetime, row: TaskRow, item: ReviewItem, known: Mapping[int, Annotation]
+    ) -> None:
         submitted = {a.id: a for a in row.annotations if not a.was_cancelled}
         self.annotations += len(submitted)
         labels = []
         for annotation in submitted.values():
             last = known.get(annotation.id)
             if last is None or last.revision != revision_of(annotation):
-                labels.append(self._label(row, item, annotation))
+                labels.append(self._label(now, row, item, annotation))
                 self.edited += last is not None
         if labels:
             tx.add(*labels)
@@ -245,10 +249,10 @@ class _Pass:
         # Label Studio does not report deletions. An annotation that the ledger holds and the task no longer has was
         # deleted or turned into a skip. The listing holds all annotations of a task, so a missing one is really gone.
         gone = [one for one in known.values() if not one.deleted and one.annotation_id not in submitted]
-        self._add_tombstones(tx, gone)
+        self._add_tombstones(tx, now, gone)
         _settle(tx, item, self.project_id, row.id, answered=bool(submitted))
 
-    def _label(self, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> Annotation:
+    def _label(self, now: datetime, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> Annotation:
         parsed = parse_annotation(annotation.result, self.store.taxonomy)
         annotator = self.annotators[annotation.completed_by] if annotation.completed_by is not None else "unknown"
         if not parsed.understood:
@@ -257,7 +261,7 @@ class _Pass:
             )
         return Annotation(
             id=new_id(),
-            created_at=utc_now(),
+            created_at=now,
             review_item_id=item.id,
             image_id=item.image_id,
             kind=parsed.kind,
@@ -276,9 +280,8 @@ class _Pass:
             revision=revision_of(annotation),
         )
 
-    def _add_tombstones(self, tx: Transaction, labels: Iterable[Annotation]) -> None:
+    def _add_tombstones(self, tx: Transaction, now: datetime, labels: Iterable[Annotation]) -> None:
         for label in labels:
-            now = utc_now()
             changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}
             # Derived from the revision that it ends: revisions are unique per annotation, and an annotation can be
             # skipped, submitted and skipped again, which takes a tombstone each time.

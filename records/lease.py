@@ -1,4 +1,8 @@
-"""Leases: named locks in the ledger, held while a block runs; one round or one sync at a time, on any machine."""
+"""Leases: named locks in the ledger, held while a block runs; one round or one sync at a time, on any machine.
+
+A holder that was stopped for longer than its lease lasts can lose it. Every write transaction of the block therefore
+checks the lease's fence number, and is refused once another process has taken the lease.
+"""
 
 import contextlib
 import os
@@ -7,12 +11,13 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import copy_context
 
 import psutil
 
 from records.errors import RefusedError, UnavailableError
 from records.ids import new_id
-from records.ledger import Ledger
+from records.ledger import FENCES, Fence, Ledger, is_expired, is_released, lost_lease
 from records.types import Lease
 
 LEASE_S = 30.0
@@ -35,36 +40,64 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
             or the ledger was stopped for longer than `LEASE_S`.
     """
     holder = f"{_here()}:{os.getpid()}:{new_id()[-8:]}"
-    deadline = time.monotonic() + wait_s  # the monotonic clock: the wall clock may be set back meanwhile
     _release_dead(ledger, name)
-    while not ledger.lease(name, holder, LEASE_S):
-        if time.monotonic() > deadline:
-            raise RefusedError(
-                f"another process holds the {name} lease; wait for it to end, or {LEASE_S:.0f} s if it was killed"
-            )
-        time.sleep(0.5)
+    fence = _take(ledger, name, holder, wait_s)
     stop, lost = threading.Event(), threading.Event()
 
     def renew() -> None:
         while not stop.wait(LEASE_S / 3):
             try:
+                # In a copy of the block's context, so a renewal is refused as well once the lease was taken.
                 if not ledger.lease(name, holder, LEASE_S):
                     lost.set()
                     return
+            except RefusedError:
+                lost.set()
+                return
             except UnavailableError:
                 continue  # renewed every third of its duration, the lease survives two failed attempts
 
-    thread = threading.Thread(target=renew, name=f"lease-{name}", daemon=True)
+    fences = FENCES.set((*FENCES.get(), Fence(ledger.url, name, fence)))
+    thread = threading.Thread(target=copy_context().run, args=(renew,), name=f"lease-{name}", daemon=True)
     thread.start()
     try:
         yield holder
     finally:
         stop.set()
         thread.join()
+        FENCES.reset(fences)
         ledger.release(name, holder)
-    # Only now, so that the block can finish: it may be in the middle of a write that must not be cut off.
+    # For a block that wrote nothing after the loss.
     if lost.is_set():
-        raise RefusedError(f"another process took the {name} lease while this ran; run this again")
+        raise RefusedError(lost_lease(name))
+
+
+def _take(ledger: Ledger, name: str, holder: str, wait_s: float) -> int:
+    """Wait for the lease, take it and return its fence number.
+
+    The clock alone takes no lease away: one that looks expired is taken only if it is not renewed for a while, measured
+    by the monotonic clock of this process. So a database's clock that is set forward leaves a lease with its holder.
+    """
+    began = watched_since = time.monotonic()
+    watched: Lease | None = None
+    while True:
+        with ledger.read() as tx:
+            current, now = tx.get(Lease, name), tx.now()
+        if current != watched:
+            watched, watched_since = current, time.monotonic()
+        if current is None or is_expired(current, now):
+            unrenewed_s = time.monotonic() - watched_since
+            may_take = current is None or is_released(current) or unrenewed_s > LEASE_S / 2
+            if may_take and ledger.lease(name, holder, LEASE_S):
+                with ledger.read() as tx:
+                    taken = tx.require(Lease, name)
+                if taken.holder == holder:
+                    return taken.fence
+        elif time.monotonic() - began > wait_s:
+            raise RefusedError(
+                f"another process holds the {name} lease; wait for it to end, or {LEASE_S:.0f} s if it was killed"
+            )
+        time.sleep(min(0.5, LEASE_S / 10))
 
 
 def _here() -> str:

@@ -5,11 +5,12 @@ derived whenever a caller reads events. So no other module has to publish events
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
 
-from records.ids import new_id, utc_now
+from records.ids import id_after, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
@@ -66,10 +67,14 @@ def gather(store: Store) -> int:
     with store.ledger.read() as tx:
         if next(_new_events(tx), None) is None:
             return 0
-    # Looked for again, since another process may have written them meanwhile. Such transactions run one after the other
-    # and ids sort by time, so no event with a smaller id appears after a caller has read a larger one.
+    # Looked for again, since another process may have written them meanwhile. Such transactions follow one another, and
+    # each continues the ids after the greatest one that is stored. So no event with a smaller id appears after a caller
+    # has read a greater one, whatever the clocks of the machines do.
     with store.ledger.begin() as tx:
-        events = list(_new_events(tx))[:MOST_AT_ONCE]
+        last, events = tx.connection.scalar(sa.select(sa.func.max(_EVENT.id))), []
+        for event in islice(_new_events(tx), MOST_AT_ONCE):
+            last = id_after(last)
+            events.append(event.model_copy(update={"id": last}))
         tx.add(*events)
     return len(events)
 
@@ -86,10 +91,14 @@ def _new_events(tx: Transaction) -> Iterator[EventRecord]:
         details = {"label": row["diagnosis"], "kind": "class", "by": row["confirmation"]}
         yield _event(row, "confirmed" if row["diagnosis"] == row["predicted"] else "amended", details)
     is_open = _ITEM.state.in_([ReviewState.NEW, ReviewState.PUSHED])
-    for row in _new_causes(tx, _ITEM, _ITEM.prediction_id == _PREDICTION.id, _ITEM.due < utc_now(), is_open):
+    for row in _new_causes(tx, _ITEM, _ITEM.prediction_id == _PREDICTION.id, _ITEM.due < tx.now(), is_open):
         yield _event(row, "overdue", {"due": row["due"].isoformat()})
     # Only what the candidate itself predicted during this rollout; the champion's predictions stay valid.
-    was_recalled = sa.and_(_ROLLOUT.candidate_id == _PREDICTION.model_id, _PREDICTION.created_at >= _ROLLOUT.created_at)
+    # Predictions of earlier versions do not name their rollout, so those are told by time.
+    by_time = sa.and_(_PREDICTION.rollout_id.is_(None), _PREDICTION.created_at >= _ROLLOUT.created_at)
+    was_recalled = sa.and_(
+        _ROLLOUT.candidate_id == _PREDICTION.model_id, sa.or_(_PREDICTION.rollout_id == _ROLLOUT.id, by_time)
+    )
     rolled_back = _ROLLOUT.stage == RolloutStage.ROLLED_BACK
     for row in _new_causes(tx, _ROLLOUT, was_recalled, rolled_back, _PREDICTION.arm == Arm.CANDIDATE):
         yield _event(row, "recalled", {"model_id": row["candidate_id"], "why": row["why"]})
@@ -107,7 +116,7 @@ def _new_causes(tx: Transaction, cause: Any, joined: Any, *conditions: Any) -> I
         )
         .join(TABLES[Prediction], joined)
         .where(_PREDICTION.served.is_(True), ~is_known, *conditions)
-        .order_by(cause.id)
+        .order_by(cause.created_at, cause.id)
         .limit(MOST_AT_ONCE)
     )
     for row in tx.connection.execute(query).mappings():
@@ -116,7 +125,7 @@ def _new_causes(tx: Transaction, cause: Any, joined: Any, *conditions: Any) -> I
 
 def _event(row: dict[str, Any], kind: str, details: dict[str, Any]) -> EventRecord:
     return EventRecord(
-        id=new_id(),
+        id="",  # assigned in order when it is written
         created_at=utc_now(),
         organisation=row["organisation"],
         kind=kind,

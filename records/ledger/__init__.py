@@ -1,5 +1,5 @@
 """The ledger: every record in one SQL database, SQLite by default and PostgreSQL on a cluster."""
 
-from records.ledger.ledger import Ledger, Transaction, open_ledger
+from records.ledger.ledger import FENCES, Fence, Ledger, Transaction, is_expired, is_released, lost_lease, open_ledger
 
-__all__ = ["Ledger", "Transaction", "open_ledger"]
+__all__ = ["FENCES", "Fence", "Ledger", "Transaction", "is_expired", "is_released", "lost_lease", "open_ledger"]

@@ -38,7 +38,7 @@ class ModelRecord(Record):
     """A bundle that is registered. At most one model is served: champion or provisional."""
 
     table: ClassVar[str] = "models"
-    mutable: ClassVar[frozenset[str]] = frozenset({"status", "status_changed_at"})
+    mutable: ClassVar[frozenset[str]] = frozenset({"status", "status_changed_at", "replaced_id", "replaced_status"})
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("status",),)
 
     id: str = Field(description="content hash of the bundle, 64 hex characters")
@@ -50,6 +50,8 @@ class ModelRecord(Record):
     dataset_id: str
     taxonomy_hash: str
     round: int | None = None
+    replaced_id: str | None = Field(default=None, description="the model that served before it, to which an undo returns")
+    replaced_status: ModelStatus | None = Field(default=None, description="champion or provisional, as that model was")
 
 
 class RoundRecord(Record):
@@ -90,11 +92,12 @@ class Lease(Record):
 
     table: ClassVar[str] = "leases"
     key: ClassVar[str] = "name"
-    mutable: ClassVar[frozenset[str]] = frozenset({"holder", "expires_at"})
+    mutable: ClassVar[frozenset[str]] = frozenset({"holder", "expires_at", "fence"})
 
     name: str
     holder: str
-    expires_at: Timestamp
+    expires_at: Timestamp = Field(description="by the database's clock")
+    fence: int = Field(default=0, ge=0, description="grows with every new holder; writes of an earlier one are refused")
 
 
 class Cursor(Record):
@@ -149,6 +152,7 @@ class Scope(StrEnum):
     FLAG = "flag"
     REVIEW = "review"
     AUDIT = "audit"
+    METRICS = "metrics"
     ADMIN = "admin"
 
 

@@ -87,6 +87,7 @@ class Prediction(Record):
     model_id: str
     model_status: str = Field(description="champion | provisional | candidate, when it predicted")
     arm: Arm = Arm.CHAMPION
+    rollout_id: str | None = Field(default=None, description="of the candidate's rollout; empty for the champion")
     served: bool = Field(
         default=True, description="false for a shadow or candidate prediction that the caller did not get"
     )
