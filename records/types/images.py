@@ -52,7 +52,9 @@ class Image(Record):
     """A stored image. Its id is the SHA-256 of the stored bytes."""
 
     table: ClassVar[str] = "images"
-    mutable: ClassVar[frozenset[str]] = frozenset({"group_id", "erased_at", "expired_at"})
+    mutable: ClassVar[frozenset[str]] = frozenset(
+        {"group_id", "erased_at", "expired_at", "consent", "consent_lowered_at"}
+    )
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("group_id",), ("source_id",), ("lesion_id",))
 
     id: str = Field(min_length=64, max_length=64, description="SHA-256 of the stored bytes, hex")
@@ -73,6 +75,9 @@ class Image(Record):
     consent: Consent = Consent.NONE
     perceptual_hash: str | None = Field(default=None, description="64-bit pHash, 16 hex characters")
     group_id: str | None = Field(default=None, description="set once, when the image is grouped")
+    consent_lowered_at: Timestamp | None = Field(
+        default=None, description="when a person took consent back; since then no request raises it again"
+    )
     created_at: Timestamp
     erased_at: Timestamp | None = Field(
         default=None, description="when its bytes were deleted; since then it is a tombstone"
