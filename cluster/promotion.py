@@ -18,7 +18,7 @@ from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.errors import RefusedError
 from records.ledger import Transaction
-from records.models import find_bundle, register, serve_model
+from records.models import named_bundle, register, serve_model, serving_id
 from records.store import Store
 from records.types import AuditEvent, DatasetRecord, ModelRecord, ModelStatus, RoundRecord, Scope
 from serving.access.keys import Caller, KeyRing
@@ -40,44 +40,49 @@ def promote_model(
     Args:
         store: with ledger and bundles.
         settings: `gate` has the margins, `round.approval` says who may promote.
-        name: id prefix, bundle path or `candidate`.
+        name: id prefix or bundle path.
         provisional: serve it without running the gate; API and page say `provisional`.
         forced_because: promote it against the gate, for this reason.
         caller: the bearer of a key; forcing needs one with the scope `admin`.
     Returns:
-        `model_id`, `status`, `by`, `forced`, and the report of the gate if it was run.
+        `model_id`, `status`, `replaces`, `by`, `forced`, and the report of the gate if it was run.
     Raises:
-        RefusedError: the gate does not promote it, the reason is empty, or the same person started the round.
+        RefusedError: the gate does not promote it, the reason is empty, the same person started the round, another
+            model began to serve meanwhile, or a rollout is in progress.
         AccessError: it is forced without the scope `admin`.
         UnknownIdError: there is no such model.
     """
     person = name_of(caller)
-    bundle = find_bundle(store, name)
+    bundle = named_bundle(store, name)
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {bundle.id[:12]}")
     if forced_because is not None:
         _require_right_to_force(forced_because, caller)
     # Also for provisional and forced promotions: otherwise they would be a way around the second person.
     if settings.round.approval == "person":
         _require_second_person(store, bundle, person)
+    # Before the gate, which takes minutes: the model to replace is the one that it compares with.
+    with store.ledger.read() as tx:
+        replaces = serving_id(tx)
     report = None if provisional else _run_gate(store, settings, bundle)
     if report is not None and report.verdict is not Verdict.PROMOTE and forced_because is None:
         raise RefusedError(f"the gate says {report.verdict}: {report.why}")
     status = ModelStatus.PROVISIONAL if provisional else ModelStatus.CHAMPION
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = {"replaces": replaces}
     if report is not None:
-        details = {"verdict": report.verdict, "balanced_accuracy": report.balanced_accuracy}
+        details |= {"verdict": report.verdict, "balanced_accuracy": report.balanced_accuracy}
     if forced_because is not None:
         details["forced_because"] = forced_because
     # One transaction: the service must not see a promotion that the audit does not have.
     with store.ledger.begin() as tx:
         register(tx, bundle)
-        serve_model(tx, bundle.id, status)
+        serve_model(tx, bundle.id, status, replaces=replaces)
         audit.append(tx, actor=person, action=f"model.{status}", subject=bundle.id, details=details)
     # After the commit: a record without its promotion would be wrong, a missing one can be written again.
     write_change_record(store, bundle.id, report, person, forced_because=forced_because)
     return {
         "model_id": bundle.id,
         "status": status,
+        "replaces": replaces,
         "by": person,
         "forced": forced_because is not None,
         "gate": report.model_dump(mode="json") if report else None,

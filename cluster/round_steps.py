@@ -13,7 +13,7 @@ from typing import Any
 from cluster.gate import Verdict
 from cluster.gate.report import report_page
 from cluster.gate.run import run_gate
-from cluster.labels import group_labelled_images, resolved_labels
+from cluster.labels import group_labelled_images, newest_annotation, resolved_labels
 from cluster.selection import select_images
 from cluster.session import ray_is_running
 from cluster.settings import Settings
@@ -23,9 +23,10 @@ from labeling.push import push as push_items
 from records import audit
 from records.bundles import Bundle
 from records.datasets import DatasetVersion, build_version, load_dataset
+from records.durable import write_file
 from records.ids import utc_now
 from records.ledger import Transaction
-from records.models import find_bundle, register, serve_model, serving_model
+from records.models import SERVED, current_rollout, find_bundle, register, serve_model, serving_id, serving_model
 from records.store import Store
 from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Split
 from trainers.evaluation.evaluate import evaluate as evaluate_predictions
@@ -68,8 +69,8 @@ def collect(context: RoundContext) -> StepResult:
     else:
         report = pull(context.store, client, context.settings.labeling)
         pulled, text = report.new_labels, f"{report.new_labels} new annotations pulled from Label Studio"
-    # A fixed time: annotations that arrive later belong to the next round, even if this one is resumed after them.
-    known_until = utc_now().isoformat()
+    # Annotations that arrive later belong to the next round, even if this one is resumed after them.
+    known_until = newest_annotation(context.store).isoformat()
     grouped = group_labelled_images(context.store)
     return {"pulled": pulled, "grouped": grouped, "known_until": known_until, "text": text}
 
@@ -159,17 +160,20 @@ def evaluate(context: RoundContext) -> StepResult:
     evaluation = evaluate_predictions(
         predictions, context.store.taxonomy, document.operating, priors=document.calibration.priors
     )
-    (context.run_dir / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
+    write_file(context.run_dir / "evaluation.json", evaluation.model_dump_json(indent=2) + "\n")
     text = f"balanced accuracy {evaluation.balanced_accuracy:.3f} on {evaluation.lesions} test lesions"
     return {"test": evaluation.model_dump(mode="json"), "text": text}
 
 
 def gate(context: RoundContext) -> StepResult:
     """Compare the new model with the floors, the champion and the best champion ever."""
+    # Read before the comparison: what serves when the verdict is applied has to be what it was compared with.
+    with context.store.ledger.read() as tx:
+        served_id = serving_id(tx)
     report = run_gate(context.store, context.settings, _new_bundle(context), _dataset(context), actor=_actor(context))
-    (context.run_dir / "gate.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (context.run_dir / "gate.html").write_text(report_page(report, context.store.taxonomy))
-    return {**report.model_dump(mode="json"), "text": f"{report.verdict}: {report.why}"}
+    write_file(context.run_dir / "gate.json", report.model_dump_json(indent=2) + "\n")
+    write_file(context.run_dir / "gate.html", report_page(report, context.store.taxonomy))
+    return {**report.model_dump(mode="json"), "served_id": served_id, "text": f"{report.verdict}: {report.why}"}
 
 
 def rollout(context: RoundContext) -> StepResult:
@@ -177,23 +181,28 @@ def rollout(context: RoundContext) -> StepResult:
     verdict = Verdict(context.results["gate"]["verdict"])
     model_id = context.results["fit"]["model_id"]
     with context.store.ledger.begin() as tx:
-        before = tx.require(ModelRecord, model_id).status
-        status = _status_after(verdict, serving_model(tx), context.settings.round.approval, model_id)
-        if status in (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL):
-            serve_model(tx, model_id, status)
+        before, current = tx.require(ModelRecord, model_id).status, serving_model(tx)
+        status = _status_after(verdict, current, context.settings.round.approval, model_id)
+        begins = status in SERVED and (current is None or current.id != model_id)
+        waits = _why_it_waits(tx, context.results["gate"]) if begins else None
+        if waits:
+            status = ModelStatus.CANDIDATE
+        if begins and not waits:
+            serve_model(tx, model_id, status, replaces=current.id if current else None)
         else:
             tx.update(ModelRecord, model_id, status=status, status_changed_at=utc_now())
         if status != before:
             figure = context.results["gate"]["balanced_accuracy"]
             details = {"verdict": verdict, "before": before, "balanced_accuracy": figure}
             audit.append(tx, actor=_actor(context), action=f"model.{status}", subject=model_id, details=details)
-        served = status in (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
+        served = status in SERVED
         result = {
             "status": status,
             "served": served,
             "promoted": status == ModelStatus.CHAMPION,
             "text": f"model {model_id[:12]} is {status}"
-            + (" and serves" if served else "; the current model keeps serving"),
+            + (" and serves" if served else "; the current model keeps serving")
+            + (f", because {waits}" if waits else ""),
         }
         # The result is recorded in the transaction of the change. With two transactions, a kill in between would make
         # the step run again on resume, which could undo a promotion that a person made meanwhile.
@@ -248,6 +257,17 @@ def _status_after(verdict: Verdict, current: ModelRecord | None, approval: str, 
     if current is None:
         return ModelStatus.PROVISIONAL
     return ModelStatus.REFUSED if verdict is Verdict.REFUSE else ModelStatus.CANDIDATE
+
+
+def _why_it_waits(tx: Transaction, gate_result: StepResult) -> str | None:
+    """Return why a model that passed may not serve at once: what it was compared with is no longer what serves."""
+    current, running = serving_id(tx), current_rollout(tx)
+    # Rounds that an earlier release began recorded no id.
+    if current != gate_result.get("served_id", current):
+        return f"the gate compared with another model than {str(current)[:12]}, which serves now"
+    if running is not None:
+        return f"rollout {running.id} of model {running.candidate_id[:12]} is in progress"
+    return None
 
 
 def tune_now(store: Store, settings: Settings, number: int) -> tuple[bool, str]:

@@ -213,23 +213,48 @@ def compare_command(
     call.emit({"models": [bundle.id for bundle in pair], **rows}, table)
 
 
+@verb(models_app, "undo-promotion")
+def undo_promotion_command(
+    call: Call,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model that serves: id prefix (8 characters).")],
+    back_to: Annotated[str, typer.Option("--back-to", help="Model that it replaced: id prefix (8 characters).")],
+    reason: Annotated[str, typer.Option("--reason", help="Reason, for the audit log.")] = "undone by hand",
+) -> None:
+    """Take a promoted model away: the one that it replaced serves again; nothing happens if another model serves."""
+    from records.models import named_model
+    from serving.responses import model_body
+    from serving.rollout.control import undo_promotion
+
+    actor = "relook models undo-promotion"
+    with call.store() as store:
+        taken, back = (named_model(store, name).id for name in (model, back_to))
+        body = model_body(undo_promotion(store, taken, back, actor=actor, why=reason))
+    call.emit(body, f"model {body.id[:12]} is {body.status} and serves again; model {taken[:12]} is refused")
+
+
 @verb(app, "rollout")
 def rollout(
     call: Call,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Candidate; without it, show the current rollout.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Candidate by its id; without it, show the current rollout.")
     ] = None,
     percent: Annotated[
         int, typer.Option("--percent", min=0, max=100, help="Traffic share by lesion; 0 is shadow, 100 promotes.")
     ] = 0,
+    rollout_id: Annotated[
+        str | None, typer.Option("--rollout", help="Id of the rollout to change or promote; default: start one.")
+    ] = None,
+    champion: Annotated[
+        str | None, typer.Option("--champion", help="To start: refuse unless this model serves now.")
+    ] = None,
     reason: Annotated[
         str | None, typer.Option("--reason", help="Reason; required for a model that has not passed the gate.")
     ] = None,
 ) -> None:
     """Roll out a candidate: in shadow, for a share of the traffic, then for all of it."""
-    from records.models import find_bundle
+    from records.models import current_rollout, named_model
     from serving.responses import rollout_body
-    from serving.rollout.control import begin, current_rollout, promote
+    from serving.rollout.control import roll_out
 
     with call.store() as store:
         if model is None:
@@ -238,27 +263,42 @@ def rollout(
             if running is None:
                 raise ConfigError("no rollout is in progress; `relook rollout MODEL` starts one")
         else:
-            bundle = find_bundle(store, model)
-            # A rollout has at most 99 %; 100 % is a promotion, which needs a rollout to end.
-            running = begin(store, bundle.id, min(percent, 99), actor="relook rollout", reason=reason)
-            if percent == 100:
-                running = promote(store, actor="relook rollout")
+            running = roll_out(
+                store,
+                named_model(store, model).id,
+                percent,
+                actor="relook rollout",
+                rollout_id=rollout_id,
+                champion_id=named_model(store, champion).id if champion else None,
+                reason=reason,
+            )
         body = rollout_body(running)
     seen = ", ".join(f"{g.name} {g.events} of {g.observations}" for g in body.guardrails)
-    call.emit(body, f"model {body.candidate_id[:12]} is in {body.stage} ({body.percent} %); seen: {seen}")
+    to_change = f"`relook rollout {body.candidate_id[:12]} --rollout {body.id} --percent N` changes it"
+    call.emit(
+        body,
+        f"rollout {body.id}: model {body.candidate_id[:12]} is in {body.stage} ({body.percent} %), champion "
+        f"{body.champion_id[:12]}; seen: {seen}" + (f"\n{to_change}" if body.ended_at is None else ""),
+    )
 
 
 @verb(app, "rollback")
 def rollback(
     call: Call,
+    rollout_id: Annotated[
+        str | None, typer.Argument(metavar="ROLLOUT", help="Id of the rollout, as `relook rollout` shows it.")
+    ] = None,
     reason: Annotated[str, typer.Option("--reason", help="Reason, for the audit log.")] = "taken back by hand",
 ) -> None:
-    """Withdraw the candidate, or undo the last promotion."""
+    """Withdraw the candidate of a rollout; `relook models undo-promotion` takes a promoted model away."""
     from serving.responses import rollout_body
-    from serving.rollout.control import roll_back
+    from serving.rollout.control import roll_back, under_way_text
 
     with call.store() as store:
-        body = rollout_body(roll_back(store, actor="relook rollback", why=reason))
+        if rollout_id is None:
+            with store.ledger.read() as tx:
+                raise ConfigError(f"name the rollout: `relook rollback ROLLOUT`; {under_way_text(tx)}")
+        body = rollout_body(roll_back(store, rollout_id, actor="relook rollback", why=reason))
     call.emit(body, f"model {body.candidate_id[:12]} was rolled back: {body.why}")
 
 

@@ -4,8 +4,9 @@
         prediction = client.predict(Path("lesion.jpg").read_bytes(), explain="gradcam")
 
 In and out: bytes and bodies of `serving.schemas`, or an error of the tree in `records.errors`. A request without a
-response is sent again with the same Idempotency-Key, so no image is predicted or flagged twice. Threads may share a
-client.
+response is sent again only if that changes nothing more: GET, DELETE of what it names, POST with an Idempotency-Key,
+flags and outcomes (an equal one is stored once). Any other one is reported, since it may have been processed. Threads
+may share a client.
 """
 
 import json
@@ -38,6 +39,7 @@ from serving.schemas import (
     FlagRequest,
     FlagResponse,
     ModelDetails,
+    ModelInfo,
     ModelList,
     OutcomeRequest,
     OutcomeResponse,
@@ -49,11 +51,13 @@ from serving.schemas import (
     RolloutRequest,
     RoundList,
     ServedModelInfo,
+    UndoRequest,
 )
 
 B = TypeVar("B", bound=BaseModel)
 
-_BUSY = (429, 503)
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+"""Errors of a request of which no byte was sent."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
@@ -200,9 +204,8 @@ class Client:
         wanted = {"method": method, "target": target, "versus": versus}
         parameters = {name: value for name, value in wanted.items() if value is not None}
         headers = {"Content-Type": _media_type(image)}
-        return _parsed(
-            Explanation, self._send("POST", "/v1/explanations", params=parameters, content=image, headers=headers)
-        )
+        sent = {"params": parameters, "content": image, "headers": headers}
+        return _parsed(Explanation, self._send("POST", "/v1/explanations", acts_once=True, **sent))
 
     def outcome(self, prediction_id: str, request: OutcomeRequest) -> OutcomeResponse:
         """Report a diagnosis; an equal report is stored once.
@@ -218,7 +221,8 @@ class Client:
             DataError: the diagnosis is not a class.
         """
         body = request.model_dump(mode="json")
-        return _parsed(OutcomeResponse, self._send("POST", f"/v1/predictions/{prediction_id}/outcomes", json=body))
+        path = f"/v1/predictions/{prediction_id}/outcomes"
+        return _parsed(OutcomeResponse, self._send("POST", path, acts_once=True, json=body))
 
     def events(
         self, *, after: str | None = None, limit: int = 50, prediction_ids: Sequence[str] | None = None
@@ -247,7 +251,8 @@ class Client:
             DataError: the suggested label is not a class.
         """
         body = request.model_dump(mode="json")
-        return _parsed(FlagResponse, self._send("POST", f"/v1/predictions/{prediction_id}/flags", json=body))
+        path = f"/v1/predictions/{prediction_id}/flags"
+        return _parsed(FlagResponse, self._send("POST", path, acts_once=True, json=body))
 
     def model(self) -> ServedModelInfo:
         """Return the model that serves now."""
@@ -258,22 +263,32 @@ class Client:
         return _parsed(RolloutInfo, self._send("GET", "/v1/rollout"))
 
     def roll_out(self, request: RolloutRequest) -> RolloutInfo:
-        """Start a rollout, change its traffic share, or promote the candidate (scope admin).
+        """Start a rollout, or change or promote the one that the request names (scope admin).
 
         Args:
-            request: candidate and traffic share.
+            request: candidate, traffic share, and the rollout unless one is to start.
         Returns:
             The rollout.
         Raises:
             AccessError: the key lacks the scope.
-            RefusedError: another rollout is in progress, or the gate has not passed this candidate.
-            UnknownIdError: there is no such model.
+            RefusedError: the named rollout has ended or is of another model; none is named and one is in progress; or
+                the gate has not passed this candidate.
+            UnknownIdError: there is no such model or rollout.
         """
         return _parsed(RolloutInfo, self._send("POST", "/v1/rollout", json=request.model_dump(mode="json")))
 
-    def roll_back(self, reason: str) -> RolloutInfo:
-        """Roll the current rollout back, or undo the last promotion (scope admin)."""
-        return _parsed(RolloutInfo, self._send("DELETE", "/v1/rollout", params={"reason": reason}))
+    def roll_back(self, rollout_id: str, reason: str) -> RolloutInfo:
+        """Roll a rollout back (scope admin); RefusedError if it was promoted."""
+        parameters = {"rollout": rollout_id, "reason": reason}
+        return _parsed(RolloutInfo, self._send("DELETE", "/v1/rollout", params=parameters))
+
+    def undo_promotion(self, model_id: str, request: UndoRequest) -> ModelInfo:
+        """Take the serving model away and let the one that it replaced serve again (scope admin).
+
+        Returns the model that serves again; RefusedError unless `model_id` serves and replaced `request.back_to`.
+        """
+        path = f"/v1/models/{model_id}/undo-promotion"
+        return _parsed(ModelInfo, self._send("POST", path, json=request.model_dump(mode="json")))
 
     def models(self) -> ModelList:
         """Return all registered models, newest first."""
@@ -311,25 +326,34 @@ class Client:
         parameters = {name: value for name, value in wanted.items() if value is not None}
         return self._send("GET", f"/v1/predictions/{prediction_id}/explanation", params=parameters)
 
-    def _send(self, verb: str, path: str, **sent: Any) -> httpx.Response:
+    def _send(self, verb: str, path: str, *, acts_once: bool = False, **sent: Any) -> httpx.Response:
+        """Send a request; `acts_once` says of a POST without a key that repeating it changes nothing."""
+        # DELETE names what ends, and it ends once: a second one changes nothing.
+        is_idempotent = acts_once or verb in ("GET", "DELETE") or "Idempotency-Key" in sent.get("headers", {})
         deadline = time.monotonic() + self._retry_s
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 response = self._http.request(verb, path, **sent)
             except httpx.TransportError as error:
-                # The request may have been processed before the connection broke; repeating it is safe, since its
-                # idempotency key then finds the stored prediction.
+                reached = not isinstance(error, _NOT_SENT)
+                if reached and not is_idempotent:
+                    raise UnavailableError(
+                        f"{verb} {path} got no response ({error or type(error).__name__}) and may have been processed; "
+                        "look before sending it again"
+                    ) from error
                 if time.monotonic() + pause_s > deadline:
                     raise UnavailableError(
                         f"the service at {self._http.base_url} does not respond ({error or type(error).__name__}); "
                         "start it with `relook serve`"
                     ) from error
             else:
-                # Only 429 and 503 are repeated: any other error would be the same the next time.
                 if response.is_success:
                     return response
-                if response.status_code not in _BUSY or time.monotonic() + pause_s > deadline:
+                # Any other error would be the same the next time. 429 is sent before a request is processed, 503
+                # perhaps after it.
+                again = response.status_code == 429 or (response.status_code == 503 and is_idempotent)
+                if not again or time.monotonic() + pause_s > deadline:
                     raise _error_of(response)
                 pause_s = max(pause_s, _retry_after_s(response))
             time.sleep(pause_s)

@@ -138,6 +138,7 @@ def model_body(record: ModelRecord) -> ModelInfo:
         architecture=record.architecture,
         dataset_id=record.dataset_id,
         round=record.round,
+        replaced_id=record.replaced_id,
         created_at=record.created_at,
         status_changed_at=record.status_changed_at,
     )

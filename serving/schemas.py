@@ -22,6 +22,8 @@ from records.types import (
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PredictionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="id of a prediction, 32 hex characters")]
+ModelName = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+RolloutId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 IdempotencyKey = Annotated[
     str,
     Field(min_length=1, max_length=200, description="a repeated request with the same key gets the stored prediction"),
@@ -234,11 +236,24 @@ class ErasureResponse(Body):
 
 
 class RolloutRequest(Body):
-    """The traffic share that a candidate should get."""
+    """The traffic share that a candidate should get, in a new rollout or in the one that is named."""
 
-    model: str = Field(min_length=1, max_length=200, description="id, prefix of 8 or more, or `candidate`")
+    model: ModelName = Field(description="the candidate: its id, or a prefix of 8 or more")
     percent: Whole = Field(default=0, ge=0, le=100, description="traffic share by lesion; 0 is shadow, 100 promotes")
+    rollout: RolloutId | None = Field(
+        default=None, description="the rollout to change or promote; null starts one, with at most 99 %"
+    )
+    champion: ModelName | None = Field(
+        default=None, description="to start: refuse unless this model serves now; its id, or a prefix of 8 or more"
+    )
     reason: str | None = Field(default=None, max_length=500, description="needed if the gate has not passed it")
+
+
+class UndoRequest(Body):
+    """Which model should serve again, and why."""
+
+    back_to: ModelName = Field(description="the model that was replaced: its id, or a prefix of 8 or more")
+    reason: str = Field(min_length=1, max_length=500, description="for the audit")
 
 
 class GuardrailStatus(Body):
@@ -282,6 +297,7 @@ class ModelInfo(Body):
     architecture: str
     dataset_id: str
     round: int | None
+    replaced_id: str | None = Field(default=None, description="the model that served before it, if it was promoted")
     created_at: AwareDatetime
     status_changed_at: AwareDatetime
 

@@ -21,7 +21,7 @@ from records.bundles import (
     ReferPoint,
     write_bundle,
 )
-from records.models import register, serve_model
+from records.models import register, serve_model, serving_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ModelStatus, Prediction
@@ -108,7 +108,7 @@ def serve_bundle(store: Store, bundle: Bundle, status: ModelStatus = ModelStatus
     """Make a bundle the one that serves."""
     with store.ledger.begin() as tx:
         register(tx, bundle)
-        serve_model(tx, bundle.id, status)
+        serve_model(tx, bundle.id, status, replaces=serving_id(tx))
 
 
 @dataclass(frozen=True)

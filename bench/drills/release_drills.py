@@ -81,7 +81,7 @@ def drill(service: LiveService, broken: Broken, files: list[bytes]) -> dict[str,
     _candidate(service.store, broken.bundle)
     with service.admin() as admin, Callers(service.url, files) as callers:
         callers.wait_for(10)
-        admin.roll_out(RolloutRequest(model=broken.bundle.id, percent=50))
+        admin.roll_out(RolloutRequest(model=broken.bundle.id, percent=50, champion=admin.model().id))
         ended = _wait_until_ended(service.store, broken.bundle.id)
         callers.wait_for(10)
     looked, harmed = ended.evidence.get(broken.harm, (0, 0))
@@ -123,11 +123,12 @@ def good_release(service: LiveService, bundle: Bundle, files: list[bytes], respo
     _candidate(service.store, bundle)
     steps = []
     with service.admin() as admin, Callers(service.url, files) as callers:
+        rollout = None
         for percent in (0, 10, 50):
-            admin.roll_out(RolloutRequest(model=bundle.id, percent=percent))
+            rollout = admin.roll_out(RolloutRequest(model=bundle.id, percent=percent, rollout=rollout)).id
             callers.wait_for(responses)
             steps.append({"percent": percent, "candidate_saw": _seen(service.store, bundle.id)})
-        admin.roll_out(RolloutRequest(model=bundle.id, percent=100))
+        admin.roll_out(RolloutRequest(model=bundle.id, percent=100, rollout=rollout))
         _wait_until_model(admin, bundle.id)
         callers.wait_for(responses)
     with service.store.ledger.read() as tx:

@@ -22,7 +22,7 @@ from images.synth import synthesize
 from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.errors import DataError
-from records.models import find_bundle, register, serve_model
+from records.models import find_bundle, register, serve_model, serving_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import ModelStatus
@@ -54,7 +54,7 @@ def prepare(
         bundle = model or _trained(store, trainers, folder, bar)
         with store.ledger.begin() as tx:
             register(tx, bundle)
-            serve_model(tx, bundle.id, ModelStatus.PROVISIONAL)
+            serve_model(tx, bundle.id, ModelStatus.PROVISIONAL, replaces=serving_id(tx))
         return bundle
 
 

@@ -79,7 +79,7 @@ def measure(folder: Path) -> dict[str, Any]:
                 bundle = fit(store, trainers, dataset, run_dir=folder / "ray", use_ray=True)
             with store.ledger.begin() as tx:
                 register(tx, bundle)
-                serve_model(tx, bundle.id, ModelStatus.CHAMPION)
+                serve_model(tx, bundle.id, ModelStatus.CHAMPION, replaces=None)
             with timed(seconds, "service"):
                 service = start_service(settings.serving, settings.records)
             memory_mib = replicas_mib(LiveService(service.url, store, psutil.Process()))

@@ -271,7 +271,7 @@ def _swap_to_twin(demo: Demo, current: ModelRecord) -> Bundle:
     # The service polls the ledger, so this transaction is all that it needs to switch. The copy takes over the status.
     with demo.store.ledger.begin() as tx:
         register(tx, target, round_number=current.round)
-        serve_model(tx, target.id, ModelStatus(current.status))
+        serve_model(tx, target.id, ModelStatus(current.status), replaces=current.id)
         audit.append(tx, actor="demo", action=f"model.{current.status}", subject=target.id, details={"demo_swap": True})
     return target
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from records.arrays import UInt8Array
 from records.errors import RelookError
 from records.ids import sha256_hex
+from records.models import UNDER_WAY, current_rollout
 from records.store import Store
 from records.types import Decision, ModelRecord, Prediction, ReasonCode, Rollout, RolloutStage
 from serving.holder import ServedModel, load_served
-from serving.rollout.control import UNDER_WAY, add_counts, current_rollout, roll_back
+from serving.rollout.control import add_counts, roll_back
 from serving.rollout.guardrails import SLOW_FACTOR
 from serving.settings import ServingSettings
 from serving.triage import CAUTION
@@ -70,7 +71,7 @@ class CandidateRunner:
                 model = load_served(self._store, record, self._settings)
             except Exception as error:  # any failure of a candidate ends its rollout, not the service
                 logger.exception("candidate %s cannot serve", named.candidate_id[:12])
-                roll_back(self._store, actor="service", why=f"it could not be made ready: {error}")
+                roll_back(self._store, named.id, actor="service", why=f"it could not be made ready: {error}")
                 return
             self._running = (named, model)
         except RelookError as error:
@@ -120,8 +121,10 @@ class CandidateRunner:
         """
         selected = result.selected
         updated = add_counts(self._store, selected.rollout.id, guardrail_counts(result.is_slow, pairs))
-        if updated.stage not in UNDER_WAY:
-            logger.error("candidate %s was rolled back: %s", selected.model.id[:12], updated.why)
+        running = self._running
+        # Late counts of a rollout that has ended must not stop the candidate of the next one.
+        if updated.stage not in UNDER_WAY and running is not None and running[0].id == updated.id:
+            logger.error("the rollout of model %s has ended: %s", selected.model.id[:12], updated.why)
             # Without waiting for the next `refresh`: until then the candidate would get further requests.
             self._running = None
 

@@ -6,25 +6,28 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from records.errors import UnavailableError, UnknownIdError
-from records.models import find_bundle
+from records.models import current_rollout, find_model
 from records.types import ModelRecord, Scope
 from serving.access.keys import Caller
 from serving.metrics import Metrics
 from serving.registry import model_details, report_html, rounds_body
 from serving.responses import model_body, rollout_body
-from serving.rollout.control import begin, current_rollout, promote, roll_back
+from serving.rollout.control import roll_back, roll_out, undo_promotion
 from serving.routes.authenticator import Authenticator
 from serving.schemas import (
     CallerInfo,
     Health,
     ModelDetails,
+    ModelInfo,
     ModelList,
     ModelRef,
     Readiness,
+    RolloutId,
     RolloutInfo,
     RolloutRequest,
     RoundList,
     ServedModelInfo,
+    UndoRequest,
 )
 from serving.service import Service
 
@@ -99,18 +102,37 @@ def _add_rollout(router: APIRouter, service: Service, authenticator: Authenticat
     def move_rollout(
         body: RolloutRequest, caller: Annotated[Caller, Depends(authenticator.requires(Scope.ADMIN))]
     ) -> RolloutInfo:
-        """Start a rollout in shadow or as a canary, change its traffic share, or with 100 promote the candidate."""
-        bundle = find_bundle(store, body.model)
-        running = begin(store, bundle.id, min(body.percent, 99), actor=caller.id, reason=body.reason)
-        return rollout_body(promote(store, actor=caller.id) if body.percent == 100 else running)
+        """Start a rollout, in shadow or as a canary; or change the one that is named, and with 100 promote its model.
+
+        409 if that rollout has ended or is of another model, or if one is in progress and none is named.
+        """
+        moved = roll_out(
+            store,
+            find_model(store, body.model).id,
+            body.percent,
+            actor=caller.id,
+            rollout_id=body.rollout,
+            champion_id=body.champion,
+            reason=body.reason,
+        )
+        return rollout_body(moved)
 
     @router.delete("/v1/rollout", response_model=RolloutInfo)
     def end_rollout(
         caller: Annotated[Caller, Depends(authenticator.requires(Scope.ADMIN))],
+        rollout: Annotated[RolloutId, Query(description="id of the rollout")],
         reason: Annotated[str, Query(min_length=1, max_length=500)] = "rolled back by hand",
     ) -> RolloutInfo:
-        """Roll the current rollout back, or undo the last promotion."""
-        return rollout_body(roll_back(store, actor=caller.id, why=reason))
+        """Roll a rollout back; one that was rolled back before stays as it is, and 409 if it was promoted."""
+        return rollout_body(roll_back(store, rollout, actor=caller.id, why=reason))
+
+    @router.post("/v1/models/{model_id}/undo-promotion", response_model=ModelInfo)
+    def undo(
+        model_id: ModelId, body: UndoRequest, caller: Annotated[Caller, Depends(authenticator.requires(Scope.ADMIN))]
+    ) -> ModelInfo:
+        """Take the serving model away and let the model that it replaced serve again; 409 unless it serves now."""
+        back_to = find_model(store, body.back_to).id
+        return model_body(undo_promotion(store, model_id, back_to, actor=caller.id, why=body.reason))
 
 
 def _add_health(router: APIRouter, service: Service, authenticator: Authenticator, metrics: Metrics) -> None:

@@ -58,7 +58,7 @@ def model(store: Store) -> Bundle:
     bundle = write_bundle(store, document, weights, arrays)
     with store.ledger.begin() as tx:
         register(tx, bundle)
-        serve_model(tx, bundle.id, ModelStatus.CHAMPION)
+        serve_model(tx, bundle.id, ModelStatus.CHAMPION, replaces=None)
     return bundle
 
 

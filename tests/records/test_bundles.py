@@ -16,7 +16,7 @@ from records.bundles import (
     write_bundle,
 )
 from records.errors import ContractError, IntegrityError, UnknownIdError
-from records.models import find_bundle, register, serve_model, serving_model
+from records.models import find_bundle, register, serve_model, serving_id, serving_model
 from records.store import Store
 from records.types import ModelRecord, ModelStatus
 
@@ -161,7 +161,7 @@ def test_finding_by_prefix_path_and_role(store: Store, three: list[Bundle]) -> N
         for name in (each.id, each.id[:8], str(each.path)):
             assert find_bundle(store, name) == each
     with store.ledger.begin() as tx:
-        serve_model(tx, three[0].id, ModelStatus.PROVISIONAL)
+        serve_model(tx, three[0].id, ModelStatus.PROVISIONAL, replaces=None)
         tx.update(ModelRecord, three[1].id, status=ModelStatus.CANDIDATE)
     assert find_bundle(store, "champion") == three[0]
     assert find_bundle(store, "candidate") == three[1]
@@ -208,12 +208,12 @@ def test_one_model_serves_and_the_one_before_retires(store: Store, three: list[B
         for each, status in zip(
             three, (ModelStatus.PROVISIONAL, ModelStatus.CHAMPION, ModelStatus.CHAMPION), strict=True
         ):
-            serve_model(tx, each.id, status)
+            serve_model(tx, each.id, status, replaces=serving_id(tx))
             current = serving_model(tx)
             assert current is not None
             assert (current.id, current.status) == (each.id, status)
         assert [tx.require(ModelRecord, each.id).status for each in three] == ["retired", "retired", "champion"]
-        serve_model(tx, three[2].id, ModelStatus.PROVISIONAL)
+        serve_model(tx, three[2].id, ModelStatus.PROVISIONAL, replaces=three[2].id)
         assert tx.require(ModelRecord, three[2].id).status == ModelStatus.PROVISIONAL
 
 
@@ -223,7 +223,7 @@ def test_two_serving_models_are_named_and_can_be_repaired(store: Store, three: l
             tx.update(ModelRecord, each.id, status=ModelStatus.CHAMPION)
         with pytest.raises(IntegrityError, match="2 models have the status of a serving model"):
             serving_model(tx)
-        serve_model(tx, three[0].id, ModelStatus.CHAMPION)
+        serve_model(tx, three[0].id, ModelStatus.CHAMPION, replaces=three[1].id)
         current = serving_model(tx)
         assert current is not None
         assert current.id == three[0].id
@@ -231,13 +231,13 @@ def test_two_serving_models_are_named_and_can_be_repaired(store: Store, three: l
 
 def test_a_status_that_does_not_serve_changes_nothing(store: Store, three: list[Bundle]) -> None:
     with store.ledger.begin() as tx:
-        serve_model(tx, three[0].id, ModelStatus.CHAMPION)
+        serve_model(tx, three[0].id, ModelStatus.CHAMPION, replaces=None)
         with pytest.raises(ContractError, match="retired does not serve"):
-            serve_model(tx, three[1].id, ModelStatus.RETIRED)
+            serve_model(tx, three[1].id, ModelStatus.RETIRED, replaces=three[0].id)
 
     def serve_unknown() -> None:
         with store.ledger.begin() as tx:
-            serve_model(tx, "unknown", ModelStatus.CHAMPION)
+            serve_model(tx, "unknown", ModelStatus.CHAMPION, replaces=three[0].id)
 
     with pytest.raises(UnknownIdError):
         serve_unknown()

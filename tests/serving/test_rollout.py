@@ -1,5 +1,6 @@
 """Rollouts under live traffic: no failed request, the more cautious prediction is served, broken candidates end."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 
 from records.errors import AccessError, RefusedError, RelookError, UnknownIdError
-from records.models import register
+from records.models import current_rollout, register, serving_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import Arm, ModelRecord, ModelStatus, Prediction, ReasonCode, RolloutStage
+from records.types import Arm, ModelRecord, ModelStatus, Prediction, ReasonCode, Rollout, RolloutStage
 from serving.access.keys import admin_token
 from serving.client import Client
-from serving.rollout.control import begin, current_rollout, promote, roll_back
+from serving.rollout.control import begin, promote, roll_back, undo_promotion
 from serving.rollout.guardrails import GUARDRAILS, log_evidence, observations_needed, threshold, violated_guardrail
 from serving.schemas import RolloutRequest
 from serving.settings import ServingSettings
@@ -108,16 +109,15 @@ def test_shadow_canary_and_full_without_a_failed_request(
     model_id = candidate(kept, tools.make_bundle(kept, 1, bias={"bcc": -2.0}))
     with Traffic(running.url, make_image) as traffic, Client(running.url, admin_token(kept.home)) as admin:
         traffic.more(5)
-        assert admin.roll_out(RolloutRequest(model=model_id)).stage is RolloutStage.SHADOW
+        started = admin.roll_out(RolloutRequest(model=model_id, champion=champion_of(kept)))
+        assert started.stage is RolloutStage.SHADOW
         wait_for(kept, Arm.SHADOW)
         # Two untrained networks disagree by nature; this test is about failed requests only.
-        for percent in (10, 60):
-            if current_rollout_of(admin) is None:
-                break
-            admin.roll_out(RolloutRequest(model=model_id, percent=percent))
-            traffic.more(20)
-        if current_rollout_of(admin) is not None:
-            admin.roll_out(RolloutRequest(model=model_id, percent=100))
+        with contextlib.suppress(RefusedError):  # a guardrail may end it at any moment
+            for percent in (10, 60):
+                admin.roll_out(RolloutRequest(model=model_id, rollout=started.id, percent=percent))
+                traffic.more(20)
+            admin.roll_out(RolloutRequest(model=model_id, rollout=started.id, percent=100))
             deadline = time.monotonic() + 20
             while admin.model().id != model_id:
                 assert time.monotonic() < deadline
@@ -169,26 +169,24 @@ def test_what_may_not_be_rolled_out_is_refused(kept: Store, running: Any, tools:
         begin(kept, plain.id, 0, actor="test")
     with pytest.raises(RefusedError, match="already serves"):
         begin(kept, champion.id, 0, actor="test")
-    with pytest.raises(UnknownIdError, match="nothing to roll back"):
-        roll_back(kept, actor="test", why="x")
-    begin(kept, first, 0, actor="test")
+    with pytest.raises(UnknownIdError, match="no rollout is in progress"):
+        roll_back(kept, "0" * 32, actor="test", why="x")
+    rollout = begin(kept, first, 0, actor="test")
     with pytest.raises(RefusedError, match="is in progress"):
         begin(kept, second, 0, actor="test")
     with Client(running.url, retry_s=0.0) as client, pytest.raises(AccessError, match="admin"):
-        client.roll_back("no")
-    promote(kept, actor="test")
-    undone = roll_back(kept, actor="test", why="complaints")
-    assert undone.stage is RolloutStage.ROLLED_BACK
+        client.roll_back(rollout.id, "no")
+    promote(kept, rollout.id, first, actor="test")
+    undo_promotion(kept, first, champion.id, actor="test", why="complaints")
     with kept.ledger.read() as tx:
+        assert tx.require(Rollout, rollout.id).stage is RolloutStage.ROLLED_BACK
         assert tx.require(ModelRecord, champion.id).status is ModelStatus.CHAMPION
         assert tx.require(ModelRecord, first).status is ModelStatus.REFUSED
 
 
-def current_rollout_of(admin: Client) -> Any:
-    try:
-        return admin.rollout()
-    except UnknownIdError:
-        return None
+def champion_of(store: Store) -> str:
+    with store.ledger.read() as tx:
+        return str(serving_id(tx))
 
 
 def wait_for(store: Store, arm: Arm) -> None:
@@ -202,8 +200,6 @@ def wait_for(store: Store, arm: Arm) -> None:
 
 
 def wait_until_ended(store: Store, model_id: str) -> Any:
-    from records.types import Rollout
-
     deadline = time.monotonic() + 30
     while True:
         with store.ledger.read() as tx:
