@@ -19,6 +19,7 @@ from cluster.gate import GateReport
 from cluster.settings import Settings, public_dump
 from records.bundles import Bundle
 from records.datasets import load_dataset
+from records.durable import make_folders, write_file
 from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.home import Home
 from records.ids import utc_now
@@ -137,10 +138,7 @@ def _put(run_dir: Path, manifest: Manifest) -> None:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    # Renaming is atomic: a process killed while it writes leaves the old file, never half of a new one.
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_file(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_change_record(
@@ -176,7 +174,7 @@ def write_change_record(
         "test": _test_figures(store, model_id),
     }
     folder = store.home.runs / "changes"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     path = folder / f"{model_id}.json"
     _write(path, record)
     return path

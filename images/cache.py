@@ -6,9 +6,7 @@ ids last, so a visible segment is complete. Two concurrent writers at worst stor
 deleted at any time.
 """
 
-import contextlib
 import logging
-import os
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +20,9 @@ from rich.progress import Progress
 from images.decode import DECODE_VERSION, decode_square
 from images.parallel import chunks_of, map_in_order
 from records.arrays import IntArray, UInt8Array
-from records.errors import ContractError, UnavailableError
+from records.durable import make_folders, write_file
+from records.erasure import Place, erased_ids
+from records.errors import ContractError, DataError, UnavailableError
 from records.ids import new_id
 from records.store import Store, find_images, read_image
 from records.types import Image
@@ -146,7 +146,11 @@ class PixelCache:
         What was decoded before an error or a kill is kept. Raises UnknownIdError if an image is not in the ledger,
         DataError if its file is gone or does not decode, IntegrityError if its file was altered.
         """
-        missing = self.missing(image_ids)
+        wanted = list(image_ids)
+        erased = self._drop_erased(store)
+        if gone := sorted(erased.intersection(wanted)):
+            raise DataError(f"image {gone[0][:12]} was erased; load the dataset again, which leaves it out")
+        missing = self.missing(wanted)
         if not missing:
             return 0
         self._drop_stale_files()
@@ -165,7 +169,20 @@ class PixelCache:
                     progress.advance(task, len(chunk))
         finally:
             writer.flush()
+            # An erasure may have blanked the cache while these images were decoded.
+            self._drop_erased(store)
         return len(missing)
+
+    def _drop_erased(self, store: Store) -> set[str]:
+        """Blank the images that were erased, on whatever node, and return the ids of all erased images."""
+        self._refresh()
+        with store.ledger.read() as tx:
+            erased = erased_ids(tx)
+        if here := erased & self._place.keys():
+            blank_pixels(self.folder.parent, here)
+            for image_id in here:
+                del self._place[image_id]
+        return erased
 
     def rows(self, image_ids: Sequence[str]) -> PixelRows:
         """Return the pixels of [N] cached images without reading them; ContractError if one is not cached."""
@@ -249,20 +266,12 @@ class SegmentWriter:
 
 
 def _publish(path: Path, content: bytes | memoryview) -> None:
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            # Without fsync a power cut could leave a file of the right size whose content is missing.
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        make_folders(path.parent)
+        write_file(path, content)
+    except UnavailableError as error:
         raise UnavailableError(
-            f"the pixel cache {path.parent} cannot be written ({error.strerror or error}); free some space there "
+            f"the pixel cache {path.parent} cannot be written ({getattr(error.__cause__, 'strerror', error)}); free some space there "
             "(the whole cache may be deleted) and run it again: what is decoded is kept"
         ) from error
 
@@ -288,6 +297,14 @@ def blank_pixels(cache: Path, image_ids: Collection[str]) -> int:
             _blank(ids_path, at, _ID_BYTES)
         blanked += len(rows)
     return blanked
+
+
+PIXELS = Place(
+    "decoded pixels",
+    "cache",
+    "images as a model sees them; the caches of other nodes drop them when they are next used",
+    lambda store, image_ids: blank_pixels(store.home.cache, image_ids),
+)
 
 
 def _blank(path: Path, start: int, length: int) -> None:

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rich.progress import Progress, TaskID
 
+from records.durable import replacing, write_file
 from records.errors import ConfigError, DataError, IntegrityError, UnavailableError
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _unpack(file: RemoteFile, archive: Path, folder: Path, progress: Progress | 
             for member in members:
                 place = target / Path(member.filename).name
                 if not place.is_file() or place.stat().st_size != member.file_size:
-                    with opened.open(member) as source, place.open("wb") as out:
+                    with opened.open(member) as source, replacing(place) as temporary, temporary.open("wb") as out:
                         shutil.copyfileobj(source, out)
                 if progress and task is not None:
                     progress.advance(task)
@@ -209,7 +210,7 @@ def _unpack(file: RemoteFile, archive: Path, folder: Path, progress: Progress | 
     if not members:
         raise DataError(f"{archive} holds no {IMAGES_SUFFIX} images; it is not the archive that was expected")
     # The marker comes before the archive goes, so a kill in between never costs another download.
-    _mark(file, folder).write_text(f"{file.md5}\n")
+    write_file(_mark(file, folder), f"{file.md5}\n")
     archive.unlink()
 
 

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from images.parallel import chunks_of, map_in_order
 from images.synth_lesion import LOOKS, Lesion, draw_look, paint_lesion
 from records.arrays import Float32Array, FloatArray, UInt8Array
+from records.durable import replacing, write_file
 from records.errors import ConfigError, DataError
 
 SHARES: dict[str, float] = {
@@ -214,7 +215,7 @@ def _write(
         (folder / name).mkdir(parents=True, exist_ok=True)
     # The marker is written first and the table last, so that a killed run is recognized and finished.
     mark = {"what": "generated images, not images of patients", "request": request}
-    (folder / _MARK).write_text(json.dumps(mark, indent=2) + "\n")
+    write_file(folder / _MARK, json.dumps(mark, indent=2) + "\n", sync=False)
     num_images = sum(planned.num_images for planned in plan)
 
     def paint(chunk: Sequence[_PlannedLesion]) -> int:
@@ -226,8 +227,7 @@ def _write(
     for count in map_in_order(paint, chunks_of(plan, 8)):
         if progress and task is not None:
             progress.advance(task, count)
-    temporary = folder / f".{_TABLE}"
-    with temporary.open("w", newline="") as file:
+    with replacing(folder / _TABLE, sync=False) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for planned in plan:
@@ -236,7 +236,6 @@ def _write(
             for view in range(planned.num_images):
                 row = (lesion_id, _image_id(planned, view), planned.code, dx_type, age, sex, localization)
                 writer.writerow(row)
-    temporary.replace(folder / _TABLE)
 
 
 def _image_id(planned: _PlannedLesion, view: int) -> str:
@@ -248,8 +247,8 @@ def _write_lesion(folder: Path, planned: _PlannedLesion, seed: int, width_px: in
         # By number of the image, so the images of one lesion may lie in both folders.
         part = _PARTS[0] if planned.first_image + view <= num_images // 2 else _PARTS[1]
         image_id = _image_id(planned, view)
-        (folder / part / f"{image_id}.jpg").write_bytes(jpeg)
-        (folder / "masks" / f"{image_id}_segmentation.png").write_bytes(mask_png)
+        write_file(folder / part / f"{image_id}.jpg", jpeg, sync=False)
+        write_file(folder / "masks" / f"{image_id}_segmentation.png", mask_png, sync=False)
 
 
 def _render_lesion(planned: _PlannedLesion, seed: int, width_px: int) -> list[tuple[bytes, bytes]]:

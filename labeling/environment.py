@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labeling.settings import LabelingSettings
+from records.durable import write_file
 from records.errors import ConfigError, LabelStudioError
 from records.ids import sha256_hex
 
@@ -103,11 +104,7 @@ def install(environment: Environment, report: ReportLine) -> bool:
         builder.make_environment()
         builder.install_packages()
         builder.make_template()
-        # Renamed into place: a half-written marker must not pass for a complete environment.
-        marker = environment.folder / _MARKER
-        partial = marker.with_suffix(".partial")
-        partial.write_text(json.dumps({"lock": _lock_hash(), "python": sys.version.split()[0]}))
-        partial.replace(marker)
+        write_file(environment.folder / _MARKER, json.dumps({"lock": _lock_hash(), "python": sys.version.split()[0]}))
         (environment.folder / _BUILDING).unlink()
     return True
 

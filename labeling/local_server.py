@@ -32,6 +32,7 @@ from labeling.environment import (
 )
 from labeling.settings import LabelingSettings
 from labeling.webhooks import webhook_variables
+from records.durable import replacing, write_file
 from records.errors import ConfigError, IntegrityError, LabelStudioError, LabelStudioStartError
 from records.home import Home
 from records.ids import utc_now
@@ -133,7 +134,7 @@ class LocalLabelStudio:
         try:
             version = self._wait(process, report)
             process = process.model_copy(update={"version": version})
-            self._write_private(self._state_file, process.model_dump_json())
+            write_file(self._state_file, process.model_dump_json(), mode=0o600, sync=False)
         except BaseException:
             self.down()
             raise
@@ -194,15 +195,8 @@ class LocalLabelStudio:
                 f"or move {self._home.label_studio} away to start with an empty Label Studio"
             )
         made = {"username": USERNAME, "password": secrets.token_urlsafe(12), "token": secrets.token_hex(20)}
-        self._write_private(self.keys_file, json.dumps(made))
+        write_file(self.keys_file, json.dumps(made), mode=0o600)
         return Secrets.model_validate(made)
-
-    def _write_private(self, path: Path, text: str) -> None:
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-        partial.replace(path)
 
     def _free_port(self) -> int:
         port = self._settings.port
@@ -220,9 +214,8 @@ class LocalLabelStudio:
     def _prepare_data(self) -> None:
         self._home.label_studio.chmod(0o700)
         if not self.existed:
-            partial = self._home.label_studio / "template.partial"
-            shutil.copyfile(self.environment.template, partial)
-            partial.replace(self._home.label_studio / DATABASE)
+            with replacing(self._home.label_studio / DATABASE) as temporary:
+                shutil.copyfile(self.environment.template, temporary)
         if self.log_file.exists() and self.log_file.stat().st_size > _LOG_LIMIT_BYTES:
             self.log_file.replace(self.log_file.with_suffix(".log.1"))
 
@@ -253,7 +246,7 @@ class LocalLabelStudio:
         )
         process = _Process(url=f"http://{_HOST}:{port}", pid=pid, started_at=utc_now())
         # Written before the wait: if this process is killed while waiting, the server can still be found and stopped.
-        self._write_private(self._state_file, process.model_dump_json())
+        write_file(self._state_file, process.model_dump_json(), mode=0o600, sync=False)
         return process
 
     def _wait(self, process: _Process, report: ReportLine) -> str:

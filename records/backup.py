@@ -14,7 +14,7 @@ import gzip
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import islice
@@ -28,7 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from records.audit import chain_head, head_file, verify
 from records.blobs import open_blobs
-from records.errors import DataError, IntegrityError, RefusedError
+from records.durable import sync_folder, sync_tree, write_file
+from records.erasure import BACKUPS, ERASED_LIST, RECORDS_PLACES, bury, erase_images, erased_ids, read_erased
+from records.errors import DataError, IntegrityError, RefusedError, UnknownIdError
 from records.home import open_home
 from records.ids import utc_now
 from records.ledger import Transaction
@@ -38,6 +40,7 @@ from records.ledger.migrate import alembic_config, refuse_newer, schema_versions
 from records.ledger.tables import METADATA
 from records.settings import RecordsSettings
 from records.store import Store, database_url, open_store
+from records.types import Cursor
 
 MANIFEST, LEDGER, BLOBS, FILES = "backup.json", "ledger", "blobs", "files"
 WHOLE_FOLDERS = ("datasets", "bundles", "keys")
@@ -78,26 +81,40 @@ def back_up(store: Store, target: Path) -> BackupManifest:
         target.chmod(0o700)
         if any(target.iterdir()):
             raise DataError(f"{target} is not empty; give a new folder, one for each backup")
+        _remember(store, target)
         with store.ledger.read() as tx:
+            gone = erased_ids(tx)
             rows = {table.name: _dump(tx, table, target / LEDGER) for table in METADATA.sorted_tables}
             head = chain_head(tx)
-        _copy_blobs(store, target / BLOBS)
+        _copy_blobs(store, target / BLOBS, gone)
         _copy_files(store.home.root, target / FILES)
         # The file in the home may already point past this view: the backup gets the head of the rows it holds.
-        (target / FILES / head_file(store.home).relative_to(store.home.root)).write_text(head)
+        write_file(target / FILES / head_file(store.home).relative_to(store.home.root), head)
         manifest = BackupManifest(
             created_at=utc_now(),
             schema_version=schema_versions(store.ledger.engine)[1],
             rows=rows,
             files={str(path.relative_to(target)): describe(path) for path in _files_under(target)},
         )
-        # The manifest marks a backup as finished, so it appears last and in one step.
-        temporary = target / f".{MANIFEST}"
-        temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
-        temporary.replace(target / MANIFEST)
+        # The manifest marks a backup as finished, so it appears last, when everything else is on disk.
+        sync_tree(target)
+        write_file(target / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        sync_folder(target.parent)
     except OSError as error:
         raise DataError(f"the backup cannot be written to {target} ({error.strerror}); free some space") from error
     return manifest
+
+
+def _remember(store: Store, target: Path) -> None:
+    """Note where the backup is, before its view is opened: an erasure from then on is added to its list."""
+    folder = str(target.absolute())
+    with store.ledger.begin() as tx:
+        cursor = tx.get(Cursor, BACKUPS)
+        if cursor is None:
+            tx.add(Cursor(name=BACKUPS, position={"folders": [folder]}))
+        else:
+            # A backup that was deleted needs no list; one on a disk that is not mounted now may come back.
+            tx.update(Cursor, BACKUPS, position={"folders": sorted({*cursor.position["folders"], folder})})
 
 
 def read_backup(source: Path) -> BackupManifest:
@@ -147,12 +164,18 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, StrEnum) else value
 
 
-def _copy_blobs(store: Store, folder: Path) -> None:
+def _copy_blobs(store: Store, folder: Path, gone: Collection[str]) -> None:
     folder.mkdir(exist_ok=True)
     for blob_id in store.blobs.ids():
+        if blob_id in gone:
+            continue
+        try:
+            data = store.blobs.get(blob_id)
+        except UnknownIdError:
+            continue  # erased or expired since the blobs were listed
         path = folder / blob_id[:2] / blob_id
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(store.blobs.get(blob_id))
+        path.write_bytes(data)
 
 
 def _copy_files(root: Path, folder: Path) -> None:
@@ -167,10 +190,10 @@ def _copy_files(root: Path, folder: Path) -> None:
 
 
 def _files_under(target: Path) -> Iterator[Path]:
-    yield from (path for path in sorted(target.rglob("*")) if path.is_file())
+    yield from (path for path in sorted(target.rglob("*")) if path.is_file() and path.name != ERASED_LIST)
 
 
-def restore(source: Path, settings: RecordsSettings) -> BackupManifest:
+def restore(source: Path, settings: RecordsSettings, erased: Collection[str] = ()) -> BackupManifest:
     """Restore a backup into an empty home and database.
 
     Every file is checked before anything is written. The ledger is filled last, in one transaction, so a restore that
@@ -179,6 +202,8 @@ def restore(source: Path, settings: RecordsSettings) -> BackupManifest:
     Args:
         source: folder of the backup.
         settings: home, database and blob store to restore into.
+        erased: ids of images that were erased since, besides those in the backup's own list. They are left out: no
+            moment comes in which they could be read.
     Returns:
         The manifest of the backup.
     Raises:
@@ -190,6 +215,8 @@ def restore(source: Path, settings: RecordsSettings) -> BackupManifest:
     """
     manifest = read_backup(source)
     refuse_newer(manifest.schema_version)
+    gone = {*erased, *read_erased(source / ERASED_LIST)}
+    hidden = gone | {str(row["overlay_blob"]) for row in rows_of(source, "review_items") if row["image_id"] in gone}
     home = open_home(settings.home)
     url = database_url(settings, home)
     engine = make_engine(url, durability=settings.durability, busy_timeout_s=settings.busy_timeout_s)
@@ -198,15 +225,18 @@ def restore(source: Path, settings: RecordsSettings) -> BackupManifest:
         with reachable(shown):
             _refuse_filled(engine, shown)
             _put_files(source, home.root)
-            blobs = open_blobs(settings.blobs or str(home.blobs))
+            blobs = open_blobs(settings.blobs or str(home.blobs), sync=True)
             for path in sorted((source / BLOBS).rglob("*")):
-                if path.is_file():
+                if path.is_file() and path.name not in hidden:
                     blobs.put(path.read_bytes())
-            _fill_ledger(engine, manifest, source / LEDGER)
+            _fill_ledger(engine, manifest, source / LEDGER, {image_id: blobs.uri(image_id) for image_id in gone})
     finally:
         engine.dispose()
     store = open_store(settings)
     faults = verify(store.ledger, store.home)
+    if not faults and gone:
+        # The rows are blank already; this adds the events of the audit, and the erasers of the home's files.
+        erase_images(store, sorted(gone), actor="relook restore", places=RECORDS_PLACES)
     store.close()
     if faults:
         raise IntegrityError("the backup was restored, but its audit chain is broken: " + "; ".join(faults))
@@ -224,9 +254,12 @@ def _put_files(source: Path, root: Path) -> None:
     (root / "keys").chmod(0o700)
     for path in (root / "keys").iterdir():
         path.chmod(0o600)
+    for path in (source / FILES).iterdir():
+        sync_tree(root / path.name)
 
 
-def _fill_ledger(engine: sa.Engine, manifest: BackupManifest, folder: Path) -> None:
+def _fill_ledger(engine: sa.Engine, manifest: BackupManifest, folder: Path, erased: Mapping[str, str]) -> None:
+    """Write all rows in one transaction; `erased` are the URIs of images that become tombstones in it, by id."""
     with engine.connect() as connection:
         connection = connection.execution_options(**{WRITE_OPTION: True})
         with connection.begin():
@@ -240,6 +273,9 @@ def _fill_ledger(engine: sa.Engine, manifest: BackupManifest, folder: Path) -> N
             for name in manifest.rows:
                 _fill_table(connection, tables.tables[name], folder / f"{name}.jsonl.gz")
             command.upgrade(config, "head")
+            tx = Transaction(connection)
+            for image_id, uri in erased.items():
+                bury(tx, image_id, uri)
 
 
 def _fill_table(connection: sa.Connection, table: sa.Table, path: Path) -> None:

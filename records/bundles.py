@@ -10,8 +10,8 @@ The id is the hash of these files without the report.
 """
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from records.errors import ContractError, IntegrityError, UnknownIdError
-from records.ids import new_id, sha256_hex
+from records.durable import building, place
+from records.errors import ContractError, IntegrityError, UnavailableError, UnknownIdError
+from records.ids import sha256_hex
 from records.settings import first_problem
 from records.store import Store
 from records.taxonomy import Taxonomy
@@ -184,6 +185,7 @@ def write_bundle(
     Raises:
         ContractError: the document holds a number that is not finite, or its `suitability` has no arrays.
         IntegrityError: the bundle exists already and was altered.
+        UnavailableError: it cannot be written; nothing is left of it then.
     """
     if (document.suitability is None) != (suitability is None):
         raise ContractError("a bundle holds the limits and the arrays of suitability, or neither")
@@ -192,9 +194,7 @@ def write_bundle(
     except ValueError as error:
         raise ContractError(f"the bundle's document cannot be written as JSON: {error}") from error
     # Written under a hidden name and renamed when complete: the id is known only then, and no reader sees a part.
-    temporary = store.home.bundles / f".{new_id()}"
-    temporary.mkdir(parents=True)
-    try:
+    with _writing(), building(store.home.bundles) as temporary:
         (temporary / DOCUMENT).write_text(text + "\n")
         save_file(_contiguous(weights), temporary / WEIGHTS)
         save_file(_contiguous(golden), temporary / GOLDEN)
@@ -202,9 +202,8 @@ def write_bundle(
             save_file(_contiguous(suitability), temporary / SUITABILITY)
         bundle_id = content_id(temporary)
         final = store.home.bundles / bundle_id
-        _move(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # If another process wrote the same bundle first, that one is kept and checked below.
+        place(temporary, final)
     return read_bundle(final, bundle_id)
 
 
@@ -213,13 +212,12 @@ def _contiguous(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndar
     return {name: np.asarray(value, order="C") for name, value in arrays.items()}
 
 
-def _move(temporary: Path, final: Path) -> None:
+@contextmanager
+def _writing() -> Generator[None]:
     try:
-        temporary.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
-        # Another process wrote the same bundle first. It is kept, and the caller checks it.
+        yield
+    except SafetensorError as error:  # safetensors reports a full disk as an error of its own
+        raise UnavailableError(f"a bundle cannot be written ({error}); free some space") from error
 
 
 def read_bundle(path: Path, expected_id: str | None = None) -> Bundle:

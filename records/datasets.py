@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from records.erasure import erased_ids
+from records.durable import make_folders, replacing, write_file
+from records.erasure import unusable_ids
 from records.errors import IntegrityError, UnknownIdError
-from records.ids import new_id, utc_now
 from records.labelled import annotations, draw_splits, read_known
 from records.schemas import from_arrow, to_arrow
 from records.store import Store
@@ -124,14 +124,15 @@ def build_version(
 
 
 def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
-    """Load a version by its id or a prefix of at least 8 characters, without images that were erased since.
+    """Load a version by its id or a prefix of at least 8 characters, without images that were erased, or
+    whose consent was lowered, since.
 
     Raises UnknownIdError if no version or more than one has this id or prefix, and IntegrityError if the manifest is
     missing, cannot be read or does not match its id.
     """
     with store.ledger.read() as tx:
         found = [r for r in tx.find(DatasetRecord) if len(dataset_id) >= 8 and r.id.startswith(dataset_id)]
-        gone = erased_ids(tx)
+        gone = unusable_ids(tx)
     if len(found) != 1:
         problem = "no dataset version has" if not found else f"{len(found)} dataset versions share"
         raise UnknownIdError(
@@ -141,7 +142,7 @@ def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:
     rows = read_manifest(store, record.id).to_pandas()
     if content_id(rows, record.taxonomy_hash) != record.id:
         raise IntegrityError(f"the manifest of dataset version {record.id[:12]} was altered; restore it from a backup")
-    # Erased images are dropped after the check, because the id is the hash of all rows, theirs included.
+    # These images are dropped after the check, because the id is the hash of all rows, theirs included.
     if gone:
         rows = rows[~rows["image_id"].isin(list(gone))].reset_index(drop=True)
     return DatasetVersion(record.id, record.taxonomy_hash, rows)
@@ -238,7 +239,7 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
         recorded = tx.get(DatasetRecord, version.id) is not None
     if recorded and (folder / MANIFEST).is_file():
         return load_dataset(store, version.id)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     # The summary is for people and other tools; Relook itself reads the manifest and the record.
     summary = {
         "id": version.id,
@@ -247,22 +248,19 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
         "groups": version.num_groups,
         "splits": {split.value: len(version.split(split)) for split in Split},
     }
-    # Each writer has its own temporary file, because two may build the same version at the same time.
-    temporary = folder / f".{new_id()}"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(folder / "dataset.json")
-    pq.write_table(to_arrow(ManifestRow, version.rows), temporary, row_group_size=_ROWS_OF_A_GROUP)
-    temporary.replace(folder / MANIFEST)
-    record = DatasetRecord(
-        id=version.id,
-        created_at=utc_now(),
-        parent_id=parent_id if parent_id != version.id else None,
-        taxonomy_hash=version.taxonomy_hash,
-        num_images=version.num_images,
-        num_groups=version.num_groups,
-        round=round_number,
-    )
+    write_file(folder / "dataset.json", json.dumps(summary, indent=2) + "\n")
+    with replacing(folder / MANIFEST) as temporary:
+        pq.write_table(to_arrow(ManifestRow, version.rows), temporary, row_group_size=_ROWS_OF_A_GROUP)
     with store.ledger.begin() as tx:
         if tx.get(DatasetRecord, version.id) is None:
+            record = DatasetRecord(
+                id=version.id,
+                created_at=tx.now_after(DatasetRecord),
+                parent_id=parent_id if parent_id != version.id else None,
+                taxonomy_hash=version.taxonomy_hash,
+                num_images=version.num_images,
+                num_groups=version.num_groups,
+                round=round_number,
+            )
             tx.add(record)
     return version

@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from records.errors import ConfigError
+from records.durable import make_folders, sweep
+from records.errors import ConfigError, UnavailableError
 
 FOLDERS = ("blobs", "datasets", "bundles", "runs", "cache", "keys", "label-studio", "logs", "demo")
 
@@ -62,7 +63,7 @@ class Home:
 
 
 def open_home(root: Path) -> Home:
-    """Create the folder and the folders in it if they are missing.
+    """Create the folder and the folders in it if they are missing, and sweep what writers that died left there.
 
     The path is made absolute here, once, since Ray changes the working folder. A folder that cannot be made or written
     raises ConfigError.
@@ -71,12 +72,19 @@ def open_home(root: Path) -> Home:
     absolute = Path(os.path.abspath(root.expanduser()))
     try:
         for name in FOLDERS:
-            (absolute / name).mkdir(parents=True, exist_ok=True)
+            make_folders(absolute / name)
         # Also if the folder existed already, perhaps with wider permissions.
         (absolute / "keys").chmod(0o700)
-    except OSError as error:
+    except (OSError, UnavailableError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", error)
         raise ConfigError(
-            f"records.home {str(absolute)!r} cannot be used ({error.strerror}); "
+            f"records.home {str(absolute)!r} cannot be used ({reason}); "
             "set RELOOK_HOME to a folder that this user may write"
         ) from error
-    return Home(absolute)
+    home = Home(absolute)
+    for folder in (home.root, home.keys, home.bundles, home.label_studio, home.demo):
+        sweep(folder)
+    # Blobs are swept by their store, which may lie elsewhere, and the cache may be deleted at any time.
+    for folder in (home.datasets, home.runs):
+        sweep(folder, below=True)
+    return home

@@ -3,13 +3,12 @@
 A key is made the first time it is needed, in a file of the folder `keys/` that only its owner can read.
 """
 
-import contextlib
 import hmac
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from records.durable import replacing
 from records.home import Home
 
 
@@ -26,17 +25,14 @@ def key_file(home: Home, name: str, make: Callable[[], str] = _hex) -> Path:
         make: returns a new key; default: 64 hex characters from a cryptographic source.
     Returns:
         A file that is never empty and never changes again.
+    Raises:
+        UnavailableError: it cannot be written.
     """
     path = home.keys / name
     if not path.exists():
-        partial = path.with_name(f"{name}.{secrets.token_hex(4)}")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(make())
-        # A hard link, unlike a rename, fails if the name exists: of two processes that make the key at once,
-        # one links its file and both read that one.
-        with contextlib.suppress(FileExistsError):
-            path.hardlink_to(partial)
-        partial.unlink()
+        # Of two processes that make the key at once, one keeps its file and both read that one.
+        with replacing(path, mode=0o600, keep=True) as temporary:
+            temporary.write_text(make())
     return path
 
 

@@ -51,7 +51,8 @@ class RecordsSettings(RoomSettings):
     )
     durability: Literal["normal", "full"] = Field(
         default="normal",
-        description="SQLite synchronous mode: normal survives kill -9, full survives a power cut too (about 7x slower)",
+        description="what was acknowledged survives: normal a kill -9; full a power cut too, since SQLite and the files "
+        "of blobs wait for the disk (about 7x slower)",
     )
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="how long a writer waits for another writer, seconds"

@@ -70,9 +70,10 @@ def open_store(settings: RecordsSettings) -> Store:
         audit_head=head_file(home),
     )
     open_chain(ledger, home)
+    blobs = open_blobs(settings.blobs or str(home.blobs), sync=settings.durability == "full")
     # Passed to Ray workers, which start in another folder, so the path has to be absolute.
     settings = settings.model_copy(update={"home": home.root})
-    return Store(settings, home, taxonomy, ledger, open_blobs(settings.blobs or str(home.blobs)))
+    return Store(settings, home, taxonomy, ledger, blobs)
 
 
 def database_url(settings: RecordsSettings, home: Home) -> str | sa.URL:
@@ -107,10 +108,11 @@ def read_image(store: Store, image: Image) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
+        # By its id: the message reaches logs and callers who may not know the image's name.
         raise DataError(
-            f"image {image.source_id or image.id[:12]} was imported in place and cannot be read at {path} "
-            f"({error.strerror}); put it back, or import the folder again"
+            f"image {image.id[:12]} was imported in place and cannot be read ({error.strerror}); put its file back, "
+            f"or import the folder again (`relook trace {image.id[:12]}` names the image)"
         ) from error
     if sha256_hex(data) != image.id:
-        raise IntegrityError(f"image {image.source_id or image.id[:12]} at {path} was altered since it was imported")
+        raise IntegrityError(f"image {image.id[:12]}, imported in place, was altered since")
     return data

@@ -17,6 +17,7 @@ import numpy as np
 from images.decode import decode_square
 from records.arrays import UInt8Array
 from records.bundles import Bundle
+from records.durable import replacing, write_file
 from records.errors import DataError, ImageError, RefusedError
 from records.ids import sha256_hex
 from records.images import IMAGE_SUFFIXES, image_size, sniff
@@ -145,7 +146,7 @@ def _rows(
             drawn = output.maps[row, taxonomy.index_of(verdict.label)]
             png = draw_map(read.data, drawn, settings.overlay_side_px, settings.overlay_alpha)
             # The hash of the relative path keeps equal file names of different subfolders apart.
-            (maps / f"{sha256_hex(name.encode())[:16]}-{path.stem}.png").write_bytes(png)
+            write_file(maps / f"{sha256_hex(name.encode())[:16]}-{path.stem}.png", png, sync=False)
         yield _row(
             name,
             decision=verdict.decision.value,
@@ -172,14 +173,14 @@ def _urgency(row: dict[str, Any]) -> tuple[int, float, str]:
 def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, Any]]:
     if not partial.exists():
         partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"model_id": model_id}) + "\n")
+        write_file(partial, json.dumps({"model_id": model_id}) + "\n")
         return {}
     if not resume:
         raise RefusedError(f"{partial} holds an interrupted run; continue it with --resume, or remove it")
     text = partial.read_text()
     # A killed run may have left half a line at the end; its image is predicted again.
     whole = text[: text.rfind("\n") + 1]
-    partial.write_text(whole)
+    write_file(partial, whole)
     head, *rows = (json.loads(line) for line in whole.splitlines())
     if head["model_id"] != model_id:
         raise RefusedError(f"{partial} was started with model {head['model_id'][:12]}; remove it to start again")
@@ -188,7 +189,7 @@ def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, 
 
 def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
     columns = ["image", "decision", "label", "confidence", "p_malignant", "reasons", "error"]
-    with out.open("w", newline="") as file:
+    with replacing(out) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, *(f"p_{code}" for code in taxonomy.codes)])
         for row in rows:

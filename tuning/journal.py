@@ -7,16 +7,17 @@ instead of making them again. A last line that a crash cut off is dropped; any o
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from pydantic import ValidationError
 
-from records.errors import ConfigError, IntegrityError, RefusedError, UnknownIdError
+from records.durable import append, make_folders, open_log
+from records.errors import ConfigError, IntegrityError, RefusedError, UnavailableError, UnknownIdError
 from records.ids import canonical_json
 from trainers.settings import TrainersSettings
 from tuning.trials import Decision, GenerationStep, SearchHeader, TrialResult, TrialState
@@ -41,12 +42,13 @@ class Journal:
 
     def __init__(
         self,
-        file: TextIO,
+        file: FileIO,
+        path: Path,
         past: Sequence[TrialResult] = (),
         decisions: Sequence[Decision] = (),
         generations: Sequence[GenerationStep] = (),
     ) -> None:
-        self._file = file
+        self._file, self._path = file, path
         self.past = {trial.number: trial for trial in past}
         self.decisions = list(decisions)
         self.generations = list(generations)
@@ -57,11 +59,9 @@ class Journal:
         return {number: trial for number, trial in self.past.items() if trial.settled}
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one line and wait until it is on disk."""
-        self._file.write(canonical_json({"kind": kind, **fields}) + "\n")
-        self._file.flush()
-        # fsync per line: a decision whose line is lost in a power cut would be made again, perhaps differently.
-        os.fsync(self._file.fileno())
+        """Append one line and wait until it is on disk; UnavailableError if the disk is full."""
+        # Flushed per line: a decision whose line is lost in a power cut would be made again, perhaps differently.
+        append(self._file, self._path, (canonical_json({"kind": kind, **fields}) + "\n").encode())
 
     def close(self) -> None:
         """Close the file."""
@@ -86,24 +86,22 @@ def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
     """
     path = run_dir / FILE_NAME
     past: Past | None = None
+    if path.is_file():
+        # Also before appending, or the next line would be glued to the torn one.
+        _drop_torn_line(path)
     if path.is_file() and path.stat().st_size:
         past = read_past(run_dir)
         _require_same_search(past.header, header, run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if past:
-            # Before appending, or the next line would be glued to the torn one.
-            _drop_torn_line(path)
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"the search's folder {run_dir} cannot be written ({error.strerror}); free or change it"
-        ) from error
+        make_folders(run_dir)
+        file = open_log(path)
+    except UnavailableError as error:
+        raise ConfigError(f"the search's folder {run_dir} cannot be used: {error}") from error
     if past is None:
-        journal = Journal(file)
+        journal = Journal(file, path)
         journal.write("search", header=header.model_dump(mode="json"))
         return journal
-    journal = Journal(file, [_concluded(trial, past) for trial in past.trials], past.decisions, past.generations)
+    journal = Journal(file, path, [_concluded(trial, past) for trial in past.trials], past.decisions, past.generations)
     journal.write("search", header=header.model_dump(mode="json"))
     # The end of a trial that the kill came too early to write.
     for before in past.trials:
@@ -182,6 +180,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _drop_torn_line(path: Path) -> None:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
+    # After a power cut a part of the last line may read as zeros, which JSON never contains.
+    last = whole.rfind(b"\n", 0, -1) + 1
+    if b"\0" in whole[last:]:
+        whole = whole[:last]
     if len(whole) != len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))

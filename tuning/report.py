@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from records.errors import UnavailableError, UnknownIdError
+from records.durable import write_file
+from records.errors import UnknownIdError
 from trainers.settings import TrainersSettings
 from tuning.confirm import verdict_on
 from tuning.effects import Effects, effects_of, importance_of
@@ -174,11 +175,9 @@ def write_report(report: SearchReport, folder: Path) -> Path:
     Raises UnavailableError: the folder cannot be written.
     """
     page = folder / "report.html"
-    try:
-        page.write_text(render(report), encoding="utf-8")
-        (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UnavailableError(f"the report in {folder} cannot be written ({error.strerror})") from error
+    # A report can be written again, so it does not wait for the disk.
+    write_file(page, render(report), sync=False)
+    write_file(folder / "report.json", report.model_dump_json(indent=2) + "\n", sync=False)
     return page
 
 

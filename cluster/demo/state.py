@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.settings import Settings
+from records.durable import write_file
 from records.errors import RefusedError
 from records.home import Home, open_home
 from records.ids import utc_now
@@ -72,10 +73,8 @@ def summary_path(home: Home) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, never a part of it."""
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    """Write JSON; a reader sees the old file or the new one, never a part of it."""
+    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def prepare_home(settings: Settings, data: Path | None) -> None:

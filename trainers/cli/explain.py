@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from records.command import Call, verb
-from records.errors import ConfigError, RefusedError
+from records.durable import write_file
+from records.errors import ConfigError, RefusedError, UnavailableError
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
@@ -60,9 +61,9 @@ def explain_command(
         human += f" ({facts})" if facts else ""
     # An unwritable path is the user's mistake: exit 2 with a sentence instead of a traceback.
     try:
-        out.write_bytes(png)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
+        write_file(out, png, sync=False)
+    except UnavailableError as error:
+        raise ConfigError(f"--out: {error}") from error
     call.emit({"model_id": bundle.id, "image": str(image), "method": method, **result, "out": str(out)}, human)
 
 

@@ -7,7 +7,6 @@ are whole, whatever the strategy, so any number of workers can go on. What a run
 it is never continued with other settings or other data. It is read with torch's restricted loader.
 """
 
-import contextlib
 import pickle
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from records.durable import replacing
 from records.errors import IntegrityError, RefusedError, UnavailableError
-from records.ids import new_id
 from trainers.fitting.epoch_report import EpochReport
 
 Weights = dict[str, Tensor]
@@ -138,23 +137,18 @@ def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint so that a kill leaves either the old one or the new one.
+    """Write a checkpoint so that a kill or a power cut leaves either the old one or the new one.
 
     Raises UnavailableError: the disk is full or the folder is gone; the checkpoint before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{new_id()}")
     try:
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"folder {path.parent} is gone")
-        # Written beside the target and renamed: rename is atomic within a file system, so a kill leaves the old file
-        # or the new one, never half of one.
-        torch.save(_plain(checkpoint), temporary)
-        temporary.replace(path)
+            raise UnavailableError(f"folder {path.parent} is gone")
+        with replacing(path) as temporary:
+            torch.save(_plain(checkpoint), temporary)
     # torch reports a full disk as a RuntimeError of its zip writer.
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left to remove
-            temporary.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:200]
+    except (UnavailableError, RuntimeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UnavailableError(
             f"checkpoint {path} cannot be written after {checkpoint.position} ({reason}); "
             "see that the folder is there and its disk has space, and run it again with --resume"

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from records.bundles import Bundle
-from records.errors import UnavailableError
+from records.durable import make_folders, write_file
 from trainers.evaluation.evaluate import SplitPredictions
 from trainers.evaluation.figures import Evaluation, Interval
 from trainers.evaluation.report import plots
@@ -31,12 +31,10 @@ def write_report(
 ) -> Path:
     """Write the report of an evaluation and return the HTML file; an older report in the folder is replaced."""
     html = render_report(bundle, model, predictions, evaluation)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / REPORT).write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise UnavailableError(f"the report cannot be written to {folder} ({error.strerror})") from error
+    # A report can be written again, so it does not wait for the disk.
+    make_folders(folder, sync=False)
+    write_file(folder / METRICS, evaluation.model_dump_json(indent=2) + "\n", sync=False)
+    write_file(folder / REPORT, html, sync=False)
     return folder / REPORT
 
 
