@@ -27,6 +27,7 @@ from records.types import Lease, Record
 
 R = TypeVar("R", bound=Record)
 _FEW = 1000
+_UNREACHABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 _RELEASED = datetime.fromtimestamp(0, UTC)  # before every time that a clock can be set to
 _LONGEST_LEASE = timedelta(hours=1)
 
@@ -317,7 +318,10 @@ def reachable(url: str) -> Generator[None]:
     """Turn the driver's errors of a database that does not respond into UnavailableError, which shows `url`."""
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        is_disconnect = isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+        if not is_disconnect and not isinstance(error, _UNREACHABLE):
+            raise
         reason = getattr(error, "orig", None) or error
         raise UnavailableError(f"ledger {url} does not respond: {' '.join(str(reason).split())}") from error
     except sa.exc.StatementError as error:

@@ -22,9 +22,9 @@ from cluster.labels import newest_annotation, resolved_labels
 from cluster.settings import RoundSettings, Settings
 from labeling.consensus import current
 from records import lease
-from records.errors import RefusedError
+from records.errors import RefusedError, UnavailableError
 from records.ids import CLOCK_VARIABLE, id_after, new_id, utc_now
-from records.ledger import FENCES, Ledger, Transaction, open_ledger
+from records.ledger import FENCES, Ledger, Transaction, engine, open_ledger
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
@@ -81,10 +81,10 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/ledger.db"
     server: sa.URL = request.getfixturevalue("server")
     name = f"relook_{uuid.uuid4().hex[:12]}"
-    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
+    admin = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
         connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
-    engine.dispose()
+    admin.dispose()
     return server.set(database=name).render_as_string(hide_password=False)
 
 
@@ -211,7 +211,7 @@ def test_other_ledgers_and_other_threads_are_not_held_to_a_lease_that_was_lost(l
 WRITE_UNDER_LEASE = """
 import sys, time
 from records import lease
-from records.errors import RefusedError
+from records.errors import RefusedError, UnavailableError
 from records.ledger import FENCES, open_ledger
 from records.types import Cursor
 lease.LEASE_S = 1.0
@@ -453,3 +453,24 @@ def test_a_round_becomes_due_again_though_the_last_one_began_in_a_wrong_year(
         tx.add(RoundRecord(id="r", number=1, started_at=started_at, finished_at=started_at, seed=1, settings_hash="s"))
     settings = Settings(round=RoundSettings(watch_labels=100, watch_days=5))
     assert (schedule.why_due(store, settings) is not None) is due
+
+
+def test_a_holder_that_stands_still_in_a_transaction_does_not_stop_all_writers(
+    server: sa.URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ends such a transaction; its process is told, and nothing of it is written."""
+    monkeypatch.setattr(engine, "_LONGEST_IDLE_S", 1)
+    ledger = open_ledger(server)
+
+    def stand_still(touches: list[str] | None) -> None:
+        with ledger.begin(touches) as tx:
+            tx.add(Cursor(name="half", position={}))
+            time.sleep(2)
+            tx.add(Cursor(name="other half", position={}))
+
+    for touches in (None, ["a row"]):
+        with pytest.raises(UnavailableError, match="idle-in-transaction timeout"):
+            stand_still(touches)
+    with ledger.begin() as tx:
+        assert tx.count(Cursor) == 0
+    ledger.close()
