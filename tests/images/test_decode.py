@@ -160,10 +160,10 @@ def test_cut_off_images_are_refused(kind: str) -> None:
     rng = np.random.default_rng(2)
     data = encode(rng.integers(0, 255, (150, 200, 3), dtype=np.uint8), kind)
     for keep in (0.9, 0.5, 0.1):
-        with pytest.raises(ImageError, match="damaged or cut off"):
-            decode_square(data[: int(len(data) * keep)], 64)
-        with pytest.raises(ImageError, match="damaged or cut off"):
-            decode_image(data[: int(len(data) * keep)])
+        for decode in (lambda cut: decode_square(cut, 64), decode_image):
+            with pytest.raises(ImageError, match=r"is damaged.*cut off|damaged or cut off") as caught:
+                decode(data[: int(len(data) * keep)])
+            assert caught.value.code == "damaged"
 
 
 @pytest.mark.parametrize(
