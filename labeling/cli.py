@@ -97,6 +97,7 @@ def push_command(call: Call) -> None:
     _complain(report.unreadable)
     sent = f"{report.pushed} tasks sent, {report.blind} of them blind; {report.refreshed} updated"
     call.emit(report, sent if report.pushed or report.refreshed else "nothing to send")
+    _exit_if(report.unreadable)
 
 
 @verb(label_app, "pull")
@@ -106,8 +107,9 @@ def pull_command(call: Call) -> None:
 
     with _connected(call) as (store, client), _counting("read annotations") as advance:
         report = pull(store, client, call.settings.labeling, advance=advance)
-    _complain(report.not_understood)
+    _complain([*report.failed, *report.not_understood])
     call.emit(report, f"{report.new_labels} new annotations, {report.deleted} withdrawn")
+    _exit_if(report.failed)
 
 
 @verb(label_app, "sync")
@@ -126,7 +128,9 @@ def sync_command(
     pause_s = _seconds(every) if every is not None else call.settings.labeling.poll_every_s
     if not watch:
         with suppress(KeyboardInterrupt), call.store() as store:
-            _emit_sync(call, _sync(call, store))
+            report = _sync(call, store)
+            _emit_sync(call, report)
+            _exit_if([*report.push.unreadable, *report.pull.failed])
         return
     with suppress(KeyboardInterrupt), call.store() as store, _heartbeat() as beat:
         while True:
@@ -150,7 +154,7 @@ def _sync(call: Call, store: "Store") -> "SyncReport":
 
     with require(store.home, call.settings.labeling) as client, _counting("sync tasks and annotations") as advance:
         report = sync(store, client, call.settings.labeling, advance=advance)
-    _complain([*report.push.unreadable, *report.pull.not_understood])
+    _complain([*report.push.unreadable, *report.pull.failed, *report.pull.not_understood])
     return report
 
 
@@ -263,6 +267,13 @@ def _seconds(text: str) -> float:
 def _complain(sentences: list[str]) -> None:
     for sentence in sentences:
         say(sentence)
+
+
+def _exit_if(failed: list[str]) -> None:
+    """Exit with 1, after the result was printed, if somebody has to look at what failed."""
+    if failed:
+        say(f"{len(failed)} could not be processed and will be tried again; the others were not affected")
+        raise typer.Exit(1)
 
 
 @contextmanager

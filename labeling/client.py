@@ -24,7 +24,8 @@ from pydantic import SecretStr
 
 from labeling.rows import ProjectRow, ProjectState, TaskRow, filter_by, task_row
 from labeling.tasks import LIST_VIEW
-from records.errors import LabelStudioError, RefusedError, RelookError, UnknownIdError
+from records.errors import LabelStudioError, LabelStudioRefusedError, RefusedError, RelookError, UnknownIdError
+from records.types.base import LINE
 
 PAGE_SIZE = 500
 _PAUSES_S = (0.3, 1.0, 3.0)
@@ -153,7 +154,8 @@ class LabelStudioClient:
         Returns:
             Task ids, in the order of `tasks`.
         Raises:
-            LabelStudioError: the import was refused, or its response was lost; then it may have been carried out.
+            LabelStudioRefusedError: the import was refused; after a failure of the server look whether it arrived.
+            LabelStudioError: the response was lost; the import may have been carried out.
         """
         # An import has no idempotency key in Label Studio: sending it twice makes every task twice.
         action, path = f"import {len(tasks)} tasks", f"api/projects/{project_id}/import"
@@ -351,7 +353,7 @@ class LabelStudioClient:
         Raises:
             LabelStudioError: Label Studio cannot be reached, or refuses.
         """
-        with self.translated_errors(action):
+        with self.translated_errors(action, sends=body is not None):
             # Connection errors and overload pass; any other refusal would come again, so it is raised at once. The
             # request after the loop is the last attempt, whose error reaches the caller.
             for pause_s in _PAUSES_S if repeat else ():
@@ -375,18 +377,19 @@ class LabelStudioClient:
         return response.json() if response.content else None
 
     @contextmanager
-    def translated_errors(self, action: str) -> Generator[None]:
+    def translated_errors(self, action: str, *, sends: bool = False) -> Generator[None]:
         """Raise every failure of the block, a request and the reading of its response, as one sentence.
 
         Args:
             action: what is tried, in words.
+            sends: whether the request has a body, which may be what the server fails on.
         Yields:
             Nothing.
         """
         try:
             yield
         except ApiError as error:
-            raise refusal(self.url, action, error.status_code or 0, error.body) from error
+            raise refusal(self.url, action, error.status_code or 0, error.body, sends=sends) from error
         except httpx.TimeoutException as error:
             raise LabelStudioError(
                 f"Label Studio at {self.url} took too long to {action}; it is overloaded, or "
@@ -403,7 +406,7 @@ class LabelStudioClient:
             ) from error
 
 
-def refusal(url: str, action: str, status: int, body: Any) -> RelookError:
+def refusal(url: str, action: str, status: int, body: Any, *, sends: bool = False) -> RelookError:
     """Return the error for a response that is not a success, as one sentence that names the next step.
 
     Args:
@@ -411,10 +414,12 @@ def refusal(url: str, action: str, status: int, body: Any) -> RelookError:
         action: what was tried, as in `import 100 tasks`.
         status: HTTP status.
         body: of the response, JSON or text.
+        sends: whether the request had a body, which may be what the server fails on.
     Returns:
-        UnknownIdError for 404, RefusedError for 409 (it exists already), else LabelStudioError.
+        UnknownIdError for 404, RefusedError for 409 (it exists already), LabelStudioRefusedError if another request may
+        fare better, else LabelStudioError.
     """
-    said = " ".join(_reason(body).split())[:300]
+    said = LINE.keep(" ".join(_reason(body).split()))
     where = f"Label Studio at {url}"
     if status in (401, 403):
         return LabelStudioError(
@@ -427,9 +432,15 @@ def refusal(url: str, action: str, status: int, body: Any) -> RelookError:
         return RefusedError(f"{where} has it already ({action}): {said}")
     if status == 429:
         return LabelStudioError(f"{where} asks for fewer requests ({action}); try again in a minute")
+    if status == 413:
+        return LabelStudioRefusedError(
+            f"{where}, or a proxy before it, finds the request to {action} too large; raise its limit "
+            "(nginx: client_max_body_size), or lower labeling.image_side_px"
+        )
     if status >= 500:
-        return LabelStudioError(f"{where} failed to {action} ({status}: {said}); its log says why")
-    return LabelStudioError(f"{where} refused to {action} ({status}: {said})")
+        kind = LabelStudioRefusedError if status == 500 and sends else LabelStudioError
+        return kind(f"{where} failed to {action} ({status}: {said}); its log says why")
+    return LabelStudioRefusedError(f"{where} refused to {action} ({status}: {said})")
 
 
 def _reason(body: Any) -> str:

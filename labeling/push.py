@@ -2,7 +2,8 @@
 
 Each task carries the id of its item. Before an import, tasks that are newer than the newest one in the ledger are
 listed: those that an earlier push imported without recording it are adopted instead of being imported again. While
-Label Studio is down the items wait in the ledger. Tasks whose item has changed since are refreshed.
+Label Studio is down the items wait in the ledger. Tasks whose item has changed since are refreshed. An item that cannot
+be sent is reported and tried again by the next push; the others are sent.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
-from records.errors import DataError, UnknownIdError
+from records.errors import LabelStudioRefusedError, UnavailableError, UnknownIdError
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
+from records.parts import attempt, in_parts
 from records.store import Store, read_image
 from records.types import Image, Prediction, ReviewItem, ReviewState
 
@@ -47,7 +49,9 @@ class PushReport(BaseModel):
     doubled: int = Field(default=0, ge=0, description="second tasks of an item that were removed")
     requeued: int = Field(default=0, ge=0, description="review items that wait again, since their project was deleted")
     withdrawn: int = Field(default=0, ge=0, description="review items of images that were erased meanwhile")
-    unreadable: list[str] = Field(default_factory=list, description="one sentence per item that could not be sent")
+    unreadable: list[str] = Field(
+        default_factory=list, description="one sentence per item that could not be sent; the next push tries it again"
+    )
 
 
 def push(
@@ -69,7 +73,7 @@ def push(
     Returns:
         Counts over all projects of the store.
     Raises:
-        LabelStudioError: Label Studio cannot be reached, or refuses; what was pushed so far is recorded.
+        LabelStudioError: Label Studio cannot be reached, or refuses the token; what was pushed so far is recorded.
         RefusedError: another process held the lease for over a minute.
     """
     # Without the lease and without a request: most pushes of `sync --watch` find nothing to do.
@@ -85,16 +89,21 @@ def _push(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None, advance: Advance
 ) -> PushReport:
     plan_reads(store, settings)
-    refreshed = _refresh(store, client, settings, model_id)
+    reports = [_refresh(store, client, settings, model_id)]
     with store.ledger.read() as tx:
         waiting = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
     by_project: dict[ProjectKey, list[ReviewItem]] = {}
     for item in waiting:
         by_project.setdefault(project_key_of(item), []).append(item)
-    done, reports = 0, [PushReport(refreshed=refreshed)]
+    done = 0
     for project_key in sorted(by_project, key=lambda project_key: (project_key.blind, project_key.reader or "")):
         counted = partial(_advance, advance, done, len(waiting))
-        reports.append(_ProjectPush(store, client, settings, model_id, project_key, counted).run())
+        pushing = _ProjectPush(store, client, settings, model_id, project_key, counted)
+        try:
+            reports.append(pushing.run())
+        except LabelStudioRefusedError as error:
+            items = len(by_project[project_key])
+            reports.append(PushReport(unreadable=[f"{items} items of a {pushing.described} project: {error}"]))
         done += len(by_project[project_key])
     return _joined(reports)
 
@@ -124,6 +133,11 @@ class _ProjectPush:
     project_key: ProjectKey
     advance: Callable[[int], None]
 
+    @property
+    def described(self) -> str:
+        """Which project it is, for a sentence."""
+        return f"blind reader's ({self.project_key.reader or 'anyone'})" if self.project_key.blind else "shared"
+
     def run(self) -> PushReport:
         """Import the items that wait for this project, the most urgent first."""
         project = open_project(self.store, self.client, self.settings, self.project_key)
@@ -138,17 +152,13 @@ class _ProjectPush:
         for start in range(0, len(waiting), size):
             part = waiting[start : start + size]
             batch = _prepare(self.store, part, project, self.settings, self.model_id)
-            task_ids = self.client.import_tasks(project.id, batch.documents) if batch.documents else []
-            # An import and this transaction cannot be one: a push that is killed between them, or loses the response,
-            # leaves tasks that no item knows. The next push adopts them.
+            refused = self._import(project, batch)
             with self.store.ledger.begin() as tx:
-                for item, task_id in zip(batch.items, task_ids, strict=True):
-                    _mark_pushed(tx, item, project.id, task_id)
                 for item in batch.erased:
                     tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
-            pushed += len(batch.items)
+            pushed += len(batch.items) - len(refused)
             withdrawn += len(batch.erased)
-            unreadable.extend(batch.unreadable)
+            unreadable.extend([*batch.unreadable, *refused])
             self.advance(min(start + size, len(waiting)))
         return PushReport(
             project_id=None if self.project_key.blind else project.id,
@@ -161,30 +171,69 @@ class _ProjectPush:
             unreadable=unreadable,
         )
 
+    def _import(self, project: Project, batch: "_Batch") -> list[str]:
+        """Import a batch and record its tasks; return a sentence for each item that Label Studio does not take."""
 
-def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None) -> int:
+        def send(tasks: Sequence[tuple[ReviewItem, dict[str, Any]]]) -> None:
+            try:
+                task_ids = self.client.import_tasks(project.id, [document for _, document in tasks])
+                # An import and this transaction cannot be one: a push that is killed between them, or loses the
+                # response, leaves tasks that no item knows. The next push adopts them.
+                with self.store.ledger.begin() as tx:
+                    for (item, _), task_id in zip(tasks, task_ids, strict=True):
+                        _mark_pushed(tx, item, project.id, task_id)
+            except Exception as error:
+                _raise_outage(error)
+                # A server that failed may have imported them all the same; then they must not be sent again in halves.
+                if not adopt(self.store, self.client, project)[0]:
+                    raise
+
+        parts = in_parts(list(zip(batch.items, batch.documents, strict=True)), send, (LabelStudioRefusedError,))
+        failed = [(part.members[0][0], part.result) for part in parts if part.result is not None]
+        return [f"review item {item.id}: {error}" for item, error in failed]
+
+
+def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None) -> PushReport:
     """Update the open tasks whose review item changed: another priority or reason, a comment."""
     stale = stale_items(store)
     projects = known_projects(store, client) if stale else {}
-    refreshed = 0
+    refreshed, failed = 0, list[str]()
     for number, project_key in projects.items():
         mine = [item for item in stale if item.project_id == number]
         if not mine:
             continue
-        project = open_project(store, client, settings, project_key)
+        opened = attempt(partial(open_project, store, client, settings), project_key)
+        if isinstance(opened, Exception):
+            _raise_outage(opened)
+            failed.append(f"{len(mine)} tasks of project {number} were not updated: {opened}")
+            continue
+        project = opened
         for start in range(0, len(mine) if project.id == number else 0, settings.push_batch):
             batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, model_id)
-            task_ids = [item.task_id or 0 for item in batch.items]
+            failed.extend(batch.unreadable)
+
+            def refresh(task: tuple[ReviewItem, dict[str, Any]]) -> bool:
+                return client.refresh_task(task[0].task_id or 0, task[1])
+
+            tasks = list(zip(batch.items, batch.documents, strict=True))
             with ThreadPoolExecutor(_REFRESHED_AT_ONCE) as pool:
-                # A task that is gone is found by the next pull. Its item counts as sent all the same, or every push
-                # would try it again.
-                for item, found in zip(
-                    batch.items, pool.map(client.refresh_task, task_ids, batch.documents), strict=True
-                ):
+                for item, found in zip(batch.items, pool.map(partial(attempt, refresh), tasks), strict=True):
+                    if isinstance(found, Exception):
+                        _raise_outage(found)
+                        failed.append(f"review item {item.id}: {found}")
+                        continue
+                    # A task that is gone is found by the next pull. Its item counts as sent all the same, or every push
+                    # would try it again.
                     refreshed += found
                     with store.ledger.begin() as tx:
                         tx.update(ReviewItem, item.id, sent_hash=content_hash(item))
-    return refreshed
+    return PushReport(refreshed=refreshed, unreadable=failed)
+
+
+def _raise_outage(error: Exception) -> None:
+    """Raise an error that every further request would meet, too."""
+    if isinstance(error, UnavailableError) and not isinstance(error, LabelStudioRefusedError):
+        raise error
 
 
 def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[int, int]:
@@ -200,12 +249,12 @@ def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[in
         second: list[TaskRow] = []
         with store.ledger.begin() as tx:
             for row in ours:
-                item = tx.get(ReviewItem, str(row.meta["relook_item"]))
+                item = tx.get(ReviewItem, str(row.meta.get("relook_item")))
                 if item is not None and item.task_id is None and item.state == ReviewState.NEW:
                     _mark_pushed(tx, item, project.id, row.id, adopted=True)
                     adopted += 1
                 # A duplicate that somebody annotated is left to the pull, which moves the item to it.
-                elif item is not None and item.task_id != row.id and not row.annotations:
+                elif item is not None and item.task_id != row.id and not row.is_touched:
                     second.append(row)
         for row in second:
             client.delete_task(row.id)
@@ -242,24 +291,21 @@ def _prepare(
         predicted = {item.prediction_id for item in waiting if item.prediction_id is not None}
         predictions = {p.id: p for p in tx.find(Prediction, where={"id": predicted})}
 
-    def document(item: ReviewItem) -> dict[str, Any] | str:
+    def document(item: ReviewItem) -> dict[str, Any]:
         image = images.get(item.image_id)
         prediction = predictions.get(item.prediction_id) if item.prediction_id is not None else None
         if image is None:
-            return f"review item {item.id}: its image {item.image_id[:12]} is not in the ledger"
-        try:
-            made = task_document(
-                item,
-                image,
-                read_image(store, image),
-                store.blobs.get(item.overlay_blob) if item.overlay_blob is not None else None,
-                prediction,
-                taxonomy=store.taxonomy,
-                settings=settings,
-                key=item_key(item.id, project),
-            )
-        except (DataError, UnknownIdError) as error:
-            return f"review item {item.id}: {error}"
+            raise UnknownIdError(f"its image {item.image_id[:12]} is not in the ledger")
+        made = task_document(
+            item,
+            image,
+            read_image(store, image),
+            store.blobs.get(item.overlay_blob) if item.overlay_blob is not None else None,
+            prediction,
+            taxonomy=store.taxonomy,
+            settings=settings,
+            key=item_key(item.id, project),
+        )
         made["meta"]["relook_model"] = prediction.model_id if prediction is not None else model_id
         return made
 
@@ -270,10 +316,15 @@ def _prepare(
     # Decoding and encoding release the GIL. An image that cannot be read becomes a sentence in the report: one damaged
     # file must not hold up the others.
     with ThreadPoolExecutor(_ENCODERS) as pool:
-        for item, made in zip(wanted, pool.map(document, wanted), strict=True):
-            if isinstance(made, str):
-                batch.unreadable.append(made)
-            else:
-                batch.items.append(item)
-                batch.documents.append(made)
+        made = list(pool.map(partial(attempt, document), wanted))
+    unavailable = [error for error in made if isinstance(error, UnavailableError)]
+    # One file that cannot be read is damaged; if none can, the store is down.
+    if len(unavailable) == len(made) > 1:
+        raise unavailable[0]
+    for item, found in zip(wanted, made, strict=True):
+        if isinstance(found, Exception):
+            batch.unreadable.append(f"review item {item.id}: {found or type(found).__name__}")
+        else:
+            batch.items.append(item)
+            batch.documents.append(found)
     return batch

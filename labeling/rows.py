@@ -1,9 +1,14 @@
 """Projects, tasks and annotations as Label Studio's API returns them, without the images of the tasks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
+
+from records.parts import attempt
+from records.types.base import moment
+
+_LONGEST_S = 1e9
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,19 @@ class TaskRow:
         meta: what the import stored beside the data.
         updated_at: moves with every change of the task or its annotations.
         annotations: empty unless they were requested.
+        fault: why its annotations cannot be read, one sentence.
     """
 
     id: int
     meta: Mapping[str, Any]
     updated_at: datetime
     annotations: tuple[AnnotationRow, ...] = ()
+    fault: str | None = None
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether somebody annotated or skipped it, as far as that can be read."""
+        return bool(self.annotations) or self.fault is not None
 
 
 @dataclass(frozen=True)
@@ -70,12 +82,15 @@ class ProjectState:
 
 def task_row(task: Mapping[str, Any]) -> TaskRow:
     """Return the row of a task from the server's JSON; a KeyError means that it is not a task."""
-    return TaskRow(
-        id=int(task["id"]),
-        meta=task["meta"] if isinstance(task["meta"], dict) else {},
-        updated_at=datetime.fromisoformat(task["updated_at"]),
-        annotations=tuple(_annotation_row(row) for row in task.get("annotations") or ()),
-    )
+    meta = task["meta"] if isinstance(task["meta"], dict) else {}
+    row = TaskRow(int(task["id"]), meta, datetime.fromisoformat(task["updated_at"]))
+    # Any program with an annotator's token can write annotations, and one of them must not end the whole listing.
+    read = attempt(lambda found: tuple(map(_annotation_row, found)), task.get("annotations") or ())
+    if isinstance(read, Exception):
+        return replace(
+            row, fault=f"task {row.id} has an annotation that cannot be read ({type(read).__name__}: {read})"
+        )
+    return replace(row, annotations=read)
 
 
 def filter_by(field: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
@@ -86,9 +101,15 @@ def filter_by(field: str, operator: str, kind: str, value: Any) -> dict[str, Any
 def _annotation_row(row: Mapping[str, Any]) -> AnnotationRow:
     return AnnotationRow(
         id=int(row["id"]),
-        result=list(row["result"] or ()),
-        completed_by=row["completed_by"],
+        result=[region for region in row["result"] or () if isinstance(region, dict)],
+        completed_by=None if row["completed_by"] is None else int(row["completed_by"]),
         was_cancelled=bool(row["was_cancelled"]),
-        updated_at=datetime.fromisoformat(row["updated_at"]),
-        lead_time_s=row["lead_time"],
+        updated_at=moment(datetime.fromisoformat(row["updated_at"])),
+        lead_time_s=_seconds(row["lead_time"]),
     )
+
+
+def _seconds(value: Any) -> float | None:
+    """Return a time that the annotator's browser measured, or None if it is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value < _LONGEST_S else None

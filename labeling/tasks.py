@@ -21,6 +21,7 @@ from records.errors import ImageError
 from records.images import sniff
 from records.taxonomy import Taxonomy
 from records.types import AnnotationKind, Image, Prediction, ReasonCode, ReviewItem
+from records.types.base import LINE, LINES
 
 PRIORITY_VERSION = "relook-priority"
 """Model version of the predictions that order a project. All models share it, since the score is a priority and does
@@ -250,8 +251,9 @@ def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) ->
     """
     choices = _values(result, "diagnosis", "choices")
     quality = _values(result, "image_quality", "choices")
-    comment = "\n".join(_values(result, "comment", "text")) or None
-    wrote = "\n".join(_values(result, "other_text", "text")) or None
+    # Kept whatever it holds: it is somebody's work, and a database that cannot hold it would stop the pull.
+    comment = LINES.keep("\n".join(_values(result, "comment", "text"))) or None
+    wrote = LINES.keep("\n".join(_values(result, "other_text", "text"))) or None
     image_quality = quality[0] if len(quality) == 1 and quality[0] in QUALITIES else None
     if choices == [CANT_TELL]:
         return ParsedAnnotation(AnnotationKind.CANT_TELL, None, None, image_quality, comment)
@@ -260,7 +262,7 @@ def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) ->
     if len(choices) == 1 and choices[0] in taxonomy.codes:
         return ParsedAnnotation(AnnotationKind.CLASS, choices[0], None, image_quality, comment)
     said = f"not a choice of this project: {', '.join(choices)}" if choices else "no diagnosis was chosen"
-    return ParsedAnnotation(AnnotationKind.OTHER, None, said, image_quality, comment, understood=False)
+    return ParsedAnnotation(AnnotationKind.OTHER, None, LINE.keep(said), image_quality, comment, understood=False)
 
 
 def annotation_result(label: str) -> list[dict[str, Any]]:
@@ -328,8 +330,8 @@ def _values(result: Sequence[Mapping[str, Any]], control: str, kind: str) -> lis
     for region in result:
         value = region.get("value")
         if region.get("from_name") == control and isinstance(value, Mapping):
-            inner = value.get(kind) or ()
-            found.extend([inner] if isinstance(inner, str) else [str(one) for one in inner])
+            inner = value.get(kind)
+            found.extend(map(str, inner) if isinstance(inner, list) else [inner] if isinstance(inner, str) else ())
     return found
 
 

@@ -14,6 +14,7 @@
     ├── DivergedError             training produced a loss that is not finite
     └── UnavailableError          a server, database or storage does not respond
         └── LabelStudioError      Label Studio refused, failed or is down
+            ├── LabelStudioRefusedError it responded, and does not take what was sent to it
             └── LabelStudioStartError   the local one does not start (also a UserError)
 
 Every message is one sentence that says what was wrong and what would be right.
@@ -70,7 +71,7 @@ class AccessError(UserError):
 
     Args:
         message: one sentence for the caller.
-        code: `unauthenticated`, `forbidden` or `rate_limited`.
+        code: `unauthenticated`, `forbidden`, `rate_limited` or `busy`.
     """
 
     def __init__(self, message: str, code: str = "forbidden") -> None:
@@ -100,6 +101,10 @@ class UnavailableError(RelookError):
 
 class LabelStudioError(UnavailableError):
     """Raised when Label Studio refused a call, failed, or cannot be reached."""
+
+
+class LabelStudioRefusedError(LabelStudioError):
+    """Raised when Label Studio, or a proxy before it, responded and did not take what was sent to it."""
 
 
 class LabelStudioStartError(LabelStudioError, UserError):

@@ -89,7 +89,7 @@ class PredictorReplica:
         except Exception as error:
             # One failed request must not fail the others of the call, whose predictions are committed.
             logger.exception("request %s failed", request.request_id)
-            return _failure(UnavailableError(f"a request failed: {type(error).__name__}"))
+            return _failure(RelookError(f"a request failed: {type(error).__name__}"))
 
     async def state(self) -> ServingState:
         """Return which model serves, or why none does."""
@@ -210,7 +210,7 @@ class IngressReplica:
         page: DeploymentHandle[Any] | None,
     ) -> None:
         from serving.app import create_app
-        from serving.http_server import HttpServer
+        from serving.http_server import HttpServer, limits_of
 
         async def find_page() -> PageAddress:
             assert page is not None
@@ -219,7 +219,7 @@ class IngressReplica:
 
         service = RemoteService(open_store(records), settings, predictor, explainer)
         app = create_app(service, None if page is None else PageProxy(find_page))
-        self._server = HttpServer(app, settings.host, settings.port)
+        self._server = HttpServer(app, settings.host, settings.port, limits_of(settings, app.on_response))
 
     async def check_health(self) -> None:
         """Start to listen at the first call; later raise if the listener has ended."""

@@ -15,7 +15,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, Field
 
 from records.bundles import BundleDocument
-from records.errors import IntegrityError, RelookError, UnavailableError, UnknownIdError
+from records.errors import RelookError, UnavailableError
 from records.ids import utc_now
 from records.models import registered_bundle, serving_model
 from records.store import Store
@@ -99,7 +99,7 @@ class ModelHolder:
                 with self._store.ledger.read() as tx:
                     named = serving_model(tx)
                 return named is not None and self._follow(named)
-            except (RelookError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever is broken in a bundle
                 # Neither an unreachable ledger nor a broken new model may stop the current one from serving.
                 self._detail = str(error)
                 logger.error("the serving model stays as it is: %s", error)
@@ -189,8 +189,12 @@ def _verify(store: Store, record: ModelRecord, precision: PrecisionChoice) -> Ve
         model = load_model(registered_bundle(store, record), precision=precision)
         computed_in = model.precision
         difference = model.check_golden()
-    except (IntegrityError, UnknownIdError) as error:
+    except UnavailableError:
+        raise
+    except RelookError as error:
         problem = str(error)
+    except Exception as error:  # noqa: BLE001 - whatever is broken in a bundle, the next model is checked
+        problem = f"the bundle cannot be loaded ({type(error).__name__}: {error})"
     return VerifiedModel(
         id=record.id, status=record.status, precision=computed_in, golden_difference=difference, problem=problem
     )

@@ -11,20 +11,22 @@ time use one core each. A prediction is returned only after its rows are committ
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from images.decode import decode_square
-from records.errors import RefusedError, UnavailableError
+from records.errors import UnavailableError
+from records.parts import in_parts
 from records.store import Store
 from records.types import Consent, RolloutStage
 from serving.holder import ModelHolder
-from serving.images import take_in, was_erased
+from serving.images import allowed_consent, take_in
 from serving.messages import PredictionRequest, ServingState, StoredPrediction
 from serving.outbox import StoredImage
 from serving.recording import Job, Recorder, Result, pixels_of, same_image
@@ -164,9 +166,7 @@ class Predictor:
         model = self._holder.current
         consent = (request.context.consent or self._settings.default_consent) if self._settings.keep else Consent.NONE
         pixels = decode_square(image.data, model.document.geometry.side_px)
-        # An image that was erased on request and is sent again is predicted, but not stored.
-        if consent is not Consent.NONE and was_erased(self._store, image.id):
-            consent = Consent.NONE
+        consent = allowed_consent(self._store, image.id, consent)
         if consent is not Consent.NONE:
             # The blob is written before the transaction. A crash in between leaves a blob without a row, which is
             # harmless. The other order could leave a row that refers to a missing blob.
@@ -179,7 +179,11 @@ class Predictor:
     async def _poll_ledger(self) -> None:
         while True:
             await asyncio.sleep(self._settings.model_poll_s)
-            await self._in(self._poll_thread, self._refresh)
+            try:
+                await self._in(self._poll_thread, self._refresh)
+            except Exception:
+                # What cannot be read now is read at the next poll; a loop that ended would stop the service.
+                logger.exception("the ledger was not followed")
 
     def _refresh(self) -> None:
         self._holder.refresh()
@@ -224,7 +228,7 @@ class Predictor:
 
     async def _compute(self, batch: list[_QueuedJob], num_threads: int) -> None:
         try:
-            output, candidate = await self._in(self._forward_threads, self._forward, batch, num_threads)
+            parts = await self._in(self._forward_threads, in_parts, batch, partial(self._forward, num_threads))
         except Exception as error:
             logger.exception("a forward pass failed")
             _fail(batch, error)
@@ -234,9 +238,17 @@ class Predictor:
             # The core is released as soon as the forward pass ends, the slot only after the commit.
             self._num_computing -= 1
             self._free_cores.release()
-        await self._commit(batch, output, candidate)
+        try:
+            # One part, unless a job failed: then it has its error, and the others are computed without it.
+            for part in parts:
+                if isinstance(part.result, Exception):
+                    _fail(part.members, part.result)
+                else:
+                    await self._commit(part.members, *part.result)
+        finally:
+            self._slots.release()
 
-    def _forward(self, batch: list[_QueuedJob], num_threads: int) -> tuple[BatchOutput, CandidateOutput | None]:
+    def _forward(self, num_threads: int, batch: Sequence[_QueuedJob]) -> tuple[BatchOutput, CandidateOutput | None]:
         jobs = [queued.job for queued in batch]
         # The setting applies to the calling thread only, so every forward pass sets it.
         torch.set_num_threads(num_threads)
@@ -250,28 +262,28 @@ class Predictor:
         pixels = np.stack([pixels_of(jobs[row], selected.model) for row in selected.rows])
         return output, self._candidate.predict(selected, pixels, each_s)
 
-    async def _commit(self, batch: list[_QueuedJob], output: BatchOutput, candidate: CandidateOutput | None) -> None:
+    async def _commit(
+        self, batch: Sequence[_QueuedJob], output: BatchOutput, candidate: CandidateOutput | None
+    ) -> None:
+        jobs = [queued.job for queued in batch]
         try:
-            jobs = [queued.job for queued in batch]
             record = self._recorder.record
             results = await self._in(self._write_thread, record, jobs, output, candidate, self._candidate)
         except Exception as error:
-            # Nothing was committed, so every request of the batch fails, and callers can send them again.
+            # The ledger cannot be reached, so every request of the batch fails, and callers can send them again.
             logger.exception("a batch was not written")
             _fail(batch, error)
-        else:
-            # Results are returned only after the commit, so a crash cannot lose a prediction that a caller has seen.
-            for queued, result in zip(batch, results, strict=True):
-                # A request that was cancelled has a cancelled future; its prediction stays stored.
-                if queued.done.done():
-                    continue
-                if isinstance(result, RefusedError):
-                    queued.done.set_exception(result)
-                else:
-                    queued.done.set_result(result)
-            self._mirror(jobs, results)
-        finally:
-            self._slots.release()
+            return
+        # Results are returned only after the commit, so a crash cannot lose a prediction that a caller has seen.
+        for queued, result in zip(batch, results, strict=True):
+            # A request that was cancelled has a cancelled future; its prediction stays stored.
+            if queued.done.done():
+                continue
+            if isinstance(result, Exception):
+                queued.done.set_exception(result)
+            else:
+                queued.done.set_result(result)
+        self._mirror(jobs, results)
 
     def _mirror(self, jobs: list[Job], results: list[Result]) -> None:
         """Predict a served batch with a candidate in shadow, in the background."""
@@ -310,7 +322,7 @@ def assignment_keys(jobs: list[Job]) -> list[str]:
     return [job.request.context.lesion_id or job.image.id for job in jobs]
 
 
-def _fail(batch: list[_QueuedJob], error: Exception) -> None:
+def _fail(batch: Sequence[_QueuedJob], error: Exception) -> None:
     for queued in batch:
         if not queued.done.done():
             queued.done.set_exception(error)

@@ -17,12 +17,14 @@ from records.errors import (
     UnknownIdError,
     UserError,
 )
+from records.types.base import LINE, Plain
 from serving.schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:relook:problem:"
 
-_ACCESS_STATUS: dict[str, int] = {"unauthenticated": 401, "forbidden": 403, "rate_limited": 429}
+_SENTENCE = Plain(2000)
+_ACCESS_STATUS: dict[str, int] = {"unauthenticated": 401, "forbidden": 403, "rate_limited": 429, "busy": 429}
 
 _IMAGE_STATUS: dict[str, int] = {
     "not_an_image": 415,
@@ -47,11 +49,13 @@ def problem(
         The document.
     """
     title = HTTPStatus(status).phrase
+    # Names of fields and paths come from the request, and JSON has no half of a surrogate pair.
+    errors = None if errors is None else [{name: LINE.keep(str(value)) for name, value in e.items()} for e in errors]
     return Problem(
         type=TYPE_PREFIX + code,
         title=title,
         status=status,
-        detail=detail,
+        detail=_SENTENCE.keep(" ".join(detail.split())),
         code=code,
         request_id=request_id,
         errors=errors,

@@ -4,20 +4,23 @@ In: jobs with their model's output. Out: predictions that are committed to the l
 in the write thread of the predictor and does not use its queues.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 
 import numpy as np
 
 from images.decode import decode_square
 from records.arrays import Float32Array, FloatArray, UInt8Array
-from records.errors import RefusedError
+from records.errors import RefusedError, UnavailableError
 from records.ids import hash_of, new_id, utc_now
+from records.parts import attempt, each_in_parts
 from records.store import Store
-from records.types import Arm, Consent, Decision, Prediction
+from records.types import Arm, Consent, Decision, Prediction, ReviewItem
 from serving.holder import ServedModel
 from serving.images import draw_map, gradcam_map
 from serving.messages import HeatMap, PredictionRequest, StoredPrediction
@@ -36,7 +39,9 @@ from serving.triage import TriageRules, Verdict, audit_draw_of, triage
 from vision.inference.output import BatchOutput
 from vision.inference.suitability import Suitability, assess
 
-Result = StoredPrediction | RefusedError
+logger = logging.getLogger(__name__)
+
+Result = StoredPrediction | Exception
 Computed = tuple[PredictionRows, HeatMap | None]
 
 
@@ -53,6 +58,7 @@ class Job:
     arrived_s: float
     """of `time.perf_counter`"""
     arm: Arm = Arm.CHAMPION
+    rollout_id: str | None = None
 
 
 class Recorder:
@@ -78,7 +84,7 @@ class Recorder:
         candidate: CandidateOutput | None = None,
         runner: CandidateRunner | None = None,
     ) -> list[Result]:
-        """Decide about a batch and commit it in one transaction.
+        """Decide about a batch and commit it in one transaction, or in several if a job fails.
 
         Args:
             batch: N jobs of one model.
@@ -86,28 +92,35 @@ class Recorder:
             candidate: a canary's output for some rows; the more cautious of two predictions is served.
             runner: counts the guardrails of `candidate`.
         Returns:
-            Per job the committed prediction, or an error if its key was used for another image.
+            Per job the committed prediction, or the error of this job alone.
         Raises:
-            UnavailableError: ledger or blob store cannot be reached; nothing was committed then.
+            UnavailableError: the ledger cannot be reached.
         """
         suitable = _suitability(batch, output)
         # Overlays of a batch are drawn in parallel; the write thread waits, which keeps commits in order of batches.
-        computed = list(self._drawing.map(self._compute, batch, repeat(output), range(len(batch)), suitable))
+        computed = list(self._drawing.map(self._computed, batch, repeat(output), range(len(batch)), suitable))
         if not self._settings.keep:
-            return [StoredPrediction(rows.prediction, None, heat_map) for rows, heat_map in computed]
-        unserved: list[PredictionRows] = []
+            return [each if isinstance(each, Exception) else _stored(each, None) for each in computed]
+        unserved: dict[int, PredictionRows] = {}
         if candidate is not None and runner is not None:
-            computed, unserved = self._choose(batch, computed, candidate, runner)
-        try:
+            pairs = attempt(partial(self._choose, batch, computed, runner), candidate)
+            if isinstance(pairs, UnavailableError):
+                raise pairs
+            if isinstance(pairs, Exception):
+                logger.error("a batch is served without its candidate", exc_info=pairs)
+            else:
+                computed, unserved = pairs
+        rows = {row: each[0] for row, each in enumerate(computed) if not isinstance(each, Exception)}
+
+        def write(some: Sequence[int]) -> Sequence[ReviewItem | None]:
             # The served rows and the other halves of the pairs commit together: a pair is never stored by half.
-            items = write_predictions(self._store, [*(rows for rows, _ in computed), *unserved])[: len(computed)]
-        except RefusedError:
-            # Another replica committed one of the idempotency keys meanwhile, and the whole batch was rolled back.
-            # Written one by one, only that request gets the stored prediction and all others get their own.
-            return [self._record_alone(job, *each) for job, each in zip(batch, computed, strict=True)]
+            others = [unserved[row] for row in some if row in unserved]
+            return write_predictions(self._store, [*(rows[row] for row in some), *others])[: len(some)]
+
+        written = dict(zip(rows, each_in_parts(list(rows), write), strict=True))
         return [
-            StoredPrediction(rows.prediction, review, heat_map)
-            for (rows, heat_map), review in zip(computed, items, strict=True)
+            self._result(job, each, written.get(row))
+            for row, (job, each) in enumerate(zip(batch, computed, strict=True))
         ]
 
     def record_shadow(
@@ -120,7 +133,10 @@ class Recorder:
             champion = served[row]
             if isinstance(champion, StoredPrediction):
                 pairs.append((champion.prediction, None if shadow is None else shadow[0].prediction))
-        write_predictions(self._store, [_unserved(shadow[0].prediction) for shadow in computed if shadow is not None])
+        rows = [_unserved(shadow[0].prediction) for shadow in computed if shadow is not None]
+        for found in each_in_parts(rows, partial(write_predictions, self._store)):
+            if isinstance(found, Exception):
+                logger.error("a prediction in shadow was not written", exc_info=found)
         runner.count(candidate, pairs)
 
     def repeated(self, request: PredictionRequest) -> StoredPrediction | None:
@@ -132,19 +148,25 @@ class Recorder:
             return StoredPrediction(found, review_of(tx, found))
 
     def _choose(
-        self, batch: Sequence[Job], computed: list[Computed], candidate: CandidateOutput, runner: CandidateRunner
-    ) -> tuple[list[Computed], list[PredictionRows]]:
-        """Return what is served per job, and the rows of the pairs that are stored and not served."""
-        chosen, unserved, pairs = list(computed), [], []
+        self,
+        batch: Sequence[Job],
+        computed: list[Computed | Exception],
+        runner: CandidateRunner,
+        candidate: CandidateOutput,
+    ) -> tuple[list[Computed | Exception], dict[int, PredictionRows]]:
+        """Return what is served per job, and by job the half of its pair that is stored and not served."""
+        chosen, unserved, pairs = list(computed), {}, []
         canary = self._compute_candidate(batch, candidate, Arm.CANDIDATE)
         for row, other in zip(candidate.selected.rows, canary, strict=True):
             champion = computed[row]
+            if isinstance(champion, Exception):
+                continue
             pairs.append((champion[0].prediction, None if other is None else other[0].prediction))
             if other is None:
                 continue
             if serves_candidate(champion[0].prediction, other[0].prediction):
                 chosen[row], other = other, champion
-            unserved.append(_unserved(other[0].prediction))
+            unserved[row] = _unserved(other[0].prediction)
         runner.count(candidate, pairs)
         return chosen, unserved
 
@@ -158,18 +180,33 @@ class Recorder:
             pixels = pixels_of(batch[row], selected.model)
             jobs.append(replace(batch[row], model=selected.model, arm=arm, pixels=pixels))
         suitable = _suitability(jobs, output)
-        return [self._compute(job, output, row, suitable[row]) for row, job in enumerate(jobs)]
+        found = [self._computed(job, output, row, suitable[row]) for row, job in enumerate(jobs)]
+        for each in found:
+            if isinstance(each, Exception):
+                logger.error("candidate %s failed on an image", selected.model.id[:12], exc_info=each)
+        return [None if isinstance(each, Exception) else each for each in found]
 
-    def _record_alone(self, job: Job, rows: PredictionRows, heat_map: HeatMap | None) -> Result:
-        try:
-            (review,) = write_predictions(self._store, [rows])
-        except RefusedError as error:
-            repeated = self.repeated(job.request) if job.request.idempotency_key else None
-            try:
-                return error if repeated is None else same_image(repeated, job.image)
-            except RefusedError as other_image:
-                return other_image
-        return StoredPrediction(rows.prediction, review, heat_map)
+    def _result(self, job: Job, computed: Computed | Exception, written: ReviewItem | Exception | None) -> Result:
+        if isinstance(computed, Exception):
+            return computed
+        if isinstance(written, RefusedError) and job.request.idempotency_key:
+            # Another replica committed this idempotency key meanwhile.
+            return attempt(lambda refused: self._repeated(job, refused), written)
+        return written if isinstance(written, Exception) else _stored(computed, written)
+
+    def _repeated(self, job: Job, refused: RefusedError) -> StoredPrediction:
+        repeated = self.repeated(job.request)
+        if repeated is None:
+            raise refused
+        return same_image(repeated, job.image)
+
+    def _computed(
+        self, job: Job, output: BatchOutput, row: int, suitable: Suitability | Exception
+    ) -> Computed | Exception:
+        """Return the rows of one job, or its error."""
+        if isinstance(suitable, Exception):
+            return suitable
+        return attempt(lambda known: self._compute(job, output, row, known), suitable)
 
     def _compute(self, job: Job, output: BatchOutput, row: int, suitable: Suitability) -> Computed:
         draw = audit_draw_of(job.image.id, self._settings.audit_salt)
@@ -214,10 +251,12 @@ class Recorder:
             idempotency_key=request.idempotency_key,
             image_id=job.image.id,
             consent=job.consent,
-            context=_stored_context(request),
+            # Without consent nothing is kept that says whose image it was.
+            context={} if job.consent is Consent.NONE else _stored_context(request),
             model_id=model.id,
             model_status=model.status,
             arm=job.arm,
+            rollout_id=job.rollout_id,
             engine=model.loaded.engine,
             precision=model.loaded.precision,
             num_threads=num_threads,
@@ -253,9 +292,20 @@ def _unserved(prediction: Prediction) -> PredictionRows:
     return PredictionRows(prediction.model_copy(update={"served": False}), None, None)
 
 
-def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability]:
-    sides_px = [min(job.image.width_px, job.image.height_px) for job in batch]
-    return assess(batch[0].model.loaded.checks, output, np.stack([job.pixels for job in batch]), sides_px)
+def _stored(computed: Computed, review: ReviewItem | None) -> StoredPrediction:
+    rows, heat_map = computed
+    return StoredPrediction(rows.prediction, review, heat_map)
+
+
+def _suitability(batch: Sequence[Job], output: BatchOutput) -> list[Suitability | Exception]:
+    checks = batch[0].model.loaded.checks
+
+    def check(rows: Sequence[int]) -> list[Suitability]:
+        images = [batch[row].image for row in rows]
+        sides_px = [min(image.width_px, image.height_px) for image in images]
+        return assess(checks, output.take(rows), np.stack([batch[row].pixels for row in rows]), sides_px)
+
+    return each_in_parts(range(len(batch)), check)
 
 
 def _stored_context(request: PredictionRequest) -> dict[str, str | float | None]:

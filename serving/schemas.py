@@ -19,6 +19,7 @@ from records.types import (
     RolloutStage,
     Scope,
 )
+from records.types.base import LongText, Moment, Plain, Text
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PredictionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="id of a prediction, 32 hex characters")]
@@ -26,15 +27,11 @@ ModelName = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
 RolloutId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 IdempotencyKey = Annotated[
     str,
-    Field(min_length=1, max_length=200, description="a repeated request with the same key gets the stored prediction"),
+    Plain(200, least=1),
+    Field(description="a repeated request with the same key gets the stored prediction"),
 ]
-
-
-def _no_bare_number(value: Any) -> Any:
-    """Refuse numbers, which pydantic would read as seconds since 1970: a typing error must not become a date."""
-    if isinstance(value, (int, float)) or (isinstance(value, str) and value.strip().lstrip("+-").isnumeric()):
-        raise ValueError("a number is not a date; send text such as 2026-03-01T12:00:00Z")
-    return value
+Why = Annotated[str, Plain(500, least=1)]
+"""A reason that a person gives for the audit."""
 
 
 def _no_text(value: Any) -> Any:
@@ -46,9 +43,6 @@ def _no_text(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_no_text)]
 """An integer that JSON has as a number, not as text."""
-
-Moment = Annotated[AwareDatetime, BeforeValidator(_no_bare_number)]
-"""A date and time with time zone, RFC 3339."""
 
 
 class Body(BaseModel):
@@ -73,13 +67,13 @@ class Problem(Body):
 class Context(Body):
     """What the caller knows about an image."""
 
-    lesion_id: str | None = Field(default=None, max_length=200)
-    patient_id: str | None = Field(default=None, max_length=200, description="only a salted hash of it is stored")
-    age: float | None = Field(default=None, ge=0, le=130, strict=True, description="years")
-    sex: str | None = Field(default=None, max_length=50)
-    localization: str | None = Field(default=None, max_length=200, description="body site")
-    device: str | None = Field(default=None, max_length=200)
-    site: str | None = Field(default=None, max_length=200, description="institution")
+    lesion_id: Text | None = None
+    patient_id: Text | None = Field(default=None, description="only a salted hash of it is stored")
+    age: float | None = Field(default=None, ge=0, le=130, strict=True, allow_inf_nan=False, description="years")
+    sex: Annotated[str, Plain(50)] | None = None
+    localization: Text | None = Field(default=None, description="body site")
+    device: Text | None = None
+    site: Text | None = Field(default=None, description="institution")
     acquired_at: Moment | None = None
     consent: Consent | None = Field(default=None, description="use of the image beyond the prediction itself")
 
@@ -154,8 +148,8 @@ class FlagRequest(Body):
     """A flag on a prediction."""
 
     reason: FlagReason
-    suggested_label: str | None = Field(default=None, description="class code")
-    comment: str | None = Field(default=None, max_length=2000)
+    suggested_label: Text | None = Field(default=None, description="class code")
+    comment: LongText | None = None
 
 
 class FlagResponse(Body):
@@ -192,7 +186,7 @@ class BatchResponse(Body):
 class OutcomeRequest(Body):
     """A diagnosis reported after the prediction."""
 
-    diagnosis: str = Field(description="class code")
+    diagnosis: Text = Field(description="class code")
     confirmation: Literal[
         Confirmation.HISTOPATHOLOGY, Confirmation.CONFOCAL, Confirmation.FOLLOW_UP, Confirmation.CONSENSUS,
         Confirmation.SINGLE_READER,
@@ -235,6 +229,19 @@ class ErasureResponse(Body):
     left_in_place: bool = Field(description="true if the file was imported in place and therefore not deleted")
 
 
+class ConsentRequest(Body):
+    """Consent that a person took back."""
+
+    consent: Literal[Consent.NONE, Consent.REVIEW] = Field(description="the new, lower consent; none erases the image")
+
+
+class ImageConsent(Body):
+    """The consent of an image from now on."""
+
+    image_id: str
+    consent: Consent
+
+
 class RolloutRequest(Body):
     """The traffic share that a candidate should get, in a new rollout or in the one that is named."""
 
@@ -246,14 +253,14 @@ class RolloutRequest(Body):
     champion: ModelName | None = Field(
         default=None, description="to start: refuse unless this model serves now; its id, or a prefix of 8 or more"
     )
-    reason: str | None = Field(default=None, max_length=500, description="needed if the gate has not passed it")
+    reason: Why | None = Field(default=None, description="needed if the gate has not passed it")
 
 
 class UndoRequest(Body):
     """Which model should serve again, and why."""
 
     back_to: ModelName = Field(description="the model that was replaced: its id, or a prefix of 8 or more")
-    reason: str = Field(min_length=1, max_length=500, description="for the audit")
+    reason: Why = Field(description="for the audit")
 
 
 class GuardrailStatus(Body):
@@ -399,3 +406,9 @@ class CallerInfo(Body):
     organisation: str
     scopes: list[Scope]
     sandbox: bool = Field(description="true if images are not stored, reviewed or used for training")
+
+
+class SessionInfo(Body):
+    """The part of a browser's session that is no cookie."""
+
+    proof: str = Field(description="sent by the page as X-Relook-Proof; together with the cookie it is the key")

@@ -19,7 +19,7 @@ def test_what_the_caller_can_fix_is_a_user_error() -> None:
         "RefusedError",
         "LabelStudioStartError",
     }
-    assert len(ours) == 15
+    assert len(ours) == 16
 
 
 def test_an_image_error_keeps_its_code_between_processes() -> None:

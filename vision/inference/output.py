@@ -1,5 +1,6 @@
 """What one forward pass returns for a batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,3 +28,16 @@ class BatchOutput:
     def finite(self) -> BoolArray:
         """[N]: whether a row has probabilities."""
         return np.asarray(np.isfinite(self.probabilities).all(axis=1), dtype=np.bool_)
+
+    def take(self, rows: Sequence[int]) -> "BatchOutput":
+        """Return the output of some of the images, in the order of `rows`."""
+        if list(rows) == list(range(len(self.logits))):
+            return self
+        index = list(rows)
+        return BatchOutput(
+            logits=self.logits[index],
+            probabilities=self.probabilities[index],
+            num_threads=self.num_threads,
+            maps=None if self.maps is None else self.maps[index],
+            ood_scores=None if self.ood_scores is None else self.ood_scores[index],
+        )

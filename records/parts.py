@@ -1,0 +1,70 @@
+"""Batches in which one member fails: the culprit gets its error, and the others their results.
+
+    for part in in_parts(rows, write):      # write takes several rows at once
+        part.members, part.result           # all of them, halves, or single rows: as few calls as the failures allow
+    found = [attempt(draw, item) for item in items]     # a result, or the error of this item
+
+`UnavailableError` is the exception: if the ledger or a server does not respond, a second attempt does not help either.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from records.errors import UnavailableError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[T, R]):
+    """Members that were processed together, with the result, or a single member with its error."""
+
+    members: Sequence[T]
+    result: R | Exception
+
+
+def in_parts(
+    members: Sequence[T], act: Callable[[Sequence[T]], R], also: tuple[type[Exception], ...] = ()
+) -> list[Part[T, R]]:
+    """Process members together; if that fails, their halves, down to single members, which keep their error.
+
+    With one culprit among n members that is at most 2 log2 n further calls, and no member waits for more.
+
+    Args:
+        members: in the order in which they are processed.
+        act: all or nothing: a call that raises has done nothing.
+        also: kinds of UnavailableError that a single member can cause.
+    Returns:
+        The parts, in order.
+    Raises:
+        UnavailableError: it was raised by `act` and is not one of `also`.
+    """
+    try:
+        return [Part(members, act(members))] if members else []
+    except Exception as error:
+        if isinstance(error, UnavailableError) and not isinstance(error, also):
+            raise
+        if len(members) == 1:
+            return [Part(members, error)]
+    middle = len(members) // 2
+    return [*in_parts(members[:middle], act, also), *in_parts(members[middle:], act, also)]
+
+
+def each_in_parts(
+    members: Sequence[T], act: Callable[[Sequence[T]], Sequence[R]], also: tuple[type[Exception], ...] = ()
+) -> list[R | Exception]:
+    """Return the result or the error of each member, in order; see `in_parts`. `act` returns one result per member."""
+    found: list[R | Exception] = []
+    for part in in_parts(members, act, also):
+        found.extend([part.result] if isinstance(part.result, Exception) else part.result)
+    return found
+
+
+def attempt(act: Callable[[T], R], member: T) -> R | Exception:
+    """Return the result for one member of a loop, or its error: one that fails must not stop the others."""
+    try:
+        return act(member)
+    except Exception as error:  # noqa: BLE001 - the caller reports it
+        return error
