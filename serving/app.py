@@ -17,35 +17,34 @@ from starlette.types import ASGIApp
 from records.errors import RelookError
 from serving.metrics import Metrics
 from serving.middleware import RequestMiddleware
-from serving.openapi import allowed_verbs, completed, docs_html
+from serving.openapi import DOCS_POLICY, allowed_verbs, completed, docs_html
 from serving.problems import problem, problem_of, problem_response
+from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
 from serving.routes.explanations import explanations_router
 from serving.routes.feedback import feedback_router
+from serving.routes.health import health_router
 from serving.routes.images import images_router
 from serving.routes.models import models_router
 from serving.routes.predictions import predictions_router
+from serving.routes.session import session_router
 from serving.routes.webhooks import webhooks_router
 from serving.schemas import Problem
 from serving.service import Service
 
 logger = logging.getLogger(__name__)
 
-MULTIPART_OVERHEAD_BYTES = 100_000
-"""What a multipart form adds to the image: boundaries and context."""
 
-
-def create_app(service: Service, page: ASGIApp | None = None) -> ASGIApp:
+def create_app(service: Service, page: ASGIApp | None = None) -> RequestMiddleware:
     """Return the whole app; with a page it serves every path that is not the API's and gets the lifespan events."""
-    max_body_bytes = service.settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES
     metrics = Metrics(service.store)
-    api = create_api(service, metrics, max_body_bytes)
-    local_only = service.settings.is_loopback
-    return RequestMiddleware(api, max_body_bytes, metrics.responded, local_only=local_only, page=page)
+    authenticator = Authenticator(service.store, service.settings)
+    api = create_api(service, metrics, authenticator)
+    return RequestMiddleware(api, service.settings, metrics.responded, authenticator=authenticator, page=page)
 
 
-def create_api(service: Service, metrics: Metrics, max_body_bytes: int) -> FastAPI:
-    """Return the API alone, without the middleware."""
+def create_api(service: Service, metrics: Metrics, authenticator: Authenticator) -> FastAPI:
+    """Return the API alone, without the middleware, which finds the caller of each request."""
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": HTTPStatus(status).phrase}
         for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
@@ -58,22 +57,29 @@ def create_api(service: Service, metrics: Metrics, max_body_bytes: int) -> FastA
         redoc_url=None,
         responses=errors,
     )
-    api.state.max_body_bytes = max_body_bytes
-    authenticator = Authenticator(service.store, service.settings.rate_limit_per_minute)
-    api.include_router(predictions_router(service, authenticator, metrics))
-    api.include_router(explanations_router(service, authenticator, metrics))
-    api.include_router(feedback_router(service, authenticator, metrics))
-    api.include_router(images_router(service, authenticator))
-    api.include_router(models_router(service, authenticator, metrics))
-    api.include_router(webhooks_router(service))
+    api.state.max_body_bytes = service.settings.max_body_bytes
+    admission = Admission(service, authenticator, metrics)
+    routers = [
+        predictions_router(service, authenticator, admission),
+        explanations_router(service, authenticator, admission),
+        feedback_router(service, authenticator, admission),
+        images_router(service, authenticator),
+        models_router(service, authenticator),
+        health_router(service, authenticator, metrics),
+        webhooks_router(service),
+        session_router(service, authenticator),
+    ]
+    authenticator.guard(routers)
+    for router in routers:
+        api.include_router(router)
     _add_problem_handlers(api, service.settings.retry_after_s)
 
     document = completed(api.openapi(), service.store.taxonomy.codes)
     api.openapi = lambda: document  # type: ignore[method-assign]
 
-    @api.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    def docs() -> str:
-        return docs_html(document)
+    @api.get("/docs", include_in_schema=False)
+    def docs() -> Response:
+        return HTMLResponse(docs_html(document), headers={"Content-Security-Policy": DOCS_POLICY})
 
     return api
 

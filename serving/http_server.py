@@ -8,12 +8,16 @@ without SO_REUSEADDR and then keeps the port blocked.
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from records.errors import ConfigError, UnavailableError
+from serving.access.proxies import Proxies
+from serving.connections import ConnectionLimits, Connections
+from serving.settings import ServingSettings
 
 BACKLOG = 512
 KEEP_ALIVE_S = 75
@@ -38,19 +42,23 @@ class HttpServer:
         app: what is served.
         host: address to listen on.
         port: TCP port; 0 picks a free one.
+        limits: of its connections; None for a listener that only this program calls.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, limits: ConnectionLimits | None = None) -> None:
         self._address = (host, port)
         self.port = port
         """where it listens, once it does"""
-        # No proxy stands before it, so forwarded headers are ignored: anybody could send them.
+        self._connections = None if limits is None else Connections(limits)
+        # Forwarded headers are the middleware's (`serving.access.proxies`), which also knows the Host.
         config = uvicorn.Config(
             app, log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on",
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S,
+            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S, ws="none",
+            http="httptools" if self._connections is None else cast(Any, self._connections.protocol),
         )  # fmt: skip
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listen, and return once requests are accepted.
@@ -62,6 +70,8 @@ class HttpServer:
         listening = bind(*self._address)
         self.port = listening.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
+        if self._connections is not None:
+            self._watch = asyncio.create_task(self._connections.watch())
         # uvicorn sets a flag and no event, so it has to be polled.
         while not self._server.started:
             if self._task.done():
@@ -77,7 +87,7 @@ class HttpServer:
         """
         if self._task is None:
             await self.start()
-        elif self._task.done():
+        elif self._task.done() or (self._watch is not None and self._watch.done()):
             raise UnavailableError("the HTTP listener ended")
 
     async def stop(self) -> None:
@@ -85,6 +95,21 @@ class HttpServer:
         if self._task is not None:
             self._server.should_exit = True
             await asyncio.wait([self._task], timeout=DRAIN_S + 5)
+        if self._watch is not None:
+            self._watch.cancel()
+
+
+def limits_of(settings: ServingSettings, on_response: Callable[[int], None]) -> ConnectionLimits:
+    """Return the limits of the service's connections; `on_response` is called with the status of each refusal."""
+    return ConnectionLimits(
+        max_header_bytes=int(settings.max_header_kb * 1000),
+        header_timeout_s=settings.header_timeout_s,
+        min_body_bytes_s=settings.min_upload_kb_s * 1000,
+        max_connections=settings.max_connections,
+        idle_s=KEEP_ALIVE_S,
+        shares_address=Proxies(settings.forwarded_allow_ips, settings.root_path).trusts,
+        on_response=on_response,
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -4,8 +4,11 @@ Each service has its own registry, so two services in one process do not share c
 are read from the ledger at each scrape. No label contains data of a caller or a patient.
 """
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from records.errors import RelookError
 from records.ids import utc_now
 from records.store import Store
 from records.types import Prediction, ReviewItem, ReviewState
@@ -45,7 +48,7 @@ class Metrics:
         self._overdue = Gauge("relook_tasks_overdue", "Urgent review items past their due date", registry=self.registry)
 
     def responded(self, status: int) -> None:
-        """Count an HTTP response by its status."""
+        """Count an HTTP response by its status; 499 is a caller who hung up before it."""
         self._responses.labels(status=str(status)).inc()
 
     def predicted(self, prediction: Prediction) -> None:
@@ -68,7 +71,16 @@ class Metrics:
             self._unlike.observe(prediction.out_of_distribution_score)
 
     def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format; without the ledger, what is read from it is not a number."""
+        try:
+            self._read_ledger()
+        except RelookError:
+            for state in (ReviewState.NEW, ReviewState.PUSHED):
+                self._waiting.labels(state=state.value).set(math.nan)
+            self._overdue.set(math.nan)
+        return generate_latest(self.registry)
+
+    def _read_ledger(self) -> None:
         with self._store.ledger.read() as tx:
             for state in (ReviewState.NEW, ReviewState.PUSHED):
                 self._waiting.labels(state=state.value).set(tx.count(ReviewItem, {"state": state}))
@@ -76,4 +88,3 @@ class Metrics:
         # Due dates pass without any event, so this gauge is computed at each scrape and not counted.
         now = utc_now()
         self._overdue.set(sum(item.due is not None and item.due < now for item in open_items))
-        return generate_latest(self.registry)

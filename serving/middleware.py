@@ -1,137 +1,171 @@
-"""ASGI middleware: Host and Origin checks, body limit, request ids, security headers, problem documents.
+"""ASGI middleware: refusal of foreign hosts and pages, body limit, request ids, security headers, problem documents.
 
 It stands before the API and the page and routes each request to one of them by its path. The Host check stops DNS
-rebinding and the Origin check foreign web pages: without keys, a browser on this machine could otherwise be made to
-use the service. It does not authenticate; see `serving.routes.authenticator`.
+rebinding. The checks of Origin and Sec-Fetch-Site stop foreign web pages, also those of other ports of this machine,
+which to a browser are of the same site: without keys, a browser here could otherwise be made to use the service. It
+does not authenticate; see `serving.routes.authenticator`.
 """
 
 import logging
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from records.errors import ImageError
+from records.errors import RelookError
 from records.ids import new_id
-from serving.problems import problem, problem_of, problem_response
+from serving.access.proxies import Proxies
+from serving.access.shares import Shares
+from serving.exchange import Exchange, too_large
+from serving.problems import problem, problem_of
+from serving.routes.authenticator import Authenticator
 from serving.schemas import Problem
+from serving.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
 
 API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
+HEALTH_PATHS = ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
+"""Paths that also answer HEAD."""
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "SAMEORIGIN",
+    "X-Frame-Options": "DENY",
+    # The page, its files, the documentation and reports have policies of their own; nothing else loads anything.
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
 
 class RequestMiddleware:
-    """Checks every request before an app sees it.
+    """Checks every request before an app sees it, by its headers alone.
 
     Args:
         api: serves `API_PATHS`, or every path if there is no page.
-        max_body_bytes: limit of one request body.
+        settings: limits, names of hosts and proxies.
         on_response: called with the HTTP status of every response, refusals included.
-        local_only: refuse a Host that is not this machine; false for a service that listens beyond loopback, which
-            requires a key for every request.
+        authenticator: checks the keys of requests to the API; None where the app behind does.
         page: serves all other paths and gets the lifespan events.
     """
 
     def __init__(
         self,
         api: ASGIApp,
-        max_body_bytes: int,
+        settings: ServingSettings,
         on_response: Callable[[int], None],
         *,
-        local_only: bool = True,
+        authenticator: Authenticator | None = None,
         page: ASGIApp | None = None,
     ) -> None:
         self._api = api
         self._page = page
-        self._max_body_bytes = max_body_bytes
-        self._on_response = on_response
-        self._local_only = local_only
+        self._settings = settings
+        self.on_response = on_response
+        self._authenticator = authenticator
+        self._proxies = Proxies(settings.forwarded_allow_ips, settings.root_path)
+        self._hosts = LOCAL_HOSTS.union(settings.trusted_hosts)
+        self._bodies = Shares(settings.max_bodies_mb * 1e6)
+        self._requests = Shares(settings.max_connections)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI defines it."""
-        if scope["type"] == "websocket":
-            # Neither app uses WebSockets, and browsers open them across origins without a preflight request.
-            await send({"type": "websocket.close", "code": 1008})
-            return
         if scope["type"] != "http":
             await self._app(scope)(scope, receive, send)
             return
-        request_id = new_id()
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                self._on_response(message["status"])
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                for name, value in _SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        refused = self._refusal(Headers(scope=scope))
+        scope = self._proxies.resolve(scope)
+        scope["state"]["request_id"] = request_id = new_id()
+        exchange = Exchange(
+            scope, receive, send, _SECURITY_HEADERS, self._settings.retry_after_s, self.on_response
+        )  # fmt: skip
+        refused = self._refusal(scope)
         if refused is not None:
-            await problem_response(refused, request_id)(scope, receive, send_with_headers)
+            await exchange.respond(refused)
             return
         try:
-            await self._app(scope)(scope, self._limited(receive), send_with_headers)
+            await self._serve(scope, exchange)
         except Exception as error:
+            if exchange.was_cancelled:
+                # What fails once nobody listens is no fault: reading the rest of a body, above all.
+                logger.info("request %s was cancelled by its caller", request_id)
+                if not exchange.started:
+                    self.on_response(scope["state"]["ended"])
+                return
             found = problem_of(error)
             if found.status >= 500:
                 logger.exception("request %s failed", request_id)
-            else:
+            elif not isinstance(error, RelookError):
                 logger.exception("request %s was refused late", request_id)
-            # Once the status line is out it cannot be replaced; the connection then ends without a full body.
-            if not started:
-                await problem_response(found, request_id)(scope, receive, send_with_headers)
+            await exchange.respond(found)
+
+    async def _serve(self, scope: Scope, exchange: Exchange) -> None:
+        """Check who sends a request and how large it may be, then let the app respond."""
+        owner, limit_bytes = await self._admitted(scope)
+        if int(Headers(scope=scope).get("content-length", "0")) > limit_bytes:
+            await exchange.respond(too_large(limit_bytes))
+            return
+        if not self._requests.take(owner):
+            await exchange.respond(problem(429, "busy", "too many requests are open at once; try again soon"))
+            return
+        exchange.limit_body(limit_bytes, self._bodies, owner)
+        if scope["method"] == "HEAD" and scope["path"] in HEALTH_PATHS:
+            # The server leaves the body out.
+            scope = {**scope, "method": "GET"}
+        try:
+            await self._app(scope)(scope, exchange.receive, exchange.send)
+        finally:
+            exchange.forget_body()
+            self._requests.give_back(owner)
+
+    async def _admitted(self, scope: Scope) -> tuple[str | None, int]:
+        """Return who shares what is limited, None for the only user, and the largest body of the request, bytes."""
+        owner: str | None = f"address {(scope.get('client') or ('',))[0]}"
+        limit_bytes = self._settings.max_body_bytes
+        if self._authenticator is None:
+            return owner, limit_bytes
+        if self._app(scope) is self._page:
+            # The page checks the visitor's key itself. Without keys it is for this machine alone, as the API is.
+            await self._authenticator.refuse_strangers(scope)
+            return owner, limit_bytes
+        caller, limit_bytes = await self._authenticator.admit(scope)
+        if caller is not None:
+            scope["state"]["caller"] = caller
+            owner = caller.share
+        return owner, limit_bytes
 
     def _app(self, scope: Scope) -> ASGIApp:
         path = scope.get("path", "")
         is_api = any(path == prefix or path.startswith(prefix + "/") for prefix in API_PATHS)
         return self._api if is_api or self._page is None else self._page
 
-    def _refusal(self, headers: Headers) -> Problem | None:
+    def _refusal(self, scope: Scope) -> Problem | None:
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._local_only and _hostname(host) not in LOCAL_HOSTS:
-            return problem(403, "foreign_host", "this service accepts only local host names, such as 127.0.0.1")
+        # Load balancers ask for health by address. Beyond loopback without names, every request needs a key.
+        local = self._settings.is_loopback
+        checked = local or (self._settings.trusted_hosts and scope["path"] not in HEALTH_PATHS)
+        if checked and _hostname(host) not in self._hosts:
+            named = "the names in serving.trusted_hosts" if self._settings.trusted_hosts else "local host names"
+            return problem(403, "foreign_host", f"this service accepts only {named}, such as 127.0.0.1")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             return problem(403, "foreign_origin", "a page of another origin may not use this service")
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            return problem_of(self._too_large())
+        # Browsers send it, other clients do not. "none" is what a person typed or chose among bookmarks.
+        foreign = not {"same-origin", "none"}.issuperset(headers.getlist("sec-fetch-site"))
+        if foreign and not self._opens_page(scope, headers):
+            return problem(403, "foreign_site", "a page of another site or port may not use this service")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            return problem(415, "unsupported_type", "a compressed body is not supported; send it as it is")
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        # Content-Length may be missing (chunked bodies) or wrong, so the bytes are counted as they arrive.
-        received_bytes = 0
-
-        async def receive_within_limit() -> Message:
-            nonlocal received_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                received_bytes += len(message.get("body", b""))
-                if received_bytes > self._max_body_bytes:
-                    raise self._too_large()
-            return message
-
-        return receive_within_limit
-
-    def _too_large(self) -> ImageError:
-        allowed = self._max_body_bytes / 1e6
-        return ImageError(f"the request is larger than the {allowed:g} MB that are allowed", "too_large")
+    def _opens_page(self, scope: Scope, headers: Headers) -> bool:
+        """Return whether a request follows a link to the page: that shows it in a window and does nothing else."""
+        fetched = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
+        asked = (scope["method"], scope["path"], scope["query_string"])
+        return self._page is not None and asked == ("GET", "/", b"") and fetched == ("navigate", "document")
 
 
 def _hostname(host: str) -> str | None:

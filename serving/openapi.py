@@ -29,6 +29,8 @@ td,th{text-align:left;vertical-align:top;padding:.25rem .6rem .25rem 0;border-to
 code,pre{font:.9rem ui-monospace,monospace}
 pre{background:#f3f6f8;padding:.7rem;border-radius:6px;overflow:auto}
 """
+DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""Of the page with the documentation, which has styles and nothing else."""
 _EXAMPLES = """curl -s -H 'Content-Type: image/jpeg' --data-binary @lesion.jpg '{url}/v1/predictions?explain=gradcam'
 curl -s -F image=@lesion.jpg -F 'context={{"age": 61}};type=application/json' {url}/v1/predictions
 curl -s -H 'Content-Type: application/json' -d '{{"reason": "wrong_label"}}' {url}/v1/predictions/ID/flags"""

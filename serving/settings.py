@@ -15,6 +15,8 @@ from records.settings import RoomSettings
 from records.types import Consent
 from vision.explanations import STORED_OVERLAY_SIDE_PX
 
+MULTIPART_OVERHEAD_BYTES = 100_000
+
 
 class ServingSettings(RoomSettings):
     """Settings of HTTP, batching, triage and overlays."""
@@ -222,6 +224,11 @@ class ServingSettings(RoomSettings):
     def max_upload_bytes(self) -> int:
         """Largest request body, bytes."""
         return int(self.max_upload_mb * 1e6)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body of a request with an image, bytes: its form has boundaries and context, too."""
+        return self.max_upload_bytes + MULTIPART_OVERHEAD_BYTES
 
     @property
     def max_json_bytes(self) -> int:

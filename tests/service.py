@@ -28,7 +28,7 @@ from records.types import ModelStatus, Prediction
 from serving.app import create_app
 from serving.client import Client
 from serving.explainer import Explainer
-from serving.http_server import HttpServer
+from serving.http_server import HttpServer, limits_of
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.predictor import Predictor
 from serving.settings import ServingSettings
@@ -163,7 +163,8 @@ def run_service(store: Store, settings: ServingSettings, page: bool = False) -> 
             from serving.routes.page import page_app
 
             web_page = page_app(settings, store)
-        server = HttpServer(create_app(service, web_page), settings.host, settings.port)
+        app = create_app(service, web_page)
+        server = HttpServer(app, settings.host, settings.port, limits_of(settings, app.on_response))
         await server.start()
         return predictor, server
 

@@ -38,14 +38,20 @@ class Caller:
     sandbox: bool = False
     default_consent: Consent | None = None
 
+    @property
+    def share(self) -> str | None:
+        """Whose share of what is limited a request takes; None for the only user of a service without keys."""
+        return None if self is LOCAL else self.id
+
     def may_see(self, organisation: str) -> bool:
         """Return whether an object of this organisation is visible to the caller."""
         return organisation == self.organisation or bool(self.scopes & _SEES_ALL)
 
-    def require(self, scope: Scope) -> None:
-        """Raise AccessError unless the caller has a scope; `admin` includes all others."""
-        if not self.scopes & {scope, Scope.ADMIN}:
-            raise AccessError(f"this request needs a key with the scope `{scope}`", "forbidden")
+    def require(self, *scopes: Scope) -> None:
+        """Raise AccessError unless the caller has one of the scopes; `admin` includes all others."""
+        if not self.scopes & {*scopes, Scope.ADMIN}:
+            names = " or ".join(f"`{scope}`" for scope in sorted(scopes))
+            raise AccessError(f"this request needs a key with the scope {names}", "forbidden")
 
 
 LOCAL = Caller("local", LOCAL_ORGANISATION, frozenset(Scope) - {Scope.ADMIN})
@@ -134,6 +140,7 @@ class KeyRing:
         self._store = store
         self._keys: dict[str, ApiKey] = {}
         self._read_at_s = float("-inf")
+        self._read_at = utc_now()
         self._admin_hash = sha256_hex(admin_token(store.home).encode())
         self._reading = threading.Lock()
 
@@ -141,6 +148,11 @@ class KeyRing:
     def is_fresh(self) -> bool:
         """True while `caller` does not read the ledger."""
         return time.monotonic() - self._read_at_s <= CACHE_S
+
+    @property
+    def any_exist(self) -> bool:
+        """Whether a key was ever made, as of the last reading of the ledger."""
+        return bool(self._keys)
 
     def caller(self, authorization: str | None) -> Caller:
         """Return the caller of a request.
@@ -153,19 +165,20 @@ class KeyRing:
             AccessError: no key, or one that is unknown, expired or revoked.
             UnavailableError: the ledger cannot be reached.
         """
+        kind, _, token = (authorization or "").partition(" ")
+        token_hash = sha256_hex(token.strip().encode())
+        # In constant time: response times must not reveal how much of a guessed hash is right. Before the ledger is
+        # read, so that an administrator is recognised while it cannot be.
+        if kind.lower() == "bearer" and hmac.compare_digest(token_hash, self._admin_hash):
+            return Caller("admin", LOCAL_ORGANISATION, frozenset(Scope))
         keys = self._current()
         if authorization is None:
             # `keys` includes revoked ones: once a key was made, no request without a key is accepted again.
             if keys:
                 raise AccessError("this service needs a key: send `Authorization: Bearer rlk_...`", "unauthenticated")
             return LOCAL
-        kind, _, token = authorization.partition(" ")
-        token_hash = sha256_hex(token.strip().encode())
-        # In constant time: response times must not reveal how much of a guessed hash is right.
-        if kind.lower() == "bearer" and hmac.compare_digest(token_hash, self._admin_hash):
-            return Caller("admin", LOCAL_ORGANISATION, frozenset(Scope))
         found = keys.get(token_hash) if kind.lower() == "bearer" else None
-        if found is None or not is_valid(found, utc_now()):
+        if found is None or not is_valid(found, self._read_at):
             raise AccessError("this key is unknown, expired or revoked", "unauthenticated")
         return Caller(found.id, found.organisation, frozenset(found.scopes), found.sandbox, found.default_consent)
 
@@ -175,6 +188,8 @@ class KeyRing:
             if not self.is_fresh:
                 with self._store.ledger.read() as tx:
                     self._keys = {key.secret_hash: key for key in tx.find(ApiKey)}
+                    # The database's clock: a key expires at the same time on all machines.
+                    self._read_at = tx.now()
                 self._read_at_s = time.monotonic()
             return self._keys
 

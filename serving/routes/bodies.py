@@ -10,7 +10,8 @@ from records.errors import DataError, ImageError
 from records.settings import first_problem
 from serving.schemas import Context
 
-RAW_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
+RAW_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream", "image/jpg", "image/pjpeg")
+"""The first three are named in the API; the last two are old names of JPEG that programs still send."""
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 _CONTEXTS = TypeAdapter(list[Context])
 

@@ -7,12 +7,12 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.concurrency import run_in_threadpool
 
 from records.errors import RelookError
-from records.types import Prediction, ReviewItem, Scope
+from records.types import Consent, Prediction, ReviewItem, Scope
 from serving.access.keys import Caller
 from serving.events import read_events
-from serving.metrics import Metrics
 from serving.outbox import write_flag, write_outcome
 from serving.responses import find_prediction, flag_body
+from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
 from serving.schemas import (
     EventPage,
@@ -27,7 +27,7 @@ from serving.service import Service
 logger = logging.getLogger(__name__)
 
 
-def feedback_router(service: Service, authenticator: Authenticator, metrics: Metrics) -> APIRouter:
+def feedback_router(service: Service, authenticator: Authenticator, admission: Admission) -> APIRouter:
     """Return the router of flags, outcomes and events."""
     router = APIRouter(tags=["feedback"])
 
@@ -40,9 +40,9 @@ def feedback_router(service: Service, authenticator: Authenticator, metrics: Met
         """Flag a prediction for review by an annotator."""
         prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         # Before the write transaction, which must be short: an explanation takes up to seconds.
-        overlay = await _overlay_for_annotators(service, prediction, review)
+        overlay = await _overlay_for_annotators(admission, caller, prediction, review)
         written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, overlay)
-        metrics.flagged.labels(reason=body.reason.value).inc()
+        admission.metrics.flagged.labels(reason=body.reason.value).inc()
         return flag_body(written, item, prediction.consent)
 
     @router.post("/v1/predictions/{prediction_id}/outcomes", response_model=OutcomeResponse)
@@ -70,12 +70,18 @@ def feedback_router(service: Service, authenticator: Authenticator, metrics: Met
     return router
 
 
-async def _overlay_for_annotators(service: Service, prediction: Prediction, review: ReviewItem | None) -> str | None:
+async def _overlay_for_annotators(
+    admission: Admission, caller: Caller, prediction: Prediction, review: ReviewItem | None
+) -> str | None:
     """Return the blob of a heat map for the review item of a flag; None if there is no map."""
     if review is not None and review.overlay_blob is not None:
         return review.overlay_blob
+    if prediction.consent is Consent.NONE:
+        return None
+    service = admission.service
     try:
-        heat_map = await service.explain(prediction, "gradcam", None)
+        # Through the same limits as any other map, or flags would be a way around them.
+        heat_map = await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))
         return await run_in_threadpool(service.store.blobs.put, heat_map.png)
     except RelookError as error:
         # The flag matters more than its heat map, so it is written without one.

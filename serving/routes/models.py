@@ -1,48 +1,44 @@
-"""Routes of models, rounds, the rollout, the caller, and health."""
+"""Routes of models, rounds, the rollout and the caller."""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Response
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse
 
 from records.errors import UnavailableError, UnknownIdError
 from records.models import current_rollout, find_model
 from records.types import ModelRecord, Scope
 from serving.access.keys import Caller
-from serving.metrics import Metrics
 from serving.registry import model_details, report_html, rounds_body
 from serving.responses import model_body, rollout_body
 from serving.rollout.control import roll_back, roll_out, undo_promotion
 from serving.routes.authenticator import Authenticator
 from serving.schemas import (
     CallerInfo,
-    Health,
     ModelDetails,
     ModelInfo,
     ModelList,
-    ModelRef,
-    Readiness,
     RolloutId,
     RolloutInfo,
     RolloutRequest,
     RoundList,
     ServedModelInfo,
     UndoRequest,
+    Why,
 )
 from serving.service import Service
 
 ModelId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="id of a model, 64 hex characters")]
 _PAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-_SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """A report runs no script and sends no request."""
 
 
-def models_router(service: Service, authenticator: Authenticator, metrics: Metrics) -> APIRouter:
-    """Return the router of models, rounds, the rollout, the caller and health."""
+def models_router(service: Service, authenticator: Authenticator) -> APIRouter:
+    """Return the router of models, rounds, the rollout and the caller."""
     router = APIRouter(tags=["models"])
     _add_models(router, service, authenticator)
     _add_rollout(router, service, authenticator)
-    _add_health(router, service, authenticator, metrics)
     return router
 
 
@@ -121,7 +117,7 @@ def _add_rollout(router: APIRouter, service: Service, authenticator: Authenticat
     def end_rollout(
         caller: Annotated[Caller, Depends(authenticator.requires(Scope.ADMIN))],
         rollout: Annotated[RolloutId, Query(description="id of the rollout")],
-        reason: Annotated[str, Query(min_length=1, max_length=500)] = "rolled back by hand",
+        reason: Annotated[Why, Query()] = "rolled back by hand",
     ) -> RolloutInfo:
         """Roll a rollout back; one that was rolled back before stays as it is, and 409 if it was promoted."""
         return rollout_body(roll_back(store, rollout, actor=caller.id, why=reason))
@@ -133,26 +129,3 @@ def _add_rollout(router: APIRouter, service: Service, authenticator: Authenticat
         """Take the serving model away and let the model that it replaced serve again; 409 unless it serves now."""
         back_to = find_model(store, body.back_to).id
         return model_body(undo_promotion(store, model_id, back_to, actor=caller.id, why=body.reason))
-
-
-def _add_health(router: APIRouter, service: Service, authenticator: Authenticator, metrics: Metrics) -> None:
-    @router.get("/healthz", response_model=Health, tags=["health"])
-    async def healthz() -> Health:
-        """Return 200 while this process responds."""
-        return Health()
-
-    @router.get("/readyz", response_model=Readiness, tags=["health"], responses={503: {"model": Readiness}})
-    async def readyz(response: Response) -> Readiness:
-        """Return whether predictions can be made: a model is loaded and passed its golden images."""
-        state = await service.state()
-        if state.model is None:
-            # A load balancer reads the status only, a person the detail.
-            response.status_code = 503
-            return Readiness(ready=False, model=None, detail=state.detail)
-        model = ModelRef(id=state.model.id, status=state.model.status)
-        return Readiness(ready=True, model=model, detail=state.detail)
-
-    @router.get("/metrics", response_class=PlainTextResponse, tags=["health"])
-    def read_metrics(caller: Annotated[Caller, Depends(authenticator.requires(Scope.AUDIT))]) -> Response:
-        """Return metrics in Prometheus' text format."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")

@@ -1,22 +1,20 @@
 """Routes of predictions: predict one image or a batch, read one prediction, list them."""
 
 import asyncio
+import logging
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
 
-from records.errors import RelookError
-from records.types import Consent, Decision, Scope
+from records.types import Decision, Scope
 from serving.access.keys import Caller
-from serving.messages import PredictionRequest, StoredPrediction
-from serving.metrics import Metrics
-from serving.problems import problem, problem_response
+from serving.problems import problem_of
 from serving.responses import batch_body, find_prediction, prediction_body, read_page
+from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
 from serving.routes.bodies import image_body, many_images, one_image
 from serving.schemas import (
     BatchResponse,
-    Context,
     IdempotencyKey,
     PredictionId,
     PredictionPage,
@@ -24,73 +22,19 @@ from serving.schemas import (
 )
 from serving.service import Service
 
+logger = logging.getLogger(__name__)
 
-def predictions_router(service: Service, authenticator: Authenticator, metrics: Metrics) -> APIRouter:
+
+def predictions_router(service: Service, authenticator: Authenticator, admission: Admission) -> APIRouter:
     """Return the router of /v1/predictions."""
     router = APIRouter(prefix="/v1/predictions", tags=["predictions"])
-    admission = _Admission(service, metrics)
     _add_predict(router, admission, authenticator)
     _add_batch(router, admission, authenticator)
     _add_reading(router, service, authenticator)
     return router
 
 
-class _Admission:
-    """Limits the images in flight and calls the service. It belongs to one event loop, so counting needs no lock."""
-
-    def __init__(self, service: Service, metrics: Metrics) -> None:
-        self.service = service
-        self.metrics = metrics
-        self._in_flight = 0
-
-    def admit(self, request: Request, num_images: int) -> Response | None:
-        """Count images as in flight, or return a 429 response; call `release` for what was admitted."""
-        settings = self.service.settings
-        if self._in_flight + num_images > settings.max_in_flight:
-            busy = problem(429, "busy", "the service has as many images in flight as it accepts; try again soon")
-            return problem_response(busy, request.state.request_id, settings.retry_after_s)
-        self._in_flight += num_images
-        self.metrics.in_flight.set(self._in_flight)
-        return None
-
-    def release(self, num_images: int) -> None:
-        """Count images as finished."""
-        self._in_flight -= num_images
-        self.metrics.in_flight.set(self._in_flight)
-
-    async def predict(
-        self, image: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool
-    ) -> StoredPrediction:
-        """Return one prediction, with its heat map if `explain` is set."""
-        stored = await self.service.predict(
-            PredictionRequest(
-                image=image,
-                request_id=request_id,
-                context=_with_consent(context, caller),
-                caller=caller.id,
-                organisation=caller.organisation,
-                idempotency_key=key,
-                explain=explain,
-            )
-        )
-        self.metrics.predicted(stored.prediction)
-        if explain and stored.heat_map is None and stored.prediction.label is not None:
-            # A repeated request gets the stored prediction; heat maps are not stored, so it is computed again.
-            heat_map = await self.service.explain(stored.prediction, "gradcam", None)
-            return StoredPrediction(stored.prediction, stored.review, heat_map)
-        return stored
-
-
-def _with_consent(context: Context, caller: Caller) -> Context:
-    """Return the context with the effective consent: none for a sandbox key, else the request's, else the key's."""
-    if caller.sandbox:
-        return context.model_copy(update={"consent": Consent.NONE})
-    if context.consent is None and caller.default_consent is not None:
-        return context.model_copy(update={"consent": caller.default_consent})
-    return context
-
-
-def _add_predict(router: APIRouter, admission: _Admission, authenticator: Authenticator) -> None:
+def _add_predict(router: APIRouter, admission: Admission, authenticator: Authenticator) -> None:
     @router.post("", response_model=PredictionResponse, openapi_extra=image_body())
     async def predict(
         request: Request,
@@ -101,20 +45,15 @@ def _add_predict(router: APIRouter, admission: _Admission, authenticator: Authen
         idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
     ) -> Any:
         """Predict one image: calibrated probabilities, a decision with its reasons, and the state of its review."""
-        refused = admission.admit(request, 1)
-        if refused is not None:
-            return refused
-        try:
-            image, context = await one_image(request)
+        image, context = await one_image(request)
+        with admission.images(caller, [image]):
             stored = await admission.predict(
                 image, context, caller, request.state.request_id, idempotency_key, explain is not None
             )
-        finally:
-            admission.release(1)
         return prediction_body(stored.prediction, stored.review, stored.heat_map, admission.service.store.taxonomy)
 
 
-def _add_batch(router: APIRouter, admission: _Admission, authenticator: Authenticator) -> None:
+def _add_batch(router: APIRouter, admission: Admission, authenticator: Authenticator) -> None:
     most = admission.service.settings.max_batch_images
 
     @router.post("/batch", response_model=BatchResponse, openapi_extra=image_body(many=True))
@@ -124,17 +63,8 @@ def _add_batch(router: APIRouter, admission: _Admission, authenticator: Authenti
         idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
     ) -> Any:
         """Predict several images, also of one lesion; an unusable image does not stop the others."""
-        # One image is admitted before the body is read, which bounds uploads, and the others once they are counted.
-        refused = admission.admit(request, 1)
-        if refused is not None:
-            return refused
-        admitted = 1
-        try:
-            images = await many_images(request, most)
-            refused = admission.admit(request, len(images) - 1)
-            if refused is not None:
-                return refused
-            admitted = len(images)
+        images = await many_images(request, most)
+        with admission.images(caller, [image for image, _ in images]):
             results = await asyncio.gather(
                 *(
                     admission.predict(
@@ -149,12 +79,10 @@ def _add_batch(router: APIRouter, admission: _Admission, authenticator: Authenti
                 ),
                 return_exceptions=True,
             )
-        finally:
-            admission.release(admitted)
         for result in results:
-            # Only known errors become the problem of one image; a bug fails the whole request, visibly.
-            if isinstance(result, BaseException) and not isinstance(result, RelookError):
-                raise result
+            if isinstance(result, BaseException) and problem_of(result).status == 500:
+                # A bug is the problem of one image, too; the others have their predictions, which are stored.
+                logger.error("an image of request %s failed", request.state.request_id, exc_info=result)
         contexts = [context for _, context in images]
         return batch_body(results, contexts, admission.service.store.taxonomy)
 

@@ -16,6 +16,7 @@ from cluster.settings import Settings
 from records.store import Store
 from serving.app import create_api
 from serving.metrics import Metrics
+from serving.routes.authenticator import Authenticator
 
 SURFACE: dict[str, Any] = json.loads(Path(__file__).with_name("surface.json").read_text())
 GONE = [entry["what"] for entry in SURFACE["gone"]]
@@ -49,7 +50,7 @@ def test_every_verb_has_the_options_that_it_had() -> None:
 
 def test_the_api_has_the_operations_that_it_had(store: Store) -> None:
     service: Any = SimpleNamespace(settings=Settings().serving, store=store)
-    paths = create_api(service, Metrics(store), max_body_bytes=1000).openapi()["paths"]
+    paths = create_api(service, Metrics(store), Authenticator(store, service.settings)).openapi()["paths"]
     operations = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert operations == {operation for operation in SURFACE["operations"] if operation not in GONE}
 

@@ -193,7 +193,7 @@ def test_a_bucket_fills_evenly() -> None:
     rates = RateLimit(60, lambda: now)
     for _ in range(60):
         rates.take("a")
-    with pytest.raises(AccessError, match="60 requests a minute") as refused:
+    with pytest.raises(AccessError, match="60 units a minute") as refused:
         rates.take("a")
     assert refused.value.code == "rate_limited"
     rates.take("b")

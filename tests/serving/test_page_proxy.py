@@ -16,6 +16,7 @@ from starlette.routing import Route
 from serving.http_server import HttpServer
 from serving.middleware import RequestMiddleware
 from serving.page_proxy import TOKEN_HEADER, PageAddress, PageProxy, RequireToken
+from serving.settings import ServingSettings
 
 T = TypeVar("T")
 TOKEN = "only the ingress knows"
@@ -71,7 +72,7 @@ def through_the_proxy(use: Callable[[httpx.AsyncClient, int], Awaitable[T]], app
             async def find() -> PageAddress:
                 return PageAddress(behind, TOKEN)
 
-            guarded = RequestMiddleware(PageProxy(find), 1_000_000, lambda status: None)
+            guarded = RequestMiddleware(PageProxy(find), ServingSettings(), lambda status: None)
             async with running(guarded) as port, client_of(port) as client:
                 return await use(client, behind)
 
@@ -148,7 +149,7 @@ def test_a_replaced_page_is_found_again_and_a_missing_one_is_a_503() -> None:
                 return PageAddress(next(places), TOKEN)
 
             proxy = PageProxy(find)
-            guarded = RequestMiddleware(proxy, 1_000_000, lambda status: None)
+            guarded = RequestMiddleware(proxy, ServingSettings(), lambda status: None)
             async with running(guarded) as port, client_of(port) as client:
                 found = (await client.get("/echo")).status_code
                 proxy.forget()

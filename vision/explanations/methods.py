@@ -26,11 +26,13 @@ class ExplanationMethod(Registered):
     Args:
         title: its name in the page.
         needs_gradients: whether it differentiates the network, or the head where that has no closed form.
+        evaluations: about how many times as much as one evaluation of the network it computes.
         function: computes the map of one image; None for Grad-CAM, which the forward pass yields for all classes.
     """
 
     title: str
     needs_gradients: bool
+    evaluations: int
     function: MethodFunction | None = field(default=None, repr=False)
 
     @property
@@ -69,12 +71,14 @@ METHODS: Registry[ExplanationMethod] = Registry(
             title="Grad-CAM",
             description="evidence for a class in the last convolutional stage; computed with the prediction",
             needs_gradients=True,
+            evaluations=1,
         ),
         ExplanationMethod(
             name="integrated_gradients",
             title="Integrated Gradients",
             description="share of each pixel in the change of the logit from an image of the mean colour to this one",
             needs_gradients=True,
+            evaluations=150,
             function=_integrated_gradients,
         ),
         ExplanationMethod(
@@ -82,6 +86,7 @@ METHODS: Registry[ExplanationMethod] = Registry(
             title="Gradient SHAP",
             description="the same from three baselines at seeded random points; depends less on one baseline",
             needs_gradients=True,
+            evaluations=130,
             function=_gradient_shap,
         ),
         ExplanationMethod(
@@ -89,6 +94,7 @@ METHODS: Registry[ExplanationMethod] = Registry(
             title="Occlusion",
             description="drop of the class's logit when a window of the image is covered",
             needs_gradients=False,
+            evaluations=225,
             function=_occlusion,
         ),
     ),
