@@ -98,7 +98,7 @@ def retention_command(
         else:
             # The call itself counts what is due, so the total is known only with its first report.
             task = bar.add_task("images and predictions", total=None)
-            found = retain(store, lambda done, total: bar.update(task, completed=done, total=total))
+            found = retain(store, call.settings, lambda done, total: bar.update(task, completed=done, total=total))
     call.emit({"dry_run": dry_run, **found.model_dump(mode="json")}, sentence(found, dry_run=dry_run))
 
 
@@ -112,19 +112,48 @@ def erase_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the images; erase nothing.")] = False,
 ) -> None:
     """Erase images on a person's request: bytes, heat maps, personal data; each erasure is audited."""
-    from cluster.deletion import erase, images_to_erase
+    from cluster.deletion import erase, images_to_erase, models_trained_on
 
-    # One image at a time and in order: after an interruption the same call erases the rest.
+    # After an interruption the same call erases the rest.
     with call.store() as store, progress() as bar:
         wanted = images_to_erase(store, images or (), patient)
         task = bar.add_task("images", total=len(wanted))
-        erased = [] if dry_run else erase(store, wanted, lambda done: bar.update(task, completed=done))
-    left = [one.left_in_place for one in erased if one.left_in_place is not None]
-    body = {"dry_run": dry_run, "images": wanted, "blobs": sum(one.blobs for one in erased), "left_in_place": left}
+        models = models_trained_on(store, wanted)
+        erased = None if dry_run else erase(store, call.settings, wanted, lambda n: bar.update(task, completed=n))
+    left = erased.left_in_place if erased is not None else []
+    blobs = erased.blobs if erased is not None else 0
     said = [f"{len(wanted)} images {'would be erased' if dry_run else 'are erased'}"]
     said += wanted if dry_run else []
     said += [f"{path} was imported in place: delete it yourself" for path in left]
+    said += [
+        f"model {model[:12]} was trained on them and keeps what it learned; retrain to replace it" for model in models
+    ]
+    body = {"dry_run": dry_run, "images": wanted, "blobs": blobs, "left_in_place": left, "models": models}
     call.emit(body, "\n".join(said))
+
+
+@verb(app, "consent")
+def consent_command(
+    call: Call,
+    to: Annotated[
+        Literal["review", "none"], typer.Option("--to", help="The new, lower consent; none erases the images.")
+    ],
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Full ids of images.")] = None,
+    patient: Annotated[
+        str | None, typer.Option("--patient", help="All images of this patient, named as in the import or request.")
+    ] = None,
+) -> None:
+    """Take consent back: no dataset version that is built or loaded from now on holds the images."""
+    from cluster.deletion import images_to_erase, take_back_consent
+    from records.types import Consent
+
+    with call.store() as store:
+        wanted = images_to_erase(store, images or (), patient)
+        erased = take_back_consent(store, call.settings, wanted, Consent(to))
+    left = erased.left_in_place if erased is not None else []
+    said = [f"the consent of {len(wanted)} images is {to}" + (": they are erased" if erased is not None else "")]
+    said += [f"{path} was imported in place: delete it yourself" for path in left]
+    call.emit({"images": wanted, "consent": to, "left_in_place": left}, "\n".join(said))
 
 
 @verb(app, "monitor")

@@ -270,8 +270,9 @@ def _publish(path: Path, content: bytes | memoryview) -> None:
         make_folders(path.parent)
         write_file(path, content)
     except UnavailableError as error:
+        reason = getattr(error.__cause__, "strerror", error)
         raise UnavailableError(
-            f"the pixel cache {path.parent} cannot be written ({getattr(error.__cause__, 'strerror', error)}); free some space there "
+            f"the pixel cache {path.parent} cannot be written ({reason}); free some space there "
             "(the whole cache may be deleted) and run it again: what is decoded is kept"
         ) from error
 

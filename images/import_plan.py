@@ -7,19 +7,19 @@ the ledger has already stay as they are, so writing the same import again adds n
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
 from images.grouping import NearPair, set_groups, set_splits, write_groups
-from images.intake import TakenIn
+from images.intake import ERASED, TakenIn
 from images.source_table import SourceRow
 from records import audit
 from records.erasure import remove_expired_tombstones
 from records.grouping import draw_split, draw_stratified, position
 from records.ids import hash_of, utc_now
 from records.ledger import Transaction
-from records.ledger.tables import TABLES
+from records.ledger.tables import TABLES, any_of
 from records.taxonomy import Taxonomy
 from records.types import LABEL_RANK, Confirmation, Group, Image, Quarantined, SourceLabel, Split
 
@@ -89,7 +89,7 @@ def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[Sou
         if row.source_id in in_conflict:
             refusals.append(Refusal(row.source_id, "label_conflict", in_conflict[row.source_id]))
         elif row.path is None:
-            refusals.append(Refusal(row.source_id, "missing", row.problem or "there is no image"))
+            refusals.append(Refusal(row.source_id, row.code, row.problem or "there is no image"))
         elif row.source_id in kept:
             repeated += 1
         else:
@@ -246,6 +246,7 @@ class Written:
         withheld: entries whose label was withheld, one per image.
         quarantined: every row that could not be used, including those of earlier runs of the same import.
         notes: sentences about a given split.
+        erased: images that were erased while they were read; their bytes have to be deleted again.
     """
 
     new_images: int
@@ -254,6 +255,7 @@ class Written:
     withheld: list[Entry]
     quarantined: list[Quarantined]
     notes: list[str]
+    erased: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,7 @@ class _Label:
 
 def write_import(tx: Transaction, plan: Plan) -> Written:
     """Write an import in one write transaction."""
+    plan, erased = _without_erased(tx, plan)
     new_images, linking = _write_images(tx, plan)
     group_of = _groups_of(tx, plan)
     facts = _facts(plan, group_of)
@@ -281,7 +284,30 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
         "table": plan.reading.table, "columns": dict(plan.reading.columns),
     }  # fmt: skip
     audit.append(tx, actor="local", action=IMPORT_ACTION, subject=plan.import_id, details=details)
-    return Written(new_images, group_of, split_of, withheld, quarantined, notes)
+    return Written(new_images, group_of, split_of, withheld, quarantined, notes, erased)
+
+
+def _without_erased(tx: Transaction, plan: Plan) -> tuple[Plan, frozenset[str]]:
+    """Refuse entries whose image was erased since it was read; returns their ids, too."""
+    images = TABLES[Image].c
+    of_plan = any_of(images.id, {entry.image_id for entry in plan.entries}, tx.connection.dialect)
+    query = sa.select(images.id).where(of_plan, images.erased_at.is_not(None), images.expired_at.is_(None))
+    erased = frozenset(tx.connection.scalars(query))
+    if not erased:
+        return plan, erased
+    left_out = [
+        Refusal(entry.row.source_id, ERASED, f"{entry.row.source_id}: this image was erased on request")
+        for entry in plan.entries
+        if entry.image_id in erased
+    ]
+    remaining = replace(
+        plan,
+        entries=[entry for entry in plan.entries if entry.image_id not in erased],
+        images=[image for image in plan.images if image.id not in erased],
+        pairs=[pair for pair in plan.pairs if erased.isdisjoint((pair.first, pair.second))],
+        refusals=[*plan.refusals, *left_out],
+    )
+    return remaining, erased
 
 
 def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
@@ -407,5 +433,6 @@ def _write_quarantine(tx: Transaction, import_id: str, refusals: Sequence[Refusa
     }
     # Keys are hashes of their content, so a second run finds its own rows and adds only new ones.
     known = {row.id for row in tx.find(Quarantined, where={"import_id": import_id})}
-    tx.add(*(row for key, row in rows.items() if key not in known))
+    # The name of an erased image is reported to whoever imports it, and not kept.
+    tx.add(*(row for key, row in rows.items() if key not in known and row.code != ERASED))
     return list(rows.values())

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 from rich.progress import Progress
 
+from images.cache import PIXELS
 from images.grouping import NearPair, grouped_images, known_diagnoses, near_pairs
 from images.import_plan import (
     IMPORT_ACTION,
@@ -32,6 +33,7 @@ from images.import_plan import (
 from images.intake import Intake
 from images.source_table import SourceRow, SourceTable, read_source, tables_of
 from records.datasets import DatasetVersion, build_version, load_dataset
+from records.erasure import BLOBS, run_erasers
 from records.errors import ConfigError, DataError
 from records.ids import canonical_json, sha256_hex, utc_now
 from records.keys import patient_hash
@@ -142,6 +144,9 @@ def import_folder(
     # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)
+    # They were stored and decoded before an erasure that ran meanwhile.
+    if written.erased:
+        run_erasers(store, written.erased, (BLOBS, PIXELS))
     dataset_id, left_out = _build(store)
     return _report(plan, written, dataset_id, same_bytes, [*source.notes, *notes, *written.notes, *left_out], started)
 

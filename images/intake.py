@@ -4,6 +4,7 @@ Input: paths. Output: one `TakenIn` per path, in order, with the stored image or
 Images whose pixels are cached are not decoded again, so a second run continues where the first one stopped.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,15 @@ from images.decode import decode_squares
 from images.near_duplicates import HASH_SIDE_PX, perceptual_hash
 from images.parallel import chunks_of, map_in_order
 from records.arrays import UInt8Array
-from records.errors import ContractError, ImageError
+from records.errors import ContractError, ImageError, UnavailableError
 from records.ids import sha256_hex
 from records.images import image_size, sniff, strip_metadata
 from records.store import Store
 
+ERASED = "erased"
+"""Code of the refusal of an image that was erased on request."""
+
+_log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TakenIn:
@@ -109,6 +114,11 @@ class Intake:
             return _Read(TakenIn(path, refusal=str(error)))
         except OSError as error:
             return _Read(TakenIn(path, refusal=f"the file cannot be read ({error.strerror})"))
+        except UnavailableError:
+            raise
+        except Exception as error:  # one file must not end an import of thousands
+            _log.exception("an image was left out of an import")
+            return _Read(TakenIn(path, refusal=f"the file cannot be read ({type(error).__name__}, which is logged)"))
 
     def _take_in(self, path: Path, data: bytes) -> _Read:
         # A file in place belongs to its owner and keeps its metadata; its id is then the hash of the file itself.
@@ -116,7 +126,7 @@ class Intake:
         kind, (width_px, height_px) = sniff(stored), image_size(stored)
         image_id = sha256_hex(stored)
         if image_id in self._erased:
-            return _Read(TakenIn(path, "this image was erased on request and is not stored again", "erased"))
+            return _Read(TakenIn(path, "this image was erased on request and is not stored again", ERASED))
         needed = [side_px for side_px, cache in self._caches.items() if image_id not in cache]
         # Decoded before it is stored: an image that does not decode must not leave a blob behind.
         squares = decode_squares(stored, needed) if needed else {}

@@ -119,7 +119,7 @@ def _review_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     for item in tx.find(ReviewItem, where={"image_id": image_id}):
         reasons = ", ".join(item.reasons)
         yield TraceStep(at=item.created_at, kind="review_item", id=item.id, text=f"sent to annotators: {reasons}")
-        if item.pushed_at is not None:
+        if item.pushed_at is not None and item.task_id is not None:
             text = f"task {item.task_id} in project {item.project_id} of Label Studio"
             yield TraceStep(at=item.pushed_at, kind="task", id=f"{item.project_id}/{item.task_id}", text=text)
     for label in tx.find(Annotation, where={"image_id": image_id}):

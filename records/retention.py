@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from records import audit
 from records.datasets import read_manifest
 from records.erasure import blank_personal_fields
-from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
@@ -44,6 +43,7 @@ _NAME = "records.retention"
 # Per transaction, which blocks other writers; images take longer, since their blobs are deleted in it.
 _IMAGES_AT_ONCE, _PREDICTIONS_AT_ONCE = 100, 1000
 _DELETERS = 16
+_UNNAMED_FOR = timedelta(days=7)
 _OPEN = (ReviewState.NEW, ReviewState.PUSHED)
 _IMAGE, _PREDICTION, _ITEM = TABLES[Image].c, TABLES[Prediction].c, TABLES[ReviewItem].c
 
@@ -73,7 +73,7 @@ def find_due(store: Store, now: datetime | None = None) -> Retention:
     Raises:
         IntegrityError: the manifest of a dataset version is missing, so the images in it are unknown.
     """
-    limits = _limits(store, now or utc_now())
+    limits = _limits(store, now or _now(store))
     due = _due_images(store, limits.images_before)
     with store.ledger.read() as tx:
         overlays = sum(
@@ -118,7 +118,7 @@ def apply_retention(
         IntegrityError: the manifest of a dataset version is missing; nothing was deleted.
         UnavailableError: a blob cannot be removed; run it again.
     """
-    now = now or utc_now()
+    now = now or _now(store)
     # One run at a time: the cursor holds the counts of a single run.
     with hold(store.ledger, _NAME):
         with store.ledger.begin() as tx:
@@ -137,6 +137,21 @@ def apply_retention(
         with store.ledger.begin() as tx:
             _close(tx, actor, finished=True)
     return run.deleted
+
+
+def remove_unnamed_blobs(store: Store, now: datetime | None = None) -> int:
+    """Delete blobs that no row names, older than a week, and return their number; UnavailableError if one cannot be.
+
+    A process that is killed between storing an image or a heat map and writing its row leaves such a blob, which no
+    erasure would find. A week, since an import stores its images long before it writes their rows.
+    """
+    old = set(store.blobs.ids(before=(now or _now(store)) - _UNNAMED_FOR))
+    with store.ledger.read() as tx:
+        for column in (_IMAGE.id, _ITEM.overlay_blob):
+            old -= set(tx.connection.scalars(sa.select(column).where(column.is_not(None))))
+    for blob_id in old:
+        store.blobs.delete(blob_id)
+    return len(old)
 
 
 @dataclass
@@ -209,6 +224,11 @@ def _close(tx: Transaction, actor: str, *, finished: bool) -> None:
     details = {**cursor.position, "finished": finished}
     audit.append(tx, actor=actor, action=ACTION, subject="served images and predictions", details=details)
     tx.update(Cursor, _NAME, position={})
+
+
+def _now(store: Store) -> datetime:
+    with store.ledger.read() as tx:
+        return tx.now()
 
 
 def _limits(store: Store, now: datetime) -> Retention:

@@ -29,6 +29,7 @@ from records.errors import (
     UnknownIdError,
 )
 from records.images import sniff
+from records.types import Consent
 from serving.schemas import (
     BatchResponse,
     CallerInfo,
@@ -38,6 +39,7 @@ from serving.schemas import (
     Explanation,
     FlagRequest,
     FlagResponse,
+    ImageConsent,
     ModelDetails,
     ModelInfo,
     ModelList,
@@ -236,6 +238,14 @@ class Client:
     def erase(self, image_id: str) -> ErasureResponse:
         """Erase an image (scope admin); UnknownIdError if there is none."""
         return _parsed(ErasureResponse, self._send("DELETE", f"/v1/images/{image_id}"))
+
+    def take_back_consent(self, image_id: str, consent: Consent) -> ImageConsent:
+        """Lower the consent of an image that this organisation sent; `none` erases it.
+
+        UnknownIdError if there is none or others sent it, too; RefusedError if its consent is lower.
+        """
+        body = {"consent": consent}
+        return _parsed(ImageConsent, self._send("PATCH", f"/v1/images/{image_id}", json=body))
 
     def flag(self, prediction_id: str, request: FlagRequest) -> FlagResponse:
         """Flag a prediction for review; an equal flag is stored once.

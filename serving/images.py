@@ -5,16 +5,14 @@ before any pixel is decoded.
 """
 
 import numpy as np
-import sqlalchemy as sa
 
-from images.decode import decode_square
-from records.arrays import Float32Array
+from records.arrays import Float32Array, UInt8Array
+from records.consent import as_allowed
 from records.errors import ImageError
 from records.ids import sha256_hex
 from records.images import image_size, sniff, strip_metadata
-from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import Image
+from records.types import Consent, Image
 from serving.messages import HeatMap
 from serving.outbox import StoredImage
 from vision.explanations.overlay import overlay_png
@@ -50,25 +48,9 @@ def take_in(store: Store, data: bytes, max_pixels: int) -> StoredImage:
     return StoredImage(sha256_hex(stored), stored, kind, width_px, height_px)
 
 
-def draw_map(image: bytes, values: Float32Array, side_px: int, alpha: float) -> bytes:
-    """Draw a heat map over the centre square of an image.
-
-    Args:
-        image: as stored.
-        values: [h, w], finite.
-        side_px: side of the result, pixels.
-        alpha: opacity where the map is largest, 0 to 1.
-    Returns:
-        PNG bytes.
-    """
-    return overlay_png(decode_square(image, side_px), values, alpha)
-
-
-def gradcam_map(
-    loaded: LoadedModel, image: bytes, values: Float32Array, target: str, side_px: int, alpha: float
-) -> HeatMap:
-    """Return a Grad-CAM map with its overlay; see `draw_map` for the arguments."""
-    png = draw_map(image, values, side_px, alpha)
+def gradcam_map(loaded: LoadedModel, square: UInt8Array, values: Float32Array, target: str, alpha: float) -> HeatMap:
+    """Return a Grad-CAM map with its overlay; see `overlay_png` for the arguments."""
+    png = overlay_png(square, values, alpha)
     return HeatMap(
         "gradcam", loaded.gradcam_is_exact, loaded.target_layer, target, values, png,
         faithfulness=loaded.faithfulness,
@@ -78,15 +60,14 @@ def gradcam_map(
 def attribution_map(
     loaded: LoadedModel,
     found: Attribution,
-    image: bytes,
+    square: UInt8Array,
     method: str,
     target: str,
     versus: str | None,
-    side_px: int,
     alpha: float,
 ) -> HeatMap:
-    """Return an attribution with its overlay; see `draw_map`. Negative values are not drawn."""
-    png = draw_map(image, np.clip(found.values, 0.0, None), side_px, alpha)
+    """Return an attribution with its overlay; see `overlay_png`. Negative values are not drawn."""
+    png = overlay_png(square, np.clip(found.values, 0.0, None), alpha)
     return HeatMap(
         method=method,
         exact=found.exact,
@@ -102,13 +83,12 @@ def attribution_map(
     )
 
 
-def was_erased(store: Store, image_id: str) -> bool:
-    """Return whether an image was erased on request; if it is sent again, it is predicted and not stored."""
-    images = TABLES[Image].c
+def allowed_consent(store: Store, image_id: str, wanted: Consent) -> Consent:
+    """Return the consent that a request may use: an image that was erased is predicted, and nothing of it is kept."""
+    if wanted is Consent.NONE:
+        return wanted
     with store.ledger.read() as tx:
-        erased = sa.and_(images.erased_at.is_not(None), images.expired_at.is_(None))
-        query = sa.select(images.id).where(images.id == image_id, erased)
-        return tx.connection.scalar(query) is not None
+        return as_allowed(tx.get(Image, image_id), wanted)
 
 
 def _is_known(store: Store, data: bytes) -> bool:

@@ -6,12 +6,13 @@ is `none` is neither stored nor reviewed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
 
+from records.consent import as_allowed
 from records.erasure import remove_expired_tombstones
 from records.errors import DataError, RefusedError
 from records.ids import new_id, utc_now
@@ -36,6 +37,8 @@ from serving.schemas import Context, FlagRequest, OutcomeRequest, OutcomeRespons
 from serving.triage import Verdict, priority_of
 
 OPEN_STATES = (ReviewState.NEW, ReviewState.PUSHED)
+CLOCK_DIFFERENCE = timedelta(minutes=5)
+"""How far a caller's clock may be ahead of this machine's."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,14 @@ def write_predictions(store: Store, batch: Sequence[PredictionRows]) -> list[Rev
         RefusedError: an idempotency key was used before; nothing of the batch is written then.
         UnavailableError: the ledger cannot be reached.
     """
-    images = {rows.image.id: rows.image for rows in batch if rows.image is not None}
+    kept = {rows.prediction.image_id for rows in batch if rows.prediction.consent is not Consent.NONE}
     keys = {rows.prediction.idempotency_key for rows in batch}
     # Named in advance, so that batches with disjoint images and keys commit concurrently on PostgreSQL, while two
     # requests with one key, or two review items of one image, wait for each other.
-    with store.ledger.begin(touches={*images, *(key for key in keys if key is not None)}) as tx:
-        known = {image.id: image for image in tx.find(Image, where={"id": list(images)})} if images else {}
+    with store.ledger.begin(touches={*kept, *(key for key in keys if key is not None)}) as tx:
+        known = {image.id: image for image in tx.find(Image, where={"id": list(kept)})} if kept else {}
+        batch = [_as_allowed(store, rows, known.get(rows.prediction.image_id)) for rows in batch]
+        images = {rows.image.id: rows.image for rows in batch if rows.image is not None}
         # The retention period of such an image ended and its bytes were deleted; it was sent again and is stored anew.
         expired = {image_id for image_id, image in known.items() if image.expired_at is not None}
         if expired:
@@ -136,7 +141,44 @@ def write_predictions(store: Store, batch: Sequence[PredictionRows]) -> list[Rev
         new_images = [image for image_id, image in images.items() if image_id not in known or image_id in expired]
         items, new_items = _merge_items(tx, [rows.review for rows in batch])
         tx.add(*new_images, *(rows.prediction for rows in batch), *new_items)
+        _delete_unused_overlays(store, tx, [rows.review for rows in batch], items)
     return items
+
+
+def _as_allowed(store: Store, rows: PredictionRows, image: Image | None) -> PredictionRows:
+    """Return the rows that may be written: the image may have been erased since its request arrived.
+
+    Its bytes were stored before this transaction. They are deleted in it, so that an erasure that ran in between has
+    the last word: erasures wait for this transaction, and it sees those that came before.
+    """
+    before = rows.prediction.consent
+    consent = as_allowed(image, before)
+    if consent is before:
+        return rows
+    changes: dict[str, Any] = {"consent": consent} | ({"context": {}} if consent is Consent.NONE else {})
+    prediction = rows.prediction.model_copy(update=changes)
+    if consent is not Consent.NONE:
+        return replace(rows, prediction=prediction)
+    store.blobs.delete(prediction.image_id)
+    if rows.review is not None and rows.review.overlay_blob is not None:
+        store.blobs.delete(rows.review.overlay_blob)
+    return PredictionRows(prediction, None, None)
+
+
+def _delete_unused_overlays(
+    store: Store, tx: Transaction, proposed: Sequence[ReviewItem | None], items: Sequence[ReviewItem | None]
+) -> None:
+    """Delete heat maps of items that merged into others: no row names them, so no erasure would find them."""
+    drawn = {
+        item.overlay_blob: item.image_id
+        for item, became in zip(proposed, items, strict=True)
+        if item is not None and became is not None and item.overlay_blob not in (None, became.overlay_blob)
+    }
+    if drawn:
+        # An older item of the image may show the same map: equal bytes are one blob.
+        used = {item.overlay_blob for item in tx.find(ReviewItem, where={"image_id": set(drawn.values())})}
+        for blob_id in set(drawn) - used:
+            store.blobs.delete(str(blob_id))
 
 
 def _store_again(store: Store, images: Sequence[StoredImage]) -> None:
@@ -252,6 +294,8 @@ def write_flag(
             **request.model_dump(),
         )
         tx.add(flag)
+        if overlay_blob is not None:
+            _delete_unused_overlays(store, tx, [item.model_copy(update={"overlay_blob": overlay_blob})], [item])
     return flag, item
 
 
@@ -309,8 +353,7 @@ def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest,
         RefusedError: the image was not stored.
     """
     store.taxonomy.index_of(request.diagnosis)
-    now, learns = utc_now(), prediction.consent is Consent.TRAINING
-    if request.observed_at > now:
+    if request.observed_at > utc_now() + CLOCK_DIFFERENCE:
         raise DataError(
             f"observed_at: {request.observed_at.isoformat()} is in the future; give the time of the diagnosis"
         )
@@ -322,11 +365,16 @@ def write_outcome(store: Store, prediction: Prediction, request: OutcomeRequest,
         "observed_at": request.observed_at,
     }  # fmt: skip
     with store.ledger.begin() as tx:
+        consent = as_allowed(tx.get(Image, prediction.image_id), prediction.consent)
+        if consent is Consent.NONE:
+            raise RefusedError("the image of this prediction was erased, so nothing may be kept about it")
+        learns = consent is Consent.TRAINING
         repeated = tx.find(Outcome, where=values, limit=1)
         if repeated:
             outcome = repeated[0]
         else:
-            outcome = Outcome(id=new_id(), created_at=now, image_id=prediction.image_id, **values)
+            created_at = tx.now_after(Outcome)
+            outcome = Outcome(id=new_id(), created_at=created_at, image_id=prediction.image_id, **values)
             tx.add(outcome, *([_label(outcome)] if learns else []))
     return OutcomeResponse(
         id=outcome.id,

@@ -1,15 +1,15 @@
-"""The route that erases a stored image."""
+"""The routes that erase a stored image and take consent back."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path
 
-from images.cache import blank_pixels
-from records.erasure import erase_image
+from records.erasure import erase_images
 from records.types import Scope
 from serving.access.keys import Caller
+from serving.erasure import serving_places, take_back_consent
 from serving.routes.authenticator import Authenticator
-from serving.schemas import ErasureResponse
+from serving.schemas import ConsentRequest, ErasureResponse, ImageConsent
 from serving.service import Service
 
 ImageId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the stored bytes")]
@@ -25,13 +25,22 @@ def images_router(service: Service, authenticator: Authenticator) -> APIRouter:
         image_id: ImageId, caller: Annotated[Caller, Depends(authenticator.requires(Scope.ADMIN))]
     ) -> ErasureResponse:
         """Erase an image, its heat maps and all personal data of it; Label Studio follows at its next sync."""
-        erased = erase_image(store, image_id, actor=caller.id)
-        blank_pixels(store.home.cache, [image_id])
+        erased = erase_images(store, [image_id], actor=caller.id, places=serving_places(service.settings))
         return ErasureResponse(
             image_id=image_id,
             blobs=erased.blobs,
             withdrawn=erased.withdrawn,
-            left_in_place=erased.left_in_place is not None,
+            left_in_place=bool(erased.left_in_place),
         )
+
+    @router.patch("/{image_id}", response_model=ImageConsent)
+    def take_back(
+        image_id: ImageId,
+        body: ConsentRequest,
+        caller: Annotated[Caller, Depends(authenticator.requires(Scope.PREDICT))],
+    ) -> ImageConsent:
+        """Lower the consent of an image that the caller's organisation sent; `none` erases it."""
+        take_back_consent(store, service.settings, image_id, body.consent, caller)
+        return ImageConsent(image_id=image_id, consent=body.consent)
 
     return router

@@ -14,6 +14,7 @@ from records import audit
 from records.backup import back_up, restore
 from records.blobs import open_blobs
 from records.datasets import build_version
+from records.erasure import BACKUPS
 from records.errors import ConfigError, RefusedError, UnavailableError
 from records.lease import hold
 from records.ledger import open_ledger
@@ -93,7 +94,7 @@ def test_writers_follow_one_another(pg_store: Store, database: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    audit.anchor(pg_store.ledger, pg_store.home)
+    audit.write_head(pg_store.ledger)
     assert audit.verify(pg_store.ledger, pg_store.home) == []
     with pg_store.ledger.read() as tx:
         assert tx.count(AuditEvent) == 40
@@ -154,6 +155,8 @@ def test_a_laptop_moves_to_a_cluster_and_back(
         for each in (store, cluster, back):
             with each.ledger.read() as tx:
                 found.append(tx.find(record_type, order_by=(record_type.key,)))
+        if record_type is Cursor:
+            found = [[row for row in rows if row.name != BACKUPS] for rows in found]
         assert found[0] == found[1] == found[2]
     cluster.close()
     back.close()

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from records import audit
 from records.datasets import build_version, load_dataset
-from records.erasure import erase_image, remove_expired_tombstones
+from records.erasure import RECORDS_PLACES, erase_images, remove_expired_tombstones
 from records.errors import IntegrityError, RefusedError
 from records.lease import hold
 from records.retention import ACTION, Retention, apply_retention, find_due
@@ -201,7 +201,7 @@ def test_an_expired_image_may_be_added_again_and_an_erased_one_may_not(
 ) -> None:
     expired, erased = serve(keeping, "a", OLD), serve(keeping, "b", OLD)
     run(keeping)
-    erase_image(keeping, erased, actor="key 1")
+    erase_images(keeping, [erased], actor="key 1", places=RECORDS_PLACES)
     with keeping.ledger.begin() as tx:
         remove_expired_tombstones(tx, [expired, erased])
     with keeping.ledger.read() as tx:

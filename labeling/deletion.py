@@ -1,0 +1,100 @@
+"""Deletion of the tasks of erased images in Label Studio, with image, heat map, annotations and comments.
+
+A review item whose `sent_hash` is not `erased` still has to be looked for, so a Label Studio that was down, or a push
+that was killed before it recorded its tasks, only delays the deletion: every pull finishes it.
+"""
+
+import contextlib
+import sqlite3
+from contextlib import closing
+
+import sqlalchemy as sa
+
+from labeling.client import LabelStudioClient
+from labeling.connection import connect
+from labeling.environment import DATABASE
+from labeling.project import LEASE, LEASE_WAIT_S, known_projects
+from labeling.settings import LabelingSettings
+from records.erasure import Place
+from records.errors import LabelStudioError, UnknownIdError
+from records.lease import hold
+from records.ledger.tables import TABLES, any_of
+from records.store import Store
+from records.types import Image, ReviewItem
+
+_DELETED = "erased"
+_LOCKED_S = 60.0
+
+
+def tasks_place(settings: LabelingSettings) -> Place:
+    """Return the Label Studio of these settings as a place that holds images."""
+
+    def erase(store: Store, image_ids: object) -> int:
+        if not pending_items(store):
+            return 0
+        client = connect(store.home, settings)
+        if client is None:
+            return 0
+        with client, hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
+            return delete_tasks(store, client)
+
+    return Place("tasks", "label-studio", "images, heat maps, context, annotations and comments in Label Studio", erase)
+
+
+def delete_tasks(store: Store, client: LabelStudioClient) -> int:
+    """Delete all tasks of erased and expired images; the caller holds the lease `labeling.sync`.
+
+    Args:
+        store: its ledger says which items are about such images.
+        client: connected.
+    Returns:
+        The number of deleted tasks.
+    Raises:
+        LabelStudioError: Label Studio cannot be reached, or the local one's file cannot be rewritten.
+    """
+    pending = pending_items(store)
+    if not pending:
+        return 0
+    deleted = 0
+    # All tasks are listed, not only those in the ledger: a push that was killed, or a network that sent an import
+    # twice, leaves tasks that no item knows.
+    for project_id in known_projects(store, client):
+        with contextlib.suppress(UnknownIdError):
+            for page in list(client.list_tasks(project_id, page_size=5000)):
+                for row in page:
+                    if str(row.meta.get("relook_item")) in pending:
+                        client.delete_task(row.id)
+                        deleted += 1
+    if deleted and client.server == "local":
+        _rewrite_database(store)
+    items = TABLES[ReviewItem]
+    with store.ledger.begin() as tx:
+        mine = any_of(items.c.id, pending, tx.connection.dialect)
+        gone = {"sent_hash": _DELETED, "project_id": None, "task_id": None}
+        tx.connection.execute(sa.update(items).where(mine).values(gone))
+    return deleted
+
+
+def pending_items(store: Store) -> set[str]:
+    """Return the ids of review items of erased or expired images whose tasks may still be in Label Studio."""
+    items, images = TABLES[ReviewItem].c, TABLES[Image].c
+    query = sa.select(items.id).join(TABLES[Image], images.id == items.image_id)
+    query = query.where(images.erased_at.is_not(None), items.sent_hash.is_distinct_from(_DELETED))
+    with store.ledger.read() as tx:
+        return set(tx.connection.scalars(query))
+
+
+def _rewrite_database(store: Store) -> None:
+    """Rewrite the file of the local Label Studio, in which deleted rows stay readable as free space."""
+    path = store.home.label_studio / DATABASE
+    if not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=_LOCKED_S, isolation_level=None)) as connection:
+            connection.execute("VACUUM")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.OperationalError as error:
+        raise LabelStudioError(
+            f"the database of the local Label Studio cannot be rewritten ({error}); erase again, or run "
+            "`relook label sync`"
+        ) from error
