@@ -1,9 +1,6 @@
 """The client: it comes back after a broken connection with the same key, and says in one sentence when it cannot."""
 
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -12,52 +9,7 @@ import pytest
 from records.errors import RelookError, UnavailableError
 from records.types import Prediction
 from serving.client import Client
-
-
-@contextmanager
-def unreliable_way(port: int, cuts: int) -> Iterator[int]:
-    """Forward TCP connections to a port; cut the first ones off after the answer was made, before it arrives."""
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        for number in range(cuts + 2):
-            try:
-                near, _ = listening.accept()
-            except OSError:
-                return
-            with near, socket.create_connection(("127.0.0.1", port)) as far:
-                near.settimeout(1.0)
-                far.settimeout(20.0)
-                far.sendall(_message(near))
-                response = _message(far)
-                if number >= cuts:
-                    near.sendall(response)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield listening.getsockname()[1]
-    finally:
-        listening.close()
-        thread.join(timeout=5)
-
-
-def _message(way: socket.socket) -> bytes:
-    """Read one whole HTTP message, in however many pieces it comes."""
-    message = way.recv(1 << 20)
-    while b"\r\n\r\n" not in message or len(message.partition(b"\r\n\r\n")[2]) < _length(message):
-        piece = way.recv(1 << 20)
-        if not piece:
-            break
-        message += piece
-    return message
-
-
-def _length(request: bytes) -> int:
-    for line in request.split(b"\r\n"):
-        if line.lower().startswith(b"content-length:"):
-            return int(line.split(b":")[1])
-    return 0
+from tests.unreliable import unreliable_way
 
 
 def test_a_request_with_a_lost_response_is_repeated_and_counted_once(
