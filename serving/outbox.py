@@ -41,6 +41,12 @@ CLOCK_DIFFERENCE = timedelta(minutes=5)
 """How far a caller's clock may be ahead of this machine's."""
 
 
+MAX_FLAGS = 50
+"""Flags of one open review item."""
+MAX_COMMENT_BYTES = 20_000
+"""Comments of one review item together, bytes."""
+
+
 @dataclass(frozen=True)
 class StoredImage:
     """An image in the form that is stored: no metadata except orientation and colour profile."""
@@ -264,7 +270,7 @@ def write_flag(
     Returns:
         The flag and its review item.
     Raises:
-        RefusedError: the image's consent does not cover review, or the image was erased.
+        RefusedError: the image's consent does not cover review, the image was erased, or it has too many flags.
         TaxonomyError: the suggested label is not a class.
     """
     if request.suggested_label is not None:
@@ -303,6 +309,14 @@ def _flagged_item(
     tx: Transaction, prediction: Prediction, request: FlagRequest, overlay_blob: str | None, taxonomy: Taxonomy
 ) -> ReviewItem:
     before = _open_items(tx, [prediction.image_id]).get(prediction.image_id)
+    # All predictions of an image share its open item, so neither is a limit per prediction.
+    if before is not None and tx.count(Flag, {"review_item_id": before.id}) >= MAX_FLAGS:
+        raise RefusedError(f"this image has {MAX_FLAGS} flags already; an annotator will look at it")
+    comment = _joined(before.comment if before else None, request.comment)
+    if len((comment or "").encode()) > MAX_COMMENT_BYTES:
+        raise RefusedError(
+            f"the comments on this image have {MAX_COMMENT_BYTES / 1000:g} kB already; flag it without one"
+        )
     reasons = tuple(before.reasons) if before else ()
     if ReasonCode.FLAGGED not in reasons:
         reasons = (*reasons, ReasonCode.FLAGGED)
@@ -310,7 +324,7 @@ def _flagged_item(
     changes: dict[str, Any] = {
         "reasons": list(reasons),
         "priority": max(priority, before.priority) if before else priority,
-        "comment": _joined(before.comment if before else None, request.comment),
+        "comment": comment,
         "suggested_label": request.suggested_label or (before.suggested_label if before else None),
         "overlay_blob": (before.overlay_blob if before else None) or overlay_blob,
     }
