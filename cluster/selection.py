@@ -6,7 +6,8 @@ the model's features, cross-validated with whole groups per fold. A new annotati
 rank, such as a histopathology result.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,15 @@ from records.arrays import Float32Array, FloatArray
 from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.erasure import remove_expired_tombstones
-from records.errors import DataError
+from records.errors import DataError, UnavailableError
 from records.ids import new_id, utc_now
 from records.images import IMAGE_SUFFIXES
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
+from records.parts import attempt, each_in_parts
 from records.store import Store, read_image
 from records.types import Annotation, Consent, Image, ReasonCode, ReviewItem, SourceLabel, Split
+from records.types.base import LINE
 from vision.explanations import STORED_OVERLAY_SIDE_PX
 from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import LoadedModel, load_model
@@ -41,6 +44,8 @@ MAX_KNOWN = 2048
 DROPOUT_PASSES = 10
 DEFAULT_RULE = "least_confidence"
 _FOLDS = 5
+
+logger = logging.getLogger(__name__)
 
 
 def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:
@@ -66,11 +71,11 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
     refused: list[str] = []
     for taken in Intake(store, (side_px,), in_place=False, known_hashes=hashes, erased=erased).run(paths):
         if taken.refusal is not None:
-            refused.append(f"{taken.path.name}: {taken.refusal}")
+            refused.append(f"{LINE.keep(taken.path.name)}: {taken.refusal}")
             continue
         usable[taken.image_id] = Image(
             id=taken.image_id,
-            source_id=taken.path.stem,
+            source_id=LINE.keep(taken.path.stem),
             uri=taken.uri,
             format=taken.format,
             width_px=taken.width_px,
@@ -158,10 +163,26 @@ def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Floa
     query = sa.select(images.c.id).where(labelled, images.c.erased_at.is_(None)).order_by(images.c.id).limit(MAX_KNOWN)
     with store.ledger.read() as tx:
         ids = list(tx.connection.execute(query).scalars())
-    cache.ensure(store, ids)
+    ids = _decoded(store, cache, ids)
     rows = cache.rows(ids)
     parts = [model.describe(rows.take(batch)) for batch in _batches(len(ids))]
     return np.concatenate(parts or [np.empty((0, 1), dtype=np.float32)])
+
+
+def _decoded(store: Store, cache: PixelCache, image_ids: Sequence[str]) -> list[str]:
+    """Decode images and return the ids of those that could be, in order; the others are logged, one sentence each."""
+
+    def decode(some: Sequence[str]) -> Sequence[int]:
+        cache.ensure(store, some)
+        return [0] * len(some)
+
+    missing = cache.missing(image_ids)
+    failed = {}
+    for image_id, found in zip(missing, each_in_parts(missing, decode), strict=True):
+        if isinstance(found, Exception):
+            failed[image_id] = found
+            logger.warning("image %s is left out: %s", image_id[:12], found)
+    return [image_id for image_id in image_ids if image_id not in failed]
 
 
 def _batches(num_rows: int) -> Iterator[NDArray[np.intp]]:
@@ -203,13 +224,18 @@ def select_images(
     if not images or budget == 0:
         return 0
     model = load_model(bundle)
+    cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
+    usable = set(_decoded(store, cache, [image.id for image in images]))
+    images = [image for image in images if image.id in usable]
+    if not images:
+        return 0
     pool = pool_of(store, model, images, list(mix or {rule: budget}), seed=seed)
     chosen = (
         [row for row, _ in choose_mixed(mix, pool, seed=seed)][:budget]
         if mix
         else choose(rule, pool, budget, seed=seed)
     )
-    rows = PixelCache(store.home.cache, bundle.document.geometry.side_px).rows([images[row].id for row in chosen])
+    rows = cache.rows([images[row].id for row in chosen])
     items: list[ReviewItem] = []
     # Heat maps are computed here and not for the pool, since only the few selected images need one.
     for batch in _batches(len(chosen)):
@@ -229,8 +255,14 @@ def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: f
     overlay = None
     if finite and output.maps is not None:
         heat_map = output.maps[row, int(output.probabilities[row].argmax())]
-        pixels = decode_square(read_image(store, image), STORED_OVERLAY_SIDE_PX)
-        overlay = store.blobs.put(overlay_png(pixels, heat_map))
+        drawn = attempt(lambda values: _overlay(store, image, values), heat_map)
+        if isinstance(drawn, UnavailableError):
+            raise drawn
+        if isinstance(drawn, Exception):
+            # The image matters more than its heat map.
+            logger.warning("image %s gets no heat map: %s", image.id[:12], drawn)
+        else:
+            overlay = drawn
     return ReviewItem(
         id=new_id(),
         created_at=utc_now(),
@@ -239,6 +271,11 @@ def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: f
         priority=priority,
         overlay_blob=overlay,
     )
+
+
+def _overlay(store: Store, image: Image, heat_map: Float32Array) -> str:
+    pixels = decode_square(read_image(store, image), STORED_OVERLAY_SIDE_PX)
+    return store.blobs.put(overlay_png(pixels, heat_map))
 
 
 def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budget: int) -> tuple[int, int]:
@@ -253,11 +290,11 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
         How many labels are suspicious, and how many review items were written; no image gets two.
     """
     rows = load_dataset(store, dataset_id).rows
-    rows = rows[rows["split"] == Split.TRAIN.value].reset_index(drop=True)
-    ids = list(rows["image_id"])
     model = load_model(bundle)
     cache = PixelCache(store.home.cache, model.geometry.side_px)
-    cache.ensure(store, ids)
+    rows = rows[rows["split"] == Split.TRAIN.value]
+    rows = rows[rows["image_id"].isin(_decoded(store, cache, list(rows["image_id"])))].reset_index(drop=True)
+    ids = list(rows["image_id"])
     cached = cache.rows(ids)
     features = np.concatenate([model.describe(cached.take(batch)) for batch in _batches(len(ids))])
     labels = np.array([store.taxonomy.index_of(label) for label in rows["label"]], dtype=np.intp)

@@ -26,6 +26,7 @@ ERASED = "erased"
 
 _log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class TakenIn:
     """A stored and cached image, or the reason why there is none.
@@ -116,7 +117,7 @@ class Intake:
             return _Read(TakenIn(path, refusal=f"the file cannot be read ({error.strerror})"))
         except UnavailableError:
             raise
-        except Exception as error:  # one file must not end an import of thousands
+        except Exception as error:  # noqa: BLE001 - one file must not end an import of thousands
             _log.exception("an image was left out of an import")
             return _Read(TakenIn(path, refusal=f"the file cannot be read ({type(error).__name__}, which is logged)"))
 

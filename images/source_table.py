@@ -16,6 +16,7 @@ import pandas as pd
 from records.errors import DataError
 from records.images import IMAGE_SUFFIXES
 from records.types import Confirmation, Split
+from records.types.base import LINE, Plain, moment
 
 COLUMNS: dict[str, str] = {
     "image": "image_id",
@@ -49,13 +50,17 @@ _SPLITS = {
 }  # fmt: skip
 
 
+_NAME = Plain(500)
+"""What an image may be called; its name may be a path."""
+
+
 @dataclass(frozen=True)
 class SourceRow:
     """One row of the table.
 
     Args:
         source_id: the image's name in the table.
-        path: its file; None if there is none.
+        path: its file; None if there is none, or if the row cannot be used.
         problem: why there is no path.
         label: as written; None if the row has no diagnosis.
         confirmation: how the diagnosis was established.
@@ -74,6 +79,8 @@ class SourceRow:
     context: dict[str, str | None]
     age_years: float | None
     acquired_at: datetime | None
+    code: str = "missing"
+    """of `problem`, see Quarantined"""
 
 
 @dataclass(frozen=True)
@@ -158,11 +165,15 @@ def _read_frame(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(
             path, sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
         )
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not a table in UTF-8 CSV: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise DataError(f"the table {path} cannot be read ({error.strerror})") from error
-    return frame.rename(columns=lambda name: str(name).strip())
+    frame = frame.rename(columns=lambda name: str(name).strip())
+    if not frame.columns.is_unique:
+        doubled = frame.columns[frame.columns.duplicated()][0]
+        raise DataError(f"{path} has two columns {doubled!r}; remove one of them")
+    return frame
 
 
 def _map_columns(path: Path, frame: pd.DataFrame, given: dict[str, str]) -> dict[str, str]:
@@ -208,6 +219,12 @@ class _Files:
 
     def find(self, source_id: str) -> tuple[Path | None, str | None]:
         """Return (path, None), or (None, why there is none)."""
+        try:
+            return self._find(source_id)
+        except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
+            return None, f"{source_id} cannot be read ({getattr(error, 'strerror', error)})"
+
+    def _find(self, source_id: str) -> tuple[Path | None, str | None]:
         # A name in a table may be a path, but never one that leaves the folder.
         if "/" in source_id:
             # Resolved, so that neither `..` nor a symbolic link leads out of the folder.
@@ -238,6 +255,11 @@ class _RowReader:
         for index in range(self._length):
             cell = {what: _text(values[index]) for what, values in self._columns.items()}
             source_id = self._columns["image"][index]
+            unusable = _first_unusable(cell)
+            if unusable is not None:
+                yield _unusable_row(_NAME.keep(source_id) or f"row {index + 1}", f"row {index + 1}, {unusable}")
+                continue
+            cell = {what: value if value is None else _NAME.check(value) for what, value in cell.items()}
             path, problem = self._files.find(source_id) if source_id else (None, f"row {index + 1} names no image")
             yield SourceRow(
                 source_id=source_id or f"row {index + 1}",
@@ -298,12 +320,28 @@ class _RowReader:
         if text is None:
             return None
         try:
-            moment = datetime.fromisoformat(text)
+            written = datetime.fromisoformat(text)
+            # Times in the ledger are aware; one without a zone is taken as UTC.
+            return moment(written if written.tzinfo else written.replace(tzinfo=UTC))
         except ValueError:
-            self._note("times are not ISO 8601 and were left out")
+            self._note("times are not ISO 8601 from 1900 to 2199 and were left out")
             return None
-        # Times in the ledger are aware; one without a zone is taken as UTC.
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _first_unusable(cell: Mapping[str, str | None]) -> str | None:
+    """Return the column with a text that cannot be stored and what is wrong with it, or None."""
+    for what, text in cell.items():
+        try:
+            (_NAME if what == "image" else LINE).check(text or "")
+        except ValueError as error:
+            return f"column {what}: {error}"
+    return None
+
+
+def _unusable_row(source_id: str, problem: str) -> SourceRow:
+    empty = dict.fromkeys(("lesion_id", "patient_id", "site", "device", "sex", "localization"))
+    nothing = Confirmation.SINGLE_READER
+    return SourceRow(source_id, None, problem, None, nothing, None, empty, None, None, code="unreadable")
 
 
 def _text(value: str) -> str | None:

@@ -14,23 +14,25 @@ from datetime import datetime, timedelta
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import PAGE_SIZE, LabelStudioClient
+from labeling.deletion import delete_tasks
 from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project
 from labeling.push import Advance, sums
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import parse_annotation
-from records.errors import UnknownIdError
+from records.errors import DataError, LabelStudioRefusedError, UnavailableError, UnknownIdError
 from records.ids import hash_of, new_id, utc_now
 from records.lease import hold
 from records.ledger import Transaction
 from records.store import Store
-from records.types import Annotation, AnnotationKind, Cursor, ReviewItem, ReviewState
+from records.types import Annotation, AnnotationKind, Cursor, Image, ReviewItem, ReviewState
+from records.types.base import LINE
 
 _OVERLAP = timedelta(seconds=60)
 _DELETED_AT_ONCE = 4
 _ADDED = (
-    "annotations", "new_labels", "edited", "deleted", "cant_tell", "other", "not_understood", "tasks_deleted",
-    "doubled", "requeued",
+    "annotations", "new_labels", "edited", "deleted", "cant_tell", "other", "not_understood", "failed",
+    "tasks_deleted", "doubled", "requeued",
 )  # fmt: skip
 
 
@@ -49,6 +51,9 @@ class PullReport(BaseModel):
     other: int = Field(default=0, ge=0, description="new rows that say no class fits")
     not_understood: list[str] = Field(
         default_factory=list, description="one sentence per annotation that is kept but not used"
+    )
+    failed: list[str] = Field(
+        default_factory=list, description="one sentence per task that could not be read; the next pull tries it again"
     )
     tasks_deleted: int = Field(default=0, ge=0, description="tasks that were deleted in Label Studio")
     doubled: int = Field(default=0, ge=0, description="second tasks of a review item that were removed")
@@ -74,10 +79,14 @@ def pull(
     projects = known_projects(store, client)
     if not projects:
         return PullReport()
+    reports: list[PullReport] = []
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
-        reports = [
-            _pull(store, client, settings, number, project_key, advance) for number, project_key in projects.items()
-        ]
+        delete_tasks(store, client)
+        for number, project_key in projects.items():
+            try:
+                reports.append(_pull(store, client, settings, number, project_key, advance))
+            except LabelStudioRefusedError as error:
+                reports.append(PullReport(project_id=number, failed=[f"project {number} was not read: {error}"]))
     return _joined(reports)
 
 
@@ -123,8 +132,11 @@ def _pull(
         project = open_project(store, client, settings, project_key)
         return PullReport(project_id=project.id, requeued=project.requeued)
     # Written last: a pull that is killed before reads the same tasks again. The position is the state from before the
-    # listing, so what changes during the listing is read by the next pull.
-    settled = {key: before.get(key) for key in seen} == seen
+    # listing, so what changes during the listing is read by the next pull. A task that could not be read holds the
+    # position back, so that the next pull lists it again.
+    settled = {key: before.get(key) for key in seen} == seen and not reading.failed_at
+    if reading.failed_at:
+        seen["newest_update"] = min(reading.failed_at).isoformat()
     with store.ledger.begin() as tx:
         if tx.get(Cursor, name) is None:
             tx.add(Cursor(name=name, position={}))
@@ -146,6 +158,25 @@ def _position(state: ProjectState) -> dict[str, str | int | None]:
 
 
 @dataclass
+class _Counts:
+    """What was read of tasks."""
+
+    added: list[Annotation] = field(default_factory=list)
+    not_understood: list[str] = field(default_factory=list)
+    annotations: int = 0
+    edited: int = 0
+    deleted: int = 0
+
+    def add(self, more: "_Counts") -> None:
+        """Add what was read of another task."""
+        self.added += more.added
+        self.not_understood += more.not_understood
+        self.annotations += more.annotations
+        self.edited += more.edited
+        self.deleted += more.deleted
+
+
+@dataclass
 class _Pass:
     """One pass over the changed tasks of a project, page by page, with the counts so far."""
 
@@ -154,11 +185,9 @@ class _Pass:
     project_id: int
     project_key: ProjectKey = field(default_factory=ProjectKey)
     annotators: dict[int, str] = field(default_factory=dict)
-    added: list[Annotation] = field(default_factory=list)
-    not_understood: list[str] = field(default_factory=list)
-    annotations: int = 0
-    edited: int = 0
-    deleted: int = 0
+    counts: "_Counts" = field(default_factory=lambda: _Counts())
+    failed: list[str] = field(default_factory=list)
+    failed_at: list[datetime] = field(default_factory=list)
     tasks_deleted: int = 0
     doubled: int = 0
 
@@ -168,12 +197,24 @@ class _Pass:
         rows = [row for row in page if "relook_item" in row.meta]
         with self.store.ledger.begin() as tx:
             found = tx.find(ReviewItem, where={"id": {str(row.meta["relook_item"]) for row in rows}})
-            items = {item.id: item for item in found}
+            # An image that was erased during this pull: nothing about it is written down again.
+            gone = _erased(tx, {item.image_id for item in found})
+            items = {item.id: item for item in found if item.image_id not in gone}
             known, now = self._newest_labels(tx, items), tx.now_after(Annotation)
             for row in rows:
                 item = items.get(str(row.meta["relook_item"]))
-                if item is not None:
-                    self._record_task(tx, now, row, item, known.get(row.id, {}))
+                if item is None:
+                    continue
+                try:
+                    # A savepoint: of a task that cannot be recorded nothing is, and the other tasks of the page are.
+                    with tx.connection.begin_nested():
+                        recorded = self._record_task(tx, now, row, item, known.get(row.id, {}))
+                except UnavailableError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - reported, and read again by the next pull
+                    self._fail(row, f"task {row.id}: {error or type(error).__name__}")
+                else:
+                    self.counts.add(recorded)
 
     def compare_totals(self, state: ProjectState) -> None:
         """Find deleted tasks and duplicate tasks, which do not show in a listing of changed tasks."""
@@ -195,7 +236,7 @@ class _Pass:
         with self.store.ledger.begin() as tx:
             newest, now = self._newest_labels(tx, missing), tx.now_after(Annotation)
             for item in missing.values():
-                self._add_tombstones(
+                self.counts.deleted += self._add_tombstones(
                     tx, now, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted]
                 )
                 tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
@@ -203,26 +244,32 @@ class _Pass:
 
     def report(self) -> PullReport:
         """Return the counts as a report."""
-        kinds = [label.kind for label in self.added]
+        counts = self.counts
+        kinds = [label.kind for label in counts.added]
         return PullReport(
             project_id=self.project_id,
-            annotations=self.annotations,
-            new_labels=len(self.added),
-            edited=self.edited,
-            deleted=self.deleted,
+            annotations=counts.annotations,
+            new_labels=len(counts.added),
+            edited=counts.edited,
+            deleted=counts.deleted,
             cant_tell=kinds.count(AnnotationKind.CANT_TELL),
-            other=kinds.count(AnnotationKind.OTHER) - len(self.not_understood),
-            not_understood=self.not_understood,
+            other=kinds.count(AnnotationKind.OTHER) - len(counts.not_understood),
+            not_understood=counts.not_understood,
+            failed=self.failed,
             tasks_deleted=self.tasks_deleted,
             doubled=self.doubled,
         )
+
+    def _fail(self, row: TaskRow, sentence: str) -> None:
+        self.failed.append(LINE.keep(" ".join(sentence.split())))
+        self.failed_at.append(row.updated_at)
 
     def _look_up_annotators(self, page: Sequence[TaskRow]) -> None:
         wanted = {a.completed_by for row in page for a in row.annotations if a.completed_by is not None}
         if not wanted <= self.annotators.keys():
             # A user who was deleted keeps a name here, so that the annotation still has an annotator.
             self.annotators.update({user_id: f"user {user_id}" for user_id in wanted})
-            self.annotators.update(self.client.users())
+            self.annotators.update({user_id: LINE.keep(name) for user_id, name in self.client.users().items()})
 
     def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, Annotation]]:
         """Return the newest row of each annotation, by task id and annotation id."""
@@ -234,29 +281,31 @@ class _Pass:
 
     def _record_task(
         self, tx: Transaction, now: datetime, row: TaskRow, item: ReviewItem, known: Mapping[int, Annotation]
-    ) -> None:
+    ) -> _Counts:
+        if row.fault is not None:
+            raise DataError(row.fault)
         submitted = {a.id: a for a in row.annotations if not a.was_cancelled}
-        self.annotations += len(submitted)
-        labels = []
+        found = _Counts(annotations=len(submitted))
         for annotation in submitted.values():
             last = known.get(annotation.id)
             if last is None or last.revision != revision_of(annotation):
-                labels.append(self._label(now, row, item, annotation))
-                self.edited += last is not None
-        if labels:
-            tx.add(*labels)
-            self.added.extend(labels)
+                found.added.append(self._label(now, row, item, annotation, found.not_understood))
+                found.edited += last is not None
+        tx.add(*found.added)
         # Label Studio does not report deletions. An annotation that the ledger holds and the task no longer has was
         # deleted or turned into a skip. The listing holds all annotations of a task, so a missing one is really gone.
         gone = [one for one in known.values() if not one.deleted and one.annotation_id not in submitted]
-        self._add_tombstones(tx, now, gone)
+        found.deleted = self._add_tombstones(tx, now, gone)
         _settle(tx, item, self.project_id, row.id, answered=bool(submitted))
+        return found
 
-    def _label(self, now: datetime, row: TaskRow, item: ReviewItem, annotation: AnnotationRow) -> Annotation:
+    def _label(
+        self, now: datetime, row: TaskRow, item: ReviewItem, annotation: AnnotationRow, not_understood: list[str]
+    ) -> Annotation:
         parsed = parse_annotation(annotation.result, self.store.taxonomy)
         annotator = self.annotators[annotation.completed_by] if annotation.completed_by is not None else "unknown"
         if not parsed.understood:
-            self.not_understood.append(
+            not_understood.append(
                 f"annotation {annotation.id} of task {row.id} by {annotator}: {parsed.other_text}; kept, not trained on"
             )
         return Annotation(
@@ -280,13 +329,17 @@ class _Pass:
             revision=revision_of(annotation),
         )
 
-    def _add_tombstones(self, tx: Transaction, now: datetime, labels: Iterable[Annotation]) -> None:
+    def _add_tombstones(self, tx: Transaction, now: datetime, labels: Sequence[Annotation]) -> int:
         for label in labels:
             changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}
             # Derived from the revision that it ends: revisions are unique per annotation, and an annotation can be
             # skipped, submitted and skipped again, which takes a tombstone each time.
             tx.add(label.model_copy(update={**changes, "revision": hash_of(["deleted", label.revision])}))
-            self.deleted += 1
+        return len(labels)
+
+
+def _erased(tx: Transaction, image_ids: Collection[str]) -> set[str]:
+    return {image.id for image in tx.find(Image, where={"id": set(image_ids)}) if image.erased_at is not None}
 
 
 def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, answered: bool) -> None:
@@ -356,7 +409,7 @@ def _touched(client: LabelStudioClient, project_id: int, task_ids: Collection[in
     if task_ids:
         size = min(len(task_ids), PAGE_SIZE)
         for page in client.list_tasks(project_id, after_id=min(task_ids) - 1, with_annotations=True, page_size=size):
-            found.update({row.id: row for row in page if row.id in task_ids and row.annotations})
+            found.update({row.id: row for row in page if row.id in task_ids and row.is_touched})
             if page[-1].id >= max(task_ids):
                 break
     return found

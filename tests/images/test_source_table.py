@@ -77,7 +77,7 @@ def test_values_that_say_nothing_are_counted(tmp_path: Path) -> None:
     notes = read_source(make(tmp_path, table, "a.jpg", "b.jpg", "c.jpg")).notes
     assert notes[0].startswith("2 diagnoses were confirmed by 'oracle'")
     assert "3 ages are not numbers from 0 to 130 and were left out" in notes
-    assert "1 times are not ISO 8601 and were left out" in notes
+    assert "1 times are not ISO 8601 from 1900 to 2199 and were left out" in notes
 
 
 def test_files_are_found_by_stem_name_or_path(tmp_path: Path) -> None:
