@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from labeling.agreement import agreement, anchoring, cohen_kappa, fleiss_kappa
+from labeling.agreement import agreement, anchoring, cohen_kappa, fleiss_kappa, read_agreement
 from labeling.consensus import annotator_confusion, contested, resolve
 from records.store import Store
-from records.types import Annotation, AnnotationKind, Confirmation, Prediction, ReviewItem
+from records.types import Annotation, AnnotationKind, Arm, Confirmation, Prediction, ReviewItem
 
 AddItems = Callable[..., list[ReviewItem]]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -126,3 +126,68 @@ def test_anchoring_is_the_difference_of_agreeing_shares(store: Store, add_items:
     assert found.difference == pytest.approx(0.4)
     # Newcombe's method 10 by hand: Wilson intervals (0.699, 0.972) and (0.299, 0.701).
     assert found.interval == pytest.approx((0.115, 0.613), abs=2e-3)
+
+
+def test_a_shown_prediction_is_that_of_the_review_item(store: Store, add_items: AddItems) -> None:
+    """The newest prediction of an image is used only for an annotation without a review item of its own."""
+    (item,) = add_items(1, overlays=False)
+    with store.ledger.read() as tx:
+        (shown,) = tx.find(Prediction)
+    newer = shown.model_copy(update={"id": "newer", "label": "nv"})
+    by_id, predictions = {item.id: item}, {shown.id: shown, "newer": newer}
+    of_the_item = said(item.image_id, "a", "mel", item=item.id)
+    own = said(item.image_id, "b", "mel", item="own", blind=True)
+    found = anchoring([of_the_item, own], by_id, predictions)
+    assert (found.shown, found.shown_agreeing) == (1, 1)
+    assert (found.blind, found.blind_agreeing) == (1, 0)
+    # Without both groups there is nothing to compare.
+    alone = anchoring([of_the_item], by_id, predictions)
+    assert (alone.shown, alone.blind, alone.difference, alone.interval) == (1, 0, None, None)
+    alone = anchoring([own], by_id, predictions)
+    assert (alone.shown, alone.blind, alone.difference, alone.interval) == (0, 1, None, None)
+    # An image without any prediction says nothing about anchoring.
+    assert anchoring([said("j", "a", "mel")], {}, {}).shown == 0
+
+
+def test_unequal_shares_of_agreement_by_hand(store: Store, add_items: AddItems) -> None:
+    (item,) = add_items(1, overlays=False)
+    with store.ledger.read() as tx:
+        predictions = {p.id: p for p in tx.find(Prediction)}
+    shown = [said(item.image_id, f"s{n}", "mel" if n < 3 else "nv", item=item.id) for n in range(4)]
+    blind = [said(item.image_id, f"b{n}", "mel" if n < 1 else "nv", item=item.id, blind=True) for n in range(5)]
+    found = anchoring([*shown, *blind], {item.id: item}, predictions)
+    assert (found.shown, found.shown_agreeing, found.blind, found.blind_agreeing) == (4, 3, 5, 1)
+    assert found.difference == pytest.approx(3 / 4 - 1 / 5)
+
+
+def test_the_report_is_read_from_the_ledger(store: Store, add_items: AddItems) -> None:
+    items = add_items(3, overlays=False)
+    labels = [said(items[0].image_id, name, "mel", item=items[0].id) for name in ("a", "b")]
+    labels += [said(items[1].image_id, "a", "nv", item=items[1].id), said(items[1].image_id, "b", "mel", blind=True)]
+    with store.ledger.begin() as tx:
+        tx.add(*labels)
+        served = tx.find(Prediction)
+        # What a model in shadow said about an image was shown to nobody.
+        tx.add(
+            *(
+                p.model_copy(update={"id": f"s{p.id[1:]}", "served": False, "label": "bcc", "arm": Arm.CANDIDATE})
+                for p in served
+            )
+        )
+    found = read_agreement(store)
+    assert found.images == 2
+    assert found.cohen == {"a | b": 0.0}
+    assert set(found.fleiss_by_class) == set(store.taxonomy.codes)
+    assert found.anchoring.model_dump(include={"shown", "shown_agreeing", "blind", "blind_agreeing"}) == {
+        "shown": 3, "shown_agreeing": 2, "blind": 1, "blind_agreeing": 1,
+    }  # fmt: skip
+    by_id = {p.id: p for p in served}
+    assert found == agreement(labels, {i.id: i for i in items}, by_id, store.taxonomy.codes)
+
+
+def test_annotators_without_a_common_image_have_no_kappa() -> None:
+    labels = [said("i", "a", "mel"), said("i", "b", "mel"), said("j", "c", "nv"), said("j", "d", "mel")]
+    labels += [said("k", "a", "nv"), said("k", "b", None), said("l", "a", "nv"), said("l", "b", "nv")]
+    found = agreement(labels, {}, {}, ["mel", "nv"])
+    assert set(found.cohen) == {"a | b", "c | d"}
+    assert found.images == 3

@@ -10,8 +10,17 @@ from records.bundles import OperatingPoints, ReferPoint
 from records.errors import ContractError
 from records.taxonomy import load_taxonomy
 from records.types import Decision, ReasonCode
-from serving.triage import TriageRules, Verdict, audit_draw_of, malignant_probability, priority_of, triage
+from serving.triage import (
+    TriageRules,
+    Verdict,
+    audit_chance,
+    audit_draw_of,
+    malignant_probability,
+    priority_of,
+    triage,
+)
 from vision.calibration.operating import answered
+from vision.inference.suitability import NOTHING_KNOWN, Suitability
 
 TAXONOMY = load_taxonomy("ham10000")
 CODES = TAXONOMY.codes
@@ -158,3 +167,85 @@ def test_rows_that_do_not_fit_are_a_bug_of_the_caller() -> None:
         decide(np.array([0.5, 0.5]))
     with pytest.raises(ContractError, match="sum to"):
         decide(np.full(7, 0.5))
+
+
+def test_an_image_of_poor_quality_is_to_be_taken_again() -> None:
+    """Neither its probabilities nor the audit draw matter: nobody could judge it."""
+    blurred = Suitability(0.4, False, -0.2, "blurred")
+    for row in (probabilities(nv=0.99), probabilities(mel=0.95), np.full(7, np.nan)):
+        verdict = triage(row, TAXONOMY, POINTS, RULES, 0.0, blurred)
+        assert verdict == Verdict(Decision.RETAKE, (ReasonCode.BAD_IMAGE,), None, None, (), 0.0, None, blurred)
+
+
+def test_an_image_that_is_out_of_distribution_goes_to_review() -> None:
+    foreign = Suitability(1.7, True, 0.5, None)
+    verdict = triage(probabilities(nv=0.99), TAXONOMY, POINTS, RULES, NOT_SAMPLED, foreign)
+    assert (verdict.decision, verdict.reasons) == (Decision.REVIEW, (ReasonCode.OUT_OF_DISTRIBUTION,))
+    assert verdict.suitability == foreign
+    known = Suitability(0.3, False, 0.5, None)
+    assert triage(probabilities(nv=0.99), TAXONOMY, POINTS, RULES, NOT_SAMPLED, known).reasons == ()
+
+
+def test_non_finite_output_is_sampled_as_if_it_were_malignant_and_keeps_its_checks() -> None:
+    row = np.full(7, np.nan)
+    checks = Suitability(0.3, False, 0.5, None)
+    verdict = triage(row, TAXONOMY, POINTS, RULES, 0.079, checks)
+    assert verdict.reasons == (ReasonCode.NON_FINITE, ReasonCode.AUDIT_SAMPLE)
+    assert (verdict.selection_probability, verdict.suitability) == (0.08, checks)
+    assert verdict.priority == 111.0
+    assert triage(row, TAXONOMY, POINTS, RULES, 0.08, checks).selection_probability is None
+
+
+def test_a_threshold_belongs_to_its_upper_side() -> None:
+    """At a threshold an image is referred or urgent; below it, and at the confidence asked for, it is not."""
+    malignant = np.array([c.malignant for c in TAXONOMY.classes])
+    row = np.where(malignant, 0.0, 0.25)
+    row[TAXONOMY.index_of("bcc")] = 0.0
+    row[TAXONOMY.index_of("nv")] = 0.5
+    row[[TAXONOMY.index_of(code) for code in ("bkl", "df", "vasc")]] = (0.25, 0.25, 0.0)
+    assert ReasonCode.LOW_CONFIDENCE not in decide(row).reasons
+    row = np.zeros(7)
+    row[TAXONOMY.index_of("bcc")], row[TAXONOMY.index_of("nv")] = 0.5, 0.5
+    at = OperatingPoints(
+        refer={"mel": refer_point(0.5)}, refer_malignant=refer_point(0.5), urgent_threshold=0.5,
+        conformal_thresholds=dict.fromkeys(CODES, 0.7),
+    )  # fmt: skip
+    verdict = triage(row, TAXONOMY, at, RULES, NOT_SAMPLED)
+    assert verdict.reasons[:2] == (ReasonCode.URGENT, ReasonCode.REFER)
+    assert verdict.decision is Decision.URGENT
+
+
+def test_strata_of_the_audit_sample() -> None:
+    chances = [audit_chance(p, 0.02) for p in (0.0, 0.0499, 0.05, 0.1999, 0.2, 1.0)]
+    assert chances == [0.02, 0.02, 0.04, 0.04, 0.08, 0.08]
+    assert audit_chance(0.9, 0.6) == 1.0
+    assert decide(probabilities(nv=0.99), draw=0.02).reasons == ()
+
+
+def test_priorities_by_hand() -> None:
+    row = probabilities(nv=0.5, mel=0.3)  # the other five have 0.04 each, two of them are malignant
+    p_malignant = 0.3 + 2 * 0.04
+    for reasons, tier in (
+        ((ReasonCode.URGENT, ReasonCode.REFER), 300.0),
+        ((ReasonCode.FLAGGED,), 200.0),
+        ((ReasonCode.LOW_CONFIDENCE, ReasonCode.REFER), 100.0),
+        ((ReasonCode.AUDIT_SAMPLE,), 50.0),
+        ((ReasonCode.PREDICTION_SET,), 0.0),
+        ((), 0.0),
+    ):
+        assert priority_of(reasons, row, TAXONOMY) == pytest.approx(tier + 10 * p_malignant + 1 - (0.5 - 0.3))
+    assert priority_of((ReasonCode.NON_FINITE,), None, TAXONOMY) == 111.0
+    verdict = decide(row)
+    assert verdict.priority == pytest.approx(priority_of(verdict.reasons, row, TAXONOMY))
+    assert verdict.suitability is NOTHING_KNOWN
+
+
+def test_probabilities_may_miss_one_by_rounding_only() -> None:
+    row = probabilities(nv=0.9)
+    row[0] += 5e-7
+    assert decide(row).label == "nv"
+    row[0] += 1e-5
+    with pytest.raises(ContractError, match="sum to"):
+        decide(row)
+    assert malignant_probability(np.where([c.malignant for c in TAXONOMY.classes], 0.4, 0.0), TAXONOMY) == 1.0
+    assert malignant_probability(np.full(7, -1e-9), TAXONOMY) == 0.0

@@ -1,8 +1,12 @@
 """Who is cut off, by hand numbers, and that nothing is decided twice."""
 
+from collections.abc import Callable
+
 import pytest
 
-from tuning.judge import Halving, Judge, MedianStopping, NoStopping
+from tuning.judge import Halving, Judge, MedianStopping, NoStopping, rule_of
+from tuning.settings import Scheduler
+from tuning.trials import SearchHeader
 
 
 def judge(rule, past=(), exempt=()):
@@ -52,3 +56,51 @@ def test_without_a_scheduler_everything_goes_on():
     deciding = judge(NoStopping())
 
     assert all(deciding.decide(number, epoch, 0.0).goes_on for number in range(3) for epoch in range(1, 10))
+
+
+def test_at_the_bar_and_at_the_last_epoch_a_trial_goes_on():
+    deciding = judge(Halving(1, 3, 9))
+    for number, score in enumerate([0.3, 0.3, 0.3]):
+        deciding.decide(number, 1, score)
+
+    at_the_bar = deciding.decide(3, 1, 0.3)
+    assert at_the_bar.cutoff == pytest.approx(0.3)
+    assert at_the_bar.goes_on
+    assert not deciding.decide(4, 1, 0.29).goes_on
+
+    ending = judge(MedianStopping(1))
+    for number in range(3):
+        ending.decide(number, 9, 0.5)
+        ending.decide(number, 8, 0.5)
+    assert ending.decide(3, 9, 0.0).goes_on
+    assert not ending.decide(3, 8, 0.0).goes_on
+
+
+def test_a_decision_is_kept_and_its_score_counts_once():
+    deciding = judge(MedianStopping(1, min_trials=2))
+    first = [deciding.decide(0, 1, 0.1), deciding.decide(1, 1, 0.9)]
+
+    assert [deciding.decide(0, 1, 0.9), deciding.decide(1, 1, 0.9)] == first
+    assert deciding.decide(2, 1, 0.0).cutoff == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (Scheduler.NONE, [None, None, None]),
+        (Scheduler.MEDIAN, [None, 0.2, 0.2]),
+        (Scheduler.ASHA, [None, 0.2, None]),
+    ],
+)
+def test_the_rule_of_a_search_has_its_numbers(
+    scheduler: Scheduler, expected: list[float | None], make_header: Callable[..., SearchHeader]
+):
+    """Three scores 0.1, 0.2, 0.3 at each epoch; grace period 2, so ASHA's rungs are 2 and 6, with the best half."""
+    header = make_header(scheduler=scheduler, grace_epochs=2, reduction_factor=2, trial_epochs=6)
+    rule = rule_of(header)
+    bars = []
+    for epoch in (1, 2, 3):
+        for number, score in enumerate((0.1, 0.2, 0.3)):
+            rule.take_in(number, epoch, score)
+        bars.append(rule.bar(epoch)[1])
+    assert bars == pytest.approx(expected)

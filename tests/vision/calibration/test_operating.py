@@ -7,6 +7,7 @@ from scipy.stats import binom
 from records.bundles import OperatingPoints, ReferPoint
 from records.errors import ContractError
 from records.taxonomy import load_taxonomy
+from vision.calibration.conformal import conformal_thresholds
 from vision.calibration.operating import (
     answered,
     exact_interval,
@@ -153,3 +154,89 @@ def test_what_may_be_answered_without_an_annotator():
     }
     got = answered(np.stack([row for row, _ in rows.values()]), TAXONOMY, operating)
     assert dict(zip(rows, got.tolist(), strict=True)) == {name: expected for name, (_, expected) in rows.items()}
+
+
+def test_images_without_a_lesion_are_lesions_of_their_own():
+    p = np.stack([distribution(nv=1.0)] * 4)
+    lesions = gather_lesions(["10", "9", "x", "y"], [None, None, "L", "L"], np.array([5, 5, 5, MEL]), p)
+    # One lesion with two diagnoses is counted once for each of them.
+    assert len(lesions) == 4
+    assert sorted(lesions.first_image_index.tolist()) == [0, 1, 2, 3]
+    together = gather_lesions(["10", "9"], ["L", "L"], np.array([5, 5]), p[:2])
+    assert together.first_image_index.tolist() == [0]  # ids are compared as text
+    with pytest.raises(ContractError, match="image ids, lesion ids, labels and probabilities must have one length"):
+        gather_lesions(["a", "b"], ["L"], np.array([5, 5]), p[:2])
+
+
+def test_a_bound_at_the_floor_proves_it_and_scores_at_the_threshold_are_referred():
+    floor = exact_lower_bound(10, 10)
+    scores = np.concatenate([np.full(10, 0.5), [0.5, 0.4]])
+    point = refer_point(scores, np.arange(12) < 10, floor)
+    assert (point.threshold, point.proven, point.specificity) == (0.5, True, 0.5)
+    assert point.sensitivity_lower_bound == floor
+    # All of them are needed: no threshold with fewer hits reaches the floor.
+    spread = refer_point(np.arange(10) / 10, np.ones(10, dtype=bool), floor)
+    assert (spread.threshold, spread.proven) == (0.0, True)
+    one_case = refer_point(np.array([0.3, 0.2]), np.array([True, False]), 0.9)
+    assert (one_case.threshold, one_case.proven, one_case.lesions) == (0.3, False, 1)
+    assert refer_point(np.array([0.3]), np.array([True]), 0.05).proven
+
+
+def test_the_level_of_the_bound_is_that_of_the_caller():
+    scores, is_case = np.arange(40) / 40, np.ones(40, dtype=bool)
+    strict, loose = (refer_point(scores, is_case, 0.8, level) for level in (0.99, 0.5))
+    assert strict.threshold < loose.threshold
+    hits = int((scores >= strict.threshold).sum())
+    assert strict.sensitivity_lower_bound == exact_lower_bound(hits, 40, 0.99)
+
+
+def test_nothing_refers_an_image_with_probability_zero_where_there_was_no_case():
+    point = refer_point(np.array([0.0, 0.4]), np.zeros(2, dtype=bool), 0.90)
+    assert (point.specificity, point.lesions) == (0.0, 0)
+
+
+def test_urgent_counts_the_fewest_lesions_and_the_first_of_them():
+    scores, is_case = np.array([0.9, 0.8]), np.array([False, True])
+    assert urgent_threshold(scores, is_case, 0.5, min_lesions=2) == 0.8
+    assert urgent_threshold(scores, is_case, 0.5, min_lesions=3) is None
+    assert urgent_threshold(np.array([0.9]), np.array([True]), 1.0, min_lesions=1) == 0.9
+
+
+def test_each_operating_point_uses_its_own_lesions_and_floor():
+    generator = np.random.default_rng(3)
+    labels = generator.choice(7, size=500, p=[0.08, 0.08, 0.12, 0.02, 0.12, 0.55, 0.03])
+    logits = generator.normal(size=(500, 7)) + 2 * np.eye(7)[labels]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    lesions = gather_lesions([f"{i:04}" for i in range(500)], [f"L{i}" for i in range(500)], labels, p)
+    found = fit_operating_points(lesions, p, TAXONOMY, urgent_predictive_value=0.8, promise=0.7)
+    order = lesions.first_image_index
+    floor = TAXONOMY.key_class.sensitivity_floor
+    is_malignant = np.array([c.malignant for c in TAXONOMY.classes])
+    scores = p[order][:, is_malignant].sum(axis=1).clip(0, 1)
+    assert found.refer["mel"] == refer_point(p[order, MEL], labels[order] == MEL, floor)
+    assert found.refer_malignant == refer_point(scores, is_malignant[labels[order]], floor)
+    assert found.urgent_threshold == urgent_threshold(scores, is_malignant[labels[order]], 0.8)
+    assert found.conformal_promise == 0.7
+    thresholds, _ = conformal_thresholds(1.0 - p[order, labels[order]], labels[order], TAXONOMY.codes, 0.7)
+    assert found.conformal_thresholds == thresholds
+
+
+def test_a_sum_of_probabilities_above_one_by_rounding_is_a_threshold_of_one():
+    row = distribution(mel=0.1 + 0.2, bcc=0.7)
+    row[MEL] += 1e-9
+    lesions = gather_lesions(["a", "b"], [None, None], np.array([MEL, 5]), np.stack([row, distribution(nv=1.0)]))
+    assert fit_operating_points(lesions, np.stack([row, distribution(nv=1.0)]), TAXONOMY).refer_malignant.threshold == 1
+
+
+def test_thresholds_of_one_class_do_not_answer_for_another_row():
+    """Each row is judged alone: a row of a batch gives what it gives by itself."""
+    generator = np.random.default_rng(5)
+    rows = generator.dirichlet(np.full(7, 0.3), size=40)
+    rows[7, 2] = np.nan
+    points = fit_operating_points(
+        gather_lesions([str(i) for i in range(39)], [None] * 39, np.arange(39) % 7, np.delete(rows, 7, axis=0)),
+        np.delete(rows, 7, axis=0), TAXONOMY,
+    )  # fmt: skip
+    together = answered(rows, TAXONOMY, points)
+    assert together.dtype == np.bool_
+    assert together.tolist() == [bool(answered(row[None], TAXONOMY, points)[0]) for row in rows]

@@ -158,3 +158,64 @@ def test_what_is_not_stated_shares_the_rest_as_before():
             stated_prevalence(stated, priors)
     with pytest.raises(ConfigError, match="calibration had none"):
         stated_prevalence({"mel": 0.1}, priors | {"mel": 0.0})
+
+
+def test_logits_that_do_not_fit_the_calibration_are_refused():
+    for shape in ((2, 3), (2,), (2, 1, 2)):
+        with pytest.raises(ContractError, match=r"logits must be \[N, 2\], got"):
+            apply_calibration(np.zeros(shape), Calibration(bias=[0.0, 0.0]))
+
+
+def test_single_precision_logits_are_computed_in_double_precision():
+    logits = np.array([[3.1, -2.7, 0.3]], dtype=np.float32)
+    calibration = Calibration(temperature=1.7, bias=[0.1, -0.2, 0.1])
+    expected = softmax(logits.astype(np.float64) / 1.7 + np.array([0.1, -0.2, 0.1]), axis=1)
+    assert (apply_calibration(logits, calibration) == expected).all()
+    labels = np.array([0, 1, 2, 0, 5, 6, 3, 4])
+    narrow = np.random.default_rng(9).normal(size=(8, NUM_CLASSES)).astype(np.float32)
+    assert fit_calibration(narrow, labels, TAXONOMY) == fit_calibration(narrow.astype(np.float64), labels, TAXONOMY)
+
+
+def test_a_single_image_can_be_calibrated_and_none_cannot():
+    assert fit_calibration(np.zeros((1, NUM_CLASSES)), np.array([5]), TAXONOMY).priors["nv"] == 1.0
+    with pytest.raises(ContractError, match="N >= 1"):
+        fit_calibration(np.zeros((0, NUM_CLASSES)), np.array([], dtype=np.int64), TAXONOMY)
+
+
+def test_the_temperature_stays_within_its_bounds():
+    """Labels that contradict the logits ask for an endless temperature, labels that fit them for none."""
+    labels = np.arange(4000) % NUM_CLASSES
+    sharp = fit_calibration(1e-3 * np.eye(NUM_CLASSES)[labels], labels, TAXONOMY)
+    assert sharp.temperature == pytest.approx(np.exp(-4.6))
+    flat = fit_calibration(1e4 * np.eye(NUM_CLASSES)[(labels + 1) % NUM_CLASSES], labels, TAXONOMY)
+    assert flat.temperature == pytest.approx(np.exp(4.6))
+    assert sum(flat.bias) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_biases_sum_to_zero_where_the_labels_are_uneven():
+    labels = np.array([5] * 30 + [0, 1, 2])
+    bias = fit_calibration(np.zeros((33, NUM_CLASSES)), labels, TAXONOMY).bias
+    assert sum(bias) == pytest.approx(0, abs=1e-12)
+    assert max(bias) == bias[5] > 1.0
+
+
+def test_a_class_that_was_absent_keeps_probability_zero():
+    moved = reweight(np.array([[0.5, 0.5, 0.0]]), {"a": 0.5, "b": 0.5, "c": 0.0}, {"a": 0.2, "b": 0.8, "c": 0.0})
+    assert moved == pytest.approx(np.array([[0.2, 0.8, 0.0]]))
+    with pytest.raises(ContractError, match=r"^a class without a share in the calibration data cannot get"):
+        reweight(np.array([[0.5, 0.5]]), {"a": 1.0, "b": 0.0}, {"a": 0.5, "b": 0.5})
+    # A share of 1 before is as good as any other.
+    assert reweight(np.array([[1.0, 0.0]]), {"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0}).tolist() == [[1.0, 0.0]]
+    with pytest.raises(TaxonomyError, match="share >= 0"):
+        reweight(np.array([[0.5, 0.5]]), {"a": 0.5, "b": 0.5}, {"a": 1.5, "b": -0.5})
+
+
+def test_prevalences_of_none_all_and_rounding():
+    priors = {"mel": 0.1, "nv": 0.6, "bcc": 0.3}
+    assert stated_prevalence({"nv": 1.0}, priors) == {"mel": 0.0, "nv": 1.0, "bcc": 0.0}
+    assert stated_prevalence({"mel": 0.0}, priors) == pytest.approx({"mel": 0.0, "nv": 2 / 3, "bcc": 1 / 3})
+    exact = {"mel": 0.1, "nv": 0.6, "bcc": 0.3}
+    assert stated_prevalence(exact, priors) == exact
+    assert stated_prevalence({"mel": 0.0}, priors | {"mel": 0.0})["mel"] == 0.0
+    almost = {"mel": 0.1, "nv": 0.6, "bcc": 0.3 + 5e-7}
+    assert stated_prevalence(almost, priors) == almost
