@@ -58,18 +58,17 @@ def decode_image(data: bytes, max_side_px: int | None = None) -> UInt8Array:
     return _decoded(data, Wanted(max_side_px=max_side_px))[0]
 
 
-def is_costly(data: bytes) -> bool:
-    """Return whether an image is decoded in a decoder process, which may take seconds.
+class CostlyError(Exception):
+    """Raised by `decode_if_cheap` for an image that takes a decoder process, and perhaps seconds."""
 
-    Args:
-        data: a JPEG, PNG or WebP file.
-    Returns:
-        True if the caller should not let others wait for it.
-    Raises:
-        ImageError: the bytes are not such a file, are damaged, or exceed a limit of `ImagesSettings`.
-    """
+
+def decode_if_cheap(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array]:
+    """Do the same as `decode_squares`, or raise CostlyError, so that the caller need not let others wait."""
     limits = limits_in_force()
-    return not is_cheap(measure(strip_metadata(data), limits), limits)
+    stripped = strip_metadata(data)
+    if not is_cheap(measure(stripped, limits), limits):
+        raise CostlyError
+    return dict(zip(sides_px, decode_here(stripped, Wanted(tuple(sides_px))), strict=True))
 
 
 def _decoded(data: bytes, wanted: Wanted) -> list[UInt8Array]:

@@ -141,10 +141,10 @@ class _Decoder:
 
     def work(self, stripped: bytes, wanted: Wanted, pixels: int) -> "list[UInt8Array] | ImageError":
         """Return the pixels of an image, or the error that decoding it ended with."""
-        document = {"sides_px": list(wanted.sides_px), "max_side_px": wanted.max_side_px}
+        asked = {"sides_px": list(wanted.sides_px), "max_side_px": wanted.max_side_px}
         try:
             self._socket.settimeout(START_TIMEOUT_S)
-            send(self._socket, STARTED, document, [stripped])
+            send(self._socket, STARTED, asked, [stripped])
             kind, _, _ = self._reply(START_TIMEOUT_S)
         except (OSError, EOFError) as error:
             raise _NotStartedError from error

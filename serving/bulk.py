@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from images.decode import decode_square
+from images.decode import decode_squares
 from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.durable import replacing, write_file
@@ -23,9 +23,9 @@ from records.ids import sha256_hex
 from records.images import IMAGE_SUFFIXES, image_size, sniff
 from records.taxonomy import Taxonomy
 from records.types import Decision
-from serving.images import draw_map
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, malignant_probability, triage
+from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.suitability import assess
 
@@ -79,11 +79,13 @@ def predict_folder(
     maps = out.with_name(out.name + ".maps") if explain else None
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
+    side_px = loaded.geometry.side_px
+    drawn_px = settings.overlay_side_px if explain else side_px
     with partial.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))
         for start in range(0, len(left), settings.max_batch_size):
             batch = left[start : start + settings.max_batch_size]
-            read = list(threads.map(lambda path: _read(path, loaded.geometry.side_px, settings.max_pixels), batch))
+            read = list(threads.map(lambda path: _read(path, side_px, drawn_px, settings.max_pixels), batch))
             for row in _rows(bundle, loaded, folder, list(zip(batch, read, strict=True)), settings, maps):
                 done[row["image"]] = row
                 # Rows first, table last: the table is sorted, so it can be written only when all rows are there.
@@ -100,19 +102,21 @@ def predict_folder(
 
 @dataclass(frozen=True)
 class _Decoded:
-    data: bytes
     pixels: UInt8Array
+    overlaid: UInt8Array
+    """the square that a heat map is drawn over"""
     shorter_px: int
 
 
-def _read(path: Path, side_px: int, max_pixels: int) -> _Decoded | ImageError:
+def _read(path: Path, side_px: int, drawn_px: int, max_pixels: int) -> _Decoded | ImageError:
     try:
         data = path.read_bytes()
         sniff(data)
         width_px, height_px = image_size(data)
         if width_px * height_px > max_pixels:
             return ImageError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
-        return _Decoded(data, decode_square(data, side_px), min(width_px, height_px))
+        squares = decode_squares(data, sorted({side_px, drawn_px}))
+        return _Decoded(squares[side_px], squares[drawn_px], min(width_px, height_px))
     except ImageError as error:
         return error
 
@@ -144,7 +148,7 @@ def _rows(
         has_label = verdict.label is not None
         if maps is not None and output.maps is not None and verdict.label is not None:
             drawn = output.maps[row, taxonomy.index_of(verdict.label)]
-            png = draw_map(read.data, drawn, settings.overlay_side_px, settings.overlay_alpha)
+            png = overlay_png(read.overlaid, drawn, settings.overlay_alpha)
             # The hash of the relative path keeps equal file names of different subfolders apart.
             write_file(maps / f"{sha256_hex(name.encode())[:16]}-{path.stem}.png", png, sync=False)
         yield _row(

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from images.decode import decode_square
+from images.decode import decode_square, decode_squares
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
 from records.models import registered_bundle, serving_model
 from records.store import Store, read_image
@@ -89,13 +89,13 @@ class Explainer:
 
     def _map(self, loaded: LoadedModel, image: bytes, method: Method, target: str, versus: str | None) -> HeatMap:
         index_of = self._store.taxonomy.index_of
-        pixels = decode_square(image, loaded.geometry.side_px)
+        side_px, drawn_px = loaded.geometry.side_px, self._settings.overlay_side_px
+        squares = decode_squares(image, sorted({side_px, drawn_px}))
         against = None if versus is None else index_of(versus)
-        found = attribute(loaded, pixels, method, index_of(target), against)
+        found = attribute(loaded, squares[side_px], method, index_of(target), against)
         if not np.isfinite(found.values).all():
             raise RefusedError("the model has no finite output for this image, so there is nothing to explain")
-        side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
-        return attribution_map(loaded, found, image, method, target, versus, side_px, alpha)
+        return attribution_map(loaded, found, squares[drawn_px], method, target, versus, self._settings.overlay_alpha)
 
     def _image(self, prediction: Prediction) -> bytes:
         with self._store.ledger.read() as tx:

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from images.decode import decode_square
+from images.decode import CostlyError, decode_if_cheap, decode_squares
+from records.arrays import UInt8Array
 from records.errors import UnavailableError
 from records.parts import in_parts
 from records.store import Store
@@ -36,7 +37,14 @@ from vision.inference.output import BatchOutput
 
 logger = logging.getLogger(__name__)
 
+# Costly images wait for each other, not for the threads of others: as many as are decoded at once, and a short queue.
+COSTLY_THREADS = 2
+MAX_COSTLY = 8
+
 T = TypeVar("T")
+
+
+Decode = Callable[[bytes, Sequence[int]], dict[int, UInt8Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,8 @@ class Predictor:
         self._free_cores = asyncio.Semaphore(self._cores)
         self._num_computing = 0
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._costly_threads = ThreadPoolExecutor(COSTLY_THREADS, "costly")
+        self._num_costly = 0
         self._forward_threads = ThreadPoolExecutor(self._cores, "forward")
         # One write thread: SQLite runs one write transaction at a time, so a second thread would only wait.
         self._write_thread = ThreadPoolExecutor(1, "write")
@@ -98,6 +108,7 @@ class Predictor:
         await asyncio.gather(*self._loops, *self._background, return_exceptions=True)
         for pool in (
             self._decode_threads,
+            self._costly_threads,
             self._forward_threads,
             self._write_thread,
             self._poll_thread,
@@ -147,15 +158,27 @@ class Predictor:
         return same_image(stored, image)
 
     async def _predict(self, request: PredictionRequest) -> StoredPrediction:
-        prepared = await self._in(self._decode_threads, self._prepare, request)
+        try:
+            prepared = await self._in(self._decode_threads, self._prepare, request, decode_if_cheap)
+        except CostlyError:
+            prepared = await self._prepare_costly(request)
         if isinstance(prepared, StoredPrediction):
             return prepared
         queued = _QueuedJob(prepared, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(queued)
         return await queued.done
 
-    def _prepare(self, request: PredictionRequest) -> Job | StoredPrediction:
-        """Return a decoded job, or the stored prediction of a repeated request. Runs in a decode thread."""
+    async def _prepare_costly(self, request: PredictionRequest) -> Job | StoredPrediction:
+        if self._num_costly >= MAX_COSTLY:
+            raise UnavailableError(f"{MAX_COSTLY} images that are costly to decode are waiting already")
+        self._num_costly += 1
+        try:
+            return await self._in(self._costly_threads, self._prepare, request, decode_squares)
+        finally:
+            self._num_costly -= 1
+
+    def _prepare(self, request: PredictionRequest, decode: Decode) -> Job | StoredPrediction:
+        """Return a decoded job, or the stored prediction of a repeated request. Runs in a thread for decoding."""
         arrived_s = time.perf_counter()
         image = self._take_in(request)
         if request.idempotency_key is not None:
@@ -165,13 +188,16 @@ class Predictor:
         # The job keeps this model even if the models are swapped: its pixels have the size that this model needs.
         model = self._holder.current
         consent = (request.context.consent or self._settings.default_consent) if self._settings.keep else Consent.NONE
-        pixels = decode_square(image.data, model.document.geometry.side_px)
+        side_px = model.document.geometry.side_px
+        # A costly image is decoded once for all who will need it; others are decoded at further sides on demand.
+        further = (self._settings.overlay_side_px, *self._candidate.sides_px()) if decode is decode_squares else ()
+        squares = decode(image.data, sorted({side_px, *further}))
         consent = allowed_consent(self._store, image.id, consent)
         if consent is not Consent.NONE:
             # The blob is written before the transaction. A crash in between leaves a blob without a row, which is
             # harmless. The other order could leave a row that refers to a missing blob.
             self._store.blobs.put(image.data)
-        return Job(request, image, consent, model, pixels, arrived_s)
+        return Job(request, image, consent, model, squares[side_px], arrived_s, squares=squares)
 
     def _take_in(self, request: PredictionRequest) -> StoredImage:
         return take_in(self._store, request.image, self._settings.max_pixels)

@@ -6,9 +6,9 @@ in the write thread of the predictor and does not use its queues.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 
@@ -22,7 +22,7 @@ from records.parts import attempt, each_in_parts
 from records.store import Store
 from records.types import Arm, Consent, Decision, Prediction, ReviewItem
 from serving.holder import ServedModel
-from serving.images import draw_map, gradcam_map
+from serving.images import gradcam_map
 from serving.messages import HeatMap, PredictionRequest, StoredPrediction
 from serving.outbox import (
     PredictionRows,
@@ -36,6 +36,7 @@ from serving.outbox import (
 from serving.rollout.candidate import CandidateOutput, CandidateRunner, serves_candidate
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
+from vision.explanations.overlay import overlay_png
 from vision.inference.output import BatchOutput
 from vision.inference.suitability import Suitability, assess
 
@@ -59,6 +60,8 @@ class Job:
     """of `time.perf_counter`"""
     arm: Arm = Arm.CHAMPION
     rollout_id: str | None = None
+    squares: Mapping[int, UInt8Array] = field(default_factory=dict, repr=False)
+    """further sides of a costly image: neither the write thread nor a forward thread may wait for its decoding"""
 
 
 class Recorder:
@@ -230,13 +233,13 @@ class Recorder:
     def _heat_map(self, job: Job, verdict: Verdict, values: Float32Array | None) -> HeatMap | None:
         if not job.request.explain or values is None or verdict.label is None:
             return None
-        side_px, alpha = self._settings.overlay_side_px, self._settings.overlay_alpha
-        return gradcam_map(job.model.loaded, job.image.data, values, verdict.label, side_px, alpha)
+        square = square_of(job, self._settings.overlay_side_px)
+        return gradcam_map(job.model.loaded, square, values, verdict.label, self._settings.overlay_alpha)
 
     def _overlay(self, job: Job, values: Float32Array | None) -> bytes | None:
         if values is None:
             return None
-        return draw_map(job.image.data, values, self._settings.overlay_side_px, self._settings.overlay_alpha)
+        return overlay_png(square_of(job, self._settings.overlay_side_px), values, self._settings.overlay_alpha)
 
     def _prediction(self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int) -> Prediction:
         request, model = job.request, job.model
@@ -276,8 +279,15 @@ class Recorder:
 
 def pixels_of(job: Job, model: ServedModel) -> UInt8Array:
     """Return a job's pixels in a model's geometry, [S, S, 3]."""
-    side_px = model.document.geometry.side_px
-    return job.pixels if job.pixels.shape[0] == side_px else decode_square(job.image.data, side_px)
+    return square_of(job, model.document.geometry.side_px)
+
+
+def square_of(job: Job, side_px: int) -> UInt8Array:
+    """Return a job's image as the square of a side, [S, S, 3]; decoded only if it was not decoded at that side."""
+    if job.pixels.shape[0] == side_px:
+        return job.pixels
+    found = job.squares.get(side_px)
+    return decode_square(job.image.data, side_px) if found is None else found
 
 
 def same_image(stored: StoredPrediction, image: StoredImage) -> StoredPrediction:

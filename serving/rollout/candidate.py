@@ -77,6 +77,11 @@ class CandidateRunner:
         except RelookError as error:
             logger.error("the rollout stays as it is: %s", error)
 
+    def sides_px(self) -> tuple[int, ...]:
+        """Return the side of the images that the candidate takes; empty if there is none."""
+        running = self._running
+        return () if running is None else (running[1].document.geometry.side_px,)
+
     def select(self, keys: Sequence[str], stage: RolloutStage) -> CandidateRows | None:
         """Select the rows of a batch that the candidate predicts.
 
