@@ -32,7 +32,9 @@ SEND_TIMEOUT_S = 30.0
 LINGER_S = 2.0
 """How long a connection stays half open after a response that came before the request was whole, seconds. If it were
 closed at once, the kernel would reset it, and the caller might never read the response."""
+LINGER_BYTES = 1_000_000
 CHECK_S = 0.5
+_MALFORMED = "this is not a valid HTTP/1.1 request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what arrived, within the limits."""
-        if self._lingering_s is not None or self.transport.is_closing():
+        if self._lingering_s is not None:
+            # Thrown away, up to a bound: then the caller's own buffers fill and it stops.
+            self._raw_bytes += len(data)
+            if self._raw_bytes > LINGER_BYTES:
+                self.flow.pause_reading()
+            return
+        if self.transport.is_closing():
             return
         was = self.reading
         self._raw_bytes += len(data)
@@ -174,9 +182,12 @@ class LimitedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserInvalidMethodError:
-            self._refuse(problem(405, "method_not_allowed", f"the methods of this service are {METHODS}"))
+            if data.partition(b" ")[0].isalpha():
+                self._refuse(problem(405, "method_not_allowed", f"the methods of this service are {METHODS}"))
+            else:
+                self._refuse(problem(400, "malformed", _MALFORMED))
         except httptools.HttpParserError:
-            self._refuse(self._refusal or problem(400, "malformed", "this is not a valid HTTP/1.1 request"))
+            self._refuse(self._refusal or problem(400, "malformed", _MALFORMED))
         except httptools.HttpParserUpgrade:
             # The request itself was served; whatever protocol follows it is none of ours.
             self._close_after = True
@@ -340,7 +351,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _linger(self) -> None:
         """End the response, and the connection as soon as the caller has read it."""
         self._unset_keepalive_if_required()
-        self._lingering_s = time.monotonic()
+        self._lingering_s, self._raw_bytes = time.monotonic(), 0
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
