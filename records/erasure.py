@@ -340,8 +340,8 @@ def _erase_blobs(store: Store, image_ids: Collection[str]) -> int:
 _PIXELS_IN_HTML = re.compile(r"<img\b[^>]*\bsrc=\"data:image/(?!svg)[^>]*>", re.IGNORECASE)
 
 
-def without_photos(html: str) -> str:
-    """Return a report without embedded photographs; drawn figures (SVG) stay."""
+def without_images(html: str) -> str:
+    """Return a report without embedded images; drawn figures (SVG) stay."""
     return _PIXELS_IN_HTML.sub("<i>removed</i>", html)
 
 
@@ -352,11 +352,11 @@ def reports(store: Store) -> Iterator[Path]:
 
 
 def _erase_reports(store: Store, image_ids: Collection[str]) -> int:
-    """Remove photographs from reports: whose they are cannot be told from them."""
+    """Remove images from reports: whose they are cannot be told from them."""
     changed = 0
     for path in reports(store):
         html = path.read_text(encoding="utf-8", errors="surrogateescape")
-        if (kept := without_photos(html)) != html:
+        if (kept := without_images(html)) != html:
             write_file(path, kept.encode(errors="surrogateescape"))
             changed += 1
     return changed
@@ -412,7 +412,7 @@ def _rewrite_file(store: Store, image_ids: Collection[str]) -> int:
 BLOBS = Place("blobs", "blobs", "images, and heat maps over them", _erase_blobs)
 RECORDS_PLACES: tuple[Place, ...] = (
     BLOBS,
-    Place("reports", "bundles, runs", "photographs that a report embeds", _erase_reports),
+    Place("reports", "bundles, runs", "images that a report embeds; Relook itself writes none there", _erase_reports),
     Place("backups", "folders of `relook backup`", "all of it, as it was", _note_in_backups),
     Place("ledger file", "ledger.db", "rows as they were before", _rewrite_file),
 )

@@ -5,12 +5,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Response
 from fastapi.responses import HTMLResponse
 
+from records.erasure import without_images
 from records.errors import UnavailableError, UnknownIdError
 from records.models import current_rollout, find_model
 from records.types import ModelRecord, Scope
 from serving.access.keys import Caller
 from serving.registry import model_details, report_html, rounds_body
-from serving.responses import model_body, rollout_body
+from serving.responses import EVERY_ORGANISATION, model_body, rollout_body
 from serving.rollout.control import roll_back, roll_out, undo_promotion
 from serving.routes.authenticator import Authenticator
 from serving.schemas import (
@@ -67,7 +68,10 @@ def _add_models(router: APIRouter, service: Service, authenticator: Authenticato
     @router.get("/v1/models/{model_id}/report", response_class=Response, responses=_PAGE)
     def read_report(model_id: ModelId, caller: Annotated[Caller, Depends(authenticator.requires(None))]) -> Response:
         """Return the evaluation report of a model, a self-contained HTML page."""
-        return HTMLResponse(report_html(service.store, model_id), headers={"Content-Security-Policy": _SANDBOX})
+        html = report_html(service.store, model_id)
+        # Whose images an operator has put into it cannot be told, so only who may see all of them gets any.
+        shown = html if caller.may_see(EVERY_ORGANISATION) else without_images(html)
+        return HTMLResponse(shown, headers={"Content-Security-Policy": _SANDBOX})
 
     @router.get("/v1/rounds", response_model=RoundList)
     def list_rounds(caller: Annotated[Caller, Depends(authenticator.requires(None))]) -> RoundList:

@@ -233,6 +233,14 @@ def test_a_report_with_everything_measured(run, make_bundle, filled_store, image
     assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == printed
 
 
+def test_images_are_embedded_only_in_reports_outside_the_home(run, bundle, filled_store):
+    report = filled_store.home.bundles / bundle.id / "report"
+    for where in ((), ("--report", report)):
+        with pytest.raises(ConfigError, match="outside the home"):
+            run("evaluate", bundle.path, "--embed-images", *where, "--json")
+    assert not report.exists()
+
+
 def test_a_prevalence_can_be_stated(run, make_bundle, filled_store):
     from records.bundles import Calibration
 

@@ -37,6 +37,9 @@ def evaluate_command(
     robustness: Annotated[bool, typer.Option("--robustness", help="Attack a sample with FGSM and PGD.")] = False,
     explanations: Annotated[bool, typer.Option("--explanations", help="Measure how faithful heat maps are.")] = False,
     report: Annotated[Path | None, typer.Option(help="Folder to write report.html and metrics.json to.")] = None,
+    embed_images: Annotated[
+        bool, typer.Option("--embed-images", help="Show the worst mistakes in --report, which has to be elsewhere.")
+    ] = False,
 ) -> None:
     """Measure a model on a split of a dataset, or on any folder of labelled images."""
     from records.datasets import load_dataset
@@ -54,6 +57,11 @@ def evaluate_command(
         raise ConfigError(f"--masks {masks} is no folder; give one with a mask per image")
     settings = call.settings
     with call.store() as store, progress() as bar:
+        if embed_images and (report is None or report.resolve().is_relative_to(store.home.root.resolve())):
+            raise ConfigError(
+                "--embed-images needs --report with a folder outside the home: reports in it can be read by every key, "
+                "and hold no image"
+            )
         bundle = find_bundle(store, model)
         document = bundle.document
         shares = _prevalence(prevalence, document.calibration.priors) if prevalence else None
@@ -71,7 +79,7 @@ def evaluate_command(
         evaluation = _probed(evaluation, bundle, found, bar, robustness=robustness, explanations=explanations)
         # Inside of the store's block: the report draws images, which it reads from the blobs.
         if report is not None:
-            write_report(report, bundle, loaded, found, evaluation)
+            write_report(report, bundle, loaded, found, evaluation, embed_images=embed_images)
     call.emit(evaluation, _evaluation_tables(evaluation))
 
 

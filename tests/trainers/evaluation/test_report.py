@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from images.importer import open_dataset
+from records.bundles import read_bundle
 from records.taxonomy import load_taxonomy
 from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.mistakes import worst_mistakes
@@ -40,6 +41,19 @@ def test_the_report_needs_no_other_file(reported):
     assert "<script" not in html
     assert html.count("data:image/svg+xml") >= 4
     assert len(html) < 6_000_000
+
+
+def test_it_shows_and_names_no_image_unless_asked(reported, filled_store, tmp_path):
+    path, found, evaluation = reported
+    html = path.read_text()
+    assert "data:image/png" not in html
+    names = [name for name in found.images.names if name in html]
+    assert names == []
+    assert found.image_ids[worst_mistakes(found, filled_store.taxonomy)[0]][:12] in html
+    bundle = read_bundle(filled_store.home.bundles / evaluation.model_id)
+    asked = write_report(tmp_path, bundle, load_model(bundle, precision="fp32"), found, evaluation, embed_images=True)
+    assert "data:image/png" in asked.read_text()
+    assert any(name in asked.read_text() for name in found.images.names)
 
 
 def test_metrics_beside_it_are_the_evaluation(reported):

@@ -1,10 +1,10 @@
-"""The costliest misclassifications of an evaluation, each with its heat map.
+"""The costliest misclassifications of an evaluation, by the ids of their images or each with its heat map.
 
 Cost is the miss cost of the true class times the probability that the model did not give it.
 """
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,15 +25,16 @@ class Mistake:
     """One misclassified image."""
 
     name: str
+    """id of the image, or its name in a report that embeds images"""
     truth: str
     predicted: str
     truth_probability: float
     predicted_probability: float
     is_answered: bool
     """whether the rules would have left it to the model alone"""
-    image: str
-    """data URI"""
-    overlay: str
+    image: str | None = None
+    """data URI; None in a report that embeds no images"""
+    overlay: str | None = None
     """data URI of the image with the heat map of the predicted class"""
 
 
@@ -55,32 +56,42 @@ def worst_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, count: int
     return np.array(chosen, dtype=np.int64)
 
 
-def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating: OperatingPoints) -> list[Mistake]:
-    """Draw the costliest mistakes; none if the predictions have no images."""
-    images, taxonomy = predictions.images, model.taxonomy
+def described_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, operating: OperatingPoints) -> list[Mistake]:
+    """Describe the costliest mistakes without their images.
+
+    Images of a dataset are named by their ids, rows of a folder's table by their numbers: file names may name people.
+    """
     chosen = worst_mistakes(predictions, taxonomy)
-    if images is None or len(chosen) == 0:
-        return []
+    predicted = predictions.probabilities[chosen].argmax(axis=1)
+    is_answered = answered(predictions.probabilities[chosen], taxonomy, operating)
+    return [
+        Mistake(
+            name=predictions.image_ids[index][:12] if predictions.dataset_id else f"row {index + 1}",
+            truth=taxonomy.classes[int(predictions.labels[index])].name,
+            predicted=taxonomy.classes[label].name,
+            truth_probability=float(predictions.probabilities[index, predictions.labels[index]]),
+            predicted_probability=float(predictions.probabilities[index, label]),
+            is_answered=bool(alone),
+        )
+        for index, label, alone in zip(chosen.tolist(), predicted.tolist(), is_answered, strict=True)
+    ]
+
+
+def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating: OperatingPoints) -> list[Mistake]:
+    """Draw the costliest mistakes, with names; without images if the predictions have none."""
+    described = described_mistakes(predictions, model.taxonomy, operating)
+    images, chosen = predictions.images, worst_mistakes(predictions, model.taxonomy)
+    if images is None or not described:
+        return described
     predicted = predictions.probabilities[chosen].argmax(axis=1)
     maps = model.gradcam(images.squares(chosen, model.geometry.side_px), predicted)
-    is_answered = answered(predictions.probabilities[chosen], taxonomy, operating)
-    mistakes = []
-    for index, label, alone, heat_map in zip(chosen.tolist(), predicted.tolist(), is_answered, maps, strict=True):
-        image, truth = images.square(index, SIDE_PX), int(predictions.labels[index])
-        mistakes.append(
-            Mistake(
-                name=images.names[index],
-                truth=taxonomy.classes[truth].name,
-                predicted=taxonomy.classes[label].name,
-                truth_probability=float(predictions.probabilities[index, truth]),
-                predicted_probability=float(predictions.probabilities[index, label]),
-                is_answered=bool(alone),
-                # An empty map changes no pixel; this only encodes the image as PNG.
-                image=_uri(overlay_png(image, np.zeros((1, 1)))),
-                overlay=_uri(overlay_png(image, heat_map)),
-            )
-        )
-    return mistakes
+    drawn = []
+    for mistake, index, heat_map in zip(described, chosen.tolist(), maps, strict=True):
+        image = images.square(index, SIDE_PX)
+        # An empty map changes no pixel; this only encodes the image as PNG.
+        pair = {"image": _uri(overlay_png(image, np.zeros((1, 1)))), "overlay": _uri(overlay_png(image, heat_map))}
+        drawn.append(replace(mistake, name=images.names[index], **pair))
+    return drawn
 
 
 def _uri(png: bytes) -> str:

@@ -11,7 +11,7 @@ from records.durable import make_folders, write_file
 from trainers.evaluation.evaluate import SplitPredictions
 from trainers.evaluation.figures import Evaluation, Interval
 from trainers.evaluation.report import plots
-from trainers.evaluation.report.mistakes import drawn_mistakes
+from trainers.evaluation.report.mistakes import described_mistakes, drawn_mistakes
 from trainers.evaluation.report.words import cards, name_of, percent, warnings_of
 from vision.inference.loaded import LoadedModel
 
@@ -27,10 +27,20 @@ SLICE_TITLES = {
 
 
 def write_report(
-    folder: Path, bundle: Bundle, model: LoadedModel, predictions: SplitPredictions, evaluation: Evaluation
+    folder: Path,
+    bundle: Bundle,
+    model: LoadedModel,
+    predictions: SplitPredictions,
+    evaluation: Evaluation,
+    *,
+    embed_images: bool = False,
 ) -> Path:
-    """Write the report of an evaluation and return the HTML file; an older report in the folder is replaced."""
-    html = render_report(bundle, model, predictions, evaluation)
+    """Write the report of an evaluation and return the HTML file; an older report in the folder is replaced.
+
+    With `embed_images` it shows up to twelve images with their names. No erasure reaches a report outside the home,
+    and whoever may read a report in the home would see them, so only a report elsewhere may embed any.
+    """
+    html = render_report(bundle, model, predictions, evaluation, embed_images=embed_images)
     # A report can be written again, so it does not wait for the disk.
     make_folders(folder, sync=False)
     write_file(folder / METRICS, evaluation.model_dump_json(indent=2) + "\n", sync=False)
@@ -38,7 +48,14 @@ def write_report(
     return folder / REPORT
 
 
-def render_report(bundle: Bundle, model: LoadedModel, predictions: SplitPredictions, evaluation: Evaluation) -> str:
+def render_report(
+    bundle: Bundle,
+    model: LoadedModel,
+    predictions: SplitPredictions,
+    evaluation: Evaluation,
+    *,
+    embed_images: bool = False,
+) -> str:
     """Return the report as HTML; arguments as for `write_report`."""
     # StrictUndefined: a value missing from the context fails instead of rendering as nothing.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -60,7 +77,11 @@ def render_report(bundle: Bundle, model: LoadedModel, predictions: SplitPredicti
             for name, reports in evaluation.slices.items()
         ],
         faithfulness=document.explanation.get("faithfulness"),
-        mistakes=drawn_mistakes(predictions, model, document.operating),
+        mistakes=(
+            drawn_mistakes(predictions, model, document.operating)
+            if embed_images
+            else described_mistakes(predictions, document.taxonomy, document.operating)
+        ),
     )
 
 
