@@ -16,9 +16,8 @@ from xml.etree import ElementTree
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
+from images.decode import decode_image
 from labeling.settings import LabelingSettings
-from records.errors import ImageError
-from records.images import sniff
 from records.taxonomy import Taxonomy
 from records.types import AnnotationKind, Image, Prediction, ReasonCode, ReviewItem
 from records.types.base import LINE, LINES
@@ -214,29 +213,16 @@ def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False)
         settings: longest side and JPEG quality.
         enlarge: whether to enlarge a smaller image to that size, for a folded panel, which shows images at their own.
     Returns:
-        A JPEG data URI. A JPEG that is small enough is not encoded again; orientation and ICC profile are kept.
+        A JPEG data URI, upright, in sRGB, without metadata.
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    kind = sniff(image)
     side_px = settings.image_side_px
-    try:
-        with PillowImage.open(io.BytesIO(image), formats=("jpeg", "png", "webp")) as opened:
-            if kind == "jpeg" and max(opened.size) <= side_px and not enlarge:
-                opened.load()
-                return _jpeg_uri(image)
-            # A profile of other channels would be wrong for the RGB image made here.
-            profile = opened.info.get("icc_profile") if opened.mode == "RGB" else None
-            # Lets libjpeg decode at a half, quarter or eighth of the size, several times faster for large photos.
-            opened.draft("RGB", (side_px, side_px))
-            upright = ImageOps.exif_transpose(opened)
-            small = upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
-        raise ImageError("the image cannot be decoded; it is damaged or cut off", "damaged") from error
+    # The model's decoder, so that annotators see its pixels; browsers show transparency and CMYK in another way.
+    shown = PillowImage.fromarray(decode_image(image, side_px))
     if enlarge:
-        small = ImageOps.contain(small, (side_px, side_px), PillowImage.Resampling.BILINEAR)
-    small.thumbnail((side_px, side_px), PillowImage.Resampling.BICUBIC)
-    return _jpeg_uri(_encoded(small, settings.jpeg_quality, profile))
+        shown = ImageOps.contain(shown, (side_px, side_px), PillowImage.Resampling.BILINEAR)
+    return _jpeg_uri(_encoded(shown, settings.jpeg_quality))
 
 
 def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> ParsedAnnotation:
@@ -339,13 +325,13 @@ def _jpeg_uri(jpeg: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
-def _encoded(image: PillowImage.Image, quality: int, profile: bytes | None) -> bytes:
+def _encoded(image: PillowImage.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, icc_profile=profile)
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
 @lru_cache(maxsize=4)
 def _no_heat_map(side_px: int) -> str:
     # Label Studio refuses a task without a key that its page uses, and an empty value shows as a broken image.
-    return _jpeg_uri(_encoded(PillowImage.new("RGB", (side_px // 4, side_px // 8), (221, 221, 221)), 50, None))
+    return _jpeg_uri(_encoded(PillowImage.new("RGB", (side_px // 4, side_px // 8), (221, 221, 221)), 50))
