@@ -158,6 +158,26 @@ def open_blobs(url: str, *, sync: bool = True) -> BlobStore:
         ConfigError: the path is relative, or no file system handles the URL.
         UnavailableError: the store does not respond or cannot be written.
     """
+    filesystem, root, local = open_filesystem(url, "records.blobs")
+    store = BlobStore(url=url, root=root.rstrip("/"), filesystem=filesystem, local=local, sync=sync)
+    if local:
+        _sweep(Path(store.root))
+    else:
+        _require_writable(store)
+    return store
+
+
+def open_filesystem(url: str, setting: str) -> tuple[Any, str, bool]:
+    """Open a place that a setting names.
+
+    Args:
+        url: as of `open_blobs`.
+        setting: for the error.
+    Returns:
+        The fsspec file system, the place as it names it, and whether that is a path of this machine.
+    Raises:
+        ConfigError: the path is relative, or no file system handles the URL.
+    """
     try:
         if url.startswith(OBJECT_STORES):
             arrow, root = pa.fs.FileSystem.from_uri(url)
@@ -165,17 +185,12 @@ def open_blobs(url: str, *, sync: bool = True) -> BlobStore:
         else:
             filesystem, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError, OSError) as error:
-        raise ConfigError(f"records.blobs {url!r} cannot be opened: {error}") from error
+        raise ConfigError(f"{setting} {url!r} cannot be opened: {error}") from error
     local = isinstance(filesystem, LocalFileSystem)
     if local and not Path(url.rpartition("://")[2]).is_absolute():
         # Ray changes the working folder, so each process would resolve it differently.
-        raise ConfigError(f"records.blobs {url!r} is a relative path; use an absolute one such as {root!r}")
-    store = BlobStore(url=url, root=root.rstrip("/"), filesystem=filesystem, local=local, sync=sync)
-    if local:
-        _sweep(Path(store.root))
-    else:
-        _require_writable(store)
-    return store
+        raise ConfigError(f"{setting} {url!r} is a relative path; use an absolute one such as {root!r}")
+    return filesystem, root, local
 
 
 def _sweep(root: Path) -> None:

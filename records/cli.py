@@ -1,5 +1,6 @@
 """Verbs that read and write the records alone: `taxonomy check`, `audit verify`, `trace`, `backup`, `restore`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -29,15 +30,38 @@ def taxonomy_check(call: JsonCall, file: Annotated[str, typer.Argument(help="YAM
 
 
 @verb(audit_app, "verify")
-def audit_verify(call: Call) -> None:
-    """Check the audit chain and name any altered, removed, reordered or cut-off event."""
-    from records.audit import verify
+def audit_verify(
+    call: Call,
+    anchor: Annotated[
+        bool, typer.Option("--anchor", help="Also compare it with the heads at records.audit_anchor.")
+    ] = False,
+) -> None:
+    """Check the audit chain and name any altered, removed, reordered, foreign or cut-off event."""
+    from records.audit import num_unkeyed, verify, verify_anchor
 
+    anchored: int | None = None
     with call.store() as store:
         faults = verify(store.ledger, store.home)
+        if anchor:
+            differences, anchored = verify_anchor(store.ledger)
+            faults += differences
+        unkeyed = num_unkeyed(store.ledger)
     if faults:
         raise IntegrityError("the audit chain is broken: " + "; ".join(faults))
-    call.emit({"whole": True, "faults": []}, "the audit chain is whole")
+    text = "the audit chain is whole"
+    text += f"; it is unkeyed up to event {unkeyed}" if unkeyed else ""
+    text += f"; it is anchored up to event {anchored}" if anchored is not None else ""
+    call.emit({"whole": True, "faults": [], "unkeyed_up_to": unkeyed, "anchored_up_to": anchored}, text)
+
+
+@verb(audit_app, "rotate-key")
+def audit_rotate_key(call: Call) -> None:
+    """Put a new key of the audit chain in force; earlier keys stay in their file, to verify earlier events."""
+    from records.audit import rotate_key
+
+    with call.store() as store:
+        key_id = rotate_key(store.ledger, actor=f"uid {os.getuid()}")
+    call.emit({"key_id": key_id}, f"the next events are keyed with {key_id}; keep a copy of the file of keys")
 
 
 @verb(app, "trace")
@@ -77,11 +101,17 @@ def backup_command(
 def restore_command(
     call: Call,
     folder: Annotated[Path, typer.Argument(help="Folder that `relook backup` wrote.")],
+    erased: Annotated[
+        Path | None, typer.Option("--erased", help="File with ids of images that were erased since; they stay erased.")
+    ] = None,
 ) -> None:
     """Restore a backup into an empty home and database; check every file before writing any."""
     from records.backup import restore
+    from records.erasure import read_erased
 
+    if erased is not None and not erased.is_file():
+        raise ConfigError(f"--erased {erased} is no file; `relook erase --list` prints the ids for one")
     settings = call.settings.records
-    restored = restore(folder, settings)
+    restored = restore(folder, settings, read_erased(erased) if erased is not None else ())
     found = {"home": str(settings.home), "rows": restored.rows, "files": len(restored.files)}
     call.emit(found, f"restored {sum(restored.rows.values())} rows and {len(restored.files)} files; the audit holds")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from records.errors import ConfigError
 
@@ -51,11 +51,21 @@ class RecordsSettings(RoomSettings):
     )
     durability: Literal["normal", "full"] = Field(
         default="normal",
-        description="what was acknowledged survives: normal a kill -9; full a power cut too, since SQLite and the files "
-        "of blobs wait for the disk (about 7x slower)",
+        description="what was acknowledged survives: normal a kill -9; full a power cut too, since SQLite and the "
+        "files of blobs wait for the disk (about 7x slower)",
     )
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="how long a writer waits for another writer, seconds"
+    )
+    audit_key_file: Path | None = Field(
+        default=None,
+        description="absolute path of the keys of the audit chain, one a line, the newest last; default: "
+        "keys/audit-key in home",
+    )
+    audit_anchor: str | None = Field(
+        default=None,
+        description="second store for heads of the audit chain, which this machine's operator cannot rewrite: the path "
+        "or file:// URL of an append-only log, or an s3:// or gs:// prefix with object lock; null is none",
     )
     keep_images_days: int | None = Field(
         default=None,
@@ -83,9 +93,18 @@ class RecordsSettings(RoomSettings):
             )
         return self
 
+    @field_validator("audit_key_file")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        # Ray changes the working folder, so each process would resolve it differently.
+        if path is not None and not path.is_absolute():
+            raise ValueError(f"{str(path)!r} is a relative path; use an absolute one such as /etc/relook/audit-key")
+        return path
+
     def apart(self, home: Path) -> "RecordsSettings":
         """Return settings of a separate home whose ledger and blobs are inside it; this store is not touched."""
-        return self.model_copy(update={"home": home, "blobs": None, "database": None})
+        apart = {"home": home, "blobs": None, "database": None, "audit_key_file": None, "audit_anchor": None}
+        return self.model_copy(update=apart)
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from records.blobs import BlobStore, open_blobs
 from records.errors import DataError, IntegrityError, UnknownIdError
 from records.home import Home, open_home
 from records.ids import sha256_hex
-from records.ledger import Ledger, open_ledger
+from records.ledger import AuditPlaces, Ledger, open_ledger
 from records.settings import RecordsSettings
 from records.taxonomy import Taxonomy, load_taxonomy
 from records.types import Image
@@ -67,9 +67,9 @@ def open_store(settings: RecordsSettings) -> Store:
         database_url(settings, home),
         durability=settings.durability,
         busy_timeout_s=settings.busy_timeout_s,
-        audit_head=head_file(home),
+        audit=AuditPlaces(settings.audit_key_file or home.keys / "audit-key", head_file(home), settings.audit_anchor),
     )
-    open_chain(ledger, home)
+    open_chain(ledger)
     blobs = open_blobs(settings.blobs or str(home.blobs), sync=settings.durability == "full")
     # Passed to Ray workers, which start in another folder, so the path has to be absolute.
     settings = settings.model_copy(update={"home": home.root})

@@ -121,4 +121,8 @@ def _move_aside(home: Home) -> Path:
     left += [path for path in home.demo.iterdir() if path.name != "earlier"]
     for path in sorted(left):
         shutil.move(path, earlier / path.name)
+    # Key and head of the audit chain belong to the ledger that was moved.
+    (earlier / "keys").mkdir(mode=0o700)
+    for path in sorted(home.keys.glob("audit-*")):
+        shutil.move(path, earlier / "keys" / path.name)
     return earlier

@@ -23,6 +23,7 @@ from records.errors import ContractError, RefusedError, RelookError, Unavailable
 from records.ledger.engine import READ_OPTIONS, TOUCHES_OPTION, WRITE_OPTION, make_engine
 from records.ledger.migrate import upgrade
 from records.ledger.tables import TABLES, any_of
+from records.redaction import without_secrets
 from records.types import Lease, Record
 
 R = TypeVar("R", bound=Record)
@@ -46,6 +47,21 @@ FENCES: ContextVar[tuple[Fence, ...]] = ContextVar("FENCES", default=())
 
 
 @dataclass(frozen=True)
+class AuditPlaces:
+    """Where the audit chain is kept in check outside the database.
+
+    Args:
+        keys: the file of its keys, see `records.audit`.
+        head: the file of its newest event.
+        anchor: URL of a second store of heads, see `records.anchor`; None if there is none.
+    """
+
+    keys: Path
+    head: Path
+    anchor: str | None = None
+
+
+@dataclass(frozen=True)
 class Transaction:
     """One transaction.
 
@@ -53,11 +69,13 @@ class Transaction:
         connection: the SQLAlchemy connection, for the rare query that records cannot express.
         writes: false in a read transaction.
         after_commit: called with the ledger after this transaction was committed, each function once.
+        audit: of the ledger.
     """
 
     connection: sa.Connection
     writes: bool = True
     after_commit: list[Callable[["Ledger"], None]] = field(default_factory=list, repr=False)
+    audit: AuditPlaces | None = None
 
     def add(self, *records: Record) -> None:
         """Insert records of any types, all or none of them.
@@ -204,12 +222,12 @@ class Ledger:
     Args:
         url: its URL without the password.
         engine: the SQLAlchemy engine.
-        audit_head: the file outside the database that keeps the head of the audit chain, if there is one.
+        audit: where the audit chain is kept in check; None leaves it without keys and head.
     """
 
     url: str
     engine: sa.Engine = field(repr=False)
-    audit_head: Path | None = None
+    audit: AuditPlaces | None = None
 
     @contextmanager
     def begin(self, touches: Collection[str] | None = None) -> Generator[Transaction]:
@@ -229,7 +247,7 @@ class Ledger:
         with reachable(self.url), self.engine.connect() as connection:
             connection = connection.execution_options(**{WRITE_OPTION: True, TOUCHES_OPTION: touches})
             with connection.begin():
-                tx = Transaction(connection)
+                tx = Transaction(connection, audit=self.audit)
                 # A lease is taken in a transaction that excludes this one, so it stays ours until the commit.
                 for fence in FENCES.get():
                     if fence.url == self.url and tx.require(Lease, fence.name).fence != fence.number:
@@ -287,7 +305,7 @@ def open_ledger(
     *,
     durability: Literal["normal", "full"] = "normal",
     busy_timeout_s: float = 30.0,
-    audit_head: Path | None = None,
+    audit: AuditPlaces | None = None,
 ) -> Ledger:
     """Open a ledger and migrate its schema.
 
@@ -295,7 +313,7 @@ def open_ledger(
         url: a SQLAlchemy URL, SQLite or PostgreSQL.
         durability: SQLite's synchronous mode.
         busy_timeout_s: how long a writer waits for another writer, seconds.
-        audit_head: the file outside the database that keeps the head of the audit chain.
+        audit: where the audit chain is kept in check.
     Returns:
         The open ledger.
     Raises:
@@ -303,14 +321,14 @@ def open_ledger(
         UnavailableError: the database does not respond.
     """
     engine = make_engine(url, durability=durability, busy_timeout_s=busy_timeout_s)
-    shown = engine.url.render_as_string(hide_password=True)
+    shown = without_secrets(engine.url.render_as_string(hide_password=True))
     try:
         with reachable(shown):
             upgrade(engine)
     except BaseException:
         engine.dispose()
         raise
-    return Ledger(url=shown, engine=engine, audit_head=audit_head)
+    return Ledger(url=shown, engine=engine, audit=audit)
 
 
 @contextmanager

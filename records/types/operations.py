@@ -50,7 +50,9 @@ class ModelRecord(Record):
     dataset_id: str
     taxonomy_hash: str
     round: int | None = None
-    replaced_id: str | None = Field(default=None, description="the model that served before it, to which an undo returns")
+    replaced_id: str | None = Field(
+        default=None, description="the model that served before it, to which an undo returns"
+    )
     replaced_status: ModelStatus | None = Field(default=None, description="champion or provisional, as that model was")
 
 
@@ -112,7 +114,7 @@ class Cursor(Record):
 
 
 class AuditEvent(Record):
-    """One link of the audit chain: each event carries the hash of the one before."""
+    """One link of the audit chain: each event carries the hash of the one before, and its own under a key."""
 
     table: ClassVar[str] = "audit_events"
     key: ClassVar[str] = "number"
@@ -125,6 +127,9 @@ class AuditEvent(Record):
     details: dict[str, Any] = Field(default_factory=dict)
     previous_hash: str
     hash: str
+    key_id: str | None = Field(
+        default=None, description="which key made the hash; null in events from before there were keys"
+    )
 
 
 class EventRecord(Record):

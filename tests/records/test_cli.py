@@ -48,7 +48,12 @@ def test_a_malformed_taxonomy_names_the_field(store: Store, tmp_path: Path) -> N
 
 
 def test_an_intact_chain_is_reported_as_intact(chain: Store) -> None:
-    assert json.loads(_run(chain, "audit", "verify", "--json").stdout) == {"whole": True, "faults": []}
+    assert json.loads(_run(chain, "audit", "verify", "--json").stdout) == {
+        "whole": True,
+        "faults": [],
+        "unkeyed_up_to": 0,
+        "anchored_up_to": None,
+    }
     assert _run(chain, "audit", "verify").stdout == "the audit chain is whole\n"
 
 

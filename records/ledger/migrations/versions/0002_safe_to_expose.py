@@ -12,6 +12,7 @@ def upgrade() -> None:
     _what_a_model_replaced()
     _order_without_clocks()
     _consent_taken_back()
+    _keyed_audit_chain()
 
 
 def _what_a_model_replaced() -> None:
@@ -26,3 +27,7 @@ def _order_without_clocks() -> None:
 
 def _consent_taken_back() -> None:
     op.add_column("images", sa.Column("consent_lowered_at", sa.DateTime(timezone=True), nullable=True))
+
+
+def _keyed_audit_chain() -> None:
+    op.add_column("audit_events", sa.Column("key_id", sa.Text(), nullable=True))
