@@ -76,8 +76,11 @@ def _preset_names() -> Sequence[str]:
 
 def _load(config: Path | None, preset: str | None, sets: Sequence[str]) -> Any:
     from cluster.sources import load_settings
+    from images.settings import limits_variable
 
-    return load_settings(config, preset, sets, os.environ)
+    settings = load_settings(config, preset, sets, os.environ)
+    os.environ.update(limits_variable(settings.images))
+    return settings
 
 
 def _start_ray(settings: Any) -> AbstractContextManager[Any]:

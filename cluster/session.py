@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from cluster.settings import ClusterSettings, Settings
+from images.settings import limits_variable
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import Home, open_home
 from records.keys import key_file
@@ -87,7 +88,7 @@ def start_ray(settings: Settings) -> Iterator[RaySession]:
     require_token_mode(os.environ)
     if ray_is_running():
         raise ContractError("Ray is already initialised in this process; open one session around the whole command")
-    environ = {"RAY_AUTH_MODE": "token", **_QUIET}
+    environ = {"RAY_AUTH_MODE": "token", **_QUIET, **limits_variable(settings.images)}
     if settings.cluster.ray_address:
         with environment(environ), _orderly_sigterm():
             yield from _joined(settings, environ)
