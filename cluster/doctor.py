@@ -19,9 +19,10 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from cluster.session import PROBE_TIMEOUT_S, is_listening, require_token_mode
-from cluster.settings import Settings, without_password
+from cluster.settings import Settings
 from records.errors import RelookError
 from records.home import Home
+from records.redaction import without_secrets
 
 GB = 10**9
 DISK_FAIL_BYTES, DISK_WARN_BYTES = 1 * GB, 5 * GB
@@ -210,17 +211,17 @@ def _ledger(settings: Settings) -> Check:
     except Exception as error:  # noqa: BLE001 - every driver has its own errors, and each means that the database is out of reach
         fix = "start the database, or unset RELOOK_DATABASE" if records.database else "restore a backup"
         reason = " ".join(str(error).split())[:200]
-        return Check(name=name, state="fail", detail=f"{without_password(url)} does not open: {reason}", fix=fix)
+        return Check(name=name, state="fail", detail=f"{without_secrets(url)} does not open: {reason}", fix=fix)
     finally:
         engine.dispose()
     if is_usable:
-        detail = f"{without_password(url)} has schema {found}, newer than this program's {wanted} but compatible"
+        detail = f"{without_secrets(url)} has schema {found}, newer than this program's {wanted} but compatible"
         return Check(name=name, state="warn", detail=detail, fix="install the newer version here, too")
     if found != wanted:
         refuse_newer(found)
-        detail = f"{without_password(url)} has schema {found or 'none'}; the next command brings it to {wanted}"
+        detail = f"{without_secrets(url)} has schema {found or 'none'}; the next command brings it to {wanted}"
         return Check(name=name, state="ok", detail=detail)
-    return Check(name=name, state="ok", detail=f"{without_password(url)}, schema {found}")
+    return Check(name=name, state="ok", detail=f"{without_secrets(url)}, schema {found}")
 
 
 def _blobs(settings: Settings) -> Check:
@@ -241,7 +242,7 @@ def _blobs(settings: Settings) -> Check:
     except RelookError as error:
         fix = "check the bucket and its credentials" if records.blobs else f"make {folder} writable"
         return Check(name=name, state="fail", detail=str(error), fix=fix)
-    return Check(name=name, state="ok", detail=f"{without_password(url)}, written and read")
+    return Check(name=name, state="ok", detail=f"{without_secrets(url)}, written and read")
 
 
 def _gpu(settings: Settings) -> Check:

@@ -12,12 +12,11 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from images.settings import ImagesSettings
 from labeling.settings import LabelingSettings
 from records.ids import hash_of
+from records.redaction import without_secrets
 from records.settings import RecordsSettings, RoomSettings
 from serving.settings import ServingSettings
 from trainers.settings import TrainersSettings
 from tuning.settings import TuningSettings
-
-MASK = "**********"
 
 # These settings say where and how long data is kept, on what a round runs and when it starts. They do not change its
 # results, so `settings_hash` leaves them out.
@@ -204,18 +203,9 @@ def settings_hash(settings: Settings) -> str:
     return hash_of(_masked(settings.model_dump(mode="json", exclude=_PLACES)))
 
 
-def without_password(url: str) -> str:
-    """Return `url` with the password of its `user:password@` part masked."""
-    scheme, separator, rest = url.partition("://")
-    userinfo, at, host = rest.partition("@")
-    if not separator or not at or ":" not in userinfo or "/" in userinfo:
-        return url
-    return f"{scheme}://{userinfo.partition(':')[0]}:{MASK}@{host}"
-
-
 def _masked(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _masked(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_masked(item) for item in value]
-    return without_password(value) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value

@@ -19,8 +19,9 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.presets import PRESETS
-from cluster.settings import MASK, Settings, without_password
+from cluster.settings import Settings
 from records.errors import ConfigError
+from records.redaction import MASK, without_secrets
 
 PREFIX = "RELOOK_"
 SHORT_NAMES: Mapping[str, str] = MappingProxyType(
@@ -164,7 +165,7 @@ def _plain(text: str) -> Any:
 
 
 def _refuse_secret(item: _Given) -> None:
-    has_password = isinstance(item.value, str) and without_password(item.value) != item.value
+    has_password = isinstance(item.value, str) and without_secrets(item.value) != item.value
     if (_is_secret(_field(item.path)) and item.value is not None) or has_password:
         variable = next((short for short, name in SHORT_NAMES.items() if name == item.name), None)
         variable = variable or PREFIX + "__".join(item.path).upper()
@@ -280,5 +281,5 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(without_password(value)) if isinstance(value, str) else str(value)
+    text = repr(without_secrets(value)) if isinstance(value, str) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."

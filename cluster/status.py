@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from rich.table import Table
 
-from cluster.settings import without_password
+from records.redaction import without_secrets
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import (
@@ -56,7 +56,7 @@ def survey(settings: RecordsSettings) -> Survey:
             served = tx.find(ModelRecord, where={"status": [ModelStatus.CHAMPION, ModelStatus.PROVISIONAL]}, limit=1)
             rounds = tx.find(RoundRecord, order_by=("-number",), limit=1)
             return Survey(
-                home=str(home) if settings.database is None else f"{home}, {without_password(settings.database)}",
+                home=str(home) if settings.database is None else f"{home}, {without_secrets(settings.database)}",
                 exists=True,
                 images=tx.count(Image),
                 datasets=tx.count(DatasetRecord),

@@ -38,6 +38,7 @@ from records.ledger.engine import WRITE_OPTION, make_engine
 from records.ledger.ledger import reachable
 from records.ledger.migrate import alembic_config, refuse_newer, schema_versions
 from records.ledger.tables import METADATA
+from records.redaction import without_secrets
 from records.settings import RecordsSettings
 from records.store import Store, database_url, open_store
 from records.types import Cursor
@@ -220,7 +221,7 @@ def restore(source: Path, settings: RecordsSettings, erased: Collection[str] = (
     home = open_home(settings.home)
     url = database_url(settings, home)
     engine = make_engine(url, durability=settings.durability, busy_timeout_s=settings.busy_timeout_s)
-    shown = engine.url.render_as_string(hide_password=True)
+    shown = without_secrets(engine.url.render_as_string(hide_password=True))
     try:
         with reachable(shown):
             _refuse_filled(engine, shown)

@@ -17,12 +17,18 @@
             ├── LabelStudioRefusedError it responded, and does not take what was sent to it
             └── LabelStudioStartError   the local one does not start (also a UserError)
 
-Every message is one sentence that says what was wrong and what would be right.
+Every message is one sentence that says what was wrong and what would be right; passwords in URLs are masked.
 """
+
+from records.redaction import without_secrets
 
 
 class RelookError(Exception):
     """Base of all errors that Relook raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        # Messages quote settings and what drivers say, so secrets are masked here and not where an error is raised.
+        super().__init__(without_secrets(message))
 
 
 class UserError(RelookError):

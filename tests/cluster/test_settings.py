@@ -7,9 +7,10 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from cluster.presets import PRESETS
-from cluster.settings import MASK, Settings, public_dump, settings_hash, without_password
+from cluster.settings import Settings, public_dump, settings_hash
 from cluster.sources import SHORT_NAMES, load_settings
 from records.errors import ConfigError
+from records.redaction import MASK, without_secrets
 from records.settings import RoomSettings
 
 
@@ -231,7 +232,7 @@ def test_the_hash_knows_what_decides_a_result_and_nothing_else(tmp_path: Path) -
     ],
 )
 def test_passwords_in_urls_are_masked(url: str, shown: str) -> None:
-    assert without_password(url) == shown
+    assert without_secrets(url) == shown
 
 
 def test_every_field_of_every_room_says_what_it_means() -> None:
