@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +14,17 @@ import pyarrow.parquet as pq
 from cluster.settings import Settings
 from images.cache import PIXELS, blank_pixels
 from labeling.deletion import tasks_place
+from records.blobs import open_blobs
 from records.consent import lower_consent
 from records.datasets import find_in_manifest
 from records.durable import replacing
-from records.erasure import RECORDS_PLACES, Erasure, Place, erase_images, erased_ids, run_erasers
+from records.erasure import RECORDS_PLACES, Erasure, Place, blank_last, bury, erase_images, erased_ids, run_erasers
 from records.errors import DataError
+from records.home import Home
 from records.keys import patient_hash
+from records.ledger import open_ledger
 from records.retention import Retention, apply_retention, remove_unnamed_blobs
-from records.settings import RecordsSettings
-from records.store import Store, open_store
+from records.store import Store, database_url
 from records.types import Consent, DatasetRecord, Image, ModelRecord
 from serving.erasure import serving_places
 
@@ -124,22 +127,27 @@ def _erase_demo(store: Store, image_ids: Collection[str]) -> int:
     """Remove images from the truth of a demo, and from homes of earlier demos, which it moved aside."""
     changed = _remove_rows(store.home.demo / "truth.parquet", image_ids)
     for folder in sorted((store.home.demo / "earlier").glob("*/ledger.db")):
-        changed += _erase_earlier(store.settings, folder.parent, image_ids)
+        changed += _erase_earlier(store, folder.parent, image_ids)
     return changed
 
 
-def _erase_earlier(settings: RecordsSettings, folder: Path, image_ids: Collection[str]) -> int:
-    earlier = open_store(settings.model_copy(update={"home": folder, "database": None, "blobs": None}))
-    try:
-        with earlier.ledger.read() as tx:
+def _erase_earlier(store: Store, folder: Path, image_ids: Collection[str]) -> int:
+    settings, taxonomy = store.settings, store.taxonomy
+    home = Home(folder)
+    own = settings.model_copy(update={"home": folder, "database": None, "blobs": None})
+    # Not `open_store`: the keys of its audit chain stayed with the home that it was moved out of.
+    with closing(open_ledger(database_url(own, home))) as ledger:
+        earlier = Store(own, home, taxonomy, ledger, open_blobs(str(home.blobs)))
+        with ledger.begin() as tx:
             known = [image_id for image_id in image_ids if tx.get(Image, image_id) is not None]
-        # An earlier demo keeps its files flat: what was its folder `demo` lies beside its ledger.
-        changed = _remove_rows(folder / "truth.parquet", image_ids)
+            for image_id in known:
+                bury(tx, image_id, earlier.blobs.uri(image_id))
         if known:
-            erase_images(earlier, known, actor=ACTOR, places=(*RECORDS_PLACES, PIXELS))
-    finally:
-        earlier.close()
-    return changed + len(known)
+            run_erasers(earlier, known, (*RECORDS_PLACES, PIXELS))
+            with ledger.begin() as tx:
+                blank_last(tx, known)
+    # An earlier demo keeps its files flat: what was its folder `demo` lies beside its ledger.
+    return _remove_rows(folder / "truth.parquet", image_ids) + len(known)
 
 
 def _remove_rows(path: Path, image_ids: Collection[str]) -> int:

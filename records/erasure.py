@@ -182,7 +182,7 @@ def erase_images(
         advance(done)
     blobs = run_erasers(store, image_ids, places)
     with store.ledger.begin() as tx:
-        _blank(tx, image_ids, only=_LAST)
+        blank_last(tx, image_ids)
     return Erasure(images=list(image_ids), blobs=blobs, withdrawn=withdrawn, left_in_place=left)
 
 
@@ -251,6 +251,11 @@ def bury(tx: Transaction, image_id: str, uri: str) -> int:
             tx.connection.execute(sa.delete(TABLES[rows.of]).where(_of_images(tx, rows, [image_id])))
     _blank(tx, [image_id], without=_LAST)
     return withdrawn.rowcount
+
+
+def blank_last(tx: Transaction, image_ids: Collection[str]) -> None:
+    """Blank what the erasers found blobs and files by, when all of them have run."""
+    _blank(tx, image_ids, only=_LAST)
 
 
 def erased_ids(tx: Transaction) -> set[str]:

@@ -56,6 +56,7 @@ def test_every_verb_of_the_rooms_is_there_with_a_help_text() -> None:
         "monitor",
         "retention",
         "erase",
+        "consent",
         "backup",
         "restore",
     }
