@@ -164,7 +164,16 @@ def test_references_of_compose_services_exist() -> None:
             assert port.startswith("127.0.0.1:"), "published on this machine only"
     example = (DEPLOY / "compose.env.example").read_text()
     asked = {name for name, kind, _ in COMPOSE_VARIABLE.findall((DEPLOY / "compose.yaml").read_text()) if kind == "?"}
+    asked |= {secret["environment"] for secret in compose["secrets"].values()}
     assert asked == set(re.findall(r"^(\w+)=", example, re.MULTILINE))
+
+
+def test_prometheus_has_the_key_that_the_service_asks_for() -> None:
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    compose = _compose()
+    (name,) = compose["services"]["prometheus"]["secrets"]
+    assert job["authorization"] == {"type": "Bearer", "credentials_file": f"/run/secrets/{name}"}
+    assert name in compose["secrets"]
 
 
 def test_a_driver_of_compose_has_a_node_of_the_cluster_beside_it_or_a_ray_of_its_own() -> None:
