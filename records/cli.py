@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from records.command import Call, JsonCall, verb
-from records.errors import IntegrityError
+from records.errors import ConfigError, IntegrityError
 
 app = typer.Typer()
 taxonomy_app = typer.Typer(help="Check a taxonomy: classes, their order, the cost of a miss.", no_args_is_help=True)

@@ -1,6 +1,7 @@
 """`relook retention` and `relook erase`: what they report and delete, decoded pixels included."""
 
 import json
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 
 from cluster.cli import run
+from cluster.deletion import places
+from cluster.settings import Settings
 from images.cache import PixelCache
 from records import audit
+from records.home import FOLDERS
 from records.ids import utc_now
 from records.keys import patient_hash
 from records.store import Store
-from records.types import AuditEvent, Image
+from records.types import AuditEvent, Consent, Image
 
 Json = Callable[..., dict[str, Any]]
 
@@ -59,6 +63,43 @@ def test_retention_reports_deletes_and_reports_again(store: Store, relook: Json)
     shorter = (*days, "--set", "records.keep_predictions_days=3")
     assert "at least as long as its image" in relook("retention", *shorter, code=2)["error"]["message"]
     assert audit.verify(store.ledger, store.home) == []
+
+
+HOLDS_NO_PERSON = {
+    "datasets": "hashes, class codes and names of annotators: a version's id is the hash of its rows",
+    "keys": "secrets",
+    "logs": "ids of requests, images and models; no names and no content of requests",
+}
+
+
+def test_every_folder_of_the_home_has_an_eraser_or_a_reason() -> None:
+    """A new folder fails here until it is in the register."""
+    named = {name for place in places(Settings()) for name in place.where.split(", ")}
+    assert set(FOLDERS) - named == set(HOLDS_NO_PERSON)
+    assert len({place.name for place in places(Settings())}) == len(places(Settings()))
+
+
+def test_consent_is_taken_back_by_a_verb(store: Store, relook: Json) -> None:
+    image = add_image(store, "a", consent=Consent.TRAINING)
+    assert relook("consent", image, "--to", "review")["consent"] == "review"
+    with store.ledger.read() as tx:
+        assert tx.require(Image, image).consent is Consent.REVIEW
+    relook("consent", image, "--to", "none")
+    assert not store.blobs.has(image)
+    assert relook("erase", "--list")["images"] == [image]
+
+
+def test_retention_finishes_what_a_killed_erasure_left(store: Store, relook: Json) -> None:
+    image = add_image(store, "a")
+    relook("erase", image)
+    store.blobs.put(b"a")
+    PixelCache(store.home.cache, 8).append([image], np.full((1, 8, 8, 3), 7, dtype=np.uint8))
+    orphan, young = store.blobs.put(b"no row names it"), store.blobs.put(b"nor this one, yet")
+    week_ago = (utc_now() - timedelta(days=8)).timestamp()
+    os.utime(next(store.home.blobs.rglob(orphan)), (week_ago, week_ago))
+    relook("retention")
+    assert list(store.blobs.ids()) == [young]
+    assert PixelCache(store.home.cache, 8).missing([image]) == [image]
 
 
 def test_everything_of_a_person_is_erased(store: Store, relook: Json, tmp_path: Path) -> None:
