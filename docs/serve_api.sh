@@ -77,7 +77,9 @@ if [ -n "${WEBHOOK_SECRET:-}" ]; then
 fi
 call 403 POST /v1/webhooks/label-studio -H 'X-Relook-Webhook-Secret: guessed'
 
-# erasure
+# consent that is taken back, and erasure
+call 200 PATCH  "/v1/images/$image" "${JSON[@]}" -d '{"consent": "review"}'
+call 422 PATCH  "/v1/images/$image" "${JSON[@]}" -d '{"consent": "training"}'
 call 200 DELETE "/v1/images/$image"
 
 # wrong requests
