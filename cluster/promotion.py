@@ -45,7 +45,7 @@ def promote_model(
         forced_because: promote it against the gate, for this reason.
         caller: the bearer of a key; forcing needs one with the scope `admin`.
     Returns:
-        `model_id`, `status`, `replaces`, `by`, `forced`, and the report of the gate if it was run.
+        `model_id`, `status`, `replaces`, `by`, `forced`, and of the gate, if it was run, its report and `dataset_id`.
     Raises:
         RefusedError: the gate does not promote it, the reason is empty, the same person started the round, another
             model began to serve meanwhile, or a rollout is in progress.
@@ -63,11 +63,12 @@ def promote_model(
     # Before the gate, which takes minutes: the model to replace is the one that it compares with.
     with store.ledger.read() as tx:
         replaces = serving_id(tx)
-    report = None if provisional else _run_gate(store, settings, bundle)
+    dataset_id = None if provisional else _newest_dataset(store)
+    report = None if dataset_id is None else _run_gate(store, settings, bundle, dataset_id)
     if report is not None and report.verdict is not Verdict.PROMOTE and forced_because is None:
         raise RefusedError(f"the gate says {report.verdict}: {report.why}")
     status = ModelStatus.PROVISIONAL if provisional else ModelStatus.CHAMPION
-    details: dict[str, Any] = {"replaces": replaces}
+    details: dict[str, Any] = {"replaces": replaces, "dataset_id": dataset_id}
     if report is not None:
         details |= {"verdict": report.verdict, "balanced_accuracy": report.balanced_accuracy}
     if forced_because is not None:
@@ -83,6 +84,7 @@ def promote_model(
         "model_id": bundle.id,
         "status": status,
         "replaces": replaces,
+        "dataset_id": dataset_id,
         "by": person,
         "forced": forced_because is not None,
         "gate": report.model_dump(mode="json") if report else None,
@@ -104,12 +106,16 @@ def name_of(caller: Caller | None) -> str:
         return f"uid {os.getuid()}"  # a container may run as a user that has no name
 
 
-def _run_gate(store: Store, settings: Settings, bundle: Bundle) -> GateReport:
+def _newest_dataset(store: Store) -> str:
     with store.ledger.read() as tx:
         newest = tx.find(DatasetRecord, order_by=("-created_at",), limit=1)
     if not newest:
         raise RefusedError("the gate needs a dataset version; import one, or use --provisional")
-    return run_gate(store, settings, bundle, load_dataset(store, newest[0].id), actor="relook promote")
+    return newest[0].id
+
+
+def _run_gate(store: Store, settings: Settings, bundle: Bundle, dataset_id: str) -> GateReport:
+    return run_gate(store, settings, bundle, load_dataset(store, dataset_id), actor="relook promote")
 
 
 def _require_right_to_force(reason: str, caller: Caller | None) -> None:

@@ -55,7 +55,7 @@ def demo(
 @verb(app, "promote")
 def promote(
     call: Call,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix (8 characters), bundle path, or candidate.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix (8 characters) or bundle path.")],
     provisional: Annotated[
         bool, typer.Option("--provisional", help="Serve it without the gate; every response says so.")
     ] = False,
@@ -80,7 +80,10 @@ def promote(
             # The key comes from the environment: an option would show it to everyone who lists the processes.
             caller=caller_of(store, os.environ.get(KEY_VARIABLE)),
         )
-    call.emit(promoted, f"model {promoted['model_id'][:12]} is {promoted['status']} and serves")
+    replaced = promoted["replaces"]
+    undo = f"relook models undo-promotion {promoted['model_id'][:12]} --back-to {(replaced or '')[:12]}"
+    told = f"model {promoted['model_id'][:12]} is {promoted['status']} and serves"
+    call.emit(promoted, told + (f"; `{undo}` undoes it" if replaced not in (None, promoted["model_id"]) else ""))
 
 
 @verb(app, "retention")
@@ -347,7 +350,7 @@ def select_command(
         "pool": None if among is None else len(among),
         "refused": refused,
     }
-    call.emit(found, f"{chosen} images wait for `relook label push`")
+    call.emit(found, f"{chosen} images, scored by model {bundle.id[:12]}, wait for `relook label push`")
 
 
 @verb(label_app, "second-opinions")
@@ -364,7 +367,10 @@ def second_opinions_command(
         bundle = find_bundle(store, model)
         suspicious, asked = request_second_opinions(store, bundle, bundle.document.dataset_id, budget)
     found = {"suspicious": suspicious, "asked": asked, "model_id": bundle.id}
-    call.emit(found, f"{suspicious} training labels are suspicious; {asked} review items wait for `relook label push`")
+    by = f"by model {bundle.id[:12]}"
+    call.emit(
+        found, f"{suspicious} training labels are suspicious {by}; {asked} review items wait for `relook label push`"
+    )
 
 
 def _part(text: str) -> tuple[str, int]:

@@ -58,16 +58,21 @@ def tune(
         bool, typer.Option("--fit/--no-fit", help="Train the winner for all epochs and register its bundle.")
     ] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the last search; trials that ended are kept.")
+        bool, typer.Option("--resume", help="Resume the unfinished search; trials that ended are kept.")
     ] = False,
+    run: Annotated[str | None, typer.Option("--run", help="Name or folder of the search that --resume means.")] = None,
 ) -> None:
     """Search training settings; val alone chooses the winner."""
     from images.importer import open_dataset
+    from records.errors import ConfigError
     from records.ids import new_id
-    from tuning.report import RUN_PREFIX, find_run, report_on, write_report
+    from records.lease import LEASE_S, hold
+    from tuning.report import RUN_PREFIX, find_resumable, report_on, write_report
     from tuning.search import fit_winner as fit
     from tuning.search import search, searched_space
 
+    if run is not None and not resume:
+        raise ConfigError("--run names the search to resume; give it with --resume")
     settings = call.settings
     changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
     tuning = _changed(settings.tuning, changes, space or [])
@@ -78,9 +83,11 @@ def tune(
         with progress() as bar:
             dataset = open_dataset(store, data, progress=bar)
         runs = store.home.runs
-        run_dir = find_run(runs) if resume else runs / f"{RUN_PREFIX}{new_id()[:16]}"
-        say(f"search: {tuning.trials} trials")
-        with call.ray(settings), _shown() as on_event:
+        run_dir = find_resumable(runs, run) if resume else runs / f"{RUN_PREFIX}{new_id()[:16]}"
+        say(f"search {run_dir.name}: {tuning.trials} trials")
+        # The lease: a search that still runs elsewhere is not joined by a second process. After a kill it expires.
+        lease = hold(store.ledger, f"search {run_dir.name}", wait_s=LEASE_S if resume else 0.0)
+        with lease, call.ray(settings), _shown() as on_event:
             result = search(store, tuning, settings.trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from records.durable import write_file
-from records.errors import UnknownIdError
+from records.errors import RefusedError, UnknownIdError
 from trainers.settings import TrainersSettings
 from tuning.confirm import verdict_on
 from tuning.effects import Effects, effects_of, importance_of
@@ -113,6 +113,23 @@ def find_run(runs: Path, name: str | None = None) -> Path:
     if not found:
         raise UnknownIdError(f"{runs} holds no search yet; `relook tune` starts one")
     return found[-1]
+
+
+def find_resumable(runs: Path, name: str | None = None) -> Path:
+    """Return the folder of the search to resume: the one that is named, the unfinished one, else the last one.
+
+    The last one is found so that it can be extended by trials. Without a name, RefusedError lists several unfinished
+    searches; UnknownIdError says that there is none at all.
+    """
+    if name is not None:
+        return find_run(runs, name)
+    last = find_run(runs)
+    found = sorted(path.parent for path in runs.glob(f"{RUN_PREFIX}*/{FILE_NAME}"))
+    unfinished = [folder for folder in found if not report_on(folder).complete]
+    if len(unfinished) > 1:
+        names = ", ".join(folder.name for folder in unfinished)
+        raise RefusedError(f"{len(unfinished)} searches are unfinished ({names}); name one with --run")
+    return unfinished[0] if unfinished else last
 
 
 def _row(trial: TrialResult, verdict: Verdict | None) -> dict[str, Any]:

@@ -5,11 +5,11 @@ import io
 import pytest
 from rich.console import Console
 
-from records.errors import UnknownIdError
+from records.errors import RefusedError, UnknownIdError
 from tuning.journal import open_journal
 from tuning.live import SearchView, describe, line_of, search_summary, sparkline
 from tuning.log import SearchLog
-from tuning.report import find_run, report_on
+from tuning.report import find_resumable, find_run, report_on
 from tuning.trials import Decision
 
 
@@ -81,6 +81,15 @@ def test_the_last_search_is_found_by_its_name(tmp_path, make_header, run):
     assert find_run(tmp_path) == run
     assert find_run(tmp_path, "tune-0") == tmp_path / "tune-0"
     assert find_run(tmp_path / "elsewhere", str(run)) == run
+
+
+def test_of_several_unfinished_searches_one_has_to_be_named(tmp_path, make_header, run):
+    assert find_resumable(tmp_path) == run
+    for name in ("tune-2", "tune-3"):
+        open_journal(tmp_path / name, make_header()).close()
+    with pytest.raises(RefusedError, match=r"2 searches are unfinished \(tune-2, tune-3\); name one"):
+        find_resumable(tmp_path)
+    assert find_resumable(tmp_path, "tune-2") == tmp_path / "tune-2"
 
 
 @pytest.mark.parametrize(("name", "message"), [(None, "holds no search yet"), ("x", "no search is named 'x'")])
