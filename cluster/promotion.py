@@ -1,12 +1,13 @@
 """Promotion by a person: through the gate, as provisional without it, or against it with a reason.
 
 The actor is the bearer of the key in RELOOK_KEY, else the user of this machine. With `round.approval` set to
-`person`, the person who started a round may not promote its model. Every promotion is audited and writes a
+`person`, a model is promoted with a key that has the scope `approve` and is another one than the round was started
+with: the name of a user proves nothing, since the environment may set it. Every promotion is audited and writes a
 change record.
 """
 
-import getpass
 import os
+import pwd
 from typing import Any
 
 from cluster.gate import GateReport, Verdict
@@ -21,7 +22,7 @@ from records.ledger import Transaction
 from records.models import named_bundle, register, serve_model, serving_id
 from records.store import Store
 from records.types import AuditEvent, DatasetRecord, ModelRecord, ModelStatus, RoundRecord, Scope
-from serving.access.keys import Caller, KeyRing
+from serving.access.keys import ADMIN_ID, Caller, KeyRing
 
 KEY_VARIABLE = "RELOOK_KEY"
 
@@ -43,13 +44,14 @@ def promote_model(
         name: id prefix or bundle path.
         provisional: serve it without running the gate; API and page say `provisional`.
         forced_because: promote it against the gate, for this reason.
-        caller: the bearer of a key; forcing needs one with the scope `admin`.
+        caller: the bearer of a key; forcing needs one with the scope `admin`, `round.approval: person` one with
+            `approve`.
     Returns:
         `model_id`, `status`, `replaces`, `by`, `forced`, and of the gate, if it was run, its report and `dataset_id`.
     Raises:
-        RefusedError: the gate does not promote it, the reason is empty, the same person started the round, another
-            model began to serve meanwhile, or a rollout is in progress.
-        AccessError: it is forced without the scope `admin`.
+        RefusedError: the gate does not promote it, the reason is empty, a second person is needed, another model
+            began to serve meanwhile, or a rollout is in progress.
+        AccessError: it is forced without the scope `admin`, or approved without the scope `approve`.
         UnknownIdError: there is no such model.
     """
     person = name_of(caller)
@@ -59,7 +61,7 @@ def promote_model(
         _require_right_to_force(forced_because, caller)
     # Also for provisional and forced promotions: otherwise they would be a way around the second person.
     if settings.round.approval == "person":
-        _require_second_person(store, bundle, person)
+        _require_second_person(store, bundle, caller)
     # Before the gate, which takes minutes: the model to replace is the one that it compares with.
     with store.ledger.read() as tx:
         replaces = serving_id(tx)
@@ -101,9 +103,22 @@ def name_of(caller: Caller | None) -> str:
     if caller is not None:
         return f"key {caller.id}"
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):
+        # Not getpass, which believes the environment.
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
         return f"uid {os.getuid()}"  # a container may run as a user that has no name
+
+
+def require_key_to_start(settings: Settings, started_by: str) -> None:
+    """Refuse to start a round without a key where a second person has to approve: nobody could tell who the first is.
+
+    RefusedError is raised if `round.approval` is `person` and `started_by` is no key, see `name_of`.
+    """
+    if settings.round.approval == "person" and not started_by.startswith("key "):
+        raise RefusedError(
+            f"round.approval is person, so a round is started with a key; put one into {KEY_VARIABLE} "
+            "(`relook keys create` makes it)"
+        )
 
 
 def _newest_dataset(store: Store) -> str:
@@ -127,13 +142,21 @@ def _require_right_to_force(reason: str, caller: Caller | None) -> None:
     caller.require(Scope.ADMIN)
 
 
-def _require_second_person(store: Store, bundle: Bundle, person: str) -> None:
+def _require_second_person(store: Store, bundle: Bundle, caller: Caller | None) -> None:
+    # The home's own administrator key lies in a file of this machine: whoever runs rounds here can read it.
+    if caller is None or caller.id == ADMIN_ID:
+        raise RefusedError(
+            f"round.approval is person, so a promotion needs somebody's key with the scope approve in {KEY_VARIABLE} "
+            "(`relook keys create --scope approve` makes one)"
+        )
+    caller.require(Scope.APPROVE)
     with store.ledger.read() as tx:
         started_by = _started_by(tx, bundle)
-    if started_by == person:
+        made = tx.find(AuditEvent, where={"action": "key.created", "subject": caller.id})
+    if started_by is not None and started_by in (name_of(caller), *(event.actor for event in made)):
         raise RefusedError(
-            f"{person} started the round that made model {bundle.id[:12]}, and round.approval is person; "
-            "somebody else has to promote it, with a key of their own"
+            f"{started_by} started the round that made model {bundle.id[:12]}, and round.approval is person; "
+            "somebody else has to promote it, with a key that is their own"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from cluster import round_steps
 from cluster.gate import GateReport
 from cluster.notify import notifying
+from cluster.promotion import require_key_to_start
 from cluster.provenance import complete_manifest, manifest_file, round_folder, write_change_record, write_manifest
 from cluster.round_steps import RoundContext, StepResult
 from cluster.settings import Settings, settings_hash
@@ -150,6 +151,7 @@ def _step_record(context: RoundContext, name: str, started_at: datetime, result:
 
 
 def _start(store: Store, settings: Settings, started_by: str) -> RoundRecord:
+    require_key_to_start(settings, started_by)
     with store.ledger.begin() as tx:
         unfinished = tx.find(RoundRecord, where={"finished_at": None}, limit=1)
         if unfinished:

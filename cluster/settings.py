@@ -75,7 +75,9 @@ class RoundSettings(RoomSettings):
         description="for tune=on_drop: lost validation balanced accuracy that asks for a search",
     )
     approval: Literal["automatic", "person"] = Field(
-        default="automatic", description="who lets a model that passed the gate serve"
+        default="automatic",
+        description="who lets a model that passed the gate serve: the round itself, or the bearer of a key with the "
+        "scope approve, another than the round was started with",
     )
     select_budget: int = Field(default=40, ge=0, description="images that a round proposes to the annotators, images")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of everything random in a round")

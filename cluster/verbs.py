@@ -113,10 +113,19 @@ def erase_command(
         str | None, typer.Option("--patient", help="All images of this patient, named as in the import or request.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the images; erase nothing.")] = False,
+    list_erased: Annotated[
+        bool, typer.Option("--list", help="Print the ids of all erased images, for `relook restore --erased`.")
+    ] = False,
 ) -> None:
     """Erase images on a person's request: bytes, heat maps, personal data; each erasure is audited."""
     from cluster.deletion import erase, images_to_erase, models_trained_on
+    from records.erasure import erased_ids
 
+    if list_erased:
+        with call.store() as store, store.ledger.read() as tx:
+            gone = sorted(erased_ids(tx))
+        call.emit({"images": gone}, "\n".join(gone))
+        return
     # After an interruption the same call erases the rest.
     with call.store() as store, progress() as bar:
         wanted = images_to_erase(store, images or (), patient)
@@ -179,7 +188,7 @@ def round_command(
     replay: Annotated[int | None, typer.Option("--replay", help="Run round N again and compare.")] = None,
 ) -> None:
     """Run a round: collect, version, tune, fit, evaluate, gate, roll out, select, push."""
-    from cluster.promotion import KEY_VARIABLE, caller_of, name_of
+    from cluster.promotion import KEY_VARIABLE, caller_of, name_of, require_key_to_start
 
     if resume + watch + dry_run + (replay is not None) > 1:
         raise ConfigError("--resume, --watch, --dry-run and --replay exclude one another; give one of them")
@@ -190,6 +199,8 @@ def round_command(
         elif replay is not None:
             _replay(call, store, replay)
         elif watch:
+            # At once: a watcher takes a round that is refused for another watcher's, and polls again.
+            require_key_to_start(call.settings, person)
             _watch(call, store, person)
         else:
             _run(call, store, person, resume=resume)

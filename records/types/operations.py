@@ -158,6 +158,7 @@ class Scope(StrEnum):
     REVIEW = "review"
     AUDIT = "audit"
     METRICS = "metrics"
+    APPROVE = "approve"
     ADMIN = "admin"
 
 

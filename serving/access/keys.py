@@ -22,6 +22,8 @@ from records.types import ApiKey, Consent, Scope
 
 PREFIX = "rlk"
 LOCAL_ORGANISATION = "local"
+ADMIN_ID = "admin"
+"""Id of the bearer of the home's own administrator key."""
 CACHE_S = 1.0
 """Maximum age of the cached keys, seconds; a revoked key may still work for this long."""
 
@@ -54,7 +56,7 @@ class Caller:
             raise AccessError(f"this request needs a key with the scope {names}", "forbidden")
 
 
-LOCAL = Caller("local", LOCAL_ORGANISATION, frozenset(Scope) - {Scope.ADMIN})
+LOCAL = Caller("local", LOCAL_ORGANISATION, frozenset(Scope) - {Scope.ADMIN, Scope.APPROVE})
 """The caller of every request while no key was ever made, on this machine only."""
 
 
@@ -170,7 +172,7 @@ class KeyRing:
         # In constant time: response times must not reveal how much of a guessed hash is right. Before the ledger is
         # read, so that an administrator is recognised while it cannot be.
         if kind.lower() == "bearer" and hmac.compare_digest(token_hash, self._admin_hash):
-            return Caller("admin", LOCAL_ORGANISATION, frozenset(Scope))
+            return Caller(ADMIN_ID, LOCAL_ORGANISATION, frozenset(Scope))
         keys = self._current()
         if authorization is None:
             # `keys` includes revoked ones: once a key was made, no request without a key is accepted again.
