@@ -89,8 +89,8 @@ def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating:
     for mistake, index, heat_map in zip(described, chosen.tolist(), maps, strict=True):
         image = images.square(index, SIDE_PX)
         # An empty map changes no pixel; this only encodes the image as PNG.
-        pair = {"image": _uri(overlay_png(image, np.zeros((1, 1)))), "overlay": _uri(overlay_png(image, heat_map))}
-        drawn.append(replace(mistake, name=images.names[index], **pair))
+        plain, overlay = _uri(overlay_png(image, np.zeros((1, 1)))), _uri(overlay_png(image, heat_map))
+        drawn.append(replace(mistake, name=images.names[index], image=plain, overlay=overlay))
     return drawn
 
 
