@@ -23,7 +23,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from records.errors import ContractError
+from records.errors import ContractError, DataError
+from records.types.base import Plain
 
 if TYPE_CHECKING:
     from records.store import Store
@@ -172,6 +173,7 @@ def preset_names(ctx: typer.Context) -> list[str]:
     return list(ctx.meta.get(PRESET_NAMES, list)())
 
 
+_OPTION = Plain(10_000, lines=True)
 _PANEL = "Common options"
 _JSON = Parameter(
     "as_json",
@@ -206,6 +208,7 @@ def _with_common_options(function: Callable[..., None], preset: str | None) -> C
 
     @wraps(function)
     def called(ctx: typer.Context, *, as_json: bool, **options: Any) -> None:
+        _require_plain(options)
         if not takes_settings:
             function(JsonCall(ctx, as_json), **options)
             return
@@ -218,6 +221,16 @@ def _with_common_options(function: Callable[..., None], preset: str | None) -> C
     own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
     called.__signature__ = inspect.Signature([ctx, *own, *common])  # type: ignore[attr-defined]
     return called
+
+
+def _require_plain(options: Mapping[str, Any]) -> None:
+    """Raise DataError for a text that no database can hold, or that a terminal would obey; paths may be anything."""
+    for name, value in options.items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                _OPTION.check(text if isinstance(text, str) else "")
+            except ValueError as error:
+                raise DataError(f"{name.replace('_', '-')}: {error}") from error
 
 
 def _list_choices(params: Iterable[Any], ctx: Any) -> None:

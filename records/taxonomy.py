@@ -7,6 +7,7 @@ dataset version and model bundle, and a mismatch raises.
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from records.errors import TaxonomyError
 from records.ids import hash_of
 from records.settings import first_problem
+from records.types.base import Plain
 
 
 class DiagnosisClass(BaseModel):
@@ -22,7 +24,7 @@ class DiagnosisClass(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     code: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$", description="short code used in tables and predictions")
-    name: str = Field(min_length=1, description="name for people")
+    name: Annotated[str, Plain(least=1)] = Field(description="name for people")
     malignant: bool = Field(description="True if missing it harms the patient")
     miss_cost: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="relative cost of missing one case")
 
@@ -41,8 +43,8 @@ class Taxonomy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1)
-    version: int = Field(ge=1)
+    name: Annotated[str, Plain(least=1)]
+    version: int = Field(ge=1, lt=2**63)
     classes: tuple[DiagnosisClass, ...] = Field(min_length=2)
     key_classes: tuple[KeyClass, ...] = ()
 

@@ -6,9 +6,11 @@ file beside the table, so an interrupted run continues with `resume`. Nothing en
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from records.durable import replacing, write_file
 from records.errors import DataError, ImageError, RefusedError
 from records.ids import sha256_hex
 from records.images import IMAGE_SUFFIXES, image_size, sniff
+from records.parts import attempt, each_in_parts
 from records.taxonomy import Taxonomy
 from records.types import Decision
+from records.types.base import LINE
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, malignant_probability, triage
 from vision.explanations.overlay import overlay_png
@@ -73,19 +77,23 @@ def predict_folder(
         raise DataError(f"{str(folder)!r} holds no .jpg, .png or .webp file; name a folder of images")
     loaded = load_model(bundle, precision=settings.precision)
     loaded.check_golden()
-    partial = out.with_name(out.name + ".partial")
-    done = _resumed(partial, bundle.id, resume)
+    unfinished = out.with_name(out.name + ".partial")
+    done = _resumed(unfinished, bundle.id, resume)
     left = [path for path in paths if str(path.relative_to(folder)) not in done]
     maps = out.with_name(out.name + ".maps") if explain else None
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
     side_px = loaded.geometry.side_px
     drawn_px = settings.overlay_side_px if explain else side_px
-    with partial.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
+
+    def one(path: Path) -> _Decoded:
+        return _read(path, side_px, drawn_px, settings.max_pixels)
+
+    with unfinished.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))
         for start in range(0, len(left), settings.max_batch_size):
             batch = left[start : start + settings.max_batch_size]
-            read = list(threads.map(lambda path: _read(path, side_px, drawn_px, settings.max_pixels), batch))
+            read = list(threads.map(lambda path: attempt(one, path), batch))
             for row in _rows(bundle, loaded, folder, list(zip(batch, read, strict=True)), settings, maps):
                 done[row["image"]] = row
                 # Rows first, table last: the table is sorted, so it can be written only when all rows are there.
@@ -96,7 +104,7 @@ def predict_folder(
     rows = sorted(done.values(), key=_urgency)
     _write(out, rows, bundle.document.taxonomy)
     # Only now: if writing the table fails, `resume` still finds all rows.
-    partial.unlink()
+    unfinished.unlink()
     return BulkResult(rows, sum(row["error"] is not None for row in rows))
 
 
@@ -108,33 +116,45 @@ class _Decoded:
     shorter_px: int
 
 
-def _read(path: Path, side_px: int, drawn_px: int, max_pixels: int) -> _Decoded | ImageError:
-    try:
-        data = path.read_bytes()
-        sniff(data)
-        width_px, height_px = image_size(data)
-        if width_px * height_px > max_pixels:
-            return ImageError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
-        squares = decode_squares(data, sorted({side_px, drawn_px}))
-        return _Decoded(squares[side_px], squares[drawn_px], min(width_px, height_px))
-    except ImageError as error:
-        return error
+def _read(path: Path, side_px: int, drawn_px: int, max_pixels: int) -> _Decoded:
+    data = path.read_bytes()
+    sniff(data)
+    width_px, height_px = image_size(data)
+    if width_px * height_px > max_pixels:
+        raise ImageError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
+    squares = decode_squares(data, sorted({side_px, drawn_px}))
+    return _Decoded(squares[side_px], squares[drawn_px], min(width_px, height_px))
 
 
 def _rows(
     bundle: Bundle,
     loaded: LoadedModel,
     folder: Path,
-    batch: list[tuple[Path, _Decoded | ImageError]],
+    batch: list[tuple[Path, _Decoded | Exception]],
     settings: ServingSettings,
     maps: Path | None,
 ) -> Iterator[dict[str, Any]]:
+    """Yield a row for each image; one that cannot be read, predicted or drawn has an error and stops no other."""
     usable = [(path, read) for path, read in batch if isinstance(read, _Decoded)]
-    for path, read in batch:
-        if isinstance(read, ImageError):
-            yield _row(str(path.relative_to(folder)), error=str(read))
-    if not usable:
-        return
+    predicted = each_in_parts(usable, partial(_predicted, bundle, loaded, folder, settings, maps))
+    failed = [(path, read) for path, read in batch if isinstance(read, Exception)]
+    for path, error in failed:
+        yield _row(str(path.relative_to(folder)), error=LINE.keep(str(error) or type(error).__name__))
+    for (path, _), row in zip(usable, predicted, strict=True):
+        if isinstance(row, Exception):
+            row = _row(str(path.relative_to(folder)), error=LINE.keep(f"{type(row).__name__}: {row}"))
+        yield row
+
+
+def _predicted(
+    bundle: Bundle,
+    loaded: LoadedModel,
+    folder: Path,
+    settings: ServingSettings,
+    maps: Path | None,
+    usable: Sequence[tuple[Path, _Decoded]],
+) -> list[dict[str, Any]]:
+    rows = []
     pixels = np.stack([read.pixels for _, read in usable])
     output = loaded.predict(pixels, gradcam=maps is not None)
     suitable = assess(loaded.checks, output, pixels, [read.shorter_px for _, read in usable])
@@ -150,16 +170,19 @@ def _rows(
             drawn = output.maps[row, taxonomy.index_of(verdict.label)]
             png = overlay_png(read.overlaid, drawn, settings.overlay_alpha)
             # The hash of the relative path keeps equal file names of different subfolders apart.
-            write_file(maps / f"{sha256_hex(name.encode())[:16]}-{path.stem}.png", png, sync=False)
-        yield _row(
-            name,
-            decision=verdict.decision.value,
-            label=verdict.label,
-            confidence=verdict.confidence,
-            p_malignant=malignant_probability(values, taxonomy) if has_label else None,
-            reasons=" ".join(verdict.reasons),
-            probabilities=dict(zip(taxonomy.codes, values.tolist(), strict=True)) if has_label else {},
+            write_file(maps / f"{sha256_hex(os.fsencode(name))[:16]}-{path.stem}.png", png, sync=False)
+        rows.append(
+            _row(
+                name,
+                decision=verdict.decision.value,
+                label=verdict.label,
+                confidence=verdict.confidence,
+                p_malignant=malignant_probability(values, taxonomy) if has_label else None,
+                reasons=" ".join(verdict.reasons),
+                probabilities=dict(zip(taxonomy.codes, values.tolist(), strict=True)) if has_label else {},
+            )
         )
+    return rows
 
 
 def _row(image: str, **values: Any) -> dict[str, Any]:
@@ -193,7 +216,10 @@ def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, 
 
 def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
     columns = ["image", "decision", "label", "confidence", "p_malignant", "reasons", "error"]
-    with replacing(out) as temporary, temporary.open("w", newline="") as file:
+    with (
+        replacing(out) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow([*columns, *(f"p_{code}" for code in taxonomy.codes)])
         for row in rows:
