@@ -80,6 +80,7 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	$(BIN)/python -m bench.drills.fuzz_api --uploads 10000 --examples 40
 	$(BIN)/python -m bench.drills.release_drills
 	$(BIN)/python -m bench.drills.kill_service --kills 2
+	$(BIN)/python -m bench.drills.two_services --minutes $(or $(MINUTES),10)
 	$(BIN)/python -m bench.drills.label_chaos --items 400 --batch 20 --kills 20
 	$(BIN)/python -m bench.drills.two_nodes --trials 6 --epochs 8
 	$(BIN)/python -m bench.drills.three_nodes

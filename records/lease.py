@@ -57,7 +57,7 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
             except UnavailableError:
                 continue  # renewed every third of its duration, the lease survives two failed attempts
 
-    fences = FENCES.set((*FENCES.get(), Fence(ledger.url, name, fence)))
+    fences = FENCES.set((*FENCES.get(), Fence(ledger.url, name, holder, fence)))
     thread = threading.Thread(target=copy_context().run, args=(renew,), name=f"lease-{name}", daemon=True)
     thread.start()
     try:

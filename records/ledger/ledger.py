@@ -39,7 +39,13 @@ class Fence:
 
     url: str
     name: str
+    holder: str
     number: int
+
+    def holds(self, lease: Lease) -> bool:
+        """Return whether the lease is still this holder's, and was so without interruption."""
+        # The name as well: a program without fences, before an upgrade, takes a lease and leaves the number.
+        return lease.fence == self.number and lease.holder == self.holder
 
 
 FENCES: ContextVar[tuple[Fence, ...]] = ContextVar("FENCES", default=())
@@ -250,7 +256,7 @@ class Ledger:
                 tx = Transaction(connection, audit=self.audit)
                 # A lease is taken in a transaction that excludes this one, so it stays ours until the commit.
                 for fence in FENCES.get():
-                    if fence.url == self.url and tx.require(Lease, fence.name).fence != fence.number:
+                    if fence.url == self.url and not fence.holds(tx.require(Lease, fence.name)):
                         raise RefusedError(lost_lease(fence.name))
                 yield tx
         # After the commit and outside the transaction, since an action may open one itself.

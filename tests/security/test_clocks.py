@@ -183,6 +183,18 @@ def test_a_holder_that_lost_its_lease_commits_nothing_more(ledger: Ledger) -> No
         assert tx.require(Lease, "round").fence == 2
 
 
+def test_a_program_without_fences_that_took_the_lease_is_noticed(store: Store) -> None:
+    def work() -> None:
+        with lease.hold(store.ledger, "round"):
+            with store.ledger.engine.begin() as connection:
+                connection.exec_driver_sql("UPDATE leases SET holder = 'an earlier release'")
+            with store.ledger.begin():
+                pass
+
+    with pytest.raises(RefusedError, match="took the round lease"):
+        work()
+
+
 def test_other_ledgers_and_other_threads_are_not_held_to_a_lease_that_was_lost(ledger: Ledger, tmp_path: Path) -> None:
     other = open_ledger(f"sqlite:///{tmp_path}/other.db")
 

