@@ -26,6 +26,7 @@ from records.ledger import open_ledger
 from records.retention import Retention, apply_retention, remove_unnamed_blobs
 from records.store import Store, database_url
 from records.types import Consent, DatasetRecord, Image, ModelRecord
+from records.types.base import LINE
 from serving.erasure import serving_places
 
 ACTOR = "relook erase"
@@ -68,7 +69,7 @@ def images_to_erase(store: Store, image_ids: Sequence[str], patient_id: str | No
     # The ledger holds no patient ids, only their keyed hash.
     if patient_id is not None:
         with store.ledger.read() as tx:
-            theirs = tx.find(Image, where={"patient_hash": patient_hash(store.home, patient_id)})
+            theirs = tx.find(Image, where={"patient_hash": patient_hash(store.home, LINE.keep(patient_id))})
         if not theirs:
             raise DataError("no image of this patient is here; name images by their ids if it came without one")
         found |= {image.id for image in theirs}

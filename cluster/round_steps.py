@@ -69,6 +69,7 @@ def collect(context: RoundContext) -> StepResult:
     else:
         report = pull(context.store, client, context.settings.labeling)
         pulled, text = report.new_labels, f"{report.new_labels} new annotations pulled from Label Studio"
+        text += f"; {len(report.failed)} could not be read: {report.failed[0]}" if report.failed else ""
     # Annotations that arrive later belong to the next round, even if this one is resumed after them.
     known_until = newest_annotation(context.store).isoformat()
     grouped = group_labelled_images(context.store)
@@ -242,7 +243,9 @@ def push(context: RoundContext) -> StepResult:
         return {"pushed": 0, "text": "no Label Studio is set up; the review items wait in the ledger"}
     # Can be repeated: a push adopts tasks that a killed push imported without recording them.
     report = push_items(context.store, client, context.settings.labeling, current.id)
-    return {"pushed": report.pushed, "text": f"{report.pushed} tasks pushed to Label Studio"}
+    text = f"{report.pushed} tasks pushed to Label Studio"
+    text += f"; {len(report.unreadable)} could not be sent: {report.unreadable[0]}" if report.unreadable else ""
+    return {"pushed": report.pushed, "text": text}
 
 
 def _status_after(verdict: Verdict, current: ModelRecord | None, approval: str, model_id: str) -> ModelStatus:

@@ -24,7 +24,6 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from records.errors import ContractError, DataError
-from records.types.base import Plain
 
 if TYPE_CHECKING:
     from records.store import Store
@@ -173,7 +172,6 @@ def preset_names(ctx: typer.Context) -> list[str]:
     return list(ctx.meta.get(PRESET_NAMES, list)())
 
 
-_OPTION = Plain(10_000, lines=True)
 _PANEL = "Common options"
 _JSON = Parameter(
     "as_json",
@@ -225,10 +223,14 @@ def _with_common_options(function: Callable[..., None], preset: str | None) -> C
 
 def _require_plain(options: Mapping[str, Any]) -> None:
     """Raise DataError for a text that no database can hold, or that a terminal would obey; paths may be anything."""
+    # Imported here: the record types are built when they are imported, and `relook --help` needs none.
+    from records.types.base import Plain
+
+    rule = Plain(10_000, lines=True)
     for name, value in options.items():
         for text in value if isinstance(value, (list, tuple)) else [value]:
             try:
-                _OPTION.check(text if isinstance(text, str) else "")
+                rule.check(text if isinstance(text, str) else "")
             except ValueError as error:
                 raise DataError(f"{name.replace('_', '-')}: {error}") from error
 
