@@ -1,11 +1,13 @@
 """The page's access to the REST API with the key of each visitor.
 
-In: the key that a visitor typed. Out: a `serving.client.Client` that sends it. Keys are not stored; what is cached is
-the same for every visitor.
+In: a visitor's request, beside which `access` put the key of its session. Out: a `serving.client.Client` that sends
+it. Keys are not stored; what is cached is the same for every visitor.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import gradio as gr
 
 from records.errors import RelookError, UnavailableError
 from records.taxonomy import Taxonomy
@@ -32,15 +34,14 @@ class PageApi:
         self.malignant = frozenset(taxonomy.malignant_codes)
 
     @contextmanager
-    def client(self, key: str | None) -> Iterator[Client]:
+    def client(self, visitor: gr.Request) -> Iterator[Client]:
         """Give a client that sends the visitor's key; without one, the client that all visitors share."""
-        # Gradio passes None for a text field that was never shown.
-        token = (key or "").strip()
-        if not token:
+        key = key_of(visitor)
+        if key is None:
             yield self._anonymous
             return
         # Made anew for each event: a client kept per key would keep the key in memory after the visitor has left.
-        with Client(self._url, token, retry_s=_RETRY_S) as client:
+        with Client(self._url, key, retry_s=_RETRY_S) as client:
             yield client
 
     def details(self, client: Client, model_id: str) -> ModelDetails | None:
@@ -56,6 +57,12 @@ class PageApi:
                 # The failure is not cached: it may be this visitor's key that may not read them.
                 return None
         return self._details[model_id]
+
+
+def key_of(visitor: gr.Request) -> str | None:
+    """Return the key of a visitor who is signed in."""
+    key: str | None = visitor.state.key
+    return key
 
 
 def caller_text(caller: CallerInfo) -> str:

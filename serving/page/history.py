@@ -30,21 +30,21 @@ class HistoryHandlers:
     def __init__(self, api: PageApi) -> None:
         self._api = api
 
-    def newest(self, key: str | None) -> tuple[Any, ...]:
+    def newest(self, visitor: gr.Request) -> tuple[Any, ...]:
         """Show the newest predictions; see `older`."""
-        return self.older(None, key)
+        return self.older(None, visitor)
 
-    def older(self, after: str | None, key: str | None) -> tuple[Any, ...]:
+    def older(self, after: str | None, visitor: gr.Request) -> tuple[Any, ...]:
         """Show a page of predictions.
 
         Args:
             after: cursor from the page before; None begins with the newest.
-            key: of the visitor.
+            visitor: request with their key.
         Returns:
             The list, the dropdown of its predictions, the next cursor, the button for it, and an empty detail view.
         """
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 page = client.predictions(after=after, limit=PAGE_SIZE)
                 events = _events_of(client, page.items)
         except RelookError as error:
@@ -54,12 +54,12 @@ class HistoryHandlers:
         # The detail view is emptied: its prediction may not be on this page, and the dropdown no longer names it.
         return html, gr.Dropdown(choices=choices, value=None), page.next, gr.update(visible=page.next is not None), ""
 
-    def open(self, prediction_id: str | None, key: str | None) -> str:
+    def open(self, prediction_id: str | None, visitor: gr.Request) -> str:
         """Show a stored prediction with its review, events and heat map.
 
         Args:
             prediction_id: None or empty shows nothing.
-            key: of the visitor.
+            visitor: request with their key.
         Returns:
             HTML.
         """
@@ -67,7 +67,7 @@ class HistoryHandlers:
             return ""
         api = self._api
         try:
-            with api.client(key) as client:
+            with api.client(visitor) as client:
                 prediction = client.prediction(prediction_id)
                 details = api.details(client, prediction.model.id)
                 events = _events_of(client, [prediction])[prediction.id]
@@ -78,12 +78,11 @@ class HistoryHandlers:
         return html + review_html(prediction.review, events, api.names) + heat_map
 
 
-def history_tab(handlers: HistoryHandlers, key: gr.Textbox) -> None:
+def history_tab(handlers: HistoryHandlers) -> None:
     """Lay the tab out; selecting it loads the newest predictions.
 
     Args:
         handlers: of the events.
-        key: text field with the visitor's key.
     """
     with gr.Tab("History") as tab:
         after = gr.State(None)
@@ -94,11 +93,11 @@ def history_tab(handlers: HistoryHandlers, key: gr.Textbox) -> None:
         chosen = gr.Dropdown([], value=None, label="Open prediction", elem_id="rl-history-choice")
         shown = gr.HTML("", elem_id="rl-history-shown", padding=False)
     outputs = [listed, chosen, after, older, shown]
-    tab.select(handlers.newest, key, outputs, api_visibility="private")
-    refresh.click(handlers.newest, key, outputs, api_visibility="private")
-    older.click(handlers.older, [after, key], outputs, api_visibility="private")
+    tab.select(handlers.newest, None, outputs, api_visibility="private")
+    refresh.click(handlers.newest, None, outputs, api_visibility="private")
+    older.click(handlers.older, [after], outputs, api_visibility="private")
     # `input` and not `change`, which would also fire when a new list empties the choice.
-    chosen.input(handlers.open, [chosen, key], shown, api_visibility="private")
+    chosen.input(handlers.open, [chosen], shown, api_visibility="private")
 
 
 def history_html(predictions: list[PredictionResponse], events: dict[str, list[Event]], names: dict[str, str]) -> str:

@@ -15,16 +15,19 @@ from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import Scope
 from serving.access.keys import has_keys
-from serving.page.api import PageApi, caller_text
+from serving.page.api import PageApi, caller_text, key_of
 from serving.page.history import HistoryHandlers, history_tab
 from serving.page.models import ModelHandlers, models_tab
 from serving.page.predict import PredictHandlers, predict_tab
 from serving.page.prediction_view import header_html
+from serving.page.render import render
 from serving.page.rounds import RoundHandlers, rounds_tab
+from serving.page.uploads import PageFiles
 from serving.settings import ServingSettings
 
 ACCENT = "#0b6e6e"
-UPLOAD_LIFE_S = 600
+MAX_WAITING = 512
+"""How many events may wait; Gradio refuses further ones."""
 CONCURRENT_EVENTS = 16
 """How many events of each kind run at once; the API bounds the load of what they request."""
 _EXAMPLE_SEED = 2024
@@ -48,46 +51,43 @@ def page_theme() -> gr.themes.Base:
     )
 
 
-def build_page(settings: ServingSettings, store: Store) -> gr.Blocks:
+def build_page(settings: ServingSettings, store: Store, files: PageFiles) -> gr.Blocks:
     """Build the page.
 
     Args:
         settings: URL of the API, default consent, size and opacity of heat maps.
-        store: its taxonomy names the classes; its cache folder holds uploads and examples.
+        store: its taxonomy names the classes.
+        files: where uploads and examples lie.
     Returns:
         The Gradio app, not started.
     """
-    folder = store.home.cache / "page"
-    examples = write_examples(folder / "examples", store.taxonomy)
-    # Gradio reads both variables later, whenever it stores an upload or would report usage.
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    examples = write_examples(files.examples, store.taxonomy)
+    # Gradio reads both variables later. The folder is where it expects uploads to be.
+    os.environ["GRADIO_TEMP_DIR"] = str(files.uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    gr.set_static_paths([str(folder / "examples")])
+    gr.set_static_paths([str(files.examples)])
     api = PageApi(settings.url, store.taxonomy)
-    # delete_cache is (how often, from which age): an upload is deleted after 10 to 15 minutes.
-    page = gr.Blocks(title="Relook", analytics_enabled=False, delete_cache=(UPLOAD_LIFE_S // 2, UPLOAD_LIFE_S))
+    page = gr.Blocks(title="Relook", analytics_enabled=False)
     with page:
         header = gr.HTML(header_html(None, "connecting to the service"), elem_id="rl-header", padding=False)
         with gr.Accordion("Sign in with an API key", open=has_keys(store), elem_id="rl-sign-in") as form:
-            key = gr.Textbox(
-                label="API key", type="password", elem_id="rl-key", max_length=200, placeholder="rlk_...",
-                info="Sent with each request, not stored.",
-            )  # fmt: skip
-            sign_in = gr.Button("Sign in", elem_id="rl-sign-in-button", size="sm")
+            # Plain HTML whose script talks to the API: a field of Gradio would send the key along with its events.
+            gr.HTML(render("sign_in"), padding=False)
+            signed_in = gr.Button("Signed in", elem_id="rl-signed-in", elem_classes="rl-hidden")
         with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Predict"):
-                predict_tab(PredictHandlers(api, folder, settings.overlay_side_px), api, settings, examples, key)
-            history_tab(HistoryHandlers(api), key)
-            admin = models_tab(ModelHandlers(api), key)
-            rounds_tab(RoundHandlers(api), key)
+                predict_tab(PredictHandlers(api, settings.overlay_side_px), api, settings, examples)
+            history_tab(HistoryHandlers(api))
+            admin = models_tab(ModelHandlers(api))
+            rounds_tab(RoundHandlers(api))
 
-        def signed_in(given: str | None) -> tuple[str, Any, Any]:
-            return _sign_in(api, given)
+        def show_caller(visitor: gr.Request) -> tuple[str, Any, Any]:
+            return _caller(api, visitor)
 
-        # blur: a password manager fills the field without Enter or a click.
-        for event in (page.load, key.submit, key.blur, sign_in.click):
-            event(signed_in, key, [header, form, admin], api_visibility="private")
-    page.queue(default_concurrency_limit=CONCURRENT_EVENTS)
+        # The page's script clicks the hidden button when the API has accepted a key.
+        for event in (page.load, signed_in.click):
+            event(show_caller, None, [header, form, admin], api_visibility="private")
+    page.queue(default_concurrency_limit=CONCURRENT_EVENTS, max_size=MAX_WAITING)
     return page
 
 
@@ -110,17 +110,17 @@ def write_examples(folder: Path, taxonomy: Taxonomy) -> list[Path]:
     return paths
 
 
-def _sign_in(api: PageApi, key: str | None) -> tuple[str, Any, Any]:
+def _caller(api: PageApi, visitor: gr.Request) -> tuple[str, Any, Any]:
     """Return the header, the sign-in form (open while a key is needed), and the rollout controls."""
     hidden = gr.update(visible=False)
     try:
-        with api.client(key) as client:
+        with api.client(visitor) as client:
             caller = client.caller()
             header = header_html(client.model(), signed_in=caller_text(caller))
             return header, gr.update(open=False), gr.update(visible=Scope.ADMIN in caller.scopes)
     except AccessError as error:
         # The API's message is about a wrong key; who typed none needs to know that one is required.
-        why = str(error) if (key or "").strip() else "this service requires an API key"
+        why = str(error) if key_of(visitor) else "this service requires an API key"
         return header_html(None, f"sign in to continue: {why}"), gr.update(open=True), hidden
     except RelookError as error:
         return header_html(None, f"no model is available: {error}"), gr.update(), hidden

@@ -4,11 +4,14 @@ In: models and rollout of the API. Out: HTML. The buttons call the API's routes 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from records.errors import RelookError, UnknownIdError
+from records.models import SERVED
+from records.types import RolloutStage
 from serving.client import Client
 from serving.page.api import PageApi
 from serving.page.prediction_view import coverage_text
@@ -32,6 +35,19 @@ _STAGES = {
 }
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a page shows: a button means this, and not what is current when it is clicked.
+
+    Args:
+        rollout: the rollout, in progress or just ended.
+        champion_id: the model that serves.
+    """
+
+    rollout: RolloutInfo | None = None
+    champion_id: str | None = None
+
+
 class ModelHandlers:
     """Event handlers of the tab. Gradio may call them from several threads.
 
@@ -42,89 +58,103 @@ class ModelHandlers:
     def __init__(self, api: PageApi) -> None:
         self._api = api
 
-    def load(self, key: str | None) -> tuple[Any, ...]:
-        """Return the list of models, the dropdown, the rollout, and empty detail views."""
+    def load(self, visitor: gr.Request) -> tuple[Any, ...]:
+        """Return the list of models, the dropdown, the rollout, empty detail views, and what is shown."""
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 models = client.models().items
-                rollout = _rollout(client)
+                seen = _look(client)
         except RelookError as error:
-            return problem_html(str(error), "Models could not be loaded"), gr.update(), "", "", ""
+            return problem_html(str(error), "Models could not be loaded"), gr.update(), "", "", "", Seen()
         choices = [(f"{model.id[:12]}, {model.status}, {model.architecture}", model.id) for model in models]
-        return models_html(models), gr.Dropdown(choices=choices, value=None), rollout, "", ""
+        return models_html(models), gr.Dropdown(choices=choices, value=None), rollout_html(seen.rollout), "", "", seen
 
-    def show(self, model_id: str | None, key: str | None) -> tuple[str, Any, str]:
+    def show(self, model_id: str | None, visitor: gr.Request) -> tuple[str, Any, str]:
         """Return a model's metrics, the button for its report, and an empty report."""
         if not model_id:
             return "", gr.update(visible=False), ""
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 # Not from the cache of `PageApi`: a model's status changes during a rollout.
                 details = client.model_details(model_id)
         except RelookError as error:
             return problem_html(str(error), "Model could not be loaded"), gr.update(visible=False), ""
         return details_html(details, self._api.names), gr.update(visible=details.has_report), ""
 
-    def report(self, model_id: str | None, key: str | None) -> str:
+    def report(self, model_id: str | None, visitor: gr.Request) -> str:
         """Return a model's report in a sandboxed frame."""
         if not model_id:
             return ""
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 return render("report", report=client.report(model_id))
         except RelookError as error:
             return problem_html(str(error), "Report could not be loaded")
 
-    def roll_out(self, model_id: str | None, percent: int, reason: str, key: str | None) -> tuple[str, str]:
-        """Start a rollout, change its traffic share, or promote the candidate.
+    def roll_out(
+        self, model_id: str | None, percent: int, reason: str, seen: Seen, visitor: gr.Request
+    ) -> tuple[str, str, Seen]:
+        """Change or promote the rollout that the page shows, or start one; the API refuses if it has changed since.
 
         Args:
             model_id: of the candidate.
             percent: traffic share, 0 to 100; 0 is shadow, 100 promotes.
             reason: required for a model that has not passed the gate; may be empty otherwise.
-            key: of a visitor with the scope admin.
+            seen: what the page shows.
+            visitor: request with a key of the scope admin.
         Returns:
-            The rollout, and an alert if the API refused.
+            The rollout, an alert if the API refused, and what is shown now.
         """
         if not model_id:
-            return self._current_rollout(key), problem_html("choose a model first", NOT_CHANGED)
+            return rollout_html(seen.rollout), problem_html("choose a model first", NOT_CHANGED), seen
         try:
-            with self._api.client(key) as client:
-                client.roll_out(RolloutRequest(model=model_id, percent=percent, reason=reason.strip() or None))
-                return _rollout(client), ""
+            with self._api.client(visitor) as client:
+                shown = None if seen.rollout is None or seen.rollout.ended_at else seen.rollout.id
+                wanted = RolloutRequest(
+                    model=model_id,
+                    percent=percent,
+                    rollout=shown,
+                    champion=None if shown else seen.champion_id,
+                    reason=reason.strip() or None,
+                )
+                return _shown(client.roll_out(wanted))
         except RelookError as error:
-            return self._current_rollout(key), problem_html(str(error), NOT_CHANGED)
+            return self._refused(str(error), visitor)
 
-    def roll_back(self, reason: str, key: str | None) -> tuple[str, str]:
-        """Roll the candidate back, or undo the last promotion.
+    def roll_back(self, reason: str, seen: Seen, visitor: gr.Request) -> tuple[str, str, Seen]:
+        """Roll the rollout back that the page shows.
 
         Args:
             reason: for the audit log; may be empty.
-            key: of a visitor with the scope admin.
+            seen: what the page shows.
+            visitor: request with a key of the scope admin.
         Returns:
-            The rollout, and an alert if the API refused.
+            The rollout, an alert if the API refused, and what is shown now.
         """
+        if seen.rollout is None:
+            return self._refused("the page showed no rollout in progress", visitor)
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 # From the response: a rollout that has ended is no longer the one that the API reports as current.
-                return rollout_html(client.roll_back(reason.strip() or _ROLLED_BACK)), ""
+                return _shown(client.roll_back(seen.rollout.id, reason.strip() or _ROLLED_BACK))
         except RelookError as error:
-            return self._current_rollout(key), problem_html(str(error), NOT_CHANGED)
+            return self._refused(str(error), visitor)
 
-    def _current_rollout(self, key: str | None) -> str:
+    def _refused(self, why: str, visitor: gr.Request) -> tuple[str, str, Seen]:
+        alert = problem_html(why, NOT_CHANGED)
         try:
-            with self._api.client(key) as client:
-                return _rollout(client)
+            with self._api.client(visitor) as client:
+                seen = _look(client)
         except RelookError as error:
-            return problem_html(str(error), "Rollout could not be loaded")
+            return problem_html(str(error), "Rollout could not be loaded"), alert, Seen()
+        return rollout_html(seen.rollout), alert, seen
 
 
-def models_tab(handlers: ModelHandlers, key: gr.Textbox) -> gr.Column:
+def models_tab(handlers: ModelHandlers) -> gr.Column:
     """Lay the tab out; selecting it loads models and rollout.
 
     Args:
         handlers: of the events.
-        key: text field with the visitor's key.
     Returns:
         The rollout controls, hidden until a visitor with the scope admin signs in.
     """
@@ -135,6 +165,7 @@ def models_tab(handlers: ModelHandlers, key: gr.Textbox) -> gr.Column:
         open_report = gr.Button("Open report", visible=False, elem_id="rl-report-open")
         report = gr.HTML("", elem_id="rl-report", padding=False)
         rollout = gr.HTML("", elem_id="rl-rollout", padding=False)
+        seen = gr.State(Seen())
         # Hiding is for clarity only; the API checks the key's scope at every call.
         admin: gr.Column = gr.Column(visible=False, elem_id="rl-admin")
         with admin:
@@ -150,11 +181,12 @@ def models_tab(handlers: ModelHandlers, key: gr.Textbox) -> gr.Column:
                 start = gr.Button("Roll out", variant="primary", elem_id="rl-rollout-start", min_width=140)
                 back = gr.Button("Roll back", variant="stop", elem_id="rl-rollout-back", min_width=140)
             refused = gr.HTML("", elem_id="rl-refused", padding=False)
-    tab.select(handlers.load, key, [listed, chosen, rollout, shown, report], api_visibility="private")
-    chosen.input(handlers.show, [chosen, key], [shown, open_report, report], api_visibility="private")
-    open_report.click(handlers.report, [chosen, key], report, api_visibility="private")
-    start.click(handlers.roll_out, [chosen, percent, reason, key], [rollout, refused], api_visibility="private")
-    back.click(handlers.roll_back, [reason, key], [rollout, refused], api_visibility="private")
+    tab.select(handlers.load, None, [listed, chosen, rollout, shown, report, seen], api_visibility="private")
+    chosen.input(handlers.show, [chosen], [shown, open_report, report], api_visibility="private")
+    open_report.click(handlers.report, [chosen], report, api_visibility="private")
+    changed = [rollout, refused, seen]
+    start.click(handlers.roll_out, [chosen, percent, reason, seen], changed, api_visibility="private")
+    back.click(handlers.roll_back, [reason, seen], changed, api_visibility="private")
     return admin
 
 
@@ -204,9 +236,16 @@ def _metrics(val: dict[str, Any], names: dict[str, str]) -> Iterator[tuple[str, 
     yield "Answered without review", share(val.get("answered_share"))
 
 
-def _rollout(client: Client) -> str:
+def _look(client: Client) -> Seen:
     try:
-        return rollout_html(client.rollout())
+        running = client.rollout()
     except UnknownIdError:
         # The API responds 404 while no rollout is in progress; on the page that is a state and no error.
-        return rollout_html(None)
+        serving = [model.id for model in client.models().items if model.status in SERVED]
+        return Seen(None, next(iter(serving), None))
+    return Seen(running, running.champion_id)
+
+
+def _shown(rollout: RolloutInfo) -> tuple[str, str, Seen]:
+    champion = rollout.candidate_id if rollout.stage is RolloutStage.PROMOTED else rollout.champion_id
+    return rollout_html(rollout), "", Seen(rollout, champion)

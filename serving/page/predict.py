@@ -50,23 +50,20 @@ class PredictHandlers:
 
     Args:
         api: access to the API.
-        folder: holds uploads and examples; no file outside it is read.
         side_px: width and height of the heat map's layers.
     """
 
-    def __init__(self, api: PageApi, folder: Path, side_px: int) -> None:
+    def __init__(self, api: PageApi, side_px: int) -> None:
         self._api = api
-        # Resolved once: paths from the browser are resolved, too, before they are compared with it.
-        self._folder = folder.resolve()
         self._side_px = side_px
 
-    def predict(self, upload: dict[str, Any] | None, consent: str, key: str | None) -> tuple[Any, ...]:
+    def predict(self, upload: dict[str, Any] | None, consent: str, visitor: gr.Request) -> tuple[Any, ...]:
         """Run a prediction with its Grad-CAM map.
 
         Args:
-            upload: Gradio's file data as the browser sent it, not validated.
+            upload: Gradio's file data; `access` lets only files of the page's own folder through.
             consent: value of the radio button.
-            key: of the visitor.
+            visitor: request with their key.
         Returns:
             Values for the outputs that `predict_tab` lists, in their order.
         """
@@ -74,8 +71,8 @@ class PredictHandlers:
             return _no_prediction(render("no_image"))
         try:
             wanted = _consent(consent)
-            path = self._uploaded(upload)
-            with self._api.client(key) as client:
+            path = Path(upload["path"])
+            with self._api.client(visitor) as client:
                 prediction = client.predict(_read(path), explain="gradcam", context=Context(consent=wanted))
                 details = self._api.details(client, prediction.model.id)
         except RelookError as error:
@@ -91,7 +88,9 @@ class PredictHandlers:
             gr.update(visible=True), "", timer,
         )  # fmt: skip
 
-    def explain(self, shown: Shown | None, method: str, target: str | None, versus: str | None, key: str | None) -> str:
+    def explain(
+        self, shown: Shown | None, method: str, target: str | None, versus: str | None, visitor: gr.Request
+    ) -> str:
         """Draw another heat map of the prediction on view.
 
         Args:
@@ -99,7 +98,7 @@ class PredictHandlers:
             method: name of an explanation method.
             target: class code; empty is the predicted class.
             versus: class code to compare with, or empty.
-            key: of the visitor.
+            visitor: request with their key.
         Returns:
             HTML.
         """
@@ -107,13 +106,13 @@ class PredictHandlers:
             return problem_html("run a prediction first", NO_MAP)
         chosen = {"method": method, "target": target or shown.label, "versus": versus or None}
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 return self._heat_map(_explanation(client, shown, chosen), shown.path)
         except RelookError as error:
             return problem_html(str(error), NO_MAP)
 
     def flag(
-        self, shown: Shown | None, reason: str, suggested: str | None, comment: str, key: str | None
+        self, shown: Shown | None, reason: str, suggested: str | None, comment: str, visitor: gr.Request
     ) -> tuple[str, Any]:
         """Flag the prediction on view.
 
@@ -122,7 +121,7 @@ class PredictHandlers:
             reason: value of a `FlagReason`.
             suggested: class code, or empty.
             comment: may be empty.
-            key: of the visitor.
+            visitor: request with their key.
         Returns:
             HTML, and the timer that polls the review.
         """
@@ -133,24 +132,24 @@ class PredictHandlers:
             reason=FlagReason(reason), suggested_label=suggested or None, comment=comment.strip() or None
         )
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 return flag_html(client.flag(shown.prediction_id, request)), gr.Timer(active=True)
         except RelookError as error:
             return problem_html(str(error), NOT_FLAGGED), gr.update()
 
-    def review(self, shown: Shown | None, key: str | None) -> tuple[Any, Any]:
+    def review(self, shown: Shown | None, visitor: gr.Request) -> tuple[Any, Any]:
         """Read the state of the review.
 
         Args:
             shown: the prediction on view.
-            key: of the visitor.
+            visitor: request with their key.
         Returns:
             HTML, and the timer: inactive once the state cannot change any more.
         """
         if shown is None:
             return "", gr.Timer(active=False)
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 prediction = client.prediction(shown.prediction_id)
                 events = client.events(prediction_ids=[shown.prediction_id]).items
         except RelookError:
@@ -163,17 +162,8 @@ class PredictHandlers:
         layers = draw_layers(_read(path), explanation, self._side_px)
         return heat_map_html(explanation, self._api.names, layers)
 
-    def _uploaded(self, upload: dict[str, Any]) -> Path:
-        # The path comes from the browser, which may send any. Resolved first, so that ".." and links cannot lead out.
-        path = Path(str(upload.get("path", ""))).resolve()
-        if not path.is_relative_to(self._folder):
-            raise ImageError("this file was not uploaded here; choose an image")
-        return path
 
-
-def predict_tab(
-    handlers: PredictHandlers, api: PageApi, settings: ServingSettings, examples: list[Path], key: gr.Textbox
-) -> None:
+def predict_tab(handlers: PredictHandlers, api: PageApi, settings: ServingSettings, examples: list[Path]) -> None:
     """Lay the tab out and connect its events.
 
     Args:
@@ -181,7 +171,6 @@ def predict_tab(
         api: with the classes to choose from.
         settings: with default consent and overlay opacity.
         examples: images to try.
-        key: text field with the visitor's key.
     """
     shown = gr.State(None)
     timer = gr.Timer(REVIEW_POLL_S, active=False)
@@ -199,14 +188,14 @@ def predict_tab(
     method, target, versus = choices
     outputs = [result, shown, heat_map, map_part, target, method, versus, review, flag_part, flagged, timer]
     # preprocess=False: Gradio would decode the image and fail with a message of its own; the API says what is wrong.
-    predict.click(handlers.predict, [image, consent, key], outputs, preprocess=False, api_visibility="private")
+    predict.click(handlers.predict, [image, consent], outputs, preprocess=False, api_visibility="private")
     for choice in choices:
         # `input` and not `change`: a new prediction resets these fields, which must not ask for another map.
-        choice.input(handlers.explain, [shown, *choices, key], heat_map, api_visibility="private")
-    send.click(handlers.flag, [shown, *fields, key], [flagged, timer], api_visibility="private").then(
-        handlers.review, [shown, key], [review, timer], api_visibility="private"
+        choice.input(handlers.explain, [shown, *choices], heat_map, api_visibility="private")
+    send.click(handlers.flag, [shown, *fields], [flagged, timer], api_visibility="private").then(
+        handlers.review, [shown], [review, timer], api_visibility="private"
     )
-    timer.tick(handlers.review, [shown, key], [review, timer], api_visibility="private", show_progress="hidden")
+    timer.tick(handlers.review, [shown], [review, timer], api_visibility="private", show_progress="hidden")
 
 
 def _no_prediction(html: str) -> tuple[Any, ...]:
@@ -249,7 +238,11 @@ def _inputs(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, 
         elem_id="rl-image",
         alt_text="Image to classify",
     )
-    gr.Examples([[str(path)] for path in examples], inputs=[image], label="Generated examples")
+    # Not gr.Examples, whose clicks take a route of Gradio's that runs any handler outside the queue.
+    samples = gr.Dataset(
+        components=[image], samples=[[str(path)] for path in examples], type="index", label="Generated examples"
+    )
+    samples.click(lambda index: str(examples[index]), samples, image, api_visibility="private", show_progress="hidden")
     consent = gr.Radio(
         choices=[(text, value.value) for value, text in _CONSENT_TEXTS.items()],
         value=settings.default_consent.value,

@@ -25,25 +25,24 @@ class RoundHandlers:
     def __init__(self, api: PageApi) -> None:
         self._api = api
 
-    def load(self, key: str | None) -> str:
+    def load(self, visitor: gr.Request) -> str:
         """Return all rounds as HTML."""
         try:
-            with self._api.client(key) as client:
+            with self._api.client(visitor) as client:
                 return rounds_html(client.rounds().items)
         except RelookError as error:
             return problem_html(str(error), "Rounds could not be loaded")
 
 
-def rounds_tab(handlers: RoundHandlers, key: gr.Textbox) -> None:
+def rounds_tab(handlers: RoundHandlers) -> None:
     """Lay the tab out; selecting it loads the rounds.
 
     Args:
         handlers: of the events.
-        key: text field with the visitor's key.
     """
     with gr.Tab("Rounds") as tab:
         shown = gr.HTML("", elem_id="rl-rounds", padding=False)
-    tab.select(handlers.load, key, shown, api_visibility="private")
+    tab.select(handlers.load, None, shown, api_visibility="private")
 
 
 def rounds_html(rounds: Sequence[RoundInfo]) -> str:

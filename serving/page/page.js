@@ -1,0 +1,40 @@
+// Signs the browser in and out, and sends the proof of the session (see serving/session.py) with each request of the page.
+(() => {
+  const PROOF = "relook-proof";
+  const plainFetch = window.fetch.bind(window);
+  const session = (verb, headers) =>
+    plainFetch(new URL("v1/session", document.baseURI), { method: verb, headers, credentials: "same-origin" });
+
+  window.fetch = (input, init) => {
+    const request = new Request(input, init);
+    const proof = localStorage.getItem(PROOF);
+    if (proof && new URL(request.url).origin === location.origin) request.headers.set("X-Relook-Proof", proof);
+    return plainFetch(request);
+  };
+
+  const say = (sentence) => { document.getElementById("rl-sign-in-problem").textContent = sentence; };
+
+  document.addEventListener("submit", async (event) => {
+    if (event.target.id !== "rl-sign-in-form") return;
+    event.preventDefault();
+    const field = event.target.querySelector("input");
+    try {
+      const response = await session("POST", { Authorization: `Bearer ${field.value.trim()}` });
+      const body = await response.json();
+      if (!response.ok) return say(`${body.detail}.`);
+      localStorage.setItem(PROOF, body.proof);
+      field.value = "";
+      say("");
+      document.getElementById("rl-signed-in").click();
+    } catch {
+      say("The service did not respond, or the key has characters that no key has.");
+    }
+  });
+
+  document.addEventListener("click", async (event) => {
+    if (event.target.id !== "rl-sign-out") return;
+    localStorage.removeItem(PROOF);
+    await session("DELETE", {}).catch(() => null);
+    location.reload();
+  });
+})();
