@@ -16,7 +16,9 @@ import ray
 from ray import serve
 
 from records.errors import UnavailableError
+from records.home import open_home
 from records.settings import RecordsSettings
+from serving.access.keys import admin_token
 from serving.client import Client
 from serving.deployments import APPLICATION, build_application, serve_environment
 from serving.preconditions import require_startable
@@ -57,7 +59,7 @@ def start_service(settings: ServingSettings, records: RecordsSettings) -> Servic
     try:
         # Serve waits without a limit; `_wait_until_ready` has one and reports why a deployment failed.
         serve.run_many([target], wait_for_applications_running=False)
-        _wait_until_ready(settings)
+        _wait_until_ready(settings, admin_token(open_home(absolute.home)))
     except BaseException:
         # KeyboardInterrupt, too: a start that is interrupted must not leave replicas behind.
         _shut_down()
@@ -79,10 +81,11 @@ def _shut_down() -> None:
     serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _wait_until_ready(settings: ServingSettings) -> None:
+def _wait_until_ready(settings: ServingSettings, admin: str) -> None:
     deadline = time.monotonic() + settings.start_timeout_s
     detail = "no readiness check succeeded yet"
-    with Client(settings.url, timeout_s=5.0, retry_s=0.0) as client:
+    # With the administrator's key, to which the service tells why it is not ready.
+    with Client(settings.url, admin, timeout_s=5.0, retry_s=0.0) as client:
         while time.monotonic() < deadline:
             application = serve.status().applications.get(APPLICATION)
             if application is not None and application.status == "DEPLOY_FAILED":

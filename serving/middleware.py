@@ -67,7 +67,7 @@ class RequestMiddleware:
         self.on_response = on_response
         self._authenticator = authenticator
         self._proxies = Proxies(settings.forwarded_allow_ips, settings.root_path)
-        self._hosts = LOCAL_HOSTS.union(settings.trusted_hosts)
+        self._hosts = LOCAL_HOSTS.union([settings.host, *settings.trusted_hosts])
         self._bodies = Shares(settings.max_bodies_mb * 1e6)
         self._requests = Shares(settings.max_connections)
 

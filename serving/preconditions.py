@@ -12,18 +12,24 @@ from serving.settings import ServingSettings
 def require_startable(settings: ServingSettings, records: RecordsSettings) -> None:
     """Check the preconditions of a start.
 
-    Raises ConfigError if the port is in use, or reachable from outside while there is no key; UnknownIdError if no
-    model was promoted; UnavailableError if the ledger cannot be reached.
+    Raises ConfigError if the port is in use, or reachable from outside or by a proxy while there is no key;
+    UnknownIdError if no model was promoted; UnavailableError if the ledger cannot be reached.
     """
     # The port first: the check is immediate, while opening the ledger may wait for a database.
     require_free_port(settings.host, settings.port)
     store = open_store(records)
     try:
         admin_token(store.home)
-        if not settings.is_loopback and not has_keys(store):
+        if not (settings.is_loopback or has_keys(store)):
             raise ConfigError(
                 f"serving.host {settings.host} can be reached from outside and there are no API keys; "
                 "make one with `relook keys create`, or use 127.0.0.1"
+            )
+        if settings.is_proxied and not has_keys(store):
+            raise ConfigError(
+                "the service is to stand behind a reverse proxy (serving.root_path, trusted_hosts or "
+                "forwarded_allow_ips), where everybody's requests come from one address, and there are no API keys; "
+                "make one with `relook keys create`"
             )
         with store.ledger.read() as tx:
             if serving_model(tx) is None:

@@ -162,7 +162,7 @@ class ServingSettings(RoomSettings):
     @field_validator("root_path")
     @classmethod
     def _root_path_is_a_path(cls, value: str) -> str:
-        if value and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) is None:
+        if value and re.fullmatch(r"(/(?!\.+(/|$))[A-Za-z0-9._~-]+)+", value) is None:
             raise ValueError(f"{value!r} is not a path such as /relook: begin with a slash and end without one")
         return value
 
@@ -243,7 +243,10 @@ class ServingSettings(RoomSettings):
     @property
     def url(self) -> str:
         """Where the service can be reached from this machine."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        # Every address at once is none that a Host header should name.
+        anywhere = self.host != "localhost" and ipaddress.ip_address(self.host).is_unspecified
+        host = ("::1" if ":" in self.host else "127.0.0.1") if anywhere else self.host
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}"
 
 

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("tests.models",)
 
-KEPT_VARIABLES = {"RELOOK_TEST_DATA", "RELOOK_TEST_S3", "RELOOK_REQUIRE_BROWSER", "RELOOK_TEST_PRECISION"}
+KEPT_VARIABLES = {
+    "RELOOK_TEST_DATA",
+    "RELOOK_TEST_S3",
+    "RELOOK_REQUIRE_BROWSER",
+    "RELOOK_REQUIRE_NGINX",
+    "RELOOK_TEST_PRECISION",
+}
 
 PRECISION = os.environ.get("RELOOK_TEST_PRECISION", "fp32")
 """What `precision=auto` means in the tests, on every machine: fp32, or bf16, which torch emulates where it has to."""
