@@ -1,5 +1,6 @@
 """Labels from annotations: resolved by consensus for dataset versions, and from blind reads for monitoring."""
 
+import logging
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -7,8 +8,11 @@ import sqlalchemy as sa
 from images.grouping import group_images
 from labeling.consensus import ConsensusMethod, resolve
 from records.ledger.tables import TABLES
+from records.parts import in_parts
 from records.store import Store
 from records.types import Annotation, Image, ReasonCode, ResolvedLabel, ReviewItem
+
+logger = logging.getLogger(__name__)
 
 
 def resolved_labels(
@@ -54,8 +58,15 @@ def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[Res
 
 
 def group_labelled_images(store: Store) -> int:
-    """Assign groups to annotated images that have none; return how many."""
+    """Assign groups to annotated images that have none; return how many.
+
+    An image that cannot be read is logged and gets no group, so no model learns from it until it is restored.
+    """
     with store.ledger.read() as tx:
         labelled = {label.image_id for label in tx.find(Annotation, where={"deleted": False})}
         waiting = [image.id for image in tx.find(Image, where={"group_id": None}) if image.id in labelled]
-    return group_images(store, waiting) if waiting else 0
+    parts = in_parts(waiting, lambda some: group_images(store, list(some)))
+    for part in parts:
+        if isinstance(part.result, Exception):
+            logger.warning("image %s was annotated and cannot be grouped: %s", part.members[0][:12], part.result)
+    return sum(part.result for part in parts if isinstance(part.result, int))

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from pydantic import SecretStr
 from labeling.rows import ProjectRow, ProjectState, TaskRow, filter_by, task_row
 from labeling.tasks import LIST_VIEW
 from records.errors import LabelStudioError, LabelStudioRefusedError, RefusedError, RelookError, UnknownIdError
+from records.parts import in_parts
 from records.types.base import LINE
 
 PAGE_SIZE = 500
@@ -192,7 +194,8 @@ class LabelStudioClient:
             with_annotations: whether to read their annotations as well.
             page_size: most tasks in a page.
         Yields:
-            Pages; the last one is shorter than `page_size`.
+            Pages; the last one is shorter than `page_size`. A task whose annotations Label Studio fails to list has a
+            fault.
         Raises:
             UnknownIdError: the project is gone.
             LabelStudioError: Label Studio cannot be reached.
@@ -204,8 +207,12 @@ class LabelStudioClient:
             if updated_since is not None:
                 since = updated_since.astimezone(UTC).strftime(_TIME_FORMAT)
                 items.append(filter_by("updated_at", "greater_or_equal", "Datetime", since))
-            query = {"ordering": ["tasks:id"], "filters": {"conjunction": "and", "items": items}}
-            rows, _, _ = self._tasks(project_id, query, page_size, with_annotations=with_annotations)
+            try:
+                rows, _, _ = self._tasks(project_id, _by_id(items), page_size, with_annotations=with_annotations)
+            except LabelStudioRefusedError:
+                if not with_annotations:
+                    raise
+                rows = self._readable_tasks(project_id, items, page_size)
             if rows:
                 yield rows
                 after_id = rows[-1].id
@@ -307,8 +314,31 @@ class LabelStudioClient:
             "POST", "api/dm/views/", "make a view", body={"project": project_id, "data": LIST_VIEW}, repeat=False
         )
 
+    def _readable_tasks(self, project_id: int, items: Sequence[Mapping[str, Any]], page_size: int) -> list[TaskRow]:
+        """Return a page of tasks with annotations, after Label Studio failed to list it as a whole."""
+
+        def read(some: Sequence[TaskRow]) -> list[TaskRow]:
+            among = filter_by("id", "in", "Number", {"min": some[0].id, "max": some[-1].id})
+            query = _by_id([*items, among])
+            return self._tasks(project_id, query, len(some), with_annotations=True, repeat=False)[0]
+
+        found: list[TaskRow] = []
+        bare, _, _ = self._tasks(project_id, _by_id(items), page_size)
+        for part in in_parts(bare, read, (LabelStudioRefusedError,)):
+            if isinstance(part.result, Exception):
+                found.append(replace(part.members[0], fault=str(part.result)))
+            else:
+                found.extend(part.result)
+        return found
+
     def _tasks(
-        self, project_id: int, query: Mapping[str, Any], page_size: int, *, with_annotations: bool = False
+        self,
+        project_id: int,
+        query: Mapping[str, Any],
+        page_size: int,
+        *,
+        with_annotations: bool = False,
+        repeat: bool = True,
     ) -> tuple[list[TaskRow], int, int]:
         """Return a page of tasks, the number of tasks that match, and the number of their annotations."""
         # One list for the fields of tasks and of annotations: the server applies it to both. `data` is left out
@@ -324,7 +354,7 @@ class LabelStudioClient:
             "page_size": page_size,
         }
         action = f"list the tasks of project {project_id}"
-        found = self.request("GET", "api/tasks/", action, params=params)
+        found = self.request("GET", "api/tasks/", action, params=params, repeat=repeat)
         with self.translated_errors(action):
             rows = [task_row(task) for task in found["tasks"]]
             return rows, int(found["total"]), int(found["total_annotations"])
@@ -353,7 +383,7 @@ class LabelStudioClient:
         Raises:
             LabelStudioError: Label Studio cannot be reached, or refuses.
         """
-        with self.translated_errors(action, sends=body is not None):
+        with self.translated_errors(action):
             # Connection errors and overload pass; any other refusal would come again, so it is raised at once. The
             # request after the loop is the last attempt, whose error reaches the caller.
             for pause_s in _PAUSES_S if repeat else ():
@@ -377,19 +407,18 @@ class LabelStudioClient:
         return response.json() if response.content else None
 
     @contextmanager
-    def translated_errors(self, action: str, *, sends: bool = False) -> Generator[None]:
+    def translated_errors(self, action: str) -> Generator[None]:
         """Raise every failure of the block, a request and the reading of its response, as one sentence.
 
         Args:
             action: what is tried, in words.
-            sends: whether the request has a body, which may be what the server fails on.
         Yields:
             Nothing.
         """
         try:
             yield
         except ApiError as error:
-            raise refusal(self.url, action, error.status_code or 0, error.body, sends=sends) from error
+            raise refusal(self.url, action, error.status_code or 0, error.body) from error
         except httpx.TimeoutException as error:
             raise LabelStudioError(
                 f"Label Studio at {self.url} took too long to {action}; it is overloaded, or "
@@ -406,7 +435,11 @@ class LabelStudioClient:
             ) from error
 
 
-def refusal(url: str, action: str, status: int, body: Any, *, sends: bool = False) -> RelookError:
+def _by_id(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"ordering": ["tasks:id"], "filters": {"conjunction": "and", "items": list(items)}}
+
+
+def refusal(url: str, action: str, status: int, body: Any) -> RelookError:
     """Return the error for a response that is not a success, as one sentence that names the next step.
 
     Args:
@@ -414,7 +447,6 @@ def refusal(url: str, action: str, status: int, body: Any, *, sends: bool = Fals
         action: what was tried, as in `import 100 tasks`.
         status: HTTP status.
         body: of the response, JSON or text.
-        sends: whether the request had a body, which may be what the server fails on.
     Returns:
         UnknownIdError for 404, RefusedError for 409 (it exists already), LabelStudioRefusedError if another request may
         fare better, else LabelStudioError.
@@ -438,7 +470,8 @@ def refusal(url: str, action: str, status: int, body: Any, *, sends: bool = Fals
             "(nginx: client_max_body_size), or lower labeling.image_side_px"
         )
     if status >= 500:
-        kind = LabelStudioRefusedError if status == 500 and sends else LabelStudioError
+        # 500 may be about one task of those in the request; 502 to 504 say that nothing responds.
+        kind = LabelStudioRefusedError if status == 500 else LabelStudioError
         return kind(f"{where} failed to {action} ({status}: {said}); its log says why")
     return LabelStudioRefusedError(f"{where} refused to {action} ({status}: {said})")
 

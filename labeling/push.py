@@ -20,7 +20,7 @@ from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
-from records.errors import LabelStudioRefusedError, UnavailableError, UnknownIdError
+from records.errors import LabelStudioError, LabelStudioRefusedError, UnavailableError, UnknownIdError
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
@@ -171,6 +171,13 @@ class _ProjectPush:
             unreadable=unreadable,
         )
 
+    def _adopted(self, project: Project) -> bool:
+        try:
+            return adopt(self.store, self.client, project)[0] > 0
+        except LabelStudioRefusedError as error:
+            # Without the list nobody knows what arrived; the next push looks again.
+            raise LabelStudioError(str(error)) from error
+
     def _import(self, project: Project, batch: "_Batch") -> list[str]:
         """Import a batch and record its tasks; return a sentence for each item that Label Studio does not take."""
 
@@ -185,7 +192,7 @@ class _ProjectPush:
             except Exception as error:
                 _raise_outage(error)
                 # A server that failed may have imported them all the same; then they must not be sent again in halves.
-                if not adopt(self.store, self.client, project)[0]:
+                if not self._adopted(project):
                     raise
 
         parts = in_parts(list(zip(batch.items, batch.documents, strict=True)), send, (LabelStudioRefusedError,))

@@ -61,7 +61,8 @@ def add_adjudications(store: Store, threshold: float) -> int:
     """
     with store.ledger.begin() as tx:
         disputed = contested(tx.find(Annotation, order_by=("created_at", "id")), threshold)
-        wanted = [_adjudication(tx.require(ReviewItem, rows[-1].review_item_id)) for rows in disputed.values()]
+        about = {rows[-1].review_item_id for rows in disputed.values()}
+        wanted = [_adjudication(item) for item in tx.find(ReviewItem, where={"id": about}, order_by=("id",))]
         # The id follows from the image. Annotators who still disagree after an adjudication cause no second one.
         known = {item.id for item in tx.find(ReviewItem, where={"id": [item.id for item in wanted]})}
         fresh = [item for item in wanted if item.id not in known]

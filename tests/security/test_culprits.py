@@ -16,6 +16,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from cluster.labels import group_labelled_images
 from cluster.selection import select_images, take_in_folder
 from images.decode import decode_square
 from images.importer import import_folder
@@ -24,7 +25,8 @@ from records.errors import DataError, RelookError
 from records.ids import new_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import Consent, Image, Prediction, Quarantined, ReviewItem
+from records.types import Annotation, Consent, Image, ModelRecord, Prediction, Quarantined, ReviewItem
+from serving.bulk import predict_folder
 from serving.holder import verify_models
 from serving.images import take_in
 from serving.messages import PredictionRequest, StoredPrediction
@@ -191,8 +193,6 @@ def test_a_broken_bundle_stops_neither_the_service_nor_the_check_of_the_others(
     served = [tools.serve_bundle(store, bundle) for bundle in (broken, whole)]
     assert len(served) == 2
     (broken.path / "weights.safetensors").write_bytes(b"\xff" * 64)
-    from records.types import ModelRecord
-
     with store.ledger.read() as tx:
         records = [tx.require(ModelRecord, bundle.id) for bundle in (broken, whole)]
     problems = [found.problem for found in verify_models(store, records, "auto")]
@@ -267,3 +267,42 @@ def test_times_in_the_ledger_stay_what_they_are(store: Store) -> None:
         tx.find(Prediction, where={"created_at": datetime(1, 1, 1, tzinfo=FAR_EAST)})
     with store.ledger.read() as tx:
         assert tx.find(Prediction, where={"created_at": moment}) == []
+
+
+def test_an_annotated_image_that_is_gone_does_not_stop_the_groups_of_others(tmp_path: Path) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    now = datetime(2026, 3, 1, tzinfo=UTC)
+    image_ids = [store.blobs.put(render("nv", seed=9, number=number)) for number in range(9)]
+    with store.ledger.begin() as tx:
+        for number, image_id in enumerate(image_ids):
+            where = {"uri": store.blobs.uri(image_id), "format": "jpeg", "width_px": 64, "height_px": 64}
+            tx.add(Image(id=image_id, provenance="served", consent=Consent.TRAINING, created_at=now, **where))
+            told = {"kind": "class", "label": "nv", "annotator": "a", "annotated_at": now, "server": "local"}
+            at = {"project_id": 1, "task_id": number, "annotation_id": number, "revision": str(number)}
+            tx.add(Annotation(id=new_id(), created_at=now, review_item_id="r", image_id=image_id, **told, **at))
+    for image_id in (image_ids[0], image_ids[4], image_ids[8]):
+        (Path(store.blobs.root) / image_id[:2] / image_id).write_bytes(b"other bytes")
+    assert group_labelled_images(store) == 6
+    with store.ledger.read() as tx:
+        waiting = {image.id for image in tx.find(Image, where={"group_id": None})}
+    assert waiting == {image_ids[0], image_ids[4], image_ids[8]}
+    store.close()
+
+
+def test_a_folder_is_predicted_without_the_files_that_cannot_be_read(tmp_path: Path, tools: Any) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    bundle = tools.make_bundle(store, 0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"p{number}.jpg").write_bytes(render("mel", seed=5, number=number))
+    os.rename(folder / "p3.jpg", os.fsencode(folder) + b"/p\xff3.jpg")
+    (folder / "p4.jpg").write_bytes((folder / "p4.jpg").read_bytes()[:300])
+    (folder / "p5.jpg").write_bytes(b"")
+    (folder / "p6.jpg").unlink()
+    (folder / "p6.jpg").symlink_to("/proc/self/mem")  # opens, and fails when it is read
+    result = predict_folder(bundle, folder, tmp_path / "out.csv", SETTINGS, explain=True)
+    assert [row["image"] for row in result.rows if row["error"]] == ["p4.jpg", "p5.jpg", "p6.jpg"]
+    assert result.failed == 3
+    assert b"p\xff3.jpg" in (tmp_path / "out.csv").read_bytes()
+    store.close()
