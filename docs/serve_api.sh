@@ -2,7 +2,8 @@
 # Call every operation of the HTTP API of a running service with curl; stop at the first unexpected status.
 #   [WEBHOOK_SECRET="$(cat .relook/keys/webhook-secret)"] \
 #   URL=http://127.0.0.1:8000 KEY="$(cat .relook/keys/admin-key)" docs/serve_api.sh IMAGE [CANDIDATE_MODEL]
-# KEY needs the scope admin. At the end the script erases the image that it sent; it rolls its own rollout back.
+# KEY needs the scope admin. At the end the script erases the image that it sent. With CANDIDATE_MODEL, that model's full
+# id, it rolls the model out, promotes it and undoes that: the model serves for a moment and is refused afterwards.
 set -euo pipefail
 IMAGE=$1 CANDIDATE=${2:-}
 URL=${URL:-http://127.0.0.1:8000}
@@ -63,11 +64,19 @@ call 200 POST "/v1/predictions/$id/outcomes" "${JSON[@]}" \
 call 200 GET  '/v1/events?limit=5'
 call 200 GET  "/v1/events?prediction_id=$id"
 
-# a rollout of a candidate in shadow
+# a rollout of a candidate in shadow, rolled back; a second one, promoted and undone
 if [ -n "$CANDIDATE" ]; then
-  call 200 POST   /v1/rollout "${JSON[@]}" -d "{\"model\": \"$CANDIDATE\", \"percent\": 0, \"reason\": \"a tour\"}"
+  start="{\"model\": \"$CANDIDATE\", \"percent\": 0, \"champion\": \"$model\", \"reason\": \"a tour\"}"
+  call 200 POST   /v1/rollout "${JSON[@]}" -d "$start"
+  rollout=$(field id)
   call 200 GET    /v1/rollout
-  call 200 DELETE '/v1/rollout?reason=the%20tour%20ends'
+  call 200 DELETE "/v1/rollout?rollout=$rollout&reason=the%20tour%20ends"
+  call 200 DELETE "/v1/rollout?rollout=$rollout"
+  promote="{\"model\": \"$CANDIDATE\", \"percent\": 100, \"rollout\": \"$rollout\"}"
+  call 409 POST   /v1/rollout "${JSON[@]}" -d "$promote"
+  call 200 POST   /v1/rollout "${JSON[@]}" -d "$start"
+  call 200 POST   /v1/rollout "${JSON[@]}" -d "${promote/$rollout/$(field id)}"
+  call 200 POST   "/v1/models/$CANDIDATE/undo-promotion" "${JSON[@]}" -d "{\"back_to\": \"$model\", \"reason\": \"a tour\"}"
 fi
 call 404 GET  /v1/rollout
 
