@@ -11,12 +11,19 @@ from records.errors import UnknownIdError
 from records.store import Store
 from records.types import Consent, Scope
 from serving.access.keys import Caller
+from serving.page.uploads import erase_uploads
 from serving.settings import ServingSettings
 
 
 def serving_places(settings: ServingSettings) -> tuple[Place, ...]:
     """Return the places in which the service, and the rooms that it uses, keep images."""
-    return (*RECORDS_PLACES, PIXELS)
+    uploads = Place(
+        "uploads",
+        "serving.page_folder",
+        "images as visitors of the page chose them, for minutes",
+        lambda store, image_ids: erase_uploads(settings, store.home.root, image_ids),
+    )
+    return (*RECORDS_PLACES, PIXELS, uploads)
 
 
 def take_back_consent(store: Store, settings: ServingSettings, image_id: str, consent: Consent, caller: Caller) -> None:

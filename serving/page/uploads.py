@@ -13,11 +13,13 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from records.errors import AccessError, ConfigError, DataError
+from records.errors import AccessError, ConfigError, DataError, ImageError
 from records.ids import sha256_hex
+from records.images import strip_metadata
 from serving.settings import ServingSettings
 
 _SWEEPS_PER_LIFE = 10
@@ -96,6 +98,21 @@ class PageFiles:
         while True:
             await asyncio.sleep(self._life_s / _SWEEPS_PER_LIFE)
             await asyncio.to_thread(self.sweep)
+
+
+def erase_uploads(settings: ServingSettings, home: Path, image_ids: Collection[str]) -> int:
+    """Delete the uploads of images, by the ids of the images as they would be stored, and return their number."""
+    erased = 0
+    for path in _own_folder(settings.page_folder, home).glob("uploads/*/*"):
+        try:
+            data = path.read_bytes()
+            ids = {sha256_hex(data), sha256_hex(strip_metadata(data))}
+        except (OSError, ImageError):
+            continue  # its time was over meanwhile, or it is no image
+        if not ids.isdisjoint(image_ids):
+            shutil.rmtree(path.parent, ignore_errors=True)
+            erased += 1
+    return erased
 
 
 def _own_folder(chosen: Path | None, home: Path) -> Path:

@@ -14,12 +14,14 @@ from records.blobs import BlobStore
 from records.erasure import PERSONAL, erase_images
 from records.errors import RefusedError, UnknownIdError
 from records.ids import utc_now
+from records.images import strip_metadata
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, Consent, Image, Outcome, Prediction, ReviewItem, Scope, SourceLabel
 from serving.access.keys import admin_token, create_key
 from serving.client import Client
 from serving.erasure import serving_places
+from serving.page.uploads import PageFiles
 from serving.schemas import Context, FlagRequest, OutcomeRequest
 from serving.settings import ServingSettings
 
@@ -163,6 +165,17 @@ def test_a_heat_map_that_no_item_needs_is_not_left_behind(tmp_path: Path, tools:
     erase_images(store, [predicted[0].image_id], actor="test", places=serving_places(settings))
     assert list(store.blobs.ids()) == []
     store.close()
+
+
+def test_an_upload_of_the_page_is_erased_with_its_image(kept: Store, tmp_path: Path, make_image: Any) -> None:
+    settings = ServingSettings(page_folder=tmp_path)
+    files = PageFiles(settings, kept.home.root)
+    with_exif = make_image(7)[:2] + b"\xff\xfe\x00\x07MARK!" + make_image(7)[2:]
+    theirs, other = files.store("north", "Jane Doe.jpg", with_exif), files.store("north", "b.jpg", make_image(8))
+    image = kept.blobs.put(strip_metadata(with_exif))
+    erase_images(kept, [image], actor="test", places=serving_places(settings))
+    assert not theirs.parent.exists()
+    assert other.exists()
 
 
 def test_consent_is_taken_back_by_those_who_gave_it(kept: Store, client_of: ClientOf, make_image: Any) -> None:
