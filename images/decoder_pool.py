@@ -68,21 +68,9 @@ class DecoderPool:
         """
         with self._slots:
             for _ in range(MAX_STARTS):
-                decoder = self._take()
-                try:
-                    reply = decoder.work(stripped, wanted, pixels)
-                except _NotStartedError:
-                    # It ended before it had the image, so the image is not the reason: the next one gets it.
-                    decoder.end()
-                except BaseException:
-                    decoder.end()
-                    raise
-                else:
-                    with self._lock:
-                        self._idle.append(decoder)
-                    if isinstance(reply, ImageError):
-                        raise reply
-                    return reply
+                # One that ended before it had the image ended for another reason: the next one gets it.
+                with contextlib.suppress(_NotStartedError):
+                    return self._work(stripped, wanted, pixels)
         raise UnavailableError("decoder processes end before they get an image; see the log for the reason")
 
     def close(self) -> None:
@@ -100,11 +88,20 @@ class DecoderPool:
         with self._lock:
             return [decoder.process.pid for decoder in self._idle]
 
-    def _take(self) -> "_Decoder":
+    def _work(self, stripped: bytes, wanted: Wanted, pixels: int) -> list[UInt8Array]:
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return _Decoder(self._limits)
+            decoder = self._idle.pop() if self._idle else None
+        decoder = decoder or _Decoder(self._limits)
+        try:
+            reply = decoder.work(stripped, wanted, pixels)
+        except BaseException:
+            decoder.end()
+            raise
+        with self._lock:
+            self._idle.append(decoder)
+        if isinstance(reply, ImageError):
+            raise reply
+        return reply
 
 
 class _NotStartedError(Exception):
@@ -137,7 +134,7 @@ class _Decoder:
                 raise EOFError
         except (OSError, EOFError) as error:
             self.end()
-            raise UnavailableError("a decoder process does not start; see the log for the reason") from error
+            raise _NotStartedError from error
 
     def work(self, stripped: bytes, wanted: Wanted, pixels: int) -> "list[UInt8Array] | ImageError":
         """Return the pixels of an image, or the error that decoding it ended with."""
