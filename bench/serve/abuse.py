@@ -1,0 +1,211 @@
+"""Honest callers beside abusers: `python -m bench abuse --minutes 5 --json`.
+
+In: a served deployment. Out: latency of honest callers while it is quiet and under abuse, how many of them were
+refused, growth of the service's memory, and bytes of the page's uploads. The abusers run in a process with the lowest
+priority, because on one machine they would take the cores that they could not take over a network.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+
+from bench.serve.abusers import KINDS
+from records.command import Call, figures_table, verb
+from records.progress import status
+from records.types import Scope
+
+app = typer.Typer()
+
+MAX_LATENCY_RATIO = 3.0
+MAX_MEMORY_GROWTH = 0.10
+HONEST_CALLERS = 3
+PAUSE_S = 0.5
+"""Between two images of an honest caller, so that the cores are not busy while it is quiet."""
+SETTLE_S = 15.0
+WARM_SETS = ("serving.page=true", "serving.model_poll_s=1")
+
+
+@dataclass
+class Honest:
+    """Threads that send an image now and then, each with a key of its own.
+
+    Args:
+        url: of the service.
+        keys: one per thread.
+        images: that are sent, in a cycle.
+        pause_s: between a response and the next image.
+    """
+
+    url: str
+    keys: Sequence[str]
+    images: Sequence[bytes]
+    pause_s: float = PAUSE_S
+    latencies_s: list[float] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Send during the block; what was counted before is forgotten."""
+        self.latencies_s.clear()
+        self.refused.clear()
+        stop = threading.Event()
+        threads = [threading.Thread(target=self._call, args=(number, stop)) for number in range(len(self.keys))]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+    def _call(self, number: int, stop: threading.Event) -> None:
+        headers = {"Authorization": f"Bearer {self.keys[number]}", "Content-Type": "image/jpeg"}
+        with httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60) as client:
+            while not stop.is_set():
+                image = self.images[number % len(self.images)]
+                number += 1
+                began_s = time.perf_counter()
+                try:
+                    response = client.post("/v1/predictions", content=image)
+                    if response.status_code != 200:
+                        self.refused.append(f"{response.status_code} {response.text[:200]}")
+                except httpx.HTTPError as error:
+                    self.refused.append(f"{type(error).__name__}: {error}")
+                self.latencies_s.append(time.perf_counter() - began_s)
+                stop.wait(self.pause_s)
+
+
+def measure(
+    honest: Honest,
+    abusing: Callable[[], Any],
+    memory_bytes: Callable[[], int],
+    uploads: Path,
+    seconds: float,
+    settle_s: float = SETTLE_S,
+) -> dict[str, Any]:
+    """Measure a service while it is quiet, and then under abuse.
+
+    Args:
+        honest: the honest callers.
+        abusing: returns a context manager during which the service is abused.
+        memory_bytes: returns the memory of the service.
+        uploads: folder of the page's uploads.
+        seconds: of each of the two phases.
+        settle_s: how long the service may take to give memory back, seconds.
+    Returns:
+        The figures.
+    """
+    figures: dict[str, Any] = {}
+    with honest.calling():
+        # The first responses warm caches and connections up.
+        time.sleep(min(5.0, seconds))
+        honest.latencies_s.clear()
+        time.sleep(seconds)
+    figures |= _latencies("quiet", honest)
+    before = peak = memory_bytes()
+    disk = 0
+    with abusing(), honest.calling():
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            time.sleep(0.5)
+            peak = max(peak, memory_bytes())
+            disk = max(disk, sum(path.stat().st_size for path in uploads.rglob("*") if path.is_file()))
+    figures |= _latencies("abused", honest)
+    time.sleep(settle_s)
+    figures["honest_p99_ratio"] = figures["abused_p99_ms"] / figures["quiet_p99_ms"]
+    figures["memory_quiet_mb"] = before / 1e6
+    figures["memory_peak_growth"] = peak / before - 1
+    figures["memory_growth"] = memory_bytes() / before - 1
+    figures["uploads_mb"] = disk / 1e6
+    return figures
+
+
+def broken_bounds(figures: dict[str, Any], quota_mb: float) -> list[str]:
+    """Return one sentence for each bound that the figures exceed."""
+    broken = []
+    if figures["honest_p99_ratio"] > MAX_LATENCY_RATIO:
+        broken.append(
+            f"honest p99 is {figures['honest_p99_ratio']:.1f} times its quiet value, over {MAX_LATENCY_RATIO:g}"
+        )
+    if figures["abused_refused"]:
+        broken.append(f"{figures['abused_refused']} honest requests were refused")
+    if figures["memory_growth"] > MAX_MEMORY_GROWTH:
+        broken.append(f"memory grew by {figures['memory_growth']:.1%}, over {MAX_MEMORY_GROWTH:.0%}")
+    if figures["uploads_mb"] > quota_mb:
+        broken.append(f"the page kept {figures['uploads_mb']:.0f} MB of uploads, over {quota_mb:g}")
+    return broken
+
+
+@contextmanager
+def abusers(port: int, key: str, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[None]:
+    """Abuse a service from another process during the block."""
+    command = [sys.executable, "-m", "bench.serve.abusers", str(port), str(seed)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({"key": key, "kinds": list(kinds)}))
+        process.stdin.close()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@verb(app, "abuse")
+def bench_abuse(
+    call: Call,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Length of the quiet phase and of the abuse, each.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Seed of what the abusers send.")] = 0,
+) -> None:
+    """Measure honest callers beside abusers on a real deployment; exit code 1 if a bound is exceeded."""
+    from bench.drills.live_service import live_service, trained_champion
+    from images.synth import render
+    from serving.access.keys import create_key
+
+    with TemporaryDirectory(prefix="relook-abuse-") as name:
+        folder = Path(name)
+        with status("training a small model"):
+            trained_champion(folder / "home", folder / "images")
+        sets = (*WARM_SETS, f"serving.page_folder={folder / 'page'}")
+        with status("starting the service"), live_service(folder / "home", *sets) as service:
+
+            def token(user: str) -> str:
+                scopes = [Scope.PREDICT, Scope.FLAG]
+                return create_key(service.store, name=user, organisation=user, scopes=scopes, actor="bench")[1]
+
+            def memory_bytes() -> int:
+                replicas = [p for d in ("ingress", "predictor", "explainer", "page") for p in service.replicas(d)]
+                return sum(p.memory_info().rss for p in replicas)
+
+            honest = Honest(
+                service.url, [token(f"honest-{n}") for n in range(HONEST_CALLERS)],
+                [render("nv", seed=seed, number=number) for number in range(20)],
+            )  # fmt: skip
+            port, greedy = int(service.url.rpartition(":")[2]), token("greedy")
+            time.sleep(2)
+            figures = measure(
+                honest, lambda: abusers(port, greedy, seed), memory_bytes, folder / "page", 60 * minutes
+            )  # fmt: skip
+    broken = broken_bounds(figures, call.settings.serving.page_uploads_mb)
+    figures = {"minutes": minutes, **figures, "broken": broken}
+    call.emit(figures, figures_table("python -m bench abuse", figures))
+    if broken:
+        raise typer.Exit(1)
+
+
+def _latencies(phase: str, honest: Honest) -> dict[str, Any]:
+    p50, p99 = np.percentile(honest.latencies_s, [50, 99]) * 1000
+    found = {f"{phase}_requests": len(honest.latencies_s), f"{phase}_p50_ms": float(p50), f"{phase}_p99_ms": float(p99)}
+    return found | {f"{phase}_refused": len(honest.refused), f"{phase}_refusals": sorted(set(honest.refused))[:5]}

@@ -1,0 +1,69 @@
+"""Honest callers beside abusers, as `python -m bench abuse` measures them, in a short seeded form without figures.
+
+What is checked here is the mechanism: nobody honest is refused, and memory and uploads stay within their bounds. How
+much slower honest callers get is a figure of the bench, since it depends on the machine.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bench.serve.abuse import Honest, broken_bounds, measure
+from bench.serve.abusers import KINDS, abuse
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.types import Scope
+from serving.access.keys import create_key
+from serving.settings import ServingSettings
+
+GROWTH_BYTES = 400_000_000
+"""What service and abusers, here one process, may grow by. Without limits one JSON bomb alone takes as much."""
+
+
+@pytest.mark.slow
+def test_nobody_honest_is_refused_while_others_abuse(
+    tools: Any, tmp_path: Path, make_image: Callable[..., bytes]
+) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    tools.serve_bundle(store, tools.make_bundle(store, 0, bias={"bcc": -2.0}))
+
+    def token(name: str) -> str:
+        scopes = [Scope.PREDICT, Scope.FLAG]
+        return create_key(store, name=name, organisation=name, scopes=scopes, actor="test")[1]
+
+    honest_keys, greedy = [token("one"), token("two")], token("greedy")
+    settings = ServingSettings(port=tools.free_port(), page_folder=tmp_path / "page", page_uploads_mb=20.0)
+
+    @contextmanager
+    def abusing() -> Iterator[None]:
+        stop = threading.Event()
+        thread = threading.Thread(target=abuse, args=(settings.port, greedy, list(KINDS), 7, stop))
+        thread.start()
+        yield
+        stop.set()
+        thread.join(60)
+
+    process = psutil.Process()
+    with tools.run_service(store, settings, page=True) as running:
+        honest = Honest(running.url, honest_keys, [make_image(number) for number in range(4)], pause_s=0.2)
+        figures = measure(
+            honest, abusing, lambda: process.memory_info().rss, tmp_path / "page", seconds=12.0, settle_s=1.0
+        )
+    store.close()
+    assert figures["abused_requests"] > 0
+    assert (figures["abused_refused"], figures["abused_refusals"]) == (0, [])
+    grown = figures["memory_growth"] * figures["memory_quiet_mb"] * 1e6
+    assert grown < GROWTH_BYTES
+    assert figures["uploads_mb"] <= 20.0
+
+
+def test_each_bound_that_is_exceeded_is_named() -> None:
+    good = {"honest_p99_ratio": 2.9, "abused_refused": 0, "memory_growth": 0.09, "uploads_mb": 500.0}
+    assert broken_bounds(good, 500.0) == []
+    for name, value in (("honest_p99_ratio", 3.1), ("abused_refused", 1), ("memory_growth", 0.11), ("uploads_mb", 501)):
+        assert len(broken_bounds({**good, name: value}, 500.0)) == 1, name
