@@ -1,4 +1,4 @@
-"""Verbs that need more than one room: demo, rounds, promotion, deletion, monitoring, and two of `relook label`.
+"""Verbs that need several rooms: demo, rounds, promotion, deletion, monitoring, some of `relook label` and `models`.
 
 Everything that they compute with is imported inside them, so that `relook --help` stays fast.
 """
@@ -6,6 +6,7 @@ Everything that they compute with is imported inside them, so that `relook --hel
 import os
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +17,7 @@ from labeling.cli import label_app
 from records.command import Call, verb
 from records.errors import ConfigError, IntegrityError
 from records.progress import duration, progress, say
+from serving.cli import models_app
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -86,6 +88,29 @@ def promote(
     call.emit(promoted, told + (f"; `{undo}` undoes it" if replaced not in (None, promoted["model_id"]) else ""))
 
 
+@verb(models_app, "undo-promotion")
+def undo_promotion_command(
+    call: Call,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model that serves: id prefix (8 characters).")],
+    back_to: Annotated[str, typer.Option("--back-to", help="Model that it replaced: id prefix (8 characters).")],
+    reason: Annotated[str, typer.Option("--reason", help="Reason, for the audit log.")] = "undone by hand",
+) -> None:
+    """Take a promoted model away: the one that it replaced serves again; nothing happens if another model serves."""
+    from cluster.promotion import KEY_VARIABLE, caller_of, name_of
+    from records.models import named_model
+    from records.types import Scope
+    from serving.responses import model_body
+    from serving.rollout.control import undo_promotion
+
+    with call.store() as store:
+        caller = caller_of(store, os.environ.get(KEY_VARIABLE))
+        if caller is not None:
+            caller.require(Scope.ADMIN)
+        taken, back = (named_model(store, name).id for name in (model, back_to))
+        body = model_body(undo_promotion(store, taken, back, actor=name_of(caller), why=reason))
+    call.emit(body, f"model {body.id[:12]} is {body.status} and serves again; model {taken[:12]} is refused")
+
+
 @verb(app, "retention")
 def retention_command(
     call: Call,
@@ -112,6 +137,10 @@ def erase_command(
     patient: Annotated[
         str | None, typer.Option("--patient", help="All images of this patient, named as in the import or request.")
     ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", help="Images imported under this name, and its quarantined rows; may be repeated."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the images; erase nothing.")] = False,
     list_erased: Annotated[
         bool, typer.Option("--list", help="Print the ids of all erased images, for `relook restore --erased`.")
@@ -128,10 +157,11 @@ def erase_command(
         return
     # After an interruption the same call erases the rest.
     with call.store() as store, progress() as bar:
-        wanted = images_to_erase(store, images or (), patient)
+        wanted = images_to_erase(store, images or (), patient, name or ())
         task = bar.add_task("images", total=len(wanted))
         models = models_trained_on(store, wanted)
-        erased = None if dry_run else erase(store, call.settings, wanted, lambda n: bar.update(task, completed=n))
+        show = partial(bar.update, task)
+        erased = None if dry_run else erase(store, call.settings, wanted, lambda n: show(completed=n), name or ())
     left = erased.left_in_place if erased is not None else []
     blobs = erased.blobs if erased is not None else 0
     said = [f"{len(wanted)} images {'would be erased' if dry_run else 'are erased'}"]

@@ -213,25 +213,6 @@ def compare_command(
     call.emit({"models": [bundle.id for bundle in pair], **rows}, table)
 
 
-@verb(models_app, "undo-promotion")
-def undo_promotion_command(
-    call: Call,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model that serves: id prefix (8 characters).")],
-    back_to: Annotated[str, typer.Option("--back-to", help="Model that it replaced: id prefix (8 characters).")],
-    reason: Annotated[str, typer.Option("--reason", help="Reason, for the audit log.")] = "undone by hand",
-) -> None:
-    """Take a promoted model away: the one that it replaced serves again; nothing happens if another model serves."""
-    from records.models import named_model
-    from serving.responses import model_body
-    from serving.rollout.control import undo_promotion
-
-    actor = "relook models undo-promotion"
-    with call.store() as store:
-        taken, back = (named_model(store, name).id for name in (model, back_to))
-        body = model_body(undo_promotion(store, taken, back, actor=actor, why=reason))
-    call.emit(body, f"model {body.id[:12]} is {body.status} and serves again; model {taken[:12]} is refused")
-
-
 @verb(app, "rollout")
 def rollout(
     call: Call,
