@@ -69,7 +69,7 @@ def create_api(service: Service, metrics: Metrics, authenticator: Authenticator)
         webhooks_router(service),
         session_router(service, authenticator),
     ]
-    authenticator.guard(routers)
+    authenticator.cover(routers)
     for router in routers:
         api.include_router(router)
     _add_problem_handlers(api, service.settings.retry_after_s)

@@ -62,11 +62,11 @@ class Authenticator:
             caller: Caller = request.state.caller
             return caller
 
-        # Read by `guard`: the check itself happens in `admit`, because FastAPI reads bodies before dependencies.
+        # Read by `cover`: the check itself happens in `admit`, because FastAPI reads bodies before dependencies.
         caller_of.scopes = frozenset(scopes) - {None}  # type: ignore[attr-defined]
         return caller_of
 
-    def guard(self, routers: Sequence[APIRouter]) -> None:
+    def cover(self, routers: Sequence[APIRouter]) -> None:
         """Collect what the routes ask for."""
         for router in routers:
             for route in router.routes:
