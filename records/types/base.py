@@ -1,7 +1,7 @@
 """The base of all record types, and the types of what comes in from outside.
 
 A record class is the only declaration of its SQL table (`records.ledger.tables`) and of its Arrow schema
-(`records.schemas`). `Text`, `LongText` and `Moment` are what every door accepts: request bodies, headers, tables,
+(`records.schemas`). `Text`, `LongText` and `Moment` are what every entrance accepts: request bodies, headers, tables,
 annotations, options. They hold nothing that one of the databases, JSON or a page cannot take.
 """
 

@@ -38,7 +38,7 @@ from serving.settings import ServingSettings
 SETTINGS = ServingSettings(model_poll_s=0.05, audit_share=0.0)
 FAR_EAST, FAR_WEST = timezone(timedelta(hours=23, minutes=59)), timezone(-timedelta(hours=23))
 
-# Past the types of the API, as a door that somebody forgets would let them in.
+# Past the types of the API, as an entrance that somebody forgets would take them.
 CULPRITS: dict[str, dict[str, Any]] = {
     "U+0000 in a text": {"lesion_id": "a\x00"},
     "half a surrogate pair": {"site": "a\ud800"},

@@ -1,4 +1,4 @@
-"""Texts, moments and numbers from outside: what a database, JSON or a page cannot hold is refused at every door."""
+"""Texts, moments and numbers from outside: what a database, JSON or a page cannot hold is refused at every entrance."""
 
 import json
 from collections.abc import Callable, Iterator
