@@ -14,11 +14,22 @@ import pyarrow.parquet as pq
 from cluster.settings import Settings
 from images.cache import PIXELS, blank_pixels
 from labeling.deletion import tasks_place
+from records import audit
 from records.blobs import open_blobs
 from records.consent import lower_consent
 from records.datasets import find_in_manifest
 from records.durable import replacing
-from records.erasure import RECORDS_PLACES, Erasure, Place, blank_last, bury, erase_images, erased_ids, run_erasers
+from records.erasure import (
+    RECORDS_PLACES,
+    Erasure,
+    Place,
+    blank_last,
+    bury,
+    delete_quarantined,
+    erase_images,
+    erased_ids,
+    run_erasers,
+)
 from records.errors import DataError
 from records.home import Home
 from records.keys import patient_hash
@@ -53,13 +64,16 @@ def retain(store: Store, settings: Settings, advance: Callable[[int, int], None]
     return apply_retention(store, actor="relook retention", forget=forget, advance=advance)
 
 
-def images_to_erase(store: Store, image_ids: Sequence[str], patient_id: str | None) -> list[str]:
+def images_to_erase(
+    store: Store, image_ids: Sequence[str], patient_id: str | None, names: Sequence[str] = ()
+) -> list[str]:
     """Return the sorted ids of the images that a person's request is about.
 
     Args:
         store: with the images.
         image_ids: full ids; whether there are such images is checked when they are erased.
         patient_id: adds all images of this patient; named as in imports and requests.
+        names: adds the images that were imported under these names.
     Returns:
         Ids, also of erased images: erasing them again finishes what a killed run left.
     Raises:
@@ -73,16 +87,30 @@ def images_to_erase(store: Store, image_ids: Sequence[str], patient_id: str | No
         if not theirs:
             raise DataError("no image of this patient is here; name images by their ids if it came without one")
         found |= {image.id for image in theirs}
-    if not found:
+    with store.ledger.read() as tx:
+        found |= {image.id for image in tx.find(Image, where={"source_id": list(names)})}
+    # A name without an image may still be that of a quarantined row.
+    if not found and not names:
         raise DataError("name images by their whole ids, or a patient with --patient")
     return sorted(found)
 
 
-def erase(store: Store, settings: Settings, image_ids: Sequence[str], advance: Callable[[int], None]) -> Erasure:
-    """Erase images on a person's request; `advance` gets the number of images whose rows are erased.
+def erase(
+    store: Store,
+    settings: Settings,
+    image_ids: Sequence[str],
+    advance: Callable[[int], None],
+    names: Sequence[str] = (),
+) -> Erasure:
+    """Erase images on a person's request, and the quarantined rows of these names.
 
+    `advance` gets the number of images whose rows are erased.
     UnknownIdError if nothing here has one of the ids, UnavailableError if a place cannot be reached; run it again.
     """
+    # Rows of images that were never stored: nothing but their name says whose they are.
+    with store.ledger.begin() as tx:
+        if number := delete_quarantined(tx, names):
+            audit.append(tx, actor=ACTOR, action="quarantine.erased", subject="rows by name", details={"rows": number})
     return erase_images(store, image_ids, actor=ACTOR, places=places(settings), advance=advance)
 
 

@@ -245,7 +245,7 @@ def bury(tx: Transaction, image_id: str, uri: str) -> int:
         .values(state=ReviewState.WITHDRAWN)
     )
     if image is not None:
-        _delete_quarantined(tx, image)
+        delete_quarantined(tx, [name for name in (image.source_id, image.lesion_id) if name])
     for rows in ROWS:
         if rows.deleted:
             tx.connection.execute(sa.delete(TABLES[rows.of]).where(_of_images(tx, rows, [image_id])))
@@ -309,11 +309,10 @@ def _of_images(tx: Transaction, rows: Rows, image_ids: Collection[str]) -> sa.Co
     return column.in_(sa.select(predictions.id).where(any_of(predictions.image_id, image_ids, dialect)))
 
 
-def _delete_quarantined(tx: Transaction, image: Image) -> None:
-    """Delete rows of imports that name the image or its lesion, in the name or in the reason."""
-    names = [name for name in (image.source_id, image.lesion_id) if name]
+def delete_quarantined(tx: Transaction, names: Collection[str]) -> int:
+    """Delete the quarantined rows that name one of these images or lesions, and return their number."""
     if not names:
-        return
+        return 0
     table = TABLES[Quarantined]
     said = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}(?![\w-])" for name in names))
     mentions = [
@@ -322,6 +321,7 @@ def _delete_quarantined(tx: Transaction, image: Image) -> None:
     found = tx.connection.execute(sa.select(table.c.id, table.c.source_id, table.c.reason).where(sa.or_(*mentions)))
     ids = [row.id for row in found if said.search(f"{row.source_id}\n{row.reason}")]
     tx.connection.execute(sa.delete(table).where(any_of(table.c.id, ids, tx.connection.dialect)))
+    return len(ids)
 
 
 # ---------------------------------------------------------------- places
