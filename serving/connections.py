@@ -1,6 +1,6 @@
 """Limits of one HTTP connection, enforced while its bytes arrive: before there is a request, no app can refuse it.
 
-uvicorn's HTTP protocol has no limit of headers, no deadline for them or for bodies, and answers malformed requests
+uvicorn's HTTP protocol has no limit of headers, no deadline for them or for bodies, and responds to malformed requests
 with plain text. `LimitedProtocol` adds these; `Connections` holds all of a listener, checks their deadlines twice a
 second and decides who has to leave if there are too many.
 """

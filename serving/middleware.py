@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 HEALTH_PATHS = ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
-"""Paths that also answer HEAD."""
+"""Paths that also take HEAD."""
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",

@@ -90,7 +90,7 @@ class Authenticator:
         """
         rule = self._rule(scope)
         if rule is None or not rule.needs_key:
-            # An unknown path is answered by the app; the webhook and the health routes take no body worth a limit.
+            # The app responds to an unknown path; the webhook and the health routes take no body worth a limit.
             return None, self._settings.max_json_bytes if rule is None else self._settings.max_body_bytes
         caller = await self.caller(scope)
         if rule.scopes:
