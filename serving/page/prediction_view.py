@@ -109,6 +109,8 @@ def event_text(event: Event, names: dict[str, str]) -> str:
     name = names.get(label, label)
     source = str(event.details.get("by") or "annotator").replace("_", " ").capitalize()
     match event.kind:
+        case "amended" | "confirmed" if not label:
+            text = "A diagnosis was reported, and erased with the image"
         case "amended":
             text = f"{source}: {name}, which differs from the prediction"
         case "confirmed":
