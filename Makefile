@@ -23,7 +23,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Relook needs Python 3.11 or newer and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make setup PYTHON=/path/to/python")'
 	@echo "installing Relook's packages into $(VENV) (the first time: several minutes, 8 GB on disk)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements.lock
+	$(PIP) --require-hashes -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -92,7 +92,7 @@ audit: setup $(AUDIT_TOOLS)/.installed  ## bills of materials, and known vulnera
 $(AUDIT_TOOLS)/.installed: .ci/audit.lock
 	@test -n "$(PYTHON)" || { echo "make audit needs Python 3.11 or newer; install it, or name it: make audit PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(AUDIT_TOOLS)/bin/python || $(PYTHON) -m venv $(AUDIT_TOOLS)
-	$(AUDIT_TOOLS)/bin/pip install --disable-pip-version-check -q -r .ci/audit.lock
+	$(AUDIT_TOOLS)/bin/pip install --disable-pip-version-check -q --require-hashes -r .ci/audit.lock
 	@touch $@
 
 clean:  ## remove caches and the environment; .relook (your data) stays

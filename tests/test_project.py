@@ -60,8 +60,8 @@ def _declared() -> dict[str, Requirement]:
 
 @cache
 def _locked() -> dict[str, Version]:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    lines = (ROOT / "requirements.lock").read_text().replace(" \\\n", " ").splitlines()
+    pairs = [line.split()[0].split("==") for line in lines if line and not line.startswith("#")]
     assert all(len(pair) == 2 for pair in pairs), "every line of the lock is name==version"
     return {_canonical(name): Version(version) for name, version in pairs}
 

@@ -52,7 +52,8 @@ def install(name: str, folder: Path, share_torch: bool) -> bool:
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     wanted = ["-r", str(HERE / f"requirements-{name}.txt")]
     if not share_torch:
-        pins = [line for line in LOCK.read_text().splitlines() if line.partition("==")[0].lower() in COMPUTING]
+        lines = LOCK.read_text().replace(" \\", "").splitlines()
+        pins = [line for line in lines if line.partition("==")[0].lower() in COMPUTING]
         done = subprocess.run([*pip, *pins, *wanted], check=False)
     else:
         # grad-cam alone asks for torch and OpenCV, which are linked.
