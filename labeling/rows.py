@@ -87,9 +87,7 @@ def task_row(task: Mapping[str, Any]) -> TaskRow:
     # Any program with an annotator's token can write annotations, and one of them must not end the whole listing.
     read = attempt(lambda found: tuple(map(_annotation_row, found)), task.get("annotations") or ())
     if isinstance(read, Exception):
-        return replace(
-            row, fault=f"task {row.id} has an annotation that cannot be read ({type(read).__name__}: {read})"
-        )
+        return replace(row, fault=f"an annotation cannot be read ({type(read).__name__}: {read})")
     return replace(row, annotations=read)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.cli import run
+from records.errors import TaxonomyError
 from records.settings import RecordsSettings
 from records.store import open_store
+from records.taxonomy import load_taxonomy
 from records.types.base import LINE, LINES, Plain, moment
 from serving.access.keys import admin_token
 from serving.settings import ServingSettings
@@ -256,3 +260,46 @@ def test_a_length_is_counted_in_composed_characters() -> None:
         LINE.check("\ufb2c" * 80)
     with pytest.raises(ValueError, match="0 characters; send 1 to 5"):
         Plain(5, least=1).check("")
+
+
+# ---------------------------------------------------------------- commands and files
+
+
+@pytest.mark.parametrize("bad", ["a\udcff", "a\x1b[2J", "a\u202eb", "a\x00b"], ids=ascii)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["keys", "create", "{}", "--organisation", "clinic"],
+        ["keys", "create", "n", "--organisation", "{}"],
+        ["trace", "{}"],
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_cannot_be_stored_is_one_sentence_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], bad: str
+) -> None:
+    given = [argument.format(bad) for argument in arguments]
+    assert run([*given, "--set", f"records.home={tmp_path / 'home'}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "not printable" in error
+    assert error.isprintable()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        'name: "a\\0"\nversion: 1\n',
+        'name: "\\u202ea"\nversion: 1\n',
+        "name: ok\nversion: 99999999999999999999\n",
+        "name: ok\nversion: .nan\n",
+    ],
+)
+def test_a_taxonomy_that_cannot_be_stored_is_refused(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "mine.yaml"
+    classes = "classes:\n- {code: a, name: A, malignant: true}\n- {code: b, name: B, malignant: false}\n"
+    path.write_text(bad + classes)
+    with pytest.raises(TaxonomyError):
+        load_taxonomy(str(path))
+    path.write_text("name: ok\nversion: 1\n" + classes.replace("name: A", 'name: "A\\e[2J"'))
+    with pytest.raises(TaxonomyError, match=r"U\+001B"):
+        load_taxonomy(str(path))
