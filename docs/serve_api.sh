@@ -80,6 +80,10 @@ if [ -n "$CANDIDATE" ]; then
 fi
 call 404 GET  /v1/rollout
 
+# a browser is signed in and out; the page does this
+call 200 POST   /v1/session
+call 204 DELETE /v1/session
+
 # the webhook of Label Studio
 if [ -n "${WEBHOOK_SECRET:-}" ]; then
   call 204 POST /v1/webhooks/label-studio -H "X-Relook-Webhook-Secret: $WEBHOOK_SECRET" "${JSON[@]}" -d '{"action": "ANNOTATION_CREATED"}'
