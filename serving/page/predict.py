@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from pydantic import ValidationError
 
 from records.errors import DataError, ImageError, RefusedError, RelookError
+from records.settings import first_problem
 from records.types import Consent, FlagReason, ReviewState
 from serving.client import Client
 from serving.page.api import PageApi
@@ -128,12 +130,13 @@ class PredictHandlers:
         if shown is None:
             return problem_html("run a prediction first", NOT_FLAGGED), gr.Timer(active=False)
         # Gradio sends "" for an empty field; the API expects no value then.
-        request = FlagRequest(
-            reason=FlagReason(reason), suggested_label=suggested or None, comment=comment.strip() or None
-        )
+        said = {"reason": reason, "suggested_label": suggested or None, "comment": comment.strip() or None}
         try:
+            request = FlagRequest.model_validate(said)
             with self._api.client(visitor) as client:
                 return flag_html(client.flag(shown.prediction_id, request)), gr.Timer(active=True)
+        except ValidationError as error:
+            return problem_html(": ".join(first_problem(error)), NOT_FLAGGED), gr.update()
         except RelookError as error:
             return problem_html(str(error), NOT_FLAGGED), gr.update()
 
