@@ -34,6 +34,8 @@ from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.suitability import assess
 
 _ORDER = {Decision.URGENT: 0, Decision.REVIEW: 1, Decision.RETAKE: 2, Decision.ANSWERED: 3}
+# Excel reads the wide forms as the narrow ones.
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 @dataclass(frozen=True)
@@ -224,4 +226,11 @@ def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
         writer.writerow([*columns, *(f"p_{code}" for code in taxonomy.codes)])
         for row in rows:
             probabilities = [row["probabilities"].get(code, "") for code in taxonomy.codes]
-            writer.writerow(["" if row[c] is None else row[c] for c in columns] + probabilities)
+            writer.writerow([_cell(row[column]) for column in columns] + probabilities)
+
+
+def _cell(value: Any) -> Any:
+    """Return what a table cell holds; text that a spreadsheet would compute as a formula begins with an apostrophe."""
+    if isinstance(value, str) and value.lstrip()[:1] in _FORMULA:
+        return f"'{value}"
+    return "" if value is None else value

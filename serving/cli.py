@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from records.command import Call, group_verb, verb
+from records.durable import write_file
 from records.errors import ConfigError
 from records.progress import progress, status, stderr
 from records.types import Consent, Scope
@@ -99,16 +100,30 @@ def create(
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Neither store nor review its images.")] = False,
     consent: Annotated[Consent | None, typer.Option("--consent", help="Consent of requests without one.")] = None,
     days: Annotated[int | None, typer.Option("--days", min=1, help="Days until it expires; default: never.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", help="New file for the key, which is then not printed.")
+    ] = None,
 ) -> None:
     """Create a key and print it once; as soon as there is a key, the service requires one."""
     from serving.access.keys import create_key
 
+    # Checked first: a key whose only copy could not be written would be lost.
+    if key_file is not None and (key_file.exists() or not key_file.parent.is_dir()):
+        raise ConfigError(f"--key-file {key_file} must be a new file in a folder that exists")
     with call.store() as store:
         key, token = create_key(
             store, name=name, organisation=organisation, scopes=scopes or [Scope.PREDICT, Scope.FLAG],
             actor="relook keys", sandbox=sandbox, default_consent=consent, days=days,
         )  # fmt: skip
-    made = {"id": key.id, "key": token, **key.model_dump(mode="json", include={"organisation", "scopes", "expires_at"})}
+    made = {"id": key.id, **key.model_dump(mode="json", include={"organisation", "scopes", "expires_at"})}
+    if key_file is not None:
+        # The output of a container ends in a log that more people read than may use the key.
+        write_file(key_file, f"{token}\n", mode=0o600)
+        call.emit(
+            {**made, "key_file": str(key_file)}, f"the key is in {key_file}; move it to a secret store (id {key.id})"
+        )
+        return
+    made = {"key": token, **made}
     call.emit(made, f"{token}\nkeep it now: only its hash is stored (id {key.id})")
 
 
