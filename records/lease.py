@@ -67,9 +67,9 @@ def hold(ledger: Ledger, name: str, *, wait_s: float = 0.0) -> Generator[str]:
         thread.join()
         FENCES.reset(fences)
         # In an empty context: releasing an inner lease must not fail because the outer one was lost.
-        Context().run(ledger.release, name, holder)
-    # For a block that wrote nothing after the loss.
-    if lost.is_set():
+        was_ours = Context().run(ledger.release, name, holder)
+    # For a block that wrote nothing after the loss, or went on after a write was refused.
+    if lost.is_set() or not was_ours:
         raise RefusedError(lost_lease(name))
 
 

