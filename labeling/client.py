@@ -23,9 +23,10 @@ from label_studio_sdk.core.parse_error import ParsingError
 from label_studio_sdk.core.request_options import RequestOptions
 from pydantic import SecretStr
 
+from labeling.refusals import refusal
 from labeling.rows import ProjectRow, ProjectState, TaskRow, filter_by, task_row
 from labeling.tasks import LIST_VIEW
-from records.errors import LabelStudioError, LabelStudioRefusedError, RefusedError, RelookError, UnknownIdError
+from records.errors import LabelStudioError, LabelStudioRefusedError, RefusedError, UnknownIdError
 from records.parts import in_parts
 from records.types.base import LINE
 
@@ -50,6 +51,7 @@ class LabelStudioClient:
 
     def __init__(self, url: str, token: SecretStr | str, *, timeout_s: float = 60.0) -> None:
         self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
         secret = token.get_secret_value() if isinstance(token, SecretStr) else token
         local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         # Stored with every annotation. The local server may take another port at each start while its data stay
@@ -163,6 +165,9 @@ class LabelStudioClient:
         action, path = f"import {len(tasks)} tasks", f"api/projects/{project_id}/import"
         found = self.request("POST", path, action, params={"return_task_ids": "true"}, body=list(tasks), repeat=False)
         with self.translated_errors(action):
+            # The enterprise edition imports in the background, and responds with the number of the import.
+            if "task_ids" not in found:
+                found = self._finished(f"api/projects/{project_id}/imports/{int(found['import'])}/", action)
             task_ids = [int(task_id) for task_id in found["task_ids"]] if tasks else []
         if len(task_ids) != len(tasks):
             raise LabelStudioError(
@@ -170,6 +175,21 @@ class LabelStudioClient:
                 "run `relook label push` again"
             )
         return task_ids
+
+    def _finished(self, path: str, action: str) -> Any:
+        """Return the result of an import in the background, when it has one."""
+        end_s = time.monotonic() + self._timeout_s
+        while (found := self.request("GET", path, action))["status"] in ("created", "in_progress"):
+            if time.monotonic() > end_s:
+                raise LabelStudioError(
+                    f"Label Studio at {self.url} needs over {self._timeout_s:g} s to {action}; the next push looks for "
+                    "the tasks"
+                )
+            time.sleep(_PAUSES_S[0])
+        if found["status"] != "completed":
+            reason = LINE.keep(str(found.get("error")))
+            raise LabelStudioRefusedError(f"Label Studio at {self.url} failed to {action}: {reason}")
+        return found
 
     def state(self, project_id: int) -> ProjectState:
         """Return a project's counts and newest update in one request; UnknownIdError if the project is gone."""
@@ -437,50 +457,6 @@ class LabelStudioClient:
 
 def _by_id(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"ordering": ["tasks:id"], "filters": {"conjunction": "and", "items": list(items)}}
-
-
-def refusal(url: str, action: str, status: int, body: Any) -> RelookError:
-    """Return the error for a response that is not a success, as one sentence that names the next step.
-
-    Args:
-        url: base URL of the Label Studio.
-        action: what was tried, as in `import 100 tasks`.
-        status: HTTP status.
-        body: of the response, JSON or text.
-    Returns:
-        UnknownIdError for 404, RefusedError for 409 (it exists already), LabelStudioRefusedError if another request may
-        fare better, else LabelStudioError.
-    """
-    said = LINE.keep(" ".join(_reason(body).split()))
-    where = f"Label Studio at {url}"
-    if status in (401, 403):
-        return LabelStudioError(
-            f"{where} refused the token to {action} ({status}: {said}); for the local one it is kept in "
-            "RELOOK_HOME/keys/label-studio.json, for another it comes from RELOOK_LABELING__TOKEN"
-        )
-    if status == 404:
-        return UnknownIdError(f"{where} has nothing to {action}: {said}")
-    if status == 409:
-        return RefusedError(f"{where} has it already ({action}): {said}")
-    if status == 429:
-        return LabelStudioError(f"{where} asks for fewer requests ({action}); try again in a minute")
-    if status == 413:
-        return LabelStudioRefusedError(
-            f"{where}, or a proxy before it, finds the request to {action} too large; raise its limit "
-            "(nginx: client_max_body_size), or lower labeling.image_side_px"
-        )
-    if status >= 500:
-        # 500 may be about one task of those in the request; 502 to 504 say that nothing responds.
-        kind = LabelStudioRefusedError if status == 500 else LabelStudioError
-        return kind(f"{where} failed to {action} ({status}: {said}); its log says why")
-    return LabelStudioRefusedError(f"{where} refused to {action} ({status}: {said})")
-
-
-def _reason(body: Any) -> str:
-    if not isinstance(body, dict):
-        return str(body or "no reason given")
-    detail, faults = body.get("detail") or body, body.get("validation_errors")
-    return f"{detail}: {faults}" if faults else str(detail)
 
 
 def _body(response: httpx.Response) -> Any:

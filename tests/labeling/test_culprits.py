@@ -21,6 +21,7 @@ from labeling.push import push
 from labeling.rows import task_row
 from labeling.settings import LabelingSettings
 from labeling.tasks import annotation_result, parse_annotation
+from records.errors import LabelStudioRefusedError
 from records.store import Store
 from records.taxonomy import load_taxonomy
 from records.types import Annotation, AnnotationKind, ReviewItem, ReviewState
@@ -283,3 +284,43 @@ def test_a_lead_time_that_is_none_is_left_out(lead_time: Any) -> None:
     annotation["updated_at"] = "2026-03-01T12:00:00Z"
     row = task_row({"id": 7, "meta": None, "updated_at": "2026-03-01T12:00:00Z", "annotations": [annotation]})
     assert [one.lead_time_s for one in row.annotations] == [None]
+
+
+@pytest.mark.parametrize("end", ["completed", "failed"])
+def test_an_import_in_the_background_is_waited_for(end: str) -> None:
+    left = ["created", "in_progress", "in_progress", end]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """As the enterprise edition responds, which cannot be had here."""
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self._send({"import": 17})
+
+        def do_GET(self) -> None:
+            assert self.path == "/api/projects/3/imports/17/"
+            self._send({"status": left.pop(0), "task_ids": [5, 6], "error": "no key 'image'\x00"})
+
+        def _send(self, value: dict[str, Any]) -> None:
+            content = json.dumps(value).encode()
+            self.send_response(201)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        with LabelStudioClient(f"http://127.0.0.1:{listening.server_address[1]}", "0" * 40) as client:
+            if end == "completed":
+                assert client.import_tasks(3, [{}, {}]) == [5, 6]
+            else:
+                with pytest.raises(LabelStudioRefusedError, match="no key 'image'"):
+                    client.import_tasks(3, [{}, {}])
+        assert not left
+    finally:
+        listening.shutdown()
+        listening.server_close()
