@@ -29,7 +29,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from records.audit import chain_head, head_file, verify
 from records.blobs import open_blobs
 from records.durable import sync_folder, sync_tree, write_file
-from records.erasure import BACKUPS, ERASED_LIST, RECORDS_PLACES, bury, erase_images, erased_ids, read_erased
+from records.erasure import (
+    BACKUPS,
+    ERASED_LIST,
+    RECORDS_PLACES,
+    bury,
+    delete_quarantined_rows,
+    erase_images,
+    erased_ids,
+    read_erased,
+)
 from records.errors import DataError, IntegrityError, RefusedError, UnknownIdError
 from records.home import open_home
 from records.ids import utc_now
@@ -48,6 +57,7 @@ WHOLE_FOLDERS = ("datasets", "bundles", "keys")
 REPORT_SUFFIXES = frozenset({".json", ".jsonl", ".html"})
 _ROWS_AT_ONCE = 5000
 _ROWS_PER_INSERT = 1000
+_IMAGE_ID_LENGTH = 64
 
 
 class BackupFile(BaseModel):
@@ -203,8 +213,8 @@ def restore(source: Path, settings: RecordsSettings, erased: Collection[str] = (
     Args:
         source: folder of the backup.
         settings: home, database and blob store to restore into.
-        erased: ids of images that were erased since, besides those in the backup's own list. They are left out: no
-            moment comes in which they could be read.
+        erased: ids of images and quarantined rows that were erased since, besides those in the backup's own list.
+            They are left out: no moment comes in which they could be read.
     Returns:
         The manifest of the backup.
     Raises:
@@ -216,7 +226,8 @@ def restore(source: Path, settings: RecordsSettings, erased: Collection[str] = (
     """
     manifest = read_backup(source)
     refuse_newer(manifest.schema_version)
-    gone = {*erased, *read_erased(source / ERASED_LIST)}
+    listed = {*erased, *read_erased(source / ERASED_LIST)}
+    gone = {one for one in listed if len(one) == _IMAGE_ID_LENGTH}
     hidden = gone | {str(row["overlay_blob"]) for row in rows_of(source, "review_items") if row["image_id"] in gone}
     home = open_home(settings.home)
     url = database_url(settings, home)
@@ -230,7 +241,8 @@ def restore(source: Path, settings: RecordsSettings, erased: Collection[str] = (
             for path in sorted((source / BLOBS).rglob("*")):
                 if path.is_file() and path.name not in hidden:
                     blobs.put(path.read_bytes())
-            _fill_ledger(engine, manifest, source / LEDGER, {image_id: blobs.uri(image_id) for image_id in gone})
+            uris = {image_id: blobs.uri(image_id) for image_id in gone}
+            _fill_ledger(engine, manifest, source / LEDGER, uris, listed - gone)
     finally:
         engine.dispose()
     store = open_store(settings)
@@ -259,8 +271,10 @@ def _put_files(source: Path, root: Path) -> None:
         sync_tree(root / path.name)
 
 
-def _fill_ledger(engine: sa.Engine, manifest: BackupManifest, folder: Path, erased: Mapping[str, str]) -> None:
-    """Write all rows in one transaction; `erased` are the URIs of images that become tombstones in it, by id."""
+def _fill_ledger(
+    engine: sa.Engine, manifest: BackupManifest, folder: Path, erased: Mapping[str, str], quarantined: Collection[str]
+) -> None:
+    """Write all rows in one transaction, without what was erased since: URIs of images by id, quarantined rows."""
     with engine.connect() as connection:
         connection = connection.execution_options(**{WRITE_OPTION: True})
         with connection.begin():
@@ -277,6 +291,7 @@ def _fill_ledger(engine: sa.Engine, manifest: BackupManifest, folder: Path, eras
             tx = Transaction(connection)
             for image_id, uri in erased.items():
                 bury(tx, image_id, uri)
+            delete_quarantined_rows(tx, quarantined)
 
 
 def _fill_table(connection: sa.Connection, table: sa.Table, path: Path) -> None:

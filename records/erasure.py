@@ -56,7 +56,7 @@ ACTION = "image.erased"
 BACKUPS = "records.backups"
 """Cursor with the folders that backups were written to."""
 ERASED_LIST = "erased.txt"
-"""File of a backup with the ids of images that were erased since, one a line; `restore` applies it."""
+"""File of a backup with the ids of what was erased since, one a line; `restore` applies it."""
 _CHECKPOINT_TRIES, _CHECKPOINT_PAUSE_S = 50, 0.2
 
 
@@ -309,10 +309,10 @@ def _of_images(tx: Transaction, rows: Rows, image_ids: Collection[str]) -> sa.Co
     return column.in_(sa.select(predictions.id).where(any_of(predictions.image_id, image_ids, dialect)))
 
 
-def delete_quarantined(tx: Transaction, names: Collection[str]) -> int:
-    """Delete the quarantined rows that name one of these images or lesions, and return their number."""
+def delete_quarantined(tx: Transaction, names: Collection[str]) -> list[str]:
+    """Delete the quarantined rows that name one of these images or lesions, and return their ids."""
     if not names:
-        return 0
+        return []
     table = TABLES[Quarantined]
     said = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}(?![\w-])" for name in names))
     mentions = [
@@ -320,8 +320,14 @@ def delete_quarantined(tx: Transaction, names: Collection[str]) -> int:
     ]
     found = tx.connection.execute(sa.select(table.c.id, table.c.source_id, table.c.reason).where(sa.or_(*mentions)))
     ids = [row.id for row in found if said.search(f"{row.source_id}\n{row.reason}")]
+    delete_quarantined_rows(tx, ids)
+    return ids
+
+
+def delete_quarantined_rows(tx: Transaction, ids: Collection[str]) -> None:
+    """Delete quarantined rows by their ids."""
+    table = TABLES[Quarantined]
     tx.connection.execute(sa.delete(table).where(any_of(table.c.id, ids, tx.connection.dialect)))
-    return len(ids)
 
 
 # ---------------------------------------------------------------- places
@@ -367,8 +373,11 @@ def _erase_reports(store: Store, image_ids: Collection[str]) -> int:
     return changed
 
 
-def _note_in_backups(store: Store, image_ids: Collection[str]) -> int:
-    """Add the images to the list of every backup that can be reached; a backup itself never changes."""
+def note_in_backups(store: Store, ids: Collection[str]) -> int:
+    """Add images, or quarantined rows, to the list of every backup that can be reached; a backup itself never changes.
+
+    Both are named by hashes. UnavailableError is raised if a list cannot be written.
+    """
     with store.ledger.read() as tx:
         cursor = tx.get(Cursor, BACKUPS)
     noted = 0
@@ -376,10 +385,10 @@ def _note_in_backups(store: Store, image_ids: Collection[str]) -> int:
         if not folder.is_dir():
             continue
         try:
-            missing = sorted(set(image_ids) - read_erased(folder / ERASED_LIST))
+            missing = sorted(set(ids) - read_erased(folder / ERASED_LIST))
             if missing:
                 with (folder / ERASED_LIST).open("a") as file:
-                    file.write("".join(f"{image_id}\n" for image_id in missing))
+                    file.write("".join(f"{one}\n" for one in missing))
         except OSError as error:
             raise UnavailableError(
                 f"{folder / ERASED_LIST} cannot be written ({error.strerror}); make the backup's folder writable, or "
@@ -390,8 +399,8 @@ def _note_in_backups(store: Store, image_ids: Collection[str]) -> int:
 
 
 def read_erased(path: Path) -> set[str]:
-    """Return the image ids in a list of erased images; a missing file is an empty list."""
-    return set(re.findall(r"\b[0-9a-f]{64}\b", path.read_text())) if path.is_file() else set()
+    """Return the ids in a list of erased images and quarantined rows; a missing file is an empty list."""
+    return set(re.findall(r"\b(?:[0-9a-f]{32}){1,2}\b", path.read_text())) if path.is_file() else set()
 
 
 def _rewrite_file(store: Store, image_ids: Collection[str]) -> int:
@@ -418,6 +427,6 @@ BLOBS = Place("blobs", "blobs", "images, and heat maps over them", _erase_blobs)
 RECORDS_PLACES: tuple[Place, ...] = (
     BLOBS,
     Place("reports", "bundles, runs", "images that a report embeds; Relook itself writes none there", _erase_reports),
-    Place("backups", "folders of `relook backup`", "all of it, as it was", _note_in_backups),
+    Place("backups", "folders of `relook backup`", "all of it, as it was", note_in_backups),
     Place("ledger file", "ledger.db", "rows as they were before", _rewrite_file),
 )
