@@ -8,6 +8,7 @@ what was sent to them into links. A route that a later version of Gradio adds is
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -24,7 +25,7 @@ from records.errors import DataError, ImageError, RelookError, UnknownIdError
 from records.images import sniff
 from serving.access.keys import Caller, KeyRing
 from serving.page.uploads import PageFiles
-from serving.problems import problem_of, problem_response
+from serving.problems import problem, problem_of, problem_response
 from serving.session import key_of_session
 
 _API = "/gradio_api"
@@ -90,6 +91,7 @@ class PageAccess:
 
     Args:
         app: of Gradio.
+        num_inputs: how many values each event of the page sends, by its index.
         files: uploads and examples.
         keys: which keys are valid; uploads need one once any exists.
         max_upload_bytes: of one upload.
@@ -97,9 +99,17 @@ class PageAccess:
     """
 
     def __init__(
-        self, app: ASGIApp, files: PageFiles, keys: KeyRing, *, max_upload_bytes: int, max_json_bytes: int
+        self,
+        app: ASGIApp,
+        num_inputs: Mapping[int, int],
+        files: PageFiles,
+        keys: KeyRing,
+        *,
+        max_upload_bytes: int,
+        max_json_bytes: int,
     ) -> None:
         self._app = app
+        self._num_inputs = num_inputs
         self._files = files
         self._keys = keys
         self._max_upload_bytes = max_upload_bytes
@@ -114,7 +124,7 @@ class PageAccess:
             try:
                 response = await self._response(request)
             except RelookError as error:
-                response = problem_response(problem_of(error), getattr(request.state, "request_id", None))
+                response = problem_response(problem_of(error), _request_id(request))
             await response(scope, receive, send)
         else:
             # Gradio has no WebSocket that the page uses.
@@ -153,10 +163,23 @@ class PageAccess:
         pending: list[Message] = [] if body is None else [{"type": "http.request", "body": body, "more_body": False}]
 
         async def passed(_: Scope, receive: Receive, send: Send) -> None:
+            refused = 0
+
             async def received() -> Message:
                 return pending.pop() if pending else await receive()
 
-            await self._app(scope, received, send)
+            async def sent(message: Message) -> None:
+                nonlocal refused
+                refused = refused or (message.get("status", 0) if message.get("status", 0) >= 400 else 0)
+                if not refused:
+                    await send(message)
+
+            await self._app(scope, received, sent)
+            if refused:
+                found = problem_of(UnknownIdError(f"the page has nothing at {request.scope['path'][:100]}"))
+                if refused != 404:
+                    found = problem(refused, "invalid", "the page cannot do this; reload it")
+                await problem_response(found, _request_id(request))(scope, receive, send)
 
         return passed
 
@@ -219,6 +242,8 @@ class PageAccess:
     async def _join(self, request: Request) -> ASGIApp:
         """Pass an event on that names no file and no host but the page's own, with the visitor's key beside it."""
         event = _event(await self._json(request))
+        if self._num_inputs.get(event.fn_index) != len(event.data):
+            raise DataError("the page has no such event; reload it")
         for value in _flat([event.data, list((event.event_data or {}).values())]):
             self._check(value, request.headers)
         request.scope.setdefault("state", {})["key"] = key_of_session(request.headers)
@@ -247,6 +272,10 @@ class PageAccess:
             if value.url is not None and not own:
                 raise DataError("a file of an event must be an upload of this page, not an address")
             value.url = None
+
+
+def _request_id(request: Request) -> str | None:
+    return getattr(request.state, "request_id", None)
 
 
 def _event(body: bytes) -> _Event:

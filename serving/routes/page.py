@@ -27,9 +27,10 @@ def page_app(settings: ServingSettings, store: Store) -> ASGIApp:
         yield
         task.cancel()
 
+    page = build_page(settings, store, files)
     mounted: FastAPI = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=sweeping),
-        build_page(settings, store, files),
+        page,
         path="/",
         server_name=settings.host,
         server_port=settings.port,
@@ -46,6 +47,7 @@ def page_app(settings: ServingSettings, store: Store) -> ASGIApp:
     )
     return PageAccess(
         mounted,
+        {index: len(event.inputs) for index, event in page.fns.items()},
         files,
         KeyRing(store),
         max_upload_bytes=settings.max_upload_bytes,

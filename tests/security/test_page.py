@@ -130,7 +130,8 @@ def raw(url: str, method: str, target: str) -> tuple[int, bytes]:
         ("GET", f"{API}/custom_component/a/client/component/x"), ("POST", f"{API}/cancel"), ("POST", "/login"),
         ("GET", "/logout"), ("GET", "/monitoring"), ("GET", "/monitoring/summary"), ("GET", "/manifest.json"),
         ("GET", "/static/js/iframeResizer.contentWindow.min.js"), ("GET", "/svelte/x.js"), ("GET", "/robots.txt"),
-        ("GET", "/pwa_icon"), ("GET", "//"), ("GET", "/assets/../config"), ("GET", "/assets/%2e%2e/config"),
+        ("GET", "/pwa_icon"), ("GET", "/assets/x.js"), ("GET", "//"), ("GET", "/assets/../config"),
+        ("GET", "/assets/%2e%2e/config"),
         ("PUT", "/"), ("DELETE", f"{API}/upload"), ("GET", f"{API}/queue/join"), ("POST", f"{API}/queue/join/"),
         ("POST", f"{API}/heartbeat/abc"), ("GET", f"{API}/heartbeat/a/b"), ("TRACE", "/"),
     ],
@@ -216,6 +217,13 @@ def test_no_event_names_another_host_or_file(page: Any, browser_like: httpx.Clie
     nested = '{"data": ' + "[" * 10_000 + "]" * 10_000 + ', "fn_index": 2, "session_hash": "a"}'
     twice = f'{{"data": [], "data": ["http://{host}/x.png"], "fn_index": 2, "session_hash": "a"}}'
     kind = {"Content-Type": "application/json"}
+    for fewer_or_unknown in (
+        event("a"),
+        event("a", "b", "c"),
+        event("a", "b", fn_index=99),
+        event("a", "b", fn_index=-1),
+    ):
+        assert browser_like.post(f"{API}/queue/join", json=fewer_or_unknown).status_code == 422
     for text in (nested, twice, "null", "{", "\ufeff{}", '{"data": [NaN]}'):
         assert browser_like.post(f"{API}/queue/join", content=text, headers=kind).status_code == 422, text[:40]
     large = event("x" * 70_000)
@@ -232,7 +240,7 @@ def test_an_event_of_the_page_is_accepted(page: Any, browser_like: httpx.Client,
     file = {"path": path, "url": f"{page.url}{API}/file={path}", "orig_name": "a.jpg", "size": 9, "meta": META}
     response = browser_like.post(f"{API}/queue/join", json=event(file, "none"))
     assert (response.status_code, list(response.json())) == (200, ["event_id"])
-    comment = event("as in https://example.org/atlas, page 3")
+    comment = event("as in https://example.org/atlas, page 3", "none")
     assert browser_like.post(f"{API}/queue/join", json=comment).status_code == 200
 
 
