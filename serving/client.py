@@ -406,7 +406,7 @@ def _error_of(response: httpx.Response) -> RelookError:
             return RefusedError(found.detail)
         case 413 | 415:
             return ImageError(found.detail, found.code)
-        case 422 if found.code in ("empty", "damaged"):
+        case 422 if found.code in ("empty", "damaged", "too_costly"):
             return ImageError(found.detail, found.code)
         case 429 | 503:
             return UnavailableError(found.detail)

@@ -14,7 +14,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -24,7 +26,8 @@ from images.decoder_pillow import _MAX_TRANSFORM_BYTES, Wanted, _Transforms, dec
 from images.decoder_pool import DecoderPool, decoder_pool
 from images.settings import ImagesSettings, limits_variable
 from records.errors import ImageError
-from records.images import MAX_CHUNKS, MAX_SEGMENTS, jpeg_segments, strip_metadata
+from records.images import MAX_CHUNKS, MAX_SEGMENTS, jpeg_segments, sniff, strip_metadata
+from serving.predictor import MAX_COSTLY
 from tests import hostile_images as made
 
 SMALL = made.PLAIN["jpeg"]()
@@ -376,3 +379,39 @@ def _working_decoder() -> psutil.Process:
                 return decoder
         time.sleep(0.02)
     raise AssertionError("no decoder works")
+
+
+def _sent(service: Any, data: bytes) -> httpx.Response:
+    headers = {"Content-Type": f"image/{sniff(data)}"}
+    return httpx.post(f"{service.url}/v1/predictions", content=data, headers=headers, timeout=500)
+
+
+@pytest.mark.parametrize("name", ["200 empty scans", "empty segments", "WebP chunks", "PNG profile that inflates"])
+def test_the_service_refuses_costly_files_by_name(name: str, service: Any) -> None:
+    response = _sent(service, COSTLY[name]())
+    assert (response.status_code, response.json()["code"]) == (422, "too_costly")
+    assert "too costly to decode" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["two PNG headers", "a frame with a larger image"])
+def test_the_service_refuses_files_that_say_less_than_they_hold(name: str, service: Any) -> None:
+    response = _sent(service, CONTRADICTORY[name]())
+    assert (response.status_code, response.json()["code"]) == (422, "damaged")
+
+
+@pytest.mark.slow
+def test_costly_images_wait_for_each_other_and_not_for_others(
+    service: Any, make_image: Callable[..., bytes], limits: Callable[..., ImagesSettings]
+) -> None:
+    limits(decoder_time_s=60, **PASSES_SLOW)
+    count, slow = MAX_COSTLY + 2, made.progressive(3500, 2500, 120)
+    with ThreadPoolExecutor(count) as threads:
+        costly = [threads.submit(_sent, service, slow) for _ in range(count)]
+        _working_decoder()
+        honest = [_sent(service, make_image(number)).status_code for number in range(5)]
+        still_waiting = sum(not one.done() for one in costly)
+        codes = [one.result().status_code for one in costly]
+    assert honest == [200] * 5
+    assert still_waiting, "other images waited for the costly ones"
+    assert set(codes) <= {200, 503}
+    assert codes.count(503) <= count - MAX_COSTLY, "as many wait as the queue holds"
