@@ -22,7 +22,9 @@ from serving.schemas import Problem
 METHODS = "GET, HEAD, POST, DELETE"
 MAX_HEADERS = 100
 MAX_LINE_BYTES = 8192
-"""Longest request target and longest single header, bytes."""
+"""Longest single header, bytes."""
+MAX_TARGET_BYTES = 16_384
+"""Longest request target, bytes: /v1/events takes 200 ids."""
 MAX_PIPELINED = 4
 """Requests that may wait on a connection while it responds to an earlier one."""
 WINDOW_S = 10.0
@@ -214,8 +216,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         """Part of the request target."""
         super().on_url(url)
-        if len(self.url) > MAX_LINE_BYTES:
-            self._stop(problem(414, "too_large", f"the address is longer than {MAX_LINE_BYTES} bytes"))
+        if len(self.url) > MAX_TARGET_BYTES:
+            self._stop(problem(414, "too_large", f"the address is longer than {MAX_TARGET_BYTES} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or a trailer behind the body, which is counted and dropped."""

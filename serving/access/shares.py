@@ -37,6 +37,8 @@ class Shares:
         Args:
             owner: None is the only caller of a service without keys, who shares with nobody.
             amount: not negative.
+        Returns:
+            False if too little is left, or the owner would hold too much of it.
         """
         left = self._total - self.used - amount
         held = 0.0 if owner is None else self._held.get(owner, 0.0) + amount

@@ -76,12 +76,16 @@ class Admission:
         return stored
 
     async def explain(self, caller: Caller, method: str, compute: Callable[[], Awaitable[HeatMap]]) -> HeatMap:
-        """Return a heat map; AccessError if its caller, or all of them, compute too many.
+        """Return a heat map, within the limits of its caller and of all of them.
 
         Args:
             caller: who is charged.
             method: name of the method, which decides what it costs.
             compute: begins the computation.
+        Returns:
+            The heat map.
+        Raises:
+            AccessError: too many are computed, or the key has used up its units.
         """
         self._authenticator.charge(caller, METHODS[method].evaluations - 1)
         if not self._maps.take(caller.share):
