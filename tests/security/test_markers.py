@@ -84,7 +84,9 @@ class Search:
 
     def finds(self, data: bytes) -> bool:
         """Whether bytes hold the marker, or an image of them."""
-        if MARK.encode() in data or any(self._shows(base64.b64decode(uri)) for uri in _URI.findall(data)):
+        if MARK.encode() in data or any(
+            self._shows(base64.b64decode(uri[: len(uri) // 4 * 4])) for uri in _URI.findall(data)
+        ):
             return True
         return self._shows(data)
 
