@@ -177,7 +177,7 @@ def bench_abuse(
     with TemporaryDirectory(prefix="relook-abuse-") as name:
         folder = Path(name)
         with status("training a small model"):
-            trained_champion(folder / "home", folder / "images")
+            trained_champion(folder / "home", folder / "images", lesions=40)
         sets = (*WARM_SETS, f"serving.page_folder={folder / 'page'}")
         with status("starting the service"), live_service(folder / "home", *sets) as service:
 
