@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 API = "/gradio_api"
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 30_000
 
 ATTACKS = """
 const S = "SERVICE", ME = location.origin, read = [];
@@ -214,7 +214,9 @@ def test_a_hostile_page_of_another_port_or_name_reaches_nothing(
         if is_own and (response.request.is_navigation_request() or not response.frame.url.startswith(exposed.url)):
             got.append((response.url.removeprefix(exposed.url), response.status))
 
+    tried: list[str] = []
     context.on("response", keep)
+    context.on("request", lambda request: tried.append(request.url))
     hostile = opened(context, f"http://{host}:{stranger.server_address[1]}/")
     assert hostile.evaluate("attack()") == []
     for number in range(5):
@@ -229,7 +231,9 @@ def test_a_hostile_page_of_another_port_or_name_reaches_nothing(
     hostile.wait_for_url(re.compile("relay"))
     served = {(path, status) for path, status in got if status != 403}
     assert served == {("/", 200)}, served
-    assert len(got) > 100
+    # Blocked reads have no response here, so attempts are counted beside them.
+    assert len(got) > 30
+    assert len([url for url in tried if url.startswith(exposed.url)]) > 100
     # Neither the service nor a script on its origin asked the stranger for anything.
     assert set(stranger.asked) <= {"/", "/favicon.ico"}
     with exposed.store.ledger.read() as tx:
@@ -273,10 +277,8 @@ def test_the_page_works_and_the_key_is_in_nothing_that_it_sends(
         page.set_input_files("#rl-image input[type=file]", str(file))
     page.click("#rl-predict")
     page.wait_for_selector("#rl-decision")
-    page.get_by_label("Clear", exact=True).first.click()
-    with page.expect_response(lambda response: "generated_mel" in response.url or response.url.endswith("queue/join?")):
-        page.locator(".gallery-item, .gallery button").nth(1).click()
-    page.wait_for_selector("#rl-image img")
+    page.locator(".gallery-item, .gallery button, table.table tr").first.click()
+    page.wait_for_selector("#rl-image img[src*=generated_]")
     page.click("#rl-predict")
     page.wait_for_selector("#rl-map .heat")
     page.get_by_role("tab", name="History").click()
