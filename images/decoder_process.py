@@ -123,7 +123,7 @@ def _work(connection: socket.socket, decode_here: Any, document: dict[str, Any],
 def _limit(memory_bytes: int) -> None:
     # What the process needs to exist, libraries above all, does not count.
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + memory_bytes, used_bytes + memory_bytes))
+    _set_limit(resource.RLIMIT_AS, used_bytes + memory_bytes)
     # A core dump would hold a patient's image.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -132,8 +132,13 @@ def _limit(memory_bytes: int) -> None:
 def _limit_time(time_s: float) -> None:
     """Let the kernel kill this process once it has used `time_s` more of processor time, rounded up to a second."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime + time_s) + 1, hard))
+    _set_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + time_s) + 1)
+
+
+def _set_limit(kind: int, value: int) -> None:
+    # The limit that this process was started with may be lower, and only root could raise it.
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _end_with_parent(connection: socket.socket) -> None:
