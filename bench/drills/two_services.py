@@ -388,6 +388,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder for home and logs; default: they are removed")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that services and database end, too
     # The server runs as another user when we are root, so its folder is not below ours.
     with (
         tempfile.TemporaryDirectory(prefix="relook-two-") as scratch,
