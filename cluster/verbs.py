@@ -228,12 +228,15 @@ def round_command(
             _show_plan(call, store)
         elif replay is not None:
             _replay(call, store, replay)
-        elif watch:
+        elif resume:
+            _run(call, store, person, resume=True)
+        else:
             # At once: a watcher takes a round that is refused for another watcher's, and polls again.
             require_key_to_start(call.settings, person)
-            _watch(call, store, person)
-        else:
-            _run(call, store, person, resume=resume)
+            if watch:
+                _watch(call, store, person)
+            else:
+                _run(call, store, person, resume=False)
 
 
 @verb(app, "rounds")

@@ -186,6 +186,10 @@ class StandIn:
         """Change nothing: what a task shows does not matter here."""
         return True
 
+    def request(self, method: str, path: str, action: str, **_: Any) -> list[Any]:
+        """Return an empty list: there are no webhooks."""
+        return []
+
     def annotate(self, number: int) -> None:
         """Annotate the first tasks that have no annotation yet."""
         for row in [row for row in self._tasks.values() if not row.annotations][:number]:
@@ -195,6 +199,10 @@ class StandIn:
 
 def label(store: Store, settings: Settings, told: Acknowledged) -> None:
     """Push the review items, and pull annotations in several syncs."""
+    with store.ledger.read() as tx:
+        has_items = bool(tx.find(ReviewItem, limit=1))
+    if not has_items:
+        predict(store, settings, told)
     stand_in = StandIn()
     for _ in range(6):
         sync(store, cast(LabelStudioClient, stand_in), settings.labeling)
@@ -245,11 +253,11 @@ def _broken_references(store: Store) -> Iterator[str]:
         datasets = [record.id for record in tx.find(DatasetRecord)]
         models = [record.id for record in tx.find(ModelRecord)]
     checks: list[Callable[[], object]] = [
-        *(lambda blob=blob: store.blobs.get(blob) for blob in [*images, *overlays]),  # type: ignore[misc]
-        *(lambda dataset=dataset: load_dataset(store, dataset) for dataset in datasets),  # type: ignore[misc]
-        *(lambda model=model: read_bundle(store.home.bundles / model, model) for model in models),  # type: ignore[misc]
-        *(lambda path=path: load_checkpoint(path) for path in store.home.runs.rglob("checkpoint.pt")),  # type: ignore[misc]
-        *(lambda path=path: json.loads(path.read_text()) for path in store.home.runs.rglob("*.json")),  # type: ignore[misc]
+        *(lambda blob=blob: store.blobs.get(blob) for blob in [*images, *overlays]),
+        *(lambda dataset=dataset: load_dataset(store, dataset) for dataset in datasets),
+        *(lambda model=model: read_bundle(store.home.bundles / model, model) for model in models),
+        *(lambda path=path: load_checkpoint(path) for path in store.home.runs.rglob("checkpoint.pt")),
+        *(lambda path=path: json.loads(path.read_text()) for path in store.home.runs.rglob("*.json")),
     ]
     for check in checks:
         try:
@@ -332,6 +340,7 @@ def run_drill(scratch: Path, moments: int, seed: int, kinds: Sequence[str] = KIN
     for number, kind in enumerate(kinds):
         share = moments // len(kinds) + (number < moments % len(kinds))
         found[kind] = cut(kind, root, scratch, share, chance)
+        print(kind, json.dumps(found[kind]), file=sys.stderr)
     return found
 
 

@@ -10,7 +10,7 @@ import random
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -158,7 +158,13 @@ class Disk:
         compare(self._top, Path(self._root))
         return found
 
-    def _write(self, folder: _Folder, target: Path, names: "dict[int, dict[str, _File | _Folder]]", content) -> None:  # type: ignore[no-untyped-def]
+    def _write(
+        self,
+        folder: _Folder,
+        target: Path,
+        names: "dict[int, dict[str, _File | _Folder]]",
+        content: Callable[[_File], bytearray],
+    ) -> None:
         target.mkdir()
         for name, node in names.get(id(folder), folder.durable).items():
             if name.endswith(_VOLATILE):
