@@ -81,7 +81,7 @@ def test_writers_follow_one_another(pg_store: Store, database: str) -> None:
     won: list[str] = []
 
     def write(name: str) -> None:
-        ledger = open_ledger(database)
+        ledger = open_ledger(database, audit=pg_store.ledger.audit)
         for number in range(10):
             with ledger.begin() as tx:
                 audit.append(tx, actor=name, action="gate.read", subject=str(number))
