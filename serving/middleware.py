@@ -69,7 +69,9 @@ class RequestMiddleware:
         self._proxies = Proxies(settings.forwarded_allow_ips, settings.root_path)
         self._hosts = LOCAL_HOSTS.union([settings.host, *settings.trusted_hosts])
         self._bodies = Shares(settings.max_bodies_mb * 1e6)
-        self._requests = Shares(settings.max_connections)
+        # Fewer than one address may have connections: who holds as many streams as possible leaves connections for
+        # others behind the same address.
+        self._requests = Shares(settings.max_connections / 2)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI defines it."""

@@ -291,6 +291,17 @@ def test_more_silent_connections_than_there_may_be_keep_nobody_out(
         assert honest(front, keys, make_image(0)) == [200] * 5
 
 
+def test_requests_that_never_end_leave_connections_of_their_address_to_others(
+    front: Any, keys: dict[str, str], make_image: Callable[..., bytes]
+) -> None:
+    with ExitStack() as stack:
+        for _ in range(60):
+            raw = stack.enter_context(closing(connect(front)))
+            raw.sendall(head("/page/upload", None, b"Content-Length: 1000\r\n") + b"a" * 10)
+            raw.sendall(head("/v1/predictions/batch", keys["greedy"], b"Content-Length: 900000\r\n"))
+        assert honest(front, keys, make_image(0)) == [200] * 5
+
+
 def test_one_key_with_all_it_may_send_leaves_room_for_another(
     front: Any, keys: dict[str, str], make_image: Callable[..., bytes]
 ) -> None:
