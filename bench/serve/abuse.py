@@ -179,7 +179,7 @@ def bench_abuse(
         with status("training a small model"):
             trained_champion(folder / "home", folder / "images", lesions=40)
         sets = (*WARM_SETS, f"serving.page_folder={folder / 'page'}")
-        with status("starting the service"), live_service(folder / "home", *sets) as service:
+        with status("quiet callers, then abuse"), live_service(folder / "home", *sets) as service:
 
             def token(user: str) -> str:
                 scopes = [Scope.PREDICT, Scope.FLAG]
