@@ -181,7 +181,8 @@ class Recorder:
         for row in selected.rows:
             # Not the champion's pixels if the two geometries differ.
             pixels = pixels_of(batch[row], selected.model)
-            jobs.append(replace(batch[row], model=selected.model, arm=arm, pixels=pixels))
+            job = replace(batch[row], model=selected.model, arm=arm, rollout_id=selected.rollout.id, pixels=pixels)
+            jobs.append(job)
         suitable = _suitability(jobs, output)
         found = [self._computed(job, output, row, suitable[row]) for row, job in enumerate(jobs)]
         for each in found:
