@@ -107,3 +107,17 @@ def test_order_does_not_matter() -> None:
     for seed in range(5):
         shuffled = random.Random(seed).sample(rows, len(rows))
         assert resolve(shuffled) == expected
+
+
+def test_confidence_and_method_are_stated() -> None:
+    (found,) = resolve([said("a", "mel"), said("b", "mel"), said("c", "nv")])
+    assert (found.confidence, found.method) == (pytest.approx(2 / 3), "majority")
+    (alone,) = resolve([said("a", "mel")])
+    assert (alone.confidence, alone.method) == (1.0, "majority")
+    (nobody,) = resolve([said("a", None)])
+    assert (nobody.label, nobody.confidence) == (None, None)
+    labels = [said("a", "mel"), said("b", "mel"), said("c", "nv")]
+    (believed,) = resolve(labels, method="dawid_skene")
+    assert believed.method == "dawid_skene"
+    assert believed.confidence is not None
+    assert 0.5 < believed.confidence <= 1.0
