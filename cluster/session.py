@@ -223,12 +223,32 @@ def _init(**options: Any) -> None:
         raise UnavailableError("Ray did not enable token authentication, so it was not started; check its version")
     try:
         # `ray.init` installs its own SIGTERM handler; leaving this block restores ours.
-        with _orderly_sigterm():
+        with _orderly_sigterm(), _clean_working_folder(options.get("_temp_dir")):
             ray.init(configure_logging=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # Ray raises a bare Exception for a node that is too slow
         what = "start here" if options["address"] == "local" else f"respond at {options['address']}"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnavailableError(f"Ray did not {what}: {reason[:300]}") from error
+
+
+@contextlib.contextmanager
+def _clean_working_folder(temp_dir: str | None) -> Iterator[None]:
+    """Be in an empty folder while the block runs.
+
+    Ray puts the working folder of its driver first on the import path of every worker, and its local daemons keep it
+    as theirs. A folder of the user's that is named like one of our packages (`records`, `serving`) would be imported
+    instead of ours.
+    """
+    before = Path.cwd()
+    # Below the session's folder, since it has to last as long as the daemons; a cluster's daemons have their own.
+    empty = Path(tempfile.mkdtemp(prefix="relook-empty-", dir=temp_dir))
+    os.chdir(empty)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        if temp_dir is None:
+            empty.rmdir()
 
 
 def _address() -> str:

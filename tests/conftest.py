@@ -37,6 +37,10 @@ PRECISION = os.environ.get("RELOOK_TEST_PRECISION", "fp32")
 # OpenMP's threads would wait for each other awake, and a network then takes four times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Ray's workers do not have the working folder on their import path; some run functions of the tests.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _closed_environment() -> Iterator[None]:
