@@ -5,6 +5,7 @@ that was killed before it recorded its tasks, only delays the deletion: every pu
 """
 
 import contextlib
+import re
 import sqlite3
 from contextlib import closing
 
@@ -65,8 +66,10 @@ def delete_tasks(store: Store, client: LabelStudioClient) -> int:
                     if str(row.meta.get("relook_item")) in pending:
                         client.delete_task(row.id)
                         deleted += 1
-    if deleted and client.server == "local":
-        _rewrite_database(store)
+    if client.server == "local":
+        _delete_exports(store, pending)
+        if deleted:
+            _rewrite_database(store)
     items = TABLES[ReviewItem]
     with store.ledger.begin() as tx:
         mine = any_of(items.c.id, pending, tx.connection.dialect)
@@ -82,6 +85,13 @@ def pending_items(store: Store) -> set[str]:
     query = query.where(images.erased_at.is_not(None), items.sent_hash.is_distinct_from(_DELETED))
     with store.ledger.read() as tx:
         return set(tx.connection.scalars(query))
+
+
+def _delete_exports(store: Store, item_ids: set[str]) -> None:
+    """Delete what the local Label Studio exported of these items: it keeps a copy of every export."""
+    for path in (store.home.label_studio / "export").glob("*"):
+        if path.is_file() and item_ids & set(re.findall(r"\b[0-9a-f]{32}\b", path.read_text(errors="replace"))):
+            path.unlink(missing_ok=True)
 
 
 def _rewrite_database(store: Store) -> None:
