@@ -82,15 +82,9 @@ def promote_model(
         audit.append(tx, actor=person, action=f"model.{status}", subject=bundle.id, details=details)
     # After the commit: a record without its promotion would be wrong, a missing one can be written again.
     write_change_record(store, bundle.id, report, person, forced_because=forced_because)
-    return {
-        "model_id": bundle.id,
-        "status": status,
-        "replaces": replaces,
-        "dataset_id": dataset_id,
-        "by": person,
-        "forced": forced_because is not None,
-        "gate": report.model_dump(mode="json") if report else None,
-    }
+    gate = report.model_dump(mode="json") if report else None
+    facts = {"model_id": bundle.id, "status": status, "replaces": replaces, "dataset_id": dataset_id}
+    return {**facts, "by": person, "forced": forced_because is not None, "gate": gate}
 
 
 def caller_of(store: Store, token: str | None) -> Caller | None:

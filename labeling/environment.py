@@ -215,7 +215,19 @@ class _Builder:
 
         command = [str(self.environment.python), "-I", "-m", "pip", "install", "--disable-pip-version-check"]
         # Most of the gigabyte is never imported: compiling on first use is faster than compiling all of it.
-        self._run([*command, "--no-input", "--progress-bar", "off", "--no-compile", "-r", str(requirements)], on_line)
+        self._run(
+            [
+                *command,
+                "--no-input",
+                "--progress-bar",
+                "off",
+                "--no-compile",
+                "--require-hashes",
+                "-r",
+                str(requirements),
+            ],
+            on_line,
+        )
 
     def make_template(self) -> None:
         self.report("preparing an empty Label Studio database (about half a minute)")

@@ -85,11 +85,10 @@ def predict_folder(
     maps = out.with_name(out.name + ".maps") if explain else None
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
-    side_px = loaded.geometry.side_px
-    drawn_px = settings.overlay_side_px if explain else side_px
+    drawn_px = settings.overlay_side_px if explain else loaded.geometry.side_px
 
     def one(path: Path) -> _Decoded:
-        return _read(path, side_px, drawn_px, settings.max_pixels)
+        return _read(path, loaded.geometry.side_px, drawn_px, settings.max_pixels)
 
     with unfinished.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))

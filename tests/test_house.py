@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeling", "cluster")
-MAX_MODULES = 310
-MAX_LINES = 44_500
+# 283 modules and 43,681 lines before the service was made safe to expose, which added the rest.
+MAX_MODULES = 330
+MAX_LINES = 51_000
 MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 

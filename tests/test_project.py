@@ -227,7 +227,7 @@ def test_the_make_verbs_exist_and_ci_runs_them() -> None:
         "make setup",
         "make check",
         ".ci/strange",
-        "RELOOK_REQUIRE_BROWSER=1 make test",
+        "RELOOK_REQUIRE_BROWSER=1 RELOOK_REQUIRE_NGINX=1 make test",
     ]
 
 

@@ -67,7 +67,7 @@ def tune(
     from records.errors import ConfigError
     from records.ids import new_id
     from records.lease import LEASE_S, hold
-    from tuning.report import RUN_PREFIX, find_resumable, report_on, write_report
+    from tuning.report import RUN_PREFIX, find_resumable
     from tuning.search import fit_winner as fit
     from tuning.search import search, searched_space
 
@@ -94,13 +94,19 @@ def tune(
         if fit_winner:
             with progress() as bar:
                 bundle = fit(store, result, dataset, run_dir, bar)
-    # From the journal and not from `result`, so that `relook tune report` shows the same.
+    _show_result(call, run_dir, None if bundle is None else bundle.id)
+
+
+def _show_result(call: Call, run_dir: "Path", model_id: str | None) -> None:
+    from tuning.report import report_on, write_report
+
+    # From the journal and not from the search in memory, so that `relook tune report` shows the same.
     found = report_on(run_dir)
     page = write_report(found, run_dir)
-    facts = {"model_id": None if bundle is None else bundle.id, "report": str(page)}
+    facts = {"model_id": model_id, "report": str(page)}
     call.emit(found.model_dump(mode="json") | facts, _summary(run_dir))
-    if bundle is not None:
-        say(f"Model {bundle.id[:12]} is trained with the winner's settings and registered.")
+    if model_id is not None:
+        say(f"Model {model_id[:12]} is trained with the winner's settings and registered.")
     stderr.print(f"Report: {page}", highlight=False, soft_wrap=True)
     stderr.print(f"Train the winner: {found.command}", highlight=False, soft_wrap=True)
 
