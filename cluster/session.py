@@ -15,14 +15,14 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
+from cluster.daemons import Ending, daemons_in_own_session, orderly_sigterm, orphans, shut_down_ray, watched_daemons
 from cluster.settings import ClusterSettings, Settings
 from images.settings import limits_variable
 from records.errors import ConfigError, ContractError, UnavailableError
@@ -90,14 +90,14 @@ def start_ray(settings: Settings) -> Iterator[RaySession]:
         raise ContractError("Ray is already initialised in this process; open one session around the whole command")
     environ = {"RAY_AUTH_MODE": "token", **_QUIET, **limits_variable(settings.images)}
     if settings.cluster.ray_address:
-        with environment(environ), _orderly_sigterm():
+        with environment(environ), orderly_sigterm():
             yield from _joined(settings, environ)
     else:
         home = open_home(settings.records.home)
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             environ["RAY_AUTH_TOKEN_PATH"] = str(ray_token_file(home))
-        with environment({**_LOCAL, **environ}), _orderly_sigterm():
-            yield from _local(settings, home)
+        with environment({**_LOCAL, **environ}), orderly_sigterm() as ending:
+            yield from _local(settings, home, ending)
 
 
 def require_token_mode(environ: Mapping[str, str]) -> None:
@@ -131,27 +131,36 @@ def ray_token_file(home: Home) -> Path:
     return key_file(home, "ray_token")
 
 
-def _local(settings: Settings, home: Home) -> Iterator[RaySession]:
+def _local(settings: Settings, home: Home, ending: Ending) -> Iterator[RaySession]:
     wanted = settings.cluster
     temp_dir = _temp_dir(wanted.temp_dir)
     failed = True
-    try:
-        _init_here(temp_dir, wanted)
-        yield RaySession(address=_address(), owned=True, logs=temp_dir / "session_latest" / "logs")
-        failed = False
-    # Stopped on purpose: nobody will look for Ray's logs.
-    except (KeyboardInterrupt, SystemExit):
-        failed = False
-        raise
-    finally:
-        with _uninterrupted():
-            # Listed before the shutdown: workers that survive the daemons are no longer descendants of this process.
-            started = _processes_under(temp_dir)
-            _shutdown()
-            _end(started, wanted.stop_timeout_s)
-            if failed:
-                _keep_logs(temp_dir, home)
-            shutil.rmtree(temp_dir, ignore_errors=True)
+    with contextlib.ExitStack() as running:
+        clean_up: Callable[[], object] = list
+        try:
+            _init_here(temp_dir, wanted)
+            clean_up = running.enter_context(watched_daemons(ending))
+            yield RaySession(address=_address(), owned=True, logs=temp_dir / "session_latest" / "logs")
+            failed = False
+        # Stopped on purpose: nobody will look for Ray's logs.
+        except (KeyboardInterrupt, SystemExit):
+            failed = ending.lost is not None
+            if not failed:
+                raise
+        finally:
+            clean_up()
+            with _uninterrupted():
+                # Before the shutdown: workers that survive the daemons are no longer descendants of this process.
+                started = [*_processes_under(temp_dir), *orphans(ending)]
+                if ending.gone is not None:
+                    _end(started, timeout_s=0)
+                shut_down_ray(ending)
+                _end(started, wanted.stop_timeout_s)
+                if failed:
+                    _keep_logs(temp_dir, home)
+                shutil.rmtree(temp_dir, ignore_errors=True)
+            if failed and ending.lost is not None:
+                raise UnavailableError(f"{ending.lost}; its logs are in {home.logs / 'ray'}")
 
 
 def _init_here(temp_dir: Path, wanted: ClusterSettings) -> None:
@@ -201,7 +210,7 @@ def _joined(settings: Settings, environ: Mapping[str, str]) -> Iterator[RaySessi
         yield RaySession(address=_address(), owned=False, logs=None)
     finally:
         with _uninterrupted():
-            _shutdown()
+            shut_down_ray(Ending())
 
 
 def _init(**options: Any) -> None:
@@ -223,7 +232,7 @@ def _init(**options: Any) -> None:
         raise UnavailableError("Ray did not enable token authentication, so it was not started; check its version")
     try:
         # `ray.init` installs its own SIGTERM handler; leaving this block restores ours.
-        with _orderly_sigterm(), _clean_working_folder(options.get("_temp_dir")):
+        with orderly_sigterm(), daemons_in_own_session(), _clean_working_folder(options.get("_temp_dir")):
             ray.init(configure_logging=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # Ray raises a bare Exception for a node that is too slow
         what = "start here" if options["address"] == "local" else f"respond at {options['address']}"
@@ -257,12 +266,6 @@ def _address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def _shutdown() -> None:
-    import ray
-
-    ray.shutdown()
-
-
 def _temp_dir(wanted: Path | None) -> Path:
     if wanted is None:
         base = Path(tempfile.gettempdir())
@@ -294,34 +297,16 @@ def _sweep(base: Path) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C while the block runs: a second one during the cleanup would leave processes behind."""
+    """Ignore Ctrl-C and SIGTERM while the block runs: a second one during the cleanup would leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _orderly_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that the context ends; Ray's own handler prints a stack and stops no worker."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    handler = _exit_on_sigterm if before in (signal.SIG_DFL, None) else before
-    signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _processes_under(temp_dir: Path) -> list[psutil.Process]:

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from labeling.cli import label_app
-from records.command import Call, verb
+from records.command import Call, advises_resume, until_stopped, verb
 from records.errors import ConfigError, IntegrityError
 from records.progress import duration, progress, say
 from serving.cli import models_app
@@ -234,7 +234,8 @@ def round_command(
             # At once: a watcher takes a round that is refused for another watcher's, and polls again.
             require_key_to_start(call.settings, person)
             if watch:
-                _watch(call, store, person)
+                with until_stopped():
+                    _watch(call, store, person)
             else:
                 _run(call, store, person, resume=False)
 
@@ -257,9 +258,16 @@ def rounds(call: Call) -> None:
 def _run(call: Call, store: "Store", person: str, *, resume: bool) -> None:
     from cluster.round import run_round
 
-    with call.ray(), _round_shown() as show:
+    with advises_resume(lambda: _is_unfinished(store)), call.ray(), _round_shown() as show:
         outcome = run_round(store, call.settings, resume=resume, started_by=person, on_event=show)
     call.emit({"round": outcome.record.number, "steps": outcome.results}, f"round {outcome.record.number} is done")
+
+
+def _is_unfinished(store: "Store") -> bool:
+    from records.types import RoundRecord
+
+    with store.ledger.read() as tx:
+        return tx.count(RoundRecord, where={"finished_at": None}) > 0
 
 
 def _watch(call: Call, store: "Store", person: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from records.command import Call, verb
+from records.command import Call, until_stopped, verb
 from records.progress import LineProgress, progress, say, status, stderr
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def sync_command(
             _emit_sync(call, report)
             _exit_if([*report.push.unreadable, *report.pull.failed])
         return
-    with suppress(KeyboardInterrupt), call.store() as store, _heartbeat() as beat:
+    with until_stopped(), call.store() as store, _heartbeat() as beat:
         while True:
             # Read before the sync: a notification that arrives during it must trigger the next one.
             seen = last_notification(store.ledger)

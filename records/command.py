@@ -7,6 +7,7 @@ other room may import it, so its root command leaves a loader in the context. Pr
 
 import inspect
 import json
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, redirect_stdout
@@ -23,7 +24,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from records.errors import ContractError, DataError
+from records.errors import ContractError, DataError, UnavailableError
 
 if TYPE_CHECKING:
     from records.store import Store
@@ -256,6 +257,29 @@ class _VerbGroup(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _list_choices(self.params, ctx)
         super().format_help(ctx, formatter)
+
+
+@contextmanager
+def until_stopped() -> Generator[None]:
+    """End normally on Ctrl-C and SIGTERM; for verbs that run until somebody stops them, such as a supervisor."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as ending:
+        if ending.code != 128 + signal.SIGTERM:
+            raise
+
+
+@contextmanager
+def advises_resume(begun: Callable[[], bool]) -> Generator[None]:
+    """Add to an UnavailableError that `--resume` goes on, if `begun` says that there is something to go on with."""
+    try:
+        yield
+    except UnavailableError as error:
+        if "--resume" in str(error) or not begun():
+            raise
+        raise type(error)(f"{error}; run it again with --resume") from error
 
 
 @contextmanager

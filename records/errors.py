@@ -20,7 +20,11 @@
 Every message is one sentence that says what was wrong and what would be right; passwords in URLs are masked.
 """
 
+import re
+
 from records.redaction import without_secrets
+
+_IN_A_TRACEBACK = re.compile(r"\brecords\.errors\.(\w+): (.+)")
 
 
 class RelookError(Exception):
@@ -126,3 +130,12 @@ def error_class(name: str) -> type[RelookError]:
     # Only this module is searched: a recorded name must not be able to import anything.
     known = globals().get(name)
     return known if isinstance(known, type) and issubclass(known, RelookError) else RelookError
+
+
+def quoted_error(text: str) -> RelookError | None:
+    """Rebuild the last error of ours in a text that quotes tracebacks, as Ray's errors do; None if there is none."""
+    quoted = _IN_A_TRACEBACK.findall(text)
+    if not quoted:
+        return None
+    name, message = quoted[-1]
+    return error_class(name)(message.strip())

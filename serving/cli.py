@@ -5,7 +5,6 @@ relook models compare champion candidate
 relook rollout MODEL --percent 10
 """
 
-import signal
 import threading
 from collections import Counter
 from pathlib import Path
@@ -14,15 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from records.command import Call, group_verb, verb
+from records.command import Call, group_verb, until_stopped, verb
 from records.durable import write_file
 from records.errors import ConfigError
 from records.progress import progress, status, stderr
 from records.types import Consent, Scope
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from records.bundles import BundleDocument
     from records.store import Store
     from records.types import ModelRecord
@@ -53,13 +50,21 @@ def serve(
     # Imported after the checks: Ray and torch take seconds to load, and a port in use should be reported at once.
     from serving.launch import run_service
 
-    with status("starting the service") as spinner, call.ray(settings), run_service(serving, settings.records) as s:
+    with (
+        until_stopped(),
+        status("starting the service") as spinner,
+        call.ray(settings),
+        run_service(serving, settings.records) as s,
+    ):
         # The service runs inside of this block, but its display has to end before the address is printed.
         spinner.stop()
         call.emit({"url": s.url, "docs": f"{s.url}/docs"}, f"Relook serves at {s.url} (API: {s.url}/docs)")
         stderr.print("Ctrl-C stops it.")
-        _wait_for_stop()
-        stderr.print("stopping")
+        try:
+            # For ever: the signal that ends the service raises.
+            threading.Event().wait()
+        finally:
+            stderr.print("stopping")
 
 
 @verb(app, "predict")
@@ -296,22 +301,6 @@ def rollback(
                 raise ConfigError(f"name the rollout: `relook rollback ROLLOUT`; {under_way_text(tx)}")
         body = rollout_body(roll_back(store, rollout_id, actor="relook rollback", why=reason))
     call.emit(body, f"model {body.candidate_id[:12]} was rolled back: {body.why}")
-
-
-def _wait_for_stop() -> None:
-    """Wait for SIGINT or SIGTERM; both stop the service in the same way."""
-    stopped = threading.Event()
-
-    def stop(_number: int, _frame: "FrameType | None") -> None:
-        stopped.set()
-
-    # The default handlers raise, and the command would report an interruption (exit 130) instead of a normal end.
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stopped.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _registered(store: "Store") -> "list[ModelRecord]":

@@ -283,7 +283,7 @@ def _deployment(
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=8,
         max_constructor_retry_count=2,
     )
     return deployment

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from ray.serve.schema import ApplicationStatusOverview
 
-from records.errors import UnavailableError
+from records.errors import RelookError, UnavailableError, quoted_error
 from records.home import open_home
 from records.settings import RecordsSettings
 from serving.access.keys import admin_token
@@ -89,18 +90,27 @@ def _wait_until_ready(settings: ServingSettings, admin: str) -> None:
         while time.monotonic() < deadline:
             application = serve.status().applications.get(APPLICATION)
             if application is not None and application.status == "DEPLOY_FAILED":
-                raise UnavailableError(f"the service did not start: {_last_lines(application.message)}")
+                raise _why_not_started("the service did not start", application)
             if application is not None and application.status == "RUNNING":
                 readiness = client.ready()
                 if readiness.ready:
                     return
                 detail = readiness.detail
             time.sleep(_POLL_S)
-    status = serve.status().applications.get(APPLICATION)
-    messages = "; ".join(d.message for d in status.deployments.values() if d.message) if status else ""
-    raise UnavailableError(
-        f"the service was not ready within {settings.start_timeout_s:g} s: {_last_lines(messages) or detail}"
-    )
+    application = serve.status().applications.get(APPLICATION)
+    late = f"the service was not ready within {settings.start_timeout_s:g} s"
+    raise _why_not_started(late, application, detail)
+
+
+def _why_not_started(what: str, application: ApplicationStatusOverview | None, detail: str = "") -> RelookError:
+    """Return a replica's own error, if it raised one of ours, else the end of what Ray Serve says."""
+    # Serve's message about the application only names the deployments; why they failed is in theirs.
+    parts = [d.message for d in application.deployments.values() if d.message] if application else []
+    own = quoted_error("\n".join(parts))
+    if own is not None:
+        return type(own)(f"{what}: {own}")
+    said = parts or ([application.message] if application and not detail else [])
+    return UnavailableError(f"{what}: {_last_lines(' '.join(said[-1:])) or detail}")
 
 
 def _last_lines(message: str) -> str:

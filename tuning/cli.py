@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.live import Live
 
-from records.command import Call, group_verb, stdout, verb
+from records.command import Call, advises_resume, group_verb, stdout, verb
 from records.progress import duration, progress, say, stderr
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def tune(
     from records.errors import ConfigError
     from records.ids import new_id
     from records.lease import LEASE_S, hold
+    from tuning.journal import FILE_NAME
     from tuning.report import RUN_PREFIX, find_resumable
     from tuning.search import fit_winner as fit
     from tuning.search import search, searched_space
@@ -87,7 +88,8 @@ def tune(
         say(f"search {run_dir.name}: {tuning.trials} trials")
         # The lease: a search that still runs elsewhere is not joined by a second process. After a kill it expires.
         lease = hold(store.ledger, f"search {run_dir.name}", wait_s=LEASE_S if resume else 0.0)
-        with lease, call.ray(settings), _shown() as on_event:
+        begun = (run_dir / FILE_NAME).is_file
+        with lease, advises_resume(begun), call.ray(settings), _shown() as on_event:
             result = search(store, tuning, settings.trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.

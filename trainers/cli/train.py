@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from records.command import Call, JsonCall, verb
+from records.command import Call, JsonCall, advises_resume, verb
 from records.errors import ConfigError, RefusedError
 from records.progress import progress
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 REPORT = "report"
 """Folder inside a bundle's folder; the bundle's id does not cover it."""
+METRICS_FILE = "metrics.jsonl"
+"""Appears in a run's folder with the first epoch; a run that failed before it left nothing to resume."""
 
 NOT_FACTS = {"name", "description", "tunable"}
 CATALOGUES = "relook.catalogues"
@@ -72,7 +74,7 @@ def train_command(
         dataset = open_dataset(store, data, progress=bar)
         run_dir = _run_dir(store, trainers, dataset, start, resume)
         # One worker trains in this process: starting Ray costs seconds and memory that only several workers need.
-        with call.ray() if use_ray else nullcontext():
+        with advises_resume((run_dir / METRICS_FILE).is_file), call.ray() if use_ray else nullcontext():
             bundle = fit(
                 store,
                 trainers,
@@ -159,8 +161,7 @@ def _run_dir(
 
     identity = hash_of([trainers.recipe_hash(), dataset.id, start.id if start is not None else None])
     run_dir = store.home.runs / f"train-{identity[:12]}"
-    # The file appears with the first epoch; a run that failed before it left nothing to resume.
-    begun = (run_dir / "metrics.jsonl").is_file()
+    begun = (run_dir / METRICS_FILE).is_file()
     if begun and not resume:
         raise RefusedError(
             f"these settings were trained on dataset {dataset.id[:12]} before ({run_dir}); "

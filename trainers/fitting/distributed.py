@@ -22,7 +22,7 @@ import ray.train.torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from records.errors import ConfigError, RelookError, UnavailableError, error_class
+from records.errors import ConfigError, RelookError, UnavailableError, error_class, quoted_error
 from records.settings import RecordsSettings, environment
 from records.store import Store, open_store
 from trainers.augmentation import Policy
@@ -91,7 +91,7 @@ def fit_distributed(
         name, message = fatal
         raise error_class(name)(message)
     if result.checkpoint is None:
-        raise UnavailableError(f"the run in {run_dir} ended without a checkpoint; run it again with --resume")
+        raise UnavailableError(f"the run in {run_dir} ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         checkpoint = load_checkpoint(Path(folder) / CHECKPOINT_FILE)
     return trained_model(checkpoint, settings, store.taxonomy)
@@ -291,11 +291,15 @@ def _reason(channel: Any, error: Exception, run_dir: Path) -> RelookError:
     if fatal is not None:
         name, message = fatal
         return error_class(name)(message)
-    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UnavailableError(
-        f"training was lost ({first_line.strip()[:200]}); the last checkpoint is in {run_dir}, "
-        "run it again with --resume"
-    )
+    own = quoted_error(str(error))
+    if own is not None:
+        return own
+    # Ray's first line says that workers failed, the last one of the quoted traceback says why.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lost = f"training was lost ({lines[-1][:200] if lines else type(error).__name__})"
+    if not any((run_dir / RUN_NAME).glob("checkpoint_*")):
+        return UnavailableError(f"{lost} before its first checkpoint")
+    return UnavailableError(f"{lost}; the last checkpoint is in {run_dir}, run it again with --resume")
 
 
 LOOK_EVERY_S = 20.0

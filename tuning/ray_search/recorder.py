@@ -12,6 +12,7 @@ from ray.tune.experiment import Trial
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from records.errors import quoted_error
 from tuning.judge import Judge
 from tuning.log import SearchLog
 from tuning.trials import TrialFigures, TrialPlan
@@ -63,8 +64,9 @@ class Watch(tune.Callback):
         if number not in self._started:
             self._start(plan_of(trial))
         cause = trial.get_pickled_error() or RuntimeError("the trial's process died")
-        kind = type(cause).__name__
-        self._recorder.record(lambda log: log.failed(number, kind=kind, message=sentence(cause), lost=True))
+        own = quoted_error(str(cause))
+        kind, message = type(own or cause).__name__, sentence(own or cause)
+        self._recorder.record(lambda log: log.failed(number, kind=kind, message=message, lost=True))
 
     def _start(self, plan: TrialPlan) -> None:
         self._started.add(plan.number)

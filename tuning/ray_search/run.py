@@ -23,7 +23,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from records.errors import ConfigError, ContractError, UnavailableError
+from records.errors import ConfigError, ContractError, UnavailableError, quoted_error
 from records.ids import new_id
 from records.settings import environment
 from tuning.judge import Judge
@@ -98,7 +98,8 @@ def run_trials(
             tuner.fit()
         except Exception as error:
             if recorder.error is None:
-                raise UnavailableError(f"Ray Tune failed and ended the search: {sentence(error)}") from error
+                own = quoted_error(str(error))
+                raise own or UnavailableError(f"Ray Tune failed and ended the search: {sentence(error)}") from error
         finally:
             logs.close()
     if recorder.error is not None:
