@@ -61,11 +61,12 @@ def head_gradcam(head: nn.Module, features: Tensor, target: Tensor) -> Tensor:
         [N, h, w], not negative.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        # Tensors made in inference mode cannot require gradients; a clone made outside of it can.
+        # Tensors made in inference mode cannot require gradients, nor be saved for a backward pass as an index is;
+        # clones made outside of it can.
         leaf = features.detach().clone().requires_grad_()
         logits = head(leaf)
         # Images are independent, so the gradient of the sum holds each image's own gradient.
-        (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), leaf)
+        (gradient,) = torch.autograd.grad(logits.gather(1, target.clone()[:, None]).sum(), leaf)
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     return torch.relu((weights * features).sum(dim=1))
 
@@ -92,7 +93,7 @@ def integrated_gradients(network: nn.Module, inputs: Tensor, target: Tensor, ste
         parts = [
             method.attribute(
                 inputs[start : start + chunk].detach().clone(),
-                target=target[start : start + chunk],
+                target=target[start : start + chunk].clone(),
                 n_steps=steps,
                 internal_batch_size=chunk,
             )

@@ -67,8 +67,12 @@ def _gradcam(loaded: LoadedModel, pixels: UInt8Array, target: int, versus: int |
         return Attribution(values, loaded.gradcam_is_exact, loaded.target_layer)
     # The closed forms end in a ReLU per class, so the map of a difference is not the difference of two maps.
     features, head = loaded.feature_map(pixels[None])
-    values = head_gradcam(ClassAgainst(head, target, versus), features, torch.zeros(1, dtype=torch.int64))[0]
+    values = head_gradcam(ClassAgainst(head, target, versus), features, _only_output(features))[0]
     return Attribution(_array(values), False, loaded.target_layer)
+
+
+def _only_output(features: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=features.device)
 
 
 def _array(values: Tensor) -> Float32Array:

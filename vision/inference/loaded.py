@@ -24,7 +24,7 @@ from vision.calibration.scaling import apply_calibration
 from vision.explanations.closed_form import ClosedForm, closed_form_of
 from vision.explanations.gradients import head_gradcam
 from vision.inference.described import early_statistics, first_convolution, pooled_features
-from vision.inference.fold import fold_batch_norm
+from vision.inference.fold import ChannelClamp, fold_batch_norm
 from vision.inference.output import BatchOutput
 from vision.inference.suitability import image_checks_of
 from vision.networks import MODELS, build_model
@@ -182,9 +182,14 @@ class LoadedModel:
         difference = float(np.abs(self.predict(self._golden["inputs"]).logits - expected).max())
         return difference, GOLDEN_TOLERANCE[self.precision] * max(1.0, float(np.abs(expected).max()))
 
-    def _survives_its_precision(self) -> bool:
-        difference, allowed = self._golden_difference()
-        return difference <= allowed
+    def _why_not_its_precision(self) -> str | None:
+        """Say why the model must not compute in its precision, or return None."""
+        try:
+            difference, allowed = self._golden_difference()
+        except RuntimeError as error:
+            # torch has operations without a kernel for bf16, which ones depends on release and device.
+            return f"it fails: {' '.join(str(error).split())[:200]}"
+        return None if difference <= allowed else f"its golden logits differ by {difference:.3g}"
 
     @property
     def faithfulness(self) -> dict[str, Any] | None:
@@ -241,8 +246,8 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
 
     Args:
         bundle: its files were checked.
-        precision: `auto` is bf16 where the hardware has it and the golden logits stay within tolerance (a batch norm
-            of small variance magnifies rounding), else fp32.
+        precision: `auto` is bf16 where the hardware has it, torch can compute the network in it and the golden logits
+            stay within tolerance (a batch norm of small variance magnifies rounding), else fp32.
         device: a torch device name.
     Returns:
         The model; call `check_golden` before it serves.
@@ -252,9 +257,12 @@ def load_model(bundle: Bundle, *, precision: PrecisionChoice = "auto", device: s
     """
     model = LoadedModel(bundle, plain_network(bundle), resolve_precision(precision, device), device)
     # Only `auto` falls back: a precision that was asked for is used, and `check_golden` refuses what it breaks.
-    if precision != "auto" or model.precision == "fp32" or model._survives_its_precision():
+    if precision != "auto" or model.precision == "fp32":
         return model
-    logger.info("model %s computes in fp32: it loses too much in %s", bundle.id[:12], model.precision)
+    reason = model._why_not_its_precision()
+    if reason is None:
+        return model
+    logger.warning("model %s computes in fp32, because in %s %s", bundle.id[:12], model.precision, reason)
     return LoadedModel(bundle, plain_network(bundle), "fp32", device)
 
 
@@ -318,9 +326,10 @@ def _prepared(features: nn.Module, precision: Precision, device: str) -> nn.Modu
     # Folded before the conversion, because folding in bf16 would round the scales.
     folded = fold_batch_norm(features).to(device).to(memory_format=torch.channels_last)
     if precision == "bf16":
-        # Autocast would convert the weights anew in every call. Batch norm that was not folded keeps fp32 statistics.
+        # Autocast would convert these weights anew in every call. It computes norms in fp32 and fails on mixed formats,
+        # so their weights and statistics stay fp32.
         for module in folded.modules():
-            if not isinstance(module, nn.BatchNorm2d) and next(module.children(), None) is None:
+            if isinstance(module, nn.Conv2d | nn.Linear | ChannelClamp):
                 module.to(torch.bfloat16)
     return folded.requires_grad_(False)
 
