@@ -281,6 +281,12 @@ def _build(store: Store) -> tuple[str, list[str]]:
     notes = []
     if built.without_consent:
         notes.append(f"{len(built.without_consent)} labelled images lack the consent to train on them")
+    if empty := built.version.empty_splits:
+        names = ", ".join(empty)
+        notes.append(
+            f"no labelled image is on the splits {names}, which training and its checks need: import more lesions, "
+            "then `relook data split --redraw` (possible until something was trained)"
+        )
     return built.version.id, notes
 
 

@@ -7,6 +7,7 @@ group keeps the split that it has.
 
 import hashlib
 import json
+import shutil
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,26 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import sqlalchemy as sa
 
+from records import audit
 from records.durable import make_folders, replacing, write_file
 from records.erasure import unusable_ids
-from records.errors import IntegrityError, UnknownIdError
+from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.labelled import annotations, draw_splits, read_known
+from records.ledger.tables import TABLES
 from records.schemas import from_arrow, to_arrow
 from records.store import Store
-from records.types import Consent, DatasetRecord, ManifestRow, ResolvedLabel, Split
+from records.types import (
+    Consent,
+    DatasetRecord,
+    Group,
+    ManifestRow,
+    ModelRecord,
+    ResolvedLabel,
+    RoundRecord,
+    Split,
+)
 
 HASHED_COLUMNS = ["image_id", "group_id", "split", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
@@ -44,6 +57,11 @@ class DatasetVersion:
     id: str
     taxonomy_hash: str
     rows: pd.DataFrame = field(repr=False, compare=False)
+
+    @property
+    def empty_splits(self) -> tuple[Split, ...]:
+        """Splits without an image."""
+        return tuple(split for split in Split if split not in set(self.rows["split"]))
 
     def split(self, split: Split) -> pd.DataFrame:
         """Return the rows of one split, sorted by image id, with a fresh index."""
@@ -121,6 +139,44 @@ def build_version(
         without_consent=tuple(sorted(known.images.loc[no_consent, "image_id"])),
         ungrouped=tuple(sorted(known.images.loc[known.images["group_id"].isna() & ~no_consent, "image_id"])),
     )
+
+
+def redraw_splits(store: Store) -> BuildReport:
+    """Draw the splits of all labelled groups again, as at a first import, and build the version that follows.
+
+    Versions with the earlier splits are removed: a model that was trained on one of them could be measured on images
+    that it has seen.
+
+    Args:
+        store: its ledger holds the labels and groups.
+    Returns:
+        As of `build_version`.
+    Raises:
+        RefusedError: something was trained or searched on these splits, or a table gave them.
+        DataError: no image has a usable label.
+    """
+    groups = TABLES[Group]
+    with store.ledger.begin() as tx:
+        # Runs are local, models and rounds may be those of other machines.
+        if any(store.home.runs.iterdir()) or tx.count(ModelRecord) or tx.count(RoundRecord):
+            raise RefusedError(
+                "splits cannot be drawn again after a training or a search, whose models would be measured on images "
+                "that they have seen; import into a new home (RELOOK_HOME)"
+            )
+        if tx.count(Group, where={"drawn_by": "given"}):
+            raise RefusedError(
+                "a table gave these splits, so they are not drawn again; import it without its split column into a new "
+                "home (RELOOK_HOME)"
+            )
+        tx.connection.execute(
+            sa.update(groups).where(groups.c.split.is_not(None)).values(split=None, drawn_by=None, drawn_at=None)
+        )
+        removed = [record.id for record in tx.find(DatasetRecord)]
+        tx.connection.execute(sa.delete(TABLES[DatasetRecord]))
+        audit.append(tx, actor="local", action="data.redrawn", subject="splits", details={"removed": removed})
+    for dataset_id in removed:
+        shutil.rmtree(store.home.datasets / dataset_id, ignore_errors=True)
+    return build_version(store)
 
 
 def load_dataset(store: Store, dataset_id: str) -> DatasetVersion:

@@ -5,6 +5,7 @@ is drawn once and stored; images that are added later never move a group. Images
 no group.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -128,10 +129,9 @@ def draw_split(group_id: str, salt: str) -> Split:
 
 
 def draw_stratified(class_of_group: Mapping[str, str], salt: str) -> dict[str, Split]:
-    """Draw the splits of a first import so that every class is divided at the shares.
+    """Draw the splits of a first import so that every class, and all classes together, are divided at the shares.
 
-    Within a class, groups are sorted by salted hash and cut at the shares, so each split's count differs from its
-    share by less than one group.
+    Within a class, groups are sorted by salted hash and cut at the counts of `_counts`.
 
     Args:
         class_of_group: group id to class code.
@@ -142,13 +142,56 @@ def draw_stratified(class_of_group: Mapping[str, str], salt: str) -> dict[str, S
     by_class: dict[str, list[str]] = {}
     for group_id, code in class_of_group.items():
         by_class.setdefault(code, []).append(group_id)
+    counts = _counts({code: len(members) for code, members in sorted(by_class.items())})
     splits: dict[str, Split] = {}
-    for members in by_class.values():
+    for code, members in by_class.items():
         members.sort(key=lambda group_id: (position(group_id, salt), group_id))
-        for rank, group_id in enumerate(members):
-            # Half a rank keeps even a class of one group off the edges between two splits.
-            splits[group_id] = _split_at((rank + 0.5) / len(members))
+        places = (split for split, count in counts[code].items() for _ in range(count))
+        splits.update(zip(members, places, strict=True))
     return splits
+
+
+_MUST = 10**6
+"""Cost that outweighs all fractions of a cell; its square outweighs all cells."""
+
+
+def _counts(size_of_class: Mapping[str, int]) -> dict[str, dict[Split, int]]:
+    """Return how many groups of each class go to each split.
+
+    Every count of a class, and of all classes together, is its share rounded up or down. From five groups on no split
+    is empty, for which below eight groups train gives up more than one.
+    """
+    # Rounding class by class would round a share of 0.1 of every small class to nothing, and the split stays empty.
+    # A table can always be rounded so that rows and columns are rounded, too: as the cheapest flow from the classes
+    # through the cells to the splits.
+    total = sum(size_of_class.values())
+    flow: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+    flow.add_node("all", demand=total)
+    least = 1 if total >= len(SPLIT_SHARES) else 0
+    for split, share in SPLIT_SHARES.items():
+        whole = min(max(_whole(share * total), least), total - least * (len(SPLIT_SHARES) - 1))
+        _add_rounded(flow, f"split {split.value}", "all", share * total, whole, _MUST**2)
+    for code, size in size_of_class.items():
+        flow.add_node(f"class {code}", demand=-size)
+        for split, share in SPLIT_SHARES.items():
+            _add_rounded(flow, f"class {code}", f"split {split.value}", share * size, _whole(share * size), _MUST)
+    _, flows = nx.network_simplex(flow)
+    return {
+        code: {split: sum(flows[f"class {code}"][f"split {split.value}"].values()) for split in SPLIT_SHARES}
+        for code in size_of_class
+    }
+
+
+def _whole(share: float) -> int:
+    return int(round(share, 9))  # 0.58 x 50 is a little less than 29
+
+
+def _add_rounded(graph: "nx.MultiDiGraph[str]", start: str, end: str, share: float, whole: int, must: int) -> None:
+    """Add edges that a cheapest flow fills with `whole`, and with one more where the share has a fraction."""
+    fraction = max(0.0, round(share, 9) - whole)
+    graph.add_edge(start, end, capacity=whole, weight=-must)
+    graph.add_edge(start, end, capacity=min(1, math.ceil(fraction)), weight=int(1000 * (1 - 2 * fraction)))
+    graph.add_edge(start, end, weight=must)
 
 
 def _split_at(fraction: float) -> Split:

@@ -141,6 +141,9 @@ def test_a_first_import_splits_every_class_within_one_group(sizes: dict[str, int
     splits = draw_stratified(class_of, salt)
     assert set(splits) == set(class_of)
     assert splits == draw_stratified(dict(reversed(class_of.items())), salt)
+    # A handful of groups covers the splits first; `tests/images/test_small_splits.py` has the rule.
+    if len(class_of) < 8:
+        return
     counts = Counter((class_of[group], split) for group, split in splits.items())
     for code, size in sizes.items():
         for split, share in SPLIT_SHARES.items():

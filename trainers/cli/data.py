@@ -1,4 +1,4 @@
-"""The verbs `relook data import | synth | download | audit | versions | preview`."""
+"""The verbs `relook data import | synth | download | audit | versions | split | preview`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,6 +142,28 @@ def versions_command(call: Call) -> None:
     call.emit({"versions": [version.model_dump(mode="json") for version in versions]}, table)
 
 
+@verb(app, "split")
+def split_command(
+    call: Call,
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Draw all splits again; only before anything was trained or searched.")
+    ] = False,
+) -> None:
+    """Show the images and groups of each split of the newest version."""
+    from images.importer import open_dataset
+    from records.datasets import redraw_splits
+    from records.types import Split
+
+    with call.store() as store:
+        version = redraw_splits(store).version if redraw else open_dataset(store, None)
+    table = Table("split", "images", "groups", title=f"dataset {version.id[:12]}")
+    splits = {split.value: version.split(split) for split in Split}
+    for name, rows in splits.items():
+        table.add_row(name, str(len(rows)), str(rows["group_id"].nunique()))
+    sizes = {name: {"images": len(rows), "groups": int(rows["group_id"].nunique())} for name, rows in splits.items()}
+    call.emit({"dataset_id": version.id, "splits": sizes}, table)
+
+
 @verb(app, "preview")
 def preview_command(
     call: Call,
@@ -201,7 +223,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def _print_refusals(report: "ImportReport") -> None:
-    """Print on stderr which rows an import could not use, and its notes."""
+    """Print on stderr how an import read the folder, which rows it could not use, and its notes."""
+    stderr.print(report.layout, highlight=False, markup=False)
     # On stderr, because stdout holds the report; a table with thousands of wrong rows would bury it.
     for refused in report.quarantined[:_SHOWN_REFUSALS]:
         stderr.print(f"not used ({refused.code}): {refused.reason}", highlight=False, markup=False)
