@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from images.synth import SHARES
 from images.synth import render as render_image
 from records.errors import AccessError, RelookError
 from records.store import Store
@@ -92,17 +93,19 @@ def build_page(settings: ServingSettings, store: Store, files: PageFiles) -> gr.
 
 
 def write_examples(folder: Path, taxonomy: Taxonomy) -> list[Path]:
-    """Write one generated image per class, unless it is there.
+    """Write one generated image per class that `images.synth` can generate, unless it is there.
 
     Args:
         folder: is created.
-        taxonomy: its codes must be known to `images.synth`.
+        taxonomy: its other classes have no example: no consent in the ledger allows showing an image to visitors.
     Returns:
-        Paths in class order.
+        Paths in class order; empty if the generator knows none of the classes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for code in taxonomy.codes:
+        if code not in SHARES:
+            continue
         path = folder / f"generated_{code}.jpg"
         if not path.exists():
             path.write_bytes(render_image(code, seed=_EXAMPLE_SEED, width_px=320))

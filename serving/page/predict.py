@@ -173,7 +173,7 @@ def predict_tab(handlers: PredictHandlers, api: PageApi, settings: ServingSettin
         handlers: of the events.
         api: with the classes to choose from.
         settings: with default consent and overlay opacity.
-        examples: images to try.
+        examples: images to try; may be empty.
     """
     shown = gr.State(None)
     timer = gr.Timer(REVIEW_POLL_S, active=False)
@@ -241,11 +241,14 @@ def _inputs(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, 
         elem_id="rl-image",
         alt_text="Image to classify",
     )
-    # Not gr.Examples, whose clicks take a route of Gradio's that runs any handler outside the queue.
-    samples = gr.Dataset(
-        components=[image], samples=[[str(path)] for path in examples], type="index", label="Generated examples"
-    )
-    samples.click(lambda index: str(examples[index]), samples, image, api_visibility="private", show_progress="hidden")
+    if examples:
+        # Not gr.Examples, whose clicks take a route of Gradio's that runs any handler outside the queue.
+        samples = gr.Dataset(
+            components=[image], samples=[[str(path)] for path in examples], type="index", label="Generated examples"
+        )
+        samples.click(
+            lambda index: str(examples[index]), samples, image, api_visibility="private", show_progress="hidden"
+        )
     consent = gr.Radio(
         choices=[(text, value.value) for value, text in _CONSENT_TEXTS.items()],
         value=settings.default_consent.value,
