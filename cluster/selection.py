@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from images.cache import PixelCache
 from images.decode import decode_square
+from images.files import is_image, list_folder
 from images.grouping import group_images
 from images.intake import Intake
 from labeling.acquisition.registry import Pool, choose, choose_mixed, rule_named
@@ -26,7 +27,6 @@ from records.datasets import load_dataset
 from records.erasure import remove_expired_tombstones
 from records.errors import DataError, UnavailableError
 from records.ids import new_id, utc_now
-from records.images import IMAGE_SUFFIXES
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.parts import attempt, each_in_parts
@@ -62,13 +62,14 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
     """
     if not folder.is_dir():
         raise DataError(f"--pool {str(folder)!r} is not a folder; name one with images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    listing = list_folder(folder)
+    paths = [path for path in listing.files if is_image(path)]
     with store.ledger.read() as tx:
         known = {image.id: image for image in tx.find(Image)}
     hashes = {i.id: i.perceptual_hash for i in known.values() if i.perceptual_hash is not None}
     erased = frozenset(i.id for i in known.values() if i.is_erased_for_good)
     usable: dict[str, Image] = {}
-    refused: list[str] = []
+    refused = [f"{LINE.keep(path.name)}: {why}" for path, why in listing.unreadable]
     for taken in Intake(store, (side_px,), in_place=False, known_hashes=hashes, erased=erased).run(paths):
         if taken.refusal is not None:
             refused.append(f"{LINE.keep(taken.path.name)}: {taken.refusal}")

@@ -1,20 +1,18 @@
 """A data folder before it is imported: its table, the columns that matter, and the file of every row.
 
-Input: HAM10000's official layout, or any folder of images with a table. Output: a `SourceRow` per row, with a path or
-the reason why there is none. No image is opened here.
+Input: HAM10000's official layout, any folder of images with a table, or a folder per class. Output: a `SourceRow` per
+row, with a path or the reason why there is none, and the images that no row uses. No image is decoded here.
 """
 
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pandas as pd
-
+from images.files import ImageIndex, Listing, folder_parts, list_folder, shown
+from images.table_file import Table, read_table
 from records.errors import DataError
-from records.images import IMAGE_SUFFIXES
 from records.types import Confirmation, Split
 from records.types.base import LINE, Plain, moment
 
@@ -38,6 +36,7 @@ REQUIRED = ("image", "dx")
 TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
 
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
+_OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".parquet"})
 _EMPTY = frozenset({"", "unknown", "nan", "na", "n/a", "none", "null"})
 _CONFIRMATIONS = {
     "histo": Confirmation.HISTOPATHOLOGY,
@@ -92,19 +91,23 @@ class SourceTable:
         content: its bytes, of which an import's id is a hash.
         rows: in the table's order.
         notes: sentences about values that were left out.
+        layout: one sentence: which layout the folder was taken for, and why.
+        unlisted: images that no row uses, and folders and links that cannot be read, with the reason.
     """
 
     path: Path
     content: bytes = field(repr=False)
     rows: list[SourceRow] = field(repr=False)
     notes: list[str]
+    layout: str
+    unlisted: list[str] = field(repr=False)
 
 
 def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: Path | None = None) -> SourceTable:
     """Read the table of a data folder and find the file of every row.
 
     Args:
-        folder: images in any depth, and a table at its top.
+        folder: images in any depth, and a table at its top; without one, its folders are the classes.
         columns: names of the table's columns where they differ from `COLUMNS`, for example {"dx": "diagnosis"}.
         table: the table, if it is not found by its name or by being the only one.
     Returns:
@@ -114,17 +117,89 @@ def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: P
     """
     if not folder.is_dir():
         raise DataError(f"there is no data folder {folder}; give a folder with images and a table")
-    path = _find_table(folder, table)
-    frame = _read_frame(path)
-    mapping = _map_columns(path, frame, dict(columns or {}))
-    if frame.empty:
+    path = _find_table(folder, table) if table is not None or tables_of(folder) else None
+    if path is None:
+        return _class_folders(folder, columns)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"the table {path} cannot be read ({error.strerror})") from error
+    cells = read_table(path, content)
+    mapping = _map_columns(path, cells, dict(columns or {}))
+    if not cells.length:
         raise DataError(f"the table {path} has no rows; it needs one row per image")
-    files = _Files(folder)
-    if not files.by_stem:
+    listing = list_folder(folder)
+    index = ImageIndex(folder, listing.files)
+    if not index.images:
         raise DataError(f"there are no images in {folder}; put .jpg, .png or .webp files into it or its subfolders")
-    reader = _RowReader(frame, mapping, files)
+    reader = _RowReader(cells, mapping, index)
     rows = list(reader.rows())
-    return SourceTable(path, path.read_bytes(), rows, reader.notes())
+    layout = f"layout: a table with a row per image, because {shown(path.name)} has the column {mapping['dx']!r}"
+    return SourceTable(
+        path, content, rows, [*cells.notes, *reader.notes()], layout, _unlisted(folder, rows, index.images, listing)
+    )
+
+
+def _unlisted(folder: Path, rows: Sequence[SourceRow], images: Sequence[Path], listing: Listing) -> list[str]:
+    """Return a line for each image that no row uses, and for each folder or link that could not be read."""
+    used = {row.path.resolve() for row in rows if row.path is not None}
+    unused = [shown(path.relative_to(folder)) for path in images if path.resolve() not in used]
+    return [*unused, *(f"{shown(path.relative_to(folder))}: {why}" for path, why in listing.unreadable)]
+
+
+def _class_folders(folder: Path, columns: Mapping[str, str] | None) -> SourceTable:
+    """Read a folder without a table: the folder of an image is its class, below a folder per split if there are any."""
+    listing = list_folder(folder)
+    images = ImageIndex(folder, listing.files).images
+    parts = {path: folder_parts(folder, path) for path in images}
+    # Archives are often packed with one folder around everything.
+    skipped = 0
+    while len({found[skipped] for found in parts.values() if len(found) > skipped}) == 1 and all(
+        len(found) > skipped + 1 for found in parts.values()
+    ):
+        if next(iter(parts.values()))[skipped].lower() in _SPLITS:
+            break
+        skipped += 1
+    parts = {path: found[skipped:] for path, found in parts.items()}
+    workbooks = [path for path in listing.files if path.suffix.lower() in _OTHER_TABLES and path.parent == folder]
+    if columns or workbooks or not any(parts.values()):
+        other = f"; save {shown(workbooks[0].name)} as CSV" if workbooks else ""
+        raise DataError(
+            f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per image, "
+            f"or a folder per class{other}"
+        )
+    has_splits = all(found[0].lower() in _SPLITS for found in parts.values() if found)
+    rows = []
+    for path, found in parts.items():
+        split = _SPLITS[found[0].lower()] if has_splits and found else None
+        label = next(iter(found[1:] if has_splits else found), None)
+        rows.append(_row_of_folder(shown(path.relative_to(folder)), path, label, split))
+    layout = "layout: a folder per class" + (" below a folder per split" if has_splits else "")
+    layout += f", because there is no table at the top of {shown(folder)}"
+    # Stands for the table: the same files are the same import.
+    content = "\n".join(row.source_id for row in rows).encode()
+    return SourceTable(folder, content, rows, [], layout, _unlisted(folder, rows, images, listing))
+
+
+def _row_of_folder(name: str, path: Path, label: str | None, split: Split | None) -> SourceRow:
+    label = None if label is None else shown(label).strip()
+    for text in (name, label or ""):
+        try:
+            _NAME.check(text)
+        except ValueError as error:
+            return _unusable_row(_NAME.keep(name), f"{_NAME.keep(name)}: {error}")
+    context = dict.fromkeys(("lesion_id", "patient_id", "site", "device", "sex", "localization"))
+    return SourceRow(
+        _NAME.check(name),
+        path,
+        None,
+        label and _NAME.check(label),
+        Confirmation.SINGLE_READER,
+        split,
+        context,
+        None,
+        None,
+    )
 
 
 def _find_table(folder: Path, table: Path | None) -> Path:
@@ -139,11 +214,7 @@ def _find_table(folder: Path, table: Path | None) -> Path:
     found = tables_of(folder)
     if len(found) == 1:
         return found[0]
-    if not found:
-        raise DataError(
-            f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per image"
-        )
-    names = ", ".join(p.name for p in found[:5])
+    names = ", ".join(shown(p.name) for p in found[:5])
     raise DataError(f"{folder} holds {len(found)} tables ({names}); name the right one with --table")
 
 
@@ -154,100 +225,31 @@ def tables_of(folder: Path) -> list[Path]:
     return sorted(named | found)
 
 
-def _read_frame(path: Path) -> pd.DataFrame:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            header = file.readline()
-        # Tables of spreadsheets use semicolons in some countries; the header tells which separator is meant.
-        separator = max(",;\t", key=header.count)
-        # Everything as text: pandas would turn ids such as 0012 into numbers, and NA into a missing value.
-        # Spreadsheets write a byte order mark, which utf-8-sig removes.
-        frame = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
-        )
-    except ValueError as error:
-        raise DataError(f"{path} is not a table in UTF-8 CSV: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise DataError(f"the table {path} cannot be read ({error.strerror})") from error
-    frame = frame.rename(columns=lambda name: str(name).strip())
-    if not frame.columns.is_unique:
-        doubled = frame.columns[frame.columns.duplicated()][0]
-        raise DataError(f"{path} has two columns {doubled!r}; remove one of them")
-    return frame
-
-
-def _map_columns(path: Path, frame: pd.DataFrame, given: dict[str, str]) -> dict[str, str]:
+def _map_columns(path: Path, table: Table, given: dict[str, str]) -> dict[str, str]:
     """Return meaning to column, only for columns that exist."""
     unknown = sorted(set(given) - set(COLUMNS))
     if unknown:
         raise DataError(f"--columns does not take {unknown[0]!r}; it takes {', '.join(COLUMNS)}")
-    have = ", ".join(map(str, frame.columns))
+    have = ", ".join(table.columns)
     for what, name in given.items():
-        if name not in frame.columns:
+        if name not in table.columns:
             raise DataError(f"the table {path} has no column {name!r} for {what}; it has {have}")
     mapping = {what: given.get(what, name) for what, name in COLUMNS.items()}
     for what in REQUIRED:
-        if mapping[what] not in frame.columns:
+        if mapping[what] not in table.columns:
             raise DataError(
                 f"the table {path} has no column {mapping[what]!r}; it has {have}; "
                 f"name the right one with --columns {what}=NAME"
             )
-    return {what: name for what, name in mapping.items() if name in frame.columns}
-
-
-class _Files:
-    """The images of a folder, indexed by the ways a table may name them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.by_stem: dict[str, list[Path]] = {}
-        self.by_name: dict[str, list[Path]] = {}
-        for path in self._walk(str(folder)):
-            self.by_stem.setdefault(path.stem, []).append(path)
-            self.by_name.setdefault(path.name, []).append(path)
-
-    def _walk(self, folder: str) -> Iterator[Path]:
-        """Yield the images in a fixed order, so that equal folders give equal imports."""
-        # scandir, since asking for the type of each of 10,000 entries would be a system call each.
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from self._walk(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                yield Path(entry.path)
-
-    def find(self, source_id: str) -> tuple[Path | None, str | None]:
-        """Return (path, None), or (None, why there is none)."""
-        try:
-            return self._find(source_id)
-        except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
-            return None, f"{source_id} cannot be read ({getattr(error, 'strerror', error)})"
-
-    def _find(self, source_id: str) -> tuple[Path | None, str | None]:
-        # A name in a table may be a path, but never one that leaves the folder.
-        if "/" in source_id:
-            # Resolved, so that neither `..` nor a symbolic link leads out of the folder.
-            path = (self.folder / source_id).resolve()
-            if not path.is_relative_to(self.folder.resolve()):
-                return None, f"{source_id} lies outside {self.folder}"
-            return (path, None) if path.is_file() else (None, f"there is no file {source_id} in {self.folder}")
-        found = self.by_name.get(source_id) or self.by_stem.get(source_id) or []
-        if not found:
-            return None, f"there is no image named {source_id} in {self.folder}"
-        # Several files of one name are no problem if they are the same image.
-        if len(found) > 1 and len({path.read_bytes() for path in found}) > 1:
-            names = " and ".join(str(path.relative_to(self.folder)) for path in found[:2])
-            return None, f"{source_id} could be {names}; write the path into the table"
-        return found[0], None
+    return {what: name for what, name in mapping.items() if name in table.columns}
 
 
 class _RowReader:
     """Reads rows, and counts the values that cannot be used."""
 
-    def __init__(self, frame: pd.DataFrame, mapping: Mapping[str, str], files: _Files) -> None:
-        self._columns = {what: frame[name].str.strip().tolist() for what, name in mapping.items()}
-        self._length, self._files = len(frame), files
+    def __init__(self, table: Table, mapping: Mapping[str, str], files: ImageIndex) -> None:
+        self._columns = {what: table.columns[name] for what, name in mapping.items()}
+        self._length, self._files, self._problems = table.length, files, table.problems
         self._counts: dict[str, int] = {}
 
     def rows(self) -> Iterator[SourceRow]:
@@ -255,7 +257,7 @@ class _RowReader:
         for index in range(self._length):
             cell = {what: _text(values[index]) for what, values in self._columns.items()}
             source_id = self._columns["image"][index]
-            unusable = _first_unusable(cell)
+            unusable = self._problems.get(index) or _first_unusable(cell)
             if unusable is not None:
                 yield _unusable_row(_NAME.keep(source_id) or f"row {index + 1}", f"row {index + 1}, {unusable}")
                 continue
@@ -308,7 +310,8 @@ class _RowReader:
         if text is None:
             return None
         try:
-            years = float(text)
+            # Spreadsheets write a decimal comma in many countries.
+            years = float(text.replace(",", "."))
         except ValueError:
             years = math.nan
         if not 0 <= years <= 130:

@@ -50,6 +50,32 @@ _WEBP_KEPT = _WEBP_PIXELS | {b"VP8X", b"ALPH", b"ICCP", b"ANIM"}
 _WEBP_HAS_EXIF, _WEBP_HAS_XMP = 0x08, 0x04
 
 
+_OTHER_FORMATS = (
+    (b"II*\x00", "TIFF"), (b"MM\x00*", "TIFF"), (b"II+\x00", "TIFF"), (b"MM\x00+", "TIFF"), (b"BM", "BMP"),
+    (b"GIF8", "GIF"), (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"), (b"\xff\x0a", "JPEG XL"), (b"8BPS", "Photoshop"),
+)  # fmt: skip
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def format_name(head: bytes) -> str | None:
+    """Return the format of a file by its first 132 bytes: one of FORMATS, the name of another format, or None."""
+    with contextlib.suppress(ImageError):
+        return sniff(head)
+    return _other_format(head)
+
+
+def _other_format(head: bytes) -> str | None:
+    if head[4:8] == b"ftyp":
+        return "AVIF" if head[8:12] in (b"avif", b"avis") else "HEIC" if head[8:12] in _HEIF_BRANDS else None
+    # Two letters are no proof: what follows them in a BMP is its length, zeros, and the length of its header.
+    if head[:2] == b"BM" and head[6:10] != bytes(4):
+        return None
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    return next((name for magic, name in _OTHER_FORMATS if head.startswith(magic)), None)
+
+
 def sniff(data: bytes) -> str:
     """Return the format of a file by its content: `jpeg`, `png` or `webp`.
 
@@ -63,6 +89,9 @@ def sniff(data: bytes) -> str:
         return "webp"
     if not data:
         raise ImageError("the image is empty; send a JPEG, PNG or WebP file", "empty")
+    other = _other_format(data)
+    if other is not None:
+        raise ImageError(f"Relook does not read {other} files; send a JPEG, PNG or WebP file")
     raise ImageError("these bytes are not an image that Relook reads; send a JPEG, PNG or WebP file")
 
 

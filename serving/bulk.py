@@ -1,6 +1,8 @@
 """Prediction of a folder of images into a CSV file, most urgent first.
 
-In: a model and a folder. Out: a table ordered by decision and p(malignant). Finished rows are kept, line by line, in a
+In: a model and a folder. Out: a table ordered by decision and p(malignant), with a row for every file of the folder:
+one that is no image that can be read has the reason in its row, since a row that is missing is noticed by nobody.
+Finished rows are kept, line by line, in a
 file beside the table, so an interrupted run continues with `resume`. Nothing enters the ledger.
 """
 
@@ -17,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from images.decode import decode_squares
+from images.files import list_folder, shown
 from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.durable import replacing, write_file
 from records.errors import DataError, ImageError, RefusedError
 from records.ids import sha256_hex
-from records.images import IMAGE_SUFFIXES, image_size, sniff
+from records.images import image_size, sniff
 from records.parts import attempt, each_in_parts
 from records.taxonomy import Taxonomy
 from records.types import Decision
@@ -45,6 +48,8 @@ class BulkResult:
     rows: list[dict[str, Any]]
     """most urgent first"""
     failed: int
+    hidden: int
+    """files and folders of the operating system, such as Thumbs.db, that have no row"""
 
 
 def predict_folder(
@@ -57,32 +62,34 @@ def predict_folder(
     resume: bool = False,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> BulkResult:
-    """Predict every image of a folder and write the table.
+    """Predict every file of a folder and write the table.
 
     Args:
         bundle: the model.
-        folder: searched for JPEG, PNG and WebP files, subfolders included.
+        folder: all files of it and its subfolders are listed; JPEG, PNG and WebP files are predicted, whatever their
+            suffix.
         out: the CSV file; `<out>.partial` holds the finished rows.
         settings: precision, batch size and rules of triage; no audit sample is drawn.
         explain: write a heat map per image into `<out>.maps/`.
         resume: continue with the rows of `<out>.partial`.
         on_done: called with the number of finished images and of all images.
     Returns:
-        The rows, and the number of unreadable files.
+        The rows, the number of files that could not be predicted, and that of system files.
     Raises:
-        DataError: the folder holds no images.
+        DataError: the folder holds no files.
         RefusedError: an interrupted run exists and `resume` was not given, or it was of another model.
         IntegrityError: the model does not reproduce its golden logits.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not paths:
-        raise DataError(f"{str(folder)!r} holds no .jpg, .png or .webp file; name a folder of images")
+    listing = list_folder(folder)
+    unfinished, maps_of_run = out.with_name(out.name + ".partial"), out.with_name(out.name + ".maps")
+    paths = _without_own(listing.files, (out, unfinished, maps_of_run))
+    if not paths and not listing.unreadable:
+        raise DataError(f"{shown(folder)!r} holds no files; name a folder of images")
     loaded = load_model(bundle, precision=settings.precision)
     loaded.check_golden()
-    unfinished = out.with_name(out.name + ".partial")
     done = _resumed(unfinished, bundle.id, resume)
     left = [path for path in paths if str(path.relative_to(folder)) not in done]
-    maps = out.with_name(out.name + ".maps") if explain else None
+    maps = maps_of_run if explain else None
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
     drawn_px = settings.overlay_side_px if explain else loaded.geometry.side_px
@@ -102,11 +109,20 @@ def predict_folder(
             # After each batch, so that a killed run repeats at most one batch.
             file.flush()
             on_done(len(done), len(paths))
+    for path, why in listing.unreadable:
+        name = str(path.relative_to(folder))
+        done[name] = _row(name, error=why)
     rows = sorted(done.values(), key=_urgency)
     _write(out, rows, bundle.document.taxonomy)
     # Only now: if writing the table fails, `resume` still finds all rows.
     unfinished.unlink()
-    return BulkResult(rows, sum(row["error"] is not None for row in rows))
+    return BulkResult(rows, sum(row["error"] is not None for row in rows), listing.hidden)
+
+
+def _without_own(files: Sequence[Path], own: tuple[Path, Path, Path]) -> list[Path]:
+    """Leave out what this run or an earlier one with the same name wrote into the folder itself."""
+    paths = {os.path.abspath(path) for path in own}
+    return [path for path in files if paths.isdisjoint((os.path.abspath(path), os.path.abspath(path.parent)))]
 
 
 @dataclass(frozen=True)
@@ -219,13 +235,15 @@ def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
     columns = ["image", "decision", "label", "confidence", "p_malignant", "reasons", "error"]
     with (
         replacing(out) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
         writer.writerow([*columns, *(f"p_{code}" for code in taxonomy.codes)])
         for row in rows:
             probabilities = [row["probabilities"].get(code, "") for code in taxonomy.codes]
-            writer.writerow([_cell(row[column]) for column in columns] + probabilities)
+            # A name that is not UTF-8 would make the whole table unreadable for other programs.
+            cells = {**row, "image": shown(row["image"])}
+            writer.writerow([_cell(cells[column]) for column in columns] + probabilities)
 
 
 def _cell(value: Any) -> Any:

@@ -25,7 +25,7 @@ def folder(tmp_path: Path, make_image: Callable[..., bytes]) -> Path:
     for number in range(9):
         (made / ("more" if number % 2 else ".") / f"p{number}.jpg").write_bytes(make_image(number))
     (made / "broken.png").write_bytes(b"no image")
-    (made / "notes.txt").write_text("left out")
+    (made / "notes.txt").write_text("not an image")
     return made
 
 
@@ -34,14 +34,14 @@ def test_the_table_has_the_predictions_of_the_service_in_order(
 ) -> None:
     out = tmp_path / "table.csv"
     result = predict_folder(find_bundle(service_store, "champion"), folder, out, SETTINGS, explain=True)
-    assert (len(result.rows), result.failed) == (10, 1)
+    assert (len(result.rows), result.failed) == (11, 2)
     with out.open() as file:
         rows = list(csv.DictReader(file))
-    assert rows[-1]["image"] == "broken.png"
+    assert [row["image"] for row in rows[-2:]] == ["broken.png", "notes.txt"]
     assert rows[-1]["error"]
-    ranks = [["urgent", "review", "retake", "answered"].index(row["decision"]) for row in rows[:-1]]
+    ranks = [["urgent", "review", "retake", "answered"].index(row["decision"]) for row in rows[:-2]]
     assert ranks == sorted(ranks)
-    for before, after in pairwise(rows[:-1]):
+    for before, after in pairwise(rows[:-2]):
         if before["decision"] == after["decision"]:
             assert float(before["p_malignant"]) >= float(after["p_malignant"])
     served = client.predict((folder / rows[0]["image"]).read_bytes())
