@@ -10,11 +10,23 @@ import re
 MASK = "**********"
 
 # A URL in quotes ends at the quote, since passwords may contain spaces; any other ends at white space.
-_URL = re.compile(r"""(?<=')[A-Za-z][\w+.-]*://[^']*|(?<=")[A-Za-z][\w+.-]*://[^"]*|[A-Za-z][\w+.-]*://\S*""")
+_URL = re.compile(r"""(?<=')[A-Za-z][\w+.-]*://[^']*|(?<=")[A-Za-z][\w+.-]*://[^"]*|[A-Za-z][\w+.-]*://\S*[^\s.,;:)]""")
 _HARMLESS = {
     *("after", "allow_bucket_creation", "allow_bucket_deletion", "application_name", "connect_timeout", "dbname"),
-    *("endpoint_override", "fields", "host", "include", "limit", "page", "page_size", "port", "project", "region"),
-    *("scheme", "split", "sslmode", "timeout", "view"),
+    *(
+        "endpoint_override",
+        "fields",
+        "format",
+        "host",
+        "include",
+        "limit",
+        "page",
+        "page_size",
+        "port",
+        "project",
+        "region",
+    ),
+    *("region", "scheme", "split", "sslmode", "timeout", "view"),
 }
 
 

@@ -31,6 +31,8 @@ WINDOW_S = 10.0
 """The rate of a body is measured over this time, seconds."""
 SEND_TIMEOUT_S = 30.0
 """How long a caller may take no byte of its response, seconds."""
+DRAIN_S = 1.0
+"""How long the rest of a body may arrive after a response that came before it, seconds; then the connection ends."""
 LINGER_S = 2.0
 """How long a connection stays half open after a response that came before the request was whole, seconds. If it were
 closed at once, the kernel would reset it, and the caller might never read the response."""
@@ -140,6 +142,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_bytes = self._num_headers = 0
         self._body_bytes = self._raw_bytes = self._window_bytes = 0
         self._close_after = False
+        self._draining_s: float | None = None
         self._lingering_s: float | None = None
         self._closing_s: float | None = None
         self._blocked_s: float | None = None
@@ -246,16 +249,24 @@ class LimitedProtocol(HttpToolsProtocol):
         self._body_bytes += len(body)
         self._window_bytes += len(body)
         super().on_body(body)
+        if self._draining_s is not None and self._body_bytes > LINGER_BYTES:
+            self._linger()
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         self._read(Reading.WHOLE)
         super().on_message_complete()
+        if self._draining_s is not None:
+            self._draining_s = None
+            self.on_response_complete()
 
     def on_response_complete(self) -> None:
         """A response is whole: the connection waits for the next request, or ends."""
         if self.reading is Reading.BODY and not self.pipeline and not self.transport.is_closing():
-            self._linger()
+            # A small rest of the body is thrown away: the caller was not told that the connection ends, and its next
+            # request would be lost.
+            self._draining_s = time.monotonic()
+            self.flow.resume_reading()
             return
         if self.reading is Reading.WHOLE and not self.pipeline:
             self._read(Reading.IDLE)
@@ -287,6 +298,9 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.transport.close()
         elif self._blocked_s is not None and now_s - self._blocked_s > SEND_TIMEOUT_S:
             self.abort()
+        elif self._draining_s is not None:
+            if now_s - self._draining_s > DRAIN_S:
+                self._linger()
         elif self.reading is Reading.BODY:
             self._check_rate(now_s)
         elif self.reading is Reading.IDLE:
@@ -352,6 +366,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _linger(self) -> None:
         """End the response, and the connection as soon as the caller has read it."""
+        self._draining_s = None
         self._unset_keepalive_if_required()
         self._lingering_s, self._raw_bytes = time.monotonic(), 0
         self.flow.resume_reading()

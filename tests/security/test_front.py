@@ -496,3 +496,14 @@ def test_readiness_follows_what_predictions_need_and_names_no_place(
         if gone == "ledger":
             (tmp_path / "away.db").rename(store.home.root / "ledger.db")
     store.close()
+
+
+def test_a_refusal_before_the_body_does_not_cost_the_next_request(service: Any) -> None:
+    """The response does not say that the connection ends, so it must not: the caller uses it again."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.settings.port, timeout=20)
+    for _ in range(50):
+        connection.request("POST", "/v1/nothing", b"x" * 5000, {"Content-Type": "image/jpeg"})
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 404
+    connection.close()

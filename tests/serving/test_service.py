@@ -195,14 +195,13 @@ def test_the_page_reads_no_file_but_uploads(url: str, served_store: Store, make_
     secret = served_store.home.keys / "image.jpg"
     secret.write_bytes(make_image(0))
     with httpx.Client(base_url=url, timeout=20) as http:
-        functions = http.get("/config").json()["dependencies"]
-        ask = next(f["id"] for f in functions if len(f["inputs"]) == 3)
-        sent = {"data": [{"path": str(secret)}, "training", None], "fn_index": ask, "session_hash": "s1"}
-        assert http.post("/gradio_api/queue/join", json=sent).is_success
-        with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "s1"}) as events:
-            said = next(line for line in events.iter_lines() if "process_completed" in line)
-    assert "was not uploaded here" in said
-    assert "Most likely" not in said
+        file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+        for number in range(8):
+            for values in ([file], [file, "training"], [file, "training", None]):
+                sent = {"data": values, "event_data": None, "fn_index": number, "session_hash": "s1"}
+                refused = http.post("/gradio_api/queue/join", json=sent)
+                assert (refused.status_code, refused.json()["code"]) == (422, "invalid")
+        assert http.get(f"/gradio_api/file={secret}").status_code == 404
 
 
 # ---------------------------------------------------------------- exchange and trouble
