@@ -127,7 +127,8 @@ class ImageIndex:
         self._alike: dict[str, list[Path]] = {}
         self._rank = {path: _rank(path) for path in files}
         for path in self._rank:
-            for name in dict.fromkeys((path.relative_to(folder).as_posix(), path.name, path.stem)):
+            inside = path.relative_to(folder)
+            for name in {inside.as_posix(), inside.with_suffix("").as_posix(), path.name, path.stem}:
                 self._exact.setdefault(name, []).append(path)
                 self._alike.setdefault(same_name(name), []).append(path)
 

@@ -62,6 +62,8 @@ class ImportReport:
         same_bytes: (name, name of the first) of files that are the same image, byte for byte.
         withheld: labels of the withheld images, columns image_id, source_id, group_id, label.
         notes: sentences about values that were left out.
+        layout: one sentence: which layout the folder was taken for, and why.
+        unlisted: images of the folder that no row uses, and folders and links that cannot be read.
         seconds: duration.
     """
 
@@ -79,6 +81,8 @@ class ImportReport:
     same_bytes: list[tuple[str, str]] = field(repr=False)
     withheld: pd.DataFrame = field(repr=False)
     notes: list[str]
+    layout: str
+    unlisted: list[str] = field(repr=False)
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,7 +152,8 @@ def import_folder(
     if written.erased:
         run_erasers(store, written.erased, (BLOBS, PIXELS))
     dataset_id, left_out = _build(store)
-    return _report(plan, written, dataset_id, same_bytes, [*source.notes, *notes, *written.notes, *left_out], started)
+    notes = [*source.notes, *notes, *written.notes, *left_out, *_passed_over(source)]
+    return _report(plan, written, dataset_id, same_bytes, notes, source, started)
 
 
 def open_dataset(store: Store, data: str | None, *, progress: Progress | None = None) -> DatasetVersion:
@@ -290,12 +295,21 @@ def _build(store: Store) -> tuple[str, list[str]]:
     return built.version.id, notes
 
 
+def _passed_over(source: SourceTable) -> list[str]:
+    """Return a sentence about the files that no row uses, if there are any."""
+    if not source.unlisted:
+        return []
+    first = ", ".join(source.unlisted[:3])
+    return [f"{len(source.unlisted)} images or folders of the folder are in no row and were not imported: {first}"]
+
+
 def _report(
     plan: Plan,
     written: Written,
     dataset_id: str,
     same_bytes: list[tuple[str, str]],
     notes: list[str],
+    source: SourceTable,
     started: float,
 ) -> ImportReport:
     # Reversed, so that the first row about an image counts; images without a group joined two splits and do not.
@@ -317,5 +331,7 @@ def _report(
         same_bytes=same_bytes,
         withheld=pd.DataFrame(withheld, columns=WITHHELD_COLUMNS),
         notes=notes,
+        layout=source.layout,
+        unlisted=source.unlisted,
         seconds=time.monotonic() - started,
     )

@@ -89,9 +89,14 @@ def predict(
             on_done=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     counts = Counter(row["decision"] or "unreadable" for row in result.rows)
+    if result.hidden:
+        stderr.print(f"note: {result.hidden} system files, such as Thumbs.db, are not in the table")
     listed = ", ".join(f"{number} {decision}" for decision, number in counts.items())
-    body = {"model_id": bundle.id, "images": len(result.rows), "decisions": dict(counts), "out": str(out)}
-    call.emit(body, f"{len(result.rows)} images ({listed}) in {out}, most urgent first")
+    body = {
+        "model_id": bundle.id, "images": len(result.rows), "decisions": dict(counts), "hidden": result.hidden,
+        "out": str(out),
+    }  # fmt: skip
+    call.emit(body, f"{len(result.rows)} files ({listed}) in {out}, most urgent first")
 
 
 @verb(keys_app, "create")

@@ -49,6 +49,12 @@ def predict_folder(
     """
     source = read_source(images, columns, labels)
     class_indices = _checked(source.rows, labels, model.taxonomy)
+    if progress and source.unlisted:
+        first = ", ".join(source.unlisted[:3])
+        progress.console.print(
+            f"note: {len(source.unlisted)} images of {images} are in no row of {labels} and are not evaluated: {first}",
+            markup=False, highlight=False,
+        )  # fmt: skip
     task = progress.add_task("Predicting", total=len(source.rows)) if progress else None
     # Decoding in chunks bounds memory; the model predicts one chunk while the next is decoded.
     chunks = chunks_of(source.rows)
