@@ -13,14 +13,15 @@ import sqlalchemy as sa
 
 from images.grouping import NearPair, set_groups, set_splits, write_groups
 from images.intake import ERASED, TakenIn
-from images.source_table import SourceRow
+from images.source_table import SourceRow, is_blank
 from records import audit
 from records.erasure import remove_expired_tombstones
+from records.errors import TaxonomyError
 from records.grouping import draw_split, draw_stratified, position
 from records.ids import hash_of, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
-from records.taxonomy import Taxonomy
+from records.taxonomy import Taxonomy, folded
 from records.types import LABEL_RANK, Confirmation, Group, Image, Quarantined, SourceLabel, Split
 
 IMPORT_ACTION = "data.imported"
@@ -62,24 +63,47 @@ class GroupFacts:
     splits: frozenset[Split]
 
 
-def usable_rows(rows: Sequence[SourceRow], taxonomy: Taxonomy) -> tuple[list[SourceRow], list[Refusal], list[str]]:
+def read_label(text: str | None, taxonomy: Taxonomy, said: Mapping[str, str] | None = None) -> str | None:
+    """Return the class that a table means.
+
+    Args:
+        text: as written.
+        taxonomy: its classes are the known ones.
+        said: `--labels`: text of the table to a class, compared as codes are.
+    Returns:
+        A class code; None if the row has no diagnosis.
+    Raises:
+        TaxonomyError: no class, or more than one, is written like this.
+    """
+    if text is None:
+        return None
+    meant = {folded(key): value for key, value in (said or {}).items()}.get(folded(text), text)
+    code = taxonomy.class_of(meant)
+    # After the classes, because `none` and `unknown` are classes of some taxonomies.
+    if code is None and not is_blank(meant):
+        raise TaxonomyError(f"the class {meant!r}; taxonomy {taxonomy.name!r} has {', '.join(taxonomy.codes)}")
+    return code
+
+
+def usable_rows(
+    rows: Sequence[SourceRow], taxonomy: Taxonomy, said: Mapping[str, str] | None = None
+) -> tuple[list[SourceRow], list[Refusal], list[str]]:
     """Separate the rows that can be used from the others, before any image is read.
 
     Args:
         rows: all rows of the table.
         taxonomy: its classes are the known ones.
+        said: see `read_label`.
     Returns:
         The usable rows, one per image name; the refused ones; notes about repeated rows.
     """
     refusals: list[Refusal] = []
     known: list[SourceRow] = []
     for row in rows:
-        if row.label is not None and row.label not in taxonomy.codes:
-            classes = ", ".join(taxonomy.codes)
-            reason = f"{row.source_id} has the class {row.label!r}; taxonomy {taxonomy.name!r} has {classes}"
-            refusals.append(Refusal(row.source_id, "unknown_class", reason))
-        else:
-            known.append(row)
+        try:
+            known.append(replace(row, label=read_label(row.label, taxonomy, said)))
+        except TaxonomyError as error:
+            refusals.append(Refusal(row.source_id, "unknown_class", f"{row.source_id} has {error}"))
     # Which of two contradicting classes is right cannot be known here, so all rows concerned are refused.
     in_conflict = _class_conflicts(known, lambda row: row.source_id, "image")
     in_conflict.update(_class_conflicts(known, lambda row: row.context["lesion_id"], "lesion"))
@@ -246,6 +270,7 @@ class Written:
         withheld: entries whose label was withheld, one per image.
         quarantined: every row that could not be used, including those of earlier runs of the same import.
         notes: sentences about a given split.
+        conflicting: images whose label contradicts an earlier one and was not stored.
         erased: images that were erased while they were read; their bytes have to be deleted again.
     """
 
@@ -255,6 +280,7 @@ class Written:
     withheld: list[Entry]
     quarantined: list[Quarantined]
     notes: list[str]
+    conflicting: frozenset[str] = frozenset()
     erased: frozenset[str] = frozenset()
 
 
@@ -284,7 +310,8 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
         "table": plan.reading.table, "columns": dict(plan.reading.columns),
     }  # fmt: skip
     audit.append(tx, actor="local", action=IMPORT_ACTION, subject=plan.import_id, details=details)
-    return Written(new_images, group_of, split_of, withheld, quarantined, notes, erased)
+    conflicting = frozenset(image_id for image_id, _ in conflicts)
+    return Written(new_images, group_of, split_of, withheld, quarantined, notes, conflicting, erased)
 
 
 def _without_erased(tx: Transaction, plan: Plan) -> tuple[Plan, frozenset[str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import sqlalchemy as sa
 from rich.progress import Progress
 
 from images.cache import PIXELS
@@ -34,9 +35,10 @@ from images.intake import Intake
 from images.source_table import SourceRow, SourceTable, read_source, tables_of
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.erasure import BLOBS, run_erasers
-from records.errors import ConfigError, DataError
+from records.errors import ConfigError, DataError, TaxonomyError
 from records.ids import canonical_json, sha256_hex, utc_now
 from records.keys import patient_hash
+from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import AuditEvent, Consent, DatasetRecord, Image, Quarantined, SourceLabel
 
@@ -101,6 +103,7 @@ def import_folder(
     folder: Path,
     *,
     columns: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
     table: Path | None = None,
     in_place: bool = False,
     withhold_share: float = 0.0,
@@ -114,6 +117,7 @@ def import_folder(
         store: gets the images and records.
         folder: images in any depth, and a table.
         columns: names of the table's columns where they differ from `source_table.COLUMNS`.
+        labels: texts of the table to classes, where they are neither code, name nor alias of a class.
         table: the table, if it is not the only one.
         in_place: True leaves the files where they are and stores only their path and hash.
         withhold_share: share of the train-split groups of each class whose labels are kept out of the ledger, 0 to
@@ -126,13 +130,15 @@ def import_folder(
     Raises:
         DataError: no folder, table, column or images, or no row can be used.
         ConfigError: `withhold_share` is out of range.
+        TaxonomyError: the store has labels of another taxonomy, or `labels` names a class that there is not.
     """
     started = time.monotonic()
+    _require_taxonomy(store, labels or {})
     if not 0.0 <= withhold_share < 1.0:
         raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
     source = read_source(folder, columns, table)
     # Rows that the table alone rules out are refused before any image is read, since reading is the slow part.
-    rows, refusals, notes = usable_rows(source.rows, store.taxonomy)
+    rows, refusals, notes = usable_rows(source.rows, store.taxonomy, labels)
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
@@ -154,6 +160,21 @@ def import_folder(
     dataset_id, left_out = _build(store)
     notes = [*source.notes, *notes, *written.notes, *left_out, *_passed_over(source)]
     return _report(plan, written, dataset_id, same_bytes, notes, source, started)
+
+
+def _require_taxonomy(store: Store, labels: Mapping[str, str]) -> None:
+    """Refuse an import under another taxonomy than that of the labels that are there."""
+    # Such an import would be written, and no dataset version could be built from then on.
+    column = TABLES[SourceLabel].c.label
+    with store.ledger.read() as tx:
+        stored = set(tx.connection.scalars(sa.select(column).distinct()))
+    if foreign := sorted(stored - set(store.taxonomy.codes)):
+        raise TaxonomyError(
+            f"this home has images labelled {foreign[0]!r}, which is no class of taxonomy {store.taxonomy.name!r}; "
+            "set RELOOK_RECORDS__TAXONOMY to the taxonomy that they were imported with, or use another RELOOK_HOME"
+        )
+    for code in labels.values():
+        store.taxonomy.index_of(code)
 
 
 def open_dataset(store: Store, data: str | None, *, progress: Progress | None = None) -> DatasetVersion:
@@ -316,6 +337,7 @@ def _report(
     by_image = {entry.image_id: entry for entry in reversed(plan.entries) if entry.image_id in written.group_of}
     split_of = {i: written.split_of.get(group_id) for i, group_id in written.group_of.items()}
     withheld = [(e.image_id, e.row.source_id, written.group_of[e.image_id], e.row.label) for e in written.withheld]
+    stored = [entry.row.label for image_id, entry in by_image.items() if image_id not in written.conflicting]
     return ImportReport(
         import_id=plan.import_id,
         dataset_id=dataset_id,
@@ -324,7 +346,7 @@ def _report(
         new_images=written.new_images,
         decoded=sum(entry.taken.decoded for entry in plan.entries),
         unlabelled=sum(entry.row.label is None for entry in by_image.values()),
-        classes=dict(sorted(Counter(e.row.label for e in by_image.values() if e.row.label is not None).items())),
+        classes=dict(sorted(Counter(label for label in stored if label is not None).items())),
         splits=dict(sorted(Counter(split.value for split in split_of.values() if split is not None).items())),
         quarantined=written.quarantined,
         near_duplicates=list(plan.pairs),

@@ -267,7 +267,7 @@ class _RowReader:
                 source_id=source_id or f"row {index + 1}",
                 path=path,
                 problem=problem,
-                label=cell["dx"],
+                label=_NAME.check(self._columns["dx"][index]) or None,
                 confirmation=self._confirmation(cell.get("confirmation"), cell["dx"]),
                 split=self._split(cell.get("split")),
                 context={
@@ -345,6 +345,11 @@ def _unusable_row(source_id: str, problem: str) -> SourceRow:
     empty = dict.fromkeys(("lesion_id", "patient_id", "site", "device", "sex", "localization"))
     nothing = Confirmation.SINGLE_READER
     return SourceRow(source_id, None, problem, None, nothing, None, empty, None, None, code="unreadable")
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a cell says that nothing is known; a taxonomy may have a class of that name."""
+    return _text(text) is None
 
 
 def _text(value: str) -> str | None:

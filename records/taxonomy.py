@@ -4,6 +4,7 @@ A taxonomy is a YAML document. Class order is declared there and never derived f
 dataset version and model bundle, and a mismatch raises.
 """
 
+import unicodedata
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,12 @@ class DiagnosisClass(BaseModel):
 
     code: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$", description="short code used in tables and predictions")
     name: Annotated[str, Plain(least=1)] = Field(description="name for people")
+    aliases: tuple[Annotated[str, Plain(least=1)], ...] = Field(
+        default=(),
+        # Left out where there are none, so that documents and bundles without aliases stay as they were.
+        exclude_if=lambda aliases: not aliases,
+        description="other ways in which tables write the class; compared without case",
+    )
     malignant: bool = Field(description="True if missing it harms the patient")
     miss_cost: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="relative cost of missing one case")
 
@@ -66,8 +73,9 @@ class Taxonomy(BaseModel):
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the whole document, 64 hex characters."""
-        return hash_of(self.model_dump(mode="json"))
+        """SHA-256 of the document without the aliases, 64 hex characters."""
+        # An alias changes how tables are read and no decision, so it may be added while models serve.
+        return hash_of(self.model_dump(mode="json", exclude={"classes": {"__all__": {"aliases"}}}))
 
     @cached_property
     def malignant_codes(self) -> tuple[str, ...]:
@@ -87,6 +95,27 @@ class Taxonomy(BaseModel):
             known = ", ".join(self.codes)
             raise TaxonomyError(f"unknown class {code!r}; taxonomy {self.name!r} has {known}") from None
 
+    def class_of(self, text: str) -> str | None:
+        """Return the code of the class that a table means: by code, else by code, name or alias without case.
+
+        None if no class is written like this; TaxonomyError if more than one is.
+        """
+        if text in self.codes:
+            return text
+        found = self._classes_by_text.get(folded(text), ())
+        if len(found) > 1:
+            raise TaxonomyError(f"the class {text!r}, which could be {' or '.join(found)}; write the code of the class")
+        return found[0] if found else None
+
+    @cached_property
+    def _classes_by_text(self) -> dict[str, tuple[str, ...]]:
+        """Code, name and alias, folded, to the codes of the classes that are written like this."""
+        found: dict[str, tuple[str, ...]] = {}
+        for one in self.classes:
+            for text in dict.fromkeys(folded(text) for text in (one.code, one.name, *one.aliases)):
+                found[text] = (*found.get(text, ()), one.code)
+        return found
+
     def require_same(self, other_hash: str, owner: str) -> None:
         """Raise TaxonomyError if the hash that `owner` carries is not the hash of this taxonomy."""
         # Compared by hash, not by codes: costs and key classes change decisions as well.
@@ -95,6 +124,14 @@ class Taxonomy(BaseModel):
                 f"{owner} was made with taxonomy {other_hash[:12]}, this service uses {self.name!r} "
                 f"({self.hash[:12]}); use the taxonomy it was made with"
             )
+
+
+def folded(text: str) -> str:
+    """Return a text as it is compared: without case, outer or repeated spaces, and the `.0` of a whole number."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    # pandas and spreadsheets write a column of whole numbers with gaps as 0.0, 1.0.
+    number, _, zeros = folded.partition(".")
+    return number if number.isdecimal() and zeros and not zeros.strip("0") else folded
 
 
 def load_taxonomy(name_or_path: str) -> Taxonomy:

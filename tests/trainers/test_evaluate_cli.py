@@ -117,7 +117,7 @@ def test_a_folder_without_lesions_and_with_its_own_columns(run, bundle, labelled
 def test_rows_that_cannot_be_evaluated_are_refused_and_named(run, bundle, labelled):
     names, folder, write = labelled
     for table, message in (
-        ({"dx": ("mel", "scc", "nv")}, f"1 of 3 .* {names[1]} has the unknown class 'scc'"),
+        ({"dx": ("mel", "scc", "nv")}, f"1 of 3 .* {names[1]} has the class 'scc'"),
         ({"dx": ("mel", "", "nv")}, f"{names[1]} has no diagnosis"),
         ({"image_ids": [names[0], names[0], names[1]]}, f"{names[0]} is listed twice"),
         ({"image_ids": [*names[:2], "ISIC_9999999"]}, "no image named ISIC_9999999"),

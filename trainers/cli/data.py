@@ -40,6 +40,9 @@ def import_command(
     columns: Annotated[
         str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..,patient=..,split=..,site=..")
     ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels of the table and the classes that they mean: MEL=mel,NEV=nv.")
+    ] = None,
     table: Annotated[Path | None, typer.Option(help="The table, if DIR holds several.")] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Register the files where they are; copy nothing.")
@@ -53,6 +56,7 @@ def import_command(
             store,
             folder,
             columns=parse_columns(columns),
+            labels=parse_columns(labels, "--labels", "label=class, for example NEV=nv"),
             table=table,
             in_place=in_place,
             # Decoded at the size that training will use, so that the first training need not decode again.
@@ -200,11 +204,15 @@ def preview_command(
     call.emit(result, f"{out}: policy {checked.name} on {len(sample.names)} {sample.source}")
 
 
-def parse_columns(text: str | None) -> dict[str, str]:
-    """Read the value of `--columns`.
+def parse_columns(
+    text: str | None, option: str = "--columns", form: str = "what=column, for example dx=diagnosis"
+) -> dict[str, str]:
+    """Read the value of `--columns` or `--labels`.
 
     Args:
         text: `dx=diagnosis,lesion=mole_id`, or None.
+        option: its name, for the error.
+        form: what each part looks like, for the error.
     Returns:
         Field to column.
     Raises:
@@ -217,7 +225,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
     for part in (text or "").split(",") if text else []:
         what, _, column = part.partition("=")
         if not what.strip() or not column.strip():
-            raise DataError(f"--columns cannot read {part!r}; write what=column, for example dx=diagnosis")
+            raise DataError(f"{option} cannot read {part!r}; write {form}")
         columns[what.strip()] = column.strip()
     return columns
 
@@ -240,6 +248,7 @@ def _import_table(report: "ImportReport") -> Table:
     table.add_row("images", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
     table.add_row("lesions", str(report.lesions))
     table.add_row("classes", ", ".join(f"{code} {count}" for code, count in report.classes.items()))
+    table.add_row("without a label", str(report.unlabelled))
     table.add_row("splits", ", ".join(f"{split} {count}" for split, count in report.splits.items()))
     table.add_row("not used", str(len(report.quarantined)))
     table.add_row("same image twice", str(len(report.same_bytes)))

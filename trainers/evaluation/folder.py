@@ -12,10 +12,11 @@ import numpy as np
 from rich.progress import Progress
 
 from images.decode import decode_square
+from images.import_plan import read_label
 from images.parallel import chunks_of, map_in_order
 from images.source_table import SourceRow, read_source
 from records.arrays import UInt8Array
-from records.errors import DataError, ImageError
+from records.errors import DataError, ImageError, TaxonomyError
 from records.taxonomy import Taxonomy
 from records.types.images import LABEL_RANK
 from trainers.evaluation.evaluate import SplitPredictions
@@ -102,15 +103,21 @@ def _checked(rows: Sequence[SourceRow], labels: Path, taxonomy: Taxonomy) -> lis
     """Return the class index of every row; DataError if a row cannot be evaluated."""
     seen: set[str] = set()
     problems = []
+    codes = []
     for row in rows:
         if row.source_id in seen:
             problems.append(f"{row.source_id} is listed twice")
         elif row.problem is not None:
             problems.append(row.problem)
-        elif row.label is None:
-            problems.append(f"{row.source_id} has no diagnosis")
-        elif row.label not in taxonomy.codes:
-            problems.append(f"{row.source_id} has the unknown class {row.label!r}")
+        else:
+            try:
+                code = read_label(row.label, taxonomy)
+            except TaxonomyError as error:
+                problems.append(f"{row.source_id} has {error}")
+            else:
+                if code is None:
+                    problems.append(f"{row.source_id} has no diagnosis")
+                codes.append(code or "")
         seen.add(row.source_id)
     # All problems are counted and one is shown, which is enough to find the column or folder that is wrong.
     if problems:
@@ -118,7 +125,7 @@ def _checked(rows: Sequence[SourceRow], labels: Path, taxonomy: Taxonomy) -> lis
             f"{len(problems)} of {len(rows)} rows of {labels} cannot be evaluated, first: {problems[0]}; "
             f"correct them or leave them out of the table (classes: {', '.join(taxonomy.codes)})"
         )
-    return [taxonomy.index_of(row.label or "") for row in rows]
+    return [taxonomy.index_of(code) for code in codes]
 
 
 def _decode(rows: Sequence[SourceRow], side_px: int) -> UInt8Array:

@@ -1,0 +1,119 @@
+"""Labels as tables write them: case, names, aliases, numbers, words that look like blanks; and what is then stored."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import run
+from images.import_plan import read_label
+from images.importer import import_folder
+from images.synth import render
+from records.errors import TaxonomyError
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.taxonomy import Taxonomy, load_taxonomy
+from records.types import Image, SourceLabel
+
+HAM = load_taxonomy("ham10000")
+
+
+def made(*codes: str, **aliases: list[str]) -> Taxonomy:
+    classes = [{"code": c, "name": f"Class {c}", "malignant": False, "aliases": aliases.get(c, [])} for c in codes]
+    return Taxonomy.model_validate({"name": "made", "version": 1, "classes": classes})
+
+
+def write(folder: Path, labels: list[str]) -> Path:
+    folder.mkdir()
+    for n in range(len(labels)):
+        (folder / f"i{n}.jpg").write_bytes(render("nv", seed=n))
+    (folder / "t.csv").write_text("image_id,dx\n" + "".join(f"i{n},{label}\n" for n, label in enumerate(labels)))
+    return folder
+
+
+@pytest.mark.parametrize("text", ["mel", "MEL", "Mel", " mel ", "Melanoma", "MELANOMA", "melanoma ", "ＭＥＬ"])
+def test_code_and_name_without_case(text: str) -> None:
+    assert read_label(text, HAM) == "mel"
+
+
+def test_aliases_numbers_and_given_labels() -> None:
+    taxonomy = made("mel", "nv", mel=["Melanoma, NOS", "MM"], nv=["NEV"])
+    assert [read_label(t, taxonomy) for t in ("melanoma,  nos", "mm", "Nev")] == ["mel", "mel", "nv"]
+    assert read_label("Nevus", taxonomy, {"NEVUS": "nv"}) == "nv"
+    numbers = made("0", "1", "10")
+    assert [read_label(t, numbers) for t in ("0.0", "1.00", "10", "10.0")] == ["0", "1", "10", "10"]
+    for text in ("0.5", "2.0", "1.0.0"):
+        with pytest.raises(TaxonomyError, match="taxonomy 'made' has 0, 1, 10"):
+            read_label(text, numbers)
+
+
+@pytest.mark.parametrize("word", ["none", "na", "null", "unknown", "nan"])
+def test_a_word_for_nothing_is_a_class_if_the_taxonomy_has_it(word: str) -> None:
+    assert read_label(word.upper(), made(word, "scratch")) == word
+    assert read_label(word, HAM) is None
+
+
+def test_an_ambiguous_text_is_refused_and_an_exact_code_is_not() -> None:
+    taxonomy = made("mel", "nv", mel=["tumour"], nv=["Tumour", "mel"])
+    with pytest.raises(TaxonomyError, match="could be mel or nv"):
+        read_label("TUMOUR", taxonomy)
+    assert read_label("mel", taxonomy) == "mel"
+    with pytest.raises(TaxonomyError, match="could be mel or nv"):
+        read_label("MEL", taxonomy)
+
+
+def test_aliases_do_not_change_the_hash() -> None:
+    plain = made("mel", "nv")
+    assert made("mel", "nv", mel=["MM"]).hash == plain.hash
+    assert "aliases" not in plain.model_dump_json()
+    assert HAM.hash == "9c542b3368e143062c52d47bd33bd31e2581e004f797d031266cfc341c74f71a"
+
+
+def test_an_import_stores_what_it_counts(tmp_path: Path) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    first = import_folder(store, write(tmp_path / "one", ["MEL", "Melanocytic nevus", "unknown", "zebra"]))
+    assert first.classes == {"mel": 1, "nv": 1}
+    assert first.unlabelled == 1
+    assert [q.source_id for q in first.quarantined] == ["i3"]
+    # The same images with another label of the same rank: refused, and not counted as stored.
+    second = import_folder(store, write(tmp_path / "two", ["nv", "NV"]))
+    assert second.classes == {"nv": 1}
+    assert [(q.source_id, q.code) for q in second.quarantined] == [("i0", "label_conflict")]
+    with store.ledger.read() as tx:
+        assert sorted(label.label for label in tx.find(SourceLabel)) == ["mel", "nv", "nv"]
+    store.close()
+
+
+def test_another_taxonomy_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "birds.yaml").write_text(
+        "name: birds\nversion: 1\nclasses:\n"
+        "  - {code: owl, name: Owl, malignant: false}\n  - {code: none, name: Nothing, malignant: false}\n"
+    )
+    birds = RecordsSettings(home=tmp_path / "home", taxonomy=str(tmp_path / "birds.yaml"))
+    store = open_store(birds)
+    assert import_folder(store, write(tmp_path / "one", ["owl", "none", "NONE"])).classes == {"none": 2, "owl": 1}
+    store.close()
+    forgotten = open_store(RecordsSettings(home=tmp_path / "home"))
+    with pytest.raises(TaxonomyError, match="labelled 'none', which is no class of taxonomy 'ham10000'"):
+        import_folder(forgotten, write(tmp_path / "two", ["nv", "nv", "nv", "nv"]))
+    with forgotten.ledger.read() as tx:
+        assert tx.count(Image) == 3
+    forgotten.close()
+    store = open_store(birds)
+    assert import_folder(store, write(tmp_path / "three", ["owl"] * 5)).new_images == 2
+    store.close()
+
+
+def test_the_verb_takes_labels_and_names_the_unlabelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RELOOK_HOME", str(tmp_path / "home"))
+    folder = write(tmp_path / "data", ["SEK", "NEV", "n/a"])
+    assert run(["data", "import", str(folder), "--labels", "SEK=bkl,nev=nv", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classes"] == {"bkl": 1, "nv": 1}
+    assert run(["data", "import", str(folder), "--labels", "SEK=bkl,nev=nv"]) == 0
+    assert "without a label" in capsys.readouterr().out
+    assert run(["data", "import", str(folder), "--labels", "SEK=sek"]) == 2
+    assert "unknown class 'sek'" in capsys.readouterr().err
+    assert run(["data", "import", str(folder), "--labels", "SEK"]) == 2
+    assert "--labels cannot read 'SEK'" in capsys.readouterr().err
