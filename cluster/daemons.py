@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -25,6 +26,8 @@ INTERRUPT_EVERY_S = 3.0
 """Between two interruptions of the command: each ends one call to Ray that waits, and a cleanup may make several."""
 INTERRUPTIONS = 4
 SHUTDOWN_S = 3.0
+ORDERLY_S = 8.0
+"""How long the command may take after SIGTERM until its calls to Ray are interrupted."""
 
 
 @contextlib.contextmanager
@@ -50,6 +53,7 @@ class Ending:
     """Why the command ends: SIGTERM from outside, or a daemon that is gone; `folder` is the daemons' working folder."""
 
     asked: bool = False
+    asked_at_s: float = 0.0
     gone: str | None = None
     folder: str | None = None
     interrupting: bool = field(default=False, repr=False)
@@ -76,7 +80,7 @@ def orderly_sigterm() -> Iterator[Ending]:
             # `timeout` and some supervisors send it twice, to the process and to its group.
             if ending.asked:
                 return
-            ending.asked = True
+            ending.asked, ending.asked_at_s = True, time.monotonic()
         ending.interrupting = False
         if callable(before):
             before(signum, frame)
@@ -119,7 +123,7 @@ def watched_daemons(ending: Ending) -> Iterator[Callable[[], None]]:
 
     def watch() -> None:
         while not over.wait(LOOK_EVERY_S):
-            if find_gone() is not None:
+            if find_gone() is not None or (ending.asked and time.monotonic() > ending.asked_at_s + ORDERLY_S):
                 break
         else:
             return
