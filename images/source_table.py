@@ -6,7 +6,7 @@ row, with a path or the reason why there is none, and the images that no row use
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,7 +37,8 @@ TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.
 
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
 _OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".parquet"})
-_EMPTY = frozenset({"", "unknown", "nan", "na", "n/a", "none", "null"})
+_MARKED, _UNMARKED = frozenset({"1", "1.0"}), frozenset({"0", "0.0", ""})
+_EMPTY = frozenset({"", "unknown", "unk", "nan", "na", "n/a", "none", "null"})
 _CONFIRMATIONS = {
     "histo": Confirmation.HISTOPATHOLOGY,
     "followup": Confirmation.FOLLOW_UP,
@@ -125,6 +126,9 @@ def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: P
     except OSError as error:
         raise DataError(f"the table {path} cannot be read ({error.strerror})") from error
     cells = read_table(path, content)
+    hot = _hot_columns(cells, columns or {})
+    if hot:
+        cells, columns = _with_label(cells, hot), _with_image_column(cells, columns or {})
     mapping = _map_columns(path, cells, dict(columns or {}))
     if not cells.length:
         raise DataError(f"the table {path} has no rows; it needs one row per image")
@@ -135,9 +139,37 @@ def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: P
     reader = _RowReader(cells, mapping, index)
     rows = list(reader.rows())
     layout = f"layout: a table with a row per image, because {shown(path.name)} has the column {mapping['dx']!r}"
+    if hot:
+        layout = f"layout: a table with a column of 0 and 1 per class, because {shown(path.name)} has {', '.join(hot)}"
     return SourceTable(
         path, content, rows, [*cells.notes, *reader.notes()], layout, _unlisted(folder, rows, index.images, listing)
     )
+
+
+def _hot_columns(table: Table, given: Mapping[str, str]) -> list[str]:
+    """Return the columns of a table that marks the class of each row with a 1; none if it has a column of labels."""
+    named = {*COLUMNS.values(), *given.values(), "image"}
+    if "dx" in given or COLUMNS["dx"] in table.columns:
+        return []
+    others = [name for name in table.columns if name not in named]
+    marks = all(cell in _MARKED or cell in _UNMARKED for name in others for cell in table.columns[name])
+    return others if len(others) > 1 and marks else []
+
+
+def _with_label(table: Table, hot: Sequence[str]) -> Table:
+    labels, problems = [], dict(table.problems)
+    for row in range(table.length):
+        marked = [name for name in hot if table.columns[name][row] in _MARKED]
+        if len(marked) > 1:
+            problems.setdefault(row, f"it is marked as {' and '.join(marked)}")
+        labels.append(next(iter(marked), ""))
+    return replace(table, columns={**table.columns, COLUMNS["dx"]: labels}, problems=problems)
+
+
+def _with_image_column(table: Table, given: Mapping[str, str]) -> dict[str, str]:
+    # The truth tables of the ISIC challenges call it so.
+    found = {"image": "image"} if "image" in table.columns and COLUMNS["image"] not in table.columns else {}
+    return {**found, **given}
 
 
 def _unlisted(folder: Path, rows: Sequence[SourceRow], images: Sequence[Path], listing: Listing) -> list[str]:

@@ -9,7 +9,7 @@ from cluster.cli import run
 from images.import_plan import read_label
 from images.importer import import_folder
 from images.synth import render
-from records.errors import TaxonomyError
+from records.errors import DataError, TaxonomyError
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.taxonomy import Taxonomy, load_taxonomy
@@ -101,6 +101,29 @@ def test_another_taxonomy_is_refused_before_anything_is_written(tmp_path: Path) 
     forgotten.close()
     store = open_store(birds)
     assert import_folder(store, write(tmp_path / "three", ["owl"] * 5)).new_images == 2
+    store.close()
+
+
+@pytest.mark.parametrize("one", ["1", "1.0"])
+@pytest.mark.parametrize("head", ["image", "image_id"])
+def test_a_column_per_class(tmp_path: Path, one: str, head: str) -> None:
+    folder = write(tmp_path / "data", ["nv"] * 5)
+    rows = [f"i0,{one},0,0", f"i1,0,{one},0.0", f"i2,0,0.0,{one}", "i3,0,0,0", f"i4,{one},{one},0"]
+    (folder / "t.csv").write_text(f"{head},MEL,NV,UNK\n" + "\n".join(rows) + "\n")
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    report = import_folder(store, folder)
+    store.close()
+    assert (report.classes, report.unlabelled) == ({"mel": 1, "nv": 1}, 2)
+    assert [q.reason for q in report.quarantined if "MEL and NV" in q.reason] == [q.reason for q in report.quarantined]
+    assert len(report.quarantined) == 1
+
+
+def test_columns_of_probabilities_are_no_labels(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", ["nv"])
+    (folder / "t.csv").write_text("image_id,MEL,NV\ni0,0.7,0.3\n")
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    with pytest.raises(DataError, match="has no column 'dx'"):
+        import_folder(store, folder)
     store.close()
 
 
