@@ -159,7 +159,7 @@ class ImageIndex:
         found = found or self._alike.get(same_name(name)) or []
         if not found:
             return None, f"there is no image named {name} in {self._folder}"
-        # A photograph and its copy in a format that cannot be read, or a text beside it, have one name.
+        # An image and its copy in a format that cannot be read, or a text beside it, have one name.
         best = min(self._rank.get(path, 0) for path in found)
         found = [path for path in found if self._rank.get(path, 0) == best]
         # Several files of one name are no problem if they are the same image.
