@@ -92,10 +92,10 @@ def predict_folder(
     maps = maps_of_run if explain else None
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
-    drawn_px = settings.overlay_side_px if explain else loaded.geometry.side_px
-
-    def one(path: Path) -> _Decoded:
-        return _read(path, loaded.geometry.side_px, drawn_px, settings.max_pixels)
+    side_px = loaded.geometry.side_px
+    one = partial(
+        _read, side_px=side_px, drawn_px=settings.overlay_side_px if explain else side_px, max_pixels=settings.max_pixels
+    )
 
     with unfinished.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))
@@ -109,8 +109,7 @@ def predict_folder(
             # After each batch, so that a killed run repeats at most one batch.
             file.flush()
             on_done(len(done), len(paths))
-    for path, why in listing.unreadable:
-        name = str(path.relative_to(folder))
+    for name, why in ((str(path.relative_to(folder)), why) for path, why in listing.unreadable):
         done[name] = _row(name, error=why)
     rows = sorted(done.values(), key=_urgency)
     _write(out, rows, bundle.document.taxonomy)

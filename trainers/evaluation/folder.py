@@ -51,11 +51,7 @@ def predict_folder(
     source = read_source(images, columns, labels)
     class_indices = _checked(source.rows, labels, model.taxonomy)
     if progress and source.unlisted:
-        first = ", ".join(source.unlisted[:3])
-        progress.console.print(
-            f"note: {len(source.unlisted)} images of {images} are in no row of {labels} and are not evaluated: {first}",
-            markup=False, highlight=False,
-        )  # fmt: skip
+        _say_unlisted(progress, source.unlisted, images, labels)
     task = progress.add_task("Predicting", total=len(source.rows)) if progress else None
     # Decoding in chunks bounds memory; the model predicts one chunk while the next is decoded.
     chunks = chunks_of(source.rows)
@@ -87,6 +83,11 @@ def predict_folder(
         ),
         traits=[_traits(row, angle) for row, angle in zip(source.rows, tones.angles, strict=True)],
     )
+
+
+def _say_unlisted(progress: Progress, unlisted: Sequence[str], images: Path, labels: Path) -> None:
+    text = f"note: {len(unlisted)} images of {images} are in no row of {labels} and are not evaluated: "
+    progress.console.print(text + ", ".join(unlisted[:3]), markup=False, highlight=False)
 
 
 def _traits(row: SourceRow, angle: float | None) -> Traits:
