@@ -85,17 +85,15 @@ def predict_folder(
     paths = _without_own(listing.files, (out, unfinished, maps_of_run))
     if not paths and not listing.unreadable:
         raise DataError(f"{shown(folder)!r} holds no files; name a folder of images")
-    loaded = load_model(bundle, precision=settings.precision)
-    loaded.check_golden()
+    loaded = _checked_model(bundle, settings)
     done = _resumed(unfinished, bundle.id, resume)
     left = [path for path in paths if str(path.relative_to(folder)) not in done]
-    maps = maps_of_run if explain else None
-    if maps is not None:
-        maps.mkdir(parents=True, exist_ok=True)
+    if explain:
+        maps_of_run.mkdir(parents=True, exist_ok=True)
     side_px = loaded.geometry.side_px
-    one = partial(
-        _read, side_px=side_px, drawn_px=settings.overlay_side_px if explain else side_px, max_pixels=settings.max_pixels
-    )
+    drawn_px = settings.overlay_side_px if explain else side_px
+    one = partial(_read, side_px=side_px, drawn_px=drawn_px, max_pixels=settings.max_pixels)
+    maps = maps_of_run if explain else None
 
     with unfinished.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))
@@ -109,13 +107,22 @@ def predict_folder(
             # After each batch, so that a killed run repeats at most one batch.
             file.flush()
             on_done(len(done), len(paths))
-    for name, why in ((str(path.relative_to(folder)), why) for path, why in listing.unreadable):
-        done[name] = _row(name, error=why)
+    done |= _unread_rows(listing.unreadable, folder)
     rows = sorted(done.values(), key=_urgency)
     _write(out, rows, bundle.document.taxonomy)
-    # Only now: if writing the table fails, `resume` still finds all rows.
-    unfinished.unlink()
+    unfinished.unlink()  # only now: if writing the table fails, `resume` still finds all rows
     return BulkResult(rows, sum(row["error"] is not None for row in rows), listing.hidden)
+
+
+def _checked_model(bundle: Bundle, settings: ServingSettings) -> LoadedModel:
+    loaded = load_model(bundle, precision=settings.precision)
+    loaded.check_golden()
+    return loaded
+
+
+def _unread_rows(unreadable: Sequence[tuple[Path, str]], folder: Path) -> dict[str, dict[str, Any]]:
+    named = [(str(path.relative_to(folder)), why) for path, why in unreadable]
+    return {name: _row(name, error=why) for name, why in named}
 
 
 def _without_own(files: Sequence[Path], own: tuple[Path, Path, Path]) -> list[Path]:
