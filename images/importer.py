@@ -143,7 +143,8 @@ def import_folder(
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
     if not entries:
-        raise DataError(f"none of the {len(source.rows)} rows of {source.path} can be used: {refusals[0].reason}")
+        count, first = len(source.rows), refusals[0].reason
+        raise DataError(f"none of the {count} rows of {source.path} can be used; first: {first}")
     import_id = import_id_of(source, columns)
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
