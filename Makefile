@@ -7,7 +7,7 @@ ROOMS := records images vision trainers tuning serving labeling cluster
 INSTALLED := $(VENV)/.relook-installed
 LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
 AUDIT_TOOLS := build/audit-tools
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 PIP := $(BIN)/pip install --disable-pip-version-check
 
 .PHONY: help setup demo check format test test-fast coverage mutants bench soak audit clean

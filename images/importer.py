@@ -143,8 +143,7 @@ def import_folder(
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
     if not entries:
-        count, first = len(source.rows), refusals[0].reason
-        raise DataError(f"none of the {count} rows of {source.path} can be used; first: {first}")
+        raise _nothing_usable(source, refusals[0].reason)
     import_id = import_id_of(source, columns)
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
@@ -159,6 +158,10 @@ def import_folder(
     dataset_id, left_out = _build(store)
     notes = [*source.notes, *notes, *written.notes, *left_out, *_passed_over(source)]
     return _report(plan, written, dataset_id, same_bytes, notes, source, started)
+
+
+def _nothing_usable(source: SourceTable, reason: str) -> DataError:
+    return DataError(f"none of the {len(source.rows)} rows of {source.path} can be used; first: {reason}")
 
 
 def _require_taxonomy(store: Store, labels: Mapping[str, str]) -> None:
