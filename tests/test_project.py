@@ -33,6 +33,7 @@ MODULES = {
     "scikit-learn": "sklearn",
     "imagehash": "imagehash",
     "label-studio-sdk": "label_studio_sdk",
+    "mlflow-skinny": "mlflow",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
     "pyyaml": "yaml",
@@ -125,9 +126,9 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     modules = {MODULES.get(name, name.replace("-", "_")) for name in _declared() if name not in UNSEEN}
     imported = {name for name in _modules_imported() if name not in sys.stdlib_module_names and name not in ROOMS}
     assert modules - imported == set()
-    optional = {
-        Requirement(t).name.replace("-", "_") for t in _project()["project"]["optional-dependencies"]["pretrained"]
-    }
+    groups = _project()["project"]["optional-dependencies"]
+    extras = [Requirement(text).name for name, group in groups.items() if name != "dev" for text in group]
+    optional = {MODULES.get(name, name.replace("-", "_")) for name in extras}
     assert imported - modules - optional - {"pydantic_core"} == set()
 
 
