@@ -8,6 +8,7 @@ rank, such as a histopathology result.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,65 @@ DEFAULT_RULE = "least_confidence"
 _FOLDS = 5
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selection chose.
+
+    Args:
+        selected: number of images that wait for a push.
+        rule: the acquisition rule; None for a mix.
+        mix: number of images by rule; None for one rule.
+        model_id: of the model that scored them.
+        pool: number of usable images of the folder; None if the store was the pool.
+        refused: one sentence for each file of the folder that cannot be used.
+    """
+
+    selected: int
+    rule: str | None
+    mix: dict[str, int] | None
+    model_id: str
+    pool: int | None
+    refused: list[str] = field(repr=False)
+
+
+def select_from(
+    store: Store,
+    bundle: Bundle,
+    *,
+    budget: int,
+    rule: str = DEFAULT_RULE,
+    mix: Mapping[str, int] | None = None,
+    folder: Path | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Select images for annotators from the store, or from a folder that is imported first.
+
+    Args:
+        store: with the images; it gets the review items.
+        bundle: the model whose uncertainty is used.
+        budget: how many images at most, unless there is a mix.
+        rule: name of the acquisition rule, unless there is a mix.
+        mix: number of images by rule.
+        folder: of unlabelled images.
+        seed: of rules that draw at random.
+    Returns:
+        What was selected.
+    Raises:
+        ConfigError: there is no such rule.
+        DataError: the folder has no usable image.
+    """
+    among, refused = None, list[str]()
+    # A misspelt rule is refused here, before a folder of images is read and a model loaded.
+    for name in mix or [rule]:
+        rule_named(name)
+    if folder is not None:
+        among, refused = take_in_folder(store, folder, bundle.document.geometry.side_px)
+    most = sum(mix.values()) if mix else budget
+    chosen = select_images(store, bundle, most, rule, among=among, mix=mix or None, seed=seed)
+    pool = None if among is None else len(among)
+    return Selection(chosen, None if mix else rule, dict(mix) if mix else None, bundle.id, pool, refused)
 
 
 def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:

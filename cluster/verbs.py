@@ -377,32 +377,19 @@ def select_command(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rules that draw at random.")] = 0,
 ) -> None:
     """Select images for annotators, at most one per lesion; `relook label push` sends them."""
-    from cluster.selection import select_images, take_in_folder
-    from labeling.acquisition.registry import rule_named
+    from dataclasses import asdict
+
+    from cluster.selection import select_from
     from records.models import find_bundle
 
     parts = dict(_part(text) for text in mix or [])
-    # A misspelt rule is refused here, before a folder of images is read and a model loaded.
-    for name in parts or [rule]:
-        rule_named(name)
     with call.store() as store:
         bundle = find_bundle(store, model)
-        among, refused = None, list[str]()
-        if pool is not None:
-            among, refused = take_in_folder(store, pool, bundle.document.geometry.side_px)
-        for sentence in refused:
-            say(sentence)
-        most = sum(parts.values()) if parts else budget
-        chosen = select_images(store, bundle, most, rule, among=among, mix=parts or None, seed=seed)
-    found = {
-        "selected": chosen,
-        "rule": rule if not parts else None,
-        "mix": parts or None,
-        "model_id": bundle.id,
-        "pool": None if among is None else len(among),
-        "refused": refused,
-    }
-    call.emit(found, f"{chosen} images, scored by model {bundle.id[:12]}, wait for `relook label push`")
+        found = select_from(store, bundle, budget=budget, rule=rule, mix=parts, folder=pool, seed=seed)
+    for sentence in found.refused:
+        say(sentence)
+    sentence = f"{found.selected} images, scored by model {found.model_id[:12]}, wait for `relook label push`"
+    call.emit(asdict(found), sentence)
 
 
 @verb(label_app, "second-opinions")

@@ -31,9 +31,10 @@ from records.taxonomy import Taxonomy
 from records.types import Decision
 from records.types.base import LINE
 from serving.settings import ServingSettings
-from serving.triage import TriageRules, malignant_probability, triage
+from serving.triage import TriageRules, Verdict, malignant_probability, triage
 from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import LoadedModel, load_model
+from vision.inference.output import BatchOutput
 from vision.inference.suitability import assess
 
 _ORDER = {Decision.URGENT: 0, Decision.REVIEW: 1, Decision.RETAKE: 2, Decision.ANSWERED: 3}
@@ -180,13 +181,10 @@ def _predicted(
     rows = []
     pixels = np.stack([read.pixels for _, read in usable])
     output = loaded.predict(pixels, gradcam=maps is not None)
-    suitable = assess(loaded.checks, output, pixels, [read.shorter_px for _, read in usable])
-    # No audit sample: nothing enters the ledger, so no annotator could review it.
-    rules = TriageRules(settings.low_confidence, settings.max_set_size, audit_share=0.0)
+    verdicts = verdicts_of(bundle, loaded, output, pixels, [read.shorter_px for _, read in usable], settings)
     taxonomy = bundle.document.taxonomy
-    for row, (path, read) in enumerate(usable):
+    for row, ((path, read), verdict) in enumerate(zip(usable, verdicts, strict=True)):
         values = output.probabilities[row]
-        verdict = triage(values, taxonomy, bundle.document.operating, rules, 0.5, suitable[row])
         name = str(path.relative_to(folder))
         has_label = verdict.label is not None
         if maps is not None and output.maps is not None and verdict.label is not None:
@@ -206,6 +204,36 @@ def _predicted(
             )
         )
     return rows
+
+
+def verdicts_of(
+    bundle: Bundle,
+    loaded: LoadedModel,
+    output: BatchOutput,
+    pixels: UInt8Array,
+    shorter_sides_px: Sequence[int],
+    settings: ServingSettings,
+) -> list[Verdict]:
+    """Return the decision for each image of a batch that nothing records.
+
+    Args:
+        bundle: the model.
+        loaded: the same, as it predicted.
+        output: its predictions for the pixels.
+        pixels: [N, S, S, 3].
+        shorter_sides_px: [N] of the images before they were resized.
+        settings: rules of triage.
+    Returns:
+        [N] verdicts.
+    """
+    suitable = assess(loaded.checks, output, pixels, shorter_sides_px)
+    # No audit sample: nothing enters the ledger, so no annotator could review it.
+    rules = TriageRules(settings.low_confidence, settings.max_set_size, audit_share=0.0)
+    taxonomy, operating = bundle.document.taxonomy, bundle.document.operating
+    return [
+        triage(values, taxonomy, operating, rules, 0.5, checks)
+        for values, checks in zip(output.probabilities, suitable, strict=True)
+    ]
 
 
 def _row(image: str, **values: Any) -> dict[str, Any]:

@@ -64,32 +64,24 @@ def tune(
 ) -> None:
     """Search training settings; val alone chooses the winner."""
     from images.importer import open_dataset
-    from records.errors import ConfigError
-    from records.ids import new_id
-    from records.lease import LEASE_S, hold
     from tuning.journal import FILE_NAME
-    from tuning.report import RUN_PREFIX, find_resumable
     from tuning.search import fit_winner as fit
-    from tuning.search import search, searched_space
+    from tuning.search import search, search_folder, search_lease, searched_space
 
-    if run is not None and not resume:
-        raise ConfigError("--run names the search to resume; give it with --resume")
     settings = call.settings
     changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
     tuning = _changed(settings.tuning, changes, space or [])
     # Computed here only for its errors: an impossible space is refused before data are imported and Ray starts.
     searched_space(tuning, settings.trainers)
     with call.store() as store:
+        run_dir = search_folder(store, resume=resume, name=run)
         # A progress of its own, ended before the search: two live displays cannot share one terminal.
         with progress() as bar:
             dataset = open_dataset(store, data, progress=bar)
-        runs = store.home.runs
-        run_dir = find_resumable(runs, run) if resume else runs / f"{RUN_PREFIX}{new_id()[:16]}"
         say(f"search {run_dir.name}: {tuning.trials} trials")
-        # The lease: a search that still runs elsewhere is not joined by a second process. After a kill it expires.
-        lease = hold(store.ledger, f"search {run_dir.name}", wait_s=LEASE_S if resume else 0.0)
         begun = (run_dir / FILE_NAME).is_file
-        with lease, advises_resume(begun), call.ray(settings), _shown() as on_event:
+        lease = search_lease(store, run_dir, resume=resume)
+        with lease, advises_resume(begun), call.ray(settings), show_search() as on_event:
             result = search(store, tuning, settings.trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.
@@ -143,7 +135,7 @@ def _summary(folder: "Path") -> "RenderableType":
 
 
 @contextmanager
-def _shown() -> "Iterator[Callable[[SearchEvent], None]]":
+def show_search() -> "Iterator[Callable[[SearchEvent], None]]":
     """Show a search: a live table in a terminal, one line per trial that ended elsewhere."""
     from tuning.live import SearchView, line_of, seconds_left
 

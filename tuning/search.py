@@ -8,6 +8,7 @@ settings afterwards, with the full budget and calibrated; only then calibration 
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from images.grouping import grouped_subset
 from records.bundles import Bundle
 from records.datasets import DatasetVersion
 from records.errors import ConfigError, ContractError, DataError, RelookError, error_class
+from records.ids import new_id
+from records.lease import LEASE_S, hold
 from records.models import register
 from records.store import Store
 from records.types import Split
@@ -33,6 +36,7 @@ from tuning.log import Listener, SearchLog, best_of
 from tuning.narrow import narrow, read_space
 from tuning.planner import Planner
 from tuning.population import Population
+from tuning.report import RUN_PREFIX, find_resumable
 from tuning.settings import Scheduler, Searcher, TuningSettings
 from tuning.space import SearchSpace, axes_of, derive_space, difference, with_overrides
 from tuning.trial import TrialJob, run_trial, trial_folder
@@ -283,6 +287,22 @@ def _first_error(trials: Sequence[TrialResult]) -> RelookError:
     kind = error_class(first.error_kind or "")
     known = kind.__name__ == first.error_kind
     return kind(f"{intro}{first.error}" if known else f"{intro}{first.error_kind}: {first.error}")
+
+
+def search_folder(store: Store, *, resume: bool = False, name: str | None = None) -> Path:
+    """Return the folder of a new search, or of the one to resume; see `find_resumable` for the name."""
+    if name is not None and not resume:
+        raise ConfigError("--run names the search to resume; give it with --resume")
+    runs = store.home.runs
+    return find_resumable(runs, name) if resume else runs / f"{RUN_PREFIX}{new_id()[:16]}"
+
+
+def search_lease(store: Store, run_dir: Path, *, resume: bool = False) -> AbstractContextManager[str]:
+    """Return the lease under which a search runs: one that still runs elsewhere is not joined by a second process.
+
+    After a kill the lease expires, so a resumed search waits for it.
+    """
+    return hold(store.ledger, f"search {run_dir.name}", wait_s=LEASE_S if resume else 0.0)
 
 
 def fit_winner(

@@ -1,11 +1,10 @@
 """The verb `relook evaluate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group as Stack
-from rich.progress import Progress
 from rich.table import Table
 
 from records.command import Call, verb
@@ -14,8 +13,6 @@ from records.progress import progress
 from records.types import Split
 
 if TYPE_CHECKING:
-    from records.bundles import Bundle
-    from trainers.evaluation.evaluate import SplitPredictions
     from trainers.evaluation.figures import Evaluation, Interval
 
 app = typer.Typer()
@@ -42,50 +39,32 @@ def evaluate_command(
     ] = False,
 ) -> None:
     """Measure a model on a split of a dataset, or on any folder of labelled images."""
-    from records.datasets import load_dataset
     from records.models import find_bundle
     from trainers.cli.data import parse_columns
-    from trainers.evaluation.evaluate import evaluate, predict_split
-    from trainers.evaluation.folder import predict_folder
-    from trainers.evaluation.report.write import write_report
-    from trainers.evaluation.slices import with_slices
-    from vision.inference.loaded import load_model
+    from trainers.evaluation.measure import measure_model
 
-    if (images is None) != (labels is None):
-        raise ConfigError("--images and --labels belong together: a folder of images and its table")
-    if masks is not None and not masks.is_dir():
-        raise ConfigError(f"--masks {masks} is no folder; give one with a mask per image")
-    settings = call.settings
     with call.store() as store, progress() as bar:
-        if embed_images and (report is None or report.resolve().is_relative_to(store.home.root.resolve())):
-            raise ConfigError(
-                "--embed-images needs --report with a folder outside the home: reports in it can be read by every key, "
-                "and hold no image"
-            )
-        bundle = find_bundle(store, model)
-        document = bundle.document
-        shares = _prevalence(prevalence, document.calibration.priors) if prevalence else None
-        loaded = load_model(bundle, precision=settings.trainers.precision)
-        if images is not None and labels is not None:
-            found = predict_folder(loaded, images, labels, columns=parse_columns(columns), progress=bar, masks=masks)
-        else:
-            dataset = load_dataset(store, data or document.dataset_id)
-            found = predict_split(store, bundle, dataset, split, actor="cli", model=loaded, progress=bar, masks=masks)
-        # Thresholds are used as served; a stated prevalence re-weights only the figures without thresholds.
-        evaluation = evaluate(
-            found, document.taxonomy, document.operating, prevalence=shares, priors=document.calibration.priors
+        evaluation = measure_model(
+            store,
+            find_bundle(store, model),
+            split=split,
+            data=data,
+            images=images,
+            labels=labels,
+            columns=parse_columns(columns),
+            masks=masks,
+            prevalence=_shares(prevalence) if prevalence else None,
+            robustness=robustness,
+            explanations=explanations,
+            report=report,
+            embed_images=embed_images,
+            precision=call.settings.trainers.precision,
+            progress=bar,
         )
-        evaluation = with_slices(evaluation, found, document.taxonomy, document.operating)
-        evaluation = _probed(evaluation, bundle, found, bar, robustness=robustness, explanations=explanations)
-        # Inside of the store's block: the report draws images, which it reads from the blobs.
-        if report is not None:
-            write_report(report, bundle, loaded, found, evaluation, embed_images=embed_images)
     call.emit(evaluation, _evaluation_tables(evaluation))
 
 
-def _prevalence(text: str, priors: dict[str, float]) -> dict[str, float]:
-    from vision.calibration.scaling import stated_prevalence
-
+def _shares(text: str) -> dict[str, float]:
     stated = {}
     for part in text.split(","):
         code, _, share = part.partition("=")
@@ -93,30 +72,7 @@ def _prevalence(text: str, priors: dict[str, float]) -> dict[str, float]:
             stated[code.strip()] = float(share)
         except ValueError as error:
             raise ConfigError(f"--prevalence {text!r} is not of the form nv=0.9,mel=0.01") from error
-    return stated_prevalence(stated, priors)
-
-
-def _probed(
-    evaluation: "Evaluation",
-    bundle: "Bundle",
-    predictions: "SplitPredictions",
-    bar: Progress,
-    *,
-    robustness: bool,
-    explanations: bool,
-) -> "Evaluation":
-    """Add the measurements that need many forward passes, where requested."""
-    from trainers.evaluation.probing import measure_explanations, measure_robustness, sample_of
-    from trainers.evaluation.robustness import work_of
-
-    found: dict[str, Any] = {}
-    if robustness:
-        task = bar.add_task("Attacking", total=work_of(len(sample_of(predictions))))
-        found["robustness"] = measure_robustness(bundle, predictions, lambda done: bar.advance(task, done))
-    if explanations:
-        bar.add_task("Measuring heat maps", total=None)
-        found["explanations"] = measure_explanations(bundle, predictions)
-    return evaluation.model_copy(update=found)
+    return stated
 
 
 def _evaluation_tables(evaluation: "Evaluation") -> Stack:

@@ -10,7 +10,7 @@ import typer
 
 from records.command import Call, verb
 from records.durable import write_file
-from records.errors import ConfigError, RefusedError, UnavailableError
+from records.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
@@ -74,34 +74,25 @@ def _explained(
     from trainers.evaluation.folder import read_square
     from vision.explanations import FILE_OVERLAY_SIDE_PX
     from vision.explanations.overlay import overlay_png
-    from vision.inference.attribution import attribute
+    from vision.inference.attribution import explain
     from vision.inference.loaded import load_model
 
     # Gradients need fp32, and a single image is quick in it.
     loaded = load_model(bundle, precision="fp32")
-    pixels = read_square(image, loaded.geometry.side_px)[None]
-    output = loaded.predict(pixels)
-    if not output.finite[0]:
-        raise RefusedError("the model's prediction for this image is not finite, so there is nothing to explain")
-    codes = loaded.taxonomy.codes
-    index = loaded.taxonomy.index_of(target) if target else int(output.probabilities[0].argmax())
-    other = loaded.taxonomy.index_of(versus) if versus else None
-    if other == index:
-        raise ConfigError(f"--versus {versus} is the class that is explained; name another one")
-    found = attribute(loaded, pixels[0], method, index, other)
-    heat_map = found.values
+    found = explain(loaded, read_square(image, loaded.geometry.side_px), method, target, versus)
+    attribution = found.attribution
     result = {
-        "exact": found.exact,
-        "layer": found.layer,
-        "steps": found.steps,
-        "completeness_error": found.completeness_error,
-        "target": codes[index],
+        "exact": attribution.exact,
+        "layer": attribution.layer,
+        "steps": attribution.steps,
+        "completeness_error": attribution.completeness_error,
+        "target": found.target,
         "versus": versus,
-        "probabilities": dict(zip(codes, output.probabilities[0].tolist(), strict=True)),
-        "shape": list(heat_map.shape),
-        "values": heat_map.tolist(),
+        "probabilities": found.probabilities,
+        "shape": list(attribution.values.shape),
+        "values": attribution.values.tolist(),
     }
-    return result, overlay_png(read_square(image, FILE_OVERLAY_SIDE_PX), heat_map)
+    return result, overlay_png(read_square(image, FILE_OVERLAY_SIDE_PX), attribution.values)
 
 
 def _activations(bundle: "Bundle", image: Path, layer: str | None) -> tuple[dict[str, Any], bytes]:

@@ -10,24 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group as Stack
 from rich.console import RenderableType
-from rich.progress import Progress
 from rich.table import Table
 
 from records.command import Call, JsonCall, advises_resume, verb
-from records.errors import ConfigError, RefusedError
+from records.errors import ConfigError
 from records.progress import progress
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
-    from records.datasets import DatasetVersion
-    from records.store import Store
     from trainers.cli.catalog import Catalogue
     from trainers.settings import TrainersSettings
-
-REPORT = "report"
-"""Folder inside a bundle's folder; the bundle's id does not cover it."""
-METRICS_FILE = "metrics.jsonl"
-"""Appears in a run's folder with the first epoch; a run that failed before it left nothing to resume."""
 
 NOT_FACTS = {"name", "description", "tunable"}
 CATALOGUES = "relook.catalogues"
@@ -63,32 +55,18 @@ def train_command(
 ) -> None:
     """Train a model, calibrate it and register its bundle."""
     from images.importer import open_dataset
-    from records.models import find_bundle, register
-    from trainers.fitting.epoch_report import EpochBar
-    from trainers.fitting.fit import fit
+    from records.models import find_bundle
+    from trainers.fitting.fit import METRICS_FILE
+    from trainers.fitting.run import run_folder, train_and_register
 
     trainers = _with_options(call.settings.trainers, workers, strategy)
-    use_ray = trainers.needs_ray
     with call.store() as store, progress() as bar:
         start = find_bundle(store, start_from) if start_from else None
         dataset = open_dataset(store, data, progress=bar)
-        run_dir = _run_dir(store, trainers, dataset, start, resume)
+        run_dir = run_folder(store, trainers, dataset, start_from=start, resume=resume)
         # One worker trains in this process: starting Ray costs seconds and memory that only several workers need.
-        with advises_resume((run_dir / METRICS_FILE).is_file), call.ray() if use_ray else nullcontext():
-            bundle = fit(
-                store,
-                trainers,
-                dataset,
-                run_dir=run_dir,
-                use_ray=use_ray,
-                on_epoch=EpochBar(bar, trainers.epochs),
-                start_from=start,
-                progress=bar,
-            )
-            # Registered before the report is written: a report can be made again, a lost training cannot.
-            with store.ledger.begin() as tx:
-                register(tx, bundle)
-            _report_on_val(store, trainers, bundle, dataset, bar)
+        with advises_resume((run_dir / METRICS_FILE).is_file), call.ray() if trainers.needs_ray else nullcontext():
+            bundle = train_and_register(store, trainers, dataset, run_dir, start_from=start, progress=bar)
     call.emit(_summary(bundle, run_dir), _summary_tables(bundle))
 
 
@@ -117,25 +95,6 @@ def _full_catalogue(ctx: typer.Context) -> "Catalogue":
     return kinds
 
 
-def _report_on_val(
-    store: "Store", trainers: "TrainersSettings", bundle: "Bundle", dataset: "DatasetVersion", bar: Progress
-) -> None:
-    """Write the bundle's report on val, which fitting has read anyway."""
-    from records.types import Split
-    from trainers.evaluation.evaluate import evaluate, predict_split
-    from trainers.evaluation.report.write import write_report
-    from trainers.evaluation.slices import with_slices
-    from vision.inference.loaded import load_model
-
-    document = bundle.document
-    model = load_model(bundle, precision=trainers.precision)
-    found = predict_split(store, bundle, dataset, Split.VAL, actor="cli", model=model, progress=bar)
-    evaluation = with_slices(
-        evaluate(found, document.taxonomy, document.operating), found, document.taxonomy, document.operating
-    )
-    write_report(bundle.path / REPORT, bundle, model, found, evaluation)
-
-
 def _with_options(trainers: "TrainersSettings", workers: int | None, strategy: str | None) -> "TrainersSettings":
     options = {"--workers": ("workers.count", workers), "--strategy": ("workers.strategy", strategy)}
     given = {option: pair for option, pair in options.items() if pair[1] is not None}
@@ -153,28 +112,9 @@ def _with_options(trainers: "TrainersSettings", workers: int | None, strategy: s
         raise ConfigError(f"{words} cannot be used: {reason}") from error
 
 
-def _run_dir(
-    store: "Store", trainers: "TrainersSettings", dataset: "DatasetVersion", start: "Bundle | None", resume: bool
-) -> Path:
-    """Return the run's folder, named by a hash of what is trained, so that `--resume` continues only the same run."""
-    from records.ids import hash_of
-
-    identity = hash_of([trainers.recipe_hash(), dataset.id, start.id if start is not None else None])
-    run_dir = store.home.runs / f"train-{identity[:12]}"
-    begun = (run_dir / METRICS_FILE).is_file()
-    if begun and not resume:
-        raise RefusedError(
-            f"these settings were trained on dataset {dataset.id[:12]} before ({run_dir}); "
-            "go on with --resume, or change a setting such as --set trainers.seed=1"
-        )
-    if resume and not begun:
-        raise RefusedError(
-            f"there is no training with these settings on dataset {dataset.id[:12]} to resume; leave --resume out"
-        )
-    return run_dir
-
-
 def _summary(bundle: "Bundle", run_dir: Path) -> dict[str, Any]:
+    from trainers.fitting.run import REPORT
+
     document = bundle.document
     val = document.metrics["val"]
     return {
@@ -190,6 +130,8 @@ def _summary(bundle: "Bundle", run_dir: Path) -> dict[str, Any]:
 
 
 def _summary_tables(bundle: "Bundle") -> RenderableType:
+    from trainers.fitting.run import REPORT
+
     document = bundle.document
     training, val = document.metrics["training"], document.metrics["val"]
     table = Table(show_header=False, title=f"model {bundle.id[:12]}")

@@ -48,6 +48,8 @@ from vision.networks import MODELS
 
 CURVES = ("epoch", "train_loss", "val_loss", "val_balanced_accuracy")
 FITTED_ON = (Split.VAL, Split.CALIBRATION)
+METRICS_FILE = "metrics.jsonl"
+"""Appears in a run's folder with the first epoch; a run that failed before it left nothing to resume."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def fit(
     _require_splits(dataset)
     _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(run_dir / "metrics.jsonl", on_epoch)
+    log = MetricsLog(run_dir / METRICS_FILE, on_epoch)
     if use_ray:
         from trainers.fitting.distributed import fit_distributed
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from records.arrays import Float32Array, UInt8Array
-from records.errors import ContractError
+from records.errors import ConfigError, ContractError, RefusedError
 from vision.explanations.gradients import ClassAgainst, head_gradcam
 from vision.explanations.methods import METHODS
 from vision.inference.loaded import LoadedModel
@@ -30,6 +30,49 @@ class Attribution:
     steps: int | None = None
     completeness_error: float | None = None
     """this and `steps`: see `PixelMap`"""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An attribution of an image, and the prediction that it explains."""
+
+    target: str
+    """code of the class that the map is about"""
+    versus: str | None
+    """code of the class that it is compared with"""
+    probabilities: dict[str, float]
+    """by class code, calibrated"""
+    attribution: Attribution
+
+
+def explain(
+    loaded: LoadedModel, pixels: UInt8Array, method: str, target: str | None = None, versus: str | None = None
+) -> Explained:
+    """Predict an image and explain one of its classes.
+
+    Args:
+        loaded: the model; every method but Grad-CAM needs precision fp32.
+        pixels: [S, S, 3].
+        method: a name in `METHODS`.
+        target: code of the class to explain; None is the most probable one.
+        versus: code of a class to compare it with, or None.
+    Returns:
+        The map, and what was predicted.
+    Raises:
+        ConfigError: the class would be compared with itself.
+        TaxonomyError: there is no such class.
+        RefusedError: the prediction is not finite.
+    """
+    output = loaded.predict(pixels[None])
+    if not output.finite[0]:
+        raise RefusedError("the model's prediction for this image is not finite, so there is nothing to explain")
+    codes = loaded.taxonomy.codes
+    index = loaded.taxonomy.index_of(target) if target else int(output.probabilities[0].argmax())
+    other = loaded.taxonomy.index_of(versus) if versus else None
+    if other == index:
+        raise ConfigError(f"--versus {versus} is the class that is explained; name another one")
+    found = attribute(loaded, pixels, method, index, other)
+    return Explained(codes[index], versus, dict(zip(codes, output.probabilities[0].tolist(), strict=True)), found)
 
 
 def attribute(

@@ -1,0 +1,107 @@
+"""One whole training: its folder, the fit, the registration and the report on val.
+
+`relook train` and `relook.train` of the Python interface both call it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from records.errors import RefusedError
+from records.ids import hash_of
+from records.models import register
+from records.types import Split
+from trainers.evaluation.evaluate import evaluate, predict_split
+from trainers.evaluation.report.write import write_report
+from trainers.evaluation.slices import with_slices
+from trainers.fitting.epoch_report import EpochBar
+from trainers.fitting.fit import METRICS_FILE, fit
+from vision.inference.loaded import load_model
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from records.bundles import Bundle
+    from records.datasets import DatasetVersion
+    from records.store import Store
+    from trainers.settings import TrainersSettings
+
+REPORT = "report"
+"""Folder inside a bundle's folder; the bundle's id does not cover it."""
+
+
+def run_folder(
+    store: "Store",
+    trainers: "TrainersSettings",
+    dataset: "DatasetVersion",
+    *,
+    start_from: "Bundle | None" = None,
+    resume: bool = False,
+) -> Path:
+    """Return the folder of a training, named by a hash of what is trained, so that a resumed one is the same one.
+
+    RefusedError is raised if there is such a training and it shall not be resumed, or the other way round.
+    """
+    identity = hash_of([trainers.recipe_hash(), dataset.id, start_from.id if start_from is not None else None])
+    run_dir = store.home.runs / f"train-{identity[:12]}"
+    begun = (run_dir / METRICS_FILE).is_file()
+    if begun and not resume:
+        raise RefusedError(
+            f"these settings were trained on dataset {dataset.id[:12]} before ({run_dir}); "
+            "go on with --resume, or change a setting such as --set trainers.seed=1"
+        )
+    if resume and not begun:
+        raise RefusedError(
+            f"there is no training with these settings on dataset {dataset.id[:12]} to resume; leave --resume out"
+        )
+    return run_dir
+
+
+def train_and_register(
+    store: "Store",
+    trainers: "TrainersSettings",
+    dataset: "DatasetVersion",
+    run_dir: Path,
+    *,
+    start_from: "Bundle | None" = None,
+    progress: "Progress",
+) -> "Bundle":
+    """Train a model, register its bundle and write its report on val.
+
+    Args:
+        store: with the images; it gets the bundle.
+        trainers: the recipe; if it needs Ray, a session has to run.
+        dataset: to train on.
+        run_dir: from `run_folder`.
+        start_from: a bundle to fine-tune.
+        progress: bars are added to it.
+    Returns:
+        The bundle, registered.
+    """
+    bundle = fit(
+        store,
+        trainers,
+        dataset,
+        run_dir=run_dir,
+        use_ray=trainers.needs_ray,
+        on_epoch=EpochBar(progress, trainers.epochs),
+        start_from=start_from,
+        progress=progress,
+    )
+    # Registered before the report is written: a report can be made again, a lost training cannot.
+    with store.ledger.begin() as tx:
+        register(tx, bundle)
+    _report_on_val(store, trainers, bundle, dataset, progress)
+    return bundle
+
+
+def _report_on_val(
+    store: "Store", trainers: "TrainersSettings", bundle: "Bundle", dataset: "DatasetVersion", progress: "Progress"
+) -> None:
+    """Write the bundle's report on val, which fitting has read anyway."""
+    document = bundle.document
+    model = load_model(bundle, precision=trainers.precision)
+    found = predict_split(store, bundle, dataset, Split.VAL, actor="cli", model=model, progress=progress)
+    evaluation = with_slices(
+        evaluate(found, document.taxonomy, document.operating), found, document.taxonomy, document.operating
+    )
+    write_report(bundle.path / REPORT, bundle, model, found, evaluation)
