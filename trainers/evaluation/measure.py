@@ -72,15 +72,7 @@ def measure_model(
         ConfigError: options do not fit together, or a folder is missing.
         DataError: the split is empty, or the folder of images cannot be used.
     """
-    if (images is None) != (labels is None):
-        raise ConfigError("--images and --labels belong together: a folder of images and its table")
-    if masks is not None and not masks.is_dir():
-        raise ConfigError(f"--masks {masks} is no folder; give one with a mask per image")
-    if embed_images and (report is None or report.resolve().is_relative_to(store.home.root.resolve())):
-        raise ConfigError(
-            "--embed-images needs --report with a folder outside the home: reports in it can be read by every key, "
-            "and hold no image"
-        )
+    _require_together(store, images, labels, masks, report, embed_images)
     document = bundle.document
     priors = document.calibration.priors
     shares = stated_prevalence(dict(prevalence), priors) if prevalence else None
@@ -97,6 +89,20 @@ def measure_model(
     if report is not None:
         write_report(report, bundle, loaded, found, evaluation, embed_images=embed_images)
     return evaluation
+
+
+def _require_together(
+    store: "Store", images: Path | None, labels: Path | None, masks: Path | None, outside: Path | None, embeds: bool
+) -> None:
+    if (images is None) != (labels is None):
+        raise ConfigError("--images and --labels belong together: a folder of images and its table")
+    if masks is not None and not masks.is_dir():
+        raise ConfigError(f"--masks {masks} is no folder; give one with a mask per image")
+    if embeds and (outside is None or outside.resolve().is_relative_to(store.home.root.resolve())):
+        raise ConfigError(
+            "--embed-images needs --report with a folder outside the home: reports in it can be read by every key, "
+            "and hold no image"
+        )
 
 
 def _probed(
