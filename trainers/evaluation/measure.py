@@ -44,7 +44,6 @@ def measure_model(
     report: Path | None = None,
     embed_images: bool = False,
     precision: PrecisionChoice = "auto",
-    actor: str = "cli",
     progress: "Progress",
 ) -> Evaluation:
     """Measure a model on a split of a dataset, or on any folder of labelled images.
@@ -64,7 +63,6 @@ def measure_model(
         report: folder to write report.html and metrics.json to.
         embed_images: show the worst mistakes in the report, which has to be outside the home.
         precision: number format of the network.
-        actor: who reads the split, for the audit.
         progress: bars are added to it.
     Returns:
         The figures, with their intervals.
@@ -81,7 +79,7 @@ def measure_model(
         found = predict_folder(loaded, images, labels, columns=columns, progress=progress, masks=masks)
     else:
         dataset = load_dataset(store, data or document.dataset_id)
-        found = predict_split(store, bundle, dataset, split, actor=actor, model=loaded, progress=progress, masks=masks)
+        found = predict_split(store, bundle, dataset, split, actor="cli", model=loaded, progress=progress, masks=masks)
     # Thresholds are used as served; a stated prevalence re-weights only the figures without thresholds.
     evaluation = evaluate(found, document.taxonomy, document.operating, prevalence=shares, priors=priors)
     evaluation = with_slices(evaluation, found, document.taxonomy, document.operating)
