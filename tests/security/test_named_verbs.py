@@ -1,11 +1,6 @@
-"""Verbs act on the rollout or model that they name: late, repeated and racing calls never take another one away."""
+"""Verbs act on the rollout or model that they name: late and repeated calls never take another one away."""
 
 import json
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,85 +17,16 @@ from cluster.round_steps import RoundContext
 from cluster.settings import Settings
 from images.importer import import_folder
 from images.synth import synthesize
-from records.errors import RefusedError, RelookError, UnavailableError, UnknownIdError, UserError
+from records.errors import RefusedError, RelookError, UnknownIdError, UserError
 from records.ids import new_id, utc_now
-from records.models import current_rollout, named_bundle, register, serve_model, serving_id, serving_model
-from records.settings import RecordsSettings
-from records.store import Store, open_store
-from records.types import AuditEvent, FlagReason, ModelRecord, ModelStatus, Rollout, RolloutStage, RoundRecord
+from records.types import ModelRecord, ModelStatus, RolloutStage, RoundRecord
 from serving.access.keys import admin_token
-from serving.client import Client
 from serving.page.api import PageApi
 from serving.page.models import ModelHandlers, Seen
 from serving.rollout.candidate import CandidateOutput, CandidateRows, CandidateRunner
 from serving.rollout.control import add_counts, begin, promote, roll_back, roll_out, undo_promotion
-from serving.schemas import FlagRequest, OutcomeRequest, RolloutRequest, UndoRequest
 from serving.settings import ServingSettings
-from tests.unreliable import unreliable_way
-
-VIOLATED = {"error": (50, 50)}
-ENDINGS = ("model.champion", "rollout.rolled_back")
-
-
-class Models:
-    """A store with a champion and two candidates."""
-
-    def __init__(self, home: Path, tools: Any) -> None:
-        self.home = home
-        self.store = open_store(RecordsSettings(home=home))
-        self.champion, self.a, self.b = (tools.make_bundle(self.store, seed).id for seed in (0, 1, 2))
-        with self.store.ledger.begin() as tx:
-            for model_id, status in ((self.champion, ModelStatus.REGISTERED), (self.a, ModelStatus.CANDIDATE),
-                                     (self.b, ModelStatus.CANDIDATE)):  # fmt: skip
-                register(tx, named_bundle_of(self.store, model_id), status=status)
-            serve_model(tx, self.champion, ModelStatus.CHAMPION, replaces=None)
-
-    def serving(self) -> str | None:
-        with self.store.ledger.read() as tx:
-            found = serving_model(tx)
-        return found.id if found else None
-
-    def status(self, model_id: str) -> ModelStatus:
-        with self.store.ledger.read() as tx:
-            return tx.require(ModelRecord, model_id).status
-
-    def rollout(self, rollout_id: str) -> Rollout:
-        with self.store.ledger.read() as tx:
-            return tx.require(Rollout, rollout_id)
-
-    def candidates_again(self) -> None:
-        with self.store.ledger.begin() as tx:
-            for model_id in (self.a, self.b):
-                tx.update(ModelRecord, model_id, status=ModelStatus.CANDIDATE)
-
-    def actions(self) -> list[str]:
-        with self.store.ledger.read() as tx:
-            return [event.action for event in tx.find(AuditEvent, order_by=("number",))]
-
-    def promote_directly(self, model_id: str, status: ModelStatus = ModelStatus.CHAMPION) -> None:
-        with self.store.ledger.begin() as tx:
-            serve_model(tx, model_id, status, replaces=serving_id(tx))
-
-
-def named_bundle_of(store: Store, model_id: str) -> Any:
-    return named_bundle(store, str(store.home.bundles / model_id))
-
-
-@pytest.fixture
-def models(tmp_path: Path, tools: Any) -> Iterator[Models]:
-    made = Models(tmp_path / "home", tools)
-    yield made
-    made.store.close()
-
-
-@pytest.fixture
-def http(models: Models, tools: Any) -> Iterator[httpx.Client]:
-    """The real service in this process, called without our client."""
-    with tools.run_service(models.store, ServingSettings(port=tools.free_port(), model_poll_s=0.05)) as running:
-        headers = {"Authorization": f"Bearer {admin_token(models.store.home)}"}
-        with httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=30) as opened:
-            yield opened
-
+from tests.security.rollouts import VIOLATED, Models
 
 # ---------------------------------------------------------------- over HTTP
 
@@ -325,57 +251,6 @@ def test_a_round_promotes_only_over_the_model_that_it_compared_with(models: Mode
         assert models.serving() == before
 
 
-# ---------------------------------------------------------------- racing
-
-
-@pytest.mark.parametrize("turn", range(4))
-def test_racing_ends_of_one_rollout_have_one_outcome(models: Models, turn: int) -> None:
-    """Two services on one database: promotion, rollbacks and a guardrail at the same moment."""
-    rollout = begin(models.store, models.a, 10, actor="test")
-    with closing(open_store(RecordsSettings(home=models.home))) as other:
-        _at_once(
-            lambda: promote(models.store, rollout.id, models.a, actor="1"),
-            lambda: roll_back(other, rollout.id, actor="2", why="by hand"),
-            lambda: add_counts(models.store, rollout.id, VIOLATED),
-            lambda: roll_back(other, rollout.id, actor="3", why="again"),
-            lambda: promote(other, rollout.id, models.a, actor="4"),
-            offset=turn,
-        )
-    endings = [action for action in models.actions() if action in ENDINGS]
-    ended = models.rollout(rollout.id)
-    assert len(endings) == 1
-    assert endings == (["model.champion"] if ended.stage is RolloutStage.PROMOTED else ["rollout.rolled_back"])
-    assert models.serving() == (models.a if ended.stage is RolloutStage.PROMOTED else models.champion)
-
-
-def test_racing_starts_begin_one_rollout(models: Models) -> None:
-    with closing(open_store(RecordsSettings(home=models.home))) as other:
-        results = _at_once(
-            lambda: begin(models.store, models.a, 10, actor="1", champion_id=models.champion),
-            lambda: begin(other, models.b, 10, actor="2", champion_id=models.champion),
-            lambda: promote_model(other, Settings(), models.b, provisional=True),
-        )
-    assert len([result for result in results if isinstance(result, Exception)]) == 2
-    with models.store.ledger.read() as tx:
-        assert tx.count(Rollout) == (current_rollout(tx) is not None)
-    assert models.actions().count("rollout.canary") + models.actions().count("model.provisional") == 1
-
-
-def test_racing_undos_take_one_champion_away(models: Models) -> None:
-    models.promote_directly(models.a)
-    models.promote_directly(models.b)
-    with closing(open_store(RecordsSettings(home=models.home))) as other:
-        results = _at_once(
-            lambda: undo_promotion(models.store, models.b, models.a, actor="1", why="bad"),
-            lambda: undo_promotion(other, models.b, models.a, actor="2", why="bad"),
-            lambda: undo_promotion(other, models.a, models.champion, actor="3", why="not its turn"),
-        )
-    done = [result for result in results if not isinstance(result, Exception)]
-    assert models.actions().count("model.promotion_undone") == len(done)
-    # The third may follow the first, since it names what serves then; nothing is undone twice.
-    assert models.serving() == (models.a if len(done) == 1 else models.champion)
-
-
 # ---------------------------------------------------------------- the page
 
 
@@ -404,85 +279,6 @@ def test_a_button_of_an_old_view_acts_on_what_the_page_showed_or_not_at_all(mode
     for view in (second, promoted):
         assert "undo-promotion" in handlers.roll_back("", view, visitor)[1]
     assert models.serving() == models.b
-
-
-# ---------------------------------------------------------------- the client
-
-
-def test_a_lost_response_never_starts_moves_promotes_or_undoes_twice(models: Models, http: httpx.Client) -> None:
-    port, token = http.base_url.port, admin_token(models.store.home)
-    assert port is not None
-
-    def lost(call: Callable[[Client], object]) -> None:
-        with (
-            unreliable_way(port, cuts=1) as way,
-            Client(f"http://127.0.0.1:{way}", token) as client,
-            pytest.raises(UnavailableError, match="may have been processed"),
-        ):
-            call(client)
-
-    lost(lambda client: client.roll_out(RolloutRequest(model=models.a, percent=10)))
-    with models.store.ledger.read() as tx:
-        (started,) = tx.find(Rollout)
-    lost(lambda client: client.roll_out(RolloutRequest(model=models.a, percent=50, rollout=started.id)))
-    assert models.rollout(started.id).percent == 50
-    with unreliable_way(port, cuts=2) as way, Client(f"http://127.0.0.1:{way}", token) as client:
-        # Ended by the first attempt; the third reports it.
-        assert client.roll_back(started.id, "enough").why == "enough"
-    assert models.serving() == models.champion
-    models.promote_directly(models.b)
-    undo = UndoRequest(back_to=models.champion, reason="bad")
-    lost(lambda client: client.undo_promotion(models.b, undo))
-    assert models.serving() == models.champion
-    assert models.actions().count("model.promotion_undone") == 1
-
-
-IDEMPOTENT: dict[str, Callable[[Client], object]] = {
-    "predict": lambda client: client.predict(b"x"),
-    "predict_many": lambda client: client.predict_many([b"x"]),
-    "prediction": lambda client: client.prediction("1"),
-    "explain_image": lambda client: client.explain_image(b"x"),
-    "erase": lambda client: client.erase("1"),
-    "flag": lambda client: client.flag("1", FlagRequest(reason=FlagReason.UNSURE)),
-    "outcome": lambda client: client.outcome(
-        "1", OutcomeRequest(diagnosis="nv", confirmation="histopathology", observed_at=utc_now())
-    ),
-    "rollout": lambda client: client.rollout(),
-    "roll_back": lambda client: client.roll_back("0" * 32, "x"),
-}
-NOT_IDEMPOTENT: dict[str, Callable[[Client], object]] = {
-    "start": lambda client: client.roll_out(RolloutRequest(model="0" * 64)),
-    "move": lambda client: client.roll_out(RolloutRequest(model="0" * 64, rollout="0" * 32, percent=5)),
-    "undo_promotion": lambda client: client.undo_promotion("0" * 64, UndoRequest(back_to="1" * 64, reason="x")),
-}
-
-
-@pytest.mark.parametrize("name", [*IDEMPOTENT, *NOT_IDEMPOTENT])
-@pytest.mark.parametrize("way", ["no response", "503"])
-def test_only_what_changes_nothing_the_second_time_is_sent_again(name: str, way: str) -> None:
-    call = (IDEMPOTENT | NOT_IDEMPOTENT)[name]
-    with (
-        _deaf_service(b"" if way == "no response" else _BUSY) as (port, requests),
-        Client(f"http://127.0.0.1:{port}", retry_s=0.5) as client,
-        pytest.raises(RelookError),
-    ):
-        call(client)
-    assert (len(requests) > 1) is (name in IDEMPOTENT)
-
-
-def test_a_request_that_no_service_got_is_sent_again(tools: Any) -> None:
-    port, seen = tools.free_port(), list[bytes]()
-
-    def answer_later() -> None:
-        with socket.create_server(("127.0.0.1", port)) as listening, listening.accept()[0] as near:
-            seen.append(near.recv(1 << 16))
-
-    timer = threading.Timer(0.3, answer_later)
-    timer.start()
-    with Client(f"http://127.0.0.1:{port}", retry_s=20) as client, pytest.raises(UnavailableError):
-        client.undo_promotion("0" * 64, UndoRequest(back_to="1" * 64, reason="x"))
-    timer.join(timeout=20)
-    assert len(seen) == 1
 
 
 # ---------------------------------------------------------------- the command
@@ -520,50 +316,6 @@ def test_an_unknown_rollout_is_told_with_what_is_in_progress(models: Models) -> 
 
 
 # ---------------------------------------------------------------- helpers
-
-_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-
-
-@contextmanager
-def _deaf_service(response: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """Read every request, send the same response or none, and close the connection."""
-    listening, requests = socket.create_server(("127.0.0.1", 0)), list[bytes]()
-
-    def serve() -> None:
-        while True:
-            try:
-                near, _ = listening.accept()
-            except OSError:
-                return
-            with near:
-                requests.append(near.recv(1 << 16))
-                near.sendall(response)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield listening.getsockname()[1], requests
-    finally:
-        listening.shutdown(socket.SHUT_RDWR)
-        listening.close()
-        thread.join(timeout=5)
-
-
-def _at_once(*calls: Callable[[], object], offset: int = 0) -> list[object]:
-    """Call all at the same moment from threads of their own; an error of the tree is a result."""
-    barrier = threading.Barrier(len(calls))
-
-    def run(call: Callable[[], object]) -> object:
-        barrier.wait(timeout=20)
-        try:
-            return call()
-        except RelookError as error:
-            return error
-
-    # In another order at each turn, since the first thread is often the first to get the lock.
-    turned = [*calls[offset:], *calls[:offset]]
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(run, turned))
 
 
 def _selected(runner: CandidateRunner) -> CandidateRows:
