@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.drills.service_process import LocalService
 from images.synth import render
 from records.bundles import (
     Architecture,
@@ -24,12 +25,12 @@ from records.bundles import (
 from records.models import register, serve_model, serving_id
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from records.types import ModelStatus, Prediction
+from records.types import ModelStatus, Scope
+from serving.access.keys import create_key
 from serving.app import create_app
 from serving.client import Client
 from serving.explainer import Explainer
 from serving.http_server import HttpServer, limits_of
-from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.predictor import Predictor
 from serving.settings import ServingSettings
 from tests.ports import free_port
@@ -112,30 +113,6 @@ def serve_bundle(store: Store, bundle: Bundle, status: ModelStatus = ModelStatus
 
 
 @dataclass(frozen=True)
-class LocalService:
-    """The service in one process and event loop, without Ray."""
-
-    store: Store
-    settings: ServingSettings
-    predictor: Predictor
-    explainer: Explainer
-
-    async def predict(self, request: PredictionRequest) -> StoredPrediction:
-        return await self.predictor.predict(request)
-
-    async def explain(
-        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
-    ) -> HeatMap:
-        return await asyncio.to_thread(self.explainer.explain, prediction, method, target, versus)
-
-    async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
-        return await asyncio.to_thread(self.explainer.explain_image, image, method, target, versus)
-
-    async def state(self) -> ServingState:
-        return self.predictor.state()
-
-
-@dataclass(frozen=True)
 class RunningService:
     """A service that can be reached over HTTP, and what it stores into."""
 
@@ -180,12 +157,20 @@ def run_service(store: Store, settings: ServingSettings, page: bool = False) -> 
         loop.close()
 
 
+def make_key(store: Store, name: str, *scopes: Scope, organisation: str | None = None, sandbox: bool = False) -> str:
+    """Create a key and return its token; the organisation has the key's name unless it is given."""
+    return create_key(
+        store, name=name, organisation=organisation or name, scopes=scopes, actor="test", sandbox=sandbox
+    )[1]
+
+
 class ServingTools:
     """The helpers of this file under one name."""
 
     make_bundle = staticmethod(make_bundle)
     serve_bundle = staticmethod(serve_bundle)
     run_service = staticmethod(run_service)
+    make_key = staticmethod(make_key)
     free_port = staticmethod(free_port)
     side_px = SIDE_PX
 
@@ -217,6 +202,15 @@ def service_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """The store of the in-process service: one champion with random weights."""
     opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("served")))
     # With this bias the random network answers some images and sends others to review.
+    serve_bundle(opened, make_bundle(opened, 0, bias={"bcc": -2.0}))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store like that of the in-process service, for the tests of one file that change it or its settings."""
+    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("kept")))
     serve_bundle(opened, make_bundle(opened, 0, bias={"bcc": -2.0}))
     yield opened
     opened.close()

@@ -10,32 +10,19 @@ from typing import Any
 import httpx
 import pytest
 
-from records.settings import RecordsSettings
-from records.store import Store, open_store
+from records.store import Store
 from records.types import Scope
-from serving.access.keys import create_key
 from serving.settings import ServingSettings
 
 JPEG = b"Content-Type: image/jpeg\r\n"
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Store]:
-    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("front")))
-    tools.serve_bundle(opened, tools.make_bundle(opened, 0, bias={"bcc": -2.0}))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def keys(kept: Store) -> dict[str, str]:
-    def make(name: str, *scopes: Scope) -> str:
-        return create_key(kept, name=name, organisation=name, scopes=scopes, actor="test")[1]
-
+def keys(kept: Store, tools: Any) -> dict[str, str]:
     return {
-        "honest": make("honest", Scope.PREDICT, Scope.FLAG),
-        "greedy": make("greedy", Scope.PREDICT, Scope.FLAG),
-        "reader": make("reader", Scope.AUDIT),
+        "honest": tools.make_key(kept, "honest", Scope.PREDICT, Scope.FLAG),
+        "greedy": tools.make_key(kept, "greedy", Scope.PREDICT, Scope.FLAG),
+        "reader": tools.make_key(kept, "reader", Scope.AUDIT),
     }
 
 

@@ -49,14 +49,6 @@ class Proxied:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Store]:
-    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("proxied")))
-    tools.serve_bundle(opened, tools.make_bundle(opened, 0, bias={"bcc": -2.0}))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
 def key(kept: Store) -> str:
     return create_key(kept, name="outside", organisation="out", scopes=[Scope.PREDICT, Scope.AUDIT], actor="test")[1]
 

@@ -18,7 +18,7 @@ from records.images import strip_metadata
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, Consent, Image, Outcome, Prediction, ReviewItem, Scope, SourceLabel
-from serving.access.keys import admin_token, create_key
+from serving.access.keys import admin_token
 from serving.client import Client
 from serving.erasure import serving_places
 from serving.page.uploads import PageFiles
@@ -33,23 +33,12 @@ ClientOf = Callable[[str], Client]
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Store]:
-    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("erasing")))
-    tools.serve_bundle(opened, tools.make_bundle(opened, 0, bias={"bcc": -2.0}))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def tokens(kept: Store) -> dict[str, str]:
-    def make(name: str, organisation: str, *scopes: Scope, **more: Any) -> str:
-        return create_key(kept, name=name, organisation=organisation, scopes=scopes, actor="test", **more)[1]
-
+def tokens(kept: Store, tools: Any) -> dict[str, str]:
     return {
-        "north": make("north", "north", Scope.PREDICT, Scope.FLAG),
-        "south": make("south", "south", Scope.PREDICT, Scope.FLAG),
-        "sandbox": make("sandbox", "north", Scope.PREDICT, sandbox=True),
-        "auditor": make("auditor", "hospital", Scope.AUDIT),
+        "north": tools.make_key(kept, "north", Scope.PREDICT, Scope.FLAG),
+        "south": tools.make_key(kept, "south", Scope.PREDICT, Scope.FLAG),
+        "sandbox": tools.make_key(kept, "sandbox", Scope.PREDICT, organisation="north", sandbox=True),
+        "auditor": tools.make_key(kept, "auditor", Scope.AUDIT, organisation="hospital"),
         "admin": admin_token(kept.home),
     }
 

@@ -1,5 +1,5 @@
 """The fixtures of the in-process service."""
 
-from tests.service import client, make_image, service, service_store, tools
+from tests.service import client, kept, make_image, service, service_store, tools
 
-__all__ = ["client", "make_image", "service", "service_store", "tools"]
+__all__ = ["client", "kept", "make_image", "service", "service_store", "tools"]

@@ -13,8 +13,7 @@ from records import audit
 from records.errors import AccessError, ConfigError, RefusedError, UnknownIdError
 from records.ids import utc_now
 from records.retention import apply_retention
-from records.settings import RecordsSettings
-from records.store import Store, open_store
+from records.store import Store
 from records.types import ApiKey, Image, Prediction, ReviewItem, ReviewState, Scope
 from serving.access.keys import admin_token, create_key, revoke_key
 from serving.client import Client
@@ -27,23 +26,12 @@ JPEG = {"Content-Type": "image/jpeg"}
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Store]:
-    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("keyed")))
-    tools.serve_bundle(opened, tools.make_bundle(opened, 0, bias={"bcc": -2.0}))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def tokens(kept: Store) -> dict[str, str]:
-    def make(name: str, organisation: str, *scopes: Scope, **more: Any) -> str:
-        return create_key(kept, name=name, organisation=organisation, scopes=scopes, actor="test", **more)[1]
-
+def tokens(kept: Store, tools: Any) -> dict[str, str]:
     return {
-        "north": make("north", "north", Scope.PREDICT, Scope.FLAG),
-        "south": make("south", "south", Scope.PREDICT),
-        "sandbox": make("sandbox", "north", Scope.PREDICT, Scope.FLAG, sandbox=True),
-        "auditor": make("auditor", "hospital", Scope.AUDIT),
+        "north": tools.make_key(kept, "north", Scope.PREDICT, Scope.FLAG),
+        "south": tools.make_key(kept, "south", Scope.PREDICT),
+        "sandbox": tools.make_key(kept, "sandbox", Scope.PREDICT, Scope.FLAG, organisation="north", sandbox=True),
+        "auditor": tools.make_key(kept, "auditor", Scope.AUDIT, organisation="hospital"),
         "admin": admin_token(kept.home),
     }
 
