@@ -362,10 +362,7 @@ def test_only_the_decoder_opens_images() -> None:
         for path in (root / room).rglob("*.py")
         if any(call in path.read_text() for call in calls)
     }
-    # Masks of lesions are read by OpenCV: they are no images that a model or a person sees.
-    assert found == {
-        "images/decode.py", "images/decoder_pillow.py", "images/decoder_process.py", "trainers/evaluation/skin.py",
-    }  # fmt: skip
+    assert found == {"images/decode.py", "images/decoder_pillow.py", "images/decoder_process.py"}
 
 
 def _working_decoder() -> psutil.Process:

@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from images.decode import decode_square
 from records.arrays import BoolArray, UInt8Array
-from records.errors import DataError
+from records.errors import DataError, ImageError
 
 TONES = (("very light", 55.0), ("light", 41.0), ("intermediate", 28.0), ("tan", 10.0), ("brown", -30.0))
 """Names with the angle that each lies above (Del Bino & Bernerd 2013); below the last one is `dark`."""
@@ -77,16 +78,12 @@ def find_mask(folder: Path, source_id: str | None) -> Path | None:
 
 
 def read_mask(path: Path, side_px: int) -> BoolArray:
-    """Read a grey mask, bright on the lesion, as the square [S, S] that a model sees; DataError if OpenCV cannot."""
-    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if mask is None:
-        raise DataError(f"the mask {path} cannot be read; it must be a grey PNG")
-    height_px, width_px = mask.shape
-    shorter = min(height_px, width_px)
-    top, left = (height_px - shorter) // 2, (width_px - shorter) // 2
-    # The centre square, as `images.decode` crops the image.
-    square = mask[top : top + shorter, left : left + shorter]
-    return np.asarray(cv2.resize(square, (side_px, side_px), interpolation=cv2.INTER_AREA) >= 128, dtype=np.bool_)
+    """Read a grey mask, bright on the lesion, as the square [S, S] that a model sees; DataError if it is no image."""
+    try:
+        square = decode_square(path.read_bytes(), side_px)
+    except (ImageError, OSError) as error:
+        raise DataError(f"the mask {path} cannot be read ({error}); it must be a grey PNG") from error
+    return np.asarray(square.mean(axis=-1) >= 128, dtype=np.bool_)
 
 
 class SkinTones:

@@ -60,6 +60,10 @@ def test_masks_are_found_by_name_and_cut_as_images_are(tmp_path):
     (tmp_path / "ISIC_3.png").write_text("no image")
     with pytest.raises(DataError, match="cannot be read"):
         read_mask(tmp_path / "ISIC_3.png", 30)
+    # A mask comes from outside as images do, and has the same limits.
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "ISIC_4.png")
+    with pytest.raises(DataError, match=r"ISIC_4.*cannot be read .* million are allowed"):
+        read_mask(tmp_path / "ISIC_4.png", 30)
     tones = SkinTones(["ISIC_1", None], tmp_path)
     tones.add(np.stack([image(), image()]))
     assert len(tones.angles) == 2
