@@ -16,6 +16,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serving.exchange import SECURITY_HEADERS
 from serving.problems import problem, problem_response
 from serving.schemas import Problem
 
@@ -357,6 +358,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if not busy:
             self._limits.on_response(refusal.status)
         response = problem_response(refusal, None, 1 if refusal.status == 503 else None)
+        response.headers.update(SECURITY_HEADERS)
         if refusal.status == 405:
             response.headers["Allow"] = METHODS
         lines = [b"HTTP/1.1 %d %s" % (refusal.status, refusal.title.encode()), b"connection: close"]

@@ -4,7 +4,7 @@ In: an ASGI request. Out: the app's response with the headers that every respons
 app has none.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
@@ -17,6 +17,18 @@ from serving.schemas import Problem
 CANCELLED = 499
 """Counted for a request whose caller hung up before the response; nginx's number, nobody receives it."""
 
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    # The page, its files, the documentation and reports have policies of their own; nothing else loads anything.
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Of every response, also of those that the listener makes itself, unless the app sets them."""
+
 
 class Exchange:
     """One request and its response.
@@ -25,7 +37,6 @@ class Exchange:
         scope: of the request.
         receive: of the server.
         send: of the server.
-        headers: of every response, if the app does not set them itself.
         retry_after_s: wait that a 429 or 503 asks for, seconds.
         on_response: called with the status of the response.
     """
@@ -35,12 +46,10 @@ class Exchange:
         scope: Scope,
         receive: Receive,
         send: Send,
-        headers: Mapping[str, str],
         retry_after_s: int,
         on_response: Callable[[int], None],
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._headers = headers
         self._retry_after_s = retry_after_s
         self._on_response = on_response
         self._refusal: Problem | None = None
@@ -128,7 +137,7 @@ class Exchange:
         self._on_response(self._scope["state"].get("ended", message["status"]))
         headers = MutableHeaders(scope=message)
         headers["X-Request-Id"] = self._scope["state"]["request_id"]
-        for name, value in self._headers.items():
+        for name, value in SECURITY_HEADERS.items():
             headers.setdefault(name, value)
 
 

@@ -29,16 +29,6 @@ API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 HEALTH_PATHS = ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 """Paths that also take HEAD."""
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-_SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    # The page, its files, the documentation and reports have policies of their own; nothing else loads anything.
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 
 
 class RequestMiddleware:
@@ -80,9 +70,7 @@ class RequestMiddleware:
             return
         scope = self._proxies.resolve(scope)
         scope["state"]["request_id"] = request_id = new_id()
-        exchange = Exchange(
-            scope, receive, send, _SECURITY_HEADERS, self._settings.retry_after_s, self.on_response
-        )  # fmt: skip
+        exchange = Exchange(scope, receive, send, self._settings.retry_after_s, self.on_response)
         refused = self._refusal(scope)
         if refused is not None:
             await exchange.respond(refused)

@@ -12,6 +12,7 @@ import pytest
 
 from records.store import Store
 from records.types import Scope
+from serving.exchange import SECURITY_HEADERS
 from serving.settings import ServingSettings
 
 JPEG = b"Content-Type: image/jpeg\r\n"
@@ -52,6 +53,8 @@ def response_of(raw: socket.socket) -> tuple[int, dict[str, Any]]:
     with closing(http.client.HTTPResponse(raw)) as response:
         response.begin()
         body = response.read()
+    # Whoever made it: the app, the middleware before it, or the listener before both.
+    assert {name: response.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
     is_problem = response.headers["content-type"] == "application/problem+json"
     return response.status, json.loads(body) if is_problem else {}
 
