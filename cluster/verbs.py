@@ -258,7 +258,7 @@ def rounds(call: Call) -> None:
 def _run(call: Call, store: "Store", person: str, *, resume: bool) -> None:
     from cluster.round import run_round
 
-    with advises_resume(lambda: _is_unfinished(store)), call.ray(), _round_shown() as show:
+    with advises_resume(lambda: _is_unfinished(store)), call.ray(), show_round() as show:
         outcome = run_round(store, call.settings, resume=resume, started_by=person, on_event=show)
     call.emit({"round": outcome.record.number, "steps": outcome.results}, f"round {outcome.record.number} is done")
 
@@ -273,7 +273,7 @@ def _is_unfinished(store: "Store") -> bool:
 def _watch(call: Call, store: "Store", person: str) -> None:
     from cluster.schedule import watch
 
-    with call.ray(), _round_shown() as show:
+    with call.ray(), show_round() as show:
         ran = watch(store, call.settings, started_by=person, on_event=show, tell=say)
     call.emit({"rounds": ran}, f"{ran} rounds ran here")
 
@@ -304,7 +304,8 @@ def _replay(call: Call, store: "Store", number: int) -> None:
 
 
 @contextmanager
-def _round_shown() -> "Generator[Callable[[RoundEvent], None]]":
+def show_round() -> "Generator[Callable[[RoundEvent], None]]":
+    """Show a round on stderr while the block runs; yields what `run_round` calls with its events."""
     with progress() as bar:
         yield _RoundDisplay(bar)
 

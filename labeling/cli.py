@@ -92,7 +92,7 @@ def push_command(call: Call) -> None:
     from labeling.push import push
 
     # `push` holds a lease in the ledger, so this may run next to a sync without sending anything twice.
-    with _connected(call) as (store, client), _counting("send tasks") as advance:
+    with _connected(call) as (store, client), counting("send tasks") as advance:
         report = push(store, client, call.settings.labeling, advance=advance)
     _complain(report.unreadable)
     sent = f"{report.pushed} tasks sent, {report.blind} of them blind; {report.refreshed} updated"
@@ -105,7 +105,7 @@ def pull_command(call: Call) -> None:
     """Read annotations from Label Studio, with edits and deletions; each is read once."""
     from labeling.pull import pull
 
-    with _connected(call) as (store, client), _counting("read annotations") as advance:
+    with _connected(call) as (store, client), counting("read annotations") as advance:
         report = pull(store, client, call.settings.labeling, advance=advance)
     _complain([*report.failed, *report.not_understood])
     call.emit(report, f"{report.new_labels} new annotations, {report.deleted} withdrawn")
@@ -152,7 +152,7 @@ def _sync(call: Call, store: "Store") -> "SyncReport":
     from labeling.connection import require
     from labeling.sync import sync
 
-    with require(store.home, call.settings.labeling) as client, _counting("sync tasks and annotations") as advance:
+    with require(store.home, call.settings.labeling) as client, counting("sync tasks and annotations") as advance:
         report = sync(store, client, call.settings.labeling, advance=advance)
     _complain([*report.push.unreadable, *report.pull.failed, *report.pull.not_understood])
     return report
@@ -222,7 +222,7 @@ def simulate_command(
     """Annotate the open tasks whose truth is known, through Label Studio's API."""
     from labeling.simulated_annotator import annotate, read_truth
 
-    with _connected(call) as (store, client), _counting("annotate") as advance:
+    with _connected(call) as (store, client), counting("annotate") as advance:
         known = read_truth(truth or store.home.demo / "truth.parquet", store.taxonomy)
         given = annotate(
             client, store, known, error_rate=error_rate, cant_tell_rate=cant_tell_rate, seed=seed, limit=limit,
@@ -277,8 +277,8 @@ def _exit_if(failed: list[str]) -> None:
 
 
 @contextmanager
-def _counting(what: str) -> Generator[Callable[[int, int], None]]:
-    """Yield what shows (done, total); the task is added by the first call, so that no work shows nothing."""
+def counting(what: str) -> Generator[Callable[[int, int], None]]:
+    """Show a count on stderr; yield what takes (done, total), whose first call adds the task: no work shows nothing."""
     with progress() as bar:
         task: TaskID | None = None
 

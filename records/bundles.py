@@ -172,10 +172,21 @@ def write_bundle(
     golden: Mapping[str, np.ndarray[Any, Any]],
     suitability: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> Bundle:
-    """Write a bundle under the home folder, without registering it.
+    """Write a bundle under the home folder, without registering it; see `write_bundle_in`."""
+    return write_bundle_in(store.home.bundles, document, weights, golden, suitability)
+
+
+def write_bundle_in(
+    bundles: Path,
+    document: BundleDocument,
+    weights: Mapping[str, np.ndarray[Any, Any]],
+    golden: Mapping[str, np.ndarray[Any, Any]],
+    suitability: Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> Bundle:
+    """Write a bundle into a folder, as a folder named by its id.
 
     Args:
-        store: its home gets the bundle.
+        bundles: exists.
         document: content of bundle.json.
         weights: parameters and buffers by name.
         golden: `inputs` (uint8 [N, S, S, 3]) and `logits` (float32 [N, C]).
@@ -194,14 +205,14 @@ def write_bundle(
     except ValueError as error:
         raise ContractError(f"the bundle's document cannot be written as JSON: {error}") from error
     # Written under a hidden name and renamed when complete: the id is known only then, and no reader sees a part.
-    with _writing(), building(store.home.bundles) as temporary:
+    with _writing(), building(bundles) as temporary:
         (temporary / DOCUMENT).write_text(text + "\n")
         save_file(_contiguous(weights), temporary / WEIGHTS)
         save_file(_contiguous(golden), temporary / GOLDEN)
         if suitability is not None:
             save_file(_contiguous(suitability), temporary / SUITABILITY)
         bundle_id = content_id(temporary)
-        final = store.home.bundles / bundle_id
+        final = bundles / bundle_id
         # If another process wrote the same bundle first, that one is kept and checked below.
         place(temporary, final)
     return read_bundle(final, bundle_id)

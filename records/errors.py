@@ -5,6 +5,7 @@
     │   ├── ConfigError           a setting that cannot work: names field, value and a valid one
     │   ├── DataError             a folder, table or image that cannot be used
     │   │   └── ImageError        bytes that are not an image Relook reads
+    │   ├── ArgumentError         an argument of the classifier for scikit-learn (also a ValueError)
     │   ├── TaxonomyError         classes that do not fit together
     │   ├── UnknownIdError        an id that names nothing, or more than one thing
     │   ├── RefusedError          a request that is understood and not allowed
@@ -62,6 +63,10 @@ class ImageError(DataError):
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
         """Pickle the code as well: by default an exception pickles only what it passed to `Exception`."""
         return type(self), (str(self), self.code)
+
+
+class ArgumentError(UserError, ValueError):
+    """Raised when an argument of the classifier for scikit-learn cannot be used; its tools expect a ValueError."""
 
 
 class TaxonomyError(UserError):

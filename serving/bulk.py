@@ -133,33 +133,42 @@ def _without_own(files: Sequence[Path], own: tuple[Path, Path, Path]) -> list[Pa
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
+    """One image as a model and a reader see it."""
+
     pixels: UInt8Array
     overlaid: UInt8Array
     """the square that a heat map is drawn over"""
     shorter_px: int
 
 
-def _read(path: Path, side_px: int, drawn_px: int, max_pixels: int) -> _Decoded:
-    data = path.read_bytes()
+def _read(path: Path, side_px: int, drawn_px: int, max_pixels: int) -> Decoded:
+    return decode_for(path.read_bytes(), side_px, drawn_px, max_pixels)
+
+
+def decode_for(data: bytes, side_px: int, drawn_px: int, max_pixels: int) -> Decoded:
+    """Decode an image that was not imported at the side of a model and at the side at which it is drawn.
+
+    ImageError is raised if the bytes are no image that can be read, or have more than `max_pixels`.
+    """
     sniff(data)
     width_px, height_px = image_size(data)
     if width_px * height_px > max_pixels:
         raise ImageError(f"{width_px} x {height_px} pixels are too many", "too_many_pixels")
     squares = decode_squares(data, sorted({side_px, drawn_px}))
-    return _Decoded(squares[side_px], squares[drawn_px], min(width_px, height_px))
+    return Decoded(squares[side_px], squares[drawn_px], min(width_px, height_px))
 
 
 def _rows(
     bundle: Bundle,
     loaded: LoadedModel,
     folder: Path,
-    batch: list[tuple[Path, _Decoded | Exception]],
+    batch: list[tuple[Path, Decoded | Exception]],
     settings: ServingSettings,
     maps: Path | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each image; one that cannot be read, predicted or drawn has an error and stops no other."""
-    usable = [(path, read) for path, read in batch if isinstance(read, _Decoded)]
+    usable = [(path, read) for path, read in batch if isinstance(read, Decoded)]
     predicted = each_in_parts(usable, partial(_predicted, bundle, loaded, folder, settings, maps))
     failed = [(path, read) for path, read in batch if isinstance(read, Exception)]
     for path, error in failed:
@@ -176,7 +185,7 @@ def _predicted(
     folder: Path,
     settings: ServingSettings,
     maps: Path | None,
-    usable: Sequence[tuple[Path, _Decoded]],
+    usable: Sequence[tuple[Path, Decoded]],
 ) -> list[dict[str, Any]]:
     rows = []
     pixels = np.stack([read.pixels for _, read in usable])

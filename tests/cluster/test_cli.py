@@ -15,7 +15,7 @@ import typer
 
 from cluster.cli import app, run
 from cluster.round import RoundEvent
-from cluster.verbs import _round_shown
+from cluster.verbs import show_round
 from records.command import JsonCall, verb
 from trainers.fitting.epoch_report import EpochReport
 
@@ -226,7 +226,7 @@ def test_a_round_shows_each_step_as_it_begins_reports_and_ends(capsys: pytest.Ca
         epoch=2, train_loss=0.8, val_loss=0.9, val_balanced_accuracy=0.5, val_accuracy=0.6, key_class_sensitivity=None,
         learning_rate=0.01, images_per_s=812.0, seconds=3.0,
     )  # fmt: skip
-    with _round_shown() as show:
+    with show_round() as show:
         show(RoundEvent(3, "collect", "kept", "collect: already done"))
         show(RoundEvent(3, "fit", "started", "fit begins"))
         show(RoundEvent(3, "fit", "progress", "epoch", epoch))

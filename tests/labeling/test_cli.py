@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from labeling.cli import _counting, app
+from labeling.cli import app, counting
 from labeling.client import LabelStudioClient
 from labeling.connection import connect, require
 from labeling.local_server import LocalLabelStudio, ServerInfo
@@ -120,10 +120,10 @@ def test_settings_and_arguments_that_cannot_work(
 
 
 def test_work_is_counted_and_no_work_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with _counting("send tasks"):
+    with counting("send tasks"):
         pass
     assert capsys.readouterr().err == ""
-    with _counting("send tasks") as advance:
+    with counting("send tasks") as advance:
         advance(1, 2)
         advance(2, 2)
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]

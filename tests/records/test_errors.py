@@ -11,6 +11,7 @@ def test_what_the_caller_can_fix_is_a_user_error() -> None:
     assert users == {
         "UserError",
         "AccessError",
+        "ArgumentError",
         "ConfigError",
         "DataError",
         "ImageError",
@@ -19,7 +20,7 @@ def test_what_the_caller_can_fix_is_a_user_error() -> None:
         "RefusedError",
         "LabelStudioStartError",
     }
-    assert len(ours) == 16
+    assert len(ours) == 17
 
 
 def test_an_image_error_keeps_its_code_between_processes() -> None:

@@ -1,0 +1,650 @@
+"""Relook from Python: the calls that a notebook needs, with the functions that the `relook` command calls.
+
+    import relook
+
+    home = relook.open_home("./my-home", set={"trainers.epochs": 5})
+    relook.import_images(home, "./photos")
+    model = relook.train(home)
+    print(relook.evaluate(home, model, split="test").balanced_accuracy_ci)
+    print(model.predict(["mole.jpg"]).to_frame())
+
+Settings have the names of `--set room.field=value`, and come from the same sources: defaults, preset, file, the
+environment, then `set`. Errors are `relook.RelookError` and its classes. Progress goes to stderr. Importing this module
+loads neither torch nor Ray; each call loads what it needs, and Ray starts only for searches and several workers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from records.errors import (
+    ConfigError,
+    DataError,
+    ImageError,
+    LabelStudioError,
+    RefusedError,
+    RelookError,
+    TaxonomyError,
+    UnknownIdError,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from cluster.round import RoundOutcome
+    from cluster.selection import Selection
+    from cluster.settings import Settings
+    from images.given import GivenImage
+    from images.importer import ImportReport
+    from images.synth import SynthReport
+    from labeling.sync import SyncReport
+    from records.bundles import Bundle
+    from records.store import Store
+    from serving.direct import Explanation, Prediction, Predictions
+    from trainers.classifier import RelookClassifier
+    from trainers.evaluation.figures import Evaluation
+    from tuning.report import SearchReport
+    from vision.inference.loaded import LoadedModel
+
+__all__ = [
+    "ConfigError", "DataError", "Explanation", "Home", "ImageError", "LabelStudioError", "Model", "Prediction",
+    "Predictions", "RefusedError", "RelookClassifier", "RelookError", "Search", "TaxonomyError", "UnknownIdError",
+    "UserError", "evaluate", "explain", "import_images", "load_model", "open_home", "run_round", "select",
+    "sync_labels", "synthesize", "train", "tune",
+]  # fmt: skip
+
+_LOADED_ON_USE = {
+    "Explanation": "serving.direct",
+    "Prediction": "serving.direct",
+    "Predictions": "serving.direct",
+    "RelookClassifier": "trainers.classifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what takes seconds to import when it is used, and not before."""
+    if name not in _LOADED_ON_USE:
+        raise AttributeError(f"module 'relook' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LOADED_ON_USE[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the names of this module that callers use."""
+    return __all__
+
+
+class Home:
+    """An open home: the folder that holds everything, and its settings. Made by `open_home`; a context manager.
+
+    Args:
+        config: YAML file of settings, or None.
+        preset: its name, or None for the default one.
+        sets: `room.field=value` texts.
+    """
+
+    def __init__(self, config: Path | None, preset: str | None, sets: Sequence[str]) -> None:
+        from cluster.sources import load_settings
+        from images.settings import limits_variable
+        from records.settings import environment
+        from records.store import open_store
+
+        self._sources = (config, preset, tuple(sets))
+        self.settings: Settings = load_settings(config, preset, sets, os.environ)
+        self.store: Store = open_store(self.settings.records)
+        self._open = ExitStack()
+        self._open.callback(self.store.close)
+        self._open.enter_context(environment(limits_variable(self.settings.images)))
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.store.home.root
+
+    def with_settings(self, set: Mapping[str, Any] | None) -> Settings:
+        """Return the settings of the home with others for one call, by dotted names."""
+        if not set:
+            return self.settings
+        from cluster.sources import load_settings
+
+        if places := [name for name in set if name.partition(".")[0] in ("records", "images")]:
+            raise ConfigError(f"{places[0]} cannot change while the home is open; give it to open_home")
+        config, preset, sets = self._sources
+        return load_settings(config, preset, (*sets, *_texts(set)), os.environ)
+
+    def close(self) -> None:
+        """Close the database; a second call does nothing."""
+        self._open.close()
+
+    def __enter__(self) -> Home:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Home({str(self.path)!r})"
+
+
+def open_home(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    preset: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    set: Mapping[str, Any] | None = None,
+) -> Home:
+    """Open the folder that holds images, labels and models, and create it if it is missing.
+
+    Args:
+        path: the folder; default: RELOOK_HOME, else `.relook`.
+        preset: settings to start from, such as `laptop` or `ham10000_cpu`.
+        config: YAML file with settings.
+        set: settings by dotted names, such as `{"trainers.epochs": 5, "trainers.optimizer.momentum": 0.9}`.
+    Returns:
+        The open home; use it in a `with` block, or close it.
+    Raises:
+        ConfigError: a setting cannot work, or the folder cannot be used.
+    """
+    place = [] if path is None else [f"records.home={os.path.abspath(Path(path).expanduser())}"]
+    return Home(None if config is None else Path(config), preset, (*place, *_texts(set or {})))
+
+
+def import_images(
+    home: Home,
+    folder: str | os.PathLike[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    table: str | os.PathLike[str] | None = None,
+    in_place: bool = False,
+    **more: Any,
+) -> ImportReport:
+    """Import a folder of labelled images, as `relook data import` does; a second call repeats no work.
+
+    Args:
+        home: gets the images.
+        folder: images and a table, or another layout that `docs/data.md` lists.
+        columns: what a column of the table means, such as `{"dx": "diagnosis", "lesion": "mole_id"}`.
+        labels: labels of the table and the classes that they mean, such as `{"MEL": "mel"}`.
+        table: the table, if the folder holds several.
+        in_place: register the files where they are, and copy nothing.
+        more: any other argument of `images.importer.import_folder`, such as `consent`.
+    Returns:
+        The report: images, lesions, classes, splits, `quarantined` rows with reasons, and notes.
+    Raises:
+        DataError: the folder or its table cannot be used.
+        TaxonomyError: the home has images of another taxonomy.
+    """
+    from images.importer import import_folder
+    from records.progress import progress
+
+    # Decoded at the size that training will use, so that the first training need not decode again.
+    more.setdefault("side_px", (home.settings.trainers.model.side_px,))
+    with progress() as bar:
+        return import_folder(
+            home.store,
+            Path(folder),
+            columns=dict(columns or {}),
+            labels=dict(labels or {}),
+            table=None if table is None else Path(table),
+            in_place=in_place,
+            progress=bar,
+            **more,
+        )
+
+
+def synthesize(
+    folder: str | os.PathLike[str], *, lesions: int = 700, seed: int = 7, width_px: int = 200
+) -> SynthReport:
+    """Generate dermatoscopy-like images in HAM10000's layout, to try things without data; as `relook data synth`.
+
+    Args:
+        folder: empty or missing.
+        lesions: number of lesions; some have several images.
+        seed: equal seeds give equal bytes.
+        width_px: width of the images, at least 80.
+    Returns:
+        Number of images, lesions and images by class.
+    Raises:
+        ConfigError: an argument is out of range.
+        DataError: the folder holds something else.
+    """
+    from images.synth import synthesize as write
+    from records.progress import progress
+
+    with progress() as bar:
+        return write(Path(folder), lesions=lesions, seed=seed, width_px=width_px, progress=bar)
+
+
+def train(
+    home: Home,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    start_from: str | Model | None = None,
+    resume: bool = False,
+    set: Mapping[str, Any] | None = None,
+) -> Model:
+    """Train a model, calibrate and register it, as `relook train` does.
+
+    One worker trains in this process; Ray starts for `trainers.workers.count` above 1, or streaming.
+
+    Args:
+        home: with the images.
+        data: dataset id, or a folder that is imported first; default: the newest version.
+        start_from: a model to fine-tune.
+        resume: go on with the interrupted training of these settings.
+        set: settings for this training, such as `{"trainers.epochs": 5}`.
+    Returns:
+        The model; its report on the val split is in `model.report`.
+    Raises:
+        RefusedError: these settings were trained on this dataset before; resume, or change a setting.
+        DataError: there are no images, or a split is empty.
+        DivergedError: a loss is not finite.
+    """
+    from images.importer import open_dataset
+    from records.progress import progress
+    from trainers.fitting.run import run_folder, train_and_register
+
+    settings, start = home.with_settings(set), None if start_from is None else _bundle(home, start_from)
+    with progress() as bar:
+        dataset = open_dataset(home.store, None if data is None else os.fspath(data), progress=bar)
+        run_dir = run_folder(home.store, settings.trainers, dataset, start_from=start, resume=resume)
+        with _ray(settings, settings.trainers.needs_ray):
+            bundle = train_and_register(home.store, settings.trainers, dataset, run_dir, start_from=start, progress=bar)
+    return Model(bundle, settings)
+
+
+class Search:
+    """What `tune` found.
+
+    Args:
+        folder: of the search; its name is what `run=` takes.
+        report: trials, effects of each choice, failures and costs, best first.
+        page: the report as one HTML page.
+        model: the winner's, trained for all epochs; None with `fit=False`.
+    """
+
+    def __init__(self, folder: Path, report: SearchReport, page: Path, model: Model | None) -> None:
+        self.folder, self.report, self.page, self.model = folder, report, page, model
+
+    def __repr__(self) -> str:
+        return f"Search({self.folder.name!r}, {len(self.report.leaderboard)} trials)"
+
+
+def tune(
+    home: Home,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    trials: int | None = None,
+    space: Sequence[str] = (),
+    fit: bool = True,
+    resume: bool = False,
+    run: str | None = None,
+    set: Mapping[str, Any] | None = None,
+) -> Search:
+    """Search for better training settings on Ray, as `relook tune` does; val alone chooses the winner.
+
+    Args:
+        home: with the images.
+        data: dataset id, or a folder; default: the newest version.
+        trials: number of trials; default: `tuning.trials`.
+        space: axes such as `"optimizer.learning_rate=1e-3..1e-1"`, besides those of the settings.
+        fit: train the winner for all epochs and register it.
+        resume: resume the unfinished search.
+        run: name of the search to resume, if there are several.
+        set: settings for this search.
+    Returns:
+        The report, and the winner's model.
+    Raises:
+        ConfigError: settings or space cannot work.
+        DataError: train or val is empty.
+        RefusedError: another process runs this search.
+    """
+    from images.importer import open_dataset
+    from records.progress import progress
+    from tuning.cli import show_search
+    from tuning.report import report_on, write_report
+    from tuning.search import fit_winner, search, search_folder, search_lease, searched_space
+
+    given = dict(set or {}) | ({} if trials is None else {"tuning.trials": trials})
+    if space:
+        given["tuning.space"] = [*home.with_settings(set).tuning.space, *space]
+    settings = home.with_settings(given)
+    # Only for its errors: an impossible space is refused before data are imported and Ray starts.
+    searched_space(settings.tuning, settings.trainers)
+    store = home.store
+    folder = search_folder(store, resume=resume, name=run)
+    with progress() as bar:
+        dataset = open_dataset(store, None if data is None else os.fspath(data), progress=bar)
+    with search_lease(store, folder, resume=resume), _ray(settings), show_search() as on_event:
+        result = search(store, settings.tuning, settings.trainers, dataset, run_dir=folder, on_event=on_event)
+    model = None
+    if fit:
+        with progress() as bar:
+            model = Model(fit_winner(store, result, dataset, folder, bar), settings)
+    report = report_on(folder)
+    return Search(folder, report, write_report(report, folder), model)
+
+
+def evaluate(
+    home: Home,
+    model: str | os.PathLike[str] | Model = "champion",
+    *,
+    split: Literal["train", "val", "calibration", "gate", "test"] = "val",
+    data: str | None = None,
+    images: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    masks: str | os.PathLike[str] | None = None,
+    prevalence: Mapping[str, float] | None = None,
+    robustness: bool = False,
+    explanations: bool = False,
+    report: str | os.PathLike[str] | None = None,
+    embed_images: bool = False,
+) -> Evaluation:
+    """Measure a model on a split, or on any folder of labelled images, as `relook evaluate` does.
+
+    Args:
+        home: with the images.
+        model: a model, an id prefix, a bundle's path, `champion` or `candidate`.
+        split: to measure on; every read of gate and test is audited and counted.
+        data: dataset id; default: the dataset that the model was trained on.
+        images: a folder of labelled images to measure on instead, with `labels`.
+        labels: the table of `images`.
+        columns: names of its columns where they differ from the usual ones.
+        masks: folder of lesion masks.
+        prevalence: class shares to re-weight to, such as `{"nv": 0.9}`.
+        robustness: also attack a sample with FGSM and PGD.
+        explanations: also measure how faithful the heat maps are.
+        report: folder to write report.html and metrics.json to.
+        embed_images: show the worst mistakes in the report, which has to be outside the home.
+    Returns:
+        The figures, with 95 % intervals that are resampled by group (lesion or patient).
+    Raises:
+        UnknownIdError: there is no such model or dataset.
+        DataError: the split is empty, or the folder cannot be used.
+    """
+    from records.progress import progress
+    from records.types import Split
+    from trainers.evaluation.measure import measure_model
+
+    if split not in list(Split):
+        raise ConfigError(f"split is {split!r}; it must be one of {', '.join(Split)}")
+    with progress() as bar:
+        return measure_model(
+            home.store,
+            _bundle(home, model),
+            split=Split(split),
+            data=data,
+            images=_path(images),
+            labels=_path(labels),
+            columns=columns,
+            masks=_path(masks),
+            prevalence=prevalence,
+            robustness=robustness,
+            explanations=explanations,
+            report=_path(report),
+            embed_images=embed_images,
+            precision=home.settings.trainers.precision,
+            progress=bar,
+        )
+
+
+class Model:
+    """A trained model. Made by `train`, `tune` and `load_model`; the network is loaded at its first use.
+
+    Args:
+        bundle: its files, which were checked.
+        settings: of the home.
+    """
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        self.bundle = bundle
+        self._settings = settings
+
+    @property
+    def id(self) -> str:
+        """64 hex characters, the hash of its files."""
+        return self.bundle.id
+
+    @property
+    def path(self) -> Path:
+        """The folder of the bundle."""
+        return self.bundle.path
+
+    @property
+    def report(self) -> Path:
+        """The page with its figures on the val split; written by `train`."""
+        return self.bundle.path / "report" / "report.html"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class codes, in the order of every output."""
+        return self.bundle.document.taxonomy.codes
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the training and on val; val chose the epoch, so `evaluate` on test measures the model."""
+        return self.bundle.document.metrics
+
+    def predict(
+        self,
+        images: GivenImage | Iterable[GivenImage],
+        *,
+        heat_maps: bool = False,
+        errors: Literal["raise", "keep"] = "raise",
+    ) -> Predictions:
+        """Predict images with the decisions of the service; nothing is stored.
+
+        Args:
+            images: one or several: paths, bytes of files, Pillow images, or arrays uint8 [H, W, 3].
+            heat_maps: also compute Grad-CAM of each predicted class.
+            errors: `raise` stops at an image that cannot be read; `keep` gives its prediction the reason as `error`.
+        Returns:
+            A prediction per image, in their order; `to_frame()` makes a table of them.
+        Raises:
+            ImageError: an image cannot be read.
+            IntegrityError: the model does not reproduce its golden logits.
+        """
+        from serving.direct import predict_given
+
+        if errors not in ("raise", "keep"):
+            raise ConfigError(f"errors is {errors!r}; it must be raise or keep")
+        return predict_given(
+            self.bundle, self._loaded, images, self._settings.serving, heat_maps=heat_maps, keep=errors == "keep"
+        )
+
+    def explain(
+        self, image: GivenImage, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
+    ) -> Explanation:
+        """Explain the prediction of an image; see `relook.explain`."""
+        from serving.direct import explain_given
+
+        return explain_given(self._precise, image, method, target, versus)
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        from vision.inference.loaded import load_model as load
+
+        loaded = load(self.bundle, precision=self._settings.serving.precision)
+        loaded.check_golden()
+        return loaded
+
+    @cached_property
+    def _precise(self) -> LoadedModel:
+        from vision.inference.loaded import load_model as load
+
+        # Gradients need fp32.
+        return load(self.bundle, precision="fp32")
+
+    def __repr__(self) -> str:
+        return f"Model({self.id[:12]!r}, {self.bundle.document.architecture.name}, {len(self.classes)} classes)"
+
+
+def load_model(model: str | os.PathLike[str], home: Home | None = None) -> Model:
+    """Load a model to predict and explain with.
+
+    Args:
+        model: an id prefix of 8 or more characters, `champion`, `candidate`, or the path of a bundle.
+        home: where models are looked up by name; default: RELOOK_HOME, else `.relook`. A path needs none.
+    Returns:
+        The model.
+    Raises:
+        UnknownIdError: there is no such model.
+        IntegrityError: its files were altered.
+    """
+    from cluster.sources import load_settings
+    from records.bundles import read_bundle
+
+    if home is not None:
+        return Model(_bundle(home, model), home.settings)
+    if Path(model).is_dir():
+        return Model(read_bundle(Path(model)), load_settings(environ=os.environ))
+    with open_home() as default:
+        return Model(_bundle(default, model), default.settings)
+
+
+def explain(
+    model: Model | str | os.PathLike[str],
+    image: GivenImage,
+    *,
+    method: str = "gradcam",
+    target: str | None = None,
+    versus: str | None = None,
+    home: Home | None = None,
+) -> Explanation:
+    """Compute a heat map: how much each region of an image contributed to a class, as `relook explain` does.
+
+    Args:
+        model: a model, or what `load_model` takes.
+        image: a path, bytes of a file, a Pillow image, or an array uint8 [H, W, 3].
+        method: `gradcam`, or another one of `relook catalog explanations`.
+        target: class to explain; default: the most probable one.
+        versus: class to compare the target with.
+        home: where a model is looked up by name.
+    Returns:
+        `heat_map` [H, W] in 0 to 1 over `image` [H, W, 3], with `overlay()` of the two, and the raw `values`.
+    Raises:
+        ConfigError: there is no such method, or the class would be compared with itself.
+        TaxonomyError: there is no such class.
+        ImageError: the image cannot be read.
+    """
+    loaded = model if isinstance(model, Model) else load_model(model, home)
+    return loaded.explain(image, method=method, target=target, versus=versus)
+
+
+def select(
+    home: Home,
+    model: str | os.PathLike[str] | Model = "champion",
+    *,
+    budget: int = 40,
+    rule: str = "least_confidence",
+    mix: Mapping[str, int] | None = None,
+    pool: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Select unlabelled images for annotators, at most one per lesion, as `relook label select` does.
+
+    Args:
+        home: with the images; it gets the review items, which `sync_labels` sends.
+        model: that scores the images; see `evaluate`.
+        budget: how many images at most.
+        rule: acquisition rule of `relook catalog acquisition_rules`.
+        mix: number of images by rule, instead of `rule` and `budget`.
+        pool: folder of unlabelled images to import and select from; default: the unlabelled images of the home.
+        seed: of rules that draw at random.
+    Returns:
+        How many were selected, and which files of the pool cannot be used.
+    Raises:
+        ConfigError: there is no such rule, or the budget is below 1.
+        DataError: the pool has no usable image.
+    """
+    from cluster.selection import select_from
+
+    if budget < 1 or any(number < 1 for number in (mix or {}).values()):
+        raise ConfigError("a budget is at least 1 image")
+    bundle = _bundle(home, model)
+    return select_from(home.store, bundle, budget=budget, rule=rule, mix=mix, folder=_path(pool), seed=seed)
+
+
+def sync_labels(home: Home, *, set: Mapping[str, Any] | None = None) -> SyncReport:
+    """Read new annotations from Label Studio and send waiting review items, once, as `relook label sync` does.
+
+    Args:
+        home: with the review items.
+        set: settings for this call, such as `{"labeling.url": "http://labels.example"}`.
+    Returns:
+        What was read and sent.
+    Raises:
+        LabelStudioError: no Label Studio is set up, or it does not respond.
+    """
+    from labeling.cli import counting
+    from labeling.connection import require
+    from labeling.sync import sync
+
+    labeling = home.with_settings(set).labeling
+    with require(home.store.home, labeling) as client, counting("sync tasks and annotations") as advance:
+        return sync(home.store, client, labeling, advance=advance)
+
+
+def run_round(home: Home, *, resume: bool = False, set: Mapping[str, Any] | None = None) -> RoundOutcome:
+    """Run a round: collect, version, tune, fit, evaluate, gate, roll out, select, push, as `relook round` does.
+
+    Ray starts for the search; with `{"round.tune": "never"}` and one worker it does not.
+
+    Args:
+        home: with images and labels.
+        resume: resume the interrupted round; its settings have to be the same.
+        set: settings for this round.
+    Returns:
+        `record` of the round with its verdict, and `results` by step.
+    Raises:
+        RefusedError: a round is unfinished, or another process runs one.
+    """
+    from cluster.promotion import KEY_VARIABLE, caller_of, name_of
+    from cluster.round import run_round as run
+    from cluster.verbs import show_round
+
+    settings, store = home.with_settings(set), home.store
+    person = name_of(caller_of(store, os.environ.get(KEY_VARIABLE)))
+    with _ray(settings, settings.round.tune != "never" or settings.trainers.needs_ray), show_round() as show:
+        return run(store, settings, resume=resume, started_by=person, on_event=show)
+
+
+def _bundle(home: Home, model: str | os.PathLike[str] | Model) -> Bundle:
+    from records.models import find_bundle
+
+    return model.bundle if isinstance(model, Model) else find_bundle(home.store, os.fspath(model))
+
+
+def _path(given: str | os.PathLike[str] | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _ray(settings: Settings, needed: bool = True) -> AbstractContextManager[Any]:
+    """Return a block with a Ray session: the one that runs in this process, else a new one; none if none is needed."""
+    if not needed:
+        return nullcontext()
+    from cluster.session import ray_is_running, start_ray
+
+    return nullcontext() if ray_is_running() else start_ray(settings)
+
+
+def _texts(set: Mapping[str, Any]) -> list[str]:
+    """Return settings as the texts that `--set` takes."""
+    return [f"{name}={_text(value)}" for name, value in set.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    try:
+        return json.dumps(list(value) if isinstance(value, tuple) else value)
+    except TypeError:
+        return str(value)

@@ -1,0 +1,252 @@
+"""Predictions and heat maps of images that a caller has in hand, without a service; nothing is stored.
+
+In: a bundle and its loaded model, and images as `images.given` takes them. Out: predictions with the decisions that
+the service would make, or a heat map over its image.
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from images.decode import decode_square
+from images.given import GivenImage, given_list, given_name, image_bytes
+from records.arrays import Float32Array, UInt8Array
+from records.bundles import Bundle
+from records.errors import ConfigError, DataError, ImageError
+from records.taxonomy import Taxonomy
+from records.types import Decision
+from serving.bulk import Decoded, decode_for, verdicts_of
+from serving.settings import ServingSettings
+from serving.triage import Verdict, malignant_probability
+from vision.explanations import FILE_OVERLAY_SIDE_PX
+from vision.explanations.methods import METHODS
+from vision.explanations.overlay import overlay_png, resized_strength
+from vision.inference.attribution import explain
+from vision.inference.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one image.
+
+    Args:
+        image: its path, else `image N`, counted from 0.
+        label: code of the most probable class; None if the image is too poor to judge, or the output is not finite.
+        confidence: its probability; None where the label is.
+        probabilities: by class code, calibrated; empty if the output is not finite.
+        prediction_set: codes of the classes that cannot be ruled out.
+        decision: what the service would do: answered, review, urgent or retake; None for an image that cannot be read.
+        reasons: of the decision.
+        p_malignant: summed probability of the malignant classes; None where there are no probabilities.
+        ood_score: distance from the training images; above 1 is out of distribution; None if it is not known.
+        quality_reason: what is wrong with the image; None: nothing.
+        error: why the image could not be read, or None.
+        heat_map: [S, S] in 0 to 1, over the centre square of the image; None if it was not asked for.
+    """
+
+    image: str
+    label: str | None = None
+    confidence: float | None = None
+    probabilities: dict[str, float] = field(default_factory=dict)
+    prediction_set: tuple[str, ...] = ()
+    decision: Decision | None = None
+    reasons: tuple[str, ...] = ()
+    p_malignant: float | None = None
+    ood_score: float | None = None
+    quality_reason: str | None = None
+    error: str | None = None
+    heat_map: Float32Array | None = field(default=None, repr=False, compare=False)
+
+
+class Predictions(list[Prediction]):
+    """Predictions in the order of the images.
+
+    Args:
+        rows: one per image.
+        classes: class codes, in their order.
+    """
+
+    def __init__(self, rows: Iterable[Prediction], classes: Sequence[str]) -> None:
+        super().__init__(rows)
+        self.classes = tuple(classes)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a table with a row per image and a column `p_CLASS` for each class."""
+        import pandas as pd
+
+        columns = [
+            "image", "decision", "label", "confidence", "p_malignant", "reasons", "prediction_set", "ood_score",
+            "quality_reason", "error",
+        ]  # fmt: skip
+        rows = [
+            {
+                **{name: getattr(one, name) for name in columns},
+                "decision": None if one.decision is None else one.decision.value,
+                "reasons": " ".join(one.reasons),
+                "prediction_set": " ".join(one.prediction_set),
+                **{f"p_{code}": one.probabilities.get(code) for code in self.classes},
+            }
+            for one in self
+        ]
+        return pd.DataFrame(rows, columns=[*columns, *(f"p_{code}" for code in self.classes)])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A heat map of one image.
+
+    Args:
+        target: code of the class that is explained.
+        versus: code of the class that it is compared with, or None.
+        method: that computed the map.
+        probabilities: by class code, calibrated.
+        heat_map: [H, W] in 0 to 1; 1 is what spoke most for the class.
+        image: uint8 [H, W, 3], the centre square of the image, which is what the model sees.
+        values: [h, w] as computed; signed for all methods but Grad-CAM.
+        layer: whose map it is; None: the pixels.
+        exact: computed in closed form, without differentiating.
+        completeness_error: by how much the values miss the sum that they promise, a share; None if none is promised.
+    """
+
+    target: str
+    versus: str | None
+    method: str
+    probabilities: dict[str, float]
+    heat_map: Float32Array = field(repr=False)
+    image: UInt8Array = field(repr=False)
+    values: Float32Array = field(repr=False)
+    layer: str | None
+    exact: bool
+    completeness_error: float | None
+
+    def overlay(self, alpha: float = 0.6) -> UInt8Array:
+        """Return the image with its heat map drawn over it, uint8 [H, W, 3]; alpha is the opacity of its maximum."""
+        png = overlay_png(self.image, self.values, alpha)
+        return np.asarray(PillowImage.open(io.BytesIO(png)).convert("RGB"))
+
+
+def predict_given(
+    bundle: Bundle,
+    loaded: LoadedModel,
+    images: GivenImage | Iterable[GivenImage],
+    settings: ServingSettings,
+    *,
+    heat_maps: bool = False,
+    keep: bool = False,
+) -> Predictions:
+    """Predict images.
+
+    Args:
+        bundle: the model.
+        loaded: the same, loaded.
+        images: one or several.
+        settings: batch size, largest image and rules of triage.
+        heat_maps: also compute Grad-CAM of each predicted class.
+        keep: an image that cannot be read gets a prediction with the reason, and stops no other.
+    Returns:
+        One prediction per image, in their order.
+    Raises:
+        DataError: an image cannot be read, and `keep` is false.
+    """
+    given = given_list(images)
+    found: list[Prediction] = []
+    for start in range(0, len(given), settings.max_batch_size):
+        names = [given_name(image, start + i) for i, image in enumerate(given[start : start + settings.max_batch_size])]
+        read: list[Decoded | DataError] = []
+        for name, image in zip(names, given[start:], strict=False):
+            try:
+                read.append(_decoded(image, name, loaded.geometry.side_px, settings.max_pixels))
+            except DataError as error:
+                if not keep:
+                    raise
+                read.append(error)
+        usable = [one for one in read if isinstance(one, Decoded)]
+        rows = _predicted(bundle, loaded, usable, settings, heat_maps)
+        for name, one in zip(names, read, strict=True):
+            found.append(
+                Prediction(name, **next(rows)) if isinstance(one, Decoded) else Prediction(name, error=str(one))
+            )
+    return Predictions(found, loaded.taxonomy.codes)
+
+
+def explain_given(
+    loaded: LoadedModel, image: GivenImage, method: str, target: str | None, versus: str | None
+) -> Explanation:
+    """Explain the prediction of one image; see `vision.inference.attribution.explain`.
+
+    Args:
+        loaded: in fp32.
+        image: a path, bytes, a Pillow image or an array.
+        method: a name in `METHODS`.
+        target: code of the class; None is the most probable one.
+        versus: code of the class to compare it with, or None.
+    Returns:
+        The heat map over its image.
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+    data = image_bytes(image)
+    found = explain(loaded, decode_square(data, loaded.geometry.side_px), method, target, versus)
+    values, side_px = found.attribution.values, FILE_OVERLAY_SIDE_PX
+    return Explanation(
+        target=found.target,
+        versus=found.versus,
+        method=method,
+        probabilities=found.probabilities,
+        heat_map=resized_strength(values, side_px, side_px),
+        image=decode_square(data, side_px),
+        values=values,
+        layer=found.attribution.layer,
+        exact=found.attribution.exact,
+        completeness_error=found.attribution.completeness_error,
+    )
+
+
+def _decoded(image: GivenImage, name: str, side_px: int, max_pixels: int) -> Decoded:
+    try:
+        return decode_for(image_bytes(image), side_px, side_px, max_pixels)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}", error.code) from error
+
+
+def _predicted(
+    bundle: Bundle, loaded: LoadedModel, usable: Sequence[Decoded], settings: ServingSettings, heat_maps: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the fields of a prediction for each image of a batch."""
+    if not usable:
+        return
+    pixels = np.stack([one.pixels for one in usable])
+    output = loaded.predict(pixels, gradcam=heat_maps)
+    verdicts = verdicts_of(bundle, loaded, output, pixels, [one.shorter_px for one in usable], settings)
+    for row, verdict in enumerate(verdicts):
+        values = output.probabilities[row]
+        heat_map = None
+        if output.maps is not None and output.finite[row]:
+            side_px = loaded.geometry.side_px
+            heat_map = resized_strength(output.maps[row, int(values.argmax())], side_px, side_px)
+        yield {**_fields(verdict, values, bool(output.finite[row]), loaded.taxonomy), "heat_map": heat_map}
+
+
+def _fields(verdict: Verdict, values: Any, finite: bool, taxonomy: Taxonomy) -> dict[str, Any]:
+    quality = verdict.suitability.quality_reason
+    return {
+        "label": verdict.label,
+        "confidence": verdict.confidence,
+        # Also of an image too poor to judge: whoever compares models wants the output of all of them.
+        "probabilities": dict(zip(taxonomy.codes, values.tolist(), strict=True)) if finite else {},
+        "prediction_set": verdict.prediction_set,
+        "decision": verdict.decision,
+        "reasons": tuple(reason.value for reason in verdict.reasons),
+        "p_malignant": malignant_probability(values, taxonomy) if finite else None,
+        "ood_score": verdict.suitability.ood_score,
+        "quality_reason": None if quality is None else quality.value,
+    }
