@@ -57,14 +57,8 @@ def search(folder: Path, searcher: str, seed: int, at_a_time: int, epoch_s: floa
             clock.sleep(data["epoch_s"])
             # A function of seed, trial and epoch: whoever runs it again, after whichever kill, scores the same.
             value = round(chance.Random(f"{data['seed']}:{plan.number}:{epoch}").uniform(0.2, 0.5) + 0.05 * epoch, 6)
-            report(
-                {
-                    "epoch": epoch,
-                    "val_balanced_accuracy": value,
-                    "seconds": data["epoch_s"],
-                    "key_class_sensitivity": None,
-                }
-            )
+            figures = {"epoch": epoch, "val_balanced_accuracy": value, "seconds": data["epoch_s"]}
+            report({**figures, "key_class_sensitivity": None})
 
     base, population = TrainersSettings(), searcher == Searcher.PBT
     tuning = TuningSettings(

@@ -93,8 +93,8 @@ def custom_cnn(num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def main() -> None:
-    """Train, then print one JSON object with figures on the chosen split."""
+def parse_options() -> argparse.Namespace:
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", type=Path, help="columns path, label, split")
     parser.add_argument("--model", choices=MODELS, default="efficientnet_lite0")
@@ -105,7 +105,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--report", nargs="+", default=["val"], help="splits to report")
     parser.add_argument("--max-steps", type=int, help="stop early, for timing")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, then print one JSON object with figures on the chosen split."""
+    options = parse_options()
     torch.manual_seed(0)
     rows = list(csv.DictReader(options.table.open()))
     classes = sorted({row["label"] for row in rows})

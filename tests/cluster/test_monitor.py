@@ -64,23 +64,11 @@ def audited(store: Store) -> Callable[..., None]:
         image_id = new_id() + new_id()
         all_reasons = [*reasons, *([ReasonCode.AUDIT_SAMPLE] if drawn else [])]
         prediction = Prediction(
-            id=new_id(),
-            request_id=new_id(),
-            created_at=NOW + timedelta(seconds=1),
-            caller="local",
-            image_id=image_id,
-            model_id="m" * 64,
-            model_status="champion",
-            engine="torch",
-            precision="fp32",
-            num_threads=1,
-            settings_hash="",
-            label=label,
-            confidence=0.75,
-            decision=Decision.REVIEW if all_reasons else Decision.ANSWERED,
-            reasons=all_reasons,
-            latency_ms=1,
-        )
+            id=new_id(), request_id=new_id(), created_at=NOW + timedelta(seconds=1), caller="local", image_id=image_id,
+            model_id="m" * 64, model_status="champion", engine="torch", precision="fp32", num_threads=1,
+            settings_hash="", label=label, confidence=0.75,
+            decision=Decision.REVIEW if all_reasons else Decision.ANSWERED, reasons=all_reasons, latency_ms=1,
+        )  # fmt: skip
         with store.ledger.begin() as tx:
             tx.add(
                 Image(
