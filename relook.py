@@ -16,10 +16,8 @@ loads neither torch nor Ray; each call loads what it needs, and Ray starts only 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,8 +34,9 @@ from records.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
+    from cluster.opened import Home
     from cluster.round import RoundOutcome
     from cluster.selection import Selection
     from cluster.settings import Settings
@@ -46,12 +45,10 @@ if TYPE_CHECKING:
     from images.synth import SynthReport
     from labeling.sync import SyncReport
     from records.bundles import Bundle
-    from records.store import Store
-    from serving.direct import Explanation, Prediction, Predictions
+    from serving.direct import Explanation, Model, Prediction, Predictions
     from trainers.classifier import RelookClassifier
     from trainers.evaluation.figures import Evaluation
     from tuning.report import SearchReport
-    from vision.inference.loaded import LoadedModel
 
 __all__ = [
     "ConfigError", "DataError", "Explanation", "Home", "ImageError", "LabelStudioError", "Model", "Prediction",
@@ -61,6 +58,8 @@ __all__ = [
 ]  # fmt: skip
 
 _LOADED_ON_USE = {
+    "Home": "cluster.opened",
+    "Model": "serving.direct",
     "Explanation": "serving.direct",
     "Prediction": "serving.direct",
     "Predictions": "serving.direct",
@@ -78,58 +77,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the names of this module that callers use."""
     return __all__
-
-
-class Home:
-    """An open home: the folder that holds everything, and its settings. Made by `open_home`; a context manager.
-
-    Args:
-        config: YAML file of settings, or None.
-        preset: its name, or None for the default one.
-        sets: `room.field=value` texts.
-    """
-
-    def __init__(self, config: Path | None, preset: str | None, sets: Sequence[str]) -> None:
-        from cluster.sources import load_settings
-        from images.settings import limits_variable
-        from records.settings import environment
-        from records.store import open_store
-
-        self._sources = (config, preset, tuple(sets))
-        self.settings: Settings = load_settings(config, preset, sets, os.environ)
-        self.store: Store = open_store(self.settings.records)
-        self._open = ExitStack()
-        self._open.callback(self.store.close)
-        self._open.enter_context(environment(limits_variable(self.settings.images)))
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return self.store.home.root
-
-    def with_settings(self, set: Mapping[str, Any] | None) -> Settings:
-        """Return the settings of the home with others for one call, by dotted names."""
-        if not set:
-            return self.settings
-        from cluster.sources import load_settings
-
-        if places := [name for name in set if name.partition(".")[0] in ("records", "images")]:
-            raise ConfigError(f"{places[0]} cannot change while the home is open; give it to open_home")
-        config, preset, sets = self._sources
-        return load_settings(config, preset, (*sets, *_texts(set)), os.environ)
-
-    def close(self) -> None:
-        """Close the database; a second call does nothing."""
-        self._open.close()
-
-    def __enter__(self) -> Home:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Home({str(self.path)!r})"
 
 
 def open_home(
@@ -151,8 +98,10 @@ def open_home(
     Raises:
         ConfigError: a setting cannot work, or the folder cannot be used.
     """
+    from cluster.opened import Home, setting_texts
+
     place = [] if path is None else [f"records.home={os.path.abspath(Path(path).expanduser())}"]
-    return Home(None if config is None else Path(config), preset, (*place, *_texts(set or {})))
+    return Home(None if config is None else Path(config), preset, (*place, *setting_texts(set or {})))
 
 
 def import_images(
@@ -249,6 +198,7 @@ def train(
     """
     from images.importer import open_dataset
     from records.progress import progress
+    from serving.direct import Model
     from trainers.fitting.run import run_folder, train_and_register
 
     settings, start = home.with_settings(set), None if start_from is None else _bundle(home, start_from)
@@ -257,7 +207,7 @@ def train(
         run_dir = run_folder(home.store, settings.trainers, dataset, start_from=start, resume=resume)
         with _ray(settings, settings.trainers.needs_ray):
             bundle = train_and_register(home.store, settings.trainers, dataset, run_dir, start_from=start, progress=bar)
-    return Model(bundle, settings)
+    return Model(bundle, settings.serving)
 
 
 class Search:
@@ -308,6 +258,7 @@ def tune(
     """
     from images.importer import open_dataset
     from records.progress import progress
+    from serving.direct import Model
     from tuning.cli import show_search
     from tuning.report import report_on, write_report
     from tuning.search import fit_winner, search, search_folder, search_lease, searched_space
@@ -327,7 +278,7 @@ def tune(
     model = None
     if fit:
         with progress() as bar:
-            model = Model(fit_winner(store, result, dataset, folder, bar), settings)
+            model = Model(fit_winner(store, result, dataset, folder, bar), settings.serving)
     report = report_on(folder)
     return Search(folder, report, write_report(report, folder), model)
 
@@ -396,97 +347,6 @@ def evaluate(
         )
 
 
-class Model:
-    """A trained model. Made by `train`, `tune` and `load_model`; the network is loaded at its first use.
-
-    Args:
-        bundle: its files, which were checked.
-        settings: of the home.
-    """
-
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
-        self.bundle = bundle
-        self._settings = settings
-
-    @property
-    def id(self) -> str:
-        """64 hex characters, the hash of its files."""
-        return self.bundle.id
-
-    @property
-    def path(self) -> Path:
-        """The folder of the bundle."""
-        return self.bundle.path
-
-    @property
-    def report(self) -> Path:
-        """The page with its figures on the val split; written by `train`."""
-        return self.bundle.path / "report" / "report.html"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class codes, in the order of every output."""
-        return self.bundle.document.taxonomy.codes
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Figures of the training and on val; val chose the epoch, so `evaluate` on test measures the model."""
-        return self.bundle.document.metrics
-
-    def predict(
-        self,
-        images: GivenImage | Iterable[GivenImage],
-        *,
-        heat_maps: bool = False,
-        errors: Literal["raise", "keep"] = "raise",
-    ) -> Predictions:
-        """Predict images with the decisions of the service; nothing is stored.
-
-        Args:
-            images: one or several: paths, bytes of files, Pillow images, or arrays uint8 [H, W, 3].
-            heat_maps: also compute Grad-CAM of each predicted class.
-            errors: `raise` stops at an image that cannot be read; `keep` gives its prediction the reason as `error`.
-        Returns:
-            A prediction per image, in their order; `to_frame()` makes a table of them.
-        Raises:
-            ImageError: an image cannot be read.
-            IntegrityError: the model does not reproduce its golden logits.
-        """
-        from serving.direct import predict_given
-
-        if errors not in ("raise", "keep"):
-            raise ConfigError(f"errors is {errors!r}; it must be raise or keep")
-        return predict_given(
-            self.bundle, self._loaded, images, self._settings.serving, heat_maps=heat_maps, keep=errors == "keep"
-        )
-
-    def explain(
-        self, image: GivenImage, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
-    ) -> Explanation:
-        """Explain the prediction of an image; see `relook.explain`."""
-        from serving.direct import explain_given
-
-        return explain_given(self._precise, image, method, target, versus)
-
-    @cached_property
-    def _loaded(self) -> LoadedModel:
-        from vision.inference.loaded import load_model as load
-
-        loaded = load(self.bundle, precision=self._settings.serving.precision)
-        loaded.check_golden()
-        return loaded
-
-    @cached_property
-    def _precise(self) -> LoadedModel:
-        from vision.inference.loaded import load_model as load
-
-        # Gradients need fp32.
-        return load(self.bundle, precision="fp32")
-
-    def __repr__(self) -> str:
-        return f"Model({self.id[:12]!r}, {self.bundle.document.architecture.name}, {len(self.classes)} classes)"
-
-
 def load_model(model: str | os.PathLike[str], home: Home | None = None) -> Model:
     """Load a model to predict and explain with.
 
@@ -501,13 +361,14 @@ def load_model(model: str | os.PathLike[str], home: Home | None = None) -> Model
     """
     from cluster.sources import load_settings
     from records.bundles import read_bundle
+    from serving.direct import Model
 
     if home is not None:
-        return Model(_bundle(home, model), home.settings)
+        return Model(_bundle(home, model), home.settings.serving)
     if Path(model).is_dir():
-        return Model(read_bundle(Path(model)), load_settings(environ=os.environ))
+        return Model(read_bundle(Path(model)), load_settings(environ=os.environ).serving)
     with open_home() as default:
-        return Model(_bundle(default, model), default.settings)
+        return Model(_bundle(default, model), default.settings.serving)
 
 
 def explain(
@@ -535,6 +396,8 @@ def explain(
         TaxonomyError: there is no such class.
         ImageError: the image cannot be read.
     """
+    from serving.direct import Model
+
     loaded = model if isinstance(model, Model) else load_model(model, home)
     return loaded.explain(image, method=method, target=target, versus=versus)
 
@@ -619,6 +482,7 @@ def run_round(home: Home, *, resume: bool = False, set: Mapping[str, Any] | None
 
 def _bundle(home: Home, model: str | os.PathLike[str] | Model) -> Bundle:
     from records.models import find_bundle
+    from serving.direct import Model
 
     return model.bundle if isinstance(model, Model) else find_bundle(home.store, os.fspath(model))
 
@@ -634,17 +498,3 @@ def _ray(settings: Settings, needed: bool = True) -> AbstractContextManager[Any]
     from cluster.session import ray_is_running, start_ray
 
     return nullcontext() if ray_is_running() else start_ray(settings)
-
-
-def _texts(set: Mapping[str, Any]) -> list[str]:
-    """Return settings as the texts that `--set` takes."""
-    return [f"{name}={_text(value)}" for name, value in set.items()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str | os.PathLike):
-        return os.fspath(value)
-    try:
-        return json.dumps(list(value) if isinstance(value, tuple) else value)
-    except TypeError:
-        return str(value)

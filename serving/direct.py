@@ -7,7 +7,9 @@ the service would make, or a heat map over its image.
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -26,7 +28,7 @@ from vision.explanations import FILE_OVERLAY_SIDE_PX
 from vision.explanations.methods import METHODS
 from vision.explanations.overlay import overlay_png, resized_strength
 from vision.inference.attribution import explain
-from vision.inference.loaded import LoadedModel
+from vision.inference.loaded import LoadedModel, load_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,3 +252,86 @@ def _fields(verdict: Verdict, values: Any, finite: bool, taxonomy: Taxonomy) -> 
         "ood_score": verdict.suitability.ood_score,
         "quality_reason": None if quality is None else quality.value,
     }
+
+
+class Model:
+    """A trained model. Made by `train`, `tune` and `load_model`; the network is loaded at its first use.
+
+    Args:
+        bundle: its files, which were checked.
+        settings: of the service: number format, batches, rules of triage.
+    """
+
+    def __init__(self, bundle: Bundle, settings: ServingSettings) -> None:
+        self.bundle = bundle
+        self._settings = settings
+
+    @property
+    def id(self) -> str:
+        """64 hex characters, the hash of its files."""
+        return self.bundle.id
+
+    @property
+    def path(self) -> Path:
+        """The folder of the bundle."""
+        return self.bundle.path
+
+    @property
+    def report(self) -> Path:
+        """The page with its figures on the val split; written by `train`."""
+        return self.bundle.path / "report" / "report.html"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class codes, in the order of every output."""
+        return self.bundle.document.taxonomy.codes
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the training and on val; val chose the epoch, so `evaluate` on test measures the model."""
+        return self.bundle.document.metrics
+
+    def predict(
+        self,
+        images: GivenImage | Iterable[GivenImage],
+        *,
+        heat_maps: bool = False,
+        errors: Literal["raise", "keep"] = "raise",
+    ) -> Predictions:
+        """Predict images with the decisions of the service; nothing is stored.
+
+        Args:
+            images: one or several: paths, bytes of files, Pillow images, or arrays uint8 [H, W, 3].
+            heat_maps: also compute Grad-CAM of each predicted class.
+            errors: `raise` stops at an image that cannot be read; `keep` gives its prediction the reason as `error`.
+        Returns:
+            A prediction per image, in their order; `to_frame()` makes a table of them.
+        Raises:
+            ImageError: an image cannot be read.
+            IntegrityError: the model does not reproduce its golden logits.
+        """
+        if errors not in ("raise", "keep"):
+            raise ConfigError(f"errors is {errors!r}; it must be raise or keep")
+        return predict_given(
+            self.bundle, self._loaded, images, self._settings, heat_maps=heat_maps, keep=errors == "keep"
+        )
+
+    def explain(
+        self, image: GivenImage, *, method: str = "gradcam", target: str | None = None, versus: str | None = None
+    ) -> Explanation:
+        """Explain the prediction of an image; see `relook.explain`."""
+        return explain_given(self._precise, image, method, target, versus)
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        loaded = load_model(self.bundle, precision=self._settings.precision)
+        loaded.check_golden()
+        return loaded
+
+    @cached_property
+    def _precise(self) -> LoadedModel:
+        # Gradients need fp32.
+        return load_model(self.bundle, precision="fp32")
+
+    def __repr__(self) -> str:
+        return f"Model({self.id[:12]!r}, {self.bundle.document.architecture.name}, {len(self.classes)} classes)"

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d
 
 from images.decode import decode_square
 from images.given import GivenImage, given_list, given_name, image_bytes
@@ -90,11 +90,8 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
             ConfigError: a parameter cannot work.
             ImageError: an image cannot be read.
         """
-        if y is None:
-            raise ArgumentError("RelookClassifier requires y to be passed, but the target y is None")
         images = given_list(X)
-        targets = column_or_1d(y, warn=True)
-        check_classification_targets(targets)
+        targets = _targets(y)
         members = np.arange(len(images)) if groups is None else column_or_1d(groups)
         if not len(images) == len(targets) == len(members):
             raise ArgumentError(f"{len(images)} images, {len(targets)} labels and {len(members)} groups do not match")
@@ -231,6 +228,19 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
         with compute_threads(self.num_threads_):
             found = [reference_logits(self.network_, part, self.geometry_) for part in parts]
         return np.concatenate(found) if found else np.empty((0, len(self.classes_)), dtype=np.float32)
+
+
+def _targets(y: Any) -> NDArray[Any]:
+    """Return the labels as an array, [N]; a ValueError says why they are none."""
+    if y is None:
+        raise ArgumentError("RelookClassifier requires y to be passed, but the target y is None")
+    targets: NDArray[Any] = column_or_1d(y, warn=True)
+    if targets.dtype.kind == "f":
+        assert_all_finite(targets, input_name="y")
+    if targets.dtype == np.object_ and len({type(label) for label in targets.tolist()}) > 1:
+        raise ArgumentError("y has labels of several types, or missing ones; take texts or numbers")
+    check_classification_targets(targets)
+    return targets
 
 
 @dataclass(frozen=True)
