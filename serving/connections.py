@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any
 
 import httptools
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.exchange import SECURITY_HEADERS
@@ -136,6 +137,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
+        self._app, self.app = self.app, self._run
         self._all, self._limits = connections, connections.limits
         self.address = ""
         self.reading, self.since_s = Reading.FIRST, time.monotonic()
@@ -241,9 +243,30 @@ class LimitedProtocol(HttpToolsProtocol):
             self._stop(problem(400, "malformed", f"at most {MAX_PIPELINED} requests may wait on one connection"))
         self._read(Reading.BODY)
         super().on_headers_complete()
-        # The server would close the connection with the end of the response, and reset it if the body is not whole.
-        if not self.cycle.keep_alive:
-            self.cycle.keep_alive, self._close_after = True, True
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the app; a response that ends the connection says so in its headers."""
+        # `self.cycle` may be the one of a later request, which waits for this one.
+        cycle = send.__self__  # type: ignore[attr-defined]
+
+        async def send_and_mark(message: Message) -> None:
+            # Without a header a caller takes the connection for its next request, which would be lost. One that
+            # waits for "100 Continue" may send its body or not, so nothing after it could be told from it.
+            ends = cycle.more_body and (cycle.waiting_for_100_continue or not self._drains(scope))
+            if ends and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
+            # uvicorn would close the connection at the end of the response, which resets it if the body is not whole.
+            if not cycle.keep_alive:
+                cycle.keep_alive, self._close_after = True, True
+
+        await self._app(scope, receive, send_and_mark)
+
+    @staticmethod
+    def _drains(scope: Scope) -> bool:
+        """Return whether the rest of a request's body is known to be small enough to be read and thrown away."""
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        return length.isdigit() and int(length) <= LINGER_BYTES
 
     def on_body(self, body: bytes) -> None:
         """Part of a body."""

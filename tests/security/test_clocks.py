@@ -258,6 +258,24 @@ def another_process(code: str, *arguments: str, **variables: str) -> Iterator[su
             process.kill()
 
 
+def stop_between_transactions(process: subprocess.Popen[str], ledger: Ledger) -> None:
+    """Stop a process that writes. In the middle of a transaction it would hold the database's lock for ever."""
+
+    def write() -> None:
+        with ledger.begin():
+            pass
+
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        writer = threading.Thread(target=write)
+        writer.start()
+        writer.join(2)
+        if not writer.is_alive():
+            return
+        process.send_signal(signal.SIGCONT)
+        writer.join()
+
+
 def test_of_two_processes_one_of_which_stood_still_only_one_goes_on(ledger: Ledger, database: str) -> None:
     """A real holder is stopped for longer than its lease lasts, and continued when another one works."""
     with another_process(WRITE_UNDER_LEASE, database) as first, another_process(WRITE_UNDER_LEASE, database) as second:
@@ -271,7 +289,7 @@ def test_of_two_processes_one_of_which_stood_still_only_one_goes_on(ledger: Ledg
                     break
             time.sleep(0.05)
         stopped, other = (first, second) if int(holder_pid) == first.pid else (second, first)
-        stopped.send_signal(signal.SIGSTOP)
+        stop_between_transactions(stopped, ledger)
         assert streams[other].readline().strip().isdigit()
         stopped.send_signal(signal.SIGCONT)
         *_, said = streams[stopped]
