@@ -21,7 +21,7 @@ _SYSTEM_NAMES = frozenset(
     }
 )  # fmt: skip
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
-_OTHER_IMAGE_SUFFIXES = frozenset(
+OTHER_IMAGE_SUFFIXES = frozenset(
     {".jfif", ".jpe", ".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".dcm", ".jp2", ".jxl"}
 )
 _SAME_SUFFIX = {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".tiff": ".tif", ".heif": ".heic"}
@@ -97,7 +97,7 @@ def _rank(path: Path) -> int:
         return 1
     if found in FORMATS:
         return 0
-    return 1 if found or path.suffix.lower() in _OTHER_IMAGE_SUFFIXES else _NO_IMAGE
+    return 1 if found or path.suffix.lower() in OTHER_IMAGE_SUFFIXES else _NO_IMAGE
 
 
 def shown(path: Path | str) -> str:

@@ -140,7 +140,11 @@ def _pair(first: Image, second: Image, bits: int, correlation: float, diagnoses:
 
 
 def write_groups(
-    tx: Transaction, new_ids: Sequence[str], described: Sequence[Image], pairs: Iterable[NearPair]
+    tx: Transaction,
+    new_ids: Sequence[str],
+    described: Sequence[Image],
+    pairs: Iterable[NearPair],
+    stated: Mapping[str, str] | None = None,
 ) -> Placement:
     """Place new images into groups, and write the groups that are new or that merge.
 
@@ -149,6 +153,7 @@ def write_groups(
         new_ids: images without a group.
         described: rows that name lesions and patients of new or known images; an image may have several.
         pairs: near-duplicates; those with different diagnoses are no links.
+        stated: image id to the id of its group in an export, which is kept if the ledger has no such group.
     Returns:
         The placement. The caller writes it into the images.
     """
@@ -161,12 +166,14 @@ def write_groups(
     links = [(pair.first, pair.second) for pair in pairs if pair.same_diagnosis]
     links += _links("lesion_id", described, {row.lesion_id: row.id for row in known})
     links += _links("patient_hash", described, {row.patient_hash: row.id for row in known})
+    links += _stated_links(stated or {}, {group.id: image_id for image_id, group in group_of.items()}, groups)
     # A description may name an image that is not part of this import and has no group: no link can lead there.
     reachable = {*new_ids, *group_of}
     links = [(one, other) for one, other in links if one in reachable and other in reachable]
     named = {image_id for link in links for image_id in link}
     known_group_of = {i: KnownGroup(g.id, g.split) for i, g in group_of.items() if i in named}
-    placement = place(new_ids, links, known_group_of)
+    unknown = {image_id: group_id for image_id, group_id in (stated or {}).items() if group_id not in groups}
+    placement = place(new_ids, links, known_group_of, unknown)
     now = utc_now()
     tx.add(*(Group(id=group_id, created_at=now) for group_id in placement.new_groups))
     for group_id, target in placement.merged.items():
@@ -185,6 +192,18 @@ def _links(field: str, described: Sequence[Image], known: Mapping[str | None, st
         # A star, not all pairs: connected components are the same, and a patient may have hundreds of images.
         if value is not None and first.setdefault(value, image.id) != image.id:
             links.append((first[value], image.id))
+    return links
+
+
+def _stated_links(
+    stated: Mapping[str, str], member_of: Mapping[str, str], groups: Mapping[str, Group]
+) -> list[tuple[str, str]]:
+    """Link each image of an export to one image, known or new, of the group that the export says."""
+    first, links = dict(member_of), []
+    for image_id, group_id in stated.items():
+        held_by = _final(group_id, groups).id if group_id in groups else group_id
+        if first.setdefault(held_by, image_id) != image_id:
+            links.append((first[held_by], image_id))
     return links
 
 

@@ -57,10 +57,12 @@ class GroupFacts:
     Args:
         label: class of its first labelled image.
         splits: the splits that the table gives to its images.
+        is_stated: whether an export says the group, and so exactly its split.
     """
 
     label: str
     splits: frozenset[Split]
+    is_stated: bool = False
 
 
 def read_label(text: str | None, taxonomy: Taxonomy, said: Mapping[str, str] | None = None) -> str | None:
@@ -106,7 +108,9 @@ def usable_rows(
             refusals.append(Refusal(row.source_id, "unknown_class", f"{row.source_id} has {error}"))
     # Which of two contradicting classes is right cannot be known here, so all rows concerned are refused.
     in_conflict = _class_conflicts(known, lambda row: row.source_id, "image")
-    in_conflict.update(_class_conflicts(known, lambda row: row.context["lesion_id"], "lesion"))
+    # In an export, each image has its strongest label, and these may differ within a lesion.
+    of_lesion = _class_conflicts(known, lambda row: None if row.group else row.context["lesion_id"], "lesion")
+    in_conflict.update(of_lesion)
     kept: dict[str, SourceRow] = {}
     repeated = 0
     for row in known:
@@ -228,10 +232,16 @@ class Reading:
     Args:
         table: SHA-256 of the table.
         columns: the columns that were named by the user, meaning to column.
+        layout: the layout that was named by the user.
+        sentence: which layout was taken, and why.
+        licences: what the source says about its licence.
     """
 
     table: str
     columns: Mapping[str, str]
+    layout: str | None = None
+    sentence: str = ""
+    licences: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -307,7 +317,8 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
     quarantined = _write_quarantine(tx, plan.import_id, refusals)
     details = {
         "images": len(group_of), "quarantined": len(quarantined), "withheld": len(withheld),
-        "table": plan.reading.table, "columns": dict(plan.reading.columns),
+        "table": plan.reading.table, "columns": dict(plan.reading.columns), "layout": plan.reading.layout,
+        "reading": plan.reading.sentence, "licences": list(plan.reading.licences),
     }  # fmt: skip
     audit.append(tx, actor="local", action=IMPORT_ACTION, subject=plan.import_id, details=details)
     conflicting = frozenset(image_id for image_id, _ in conflicts)
@@ -346,7 +357,8 @@ def _write_images(tx: Transaction, plan: Plan) -> tuple[int, list[Refusal]]:
     # Reversed, so that the first of several rows about one image wins.
     first = {image.id: image for image in reversed(plan.images)}
     without_group = sorted(image_id for image_id in first if known.get(image_id) is None)
-    placement = write_groups(tx, without_group, plan.images, plan.pairs)
+    stated = {entry.image_id: entry.row.group for entry in plan.entries if entry.row.group is not None}
+    placement = write_groups(tx, without_group, plan.images, plan.pairs, stated)
     # A known image keeps its row: only its missing group may be filled in.
     new = [image for image_id, image in first.items() if image_id not in known]
     tx.add(*(image.model_copy(update={"group_id": placement.group_of.get(image.id)}) for image in new))
@@ -380,15 +392,22 @@ def _facts(plan: Plan, group_of: Mapping[str, str]) -> dict[str, GroupFacts]:
         if group_id is None or entry.row.label is None:
             continue
         splits = frozenset() if entry.row.split is None else frozenset({entry.row.split})
-        before = facts.get(group_id, GroupFacts(entry.row.label, frozenset()))
-        facts[group_id] = GroupFacts(before.label, before.splits | splits)
+        before = facts.get(group_id, GroupFacts(entry.row.label, frozenset(), entry.row.group is not None))
+        facts[group_id] = replace(before, splits=before.splits | splits)
     return facts
 
 
 def _write_splits(tx: Transaction, facts: Mapping[str, GroupFacts], salt: str) -> tuple[dict[str, Split], list[str]]:
     split_of = {group.id: group.split for group in tx.find(Group) if group.split is not None}
     undrawn = {group_id: fact for group_id, fact in facts.items() if group_id not in split_of}
-    drawn, notes = draw_splits(undrawn, is_first=not split_of, salt=salt)
+    stated = {
+        group_id: (next(iter(fact.splits)), "given")
+        for group_id, fact in undrawn.items()
+        if fact.is_stated and len(fact.splits) == 1
+    }
+    others = {group_id: fact for group_id, fact in undrawn.items() if group_id not in stated}
+    drawn, notes = draw_splits(others, is_first=not split_of, salt=salt)
+    drawn |= stated
     set_splits(tx, drawn)
     return {**split_of, **{group_id: split for group_id, (split, _) in drawn.items()}}, notes
 

@@ -10,6 +10,7 @@ was killed is simply run again.
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from images.import_plan import (
     write_import,
 )
 from images.intake import Intake
-from images.source_table import SourceRow, SourceTable, read_source, tables_of
+from images.layouts import read_source
+from images.source_table import SourceRow, SourceTable, tables_of
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.erasure import BLOBS, run_erasers
 from records.errors import ConfigError, DataError, TaxonomyError
@@ -105,6 +107,7 @@ def import_folder(
     columns: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
     table: Path | None = None,
+    layout: str | None = None,
     in_place: bool = False,
     withhold_share: float = 0.0,
     side_px: Sequence[int] = (64,),
@@ -119,6 +122,7 @@ def import_folder(
         columns: names of the table's columns where they differ from `source_table.COLUMNS`.
         labels: texts of the table to classes, where they are neither code, name nor alias of a class.
         table: the table, if it is not the only one.
+        layout: one of `images.layouts.LAYOUTS`; None recognises it.
         in_place: True leaves the files where they are and stores only their path and hash.
         withhold_share: share of the train-split groups of each class whose labels are kept out of the ledger, 0 to
             below 1. The same groups are chosen at every run.
@@ -136,7 +140,9 @@ def import_folder(
     _require_taxonomy(store, labels or {})
     if not 0.0 <= withhold_share < 1.0:
         raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
-    source = read_source(folder, columns, table)
+    source = read_source(folder, columns, table, layout)
+    if in_place and any(row.path is not None and not isinstance(row.path, Path) for row in source.rows):
+        raise DataError(f"images in {source.path} are inside archives, which --in-place cannot name; leave it out")
     # Rows that the table alone rules out are refused before any image is read, since reading is the slow part.
     rows, refusals, notes = usable_rows(source.rows, store.taxonomy, labels)
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
@@ -147,7 +153,7 @@ def import_folder(
     import_id = import_id_of(source, columns)
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
-    reading = Reading(sha256_hex(source.content), dict(columns or {}))
+    reading = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
     plan = Plan(import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt, reading)
     # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
@@ -156,8 +162,19 @@ def import_folder(
     if written.erased:
         run_erasers(store, written.erased, (BLOBS, PIXELS))
     dataset_id, left_out = _build(store)
+    left_out += _of_export(store, source, dataset_id)
     notes = [*source.notes, *notes, *written.notes, *left_out, *_passed_over(source)]
     return _report(plan, written, dataset_id, same_bytes, notes, source, started)
+
+
+def _of_export(store: Store, source: SourceTable, dataset_id: str) -> list[str]:
+    """Return a sentence if an export did not lead to the dataset version that it holds."""
+    if source.exported_id in (None, dataset_id):
+        return []
+    return [
+        f"the export holds dataset version {str(source.exported_id)[:12]}, and this home has {dataset_id[:12]} now: it "
+        "has other images or labels, too, or another taxonomy than the export's taxonomy.yaml"
+    ]
 
 
 def _nothing_usable(source: SourceTable, reason: str) -> DataError:
@@ -203,16 +220,16 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
         if "/" in data or folder.suffix:
             raise DataError(f"there is no data folder {data}; give a folder, or the id of a dataset version")
         return load_dataset(store, data)
-    table, columns = _known_reading(store, folder)
-    if _is_imported(store, import_id_of(read_source(folder, columns, table), columns)):
+    table, columns, layout = _known_reading(store, folder)
+    if _is_imported(store, import_id_of(read_source(folder, columns, table, layout), columns)):
         # A version of everything known now: annotations or other folders may have been added since the import.
         return build_version(store).version
-    report = import_folder(store, folder, columns=columns, table=table, progress=progress)
+    report = import_folder(store, folder, columns=columns, table=table, layout=layout, progress=progress)
     return load_dataset(store, report.dataset_id)
 
 
-def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, str] | None]:
-    """Return table and columns of the folder's last import; (None, None) for a new folder."""
+def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, str] | None, str | None]:
+    """Return table, columns and `--layout` of the folder's last import; None for each in a new folder."""
     # A folder is recognized by the hash of a table in it, so it may be moved, and `--columns` is needed only once.
     tables = {sha256_hex(path.read_bytes()): path for path in tables_of(folder)}
     with store.ledger.read() as tx:
@@ -220,8 +237,14 @@ def _known_reading(store: Store, folder: Path) -> tuple[Path | None, dict[str, s
     for event in imports:
         path = tables.get(event.details.get("table", ""))
         if path is not None:
-            return path, event.details["columns"] or None
-    return None, None
+            return path, event.details["columns"] or None, event.details.get("layout")
+    # Without a table at the top, what was read is compared with what the same layout reads now.
+    known = {event.details.get("table") for event in imports}
+    for layout in dict.fromkeys(event.details.get("layout") for event in imports):
+        with suppress(DataError):
+            if layout is not None and sha256_hex(read_source(folder, layout=layout).content) in known:
+                return None, None, layout
+    return None, None, None
 
 
 def import_id_of(source: SourceTable, columns: Mapping[str, str] | None) -> str:
@@ -279,7 +302,7 @@ def _image(store: Store, entry: Entry, import_id: str, consent: Consent) -> Imag
         site=context["site"],
         acquired_at=entry.row.acquired_at,
         provenance=f"import:{import_id}",
-        consent=consent,
+        consent=entry.row.consent or consent,
         perceptual_hash=taken.perceptual_hash,
         created_at=utc_now(),
     )
@@ -297,7 +320,10 @@ def _pairs(
         return []
     diagnoses = known_diagnoses(store)
     diagnoses.update({entry.image_id: entry.row.label for entry in entries if entry.row.label is not None})
-    return near_pairs(store, newcomers, diagnoses, beside=grouped, progress=progress)
+    found = near_pairs(store, newcomers, diagnoses, beside=grouped, progress=progress)
+    # The groups of an export were made of such pairs, and of diagnoses that are not in it.
+    stated = {entry.image_id for entry in entries if entry.row.group is not None}
+    return [pair for pair in found if not {pair.first, pair.second} <= stated]
 
 
 def _build(store: Store) -> tuple[str, list[str]]:

@@ -1,7 +1,8 @@
 """The work of an import on each image: read, strip metadata, hash, store, decode once into the caches.
 
-Input: paths. Output: one `TakenIn` per path, in order, with the stored image or the reason why it cannot be used.
-Images whose pixels are cached are not decoded again, so a second run continues where the first one stopped.
+Input: files, or images in archives. Output: one `TakenIn` each, in order, with the stored image or the reason why it
+cannot be used. Images whose pixels are cached are not decoded again, so a second run continues where the first one
+stopped.
 """
 
 import logging
@@ -13,6 +14,7 @@ from rich.progress import Progress
 
 from images.cache import PixelCache, SegmentWriter
 from images.decode import decode_squares
+from images.members import ImageFile
 from images.near_duplicates import HASH_SIDE_PX, perceptual_hash
 from images.parallel import chunks_of, map_in_order
 from records.arrays import UInt8Array
@@ -44,7 +46,7 @@ class TakenIn:
         decoded: True if it was decoded now.
     """
 
-    path: Path
+    path: ImageFile
     refusal: str | None = None
     code: str = "unreadable"
     image_id: str = ""
@@ -88,7 +90,7 @@ class Intake:
         self._known_hashes, self._erased = known_hashes, erased
         self._caches = {side_px: PixelCache(store.home.cache, side_px) for side_px in {*sides_px, HASH_SIDE_PX}}
 
-    def run(self, paths: Sequence[Path], progress: Progress | None = None) -> Iterator[TakenIn]:
+    def run(self, paths: Sequence[ImageFile], progress: Progress | None = None) -> Iterator[TakenIn]:
         """Yield one result per path, in order; what was stored before an error or a kill is kept."""
         writers = {side_px: SegmentWriter(cache) for side_px, cache in self._caches.items()}
         task = progress.add_task("Reading images", total=len(paths)) if progress else None
@@ -105,10 +107,10 @@ class Intake:
             for writer in writers.values():
                 writer.flush()
 
-    def _read_chunk(self, paths: Sequence[Path]) -> list[_Read]:
+    def _read_chunk(self, paths: Sequence[ImageFile]) -> list[_Read]:
         return [self._read(path) for path in paths]
 
-    def _read(self, path: Path) -> _Read:
+    def _read(self, path: ImageFile) -> _Read:
         try:
             return self._take_in(path, path.read_bytes())
         except ImageError as error:
@@ -121,9 +123,10 @@ class Intake:
             _log.exception("an image was left out of an import")
             return _Read(TakenIn(path, refusal=f"the file cannot be read ({type(error).__name__}, which is logged)"))
 
-    def _take_in(self, path: Path, data: bytes) -> _Read:
+    def _take_in(self, path: ImageFile, data: bytes) -> _Read:
+        in_place = path if self._in_place and isinstance(path, Path) else None
         # A file in place belongs to its owner and keeps its metadata; its id is then the hash of the file itself.
-        stored = data if self._in_place else strip_metadata(data)
+        stored = strip_metadata(data) if in_place is None else data
         kind, (width_px, height_px) = sniff(stored), image_size(stored)
         image_id = sha256_hex(stored)
         if image_id in self._erased:
@@ -131,7 +134,8 @@ class Intake:
         needed = [side_px for side_px, cache in self._caches.items() if image_id not in cache]
         # Decoded before it is stored: an image that does not decode must not leave a blob behind.
         squares = decode_squares(stored, needed) if needed else {}
-        uri = path.resolve().as_uri() if self._in_place else self._store.blobs.uri(self._store.blobs.put(stored))
+        blobs = self._store.blobs
+        uri = blobs.uri(blobs.put(stored)) if in_place is None else in_place.resolve().as_uri()
         return _Read(
             TakenIn(
                 path=path,

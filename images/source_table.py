@@ -1,19 +1,24 @@
 """A data folder before it is imported: its table, the columns that matter, and the file of every row.
 
-Input: HAM10000's official layout, any folder of images with a table, or a folder per class. Output: a `SourceRow` per
-row, with a path or the reason why there is none, and the images that no row uses. No image is decoded here.
+Input: a table with the columns that matter, or a folder per class. Output: a `SourceRow` per row, with the place of its
+image or the reason why there is none, and the images that no row uses. No image is decoded here. Which of the layouts
+in `images.layouts` a folder has is decided there; all of them make their rows here.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from images.files import ImageIndex, Listing, folder_parts, list_folder, shown
+from images.members import ImageFile
 from images.table_file import Table, read_table
 from records.errors import DataError
-from records.types import Confirmation, Split
+from records.ids import sha256_hex
+from records.types import Confirmation, Consent, Split
 from records.types.base import LINE, Plain, moment
 
 COLUMNS: dict[str, str] = {
@@ -42,12 +47,20 @@ _EMPTY = frozenset({"", "unknown", "unk", "nan", "na", "n/a", "none", "null"})
 _CONFIRMATIONS = {
     "histo": Confirmation.HISTOPATHOLOGY,
     "followup": Confirmation.FOLLOW_UP,
+    # As the ISIC archive writes them.
+    "serial_imaging_showing_no_change": Confirmation.FOLLOW_UP,
+    "confocal_microscopy_with_consensus_dermoscopy": Confirmation.CONFOCAL,
+    "single_image_expert_consensus": Confirmation.CONSENSUS,
+    "single_contributor_clinical_assessment": Confirmation.SINGLE_READER,
     **{confirmation.value: confirmation for confirmation in Confirmation},
 }
-_SPLITS = {
-    "training": Split.TRAIN, "valid": Split.VAL, "validation": Split.VAL, "testing": Split.TEST,
+SPLIT_NAMES = {
+    "training": Split.TRAIN, "valid": Split.VAL, "validation": Split.VAL, "dev": Split.VAL, "testing": Split.TEST,
     **{split.value: split for split in Split},
 }  # fmt: skip
+_SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
+_CONTEXT = ("lesion_id", "patient_id", "site", "device", "sex", "localization")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".parquet")
 
 
 _NAME = Plain(500)
@@ -60,7 +73,7 @@ class SourceRow:
 
     Args:
         source_id: the image's name in the table.
-        path: its file; None if there is none, or if the row cannot be used.
+        path: its file, or its place in an archive; None if there is none, or if the row cannot be used.
         problem: why there is no path.
         label: as written; None if the row has no diagnosis.
         confirmation: how the diagnosis was established.
@@ -71,7 +84,7 @@ class SourceRow:
     """
 
     source_id: str
-    path: Path | None
+    path: ImageFile | None
     problem: str | None
     label: str | None
     confirmation: Confirmation
@@ -81,6 +94,10 @@ class SourceRow:
     acquired_at: datetime | None
     code: str = "missing"
     """of `problem`, see Quarantined"""
+    group: str | None = None
+    """id of the group that an exported dataset version says"""
+    consent: Consent | None = None
+    """what an exported dataset version says, which may be less than the import does"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,9 @@ class SourceTable:
         rows: in the table's order.
         notes: sentences about values that were left out.
         layout: one sentence: which layout the folder was taken for, and why.
-        unlisted: images that no row uses, and folders and links that cannot be read, with the reason.
+        unlisted: images and archives that no row uses, and folders and links that cannot be read, with the reason.
+        licences: what the source says about its licence; empty if it says nothing.
+        exported_id: id of the dataset version, if it is an export of Relook; its groups and splits are kept.
     """
 
     path: Path
@@ -102,25 +121,30 @@ class SourceTable:
     notes: list[str]
     layout: str
     unlisted: list[str] = field(repr=False)
+    licences: tuple[str, ...] = ()
+    exported_id: str | None = None
 
 
-def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: Path | None = None) -> SourceTable:
+class Files(Protocol):
+    """Finds the image that a row means."""
+
+    def find(self, name: str) -> tuple[ImageFile | None, str | None]:
+        """Return (where it is, None), or (None, why there is none)."""
+
+
+def read_table_folder(folder: Path, columns: Mapping[str, str] | None = None, table: Path | None = None) -> SourceTable:
     """Read the table of a data folder and find the file of every row.
 
     Args:
-        folder: images in any depth, and a table at its top; without one, its folders are the classes.
+        folder: images in any depth, and a table at its top.
         columns: names of the table's columns where they differ from `COLUMNS`, for example {"dx": "diagnosis"}.
         table: the table, if it is not found by its name or by being the only one.
     Returns:
         The table.
     Raises:
-        DataError: no folder, no table, no such column, no rows, or no images.
+        DataError: no table, no such column, no rows, or no images.
     """
-    if not folder.is_dir():
-        raise DataError(f"there is no data folder {folder}; give a folder with images and a table")
-    path = _find_table(folder, table) if table is not None or tables_of(folder) else None
-    if path is None:
-        return _class_folders(folder, columns)
+    path = _find_table(folder, table)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -130,20 +154,54 @@ def read_source(folder: Path, columns: Mapping[str, str] | None = None, table: P
     if hot:
         cells, columns = _with_label(cells, hot), _with_image_column(cells, columns or {})
     mapping = _map_columns(path, cells, dict(columns or {}))
-    if not cells.length:
-        raise DataError(f"the table {path} has no rows; it needs one row per image")
     listing = list_folder(folder)
-    index = ImageIndex(folder, listing.files)
-    if not index.images:
-        raise DataError(f"there are no images in {folder}; put .jpg, .png or .webp files into it or its subfolders")
-    reader = _RowReader(cells, mapping, index)
-    rows = list(reader.rows())
     layout = f"layout: a table with a row per image, because {shown(path.name)} has the column {mapping['dx']!r}"
     if hot:
         layout = f"layout: a table with a column of 0 and 1 per class, because {shown(path.name)} has {', '.join(hot)}"
-    return SourceTable(
-        path, content, rows, [*cells.notes, *reader.notes()], layout, _unlisted(folder, rows, index.images, listing)
-    )
+    return source_of(path, content, cells, mapping, layout, listing, folder)
+
+
+def source_of(
+    path: Path,
+    content: bytes,
+    cells: Table,
+    mapping: Mapping[str, str],
+    layout: str,
+    listing: Listing,
+    folder: Path,
+    files: Files | None = None,
+) -> SourceTable:
+    """Make the rows of a table that was read.
+
+    Args:
+        path: the table, or what holds it.
+        content: what an import's id is a hash of.
+        cells: its cells.
+        mapping: meaning to column.
+        layout: the sentence about the layout.
+        listing: everything in the folder.
+        folder: the folder.
+        files: finds the images; by default among the files of the folder.
+    Returns:
+        The table with its rows.
+    Raises:
+        DataError: it has no rows, a split that is not known, or there are no images.
+    """
+    if not cells.length:
+        raise DataError(f"the table {path} has no rows; it needs one row per image")
+    index = ImageIndex(folder, listing.files)
+    if files is None and not index.images:
+        raise DataError(f"there are no images in {folder}; put .jpg, .png or .webp files into it or its subfolders")
+    reader = _RowReader(cells, mapping, files or index, sha256_hex(content))
+    rows = list(reader.rows())
+    notes = [*cells.notes, *reader.notes()]
+    return SourceTable(path, content, rows, notes, layout, unlisted(folder, rows, index.images, listing))
+
+
+def split_in(name: str) -> Split | None:
+    """Return the split that the name of a file or folder says, such as `instances_val2017`; None if it says none."""
+    found = _SPLIT_IN_NAME.search(name.lower())
+    return SPLIT_NAMES[found[1]] if found else None
 
 
 def _hot_columns(table: Table, given: Mapping[str, str]) -> list[str]:
@@ -157,13 +215,13 @@ def _hot_columns(table: Table, given: Mapping[str, str]) -> list[str]:
 
 
 def _with_label(table: Table, hot: Sequence[str]) -> Table:
-    labels, problems = [], dict(table.problems)
+    labels, conflicts = [], dict(table.conflicts)
     for row in range(table.length):
         marked = [name for name in hot if table.columns[name][row] in _MARKED]
         if len(marked) > 1:
-            problems.setdefault(row, f"it is marked as {' and '.join(marked)}")
+            conflicts.setdefault(row, f"it is marked as {' and '.join(marked)}")
         labels.append(next(iter(marked), ""))
-    return replace(table, columns={**table.columns, COLUMNS["dx"]: labels}, problems=problems)
+    return replace(table, columns={**table.columns, COLUMNS["dx"]: labels}, conflicts=conflicts)
 
 
 def _with_image_column(table: Table, given: Mapping[str, str]) -> dict[str, str]:
@@ -172,16 +230,20 @@ def _with_image_column(table: Table, given: Mapping[str, str]) -> dict[str, str]
     return {**found, **given}
 
 
-def _unlisted(folder: Path, rows: Sequence[SourceRow], images: Sequence[Path], listing: Listing) -> list[str]:
-    """Return a line for each image that no row uses, and for each folder or link that could not be read."""
-    used = {row.path.resolve() for row in rows if row.path is not None}
+def unlisted(folder: Path, rows: Sequence[SourceRow], images: Sequence[Path], listing: Listing) -> list[str]:
+    """Return a line for each image or archive that no row uses, and for each folder or link that cannot be read."""
+    used = {(row.path if isinstance(row.path, Path) else row.path.archive).resolve() for row in rows if row.path}
     unused = [shown(path.relative_to(folder)) for path in images if path.resolve() not in used]
-    return [*unused, *(f"{shown(path.relative_to(folder))}: {why}" for path, why in listing.unreadable)]
+    archives = [path for path in listing.files if path.name.lower().endswith(_ARCHIVES) and path.resolve() not in used]
+    unread = [(path, "it is an archive whose images are not read in this layout") for path in archives]
+    return [*unused, *(f"{shown(path.relative_to(folder))}: {why}" for path, why in [*unread, *listing.unreadable])]
 
 
-def _class_folders(folder: Path, columns: Mapping[str, str] | None) -> SourceTable:
-    """Read a folder without a table: the folder of an image is its class, below a folder per split if there are any."""
-    listing = list_folder(folder)
+def read_class_folders(folder: Path, listing: Listing, columns: Mapping[str, str] | None = None) -> SourceTable:
+    """Read a folder without a table: the folder of an image is its class, below a folder per split if there are any.
+
+    DataError is raised if `columns` names some, or no image is in a folder.
+    """
     images = ImageIndex(folder, listing.files).images
     parts = {path: folder_parts(folder, path) for path in images}
     # Archives are often packed with one folder around everything.
@@ -189,7 +251,7 @@ def _class_folders(folder: Path, columns: Mapping[str, str] | None) -> SourceTab
     while len({found[skipped] for found in parts.values() if len(found) > skipped}) == 1 and all(
         len(found) > skipped + 1 for found in parts.values()
     ):
-        if next(iter(parts.values()))[skipped].lower() in _SPLITS:
+        if next(iter(parts.values()))[skipped].lower() in SPLIT_NAMES:
             break
         skipped += 1
     parts = {path: found[skipped:] for path, found in parts.items()}
@@ -200,17 +262,17 @@ def _class_folders(folder: Path, columns: Mapping[str, str] | None) -> SourceTab
             f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per image, "
             f"or a folder per class{other}"
         )
-    has_splits = all(found[0].lower() in _SPLITS for found in parts.values() if found)
+    has_splits = all(found[0].lower() in SPLIT_NAMES for found in parts.values() if found)
     rows = []
     for path, found in parts.items():
-        split = _SPLITS[found[0].lower()] if has_splits and found else None
+        split = SPLIT_NAMES[found[0].lower()] if has_splits and found else None
         label = next(iter(found[1:] if has_splits else found), None)
         rows.append(_row_of_folder(shown(path.relative_to(folder)), path, label, split))
     layout = "layout: a folder per class" + (" below a folder per split" if has_splits else "")
     layout += f", because there is no table at the top of {shown(folder)}"
     # Stands for the table: the same files are the same import.
     content = "\n".join(row.source_id for row in rows).encode()
-    return SourceTable(folder, content, rows, [], layout, _unlisted(folder, rows, images, listing))
+    return SourceTable(folder, content, rows, [], layout, unlisted(folder, rows, images, listing))
 
 
 def _row_of_folder(name: str, path: Path, label: str | None, split: Split | None) -> SourceRow:
@@ -220,7 +282,7 @@ def _row_of_folder(name: str, path: Path, label: str | None, split: Split | None
             _NAME.check(text)
         except ValueError as error:
             return _unusable_row(_NAME.keep(name), f"{_NAME.keep(name)}: {error}")
-    context = dict.fromkeys(("lesion_id", "patient_id", "site", "device", "sex", "localization"))
+    context = dict.fromkeys(_CONTEXT)
     return SourceRow(
         _NAME.check(name),
         path,
@@ -279,19 +341,43 @@ def _map_columns(path: Path, table: Table, given: dict[str, str]) -> dict[str, s
 class _RowReader:
     """Reads rows, and counts the values that cannot be used."""
 
-    def __init__(self, table: Table, mapping: Mapping[str, str], files: ImageIndex) -> None:
+    def __init__(self, table: Table, mapping: Mapping[str, str], files: Files, table_hash: str) -> None:
         self._columns = {what: table.columns[name] for what, name in mapping.items()}
-        self._length, self._files, self._problems = table.length, files, table.problems
+        self._length, self._files = table.length, files
+        self._problems, self._conflicts = table.problems, table.conflicts
         self._counts: dict[str, int] = {}
+        self._number_lesions(table_hash[:8])
+
+    def _number_lesions(self, prefix: str) -> None:
+        """Keep lesions apart that a table numbers anew for each patient."""
+        lesions, patients = self._columns.get("lesion"), self._columns.get("patient")
+        if lesions is None or patients is None:
+            return
+        owners: dict[str, set[str]] = {}
+        for lesion, patient in zip(lesions, patients, strict=True):
+            if _text(lesion) and _text(patient):
+                owners.setdefault(lesion, set()).add(patient)
+        shared = sum(len(found) > 1 for found in owners.values())
+        if not shared:
+            return
+        # A number and not the patient's id, which is never stored.
+        number = {patient: at for at, patient in enumerate(dict.fromkeys(patients), 1)}
+        self._columns["lesion"] = [
+            f"{prefix}:{number[patient]}:{lesion}" if _text(lesion) else "" for lesion, patient in
+            zip(lesions, patients, strict=True)
+        ]  # fmt: skip
+        self._note("lesions are named alike for several patients and were told apart by patient", shared)
 
     def rows(self) -> Iterator[SourceRow]:
         """Yield the rows of the table."""
         for index in range(self._length):
             cell = {what: _text(values[index]) for what, values in self._columns.items()}
             source_id = self._columns["image"][index]
-            unusable = self._problems.get(index) or _first_unusable(cell)
+            conflict = self._conflicts.get(index)
+            unusable = self._problems.get(index) or conflict or _first_unusable(cell)
             if unusable is not None:
-                yield _unusable_row(_NAME.keep(source_id) or f"row {index + 1}", f"row {index + 1}, {unusable}")
+                name, code = _NAME.keep(source_id) or f"row {index + 1}", "label_conflict" if conflict else "unreadable"
+                yield replace(_unusable_row(name, f"row {index + 1}, {unusable}"), code=code)
                 continue
             cell = {what: value if value is None else _NAME.check(value) for what, value in cell.items()}
             path, problem = self._files.find(source_id) if source_id else (None, f"row {index + 1} names no image")
@@ -315,8 +401,8 @@ class _RowReader:
         """Return one sentence per kind of value that was left out."""
         return [f"{count} {text}" for text, count in self._counts.items()]
 
-    def _note(self, text: str) -> None:
-        self._counts[text] = self._counts.get(text, 0) + 1
+    def _note(self, text: str, count: int = 1) -> None:
+        self._counts[text] = self._counts.get(text, 0) + count
 
     def _confirmation(self, text: str | None, label: str | None) -> Confirmation:
         if text is None:
@@ -331,7 +417,7 @@ class _RowReader:
         if text is None:
             return None
         # An unknown split is an error and not a note: ignoring it could put held-out images into training.
-        split = _SPLITS.get(text.lower())
+        split = SPLIT_NAMES.get(text.lower())
         if split is None:
             raise DataError(
                 f"the table gives the split {text!r}; it must be one of {', '.join(s.value for s in Split)}"
@@ -374,7 +460,7 @@ def _first_unusable(cell: Mapping[str, str | None]) -> str | None:
 
 
 def _unusable_row(source_id: str, problem: str) -> SourceRow:
-    empty = dict.fromkeys(("lesion_id", "patient_id", "site", "device", "sex", "localization"))
+    empty: dict[str, str | None] = dict.fromkeys(_CONTEXT)
     nothing = Confirmation.SINGLE_READER
     return SourceRow(source_id, None, problem, None, nothing, None, empty, None, None, code="unreadable")
 

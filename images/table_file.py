@@ -6,7 +6,7 @@ kept with the reason why it cannot be used, because a value in the wrong column 
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from records.errors import DataError
@@ -26,12 +26,14 @@ class Table:
         problems: row index to what is wrong with the row.
         notes: sentences about how the table was read.
         length: number of rows.
+        conflicts: row index to the classes that it names, where these are several.
     """
 
     columns: dict[str, list[str]]
     problems: dict[int, str]
     notes: list[str]
     length: int
+    conflicts: dict[int, str] = field(default_factory=dict)
 
 
 def read_table(path: Path, data: bytes) -> Table:

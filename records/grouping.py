@@ -64,6 +64,7 @@ def place(
     new_images: Sequence[str],
     links: Iterable[tuple[str, str]],
     known_group_of: Mapping[str, KnownGroup],
+    stated: Mapping[str, str] | None = None,
 ) -> Placement:
     """Assign new images to groups.
 
@@ -73,6 +74,7 @@ def place(
         new_images: ids of images without a group.
         links: pairs of image ids that belong together; either may be new or known.
         known_group_of: the group of every known image that a link names.
+        stated: new image to the id that a new group with it gets; images of one id are linked.
     Returns:
         The placement.
     Raises:
@@ -103,7 +105,7 @@ def place(
         if len({groups[g].split for g in touched} - {None}) > 1:
             placement.refused.update(dict.fromkeys(members, tuple(touched)))
             continue
-        target = _target(touched, groups, members)
+        target = _target(touched, groups, members, stated or {})
         if not touched:
             new_groups.append(target)
         placement.group_of.update(dict.fromkeys(members, target))
@@ -111,10 +113,12 @@ def place(
     return Placement(placement.group_of, tuple(sorted(new_groups)), placement.merged, placement.refused)
 
 
-def _target(touched: Sequence[str], groups: Mapping[str, KnownGroup], members: Sequence[str]) -> str:
+def _target(
+    touched: Sequence[str], groups: Mapping[str, KnownGroup], members: Sequence[str], stated: Mapping[str, str]
+) -> str:
     """Choose the group that remains: one with a split before one without, then the smallest id."""
     if not touched:
-        return group_id_of(members[0])
+        return min({stated[image_id] for image_id in members if image_id in stated} or {group_id_of(members[0])})
     return min(touched, key=lambda g: (groups[g].split is None, g))
 
 

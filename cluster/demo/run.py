@@ -29,7 +29,7 @@ from cluster.demo.traffic import Tally, Traffic
 from cluster.demo.view import View
 from cluster.session import start_ray
 from cluster.settings import Settings
-from images.source_table import read_source
+from images.layouts import read_source
 from labeling.local_server import LocalLabelStudio, ServerInfo
 from records.errors import RefusedError
 from records.store import Store

@@ -15,7 +15,8 @@ from PIL import Image as PillowImage
 
 from images.files import is_image, list_folder
 from images.importer import import_folder
-from images.source_table import SourceTable, read_source
+from images.layouts import read_source
+from images.source_table import SourceTable
 from records.errors import DataError
 from records.settings import RecordsSettings
 from records.store import open_store

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from images.import_plan import read_label
-from images.source_table import SourceRow, read_source
+from images.layouts import read_source
+from images.source_table import SourceRow
 from records.errors import DataError
 from records.taxonomy import load_taxonomy
 from records.types import Confirmation, Split

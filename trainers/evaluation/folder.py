@@ -13,8 +13,10 @@ from rich.progress import Progress
 
 from images.decode import decode_square
 from images.import_plan import read_label
+from images.layouts import read_source
+from images.members import ImageFile
 from images.parallel import chunks_of, map_in_order
-from images.source_table import SourceRow, read_source
+from images.source_table import SourceRow
 from records.arrays import UInt8Array
 from records.errors import DataError, ImageError, TaxonomyError
 from records.taxonomy import Taxonomy
@@ -133,7 +135,7 @@ def _decode(rows: Sequence[SourceRow], side_px: int) -> UInt8Array:
     return np.stack([read_square(row.path or Path(row.source_id), side_px) for row in rows])
 
 
-def read_square(path: Path, side_px: int) -> UInt8Array:
+def read_square(path: ImageFile, side_px: int) -> UInt8Array:
     """Read an image file as the square that a model sees.
 
     Args:
