@@ -151,7 +151,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UnavailableError(
             f"checkpoint {path} cannot be written after {checkpoint.position} ({reason}); "
-            "see that the folder is there and its disk has space, and run it again with --resume"
+            "see that the folder is there and its disk has space"
         ) from error
 
 

@@ -153,7 +153,7 @@ class RayWorkerGroup(ProcessGroup):
             # Ray Train would create the folder again, on whatever disk lies below a mount that is gone.
             raise UnavailableError(
                 f"the checkpoint after {checkpoint.position} cannot be written: folder {self.kept_in} is gone; "
-                "bring its storage back and run it again with --resume"
+                "bring its storage back"
             )
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(checkpoint, Path(folder) / CHECKPOINT_FILE)

@@ -359,7 +359,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
         file_size_limit(10_000)
         return False
 
-    with pytest.raises(UnavailableError, match=r"cannot be written after epoch 2 .*run it again with --resume"):
+    with pytest.raises(UnavailableError, match="cannot be written after epoch 2 "):
         train(toy_settings, toy_data, three_classes, workers=alone(tmp_path), on_epoch=fill)
     assert load_checkpoint(tmp_path / "checkpoint.pt").epochs_done == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
