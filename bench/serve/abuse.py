@@ -1,8 +1,11 @@
 """Honest callers beside abusers: `python -m bench abuse --minutes 5 --json`.
 
 In: a served deployment. Out: latency of honest callers while it is quiet and under abuse, how many of them were
-refused, growth of the service's memory, and bytes of the page's uploads. The abusers run in a process with the lowest
-priority, because on one machine they would take the cores that they could not take over a network.
+refused, growth of the service's memory, bytes of the page's uploads, and how often each kind of abuse was done.
+
+The abusers are a process in a session of its own, both of the lowest priority: they stand for other machines, whose
+cores they have. On this machine they would take the cores of the service and of the honest callers, which over a
+network they cannot; what they make the service do has the service's own priorities.
 """
 
 import json
@@ -11,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +37,7 @@ HONEST_CALLERS = 3
 PAUSE_S = 0.5
 """Between two images of an honest caller, so that the cores are not busy while it is quiet."""
 SETTLE_S = 15.0
+STOP_TIMEOUT_S = 60.0
 WARM_SETS = ("serving.page=true", "serving.model_poll_s=1")
 
 
@@ -90,7 +94,7 @@ class Honest:
 
 def measure(
     honest: Honest,
-    abusing: Callable[[], Any],
+    abusing: Callable[[], AbstractContextManager[dict[str, int]]],
     memory_bytes: Callable[[], int],
     uploads: Path,
     seconds: float,
@@ -100,7 +104,7 @@ def measure(
 
     Args:
         honest: the honest callers.
-        abusing: returns a context manager during which the service is abused.
+        abusing: returns a context manager during which the service is abused, and which yields the counts.
         memory_bytes: returns the memory of the service.
         uploads: folder of the page's uploads.
         seconds: of each of the two phases.
@@ -117,13 +121,14 @@ def measure(
     figures |= _latencies("quiet", honest)
     before = peak = memory_bytes()
     disk = 0
-    with abusing(), honest.calling():
+    with abusing() as done, honest.calling():
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
             time.sleep(0.5)
             peak = max(peak, memory_bytes())
             disk = max(disk, sum(path.stat().st_size for path in uploads.rglob("*") if path.is_file()))
     figures |= _latencies("abused", honest)
+    figures["abuses"] = done
     time.sleep(settle_s)
     figures["honest_p99_ratio"] = figures["abused_p99_ms"] / figures["quiet_p99_ms"]
     figures["memory_quiet_mb"] = before / 1e6
@@ -150,15 +155,19 @@ def broken_bounds(figures: dict[str, Any], quota_mb: float) -> list[str]:
 
 
 @contextmanager
-def abusers(port: int, key: str, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[None]:
-    """Abuse a service from another process during the block."""
+def abusers(port: int, key: str, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[dict[str, int]]:
+    """Abuse a service from another process during the block; after it, what it was given counts each kind of abuse."""
     command = [sys.executable, "-m", "bench.serve.abusers", str(port), str(seed)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
+    done: dict[str, int] = {}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"key": key, "kinds": list(kinds)}))
-        process.stdin.close()
+        process.stdin.write(json.dumps({"key": key, "kinds": list(kinds)}) + "\n")
+        process.stdin.flush()
         try:
-            yield
+            yield done
+            done.update(json.loads(process.communicate(timeout=STOP_TIMEOUT_S)[0]))
         finally:
             process.kill()
 
