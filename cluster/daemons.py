@@ -6,6 +6,7 @@ In: the running `ray`. Out: a SIGTERM to this process once a daemon is gone, sin
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
@@ -13,10 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from types import FrameType
 from typing import Any
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 WATCHED = ("gcs_server", "raylet")
 LOOK_EVERY_S = 0.5
@@ -40,7 +44,11 @@ def daemons_in_own_session() -> Iterator[None]:
     from ray._private import services
 
     names: Any = services
-    plain = names.ConsolePopen
+    plain = getattr(names, "ConsolePopen", None)
+    if plain is None:
+        _warn_of_other_ray("a signal to the command's process group ends Ray's daemons before the command")
+        yield
+        return
     names.ConsolePopen = functools.partial(plain, start_new_session=True)
     try:
         yield
@@ -99,16 +107,36 @@ def orderly_sigterm() -> Iterator[Ending]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _daemons() -> dict[str, Any]:
+    """Return Ray's daemons of this session by name; none if this version of Ray does not tell."""
+    from ray._private import worker
+
+    node: Any = getattr(worker, "_global_node", None)
+    try:
+        return {name: processes[0].process for name, processes in node.all_processes.items()}
+    except (AttributeError, IndexError, TypeError):
+        return {}
+
+
+def _warn_of_other_ray(effect: str) -> None:
+    # Both are internals of Ray, which may change with any version.
+    logger.warning(
+        "Ray %s treats its daemons in a way that Relook does not know, so %s; install the version in requirements.lock",
+        metadata.version("ray"), effect,
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def watched_daemons(ending: Ending) -> Iterator[Callable[[], None]]:
     """Interrupt the main thread when a daemon is gone; yield what ends the interruptions, for the cleanup.
 
     If the command is still not at its end after several interruptions, this process ends at once.
     """
-    from ray._private import worker
-
-    started: Any = getattr(worker, "_global_node").all_processes  # noqa: B009  no public name
-    daemons = {name: processes[0].process for name, processes in started.items()}
+    daemons = _daemons()
+    if not daemons.keys() >= set(WATCHED):
+        _warn_of_other_ray("a command whose daemon is gone may wait for it for ever")
+        yield lambda: None
+        return
     ending.folder = psutil.Process(daemons["raylet"].pid).cwd()
     cleaning, over = threading.Event(), threading.Event()
 

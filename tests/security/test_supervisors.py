@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -18,6 +20,7 @@ import pytest
 import typer.main
 
 from cluster.cli import app
+from cluster.daemons import WATCHED, Ending, daemons_in_own_session, watched_daemons
 from cluster.sources import load_settings
 from records.command import advises_resume
 from records.errors import ConfigError, DataError, LabelStudioError, UnavailableError, quoted_error
@@ -33,6 +36,7 @@ UNITS = ("relook.service", "relook-watch.service")
 ENDS_WITHIN_S = 40
 # Ray's own declarations are not clean under the newest pydantic, and it warns about its own defaults.
 OF_RAY = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+WATCHED_NAMES = re.compile("|".join(WATCHED))
 RELOOK = [sys.executable, "-m", "cluster.cli"]
 WAITING = """
 import sys, time
@@ -181,6 +185,33 @@ def test_a_search_without_its_raylet_ends_and_names_resume(tmp_path: Path, image
         last = running.said().strip().splitlines()[-1]
         assert last.startswith("relook: Ray's process raylet ended while it was needed"), running.said()
         assert last.endswith("run it again with --resume")
+
+
+@OF_RAY
+@pytest.mark.slow
+def test_daemons_are_out_of_reach_of_signals_to_the_group(ray_session: Any) -> None:
+    """Fails with a Ray that starts them in another way than through the class that is replaced."""
+    below = psutil.Process().children(recursive=True)
+    found = [process for process in below if process.cmdline() and WATCHED_NAMES.search(process.cmdline()[0])]
+    assert len(found) == len(WATCHED)
+    assert os.getsid(0) not in {os.getsid(process.pid) for process in found}
+
+
+@OF_RAY
+def test_a_ray_with_other_internals_is_used_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray._private import services, worker
+
+    monkeypatch.delattr(services, "ConsolePopen")
+    with daemons_in_own_session():
+        assert "a signal to the command's process group" in caplog.text
+    for node in (None, object(), SimpleNamespace(all_processes={"gcs_server": []})):
+        caplog.clear()
+        monkeypatch.setattr(worker, "_global_node", node)
+        with watched_daemons(Ending()) as begin_cleaning:
+            begin_cleaning()
+        assert "install the version in requirements.lock" in caplog.text
 
 
 class Unreadable:
