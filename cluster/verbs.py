@@ -31,7 +31,7 @@ app = typer.Typer()
 
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder in HAM10000's layout or with a table; default: generated images."),
+    typer.Option("--data", help="Folder that `relook data import` reads; default: generated images."),
 ]
 ModelOption = Annotated[str, typer.Option("--model", help="Id prefix, bundle path, champion or candidate.")]
 
@@ -40,6 +40,9 @@ ModelOption = Annotated[str, typer.Option("--model", help="Id prefix, bundle pat
 def demo(
     call: Call,
     data: DataOption = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="Columns of the table in --data: image=..,dx=..,lesion=..")
+    ] = None,
     annotator: Annotated[
         Literal["simulated", "human"], typer.Option("--annotator", help="Who annotates in Label Studio.")
     ] = "simulated",
@@ -47,11 +50,13 @@ def demo(
 ) -> None:
     """Run the whole loop once: search, train, serve, review, annotate, retrain, swap."""
     from cluster.demo.command import reopen_demo, run_demo
+    from trainers.cli.data import parse_columns
 
     if reopen:
         reopen_demo(call.settings, as_json=call.as_json)
     else:
-        run_demo(call.settings, data=data, annotator=annotator, as_json=call.as_json)
+        named = parse_columns(columns)
+        run_demo(call.settings, data=data, columns=named, annotator=annotator, as_json=call.as_json)
 
 
 @verb(app, "promote")

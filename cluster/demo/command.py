@@ -5,7 +5,7 @@ import select
 import sys
 import termios
 import tty
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,14 +22,21 @@ from records.progress import stderr
 from records.store import open_store
 
 
-def run_demo(settings: Settings, *, data: Path | None, annotator: AnnotatorKind, as_json: bool) -> None:
+def run_demo(
+    settings: Settings,
+    *,
+    data: Path | None,
+    columns: Mapping[str, str] | None,
+    annotator: AnnotatorKind,
+    as_json: bool,
+) -> None:
     """Run the demo and print its summary; without `data`, a folder, images are generated.
 
     RefusedError if the home holds work that is not a demo's.
     """
     prepare_home(settings, data)
     store = open_store(settings.records)
-    with running_demo(settings, store, data=data, annotator=annotator) as running:
+    with running_demo(settings, store, data=data, columns=columns, annotator=annotator) as running:
         _show(running, as_json)
     store.close()
 
@@ -68,8 +75,9 @@ def _rounds_table(summary: DemoSummary) -> Table:
         "balanced accuracy (test)",
         *(_with_interval(r.balanced_accuracy, r.balanced_accuracy_ci) for r in summary.rounds),
     )
-    cells("melanoma sensitivity", *(_number(r.melanoma_sensitivity) for r in summary.rounds))
-    cells("melanoma specificity", *(_number(r.melanoma_specificity) for r in summary.rounds))
+    if key := second.key_class:
+        cells(f"{key} sensitivity", *(_number(r.key_class_sensitivity) for r in summary.rounds))
+        cells(f"{key} specificity", *(_number(r.key_class_specificity) for r in summary.rounds))
     cells("status", first.status, second.status)
     cells("because", first.why, second.why)
     return table

@@ -4,29 +4,23 @@ Both write a bundle and nothing else; the stage that asks for one registers or s
 """
 
 from records.bundles import Bundle, write_bundle
-from records.errors import ContractError
 from records.store import Store
 from records.taxonomy import Taxonomy
 
 
 def harmed_copy(store: Store, bundle: Bundle) -> Bundle:
-    """Return a copy of a model that gives the key class a probability near zero.
-
-    It is neither registered nor served. ContractError if the taxonomy has no key class.
-    """
-    key = store.taxonomy.key_class
-    if key is None:
-        raise ContractError("the gate fault needs a taxonomy with a key class")
-    # Only the key class's bias changes, so the average over all classes hardly suffers: a gate that
+    """Return a copy of a model that gives one class a probability near zero; it is neither registered nor served."""
+    code = harmed_class(store.taxonomy)
+    # Only one class's bias changes, so the average over all classes hardly suffers: a gate that
     # compared averages would let this model pass.
     bias = list(bundle.document.calibration.bias)
-    bias[store.taxonomy.index_of(key.code)] -= 6.0
+    bias[store.taxonomy.index_of(code)] -= 6.0
     calibration = bundle.document.calibration.model_copy(update={"bias": bias})
     document = bundle.document.model_copy(
         update={
             "calibration": calibration,
             "parent_model_id": bundle.id,
-            "metrics": {"fault": f"{key.code} suppressed"},
+            "metrics": {"fault": f"{code} suppressed"},
         }
     )
     return write_bundle(store, document, bundle.weights(), bundle.golden(), bundle.suitability())
@@ -45,5 +39,11 @@ def twin(store: Store, bundle: Bundle) -> Bundle:
 
 def harm_in_words(taxonomy: Taxonomy) -> str:
     """Describe the harmed challenger."""
-    key = taxonomy.key_class
-    return f"a copy of the model with p({key.code if key else '?'}) pushed towards zero on purpose"
+    return f"a copy of the model with p({harmed_class(taxonomy)}) pushed towards zero on purpose"
+
+
+def harmed_class(taxonomy: Taxonomy) -> str:
+    """Return the code of the class that the harmed challenger misses: the key class, else the costliest to miss."""
+    if taxonomy.key_class is not None:
+        return taxonomy.key_class.code
+    return max(taxonomy.classes, key=lambda one: one.miss_cost).code

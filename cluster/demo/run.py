@@ -5,7 +5,7 @@ data -> round 1 -> service -> traffic -> annotators -> round 2 under traffic -> 
 Each stage's result is kept when it is done, so an interrupted demo resumes after its last finished stage.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,14 +50,20 @@ class Running:
 
 @contextmanager
 def running_demo(
-    settings: Settings, store: Store, *, data: Path | None, annotator: AnnotatorKind
+    settings: Settings,
+    store: Store,
+    *,
+    data: Path | None,
+    columns: Mapping[str, str] | None,
+    annotator: AnnotatorKind,
 ) -> Generator[Running]:
     """Run all stages; service and Label Studio keep running until the block ends.
 
     Args:
         settings: of everything.
         store: the home that the demo fills.
-        data: a folder in HAM10000's layout or with a table; None generates images.
+        data: a folder that `relook data import` reads; None generates images.
+        columns: names of its table's columns where they differ from HAM10000's.
         annotator: `simulated` annotates from the known truth, `human` waits for people.
     Yields:
         The summary, and what is still running.
@@ -67,7 +73,7 @@ def running_demo(
     # Both can be checked now; without these calls they would fail after minutes of work.
     require_free_port(settings.serving.host, settings.serving.port)
     if data is not None:
-        read_source(data)
+        read_source(data, columns)
     tally = Tally()
     demo = Demo(settings, store, View(tally), tally, annotator, Stages(store.home))
     with ExitStack() as running:
@@ -76,7 +82,7 @@ def running_demo(
             starting = _start_label_studio(demo, running)
             running.enter_context(start_ray(settings))
             _require_alive(starting)
-            _before_service(demo, data, starting)
+            _before_service(demo, data, columns, starting)
             with demo.view.stage("Service", "serve the model over HTTP, with a heat map for every prediction"):
                 service = start_service(settings.serving, settings.records)
                 running.callback(service.stop)
@@ -120,12 +126,14 @@ def _require_alive(starting: "Future[ServerInfo]") -> None:
         starting.result()
 
 
-def _before_service(demo: Demo, data: Path | None, starting: "Future[ServerInfo]") -> None:
+def _before_service(
+    demo: Demo, data: Path | None, columns: Mapping[str, str] | None, starting: "Future[ServerInfo]"
+) -> None:
     demo.stage(
         "data",
         "Images",
         "import them and split by lesion, so that no lesion is in two splits",
-        lambda: gather_data(demo, data),
+        lambda: gather_data(demo, data, columns),
     )
     # A round begins by pulling annotations, so a Label Studio that is still starting would fail it.
     starting.result()
@@ -171,7 +179,7 @@ def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Dem
         demo.stage(
             "gate_fault",
             "Gate",
-            "injected fault: the gate must refuse a challenger that misses the key class",
+            "injected fault: the gate must refuse a challenger that misses a class",
             lambda: gate_fault(demo),
         )
         demo.stage("swap", "Swap", "switch to another model while requests come in", lambda: swap(demo, service.url))
@@ -180,7 +188,7 @@ def _with_service(demo: Demo, service: ServiceHandle, server: ServerInfo) -> Dem
     demo.stage(
         "trace",
         "Trace",
-        "follow one flagged image from the request to the model trained on it",
+        "follow one image from the request to the model trained on it",
         lambda: trace_one(demo),
     )
     summary = summarise(demo, server)

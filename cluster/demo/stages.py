@@ -5,7 +5,8 @@ uses. Which stage follows which is in `cluster.demo.run`.
 """
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,7 @@ class Demo:
         return result
 
 
-def gather_data(demo: Demo, data: Path | None) -> StageResult:
+def gather_data(demo: Demo, data: Path | None, columns: Mapping[str, str] | None) -> StageResult:
     """Import or generate images, withhold some diagnoses for the annotators to find, and audit the split."""
     settings, home = demo.settings, demo.store.home
     folder = data
@@ -97,7 +98,11 @@ def gather_data(demo: Demo, data: Path | None) -> StageResult:
         demo.view.say(f"generating {settings.demo.synth_lesions} lesions (seed {settings.demo.seed})")
         synthesize(folder, lesions=settings.demo.synth_lesions, seed=settings.demo.seed)
     report = import_folder(
-        demo.store, folder, withhold_share=settings.demo.withhold_share, side_px=(settings.trainers.model.side_px,)
+        demo.store,
+        folder,
+        columns=columns,
+        withhold_share=settings.demo.withhold_share,
+        side_px=(settings.trainers.model.side_px,),
     )
     # The truth stays outside the ledger, where no stage but the simulated annotator and the traffic reads it.
     report.withheld.to_parquet(home.demo / "truth.parquet", index=False)
@@ -133,8 +138,9 @@ def run_next_round(demo: Demo) -> StageResult:
         labels_from_annotators=results["version"]["labels_from_annotators"],
         balanced_accuracy=test["balanced_accuracy"],
         balanced_accuracy_ci=test["balanced_accuracy_ci"],
-        melanoma_sensitivity=key.get("sensitivity"),
-        melanoma_specificity=key.get("specificity"),
+        key_class=key.get("name"),
+        key_class_sensitivity=key.get("sensitivity"),
+        key_class_specificity=key.get("specificity"),
         promoted=results["rollout"]["promoted"],
         status=results["rollout"]["status"],
         why=results["gate"]["why"],
@@ -286,21 +292,23 @@ def _wait_until_served(client: Client, target: Bundle) -> float:
 
 
 def trace_one(demo: Demo) -> StageResult:
-    """Trace a flagged prediction whose image the next model was trained on."""
+    """Trace a prediction whose image the next model was trained on: a flagged one, if there is one."""
     second = demo.stages.results["round_2"]["summary"]
     learned = load_dataset(demo.store, second["dataset_id"]).rows
-    learned_ids = set(learned.loc[learned["label_source"].str.startswith("annotator:"), "image_id"])
+    learned_ids = learned.loc[learned["label_source"].str.startswith("annotator:"), "image_id"].tolist()
     flagged = demo.stages.results["traffic"]["flagged_predictions"]
     with demo.store.ledger.read() as tx:
-        predictions = tx.find(Prediction, where={"id": flagged}, order_by=("id",))
-        chosen = next((p for p in predictions if p.image_id in learned_ids), None)
+        predictions = tx.find(Prediction, where={"image_id": learned_ids}, order_by=("id",))
+        # A model that was right about all of them leaves nothing to flag; the path of the others is the same.
+        chosen = min(predictions, key=lambda one: one.id not in flagged, default=None)
         name = tx.require(Image, chosen.image_id).source_id if chosen else None
     if chosen is None:
-        return {"complete": False, "why": "no flagged image got a label from the annotators", "steps": []}
+        return {"complete": False, "why": "no image that was sent got a label from the annotators", "steps": []}
     found = trace(demo.store, chosen.id)
     steps = [step.model_dump(mode="json") for step in found.steps]
-    for step in found.steps:
-        demo.view.say(f"{step.kind}: {step.text}")
+    # A small data set is sent again and again: equal steps are one line with their count.
+    for line, times in Counter(f"{step.kind}: {step.text}" for step in found.steps).items():
+        demo.view.say(line if times == 1 else f"{line} ({times} times)")
     complete = any(step.kind == "model" and step.id == second["model_id"] for step in found.steps)
     return {"complete": complete, "prediction_id": chosen.id, "image": name, "steps": steps}
 

@@ -33,8 +33,9 @@ class RoundSummary(BaseModel):
     labels_from_annotators: int
     balanced_accuracy: float | None = Field(description="on the test split")
     balanced_accuracy_ci: list[float] | None = Field(description="95 %, resampled by lesion")
-    melanoma_sensitivity: float | None = Field(description="of the key class at its operating point, test split")
-    melanoma_specificity: float | None = None
+    key_class: str | None = Field(default=None, description="its code; None if the taxonomy has none")
+    key_class_sensitivity: float | None = Field(default=None, description="at its operating point, test split")
+    key_class_specificity: float | None = None
     promoted: bool
     status: str
     why: str
