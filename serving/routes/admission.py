@@ -17,6 +17,7 @@ from serving.metrics import Metrics
 from serving.routes.authenticator import Authenticator
 from serving.schemas import Context
 from serving.service import Service
+from serving.settings import compute_threads
 from vision.explanations.methods import METHODS
 
 _HEAD_BYTES = 8192
@@ -36,6 +37,10 @@ class Admission:
         self._images = Shares(settings.max_in_flight)
         self._maps = Shares(settings.max_explaining)
         self._turns = Turns(alone=settings.max_in_flight, together=settings.max_batch_size)
+        # A heat map keeps a core busy for seconds and holds memory, so each caller gets no more of them than the
+        # explainer has cores: the others of a greedy caller wait here, and nobody waits behind them.
+        cores = compute_threads(settings.explainer_cpus)
+        self._map_turns = Turns(alone=cores, together=cores)
 
     @contextmanager
     def images(self, caller: Caller, images: Sequence[bytes]) -> Iterator[None]:
@@ -91,7 +96,8 @@ class Admission:
         if not self._maps.take(caller.share):
             raise AccessError("the service computes as many heat maps as it accepts; try again soon", "busy")
         try:
-            heat_map = await compute()
+            async with self._map_turns.turn(caller.id, 1):
+                heat_map = await compute()
         finally:
             self._maps.give_back(caller.share)
         self.metrics.explained.labels(method=method).inc()

@@ -8,16 +8,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 from PIL import Image
 
 from records.store import Store
 from records.types import ReviewItem, Scope
-from serving.access.keys import create_key
+from serving.access.keys import Caller, create_key
 from serving.access.shares import Shares, Turns
-from serving.routes.admission import image_cost
+from serving.messages import HeatMap
+from serving.metrics import Metrics
+from serving.routes.admission import Admission, image_cost
+from serving.routes.authenticator import Authenticator
 from serving.settings import ServingSettings
 from tests.security.front import JPEG, connect, head, honest
 
@@ -166,3 +171,32 @@ def test_a_large_image_costs_more_than_a_small_one(make_image: Callable[..., byt
     assert image_cost(make_image(0)) == 1
     assert image_cost(large.getvalue()) == 13
     assert image_cost(b"\xff\xd8" + b"\xff\xe0\x00\x02" * 100_000) == 4, "the size is not in its first bytes"
+
+
+def test_heat_maps_of_one_key_wait_for_each_other_and_not_another_key_for_them(kept: Store) -> None:
+    service: Any = SimpleNamespace(store=kept, settings=ServingSettings(explainer_cpus=1.0))
+    began, done = [], asyncio.Event()
+
+    def compute(name: str) -> Callable[[], Any]:
+        async def computed() -> HeatMap:
+            began.append(name)
+            await done.wait()
+            return HeatMap("gradcam", True, "layer", "bcc", np.zeros((1, 1), np.float32), b"")
+
+        return computed
+
+    async def run() -> None:
+        admission = Admission(service, Authenticator(kept, service.settings), Metrics(kept))
+        callers = {name: Caller(name, "clinic", frozenset(Scope)) for name in ("greedy", "honest")}
+        names = ["greedy 1", "greedy 2", "greedy 3", "honest 1"]
+        tasks = [asyncio.create_task(admission.explain(callers[n.split()[0]], "gradcam", compute(n))) for n in names]
+        while len(began) < 2:
+            await asyncio.sleep(0)
+        # One that waits and is cancelled leaves its place to the next.
+        tasks[1].cancel()
+        assert began == ["greedy 1", "honest 1"]
+        done.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert began == ["greedy 1", "honest 1", "greedy 3"]
+
+    asyncio.run(run())
