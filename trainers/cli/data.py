@@ -1,4 +1,4 @@
-"""The verbs `relook data import | synth | download | audit | versions | split | preview`."""
+"""The verbs `relook data import | export | synth | download | audit | versions | split | preview`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +33,18 @@ def _datasets() -> list[str]:
     return list(TERMS)
 
 
+def _layouts() -> list[str]:
+    from images.layouts import LAYOUTS
+
+    return list(LAYOUTS)
+
+
+def _forms() -> list[str]:
+    from images.layouts.exported import FORMS
+
+    return list(FORMS)
+
+
 @verb(app, "import")
 def import_command(
     call: Call,
@@ -44,6 +56,10 @@ def import_command(
         str | None, typer.Option(help="Labels of the table and the classes that they mean: MEL=mel,NEV=nv.")
     ] = None,
     table: Annotated[Path | None, typer.Option(help="The table, if DIR holds several.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="{choices}; default: the one that is recognised, which is said.", autocompletion=_layouts),
+    ] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Register the files where they are; copy nothing.")
     ] = False,
@@ -58,6 +74,7 @@ def import_command(
             columns=parse_columns(columns),
             labels=parse_columns(labels, "--labels", "label=class, for example NEV=nv"),
             table=table,
+            layout=layout,
             in_place=in_place,
             # Decoded at the size that training will use, so that the first training need not decode again.
             side_px=(call.settings.trainers.model.side_px,),
@@ -65,6 +82,30 @@ def import_command(
         )
     _print_refusals(report)
     call.emit(report.as_dict(), _import_table(report))
+
+
+@verb(app, "export")
+def export_command(
+    call: Call,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Id of a dataset version, 8 or more characters.")],
+    form: Annotated[str, typer.Option("--format", help="{choices}.", autocompletion=_forms)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder, empty or new; default: relook-VERSION-FORMAT here.")
+    ] = None,
+) -> None:
+    """Write a dataset version for other tools, with splits, labels, their sources and the licences."""
+    from images.export import export_dataset
+    from records.datasets import load_dataset
+
+    with call.store() as store, progress() as bar:
+        dataset = load_dataset(store, version)
+        folder = out or Path(f"relook-{dataset.id[:12]}-{form}")
+        report = export_dataset(store, dataset, form, folder, progress=bar)
+    for note in report.notes:
+        stderr.print(f"note: {note}", highlight=False, markup=False)
+    licences = "; ".join(report.licences) or "none was stated by the sources"
+    done = f"{report.images} images in {report.folder} as dataset {report.dataset_id[:12]}; licences: {licences}"
+    call.emit(report.as_dict(), done)
 
 
 @verb(app, "synth")
