@@ -21,6 +21,7 @@ from records.grouping import draw_split, draw_stratified, position
 from records.ids import hash_of, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
+from records.store import remember_taxonomy
 from records.taxonomy import Taxonomy, folded
 from records.types import LABEL_RANK, Confirmation, Group, Image, Quarantined, SourceLabel, Split
 
@@ -256,6 +257,7 @@ class Plan:
         refusals: rows that cannot be used.
         withhold_share: share of the train-split groups whose labels are withheld.
         split_salt: setting `records.split_salt`.
+        taxonomy: that of the labels; the home remembers it.
         reading: goes into the audit event.
     """
 
@@ -266,6 +268,7 @@ class Plan:
     refusals: Sequence[Refusal]
     withhold_share: float
     split_salt: str
+    taxonomy: Taxonomy
     reading: Reading
 
 
@@ -302,7 +305,9 @@ class _Label:
 
 
 def write_import(tx: Transaction, plan: Plan) -> Written:
-    """Write an import in one write transaction."""
+    """Write an import in one write transaction; TaxonomyError if the home has another taxonomy."""
+    if any(entry.row.label is not None for entry in plan.entries):
+        remember_taxonomy(tx, plan.taxonomy)
     plan, erased = _without_erased(tx, plan)
     new_images, linking = _write_images(tx, plan)
     group_of = _groups_of(tx, plan)

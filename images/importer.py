@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import sqlalchemy as sa
 from rich.progress import Progress
 
 from images.cache import PIXELS
@@ -37,10 +36,9 @@ from images.layouts import read_source
 from images.source_table import SourceRow, SourceTable, tables_of
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.erasure import BLOBS, run_erasers
-from records.errors import ConfigError, DataError, TaxonomyError
+from records.errors import ConfigError, DataError
 from records.ids import canonical_json, sha256_hex, utc_now
 from records.keys import patient_hash
-from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import AuditEvent, Consent, DatasetRecord, Image, Quarantined, SourceLabel
 
@@ -137,7 +135,8 @@ def import_folder(
         TaxonomyError: the store has labels of another taxonomy, or `labels` names a class that there is not.
     """
     started = time.monotonic()
-    _require_taxonomy(store, labels or {})
+    for code in (labels or {}).values():
+        store.taxonomy.index_of(code)
     if not 0.0 <= withhold_share < 1.0:
         raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
     source = read_source(folder, columns, table, layout)
@@ -154,7 +153,9 @@ def import_folder(
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
     reading = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
-    plan = Plan(import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt, reading)
+    plan = Plan(
+        import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt, store.taxonomy, reading
+    )
     # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)
@@ -179,21 +180,6 @@ def _of_export(store: Store, source: SourceTable, dataset_id: str) -> list[str]:
 
 def _nothing_usable(source: SourceTable, reason: str) -> DataError:
     return DataError(f"none of the {len(source.rows)} rows of {source.path} can be used; first: {reason}")
-
-
-def _require_taxonomy(store: Store, labels: Mapping[str, str]) -> None:
-    """Refuse an import under another taxonomy than that of the labels that are there."""
-    # Such an import would be written, and no dataset version could be built from then on.
-    column = TABLES[SourceLabel].c.label
-    with store.ledger.read() as tx:
-        stored = set(tx.connection.scalars(sa.select(column).distinct()))
-    if foreign := sorted(stored - set(store.taxonomy.codes)):
-        raise TaxonomyError(
-            f"this home has images labelled {foreign[0]!r}, which is no class of taxonomy {store.taxonomy.name!r}; "
-            "set RELOOK_RECORDS__TAXONOMY to the taxonomy that they were imported with, or use another RELOOK_HOME"
-        )
-    for code in labels.values():
-        store.taxonomy.index_of(code)
 
 
 def open_dataset(store: Store, data: str | None, *, progress: Progress | None = None) -> DatasetVersion:
@@ -331,7 +317,11 @@ def _build(store: Store) -> tuple[str, list[str]]:
     with store.ledger.read() as tx:
         if not tx.count(SourceLabel):
             return "", ["no image has a label yet, so no dataset version was built"]
-    built = build_version(store)
+    try:
+        built = build_version(store)
+    except DataError as error:
+        # What was imported is stored: an import that was written does not fail.
+        return "", [f"no dataset version was built, because {error}"]
     notes = []
     if built.without_consent:
         notes.append(f"{len(built.without_consent)} labelled images lack the consent to train on them")

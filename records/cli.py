@@ -1,4 +1,4 @@
-"""Verbs that read and write the records alone: `taxonomy check`, `audit verify`, `trace`, `backup`, `restore`."""
+"""Verbs that read and write the records alone: `taxonomy check | use`, `audit verify`, `trace`, `backup`, `restore`."""
 
 import os
 from pathlib import Path
@@ -27,6 +27,31 @@ def taxonomy_check(call: JsonCall, file: Annotated[str, typer.Argument(help="YAM
     for index, c in enumerate(taxonomy.classes):
         table.add_row(str(index), c.code, c.name, "yes" if c.malignant else "no", f"{c.miss_cost:g}")
     call.emit({**taxonomy.model_dump(mode="json"), "hash": taxonomy.hash}, table)
+
+
+@verb(taxonomy_app, "use")
+def taxonomy_use(call: Call, file: Annotated[str, typer.Argument(help="YAML file or built-in name.")]) -> None:
+    """Replace the taxonomy of the home; it must have the classes of all labels."""
+    from contextlib import closing
+
+    from records.datasets import build_version
+    from records.store import open_store, remember_taxonomy
+    from records.taxonomy import load_taxonomy
+    from records.types import SourceLabel
+
+    taxonomy = load_taxonomy(file)
+    settings = call.settings.records
+    # Opened with the taxonomy that it has: with the new one in the environment it would be refused.
+    with closing(open_store(settings.model_copy(update={"taxonomy": None}))) as store, store.ledger.begin() as tx:
+        remember_taxonomy(tx, taxonomy, replaces=True)
+        is_labelled = bool(tx.count(SourceLabel))
+    dataset_id = ""
+    if is_labelled:
+        with closing(open_store(settings.model_copy(update={"taxonomy": None}))) as store:
+            dataset_id = build_version(store).version.id
+    text = f"this home has the taxonomy {taxonomy.name!r} ({taxonomy.hash[:12]})"
+    text += f"; dataset {dataset_id[:12]} follows, and models of another taxonomy have to be trained again"
+    call.emit({"name": taxonomy.name, "hash": taxonomy.hash, "dataset_id": dataset_id}, text)
 
 
 @verb(audit_app, "verify")

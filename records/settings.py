@@ -45,7 +45,11 @@ class RecordsSettings(RoomSettings):
         repr=False,
     )
     blobs: str | None = Field(default=None, description="fsspec URL of the blob store; default: blobs/ in home")
-    taxonomy: str = Field(default="ham10000", description="a built-in taxonomy's name, or the path of a YAML file")
+    taxonomy: str | None = Field(
+        default=None,
+        description="a built-in taxonomy's name, or the path of a YAML file; null is the one that the home remembers "
+        "since its first import, else ham10000",
+    )
     split_salt: str = Field(
         default="relook", min_length=1, description="salt of the hash that draws splits; another salt changes them"
     )

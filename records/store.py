@@ -1,6 +1,7 @@
 """The store: home, taxonomy, ledger and blobs, opened together and passed to every room.
 
-Also here: the ledger rows of images, and their bytes checked against the id.
+A home remembers the taxonomy of its labels, as an event of the audit chain. Also here: the ledger rows of images, and
+their bytes checked against the id.
 """
 
 from collections.abc import Sequence
@@ -10,15 +11,23 @@ from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 
+from records import audit
 from records.audit import head_file, open_chain
 from records.blobs import BlobStore, open_blobs
-from records.errors import DataError, IntegrityError, UnknownIdError
+from records.errors import DataError, IntegrityError, TaxonomyError, UnknownIdError
 from records.home import Home, open_home
 from records.ids import sha256_hex
-from records.ledger import AuditPlaces, Ledger, open_ledger
+from records.ledger import AuditPlaces, Ledger, Transaction, open_ledger
+from records.ledger.tables import TABLES
 from records.settings import RecordsSettings
 from records.taxonomy import Taxonomy, load_taxonomy
-from records.types import Image
+from records.types import Annotation, AuditEvent, Image, SourceLabel
+
+DEFAULT_TAXONOMY = "ham10000"
+"""Taxonomy of a home that remembers none, where the settings name none."""
+
+TAXONOMY_ACTION = "taxonomy.remembered"
+"""Action of the audit event; its subject is the taxonomy's hash, its details are the document."""
 
 _BATCH = 5000
 """Ids per query of the ledger."""
@@ -45,7 +54,7 @@ class Store:
     def portable_settings(self) -> RecordsSettings:
         """Return settings that open this store from any working folder: home and taxonomy file are absolute paths."""
         taxonomy = self.settings.taxonomy
-        if Path(taxonomy).is_file():
+        if taxonomy is not None and Path(taxonomy).is_file():
             taxonomy = str(Path(taxonomy).absolute())
         return self.settings.model_copy(update={"home": self.home.root, "taxonomy": taxonomy})
 
@@ -57,11 +66,12 @@ class Store:
 def open_store(settings: RecordsSettings) -> Store:
     """Open home, taxonomy, ledger (migrated) and blobs.
 
-    A place that cannot be used raises ConfigError, a malformed taxonomy TaxonomyError, a database or blob store that
-    does not respond UnavailableError.
+    Without a taxonomy in the settings, the one that the home remembers is taken. A place that cannot be used raises
+    ConfigError; a malformed taxonomy, or another one than the home remembers, TaxonomyError; a database or blob store
+    that does not respond UnavailableError.
     """
     # First, since a wrong taxonomy should not leave an empty home behind.
-    taxonomy = load_taxonomy(settings.taxonomy)
+    taxonomy = load_taxonomy(settings.taxonomy or DEFAULT_TAXONOMY)
     home = open_home(settings.home)
     ledger = open_ledger(
         database_url(settings, home),
@@ -69,11 +79,66 @@ def open_store(settings: RecordsSettings) -> Store:
         busy_timeout_s=settings.busy_timeout_s,
         audit=AuditPlaces(settings.audit_key_file or home.keys / "audit-key", head_file(home), settings.audit_anchor),
     )
+    with ledger.read() as tx:
+        remembered = remembered_taxonomy(tx)
+    if settings.taxonomy is None:
+        taxonomy = remembered or taxonomy
+    elif remembered is not None and remembered.hash != taxonomy.hash:
+        ledger.close()
+        raise _another(taxonomy, remembered)
     open_chain(ledger)
     blobs = open_blobs(settings.blobs or str(home.blobs), sync=settings.durability == "full")
     # Passed to Ray workers, which start in another folder, so the path has to be absolute.
     settings = settings.model_copy(update={"home": home.root})
     return Store(settings, home, taxonomy, ledger, blobs)
+
+
+def remembered_taxonomy(tx: Transaction) -> Taxonomy | None:
+    """Return the taxonomy of this home's labels; None before the first label."""
+    events = tx.find(AuditEvent, where={"action": TAXONOMY_ACTION}, order_by=("-number",), limit=1)
+    return Taxonomy.model_validate(events[0].details) if events else None
+
+
+def remember_taxonomy(tx: Transaction, taxonomy: Taxonomy, *, replaces: bool = False) -> None:
+    """Write the home's taxonomy in the transaction that needs it.
+
+    Args:
+        tx: a write transaction.
+        taxonomy: that of the labels.
+        replaces: True lets it take the place of another one, if it has the classes of all labels.
+    Raises:
+        TaxonomyError: the home remembers another taxonomy, or has labels that this one does not know.
+    """
+    before = remembered_taxonomy(tx)
+    if before == taxonomy:
+        return
+    if before is not None and before.hash != taxonomy.hash and not replaces:
+        raise _another(taxonomy, before)
+    stored: set[str] = set()
+    for kind in (SourceLabel, Annotation):
+        column = TABLES[kind].c.label
+        stored.update(tx.connection.scalars(sa.select(column).where(column.is_not(None)).distinct()))
+    if foreign := sorted(stored - set(taxonomy.codes)):
+        raise TaxonomyError(
+            f"this home has images labelled {foreign[0]!r}, which is no class of taxonomy {taxonomy.name!r}; "
+            "use the taxonomy that they were imported with (records.taxonomy), or another RELOOK_HOME"
+        )
+    audit.append(
+        tx, actor="local", action=TAXONOMY_ACTION, subject=taxonomy.hash, details=taxonomy.model_dump(mode="json")
+    )
+
+
+def _another(taxonomy: Taxonomy, remembered: Taxonomy) -> TaxonomyError:
+    # The codes that differ are what a person recognizes; taxonomies of equal codes differ in names, costs or order.
+    missing = [code for code in remembered.codes if code not in taxonomy.codes]
+    added = [code for code in taxonomy.codes if code not in remembered.codes]
+    what = [f"it lacks {', '.join(missing[:5])}"] if missing else []
+    what += [f"it adds {', '.join(added[:5])}"] if added else []
+    return TaxonomyError(
+        f"taxonomy {taxonomy.name!r} ({taxonomy.hash[:12]}) is not that of this home, {remembered.name!r} "
+        f"({remembered.hash[:12]}): {' and '.join(what) or 'names, order, costs or key classes differ'}; leave "
+        "records.taxonomy out to use the home's, use another RELOOK_HOME, or replace it with `relook taxonomy use FILE`"
+    )
 
 
 def database_url(settings: RecordsSettings, home: Home) -> str | sa.URL:

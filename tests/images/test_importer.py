@@ -83,7 +83,7 @@ def test_everything_of_the_table_is_recorded(store: Store, generated: Path) -> N
         assert read_image(store, image) == store.blobs.get(image.id)
     with store.ledger.read() as tx:
         labels = {label.image_id: label for label in tx.find(SourceLabel)}
-        assert [e.action for e in tx.find(AuditEvent)] == ["data.imported"]
+        assert [e.action for e in tx.find(AuditEvent)] == ["taxonomy.remembered", "data.imported"]
     assert len(labels) == len(table)
     histo = table[table["dx_type"] == "histo"]["image_id"]
     assert all(labels[images[i].id].confirmation is Confirmation.HISTOPATHOLOGY for i in histo)

@@ -84,7 +84,9 @@ def test_an_import_stores_what_it_counts(tmp_path: Path) -> None:
     store.close()
 
 
-def test_another_taxonomy_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_another_taxonomy_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "birds.yaml").write_text(
         "name: birds\nversion: 1\nclasses:\n"
         "  - {code: owl, name: Owl, malignant: false}\n  - {code: none, name: Nothing, malignant: false}\n"
@@ -93,15 +95,39 @@ def test_another_taxonomy_is_refused_before_anything_is_written(tmp_path: Path) 
     store = open_store(birds)
     assert import_folder(store, write(tmp_path / "one", ["owl", "none", "NONE"])).classes == {"none": 2, "owl": 1}
     store.close()
+    for another in ("ham10000", str(tmp_path / "more.yaml")):
+        (tmp_path / "more.yaml").write_text((tmp_path / "birds.yaml").read_text().replace("owl", "eagle"))
+        with pytest.raises(TaxonomyError, match=r"is not that of this home, 'birds'.*it lacks owl"):
+            open_store(RecordsSettings(home=tmp_path / "home", taxonomy=another))
     forgotten = open_store(RecordsSettings(home=tmp_path / "home"))
-    with pytest.raises(TaxonomyError, match="labelled 'none', which is no class of taxonomy 'ham10000'"):
-        import_folder(forgotten, write(tmp_path / "two", ["nv", "nv", "nv", "nv"]))
+    assert forgotten.taxonomy.name == "birds"
+    assert import_folder(forgotten, write(tmp_path / "two", ["owl"] * 5)).new_images == 2
     with forgotten.ledger.read() as tx:
-        assert tx.count(Image) == 3
+        assert tx.count(Image) == 5
     forgotten.close()
-    store = open_store(birds)
-    assert import_folder(store, write(tmp_path / "three", ["owl"] * 5)).new_images == 2
-    store.close()
+    renamed = (tmp_path / "birds.yaml").read_text().replace("Owl", "Barn owl, miss_cost: 2.0")
+    (tmp_path / "costs.yaml").write_text(renamed)
+    monkeypatch.setenv("RELOOK_HOME", str(tmp_path / "home"))
+    assert run(["taxonomy", "use", "ham10000"]) == 2
+    assert run(["taxonomy", "use", str(tmp_path / "costs.yaml")]) == 0
+    with pytest.raises(TaxonomyError, match="names, order, costs or key classes differ"):
+        open_store(birds)
+
+
+def test_two_first_imports_cannot_bring_two_taxonomies(tmp_path: Path) -> None:
+    (tmp_path / "birds.yaml").write_text(
+        "name: birds\nversion: 1\nclasses:\n"
+        "  - {code: owl, name: Owl, malignant: false}\n  - {code: jay, name: Jay, malignant: false}\n"
+    )
+    one = open_store(RecordsSettings(home=tmp_path / "home", taxonomy=str(tmp_path / "birds.yaml")))
+    other = open_store(RecordsSettings(home=tmp_path / "home"))
+    import_folder(one, write(tmp_path / "one", ["owl", "jay"] * 3))
+    with pytest.raises(TaxonomyError, match=r"taxonomy 'ham10000' .* is not that of this home, 'birds'"):
+        import_folder(other, write(tmp_path / "two", ["nv"] * 8))
+    with other.ledger.read() as tx:
+        assert tx.count(Image) == 6
+    for store in (one, other):
+        store.close()
 
 
 @pytest.mark.parametrize("one", ["1", "1.0"])
