@@ -22,7 +22,7 @@ from rich.table import Table
 from cluster.labels import audit_labels
 from records.arrays import BoolArray, FloatArray
 from records.errors import ContractError
-from records.store import Store, find_images
+from records.store import Store
 from records.types import (
     LABEL_RANK,
     Confirmation,
@@ -210,7 +210,8 @@ def _audited(store: Store) -> list[Audited]:
         predictions = {p.id: p for p in tx.find(Prediction, where={"id": {i.prediction_id for i in items}})}
     truth = _truth(store)
     known = [item for item in items if item.image_id in truth and item.prediction_id in predictions]
-    images = {image.id: image for image in find_images(store, [item.image_id for item in known])}
+    with store.ledger.read() as tx:
+        images = {image.id: image for image in tx.find(Image, where={"id": {item.image_id for item in known}})}
     rows = [
         Audited(
             predictions[str(item.prediction_id)],
@@ -219,6 +220,7 @@ def _audited(store: Store) -> list[Audited]:
             1 / (item.selection_probability or 1),
         )
         for item in known
+        if item.image_id in images  # one that was lost must not end the monitoring of all others
     ]
     served = (row for row in rows if row.prediction.served)
     return sorted(served, key=lambda row: (row.prediction.created_at, row.prediction.id))

@@ -5,11 +5,13 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from cluster import monitor
 from cluster.monitor import _GRID, LEVEL, _log_wealth, share_of
 from records.errors import ContractError
 from records.ids import new_id, utc_now
+from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import (
     Confirmation,
@@ -126,3 +128,15 @@ def test_only_the_audit_sample_counts_and_being_drawn_is_no_referral(
     assert whole.accuracy.estimate == pytest.approx(10 / 22)
     assert whole.confidence_gap == pytest.approx(0.75 - 10 / 22)
     assert by_site.name == "clinic a"
+
+
+def test_a_row_that_is_lost_does_not_end_the_monitoring_of_others(store: Store, audited: Callable[..., None]) -> None:
+    audited("nv", "mel")
+    audited("nv", "nv")
+    with store.ledger.begin() as tx:
+        first, second = tx.find(Image)
+        tx.connection.execute(sa.delete(TABLES[Image]).where(TABLES[Image].c.id == first.id))
+    assert monitor.monitor(store, 0.05)[0].accuracy.images == 1
+    with store.ledger.begin() as tx:
+        tx.connection.execute(sa.delete(TABLES[Image]).where(TABLES[Image].c.id == second.id))
+    assert monitor.monitor(store, 0.05) == []
