@@ -4,7 +4,6 @@ A review item whose `sent_hash` is not `erased` still has to be looked for, so a
 that was killed before it recorded its tasks, only delays the deletion: every pull finishes it.
 """
 
-import contextlib
 import re
 import sqlite3
 from contextlib import closing
@@ -17,7 +16,7 @@ from labeling.environment import DATABASE
 from labeling.project import LEASE, LEASE_WAIT_S, known_projects
 from labeling.settings import LabelingSettings
 from records.erasure import Place
-from records.errors import LabelStudioError, UnknownIdError
+from records.errors import LabelStudioError, LabelStudioRefusedError, UnknownIdError
 from records.lease import hold
 from records.ledger.tables import TABLES, any_of
 from records.store import Store
@@ -37,45 +36,68 @@ def tasks_place(settings: LabelingSettings) -> Place:
         if client is None:
             return 0
         with client, hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
-            return delete_tasks(store, client)
+            deleted, failed = delete_tasks(store, client)
+        if failed:
+            raise LabelStudioError(f"{failed[0]}; erase again ({len(failed)} such failures)")
+        return deleted
 
     return Place("tasks", "label-studio", "images, heat maps, context, annotations and comments in Label Studio", erase)
 
 
-def delete_tasks(store: Store, client: LabelStudioClient) -> int:
+def delete_tasks(store: Store, client: LabelStudioClient) -> tuple[int, list[str]]:
     """Delete all tasks of erased and expired images; the caller holds the lease `labeling.sync`.
+
+    What cannot be deleted keeps nothing else from it: it stays pending, so that the next pull tries it again.
 
     Args:
         store: its ledger says which items are about such images.
         client: connected.
     Returns:
-        The number of deleted tasks.
+        The number of deleted tasks, and a sentence for everything that could not be deleted.
     Raises:
-        LabelStudioError: Label Studio cannot be reached, or the local one's file cannot be rewritten.
+        LabelStudioError: Label Studio cannot be reached.
     """
     pending = pending_items(store)
     if not pending:
-        return 0
-    deleted = 0
+        return 0, []
+    deleted, left, failed = 0, set[str](), list[str]()
     # All tasks are listed, not only those in the ledger: a push that was killed, or a network that sent an import
     # twice, leaves tasks that no item knows.
     for project_id in known_projects(store, client):
-        with contextlib.suppress(UnknownIdError):
-            for page in list(client.list_tasks(project_id, page_size=5000)):
-                for row in page:
-                    if str(row.meta.get("relook_item")) in pending:
-                        client.delete_task(row.id)
-                        deleted += 1
+        try:
+            rows = [row for page in client.list_tasks(project_id, page_size=5000) for row in page]
+        except UnknownIdError:
+            continue
+        except LabelStudioRefusedError as error:
+            # Any of them may be in this project.
+            left |= pending
+            failed.append(f"project {project_id} was not searched for tasks of erased images: {error}")
+            continue
+        for row in rows:
+            item_id = str(row.meta.get("relook_item"))
+            if item_id not in pending:
+                continue
+            try:
+                client.delete_task(row.id)
+                deleted += 1
+            except LabelStudioRefusedError as error:
+                left.add(item_id)
+                failed.append(f"task {row.id} of an erased image was not deleted: {error}")
     if client.server == "local":
-        _delete_exports(store, pending)
-        if deleted:
-            _rewrite_database(store)
+        try:
+            _delete_exports(store, pending)
+            # Also if nothing was deleted this time: a run before may have failed right here.
+            if pending - left:
+                _rewrite_database(store)
+        except LabelStudioError as error:
+            left |= pending
+            failed.append(str(error))
     items = TABLES[ReviewItem]
     with store.ledger.begin() as tx:
-        mine = any_of(items.c.id, pending, tx.connection.dialect)
+        mine = any_of(items.c.id, pending - left, tx.connection.dialect)
         gone = {"sent_hash": _DELETED, "project_id": None, "task_id": None}
         tx.connection.execute(sa.update(items).where(mine).values(gone))
-    return deleted
+    return deleted, failed
 
 
 def pending_items(store: Store) -> set[str]:
@@ -90,8 +112,13 @@ def pending_items(store: Store) -> set[str]:
 def _delete_exports(store: Store, item_ids: set[str]) -> None:
     """Delete what the local Label Studio exported of these items: it keeps a copy of every export."""
     for path in (store.home.label_studio / "export").glob("*"):
-        if path.is_file() and item_ids & set(re.findall(r"\b[0-9a-f]{32}\b", path.read_text(errors="replace"))):
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_file() and item_ids & set(re.findall(r"\b[0-9a-f]{32}\b", path.read_text(errors="replace"))):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise LabelStudioError(
+                f"the export {path} cannot be deleted ({error.strerror}); delete it by hand"
+            ) from error
 
 
 def _rewrite_database(store: Store) -> None:
@@ -105,6 +132,5 @@ def _rewrite_database(store: Store) -> None:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.OperationalError as error:
         raise LabelStudioError(
-            f"the database of the local Label Studio cannot be rewritten ({error}); erase again, or run "
-            "`relook label sync`"
+            f"the database of the local Label Studio cannot be rewritten ({error}); `relook label sync` tries again"
         ) from error

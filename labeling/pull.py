@@ -53,7 +53,8 @@ class PullReport(BaseModel):
         default_factory=list, description="one sentence per annotation that is kept but not used"
     )
     failed: list[str] = Field(
-        default_factory=list, description="one sentence per task that could not be read; the next pull tries it again"
+        default_factory=list,
+        description="one sentence per task that could not be read or deleted; the next pull tries again",
     )
     tasks_deleted: int = Field(default=0, ge=0, description="tasks that were deleted in Label Studio")
     doubled: int = Field(default=0, ge=0, description="second tasks of a review item that were removed")
@@ -81,13 +82,14 @@ def pull(
         return PullReport()
     reports: list[PullReport] = []
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
-        delete_tasks(store, client)
+        _, undeleted = delete_tasks(store, client)
         for number, project_key in projects.items():
             try:
                 reports.append(_pull(store, client, settings, number, project_key, advance))
             except LabelStudioRefusedError as error:
                 reports.append(PullReport(project_id=number, failed=[f"project {number} was not read: {error}"]))
-    return _joined(reports)
+    found = _joined(reports)
+    return found.model_copy(update={"failed": [*undeleted, *found.failed]})
 
 
 def _joined(reports: Sequence[PullReport]) -> PullReport:
@@ -362,7 +364,7 @@ def _remove_duplicates(
     """Delete duplicate tasks, which come of an import that a network sent twice; returns how many were deleted.
 
     The annotated task of an item stays, else the one in the ledger. A task that somebody annotated or skipped is never
-    deleted. If a request fails, the next pull removes the rest.
+    deleted. What cannot be deleted now is deleted by a later pull.
     """
     found: dict[str, list[int]] = defaultdict(list)
     for page in client.list_tasks(project_id, page_size=5000):
@@ -384,7 +386,10 @@ def _remove_duplicates(
         # Checked again right before, since somebody may have annotated the task since the listing.
         if _touched(client, project_id, {task_id}):
             return False
-        client.delete_task(task_id)
+        try:
+            client.delete_task(task_id)
+        except LabelStudioRefusedError:
+            return False
         return True
 
     with ThreadPoolExecutor(_DELETED_AT_ONCE) as pool:

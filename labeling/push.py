@@ -6,6 +6,7 @@ Label Studio is down the items wait in the ledger. Tasks whose item has changed 
 be sent is reported and tried again by the next push; the others are sent.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -264,8 +265,10 @@ def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[in
                 elif item is not None and item.task_id != row.id and not row.is_touched:
                     second.append(row)
         for row in second:
-            client.delete_task(row.id)
-        doubled += len(second)
+            # A second task does no harm; one that cannot be deleted is left to the pull.
+            with contextlib.suppress(LabelStudioRefusedError):
+                client.delete_task(row.id)
+                doubled += 1
     return adopted, doubled
 
 

@@ -15,12 +15,14 @@ import pytest
 from PIL import Image as PillowImage
 
 from labeling.client import LabelStudioClient
+from labeling.deletion import pending_items
 from labeling.local_server import ServerInfo
 from labeling.pull import pull
 from labeling.push import push
 from labeling.rows import task_row
 from labeling.settings import LabelingSettings
 from labeling.tasks import annotation_result, parse_annotation
+from records.erasure import RECORDS_PLACES, erase_images
 from records.errors import LabelStudioRefusedError
 from records.store import Store
 from records.taxonomy import load_taxonomy
@@ -35,7 +37,7 @@ class Proxy:
 
     def __init__(self, upstream: str) -> None:
         self.refused: dict[str, int] = {}
-        """text in a request's body -> status"""
+        """text in a request's path or body -> status"""
         self.most_bytes = 10**9
         self.fails_after_import = 0
         """so many imports are carried out and answered 500"""
@@ -54,7 +56,7 @@ class Proxy:
         if len(body) > self.most_bytes:
             return 413, b"<html>413 Request Entity Too Large</html>"
         for text, status in self.refused.items():
-            if text.encode() in body:
+            if text in path or text.encode() in body:
                 return status, json.dumps({"detail": f"refused by a rule\x00: {text}"}).encode()
         response = self._http.request(method, path, content=body, headers=headers)
         if is_import and self.fails_after_import:
@@ -248,6 +250,35 @@ def test_annotations_that_cannot_be_read_hold_up_no_other(
             pull(store, client, settings)
         assert pull(store, client, settings).idle
         assert {item for item, state in states(store).items() if state is ReviewState.WITHDRAWN} == unlisted
+
+
+@pytest.mark.slow
+def test_a_task_that_cannot_be_deleted_holds_up_neither_other_deletions_nor_the_pull(
+    store: Store, server: ServerInfo, settings: LabelingSettings, add_items: AddItems
+) -> None:
+    items = add_items(4)
+    with proxied(server) as (proxy, client):
+        project_id = push(store, client, settings).project_id or 0
+        with store.ledger.read() as tx:
+            tasks = {item.id: item.task_id or 0 for item in tx.find(ReviewItem)}
+        client.create_annotation(tasks[items[3].id], annotation_result("bcc"), key=uuid.uuid4())
+        erase_images(store, [item.image_id for item in items[:3]], actor="test", places=RECORDS_PLACES)
+        bad = items[1].id
+        for status in (400, 413):
+            proxy.refused = {f"api/tasks/{tasks[bad]}": status}
+            report = pull(store, client, settings)
+            assert [f"task {tasks[bad]} of an erased image" in sentence for sentence in report.failed] == [True]
+            assert report.failed[0].isprintable()
+            assert pending_items(store) == {bad}
+            assert sent_items(client, project_id) == sorted([bad, items[3].id])
+        assert labelled(store) == {items[3].id}
+        # A project that is not listed is searched again by the next pull.
+        proxy.refused = {"api/tasks/?": 400}
+        assert any("was not searched" in sentence for sentence in pull(store, client, settings).failed)
+        assert pending_items(store) == {bad}
+        proxy.refused = {}
+        assert pull(store, client, settings).failed == []
+        assert (pending_items(store), sent_items(client, project_id)) == (set(), [items[3].id])
 
 
 def comment(text: str) -> dict[str, Any]:
