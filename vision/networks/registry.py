@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DROPOUT = Range(0.0, 0.1)
 HEAD_DROPOUT = Range(0.0, 0.5)
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
+"""What files of weights are called; their content decides how they are read."""
 ADDRESS = "https://download.pytorch.org/models/"
 
 
@@ -325,7 +327,7 @@ class ModelSettings(RoomSettings):
     weights: str = Field(
         default="none",
         min_length=1,
-        description="what the network starts from: none, imagenet, or the path of a .safetensors or .pt file",
+        description="what the network starts from: none, imagenet, or a file of weights (.safetensors, .pt, .ckpt, .bin)",
     )
     scaling: Literal["mean_std", "min_max"] = Field(
         default="mean_std",
@@ -339,8 +341,9 @@ class ModelSettings(RoomSettings):
     @field_validator("weights")
     @classmethod
     def _is_source(cls, value: str) -> str:
-        if value not in {"none", "imagenet"} and not value.endswith((".safetensors", ".pt", ".pth")):
-            raise ValueError(f"{value!r} is neither none, nor imagenet, nor the path of a .safetensors or .pt file")
+        if value not in {"none", "imagenet"} and not value.lower().endswith(WEIGHT_SUFFIXES):
+            listed = ", ".join(WEIGHT_SUFFIXES)
+            raise ValueError(f"{value!r} is neither none, nor imagenet, nor the path of a file of weights ({listed})")
         return value
 
     @model_validator(mode="after")

@@ -1,11 +1,13 @@
 """Weights that other programs wrote: wrapped names and nested tables are found, and what does not fit is named."""
 
 import argparse
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torchvision import models
 
@@ -122,3 +124,48 @@ def test_nothing_is_unpickled(own, tmp_path):
     assert not mark.exists()
     with pytest.raises(IntegrityError, match="holds more than tensors"):
         started(saved(tmp_path, build_model("custom_cnn", 7)))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "pytorch_model.bin", "model_best.pth.tar", "UPPER.PTH", "w.pt"])
+@pytest.mark.parametrize("form", ["zip", "before torch 1.6", "safetensors"])
+def test_content_decides_how_a_file_is_read_and_not_its_suffix(name, form, own, tmp_path):
+    if form == "safetensors":
+        save_file(own, tmp_path / name)
+    else:
+        lightning = {"state_dict": prefixed(own, "model."), "epoch": 3, "global_step": 7, "lr_schedulers": []}
+        torch.save(lightning, tmp_path / name, _use_new_zipfile_serialization=form == "zip")
+    assert_all(started(tmp_path / name), own)
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "weights.onnx", "weights", "weights.tar.gz"])
+def test_other_names_are_refused_with_those_that_are_read(name):
+    with pytest.raises(ValidationError, match=r"\(\.safetensors, \.pt, \.pth, \.ckpt, \.bin, \.pth\.tar\)"):
+        ModelSettings(weights=name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04", b"\x80\x02}q\x00", b"<html>not found</html>", b"\x08\0\0\0\0\0\0\0{}", bytes(600), b"PK" * 40],
+)
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pth.tar", ".safetensors"])
+def test_what_is_no_file_of_weights_is_one_sentence(content, suffix, tmp_path):
+    (tmp_path / f"start{suffix}").write_bytes(content)
+    with pytest.raises((IntegrityError, ConfigError)) as refused:
+        started(tmp_path / f"start{suffix}")
+    assert "trainers.model.weights" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_above_the_budget_is_not_read(own, tmp_path, monkeypatch):
+    path = saved(tmp_path, own, "start.ckpt")
+    with zipfile.ZipFile(path) as there, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in there.namelist():
+            packed.writestr(part, there.read(part))
+        packed.writestr("archive/more", bytes(5_000_000))
+    monkeypatch.setattr("trainers.fitting.starting.MAX_BYTES", 3_000_000)
+    assert started(path).taken == len(own)
+    with pytest.raises(IntegrityError, match="would unpack to"):
+        started(tmp_path / "bomb.ckpt")
+    monkeypatch.setattr("trainers.fitting.starting.MAX_BYTES", 1000)
+    with pytest.raises(ConfigError, match="save the weights alone"):
+        started(path)
