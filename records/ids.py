@@ -14,19 +14,22 @@ CLOCK_VARIABLE = "RELOOK_CLOCK_OFFSET_FILE"
 share its clock, so only an offset per process shows what two machines do whose clocks differ or are set."""
 
 _MS_BITS, _RANDOM_BYTES = 48, 10
+_STEP_BITS = 64
 _id_lock = threading.Lock()
-_last_ms = 0
+_last_id = 0
 
 
 def new_id() -> str:
     """Return a fresh 32-character hex id that sorts by creation time (48 bits of ms, 80 random).
 
-    Within a process ids also sort so while the clock is set back.
+    Within a process each sorts after the one before, also in the same millisecond and while the clock is set back.
     """
-    global _last_ms
+    global _last_id
     with _id_lock:
-        _last_ms = max(_last_ms, int(utc_now().timestamp() * 1000))
-        return _id_of(_last_ms)
+        fresh = int(_id_of(int(utc_now().timestamp() * 1000)), 16)
+        # A random step, so that nobody who was told one id knows the next.
+        _last_id = fresh if fresh > _last_id else _last_id + 1 + secrets.randbits(_STEP_BITS)
+        return f"{_last_id:032x}"
 
 
 def id_after(last: str | None) -> str:
