@@ -1,5 +1,6 @@
 """The audit: hand-made leaks are counted, a random split shows what it would have done."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 
 from images.audit import audit_dataset, count_leaked, split_at_random
+from images.audit_page import write_audit_page
 from images.importer import import_folder
 from records.datasets import load_dataset
 from records.store import Store, find_images
@@ -64,3 +66,32 @@ def test_planted_leaks_and_conflicts_are_found(store: Store, generated: Path) ->
     found = audit_dataset(store, replace(dataset, rows=rows))
     assert (found.leaked_lesions, found.label_conflicts) == (1, 1)
     assert found.conflicts[0].startswith(f"lesion {relabelled} has the classes ")
+
+
+def test_what_would_go_wrong_is_said_on_one_page(store: Store, generated: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(generated, tmp_path / "data"))
+    table = pd.read_csv(folder / "HAM10000_metadata.csv", dtype=str)
+    table.loc[0, "dx"] = "melanom"
+    table = table.drop(columns="localization")
+    table.loc[1:4, "age"] = ""
+    table.to_csv(folder / "HAM10000_metadata.csv", index=False)
+    dataset = load_dataset(store, import_folder(store, folder).dataset_id)
+    rows = dataset.rows.assign(split=dataset.rows["split"].replace("gate", "train"))
+    report = audit_dataset(store, replace(dataset, rows=rows))
+    said = "\n".join(report.problems)
+    for sentence in (
+        "no image is on the splits gate",
+        "classes under 10 lesions",
+        "'melanom', which is no class, and class mel (--labels 'melanom=mel' takes it)",
+        "rows of imports were not used: ",
+        "localization 100%",
+    ):
+        assert sentence in said
+    assert (report.formats, report.missing["localization"]) == ({"jpeg": len(rows)}, 1.0)
+    assert 0 < report.missing["age_years"] < 1
+    assert sum(report.class_lesions.values()) >= report.lesions
+    write_audit_page(store, dataset, report, tmp_path / "audit.html")
+    html = (tmp_path / "audit.html").read_text()
+    assert html.count("data:image/png;base64,") > 10
+    assert "no image is on the splits gate" in html
+    assert "&#39;melanom&#39;" in html

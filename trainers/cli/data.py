@@ -148,17 +148,25 @@ def download_command(
 def audit_command(
     call: Call,
     data: Annotated[str | None, typer.Option(help="Folder or dataset id; default: the newest version.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML page to write, with example images; keep it as you keep those.")
+    ] = None,
     pretends: Annotated[
         bool, typer.Option("--pretend", help="Also train on an honest split and on leaky ones, and compare.")
     ] = False,
 ) -> None:
-    """Show a dataset's splits, classes and leaks, and how far a random split would leak."""
+    """Show what would go wrong with a dataset: splits, classes, leaks, labels, sizes, missing metadata."""
     from images.audit import audit_dataset
+    from images.audit_page import write_audit_page
     from images.importer import open_dataset
 
+    if out is not None and out.suffix.lower() not in {".html", ".htm"}:
+        raise ConfigError(f"--out {out} is no HTML page; give a name that ends in .html")
     with call.store() as store, progress() as bar:
         dataset = open_dataset(store, data, progress=bar)
         report = audit_dataset(store, dataset, progress=bar)
+        if out is not None:
+            write_audit_page(store, dataset, report, out)
         shown = None
         if pretends:
             from trainers.fitting.pretend import pretend
@@ -317,6 +325,9 @@ def _audit_tables(report: "AuditReport") -> Stack:
         f"near-duplicate pairs: {report.near_duplicate_pairs}, label conflicts: {report.label_conflicts}, "
         f"rows not used: {report.quarantined}",
         f"images with unusual quality: {len(report.quality_outliers)}{_worst(report)}",
+        "\n".join(["what would go wrong:", *(f"- {problem}" for problem in report.problems)])
+        if report.problems
+        else "nothing was found that would go wrong",
         f"a random split of the images would have put {random.leaked_lesions} lesions in two splits; "
         f"{random.leaked_test_share:.1%} of its test images would show a lesion that is also in train",
     )
