@@ -327,7 +327,7 @@ class ModelSettings(RoomSettings):
     weights: str = Field(
         default="none",
         min_length=1,
-        description="what the network starts from: none, imagenet, or a file of weights (.safetensors, .pt, .ckpt, .bin)",
+        description="what the network starts from: none, imagenet, or a file such as .safetensors, .pt or .ckpt",
     )
     scaling: Literal["mean_std", "min_max"] = Field(
         default="mean_std",
