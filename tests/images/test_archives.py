@@ -274,3 +274,42 @@ def test_images_on_disk_are_imported_quarantined_or_listed(
         store.close()
     # If nothing can be used at all, the sentence says so.
     assert sentence is None or ("\n" not in sentence and len(sentence) > 20)
+
+
+INPUTS = {
+    "onehot": (["MEL", "NV", "BCC"], 18), "folders": (["cat", "cat", "cat"], 18), "case": (["MEL", "NEV", "BCC"], 12),
+    "hamcase": (["AKIEC", "Bcc", "bkl"], 14), "extcase": (["akiec", "bcc", "bkl"], 14),
+    "backslash": (["akiec", "bcc", "bkl"], 14), "none": (["none", "na", "scratch"], 12),
+}  # fmt: skip
+"""Situation of people's folders: its first labels, and how many rows it has."""
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_folders_as_people_have_them(tmp_path: Path, kind: str) -> None:
+    codes, rows = ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"], []
+    if kind == "folders":
+        put(tmp_path, *(f"{name}/{name}{at}.jpg" for name in ("cat", "dog", "owl") for at in range(6)))
+    elif kind == "onehot":
+        put(tmp_path, *(f"imgs/I_{at:04d}.jpg" for at in range(18)))
+        rows = [[f"I_{at:04d}", *("1.0" if at % 9 == place else "0.0" for place in range(9))] for at in range(18)]
+        rows.insert(0, ["image", *codes])
+    elif kind == "case":
+        names = [f"PAT_{at}_{at * 7}_{at * 13}.png" for at in range(12)]
+        put(tmp_path, *(f"imgs/{name}" for name in names))
+        labels_of = ["MEL", "NEV", "BCC", "ACK", "SEK", "SCC"]
+        rows = [[f"PAT_{at}", str(at * 7), name, labels_of[at % 6], "True"] for at, name in enumerate(names)]
+        rows.insert(0, ["patient_id", "lesion_id", "img_id", "diagnostic", "biopsed"])
+    else:
+        count, said = (12, ["none", "na", "scratch"]) if kind == "none" else (14, CODES)
+        if kind == "hamcase":
+            said = [[code.upper(), code.title(), f" {code} "][at % 3] for at, code in enumerate(CODES)]
+        on_disk, written = {"extcase": ("Q{}.JPG", "Q{}.jpg"), "backslash": ("q{}.jpg", "imgs\\q{}.jpg")}.get(
+            kind, ("q{}.jpg", "q{}")
+        )
+        put(tmp_path, *(f"imgs/{on_disk.format(at)}" for at in range(count)))
+        rows = [["image_id", "dx"], *([written.format(at), said[at % len(said)]] for at in range(count))]
+    if rows:
+        (tmp_path / "t.csv").write_text(rows_of(rows, ",", ""))
+    source = read_source(tmp_path)
+    first, count = INPUTS[kind]
+    assert (labels(source)[:3], len(source.rows), source.unlisted) == (first, count, [])
