@@ -140,8 +140,8 @@ def import_folder(
     if not 0.0 <= withhold_share < 1.0:
         raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
     source = read_source(folder, columns, table, layout)
-    if in_place and any(row.path is not None and not isinstance(row.path, Path) for row in source.rows):
-        raise DataError(f"images in {source.path} are inside archives, which --in-place cannot name; leave it out")
+    if in_place:
+        _require_files(source)
     # Rows that the table alone rules out are refused before any image is read, since reading is the slow part.
     rows, refusals, notes = usable_rows(source.rows, store.taxonomy, labels)
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
@@ -163,12 +163,16 @@ def import_folder(
     if written.erased:
         run_erasers(store, written.erased, (BLOBS, PIXELS))
     dataset_id, left_out = _build(store)
-    left_out += _of_export(store, source, dataset_id)
-    notes = [*source.notes, *notes, *written.notes, *left_out, *_passed_over(source)]
+    notes = [*source.notes, *notes, *written.notes, *left_out, *_of_export(source, dataset_id), *_passed_over(source)]
     return _report(plan, written, dataset_id, same_bytes, notes, source, started)
 
 
-def _of_export(store: Store, source: SourceTable, dataset_id: str) -> list[str]:
+def _require_files(source: SourceTable) -> None:
+    if any(row.path is not None and not isinstance(row.path, Path) for row in source.rows):
+        raise DataError(f"images in {source.path} are inside archives, which --in-place cannot name; leave it out")
+
+
+def _of_export(source: SourceTable, dataset_id: str) -> list[str]:
     """Return a sentence if an export did not lead to the dataset version that it holds."""
     if source.exported_id in (None, dataset_id):
         return []
