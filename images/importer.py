@@ -123,7 +123,7 @@ def import_folder(
         layout: one of `images.layouts.LAYOUTS`; None recognises it.
         in_place: True leaves the files where they are and stores only their path and hash.
         withhold_share: share of the train-split groups of each class whose labels are kept out of the ledger, 0 to
-            below 1. The same groups are chosen at every run.
+            below 1; the same ones at every run.
         side_px: sides at which the images are decoded into the cache.
         consent: what the people in the images agreed to.
         progress: gets a bar.
@@ -135,10 +135,7 @@ def import_folder(
         TaxonomyError: the store has labels of another taxonomy, or `labels` names a class that there is not.
     """
     started = time.monotonic()
-    for code in (labels or {}).values():
-        store.taxonomy.index_of(code)
-    if not 0.0 <= withhold_share < 1.0:
-        raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
+    _require_arguments(store, labels or {}, withhold_share)
     source = read_source(folder, columns, table, layout)
     if in_place:
         _require_files(source)
@@ -149,13 +146,8 @@ def import_folder(
     refusals += [*unreadable, *conflicting]
     if not entries:
         raise _nothing_usable(source, refusals[0].reason)
-    import_id = import_id_of(source, columns)
-    images = [_image(store, entry, import_id, consent) for entry in entries]
-    pairs = _pairs(store, entries, images, progress)
-    reading = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
-    plan = Plan(
-        import_id, entries, images, pairs, refusals, withhold_share, store.settings.split_salt, store.taxonomy, reading
-    )
+    made_with = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
+    plan = _plan(store, source, entries, refusals, made_with, consent, withhold_share, progress)
     # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)
@@ -165,6 +157,30 @@ def import_folder(
     dataset_id, left_out = _build(store)
     notes = [*source.notes, *notes, *written.notes, *left_out, *_of_export(source, dataset_id), *_passed_over(source)]
     return _report(plan, written, dataset_id, same_bytes, notes, source, started)
+
+
+def _require_arguments(store: Store, labels: Mapping[str, str], withhold_share: float) -> None:
+    for code in labels.values():
+        store.taxonomy.index_of(code)
+    if not 0.0 <= withhold_share < 1.0:
+        raise ConfigError(f"withhold_share is {withhold_share}; it must be from 0 to below 1")
+
+
+def _plan(
+    store: Store,
+    source: SourceTable,
+    entries: Sequence[Entry],
+    refusals: Sequence[Refusal],
+    reading: Reading,
+    consent: Consent,
+    withhold_share: float,
+    progress: Progress | None,
+) -> Plan:
+    import_id = import_id_of(source, reading.columns)
+    images = [_image(store, entry, import_id, consent) for entry in entries]
+    pairs = _pairs(store, entries, images, progress)
+    salt = store.settings.split_salt
+    return Plan(import_id, entries, images, pairs, refusals, withhold_share, salt, store.taxonomy, reading)
 
 
 def _require_files(source: SourceTable) -> None:
