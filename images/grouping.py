@@ -6,6 +6,7 @@ caller's transaction. Splits are drawn elsewhere (`images.import_plan`, `records
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from records.arrays import IntArray, UInt8Array
 from records.errors import DataError
 from records.grouping import KnownGroup, Placement, place
 from records.ids import utc_now
+from records.labelled import counting
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store, find_images
@@ -79,7 +81,13 @@ def known_diagnoses(store: Store) -> dict[str, str]:
             if label.label is not None:
                 said.setdefault(label.image_id, set()).add(label.label)
         table = TABLES[SourceLabel]
-        rows = tx.connection.execute(sa.select(table.c.image_id, table.c.label, table.c.confirmation)).all()
+        found = tx.connection.execute(
+            sa.select(table.c.image_id, table.c.label, table.c.confirmation, table.c.source)
+        ).all()
+    of_image: dict[str, list[Any]] = {}
+    for row in found:
+        of_image.setdefault(row.image_id, []).append(row)
+    rows = [row for labels in of_image.values() for row in counting(labels, lambda row: str(row.source))]
     diagnoses = {image_id: next(iter(labels)) for image_id, labels in said.items() if len(labels) == 1}
     # Weakest first, so that in the dict the strongest label of an image is written last.
     by_rank = sorted(rows, key=lambda row: -LABEL_RANK[Confirmation(row.confirmation)])

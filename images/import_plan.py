@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from images.grouping import NearPair, set_groups, set_splits, write_groups
 from images.intake import ERASED, TakenIn
+from images.label_rows import Label, Said, differing, known_labels, sentence, strongest, write_labels
 from images.source_table import SourceRow, is_blank
 from records import audit
 from records.erasure import remove_expired_tombstones
@@ -23,7 +24,7 @@ from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
 from records.store import remember_taxonomy
 from records.taxonomy import Taxonomy, folded
-from records.types import LABEL_RANK, Confirmation, Group, Image, Quarantined, SourceLabel, Split
+from records.types import Group, Image, Quarantined, Split
 
 IMPORT_ACTION = "data.imported"
 """Action of the audit event; its subject is the import's id."""
@@ -259,6 +260,7 @@ class Plan:
         split_salt: setting `records.split_salt`.
         taxonomy: that of the labels; the home remembers it.
         reading: goes into the audit event.
+        corrects: True takes over labels that differ from stored ones.
     """
 
     import_id: str
@@ -270,6 +272,7 @@ class Plan:
     split_salt: str
     taxonomy: Taxonomy
     reading: Reading
+    corrects: bool = False
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,7 @@ class Written:
         withheld: entries whose label was withheld, one per image.
         quarantined: every row that could not be used, including those of earlier runs of the same import.
         notes: sentences about a given split.
-        conflicting: images whose label contradicts an earlier one and was not stored.
+        stored: image id to the class that counts for it now, as imports and outcomes say.
         erased: images that were erased while they were read; their bytes have to be deleted again.
     """
 
@@ -293,15 +296,8 @@ class Written:
     withheld: list[Entry]
     quarantined: list[Quarantined]
     notes: list[str]
-    conflicting: frozenset[str] = frozenset()
+    stored: Mapping[str, str]
     erased: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class _Label:
-    text: str
-    confirmation: Confirmation
-    source: str
 
 
 def write_import(tx: Transaction, plan: Plan) -> Written:
@@ -313,12 +309,17 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
     group_of = _groups_of(tx, plan)
     facts = _facts(plan, group_of)
     split_of, notes = _write_splits(tx, facts, plan.split_salt)
-    known = _known_labels(tx)
-    conflicts = _label_conflicts(plan, known)
+    known = known_labels(tx)
     withheld = _withheld(plan, facts, group_of, split_of, known)
-    skipped = {entry.image_id for entry in withheld} | {image_id for image_id, _ in conflicts}
-    _write_labels(tx, plan, known, skipped)
-    refusals = [*plan.refusals, *linking, *(refusal for _, refusal in conflicts)]
+    left_out = {entry.image_id for entry in withheld}
+    said = [Said(e.image_id, e.row.source_id, e.row.label, e.row.confirmation) for e in plan.entries if e.row.label]
+    found = differing(said, known)
+    conflicts = {} if plan.corrects else found
+    said = [one for one in said if one.image_id not in left_out and one.image_id not in conflicts]
+    counts = write_labels(tx, plan.import_id, said, known, frozenset(found) - frozenset(conflicts))
+    stored = {e.image_id: row.text for e in plan.entries if (row := strongest(known.get(e.image_id, ())))} | counts
+    notes += sentence(found, taken_over=plan.corrects)
+    refusals = [*plan.refusals, *linking, *_contradictions(conflicts)]
     quarantined = _write_quarantine(tx, plan.import_id, refusals)
     details = {
         "images": len(group_of), "quarantined": len(quarantined), "withheld": len(withheld),
@@ -326,8 +327,19 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
         "reading": plan.reading.sentence, "licences": list(plan.reading.licences),
     }  # fmt: skip
     audit.append(tx, actor="local", action=IMPORT_ACTION, subject=plan.import_id, details=details)
-    conflicting = frozenset(image_id for image_id, _ in conflicts)
-    return Written(new_images, group_of, split_of, withheld, quarantined, notes, conflicting, erased)
+    if plan.corrects and found:
+        changes = Counter(f"{before.text} -> {one.text}" for one, before in found.values())
+        audit.append(tx, actor="local", action="labels.corrected", subject=plan.import_id, details=dict(changes))
+    return Written(new_images, group_of, split_of, withheld, quarantined, notes, stored, erased)
+
+
+def _contradictions(conflicts: Mapping[str, tuple[Said, Label]]) -> list[Refusal]:
+    return [
+        Refusal(
+            one.source_id, "label_conflict", f"{one.source_id} is {one.text} here and was imported as {row.text} before"
+        )
+        for one, row in conflicts.values()
+    ]
 
 
 def _without_erased(tx: Transaction, plan: Plan) -> tuple[Plan, frozenset[str]]:
@@ -417,34 +429,12 @@ def _write_splits(tx: Transaction, facts: Mapping[str, GroupFacts], salt: str) -
     return {**split_of, **{group_id: split for group_id, (split, _) in drawn.items()}}, notes
 
 
-def _known_labels(tx: Transaction) -> dict[str, list[_Label]]:
-    table = TABLES[SourceLabel]
-    query = sa.select(table.c.image_id, table.c.label, table.c.confirmation, table.c.source)
-    labels: dict[str, list[_Label]] = {}
-    for image_id, label, confirmation, source in tx.connection.execute(query):
-        labels.setdefault(image_id, []).append(_Label(label, Confirmation(confirmation), source))
-    return labels
-
-
-def _label_conflicts(plan: Plan, known: Mapping[str, list[_Label]]) -> list[tuple[str, Refusal]]:
-    """Return the images whose label contradicts an equally strong label of another import."""
-    conflicts = []
-    for entry in plan.entries:
-        rank = LABEL_RANK[entry.row.confirmation]
-        for label in known.get(entry.image_id, ()):
-            # A stronger label simply wins; only labels of equal rank contradict each other.
-            if entry.row.label not in (None, label.text) and LABEL_RANK[label.confirmation] == rank:
-                reason = f"{entry.row.source_id} is {entry.row.label} here and was imported as {label.text} before"
-                conflicts.append((entry.image_id, Refusal(entry.row.source_id, "label_conflict", reason)))
-    return conflicts
-
-
 def _withheld(
     plan: Plan,
     facts: Mapping[str, GroupFacts],
     group_of: Mapping[str, str],
     split_of: Mapping[str, Split],
-    known: Mapping[str, list[_Label]],
+    known: Mapping[str, list[Label]],
 ) -> list[Entry]:
     """Choose the images whose label is withheld; a label that the ledger has already cannot be."""
     train = {group_id: fact.label for group_id, fact in facts.items() if split_of.get(group_id) is Split.TRAIN}
@@ -455,22 +445,6 @@ def _withheld(
         if entry.row.label is not None and group_of.get(entry.image_id) in picked and entry.image_id not in known
     }
     return list(withheld.values())
-
-
-def _write_labels(tx: Transaction, plan: Plan, known: Mapping[str, list[_Label]], skipped: set[str]) -> None:
-    now, source = utc_now(), f"import:{plan.import_id}"
-    labels: dict[str, SourceLabel] = {}
-    for entry in plan.entries:
-        text, confirmation = entry.row.label, entry.row.confirmation
-        if text is None or entry.image_id in skipped:
-            continue
-        if _Label(text, confirmation, source) in known.get(entry.image_id, ()):
-            continue
-        key = hash_of([entry.image_id, source, text, confirmation])[:32]
-        labels[key] = SourceLabel(
-            id=key, image_id=entry.image_id, label=text, confirmation=confirmation, source=source, created_at=now
-        )
-    tx.add(*labels.values())
 
 
 def _write_quarantine(tx: Transaction, import_id: str, refusals: Sequence[Refusal]) -> list[Quarantined]:

@@ -56,7 +56,7 @@ class ImportReport:
         lesions: lesions among them; an image without a lesion counts as one.
         new_images: images that the ledger did not know.
         decoded: images that were decoded now.
-        unlabelled: images whose row has no diagnosis.
+        unlabelled: images without a label.
         classes: class code to number of images, including withheld ones.
         splits: split to number of images, including withheld ones.
         quarantined: rows that could not be used, each with its reason.
@@ -107,6 +107,7 @@ def import_folder(
     table: Path | None = None,
     layout: str | None = None,
     in_place: bool = False,
+    correct: bool = False,
     withhold_share: float = 0.0,
     side_px: Sequence[int] = (64,),
     consent: Consent = Consent.TRAINING,
@@ -122,6 +123,7 @@ def import_folder(
         table: the table, if it is not the only one.
         layout: one of `images.layouts.LAYOUTS`; None recognises it.
         in_place: True leaves the files where they are and stores only their path and hash.
+        correct: True takes over labels that differ from stored ones of equal or higher rank, as further rows.
         withhold_share: share of the train-split groups of each class whose labels are kept out of the ledger, 0 to
             below 1; the same ones at every run.
         side_px: sides at which the images are decoded into the cache.
@@ -144,10 +146,8 @@ def import_folder(
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
-    if not entries:
-        raise _nothing_usable(source, refusals[0].reason)
     made_with = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
-    plan = _plan(store, source, entries, refusals, made_with, consent, withhold_share, progress)
+    plan = _plan(store, source, entries, refusals, made_with, consent, withhold_share, correct, progress)
     # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)
@@ -174,13 +174,16 @@ def _plan(
     reading: Reading,
     consent: Consent,
     withhold_share: float,
+    correct: bool,
     progress: Progress | None,
 ) -> Plan:
+    if not entries:
+        raise _nothing_usable(source, refusals[0].reason)
     import_id = import_id_of(source, reading.columns)
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
     salt = store.settings.split_salt
-    return Plan(import_id, entries, images, pairs, refusals, withhold_share, salt, store.taxonomy, reading)
+    return Plan(import_id, entries, images, pairs, refusals, withhold_share, salt, store.taxonomy, reading, correct)
 
 
 def _require_files(source: SourceTable) -> None:
@@ -375,7 +378,11 @@ def _report(
     by_image = {entry.image_id: entry for entry in reversed(plan.entries) if entry.image_id in written.group_of}
     split_of = {i: written.split_of.get(group_id) for i, group_id in written.group_of.items()}
     withheld = [(e.image_id, e.row.source_id, written.group_of[e.image_id], e.row.label) for e in written.withheld]
-    stored = [entry.row.label for image_id, entry in by_image.items() if image_id not in written.conflicting]
+    stored = {e.image_id: e.row.label for e in written.withheld if e.row.label} | dict(written.stored)
+    unlabelled = [entry.row.source_id for image_id, entry in reversed(by_image.items()) if image_id not in stored]
+    if unlabelled:
+        first = ", ".join(unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
+        notes = [*notes, f"{len(unlabelled)} images have no label: {first}"]
     return ImportReport(
         import_id=plan.import_id,
         dataset_id=dataset_id,
@@ -383,8 +390,8 @@ def _report(
         lesions=len({entry.row.context["lesion_id"] or image_id for image_id, entry in by_image.items()}),
         new_images=written.new_images,
         decoded=sum(entry.taken.decoded for entry in plan.entries),
-        unlabelled=sum(entry.row.label is None for entry in by_image.values()),
-        classes=dict(sorted(Counter(label for label in stored if label is not None).items())),
+        unlabelled=len(unlabelled),
+        classes=dict(sorted(Counter(stored[image_id] for image_id in by_image if image_id in stored).items())),
         splits=dict(sorted(Counter(split.value for split in split_of.values() if split is not None).items())),
         quarantined=written.quarantined,
         near_duplicates=list(plan.pairs),

@@ -4,9 +4,10 @@ Input: the ledger and the consensus of the annotators. Output: frames with one r
 `records.datasets` builds a version. Missing splits are drawn here, once.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import sqlalchemy as sa
@@ -22,6 +23,21 @@ from records.types import LABEL_RANK, Consent, Group, Image, ResolvedLabel, Sour
 _ROWS_AT_ONCE = 50_000
 _RANKS = {confirmation.value: rank for confirmation, rank in LABEL_RANK.items()}
 _IMAGE, _GROUP, _SOURCE = TABLES[Image].c, TABLES[Group].c, TABLES[SourceLabel].c
+
+_CORRECTION = re.compile(r"correction:(\d+):")
+T = TypeVar("T")
+
+
+def correction_number(source: str) -> int:
+    """Return how many corrections of an image a row is the last of; 0 for an import."""
+    found = _CORRECTION.match(source)
+    return int(found[1]) if found else 0
+
+
+def counting(rows: Sequence[T], source_of: Callable[[T], str]) -> list[T]:
+    """Return the rows of one image that count: of the imported ones those of the last correction, and all outcomes."""
+    newest = max((correction_number(source_of(row)) for row in rows), default=0)
+    return [r for r in rows if source_of(r).startswith("outcome:") or correction_number(source_of(r)) == newest]
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,8 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
         )
         groups = _frame(tx, _GROUP.id.label("group_id"), _GROUP.split, _GROUP.merged_into)
     # Outcomes are no random sample either: lesions that look suspicious are the ones that get a biopsy.
-    labels = labels.assign(round=0, independent=labels["label_source"].str.startswith("import:"))
+    labels = _counting_rows(labels)
+    labels = labels.assign(round=0, independent=labels["label_source"].str.startswith(("import:", "correction:")))
     # An empty frame has object columns, and concat would turn the typed columns of the other into objects.
     labels = pd.concat([part for part in (labels, annotators) if len(part)] or [labels], ignore_index=True)
     for label in labels["label"].unique():
@@ -82,6 +99,13 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
     others = labels[labels["independent"] & labels["image_id"].isin(list(strongest.loc[biased, "image_id"]))]
     rows = pd.concat([strongest[~biased], _strongest(others)])
     return Known(owned, strongest, rows.sort_values("image_id", ignore_index=True))
+
+
+def _counting_rows(labels: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `source_labels` that count; see `counting`."""
+    number = labels["label_source"].str.extract(_CORRECTION.pattern, expand=False).fillna("0").astype("int64")
+    newest = number.groupby(labels["image_id"]).transform("max")
+    return labels[(number == newest) | labels["label_source"].str.startswith("outcome:")]
 
 
 def annotations(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.DataFrame:

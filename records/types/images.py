@@ -117,7 +117,7 @@ class SourceLabel(Record):
     image_id: str
     label: str = Field(description="class code")
     confirmation: Confirmation
-    source: str = Field(description="import:<id> or outcome:<id>")
+    source: str = Field(description="import:<id>, correction:<number>:<import id> or outcome:<id>")
     created_at: Timestamp
 
 
@@ -145,6 +145,6 @@ class ManifestRow(Record):
     group_id: str
     split: Split
     label: str = Field(description="class code")
-    label_source: str = Field(description="import:<id>, outcome:<id> or annotator:<annotation key>")
+    label_source: str = Field(description="as of SourceLabel, or annotator:<annotation key>")
     label_rank: int = Field(ge=0, description="see LABEL_RANK; smaller is stronger")
     round: int = Field(ge=0, description="0 for imported labels, else the round that brought the label in")

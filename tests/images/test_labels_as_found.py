@@ -9,11 +9,12 @@ from cluster.cli import run
 from images.import_plan import read_label
 from images.importer import import_folder
 from images.synth import render
+from records.datasets import load_dataset
 from records.errors import DataError, TaxonomyError
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.taxonomy import Taxonomy, load_taxonomy
-from records.types import Image, SourceLabel
+from records.types import AuditEvent, Image, SourceLabel
 
 HAM = load_taxonomy("ham10000")
 
@@ -75,9 +76,9 @@ def test_an_import_stores_what_it_counts(tmp_path: Path) -> None:
     assert first.classes == {"mel": 1, "nv": 1}
     assert first.unlabelled == 1
     assert [q.source_id for q in first.quarantined] == ["i3"]
-    # The same images with another label of the same rank: refused, and not counted as stored.
+    # The same images with another label of the same rank: refused, and what is stored is counted.
     second = import_folder(store, write(tmp_path / "two", ["nv", "NV"]))
-    assert second.classes == {"nv": 1}
+    assert second.classes == {"mel": 1, "nv": 1}
     assert [(q.source_id, q.code) for q in second.quarantined] == [("i0", "label_conflict")]
     with store.ledger.read() as tx:
         assert sorted(label.label for label in tx.find(SourceLabel)) == ["mel", "nv", "nv"]
@@ -166,3 +167,38 @@ def test_the_verb_takes_labels_and_names_the_unlabelled(
     assert "unknown class 'sek'" in capsys.readouterr().err
     assert run(["data", "import", str(folder), "--labels", "SEK"]) == 2
     assert "--labels cannot read 'SEK'" in capsys.readouterr().err
+
+
+def test_a_corrected_label_is_a_further_row(tmp_path: Path) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    tables = [["mel", "nv", "bkl"], ["nv", "nv", "bkl"], ["mel", "nv", ""]]
+    first, second, third = [write(tmp_path / f"t{n}", labels) for n, labels in enumerate(tables)]
+    before = import_folder(store, first)
+    refused = import_folder(store, second)
+    assert "1 images carry another label than before: i0 (mel -> nv); --correct takes it over" in refused.notes
+    assert (refused.classes, refused.dataset_id) == (before.classes, before.dataset_id)
+    corrected = import_folder(store, second, correct=True)
+    assert corrected.classes == {"bkl": 1, "nv": 2}
+    assert corrected.dataset_id != before.dataset_id
+    assert "1 labels were corrected, as single_reader (rank 3): i0 (mel -> nv)" in corrected.notes
+    # Again changes nothing; the first table is the one that differs now, and a blank takes no label away.
+    assert import_folder(store, second, correct=True).dataset_id == corrected.dataset_id
+    assert import_folder(store, first).classes == corrected.classes
+    back = import_folder(store, third, correct=True)
+    assert (back.classes, back.dataset_id, back.unlabelled) == (before.classes, before.dataset_id, 0)
+    assert import_folder(store, second, correct=True).dataset_id == corrected.dataset_id
+    with store.ledger.read() as tx:
+        assert sorted(row.source.split(":")[0] for row in tx.find(SourceLabel)).count("correction") == 3
+        assert [e.details for e in tx.find(AuditEvent, where={"action": "labels.corrected"})] == [
+            {"mel -> nv": 1}, {"nv -> mel": 1}, {"mel -> nv": 1},
+        ]  # fmt: skip
+    assert load_dataset(store, corrected.dataset_id).rows["label_source"].str.startswith("correction:1:").sum() == 1
+    store.close()
+
+
+def test_images_without_a_label_are_named(tmp_path: Path) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    report = import_folder(store, write(tmp_path / "one", ["nv", "mel", "", "unknown", "na", "null", "none", "nan"]))
+    assert report.unlabelled == 6
+    assert "6 images have no label: i2, i3, i4, i5, i6, ..." in report.notes
+    store.close()

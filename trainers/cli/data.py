@@ -63,6 +63,9 @@ def import_command(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Register the files where they are; copy nothing.")
     ] = False,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="Take over labels that differ from those imported before.")
+    ] = False,
 ) -> None:
     """Import a folder of labelled images; a second run resumes the first."""
     from images.importer import import_folder
@@ -76,6 +79,7 @@ def import_command(
             table=table,
             layout=layout,
             in_place=in_place,
+            correct=correct,
             # Decoded at the size that training will use, so that the first training need not decode again.
             side_px=(call.settings.trainers.model.side_px,),
             progress=bar,
