@@ -42,7 +42,7 @@ def image_bytes(image: GivenImage) -> bytes:
     if isinstance(image, np.ndarray):
         return _png(PillowImage.fromarray(_pixels(image)))
     if isinstance(image, PillowImage.Image):
-        # Turned first: a PNG would lose the orientation that a photograph's metadata has.
+        # Turned first: a PNG would lose the orientation that a camera's metadata has.
         upright = ImageOps.exif_transpose(image)
         return _png(upright if upright.mode in _IN_PNG else upright.convert("RGB"))
     raise ImageError(
