@@ -16,7 +16,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeling", "cluster")
-ENTRIES = (*ROOMS, "tests", "bench", "docs", "ray_cluster.yaml")
+ENTRIES = (*ROOMS, "relook.py", "tests", "bench", "docs", "ray_cluster.yaml")
 FILES = (
     "pyproject.toml",
     "requirements.lock",
