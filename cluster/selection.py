@@ -9,7 +9,7 @@ rank, such as a histopathology result.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import sqlalchemy as sa
@@ -136,7 +136,7 @@ def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str],
             continue
         usable[taken.image_id] = Image(
             id=taken.image_id,
-            source_id=LINE.keep(taken.path.stem),
+            source_id=LINE.keep(PurePath(taken.path.name).stem),
             uri=taken.uri,
             format=taken.format,
             width_px=taken.width_px,

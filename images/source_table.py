@@ -42,7 +42,7 @@ TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.
 
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
 _OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".parquet"})
-_MARKED, _UNMARKED = frozenset({"1", "1.0"}), frozenset({"0", "0.0", ""})
+MARKED, UNMARKED = frozenset({"1", "1.0"}), frozenset({"0", "0.0", ""})
 _EMPTY = frozenset({"", "unknown", "unk", "nan", "na", "n/a", "none", "null"})
 _CONFIRMATIONS = {
     "histo": Confirmation.HISTOPATHOLOGY,
@@ -210,14 +210,14 @@ def _hot_columns(table: Table, given: Mapping[str, str]) -> list[str]:
     if "dx" in given or COLUMNS["dx"] in table.columns:
         return []
     others = [name for name in table.columns if name not in named]
-    marks = all(cell in _MARKED or cell in _UNMARKED for name in others for cell in table.columns[name])
+    marks = all(cell in MARKED or cell in UNMARKED for name in others for cell in table.columns[name])
     return others if len(others) > 1 and marks else []
 
 
 def _with_label(table: Table, hot: Sequence[str]) -> Table:
     labels, conflicts = [], dict(table.conflicts)
     for row in range(table.length):
-        marked = [name for name in hot if table.columns[name][row] in _MARKED]
+        marked = [name for name in hot if table.columns[name][row] in MARKED]
         if len(marked) > 1:
             conflicts.setdefault(row, f"it is marked as {' and '.join(marked)}")
         labels.append(next(iter(marked), ""))

@@ -4,7 +4,6 @@ In: a bundle and its loaded model, and images as `images.given` takes them. Out:
 the service would make, or a heat map over its image.
 """
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image as PillowImage
 
 from images.decode import decode_square
 from images.given import GivenImage, given_list, given_name, image_bytes
@@ -26,7 +24,7 @@ from serving.settings import ServingSettings
 from serving.triage import Verdict, malignant_probability
 from vision.explanations import FILE_OVERLAY_SIDE_PX
 from vision.explanations.methods import METHODS
-from vision.explanations.overlay import overlay_png, resized_strength
+from vision.explanations.overlay import overlay, resized_strength
 from vision.inference.attribution import explain
 from vision.inference.loaded import LoadedModel, load_model
 
@@ -130,8 +128,7 @@ class Explanation:
 
     def overlay(self, alpha: float = 0.6) -> UInt8Array:
         """Return the image with its heat map drawn over it, uint8 [H, W, 3]; alpha is the opacity of its maximum."""
-        png = overlay_png(self.image, self.values, alpha)
-        return np.asarray(PillowImage.open(io.BytesIO(png)).convert("RGB"))
+        return overlay(self.image, self.values, alpha)
 
 
 def predict_given(

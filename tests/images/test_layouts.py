@@ -309,3 +309,17 @@ def test_an_import_of_a_layout_is_found_again(tmp_path: Path, make: Callable[[Pa
         with pytest.raises(DataError, match="inside archives"):
             import_folder(store, tmp_path / "data", in_place=True)
     store.close()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "image_id,melanoma,seborrheic_keratosis\ni0,0.7,0.3\n",
+        "image,MEL,NV,BCC\ni0,0.98,0.01,0.01\n",
+        "isic_id,MEL,NV\ni0,1,0\ni1,0.5,0.5\n",
+    ],
+)
+def test_columns_of_probabilities_are_not_taken_for_marks(tmp_path: Path, table: str) -> None:
+    (tmp_path / "scores.csv").write_text(table)
+    with pytest.raises(DataError, match="has no column"):
+        read_source(tmp_path)
