@@ -1,4 +1,4 @@
-"""The verbs `relook data import | export | synth | download | audit | versions | split | preview`."""
+"""The verbs `relook data import | export | synth | download | audit | versions | split | preview`, `taxonomy from`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,6 +7,7 @@ import typer
 from rich.console import Group as Stack
 from rich.table import Table
 
+from records.cli import taxonomy_app
 from records.command import Call, JsonCall, verb
 from records.errors import ConfigError, DataError
 from records.progress import progress, say, stderr
@@ -354,3 +355,29 @@ def _worst(report: "AuditReport") -> str:
         return ""
     shown = [f"{o.image} {o.what}" for o in report.quality_outliers[:3]]
     return f" ({', '.join(shown)}{', ...' if len(report.quality_outliers) > 3 else ''})"
+
+
+@verb(taxonomy_app, "from")
+def taxonomy_from(
+    call: JsonCall,
+    place: Annotated[Path, typer.Argument(metavar="DIR|TABLE", help="Folder of images, or a table beside them.")],
+    out: Annotated[Path | None, typer.Option(help="New file to write; default: stdout.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the taxonomy; default: the folder's.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns of the table, as for `data import`.")] = None,
+) -> None:
+    """Propose a taxonomy file from the labels that are there; what harms a patient is left to people."""
+    from images.taxonomy_proposal import propose_taxonomy
+
+    if not place.exists():
+        raise DataError(f"there is no folder or table {str(place)!r}")
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists; give --out a new file")
+    proposal = propose_taxonomy(place, name=name, columns=parse_columns(columns))
+    for note in proposal.notes:
+        say(note)
+    if out is not None:
+        out.write_text(proposal.text, encoding="utf-8")
+        say(f"{out}: {len(proposal.counts)} classes; complete it, then: relook taxonomy check {out}")
+    call.emit({"taxonomy": proposal.text, "counts": proposal.counts, "notes": proposal.notes})
+    if out is None and not call.as_json:
+        typer.echo(proposal.text, nl=False)  # as it is: a console would wrap the lines of the file
