@@ -119,6 +119,9 @@ def sync_command(
     every: Annotated[
         str | None, typer.Option(help="Pause of --watch, such as 15s; default: labeling.poll_every_s.")
     ] = None,
+    moved: Annotated[
+        bool, typer.Option("--moved", help="Send open review items again that lie at an old address of Label Studio.")
+    ] = False,
 ) -> None:
     """Push and pull, once or repeatedly."""
     from labeling.sync import wait_for_notification
@@ -128,7 +131,7 @@ def sync_command(
     pause_s = _seconds(every) if every is not None else call.settings.labeling.poll_every_s
     if not watch:
         with suppress(KeyboardInterrupt), call.store() as store:
-            report = _sync(call, store)
+            report = _sync(call, store, moved=moved)
             _emit_sync(call, report)
             _exit_if([*report.push.unreadable, *report.pull.failed])
         return
@@ -137,7 +140,8 @@ def sync_command(
             # Read before the sync: a notification that arrives during it must trigger the next one.
             seen = last_notification(store.ledger)
             try:
-                report = _sync(call, store)
+                report = _sync(call, store, moved=moved)
+                moved = False
             except LabelStudioError as error:
                 # Review items wait in the ledger, so an outage of Label Studio delays them and loses nothing.
                 say(f"{error}; next attempt in {pause_s:g} s")
@@ -148,13 +152,14 @@ def sync_command(
             wait_for_notification(store.ledger, seen, pause_s)
 
 
-def _sync(call: Call, store: "Store") -> "SyncReport":
+def _sync(call: Call, store: "Store", *, moved: bool) -> "SyncReport":
     from labeling.connection import require
     from labeling.sync import sync
 
     with require(store.home, call.settings.labeling) as client, counting("sync tasks and annotations") as advance:
-        report = sync(store, client, call.settings.labeling, advance=advance)
-    _complain([*report.push.unreadable, *report.pull.failed, *report.pull.not_understood])
+        report = sync(store, client, call.settings.labeling, advance=advance, moved=moved)
+    said = [report.pull.moved] if report.pull.moved is not None else []
+    _complain([*said, *report.push.unreadable, *report.pull.failed, *report.pull.not_understood])
     return report
 
 

@@ -92,11 +92,14 @@ class LabelStudioClient:
 
     def find_project(self, marker: str) -> int | None:
         """Return the id of the project whose description holds the marker, or None."""
+        found = (project_id for project_id, text in self.descriptions().items() if marker in text)
+        return next(found, None)
+
+    def descriptions(self) -> dict[int, str]:
+        """Return the description of every project that the token may see, by id."""
         with self.translated_errors("list projects"):
-            for project in self._sdk.projects.list(include="id,description", page_size=100):
-                if project.id is not None and marker in (project.description or ""):
-                    return int(project.id)
-        return None
+            found = self._sdk.projects.list(include="id,description", page_size=100)
+            return {int(project.id): project.description or "" for project in found if project.id is not None}
 
     def ensure_project(self, title: str, label_config: str, marker: str, model_version: str) -> int:
         """Create the project that carries the marker, or update the one that exists. Idempotent.

@@ -14,6 +14,7 @@ from labeling.client import LabelStudioClient
 from labeling.connection import connect
 from labeling.environment import DATABASE
 from labeling.project import LEASE, LEASE_WAIT_S, known_projects
+from labeling.servers import DELETED, settle
 from labeling.settings import LabelingSettings
 from records.erasure import Place
 from records.errors import LabelStudioError, LabelStudioRefusedError, UnknownIdError
@@ -22,7 +23,6 @@ from records.ledger.tables import TABLES, any_of
 from records.store import Store
 from records.types import Image, ReviewItem
 
-_DELETED = "erased"
 _LOCKED_S = 60.0
 
 
@@ -36,6 +36,7 @@ def tasks_place(settings: LabelingSettings) -> Place:
         if client is None:
             return 0
         with client, hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
+            settle(store, client)
             deleted, failed = delete_tasks(store, client)
         if failed:
             raise LabelStudioError(f"{failed[0]}; erase again ({len(failed)} such failures)")
@@ -95,7 +96,7 @@ def delete_tasks(store: Store, client: LabelStudioClient) -> tuple[int, list[str
     items = TABLES[ReviewItem]
     with store.ledger.begin() as tx:
         mine = any_of(items.c.id, pending - left, tx.connection.dialect)
-        gone = {"sent_hash": _DELETED, "project_id": None, "task_id": None}
+        gone = {"sent_hash": DELETED, "project_id": None, "task_id": None}
         tx.connection.execute(sa.update(items).where(mine).values(gone))
     return deleted, failed
 
@@ -104,7 +105,7 @@ def pending_items(store: Store) -> set[str]:
     """Return the ids of review items of erased or expired images whose tasks may still be in Label Studio."""
     items, images = TABLES[ReviewItem].c, TABLES[Image].c
     query = sa.select(items.id).join(TABLES[Image], images.id == items.image_id)
-    query = query.where(images.erased_at.is_not(None), items.sent_hash.is_distinct_from(_DELETED))
+    query = query.where(images.erased_at.is_not(None), items.sent_hash.is_distinct_from(DELETED))
     with store.ledger.read() as tx:
         return set(tx.connection.scalars(query))
 

@@ -8,10 +8,12 @@ Studio is made anew and its open review items are requeued; annotations that wer
 from dataclasses import dataclass
 
 from labeling.client import LabelStudioClient
+from labeling.servers import at_known_address, server_name, settle
 from labeling.settings import LabelingSettings
 from labeling.tasks import PRIORITY_VERSION, label_config
 from labeling.webhooks import ensure_webhook, webhook_fingerprint
 from records.ids import new_id
+from records.lease import hold
 from records.ledger import Transaction
 from records.store import Store
 from records.types import Cursor, ReviewItem, ReviewState
@@ -65,6 +67,14 @@ class ProjectKey:
 SHARED = ProjectKey()
 
 
+def settle_address(store: Store, client: LabelStudioClient, *, moved: bool = False) -> str | None:
+    """Do what `servers.settle` does, under the lease; neither lease nor request if the address is the one before."""
+    if at_known_address(store, client):
+        return None
+    with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
+        return settle(store, client, moved=moved)
+
+
 def project_key_of(item: ReviewItem) -> ProjectKey:
     """Return the key of the project that a review item belongs to."""
     return ProjectKey(item.blind, item.reader) if item.blind else SHARED
@@ -76,8 +86,8 @@ def open_project(
     """Return a project of this store, made or updated if needed; one request if nothing changed."""
     # The marker is in the ledger before the project is made: a process that is killed in between finds its project
     # by the marker instead of making a second one.
-    name = cursor_name(client, project_key)
     with store.ledger.begin() as tx:
+        name = cursor_name(tx, client, project_key)
         cursor = tx.get(Cursor, name)
         if cursor is None:
             whose = {"blind": project_key.blind, "reader": project_key.reader}
@@ -107,15 +117,15 @@ def open_project(
 def known_project(store: Store, client: LabelStudioClient, project_key: ProjectKey = SHARED) -> int | None:
     """Return the id of a project of this store from the ledger, without a request; None before the first push."""
     with store.ledger.read() as tx:
-        cursor = tx.get(Cursor, cursor_name(client, project_key))
+        cursor = tx.get(Cursor, cursor_name(tx, client, project_key))
     found = cursor.position["project_id"] if cursor is not None else None
     return int(found) if found is not None else None
 
 
 def known_projects(store: Store, client: LabelStudioClient) -> dict[int, ProjectKey]:
     """Return this store's projects at a server by id, from the ledger, without a request."""
-    name = cursor_name(client)
     with store.ledger.read() as tx:
+        name = cursor_name(tx, client)
         cursors = [c for c in tx.find(Cursor) if c.name == name or c.name.startswith(f"{name} blind")]
     found = {c.position["project_id"]: c.position for c in cursors if c.position["project_id"] is not None}
     return {number: ProjectKey(at.get("blind", False), at.get("reader")) for number, at in sorted(found.items())}
@@ -124,14 +134,14 @@ def known_projects(store: Store, client: LabelStudioClient) -> dict[int, Project
 def is_ours(store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey = SHARED) -> bool:
     """Return whether a project carries the marker of this store."""
     with store.ledger.read() as tx:
-        cursor = tx.get(Cursor, cursor_name(client, project_key))
+        cursor = tx.get(Cursor, cursor_name(tx, client, project_key))
     project = client.project(project_id)
     return cursor is not None and project is not None and cursor.position["marker"] in project.description
 
 
-def cursor_name(client: LabelStudioClient, project_key: ProjectKey = SHARED) -> str:
+def cursor_name(tx: Transaction, client: LabelStudioClient, project_key: ProjectKey = SHARED) -> str:
     """Return the name of the cursor that holds a project's id and marker at this server."""
-    return f"labeling.project {client.server}{project_key.suffix}"
+    return f"labeling.project {server_name(tx, client)}{project_key.suffix}"
 
 
 def _requeue(tx: Transaction, project_id: int) -> int:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import PAGE_SIZE, LabelStudioClient
 from labeling.deletion import delete_tasks
-from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project
+from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project, settle_address
 from labeling.push import Advance, sums
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
+from labeling.servers import server_name
 from labeling.settings import LabelingSettings
 from labeling.tasks import parse_annotation
 from records.errors import DataError, LabelStudioRefusedError, UnavailableError, UnknownIdError
@@ -59,10 +60,16 @@ class PullReport(BaseModel):
     tasks_deleted: int = Field(default=0, ge=0, description="tasks that were deleted in Label Studio")
     doubled: int = Field(default=0, ge=0, description="second tasks of a review item that were removed")
     requeued: int = Field(default=0, ge=0, description="review items that wait again, since their project was deleted")
+    moved: str | None = Field(default=None, description="what a new address of Label Studio meant, one sentence")
 
 
 def pull(
-    store: Store, client: LabelStudioClient, settings: LabelingSettings, *, advance: Advance = lambda done, total: None
+    store: Store,
+    client: LabelStudioClient,
+    settings: LabelingSettings,
+    *,
+    advance: Advance = lambda done, total: None,
+    moved: bool = False,
 ) -> PullReport:
     """Read what annotators did since the last pull. Idempotent: a second pull adds nothing.
 
@@ -71,15 +78,17 @@ def pull(
         client: connected.
         settings: used to make a project anew that was deleted.
         advance: called with the number of changed tasks that were read, as both numbers: the total is not known.
+        moved: whether to send open review items again that are not at this address.
     Returns:
         Counts over all projects of the store.
     Raises:
         LabelStudioError: Label Studio cannot be reached; what was read so far is kept.
-        RefusedError: another process held the lease for over a minute.
+        RefusedError: another process held the lease for over a minute, or review items are open at an old address.
     """
+    said = settle_address(store, client, moved=moved)
     projects = known_projects(store, client)
     if not projects:
-        return PullReport()
+        return PullReport(moved=said)
     reports: list[PullReport] = []
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
         _, undeleted = delete_tasks(store, client)
@@ -89,7 +98,7 @@ def pull(
             except LabelStudioRefusedError as error:
                 reports.append(PullReport(project_id=number, failed=[f"project {number} was not read: {error}"]))
     found = _joined(reports)
-    return found.model_copy(update={"failed": [*undeleted, *found.failed]})
+    return found.model_copy(update={"failed": [*undeleted, *found.failed], "moved": said})
 
 
 def _joined(reports: Sequence[PullReport]) -> PullReport:
@@ -108,8 +117,9 @@ def _pull(
     project_key: ProjectKey,
     advance: Advance,
 ) -> PullReport:
-    name = f"labeling.pull {client.server} {project_id}"
     with store.ledger.read() as tx:
+        server = server_name(tx, client)
+        name = f"labeling.pull {server} {project_id}"
         cursor = tx.get(Cursor, name)
     before = dict(cursor.position) if cursor is not None else {}
     try:
@@ -119,7 +129,7 @@ def _pull(
         # later time. A state therefore counts as read only once two pulls in a row have seen it.
         if before == {**seen, "settled": True}:
             return PullReport(project_id=project_id, idle=True)
-        reading = _Pass(store, client, project_id, project_key)
+        reading = _Pass(store, client, project_id, project_key, server)
         done = 0
         # The overlap covers such late commits and a server clock that was set back; rows that are read again are
         # recognised by their revision.
@@ -185,7 +195,8 @@ class _Pass:
     store: Store
     client: LabelStudioClient
     project_id: int
-    project_key: ProjectKey = field(default_factory=ProjectKey)
+    project_key: ProjectKey
+    server: str
     annotators: dict[int, str] = field(default_factory=dict)
     counts: "_Counts" = field(default_factory=lambda: _Counts())
     failed: list[str] = field(default_factory=list)
@@ -275,7 +286,7 @@ class _Pass:
 
     def _newest_labels(self, tx: Transaction, item_ids: Iterable[str]) -> dict[int, dict[int, Annotation]]:
         """Return the newest row of each annotation, by task id and annotation id."""
-        where = {"review_item_id": list(item_ids), "server": self.client.server, "project_id": self.project_id}
+        where = {"review_item_id": list(item_ids), "server": self.server, "project_id": self.project_id}
         newest: dict[int, dict[int, Annotation]] = {}
         for label in tx.find(Annotation, where=where, order_by=("created_at", "id")):
             newest.setdefault(label.task_id, {})[label.annotation_id] = label
@@ -324,7 +335,7 @@ class _Pass:
             annotated_at=annotation.updated_at,
             lead_time_s=annotation.lead_time_s,
             blind=item.blind,
-            server=self.client.server,
+            server=self.server,
             project_id=self.project_id,
             task_id=row.id,
             annotation_id=annotation.id,
@@ -347,6 +358,9 @@ def _erased(tx: Transaction, image_ids: Collection[str]) -> set[str]:
 def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, answered: bool) -> None:
     """Bring the state of an item in line with its task; a withdrawn item stays withdrawn."""
     if item.state not in (ReviewState.NEW, ReviewState.PUSHED, ReviewState.ANSWERED):
+        return
+    # It was annotated in another Label Studio, and this one has had a task of it since before.
+    if item.task_id is None and item.state == ReviewState.ANSWERED and not answered:
         return
     if item.task_id is None:
         at = {"project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}

@@ -16,7 +16,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import LabelStudioClient
-from labeling.project import LEASE, LEASE_WAIT_S, Project, ProjectKey, known_projects, open_project, project_key_of
+from labeling.project import (
+    LEASE,
+    LEASE_WAIT_S,
+    Project,
+    ProjectKey,
+    known_projects,
+    open_project,
+    project_key_of,
+    settle_address,
+)
 from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
@@ -75,8 +84,9 @@ def push(
         Counts over all projects of the store.
     Raises:
         LabelStudioError: Label Studio cannot be reached, or refuses the token; what was pushed so far is recorded.
-        RefusedError: another process held the lease for over a minute.
+        RefusedError: another process held the lease for over a minute, or review items are open at an old address.
     """
+    settle_address(store, client)
     # Without the lease and without a request: most pushes of `sync --watch` find nothing to do.
     with store.ledger.read() as tx:
         waits = tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0

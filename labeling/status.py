@@ -9,6 +9,7 @@ from labeling.connection import connect
 from labeling.environment import environment_of, is_ready
 from labeling.local_server import LocalLabelStudio
 from labeling.project import ProjectKey, is_ours, known_project, known_projects
+from labeling.servers import find_move, unsettled
 from labeling.settings import LabelingSettings
 from labeling.tasks import label_config
 from records.errors import RelookError
@@ -46,6 +47,9 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
         if client is not None:
             with client:
                 version, url, project_id = client.version(), client.url, known_project(store, client)
+                move = find_move(store, client)
+                if move is not None and move.is_loss:
+                    problems.append(unsettled(move, client))
                 counts = [
                     _check_project(store, client, *one, problems) for one in known_projects(store, client).items()
                 ]

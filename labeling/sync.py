@@ -33,6 +33,7 @@ def sync(
     model_id: str | None = None,
     *,
     advance: Advance = lambda done, total: None,
+    moved: bool = False,
 ) -> SyncReport:
     """Pull new annotations and push waiting review items, once.
 
@@ -42,14 +43,15 @@ def sync(
         settings: also says when annotators disagree enough for an adjudication.
         model_id: of the champion.
         advance: called by both halves.
+        moved: whether to send open review items again that are not at this address.
     Returns:
         Both reports.
     Raises:
         LabelStudioError: Label Studio cannot be reached; what was done so far is recorded.
-        RefusedError: another process held the lease for over a minute.
+        RefusedError: another process held the lease for over a minute, or review items are open at an old address.
     """
     # Pull first: it requeues the items of deleted projects and finds disagreement, and the push then sends both.
-    pulled = pull(store, client, settings, advance=advance)
+    pulled = pull(store, client, settings, advance=advance, moved=moved)
     added = add_adjudications(store, settings.adjudicate_below) if not pulled.idle else 0
     return SyncReport(adjudications=added, pull=pulled, push=push(store, client, settings, model_id, advance=advance))
 
