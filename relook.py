@@ -329,22 +329,11 @@ def evaluate(
         raise ConfigError(f"split is {split!r}; it must be one of {', '.join(Split)}")
     with progress() as bar:
         return measure_model(
-            home.store,
-            _bundle(home, model),
-            split=Split(split),
-            data=data,
-            images=_path(images),
-            labels=_path(labels),
-            columns=columns,
-            masks=_path(masks),
-            prevalence=prevalence,
-            robustness=robustness,
-            explanations=explanations,
-            report=_path(report),
-            embed_images=embed_images,
-            precision=home.settings.trainers.precision,
-            progress=bar,
-        )
+            home.store, _bundle(home, model), split=Split(split), data=data, images=_path(images),
+            labels=_path(labels), columns=columns, masks=_path(masks), prevalence=prevalence, robustness=robustness,
+            explanations=explanations, report=_path(report), embed_images=embed_images,
+            precision=home.settings.trainers.precision, progress=bar,
+        )  # fmt: skip
 
 
 def load_model(model: str | os.PathLike[str], home: Home | None = None) -> Model:
@@ -436,12 +425,13 @@ def select(
     return select_from(home.store, bundle, budget=budget, rule=rule, mix=mix, folder=_path(pool), seed=seed)
 
 
-def sync_labels(home: Home, *, set: Mapping[str, Any] | None = None) -> SyncReport:
+def sync_labels(home: Home, *, set: Mapping[str, Any] | None = None, moved: bool = False) -> SyncReport:
     """Read new annotations from Label Studio and send waiting review items, once, as `relook label sync` does.
 
     Args:
         home: with the review items.
         set: settings for this call, such as `{"labeling.url": "http://labels.example"}`.
+        moved: send open review items again that lie at an old address of Label Studio.
     Returns:
         What was read and sent.
     Raises:
@@ -453,7 +443,7 @@ def sync_labels(home: Home, *, set: Mapping[str, Any] | None = None) -> SyncRepo
 
     labeling = home.with_settings(set).labeling
     with require(home.store.home, labeling) as client, counting("sync tasks and annotations") as advance:
-        return sync(home.store, client, labeling, advance=advance)
+        return sync(home.store, client, labeling, advance=advance, moved=moved)
 
 
 def run_round(home: Home, *, resume: bool = False, set: Mapping[str, Any] | None = None) -> RoundOutcome:

@@ -11,6 +11,7 @@ largest possible one; p is excluded when the mean wealth over a grid of bets rea
 inequality; Waudby-Smith and Ramdas, 2023).
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from records.types import (
     ReasonCode,
     ReviewItem,
 )
+
+logger = logging.getLogger(__name__)
 
 LEVEL = 0.95
 _A_READER = LABEL_RANK[Confirmation.CONSENSUS]
@@ -212,6 +215,9 @@ def _audited(store: Store) -> list[Audited]:
     known = [item for item in items if item.image_id in truth and item.prediction_id in predictions]
     with store.ledger.read() as tx:
         images = {image.id: image for image in tx.find(Image, where={"id": {item.image_id for item in known}})}
+    if lost := {item.image_id for item in known} - images.keys():
+        # A lost row must not end the monitoring of all others.
+        logger.warning("%d audited images have no row in the ledger and are left out: %s", len(lost), sorted(lost)[0])
     rows = [
         Audited(
             predictions[str(item.prediction_id)],
@@ -220,7 +226,7 @@ def _audited(store: Store) -> list[Audited]:
             1 / (item.selection_probability or 1),
         )
         for item in known
-        if item.image_id in images  # one that was lost must not end the monitoring of all others
+        if item.image_id in images
     ]
     served = (row for row in rows if row.prediction.served)
     return sorted(served, key=lambda row: (row.prediction.created_at, row.prediction.id))

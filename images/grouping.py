@@ -6,7 +6,6 @@ caller's transaction. Splits are drawn elsewhere (`images.import_plan`, `records
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,16 +13,16 @@ import sqlalchemy as sa
 from rich.progress import Progress
 
 from images.cache import PixelCache
+from images.label_rows import known_labels, strongest
 from images.near_duplicates import HASH_SIDE_PX, find_near_duplicates, perceptual_hash
 from records.arrays import IntArray, UInt8Array
 from records.errors import DataError
 from records.grouping import KnownGroup, Placement, place
 from records.ids import utc_now
-from records.labelled import counting
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store, find_images
-from records.types import LABEL_RANK, Annotation, AnnotationKind, Confirmation, Group, Image, SourceLabel, Split
+from records.types import Annotation, AnnotationKind, Group, Image, Split
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,9 @@ def known_diagnoses(store: Store) -> dict[str, str]:
         for label in tx.find(Annotation, where={"kind": AnnotationKind.CLASS, "deleted": False}):
             if label.label is not None:
                 said.setdefault(label.image_id, set()).add(label.label)
-        table = TABLES[SourceLabel]
-        found = tx.connection.execute(
-            sa.select(table.c.image_id, table.c.label, table.c.confirmation, table.c.source)
-        ).all()
-    of_image: dict[str, list[Any]] = {}
-    for row in found:
-        of_image.setdefault(row.image_id, []).append(row)
-    rows = [row for labels in of_image.values() for row in counting(labels, lambda row: str(row.source))]
+        imported = known_labels(tx)
     diagnoses = {image_id: next(iter(labels)) for image_id, labels in said.items() if len(labels) == 1}
-    # Weakest first, so that in the dict the strongest label of an image is written last.
-    by_rank = sorted(rows, key=lambda row: -LABEL_RANK[Confirmation(row.confirmation)])
-    diagnoses.update({row.image_id: row.label for row in by_rank})
+    diagnoses.update({i: row.text for i, rows in imported.items() if (row := strongest(rows)) is not None})
     return diagnoses
 
 

@@ -8,7 +8,7 @@ Studio is made anew and its open review items are requeued; annotations that wer
 from dataclasses import dataclass
 
 from labeling.client import LabelStudioClient
-from labeling.servers import at_known_address, server_name, settle
+from labeling.servers import PROJECT, at_known_address, server_name, settle
 from labeling.settings import LabelingSettings
 from labeling.tasks import PRIORITY_VERSION, label_config
 from labeling.webhooks import ensure_webhook, webhook_fingerprint
@@ -141,7 +141,7 @@ def is_ours(store: Store, client: LabelStudioClient, project_id: int, project_ke
 
 def cursor_name(tx: Transaction, client: LabelStudioClient, project_key: ProjectKey = SHARED) -> str:
     """Return the name of the cursor that holds a project's id and marker at this server."""
-    return f"labeling.project {server_name(tx, client)}{project_key.suffix}"
+    return f"{PROJECT}{server_name(tx, client)}{project_key.suffix}"
 
 
 def _requeue(tx: Transaction, project_id: int) -> int:

@@ -22,7 +22,8 @@ from records.types import Cursor, Image, ReviewItem, ReviewState
 DELETED = "erased"
 """`sent_hash` of a review item whose task was deleted because its image was erased."""
 _CURRENT = "labeling.server"
-_PROJECT = "labeling.project "
+PROJECT = "labeling.project "
+"""Start of the name of a cursor that says which project the store has in a Label Studio."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def find_move(store: Store, client: LabelStudioClient) -> Move | None:
         return None
     with store.ledger.read() as tx:
         current = tx.get(Cursor, _CURRENT)
-        projects = [cursor for cursor in tx.find(Cursor, order_by=("name",)) if cursor.name.startswith(_PROJECT)]
+        projects = [cursor for cursor in tx.find(Cursor, order_by=("name",)) if cursor.name.startswith(PROJECT)]
         counts = _counts(tx)
-    names = [cursor.name.removeprefix(_PROJECT).split(" ")[0] for cursor in projects]
+    names = [cursor.name.removeprefix(PROJECT).split(" ")[0] for cursor in projects]
     if current is not None:
         position = current.position
     else:
@@ -121,8 +122,9 @@ def settle(store: Store, client: LabelStudioClient, *, moved: bool = False) -> s
     if not move.sent:
         return None
     return (
-        f"{move.items} open review items of {move.old_url} are sent again to {_address(client)}; annotations that were "
-        "not read stay at the old address, and tasks of images that are erased have to be deleted there by hand"
+        f"{move.items} open review items of {move.old_url} go to {_address(client)}, except those that have a task "
+        "there already; annotations that were not read stay at the old address, and tasks of images that are erased "
+        "have to be deleted there by hand"
     )
 
 

@@ -48,11 +48,12 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
             with client:
                 version, url, project_id = client.version(), client.url, known_project(store, client)
                 move = find_move(store, client)
-                if move is not None and move.is_loss:
+                # The projects of the old address are not missing here: nothing is made anew before somebody decides.
+                is_loss = move is not None and move.is_loss
+                if move is not None and is_loss:
                     problems.append(unsettled(move, client))
-                counts = [
-                    _check_project(store, client, *one, problems) for one in known_projects(store, client).items()
-                ]
+                known = {} if is_loss else known_projects(store, client)
+                counts = [_check_project(store, client, *one, problems) for one in known.items()]
                 tasks = sum(count for count in counts if count is not None) if any(counts) else None
         elif installed:
             problems.append("Label Studio was never started here; run `relook label up`")

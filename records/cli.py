@@ -42,15 +42,17 @@ def taxonomy_use(call: Call, file: Annotated[str, typer.Argument(help="YAML file
     taxonomy = load_taxonomy(file)
     settings = call.settings.records
     # Opened with the taxonomy that it has: with the new one in the environment it would be refused.
-    with closing(open_store(settings.model_copy(update={"taxonomy": None}))) as store, store.ledger.begin() as tx:
+    remembered = settings.model_copy(update={"taxonomy": None})
+    with closing(open_store(remembered)) as store, store.ledger.begin() as tx:
         remember_taxonomy(tx, taxonomy, replaces=True)
         is_labelled = bool(tx.count(SourceLabel))
     dataset_id = ""
     if is_labelled:
-        with closing(open_store(settings.model_copy(update={"taxonomy": None}))) as store:
+        with closing(open_store(remembered)) as store:
             dataset_id = build_version(store).version.id
     text = f"this home has the taxonomy {taxonomy.name!r} ({taxonomy.hash[:12]})"
-    text += f"; dataset {dataset_id[:12]} follows, and models of another taxonomy have to be trained again"
+    if dataset_id:
+        text += f"; dataset {dataset_id[:12]} follows, and models of another taxonomy have to be trained again"
     call.emit({"name": taxonomy.name, "hash": taxonomy.hash, "dataset_id": dataset_id}, text)
 
 

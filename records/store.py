@@ -114,10 +114,12 @@ def remember_taxonomy(tx: Transaction, taxonomy: Taxonomy, *, replaces: bool = F
         return
     if before is not None and before.hash != taxonomy.hash and not replaces:
         raise _another(taxonomy, before)
-    stored: set[str] = set()
-    for kind in (SourceLabel, Annotation):
-        column = TABLES[kind].c.label
-        stored.update(tx.connection.scalars(sa.select(column).where(column.is_not(None)).distinct()))
+    labels, choices = TABLES[SourceLabel].c.label, TABLES[Annotation].c.label
+    stored = set(tx.connection.scalars(sa.select(labels).distinct()))
+    if before is not None:
+        # A choice that never was a class is stored and used for nothing.
+        used = sa.select(choices).where(choices.in_(before.codes)).distinct()
+        stored.update(tx.connection.scalars(used))
     if foreign := sorted(stored - set(taxonomy.codes)):
         raise TaxonomyError(
             f"this home has images labelled {foreign[0]!r}, which is no class of taxonomy {taxonomy.name!r}; "

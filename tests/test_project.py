@@ -176,7 +176,8 @@ def test_no_image_of_a_patient_and_no_secret_is_tracked() -> None:
 
 def test_functions_fit_a_screen_and_files_hold_one_idea() -> None:
     long: list[str] = []
-    for path in (path for folder in (*ROOMS, "bench", "tests") for path in (ROOT / folder).rglob("*.py")):
+    inside = (path for folder in (*ROOMS, "bench", "tests") for path in (ROOT / folder).rglob("*.py"))
+    for path in (ROOT / "relook.py", *inside):
         if path.parent.name == "versions":
             continue  # a migration spells out a whole schema and is never edited again
         text = path.read_text()

@@ -11,10 +11,11 @@ from images.importer import import_folder
 from images.synth import render
 from records.datasets import load_dataset
 from records.errors import DataError, TaxonomyError
+from records.ids import utc_now
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.taxonomy import Taxonomy, load_taxonomy
-from records.types import AuditEvent, Image, SourceLabel
+from records.types import Annotation, AnnotationKind, AuditEvent, Image, SourceLabel
 
 HAM = load_taxonomy("ham10000")
 
@@ -113,6 +114,27 @@ def test_another_taxonomy_is_refused_before_anything_is_written(
     assert run(["taxonomy", "use", str(tmp_path / "costs.yaml")]) == 0
     with pytest.raises(TaxonomyError, match="names, order, costs or key classes differ"):
         open_store(birds)
+
+
+def test_a_choice_that_never_was_a_class_stops_no_import(tmp_path: Path) -> None:
+    store = open_store(RecordsSettings(home=tmp_path / "home"))
+    choice = Annotation(
+        id="a", created_at=utc_now(), review_item_id="item", image_id="image", kind=AnnotationKind.CLASS,
+        label="no class", annotator="anna", annotated_at=utc_now(), server="local", project_id=1, task_id=1,
+        annotation_id=1, revision="1",
+    )  # fmt: skip
+    with store.ledger.begin() as tx:
+        tx.add(choice)
+    assert import_folder(store, write(tmp_path / "data", ["mel", "nv"])).classes == {"mel": 1, "nv": 1}
+    store.close()
+
+
+def test_a_home_without_labels_takes_a_taxonomy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RELOOK_HOME", str(tmp_path / "home"))
+    assert run(["taxonomy", "use", "ham10000"]) == 0
+    assert "dataset" not in capsys.readouterr().out
 
 
 def test_two_first_imports_cannot_bring_two_taxonomies(tmp_path: Path) -> None:

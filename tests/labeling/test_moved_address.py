@@ -126,5 +126,7 @@ def test_nothing_is_refused_without_open_items_and_erased_images_are_not_forgott
             pull(store, moved, settings)
         with pytest.raises(RefusedError, match="tasks of 1 erased images"):
             tasks_place(elsewhere).erase(store, [])
-        assert any("tasks of 1 erased images" in problem for problem in status(store, elsewhere).problems)
+        problems = status(store, elsewhere).problems
+        assert any("tasks of 1 erased images" in problem for problem in problems)
+        assert not any("makes it anew" in problem for problem in problems), "it would be refused"
         assert sent_items(client, project_id) == sorted(item.id for item in items)
