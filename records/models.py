@@ -10,11 +10,12 @@ from records.errors import ContractError, IntegrityError, RefusedError, UnknownI
 from records.ids import utc_now
 from records.ledger import Transaction
 from records.store import Store
-from records.types import ModelRecord, ModelStatus, Rollout, RolloutStage
+from records.types import Cursor, ModelRecord, ModelStatus, Rollout, RolloutStage
 
 SERVED = (ModelStatus.CHAMPION, ModelStatus.PROVISIONAL)
 UNDER_WAY = (RolloutStage.SHADOW, RolloutStage.CANARY)
 ROLES = ("champion", "candidate")
+_GENERATION = "serving.generation"
 
 
 def register(
@@ -66,6 +67,25 @@ def current_rollout(tx: Transaction) -> Rollout | None:
     return found[0] if found else None
 
 
+def generation(tx: Transaction) -> int:
+    """Return the number of changes so far of which model serves and of a rollout's stage or traffic share.
+
+    Replicas that follow the ledger compare it: clocks of machines differ, and a model may serve a second time.
+    """
+    found = tx.get(Cursor, _GENERATION)
+    return 0 if found is None else int(found.position["number"])
+
+
+def advance_generation(tx: Transaction) -> None:
+    """Count a change, in the write transaction that makes it."""
+    before = generation(tx)
+    position = {"number": before + 1}
+    if tx.get(Cursor, _GENERATION) is None:
+        tx.add(Cursor(name=_GENERATION, position=position))
+    else:
+        tx.update(Cursor, _GENERATION, position=position)
+
+
 def serve_model(tx: Transaction, model_id: str, status: ModelStatus, *, replaces: str | None) -> None:
     """Make a registered model the one that serves and retire the one before, in one write transaction.
 
@@ -97,6 +117,7 @@ def serve_model(tx: Transaction, model_id: str, status: ModelStatus, *, replaces
         if record.id != model_id:
             tx.update(ModelRecord, record.id, status=ModelStatus.RETIRED, status_changed_at=now)
     tx.update(ModelRecord, model_id, status=status, status_changed_at=now, **changes)
+    advance_generation(tx)
 
 
 def return_to(tx: Transaction, model_id: str, back_to: str) -> None:
@@ -104,6 +125,7 @@ def return_to(tx: Transaction, model_id: str, back_to: str) -> None:
     served, now = require_returnable(tx, model_id, back_to), utc_now()
     tx.update(ModelRecord, model_id, status=ModelStatus.REFUSED, status_changed_at=now)
     tx.update(ModelRecord, back_to, status=served.replaced_status, status_changed_at=now)
+    advance_generation(tx)
 
 
 def require_returnable(tx: Transaction, model_id: str, back_to: str) -> ModelRecord:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from records.bundles import BundleDocument
 from records.errors import RelookError, UnavailableError
 from records.ids import utc_now
-from records.models import registered_bundle, serving_model
+from records.models import generation, registered_bundle, serving_model
 from records.store import Store
 from records.types import ModelRecord
 from serving.messages import ServingState
@@ -73,6 +73,10 @@ class ModelHolder:
         self._detail = "no model is to be served yet; promote one first"
         self._broken: dict[str, float] = {}
         self._refreshing = threading.Lock()
+        self.generation = 0
+        """of the ledger when it named the model that serves here; see `records.models.generation`"""
+        self.follows = False
+        """whether the last `refresh` left here what the ledger names"""
 
     @property
     def current(self) -> ServedModel:
@@ -95,17 +99,21 @@ class ModelHolder:
             True if another model serves from now on.
         """
         with self._refreshing:
+            self.follows = False
             try:
                 with self._store.ledger.read() as tx:
-                    named = serving_model(tx)
-                return named is not None and self._follow(named)
+                    named, number = serving_model(tx), generation(tx)
+                changed = named is not None and self._follow(named, number)
+                if named is None or (self._current is not None and self._current.id == named.id):
+                    self.generation, self.follows = number, True
+                return changed
             except Exception as error:  # noqa: BLE001 - whatever is broken in a bundle
                 # Neither an unreachable ledger nor a broken new model may stop the current one from serving.
                 self._detail = str(error)
                 logger.error("the serving model stays as it is: %s", error)
                 return False
 
-    def _follow(self, named: ModelRecord) -> bool:
+    def _follow(self, named: ModelRecord, number: int) -> bool:
         current = self._current
         if current is not None and current.id == named.id:
             # Promotion of the serving model changes only its status, so nothing is loaded again.
@@ -117,12 +125,15 @@ class ModelHolder:
         if time.monotonic() < self._broken.get(named.id, 0.0):
             return False
         try:
-            # Assigning a reference is atomic: readers in other threads get the old model or the new one.
-            self._current = load_served(self._store, named, self._settings)
+            loaded = load_served(self._store, named, self._settings)
         except Exception:
             self._broken[named.id] = time.monotonic() + RETRY_BROKEN_S
             raise
         self._broken.pop(named.id, None)
+        # The generation first: who gets a prediction of the new model has to get its generation, too. Assigning a
+        # reference is atomic: readers in other threads get the old model or the new one.
+        self.generation = number
+        self._current = loaded
         self._detail = "ready"
         logger.info("model %s (%s) serves from now on", named.id[:12], named.status)
         return True

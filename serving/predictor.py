@@ -95,6 +95,8 @@ class Predictor:
         self._candidate = CandidateRunner(store, settings)
         self._is_mirroring = False
         self._recorder = Recorder(store, settings, self._decode_threads)
+        self._followed = 0
+        self._follows = False
 
     async def start(self) -> None:
         """Load the serving model, then start the batch loop and the polling of the ledger."""
@@ -119,6 +121,22 @@ class Predictor:
     def state(self) -> ServingState:
         """Return which model serves, or why none does."""
         return self._holder.state()
+
+    @property
+    def generation(self) -> int:
+        """Generation of the ledger that predictions made so far may have followed; see `records.models.generation`."""
+        return max(self._holder.generation, self._candidate.generation)
+
+    async def follow(self, generation: int) -> None:
+        """Follow the ledger at once if another replica has seen a later generation of it.
+
+        Raises UnavailableError if what the ledger names cannot be served here.
+        """
+        if self._followed >= generation:
+            return
+        await self._in(self._poll_thread, self._refresh, generation)
+        if not self._follows:
+            raise UnavailableError(f"this replica cannot serve the newest model: {self._holder.state().detail}")
 
     def check(self) -> None:
         """Raise UnavailableError if a loop of the predictor has ended, which only a bug can cause."""
@@ -211,9 +229,15 @@ class Predictor:
                 # What cannot be read now is read at the next poll; a loop that ended would stop the service.
                 logger.exception("the ledger was not followed")
 
-    def _refresh(self) -> None:
+    def _refresh(self, until: int | None = None) -> None:
+        """Follow the ledger; with `until` only if this generation was not reached meanwhile."""
+        if until is not None and self._followed >= until:
+            return
         self._holder.refresh()
-        self._candidate.refresh()
+        # Read after the model, so what the candidate follows is at least as new.
+        self._follows = self._candidate.refresh() and self._holder.follows
+        if self._follows:
+            self._followed = self._holder.generation
 
     async def _run_batches(self) -> None:
         while True:

@@ -11,15 +11,15 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from records.settings import RoomSettings
 from records.types import Consent
+from serving.replicas import ReplicaSettings
 from vision.explanations import STORED_OVERLAY_SIDE_PX
 
 MULTIPART_OVERHEAD_BYTES = 100_000
 
 
-class ServingSettings(RoomSettings):
-    """Settings of HTTP, batching, triage and overlays."""
+class ServingSettings(ReplicaSettings):
+    """Settings of HTTP, replicas, batching, triage and overlays."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; beyond loopback only once a key exists")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of API and page")
@@ -101,13 +101,6 @@ class ServingSettings(RoomSettings):
         description="how long a batch waits to fill, milliseconds; 0 takes what is in the queue",
     )
     decode_threads: int = Field(default=2, ge=1, le=64, description="threads that decode and store images")
-    ingress_cpus: float = Field(default=0.5, ge=0, le=64, description="CPUs Ray reserves for the HTTP replica")
-    predictor_cpus: float = Field(
-        default=1.0, gt=0, le=256, description="CPUs of the predictor, and its compute threads, rounded up"
-    )
-    explainer_cpus: float = Field(
-        default=0.5, gt=0, le=256, description="CPUs of the explainer, and its compute threads, rounded up"
-    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="number format of the network; auto is bf16 where the hardware has it"
     )

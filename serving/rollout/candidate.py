@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from records.arrays import UInt8Array
 from records.errors import RelookError
 from records.ids import sha256_hex
-from records.models import UNDER_WAY, current_rollout
+from records.models import UNDER_WAY, current_rollout, generation
 from records.store import Store
 from records.types import Decision, ModelRecord, Prediction, ReasonCode, Rollout, RolloutStage
 from serving.holder import ServedModel, load_served
@@ -52,30 +52,38 @@ class CandidateRunner:
         self._settings = settings
         # Replaced as a whole and never changed in place, so readers in other threads need no lock.
         self._running: tuple[Rollout, ServedModel] | None = None
+        self.generation = 0
+        """of the ledger whose rollout is followed; see `records.models.generation`"""
 
-    def refresh(self) -> None:
-        """Follow the ledger; a candidate that cannot be loaded or fails its golden images is rolled back."""
+    def refresh(self) -> bool:
+        """Follow the ledger; a candidate that cannot be loaded or fails its golden images is rolled back.
+
+        Returns False if the ledger could not be followed.
+        """
         try:
             with self._store.ledger.read() as tx:
                 named = current_rollout(tx)
                 record = tx.get(ModelRecord, named.candidate_id) if named else None
+                number = generation(tx)
             if named is None or record is None:
-                self._running = None
-                return
+                self.generation, self._running = number, None
+                return True
             known = self._running
             if known is not None and known[1].id == named.candidate_id:
                 # The same network; only stage or traffic share may have changed.
-                self._running = (named, known[1])
-                return
+                self.generation, self._running = number, (named, known[1])
+                return True
             try:
                 model = load_served(self._store, record, self._settings)
             except Exception as error:  # any failure of a candidate ends its rollout, not the service
                 logger.exception("candidate %s cannot serve", named.candidate_id[:12])
                 roll_back(self._store, named.id, actor="service", why=f"it could not be made ready: {error}")
-                return
-            self._running = (named, model)
+                return True
+            self.generation, self._running = number, (named, model)
+            return True
         except RelookError as error:
             logger.error("the rollout stays as it is: %s", error)
+            return False
 
     def sides_px(self) -> tuple[int, ...]:
         """Return the side of the images that the candidate takes; empty if there is none."""

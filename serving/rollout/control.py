@@ -13,6 +13,7 @@ from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.models import (
     UNDER_WAY,
+    advance_generation,
     current_rollout,
     registered_bundle,
     require_returnable,
@@ -89,7 +90,7 @@ def begin(
             stage=_stage(percent), percent=percent,
         )  # fmt: skip
         tx.add(made)
-        _audit_stage(tx, made, actor, reason)
+        _record_stage(tx, made, actor, reason)
         return made
 
 
@@ -101,7 +102,7 @@ def move(
         running = _require_under_way(tx, rollout_id, model_id)
         tx.update(Rollout, running.id, stage=_stage(percent), percent=percent)
         moved = tx.require(Rollout, running.id)
-        _audit_stage(tx, moved, actor, reason)
+        _record_stage(tx, moved, actor, reason)
         return moved
 
 
@@ -221,7 +222,8 @@ def _stage(percent: int) -> RolloutStage:
     return RolloutStage.CANARY if percent else RolloutStage.SHADOW
 
 
-def _audit_stage(tx: Transaction, rollout: Rollout, actor: str, reason: str | None) -> None:
+def _record_stage(tx: Transaction, rollout: Rollout, actor: str, reason: str | None) -> None:
+    advance_generation(tx)
     details = {"rollout": rollout.id, "percent": rollout.percent, "reason": reason}
     audit.append(tx, actor=actor, action=f"rollout.{rollout.stage}", subject=rollout.candidate_id, details=details)
 
@@ -288,6 +290,7 @@ def _roll_back(tx: Transaction, rollout_id: str, actor: str, why: str) -> Rollou
     if candidate_record.status is ModelStatus.CANDIDATE:
         tx.update(ModelRecord, candidate_record.id, status=ModelStatus.REFUSED, status_changed_at=utc_now())
     tx.update(Rollout, running.id, stage=RolloutStage.ROLLED_BACK, percent=0, ended_at=utc_now(), why=why)
+    advance_generation(tx)
     details = {"rollout": running.id, "why": why}
     audit.append(tx, actor=actor, action="rollout.rolled_back", subject=running.candidate_id, details=details)
     return tx.require(Rollout, running.id)
