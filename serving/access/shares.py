@@ -44,10 +44,14 @@ class Shares:
         held = 0.0 if owner is None else self._held.get(owner, 0.0) + amount
         if left < 0 or held > max(1, GREED * left):
             return False
+        self.add(owner, amount)
+        return True
+
+    def add(self, owner: str | None, amount: float) -> None:
+        """Count an amount that an owner holds already, whatever is left."""
         self.used += amount
         if owner is not None:
-            self._held[owner] = held
-        return True
+            self._held[owner] = self._held.get(owner, 0.0) + amount
 
     def give_back(self, owner: str | None, amount: float = 1) -> None:
         """Take an amount from its owner."""

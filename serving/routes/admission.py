@@ -4,21 +4,26 @@ In: whole bodies. Slots are taken only then, so a caller who sends slowly holds 
 an AccessError with the code `busy` or `rate_limited`, which become 429.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from records.errors import AccessError, ImageError
 from records.images import image_size
 from records.types import Consent
 from serving.access.keys import Caller
-from serving.access.shares import Shares, Turns
+from serving.access.shares import Turns
 from serving.messages import HeatMap, PredictionRequest, StoredPrediction
 from serving.metrics import Metrics
+from serving.problems import problem_of
 from serving.routes.authenticator import Authenticator
 from serving.schemas import Context
 from serving.service import Service
 from serving.settings import compute_threads
 from vision.explanations.methods import METHODS
+
+logger = logging.getLogger(__name__)
 
 _HEAD_BYTES = 8192
 _UNKNOWN_PIXELS = 12_000_000
@@ -34,27 +39,27 @@ class Admission:
         self.service = service
         self.metrics = metrics
         self._authenticator = authenticator
-        self._images = Shares(settings.max_in_flight)
-        self._maps = Shares(settings.max_explaining)
-        self._turns = Turns(alone=settings.max_in_flight, together=settings.max_batch_size)
+        self._limits = authenticator.limits
+        running = settings.max_batch_size * settings.predictor_max_replicas
+        self._turns = Turns(alone=settings.max_in_flight, together=min(running, settings.max_in_flight))
         # A heat map keeps a core busy for seconds and holds memory, so each caller gets no more of them than the
-        # explainer has cores: the others of a greedy caller wait here, and nobody waits behind them.
-        cores = compute_threads(settings.explainer_cpus)
+        # explainers have cores: the others of a greedy caller wait here, and nobody waits behind them.
+        cores = compute_threads(settings.explainer_cpus) * settings.explainer_max_replicas
         self._map_turns = Turns(alone=cores, together=cores)
 
-    @contextmanager
-    def images(self, caller: Caller, images: Sequence[bytes]) -> Iterator[None]:
+    @asynccontextmanager
+    async def images(self, caller: Caller, images: Sequence[bytes]) -> AsyncIterator[None]:
         """Charge for images and count them as in flight during the block; AccessError if that is too much."""
         # The request itself was charged as one unit, which covers one small image.
-        self._authenticator.charge(caller, sum(map(image_cost, images)) - 1)
-        if not self._images.take(caller.share, len(images)):
+        await self._authenticator.charge(caller, sum(map(image_cost, images)) - 1)
+        if not await self._limits.take("images", caller.share, len(images)):
             raise AccessError("the service has as many images in flight as it accepts; try again soon", "busy")
-        self.metrics.in_flight.set(self._images.used)
+        self.metrics.in_flight.set(self._limits.used("images"))
         try:
             yield
         finally:
-            self._images.give_back(caller.share, len(images))
-            self.metrics.in_flight.set(self._images.used)
+            self._limits.give_back("images", caller.share, len(images))
+            self.metrics.in_flight.set(self._limits.used("images"))
 
     async def predict(
         self, image: bytes, context: Context, caller: Caller, request_id: str, key: str | None, explain: bool
@@ -80,6 +85,39 @@ class Admission:
             return StoredPrediction(stored.prediction, stored.review, heat_map)
         return stored
 
+    async def predict_each(
+        self,
+        images: Sequence[tuple[bytes, Context]],
+        caller: Caller,
+        request_id: str,
+        keys: Sequence[str | None],
+        explain: bool = False,
+    ) -> list[StoredPrediction | BaseException]:
+        """Predict several images of one request; one that fails does not stop the others.
+
+        Args:
+            images: with their contexts.
+            caller: who is charged.
+            request_id: of the request.
+            keys: idempotency key of each image, or None.
+            explain: whether each prediction needs its heat map.
+        Returns:
+            Per image its prediction or its error, in their order.
+        Raises:
+            AccessError: they are more than the service or the key has room for.
+        """
+        async with self.images(caller, [image for image, _ in images]):
+            calls = (
+                self.predict(image, context, caller, request_id, key, explain)
+                for (image, context), key in zip(images, keys, strict=True)
+            )
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and problem_of(result).status == 500:
+                # A bug is the problem of one image, too; the others have their predictions, which are stored.
+                logger.error("an image of request %s failed", request_id, exc_info=result)
+        return results
+
     async def explain(self, caller: Caller, method: str, compute: Callable[[], Awaitable[HeatMap]]) -> HeatMap:
         """Return a heat map, within the limits of its caller and of all of them.
 
@@ -92,14 +130,14 @@ class Admission:
         Raises:
             AccessError: too many are computed, or the key has used up its units.
         """
-        self._authenticator.charge(caller, METHODS[method].evaluations - 1)
-        if not self._maps.take(caller.share):
+        await self._authenticator.charge(caller, METHODS[method].evaluations - 1)
+        if not await self._limits.take("maps", caller.share):
             raise AccessError("the service computes as many heat maps as it accepts; try again soon", "busy")
         try:
             async with self._map_turns.turn(caller.id, 1):
                 heat_map = await compute()
         finally:
-            self._maps.give_back(caller.share)
+            self._limits.give_back("maps", caller.share)
         self.metrics.explained.labels(method=method).inc()
         return heat_map
 

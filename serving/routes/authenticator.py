@@ -5,8 +5,6 @@ anything else; the routes declare what they need with `requires` and receive the
 """
 
 import asyncio
-import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from records.errors import AccessError, UnavailableError
 from records.store import Store
 from records.types import Scope
 from serving.access.keys import LOCAL, Caller, KeyRing
+from serving.access.limits import Limits
 from serving.settings import ServingSettings
 
 HttpScope = Any
@@ -46,12 +45,13 @@ class Authenticator:
 
     Args:
         store: with the ledger of keys.
-        settings: rate limit, and whether a reverse proxy is expected.
+        settings: whether a reverse proxy is expected.
+        limits: of what keys may use; by default those of this ingress alone.
     """
 
-    def __init__(self, store: Store, settings: ServingSettings) -> None:
+    def __init__(self, store: Store, settings: ServingSettings, limits: Limits | None = None) -> None:
         self._keys = KeyRing(store)
-        self._rates = RateLimit(settings.rate_limit_per_minute)
+        self.limits = limits or Limits(settings)
         self._settings = settings
         self._rules: list[_Rule] = []
 
@@ -95,7 +95,7 @@ class Authenticator:
         caller = await self.caller(scope)
         if rule.scopes:
             caller.require(*rule.scopes)
-        self.charge(caller, 1)
+        await self.charge(caller, 1)
         return caller, self._settings.max_json_bytes if rule.is_json else self._settings.max_body_bytes
 
     async def caller(self, scope: HttpScope) -> Caller:
@@ -134,11 +134,11 @@ class Authenticator:
             return False
         return Scope.ADMIN in caller.scopes
 
-    def charge(self, caller: Caller, units: int) -> None:
+    async def charge(self, caller: Caller, units: int) -> None:
         """Charge a key for work; AccessError (`rate_limited`) if it has used too much this minute."""
         # Without keys there is one local caller, the user of this machine, who is not limited.
         if caller is not LOCAL and units:
-            self._rates.take(caller.id, units)
+            await self.limits.charge(caller.id, units)
 
     def _rule(self, scope: HttpScope) -> _Rule | None:
         partial = None
@@ -149,36 +149,3 @@ class Authenticator:
             if match is Match.PARTIAL:
                 partial = partial or rule
         return partial
-
-
-class RateLimit:
-    """A token bucket per key. Thread-safe.
-
-    Args:
-        per_minute: refill rate and size of a bucket, in cost units; 0 is no limit.
-        clock_s: a monotonic clock, seconds.
-    """
-
-    def __init__(self, per_minute: int, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute = per_minute
-        self._clock_s = clock_s
-        self._buckets: dict[str, tuple[float, float]] = {}
-        self._counting = threading.Lock()
-
-    def take(self, key_id: str, units: int = 1) -> None:
-        """Take units of a key; AccessError (`rate_limited`) if its bucket has too few."""
-        if self._per_minute == 0:
-            return
-        with self._counting:
-            now_s = self._clock_s()
-            left, at_s = self._buckets.get(key_id, (float(self._per_minute), now_s))
-            left = min(float(self._per_minute), left + (now_s - at_s) * self._per_minute / 60)
-            # What costs more than a full bucket needs a full one and leaves a debt, else it could never be had.
-            if left < min(units, self._per_minute):
-                self._buckets[key_id] = (left, now_s)
-                raise AccessError(
-                    f"this key may use {self._per_minute} units a minute, one per request and image and more for "
-                    "large images and slow explanations; wait",
-                    "rate_limited",
-                )
-            self._buckets[key_id] = (left - units, now_s)

@@ -1,14 +1,11 @@
 """Routes of predictions: predict one image or a batch, read one prediction, list them."""
 
-import asyncio
-import logging
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
 
 from records.types import Decision, Scope
 from serving.access.keys import Caller
-from serving.problems import problem_of
 from serving.responses import batch_body, find_prediction, prediction_body, read_page
 from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
@@ -21,8 +18,6 @@ from serving.schemas import (
     PredictionResponse,
 )
 from serving.service import Service
-
-logger = logging.getLogger(__name__)
 
 
 def predictions_router(service: Service, authenticator: Authenticator, admission: Admission) -> APIRouter:
@@ -46,7 +41,7 @@ def _add_predict(router: APIRouter, admission: Admission, authenticator: Authent
     ) -> Any:
         """Predict one image: calibrated probabilities, a decision with its reasons, and the state of its review."""
         image, context = await one_image(request)
-        with admission.images(caller, [image]):
+        async with admission.images(caller, [image]):
             stored = await admission.predict(
                 image, context, caller, request.state.request_id, idempotency_key, explain is not None
             )
@@ -64,25 +59,8 @@ def _add_batch(router: APIRouter, admission: Admission, authenticator: Authentic
     ) -> Any:
         """Predict several images, also of one lesion; an unusable image does not stop the others."""
         images = await many_images(request, most)
-        with admission.images(caller, [image for image, _ in images]):
-            results = await asyncio.gather(
-                *(
-                    admission.predict(
-                        image,
-                        context,
-                        caller,
-                        request.state.request_id,
-                        f"{idempotency_key}#{index}" if idempotency_key else None,
-                        explain=False,
-                    )
-                    for index, (image, context) in enumerate(images)
-                ),
-                return_exceptions=True,
-            )
-        for result in results:
-            if isinstance(result, BaseException) and problem_of(result).status == 500:
-                # A bug is the problem of one image, too; the others have their predictions, which are stored.
-                logger.error("an image of request %s failed", request.state.request_id, exc_info=result)
+        keys = [f"{idempotency_key}#{index}" if idempotency_key else None for index in range(len(images))]
+        results = await admission.predict_each(images, caller, request.state.request_id, keys)
         contexts = [context for _, context in images]
         return batch_body(results, contexts, admission.service.store.taxonomy)
 

@@ -16,9 +16,9 @@ from records.retention import apply_retention
 from records.store import Store
 from records.types import ApiKey, Image, Prediction, ReviewItem, ReviewState, Scope
 from serving.access.keys import admin_token, create_key, revoke_key
+from serving.access.limits import RateLimit
 from serving.client import Client
 from serving.preconditions import require_startable
-from serving.routes.authenticator import RateLimit
 from serving.schemas import FlagRequest
 from serving.settings import ServingSettings
 
