@@ -17,6 +17,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel
 from rich.table import Table
+from rich.text import Text
 
 from cluster.session import PROBE_TIMEOUT_S, is_listening, require_token_mode
 from cluster.settings import Settings
@@ -51,11 +52,11 @@ def examine(settings: Settings) -> list[Check]:
 
 def report(checks: list[Check]) -> Table:
     """Return the checks as a table for people."""
-    signs = {"ok": "[green]ok[/]", "warn": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
+    signs = {"ok": ("ok", "green"), "warn": ("note", "yellow"), "fail": ("FAIL", "red")}
     table = Table.grid(padding=(0, 2))
     for check in checks:
-        fix = f"\n[bold]fix:[/] {check.fix}" if check.fix else ""
-        table.add_row(signs[check.state], check.name, f"{check.detail}{fix}")
+        fix = ("\n", ("fix:", "bold"), f" {check.fix}") if check.fix else ()
+        table.add_row(Text(*signs[check.state]), check.name, Text.assemble(check.detail, *fix))
     return table
 
 

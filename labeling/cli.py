@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from records.command import Call, until_stopped, verb
 from records.progress import LineProgress, progress, say, status, stderr
@@ -79,7 +80,7 @@ def status_command(call: Call) -> None:
         table.add_row("oldest waits", f"{found.oldest_waiting_s:.0f} s")
     table.add_row("annotations read", str(found.annotations))
     for problem in found.problems:
-        table.add_row("[red]problem[/]", problem)
+        table.add_row(Text("problem", style="red"), problem)
     call.emit(found, table)
     # After the table, so that a monitor gets both the exit code and the reasons.
     if found.problems:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TextIO
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
+from records.console import WholeConsole
 from records.errors import ContractError, DataError, UnavailableError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ PRESET_NAMES = "relook.preset_names"
 CHOICES = "{choices}"
 """In the help of an option with `autocompletion`: replaced by the names it completes, when help is shown."""
 
-stdout = Console()
+stdout = WholeConsole()
 _RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,10 +26,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from records.console import WholeConsole
+
 STEP_PAUSE_S = 1.0
 COUNT_PAUSE_S = 60.0
 
-stderr = Console(stderr=True)
+stderr = WholeConsole(stderr=True)
 
 
 def say(text: str) -> None:
