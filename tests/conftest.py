@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from records.ledger import open_ledger
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 
@@ -66,9 +67,19 @@ def _closed_environment() -> Iterator[None]:
     patch.undo()
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty ledger file with its schema; a copy of it saves each test the migrations."""
+    path = tmp_path_factory.mktemp("migrated") / "ledger.db"
+    open_ledger(f"sqlite:///{path}").close()
+    return path
+
+
 @pytest.fixture
-def records_settings(tmp_path: Path) -> RecordsSettings:
-    """Settings of an empty home."""
+def records_settings(tmp_path: Path, migrated: Path) -> RecordsSettings:
+    """Settings of an empty home, whose ledger has its schema already."""
+    (tmp_path / "home").mkdir()
+    shutil.copy(migrated, tmp_path / "home" / "ledger.db")
     return RecordsSettings(home=tmp_path / "home")
 
 

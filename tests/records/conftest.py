@@ -56,22 +56,6 @@ def sample() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty ledger file with its schema; a copy of it saves each test the migrations."""
-    path = tmp_path_factory.mktemp("migrated") / "ledger.db"
-    open_ledger(f"sqlite:///{path}").close()
-    return path
-
-
-@pytest.fixture
-def records_settings(tmp_path: Path, migrated: Path) -> RecordsSettings:
-    """Settings of an empty home, whose ledger has its schema already."""
-    (tmp_path / "home").mkdir()
-    shutil.copy(migrated, tmp_path / "home" / "ledger.db")
-    return RecordsSettings(home=tmp_path / "home")
-
-
 @pytest.fixture
 def ledger(tmp_path: Path, migrated: Path) -> Iterator[Ledger]:
     """An empty ledger of its own."""
