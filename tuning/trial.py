@@ -229,7 +229,7 @@ def figures_of(
     from trainers.fitting.loop import trained_model
     from trainers.fitting.workers import compute_threads
     from vision.inference.loaded import reference_logits
-    from vision.metrics.bootstrap import group_strata, resample_weights, resampled_confusions
+    from vision.metrics.bootstrap import group_strata, resample_weights, resampled_counts
     from vision.metrics.metrics import confusion_matrix
 
     trained = trained_model(load_checkpoint(checkpoint), settings, taxonomy)
@@ -242,6 +242,6 @@ def figures_of(
     labels, predicted = data.labels[rows], np.concatenate(logits).argmax(axis=1)
     _, groups = np.unique(np.array(val_groups, dtype=str), return_inverse=True)
     weights = resample_weights(group_strata(labels, groups, num_classes), seed=0)
-    confusions = resampled_confusions(labels, predicted, groups, weights, num_classes)
-    figures = whole_figures(confusion_matrix(labels, predicted, num_classes), confusions, weights.shape[1])
+    resampled = resampled_counts(labels, predicted, groups, weights, num_classes)
+    figures = whole_figures(confusion_matrix(labels, predicted, num_classes), resampled, weights.shape[1])
     return TrialFigures(epoch=trained.best_epoch, groups=weights.shape[1], **figures)

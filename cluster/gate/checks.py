@@ -18,7 +18,7 @@ from cluster.settings import GateSettings
 from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.taxonomy import Taxonomy
 from trainers.evaluation.evaluate import SplitPredictions
-from vision.metrics.bootstrap import resampled_confusions
+from vision.metrics.bootstrap import resampled_counts
 from vision.metrics.metrics import balanced_accuracy, expected_calibration_error, mean_by_unit
 
 POWER = 0.8
@@ -136,7 +136,7 @@ def accuracy_check(
     for contender in (challenger, rival):
         predicted = contender.predictions.probabilities.argmax(axis=1)
         estimates.append(accuracy_of(contender.predictions, num_classes))
-        resampled.append(balanced_accuracy(resampled_confusions(labels, predicted, groups, weights, num_classes)))
+        resampled.append(balanced_accuracy(resampled_counts(labels, predicted, groups, weights, num_classes)))
     differences = resampled[0] - resampled[1]
     return _check_difference(
         name=f"balanced accuracy against {role}",

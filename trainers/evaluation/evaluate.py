@@ -40,8 +40,9 @@ from vision.calibration.operating import Lesions, answered, gather_lesions
 from vision.calibration.scaling import reweight
 from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.output import BatchOutput
-from vision.metrics.bootstrap import group_strata, resample_weights, resampled_confusions
+from vision.metrics.bootstrap import group_strata, resample_weights, resampled_counts
 from vision.metrics.metrics import (
+    ClassCounts,
     accuracy_of,
     balanced_accuracy,
     check_probabilities,
@@ -196,9 +197,9 @@ def evaluate(
     # One set of resamples for all metrics, so that their intervals rest on the same draws.
     weights = resample_weights(group_strata(labels, group_index, num_classes), seed=seed)
     confusion = confusion_matrix(labels, predicted, num_classes)
-    confusions = resampled_confusions(labels, predicted, group_index, weights, num_classes)
+    resampled = resampled_counts(labels, predicted, group_index, weights, num_classes)
     aucs = one_vs_rest_auc(labels, probabilities)
-    per_class = class_reports(taxonomy, confusion, confusions, labels, predicted, group_index, lesions, aucs)
+    per_class = class_reports(taxonomy, confusion, resampled, labels, predicted, group_index, lesions, aucs)
     key_class = key_class_report(taxonomy, operating, lesions, group_index[lesions.first_image_index], weights)
     return Evaluation(
         model_id=predictions.model_id,
@@ -208,7 +209,7 @@ def evaluate(
         images=len(labels),
         lesions=len(lesions),
         groups=weights.shape[1],
-        **whole_figures(confusion, confusions, weights.shape[1]),
+        **whole_figures(confusion, resampled, weights.shape[1]),
         macro_auc=_mean_of_finite(aucs),
         ece=expected_calibration_error(labels, probabilities),
         reliability=_reliability(labels, probabilities),
@@ -275,12 +276,12 @@ def _at_equal_prevalence(
     known = {code: float(priors[code] > 0) for code in taxonomy.codes}
     predicted = reweight(probabilities, {code: priors[code] for code in taxonomy.codes}, known).argmax(axis=1)
     confusion = confusion_matrix(labels, predicted, len(taxonomy.codes))
-    confusions = resampled_confusions(labels, predicted, group_index, weights, len(taxonomy.codes))
+    resampled = resampled_counts(labels, predicted, group_index, weights, len(taxonomy.codes))
     estimate = float(balanced_accuracy(confusion))
     counts = confusion.sum(axis=1)
     return EqualPrevalence(
         balanced_accuracy=estimate,
-        balanced_accuracy_ci=interval_of(estimate, balanced_accuracy(confusions), weights.shape[1]),
+        balanced_accuracy_ci=interval_of(estimate, balanced_accuracy(resampled), weights.shape[1]),
         sensitivity={
             code: float(confusion[index, index] / counts[index]) if counts[index] else None
             for index, code in enumerate(taxonomy.codes)
@@ -288,12 +289,12 @@ def _at_equal_prevalence(
     )
 
 
-def whole_figures(confusion: IntArray, confusions: FloatArray, num_groups: int) -> dict[str, Any]:
-    """Return balanced accuracy, accuracy and macro F1 of a confusion matrix, with intervals from [R, C, C]."""
+def whole_figures(confusion: IntArray, resampled: ClassCounts, num_groups: int) -> dict[str, Any]:
+    """Return balanced accuracy, accuracy and macro F1 of a confusion matrix, with intervals from counts [R, C]."""
     figures: dict[str, Any] = {}
     for name, function in (("balanced_accuracy", balanced_accuracy), ("accuracy", accuracy_of), ("macro_f1", macro_f1)):
         estimate = float(function(confusion))
-        figures |= {name: estimate, f"{name}_ci": interval_of(estimate, function(confusions), num_groups)}
+        figures |= {name: estimate, f"{name}_ci": interval_of(estimate, function(resampled), num_groups)}
     return figures
 
 

@@ -15,7 +15,7 @@ from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
 from vision.calibration.operating import Lesions, exact_interval
 from vision.metrics.bootstrap import percentile_interval
-from vision.metrics.metrics import class_rates
+from vision.metrics.metrics import ClassCounts, class_rates
 
 Interval = tuple[float, float]
 
@@ -221,7 +221,7 @@ class Evaluation(_Shape):
 def class_reports(
     taxonomy: Taxonomy,
     confusion: IntArray,
-    confusions: FloatArray,
+    resampled: ClassCounts,
     labels: IntArray,
     predicted: IntArray,
     group_index: IntArray,
@@ -233,7 +233,7 @@ def class_reports(
     Args:
         taxonomy: gives the class order.
         confusion: [C, C]; row = true class, column = predicted class.
-        confusions: [R, C, C] of the resamples.
+        resampled: counts [R, C] of the resamples.
         labels: [N] class indices.
         predicted: [N] class indices.
         group_index: [N] the independent unit of each image.
@@ -242,7 +242,7 @@ def class_reports(
     Returns:
         Class code to report, in class order.
     """
-    rates, samples = class_rates(confusion), class_rates(confusions)
+    rates, samples = class_rates(confusion), class_rates(resampled)
     reports = {}
     for index, code in enumerate(taxonomy.codes):
         is_case, is_predicted = labels == index, predicted == index

@@ -23,7 +23,7 @@ from records.bundles import Calibration, Geometry
 from records.errors import ContractError
 from records.taxonomy import Taxonomy
 from trainers.evaluation.figures import AttackPoint, Interval, RobustnessReport, interval_of, rate_by_group
-from vision.metrics.bootstrap import group_strata, resample_weights, resampled_confusions
+from vision.metrics.bootstrap import group_strata, resample_weights, resampled_counts
 from vision.metrics.metrics import (
     balanced_accuracy,
     class_rates,
@@ -257,16 +257,16 @@ class _Summary:
         """Compute the metrics of one epsilon."""
         labels, predicted = self._sample.labels, probabilities.argmax(axis=1)
         confusion = confusion_matrix(labels, predicted, self._num_classes)
-        confusions = resampled_confusions(labels, predicted, self._group_index, self._weights, self._num_classes)
+        resampled = resampled_counts(labels, predicted, self._group_index, self._weights, self._num_classes)
         accuracy = self._weighted(class_rates(confusion).sensitivity)
         balanced = float(balanced_accuracy(confusion))
-        accuracies = self._weighted(class_rates(confusions).sensitivity)
+        accuracies = self._weighted(class_rates(resampled).sensitivity)
         return AttackPoint(
             epsilon=epsilon,
             accuracy=float(accuracy),
             accuracy_ci=interval_of(float(accuracy), accuracies, self.num_groups),
             balanced_accuracy=balanced,
-            balanced_accuracy_ci=interval_of(balanced, balanced_accuracy(confusions), self.num_groups),
+            balanced_accuracy_ci=interval_of(balanced, balanced_accuracy(resampled), self.num_groups),
             **self._key_figures(predicted, probabilities),
         )
 

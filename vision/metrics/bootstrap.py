@@ -1,15 +1,16 @@
 """Bootstrap by group within class, and samples by group.
 
 Images of one group (lesion, patient) are not independent, so whole groups are drawn, as many of each class as there
-are. A resample is a row of weights: how often each group was drawn. Metrics that are functions of a confusion matrix
-then cost one matrix product for all resamples. Equal seeds and equal groups give equal weights, so two models are
+are. A resample is a row of weights: how often each group was drawn. Metrics that are functions of counts per class
+then cost three matrix products for all resamples. Equal seeds and equal groups give equal weights, so two models are
 compared pairwise by using the same weights.
 """
 
 import numpy as np
 
-from records.arrays import Float32Array, FloatArray, IntArray
+from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.errors import ContractError
+from vision.metrics.metrics import ClassCounts
 
 NUM_RESAMPLES = 1000
 LEVEL = 0.95
@@ -56,10 +57,10 @@ def resample_weights(strata: IntArray, *, num_resamples: int = NUM_RESAMPLES, se
     return weights
 
 
-def resampled_confusions(
+def resampled_counts(
     labels: IntArray, predicted: IntArray, group_index: IntArray, weights: Float32Array, num_classes: int
-) -> FloatArray:
-    """Build the confusion matrix of every resample.
+) -> ClassCounts:
+    """Count the cases per class of every resample.
 
     Args:
         labels: [N] class indices.
@@ -68,19 +69,24 @@ def resampled_confusions(
         weights: [R, G] from `resample_weights`.
         num_classes: C.
     Returns:
-        [R, C, C]; row = true class, column = predicted class.
+        The counts, each [R, C].
     Raises:
         ContractError: the groups do not fit the weights.
     """
     num_groups = weights.shape[1]
     if len(group_index) and int(group_index.max()) >= num_groups:
         raise ContractError(f"group index {int(group_index.max())} is outside the {num_groups} groups of the weights")
-    cells = num_classes**2
-    flat = group_index * cells + labels * num_classes + predicted
-    # One confusion matrix per group first: all resamples are then one matrix product. Counts below 2^24 are exact in
-    # float32.
-    by_group = np.bincount(flat, minlength=num_groups * cells).reshape(num_groups, cells).astype(np.float32)
-    return (weights @ by_group).astype(np.float64).reshape(-1, num_classes, num_classes)
+
+    def resampled(rows: BoolArray, classes: IntArray) -> FloatArray:
+        # One row of counts per group first. Counts below 2^24 are exact in float32.
+        flat = group_index[rows] * num_classes + classes[rows]
+        by_group = np.bincount(flat, minlength=num_groups * num_classes).reshape(num_groups, num_classes)
+        return (weights @ by_group.astype(np.float32)).astype(np.float64)
+
+    all_rows = np.ones(len(labels), dtype=bool)
+    return ClassCounts(
+        resampled(labels == predicted, labels), resampled(all_rows, labels), resampled(all_rows, predicted)
+    )
 
 
 def percentile_interval(values: FloatArray, level: float = LEVEL) -> FloatArray:

@@ -1,6 +1,7 @@
 """Classification metrics on arrays, for one evaluation or for a stack of bootstrap resamples.
 
-In: labels [N] and probabilities [N, C], or confusion matrices [..., C, C] whose rows are the truth.
+In: labels [N] and probabilities [N, C], or confusion matrices [..., C, C] whose rows are the truth, or the counts per
+class that are all that these metrics need of a confusion matrix.
 Out: arrays in which NaN means "undefined, because there is no such case"; `trainers.evaluation.evaluate` turns NaN
 into null with a reason.
 """
@@ -17,6 +18,24 @@ from records.errors import ContractError
 
 ECE_BINS = 15
 SCORE_BANDS = 10
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Cases per class, each [..., C]: of a thousand resamples and hundreds of classes, matrices would fill the memory.
+
+    Args:
+        hits: predicted correctly.
+        cases: of the class.
+        predicted: as the class.
+    """
+
+    hits: FloatArray
+    cases: FloatArray
+    predicted: FloatArray
+
+
+Confusion = NDArray[np.floating] | IntArray | ClassCounts
 
 
 @dataclass(frozen=True)
@@ -61,22 +80,28 @@ def confusion_matrix(labels: IntArray, predicted: IntArray, num_classes: int) ->
     return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def class_rates(confusion: NDArray[np.floating] | IntArray) -> Rates:
+def class_counts(confusion: Confusion) -> ClassCounts:
+    """Return the counts per class of confusion matrices [..., C, C]; counts are returned as they are."""
+    if isinstance(confusion, ClassCounts):
+        return confusion
+    counts = np.asarray(confusion, dtype=np.float64)
+    return ClassCounts(np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2))
+
+
+def class_rates(confusion: Confusion) -> Rates:
     """Compute sensitivity TP/(TP+FN), specificity TN/(TN+FP), precision TP/(TP+FP) and F1 of every class.
 
     Args:
-        confusion: [..., C, C]; row = true class, column = predicted class.
+        confusion: [..., C, C]; row = true class, column = predicted class; or counts.
     Returns:
         The rates, one class against the rest.
 
     >>> class_rates(np.array([[8, 2], [1, 9]])).sensitivity.tolist()
     [0.8, 0.9]
     """
-    counts = np.asarray(confusion, dtype=np.float64)
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    cases = counts.sum(axis=-1)
-    predicted = counts.sum(axis=-2)
-    others = counts.sum(axis=(-2, -1))[..., None] - cases
+    counts = class_counts(confusion)
+    hits, cases, predicted = counts.hits, counts.cases, counts.predicted
+    others = cases.sum(axis=-1)[..., None] - cases
     return Rates(
         sensitivity=_ratio(hits, cases),
         specificity=_ratio(others - (predicted - hits), others),
@@ -85,11 +110,11 @@ def class_rates(confusion: NDArray[np.floating] | IntArray) -> Rates:
     )
 
 
-def balanced_accuracy(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+def balanced_accuracy(confusion: Confusion) -> FloatArray:
     """Average the sensitivity over the classes that have cases.
 
     Args:
-        confusion: [..., C, C]; row = true class, column = predicted class.
+        confusion: [..., C, C]; row = true class, column = predicted class; or counts.
     Returns:
         [...] in [0, 1]; NaN if there are no cases at all.
     """
@@ -98,22 +123,22 @@ def balanced_accuracy(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
     return _ratio(np.where(present, sensitivity, 0.0).sum(axis=-1), present.sum(axis=-1).astype(np.float64))
 
 
-def accuracy_of(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+def accuracy_of(confusion: Confusion) -> FloatArray:
     """Return the share of correct predictions, [...], of confusion matrices [..., C, C]; NaN if there are no cases."""
-    counts = np.asarray(confusion, dtype=np.float64)
-    return _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum(axis=(-2, -1)))
+    counts = class_counts(confusion)
+    return _ratio(counts.hits.sum(axis=-1), counts.cases.sum(axis=-1))
 
 
-def macro_f1(confusion: NDArray[np.floating] | IntArray) -> FloatArray:
+def macro_f1(confusion: Confusion) -> FloatArray:
     """Average F1 = 2 TP / (2 TP + FP + FN) over the classes that have cases.
 
     Args:
-        confusion: [..., C, C]; row = true class, column = predicted class.
+        confusion: [..., C, C]; row = true class, column = predicted class; or counts.
     Returns:
         [...] in [0, 1]; NaN if there are no cases at all.
     """
-    counts = np.asarray(confusion, dtype=np.float64)
-    present = counts.sum(axis=-1) > 0
+    counts = class_counts(confusion)
+    present = counts.cases > 0
     # An absent class has F1 0 if it was predicted, else NaN; neither may enter the mean.
     f1 = np.where(present, np.nan_to_num(class_rates(counts).f1), 0.0)
     return _ratio(f1.sum(axis=-1), present.sum(axis=-1).astype(np.float64))
