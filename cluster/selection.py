@@ -16,26 +16,24 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from images.cache import PixelCache
-from images.decode import decode_square
 from images.files import is_image, list_folder
 from images.grouping import group_images
 from images.intake import Intake
+from images.overlay import levels_of
 from labeling.acquisition.registry import Pool, choose, choose_mixed, rule_named
 from labeling.acquisition.scores import suspicious_rows
 from records.arrays import Float32Array, FloatArray
 from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.erasure import remove_expired_tombstones
-from records.errors import DataError, UnavailableError
+from records.errors import DataError
 from records.ids import new_id, utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
-from records.parts import attempt, each_in_parts
-from records.store import Store, read_image
+from records.parts import each_in_parts
+from records.store import Store
 from records.types import Annotation, Consent, Image, ReasonCode, ReviewItem, SourceLabel, Split
 from records.types.base import LINE
-from vision.explanations import STORED_OVERLAY_SIDE_PX
-from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.output import BatchOutput
 
@@ -302,41 +300,27 @@ def select_images(
     for batch in _batches(len(chosen)):
         output = model.predict(rows.take(batch), gradcam=True)
         for i, row in enumerate(batch.tolist()):
-            items.append(_item(store, images[chosen[row]], output, i, 1.0 - row / len(chosen)))
-    # Blobs of overlays are stored before the items that name them; a kill in between leaves unused blobs only.
+            items.append(_item(images[chosen[row]], output, i, 1.0 - row / len(chosen)))
     with store.ledger.begin() as tx:
         tx.add(*items)
         within(tx, len(items))
     return len(items)
 
 
-def _item(store: Store, image: Image, output: BatchOutput, row: int, priority: float) -> ReviewItem:
+def _item(image: Image, output: BatchOutput, row: int, priority: float) -> ReviewItem:
     # Without finite probabilities there is no predicted class whose map could be shown; the item says why.
     finite = bool(output.finite[row])
-    overlay = None
+    heat_map = None
     if finite and output.maps is not None:
-        heat_map = output.maps[row, int(output.probabilities[row].argmax())]
-        drawn = attempt(lambda values: _overlay(store, image, values), heat_map)
-        if isinstance(drawn, UnavailableError):
-            raise drawn
-        if isinstance(drawn, Exception):
-            # The image matters more than its heat map.
-            logger.warning("image %s gets no heat map: %s", image.id[:12], drawn)
-        else:
-            overlay = drawn
+        heat_map = levels_of(output.maps[row, int(output.probabilities[row].argmax())])
     return ReviewItem(
         id=new_id(),
         created_at=utc_now(),
         image_id=image.id,
         reasons=[ReasonCode.SELECTED] if finite else [ReasonCode.SELECTED, ReasonCode.NON_FINITE],
         priority=priority,
-        overlay_blob=overlay,
+        heat_map=heat_map,
     )
-
-
-def _overlay(store: Store, image: Image, heat_map: Float32Array) -> str:
-    pixels = decode_square(read_image(store, image), STORED_OVERLAY_SIDE_PX)
-    return store.blobs.put(overlay_png(pixels, heat_map))
 
 
 def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budget: int) -> tuple[int, int]:

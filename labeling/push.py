@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from images.decode import decode_square
+from images.overlay import overlay_png
 from labeling.client import LabelStudioClient
 from labeling.project import (
     LEASE,
@@ -303,6 +306,13 @@ class _Batch:
     unreadable: list[str]
 
 
+def _drawn(store: Store, item: ReviewItem, content: bytes, side_px: int) -> bytes | None:
+    """Return an item's heat map over its image, PNG; None if the item has none or its task shows none."""
+    if item.heat_map is not None and not item.blind:
+        return overlay_png(decode_square(content, side_px), np.array(item.heat_map))
+    return store.blobs.get(item.overlay_blob) if item.overlay_blob is not None else None
+
+
 def _prepare(
     store: Store, waiting: Sequence[ReviewItem], project: Project, settings: LabelingSettings, model_id: str | None
 ) -> _Batch:
@@ -316,11 +326,12 @@ def _prepare(
         prediction = predictions.get(item.prediction_id) if item.prediction_id is not None else None
         if image is None:
             raise UnknownIdError(f"its image {item.image_id[:12]} is not in the ledger")
+        content = read_image(store, image)
         made = task_document(
             item,
             image,
-            read_image(store, image),
-            store.blobs.get(item.overlay_blob) if item.overlay_blob is not None else None,
+            content,
+            _drawn(store, item, content, settings.image_side_px),
             prediction,
             taxonomy=store.taxonomy,
             settings=settings,

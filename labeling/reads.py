@@ -100,7 +100,8 @@ def _further_reads(item: ReviewItem, settings: LabelingSettings) -> list[ReviewI
     readers: list[str | None] = [settings.readers[(first + n) % len(settings.readers)] for n in range(wanted)]
     if not readers and ReasonCode.AUDIT_SAMPLE in item.reasons:
         readers = [_reader(item.id, settings.readers)]
-    changes = {"prediction_id": None, "comment": None, "suggested_label": None, "blind": True, "overlay_blob": None}
+    changes = {"prediction_id": None, "comment": None, "suggested_label": None, "blind": True}
+    changes |= {"overlay_blob": None, "heat_map": None}
     # The id follows from item and reader, so that a read is never added twice.
     return [item.model_copy(update={**changes, "id": hash_of([item.id, r])[:32], "reader": r}) for r in readers]
 
@@ -124,4 +125,5 @@ def _adjudication(about: ReviewItem) -> ReviewItem:
         reasons=[ReasonCode.ADJUDICATION],
         priority=_ADJUDICATION_PRIORITY,
         overlay_blob=about.overlay_blob,
+        heat_map=about.heat_map,
     )

@@ -95,7 +95,7 @@ ROWS: tuple[Rows, ...] = (
         ),
     ),
     Rows(
-        ReviewItem, personal={"comment": None}, also={"suggested_label": None, "overlay_blob": None},
+        ReviewItem, personal={"comment": None, "heat_map": None}, also={"suggested_label": None, "overlay_blob": None},
         impersonal=("id", "prediction_id", "image_id", "reasons", "reader", "sent_hash", "state"),
     ),
     Rows(Flag, "prediction_id", {"comment": None}, deleted=True),

@@ -46,6 +46,7 @@ _DELETERS = 16
 _UNNAMED_FOR = timedelta(days=7)
 _OPEN = (ReviewState.NEW, ReviewState.PUSHED)
 _IMAGE, _PREDICTION, _ITEM = TABLES[Image].c, TABLES[Prediction].c, TABLES[ReviewItem].c
+_HAS_MAP = sa.or_(_ITEM.heat_map.is_not(None), _ITEM.overlay_blob.is_not(None))
 
 
 class Retention(BaseModel):
@@ -77,7 +78,7 @@ def find_due(store: Store, now: datetime | None = None) -> Retention:
     due = _due_images(store, limits.images_before)
     with store.ledger.read() as tx:
         overlays = sum(
-            _count(tx, _ITEM.id, any_of(_ITEM.image_id, part, tx.connection.dialect), _ITEM.overlay_blob.is_not(None))
+            _count(tx, _ITEM.id, any_of(_ITEM.image_id, part, tx.connection.dialect), _HAS_MAP)
             for part in _parts(due, _PREDICTIONS_AT_ONCE)
         )
         old = _count(tx, _IMAGE.id, *_old_images(limits.images_before)) if limits.images_before else 0
@@ -193,6 +194,7 @@ class _Run:
         due = [any_of(_IMAGE.id, part, dialect), *_old_images(before), *_unreferenced(_IMAGE.id)]
         ids = list(tx.connection.scalars(sa.select(_IMAGE.id).where(*due)))
         asked = any_of(_ITEM.image_id, ids, dialect)
+        maps = _count(tx, _ITEM.id, asked, _HAS_MAP)
         overlays = list(
             tx.connection.scalars(sa.select(_ITEM.overlay_blob).where(asked, _ITEM.overlay_blob.is_not(None)))
         )
@@ -200,7 +202,7 @@ class _Run:
         gone = {"erased_at": self.now, "expired_at": self.now}
         tx.connection.execute(sa.update(TABLES[Image]).where(any_of(_IMAGE.id, ids, dialect)).values(gone))
         tx.connection.execute(sa.update(TABLES[ReviewItem]).where(asked).values(overlay_blob=None))
-        self._count(tx, images=len(ids), overlays=len(overlays))
+        self._count(tx, images=len(ids), overlays=maps)
         # Bytes are deleted before the commit: after a kill the rows are due again, and no row claims that bytes are
         # gone while they still exist. Writers are serialized, so an image that is added again comes after this.
         self.forget(ids)

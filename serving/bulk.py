@@ -20,6 +20,7 @@ import numpy as np
 
 from images.decode import decode_squares
 from images.files import list_folder, shown
+from images.overlay import overlay_png
 from records.arrays import UInt8Array
 from records.bundles import Bundle
 from records.durable import replacing, write_file
@@ -32,7 +33,6 @@ from records.types import Decision
 from records.types.base import LINE
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, malignant_probability, triage
-from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.output import BatchOutput
 from vision.inference.suitability import assess

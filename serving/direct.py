@@ -14,6 +14,7 @@ import numpy as np
 
 from images.decode import decode_square
 from images.given import GivenImage, given_list, given_name, image_bytes
+from images.overlay import overlay, resized_strength
 from records.arrays import Float32Array, UInt8Array
 from records.bundles import Bundle
 from records.errors import ConfigError, DataError, ImageError
@@ -24,7 +25,6 @@ from serving.settings import ServingSettings
 from serving.triage import Verdict, malignant_probability
 from vision.explanations import FILE_OVERLAY_SIDE_PX
 from vision.explanations.methods import METHODS
-from vision.explanations.overlay import overlay, resized_strength
 from vision.inference.attribution import explain
 from vision.inference.loaded import LoadedModel, load_model
 

@@ -6,6 +6,7 @@ before any pixel is decoded.
 
 import numpy as np
 
+from images.overlay import overlay_png
 from records.arrays import Float32Array, UInt8Array
 from records.consent import as_allowed
 from records.errors import ImageError
@@ -15,7 +16,6 @@ from records.store import Store
 from records.types import Consent, Image
 from serving.messages import HeatMap
 from serving.outbox import StoredImage
-from vision.explanations.overlay import overlay_png
 from vision.inference.attribution import Attribution
 from vision.inference.loaded import LoadedModel
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from images.overlay import levels_of
+from records.arrays import Float32Array
 from records.consent import as_allowed
 from records.erasure import remove_expired_tombstones
 from records.errors import DataError, RefusedError
@@ -90,13 +92,15 @@ def image_row(store: Store, image: StoredImage, context: Context, consent: Conse
     )
 
 
-def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | None, urgent_due_h: float) -> ReviewItem:
+def review_row(
+    prediction: Prediction, verdict: Verdict, heat_map: Float32Array | None, urgent_due_h: float
+) -> ReviewItem:
     """Return the review item of a prediction.
 
     Args:
         prediction: with decision `review` or `urgent`.
         verdict: with at least one reason.
-        overlay_blob: blob of the heat map over the image, or None.
+        heat_map: [h, w] of the label, or None.
         urgent_due_h: time until an urgent item is due, hours.
     Returns:
         The row.
@@ -111,7 +115,8 @@ def review_row(prediction: Prediction, verdict: Verdict, overlay_blob: str | Non
         priority=verdict.priority,
         due=prediction.created_at + timedelta(hours=urgent_due_h) if is_urgent else None,
         selection_probability=verdict.selection_probability,
-        overlay_blob=overlay_blob,
+        # The numbers alone: most items are never seen while their callers wait, so a push draws them.
+        heat_map=None if heat_map is None else levels_of(heat_map),
     )
 
 
@@ -147,7 +152,6 @@ def write_predictions(store: Store, batch: Sequence[PredictionRows]) -> list[Rev
         new_images = [image for image_id, image in images.items() if image_id not in known or image_id in expired]
         items, new_items = _merge_items(tx, [rows.review for rows in batch])
         tx.add(*new_images, *(rows.prediction for rows in batch), *new_items)
-        _delete_unused_overlays(store, tx, [rows.review for rows in batch], items)
     return items
 
 
@@ -166,25 +170,7 @@ def _as_allowed(store: Store, rows: PredictionRows, image: Image | None) -> Pred
     if consent is not Consent.NONE:
         return replace(rows, prediction=prediction)
     store.blobs.delete(prediction.image_id)
-    if rows.review is not None and rows.review.overlay_blob is not None:
-        store.blobs.delete(rows.review.overlay_blob)
     return PredictionRows(prediction, None, None)
-
-
-def _delete_unused_overlays(
-    store: Store, tx: Transaction, proposed: Sequence[ReviewItem | None], items: Sequence[ReviewItem | None]
-) -> None:
-    """Delete heat maps of items that merged into others: no row names them, so no erasure would find them."""
-    drawn = {
-        item.overlay_blob: item.image_id
-        for item, became in zip(proposed, items, strict=True)
-        if item is not None and became is not None and item.overlay_blob not in (None, became.overlay_blob)
-    }
-    if drawn:
-        # An older item of the image may show the same map: equal bytes are one blob.
-        used = {item.overlay_blob for item in tx.find(ReviewItem, where={"image_id": set(drawn.values())})}
-        for blob_id in set(drawn) - used:
-            store.blobs.delete(str(blob_id))
 
 
 def _store_again(store: Store, images: Sequence[StoredImage]) -> None:
@@ -194,6 +180,11 @@ def _store_again(store: Store, images: Sequence[StoredImage]) -> None:
     """
     for image in images:
         store.blobs.put(image.data)
+
+
+def has_map(item: ReviewItem) -> bool:
+    """Return whether a review item has a heat map to show."""
+    return item.heat_map is not None or item.overlay_blob is not None
 
 
 def _merge_items(
@@ -254,7 +245,7 @@ def review_of(tx: Transaction, prediction: Prediction) -> ReviewItem | None:
 
 
 def write_flag(
-    store: Store, prediction: Prediction, request: FlagRequest, caller: str, overlay_blob: str | None
+    store: Store, prediction: Prediction, request: FlagRequest, caller: str, heat_map: Float32Array | None
 ) -> tuple[Flag, ReviewItem]:
     """Write a flag and its review item, in one transaction.
 
@@ -266,7 +257,7 @@ def write_flag(
         prediction: that is flagged.
         request: reason, suggested label and comment.
         caller: id of the key.
-        overlay_blob: blob of the heat map, for an item that has none.
+        heat_map: [h, w] of the label, for an item that has none.
     Returns:
         The flag and its review item.
     Raises:
@@ -289,7 +280,7 @@ def write_flag(
             raise RefusedError(
                 "the image of this prediction is no longer stored, so no annotator can see it; send it again"
             )
-        item = _flagged_item(tx, prediction, request, overlay_blob, store.taxonomy)
+        item = _flagged_item(tx, prediction, request, heat_map, store.taxonomy)
         flag = Flag(
             id=new_id(),
             created_at=utc_now(),
@@ -300,13 +291,11 @@ def write_flag(
             **request.model_dump(),
         )
         tx.add(flag)
-        if overlay_blob is not None:
-            _delete_unused_overlays(store, tx, [item.model_copy(update={"overlay_blob": overlay_blob})], [item])
     return flag, item
 
 
 def _flagged_item(
-    tx: Transaction, prediction: Prediction, request: FlagRequest, overlay_blob: str | None, taxonomy: Taxonomy
+    tx: Transaction, prediction: Prediction, request: FlagRequest, heat_map: Float32Array | None, taxonomy: Taxonomy
 ) -> ReviewItem:
     before = _open_items(tx, [prediction.image_id]).get(prediction.image_id)
     # All predictions of an image share its open item, so neither is a limit per prediction.
@@ -326,8 +315,9 @@ def _flagged_item(
         "priority": max(priority, before.priority) if before else priority,
         "comment": comment,
         "suggested_label": request.suggested_label or (before.suggested_label if before else None),
-        "overlay_blob": (before.overlay_blob if before else None) or overlay_blob,
     }
+    if heat_map is not None and (before is None or not has_map(before)):
+        changes["heat_map"] = levels_of(heat_map)
     if before is not None:
         tx.update(ReviewItem, before.id, **changes)
         return before.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""The second half of a batch: triage, overlays, rows, one transaction.
+"""The second half of a batch: triage, rows, one transaction.
 
 In: jobs with their model's output. Out: predictions that are committed to the ledger, or the error of a job. It runs
 in the write thread of the predictor and does not use its queues.
@@ -36,7 +36,6 @@ from serving.outbox import (
 from serving.rollout.candidate import CandidateOutput, CandidateRunner, serves_candidate
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
-from vision.explanations.overlay import overlay_png
 from vision.inference.output import BatchOutput
 from vision.inference.suitability import Suitability, assess
 
@@ -70,7 +69,7 @@ class Recorder:
     Args:
         store: with ledger and blobs.
         settings: rules of triage, and how overlays are drawn.
-        drawing: threads that draw overlays, the most expensive part of recording.
+        drawing: threads that draw the overlays of responses, the most expensive part of recording.
     """
 
     def __init__(self, store: Store, settings: ServingSettings, drawing: Executor) -> None:
@@ -100,8 +99,10 @@ class Recorder:
             UnavailableError: the ledger cannot be reached.
         """
         suitable = _suitability(batch, output)
-        # Overlays of a batch are drawn in parallel; the write thread waits, which keeps commits in order of batches.
-        computed = list(self._drawing.map(self._computed, batch, repeat(output), range(len(batch)), suitable))
+        # Heat maps that callers wait for are drawn in parallel; the write thread waits, which keeps commits in order of
+        # batches. Without one the work is too little to hand over.
+        mapped = self._drawing.map if any(job.request.explain for job in batch) else map
+        computed = list(mapped(self._computed, batch, repeat(output), range(len(batch)), suitable))
         if not self._settings.keep:
             return [each if isinstance(each, Exception) else _stored(each, None) for each in computed]
         unserved: dict[int, PredictionRows] = {}
@@ -224,10 +225,7 @@ class Recorder:
             return PredictionRows(prediction, None, None), heat_map
         review = None
         if verdict.decision in (Decision.REVIEW, Decision.URGENT):
-            overlay = heat_map.png if heat_map else self._overlay(job, values)
-            # Stored before the transaction, for the same reason as the image; see `Predictor._prepare`.
-            blob = self._store.blobs.put(overlay) if overlay else None
-            review = review_row(prediction, verdict, blob, self._settings.urgent_due_h)
+            review = review_row(prediction, verdict, values, self._settings.urgent_due_h)
         image = image_row(self._store, job.image, job.request.context, job.consent, prediction.created_at)
         return PredictionRows(prediction, image, review, job.image), heat_map
 
@@ -236,11 +234,6 @@ class Recorder:
             return None
         square = square_of(job, self._settings.overlay_side_px)
         return gradcam_map(job.model.loaded, square, values, verdict.label, self._settings.overlay_alpha)
-
-    def _overlay(self, job: Job, values: Float32Array | None) -> bytes | None:
-        if values is None:
-            return None
-        return overlay_png(square_of(job, self._settings.overlay_side_px), values, self._settings.overlay_alpha)
 
     def _prediction(self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int) -> Prediction:
         request, model = job.request, job.model

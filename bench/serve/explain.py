@@ -14,9 +14,9 @@ import numpy as np
 from rich.progress import Progress
 
 from bench.serve.peers import Peers
+from images.overlay import resized_strength
 from records.arrays import UInt8Array
 from trainers.fitting.workers import compute_threads
-from vision.explanations.overlay import resized_strength
 from vision.inference.loaded import LoadedModel
 
 Figures = dict[str, Any]

@@ -116,7 +116,7 @@ class ReviewItem(Record):
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(
         {"state", "priority", "reasons", "project_id", "task_id", "pushed_at", "answered_at", "overlay_blob"}
-        | {"comment", "suggested_label", "blind", "reader", "sent_hash"}
+        | {"comment", "suggested_label", "blind", "reader", "sent_hash", "heat_map"}
     )
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("state", "priority"), ("prediction_id",), ("image_id",))
 
@@ -128,7 +128,12 @@ class ReviewItem(Record):
     priority: float = Field(allow_inf_nan=False, description="items with a larger priority are pushed first")
     due: Timestamp | None = Field(default=None, description="deadline of an urgent item")
     selection_probability: Probability | None = Field(default=None, description="set for audit samples")
-    overlay_blob: str | None = Field(default=None, description="blob id of the heat map over the image, PNG")
+    heat_map: list[list[int]] | None = Field(
+        default=None, description="rows of the heat map, 0 to 255 of its maximum; it is drawn over the image when shown"
+    )
+    overlay_blob: str | None = Field(
+        default=None, description="blob id of the drawn heat map, PNG, in items that are older than `heat_map`"
+    )
     comment: str | None = Field(default=None, description="comment of the user who flagged the prediction")
     suggested_label: str | None = None
     blind: bool = Field(default=False, description="true if the reader is not shown the prediction")

@@ -13,10 +13,10 @@ from matplotlib import colormaps
 from PIL import Image
 
 from images.decode import decode_square
+from images.overlay import COLOUR_MAP, resized_strength
 from serving.page.render import render
 from serving.schemas import Explanation
 from vision.explanations.methods import METHODS
-from vision.explanations.overlay import COLOUR_MAP, resized_strength
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 from fastapi.concurrency import run_in_threadpool
 
+from records.arrays import Float32Array
 from records.errors import RelookError
 from records.types import Consent, Prediction, ReviewItem, Scope
 from serving.access.keys import Caller
 from serving.events import read_events
-from serving.outbox import write_flag, write_outcome
+from serving.outbox import has_map, write_flag, write_outcome
 from serving.responses import find_prediction, flag_body
 from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
@@ -40,8 +41,8 @@ def feedback_router(service: Service, authenticator: Authenticator, admission: A
         """Flag a prediction for review by an annotator."""
         prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         # Before the write transaction, which must be short: an explanation takes up to seconds.
-        overlay = await _overlay_for_annotators(admission, caller, prediction, review)
-        written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, overlay)
+        heat_map = await _map_for_annotators(admission, caller, prediction, review)
+        written, item = await run_in_threadpool(write_flag, service.store, prediction, body, caller.id, heat_map)
         admission.metrics.flagged.labels(reason=body.reason.value).inc()
         return flag_body(written, item, prediction.consent)
 
@@ -70,19 +71,16 @@ def feedback_router(service: Service, authenticator: Authenticator, admission: A
     return router
 
 
-async def _overlay_for_annotators(
+async def _map_for_annotators(
     admission: Admission, caller: Caller, prediction: Prediction, review: ReviewItem | None
-) -> str | None:
-    """Return the blob of a heat map for the review item of a flag; None if there is no map."""
-    if review is not None and review.overlay_blob is not None:
-        return review.overlay_blob
-    if prediction.consent is Consent.NONE:
+) -> Float32Array | None:
+    """Return the heat map for the review item of a flag, [h, w]; None if there is none or the item has one."""
+    if prediction.consent is Consent.NONE or (review is not None and has_map(review)):
         return None
     service = admission.service
     try:
         # Through the same limits as any other map, or flags would be a way around them.
-        heat_map = await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))
-        return await run_in_threadpool(service.store.blobs.put, heat_map.png)
+        return (await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))).values
     except RelookError as error:
         # The flag matters more than its heat map, so it is written without one.
         logger.warning("no heat map for the flag on %s: %s", prediction.id, error)

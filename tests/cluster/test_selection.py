@@ -90,7 +90,7 @@ def test_every_rule_selects_with_a_real_model(store: Store, model: Bundle, folde
     assert len({item.image_id for item in items}) == 3
     assert [item.priority for item in items] == pytest.approx([1.0, 2 / 3, 1 / 3])
     assert {tuple(item.reasons) for item in items} == {(ReasonCode.SELECTED,)}
-    assert all(item.overlay_blob is not None for item in items)
+    assert all(np.max(item.heat_map) == 255 for item in items)
     assert select_images(store, model, 30, rule) == 5, "no image is selected twice"
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image as PillowImage
 from playwright.sync_api import expect
 
+from images.overlay import overlay_png
 from images.synth import render
 from labeling.client import LabelStudioClient
 from labeling.local_server import ServerInfo
@@ -18,7 +19,6 @@ from labeling.push import push
 from labeling.settings import LabelingSettings
 from records.store import Store
 from records.types import Annotation, ReviewItem
-from vision.explanations.overlay import overlay_png
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

@@ -80,6 +80,7 @@ def erasable(store: Store, sample: Sample) -> str:
                 ReviewItem,
                 image_id=image,
                 overlay_blob=overlay,
+                heat_map=[[1, 255]],
                 reasons=[ReasonCode.FLAGGED],
                 state=ReviewState.NEW,
             ),
@@ -98,6 +99,7 @@ def test_nothing_that_shows_the_image_or_names_the_person_stays(store: Store, er
     assert image.erased_at is not None
     assert {getattr(image, name) for name in PERSONAL} == {None}
     assert (item.state, item.overlay_blob, item.comment) == (ReviewState.WITHDRAWN, None, None)
+    assert item.heat_map is None
     assert (prediction.context, prediction.image_id) == ({}, erasable)
     assert audit.verify(store.ledger, store.home) == []
 

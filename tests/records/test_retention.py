@@ -60,6 +60,7 @@ def serve(sample: Sample) -> Callable[..., str]:
         if asked is not None:
             overlay = store.blobs.put(f"overlay {name}".encode())
             item = {"id": name, "image_id": content, "prediction_id": f"{name}/0", "overlay_blob": overlay}
+            item["heat_map"] = [[0, 255]]
             rows.append(sample(ReviewItem, state=asked, **item))
         with store.ledger.begin() as tx:
             tx.add(*rows)
@@ -96,6 +97,7 @@ def test_an_unreferenced_image_is_deleted_with_its_heat_maps(keeping: Store, ser
         assert tx.count(Prediction) == 0
     assert (image.erased_at, image.expired_at, image.lesion_id, image.age_years) == (NOW, NOW, None, None)
     assert (item.state, item.overlay_blob, item.comment) == (ReviewState.WITHDRAWN, None, None)
+    assert item.heat_map is None
     (event,) = events(keeping)
     assert event.details == {**done.model_dump(mode="json"), "finished": True}
 

@@ -150,7 +150,7 @@ def test_non_finite_output_is_reviewed_and_never_dropped(
     assert stored.heat_map is None
     with store.ledger.read() as tx:
         (item,) = tx.find(ReviewItem)
-    assert item.overlay_blob is None
+    assert item.heat_map is None
     with pytest.raises(RefusedError, match="no finite output"):
         Explainer(store, SETTINGS).explain(prediction, "gradcam", "mel")
 

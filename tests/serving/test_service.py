@@ -167,7 +167,7 @@ def test_a_person_uploads_reads_and_objects(
         (flag,) = tx.find(Flag, where={"comment": f"seen at {width_px}"})
         item = tx.require(ReviewItem, flag.review_item_id)
     assert "flagged" in item.reasons
-    assert item.overlay_blob is not None
+    assert item.heat_map is not None
     page.context.close()
 
 

@@ -71,9 +71,9 @@ def _explained(
     bundle: "Bundle", image: Path, method: str, target: str | None, versus: str | None
 ) -> tuple[dict[str, Any], bytes]:
     """Return the values that describe a heat map, and its overlay as PNG."""
+    from images.overlay import overlay_png
     from trainers.evaluation.folder import read_square
     from vision.explanations import FILE_OVERLAY_SIDE_PX
-    from vision.explanations.overlay import overlay_png
     from vision.inference.attribution import explain
     from vision.inference.loaded import load_model
 

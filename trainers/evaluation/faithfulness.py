@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from images.overlay import resized_strength
 from records.arrays import BoolArray, Float32Array, FloatArray, IntArray, UInt8Array
 from records.bundles import Architecture, Bundle, Calibration, Geometry
 from records.errors import ContractError
@@ -27,7 +28,6 @@ from trainers.evaluation.figures import ExplanationQuality, Interval, MaskEnergy
 from vision.calibration.scaling import apply_calibration
 from vision.explanations.closed_form import closed_form_of
 from vision.explanations.gradients import head_gradcam
-from vision.explanations.overlay import resized_strength
 from vision.inference.loaded import plain_network, reference_logits
 from vision.metrics.bootstrap import group_strata, percentile_interval, resample_weights
 from vision.networks import build_model

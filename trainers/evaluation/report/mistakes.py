@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from images.overlay import overlay_png
 from records.arrays import IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
 from trainers.evaluation.evaluate import SplitPredictions
 from vision.calibration.operating import answered
-from vision.explanations.overlay import overlay_png
 from vision.inference.loaded import LoadedModel
 
 NUM_MISTAKES = 12

@@ -1,4 +1,4 @@
-"""A heat map drawn over its image, as PNG bytes.
+"""A heat map drawn over its image, as PNG bytes; and as the few numbers from which it is drawn later.
 
 Colour and opacity both show strength: where the map is zero the image is unchanged, so the lesion stays visible. The
 map is scaled by its own maximum for display only.
@@ -30,6 +30,20 @@ def overlay_png(image: UInt8Array, heat_map: NDArray[np.floating], alpha: float 
     # Twice as fast as Pillow's writer, which tries every filter on every row; photographs have no runs to find.
     _, png = cv2.imencode(".png", overlay(image, heat_map, alpha)[..., ::-1], _PNG_OPTIONS)
     return png.tobytes()
+
+
+def levels_of(heat_map: NDArray[np.floating]) -> list[list[int]]:
+    """Return a map as numbers from 0 to 255 of its maximum, by rows: what a review item keeps until it is shown.
+
+    Args:
+        heat_map: [h, w], finite; negative values count as zero.
+    Returns:
+        [h][w]; `overlay` draws it as the map itself, but for rounding.
+    Raises:
+        ContractError: not two-dimensional, or not finite.
+    """
+    rows: list[list[int]] = _levels(_strength(heat_map)).tolist()
+    return rows
 
 
 def overlay(image: UInt8Array, heat_map: NDArray[np.floating], alpha: float = 0.6) -> UInt8Array:
@@ -68,17 +82,20 @@ def resized_strength(heat_map: NDArray[np.floating], height_px: int, width_px: i
     Raises:
         ContractError: not two-dimensional, or not finite.
     """
-    if heat_map.ndim != 2 or not np.isfinite(heat_map).all():
-        raise ContractError("a map to draw must be [h, w] and finite; a prediction that is not finite has no map")
-    positive = np.clip(heat_map, 0.0, None).astype(np.float32)
-    peak = float(positive.max())
-    if peak == 0.0:
-        # No positive value, so nothing to scale by: the overlay is the image itself.
-        return np.zeros((height_px, width_px), dtype=np.float32)
-    small = Image.fromarray(positive / np.float32(peak), mode="F")
+    small = Image.fromarray(_strength(heat_map), mode="F")
     resized = small.resize((width_px, height_px), Image.Resampling.BICUBIC)
     # Bicubic interpolation overshoots at edges.
     return np.clip(np.asarray(resized), 0.0, 1.0)
+
+
+def _strength(heat_map: NDArray[np.floating]) -> Float32Array:
+    """Scale a map to 0..1 by its maximum."""
+    if heat_map.ndim != 2 or not np.isfinite(heat_map).all():
+        raise ContractError("a map to draw must be [h, w] and finite; a prediction that is not finite has no map")
+    positive = np.clip(heat_map, 0.0, None).astype(np.float32)
+    peak = np.float32(positive.max())
+    # Without a positive value there is nothing to scale by: the overlay is the image itself.
+    return positive if peak == 0.0 else positive / peak
 
 
 def _levels(strength: NDArray[np.floating]) -> UInt8Array:

@@ -1,14 +1,15 @@
 """The drawn map: a PNG of the image's size that changes the image only where the map is strong."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from matplotlib import colormaps
 from PIL import Image
 
+from images.overlay import COLOUR_MAP, levels_of, overlay_png, resized_strength
 from records.errors import ContractError
-from vision.explanations.overlay import COLOUR_MAP, overlay_png, resized_strength
 
 
 def opened(png):
@@ -70,3 +71,23 @@ def test_an_image_that_is_none_is_refused():
         overlay_png(np.zeros((4, 4), dtype=np.uint8), np.zeros((2, 2)))
     with pytest.raises(ContractError, match="alpha"):
         overlay_png(np.zeros((4, 4, 3), dtype=np.uint8), np.zeros((2, 2)), alpha=1.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (7, 7), (5, 9), (28, 28)])
+def test_a_map_kept_as_levels_is_drawn_as_the_map_itself(image, shape):
+    heat_map = np.random.default_rng(4).normal(0.2, 1.0, shape)
+    levels = levels_of(heat_map)
+    assert np.array(levels).shape == shape
+    assert json.loads(json.dumps(levels)) == levels
+    drawn, exact = (opened(overlay_png(image, each)).astype(int) for each in (np.array(levels), heat_map))
+    assert np.abs(drawn - exact).max() <= 3
+
+
+def test_levels_of_a_map_without_a_positive_value_are_zero():
+    assert levels_of(-np.ones((2, 3))) == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("bad", [np.zeros(4), np.zeros((1, 2, 3)), np.array([[np.nan]]), np.array([[np.inf, 0.0]])])
+def test_a_map_that_cannot_be_kept_is_refused(bad):
+    with pytest.raises(ContractError, match="finite"):
+        levels_of(bad)
