@@ -1,7 +1,7 @@
 """Grad-CAM without a backward pass, for heads whose gradient has a closed form.
 
 Grad-CAM (Selvaraju et al. 2017) multiplies each channel A_k of a feature map A [K, h, w] by a weight, the mean over
-positions of d logit_c / d A_k, sums over the channels and keeps the positive part of the sum. For two kinds of heads
+positions of d logit_c / d A_k, sums over the channels and keeps the positive part of the sum. For three kinds of heads
 the weight has a closed form:
 
 - **Pooling, then a linear layer.** logit_c = sum_k w_ck mean(A_k) + b_c, so the gradient is w_ck / (h*w) at every
@@ -10,15 +10,20 @@ the weight has a closed form:
   logit_c = s_c * (mean(relu(A_c)) - mu_c) + beta_c with s_c = gamma_c / sqrt(var_c + eps), so logit_c depends on the
   map of class c only. The gradient is s_c / (h*w) where A_c > 0 and 0 elsewhere. Its mean over positions is
   s_c * share_c / (h*w), where share_c is the share of positions with A_c > 0.
+- **Pooling, then a chain of layers** (linear, hard swish, layer norm over the channels). The pooled vector z has one
+  gradient per class, g_c = d logit_c / d z, that is the product of the layers' Jacobians. The gradient with respect to
+  A_k is g_ck / (h*w) at every position, and the map is relu(sum_k g_ck A_k) / (h*w).
 
 In: a feature map [N, K, h, w] and the head that follows it. Out: maps [N, C, h, w]. Other heads have no closed form;
 for them, `vision.explanations.gradients.head_gradcam` runs a backward pass through the head.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from records.errors import ContractError
@@ -64,6 +69,55 @@ class PooledClassMaps:
         return torch.relu(weighted) + 0.0
 
 
+@dataclass(frozen=True)
+class PooledChain:
+    """Global average pooling followed by several layers whose derivatives are known."""
+
+    layers: tuple[nn.Module, ...]
+    """of the kinds in `_KNOWN`, the last one linear; in float64: after a layer norm the terms of a map nearly cancel"""
+
+    def maps(self, features: Tensor) -> Tensor:
+        """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
+        flat = features.flatten(2).double()
+        inputs = [flat.mean(dim=2)]
+        for layer in self.layers[:-1]:
+            inputs.append(_through(layer, inputs[-1]))
+        # From the logits back to the pooled vector, for all classes at once: [N or 1, C, width of the layer's input].
+        weights = self.layers[-1].get_parameter("weight")[None]
+        for layer, before in zip(reversed(self.layers[:-1]), reversed(inputs[:-1]), strict=True):
+            weights = _back_through(layer, before, weights)
+        return (torch.relu(weights @ flat) / flat.shape[2]).float().reshape(-1, weights.shape[1], *features.shape[-2:])
+
+
+_KNOWN = (nn.Linear, nn.Hardswish, nn.LayerNorm)
+
+
+def _through(layer: nn.Module, inputs: Tensor) -> Tensor:
+    # torchvision's layer norm for images expects [N, K, 1, 1]; the function normalises vectors as well.
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(inputs, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+    outputs: Tensor = layer(inputs)
+    return outputs
+
+
+def _back_through(layer: nn.Module, before: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient [N, C, K] at the input `before` [N, K] of a layer, from that at its output."""
+    if isinstance(layer, nn.Linear):
+        return gradient @ layer.weight
+    if isinstance(layer, nn.Hardswish):
+        # x * clamp(x + 3, 0, 6) / 6: the slope is 0 below -3, 1 above 3, and (2 x + 3) / 6 between.
+        slope = torch.where(before < -3, 0.0, torch.where(before <= 3, (2 * before + 3) / 6, 1.0))
+        return gradient * slope[:, None]
+    if not isinstance(layer, nn.LayerNorm):
+        raise ContractError(f"the derivative of {type(layer).__name__} is not known here")
+    centred = before - before.mean(dim=1, keepdim=True)
+    scale = torch.rsqrt((centred**2).mean(dim=1, keepdim=True) + layer.eps)
+    normed, scaled = (centred * scale)[:, None], gradient * layer.weight
+    # The mean and the deviation depend on every channel, too.
+    along = (scaled * normed).mean(dim=2, keepdim=True) * normed
+    return (scaled - scaled.mean(dim=2, keepdim=True) - along) * scale[:, None]
+
+
 def closed_form_of(head: nn.Module) -> ClosedForm | None:
     """Return the closed form of `head`, the layers after the target layer of Grad-CAM, or None if it has none."""
     # Dropout is the identity in evaluation mode, and flattening does not change values.
@@ -75,8 +129,15 @@ def closed_form_of(head: nn.Module) -> ClosedForm | None:
             return PooledClassMaps(torch.ones(()).expand(1))
         case [nn.ReLU(), nn.BatchNorm2d() as norm, nn.AdaptiveAvgPool2d(output_size=1)]:
             return PooledClassMaps(batch_norm_scale(norm).float())
+        case [nn.AdaptiveAvgPool2d(output_size=1), *chain, nn.Linear() as last] if all(map(_is_known, chain)):
+            return PooledChain(tuple(copy.deepcopy(layer).double().requires_grad_(False) for layer in (*chain, last)))
         case _:
             return None
+
+
+def _is_known(layer: nn.Module) -> bool:
+    is_plain = not isinstance(layer, nn.LayerNorm) or (layer.elementwise_affine and len(layer.normalized_shape) == 1)
+    return isinstance(layer, _KNOWN) and is_plain
 
 
 def batch_norm_scale(norm: nn.BatchNorm2d) -> Tensor:

@@ -2,8 +2,8 @@
 
 Where torchvision pools and then applies one linear layer, so does the head here, and Grad-CAM has a closed form.
 DenseNet's last ReLU, which torchvision applies outside its modules, ends `features`. MobileNetV3 and ConvNeXt have
-more than one layer after the pool; their maps are differentiated. The functions ending in `_name` translate the
-tensor names of published weights.
+more than one layer after the pool, whose derivatives are known. The functions ending in `_name` translate the tensor
+names of published weights.
 """
 
 import re

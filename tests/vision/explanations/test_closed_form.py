@@ -80,7 +80,7 @@ def test_it_equals_captum(name, side_px, seeds, make_network):
 
 
 def test_differentiating_the_head_gives_the_same_maps(make_network):
-    for name in ("custom_cnn", "resnet18"):
+    for name in ("custom_cnn", "resnet18", "mobilenet_v3", "convnext_tiny"):
         network = make_network(name, 7, 1)
         with torch.inference_mode():
             features = network.features(torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
@@ -88,6 +88,33 @@ def test_differentiating_the_head_gives_the_same_maps(make_network):
         ours = closed_form_of(network.head).maps(features)[torch.arange(3), target]
         theirs = head_gradcam(network.head, features, target)
         assert (ours - theirs).abs().max() <= TOLERANCE * theirs.max()
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(6, 5), nn.Hardswish(), nn.Linear(5, 4), nn.Hardswish(), nn.Dropout(0.3), nn.Linear(4, 3)],
+        [nn.LayerNorm(6), nn.Linear(6, 3)],
+        [nn.Linear(6, 5), nn.LayerNorm(5, eps=0.1), nn.Hardswish(), nn.Linear(5, 3)],
+        [nn.Linear(6, 6), nn.Linear(6, 3, bias=False)],
+    ],
+    ids=["two hard swishes", "layer norm", "layer norm between", "two linear layers"],
+)
+def test_a_chain_after_the_pool_equals_differentiating_it(layers):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        for layer in layers:
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter, 0.3, 1.0)
+        # Values on both sides of where a hard swish bends, whose slope is another in each part.
+        features = 3.0 * torch.randn(16, 6, 3, 2)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers).eval()
+    with torch.inference_mode():
+        maps = closed_form_of(head).maps(features)
+    for target in range(3):
+        theirs = head_gradcam(head, features, torch.full((16,), target))
+        assert (maps[:, target] - theirs).abs().max() <= TOLERANCE * theirs.max()
+        assert theirs.max() > 0
 
 
 @pytest.mark.parametrize(

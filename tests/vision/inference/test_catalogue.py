@@ -36,7 +36,7 @@ def on_a_cpu_with_bf16(monkeypatch):
 
 def test_the_tests_below_run_the_whole_catalogue():
     assert (len(MODELS), len(METHODS)) == (NUM_MODELS, NUM_METHODS)
-    assert {recipe.gradcam for recipe in MODELS.records} == {"closed_form", "autograd"}
+    assert {recipe.gradcam for recipe in MODELS.records} == {"closed_form"}
 
 
 @pytest.mark.parametrize("precision", FORMATS)
@@ -75,8 +75,9 @@ def test_every_network_is_explained_by_each_method(name, precision, bundle_of, m
     assert len(explained) == (NUM_METHODS if precision == "fp32" else 1)
 
 
-@pytest.mark.parametrize("name", [recipe.name for recipe in MODELS.records if recipe.gradcam == "autograd"])
-def test_the_report_compares_maps_of_networks_without_a_closed_form(name, bundle_of):
+@pytest.mark.parametrize("name", ["mobilenet_v3", "convnext_tiny"])
+def test_the_report_compares_maps_of_networks_without_a_closed_form(name, bundle_of, monkeypatch):
+    monkeypatch.setattr("trainers.evaluation.faithfulness.closed_form_of", lambda head: None)
     likeness = randomisation_similarity(bundle_of(name), pixels_for(name))
     assert likeness is None or 0 <= likeness <= 1
 

@@ -1,5 +1,6 @@
 """Every registered network passes the same suite; its declared numbers are measured on the built network."""
 
+import copy
 import subprocess
 import sys
 
@@ -82,10 +83,18 @@ def test_every_network_works_at_its_smallest_side(name: str) -> None:
     assert logits.shape == (2, 3)
     assert torch.allclose(folded, features, rtol=1e-4, atol=1e-5 * float(features.abs().max().clamp(min=1e-3)))
     maps = head_maps(network, features)
-    layer = network.get_submodule(recipe.target_layer)
-    expected = torch.cat(
-        [LayerGradCam(network, layer).attribute(inputs, c, relu_attributions=True) for c in range(3)], 1
-    ).detach()
+    # A gradient through a layer norm is orthogonal to its input: at one position only rounding is left of it in fp32.
+    differentiated, images = (
+        (copy.deepcopy(network).double(), inputs.double()) if name == "convnext_tiny" else (network, inputs)
+    )
+    layer = differentiated.get_submodule(recipe.target_layer)
+    expected = (
+        torch.cat(
+            [LayerGradCam(differentiated, layer).attribute(images, c, relu_attributions=True) for c in range(3)], 1
+        )
+        .detach()
+        .float()
+    )
     assert torch.allclose(maps, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max().clamp(min=1e-9)))
     before = [p.detach().clone() for p in network.parameters()]
     loss = nn.functional.cross_entropy(network.train()(inputs), torch.tensor([0, 2]))
