@@ -37,7 +37,7 @@ from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import compute_threads
 from trainers.settings import TrainersSettings
 from vision.calibration.scaling import apply_calibration, fit_calibration
-from vision.inference.golden import golden_images
+from vision.inference.golden import golden_arrays
 from vision.inference.loaded import plain_network, reference_logits
 from vision.networks import MODELS
 
@@ -143,12 +143,8 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
             kept = json.loads(json.dumps(kept))
         except TypeError as error:
             raise ConfigError(f"the classifier cannot be saved: {error}; use texts or numbers") from error
-        inputs = golden_images(geometry)
         with compute_threads(self.num_threads_):
-            golden: dict[str, NDArray[Any]] = {
-                "inputs": inputs,
-                "logits": reference_logits(self.network_, inputs, geometry),
-            }
+            golden = golden_arrays(self.network_, geometry)
         document = BundleDocument(
             taxonomy=taxonomy,
             taxonomy_hash=taxonomy.hash,

@@ -41,8 +41,7 @@ from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.settings import TrainersSettings
 from vision.calibration.operating import fit_operating_points, gather_lesions
 from vision.calibration.scaling import apply_calibration, fit_calibration
-from vision.inference.golden import golden_images
-from vision.inference.loaded import reference_logits
+from vision.inference.golden import golden_arrays
 from vision.metrics.metrics import score_bands
 from vision.networks import MODELS
 
@@ -189,11 +188,7 @@ def _write(
     with compute_threads(trained.num_threads):
         val, calibration_split = (_logits_of(store, dataset, split, trained) for split in FITTED_ON)
         calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
-        golden_inputs = golden_images(trained.geometry)
-        golden: dict[str, NDArray[Any]] = {
-            "inputs": golden_inputs,
-            "logits": reference_logits(trained.network, golden_inputs, trained.geometry),
-        }
+        golden = golden_arrays(trained.network, trained.geometry)
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs)
     operating, scores = _operating_points(calibration_split, calibration, taxonomy)
