@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.table import Table
 
 from records.command import Call, verb
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from trainers.evaluation.figures import Evaluation, Interval
 
 app = typer.Typer()
+
+_MAX_PAIRS = 20
+_MAX_NOTES = 20
 
 
 @verb(app, "evaluate")
@@ -105,8 +109,24 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
         summary.add_row("prediction set contains the class", promise)
     if evaluation.split_reads is not None:
         summary.add_row(f"{evaluation.split} was read", f"{evaluation.split_reads} times")
+    notes = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
+    if len(notes) > _MAX_NOTES:
+        notes[_MAX_NOTES:] = [f"{len(notes) - _MAX_NOTES} more figures are undefined; --json and --report name them"]
+    return Stack(
+        summary, *_class_tables(evaluation), *notes,
+        "95 % intervals, resampled by group; decision support, not a diagnosis",
+    )  # fmt: skip
+
+
+def _class_tables(evaluation: "Evaluation") -> list[RenderableType]:
+    """Lay out the classes and the confusion matrix; of many classes, those that the most mistakes are about."""
+    from trainers.evaluation.figures import drawn_classes
+
+    codes, counts = list(evaluation.per_class), evaluation.confusion_matrix
+    drawn = drawn_classes(evaluation)
     classes = Table("class", "images", "lesions", "sensitivity", "specificity", "precision")
-    for code, report in evaluation.per_class.items():
+    for code in (codes[at] for at in drawn):
+        report = evaluation.per_class[code]
         classes.add_row(
             code,
             str(report.support),
@@ -115,14 +135,18 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
             _figure(report.specificity, report.specificity_ci),
             _figure(report.precision, report.precision_ci),
         )
-    codes = list(evaluation.per_class)
-    confusion = Table("truth \\ prediction", *codes, title="confusion matrix")
-    for code, row in zip(codes, evaluation.confusion_matrix, strict=True):
-        confusion.add_row(code, *(str(count) for count in row))
-    notes = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
-    return Stack(
-        summary, classes, confusion, *notes, "95 % intervals, resampled by group; decision support, not a diagnosis"
-    )
+    if len(drawn) == len(codes):
+        confusion = Table("truth \\ prediction", *codes, title="confusion matrix")
+        for code, row in zip(codes, counts, strict=True):
+            confusion.add_row(code, *(str(count) for count in row))
+        return [classes, confusion]
+    pairs = sorted((-counts[a][b], a, b) for a in range(len(codes)) for b in range(len(codes)) if a != b)
+    frequent = Table("truth", "prediction", "images", title="most frequent confusions")
+    for negative, truth, predicted in pairs[:_MAX_PAIRS]:
+        if negative:
+            frequent.add_row(codes[truth], codes[predicted], str(-negative))
+    said = f"{len(drawn)} of {len(codes)} classes: those that the most mistakes are about; --json and --report have all"
+    return [classes, said, frequent]
 
 
 def _figure(value: float | None, interval: "Interval | None" = None) -> str:

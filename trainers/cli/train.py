@@ -14,7 +14,7 @@ from rich.table import Table
 
 from records.command import Call, JsonCall, advises_resume, verb
 from records.errors import ConfigError
-from records.progress import progress
+from records.progress import progress, say
 
 if TYPE_CHECKING:
     from records.bundles import Bundle
@@ -56,6 +56,7 @@ def train_command(
     """Train a model, calibrate it and register its bundle."""
     from images.importer import open_dataset
     from records.models import find_bundle
+    from records.types import Split
     from trainers.fitting.fit import METRICS_FILE
     from trainers.fitting.run import run_folder, train_and_register
 
@@ -67,6 +68,8 @@ def train_command(
         # One worker trains in this process: starting Ray costs seconds and memory that only several workers need.
         with advises_resume((run_dir / METRICS_FILE).is_file), call.ray() if trainers.needs_ray else nullcontext():
             bundle = train_and_register(store, trainers, dataset, run_dir, start_from=start, progress=bar)
+    if dataset.split(Split.VAL)["label"].nunique() == 1:
+        say("note: all val images are of one class, so that the val figures say nothing of telling classes apart")
     call.emit(_summary(bundle, run_dir), _summary_tables(bundle))
 
 

@@ -21,6 +21,9 @@ Interval = tuple[float, float]
 
 FIXED_SENSITIVITY = 0.95
 
+MAX_CLASSES = 20
+"""Classes of a confusion matrix that can be read; of more, some are drawn and the others are summed up."""
+
 DEGENERATE = 1e-12
 """A bootstrap interval narrower than this did not vary at all."""
 
@@ -218,6 +221,14 @@ class Evaluation(_Shape):
     undefined: dict[str, str] = Field(default_factory=dict, description="metric to why it is null or partial")
 
 
+def drawn_classes(evaluation: Evaluation, count: int = MAX_CLASSES) -> list[int]:
+    """Return at most so many classes, in class order: the key class, then those that the most mistakes are about."""
+    counts = np.array(evaluation.confusion_matrix)
+    mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diagonal(counts)
+    key = None if evaluation.key_class is None else list(evaluation.per_class).index(evaluation.key_class.name)
+    return sorted(sorted(range(len(counts)), key=lambda at: (at != key, -mistakes[at], at))[:count])
+
+
 def class_reports(
     taxonomy: Taxonomy,
     confusion: IntArray,
@@ -386,8 +397,12 @@ def undefined_reasons(
     if absent:
         present = [code for code in taxonomy.codes if code not in absent]
         note = f"over {', '.join(present)} only: no image of {', '.join(absent)}"
-        reasons["balanced_accuracy"] = note
-        reasons["macro_auc"] = note if len(present) > 1 else f"every image is {present[0]}"
+        if len(present) == 1:
+            note = (
+                f"every image is {present[0]}, so to name it is always right: no figure says how classes are told apart"
+            )
+            reasons["accuracy"] = note
+        reasons["balanced_accuracy"] = reasons["macro_auc"] = note
     if key_class is None:
         reasons["key_class"] = f"taxonomy {taxonomy.name} declares no key class"
     elif key_class.threshold is None:

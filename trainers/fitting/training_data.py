@@ -99,7 +99,7 @@ class TrainingData:
         """Refuse data that a run cannot use.
 
         Raises ContractError: lengths or class indices do not fit, or a row is on both splits.
-        Raises DataError: one of the two splits is empty.
+        Raises DataError: one of the two splits is empty, or train has one class only.
         """
         if not len(self.pixels) == len(self.image_ids) == len(self.labels):
             raise ContractError(
@@ -112,6 +112,11 @@ class TrainingData:
         for name, index in (("train", self.train_index), ("val", self.val_index)):
             if not len(index):
                 raise DataError(f"the dataset has no image on the {name} split; label or import more images first")
+        if len(np.unique(self.labels[self.train_index])) < 2:
+            raise DataError(
+                f"all {len(self.train_index)} images of the train split are of one class, which leaves nothing to tell "
+                "apart; import or label images of another class"
+            )
 
     def content_hash(self) -> str:
         """Return the hash of which images are trained on and validated with, and their labels; 64 hex characters."""

@@ -1,6 +1,6 @@
 """The plots of the report, each as a data URI of a self-contained SVG."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,24 +9,43 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from records.arrays import BoolArray, FloatArray, IntArray
-from trainers.evaluation.figures import Evaluation, ExplanationQuality, Interval, RobustnessReport, SliceReport
+from trainers.evaluation.figures import (
+    MAX_CLASSES,
+    ClassReport,
+    Evaluation,
+    ExplanationQuality,
+    Interval,
+    RobustnessReport,
+    SliceReport,
+    drawn_classes,
+)
 from vision.metrics.svg import ACCENT, INK, PALE, SECOND, STYLE, figure_uri, new_figure
+
+MAX_CURVES = 10
+NARROW = 9
+"""A matrix of more classes takes the whole width of the report."""
+OTHERS = "others"
+_MAX_NAME = 18
 
 
 def confusion_plot(evaluation: Evaluation) -> str:
     """Draw the confusion matrix: colour and first line are the share of the true class, then the count."""
     counts = np.array(evaluation.confusion_matrix, dtype=np.float64)
-    codes = list(evaluation.per_class)
+    codes = [_short(code) for code in evaluation.per_class]
+    if len(codes) > MAX_CLASSES:
+        drawn = drawn_classes(evaluation, MAX_CLASSES)
+        counts, codes = _summed(counts, drawn), [*(codes[at] for at in drawn), OTHERS]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
-    figure, axes = new_figure(5.2, 4.6)
-    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    is_wide = len(codes) > NARROW
+    figure, axes = new_figure(10.4, 1.6 + 0.36 * len(codes)) if is_wide else new_figure(5.2, 4.6)
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto" if is_wide else "equal")
     for row, column in np.ndindex(*counts.shape):
         # Empty cells stay blank, so that the confusions stand out.
         if counts[row, column] > 0:
             colour = "white" if shares[row, column] > 0.55 else INK
             text = f"{100 * shares[row, column]:.0f} %\n{counts[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(range(len(codes)), codes)
+    axes.set_xticks(range(len(codes)), codes, rotation=90 if is_wide or max(map(len, codes)) > 7 else 0)
     axes.set_yticks(range(len(codes)), codes)
     axes.set(xlabel="the model's most probable class", ylabel="true class")
     axes.spines[:].set_visible(False)
@@ -37,10 +56,10 @@ def confusion_plot(evaluation: Evaluation) -> str:
 def roc_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation) -> str:
     """Draw one ROC curve per class, one against the rest."""
     figure, axes = new_figure(4.8, 4.2)
-    for index, (code, report) in enumerate(evaluation.per_class.items()):
+    for place, (index, code, report) in enumerate(_curves(evaluation)):
         if report.auc is not None:
             _, hits, false_alarms, _ = _swept(labels == index, probabilities[:, index])
-            axes.plot(false_alarms, hits, label=f"{code} {report.auc:.2f}", **_line(index, code, evaluation))
+            axes.plot(false_alarms, hits, label=f"{_short(code)} {report.auc:.2f}", **_line(place, code, evaluation))
     axes.plot([0, 1], [0, 1], color=PALE, linewidth=1, zorder=0)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
     axes.legend(title="area under the curve", loc="lower right", fontsize=7, title_fontsize=7, frameon=False)
@@ -50,13 +69,13 @@ def roc_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation
 def precision_recall_plot(labels: IntArray, probabilities: FloatArray, evaluation: Evaluation) -> str:
     """Draw precision over sensitivity per class; the number is the average precision."""
     figure, axes = new_figure(4.8, 4.2)
-    for index, (code, report) in enumerate(evaluation.per_class.items()):
+    for place, (index, code, report) in enumerate(_curves(evaluation)):
         if report.support > 0:
             is_case = labels == index
             counts, hits, _, precision = _swept(is_case, probabilities[:, index])
             average = float((np.diff(hits) * precision[1:]).sum()) if len(counts) else 0.0
-            label = f"{code} {average:.2f}"
-            axes.plot(hits[1:], precision[1:], label=label, **_line(index, code, evaluation))
+            label = f"{_short(code)} {average:.2f}"
+            axes.plot(hits[1:], precision[1:], label=label, **_line(place, code, evaluation))
     axes.set(xlabel="sensitivity (recall)", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
     axes.legend(title="average precision", loc="lower left", fontsize=7, title_fontsize=7, frameon=False)
     return figure_uri(figure)
@@ -134,6 +153,27 @@ def replacement_plot(quality: ExplanationQuality) -> str:
     left.set(ylabel="probability of the class")
     left.legend(fontsize=7, frameon=False)
     return figure_uri(figure)
+
+
+def _curves(evaluation: Evaluation) -> Iterator[tuple[int, str, ClassReport]]:
+    reports = list(evaluation.per_class.items())
+    # No curve is left out that has a colour of its own.
+    count = len(reports) if len(reports) <= MAX_CLASSES else MAX_CURVES
+    yield from ((at, *reports[at]) for at in drawn_classes(evaluation, count))
+
+
+def _summed(counts: FloatArray, drawn: Sequence[int]) -> FloatArray:
+    """Return the rows and columns of some classes, and last the sums of all others."""
+    place = np.full(len(counts), len(drawn))
+    place[list(drawn)] = np.arange(len(drawn))
+    summed = np.zeros((len(drawn) + 1, len(drawn) + 1))
+    np.add.at(summed, (place[:, None], place[None, :]), counts)
+    return summed
+
+
+def _short(code: str) -> str:
+    # The end stays: long codes often differ there only.
+    return code if len(code) <= _MAX_NAME else f"{code[: _MAX_NAME // 2]}…{code[1 - _MAX_NAME // 2 :]}"
 
 
 def _swept(is_case: BoolArray, scores: FloatArray) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:

@@ -4,12 +4,17 @@ In: an `Evaluation`. Out: cards and warnings that give natural frequencies (so m
 sentence says that an image or a person has nothing to fear.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from records.taxonomy import Taxonomy
 from trainers.evaluation.figures import Evaluation, Interval, KeyClassReport
 
 FEW_LESIONS = 50
+_ONE_CLASS = (
+    "All images are of one class: to name it is always right, so that accuracy, balanced accuracy and F1 say nothing "
+    "about telling classes apart."
+)
 NOTABLE_GAP = 0.10
 
 
@@ -74,6 +79,15 @@ def name_of(code: str, taxonomy: Taxonomy) -> str:
     return taxonomy.classes[taxonomy.index_of(code)].name
 
 
+def listed(texts: Sequence[str], most: int = 12) -> str:
+    """Write texts as a list; of many, the first and how many more there are.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
 def percent(value: float | None) -> str:
     """Write a share as a whole percentage; `undefined` for None."""
     return "undefined" if value is None else f"{100 * value:.0f} %"
@@ -116,8 +130,10 @@ def _about_classes(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
         for code, report in evaluation.per_class.items()
         if report.sensitivity is not None and report.sensitivity < 0.4
     ]
-    found = [f"No image of {', '.join(name_of(code, taxonomy) for code in absent)} was looked at."] if absent else []
-    return found + ([f"Seldom recognised: {', '.join(weak)}."] if weak else [])
+    found = [f"No image of {listed([name_of(code, taxonomy) for code in absent])} was looked at."] if absent else []
+    if _num_present(evaluation) == 1:
+        found.insert(0, _ONE_CLASS)
+    return found + ([f"Seldom recognised: {listed(weak)}."] if weak else [])
 
 
 def _about_coverage(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
@@ -133,7 +149,7 @@ def _about_coverage(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     if not short:
         return []
     return [f"Prediction sets hold the right class less often than promised ({percent(coverage.promise)}): "
-            f"{', '.join(short)}."]  # fmt: skip
+            f"{listed(short)}."]  # fmt: skip
 
 
 def _about_slices(evaluation: Evaluation) -> list[str]:

@@ -9,10 +9,10 @@ from jinja2 import Environment, StrictUndefined
 from records.bundles import Bundle
 from records.durable import make_folders, write_file
 from trainers.evaluation.evaluate import SplitPredictions
-from trainers.evaluation.figures import Evaluation, Interval
+from trainers.evaluation.figures import MAX_CLASSES, Evaluation, Interval
 from trainers.evaluation.report import plots
 from trainers.evaluation.report.mistakes import described_mistakes, drawn_mistakes
-from trainers.evaluation.report.words import cards, name_of, percent, warnings_of
+from trainers.evaluation.report.words import cards, listed, name_of, percent, warnings_of
 from vision.inference.loaded import LoadedModel
 
 REPORT, METRICS = "report.html", "metrics.json"
@@ -59,7 +59,7 @@ def render_report(
     """Return the report as HTML; arguments as for `write_report`."""
     # StrictUndefined: a value missing from the context fails instead of rendering as nothing.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "figure": _figure}
+    environment.filters |= {"percent": percent, "figure": _figure, "listed": listed}
     template = resources.files("trainers.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
     document = bundle.document
     return environment.from_string(template).render(
@@ -72,6 +72,8 @@ def render_report(
         names={code: name_of(code, document.taxonomy) for code in document.taxonomy.codes},
         malignant=set(document.taxonomy.malignant_codes),
         plots=_plots(bundle, predictions, evaluation),
+        is_wide=len(evaluation.per_class) > plots.NARROW,
+        left_out=_left_out(evaluation),
         slices=[
             (SLICE_TITLES.get(name, name), evaluation.slice_notes.get(name), plots.slices_plot(reports, evaluation))
             for name, reports in evaluation.slices.items()
@@ -108,6 +110,19 @@ def _where(evaluation: Evaluation) -> str:
     if evaluation.dataset_id is None:
         return "a folder of labelled images"
     return f"the {evaluation.split} split of dataset {evaluation.dataset_id[:12]}"
+
+
+def _left_out(evaluation: Evaluation) -> str | None:
+    """Say which classes the figures draw, where they cannot draw all."""
+    count = len(evaluation.per_class)
+    if count <= MAX_CLASSES:
+        return None
+    first = "the key class and " if evaluation.key_class is not None else ""
+    return (
+        f"Of {count} classes, the confusion matrix draws {MAX_CLASSES} and the curves {plots.MAX_CURVES}: {first}"
+        f"those that the most mistakes are about. Its row and column `{plots.OTHERS}` sum up the other "
+        f"{count - MAX_CLASSES}; the table above and metrics.json have all."
+    )
 
 
 def _figure(value: float | None, interval: Interval | None = None) -> Any:
