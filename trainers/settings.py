@@ -66,12 +66,14 @@ class TrainersSettings(RoomSettings):
         accumulate_steps = self.optimizer.accumulate_steps
         parts = self.workers.count * accumulate_steps
         how = f"{self.workers.count} workers" + (f" in {accumulate_steps} parts each" if accumulate_steps > 1 else "")
-        if strategy_of(self.workers).elastic:
-            # Elastic workers take shares of different sizes and weight them, so that every number of workers gives the
-            # same gradient; two images per part are enough.
-            if self.batch_size < 2 * parts:
-                raise ValueError(f"batch_size {self.batch_size} is too small for {how}; take {2 * parts} or more")
-        elif self.batch_size % parts:
+        if self.batch_size < 2 * parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} is too small for {how}, because batch norm takes the mean over a part, "
+                f"which has to have two images; take {2 * parts} or more"
+            )
+        # Elastic workers take shares of different sizes and weight them, so that every number of workers gives the
+        # same gradient.
+        if not strategy_of(self.workers).elastic and self.batch_size % parts:
             fitting = max(2, round(self.batch_size / parts)) * parts
             raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {how}; take {fitting}")
         return self
