@@ -136,18 +136,63 @@ def import_folder(
         ConfigError: `withhold_share` is out of range.
         TaxonomyError: the store has labels of another taxonomy, or `labels` names a class that there is not.
     """
-    started = time.monotonic()
     _require_arguments(store, labels or {}, withhold_share)
     source = read_source(folder, columns, table, layout)
     if in_place:
         _require_files(source)
+    reading = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
+    return import_source(
+        store,
+        source,
+        reading,
+        labels=labels,
+        in_place=in_place,
+        correct=correct,
+        withhold_share=withhold_share,
+        side_px=side_px,
+        consent=consent,
+        progress=progress,
+    )
+
+
+def import_source(
+    store: Store,
+    source: SourceTable,
+    reading: Reading,
+    *,
+    labels: Mapping[str, str] | None = None,
+    in_place: bool = False,
+    correct: bool = False,
+    withhold_share: float = 0.0,
+    side_px: Sequence[int] = (64,),
+    consent: Consent = Consent.TRAINING,
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Import rows that were read, wherever they came from, and build the dataset version that follows.
+
+    Args:
+        store: as for `import_folder`, like all that is not named here.
+        source: the rows.
+        reading: how they were read, for the audit chain.
+        labels: see `import_folder`.
+        in_place: see `import_folder`.
+        correct: see `import_folder`.
+        withhold_share: see `import_folder`.
+        side_px: see `import_folder`.
+        consent: see `import_folder`.
+        progress: see `import_folder`.
+    Returns:
+        The report.
+    Raises:
+        DataError: no row can be used.
+    """
+    started = time.monotonic()
     # Rows that the table alone rules out are refused before any image is read, since reading is the slow part.
     rows, refusals, notes = usable_rows(source.rows, store.taxonomy, labels)
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
-    made_with = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
-    plan = _plan(store, source, entries, refusals, made_with, consent, withhold_share, correct, progress)
+    plan = _plan(store, source, entries, refusals, reading, consent, withhold_share, correct, progress)
     # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)

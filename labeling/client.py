@@ -45,18 +45,19 @@ class LabelStudioClient:
         url: base URL of the server.
         token: an access token, personal or legacy.
         timeout_s: per request, seconds.
+        server: name under which what is read is stored; default: its URL, or `local` on this machine.
     Raises:
         LabelStudioError: the token is not usable, for example an expired personal one.
     """
 
-    def __init__(self, url: str, token: SecretStr | str, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, url: str, token: SecretStr | str, *, timeout_s: float = 60.0, server: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         secret = token.get_secret_value() if isinstance(token, SecretStr) else token
         local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         # Stored with every annotation. The local server may take another port at each start while its data stay
         # the same, so its URL cannot identify it.
-        self.server = "local" if local else self.url
+        self.server = server or ("local" if local else self.url)
         # A proxy from the environment cannot reach the loopback of this machine.
         self._http = httpx.Client(timeout=timeout_s, follow_redirects=True, trust_env=not local)
         with self.translated_errors("log in"):
@@ -206,6 +207,7 @@ class LabelStudioClient:
         after_id: int = 0,
         updated_since: datetime | None = None,
         with_annotations: bool = False,
+        with_data: bool = False,
         page_size: int = PAGE_SIZE,
     ) -> Iterator[list[TaskRow]]:
         """Yield tasks by ascending id, a page at a time.
@@ -215,6 +217,7 @@ class LabelStudioClient:
             after_id: only tasks with a larger id.
             updated_since: only tasks that changed at this time or later.
             with_annotations: whether to read their annotations as well.
+            with_data: whether to read what they show as well, embedded images included.
             page_size: most tasks in a page.
         Yields:
             Pages; the last one is shorter than `page_size`. A task whose annotations Label Studio fails to list has a
@@ -231,11 +234,13 @@ class LabelStudioClient:
                 since = updated_since.astimezone(UTC).strftime(_TIME_FORMAT)
                 items.append(filter_by("updated_at", "greater_or_equal", "Datetime", since))
             try:
-                rows, _, _ = self._tasks(project_id, _by_id(items), page_size, with_annotations=with_annotations)
+                rows, _, _ = self._tasks(
+                    project_id, _by_id(items), page_size, with_annotations=with_annotations, with_data=with_data
+                )
             except LabelStudioRefusedError:
                 if not with_annotations:
                     raise
-                rows = self._readable_tasks(project_id, items, page_size)
+                rows = self._readable_tasks(project_id, items, page_size, with_data)
             if rows:
                 yield rows
                 after_id = rows[-1].id
@@ -329,6 +334,11 @@ class LabelStudioClient:
             link = urlsplit(found["invite_url"])
             return f"{self.url}{link.path}?{link.query}"
 
+    def transport(self) -> tuple[httpx.Client, dict[str, str]]:
+        """Return the connection and the headers with the token, for files, which are not a part of the API."""
+        with self.translated_errors("renew the token"):
+            return self._http, self._sdk._client_wrapper.get_headers()
+
     def _ensure_view(self, project_id: int) -> None:
         # Without a view of its own a project lists its tasks by id, and annotators start with the first one listed.
         if self.request("GET", "api/dm/views/", "list views", params={"project": project_id}):
@@ -337,13 +347,17 @@ class LabelStudioClient:
             "POST", "api/dm/views/", "make a view", body={"project": project_id, "data": LIST_VIEW}, repeat=False
         )
 
-    def _readable_tasks(self, project_id: int, items: Sequence[Mapping[str, Any]], page_size: int) -> list[TaskRow]:
+    def _readable_tasks(
+        self, project_id: int, items: Sequence[Mapping[str, Any]], page_size: int, with_data: bool
+    ) -> list[TaskRow]:
         """Return a page of tasks with annotations, after Label Studio failed to list it as a whole."""
 
         def read(some: Sequence[TaskRow]) -> list[TaskRow]:
             among = filter_by("id", "in", "Number", {"min": some[0].id, "max": some[-1].id})
             query = _by_id([*items, among])
-            return self._tasks(project_id, query, len(some), with_annotations=True, repeat=False)[0]
+            return self._tasks(project_id, query, len(some), with_annotations=True, with_data=with_data, repeat=False)[
+                0
+            ]
 
         found: list[TaskRow] = []
         bare, _, _ = self._tasks(project_id, _by_id(items), page_size)
@@ -361,6 +375,7 @@ class LabelStudioClient:
         page_size: int,
         *,
         with_annotations: bool = False,
+        with_data: bool = False,
         repeat: bool = True,
     ) -> tuple[list[TaskRow], int, int]:
         """Return a page of tasks, the number of tasks that match, and the number of their annotations."""
@@ -369,6 +384,8 @@ class LabelStudioClient:
         include = "id,meta,updated_at"
         if with_annotations:
             include += ",annotations,result,completed_by,was_cancelled,lead_time"
+        if with_data:
+            include += ",data,total_predictions"
         params = {
             "project": project_id,
             "fields": "all" if with_annotations else "task_only",

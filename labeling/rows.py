@@ -1,7 +1,7 @@
 """Projects, tasks and annotations as Label Studio's API returns them, without the images of the tasks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -51,6 +51,8 @@ class TaskRow:
         updated_at: moves with every change of the task or its annotations.
         annotations: empty unless they were requested.
         fault: why its annotations cannot be read, one sentence.
+        data: what the task shows; empty unless it was requested.
+        predictions: how many predictions it has; 0 unless it was requested.
     """
 
     id: int
@@ -58,6 +60,8 @@ class TaskRow:
     updated_at: datetime
     annotations: tuple[AnnotationRow, ...] = ()
     fault: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    predictions: int = 0
 
     @property
     def is_touched(self) -> bool:
@@ -83,7 +87,11 @@ class ProjectState:
 def task_row(task: Mapping[str, Any]) -> TaskRow:
     """Return the row of a task from the server's JSON; a KeyError means that it is not a task."""
     meta = task["meta"] if isinstance(task["meta"], dict) else {}
-    row = TaskRow(int(task["id"]), meta, datetime.fromisoformat(task["updated_at"]))
+    data = task["data"] if isinstance(task.get("data"), dict) else {}
+    row = TaskRow(
+        int(task["id"]), meta, datetime.fromisoformat(task["updated_at"]), data=data,
+        predictions=int(task.get("total_predictions") or 0),
+    )  # fmt: skip
     # Any program with an annotator's token can write annotations, and one of them must not end the whole listing.
     read = attempt(lambda found: tuple(map(_annotation_row, found)), task.get("annotations") or ())
     if isinstance(read, Exception):

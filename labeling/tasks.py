@@ -235,11 +235,11 @@ def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) ->
         The content. A diagnosis that is missing, doubled or unknown becomes `other` with `understood` false and the
         choice in `other_text`: the annotation is kept, and nothing is trained on a guess.
     """
-    choices = _values(result, "diagnosis", "choices")
-    quality = _values(result, "image_quality", "choices")
+    choices = chosen_values(result, "diagnosis", "choices")
+    quality = chosen_values(result, "image_quality", "choices")
     # Kept whatever it holds: it is somebody's work, and a database that cannot hold it would stop the pull.
-    comment = LINES.keep("\n".join(_values(result, "comment", "text"))) or None
-    wrote = LINES.keep("\n".join(_values(result, "other_text", "text"))) or None
+    comment = LINES.keep("\n".join(chosen_values(result, "comment", "text"))) or None
+    wrote = LINES.keep("\n".join(chosen_values(result, "other_text", "text"))) or None
     image_quality = quality[0] if len(quality) == 1 and quality[0] in QUALITIES else None
     if choices == [CANT_TELL]:
         return ParsedAnnotation(AnnotationKind.CANT_TELL, None, None, image_quality, comment)
@@ -311,13 +311,15 @@ def _names(taxonomy: Taxonomy) -> dict[str, str]:
     return {c.code: c.name if names.count(c.name) == 1 else f"{c.name} ({c.code})" for c in taxonomy.classes}
 
 
-def _values(result: Sequence[Mapping[str, Any]], control: str, kind: str) -> list[str]:
+def chosen_values(result: Sequence[Mapping[str, Any]], control: str, kind: str) -> list[str]:
+    """Return what an annotation says in one control, as texts; a choice in a tree is its path, as in `skin/mole`."""
     found: list[str] = []
     for region in result:
         value = region.get("value")
         if region.get("from_name") == control and isinstance(value, Mapping):
             inner = value.get(kind)
-            found.extend(map(str, inner) if isinstance(inner, list) else [inner] if isinstance(inner, str) else ())
+            said = inner if isinstance(inner, list) else [inner] if isinstance(inner, str) else ()
+            found.extend("/".join(map(str, one)) if isinstance(one, list) else str(one) for one in said)
     return found
 
 

@@ -1,5 +1,7 @@
 """The verbs `relook data import | export | synth | download | audit | versions | split | preview`, `taxonomy from`."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +22,36 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Import, generate and audit images.", no_args_is_help=True)
 
 _SHOWN_REFUSALS = 20
+
+
+LabelStudioOption = Annotated[
+    str | None, typer.Option("--label-studio", metavar="URL", help="Import a project from there instead of DIR.")
+]
+ProjectOption = Annotated[int | None, typer.Option("--project", min=1, help="Number of that project.")]
+ChoicesOption = Annotated[
+    str | None, typer.Option("--choices", metavar="NAME", help="Choices of its page that name the class.")
+]
+HostsOption = Annotated[
+    list[str] | None, typer.Option("--allow-host", metavar="HOST", help="Fetch its images from there, too.")
+]
+TokenFileOption = Annotated[
+    Path | None, typer.Option("--token-file", help="File with the token; default: RELOOK_LABELING__TOKEN.")
+]
+
+FROM_PROJECT: "list[Callable[[Call, str, int, ProjectOptions], None]]" = []
+"""What imports a Label Studio project; `cluster` puts it here, because this room may not import labeling."""
+
+
+@dataclass(frozen=True)
+class ProjectOptions:
+    """What `relook data import --label-studio` says about the project; see `import_project`."""
+
+    choices: str | None
+    labels: dict[str, str]
+    columns: dict[str, str]
+    allowed_hosts: list[str]
+    token_file: Path | None
+    correct: bool
 
 
 def _policies() -> list[str]:
@@ -49,7 +81,7 @@ def _forms() -> list[str]:
 @verb(app, "import")
 def import_command(
     call: Call,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images and a table.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="Folder with images and a table.")] = None,
     columns: Annotated[
         str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..,patient=..,split=..,site=..")
     ] = None,
@@ -67,16 +99,31 @@ def import_command(
     correct: Annotated[
         bool, typer.Option("--correct", help="Take over labels that differ from those imported before.")
     ] = False,
+    label_studio: LabelStudioOption = None,
+    project: ProjectOption = None,
+    choices: ChoicesOption = None,
+    allow_host: HostsOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
-    """Import a folder of labelled images; a second run resumes the first."""
+    """Import labelled images from a folder or a Label Studio project; a second run resumes the first."""
     from images.importer import import_folder
 
+    said = parse_columns(labels, "--labels", "label=class, for example NEV=nv")
+    if label_studio is not None and project is not None and folder is None and not (table or layout or in_place):
+        about = ProjectOptions(choices, said, parse_columns(columns), allow_host or [], token_file, correct)
+        FROM_PROJECT[0](call, label_studio, project, about)
+        return
+    if folder is None or label_studio or project or choices or allow_host or token_file:
+        raise ConfigError(
+            "name a folder to import; or a project, with --label-studio URL --project N and without DIR, --table, "
+            "--layout and --in-place"
+        )
     with call.store() as store, progress() as bar:
         report = import_folder(
             store,
             folder,
             columns=parse_columns(columns),
-            labels=parse_columns(labels, "--labels", "label=class, for example NEV=nv"),
+            labels=said,
             table=table,
             layout=layout,
             in_place=in_place,
@@ -85,8 +132,8 @@ def import_command(
             side_px=(call.settings.trainers.model.side_px,),
             progress=bar,
         )
-    _print_refusals(report)
-    call.emit(report.as_dict(), _import_table(report))
+    print_refusals(report)
+    call.emit(report.as_dict(), import_table(report))
 
 
 @verb(app, "export")
@@ -284,7 +331,7 @@ def parse_columns(
     return columns
 
 
-def _print_refusals(report: "ImportReport") -> None:
+def print_refusals(report: "ImportReport") -> None:
     """Print on stderr how an import read the folder, which rows it could not use, and its notes."""
     stderr.print(report.layout, highlight=False, markup=False)
     # On stderr, because stdout holds the report; a table with thousands of wrong rows would bury it.
@@ -296,7 +343,7 @@ def _print_refusals(report: "ImportReport") -> None:
         stderr.print(f"note: {note}", highlight=False, markup=False)
 
 
-def _import_table(report: "ImportReport") -> Table:
+def import_table(report: "ImportReport") -> Table:
     """Lay out the report of an import."""
     table = Table(show_header=False, title=f"import {report.import_id}")
     table.add_row("images", f"{report.images} ({report.new_images} new, {report.decoded} decoded)")
