@@ -7,7 +7,7 @@
 set -euo pipefail
 IMAGE=$1 CANDIDATE=${2:-}
 URL=${URL:-http://127.0.0.1:8000}
-body=$(mktemp) && trap 'rm -f "$body"' EXIT
+body=$(mktemp) && sent=$(mktemp) && trap 'rm -f "$body" "$sent"' EXIT
 
 call() { # STATUS VERB PATH [curl options]: send and compare the status with the expected one
   local expected=$1 verb=$2 path=$3 got
@@ -45,8 +45,28 @@ call 200 POST /v1/predictions -H "Idempotency-Key: $key" -H 'Content-Type: image
 [ "$(field id)" = "$first" ] || { echo "a repeated key gave another prediction" >&2; exit 1; }
 call 200 POST /v1/predictions/batch -F "image=@$IMAGE" -F "image=@$IMAGE" \
   -F 'context=[{"lesion_id": "L1"}, {"lesion_id": "L1"}];type=application/json'
+call 200 POST /v1/predictions -F "file=@$IMAGE"
+{ printf '{"image_base64": "'; base64 "$IMAGE" | tr -d '\n'; printf '", "context": {"age": 61}}'; } > "$sent"
+call 200 POST /v1/predictions "${JSON[@]}" --data-binary "@$sent"
 call 200 GET  "/v1/predictions/$id"
 call 200 GET  '/v1/predictions?decision=review&limit=5'
+
+# the same by the Open Inference Protocol, with the image as base64 and, behind the JSON, as it is
+call 200 GET  /v2
+call 200 GET  /v2/health/live
+call 200 GET  /v2/health/ready
+call 200 GET  /v2/models/relook
+call 200 GET  /v2/models/relook/ready
+call 200 GET  "/v2/models/relook/versions/$model"
+call 200 GET  "/v2/models/relook/versions/$model/ready"
+tensor='"name": "image", "datatype": "BYTES", "shape": [1]'
+{ printf '{"inputs": [{%s, "data": ["' "$tensor"; base64 "$IMAGE" | tr -d '\n'; printf '"]}]}'; } > "$sent"
+call 200 POST /v2/models/relook/infer "${JSON[@]}" --data-binary "@$sent"
+call 200 POST "/v2/models/relook/versions/$model/infer" "${JSON[@]}" --data-binary "@$sent"
+size=$(wc -c < "$IMAGE")
+head=$(printf '{"inputs": [{%s, "parameters": {"binary_data_size": %d}}], "outputs": [{"name": "label"}]}' "$tensor" $((size + 4)))
+{ printf '%s' "$head"; printf "$(printf '\\x%02x' $((size & 255)) $((size >> 8 & 255)) $((size >> 16 & 255)) 0)"; cat "$IMAGE"; } > "$sent"
+call 200 POST /v2/models/relook/infer -H "Inference-Header-Content-Length: ${#head}" --data-binary "@$sent"
 
 # heat maps of a stored prediction, and of an image that is not stored
 for method in gradcam integrated_gradients gradient_shap occlusion; do
@@ -100,5 +120,6 @@ call 404 GET  /v1/predictions/00000000000000000000000000000000
 call 415 POST /v1/predictions -H 'Content-Type: image/jpeg' -d 'text'
 call 422 POST /v1/predictions -F "image=@$IMAGE" -F 'contxt={"consent": "none"}'
 call 405 GET  /v1/predictions/batch
+call 404 GET  /v2/models/resnet
 KEY=nobody call 401 GET /v1/models
 echo "every response had the expected status"

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from records.errors import RelookError
+from serving.health import HealthProbe
 from serving.metrics import Metrics
 from serving.middleware import RequestMiddleware
 from serving.openapi import DOCS_POLICY, allowed_verbs, completed, docs_html
@@ -26,6 +27,7 @@ from serving.routes.feedback import feedback_router
 from serving.routes.health import health_router
 from serving.routes.images import images_router
 from serving.routes.models import models_router
+from serving.routes.open_inference import open_inference_router
 from serving.routes.predictions import predictions_router
 from serving.routes.session import session_router
 from serving.routes.webhooks import webhooks_router
@@ -59,13 +61,15 @@ def create_api(service: Service, metrics: Metrics, authenticator: Authenticator)
     )
     api.state.max_body_bytes = service.settings.max_body_bytes
     admission = Admission(service, authenticator, metrics)
+    probe = HealthProbe(service)
     routers = [
         predictions_router(service, authenticator, admission),
         explanations_router(service, authenticator, admission),
         feedback_router(service, authenticator, admission),
         images_router(service, authenticator),
         models_router(service, authenticator),
-        health_router(service, authenticator, metrics),
+        health_router(authenticator, metrics, probe),
+        open_inference_router(authenticator, admission, probe),
         webhooks_router(service),
         session_router(service, authenticator),
     ]
@@ -85,24 +89,28 @@ def create_api(service: Service, metrics: Metrics, authenticator: Authenticator)
 
 
 def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
+    def respond(request: Request, found: Problem) -> Response:
+        wait_s = retry_after_s if found.status in (429, 503) else None
+        return problem_response(found, _request_id(request), wait_s, path=request.scope["path"])
+
     @api.exception_handler(RelookError)
     async def on_relook_error(request: Request, error: RelookError) -> Response:
         found = problem_of(error)
         if found.status >= 500:
             logger.error("request %s failed", _request_id(request), exc_info=error)
-        return problem_response(found, _request_id(request), retry_after_s if found.status in (429, 503) else None)
+        return respond(request, found)
 
     @api.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> Response:
         # Starlette raises the error again after this response, and the middleware logs it.
-        return problem_response(problem_of(error), _request_id(request))
+        return respond(request, problem_of(error))
 
     @api.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         # Without the rejected input, which pydantic reports, too: it may be personal data.
         fields = [{"field": ".".join(str(p) for p in e["loc"]), "message": str(e["msg"])} for e in error.errors()]
         detail = "; ".join(f"{e['field']}: {e['message']}" for e in fields[:3])
-        return problem_response(problem(422, "invalid", detail, errors=fields), _request_id(request))
+        return respond(request, problem(422, "invalid", detail, errors=fields))
 
     @api.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -112,7 +120,7 @@ def _add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
         }
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid")
         found = problem(error.status_code, code, details.get(error.status_code, str(error.detail)))
-        response = problem_response(found, _request_id(request))
+        response = respond(request, found)
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(allowed_verbs(api.openapi(), request.url.path))
         return response

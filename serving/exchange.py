@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from records.errors import ImageError
 from serving.access.shares import Shares
-from serving.problems import MEDIA_TYPE, problem, problem_of, problem_response
+from serving.problems import MEDIA_TYPE, problem, problem_of, problem_response, speaks_open_inference
 from serving.schemas import Problem
 
 CANCELLED = 499
@@ -104,7 +104,7 @@ class Exchange:
             return
         found = self._refusal or found
         wait_s = self._retry_after_s if found.status in (429, 503) else None
-        response = problem_response(found, self._scope["state"]["request_id"], wait_s)
+        response = problem_response(found, self._scope["state"]["request_id"], wait_s, path=self._scope["path"])
         if allow is not None:
             response.headers["Allow"] = allow
 
@@ -123,9 +123,9 @@ class Exchange:
     def _without_document(self, message: Message) -> Problem | None:
         """Return the problem of a 404 or 405 that has no document: those of mounts, static files and the page."""
         status, kind = message["status"], Headers(raw=message.get("headers", [])).get("content-type", "")
-        if status not in (404, 405) or kind.startswith(MEDIA_TYPE):
-            return None
         path = self._scope["path"][:200]
+        if status not in (404, 405) or kind.startswith(MEDIA_TYPE) or speaks_open_inference(path):
+            return None
         if status == 404:
             return problem(404, "not_found", f"nothing is at {path}; /docs lists what there is")
         return problem(

@@ -18,15 +18,15 @@ from records.ids import new_id
 from serving.access.proxies import Proxies
 from serving.access.shares import Shares
 from serving.exchange import Exchange, too_large
-from serving.problems import problem, problem_of
+from serving.problems import OPEN_INFERENCE_PATH, problem, problem_of
 from serving.routes.authenticator import Authenticator
 from serving.schemas import Problem
 from serving.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
 
-API_PATHS = ("/v1", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
-HEALTH_PATHS = ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
+API_PATHS = ("/v1", OPEN_INFERENCE_PATH, "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
+HEALTH_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics", "/docs", "/openapi.json")
 """Paths that also take HEAD."""
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from starlette.routing import compile_path
 
+from serving.open_inference import InferenceRequest
 from serving.problems import MEDIA_TYPE
-from serving.schemas import Context
+from serving.schemas import Context, EncodedImage
 
 CLASS_FIELDS = {"FlagRequest": "suggested_label", "OutcomeRequest": "diagnosis"}
 CLASS_PARAMETERS = frozenset({"target", "versus"})
@@ -39,9 +40,10 @@ curl -s -H 'Content-Type: application/json' -d '{{"reason": "wrong_label"}}' {ur
 def completed(document: Document, class_codes: Sequence[str]) -> Document:
     """Complete FastAPI's document of an app in place and return it, OpenAPI 3.1; `class_codes` in class order."""
     schemas = document["components"]["schemas"]
-    # No route declares the form part `context`, so FastAPI leaves its schema out.
-    schemas["Context"] = Context.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas |= schemas["Context"].pop("$defs", {})
+    # Routes read these bodies themselves, so FastAPI leaves their schemas out.
+    for model in (Context, EncodedImage, InferenceRequest):
+        schemas[model.__name__] = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schemas[model.__name__].pop("$defs", {})
     for operation in _operations(document):
         _name_problem_type(operation)
         for parameter in operation.get("parameters", []):

@@ -4,6 +4,7 @@ In: an error of the tree in `records.errors`. Out: a `Problem`, or the response 
 not cause reveal nothing: no traceback, no path, no value of a setting.
 """
 
+import json
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +22,7 @@ from records.types.base import LINE, Plain
 from serving.schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
+OPEN_INFERENCE_PATH = "/v2"
 TYPE_PREFIX = "urn:relook:problem:"
 
 _SENTENCE = Plain(2000)
@@ -88,10 +90,29 @@ def problem_of(error: BaseException) -> Problem:
             return problem(500, "internal", "the service has an internal error, which is logged; try again later")
 
 
-def problem_response(found: Problem, request_id: str | None, retry_after_s: int | None = None) -> Response:
-    """Return the HTTP response of a problem; `retry_after_s` becomes its Retry-After header."""
-    body = found.model_copy(update={"request_id": request_id}).model_dump_json(exclude_none=True)
+def problem_response(
+    found: Problem, request_id: str | None, retry_after_s: int | None = None, *, path: str = ""
+) -> Response:
+    """Return the HTTP response of a problem, in the form that clients of its path expect.
+
+    Args:
+        found: the problem.
+        request_id: None if the request has none.
+        retry_after_s: becomes the header Retry-After.
+        path: of the request; below /v2 errors have the form of the Open Inference Protocol.
+    Returns:
+        The response.
+    """
+    media_type, body = MEDIA_TYPE, found.model_copy(update={"request_id": request_id})
+    content = body.model_dump_json(exclude_none=True)
+    if speaks_open_inference(path):
+        media_type, content = "application/json", json.dumps({"error": found.detail})
     headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}
     if found.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="relook"'
-    return Response(body, status_code=found.status, headers=headers, media_type=MEDIA_TYPE)
+    return Response(content, status_code=found.status, headers=headers, media_type=media_type)
+
+
+def speaks_open_inference(path: str) -> bool:
+    """Return whether a path is one of the Open Inference Protocol."""
+    return path == OPEN_INFERENCE_PATH or path.startswith(OPEN_INFERENCE_PATH + "/")

@@ -78,6 +78,13 @@ class Context(Body):
     consent: Consent | None = Field(default=None, description="use of the image beyond the prediction itself")
 
 
+class EncodedImage(Body):
+    """An image as text, for programs that send JSON only."""
+
+    image_base64: str = Field(description="bytes of the file, base64")
+    context: Context | None = None
+
+
 class ModelRef(Body):
     """The model that made a prediction."""
 

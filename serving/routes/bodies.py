@@ -1,65 +1,76 @@
-"""Reading images from request bodies: raw, or as multipart form with their context."""
+"""Reading images from request bodies: raw, or with their context as multipart form or as base64 in JSON."""
 
 from typing import Any
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from records.errors import DataError, ImageError
 from records.settings import first_problem
-from serving.schemas import Context
+from serving.json_images import decoded_base64, require_few_values
+from serving.schemas import Context, EncodedImage
 
 RAW_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream", "image/jpg", "image/pjpeg")
 """The first three are named in the API; the last two are old names of JPEG that programs still send."""
 BINARY = {"schema": {"type": "string", "format": "binary"}}
+JSON_TYPE = "application/json"
+IMAGE_PARTS = ("image", "file")
+"""Names of the form part with an image; the second one is what other servers call it."""
 _CONTEXTS = TypeAdapter(list[Context])
 
 
 def image_body(*, many: bool = False) -> dict[str, Any]:
-    """Return the OpenAPI description of a body: one image, raw or as form, or many as form."""
+    """Return the OpenAPI description of a body: one image, raw, as form or as JSON, or many as form."""
     image: dict[str, Any] = {"type": "string", "format": "binary"}
     context: dict[str, Any] = {"$ref": "#/components/schemas/Context"}
     if many:
-        image = {"type": "array", "items": image, "minItems": 1}
+        # Without a least number: a form cannot hold an empty list, so an absent part would contradict it.
+        image = {"type": "array", "items": image}
         context = {"type": "array", "items": context, "description": "one for each image, in their order"}
     form = {
         "schema": {
             "type": "object",
-            "required": ["image"],
-            "properties": {"image": image, "context": context},
+            "properties": {**dict.fromkeys(IMAGE_PARTS, image), "context": context},
+            "oneOf": [{"required": [name]} for name in IMAGE_PARTS],
             "additionalProperties": False,
         },
         "encoding": {
-            "image": {"contentType": ", ".join(RAW_TYPES[:3])},
-            "context": {"contentType": "application/json"},
+            **{name: {"contentType": ", ".join(RAW_TYPES[:3])} for name in IMAGE_PARTS},
+            "context": {"contentType": JSON_TYPE},
         },
     }
-    raw = {} if many else dict.fromkeys(RAW_TYPES[:3], BINARY)
-    return {"requestBody": {"required": True, "content": {**raw, "multipart/form-data": form}}}
+    content: dict[str, Any] = {} if many else dict.fromkeys(RAW_TYPES[:3], BINARY)
+    content["multipart/form-data"] = form
+    if not many:
+        content[JSON_TYPE] = {"schema": {"$ref": "#/components/schemas/EncodedImage"}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def one_image(request: Request) -> tuple[bytes, Context]:
     """Return the bytes of one image as sent, and its context, which is empty for a raw body.
 
-    Raises ImageError for another content type, and DataError if the form has no image or its context does not fit.
+    Raises ImageError for another content type, and DataError if form or JSON have no image or their context does not
+    fit.
     """
     media_type = _media_type(request)
     if media_type in RAW_TYPES:
         return await request.body(), Context()
+    if media_type == JSON_TYPE:
+        return _encoded_image(await request.body())
     if media_type != "multipart/form-data":
         raise ImageError(
             f"content type {media_type or 'none'!r} is not supported; send image/jpeg, image/png, image/webp, "
-            "or multipart/form-data with `image`",
+            "multipart/form-data with `image`, or application/json with `image_base64`",
             "unsupported_type",
         )
     async with request.form(max_files=2, max_fields=2, max_part_size=_largest_part(request)) as form:
         _require_known_parts(form)
-        images = form.getlist("image")
+        images = _image_parts(form)
         if not images or not isinstance(images[0], UploadFile):
             raise DataError("the form has no file `image`; add the image under that name")
         if len(images) > 1:
-            raise DataError("the form has two files `image`; send one, or several to /v1/predictions/batch")
+            raise DataError("the form has two images; send one, or several to /v1/predictions/batch")
         text = await _context_text(form)
         return await images[0].read(), Context() if text is None else _parsed_one(text)
 
@@ -74,7 +85,7 @@ async def many_images(request: Request, most: int) -> list[tuple[bytes, Context]
     # Room for the context and one image too many, so that the check below names the limit.
     async with request.form(max_files=most + 2, max_fields=2, max_part_size=_largest_part(request)) as form:
         _require_known_parts(form)
-        images = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
+        images = [part for part in _image_parts(form) if isinstance(part, UploadFile)]
         if not 1 <= len(images) <= most:
             raise DataError(f"a batch has 1 to {most} files `image`, not {len(images)}")
         text = await _context_text(form)
@@ -95,11 +106,30 @@ def _largest_part(request: Request) -> int:
 
 def _require_known_parts(form: FormData) -> None:
     """Refuse unknown parts: a misspelt `context` may hold a consent that would silently be ignored."""
-    unknown = sorted(set(form) - {"image", "context"})
+    unknown = sorted(set(form) - {*IMAGE_PARTS, "context"})
     if unknown:
-        raise DataError(f"the form has a part {unknown[0][:40]!r}; its parts are `image` and `context`")
+        raise DataError(f"the form has a part {unknown[0][:40]!r}; its parts are `image` (or `file`) and `context`")
     if len(form.getlist("context")) > 1:
         raise DataError("the form has two parts `context`; send one")
+
+
+def _image_parts(form: FormData) -> list[UploadFile | str]:
+    # Images of two names have no order that a list of contexts could follow.
+    if set(IMAGE_PARTS) <= set(form):
+        raise DataError("the form has parts `image` and `file`; give images one of these names")
+    return [part for name in IMAGE_PARTS for part in form.getlist(name)]
+
+
+def _encoded_image(body: bytes) -> tuple[bytes, Context]:
+    require_few_values(body)
+    try:
+        sent = EncodedImage.model_validate_json(body)
+    except ValidationError as error:
+        if error.errors(include_url=False, include_input=False)[0]["type"] == "json_invalid":
+            raise HTTPException(400, "the body is not JSON; send an object with `image_base64`") from error
+        field, reason = first_problem(error)
+        raise DataError(f"{field or 'the body'}: {reason}") from error
+    return decoded_base64(sent.image_base64, "image_base64"), sent.context or Context()
 
 
 async def _context_text(form: FormData) -> bytes | str | None:

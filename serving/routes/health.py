@@ -16,13 +16,11 @@ from serving.health import HealthProbe
 from serving.metrics import Metrics
 from serving.routes.authenticator import Authenticator
 from serving.schemas import Health, ModelRef, Readiness
-from serving.service import Service
 
 
-def health_router(service: Service, authenticator: Authenticator, metrics: Metrics) -> APIRouter:
+def health_router(authenticator: Authenticator, metrics: Metrics, probe: HealthProbe) -> APIRouter:
     """Return the router of health and metrics."""
     router = APIRouter(tags=["health"])
-    probe = HealthProbe(service)
 
     @router.get("/healthz", response_model=Health)
     async def healthz() -> Health:
