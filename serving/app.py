@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from records.errors import RelookError
+from serving.access.limits import Limits
 from serving.health import HealthProbe
 from serving.metrics import Metrics
 from serving.middleware import RequestMiddleware
@@ -37,10 +38,21 @@ from serving.service import Service
 logger = logging.getLogger(__name__)
 
 
-def create_app(service: Service, page: ASGIApp | None = None) -> RequestMiddleware:
-    """Return the whole app; with a page it serves every path that is not the API's and gets the lifespan events."""
-    metrics = Metrics(service.store)
-    authenticator = Authenticator(service.store, service.settings)
+def create_app(
+    service: Service, page: ASGIApp | None = None, limits: Limits | None = None, metrics: Metrics | None = None
+) -> RequestMiddleware:
+    """Return the whole app.
+
+    Args:
+        service: that predicts and explains.
+        page: serves every path that is not the API's, and gets the lifespan events.
+        limits: what callers may use; by default of this app alone.
+        metrics: by default those of this app alone.
+    Returns:
+        An ASGI app.
+    """
+    metrics = metrics or Metrics(service.store)
+    authenticator = Authenticator(service.store, service.settings, limits)
     api = create_api(service, metrics, authenticator)
     return RequestMiddleware(api, service.settings, metrics.responded, authenticator=authenticator, page=page)
 

@@ -3,57 +3,46 @@
     ingress (FastAPI) -> predictor (forward, triage, commit)
                       -> explainer (heat maps of stored predictions)
                       -> page (Gradio, which is a client of the ingress)
+                      -> counts (limits and metrics of several ingress replicas)
 
-The ingress listens on the service's port itself (see `http_server`). Errors of the tree in `records.errors` travel
-between replicas as `Failure` values, because Ray wraps exceptions and loses their type and arguments.
+The ingress listens on the service's port itself (see `http_server`), or behind Ray Serve's proxies, by
+`serving.http`. What each part holds, and where what several replicas share is, is in docs/decisions/037.
 """
 
 import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import ray
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
-from records.errors import ImageError, RelookError, UnavailableError, error_class
+from records.errors import RelookError, UnavailableError
 from records.settings import RecordsSettings
-from records.store import Store, open_store
+from records.store import open_store
 from records.types import Prediction
-from serving.grouping import CallGrouping
+from serving.access.together import Ask, Held, Reports, SharedCounts, SharedLimits
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
+from serving.metrics import Metrics, Samples
 from serving.page_proxy import PageAddress, PageProxy, RequireToken
+from serving.remote import APPLICATION, Failure, RemoteCounts, RemoteService, called, failure
+from serving.replicas import Part
 from serving.settings import ServingSettings, compute_threads
 
-T = TypeVar("T")
+__all__ = ["APPLICATION", "build_application", "serve_environment"]
 
-APPLICATION = "relook"
 EXPLAINER_NICENESS = 10
-MAX_CALLS = 4
-"""Concurrent calls to the predictor; requests that arrive meanwhile share the next call. With four, one batch computes
-and one commits while two more are collected."""
+SHUTDOWN_S = 20.0
+"""How long a replica that is removed may take to finish what it took, seconds."""
+
+METRICS_S = 1.0
+"""How often the load is reported to the autoscaler, seconds."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An error as a value, to be sent from one replica to another."""
-
-    kind: str
-    message: str
-    code: str | None = None
-
-    def error(self) -> RelookError:
-        """Return the error that this value was made of."""
-        if self.code is not None:
-            return ImageError(self.message, self.code)
-        return error_class(self.kind)(self.message)
 
 
 class PredictorReplica:
@@ -65,7 +54,9 @@ class PredictorReplica:
 
         _set_threads(settings.predictor_cpus)
         self._predictor = Predictor(open_store(records), settings)
+        self._is_one_of_several = settings.predictor_max_replicas > 1
         self._started = False
+        self._lags = False
 
     async def check_health(self) -> None:
         """Start at the first call, which Serve makes before any request; later raise if a loop has ended."""
@@ -73,27 +64,68 @@ class PredictorReplica:
         # replica gets none before its model is loaded.
         if not self._started:
             await self._predictor.start()
+            state = self._predictor.state()
+            if state.model is None and self._is_one_of_several:
+                # It would fail its requests at once, look idle, and be sent more of them than the others.
+                await self._predictor.stop()
+                raise UnavailableError(f"this predictor cannot load the model: {state.detail}")
             self._started = True
         self._predictor.check()
+        if self._lags:
+            # Others serve a model that this one cannot load; another replica may be able to.
+            raise UnavailableError(f"this predictor does not follow the others: {self._predictor.state().detail}")
 
-    async def predict(self, requests: list[PredictionRequest]) -> list[StoredPrediction | Failure]:
-        """Predict the images of one call; see `Predictor.predict`."""
+    async def predict(
+        self, requests: list[PredictionRequest], generation: int
+    ) -> tuple[int, list[StoredPrediction | Failure]] | Failure:
+        """Predict the images of one call; see `Predictor.predict`.
+
+        Args:
+            requests: images with their contexts.
+            generation: of the ledger that a caller has seen a prediction of.
+        Returns:
+            The generation that was followed here, and a prediction or its error per request.
+        """
+        try:
+            await self._follow(generation)
+        except RelookError as error:
+            return failure(error)
         # All at once: the predictor forms its own batches of them and of the requests of other calls.
-        return list(await asyncio.gather(*map(self._predict, requests)))
+        results = list(await asyncio.gather(*map(self._predict, requests)))
+        return self._predictor.generation, results
 
     async def _predict(self, request: PredictionRequest) -> StoredPrediction | Failure:
         try:
             return await self._predictor.predict(request)
         except RelookError as error:
-            return _failure(error)
+            return failure(error)
         except Exception as error:
             # One failed request must not fail the others of the call, whose predictions are committed.
             logger.exception("request %s failed", request.request_id)
-            return _failure(RelookError(f"a request failed: {type(error).__name__}"))
+            return failure(RelookError(f"a request failed: {type(error).__name__}"))
 
-    async def state(self) -> ServingState:
-        """Return which model serves, or why none does."""
-        return self._predictor.state()
+    async def _follow(self, generation: int) -> None:
+        try:
+            await self._predictor.follow(generation)
+        except UnavailableError:
+            self._lags = self._is_one_of_several and self._predictor.lags
+            raise
+        self._lags = False
+
+    async def state(self, generation: int) -> tuple[int, ServingState] | Failure:
+        """Return which model serves, or why none does, after following the ledger to a generation."""
+        try:
+            await self._follow(generation)
+        except RelookError as error:
+            return failure(error)
+        return self._predictor.generation, self._predictor.state()
+
+    async def trouble(self) -> str | None:
+        """Return why this replica does not serve what the ledger names; None if it does."""
+        if not self._predictor.lags:
+            return None
+        name = serve.get_replica_context().replica_id.unique_id
+        return f"predictor {name}: {self._predictor.state().detail}"
 
     async def __del__(self) -> None:
         await self._predictor.stop()
@@ -127,52 +159,30 @@ class ExplainerReplica:
         try:
             return await asyncio.to_thread(function, *arguments)
         except RelookError as error:
-            return _failure(error)
+            return failure(error)
 
 
-class RemoteService:
-    """The `Service` of the ingress: ledger and blobs here, computation by handles of the other replicas."""
+class CountsReplica:
+    """Runs `SharedCounts` in a replica, where there are several ingress replicas."""
 
-    def __init__(
-        self,
-        store: Store,
-        settings: ServingSettings,
-        predictor: DeploymentHandle[Any],
-        explainer: DeploymentHandle[Any],
-    ) -> None:
-        self.store = store
-        self.settings = settings
-        self._predictor = predictor
-        self._explainer = explainer
-        self._calls = CallGrouping(self._predict, MAX_CALLS, settings.max_batch_size)
+    def __init__(self, settings: ServingSettings) -> None:
+        self._counts = SharedCounts(settings)
 
-    async def predict(self, request: PredictionRequest) -> StoredPrediction:
-        """Predict one image; see `Predictor.predict`."""
-        result = await self._calls.submit(request)
-        if isinstance(result, Failure):
-            raise result.error()
-        return result
+    async def ask(self, member: str, held: Held, asks: Sequence[Ask]) -> tuple[int, list[bool]]:
+        """See `SharedCounts.ask`."""
+        return await self._counts.ask(member, held, asks)
 
-    async def _predict(self, requests: list[PredictionRequest]) -> list[StoredPrediction | Failure]:
-        results: list[StoredPrediction | Failure] = await _called(self._predictor.predict.remote(requests))
-        return results
+    async def saw(self, generation: int) -> None:
+        """See `SharedCounts.saw`."""
+        await self._counts.saw(generation)
 
-    async def explain(
-        self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None
-    ) -> HeatMap:
-        """Explain a stored prediction; see `Explainer.explain`."""
-        heat_map: HeatMap = await _called(self._explainer.explain.remote(prediction, method, target, versus))
-        return heat_map
+    async def report(self, member: str, samples: Samples) -> None:
+        """See `SharedCounts.report`."""
+        await self._counts.report(member, samples)
 
-    async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
-        """Explain an image that is not stored; see `Explainer.explain_image`."""
-        heat_map: HeatMap = await _called(self._explainer.explain_image.remote(image, method, target, versus))
-        return heat_map
-
-    async def state(self) -> ServingState:
-        """Return which model serves, or why none does."""
-        state: ServingState = await _called(self._predictor.state.remote())
-        return state
+    async def parts(self) -> list[Samples]:
+        """See `SharedCounts.parts`."""
+        return await self._counts.parts()
 
 
 class PageReplica:
@@ -184,7 +194,9 @@ class PageReplica:
 
         self._token = secrets.token_urlsafe(32)
         app = RequireToken(page_app(settings, open_store(records)), self._token)
-        self._server = HttpServer(app, "127.0.0.1", 0)
+        # Behind Ray Serve's proxies an ingress may run on any node, and reaches the page by the address of its node.
+        self._host = _node_address() if settings.http == "serve" else "127.0.0.1"
+        self._server = HttpServer(app, self._host, 0)
 
     async def check_health(self) -> None:
         """Start to listen at the first call; later raise if the listener has ended."""
@@ -192,14 +204,14 @@ class PageReplica:
 
     async def address(self) -> PageAddress:
         """Return where the page listens."""
-        return PageAddress(self._server.port, self._token)
+        return PageAddress(self._server.port, self._token, self._host)
 
     async def __del__(self) -> None:
         await self._server.stop()
 
 
-class IngressReplica:
-    """Listens for HTTP: serves the API and forwards requests for the page."""
+class _Ingress:
+    """The whole HTTP app in a replica, whoever listens for it."""
 
     def __init__(
         self,
@@ -208,45 +220,110 @@ class IngressReplica:
         predictor: DeploymentHandle[Any],
         explainer: DeploymentHandle[Any],
         page: DeploymentHandle[Any] | None,
+        counts: DeploymentHandle[Any] | None,
     ) -> None:
         from serving.app import create_app
-        from serving.http_server import HttpServer, limits_of
 
         async def find_page() -> PageAddress:
             assert page is not None
-            found: PageAddress = await _called(page.address.remote())
+            found: PageAddress = await called(page.address.remote())
             return found
 
-        service = RemoteService(open_store(records), settings, predictor, explainer)
-        app = create_app(service, None if page is None else PageProxy(find_page))
-        self._server = HttpServer(app, settings.host, settings.port, limits_of(settings, app.on_response))
+        store = open_store(records)
+        metrics, limits, self._reports = Metrics(store), None, None
+        if counts is not None:
+            member, shared = serve.get_replica_context().replica_id.unique_id, RemoteCounts(counts)
+            limits, self._reports = SharedLimits(settings, shared, member), Reports(metrics, shared, member)
+        service = RemoteService(store, settings, predictor, explainer, limits)
+        self._app = create_app(service, None if page is None else PageProxy(find_page), limits, metrics)
+        self._reporting: asyncio.Task[None] | None = None
+
+    async def check_health(self) -> None:
+        """Begin to report metrics at the first call; later raise if that has ended."""
+        if self._reports is None:
+            return
+        if self._reporting is None:
+            self._reporting = asyncio.create_task(self._reports.run())
+        elif self._reporting.done():
+            raise UnavailableError("metrics are not reported any more")
+
+    async def __del__(self) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()
+
+
+class ListeningIngress(_Ingress):
+    """The ingress that listens on the service's port itself."""
+
+    def __init__(self, settings: ServingSettings, records: RecordsSettings, *handles: Any) -> None:
+        from serving.http_server import HttpServer, limits_of
+
+        super().__init__(settings, records, *handles)
+        self._server = HttpServer(
+            self._app,
+            settings.host,
+            settings.port,
+            limits_of(settings, self._app.on_response),
+            shares_port=settings.ingress_max_replicas > 1,
+        )
 
     async def check_health(self) -> None:
         """Start to listen at the first call; later raise if the listener has ended."""
+        await super().check_health()
         await self._server.check()
 
     async def __del__(self) -> None:
         await self._server.stop()
+        await super().__del__()
 
 
-def build_application(settings: ServingSettings, records: RecordsSettings, node: str) -> serve.Application:
+@serve.ingress()
+class ProxiedIngress(_Ingress):
+    """The ingress behind Ray Serve's proxies."""
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the app, which Ray Serve calls."""
+        return self._app
+
+
+def build_application(
+    settings: ServingSettings,
+    records: RecordsSettings,
+    node: str | None,
+    predictor_class: type[PredictorReplica] = PredictorReplica,
+) -> serve.Application:
     """Return the Ray Serve application; nothing is started.
 
     Args:
         settings: of the service.
         records: `home` must be absolute, since replicas run in other folders.
-        node: IP address of the Ray node that listens for HTTP; the other replicas run wherever there is room.
+        node: IP address of the Ray node that listens for HTTP, if the ingress does so itself; the other replicas run
+            wherever there is room.
+        predictor_class: runs in the replicas of the predictor; measurements give one with a slower network.
     Returns:
         The application.
     """
-    predictor = _deployment(PredictorReplica, "predictor", settings, settings.predictor_cpus).bind(settings, records)
-    explainer = _deployment(ExplainerReplica, "explainer", settings, settings.explainer_cpus).bind(settings, records)
+    predictor = _deployment(predictor_class, settings, settings.part("predictor")).bind(settings, records)
+    explainer = _deployment(ExplainerReplica, settings, settings.part("explainer")).bind(settings, records)
     # Ray gives every node a resource of this name. It pins the ingress to the node of the command: `settings.host`,
     # loopback above all, means that machine.
-    here = {f"node:{node}": 0.001}
-    ingress = _deployment(IngressReplica, "ingress", settings, settings.ingress_cpus, here)
-    page = _deployment(PageReplica, "page", settings, 0, here).bind(settings, records) if settings.page else None
-    return ingress.bind(settings, records, predictor, explainer, page)
+    here = {f"node:{node}": 0.001} if settings.http == "own" else {}
+    is_own = settings.http == "own"
+    ingress = _deployment(ListeningIngress if is_own else ProxiedIngress, settings, settings.part("ingress"), here)
+    page = counts = None
+    if settings.page:
+        page = _deployment(PageReplica, settings, Part("page", 1, 1, 1.0, 0.0), here).bind(settings, records)
+    if settings.ingress_max_replicas > 1:
+        counts = _deployment(CountsReplica, settings, Part("counts", 1, 1, 1.0, 0.0)).bind(settings)
+    return ingress.bind(settings, records, predictor, explainer, page, counts)
+
+
+def proxy_options(settings: ServingSettings) -> dict[str, Any]:
+    """Return where Ray Serve's proxies listen, with `serving.http=serve`."""
+    from serving.http_server import KEEP_ALIVE_S
+
+    host = "127.0.0.1" if settings.host == "localhost" else settings.host
+    return {"host": host, "port": settings.port, "keep_alive_timeout_s": KEEP_ALIVE_S}
 
 
 def serve_environment() -> dict[str, str]:
@@ -256,25 +333,31 @@ def serve_environment() -> dict[str, str]:
     """
     return {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # The ingress listens itself, so no replica may open an HTTP port through Serve.
+        # The ingress or Serve's proxy listens, so no replica may open an HTTP port of its own through Serve.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_S),
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(METRICS_S),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "NO_ALBUMENTATIONS_UPDATE": "1",
     }
 
 
 def _deployment(
-    replica: type, name: str, settings: ServingSettings, cpus: float, resources: Mapping[str, float] | None = None
+    replica: type, settings: ServingSettings, part: Part, resources: Mapping[str, float] | None = None
 ) -> serve.Deployment:
     # Without OMP_NUM_THREADS, Ray gives a replica one OpenMP thread, whatever CPUs it reserves.
-    environment = {**serve_environment(), "OMP_NUM_THREADS": str(compute_threads(cpus))}
+    environment = {**serve_environment(), "OMP_NUM_THREADS": str(compute_threads(part.cpus))}
+    number: dict[str, Any] = {"num_replicas": part.min_replicas}
+    if part.max_replicas > part.min_replicas:
+        number = {"autoscaling_config": _autoscaling(settings, part)}
     make: Any = serve.deployment
     deployment: serve.Deployment = make(
         replica,
-        name=name,
-        num_replicas=1,
+        name=part.name,
+        **number,
         ray_actor_options={
-            "num_cpus": cpus,
+            "num_cpus": part.cpus,
+            "num_gpus": part.gpus,
             "resources": dict(resources or {}),
             "runtime_env": {"env_vars": environment},
         },
@@ -283,29 +366,30 @@ def _deployment(
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=8,
+        graceful_shutdown_timeout_s=SHUTDOWN_S,
         max_constructor_retry_count=2,
     )
     return deployment
+
+
+def _autoscaling(settings: ServingSettings, part: Part) -> dict[str, Any]:
+    return {
+        "min_replicas": part.min_replicas,
+        "max_replicas": part.max_replicas,
+        "target_ongoing_requests": part.target_ongoing,
+        "upscale_delay_s": settings.scale_up_delay_s,
+        "downscale_delay_s": settings.scale_down_delay_s,
+        # Averaged over no longer than a decision may take.
+        "look_back_period_s": max(2.0, min(30.0, settings.scale_up_delay_s)),
+        "metrics_interval_s": METRICS_S,
+    }
+
+
+def _node_address() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _set_threads(cpus: float) -> None:
     import torch
 
     torch.set_num_threads(compute_threads(cpus))
-
-
-def _failure(error: RelookError) -> Failure:
-    code = error.code if isinstance(error, ImageError) else None
-    return Failure(type(error).__name__, str(error), code)
-
-
-async def _called(response: Any) -> Any:
-    try:
-        result = await response
-    # A replica that died or is being replaced; callers get 503 and may repeat the request.
-    except (RayError, RayServeException) as error:
-        raise UnavailableError(f"a replica does not respond: {type(error).__name__}") from error
-    if isinstance(result, Failure):
-        raise result.error()
-    return result

@@ -17,6 +17,7 @@ from pathlib import Path
 from records.errors import RelookError, UnavailableError
 from records.models import serving_model
 from records.store import Store
+from serving.messages import ServingState
 from serving.schemas import ServedModelInfo
 from serving.service import Service
 
@@ -38,6 +39,8 @@ class HealthReport:
     """one sentence per part that is missing, without details"""
     details: list[str]
     """the same with the errors, for administrators"""
+    troubles: tuple[str, ...] = ()
+    """why single predictors do not serve, while others do"""
 
 
 class HealthProbe:
@@ -65,26 +68,28 @@ class HealthProbe:
 
     async def _look(self) -> HealthReport:
         parts = asyncio.gather(*(self._part(name) for name in self._parts))
-        model, detail = await self._model()
+        state = await self._state()
+        model = state.model
         found = await parts
         missing = ["no model is loaded"] if model is None else []
-        details = [f"no model is loaded: {detail}"] if model is None else []
+        details = [f"no model is loaded: {state.detail}"] if model is None else []
         for name, error in zip(self._parts, found, strict=True):
             if error is not None:
                 missing.append(f"{name} cannot be used")
                 details.append(f"{name} cannot be used: {error}")
         if details and (self._report is None or details != self._report.details):
             logger.error("not ready: %s", "; ".join(details))
-        return HealthReport(model, missing, details)
+        if state.troubles and (self._report is None or state.troubles != self._report.troubles):
+            logger.error("some predictors do not serve: %s", "; ".join(state.troubles))
+        return HealthReport(model, missing, details, state.troubles)
 
-    async def _model(self) -> tuple[ServedModelInfo | None, str]:
+    async def _state(self) -> ServingState:
         try:
-            state = await asyncio.wait_for(self._service.state(), PROBE_TIMEOUT_S)
+            return await asyncio.wait_for(self._service.state(), PROBE_TIMEOUT_S)
         except TimeoutError:
-            return None, "the predictor does not respond"
+            return ServingState(None, "the predictor does not respond")
         except RelookError as error:
-            return None, str(error)
-        return state.model, state.detail
+            return ServingState(None, str(error))
 
     async def _part(self, name: str) -> BaseException | None:
         # A probe that hangs is not started again: it would hold one more thread.

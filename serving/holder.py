@@ -77,6 +77,8 @@ class ModelHolder:
         """of the ledger when it named the model that serves here; see `records.models.generation`"""
         self.follows = False
         """whether the last `refresh` left here what the ledger names"""
+        self.is_stuck = False
+        """whether the ledger names a model that could not be loaded here"""
 
     @property
     def current(self) -> ServedModel:
@@ -103,9 +105,10 @@ class ModelHolder:
             try:
                 with self._store.ledger.read() as tx:
                     named, number = serving_model(tx), generation(tx)
+                self.is_stuck = named is not None
                 changed = named is not None and self._follow(named, number)
                 if named is None or (self._current is not None and self._current.id == named.id):
-                    self.generation, self.follows = number, True
+                    self.generation, self.follows, self.is_stuck = number, True, False
                 return changed
             except Exception as error:  # noqa: BLE001 - whatever is broken in a bundle
                 # Neither an unreachable ledger nor a broken new model may stop the current one from serving.

@@ -43,10 +43,20 @@ class HttpServer:
         host: address to listen on.
         port: TCP port; 0 picks a free one.
         limits: of its connections; None for a listener that only this program calls.
+        shares_port: whether other processes listen on the port, too; the kernel divides connections among them.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, limits: ConnectionLimits | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        limits: ConnectionLimits | None = None,
+        *,
+        shares_port: bool = False,
+    ) -> None:
         self._address = (host, port)
+        self._shares_port = shares_port
         self.port = port
         """where it listens, once it does"""
         self._connections = None if limits is None else Connections(limits)
@@ -67,7 +77,7 @@ class HttpServer:
             ConfigError: the port is in use.
             UnavailableError: the app did not start.
         """
-        listening = bind(*self._address)
+        listening = bind(*self._address, shared=self._shares_port)
         self.port = listening.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
         if self._connections is not None:
@@ -112,13 +122,23 @@ def limits_of(settings: ServingSettings, on_response: Callable[[int], None]) -> 
     )
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a bound, listening TCP socket; port 0 picks a free one. ConfigError if the port cannot be used."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """Return a bound, listening TCP socket; ConfigError if the port cannot be used.
+
+    Args:
+        host: address.
+        port: 0 picks a free one.
+        shared: whether other processes of this user may listen on the port, too, if they say the same.
+    Returns:
+        The socket.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY only on sockets whose protocol is given; without it a response takes 40 ms longer.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     # Without it, closed connections in TIME_WAIT keep the port blocked for a minute after a restart.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((host, port))
         bound.listen(BACKLOG)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -21,8 +22,9 @@ from records.home import open_home
 from records.settings import RecordsSettings
 from serving.access.keys import admin_token
 from serving.client import Client
-from serving.deployments import APPLICATION, build_application, serve_environment
+from serving.deployments import APPLICATION, build_application, proxy_options, serve_environment
 from serving.preconditions import require_startable
+from serving.replicas import require_room
 from serving.settings import ServingSettings
 
 __all__ = ["ServiceHandle", "require_startable", "run_service", "serve_environment", "start_service"]
@@ -42,21 +44,30 @@ class ServiceHandle:
         _shut_down()
 
 
-def start_service(settings: ServingSettings, records: RecordsSettings) -> ServiceHandle:
+def start_service(settings: ServingSettings, records: RecordsSettings, **replaced: Any) -> ServiceHandle:
     """Start the service on the Ray that is initialised in this process, and wait until it is ready.
 
-    Raises ConfigError or UnknownIdError for a failed precondition, and UnavailableError if the service is not ready in
-    time; that message ends with the one of Ray Serve.
+    Args:
+        settings: of the service.
+        records: its home and ledger.
+        replaced: parts of the application, see `build_application`.
+    Returns:
+        The running service.
+    Raises:
+        ConfigError: a precondition fails, or the cluster has too little room for the replicas.
+        UnknownIdError: no model was promoted.
+        UnavailableError: the service is not ready in time; the message ends with the one of Ray Serve.
     """
     require_startable(settings, records)
     # Replicas run in other working folders, so a relative home would be another folder there.
     absolute = records.model_copy(update={"home": Path(os.path.abspath(records.home.expanduser()))})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # No HTTP proxies: the ingress listens itself.
-    serve.start(proxy_location="Disabled")
+    require_room(settings, ray.cluster_resources())  # type: ignore[no-untyped-call]
+    _start_serve(settings)
     node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    application = build_application(settings, absolute, node)
-    target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
+    application = build_application(settings, absolute, node, **replaced)
+    route = "/" if settings.http == "serve" else None
+    target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=route)
     try:
         # Serve waits without a limit; `_wait_until_ready` has one and reports why a deployment failed.
         serve.run_many([target], wait_for_applications_running=False)
@@ -69,13 +80,21 @@ def start_service(settings: ServingSettings, records: RecordsSettings) -> Servic
 
 
 @contextlib.contextmanager
-def run_service(settings: ServingSettings, records: RecordsSettings) -> Iterator[ServiceHandle]:
+def run_service(settings: ServingSettings, records: RecordsSettings, **replaced: Any) -> Iterator[ServiceHandle]:
     """Run the service for the length of a block; see `start_service`."""
-    handle = start_service(settings, records)
+    handle = start_service(settings, records, **replaced)
     try:
         yield handle
     finally:
         handle.stop()
+
+
+def _start_serve(settings: ServingSettings) -> None:
+    if settings.http == "own":
+        # No HTTP proxies: the ingress listens itself.
+        serve.start(proxy_location="Disabled")
+        return
+    serve.start(proxy_location="EveryNode", http_options=proxy_options(settings))
 
 
 def _shut_down() -> None:

@@ -30,6 +30,8 @@ class PredictionRequest:
     organisation: str = "local"
     idempotency_key: str | None = None
     explain: bool = False
+    repeated: bool = False
+    """whether a replica that was lost may have stored its prediction already"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +66,5 @@ class ServingState:
 
     model: ServedModelInfo | None
     detail: str
+    troubles: tuple[str, ...] = ()
+    """what keeps single replicas from serving, while others do"""

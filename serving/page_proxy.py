@@ -1,8 +1,8 @@
 """Reverse proxy to the page, which runs in a process of its own so that its work takes no CPU time from the API.
 
 `PageProxy` is the ASGI app in the ingress: it forwards requests and streams responses. `RequireToken` wraps the page's
-app: the page listens on loopback, and only requests with the token of the ingress are served. Without it, every local
-process could reach the page and bypass the authentication and limits of the ingress.
+app: only requests with the token of the ingress are served. Without it, every local process, or one on another node of
+a cluster, could reach the page and bypass the authentication and limits of the ingress.
 """
 
 import asyncio
@@ -29,10 +29,11 @@ _NOT_FORWARDED = frozenset({"connection", "keep-alive", "te", "trailer", "transf
 
 @dataclass(frozen=True, slots=True)
 class PageAddress:
-    """Port on 127.0.0.1 where the page listens, and the token that every request must carry."""
+    """Where the page listens, and the token that every request must carry."""
 
     port: int
     token: str = field(repr=False)
+    host: str = "127.0.0.1"
 
 
 class RequireToken:
@@ -100,7 +101,7 @@ class PageProxy:
             forwarded = httpx.Request(
                 request.method,
                 httpx.URL(
-                    scheme="http", host="127.0.0.1", port=address.port, raw_path=path + b"?" * bool(query) + query
+                    scheme="http", host=address.host, port=address.port, raw_path=path + b"?" * bool(query) + query
                 ),
                 headers=headers,
                 content=request.stream() if has_body else None,

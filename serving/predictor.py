@@ -25,11 +25,11 @@ from records.arrays import UInt8Array
 from records.errors import UnavailableError
 from records.parts import in_parts
 from records.store import Store
-from records.types import Consent, RolloutStage
+from records.types import Consent, Prediction, RolloutStage
 from serving.holder import ModelHolder
 from serving.images import allowed_consent, take_in
 from serving.messages import PredictionRequest, ServingState, StoredPrediction
-from serving.outbox import StoredImage
+from serving.outbox import StoredImage, review_of
 from serving.recording import Job, Recorder, Result, pixels_of, same_image
 from serving.rollout.candidate import CandidateOutput, CandidateRows, CandidateRunner
 from serving.settings import ServingSettings, compute_threads
@@ -127,6 +127,11 @@ class Predictor:
         """Generation of the ledger that predictions made so far may have followed; see `records.models.generation`."""
         return max(self._holder.generation, self._candidate.generation)
 
+    @property
+    def lags(self) -> bool:
+        """Whether the ledger names a model that could not be loaded here."""
+        return self._holder.is_stuck
+
     async def follow(self, generation: int) -> None:
         """Follow the ledger at once if another replica has seen a later generation of it.
 
@@ -199,8 +204,8 @@ class Predictor:
         """Return a decoded job, or the stored prediction of a repeated request. Runs in a thread for decoding."""
         arrived_s = time.perf_counter()
         image = self._take_in(request)
-        if request.idempotency_key is not None:
-            repeated = self._recorder.repeated(request)
+        if request.idempotency_key is not None or request.repeated:
+            repeated = self._stored(request, image)
             if repeated is not None:
                 return same_image(repeated, image)
         # The job keeps this model even if the models are swapped: its pixels have the size that this model needs.
@@ -216,6 +221,15 @@ class Predictor:
             # harmless. The other order could leave a row that refers to a missing blob.
             self._store.blobs.put(image.data)
         return Job(request, image, consent, model, squares[side_px], arrived_s, squares=squares)
+
+    def _stored(self, request: PredictionRequest, image: StoredImage) -> StoredPrediction | None:
+        """Return the prediction of an earlier attempt, if it was written."""
+        if request.idempotency_key is not None:
+            return self._recorder.repeated(request)
+        attempted = {"image_id": image.id, "request_id": request.request_id, "served": True}
+        with self._store.ledger.read() as tx:
+            found = tx.find(Prediction, where=attempted, limit=1)
+            return StoredPrediction(found[0], review_of(tx, found[0])) if found else None
 
     def _take_in(self, request: PredictionRequest) -> StoredImage:
         return take_in(self._store, request.image, self._settings.max_pixels)

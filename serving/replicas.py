@@ -18,7 +18,7 @@ from records.settings import RoomSettings
 class Part:
     """One part of the service, as Ray Serve runs it."""
 
-    name: Literal["ingress", "predictor", "explainer"]
+    name: str
     min_replicas: int
     max_replicas: int
     target_ongoing: float

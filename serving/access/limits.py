@@ -50,10 +50,11 @@ class Limits:
 
     Args:
         settings: how much there is.
+        clock_s: a monotonic clock, seconds.
     """
 
-    def __init__(self, settings: ServingSettings) -> None:
-        self._rates = RateLimit(settings.rate_limit_per_minute)
+    def __init__(self, settings: ServingSettings, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._rates = RateLimit(settings.rate_limit_per_minute, clock_s)
         self._slots: dict[Slot, Shares] = {
             "images": Shares(settings.max_in_flight),
             "maps": Shares(settings.max_explaining),

@@ -8,6 +8,7 @@ gets the errors, too.
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
 from records.types import Scope
@@ -31,7 +32,10 @@ def health_router(authenticator: Authenticator, metrics: Metrics, probe: HealthP
     async def readyz(request: Request, response: Response) -> Readiness:
         """Return whether predictions can be made: a verified model, ledger and image store respond, disk is left."""
         found = await probe.check()
-        told = found.details if await authenticator.is_admin(request.scope) else found.missing
+        if await authenticator.is_admin(request.scope):
+            told = [*found.details, *found.troubles]
+        else:
+            told = found.missing + ["some predictors do not serve"] * bool(found.troubles)
         if found.missing:
             # A load balancer reads the status only, a person the detail.
             response.status_code = 503
@@ -39,10 +43,11 @@ def health_router(authenticator: Authenticator, metrics: Metrics, probe: HealthP
         return Readiness(ready=not found.missing, model=model, detail="; ".join(told) or "ready")
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    def read_metrics(
+    async def read_metrics(
         caller: Annotated[Caller, Depends(authenticator.requires(Scope.METRICS, Scope.AUDIT))],
     ) -> Response:
         """Return metrics in Prometheus' text format."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        text = await run_in_threadpool(metrics.text, await metrics.parts())
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     return router
