@@ -49,6 +49,7 @@ call 200 POST /v1/predictions -F "file=@$IMAGE"
 { printf '{"image_base64": "'; base64 "$IMAGE" | tr -d '\n'; printf '", "context": {"age": 61}}'; } > "$sent"
 call 200 POST /v1/predictions "${JSON[@]}" --data-binary "@$sent"
 call 200 GET  "/v1/predictions/$id"
+call 200 GET  "/v1/predictions/$id?wait=0.5"
 call 200 GET  '/v1/predictions?decision=review&limit=5'
 
 # the same by the Open Inference Protocol, with the image as base64 and, behind the JSON, as it is

@@ -85,6 +85,7 @@ class Client:
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._retry_s = retry_s
+        self._timeout_s = timeout_s
         # trust_env off: a proxy that the environment sets for the internet must not see the images.
         self._http = httpx.Client(
             base_url=base_url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
@@ -141,9 +142,15 @@ class Client:
         response = self._send("POST", "/v1/predictions", headers=headers, params=parameters, **sent)
         return _parsed(PredictionResponse, response)
 
-    def prediction(self, prediction_id: str) -> PredictionResponse:
-        """Return a stored prediction; UnknownIdError if there is none."""
-        return _parsed(PredictionResponse, self._send("GET", f"/v1/predictions/{prediction_id}"))
+    def prediction(self, prediction_id: str, *, wait_s: float = 0.0) -> PredictionResponse:
+        """Return a stored prediction; UnknownIdError if there is none.
+
+        With `wait_s` (up to 60) the service responds only once annotators have looked at it, or that time is over.
+        """
+        parameters = {"wait": wait_s} if wait_s else {}
+        timeout_s = max(wait_s + self._timeout_s, self._timeout_s)
+        path = f"/v1/predictions/{prediction_id}"
+        return _parsed(PredictionResponse, self._send("GET", path, params=parameters, timeout=timeout_s))
 
     def predictions(self, *, decision: str | None = None, after: str | None = None, limit: int = 50) -> PredictionPage:
         """Return a page of predictions, newest first; `after` is `next` of the page before."""

@@ -168,6 +168,12 @@ class LimitedProtocol(HttpToolsProtocol):
                 cycle.scope["state"].setdefault("ended", 499)
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Finish what runs, since the listener stops; requests that only wait learn of it and end."""
+        if self.cycle is not None:
+            self.cycle.scope["state"]["stopping"] = True
+        super().shutdown()
+
     def abort(self) -> None:
         """Close the connection at once, whatever is under way."""
         self.transport.abort()

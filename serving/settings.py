@@ -79,6 +79,9 @@ class ServingSettings(ReplicaSettings):
         description="images predicted at the same time; further requests get 429, and so do those of a key that holds "
         "more than twice what is left",
     )
+    max_waiting: int = Field(
+        default=64, ge=1, le=10_000, description="requests that wait for a review at a time; further ones get 429"
+    )
     retry_after_s: int = Field(default=1, ge=1, le=3600, description="wait that a 429 or 503 asks for, seconds")
 
     max_explaining: int = Field(

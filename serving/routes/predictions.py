@@ -3,9 +3,11 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
 
 from records.types import Decision, Scope
 from serving.access.keys import Caller
+from serving.outbox import OPEN_STATES
 from serving.responses import batch_body, find_prediction, prediction_body, read_page
 from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
@@ -18,6 +20,7 @@ from serving.schemas import (
     PredictionResponse,
 )
 from serving.service import Service
+from serving.waiting import ReviewWaits
 
 
 def predictions_router(service: Service, authenticator: Authenticator, admission: Admission) -> APIRouter:
@@ -71,6 +74,8 @@ def _add_batch(router: APIRouter, admission: Admission, authenticator: Authentic
 
 
 def _add_reading(router: APIRouter, service: Service, authenticator: Authenticator) -> None:
+    waits = ReviewWaits(service.store, service.settings.max_waiting)
+
     @router.get("", response_model=PredictionPage)
     def list_predictions(
         caller: Annotated[Caller, Depends(authenticator.requires(None))],
@@ -82,9 +87,17 @@ def _add_reading(router: APIRouter, service: Service, authenticator: Authenticat
         return read_page(service.store, caller, decision, after, limit)
 
     @router.get("/{prediction_id}", response_model=PredictionResponse)
-    def read_prediction(
-        prediction_id: PredictionId, caller: Annotated[Caller, Depends(authenticator.requires(None))]
+    async def read_prediction(
+        prediction_id: PredictionId,
+        request: Request,
+        caller: Annotated[Caller, Depends(authenticator.requires(None))],
+        wait: Annotated[
+            float, Query(ge=0, le=60, description="respond once annotators have looked at it, at most so long; seconds")
+        ] = 0.0,
     ) -> PredictionResponse:
         """Return a stored prediction with the current state of its review."""
-        prediction, review = find_prediction(service.store, prediction_id, caller)
+        prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
+        if wait and review is not None and review.state in OPEN_STATES:
+            await waits.until_closed(review, caller.share, wait, request.scope["state"])
+            prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         return prediction_body(prediction, review, None, service.store.taxonomy)
