@@ -4,6 +4,8 @@ In: untrusted bytes. Out: a `StoredImage` without metadata, or an `ImageError`. 
 before any pixel is decoded.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from images.overlay import overlay_png
@@ -83,12 +85,14 @@ def attribution_map(
     )
 
 
-def allowed_consent(store: Store, image_id: str, wanted: Consent) -> Consent:
-    """Return the consent that a request may use: an image that was erased is predicted, and nothing of it is kept."""
-    if wanted is Consent.NONE:
-        return wanted
+def allowed_consents(store: Store, image_ids: Sequence[str], wanted: Sequence[Consent]) -> list[Consent]:
+    """Return the consents that requests may use: an image that was erased is predicted, and nothing of it is kept."""
+    asked = {image_id for image_id, consent in zip(image_ids, wanted, strict=True) if consent is not Consent.NONE}
+    if not asked:
+        return list(wanted)
     with store.ledger.read() as tx:
-        return as_allowed(tx.get(Image, image_id), wanted)
+        known = {image.id: image for image in tx.find(Image, where={"id": asked})}
+    return [as_allowed(known.get(image_id), consent) for image_id, consent in zip(image_ids, wanted, strict=True)]
 
 
 def _is_known(store: Store, data: bytes) -> bool:

@@ -1,7 +1,7 @@
 """The predictor: micro-batches from concurrent requests, one transaction per batch.
 
-    request -> take in, decode (threads) -> queue -> forward pass (a thread per core)
-            -> triage, overlays, commit (one thread) -> response
+    request -> take in, decode (threads) -> queue -> forward pass (a thread per core), storage of images beside it
+            -> triage, commit (one thread) -> response
 
 Batch size adapts to load: a request on an idle service is computed at once, and while all cores are computing, the
 requests that arrive form the next batch. A batch that computes alone uses all cores; batches that compute at the same
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,10 +28,10 @@ from records.parts import in_parts
 from records.store import Store
 from records.types import Consent, Prediction, RolloutStage
 from serving.holder import ModelHolder
-from serving.images import allowed_consent, take_in
+from serving.images import take_in
 from serving.messages import PredictionRequest, ServingState, StoredPrediction
 from serving.outbox import StoredImage, review_of
-from serving.recording import Job, Recorder, Result, pixels_of, same_image
+from serving.recording import Job, Recorder, Result, allowed_jobs, pixels_of, same_image
 from serving.rollout.candidate import CandidateOutput, CandidateRows, CandidateRunner
 from serving.settings import ServingSettings, compute_threads
 from vision.inference.output import BatchOutput
@@ -215,11 +216,6 @@ class Predictor:
         # A costly image is decoded once for all who will need it; others are decoded at further sides on demand.
         further = (self._settings.overlay_side_px, *self._candidate.sides_px()) if decode is decode_squares else ()
         squares = decode(image.data, sorted({side_px, *further}))
-        consent = allowed_consent(self._store, image.id, consent)
-        if consent is not Consent.NONE:
-            # The blob is written before the transaction. A crash in between leaves a blob without a row, which is
-            # harmless. The other order could leave a row that refers to a missing blob.
-            self._store.blobs.put(image.data)
         return Job(request, image, consent, model, squares[side_px], arrived_s, squares=squares)
 
     def _stored(self, request: PredictionRequest, image: StoredImage) -> StoredPrediction | None:
@@ -291,6 +287,8 @@ class Predictor:
         return batch
 
     async def _compute(self, batch: list[_QueuedJob], num_threads: int) -> None:
+        # Images are stored while the network computes; the commit waits for both.
+        keeping = asyncio.create_task(self._keep(batch))
         try:
             parts = await self._in(self._forward_threads, in_parts, batch, partial(self._forward, num_threads))
         except Exception as error:
@@ -304,13 +302,24 @@ class Predictor:
             self._free_cores.release()
         try:
             # One part, unless a job failed: then it has its error, and the others are computed without it.
+            kept = dict(zip(map(id, batch), await keeping, strict=True))
             for part in parts:
                 if isinstance(part.result, Exception):
                     _fail(part.members, part.result)
                 else:
-                    await self._commit(part.members, *part.result)
+                    await self._commit(part.members, [kept[id(queued)] for queued in part.members], *part.result)
         finally:
             self._slots.release()
+
+    async def _keep(self, batch: Sequence[_QueuedJob]) -> list[Consent | Exception]:
+        """Store the images of a batch, shared among the threads for decoding; see `Recorder.keep`."""
+        jobs = [queued.job for queued in batch]
+        if all(job.consent is Consent.NONE for job in jobs):
+            return [Consent.NONE] * len(jobs)
+        share = -(-len(jobs) // self._settings.decode_threads)
+        shares = [jobs[start : start + share] for start in range(0, len(jobs), share)]
+        found = await asyncio.gather(*(self._in(self._decode_threads, self._recorder.keep, some) for some in shares))
+        return list(chain.from_iterable(found))
 
     def _forward(self, num_threads: int, batch: Sequence[_QueuedJob]) -> tuple[BatchOutput, CandidateOutput | None]:
         jobs = [queued.job for queued in batch]
@@ -327,12 +336,16 @@ class Predictor:
         return output, self._candidate.predict(selected, pixels, each_s)
 
     async def _commit(
-        self, batch: Sequence[_QueuedJob], output: BatchOutput, candidate: CandidateOutput | None
+        self,
+        batch: Sequence[_QueuedJob],
+        kept: Sequence[Consent | Exception],
+        output: BatchOutput,
+        candidate: CandidateOutput | None,
     ) -> None:
         jobs = [queued.job for queued in batch]
         try:
             record = self._recorder.record
-            results = await self._in(self._write_thread, record, jobs, output, candidate, self._candidate)
+            results = await self._in(self._write_thread, record, jobs, kept, output, candidate, self._candidate)
         except Exception as error:
             # The ledger cannot be reached, so every request of the batch fails, and callers can send them again.
             logger.exception("a batch was not written")
@@ -347,7 +360,7 @@ class Predictor:
                 queued.done.set_exception(result)
             else:
                 queued.done.set_result(result)
-        self._mirror(jobs, results)
+        self._mirror(allowed_jobs(jobs, kept), results)
 
     def _mirror(self, jobs: list[Job], results: list[Result]) -> None:
         """Predict a served batch with a candidate in shadow, in the background."""

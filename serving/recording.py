@@ -22,7 +22,7 @@ from records.parts import attempt, each_in_parts
 from records.store import Store
 from records.types import Arm, Consent, Decision, Prediction, ReviewItem
 from serving.holder import ServedModel
-from serving.images import gradcam_map
+from serving.images import allowed_consents, gradcam_map
 from serving.messages import HeatMap, PredictionRequest, StoredPrediction
 from serving.outbox import (
     PredictionRows,
@@ -52,6 +52,7 @@ class Job:
     request: PredictionRequest
     image: StoredImage
     consent: Consent
+    """as asked for; `Recorder.keep` returns what is allowed"""
     model: ServedModel
     pixels: UInt8Array
     """[S, S, 3] in the geometry of `model`"""
@@ -79,9 +80,31 @@ class Recorder:
         self._rules = TriageRules(settings.low_confidence, settings.max_set_size, settings.audit_share)
         self._drawing = drawing
 
+    def keep(self, jobs: Sequence[Job]) -> list[Consent | Exception]:
+        """Store the images of some jobs, as far as their consent allows; it may run beside their forward pass.
+
+        Returns:
+            Per job the consent that it may use, or its error.
+        """
+        if not jobs:
+            return []
+        wanted = [job.consent for job in jobs]
+        allowed = attempt(partial(allowed_consents, self._store, [job.image.id for job in jobs]), wanted)
+        if isinstance(allowed, Exception):
+            return [allowed] * len(jobs)
+        return [attempt(partial(self._keep, job), consent) for job, consent in zip(jobs, allowed, strict=True)]
+
+    def _keep(self, job: Job, consent: Consent) -> Consent:
+        if consent is not Consent.NONE:
+            # The blob is written before the transaction. A crash in between leaves a blob without a row, which is
+            # harmless. The other order could leave a row that refers to a missing blob.
+            self._store.blobs.put(job.image.data)
+        return consent
+
     def record(
         self,
         batch: Sequence[Job],
+        kept: Sequence[Consent | Exception],
         output: BatchOutput,
         candidate: CandidateOutput | None = None,
         runner: CandidateRunner | None = None,
@@ -90,6 +113,7 @@ class Recorder:
 
         Args:
             batch: N jobs of one model.
+            kept: what `keep` returned for them.
             output: of that model, N rows.
             candidate: a canary's output for some rows; the more cautious of two predictions is served.
             runner: counts the guardrails of `candidate`.
@@ -98,7 +122,9 @@ class Recorder:
         Raises:
             UnavailableError: the ledger cannot be reached.
         """
-        suitable = _suitability(batch, output)
+        batch = allowed_jobs(batch, kept)
+        known = _suitability(batch, output)
+        suitable = [one if isinstance(one, Exception) else of for one, of in zip(kept, known, strict=True)]
         # Heat maps that callers wait for are drawn in parallel; the write thread waits, which keeps commits in order of
         # batches. Without one the work is too little to hand over.
         mapped = self._drawing.map if any(job.request.explain for job in batch) else map
@@ -282,6 +308,15 @@ def square_of(job: Job, side_px: int) -> UInt8Array:
         return job.pixels
     found = job.squares.get(side_px)
     return decode_square(job.image.data, side_px) if found is None else found
+
+
+def allowed_jobs(batch: Sequence[Job], kept: Sequence[Consent | Exception]) -> list[Job]:
+    """Return jobs with the consent that they may use, which is none for one whose image could not be stored."""
+    consents = [Consent.NONE if isinstance(one, Exception) else one for one in kept]
+    return [
+        job if job.consent is consent else replace(job, consent=consent)
+        for job, consent in zip(batch, consents, strict=True)
+    ]
 
 
 def same_image(stored: StoredPrediction, image: StoredImage) -> StoredPrediction:
