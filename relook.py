@@ -246,7 +246,7 @@ def tune(
         trials: number of trials; default: `tuning.trials`.
         space: axes such as `"optimizer.learning_rate=1e-3..1e-1"`, besides those of the settings.
         fit: train the winner for all epochs and register it.
-        resume: resume the unfinished search.
+        resume: resume the unfinished search with the settings that it was started with.
         run: name of the search to resume, if there are several.
         set: settings for this search.
     Returns:
@@ -260,21 +260,26 @@ def tune(
     from records.progress import progress
     from serving.direct import Model
     from tuning.cli import show_search
+    from tuning.journal import read_journal
     from tuning.report import report_on, write_report
+    from tuning.resumed import require_unchanged, resumed_settings, with_options
     from tuning.search import fit_winner, search, search_folder, search_lease, searched_space
 
-    given = dict(set or {}) | ({} if trials is None else {"tuning.trials": trials})
-    if space:
-        given["tuning.space"] = [*home.with_settings(set).tuning.space, *space]
-    settings = home.with_settings(given)
-    # Only for its errors: an impossible space is refused before data are imported and Ray starts.
-    searched_space(settings.tuning, settings.trainers)
-    store = home.store
+    settings, store = home.with_settings(set), home.store
+    tuning, trainers = settings.tuning, settings.trainers
     folder = search_folder(store, resume=resume, name=run)
+    if resume:
+        tuning, trainers = resumed_settings(folder, tuning, trainers, list(set or {}))
+        data = data or read_journal(folder)[0].dataset_id
+    tuning = with_options(tuning, {"trials": trials}, space)
+    if resume:
+        require_unchanged(folder, tuning, trainers)
+    # Only for its errors: an impossible space is refused before data are imported and Ray starts.
+    searched_space(tuning, trainers)
     with progress() as bar:
         dataset = open_dataset(store, None if data is None else os.fspath(data), progress=bar)
     with search_lease(store, folder, resume=resume), _ray(settings), show_search() as on_event:
-        result = search(store, settings.tuning, settings.trainers, dataset, run_dir=folder, on_event=on_event)
+        result = search(store, tuning, trainers, dataset, run_dir=folder, on_event=on_event)
     model = None
     if fit:
         with progress() as bar:

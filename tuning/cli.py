@@ -14,12 +14,11 @@ from records.command import Call, advises_resume, group_verb, stdout, verb
 from records.progress import duration, progress, say, stderr
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from rich.console import RenderableType
 
-    from tuning.settings import TuningSettings
     from tuning.trials import SearchEvent
 
 app = typer.Typer()
@@ -58,31 +57,40 @@ def tune(
         bool, typer.Option("--fit/--no-fit", help="Train the winner for all epochs and register its bundle.")
     ] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the unfinished search; trials that ended are kept.")
+        bool,
+        typer.Option("--resume", help="Resume the unfinished search with its settings and ended trials."),
     ] = False,
     run: Annotated[str | None, typer.Option("--run", help="Name or folder of the search that --resume means.")] = None,
 ) -> None:
     """Search training settings; val alone chooses the winner."""
     from images.importer import open_dataset
-    from tuning.journal import FILE_NAME
+    from tuning.journal import FILE_NAME, read_journal
+    from tuning.resumed import require_unchanged, resumed_settings, with_options
     from tuning.search import fit_winner as fit
     from tuning.search import search, search_folder, search_lease, searched_space
 
     settings = call.settings
-    changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
-    tuning = _changed(settings.tuning, changes, space or [])
-    # Computed here only for its errors: an impossible space is refused before data are imported and Ray starts.
-    searched_space(tuning, settings.trainers)
+    tuning, trainers = settings.tuning, settings.trainers
     with call.store() as store:
         run_dir = search_folder(store, resume=resume, name=run)
+        if resume:
+            named = [text.partition("=")[0].strip() for text in call.sets]
+            tuning, trainers = resumed_settings(run_dir, tuning, trainers, named)
+            data = data or read_journal(run_dir)[0].dataset_id
+        changes = {"trials": trials, "searcher": searcher, "scheduler": scheduler, "confirm_seeds": seeds}
+        tuning = with_options(tuning, changes, space or [])
+        if resume:
+            require_unchanged(run_dir, tuning, trainers)
+        # Computed here only for its errors: an impossible space is refused before data are imported and Ray starts.
+        searched_space(tuning, trainers)
         # A progress of its own, ended before the search: two live displays cannot share one terminal.
         with progress() as bar:
             dataset = open_dataset(store, data, progress=bar)
-        say(f"search {run_dir.name}: {tuning.trials} trials")
+        say(f"search {run_dir.name}{' goes on' if resume else ''}: {tuning.trials} trials")
         begun = (run_dir / FILE_NAME).is_file
         lease = search_lease(store, run_dir, resume=resume)
         with lease, advises_resume(begun), call.ray(settings), show_search() as on_event:
-            result = search(store, tuning, settings.trainers, dataset, run_dir=run_dir, on_event=on_event)
+            result = search(store, tuning, trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.
         if fit_winner:
@@ -151,22 +159,3 @@ def show_search() -> "Iterator[Callable[[SearchEvent], None]]":
     view = SearchView()
     with Live(view, console=stderr, refresh_per_second=4, transient=True):
         yield view.update
-
-
-def _changed(tuning: "TuningSettings", changes: "Mapping[str, object]", space: list[str]) -> "TuningSettings":
-    """Apply the options of the command line to the settings; options that are not given change nothing."""
-    from pydantic import ValidationError
-
-    from records.errors import ConfigError
-    from records.settings import first_problem
-    from tuning.settings import TuningSettings
-
-    given = {name: value for name, value in changes.items() if value is not None}
-    try:
-        return TuningSettings.model_validate(
-            tuning.model_dump() | given | ({"space": (*tuning.space, *space)} if space else {})
-        )
-    except ValidationError as error:
-        field, reason = first_problem(error)
-        value = error.errors(include_url=False)[0]["input"]
-        raise ConfigError(f"tuning.{field.partition('.')[0] or 'tuning'} cannot be {value!r}: {reason}") from error

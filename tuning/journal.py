@@ -7,8 +7,8 @@ instead of making them again. A last line that a crash cut off is dropped; any o
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +20,13 @@ from records.durable import append, make_folders, open_log
 from records.errors import ConfigError, IntegrityError, RefusedError, UnavailableError, UnknownIdError
 from records.ids import canonical_json
 from trainers.settings import TrainersSettings
+from tuning.settings import TuningSettings
 from tuning.trials import Decision, GenerationStep, SearchHeader, TrialResult, TrialState
 
 FILE_NAME = "journal.jsonl"
 # A search may be extended by trials and seeds; any other change makes it another search.
 MAY_CHANGE = {"trials", "confirm_seeds"}
+_SETTING_OF = {"base": "trainers"} | {name: f"tuning.{name}" for name in TuningSettings.model_fields}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Past:
     trials: list[TrialResult]
     decisions: list[Decision]
     generations: list[GenerationStep]
+    tuning: dict[str, Any] = field(default_factory=dict)
+    """TuningSettings by name; empty in a journal that an older Relook wrote"""
 
 
 class Journal:
@@ -76,8 +80,8 @@ class Journal:
         self.close()
 
 
-def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
-    """Start the journal of a search, or go on with it.
+def open_journal(run_dir: Path, header: SearchHeader, tuning: Mapping[str, Any] | None = None) -> Journal:
+    """Start the journal of a search, or go on with it; `tuning` is what it is started or goes on with, for a resume.
 
     Returns the open journal, with the trials that need not run again.
     Raises RefusedError: the folder holds the journal of another search (names the difference).
@@ -97,12 +101,13 @@ def open_journal(run_dir: Path, header: SearchHeader) -> Journal:
         file = open_log(path)
     except UnavailableError as error:
         raise ConfigError(f"the search's folder {run_dir} cannot be used: {error}") from error
+    begins = {"header": header.model_dump(mode="json"), "tuning": dict(tuning or {})}
     if past is None:
         journal = Journal(file, path)
-        journal.write("search", header=header.model_dump(mode="json"))
+        journal.write("search", **begins)
         return journal
     journal = Journal(file, path, [_concluded(trial, past) for trial in past.trials], past.decisions, past.generations)
-    journal.write("search", header=header.model_dump(mode="json"))
+    journal.write("search", **begins)
     # The end of a trial that the kill came too early to write.
     for before in past.trials:
         now = journal.past[before.number]
@@ -134,6 +139,7 @@ def read_past(run_dir: Path) -> Past:
     if not path.is_file():
         raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
     header: SearchHeader | None = None
+    tuning: dict[str, Any] = {}
     trials: dict[int, TrialResult] = {}
     decisions: list[Decision] = []
     generations: list[GenerationStep] = []
@@ -141,7 +147,7 @@ def read_past(run_dir: Path) -> Past:
         try:
             entry = json.loads(line)
             if entry["kind"] == "search":
-                header = SearchHeader.model_validate(entry["header"])
+                header, tuning = SearchHeader.model_validate(entry["header"]), dict(entry.get("tuning", {}))
                 continue
             if entry["kind"] == "generation":
                 generations += [GenerationStep.model_validate(step) for step in entry["steps"]]
@@ -155,7 +161,7 @@ def read_past(run_dir: Path) -> Past:
             raise IntegrityError(f"line {number} of {path} is damaged; start the search in a new folder") from error
     if header is None:
         raise UnknownIdError(f"{run_dir} holds no search; `relook tune` starts one")
-    return Past(header, [trials[number] for number in sorted(trials)], decisions, generations)
+    return Past(header, [trials[number] for number in sorted(trials)], decisions, generations, tuning)
 
 
 def _concluded(trial: TrialResult, past: Past) -> TrialResult:
@@ -196,8 +202,10 @@ def _require_same_search(before: SearchHeader, now: SearchHeader, run_dir: Path)
     old["base"] = {name: value for name, value in defaults.items() if name in new["base"]} | old["base"]
     for name in old:
         if name not in MAY_CHANGE and old[name] != new[name]:
-            changed = _first_difference(name, old[name], new[name])
-            raise RefusedError(f"the search in {run_dir} was made with another {changed}; start a new search instead")
+            changed = _first_difference(_SETTING_OF.get(name, name), old[name], new[name])
+            raise RefusedError(
+                f"the search in {run_dir} was made with another {changed}; leave it out to go on, or start a new search"
+            )
 
 
 def _first_difference(name: str, old: Any, new: Any) -> str:

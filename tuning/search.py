@@ -87,7 +87,7 @@ def search(
     job = _job(store, tuning, trainers, enqueued, images, run_dir)
     require_writable(run_dir)
     _decode(store, images, (trainers, *enqueued), progress)
-    with open_journal(run_dir, header) as journal:
+    with open_journal(run_dir, header, tuning.model_dump(mode="json")) as journal:
         log = SearchLog(header, journal, _forgetting(run_dir, on_event))
         log.kept()
         planner = _planner(space, trainers, tuning, enqueued, journal)

@@ -70,9 +70,9 @@ def test_any_other_damage_names_the_line(tmp_path, make_header, line):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, r"another seed \(0, now 1\)"),
+        ({"seed": 1}, r"another tuning.seed \(0, now 1\)"),
         ({"dataset_id": "e" * 64}, "another dataset_id"),
-        ({"base": {"optimizer.name": "adam"}}, r"another base.optimizer.name \('sgd', now 'adam'\)"),
+        ({"base": {"optimizer.name": "adam"}}, r"another trainers.optimizer.name \('sgd', now 'adam'\)"),
         ({"space_hash": "6" * 64}, "another space_hash"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_setting_that_is_newer_than_the_search_had_its_default(tmp_path, make_
         open_journal(tmp_path, today).close()
         assert read_journal(tmp_path)[0] == today
     else:
-        with pytest.raises(RefusedError, match=r"another base.scheduler.gamma \(0.3, now 0.5\)"):
+        with pytest.raises(RefusedError, match=r"another trainers.scheduler.gamma \(0.3, now 0.5\)"):
             open_journal(tmp_path, today)
 
 

@@ -15,6 +15,7 @@ from tuning.cli import app as tuning_app
 from tuning.journal import FILE_NAME, read_journal
 from tuning.report import report_on
 from tuning.search import _first_error, require_search_rows, search
+from tuning.settings import TuningSettings
 from tuning.trials import EventKind, Origin
 
 
@@ -98,7 +99,7 @@ def test_another_search_does_not_go_on_in_its_folder(searched, labelled, trainer
     store, dataset = labelled
     other = trainers.model_copy(update={"batch_size": 16})
 
-    with pytest.raises(RefusedError, match=r"another base\.batch_size \(32, now 16\)"):
+    with pytest.raises(RefusedError, match=r"another trainers\.batch_size \(32, now 16\)"):
         search(store, tuning, other, dataset, run_dir=searched[0])
 
 
@@ -144,7 +145,7 @@ def test_rows_of_another_split_never_reach_a_trial(labelled, trainers, tuning, t
 
 
 @pytest.fixture
-def relook(searched, labelled, trainers, tuning):
+def relook(searched, labelled, trainers):
     """The room's verbs under a root command like the real one, with the Ray that is running."""
     from contextlib import nullcontext
     from types import SimpleNamespace
@@ -154,7 +155,9 @@ def relook(searched, labelled, trainers, tuning):
 
     @root.callback()
     def prepare(ctx: typer.Context) -> None:
-        ctx.obj = lambda config, preset, sets: SimpleNamespace(records=store.settings, tuning=tuning, trainers=trainers)
+        # Others than those of the search: what goes on takes its settings from the journal.
+        today = {"tuning": TuningSettings(), "trainers": trainers.with_values({"epochs": 9, "seed": 4})}
+        ctx.obj = lambda config, preset, sets: SimpleNamespace(records=store.settings, **today)
         ctx.meta[RAY_STARTER] = lambda settings: nullcontext()
 
     root.add_typer(tuning_app)
@@ -181,6 +184,12 @@ def test_the_verb_goes_on_and_runs_only_what_is_not_settled(relook, searched, la
     assert after[3].scores[0] == result.trials[3].scores[0]
     assert resumed.stderr.count("kept") == 3
     assert "relook train --data" in resumed.stderr
+    assert "search tune-killed goes on: 4 trials" in resumed.stderr
+
+
+def test_a_resumed_search_with_another_searcher_is_refused(relook):
+    with pytest.raises(RefusedError, match=r"tuning\.searcher 'tpe' contradicts the search in .*tune-0"):
+        relook("tune", "--resume", "--run", "tune-0", "--searcher", "tpe")
 
 
 def test_the_verb_shows_the_last_search_to_a_person(relook):
