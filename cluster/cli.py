@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+import cluster.label_projects
 import cluster.verbs
 import labeling.cli
 import records.cli
@@ -32,6 +33,7 @@ import tuning.cli
 from records.command import PRESET_NAMES, RAY_STARTER, Call, emit_json, results_alone, verb
 from records.errors import RelookError, UserError
 from trainers.cli import CATALOGUES
+from trainers.cli.data import FROM_PROJECT
 
 app = typer.Typer(
     name="relook",
@@ -60,6 +62,9 @@ def root(
     ctx.meta[RAY_STARTER] = _start_ray
     ctx.meta[PRESET_NAMES] = _preset_names
     ctx.meta.setdefault(CATALOGUES, []).append(_acquisition_rules)
+
+
+FROM_PROJECT.append(cluster.label_projects.import_from_project)
 
 
 def _acquisition_rules() -> dict[str, list[dict[str, Any]]]:

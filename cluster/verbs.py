@@ -18,7 +18,6 @@ from records.command import Call, advises_resume, until_stopped, verb
 from records.errors import ConfigError, IntegrityError
 from records.progress import duration, progress, say
 from serving.cli import models_app
-from trainers.cli.data import FROM_PROJECT, import_table, print_refusals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -27,11 +26,8 @@ if TYPE_CHECKING:
 
     from cluster.round import RoundEvent
     from records.store import Store
-    from trainers.cli.data import ProjectOptions
 
 app = typer.Typer()
-
-_SHOWN = 10
 
 DataOption = Annotated[
     Path | None,
@@ -95,45 +91,6 @@ def promote(
     undo = f"relook models undo-promotion {promoted['model_id'][:12]} --back-to {(replaced or '')[:12]}"
     told = f"model {promoted['model_id'][:12]} is {promoted['status']} and serves"
     call.emit(promoted, told + (f"; `{undo}` undoes it" if replaced not in (None, promoted["model_id"]) else ""))
-
-
-def _import_project(call: Call, url: str, project_id: int, about: "ProjectOptions") -> None:
-    """Do what `relook data import --label-studio URL --project N` asks for."""
-    from labeling.connection import connect_to
-    from labeling.existing.project_import import import_project
-
-    with (
-        call.store() as store,
-        connect_to(store.home, call.settings.labeling, url, about.token_file) as client,
-        progress() as bar,
-    ):
-        found = import_project(
-            store,
-            client,
-            project_id,
-            choices=about.choices,
-            labels=about.labels,
-            columns=about.columns,
-            allowed_hosts=about.allowed_hosts,
-            correct=about.correct,
-            method=call.settings.labeling.consensus,
-            side_px=(call.settings.trainers.model.side_px,),
-            progress=bar,
-        )
-    print_refusals(found.report)
-    kept = [f"kept, not trained on: {sentence}" for sentence in found.not_understood]
-    hidden = [f"... and {len(kept) - _SHOWN} more; --json lists them all"] if len(kept) > _SHOWN else []
-    for sentence in [*kept[:_SHOWN], *hidden, *(f"note: {note}" for note in found.notes)]:
-        say(sentence)
-    table = import_table(found.report)
-    table.add_row("annotations", f"{found.annotations} new, {found.withdrawn} withdrawn")
-    table.add_row("annotators", ", ".join(found.annotators))
-    rest = {name: getattr(found, name) for name in ("annotations", "withdrawn", "annotators", "not_understood")}
-    both = {**found.report.as_dict(), **rest}
-    call.emit({**both, "notes": [*both["notes"], *found.notes]}, table)
-
-
-FROM_PROJECT.append(_import_project)
 
 
 @verb(models_app, "undo-promotion")

@@ -1,6 +1,7 @@
 """The verbs of labeling: install, up, down, status, push, pull, sync, invite, agreement, simulate.
 
-The verbs that also need a model (select, second-opinions) are added to `label_app` by `cluster.verbs`.
+The verbs that also need a model (select, second-opinions) are added to `label_app` by `cluster.verbs`, and link and
+unlink by `cluster.label_projects`.
 """
 
 from collections.abc import Callable, Generator
@@ -74,7 +75,8 @@ def status_command(call: Call) -> None:
         found = labeling_status(store, call.settings.labeling)
     table = Table(show_header=False)
     table.add_row("Label Studio", f"{found.version} at {found.url}" if found.version else "not reachable")
-    table.add_row("project", f"{found.project_id}, {found.tasks} tasks" if found.project_id is not None else "none yet")
+    which = f"{found.project_id}{' (linked)' if found.linked else ''}, {found.tasks} tasks"
+    table.add_row("project", which if found.project_id is not None else "none yet")
     table.add_row("review items", ", ".join(f"{count} {state}" for state, count in found.items.items()))
     if found.oldest_waiting_s is not None:
         table.add_row("oldest waits", f"{found.oldest_waiting_s:.0f} s")

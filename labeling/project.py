@@ -1,17 +1,24 @@
 """The Label Studio projects of a store: one shared, one per blind reader, one for blind items without a reader.
 
+A project that somebody else made may be linked in place of the shared one. It is a project of the store as well, whose
+page is never changed and which is never made anew.
+
 Blind readers have projects of their own since they would see each other's annotations in a shared one. A project is
 found again by a marker in its description, which the ledger keeps in a cursor. A project that was deleted in Label
 Studio is made anew and its open review items are requeued; annotations that were read from it stay.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from labeling.client import LabelStudioClient
+from labeling.existing.page import LabelPage, read_page
 from labeling.servers import PROJECT, at_known_address, server_name, settle
 from labeling.settings import LabelingSettings
 from labeling.tasks import PRIORITY_VERSION, label_config
 from labeling.webhooks import ensure_webhook, webhook_fingerprint
+from records.errors import LabelStudioRefusedError, UserError
 from records.ids import new_id
 from records.lease import hold
 from records.ledger import Transaction
@@ -33,11 +40,13 @@ class Project:
         id: in Label Studio.
         marker: unique text in its description.
         requeued: review items that are new again because an earlier project was deleted.
+        page: its labeling page, if somebody else made it.
     """
 
     id: int
     marker: str
     requeued: int = 0
+    page: LabelPage | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +56,18 @@ class ProjectKey:
     Args:
         blind: whether the prediction is left out of its tasks.
         reader: e-mail address of the only reader; None if the project is for everybody.
+        linked: number of a project that somebody else made; None if Relook made it.
     """
 
     blind: bool = False
     reader: str | None = None
+    linked: int | None = None
 
     @property
     def suffix(self) -> str:
         """End of its cursor's name; empty for the shared project."""
+        if self.linked is not None:
+            return f"{LINKED}{self.linked}"
         return f" blind {self.reader or ''}".rstrip() if self.blind else ""
 
     def title(self, settings: LabelingSettings) -> str:
@@ -65,6 +78,8 @@ class ProjectKey:
 
 
 SHARED = ProjectKey()
+LINKED = " linked "
+"""Between the name of a Label Studio and the number of a linked project, in the name of its cursor."""
 
 
 def settle_address(store: Store, client: LabelStudioClient, *, moved: bool = False) -> str | None:
@@ -80,6 +95,54 @@ def project_key_of(item: ReviewItem) -> ProjectKey:
     return ProjectKey(item.blind, item.reader) if item.blind else SHARED
 
 
+def destinations(store: Store, client: LabelStudioClient) -> Callable[[ReviewItem], ProjectKey]:
+    """Return what says which project a waiting review item goes to: the linked one, if there is one, or one of ours."""
+    with store.ledger.read() as tx:
+        links = [cursor.position for cursor in link_cursors(tx, client) if cursor.position["active"]]
+    if not links:
+        return project_key_of
+    link = links[0]
+
+    def destination(item: ReviewItem) -> ProjectKey:
+        own = project_key_of(item)
+        # A reader has a project of their own. A page that shows no prediction is as good for a blind read as ours.
+        fits = own == SHARED or (own == ProjectKey(blind=True) and not link["shows_model"])
+        return ProjectKey(linked=link["linked"]) if fits else own
+
+    return destination
+
+
+def link_cursors(tx: Transaction, client: LabelStudioClient) -> list[Cursor]:
+    """Return the cursors of the projects that were linked at a server, the active one among them."""
+    start = f"{cursor_name(tx, client)}{LINKED}"
+    return [cursor for cursor in tx.find(Cursor, order_by=("name",)) if cursor.name.startswith(start)]
+
+
+def linked_page(store: Store, label_config: str, position: dict[str, Any]) -> LabelPage:
+    """Return the page of a linked project as the link reads it; LabelStudioRefusedError if it does not fit any more."""
+    try:
+        return read_page(label_config, store.taxonomy, choices=position["choices"], said=position["labels"])
+    except UserError as error:
+        raise LabelStudioRefusedError(
+            f"{error}; the page of the linked project {position['linked']} was changed: change it back or link it again"
+        ) from error
+
+
+def _open_linked(store: Store, client: LabelStudioClient, cursor: Cursor) -> Project:
+    position, number = cursor.position, int(cursor.position["linked"])
+    present = client.project(number)
+    if present is not None and position["marker"] in present.description:
+        return Project(number, position["marker"], page=linked_page(store, present.label_config, position))
+    if position["active"]:
+        raise LabelStudioRefusedError(
+            f"the linked project {number} is gone from Label Studio, or its description lost {position['marker']}; "
+            "`relook label unlink` sends its open review items to a project of Relook's own"
+        )
+    with store.ledger.begin() as tx:
+        tx.update(Cursor, cursor.name, position={**position, "project_id": None})
+        return Project(number, position["marker"], requeue(tx, number))
+
+
 def open_project(
     store: Store, client: LabelStudioClient, settings: LabelingSettings, project_key: ProjectKey = SHARED
 ) -> Project:
@@ -93,6 +156,8 @@ def open_project(
             whose = {"blind": project_key.blind, "reader": project_key.reader}
             cursor = Cursor(name=name, position={"marker": f"[relook:{new_id()}]", "project_id": None, **whose})
             tx.add(cursor)
+    if project_key.linked is not None:
+        return _open_linked(store, client, cursor)
     marker: str = cursor.position["marker"]
     known: int | None = cursor.position["project_id"]
     config = label_config(store.taxonomy, blind=project_key.blind)
@@ -110,7 +175,7 @@ def open_project(
         position = {**cursor.position, "project_id": project_id, "webhook": webhook}
         tx.update(Cursor, name, position=position)
         if known is not None and not ours:
-            requeued = _requeue(tx, known)
+            requeued = requeue(tx, known)
     return Project(project_id, marker, requeued)
 
 
@@ -126,9 +191,11 @@ def known_projects(store: Store, client: LabelStudioClient) -> dict[int, Project
     """Return this store's projects at a server by id, from the ledger, without a request."""
     with store.ledger.read() as tx:
         name = cursor_name(tx, client)
-        cursors = [c for c in tx.find(Cursor) if c.name == name or c.name.startswith(f"{name} blind")]
+        ours = (f"{name} blind", f"{name}{LINKED}")
+        cursors = [c for c in tx.find(Cursor) if c.name == name or c.name.startswith(ours)]
     found = {c.position["project_id"]: c.position for c in cursors if c.position["project_id"] is not None}
-    return {number: ProjectKey(at.get("blind", False), at.get("reader")) for number, at in sorted(found.items())}
+    keys = {number: (at.get("blind", False), at.get("reader"), at.get("linked")) for number, at in found.items()}
+    return {number: ProjectKey(*keys[number]) for number in sorted(keys)}
 
 
 def is_ours(store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey = SHARED) -> bool:
@@ -144,7 +211,8 @@ def cursor_name(tx: Transaction, client: LabelStudioClient, project_key: Project
     return f"{PROJECT}{server_name(tx, client)}{project_key.suffix}"
 
 
-def _requeue(tx: Transaction, project_id: int) -> int:
+def requeue(tx: Transaction, project_id: int) -> int:
+    """Let the open review items of a project wait again; return their number."""
     # Items that were answered stay answered: their annotations are in the ledger.
     open_items = tx.find(ReviewItem, where={"project_id": project_id, "state": ReviewState.PUSHED})
     for item in open_items:

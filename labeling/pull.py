@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from labeling.client import PAGE_SIZE, LabelStudioClient
 from labeling.deletion import delete_tasks
+from labeling.existing.page import LabelPage
 from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project, settle_address
 from labeling.push import Advance, sums
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
@@ -129,7 +130,10 @@ def _pull(
         # later time. A state therefore counts as read only once two pulls in a row have seen it.
         if before == {**seen, "settled": True}:
             return PullReport(project_id=project_id, idle=True)
-        reading = _Pass(store, client, project_id, project_key, server)
+        # The page of a linked project may be another one than at the last pull.
+        linked = open_project(store, client, settings, project_key) if project_key.linked is not None else None
+        page_of_linked = linked.page if linked is not None else None
+        reading = _Pass(store, client, project_id, project_key, server, page_of_linked)
         done = 0
         # The overlap covers such late commits and a server clock that was set back; rows that are read again are
         # recognised by their revision.
@@ -197,6 +201,7 @@ class _Pass:
     project_id: int
     project_key: ProjectKey
     server: str
+    page: LabelPage | None
     annotators: dict[int, str] = field(default_factory=dict)
     counts: "_Counts" = field(default_factory=lambda: _Counts())
     failed: list[str] = field(default_factory=list)
@@ -234,6 +239,12 @@ class _Pass:
         sent = (ReviewState.PUSHED, ReviewState.ANSWERED)
         with self.store.ledger.read() as tx:
             items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": sent})
+        if self.project_key.linked is not None:
+            # Tasks of others are counted as well, so that the numbers say nothing.
+            if is_ours(self.store, self.client, self.project_id, self.project_key):
+                self._record_deleted_tasks(items)
+                self.doubled += _remove_duplicates(self.store, self.client, self.project_id, {i.id: i for i in items})
+            return
         # Before anything is withdrawn: a Label Studio that was set up anew can have a project with this id, too.
         if len(items) == state.total or not is_ours(self.store, self.client, self.project_id, self.project_key):
             return
@@ -315,7 +326,8 @@ class _Pass:
     def _label(
         self, now: datetime, row: TaskRow, item: ReviewItem, annotation: AnnotationRow, not_understood: list[str]
     ) -> Annotation:
-        parsed = parse_annotation(annotation.result, self.store.taxonomy)
+        parse = self.page.parse if self.page is not None else parse_annotation
+        parsed = parse(annotation.result, self.store.taxonomy)
         annotator = self.annotators[annotation.completed_by] if annotation.completed_by is not None else "unknown"
         if not parsed.understood:
             not_understood.append(
@@ -334,7 +346,7 @@ class _Pass:
             annotator=annotator,
             annotated_at=annotation.updated_at,
             lead_time_s=annotation.lead_time_s,
-            blind=item.blind,
+            blind=item.blind or (self.page is not None and not self.page.shows_model),
             server=self.server,
             project_id=self.project_id,
             task_id=row.id,

@@ -19,21 +19,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from images.decode import decode_square
 from images.overlay import overlay_png
 from labeling.client import LabelStudioClient
+from labeling.existing.fit import fitted, require_fit
+from labeling.existing.page import LabelPage
 from labeling.project import (
     LEASE,
     LEASE_WAIT_S,
     Project,
     ProjectKey,
+    destinations,
     known_projects,
     open_project,
-    project_key_of,
     settle_address,
 )
 from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
-from records.errors import LabelStudioError, LabelStudioRefusedError, UnavailableError, UnknownIdError
+from records.errors import DataError, LabelStudioError, LabelStudioRefusedError, UnavailableError, UnknownIdError
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
@@ -107,12 +109,13 @@ def _push(
     with store.ledger.read() as tx:
         waiting = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
     by_project: dict[ProjectKey, list[ReviewItem]] = {}
+    destination = destinations(store, client)
     for item in waiting:
-        by_project.setdefault(project_key_of(item), []).append(item)
+        by_project.setdefault(destination(item), []).append(item)
     done = 0
     for project_key in sorted(by_project, key=lambda project_key: (project_key.blind, project_key.reader or "")):
         counted = partial(_advance, advance, done, len(waiting))
-        pushing = _ProjectPush(store, client, settings, model_id, project_key, counted)
+        pushing = _ProjectPush(store, client, settings, model_id, project_key, destination, counted)
         try:
             reports.append(pushing.run())
         except LabelStudioRefusedError as error:
@@ -145,21 +148,26 @@ class _ProjectPush:
     settings: LabelingSettings
     model_id: str | None
     project_key: ProjectKey
+    destination: Callable[[ReviewItem], ProjectKey]
     advance: Callable[[int], None]
 
     @property
     def described(self) -> str:
         """Which project it is, for a sentence."""
+        if self.project_key.linked is not None:
+            return "linked"
         return f"blind reader's ({self.project_key.reader or 'anyone'})" if self.project_key.blind else "shared"
 
     def run(self) -> PushReport:
         """Import the items that wait for this project, the most urgent first."""
         project = open_project(self.store, self.client, self.settings, self.project_key)
+        if project.page is not None:
+            _require_fit(project.page, self.store)
         # In this order: opening the project may requeue items, and adopting takes items off the list that is read next.
         adopted, doubled = adopt(self.store, self.client, project)
-        where = {"state": ReviewState.NEW, "blind": self.project_key.blind, "reader": self.project_key.reader}
         with self.store.ledger.read() as tx:
-            waiting = tx.find(ReviewItem, where=where, order_by=("-priority", "id"))
+            new = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
+        waiting = [item for item in new if self.destination(item) == self.project_key]
         pushed, withdrawn = 0, 0
         unreadable: list[str] = []
         size = self.settings.push_batch
@@ -178,7 +186,7 @@ class _ProjectPush:
             project_id=None if self.project_key.blind else project.id,
             pushed=pushed,
             adopted=adopted,
-            blind=pushed if self.project_key.blind else 0,
+            blind=pushed if self.project_key.blind or not _shows_model(project) else 0,
             doubled=doubled,
             requeued=project.requeued,
             withdrawn=withdrawn,
@@ -285,6 +293,18 @@ def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[in
     return adopted, doubled
 
 
+def _require_fit(page: LabelPage, store: Store) -> None:
+    """Refuse to send tasks to a linked page that was changed since, so that a class cannot be chosen any more."""
+    try:
+        require_fit(page, store.taxonomy)
+    except DataError as error:
+        raise LabelStudioRefusedError(str(error)) from error
+
+
+def _shows_model(project: Project) -> bool:
+    return project.page is None or project.page.shows_model
+
+
 def item_key(item_id: str, project: Project) -> str:
     """Return the idempotency key of an item's task, made of the item's id and the project's marker."""
     return f"{item_id}{project.marker}"
@@ -337,6 +357,8 @@ def _prepare(
             settings=settings,
             key=item_key(item.id, project),
         )
+        if project.page is not None:
+            made = fitted(made, project.page, image, settings)
         made["meta"]["relook_model"] = prediction.model_id if prediction is not None else model_id
         return made
 

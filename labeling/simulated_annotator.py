@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from labeling.client import LabelStudioClient
+from labeling.existing.link import linked_pages
+from labeling.existing.page import LabelPage
 from labeling.project import known_projects
 from labeling.push import Advance
 from labeling.tasks import CANT_TELL, annotation_result
@@ -85,16 +88,17 @@ def annotate(
     if not wanted:
         return []
     user_id = client.ensure_user(EMAIL, "Simulated", "annotator")
+    pages = linked_pages(store, client)
 
     def annotate_one(item: ReviewItem) -> SimulatedAnnotation | None:
         right = truth[item.image_id]
         label = _draw(right, store.taxonomy, f"{seed}:{item.image_id}", error_rate, cant_tell_rate)
         # One key per item, so that a second call, or a request that is sent twice, adds no second annotation.
         key = uuid.uuid5(_KEYS, item.id)
+        if not (result := _result(pages.get(item.project_id or 0), label, store.taxonomy)):
+            return None
         try:
-            made = client.create_annotation(
-                item.task_id or 0, annotation_result(label or CANT_TELL), key=key, completed_by=user_id
-            )
+            made = client.create_annotation(item.task_id or 0, result, key=key, completed_by=user_id)
         except UnknownIdError:  # the task was deleted meanwhile; the next pull withdraws its item
             return None
         return None if made is None else SimulatedAnnotation(item.id, item.image_id, label, label == right, made)
@@ -102,8 +106,7 @@ def annotate(
     made_now: list[SimulatedAnnotation] = []
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
         for number, one in enumerate(pool.map(annotate_one, wanted), start=1):
-            if one is not None:
-                made_now.append(one)
+            made_now += [] if one is None else [one]
             advance(number, len(wanted))
     return made_now
 
@@ -121,6 +124,11 @@ def read_truth(path: Path, taxonomy: Taxonomy) -> dict[str, str]:
     for label in table["label"].unique():
         taxonomy.index_of(label)
     return dict(zip(table["image_id"], table["label"], strict=True))
+
+
+def _result(page: LabelPage | None, label: str | None, taxonomy: Taxonomy) -> list[dict[str, Any]]:
+    """Return what chooses a class on Relook's page or a linked one; nothing if its choices lack it."""
+    return annotation_result(label or CANT_TELL) if page is None else page.result(label, taxonomy)
 
 
 def _draw(right: str, taxonomy: Taxonomy, key: str, error_rate: float, cant_tell_rate: float) -> str | None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from labeling.client import LabelStudioClient
 from labeling.connection import connect
 from labeling.environment import environment_of, is_ready
+from labeling.existing.link import active_link, linked_pages
 from labeling.local_server import LocalLabelStudio
 from labeling.project import ProjectKey, is_ours, known_project, known_projects
 from labeling.servers import find_move, unsettled
@@ -26,7 +27,8 @@ class LabelingStatus(BaseModel):
     url: str | None = Field(default=None, description="of the Label Studio that responds")
     version: str | None = None
     installed: bool = Field(description="whether the local environment is complete")
-    project_id: int | None = None
+    project_id: int | None = Field(default=None, description="of the shared project, or of the linked one")
+    linked: bool = Field(default=False, description="whether that project is a linked one")
     tasks: int | None = Field(default=None, description="tasks in the project")
     items: dict[str, int] = Field(description="review items by state")
     oldest_waiting_s: float | None = Field(default=None, description="age of the oldest item not yet pushed, seconds")
@@ -41,12 +43,14 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
     installed = is_ready(environment_of(settings))
     if not installed and settings.url is None:
         problems.append("Label Studio is not installed; run `relook label install`")
-    url, version, project_id, tasks = None, None, None, None
+    url, version, project_id, tasks, linked = None, None, None, None, None
     try:
         client = connect(store.home, settings)
         if client is not None:
             with client:
-                version, url, project_id = client.version(), client.url, known_project(store, client)
+                version, url = client.version(), client.url
+                linked = active_link(store, client)
+                project_id = known_project(store, client) if linked is None else linked
                 move = find_move(store, client)
                 # The projects of the old address are not missing here: nothing is made anew before somebody decides.
                 is_loss = move is not None and move.is_loss
@@ -54,7 +58,8 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
                     problems.append(unsettled(move, client))
                 known = {} if is_loss else known_projects(store, client)
                 counts = [_check_project(store, client, *one, problems) for one in known.items()]
-                tasks = sum(count for count in counts if count is not None) if any(counts) else None
+                there = [count for count in counts if count is not None]
+                tasks = sum(there) if there else None
         elif installed:
             problems.append("Label Studio was never started here; run `relook label up`")
     except RelookError as error:
@@ -63,13 +68,17 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
             problems.append(f"its log is {LocalLabelStudio(store.home, settings).log_file}")
     outbox = _check_outbox(store, problems)
     return LabelingStatus(
-        url=url, version=version, installed=installed, project_id=project_id, tasks=tasks, problems=problems, **outbox
-    )
+        url=url, version=version, installed=installed, project_id=project_id, linked=linked is not None, tasks=tasks,
+        problems=problems, **outbox,
+    )  # fmt: skip
 
 
 def _check_project(
     store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey, problems: list[str]
 ) -> int | None:
+    if project_key.linked is not None:
+        linked_pages(store, client, project_id)
+        return client.state(project_id).total
     project = client.project(project_id)
     if project is None or not is_ours(store, client, project_id, project_key):
         problems.append(

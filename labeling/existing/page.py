@@ -81,6 +81,23 @@ class LabelPage:
             return None
         return read_label(meant, taxonomy)
 
+    def result(self, code: str | None, taxonomy: Taxonomy) -> list[dict[str, Any]]:
+        """Return the regions of an annotation that names a class, or "can't tell"; none if no choice means it."""
+        meant = {code: choice for choice, code in self.classes(taxonomy).items()}
+        unsure = [choice for choice in self.choices if self.is_unsure(choice, taxonomy)]
+        chosen = meant.get(code) if code is not None else next(iter(unsure), None)
+        if chosen is None:
+            return []
+        value = {"choices": [chosen]}
+        return [{"from_name": self.from_name, "to_name": self.to_name, "type": "choices", "value": value}]
+
+    def is_unsure(self, choice: str, taxonomy: Taxonomy) -> bool:
+        """Return whether a choice means "can't tell"."""
+        try:
+            return self.meaning(choice, taxonomy) is None
+        except TaxonomyError:
+            return False
+
     def classes(self, taxonomy: Taxonomy) -> dict[str, str]:
         """Return choice to class, of the choices that mean one."""
         found = {}

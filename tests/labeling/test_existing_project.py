@@ -31,10 +31,10 @@ from tests.labeling.conftest import make_image
 
 PAGE = """<View><Style><![CDATA[.a{color:red}]]></Style>
 <Image name="photo" value="$photo"/><RectangleLabels name="box" toName="photo"><Label value="Melanoma"/>
-</RectangleLabels><Choices name="dx" toName="photo" choice="single"><Choice value="Melanoma"/><Choice value="Naevus"/>
-<Choice value="Basal" alias="Bcc"/><Choice value="Not sure"/><Choice value="Something else"/></Choices>
+</RectangleLabels><Choices name="dx" toName="photo" choice="single"><Choice value="Melanoma"/>
+<Choice value="Muttermal"/><Choice value="Basal" alias="Bcc"/><Choice value="Not sure"/><Choice value="Something else"/></Choices>
 <Choices name="light" toName="photo"><Choice value="good"/><Choice value="poor"/></Choices></View>"""
-SAID = {"Naevus": "nv"}
+SAID = {"Muttermal": "nv"}
 
 
 def make_project(client: LabelStudioClient, page: str = PAGE) -> int:
@@ -96,13 +96,13 @@ def by_hand(client: LabelStudioClient, readers: list[int]) -> tuple[int, list[in
     )
     for number, task_id in enumerate(ids[:8]):
         for reader in readers[:2]:
-            choose(client, task_id, reader, "Melanoma" if number < 4 else "Naevus")
+            choose(client, task_id, reader, "Melanoma" if number < 4 else "Muttermal")
     choose(client, ids[8], readers[0], "Melanoma")
-    choose(client, ids[8], readers[1], "Naevus")
+    choose(client, ids[8], readers[1], "Muttermal")
     choose(client, ids[9], readers[0])
     choose(client, ids[10], readers[2], "Not sure")
     choose(client, ids[11], readers[2], "Something else")
-    choose(client, ids[11], readers[0], "Melanoma", "Naevus")
+    choose(client, ids[11], readers[0], "Melanoma", "Muttermal")
     draft = {"result": result_of("Melanoma"), "lead_time": 1.0}
     client.request("POST", f"api/tasks/{ids[9]}/drafts", "draft", body=draft)
     return project_id, ids
@@ -153,10 +153,12 @@ def test_an_import_again_adds_what_is_new_and_repeats_nothing(
     ids = client.import_tasks(
         project_id, [{"data": {"photo": embedded(make_image(seed)), "note": "a"}} for seed in range(100, 106)]
     )
-    made = [choose(client, task_id, readers[n % 2], "Melanoma" if n % 2 else "Naevus") for n, task_id in enumerate(ids)]
+    made = [
+        choose(client, task_id, readers[n % 2], "Melanoma" if n % 2 else "Muttermal") for n, task_id in enumerate(ids)
+    ]
     first = import_project(store, client, project_id)
     assert first.report.classes == {"mel": 3}
-    assert len(first.not_understood) == 3, "without --labels, Naevus is no class"
+    assert len(first.not_understood) == 3, "without --labels, Muttermal is no class"
     second = import_project(store, client, project_id, labels=SAID)
     assert (second.report.classes, second.report.new_images) == ({"mel": 3, "nv": 3}, 0)
     assert (second.annotations, second.withdrawn) == (3, 0), "the same choices, understood now"
@@ -166,7 +168,7 @@ def test_an_import_again_adds_what_is_new_and_repeats_nothing(
     edited = {"result": result_of("Bcc")}
     client.request("PATCH", f"api/annotations/{made[0]}/", "edit", body=edited)
     client.request("DELETE", f"api/annotations/{made[1]}/", "delete")
-    choose(client, ids[2], None, "Naevus")
+    choose(client, ids[2], None, "Muttermal")
     gone = next(row.image_id for row in annotations_of(store) if row.task_id == ids[3])
     erase_images(store, [gone], actor="test", places=RECORDS_PLACES)
     before = len(annotations_of(store))
@@ -289,7 +291,7 @@ def test_the_verb_imports_a_project(
     kept, home = tmp_path / "token", f"records.home={tmp_path / 'home'}"
     kept.write_text(server.token.get_secret_value())
     where = ["data", "import", "--label-studio", server.url, "--project", str(by_hand[0]), "--set", home]
-    assert run([*where, "--token-file", str(kept), "--labels", "Naevus=nv", "--json"]) == 0
+    assert run([*where, "--token-file", str(kept), "--labels", "Muttermal=nv", "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert (found["classes"], found["annotations"], len(found["annotators"])) == ({"mel": 4, "nv": 4}, 21, 3)
