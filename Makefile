@@ -7,7 +7,7 @@ ROOMS := records images vision trainers tuning serving labeling cluster
 INSTALLED := $(VENV)/.relook-installed
 LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
 AUDIT_TOOLS := build/audit-tools
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 4
 PIP := $(BIN)/pip install --disable-pip-version-check
 
 .PHONY: help setup demo check format test test-fast coverage mutants bench soak audit clean
@@ -49,14 +49,14 @@ format: $(INSTALLED)  ## sort imports and lay out the code
 	$(BIN)/ruff format .
 
 test: setup  ## the whole suite: real Ray, real Label Studio, a browser where there is one
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## what needs no server and no browser
 	$(BIN)/pytest -m "not slow and not browser and not soak"
 
 coverage: setup  ## lines and branches that the suite runs, subprocesses and Ray's workers included
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered --sort=cover
 

@@ -3,8 +3,10 @@
 The environment is cleaned of Relook's variables once, before the first test: a developer's shell decides nothing.
 """
 
+import gc
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +40,22 @@ PRECISION = os.environ.get("RELOOK_TEST_PRECISION", "fp32")
 # OpenMP's threads would wait for each other awake, and a network then takes four times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# The tests start some hundred processes, Ray's workers among them: each would compile our modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# Collecting makes a million objects that stay: going through them again and again is for nothing.
+gc.disable()
+
 # Ray's workers do not have the working folder on their import path; some run functions of the tests.
 _ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
+
+
+SERVERS = {"ray_session": "Ray", "server": "Label Studio"}
+"""Fixtures whose tests share a server, each with the name of the server."""
+
+GROUP = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -153,16 +168,42 @@ def browser(chromium: str) -> Iterator["Browser"]:
         launched.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the whole loop, then with the files whose tests wait for servers.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests one process runs, and begin with those that take long.
 
-    Several processes share the files in this order: a long one that begins last keeps one process at work alone.
+    A file stays together, for what its tests share; all files that use the same server stay together, so that it is
+    started once. Several processes take these groups in order: a long one that begins last keeps one of them at work
+    alone.
     """
-    waits = {"ray_session", "browser"}
-    long = {
-        item.path for item in items if item.get_closest_marker("slow") or waits & set(getattr(item, "fixturenames", ()))
-    }
-    items.sort(key=lambda item: ("e2e" not in item.path.parts, item.path not in long))
+    servers: dict[Path, str] = {}
+    for item in items:
+        for fixture, name in SERVERS.items():
+            if fixture in getattr(item, "fixturenames", ()) and not item.get_closest_marker("apart"):
+                servers[item.path] = name
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    places: dict[str, tuple[bool, ...]] = {}
+    for item in items:
+        group = _group_of(item, servers)
+        of_a_server = group in SERVERS.values()
+        item.stash[GROUP] = group
+        places.setdefault(group, (not of_a_server, "e2e" not in item.path.parts, item.path not in long))
+        if group != item.nodeid and config.getoption("loadgroup", False):  # this is one of several processes
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: places[item.stash[GROUP]])
+
+
+def _group_of(item: pytest.Item, servers: dict[Path, str]) -> str:
+    """Return the group of a test: of its server, of its file, or its own."""
+    if not item.get_closest_marker("apart"):
+        return servers.get(item.path, f"{item.path.parent.name}/{item.path.stem}")
+    names = [name for fixture, name in SERVERS.items() if fixture in getattr(item, "fixturenames", ())]
+    return names[0] if names else item.nodeid
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -18,6 +18,8 @@ from cluster.sources import load_settings
 from records.errors import ConfigError, ContractError, UnavailableError
 from records.home import open_home
 
+pytestmark = pytest.mark.apart
+
 PREAMBLE = """
 import os, subprocess, sys, time
 from cluster.session import start_ray

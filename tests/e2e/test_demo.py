@@ -186,6 +186,7 @@ def test_a_taken_port_is_an_error_before_anything_starts(capsys: pytest.CaptureF
     assert "Traceback" not in said
 
 
+@pytest.mark.apart
 def test_ctrl_c_stops_every_process_that_was_started(tmp_path: Path) -> None:
     before = set(psutil.pids())
     command = [sys.executable, "-m", "cluster.cli", "demo", *sets()]

