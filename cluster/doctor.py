@@ -95,7 +95,7 @@ def _memory(settings: Settings) -> Check:
 def _resources(settings: Settings) -> Check:
     """Add up the CPUs of what runs at the same time: the service, and a search or a fit."""
     serving, tuning, cluster = settings.serving, settings.tuning, settings.cluster
-    service = serving.ingress_cpus + serving.predictor_cpus + serving.explainer_cpus
+    service = serving.needed_cpus
     fit = fit_cpus(settings)
     needed = service + max(float(tuning.cpus_per_trial), fit)
     trials = int((cluster.logical_cpus - service) // tuning.cpus_per_trial)
@@ -103,17 +103,34 @@ def _resources(settings: Settings) -> Check:
         trials = min(trials, int(cluster.num_gpus // tuning.gpus_per_trial))
     trials = min(trials, tuning.max_concurrent or trials)
     detail = (
-        f"{settings.preset}: ingress {serving.ingress_cpus:g} + predictor {serving.predictor_cpus:g} + explainer "
-        f"{serving.explainer_cpus:g} + search or fit {max(float(tuning.cpus_per_trial), fit):g} = {needed:g} of "
-        f"{cluster.logical_cpus} CPUs; {max(trials, 0)} trials at once beside the service"
+        f"{settings.preset}: {serving.cpu_sum} + search or fit {max(float(tuning.cpus_per_trial), fit):g} = "
+        f"{needed:g} of {cluster.logical_cpus} CPUs; {max(trials, 0)} trials at once beside the service"
     )
     # The CPUs of a cluster are known to Ray only, and it may add nodes on demand.
     if cluster.ray_address:
-        return Check(name="CPUs", state="ok", detail=f"decided by the cluster at {cluster.ray_address}")
+        detail = (
+            f"decided by the cluster at {cluster.ray_address}; the service may need {serving.cpu_sum} = {service:g}"
+        )
+        return Check(name="CPUs", state="ok", detail=detail)
     if needed > cluster.logical_cpus or trials < 1:
         fix = f"--set cluster.logical_cpus={int(-(-needed // 1))}, or fewer CPUs for a part"
         return Check(name="CPUs", state="fail", detail=detail, fix=fix)
     return Check(name="CPUs", state="ok", detail=detail)
+
+
+def _gpus(settings: Settings) -> Check:
+    """Add up the GPUs of the replicas of the service; a search or a fit takes what is left."""
+    serving, cluster, name = settings.serving, settings.cluster, "GPUs of the service"
+    if not serving.needed_gpus:
+        return Check(name=name, state="ok", detail="the service uses none")
+    total = f"{serving.gpu_sum} = {serving.needed_gpus:g}"
+    if cluster.ray_address or cluster.num_gpus is None:
+        return Check(name=name, state="ok", detail=f"the service may need {total}; Ray counts what there is")
+    detail = f"{settings.preset}: {total} of {cluster.num_gpus:g} GPUs"
+    if serving.needed_gpus > cluster.num_gpus:
+        fix = "fewer serving.*_max_replicas, or a smaller part of a GPU for each"
+        return Check(name=name, state="fail", detail=detail, fix=fix)
+    return Check(name=name, state="ok", detail=detail)
 
 
 def fit_cpus(settings: Settings) -> float:
@@ -267,6 +284,7 @@ _CHECKS: dict[str, Callable[[Settings], Check]] = {
     "disk": _disk,
     "memory": _memory,
     "CPUs": _resources,
+    "GPUs of the service": _gpus,
     "GPU": _gpu,
     "Ray": _ray,
     "port": _serving_port,

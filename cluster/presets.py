@@ -33,6 +33,7 @@ def single_gpu() -> Settings:
             workers=WorkersSettings(use_gpu=True, threads=4),
         ),
         tuning=TuningSettings(trials=32, trial_epochs=12, gpus_per_trial=0.25),
+        serving=ServingSettings(predictor_max_replicas=2),
         cluster=ClusterSettings(logical_cpus=10, num_gpus=1, object_store_mb=2000),
     )
 
@@ -48,7 +49,16 @@ def multi_gpu() -> Settings:
             workers=WorkersSettings(use_gpu=True, count=4, threads=4),
         ),
         tuning=TuningSettings(trials=64, trial_epochs=12, cpus_per_trial=2, gpus_per_trial=1.0),
-        serving=ServingSettings(predictor_cpus=4.0, explainer_cpus=2.0, ingress_cpus=1.0),
+        serving=ServingSettings(
+            max_in_flight=256,
+            ingress_min_replicas=2,
+            ingress_max_replicas=2,
+            ingress_cpus=1.0,
+            predictor_max_replicas=2,
+            predictor_cpus=4.0,
+            explainer_max_replicas=2,
+            explainer_cpus=2.0,
+        ),
         cluster=ClusterSettings(logical_cpus=32, num_gpus=None, object_store_mb=8000),
     )
 

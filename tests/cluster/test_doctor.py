@@ -41,6 +41,7 @@ def test_the_checks_create_nothing(tmp_path: Path) -> None:
         "disk",
         "memory",
         "CPUs",
+        "GPUs of the service",
         "GPU",
         "Ray",
         "port",
@@ -75,6 +76,17 @@ def test_every_preset_fits_the_cpus_it_asks_ray_for(name: str) -> None:
     settings = load_settings(preset=name)
     cores = settings.trainers.workers.threads or 2
     assert _look(load_settings(preset=name, sets=[f"trainers.workers.threads={cores}"]), "CPUs").state == "ok"
+
+
+def test_replicas_are_part_of_the_sums() -> None:
+    sets = ["serving.predictor_max_replicas=3", "serving.predictor_gpus=0.5", "trainers.workers.threads=2"]
+    cpus = _look(load_settings(sets=sets), "CPUs")
+    assert cpus.state == "fail"
+    assert "ingress 0.5 + predictor 3 x 1 + explainer 0.5 + search or fit 2 = 6 of 4 CPUs" in cpus.detail
+    gpus = _look(load_settings(sets=[*sets, "cluster.num_gpus=1"]), "GPUs of the service")
+    assert (gpus.state, gpus.detail) == ("fail", "laptop: predictor 3 x 0.5 = 1.5 of 1 GPUs")
+    assert _look(load_settings(sets=[*sets, "cluster.num_gpus=2"]), "GPUs of the service").state == "ok"
+    assert _look(load_settings(), "GPUs of the service").detail == "the service uses none"
 
 
 def test_too_few_cpus_name_the_number_that_would_do() -> None:
