@@ -32,8 +32,9 @@ from tests.labeling.conftest import make_image
 PAGE = """<View><Style><![CDATA[.a{color:red}]]></Style>
 <Image name="photo" value="$photo"/><RectangleLabels name="box" toName="photo"><Label value="Melanoma"/>
 </RectangleLabels><Choices name="dx" toName="photo" choice="single"><Choice value="Melanoma"/>
-<Choice value="Muttermal"/><Choice value="Basal" alias="Bcc"/><Choice value="Not sure"/><Choice value="Something else"/></Choices>
-<Choices name="light" toName="photo"><Choice value="good"/><Choice value="poor"/></Choices></View>"""
+<Choice value="Muttermal"/><Choice value="Basal" alias="Bcc"/><Choice value="Not sure"/>
+<Choice value="Something else"/></Choices><Choices name="light" toName="photo"><Choice value="good"/>
+<Choice value="poor"/></Choices></View>"""
 SAID = {"Muttermal": "nv"}
 
 
