@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -189,8 +189,8 @@ def _is_secret(field: FieldInfo | None) -> bool:
 
 
 def _model_in(field: FieldInfo | None) -> type[BaseModel] | None:
-    """Return the model that a field holds, also if it is optional."""
-    if field is None:
+    """Return the model that a field holds, also if it is optional; a list of models is a value."""
+    if field is None or get_origin(field.annotation) is tuple:
         return None
     for annotation in (field.annotation, *get_args(field.annotation)):
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -74,6 +74,7 @@ def create_api(service: Service, metrics: Metrics, authenticator: Authenticator)
     api.state.max_body_bytes = service.settings.max_body_bytes
     admission = Admission(service, authenticator, metrics)
     probe = HealthProbe(service)
+    metrics.hooks = service.settings.hooks
     routers = [
         predictions_router(service, authenticator, admission),
         explanations_router(service, authenticator, admission),

@@ -18,6 +18,7 @@ from records.durable import write_file
 from records.errors import ConfigError
 from records.progress import progress, status, stderr
 from records.types import Consent, Scope
+from serving.hooks_cli import hooks_app
 
 if TYPE_CHECKING:
     from records.bundles import BundleDocument
@@ -30,6 +31,7 @@ keys_app = typer.Typer(help="API keys: who may use the service, and for what.", 
 models_app = typer.Typer(help="List, verify or compare the registered models.", invoke_without_command=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
+app.add_typer(hooks_app, name="hooks")
 
 
 @verb(app, "serve")

@@ -26,6 +26,7 @@ from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Prediction
 from serving.access.together import Ask, Held, Reports, SharedCounts, SharedLimits
+from serving.hooks import Hooks
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.metrics import Metrics, Samples
 from serving.page_proxy import PageAddress, PageProxy, RequireToken
@@ -237,9 +238,11 @@ class _Ingress:
         service = RemoteService(store, settings, predictor, explainer, limits)
         self._app = create_app(service, None if page is None else PageProxy(find_page), limits, metrics)
         self._reporting: asyncio.Task[None] | None = None
+        self._hooks = Hooks(store, settings.hooks)
 
     async def check_health(self) -> None:
         """Begin to report metrics at the first call; later raise if that has ended."""
+        self._hooks.check()
         if self._reports is None:
             return
         if self._reporting is None:
@@ -248,6 +251,7 @@ class _Ingress:
             raise UnavailableError("metrics are not reported any more")
 
     async def __del__(self) -> None:
+        self._hooks.stop()
         if self._reporting is not None:
             self._reporting.cancel()
 

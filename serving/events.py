@@ -49,8 +49,16 @@ def read_events(
     Returns:
         The page; its `next` stays the same while there are no new events.
     """
+    items = events_of(store, caller.organisation, after, limit, prediction_ids)
+    return EventPage(items=items, next=items[-1].id if items else after)
+
+
+def events_of(
+    store: Store, organisation: str, after: str | None, limit: int, prediction_ids: Sequence[str] | None = None
+) -> list[Event]:
+    """Return events of an organisation, oldest first; see `read_events`."""
     gather(store)
-    query = sa.select(TABLES[EventRecord]).where(_EVENT.organisation == caller.organisation)
+    query = sa.select(TABLES[EventRecord]).where(_EVENT.organisation == organisation)
     if after is not None:
         query = query.where(_EVENT.id > after)
     if prediction_ids is not None:
@@ -58,8 +66,15 @@ def read_events(
     with store.ledger.read() as tx:
         rows = tx.connection.execute(query.order_by(_EVENT.id).limit(limit)).mappings()
         found = [EventRecord.model_validate(dict(row)) for row in rows]
-    items = [Event(**event.model_dump(exclude={"organisation", "source"})) for event in found]
-    return EventPage(items=items, next=items[-1].id if items else after)
+    return [Event(**event.model_dump(exclude={"organisation", "source"})) for event in found]
+
+
+def last_event_id(store: Store) -> str | None:
+    """Return the id of the newest event of all organisations; None if there is none."""
+    gather(store)
+    with store.ledger.read() as tx:
+        found: str | None = tx.connection.scalar(sa.select(sa.func.max(_EVENT.id)))
+    return found
 
 
 def gather(store: Store) -> int:

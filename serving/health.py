@@ -17,6 +17,7 @@ from pathlib import Path
 from records.errors import RelookError, UnavailableError
 from records.models import serving_model
 from records.store import Store
+from serving.hooks import troubles
 from serving.messages import ServingState
 from serving.schemas import ServedModelInfo
 from serving.service import Service
@@ -41,6 +42,8 @@ class HealthReport:
     """the same with the errors, for administrators"""
     troubles: tuple[str, ...] = ()
     """why single predictors do not serve, while others do"""
+    hooks: tuple[str, ...] = ()
+    """which hooks are not delivered, and why"""
 
 
 class HealthProbe:
@@ -81,7 +84,17 @@ class HealthProbe:
             logger.error("not ready: %s", "; ".join(details))
         if state.troubles and (self._report is None or state.troubles != self._report.troubles):
             logger.error("some predictors do not serve: %s", "; ".join(state.troubles))
-        return HealthReport(model, missing, details, state.troubles)
+        hooks = () if missing else await self._hooks()
+        return HealthReport(model, missing, details, state.troubles, hooks)
+
+    async def _hooks(self) -> tuple[str, ...]:
+        store, hooks = self._service.store, self._service.settings.hooks
+        if not hooks:
+            return ()
+        running = asyncio.get_running_loop().run_in_executor(self._threads, troubles, store, hooks)
+        done, _ = await asyncio.wait([running], timeout=PROBE_TIMEOUT_S)
+        # A ledger that fails just now is what the next look finds.
+        return tuple(running.result()) if done and running.exception() is None else ()
 
     async def _state(self) -> ServingState:
         try:

@@ -16,6 +16,8 @@ from records.errors import RelookError
 from records.ids import utc_now
 from records.store import Store
 from records.types import Prediction, ReviewItem, ReviewState
+from serving.hook_settings import HookSettings
+from serving.hooks import state_of
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
@@ -51,6 +53,7 @@ class Metrics:
         self._store = store
         self.parts: Callable[[], Awaitable[list[Samples]]] = _alone
         """returns what all ingress replicas of the service counted; empty if there is one"""
+        self.hooks: Sequence[HookSettings] = ()
         self.registry = CollectorRegistry()
         labels = ("decision", "label", "model", "arm")
         self._predictions = Counter("relook_predictions", "Predictions", labels, registry=self.registry)
@@ -78,6 +81,9 @@ class Metrics:
         self._waiting = Gauge("relook_tasks_waiting", "Open review items", ("state",), registry=self._of_ledger)
         self._overdue = Gauge(
             "relook_tasks_overdue", "Urgent review items past their due date", registry=self._of_ledger
+        )
+        self._hook_failures = Gauge(
+            "relook_hook_failures", "Failed deliveries in a row", ("hook",), registry=self._of_ledger
         )
 
     def responded(self, status: int) -> None:
@@ -135,6 +141,8 @@ class Metrics:
             open_items = tx.find(ReviewItem, {"state": [ReviewState.NEW, ReviewState.PUSHED]})
         # Due dates pass without any event, so this gauge is computed at each scrape and not counted.
         now = utc_now()
+        for hook in self.hooks:
+            self._hook_failures.labels(hook=hook.name).set(state_of(self._store, hook).failures)
         self._overdue.set(sum(item.due is not None and item.due < now for item in open_items))
 
 

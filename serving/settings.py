@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from records.types import Consent
+from serving.hook_settings import HookSettings
 from serving.replicas import ReplicaSettings
 from vision.explanations import STORED_OVERLAY_SIDE_PX
 
@@ -137,6 +138,9 @@ class ServingSettings(ReplicaSettings):
         description="store predictions and images; false is for benchmarks, on loopback only: nothing can be read, "
         "flagged or explained afterwards, and nothing is reviewed",
     )
+    hooks: tuple[HookSettings, ...] = Field(
+        default=(), max_length=16, description="addresses to which events are sent; no request sets one"
+    )
     overlay_side_px: int = Field(
         default=STORED_OVERLAY_SIDE_PX,
         ge=64,
@@ -190,6 +194,13 @@ class ServingSettings(ReplicaSettings):
                 "raise max_in_flight"
             )
         return self
+
+    @field_validator("hooks")
+    @classmethod
+    def _hooks_have_names_of_their_own(cls, value: tuple[HookSettings, ...]) -> tuple[HookSettings, ...]:
+        if len({hook.name for hook in value}) < len(value):
+            raise ValueError("two hooks have one name; each needs its own, since its position is kept under it")
+        return value
 
     @model_validator(mode="after")
     def _upload_fits_bodies(self) -> Self:

@@ -33,9 +33,10 @@ def health_router(authenticator: Authenticator, metrics: Metrics, probe: HealthP
         """Return whether predictions can be made: a verified model, ledger and image store respond, disk is left."""
         found = await probe.check()
         if await authenticator.is_admin(request.scope):
-            told = [*found.details, *found.troubles]
+            told = [*found.details, *found.troubles, *found.hooks]
         else:
             told = found.missing + ["some predictors do not serve"] * bool(found.troubles)
+            told += ["a hook is not delivered"] * bool(found.hooks)
         if found.missing:
             # A load balancer reads the status only, a person the detail.
             response.status_code = 503
