@@ -39,6 +39,9 @@ def serve(
     call: Call,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on; default: serving.host.")] = None,
     port: Annotated[int | None, typer.Option("--port", help="TCP port to listen on; default: serving.port.")] = None,
+    config_out: Annotated[
+        Path | None, typer.Option("--config-out", help="Write a file for `serve deploy` and KubeRay; start nothing.")
+    ] = None,
 ) -> None:
     """Serve the champion with API and page until Ctrl-C."""
     from serving.preconditions import require_startable
@@ -47,6 +50,12 @@ def serve(
     given += [f"serving.port={port}"] if port is not None else []
     settings = call.compose(after=given)
     serving: ServingSettings = settings.serving
+    if config_out is not None:
+        from serving.serve_config import serve_config_text
+
+        write_file(config_out, serve_config_text(serving))
+        call.emit({"config": str(config_out)}, f"{config_out} is for `serve deploy`, or serveConfigV2 of a RayService")
+        return
     require_startable(serving, settings.records)
 
     # Imported after the checks: Ray and torch take seconds to load, and a port in use should be reported at once.
@@ -238,6 +247,33 @@ def compare_command(
             table.add_row(name, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
         table.add_section()
     call.emit({"models": [bundle.id for bundle in pair], **rows}, table)
+
+
+@verb(models_app, "export")
+def export_command(
+    call: Call,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix (8 characters), bundle path, or champion.")],
+    format: Annotated[str, typer.Option("--format", help="onnx or openvino.")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="New folder; default: MODEL-FORMAT, here.")] = None,
+) -> None:
+    """Write a model as one graph for other programs, with its golden outputs and an example that runs it."""
+    from records.models import find_bundle
+    from vision.export.folder import export_model
+
+    with call.store() as store, status("exporting the model"):
+        bundle = find_bundle(store, model)
+        done = export_model(bundle, out or Path(f"{bundle.id[:12]}-{format}"), format)
+    body = {
+        "model_id": done.model_id, "format": done.format, "folder": str(done.folder), "outputs": list(done.outputs),
+        "files": done.files, "differences": done.differences,
+    }  # fmt: skip
+    without = "" if "maps" in done.outputs else "; without maps, since this network's head has no closed form"
+    worst = max(done.differences.values())
+    call.emit(
+        body,
+        f"model {bundle.id[:12]} in {done.folder} ({', '.join(done.outputs)}), equal to torch to {worst:.1e}{without}; "
+        f"`python {done.folder / 'example.py'}` runs it",
+    )
 
 
 @verb(app, "rollout")
