@@ -62,7 +62,8 @@ class LabelStudioClient:
         self._http = httpx.Client(timeout=timeout_s, follow_redirects=True, trust_env=not local)
         with self.translated_errors("log in"):
             self._sdk: LabelStudioBase = LabelStudio(  # type: ignore[no-untyped-call]
-                base_url=self.url,
+                # With a slash, or the SDK drops the end of a proxy's path when it renews a personal token.
+                base_url=f"{self.url}/",
                 api_key=secret,
                 httpx_client=self._http,
                 timeout=timeout_s,

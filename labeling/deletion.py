@@ -21,7 +21,7 @@ from records.errors import LabelStudioError, LabelStudioRefusedError, UnknownIdE
 from records.lease import hold
 from records.ledger.tables import TABLES, any_of
 from records.store import Store
-from records.types import Image, ReviewItem
+from records.types import Image, ReviewItem, ReviewState
 
 _LOCKED_S = 60.0
 
@@ -106,6 +106,9 @@ def pending_items(store: Store) -> set[str]:
     items, images = TABLES[ReviewItem].c, TABLES[Image].c
     query = sa.select(items.id).join(TABLES[Image], images.id == items.image_id)
     query = query.where(images.erased_at.is_not(None), items.sent_hash.is_distinct_from(DELETED))
+    # An item of an imported annotation never had a task of ours; the task that it is about is somebody else's.
+    imported = sa.and_(items.state == ReviewState.ANSWERED, items.task_id.is_(None), items.pushed_at.is_(None))
+    query = query.where(sa.not_(imported))
     with store.ledger.read() as tx:
         return set(tx.connection.scalars(query))
 

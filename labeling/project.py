@@ -128,10 +128,15 @@ def linked_page(store: Store, label_config: str, position: dict[str, Any]) -> La
         ) from error
 
 
-def _open_linked(store: Store, client: LabelStudioClient, cursor: Cursor) -> Project:
+def _open_linked(store: Store, client: LabelStudioClient, settings: LabelingSettings, cursor: Cursor) -> Project:
     position, number = cursor.position, int(cursor.position["linked"])
     present = client.project(number)
     if present is not None and position["marker"] in present.description:
+        webhook = webhook_fingerprint(store.home, settings.webhook_url)
+        if position.get("webhook") != webhook:
+            ensure_webhook(store.home, client, number, settings.webhook_url)
+            with store.ledger.begin() as tx:
+                tx.update(Cursor, cursor.name, position={**position, "webhook": webhook})
         return Project(number, position["marker"], page=linked_page(store, present.label_config, position))
     if position["active"]:
         raise LabelStudioRefusedError(
@@ -157,7 +162,7 @@ def open_project(
             cursor = Cursor(name=name, position={"marker": f"[relook:{new_id()}]", "project_id": None, **whose})
             tx.add(cursor)
     if project_key.linked is not None:
-        return _open_linked(store, client, cursor)
+        return _open_linked(store, client, settings, cursor)
     marker: str = cursor.position["marker"]
     known: int | None = cursor.position["project_id"]
     config = label_config(store.taxonomy, blind=project_key.blind)

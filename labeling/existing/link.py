@@ -19,11 +19,11 @@ from labeling.project import (
     known_projects,
     link_cursors,
     linked_page,
+    open_project,
     requeue,
     settle_address,
 )
 from labeling.settings import LabelingSettings
-from labeling.webhooks import ensure_webhook
 from records.errors import LabelStudioRefusedError, RefusedError, UnknownIdError
 from records.ids import new_id
 from records.lease import hold
@@ -111,7 +111,7 @@ def link(
         if marker not in project.description:
             body = {"description": f"{project.description} {marker}".strip()}
             client.request("PATCH", f"api/projects/{project_id}/", f"mark project {project_id}", body=body)
-        ensure_webhook(store.home, client, project_id, settings.webhook_url)
+        open_project(store, client, settings, ProjectKey(linked=project_id))
         # Last: until here a failure leaves everything as it was.
         with store.ledger.begin() as tx:
             _activate(tx, client, project_id)

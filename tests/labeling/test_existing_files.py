@@ -2,7 +2,9 @@
 
 import base64
 import http.server
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +38,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, TOKEN in str(self.headers)))
@@ -92,6 +98,24 @@ def test_files_of_label_studio_come_with_the_token_under_its_prefix(labels: Host
         ("/tools/labels/tasks/7/resolve/?fileuri=czM6Ly9iL2EucG5n", True),
         ("/tools/labels/storage-data/uploaded/?filepath=upload/1/d.png", True),
     ]
+
+
+def web_token(seconds: float, kind: str) -> str:
+    """A JSON web token that expires after some seconds."""
+    claims = {"exp": time.time() + seconds, "token_type": kind, "jti": TOKEN}
+    parts = [base64.urlsafe_b64encode(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
+    return b".".join([*parts, b"c2ln"]).replace(b"=", b"").decode()
+
+
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
+def test_a_personal_token_is_renewed_under_the_prefix(labels: Host) -> None:
+    personal, old, new = web_token(900, "refresh"), web_token(-10, "access"), web_token(900, "access")
+    renewed = [(200, {}, json.dumps({"access": access}).encode()) for access in (old, new)]
+    labels.replies["/tools/labels/api/token/refresh/"] = renewed
+    with LabelStudioClient(f"{labels.url}/tools/labels", personal) as client, TaskFiles(client) as files:
+        assert files.read("/data/upload/1/a.png") == files.read("/data/upload/1/b.png") == IMAGE
+    paths = [path.removeprefix("/tools/labels") for path, _ in labels.asked]
+    assert paths == ["/api/token/refresh/", "/data/upload/1/a.png", "/api/token/refresh/", "/data/upload/1/b.png"]
 
 
 @pytest.mark.parametrize(

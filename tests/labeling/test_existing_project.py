@@ -67,6 +67,10 @@ def choose(client: LabelStudioClient, task_id: int, user_id: int | None, *choice
     return int(client.request("POST", f"api/tasks/{task_id}/annotations/", "annotate", body=body)["id"])
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def annotations_of(store: Store) -> list[Annotation]:
     with store.ledger.read() as tx:
         return tx.find(Annotation, order_by=("created_at", "id"))
@@ -148,7 +152,7 @@ def test_images_and_annotations_come_in_with_their_annotators(
 
 @pytest.mark.slow
 def test_an_import_again_adds_what_is_new_and_repeats_nothing(
-    store: Store, client: LabelStudioClient, readers: list[int]
+    store: Store, client: LabelStudioClient, readers: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project_id = make_project(client)
     ids = client.import_tasks(
@@ -157,7 +161,13 @@ def test_an_import_again_adds_what_is_new_and_repeats_nothing(
     made = [
         choose(client, task_id, readers[n % 2], "Melanoma" if n % 2 else "Muttermal") for n, task_id in enumerate(ids)
     ]
+    with monkeypatch.context() as patched:
+        patched.setattr("labeling.existing.project_import.write_annotations", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            import_project(store, client, project_id)
+    assert annotations_of(store) == []
     first = import_project(store, client, project_id)
+    assert (first.annotations, first.report.images, first.report.new_images) == (6, 6, 0)
     assert first.report.classes == {"mel": 3}
     assert len(first.not_understood) == 3, "without --labels, Muttermal is no class"
     second = import_project(store, client, project_id, labels=SAID)

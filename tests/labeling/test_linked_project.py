@@ -9,7 +9,7 @@ import pytest
 
 from cluster.cli import run
 from labeling.client import LabelStudioClient
-from labeling.deletion import tasks_place
+from labeling.deletion import pending_items, tasks_place
 from labeling.existing.link import link, unlink
 from labeling.existing.project_import import import_project
 from labeling.local_server import ServerInfo
@@ -21,7 +21,8 @@ from labeling.simulated_annotator import annotate
 from labeling.status import status
 from records.erasure import RECORDS_PLACES, erase_images
 from records.errors import DataError, RefusedError, UnknownIdError
-from records.store import Store
+from records.settings import RecordsSettings
+from records.store import Store, open_store
 from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 from tests.labeling.conftest import make_image
 from tests.labeling.test_existing_project import choose, embedded, make_project
@@ -124,6 +125,27 @@ def test_new_items_go_to_the_linked_project_and_open_ones_are_still_read_elsewhe
     assert items_of(store)[later[0].id].project_id == own
     choose(client, at[1], user, "Melanoma")
     assert pull(store, client, settings).new_labels == 1, "what was linked is still read"
+
+
+@pytest.mark.slow
+def test_a_project_of_another_home_is_imported_like_anybody_elses(
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, add_items: AddItems, tmp_path: Path
+) -> None:
+    items = add_items(3)
+    number = push(store, client, settings).project_id or 0
+    annotate(client, store, {item.image_id: "bcc" for item in items[:2]})
+    with pytest.raises(DataError, match="only tasks that Relook sent there"):
+        import_project(store, client, number)
+    other = open_store(RecordsSettings(home=tmp_path / "other"))
+    found = import_project(other, client, number)
+    assert (found.report.images, found.report.classes, found.annotations) == (3, {"bcc": 2}, 2)
+    assert not any(row.blind for row in annotations_of(other)), "that page shows the prediction"
+    # Erasing what was imported needs no Label Studio, and takes nothing from the other home.
+    gone = annotations_of(other)[0].image_id
+    erase_images(other, [gone], actor="test", places=(*RECORDS_PLACES, tasks_place(settings)))
+    assert pending_items(other) == set()
+    assert len(tasks_in(client, number)) == 3
+    other.close()
 
 
 def client_settings(client: LabelStudioClient, settings: LabelingSettings) -> LabelingSettings:
