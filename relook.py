@@ -111,18 +111,22 @@ def import_images(
     columns: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
     table: str | os.PathLike[str] | None = None,
+    layout: str | None = None,
     in_place: bool = False,
+    correct: bool = False,
     **more: Any,
 ) -> ImportReport:
     """Import a folder of labelled images, as `relook data import` does; a second call repeats no work.
 
     Args:
         home: gets the images.
-        folder: images and a table, or another layout that `docs/data.md` lists.
+        folder: images and a table, or another layout that `docs/data.md` lists; or its .zip or .tar.gz.
         columns: what a column of the table means, such as `{"dx": "diagnosis", "lesion": "mole_id"}`.
         labels: labels of the table and the classes that they mean, such as `{"MEL": "mel"}`.
         table: the table, if the folder holds several.
+        layout: the layout that the folder has, if it is not the one that is recognised.
         in_place: register the files where they are, and copy nothing.
+        correct: take over labels that differ from those imported before.
         more: any other argument of `images.importer.import_folder`, such as `consent`.
     Returns:
         The report: images, lesions, classes, splits, `quarantined` rows with reasons, and notes.
@@ -142,7 +146,9 @@ def import_images(
             columns=dict(columns or {}),
             labels=dict(labels or {}),
             table=None if table is None else Path(table),
+            layout=layout,
             in_place=in_place,
+            correct=correct,
             progress=bar,
             **more,
         )
@@ -274,8 +280,7 @@ def tune(
     tuning = with_options(tuning, {"trials": trials}, space)
     if resume:
         require_unchanged(folder, tuning, trainers)
-    # Only for its errors: an impossible space is refused before data are imported and Ray starts.
-    searched_space(tuning, trainers)
+    searched_space(tuning, trainers)  # for its errors only, before data are imported and Ray starts
     with progress() as bar:
         dataset = open_dataset(store, None if data is None else os.fspath(data), progress=bar)
     with search_lease(store, folder, resume=resume), _ray(settings), show_search() as on_event:

@@ -34,6 +34,7 @@ from images.import_plan import (
 from images.intake import Intake
 from images.layouts import read_source
 from images.source_table import SourceRow, SourceTable, tables_of
+from images.unpack import Place, opened
 from records.datasets import DatasetVersion, build_version, load_dataset
 from records.erasure import BLOBS, run_erasers
 from records.errors import ConfigError, DataError
@@ -117,7 +118,7 @@ def import_folder(
 
     Args:
         store: gets the images and records.
-        folder: images in any depth, and a table.
+        folder: images in any depth, and a table; or an archive of such a folder.
         columns: names of the table's columns where they differ from `source_table.COLUMNS`.
         labels: texts of the table to classes, where they are neither code, name nor alias of a class.
         table: the table, if it is not the only one.
@@ -137,22 +138,23 @@ def import_folder(
         TaxonomyError: the store has labels of another taxonomy, or `labels` names a class that there is not.
     """
     _require_arguments(store, labels or {}, withhold_share)
-    source = read_source(folder, columns, table, layout)
-    if in_place:
-        _require_files(source)
-    reading = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
-    return import_source(
-        store,
-        source,
-        reading,
-        labels=labels,
-        in_place=in_place,
-        correct=correct,
-        withhold_share=withhold_share,
-        side_px=side_px,
-        consent=consent,
-        progress=progress,
-    )
+    with opened(folder, store.home.cache) as place:
+        source = place.named(read_source(place.folder, columns, table, layout))
+        if in_place:
+            _require_files(source, place)
+        reading = Reading(sha256_hex(source.content), dict(columns or {}), layout, source.layout, source.licences)
+        return import_source(
+            store,
+            source,
+            reading,
+            labels=labels,
+            in_place=in_place,
+            correct=correct,
+            withhold_share=withhold_share,
+            side_px=side_px,
+            consent=consent,
+            progress=progress,
+        )
 
 
 def import_source(
@@ -223,7 +225,7 @@ def _plan(
     progress: Progress | None,
 ) -> Plan:
     if not entries:
-        raise _nothing_usable(source, refusals[0].reason)
+        raise _nothing_usable(source, refusals)
     import_id = import_id_of(source, reading.columns)
     images = [_image(store, entry, import_id, consent) for entry in entries]
     pairs = _pairs(store, entries, images, progress)
@@ -231,8 +233,8 @@ def _plan(
     return Plan(import_id, entries, images, pairs, refusals, withhold_share, salt, store.taxonomy, reading, correct)
 
 
-def _require_files(source: SourceTable) -> None:
-    if any(row.path is not None and not isinstance(row.path, Path) for row in source.rows):
+def _require_files(source: SourceTable, place: Place) -> None:
+    if place.archive is not None or any(row.path is not None and not isinstance(row.path, Path) for row in source.rows):
         raise DataError(f"images in {source.path} are inside archives, which --in-place cannot name; leave it out")
 
 
@@ -246,8 +248,13 @@ def _of_export(source: SourceTable, dataset_id: str) -> list[str]:
     ]
 
 
-def _nothing_usable(source: SourceTable, reason: str) -> DataError:
-    return DataError(f"none of the {len(source.rows)} rows of {source.path} can be used; first: {reason}")
+def _nothing_usable(source: SourceTable, refusals: Sequence[Refusal]) -> DataError:
+    # The home was set up for other classes than the images have.
+    is_other = all(refusal.code == "unknown_class" for refusal in refusals)
+    hint = "; `relook taxonomy from DIR` proposes one of these classes" if is_other else ""
+    return DataError(
+        f"none of the {len(source.rows)} rows of {source.path} can be used; first: {refusals[0].reason}{hint}"
+    )
 
 
 def open_dataset(store: Store, data: str | None, *, progress: Progress | None = None) -> DatasetVersion:
@@ -270,10 +277,15 @@ def open_dataset(store: Store, data: str | None, *, progress: Progress | None = 
             raise DataError("there is no data yet; give a folder or a dataset id with --data")
         return load_dataset(store, newest[0].id)
     folder = Path(data)
-    if not folder.is_dir():
+    if not folder.exists():
         if "/" in data or folder.suffix:
             raise DataError(f"there is no data folder {data}; give a folder, or the id of a dataset version")
         return load_dataset(store, data)
+    with opened(folder, store.home.cache) as place:
+        return _open_folder(store, place.folder, progress)
+
+
+def _open_folder(store: Store, folder: Path, progress: Progress | None) -> DatasetVersion:
     table, columns, layout = _known_reading(store, folder)
     if _is_imported(store, import_id_of(read_source(folder, columns, table, layout), columns)):
         # A version of everything known now: annotations or other folders may have been added since the import.
@@ -393,6 +405,12 @@ def _build(store: Store) -> tuple[str, list[str]]:
     notes = []
     if built.without_consent:
         notes.append(f"{len(built.without_consent)} labelled images lack the consent to train on them")
+    if len(classes := built.version.rows["label"].unique()) == 1:
+        count = len(built.version.rows)
+        notes.append(
+            f"all {count} labelled images are of the one class {classes[0]}, which leaves nothing to tell apart: a "
+            "classifier needs images of two classes"
+        )
     if empty := built.version.empty_splits:
         names = ", ".join(empty)
         notes.append(

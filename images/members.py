@@ -21,6 +21,7 @@ MAX_MEMBER_BYTES = 256 * 2**20
 """Largest member that is read. An uncompressed image of 89 megapixels has 267 million bytes, and images are compressed.
 """
 
+_HEAD_BYTES = 132
 _MAX_ROW_GROUP_BYTES = 2**31
 _LINK = "it is a link, and links in archives are not followed"
 _OUTSIDE = "its name leads out of the archive"
@@ -38,9 +39,16 @@ class TarMember:
 
     def read_bytes(self) -> bytes:
         """Return its bytes; they are cut off if the archive is."""
+        return self._read(min(self.size, MAX_MEMBER_BYTES))
+
+    def head(self) -> bytes:
+        """Return its first bytes, which say what it is."""
+        return self._read(min(self.size, _HEAD_BYTES))
+
+    def _read(self, size: int) -> bytes:
         with self.archive.open("rb") as file:
             file.seek(self.offset)
-            return file.read(min(self.size, MAX_MEMBER_BYTES))
+            return file.read(size)
 
 
 @dataclass(frozen=True)

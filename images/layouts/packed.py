@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from images.source_table import COLUMNS, SourceTable, source_of, split_in
 from images.table_file import Table
 from records.errors import DataError
 from records.ids import sha256_hex
-from records.images import IMAGE_SUFFIXES
+from records.images import IMAGE_SUFFIXES, format_name
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content")
 _LABEL_COLUMNS = ("dx", "label", "labels", "class", "class_name", "diagnosis", "target")
@@ -30,6 +30,7 @@ _SUFFIXES = IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
 _MAX_TEXT_BYTES = 2**20
 _FOOTER_BYTES = 2**16
 _PROBED = 200
+_TEXTS = frozenset({".cls", ".json", ".txt"})
 
 
 @dataclass
@@ -214,6 +215,8 @@ def read_webdataset(look: Look, layout: str) -> tuple[SourceTable, Packed]:
         content.append(look.shown(path))
         for key, members in _samples(look, path, packed).items():
             images = [name for name in members if _suffix(name) in _SUFFIXES]
+            # Names with further dots, such as x.mask.png, and images without a suffix of one.
+            images += [name for name, (member, _) in members.items() if name not in images and _is_image(member)]
             for name in images[1:]:
                 packed.unread.append(f"{look.shown(path)}/{shown(name)}: another image of {shown(key)} is used")
             if not images:
@@ -259,6 +262,13 @@ def _key(name: str) -> str:
 def _suffix(name: str) -> str:
     file = name.rpartition("/")[2]
     return f".{file.partition('.')[2].lower()}" if "." in file else ""
+
+
+def _is_image(member: TarMember) -> bool:
+    suffix = PurePosixPath(member.name).suffix.lower()
+    if suffix in _TEXTS:
+        return False
+    return suffix in _SUFFIXES or format_name(member.head()) is not None
 
 
 def _texts_of(members: _Members) -> tuple[dict[str, str], list[str], str | None]:

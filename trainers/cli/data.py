@@ -81,7 +81,9 @@ def _forms() -> list[str]:
 @verb(app, "import")
 def import_command(
     call: Call,
-    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="Folder with images and a table.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Folder with images and a table, or its .zip or .tar.gz.")
+    ] = None,
     columns: Annotated[
         str | None, typer.Option(help="Columns of the table: image=..,dx=..,lesion=..,patient=..,split=..,site=..")
     ] = None,
