@@ -17,6 +17,11 @@ def require_startable(settings: ServingSettings, records: RecordsSettings) -> No
     """
     # The port first: the check is immediate, while opening the ledger may wait for a database.
     require_free_port(settings.host, settings.port)
+    require_servable(settings, records)
+
+
+def require_servable(settings: ServingSettings, records: RecordsSettings) -> None:
+    """Check what a service needs wherever it runs; see `require_startable`."""
     store = open_store(records)
     try:
         admin_token(store.home)
