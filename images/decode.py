@@ -1,11 +1,13 @@
 """Decode the bytes of an image: one decoder for every room.
 
-Input: the bytes of a JPEG, PNG or WebP file. Output: uint8 [S, S, 3], sRGB, upright: the centre of the image with its
-shorter side resized to S, or the whole image. Transparent pixels are blended with white, and 16 bits are scaled to 8.
-The result depends only on the bytes, S and `DECODE_VERSION`, so training, serving, the page and annotators see the
-same pixels. Scaling to floats is part of a bundle's geometry; image quality is not judged here.
+Input: the bytes of a JPEG, PNG, WebP or DICOM file. Output: uint8 [S, S, 3], sRGB, upright: the centre of the image
+with its shorter side resized to S, or the whole image. Transparent pixels are blended with white, and 16 bits are
+scaled to 8. The result depends only on the bytes, S and `DECODE_VERSION`, so training, serving, the page and annotators
+see the same pixels. Scaling to floats is part of a bundle's geometry; image quality is not judged here.
 
     bytes -> without metadata -> work within the limits -> decoded here if it is little, else in a decoder process
+
+DICOM files become PNG files first; see `images.dicom`.
 """
 
 from collections.abc import Sequence
@@ -13,10 +15,11 @@ from collections.abc import Sequence
 from images.decoder_budget import is_cheap, measure
 from images.decoder_pillow import Wanted, decode_here
 from images.decoder_pool import decoder_pool
+from images.dicom import as_plain_file
 from images.settings import limits_in_force
 from records.arrays import UInt8Array
 from records.errors import ContractError
-from records.images import strip_metadata
+from records.images import is_dicom, strip_metadata
 
 DECODE_VERSION = 1
 """Part of every cache key and bundle. Raise it with any change that alters a single pixel of any image."""
@@ -31,7 +34,7 @@ def decode_squares(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array
     """Decode the centre square of an image at several sides, sharing the work between them.
 
     Args:
-        data: a JPEG, PNG or WebP file.
+        data: a JPEG, PNG, WebP or DICOM file.
         sides_px: the sides, each at least 1. Sides that need the same JPEG scale share one decode.
     Returns:
         Side to [S, S, 3]; each equal to the result of `decode_square` for that side alone.
@@ -48,7 +51,7 @@ def decode_image(data: bytes, max_side_px: int | None = None) -> UInt8Array:
     """Decode a whole image for display.
 
     Args:
-        data: a JPEG, PNG or WebP file.
+        data: a JPEG, PNG, WebP or DICOM file.
         max_side_px: the longer side is reduced to this; None keeps the size.
     Returns:
         [H, W, 3], sRGB, upright.
@@ -65,6 +68,8 @@ class CostlyError(Exception):
 def decode_if_cheap(data: bytes, sides_px: Sequence[int]) -> dict[int, UInt8Array]:
     """Do the same as `decode_squares`, or raise CostlyError, so that the caller need not let others wait."""
     limits = limits_in_force()
+    if is_dicom(data):
+        raise CostlyError
     stripped = strip_metadata(data)
     if not is_cheap(measure(stripped, limits), limits):
         raise CostlyError
@@ -75,7 +80,7 @@ def _decoded(data: bytes, wanted: Wanted) -> list[UInt8Array]:
     limits = limits_in_force()
     # Metadata is removed before, so that no parser of Pillow or libjpeg sees it, and every copy of an image, stored or
     # not, is decoded from the same bytes.
-    stripped = strip_metadata(data)
+    stripped = strip_metadata(as_plain_file(data))
     work = measure(stripped, limits)
     if is_cheap(work, limits):
         return decode_here(stripped, wanted)

@@ -77,12 +77,7 @@ def measure(stripped: bytes, limits: ImagesSettings) -> Work:
     try:
         width_px, height_px = image_size(stripped)
         # First: the others multiply it.
-        if width_px * height_px > limits.max_megapixels * 1e6:
-            raise ImageError(
-                f"the image has {width_px} x {height_px} pixels and {limits.max_megapixels:g} million are allowed; "
-                "send a smaller one",
-                "too_many_pixels",
-            )
+        require_pixels(width_px, height_px, limits)
         work = {"jpeg": _jpeg, "png": _png, "webp": _webp}[sniff(stripped)](
             stripped, width_px, height_px, max_profile_bytes
         )
@@ -101,6 +96,16 @@ def measure(stripped: bytes, limits: ImagesSettings) -> Work:
     if len(work.profile) > max_profile_bytes:
         raise too_costly(f"its colour profile is larger than the {limits.max_profile_kb} kB that are allowed")
     return work
+
+
+def require_pixels(width_px: int, height_px: int, limits: ImagesSettings) -> None:
+    """Raise ImageError (code `too_many_pixels`) for an image that is larger than any part of Relook decodes."""
+    if width_px * height_px > limits.max_megapixels * 1e6:
+        raise ImageError(
+            f"the image has {width_px} x {height_px} pixels and {limits.max_megapixels:g} million are allowed; "
+            "send a smaller one",
+            "too_many_pixels",
+        )
 
 
 def is_cheap(work: Work, limits: ImagesSettings) -> bool:

@@ -164,14 +164,15 @@ def _finish(plain: PillowImage.Image, source: PillowImage.Image) -> UInt8Array:
 
     They come last: on the small image both are cheap, and the result is the same.
     """
-    upright = _to_srgb(plain, source.info.get("icc_profile"))
+    upright = to_srgb(plain, source.info.get("icc_profile"))
     transpose = _TRANSPOSES.get(_orientation(source))
     if transpose is not None:
         upright = upright.transpose(transpose)
     return np.array(upright, dtype=np.uint8)
 
 
-def _to_srgb(plain: PillowImage.Image, profile: bytes | None) -> PillowImage.Image:
+def to_srgb(plain: PillowImage.Image, profile: bytes | None) -> PillowImage.Image:
+    """Return an image in sRGB; without a usable profile it is taken to be in it."""
     transform = _TRANSFORMS.find(profile, plain.mode) if profile else None
     if transform is not None:
         return transform.apply(plain)

@@ -66,11 +66,31 @@ class DecoderPool:
             ImageError: the file is damaged, or code `too_costly` if it exceeds a limit or its decoder was killed.
             UnavailableError: no decoder process starts.
         """
+        asked = {"sides_px": list(wanted.sides_px), "max_side_px": wanted.max_side_px}
+        document, body = self._reply(stripped, asked, sum(side_px**2 for side_px in wanted.sides_px) or pixels)
+        return _arrays(document, body, wanted)
+
+    def decode_dicom(self, data: bytes) -> tuple[UInt8Array, dict[str, Any]]:
+        """Decode a DICOM file in a decoder process, which also checks its work.
+
+        Args:
+            data: the file.
+        Returns:
+            [H, W, 3], and the tags that are kept.
+        Raises:
+            ImageError: see `decode`; also if the file holds no image that can be read.
+            UnavailableError: no decoder process starts.
+        """
+        asked = {"dicom": self._limits.model_dump(mode="json")}
+        document, body = self._reply(data, asked, int(self._limits.max_megapixels * 1e6))
+        return _arrays(document, body, Wanted())[0], dict(document["tags"])
+
+    def _reply(self, data: bytes, asked: dict[str, Any], most_pixels: int) -> "_Reply":
         with self._slots:
             for _ in range(MAX_STARTS):
                 # One that ended before it had the image ended for another reason: the next one gets it.
                 with contextlib.suppress(_NotStartedError):
-                    return self._work(stripped, wanted, pixels)
+                    return self._work(data, asked, most_pixels)
         raise UnavailableError("decoder processes end before they get an image; see the log for the reason")
 
     def close(self) -> None:
@@ -88,12 +108,12 @@ class DecoderPool:
         with self._lock:
             return [decoder.process.pid for decoder in self._idle]
 
-    def _work(self, stripped: bytes, wanted: Wanted, pixels: int) -> list[UInt8Array]:
+    def _work(self, data: bytes, asked: dict[str, Any], most_pixels: int) -> "_Reply":
         with self._lock:
             decoder = self._idle.pop() if self._idle else None
         decoder = decoder or _Decoder(self._limits)
         try:
-            reply = decoder.work(stripped, wanted, pixels)
+            reply = decoder.work(data, asked, most_pixels)
         except BaseException:
             decoder.end()
             raise
@@ -102,6 +122,9 @@ class DecoderPool:
         if isinstance(reply, ImageError):
             raise reply
         return reply
+
+
+_Reply = tuple[dict[str, Any], memoryview]
 
 
 class _NotStartedError(Exception):
@@ -136,21 +159,19 @@ class _Decoder:
             self.end()
             raise _NotStartedError from error
 
-    def work(self, stripped: bytes, wanted: Wanted, pixels: int) -> "list[UInt8Array] | ImageError":
-        """Return the pixels of an image, or the error that decoding it ended with."""
-        asked = {"sides_px": list(wanted.sides_px), "max_side_px": wanted.max_side_px}
+    def work(self, data: bytes, asked: dict[str, Any], most_pixels: int) -> "_Reply | ImageError":
+        """Return the reply about an image, or the error that decoding it ended with."""
         try:
             self._socket.settimeout(START_TIMEOUT_S)
-            send(self._socket, STARTED, asked, [stripped])
+            send(self._socket, STARTED, asked, [data])
             kind, _, _ = self._reply(START_TIMEOUT_S)
         except (OSError, EOFError) as error:
             raise _NotStartedError from error
         if kind != STARTED:
             raise _NotStartedError
         wall_s = WALL_FACTOR * self._limits.decoder_time_s
-        most_bytes = 3 * (sum(side_px**2 for side_px in wanted.sides_px) or pixels)
         try:
-            kind, document, body = self._reply(wall_s, most_bytes)
+            kind, document, body = self._reply(wall_s, 3 * most_pixels)
         except TimeoutError as error:
             raise too_costly(f"it took longer than {wall_s:g} s") from error
         except (OSError, EOFError) as error:
@@ -159,7 +180,7 @@ class _Decoder:
             if document["code"] == "memory":
                 return self._memory_error()
             return ImageError(str(document["message"]), str(document["code"]))
-        return _arrays(document, body, wanted)
+        return document, body
 
     def end(self) -> None:
         """Kill the process, which has nothing to save, and wait for its end."""

@@ -4,6 +4,7 @@ The limits are the kernel's: memory by RLIMIT_AS, processor time by RLIMIT_CPU, 
 writes no file and no core dump. It ends with its parent: the end of the socket ends it, also amid an image.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -35,7 +36,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     os.nice(NICENESS)
-    # Everything is imported before the limits are set and before any byte of an image is read.
+    # Everything else is imported before the limits are set and before any byte of an image is read.
     from PIL import Image
 
     from images.decoder_pillow import decode_here
@@ -50,6 +51,11 @@ def main() -> None:
             _, document, body = receive(connection, _LARGEST_BYTES)
         except (EOFError, OSError):
             return
+        if "dicom" in document and "images.decoder_dicom" not in sys.modules:
+            # Imported now and not at the start, because few images are DICOM files; outside the limits all the same.
+            _set_limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
+            importlib.import_module("images.decoder_dicom")
+            _limit(memory_bytes)
         send(connection, STARTED, {}, ())
         _limit_time(time_s)
         _work(connection, decode_here, document, bytes(body))
@@ -108,16 +114,23 @@ def _work(connection: socket.socket, decode_here: Any, document: dict[str, Any],
     from images.decoder_pillow import Wanted
     from records.errors import ImageError
 
-    wanted = Wanted(tuple(document["sides_px"]), document["max_side_px"])
+    tags: dict[str, Any] = {}
     try:
-        arrays = decode_here(data, wanted)
+        if "dicom" in document:
+            from images.decoder_dicom import decode_dicom
+            from images.settings import ImagesSettings
+
+            pixels, tags = decode_dicom(data, ImagesSettings.model_validate(document["dicom"]))
+            arrays = [pixels]
+        else:
+            arrays = decode_here(data, Wanted(tuple(document["sides_px"]), document["max_side_px"]))
     except ImageError as error:
         send(connection, FAILED, {"message": str(error), "code": error.code}, ())
     except MemoryError:
         send(connection, FAILED, {"message": "", "code": "memory"}, ())
     else:
         shapes = [array.shape[:2] for array in arrays]
-        send(connection, PIXELS, {"shapes": shapes}, [array.reshape(-1) for array in arrays])
+        send(connection, PIXELS, {"shapes": shapes, "tags": tags}, [array.reshape(-1) for array in arrays])
 
 
 def _limit(memory_bytes: int) -> None:
@@ -138,7 +151,9 @@ def _limit_time(time_s: float) -> None:
 def _set_limit(kind: int, value: int) -> None:
     # The limit that this process was started with may be lower, and only root could raise it.
     _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    if value == resource.RLIM_INFINITY or (hard != resource.RLIM_INFINITY and hard < value):
+        value = hard
+    resource.setrlimit(kind, (value, hard))
 
 
 def _end_with_parent(connection: socket.socket) -> None:

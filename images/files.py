@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from records.images import FORMATS, IMAGE_SUFFIXES, format_name
+from images.dicom_head import HEAD_BYTES as DICOM_HEAD_BYTES
+from images.dicom_head import SOP_INSTANCE, UID, file_meta
+from records.images import FORMATS, IMAGE_SUFFIXES, format_name, is_dicom
 
 _SYSTEM_NAMES = frozenset(
     {
         ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", ".spotlight-v100", ".trashes", ".fseventsd",
         ".temporaryitems", ".appledouble", "$recycle.bin", "system volume information", "@eadir", ".git", ".relook",
-        ".ipynb_checkpoints",
+        ".ipynb_checkpoints", "dicomdir",
     }
 )  # fmt: skip
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
@@ -95,7 +97,7 @@ def _rank(path: Path) -> int:
         found = format_name(_head(path))
     except OSError:
         return 1
-    if found in FORMATS:
+    if found in (*FORMATS, "DICOM"):
         return 0
     return 1 if found or path.suffix.lower() in OTHER_IMAGE_SUFFIXES else _NO_IMAGE
 
@@ -126,6 +128,7 @@ class ImageIndex:
         self._exact: dict[str, list[Path]] = {}
         self._alike: dict[str, list[Path]] = {}
         self._rank = {path: _rank(path) for path in files}
+        self._of_uid: dict[str, Path] | None = None
         for path in self._rank:
             inside = path.relative_to(folder)
             for name in {inside.as_posix(), inside.with_suffix("").as_posix(), path.name, path.stem}:
@@ -157,6 +160,8 @@ class ImageIndex:
             if not found:
                 return None, f"there is no file {name} in {self._folder}"
         found = found or self._alike.get(same_name(name)) or []
+        if not found and UID.fullmatch(name) and (of_uid := self._with_uid(name)):
+            return of_uid, None
         if not found:
             return None, f"there is no image named {name} in {self._folder}"
         # An image and its copy in a format that cannot be read, or a text beside it, have one name.
@@ -169,6 +174,16 @@ class ImageIndex:
         if "/" in path and not found[0].resolve().is_relative_to(self._folder.resolve()):
             return None, f"{name} lies outside {self._folder}"
         return found[0], None
+
+    def _with_uid(self, uid: str) -> Path | None:
+        """Return the DICOM file with a SOP instance UID."""
+        if self._of_uid is None:
+            self._of_uid = {}
+            for path in self._rank:
+                # No file is opened whose suffix tells enough.
+                if path.suffix.lower() not in IMAGE_SUFFIXES and is_dicom(head := _head(path, DICOM_HEAD_BYTES)):
+                    self._of_uid.setdefault(file_meta(head)[0].get(SOP_INSTANCE, ""), path)
+        return self._of_uid.get(uid)
 
 
 def folder_parts(folder: Path, path: Path) -> tuple[str, ...]:
@@ -183,9 +198,17 @@ def _is_system(entry: os.DirEntry[str]) -> bool:
     return entry.name.startswith("._") and entry.is_file() and _head(Path(entry.path)).startswith(_APPLE_DOUBLE)
 
 
-def _head(path: Path) -> bytes:
+def is_dicom_file(path: Path) -> bool:
+    """Return whether a file is a DICOM file, by its content; one that cannot be read is none."""
+    try:
+        return path.suffix.lower() not in IMAGE_SUFFIXES and is_dicom(_head(path))
+    except OSError:
+        return False
+
+
+def _head(path: Path, count: int = _HEAD_BYTES) -> bytes:
     with path.open("rb") as file:
-        return file.read(_HEAD_BYTES)
+        return file.read(count)
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

@@ -4,7 +4,6 @@ In: any of these. Out: the bytes of an image file, so that what was given as an 
 and resizing as a file. Arrays and Pillow images are written as PNG, which loses nothing.
 """
 
-import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
+from images.dicom import as_plain_file, png_bytes
 from images.files import shown
 from records.errors import DataError, ImageError
 
@@ -30,21 +30,21 @@ def image_bytes(image: GivenImage) -> bytes:
     Args:
         image: a path, bytes, a Pillow image, or an array uint8 [H, W, 3].
     Returns:
-        The file's bytes as they are, or a PNG of a Pillow image or an array.
+        The file's bytes as they are, or a PNG of a DICOM file, a Pillow image or an array.
     Raises:
         DataError: the file cannot be read.
         ImageError: it is none of these, or an array of another type or shape.
     """
     if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image)
+        return as_plain_file(bytes(image))
     if isinstance(image, str | os.PathLike):
-        return _file_bytes(Path(image))
+        return as_plain_file(_file_bytes(Path(image)))
     if isinstance(image, np.ndarray):
-        return _png(PillowImage.fromarray(_pixels(image)))
+        return png_bytes(PillowImage.fromarray(_pixels(image)))
     if isinstance(image, PillowImage.Image):
         # Turned first: a PNG would lose the orientation that a camera's metadata has.
         upright = ImageOps.exif_transpose(image)
-        return _png(upright if upright.mode in _IN_PNG else upright.convert("RGB"))
+        return png_bytes(upright if upright.mode in _IN_PNG else upright.convert("RGB"))
     raise ImageError(
         f"a {type(image).__name__} is not an image; give a path, the bytes of a file, a Pillow image or an array "
         "uint8 [H, W, 3]"
@@ -83,9 +83,3 @@ def _pixels(array: NDArray[Any]) -> NDArray[np.uint8]:
             "from 0 to 255"
         )
     return np.ascontiguousarray(array)
-
-
-def _png(image: PillowImage.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=1)
-    return file.getvalue()

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from images.grouping import NearPair, set_groups, set_splits, write_groups
 from images.intake import ERASED, TakenIn
 from images.label_rows import Label, Said, differing, known_labels, sentence, strongest, write_labels
-from images.source_table import SourceRow, is_blank
+from images.source_table import SourceRow, SourceTable, is_blank
 from records import audit
 from records.erasure import remove_expired_tombstones
 from records.errors import TaxonomyError
@@ -87,6 +87,33 @@ def read_label(text: str | None, taxonomy: Taxonomy, said: Mapping[str, str] | N
     if code is None and not is_blank(meant):
         raise TaxonomyError(f"the class {meant!r}; taxonomy {taxonomy.name!r} has {', '.join(taxonomy.codes)}")
     return code
+
+
+def without_guesses(
+    source: SourceTable, taxonomy: Taxonomy, said: Mapping[str, str] | None = None
+) -> tuple[list[SourceRow], list[str]]:
+    """Return the rows of a table, unlabelled if their labels are names of folders and none of them is a class.
+
+    Args:
+        source: the table.
+        taxonomy: its classes are the known ones.
+        said: see `read_label`.
+    Returns:
+        The rows, and a sentence if labels were dropped.
+    """
+    if not source.folders_may_be_classes or any(_is_class(row.label, taxonomy, said) for row in source.rows):
+        return source.rows, []
+    if all(row.label is None for row in source.rows):
+        return source.rows, []
+    note = f"the names of the folders are no classes of taxonomy {taxonomy.name!r}, so these images have no label"
+    return [replace(row, label=None) for row in source.rows], [note]
+
+
+def _is_class(text: str | None, taxonomy: Taxonomy, said: Mapping[str, str] | None) -> bool:
+    try:
+        return read_label(text, taxonomy, said) is not None
+    except TaxonomyError:
+        return False
 
 
 def usable_rows(

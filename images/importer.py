@@ -19,6 +19,7 @@ import pandas as pd
 from rich.progress import Progress
 
 from images.cache import PIXELS
+from images.dicom_rows import with_tags
 from images.grouping import NearPair, grouped_images, known_diagnoses, near_pairs
 from images.import_plan import (
     IMPORT_ACTION,
@@ -29,6 +30,7 @@ from images.import_plan import (
     Written,
     merge_same_bytes,
     usable_rows,
+    without_guesses,
     write_import,
 )
 from images.intake import Intake
@@ -190,8 +192,11 @@ def import_source(
     """
     started = time.monotonic()
     # Rows that the table alone rules out are refused before any image is read, since reading is the slow part.
-    rows, refusals, notes = usable_rows(source.rows, store.taxonomy, labels)
+    labelled, of_folders = without_guesses(source, store.taxonomy, labels)
+    rows, refusals, notes = usable_rows(labelled, store.taxonomy, labels)
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
+    entries, of_tags = with_tags(store.home, entries)
+    notes = [*of_folders, *notes, *of_tags]
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
     plan = _plan(store, source, entries, refusals, reading, consent, withhold_share, correct, progress)

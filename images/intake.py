@@ -14,13 +14,14 @@ from rich.progress import Progress
 
 from images.cache import PixelCache, SegmentWriter
 from images.decode import decode_squares
+from images.dicom import DicomTags, read_dicom
 from images.members import ImageFile
 from images.near_duplicates import HASH_SIDE_PX, perceptual_hash
 from images.parallel import chunks_of, map_in_order
 from records.arrays import UInt8Array
 from records.errors import ContractError, ImageError, UnavailableError
 from records.ids import sha256_hex
-from records.images import image_size, sniff, strip_metadata
+from records.images import image_size, is_dicom, sniff, strip_metadata
 from records.store import Store
 
 ERASED = "erased"
@@ -44,6 +45,7 @@ class TakenIn:
         height_px: as stored.
         perceptual_hash: 16 hex characters.
         decoded: True if it was decoded now.
+        tags: of a DICOM file.
     """
 
     path: ImageFile
@@ -56,6 +58,7 @@ class TakenIn:
     height_px: int = 0
     perceptual_hash: str = ""
     decoded: bool = False
+    tags: DicomTags | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,12 @@ class Intake:
 
     def _take_in(self, path: ImageFile, data: bytes) -> _Read:
         in_place = path if self._in_place and isinstance(path, Path) else None
+        tags = None
+        if is_dicom(data):
+            if in_place is not None:
+                raise ImageError("a DICOM file says who the patient is and is not read in place; leave out --in-place")
+            found = read_dicom(data)
+            data, tags = found.png, found.tags
         # A file in place belongs to its owner and keeps its metadata; its id is then the hash of the file itself.
         stored = strip_metadata(data) if in_place is None else data
         kind, (width_px, height_px) = sniff(stored), image_size(stored)
@@ -146,6 +155,7 @@ class Intake:
                 height_px=height_px,
                 perceptual_hash=self._hash(image_id, squares),
                 decoded=bool(squares),
+                tags=tags,
             ),
             squares,
         )

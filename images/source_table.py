@@ -123,6 +123,8 @@ class SourceTable:
     unlisted: list[str] = field(repr=False)
     licences: tuple[str, ...] = ()
     exported_id: str | None = None
+    folders_may_be_classes: bool = False
+    """the labels are names of folders, which may as well be those of patients or visits"""
 
 
 class Files(Protocol):
@@ -267,7 +269,7 @@ def read_class_folders(folder: Path, listing: Listing, columns: Mapping[str, str
     for path, found in parts.items():
         split = SPLIT_NAMES[found[0].lower()] if has_splits and found else None
         label = next(iter(found[1:] if has_splits else found), None)
-        rows.append(_row_of_folder(shown(path.relative_to(folder)), path, label, split))
+        rows.append(row_of_folder(shown(path.relative_to(folder)), path, label, split))
     layout = "layout: a folder per class" + (" below a folder per split" if has_splits else "")
     layout += f", because there is no table at the top of {shown(folder)}"
     # Stands for the table: the same files are the same import.
@@ -275,7 +277,8 @@ def read_class_folders(folder: Path, listing: Listing, columns: Mapping[str, str
     return SourceTable(folder, content, rows, [], layout, unlisted(folder, rows, images, listing))
 
 
-def _row_of_folder(name: str, path: Path, label: str | None, split: Split | None) -> SourceRow:
+def row_of_folder(name: str, path: Path, label: str | None, split: Split | None) -> SourceRow:
+    """Return the row of an image without a table; its label is the name of a folder, or None."""
     label = None if label is None else shown(label).strip()
     for text in (name, label or ""):
         try:

@@ -71,9 +71,14 @@ def _other_format(head: bytes) -> str | None:
     # Two letters are no proof: what follows them in a BMP is its length, zeros, and the length of its header.
     if head[:2] == b"BM" and head[6:10] != bytes(4):
         return None
-    if head[128:132] == b"DICM":
+    if is_dicom(head):
         return "DICOM"
     return next((name for magic, name in _OTHER_FORMATS if head.startswith(magic)), None)
+
+
+def is_dicom(data: bytes) -> bool:
+    """Return whether bytes begin as a DICOM file: 128 bytes of any content, then `DICM`."""
+    return data[128:132] == b"DICM"
 
 
 def sniff(data: bytes) -> str:

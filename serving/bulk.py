@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from images.decode import decode_squares
+from images.dicom import as_plain_file
 from images.files import list_folder, shown
 from images.overlay import overlay_png
 from records.arrays import UInt8Array
@@ -67,8 +68,8 @@ def predict_folder(
 
     Args:
         bundle: the model.
-        folder: all files of it and its subfolders are listed; JPEG, PNG and WebP files are predicted, whatever their
-            suffix.
+        folder: all files of it and its subfolders are listed; JPEG, PNG, WebP and DICOM files are predicted, whatever
+            their suffix.
         out: the CSV file; `<out>.partial` holds the finished rows.
         settings: precision, batch size and rules of triage; no audit sample is drawn.
         explain: write a heat map per image into `<out>.maps/`.
@@ -151,6 +152,7 @@ def decode_for(data: bytes, side_px: int, drawn_px: int, max_pixels: int) -> Dec
 
     ImageError is raised if the bytes are no image that can be read, or have more than `max_pixels`.
     """
+    data = as_plain_file(data)
     sniff(data)
     width_px, height_px = image_size(data)
     if width_px * height_px > max_pixels:

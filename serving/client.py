@@ -28,7 +28,7 @@ from records.errors import (
     UnavailableError,
     UnknownIdError,
 )
-from records.images import sniff
+from records.images import is_dicom, sniff
 from records.types import Consent
 from serving.schemas import (
     BatchResponse,
@@ -378,6 +378,8 @@ class Client:
 
 
 def _media_type(image: bytes) -> str:
+    if is_dicom(image):
+        return "application/dicom"
     try:
         return f"image/{sniff(image)}"
     except ImageError:

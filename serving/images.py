@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from images.dicom import as_plain_file
 from images.overlay import overlay_png
 from records.arrays import Float32Array, UInt8Array
 from records.consent import as_allowed
@@ -27,13 +28,14 @@ def take_in(store: Store, data: bytes, max_pixels: int) -> StoredImage:
 
     Args:
         store: its ledger may know the image from an import.
-        data: as sent.
+        data: as sent; a DICOM file becomes a PNG of its image.
         max_pixels: larger images are refused before decoding.
     Returns:
         The image without metadata, except orientation and colour profile.
     Raises:
-        ImageError: not a JPEG, PNG or WebP file, damaged, or too many pixels.
+        ImageError: not a JPEG, PNG, WebP or DICOM file, damaged, or too many pixels.
     """
+    data = as_plain_file(data)
     kind = sniff(data)
     width_px, height_px = image_size(data)
     # A small file can declare a huge image, so the size is taken from the header before memory is allocated.

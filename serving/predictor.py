@@ -24,6 +24,7 @@ import torch
 from images.decode import CostlyError, decode_if_cheap, decode_squares
 from records.arrays import UInt8Array
 from records.errors import UnavailableError
+from records.images import is_dicom
 from records.parts import in_parts
 from records.store import Store
 from records.types import Consent, Prediction, RolloutStage
@@ -204,6 +205,8 @@ class Predictor:
     def _prepare(self, request: PredictionRequest, decode: Decode) -> Job | StoredPrediction:
         """Return a decoded job, or the stored prediction of a repeated request. Runs in a thread for decoding."""
         arrived_s = time.perf_counter()
+        if decode is decode_if_cheap and is_dicom(request.image):
+            raise CostlyError
         image = self._take_in(request)
         if request.idempotency_key is not None or request.repeated:
             repeated = self._stored(request, image)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from images.layouts.annotated import find_coco, find_datumaro, find_geti
+from images.layouts.dicom import find_dicom
 from images.layouts.exported import find_export
 from images.layouts.known_tables import FINDERS
 from images.layouts.look import Found, Look
@@ -37,12 +38,13 @@ LAYOUTS: dict[str, Callable[[Look], Found | None]] = {
     **FINDERS,
     "parquet": find_parquet,
     "webdataset": find_webdataset,
+    "dicom": find_dicom,
     "table": _find_table,
     "folders": _find_folders,
 }
 """Name, as `--layout` takes it, to what recognises and reads the layout; the most specific first."""
 
-_OF_TABLES = {*FINDERS, "table"}
+_OF_TABLES = {*FINDERS, "dicom", "table"}
 _LAST_RESORT = ("table", "folders")
 
 

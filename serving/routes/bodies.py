@@ -11,8 +11,9 @@ from records.settings import first_problem
 from serving.json_images import decoded_base64, require_few_values
 from serving.schemas import Context, EncodedImage
 
-RAW_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream", "image/jpg", "image/pjpeg")
-"""The first three are named in the API; the last two are old names of JPEG that programs still send."""
+NAMED_TYPES = ("image/jpeg", "image/png", "image/webp", "application/dicom")
+RAW_TYPES = (*NAMED_TYPES, "application/octet-stream", "image/jpg", "image/pjpeg")
+"""The first ones are named in the API; the last two are old names of JPEG that programs still send."""
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 JSON_TYPE = "application/json"
 IMAGE_PARTS = ("image", "file")
@@ -36,14 +37,15 @@ def image_body(*, many: bool = False) -> dict[str, Any]:
             "additionalProperties": False,
         },
         "encoding": {
-            **{name: {"contentType": ", ".join(RAW_TYPES[:3])} for name in IMAGE_PARTS},
+            **{name: {"contentType": ", ".join(NAMED_TYPES)} for name in IMAGE_PARTS},
             "context": {"contentType": JSON_TYPE},
         },
     }
-    content: dict[str, Any] = {} if many else dict.fromkeys(RAW_TYPES[:3], BINARY)
-    content["multipart/form-data"] = form
+    content: dict[str, Any] = {"multipart/form-data": form}
     if not many:
-        content[JSON_TYPE] = {"schema": {"$ref": "#/components/schemas/EncodedImage"}}
+        # JSON first: it is the form that a page of documentation can fill with an example.
+        encoded = {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/EncodedImage"}}}
+        content = {**encoded, **dict.fromkeys(NAMED_TYPES, BINARY), **content}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -60,7 +62,7 @@ async def one_image(request: Request) -> tuple[bytes, Context]:
         return _encoded_image(await request.body())
     if media_type != "multipart/form-data":
         raise ImageError(
-            f"content type {media_type or 'none'!r} is not supported; send image/jpeg, image/png, image/webp, "
+            f"content type {media_type or 'none'!r} is not supported; send {', '.join(NAMED_TYPES)}, "
             "multipart/form-data with `image`, or application/json with `image_base64`",
             "unsupported_type",
         )

@@ -362,7 +362,10 @@ def test_only_the_decoder_opens_images() -> None:
         for path in (root / room).rglob("*.py")
         if any(call in path.read_text() for call in calls)
     }
-    assert found == {"images/decode.py", "images/decoder_pillow.py", "images/decoder_process.py"}
+    assert found == {f"images/{name}.py" for name in ("decode", "decoder_dicom", "decoder_pillow", "decoder_process")}
+    # The parser of DICOM files is imported in decoder processes only.
+    import_it = {path.name for path in root.rglob("images/*.py") if "decoder_dicom import" in path.read_text()}
+    assert import_it == {"decoder_process.py"}
 
 
 def _working_decoder() -> psutil.Process:
