@@ -21,6 +21,9 @@ from serving.schemas import (
 from serving.words import DECISION_TITLES, DISCLAIMER
 
 FEW_LESIONS = 20
+MAX_CLASSES = 20
+"""Classes of which all probabilities are shown, and names in a sentence."""
+MAX_BARS = 12
 NOT_KNOWN = "How often scores like this one were right is not known for this model."
 
 _STATE_TEXTS = {
@@ -61,6 +64,9 @@ def prediction_html(
         HTML.
     """
     accuracy = NOT_KNOWN
+    likely = sorted((prediction.probabilities or {}).items(), key=lambda pair: -pair[1])
+    # A person reads a dozen; the others can be opened.
+    count = len(likely) if len(likely) <= MAX_CLASSES else MAX_BARS
     if details is not None and prediction.confidence is not None:
         accuracy = accuracy_text(prediction.confidence, details.scores)
     return render(
@@ -71,6 +77,9 @@ def prediction_html(
         names=names,
         malignant=malignant,
         accuracy=accuracy,
+        shown=likely[:count],
+        others=likely[count:],
+        malignant_others=[probability for code, probability in likely[count:] if code in malignant],
         prediction_set=set_text(prediction.prediction_set, names, details),
     )
 
@@ -167,7 +176,7 @@ def set_text(prediction_set: Sequence[str], names: Mapping[str, str], details: M
     """
     if not prediction_set:
         return "The set is empty: no class has a probability as high as is usual for its calibration images."
-    held = ", ".join(names.get(code, code) for code in prediction_set)
+    held = _listed([names.get(code, code) for code in prediction_set])
     count = "One class" if len(prediction_set) == 1 else f"{len(prediction_set)} classes"
     begun = f"{count} cannot be excluded: {held}."
     if details is None:
@@ -195,8 +204,15 @@ def coverage_text(names: Mapping[str, str], details: ModelDetails) -> str:
         return f"{contain} of each class."
     if len(pooled) == len(names):
         return f"{contain} of all classes together, not of each class, because calibration lesions were few."
-    few = f"{', '.join(pooled[:-1])} and {pooled[-1]}"
+    few = f"{', '.join(pooled[:-1])} and {pooled[-1]}" if len(pooled) <= MAX_CLASSES else _listed(pooled)
     return (
         f"{contain} of each class except {few}. Their calibration lesions were few, so for them the same share holds "
         "for the images of these classes together, not for each class."
     )
+
+
+def _listed(texts: Sequence[str]) -> str:
+    """Write texts as a list; of many, the first and how many more there are."""
+    if len(texts) <= MAX_CLASSES:
+        return ", ".join(texts)
+    return f"{', '.join(texts[:MAX_BARS])} and {len(texts) - MAX_BARS} more"

@@ -156,6 +156,27 @@ def test_a_prediction_shows_decision_reasons_and_probabilities() -> None:
     assert "The model made no prediction" in prediction_html(nothing, NAMES, frozenset())
 
 
+@pytest.mark.parametrize("count", [2, 20, 21, 300])
+def test_many_classes_are_summed_up_and_can_be_opened(count: int) -> None:
+    names = {f"c{at}": f"Class {at}" for at in range(count)}
+    shares = {f"c{at}": 2.0 ** -min(at + 1, count - 1) if at < 40 else 0.0 for at in range(count)}
+    seen = prediction(label="c0", confidence=0.5, probabilities=shares, prediction_set=list(names))
+    pooled = details(pooled_classes=list(names)[1:])
+    html = prediction_html(seen, names, frozenset({"c0", f"c{count - 1}"}), pooled)
+    assert html.count('class="rl-bar') == count
+    shown = html.partition("<details")[0]
+    assert shown.count('class="rl-bar') == (count if count <= 20 else 12)
+    if count <= 20:
+        assert "<details" not in html
+        return
+    assert f"{count - 12} other classes, together < 1 %, 1 of them malignant, " in re.sub(r"&lt;", "<", html)
+    assert f"{count} classes cannot be excluded: Class 0, " in html
+    assert f"Class 11 and {count - 12} more." in html
+    metrics = {"val": {"images": 9, "lesions": 8, "per_class": {code: {"support": 1} for code in names}}}
+    page = details_html(details(metrics=metrics, pooled_classes=list(names)[1:]), names)
+    assert page.index(f"Class by class ({count})") < page.index(f"Class {count - 1}</td>") < page.index("</details>")
+
+
 def test_accuracy_at_a_score_comes_with_lesions_and_interval() -> None:
     text = accuracy_text(0.8, [BAND])
     assert "Of 50 lesions in the calibration split with a score from 80 to 90 %" in text
