@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -19,10 +18,11 @@ from serving.access.limits import Limits
 from serving.health import HealthProbe
 from serving.metrics import Metrics
 from serving.middleware import RequestMiddleware
-from serving.openapi import DOCS_POLICY, allowed_verbs, completed, docs_html
+from serving.openapi import allowed_verbs, completed
 from serving.problems import problem, problem_of, problem_response
 from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
+from serving.routes.docs_page import docs_router
 from serving.routes.explanations import explanations_router
 from serving.routes.feedback import feedback_router
 from serving.routes.health import health_router
@@ -91,13 +91,10 @@ def create_api(service: Service, metrics: Metrics, authenticator: Authenticator)
         api.include_router(router)
     _add_problem_handlers(api, service.settings.retry_after_s)
 
-    document = completed(api.openapi(), service.store.taxonomy.codes)
+    api.include_router(docs_router())
+    keyed = authenticator.keyed_operations()
+    document = completed(api.openapi(), service.store.taxonomy.codes, keyed, service.settings.root_path)
     api.openapi = lambda: document  # type: ignore[method-assign]
-
-    @api.get("/docs", include_in_schema=False)
-    def docs() -> Response:
-        return HTMLResponse(docs_html(document), headers={"Content-Security-Policy": DOCS_POLICY})
-
     return api
 
 

@@ -1,16 +1,15 @@
-"""The OpenAPI document of the API, and the page that shows it.
+"""The OpenAPI document of the API.
 
-FastAPI derives the document from the routes; `completed` adds what it cannot know: the class codes, the media type of
-problems, and the form parts that routes read themselves. `docs_html` renders the document as one page without
-scripts and without foreign hosts, so that it also works offline.
+FastAPI derives it from the routes; `completed` adds what FastAPI cannot know: the class codes, the media type of
+problems, the bodies that routes read themselves, with examples that work, and which operations take a key.
 """
 
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from starlette.routing import compile_path
 
+from serving.docs_page import example_image
 from serving.open_inference import InferenceRequest
 from serving.problems import MEDIA_TYPE
 from serving.schemas import Context, EncodedImage
@@ -20,25 +19,22 @@ CLASS_PARAMETERS = frozenset({"target", "versus"})
 
 Document = dict[str, Any]
 
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733;background:#fff}
-h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #d5dce3}
-section{border:1px solid #d5dce3;border-radius:8px;padding:.8rem 1rem;margin:.8rem 0}
-h3{margin:0;font:600 1rem ui-monospace,monospace}h3 b{color:#0b6e6e}
-table{border-collapse:collapse;width:100%;margin:.5rem 0;font-size:.93rem}
-td,th{text-align:left;vertical-align:top;padding:.25rem .6rem .25rem 0;border-top:1px solid #e8edf1}
-code,pre{font:.9rem ui-monospace,monospace}
-pre{background:#f3f6f8;padding:.7rem;border-radius:6px;overflow:auto}
-"""
-DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-"""Of the page with the documentation, which has styles and nothing else."""
-_EXAMPLES = """curl -s -H 'Content-Type: image/jpeg' --data-binary @lesion.jpg '{url}/v1/predictions?explain=gradcam'
-curl -s -F image=@lesion.jpg -F 'context={{"age": 61}};type=application/json' {url}/v1/predictions
-curl -s -H 'Content-Type: application/json' -d '{{"reason": "wrong_label"}}' {url}/v1/predictions/ID/flags"""
+_KEY = {"type": "http", "scheme": "bearer", "description": "a key of `relook keys create`; none while there is none"}
 
 
-def completed(document: Document, class_codes: Sequence[str]) -> Document:
-    """Complete FastAPI's document of an app in place and return it, OpenAPI 3.1; `class_codes` in class order."""
+def completed(
+    document: Document, class_codes: Sequence[str], keyed: Collection[tuple[str, str]], root_path: str = ""
+) -> Document:
+    """Complete FastAPI's document of an app in place and return it, OpenAPI 3.1.
+
+    Args:
+        document: as FastAPI made it.
+        class_codes: in class order.
+        keyed: verb and path of the operations that ask for a key.
+        root_path: below which a reverse proxy shows the service, or empty.
+    Returns:
+        The document.
+    """
     schemas = document["components"]["schemas"]
     # Routes read these bodies themselves, so FastAPI leaves their schemas out.
     for model in (Context, EncodedImage, InferenceRequest):
@@ -51,6 +47,15 @@ def completed(document: Document, class_codes: Sequence[str]) -> Document:
                 _name_classes(parameter["schema"], class_codes)
     for body, field in CLASS_FIELDS.items():
         _name_classes(schemas[body]["properties"][field], class_codes)
+    _add_examples(schemas)
+    document["components"]["securitySchemes"] = {"key": _KEY}
+    for path, verbs in document["paths"].items():
+        for verb, operation in verbs.items():
+            if (verb.upper(), path) in keyed:
+                # Or none: while there are no keys, this machine needs none.
+                operation["security"] = [{"key": []}, {}]
+    if root_path:
+        document["servers"] = [{"url": root_path}]
     return document
 
 
@@ -70,6 +75,14 @@ def _operations(document: Document) -> Iterator[Document]:
         yield from verbs.values()
 
 
+def _add_examples(schemas: Document) -> None:
+    """Add an image to the bodies that hold one as text, so that they can be sent as they are."""
+    image, context = example_image(), {"age": 61, "localization": "back", "consent": "none"}
+    schemas["EncodedImage"]["examples"] = [{"image_base64": image, "context": context}]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [image]}
+    schemas["InferenceRequest"]["examples"] = [{"inputs": [tensor], "outputs": [{"name": "probabilities"}]}]
+
+
 def _name_problem_type(operation: Document) -> None:
     """Give problems their own media type; FastAPI writes application/json for every model."""
     for response in operation["responses"].values():
@@ -83,69 +96,3 @@ def _name_classes(schema: Document, class_codes: Sequence[str]) -> None:
     for choice in schema.get("anyOf", [schema]):
         if choice.get("type") == "string":
             choice["enum"] = list(class_codes)
-
-
-def docs_html(openapi: dict[str, Any]) -> str:
-    """Render the OpenAPI document as a whole HTML page."""
-    info = openapi["info"]
-    operations = "".join(
-        _operation_html(path, verb, operation)
-        for path, verbs in openapi["paths"].items()
-        for verb, operation in verbs.items()
-    )
-    bodies = "".join(_body_html(name, schema) for name, schema in openapi["components"]["schemas"].items())
-    examples = escape(_EXAMPLES.format(url="http://127.0.0.1:8000"))
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(info['title'])} API</title><style>{_STYLE}</style>"
-        f"<h1>{escape(info['title'])} API</h1><p>{escape(info.get('summary', ''))} "
-        f"Version {escape(info['version'])}. For programs: <a href='/openapi.json'>openapi.json</a>.</p>"
-        f"<pre>{examples}</pre><h2>Requests</h2>{operations}<h2>Bodies</h2>{bodies}"
-        "<p>Every error is a problem document (RFC 9457), media type <code>application/problem+json</code>.</p></html>"
-    )
-
-
-def _operation_html(path: str, verb: str, operation: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td><code>{escape(p['name'])}</code></td><td>{escape(p['in'])}</td><td>{escape(_type_text(p['schema']))}</td>"
-        f"<td>{escape(p.get('description', ''))}</td></tr>"
-        for p in operation.get("parameters", [])
-    )
-    takes = ", ".join(operation.get("requestBody", {}).get("content", {}))
-    body = f"<p>Body: <code>{escape(takes)}</code></p>" if takes else ""
-    gives = ", ".join(
-        _type_text(content["schema"])
-        for content in operation["responses"].get("200", {}).get("content", {}).values()
-        if "$ref" in content.get("schema", {})
-    )
-    return (
-        f"<section><h3><b>{verb.upper()}</b> {escape(path)}</h3><p>{escape(operation.get('description', ''))}</p>"
-        f"{body}{f'<table>{rows}</table>' if rows else ''}"
-        f"{f'<p>Response: <code>{escape(gives)}</code></p>' if gives else ''}</section>"
-    )
-
-
-def _body_html(name: str, schema: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td><code>{escape(field)}</code></td><td>{escape(_type_text(facts))}</td>"
-        f"<td>{escape(facts.get('description', ''))}</td></tr>"
-        for field, facts in schema.get("properties", {}).items()
-    )
-    values = f"<p>{escape(_type_text(schema))}</p>" if "enum" in schema else ""
-    return (
-        f"<section id='{escape(name)}'><h3>{escape(name)}</h3><p>{escape(schema.get('description', ''))}</p>"
-        f"{values}<table>{rows}</table></section>"
-    )
-
-
-def _type_text(schema: dict[str, Any]) -> str:
-    if "$ref" in schema:
-        return str(schema["$ref"]).rsplit("/", 1)[-1]
-    if "anyOf" in schema:
-        return " or ".join(_type_text(option) for option in schema["anyOf"])
-    if "enum" in schema or "const" in schema:
-        return " | ".join(str(value) for value in schema.get("enum", [schema.get("const")]))
-    if schema.get("type") == "array":
-        return f"list of {_type_text(schema.get('items', {}))}"
-    return str(schema.get("format", schema.get("type", "any")))

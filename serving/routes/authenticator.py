@@ -77,6 +77,10 @@ class Authenticator:
                 is_json = scopes is not None and not sends_image
                 self._rules.append(_Rule(route, scopes is not None, scopes or frozenset(), is_json))
 
+    def keyed_operations(self) -> set[tuple[str, str]]:
+        """Return verb and path of the operations that ask for a key."""
+        return {(verb, rule.route.path) for rule in self._rules if rule.needs_key for verb in rule.route.methods or ()}
+
     async def admit(self, scope: HttpScope) -> tuple[Caller | None, int]:
         """Check the key of a request to the API, by its headers.
 
