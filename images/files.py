@@ -171,6 +171,8 @@ class ImageIndex:
         if len(found) > 1 and len({path.read_bytes() for path in found}) > 1:
             names = " and ".join(shown(path.relative_to(self._folder)) for path in found[:2])
             return None, f"{name} could be {names}; write the path into the table"
+        # Of equal images, the one whose path the name is, so that the others are listed by theirs.
+        found = sorted(found, key=lambda one: one != self._folder / name)
         if "/" in path and not found[0].resolve().is_relative_to(self._folder.resolve()):
             return None, f"{name} lies outside {self._folder}"
         return found[0], None

@@ -274,3 +274,17 @@ def test_images_on_disk_are_imported_quarantined_or_listed(
         store.close()
     # If nothing can be used at all, the sentence says so.
     assert sentence is None or ("\n" not in sentence and len(sentence) > 20)
+
+
+@pytest.mark.parametrize("said", ["x.jpg", "x", "a/x.jpg", "a\\x"])
+def test_of_equal_images_the_one_that_is_named_is_used(tmp_path: Path, said: str) -> None:
+    for name in ("a/x.jpg", "x.jpg", "z/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(photo(0))
+    (tmp_path / "t.csv").write_text(table([said]))
+    source = read_source(tmp_path)
+    named = said.replace("\\", "/").removesuffix(".jpg") + ".jpg"
+    assert labels(source) == ["akiec"]
+    if said != "x":
+        assert source.rows[0].path == tmp_path / named
+    assert len(source.unlisted) == 2
