@@ -104,8 +104,10 @@ class TaskFiles:
         if (there.scheme, host) == (self._base.scheme, _host_of(self._base)):
             if is_redirect:
                 raise DataError("Label Studio sends its image on to another page of its own; it is not fetched")
-            path = unquote(there.path).removeprefix(prefix)
-            if ".." in path.replace("\\", "/").split("/") or not _OWN_FILES.match(path):
+            path = unquote(there.path)
+            inside = path.removeprefix(prefix) if path.startswith(f"{prefix}/") else ""
+            # Beside the prefix is another program, which must not get the token.
+            if ".." in path.replace("\\", "/").split("/") or not _OWN_FILES.match(inside):
                 raise DataError(f"its image is at {LINE.keep(path)}, where Label Studio has no images")
             return there.geturl(), True
         if not {host, there.hostname} & self._allowed:

@@ -30,7 +30,7 @@ from labeling.existing.files import TaskFiles, file_name
 from labeling.existing.page import LabelPage, read_page
 from labeling.rows import TaskRow
 from labeling.servers import server_name
-from records.errors import DataError, ImageError, UnknownIdError
+from records.errors import DataError, ImageError, UnavailableError, UnknownIdError
 from records.ids import canonical_json, sha256_hex
 from records.images import strip_metadata
 from records.lease import hold
@@ -177,11 +177,13 @@ class _Reading:
             task.problem = f"task {row.id} is not taken: {error}"
             return task
         task.path = self.folder / str(row.id)
-        task.path.write_bytes(data)
         try:
+            task.path.write_bytes(data)
             task.image_id = sha256_hex(strip_metadata(data))
         except ImageError:
             task.image_id = ""  # the import says what is wrong with it
+        except OSError as error:
+            raise UnavailableError(f"images cannot be written to {self.folder} ({error.strerror})") from error
         return task
 
 
