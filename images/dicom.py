@@ -1,4 +1,4 @@
-"""DICOM files become PNG files at the door: what is stored, hashed and shown afterwards knows nothing of DICOM.
+"""DICOM files become PNG files at the entrance: what is stored, hashed and shown afterwards knows nothing of DICOM.
 
 In: a file whose bytes 129 to 132 are `DICM`. Out: its image as a PNG, which loses nothing of the 8 bits that are shown,
 and the few tags that an import uses. Parsing and decoding happen in a decoder process.

@@ -1,4 +1,4 @@
-"""DICOM files made for a test: a picture, and tags by their keywords."""
+"""DICOM files made for a test: an image, and tags by their keywords."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DICOM files at the doors of the service: as a body, as parts, in a folder, and with a heat map."""
+"""DICOM files at the entrances of the service: as a body, as parts, in a folder, and with a heat map."""
 
 import csv
 from collections.abc import Iterator
