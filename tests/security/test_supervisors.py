@@ -135,7 +135,7 @@ def _twice(running: Started) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stop", [_kill_all, _twice])
+@pytest.mark.parametrize("stop", [_kill_all, pytest.param(_twice, marks=pytest.mark.soak)])
 def test_a_command_that_is_stopped_ends_with_all_its_processes(stop: Callable[[Started], None], tmp_path: Path) -> None:
     with started([sys.executable, "-c", WAITING, str(tmp_path / "home")], tmp_path) as running:
         running.wait_for("ready")
@@ -145,7 +145,11 @@ def test_a_command_that_is_stopped_ends_with_all_its_processes(stop: Callable[[S
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("name", "number"), [("gcs_server", signal.SIGKILL), ("raylet", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    # That a raylet ended is told by the search below, too.
+    [("gcs_server", signal.SIGKILL), pytest.param("raylet", signal.SIGTERM, marks=pytest.mark.soak)],
+)
 def test_a_command_whose_daemon_is_gone_ends_with_a_sentence(name: str, number: int, tmp_path: Path) -> None:
     with started([sys.executable, "-c", WAITING, str(tmp_path / "home")], tmp_path) as running:
         running.wait_for("ready")
@@ -238,7 +242,7 @@ def test_an_error_of_a_training_worker_is_told_in_its_own_sentence(
 
     plan = plan_data(build_version(filled_store).version, filled_store.taxonomy)
     settings = TrainersSettings().with_values(
-        {"workers.count": 2, "workers.max_failures": 0, "model.side_px": 32, "workers.threads": 1}
+        {"workers.count": 1, "workers.max_failures": 0, "model.side_px": 32, "workers.threads": 1}
     )
     policy: Any = Unreadable()
     with pytest.raises(ConfigError, match="no-such-policy") as caught:

@@ -1,4 +1,8 @@
-"""A search that is killed goes on and decides as one that nobody killed; `bench.drills.chaos_tune` kills more often."""
+"""A search that is killed goes on and decides as one that nobody killed; `bench.drills.chaos_tune` kills more often.
+
+Part of the soak, since it starts Ray three times. In the suite, `test_ray_search` and `test_population` interrupt a
+search under Ray or cut off its journal, and go on.
+"""
 
 import json
 import os
@@ -11,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_killed_search_decides_as_one_that_was_left_alone() -> None:
     done = subprocess.run(
