@@ -29,6 +29,11 @@ class ServingSettings(ReplicaSettings):
         default=None,
         description="folder below which the page keeps uploads for minutes; default: the system's temporary folder",
     )
+    page_examples: Path | None = Field(
+        default=None,
+        description="folder of images that every visitor may see, CLASS.jpg or CLASS/any.jpg: the page's examples of "
+        "classes that cannot be generated",
+    )
     page_uploads_mb: float = Field(
         default=500.0, gt=0, le=100_000, description="uploads that the page keeps at a time, megabytes"
     )
@@ -107,6 +112,13 @@ class ServingSettings(ReplicaSettings):
     decode_threads: int = Field(default=2, ge=1, le=64, description="threads that decode and store images")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="number format of the network; auto is bf16 where the hardware has it"
+    )
+    engine: Literal["torch", "openvino", "auto"] = Field(
+        default="torch",
+        description="what computes predictions; auto is openvino on CPUs where the extra is installed and equals torch",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where predictions are computed; auto is a CUDA device if there is one"
     )
     model_poll_s: float = Field(
         default=1.0, gt=0, le=60, description="how often a replica reads from the ledger which model serves, seconds"
@@ -201,6 +213,12 @@ class ServingSettings(ReplicaSettings):
         if len({hook.name for hook in value}) < len(value):
             raise ValueError("two hooks have one name; each needs its own, since its position is kept under it")
         return value
+
+    @model_validator(mode="after")
+    def _engine_has_its_device(self) -> Self:
+        if self.engine == "openvino" and self.device == "cuda":
+            raise ValueError("engine openvino computes on CPUs; set device=cpu, or engine=torch")
+        return self
 
     @model_validator(mode="after")
     def _upload_fits_bodies(self) -> Self:

@@ -4,19 +4,16 @@ In: settings and the store's taxonomy. Out: a Gradio app that is not started.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from images.synth import SHARES
-from images.synth import render as render_image
 from records.errors import AccessError, RelookError
 from records.store import Store
-from records.taxonomy import Taxonomy
 from records.types import Scope
 from serving.access.keys import has_keys
 from serving.page.api import PageApi, caller_text, key_of
+from serving.page.examples import write_examples
 from serving.page.history import HistoryHandlers, history_tab
 from serving.page.models import ModelHandlers, models_tab
 from serving.page.predict import PredictHandlers, predict_tab
@@ -33,7 +30,6 @@ CONCURRENT_EVENTS = 16
 """How many events of each kind run at once; the API bounds the load of what they request."""
 QUEUE_POLL_S = 0.03
 """How long an event may wait before it is seen, seconds."""
-_EXAMPLE_SEED = 2024
 
 
 def page_theme() -> gr.themes.Base:
@@ -64,7 +60,7 @@ def build_page(settings: ServingSettings, store: Store, files: PageFiles) -> gr.
     Returns:
         The Gradio app, not started.
     """
-    examples = write_examples(files.examples, store.taxonomy)
+    examples = write_examples(files.examples, store.taxonomy, settings.page_examples, store)
     # Gradio reads both variables later. The folder is where it expects uploads to be.
     os.environ["GRADIO_TEMP_DIR"] = str(files.uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -95,27 +91,6 @@ def build_page(settings: ServingSettings, store: Store, files: PageFiles) -> gr.
     # for a page that nobody has open.
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_POLL_S
     return page
-
-
-def write_examples(folder: Path, taxonomy: Taxonomy) -> list[Path]:
-    """Write one generated image per class that `images.synth` can generate, unless it is there.
-
-    Args:
-        folder: is created.
-        taxonomy: its other classes have no example: no consent in the ledger allows showing an image to visitors.
-    Returns:
-        Paths in class order; empty if the generator knows none of the classes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for code in taxonomy.codes:
-        if code not in SHARES:
-            continue
-        path = folder / f"generated_{code}.jpg"
-        if not path.exists():
-            path.write_bytes(render_image(code, seed=_EXAMPLE_SEED, width_px=320))
-        paths.append(path)
-    return paths
 
 
 def _caller(api: PageApi, visitor: gr.Request) -> tuple[str, Any, Any]:

@@ -16,6 +16,7 @@ from records.settings import first_problem
 from records.types import Consent, FlagReason, ReviewState
 from serving.client import Client
 from serving.page.api import PageApi
+from serving.page.examples import title_of
 from serving.page.heat_map import draw_layers, heat_map_html
 from serving.page.prediction_view import flag_html, prediction_html, review_html
 from serving.page.render import problem_html, render
@@ -244,7 +245,7 @@ def _inputs(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, 
     if examples:
         # Not gr.Examples, whose clicks take a route of Gradio's that runs any handler outside the queue.
         samples = gr.Dataset(
-            components=[image], samples=[[str(path)] for path in examples], type="index", label="Generated examples"
+            components=[image], samples=[[str(path)] for path in examples], type="index", label=title_of(examples)
         )
         samples.click(
             lambda index: str(examples[index]), samples, image, api_visibility="private", show_progress="hidden"

@@ -7,13 +7,17 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import yaml
+from PIL import Image as PillowImage
 
 from images.synth import render as render_image
 from records.bundles import Calibration
+from records.ids import sha256_hex, utc_now
+from records.images import strip_metadata
 from records.settings import RecordsSettings
 from records.store import open_store
+from records.types import Consent, Image
 from serving.page.api import PageApi
-from serving.page.layout import write_examples
+from serving.page.examples import title_of, write_examples
 from serving.page.models import ModelHandlers
 from serving.page.predict import PredictHandlers
 from serving.settings import ServingSettings
@@ -99,3 +103,31 @@ def test_examples_are_those_that_can_be_generated(codes, known, store_of, tmp_pa
         paths = write_examples(tmp_path / "examples", store_of(codes).taxonomy)
         assert [path.name for path in paths] == [f"generated_{code}.jpg" for code in known]
     assert sorted((tmp_path / "examples").iterdir()) == sorted(paths)
+    assert title_of(paths) == "Generated examples"
+
+
+def test_examples_of_other_classes_are_those_that_everybody_may_see(store_of, tmp_path, capsys):
+    store, shown, made = store_of(("cat", "mel", "dog", "owl", "fox")), tmp_path / "shown", tmp_path / "examples"
+    files = {
+        "cat.png": render_image("nv", seed=1), "dog/1.jpg": b"no image", "dog/2.jpg": render_image("nv", seed=2),
+        "owl/a.jpg": render_image("nv", seed=3), "unknown.jpg": render_image("nv", seed=4),
+    }  # fmt: skip
+    for name, data in files.items():
+        (shown / name).parent.mkdir(parents=True, exist_ok=True)
+        (shown / name).write_bytes(data)
+    paths = write_examples(made, store.taxonomy, shown, store)
+    assert [path.name for path in paths] == ["shown_cat.jpg", "generated_mel.jpg", "shown_dog.jpg", "shown_owl.jpg"]
+    assert title_of(paths) == "Examples"
+    assert "dog/1.jpg is not shown: " in capsys.readouterr().err
+    with PillowImage.open(made / "shown_dog.jpg") as image:
+        assert (image.size, dict(image.getexif())) == ((320, 320), {})
+    # The ledger has the last word: an erased image, and one whose consent was lowered, are shown to nobody.
+    now = utc_now()
+    with store.ledger.begin() as tx:
+        for name, gone in (("cat.png", {"erased_at": now}), ("owl/a.jpg", {"consent_lowered_at": now})):
+            tx.add(Image(id=sha256_hex(strip_metadata(files[name])), uri="", format="png", width_px=9, height_px=9,
+                         provenance="test", consent=Consent.REVIEW, created_at=now, **gone))  # fmt: skip
+    (shown / "dog/2.jpg").unlink()
+    assert [path.name for path in write_examples(made, store.taxonomy, shown, store)] == ["generated_mel.jpg"]
+    assert [path.name for path in made.iterdir()] == ["generated_mel.jpg"]
+    assert capsys.readouterr().err.count("erased or its consent was lowered") == 2
