@@ -22,7 +22,7 @@ from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 from pydicom.pixels.utils import get_expected_length
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from images.decoder_budget import measure, require_pixels
 from images.decoder_dicom_tags import tags_of
@@ -47,6 +47,7 @@ _READ = "Explicit VR Little Endian, JPEG Baseline, JPEG 2000 or RLE"
 # Rows that are converted at once: their values take eight bytes each meanwhile.
 _BAND_PX = 256
 _INFLATED_SHARE = 4
+_RLE_HEAD_BYTES = 1024
 
 
 def decode_dicom(data: bytes, limits: ImagesSettings) -> tuple[UInt8Array, dict[str, Any]]:
@@ -92,6 +93,8 @@ def _read(data: bytes, limits: ImagesSettings) -> tuple[Dataset, UID]:
 def _require_one_image(dataset: Dataset) -> None:
     if "PixelData" not in dataset:
         kind = UID_dictionary.get(str(dataset.get("SOPClassUID", "")), ("",) * 4)[0]
+        if "Image" in kind:
+            raise damaged("it holds no pixels")
         raise ImageError(f"the DICOM file holds no image{f' (it is a {kind})' if kind else ''}; send one that does")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
@@ -130,6 +133,11 @@ def _require_within(dataset: Dataset, syntax: UID, limits: ImagesSettings) -> No
     if syntax in _JPEG:
         work = measure(strip_metadata(frame), limits)
         size = work.width_px, work.height_px
+    elif syntax == RLELossless:
+        # At its worst, this encoding adds a byte to 128.
+        if len(frame) > _RLE_HEAD_BYTES + 2 * values * int(dataset.BitsAllocated) // 8:
+            raise damaged("it holds more than its header says")
+        return
     elif syntax in _JPEG_2000:
         size = PillowImage.open(io.BytesIO(frame), formats=["JPEG2000"]).size
     else:

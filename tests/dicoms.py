@@ -15,7 +15,7 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
-DERMOSCOPIC = "1.2.840.10008.5.1.4.1.1.77.1.7.1"
+DERMOSCOPIC = "1.2.840.10008.5.1.4.1.1.77.1.7"
 Pixels = NDArray[np.generic]
 
 

@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageCms
+from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_voi_lut
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, generate_uid
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
 from images.decode import CostlyError, decode_if_cheap, decode_square
 from images.dicom import read_dicom
@@ -166,10 +167,18 @@ def _encapsulated(announced: NDArray[Any], frame: bytes, syntax: str) -> bytes:
     )
 
 
+def _runs(count: int) -> bytes:
+    dataset = dataset_of(GREY)
+    dataset.file_meta.TransferSyntaxUID = RLELossless
+    dataset.PixelData = encapsulate([struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * count])
+    dataset["PixelData"].is_undefined_length = True
+    return file_of(dataset)
+
+
 LARGE = np.zeros((200, 300, 3), np.uint8)
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "cut off in its pixels": (lambda: dicom(COLOUR)[:-500], "damaged", "is damaged"),
-    "cut off in its tags": (lambda: dicom(COLOUR)[:400], "", "damaged|no image"),
+    "cut off in its tags": (lambda: dicom(COLOUR)[:400], "damaged", "holds no pixels"),
     "more pixels than bytes": (lambda: dicom(GREY, Rows=900, Columns=900), "damaged", "fewer pixels"),
     "too many pixels": (lambda: dicom(GREY, Rows=60000, Columns=60000), "too_many_pixels", "60000 x 60000"),
     "no rows": (lambda: dicom(GREY, Rows=0), "damaged", "no pixels"),
@@ -192,6 +201,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         lambda: shipped("MR_small_jpeg_ls_lossless.dcm"), "not_an_image", "JPEG-LS Lossless Image Compression; save",
     ),
     "12 bits in a JPEG": (lambda: shipped("JPEG-lossy.dcm"), "not_an_image", r"JPEG Extended \(Process 2 and 4\)"),
+    "more runs than pixels": (lambda: _runs(100_000), "damaged", "holds more than its header says"),
     "an unknown syntax": (
         lambda: dicom(GREY).replace(b"1.2.840.10008.1.2.1\x00", b"1.2.840.10008.1.9.9\x00"), "not_an_image",
         "a transfer syntax that is not known",
