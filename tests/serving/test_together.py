@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayError
@@ -17,13 +18,15 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Prediction
 from serving import holder
+from serving.access.keys import admin_token
 from serving.access.together import ALIVE_S, Ask, Held, Reports, SharedCounts, SharedLimits
+from serving.app import create_app
 from serving.http_server import HttpServer
-from serving.messages import PredictionRequest, StoredPrediction
+from serving.messages import PredictionRequest, ServingState, StoredPrediction
 from serving.metrics import Metrics, Samples
 from serving.replicas import require_room
 from serving.rollout.control import roll_out
-from serving.schemas import Context
+from serving.schemas import Context, ServedModelInfo
 from serving.settings import ServingSettings
 from tests.ports import free_port
 
@@ -93,6 +96,12 @@ async def started(store: Store, number: int = 2, settings: ServingSettings = SET
 async def stop(*replicas: PredictorReplica) -> None:
     for replica in replicas:
         await replica._predictor.stop()
+
+
+def served_model(store: Store) -> ServedModelInfo:
+    found = holder.ModelHolder(store, SETTINGS)
+    found.refresh()
+    return found.current.info()
 
 
 def request(image: bytes, **given: Any) -> PredictionRequest:
@@ -313,6 +322,29 @@ def test_a_call_to_a_lost_replica_is_sent_again_and_stored_once(
         with pytest.raises(UnavailableError, match="does not respond"):
             await alone.predict(request(make_image(5)))
         await stop(*replicas)
+
+    asyncio.run(run())
+
+
+def test_readiness_stays_and_names_the_replica_to_administrators_only(kept: Store) -> None:
+    class Service:
+        store, settings = kept, SETTINGS
+
+        async def state(self) -> ServingState:
+            replica = PredictorReplica.__name__
+            model = served_model(kept)
+            return ServingState(model, "ready", (f"predictor x of {replica}: the disk of this node is gone",))
+
+    async def run() -> None:
+        service: Any = Service()
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            told = await http.get("/readyz")
+            assert (told.status_code, told.json()["detail"]) == (200, "some predictors do not serve")
+            key = {"Authorization": f"Bearer {admin_token(kept.home)}"}
+            told = await http.get("/readyz", headers=key)
+            assert told.status_code == 200
+            assert "the disk of this node is gone" in told.json()["detail"]
 
     asyncio.run(run())
 
