@@ -23,7 +23,7 @@ from tuning.settings import TuningSettings
 _PLACES: dict[str, bool | set[str]] = {
     "preset": True,
     "records": {"home", "database", "blobs", "keep_images_days", "keep_predictions_days"},
-    "serving": {"host", "port"},
+    "serving": {"host", "port", "hooks"},
     "labeling": {"url", "token", "environment", "port", "webhook_url"},
     "cluster": True,
     "round": {"watch_labels", "watch_days", "watch_poll_s", "notify_url"},

@@ -281,5 +281,5 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(without_secrets(value)) if isinstance(value, str) else str(value)
+    text = repr(without_secrets(value)) if isinstance(value, str) else without_secrets(str(value))
     return text if len(text) <= 80 else text[:77] + "..."

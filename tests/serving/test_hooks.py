@@ -2,6 +2,8 @@
 
 import hmac
 import json
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +54,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 @contextmanager
-def receiving() -> Iterator[Receiver]:
+def receiving(context: ssl.SSLContext | None = None) -> Iterator[Receiver]:
     found = Receiver()
 
     class Handler(BaseHTTPRequestHandler):
@@ -70,7 +72,9 @@ def receiving() -> Iterator[Receiver]:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.url = f"http://127.0.0.1:{server.server_port}/hook"
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    found.url = f"{'https' if context else 'http'}://127.0.0.1:{server.server_port}/hook"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -239,6 +243,30 @@ def test_a_dead_hook_is_said_in_health_and_metrics(
 
 
 # ---------------------------------------------------------------- addresses
+
+
+def test_the_certificate_must_be_that_of_the_name(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {kind: str(tmp_path / kind) for kind in ("key", "crt")}
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", files["key"],
+         "-out", files["crt"]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files["crt"], files["key"])
+    with receiving(context) as receiver:
+        named = hook_to(receiver, url=receiver.url.replace("127.0.0.1", "localhost"), private=True)
+        with pytest.raises(UnavailableError, match="certificate"):
+            send_test(store.home, named)
+        # What an operator does who has an authority of their own.
+        monkeypatch.setenv("SSL_CERT_FILE", files["crt"])
+        send_test(store.home, named)
+        with pytest.raises(UnavailableError, match="certificate"):
+            send_test(store.home, hook_to(receiver))
+    assert len(receiver.received) == 1
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.0.0.1", "017700000001"])
