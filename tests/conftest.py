@@ -178,8 +178,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     servers: dict[Path, str] = {}
     for item in items:
+        decides = not (item.get_closest_marker("apart") or item.get_closest_marker("soak"))
         for fixture, name in SERVERS.items():
-            if fixture in getattr(item, "fixturenames", ()) and not item.get_closest_marker("apart"):
+            if decides and fixture in getattr(item, "fixturenames", ()):
                 servers[item.path] = name
     long = {item.path for item in items if item.get_closest_marker("slow")}
     places: dict[str, tuple[bool, ...]] = {}
