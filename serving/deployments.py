@@ -6,14 +6,16 @@
                       -> counts (limits and metrics of several ingress replicas)
 
 The ingress listens on the service's port itself (see `http_server`), or behind Ray Serve's proxies, by
-`serving.http`. What each part holds, and where what several replicas share is, is in docs/decisions/037.
+`serving.http`. Where one machine serves with one of each, the predictor runs in the ingress' process. What each part
+holds, and where what several replicas share is, is in docs/decisions/037.
 """
 
 import asyncio
 import logging
-import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -26,7 +28,10 @@ from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Prediction
 from serving.access.together import Ask, Held, Reports, SharedCounts, SharedLimits
+from serving.collector import spare_what_stays
+from serving.explainer_threads import let_others_first
 from serving.hooks import Hooks
+from serving.in_process import run_here
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.metrics import Metrics, Samples
 from serving.page_proxy import PageAddress, PageProxy, RequireToken
@@ -36,7 +41,6 @@ from serving.settings import ServingSettings, compute_threads
 
 __all__ = ["APPLICATION", "build_application", "serve_environment"]
 
-EXPLAINER_NICENESS = 10
 SHUTDOWN_S = 20.0
 """How long a replica that is removed may take to finish what it took, seconds."""
 
@@ -58,6 +62,7 @@ class PredictorReplica:
         self._is_one_of_several = settings.predictor_max_replicas > 1
         self._started = False
         self._lags = False
+        spare_what_stays()
 
     async def check_health(self) -> None:
         """Start at the first call, which Serve makes before any request; later raise if a loop has ended."""
@@ -128,8 +133,12 @@ class PredictorReplica:
         name = serve.get_replica_context().replica_id.unique_id
         return f"predictor {name}: {self._predictor.state().detail}"
 
-    async def __del__(self) -> None:
+    async def stop(self) -> None:
+        """Finish what was begun."""
         await self._predictor.stop()
+
+    async def __del__(self) -> None:
+        await self.stop()
 
 
 class ExplainerReplica:
@@ -139,10 +148,9 @@ class ExplainerReplica:
         from serving.explainer import Explainer
 
         _set_threads(settings.explainer_cpus)
-        # Where both share cores, the kernel prefers the predictor.
-        # Explanations can wait, predictions cannot.
-        os.nice(EXPLAINER_NICENESS)
+        self._threads = ThreadPoolExecutor(settings.max_explaining, "explain", initializer=let_others_first)
         self._explainer = Explainer(open_store(records), settings)
+        spare_what_stays()
 
     async def explain(
         self, prediction: Prediction, method: Method, target: str | None, versus: str | None
@@ -158,7 +166,7 @@ class ExplainerReplica:
 
     async def _in_thread(self, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
         try:
-            return await asyncio.to_thread(function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
         except RelookError as error:
             return failure(error)
 
@@ -198,6 +206,7 @@ class PageReplica:
         # Behind Ray Serve's proxies an ingress may run on any node, and reaches the page by the address of its node.
         self._host = _node_address() if settings.http == "serve" else "127.0.0.1"
         self._server = HttpServer(app, self._host, 0)
+        spare_what_stays()
 
     async def check_health(self) -> None:
         """Start to listen at the first call; later raise if the listener has ended."""
@@ -218,7 +227,7 @@ class _Ingress:
         self,
         settings: ServingSettings,
         records: RecordsSettings,
-        predictor: DeploymentHandle[Any],
+        predictor: DeploymentHandle[Any] | type[PredictorReplica],
         explainer: DeploymentHandle[Any],
         page: DeploymentHandle[Any] | None,
         counts: DeploymentHandle[Any] | None,
@@ -235,13 +244,19 @@ class _Ingress:
         if counts is not None:
             member, shared = serve.get_replica_context().replica_id.unique_id, RemoteCounts(counts)
             limits, self._reports = SharedLimits(settings, shared, member), Reports(metrics, shared, member)
-        service = RemoteService(store, settings, predictor, explainer, limits)
+        # A class is run here, and called as a replica elsewhere is.
+        self._here = run_here(predictor, settings, records) if isinstance(predictor, type) else None
+        handle: Any = self._here or predictor
+        service = RemoteService(store, settings, handle, explainer, limits)
         self._app = create_app(service, None if page is None else PageProxy(find_page), limits, metrics)
         self._reporting: asyncio.Task[None] | None = None
         self._hooks = Hooks(store, settings.hooks)
+        spare_what_stays()
 
     async def check_health(self) -> None:
-        """Begin to report metrics at the first call; later raise if that has ended."""
+        """Begin to predict and to report metrics at the first call, if that is done here; later raise if it ended."""
+        if self._here is not None:
+            await self._here.replica.check_health()
         self._hooks.check()
         if self._reports is None:
             return
@@ -254,6 +269,8 @@ class _Ingress:
         self._hooks.stop()
         if self._reporting is not None:
             self._reporting.cancel()
+        if self._here is not None:
+            await self._here.replica.stop()
 
 
 class ListeningIngress(_Ingress):
@@ -295,6 +312,7 @@ def build_application(
     records: RecordsSettings,
     node: str | None,
     predictor_class: type[PredictorReplica] = PredictorReplica,
+    one_machine: bool = False,
 ) -> serve.Application:
     """Return the Ray Serve application; nothing is started.
 
@@ -304,16 +322,23 @@ def build_application(
         node: IP address of the Ray node that listens for HTTP, if the ingress does so itself; the other replicas run
             wherever there is room.
         predictor_class: runs in the replicas of the predictor; measurements give one with a slower network.
+        one_machine: whether there is no other, so that ingress and predictor may share a process.
     Returns:
         The application.
     """
-    predictor = _deployment(predictor_class, settings, settings.part("predictor")).bind(settings, records)
+    wanted, front = settings.part("predictor"), settings.part("ingress")
+    shared = one_machine and settings.fits_one_process
+    if shared:
+        predictor: Any = predictor_class
+        front = replace(front, cpus=front.cpus + wanted.cpus, threads=compute_threads(wanted.cpus))
+    else:
+        predictor = _deployment(predictor_class, settings, wanted).bind(settings, records)
     explainer = _deployment(ExplainerReplica, settings, settings.part("explainer")).bind(settings, records)
     # Ray gives every node a resource of this name. It pins the ingress to the node of the command: `settings.host`,
     # loopback above all, means that machine.
     here = {f"node:{node}": 0.001} if settings.http == "own" else {}
     is_own = settings.http == "own"
-    ingress = _deployment(ListeningIngress if is_own else ProxiedIngress, settings, settings.part("ingress"), here)
+    ingress = _deployment(ListeningIngress if is_own else ProxiedIngress, settings, front, here)
     page = counts = None
     if settings.page:
         page = _deployment(PageReplica, settings, Part("page", 1, 1, 1.0, 0.0), here).bind(settings, records)
@@ -350,7 +375,7 @@ def _deployment(
     replica: type, settings: ServingSettings, part: Part, resources: Mapping[str, float] | None = None
 ) -> serve.Deployment:
     # Without OMP_NUM_THREADS, Ray gives a replica one OpenMP thread, whatever CPUs it reserves.
-    environment = {**serve_environment(), "OMP_NUM_THREADS": str(compute_threads(part.cpus))}
+    environment = {**serve_environment(), "OMP_NUM_THREADS": str(part.threads or compute_threads(part.cpus))}
     number: dict[str, Any] = {"num_replicas": part.min_replicas}
     if part.max_replicas > part.min_replicas:
         number = {"autoscaling_config": _autoscaling(settings, part)}

@@ -65,7 +65,8 @@ def start_service(settings: ServingSettings, records: RecordsSettings, **replace
     require_room(settings, ray.cluster_resources())  # type: ignore[no-untyped-call]
     _start_serve(settings)
     node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    application = build_application(settings, absolute, node, **replaced)
+    is_alone = sum(bool(each["Alive"]) for each in ray.nodes()) == 1  # type: ignore[no-untyped-call]
+    application = build_application(settings, absolute, node, **{"one_machine": is_alone, **replaced})
     route = "/" if settings.http == "serve" else None
     target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=route)
     try:

@@ -83,6 +83,8 @@ class Recorder:
     def keep(self, jobs: Sequence[Job]) -> list[Consent | Exception]:
         """Store the images of some jobs, as far as their consent allows; it may run beside their forward pass.
 
+        Args:
+            jobs: of one batch, or a share of it.
         Returns:
             Per job the consent that it may use, or its error.
         """

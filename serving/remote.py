@@ -20,6 +20,7 @@ from records.store import Store
 from records.types import Prediction
 from serving.access.together import Ask, Held, SharedLimits
 from serving.grouping import CallGrouping
+from serving.in_process import InProcessHandle
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.metrics import Samples
 from serving.settings import ServingSettings
@@ -121,7 +122,10 @@ class RemoteService:
         self._generation = 0
         self._attempts = ATTEMPTS if settings.predictor_max_replicas > 1 else 1
         calls = CALLS_PER_REPLICA * settings.predictor_max_replicas // settings.ingress_max_replicas
-        self._calls = CallGrouping(self._predict, max(CALLS_PER_REPLICA, calls), settings.max_batch_size)
+        # Calls within this process cost nothing, so each request is one, and the predictor alone forms the batches.
+        is_here = isinstance(predictor, InProcessHandle)
+        most, size = (settings.max_in_flight, 1) if is_here else (calls, settings.max_batch_size)
+        self._calls = CallGrouping(self._predict, max(CALLS_PER_REPLICA, most), size)
 
     async def predict(self, request: PredictionRequest) -> StoredPrediction:
         """Predict one image; see `Predictor.predict`."""

@@ -24,6 +24,8 @@ class Part:
     target_ongoing: float
     cpus: float
     gpus: float = 0.0
+    threads: int | None = None
+    """that compute; default: the CPUs, rounded up"""
 
     def text(self, amount: float) -> str:
         """Return its term of a sum, such as `predictor 4 x 1`."""
@@ -69,6 +71,11 @@ class ReplicaSettings(RoomSettings):
     explainer_gpus: float = Field(
         default=0.0, ge=0, le=1, description="GPU Ray reserves for one explainer; a fraction shares it with others"
     )
+    one_process: bool = Field(
+        default=True,
+        description="predict in the process that listens for HTTP, where one machine without GPUs serves with one of "
+        "each; false gives the predictor a process of its own, which costs 4 ms of CPU time per prediction",
+    )
     scale_up_delay_s: float = Field(
         default=10.0, ge=0, le=3600, description="how long load is too high before a replica is added, seconds"
     )
@@ -110,6 +117,12 @@ class ReplicaSettings(RoomSettings):
     def part(self, name: str) -> Part:
         """Return a part by its name."""
         return next(part for part in self.parts() if part.name == name)
+
+    @property
+    def fits_one_process(self) -> bool:
+        """Whether ingress and predictor may share a process, if one machine serves."""
+        is_single = self.ingress_max_replicas == self.predictor_max_replicas == 1
+        return self.one_process and is_single and self.http == "own" and not self.predictor_gpus
 
     @property
     def needed_cpus(self) -> float:

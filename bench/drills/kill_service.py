@@ -35,7 +35,8 @@ def main() -> int:
         home, images = Path(folder) / "home", Path(folder) / "images"
         trained_champion(home, images)
         files = [path.read_bytes() for path in sorted(images.rglob("ISIC_*.jpg"))]
-        with live_service(home) as service:
+        # A predictor of its own, which can be killed alone.
+        with live_service(home, "serving.one_process=false") as service:
             with Callers(service.url, files, retry_s=RETRY_S, flag_every=5) as callers:
                 kills = [kill(service, callers, name) for _ in range(options.kills) for name in DEPLOYMENTS]
                 callers.wait_for(20)

@@ -1,15 +1,18 @@
-"""What a service does while nobody asks: how often its parts wake up."""
+"""What a service does that nobody asked for: how often its parts wake up, and what a garbage collection looks at."""
 
 import asyncio
 import contextlib
+import gc
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gradio.queueing import Queue
 
 from records.settings import RecordsSettings
-from records.store import open_store
+from records.store import Store, open_store
+from serving.collector import spare_what_stays
 from serving.page.layout import QUEUE_POLL_S, build_page
 from serving.page.uploads import PageFiles
 from serving.settings import ServingSettings
@@ -37,3 +40,32 @@ def test_an_idle_page_looks_for_events_a_few_times_a_second(tmp_path: Path, monk
     lasted_s = asyncio.run(idle())
     store.close()
     assert 1 <= len(looks) <= 1 + lasted_s / QUEUE_POLL_S
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+def test_a_full_collection_looks_at_what_requests_left_behind_only(thawed: None) -> None:
+    before = len(gc.get_objects())
+    spare_what_stays()
+    assert gc.get_freeze_count() > before / 2
+    ring: list[object] = []
+    ring.append(ring)
+    del ring
+    assert gc.collect() >= 1, "garbage of later requests is still found"
+    assert len(gc.get_objects()) < before / 10
+
+
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+@pytest.mark.parametrize("name", ["PredictorReplica", "ExplainerReplica"])
+def test_replicas_do_so_before_they_load_a_model(store: Store, thawed: None, name: str) -> None:
+    import serving.deployments
+
+    gc.unfreeze()
+    made = getattr(serving.deployments, name)
+    # Without its asynchronous `__del__`, which Ray Serve awaits.
+    type(name, (made,), {"__del__": lambda self: None})(ServingSettings(), store.settings)
+    assert gc.get_freeze_count() > 10_000
