@@ -22,12 +22,13 @@ from records.images import is_dicom
 class DicomTags(BaseModel):
     """Tags of a DICOM file that an import uses.
 
-    The first four identify a person or a visit. They are only hashed and compared, and never stored or shown.
+    The first five identify a person or a visit. They are only hashed and compared, and never stored or shown.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     patient_id: str = Field(default="", max_length=64, repr=False)
+    patient_name: str = Field(default="", max_length=64, repr=False)
     study_uid: str = Field(default="", max_length=64, repr=False)
     sop_uid: str = Field(default="", max_length=64, repr=False)
     lesion_id: str = Field(default="", max_length=64, repr=False)

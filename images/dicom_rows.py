@@ -1,9 +1,10 @@
 """What the tags of DICOM files add to the rows of an import, where its table says nothing.
 
-Patients are hashed as those of tables are. Studies and lesions are stored as hashes under the same key, and a name that
-quotes an identifier of its file is replaced, so that no identifier of a DICOM file is stored.
+Patients are hashed as those of tables are. Studies and lesions are stored as hashes under the same key, and so is each
+part of a file's path that quotes the patient or an identifier, so that neither is stored.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ _NOBODY = frozenset({"0", "anon", "anonymous", "anonymised", "anonymized", "deid
 """What programs write instead of a patient; all who are called so would be one person."""
 
 _SHORTEST_IDENTIFIER = 4
+_SLASHES = re.compile(r"([/\\])")
+_WORDS = re.compile(r"[\^=\s_.,-]+")
 
 
 def with_tags(home: Home, entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
@@ -78,10 +81,18 @@ def _patient(tags: DicomTags) -> str | None:
 
 
 def _name(home: Home, row: SourceRow, tags: DicomTags) -> str:
-    """Return the image's name, or that of its file, or a hash: the first that quotes no identifier."""
-    texts = [text for text in (tags.sop_uid, tags.study_uid, tags.patient_id) if len(text) >= _SHORTEST_IDENTIFIER]
-    file = shown(row.path.name) if isinstance(row.path, Path) else row.source_id
-    for name in (row.source_id, file):
-        if not any(text in name for text in texts):
-            return name
-    return f"dicom-{patient_hash(home, row.source_id)[:16]}"
+    """Return the image's name; each part of its path that quotes the patient or an identifier is a hash."""
+    by_uid = isinstance(row.path, Path) and row.source_id == tags.sop_uid
+    name = shown(row.path.name) if by_uid and row.path is not None else row.source_id
+    texts = {tags.sop_uid, tags.study_uid, tags.patient_id, *_WORDS.split(tags.patient_name)}
+    texts = {text.casefold() for text in texts if text}
+    parts = _SLASHES.split(name)
+    return "".join(f"dicom-{patient_hash(home, part)[:16]}" if _quotes(part, texts) else part for part in parts)
+
+
+def _quotes(part: str, texts: set[str]) -> bool:
+    folded = part.casefold()
+    # A short text may be part of any name by chance.
+    return not texts.isdisjoint({folded, *_WORDS.split(folded)}) or any(
+        len(text) >= _SHORTEST_IDENTIFIER and text in folded for text in texts
+    )

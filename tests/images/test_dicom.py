@@ -395,6 +395,24 @@ def test_no_text_of_a_file_is_found_anywhere_in_the_home(
     assert MARK not in said + "".join(capfd.readouterr())
 
 
+def test_names_that_quote_the_patient_are_hashed_part_by_part(store: Store, tmp_path: Path) -> None:
+    uid = generate_uid()
+    paths = {
+        "DOE_JANE/visit 1/IM1": "/visit 1/IM1", "x/jane.dcm": "x/", "P7/IM2": "/IM2", "P70/IM3": "P70/IM3",
+        f"y/{uid}.dcm": "y/", "z/IM4": "z/IM4",
+    }  # fmt: skip
+    for number, path in enumerate(paths):
+        (tmp_path / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+        data = dicom(disk(COLOURS["plum"], number), PatientName="Doe^Jane", PatientID="P7", StudyInstanceUID=uid)
+        (tmp_path / "data" / path).write_bytes(data)
+    import_folder(store, tmp_path / "data")
+    names = sorted(images_of(store))
+    for kept in paths.values():
+        assert any(kept in name for name in names), kept
+    for secret in ("doe", "jane", "p7/", uid):
+        assert not any(secret in name.lower() for name in names), names
+
+
 def test_what_is_read_of_the_tags() -> None:
     def tags(**values: Any) -> dict[str, Any]:
         return read_dicom(dicom(GREY, **values)).tags.model_dump()
