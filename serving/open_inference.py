@@ -248,7 +248,9 @@ def _input_tensors(inputs: Sequence[InputTensor], binary: bytes, most: int) -> d
             raise DataError(f"{where}: datatype {tensor.datatype[:20]}; it must be BYTES")
         count = tensor.shape[0]
         if not 1 <= count <= most or tensor.shape[1:] not in ([], [1]):
-            raise DataError(f"{where}: shape {tensor.shape}; it must be [N] or [N, 1] with N from 1 to {most}")
+            raise DataError(
+                f"{where}: shape {str(tensor.shape)[:40]}; it must be [N] or [N, 1] with N from 1 to {most}"
+            )
         size = (tensor.parameters or {}).get("binary_data_size")
         if (size is None) == (tensor.data is None):
             raise DataError(f"{where}: give either `data` or the parameter `binary_data_size`")

@@ -174,6 +174,8 @@ BAD_BODIES = {
     "a datatype": ({"inputs": [{**IMAGE, "datatype": "UINT8"}]}, "must be BYTES"),
     "a shape": ({"inputs": [{**IMAGE, "shape": [1, 224, 224, 3]}]}, "shape"),
     "a shape as text": ({"inputs": [{**IMAGE, "shape": ["1"]}]}, "shape"),
+    "a shape without end": (json.dumps({"inputs": [IMAGE]}).replace("[1]", "[" + "9" * 4000 + "]"), "shape"),
+    "half a character": ('{"id": "\\ud800", "inputs": []}', "JSON"),
     "an empty batch": ({"inputs": [{**IMAGE, "shape": [0], "data": []}]}, "N from 1 to 32"),
     "too many": ({"inputs": [{**IMAGE, "shape": [33], "data": ["eA=="] * 33}]}, "N from 1 to 32"),
     "fewer than the shape": ({"inputs": [{**IMAGE, "shape": [2]}]}, "needs 2 texts"),
@@ -270,7 +272,7 @@ def test_a_form_may_call_its_image_file(http: httpx.Client, make_image: Callable
     assert named["image"]["probabilities"] == named["file"]["probabilities"]
     several = [("file", ("a.jpg", make_image(number), "image/jpeg")) for number in (36, 37)]
     batch = http.post("/v1/predictions/batch", files=several).json()
-    assert batch["items"][0]["prediction"]["probabilities"] == named["file"]["probabilities"]
+    assert batch["items"][0]["prediction"]["image_id"] == named["file"]["image_id"]
     both = [("file", several[0][1]), ("image", several[1][1])]
     for path in ("/v1/predictions", "/v1/predictions/batch", "/v1/explanations"):
         refused = http.post(path, files=both)
@@ -305,10 +307,11 @@ def test_json_may_hold_the_image_as_base64(
         ('{"image_base64": "data:image/png;base64,eA=="}', 422, "not base64"),
         ('{"image_base64": "\u00e9\u00e9\u00e9\u00e9"}', 422, "not base64"),
         ('{"image_base64": ""}', 422, "empty"),
+        ('{"image_base64": "' + "A " * 400_000 + '"}', 415, "image"),
         ('{"image_base64": "eHh4eA=="}', 415, "image"),
         ('{"image_base64": "' + "A" * 1_200_000 + '"}', 413, "larger than"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_json_that_does_not_fit_is_one_sentence(http: httpx.Client, content: str, status: int, words: str) -> None:
     response = http.post("/v1/predictions", content=content.encode(), headers={"Content-Type": "application/json"})
