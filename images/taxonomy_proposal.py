@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import yaml
 
 from images.layouts import read_source
 from images.source_table import is_blank
+from images.unpack import is_archive, opened
 from records.errors import DataError
 from records.taxonomy import folded
 
@@ -45,7 +47,7 @@ def propose_taxonomy(place: Path, *, name: str | None = None, columns: dict[str,
     """Propose the classes of a folder of images, or of a table beside its images.
 
     Args:
-        place: a folder in any layout that the import takes, or a table.
+        place: a folder in any layout that the import takes, its archive, or a table.
         name: of the taxonomy; default: the folder's.
         columns: `--columns` of the import.
     Returns:
@@ -53,8 +55,11 @@ def propose_taxonomy(place: Path, *, name: str | None = None, columns: dict[str,
     Raises:
         DataError: nothing can be read, or there are fewer than two classes.
     """
-    folder, table = (place.parent, place) if place.is_file() else (place, None)
-    found = Counter(row.label.strip() for row in read_source(folder, columns, table).rows if row.label)
+    is_table = place.is_file() and not is_archive(place)
+    with opened(place.parent if is_table else place, Path(tempfile.gettempdir())) as read:
+        rows = read_source(read.folder, columns, place if is_table else None).rows
+    found = Counter(row.label.strip() for row in rows if row.label)
+    folder = place.parent if is_table else place
     labels = Counter({label: count for label, count in found.items() if not is_blank(label)})
     spellings: dict[str, Counter[str]] = {}
     for label, count in labels.items():

@@ -36,6 +36,8 @@ _CHUNK = 2**20
 _MAX_HEADER_BYTES = 16 * 2**20
 _PREFIX = "unpacked-"
 _SHARD_SUFFIXES = (".cls", ".json")
+_TAR_MARK = slice(257, 262)
+_WORKBOOKS = frozenset({".xlsx", ".xlsm", ".ods"})
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
@@ -89,6 +91,14 @@ def opened(folder: Path, work: Path) -> Generator[Place]:
             if str(inside) not in str(error):
                 raise
             raise type(error)(str(error).replace(str(inside), str(folder))) from error
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file is an archive that `opened` unpacks; a workbook, which is a zip file too, is none."""
+    with path.open("rb") as file:
+        head = file.read(_TAR_MARK.stop)
+    marks = (b"PK", *_OPENERS)
+    return (head.startswith(marks) or head[_TAR_MARK] == b"ustar") and path.suffix.lower() not in _WORKBOOKS
 
 
 def _remove_left_over(work: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image as PillowImage
 
 from images import unpack
 from images.importer import import_folder, open_dataset
+from images.taxonomy_proposal import propose_taxonomy
 from records.errors import DataError
 from records.settings import RecordsSettings
 from records.store import Store, open_store
@@ -222,3 +223,12 @@ def test_what_a_killed_process_left_is_removed(store: Store, tmp_path: Path) -> 
     assert own.exists()
     (own / "deep").rmdir()
     own.rmdir()
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar", "photos.tar.gz"])
+def test_a_taxonomy_is_proposed_from_an_archive(tmp_path: Path, name: str) -> None:
+    path = MAKERS[name](tmp_path / name, CLASS_FOLDERS)
+    assert propose_taxonomy(path).counts == {"bcc": 2, "mel": 2, "nv": 2}
+    (tmp_path / "labels.xlsx").write_bytes(zipped(tmp_path / "z.zip", TABLE_FOLDER).read_bytes())
+    with pytest.raises(DataError, match="is a workbook or an archive, not a CSV table"):
+        propose_taxonomy(tmp_path / "labels.xlsx")
