@@ -36,6 +36,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 900.0
 MANY_FAILURES = 3
 """Deliveries that fail in a row before the hook is reported."""
 AT_ONCE = 100
+STOP_S = 1.0
+"""How long a stop waits for requests that are under way, seconds."""
 SIGNATURE_HEADER, EVENT_HEADER = "X-Relook-Signature", "X-Relook-Event"
 
 
@@ -195,9 +197,10 @@ class Hooks:
     def stop(self) -> None:
         """Deliver nothing more, and give the leases back."""
         self._stopping.set()
+        until_s = time.monotonic() + STOP_S
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(timeout=1.0)
+                thread.join(timeout=max(0.0, until_s - time.monotonic()))
 
     def _run(self, hook: HookSettings) -> None:
         while not self._stopping.is_set():

@@ -171,6 +171,20 @@ def test_a_refused_event_is_repeated_and_holds_up_those_behind_it(store: Store, 
     assert state_of(store, hook).failures == 0
 
 
+def test_an_event_whose_delivery_was_not_noted_comes_again_with_the_same_id(store: Store, receiver: Receiver) -> None:
+    hook = hook_to(receiver)
+    deliver_due(store, hook)
+    before = state_of(store, hook).position()
+    (event,) = add_events(store, 1)
+    assert deliver_due(store, hook) == 1
+    # What a process leaves that was killed between the response and its note.
+    with store.ledger.begin() as tx:
+        tx.update(Cursor, f"hook.{hook.name}", position=before)
+    assert deliver_due(store, hook) == 1
+    assert receiver.accepted == [event, event]
+    assert receiver.received[0][1] == receiver.received[1][1]
+
+
 def test_pauses_grow_up_to_a_quarter_of_an_hour() -> None:
     pauses = [HookState(failures=number).pause_s for number in (0, 1, 2, 3, 8, 9, 1000)]
     assert pauses == [0, 5, 10, 20, 640, 900, 900]

@@ -18,9 +18,10 @@ from tritonclient.utils import InferenceServerException
 from records.models import serving_id
 from records.settings import RecordsSettings
 from records.store import open_store
-from records.types import Consent, Image, Prediction, Scope
+from records.types import Arm, Consent, Image, Prediction, Scope
 from serving.client import Client
-from serving.open_inference import OUTPUTS
+from serving.messages import HeatMap, StoredPrediction
+from serving.open_inference import OUTPUTS, Inference, response_body
 from serving.settings import ServingSettings
 
 INFER = "/v2/models/relook/infer"
@@ -132,6 +133,24 @@ def test_an_image_without_probabilities_has_no_numbers(
         assert np.isnan(values[1]).all()
         assert np.isfinite(values[0]).all()
     assert [value for output in found for value in output["data"]] == [None] * 8
+
+
+def test_images_that_two_models_predicted_say_which(
+    service: Any, client: Client, make_image: Callable[..., bytes]
+) -> None:
+    first = client.predict(make_image(39))
+    with service.store.ledger.read() as tx:
+        champion = tx.require(Prediction, first.id)
+    canary = champion.model_copy(update={"arm": Arm.CANDIDATE, "model_id": "c" * 64})
+    maps = [HeatMap("gradcam", True, None, "mel", np.ones((side, side), np.float32), b"") for side in (3, 2)]
+    stored = [StoredPrediction(canary, None, maps[0]), StoredPrediction(champion, None, maps[1])]
+    asked = Inference(None, [], dict.fromkeys(("model_version", "heat_map"), False))
+    body = json.loads(response_body(stored, asked, service.store.taxonomy.codes)[0])
+    # Clients of one version get that of the champion; a map of another size is left out, not stretched.
+    assert body["model_version"] == champion.model_id
+    assert body["outputs"][0]["data"] == ["c" * 64, champion.model_id]
+    assert body["outputs"][1]["shape"] == [2, 3, 3]
+    assert body["outputs"][1]["data"] == [1.0] * 9 + [None] * 9
 
 
 def test_a_context_and_an_idempotency_key_are_those_of_the_api(
