@@ -148,6 +148,12 @@ def load_taxonomy(name_or_path: str) -> Taxonomy:
         return Taxonomy.model_validate(document)
     except ValidationError as error:
         field, reason = first_problem(error)
+        first = error.errors(include_url=False)[0]
+        # The code of a class is the one field with a pattern.
+        if first["type"] == "string_pattern_mismatch":
+            reason = (
+                f"{first['input']!r} is no code: one has 1 to 32 characters a to z, 0 to 9 and _; a name may be longer"
+            )
         raise TaxonomyError(f"taxonomy {name_or_path}: {field or 'the document'}: {reason}") from error
 
 

@@ -108,3 +108,12 @@ def test_a_taxonomy_never_changes() -> None:
     taxonomy = load_taxonomy("ham10000")
     with pytest.raises(ValidationError, match="frozen"):
         taxonomy.name = "x"
+
+
+@pytest.mark.parametrize("code", ["y" * 60, "Mel", "a b", "", "_x", "näv"])
+def test_what_is_no_code_is_a_sentence(tmp_path: Path, code: str) -> None:
+    path = tmp_path / "mine.yaml"
+    classes = [{"code": name, "name": "Y", "malignant": False} for name in (code, "z")]
+    path.write_text(yaml.safe_dump({"name": "x", "version": 1, "classes": classes}))
+    with pytest.raises(TaxonomyError, match=r"classes\.0\.code: '.*' is no code: one has 1 to 32 characters a to z"):
+        load_taxonomy(str(path))
