@@ -1,7 +1,7 @@
 """The few tags of a DICOM file that an import uses; all others are read by nobody.
 
-Patient, study and SOP instance leave this process only to be hashed and compared. The body site is a word of DICOM's own
-lists: a text that is not in them may be anything, a name included, and is left out.
+Patient, study and SOP instance leave this process only to be hashed and compared. The body site is a word of DICOM's
+own lists: a text that is not in them may be anything, a name included, and is left out.
 """
 
 import re

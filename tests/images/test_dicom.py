@@ -18,7 +18,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLS
 
 from images.decode import CostlyError, decode_if_cheap, decode_square
 from images.dicom import read_dicom
-from images.importer import ImportReport, import_folder
+from images.importer import ImportReport, import_folder, open_dataset
 from images.settings import VARIABLE, ImagesSettings
 from records.datasets import load_dataset
 from records.errors import DataError, ImageError
@@ -329,6 +329,7 @@ def test_folders_are_classes_if_they_are_classes_else_nothing_has_a_label(store:
     report = import_folder(store, tmp_path / "classes")
     assert report.classes == dict.fromkeys(COLOURS, 3)
     assert "layout: dicom, because 9 of its images are DICOM files" in report.layout
+    assert open_dataset(store, str(tmp_path / "classes")).id == report.dataset_id
     report = import_folder(store, tmp_path / "visits")
     assert (report.images, report.unlabelled, report.quarantined) == (3, 3, [])
     assert any("no classes of taxonomy 'colours', so these images have no label" in note for note in report.notes)
