@@ -1,6 +1,7 @@
 """DICOM files: their pixels as they are to be shown, what is refused, and what stays of their tags."""
 
 import io
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -333,6 +334,16 @@ def test_folders_are_classes_if_they_are_classes_else_nothing_has_a_label(store:
     report = import_folder(store, tmp_path / "visits")
     assert (report.images, report.unlabelled, report.quarantined) == (3, 3, [])
     assert any("no classes of taxonomy 'colours', so these images have no label" in note for note in report.notes)
+
+
+def test_an_archive_of_files_is_read_and_nothing_of_it_stays(store: Store, tmp_path: Path) -> None:
+    for number, (code, colour) in enumerate(COLOURS.items()):
+        (tmp_path / "data" / code).mkdir(parents=True)
+        (tmp_path / "data" / code / "IM1").write_bytes(dicom(disk(colour, number), PatientName=MARK))
+    report = import_folder(store, Path(shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "data")))
+    assert (report.classes, report.quarantined) == (dict.fromkeys(COLOURS, 1), [])
+    left = [path for path in store.home.root.rglob("*") if path.is_file() and MARK.encode() in path.read_bytes()]
+    assert left == []
 
 
 def test_files_at_the_top_and_files_that_are_refused_are_listed(store: Store, tmp_path: Path) -> None:
