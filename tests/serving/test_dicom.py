@@ -11,6 +11,7 @@ import pytest
 
 from images.decode import decode_square
 from images.dicom import read_dicom
+from images.given import image_bytes
 from records.ids import sha256_hex
 from records.models import find_bundle
 from records.store import Store
@@ -50,6 +51,7 @@ def test_a_file_is_predicted_as_its_image_is(http: httpx.Client, client: Client)
     explained = http.post("/v1/explanations", content=FILE, headers=DICOM)
     assert explained.status_code == 200, explained.text
     assert client.predict(FILE).probabilities == as_png["probabilities"]
+    assert image_bytes(FILE) == read_dicom(FILE).png
 
 
 def test_what_is_stored_is_the_image_and_no_tag(http: httpx.Client, service_store: Store) -> None:
