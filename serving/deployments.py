@@ -410,7 +410,6 @@ def _autoscaling(settings: ServingSettings, part: Part) -> dict[str, Any]:
         "downscale_delay_s": settings.scale_down_delay_s,
         # Averaged over no longer than a decision may take.
         "look_back_period_s": max(2.0, min(30.0, settings.scale_up_delay_s)),
-        "metrics_interval_s": METRICS_S,
     }
 
 
