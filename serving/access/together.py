@@ -280,12 +280,14 @@ class Reports:
 
     def __init__(self, metrics: Metrics, shared: Shared, member: str) -> None:
         self._metrics, self._shared, self._member = metrics, shared, member
+        # One report at a time: an older one must not arrive after a newer one.
+        self._reporting = asyncio.Lock()
         metrics.parts = self.parts
 
     async def parts(self) -> list[Samples]:
         """Return the metrics of all ingress replicas, this one's as they are now."""
         # Whoever is asked, what was shown once is shown again: a counter that falls looks like a restart.
-        await self._shared.report(self._member, self._metrics.samples())
+        await self._report()
         return await self._shared.parts()
 
     async def run(self) -> None:
@@ -293,11 +295,16 @@ class Reports:
         last: Samples | None = None
         reported_s = float("-inf")
         while True:
-            now = self._metrics.samples()
-            if now != last or time.monotonic() - reported_s > ALIVE_S / 3:
+            if self._metrics.samples() != last or time.monotonic() - reported_s > ALIVE_S / 3:
                 try:
-                    await self._shared.report(self._member, now)
-                    last, reported_s = now, time.monotonic()
+                    last = await self._report()
+                    reported_s = time.monotonic()
                 except UnavailableError as error:
                     logger.warning("metrics were not reported: %s", error)
             await asyncio.sleep(REPORT_S)
+
+    async def _report(self) -> Samples:
+        async with self._reporting:
+            now = self._metrics.samples()
+            await self._shared.report(self._member, now)
+            return now
