@@ -14,7 +14,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +28,7 @@ from records.store import open_store
 from records.types import Prediction
 from serving.access.together import Ask, Held, Reports, SharedCounts, SharedLimits
 from serving.collector import spare_what_stays
-from serving.explainer_threads import let_others_first
+from serving.explainer_threads import ExplainerThreads
 from serving.hooks import Hooks
 from serving.in_process import run_here
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
@@ -148,7 +147,7 @@ class ExplainerReplica:
         from serving.explainer import Explainer
 
         _set_threads(settings.explainer_cpus)
-        self._threads = ThreadPoolExecutor(settings.max_explaining, "explain", initializer=let_others_first)
+        self._threads = ExplainerThreads(settings.max_explaining)
         self._explainer = Explainer(open_store(records), settings)
         spare_what_stays()
 
@@ -156,17 +155,17 @@ class ExplainerReplica:
         self, prediction: Prediction, method: Method, target: str | None, versus: str | None
     ) -> HeatMap | Failure:
         """Explain a stored prediction; see `Explainer.explain`."""
-        return await self._in_thread(self._explainer.explain, prediction, method, target, versus)
+        return await self._in_thread(method, self._explainer.explain, prediction, method, target, versus)
 
     async def explain_image(
         self, image: bytes, method: Method, target: str | None, versus: str | None
     ) -> HeatMap | Failure:
         """Explain an image that is not stored; see `Explainer.explain_image`."""
-        return await self._in_thread(self._explainer.explain_image, image, method, target, versus)
+        return await self._in_thread(method, self._explainer.explain_image, image, method, target, versus)
 
-    async def _in_thread(self, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
+    async def _in_thread(self, method: Method, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._threads.of(method), function, *arguments)
         except RelookError as error:
             return failure(error)
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from records.store import Store
-from serving.explainer_threads import NICENESS, let_others_first
+from serving.explainer_threads import LOWEST, NICENESS, let_others_first
 from serving.settings import ServingSettings
+from vision.explanations.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
 
@@ -25,16 +26,17 @@ def policies() -> set[tuple[int, int]]:
     return {(os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)) for thread in threads}
 
 
-def test_a_replica_explains_in_threads_that_let_others_first(store: Store) -> None:
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_replica_explains_in_threads_that_let_others_go_before(store: Store, method: str) -> None:
     from serving.deployments import ExplainerReplica
 
     async def use() -> tuple[Any, tuple[int, int]]:
         replica = ExplainerReplica(ServingSettings(), store.settings)
-        return await replica._in_thread(policy), policy()  # type: ignore[arg-type]
+        return await replica._in_thread(method, policy), policy()  # type: ignore[arg-type]
 
     before = policy()
     computing, loop = asyncio.run(use())
-    assert computing == (os.SCHED_IDLE, NICENESS)
+    assert computing == ((before[0], NICENESS) if method == "gradcam" else (os.SCHED_IDLE, LOWEST))
     assert loop == policy() == before
 
 
@@ -46,7 +48,7 @@ def test_the_threads_of_an_operator_follow_the_one_that_started_them() -> None:
         return policies() - before
 
     with ThreadPoolExecutor(1, initializer=let_others_first) as pool:
-        assert pool.submit(computed).result() <= {(os.SCHED_IDLE, NICENESS)}
+        assert pool.submit(computed).result() <= {(os.SCHED_IDLE, LOWEST)}
 
 
 @pytest.mark.parametrize("missing", [AttributeError, PermissionError, OSError])
@@ -59,4 +61,4 @@ def test_where_the_kernel_refuses_the_niceness_remains(
     monkeypatch.setattr(os, "sched_setscheduler", refuses)
     before = policy()
     with ThreadPoolExecutor(1, initializer=let_others_first) as pool:
-        assert pool.submit(policy).result() == (before[0], NICENESS)
+        assert pool.submit(policy).result() == (before[0], LOWEST)
