@@ -7,7 +7,8 @@ ROOMS := records images vision trainers tuning serving labeling cluster
 INSTALLED := $(VENV)/.relook-installed
 LABEL_STUDIO := $(VENV)/label-studio/relook-ready.json
 AUDIT_TOOLS := build/audit-tools
-TEST_PROCESSES ?= 4
+# Four processes of tests, with the servers that they start, take 9 GB; three take 7.
+TEST_PROCESSES ?= $(shell awk '/^MemTotal/ {print $$2 < 12000000 ? 3 : 4}' /proc/meminfo 2>/dev/null || echo 3)
 PIP := $(BIN)/pip install --disable-pip-version-check
 
 .PHONY: help setup demo check format test test-fast coverage mutants bench soak audit clean
