@@ -22,8 +22,9 @@ from records.store import Store
 from records.types import ModelRecord
 from serving.messages import ServingState
 from serving.schemas import ClassInfo, ServedModelInfo
-from serving.settings import ServingSettings
+from serving.settings import ServingSettings, compute_threads
 from serving.words import status_text
+from vision.inference.engines import load_engine
 from vision.inference.loaded import LoadedModel, load_model
 from vision.precision import PrecisionChoice
 
@@ -54,6 +55,7 @@ class ServedModel:
             status_text=status_text(self.status),
             architecture=document.architecture.name,
             dataset_id=document.dataset_id,
+            engine=self.loaded.engine,
             precision=self.loaded.precision,
             side_px=document.geometry.side_px,
             classes=classes,
@@ -148,7 +150,7 @@ def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> 
     Args:
         store: whose taxonomy the model must have.
         named: its record.
-        settings: precision and batch sizes.
+        settings: engine, device, precision and batch sizes.
     Returns:
         The model, ready to serve.
     Raises:
@@ -157,12 +159,14 @@ def load_served(store: Store, named: ModelRecord, settings: ServingSettings) -> 
     """
     bundle = registered_bundle(store, named)
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"model {named.id[:12]}")
-    precision: PrecisionChoice = settings.precision
-    loaded = load_model(bundle, precision=precision)
+    loaded = load_engine(
+        bundle, settings.engine, precision=settings.precision, device=settings.device,
+        cores=compute_threads(settings.predictor_cpus),
+    )  # fmt: skip
     difference = loaded.check_golden()
     golden = bundle.golden()["inputs"]
     # The first forward pass of a batch size allocates memory and chooses kernels; requests should not wait for that.
-    for size in (1, settings.max_batch_size):
+    for size in loaded.warm_sizes(settings.max_batch_size):
         loaded.predict(golden[[0] * size], gradcam=True)
     return ServedModel(named.id, named.status.value, loaded, bundle.document, utc_now(), difference)
 

@@ -53,6 +53,7 @@ def prediction_body(
         created_at=prediction.created_at,
         image_id=prediction.image_id,
         model=ModelRef(id=prediction.model_id, status=prediction.model_status),
+        engine=prediction.engine,
         label=prediction.label,
         confidence=prediction.confidence,
         probabilities=prediction.probabilities,

@@ -134,6 +134,7 @@ class PredictionResponse(Body):
     created_at: AwareDatetime
     image_id: str
     model: ModelRef
+    engine: str = Field(description="what computed it: torch or openvino")
     label: str | None = Field(description="class code; null for retake and non-finite output")
     confidence: Probability | None
     probabilities: dict[str, Probability] | None = Field(description="calibrated, in class order")
@@ -324,6 +325,7 @@ class ServedModelInfo(Body):
     status_text: str
     architecture: str
     dataset_id: str
+    engine: str
     precision: str
     side_px: int
     classes: list[ClassInfo]

@@ -91,7 +91,7 @@ class Prediction(Record):
     served: bool = Field(
         default=True, description="false for a shadow or candidate prediction that the caller did not get"
     )
-    engine: str = Field(description="inference engine; torch")
+    engine: str = Field(description="what computed it: torch or openvino")
     precision: str = Field(description="fp32 or bf16")
     num_threads: int = Field(ge=1)
     settings_hash: str

@@ -60,9 +60,10 @@ def test_a_prediction_has_the_documented_fields_and_is_in_the_ledger(
     assert response.status_code == 200
     body = response.json()
     assert list(body) == [
-        "id", "request_id", "created_at", "image_id", "model", "label", "confidence", "probabilities",
+        "id", "request_id", "created_at", "image_id", "model", "engine", "label", "confidence", "probabilities",
         "prediction_set", "decision", "reasons", "review", "explanation",
     ]  # fmt: skip
+    assert body["engine"] == "torch"
     taxonomy = service.store.taxonomy
     assert list(body["probabilities"]) == list(taxonomy.codes)
     assert sum(body["probabilities"].values()) == pytest.approx(1.0)

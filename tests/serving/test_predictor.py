@@ -78,6 +78,34 @@ def test_a_batch_alone_has_all_cores_and_concurrent_batches_one_each(
     assert 1 in {stored.prediction.num_threads for stored in together}
 
 
+def test_openvino_decides_like_torch_and_every_prediction_says_its_engine(
+    store: Store, tools: Any, make_image: Callable[..., bytes]
+) -> None:
+    tools.serve_bundle(store, tools.make_bundle(store, bias={"bcc": -2.0}))
+    images = [make_image(number) for number in range(6)]
+
+    async def predicted(predictor: Predictor) -> list[Prediction]:
+        served = predictor.state().model
+        assert served is not None
+        found = await asyncio.gather(*(predictor.predict(request(data)) for data in images))
+        assert {stored.prediction.engine for stored in found} == {served.engine}
+        return [stored.prediction for stored in found]
+
+    both = [
+        with_predictor(store, predicted, SETTINGS.model_copy(update={"engine": engine, "predictor_cpus": 2.0}))
+        for engine in ("torch", "openvino")
+    ]
+    assert [one[0].engine for one in both] == ["torch", "openvino"]
+    for torchs, ours in zip(*both, strict=True):
+        assert (ours.decision, ours.label, ours.prediction_set) == (
+            torchs.decision, torchs.label, torchs.prediction_set,
+        )  # fmt: skip
+        assert list((ours.probabilities or {}).values()) == pytest.approx(
+            list((torchs.probabilities or {}).values()), abs=1e-4
+        )
+        assert ours.settings_hash != torchs.settings_hash
+
+
 def test_one_bad_image_harms_no_other(store: Store, tools: Any, make_image: Callable[..., bytes]) -> None:
     tools.serve_bundle(store, tools.make_bundle(store))
 

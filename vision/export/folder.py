@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from images.decode import DECODE_VERSION
 from records.bundles import Bundle
@@ -38,18 +37,16 @@ from vision.export.graph import (
     PROBABILITIES,
     DecisionGraph,
     ForwardGraph,
+    export_program,
 )
-from vision.inference.described import early_statistics, first_convolution, pooled_features
 from vision.inference.loaded import LoadedModel, load_model, plain_network
+from vision.inference.rounding import ROUNDING, rounding_of_scores
 
 Format = Literal["onnx", "openvino"]
 Arrays = Mapping[str, NDArray[Any]]
 FORMATS: tuple[Format, ...] = ("onnx", "openvino")
 TOLERANCE = 1e-4
 """Largest difference from torch: of probabilities, and of other outputs as a share of the largest value."""
-
-ROUNDING = 10.0
-"""Scores may differ by this many times what rounding alone changes in torch, if that is more."""
 
 _GRAPH_FILES: dict[str, tuple[str, ...]] = {"onnx": ("model.onnx",), "openvino": ("model.xml", "model.bin")}
 _DESCRIPTIONS = {
@@ -102,7 +99,7 @@ def export_model(bundle: Bundle, folder: Path, format: str) -> Exported:
     golden = {IMAGES: images, **_golden(bundle, model, graph.names)}
     tolerance = dict.fromkeys(graph.names, TOLERANCE)
     if model.checks is not None:
-        tolerance[OOD_SCORE] = max(TOLERANCE, ROUNDING * _rounding_of_scores(bundle, model))
+        tolerance[OOD_SCORE] = max(TOLERANCE, ROUNDING * rounding_of_scores(bundle, model))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with building(folder.parent) as temporary:
         _WRITERS[chosen](graph, images[:2], temporary)
@@ -140,22 +137,6 @@ def compare(found: Arrays, expected: Arrays) -> dict[str, float]:
     return differences
 
 
-def export_program(graph: nn.Module, images: NDArray[np.uint8]) -> torch.export.ExportedProgram:
-    """Trace a graph of this package; the number of images stays open.
-
-    Args:
-        graph: `ForwardGraph` or `DecisionGraph`, in evaluation mode.
-        images: uint8 [2, S, S, 3]; one image would fix the number at one.
-    Returns:
-        The program.
-    """
-    with warnings.catch_warnings():
-        # About torch's own functions that it will replace; nothing that a caller could change.
-        warnings.simplefilter("ignore")
-        batch = torch.export.Dim("batch")
-        return torch.export.export(graph, (torch.tensor(images),), dynamic_shapes={IMAGES: {0: batch}})
-
-
 def _format(format: str) -> Format:
     for known in FORMATS:
         if format == known:
@@ -175,24 +156,6 @@ def _require(format: Format) -> None:
         raise ConfigError(
             f"an export to {format} needs the package {error.name}; install it with: pip install 'relook[{format}]'"
         ) from error
-
-
-def _rounding_of_scores(bundle: Bundle, model: LoadedModel) -> float:
-    """Return by how much folding, which is exact but for rounding, changes the distances of the golden images.
-
-    Whitening magnifies rounding where the features of all training images are nearly equal, as in a network that was
-    hardly trained.
-    """
-    network = plain_network(bundle)
-    inputs = model.inputs(bundle.golden()["inputs"])
-    with torch.inference_mode():
-        pooled = pooled_features(network.get_submodule("features")(inputs)).numpy()
-        early = early_statistics(first_convolution(network), inputs).numpy()
-    checks = model.checks
-    if checks is None:
-        return 0.0
-    folded = np.asarray(model.predict(bundle.golden()["inputs"]).ood_scores)
-    return float(np.abs(checks.ood_scores(pooled, early) - folded).max())
 
 
 def _golden(bundle: Bundle, model: LoadedModel, names: Sequence[str]) -> Arrays:

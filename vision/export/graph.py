@@ -8,8 +8,8 @@ adds what needs no network: calibration, prediction set and the distance from th
 on the number of images.
 """
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,15 +27,6 @@ from vision.preprocess import scale_pixels
 
 IMAGES, LOGITS, MAPS, POOLED, EARLY = "images", "logits", "maps", "pooled", "early"
 PROBABILITIES, PREDICTION_SET, OOD_SCORE = "probabilities", "prediction_set", "ood_score"
-
-
-@dataclass(frozen=True)
-class Output:
-    """An output of a graph."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    description: str
 
 
 class ForwardGraph(nn.Module):
@@ -131,6 +122,22 @@ class DecisionGraph(nn.Module):
                 score if self._early is None else torch.maximum(score, self._early(found[EARLY]))
             ).float()
         return outputs
+
+
+def export_program(graph: nn.Module, images: NDArray[np.uint8]) -> torch.export.ExportedProgram:
+    """Trace a graph of this package; the number of images stays open.
+
+    Args:
+        graph: `ForwardGraph` or `DecisionGraph`, in evaluation mode.
+        images: uint8 [2, S, S, 3]; one image would fix the number at one.
+    Returns:
+        The program.
+    """
+    with warnings.catch_warnings():
+        # About torch's own functions that it will replace; nothing that a caller could change.
+        warnings.simplefilter("ignore")
+        batch = torch.export.Dim("batch")
+        return torch.export.export(graph, (torch.tensor(images),), dynamic_shapes={IMAGES: {0: batch}})
 
 
 class _Distance(nn.Module):

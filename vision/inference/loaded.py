@@ -1,12 +1,14 @@
 """Inference with a bundle: pixels in, calibrated probabilities and heat maps out.
 
-In: a bundle, and decoded pixels uint8 [N, S, S, 3]. Out: numpy arrays. A loaded model keeps no state between calls
-and registers no hooks, so threads may share it. A row whose logits are not finite gets NaN probabilities and NaN
-maps, and no error: the caller decides what becomes of it. Decoding, batching, triage and storage are elsewhere.
+In: a bundle, and decoded pixels uint8 [N, S, S, 3]. Out: numpy arrays. A loaded model registers no hooks and keeps no
+state between calls but the largest batch that fits a GPU, so threads may share it. A row whose logits are not finite
+gets NaN probabilities and NaN maps, and no error: the caller decides what becomes of it. Decoding, batching, triage and
+storage are elsewhere.
 """
 
 import copy
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from images.decode import DECODE_VERSION
 from records.arrays import Float32Array, FloatArray, IntArray, UInt8Array
 from records.bundles import Bundle, Geometry
-from records.errors import IntegrityError
+from records.errors import IntegrityError, UnavailableError
 from records.taxonomy import Taxonomy
 from vision.calibration.scaling import apply_calibration
 from vision.explanations.closed_form import ClosedForm, closed_form_of
@@ -46,6 +48,8 @@ class LoadedModel:
         self._document = bundle.document
         self._golden = bundle.golden()
         self._device = device
+        # Batches of at most this many images fit into the memory of the device, as far as is known.
+        self._fits = sys.maxsize
         self._features = _prepared(network.get_submodule("features"), precision, device)
         # The head stays fp32 in every precision: it is small, and the closed form of Grad-CAM reads its weights.
         self._head = network.get_submodule("head").to(device)
@@ -87,6 +91,32 @@ class LoadedModel:
             ContractError: the pixels do not have the model's geometry.
         """
         check_pixels(pixels, self.geometry.side_px)
+        parts: list[BatchOutput] = []
+        first = 0
+        while not parts or first < len(pixels):
+            part = pixels[first : first + self._fits]
+            try:
+                parts.append(self._predict(part, gradcam))
+            except torch.OutOfMemoryError as error:
+                if len(part) <= 1:
+                    raise UnavailableError(
+                        f"the device {self._device} has too little free memory to predict one image; free some, or set "
+                        "serving.device=cpu"
+                    ) from error
+                # Kept, so that not every batch finds it out again; a swapped model starts anew.
+                self._fits = len(part) // 2
+                torch.cuda.empty_cache()
+                logger.warning("out of memory on %s: batches have at most %d images now", self._device, self._fits)
+                continue
+            first += len(part)
+        return BatchOutput.joined(parts)
+
+    def warm_sizes(self, largest: int) -> tuple[int, ...]:
+        """Return the batch sizes to compute once before requests come: a GPU chooses its kernels by size."""
+        doubled = [2**power for power in range(largest.bit_length())] if self._device != "cpu" else []
+        return tuple(sorted({1, largest, *doubled}))
+
+    def _predict(self, pixels: UInt8Array, gradcam: bool) -> BatchOutput:
         with torch.inference_mode():
             inputs = self._inputs(pixels)
             features = self._feature_map(inputs)
@@ -213,7 +243,14 @@ class LoadedModel:
             return self._feature_map(self.inputs(pixels)), self._head
 
     def _inputs(self, pixels: UInt8Array) -> Tensor:
-        return scale_pixels(to_tensor(pixels).to(self._device), self.geometry)
+        tensor = to_tensor(pixels)
+        # From pinned memory the copy needs no further one, and runs while the caller prepares what follows.
+        tensor = (
+            tensor.to(self._device)
+            if self._device == "cpu"
+            else tensor.pin_memory().to(self._device, non_blocking=True)
+        )
+        return scale_pixels(tensor, self.geometry)
 
     def _feature_map(self, inputs: Tensor) -> Tensor:
         with autocast(self.precision, self._device):

@@ -29,6 +29,21 @@ class BatchOutput:
         """[N]: whether a row has probabilities."""
         return np.asarray(np.isfinite(self.probabilities).all(axis=1), dtype=np.bool_)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[BatchOutput]") -> "BatchOutput":
+        """Return the outputs of the parts of a batch, at least one, as that of the whole."""
+        if len(parts) == 1:
+            return parts[0]
+        maps = [part.maps for part in parts if part.maps is not None]
+        scores = [part.ood_scores for part in parts if part.ood_scores is not None]
+        return cls(
+            logits=np.concatenate([part.logits for part in parts]),
+            probabilities=np.concatenate([part.probabilities for part in parts]),
+            num_threads=parts[0].num_threads,
+            maps=np.concatenate(maps) if maps else None,
+            ood_scores=np.concatenate(scores) if scores else None,
+        )
+
     def take(self, rows: Sequence[int]) -> "BatchOutput":
         """Return the output of some of the images, in the order of `rows`."""
         if list(rows) == list(range(len(self.logits))):

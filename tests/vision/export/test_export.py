@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from records.bundles import OperatingPoints
 from records.errors import ConfigError, IntegrityError
 from records.ids import sha256_hex
+from tests.vision.checked import side_of, write_checked_bundle
 from tests.vision.inference.foreign import foreign_images
-from trainers.fitting.suitability import reference_outputs
 from vision.calibration.conformal import prediction_set, thresholds_in_order
-from vision.calibration.suitability import Described, fit_suitability
 from vision.export import folder as export_folder
 from vision.export.folder import FORMATS, TOLERANCE, compare, export_model
 from vision.inference.loaded import load_model, plain_network
@@ -26,31 +24,9 @@ IN_SUITE = ("custom_cnn", "resnet18", "mobilenet_v3", "convnext_tiny")
 CASES = [pytest.param(name, marks=() if name in IN_SUITE else pytest.mark.soak) for name in MODELS]
 
 
-def side_of(name):
-    # At one position the map of a network with layer norm is zero but for rounding.
-    return 64 if name == "convnext_tiny" else max(32, MODELS[name].minimum_side_px)
-
-
 @pytest.fixture(scope="module")
-def checked_bundle(model_store, make_bundle):
-    """name -> a bundle with checks and with thresholds that give sets of several classes."""
-    codes = model_store.taxonomy.codes
-    operating = OperatingPoints(conformal_thresholds={code: 0.84 + 0.01 * row for row, code in enumerate(codes)})
-
-    def make(name):
-        side_px = side_of(name)
-        bare = make_bundle(model_store, name, side_px=side_px)
-        pixels = foreign_images(side_px, 40)[0]
-        found = reference_outputs(plain_network(bare), pixels, bare.document.geometry)
-        # Random deep networks give nearly the same features for all images, and whitening would magnify rounding:
-        # the training images that are planted here differ as much as features are large.
-        random = np.random.default_rng(3)
-        pooled, early = (v * random.uniform(0.5, 1.5, v.shape).astype(np.float32) for v in (found.pooled, found.early))
-        train, val = (Described(pixels[part], pooled[part], early[part]) for part in (slice(0, 30), slice(30, None)))
-        document, arrays = fit_suitability(train, val, smallest_side_px=20)
-        return make_bundle(model_store, name, side_px=side_px, arrays=arrays, suitability=document, operating=operating)
-
-    return make
+def checked_bundle(model_store):
+    return lambda name: write_checked_bundle(model_store, name)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +147,7 @@ def test_a_model_without_checks_and_one_without_a_closed_form_say_what_is_missin
     )
 
 
-def test_a_row_that_is_not_finite_excludes_nothing_and_shows_nothing(checked_bundle, model_store, make_bundle):
+def test_a_row_that_is_not_finite_excludes_nothing_and_shows_nothing(checked_bundle):
     """As in the service: NaN throughout, every class in the set."""
     import torch
 
