@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,9 +43,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # The tests start some hundred processes, Ray's workers among them: each would compile our modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-
-# Collecting makes a million objects that stay: going through them again and again is for nothing.
-gc.disable()
 
 # Ray's workers do not have the working folder on their import path; some run functions of the tests.
 _ROOT = str(Path(__file__).resolve().parent.parent)
@@ -202,9 +199,15 @@ def _group_of(item: pytest.Item, servers: dict[Path, str]) -> str:
     return names[0] if names else item.nodeid
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without the garbage collector: a million objects are made that stay, and it would visit them all."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(hookwrapper=True)
