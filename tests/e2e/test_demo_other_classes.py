@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.dicoms import dicom
 from tests.e2e import nine_classes, pets
 from tests.e2e.test_demo import relook
 
@@ -15,13 +18,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+def as_dicom(folder: Path) -> None:
+    """Replace the images of a folder by DICOM files of a patient each."""
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        path.with_suffix("").write_bytes(dicom(pixels, PatientID=f"P{number}", PatientAge="040Y"))
+        path.unlink()
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["pets", "nine classes"])
+@pytest.mark.parametrize("kind", ["pets", "pets in DICOM files", "nine classes"])
 def test_the_whole_demo(kind: str, home: Path, tmp_path: Path) -> None:
     folder, options, images = tmp_path / "data", (), 60
-    if kind == "pets":
+    if kind.startswith("pets"):
         pets.make_folder(folder)
+        if kind != "pets":
+            as_dicom(folder)
         pets.write_taxonomy(tmp_path / "mine.yaml")
     else:
         images = len(nine_classes.make_folder(folder))
