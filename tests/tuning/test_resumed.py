@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from records.errors import RefusedError
+import relook
+from records.errors import RefusedError, UnknownIdError
 from trainers.settings import TrainersSettings
 from tuning.journal import FILE_NAME, open_journal
 from tuning.resumed import require_unchanged, resumed_settings, with_options
@@ -84,3 +85,16 @@ def test_settings_that_do_not_fit_any_more_are_a_sentence(tmp_path: Path, make_h
         resumed_settings(tmp_path, STARTED, TrainersSettings(), [])
     with pytest.raises(RefusedError, match=r"cannot go on: optimizer\.momentums of its settings"):
         resumed_settings(tmp_path, STARTED, TrainersSettings(), ["tuning.trials"])
+
+
+def test_python_goes_on_as_the_command_does(tmp_path: Path, make_header) -> None:
+    with relook.open_home(tmp_path / "home") as home:
+        runs = home.store.home.runs
+        open_journal(runs / "tune-1", make_header(base=BASE), STARTED.model_dump(mode="json")).close()
+        with pytest.raises(RefusedError, match=r"tuning\.seed 9 contradicts the search in .*tune-1"):
+            relook.tune(home, resume=True, set={"tuning.seed": 9})
+        with pytest.raises(RefusedError, match=r"trainers\.epochs 4 contradicts"):
+            relook.tune(home, resume=True, trials=9, set={"trainers.epochs": 4})
+        # Nothing contradicts: what is missing is the dataset that the search was made with.
+        with pytest.raises(UnknownIdError, match="dddddddd"):
+            relook.tune(home, resume=True)
