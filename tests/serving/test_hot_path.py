@@ -15,6 +15,7 @@ from records.store import Store
 from records.types import Consent, Image, Prediction, ReviewItem
 from serving.messages import StoredPrediction
 from serving.predictor import Predictor
+from serving.recording import Recorder
 from serving.schemas import Context
 from tests.serving.test_predictor import SETTINGS, request, with_predictor
 
@@ -55,12 +56,14 @@ def test_an_image_is_decoded_once_and_nothing_is_drawn_before_the_response(
     assert len(list(ready.blobs.ids())) == N, "an image is a blob, and its heat map is none"
 
 
-def test_consents_are_read_by_batch(
+def test_consents_are_read_once_for_all_images_of_a_call(
     ready: Store, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []
-    read = Ledger.read
+    stored: list[int] = []
+    read, keep = Ledger.read, Recorder.keep
     monkeypatch.setattr(Ledger, "read", lambda self: opened.append(1) or read(self))
+    monkeypatch.setattr(Recorder, "keep", lambda self, jobs: stored.append(len(jobs)) or keep(self, jobs))
     settings = SETTINGS.model_copy(update={"model_poll_s": 60.0, "decode_threads": 1})
 
     async def use(predictor: Predictor) -> None:
@@ -68,7 +71,8 @@ def test_consents_are_read_by_batch(
         await asyncio.gather(*(predictor.predict(request(make_image(number))) for number in range(4 * N)))
 
     with_predictor(ready, use, settings)
-    assert 1 <= len(opened) <= 2 * N, "not one for each of the images"
+    assert sum(stored) == 4 * N
+    assert len(opened) == len(stored), "one for each call, not one for each of its images"
 
 
 @pytest.mark.parametrize("culprits", [{0}, {3, 4}, {N - 1}])

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
 APART: list[dict[str, Any]] = [
     {"one_process": False},
     {"http": "serve"},
-    {"predictor_max_replicas": 2},
+    {"predictor_min_replicas": 2, "predictor_max_replicas": 2},
     {"predictor_gpus": 0.5},
     {"ingress_min_replicas": 2, "ingress_max_replicas": 2},
 ]
