@@ -407,8 +407,8 @@ def _autoscaling(settings: ServingSettings, part: Part) -> dict[str, Any]:
         "target_ongoing_requests": part.target_ongoing,
         "upscale_delay_s": settings.scale_up_delay_s,
         "downscale_delay_s": settings.scale_down_delay_s,
-        # Averaged over no longer than a decision may take.
-        "look_back_period_s": max(2.0, min(30.0, settings.scale_up_delay_s)),
+        # Averaged over about as long as a decision takes; Serve accepts no less than its default interval of reports.
+        "look_back_period_s": max(11.0, min(30.0, settings.scale_up_delay_s)),
     }
 
 

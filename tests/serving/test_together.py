@@ -33,7 +33,7 @@ from tests.ports import free_port
 with warnings.catch_warnings():
     # Ray Serve's own declarations are not clean under the newest pydantic.
     warnings.simplefilter("ignore")
-    from serving.deployments import PredictorReplica
+    from serving.deployments import PredictorReplica, build_application
     from serving.remote import RemoteService
 
 SETTINGS = ServingSettings(
@@ -486,6 +486,16 @@ def test_more_than_the_cluster_has_is_said_with_the_sum(given: dict[str, Any], s
 def test_numbers_of_replicas_that_do_not_fit_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"replicas|gpus"):
         ServingSettings(**given)
+
+
+@pytest.mark.parametrize("http", ["own", "serve"])
+def test_serve_accepts_the_numbers_of_replicas_without_a_warning(tmp_path: Any, http: Any) -> None:
+    most = 1 if http == "own" else 4
+    settings = ServingSettings(
+        http=http, predictor_max_replicas=4, explainer_max_replicas=2, ingress_max_replicas=most, scale_up_delay_s=0.5,
+        predictor_gpus=0.5,
+    )  # fmt: skip
+    build_application(settings, RecordsSettings(home=tmp_path), "127.0.0.1")
 
 
 def test_samples_of_a_metric_keep_their_labels(service_store: Store) -> None:
