@@ -18,7 +18,7 @@ from records.durable import write_file
 from records.errors import ConfigError
 from records.progress import progress, status, stderr
 from records.types import Consent, Scope
-from serving.hooks_cli import hooks_app
+from serving.hooks.cli import hooks_app
 
 if TYPE_CHECKING:
     from records.bundles import BundleDocument

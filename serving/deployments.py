@@ -29,7 +29,7 @@ from records.types import Prediction
 from serving.access.together import Ask, Held, Reports, SharedCounts, SharedLimits
 from serving.collector import spare_what_stays
 from serving.explainer_threads import ExplainerThreads
-from serving.hooks import Hooks
+from serving.hooks.delivery import Hooks
 from serving.in_process import run_here
 from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.metrics import Metrics, Samples

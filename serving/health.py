@@ -17,7 +17,7 @@ from pathlib import Path
 from records.errors import RelookError, UnavailableError
 from records.models import serving_model
 from records.store import Store
-from serving.hooks import troubles
+from serving.hooks.delivery import troubles
 from serving.messages import ServingState
 from serving.schemas import ServedModelInfo
 from serving.service import Service

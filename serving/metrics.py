@@ -16,8 +16,8 @@ from records.errors import RelookError
 from records.ids import utc_now
 from records.store import Store
 from records.types import Prediction, ReviewItem, ReviewState
-from serving.hook_settings import HookSettings
-from serving.hooks import state_of
+from serving.hooks.delivery import state_of
+from serving.hooks.settings import HookSettings
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))

@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from records.types import Consent
-from serving.hook_settings import HookSettings
+from serving.hooks.settings import HookSettings
 from serving.replicas import ReplicaSettings
 from vision.explanations import STORED_OVERLAY_SIDE_PX
 

@@ -23,11 +23,10 @@ from records.errors import UnavailableError, UnknownIdError
 from records.ids import id_after, utc_now
 from records.store import Store
 from records.types import Cursor, EventRecord
-from serving import hooks
 from serving.access.keys import admin_token
 from serving.client import Client
-from serving.hook_requests import is_public, post
-from serving.hooks import Hooks, HookState, deliver_due, secret_of, send_test, state_of, troubles
+from serving.hooks.delivery import Hooks, HookState, deliver_due, secret_of, send_test, state_of, troubles
+from serving.hooks.requests import is_public, post
 from serving.schemas import OutcomeRequest
 from serving.settings import HookSettings, ServingSettings
 
@@ -240,8 +239,8 @@ def test_a_dead_hook_is_said_in_health_and_metrics(
         prediction = client.predict(make_image(0))
         outcome = {"diagnosis": "mel", "confirmation": "histopathology", "observed_at": "2026-01-15T09:00:00Z"}
         client.outcome(prediction.id, OutcomeRequest.model_validate(outcome))
-        receiver.statuses = [500] * hooks.MANY_FAILURES
-        for _ in range(hooks.MANY_FAILURES):
+        receiver.statuses = [500] * delivery.MANY_FAILURES
+        for _ in range(delivery.MANY_FAILURES):
             deliver_due(kept, hook)
             no_pause(kept, hook)
         token = {"Authorization": f"Bearer {admin_token(kept.home)}"}

@@ -19,7 +19,7 @@ hooks_app = typer.Typer(help="Signed requests that tell other programs about eve
 def list_hooks(call: Call) -> None:
     """List the hooks of the settings: where they lead, and whether they are delivered."""
     from records.keys import key_file
-    from serving.hooks import state_of
+    from serving.hooks.delivery import state_of
 
     settings: ServingSettings = call.compose().serving
     listed: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ def list_hooks(call: Call) -> None:
 @verb(hooks_app, "test")
 def test_hook(call: Call, name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the hook.")]) -> None:
     """Send a signed event of the kind `test` to a hook, once."""
-    from serving.hooks import send_test
+    from serving.hooks.delivery import send_test
 
     settings: ServingSettings = call.compose().serving
     hook = next((hook for hook in settings.hooks if hook.name == name), None)

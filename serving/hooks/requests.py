@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 
 from records.errors import UnavailableError
-from serving.hook_settings import HookSettings
+from serving.hooks.settings import HookSettings
 
 TIMEOUT_S = 10.0
 

@@ -24,8 +24,8 @@ from records.keys import key_file
 from records.store import Store
 from records.types import Cursor
 from serving.events import events_of, last_event_id
-from serving.hook_requests import post
-from serving.hook_settings import HookSettings
+from serving.hooks.requests import post
+from serving.hooks.settings import HookSettings
 
 logger = logging.getLogger(__name__)
 

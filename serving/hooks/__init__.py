@@ -1,0 +1,1 @@
+"""Signed outbound requests that tell other programs about events."""
