@@ -25,7 +25,16 @@ from records.store import Store
 from records.types import Cursor, EventRecord
 from serving.access.keys import admin_token
 from serving.client import Client
-from serving.hooks.delivery import Hooks, HookState, deliver_due, secret_of, send_test, state_of, troubles
+from serving.hooks.delivery import (
+    MANY_FAILURES,
+    Hooks,
+    HookState,
+    deliver_due,
+    secret_of,
+    send_test,
+    state_of,
+    troubles,
+)
 from serving.hooks.requests import is_public, post
 from serving.schemas import OutcomeRequest
 from serving.settings import HookSettings, ServingSettings
@@ -239,8 +248,8 @@ def test_a_dead_hook_is_said_in_health_and_metrics(
         prediction = client.predict(make_image(0))
         outcome = {"diagnosis": "mel", "confirmation": "histopathology", "observed_at": "2026-01-15T09:00:00Z"}
         client.outcome(prediction.id, OutcomeRequest.model_validate(outcome))
-        receiver.statuses = [500] * delivery.MANY_FAILURES
-        for _ in range(delivery.MANY_FAILURES):
+        receiver.statuses = [500] * MANY_FAILURES
+        for _ in range(MANY_FAILURES):
             deliver_due(kept, hook)
             no_pause(kept, hook)
         token = {"Authorization": f"Bearer {admin_token(kept.home)}"}
