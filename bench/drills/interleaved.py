@@ -1,6 +1,7 @@
 """1,000 interleaved predict, explain and flag calls to a real service: same responses as one at a time, stored once.
 
 .venv/bin/python -m bench.drills.interleaved --calls 1000 --threads 16 [--max-batch-size 1]
+    [--predictors 3 --ingresses 2]
 
 Starts `relook serve` with a small trained model in a temporary folder, makes the calls one at a time, then the same
 calls concurrently. In fp32 a network rounds differently in a batch than alone, so numbers are compared within 1e-6;
@@ -28,14 +29,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=2026, help="of the draw")
     parser.add_argument("--max-batch-size", type=int, default=16, help="images of one forward pass; 1: no batches")
     parser.add_argument("--start-timeout", type=float, default=live_service.START_TIMEOUT_S, help="seconds")
+    live_service.add_replica_options(parser)
     options = parser.parse_args()
     live_service.START_TIMEOUT_S = options.start_timeout
-    sets = (f"serving.max_batch_size={options.max_batch_size}", f"serving.start_timeout_s={options.start_timeout}")
+    sets = (
+        "serving.page=false",
+        f"serving.max_batch_size={options.max_batch_size}",
+        f"serving.start_timeout_s={options.start_timeout}",
+        *live_service.replica_sets(options),
+    )
     with tempfile.TemporaryDirectory(prefix="relook-interleaved-") as folder:
         home, images = Path(folder) / "home", Path(folder) / "images"
         live_service.trained_champion(home, images)
         files = [path.read_bytes() for path in sorted(images.rglob("*.jpg"))[:40]]
-        with live_service.live_service(home, "serving.page=false", *sets) as service:
+        with live_service.live_service(home, *sets) as service:
             with Client(service.url) as client:
                 predictions = [client.predict(data).id for data in files]
                 precision = client.model().precision
@@ -55,6 +62,7 @@ def main() -> int:
         "threads": options.threads,
         "precision": precision,
         "max_batch_size": options.max_batch_size,
+        "replicas": {"predictor": options.predictors, "ingress": options.ingresses},
         "compared": "to the last bit" if exactly else "within 1e-6",
         "differing": len(others),
         "stored": stored,

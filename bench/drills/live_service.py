@@ -1,5 +1,6 @@
 """A service in a process of its own for the drills: a trained model, `relook serve`, and threads that send requests."""
 
+import argparse
 import contextlib
 import os
 import socket
@@ -88,6 +89,19 @@ def trained_champion(home: Path, images: Path, lesions: int = 120, database: str
         model_id = path.name
     relook(home, "promote", model_id, "--provisional", database=database)
     return model_id
+
+
+def add_replica_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a drill that may run with several replicas."""
+    parser.add_argument("--predictors", type=int, default=1, help="replicas of the predictor")
+    parser.add_argument("--ingresses", type=int, default=1, help="HTTP replicas, which share one port")
+
+
+def replica_sets(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the settings of those options; Ray hands out as many CPUs as they need."""
+    most = {"predictor": options.predictors, "ingress": options.ingresses}
+    numbers = [f"serving.{part}_{end}_replicas={most[part]}" for part in most for end in ("min", "max")]
+    return (*numbers, f"cluster.logical_cpus={4 + options.predictors + options.ingresses}")
 
 
 @contextlib.contextmanager

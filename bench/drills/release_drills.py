@@ -1,6 +1,6 @@
 """Releases under live traffic on a real Ray Serve: a good candidate to promotion, broken ones to rollback.
 
-.venv/bin/python -m bench.drills.release_drills
+.venv/bin/python -m bench.drills.release_drills [--predictors 3 --ingresses 2]
 
 Prints one JSON object; the exit code is 1 if a condition fails: no request of the good release fails, each broken
 candidate is rolled back within the stated number of images (and those in flight), every served prediction is finite.
@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.drills.live_service import Callers, LiveService, bundle_of, live_service, trained_champion
+from bench.drills.live_service import (
+    Callers,
+    LiveService,
+    add_replica_options,
+    bundle_of,
+    live_service,
+    replica_sets,
+    trained_champion,
+)
 from cluster.demo.faults import harmed_copy, twin
 from records.bundles import Architecture, Bundle, write_bundle
 from records.errors import RefusedError, UnknownIdError
@@ -54,12 +62,13 @@ def main() -> int:
     """Run all drills."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--responses", type=int, default=60, help="responses to wait for at each step")
+    add_replica_options(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="relook-release-") as folder:
         home, images = Path(folder) / "home", Path(folder) / "images"
         champion_id = trained_champion(home, images)
         files = [path.read_bytes() for path in sorted(images.rglob("ISIC_*.jpg"))]
-        with live_service(home) as service:
+        with live_service(home, *replica_sets(options)) as service:
             champion = bundle_of(service, champion_id)
             report: dict[str, Any] = {"broken": []}
             for broken in (
