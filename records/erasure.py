@@ -11,6 +11,7 @@ by its hash only. Loading a dataset version leaves out erased images, so no mode
 """
 
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -373,6 +374,23 @@ def _erase_reports(store: Store, image_ids: Collection[str]) -> int:
     return changed
 
 
+EVENT_IMAGES = "tensorboard/images"
+"""Folder in a run's, with images in the event files of TensorBoard."""
+SHOWN_IMAGES = "shown.json"
+"""In that folder: the ids of the images that its files show."""
+
+
+def _erase_event_images(store: Store, image_ids: Collection[str]) -> int:
+    """Remove the images of each run that shows one of these: a single one cannot be taken out of an event file."""
+    removed = 0
+    for folder in sorted(store.home.runs.rglob(EVENT_IMAGES)):
+        shown = folder / SHOWN_IMAGES
+        if not shown.is_file() or any(image_id in shown.read_text() for image_id in image_ids):
+            shutil.rmtree(folder)
+            removed += 1
+    return removed
+
+
 def note_in_backups(store: Store, ids: Collection[str]) -> int:
     """Add images, or quarantined rows, to the list of every backup that can be reached; a backup itself never changes.
 
@@ -427,6 +445,7 @@ BLOBS = Place("blobs", "blobs", "images, and heat maps over them", _erase_blobs)
 RECORDS_PLACES: tuple[Place, ...] = (
     BLOBS,
     Place("reports", "bundles, runs", "images that a report embeds; Relook itself writes none there", _erase_reports),
+    Place("event files", "runs", "images that TensorBoard shows of a training", _erase_event_images),
     Place("backups", "folders of `relook backup`", "all of it, as it was", note_in_backups),
     Place("ledger file", "ledger.db", "rows as they were before", _rewrite_file),
 )

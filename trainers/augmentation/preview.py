@@ -25,7 +25,7 @@ _INK = (30, 30, 30)
 
 
 def policy_grid(
-    policy: Policy, pixels: UInt8Array, image_ids: Sequence[str], *, draws: int, seed: int = 0
+    policy: Policy, pixels: UInt8Array, image_ids: Sequence[str], *, draws: int, seed: int = 0, first_epoch: int = 1
 ) -> UInt8Array:
     """Draw a policy on images as a run would, one column per epoch.
 
@@ -35,6 +35,7 @@ def policy_grid(
         image_ids: [n] 64 hex characters each.
         draws: d, at least 1.
         seed: of the run.
+        first_epoch: 1-based; the one of column 1.
     Returns:
         [n, d + 1, S, S, 3]; column 0 holds the images as they are.
     Raises:
@@ -45,7 +46,9 @@ def policy_grid(
     augmenter = Augmenter(policy, _canvas(pixels))
     keys, first_time = image_keys(list(image_ids)), np.zeros(len(pixels), dtype=np.int64)
     columns = [pixels]
-    for epoch in range(draws):
+    # Seeds count epochs from 0, the operations of a policy from 1.
+    for epoch in range(first_epoch - 1, first_epoch - 1 + draws):
+        augmenter.begin_epoch(epoch + 1)
         drawn = augmenter.apply(pixels.copy(), image_seeds(seed, epoch, keys, first_time))
         mixing, side_px = policy.mixing, pixels.shape[1]
         mix = draw_mix(mixing, len(pixels), side_px, seed=seed, epoch=epoch, step=0) if mixing else None

@@ -22,6 +22,7 @@ import ray.train.torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
+from records.erasure import EVENT_IMAGES
 from records.errors import ConfigError, RelookError, UnavailableError, error_class, quoted_error
 from records.settings import RecordsSettings, environment
 from records.store import Store, open_store
@@ -208,6 +209,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
             workers=group,
             policy=job.policy,
             initial_weights=job.initial_weights or None,
+            images_dir=job.run_dir / EVENT_IMAGES,
         )
     except RelookError as error:
         ray.get(job.channel.fail.remote(type(error).__name__, str(error)))

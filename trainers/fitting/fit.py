@@ -5,6 +5,7 @@ points and prediction sets), and no other split. A run folder that holds an unfi
 settings and data goes on; the same run done twice gives the same bundle. Nothing is registered.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from records.bundles import (
     write_bundle,
 )
 from records.datasets import DatasetVersion
+from records.erasure import EVENT_IMAGES
 from records.errors import ConfigError, ContractError, DataError, UnavailableError
 from records.store import Store, find_images
 from records.taxonomy import Taxonomy
@@ -39,6 +41,7 @@ from trainers.fitting.suitability import Outputs, faithfulness_of, outputs_of, s
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.settings import TrainersSettings
+from trainers.tracking.tensorboard import FOLDER, EventFiles
 from vision.calibration.operating import fit_operating_points, gather_lesions
 from vision.calibration.scaling import apply_calibration, fit_calibration
 from vision.inference.golden import golden_arrays
@@ -47,6 +50,7 @@ from vision.networks import MODELS
 
 CURVES = ("epoch", "train_loss", "val_loss", "val_balanced_accuracy")
 FITTED_ON = (Split.VAL, Split.CALIBRATION)
+_EPOCH = re.compile(r'\{"epoch":(\d+),.*\}$')
 METRICS_FILE = "metrics.jsonl"
 """Appears in a run's folder with the first epoch; a run that failed before it left nothing to resume."""
 
@@ -107,7 +111,8 @@ def fit(
     _require_splits(dataset)
     _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(run_dir / METRICS_FILE, on_epoch)
+    events = EventFiles(run_dir / FOLDER, settings.flat(), told=_told(run_dir / METRICS_FILE))
+    log = MetricsLog(run_dir / METRICS_FILE, on_epoch, events)
     if use_ray:
         from trainers.fitting.distributed import fit_distributed
 
@@ -122,20 +127,23 @@ def fit(
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl`, a line per epoch, and passes every report on."""
+    """Writes `metrics.jsonl`, a line per epoch, and event files for TensorBoard, and passes every report on."""
 
-    def __init__(self, path: Path, on_epoch: OnEpoch | None) -> None:
+    def __init__(self, path: Path, on_epoch: OnEpoch | None, events: EventFiles) -> None:
         self._path = path
         self._on_epoch = on_epoch
+        self._events = events
 
     def __call__(self, report: EpochReport) -> bool:
         """Append a line; return whether training shall stop."""
         self._put("a", [report])
+        self._events.epoch(report)
         return bool(self._on_epoch(report)) if self._on_epoch is not None else False
 
     def complete(self, reports: list[EpochReport]) -> None:
         """Rewrite the file with all lines."""
         self._put("w", reports)
+        self._events.complete(reports)
 
     def _put(self, mode: str, reports: list[EpochReport]) -> None:
         try:
@@ -145,6 +153,13 @@ class MetricsLog:
             raise UnavailableError(
                 f"{self._path} cannot be written ({error.strerror}); see that the folder is there and has space"
             ) from error
+
+
+def _told(path: Path) -> list[int]:
+    """Return the epochs that an earlier process wrote; a line that a kill cut off is the last one."""
+    if not path.is_file():
+        return []
+    return [int(found[1]) for line in path.read_text().splitlines() if (found := _EPOCH.match(line))]
 
 
 def _fit_alone(
@@ -170,6 +185,7 @@ def _fit_alone(
         workers=SingleWorker(run_dir, settings.workers.use_gpu),
         policy=policy,
         initial_weights=initial_weights,
+        images_dir=run_dir / EVENT_IMAGES,
     )
 
 

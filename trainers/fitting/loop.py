@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.optimization.schedulers import SCHEDULERS, build_scheduler, change_rate
 from trainers.settings import TrainersSettings
+from trainers.tracking.tensorboard import EpochImages
 from vision.networks import build_model
 from vision.precision import resolve_precision
 from vision.seeding import derive_seed
@@ -111,6 +113,7 @@ def train(
     workers: WorkerGroup | None = None,
     policy: Policy | None = None,
     initial_weights: Mapping[str, NDArray[Any]] | None = None,
+    images_dir: Path | None = None,
     pause_after: int | None = None,
 ) -> TrainedModel:
     """Train a model, or resume the run whose checkpoint the group holds.
@@ -123,6 +126,7 @@ def train(
         workers: the group; default: this process alone, without checkpoints.
         policy: of augmentation; default: the one that the settings name.
         initial_weights: parameters and buffers to start from, by name; default: as `settings.model.weights` says.
+        images_dir: gets event files for TensorBoard with images of every epoch; default: none.
         pause_after: number of epochs after which to return early; a later call resumes from the checkpoint.
             Default: all epochs.
     Returns:
@@ -141,7 +145,10 @@ def train(
         start = starting_weights(settings.model, len(taxonomy.codes), settings.seed)
         initial_weights = start.values if start is not None else None
     with compute_threads(threads_of(settings.workers)), _own_random_state(group):
-        run = _Run(settings, data, taxonomy, group, policy, initial_weights)
+        images = None
+        if images_dir is not None and group.rank == 0:
+            images = EpochImages(images_dir, settings, data, policy, len(taxonomy.codes))
+        run = _Run(settings, data, taxonomy, group, policy, initial_weights, images)
         while not run.finished and (pause_after is None or run.epochs_done < pause_after):
             report = run.next_epoch()
             if on_epoch is not None:
@@ -163,11 +170,13 @@ class _Run:
         group: WorkerGroup,
         policy: Policy,
         initial_weights: Mapping[str, NDArray[Any]] | None,
+        images: EpochImages | None,
     ) -> None:
         self._settings = settings
         self._data = data
         self._taxonomy = taxonomy
         self._group = group
+        self._images = images
         self._identity = _identity(settings, data, taxonomy, policy, initial_weights)
         found = group.load()
         if found is not None:
@@ -231,7 +240,9 @@ class _Run:
             report = self._next_epoch()
         except DivergedError as error:
             raise DivergedError(f"epoch {len(self._reports) + 1}: {error}; {self._last_good()}") from error
-        self._keep()
+        checkpoint = self._keep()
+        if self._images is not None:
+            self._images.write(checkpoint)
         return report
 
     def _next_epoch(self) -> EpochReport:
@@ -301,10 +312,11 @@ class _Run:
                 f"weights are not finite after step {self._step} of the epoch; lower trainers.optimizer.learning_rate"
             )
 
-    def _keep(self) -> None:
+    def _keep(self) -> Checkpoint:
         checkpoint = self.checkpoint()
         self._group.save(checkpoint)
         self._kept = checkpoint.position
+        return checkpoint
 
     def _last_good(self) -> str:
         # Named in the error, because after a diverged epoch this is the state that `--resume` starts from.
