@@ -431,8 +431,8 @@ def select(
 
     if budget < 1 or any(number < 1 for number in (mix or {}).values()):
         raise ConfigError("a budget is at least 1 image")
-    bundle = _bundle(home, model)
-    return select_from(home.store, bundle, budget=budget, rule=rule, mix=mix, folder=_path(pool), seed=seed)
+    bundle, folder, at = _bundle(home, model), _path(pool), home.settings.labeling.prevalence
+    return select_from(home.store, bundle, budget=budget, rule=rule, mix=mix, folder=folder, seed=seed, prevalence=at)
 
 
 def sync_labels(home: Home, *, set: Mapping[str, Any] | None = None, moved: bool = False) -> SyncReport:

@@ -229,6 +229,7 @@ def select(context: RoundContext) -> StepResult:
             context.store,
             bundle,
             context.settings.round.select_budget,
+            prevalence=context.settings.labeling.prevalence,
             within=lambda tx, selected: context.record_with(tx, result(selected)),
         )
     )

@@ -7,6 +7,7 @@ rank, such as a histopathology result.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -15,14 +16,15 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from cluster.labels import resolved_labels
 from images.cache import PixelCache
 from images.files import is_image, list_folder
 from images.grouping import group_images
 from images.intake import Intake
 from images.overlay import levels_of
-from labeling.acquisition.registry import Pool, choose, choose_mixed, rule_named
+from labeling.acquisition.registry import Pool, Prevalence, choose, choose_mixed, rule_named
 from labeling.acquisition.scores import suspicious_rows
-from records.arrays import Float32Array, FloatArray
+from records.arrays import Float32Array, FloatArray, IntArray
 from records.bundles import Bundle
 from records.datasets import load_dataset
 from records.erasure import remove_expired_tombstones
@@ -77,6 +79,7 @@ def select_from(
     mix: Mapping[str, int] | None = None,
     folder: Path | None = None,
     seed: int = 0,
+    prevalence: Prevalence = "equal",
 ) -> Selection:
     """Select images for annotators from the store, or from a folder that is imported first.
 
@@ -88,6 +91,7 @@ def select_from(
         mix: number of images by rule.
         folder: of unlabelled images.
         seed: of rules that draw at random.
+        prevalence: setting `labeling.prevalence`.
     Returns:
         What was selected.
     Raises:
@@ -101,7 +105,7 @@ def select_from(
     if folder is not None:
         among, refused = take_in_folder(store, folder, bundle.document.geometry.side_px)
     most = sum(mix.values()) if mix else budget
-    chosen = select_images(store, bundle, most, rule, among=among, mix=mix or None, seed=seed)
+    chosen = select_images(store, bundle, most, rule, among=among, mix=mix or None, seed=seed, prevalence=prevalence)
     pool = None if among is None else len(among)
     return Selection(chosen, None if mix else rule, dict(mix) if mix else None, bundle.id, pool, refused)
 
@@ -177,7 +181,15 @@ def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
     return [image for image in found if wanted is None or image.id in wanted]
 
 
-def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[str], *, seed: int = 0) -> Pool:
+def pool_of(
+    store: Store,
+    model: LoadedModel,
+    images: list[Image],
+    rules: list[str],
+    *,
+    seed: int = 0,
+    shares: Mapping[str, float] | None = None,
+) -> Pool:
     """Compute what the named acquisition rules need: probabilities always, features and dropout samples on demand.
 
     Args:
@@ -186,6 +198,7 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
         images: to choose from.
         rules: names in the registry.
         seed: of the dropout passes.
+        shares: of the classes, at which the model was calibrated, by code.
     Returns:
         One row per image, in their order.
     """
@@ -212,7 +225,21 @@ def pool_of(store: Store, model: LoadedModel, images: list[Image], rules: list[s
         samples=np.concatenate(samples, axis=1) if samples else None,
         known_features=_known_features(store, model, cache) if "features" in needs else None,
         miss_costs=np.array([c.miss_cost for c in model.taxonomy.classes]),
+        class_shares=np.array([shares[code] for code in model.taxonomy.codes]) if shares else None,
+        label_counts=_label_counts(store, model.taxonomy.codes) if "label_counts" in needs else None,
     )
+
+
+def _label_counts(store: Store, codes: Sequence[str]) -> IntArray:
+    """Return the number of labelled images of each class; an image that was imported with a label counts by that."""
+    labels, images = TABLES[SourceLabel].c, TABLES[Image].c
+    query = sa.select(labels.image_id, labels.label).order_by(labels.created_at, labels.id)
+    query = query.where(sa.exists().where(images.id == labels.image_id, images.erased_at.is_(None)))
+    label_of = {said.image_id: said.label for said in resolved_labels(store)}
+    with store.ledger.read() as tx:
+        label_of |= {row.image_id: row.label for row in tx.connection.execute(query)}
+    counts = Counter(label_of.values())
+    return np.array([counts[code] for code in codes], dtype=np.int64)
 
 
 def _known_features(store: Store, model: LoadedModel, cache: PixelCache) -> Float32Array:
@@ -258,6 +285,7 @@ def select_images(
     among: list[str] | None = None,
     mix: Mapping[str, int] | None = None,
     seed: int = 0,
+    prevalence: Prevalence = "equal",
     within: Callable[[Transaction, int], None] = lambda tx, selected: None,
 ) -> int:
     """Write review items for the unlabelled images that an acquisition rule selects.
@@ -273,6 +301,7 @@ def select_images(
         among: image ids to select from; default: those in the store.
         mix: number of images by rule, instead of `rule`.
         seed: of rules that draw at random.
+        prevalence: setting `labeling.prevalence`.
         within: is called with the transaction that writes the items, and their number, if any are written.
     Returns:
         How many were selected.
@@ -288,11 +317,12 @@ def select_images(
     images = [image for image in images if image.id in usable]
     if not images:
         return 0
-    pool = pool_of(store, model, images, list(mix or {rule: budget}), seed=seed)
+    shares = bundle.document.calibration.priors
+    pool = pool_of(store, model, images, list(mix or {rule: budget}), seed=seed, shares=shares)
     chosen = (
-        [row for row, _ in choose_mixed(mix, pool, seed=seed)][:budget]
+        [row for row, _ in choose_mixed(mix, pool, seed=seed, prevalence=prevalence)][:budget]
         if mix
-        else choose(rule, pool, budget, seed=seed)
+        else choose(rule, pool, budget, seed=seed, prevalence=prevalence)
     )
     rows = cache.rows([images[row].id for row in chosen])
     items: list[ReviewItem] = []

@@ -391,7 +391,8 @@ def select_command(
     parts = dict(_part(text) for text in mix or [])
     with call.store() as store:
         bundle = find_bundle(store, model)
-        found = select_from(store, bundle, budget=budget, rule=rule, mix=parts, folder=pool, seed=seed)
+        at = call.settings.labeling.prevalence
+        found = select_from(store, bundle, budget=budget, rule=rule, mix=parts, folder=pool, seed=seed, prevalence=at)
     for sentence in found.refused:
         say(sentence)
     sentence = f"{found.selected} images, scored by model {found.model_id[:12]}, wait for `relook label push`"

@@ -59,6 +59,11 @@ class LabelingSettings(RoomSettings):
     adjudicate_below: float = Field(
         default=0.67, gt=0, le=1, description="share of agreeing annotators below which one more decides, 0 to 1"
     )
+    prevalence: Literal["equal", "natural"] = Field(
+        default="equal",
+        description="class shares at which acquisition rules read probabilities: equal where the aim is balanced "
+        "accuracy, natural (as calibrated) where it is accuracy in the population; rare_margin always takes equal",
+    )
     push_batch: int = Field(default=100, ge=1, le=1000, description="tasks in one import")
     poll_every_s: float = Field(
         default=15.0, ge=1, le=3600, description="pause of `relook label sync --watch` between two polls, seconds"

@@ -100,8 +100,12 @@ def choose_next(rule: str, splits: Splits, head: Head, known: list[int], count: 
         masks = (chance.random((PASSES, COMPONENTS)) >= DROPPED) / (1 - DROPPED)
         samples = np.stack([head.probabilities(features * mask) for mask in masks])
     ids = [splits.ids[row] for row in free]
-    pool = Pool(ids, ids, head.probabilities(features), features, samples, splits.pool[known], COSTS)
-    return [int(free[row]) for row in choose(rule, pool, count, seed=seed)]
+    counts = np.bincount(splits.pool_labels[known], minlength=len(CLASSES))
+    pool = Pool(
+        ids, ids, head.probabilities(features), features, samples, splits.pool[known], COSTS, head.shares, counts
+    )
+    # The protocol gives the rules their probabilities unchanged.
+    return [int(free[row]) for row in choose(rule, pool, count, seed=seed, prevalence="natural")]
 
 
 def learning_curve(rule: str, splits: Splits, seed: int) -> tuple[list[float], list[int]]:
@@ -198,7 +202,7 @@ def plot(seeds: list[dict[str, Any]], target: float, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(3, 3, figsize=(11, 9), sharex=True, sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(2, 5, figsize=(17, 6), sharex=True, sharey=True, layout="constrained")
     base = np.array([s["rules"]["random"]["balanced_accuracy"] for s in seeds])
     for panel, rule in zip(panels.flat, RULES, strict=True):
         curve = np.array([s["rules"][rule]["balanced_accuracy"] for s in seeds])

@@ -1,29 +1,35 @@
 """Registry of acquisition rules, and their application to a pool.
 
 In: a `Pool` of arrays. Out: row numbers. With every rule, rows that are not finite come first, at most one row of a
-group is taken, and the choice does not depend on the order of the rows.
+group is taken, and the choice does not depend on the order of the rows. Rules read probabilities at equal prevalence
+unless they are told otherwise: these are the ones that balanced accuracy is decided by.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from labeling.acquisition.diversity import Features, badge_rows, k_center_rows, typical_rows
 from labeling.acquisition.scores import (
+    at_equal_prevalence,
     bald_scores,
     entropy_scores,
     least_confidence_scores,
     margin_scores,
     miss_cost_scores,
     one_per_group,
+    rare_margin_rows,
 )
-from records.arrays import BoolArray, FloatArray
+from records.arrays import BoolArray, FloatArray, IntArray
 from records.errors import ConfigError, ContractError
 
 T = TypeVar("T")
+
+Prevalence = Literal["equal", "natural"]
+"""Class shares at which rules read probabilities: all alike, or those that the model was calibrated at."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Pool:
         samples: [S, N, C] probabilities of S passes with dropout on.
         known_features: [M, D] of labelled images.
         miss_costs: [C] of the taxonomy.
+        class_shares: [C] that the probabilities were calibrated at; without them they are read as they are.
+        label_counts: [C] labelled images of each class.
     """
 
     ids: Sequence[str]
@@ -47,6 +55,8 @@ class Pool:
     samples: FloatArray | None = None
     known_features: Features | None = None
     miss_costs: FloatArray | None = None
+    class_shares: FloatArray | None = None
+    label_counts: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,15 +81,17 @@ class AcquisitionRule:
         description: one line, for `relook catalog`.
         needs: fields of the pool that must not be None.
         pick: returns rows, best first, one per group.
+        always_equal: it reads probabilities at equal prevalence, whatever is asked for.
     """
 
     name: str
     description: str
     needs: tuple[str, ...]
     pick: Callable[[_Task], list[int]]
+    always_equal: bool = False
 
 
-def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0) -> list[int]:
+def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0, prevalence: Prevalence = "equal") -> list[int]:
     """Return the rows that a rule chooses.
 
     Args:
@@ -87,6 +99,7 @@ def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0) -> list[int]:
         pool: has the fields that the rule needs.
         budget: most rows to choose.
         seed: used by rules that draw at random.
+        prevalence: class shares at which the rule reads probabilities.
     Returns:
         Row numbers, best first, at most one per group. Rows that are not finite come first.
     Raises:
@@ -105,17 +118,23 @@ def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0) -> list[int]:
     if len(first) == budget or not len(rows):
         return first
     _, numbers = np.unique(np.asarray([groups[row] for row in rows]), return_inverse=True)
-    picked = found.pick(_Task(_taken(pool, rows), numbers.astype(np.intp), budget - len(first), seed))
+    finite = _taken(pool, rows)
+    if prevalence == "equal" or found.always_equal:
+        finite = _at_equal_prevalence(finite)
+    picked = found.pick(_Task(finite, numbers.astype(np.intp), budget - len(first), seed))
     return first + [int(rows[row]) for row in picked]
 
 
-def choose_mixed(budgets: Mapping[str, int], pool: Pool, *, seed: int = 0) -> list[tuple[int, str]]:
+def choose_mixed(
+    budgets: Mapping[str, int], pool: Pool, *, seed: int = 0, prevalence: Prevalence = "equal"
+) -> list[tuple[int, str]]:
     """Return the rows that several rules choose one after the other.
 
     Args:
         budgets: most rows by rule name; `random` goes first, the others follow in the given order.
         pool: has the fields that the rules need.
         seed: used by rules that draw at random.
+        prevalence: class shares at which the rules read probabilities.
     Returns:
         (row, rule) pairs, at most one per group over all rules.
     Raises:
@@ -128,7 +147,7 @@ def choose_mixed(budgets: Mapping[str, int], pool: Pool, *, seed: int = 0) -> li
     blocked: set[str] = set()
     for name in names:
         rows = np.flatnonzero([group not in blocked for group in pool.group_ids])
-        for row in choose(name, _taken(pool, rows), budgets[name], seed=seed):
+        for row in choose(name, _taken(pool, rows), budgets[name], seed=seed, prevalence=prevalence):
             chosen.append((int(rows[row]), name))
             blocked.add(pool.group_ids[int(rows[row])])
     return chosen
@@ -159,6 +178,10 @@ def _check(rule: AcquisitionRule, pool: Pool, budget: int) -> None:
     for name, values in sizes.items():
         if values is not None and len(values) != len(pool):
             raise ContractError(f"{name} has {len(values)} rows for {len(pool)} images")
+    classes = None if pool.probabilities is None else pool.probabilities.shape[1]
+    for name, values in {"class_shares": pool.class_shares, "label_counts": pool.label_counts}.items():
+        if values is not None and classes is not None and (values.shape != (classes,) or not (values >= 0).all()):
+            raise ContractError(f"{name} must be {classes} numbers of at least 0, got {values.tolist()}")
     if pool.samples is not None and (pool.samples.ndim != 3 or pool.samples.shape[1] != len(pool)):
         raise ContractError(f"samples must be [S, {len(pool)}, C], got {list(pool.samples.shape)}")
 
@@ -188,6 +211,19 @@ def _taken(pool: Pool, rows: NDArray[np.intp]) -> Pool:
         probabilities=None if pool.probabilities is None else pool.probabilities[rows],
         features=None if pool.features is None else pool.features[rows],
         samples=None if pool.samples is None else pool.samples[:, rows],
+    )
+
+
+def _at_equal_prevalence(pool: Pool) -> Pool:
+    if pool.class_shares is None:
+        return pool
+    return replace(
+        pool,
+        probabilities=None
+        if pool.probabilities is None
+        else at_equal_prevalence(pool.probabilities, pool.class_shares),
+        samples=None if pool.samples is None else at_equal_prevalence(pool.samples, pool.class_shares),
+        class_shares=None,
     )
 
 
@@ -230,6 +266,11 @@ def _typiclust(task: _Task) -> list[int]:
     return typical_rows(_given(task.pool.features), task.groups, task.budget, task.seed, known)
 
 
+def _rare_margin(task: _Task) -> list[int]:
+    probabilities, counts = _given(task.pool.probabilities), _given(task.pool.label_counts)
+    return rare_margin_rows(probabilities, counts, list(task.pool.group_ids), task.budget)
+
+
 def _miss_cost(pool: Pool) -> FloatArray:
     return miss_cost_scores(_given(pool.probabilities), _given(pool.miss_costs))
 
@@ -257,6 +298,10 @@ _ALL = (
     AcquisitionRule("typiclust", "typical of its cluster; for a cold start", ("features",), _typiclust),
     AcquisitionRule(
         "expected_miss_cost", "a miss would cost most", ("probabilities", "miss_costs"), _by_score(_miss_cost)
+    ),
+    AcquisitionRule(
+        "rare_margin", "as many of each predicted class, those with few labels first; the least margins of each",
+        ("probabilities", "label_counts"), _rare_margin, always_equal=True,
     ),
 )  # fmt: skip
 RULES: Mapping[str, AcquisitionRule] = {rule.name: rule for rule in _ALL}

@@ -7,7 +7,7 @@ first. `suspicious_rows` ranks images whose recorded label is probably wrong.
 import numpy as np
 from numpy.typing import NDArray
 
-from records.arrays import FloatArray
+from records.arrays import FloatArray, IntArray
 from records.errors import ContractError
 
 
@@ -106,6 +106,64 @@ def miss_cost_scores(probabilities: FloatArray, miss_costs: FloatArray) -> Float
         )
     scores: FloatArray = probabilities @ miss_costs
     return scores
+
+
+def at_equal_prevalence(probabilities: FloatArray, class_shares: FloatArray) -> FloatArray:
+    """Move probabilities to equal class shares by Bayes: p / share, scaled to sum to 1.
+
+    Args:
+        probabilities: [..., C], finite.
+        class_shares: [C] that they were calibrated at, at least 0; a class with share 0 gets probability 0.
+    Returns:
+        [..., C]; a row whose whole probability is on classes with share 0 stays as it is.
+
+    >>> at_equal_prevalence(np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([0.9, 0.1])).round(2).tolist()
+    [[0.1, 0.9], [0.5, 0.5]]
+    """
+    # Factors are at most 1: one over a tiny share could be infinite.
+    known = class_shares > 0
+    moved = probabilities * np.where(
+        known, class_shares[known].min(initial=1.0) / np.where(known, class_shares, 1.0), 0.0
+    )
+    totals = moved.sum(axis=-1, keepdims=True)
+    found: FloatArray = np.where(totals > 0, moved / np.where(totals > 0, totals, 1.0), probabilities)
+    return found
+
+
+def rare_margin_rows(probabilities: FloatArray, label_counts: IntArray, group_ids: list[str], budget: int) -> list[int]:
+    """Take rows of the predicted classes in turn, the class with the fewest labels first, by the least margin.
+
+    So each class that is predicted gets an equal share of the budget, as long as it has rows; what a class cannot
+    fill goes to the others, and what is left over to the classes with the fewest labels.
+
+    Args:
+        probabilities: [N, C] at equal prevalence, rows sum to 1 within 1e-6, C >= 2.
+        label_counts: [C] labelled images of each class.
+        group_ids: [N] group of each row.
+        budget: most rows to take.
+    Returns:
+        Row indices in the order of taking, one per group.
+    Raises:
+        ContractError: wrong rank, C < 2, or a row that does not sum to 1 (names the row).
+
+    >>> rows = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]])
+    >>> rare_margin_rows(rows, np.array([50, 3]), ["a", "b", "c", "d"], 3)
+    [3, 1, 2]
+    """
+    # Rounded, so that equal margins stay equal whatever the order of summation was.
+    order = np.argsort(-margin_scores(probabilities).round(12), kind="stable")
+    predicted = probabilities[order].argmax(axis=1)
+    by_rarity = np.argsort(label_counts, kind="stable")
+    queues = [iter(order[predicted == c].tolist()) for c in by_rarity]
+    taken: dict[str, int] = {}
+    while queues and len(taken) < budget:
+        for queue in list(queues):
+            row = next((row for row in queue if group_ids[row] not in taken), None)
+            if row is None:
+                queues.remove(queue)
+            elif len(taken) < budget:
+                taken[group_ids[row]] = row
+    return list(taken.values())
 
 
 def non_finite_rows(probabilities: FloatArray) -> NDArray[np.intp]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from cluster.cli import run
-from cluster.selection import select_images, take_in_folder
+from cluster.selection import pool_of, select_images, take_in_folder
 from labeling.acquisition.registry import RULES
 from records.bundles import (
     Architecture,
@@ -20,9 +20,19 @@ from records.bundles import (
     write_bundle,
 )
 from records.errors import DataError
+from records.ids import new_id, utc_now
 from records.models import register, serve_model
 from records.store import Store
-from records.types import ModelStatus, ReasonCode, ReviewItem
+from records.types import (
+    Annotation,
+    AnnotationKind,
+    Confirmation,
+    Image,
+    ModelStatus,
+    ReasonCode,
+    ReviewItem,
+    SourceLabel,
+)
 from vision.inference.loaded import load_model, reference_logits
 from vision.networks import build_model
 
@@ -106,6 +116,60 @@ def test_the_command_takes_a_folder_and_a_mix(
     for wrong in (["--rule", "luck"], ["--mix", "random"], ["--pool", str(folder / "none")]):
         assert run(["label", "select", *wrong, *home]) == 2
         assert "error" in json.loads(capsys.readouterr().out)
+
+
+def test_the_pool_knows_the_class_shares_and_the_labels_so_far(store: Store, model: Bundle, folder: Path) -> None:
+    among, _ = take_in_folder(store, folder, SIDE_PX)
+    codes = store.taxonomy.codes
+    imported = [(among[0], "nv"), (among[1], "mel"), (among[2], "nv"), (among[2], "bcc")]  # the last is a correction
+    with store.ledger.begin() as tx:
+        for number, (image_id, label) in enumerate(imported):
+            tx.add(
+                SourceLabel(
+                    id=f"{number}", image_id=image_id, label=label, confirmation=Confirmation.FOLLOW_UP,
+                    source=f"import:{number}" if number < 3 else "correction:1:x", created_at=utc_now(),
+                )
+            )  # fmt: skip
+        items = [
+            ReviewItem(id=new_id(), created_at=utc_now(), image_id=i, reasons=[ReasonCode.SELECTED], priority=1.0)
+            for i in (among[0], among[3], among[4])
+        ]
+        tx.add(*items)
+        for number, (item, label) in enumerate(zip(items, ("mel", "mel", None), strict=True)):
+            tx.add(
+                Annotation(
+                    id=new_id(), created_at=utc_now(), image_id=item.image_id, review_item_id=item.id, label=label,
+                    task_id=number, annotation_id=number, annotator="a", annotated_at=utc_now(), server="http://ls",
+                    kind=AnnotationKind.CLASS if label else AnnotationKind.CANT_TELL, project_id=1, revision="0",
+                )
+            )  # fmt: skip
+        images = [tx.get(Image, image_id) for image_id in among[5:]]
+    shares = dict(zip(codes, np.arange(1, 8) / 28, strict=True))
+    pool = pool_of(store, load_model(model), images, ["rare_margin"], shares=shares)
+    assert pool.label_counts is not None
+    counts = dict(zip(codes, pool.label_counts.tolist(), strict=True))
+    assert counts == dict.fromkeys(codes, 0) | {"nv": 1, "bcc": 1, "mel": 2}
+    assert pool.class_shares is not None
+    np.testing.assert_allclose(pool.class_shares, np.arange(1, 8) / 28)
+    uncalibrated = pool_of(store, load_model(model), images, ["margin"])
+    assert (uncalibrated.class_shares, uncalibrated.label_counts) == (None, None)
+
+
+@pytest.mark.parametrize(("setting", "given"), [(None, "equal"), ("natural", "natural")])
+def test_the_setting_says_which_probabilities_rules_read(
+    store: Store, model: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, given: str
+) -> None:
+    import cluster.selection
+
+    asked: list[str] = []
+    real = cluster.selection.choose
+    monkeypatch.setattr(
+        cluster.selection, "choose", lambda *args, **named: asked.append(named["prevalence"]) or real(*args, **named)
+    )
+    changed = ["--set", f"labeling.prevalence={setting}"] if setting else []
+    home = ["--set", f"records.home={store.home.root}", "--json"]
+    assert run(["label", "select", "--pool", str(folder), "--rule", "margin", *changed, *home]) == 0
+    assert asked == [given]
 
 
 def test_a_folder_without_images_is_named(store: Store, tmp_path: Path) -> None:

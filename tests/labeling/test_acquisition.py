@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from labeling.acquisition.diversity import badge_rows, k_center_rows, typical_rows
 from labeling.acquisition.registry import RULES, Pool, acquisition_catalogue, choose, choose_mixed
 from labeling.acquisition.scores import (
+    at_equal_prevalence,
     bald_scores,
     entropy_scores,
     least_confidence_scores,
     margin_scores,
     miss_cost_scores,
+    rare_margin_rows,
     suspicious_rows,
 )
 from records.arrays import FloatArray
@@ -35,6 +37,8 @@ def a_pool(size: int, seed: int, *, num_groups: int | None = None) -> Pool:
         samples=chance.dirichlet(np.ones(3), (5, size)),
         known_features=chance.normal(size=(2, 4)).astype(np.float32),
         miss_costs=np.array([5.0, 1.0, 20.0]),
+        class_shares=np.array([0.1, 0.7, 0.2]),
+        label_counts=np.array([30, 210, 60]),
     )
 
 
@@ -80,7 +84,7 @@ def test_what_is_not_finite_is_chosen_first(rule: str, bad: set[int], value: flo
 
 
 def test_the_rules_are_named_and_say_what_they_need() -> None:
-    assert len(acquisition_catalogue()) == 9
+    assert len(acquisition_catalogue()) == 10
     with pytest.raises(ConfigError, match="no acquisition rule 'luck'; there are random"):
         choose("luck", a_pool(3, 0), 1)
     with pytest.raises(ContractError, match="bald needs samples"):
@@ -159,6 +163,91 @@ def test_miss_cost_puts_a_likely_melanoma_before_a_tie_of_harmless_ones() -> Non
     assert scores.tolist() == pytest.approx([18.1, 2.9])
     with pytest.raises(ContractError, match="miss costs"):
         miss_cost_scores(np.array([[0.5, 0.5]]), np.array([1.0]))
+
+
+# Rows of three classes, the third rare: at equal prevalence (shares 0.1, 0.7, 0.2) rows 0 to 2 are predicted as class
+# 0, rows 3 to 5 as class 1, row 6 as class 2; within a class the first row has the least margin.
+EVEN = np.array(
+    [
+        [0.5, 0.4, 0.1], [0.6, 0.3, 0.1], [0.9, 0.05, 0.05], [0.4, 0.5, 0.1], [0.2, 0.7, 0.1], [0.0, 0.9, 0.1],
+        [0.2, 0.2, 0.6],
+    ]
+)  # fmt: skip
+SHARES = np.array([0.1, 0.7, 0.2])
+
+
+def natural(even: FloatArray) -> FloatArray:
+    return np.asarray(even * SHARES / (even * SHARES).sum(axis=1, keepdims=True))
+
+
+def test_rare_margin_takes_classes_in_turn_and_the_rarest_first() -> None:
+    one_each = [f"{row}" for row in range(7)]
+    assert rare_margin_rows(EVEN, np.array([9, 50, 2]), one_each, 7) == [6, 0, 3, 1, 4, 2, 5]
+    assert rare_margin_rows(EVEN, np.array([50, 9, 9]), one_each, 4) == [3, 6, 0, 4]
+    assert rare_margin_rows(EVEN, np.array([0, 0, 0]), one_each, 2) == [0, 3]
+    # Rows 0 and 3 are of one lesion, and so are 1 and 2: the class that comes later takes its next one.
+    assert rare_margin_rows(EVEN, np.array([1, 2, 3]), list("abbacde"), 9) == [0, 4, 6, 1, 5]
+    assert rare_margin_rows(EVEN[:0], np.array([1, 2, 3]), [], 3) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 60), classes=st.integers(2, 9), budget=st.integers(0, 70), seed=st.integers(0, 999))
+def test_rare_margin_gives_equal_quotas(size: int, classes: int, budget: int, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    probabilities, counts = chance.dirichlet(np.ones(classes), size), chance.integers(0, 50, classes)
+    taken = rare_margin_rows(probabilities, counts, [f"{row}" for row in range(size)], budget)
+    predicted, margins = probabilities.argmax(axis=1), margin_scores(probabilities).round(12)
+    there, quota = np.bincount(predicted, minlength=classes), np.bincount(predicted[taken], minlength=classes)
+    assert len(taken) == min(budget, size)
+    short = quota[quota < there]  # classes that had more to give
+    assert not len(short) or max(quota) - min(short) <= 1
+    for c in np.flatnonzero(quota < there):
+        # What is left over went to classes with fewer labels, and within a class to the least margins.
+        assert all(quota[other] <= quota[c] for other in np.flatnonzero(counts > counts[c]))
+        left = [row for row in np.flatnonzero(predicted == c) if row not in taken]
+        assert margins[left].max() <= min((margins[row] for row in taken if predicted[row] == c), default=1.0)
+
+
+def test_rules_read_equal_prevalence_unless_told_otherwise() -> None:
+    pool = Pool(list("abcdefg"), list("abcdefg"), natural(EVEN), class_shares=SHARES, label_counts=np.array([9, 50, 2]))
+    plain = replace(pool, probabilities=EVEN, class_shares=None)
+    np.testing.assert_allclose(at_equal_prevalence(natural(EVEN), SHARES), EVEN, atol=1e-12)
+    for rule in ("margin", "entropy", "least_confidence", "rare_margin"):
+        assert choose(rule, pool, 7) == choose(rule, plain, 7), rule
+    as_calibrated = replace(pool, class_shares=None)
+    assert (
+        choose("margin", pool, 7, prevalence="natural")
+        == choose("margin", as_calibrated, 7)
+        != choose("margin", pool, 7)
+    )
+    assert choose("rare_margin", pool, 7, prevalence="natural") == [6, 0, 3, 1, 4, 2, 5]
+    mixed = choose_mixed({"margin": 2}, pool, prevalence="natural")
+    assert [row for row, _ in mixed] == choose("margin", pool, 2, prevalence="natural")
+
+
+def test_samples_and_costs_are_read_at_equal_prevalence_too() -> None:
+    chance = np.random.default_rng(4)
+    samples = chance.dirichlet(np.ones(3), (5, 12))
+    moved = samples / SHARES / (samples / SHARES).sum(axis=2, keepdims=True)
+    ids = [f"{row:02}" for row in range(12)]
+    costs = np.array([5.0, 1.0, 20.0])
+    pool = Pool(ids, ids, samples[0], samples=samples, miss_costs=costs, class_shares=SHARES)
+    assert choose("bald", pool, 12) == list(np.argsort(-bald_scores(moved), kind="stable"))
+    assert choose("expected_miss_cost", pool, 12) == list(np.argsort(-(moved[0] @ costs), kind="stable"))
+
+
+def test_a_class_without_a_share_keeps_probability_0_and_no_row_becomes_invalid() -> None:
+    shares = np.array([0.5, 0.0, 0.5])
+    moved = at_equal_prevalence(np.array([[0.3, 0.4, 0.3], [0.0, 1.0, 0.0], [0.25, 0.0, 0.75]]), shares)
+    assert moved.tolist() == [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.25, 0.0, 0.75]]
+    tiny = at_equal_prevalence(np.array([[0.5, 0.5]]), np.array([1.0, 5e-324]))
+    assert tiny.tolist() == [[0.0, 1.0]]
+    with pytest.raises(ContractError, match="class_shares must be 3 numbers"):
+        choose("margin", replace(a_pool(3, 0), class_shares=np.array([0.5, 0.5])), 1)
+    with pytest.raises(ContractError, match="label_counts must be 3 numbers of at least 0"):
+        choose("rare_margin", replace(a_pool(3, 0), label_counts=np.array([1, -1, 0])), 1)
+    with pytest.raises(ContractError, match="rare_margin needs label_counts"):
+        choose("rare_margin", replace(a_pool(3, 0), label_counts=None), 1)
 
 
 def test_scores_agree_with_scikit_activeml() -> None:
