@@ -5,7 +5,7 @@ methods that differentiate or cover; `methods` registers them; `images.overlay` 
 here leaves a hook or any other state on a network, so threads may share one.
 """
 
-# Here and not in `images.overlay`, because settings and command line read them and must not import OpenCV and matplotlib.
+# Here and not in `images.overlay`: settings and command line read them and must not import OpenCV and matplotlib.
 STORED_OVERLAY_SIDE_PX = 224
 """Side of overlays drawn with a prediction. Larger ones cost measurable time in every request: at 224
 px a JPEG of 450 rows is halved while it is decoded."""

@@ -28,7 +28,7 @@ from records.durable import building, place
 from records.errors import ConfigError, IntegrityError
 from records.ids import sha256_hex
 from vision.calibration.conformal import prediction_set, thresholds_in_order
-from vision.export.graph import (
+from vision.inference.graph import (
     IMAGES,
     LOGITS,
     MAPS,
@@ -148,10 +148,10 @@ def _require(format: Format) -> None:
     try:
         if format == "onnx":
             import onnx  # noqa: F401
-            import onnxruntime  # type: ignore[import-untyped] # noqa: F401
+            import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
         else:
-            import openvino  # type: ignore[import-untyped] # noqa: F401
+            import openvino  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"an export to {format} needs the package {error.name}; install it with: pip install 'relook[{format}]'"

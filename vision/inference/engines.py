@@ -2,7 +2,7 @@
 
 An engine is a `LoadedModel` whose `predict` runs elsewhere; explanations that differentiate still run in torch, whose
 weights it keeps. OpenVINO computes logits, Grad-CAM of every class and the features that are compared with the
-training images in one graph (`vision.export.graph.ForwardGraph`); calibration and distances follow in numpy, as for
+training images in one graph (`vision.inference.graph.ForwardGraph`); calibration and distances follow in numpy, as for
 torch. Before it may serve, its outputs for the golden images are compared with torch's in fp32.
 """
 
@@ -18,7 +18,7 @@ from records.arrays import Float32Array, FloatArray, UInt8Array
 from records.bundles import Bundle
 from records.errors import ConfigError, IntegrityError, RelookError
 from vision.calibration.scaling import apply_calibration
-from vision.export.graph import EARLY, LOGITS, MAPS, POOLED, ForwardGraph, export_program
+from vision.inference.graph import EARLY, LOGITS, MAPS, POOLED, ForwardGraph, export_program
 from vision.inference.loaded import GOLDEN_TOLERANCE, LoadedModel, load_model, plain_network
 from vision.inference.output import BatchOutput
 from vision.inference.rounding import ROUNDING, rounding_of_scores
@@ -44,7 +44,7 @@ class OpenVinoModel(LoadedModel):
 
     def __init__(self, bundle: Bundle, precision: Precision, cores: int) -> None:
         super().__init__(bundle, plain_network(bundle), "fp32", "cpu")
-        import openvino  # type: ignore[import-untyped]
+        import openvino
 
         graph = ForwardGraph(plain_network(bundle), self.geometry, self.checks).eval()
         if not graph.has_maps:

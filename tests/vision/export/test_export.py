@@ -136,7 +136,7 @@ def test_the_folder_describes_itself(exported):
 
 
 def test_a_model_without_checks_and_one_without_a_closed_form_say_what_is_missing(random_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("vision.export.graph.closed_form_of", lambda head: None)
+    monkeypatch.setattr("vision.inference.graph.closed_form_of", lambda head: None)
     done = export_model(random_bundle("custom_cnn", side_px=32), tmp_path / "bare", "onnx")
     assert set(done.outputs) == {"logits", "probabilities", "prediction_set"}
     readme = (done.folder / "README.md").read_text()
@@ -151,7 +151,7 @@ def test_a_row_that_is_not_finite_excludes_nothing_and_shows_nothing(checked_bun
     """As in the service: NaN throughout, every class in the set."""
     import torch
 
-    from vision.export.graph import DecisionGraph, ForwardGraph
+    from vision.inference.graph import DecisionGraph, ForwardGraph
 
     bundle = checked_bundle("custom_cnn")
     model, network = load_model(bundle, precision="fp32"), plain_network(bundle)

@@ -127,7 +127,7 @@ def test_auto_takes_openvino_where_it_is_installed(small, monkeypatch, caplog):
 
 
 def test_a_model_without_a_closed_form_is_left_to_torch(small, monkeypatch):
-    monkeypatch.setattr("vision.export.graph.closed_form_of", lambda head: None)
+    monkeypatch.setattr("vision.inference.graph.closed_form_of", lambda head: None)
     with pytest.raises(ConfigError, match="no closed form"):
         load_engine(small, "openvino", precision="fp32")
     assert load_engine(small, "auto", precision="fp32").engine == "torch"
