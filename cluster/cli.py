@@ -42,6 +42,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+report_app = typer.Typer(help="Print documents about a model, filled from what is stored.", no_args_is_help=True)
+app.add_typer(report_app, name="report")
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,6 +116,20 @@ def status(call: Call) -> None:
 
     found = survey(call.settings.records)
     call.emit(found, report(found))
+
+
+@verb(report_app, "model-card")
+def model_card_command(
+    call: Call,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Id prefix, bundle path, champion or candidate.")],
+) -> None:
+    """Print model card and data sheet of a model as Markdown; what is not stored is listed as missing."""
+    from cluster.model_card import card_page, model_card
+    from records.models import find_bundle
+
+    with call.store() as store:
+        card = model_card(store, find_bundle(store, model))
+    call.emit(card, card_page(card))
 
 
 # `relook --help` lists them in this order.

@@ -171,7 +171,7 @@ def write_change_record(
         ),
         "code_version": [before.document.code_version if before else None, bundle.document.code_version],
         "packages": installed_packages(),
-        "test": _test_figures(store, model_id),
+        "test": stored_test_figures(store, model_id),
     }
     folder = store.home.runs / "changes"
     make_folders(folder)
@@ -208,7 +208,7 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list
     return {name: [before.get(name), after.get(name)] for name in names if before.get(name) != after.get(name)}
 
 
-def _test_figures(store: Store, model_id: str) -> dict[str, Any] | None:
+def stored_test_figures(store: Store, model_id: str) -> dict[str, Any] | None:
     """Return the evaluation on the test split by the round that made the model; None if no round did."""
     with store.ledger.read() as tx:
         fits = [step for step in tx.find(RoundStep, where={"step": "fit"}) if step.result["model_id"] == model_id]

@@ -185,18 +185,44 @@ def _confirmations(store: Store, rows: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def _write_licences(store: Store, folder: Path, images: Sequence[Image]) -> list[str]:
-    """Write which licences the sources stated when they were imported, and return them."""
+@dataclass(frozen=True)
+class SourceOfImages:
+    """What is known about where some images came from.
+
+    Args:
+        provenance: as of the images.
+        images: how many.
+        reading: how their import read its source; empty if that is unknown.
+        licences: what the source said about its licence; empty if it said nothing.
+    """
+
+    provenance: str
+    images: int
+    reading: str
+    licences: tuple[str, ...]
+
+
+def sources_of(store: Store, images: Sequence[Image]) -> list[SourceOfImages]:
+    """Return the sources of images, with the licences that they stated when they were imported."""
     with store.ledger.read() as tx:
         events = tx.find(AuditEvent, where={"action": IMPORT_ACTION}, order_by=("number",))
     details = {f"import:{event.subject}": event.details for event in events}
-    lines, stated = [], dict[str, None]()
+    found = []
     for provenance, count in sorted(Counter(image.provenance for image in images).items()):
         of_import = details.get(provenance, {})
-        said = [str(text) for text in of_import.get("licences", ())]
-        stated.update(dict.fromkeys(said))
-        read = f", {of_import['reading']}" if of_import.get("reading") else ""
-        lines += [f"{provenance}: {count} images{read}", *(f"  {text}" for text in said or [_NO_LICENCE])]
+        said = tuple(str(text) for text in of_import.get("licences", ()))
+        found.append(SourceOfImages(provenance, count, str(of_import.get("reading") or ""), said))
+    return found
+
+
+def _write_licences(store: Store, folder: Path, images: Sequence[Image]) -> list[str]:
+    """Write which licences the sources stated when they were imported, and return them."""
+    lines, stated = [], dict[str, None]()
+    for source in sources_of(store, images):
+        stated.update(dict.fromkeys(source.licences))
+        read = f", {source.reading}" if source.reading else ""
+        lines += [f"{source.provenance}: {source.images} images{read}"]
+        lines += [f"  {text}" for text in source.licences or [_NO_LICENCE]]
     head = f"Licences that the sources state: {'; '.join(stated) or 'none was stated'}"
     text = "\n".join([head, "", *lines, "", "Relook records what a source states and checks no licence.", ""])
     write_file(folder / LICENCE_FILE, text, sync=False)

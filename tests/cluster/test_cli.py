@@ -59,6 +59,8 @@ def test_every_verb_of_the_rooms_is_there_with_a_help_text() -> None:
         "consent",
         "backup",
         "restore",
+        "report",
+        "hooks",
     }
     root = typer.main.get_command(app)
     assert set(root.commands) == verbs  # type: ignore[attr-defined]
