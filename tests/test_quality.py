@@ -13,9 +13,10 @@ from cluster.cli import run
 from cluster.model_card import INTENDED_USE, card_page, model_card
 from images.importer import open_dataset
 from records.bundles import Bundle, OperatingPoints, ReferPoint
+from records.ids import new_id, utc_now
 from records.models import register
 from records.store import Store
-from records.types import AuditEvent
+from records.types import AuditEvent, RoundStep
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.evaluation.figures import Evaluation
 
@@ -206,6 +207,19 @@ def test_what_is_not_stored_is_named_and_not_made_up(filled_store: Store, bundle
     page = card_page(card)
     assert "No figure is stored." in page
     assert "not registered in this home" in page
+
+
+def test_the_figures_of_the_round_that_made_the_model_come_first(filled_store: Store, make_bundle: Any) -> None:
+    made = make_bundle(filled_store, "custom_cnn", seed=5, side_px=32)
+    test = _evaluation(made, "test").model_dump(mode="json")
+    with filled_store.ledger.begin() as tx:
+        for step, result in (("fit", {"model_id": made.id}), ("evaluate", {"test": test})):
+            now = utc_now()
+            tx.add(RoundStep(id=new_id(), round_id="r", step=step, started_at=now, finished_at=now, result=result))
+    card = model_card(filled_store, made)
+    assert [(one.source, one.evaluation.split) for one in card.figures] == [("the round that made the model", "test")]
+    assert not any("test split" in text for text in card.missing)
+    assert "undefined: the model has no operating point for the key class" in card_page(card)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", '"0.9"', "null"])
