@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -88,22 +89,26 @@ def fit(features: Float32Array | FloatArray, labels: IntArray) -> Head:
     return Head(model, np.bincount(labels, minlength=len(CLASSES)) / len(labels))
 
 
-def choose_next(rule: str, splits: Splits, head: Head, known: list[int], count: int, seed: int) -> list[int]:
-    """Return the rows of the pool that a rule chooses next."""
+def pool_of(rules: list[str], splits: Splits, head: Head, known: list[int], seed: int) -> tuple[NDArray[np.intp], Pool]:
+    """Return the rows without a label, and what the rules read about them."""
     blocked = np.zeros(len(splits.ids), dtype=bool)
     blocked[known] = True
     free = np.flatnonzero(~blocked)
     features = splits.pool[free]
     samples = None
-    if "samples" in RULES[rule].needs:
+    if any("samples" in RULES[rule].needs for rule in rules):
         chance = np.random.default_rng(seed)
         masks = (chance.random((PASSES, COMPONENTS)) >= DROPPED) / (1 - DROPPED)
         samples = np.stack([head.probabilities(features * mask) for mask in masks])
     ids = [splits.ids[row] for row in free]
     counts = np.bincount(splits.pool_labels[known], minlength=len(CLASSES))
-    pool = Pool(
-        ids, ids, head.probabilities(features), features, samples, splits.pool[known], COSTS, head.shares, counts
-    )
+    probabilities = head.probabilities(features)
+    return free, Pool(ids, ids, probabilities, features, samples, splits.pool[known], COSTS, head.shares, counts)
+
+
+def choose_next(rule: str, splits: Splits, head: Head, known: list[int], count: int, seed: int) -> list[int]:
+    """Return the rows of the pool that a rule chooses next."""
+    free, pool = pool_of([rule], splits, head, known, seed)
     # The protocol gives the rules their probabilities unchanged.
     return [int(free[row]) for row in choose(rule, pool, count, seed=seed, prevalence="natural")]
 
@@ -142,6 +147,8 @@ def half_width(values: FloatArray) -> FloatArray:
 
 def p_value(differences: FloatArray) -> float:
     """Return the two-sided p-value of a mean difference of 0; [seeds]."""
+    if not differences.any():
+        return 1.0
     return float(2 * stats.t.sf(abs(differences.mean() / _error(differences)), len(differences) - 1))
 
 
@@ -158,16 +165,16 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def labels_needed(curve: FloatArray, target: float) -> float | None:
-    """Return the number of labels at which a curve first reaches a target, linear between STEPS; None if never."""
+def labels_needed(curve: FloatArray, target: float, steps: tuple[int, ...] = STEPS) -> float | None:
+    """Return the number of labels at which a curve first reaches a target, linear between steps; None if never."""
     reached = np.flatnonzero(curve >= target)
     if not len(reached):
         return None
     at = int(reached[0])
     if at == 0:
-        return float(STEPS[0])
+        return float(steps[0])
     share = (target - curve[at - 1]) / (curve[at] - curve[at - 1])
-    return float(STEPS[at - 1] + share * (STEPS[at] - STEPS[at - 1]))
+    return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
 
 
 def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:

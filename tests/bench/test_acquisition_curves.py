@@ -1,12 +1,15 @@
 """The arithmetic of the comparison of acquisition rules, by hand, and one course over made-up features."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bench.label import acquisition_arms as arms
 from bench.label import acquisition_curves as curves
 from labeling.acquisition.registry import RULES
+from records.errors import DataError
 
 
 def made_up(path: Path) -> Path:
@@ -60,3 +63,41 @@ def test_every_rule_starts_from_the_same_images_and_repeats(tmp_path: Path, monk
     assert learned["badge"] == curves.learning_curve("badge", splits, 0)
     # Here the cost rule cannot but see melanomas: they are told apart, and cost most.
     assert learned["expected_miss_cost"][1][-1] > learned["random"][1][-1]
+
+
+def test_arms_of_protocol_2_start_alike_can_be_resumed_and_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "STEPS", (100, 120, 140))
+    monkeypatch.setattr(arms, "COUNTED_UNTIL", (140,))
+    path = str(made_up(tmp_path / "features.npz"))
+    found = [arms.curve_of(path, name, 1000) for name in arms.ARMS]
+    assert len(arms.TESTED) == 11
+    plain = {tuple(one["counts"][0]) for one in found if one["seed"] == 1000 and "+" not in one["arm"]}
+    assert len(plain) == 1
+    for one in found:
+        assert [sum(counts) for counts in one["counts"]] == [100, 120, 140]
+        assert "+" not in one["arm"] or min(one["counts"][0]) >= arms.ATLAS_PER_CLASS
+    # A second seed that learns more slowly, without the time to compute it.
+    slower = [
+        one | {"seed": 1001, "balanced_accuracy": [a - 0.01 * len(one["arm"]) for a in one["balanced_accuracy"]]}
+        for one in found
+    ]
+    figures = arms.summarise(slower + found)
+    assert figures["arms"]["random"]["ratio"] == [1.0, 1.0, 1.0]
+    low, high = figures["arms"]["mix"]["ratio"][1:]
+    assert low <= figures["arms"]["mix"]["ratio"][0] <= high
+    assert figures["arms"]["mix+atlas"]["holm_p"] is None
+
+    # Curves that are in the folder are read and not computed: with all of them, no worker is asked.
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "mix-1000.json").write_text(json.dumps(found[0]))
+    assert arms.run(Path(path), work, ["mix"], [1000], 1) == [json.loads(json.dumps(found[0]))]
+    with pytest.raises(DataError, match="other features"):
+        arms.run(Path(__file__), work, ["mix"], [1000], 1)
+
+
+def test_a_step_is_shared_without_a_rest() -> None:
+    assert arms.budgets_of(arms.MIX, 50) == {"random": 5, "rare_margin": 30, "expected_miss_cost": 15}
+    assert arms.budgets_of(arms.MIX, 7) == {"random": 0, "rare_margin": 5, "expected_miss_cost": 2}
