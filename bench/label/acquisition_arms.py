@@ -110,7 +110,7 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
     arms = {}
     for name, ones in by_arm.items():
         gain = _curves(ones) - _curves(base)
-        area = np.trapezoid(gain, STEPS, axis=1) / (STEPS[-1] - STEPS[0])
+        area = np.asarray(np.trapezoid(gain, STEPS, axis=1)) / (STEPS[-1] - STEPS[0])
         counts = np.array([one["counts"] for one in ones])
         arms[name] = {
             "labels_mean": float(np.mean([n or STEPS[-1] for n in needed[name]])),
