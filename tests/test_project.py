@@ -33,6 +33,7 @@ MODULES = {
     "scikit-learn": "sklearn",
     "imagehash": "imagehash",
     "label-studio-sdk": "label_studio_sdk",
+    "mlflow-skinny": "mlflow",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
     "pyyaml": "yaml",
