@@ -211,9 +211,9 @@ def train(
     with progress() as bar:
         dataset = open_dataset(home.store, None if data is None else os.fspath(data), progress=bar)
         run_dir = run_folder(home.store, settings.trainers, dataset, start_from=start, resume=resume)
+        more: dict[str, Any] = {"start_from": start, "progress": bar, "tracking": settings.tracking}
         with _ray(settings, settings.trainers.needs_ray):
-            bundle = train_and_register(home.store, settings.trainers, dataset, run_dir, start_from=start, progress=bar)
-    return Model(bundle, settings.serving)
+            return Model(train_and_register(home.store, settings.trainers, dataset, run_dir, **more), settings.serving)
 
 
 class Search:
@@ -283,12 +283,12 @@ def tune(
     searched_space(tuning, trainers)  # for its errors only, before data are imported and Ray starts
     with progress() as bar:
         dataset = open_dataset(store, None if data is None else os.fspath(data), progress=bar)
-    with search_lease(store, folder, resume=resume), _ray(settings), show_search() as on_event:
+    shown = show_search(settings.tracking, folder.name, tuning)
+    with search_lease(store, folder, resume=resume), _ray(settings), shown as on_event:
         result = search(store, tuning, trainers, dataset, run_dir=folder, on_event=on_event)
-    model = None
-    if fit:
-        with progress() as bar:
-            model = Model(fit_winner(store, result, dataset, folder, bar), settings.serving)
+    with progress() as bar:
+        bundle = fit_winner(store, result, dataset, folder, bar, settings.tracking) if fit else None
+    model = None if bundle is None else Model(bundle, settings.serving)
     report = report_on(folder)
     return Search(folder, report, write_report(report, folder), model)
 

@@ -23,6 +23,7 @@ from records.models import named_bundle, register, serve_model, serving_id
 from records.store import Store
 from records.types import AuditEvent, DatasetRecord, ModelRecord, ModelStatus, RoundRecord, Scope
 from serving.access.keys import ADMIN_ID, Caller, KeyRing
+from trainers.tracking.server import Tracked
 
 KEY_VARIABLE = "RELOOK_KEY"
 
@@ -82,9 +83,16 @@ def promote_model(
         audit.append(tx, actor=person, action=f"model.{status}", subject=bundle.id, details=details)
     # After the commit: a record without its promotion would be wrong, a missing one can be written again.
     write_change_record(store, bundle.id, report, person, forced_because=forced_because)
+    track_aliases(store, settings, bundle.id)
     gate = report.model_dump(mode="json") if report else None
     facts = {"model_id": bundle.id, "status": status, "replaces": replaces, "dataset_id": dataset_id}
     return {**facts, "by": person, "forced": forced_because is not None, "gate": gate}
+
+
+def track_aliases(store: Store, settings: Settings, model_id: str) -> None:
+    """Let MLflow's aliases follow a promotion of a model, or its end."""
+    with Tracked(settings.tracking, "promote", f"promote-{model_id[:12]}", {}) as tracked:
+        tracked.aliases(store)
 
 
 def caller_of(store: Store, token: str | None) -> Caller | None:

@@ -25,8 +25,16 @@ from records.errors import RefusedError
 from records.ids import new_id, utc_now
 from records.lease import LEASE_S, hold
 from records.ledger import Transaction
+from records.models import find_bundle
 from records.store import Store
 from records.types import RoundRecord, RoundStep
+from trainers.evaluation.figures import Evaluation
+from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.fit import METRICS_FILE
+from trainers.settings import flat_values
+from trainers.tracking.server import Tracked
+from tuning.search import track_trial
+from tuning.trials import SearchEvent
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,43 @@ def run_round(
         run_dir = round_folder(store.home, record.number)
         write_manifest(run_dir, record, settings)
         context = RoundContext(store, settings, record, run_dir, _recorded_results(store, record))
-        with notifying(settings.round, record.number) as notify_end:
+        tracked = Tracked(settings.tracking, "round", f"{run_dir.name}-{record.id[-8:]}", {"round": record.number})
+        with notifying(settings.round, record.number) as notify_end, tracked:
             for name, step in STEPS:
-                _run_step(context, name, step, on_event)
+                _run_step(context, name, step, _tracking(tracked, on_event))
+                _track(tracked, context, name)
             finished = _finish(context)
         notify_end(finished, context.results)
         return RoundOutcome(finished, context.results)
+
+
+def _tracking(tracked: Tracked, on_event: Callable[[RoundEvent], None]) -> Callable[[RoundEvent], None]:
+    """Record epochs and trials in MLflow as they end, and pass every event on."""
+
+    def listen(event: RoundEvent) -> None:
+        if isinstance(event.payload, EpochReport):
+            tracked.epoch(event.payload)
+        elif isinstance(event.payload, SearchEvent):
+            track_trial(tracked, event.payload)
+        on_event(event)
+
+    return listen
+
+
+def _track(tracked: Tracked, context: RoundContext, name: str) -> None:
+    """Record the result of a step in MLflow; also of a step that an earlier process finished, which changes nothing."""
+    result = context.results[name]
+    if name == "fit":
+        settings = context.results["tune"]["settings"]
+        tracked.settings(flat_values(settings))
+        tracked.fitted(find_bundle(context.store, result["model_id"]), context.run_dir / "fit" / METRICS_FILE)
+    elif name == "evaluate":
+        tracked.evaluation(Evaluation.model_validate(result["test"]))
+    elif name == "gate":
+        tracked.tags({"relook.verdict": str(result["verdict"]), "relook.why": str(result["why"])})
+        tracked.file(context.run_dir / "gate.json")
+    elif name == "rollout":
+        tracked.aliases(context.store)
 
 
 def _run_step(

@@ -16,6 +16,7 @@ from records.redaction import without_secrets
 from records.settings import RecordsSettings, RoomSettings
 from serving.settings import ServingSettings
 from trainers.settings import TrainersSettings
+from trainers.tracking.settings import TrackingSettings
 from tuning.settings import TuningSettings
 
 # These settings say where and how long data is kept, on what a round runs and when it starts. They do not change its
@@ -25,6 +26,7 @@ _PLACES: dict[str, bool | set[str]] = {
     "records": {"home", "database", "blobs", "keep_images_days", "keep_predictions_days"},
     "serving": {"host", "port", "hooks"},
     "labeling": {"url", "token", "environment", "port", "webhook_url"},
+    "tracking": True,
     "cluster": True,
     "round": {"watch_labels", "watch_days", "watch_poll_s", "notify_url"},
 }
@@ -175,6 +177,7 @@ class Settings(RoomSettings):
     tuning: TuningSettings = TuningSettings()
     serving: ServingSettings = ServingSettings()
     labeling: LabelingSettings = LabelingSettings()
+    tracking: TrackingSettings = TrackingSettings()
     cluster: ClusterSettings = ClusterSettings()
     round: RoundSettings = RoundSettings()
     gate: GateSettings = GateSettings()

@@ -101,7 +101,7 @@ def undo_promotion_command(
     reason: Annotated[str, typer.Option("--reason", help="Reason, for the audit log.")] = "undone by hand",
 ) -> None:
     """Take a promoted model away: the one that it replaced serves again; nothing happens if another model serves."""
-    from cluster.promotion import KEY_VARIABLE, caller_of, name_of
+    from cluster.promotion import KEY_VARIABLE, caller_of, name_of, track_aliases
     from records.models import named_model
     from records.types import Scope
     from serving.responses import model_body
@@ -113,6 +113,7 @@ def undo_promotion_command(
             caller.require(Scope.ADMIN)
         taken, back = (named_model(store, name).id for name in (model, back_to))
         body = model_body(undo_promotion(store, taken, back, actor=name_of(caller), why=reason))
+        track_aliases(store, call.settings, taken)
     call.emit(body, f"model {body.id[:12]} is {body.status} and serves again; model {taken[:12]} is refused")
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from trainers.tracking.settings import TrackingSettings
+    from tuning.settings import TuningSettings
     from tuning.trials import SearchEvent
 
 app = typer.Typer()
@@ -89,13 +91,14 @@ def tune(
         say(f"search {run_dir.name}{' goes on' if resume else ''}: {tuning.trials} trials")
         begun = (run_dir / FILE_NAME).is_file
         lease = search_lease(store, run_dir, resume=resume)
-        with lease, advises_resume(begun), call.ray(settings), show_search() as on_event:
+        shown = show_search(settings.tracking, run_dir.name, tuning)
+        with lease, advises_resume(begun), call.ray(settings), shown as on_event:
             result = search(store, tuning, trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.
         if fit_winner:
             with progress() as bar:
-                bundle = fit(store, result, dataset, run_dir, bar)
+                bundle = fit(store, result, dataset, run_dir, bar, settings.tracking)
     _show_result(call, run_dir, None if bundle is None else bundle.id)
 
 
@@ -143,7 +146,26 @@ def _summary(folder: "Path") -> "RenderableType":
 
 
 @contextmanager
-def show_search() -> "Iterator[Callable[[SearchEvent], None]]":
+def show_search(
+    tracking: "TrackingSettings", name: str, tuning: "TuningSettings"
+) -> "Iterator[Callable[[SearchEvent], None]]":
+    """Show a search, and record its trials as a run of MLflow with this name if there is one."""
+    from trainers.settings import flat_values
+    from trainers.tracking.server import Tracked
+    from tuning.search import track_trial
+
+    params = {f"tuning.{key}": value for key, value in flat_values(tuning.model_dump(mode="json")).items()}
+    with Tracked(tracking, "tune", name, params) as tracked, _shown() as show:
+
+        def listen(event: "SearchEvent") -> None:
+            track_trial(tracked, event)
+            show(event)
+
+        yield listen
+
+
+@contextmanager
+def _shown() -> "Iterator[Callable[[SearchEvent], None]]":
     """Show a search: a live table in a terminal, one line per trial that ended elsewhere."""
     from tuning.live import SearchView, line_of, seconds_left
 

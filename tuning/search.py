@@ -28,6 +28,8 @@ from trainers.augmentation import load_policy
 from trainers.augmentation.registry import YAML_SUFFIXES
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import MACHINERY, TrainersSettings, flat_values
+from trainers.tracking.server import Tracked
+from trainers.tracking.settings import TrackingSettings
 from tuning.confirm import FIRST_NUMBER, confirmation_plans, verdict_on
 from tuning.experiments import experiment_settings
 from tuning.journal import Journal, open_journal
@@ -305,19 +307,38 @@ def search_lease(store: Store, run_dir: Path, *, resume: bool = False) -> Abstra
     return hold(store.ledger, f"search {run_dir.name}", wait_s=LEASE_S if resume else 0.0)
 
 
+def track_trial(tracked: Tracked, event: SearchEvent) -> None:
+    """Record the trial of an event in MLflow if it has ended."""
+    if event.trial.settled:
+        tracked.trial(event.trial.number, event.trial.overrides, event.trial.scores)
+
+
 def fit_winner(
-    store: Store, result: SearchResult, dataset: DatasetVersion, run_dir: Path, progress: Progress | None = None
+    store: Store,
+    result: SearchResult,
+    dataset: DatasetVersion,
+    run_dir: Path,
+    progress: Progress | None = None,
+    tracking: TrackingSettings | None = None,
 ) -> Bundle:
     """Train the winner's settings on all of train and register the bundle."""
-    from trainers.fitting.epoch_report import EpochBar
-    from trainers.fitting.fit import fit
+    from trainers.fitting.epoch_report import EpochBar, EpochReport
+    from trainers.fitting.fit import METRICS_FILE, fit
 
     settings = result.settings.with_values({"workers.count": 1})
-    on_epoch = None if progress is None else EpochBar(progress, settings.epochs)
+    bar = None if progress is None else EpochBar(progress, settings.epochs)
+
+    def on_epoch(report: EpochReport) -> bool:
+        tracked.epoch(report)
+        return False if bar is None else bar(report)
+
     folder = run_dir / f"fit-{settings.recipe_hash()[:12]}"
-    bundle = fit(store, settings, dataset, run_dir=folder, use_ray=False, on_epoch=on_epoch, progress=progress)
-    with store.ledger.begin() as tx:
-        register(tx, bundle)
+    # The run of the search goes on, see `tuning.cli.show_search`.
+    with Tracked(tracking, "tune", run_dir.name, settings.flat()) as tracked:
+        bundle = fit(store, settings, dataset, run_dir=folder, use_ray=False, on_epoch=on_epoch, progress=progress)
+        with store.ledger.begin() as tx:
+            register(tx, bundle)
+        tracked.fitted(bundle, folder / METRICS_FILE)
     return bundle
 
 

@@ -237,7 +237,7 @@ def test_passwords_in_urls_are_masked(url: str, shown: str) -> None:
 
 def test_every_field_of_every_room_says_what_it_means() -> None:
     rooms = [field.annotation for name, field in Settings.model_fields.items() if name != "preset"]
-    assert len(rooms) == 10
+    assert len(rooms) == 11
     while rooms:
         room = rooms.pop()
         assert isinstance(room, type)

@@ -46,6 +46,7 @@ def evaluate_command(
     from records.models import find_bundle
     from trainers.cli.data import parse_columns
     from trainers.evaluation.measure import measure_model
+    from trainers.tracking.server import track_evaluation
 
     with call.store() as store, progress() as bar:
         evaluation = measure_model(
@@ -65,6 +66,7 @@ def evaluate_command(
             precision=call.settings.trainers.precision,
             progress=bar,
         )
+    track_evaluation(call.settings.tracking, evaluation)
     call.emit(evaluation, _evaluation_tables(evaluation))
 
 

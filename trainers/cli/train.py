@@ -66,8 +66,11 @@ def train_command(
         dataset = open_dataset(store, data, progress=bar)
         run_dir = run_folder(store, trainers, dataset, start_from=start, resume=resume)
         # One worker trains in this process: starting Ray costs seconds and memory that only several workers need.
+        tracking = call.settings.tracking
         with advises_resume((run_dir / METRICS_FILE).is_file), call.ray() if trainers.needs_ray else nullcontext():
-            bundle = train_and_register(store, trainers, dataset, run_dir, start_from=start, progress=bar)
+            bundle = train_and_register(
+                store, trainers, dataset, run_dir, start_from=start, progress=bar, tracking=tracking
+            )
     if dataset.split(Split.VAL)["label"].nunique() == 1:
         say("note: all val images are of one class, so that the val figures say nothing of telling classes apart")
     call.emit(_summary(bundle, run_dir), _summary_tables(bundle))

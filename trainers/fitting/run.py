@@ -13,8 +13,10 @@ from records.types import Split
 from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.write import write_report
 from trainers.evaluation.slices import with_slices
-from trainers.fitting.epoch_report import EpochBar
+from trainers.fitting.epoch_report import EpochBar, EpochReport
 from trainers.fitting.fit import METRICS_FILE, fit
+from trainers.tracking.server import Tracked
+from trainers.tracking.settings import TrackingSettings
 from vision.inference.loaded import load_model
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def train_and_register(
     *,
     start_from: "Bundle | None" = None,
     progress: "Progress",
+    tracking: TrackingSettings | None = None,
 ) -> "Bundle":
     """Train a model, register its bundle and write its report on val.
 
@@ -74,22 +77,31 @@ def train_and_register(
         run_dir: from `run_folder`.
         start_from: a bundle to fine-tune.
         progress: bars are added to it.
+        tracking: whether MLflow gets the run.
     Returns:
         The bundle, registered.
     """
-    bundle = fit(
-        store,
-        trainers,
-        dataset,
-        run_dir=run_dir,
-        use_ray=trainers.needs_ray,
-        on_epoch=EpochBar(progress, trainers.epochs),
-        start_from=start_from,
-        progress=progress,
-    )
-    # Registered before the report is written: a report can be made again, a lost training cannot.
-    with store.ledger.begin() as tx:
-        register(tx, bundle)
+    bar = EpochBar(progress, trainers.epochs)
+
+    def on_epoch(report: EpochReport) -> bool:
+        tracked.epoch(report)
+        return bar(report)
+
+    with Tracked(tracking, "train", run_dir.name, trainers.flat()) as tracked:
+        bundle = fit(
+            store,
+            trainers,
+            dataset,
+            run_dir=run_dir,
+            use_ray=trainers.needs_ray,
+            on_epoch=on_epoch,
+            start_from=start_from,
+            progress=progress,
+        )
+        # Registered before the report is written: a report can be made again, a lost training cannot.
+        with store.ledger.begin() as tx:
+            register(tx, bundle)
+        tracked.fitted(bundle, run_dir / METRICS_FILE)
     _report_on_val(store, trainers, bundle, dataset, progress)
     return bundle
 
