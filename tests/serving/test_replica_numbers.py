@@ -1,4 +1,4 @@
-"""How many replicas there may be: what does not fit together, or into the cluster, is refused before anything starts."""
+"""How many replicas there may be: what does not fit together, or into the cluster, is refused before a start."""
 
 import warnings
 from typing import Any
