@@ -211,11 +211,8 @@ class _Run:
             epochs=settings.epochs,
             steps_per_epoch=self._feeder.steps_per_epoch,
         )
-        self._average = (
-            WeightAverage(self._network, settings.optimizer.ema_decay)
-            if settings.optimizer.ema_decay is not None
-            else None
-        )
+        decay = settings.optimizer.ema_decay
+        self._average = None if decay is None else WeightAverage(self._network, decay)
         self._step, self._loss_sum = (found.step, found.loss_sum) if found else (0, 0.0)
         self._kept = found.position if found else None
         # A checkpoint that is written before the first epoch ends has the initial weights as the best ones.
