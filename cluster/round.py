@@ -135,6 +135,8 @@ def _tracking(tracked: Tracked, on_event: Callable[[RoundEvent], None]) -> Calla
 
 def _track(tracked: Tracked, context: RoundContext, name: str) -> None:
     """Record the result of a step in MLflow; also of a step that an earlier process finished, which changes nothing."""
+    if not tracked.is_on:
+        return
     result = context.results[name]
     if name == "fit":
         settings = context.results["tune"]["settings"]

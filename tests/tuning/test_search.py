@@ -156,7 +156,11 @@ def relook(searched, labelled, trainers):
     @root.callback()
     def prepare(ctx: typer.Context) -> None:
         # Others than those of the search: what goes on takes its settings from the journal.
-        today = {"tuning": TuningSettings(), "trainers": trainers.with_values({"epochs": 9, "seed": 4})}
+        today = {
+            "tuning": TuningSettings(),
+            "trainers": trainers.with_values({"epochs": 9, "seed": 4}),
+            "tracking": None,
+        }
         ctx.obj = lambda config, preset, sets: SimpleNamespace(records=store.settings, **today)
         ctx.meta[RAY_STARTER] = lambda settings: nullcontext()
 

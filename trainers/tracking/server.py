@@ -60,6 +60,11 @@ class Tracked:
         self._trials: set[int] = set()
         self._put("the settings", lambda client: client.params(params))
 
+    @property
+    def is_on(self) -> bool:
+        """Whether there is an address; what is recorded need not be looked up without one."""
+        return self._sender is not None
+
     def __enter__(self) -> Self:
         return self
 
