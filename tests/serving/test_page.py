@@ -52,7 +52,7 @@ def prediction(**changes: object) -> PredictionResponse:
         "id": "0" * 32, "request_id": "r", "created_at": NOW, "image_id": "i",
         "model": {"id": "m" * 64, "status": "provisional"}, "label": "nv", "confidence": 0.9,
         "probabilities": {"nv": 0.9, "mel": 0.1}, "prediction_set": ["nv"], "decision": "answered", "reasons": [],
-        "review": None, "explanation": None,
+        "review": None, "explanation": None, "engine": "torch",
     }  # fmt: skip
     return PredictionResponse.model_validate(given | changes)
 
