@@ -124,6 +124,8 @@ class Metrics:
 
         Args:
             parts: what all ingress replicas counted, to be added up; empty for what was counted here.
+        Returns:
+            The text, UTF-8.
         """
         try:
             self._read_ledger()
