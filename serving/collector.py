@@ -7,7 +7,7 @@ which stops every thread for 200 ms, and the more objects requests leave behind,
 import gc
 
 
-def spare_what_stays() -> None:
+def freeze_what_stays() -> None:
     """Leave all objects of now out of later collections; call it once, before anything that is replaced is loaded."""
     # Objects in a cycle would never be freed if they were frozen, so garbage has to go first, and models come later.
     gc.collect()

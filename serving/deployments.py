@@ -27,7 +27,7 @@ from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Prediction
 from serving.access.together import Ask, Held, Reports, SharedCounts, SharedLimits
-from serving.collector import spare_what_stays
+from serving.collector import freeze_what_stays
 from serving.explainer_threads import ExplainerThreads
 from serving.hooks.delivery import Hooks
 from serving.in_process import run_here
@@ -61,7 +61,7 @@ class PredictorReplica:
         self._is_one_of_several = settings.predictor_max_replicas > 1
         self._started = False
         self._lags = False
-        spare_what_stays()
+        freeze_what_stays()
 
     async def check_health(self) -> None:
         """Start at the first call, which Serve makes before any request; later raise if a loop has ended."""
@@ -149,7 +149,7 @@ class ExplainerReplica:
         _set_threads(settings.explainer_cpus)
         self._threads = ExplainerThreads(settings.max_explaining)
         self._explainer = Explainer(open_store(records), settings)
-        spare_what_stays()
+        freeze_what_stays()
 
     async def explain(
         self, prediction: Prediction, method: Method, target: str | None, versus: str | None
@@ -205,7 +205,7 @@ class PageReplica:
         # Behind Ray Serve's proxies an ingress may run on any node, and reaches the page by the address of its node.
         self._host = _node_address() if settings.http == "serve" else "127.0.0.1"
         self._server = HttpServer(app, self._host, 0)
-        spare_what_stays()
+        freeze_what_stays()
 
     async def check_health(self) -> None:
         """Start to listen at the first call; later raise if the listener has ended."""
@@ -250,7 +250,7 @@ class _Ingress:
         self._app = create_app(service, None if page is None else PageProxy(find_page), limits, metrics)
         self._reporting: asyncio.Task[None] | None = None
         self._hooks = Hooks(store, settings.hooks)
-        spare_what_stays()
+        freeze_what_stays()
 
     async def check_health(self) -> None:
         """Begin to predict and to report metrics at the first call, if that is done here; later raise if it ended."""

@@ -23,21 +23,21 @@ class ExplainerThreads:
     """
 
     def __init__(self, most: int) -> None:
-        self._short = ThreadPoolExecutor(most, "explain", initializer=let_others_go_before)
-        self._long = ThreadPoolExecutor(most, "explain-long", initializer=let_others_first)
+        self._short = ThreadPoolExecutor(most, "explain", initializer=low_priority)
+        self._long = ThreadPoolExecutor(most, "explain-long", initializer=idle_cores_only)
 
     def of(self, method: str) -> ThreadPoolExecutor:
         """Return the threads that compute a method."""
         return self._long if METHODS[method].evaluations > 1 else self._short
 
 
-def let_others_go_before() -> None:
+def low_priority() -> None:
     """Give the calling thread, and the threads that it starts, a low priority."""
     # Of the thread alone: the event loop has to respond to health checks at any load.
     os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
-def let_others_first() -> None:
+def idle_cores_only() -> None:
     """Give the calling thread, and the threads that it starts, only the time in which a core would idle."""
     os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
     with contextlib.suppress(AttributeError, OSError):

@@ -322,20 +322,18 @@ def fit_winner(
     tracking: TrackingSettings | None = None,
 ) -> Bundle:
     """Train the winner's settings on all of train and register the bundle."""
-    from trainers.fitting.epoch_report import EpochBar, EpochReport
+    from trainers.fitting.epoch_report import EpochBar
     from trainers.fitting.fit import METRICS_FILE, fit
 
     settings = result.settings.with_values({"workers.count": 1})
     bar = None if progress is None else EpochBar(progress, settings.epochs)
 
-    def on_epoch(report: EpochReport) -> bool:
-        tracked.epoch(report)
-        return False if bar is None else bar(report)
-
     folder = run_dir / f"fit-{settings.recipe_hash()[:12]}"
     # The run of the search goes on, see `tuning.cli.show_search`.
     with Tracked(tracking, "tune", run_dir.name, settings.flat()) as tracked:
-        bundle = fit(store, settings, dataset, run_dir=folder, use_ray=False, on_epoch=on_epoch, progress=progress)
+        bundle = fit(
+            store, settings, dataset, run_dir=folder, use_ray=False, on_epoch=tracked.before(bar), progress=progress
+        )
         with store.ledger.begin() as tx:
             register(tx, bundle)
         tracked.fitted(bundle, folder / METRICS_FILE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from records.store import Store
-from serving.explainer_threads import LOWEST, NICENESS, let_others_first
+from serving.explainer_threads import LOWEST, NICENESS, idle_cores_only
 from serving.settings import ServingSettings
 from vision.explanations.methods import METHODS
 
@@ -27,7 +27,7 @@ def policies() -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_a_replica_explains_in_threads_that_let_others_go_before(store: Store, method: str) -> None:
+def test_a_replica_explains_in_threads_of_low_priority(store: Store, method: str) -> None:
     from serving.deployments import ExplainerReplica
 
     async def use() -> tuple[Any, tuple[int, int]]:
@@ -47,7 +47,7 @@ def test_the_threads_of_an_operator_follow_the_one_that_started_them() -> None:
         torch.randn(512, 512) @ torch.randn(512, 512)
         return policies() - before
 
-    with ThreadPoolExecutor(1, initializer=let_others_first) as pool:
+    with ThreadPoolExecutor(1, initializer=idle_cores_only) as pool:
         assert pool.submit(computed).result() <= {(os.SCHED_IDLE, LOWEST)}
 
 
@@ -60,5 +60,5 @@ def test_where_the_kernel_refuses_the_niceness_remains(
 
     monkeypatch.setattr(os, "sched_setscheduler", refuses)
     before = policy()
-    with ThreadPoolExecutor(1, initializer=let_others_first) as pool:
+    with ThreadPoolExecutor(1, initializer=idle_cores_only) as pool:
         assert pool.submit(policy).result() == (before[0], LOWEST)

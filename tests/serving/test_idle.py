@@ -11,7 +11,7 @@ from gradio.queueing import Queue
 
 from records.settings import RecordsSettings
 from records.store import Store, open_store
-from serving.collector import spare_what_stays
+from serving.collector import freeze_what_stays
 from serving.page.layout import QUEUE_POLL_S, build_page
 from serving.page.uploads import PageFiles
 from serving.settings import ServingSettings
@@ -44,7 +44,7 @@ def test_an_idle_page_looks_for_events_a_few_times_a_second(tmp_path: Path, monk
 def test_a_full_collection_looks_at_what_requests_left_behind_only() -> None:
     stays = [[number] for number in range(100_000)]
     before = len(gc.get_objects())
-    spare_what_stays()
+    freeze_what_stays()
     assert gc.get_freeze_count() > len(stays)
     ring: list[object] = []
     ring.append(ring)

@@ -13,7 +13,7 @@ from records.types import Split
 from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.write import write_report
 from trainers.evaluation.slices import with_slices
-from trainers.fitting.epoch_report import EpochBar, EpochReport
+from trainers.fitting.epoch_report import EpochBar
 from trainers.fitting.fit import METRICS_FILE, fit
 from trainers.tracking.server import Tracked
 from trainers.tracking.settings import TrackingSettings
@@ -81,12 +81,6 @@ def train_and_register(
     Returns:
         The bundle, registered.
     """
-    bar = EpochBar(progress, trainers.epochs)
-
-    def on_epoch(report: EpochReport) -> bool:
-        tracked.epoch(report)
-        return bar(report)
-
     with Tracked(tracking, "train", run_dir.name, trainers.flat()) as tracked:
         bundle = fit(
             store,
@@ -94,7 +88,7 @@ def train_and_register(
             dataset,
             run_dir=run_dir,
             use_ray=trainers.needs_ray,
-            on_epoch=on_epoch,
+            on_epoch=tracked.before(EpochBar(progress, trainers.epochs)),
             start_from=start_from,
             progress=progress,
         )

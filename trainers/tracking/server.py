@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from records.errors import ConfigError
+from records.errors import ConfigError, RelookError
 from records.ids import new_id
-from records.models import current_rollout, serving_id
+from records.models import current_rollout, find_model, registered_bundle, serving_id
 from records.progress import say
 from records.redaction import without_secrets
 from records.types import ModelRecord, ModelStatus
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from records.bundles import Bundle
     from records.store import Store
     from trainers.evaluation.figures import Evaluation
-    from trainers.fitting.epoch_report import EpochReport
+    from trainers.fitting.epoch_report import EpochReport, OnEpoch
 
 MODEL_TAG = "relook.model_id"
 _RUN_TAG = "relook.run"
@@ -74,12 +74,20 @@ class Tracked:
         if self._sender is not None:
             self._sender.close()
 
-    def epoch(self, report: "EpochReport") -> bool:
-        """Record the figures of an epoch; never stops the training."""
+    def epoch(self, report: "EpochReport") -> None:
+        """Record the figures of an epoch."""
         from trainers.tracking.tensorboard import scalars_of
 
         self.figures(scalars_of(report), report.epoch)
-        return False
+
+    def before(self, on_epoch: "OnEpoch | None") -> "OnEpoch":
+        """Return a callback of a training that records each epoch, then calls another one."""
+
+        def recorded(report: "EpochReport") -> bool | None:
+            self.epoch(report)
+            return None if on_epoch is None else on_epoch(report)
+
+        return recorded
 
     def figures(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Record figures; those that are undefined are left out."""
@@ -157,8 +165,6 @@ def track_evaluation(settings: TrackingSettings, found: "Evaluation") -> None:
 
 def aliases_of(store: "Store") -> dict[str, "Bundle | None"]:
     """Return the model that serves, and the one that may replace it: of the rollout, else the newest candidate."""
-    from records.models import find_bundle
-
     with store.ledger.read() as tx:
         rollout = current_rollout(tx)
         waiting = tx.find(
@@ -166,7 +172,16 @@ def aliases_of(store: "Store") -> dict[str, "Bundle | None"]:
         )
         candidate = rollout.candidate_id if rollout is not None else (waiting[0].id if waiting else None)
         ids = {"champion": serving_id(tx), "candidate": candidate}
-    return {alias: None if model_id is None else find_bundle(store, model_id) for alias, model_id in ids.items()}
+    return {alias: None if model_id is None else _stored(store, alias, model_id) for alias, model_id in ids.items()}
+
+
+def _stored(store: "Store", alias: str, model_id: str) -> "Bundle | None":
+    try:
+        return registered_bundle(store, find_model(store, model_id))
+    except RelookError as error:
+        # The promotion that is being recorded has happened; what MLflow shows of it may lack an alias.
+        say(f"MLflow gets no alias {alias}: {error}")
+        return None
 
 
 class _Sender:

@@ -1,6 +1,7 @@
 """Runs in MLflow, read back by its own client: a training, a round's steps and aliases; and a server that is down."""
 
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_promotions_move_the_aliases(uri: str, store: Store, make_bundle: Callab
     assert set(client.get_registered_model("relook").aliases) == {"champion"}
     # One version per model, however often it was recorded.
     assert len(client.search_model_versions("name='relook'")) == 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_candidate_whose_bundle_is_gone_stops_no_promotion(
+    uri: str, store: Store, make_bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, gone = (make_bundle(store, "custom_cnn", seed, 32) for seed in (0, 1))
+    with store.ledger.begin() as tx:
+        register(tx, gone, status=ModelStatus.CANDIDATE)
+    shutil.rmtree(gone.path)
+    promote_model(store, Settings(tracking=TrackingSettings(mlflow_uri=uri)), str(first.path), provisional=True)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert set(client.get_registered_model("relook").aliases) == {"champion"}
+    assert "MLflow gets no alias candidate" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
