@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from records.errors import AccessError, UnavailableError
-from serving.access.limits import Limits, Slot, too_many_units
+from serving.access.limits import Limits, RateLimit, Slot, too_many_units
 from serving.access.shares import Shares
 from serving.metrics import Metrics, Samples, added
 from serving.settings import ServingSettings
@@ -82,7 +82,7 @@ class SharedCounts:
     """
 
     def __init__(self, settings: ServingSettings, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._limits = Limits(settings, clock_s)
+        self._rates = RateLimit(settings.rate_limit_per_minute, clock_s)
         self._shares = {"images": Shares(settings.max_in_flight), "maps": Shares(settings.max_explaining)}
         self._clock_s = clock_s
         self._generation = 0
@@ -102,7 +102,7 @@ class SharedCounts:
         self._forget_silent()
         known = self._member(member)
         self._hold(known, held)
-        return self._generation, [await self._granted(known, ask) for ask in asks]
+        return self._generation, [self._granted(known, ask) for ask in asks]
 
     async def saw(self, generation: int) -> None:
         """Remember a generation that a caller is about to see."""
@@ -122,10 +122,10 @@ class SharedCounts:
         known.seen_s = self._clock_s()
         return known
 
-    async def _granted(self, member: _Member, ask: Ask) -> bool:
+    def _granted(self, member: _Member, ask: Ask) -> bool:
         if ask.what == "units":
             try:
-                await self._limits.charge(str(ask.owner), ask.amount)
+                self._rates.take(str(ask.owner), ask.amount)
             except AccessError:
                 return False
             return True
