@@ -236,10 +236,25 @@ def test_a_decoder_process_returns_the_same_pixels(name: str, limits: Callable[.
     assert caught.value.code == "damaged"
 
 
-def test_time_is_limited(limits: Callable[..., ImagesSettings]) -> None:
+def test_processor_time_is_limited(limits: Callable[..., ImagesSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's limit alone: on a loaded machine a second of processor time may take minutes."""
+    monkeypatch.setattr("images.decoder_pool.WALL_FACTOR", 600)
     limits(decoder_time_s=1, **PASSES_SLOW)
     with pytest.raises(ImageError, match="takes more than 1 s of processor time") as caught:
         decode_image(SLOW)
+    assert caught.value.code == "too_costly"
+    assert not _decoders(), "neither the process nor a zombie of it is left"
+
+
+def test_wall_time_is_limited(limits: Callable[..., ImagesSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that uses no processor time, here a stopped one, is ended as well."""
+    monkeypatch.setattr("images.decoder_pool.WALL_FACTOR", 0.5)
+    limits(decoder_time_s=4, **PASSES_SLOW)
+    with ThreadPoolExecutor(1) as threads:
+        decoding = threads.submit(decode_image, SLOW)
+        _working_decoder().send_signal(signal.SIGSTOP)
+        with pytest.raises(ImageError, match="took longer than 2 s") as caught:
+            decoding.result()
     assert caught.value.code == "too_costly"
     assert not _decoders(), "neither the process nor a zombie of it is left"
 

@@ -107,9 +107,18 @@ class Search:
         return self.finds(data)
 
     def in_home(self, home: Path) -> set[str]:
-        """The folders and files of a home that hold them."""
-        files = [path for path in home.rglob("*") if path.is_file() and not path.is_symlink()]
-        return {str(path.relative_to(home).parts[0]) for path in files if self.in_file(path)}
+        """The folders and files of a home that hold them.
+
+        Files come and go while it is read, such as SQLite's -wal and -shm beside a database that Label Studio closes.
+        What stood in one that went may stand in another by then, so all are read again.
+        """
+        for _ in range(20):
+            files = [path for path in home.rglob("*") if path.is_file() and not path.is_symlink()]
+            try:
+                return {str(path.relative_to(home).parts[0]) for path in files if self.in_file(path)}
+            except FileNotFoundError:
+                continue
+        pytest.fail(f"the files of {home} never came to rest")
 
     def _shows(self, data: bytes) -> bool:
         try:
