@@ -60,6 +60,7 @@ def test_every_verb_of_the_rooms_is_there_with_a_help_text() -> None:
         "backup",
         "restore",
         "report",
+        "incident",
         "hooks",
     }
     root = typer.main.get_command(app)
@@ -216,7 +217,7 @@ def test_ctrl_c_is_exit_130_with_a_sentence(tmp_path: Path) -> None:
     while not list((tmp_path / "images").rglob("*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert out == ""
     assert "relook: interrupted; what was done so far is kept" in errors

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -131,31 +132,40 @@ def short_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_of_four_watchers_exactly_one_runs_the_round(store: Store, short_steps: list[str]) -> None:
     with store.ledger.begin() as tx:
         add_round(tx)
-    stop = threading.Event()
+    stop, names = threading.Event(), [f"watcher {n}" for n in range(4)]
+    polls: Counter[str] = Counter()
     said: list[str] = []
 
     def run(name: str) -> None:
+        def go_on() -> bool:
+            polls[name] += 1
+            return not stop.is_set()
+
         own = open_store(RecordsSettings(home=store.home.root))
         schedule.watch(
-            own,
-            SETTINGS,
-            started_by=name,
-            on_event=lambda event: None,
-            tell=said.append,
-            go_on=lambda: not stop.is_set(),
-        )
+            own, SETTINGS, started_by=name, on_event=lambda event: None, tell=said.append, go_on=go_on
+        )  # fmt: skip
         own.close()
 
-    threads = [threading.Thread(target=run, args=(f"watcher {n}",)) for n in range(4)]
+    def rounds() -> int:
+        with store.ledger.read() as tx:
+            return tx.count(RoundRecord) - tx.count(RoundRecord, where={"finished_at": None})
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in names]
     for thread in threads:
         thread.start()
-    assert short_steps == []
-    with store.ledger.begin() as tx:
-        add_labels(tx, 3)
-    threading.Event().wait(1.0)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        assert short_steps == []
+        with store.ledger.begin() as tx:
+            add_labels(tx, 3)
+        assert wait_until(lambda: rounds() == 2, 120), said
+        # Each has looked again since, and found nothing to do.
+        seen = Counter(polls)
+        assert wait_until(lambda: all(polls[name] > seen[name] + 1 for name in names), 120), said
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert short_steps == list(STEP_RESULTS), said
     with store.ledger.read() as tx:
         assert tx.count(RoundRecord) == 2

@@ -27,7 +27,7 @@ def _until_quiet(store: Store, url: str, token: str, settings: LabelingSettings)
     failures = 0
     for _ in range(60):
         try:
-            with LabelStudioClient(url, token, timeout_s=10) as client:
+            with LabelStudioClient(url, token, timeout_s=60) as client:
                 report = sync(store, client, settings)
         except LabelStudioError:
             failures += 1

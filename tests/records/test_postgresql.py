@@ -111,14 +111,14 @@ def test_writers_that_touch_other_things_do_not_wait(pg_store: Store, database: 
         with ledger.begin(touches) as tx:
             if name == "first":
                 inside.set()
-                go_on.wait(30)
+                go_on.wait(120)
             tx.add(Cursor(name=name, position={}))
         done.append(name)
         ledger.close()
 
     threads = [threading.Thread(target=write, args=("first", {"a", "b"}))]
     threads[0].start()
-    assert inside.wait(30)
+    assert inside.wait(120)
     write("other", {"c"})
     assert done == ["other"], "who touches something else is not held up"
     threads += [

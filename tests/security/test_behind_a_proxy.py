@@ -136,7 +136,7 @@ def test_a_stranger_needs_a_key_though_he_comes_from_loopback(tools: Any, tmp_pa
     settings = ServingSettings(port=tools.free_port(), model_poll_s=0.1)
     with (
         tools.run_service(store, settings, page=True) as running,
-        httpx.Client(base_url=running.url, trust_env=False, timeout=30) as client,
+        httpx.Client(base_url=running.url, trust_env=False, timeout=60) as client,
     ):
         assert client.get("/v1/predictions").status_code == 200, "the user of this machine needs none"
         for header in ("X-Forwarded-For", "X-Real-IP", "Forwarded", "Via", "CF-Connecting-IP", "X-Forwarded-Proto"):
@@ -238,7 +238,7 @@ def _answers(client: httpx.Client) -> bool:
 
 
 def _until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -46,7 +46,7 @@ def test_more_silent_connections_than_there_may_be_keep_nobody_out(
         for source in range(2, 8):
             for _ in range(30):
                 raw = socket.create_connection(
-                    ("127.0.0.1", front.settings.port), timeout=5, source_address=(f"127.0.0.{source}", 0)
+                    ("127.0.0.1", front.settings.port), timeout=60, source_address=(f"127.0.0.{source}", 0)
                 )
                 stack.enter_context(closing(raw))
                 raw.sendall(b"GET / HTTP/1.1\r\n")

@@ -150,9 +150,9 @@ def test_a_request_that_no_service_got_is_sent_again(tools: Any) -> None:
 
     timer = threading.Timer(0.3, answer_later)
     timer.start()
-    with Client(f"http://127.0.0.1:{port}", retry_s=20) as client, pytest.raises(UnavailableError):
+    with Client(f"http://127.0.0.1:{port}", retry_s=60) as client, pytest.raises(UnavailableError):
         client.undo_promotion("0" * 64, UndoRequest(back_to="1" * 64, reason="x"))
-    timer.join(timeout=20)
+    timer.join(timeout=60)
     assert len(seen) == 1
 
 

@@ -34,7 +34,7 @@ def running(kept: Any, tools: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def http(running: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=running.url, trust_env=False, timeout=20) as opened:
+    with httpx.Client(base_url=running.url, trust_env=False, timeout=60) as opened:
         yield opened
 
 

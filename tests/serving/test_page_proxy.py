@@ -105,7 +105,7 @@ def test_events_are_streamed_and_end_with_the_client() -> None:
                 found.append(chunk)
                 if len(found) == 3:
                     break
-        await asyncio.wait_for(stopped.wait(), 10)
+        await asyncio.wait_for(stopped.wait(), 60)
         return found
 
     assert through_the_proxy(read_some, page(stopped))[0].startswith(b"data: tick")

@@ -194,7 +194,7 @@ def test_an_example_is_predicted_by_keyboard_and_a_wrong_file_is_reported(
 def test_the_page_reads_no_file_but_uploads(url: str, served_store: Store, make_image: Callable[..., bytes]) -> None:
     secret = served_store.home.keys / "image.jpg"
     secret.write_bytes(make_image(0))
-    with httpx.Client(base_url=url, timeout=20) as http:
+    with httpx.Client(base_url=url, timeout=60) as http:
         file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
         for number in range(8):
             for values in ([file], [file, "training"], [file, "training", None]):
@@ -268,7 +268,7 @@ def test_a_killed_page_comes_back_and_the_api_goes_on(url: str, make_image: Call
     with Client(url, retry_s=0.0) as client:
         client.predict(make_image(1))
     deadline = time.monotonic() + 60
-    while (status := httpx.get(url, timeout=30).status_code) != 200:
+    while (status := httpx.get(url, timeout=60).status_code) != 200:
         assert status == 503
         assert time.monotonic() < deadline
         time.sleep(0.2)

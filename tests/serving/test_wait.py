@@ -14,7 +14,7 @@ from serving.client import Client
 from serving.schemas import PredictionResponse
 from serving.settings import ServingSettings
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")

