@@ -1,10 +1,7 @@
 """Back up, destroy, restore: the service predicts as before, here and on a real Ray, and the audit chain holds."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -12,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from records.errors import RelookError
 from records.settings import RecordsSettings
 from records.store import open_store
@@ -25,16 +24,10 @@ NUM_IMAGES = 5
 
 
 def relook(home: Path, *arguments: str) -> dict[str, Any]:
-    """Run the command as its user would; return what it says as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments, "--json"],
-        env={**os.environ, "RELOOK_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
+    """Run a verb; return what it says as JSON."""
+    result = CliRunner().invoke(app, [*arguments, "--json"], env={"RELOOK_HOME": str(home)}, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    said: dict[str, Any] = json.loads(result.stdout)
     return said
 
 

@@ -1,10 +1,7 @@
 """`relook train` and `relook catalog`: results, refusals, and progress without a terminal."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +56,12 @@ def test_train_prints_the_model_and_goes_on_only_when_asked(run: Any, images_fol
     assert json.loads(shown.stdout)["model_id"] == printed["model_id"]
 
 
-def test_without_a_terminal_each_epoch_is_a_line(images_folder: Path, tmp_path: Path) -> None:
+def test_without_a_terminal_each_epoch_is_a_line(run: Any, images_folder: Path) -> None:
     fast = [word.replace("trainers.epochs=1", "trainers.epochs=2") for word in FAST]
     command = ["train", "--data", str(images_folder), *fast, "--set", "trainers.precision=fp32"]
-    command += ["--set", "trainers.model.name=custom_cnn", "--json"]
-    with (tmp_path / "stderr.txt").open("w") as errors:
-        done = subprocess.run(
-            [sys.executable, "-m", "cluster.cli", *command],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | {"RELOOK_HOME": str(tmp_path / "home")},
-            check=False,
-        )
-    lines = (tmp_path / "stderr.txt").read_text().splitlines()
-    assert done.returncode == 0, lines
+    done = run(*command, "--set", "trainers.model.name=custom_cnn", "--json")
+    lines = done.stderr.splitlines()
+    assert done.exit_code == 0, lines
     assert json.loads(done.stdout)["training"]["epochs"] == 2
     epochs = [line for line in lines if "train: epoch" in line]
     clock = r"\d\d:\d\d:\d\d"
