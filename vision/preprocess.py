@@ -51,7 +51,10 @@ def scale_pixels(pixels: Tensor, geometry: Geometry) -> Tensor:
         low = planes.amin(dim=(1, 2, 3), keepdim=True)
         high = planes.amax(dim=(1, 2, 3), keepdim=True)
         return (planes - low) / (high - low).clamp(min=1.0)
-    mean = torch.tensor(geometry.mean, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(geometry.std, device=pixels.device).view(1, 3, 1, 1)
+    # Not made on the device, and not waited for: `torch.tensor(..., device="cuda")` waits for all that the GPU does.
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1).to(pixels.device, non_blocking=True)
+        for values in (geometry.mean, geometry.std)
+    )
     # In place: the conversion made a copy, and this runs for every batch of training and serving.
     return planes.mul_(1.0 / (255.0 * std)).sub_(mean / std)

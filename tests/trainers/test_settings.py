@@ -102,6 +102,7 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "early_stop_patience_epochs": 3,
         "workers.threads": 1,
         "workers.use_gpu": False,
+        "workers.feeders": 2,
         "optimizer.nesterov": False,
         "model.dropout": 0.05,
         "model.head_dropout": 0.5,

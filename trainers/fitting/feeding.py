@@ -1,10 +1,12 @@
 """Batches of augmented images, prepared in the background in a fixed order.
 
-One thread copies rows out of the pixel cache and augments them while the network computes. The content of a batch is
-a function of (seed, epoch, step) and the rank's share, never of timing. A policy with phases changes its operations
-where an epoch begins.
+One thread copies rows out of the pixel cache and augments them while the network computes; where that is too little,
+feeder processes do, and the thread takes their batches. The content of a batch is a function of (seed, epoch, step)
+and the rank's share, never of timing or of who prepares it. A policy with phases changes its operations where an
+epoch begins.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from records.arrays import IntArray, UInt8Array
 from trainers.augmentation import Augmenter
 from trainers.augmentation.mixing import Mix, draw_mix
+from trainers.fitting.feeder_processes import FeederProcesses, FeedersLostError, lacking_memory
 from trainers.optimization.samplers import epoch_order, occurrences
 from trainers.settings import TrainersSettings
 from vision.seeding import Seeds, image_keys, image_seeds
@@ -32,6 +36,9 @@ class PixelSource(Protocol):
         """Return a writable copy of rows, [n, S, S, 3]."""
         ...
 
+
+CPU = torch.device("cpu")
+logger = logging.getLogger(__name__)
 
 Stream = Callable[[Sequence[IntArray]], Iterator[UInt8Array]]
 """Yields writable rows, [n, S, S, 3], for one array of positions after the other."""
@@ -64,10 +71,12 @@ class Batch:
         """
         if count == 1:
             return [(self, self.weight)]
-        places = [places for places in np.array_split(np.arange(len(self.rows)), count) if len(places)]
-        return [(self._part(at), self.weight * len(at) / len(self.rows)) for at in places]
+        ends = np.cumsum([len(places) for places in np.array_split(self.rows, count)]).tolist()
+        # Slices and not lists of places: a slice stays in pinned memory, from which a GPU copies without waiting.
+        spans = [(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
+        return [(self._part(slice(*span)), self.weight * (span[1] - span[0]) / len(self.rows)) for span in spans]
 
-    def _part(self, at: IntArray) -> "Batch":
+    def _part(self, at: slice) -> "Batch":
         partners = self.partner_labels[at] if self.partner_labels is not None else None
         return Batch(self.pixels[at], self.labels[at], self.rows[at], partners, self.share)
 
@@ -82,6 +91,8 @@ class Feeder:
         train_rows: [n] which of them are trained on.
         augmenter: runs the policy; used by the background thread only.
         settings: sampler, batch size, seed, how far to run ahead.
+        feeders: processes that prepare batches; 0 leaves it to the background thread.
+        device: where batches go.
         stream: of training images; default: rows are taken out of `pixels`.
         rank: of this worker.
         world_size: number of workers.
@@ -96,6 +107,8 @@ class Feeder:
         augmenter: Augmenter,
         settings: TrainersSettings,
         *,
+        feeders: int = 0,
+        device: torch.device = CPU,
         stream: Stream | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -108,6 +121,10 @@ class Feeder:
         self._settings = settings
         self._share = slice(rank, None, world_size)
         self._world_size = world_size
+        self._pinned = device.type == "cuda"
+        self._processes: FeederProcesses | None = None
+        if feeders:
+            self._start_processes(pixels, feeders)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,7 +141,6 @@ class Feeder:
             Batches in order of step.
         """
         settings = self._settings
-        self._augmenter.begin_epoch(epoch + 1)
         order = epoch_order(
             settings.sampler,
             self._labels[self._train_rows],
@@ -143,22 +159,41 @@ class Feeder:
         ]
         yield from self._prefetched(shares)
 
+    def close(self) -> None:
+        """End the feeder processes, if there are any."""
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None
+
+    def _start_processes(self, pixels: PixelSource, count: int) -> None:
+        def prepare(share: _Share) -> UInt8Array:
+            return _augmented(self._augmenter, share, pixels.take(share.rows[share.needed]))
+
+        processes = FeederProcesses(prepare, count, self._settings.workers.prefetch_batches)
+        largest = -(-self._settings.batch_size // self._world_size) * self._settings.model.side_px**2 * 3
+        lacking = lacking_memory(processes.needed_bytes(largest))
+        if lacking is None:
+            self._processes = processes
+        else:
+            logger.warning("%s; the training goes on with its feeder thread", lacking)
+
     def _share_of(self, positions: IntArray, seeds: Seeds, epoch: int, step: int) -> "_Share":
         mixing, settings = self._augmenter.policy.mixing, self._settings
         rows, own = self._train_rows[positions], np.arange(len(positions))[self._share]
         if mixing is None:
-            return _Share(rows, seeds, own, own, None)
+            return _Share(epoch, rows, seeds, own, own, None)
         mix = draw_mix(mixing, len(positions), settings.model.side_px, seed=settings.seed, epoch=epoch, step=step)
         # Partners may belong to another worker's share; each image is augmented once.
         needed = own if mix is None else np.union1d(own, mix.partner[own])
-        return _Share(rows, seeds, own, needed, mix)
+        return _Share(epoch, rows, seeds, own, needed, mix)
 
     def _prefetched(self, shares: "list[_Share]") -> Iterator[Batch]:
         # One thread, because the augmenter's generators are shared by its transforms and because batches have to come
-        # in order; OpenCV and numpy release the GIL, so it overlaps with the network.
+        # in order; OpenCV and numpy release the GIL, so it overlaps with the network. Feeder processes belong to this
+        # thread, too: in the main one torch would raise the death of a process wherever the loop is just then.
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder")
         waiting: deque[Future[Batch]] = deque()
-        pieces = self._stream([share.rows[share.needed] for share in shares])
+        pieces = self._pieces(shares)
         try:
             for share in shares:
                 waiting.append(executor.submit(self._prepare, share, pieces))
@@ -172,20 +207,35 @@ class Feeder:
             # use of the augmenter.
             executor.shutdown(wait=True, cancel_futures=True)
 
+    def _pieces(self, shares: "list[_Share]") -> Iterator[UInt8Array]:
+        """Yield the finished pixels of each share, by processes if there are any, and by this thread if they died."""
+        done = 0
+        if self._processes is not None:
+            try:
+                for pixels in self._processes.pixels(shares):
+                    yield pixels
+                    done += 1
+            except FeedersLostError as error:
+                logger.warning("%s; the training goes on with its feeder thread", str(error))
+                self.close()
+        left = shares[done:]
+        raw = self._stream([share.rows[share.needed] for share in left])
+        for share in left:
+            yield _augmented(self._augmenter, share, next(raw))
+
     def _prepare(self, share: "_Share", pieces: Iterator[UInt8Array]) -> Batch:
         own_rows = share.rows[share.own]
         own_labels = self._labels[own_rows]
         # Shares differ by an image where workers do not divide the batch; DDP averages over workers, so a share's
         # mean loss is weighted by its size to give the mean over the batch.
         weight = len(own_rows) * self._world_size / self._settings.batch_size
-        pixels = self._augmenter.apply(next(pieces), share.seeds[share.needed])
+        pixels = next(pieces)
+        if self._pinned:
+            pixels = torch.from_numpy(pixels).pin_memory().numpy()
         if share.mix is None:
             return Batch(pixels, own_labels, own_rows, weight=weight)
         partners = share.mix.partner[share.own]
-        # `needed` is sorted, so searchsorted finds where each image lies among the augmented ones.
-        own_at, partners_at = (np.searchsorted(share.needed, places) for places in (share.own, partners))
-        mixed = share.mix.apply(pixels[own_at], pixels[partners_at])
-        return Batch(mixed, own_labels, own_rows, self._labels[share.rows[partners]], share.mix.share, weight)
+        return Batch(pixels, own_labels, own_rows, self._labels[share.rows[partners]], share.mix.share, weight)
 
 
 @dataclass(frozen=True)
@@ -193,6 +243,7 @@ class _Share:
     """A batch, and which of it is this worker's.
 
     Args:
+        epoch: 0-based.
         rows: [B] of the whole batch.
         seeds: [B].
         own: [n] places in the batch.
@@ -200,8 +251,20 @@ class _Share:
         mix: how the batch is mixed; None leaves it as it is.
     """
 
+    epoch: int
     rows: IntArray
     seeds: Seeds
     own: IntArray
     needed: IntArray
     mix: Mix | None
+
+
+def _augmented(augmenter: Augmenter, share: _Share, pixels: UInt8Array) -> UInt8Array:
+    """Augment a share's images, [n, S, S, 3], and mix its own ones with their partners."""
+    augmenter.begin_epoch(share.epoch + 1)
+    pixels = augmenter.apply(pixels, share.seeds[share.needed])
+    if share.mix is None:
+        return pixels
+    # `needed` is sorted, so searchsorted finds where each image lies among the augmented ones.
+    own_at, partners_at = (np.searchsorted(share.needed, at) for at in (share.own, share.mix.partner[share.own]))
+    return share.mix.apply(pixels[own_at], pixels[partners_at])

@@ -11,7 +11,7 @@ evaluate or write bundles.
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,15 @@ from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimi
 from trainers.fitting.starting import starting_weights
 from trainers.fitting.steps import LossWatch, Stepper, validate
 from trainers.fitting.training_data import TrainingData, evenly_spaced, pixel_statistics
-from trainers.fitting.workers import SingleWorker, WorkerGroup, any_of, compute_threads, mean_over, threads_of
+from trainers.fitting.workers import (
+    SingleWorker,
+    WorkerGroup,
+    any_of,
+    compute_threads,
+    feeders_of,
+    mean_over,
+    threads_of,
+)
 from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.optimization.schedulers import SCHEDULERS, build_scheduler, change_rate
@@ -148,14 +156,14 @@ def train(
         images = None
         if images_dir is not None and group.rank == 0:
             images = EpochImages(images_dir, settings, data, policy, len(taxonomy.codes))
-        run = _Run(settings, data, taxonomy, group, policy, initial_weights, images)
-        while not run.finished and (pause_after is None or run.epochs_done < pause_after):
-            report = run.next_epoch()
-            if on_epoch is not None:
-                # Only rank 0 calls `on_epoch`, and `any_of` shares the result: all workers have to leave the loop in
-                # the same epoch, or the next collective would never complete.
-                stop = bool(on_epoch(report)) if group.rank == 0 else False
-                run.stop_if(any_of(group, stop))
+        with closing(_Run(settings, data, taxonomy, group, policy, initial_weights, images)) as run:
+            while not run.finished and (pause_after is None or run.epochs_done < pause_after):
+                report = run.next_epoch()
+                if on_epoch is not None:
+                    # Only rank 0 calls `on_epoch`, and `any_of` shares the result: all workers have to leave the loop
+                    # in the same epoch, or the next collective would never complete.
+                    stop = bool(on_epoch(report)) if group.rank == 0 else False
+                    run.stop_if(any_of(group, stop))
     return trained_model(run.checkpoint(), settings, taxonomy)
 
 
@@ -195,6 +203,8 @@ class _Run:
             data.train_index,
             augmenter,
             settings,
+            feeders=feeders_of(settings.workers, group.device),
+            device=group.device,
             stream=data.stream,
             rank=group.rank,
             world_size=group.world_size,
@@ -230,6 +240,10 @@ class _Run:
     def epochs_done(self) -> int:
         """Number of epochs that are done."""
         return len(self._reports)
+
+    def close(self) -> None:
+        """End the processes that feed the run."""
+        self._feeder.close()
 
     def next_epoch(self) -> EpochReport:
         """Train and validate one epoch, or the rest of a resumed one; keep the best weights and a checkpoint."""

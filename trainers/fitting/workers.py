@@ -18,9 +18,11 @@ from torch import distributed as dist
 from torch import nn
 
 from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from trainers.optimization.strategies import StrategyRecipe, WorkersSettings
+from trainers.optimization.strategies import AUTO, StrategyRecipe, WorkersSettings
 
 CHECKPOINT_FILE = "checkpoint.pt"
+MOST_FEEDERS = 16
+THREADS_PER_FEEDER = 8
 
 
 class WorkerGroup(Protocol):
@@ -113,6 +115,18 @@ def threads_of(settings: WorkersSettings) -> int:
         return settings.threads
     # The affinity mask and not the core count: taskset or a cpuset may leave only some of the cores.
     return max(1, len(os.sched_getaffinity(0)) // settings.count)
+
+
+def feeders_of(settings: WorkersSettings, device: torch.device) -> int:
+    """Return how many processes prepare one worker's batches; 0 if a thread does."""
+    if settings.feeders != AUTO:
+        return settings.feeders
+    if settings.data_source == "stream":
+        return 0
+    threads = threads_of(settings)
+    # A GPU leaves the CPUs to the feeders, except one that launches its kernels. A network on the CPUs takes a
+    # hundred times longer for an image than its augmentation, so one process keeps up with several cores.
+    return min(threads - 1, MOST_FEEDERS) if device.type == "cuda" else threads // THREADS_PER_FEEDER
 
 
 @contextmanager

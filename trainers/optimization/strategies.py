@@ -152,6 +152,11 @@ class WorkersSettings(RoomSettings):
         default="cache",
         description="training images: decoded once and kept on disk, or streamed by Ray Data and never kept decoded",
     )
+    feeders: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = Field(
+        default="auto",
+        description="processes per worker that prepare batches, 0 to 256; 0 leaves it to a thread; auto is a process "
+        "per 8 threads, and with a GPU all threads but one, 16 at most",
+    )
     prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
 
     @model_validator(mode="after")
@@ -161,6 +166,10 @@ class WorkersSettings(RoomSettings):
         if strategy_of(self).elastic and self.minimum > self.count:
             raise ValueError(
                 f"minimum {self.minimum} is more than count {self.count}; take minimum={self.count} or fewer"
+            )
+        if self.data_source == "stream" and self.feeders not in ("auto", 0):
+            raise ValueError(
+                f"feeders is {self.feeders} and data_source 'stream', whose images Ray Data prepares; take feeders=0"
             )
         return self
 
