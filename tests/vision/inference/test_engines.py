@@ -14,16 +14,35 @@ from serving.triage import TriageRules, triage
 from tests.vision.checked import side_of, write_checked_bundle
 from tests.vision.inference.foreign import foreign_images
 from vision.inference.engines import OpenVinoModel, load_engine, resolve_device
+from vision.inference.graph import export_program
 from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.output import BatchOutput
 from vision.inference.suitability import assess
 from vision.networks import MODELS
 
 # Tracing and compiling take seconds for each; the others with `make soak`.
-IN_SUITE = ("custom_cnn", "mobilenet_v3")
+IN_SUITE = ("custom_cnn",)
 CASES = [pytest.param(name, marks=() if name in IN_SUITE else pytest.mark.soak) for name in MODELS]
 TOLERANCE = 1e-4
 """Of probabilities and scores; of maps, as a share of the largest value of the batch."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def converted_once():
+    """Trace and convert each network once: it takes seconds, and most of these tests load the same bundle."""
+    openvino = pytest.importorskip("openvino")
+    convert, models = openvino.convert_model, {}
+
+    def shared(graph, images):
+        key = (graph.names, sum(float(values.double().sum()) for values in graph.state_dict().values()))
+        if key not in models:
+            models[key] = convert(export_program(graph, images))
+        return models[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vision.inference.engines.export_program", shared)
+        patch.setattr(openvino, "convert_model", lambda model: model)
+        yield
 
 
 @pytest.fixture(scope="module")
