@@ -1,7 +1,9 @@
 """The notebook of the first hour runs from top to bottom, and is stored without outputs or traces of a machine."""
 
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -30,7 +32,32 @@ def test_its_links_and_words_hold() -> None:
     assert [line for line in lines if len(line) > 120] == []
 
 
-@pytest.mark.slow
+# What takes long in the notebook, and in place of it in the suite.
+SHORT = {
+    '"trainers.epochs": 6': '"trainers.epochs": 1',
+    "lesions=120": "lesions=60",
+    "side_px=32, epochs=4": "side_px=32, epochs=1",
+}
+
+
+def test_its_cells_run_on_few_images_and_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    document, names = nbformat.read(NOTEBOOK, as_version=4), dict[str, Any]()
+    source = "\n".join(cell.source for cell in document.cells if cell.cell_type == "code")
+    for long, short in SHORT.items():
+        assert long in source
+        source = source.replace(long, short)
+    exec(compile(source, "first_hour.ipynb", "exec"), names)
+    assert "95 % interval" in capsys.readouterr().out
+    assert len(names["plt"].get_fignums()) == 3
+    assert list(names["scores"]) == list(names["contestants"])
+    names["plt"].close("all")
+    names["home"].close()
+
+
+@pytest.mark.soak
 # What zmq and the kernel leave open while they end is not ours.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

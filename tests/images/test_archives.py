@@ -220,7 +220,7 @@ _SUFFIX = st.sampled_from(
 _FOLDER = st.sampled_from(["", "mel/", "nv/", "train/mel/", "MEL/", "none/", "__MACOSX/"])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     files=st.lists(st.tuples(_FOLDER, _STEM, _SUFFIX, st.sampled_from(["JPEG", "PNG", "BMP", "cut", "heic", "text"])),
                    min_size=1, max_size=8),

@@ -399,7 +399,40 @@ def test_data_is_opened_by_folder_id_or_newest(store: Store, generated: Path, tm
         open_dataset(store, "0123456789")
 
 
-@pytest.mark.slow
+DUPLICATES = [("ISIC_0024366", "ISIC_0029861"), ("ISIC_0024777", "ISIC_0029938")]
+
+
+def assert_each_lesion_has_one_split_and_label(store: Store, report: ImportReport) -> pd.Series:
+    """Return the lesions in the order of the version's rows."""
+    dataset = load_dataset(store, report.dataset_id)
+    lesions = pd.Series([i.lesion_id for i in find_images(store, dataset.rows["image_id"].tolist())])
+    assert lesions.notna().all()
+    assert (dataset.rows["split"].groupby(lesions).nunique() == 1).all()
+    assert (dataset.rows["label"].groupby(lesions).nunique() == 1).all()
+    return lesions
+
+
+def test_every_tenth_lesion_of_ham10000(store: Store, ham10000: Path, tmp_path: Path) -> None:
+    """The short form of the next test: real files, and the exact duplicates among them."""
+    whole = pd.read_csv(ham10000 / "HAM10000_metadata.csv")
+    twice = whole.loc[whole["image_id"].isin([name for pair in DUPLICATES for name in pair]), "lesion_id"]
+    table = whole[whole["lesion_id"].isin({*sorted(whole["lesion_id"].unique())[::10], *twice})]
+    folder = tmp_path / "tenth" / "HAM10000_images_part_1"
+    folder.mkdir(parents=True)
+    files = {path.stem: path for path in ham10000.glob("HAM10000_images_part_*/*.jpg")}
+    for name in table["image_id"]:
+        (folder / f"{name}.jpg").symlink_to(files[name])
+    table.to_csv(folder.parent / "HAM10000_metadata.csv", index=False)
+    report = import_folder(store, folder.parent, in_place=True)
+    assert (report.images, report.lesions) == (len(table) - len(DUPLICATES), table["lesion_id"].nunique())
+    assert (report.quarantined, report.unlisted, report.same_bytes) == ([], [], DUPLICATES)
+    assert_each_lesion_has_one_split_and_label(store, report)
+    found = audit_dataset(store, load_dataset(store, report.dataset_id))
+    assert (found.leaked_lesions, found.label_conflicts, found.quarantined) == (0, 0, 0)
+    assert found.random_split.leaked_lesions > 100
+
+
+@pytest.mark.soak
 def test_all_of_ham10000(store: Store, ham10000: Path) -> None:
     """Every lesion on one split, two exact duplicates, nothing lost, in the time that is promised."""
     started = time.process_time()
@@ -409,12 +442,9 @@ def test_all_of_ham10000(store: Store, ham10000: Path) -> None:
     assert (report.images, report.lesions, report.decoded) == (10_013, 7_470, 10_015)
     assert report.quarantined == []
     assert_only_masks_are_listed(report)
-    assert report.same_bytes == [("ISIC_0024366", "ISIC_0029861"), ("ISIC_0024777", "ISIC_0029938")]
+    assert report.same_bytes == DUPLICATES
+    lesions = assert_each_lesion_has_one_split_and_label(store, report)
     dataset = load_dataset(store, report.dataset_id)
-    lesions = pd.Series([i.lesion_id for i in find_images(store, dataset.rows["image_id"].tolist())])
-    assert lesions.notna().all()
-    assert (dataset.rows["split"].groupby(lesions).nunique() == 1).all()
-    assert (dataset.rows["label"].groupby(lesions).nunique() == 1).all()
     table = pd.read_csv(ham10000 / "HAM10000_metadata.csv")
     for code, count in table.groupby("dx")["lesion_id"].nunique().items():
         per_side = lesions[dataset.rows["label"] == code].groupby(dataset.rows["split"]).nunique()
