@@ -21,7 +21,7 @@ from rich.text import Text
 
 from cluster.session import PROBE_TIMEOUT_S, is_listening, require_token_mode
 from cluster.settings import Settings
-from records.errors import RelookError
+from records.errors import ConfigError, RelookError
 from records.home import Home
 from records.redaction import without_secrets
 
@@ -159,13 +159,18 @@ def _ray(settings: Settings) -> Check:
 
 def _serving_port(settings: Settings) -> Check:
     from serving.client import Client
+    from serving.tls import trust_of
 
     host, port = settings.serving.host, settings.serving.port
     holder = _holder(host, port)
     if holder is None:
         return Check(name="port", state="ok", detail=f"{port} is free for the service")
     # A Relook service on this port is what the user wants; only a program that does not speak its API is in the way.
-    with Client(settings.serving.url, timeout_s=PROBE_TIMEOUT_S, retry_s=0.0) as client:
+    try:
+        trust = trust_of(settings.serving)
+    except ConfigError as error:
+        return Check(name="port", state="fail", detail=str(error), fix="see docs/operate.md")
+    with Client(settings.serving.url, timeout_s=PROBE_TIMEOUT_S, retry_s=0.0, verify=trust) as client:
         try:
             client.models()
             ready = client.ready()

@@ -9,6 +9,7 @@ in the transaction of its last write.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -20,7 +21,7 @@ from cluster.promotion import require_key_to_start
 from cluster.provenance import complete_manifest, manifest_file, round_folder, write_change_record, write_manifest
 from cluster.round_steps import RoundContext, StepResult
 from cluster.settings import Settings, settings_hash
-from records import audit
+from records import audit, tracing
 from records.errors import RefusedError
 from records.ids import new_id, utc_now
 from records.lease import LEASE_S, hold
@@ -111,13 +112,19 @@ def run_round(
         write_manifest(run_dir, record, settings)
         context = RoundContext(store, settings, record, run_dir, _recorded_results(store, record))
         tracked = Tracked(settings.tracking, "round", f"{run_dir.name}-{record.id[-8:]}", {"round": record.number})
-        with notifying(settings.round, record.number) as notify_end, tracked:
+        with notifying(settings.round, record.number) as notify_end, tracked, _traced(record, resume):
             for name, step in STEPS:
                 _run_step(context, name, step, _tracking(tracked, on_event))
                 _track(tracked, context, name)
             finished = _finish(context)
         notify_end(finished, context.results)
         return RoundOutcome(finished, context.results)
+
+
+def _traced(record: RoundRecord, resume: bool) -> AbstractContextManager[object]:
+    """Return the first span of the round's trace; one that is resumed has it, unless the kill came before its end."""
+    begin = tracing.span if resume else tracing.trace
+    return begin("resumed round" if resume else "round", record.id, number=record.number)
 
 
 def _tracking(tracked: Tracked, on_event: Callable[[RoundEvent], None]) -> Callable[[RoundEvent], None]:
@@ -175,7 +182,8 @@ def _run_step(
         recorded = True
         tx.add(_step_record(context, name, started_at, result))
 
-    result = step(replace(context, tell=tell, record_with=record))
+    with tracing.span(name, context.record.id):
+        result = step(replace(context, tell=tell, record_with=record))
     # If the process is killed before this commit, the step runs again when the round is resumed. A step that must not
     # run twice has recorded its result already.
     if not recorded:

@@ -168,7 +168,7 @@ def candidates(store: Store, among: list[str] | None = None) -> list[Image]:
     """
     images, known = TABLES[Image], [TABLES[t].c.image_id for t in (SourceLabel, Annotation, ReviewItem)]
     query = sa.select(images).where(
-        images.c.consent.in_([Consent.REVIEW, Consent.TRAINING]),
+        images.c.consent != Consent.NONE,
         images.c.erased_at.is_(None),
         *(~sa.exists().where(column == images.c.id) for column in known),
     )

@@ -23,8 +23,10 @@ from tuning.settings import TuningSettings
 # results, so `settings_hash` leaves them out.
 _PLACES: dict[str, bool | set[str]] = {
     "preset": True,
-    "records": {"home", "database", "blobs", "keep_images_days", "keep_predictions_days"},
-    "serving": {"host", "port", "hooks"},
+    "records": {
+        *("home", "database", "blobs", "keep_images_days", "keep_predictions_days", "trace_endpoint", "trace_share")
+    },
+    "serving": {"host", "port", "hooks", "tls_certificate", "tls_key"},
     "labeling": {"url", "token", "environment", "port", "webhook_url"},
     "tracking": True,
     "cluster": True,

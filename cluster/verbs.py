@@ -184,7 +184,8 @@ def erase_command(
 def consent_command(
     call: Call,
     to: Annotated[
-        Literal["review", "none"], typer.Option("--to", help="The new, lower consent; none erases the images.")
+        Literal["training", "review", "none"],
+        typer.Option("--to", help="The new, lower consent; none erases the images."),
     ],
     images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Full ids of images.")] = None,
     patient: Annotated[

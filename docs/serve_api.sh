@@ -76,6 +76,7 @@ done
 call 200 GET  "/v1/predictions/$id/explanation?target=mel&versus=nv"
 call 200 GET  "/v1/predictions/$id/explanation?format=png"
 call 200 GET  "/v1/predictions/$id/explanation?format=npy"
+call 200 GET  "/v1/predictions/$id/nearest?limit=3"
 call 200 POST '/v1/explanations?method=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 
 # flags, outcomes and events
@@ -113,7 +114,8 @@ call 403 POST /v1/webhooks/label-studio -H 'X-Relook-Webhook-Secret: guessed'
 
 # consent that is taken back, and erasure
 call 200 PATCH  "/v1/images/$image" "${JSON[@]}" -d '{"consent": "review"}'
-call 422 PATCH  "/v1/images/$image" "${JSON[@]}" -d '{"consent": "training"}'
+call 409 PATCH  "/v1/images/$image" "${JSON[@]}" -d '{"consent": "training"}'
+call 422 PATCH  "/v1/images/$image" "${JSON[@]}" -d '{"consent": "display"}'
 call 200 DELETE "/v1/images/$image"
 
 # wrong requests

@@ -27,8 +27,13 @@ _PNG_OPTIONS = (
 
 def overlay_png(image: UInt8Array, heat_map: NDArray[np.floating], alpha: float = 0.6) -> bytes:
     """Draw a map over an image as `overlay` does, and return PNG bytes."""
+    return image_png(overlay(image, heat_map, alpha))
+
+
+def image_png(image: UInt8Array) -> bytes:
+    """Return an image [H, W, 3] as PNG bytes."""
     # Twice as fast as Pillow's writer, which tries every filter on every row; photographs have no runs to find.
-    _, png = cv2.imencode(".png", overlay(image, heat_map, alpha)[..., ::-1], _PNG_OPTIONS)
+    _, png = cv2.imencode(".png", image[..., ::-1], _PNG_OPTIONS)
     return png.tobytes()
 
 

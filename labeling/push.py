@@ -7,6 +7,7 @@ be sent is reported and tried again by the next push; the others are sent.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
+from records import tracing
 from records.errors import DataError, LabelStudioError, LabelStudioRefusedError, UnavailableError, UnknownIdError
 from records.ids import utc_now
 from records.lease import hold
@@ -314,6 +316,14 @@ def _mark_pushed(tx: Transaction, item: ReviewItem, project_id: int, task_id: in
     """Record the task of an item; what an adopted task shows is unknown, so its hash makes it refreshed once."""
     changes = {"state": ReviewState.PUSHED, "project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
     tx.update(ReviewItem, item.id, **changes, sent_hash="adopted" if adopted else content_hash(item))
+    if tracing.is_on():
+        _trace_task(tx, item)
+
+
+def _trace_task(tx: Transaction, item: ReviewItem) -> None:
+    """Record the task in the trace of the request that it came from."""
+    prediction = tx.get(Prediction, item.prediction_id) if item.prediction_id else None
+    tracing.record("task", [prediction.request_id if prediction else item.id], now := time.time_ns(), now)
 
 
 @dataclass(frozen=True)

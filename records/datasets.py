@@ -28,7 +28,7 @@ from records.ledger.tables import TABLES
 from records.schemas import from_arrow, to_arrow
 from records.store import Store
 from records.types import (
-    Consent,
+    TRAINABLE,
     DatasetRecord,
     Group,
     ManifestRow,
@@ -130,7 +130,7 @@ def build_version(
     version = _write(store, version, round_number, parent_id)
     is_new = known.strongest["label_source"].str.startswith("annotator:")
     is_held_out = is_new & (known.strongest["split"].fillna(Split.TRAIN.value) != Split.TRAIN.value)
-    no_consent = known.images["consent"] != Consent.TRAINING.value
+    no_consent = ~known.images["consent"].isin([consent.value for consent in TRAINABLE])
     return BuildReport(
         version=version,
         new_labels=tuple(known.strongest.loc[is_new, "image_id"]),

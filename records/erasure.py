@@ -24,6 +24,8 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 
 from records import audit
+from records.cases import FILE as CASES_FILE
+from records.cases import remove_cases
 from records.durable import write_file
 from records.errors import RelookError, UnavailableError, UnknownIdError
 from records.ids import utc_now
@@ -32,6 +34,7 @@ from records.ledger.ledger import reachable
 from records.ledger.tables import TABLES, any_of
 from records.store import Store
 from records.types import (
+    TRAINABLE,
     Annotation,
     AuditEvent,
     Consent,
@@ -39,6 +42,7 @@ from records.types import (
     EventRecord,
     Flag,
     Image,
+    ModelRecord,
     Outcome,
     Prediction,
     Quarantined,
@@ -268,7 +272,7 @@ def erased_ids(tx: Transaction) -> set[str]:
 def unusable_ids(tx: Transaction) -> set[str]:
     """Return the ids of images that were erased or whose consent to training was taken back."""
     images = TABLES[Image].c
-    lowered = sa.and_(images.consent_lowered_at.is_not(None), images.consent != Consent.TRAINING)
+    lowered = sa.and_(images.consent_lowered_at.is_not(None), images.consent.not_in(TRAINABLE))
     return set(tx.connection.scalars(sa.select(images.id).where(sa.or_(images.erased_at.is_not(None), lowered))))
 
 
@@ -374,6 +378,14 @@ def _erase_reports(store: Store, image_ids: Collection[str]) -> int:
     return changed
 
 
+def _erase_cases(store: Store, image_ids: Collection[str]) -> int:
+    """Take images out of the confirmed cases of all bundles, also of those that lie outside the home."""
+    with store.ledger.read() as tx:
+        outside = {Path(model.path) for model in tx.find(ModelRecord)}
+    folders = {path.parent for path in store.home.bundles.glob(f"*/{CASES_FILE}")} | outside
+    return sum(remove_cases(folder, set(image_ids)) for folder in sorted(folders))
+
+
 EVENT_IMAGES = "tensorboard/images"
 """Folder in a run's, with images in the event files of TensorBoard."""
 SHOWN_IMAGES = "shown.json"
@@ -445,6 +457,7 @@ BLOBS = Place("blobs", "blobs", "images, and heat maps over them", _erase_blobs)
 RECORDS_PLACES: tuple[Place, ...] = (
     BLOBS,
     Place("reports", "bundles, runs", "images that a report embeds; Relook itself writes none there", _erase_reports),
+    Place("confirmed cases", "bundles", "features and classes of images shown beside predictions", _erase_cases),
     Place("event files", "runs", "images that TensorBoard shows of a training", _erase_event_images),
     Place("backups", "folders of `relook backup`", "all of it, as it was", note_in_backups),
     Place("ledger file", "ledger.db", "rows as they were before", _rewrite_file),

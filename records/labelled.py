@@ -18,7 +18,7 @@ from records.ids import utc_now
 from records.ledger import Transaction
 from records.ledger.tables import TABLES, any_of
 from records.store import Store
-from records.types import LABEL_RANK, Consent, Group, Image, ResolvedLabel, SourceLabel, Split
+from records.types import LABEL_RANK, TRAINABLE, Group, Image, ResolvedLabel, SourceLabel, Split
 
 _ROWS_AT_ONCE = 50_000
 _RANKS = {confirmation.value: rank for confirmation, rank in LABEL_RANK.items()}
@@ -88,7 +88,7 @@ def read_known(store: Store, annotators: pd.DataFrame) -> Known:
         raise IntegrityError(f"the ledger has images in a group {lost.iloc[0]!r} that it does not know")
     labels = labels.assign(group_id=labels["target_id"]).drop(columns="target_id")
     owned = labels[["image_id", "group_id", "consent"]].drop_duplicates("image_id")
-    labels = labels[(labels["consent"] == Consent.TRAINING.value) & labels["group_id"].notna()]
+    labels = labels[labels["consent"].isin([consent.value for consent in TRAINABLE]) & labels["group_id"].notna()]
     if labels.empty:
         why = f"none of {len(owned)} labelled images has both consent for training and a group"
         raise DataError(f"{why if len(owned) else 'no image has a label yet'}; import a folder with diagnoses first")

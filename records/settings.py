@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -71,6 +72,12 @@ class RecordsSettings(RoomSettings):
         description="second store for heads of the audit chain, which this machine's operator cannot rewrite: the path "
         "or file:// URL of an append-only log, or an s3:// or gs:// prefix with object lock; null is none",
     )
+    trace_endpoint: str | None = Field(
+        default=None,
+        description="URL of an OpenTelemetry collector that takes traces as OTLP over HTTP, such as "
+        "http://127.0.0.1:4318/v1/traces; null records none",
+    )
+    trace_share: float = Field(default=1.0, ge=0, le=1, description="share of requests and rounds that are traced")
     keep_images_days: int | None = Field(
         default=None,
         ge=1,
@@ -96,6 +103,14 @@ class RecordsSettings(RoomSettings):
                 "kept at least as long as its image"
             )
         return self
+
+    @field_validator("trace_endpoint")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        found = urlsplit(value or "")
+        if value is not None and (found.scheme not in ("http", "https") or not found.hostname or found.username):
+            raise ValueError("it is not a URL such as http://127.0.0.1:4318/v1/traces, without a name or password")
+        return value
 
     @field_validator("audit_key_file")
     @classmethod

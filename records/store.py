@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 
-from records import audit
+from records import audit, tracing
 from records.audit import head_file, open_chain
 from records.blobs import BlobStore, open_blobs
 from records.errors import DataError, IntegrityError, TaxonomyError, UnknownIdError
@@ -90,6 +90,9 @@ def open_store(settings: RecordsSettings) -> Store:
     blobs = open_blobs(settings.blobs or str(home.blobs), sync=settings.durability == "full")
     # Passed to Ray workers, which start in another folder, so the path has to be absolute.
     settings = settings.model_copy(update={"home": home.root})
+    if settings.trace_endpoint is not None:
+        # Here, since every process that works on a store opens it: replicas, pushes and rounds alike.
+        tracing.start(settings.trace_endpoint, settings.trace_share)
     return Store(settings, home, taxonomy, ledger, blobs)
 
 

@@ -10,6 +10,7 @@ may share a client.
 """
 
 import json
+import ssl
 import time
 import uuid
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ from serving.schemas import (
     ModelDetails,
     ModelInfo,
     ModelList,
+    NearestCases,
     OutcomeRequest,
     OutcomeResponse,
     PredictionPage,
@@ -72,6 +74,7 @@ class Client:
         timeout_s: of one attempt, seconds.
         retry_s: time during which a request is repeated while the service is unreachable or busy, seconds.
         transport: an httpx transport, to call an app without a network.
+        verify: what certificates are checked by; True is the public certificate authorities.
     """
 
     def __init__(
@@ -82,13 +85,14 @@ class Client:
         timeout_s: float = 30.0,
         retry_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
+        verify: ssl.SSLContext | bool = True,
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._retry_s = retry_s
         self._timeout_s = timeout_s
         # trust_env off: a proxy that the environment sets for the internet must not see the images.
         self._http = httpx.Client(
-            base_url=base_url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+            base_url=base_url, headers=headers, timeout=timeout_s, transport=transport, verify=verify, trust_env=False
         )
 
     def __enter__(self) -> Self:
@@ -201,6 +205,21 @@ class Client:
             RefusedError: its image was not stored.
         """
         return _parsed(Explanation, self._explain(prediction_id, method, target, "json", versus))
+
+    def nearest(self, prediction_id: str, *, limit: int = 3) -> NearestCases:
+        """Return the confirmed cases that are most like the image of a stored prediction.
+
+        Args:
+            prediction_id: 32 hex characters.
+            limit: number of cases, at most.
+        Returns:
+            The cases, the nearest first; there may be none.
+        Raises:
+            UnknownIdError: there is no such prediction.
+            RefusedError: its image was not stored.
+        """
+        path = f"/v1/predictions/{prediction_id}/nearest"
+        return _parsed(NearestCases, self._send("GET", path, params={"limit": limit}))
 
     def explanation_png(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> bytes:
         """Return the overlay as PNG bytes; see `explanation`."""

@@ -15,7 +15,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -31,7 +31,7 @@ from serving.collector import freeze_what_stays
 from serving.explainer_threads import ExplainerThreads
 from serving.hooks.delivery import Hooks
 from serving.in_process import run_here
-from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
+from serving.messages import FoundCase, HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.metrics import Metrics, Samples
 from serving.page_proxy import PageAddress, PageProxy, RequireToken
 from serving.remote import APPLICATION, Failure, RemoteCounts, RemoteService, called, failure
@@ -47,6 +47,8 @@ METRICS_S = 1.0
 """How often the load is reported to the autoscaler, seconds."""
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class PredictorReplica:
@@ -163,7 +165,11 @@ class ExplainerReplica:
         """Explain an image that is not stored; see `Explainer.explain_image`."""
         return await self._in_thread(method, self._explainer.explain_image, image, method, target, versus)
 
-    async def _in_thread(self, method: Method, function: Callable[..., HeatMap], *arguments: Any) -> HeatMap | Failure:
+    async def nearest(self, prediction: Prediction, limit: int) -> list[FoundCase] | Failure:
+        """Find confirmed cases like a stored prediction's image; see `Explainer.nearest`."""
+        return await self._in_thread("gradcam", self._explainer.nearest, prediction, limit)
+
+    async def _in_thread(self, method: Method, function: Callable[..., T], *arguments: Any) -> T | Failure:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads.of(method), function, *arguments)
         except RelookError as error:
@@ -277,6 +283,7 @@ class ListeningIngress(_Ingress):
 
     def __init__(self, settings: ServingSettings, records: RecordsSettings, *handles: Any) -> None:
         from serving.http_server import HttpServer, limits_of
+        from serving.tls import certificate_of
 
         super().__init__(settings, records, *handles)
         self._server = HttpServer(
@@ -285,6 +292,7 @@ class ListeningIngress(_Ingress):
             settings.port,
             limits_of(settings, self._app.on_response),
             shares_port=settings.ingress_max_replicas > 1,
+            certificate=certificate_of(settings),
         )
 
     async def check_health(self) -> None:

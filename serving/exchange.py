@@ -55,6 +55,8 @@ class Exchange:
         self._refusal: Problem | None = None
         self._replaced = False
         self.started = False
+        self.status = 0
+        """of the response, once it has begun"""
         self._bodies: Shares | None = None
         self._owner: str | None = None
         self._limit_bytes = self._held_bytes = 0
@@ -134,7 +136,8 @@ class Exchange:
 
     def _complete(self, message: Message) -> None:
         self.started = True
-        self._on_response(self._scope["state"].get("ended", message["status"]))
+        self.status = self._scope["state"].get("ended", message["status"])
+        self._on_response(self.status)
         headers = MutableHeaders(scope=message)
         headers["X-Request-Id"] = self._scope["state"]["request_id"]
         for name, value in SECURITY_HEADERS.items():

@@ -11,11 +11,12 @@ import numpy as np
 
 from images.decode import decode_square, decode_squares
 from records.errors import DataError, RefusedError, UnavailableError, UnknownIdError
-from records.models import registered_bundle, serving_model
+from records.models import bundle_folder, registered_bundle, serving_model
 from records.store import Store, read_image
 from records.types import Consent, Image, ModelRecord, Prediction
 from serving.images import attribution_map, take_in
-from serving.messages import HeatMap, Method
+from serving.messages import FoundCase, HeatMap, Method
+from serving.nearest import CaseFinder
 from serving.settings import ServingSettings
 from vision.explanations.methods import METHODS
 from vision.inference.attribution import attribute
@@ -33,6 +34,7 @@ class Explainer:
         self._settings = settings
         self._models: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
         self._loading = threading.Lock()
+        self._cases = CaseFinder(store, settings.overlay_side_px)
 
     def explain(self, prediction: Prediction, method: Method, target: str | None, versus: str | None = None) -> HeatMap:
         """Return a heat map of a stored prediction.
@@ -51,8 +53,28 @@ class Explainer:
         """
         wanted = target or prediction.label or self._store.taxonomy.codes[0]
         self._check_classes(wanted, versus)
-        image = self._image(prediction)
+        _, image = self._image(prediction)
         return self._map(self._model(prediction.model_id, prediction.precision, method), image, method, wanted, versus)
+
+    def nearest(self, prediction: Prediction, limit: int) -> list[FoundCase]:
+        """Return the confirmed cases that are most like the image of a stored prediction, to the model that made it.
+
+        Args:
+            prediction: whose image is stored.
+            limit: number of cases, at most.
+        Returns:
+            The nearest first; fewer, or none, if the model has no more that may be shown.
+        Raises:
+            RefusedError: the image was not stored.
+            UnknownIdError: the model is not registered any more.
+            IntegrityError: the model's cases cannot be read.
+        """
+        own, image = self._image(prediction)
+        loaded = self._model(prediction.model_id, prediction.precision, "gradcam")
+        with self._store.ledger.read() as tx:
+            folder = bundle_folder(self._store, tx.require(ModelRecord, prediction.model_id))
+        pixels = decode_square(image, loaded.geometry.side_px)
+        return self._cases.find(loaded, folder, pixels, own, limit)
 
     def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Return a heat map of an image by the model that serves now. Nothing is stored.
@@ -97,7 +119,7 @@ class Explainer:
             raise RefusedError("the model has no finite output for this image, so there is nothing to explain")
         return attribution_map(loaded, found, squares[drawn_px], method, target, versus, self._settings.overlay_alpha)
 
-    def _image(self, prediction: Prediction) -> bytes:
+    def _image(self, prediction: Prediction) -> tuple[Image, bytes]:
         with self._store.ledger.read() as tx:
             image = tx.get(Image, prediction.image_id)
         if image is None or image.erased_at is not None or prediction.consent is Consent.NONE:
@@ -106,8 +128,8 @@ class Explainer:
                 "send it again with ?explain=gradcam"
             )
         if self._store.blobs.has(image.id):
-            return self._store.blobs.get(image.id)
-        return read_image(self._store, image)
+            return image, self._store.blobs.get(image.id)
+        return image, read_image(self._store, image)
 
     def _model(self, model_id: str, precision: str, method: Method) -> LoadedModel:
         # Some methods need fp32, whatever precision the prediction was computed in.

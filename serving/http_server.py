@@ -18,6 +18,7 @@ from records.errors import ConfigError, UnavailableError
 from serving.access.proxies import Proxies
 from serving.connections import ConnectionLimits, Connections
 from serving.settings import ServingSettings
+from serving.tls import Certificate
 
 BACKLOG = 512
 KEEP_ALIVE_S = 75
@@ -44,6 +45,7 @@ class HttpServer:
         port: TCP port; 0 picks a free one.
         limits: of its connections; None for a listener that only this program calls.
         shares_port: whether other processes listen on the port, too; the kernel divides connections among them.
+        certificate: for TLS; None listens without.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class HttpServer:
         limits: ConnectionLimits | None = None,
         *,
         shares_port: bool = False,
+        certificate: Certificate | None = None,
     ) -> None:
         self._address = (host, port)
         self._shares_port = shares_port
@@ -65,10 +68,12 @@ class HttpServer:
             app, log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S, ws="none",
             http="httptools" if self._connections is None else cast(Any, self._connections.protocol),
+            ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
         )  # fmt: skip
+        self._certificate = certificate
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listen, and return once requests are accepted.
@@ -80,8 +85,8 @@ class HttpServer:
         listening = bind(*self._address, shared=self._shares_port)
         self.port = listening.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
-        if self._connections is not None:
-            self._watch = asyncio.create_task(self._connections.watch())
+        watched = (self._connections, self._certificate)
+        self._watches = [asyncio.create_task(one.watch()) for one in watched if one is not None]
         # uvicorn sets a flag and no event, so it has to be polled.
         while not self._server.started:
             if self._task.done():
@@ -97,7 +102,7 @@ class HttpServer:
         """
         if self._task is None:
             await self.start()
-        elif self._task.done() or (self._watch is not None and self._watch.done()):
+        elif self._task.done() or any(watch.done() for watch in self._watches):
             raise UnavailableError("the HTTP listener ended")
 
     async def stop(self) -> None:
@@ -105,8 +110,8 @@ class HttpServer:
         if self._task is not None:
             self._server.should_exit = True
             await asyncio.wait([self._task], timeout=DRAIN_S + 5)
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
 
 
 def limits_of(settings: ServingSettings, on_response: Callable[[int], None]) -> ConnectionLimits:

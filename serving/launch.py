@@ -26,6 +26,7 @@ from serving.deployments import APPLICATION, build_application, proxy_options, s
 from serving.preconditions import require_startable
 from serving.replicas import require_room
 from serving.settings import ServingSettings
+from serving.tls import trust_of
 
 __all__ = ["ServiceHandle", "require_startable", "run_service", "serve_environment", "start_service"]
 
@@ -106,7 +107,7 @@ def _wait_until_ready(settings: ServingSettings, admin: str) -> None:
     deadline = time.monotonic() + settings.start_timeout_s
     detail = "no readiness check succeeded yet"
     # With the administrator's key, to which the service tells why it is not ready.
-    with Client(settings.url, admin, timeout_s=5.0, retry_s=0.0) as client:
+    with Client(settings.url, admin, timeout_s=5.0, retry_s=0.0, verify=trust_of(settings)) as client:
         while time.monotonic() < deadline:
             application = serve.status().applications.get(APPLICATION)
             if application is not None and application.status == "DEPLOY_FAILED":

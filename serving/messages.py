@@ -52,6 +52,18 @@ class HeatMap:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundCase:
+    """An image with a confirmed diagnosis."""
+
+    image_id: str
+    label: str
+    label_rank: int
+    distance: float
+    """over the largest distance that is accepted as like the training images"""
+    png: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StoredPrediction:
     """A committed prediction with its review item; the heat map only if it was computed with the prediction."""
 

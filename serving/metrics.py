@@ -76,6 +76,9 @@ class Metrics:
         self.explained = Counter("relook_explanations", "Heat maps computed", ("method",), registry=self.registry)
         self.flagged = Counter("relook_flags", "Flags", ("reason",), registry=self.registry)
         self._responses = Counter("relook_responses", "HTTP responses", ("status",), registry=self.registry)
+        # From zero: a rate is only known of a series that was there before.
+        for status in ("200", "500", "503"):
+            self._responses.labels(status=status)
         # Apart from the others: every ingress reads the same from the ledger.
         self._of_ledger = CollectorRegistry()
         self._waiting = Gauge("relook_tasks_waiting", "Open review items", ("state",), registry=self._of_ledger)

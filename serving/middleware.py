@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from records import tracing
 from records.errors import RelookError
 from records.ids import new_id
 from serving.access.proxies import Proxies
@@ -76,7 +77,7 @@ class RequestMiddleware:
             await exchange.respond(refused)
             return
         try:
-            await self._serve(scope, exchange)
+            await self._traced(scope, exchange)
         except Exception as error:
             if exchange.was_cancelled:
                 # What fails once nobody listens is no fault: reading the rest of a body, above all.
@@ -90,6 +91,20 @@ class RequestMiddleware:
             elif not isinstance(error, RelookError):
                 logger.exception("request %s was refused late", request_id)
             await exchange.respond(found)
+
+    async def _traced(self, scope: Scope, exchange: Exchange) -> None:
+        """Let the app respond, within the first span of the request's trace if traces are recorded."""
+        if not tracing.is_on() or scope["path"] in HEALTH_PATHS or self._app(scope) is self._page:
+            await self._serve(scope, exchange)
+            return
+        request_id, method = scope["state"]["request_id"], scope["method"]
+        with tracing.trace("request", request_id, **{"http.request.method": method}) as found:
+            try:
+                await self._serve(scope, exchange)
+            finally:
+                # The route and not the path, in which ids and names may be.
+                found["http.route"] = getattr(scope.get("route"), "path", "none")
+                found["http.response.status_code"] = exchange.status
 
     async def _serve(self, scope: Scope, exchange: Exchange) -> None:
         """Check who sends a request and how large it may be, then let the app respond."""

@@ -7,13 +7,15 @@ from records.store import open_store
 from serving.access.keys import admin_token, has_keys
 from serving.http_server import require_free_port
 from serving.settings import ServingSettings
+from serving.tls import certificate_of
 
 
 def require_startable(settings: ServingSettings, records: RecordsSettings) -> None:
     """Check the preconditions of a start.
 
-    Raises ConfigError if the port is in use, or reachable from outside or by a proxy while there is no key;
-    UnknownIdError if no model was promoted; UnavailableError if the ledger cannot be reached.
+    Raises ConfigError if the port is in use, or reachable from outside or by a proxy while there is no key,
+    or its certificate cannot be used; UnknownIdError if no model was promoted; UnavailableError if the ledger cannot
+    be reached.
     """
     # The port first: the check is immediate, while opening the ledger may wait for a database.
     require_free_port(settings.host, settings.port)
@@ -22,6 +24,7 @@ def require_startable(settings: ServingSettings, records: RecordsSettings) -> No
 
 def require_servable(settings: ServingSettings, records: RecordsSettings) -> None:
     """Check what a service needs wherever it runs; see `require_startable`."""
+    certificate_of(settings)
     store = open_store(records)
     try:
         admin_token(store.home)

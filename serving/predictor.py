@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from images.decode import CostlyError, decode_if_cheap, decode_squares
+from records import tracing
 from records.arrays import UInt8Array
 from records.errors import UnavailableError
 from records.images import is_dicom
@@ -186,10 +187,11 @@ class Predictor:
         return same_image(stored, image)
 
     async def _predict(self, request: PredictionRequest) -> StoredPrediction:
-        try:
-            prepared = await self._in(self._decode_threads, self._prepare, request, decode_if_cheap)
-        except CostlyError:
-            prepared = await self._prepare_costly(request)
+        with tracing.span("decode", request.request_id):
+            try:
+                prepared = await self._in(self._decode_threads, self._prepare, request, decode_if_cheap)
+            except CostlyError:
+                prepared = await self._prepare_costly(request)
         if isinstance(prepared, StoredPrediction):
             return prepared
         queued = _QueuedJob(prepared, asyncio.get_running_loop().create_future())
@@ -331,9 +333,11 @@ class Predictor:
         jobs = [queued.job for queued in batch]
         # The setting applies to the calling thread only, so every forward pass sets it.
         torch.set_num_threads(num_threads)
-        began_s = time.perf_counter()
+        began_s, began_ns = time.perf_counter(), time.time_ns()
         output = jobs[0].model.loaded.predict(np.stack([job.pixels for job in jobs]), gradcam=True)
         each_s = (time.perf_counter() - began_s) / len(jobs)
+        ids = [job.request.request_id for job in jobs]
+        tracing.record("forward", ids, began_ns, time.time_ns(), images=len(jobs), threads=num_threads)
         selected = self._candidate.select(assignment_keys(jobs), RolloutStage.CANARY)
         if selected is None:
             return output, None
@@ -348,7 +352,7 @@ class Predictor:
         output: BatchOutput,
         candidate: CandidateOutput | None,
     ) -> None:
-        jobs = [queued.job for queued in batch]
+        jobs, began_ns = [queued.job for queued in batch], time.time_ns()
         try:
             record = self._recorder.record
             results = await self._in(self._write_thread, record, jobs, kept, output, candidate, self._candidate)
@@ -357,6 +361,8 @@ class Predictor:
             logger.exception("a batch was not written")
             _fail(batch, error)
             return
+        ids = [job.request.request_id for job in jobs]
+        tracing.record("commit", ids, began_ns, time.time_ns(), images=len(jobs))
         # Results are returned only after the commit, so a crash cannot lose a prediction that a caller has seen.
         for queued, result in zip(batch, results, strict=True):
             # A request that was cancelled has a cancelled future; its prediction stays stored.

@@ -21,7 +21,7 @@ from records.types import Prediction
 from serving.access.together import Ask, Held, SharedLimits
 from serving.grouping import CallGrouping
 from serving.in_process import InProcessHandle
-from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
+from serving.messages import FoundCase, HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.metrics import Samples
 from serving.settings import ServingSettings
 
@@ -170,6 +170,11 @@ class RemoteService:
         """Explain an image that is not stored; see `Explainer.explain_image`."""
         heat_map: HeatMap = await called(self._explainer.explain_image.remote(image, method, target, versus))
         return heat_map
+
+    async def nearest(self, prediction: Prediction, limit: int) -> list[FoundCase]:
+        """Find confirmed cases like a stored prediction's image; see `Explainer.nearest`."""
+        cases: list[FoundCase] = await called(self._explainer.nearest.remote(prediction, limit))
+        return cases
 
     async def state(self) -> ServingState:
         """Return which model serves, or why none does, and which replicas do not."""

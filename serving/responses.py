@@ -16,13 +16,14 @@ from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import Consent, Decision, Flag, ModelRecord, Prediction, ReviewItem, ReviewState, Rollout
 from serving.access.keys import Caller
-from serving.messages import HeatMap, StoredPrediction
+from serving.messages import FoundCase, HeatMap, StoredPrediction
 from serving.outbox import review_of
 from serving.problems import problem_of
 from serving.rollout.guardrails import GUARDRAILS, log_evidence, threshold
 from serving.schemas import (
     BatchItem,
     BatchResponse,
+    ConfirmedCase,
     Context,
     Explanation,
     FlagResponse,
@@ -30,6 +31,7 @@ from serving.schemas import (
     LesionSummary,
     ModelInfo,
     ModelRef,
+    NearestCases,
     PredictionPage,
     PredictionResponse,
     Reason,
@@ -37,7 +39,7 @@ from serving.schemas import (
     RolloutInfo,
 )
 from serving.triage import CAUTION
-from serving.words import reason_text
+from serving.words import CONFIRMED_BY, reason_text
 
 EVERY_ORGANISATION = ""
 """No organisation has this name, so only a caller who may see all organisations may see it."""
@@ -116,13 +118,28 @@ def explanation_body(heat_map: HeatMap) -> Explanation:
     )
 
 
+def nearest_body(prediction: Prediction, found: Sequence[FoundCase]) -> NearestCases:
+    """Return the body of the confirmed cases that are like a prediction's image."""
+    cases = [
+        ConfirmedCase(
+            image_id=case.image_id,
+            label=case.label,
+            confirmed_by=CONFIRMED_BY[case.label_rank],
+            distance=case.distance,
+            png_base64=base64.b64encode(case.png).decode(),
+        )
+        for case in found
+    ]
+    return NearestCases(prediction_id=prediction.id, model_id=prediction.model_id, cases=cases)
+
+
 def flag_body(flag: Flag, item: ReviewItem, consent: Consent) -> FlagResponse:
     """Return the body of a flag; `consent` of the image decides whether a model may learn from the annotation."""
     if item.state is ReviewState.PUSHED:
         next_step = "The annotators already have this image; your flag moved it up in their queue."
     else:
         next_step = "Your flag is stored and the image goes to an annotator."
-    learns = " The next model can learn from the annotation." if consent is Consent.TRAINING else ""
+    learns = " The next model can learn from the annotation." if consent.allows_training else ""
     return FlagResponse(
         id=flag.id,
         prediction_id=flag.prediction_id,

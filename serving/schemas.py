@@ -126,6 +126,26 @@ class Explanation(Body):
     png_base64: str = Field(description="the map drawn over the image, PNG")
 
 
+class ConfirmedCase(Body):
+    """An image of the train split with a confirmed diagnosis."""
+
+    image_id: str
+    label: str = Field(description="class code of the confirmed diagnosis")
+    confirmed_by: str = Field(description="how the diagnosis was confirmed")
+    distance: FiniteFloat = Field(
+        ge=0, description="of the model's features; 1 is the largest that is accepted as like the training images"
+    )
+    png_base64: str = Field(description="its centre square, PNG")
+
+
+class NearestCases(Body):
+    """Confirmed cases that are like an image to the model; not its diagnosis."""
+
+    prediction_id: PredictionId
+    model_id: str
+    cases: list[ConfirmedCase] = Field(description="nearest first, one of each group; empty if none may be shown")
+
+
 class PredictionResponse(Body):
     """A stored prediction."""
 
@@ -240,7 +260,9 @@ class ErasureResponse(Body):
 class ConsentRequest(Body):
     """Consent that a person took back."""
 
-    consent: Literal[Consent.NONE, Consent.REVIEW] = Field(description="the new, lower consent; none erases the image")
+    consent: Literal[Consent.NONE, Consent.REVIEW, Consent.TRAINING] = Field(
+        description="the new, lower consent; none erases the image"
+    )
 
 
 class ImageConsent(Body):

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from records.store import Store
 from records.types import Prediction
-from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
+from serving.messages import FoundCase, HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.settings import ServingSettings
 
 
@@ -33,6 +33,10 @@ class Service(Protocol):
 
     async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Explain an image that is not stored; see `Explainer.explain_image`."""
+        ...
+
+    async def nearest(self, prediction: Prediction, limit: int) -> list[FoundCase]:
+        """Find confirmed cases like a stored prediction's image; see `Explainer.nearest`."""
         ...
 
     async def state(self) -> ServingState:

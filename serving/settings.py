@@ -5,6 +5,7 @@ Nothing is read from the environment here; the cluster room composes settings fr
 
 import ipaddress
 import math
+import os
 import re
 from pathlib import Path
 from typing import Literal, Self
@@ -24,6 +25,12 @@ class ServingSettings(ReplicaSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on; beyond loopback only once a key exists")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of API and page")
+    tls_certificate: Path | None = Field(
+        default=None,
+        description="PEM file of the certificate with its chain, for TLS by the service itself; read again when it "
+        "changes; null is HTTP",
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file of the private key of tls_certificate")
     page: bool = Field(default=True, description="serve the web page at /")
     page_folder: Path | None = Field(
         default=None,
@@ -143,7 +150,7 @@ class ServingSettings(ReplicaSettings):
         default=24.0, gt=0, le=8760, description="how soon an annotator should see an urgent image, hours"
     )
     default_consent: Consent = Field(
-        default=Consent.TRAINING, description="consent of a request that names none: none, review or training"
+        default=Consent.TRAINING, description="consent of a request that names none: none, review, training or display"
     )
     keep: bool = Field(
         default=True,
@@ -170,6 +177,20 @@ class ServingSettings(ReplicaSettings):
             except ValueError as error:
                 raise ValueError(f"{value!r} is not an IP address; use 127.0.0.1, ::1 or localhost") from error
         return value
+
+    @field_validator("tls_certificate", "tls_key")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # Replicas run in other working folders.
+        return None if value is None else Path(os.path.abspath(value.expanduser()))
+
+    @model_validator(mode="after")
+    def _certificate_has_a_key(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; set both, or neither")
+        if self.tls_certificate is not None and self.http != "own":
+            raise ValueError("tls_certificate is for the service's own listener; set http=own, or end TLS before it")
+        return self
 
     @field_validator("root_path")
     @classmethod
@@ -272,7 +293,7 @@ class ServingSettings(ReplicaSettings):
         anywhere = self.host != "localhost" and ipaddress.ip_address(self.host).is_unspecified
         host = ("::1" if ":" in self.host else "127.0.0.1") if anywhere else self.host
         host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.port}"
+        return f"{'http' if self.tls_certificate is None else 'https'}://{host}:{self.port}"
 
 
 def compute_threads(cpus: float) -> int:

@@ -25,6 +25,9 @@ FLAG_WORDS: dict[FlagReason, str] = {
 }
 
 
+CONFIRMED_BY = {0: "histopathology", 1: "confocal microscopy or follow-up"}
+"""How a diagnosis was confirmed, by the rank of its label."""
+
 QUALITY_WORDS: dict[str | None, str] = {
     QualityReason.TOO_SMALL: "The image has too few pixels; take it from closer or with a better camera.",
     QualityReason.TOO_DARK: "The image is too dark; take it again with more light.",

@@ -33,6 +33,7 @@ from serving.explainer import Explainer
 from serving.http_server import HttpServer, limits_of
 from serving.predictor import Predictor
 from serving.settings import ServingSettings
+from serving.tls import certificate_of
 from tests.ports import free_port
 
 SIDE_PX = 64
@@ -141,7 +142,8 @@ def run_service(store: Store, settings: ServingSettings, page: bool = False) -> 
 
             web_page = page_app(settings, store)
         app = create_app(service, web_page)
-        server = HttpServer(app, settings.host, settings.port, limits_of(settings, app.on_response))
+        limits = limits_of(settings, app.on_response)
+        server = HttpServer(app, settings.host, settings.port, limits, certificate=certificate_of(settings))
         await server.start()
         return predictor, server
 

@@ -35,6 +35,7 @@ MODULES = {
     "label-studio-sdk": "label_studio_sdk",
     "mlflow-skinny": "mlflow",
     "opencv-python-headless": "cv2",
+    "opentelemetry-sdk": "opentelemetry",
     "pillow": "PIL",
     "pyyaml": "yaml",
 }

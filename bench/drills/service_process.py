@@ -27,7 +27,7 @@ from records.types import Cursor, Prediction
 from serving.app import create_app
 from serving.explainer import Explainer
 from serving.http_server import HttpServer
-from serving.messages import HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
+from serving.messages import FoundCase, HeatMap, Method, PredictionRequest, ServingState, StoredPrediction
 from serving.predictor import Predictor
 from serving.settings import ServingSettings
 
@@ -58,6 +58,10 @@ class LocalService:
     async def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Explain an image that is not stored."""
         return await asyncio.to_thread(self.explainer.explain_image, image, method, target, versus)
+
+    async def nearest(self, prediction: Prediction, limit: int) -> list[FoundCase]:
+        """Find confirmed cases like its image."""
+        return await asyncio.to_thread(self.explainer.nearest, prediction, limit)
 
     async def state(self) -> ServingState:
         """Return which model serves."""

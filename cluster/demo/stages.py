@@ -36,7 +36,7 @@ from records.errors import IntegrityError, UnavailableError
 from records.lineage import trace
 from records.models import find_bundle, register, serve_model, serving_model
 from records.store import Store, find_images, read_image
-from records.types import Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
+from records.types import Consent, Image, ModelRecord, ModelStatus, Prediction, ReviewItem, RoundRecord
 from serving.client import Client
 from trainers.fitting.epoch_report import EpochReport
 from tuning.trials import SearchEvent
@@ -103,6 +103,8 @@ def gather_data(demo: Demo, data: Path | None, columns: Mapping[str, str] | None
         columns=columns,
         withhold_share=settings.demo.withhold_share,
         side_px=(settings.trainers.model.side_px,),
+        # Nobody is in a generated image; what others agreed to is theirs to say.
+        consent=Consent.DISPLAY if data is None else Consent.TRAINING,
     )
     # The truth stays outside the ledger, where no stage but the simulated annotator and the traffic reads it.
     report.withheld.to_parquet(home.demo / "truth.parquet", index=False)

@@ -3,6 +3,7 @@
 from records.types.base import Record
 from records.types.images import (
     LABEL_RANK,
+    TRAINABLE,
     Confirmation,
     Consent,
     Group,
@@ -42,6 +43,7 @@ from records.types.predictions import (
 
 __all__ = [
     "LABEL_RANK",
+    "TRAINABLE",
     "Annotation",
     "AnnotationKind",
     "ApiKey",

@@ -14,6 +14,16 @@ class Consent(StrEnum):
     NONE = "none"
     REVIEW = "review"
     TRAINING = "training"
+    DISPLAY = "display"
+
+    @property
+    def allows_training(self) -> bool:
+        """Whether models may be trained on the image."""
+        return self in TRAINABLE
+
+
+TRAINABLE = (Consent.TRAINING, Consent.DISPLAY)
+"""Levels that allow training; `display` also lets users of the service see the image beside others like it."""
 
 
 class Split(StrEnum):

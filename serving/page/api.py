@@ -4,7 +4,8 @@ In: a visitor's request, beside which `access` put the key of its session. Out: 
 it. Keys are not stored; what is cached is the same for every visitor.
 """
 
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import gradio as gr
@@ -23,11 +24,14 @@ class PageApi:
     Args:
         url: base URL of the API.
         taxonomy: its class names and malignant classes are shown.
+        trust: returns what the certificate of the API is checked by, for each client, since it may have been renewed;
+            None is what every client uses.
     """
 
-    def __init__(self, url: str, taxonomy: Taxonomy) -> None:
+    def __init__(self, url: str, taxonomy: Taxonomy, trust: Callable[[], ssl.SSLContext | bool] | None = None) -> None:
         self._url = url
-        self._anonymous = Client(url, retry_s=_RETRY_S)
+        self._trust = trust
+        self._anonymous = Client(url, retry_s=_RETRY_S) if trust is None else None
         self._details: dict[str, ModelDetails] = {}
         self.taxonomy = taxonomy
         self.names = {c.code: c.name for c in taxonomy.classes}
@@ -35,13 +39,13 @@ class PageApi:
 
     @contextmanager
     def client(self, visitor: gr.Request) -> Iterator[Client]:
-        """Give a client that sends the visitor's key; without one, the client that all visitors share."""
+        """Give a client that sends the visitor's key; without one, the client of all visitors, if it can stay."""
         key = key_of(visitor)
-        if key is None:
+        if key is None and self._anonymous is not None:
             yield self._anonymous
             return
         # Made anew for each event: a client kept per key would keep the key in memory after the visitor has left.
-        with Client(self._url, key, retry_s=_RETRY_S) as client:
+        with Client(self._url, key, retry_s=_RETRY_S, verify=True if self._trust is None else self._trust()) as client:
             yield client
 
     def details(self, client: Client, model_id: str) -> ModelDetails | None:

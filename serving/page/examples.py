@@ -1,8 +1,8 @@
 """Example images of the page: generated ones, and of other classes those that an operator says everybody may see.
 
 In: the taxonomy, and a folder with `CODE.jpg` or `CODE/any.jpg` (`serving.page_examples`). Out: one small JPEG per
-class, without metadata. No consent in the ledger allows showing an image to visitors, so the folder is the operator's
-word for it; an image that was erased, or whose consent was lowered, is not shown all the same.
+class, without metadata. No consent in the ledger allows that (`display` is for cases that a prediction is like), so the
+folder is the operator's word for it; an image that was erased, or whose consent was lowered, is not shown all the same.
 """
 
 import io

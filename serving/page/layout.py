@@ -4,6 +4,7 @@ In: settings and the store's taxonomy. Out: a Gradio app that is not started.
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -22,6 +23,7 @@ from serving.page.render import render
 from serving.page.rounds import RoundHandlers, rounds_tab
 from serving.page.uploads import PageFiles
 from serving.settings import ServingSettings
+from serving.tls import trust_of
 
 ACCENT = "#0b6e6e"
 MAX_WAITING = 512
@@ -65,7 +67,8 @@ def build_page(settings: ServingSettings, store: Store, files: PageFiles) -> gr.
     os.environ["GRADIO_TEMP_DIR"] = str(files.uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr.set_static_paths([str(files.examples)])
-    api = PageApi(settings.url, store.taxonomy)
+    trust = None if settings.tls_certificate is None else partial(trust_of, settings)
+    api = PageApi(settings.url, store.taxonomy, trust)
     page = gr.Blocks(title="Relook", analytics_enabled=False)
     with page:
         header = gr.HTML(header_html(None, "connecting to the service"), elem_id="rl-header", padding=False)

@@ -18,7 +18,7 @@ from serving.client import Client
 from serving.page.api import PageApi
 from serving.page.examples import title_of
 from serving.page.heat_map import draw_layers, heat_map_html
-from serving.page.prediction_view import flag_html, prediction_html, review_html
+from serving.page.prediction_view import cases_html, flag_html, prediction_html, review_html
 from serving.page.render import problem_html, render
 from serving.schemas import Context, Explanation, FlagRequest
 from serving.settings import ServingSettings
@@ -31,6 +31,7 @@ NO_MAP = "Heat map not available"
 NOT_FLAGGED = "Prediction not flagged"
 
 _CONSENT_TEXTS = {
+    Consent.DISPLAY: "Review, training of models, and display beside similar images",
     Consent.TRAINING: "Review by annotators and training of models",
     Consent.REVIEW: "Review by annotators",
     Consent.NONE: "None: the image is not stored",
@@ -141,6 +142,17 @@ class PredictHandlers:
         except RelookError as error:
             return problem_html(str(error), NOT_FLAGGED), gr.update()
 
+    def nearest(self, shown: Shown | None, visitor: gr.Request) -> str:
+        """Show the confirmed cases that are most like the image on view; empty where there are none to show."""
+        if shown is None or not shown.is_stored:
+            return ""
+        try:
+            with self._api.client(visitor) as client:
+                return cases_html(client.nearest(shown.prediction_id), self._api.names)
+        except RelookError:
+            # They stand beside a prediction, which is shown without them, too.
+            return ""
+
     def review(self, shown: Shown | None, visitor: gr.Request) -> tuple[Any, Any]:
         """Read the state of the review.
 
@@ -187,12 +199,15 @@ def predict_tab(handlers: PredictHandlers, api: PageApi, settings: ServingSettin
             with gr.Column(visible=False, elem_id="rl-explanation") as map_part:
                 heat_map = gr.HTML("", elem_id="rl-heat-map", padding=False)
                 choices = _map_choices(api, settings)
+            cases = gr.HTML("", elem_id="rl-nearest", padding=False)
             with gr.Column(visible=False, elem_id="rl-flag-form") as flag_part:
                 flagged, send, fields = _flag_form(api)
     method, target, versus = choices
     outputs = [result, shown, heat_map, map_part, target, method, versus, review, flag_part, flagged, timer]
     # preprocess=False: Gradio would decode the image and fail with a message of its own; the API says what is wrong.
-    predict.click(handlers.predict, [image, consent], outputs, preprocess=False, api_visibility="private")
+    predict.click(handlers.predict, [image, consent], outputs, preprocess=False, api_visibility="private").then(
+        handlers.nearest, [shown], cases, api_visibility="private", show_progress="hidden"
+    )
     for choice in choices:
         # `input` and not `change`: a new prediction resets these fields, which must not ask for another map.
         choice.input(handlers.explain, [shown, *choices], heat_map, api_visibility="private")

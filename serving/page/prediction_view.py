@@ -13,6 +13,7 @@ from serving.schemas import (
     Event,
     FlagResponse,
     ModelDetails,
+    NearestCases,
     PredictionResponse,
     ReviewStatus,
     ScoreBand,
@@ -82,6 +83,11 @@ def prediction_html(
         malignant_others=[probability for code, probability in likely[count:] if code in malignant],
         prediction_set=set_text(prediction.prediction_set, names, details),
     )
+
+
+def cases_html(found: NearestCases, names: dict[str, str]) -> str:
+    """Show confirmed cases beside a prediction; empty if there are none."""
+    return render("cases", cases=found.cases, names=names) if found.cases else ""
 
 
 def flag_html(flag: FlagResponse) -> str:

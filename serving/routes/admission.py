@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from records.errors import AccessError, ImageError
 from records.images import image_size
@@ -24,6 +25,8 @@ from serving.settings import compute_threads
 from vision.explanations.methods import METHODS
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _HEAD_BYTES = 8192
 _UNKNOWN_PIXELS = 12_000_000
@@ -119,27 +122,31 @@ class Admission:
         return results
 
     async def explain(self, caller: Caller, method: str, compute: Callable[[], Awaitable[HeatMap]]) -> HeatMap:
-        """Return a heat map, within the limits of its caller and of all of them.
+        """Return a heat map; see `explained`."""
+        heat_map = await self.explained(caller, METHODS[method].evaluations, compute)
+        self.metrics.explained.labels(method=method).inc()
+        return heat_map
+
+    async def explained(self, caller: Caller, evaluations: int, compute: Callable[[], Awaitable[T]]) -> T:
+        """Return what an explainer computes, within the limits of its caller and of all of them.
 
         Args:
             caller: who is charged.
-            method: name of the method, which decides what it costs.
+            evaluations: how often the network is computed for it, which is what it costs.
             compute: begins the computation.
         Returns:
-            The heat map.
+            The result.
         Raises:
             AccessError: too many are computed, or the key has used up its units.
         """
-        await self._authenticator.charge(caller, METHODS[method].evaluations - 1)
+        await self._authenticator.charge(caller, evaluations - 1)
         if not await self._limits.take("maps", caller.share):
             raise AccessError("the service computes as many heat maps as it accepts; try again soon", "busy")
         try:
             async with self._map_turns.turn(caller.id, 1):
-                heat_map = await compute()
+                return await compute()
         finally:
             self._limits.give_back("maps", caller.share)
-        self.metrics.explained.labels(method=method).inc()
-        return heat_map
 
 
 def image_cost(image: bytes) -> int:

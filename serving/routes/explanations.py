@@ -11,12 +11,14 @@ from records.types import Scope
 from records.types.base import Text
 from serving.access.keys import Caller
 from serving.messages import HeatMap, Method
-from serving.responses import explanation_body, find_prediction
+from serving.responses import explanation_body, find_prediction, nearest_body
 from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
 from serving.routes.bodies import BINARY, image_body, one_image
-from serving.schemas import Explanation, PredictionId
+from serving.schemas import Explanation, NearestCases, PredictionId
 from serving.service import Service
+
+MOST_CASES = 10
 
 _FORMS: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": BINARY, "application/octet-stream": BINARY}}}
 
@@ -43,6 +45,17 @@ def explanations_router(service: Service, authenticator: Authenticator, admissio
         prediction, _ = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         found = await admission.explain(caller, method, lambda: service.explain(prediction, method, target, versus))
         return _response(found, form)
+
+    @router.get("/v1/predictions/{prediction_id}/nearest", response_model=NearestCases)
+    async def nearest(
+        prediction_id: PredictionId,
+        caller: Annotated[Caller, Depends(authenticator.requires(None))],
+        limit: Annotated[int, Query(ge=1, le=MOST_CASES, description="number of cases, at most")] = 3,
+    ) -> NearestCases:
+        """Return the confirmed cases that are most like the image of a stored prediction, to the model that made it."""
+        prediction, _ = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
+        found = await admission.explained(caller, 1, lambda: service.nearest(prediction, limit))
+        return nearest_body(prediction, found)
 
     @router.post("/v1/explanations", response_model=Explanation, responses=_FORMS, openapi_extra=image_body())
     async def explain_image(

@@ -199,8 +199,10 @@ def test_consent_cannot_be_raised(running: Any, tokens: dict[str, str], client_o
     )
     headers = {"Authorization": f"Bearer {tokens['north']}"}
     with httpx.Client(base_url=running.url, trust_env=False, headers=headers) as http:
-        response = http.patch(f"/v1/images/{image_id}", json={"consent": "training"})
-    assert (response.status_code, response.json()["code"]) == (422, "invalid")
+        raised = http.patch(f"/v1/images/{image_id}", json={"consent": "training"})
+        highest = http.patch(f"/v1/images/{image_id}", json={"consent": "display"})
+    assert (raised.status_code, raised.json()["code"]) == (409, "refused")
+    assert (highest.status_code, highest.json()["code"]) == (422, "invalid")
 
 
 def test_images_in_a_report_are_only_for_those_who_may_see_all(kept: Store, client_of: ClientOf) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Group as Stack
@@ -33,6 +33,10 @@ ChoicesOption = Annotated[
 ]
 HostsOption = Annotated[
     list[str] | None, typer.Option("--allow-host", metavar="HOST", help="Fetch its images from there, too.")
+]
+ConsentOption = Annotated[
+    Literal["review", "training", "display"],
+    typer.Option("--consent", help="What the people in the images agreed to; each includes the ones before."),
 ]
 TokenFileOption = Annotated[
     Path | None, typer.Option("--token-file", help="File with the token; default: RELOOK_LABELING__TOKEN.")
@@ -101,6 +105,7 @@ def import_command(
     correct: Annotated[
         bool, typer.Option("--correct", help="Take over labels that differ from those imported before.")
     ] = False,
+    consent: ConsentOption = "training",
     label_studio: LabelStudioOption = None,
     project: ProjectOption = None,
     choices: ChoicesOption = None,
@@ -109,6 +114,7 @@ def import_command(
 ) -> None:
     """Import labelled images from a folder or a Label Studio project; a second run resumes the first."""
     from images.importer import import_folder
+    from records.types import Consent
 
     said = parse_columns(labels, "--labels", "label=class, for example NEV=nv")
     if label_studio is not None and project is not None and folder is None and not (table or layout or in_place):
@@ -130,6 +136,7 @@ def import_command(
             layout=layout,
             in_place=in_place,
             correct=correct,
+            consent=Consent(consent),
             # Decoded at the size that training will use, so that the first training need not decode again.
             side_px=(call.settings.trainers.model.side_px,),
             progress=bar,

@@ -34,6 +34,7 @@ from records.taxonomy import Taxonomy
 from records.types import Split
 from trainers.augmentation import Policy, load_policy
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
+from trainers.fitting.cases import add_cases
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.starting import StartingWeights, starting_weights
@@ -123,7 +124,8 @@ def fit(
         trained = _fit_alone(settings, plan, store, run_dir, policy, log, initial_weights)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
-    return _write(store, settings, dataset, plan, policy, trained, start_from, start)
+    bundle = _write(store, settings, dataset, plan, policy, trained, start_from, start)
+    return add_cases(store, dataset, trained, bundle)
 
 
 class MetricsLog:
