@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from records.errors import ContractError
 from records.ids import hash_of
 from records.settings import RoomSettings, checked_by
 from trainers.augmentation.registry import check_policy_name
@@ -49,8 +50,10 @@ class TrainersSettings(RoomSettings):
         description="train on at most so many images (whole groups, classes in proportion); default: all",
     )
     epochs: int = Field(default=12, ge=1, le=10_000, description="passes over the training images")
-    batch_size: int = Field(
-        default=64, ge=2, le=65_536, description="images per optimizer step, over all workers together"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=2, le=65_536)] = Field(
+        default=64,
+        description="images per optimizer step, over all workers together; auto is the largest power of two, 1024 at "
+        "most, that fits into one GPU's memory, and 64 without a GPU",
     )
     early_stop_patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without a better validation score; default: never"
@@ -65,6 +68,14 @@ class TrainersSettings(RoomSettings):
     def _batch_can_be_shared(self) -> Self:
         accumulate_steps = self.optimizer.accumulate_steps
         parts = self.workers.count * accumulate_steps
+        if self.batch_size == "auto":
+            if parts > 1:
+                raise ValueError(
+                    f"batch_size 'auto' is found for one worker that computes a batch at once, and there are {parts} "
+                    "parts (workers.count times optimizer.accumulate_steps); take a number, as batch_size="
+                    f"{32 * parts}"
+                )
+            return self
         how = f"{self.workers.count} workers" + (f" in {accumulate_steps} parts each" if accumulate_steps > 1 else "")
         if self.batch_size < 2 * parts:
             raise ValueError(
@@ -82,6 +93,13 @@ class TrainersSettings(RoomSettings):
     def needs_ray(self) -> bool:
         """Whether training runs under Ray: on several workers, or with Ray Data to feed it."""
         return self.workers.count > 1 or self.workers.data_source == "stream"
+
+    @property
+    def images_per_step(self) -> int:
+        """The batch size as a number; a run has replaced `auto` by what it found."""
+        if self.batch_size == "auto":
+            raise ContractError("trainers.batch_size is auto, which a run finds when it starts; set a number")
+        return self.batch_size
 
     def recipe_hash(self) -> str:
         """Return the hash of the fields that decide what the model becomes, 64 hex characters."""

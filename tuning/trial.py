@@ -192,19 +192,11 @@ def _train_in_group(
 
 def _open_images(job: TrialJob, images: DataPlan, side_px: int) -> TrainingData:
     """Map the pixels; only a node that has not decoded them yet opens the store, which takes a second."""
-    image_ids = images.image_ids
     cache = PixelCache(open_home(job.records.home).cache, side_px)
-    if cache.missing(image_ids):
+    if cache.missing(images.image_ids):
         with closing(open_store(job.records)) as store:
             return images.open(store, side_px)
-    rows = np.arange(len(image_ids), dtype=np.int64)
-    return TrainingData(
-        pixels=cache.rows(image_ids),
-        image_ids=image_ids,
-        labels=images.labels,
-        train_index=rows[: images.num_train],
-        val_index=rows[images.num_train :],
-    )
+    return images.mapped(cache)
 
 
 BATCH = 256

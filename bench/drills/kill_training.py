@@ -170,9 +170,10 @@ class Run:
         # Listed before the kill: afterwards the children belong to init and are not found any more.
         family = psutil.Process(self._process.pid).children(recursive=True)
         if part == "worker":
-            workers = [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
+            names = ("relook_fit", "RayTrainWorker")
+            workers = [one for one in family if any(name in " ".join(one.cmdline()) for name in names)]
             if not workers:
-                raise SystemExit("no worker of Ray Train was found to kill")
+                raise SystemExit("no worker was found to kill")
             self._chance.choice(workers).kill()
             return
         self._process.send_signal(signal.SIGKILL)

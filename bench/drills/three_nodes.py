@@ -218,7 +218,7 @@ class Killer:
         began_s = time.monotonic()
         conditions: dict[str, Callable[[int], bool]] = {
             "search": lambda raylet: bool(trials_of(raylet)),
-            "fit": lambda raylet: has_process(raylet, "RayTrainWorker"),
+            "fit": lambda raylet: has_process(raylet, "relook_fit") or has_process(raylet, "RayTrainWorker"),
             "serving": lambda raylet: has_process(raylet, "predictor") and self._predictions() >= ENOUGH_PREDICTIONS,
         }
         for stage in STAGES:

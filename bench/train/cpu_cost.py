@@ -60,7 +60,7 @@ def loop_cost(settings: TrainersSettings, data: TrainingData, taxonomy: Taxonomy
             if done == steps:
                 break
         epoch += 1
-    return (time.process_time() - began) / (steps * settings.batch_size)
+    return (time.process_time() - began) / (steps * settings.images_per_step)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ class Peers:
     ) -> None:
         self.reasons: dict[str, str] = {}
         self._settings = settings
-        self._steps = min(MOST_STEPS, max(FEWEST_STEPS, round(rate * PEER_S / settings.batch_size)))
+        self._steps = min(MOST_STEPS, max(FEWEST_STEPS, round(rate * PEER_S / settings.images_per_step)))
         self._table = folder / "table.csv"
         self._write_table(store, plan)
 
@@ -76,7 +76,7 @@ class Peers:
             "--side",
             str(settings.model.side_px),
             "--batch",
-            str(settings.batch_size),
+            str(settings.images_per_step),
             "--max-steps",
             str(self._steps),
         ]

@@ -132,7 +132,7 @@ class Bench:
             "ddp2_images_s": _round(shared),
             "model": alone.model.name,
             "side_px": alone.model.side_px,
-            "batch_size": alone.batch_size,
+            "batch_size": alone.images_per_step,
             "precision": resolve_precision(alone.precision, str(choose_device(alone.workers.use_gpu))),
             "threads": cores,
             "train_images": plan.num_train,
@@ -142,7 +142,7 @@ class Bench:
 
     def _cut(self, rate: float) -> DataPlan:
         """Choose as many training images as an epoch of the requested length needs, and a few for validation."""
-        batch = self.settings.batch_size
+        batch = self.settings.images_per_step
         wanted = max(2, round(rate * self.epoch_s / batch)) * batch
         num_train = min(wanted, max(batch, self.plan.num_train // batch * batch))
         if self.plan.num_train < batch:
@@ -157,7 +157,7 @@ class Bench:
         if cores < 2:
             self._reasons["ddp2_over_single"] = "this machine has one core"
             return None
-        if self.settings.batch_size % (2 * self.settings.optimizer.accumulate_steps):
+        if self.settings.images_per_step % (2 * self.settings.optimizer.accumulate_steps):
             self._reasons["ddp2_over_single"] = "two workers cannot share this batch_size evenly"
             return None
         return self._pipeline_rate(
@@ -176,8 +176,8 @@ class Bench:
         policy = load_policy(settings.augmentation)
         fit_distributed(settings, plan, self.store, run_dir, policy=policy, on_epoch=note)
         spans = [after - before - report.validation_seconds for (before, _), (after, report) in pairwise(told)]
-        steps = -(-plan.num_train // settings.batch_size)
-        return steps * settings.batch_size / (sum(spans) / len(spans))
+        steps = -(-plan.num_train // settings.images_per_step)
+        return steps * settings.images_per_step / (sum(spans) / len(spans))
 
 
 def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -193,7 +193,7 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
     device = choose_device(settings.workers.use_gpu)
     precision = resolve_precision(settings.precision, str(device))
     random = np.random.default_rng(0)
-    side_px, batch = settings.model.side_px, settings.batch_size
+    side_px, batch = settings.model.side_px, settings.images_per_step
     pixels = random.integers(0, 256, (batch, side_px, side_px, 3), dtype=np.uint8)
     labels = torch.from_numpy(random.integers(0, num_classes, batch)).to(device)
     geometry = Geometry(side_px=side_px, scaling=settings.model.scaling)

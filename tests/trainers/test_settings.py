@@ -103,6 +103,8 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "workers.threads": 1,
         "workers.use_gpu": False,
         "workers.feeders": 2,
+        "workers.compile": True,
+        "workers.contact_timeout_s": 30.0,
         "optimizer.nesterov": False,
         "model.dropout": 0.05,
         "model.head_dropout": 0.5,

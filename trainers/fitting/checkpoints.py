@@ -50,6 +50,7 @@ class Checkpoint:
         average: running mean of the parameters, if the run keeps one.
         step: steps done of the epoch under way; 0 between two epochs.
         loss_sum: of those steps.
+        batch_size: that the run found, if it was to find one.
     """
 
     identity: Identity
@@ -64,6 +65,7 @@ class Checkpoint:
     average: Weights | None = None
     step: int = 0
     loss_sum: float = 0.0
+    batch_size: int | None = None
 
     @property
     def epochs_done(self) -> int:
@@ -134,6 +136,13 @@ def handed_on(checkpoint: Checkpoint, epochs: int, giver: Recipe, taker: Recipe)
             f"a checkpoint after {checkpoint.position} cannot be handed on: it is not the giver's after epoch {epochs}"
         )
     return replace(checkpoint, identity=replace(checkpoint.identity, **asdict(taker)))
+
+
+def further(one: Checkpoint | None, other: Checkpoint | None) -> Checkpoint | None:
+    """Return the checkpoint that is further on; the first of two at the same position."""
+    if one is None or other is None:
+        return one or other
+    return max(one, other, key=lambda found: (found.epochs_done, found.step, found.finished))
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

@@ -2,8 +2,9 @@
 
 In: settings, a data plan, a store, a folder. Out: the same `TrainedModel` as `train` returns. Ray has to run already.
 Each worker maps the pixels on its own node and computes its share of every batch as the strategy says (gloo on CPUs,
-NCCL on GPUs). Ray Train keeps a checkpoint per epoch under `run_dir/ray`, and the same folder resumes the run. Epoch
-reports reach the caller while training runs, see `trainers.fitting.channel`.
+NCCL on GPUs). Ray Train keeps a checkpoint per epoch under `run_dir/ray`, and the same folder resumes the run, with
+one worker too, which needs no Ray Train (`trainers.fitting.one_worker`). Epoch reports reach the caller while training
+runs, see `trainers.fitting.channel`.
 """
 
 import logging
@@ -12,7 +13,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,21 @@ import ray.train.torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from records.erasure import EVENT_IMAGES
 from records.errors import ConfigError, RelookError, UnavailableError, error_class, quoted_error
-from records.settings import RecordsSettings, environment
+from records.settings import environment
 from records.store import Store, open_store
 from trainers.augmentation import Policy
 from trainers.fitting.channel import ReportThread, open_channel
-from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from trainers.fitting.epoch_report import EpochReport, OnEpoch
-from trainers.fitting.loop import TrainedModel, train, trained_model
+from trainers.fitting.checkpoints import Checkpoint, further, load_checkpoint, save_checkpoint
+from trainers.fitting.contact import require_contact
+from trainers.fitting.epoch_report import OnEpoch
+from trainers.fitting.loop import TrainedModel, trained_model
+from trainers.fitting.one_worker import Job, fit_on_one_worker, thread_variables
 from trainers.fitting.training_data import DataPlan
-from trainers.fitting.workers import CHECKPOINT_FILE, ProcessGroup, threads_of
+from trainers.fitting.workers import CHECKPOINT_FILE, GROUP_FOLDER, ProcessGroup, threads_of
 from trainers.optimization.strategies import StrategyRecipe, strategy_of
 from trainers.settings import TrainersSettings
 
-RUN_NAME = "ray"
 START_TIMEOUT_S = 300
 """A busy machine may need minutes to start processes that import torch; Ray Train's own limit is one."""
 LOCAL_LOOK_S = 0.2
@@ -76,29 +76,37 @@ def fit_distributed(
     _require_resources(settings, use_gpu)
     channel = open_channel()
     records, weights = store.portable_settings(), dict(initial_weights or {})
-    job = _Job(settings, plan, records, policy, weights, channel, run_dir.absolute())
-    trainer = _trainer(settings, job, run_dir, use_gpu)
+    job = Job(settings, plan, records, store.taxonomy, policy, weights, channel, run_dir.absolute())
     needed = _needed(settings, use_gpu)
-    with _controller_environment(), warns_of_scarcity(needed, _resources), ReportThread(channel, on_epoch) as reports:
+    with warns_of_scarcity(needed, _resources), ReportThread(channel, on_epoch) as reports:
+        if settings.workers.count == 1:
+            checkpoint = fit_on_one_worker(job, use_gpu)
+        else:
+            checkpoint = _fit_in_group(job, run_dir, use_gpu)
+    reports.raise_if_failed()
+    return trained_model(checkpoint, settings, store.taxonomy)
+
+
+def _fit_in_group(job: Job, run_dir: Path, use_gpu: bool) -> Checkpoint:
+    trainer = _trainer(job.settings, job, run_dir, use_gpu)
+    with _controller_environment():
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _reason(channel, error, run_dir) from error
-    reports.raise_if_failed()
+            raise _reason(job.channel, error, run_dir) from error
     # The group ends normally after a fatal error of our own (see `_train_on_worker`), so success has to be checked
     # here.
-    fatal = ray.get(channel.fatal.remote())
+    fatal = ray.get(job.channel.fatal.remote())
     if fatal is not None:
         name, message = fatal
         raise error_class(name)(message)
     if result.checkpoint is None:
         raise UnavailableError(f"the run in {run_dir} ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
-        checkpoint = load_checkpoint(Path(folder) / CHECKPOINT_FILE)
-    return trained_model(checkpoint, settings, store.taxonomy)
+        return load_checkpoint(Path(folder) / CHECKPOINT_FILE)
 
 
-def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bool) -> ray.train.torch.TorchTrainer:
+def _trainer(settings: TrainersSettings, job: Job, run_dir: Path, use_gpu: bool) -> ray.train.torch.TorchTrainer:
     return ray.train.torch.TorchTrainer(
         _train_on_worker,
         # By reference: Ray Train's controller, which starts before the workers, need not load what only they use.
@@ -110,11 +118,11 @@ def _trainer(settings: TrainersSettings, job: "_Job", run_dir: Path, use_gpu: bo
         ),
         # The stubs know the RunConfig of Ray Train's first version only.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=RUN_NAME,
+            name=GROUP_FOLDER,
             storage_path=str(run_dir.absolute()),
             failure_config=ray.train.FailureConfig(max_failures=settings.workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": _thread_variables(settings)},
+            worker_runtime_env={"env_vars": thread_variables(settings)},
         ),
     )
 
@@ -161,39 +169,27 @@ class RayWorkerGroup(ProcessGroup):
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def load(self) -> Checkpoint | None:
-        """Return the latest checkpoint that Ray Train has of this run."""
+        """Return the latest checkpoint of this run: Ray Train's, or one worker's in the run's folder."""
         found = ray.train.get_checkpoint()
-        if found is None:
-            return None
-        with found.as_directory() as folder:
-            return load_checkpoint(Path(folder) / CHECKPOINT_FILE)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is sent to every worker; images are sent as ids and decoded or mapped on the worker's node."""
-
-    settings: TrainersSettings
-    plan: DataPlan
-    records: RecordsSettings
-    policy: Policy
-    initial_weights: dict[str, NDArray[Any]] = field(repr=False)
-    channel: Any
-    run_dir: Path
+        own = None
+        if found is not None:
+            with found.as_directory() as folder:
+                own = load_checkpoint(Path(folder) / CHECKPOINT_FILE)
+        alone = self.kept_in.parent / CHECKPOINT_FILE if self.kept_in is not None else None
+        return further(own, load_checkpoint(alone) if alone is not None and alone.is_file() else None)
 
 
 def _train_on_worker(config: dict[str, Any]) -> None:
-    job: _Job = ray.get(config["job"])
+    job: Job = ray.get(config["job"])
     if ray.get(job.channel.fatal.remote()) is not None:
         # Ray Train restarts a failed group. An error of our own (diverged, bad data) would only happen again.
         return
-    group = RayWorkerGroup(strategy_of(job.settings.workers), job.run_dir / RUN_NAME)
+    group = RayWorkerGroup(strategy_of(job.settings.workers), job.run_dir / GROUP_FOLDER)
     store = open_store(job.records)
 
-    def tell(report: EpochReport) -> bool:
-        return bool(ray.get(job.channel.report.remote(report.model_dump())))
-
     try:
+        if group.world_size > 1:
+            require_contact(group.device, job.settings.workers.contact_timeout_s)
         # One process per node decodes while the others wait; afterwards they find everything in the node's cache.
         if group.local_rank != 0:
             dist.barrier()
@@ -201,16 +197,7 @@ def _train_on_worker(config: dict[str, Any]) -> None:
         data = opened(store, job.settings.model.side_px)
         if group.local_rank == 0 and group.world_size > 1:
             dist.barrier()
-        train(
-            job.settings,
-            data,
-            store.taxonomy,
-            on_epoch=tell,
-            workers=group,
-            policy=job.policy,
-            initial_weights=job.initial_weights or None,
-            images_dir=job.run_dir / EVENT_IMAGES,
-        )
+        job.train(data, group)
     except RelookError as error:
         ray.get(job.channel.fail.remote(type(error).__name__, str(error)))
         raise
@@ -275,19 +262,6 @@ def _require_resources(settings: TrainersSettings, use_gpu: bool) -> None:
         )
 
 
-def _thread_variables(settings: TrainersSettings) -> dict[str, str]:
-    # Ray sets one thread per actor by default, and OpenMP reads the variable once, when it is loaded.
-    # Threads that wait for each other spin for microseconds, then sleep: on two cores shared with a service, training
-    # was 2.3 times as fast so as with OpenMP's default of spinning for milliseconds, and 4 % slower on idle cores.
-    threads = str(threads_of(settings.workers))
-    return {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "GOMP_SPINCOUNT": "2000",
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-    }
-
-
 def _reason(channel: Any, error: Exception, run_dir: Path) -> RelookError:
     fatal = ray.get(channel.fatal.remote())
     if fatal is not None:
@@ -299,7 +273,7 @@ def _reason(channel: Any, error: Exception, run_dir: Path) -> RelookError:
     # Ray's first line says that workers failed, the last one of the quoted traceback says why.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lost = f"training was lost ({lines[-1][:200] if lines else type(error).__name__})"
-    if not any((run_dir / RUN_NAME).glob("checkpoint_*")):
+    if not any((run_dir / GROUP_FOLDER).glob("checkpoint_*")):
         return UnavailableError(f"{lost} before its first checkpoint")
     return UnavailableError(f"{lost}; the last checkpoint is in {run_dir}, run it again with --resume")
 

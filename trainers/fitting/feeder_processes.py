@@ -138,7 +138,8 @@ class _Shares(Dataset[Tensor]):
     def __getitem__(self, share: Any) -> Tensor:
         # Shared here and not by the queue's thread, which would drop a batch that finds no room and leave the loop
         # waiting for it.
-        return torch.from_numpy(self._prepare(share)).share_memory_()
+        pixels: Tensor = torch.from_numpy(self._prepare(share))
+        return pixels.share_memory_()  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _ignore_interrupts(_: int) -> None:

@@ -129,7 +129,7 @@ class Feeder:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
-        return -(-len(self._train_rows) // self._settings.batch_size)
+        return -(-len(self._train_rows) // self._settings.images_per_step)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this worker's share of every batch of an epoch.
@@ -140,21 +140,21 @@ class Feeder:
         Yields:
             Batches in order of step.
         """
-        settings = self._settings
+        settings, size = self._settings, self._settings.images_per_step
         order = epoch_order(
             settings.sampler,
             self._labels[self._train_rows],
             seed=settings.seed,
             epoch=epoch,
-            batch_size=settings.batch_size,
+            batch_size=size,
         )
         # A seed per shown image: from its id, the epoch and how often it was shown before, so an image gets the same
         # augmentation whatever batch or worker it falls into.
         seeds = image_seeds(settings.seed, epoch, self._keys[order], occurrences(order))
         # Skipped steps cost nothing: order and seeds are computed for the whole epoch, images only from here on.
-        starts = range(first_step * settings.batch_size, len(order), settings.batch_size)
+        starts = range(first_step * size, len(order), size)
         shares = [
-            self._share_of(order[s : s + settings.batch_size], seeds[s : s + settings.batch_size], epoch, step)
+            self._share_of(order[s : s + size], seeds[s : s + size], epoch, step)
             for step, s in enumerate(starts, first_step)
         ]
         yield from self._prefetched(shares)
@@ -170,7 +170,7 @@ class Feeder:
             return _augmented(self._augmenter, share, pixels.take(share.rows[share.needed]))
 
         processes = FeederProcesses(prepare, count, self._settings.workers.prefetch_batches)
-        largest = -(-self._settings.batch_size // self._world_size) * self._settings.model.side_px**2 * 3
+        largest = -(-self._settings.images_per_step // self._world_size) * self._settings.model.side_px**2 * 3
         lacking = lacking_memory(processes.needed_bytes(largest))
         if lacking is None:
             self._processes = processes
@@ -228,7 +228,7 @@ class Feeder:
         own_labels = self._labels[own_rows]
         # Shares differ by an image where workers do not divide the batch; DDP averages over workers, so a share's
         # mean loss is weighted by its size to give the mean over the batch.
-        weight = len(own_rows) * self._world_size / self._settings.batch_size
+        weight = len(own_rows) * self._world_size / self._settings.images_per_step
         pixels = next(pieces)
         if self._pinned:
             pixels = torch.from_numpy(pixels).pin_memory().numpy()

@@ -24,7 +24,7 @@ from torch import nn
 from images.decode import DECODE_VERSION
 from records.arrays import IntArray
 from records.bundles import Geometry
-from records.errors import DivergedError
+from records.errors import DivergedError, UnavailableError
 from records.ids import hash_of, sha256_hex
 from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, Policy, load_policy
@@ -34,7 +34,7 @@ from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
-from trainers.fitting.steps import LossWatch, Stepper, validate
+from trainers.fitting.steps import LossWatch, Stepper, find_batch_size, validate
 from trainers.fitting.training_data import TrainingData, evenly_spaced, pixel_statistics
 from trainers.fitting.workers import (
     SingleWorker,
@@ -180,7 +180,6 @@ class _Run:
         initial_weights: Mapping[str, NDArray[Any]] | None,
         images: EpochImages | None,
     ) -> None:
-        self._settings = settings
         self._data = data
         self._taxonomy = taxonomy
         self._group = group
@@ -189,6 +188,13 @@ class _Run:
         found = group.load()
         if found is not None:
             require_same_run(found, self._identity)
+        self._found_batch = None
+        if settings.batch_size == "auto":
+            self._found_batch = (found.batch_size if found else None) or find_batch_size(
+                settings, group.device, len(taxonomy.codes), len(data.train_index)
+            )
+            settings = settings.with_values({"batch_size": self._found_batch})
+        self._settings = settings
         self._reports = found.epoch_reports() if found else []
         self._stopped = found.finished if found else False
         # A resumed run takes the pixel statistics from its checkpoint; `require_same_run` has checked that they are
@@ -229,6 +235,9 @@ class _Run:
         self._best = found.best if found else _copy_to_cpu(self._network)
         if found:
             self._restore(found)
+        if settings.workers.compile:
+            # In place, so that the names of the parameters stay as they are.
+            wrapped.compile()
         self._stepper = self._build_stepper(wrapped)
 
     @property
@@ -251,6 +260,13 @@ class _Run:
             report = self._next_epoch()
         except DivergedError as error:
             raise DivergedError(f"epoch {len(self._reports) + 1}: {error}; {self._last_good()}") from error
+        except torch.OutOfMemoryError as error:
+            parts = 2 * self._settings.optimizer.accumulate_steps
+            raise UnavailableError(
+                f"epoch {len(self._reports) + 1}: {self._group.device} of worker {self._group.rank} is out of memory; "
+                f"set trainers.optimizer.accumulate_steps={parts} (the same gradient in smaller parts), or take a "
+                f"smaller network or trainers.model.side_px; {self._last_good()}"
+            ) from error
         checkpoint = self._keep()
         if self._images is not None:
             self._images.write(checkpoint)
@@ -258,7 +274,7 @@ class _Run:
 
     def _next_epoch(self) -> EpochReport:
         started = time.perf_counter()
-        num_images = (self._feeder.steps_per_epoch - self._step) * self._settings.batch_size
+        num_images = (self._feeder.steps_per_epoch - self._step) * self._settings.images_per_step
         train_loss = self._train_epoch(len(self._reports))
         trained = time.perf_counter()
         # With a running mean of the weights (EMA), the averaged weights are validated and kept as the best ones. When
@@ -294,7 +310,8 @@ class _Run:
         # in its optimizer state already and would multiply it twice.
         if self._step == 0:
             change_rate(self._optimizer, self._scheduler, settings.scheduler, epoch + 1)
-        watch = LossWatch(self._data.image_ids, self._step, self._loss_sum)
+        every = settings.workers.read_loss_every_steps
+        watch = LossWatch(self._data.image_ids, self._step, self._loss_sum, every=every)
         for batch in self._feeder.epoch(epoch, self._step):
             # Dropout draws from torch's global generator. Seeding it by position makes a checkpoint independent of
             # the generator's state: a resumed epoch drops the same units.
@@ -303,9 +320,9 @@ class _Run:
             if self._average:
                 self._average.update(epoch * steps + self._step)
             self._step += 1
-            every = settings.workers.checkpoint_every_steps
+            kept_every = settings.workers.checkpoint_every_steps
             # The end of an epoch is saved by `next_epoch`, together with its validation figures.
-            if every and self._step % every == 0 and self._step < steps:
+            if kept_every and self._step % kept_every == 0 and self._step < steps:
                 # The sum so far is part of the checkpoint, so that the epoch's mean loss is that of all its steps
                 # even if another process finishes it.
                 self._loss_sum = mean_over(self._group, watch.total())
@@ -359,6 +376,7 @@ class _Run:
             average=self._average.state() if self._average else None,
             step=self._step,
             loss_sum=self._loss_sum,
+            batch_size=self._found_batch,
         )
 
     def _take_in(self, report: EpochReport) -> None:
@@ -403,6 +421,7 @@ class _Run:
             resolve_precision(settings.precision, str(self._group.device)),
             self._group.device,
             settings.optimizer,
+            halves=self._group.world_size == 1,
         )
 
     def _restore(self, found: Checkpoint) -> None:

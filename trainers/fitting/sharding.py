@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 
 from trainers.fitting.checkpoints import Weights
 
+HOW = ("fused", "foreach", "capturable")
+"""Options of an optimizer that say how it computes."""
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether other processes hold parts of the tensor."""
@@ -58,7 +61,12 @@ def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         index: {name: _split_if_alike(item, parameters[index]) for name, item in entry.items()}
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": split})
+    # How the update is computed is the device's and not the run's: another one may go on with it.
+    groups = [
+        {**group, **{name: own[name] for name in HOW if name in own}}
+        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "state": split, "param_groups": groups})
 
 
 def _split_if_alike(item: Any, parameter: Tensor) -> Any:

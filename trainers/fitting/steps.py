@@ -4,8 +4,10 @@ A `Stepper` owns network, optimizer and loss; it knows nothing of epochs or chec
 validation images over a `WorkerGroup` and gathers the logits.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -20,20 +22,26 @@ from records.bundles import Geometry
 from records.errors import DivergedError
 from records.taxonomy import Taxonomy
 from trainers.fitting.feeding import Batch, PixelSource
+from trainers.fitting.memory import DEFAULT_BATCH, doublings, first_that_fits, halvings, largest_batch
 from trainers.fitting.sharding import to_local
 from trainers.fitting.workers import WorkerGroup
-from trainers.optimization.optimizers import OptimizerSettings
+from trainers.optimization.optimizers import OptimizerSettings, build_optimizer
 from trainers.optimization.strategies import no_sync
 from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix
-from vision.precision import Precision, autocast
+from vision.networks import build_model
+from vision.precision import Precision, autocast, resolve_precision
 from vision.preprocess import scale_pixels, to_tensor
 
 if TYPE_CHECKING:
     from trainers.fitting.training_data import TrainingData
     from trainers.optimization.losses import LossFunction
+    from trainers.settings import TrainersSettings
 
 SCORING_BATCH = 128
 NAMED_IMAGES = 8
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Stepper:
         precision: of the forward pass.
         device: where it computes.
         settings: accumulation, clipping and L1 are read from it.
+        halves: whether fewer images are computed at once when the device runs out of memory; not where other
+            processes wait in the middle of the same step.
     """
 
     def __init__(
@@ -77,6 +87,8 @@ class Stepper:
         precision: Precision,
         device: torch.device,
         settings: OptimizerSettings,
+        *,
+        halves: bool = True,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
@@ -86,6 +98,9 @@ class Stepper:
         self._precision = precision
         self._device = device
         self._settings = settings
+        self._halves = halves
+        self._parts = settings.accumulate_steps
+        self._scored_at_once = SCORING_BATCH
 
     def train_step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
@@ -93,8 +108,26 @@ class Stepper:
         Returns the loss, detached, on the device; its mean over the workers is the batch's.
         """
         self._network.train()
+        count = len(batch.rows)
+        total, parts = first_that_fits(
+            lambda parts: self._gradient(batch, parts), doublings(self._parts, count) if self._halves else [self._parts]
+        )
+        if parts != self._parts:
+            logger.warning(
+                "out of memory on %s with %d images at once: they are computed %d at a time from now on, and their "
+                "gradients add up", self._device, -(-count // self._parts), -(-count // parts),
+            )  # fmt: skip
+            self._parts = parts
+        self._shape_gradients()
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        return total
+
+    def _gradient(self, batch: Batch, num_parts: int) -> Tensor:
+        """Compute the gradient of a batch in parts; return the loss."""
         self._optimizer.zero_grad(set_to_none=True)
-        parts = batch.parts(self._settings.accumulate_steps)
+        parts = batch.parts(num_parts)
         # Summed on the device: reading a number from a GPU would wait for it.
         total = torch.zeros((), device=self._device)
         for number, (part, weight) in enumerate(parts, 1):
@@ -104,10 +137,6 @@ class Stepper:
                 loss = self._batch_loss(part) * weight
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        self._shape_gradients()
-        self._optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
         return total
 
     def _shape_gradients(self) -> None:
@@ -124,10 +153,10 @@ class Stepper:
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         logits = self._logits(batch.pixels)
-        loss = self._loss(logits, torch.from_numpy(batch.labels).to(self._device))
+        loss = self._loss(logits, self._on_device(batch.labels))
         if batch.partner_labels is None:
             return loss
-        other = self._loss(logits, torch.from_numpy(batch.partner_labels).to(self._device))
+        other = self._loss(logits, self._on_device(batch.partner_labels))
         # For every loss with hard labels this equals the loss against the mixed label.
         return batch.share * loss + (1.0 - batch.share) * other
 
@@ -148,15 +177,18 @@ class Stepper:
         self._network.eval()
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            # With momentum None torch keeps a cumulative mean over all batches since the reset.
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over the batches below
+            # With momentum None torch keeps a cumulative mean over all batches since the reset: the plain mean.
+            norm.momentum = None
             norm.train()
-        # Batches of one size, so that every image counts the same.
-        num_batches = -(-len(rows) // SCORING_BATCH)
-        with torch.no_grad():
-            for part in np.array_split(rows, num_batches):
+
+        def measure(at_once: int) -> None:
+            for norm in norms:
+                norm.reset_running_stats()
+            # Batches of one size, so that every image counts the same.
+            for part in np.array_split(rows, -(-len(rows) // at_once)):
                 self._logits(pixels.take(part))
+
+        self._scored(measure)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
@@ -170,12 +202,24 @@ class Stepper:
             [n, C].
         """
         self._network.eval()
-        parts = []
-        with torch.no_grad():
-            for start in range(0, len(rows), SCORING_BATCH):
-                logits = self._logits(pixels.take(rows[start : start + SCORING_BATCH]))
-                parts.append(logits.cpu().numpy())
+
+        def logits(at_once: int) -> list[Float32Array]:
+            starts = range(0, len(rows), at_once)
+            return [self._logits(pixels.take(rows[start : start + at_once])).cpu().numpy() for start in starts]
+
+        parts = self._scored(logits)
         return np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
+
+    def _scored(self, compute: Callable[[int], Result]) -> Result:
+        """Compute without gradients, with as many images at once as fit."""
+        sizes = halvings(self._scored_at_once) if self._halves else [self._scored_at_once]
+        with torch.no_grad():
+            result, self._scored_at_once = first_that_fits(compute, sizes)
+        return result
+
+    def _on_device(self, labels: IntArray) -> Tensor:
+        # Not waited for: a copy that blocks waits for all that the GPU has to do before it.
+        return torch.from_numpy(labels).to(self._device, non_blocking=True)
 
     def _logits(self, pixels: UInt8Array) -> Tensor:
         inputs = scale_pixels(to_tensor(pixels).to(self._device, non_blocking=True), self._geometry)
@@ -185,21 +229,32 @@ class Stepper:
 
 
 class LossWatch:
-    """Sums losses and notices the first that is not finite, one step late so that a GPU never waits."""
+    """Sums losses and notices the first that is not finite.
 
-    def __init__(self, image_ids: list[str], steps: int = 0, total: float = 0.0) -> None:
+    A GPU computes behind the loop, and reading a loss waits for it; so losses are read several steps at a time.
+
+    Args:
+        image_ids: of the training data.
+        steps: taken before.
+        total: of their losses.
+        every: number of losses that are read together.
+    """
+
+    def __init__(self, image_ids: list[str], steps: int = 0, total: float = 0.0, *, every: int = 1) -> None:
         self._image_ids = image_ids
         self._total = total
         self._steps = steps
-        self._pending: tuple[Tensor, Batch] | None = None
+        self._every = every
+        self._pending: list[tuple[Tensor, IntArray]] = []
 
     def add(self, loss: Tensor, batch: Batch) -> None:
-        """Take in the loss of a step and look at the one before.
+        """Take in the loss of a step and look at those before, if there are enough.
 
-        Raises DivergedError: the loss before is not finite.
+        Raises DivergedError: a loss before is not finite.
         """
-        self._settle()
-        self._pending = (loss, batch)
+        if len(self._pending) >= self._every:
+            self._settle()
+        self._pending.append((loss, batch.rows))
 
     def total(self) -> float:
         """Return the sum of the losses so far.
@@ -207,7 +262,7 @@ class LossWatch:
         Returns:
             A finite number.
         Raises:
-            DivergedError: the last loss is not finite.
+            DivergedError: a loss is not finite.
         """
         self._settle()
         return self._total
@@ -218,26 +273,53 @@ class LossWatch:
         Returns:
             A finite number.
         Raises:
-            DivergedError: the last loss is not finite.
+            DivergedError: a loss is not finite.
         """
         return self.total() / max(self._steps, 1)
 
     def _settle(self) -> None:
-        if self._pending is None:
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        loss, batch = self._pending
-        self._pending = None
-        self._steps += 1
-        # The loss of the step before: a GPU has computed it by now, so reading it does not stall the queue.
-        value = float(loss)
-        if not np.isfinite(value):
-            named = [self._image_ids[row] for row in batch.rows[:NAMED_IMAGES]]
-            more = f" and {len(batch.rows) - len(named)} more" if len(batch.rows) > len(named) else ""
-            raise DivergedError(
-                f"the loss is {value} at step {self._steps} of the epoch, on images {', '.join(named)}{more}; "
-                "lower trainers.optimizer.learning_rate, or look at these images"
-            )
-        self._total += value
+        values = torch.stack([loss for loss, _ in pending]).tolist()
+        for value, (_, rows) in zip(values, pending, strict=True):
+            self._steps += 1
+            if not np.isfinite(value):
+                named = [self._image_ids[row] for row in rows[:NAMED_IMAGES]]
+                more = f" and {len(rows) - len(named)} more" if len(rows) > len(named) else ""
+                raise DivergedError(
+                    f"the loss is {value} at step {self._steps} of the epoch, on images {', '.join(named)}{more}; "
+                    "lower trainers.optimizer.learning_rate, or look at these images"
+                )
+            self._total += value
+
+
+def find_batch_size(settings: "TrainersSettings", device: torch.device, num_classes: int, num_train: int) -> int:
+    """Return the batch size that `auto` means on a device: the largest with which a step fits into a GPU's memory."""
+    if device.type != "cuda":
+        return DEFAULT_BATCH
+    side_px, random = settings.model.side_px, np.random.default_rng(0)
+    network = build_model(settings.model.name, num_classes, **settings.model.options)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    stepper = Stepper(
+        network,
+        build_optimizer(network, settings.optimizer),
+        None,
+        nn.CrossEntropyLoss(),
+        Geometry(side_px=side_px),
+        resolve_precision(settings.precision, str(device)),
+        device,
+        settings.optimizer,
+        halves=False,
+    )
+
+    def take_step(size: int) -> None:
+        pixels = random.integers(0, 256, (size, side_px, side_px, 3), dtype=np.uint8)
+        # Twice: the optimizer makes its state in the first step, and the second one needs memory beside it.
+        for _ in range(2):
+            stepper.train_step(Batch(pixels, random.integers(0, num_classes, size), np.arange(size)))
+
+    return largest_batch(take_step, num_train)
 
 
 def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: WorkerGroup) -> ValidationScores:

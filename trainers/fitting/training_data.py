@@ -20,6 +20,7 @@ from trainers.fitting.feeding import PixelSource, Stream
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from images.cache import PixelCache
     from records.datasets import DatasetVersion
     from records.store import Store
 
@@ -199,6 +200,10 @@ class DataPlan:
 
         cache = PixelCache(store.home.cache, side_px)
         cache.ensure(store, self.image_ids, progress)
+        return self.mapped(cache)
+
+    def mapped(self, cache: "PixelCache") -> TrainingData:
+        """Map the pixels of a cache that has them all."""
         rows = np.arange(len(self.image_ids), dtype=np.int64)
         return TrainingData(
             pixels=cache.rows(self.image_ids),

@@ -7,7 +7,7 @@ or Ray Train through `trainers.fitting.distributed`).
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch import nn
 
-from trainers.fitting.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from trainers.optimization.strategies import AUTO, StrategyRecipe, WorkersSettings
+from records.errors import IntegrityError
+from trainers.fitting.checkpoints import Checkpoint, further, load_checkpoint, save_checkpoint
+from trainers.optimization.strategies import StrategyRecipe, WorkersSettings
 
 CHECKPOINT_FILE = "checkpoint.pt"
+GROUP_FOLDER = "ray"
+"""Where Ray Train keeps the checkpoints of a group, below the run's folder."""
 MOST_FEEDERS = 16
 THREADS_PER_FEEDER = 8
 
@@ -90,10 +93,16 @@ class SingleWorker:
             save_checkpoint(checkpoint, self.kept_in / CHECKPOINT_FILE)
 
     def load(self) -> Checkpoint | None:
-        """Return the checkpoint of the run's folder, if there is one."""
-        if self.kept_in is None or not (self.kept_in / CHECKPOINT_FILE).is_file():
+        """Return the checkpoint of the run's folder that is furthest on, one of a group of workers included."""
+        if self.kept_in is None:
             return None
-        return load_checkpoint(self.kept_in / CHECKPOINT_FILE)
+        path = self.kept_in / CHECKPOINT_FILE
+        found = load_checkpoint(path) if path.is_file() else None
+        for kept in (self.kept_in / GROUP_FOLDER).glob(f"*/{CHECKPOINT_FILE}"):
+            # One that was cut off by a kill is no longer the run's last one.
+            with suppress(IntegrityError):
+                found = further(found, load_checkpoint(kept))
+        return found
 
 
 def choose_device(use_gpu: Literal["auto"] | bool) -> torch.device:
@@ -119,7 +128,7 @@ def threads_of(settings: WorkersSettings) -> int:
 
 def feeders_of(settings: WorkersSettings, device: torch.device) -> int:
     """Return how many processes prepare one worker's batches; 0 if a thread does."""
-    if settings.feeders != AUTO:
+    if settings.feeders != "auto":
         return settings.feeders
     if settings.data_source == "stream":
         return 0

@@ -39,12 +39,18 @@ class OptimizerRecipe(Registered):
         return {"default_learning_rate": self.default_learning_rate}
 
 
+def one_kernel(groups: ParameterGroups) -> bool | None:
+    """Return True where one kernel updates all parameters, on a GPU; None leaves the choice to torch."""
+    on_gpu = all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
+    return True if on_gpu else None
+
+
 def _sgd(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
     from torch.optim import SGD
 
     # Nesterov's step is defined with momentum only.
     nesterov = settings.nesterov and settings.momentum > 0
-    return SGD(groups, lr=learning_rate, momentum=settings.momentum, nesterov=nesterov)
+    return SGD(groups, lr=learning_rate, momentum=settings.momentum, nesterov=nesterov, fused=one_kernel(groups))
 
 
 def _rmsprop(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
@@ -56,13 +62,13 @@ def _rmsprop(groups: ParameterGroups, learning_rate: float, settings: "Optimizer
 def _adam(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
     from torch.optim import Adam
 
-    return Adam(groups, lr=learning_rate)
+    return Adam(groups, lr=learning_rate, fused=one_kernel(groups))
 
 
 def _adamw(groups: ParameterGroups, learning_rate: float, settings: "OptimizerSettings") -> "Optimizer":
     from torch.optim import AdamW
 
-    return AdamW(groups, lr=learning_rate)
+    return AdamW(groups, lr=learning_rate, fused=one_kernel(groups))
 
 
 OPTIMIZERS: Registry[OptimizerRecipe] = Registry(

@@ -157,6 +157,19 @@ class WorkersSettings(RoomSettings):
         description="processes per worker that prepare batches, 0 to 256; 0 leaves it to a thread; auto is a process "
         "per 8 threads, and with a GPU all threads but one, 16 at most",
     )
+    read_loss_every_steps: int = Field(
+        default=10,
+        ge=1,
+        le=10_000,
+        description="steps whose losses are read together, since reading one waits for the GPU; one that is not finite "
+        "is found within so many steps",
+    )
+    compile: bool = Field(
+        default=False, description="compile the network with torch.compile, which takes minutes and a C++ compiler"
+    )
+    contact_timeout_s: float = Field(
+        default=60.0, gt=0, le=86_400, description="limit for the first message between workers, seconds"
+    )
     prefetch_batches: int = Field(default=4, ge=1, le=64, description="batches prepared ahead of the network")
 
     @model_validator(mode="after")

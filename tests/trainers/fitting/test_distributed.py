@@ -59,10 +59,14 @@ def largest_difference(a: TrainedModel, b: TrainedModel) -> float:
 
 
 def train_workers() -> list[psutil.Process]:
+    return processes("RayTrainWorker")
+
+
+def processes(name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # one that ended meanwhile, or has and nobody asked
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -99,6 +103,34 @@ def test_two_workers_of_which_one_is_killed_are_one(
     for ours, theirs in zip(together.reports, alone.reports, strict=True):
         assert ours.val_loss == pytest.approx(theirs.val_loss, abs=1e-3)
         assert ours.train_loss == pytest.approx(theirs.train_loss, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_worker_is_a_task_that_goes_on_when_its_process_dies(
+    ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
+) -> None:
+    from trainers.fitting.distributed import fit_distributed
+
+    told: list[int] = []
+    killed: list[int] = []
+
+    def kill_it_once(report: EpochReport) -> bool:
+        told.append(report.epoch)
+        assert train_workers() == []
+        if not killed:
+            (process,) = processes("relook_fit")
+            killed.append(process.pid)
+            process.kill()
+        return False
+
+    single = SETTINGS.with_values({"workers.count": 1, "workers.checkpoint_every_steps": 1})
+    model = fit_distributed(single, plan, filled_store, tmp_path, policy=POLICY, on_epoch=kill_it_once)
+    assert largest_difference(model, alone) == 0.0
+    assert told == [1, 2, 3]
+    assert len(killed) == 1
+    with pytest.raises(RefusedError, match="was made with other settings"):
+        fit_distributed(single.with_values({"seed": 1}), plan, filled_store, tmp_path, policy=POLICY)
 
 
 @pytest.mark.soak

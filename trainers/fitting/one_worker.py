@@ -1,0 +1,143 @@
+"""A fit by one worker: a task of Ray, without Ray Train's controller and its group, which take longer to start.
+
+The task trains as a process without Ray does, checkpoint in the run's folder included. One that dies is started again
+by Ray and goes on from there. What a fit sends to its workers is here, too, since this file imports no Ray Train.
+"""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from numpy.typing import NDArray
+
+from images.cache import PixelCache
+from records.erasure import EVENT_IMAGES
+from records.errors import RelookError, UnavailableError, quoted_error
+from records.home import open_home
+from records.settings import RecordsSettings
+from records.store import open_store
+from records.taxonomy import Taxonomy
+from trainers.augmentation import Policy
+from trainers.fitting.checkpoints import Checkpoint, load_checkpoint
+from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.loop import train
+from trainers.fitting.training_data import DataPlan, TrainingData
+from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker, WorkerGroup, threads_of
+from trainers.settings import TrainersSettings
+
+TASK_NAME = "relook_fit"
+"""What process lists show of the task: `ray::relook_fit`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is sent to every worker; images are sent as ids and decoded or mapped on the worker's node."""
+
+    settings: TrainersSettings
+    plan: DataPlan
+    records: RecordsSettings
+    taxonomy: Taxonomy
+    policy: Policy
+    initial_weights: Mapping[str, NDArray[Any]] = field(repr=False)
+    channel: Any
+    run_dir: Path
+
+    def train(self, data: TrainingData, group: WorkerGroup) -> None:
+        """Train with the group that the calling process belongs to, and report epochs to the channel."""
+
+        def tell(report: EpochReport) -> bool:
+            return bool(ray.get(self.channel.report.remote(report.model_dump())))
+
+        train(
+            self.settings,
+            data,
+            self.taxonomy,
+            on_epoch=tell,
+            workers=group,
+            policy=self.policy,
+            initial_weights=self.initial_weights or None,
+            images_dir=self.run_dir / EVENT_IMAGES,
+        )
+
+
+def fit_on_one_worker(job: Job, use_gpu: bool) -> Checkpoint:
+    """Train in a task of Ray.
+
+    Args:
+        job: of one worker.
+        use_gpu: whether the task needs a GPU.
+    Returns:
+        The run's last checkpoint.
+    Raises:
+        UnavailableError: the task was lost more often than `workers.max_failures`.
+        RelookError: what the training raised.
+    """
+    workers = job.settings.workers
+    # Its own process, which ends with it: torch would keep hundreds of megabytes in an idle one.
+    task = ray.remote(max_calls=1)(_train_in_task).options(
+        name=TASK_NAME,
+        num_cpus=threads_of(workers),
+        num_gpus=1 if use_gpu else 0,
+        max_retries=workers.max_failures,
+        runtime_env={"env_vars": thread_variables(job.settings)},
+    )
+    running = task.remote(job)
+    try:
+        ray.get(running)
+    except ray.exceptions.RayError as error:
+        # What the training raised is the cause, or, where the job could not be unpacked, only quoted.
+        own = getattr(error, "cause", None)
+        if not isinstance(own, RelookError):
+            own = quoted_error(str(error))
+        if own is not None:
+            raise own from None
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise
+        raise _lost(job.run_dir, error) from error
+    except BaseException:
+        # Ctrl-C: the task would go on without anyone who waits for it.
+        ray.cancel(running, force=True)
+        raise
+    return load_checkpoint(job.run_dir / CHECKPOINT_FILE)
+
+
+def thread_variables(settings: TrainersSettings) -> dict[str, str]:
+    """Return the environment of a process that trains."""
+    # Ray sets one thread per actor by default, and OpenMP reads the variable once, when it is loaded.
+    # Threads that wait for each other spin for microseconds, then sleep: on two cores shared with a service, training
+    # was 2.3 times as fast so as with OpenMP's default of spinning for milliseconds, and 4 % slower on idle cores.
+    threads = str(threads_of(settings.workers))
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "GOMP_SPINCOUNT": "2000",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+    }
+
+
+def _train_in_task(job: Job) -> None:
+    job.train(_opened(job), SingleWorker(job.run_dir, job.settings.workers.use_gpu))
+
+
+def _opened(job: Job) -> TrainingData:
+    """Map the pixels; only a node that has not decoded them yet opens the store, which takes a second."""
+    side_px = job.settings.model.side_px
+    if job.settings.workers.data_source == "stream":
+        with closing(open_store(job.records)) as store:
+            return job.plan.stream(store, side_px)
+    cache = PixelCache(open_home(job.records.home).cache, side_px)
+    if cache.missing(job.plan.image_ids):
+        with closing(open_store(job.records)) as store:
+            return job.plan.open(store, side_px)
+    return job.plan.mapped(cache)
+
+
+def _lost(run_dir: Path, error: Exception) -> UnavailableError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    lost = f"training was lost ({type(error).__name__}: {reason})"
+    if not (run_dir / CHECKPOINT_FILE).is_file():
+        return UnavailableError(f"{lost} before its first checkpoint")
+    return UnavailableError(f"{lost}; the last checkpoint is in {run_dir}, run it again with --resume")
