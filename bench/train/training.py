@@ -8,10 +8,11 @@ have. The first epoch warms up and is not counted.
 """
 
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,9 +31,12 @@ from records.bundles import Geometry
 from records.datasets import DatasetVersion, load_dataset
 from records.errors import ConfigError
 from records.store import Store
-from trainers.augmentation import load_policy
+from trainers.augmentation import Augmenter, load_policy
+from trainers.augmentation.operations import Canvas
 from trainers.fitting.distributed import fit_distributed
 from trainers.fitting.epoch_report import EpochReport
+from trainers.fitting.feeding import Feeder
+from trainers.fitting.one_worker import TASK_NAME
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import choose_device, compute_threads, threads_of
 from trainers.optimization.optimizers import build_optimizer
@@ -46,6 +50,7 @@ VAL_IMAGES = 64
 LESIONS = 350
 WIDTH_PX = 600
 RAW_S = 6.0
+STARTS = 3
 WARM_UP_STEPS = 3
 Figures = dict[str, Any]
 
@@ -117,6 +122,8 @@ class Bench:
             pipeline = self._pipeline_rate(alone, plan, "one")
         raw = (before + raw_rate(alone, len(self.store.taxonomy.codes))) / 2
         shared = self._two_workers(plan, cores)
+        starts = statistics.median(self._start_s(plan, f"start {number}") for number in range(STARTS))
+        one, two = (feeder_rate(self.store, alone, plan, feeders) for feeders in (1, 2))
         peers = Peers(self.store, self.settings, plan, self.folder, raw)
         plain, lightning = peers.plain_rate(), peers.lightning_rate(self.lightning_python)
         return {
@@ -125,7 +132,10 @@ class Bench:
             "pipeline_over_plain_fp32": _ratio(pipeline, plain),
             "pipeline_over_lightning": _ratio(pipeline, lightning),
             "ddp2_over_single": _ratio(shared, pipeline),
+            "feeder_scaling_2": _ratio(two, one),
+            "fit_start_s": round(starts, 1),
             "peak_memory_mb": round(watch.peak_mb),
+            "feeder_images_s": _round(one),
             "pipeline_images_s": _round(pipeline),
             "plain_fp32_images_s": _round(plain),
             "lightning_images_s": _round(lightning),
@@ -163,6 +173,23 @@ class Bench:
         return self._pipeline_rate(
             _like(self.settings, {"workers.count": 2, "workers.threads": cores // 2}), plan, "two"
         )
+
+    def _start_s(self, plan: DataPlan, name: str) -> float:
+        """Return the seconds from the call of a fit by one worker to its first step."""
+        run_dir = self.folder / name
+        run_dir.mkdir()
+        settings = _like(self.settings, {"workers.count": 1, "epochs": 1})
+        began, told = time.perf_counter(), []
+
+        def note(report: EpochReport) -> bool:
+            told.append(time.perf_counter() - began - report.seconds)
+            return False
+
+        # One batch, so that little but the start is measured.
+        rows = np.r_[0 : self.settings.images_per_step, plan.num_train : len(plan.labels)]
+        few = DataPlan([plan.image_ids[row] for row in rows], plan.labels[rows], self.settings.images_per_step)
+        fit_distributed(settings, few, self.store, run_dir, policy=load_policy(settings.augmentation), on_epoch=note)
+        return told[0]
 
     def _pipeline_rate(self, settings: TrainersSettings, plan: DataPlan, name: str) -> float:
         run_dir = self.folder / name
@@ -219,8 +246,33 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
         return steps * batch / (clock() - began)
 
 
+def feeder_rate(store: Store, settings: TrainersSettings, plan: DataPlan, feeders: int) -> float:
+    """Measure how fast processes augment, without a network.
+
+    Args:
+        store: with the images.
+        settings: policy, side and batch.
+        plan: whose training images are taken, again and again.
+        feeders: number of processes.
+    Returns:
+        Images per second.
+    """
+    data, side_px = plan.open(store, settings.model.side_px), settings.model.side_px
+    augmenter = Augmenter(load_policy(settings.augmentation), Canvas(side_px, (180.0, 140.0, 140.0)))
+    source = Feeder(data.pixels, data.labels, data.image_ids, data.train_index, augmenter, settings, feeders=feeders)
+    with closing(source):
+        # The first epoch starts the processes and reads the pixels from the disk.
+        images = sum(len(batch.rows) for batch in source.epoch(0))
+        epoch, began = 0, time.perf_counter()
+        while time.perf_counter() - began < RAW_S:
+            epoch += 1
+            for _ in source.epoch(epoch):
+                pass
+        return epoch * images / (time.perf_counter() - began)
+
+
 class MemoryWatch:
-    """Watches Ray Train's workers below this process; `peak_mb` is the most that one of them held.
+    """Watches the workers of a fit below this process; `peak_mb` is the most that one of them held.
 
     Memory is the proportional set size: pages that several processes share count in parts.
     """
@@ -244,7 +296,7 @@ class MemoryWatch:
         while not self._over.wait(self.EVERY_S):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                    if any(name in " ".join(process.cmdline()) for name in ("RayTrainWorker", TASK_NAME)):
                         self.peak_mb = max(self.peak_mb, process.memory_full_info().pss / 1e6)
 
 
