@@ -1,7 +1,7 @@
 """Trainings that two processes share over gloo, with no Ray: `python joined_run.py RANK PORT FOLDER`.
 
-`test_strategies` starts two of these; rank 0 leaves one file of weights and figures per case. `main` trains
-the cases one after the other, so that torch is imported once per process.
+`test_strategies` is rank 0 and starts the other one; rank 0 leaves one file of weights and figures per case. All cases
+are trained one after the other, so that torch is imported once per process.
 """
 
 import contextlib
@@ -90,11 +90,10 @@ def train_case(case: str, rank: int, folder: Path | None) -> TrainedModel:
     return train(settings, data, COLOURS, workers=group)
 
 
-def main() -> None:
+def train_all(rank: int, port: int, folder: Path) -> None:
     """Train every case; then stop one sharded run half-way, for a single process to go on with."""
-    rank, port, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=240))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=240))
     for case in CASES:
         model = train_case(case, rank, None)
         if rank == 0:
@@ -128,4 +127,4 @@ def stop_half_way(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_all(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
