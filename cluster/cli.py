@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+import cluster.incidents.verbs
 import cluster.label_projects
 import cluster.verbs
 import labeling.cli
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 report_app = typer.Typer(help="Print documents about a model, filled from what is stored.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
+app.add_typer(cluster.incidents.verbs.incident_app, name="incident")
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,7 +16,7 @@ from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 
 _ADJUDICATION_PRIORITY = 150.0
 """Below flags and above referrals: two people have spent time on the image already."""
-_SEVERAL = frozenset({ReasonCode.URGENT, ReasonCode.FLAGGED})
+_SEVERAL = frozenset({ReasonCode.URGENT, ReasonCode.FLAGGED, ReasonCode.INCIDENT})
 
 
 def plan_reads(store: Store, settings: LabelingSettings) -> int:

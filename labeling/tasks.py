@@ -58,6 +58,7 @@ _REASONS: dict[ReasonCode, str] = {
     ReasonCode.SELECTED: "Chosen because a diagnosis of this image would improve the model most.",
     ReasonCode.LABEL_NOISE: "The recorded diagnosis may be wrong: please give a second opinion.",
     ReasonCode.ADJUDICATION: "Earlier diagnoses of this image differ: please decide.",
+    ReasonCode.INCIDENT: "A prediction like the one for this image was wrong: please read this image first.",
     ReasonCode.BAD_IMAGE: "The image may be unusable: please check its quality.",
 }
 

@@ -42,6 +42,8 @@ from records.types import (
     EventRecord,
     Flag,
     Image,
+    Incident,
+    IncidentPrediction,
     ModelRecord,
     Outcome,
     Prediction,
@@ -110,6 +112,14 @@ ROWS: tuple[Rows, ...] = (
     Rows(
         EventRecord, "prediction_id", also={"details": {}},
         impersonal=("id", "organisation", "kind", "prediction_id", "source"),
+    ),
+    Rows(
+        Incident, also={"truth": "", "note": None, "evidence": {}, "why": None},
+        impersonal=("id", "actor", "prediction_id", "image_id", "model_id", "action", "state", "closed_by", "proof"),
+    ),
+    Rows(
+        IncidentPrediction, also={"truth": None},
+        impersonal=("id", "incident_id", "prediction_id", "image_id", "criteria"),
     ),
 )  # fmt: skip
 """Quarantined rows belong to no image id: those that name the image or its lesion are deleted, too."""

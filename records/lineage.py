@@ -14,7 +14,18 @@ from records.errors import UnknownIdError
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import Annotation, DatasetRecord, Flag, Image, ModelRecord, Outcome, Prediction, ReviewItem
+from records.types import (
+    Annotation,
+    DatasetRecord,
+    Flag,
+    Image,
+    Incident,
+    IncidentPrediction,
+    ModelRecord,
+    Outcome,
+    Prediction,
+    ReviewItem,
+)
 
 _COUNTED = 10_000
 
@@ -89,6 +100,7 @@ def _image_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[Trace
         why = "erased on request" if image.expired_at is None else "kept as long as configured"
         yield TraceStep(at=image.erased_at, kind="gone", id=image.id, text=f"image deleted: {why}")
     yield from _prediction_steps(tx, image_id)
+    yield from _incident_steps(tx, image_id)
     yield from _review_steps(tx, image_id)
     yield from _dataset_steps(store, tx, image_id)
 
@@ -107,6 +119,16 @@ def _prediction_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
     for outcome in tx.find(Outcome, where=about):
         text = f"turned out to be {outcome.diagnosis} ({outcome.confirmation})"
         yield TraceStep(at=outcome.created_at, kind="outcome", id=outcome.id, text=text)
+
+
+def _incident_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+    for row in tx.find(IncidentPrediction, where={"image_id": image_id}, order_by=("id",)):
+        incident = tx.require(Incident, row.incident_id)
+        text = "incident opened" if incident.prediction_id == row.prediction_id else "recalled, since it resembles one"
+        text = f"{text} of model {incident.model_id[:12]}"
+        yield TraceStep(at=row.created_at, kind="incident", id=incident.id, text=text)
+        if incident.closed_at is not None:
+            yield TraceStep(at=incident.closed_at, kind="incident", id=incident.id, text=f"incident {incident.state}")
 
 
 def _prediction_text(prediction: Prediction) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from records.bundles import DOCUMENT, Bundle, read_bundle
 from records.errors import ContractError, IntegrityError, RefusedError, UnknownIdError
 from records.ids import utc_now
+from records.incidents import require_not_blocked
 from records.ledger import Transaction
 from records.store import Store
 from records.types import Cursor, ModelRecord, ModelStatus, Rollout, RolloutStage
@@ -96,12 +97,13 @@ def serve_model(tx: Transaction, model_id: str, status: ModelStatus, *, replaces
         replaces: id of the model that the caller decided to replace; None if none served then.
     Raises:
         ContractError: the status is not one that serves.
-        RefusedError: another model than `replaces` serves, or a rollout is in progress.
+        RefusedError: another model than `replaces` serves, a rollout is in progress, or an incident blocks the model.
         UnknownIdError: the model is not registered.
     """
     if status not in SERVED:
         raise ContractError(f"a model that is {status} does not serve; use champion or provisional")
     _require_no_rollout(tx)
+    require_not_blocked(tx, model_id)
     now = utc_now()
     served = tx.find(ModelRecord, where={"status": SERVED})
     # What the caller compared with may have been replaced meanwhile: gates and loading take seconds to minutes.
@@ -153,6 +155,7 @@ def require_returnable(tx: Transaction, model_id: str, back_to: str) -> ModelRec
     if served.replaced_id != back_to:
         raise RefusedError(f"model {model_id[:12]} replaced {served.replaced_id[:12]}, and not {back_to[:12]}")
     before = tx.require(ModelRecord, back_to)
+    require_not_blocked(tx, back_to)
     # Refused by a later undo, or a candidate again: then it has to pass the gate like any other model.
     if before.status is not ModelStatus.RETIRED:
         raise RefusedError(f"model {back_to[:12]} is {before.status} by now; promote it with `relook promote`")

@@ -1,8 +1,9 @@
 """Retention: served images and predictions older than the configured number of days are deleted.
 
 An image is deleted as on erasure, with heat maps and personal data; a tombstone stays, so that its predictions keep
-their reference. Images with an open review item, a label or an outcome and images in a dataset version are kept,
-whatever their age, so that no version, figure or replay changes. Each run writes one audit event.
+their reference. Images with an open review item, a label or an outcome, images in a dataset version and those of an
+open incident or the regression set are kept, whatever their age, so that no version, figure or replay changes. Each
+run writes one audit event.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,9 @@ from records.types import (
     EventRecord,
     Flag,
     Image,
+    Incident,
+    IncidentPrediction,
+    IncidentState,
     Outcome,
     Prediction,
     ReviewItem,
@@ -286,12 +290,15 @@ def _due_predictions(before: datetime | None) -> list[sa.ColumnElement[bool]]:
 
 
 def _unreferenced(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
-    """Return the conditions that an image has no open review item, no label and no outcome."""
+    """Return the conditions that an image has no open review item, label or outcome, and no incident needs it."""
     # `exists` stops at the first row and uses the index on the image.
     is_open = sa.exists().where(_ITEM.image_id == image_id, _ITEM.state.in_(_OPEN))
     labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, Annotation)]
     turned_out = image_id.in_(sa.select(TABLES[Outcome].c.image_id))
-    return [~is_open, *(~condition for condition in labelled), ~turned_out]
+    rows, opened = TABLES[IncidentPrediction].c, TABLES[Incident].c
+    is_examined = rows.incident_id.in_(sa.select(opened.id).where(opened.state == IncidentState.OPEN))
+    of_incident = sa.exists().where(rows.image_id == image_id, sa.or_(rows.truth.is_not(None), is_examined))
+    return [~is_open, *(~condition for condition in labelled), ~turned_out, ~of_incident]
 
 
 def _count(tx: Transaction, column: sa.Column[Any], *conditions: sa.ColumnElement[bool]) -> int:

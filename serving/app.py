@@ -27,6 +27,7 @@ from serving.routes.explanations import explanations_router
 from serving.routes.feedback import feedback_router
 from serving.routes.health import health_router
 from serving.routes.images import images_router
+from serving.routes.incidents import incidents_router
 from serving.routes.models import models_router
 from serving.routes.open_inference import open_inference_router
 from serving.routes.predictions import predictions_router
@@ -81,6 +82,7 @@ def create_api(service: Service, metrics: Metrics, authenticator: Authenticator)
         feedback_router(service, authenticator, admission),
         images_router(service, authenticator),
         models_router(service, authenticator),
+        incidents_router(service, authenticator),
         health_router(authenticator, metrics, probe),
         open_inference_router(authenticator, admission, probe),
         webhooks_router(service),

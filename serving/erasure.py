@@ -11,6 +11,7 @@ from records.errors import UnknownIdError
 from records.store import Store
 from records.types import Consent, Scope
 from serving.access.keys import Caller
+from serving.incidents.report import REPORT
 from serving.page.uploads import erase_uploads
 from serving.settings import ServingSettings
 
@@ -23,7 +24,7 @@ def serving_places(settings: ServingSettings) -> tuple[Place, ...]:
         "images as visitors of the page chose them, for minutes",
         lambda store, image_ids: erase_uploads(settings, store.home.root, image_ids),
     )
-    return (*RECORDS_PLACES, PIXELS, uploads)
+    return (*RECORDS_PLACES, PIXELS, uploads, REPORT)
 
 
 def take_back_consent(store: Store, settings: ServingSettings, image_id: str, consent: Consent, caller: Caller) -> None:

@@ -1,7 +1,7 @@
 """Events: changes to predictions after they were returned, in an order that a caller can read incrementally.
 
-In: annotations, outcomes, due dates and rollouts in the ledger. Out: `EventRecord` rows, one per cause and prediction,
-derived whenever a caller reads events. So no other module has to publish events.
+In: annotations, outcomes, due dates, rollouts and incidents in the ledger. Out: `EventRecord` rows, one per cause and
+prediction, derived whenever a caller reads events. So no other module has to publish events.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from records.types import (
     AnnotationKind,
     Arm,
     EventRecord,
+    IncidentPrediction,
     Outcome,
     Prediction,
     ReviewItem,
@@ -32,7 +33,9 @@ from serving.schemas import Event, EventPage
 MOST_AT_ONCE = 1000
 
 _EVENT, _PREDICTION = TABLES[EventRecord].c, TABLES[Prediction].c
-_LABEL, _OUTCOME, _ITEM, _ROLLOUT = (TABLES[t].c for t in (Annotation, Outcome, ReviewItem, Rollout))
+_LABEL, _OUTCOME, _ITEM, _ROLLOUT, _INCIDENT = (
+    TABLES[t].c for t in (Annotation, Outcome, ReviewItem, Rollout, IncidentPrediction)
+)
 
 
 def read_events(
@@ -117,6 +120,9 @@ def _new_events(tx: Transaction) -> Iterator[EventRecord]:
     rolled_back = _ROLLOUT.stage == RolloutStage.ROLLED_BACK
     for row in _new_causes(tx, _ROLLOUT, was_recalled, rolled_back, _PREDICTION.arm == Arm.CANDIDATE):
         yield _event(row, "recalled", {"model_id": row["candidate_id"], "why": row["why"]})
+    for row in _new_causes(tx, _INCIDENT, _INCIDENT.prediction_id == _PREDICTION.id):
+        why = "it resembles a prediction that was wrong" if row["criteria"] else "it was reported as wrong"
+        yield _event(row, "recalled", {"incident_id": row["incident_id"], "why": f"{why}; annotators look at it first"})
 
 
 def _new_causes(tx: Transaction, cause: Any, joined: Any, *conditions: Any) -> Iterator[dict[str, Any]]:

@@ -150,7 +150,7 @@ def write_predictions(store: Store, batch: Sequence[PredictionRows]) -> list[Rev
                 store, [rows.stored for rows in batch if rows.stored is not None and rows.stored.id in expired]
             )
         new_images = [image for image_id, image in images.items() if image_id not in known or image_id in expired]
-        items, new_items = _merge_items(tx, [rows.review for rows in batch])
+        items, new_items = merge_items(tx, [rows.review for rows in batch])
         tx.add(*new_images, *(rows.prediction for rows in batch), *new_items)
     return items
 
@@ -187,11 +187,14 @@ def has_map(item: ReviewItem) -> bool:
     return item.heat_map is not None or item.overlay_blob is not None
 
 
-def _merge_items(
+def merge_items(
     tx: Transaction, proposed: Sequence[ReviewItem | None]
 ) -> tuple[list[ReviewItem | None], list[ReviewItem]]:
     """Merge proposed review items with the open ones of their images, and update the open ones in the ledger.
 
+    Args:
+        tx: a write transaction.
+        proposed: items, or None for a prediction that needs none.
     Returns:
         Per proposed item the one that it led to, and the items that are new and still to be added.
     """

@@ -20,6 +20,7 @@ from vision.inference.suitability import NOTHING_KNOWN, Suitability
 
 _PRIORITY_TIERS: dict[ReasonCode, float] = {
     ReasonCode.URGENT: 300.0,
+    ReasonCode.INCIDENT: 300.0,
     ReasonCode.FLAGGED: 200.0,
     ReasonCode.REFER: 100.0,
     ReasonCode.NON_FINITE: 100.0,
@@ -152,8 +153,9 @@ def priority_of(reasons: tuple[ReasonCode, ...], probabilities: FloatArray | Non
     """Return the priority of a review item; items of larger priority are reviewed first.
 
     priority = tier + 10 * p(malignant) + (1 - (p1 - p2)), where p1 and p2 are the two largest probabilities and the
-    tier is that of the strongest reason: urgent 300, flagged 200, refer or non-finite 100, audit sample 50, any other
-    0. The audit sample is above the other doubts because a sample that is never reviewed estimates nothing.
+    tier is that of the strongest reason: urgent and incident 300, flagged 200, refer and non-finite 100, audit sample
+    50, any other 0. The audit sample is above the other doubts because a sample that is never reviewed estimates
+    nothing.
 
     Args:
         reasons: of the review item.

@@ -93,5 +93,6 @@ _FIXED: dict[ReasonCode, str] = {
     ReasonCode.SELECTED: "A label for this image is expected to improve the model.",
     ReasonCode.LABEL_NOISE: "The stored label and the model's prediction differ.",
     ReasonCode.ADJUDICATION: "Two labels of this image differ.",
+    ReasonCode.INCIDENT: "A prediction like this one turned out to be wrong.",
     ReasonCode.BAD_IMAGE: "The quality of the image is too low for a prediction.",
 }

@@ -36,6 +36,7 @@ def decide(
     explanation_similarity: float | None,
     slices: Sequence[Slice] = (),
     looks: Mapping[str, int] | None = None,
+    regression: Sequence[Check] = (),
 ) -> GateReport:
     """Decide whether the challenger may serve.
 
@@ -48,6 +49,7 @@ def decide(
             could not be measured.
         slices: parts of the split; those with enough key-class lesions are checked, too.
         looks: how often each guarded split was read so far, for the report.
+        regression: the check of the regression set, if there are cases.
     Returns:
         The report. Without rivals the floors alone decide.
     Raises:
@@ -61,9 +63,9 @@ def decide(
         return _refused_for_non_finite(challenger, rivals, looks or {})
     groups = np.unique(challenger.predictions.group_ids, return_inverse=True)[1].astype(np.int64)
     key_index = taxonomy.index_of(taxonomy.key_class.code) if taxonomy.key_class else None
-    checks = [*identity_checks(challenger, rivals), *floor_checks(challenger, groups, key_index, taxonomy, settings)]
-    checks.append(calibration_check(challenger.predictions, settings))
-    checks.append(explanation_check(explanation_similarity, settings))
+    checks = [*regression, *identity_checks(challenger, rivals)]
+    checks += floor_checks(challenger, groups, key_index, taxonomy, settings)
+    checks += [calibration_check(challenger.predictions, settings), explanation_check(explanation_similarity, settings)]
     # Drawn once for all rivals and slices: paired differences have a smaller variance than two independent samples.
     weights = gate_weights(challenger.predictions, groups, taxonomy, settings)
     for role, rival in rivals:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cluster.gate import Contender, GateReport, Slice, Verdict, decide
+from cluster.gate.regression import regression_checks
 from cluster.settings import Settings
 from images.cache import PixelCache
 from records.arrays import BoolArray
@@ -33,7 +34,7 @@ def run_gate(
 
     Args:
         store: with the challenger and its rivals.
-        settings: `gate` has the margins and floors.
+        settings: `gate` has the margins and floors, `serving` the rules of triage for the regression set.
         challenger: the bundle to decide on.
         dataset: its gate split is read.
         actor: for the audit.
@@ -54,6 +55,7 @@ def run_gate(
         explanation_similarity=_map_similarity(store, challenger, dataset, settings.gate.seed),
         slices=slices_of(find_images(store, predictions.image_ids)),
         looks=count_looks(store),
+        regression=regression_checks(store, settings.serving, challenger, actor),
     )
 
 

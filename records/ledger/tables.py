@@ -23,6 +23,8 @@ from records.types import (
     Flag,
     Group,
     Image,
+    Incident,
+    IncidentPrediction,
     Lease,
     ModelRecord,
     Outcome,
@@ -40,7 +42,7 @@ from records.types.base import field_type, storable
 LEDGER_TYPES: tuple[type[Record], ...] = (
     Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, Annotation,
     DatasetRecord, ModelRecord, RoundRecord, RoundStep, Lease, Cursor, AuditEvent, EventRecord,
-    ApiKey, Rollout,
+    ApiKey, Rollout, Incident, IncidentPrediction,
 )  # fmt: skip
 
 

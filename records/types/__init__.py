@@ -13,6 +13,7 @@ from records.types.images import (
     SourceLabel,
     Split,
 )
+from records.types.incidents import Incident, IncidentPrediction, IncidentState, ModelAction
 from records.types.labels import Annotation, AnnotationKind, ResolvedLabel
 from records.types.operations import (
     ApiKey,
@@ -59,8 +60,12 @@ __all__ = [
     "FlagReason",
     "Group",
     "Image",
+    "Incident",
+    "IncidentPrediction",
+    "IncidentState",
     "Lease",
     "ManifestRow",
+    "ModelAction",
     "ModelRecord",
     "ModelStatus",
     "Outcome",

@@ -145,7 +145,7 @@ class EventRecord(Record):
     kind: str = Field(description="amended | confirmed | undecided | overdue | recalled")
     prediction_id: str
     source: str | None = Field(
-        default=None, description="id of the annotation, outcome, review item or rollout that caused it"
+        default=None, description="id of what caused it: annotation, outcome, review item, rollout, row of an incident"
     )
     details: dict[str, Any] = Field(default_factory=dict)
 

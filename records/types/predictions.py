@@ -40,6 +40,7 @@ class ReasonCode(StrEnum):
     SELECTED = "selected"
     LABEL_NOISE = "label_noise"
     ADJUDICATION = "adjudication"
+    INCIDENT = "incident"
     BAD_IMAGE = "bad_image"
 
 

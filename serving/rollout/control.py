@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from records import audit
 from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.ids import new_id, utc_now
+from records.incidents import require_not_blocked
 from records.ledger import Transaction
 from records.models import (
     UNDER_WAY,
@@ -81,7 +82,7 @@ def begin(
         record = tx.require(ModelRecord, model_id)
         _require_startable(tx, record, percent, champion_id, reason)
     # Outside of the transaction: loading a network takes seconds, and a write transaction blocks all others.
-    _require_sound(store, record)
+    require_sound(store, record)
     with store.ledger.begin() as tx:
         # Read again: meanwhile a rollout may have begun, a champion been promoted, or this model been refused.
         champion = _require_startable(tx, tx.require(ModelRecord, model_id), percent, champion_id, reason)
@@ -148,7 +149,7 @@ def roll_back(store: Store, rollout_id: str, *, actor: str, why: str) -> Rollout
         UnknownIdError: there is no such rollout.
     """
     with store.ledger.begin() as tx:
-        return _roll_back(tx, rollout_id, actor, why)
+        return roll_back_in(tx, rollout_id, actor, why)
 
 
 def undo_promotion(store: Store, model_id: str, back_to: str, *, actor: str, why: str) -> ModelRecord:
@@ -171,16 +172,21 @@ def undo_promotion(store: Store, model_id: str, back_to: str, *, actor: str, why
     with store.ledger.read() as tx:
         require_returnable(tx, model_id, back_to)
         before = tx.require(ModelRecord, back_to)
-    _require_sound(store, before)
+    require_sound(store, before)
     with store.ledger.begin() as tx:
-        return_to(tx, model_id, back_to)
-        named = {"stage": RolloutStage.PROMOTED, "candidate_id": model_id, "champion_id": back_to}
-        for promoted in tx.find(Rollout, where=named):
-            # Callers hear that what it predicted as a candidate is recalled.
-            tx.update(Rollout, promoted.id, stage=RolloutStage.ROLLED_BACK, percent=0, ended_at=utc_now(), why=why)
-        details = {"back_to": back_to, "why": why}
-        audit.append(tx, actor=actor, action="model.promotion_undone", subject=model_id, details=details)
-        return tx.require(ModelRecord, back_to)
+        return undo_promotion_in(tx, model_id, back_to, actor=actor, why=why)
+
+
+def undo_promotion_in(tx: Transaction, model_id: str, back_to: str, *, actor: str, why: str) -> ModelRecord:
+    """Do what `undo_promotion` does in the caller's write transaction, which checked the bundle of `back_to`."""
+    return_to(tx, model_id, back_to)
+    named = {"stage": RolloutStage.PROMOTED, "candidate_id": model_id, "champion_id": back_to}
+    for promoted in tx.find(Rollout, where=named):
+        # Callers hear that what it predicted as a candidate is recalled.
+        tx.update(Rollout, promoted.id, stage=RolloutStage.ROLLED_BACK, percent=0, ended_at=utc_now(), why=why)
+    details = {"back_to": back_to, "why": why}
+    audit.append(tx, actor=actor, action="model.promotion_undone", subject=model_id, details=details)
+    return tx.require(ModelRecord, back_to)
 
 
 def add_counts(store: Store, rollout_id: str, added: Mapping[str, tuple[int, int]]) -> Rollout:
@@ -206,7 +212,7 @@ def add_counts(store: Store, rollout_id: str, added: Mapping[str, tuple[int, int
             return tx.require(Rollout, rollout_id)
         observations, events = counts[violated.name]
         why = f"{events} of {observations} {violated.text}; {100 * violated.limit:g} % are tolerated"
-        return _roll_back(tx, rollout_id, "service", why)
+        return roll_back_in(tx, rollout_id, "service", why)
 
 
 def under_way_text(tx: Transaction) -> str:
@@ -246,6 +252,7 @@ def _require_startable(
     _require_champion(tx, champion_id)
     if champion.id == record.id:
         raise RefusedError(f"model {record.id[:12]} already serves")
+    require_not_blocked(tx, record.id)
     if record.status is not ModelStatus.CANDIDATE and not reason:
         raise RefusedError(
             f"model {record.id[:12]} is {record.status} and not a candidate: the gate has not passed it; "
@@ -275,7 +282,8 @@ def _require_under_way(tx: Transaction, rollout_id: str, model_id: str) -> Rollo
     return running
 
 
-def _roll_back(tx: Transaction, rollout_id: str, actor: str, why: str) -> Rollout:
+def roll_back_in(tx: Transaction, rollout_id: str, actor: str, why: str) -> Rollout:
+    """Do what `roll_back` does in the caller's write transaction."""
     running = _require_rollout(tx, rollout_id)
     if running.stage is RolloutStage.ROLLED_BACK:
         return running
@@ -296,7 +304,8 @@ def _roll_back(tx: Transaction, rollout_id: str, actor: str, why: str) -> Rollou
     return tx.require(Rollout, running.id)
 
 
-def _require_sound(store: Store, record: ModelRecord) -> None:
+def require_sound(store: Store, record: ModelRecord) -> None:
+    """Raise RefusedError for a registered model whose bundle was altered or fails its golden images."""
     from vision.inference.loaded import load_model  # imports torch, which the ingress otherwise does without
 
     try:

@@ -30,8 +30,8 @@ from serving.schemas import (
 from serving.service import Service
 
 ModelId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="id of a model, 64 hex characters")]
-_PAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-_SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+HTML_PAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
+SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """A report runs no script and sends no request."""
 
 
@@ -65,13 +65,13 @@ def _add_models(router: APIRouter, service: Service, authenticator: Authenticato
         """Return the measured figures of a model: metrics, reliability of scores, coverage of prediction sets."""
         return model_details(service.store, model_id)
 
-    @router.get("/v1/models/{model_id}/report", response_class=Response, responses=_PAGE)
+    @router.get("/v1/models/{model_id}/report", response_class=Response, responses=HTML_PAGE)
     def read_report(model_id: ModelId, caller: Annotated[Caller, Depends(authenticator.requires(None))]) -> Response:
         """Return the evaluation report of a model, a self-contained HTML page."""
         html = report_html(service.store, model_id)
         # Whose images an operator has put into it cannot be told, so only who may see all of them gets any.
         shown = html if caller.may_see(EVERY_ORGANISATION) else without_images(html)
-        return HTMLResponse(shown, headers={"Content-Security-Policy": _SANDBOX})
+        return HTMLResponse(shown, headers={"Content-Security-Policy": SANDBOX})
 
     @router.get("/v1/rounds", response_model=RoundList)
     def list_rounds(caller: Annotated[Caller, Depends(authenticator.requires(None))]) -> RoundList:
