@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHORT = 2
+SHORT = 1
 KILL_POINTS = {
     "begin": 12, "collect": 1, "version": 1, "tune": 1, "fit": 35, "evaluate": 11, "gate": 15, "rollout": 6,
     "select": 1, "push": 7,

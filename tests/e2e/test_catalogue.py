@@ -1,6 +1,6 @@
 """Every network through every verb: train with its report, evaluate, explain, predict a folder, serve.
 
-Each network goes through all of them twice: in fp32, and trained in bf16 on a machine where `auto` means bf16. Four
+Each network goes through all of them twice: in fp32, and trained in bf16 on a machine where `auto` means bf16. Two
 cases run in the suite, the others with `make soak`; every case does the same, and the last tests count what was done.
 What differs between networks is tested for all of them in the suite, too, without the verbs: in `tests/vision/networks`
 each learns a step, in `tests/vision/inference` each predicts, maps and is explained in both formats and loads where
@@ -41,8 +41,8 @@ IMAGES_PER_CLASS = 10
 IMAGES = IMAGES_PER_CLASS * len(COLOURS)
 VERBS = ("train", "evaluate", "explain", "predict", "serve")
 
-# With and without batch norm, ours and torchvision's: the cheapest of each kind, two in each format.
-IN_SUITE = {("custom_cnn", "fp32"), ("squeezenet", "bf16"), ("resnet18", "bf16"), ("mobilenet_v3", "fp32")}
+# With and without batch norm, ours and torchvision's: the cheapest of each kind, one in each format.
+IN_SUITE = {("custom_cnn", "fp32"), ("squeezenet", "bf16")}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 CASES = [
@@ -168,12 +168,12 @@ def _serve(home: Path, folder: Path, model_id: str, image: Path) -> str:
 
 
 def test_the_cases_are_the_whole_catalogue_in_both_formats() -> None:
-    assert (len(MODELS), len(METHODS), len(CASES), len(IN_SUITE)) == (12, 4, 24, 4)
+    assert (len(MODELS), len(METHODS), len(CASES), len(IN_SUITE)) == (12, 4, 24, 2)
     assert {case.values for case in CASES} == {(name, precision) for name in MODELS for precision in FORMATS}
     assert {MODELS[name].gradcam for name in MODELS} == {"closed_form"}
     assert {MODELS[name].batch_norm for name, _ in IN_SUITE} == {True, False}
 
 
-@pytest.mark.parametrize(("in_suite", "cases"), [(True, 4), pytest.param(False, 20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("in_suite", "cases"), [(True, 2), pytest.param(False, 22, marks=pytest.mark.soak)])
 def test_how_many_networks_went_through_each_verb(in_suite: bool, cases: int) -> None:
     assert {verb: ran[verb, in_suite] for verb in VERBS} == dict.fromkeys(VERBS, cases)

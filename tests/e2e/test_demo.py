@@ -14,8 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner, Result
 
-from cluster.cli import run
+from cluster.cli import app, run
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Annotation, Flag, ModelRecord, Prediction
@@ -52,6 +53,11 @@ def relook(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def environment_of(home: Path) -> dict[str, str]:
     ports = {"RELOOK_SERVING__PORT": str(free_port()), "RELOOK_LABELING__PORT": "0"}
     return {**os.environ, "RELOOK_HOME": str(home), **ports}
+
+
+def here(home: Path, *arguments: str) -> Result:
+    """Run a verb in this process."""
+    return CliRunner().invoke(app, list(arguments), env={"RELOOK_HOME": str(home)})
 
 
 def sets() -> list[str]:
@@ -113,8 +119,8 @@ def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_anno
     home, summary = finished
     assert summary["trace"]["complete"] is True, summary["trace"]
     prediction_id, second = summary["trace"]["prediction_id"], summary["rounds"][1]
-    done = relook(home, "trace", prediction_id, "--json")
-    assert done.returncode == 0, done.stderr
+    done = here(home, "trace", prediction_id, "--json")
+    assert done.exit_code == 0, done.stderr
     steps = json.loads(done.stdout)["steps"]
 
     def step(kind: str, holds: str = "") -> dict[str, str]:
@@ -140,19 +146,23 @@ def test_the_trace_of_a_flagged_prediction_ends_at_the_model_trained_on_its_anno
     times = [one["at"] for one in path]
     assert times == sorted(times)
 
-    printed = relook(home, "trace", prediction_id).stdout
+    printed = here(home, "trace", prediction_id).stdout
     assert all(one["kind"] in printed for one in (*path, item))
     assert model["id"][:12] in printed
 
 
-def test_the_records_of_the_demo_can_be_read(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_the_records_of_the_demo_can_be_read(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     home, summary = finished
-    rounds = json.loads(relook(home, "rounds", "--json").stdout)["rounds"]
+    rounds = json.loads(here(home, "rounds", "--json").stdout)["rounds"]
     assert [record["model_id"] for record in rounds] == [record["model_id"] for record in summary["rounds"]]
-    assert json.loads(relook(home, "audit", "verify", "--json").stdout)["whole"] is True
-    missing = relook(home, "trace", "0" * 32)
-    assert (missing.returncode, missing.stdout) == (2, "")
-    assert "nothing has the id" in missing.stderr
+    assert json.loads(here(home, "audit", "verify", "--json").stdout)["whole"] is True
+    monkeypatch.setenv("RELOOK_HOME", str(home))
+    assert run(["trace", "0" * 32]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "nothing has the id" in printed.err
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_nobody_honest_is_refused_while_others_abuse(
             lambda: abusers(settings.port, greedy, seed=7),
             lambda: process.memory_info().rss,
             tmp_path / "page",
-            seconds=12.0,
+            seconds=8.0,
             settle_s=1.0,
         )
     store.close()

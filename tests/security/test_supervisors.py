@@ -143,12 +143,12 @@ def test_a_command_that_is_stopped_ends_with_all_its_processes(stop: Callable[[S
         assert running.ends() == 0, running.said()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "number"),
-    # That a raylet ended is told by the search below, too.
-    [("gcs_server", signal.SIGKILL), pytest.param("raylet", signal.SIGTERM, marks=pytest.mark.soak)],
+    # That a daemon ended is told by the search below, too.
+    [("gcs_server", signal.SIGKILL), ("raylet", signal.SIGTERM)],
 )
 def test_a_command_whose_daemon_is_gone_ends_with_a_sentence(name: str, number: int, tmp_path: Path) -> None:
     with started([sys.executable, "-c", WAITING, str(tmp_path / "home")], tmp_path) as running:
@@ -191,6 +191,7 @@ def test_a_search_without_its_raylet_ends_and_names_resume(tmp_path: Path, image
         last = running.said().strip().splitlines()[-1]
         assert last.startswith("relook: Ray's process raylet ended while it was needed"), running.said()
         assert last.endswith("run it again with --resume")
+    assert list((tmp_path / "home" / "logs" / "ray").iterdir()), "Ray's logs are kept"
 
 
 @OF_RAY

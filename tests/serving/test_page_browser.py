@@ -122,7 +122,8 @@ def _add_rounds(store: Store, bundle: Bundle) -> None:
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize("width_px", WIDTHS)
+# The narrow page is also opened by the tests on Ray.
+@pytest.mark.parametrize("width_px", [1280, pytest.param(390, marks=pytest.mark.soak)])
 def test_every_tab_from_upload_to_annotation(
     browser: "Browser", url: str, models: tuple[Store, Bundle, Bundle], make_image: Callable[..., bytes],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Three predictors and two ingress replicas on a real Ray Serve behave like one of each."""
+"""Two predictors and two ingress replicas on a real Ray Serve behave like one of each."""
 
 import sys
 import threading
@@ -68,7 +68,7 @@ def url(ray_session: Any, served: Store, tools: Any) -> Iterator[str]:
         replica = broken_at_will()
     settings = ServingSettings(
         port=tools.free_port(), page=False, model_poll_s=5.0, rate_limit_per_minute=PER_MINUTE, max_batch_size=1,
-        predictor_min_replicas=3, predictor_max_replicas=3, predictor_cpus=0.3, ingress_min_replicas=2,
+        predictor_min_replicas=2, predictor_max_replicas=2, predictor_cpus=0.3, ingress_min_replicas=2,
         ingress_max_replicas=2, ingress_cpus=0.1, explainer_cpus=0.1,
     )  # fmt: skip
     with run_service(settings, served.settings, predictor_class=replica) as handle:
@@ -197,7 +197,7 @@ def test_a_predictor_that_cannot_load_the_model_is_named_and_the_others_go_on(
     broken.touch()
     predictors()[0].kill()
     detail = wait_for("the disk of this node is gone")
-    assert "2 predictors run and 1 do not" in detail
+    assert "1 predictors run and 1 do not" in detail
     anonymous = httpx.get(f"{url}/readyz").json()["detail"]
     assert anonymous == "some predictors do not serve"
     broken.unlink()
