@@ -44,7 +44,7 @@ def loop_cost(settings: TrainersSettings, data: TrainingData, taxonomy: Taxonomy
         build_optimizer(network, settings.optimizer),
         None,
         build_loss(settings.loss, data.labels[data.train_index], taxonomy, sampler=settings.sampler),
-        Geometry(side_px=settings.model.side_px, scaling=settings.model.scaling),
+        Geometry(side_px=settings.model.side_px, scaling=settings.model.pixel_scaling),
         resolve_precision(settings.precision),
         torch.device("cpu"),
         settings.optimizer,

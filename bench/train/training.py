@@ -223,7 +223,7 @@ def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], f
     side_px, batch = settings.model.side_px, settings.images_per_step
     pixels = random.integers(0, 256, (batch, side_px, side_px, 3), dtype=np.uint8)
     labels = torch.from_numpy(random.integers(0, num_classes, batch)).to(device)
-    geometry = Geometry(side_px=side_px, scaling=settings.model.scaling)
+    geometry = Geometry(side_px=side_px, scaling=settings.model.pixel_scaling)
     with compute_threads(threads_of(settings.workers)), torch.random.fork_rng():
         network = build_model(settings.model.name, num_classes, **settings.model.options).to(device)
         network = network.to(memory_format=torch.channels_last).train()

@@ -71,7 +71,9 @@ def test_it_trains(
 
 def test_how_many_were_run() -> None:
     assert dict(ran) == COUNTS
-    assert {kind: len(rows) for kind, rows in catalogue().items() if kind in COUNTS} == COUNTS
+    # One row more says how networks of timm are named.
+    listed = COUNTS | {"models": COUNTS["models"] + 1}
+    assert {kind: len(rows) for kind, rows in catalogue().items() if kind in COUNTS} == listed
     assert {name: MODELS[name].parameters for name in ("custom_cnn", "resnet18", "resnet34")} == {
         "custom_cnn": 51_221,
         "resnet18": 11_172_423,

@@ -45,6 +45,7 @@ from trainers.settings import TrainersSettings
 from trainers.tracking.tensorboard import FOLDER, EventFiles
 from vision.calibration.operating import fit_operating_points, gather_lesions
 from vision.calibration.scaling import apply_calibration, fit_calibration
+from vision.explanations.closed_form import closed_form_of
 from vision.inference.golden import golden_arrays
 from vision.metrics.metrics import score_bands
 from vision.networks import MODELS
@@ -232,7 +233,11 @@ def _write(
             "val": _val_facts(val, calibration, operating, taxonomy),
             "calibration": {"scores": scores},
         },
-        explanation={"target_layer": recipe.target_layer, "gradcam": recipe.gradcam, "faithfulness": faithfulness},
+        explanation={
+            "target_layer": recipe.target_layer,
+            "gradcam": "autograd" if closed_form_of(trained.network.get_submodule("head")) is None else "closed_form",
+            "faithfulness": faithfulness,
+        },
     )
     return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
 

@@ -99,7 +99,7 @@ def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: 
     reports = checkpoint.epoch_reports()
     geometry = Geometry(
         side_px=settings.model.side_px,
-        scaling=settings.model.scaling,
+        scaling=settings.model.pixel_scaling,
         mean=checkpoint.mean,
         std=checkpoint.std,
         decode_version=DECODE_VERSION,
@@ -199,8 +199,10 @@ class _Run:
         self._stopped = found.finished if found else False
         # A resumed run takes the pixel statistics from its checkpoint; `require_same_run` has checked that they are
         # those of the same images.
-        mean, std = (found.mean, found.std) if found else pixel_statistics(data.pixels, data.train_index)
-        self._geometry = Geometry(side_px=settings.model.side_px, scaling=settings.model.scaling, mean=mean, std=std)
+        known = (found.mean, found.std) if found else settings.model.own_pixels
+        mean, std = known or pixel_statistics(data.pixels, data.train_index)
+        scaling = settings.model.pixel_scaling
+        self._geometry = Geometry(side_px=settings.model.side_px, scaling=scaling, mean=mean, std=std)
         augmenter = Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean)))
         self._feeder = Feeder(
             data.pixels,

