@@ -59,11 +59,8 @@ __all__ = [
 
 _LOADED_ON_USE = {
     "Home": "cluster.opened",
-    "Model": "serving.direct",
-    "Explanation": "serving.direct",
-    "Prediction": "serving.direct",
-    "Predictions": "serving.direct",
     "RelookClassifier": "trainers.classifier",
+    **dict.fromkeys(("Model", "Explanation", "Prediction", "Predictions"), "serving.direct"),
 }
 
 
@@ -334,16 +331,17 @@ def evaluate(
     from records.progress import progress
     from records.types import Split
     from trainers.evaluation.measure import measure_model
+    from trainers.tracking.server import track_evaluation
 
     if split not in list(Split):
         raise ConfigError(f"split is {split!r}; it must be one of {', '.join(Split)}")
     with progress() as bar:
-        return measure_model(
-            home.store, _bundle(home, model), split=Split(split), data=data, images=_path(images),
-            labels=_path(labels), columns=columns, masks=_path(masks), prevalence=prevalence, robustness=robustness,
-            explanations=explanations, report=_path(report), embed_images=embed_images,
-            precision=home.settings.trainers.precision, progress=bar,
-        )  # fmt: skip
+        return track_evaluation(home.settings.tracking, measure_model(
+            home.store, _bundle(home, model), split=Split(split), data=data, images=_path(images), columns=columns,
+            labels=_path(labels), masks=_path(masks), prevalence=prevalence, report=_path(report), progress=bar,
+            robustness=robustness, explanations=explanations, embed_images=embed_images,
+            precision=home.settings.trainers.precision,
+        ))  # fmt: skip
 
 
 def load_model(model: str | os.PathLike[str], home: Home | None = None) -> Model:

@@ -156,11 +156,12 @@ class Tracked:
             self._sender.put(what, operation)
 
 
-def track_evaluation(settings: TrackingSettings, found: "Evaluation") -> None:
-    """Record an evaluation as a run of its own."""
+def track_evaluation(settings: TrackingSettings, found: "Evaluation") -> "Evaluation":
+    """Record an evaluation as a run of its own, and return it."""
     name = f"evaluate-{found.model_id[:12]}-{new_id()[-8:]}"
     with Tracked(settings, "evaluate", name, {"model": found.model_id}) as tracked:
         tracked.evaluation(found)
+    return found
 
 
 def aliases_of(store: "Store") -> dict[str, "Bundle | None"]:

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from pydantic import ValidationError
 
+import relook
 from cluster.promotion import promote_model
 from cluster.settings import Settings, public_dump, settings_hash
 from records.bundles import Bundle
@@ -77,6 +78,12 @@ def test_a_training(uri: str, filled_store: Store, tmp_path: Path) -> None:
     assert "metrics.jsonl" in {file.path for file in client.list_artifacts(run.info.run_id)}
     (version,) = client.search_model_versions("name='relook'")
     assert version.tags[MODEL_TAG] == bundle.id
+    home = {"tracking.mlflow_uri": uri, "trainers.precision": "fp32"}
+    with relook.open_home(filled_store.home.root, set=home) as opened:
+        found = relook.evaluate(opened, bundle.id)
+    (evaluated,) = (run for run in runs_of(client) if run.data.tags["relook.kind"] == "evaluate")
+    assert evaluated.data.metrics["val/balanced_accuracy"] == pytest.approx(found.balanced_accuracy)
+    assert evaluated.data.tags[MODEL_TAG] == bundle.id
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
