@@ -383,7 +383,7 @@ def explain(
         model: a model, or what `load_model` takes.
         image: a path, bytes of a file, a Pillow image, or an array uint8 [H, W, 3].
         method: `gradcam`, or another one of `relook catalog explanations`.
-        target: class to explain; default: the most probable one.
+        target: class to explain; default: the label.
         versus: class to compare the target with.
         home: where a model is looked up by name.
     Returns:

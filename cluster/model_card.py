@@ -14,13 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.provenance import stored_test_figures
 from images.export import SourceOfImages, sources_of
-from records.bundles import Bundle
+from records.bundles import Bundle, PointName, Rule
 from records.datasets import DatasetVersion, load_dataset
 from records.settings import first_problem
 from records.store import Store, find_images
 from records.types import LABEL_RANK, DatasetRecord, Image, ModelRecord, Split
 from trainers.evaluation.figures import Evaluation, Interval
-from trainers.evaluation.report.words import warnings_of
+from trainers.evaluation.report.words import POINT_WORDS, RULE_WORDS, warnings_of
 from trainers.evaluation.report.write import METRICS
 from trainers.fitting.run import REPORT
 
@@ -82,6 +82,8 @@ class ModelCard(_Part):
     parent_model_id: str | None
     starting_weights: str | None = Field(description="random, or the source of pretrained ones; null if not stored")
     code_version: str
+    rule: Rule = Field(description="which class is the label")
+    point: PointName = Field(description="how the thresholds of `refer` were chosen")
     refer: dict[str, float] = Field(description="key class to the calibrated probability from which it is referred")
     intended_use: list[str]
     figures: list[StoredFigures]
@@ -122,6 +124,8 @@ def model_card(store: Store, bundle: Bundle) -> ModelCard:
         parent_model_id=document.parent_model_id,
         starting_weights=weights,
         code_version=document.code_version,
+        rule=document.operating.decision.rule,
+        point=document.operating.decision.point,
         refer={code: point.threshold for code, point in document.operating.refer.items()},
         intended_use=list(INTENDED_USE),
         figures=figures,
@@ -238,6 +242,11 @@ def _limits(bundle: Bundle, figures: Sequence[StoredFigures], data: DataSheet | 
             found.append(
                 f"{key.code}: the model has no threshold for it, so its floor of {key.sensitivity_floor} is open."
             )
+        elif document.operating.decision.point == "target":
+            found.append(
+                f"{key.code}: it is referred at the point `target`, an estimate of a sensitivity of "
+                f"{point.sensitivity_floor} on calibration and val ({point.lesions} lesions); no floor is proven at it."
+            )
         elif not point.proven:
             bound = "none" if point.sensitivity_lower_bound is None else f"{point.sensitivity_lower_bound:.3f}"
             found.append(
@@ -275,6 +284,8 @@ def card_page(card: ModelCard) -> str:
             ("taxonomy", card.taxonomy),
             ("classes", ", ".join(f"{code} ({name})" for code, name in card.classes.items())),
             ("malignant", ", ".join(card.malignant) or "none"),
+            ("label", RULE_WORDS[card.rule]),
+            ("operating point", POINT_WORDS[card.point]),
             ("referred from", ", ".join(f"{code} {value:.4f}" for code, value in card.refer.items()) or "no threshold"),
             ("trained from", card.parent_model_id or card.starting_weights or "not stored"),
             ("made by", f"Relook {card.code_version}"),

@@ -36,6 +36,7 @@ from records.parts import each_in_parts
 from records.store import Store
 from records.types import Annotation, Consent, Image, ReasonCode, ReviewItem, SourceLabel, Split
 from records.types.base import LINE
+from vision.calibration.decision import labels_of
 from vision.inference.loaded import LoadedModel, load_model
 from vision.inference.output import BatchOutput
 
@@ -329,20 +330,21 @@ def select_images(
     # Heat maps are computed here and not for the pool, since only the few selected images need one.
     for batch in _batches(len(chosen)):
         output = model.predict(rows.take(batch), gradcam=True)
+        labels = labels_of(output.probabilities, model.decision)
         for i, row in enumerate(batch.tolist()):
-            items.append(_item(images[chosen[row]], output, i, 1.0 - row / len(chosen)))
+            items.append(_item(images[chosen[row]], output, i, int(labels[i]), 1.0 - row / len(chosen)))
     with store.ledger.begin() as tx:
         tx.add(*items)
         within(tx, len(items))
     return len(items)
 
 
-def _item(image: Image, output: BatchOutput, row: int, priority: float) -> ReviewItem:
+def _item(image: Image, output: BatchOutput, row: int, label: int, priority: float) -> ReviewItem:
     # Without finite probabilities there is no predicted class whose map could be shown; the item says why.
     finite = bool(output.finite[row])
     heat_map = None
     if finite and output.maps is not None:
-        heat_map = levels_of(output.maps[row, int(output.probabilities[row].argmax())])
+        heat_map = levels_of(output.maps[row, label])
     return ReviewItem(
         id=new_id(),
         created_at=utc_now(),

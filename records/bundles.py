@@ -14,10 +14,10 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -79,6 +79,38 @@ class ReferPoint(_Part):
     lesions: int = Field(ge=0, description="positive lesions it was measured on")
 
 
+Rule = Literal["natural", "even", "cost"]
+"""Which class is the label: the most probable one (natural), that of the largest probability over its share at
+calibration (even), that of the smallest expected cost, which is the largest probability times miss cost (cost)."""
+PointName = Literal["proven", "target"]
+"""Thresholds of referral whose sensitivity is proven on calibration, or estimated on calibration and val."""
+
+
+class ReferPoints(_Part):
+    """The thresholds of referral at one operating point."""
+
+    refer: dict[str, ReferPoint] = Field(default_factory=dict, description="per key class")
+    refer_malignant: ReferPoint | None = Field(default=None, description="on the sum over malignant classes")
+
+
+class DecisionRule(_Part):
+    """How a label follows from probabilities, and at which operating point images are referred."""
+
+    version: Literal[1] = 1
+    rule: Rule = "natural"
+    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=list, description="[C]: the label is the argmax of probability * weight; empty: all are 1"
+    )
+    point: PointName = Field(default="proven", description="whose thresholds `refer` and `refer_malignant` hold")
+    other: ReferPoints | None = Field(default=None, description="the other operating point, for reports")
+
+    @model_validator(mode="after")
+    def _weights_fit_the_rule(self) -> Self:
+        if (self.rule == "natural") == any(self.weights):
+            raise ValueError(f"the rule {self.rule} does not fit the weights {self.weights}; natural has none")
+        return self
+
+
 class OperatingPoints(_Part):
     """The thresholds that triage compares probabilities with."""
 
@@ -92,6 +124,12 @@ class OperatingPoints(_Part):
     pooled_classes: list[str] = Field(
         default_factory=list,
         description="classes with few calibration lesions: they share one threshold and are promised coverage together",
+    )
+    decision: DecisionRule = Field(
+        default=DecisionRule(),
+        # Left out where nothing was chosen, so that the ids of such bundles stay as they were.
+        exclude_if=lambda decision: decision == DecisionRule(),
+        description="bundles made before it are `natural` and `proven`",
     )
 
 
@@ -142,6 +180,13 @@ class BundleDocument(_Part):
     num_threads: int = Field(ge=1, description="threads that the golden logits were computed with")
     metrics: dict[str, Any] = Field(default_factory=dict, description="on the splits that fitting may read")
     explanation: dict[str, Any] = Field(default_factory=dict, description="target layer, and how faithful its maps are")
+
+    @model_validator(mode="after")
+    def _rule_fits_the_classes(self) -> Self:
+        weights = self.operating.decision.weights
+        if weights and len(weights) != len(self.taxonomy.codes):
+            raise ValueError(f"the decision rule has {len(weights)} weights for {len(self.taxonomy.codes)} classes")
+        return self
 
 
 @dataclass(frozen=True)

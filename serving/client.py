@@ -119,7 +119,7 @@ class Client:
 
         Args:
             image: a JPEG, PNG or WebP file.
-            explain: add the heat map of the most likely class.
+            explain: add the heat map of the label.
             context: metadata and consent of the image.
             idempotency_key: a repeated call with the same key gets the same prediction; default: a new key.
         Returns:

@@ -23,6 +23,7 @@ from records.types import Decision
 from serving.bulk import Decoded, decode_for, verdicts_of
 from serving.settings import ServingSettings
 from serving.triage import Verdict, malignant_probability
+from vision.calibration.decision import labels_of
 from vision.explanations import FILE_OVERLAY_SIDE_PX
 from vision.explanations.methods import METHODS
 from vision.inference.attribution import explain
@@ -38,7 +39,8 @@ class Prediction:
 
     Args:
         image: its path, else `image N`, counted from 0.
-        label: code of the most probable class; None if the image is too poor to judge, or the output is not finite.
+        label: code of the class by the model's rule; None if the image is too poor to judge, or its output is not
+            finite.
         confidence: its probability; None where the label is.
         probabilities: by class code, calibrated; empty if the output is not finite.
         prediction_set: codes of the classes that cannot be ruled out.
@@ -184,7 +186,7 @@ def explain_given(
         loaded: in fp32.
         image: a path, bytes, a Pillow image or an array.
         method: a name in `METHODS`.
-        target: code of the class; None is the most probable one.
+        target: code of the class; None is the label.
         versus: code of the class to compare it with, or None.
     Returns:
         The heat map over its image.
@@ -231,7 +233,8 @@ def _predicted(
         heat_map = None
         if output.maps is not None and output.finite[row]:
             side_px = loaded.geometry.side_px
-            heat_map = resized_strength(output.maps[row, int(values.argmax())], side_px, side_px)
+            target = int(labels_of(output.probabilities[row : row + 1], loaded.decision)[0])
+            heat_map = resized_strength(output.maps[row, target], side_px, side_px)
         yield {**_fields(verdict, values, bool(output.finite[row]), loaded.taxonomy), "heat_map": heat_map}
 
 

@@ -18,6 +18,7 @@ from serving.images import attribution_map, take_in
 from serving.messages import FoundCase, HeatMap, Method
 from serving.nearest import CaseFinder
 from serving.settings import ServingSettings
+from vision.calibration.decision import labels_of
 from vision.explanations.methods import METHODS
 from vision.inference.attribution import attribute
 from vision.inference.loaded import LoadedModel, load_model
@@ -82,7 +83,7 @@ class Explainer:
         Args:
             image: as sent.
             method: name in `METHODS`.
-            target: class code; None is the most likely class.
+            target: class code; None is the label.
             versus: class code that the target is compared with, or None.
         Returns:
             The map with its overlay.
@@ -99,8 +100,8 @@ class Explainer:
             raise UnavailableError("no model is to be served yet; promote one first")
         loaded = self._model(served.id, self._settings.precision, method)
         if target is None:
-            probabilities = loaded.predict(decode_square(stored.data, loaded.geometry.side_px)[None]).probabilities[0]
-            target = self._store.taxonomy.codes[int(np.nan_to_num(probabilities).argmax())]
+            probabilities = loaded.predict(decode_square(stored.data, loaded.geometry.side_px)[None]).probabilities
+            target = self._store.taxonomy.codes[int(labels_of(probabilities, loaded.decision)[0])]
         self._check_classes(target, versus)
         return self._map(loaded, stored.data, method, target, versus)
 

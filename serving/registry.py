@@ -34,6 +34,8 @@ def model_details(store: Store, model_id: str) -> ModelDetails:
         status_text=status_text(record.status),
         classes=[ClassInfo(code=c.code, name=c.name, malignant=c.malignant) for c in document.taxonomy.classes],
         scores=_bands(document),
+        rule=operating.decision.rule,
+        point=operating.decision.point,
         promise=operating.conformal_promise,
         pooled_classes=operating.pooled_classes,
         refer=refer,

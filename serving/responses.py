@@ -60,6 +60,7 @@ def prediction_body(
         confidence=prediction.confidence,
         probabilities=prediction.probabilities,
         prediction_set=prediction.prediction_set,
+        label_in_set=None if prediction.label is None else prediction.label in prediction.prediction_set,
         decision=prediction.decision,
         reasons=[Reason(code=code, text=reason_text(code, prediction, taxonomy)) for code in prediction.reasons],
         review=ReviewStatus(state=review.state, due=review.due) if review else None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
+from records.bundles import PointName, Rule
 from records.types import (
     Confirmation,
     Consent,
@@ -159,6 +160,11 @@ class PredictionResponse(Body):
     confidence: Probability | None
     probabilities: dict[str, Probability] | None = Field(description="calibrated, in class order")
     prediction_set: list[str]
+    label_in_set: bool | None = Field(
+        default=None,
+        description="false: the label's probability is lower than is usual for images of its class, and the image goes "
+        "to review; null without a label",
+    )
     decision: Decision
     reasons: list[Reason]
     review: ReviewStatus | None
@@ -393,6 +399,15 @@ class ModelDetails(ModelInfo):
     classes: list[ClassInfo]
     scores: list[ScoreBand] = Field(
         description="on the calibration split, by rising score; empty for models without them"
+    )
+    rule: Rule = Field(
+        default="natural",
+        description="label: the most probable class (natural), the same if all classes came equally often (even), or "
+        "that of the smallest expected cost (cost)",
+    )
+    point: PointName = Field(
+        default="proven",
+        description="sensitivity at the review thresholds: proven on calibration, or estimated on calibration and val",
     )
     promise: Probability = Field(description="guaranteed coverage of the prediction sets; see pooled_classes")
     pooled_classes: list[str] = Field(

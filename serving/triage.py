@@ -15,7 +15,7 @@ from records.errors import ContractError
 from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Decision, ReasonCode
-from vision.calibration.conformal import prediction_set, thresholds_in_order
+from vision.calibration.decision import labels_of, sets_of
 from vision.inference.suitability import NOTHING_KNOWN, Suitability
 
 _PRIORITY_TIERS: dict[ReasonCode, float] = {
@@ -75,8 +75,8 @@ def triage(
     Args:
         probabilities: [C] calibrated, in class order; non-finite if the model's output was.
         taxonomy: class order and malignant classes.
-        operating: thresholds of the model. A class without a conformal threshold is in every prediction set, so a
-            model without thresholds sends every image to review.
+        operating: rule and thresholds of the model. A class without a conformal threshold is in every prediction set,
+            so a model without thresholds sends every image to review.
         rules: of this service.
         audit_draw: this image's draw in [0, 1), see `audit_draw_of`.
         suitability: result of the quality and out-of-distribution checks.
@@ -104,8 +104,8 @@ def triage(
     if abs(float(probabilities.sum()) - 1.0) > 1e-6:
         raise ContractError(f"probabilities sum to {float(probabilities.sum()):.6f}, not to 1")
 
-    label_index = int(probabilities.argmax())
-    members = prediction_set(probabilities[None], thresholds_in_order(operating, taxonomy))[0]
+    label_index = int(labels_of(probabilities[None], operating.decision)[0])
+    members = sets_of(probabilities[None], taxonomy, operating)[0]
     reasons = (
         *_referral_reasons(probabilities, taxonomy, operating),
         *_doubt_reasons(probabilities, label_index, members, taxonomy, rules),
@@ -216,8 +216,9 @@ def _doubt_reasons(
     others = members.copy()
     others[label_index] = False
     reasons = []
-    # An empty set is a reason for review, too: the probability of every class is below what is usual for its images.
-    if not 1 <= int(members.sum()) <= rules.max_set_size or bool((others & is_malignant).any()):
+    # A label outside the set is a reason, too, and so is an empty set: its probability is below what is usual for
+    # images of its class, so the image is an unusual one of the class, or of another class.
+    if not members[label_index] or int(members.sum()) > rules.max_set_size or bool((others & is_malignant).any()):
         reasons.append(ReasonCode.PREDICTION_SET)
     if float(probabilities[label_index]) < rules.low_confidence:
         reasons.append(ReasonCode.LOW_CONFIDENCE)

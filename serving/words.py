@@ -4,6 +4,8 @@ In: stored records. Out: text that depends only on these records, so that a pred
 read. The texts give probabilities and next steps, never a verdict on a patient.
 """
 
+from collections.abc import Mapping
+
 from records.taxonomy import Taxonomy
 from records.types import Decision, FlagReason, ModelStatus, Prediction, ReasonCode
 from vision.inference.suitability import QualityReason
@@ -41,10 +43,18 @@ def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) ->
     """Return one sentence for a reason of a stored prediction; class names are those of `taxonomy`."""
     names = {c.code: c.name for c in taxonomy.classes}
     match code:
-        case ReasonCode.LOW_CONFIDENCE:
+        case ReasonCode.LOW_CONFIDENCE if is_most_likely(prediction.label, prediction.probabilities):
             return f"Even the most likely class has a probability of only {_percent(prediction.confidence)}."
+        case ReasonCode.LOW_CONFIDENCE:
+            return f"The label has a probability of only {_percent(prediction.confidence)}."
         case ReasonCode.PREDICTION_SET if not prediction.prediction_set:
             return "No class has a probability as high as is usual for its calibration images."
+        case ReasonCode.PREDICTION_SET if prediction.label not in (None, *prediction.prediction_set):
+            held = ", ".join(names.get(c, c) for c in prediction.prediction_set)
+            return (
+                f"The label, {names.get(prediction.label or '', prediction.label)}, is not among the classes that "
+                f"cannot be excluded ({held}): its probability is lower than is usual for images of its class."
+            )
         case ReasonCode.PREDICTION_SET:
             held = ", ".join(names.get(c, c) for c in prediction.prediction_set)
             return f"These classes cannot be told apart with enough certainty: {held}."
@@ -54,6 +64,18 @@ def reason_text(code: ReasonCode, prediction: Prediction, taxonomy: Taxonomy) ->
             return _referral_text(code, prediction, taxonomy)
         case _:
             return _FIXED[code]
+
+
+def is_most_likely(label: str | None, probabilities: Mapping[str, float] | None) -> bool:
+    """Return whether no class has a larger probability than the label; some decision rules name a rarer class."""
+    return label is None or not probabilities or probabilities.get(label, 1.0) >= max(probabilities.values())
+
+
+RULE_WORDS: dict[str, str] = {
+    "natural": "the most likely class",
+    "even": "the class that would be the most likely one if all classes came equally often",
+    "cost": "the class whose expected cost is smallest, where missing a dangerous class costs more",
+}
 
 
 def status_text(status: str) -> str:

@@ -26,7 +26,7 @@ from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_
 from images.decode import decode_square
 from images.given import GivenImage, given_list, given_name, image_bytes
 from records.arrays import FloatArray, IntArray, UInt8Array
-from records.bundles import Architecture, BundleDocument, read_bundle, write_bundle_in
+from records.bundles import Architecture, BundleDocument, OperatingPoints, read_bundle, write_bundle_in
 from records.durable import make_folders
 from records.errors import ArgumentError, ConfigError, ImageError, RefusedError
 from records.ids import hash_of, sha256_hex
@@ -36,6 +36,7 @@ from trainers.fitting.loop import train
 from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import compute_threads
 from trainers.settings import TrainersSettings
+from vision.calibration.decision import decision_rule, labels_of
 from vision.calibration.scaling import apply_calibration, fit_calibration
 from vision.inference.golden import golden_arrays
 from vision.inference.loaded import plain_network, reference_logits
@@ -112,6 +113,7 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
         self.priors_ = (np.bincount(labels[data.train_index], minlength=len(classes)) / len(data.train_index)).tolist()
         logits = self._logits(pixels[val]).astype(np.float64)
         self.calibration_ = fit_calibration(logits, labels[val], taxonomy)
+        self.decision_ = decision_rule(settings.decision.rule, taxonomy, self.calibration_.priors)
         return self
 
     def predict_proba(self, X: Iterable[GivenImage]) -> FloatArray:  # noqa: N803
@@ -121,9 +123,9 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
         return apply_calibration(logits, self.calibration_)
 
     def predict(self, X: Iterable[GivenImage]) -> NDArray[Any]:  # noqa: N803
-        """Return the most probable class of each image, [N]; NotFittedError before `fit`."""
-        best = self.predict_proba(X).argmax(axis=1)
-        found: NDArray[Any] = self.classes_[best]
+        """Return the label of each image, [N], by the setting `decision.rule`; NotFittedError before `fit`."""
+        probabilities = self.predict_proba(X)
+        found: NDArray[Any] = self.classes_[labels_of(probabilities, self.decision_)]
         return found
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -152,6 +154,7 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
             geometry=geometry,
             class_priors=dict(zip(taxonomy.codes, self.priors_, strict=True)),
             calibration=self.calibration_,
+            operating=OperatingPoints(decision=self.decision_),
             dataset_id=hash_of([_KIND]),
             config=self.settings_.model_dump(mode="json"),
             code_version=version("relook"),
@@ -179,6 +182,7 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
         found.classes_ = np.array(kept["classes"], dtype=kept["dtype"])
         found.network_, found.geometry_, found.taxonomy_ = plain_network(bundle), document.geometry, document.taxonomy
         found.num_threads_, found.calibration_ = document.num_threads, document.calibration
+        found.decision_ = document.operating.decision
         found.settings_ = TrainersSettings.model_validate(document.config)
         found.priors_ = list(document.class_priors.values())
         return found

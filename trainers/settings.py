@@ -19,11 +19,12 @@ from trainers.optimization.optimizers import OptimizerSettings
 from trainers.optimization.samplers import SAMPLERS
 from trainers.optimization.schedulers import SchedulerSettings
 from trainers.optimization.strategies import WorkersSettings, strategy_of
+from vision.calibration.decision import DecisionSettings
 from vision.networks.registry import ModelSettings
 
 __all__ = [
-    "MACHINERY", "LossSettings", "ModelSettings", "OptimizerSettings", "SchedulerSettings", "TrainersSettings",
-    "WorkersSettings",
+    "MACHINERY", "DecisionSettings", "LossSettings", "ModelSettings", "OptimizerSettings", "SchedulerSettings",
+    "TrainersSettings", "WorkersSettings",
 ]  # fmt: skip
 
 MACHINERY = frozenset({"workers"})
@@ -58,6 +59,7 @@ class TrainersSettings(RoomSettings):
     early_stop_patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without a better validation score; default: never"
     )
+    decision: DecisionSettings = Field(default=DecisionSettings(), description="label and operating point of the model")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="number format; auto is bf16 where the hardware has it, else fp32"
     )

@@ -29,8 +29,10 @@ def identity_checks(challenger: Contender, rivals: Sequence[tuple[str, Contender
     """Check that the challenger predicts differently from each rival; swapping equal models gains nothing."""
     checks = []
     for role, rival in rivals:
-        same = challenger.model_id == rival.model_id or np.array_equal(
-            challenger.predictions.probabilities, rival.predictions.probabilities
+        same = challenger.model_id == rival.model_id or (
+            # The same probabilities give other labels and referrals under another rule.
+            challenger.decision == rival.decision
+            and np.array_equal(challenger.predictions.probabilities, rival.predictions.probabilities)
         )
         text = f"its predictions equal those of the {role}" if same else f"it is not the same model as the {role}"
         checks.append(Check(name=f"differs from {role}", outcome="fail" if same else "pass", text=text))
@@ -134,9 +136,8 @@ def accuracy_check(
     num_classes, labels = len(taxonomy.codes), challenger.predictions.labels
     estimates, resampled = [], []
     for contender in (challenger, rival):
-        predicted = contender.predictions.probabilities.argmax(axis=1)
-        estimates.append(accuracy_of(contender.predictions, num_classes))
-        resampled.append(balanced_accuracy(resampled_counts(labels, predicted, groups, weights, num_classes)))
+        estimates.append(accuracy_of(contender, num_classes))
+        resampled.append(balanced_accuracy(resampled_counts(labels, contender.labels, groups, weights, num_classes)))
     differences = resampled[0] - resampled[1]
     return _check_difference(
         name=f"balanced accuracy against {role}",

@@ -1,13 +1,15 @@
 """The models that the gate compares, and their predictions per lesion: the mean over the images of a group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cluster.settings import GateSettings
 from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
+from records.bundles import DecisionRule
 from records.taxonomy import Taxonomy
 from trainers.evaluation.evaluate import SplitPredictions
+from vision.calibration.decision import labels_of
 from vision.metrics.bootstrap import group_strata, resample_weights
 from vision.metrics.metrics import (
     balanced_accuracy,
@@ -24,11 +26,18 @@ class Contender:
         model_id: of the bundle.
         predictions: on the gate split; the same images in the same order for all contenders.
         key_threshold: refer threshold of the key class, None if the taxonomy has none.
+        decision: the model's rule: each contender is compared by the labels that it would serve.
     """
 
     model_id: str
     predictions: SplitPredictions
     key_threshold: float | None
+    decision: DecisionRule = field(default_factory=DecisionRule)
+
+    @property
+    def labels(self) -> IntArray:
+        """[N] predicted class indices."""
+        return labels_of(self.predictions.probabilities, self.decision)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,6 @@ def gate_weights(
     return resample_weights(strata, num_resamples=settings.bootstrap_resamples, seed=settings.seed)
 
 
-def accuracy_of(predictions: SplitPredictions, num_classes: int) -> float:
+def accuracy_of(contender: Contender, num_classes: int) -> float:
     """Return the balanced accuracy over images."""
-    predicted = predictions.probabilities.argmax(axis=1)
-    return float(balanced_accuracy(confusion_matrix(predictions.labels, predicted, num_classes)))
+    return float(balanced_accuracy(confusion_matrix(contender.predictions.labels, contender.labels, num_classes)))

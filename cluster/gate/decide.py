@@ -82,7 +82,7 @@ def decide(
         images=len(challenger.predictions.labels),
         lesions=int(groups.max()) + 1,
         key_lesions=int(is_key.sum()),
-        balanced_accuracy=accuracy_of(challenger.predictions, len(taxonomy.codes)),
+        balanced_accuracy=accuracy_of(challenger, len(taxonomy.codes)),
         checks=checks,
         slices=[_slice_report(part, groups, is_key, settings) for part in slices],
         looks=dict(looks or {}),

@@ -98,7 +98,7 @@ def _map_similarity(store: Store, bundle: Bundle, dataset: DatasetVersion, seed:
 def _contender(store: Store, bundle: Bundle, predictions: SplitPredictions) -> Contender:
     key = store.taxonomy.key_class
     point = bundle.document.operating.refer.get(key.code) if key else None
-    return Contender(bundle.id, predictions, point.threshold if point else None)
+    return Contender(bundle.id, predictions, point.threshold if point else None, bundle.document.operating.decision)
 
 
 def _rivals(store: Store, challenger_id: str) -> list[tuple[str, Bundle]]:

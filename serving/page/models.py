@@ -17,6 +17,7 @@ from serving.page.api import PageApi
 from serving.page.prediction_view import coverage_text
 from serving.page.render import problem_html, render, share
 from serving.schemas import ModelDetails, ModelInfo, RolloutInfo, RolloutRequest
+from serving.words import RULE_WORDS
 
 TRAFFIC_SHARES = {
     "0 % (shadow)": 0,
@@ -215,6 +216,7 @@ def details_html(details: ModelDetails, names: dict[str, str]) -> str:
         names=names,
         named=named,
         coverage=coverage_text(names, details),
+        rule_words=RULE_WORDS,
     )
 
 

@@ -19,7 +19,7 @@ from serving.schemas import (
     ScoreBand,
     ServedModelInfo,
 )
-from serving.words import DECISION_TITLES, DISCLAIMER
+from serving.words import DECISION_TITLES, DISCLAIMER, RULE_WORDS, is_most_likely
 
 FEW_LESIONS = 20
 MAX_CLASSES = 20
@@ -80,9 +80,28 @@ def prediction_html(
         accuracy=accuracy,
         shown=likely[:count],
         others=likely[count:],
+        label_text=label_text(prediction, names, details),
         malignant_others=[probability for code, probability in likely[count:] if code in malignant],
-        prediction_set=set_text(prediction.prediction_set, names, details),
+        prediction_set=set_text(prediction.prediction_set, names, details, prediction.label),
     )
+
+
+def label_text(prediction: PredictionResponse, names: Mapping[str, str], details: ModelDetails | None) -> str | None:
+    """Say why the label is not the most likely class; None if it is.
+
+    Args:
+        prediction: body of the API.
+        names: class code to display name.
+        details: of the model that made it; None if they cannot be read.
+    Returns:
+        One or two sentences.
+    """
+    probabilities = prediction.probabilities or {}
+    if is_most_likely(prediction.label, probabilities):
+        return None
+    first = max(probabilities, key=lambda code: probabilities[code])
+    said = f"{names.get(first, first)} is more likely, {100 * probabilities[first]:.0f} %."
+    return said if details is None else f"{said} This model names {RULE_WORDS[details.rule]}."
 
 
 def cases_html(found: NearestCases, names: dict[str, str]) -> str:
@@ -146,10 +165,10 @@ def state_text(review: ReviewStatus) -> str:
 
 
 def accuracy_text(confidence: float, scores: Sequence[ScoreBand]) -> str:
-    """Say how often the most likely class was right at about this confidence.
+    """Say how often the label was right at about this confidence.
 
     Args:
-        confidence: probability of the most likely class.
+        confidence: probability of the label.
         scores: bands of the calibration split.
     Returns:
         One or two sentences.
@@ -165,18 +184,21 @@ def accuracy_text(confidence: float, scores: Sequence[ScoreBand]) -> str:
     few = f" With only {band.lesions} lesions, this estimate is uncertain." if band.lesions < FEW_LESIONS else ""
     return (
         f"Of {band.lesions} lesions in the calibration split with a score from {100 * band.low:.0f} to "
-        f"{100 * band.high:.0f} %, the most likely class was right for {band.right}: "
+        f"{100 * band.high:.0f} %, the label was right for {band.right}: "
         f"{100 * band.right / band.lesions:.0f} % (95 % confidence interval {low:.0f} to {high:.0f} %).{few}"
     )
 
 
-def set_text(prediction_set: Sequence[str], names: Mapping[str, str], details: ModelDetails | None) -> str:
+def set_text(
+    prediction_set: Sequence[str], names: Mapping[str, str], details: ModelDetails | None, label: str | None = None
+) -> str:
     """Explain a prediction set and its coverage.
 
     Args:
         prediction_set: codes of the classes that cannot be excluded.
         names: class code to display name.
         details: of the model that made the prediction; None leaves the coverage out.
+        label: of the prediction; if it is not in the set, the text says what that means.
     Returns:
         Some sentences.
     """
@@ -185,6 +207,11 @@ def set_text(prediction_set: Sequence[str], names: Mapping[str, str], details: M
     held = _listed([names.get(code, code) for code in prediction_set])
     count = "One class" if len(prediction_set) == 1 else f"{len(prediction_set)} classes"
     begun = f"{count} cannot be excluded: {held}."
+    if label is not None and label not in prediction_set:
+        begun += (
+            f" The label, {names.get(label, label)}, is not among them: its probability is lower than is usual for "
+            "images of its class, so the image is an unusual one of it, or of a class in the set; an annotator decides."
+        )
     if details is None:
         return begun
     return (

@@ -62,7 +62,7 @@ def explanations_router(service: Service, authenticator: Authenticator, admissio
         request: Request,
         caller: Annotated[Caller, Depends(authenticator.requires(Scope.PREDICT))],
         method: MethodQuery = "gradcam",
-        target: Annotated[Text | None, Query(description="class code; default: the most likely class")] = None,
+        target: Annotated[Text | None, Query(description="class code; default: the label")] = None,
         versus: VersusQuery = None,
         form: FormQuery = "json",
     ) -> Any:

@@ -37,9 +37,7 @@ def _add_predict(router: APIRouter, admission: Admission, authenticator: Authent
     async def predict(
         request: Request,
         caller: Annotated[Caller, Depends(authenticator.requires(Scope.PREDICT))],
-        explain: Annotated[
-            Literal["gradcam"] | None, Query(description="add the heat map of the most likely class")
-        ] = None,
+        explain: Annotated[Literal["gradcam"] | None, Query(description="add the heat map of the label")] = None,
         idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
     ) -> Any:
         """Predict one image: calibrated probabilities, a decision with its reasons, and the state of its review."""

@@ -16,10 +16,12 @@ from cluster.gate.checks import (
     sensitivity_checks,
     threshold_at_specificity,
 )
+from cluster.gate.contenders import accuracy_of
 from cluster.gate.report import Check
 from cluster.settings import GateSettings
 from records.taxonomy import Taxonomy, load_taxonomy
 from trainers.evaluation.evaluate import SplitPredictions
+from vision.calibration.decision import decision_rule
 from vision.metrics.metrics import balanced_accuracy, confusion_matrix, expected_calibration_error
 
 TAXONOMY = load_taxonomy("ham10000")
@@ -275,3 +277,21 @@ def test_a_report_of_predictions_that_are_not_finite() -> None:
     )
     assert (report.champion, report.looks, report.key_lesions) == ("b" * 64, {"gate": 2}, 0)
     assert [(check.name, check.outcome) for check in report.checks] == [("finite predictions", "fail")]
+
+
+def test_contenders_are_compared_by_the_labels_that_they_would_serve() -> None:
+    labels = [MEL] * 10 + [NV] * 30
+    given = predictions(labels, [0.3] * 10 + [0.05] * 30)
+    even = decision_rule("even", TAXONOMY, {**dict.fromkeys(CODES, 0.02), "mel": 0.1, "nv": 0.8})
+    plain, challenger = Contender("a" * 64, given, 0.5), Contender("b" * 64, given, 0.5, even)
+    # 0.3 / 0.1 is more than 0.7 / 0.8, and 0.05 / 0.1 is less than 0.95 / 0.8.
+    assert (accuracy_of(plain, 7), accuracy_of(challenger, 7)) == (0.5, 1.0)
+    # Equal probabilities under another rule are another model; under the same rule nothing would change.
+    assert [check.outcome for check in identity_checks(challenger, [("champion", plain)])] == ["pass"]
+    same = Contender("c" * 64, given, 0.5)
+    assert [check.outcome for check in identity_checks(same, [("champion", plain)])] == ["fail"]
+    verdict = decide(
+        challenger, [("champion", plain)], taxonomy=TAXONOMY, settings=SETTINGS, explanation_similarity=0.0
+    )
+    (gain,) = [check for check in verdict.checks if check.name == "balanced accuracy against champion"]
+    assert (gain.outcome, gain.estimate) == ("pass", 0.5)

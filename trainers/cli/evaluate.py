@@ -87,9 +87,9 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
     summary = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
     summary.add_row("images, lesions", f"{evaluation.images}, {evaluation.lesions}")
     summary.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
-    even = evaluation.at_equal_prevalence
-    if even is not None:
-        summary.add_row("  at equal class shares", _figure(even.balanced_accuracy, even.balanced_accuracy_ci))
+    for rule, report in evaluation.by_rule.items():
+        name = f"  label by the rule {rule}{' (in force)' if report.in_force else ''}"
+        summary.add_row(name, _figure(report.balanced_accuracy, report.balanced_accuracy_ci))
     summary.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
     summary.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
     summary.add_row("macro AUC", _figure(evaluation.macro_auc))
@@ -106,6 +106,13 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
             f"{key.name} specificity at 95 % sensitivity",
             _figure(key.specificity_at_95_sensitivity, key.specificity_at_95_sensitivity_ci),
         )
+    for name, point in evaluation.points.items():
+        values = f"{_figure(point.sensitivity)}, {_figure(point.specificity)}, {1 - point.answered_share:.3f}"
+        title = f"point {name}{' (in force)' if point.in_force else ''}"
+        summary.add_row(f"{title}: sensitivity, specificity, referred", values)
+    outside = evaluation.label_outside_set
+    if outside is not None:
+        summary.add_row("label outside its prediction set", f"{outside.images} images ({outside.share:.3f})")
     if evaluation.coverage is not None:
         promise = f"{evaluation.coverage.overall:.3f} (target {evaluation.coverage.promise:.2f})"
         summary.add_row("prediction set contains the class", promise)

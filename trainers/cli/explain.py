@@ -33,7 +33,7 @@ def explain_command(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP file.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
     method: Annotated[str, typer.Option(help="Method: {choices}.", autocompletion=_methods)] = "gradcam",
-    target: Annotated[str | None, typer.Option(help="Class to explain; default: the most probable one.")] = None,
+    target: Annotated[str | None, typer.Option(help="Class to explain; default: the label.")] = None,
     versus: Annotated[str | None, typer.Option(help="Class to compare the target with.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer for activations; default: the last stage.")] = None,
 ) -> None:

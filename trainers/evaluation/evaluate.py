@@ -17,17 +17,25 @@ from rich.progress import Progress
 from images.cache import PixelCache, PixelRows
 from records import audit
 from records.arrays import Float32Array, FloatArray, IntArray
-from records.bundles import Bundle, OperatingPoints
+from records.bundles import Bundle, DecisionRule, OperatingPoints
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Image, Split
+from trainers.evaluation.decisions import (
+    decided,
+    label_outside_set,
+    point_reports,
+    referral_curve,
+    rule_reports,
+)
 from trainers.evaluation.figures import (
     Coverage,
     EqualPrevalence,
     Evaluation,
     ReliabilityBin,
+    RuleReport,
     class_reports,
     interval_of,
     key_class_report,
@@ -35,7 +43,7 @@ from trainers.evaluation.figures import (
 )
 from trainers.evaluation.images import Images, Traits, traits_of_images
 from trainers.evaluation.skin import SkinTones
-from vision.calibration.conformal import prediction_set, thresholds_in_order
+from vision.calibration.decision import sets_of
 from vision.calibration.operating import Lesions, answered, gather_lesions
 from vision.calibration.scaling import reweight
 from vision.inference.loaded import LoadedModel, load_model
@@ -177,9 +185,9 @@ def evaluate(
     Args:
         predictions: at least one image; every row a distribution.
         taxonomy: class order, key classes and names.
-        operating: thresholds of the model; None makes the metrics that need thresholds undefined.
+        operating: rule and thresholds of the model; None: labels are `natural`, and what needs thresholds is undefined.
         prevalence: class shares that predictions are re-weighted to; metrics with thresholds stay as served.
-        priors: class shares at calibration; needed with `prevalence`, and for metrics at equal prevalence.
+        priors: class shares at calibration; needed with `prevalence`, and for the figures of every rule.
         max_set_size: larger prediction sets go to an annotator.
         seed: of the bootstrap.
     Returns:
@@ -191,7 +199,8 @@ def evaluate(
     _require_images(predictions, num_classes)
     # Triage runs on the served probabilities: thresholds and sets were fitted on them, not on re-weighted ones.
     probabilities = served if prevalence is None else reweight(served, priors or {}, prevalence)
-    predicted = probabilities.argmax(axis=1)
+    decision = DecisionRule() if operating is None else operating.decision
+    predicted = decided(served, probabilities, decision)
     lesions = gather_lesions(predictions.image_ids, predictions.lesion_ids, labels, served)
     _, group_index = np.unique(np.array(predictions.group_ids, dtype=str), return_inverse=True)
     # One set of resamples for all metrics, so that their intervals rest on the same draws.
@@ -200,28 +209,38 @@ def evaluate(
     resampled = resampled_counts(labels, predicted, group_index, weights, num_classes)
     aucs = one_vs_rest_auc(labels, probabilities)
     per_class = class_reports(taxonomy, confusion, resampled, labels, predicted, group_index, lesions, aucs)
-    key_class = key_class_report(taxonomy, operating, lesions, group_index[lesions.first_image_index], weights)
+    group_of_lesion = group_index[lesions.first_image_index]
+    key_class = key_class_report(taxonomy, operating, lesions, group_of_lesion, weights)
+    by_rule = rule_reports(labels, served, probabilities, taxonomy, priors, decision, group_index, weights)
     return Evaluation(
-        model_id=predictions.model_id,
-        dataset_id=predictions.dataset_id,
-        split=predictions.split.value if predictions.split else None,
-        split_reads=predictions.split_reads,
-        images=len(labels),
-        lesions=len(lesions),
-        groups=weights.shape[1],
+        **_basis(predictions, lesions, weights),
         **whole_figures(confusion, resampled, weights.shape[1]),
         macro_auc=_mean_of_finite(aucs),
         ece=expected_calibration_error(labels, probabilities),
         reliability=_reliability(labels, probabilities),
         prevalence=None if prevalence is None else dict(prevalence),
-        at_equal_prevalence=_at_equal_prevalence(served, labels, taxonomy, priors, group_index, weights),
+        at_equal_prevalence=_at_equal_prevalence(by_rule.get("even")),
+        rule=decision.rule,
+        by_rule=by_rule,
         per_class=per_class,
         key_class=key_class,
         confusion_matrix=confusion.tolist(),
         coverage=coverage_report(served, lesions, taxonomy, operating),
         undefined=undefined_reasons(taxonomy, per_class, key_class, operating),
-        **_triage_figures(served, taxonomy, operating, max_set_size),
+        **_triage_figures(predictions, lesions, taxonomy, operating, group_of_lesion, weights, max_set_size),
     )
+
+
+def _basis(predictions: SplitPredictions, lesions: Lesions, weights: Float32Array) -> dict[str, Any]:
+    return {
+        "model_id": predictions.model_id,
+        "dataset_id": predictions.dataset_id,
+        "split": predictions.split.value if predictions.split else None,
+        "split_reads": predictions.split_reads,
+        "images": len(predictions.labels),
+        "lesions": len(lesions),
+        "groups": weights.shape[1],
+    }
 
 
 def _mean_of_finite(values: FloatArray) -> float | None:
@@ -249,7 +268,7 @@ def coverage_report(
     if operating is None or not operating.conformal_thresholds:
         return None
     # One image per lesion, because images of a lesion are not independent and the promise is per image.
-    sets = prediction_set(probabilities[lesions.first_image_index], thresholds_in_order(operating, taxonomy))
+    sets = sets_of(probabilities[lesions.first_image_index], taxonomy, operating)
     held = sets[np.arange(len(lesions)), lesions.labels]
     return Coverage(
         promise=operating.conformal_promise,
@@ -262,30 +281,14 @@ def coverage_report(
     )
 
 
-def _at_equal_prevalence(
-    probabilities: FloatArray,
-    labels: IntArray,
-    taxonomy: Taxonomy,
-    priors: Mapping[str, float] | None,
-    group_index: IntArray,
-    weights: Float32Array,
-) -> EqualPrevalence | None:
-    if not priors:
+def _at_equal_prevalence(even: RuleReport | None) -> EqualPrevalence | None:
+    # The rule `even` re-weights by Bayes to equal class shares: the largest of p / share is that of the new p.
+    if even is None:
         return None
-    # Equal weights; a class without a share at calibration has none to divide by, and keeps share 0.
-    known = {code: float(priors[code] > 0) for code in taxonomy.codes}
-    predicted = reweight(probabilities, {code: priors[code] for code in taxonomy.codes}, known).argmax(axis=1)
-    confusion = confusion_matrix(labels, predicted, len(taxonomy.codes))
-    resampled = resampled_counts(labels, predicted, group_index, weights, len(taxonomy.codes))
-    estimate = float(balanced_accuracy(confusion))
-    counts = confusion.sum(axis=1)
     return EqualPrevalence(
-        balanced_accuracy=estimate,
-        balanced_accuracy_ci=interval_of(estimate, balanced_accuracy(resampled), weights.shape[1]),
-        sensitivity={
-            code: float(confusion[index, index] / counts[index]) if counts[index] else None
-            for index, code in enumerate(taxonomy.codes)
-        },
+        balanced_accuracy=even.balanced_accuracy,
+        balanced_accuracy_ci=even.balanced_accuracy_ci,
+        sensitivity=even.sensitivity,
     )
 
 
@@ -299,14 +302,27 @@ def whole_figures(confusion: IntArray, resampled: ClassCounts, num_groups: int) 
 
 
 def _triage_figures(
-    probabilities: FloatArray, taxonomy: Taxonomy, operating: OperatingPoints | None, max_set_size: int
+    predictions: SplitPredictions,
+    lesions: Lesions,
+    taxonomy: Taxonomy,
+    operating: OperatingPoints | None,
+    group_of_lesion: IntArray,
+    weights: Float32Array,
+    max_set_size: int,
 ) -> dict[str, Any]:
     if operating is None:
         return {"answered_share": None, "mean_set_size": None}
     # Thresholds and sets only: the checks of quality and novelty that serving adds need the pixels.
-    sets = prediction_set(probabilities, thresholds_in_order(operating, taxonomy))
+    probabilities = predictions.probabilities
+    sets = sets_of(probabilities, taxonomy, operating)
     is_answered = answered(probabilities, taxonomy, operating, max_set_size)
-    return {"answered_share": float(is_answered.mean()), "mean_set_size": float(sets.sum(axis=1).mean())}
+    return {
+        "answered_share": float(is_answered.mean()),
+        "mean_set_size": float(sets.sum(axis=1).mean()),
+        "label_outside_set": label_outside_set(predictions.labels, probabilities, taxonomy, operating),
+        "points": point_reports(probabilities, lesions, taxonomy, operating, group_of_lesion, weights, max_set_size),
+        "referral": referral_curve(probabilities, lesions, taxonomy, operating, max_set_size),
+    }
 
 
 def _record_read(

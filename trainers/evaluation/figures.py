@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
-from records.bundles import OperatingPoints
+from records.bundles import OperatingPoints, Rule
 from records.taxonomy import Taxonomy
 from vision.calibration.operating import Lesions, exact_interval
 from vision.metrics.bootstrap import percentile_interval
@@ -152,6 +152,51 @@ class EqualPrevalence(_Shape):
     sensitivity: dict[str, float | None] = Field(description="share of a class's images that were predicted as it")
 
 
+class RuleReport(_Shape):
+    """Labels by one decision rule, whichever is in force."""
+
+    in_force: bool
+    balanced_accuracy: float
+    balanced_accuracy_ci: Interval
+    accuracy: float
+    accuracy_ci: Interval
+    sensitivity: dict[str, float | None] = Field(description="share of a class's images that get its label")
+
+
+class LabelOutsideSet(_Shape):
+    """Images whose label is not in their own prediction set: its probability is below what is usual for its class."""
+
+    images: int = Field(ge=0)
+    share: float = Field(ge=0, le=1)
+    accuracy: float | None = Field(description="share of these labels that were right; empty without such images")
+    accuracy_of_others: float | None = Field(description="share of all other labels that were right")
+    joined: int = Field(ge=0, description="further images whose label is in the set only because the rule names it")
+    accuracy_of_joined: float | None
+
+
+class PointReport(_Shape):
+    """One operating point, measured on the evaluated images; the key class per lesion."""
+
+    in_force: bool
+    threshold: float | None = Field(description="probability of the key class; at or above it a lesion is referred")
+    aim: float | None = Field(description="sensitivity that the threshold was fitted to")
+    proven: bool = Field(description="whether the lesions that it was fitted on prove the aim")
+    sensitivity: float | None
+    sensitivity_ci: Interval | None
+    specificity: float | None
+    specificity_ci: Interval | None
+    answered_share: float = Field(description="share of images that all rules together leave to no annotator")
+
+
+class ReferralCurve(_Shape):
+    """What another threshold of the key class would do; all other rules as in force."""
+
+    threshold: list[float] = Field(description="ascending")
+    sensitivity: list[float] = Field(description="share of the key class's lesions at or above the threshold")
+    specificity: list[float] = Field(description="share of the other lesions below it")
+    abstained: list[float] = Field(description="share of images that go to an annotator")
+
+
 class Coverage(_Shape):
     """Share of prediction sets that hold the true class; one image per lesion."""
 
@@ -206,6 +251,15 @@ class Evaluation(_Shape):
     at_equal_prevalence: EqualPrevalence | None = Field(
         default=None, description="empty where the shares at calibration are unknown"
     )
+    rule: Rule = Field(default="natural", description="the decision rule that gives the labels of all figures")
+    by_rule: dict[str, RuleReport] = Field(
+        default_factory=dict, description="the figures that depend on the rule, for every rule"
+    )
+    label_outside_set: LabelOutsideSet | None = None
+    points: dict[str, PointReport] = Field(
+        default_factory=dict, description="proven and target; the latter is missing in older bundles"
+    )
+    referral: ReferralCurve | None = Field(default=None, description="empty without lesions of the key class or others")
     per_class: dict[str, ClassReport]
     key_class: KeyClassReport | None
     confusion_matrix: list[list[int]] = Field(description="row = true class, column = predicted class, in class order")

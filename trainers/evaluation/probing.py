@@ -12,6 +12,7 @@ from trainers.evaluation.faithfulness import explanation_quality, is_informative
 from trainers.evaluation.figures import ExplanationQuality, RobustnessReport
 from trainers.evaluation.images import Images
 from trainers.evaluation.robustness import PER_CLASS, PixelNetwork, Sample, robustness_curves
+from vision.calibration.decision import labels_of
 from vision.inference.loaded import load_model, plain_network
 from vision.metrics.bootstrap import stratified_sample
 
@@ -39,6 +40,7 @@ def measure_robustness(
             class_shares=counts / counts.sum(),
             taxonomy=document.taxonomy,
             refer_threshold=refer[key.code].threshold if key is not None and key.code in refer else None,
+            decision=document.operating.decision,
         ),
         on_batch=on_batch,
     )
@@ -51,7 +53,7 @@ def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> Expla
     pixels = images.squares(chosen, side_px)
     # `auto` would take bf16 where the hardware has it, and reports of one bundle would differ by machine.
     model = load_model(bundle, precision="fp32")
-    target = model.predict(pixels).probabilities.argmax(axis=1)
+    target = labels_of(model.predict(pixels).probabilities, bundle.document.operating.decision)
     maps = model.gradcam(pixels, target)
     if not is_informative(maps).any():
         return None

@@ -10,7 +10,7 @@ by captum.robust.)
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ from captum.robust import FGSM, PGD
 from torch import Tensor, nn
 
 from records.arrays import BoolArray, FloatArray, IntArray, UInt8Array
-from records.bundles import Calibration, Geometry
+from records.bundles import Calibration, DecisionRule, Geometry
 from records.errors import ContractError
 from records.taxonomy import Taxonomy
 from trainers.evaluation.figures import AttackPoint, Interval, RobustnessReport, interval_of, rate_by_group
+from vision.calibration.decision import labels_of
 from vision.metrics.bootstrap import group_strata, resample_weights, resampled_counts
 from vision.metrics.metrics import (
     balanced_accuracy,
@@ -126,6 +127,8 @@ class Sample:
     taxonomy: Taxonomy
     refer_threshold: float | None = None
     """of the key class, on its calibrated probability; None leaves that figure out"""
+    decision: DecisionRule = field(default_factory=DecisionRule)
+    """which class is the label"""
 
     @property
     def is_key(self) -> BoolArray:
@@ -240,7 +243,7 @@ class _Summary:
     def standing(self, probabilities: FloatArray) -> BoolArray:
         """[N]: images whose metrics an attack can still lower."""
         # An image of the key class counts until it is neither predicted as such nor referred: both shares are reported.
-        right = probabilities.argmax(axis=1) == self._sample.labels
+        right = self._labels_of(probabilities) == self._sample.labels
         return np.asarray(right | (self._sample.is_key & self._referred(probabilities)), dtype=np.bool_)
 
     def worse_of(self, before: FloatArray, after: FloatArray) -> FloatArray:
@@ -248,14 +251,14 @@ class _Summary:
         rows = np.arange(len(before))
         labels = self._sample.labels
         # By probability alone, a correct row could win over a misclassified one that gives the true class more.
-        was_right, is_right = before.argmax(axis=1) == labels, after.argmax(axis=1) == labels
+        was_right, is_right = self._labels_of(before) == labels, self._labels_of(after) == labels
         is_less = after[rows, labels] < before[rows, labels]
         is_worse = np.where(was_right == is_right, is_less, was_right)
         return np.where(is_worse[:, None], after, before)
 
     def point(self, epsilon: float, probabilities: FloatArray) -> AttackPoint:
         """Compute the metrics of one epsilon."""
-        labels, predicted = self._sample.labels, probabilities.argmax(axis=1)
+        labels, predicted = self._sample.labels, self._labels_of(probabilities)
         confusion = confusion_matrix(labels, predicted, self._num_classes)
         resampled = resampled_counts(labels, predicted, self._group_index, self._weights, self._num_classes)
         accuracy = self._weighted(class_rates(confusion).sensitivity)
@@ -269,6 +272,9 @@ class _Summary:
             balanced_accuracy_ci=interval_of(balanced, balanced_accuracy(resampled), self.num_groups),
             **self._key_figures(predicted, probabilities),
         )
+
+    def _labels_of(self, probabilities: FloatArray) -> IntArray:
+        return labels_of(probabilities, self._sample.decision)
 
     def _weighted(self, sensitivity: FloatArray) -> FloatArray:
         """Accuracy at the class shares of the split, over the classes that were sampled."""

@@ -43,6 +43,7 @@ from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.settings import TrainersSettings
 from trainers.tracking.tensorboard import FOLDER, EventFiles
+from vision.calibration.decision import DecisionSettings, decision_rule, labels_of
 from vision.calibration.operating import fit_operating_points, gather_lesions
 from vision.calibration.scaling import apply_calibration, fit_calibration
 from vision.explanations.closed_form import closed_form_of
@@ -111,6 +112,8 @@ def fit(
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
     _require_splits(dataset)
+    # Before the training: a rule that the taxonomy has no costs for would be refused after it.
+    decision_rule(settings.decision.rule, store.taxonomy, dict.fromkeys(store.taxonomy.codes, 1.0))
     _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
     events = EventFiles(run_dir / FOLDER, settings.flat(), told=_told(run_dir / METRICS_FILE))
@@ -210,7 +213,7 @@ def _write(
         golden = golden_arrays(trained.network, trained.geometry)
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs)
-    operating, scores = _operating_points(calibration_split, calibration, taxonomy)
+    operating, scores = _operating_points(calibration_split, val, calibration, taxonomy, settings.decision)
     recipe = MODELS[settings.model.name]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
     document = BundleDocument(
@@ -259,14 +262,24 @@ def _logits_of(store: Store, dataset: DatasetVersion, split: Split, trained: Tra
 
 
 def _operating_points(
-    split: SplitLogits, calibration: Calibration, taxonomy: Taxonomy
+    split: SplitLogits, val: SplitLogits, calibration: Calibration, taxonomy: Taxonomy, settings: DecisionSettings
 ) -> tuple[OperatingPoints, list[dict[str, Any]]]:
-    """Fit the thresholds, and count how often scores were right, on one image per lesion."""
+    """Fit rule and thresholds, and count how often labels were right by their scores, on one image per lesion."""
     probabilities = apply_calibration(split.logits.astype(np.float64), calibration)
     # One image per lesion: several images of one lesion are not independent, and would narrow the intervals.
     lesions = gather_lesions(split.image_ids, split.lesion_ids, split.labels, probabilities)
-    scores = score_bands(probabilities[lesions.first_image_index], lesions.labels)
-    return fit_operating_points(lesions, probabilities, taxonomy), scores
+    of_val = apply_calibration(val.logits.astype(np.float64), calibration)
+    decision = decision_rule(settings.rule, taxonomy, calibration.priors, settings.point)
+    first = probabilities[lesions.first_image_index]
+    operating = fit_operating_points(
+        lesions,
+        probabilities,
+        taxonomy,
+        decision=decision,
+        val=gather_lesions(val.image_ids, val.lesion_ids, val.labels, of_val),
+        target_sensitivity=settings.target_sensitivity,
+    )
+    return operating, score_bands(first, lesions.labels, labels_of(first, decision))
 
 
 def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> dict[str, Any]:
@@ -296,7 +309,7 @@ def _val_facts(
         split=Split.VAL,
     )
     report = evaluate(predictions, taxonomy, operating, priors=calibration.priors)
-    return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "split_reads"})
+    return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "split_reads", "referral"})
 
 
 def _weights_of(

@@ -108,6 +108,9 @@ def _report_on_val(
     model = load_model(bundle, precision=trainers.precision)
     found = predict_split(store, bundle, dataset, Split.VAL, actor="cli", model=model, progress=progress)
     evaluation = with_slices(
-        evaluate(found, document.taxonomy, document.operating), found, document.taxonomy, document.operating
+        evaluate(found, document.taxonomy, document.operating, priors=document.calibration.priors),
+        found,
+        document.taxonomy,
+        document.operating,
     )
     write_report(bundle.path / REPORT, bundle, model, found, evaluation)

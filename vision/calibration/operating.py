@@ -12,10 +12,11 @@ import numpy as np
 from scipy.special import betaincinv
 
 from records.arrays import BoolArray, FloatArray, IntArray
-from records.bundles import OperatingPoints, ReferPoint
+from records.bundles import DecisionRule, OperatingPoints, PointName, ReferPoint, ReferPoints
 from records.errors import ContractError
 from records.taxonomy import Taxonomy
-from vision.calibration.conformal import CONFORMAL_PROMISE, conformal_thresholds, prediction_set, thresholds_in_order
+from vision.calibration.conformal import CONFORMAL_PROMISE, conformal_thresholds
+from vision.calibration.decision import TARGET_SENSITIVITY, labels_of, sets_of
 from vision.metrics.metrics import check_probabilities, mean_by_unit
 
 LEVEL = 0.95
@@ -98,8 +99,10 @@ def exact_lower_bound(successes: int, trials: int, level: float = LEVEL) -> floa
     return float(betaincinv(successes, trials - successes + 1, 1.0 - level))
 
 
-def refer_point(scores: FloatArray, is_case: BoolArray, floor: float, level: float = LEVEL) -> ReferPoint:
-    """Find the highest threshold at which the sensitivity floor is proven.
+def refer_point(
+    scores: FloatArray, is_case: BoolArray, floor: float, level: float = LEVEL, *, prove: bool = True
+) -> ReferPoint:
+    """Find the highest threshold at which the sensitivity floor is proven, or only reached.
 
     Proven means that the exact one-sided lower bound reaches the floor. If not even catching every
     case proves it, the highest threshold whose point estimate reaches the floor is used and
@@ -110,6 +113,7 @@ def refer_point(scores: FloatArray, is_case: BoolArray, floor: float, level: flo
         is_case: [L].
         floor: sensitivity, 0 to 1.
         level: confidence of the bound.
+        prove: false: the point estimate is all that has to reach the floor.
     Returns:
         The point with what was measured.
     """
@@ -121,7 +125,8 @@ def refer_point(scores: FloatArray, is_case: BoolArray, floor: float, level: flo
             sensitivity_lower_bound=None, specificity=_share(scores[~is_case] < 0.0), lesions=0,
         )  # fmt: skip
     # Sensitivity at the k-th highest case score is k / n: the fewest hits that prove the floor give the threshold.
-    wanted = [hits for hits in range(1, num_cases + 1) if exact_lower_bound(hits, num_cases, level) >= floor]
+    proving = range(1, num_cases + 1) if prove else ()
+    wanted = [hits for hits in proving if exact_lower_bound(hits, num_cases, level) >= floor]
     fallback = max(1, int(np.ceil(floor * num_cases - 1e-9)))
     threshold = float(case_scores[(wanted[0] if wanted else fallback) - 1])
     hits = int((case_scores >= threshold).sum())
@@ -167,6 +172,9 @@ def fit_operating_points(
     *,
     urgent_predictive_value: float = 0.5,
     promise: float = CONFORMAL_PROMISE,
+    decision: DecisionRule | None = None,
+    val: Lesions | None = None,
+    target_sensitivity: float = TARGET_SENSITIVITY,
 ) -> OperatingPoints:
     """Fit all thresholds of triage on the calibration split.
 
@@ -177,33 +185,80 @@ def fit_operating_points(
         taxonomy: key classes with their floors, malignant classes.
         urgent_predictive_value: share of malignant lesions wanted among the urgent ones, 0 to 1.
         promise: coverage of the prediction sets, per class.
+        decision: rule of the label, and operating point; default: `natural`, and the proven one.
+        val: further lesions, for the point `target`; None leaves that point out.
+        target_sensitivity: of the point `target`; a class whose floor is higher takes its floor.
     Returns:
         The operating points.
+    Raises:
+        ContractError: the point `target` is chosen, and there are no lesions of val.
     """
-    refer = {}
-    for key in taxonomy.key_classes:
-        # Each key class has its own floor, so each gets a threshold of its own.
-        index = taxonomy.index_of(key.code)
-        is_case = lesions.labels == index
-        refer[key.code] = refer_point(lesions.probabilities[:, index], is_case, key.sensitivity_floor)
+    chosen = decision or DecisionRule()
+    points = {"proven": _refer_points(lesions.probabilities, lesions.labels, taxonomy)}
+    if val is not None:
+        probabilities = np.concatenate([lesions.probabilities, val.probabilities])
+        labels = np.concatenate([lesions.labels, val.labels])
+        points["target"] = _refer_points(probabilities, labels, taxonomy, target_sensitivity)
+    elif chosen.point == "target":
+        raise ContractError("the operating point `target` is estimated on calibration and val; there is no val")
+    other = points.get("proven" if chosen.point == "target" else "target")
     is_malignant = np.array([c.malignant for c in taxonomy.classes])
-    refer_malignant, urgent = None, None
+    urgent = None
     if is_malignant.any():
-        scores, cases = lesions.probabilities[:, is_malignant].sum(axis=1), is_malignant[lesions.labels]
-        # A sum of probabilities may exceed 1 by rounding, and a threshold must be a probability.
-        scores = np.clip(scores, 0.0, 1.0)
-        floor = taxonomy.key_class.sensitivity_floor if taxonomy.key_class else MALIGNANT_FLOOR
-        refer_malignant = refer_point(scores, cases, floor)
+        scores, cases = _malignant_scores(lesions.probabilities, is_malignant), is_malignant[lesions.labels]
         urgent = urgent_threshold(scores, cases, urgent_predictive_value)
     true_p = image_probabilities[lesions.first_image_index, lesions.labels]
     thresholds, pooled = conformal_thresholds(1.0 - true_p, lesions.labels, taxonomy.codes, promise)
     return OperatingPoints(
-        refer=refer,
-        refer_malignant=refer_malignant,
+        refer=points[chosen.point].refer,
+        refer_malignant=points[chosen.point].refer_malignant,
         urgent_threshold=urgent,
         conformal_promise=promise,
         conformal_thresholds=thresholds,
         pooled_classes=pooled,
+        decision=chosen.model_copy(update={"other": other}),
+    )
+
+
+def _refer_points(
+    probabilities: FloatArray, labels: IntArray, taxonomy: Taxonomy, target: float | None = None
+) -> ReferPoints:
+    """Fit the thresholds of referral of lesions [L, C]; with a target it has to be reached, not proven."""
+    prove, least = target is None, target or 0.0
+    refer = {}
+    for key in taxonomy.key_classes:
+        # Each key class has its own floor, so each gets a threshold of its own.
+        index = taxonomy.index_of(key.code)
+        floor = max(least, key.sensitivity_floor)
+        refer[key.code] = refer_point(probabilities[:, index], labels == index, floor, prove=prove)
+    is_malignant = np.array([c.malignant for c in taxonomy.classes])
+    refer_malignant = None
+    if is_malignant.any():
+        floor = max(least, taxonomy.key_class.sensitivity_floor if taxonomy.key_class else MALIGNANT_FLOOR)
+        scores = _malignant_scores(probabilities, is_malignant)
+        refer_malignant = refer_point(scores, is_malignant[labels], floor, prove=prove)
+    return ReferPoints(refer=refer, refer_malignant=refer_malignant)
+
+
+def _malignant_scores(probabilities: FloatArray, is_malignant: BoolArray) -> FloatArray:
+    # A sum of probabilities may exceed 1 by rounding, and a threshold must be a probability.
+    return np.asarray(np.clip(probabilities[:, is_malignant].sum(axis=1), 0.0, 1.0), dtype=np.float64)
+
+
+def at_point(operating: OperatingPoints, point: PointName) -> OperatingPoints | None:
+    """Return a model's thresholds with another operating point in force; None if it has no such point."""
+    decision = operating.decision
+    if point == decision.point:
+        return operating
+    if decision.other is None:
+        return None
+    other = ReferPoints(refer=operating.refer, refer_malignant=operating.refer_malignant)
+    return operating.model_copy(
+        update={
+            "refer": decision.other.refer,
+            "refer_malignant": decision.other.refer_malignant,
+            "decision": decision.model_copy(update={"point": point, "other": other}),
+        }
     )
 
 
@@ -212,7 +267,7 @@ def answered(
 ) -> BoolArray:
     """Return which images the probabilities alone leave to the model, without an annotator, [N].
 
-    Not answered: at or above a refer threshold; a prediction set that is empty, holds more than
+    Not answered: at or above a refer threshold; a prediction set that is empty, lacks the label, holds more than
     `max_set_size` classes, or holds a malignant class other than the label; a row that is not finite.
 
     Args:
@@ -224,12 +279,12 @@ def answered(
         [N].
     """
     is_malignant = np.array([c.malignant for c in taxonomy.classes])
-    sets = prediction_set(probabilities, thresholds_in_order(operating, taxonomy))
+    sets = sets_of(probabilities, taxonomy, operating)
     finite = np.isfinite(probabilities).all(axis=1)
-    label = np.where(finite, np.nan_to_num(probabilities, nan=-1.0).argmax(axis=1), 0)
+    label = labels_of(probabilities, operating.decision)
     other_malignant = sets & is_malignant & (np.arange(len(is_malignant)) != label[:, None])
-    sizes = sets.sum(axis=1)
-    plain = finite & (sizes >= 1) & (sizes <= max_set_size) & ~other_malignant.any(axis=1)
+    has_label = sets[np.arange(len(sets)), label]
+    plain = finite & has_label & (sets.sum(axis=1) <= max_set_size) & ~other_malignant.any(axis=1)
     for code, point in operating.refer.items():
         # Negated, so that NaN is never below a threshold.
         plain &= ~(probabilities[:, taxonomy.index_of(code)] >= point.threshold)

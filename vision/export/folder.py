@@ -27,7 +27,7 @@ from records.bundles import Bundle
 from records.durable import building, place
 from records.errors import ConfigError, IntegrityError
 from records.ids import sha256_hex
-from vision.calibration.conformal import prediction_set, thresholds_in_order
+from vision.calibration.decision import sets_of
 from vision.inference.graph import (
     IMAGES,
     LOGITS,
@@ -52,7 +52,7 @@ _GRAPH_FILES: dict[str, tuple[str, ...]] = {"onnx": ("model.onnx",), "openvino":
 _DESCRIPTIONS = {
     LOGITS: "before calibration",
     PROBABILITIES: "calibrated; NaN throughout a row whose logits are not finite",
-    PREDICTION_SET: "classes that cannot be excluded: 1 - probability <= the class's conformal threshold",
+    PREDICTION_SET: "classes that cannot be excluded: 1 - probability <= the class's threshold, and the label",
     MAPS: "Grad-CAM of every class, not negative; scale it to the image to draw it",
     OOD_SCORE: "distance from the training images; above 1 is out of distribution",
 }
@@ -162,7 +162,7 @@ def _golden(bundle: Bundle, model: LoadedModel, names: Sequence[str]) -> Arrays:
     """Return what torch computes in fp32 for the golden images, by output of the graph."""
     document = bundle.document
     output = model.predict(bundle.golden()["inputs"], gradcam=MAPS in names)
-    sets = prediction_set(output.probabilities, thresholds_in_order(document.operating, document.taxonomy))
+    sets = sets_of(output.probabilities, document.taxonomy, document.operating)
     arrays: dict[str, Any] = {
         LOGITS: output.logits, PROBABILITIES: output.probabilities, PREDICTION_SET: sets, MAPS: output.maps,
         OOD_SCORE: output.ood_scores,
@@ -245,6 +245,11 @@ def _description(bundle: Bundle, format: Format, golden: Arrays) -> dict[str, An
         "decode_version": DECODE_VERSION,
         "calibration": document.calibration.model_dump(),
         "thresholds": document.operating.model_dump(),
+        "label": {
+            "rule": document.operating.decision.rule,
+            "weights": document.operating.decision.weights,
+            "is": "argmax of probability * weight; without weights, of the probability",
+        },
         "suitability": None if document.suitability is None else document.suitability.model_dump(),
         "explanation": document.explanation if MAPS in golden else None,
         "licence": {

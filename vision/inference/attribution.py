@@ -12,6 +12,7 @@ from torch import Tensor
 
 from records.arrays import Float32Array, UInt8Array
 from records.errors import ConfigError, ContractError, RefusedError
+from vision.calibration.decision import labels_of
 from vision.explanations.gradients import ClassAgainst, head_gradcam
 from vision.explanations.methods import METHODS
 from vision.inference.loaded import LoadedModel
@@ -54,7 +55,7 @@ def explain(
         loaded: the model; every method but Grad-CAM needs precision fp32.
         pixels: [S, S, 3].
         method: a name in `METHODS`.
-        target: code of the class to explain; None is the most probable one.
+        target: code of the class to explain; None is the label.
         versus: code of a class to compare it with, or None.
     Returns:
         The map, and what was predicted.
@@ -67,7 +68,7 @@ def explain(
     if not output.finite[0]:
         raise RefusedError("the model's prediction for this image is not finite, so there is nothing to explain")
     codes = loaded.taxonomy.codes
-    index = loaded.taxonomy.index_of(target) if target else int(output.probabilities[0].argmax())
+    index = loaded.taxonomy.index_of(target) if target else int(labels_of(output.probabilities, loaded.decision)[0])
     other = loaded.taxonomy.index_of(versus) if versus else None
     if other == index:
         raise ConfigError(f"--versus {versus} is the class that is explained; name another one")

@@ -80,7 +80,7 @@ class DecisionGraph(nn.Module):
 
     Args:
         forward_graph: with the features that `checks` compares.
-        document: of the bundle; its calibration and conformal thresholds.
+        document: of the bundle; its calibration, decision rule and conformal thresholds.
         checks: None: there is no distance from training images.
     """
 
@@ -92,6 +92,9 @@ class DecisionGraph(nn.Module):
         thresholds = thresholds_in_order(document.operating, document.taxonomy)
         # The 1e-12 of `prediction_set`: a threshold must include the lesion that it was taken from.
         self.register_buffer("_thresholds", torch.tensor(thresholds + 1e-12, dtype=torch.float64))
+        weights = document.operating.decision.weights
+        self._is_weighed = bool(weights)
+        self.register_buffer("_weights", torch.tensor(weights, dtype=torch.float64))
         self._late = None if checks is None else _Distance(checks.features, checks.ood_threshold)
         self._early: nn.Module | None = None
         if checks is not None and checks.early is not None and checks.early_threshold is not None:
@@ -112,7 +115,7 @@ class DecisionGraph(nn.Module):
             LOGITS: logits,
             PROBABILITIES: probabilities.float(),
             # A row that is not finite excludes no class.
-            PREDICTION_SET: ~is_finite | (1.0 - probabilities <= thresholds),
+            PREDICTION_SET: ~is_finite | self._with_label(1.0 - probabilities <= thresholds, probabilities),
         }
         if MAPS in found:
             outputs[MAPS] = found[MAPS]
@@ -122,6 +125,15 @@ class DecisionGraph(nn.Module):
                 score if self._early is None else torch.maximum(score, self._early(found[EARLY]))
             ).float()
         return outputs
+
+    def _with_label(self, sets: Tensor, probabilities: Tensor) -> Tensor:
+        """Return sets as `vision.calibration.decision.sets_of` does: a rule with weights adds its label."""
+        if not self._is_weighed:
+            return sets
+        products = probabilities * self.get_buffer("_weights")
+        known = torch.where((products > 0).any(dim=1, keepdim=True), products, probabilities)
+        classes = torch.arange(known.shape[1])
+        return sets | ((classes == known.argmax(dim=1, keepdim=True)) & sets.any(dim=1, keepdim=True))
 
 
 def export_program(graph: nn.Module, images: NDArray[np.uint8]) -> torch.export.ExportedProgram:

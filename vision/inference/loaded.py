@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from images.decode import DECODE_VERSION
 from records.arrays import Float32Array, FloatArray, IntArray, UInt8Array
-from records.bundles import Bundle, Geometry
+from records.bundles import Bundle, DecisionRule, Geometry
 from records.errors import IntegrityError, UnavailableError
 from records.taxonomy import Taxonomy
 from vision.calibration.scaling import apply_calibration
@@ -68,6 +68,11 @@ class LoadedModel:
     def geometry(self) -> Geometry:
         """What the network sees."""
         return self._document.geometry
+
+    @property
+    def decision(self) -> DecisionRule:
+        """Which class is the label, see `vision.calibration.decision`."""
+        return self._document.operating.decision
 
     @property
     def target_layer(self) -> str:

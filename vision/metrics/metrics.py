@@ -203,12 +203,15 @@ def reliability_bins(
     ]
 
 
-def score_bands(probabilities: FloatArray, labels: IntArray, num_bands: int = SCORE_BANDS) -> list[dict[str, Any]]:
+def score_bands(
+    probabilities: FloatArray, labels: IntArray, predicted: IntArray | None = None, num_bands: int = SCORE_BANDS
+) -> list[dict[str, Any]]:
     """Count correct predictions by confidence, on images that neither training nor calibration saw.
 
     Args:
         probabilities: [L, C] calibrated, a distribution per row.
         labels: [L] class indices.
+        predicted: [L] class indices, whose probability is the confidence; default: the most probable class.
         num_bands: of equal width over 0 to 1; a band holds its lower end, the last one both.
     Returns:
         `low`, `high`, `lesions` and `right` of every band that holds a lesion, by rising confidence.
@@ -216,8 +219,10 @@ def score_bands(probabilities: FloatArray, labels: IntArray, num_bands: int = SC
         ContractError: a row is not a distribution.
     """
     check_probabilities(probabilities)
-    right = probabilities.argmax(axis=1) == labels
-    bands = np.minimum((probabilities.max(axis=1) * num_bands).astype(np.int64), num_bands - 1)
+    chosen = probabilities.argmax(axis=1) if predicted is None else predicted
+    right = chosen == labels
+    confidence = probabilities[np.arange(len(chosen)), chosen]
+    bands = np.minimum((confidence * num_bands).astype(np.int64), num_bands - 1)
     return [
         {
             "low": int(band) / num_bands,

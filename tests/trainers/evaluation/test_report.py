@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from images.importer import open_dataset
-from records.bundles import read_bundle
+from records.bundles import OperatingPoints, read_bundle
 from records.taxonomy import load_taxonomy
 from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.mistakes import worst_mistakes
@@ -49,7 +49,7 @@ def test_it_shows_and_names_no_image_unless_asked(reported, filled_store, tmp_pa
     assert "data:image/png" not in html
     names = [name for name in found.images.names if name in html]
     assert names == []
-    assert found.image_ids[worst_mistakes(found, filled_store.taxonomy)[0]][:12] in html
+    assert found.image_ids[worst_mistakes(found, filled_store.taxonomy, OperatingPoints())[0]][:12] in html
     bundle = read_bundle(filled_store.home.bundles / evaluation.model_id)
     asked = write_report(tmp_path, bundle, load_model(bundle, precision="fp32"), found, evaluation, embed_images=True)
     assert "data:image/png" in asked.read_text()
@@ -101,4 +101,4 @@ def test_the_costliest_mistake_comes_first_and_a_lesion_once(reported):
         labels=np.array([mel, mel, nv, nv]), logits=np.zeros((4, 7), np.float32), probabilities=probabilities,
         traits=None, images=None,
     )  # fmt: skip
-    assert worst_mistakes(found, taxonomy).tolist() == [0, 2]
+    assert worst_mistakes(found, taxonomy, OperatingPoints()).tolist() == [0, 2]

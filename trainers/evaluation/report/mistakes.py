@@ -13,6 +13,7 @@ from records.arrays import IntArray
 from records.bundles import OperatingPoints
 from records.taxonomy import Taxonomy
 from trainers.evaluation.evaluate import SplitPredictions
+from vision.calibration.decision import labels_of
 from vision.calibration.operating import answered
 from vision.inference.loaded import LoadedModel
 
@@ -38,10 +39,12 @@ class Mistake:
     """data URI of the image with the heat map of the predicted class"""
 
 
-def worst_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, count: int = NUM_MISTAKES) -> IntArray:
+def worst_mistakes(
+    predictions: SplitPredictions, taxonomy: Taxonomy, operating: OperatingPoints, count: int = NUM_MISTAKES
+) -> IntArray:
     """Return the indices of at most `count` misclassified images, one per lesion, the costliest first."""
     labels, probabilities = predictions.labels, predictions.probabilities
-    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    wrong = np.flatnonzero(labels_of(probabilities, operating.decision) != labels)
     costs = np.array([one.miss_cost for one in taxonomy.classes])
     loss = costs[labels[wrong]] * (1.0 - probabilities[wrong, labels[wrong]])
     chosen: list[int] = []
@@ -61,8 +64,8 @@ def described_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, operat
 
     Images of a dataset are named by their ids, rows of a folder's table by their numbers: file names may name people.
     """
-    chosen = worst_mistakes(predictions, taxonomy)
-    predicted = predictions.probabilities[chosen].argmax(axis=1)
+    chosen = worst_mistakes(predictions, taxonomy, operating)
+    predicted = labels_of(predictions.probabilities[chosen], operating.decision)
     is_answered = answered(predictions.probabilities[chosen], taxonomy, operating)
     return [
         Mistake(
@@ -80,10 +83,10 @@ def described_mistakes(predictions: SplitPredictions, taxonomy: Taxonomy, operat
 def drawn_mistakes(predictions: SplitPredictions, model: LoadedModel, operating: OperatingPoints) -> list[Mistake]:
     """Draw the costliest mistakes, with names; without images if the predictions have none."""
     described = described_mistakes(predictions, model.taxonomy, operating)
-    images, chosen = predictions.images, worst_mistakes(predictions, model.taxonomy)
+    images, chosen = predictions.images, worst_mistakes(predictions, model.taxonomy, operating)
     if images is None or not described:
         return described
-    predicted = predictions.probabilities[chosen].argmax(axis=1)
+    predicted = labels_of(predictions.probabilities[chosen], operating.decision)
     maps = model.gradcam(images.squares(chosen, model.geometry.side_px), predicted)
     drawn = []
     for mistake, index, heat_map in zip(described, chosen.tolist(), maps, strict=True):

@@ -15,6 +15,7 @@ from trainers.evaluation.figures import (
     Evaluation,
     ExplanationQuality,
     Interval,
+    ReferralCurve,
     RobustnessReport,
     SliceReport,
     drawn_classes,
@@ -47,7 +48,7 @@ def confusion_plot(evaluation: Evaluation) -> str:
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(len(codes)), codes, rotation=90 if is_wide or max(map(len, codes)) > 7 else 0)
     axes.set_yticks(range(len(codes)), codes)
-    axes.set(xlabel="the model's most probable class", ylabel="true class")
+    axes.set(xlabel="the model's label", ylabel="true class")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure_uri(figure)
@@ -92,6 +93,23 @@ def reliability_plot(evaluation: Evaluation) -> str:
     axes.scatter(confidence, accuracy, s=size, color=ACCENT, alpha=0.6)
     axes.set(xlabel="how sure the model was", ylabel="how often it was right", xlim=(0, 1), ylim=(0, 1.02))
     axes.text(0.04, 0.94, "dot size: share of images\ngrey line: exactly as sure as right", fontsize=7, va="top")
+    return figure_uri(figure)
+
+
+def referral_plot(evaluation: Evaluation, curve: ReferralCurve) -> str:
+    """Draw specificity, and the share of images that go to an annotator, over sensitivity; dots: operating points."""
+    figure, axes = new_figure(5.2, 3.6)
+    axes.plot(curve.sensitivity, curve.specificity, color=ACCENT, label="specificity, per lesion")
+    axes.plot(curve.sensitivity, curve.abstained, color=SECOND, linestyle="--", label="sent to an annotator, of images")
+    for name, point in evaluation.points.items():
+        if point.sensitivity is not None and point.specificity is not None:
+            edge = INK if point.in_force else "white"
+            axes.plot([point.sensitivity], [point.specificity], "o", color=ACCENT, markeredgecolor=edge)
+            axes.plot([point.sensitivity], [1.0 - point.answered_share], "o", color=SECOND, markeredgecolor=edge)
+            axes.annotate(name, (point.sensitivity, point.specificity), xytext=(-4, 6), textcoords="offset points",
+                          ha="right", fontsize=7)  # fmt: skip
+    axes.set(xlabel="sensitivity, per lesion", ylabel="share", xlim=(0, 1.01), ylim=(0, 1.02))
+    axes.legend(loc="lower left", fontsize=7, frameon=False)
     return figure_uri(figure)
 
 

@@ -16,6 +16,15 @@ _ONE_CLASS = (
     "about telling classes apart."
 )
 NOTABLE_GAP = 0.10
+RULE_WORDS = {
+    "natural": "the most probable class",
+    "even": "the most probable class if all classes came equally often",
+    "cost": "the class of the smallest expected cost",
+}
+POINT_WORDS = {
+    "proven": "proven on the calibration split",
+    "target": "estimated on calibration and val",
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,9 @@ def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
         Card(
             _of_100(evaluation.balanced_accuracy),
             "right, every class counting alike",
-            f"The most probable class was the right one for {_of_100(evaluation.balanced_accuracy)} images "
-            f"({_range(evaluation.balanced_accuracy_ci)}) if each of the {_num_present(evaluation)} classes came "
-            f"equally often; for {_of_100(evaluation.accuracy)} as they came here.",
+            f"The label ({RULE_WORDS[evaluation.rule]}) was the right one for {_of_100(evaluation.balanced_accuracy)} "
+            f"images ({_range(evaluation.balanced_accuracy_ci)}) if each of the {_num_present(evaluation)} classes "
+            f"came equally often; for {_of_100(evaluation.accuracy)} as they came here.",
         )
     )
     if evaluation.answered_share is not None and evaluation.mean_set_size is not None:
@@ -68,6 +77,7 @@ def warnings_of(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
         *_about_key_class(evaluation, taxonomy),
         *_about_classes(evaluation, taxonomy),
         *_about_coverage(evaluation, taxonomy),
+        *_about_labels_outside(evaluation),
         *_about_slices(evaluation),
         *_about_maps(evaluation),
         *_about_the_split(evaluation),
@@ -110,14 +120,17 @@ def _about_key_class(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     name, found = name_of(key.name, taxonomy), []
     if key.sensitivity < key.floor:
         found.append(f"{name}: {percent(key.sensitivity)} referred is below the floor of {percent(key.floor)}.")
-    if not key.proven:
+    target = evaluation.points.get("target")
+    if target is not None and target.in_force:
+        found.append(f"{name}: the referral aims at {percent(target.aim)}, an estimate that proves no floor.")
+    elif not key.proven:
         found.append(f"{name}: the calibration split had too few lesions, or too hard ones, to prove the floor.")
     if key.lesions < FEW_LESIONS:
         found.append(f"{name}: only {key.lesions} lesions were looked at, so that its figures are coarse.")
     report = evaluation.per_class[key.name]
     if report.sensitivity is not None and report.sensitivity < 0.5:
         found.append(
-            f"{name}: it is the most probable class for only {percent(report.sensitivity)} of its images; "
+            f"{name}: it is the label of only {percent(report.sensitivity)} of its images; "
             "it is the referral that finds it, not the label."
         )
     return found
@@ -150,6 +163,27 @@ def _about_coverage(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
         return []
     return [f"Prediction sets hold the right class less often than promised ({percent(coverage.promise)}): "
             f"{listed(short)}."]  # fmt: skip
+
+
+def _about_labels_outside(evaluation: Evaluation) -> list[str]:
+    found = evaluation.label_outside_set
+    if found is None:
+        return []
+    said = []
+    if found.images:
+        others = "" if found.accuracy_of_others is None else f", {percent(found.accuracy_of_others)} of all others"
+        said.append(
+            f"The label lies outside its own prediction set for {found.images} of {evaluation.images} images: its "
+            "probability is lower than is usual for images of that class. They go to an annotator; "
+            f"{percent(found.accuracy)} of these labels were right{others}."
+        )
+    if found.joined:
+        said.append(
+            f"The rule `{evaluation.rule}` names a class whose probability is lower than is usual for its images for "
+            f"{found.joined} of {evaluation.images} images, and adds it to the prediction set; "
+            f"{percent(found.accuracy_of_joined)} of these labels were right."
+        )
+    return said
 
 
 def _about_slices(evaluation: Evaluation) -> list[str]:

@@ -12,7 +12,7 @@ from trainers.evaluation.evaluate import SplitPredictions
 from trainers.evaluation.figures import MAX_CLASSES, Evaluation, Interval
 from trainers.evaluation.report import plots
 from trainers.evaluation.report.mistakes import described_mistakes, drawn_mistakes
-from trainers.evaluation.report.words import cards, listed, name_of, percent, warnings_of
+from trainers.evaluation.report.words import POINT_WORDS, RULE_WORDS, cards, listed, name_of, percent, warnings_of
 from vision.inference.loaded import LoadedModel
 
 REPORT, METRICS = "report.html", "metrics.json"
@@ -69,6 +69,8 @@ def render_report(
         where=_where(evaluation),
         cards=cards(evaluation, document.taxonomy),
         warnings=warnings_of(evaluation, document.taxonomy),
+        rules=RULE_WORDS,
+        points=POINT_WORDS,
         names={code: name_of(code, document.taxonomy) for code in document.taxonomy.codes},
         malignant=set(document.taxonomy.malignant_codes),
         plots=_plots(bundle, predictions, evaluation),
@@ -95,6 +97,8 @@ def _plots(bundle: Bundle, predictions: SplitPredictions, evaluation: Evaluation
         "precision_recall": plots.precision_recall_plot(labels, probabilities, evaluation),
         "reliability": plots.reliability_plot(evaluation),
     }
+    if evaluation.referral is not None:
+        drawn["referral"] = plots.referral_plot(evaluation, evaluation.referral)
     # Curves are optional in a bundle's metrics.
     training = bundle.document.metrics.get("training", {}).get("curves")
     if training:
