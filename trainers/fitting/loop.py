@@ -188,11 +188,8 @@ class _Run:
         found = group.load()
         if found is not None:
             require_same_run(found, self._identity)
-        self._found_batch = None
-        if settings.batch_size == "auto":
-            self._found_batch = (found.batch_size if found else None) or find_batch_size(
-                settings, group.device, len(taxonomy.codes), len(data.train_index)
-            )
+        self._found_batch = self._find_batch_size(settings, found)
+        if self._found_batch is not None:
             settings = settings.with_values({"batch_size": self._found_batch})
         self._settings = settings
         self._reports = found.epoch_reports() if found else []
@@ -203,20 +200,7 @@ class _Run:
         mean, std = known or pixel_statistics(data.pixels, data.train_index)
         scaling = settings.model.pixel_scaling
         self._geometry = Geometry(side_px=settings.model.side_px, scaling=scaling, mean=mean, std=std)
-        augmenter = Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean)))
-        self._feeder = Feeder(
-            data.pixels,
-            data.labels,
-            data.image_ids,
-            data.train_index,
-            augmenter,
-            settings,
-            feeders=feeders_of(settings.workers, group.device),
-            device=group.device,
-            stream=data.stream,
-            rank=group.rank,
-            world_size=group.world_size,
-        )
+        self._feeder = self._build_feeder(Augmenter(policy, Canvas(settings.model.side_px, _to_bytes(mean))))
         self._statistics_rows = _statistics_rows(data, group)
         # Order matters from here on. Weights are loaded before `wrap`, which may shard the parameters; the optimizer
         # is built after it, because its state has to refer to the sharded parameters.
@@ -411,6 +395,31 @@ class _Run:
         if found is not None:
             network.load_state_dict(found.network)
         return network.to(self._group.device).to(memory_format=torch.channels_last)
+
+    def _find_batch_size(self, settings: TrainersSettings, found: Checkpoint | None) -> int | None:
+        """Return the batch size of a run whose settings leave it open: its checkpoint's, or what fits here."""
+        if settings.batch_size != "auto":
+            return None
+        if found is not None and found.batch_size is not None:
+            return found.batch_size
+        num_train = len(self._data.train_index)
+        return find_batch_size(settings, self._group.device, len(self._taxonomy.codes), num_train)
+
+    def _build_feeder(self, augmenter: Augmenter) -> Feeder:
+        data, group = self._data, self._group
+        return Feeder(
+            data.pixels,
+            data.labels,
+            data.image_ids,
+            data.train_index,
+            augmenter,
+            self._settings,
+            feeders=feeders_of(self._settings.workers, group.device),
+            device=group.device,
+            stream=data.stream,
+            rank=group.rank,
+            world_size=group.world_size,
+        )
 
     def _build_stepper(self, wrapped: nn.Module) -> Stepper:
         settings, data = self._settings, self._data

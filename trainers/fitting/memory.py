@@ -60,11 +60,13 @@ def doublings(parts: int, num_images: int, fewest: int = FEWEST_IMAGES) -> list[
 
 
 def largest_batch(take_step: Callable[[int], object], num_train: int) -> int:
-    """Return the largest batch, a power of two from 2 to 1024, with which a step fits into memory.
+    """Find the largest batch with which a step fits into memory.
 
     Args:
         take_step: takes one whole optimizer step with so many images.
         num_train: training images; an epoch keeps 16 steps or more where they suffice.
+    Returns:
+        Its size, a power of two from 2 to 1024.
     """
     sizes = [size for size in halvings(MOST_IMAGES) if size * STEPS_PER_EPOCH <= num_train] or [FEWEST_IMAGES]
     return first_that_fits(take_step, sizes)[1]
