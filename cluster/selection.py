@@ -26,6 +26,7 @@ from labeling.acquisition.registry import Pool, Prevalence, choose, choose_mixed
 from labeling.acquisition.scores import suspicious_rows
 from records.arrays import Float32Array, FloatArray, IntArray
 from records.bundles import Bundle
+from records.context import Value, context_of_image
 from records.datasets import load_dataset
 from records.erasure import remove_expired_tombstones
 from records.errors import DataError
@@ -212,7 +213,7 @@ def pool_of(
     probabilities, features, samples = [], [], []
     for batch in _batches(len(ids)):
         pixels = rows.take(batch)
-        probabilities.append(model.predict(pixels).probabilities)
+        probabilities.append(model.predict(pixels, context=_known(images, batch.tolist())).probabilities)
         if "features" in needs:
             features.append(model.describe(pixels))
         if "samples" in needs:
@@ -229,6 +230,10 @@ def pool_of(
         class_shares=np.array([shares[code] for code in model.taxonomy.codes]) if shares else None,
         label_counts=_label_counts(store, model.taxonomy.codes) if "label_counts" in needs else None,
     )
+
+
+def _known(images: Sequence[Image], rows: Sequence[int]) -> list[dict[str, Value]]:
+    return [context_of_image(images[row]) for row in rows]
 
 
 def _label_counts(store: Store, codes: Sequence[str]) -> IntArray:
@@ -329,7 +334,7 @@ def select_images(
     items: list[ReviewItem] = []
     # Heat maps are computed here and not for the pool, since only the few selected images need one.
     for batch in _batches(len(chosen)):
-        output = model.predict(rows.take(batch), gradcam=True)
+        output = model.predict(rows.take(batch), gradcam=True, context=_known(images, [chosen[row] for row in batch]))
         labels = labels_of(output.probabilities, model.decision)
         for i, row in enumerate(batch.tolist()):
             items.append(_item(images[chosen[row]], output, i, int(labels[i]), 1.0 - row / len(chosen)))

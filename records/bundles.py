@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from records.context import ContextHead
 from records.durable import building, place
 from records.errors import ContractError, IntegrityError, UnavailableError, UnknownIdError
 from records.ids import sha256_hex
@@ -169,6 +170,19 @@ class BundleDocument(_Part):
     geometry: Geometry
     class_priors: dict[str, float] = Field(description="share of each class among the training images")
     calibration: Calibration
+    # Left out where they change nothing, so that such bundles have the content, and the id, that they had before.
+    context: ContextHead | None = Field(
+        default=None,
+        exclude_if=lambda head: head is None,
+        description="what is known about an image adds to its logits",
+    )
+    views: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        exclude_if=lambda views: views == 1,
+        description="flips and turns whose logits are averaged",
+    )
     operating: OperatingPoints = OperatingPoints()
     suitability: SuitabilityLimits | None = Field(
         default=None, description="empty in bundles made before it was fitted"

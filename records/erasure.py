@@ -94,7 +94,7 @@ ROWS: tuple[Rows, ...] = (
         impersonal=("id", "format", "provenance", "group_id"),
     ),
     Rows(
-        Prediction, personal={"context": {}}, also={"idempotency_key": None},
+        Prediction, personal={"context": {}, "context_effect": None}, also={"idempotency_key": None},
         impersonal=(
             "id", "request_id", "caller", "organisation", "image_id", "consent", "model_id", "model_status", "arm",
             "rollout_id", "engine", "precision", "settings_hash", "label", "probabilities", "prediction_set",

@@ -8,11 +8,12 @@ import unicodedata
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from records.context import ContextColumn
 from records.errors import TaxonomyError
 from records.ids import hash_of
 from records.settings import first_problem
@@ -54,6 +55,11 @@ class Taxonomy(BaseModel):
     version: int = Field(ge=1, lt=2**63)
     classes: tuple[DiagnosisClass, ...] = Field(min_length=2)
     key_classes: tuple[KeyClass, ...] = ()
+    context: tuple[ContextColumn, ...] = Field(
+        default=(),
+        exclude_if=lambda columns: not columns,
+        description="columns that models may use beside the image",
+    )
 
     @model_validator(mode="after")
     def _codes_fit_together(self) -> "Taxonomy":
@@ -64,6 +70,9 @@ class Taxonomy(BaseModel):
         for key in self.key_classes:
             if key.code not in codes:
                 raise ValueError(f"key class {key.code!r} is not among the classes {', '.join(codes)}")
+        named = [column.name for column in self.context]
+        if len(named) != len(set(named)):
+            raise ValueError(f"context names a column twice; each of {', '.join(dict.fromkeys(named))} once")
         return self
 
     @cached_property
@@ -73,9 +82,11 @@ class Taxonomy(BaseModel):
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the document without the aliases, 64 hex characters."""
-        # An alias changes how tables are read and no decision, so it may be added while models serve.
-        return hash_of(self.model_dump(mode="json", exclude={"classes": {"__all__": {"aliases"}}}))
+        """SHA-256 of the document without aliases and context, 64 hex characters."""
+        # An alias changes how tables are read, and context how models to come are made: neither changes a decision of a
+        # model that serves, so both may be added meanwhile.
+        excluded: Any = {"classes": {"__all__": {"aliases"}}, "context": True}
+        return hash_of(self.model_dump(mode="json", exclude=excluded))
 
     @cached_property
     def malignant_codes(self) -> tuple[str, ...]:

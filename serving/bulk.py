@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from images.context_table import ContextTable, read_context_table
 from images.decode import decode_squares
 from images.dicom import as_plain_file
 from images.files import list_folder, shown
@@ -32,6 +33,7 @@ from records.parts import attempt, each_in_parts
 from records.taxonomy import Taxonomy
 from records.types import Decision
 from records.types.base import LINE
+from serving.context import effect_of
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, malignant_probability, triage
 from vision.inference.loaded import LoadedModel, load_model
@@ -39,6 +41,7 @@ from vision.inference.output import BatchOutput
 from vision.inference.suitability import assess
 
 _ORDER = {Decision.URGENT: 0, Decision.REVIEW: 1, Decision.RETAKE: 2, Decision.ANSWERED: 3}
+_CONTEXT_COLUMNS = ["context_used", "context_unknown", "label_without_context", "confidence_without_context"]
 # Excel reads the wide forms as the narrow ones.
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
@@ -62,6 +65,7 @@ def predict_folder(
     *,
     explain: bool = False,
     resume: bool = False,
+    context: Path | None = None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> BulkResult:
     """Predict every file of a folder and write the table.
@@ -74,44 +78,43 @@ def predict_folder(
         settings: precision, batch size and rules of triage; no audit sample is drawn.
         explain: write a heat map per image into `<out>.maps/`.
         resume: continue with the rows of `<out>.partial`.
+        context: table of what is known about the images, see `images.context_table`.
         on_done: called with the number of finished images and of all images.
     Returns:
         The rows, the number of files that could not be predicted, and that of system files.
     Raises:
-        DataError: the folder holds no files.
-        RefusedError: an interrupted run exists and `resume` was not given, or it was of another model.
+        DataError: the folder holds no files, or the table of context cannot be used.
+        RefusedError: an interrupted run exists and `resume` was not given, or it was of another model or context.
         IntegrityError: the model does not reproduce its golden logits.
     """
     listing = list_folder(folder)
     unfinished, maps_of_run = out.with_name(out.name + ".partial"), out.with_name(out.name + ".maps")
-    paths = _without_own(listing.files, (out, unfinished, maps_of_run))
+    paths = _without_own(listing.files, (out, unfinished, maps_of_run, *([] if context is None else [context])))
     if not paths and not listing.unreadable:
         raise DataError(f"{shown(folder)!r} holds no files; name a folder of images")
+    told = None if context is None else read_context_table(context)
     loaded = _checked_model(bundle, settings)
-    done = _resumed(unfinished, bundle.id, resume)
+    done = _resumed(unfinished, bundle.id, None if told is None else told.hash, resume)
     left = [path for path in paths if str(path.relative_to(folder)) not in done]
-    if explain:
-        maps_of_run.mkdir(parents=True, exist_ok=True)
-    side_px = loaded.geometry.side_px
-    drawn_px = settings.overlay_side_px if explain else side_px
-    one = partial(_read, side_px=side_px, drawn_px=drawn_px, max_pixels=settings.max_pixels)
+    drawn_px = settings.overlay_side_px if explain else loaded.geometry.side_px
+    one = partial(_read, side_px=loaded.geometry.side_px, drawn_px=drawn_px, max_pixels=settings.max_pixels)
     maps = maps_of_run if explain else None
-
     with unfinished.open("a") as file, ThreadPoolExecutor(settings.decode_threads) as threads:
         on_done(len(done), len(paths))
+        if maps is not None:
+            maps.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(left), settings.max_batch_size):
             batch = left[start : start + settings.max_batch_size]
             read = list(threads.map(lambda path: attempt(one, path), batch))
-            for row in _rows(bundle, loaded, folder, list(zip(batch, read, strict=True)), settings, maps):
+            for row in _rows(bundle, loaded, folder, told, list(zip(batch, read, strict=True)), settings, maps):
                 done[row["image"]] = row
                 # Rows first, table last: the table is sorted, so it can be written only when all rows are there.
                 file.write(json.dumps(row, allow_nan=False) + "\n")
             # After each batch, so that a killed run repeats at most one batch.
             file.flush()
             on_done(len(done), len(paths))
-    done |= _unread_rows(listing.unreadable, folder)
-    rows = sorted(done.values(), key=_urgency)
-    _write(out, rows, bundle.document.taxonomy)
+    rows = sorted((done | _unread_rows(listing.unreadable, folder)).values(), key=_urgency)
+    _write(out, rows, bundle.document.taxonomy, in_context=told is not None)
     unfinished.unlink()  # only now: if writing the table fails, `resume` still finds all rows
     return BulkResult(rows, sum(row["error"] is not None for row in rows), listing.hidden)
 
@@ -127,7 +130,7 @@ def _unread_rows(unreadable: Sequence[tuple[Path, str]], folder: Path) -> dict[s
     return {name: _row(name, error=why) for name, why in named}
 
 
-def _without_own(files: Sequence[Path], own: tuple[Path, Path, Path]) -> list[Path]:
+def _without_own(files: Sequence[Path], own: Sequence[Path]) -> list[Path]:
     """Leave out what this run or an earlier one with the same name wrote into the folder itself."""
     paths = {os.path.abspath(path) for path in own}
     return [path for path in files if paths.isdisjoint((os.path.abspath(path), os.path.abspath(path.parent)))]
@@ -165,13 +168,14 @@ def _rows(
     bundle: Bundle,
     loaded: LoadedModel,
     folder: Path,
+    told: ContextTable | None,
     batch: list[tuple[Path, Decoded | Exception]],
     settings: ServingSettings,
     maps: Path | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each image; one that cannot be read, predicted or drawn has an error and stops no other."""
     usable = [(path, read) for path, read in batch if isinstance(read, Decoded)]
-    predicted = each_in_parts(usable, partial(_predicted, bundle, loaded, folder, settings, maps))
+    predicted = each_in_parts(usable, partial(_predicted, bundle, loaded, folder, told, settings, maps))
     failed = [(path, read) for path, read in batch if isinstance(read, Exception)]
     for path, error in failed:
         yield _row(str(path.relative_to(folder)), error=LINE.keep(str(error) or type(error).__name__))
@@ -185,13 +189,15 @@ def _predicted(
     bundle: Bundle,
     loaded: LoadedModel,
     folder: Path,
+    told: ContextTable | None,
     settings: ServingSettings,
     maps: Path | None,
     usable: Sequence[tuple[Path, Decoded]],
 ) -> list[dict[str, Any]]:
     rows = []
     pixels = np.stack([read.pixels for _, read in usable])
-    output = loaded.predict(pixels, gradcam=maps is not None)
+    known = None if told is None else [told.of(str(path.relative_to(folder))) for path, _ in usable]
+    output = loaded.predict(pixels, gradcam=maps is not None, context=known)
     verdicts = verdicts_of(bundle, loaded, output, pixels, [read.shorter_px for _, read in usable], settings)
     taxonomy = bundle.document.taxonomy
     for row, ((path, read), verdict) in enumerate(zip(usable, verdicts, strict=True)):
@@ -212,9 +218,22 @@ def _predicted(
                 p_malignant=malignant_probability(values, taxonomy) if has_label else None,
                 reasons=" ".join(verdict.reasons),
                 probabilities=dict(zip(taxonomy.codes, values.tolist(), strict=True)) if has_label else {},
+                **(_effect(output, row, bundle) if has_label else {}),
             )
         )
     return rows
+
+
+def _effect(output: BatchOutput, row: int, bundle: Bundle) -> dict[str, Any]:
+    effect = effect_of(output, row, bundle.document)
+    if effect is None:
+        return {}
+    return {
+        "context_used": " ".join(effect.used),
+        "context_unknown": " ".join(effect.unknown),
+        "label_without_context": effect.label_without,
+        "confidence_without_context": effect.confidence_without,
+    }
 
 
 def verdicts_of(
@@ -259,10 +278,10 @@ def _urgency(row: dict[str, Any]) -> tuple[int, float, str]:
     return rank, -(1.0 if row["p_malignant"] is None else row["p_malignant"]), row["image"]
 
 
-def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, Any]]:
+def _resumed(partial: Path, model_id: str, context: str | None, resume: bool) -> dict[str, dict[str, Any]]:
     if not partial.exists():
         partial.parent.mkdir(parents=True, exist_ok=True)
-        write_file(partial, json.dumps({"model_id": model_id}) + "\n")
+        write_file(partial, json.dumps({"model_id": model_id, "context": context}) + "\n")
         return {}
     if not resume:
         raise RefusedError(f"{partial} holds an interrupted run; continue it with --resume, or remove it")
@@ -273,11 +292,14 @@ def _resumed(partial: Path, model_id: str, resume: bool) -> dict[str, dict[str, 
     head, *rows = (json.loads(line) for line in whole.splitlines())
     if head["model_id"] != model_id:
         raise RefusedError(f"{partial} was started with model {head['model_id'][:12]}; remove it to start again")
+    if head.get("context") != context:
+        raise RefusedError(f"{partial} was started with another table of context; remove it to start again")
     return {row["image"]: row for row in rows}
 
 
-def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
+def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy, *, in_context: bool) -> None:
     columns = ["image", "decision", "label", "confidence", "p_malignant", "reasons", "error"]
+    columns += _CONTEXT_COLUMNS if in_context else []
     with (
         replacing(out) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
@@ -288,7 +310,7 @@ def _write(out: Path, rows: list[dict[str, Any]], taxonomy: Taxonomy) -> None:
             probabilities = [row["probabilities"].get(code, "") for code in taxonomy.codes]
             # A name that is not UTF-8 would make the whole table unreadable for other programs.
             cells = {**row, "image": shown(row["image"])}
-            writer.writerow([_cell(cells[column]) for column in columns] + probabilities)
+            writer.writerow([_cell(cells.get(column)) for column in columns] + probabilities)
 
 
 def _cell(value: Any) -> Any:

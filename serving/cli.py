@@ -86,6 +86,9 @@ def predict(
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
     explain: Annotated[str | None, typer.Option("--explain", help="gradcam: also write a heat map per image.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
+    context: Annotated[
+        Path | None, typer.Option("--context", help="Table of the images: image_id, and age, sex, localization, ..")
+    ] = None,
 ) -> None:
     """Predict a folder of images and write a table, most urgent first; nothing is stored or reviewed."""
     from records.models import find_bundle
@@ -97,7 +100,7 @@ def predict(
         bundle, task = find_bundle(store, model), bar.add_task("predict", total=None)
         result = predict_folder(
             bundle, folder, out, call.settings.serving, explain=explain is not None, resume=resume,
-            on_done=lambda done, total: bar.update(task, completed=done, total=total),
+            context=context, on_done=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     counts = Counter(row["decision"] or "unreadable" for row in result.rows)
     if result.hidden:

@@ -17,10 +17,12 @@ from images.given import GivenImage, given_list, given_name, image_bytes
 from images.overlay import overlay, resized_strength
 from records.arrays import Float32Array, UInt8Array
 from records.bundles import Bundle
+from records.context import Known
 from records.errors import ConfigError, DataError, ImageError
 from records.taxonomy import Taxonomy
 from records.types import Decision
 from serving.bulk import Decoded, decode_for, verdicts_of
+from serving.context import effect_of, known_given
 from serving.settings import ServingSettings
 from serving.triage import Verdict, malignant_probability
 from vision.calibration.decision import labels_of
@@ -51,6 +53,8 @@ class Prediction:
         quality_reason: what is wrong with the image; None: nothing.
         error: why the image could not be read, or None.
         heat_map: [S, S] in 0 to 1, over the centre square of the image; None if it was not asked for.
+        context_effect: which columns of the context counted, and label and probabilities without it; None if none was
+            given that the model uses.
     """
 
     image: str
@@ -65,6 +69,7 @@ class Prediction:
     quality_reason: str | None = None
     error: str | None = None
     heat_map: Float32Array | None = field(default=None, repr=False, compare=False)
+    context_effect: dict[str, Any] | None = field(default=None, repr=False)
 
 
 class Predictions(list[Prediction]):
@@ -141,6 +146,7 @@ def predict_given(
     *,
     heat_maps: bool = False,
     keep: bool = False,
+    context: Known | Sequence[Known] | None = None,
 ) -> Predictions:
     """Predict images.
 
@@ -151,12 +157,14 @@ def predict_given(
         settings: batch size, largest image and rules of triage.
         heat_maps: also compute Grad-CAM of each predicted class.
         keep: an image that cannot be read gets a prediction with the reason, and stops no other.
+        context: what is known about each image, or about all of them.
     Returns:
         One prediction per image, in their order.
     Raises:
         DataError: an image cannot be read, and `keep` is false.
     """
     given = given_list(images)
+    known = known_given(context, len(given))
     found: list[Prediction] = []
     for start in range(0, len(given), settings.max_batch_size):
         names = [given_name(image, start + i) for i, image in enumerate(given[start : start + settings.max_batch_size])]
@@ -169,7 +177,8 @@ def predict_given(
                     raise
                 read.append(error)
         usable = [one for one in read if isinstance(one, Decoded)]
-        rows = _predicted(bundle, loaded, usable, settings, heat_maps)
+        about = [known[start + i] for i, one in enumerate(read) if isinstance(one, Decoded)]
+        rows = _predicted(bundle, loaded, usable, about, settings, heat_maps)
         for name, one in zip(names, read, strict=True):
             found.append(
                 Prediction(name, **next(rows)) if isinstance(one, Decoded) else Prediction(name, error=str(one))
@@ -220,13 +229,18 @@ def _decoded(image: GivenImage, name: str, side_px: int, max_pixels: int) -> Dec
 
 
 def _predicted(
-    bundle: Bundle, loaded: LoadedModel, usable: Sequence[Decoded], settings: ServingSettings, heat_maps: bool
+    bundle: Bundle,
+    loaded: LoadedModel,
+    usable: Sequence[Decoded],
+    known: Sequence[Known],
+    settings: ServingSettings,
+    heat_maps: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yield the fields of a prediction for each image of a batch."""
     if not usable:
         return
     pixels = np.stack([one.pixels for one in usable])
-    output = loaded.predict(pixels, gradcam=heat_maps)
+    output = loaded.predict(pixels, gradcam=heat_maps, context=known)
     verdicts = verdicts_of(bundle, loaded, output, pixels, [one.shorter_px for one in usable], settings)
     for row, verdict in enumerate(verdicts):
         values = output.probabilities[row]
@@ -235,7 +249,12 @@ def _predicted(
             side_px = loaded.geometry.side_px
             target = int(labels_of(output.probabilities[row : row + 1], loaded.decision)[0])
             heat_map = resized_strength(output.maps[row, target], side_px, side_px)
-        yield {**_fields(verdict, values, bool(output.finite[row]), loaded.taxonomy), "heat_map": heat_map}
+        effect = effect_of(output, row, bundle.document)
+        yield {
+            **_fields(verdict, values, bool(output.finite[row]), loaded.taxonomy),
+            "heat_map": heat_map,
+            "context_effect": None if effect is None else effect.model_dump(),
+        }
 
 
 def _fields(verdict: Verdict, values: Any, finite: bool, taxonomy: Taxonomy) -> dict[str, Any]:
@@ -297,6 +316,7 @@ class Model:
         *,
         heat_maps: bool = False,
         errors: Literal["raise", "keep"] = "raise",
+        context: Known | Sequence[Known] | None = None,
     ) -> Predictions:
         """Predict images with the decisions of the service; nothing is stored.
 
@@ -304,16 +324,25 @@ class Model:
             images: one or several: paths, bytes of files, Pillow images, or arrays uint8 [H, W, 3].
             heat_maps: also compute Grad-CAM of each predicted class.
             errors: `raise` stops at an image that cannot be read; `keep` gives its prediction the reason as `error`.
+            context: what is known, such as `{"age": 61, "sex": "male"}`, for all images or one per image; models that
+                use no context ignore it.
         Returns:
             A prediction per image, in their order; `to_frame()` makes a table of them.
         Raises:
             ImageError: an image cannot be read.
+            ConfigError: the context does not fit the images, or names a column that does not exist.
             IntegrityError: the model does not reproduce its golden logits.
         """
         if errors not in ("raise", "keep"):
             raise ConfigError(f"errors is {errors!r}; it must be raise or keep")
         return predict_given(
-            self.bundle, self._loaded, images, self._settings, heat_maps=heat_maps, keep=errors == "keep"
+            self.bundle,
+            self._loaded,
+            images,
+            self._settings,
+            heat_maps=heat_maps,
+            keep=errors == "keep",
+            context=context,
         )
 
     def explain(

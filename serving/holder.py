@@ -20,6 +20,7 @@ from records.ids import utc_now
 from records.models import generation, registered_bundle, serving_model
 from records.store import Store
 from records.types import ModelRecord
+from serving.context import context_info
 from serving.messages import ServingState
 from serving.schemas import ClassInfo, ServedModelInfo
 from serving.settings import ServingSettings, compute_threads
@@ -62,6 +63,8 @@ class ServedModel:
             loaded_at=self.loaded_at,
             golden_difference=self.golden_difference,
             metrics=document.metrics,
+            context=context_info(document),
+            views=document.views,
         )
 
 

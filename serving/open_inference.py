@@ -155,6 +155,17 @@ def _probabilities(stored: Sequence[StoredPrediction], codes: Sequence[str]) -> 
     return np.array([[row[code] for code in codes] for row in found], np.float64)
 
 
+def _without_context(stored: Sequence[StoredPrediction], codes: Sequence[str]) -> Any:
+    none = {"probabilities_without": dict.fromkeys(codes, np.nan)}
+    found = [(each.prediction.context_effect or none)["probabilities_without"] for each in stored]
+    return np.array([[row[code] for code in codes] for row in found], np.float64)
+
+
+def _context_used(each: StoredPrediction) -> str:
+    effect = each.prediction.context_effect
+    return " ".join(effect["used"]) if effect is not None else ""
+
+
 def _confidences(stored: Sequence[StoredPrediction], codes: Sequence[str]) -> Any:
     found = [each.prediction.confidence for each in stored]
     return np.array([np.nan if value is None else value for value in found], np.float64)
@@ -172,7 +183,8 @@ def _maps(stored: Sequence[StoredPrediction], codes: Sequence[str]) -> Any:
     return np.stack([none if values is None or values.shape != shape else values for values in maps])
 
 
-# What has no value is NaN: probabilities, confidence and map of an image that should be taken again.
+# What has no value is NaN: probabilities, confidence and map of an image that should be taken again, and probabilities
+# without context where none was given that the model uses.
 OUTPUTS: dict[str, _Output] = {
     "prediction_id": _Output("BYTES", [-1], _texts(lambda each: each.prediction.id)),
     "model_version": _Output("BYTES", [-1], _texts(lambda each: each.prediction.model_id)),
@@ -183,6 +195,8 @@ OUTPUTS: dict[str, _Output] = {
     "probabilities": _Output("FP64", [-1, -1], _probabilities),
     "prediction_set": _Output("BOOL", [-1, -1], _sets),
     "heat_map": _Output("FP32", [-1, -1, -1], _maps),
+    "context_used": _Output("BYTES", [-1], _texts(_context_used)),
+    "probabilities_without_context": _Output("FP64", [-1, -1], _without_context),
 }
 """Names of the outputs; `prediction_set` and `probabilities` have a column per class, in the order of `classes`."""
 

@@ -164,8 +164,12 @@ def _as_allowed(store: Store, rows: PredictionRows, image: Image | None) -> Pred
     before = rows.prediction.consent
     consent = as_allowed(image, before)
     if consent is before:
-        return rows
-    changes: dict[str, Any] = {"consent": consent} | ({"context": {}} if consent is Consent.NONE else {})
+        # The caller gets what the context changed; without consent it is not kept, since it tells the context.
+        if consent is not Consent.NONE or rows.prediction.context_effect is None:
+            return rows
+        return replace(rows, prediction=rows.prediction.model_copy(update={"context_effect": None}))
+    blank: dict[str, Any] = {"context": {}, "context_effect": None} if consent is Consent.NONE else {}
+    changes: dict[str, Any] = {"consent": consent, **blank}
     prediction = rows.prediction.model_copy(update=changes)
     if consent is not Consent.NONE:
         return replace(rows, prediction=prediction)

@@ -24,6 +24,7 @@ import torch
 from images.decode import CostlyError, decode_if_cheap, decode_squares
 from records import tracing
 from records.arrays import UInt8Array
+from records.context import Value, context_of
 from records.errors import UnavailableError
 from records.images import is_dicom
 from records.parts import in_parts
@@ -334,7 +335,8 @@ class Predictor:
         # The setting applies to the calling thread only, so every forward pass sets it.
         torch.set_num_threads(num_threads)
         began_s, began_ns = time.perf_counter(), time.time_ns()
-        output = jobs[0].model.loaded.predict(np.stack([job.pixels for job in jobs]), gradcam=True)
+        known = known_of(jobs)
+        output = jobs[0].model.loaded.predict(np.stack([job.pixels for job in jobs]), gradcam=True, context=known)
         each_s = (time.perf_counter() - began_s) / len(jobs)
         ids = [job.request.request_id for job in jobs]
         tracing.record("forward", ids, began_ns, time.time_ns(), images=len(jobs), threads=num_threads)
@@ -343,7 +345,7 @@ class Predictor:
             return output, None
         # A canary predicts before the response is sent, because its prediction may be the one that is returned.
         pixels = np.stack([pixels_of(jobs[row], selected.model) for row in selected.rows])
-        return output, self._candidate.predict(selected, pixels, each_s)
+        return output, self._candidate.predict(selected, pixels, each_s, [known[row] for row in selected.rows])
 
     async def _commit(
         self,
@@ -396,11 +398,16 @@ class Predictor:
         pixels = np.stack([pixels_of(job, selected.model) for job in jobs])
         # Infinity switches the comparison of latency off: a shadow prediction shares its cores with served batches,
         # so its time does not measure the candidate.
-        candidate = self._candidate.predict(selected, pixels, champion_s=float("inf"))
+        candidate = self._candidate.predict(selected, pixels, float("inf"), known_of(jobs))
         self._recorder.record_shadow(jobs, results, candidate, self._candidate)
 
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+def known_of(jobs: Sequence[Job]) -> list[dict[str, Value]]:
+    """Return what is known about the image of each job beside its pixels."""
+    return [context_of(job.request.context) for job in jobs]
 
 
 def assignment_keys(jobs: list[Job]) -> list[str]:

@@ -21,6 +21,7 @@ from records.ids import hash_of, new_id, utc_now
 from records.parts import attempt, each_in_parts
 from records.store import Store
 from records.types import Arm, Consent, Decision, Prediction, ReviewItem
+from serving.context import effect_of
 from serving.holder import ServedModel
 from serving.images import allowed_consents, gradcam_map
 from serving.messages import HeatMap, PredictionRequest, StoredPrediction
@@ -34,6 +35,7 @@ from serving.outbox import (
     write_predictions,
 )
 from serving.rollout.candidate import CandidateOutput, CandidateRunner, serves_candidate
+from serving.schemas import ContextEffect
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, Verdict, audit_draw_of, triage
 from vision.inference.output import BatchOutput
@@ -245,7 +247,8 @@ class Recorder:
         draw = audit_draw_of(job.image.id, self._settings.audit_salt)
         document = job.model.document
         verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw, suitable)
-        prediction = self._prediction(job, verdict, output.probabilities[row], output.num_threads)
+        effect = effect_of(output, row, document) if verdict.label else None
+        prediction = self._prediction(job, verdict, output.probabilities[row], output.num_threads, effect)
         target = document.taxonomy.index_of(verdict.label) if verdict.label else None
         values = output.maps[row, target] if output.maps is not None and target is not None else None
         heat_map = self._heat_map(job, verdict, values)
@@ -263,7 +266,9 @@ class Recorder:
         square = square_of(job, self._settings.overlay_side_px)
         return gradcam_map(job.model.loaded, square, values, verdict.label, self._settings.overlay_alpha)
 
-    def _prediction(self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int) -> Prediction:
+    def _prediction(
+        self, job: Job, verdict: Verdict, probabilities: FloatArray, num_threads: int, effect: ContextEffect | None
+    ) -> Prediction:
         request, model = job.request, job.model
         has_label = verdict.label is not None
         codes = model.document.taxonomy.codes
@@ -289,6 +294,7 @@ class Recorder:
             label=verdict.label,
             confidence=verdict.confidence,
             probabilities=dict(zip(codes, probabilities.tolist(), strict=True)) if has_label else None,
+            context_effect=None if effect is None else effect.model_dump(mode="json"),
             prediction_set=list(verdict.prediction_set),
             out_of_distribution_score=verdict.suitability.ood_score,
             quality_score=verdict.suitability.quality_score,

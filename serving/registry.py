@@ -13,6 +13,7 @@ from records.errors import UnknownIdError
 from records.models import bundle_folder
 from records.store import Store
 from records.types import ModelRecord, RoundRecord, RoundStep
+from serving.context import context_info
 from serving.responses import model_body
 from serving.schemas import ClassInfo, ModelDetails, RoundInfo, RoundList, ScoreBand
 from serving.words import status_text
@@ -42,6 +43,8 @@ def model_details(store: Store, model_id: str) -> ModelDetails:
         metrics=document.metrics,
         faithfulness=document.explanation.get("faithfulness"),
         has_report=(bundle_folder(store, record) / REPORT).is_file(),
+        context=context_info(document),
+        views=document.views,
     )
 
 

@@ -25,6 +25,7 @@ from serving.schemas import (
     BatchResponse,
     ConfirmedCase,
     Context,
+    ContextEffect,
     Explanation,
     FlagResponse,
     GuardrailStatus,
@@ -65,6 +66,9 @@ def prediction_body(
         reasons=[Reason(code=code, text=reason_text(code, prediction, taxonomy)) for code in prediction.reasons],
         review=ReviewStatus(state=review.state, due=review.due) if review else None,
         explanation=explanation_body(heat_map) if heat_map else None,
+        context_effect=(
+            ContextEffect.model_validate(prediction.context_effect) if prediction.context_effect is not None else None
+        ),
     )
 
 

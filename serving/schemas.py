@@ -147,6 +147,18 @@ class NearestCases(Body):
     cases: list[ConfirmedCase] = Field(description="nearest first, one of each group; empty if none may be shown")
 
 
+class ContextEffect(Body):
+    """What the context of an image changed: the prediction of the image alone."""
+
+    used: list[str] = Field(description="columns of the context that counted")
+    unknown: list[str] = Field(
+        description="columns that were given, with a value that the model has not seen; they changed nothing"
+    )
+    label_without: str = Field(description="class code that the image alone would get")
+    confidence_without: Probability
+    probabilities_without: dict[str, Probability] = Field(description="calibrated, of the image alone")
+
+
 class PredictionResponse(Body):
     """A stored prediction."""
 
@@ -169,6 +181,10 @@ class PredictionResponse(Body):
     reasons: list[Reason]
     review: ReviewStatus | None
     explanation: Explanation | None
+    context_effect: ContextEffect | None = Field(
+        default=None,
+        description="null if nothing was given that the model uses; without consent it is not stored, and null later",
+    )
 
 
 class PredictionPage(Body):
@@ -345,6 +361,16 @@ class ModelInfo(Body):
     status_changed_at: AwareDatetime
 
 
+class ContextInfo(Body):
+    """A column of the context that a model uses."""
+
+    name: str = Field(description="as in the context of a request")
+    kind: Literal["categorical", "numeric"]
+    values: list[str] = Field(description="categorical: values that it knows, compared without case")
+    low: float | None = Field(description="numeric: smallest value that it knows")
+    high: float | None = Field(description="numeric: largest value that it knows")
+
+
 class ServedModelInfo(Body):
     """The model that serves now."""
 
@@ -360,6 +386,8 @@ class ServedModelInfo(Body):
     loaded_at: AwareDatetime
     golden_difference: FiniteFloat = Field(description="largest difference from the golden logits at load time")
     metrics: dict[str, Any]
+    context: list[ContextInfo] = Field(default_factory=list, description="what it uses beside the image")
+    views: int = Field(default=1, ge=1, description="flips and turns of an image whose logits are averaged")
 
 
 class ModelList(Body):
@@ -419,6 +447,8 @@ class ModelDetails(ModelInfo):
     metrics: dict[str, Any] = Field(description="on the splits that training may read")
     faithfulness: dict[str, Any] | None = Field(description="measured faithfulness of its Grad-CAM maps")
     has_report: bool = Field(description="whether the bundle has an evaluation report")
+    context: list[ContextInfo] = Field(default_factory=list, description="what it uses beside the image")
+    views: int = Field(default=1, ge=1, description="flips and turns of an image whose logits are averaged")
 
 
 class RoundInfo(Body):

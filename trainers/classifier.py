@@ -146,7 +146,7 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
         except TypeError as error:
             raise ConfigError(f"the classifier cannot be saved: {error}; use texts or numbers") from error
         with compute_threads(self.num_threads_):
-            golden = golden_arrays(self.network_, geometry)
+            golden = golden_arrays(self.network_, geometry, self.settings_.views)
         document = BundleDocument(
             taxonomy=taxonomy,
             taxonomy_hash=taxonomy.hash,
@@ -154,6 +154,7 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
             geometry=geometry,
             class_priors=dict(zip(taxonomy.codes, self.priors_, strict=True)),
             calibration=self.calibration_,
+            views=self.settings_.views,
             operating=OperatingPoints(decision=self.decision_),
             dataset_id=hash_of([_KIND]),
             config=self.settings_.model_dump(mode="json"),
@@ -221,12 +222,14 @@ class RelookClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # 
             raise ConfigError(f"{field or 'a parameter'} of RelookClassifier cannot be used: {reason}") from error
         if settings.needs_ray:
             raise ConfigError("RelookClassifier trains in one process; leave workers.count at 1 and data in the cache")
+        if settings.context:
+            raise ConfigError("RelookClassifier is given images alone; leave context at false")
         return settings
 
     def _logits(self, pixels: UInt8Array) -> NDArray[np.float32]:
         parts = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
         with compute_threads(self.num_threads_):
-            found = [reference_logits(self.network_, part, self.geometry_) for part in parts]
+            found = [reference_logits(self.network_, part, self.geometry_, self.settings_.views) for part in parts]
         return np.concatenate(found) if found else np.empty((0, len(self.classes_)), dtype=np.float32)
 
 

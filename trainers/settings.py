@@ -60,6 +60,12 @@ class TrainersSettings(RoomSettings):
         default=None, ge=1, description="stop after so many epochs without a better validation score; default: never"
     )
     decision: DecisionSettings = Field(default=DecisionSettings(), description="label and operating point of the model")
+    context: bool = Field(
+        default=False, description="use what the taxonomy names as context, such as age and sex, beside the image"
+    )
+    views: int = Field(
+        default=1, ge=1, le=8, description="flips and turns of an image whose logits are averaged; each costs a pass"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="number format; auto is bf16 where the hardware has it, else fp32"
     )

@@ -1,7 +1,7 @@
 """Predictions, and what people reported about them: review items, flags and outcomes."""
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -99,6 +99,9 @@ class Prediction(Record):
     label: str | None = Field(default=None, description="class code; empty for retake and non-finite")
     confidence: Probability | None = None
     probabilities: dict[str, Probability] | None = Field(default=None, description="calibrated, in class order")
+    context_effect: dict[str, Any] | None = Field(
+        default=None, description="what the context changed; see serving.schemas.ContextEffect"
+    )
     prediction_set: list[str] = Field(default_factory=list, description="class codes of the conformal set")
     out_of_distribution_score: float | None = None
     quality_score: float | None = None

@@ -4,6 +4,7 @@ In: what the visitor chose. Out: HTML made from the API's responses. What belong
 `Shown` in the Gradio session, as long as the browser tab is open; the image lies in the upload folder for minutes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from records.errors import DataError, ImageError, RefusedError, RelookError
 from records.settings import first_problem
+from records.taxonomy import Taxonomy
 from records.types import Consent, FlagReason, ReviewState
 from serving.client import Client
 from serving.page.api import PageApi
@@ -61,13 +63,16 @@ class PredictHandlers:
         self._api = api
         self._side_px = side_px
 
-    def predict(self, upload: dict[str, Any] | None, consent: str, visitor: gr.Request) -> tuple[Any, ...]:
+    def predict(
+        self, upload: dict[str, Any] | None, consent: str, visitor: gr.Request, *about: str | float | None
+    ) -> tuple[Any, ...]:
         """Run a prediction with its Grad-CAM map.
 
         Args:
             upload: Gradio's file data; `access` lets only files of the page's own folder through.
             consent: value of the radio button.
             visitor: request with their key.
+            about: what is known beside the image, in the order of the taxonomy's context; empty if it is not known.
         Returns:
             Values for the outputs that `predict_tab` lists, in their order.
         """
@@ -76,8 +81,9 @@ class PredictHandlers:
         try:
             wanted = _consent(consent)
             path = Path(upload["path"])
+            context = _context(wanted, self._api.taxonomy, about)
             with self._api.client(visitor) as client:
-                prediction = client.predict(_read(path), explain="gradcam", context=Context(consent=wanted))
+                prediction = client.predict(_read(path), explain="gradcam", context=context)
                 details = self._api.details(client, prediction.model.id)
         except RelookError as error:
             return _no_prediction(problem_html(str(error)))
@@ -192,7 +198,7 @@ def predict_tab(handlers: PredictHandlers, api: PageApi, settings: ServingSettin
     timer = gr.Timer(REVIEW_POLL_S, active=False)
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            image, consent, predict = _inputs(settings, examples)
+            image, consent, about, predict = _inputs(api.taxonomy, settings, examples)
         with gr.Column(scale=6, min_width=320):
             result = gr.HTML(render("no_image"), elem_id="rl-result", padding=False)
             review = gr.HTML("", elem_id="rl-review", padding=False)
@@ -205,7 +211,7 @@ def predict_tab(handlers: PredictHandlers, api: PageApi, settings: ServingSettin
     method, target, versus = choices
     outputs = [result, shown, heat_map, map_part, target, method, versus, review, flag_part, flagged, timer]
     # preprocess=False: Gradio would decode the image and fail with a message of its own; the API says what is wrong.
-    predict.click(handlers.predict, [image, consent], outputs, preprocess=False, api_visibility="private").then(
+    predict.click(handlers.predict, [image, consent, *about], outputs, preprocess=False, api_visibility="private").then(
         handlers.nearest, [shown], cases, api_visibility="private", show_progress="hidden"
     )
     for choice in choices:
@@ -239,6 +245,16 @@ def _read(path: Path) -> bytes:
         raise ImageError("the upload has expired; choose the image again") from error
 
 
+def _context(consent: Consent, taxonomy: Taxonomy, about: Sequence[str | float | None]) -> Context:
+    """Return the context that a visitor filled in; Gradio sends an empty field as None or an empty text."""
+    given = zip((column.name for column in taxonomy.context), about, strict=False)
+    known = {name: value for name, value in given if value is not None and str(value).strip()}
+    try:
+        return Context.model_validate({"consent": consent, **known})
+    except ValidationError as error:
+        raise DataError(": ".join(first_problem(error))) from error
+
+
 def _consent(value: str) -> Consent:
     try:
         return Consent(value)
@@ -246,7 +262,9 @@ def _consent(value: str) -> Consent:
         raise DataError(f"consent is one of {', '.join(Consent)}, not {value!r}") from error
 
 
-def _inputs(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, gr.Radio, gr.Button]:
+def _inputs(
+    taxonomy: Taxonomy, settings: ServingSettings, examples: list[Path]
+) -> tuple[gr.Image, gr.Radio, list[gr.Number | gr.Textbox], gr.Button]:
     # image_mode=None and type="filepath" keep the uploaded bytes as they are: the API gets the original file.
     image = gr.Image(
         label="Image (JPEG, PNG or WebP)",
@@ -270,7 +288,14 @@ def _inputs(settings: ServingSettings, examples: list[Path]) -> tuple[gr.Image, 
         value=settings.default_consent.value,
         label="Consent to further use of the image",
     )
-    return image, consent, gr.Button("Predict", variant="primary", elem_id="rl-predict")
+    about: list[gr.Number | gr.Textbox] = []
+    if taxonomy.context:
+        with gr.Accordion("What is known beside the image (optional)", open=False, elem_id="rl-context-form"):
+            for column in taxonomy.context:
+                field = gr.Number if column.kind == "numeric" else gr.Textbox
+                # A Number without a value starts at 0, which would be an age.
+                about.append(field(value=None, label=column.name.capitalize(), elem_id=f"rl-context-{column.name}"))
+    return image, consent, about, gr.Button("Predict", variant="primary", elem_id="rl-predict")
 
 
 def _map_choices(api: PageApi, settings: ServingSettings) -> tuple[gr.Radio, gr.Dropdown, gr.Dropdown]:

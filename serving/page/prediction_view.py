@@ -81,6 +81,7 @@ def prediction_html(
         shown=likely[:count],
         others=likely[count:],
         label_text=label_text(prediction, names, details),
+        context_text=context_text(prediction, names),
         malignant_others=[probability for code, probability in likely[count:] if code in malignant],
         prediction_set=set_text(prediction.prediction_set, names, details, prediction.label),
     )
@@ -102,6 +103,31 @@ def label_text(prediction: PredictionResponse, names: Mapping[str, str], details
     first = max(probabilities, key=lambda code: probabilities[code])
     said = f"{names.get(first, first)} is more likely, {100 * probabilities[first]:.0f} %."
     return said if details is None else f"{said} This model names {RULE_WORDS[details.rule]}."
+
+
+def context_text(prediction: PredictionResponse, names: Mapping[str, str]) -> str | None:
+    """Say what the context changed.
+
+    Args:
+        prediction: body of the API.
+        names: class code to display name.
+    Returns:
+        Some sentences; None if nothing was given that the model uses.
+    """
+    effect = prediction.context_effect
+    if effect is None or prediction.label is None or prediction.probabilities is None:
+        return None
+    unknown = f" It has not seen such a value of {', '.join(effect.unknown)}, which changed nothing." * bool(
+        effect.unknown
+    )
+    if not effect.used:
+        return unknown.strip()
+    name = names.get(effect.label_without, effect.label_without)
+    alone = 100 * effect.confidence_without
+    if effect.label_without != prediction.label:
+        return f"{', '.join(effect.used)} changed the label: the image alone would be {name}, {alone:.0f} %.{unknown}"
+    now = 100 * prediction.probabilities[prediction.label]
+    return f"{', '.join(effect.used)} moved {name} from {alone:.0f} % by the image alone to {now:.0f} %.{unknown}"
 
 
 def cases_html(found: NearestCases, names: dict[str, str]) -> str:

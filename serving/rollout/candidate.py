@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from records.arrays import UInt8Array
+from records.context import Known
 from records.errors import RelookError
 from records.ids import sha256_hex
 from records.models import UNDER_WAY, current_rollout, generation
@@ -106,19 +107,22 @@ class CandidateRunner:
         rows = tuple(r for r, key in enumerate(keys) if stage is RolloutStage.SHADOW or in_canary(rollout, key))
         return CandidateRows(rollout, model, rows) if rows else None
 
-    def predict(self, selected: CandidateRows, pixels: UInt8Array, champion_s: float) -> CandidateOutput:
+    def predict(
+        self, selected: CandidateRows, pixels: UInt8Array, champion_s: float, context: Sequence[Known] | None = None
+    ) -> CandidateOutput:
         """Run the candidate's forward pass.
 
         Args:
             selected: N rows.
             pixels: [N, S, S, 3] of these rows, in the candidate's geometry.
             champion_s: the champion's time per image, seconds; infinity if the times are not compared.
+            context: [N] what is known about each image.
         Returns:
             The output; an error is logged and becomes `output=None`.
         """
         began_s = time.perf_counter()
         try:
-            output = selected.model.loaded.predict(pixels, gradcam=True)
+            output = selected.model.loaded.predict(pixels, gradcam=True, context=context)
         except Exception:
             logger.exception("candidate %s failed on a batch", selected.model.id[:12])
             output = None

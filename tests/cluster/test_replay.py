@@ -32,6 +32,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         trainers=TrainersSettings(
             model=ModelSettings(name="custom_cnn", side_px=32),
             epochs=2,
+            context=True,
+            views=2,
             precision=request.param,
             workers=WorkersSettings(threads=1),
         ),

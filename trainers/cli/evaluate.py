@@ -90,6 +90,12 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
     for rule, report in evaluation.by_rule.items():
         name = f"  label by the rule {rule}{' (in force)' if report.in_force else ''}"
         summary.add_row(name, _figure(report.balanced_accuracy, report.balanced_accuracy_ci))
+    context = evaluation.context
+    if context is not None:
+        summary.add_row("  of the images alone, without context", _figure(context.balanced_accuracy_without))
+        summary.add_row("labels that the context changed", f"{100 * context.changed_labels:.1f} %")
+        if context.decided_by_context:
+            summary.add_row("decided by context, hardly by the image", ", ".join(context.decided_by_context))
     summary.add_row("accuracy", _figure(evaluation.accuracy, evaluation.accuracy_ci))
     summary.add_row("macro F1", _figure(evaluation.macro_f1, evaluation.macro_f1_ci))
     summary.add_row("macro AUC", _figure(evaluation.macro_auc))

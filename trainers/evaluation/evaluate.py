@@ -6,7 +6,7 @@ images. Intervals are 95 %: bootstrap by group within class, and exact (Clopper-
 cannot vary, as for a sensitivity of 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from images.cache import PixelCache, PixelRows
 from records import audit
 from records.arrays import Float32Array, FloatArray, IntArray
 from records.bundles import Bundle, DecisionRule, OperatingPoints
+from records.context import Known, context_of_image
 from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.store import Store, find_images, read_image
@@ -83,6 +84,10 @@ class SplitPredictions:
     split: Split | None = None
     split_reads: int | None = None
     traits: list[Traits] | None = None
+    without_context: FloatArray | None = None
+    """[N, C], calibrated, of the images alone; None if the model uses no context"""
+    known: Sequence[Known] | None = None
+    """[N] the context of each image"""
     images: Images | None = None
     """reads the image files again; None for predictions of a slice"""
 
@@ -131,19 +136,19 @@ def predict_split(
     cache.ensure(store, image_ids, progress)
     images = find_images(store, image_ids)
     tones = SkinTones([image.source_id for image in images], masks)
-    outputs = _outputs(model, cache.rows(image_ids), tones, f"Predicting {split.value}", progress)
-    index_of = bundle.document.taxonomy.index_of
+    known = [context_of_image(image) for image in images]
+    outputs = _outputs(model, cache.rows(image_ids), known, tones, f"Predicting {split.value}", progress)
     return SplitPredictions(
         model_id=bundle.id,
         image_ids=image_ids,
         group_ids=[str(group_id) for group_id in rows["group_id"]],
         lesion_ids=[image.lesion_id for image in images],
-        labels=np.array([index_of(str(label)) for label in rows["label"]], dtype=np.int64),
-        logits=np.concatenate([output.logits for output in outputs]),
-        probabilities=np.concatenate([output.probabilities for output in outputs]),
+        labels=np.array([bundle.document.taxonomy.index_of(str(label)) for label in rows["label"]], dtype=np.int64),
+        **joined_outputs(outputs),
         dataset_id=dataset.id,
         split=split,
         split_reads=split_reads,
+        known=known,
         traits=traits_of_images(images, [int(rank) for rank in rows["label_rank"]], tones.angles),
         images=_images(store, images, masks),
     )
@@ -154,15 +159,30 @@ def _images(store: Store, images: list[Image], masks: Path | None) -> Images:
     return Images(names=names, read=lambda index: read_image(store, images[index]), masks=masks)
 
 
+def joined_outputs(outputs: Sequence[BatchOutput]) -> dict[str, Any]:
+    """Return the fields of `SplitPredictions` that a model's batches give."""
+    without = [output.without_context for output in outputs if output.without_context is not None]
+    return {
+        "logits": np.concatenate([output.logits for output in outputs]),
+        "probabilities": np.concatenate([output.probabilities for output in outputs]),
+        "without_context": np.concatenate(without) if without else None,
+    }
+
+
 def _outputs(
-    model: LoadedModel, pixels: PixelRows, tones: SkinTones, title: str, progress: Progress | None
+    model: LoadedModel,
+    pixels: PixelRows,
+    known: Sequence[Known],
+    tones: SkinTones,
+    title: str,
+    progress: Progress | None,
 ) -> list[BatchOutput]:
     """Predict batch by batch, and measure the skin tone of each batch while its pixels are in memory."""
     task = progress.add_task(title, total=len(pixels)) if progress else None
     outputs = []
     for start in range(0, len(pixels), BATCH_SIZE):
         batch = pixels.take(np.arange(start, min(start + BATCH_SIZE, len(pixels))))
-        outputs.append(model.predict(batch))
+        outputs.append(model.predict(batch, context=known[start : start + BATCH_SIZE]))
         # Here, because the pixels of a split may not fit in memory together.
         tones.add(batch)
         if progress and task is not None:

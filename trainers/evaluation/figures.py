@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.bundles import OperatingPoints, Rule
 from records.taxonomy import Taxonomy
+from trainers.evaluation.context import ContextReport
 from vision.calibration.operating import Lesions, exact_interval
 from vision.metrics.bootstrap import percentile_interval
 from vision.metrics.metrics import ClassCounts, class_rates
@@ -218,6 +219,9 @@ class SliceReport(_Shape):
     accuracy_ci: Interval
     balanced_accuracy: float = Field(description="over the classes that the slice has")
     balanced_accuracy_ci: Interval
+    balanced_accuracy_without_context: float | None = Field(
+        default=None, description="of the images alone; empty for a model that uses no context"
+    )
     key_class_lesions: int | None = None
     key_class_sensitivity: float | None = Field(default=None, description="per lesion, at the refer threshold")
     key_class_sensitivity_ci: Interval | None = None
@@ -266,6 +270,7 @@ class Evaluation(_Shape):
     answered_share: float | None = Field(description="share of images that thresholds and sets leave to no annotator")
     mean_set_size: float | None = Field(description="mean number of classes in the prediction set")
     coverage: Coverage | None = Field(default=None, description="of the prediction sets")
+    context: ContextReport | None = Field(default=None, description="empty for a model that uses no context")
     slices: dict[str, dict[str, SliceReport]] = Field(
         default_factory=dict, description="age, sex, localization, confirmation, skin_tone: value to figures"
     )

@@ -18,10 +18,11 @@ from images.members import ImageFile
 from images.parallel import chunks_of, map_in_order
 from images.source_table import SourceRow
 from records.arrays import UInt8Array
+from records.context import COLUMNS, Value
 from records.errors import DataError, ImageError, TaxonomyError
 from records.taxonomy import Taxonomy
 from records.types.images import LABEL_RANK
-from trainers.evaluation.evaluate import SplitPredictions
+from trainers.evaluation.evaluate import SplitPredictions, joined_outputs
 from trainers.evaluation.images import CONFIRMED_BY, Images, Traits, age_band
 from trainers.evaluation.skin import SkinTones, tone_of
 from vision.inference.loaded import LoadedModel
@@ -59,8 +60,9 @@ def predict_folder(
     chunks = chunks_of(source.rows)
     outputs = []
     tones = SkinTones([row.source_id for row in source.rows], masks)
-    for pixels in map_in_order(lambda rows: _decode(rows, model.geometry.side_px), chunks):
-        outputs.append(model.predict(pixels))
+    decoded = map_in_order(lambda rows: _decode(rows, model.geometry.side_px), chunks)
+    for rows, pixels in zip(chunks, decoded, strict=True):
+        outputs.append(model.predict(pixels, context=[known_of(row) for row in rows]))
         tones.add(pixels)
         if progress and task is not None:
             progress.advance(task, len(pixels))
@@ -76,8 +78,8 @@ def predict_folder(
         ],
         lesion_ids=lesion_ids,
         labels=np.array(class_indices, dtype=np.int64),
-        logits=np.concatenate([output.logits for output in outputs]),
-        probabilities=np.concatenate([output.probabilities for output in outputs]),
+        **joined_outputs(outputs),
+        known=[known_of(row) for row in source.rows],
         images=Images(
             names=[row.source_id for row in source.rows],
             read=lambda index: (source.rows[index].path or Path(source.rows[index].source_id)).read_bytes(),
@@ -90,6 +92,11 @@ def predict_folder(
 def _say_unlisted(progress: Progress, unlisted: Sequence[str], images: Path, labels: Path) -> None:
     text = f"note: {len(unlisted)} images of {images} are in no row of {labels} and are not evaluated: "
     progress.console.print(text + ", ".join(unlisted[:3]), markup=False, highlight=False)
+
+
+def known_of(row: SourceRow) -> dict[str, Value]:
+    """Return the context of a row, by column."""
+    return {"age": row.age_years, **{name: row.context.get(name) for name in COLUMNS if name != "age"}}
 
 
 def _traits(row: SourceRow, angle: float | None) -> Traits:

@@ -16,7 +16,7 @@ from trainers.evaluation.folder import predict_folder
 from trainers.evaluation.probing import measure_explanations, measure_robustness, sample_of
 from trainers.evaluation.report.write import write_report
 from trainers.evaluation.robustness import work_of
-from trainers.evaluation.slices import with_slices
+from trainers.evaluation.slices import with_context, with_slices
 from vision.calibration.scaling import stated_prevalence
 from vision.inference.loaded import load_model
 from vision.precision import PrecisionChoice
@@ -83,6 +83,7 @@ def measure_model(
     # Thresholds are used as served; a stated prevalence re-weights only the figures without thresholds.
     evaluation = evaluate(found, document.taxonomy, document.operating, prevalence=shares, priors=priors)
     evaluation = with_slices(evaluation, found, document.taxonomy, document.operating)
+    evaluation = with_context(evaluation, found, document)
     evaluation = _probed(evaluation, bundle, found, progress, robustness=robustness, explanations=explanations)
     if report is not None:
         write_report(report, bundle, loaded, found, evaluation, embed_images=embed_images)

@@ -10,11 +10,14 @@ from dataclasses import fields, replace
 import numpy as np
 
 from records.arrays import IntArray
-from records.bundles import OperatingPoints
+from records.bundles import BundleDocument, OperatingPoints
 from records.taxonomy import Taxonomy
+from trainers.evaluation.context import context_report
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.evaluation.figures import Evaluation, SliceReport
 from trainers.evaluation.images import Traits
+from vision.calibration.decision import labels_of
+from vision.metrics.metrics import balanced_accuracy, confusion_matrix
 
 MIN_IMAGES = 20
 
@@ -45,6 +48,15 @@ def with_slices(
     return evaluation.model_copy(update={"slices": slices, "slice_notes": notes})
 
 
+def with_context(evaluation: Evaluation, predictions: SplitPredictions, document: BundleDocument) -> Evaluation:
+    """Return the evaluation with `context`; unchanged if the model uses none."""
+    head, without, known = document.context, predictions.without_context, predictions.known
+    if head is None or without is None or known is None:
+        return evaluation
+    report = context_report(predictions.labels, predictions.probabilities, without, known, document, head)
+    return evaluation.model_copy(update={"context": report})
+
+
 def subset(predictions: SplitPredictions, index: IntArray) -> SplitPredictions:
     """Return the predictions of some images, by index, without `images`, whose positions no longer fit."""
     return replace(
@@ -55,6 +67,8 @@ def subset(predictions: SplitPredictions, index: IntArray) -> SplitPredictions:
         labels=predictions.labels[index],
         logits=predictions.logits[index],
         probabilities=predictions.probabilities[index],
+        without_context=None if predictions.without_context is None else predictions.without_context[index],
+        known=None if predictions.known is None else [predictions.known[i] for i in index],
         traits=None if predictions.traits is None else [predictions.traits[i] for i in index],
         images=None,
     )
@@ -72,9 +86,19 @@ def _report(predictions: SplitPredictions, taxonomy: Taxonomy, operating: Operat
         accuracy_ci=part.accuracy_ci,
         balanced_accuracy=part.balanced_accuracy,
         balanced_accuracy_ci=part.balanced_accuracy_ci,
+        balanced_accuracy_without_context=_without_context(predictions, taxonomy, operating),
         **({} if key is None else {f"key_class_{name}": getattr(key, name) for name in _KEY_FIGURES}),
         answered_share=part.answered_share,
     )
+
+
+def _without_context(
+    predictions: SplitPredictions, taxonomy: Taxonomy, operating: OperatingPoints | None
+) -> float | None:
+    if predictions.without_context is None:
+        return None
+    found = labels_of(predictions.without_context, (operating or OperatingPoints()).decision)
+    return float(balanced_accuracy(confusion_matrix(predictions.labels, found, len(taxonomy.codes))))
 
 
 def _note(name: str, small: Iterable[str], num_unknown: int, has_reports: bool) -> dict[str, str]:

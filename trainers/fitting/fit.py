@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from images.cache import PixelCache
-from records.arrays import Float32Array, IntArray
+from records.arrays import Float32Array, FloatArray, IntArray
 from records.bundles import (
     Architecture,
     Bundle,
@@ -26,6 +26,7 @@ from records.bundles import (
     OperatingPoints,
     write_bundle,
 )
+from records.context import ContextHead, Known, context_of_image
 from records.datasets import DatasetVersion
 from records.erasure import EVENT_IMAGES
 from records.errors import ConfigError, ContractError, DataError, UnavailableError
@@ -35,6 +36,7 @@ from records.types import Split
 from trainers.augmentation import Policy, load_policy
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.fitting.cases import add_cases
+from trainers.fitting.context import calibrated, fitted_context, probabilities_of
 from trainers.fitting.epoch_report import EpochReport, OnEpoch
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.starting import StartingWeights, starting_weights
@@ -45,7 +47,6 @@ from trainers.settings import TrainersSettings
 from trainers.tracking.tensorboard import FOLDER, EventFiles
 from vision.calibration.decision import DecisionSettings, decision_rule, labels_of
 from vision.calibration.operating import fit_operating_points, gather_lesions
-from vision.calibration.scaling import apply_calibration, fit_calibration
 from vision.explanations.closed_form import closed_form_of
 from vision.inference.golden import golden_arrays
 from vision.metrics.metrics import score_bands
@@ -67,11 +68,17 @@ class SplitLogits:
     lesion_ids: list[str | None]
     labels: IntArray
     outputs: Outputs
+    known: list[Known]
+    """[N] the context of each image"""
 
     @property
     def logits(self) -> Float32Array:
         """[N, C]"""
         return self.outputs.logits
+
+    def probabilities(self, calibration: Calibration, context: ContextHead | None) -> FloatArray:
+        """[N, C], calibrated, with the context if there is a head for it"""
+        return probabilities_of(self.logits.astype(np.float64), calibration, context, self.known)
 
 
 def fit(
@@ -114,6 +121,7 @@ def fit(
     _require_splits(dataset)
     # Before the training: a rule that the taxonomy has no costs for would be refused after it.
     decision_rule(settings.decision.rule, store.taxonomy, dict.fromkeys(store.taxonomy.codes, 1.0))
+    context = fitted_context(store, plan, settings.context)
     _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
     events = EventFiles(run_dir / FOLDER, settings.flat(), told=_told(run_dir / METRICS_FILE))
@@ -128,7 +136,7 @@ def fit(
         trained = _fit_alone(settings, plan, store, run_dir, policy, log, initial_weights)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
-    bundle = _write(store, settings, dataset, plan, policy, trained, start_from, start)
+    bundle = _write(store, settings, dataset, plan, policy, trained, start_from, start, context)
     return add_cases(store, dataset, trained, bundle)
 
 
@@ -204,16 +212,17 @@ def _write(
     trained: TrainedModel,
     start_from: Bundle | None,
     start: StartingWeights | None,
+    context: ContextHead | None,
 ) -> Bundle:
     taxonomy = store.taxonomy
     architecture = Architecture(name=settings.model.name, options=settings.model.options)
     with compute_threads(trained.num_threads):
-        val, calibration_split = (_logits_of(store, dataset, split, trained) for split in FITTED_ON)
-        calibration = fit_calibration(val.logits.astype(np.float64), val.labels, taxonomy)
-        golden = golden_arrays(trained.network, trained.geometry)
+        val, calibration_split = (_logits_of(store, dataset, split, trained, settings.views) for split in FITTED_ON)
+        calibration, context = calibrated(val.logits.astype(np.float64), val.labels, taxonomy, context, val.known)
+        golden = golden_arrays(trained.network, trained.geometry, settings.views)
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs)
-    operating, scores = _operating_points(calibration_split, val, calibration, taxonomy, settings.decision)
+    operating, scores = _operating_points(calibration_split, val, calibration, context, taxonomy, settings.decision)
     recipe = MODELS[settings.model.name]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
     document = BundleDocument(
@@ -223,6 +232,8 @@ def _write(
         geometry=trained.geometry,
         class_priors={code: float(n / plan.num_train) for code, n in zip(taxonomy.codes, counts, strict=True)},
         calibration=calibration,
+        context=context,
+        views=settings.views,
         operating=operating,
         suitability=suitability,
         dataset_id=dataset.id,
@@ -233,7 +244,7 @@ def _write(
         metrics={
             "training": _training_facts(trained, policy, plan)
             | {"weights": start.facts() if start is not None else None},
-            "val": _val_facts(val, calibration, operating, taxonomy),
+            "val": _val_facts(val, calibration, context, operating, taxonomy),
             "calibration": {"scores": scores},
         },
         explanation={
@@ -245,30 +256,37 @@ def _write(
     return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
 
 
-def _logits_of(store: Store, dataset: DatasetVersion, split: Split, trained: TrainedModel) -> SplitLogits:
+def _logits_of(store: Store, dataset: DatasetVersion, split: Split, trained: TrainedModel, views: int) -> SplitLogits:
     # Guards the split contract in code: a bundle whose thresholds saw gate or test images could not be judged on
     # them.
     if split not in FITTED_ON:
         raise ContractError(f"fitting must not read the {split.value} split")
     rows = dataset.split(split)
     image_ids = [str(image_id) for image_id in rows["image_id"]]
+    images = find_images(store, image_ids)
     return SplitLogits(
         image_ids=image_ids,
         group_ids=[str(group_id) for group_id in rows["group_id"]],
-        lesion_ids=[image.lesion_id for image in find_images(store, image_ids)],
+        lesion_ids=[image.lesion_id for image in images],
         labels=np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64),
-        outputs=outputs_of(trained, store, image_ids),
+        outputs=outputs_of(trained, store, image_ids, views),
+        known=[context_of_image(image) for image in images],
     )
 
 
 def _operating_points(
-    split: SplitLogits, val: SplitLogits, calibration: Calibration, taxonomy: Taxonomy, settings: DecisionSettings
+    split: SplitLogits,
+    val: SplitLogits,
+    calibration: Calibration,
+    context: ContextHead | None,
+    taxonomy: Taxonomy,
+    settings: DecisionSettings,
 ) -> tuple[OperatingPoints, list[dict[str, Any]]]:
     """Fit rule and thresholds, and count how often labels were right by their scores, on one image per lesion."""
-    probabilities = apply_calibration(split.logits.astype(np.float64), calibration)
+    probabilities = split.probabilities(calibration, context)
     # One image per lesion: several images of one lesion are not independent, and would narrow the intervals.
     lesions = gather_lesions(split.image_ids, split.lesion_ids, split.labels, probabilities)
-    of_val = apply_calibration(val.logits.astype(np.float64), calibration)
+    of_val = val.probabilities(calibration, context)
     decision = decision_rule(settings.rule, taxonomy, calibration.priors, settings.point)
     first = probabilities[lesions.first_image_index]
     operating = fit_operating_points(
@@ -295,7 +313,11 @@ def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> di
 
 
 def _val_facts(
-    val: SplitLogits, calibration: Calibration, operating: OperatingPoints, taxonomy: Taxonomy
+    val: SplitLogits,
+    calibration: Calibration,
+    context: ContextHead | None,
+    operating: OperatingPoints,
+    taxonomy: Taxonomy,
 ) -> dict[str, Any]:
     """Figures on val. Epoch, temperature and bias were chosen on it, so they are optimistic."""
     predictions = SplitPredictions(
@@ -305,7 +327,7 @@ def _val_facts(
         lesion_ids=val.lesion_ids,
         labels=val.labels,
         logits=val.logits,
-        probabilities=apply_calibration(val.logits.astype(np.float64), calibration),
+        probabilities=val.probabilities(calibration, context),
         split=Split.VAL,
     )
     report = evaluate(predictions, taxonomy, operating, priors=calibration.priors)

@@ -12,7 +12,7 @@ from records.models import register
 from records.types import Split
 from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.write import write_report
-from trainers.evaluation.slices import with_slices
+from trainers.evaluation.slices import with_context, with_slices
 from trainers.fitting.epoch_report import EpochBar
 from trainers.fitting.fit import METRICS_FILE, fit
 from trainers.tracking.server import Tracked
@@ -113,4 +113,5 @@ def _report_on_val(
         document.taxonomy,
         document.operating,
     )
+    evaluation = with_context(evaluation, found, document)
     write_report(bundle.path / REPORT, bundle, model, found, evaluation)

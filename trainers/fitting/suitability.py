@@ -23,6 +23,7 @@ from vision.calibration.suitability import PER_CLASS, Described, fit_suitability
 from vision.inference.described import early_statistics, first_convolution, pooled_features
 from vision.metrics.bootstrap import stratified_sample
 from vision.preprocess import check_pixels, scale_pixels, to_tensor
+from vision.views import mean_of_views, viewed
 
 SCORING_BATCH = 64
 
@@ -39,23 +40,23 @@ class Outputs:
     """[N, 2 K], see `early_statistics`"""
 
 
-def outputs_of(trained: TrainedModel, store: Store, image_ids: list[str]) -> Outputs:
+def outputs_of(trained: TrainedModel, store: Store, image_ids: list[str], views: int = 1) -> Outputs:
     """Run the network on cached images, in batches.
 
     Args:
         trained: the network and its geometry.
         store: with the pixel cache.
         image_ids: [N], N >= 1, decoded already.
+        views: over which the logits are averaged; features are those of the image itself.
     Returns:
-        Logits and features from one pass.
+        Logits and features.
     """
     pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
     starts = range(0, len(pixels), SCORING_BATCH)
     parts = [
-        reference_outputs(
-            trained.network, pixels.take(np.arange(start, min(start + SCORING_BATCH, len(pixels)))), trained.geometry
-        )
+        reference_outputs(trained.network, pixels.take(np.arange(start, end)), trained.geometry, views)
         for start in starts
+        for end in [min(start + SCORING_BATCH, len(pixels))]
     ]
     return Outputs(
         logits=np.concatenate([part.logits for part in parts]),
@@ -64,13 +65,14 @@ def outputs_of(trained: TrainedModel, store: Store, image_ids: list[str]) -> Out
     )
 
 
-def reference_outputs(network: nn.Module, pixels: UInt8Array, geometry: Geometry) -> Outputs:
+def reference_outputs(network: nn.Module, pixels: UInt8Array, geometry: Geometry, views: int = 1) -> Outputs:
     """Compute logits and features the plain way: fp32, nothing folded.
 
     Args:
         network: in evaluation mode, on the CPU, with the parts `features` and `head`.
         pixels: [N, S, S, 3].
         geometry: of the network.
+        views: over which the logits are averaged.
     Returns:
         The outputs; the logits are those of `reference_logits`.
     """
@@ -78,7 +80,8 @@ def reference_outputs(network: nn.Module, pixels: UInt8Array, geometry: Geometry
     with torch.inference_mode():
         inputs = scale_pixels(to_tensor(pixels), geometry)
         features = network.get_submodule("features")(inputs)
-        logits = network.get_submodule("head")(features)
+        others = [network(viewed(inputs, view)) for view in range(1, views)]
+        logits = mean_of_views([network.get_submodule("head")(features), *others])
         early = early_statistics(first_convolution(network), inputs)
         return Outputs(logits.numpy().astype(np.float32), pooled_features(features).numpy(), early.numpy())
 

@@ -37,12 +37,7 @@ def fit_calibration(logits: NDArray[np.floating], labels: IntArray, taxonomy: Ta
         ContractError: the shapes do not fit, there are no images, or a logit is not finite.
     """
     num_classes = len(taxonomy.codes)
-    logits = np.asarray(logits, dtype=np.float64)
-    if logits.shape != (len(labels), num_classes) or len(labels) == 0:
-        raise ContractError(f"logits must be [N >= 1, {num_classes}] beside N labels, got {list(logits.shape)}")
-    if not np.isfinite(logits).all():
-        row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
-        raise ContractError(f"row {row} of the logits is not finite; such a model cannot be calibrated")
+    logits = checked_logits(logits, labels, num_classes)
     start = np.zeros(1 + num_classes)
     bounds = [LOG_TEMPERATURE_BOUNDS] + [(None, None)] * num_classes
     # The temperature is fitted as its logarithm, so that it stays positive and its prior is symmetric.
@@ -60,12 +55,26 @@ def fit_calibration(logits: NDArray[np.floating], labels: IntArray, taxonomy: Ta
     )
 
 
-def apply_calibration(logits: NDArray[np.floating], calibration: Calibration) -> FloatArray:
+def checked_logits(logits: NDArray[np.floating], labels: IntArray, num_classes: int) -> FloatArray:
+    """Return logits in float64; ContractError if they are not [N >= 1, C] beside N labels, or not finite."""
+    checked: FloatArray = np.asarray(logits, dtype=np.float64)
+    if checked.shape != (len(labels), num_classes) or len(labels) == 0:
+        raise ContractError(f"logits must be [N >= 1, {num_classes}] beside N labels, got {list(checked.shape)}")
+    if not np.isfinite(checked).all():
+        row = int(np.flatnonzero(~np.isfinite(checked).all(axis=1))[0])
+        raise ContractError(f"row {row} of the logits is not finite; such a model cannot be calibrated")
+    return checked
+
+
+def apply_calibration(
+    logits: NDArray[np.floating], calibration: Calibration, added: FloatArray | None = None
+) -> FloatArray:
     """Turn logits into calibrated probabilities.
 
     Args:
         logits: [N, C].
         calibration: of the model.
+        added: [N, C], finite: what the context adds to the scaled logits; None: nothing.
     Returns:
         [N, C] in float64; rows sum to 1. A row with a logit that is not finite becomes NaN throughout.
     Raises:
@@ -77,7 +86,7 @@ def apply_calibration(logits: NDArray[np.floating], calibration: Calibration) ->
     # Only finite rows are computed: softmax would warn about the others.
     probabilities = np.full(logits.shape, np.nan)
     scaled = logits[finite].astype(np.float64) / calibration.temperature + np.asarray(calibration.bias)
-    probabilities[finite] = softmax(scaled, axis=1)
+    probabilities[finite] = softmax(scaled if added is None else scaled + added[finite], axis=1)
     return probabilities
 
 

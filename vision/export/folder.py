@@ -92,9 +92,8 @@ def export_model(bundle: Bundle, folder: Path, format: str) -> Exported:
     _require(chosen)
     model = load_model(bundle, precision="fp32")
     model.check_golden()
-    graph = DecisionGraph(
-        ForwardGraph(plain_network(bundle), model.geometry, model.checks), bundle.document, model.checks
-    ).eval()
+    forward = ForwardGraph(plain_network(bundle), model.geometry, model.checks, bundle.document.views)
+    graph = DecisionGraph(forward, bundle.document, model.checks).eval()
     images = bundle.golden()["inputs"]
     golden = {IMAGES: images, **_golden(bundle, model, graph.names)}
     tolerance = dict.fromkeys(graph.names, TOLERANCE)
@@ -244,6 +243,9 @@ def _description(bundle: Bundle, format: Format, golden: Arrays) -> dict[str, An
         "geometry": document.geometry.model_dump(),
         "decode_version": DECODE_VERSION,
         "calibration": document.calibration.model_dump(),
+        # Probabilities of the graph are those of the image alone; this is what a caller adds to the scaled logits.
+        "context": None if document.context is None else document.context.model_dump(),
+        "views": document.views,
         "thresholds": document.operating.model_dump(),
         "label": {
             "rule": document.operating.decision.rule,

@@ -9,6 +9,7 @@ torch. Before it may serve, its outputs for the golden images are compared with 
 import logging
 import queue
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from records.arrays import Float32Array, FloatArray, UInt8Array
 from records.bundles import Bundle
+from records.context import Known
 from records.errors import ConfigError, IntegrityError, RelookError
 from vision.calibration.scaling import apply_calibration
 from vision.inference.graph import EARLY, LOGITS, MAPS, POOLED, ForwardGraph, export_program
@@ -46,7 +48,7 @@ class OpenVinoModel(LoadedModel):
         super().__init__(bundle, plain_network(bundle), "fp32", "cpu")
         import openvino
 
-        graph = ForwardGraph(plain_network(bundle), self.geometry, self.checks).eval()
+        graph = ForwardGraph(plain_network(bundle), self.geometry, self.checks, bundle.document.views).eval()
         if not graph.has_maps:
             raise ConfigError(
                 f"model {bundle.id[:12]} has no closed form of Grad-CAM, which OpenVINO needs; use serving.engine=torch"
@@ -58,22 +60,25 @@ class OpenVinoModel(LoadedModel):
         self._compiling = threading.Lock()
         self.precision = self._compiled_for(1).precision
 
-    def predict(self, pixels: UInt8Array, *, gradcam: bool = False) -> BatchOutput:
+    def predict(
+        self, pixels: UInt8Array, *, gradcam: bool = False, context: Sequence[Known] | None = None
+    ) -> BatchOutput:
         """Predict a batch as `LoadedModel.predict` does, with the calling thread's number of torch threads."""
         check_pixels(pixels, self.geometry.side_px)
         if len(pixels) == 0:
-            return super().predict(pixels, gradcam=gradcam)
+            return super().predict(pixels, gradcam=gradcam, context=context)
         num_threads = torch.get_num_threads()
         found = self._compiled_for(num_threads).run(pixels)
         logits = found[LOGITS]
         scores = None if self.checks is None else self.checks.ood_scores(found[POOLED], found.get(EARLY))
-        return BatchOutput(
+        output = BatchOutput(
             logits,
             apply_calibration(logits, self._document.calibration),
             num_threads=num_threads,
             maps=found[MAPS] if gradcam else None,
             ood_scores=scores,
         )
+        return self._in_context(output, context)
 
     def check_parity(self, rounding: float) -> None:
         """Compare all outputs for the golden images with torch's in fp32.

@@ -21,6 +21,7 @@ from records.bundles import Geometry
 from vision.inference.loaded import reference_logits
 from vision.preprocess import scale_pixels, to_tensor
 from vision.seeding import derive_seed
+from vision.views import mean_of_views, viewed
 
 NUM_IMAGES = 8
 CONTRASTS = (1.5, 0.75, 0.375, 0.1875)
@@ -31,12 +32,13 @@ A hundredth of what a model in fp32 may differ by when it is loaded. Trained net
 """
 
 
-def golden_arrays(network: nn.Module, geometry: Geometry) -> dict[str, NDArray[Any]]:
+def golden_arrays(network: nn.Module, geometry: Geometry, views: int = 1) -> dict[str, NDArray[Any]]:
     """Return the golden inputs of a network and its logits for them, as a bundle stores them.
 
     Args:
         network: in evaluation mode, fp32, on the CPU.
         geometry: of the network.
+        views: over which the logits are averaged.
     Returns:
         `inputs` (uint8 [8, S, S, 3]), of the highest contrast at which rounding does not matter, or of the highest
         of all if it matters at each; and `logits` (float32 [8, C]).
@@ -45,10 +47,11 @@ def golden_arrays(network: nn.Module, geometry: Geometry) -> dict[str, NDArray[A
     found: list[dict[str, NDArray[Any]]] = []
     for contrast in CONTRASTS:
         inputs = golden_images(geometry, contrast)
-        logits = reference_logits(network, inputs, geometry)
+        logits = reference_logits(network, inputs, geometry, views)
         found.append({"inputs": inputs, "logits": logits})
         with torch.inference_mode():
-            expected = exact(scale_pixels(to_tensor(inputs), geometry).double()).numpy()
+            scaled = scale_pixels(to_tensor(inputs), geometry).double()
+            expected = mean_of_views([exact(viewed(scaled, view)) for view in range(views)]).numpy()
         if np.abs(logits - expected).max() <= MAX_ROUNDING * max(1.0, np.abs(expected).max()):
             return found[-1]
     return found[0]

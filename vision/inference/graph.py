@@ -24,6 +24,7 @@ from vision.inference.described import early_statistics, first_convolution, pool
 from vision.inference.fold import fold_batch_norm
 from vision.inference.suitability import ImageChecks
 from vision.preprocess import scale_pixels
+from vision.views import mean_of_views, turned_back, viewed
 
 IMAGES, LOGITS, MAPS, POOLED, EARLY = "images", "logits", "maps", "pooled", "early"
 PROBABILITIES, PREDICTION_SET, OOD_SCORE = "probabilities", "prediction_set", "ood_score"
@@ -36,11 +37,12 @@ class ForwardGraph(nn.Module):
         network: as it was trained, in evaluation mode, fp32.
         geometry: of its input.
         checks: which features are outputs; None: none are.
+        views: over which logits and maps are averaged, see `vision.views`.
     """
 
-    def __init__(self, network: nn.Module, geometry: Geometry, checks: ImageChecks | None) -> None:
+    def __init__(self, network: nn.Module, geometry: Geometry, checks: ImageChecks | None, views: int = 1) -> None:
         super().__init__()
-        self._geometry = geometry
+        self._geometry, self._views = geometry, views
         self._features = fold_batch_norm(network.get_submodule("features")).requires_grad_(False)
         self._head = network.get_submodule("head").requires_grad_(False)
         self._closed_form = closed_form_of(self._head)
@@ -63,11 +65,13 @@ class ForwardGraph(nn.Module):
         """Return the outputs in `names` for uint8 [N, S, S, 3]."""
         inputs = scale_pixels(images, self._geometry)
         features = self._features(inputs)
-        outputs = {LOGITS: self._head(features)}
+        of_views = [features, *(self._features(viewed(inputs, view)) for view in range(1, self._views))]
+        outputs = {LOGITS: mean_of_views([self._head(each) for each in of_views])}
         if self._closed_form is not None:
             # As in `LoadedModel`: a map beside logits that are not finite would look valid.
             is_finite = torch.isfinite(outputs[LOGITS]).all(dim=1)[:, None, None, None]
-            outputs[MAPS] = torch.where(is_finite, self._closed_form.maps(features), torch.nan)
+            maps = [turned_back(self._closed_form.maps(each), view) for view, each in enumerate(of_views)]
+            outputs[MAPS] = torch.where(is_finite, mean_of_views(maps), torch.nan)
         if self._is_checked:
             outputs[POOLED] = pooled_features(features)
         if self._first is not None:

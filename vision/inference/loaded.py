@@ -9,7 +9,8 @@ storage are elsewhere.
 import copy
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from images.decode import DECODE_VERSION
 from records.arrays import Float32Array, FloatArray, IntArray, UInt8Array
 from records.bundles import Bundle, DecisionRule, Geometry
+from records.context import Known
 from records.errors import IntegrityError, UnavailableError
 from records.taxonomy import Taxonomy
+from vision.calibration.context import predict_in_context
 from vision.calibration.scaling import apply_calibration
 from vision.explanations.closed_form import ClosedForm, closed_form_of
 from vision.explanations.gradients import head_gradcam
@@ -32,6 +35,7 @@ from vision.inference.suitability import image_checks_of
 from vision.networks import MODELS, build_model
 from vision.precision import Precision, PrecisionChoice, autocast, resolve_precision
 from vision.preprocess import check_pixels, scale_pixels, to_tensor
+from vision.views import mean_of_views, turned_back, viewed
 
 GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1}
 """Largest difference to the golden logits, as a share of the largest of them (or of 1, if that is larger)."""
@@ -84,12 +88,15 @@ class LoadedModel:
         """True if Grad-CAM comes from the closed form, without a backward pass."""
         return self._closed_form is not None
 
-    def predict(self, pixels: UInt8Array, *, gradcam: bool = False) -> BatchOutput:
+    def predict(
+        self, pixels: UInt8Array, *, gradcam: bool = False, context: Sequence[Known] | None = None
+    ) -> BatchOutput:
         """Predict a batch of images in one forward pass.
 
         Args:
             pixels: [N, S, S, 3], N >= 0.
             gradcam: also compute the maps of all classes.
+            context: [N] what is known about each image; it counts where the bundle has a head for it.
         Returns:
             Logits, calibrated probabilities, and maps on request.
         Raises:
@@ -114,7 +121,15 @@ class LoadedModel:
                 logger.warning("out of memory on %s: batches have at most %d images now", self._device, self._fits)
                 continue
             first += len(part)
-        return BatchOutput.joined(parts)
+        return self._in_context(BatchOutput.joined(parts), context)
+
+    def _in_context(self, output: BatchOutput, context: Sequence[Known] | None) -> BatchOutput:
+        """Return an output with the probabilities that the context of its images gives."""
+        head = self._document.context
+        if head is None or context is None:
+            return output
+        found = predict_in_context(output.logits, self._document.calibration, head, context)
+        return replace(output, probabilities=found.probabilities, without_context=found.without, context=found.uses)
 
     def warm_sizes(self, largest: int) -> tuple[int, ...]:
         """Return the batch sizes to compute once before requests come: a GPU chooses its kernels by size."""
@@ -125,9 +140,16 @@ class LoadedModel:
         with torch.inference_mode():
             inputs = self._inputs(pixels)
             features = self._feature_map(inputs)
-            logits: Tensor = self._head(features)
-            maps = self._maps(features, logits) if gradcam else None
             ood_scores = self._ood_scores(inputs, features)
+            parts: list[Tensor] = [self._head(features)]
+            maps_of_views = [self._maps(features, parts[0])] if gradcam else []
+            # One view after the other: a batch takes no more memory, and distances are those of the image itself.
+            for view in range(1, self._document.views):
+                features = self._feature_map(viewed(inputs, view).contiguous(memory_format=torch.channels_last))
+                parts.append(self._head(features))
+                maps_of_views += [turned_back(self._maps(features, parts[-1]), view)] if gradcam else []
+            logits = mean_of_views(parts)
+            maps = mean_of_views(maps_of_views) if gradcam else None
         # Calibration in numpy and float64, outside the network: it is the same for every precision and device.
         logits_array = np.asarray(logits.cpu().numpy(), dtype=np.float32)
         probabilities = apply_calibration(logits_array, self._document.calibration)
@@ -171,12 +193,14 @@ class LoadedModel:
         chance = torch.Generator().manual_seed(seed)
         samples = []
         with torch.inference_mode():
-            features = self._feature_map(self._inputs(pixels))
+            inputs = self._inputs(pixels)
+            # The features are computed once: dropping their channels is the only randomness.
+            features = [self._feature_map(viewed(inputs, view)) for view in range(self._document.views)]
             for _ in range(passes):
-                # The features are computed once: dropping their channels is the only randomness.
-                kept = torch.rand(features.shape[1], generator=chance) >= dropout
-                mask = (kept.float() / (1.0 - dropout)).to(features.device)[None, :, None, None]
-                logits = np.asarray(self._head(features * mask).cpu().numpy(), dtype=np.float32)
+                kept = torch.rand(features[0].shape[1], generator=chance) >= dropout
+                mask = (kept.float() / (1.0 - dropout)).to(features[0].device)[None, :, None, None]
+                mean = mean_of_views([self._head(each * mask) for each in features])
+                logits = np.asarray(mean.cpu().numpy(), dtype=np.float32)
                 samples.append(apply_calibration(logits, self._document.calibration))
         return np.stack(samples)
 
@@ -349,19 +373,22 @@ def load_weights(network: nn.Module, weights: Mapping[str, NDArray[Any]], model_
         raise IntegrityError(f"the weights of model {model_id[:12]} do not fit its architecture: {reason}") from error
 
 
-def reference_logits(network: nn.Module, pixels: UInt8Array, geometry: Geometry) -> Float32Array:
+def reference_logits(network: nn.Module, pixels: UInt8Array, geometry: Geometry, views: int = 1) -> Float32Array:
     """Compute logits in fp32 with nothing folded. Golden logits are made with it.
 
     Args:
         network: in evaluation mode, on the CPU.
         pixels: [N, S, S, 3].
         geometry: of the network.
+        views: over which the logits are averaged, see `vision.views`.
     Returns:
         [N, C].
     """
     check_pixels(pixels, geometry.side_px)
     with torch.inference_mode():
-        return np.asarray(network(scale_pixels(to_tensor(pixels), geometry)).numpy(), dtype=np.float32)
+        inputs = scale_pixels(to_tensor(pixels), geometry)
+        logits = mean_of_views([network(viewed(inputs, view)) for view in range(views)])
+        return np.asarray(logits.numpy(), dtype=np.float32)
 
 
 def _prepared(features: nn.Module, precision: Precision, device: str) -> nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from records.arrays import BoolArray, Float32Array, FloatArray
+from vision.calibration.context import ContextUse
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class BatchOutput:
     ood_scores: FloatArray | None = None
     """[N] distance from the training images, above 1 is out of distribution (see `inference.suitability`); NaN
     for a row whose features are not finite; None if the bundle has no such check"""
+    without_context: FloatArray | None = None
+    """[N, C] probabilities of the images alone; None if no context was given or the bundle uses none"""
+    context: Sequence[ContextUse] | None = None
+    """[N] what of the context counted; None where `without_context` is"""
 
     @property
     def finite(self) -> BoolArray:
@@ -55,4 +60,6 @@ class BatchOutput:
             num_threads=self.num_threads,
             maps=None if self.maps is None else self.maps[index],
             ood_scores=None if self.ood_scores is None else self.ood_scores[index],
+            without_context=None if self.without_context is None else self.without_context[index],
+            context=None if self.context is None else [self.context[row] for row in index],
         )

@@ -76,6 +76,7 @@ def warnings_of(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     return [
         *_about_key_class(evaluation, taxonomy),
         *_about_classes(evaluation, taxonomy),
+        *_about_context(evaluation, taxonomy),
         *_about_coverage(evaluation, taxonomy),
         *_about_labels_outside(evaluation),
         *_about_slices(evaluation),
@@ -147,6 +148,18 @@ def _about_classes(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     if _num_present(evaluation) == 1:
         found.insert(0, _ONE_CLASS)
     return found + ([f"Seldom recognised: {listed(weak)}."] if weak else [])
+
+
+def _about_context(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
+    context = evaluation.context
+    if context is None or not context.decided_by_context:
+        return []
+    names = listed([name_of(code, taxonomy) for code in context.decided_by_context])
+    columns = ", ".join(context.columns)
+    return [
+        f"Decided by context and hardly by the image: {names}. {columns} alone tell these classes better than the "
+        "image does, or most of their labels would be others without them; look at the image before one is believed."
+    ]
 
 
 def _about_coverage(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
