@@ -179,7 +179,8 @@ class Bench:
         run_dir = self.folder / name
         run_dir.mkdir()
         settings = _like(self.settings, {"workers.count": 1, "epochs": 1})
-        began, told = time.perf_counter(), []
+        began = time.perf_counter()
+        told: list[float] = []
 
         def note(report: EpochReport) -> bool:
             told.append(time.perf_counter() - began - report.seconds)
