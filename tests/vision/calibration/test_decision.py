@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
@@ -16,6 +17,8 @@ from records.taxonomy import DiagnosisClass, KeyClass, Taxonomy, load_taxonomy
 from vision.calibration.decision import RULES, decision_rule, labels_of, sets_of
 from vision.calibration.operating import answered, at_point, fit_operating_points, gather_lesions
 from vision.calibration.scaling import reweight
+from vision.inference.graph import DecisionGraph, ForwardGraph
+from vision.inference.loaded import load_model, plain_network
 
 TAXONOMY = load_taxonomy("ham10000")
 CODES = TAXONOMY.codes
@@ -174,3 +177,21 @@ def test_a_rule_that_cannot_be_is_refused(random_bundle, tmp_path: Path, decisio
     (folder / "bundle.json").write_text(json.dumps(text))
     with pytest.raises(IntegrityError, match=said):
         read_bundle(folder, content_id(folder))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_exported_graph_makes_the_same_sets(model_store, make_bundle, rule: Rule) -> None:
+    plain = make_bundle(model_store, "custom_cnn", side_px=32)
+    pixels = np.random.default_rng(7).integers(0, 256, size=(24, 32, 32, 3), dtype=np.uint8)
+    probabilities = load_model(plain, precision="fp32").predict(pixels).probabilities
+    # Between two probabilities of each class, so that rounding excludes no other images, and some sets lack the label.
+    middle = np.sort(probabilities, axis=0)[11:13].mean(axis=0)
+    operating = OperatingPoints(
+        conformal_thresholds=dict(zip(CODES, (1.0 - middle).tolist(), strict=True)),
+        decision=decision_rule(rule, TAXONOMY, SHARES),
+    )
+    document = plain.document.model_copy(update={"operating": operating})
+    graph = DecisionGraph(ForwardGraph(plain_network(plain), document.geometry, None), document, None).eval()
+    with torch.no_grad():
+        found = graph(torch.tensor(pixels))["prediction_set"].numpy()
+    assert (found == sets_of(probabilities, TAXONOMY, operating)).all()
