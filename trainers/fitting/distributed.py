@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 from numpy.typing import NDArray
 from torch import distributed as dist
@@ -189,6 +190,8 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 
     try:
         if group.world_size > 1:
+            # Over Ray's own connections: a worker that is still loading its modules is no reason to complain.
+            ray.train.collective.barrier()
             require_contact(group.device, job.settings.workers.contact_timeout_s)
         # One process per node decodes while the others wait; afterwards they find everything in the node's cache.
         if group.local_rank != 0:
