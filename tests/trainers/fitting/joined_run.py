@@ -1,4 +1,4 @@
-"""Trainings that two processes share over gloo, with no Ray: `python joined_run.py RANK PORT FOLDER`.
+"""Trainings that two processes share over gloo, with no Ray: `python joined_run.py RANK PORT FOLDER CASE ...`.
 
 `test_strategies` is rank 0 and starts the other one; rank 0 leaves one file of weights and figures per case. All cases
 are trained one after the other, so that torch is imported once per process.
@@ -7,6 +7,7 @@ are trained one after the other, so that torch is imported once per process.
 import contextlib
 import hashlib
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -90,11 +91,11 @@ def train_case(case: str, rank: int, folder: Path | None) -> TrainedModel:
     return train(settings, data, COLOURS, workers=group)
 
 
-def train_all(rank: int, port: int, folder: Path) -> None:
-    """Train every case; then stop one sharded run half-way, for a single process to go on with."""
+def train_all(rank: int, port: int, folder: Path, cases: Sequence[str]) -> None:
+    """Train the cases; then stop one sharded run half-way, for a single process to go on with."""
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=240))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=240))
-    for case in CASES:
+    for case in cases:
         model = train_case(case, rank, None)
         if rank == 0:
             scores = [report.val_balanced_accuracy for report in model.reports]
@@ -127,4 +128,4 @@ def stop_half_way(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    train_all(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    train_all(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

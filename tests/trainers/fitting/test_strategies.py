@@ -24,23 +24,37 @@ RUN: dict[str, Any] = runpy.run_path(str(SCRIPT))
 Weights = dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that two joined processes left."""
-    folder = tmp_path_factory.mktemp("joined")
+# What sharding adds for batch norm, dropout and a deep network; the other cases run in the suite.
+LONG = ("norms-ddp", "norms-fsdp", "resnet-ddp", "resnet-fsdp")
+IN_SUITE = tuple(case for case in RUN["CASES"] if case not in LONG[1:])
+
+
+def join(folder: Path, cases: tuple[str, ...]) -> Path:
+    """Train cases in two joined processes, of which this is one, and return the folder that they left."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(SCRIPT), "1", str(port), str(folder)]
+    command = [sys.executable, str(SCRIPT), "1", str(port), str(folder), *cases]
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as other:
-        # Imports take longest: one of the two runs here.
         try:
-            RUN["train_all"](0, port, folder)
+            RUN["train_all"](0, port, folder, cases)
         finally:
             _, errors = other.communicate(timeout=240)
         assert other.returncode == 0, errors.decode()[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the cases of the suite."""
+    return join(tmp_path_factory.mktemp("joined"), IN_SUITE)
+
+
+@pytest.fixture(scope="module")
+def together_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the long cases."""
+    return join(tmp_path_factory.mktemp("long"), LONG)
 
 
 def results(folder: Path, case: str) -> tuple[Weights, list[float], float]:
@@ -69,18 +83,31 @@ def test_two_workers_are_one_without_batch_norm_and_dropout(together: Path, case
     assert scores == pytest.approx([report.val_balanced_accuracy for report in one.reports], abs=0.01)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_batch_norm_and_dropout_move_the_evaluation_by_less_than_a_point(together: Path, strategy: str) -> None:
-    _, scores, _ = results(together, f"norms-{strategy}")
+def alike_in_score(folder: Path, strategy: str) -> None:
+    _, scores, _ = results(folder, f"norms-{strategy}")
     one = alone("norms-ddp")
     assert one.best.val_balanced_accuracy > 0.5
     assert max(scores) == pytest.approx(one.best.val_balanced_accuracy, abs=0.01)
 
 
+def test_batch_norm_and_dropout_move_the_evaluation_by_less_than_a_point(together: Path) -> None:
+    alike_in_score(together, "ddp")
+
+
 def test_sharding_changes_nothing_that_two_workers_compute(together: Path) -> None:
-    for case in ("plain", "norms", "resnet"):
-        sharded, replicated = (results(together, f"{case}-{strategy}")[0] for strategy in ("fsdp", "ddp"))
-        assert largest_difference(sharded, replicated) < 1e-4, case
+    assert sharding_moves(together, "plain") < 1e-4
+
+
+def sharding_moves(folder: Path, case: str) -> float:
+    return largest_difference(*(results(folder, f"{case}-{strategy}")[0] for strategy in ("fsdp", "ddp")))
+
+
+@pytest.mark.soak
+def test_batch_norm_dropout_and_a_deep_network_are_sharded_alike(together_long: Path) -> None:
+    alike_in_score(together_long, "fsdp")
+    assert {case: sharding_moves(together_long, case) < 1e-4 for case in ("norms", "resnet")} == {
+        "norms": True, "resnet": True
+    }  # fmt: skip
 
 
 def test_a_sharded_run_that_stopped_within_an_epoch_is_finished_by_one_process(together: Path) -> None:
