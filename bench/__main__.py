@@ -1,4 +1,4 @@
-"""Measure this machine: `python -m bench train | tune | serve | explain | abuse | label`.
+"""Measure this machine: `python -m bench train | gpu | tune | serve | explain | abuse | label`.
 
 The verbs have the common options of `relook` (`--config`, `--preset`, `--set`, `--json`) and its exit codes.
 """
@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+import bench.gpu.cli
 import bench.label.cli
 import bench.serve.abuse
 import bench.serve.cli
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.callback()(root)
-for _verbs in (bench.train.cli, bench.tune.cli, bench.serve.cli, bench.serve.abuse, bench.label.cli):
+for _verbs in (bench.train.cli, bench.gpu.cli, bench.tune.cli, bench.serve.cli, bench.serve.abuse, bench.label.cli):
     app.add_typer(_verbs.app)
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from bench.train.training import prepare, raw_rate
+from bench.train.raw import raw_rate
+from bench.train.training import prepare
 from records.bundles import Geometry
 from records.settings import RecordsSettings
 from records.store import open_store

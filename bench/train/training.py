@@ -11,7 +11,6 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,14 +19,12 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
 from rich.progress import Progress
-from torch import nn
 
 from bench.train.peers import Peers
+from bench.train.raw import raw_rate
 from images.importer import import_folder
 from images.synth import synthesize
-from records.bundles import Geometry
 from records.datasets import DatasetVersion, load_dataset
 from records.errors import ConfigError
 from records.store import Store
@@ -38,12 +35,9 @@ from trainers.fitting.epoch_report import EpochReport
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.one_worker import TASK_NAME
 from trainers.fitting.training_data import DataPlan, plan_data
-from trainers.fitting.workers import choose_device, compute_threads, threads_of
-from trainers.optimization.optimizers import build_optimizer
+from trainers.fitting.workers import choose_device
 from trainers.settings import TrainersSettings
-from vision.networks import build_model
-from vision.precision import autocast, resolve_precision
-from vision.preprocess import scale_pixels, to_tensor
+from vision.precision import resolve_precision
 
 EPOCHS = 4
 VAL_IMAGES = 64
@@ -206,45 +200,6 @@ class Bench:
         spans = [after - before - report.validation_seconds for (before, _), (after, report) in pairwise(told)]
         steps = -(-plan.num_train // settings.images_per_step)
         return steps * settings.images_per_step / (sum(spans) / len(spans))
-
-
-def raw_rate(settings: TrainersSettings, num_classes: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Measure bare steps on one batch in memory.
-
-    Args:
-        settings: network, split, batch, optimizer, precision, threads.
-        num_classes: C.
-        clock: seconds; `time.process_time` gives images per second of CPU time, which a busy machine hardly changes.
-    Returns:
-        Images per second.
-    """
-    device = choose_device(settings.workers.use_gpu)
-    precision = resolve_precision(settings.precision, str(device))
-    random = np.random.default_rng(0)
-    side_px, batch = settings.model.side_px, settings.images_per_step
-    pixels = random.integers(0, 256, (batch, side_px, side_px, 3), dtype=np.uint8)
-    labels = torch.from_numpy(random.integers(0, num_classes, batch)).to(device)
-    geometry = Geometry(side_px=side_px, scaling=settings.model.pixel_scaling)
-    with compute_threads(threads_of(settings.workers)), torch.random.fork_rng():
-        network = build_model(settings.model.name, num_classes, **settings.model.options).to(device)
-        network = network.to(memory_format=torch.channels_last).train()
-        optimizer = build_optimizer(network, settings.optimizer)
-        # Whichever loss the settings name, its share of a step is too small to measure.
-        loss_of = nn.CrossEntropyLoss()
-        inputs = scale_pixels(to_tensor(pixels).to(device), geometry)
-        began, steps = clock(), -WARM_UP_STEPS
-        while steps < 2 or clock() - began < RAW_S:
-            if steps == 0:
-                began = clock()
-            with autocast(precision, str(device)):
-                logits = network(inputs)
-            loss = loss_of(logits.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            float(loss.detach())
-            steps += 1
-        return steps * batch / (clock() - began)
 
 
 def feeder_rate(store: Store, settings: TrainersSettings, plan: DataPlan, feeders: int) -> float:

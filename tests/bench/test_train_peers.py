@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.train import training
 from bench.train.peers import Peers
+from bench.train.raw import raw_rate
 from records.datasets import build_version
 from records.store import Store
 from trainers.fitting.training_data import DataPlan, plan_data
@@ -40,12 +40,11 @@ def test_what_cannot_be_measured_has_a_reason(filled_store: Store, plan: DataPla
     assert "did not run (FileNotFoundError)" in absent.reasons["pipeline_over_lightning"]
 
 
-def test_bare_steps_have_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "RAW_S", 0.0)
+def test_bare_steps_have_a_rate() -> None:
     settings = TrainersSettings(
         model=ModelSettings(side_px=32),
         batch_size=4,
         precision="fp32",
         workers=WorkersSettings(threads=1, use_gpu=False),
     )
-    assert training.raw_rate(settings, 7) > 0
+    assert raw_rate(settings, 7, seconds=0.0) > 0
