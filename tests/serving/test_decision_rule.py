@@ -19,25 +19,36 @@ from serving.client import Client
 from serving.direct import predict_given
 from serving.page.prediction_view import prediction_html
 from serving.responses import prediction_body
+from serving.schemas import Context
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, triage
 from tests.service import refer_point
+from tests.serving.test_context import HEAD
 from tests.serving.test_words import TAXONOMY, prediction
 from vision.calibration.decision import RULES, decision_rule, labels_of
 from vision.calibration.operating import answered
-from vision.inference.loaded import load_model
+from vision.inference.golden import golden_arrays
+from vision.inference.loaded import load_model, plain_network
 
 SETTINGS = ServingSettings(audit_share=0.0, low_confidence=0.0, precision="fp32")
 IMAGES = 6
+KNOWN = {"age": 72.0, "sex": "male", "localization": "back"}
 POINTS: tuple[PointName, ...] = ("proven", "target")
 PAIRS = list(product(RULES, POINTS))
 
 
 def bundle_of(store: Store, tools: Any, pixels: Any, rule: Rule, point: PointName) -> Bundle:
-    """The same tiny network each time, with thresholds between the probabilities of the images."""
+    """The same tiny network each time, with thresholds between the probabilities of the images.
+
+    At the point `target` it averages over two views and uses context as well.
+    """
     plain = tools.make_bundle(store, bias={"nv": 1.5})
+    if point == "target":
+        document = plain.document.model_copy(update={"context": HEAD, "views": 2})
+        golden = golden_arrays(plain_network(plain), document.geometry, 2)
+        plain = write_bundle(store, document, plain.weights(), golden)
     codes = store.taxonomy.codes
-    probabilities = load_model(plain, precision="fp32").predict(pixels).probabilities
+    probabilities = load_model(plain, precision="fp32").predict(pixels, context=[KNOWN] * IMAGES).probabilities
     mel = np.sort(probabilities[:, codes.index("mel")])
     # Between two probabilities, so that rounding refers no other images; the target refers one, the other point all but
     # one.
@@ -74,15 +85,22 @@ def until(holds: Callable[[], bool]) -> None:
 
 def decided(one: Any) -> tuple[Any, ...]:
     reasons = tuple(getattr(reason, "code", reason) for reason in one.reasons)
-    return one.label, round(one.confidence, 6), tuple(one.prediction_set), str(one.decision), tuple(map(str, reasons))
+    return one.label, tuple(one.prediction_set), str(one.decision), tuple(map(str, reasons))
+
+
+def confidences(way: Any) -> Any:
+    # A batch sums in another order than one image.
+    return pytest.approx([one.confidence for one in way], abs=1e-5)
 
 
 def bulk_rows(bundle: Bundle, folder: Path, out: Path) -> list[tuple[Any, ...]]:
-    predict_folder(bundle, folder, out, SETTINGS)
+    about = out.with_suffix(".about.csv")
+    about.write_text("image_id,age,sex,localization\n" + "".join(f"{n},72,male,back\n" for n in range(IMAGES)))
+    predict_folder(bundle, folder, out, SETTINGS, context=about)
     with out.open() as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row["image"])
     kept = [(row["label"], float(row["confidence"]), row["decision"], row["reasons"].split()) for row in rows]
-    return [(label, round(confidence, 6), said, tuple(reasons)) for label, confidence, said, reasons in kept]
+    return [(label, said, tuple(reasons), confidence) for label, confidence, said, reasons in kept]
 
 
 def test_every_way_decides_alike_for_every_rule_and_point(
@@ -100,29 +118,34 @@ def test_every_way_decides_alike_for_every_rule_and_point(
             if rule != "natural" or point != "proven":
                 tools.serve_bundle(store, bundle)
             until(lambda bundle=bundle: client.model().id == bundle.id)
-            single = [client.predict(one) for one in data]
-            batch = [item.prediction for item in client.predict_many(data).items]
+            single = [client.predict(one, context=Context(**KNOWN)) for one in data]
+            batched = client.predict_many(data, contexts=[Context(**KNOWN)] * IMAGES)
+            batch = [item.prediction for item in batched.items]
             again = [client.prediction(one.id) for one in single]
             details = client.model_details(bundle.id)
             assert (details.rule, details.point) == (rule, point)
             loaded = load_model(bundle, precision="fp32")
-            here = predict_given(bundle, loaded, files, SETTINGS)
+            here = predict_given(bundle, loaded, files, SETTINGS, context=KNOWN)
             # The stored image, the model that the prediction names: what was decided can be computed again.
             named = find_bundle(store, single[0].model.id)
-            replayed = predict_given(named, loaded, [store.blobs.get(one.image_id) for one in single], SETTINGS)
+            replayed = predict_given(
+                named, loaded, [store.blobs.get(one.image_id) for one in single], SETTINGS, context=KNOWN
+            )
             want = [decided(one) for one in single]
             for way in (batch, again, replayed, here):
                 assert [decided(one) for one in way] == want
+                assert [one.confidence for one in way] == confidences(single)
             in_bulk = bulk_rows(bundle, folder, tmp_path / f"{rule}-{point}.csv")
-            assert in_bulk == [(label, confidence, said, why) for label, confidence, _, said, why in want]
-            expected = labels_of(loaded.predict(pixels).probabilities, loaded.decision)
+            assert [row[:3] for row in in_bulk] == [(label, said, why) for label, _, said, why in want]
+            assert [row[3] for row in in_bulk] == confidences(single)
+            expected = labels_of(loaded.predict(pixels, context=[KNOWN] * IMAGES).probabilities, loaded.decision)
             assert [one.label for one in single] == [store.taxonomy.codes[index] for index in expected]
             assert [one.label_in_set for one in single] == [one.label in one.prediction_set for one in single]
             seen[rule, point] = want
     # The rules name different classes, and the points refer different images: otherwise the above would show nothing.
     assert len({tuple(w[0] for w in seen[rule, "proven"]) for rule in RULES}) == 3
     for rule in RULES:
-        referred = [["refer" in w[4] for w in seen[rule, point]] for point in POINTS]
+        referred = [["refer" in w[3] for w in seen[rule, point]] for point in POINTS]
         assert sum(referred[0]) > sum(referred[1]) > 0
 
 
