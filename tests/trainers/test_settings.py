@@ -127,6 +127,9 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "workers.data_source": "stream",
         "model.weights": "start.pt",
         "loss.name": "focal",
+        "decision.rule": "even",
+        "decision.point": "target",
+        "decision.target_sensitivity": 0.9,
         "loss.focal_gamma": 1.0,
         "scheduler.learning_rate_factors": ((2, 0.5),),
     }
