@@ -86,6 +86,15 @@ call 200 POST "/v1/predictions/$id/outcomes" "${JSON[@]}" \
 call 200 GET  '/v1/events?limit=5'
 call 200 GET  "/v1/events?prediction_id=$id"
 
+# incidents, as `relook incident` opened them, and its report
+call 200 GET  /v1/incidents
+incident=$(field id)
+if [ "$(field has_report)" = true ]; then call 200 GET /v1/incidents/report; fi
+if [ -n "$incident" ]; then
+  call 200 GET  "/v1/incidents/$incident"
+  call 200 GET  "/v1/incidents/$incident/page"
+fi
+
 # a rollout of a candidate in shadow, rolled back; a second one, promoted and undone
 if [ -n "$CANDIDATE" ]; then
   start="{\"model\": \"$CANDIDATE\", \"percent\": 0, \"champion\": \"$model\", \"reason\": \"a tour\"}"

@@ -27,7 +27,6 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from cluster.incidents.affected import was_handled
-from cluster.incidents.figures import incident_report
 from cluster.incidents.register import close_incident, open_incident
 from cluster.labels import group_labelled_images, resolved_labels
 from cluster.promotion import caller_of, promote_model
@@ -52,7 +51,7 @@ from records.types import (
     Scope,
 )
 from serving.access.keys import create_key
-from serving.incidents.page import incident_html, incident_report_html
+from serving.incidents.page import incident_html
 from serving.messages import PredictionRequest
 from serving.predictor import Predictor
 from serving.schemas import Context
@@ -283,9 +282,7 @@ def main() -> int:
             annotated = annotate(store, truths)
             promoted = promote_all_the_same(store, settings, learn(store, settings, folder / "run-2"))
             closed = close_incident(store, settings, incident.id, actor="lead")
-            incident_report(store, settings.serving.audit_share)
             _draw(options.images, "incident-closed", incident_html(store, incident.id), folder)
-            _draw(options.images, "incident-report", incident_report_html(store), folder)
     report = {
         "sent": len(sent),
         "missed": found.missed + 1,
@@ -307,7 +304,8 @@ def _draw(images: Path | None, name: str, html: str, folder: Path) -> None:
     page.write_text(html, encoding="utf-8")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or "google-chrome"
     command = [
-        chromium, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,1250",
+        chromium, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,1900",
+        "--force-device-scale-factor=0.7",
         f"--user-data-dir={folder / 'browser'}", f"--screenshot={(images / f'{name}.png').absolute()}", page.as_uri(),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=120)

@@ -15,6 +15,7 @@ from images.decode import decode_square
 from records import audit
 from records.arrays import UInt8Array
 from records.bundles import Bundle
+from records.context import context_of_image
 from records.incidents import regression_cases
 from records.ledger import Transaction
 from records.parts import attempt, each_in_parts
@@ -119,7 +120,8 @@ def _verdicts(
 ) -> list[Verdict]:
     pixels = np.stack([one for _, one in usable])
     sides_px = [min(image.width_px, image.height_px) for image, _ in usable]
-    return verdicts_of(bundle, loaded, loaded.predict(pixels), pixels, sides_px, settings)
+    output = loaded.predict(pixels, context=[context_of_image(image) for image, _ in usable])
+    return verdicts_of(bundle, loaded, output, pixels, sides_px, settings)
 
 
 def _result(case: IncidentPrediction, verdict: Verdict | Exception) -> CaseResult:

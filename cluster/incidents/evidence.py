@@ -15,6 +15,7 @@ from images.decode import decode_square
 from images.overlay import levels_of
 from records.arrays import FloatArray, UInt8Array
 from records.bundles import Bundle
+from records.context import COLUMNS
 from records.datasets import load_dataset
 from records.errors import DataError, IntegrityError, RefusedError, RelookError, UnknownIdError
 from records.models import registered_bundle
@@ -191,9 +192,10 @@ def _computed_again(
     tried, with copies of the image in the place of the others.
     """
     taxonomy, alone = loaded.taxonomy, None
+    known = {name: prediction.context.get(name) for name in COLUMNS}
     with threads(prediction.num_threads):
         for size in range(1, largest + 1):
-            output = loaded.predict(pixels[[0] * size], gradcam=True)
+            output = loaded.predict(pixels[[0] * size], gradcam=True, context=[known] * size)
             alone = output if alone is None else alone
             for row in range(size):
                 if _by_class(output.probabilities[row], taxonomy) == (prediction.probabilities or {}):

@@ -36,7 +36,7 @@ def incident_report(store: Store, audit_share: float) -> IncidentReport:
         incidents = tx.find(Incident, order_by=("id",))
         parts = _parts(tx, incidents)
         cases = len(regression_cases(tx))
-        affected = tx.count(IncidentPrediction) - len(incidents)
+        affected = sum(bool(row.criteria) for row in tx.find(IncidentPrediction))
     names = sorted(parts, key=lambda part: (("all", "model", "site", "device").index(part[0]), part[1]))
     report = IncidentReport(
         created_at=now,

@@ -9,6 +9,7 @@ from records.ledger import Transaction
 from records.store import Store
 from records.types import Incident, IncidentPrediction, IncidentState, ModelAction, ReviewItem, ReviewState
 from records.types.incidents import Criterion
+from serving.incidents.report import report_file
 from serving.schemas import Body, PredictionId
 
 _OPEN = [ReviewState.NEW, ReviewState.PUSHED]
@@ -36,6 +37,7 @@ class IncidentList(Body):
     """All incidents, newest first."""
 
     items: list[IncidentInfo]
+    has_report: bool = Field(description="whether `relook incident report` made one")
 
 
 class AffectedPrediction(Body):
@@ -58,7 +60,8 @@ class IncidentDetails(IncidentInfo):
 def list_incidents(store: Store) -> IncidentList:
     """Return all incidents, newest first."""
     with store.ledger.read() as tx:
-        return IncidentList(items=[_info(tx, one) for one in tx.find(Incident, order_by=("-created_at",))])
+        items = [_info(tx, one) for one in tx.find(Incident, order_by=("-created_at",))]
+    return IncidentList(items=items, has_report=report_file(store).is_file())
 
 
 def incident_details(store: Store, name: str) -> IncidentDetails:
@@ -87,7 +90,7 @@ def _info(tx: Transaction, incident: Incident) -> IncidentInfo:
     named = {"id", "created_at", "state", "prediction_id", "image_id", "model_id", "truth", "action", "closed_at"}
     return IncidentInfo(
         **incident.model_dump(include=named),
-        affected=len(rows) - 1,
+        affected=sum(bool(row.criteria) for row in rows),
         cases=0 if incident.state is IncidentState.WITHDRAWN else sum(row.truth is not None for row in rows),
         waiting=len(waiting),
         closed_by_model=incident.proof.get("model_id"),

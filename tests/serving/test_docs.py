@@ -9,12 +9,14 @@ from typing import Any
 
 import httpx
 
+from cluster.incidents.figures import incident_report
+from records.ids import new_id, utc_now
 from records.keys import key_of
 from records.models import register
 from records.notifications import SECRET_FILE
 from records.settings import RecordsSettings
 from records.store import open_store
-from records.types import ModelStatus
+from records.types import Incident, ModelStatus
 from serving.access.keys import admin_token
 from serving.settings import ServingSettings
 
@@ -30,6 +32,9 @@ def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, make_
     candidate = tools.make_bundle(store, 1)
     with store.ledger.begin() as tx:
         register(tx, candidate, status=ModelStatus.CANDIDATE)
+        named = {"prediction_id": new_id(), "image_id": "0" * 64, "model_id": champion.id, "truth": "mel"}
+        tx.add(Incident(id=new_id(), created_at=utc_now(), actor="test", **named))
+    incident_report(store, audit_share=0.02)
     file = tmp_path / "lesion.jpg"
     file.write_bytes(make_image(1))
     with tools.run_service(store, ServingSettings(port=tools.free_port())) as running:
