@@ -80,7 +80,7 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
     Raises:
         ConfigError: the network has no ImageNet weights and none on the hub, the extra that carries them is not
             installed, or the file has nothing for this network.
-        UnavailableError: the file does not exist or cannot be read, or the hub does not answer.
+        UnavailableError: the file does not exist or cannot be read, or the hub does not respond.
         IntegrityError: the file is damaged, or not what its name promises.
     """
     if settings.weights == NONE:

@@ -104,10 +104,9 @@ class Networks(Registry[ModelRecipe]):
     def __getitem__(self, name: str) -> ModelRecipe:
         """Return the record of a name; an unknown one raises ConfigError, which lists those that exist."""
         if name.startswith(TIMM):
-            # Imported here: it imports torch, and timm.
-            from vision.networks.timm_nets import recipe_of
-
-            return recipe_of(name)
+            # Imported here, as factories do it: it imports torch, and timm.
+            recipe: ModelRecipe = import_module("vision.networks.timm_nets").recipe_of(name)
+            return recipe
         try:
             return super().__getitem__(name)
         except ConfigError as error:

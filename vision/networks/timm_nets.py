@@ -112,7 +112,7 @@ def hub_file(name: str) -> Path:
         The file, in the cache of the hub's client.
     Raises:
         ConfigError: there are none on the hub.
-        UnavailableError: they are not in the cache, and the hub does not answer.
+        UnavailableError: they are not in the cache, and the hub does not respond.
     """
     published = _published(name)
     if not published.hf_hub_id:
