@@ -6,10 +6,9 @@ and nothing is stored. Spans have names, times, counts and kinds of errors; no i
 an error, no path with an id in it. Without an endpoint nothing of OpenTelemetry is imported.
 """
 
-import logging
 import re
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,12 @@ from records.errors import ConfigError
 from records.ids import sha256_hex
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
 SCOPE = "relook"
 EXPORT_TIMEOUT_S = 10.0
 _ID = re.compile("[0-9a-f]{32}")
-
-logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _provider: "TracerProvider | None" = None
@@ -46,10 +43,11 @@ def start(endpoint: str, share: float = 1.0, exporter: "SpanExporter | None" = N
         share: of the traces that are recorded; every process draws the same ones.
         exporter: takes the spans in place of the collector, each as it ends.
     Raises:
-        ConfigError: OpenTelemetry's SDK is not installed.
+        ConfigError: OpenTelemetry's packages are not installed.
     """
     global _provider
     try:
+        collector = None if exporter else _collector(endpoint)
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
@@ -57,7 +55,7 @@ def start(endpoint: str, share: float = 1.0, exporter: "SpanExporter | None" = N
         from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
     except ImportError as error:
         raise ConfigError(
-            "records.trace_endpoint needs OpenTelemetry's SDK, which is not installed; pip install opentelemetry-sdk"
+            "records.trace_endpoint needs OpenTelemetry, which is not installed; pip install 'relook[traces]'"
         ) from error
 
     class Ids(RandomIdGenerator):
@@ -76,8 +74,10 @@ def start(endpoint: str, share: float = 1.0, exporter: "SpanExporter | None" = N
         provider = TracerProvider(
             sampler=TraceIdRatioBased(share), resource=Resource.create({"service.name": SCOPE}), id_generator=Ids()
         )
-        processor = SimpleSpanProcessor(exporter) if exporter else BatchSpanProcessor(_collector(endpoint))
-        provider.add_span_processor(processor)
+        if exporter is not None:
+            provider.add_span_processor(SimpleSpanProcessor(exporter))
+        if collector is not None:
+            provider.add_span_processor(BatchSpanProcessor(collector))
         _provider = provider
 
 
@@ -187,64 +187,10 @@ def _below(trace_id: str) -> Any:
     return set_span_in_context(NonRecordingSpan(parent), Context())
 
 
-# ---------------------------------------------------------------- to the collector
-
-
 def _collector(endpoint: str) -> "SpanExporter":
-    import httpx
-    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+    import requests
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    class Collector(SpanExporter):
-        """Sends spans as OTLP in JSON, which every collector takes beside protobuf; no further package is needed."""
-
-        def __init__(self) -> None:
-            self._http = httpx.Client(timeout=EXPORT_TIMEOUT_S, trust_env=False)
-            self._failed = False
-
-        def export(self, spans: "Sequence[ReadableSpan]") -> SpanExportResult:
-            try:
-                self._http.post(endpoint, json=document(spans)).raise_for_status()
-            except httpx.HTTPError as error:
-                # Once, and not for each batch of spans: a service works without its collector.
-                if not self._failed:
-                    logger.warning("the collector of traces at records.trace_endpoint does not take spans: %s", error)
-                self._failed = True
-                return SpanExportResult.FAILURE
-            self._failed = False
-            return SpanExportResult.SUCCESS
-
-        def shutdown(self) -> None:
-            self._http.close()
-
-    return Collector()
-
-
-def document(spans: "Sequence[ReadableSpan]") -> dict[str, Any]:
-    """Return spans as a request of OTLP in JSON: ids in hex, 64-bit numbers as text."""
-    resource = [{"key": "service.name", "value": {"stringValue": SCOPE}}]
-    scope_spans = {"scope": {"name": SCOPE}, "spans": [_span_document(span) for span in spans]}
-    return {"resourceSpans": [{"resource": {"attributes": resource}, "scopeSpans": [scope_spans]}]}
-
-
-def _span_document(span: "ReadableSpan") -> dict[str, Any]:
-    found = span.get_span_context()
-    assert found is not None
-    made: dict[str, Any] = {
-        "traceId": f"{found.trace_id:032x}",
-        "spanId": f"{found.span_id:016x}",
-        "name": span.name,
-        "kind": 1,
-        "startTimeUnixNano": str(span.start_time),
-        "endTimeUnixNano": str(span.end_time),
-        "attributes": [{"key": key, "value": _value(value)} for key, value in (span.attributes or {}).items()],
-        "status": {"code": span.status.status_code.value},
-    }
-    if span.parent is not None:
-        made["parentSpanId"] = f"{span.parent.span_id:016x}"
-    return made
-
-
-def _value(value: Any) -> dict[str, Any]:
-    if isinstance(value, int):
-        return {"intValue": str(value)}
-    return {"doubleValue": value} if isinstance(value, float) else {"stringValue": str(value)}
+    session = requests.Session()
+    session.trust_env = False  # no proxy of the environment: the setting alone says where spans go
+    return OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S, session=session)
