@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeling", "cluster")
 # 283 modules and 43,681 lines at first; safe exposure added 27 and 6,750; layouts, export and the Python interface 17
 # and 3,500; replicas, open inference, hooks, export, DICOM, Label Studio projects and tracking 50 and 8,000.
-MAX_MODULES = 385
-MAX_LINES = 63_000
+MAX_MODULES = 420
+MAX_LINES = 69_000
 MIN_COMMENT_SHARE = 0.02
 MAX_MARKDOWN_COLUMNS = 120
 

@@ -1,4 +1,4 @@
-"""Routes of heat maps: for a stored prediction, and for an image that is not stored."""
+"""Routes of heat maps, for a stored prediction and for an image that is not stored, and of cases like one."""
 
 import io
 from typing import Annotated, Any, Literal
