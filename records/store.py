@@ -82,6 +82,9 @@ def open_store(settings: RecordsSettings) -> Store:
     with ledger.read() as tx:
         remembered = remembered_taxonomy(tx)
     if settings.taxonomy is None:
+        if remembered is not None and remembered.hash == taxonomy.hash and not remembered.context:
+            # A home that was begun before the built-in taxonomy named context; the hash does not cover it.
+            remembered = remembered.model_copy(update={"context": taxonomy.context})
         taxonomy = remembered or taxonomy
     elif remembered is not None and remembered.hash != taxonomy.hash:
         ledger.close()

@@ -7,7 +7,7 @@ import pytest
 
 from records.errors import ConfigError, TaxonomyError
 from records.settings import RecordsSettings
-from records.store import Store, open_store
+from records.store import Store, open_store, remember_taxonomy
 from records.types import Cursor
 
 NewStore = Callable[..., AbstractContextManager[Store]]
@@ -50,3 +50,13 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         open_store(RecordsSettings(home=tmp_path, blobs="blobs"))
     with pytest.raises(TaxonomyError, match="birds"):
         open_store(RecordsSettings(home=tmp_path, taxonomy="birds"))
+
+
+def test_a_home_of_before_gets_the_context_of_the_built_in_taxonomy(store: Store) -> None:
+    bare = store.taxonomy.model_copy(update={"context": ()})
+    with store.ledger.begin() as tx:
+        remember_taxonomy(tx, bare)
+    again = open_store(store.settings)
+    assert again.taxonomy.context == store.taxonomy.context
+    assert again.taxonomy.context
+    again.close()
