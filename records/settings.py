@@ -5,7 +5,8 @@ context manager that sets environment variables for a block.
 """
 
 import os
-from collections.abc import Callable, Generator, Mapping
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
@@ -14,6 +15,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from records.errors import ConfigError
+
+_MEMBER = re.compile(r"(int|float|str|bool|none|literal|constrained|function|nullable|lax-or-strict)([\[-].*)?")
+"""How pydantic names the member of a union that refused a value."""
 
 
 class RoomSettings(BaseModel):
@@ -128,9 +132,20 @@ class RecordsSettings(RoomSettings):
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Return the dotted name of the first field that pydantic refused, empty for the whole document, and the reason."""
-    # Only the first: the errors after it are often consequences, such as one per member of a union.
-    first = error.errors(include_url=False)[0]
-    return ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    # Only the first field: the errors after it are often consequences.
+    found = [(field_name(one["loc"]), one["msg"].removeprefix("Value error, ")) for one in error.errors()]
+    name = found[0][0]
+    # A union has an error per member: 'auto', or a number of 2 or more.
+    reasons = list(dict.fromkeys(reason for field, reason in found if field == name))
+    return name, " or ".join([reasons[0], *(reason.removeprefix("Input should be ") for reason in reasons[1:])])
+
+
+def field_name(loc: Sequence[int | str]) -> str:
+    """Return the dotted name of a field out of pydantic's location, which also names the member of a union."""
+    parts = [str(part) for part in loc]
+    while len(parts) > 1 and _MEMBER.fullmatch(parts[-1]):
+        parts.pop()
+    return ".".join(parts)
 
 
 @contextmanager

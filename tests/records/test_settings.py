@@ -1,9 +1,10 @@
 import os
+from typing import Annotated, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from records.settings import RecordsSettings, environment, first_problem
+from records.settings import RecordsSettings, RoomSettings, environment, first_problem
 
 
 def test_every_field_says_what_it_means() -> None:
@@ -37,6 +38,35 @@ def test_the_first_problem_names_the_field_and_the_reason() -> None:
         with pytest.raises(ValidationError) as caught:
             RecordsSettings.model_validate(values)
         assert first_problem(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"size": 1}, ("size", "Input should be 'auto' or greater than or equal to 2")),
+        (
+            {"size": "large"},
+            ("size", "Input should be 'auto' or a valid integer, unable to parse string as an integer"),
+        ),
+        ({"size": 2, "inner": {"shares": [0.5, -1]}}, ("inner.shares.1", "Input should be greater than or equal to 0")),
+        (
+            {"size": "auto", "inner": {"limit": []}},
+            ("inner.limit", "Input should be a valid integer or a valid string"),
+        ),
+    ],
+)
+def test_the_member_of_a_union_is_no_part_of_the_field(values: dict[str, object], expected: tuple[str, str]) -> None:
+    class Inner(RoomSettings):
+        shares: tuple[Annotated[float, Field(ge=0)], ...] = ()
+        limit: int | str | None = None
+
+    class Outer(RoomSettings):
+        size: Literal["auto"] | Annotated[int, Field(ge=2)]
+        inner: Inner = Inner()
+
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(values)
+    assert first_problem(caught.value) == expected
 
 
 def test_environment_variables_hold_for_a_block_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:

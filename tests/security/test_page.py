@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 API = "/gradio_api"
 META = {"_type": "gradio.FileData"}
+PREDICT_INPUTS = 5  # image, consent, and the three columns of context of HAM10000
 MARK = b"<script>top.location='http://HOST/owned'</script>"
 
 
@@ -94,8 +95,10 @@ def stranger() -> Iterator[Stranger]:
         thread.join()
 
 
-def event(*data: Any, **changes: Any) -> dict[str, Any]:
-    return {"data": list(data), "event_data": None, "fn_index": 2, "trigger_id": 14, "session_hash": "abc"} | changes
+def event(*first: Any, **changes: Any) -> dict[str, Any]:
+    """Return an event of the button that predicts: its first inputs, and None for the other ones."""
+    data = [*first, *[None] * (PREDICT_INPUTS - len(first))]
+    return {"data": data, "event_data": None, "fn_index": 2, "trigger_id": 14, "session_hash": "abc"} | changes
 
 
 def upload(client: httpx.Client, data: bytes, name: str = "a.jpg") -> httpx.Response:
@@ -218,8 +221,8 @@ def test_no_event_names_another_host_or_file(page: Any, browser_like: httpx.Clie
     twice = f'{{"data": [], "data": ["http://{host}/x.png"], "fn_index": 2, "session_hash": "a"}}'
     kind = {"Content-Type": "application/json"}
     for fewer_or_unknown in (
-        event("a"),
-        event("a", "b", "c"),
+        event("a", data=["a"] * (PREDICT_INPUTS - 1)),
+        event(*["a"] * (PREDICT_INPUTS + 1)),
         event("a", "b", fn_index=99),
         event("a", "b", fn_index=-1),
     ):

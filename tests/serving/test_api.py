@@ -61,7 +61,7 @@ def test_a_prediction_has_the_documented_fields_and_is_in_the_ledger(
     body = response.json()
     assert list(body) == [
         "id", "request_id", "created_at", "image_id", "model", "engine", "label", "confidence", "probabilities",
-        "prediction_set", "decision", "reasons", "review", "explanation",
+        "prediction_set", "label_in_set", "decision", "reasons", "review", "explanation", "context_effect",
     ]  # fmt: skip
     assert body["engine"] == "torch"
     taxonomy = service.store.taxonomy
