@@ -140,7 +140,7 @@ def predict(store: Store, settings: Settings, told: Acknowledged) -> None:
 class StandIn:
     """A Label Studio in memory, with the methods of `LabelStudioClient` that a sync calls."""
 
-    server = "local"
+    server, url = "local", "http://127.0.0.1:8080"
 
     def __init__(self) -> None:
         self._project: ProjectRow | None = None
