@@ -3,12 +3,10 @@
 In: a stored prediction and the true class. Out: `Seen`, whose `Evidence` an incident keeps. Nothing is written.
 """
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from images.cache import PixelCache
 from images.decode import decode_square
@@ -27,6 +25,7 @@ from serving.bulk import verdicts_of
 from serving.settings import ServingSettings
 from serving.triage import Verdict, malignant_probability
 from trainers.fitting.suitability import sample_of_train
+from trainers.fitting.workers import compute_threads
 from vision.inference.engines import EngineChoice, load_engine
 from vision.inference.loaded import LoadedModel
 from vision.inference.output import BatchOutput
@@ -116,17 +115,6 @@ def load_for(bundle: Bundle, prediction: Prediction) -> LoadedModel:
         raise RefusedError(f"prediction {prediction.id} cannot be replayed on this machine: {error}") from error
 
 
-@contextmanager
-def threads(number: int) -> Generator[None]:
-    """Compute with a number of threads while the block runs: the order of sums depends on it, and so the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def described(loaded: LoadedModel, pixels: UInt8Array) -> FloatArray:
     """Describe images as they are compared, [N, D]: in the whitened space of the bundle's checks, if it has them."""
     raw = _raw(loaded, pixels)
@@ -193,7 +181,8 @@ def _computed_again(
     """
     taxonomy, alone = loaded.taxonomy, None
     known = {name: prediction.context.get(name) for name in COLUMNS}
-    with threads(prediction.num_threads):
+    # The order of sums depends on the number of threads, and so the last bits.
+    with compute_threads(prediction.num_threads):
         for size in range(1, largest + 1):
             output = loaded.predict(pixels[[0] * size], gradcam=True, context=[known] * size)
             alone = output if alone is None else alone
