@@ -31,6 +31,7 @@ import records.cli
 import serving.cli
 import trainers.cli
 import tuning.cli
+from cluster.daemons import end_process
 from records.command import PRESET_NAMES, RAY_STARTER, Call, emit_json, results_alone, verb
 from records.errors import RelookError, UserError
 from trainers.cli import CATALOGUES
@@ -179,7 +180,11 @@ def main() -> None:
     """Run the command line of this process and exit with its code."""
     # By default SIGTERM ends the process at once; as an exception it runs the `finally` blocks that stop Ray.
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as stopped:  # by SIGTERM
+        code = stopped.code if isinstance(stopped.code, int) else 1
+    end_process(code)
 
 
 def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:

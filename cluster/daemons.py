@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -29,9 +29,13 @@ SAME_MOMENT_S = 1.5
 INTERRUPT_EVERY_S = 3.0
 """Between two interruptions of the command: each ends one call to Ray that waits, and a cleanup may make several."""
 INTERRUPTIONS = 4
-SHUTDOWN_S = 3.0
+SHUTDOWN_S = 60.0
+"""How long Ray's shutdown may take before what it started is killed."""
+SHUTDOWN_OF_LOST_S = 3.0
 ORDERLY_S = 8.0
 """How long the command may take after SIGTERM until its calls to Ray are interrupted."""
+_DAEMON_LOST = threading.Event()
+"""Set when a daemon ended or stopped responding in this process; see `end_process`."""
 
 
 @contextlib.contextmanager
@@ -187,18 +191,32 @@ def orphans(ending: Ending) -> list[psutil.Process]:
 
 
 def shut_down_ray(ending: Ending) -> None:
-    """Disconnect from Ray and end its daemons; wait a few seconds at most if one is gone."""
+    """Disconnect from Ray and end its daemons; wait for a limited time, a few seconds if a daemon is gone."""
     import ray
 
-    if ending.gone is None:
-        ray.shutdown()
-        return
-    # Without its daemons, Ray's shutdown waits for a minute and then ends the process.
-    stuck = threading.Thread(target=ray.shutdown, name="Ray's shutdown", daemon=True)
-    stuck.start()
-    stuck.join(SHUTDOWN_S)
-    if stuck.is_alive():
+    if ending.gone is not None:
+        _DAEMON_LOST.set()
+    # In a thread: without its daemons, or where they do not respond, Ray's shutdown waits for a minute or for ever.
+    running = threading.Thread(target=ray.shutdown, name="Ray's shutdown", daemon=True)
+    running.start()
+    running.join(SHUTDOWN_S if ending.gone is None else SHUTDOWN_OF_LOST_S)
+    if running.is_alive():
+        _DAEMON_LOST.set()
         atexit.unregister(ray.shutdown)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    After the loss of a daemon, threads of Ray's native code may still run. The destructors that run at a normal exit
+    free what these threads use, and the process would end by SIGABRT or SIGSEGV; so they are passed over.
+    """
+    if not _DAEMON_LOST.is_set():
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end_at_once(ending: Ending) -> None:

@@ -42,7 +42,7 @@ WATCHED_NAMES = re.compile("|".join(WATCHED))
 RELOOK = [sys.executable, "-m", "cluster.cli"]
 WAITING = """
 import sys, time
-from cluster.cli import run
+from cluster.daemons import end_process
 from cluster.session import start_ray
 from cluster.sources import load_settings
 from records.command import until_stopped
@@ -65,7 +65,23 @@ try:
             # As Serve, Tune and Train do at their end: one more call that waits.
             ray.get(Busy.remote().work.remote())
 except RelookError as error:
-    sys.exit(f"{type(error).__name__}: {error}")
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    end_process(1)
+end_process(0)
+"""
+
+
+HANGING = """
+import atexit, threading
+import ray
+import cluster.daemons as daemons
+
+atexit.register(print, "at exit")
+ray.shutdown = threading.Event().wait
+daemons.SHUTDOWN_S = 0.1
+daemons.shut_down_ray(daemons.Ending())
+print("shut down")
+daemons.end_process(7)
 """
 
 
@@ -141,6 +157,11 @@ def test_a_command_that_is_stopped_ends_with_all_its_processes(stop: Callable[[S
         running.wait_for("ready")
         stop(running)
         assert running.ends() == 0, running.said()
+
+
+def test_a_shutdown_of_ray_that_hangs_is_given_up_and_its_process_ends_with_its_code() -> None:
+    ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (ended.returncode, ended.stdout) == (7, "shut down\n"), ended.stderr
 
 
 @pytest.mark.soak
