@@ -130,7 +130,7 @@ def run_service(store: Store, settings: ServingSettings, page: bool = False) -> 
     thread.start()
 
     def run(coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout=60)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout=600)
 
     async def build() -> tuple[Predictor, HttpServer]:
         predictor = Predictor(store, settings)
@@ -155,7 +155,7 @@ def run_service(store: Store, settings: ServingSettings, page: bool = False) -> 
         run(predictor.stop())
         run(_cancel_leftovers())
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=10)
+        thread.join(timeout=600)
         loop.close()
 
 

@@ -69,7 +69,7 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("MPLBACKEND", raising=False)
     document = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
-        document, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        document, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     outputs = [output for cell in document.cells if cell.cell_type == "code" for output in cell.outputs]

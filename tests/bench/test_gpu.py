@@ -26,7 +26,7 @@ def test_the_short_form_measures_on_a_cpu_without_ray(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "RELOOK_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

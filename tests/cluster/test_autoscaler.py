@@ -41,7 +41,7 @@ DRIVER = """
         status = get_cluster_status(sys.argv[1])
         return sorted(node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes])
 
-    def until(wanted, timeout_s=90):
+    def until(wanted, timeout_s=600):
         end = time.monotonic() + timeout_s
         while (seen := kinds()) != wanted and time.monotonic() < end:
             time.sleep(0.2)
@@ -121,7 +121,7 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
 def healthy(address: str, environment: dict[str, str]) -> bool:
     """Check a head as the containers' health checks do."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False).returncode == 0
+    return subprocess.run(command, env=environment, capture_output=True, timeout=600, check=False).returncode == 0
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_gpu_task_starts_a_spot_node_and_an_idle_node_is_stopped(
     head: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     port = int(head.rpartition(":")[2])
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -146,7 +146,7 @@ def test_a_gpu_task_starts_a_spot_node_and_an_idle_node_is_stopped(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:] + (tmp_path / "head.log").read_text()[-2000:]

@@ -209,7 +209,6 @@ def wait_until(met: Callable[[], bool], timeout_s: float = 500.0) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_two_watching_commands_run_one_round_when_the_labels_are_in(store: Store, tmp_path: Path) -> None:
     synthesize(tmp_path / "images", lesions=140, seed=3, width_px=96)
     withheld = import_folder(store, tmp_path / "images", withhold_share=0.3, side_px=(32,)).withheld

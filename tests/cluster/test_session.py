@@ -116,7 +116,7 @@ with start_ray(settings) as session:
 """
     token = str(ray_token_file(open_home(ray_settings.records.home)))
     process = _start(script, tmp_path, RELOOK_RAY_ADDRESS=ray_session.address, RAY_AUTH_TOKEN_PATH=token)
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     owned, root, usage, entries = out.strip().splitlines()[-1].split("|")
     assert (owned, usage) == ("False", "0")
@@ -146,7 +146,7 @@ def slow(**options):
     return really(**options)
 ray.init = slow
 with start_ray(settings) as session:
-    print(len(calls), left[0].wait(60), ray.is_initialized())
+    print(len(calls), left[0].wait(600), ray.is_initialized())
 ray.init = lambda **options: calls.append("again") or (_ for _ in ()).throw(Exception("no room"))
 try:
     with start_ray(settings):
@@ -155,7 +155,7 @@ except Exception as error:
     print(len(calls), type(error).__name__, error)
 """
     process = _start(script, tmp_path / "home")
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert out.splitlines() == ["2 -9 True", "3 UnavailableError Ray did not start here: no room"]
 
@@ -187,7 +187,7 @@ assert not left and set(before) <= set(os.environ), left
 print(addresses[0] != addresses[1], addresses[2], len(psutil.Process().children(recursive=True)))
 """
     process = _start(script, tmp_path / "home")
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert out.split() == ["True", "143", "0"]
     kept = list((tmp_path / "home" / "logs" / "ray").iterdir())
@@ -207,8 +207,8 @@ def test_ctrl_c_takes_down_every_process(tmp_path: Path) -> None:
     assert len(started) > 6
     # Ctrl-C in a terminal reaches the whole group.
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(120) == -signal.SIGINT
-    _, alive = psutil.wait_procs([*started, grandchild], timeout=60)
+    assert process.wait(600) == -signal.SIGINT
+    _, alive = psutil.wait_procs([*started, grandchild], timeout=600)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     process.stdout.close()
     process.stderr.close()
@@ -254,7 +254,7 @@ except ConfigError as error:
 """
     long = "/tmp/" + "x" * MAX_TEMP_DIR_CHARS
     process = _start(script, tmp_path, RELOOK_CLUSTER__TEMP_DIR=long)
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=600)
     assert "sockets allow 40; choose a shorter one" in out, errors
     assert not Path(long).exists()
 
@@ -270,7 +270,7 @@ except UnavailableError as error:
     print(error, "Ray was asked" if "ray" in sys.modules else "Ray was not asked")
 """
     process = _start(script, tmp_path, RELOOK_RAY_ADDRESS="127.0.0.1:9")
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=600)
     assert "no Ray responds at 127.0.0.1:9; start it" in out, errors
     assert "Ray was not asked" in out
 

@@ -43,7 +43,7 @@ VERBS = ("train", "evaluate", "explain", "predict", "serve")
 
 # With and without batch norm, ours and torchvision's: the cheapest of each kind, one in each format.
 IN_SUITE = {("custom_cnn", "fp32"), ("squeezenet", "bf16")}
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 CASES = [
     pytest.param(name, precision, marks=() if (name, precision) in IN_SUITE else pytest.mark.soak)

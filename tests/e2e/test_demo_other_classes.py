@@ -27,7 +27,6 @@ def as_dicom(folder: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["pets", "pets in DICOM files", "nine classes"])
 def test_the_whole_demo(kind: str, home: Path, tmp_path: Path) -> None:
     folder, options, images = tmp_path / "data", (), 60

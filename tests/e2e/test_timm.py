@@ -16,7 +16,7 @@ timm = pytest.importorskip("timm")
 __all__ = ["folder", "home"]
 
 NETWORK = "timm/test_resnet"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 def test_a_network_of_timm_goes_through_every_verb(home: Path, folder: Path, tmp_path: Path) -> None:

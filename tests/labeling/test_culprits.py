@@ -43,7 +43,7 @@ class Proxy:
         """so many imports are carried out and answered 500"""
         self.rewrite: Callable[[Any], Any] = lambda found: found
         self.imports = 0
-        self._http = httpx.Client(base_url=upstream, timeout=60, trust_env=False)
+        self._http = httpx.Client(base_url=upstream, timeout=600, trust_env=False)
 
     def close(self) -> None:
         """Close the connections to Label Studio."""

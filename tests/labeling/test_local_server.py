@@ -74,7 +74,7 @@ def test_up_finds_what_runs(server: ServerInfo, home: Home, settings: LabelingSe
 def test_a_killed_server_is_started_again_with_its_account_and_down_stops_it(own: LocalLabelStudio) -> None:
     first = own.up()
     os.kill(first.pid, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(first.pid)] if psutil.pid_exists(first.pid) else [], timeout=60)
+    psutil.wait_procs([psutil.Process(first.pid)] if psutil.pid_exists(first.pid) else [], timeout=600)
     assert own.status() is None
     second = own.up()
     assert second.pid != first.pid

@@ -24,7 +24,7 @@ from records.notifications import SECRET_FILE, SECRET_HEADER, WEBHOOK_PATH, last
 from serving.problems import problem_of
 from serving.routes.webhooks import webhooks_router
 
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ print(build_version(open_store(RecordsSettings(home=Path(sys.argv[1])))).version
 def test_two_processes_build_the_same_version(store: Store, add_labelled: Add, run_python: Callable[..., Any]) -> None:
     add_labelled(store, range(60), "nv")
     started = [run_python(BUILD, store.home.root) for _ in range(2)]
-    said = [process.communicate(timeout=60) for process in started]
+    said = [process.communicate(timeout=600) for process in started]
     assert [complaint for _, complaint in said] == ["", ""]
     assert said[0] == said[1]
     assert load_dataset(store, said[0][0].strip()).num_images == 60

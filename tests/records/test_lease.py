@@ -71,6 +71,6 @@ def test_a_holder_of_this_machine_that_is_gone_is_not_waited_for(
         "with hold(open_ledger(sys.argv[1]), 'round'):\n    os._exit(9)\n"
     )
     killed = run_python(code, ledger.url)
-    assert killed.wait(120) == 9
+    assert killed.wait(600) == 9
     with lease.hold(ledger, "round"):
         pass

@@ -111,14 +111,14 @@ def test_writers_that_touch_other_things_do_not_wait(pg_store: Store, database: 
         with ledger.begin(touches) as tx:
             if name == "first":
                 inside.set()
-                go_on.wait(120)
+                go_on.wait(600)
             tx.add(Cursor(name=name, position={}))
         done.append(name)
         ledger.close()
 
     threads = [threading.Thread(target=write, args=("first", {"a", "b"}))]
     threads[0].start()
-    assert inside.wait(120)
+    assert inside.wait(600)
     write("other", {"c"})
     assert done == ["other"], "who touches something else is not held up"
     threads += [
@@ -131,7 +131,7 @@ def test_writers_that_touch_other_things_do_not_wait(pg_store: Store, database: 
     assert done == ["other"], "who touches the same, and who touches everything, waits"
     go_on.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(600)
     assert sorted(done) == ["all", "first", "other", "same"]
     with pg_store.ledger.read() as tx:
         assert tx.count(Cursor) == 4

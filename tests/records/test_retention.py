@@ -269,7 +269,7 @@ def test_a_killed_run_gets_its_event_from_the_next_run_which_finishes_it(
         serve(keeping, str(number), OLD)
     kept = serve(keeping, "kept", OLD, asked=ReviewState.NEW)
     process = run_python(KILLED, keeping.home.root, place, NOW.isoformat())
-    assert process.wait(200) == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
+    assert process.wait(600) == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
     done = run(keeping)
     first, second = events(keeping)
     assert (first.details["finished"], second.details["finished"]) == (False, True)

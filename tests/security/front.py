@@ -38,7 +38,7 @@ def front(kept: Store, keys: dict[str, str], tools: Any) -> Iterator[Any]:
 
 
 def connect(front: Any) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", front.settings.port), timeout=60)
+    return socket.create_connection(("127.0.0.1", front.settings.port), timeout=600)
 
 
 def head(path: str = "/v1/predictions", key: str | None = None, *lines: bytes, method: bytes = b"POST") -> bytes:
@@ -60,6 +60,6 @@ def response_of(raw: socket.socket) -> tuple[int, dict[str, Any]]:
 
 
 def honest(front: Any, keys: dict[str, str], image: bytes, count: int = 5) -> list[int]:
-    with httpx.Client(base_url=front.url, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=front.url, trust_env=False, timeout=600) as client:
         headers = {"Content-Type": "image/jpeg", "Authorization": f"Bearer {keys['honest']}"}
         return [client.post("/v1/predictions", content=image, headers=headers).status_code for _ in range(count)]

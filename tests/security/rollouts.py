@@ -77,7 +77,7 @@ def http(models: Models, tools: Any) -> Iterator[httpx.Client]:
     """The real service in this process, called without our client."""
     with tools.run_service(models.store, ServingSettings(port=tools.free_port(), model_poll_s=0.05)) as running:
         headers = {"Authorization": f"Bearer {admin_token(models.store.home)}"}
-        with httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=60) as opened:
+        with httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=600) as opened:
             yield opened
 
 
@@ -86,7 +86,7 @@ def at_once(*calls: Callable[[], object], offset: int = 0) -> list[object]:
     barrier = Barrier(len(calls))
 
     def run(call: Callable[[], object]) -> object:
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=600)
         try:
             return call()
         except RelookError as error:

@@ -160,7 +160,7 @@ def test_requests_over_http_are_all_answered_while_culprits_come_in(
     done = threading.Event()
 
     def attack(url: str) -> None:
-        with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
+        with httpx.Client(base_url=url, trust_env=False, timeout=600) as http:
             number = 0
             while not done.is_set():
                 form = {"image": ("a.jpg", make_image(1)), "context": (None, contexts[number % len(contexts)])}
@@ -175,7 +175,7 @@ def test_requests_over_http_are_all_answered_while_culprits_come_in(
             honest = []
             for number in range(60):
                 form = {"image": ("a.jpg", make_image(number % 12)), "context": (None, json.dumps({"age": number}))}
-                honest.append(http.post("/v1/predictions", files=form, timeout=60).status_code)
+                honest.append(http.post("/v1/predictions", files=form, timeout=600).status_code)
         finally:
             done.set()
             for attacker in attackers:

@@ -356,7 +356,7 @@ def test_decoders_end_with_their_parent_and_start_in_any_folder(end: str, tmp_pa
     if end == "killed":
         parent.kill()
     parent.communicate()
-    _, alive = psutil.wait_procs(decoders, timeout=30)
+    _, alive = psutil.wait_procs(decoders, timeout=600)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -386,7 +386,7 @@ def test_only_the_decoder_opens_images() -> None:
 def _working_decoder() -> psutil.Process:
     """Wait for a decoder process that is amid an image, by the processor time that it has used."""
     idle_s: dict[int, float] = {}
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while time.monotonic() < until:
         for decoder in _decoders():
             used_s = decoder.cpu_times().user

@@ -67,7 +67,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[An
 @pytest.fixture(scope="module")
 def http(running: Any) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {admin_token(running.store.home)}"}
-    with httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=60) as opened:
+    with httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=600) as opened:
         yield opened
 
 

@@ -109,7 +109,7 @@ def raw(url: str, method: str, target: str) -> tuple[int, bytes]:
     """Send a target exactly as it is; httpx would tidy it."""
     import http.client
 
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=600)
     connection.request(method, target)
     response = connection.getresponse()
     found = response.status, response.read()

@@ -34,7 +34,7 @@ def parts(size: int) -> Iterator[bytes]:
 def test_the_next_request_of_the_same_caller_is_not_lost(
     service: Any, path: str, content_type: str, size: int, rounds: int, framing: str
 ) -> None:
-    with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=600) as client:
         for _ in range(rounds):
             # A body of parts cannot be sent twice, so a client does not repeat it by itself on a lost connection.
             content = bytes(size) if framing == "length" else parts(size)
@@ -54,7 +54,7 @@ def test_the_next_request_of_the_same_caller_is_not_lost(
     ],
 )
 def test_a_response_says_whether_the_connection_ends(service: Any, lines: list[str], ends: bool) -> None:
-    with closing(socket.create_connection(("127.0.0.1", service.settings.port), timeout=60)) as raw:
+    with closing(socket.create_connection(("127.0.0.1", service.settings.port), timeout=600)) as raw:
         request = ["POST /v1/nothing HTTP/1.1", "Host: 127.0.0.1", "Content-Type: image/jpeg", *lines]
         raw.sendall("\r\n".join(request).encode() + b"\r\n\r\n")
         with closing(http.client.HTTPResponse(raw)) as response:
@@ -64,7 +64,7 @@ def test_a_response_says_whether_the_connection_ends(service: Any, lines: list[s
 
 
 def test_a_response_after_the_whole_body_keeps_the_connection(service: Any) -> None:
-    with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=600) as client:
         response = client.post("/v1/predictions", content=parts(1), headers=JPEG)
         assert response.status_code == 415
         assert "connection" not in response.headers

@@ -46,7 +46,7 @@ def test_more_silent_connections_than_there_may_be_keep_nobody_out(
         for source in range(2, 8):
             for _ in range(30):
                 raw = socket.create_connection(
-                    ("127.0.0.1", front.settings.port), timeout=60, source_address=(f"127.0.0.{source}", 0)
+                    ("127.0.0.1", front.settings.port), timeout=600, source_address=(f"127.0.0.{source}", 0)
                 )
                 stack.enter_context(closing(raw))
                 raw.sendall(b"GET / HTTP/1.1\r\n")
@@ -71,7 +71,7 @@ def test_one_key_with_all_it_may_send_leaves_room_for_another(
 
     def flood(number: int) -> None:
         headers = {"Content-Type": "image/jpeg", "Authorization": f"Bearer {keys['greedy']}"}
-        with httpx.Client(base_url=front.url, trust_env=False, timeout=60) as client:
+        with httpx.Client(base_url=front.url, trust_env=False, timeout=600) as client:
             while not stop.is_set():
                 response = client.post("/v1/predictions", content=make_image(number % 4), headers=headers)
                 seen.append(response.status_code)
@@ -94,7 +94,7 @@ def test_a_batch_costs_as_much_as_its_images(kept: Store, tools: Any, make_image
     headers = {"Authorization": f"Bearer {token}"}
     with (
         tools.run_service(kept, settings) as running,
-        httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=60) as client,
+        httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=600) as client,
     ):
         batch = [("image", (str(n), make_image(n), "image/jpeg")) for n in range(16)]
         first = client.post("/v1/predictions/batch", files=batch)
@@ -113,7 +113,7 @@ def test_flags_cannot_make_the_text_of_an_item_grow_without_end(
     front: Any, kept: Store, keys: dict[str, str], make_image: Callable[..., bytes]
 ) -> None:
     headers = {"Authorization": f"Bearer {keys['greedy']}"}
-    with httpx.Client(base_url=front.url, headers=headers, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=front.url, headers=headers, trust_env=False, timeout=600) as client:
         predicted = client.post(
             "/v1/predictions", content=make_image(40), headers={"Content-Type": "image/jpeg"}
         ).json()

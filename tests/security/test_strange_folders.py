@@ -46,7 +46,7 @@ def test_workers_import_ours_and_not_what_lies_in_the_working_folder(tmp_path: P
     environment = {**os.environ, "RELOOK_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "home"), str(strange)],
-        cwd=strange, env=environment, capture_output=True, text=True, timeout=180, check=False,
+        cwd=strange, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -62,6 +62,6 @@ def test_the_command_starts_beside_a_package_or_module_of_that_name(name: str, t
     done = subprocess.run(
         [str(Path(sys.executable).with_name("relook")), "status", "--json"],
         cwd=tmp_path, env={**environment, "RELOOK_HOME": str(tmp_path / "home")},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "cluster" / "deploy"
 UNITS = ("relook.service", "relook-watch.service")
 # On a busy machine; alone, each ending takes 3 to 11 s.
-ENDS_WITHIN_S = 120
+ENDS_WITHIN_S = 600
 # Ray's own declarations are not clean under the newest pydantic, and it warns about its own defaults.
 OF_RAY = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 WATCHED_NAMES = re.compile("|".join(WATCHED))
@@ -99,7 +99,7 @@ class Started:
 
     def wait_for(self, text: str) -> None:
         """Wait until the command prints it, and note its processes."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while text not in self.said():
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
@@ -117,7 +117,7 @@ class Started:
     def ends(self) -> int:
         """Return the exit code; nothing is left."""
         code = self.process.wait(ENDS_WITHIN_S)
-        _, alive = psutil.wait_procs(self.below, timeout=60)
+        _, alive = psutil.wait_procs(self.below, timeout=600)
         assert not alive, [process.cmdline() for process in alive]
         return code
 
@@ -150,7 +150,6 @@ def _twice(running: Started) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("stop", [_kill_all, pytest.param(_twice, marks=pytest.mark.soak)])
 def test_a_command_that_is_stopped_ends_with_all_its_processes(stop: Callable[[Started], None], tmp_path: Path) -> None:
     with started([sys.executable, "-c", WAITING, str(tmp_path / "home")], tmp_path) as running:
@@ -165,7 +164,6 @@ def test_a_shutdown_of_ray_that_hangs_is_given_up_and_its_process_ends_with_its_
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "number"),
     # That a daemon ended is told by the search below, too.
@@ -181,7 +179,6 @@ def test_a_command_whose_daemon_is_gone_ends_with_a_sentence(name: str, number: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_the_service_ends_normally_when_its_group_is_stopped(tmp_path: Path, tools: Any) -> None:
     store = open_store(RecordsSettings(home=tmp_path / "home"))
     tools.serve_bundle(store, tools.make_bundle(store), ModelStatus.PROVISIONAL)
@@ -195,13 +192,12 @@ def test_the_service_ends_normally_when_its_group_is_stopped(tmp_path: Path, too
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_search_without_its_raylet_ends_and_names_resume(tmp_path: Path, images_folder: Path) -> None:
     sets = ["trainers.model.side_px=32", "trainers.epochs=500", "tuning.trial_epochs=500", "tuning.grace_epochs=500"]
     tune = [*RELOOK, "tune", "--data", str(images_folder), "--trials", "50"]
     with started([*tune, *(word for value in sets for word in ("--set", value))], tmp_path) as running:
         running.wait_for("trials")
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not list((tmp_path / "home" / "runs").glob("tune-*/ray-*")):
             assert running.process.poll() is None, running.said()
             assert time.monotonic() < deadline, running.said()
@@ -253,7 +249,6 @@ class Unreadable:
 
 @OF_RAY
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_an_error_of_a_training_worker_is_told_in_its_own_sentence(
     ray_session: Any, filled_store: Store, tmp_path: Path
 ) -> None:
@@ -275,7 +270,6 @@ def test_an_error_of_a_training_worker_is_told_in_its_own_sentence(
 
 @OF_RAY
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_an_error_of_a_replica_is_told_in_its_own_sentence(ray_session: Any) -> None:
     from ray import serve
 
@@ -293,7 +287,7 @@ def test_an_error_of_a_replica_is_told_in_its_own_sentence(ray_session: Any) -> 
     try:
         target = serve.RunTarget(target=page.bind(), name=APPLICATION, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while (found := serve.status().applications[APPLICATION]).status != "DEPLOY_FAILED":
             assert time.monotonic() < deadline
             time.sleep(0.2)

@@ -24,7 +24,7 @@ JPEG = {"Content-Type": "image/jpeg"}
 
 @pytest.fixture
 def http(service: Any) -> Any:
-    with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as opened:
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=600) as opened:
         yield opened
 
 

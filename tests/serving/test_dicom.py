@@ -29,7 +29,7 @@ FILE = dicom(PIXELS, PatientName=MARK, PatientID=MARK, InstitutionName=MARK, Pat
 
 @pytest.fixture
 def http(service: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as opened:
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=600) as opened:
         yield opened
 
 

@@ -42,7 +42,7 @@ def test_every_line_of_the_api_works_from_curl(tmp_path: Path, tools: Any, make_
         environ["WEBHOOK_SECRET"] = key_of(store.home, SECRET_FILE)
         done = subprocess.run(
             ["bash", str(SCRIPT), str(file), candidate.id],
-            env=environ, capture_output=True, text=True, timeout=120, check=False,
+            env=environ, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         published = httpx.get(f"{running.url}/openapi.json", trust_env=False).json()["paths"]
     store.close()

@@ -34,7 +34,7 @@ def running(kept: Any, tools: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def http(running: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=running.url, trust_env=False, timeout=60) as opened:
+    with httpx.Client(base_url=running.url, trust_env=False, timeout=600) as opened:
         yield opened
 
 
@@ -103,7 +103,7 @@ def test_a_prediction_is_tried_out_in_the_page(
 ) -> None:
     token = tools.make_key(kept, "docs", Scope.PREDICT)
     page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(600_000)
     said: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: said.append(message.text))

@@ -39,7 +39,7 @@ from serving.hooks.requests import is_public, post
 from serving.schemas import OutcomeRequest
 from serving.settings import HookSettings, ServingSettings
 
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0
 
 
 @dataclass

@@ -30,7 +30,7 @@ NUMBERS = ("confidence", "probabilities")
 
 @pytest.fixture
 def http(service: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as opened:
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=600) as opened:
         yield opened
 
 

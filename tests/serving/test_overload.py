@@ -21,7 +21,7 @@ def test_more_than_admitted_gets_429_and_the_client_waits(
 
         def post(number: int) -> httpx.Response:
             headers = {"Content-Type": "image/jpeg"}
-            return httpx.post(f"{running.url}/v1/predictions", content=make_image(number), headers=headers, timeout=60)
+            return httpx.post(f"{running.url}/v1/predictions", content=make_image(number), headers=headers, timeout=600)
 
         responses = list(threads.map(post, range(48)))
         refused = [response for response in responses if response.status_code == 429]

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy)\b", re.IGNORECASE)
 WIDTHS = {1280: "", 390: "_phone"}
 WANTED = os.environ.get("RELOOK_SCREENSHOTS")
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 600_000
 BAND = {"lesions": 40, "right": 31}
 VAL = {
     "images": 120, "lesions": 90, "balanced_accuracy": 0.71, "balanced_accuracy_ci": [0.62, 0.79], "accuracy": 0.8,

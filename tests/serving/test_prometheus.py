@@ -36,7 +36,7 @@ def program() -> str:
 def promtool(program: str, *arguments: str) -> str:
     """Run the tool beside Prometheus and return what it printed; it has to succeed."""
     command = [str(Path(program).with_name("promtool")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -59,7 +59,7 @@ class Watched:
     def ask(self, path: str, **query: str) -> Any:
         """Return the data of a response of Prometheus; None while it does not respond."""
         try:
-            response = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False, timeout=30)
+            response = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False, timeout=600)
         except httpx.TransportError:
             return None
         return response.json().get("data") if response.is_success else None
@@ -77,7 +77,7 @@ class Watched:
 
 def until(holds: Callable[[], object], what: str) -> None:
     """Wait until a condition holds, generously."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)
@@ -110,7 +110,7 @@ def watched(program: str, kept: Store, tools: Any, tmp_path_factory: pytest.Temp
             yield Watched(running, f"http://127.0.0.1:{port}", record.id)
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(600)
 
 
 def test_a_real_prometheus_scrapes_the_service_and_an_alert_fires(
@@ -122,7 +122,7 @@ def test_a_real_prometheus_scrapes_the_service_and_an_alert_fires(
         "Content-Type": "image/jpeg",
     }
     predicted = httpx.post(
-        f"{watched.service.url}/v1/predictions", content=make_image(0), headers=headers, trust_env=False, timeout=60
+        f"{watched.service.url}/v1/predictions", content=make_image(0), headers=headers, trust_env=False, timeout=600
     )
     assert predicted.status_code == 200
     until(lambda: watched.value('up{job="relook"}') == 1, "Prometheus does not scrape the service")

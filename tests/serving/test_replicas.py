@@ -119,7 +119,7 @@ def test_who_saw_the_new_model_never_gets_the_old_one_again(
         asking = [pool.submit(ask) for _ in range(4)]
         time.sleep(1.0)
         tools.serve_bundle(served, new)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while sum(model == new.id for _, _, model in list(seen)) < 20 and time.monotonic() < deadline:
             time.sleep(0.1)
         over.set()
@@ -141,7 +141,7 @@ def test_limits_keys_and_metrics_hold_for_all_replicas_together(
 
     def post(token: str, **headers: str) -> httpx.Response:
         given = {"Authorization": f"Bearer {token}", "Content-Type": "image/jpeg", "Connection": "close"} | headers
-        return httpx.post(f"{url}/v1/predictions", content=make_image(0), headers=given, timeout=60)
+        return httpx.post(f"{url}/v1/predictions", content=make_image(0), headers=given, timeout=600)
 
     # One key at both ingress replicas at once: one prediction.
     with ThreadPoolExecutor(8) as pool:
@@ -166,7 +166,7 @@ def test_limits_keys_and_metrics_hold_for_all_replicas_together(
     assert set(statuses) <= {200, 429}
     assert PER_MINUTE <= statuses[200] <= min(2 * PER_MINUTE, PER_MINUTE + refilled + 1)
     # Every ingress shows what both of them counted, and none less than another did before.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while counted(too_many) < before + statuses[429] and time.monotonic() < deadline:
         time.sleep(1.0)
     assert [counted(too_many) for _ in range(6)] == [before + statuses[429]] * 6
@@ -183,7 +183,7 @@ def test_a_predictor_that_cannot_load_the_model_is_named_and_the_others_go_on(
     broken, admin = served.home.root / "broken", admin_token(served.home)
 
     def wait_for(word: str) -> str:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         with Client(url, admin) as client:
             while time.monotonic() < deadline:
                 found = client.ready()

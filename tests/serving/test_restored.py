@@ -63,7 +63,6 @@ def test_a_restored_service_predicts_as_before(tools: Any, make_image: Callable[
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_a_restored_service_on_ray_predicts_as_before(
     ray_session: Any, tools: Any, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:

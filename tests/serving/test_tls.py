@@ -59,7 +59,7 @@ def serial_of(port: int) -> int:
     """Return the serial number of the certificate that a new connection gets."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with closing(socket.create_connection(("127.0.0.1", port), timeout=30)) as raw, context.wrap_socket(raw) as found:
+    with closing(socket.create_connection(("127.0.0.1", port), timeout=600)) as raw, context.wrap_socket(raw) as found:
         return x509.load_der_x509_certificate(found.getpeercert(binary_form=True) or b"").serial_number
 
 
@@ -103,10 +103,10 @@ def test_page_and_doctor_find_the_service(secure: Any) -> None:
 
 def test_a_renewed_certificate_is_used_and_open_connections_stay(secure: Any, folder: Path) -> None:
     trusted = trust_of(secure.settings)
-    with httpx.Client(base_url=secure.url, verify=trusted, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=secure.url, verify=trusted, trust_env=False, timeout=600) as client:
         assert client.get("/healthz").status_code == 200
         write_pair(folder, 2)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while serial_of(secure.settings.port) != 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -206,7 +206,7 @@ def test_four_processes_lose_nothing_and_one_gets_the_lease(ledger: Ledger, run_
     with ledger.begin() as tx:
         tx.add(Cursor(name="shared", position={"sum": 0}))
     started = [run_python(COUNT_UP, ledger.url, n) for n in range(4)]
-    said = [process.communicate(timeout=100) for process in started]
+    said = [process.communicate(timeout=600) for process in started]
     assert [complaint for _, complaint in said] == ["", "", "", ""]
     assert sorted(answer.strip() for answer, _ in said) == ["False", "False", "False", "True"]
     with ledger.read() as tx:

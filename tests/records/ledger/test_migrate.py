@@ -140,7 +140,7 @@ def test_processes_that_start_together_run_the_migration_once(tmp_path: Path, ru
     code = "import sys; from records.ledger import open_ledger; open_ledger(sys.argv[1]).close()"
     started = [run_python(code, f"sqlite:///{tmp_path}/ledger.db") for _ in range(2)]
     for process in started:
-        _, complaint = process.communicate(timeout=60)
+        _, complaint = process.communicate(timeout=600)
         assert process.returncode == 0, complaint
 
 

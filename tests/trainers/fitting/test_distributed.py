@@ -72,7 +72,6 @@ def processes(name: str) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(480)  # two Ray workers, twice
 def test_two_workers_of_which_one_is_killed_are_one(
     ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
 ) -> None:
@@ -106,7 +105,6 @@ def test_two_workers_of_which_one_is_killed_are_one(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_one_worker_is_a_task_that_goes_on_when_its_process_dies(
     ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
 ) -> None:
@@ -206,7 +204,7 @@ def test_waiting_is_told_once_and_so_is_going_on(caplog: pytest.LogCaptureFixtur
         return found
 
     with warns_of_scarcity({"CPU": 3}, available, every_s=0.01):
-        assert asked.wait(60)
+        assert asked.wait(600)
     waits, goes_on = (record.getMessage() for record in caplog.records)
     assert "needs 3 CPUs and Ray has 2" in waits
     assert "--resume" in waits
@@ -222,6 +220,6 @@ def test_a_missing_gpu_is_named(caplog: pytest.LogCaptureFixture) -> None:
         return {"CPU": 8.0}
 
     with warns_of_scarcity({"CPU": 2, "GPU": 2}, available, every_s=0.01):
-        assert asked.wait(60)
+        assert asked.wait(600)
     (waits,) = (record.getMessage() for record in caplog.records)
     assert "needs 2 GPUs and Ray has 0" in waits

@@ -224,10 +224,10 @@ def test_workers_that_cannot_talk_name_their_interface(
     ]
     for worker in workers:
         worker.start()
-    said = [told.get(timeout=280) for _ in range(1 + other_talks)]
+    said = [told.get(timeout=600) for _ in range(1 + other_talks)]
     over.set()
     for worker in workers:
-        worker.join(60)
+        worker.join(600)
         worker.kill()
     if other_talks:
         assert said == ["reached", "reached"]

@@ -279,7 +279,7 @@ def test_a_run_that_was_killed_with_sigkill_at_random_steps_ends_with_the_same_w
     kills = [str(random.integers(first, last + 1)) for first, last in ((2, 9), (2, 6), (2, 3))]
     killed = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "killed"), *kills],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=False, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False, capture_output=True,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert killed.stdout.split() == [kills[0].encode(), b"killed", kills[1].encode(), b"killed"]

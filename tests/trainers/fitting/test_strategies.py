@@ -40,7 +40,7 @@ def join(folder: Path, cases: tuple[str, ...]) -> Path:
         try:
             RUN["train_all"](0, port, folder, cases)
         finally:
-            _, errors = other.communicate(timeout=240)
+            _, errors = other.communicate(timeout=600)
         assert other.returncode == 0, errors.decode()[-3000:]
     return folder
 

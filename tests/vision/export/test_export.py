@@ -95,7 +95,7 @@ def test_the_example_runs_with_one_package_and_proves_the_golden_outputs(kind, e
     assert source.count("\n") <= 30
     # Isolated and elsewhere: nothing of the project can be imported.
     words = [sys.executable, "-I", "-W", "error", str(done.folder / "example.py")]
-    ended = subprocess.run(words, cwd=done.folder.parent, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(words, cwd=done.folder.parent, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("equal to") == len(done.outputs)
     assert bundle.document.taxonomy.classes[0].name in source + ended.stdout + (done.folder / "model.json").read_text()
@@ -109,7 +109,7 @@ def test_the_example_fails_where_the_graph_is_another(exported, tmp_path):
     golden["probabilities"] = golden["probabilities"] + 1e-3
     np.savez(tmp_path / "golden.npz", **golden)
     words = [sys.executable, "-I", str(tmp_path / "example.py")]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode != 0
     assert "probabilities differs by 0.001" in ended.stderr
 

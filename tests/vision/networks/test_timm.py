@@ -94,7 +94,6 @@ def test_its_maps_equal_captums(name: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_maps_of_each_family_equal_captums(name: str) -> None:
     assert check_against_captum(name) == (name not in WITHOUT_CLOSED_FORM)
