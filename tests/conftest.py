@@ -6,6 +6,7 @@ The environment is cleaned of Relook's variables once, before the first test: a 
 import gc
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -77,6 +78,10 @@ def _closed_environment() -> Iterator[None]:
     patch.setenv("COLUMNS", "120")
     patch.delenv("FORCE_COLOR", raising=False)
     patch.delenv("NO_COLOR", raising=False)
+    # A shell without job control starts what it sends to the background with Ctrl-C ignored, and every process that
+    # a test starts would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     patch.undo()
 
