@@ -28,7 +28,13 @@ from records.taxonomy import DiagnosisClass, KeyClass, Taxonomy
 from trainers.fitting.training_data import TrainingData
 from trainers.settings import ModelSettings, OptimizerSettings, TrainersSettings, WorkersSettings
 from vision.inference.loaded import reference_logits
-from vision.networks import build_model
+from vision.networks import MODELS, build_model
+
+NETWORKS = [
+    pytest.param(name, marks=() if name in ("custom_cnn", "mobilenet_v3", "squeezenet") else pytest.mark.soak)
+    for name in MODELS
+]
+"""The catalogue, of which a test runs ours and two of torchvision's in the suite, and the deep ones with `make soak`."""
 
 
 @pytest.fixture(scope="session")

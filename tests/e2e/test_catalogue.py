@@ -42,7 +42,7 @@ IMAGES = IMAGES_PER_CLASS * len(COLOURS)
 VERBS = ("train", "evaluate", "explain", "predict", "serve")
 
 # With and without batch norm, ours and torchvision's: the cheapest of each kind, one in each format.
-IN_SUITE = {("custom_cnn", "fp32"), ("squeezenet", "bf16")}
+IN_SUITE = {("custom_cnn", "bf16"), ("squeezenet", "fp32")}
 pytestmark = pytest.mark.slow
 
 CASES = [

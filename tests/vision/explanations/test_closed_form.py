@@ -58,8 +58,8 @@ def test_a_class_whose_map_is_nowhere_above_zero_has_an_empty_map():
     [
         ("custom_cnn", 64, 5),
         ("custom_cnn_base", 64, 2),
-        ("resnet18", 64, 1),
-        ("resnet18", 32, 3),
+        ("squeezenet", 64, 1),
+        pytest.param("resnet18", 32, 3, marks=pytest.mark.soak),
         ("custom_cnn", 224, 1),
     ],
 )
@@ -80,7 +80,7 @@ def test_it_equals_captum(name, side_px, seeds, make_network):
 
 
 def test_differentiating_the_head_gives_the_same_maps(make_network):
-    for name in ("custom_cnn", "resnet18", "mobilenet_v3", "convnext_tiny"):
+    for name in ("custom_cnn", "squeezenet", "mobilenet_v3"):
         network = make_network(name, 7, 1)
         with torch.inference_mode():
             features = network.features(torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)))

@@ -18,7 +18,7 @@ from vision.inference.loaded import load_model, load_weights, plain_network, ref
 from vision.networks import MODELS
 from vision.preprocess import scale_pixels, to_tensor
 
-NAMES = ("custom_cnn", "custom_cnn_base", "resnet18")
+NAMES = ("custom_cnn", "custom_cnn_base", "mobilenet_v3")
 
 
 def random_pixels(count, side_px=64, seed=5):
@@ -45,7 +45,7 @@ def test_it_predicts_like_the_plain_network(name, random_bundle, make_network):
     assert (model.model_id, model.precision) == (bundle.id, "fp32")
 
 
-@pytest.mark.parametrize("name", ["custom_cnn", "resnet18"])
+@pytest.mark.parametrize("name", ["custom_cnn", "mobilenet_v3"])
 def test_its_maps_equal_captums_on_the_plain_network(name, random_bundle, make_network):
     bundle = random_bundle(name)
     pixels = random_pixels(2)
@@ -92,7 +92,7 @@ def test_auto_takes_fp32_for_a_model_that_bf16_would_change(sensitive_bundle, ra
         load_model(sensitive_bundle, precision="bf16").check_golden()
 
 
-@pytest.mark.parametrize("name", ["custom_cnn", "resnet18"])
+@pytest.mark.parametrize("name", ["custom_cnn", "mobilenet_v3"])
 def test_a_batch_of_eight_equals_eight_singles(name, random_bundle):
     model, pixels = load_model(random_bundle(name, side_px=32), precision="fp32"), random_pixels(8, 32)
     together = model.predict(pixels, gradcam=True)
@@ -125,13 +125,14 @@ def explained_by(model, pixels, method, target):
     return np.stack([one.values for one in found])
 
 
-def test_threads_that_predict_and_differentiate_do_not_disturb_each_other(model):
+def test_threads_that_predict_and_differentiate_do_not_disturb_each_other(model, monkeypatch):
+    monkeypatch.setattr("vision.explanations.gradients.MAX_IG_STEPS", 50)
     pixels, target = random_pixels(2), np.array([1, 5])
     expected_maps = explained_by(model, pixels, "integrated_gradients", target)
     expected = model.predict(pixels, gradcam=True)
     with ThreadPoolExecutor(2) as pool:
         explained = pool.submit(explained_by, model, pixels, "integrated_gradients", target)
-        for _ in range(10):
+        for _ in range(5):
             assert (model.predict(pixels, gradcam=True).maps == expected.maps).all()
         assert explained.result() == pytest.approx(expected_maps)
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torchvision.ops.misc import SqueezeExcitation
 
 from records.errors import ConfigError
+from tests.models import NETWORKS
 from trainers.settings import ModelSettings, TrainersSettings
 from vision.explanations.closed_form import closed_form_of
 from vision.explanations.gradients import head_gradcam
@@ -69,7 +70,7 @@ def test_the_computed_receptive_field_is_what_gradients_reach(name: str) -> None
     assert receptive_field_px(build_model(name, 7).eval(), expected + 64) == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_works_at_its_smallest_side(name: str) -> None:
     """One build, all of it: shapes, folding, Grad-CAM in closed form against captum, and a step."""
     torch.manual_seed(0)
