@@ -77,6 +77,7 @@ call 200 GET  "/v1/predictions/$id/explanation?target=mel&versus=nv"
 call 200 GET  "/v1/predictions/$id/explanation?format=png"
 call 200 GET  "/v1/predictions/$id/explanation?format=npy"
 call 200 GET  "/v1/predictions/$id/nearest?limit=3"
+call 200 GET  "/v1/predictions/$id/print"
 call 200 POST '/v1/explanations?method=gradcam' -H 'Content-Type: image/jpeg' --data-binary "@$IMAGE"
 
 # flags, outcomes and events

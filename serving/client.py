@@ -221,6 +221,10 @@ class Client:
         path = f"/v1/predictions/{prediction_id}/nearest"
         return _parsed(NearestCases, self._send("GET", path, params={"limit": limit}))
 
+    def print_view(self, prediction_id: str) -> str:
+        """Return the HTML of a stored prediction as a page to print; UnknownIdError if there is no such prediction."""
+        return self._send("GET", f"/v1/predictions/{prediction_id}/print").text
+
     def explanation_png(self, prediction_id: str, *, method: str = "gradcam", target: str | None = None) -> bytes:
         """Return the overlay as PNG bytes; see `explanation`."""
         return self._explain(prediction_id, method, target, "png").content

@@ -67,7 +67,7 @@ def heat_map_html(explanation: Explanation, names: dict[str, str], layers: Layer
     title = f"Heat map for {names[explanation.target]}"
     if explanation.versus:
         title += f" compared with {names[explanation.versus]}"
-    return render("heat_map", explanation=explanation, title=title, layers=layers, method=_method_text(explanation))
+    return render("heat_map", explanation=explanation, title=title, layers=layers, method=method_text(explanation))
 
 
 def _uri(drawn: Image.Image, kind: str, **options: int) -> str:
@@ -76,7 +76,8 @@ def _uri(drawn: Image.Image, kind: str, **options: int) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _method_text(explanation: Explanation) -> str:
+def method_text(explanation: Explanation) -> str:
+    """Say how a heat map was computed, and how far such maps of its model can be believed."""
     rows, columns = explanation.shape
     method = METHODS[explanation.method]
     computed = "by differentiation" if method.needs_gradients else "by occlusion"

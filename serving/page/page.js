@@ -31,6 +31,16 @@
     }
   });
 
+  // A link sends no proof, so with a session the print view is fetched and shown from memory.
+  document.addEventListener("click", async (event) => {
+    if (!event.target.matches?.("a.rl-print") || !localStorage.getItem(PROOF)) return;
+    event.preventDefault();
+    const tab = window.open("", "_blank");
+    const response = await window.fetch(event.target.href, { credentials: "same-origin" });
+    const page = new Blob([await response.text()], { type: response.ok ? "text/html" : "text/plain" });
+    if (tab) tab.location = URL.createObjectURL(page);
+  });
+
   document.addEventListener("click", async (event) => {
     if (event.target.id !== "rl-sign-out") return;
     localStorage.removeItem(PROOF);

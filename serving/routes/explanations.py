@@ -1,4 +1,4 @@
-"""Routes of heat maps, for a stored prediction and for an image that is not stored, and of cases like one."""
+"""Routes of heat maps, for a stored prediction and for an image that is not stored, of cases like it, and of prints."""
 
 import io
 from typing import Annotated, Any, Literal
@@ -6,15 +6,20 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse
 
-from records.types import Scope
+from records.errors import RefusedError, UnknownIdError
+from records.ids import utc_now
+from records.types import Prediction, Scope
 from records.types.base import Text
 from serving.access.keys import Caller
 from serving.messages import HeatMap, Method
+from serving.page.print_view import print_html
 from serving.responses import explanation_body, find_prediction, nearest_body
 from serving.routes.admission import Admission
 from serving.routes.authenticator import Authenticator
 from serving.routes.bodies import BINARY, image_body, one_image
+from serving.routes.models import HTML_PAGE, SANDBOX
 from serving.schemas import Explanation, NearestCases, PredictionId
 from serving.service import Service
 
@@ -56,6 +61,24 @@ def explanations_router(service: Service, authenticator: Authenticator, admissio
         prediction, _ = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
         found = await admission.explained(caller, 1, lambda: service.nearest(prediction, limit))
         return nearest_body(prediction, found)
+
+    async def drawn(prediction: Prediction, caller: Caller) -> HeatMap | None:
+        if prediction.label is None:
+            return None
+        try:
+            return await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))
+        except (RefusedError, UnknownIdError):
+            return None  # the image was not stored or is erased, or the model is gone; the rest can be printed
+
+    @router.get("/v1/predictions/{prediction_id}/print", response_class=Response, responses=HTML_PAGE)
+    async def print_prediction(
+        prediction_id: PredictionId, caller: Annotated[Caller, Depends(authenticator.requires(None))]
+    ) -> Response:
+        """Return a stored prediction as a page to print: image, heat map, probabilities, context and model."""
+        prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
+        heat_map = await drawn(prediction, caller)
+        html = await run_in_threadpool(print_html, service.store, prediction, review, heat_map, utc_now())
+        return HTMLResponse(html, headers={"Content-Security-Policy": SANDBOX})
 
     @router.post("/v1/explanations", response_model=Explanation, responses=_FORMS, openapi_extra=image_body())
     async def explain_image(
