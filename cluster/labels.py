@@ -7,6 +7,7 @@ import sqlalchemy as sa
 
 from images.grouping import group_images
 from labeling.consensus import ConsensusMethod, resolve
+from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.parts import in_parts
 from records.store import Store
@@ -52,9 +53,18 @@ def audit_labels(store: Store, method: ConsensusMethod = "majority") -> list[Res
     annotations of the audit's own review item count, not those of other review items of the image.
     """
     with store.ledger.read() as tx:
-        labels = tx.find(Annotation, where={"blind": True}, order_by=("created_at", "id"))
-        drawn = {item.id for item in tx.find(ReviewItem) if ReasonCode.AUDIT_SAMPLE in item.reasons}
-    return resolve([label for label in labels if label.review_item_id in drawn], drawn, method=method)
+        drawn = {item.id for item in drawn_items(tx)}
+        labels = tx.find(Annotation, {"review_item_id": drawn, "blind": True}, order_by=("created_at", "id"))
+    return resolve(labels, drawn, method=method)
+
+
+def drawn_items(tx: Transaction) -> list[ReviewItem]:
+    """Return the review items of the random audit sample, found by an index instead of among all items."""
+    # `> 0` and not `is_not(None)`, for which SQLite reads the table.
+    table = TABLES[ReviewItem]
+    query = sa.select(table).where(table.c.selection_probability > 0)
+    items = (ReviewItem.model_validate(dict(row)) for row in tx.connection.execute(query).mappings())
+    return [item for item in items if ReasonCode.AUDIT_SAMPLE in item.reasons]
 
 
 def group_labelled_images(store: Store) -> int:

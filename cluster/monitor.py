@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from cluster.labels import audit_labels
+from cluster.labels import audit_labels, drawn_items
 from records.arrays import BoolArray, FloatArray
 from records.errors import ContractError
 from records.store import Store
@@ -32,7 +32,6 @@ from records.types import (
     Outcome,
     Prediction,
     ReasonCode,
-    ReviewItem,
 )
 
 logger = logging.getLogger(__name__)
@@ -191,10 +190,10 @@ def _referred(prediction: Prediction, key: str | None) -> bool:
     return prediction.label == key or (prediction.decision is not Decision.ANSWERED and bool(reasons))
 
 
-def _truth(store: Store) -> dict[str, str]:
+def _truth(store: Store, image_ids: set[str]) -> dict[str, str]:
     """Return the true class by image: from blind readers, or from an outcome with stronger evidence."""
     with store.ledger.read() as tx:
-        outcomes = tx.find(Outcome, order_by=("created_at", "id"))
+        outcomes = tx.find(Outcome, where={"image_id": image_ids}, order_by=("created_at", "id"))
     said = {label.image_id: label.label for label in audit_labels(store) if label.label is not None}
     known = [o for o in outcomes if o.diagnosis in store.taxonomy.codes and LABEL_RANK[o.confirmation] < _A_READER]
     # Later entries overwrite earlier ones, so the strongest outcome comes last, and of equal ones the newest.
@@ -205,13 +204,9 @@ def _truth(store: Store) -> dict[str, str]:
 def _audited(store: Store) -> list[Audited]:
     """Return the served predictions of the audit sample whose true class is known, oldest first."""
     with store.ledger.read() as tx:
-        items = [
-            item
-            for item in tx.find(ReviewItem)
-            if ReasonCode.AUDIT_SAMPLE in item.reasons and item.selection_probability and item.prediction_id
-        ]
+        items = [item for item in drawn_items(tx) if item.selection_probability and item.prediction_id]
         predictions = {p.id: p for p in tx.find(Prediction, where={"id": {i.prediction_id for i in items}})}
-    truth = _truth(store)
+    truth = _truth(store, {item.image_id for item in items})
     known = [item for item in items if item.image_id in truth and item.prediction_id in predictions]
     with store.ledger.read() as tx:
         images = {image.id: image for image in tx.find(Image, where={"id": {item.image_id for item in known}})}

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 
 import pandas as pd
 import pyarrow as pa
@@ -23,12 +24,14 @@ from records import audit
 from records.durable import make_folders, replacing, write_file
 from records.erasure import unusable_ids
 from records.errors import IntegrityError, RefusedError, UnknownIdError
+from records.ids import new_id
 from records.labelled import annotations, draw_splits, read_known
 from records.ledger.tables import TABLES
 from records.schemas import from_arrow, to_arrow
 from records.store import Store
 from records.types import (
     TRAINABLE,
+    DatasetChange,
     DatasetRecord,
     Group,
     ManifestRow,
@@ -41,6 +44,7 @@ from records.types import (
 HASHED_COLUMNS = ["image_id", "group_id", "split", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
 _ROWS_AT_ONCE = 50_000
+_MOST_CHANGES = 20_000  # of a version against its parent; more are not written to the ledger
 _ROWS_OF_A_GROUP = 10_000  # per parquet row group; rows are sorted by image, so a lookup reads one row group
 
 
@@ -172,7 +176,8 @@ def redraw_splits(store: Store) -> BuildReport:
             sa.update(groups).where(groups.c.split.is_not(None)).values(split=None, drawn_by=None, drawn_at=None)
         )
         removed = [record.id for record in tx.find(DatasetRecord)]
-        tx.connection.execute(sa.delete(TABLES[DatasetRecord]))
+        for kind in (DatasetRecord, DatasetChange):
+            tx.connection.execute(sa.delete(TABLES[kind]))
         audit.append(tx, actor="local", action="data.redrawn", subject="splits", details={"removed": removed})
     for dataset_id in removed:
         shutil.rmtree(store.home.datasets / dataset_id, ignore_errors=True)
@@ -305,8 +310,10 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
         "splits": {split.value: len(version.split(split)) for split in Split},
     }
     write_file(folder / "dataset.json", json.dumps(summary, indent=2) + "\n")
+    table = to_arrow(ManifestRow, version.rows)
     with replacing(folder / MANIFEST) as temporary:
-        pq.write_table(to_arrow(ManifestRow, version.rows), temporary, row_group_size=_ROWS_OF_A_GROUP)
+        pq.write_table(table, temporary, row_group_size=_ROWS_OF_A_GROUP)
+    changed = None if parent_id in (None, version.id) else changed_images(read_manifest(store, str(parent_id)), table)
     with store.ledger.begin() as tx:
         if tx.get(DatasetRecord, version.id) is None:
             record = DatasetRecord(
@@ -317,6 +324,23 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
                 num_images=version.num_images,
                 num_groups=version.num_groups,
                 round=round_number,
+                num_changes=None if changed is None else len(changed),
             )
-            tx.add(record)
+            tx.add(record, *(DatasetChange(id=new_id(), dataset_id=version.id, image_id=i) for i in changed or ()))
     return version
+
+
+def changed_images(before: pa.Table, after: pa.Table) -> list[str] | None:
+    """Return the images whose rows differ between two manifests, or that only one has; None if they are very many."""
+    old, new = before["image_id"], after["image_id"]
+    apart: list[pa.ChunkedArray] = []
+    if not old.equals(new):
+        held, kept = pc.is_in(old, value_set=new), pc.is_in(new, value_set=old)
+        apart = [old.filter(pc.invert(held)), new.filter(pc.invert(kept))]
+        before, after = before.filter(held), after.filter(kept)
+    # Both are sorted by image, so the rows of an image that both have are at the same place.
+    differs = [pc.fill_null(pc.not_equal(before[name], after[name]), True) for name in ManifestRow.model_fields]
+    apart.append(after["image_id"].filter(reduce(pc.or_, differs)))
+    if sum(map(len, apart)) > _MOST_CHANGES:
+        return None
+    return sorted(image_id for part in apart for image_id in part.to_pylist())

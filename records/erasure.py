@@ -39,6 +39,7 @@ from records.types import (
     AuditEvent,
     Consent,
     Cursor,
+    DatasetChange,
     EventRecord,
     Flag,
     Image,
@@ -121,6 +122,7 @@ ROWS: tuple[Rows, ...] = (
         IncidentPrediction, also={"truth": None},
         impersonal=("id", "incident_id", "prediction_id", "image_id", "criteria"),
     ),
+    Rows(DatasetChange, impersonal=("id", "dataset_id", "image_id")),
 )  # fmt: skip
 """Quarantined rows belong to no image id: those that name the image or its lesion are deleted, too."""
 

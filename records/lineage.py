@@ -16,11 +16,13 @@ from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import (
     Annotation,
+    DatasetChange,
     DatasetRecord,
     Flag,
     Image,
     Incident,
     IncidentPrediction,
+    ManifestRow,
     ModelRecord,
     Outcome,
     Prediction,
@@ -150,15 +152,21 @@ def _review_steps(tx: Transaction, image_id: str) -> Iterator[TraceStep]:
 
 
 def _dataset_steps(store: Store, tx: Transaction, image_id: str) -> Iterator[TraceStep]:
+    changed = {change.dataset_id for change in tx.find(DatasetChange, where={"image_id": image_id})}
+    rows: dict[str, ManifestRow | None] = {}
     for dataset in tx.find(DatasetRecord, order_by=("created_at",)):
-        # Every version is asked: one that leaves the image out says so only in its manifest.
-        row = find_in_manifest(store, dataset.id, image_id)
-        if row is None:
-            continue
-        text = f"in dataset {dataset.id[:12]} as {row.label} on split {row.split} ({row.label_source})"
-        yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
-        for model in tx.find(ModelRecord, where={"dataset_id": dataset.id}):
-            yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
+        # Of two versions in a row the second mostly has the same row, and the ledger knows where it does not. Opening
+        # the manifests of hundreds of versions would take seconds.
+        if dataset.num_changes is not None and dataset.parent_id in rows and dataset.id not in changed:
+            rows[dataset.id] = rows[dataset.parent_id]
+        else:
+            rows[dataset.id] = find_in_manifest(store, dataset.id, image_id)
+        row = rows[dataset.id]
+        if row is not None:
+            text = f"in dataset {dataset.id[:12]} as {row.label} on split {row.split} ({row.label_source})"
+            yield TraceStep(at=dataset.created_at, kind="dataset", id=dataset.id, text=text)
+    for model in tx.find(ModelRecord, where={"dataset_id": [id_ for id_, row in rows.items() if row is not None]}):
+        yield TraceStep(at=model.created_at, kind="model", id=model.id, text=_model_text(model))
 
 
 def _model_steps(tx: Transaction, model: ModelRecord) -> Iterator[TraceStep]:

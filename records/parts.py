@@ -3,11 +3,13 @@
     for part in in_parts(rows, write):      # write takes several rows at once
         part.members, part.result           # all of them, halves, or single rows: as few calls as the failures allow
     found = [attempt(draw, item) for item in items]     # a result, or the error of this item
+    for page in ahead(pages):               # the next page is fetched while this one is processed
 
 `UnavailableError` is the exception: if the ledger or a server does not respond, a second attempt does not help either.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -68,3 +70,16 @@ def attempt(act: Callable[[T], R], member: T) -> R | Exception:
         return act(member)
     except Exception as error:  # noqa: BLE001 - the caller reports it
         return error
+
+
+def ahead(members: Iterable[T]) -> Generator[T]:
+    """Yield the members of an iterable, the next of which is always being made, in a thread, meanwhile.
+
+    An error in making a member is raised when that member would be yielded.
+    """
+    source, end = iter(members), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, source, end)
+        while (member := coming.result()) is not end:
+            coming = pool.submit(next, source, end)
+            yield member  # type: ignore[misc]

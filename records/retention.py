@@ -260,16 +260,22 @@ def _due_images(store: Store, before: datetime | None) -> list[str]:
 
 
 def _pages_of_predictions(store: Store, before: datetime | None) -> Iterator[list[str]]:
-    """Yield the ids of predictions that are due, sorted, in pages; each page is read in a view of its own."""
-    last = ""
-    while before is not None:
-        query = sa.select(_PREDICTION.id).where(_PREDICTION.id > last, *_due_predictions(before))
+    """Yield the ids of predictions that are due, oldest first, in pages; each is read in a view of its own."""
+    if before is None:
+        return
+    # By time, whose index leads to the old ones; by id alone, every page would look for them among all rows.
+    place = _PREDICTION.created_at, _PREDICTION.id
+    query = sa.select(*place).where(*_due_predictions(before)).order_by(*place).limit(_PREDICTIONS_AT_ONCE)
+    page: Sequence[Any] = ()
+    while True:
+        later = (
+            [sa.tuple_(*place) > sa.tuple_(*map(sa.literal, page[-1], (place[0].type, place[1].type)))] if page else []
+        )
         with store.ledger.read() as tx:
-            page = list(tx.connection.scalars(query.order_by(_PREDICTION.id).limit(_PREDICTIONS_AT_ONCE)))
+            page = tx.connection.execute(query.where(*later)).all()
         if not page:
             return
-        last = page[-1]
-        yield page
+        yield [row.id for row in page]
 
 
 def _old_images(before: datetime | None) -> list[sa.ColumnElement[bool]]:
@@ -278,13 +284,12 @@ def _old_images(before: datetime | None) -> list[sa.ColumnElement[bool]]:
 
 
 def _due_predictions(before: datetime | None) -> list[sa.ColumnElement[bool]]:
-    named = [sa.exists().where(TABLES[kind].c.prediction_id == _PREDICTION.id) for kind in (Flag, Outcome)]
     # Events refer to their prediction, so a prediction that has events stays.
-    has_event = _PREDICTION.id.in_(sa.select(TABLES[EventRecord].c.prediction_id))
+    kinds = (Flag, Outcome, EventRecord)
+    named = [sa.exists().where(TABLES[kind].c.prediction_id == _PREDICTION.id) for kind in kinds]
     return [
         _PREDICTION.created_at < before,
         *(~condition for condition in named),
-        ~has_event,
         *_unreferenced(_PREDICTION.image_id),
     ]
 
@@ -293,12 +298,12 @@ def _unreferenced(image_id: sa.Column[Any]) -> list[sa.ColumnElement[bool]]:
     """Return the conditions that an image has no open review item, label or outcome, and no incident needs it."""
     # `exists` stops at the first row and uses the index on the image.
     is_open = sa.exists().where(_ITEM.image_id == image_id, _ITEM.state.in_(_OPEN))
-    labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in (SourceLabel, Annotation)]
-    turned_out = image_id.in_(sa.select(TABLES[Outcome].c.image_id))
+    kinds = (SourceLabel, Annotation, Outcome)
+    labelled = [sa.exists().where(TABLES[kind].c.image_id == image_id) for kind in kinds]
     rows, opened = TABLES[IncidentPrediction].c, TABLES[Incident].c
     is_examined = rows.incident_id.in_(sa.select(opened.id).where(opened.state == IncidentState.OPEN))
     of_incident = sa.exists().where(rows.image_id == image_id, sa.or_(rows.truth.is_not(None), is_examined))
-    return [~is_open, *(~condition for condition in labelled), ~turned_out, ~of_incident]
+    return [~is_open, *(~condition for condition in labelled), ~of_incident]
 
 
 def _count(tx: Transaction, column: sa.Column[Any], *conditions: sa.ColumnElement[bool]) -> int:

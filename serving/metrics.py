@@ -9,17 +9,20 @@ import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from records.errors import RelookError
 from records.ids import utc_now
+from records.ledger.tables import TABLES
 from records.store import Store
 from records.types import Prediction, ReviewItem, ReviewState
 from serving.hooks.delivery import state_of
 from serving.hooks.settings import HookSettings
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_ITEM = TABLES[ReviewItem].c
 _SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
 
 
@@ -143,12 +146,12 @@ class Metrics:
         with self._store.ledger.read() as tx:
             for state in (ReviewState.NEW, ReviewState.PUSHED):
                 self._waiting.labels(state=state.value).set(tx.count(ReviewItem, {"state": state}))
-            open_items = tx.find(ReviewItem, {"state": [ReviewState.NEW, ReviewState.PUSHED]})
-        # Due dates pass without any event, so this gauge is computed at each scrape and not counted.
-        now = utc_now()
+            # Due dates pass without any event, so this gauge is computed at each scrape and not counted.
+            is_open = _ITEM.state.in_([ReviewState.NEW, ReviewState.PUSHED])
+            overdue = tx.connection.scalar(sa.select(sa.func.count()).where(is_open, _ITEM.due < utc_now()))
         for hook in self.hooks:
             self._hook_failures.labels(hook=hook.name).set(state_of(self._store, hook).failures)
-        self._overdue.set(sum(item.due is not None and item.due < now for item in open_items))
+        self._overdue.set(overdue or 0)
 
 
 class _Summed:

@@ -28,6 +28,7 @@ from records.types import Lease, Record
 
 R = TypeVar("R", bound=Record)
 _FEW = 1000
+_KEY = "key_of_row"  # no column has this name, which SQLAlchemy would take for a new value
 _UNREACHABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 _RELEASED = datetime.fromtimestamp(0, UTC)  # before every time that a clock can be set to
 _LONGEST_LEASE = timedelta(hours=1)
@@ -169,21 +170,41 @@ class Transaction:
         Raises ContractError if a field is not mutable, a value does not fit it, or this is a read transaction;
         UnknownIdError if there is no record with this key.
         """
+        self.update_many(record_type, {key: changes})
+
+    def update_many(self, record_type: type[Record], changes: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Change mutable fields of several records in two statements, whatever their number.
+
+        Args:
+            record_type: the type of all of them.
+            changes: key to the new values; every record changes the same fields.
+        Raises:
+            ContractError: a field is not mutable, the records change different fields, a value does not fit, or this
+                is a read transaction.
+            UnknownIdError: there is no record with one of the keys.
+        """
         self._require_writes()
-        forbidden = sorted(set(changes) - record_type.mutable)
-        if forbidden:
-            raise ContractError(f"{record_type.__name__}.{forbidden[0]} never changes after it was written")
-        current = self.require(record_type, key)
-        try:
-            # The whole record is validated: pydantic checks nothing in `model_copy(update=...)`.
-            changed = record_type.model_validate(current.model_dump() | changes)
-        except ValidationError as error:
-            raise ContractError(f"{record_type.__name__} cannot become that: {error}") from error
-        values = {name: getattr(changed, name) for name in changes}
-        if not values:
+        if not changes:
             return
-        key_column = _column(record_type, record_type.key)
-        self.connection.execute(sa.update(TABLES[record_type]).where(key_column == key).values(**values))
+        names = set[str]().union(*changes.values())
+        if forbidden := sorted(names - record_type.mutable):
+            raise ContractError(f"{record_type.__name__}.{forbidden[0]} never changes after it was written")
+        if any(values.keys() != names for values in changes.values()):
+            raise ContractError(f"records of {record_type.__name__} that are changed together change the same fields")
+        current = {getattr(row, record_type.key): row for row in self.find(record_type, {record_type.key: [*changes]})}
+        rows = []
+        for key, values in changes.items():
+            if key not in current:
+                raise UnknownIdError(f"no {record_type.__name__} has the id {key!r}")
+            try:
+                # The whole record is validated: pydantic checks nothing in `model_copy(update=...)`.
+                changed = record_type.model_validate(current[key].model_dump() | values)
+            except ValidationError as error:
+                raise ContractError(f"{record_type.__name__} cannot become that: {error}") from error
+            rows.append({_KEY: key} | {name: getattr(changed, name) for name in names})
+        if names:
+            matches = _column(record_type, record_type.key) == sa.bindparam(_KEY)
+            self.connection.execute(sa.update(TABLES[record_type]).where(matches), rows)
 
     def now(self) -> datetime:
         """Return the time by the database's clock, which all machines that share the ledger read alike."""

@@ -18,6 +18,7 @@ from records.types import (
     ApiKey,
     AuditEvent,
     Cursor,
+    DatasetChange,
     DatasetRecord,
     EventRecord,
     Flag,
@@ -41,7 +42,7 @@ from records.types.base import field_type, storable
 
 LEDGER_TYPES: tuple[type[Record], ...] = (
     Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, Annotation,
-    DatasetRecord, ModelRecord, RoundRecord, RoundStep, Lease, Cursor, AuditEvent, EventRecord,
+    DatasetRecord, DatasetChange, ModelRecord, RoundRecord, RoundStep, Lease, Cursor, AuditEvent, EventRecord,
     ApiKey, Rollout, Incident, IncidentPrediction,
 )  # fmt: skip
 

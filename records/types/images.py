@@ -65,7 +65,12 @@ class Image(Record):
     mutable: ClassVar[frozenset[str]] = frozenset(
         {"group_id", "erased_at", "expired_at", "consent", "consent_lowered_at"}
     )
-    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("group_id",), ("source_id",), ("lesion_id",))
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("group_id",),
+        ("source_id",),
+        ("lesion_id",),
+        ("provenance", "created_at"),
+    )
 
     id: str = Field(min_length=64, max_length=64, description="SHA-256 of the stored bytes, hex")
     source_id: str | None = Field(default=None, description="name at the source, for example ISIC_0024306")

@@ -32,6 +32,20 @@ class DatasetRecord(Record):
     num_images: int = Field(ge=0)
     num_groups: int = Field(ge=0)
     round: int = Field(ge=0)
+    num_changes: int | None = Field(
+        default=None, ge=0, description="rows of `dataset_changes`; empty: there are none, look into the manifest"
+    )
+
+
+class DatasetChange(Record):
+    """An image whose row in a dataset version differs from its row in the version's parent, or is missing from one."""
+
+    table: ClassVar[str] = "dataset_changes"
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",), ("dataset_id",))
+
+    id: str
+    dataset_id: str
+    image_id: str
 
 
 class ModelRecord(Record):
@@ -39,7 +53,7 @@ class ModelRecord(Record):
 
     table: ClassVar[str] = "models"
     mutable: ClassVar[frozenset[str]] = frozenset({"status", "status_changed_at", "replaced_id", "replaced_status"})
-    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("status",),)
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("status",), ("dataset_id",))
 
     id: str = Field(description="content hash of the bundle, 64 hex characters")
     created_at: Timestamp
@@ -136,7 +150,7 @@ class EventRecord(Record):
     """Something that happened to a prediction, for its caller, in order."""
 
     table: ClassVar[str] = "events"
-    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("organisation", "id"),)
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("organisation", "id"), ("prediction_id",))
     unique: ClassVar[tuple[tuple[str, ...], ...]] = (("source", "prediction_id"),)
 
     id: str

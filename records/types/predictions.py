@@ -69,8 +69,10 @@ class Prediction(Record):
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("image_id",),
         ("request_id",),
-        ("organisation", "created_at"),
+        ("organisation", "id"),
+        ("decision", "id"),
         ("model_id", "created_at"),
+        ("created_at", "id"),
     )
     unique: ClassVar[tuple[tuple[str, ...], ...]] = (("caller", "idempotency_key", "arm"),)
 
@@ -122,7 +124,13 @@ class ReviewItem(Record):
         {"state", "priority", "reasons", "project_id", "task_id", "pushed_at", "answered_at", "overlay_blob"}
         | {"comment", "suggested_label", "blind", "reader", "sent_hash", "heat_map"}
     )
-    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("state", "priority"), ("prediction_id",), ("image_id",))
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("state", "priority"),
+        ("prediction_id",),
+        ("image_id",),
+        ("project_id", "task_id"),
+        ("selection_probability",),
+    )
 
     id: str
     created_at: Timestamp
@@ -175,7 +183,7 @@ class Outcome(Record):
     """A diagnosis that was reported later, for example a biopsy result."""
 
     table: ClassVar[str] = "outcomes"
-    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("prediction_id",),)
+    indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("prediction_id",), ("image_id",))
 
     id: str
     created_at: Timestamp

@@ -3,19 +3,23 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from records.datasets import build_version
 from records.errors import IntegrityError, UnknownIdError
 from records.ids import utc_now
+from records.ledger.tables import TABLES
 from records.lineage import trace
 from records.store import Store
 from records.types import (
     Annotation,
     Confirmation,
+    Consent,
     DatasetRecord,
     Decision,
     Flag,
     FlagReason,
+    Image,
     ModelRecord,
     ModelStatus,
     Outcome,
@@ -157,3 +161,40 @@ def test_a_lost_manifest_is_named(store: Store, history: str) -> None:
     (store.home.datasets / dataset.id / "manifest.parquet").unlink()
     with pytest.raises(IntegrityError, match="is missing"):
         trace(store, history)
+
+
+def test_versions_that_repeat_a_row_are_not_opened_and_the_trace_is_the_same(
+    store: Store, add_labelled: Callable[..., None], image_id: Callable[[object], str]
+) -> None:
+    add_labelled(store, range(6))
+    versions = [build_version(store).version.id]
+    for number, change in enumerate(("labelled", "added", "left out", "nothing but a round"), start=1):
+        said = {"confirmation": Confirmation.HISTOPATHOLOGY, "annotators": ["a"], "from_audit_sample": True}
+        resolved = [ResolvedLabel.model_validate({"image_id": image_id(0), "label": "mel", **said})]
+        if change == "added":
+            add_labelled(store, [6])
+        if change == "left out":
+            with store.ledger.begin() as tx:
+                tx.update(Image, image_id(1), consent=Consent.REVIEW)
+        if change == "nothing but a round":
+            resolved.append(resolved[0].model_copy(update={"image_id": image_id(2), "label": "nv"}))
+        made = build_version(store, resolved=resolved, round_number=number, parent_id=versions[-1]).version
+        versions.append(made.id)
+    images = [image_id(number) for number in range(7)]
+    by_changes = [trace(store, image) for image in images]
+    with store.ledger.begin() as tx:
+        numbers = {record.id: record.num_changes for record in tx.find(DatasetRecord)}
+        assert [numbers[version] for version in versions] == [None, 1, 1, 1, 1]
+        tx.connection.execute(sa.update(TABLES[DatasetRecord]).values(num_changes=None))
+    assert [trace(store, image) for image in images] == by_changes
+    steps = [[step.id for step in found.steps if step.kind == "dataset"] for found in by_changes]
+    assert steps[1] == versions[:3]
+    assert steps[6] == versions[2:]
+    with store.ledger.begin() as tx:
+        tx.connection.execute(
+            sa.update(TABLES[DatasetRecord]).where(TABLES[DatasetRecord].c.round > 0).values(num_changes=1)
+        )
+    (store.home.datasets / versions[1] / "manifest.parquet").unlink()
+    assert trace(store, image_id(3)) == by_changes[3]
+    with pytest.raises(IntegrityError, match="is missing"):
+        trace(store, image_id(0))

