@@ -29,7 +29,7 @@ def resolved_labels(
         One entry per image.
     """
     with store.ledger.read() as tx:
-        labels = tx.find(Annotation, order_by=("created_at", "id"))
+        labels = tx.find(Annotation, where={"gold": False}, order_by=("created_at", "id"))
         items = tx.find(ReviewItem)
     if until is not None:
         labels = [label for label in labels if label.created_at <= until]

@@ -76,7 +76,7 @@ def known_diagnoses(store: Store) -> dict[str, str]:
     """Return image id to diagnosis: the strongest imported one, else the one that all annotators agree on."""
     said: dict[str, set[str]] = {}
     with store.ledger.read() as tx:
-        for label in tx.find(Annotation, where={"kind": AnnotationKind.CLASS, "deleted": False}):
+        for label in tx.find(Annotation, where={"kind": AnnotationKind.CLASS, "deleted": False, "gold": False}):
             if label.label is not None:
                 said.setdefault(label.image_id, set()).add(label.label)
         imported = known_labels(tx)

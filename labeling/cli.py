@@ -1,4 +1,4 @@
-"""The verbs of labeling: install, up, down, status, push, pull, sync, invite, agreement, simulate.
+"""The verbs of labeling: install, up, down, status, push, pull, sync, invite, agreement, readers, simulate.
 
 The verbs that also need a model (select, second-opinions) are added to `label_app` by `cluster.verbs`, and link and
 unlink by `cluster.label_projects`.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,9 @@ from records.progress import LineProgress, progress, say, status, stderr
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from labeling.agreement import AnchoringReport
     from labeling.client import LabelStudioClient
+    from labeling.readers import ReaderCard, Share
     from labeling.sync import SyncReport
     from records.store import Store
 
@@ -207,13 +210,61 @@ def agreement_command(call: Call) -> None:
         table.add_row(f"  {code} against the rest", _kappa(kappa))
     for pair, kappa in found.cohen.items():
         table.add_row(f"Cohen's kappa {pair}", _kappa(kappa))
-    seen = found.anchoring
+    _add_anchoring(table, found.anchoring)
+    call.emit(found, table)
+
+
+def _add_anchoring(table: Table, seen: "AnchoringReport") -> None:
     table.add_row("agree with the model", f"{seen.shown_agreeing} of {seen.shown} who saw its prediction")
     table.add_row("", f"{seen.blind_agreeing} of {seen.blind} who did not")
     if seen.difference is not None and seen.interval is not None:
         low, high = seen.interval
         table.add_row("difference", f"{seen.difference:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}")
-    call.emit(found, table)
+
+
+@verb(label_app, "readers")
+def readers_command(
+    call: Call,
+    reader: Annotated[
+        str | None, typer.Option("--reader", help="Open the card of this annotator, who then counts as having seen it.")
+    ] = None,
+) -> None:
+    """Show how right, consistent and fast annotators are; each sees their own card before it is listed."""
+    from labeling.readers import list_cards, open_card
+
+    with call.store() as store:
+        if reader is not None:
+            one = open_card(store, reader, actor="relook label readers")
+            call.emit(one, _card_table(one))
+            return
+        found = list_cards(store)
+    for name in found.unopened:
+        say(f"{name} has not seen their card yet: relook label readers --reader {name}")
+    call.emit(found, Group(*map(_card_table, found.cards)) if found.cards else "no card has been opened yet")
+
+
+def _card_table(card: "ReaderCard") -> Table:
+    table = Table(show_header=False, title=f"{card.reader}, as of {card.as_of:%Y-%m-%d %H:%M} UTC")
+    table.add_row("images annotated", str(card.annotations))
+    undecided = f"; {card.gold_undecided} more without a class" if card.gold_undecided else ""
+    table.add_row("gold questions right", _share_text(card.gold) + undecided)
+    table.add_row("  of malignant ones, named malignant", _share_text(card.malignant))
+    for truth, named in card.confusion.items():
+        table.add_row(f"  {truth} was called", ", ".join(f"{label} {number}" for label, number in named.items()))
+    table.add_row("agrees with most others", _share_text(card.agreement))
+    if card.seconds is not None:
+        ends = card.seconds_interval
+        between = f", 95 % interval {ends[0]:.0f} to {ends[1]:.0f} s" if ends else ""
+        table.add_row("time of a task, median", f"{card.seconds:.0f} s{between}")
+    _add_anchoring(table, card.anchoring)
+    return table
+
+
+def _share_text(share: "Share") -> str:
+    if share.share is None or share.interval is None:
+        return "none yet"
+    low, high = share.interval
+    return f"{share.hits} of {share.of}, {share.share:.2f} (95 % interval {low:.2f} to {high:.2f})"
 
 
 @verb(label_app, "simulate")

@@ -27,7 +27,7 @@ from records.ids import hash_of, new_id, utc_now
 from records.lease import hold
 from records.ledger import Transaction
 from records.store import Store
-from records.types import Annotation, AnnotationKind, Cursor, Image, ReviewItem, ReviewState
+from records.types import Annotation, AnnotationKind, Cursor, Image, ReasonCode, ReviewItem, ReviewState
 from records.types.base import LINE
 
 _OVERLAP = timedelta(seconds=60)
@@ -358,6 +358,7 @@ class _Pass:
         for label in labels:
             changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}
             # Derived from the revision that it ends: revisions are unique per annotation, and an annotation can be
+            gold=ReasonCode.GOLD in item.reasons,
             # skipped, submitted and skipped again, which takes a tombstone each time.
             tx.add(label.model_copy(update={**changes, "revision": hash_of(["deleted", label.revision])}))
         return len(labels)

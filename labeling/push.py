@@ -369,7 +369,8 @@ def _prepare(
         )
         if project.page is not None:
             made = fitted(made, project.page, image, settings)
-        made["meta"]["relook_model"] = prediction.model_id if prediction is not None else model_id
+        if not item.blind:
+            made["meta"]["relook_model"] = prediction.model_id if prediction is not None else model_id
         return made
 
     batch = _Batch([], [], [], [])

@@ -2,12 +2,14 @@
 
 Items of the random audit sample are read blind, since labels for an evaluation must not depend on the model. If such
 an item is also urgent or flagged, it gets a second, blind read. A share of the other items is blind as well, which
-measures how far the prediction influences its readers. This module writes to the ledger and calls no server.
+measures how far the prediction influences its readers. Gold questions join the blind ones. This module writes to the
+ledger and calls no server.
 """
 
 import sqlalchemy as sa
 
 from labeling.consensus import contested
+from labeling.gold import add_gold
 from labeling.settings import LabelingSettings
 from records.ids import hash_of, utc_now
 from records.ledger.tables import TABLES
@@ -31,6 +33,7 @@ def plan_reads(store: Store, settings: LabelingSettings) -> int:
                 if tx.get(ReviewItem, read.id) is None:
                     tx.add(read)
                     added += 1
+        added += add_gold(tx, settings.gold_share)
     return added
 
 
@@ -60,7 +63,8 @@ def add_adjudications(store: Store, threshold: float) -> int:
         How many were added.
     """
     with store.ledger.begin() as tx:
-        disputed = contested(tx.find(Annotation, order_by=("created_at", "id")), threshold)
+        said = tx.find(Annotation, where={"gold": False}, order_by=("created_at", "id"))
+        disputed = contested(said, threshold)
         about = {rows[-1].review_item_id for rows in disputed.values()}
         wanted = [_adjudication(item) for item in tx.find(ReviewItem, where={"id": about}, order_by=("id",))]
         # The id follows from the image. Annotators who still disagree after an adjudication cause no second one.

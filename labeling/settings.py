@@ -47,6 +47,13 @@ class LabelingSettings(RoomSettings):
     blind_share: float = Field(
         default=0.1, ge=0, le=1, description="share of review items that are read without the prediction, 0 to 1"
     )
+    gold_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="share of blind tasks that ask about a training image with a confirmed diagnosis, to measure "
+        "readers, 0 to 0.5",
+    )
     readers: tuple[str, ...] = Field(
         default=(), description="e-mail addresses of the blind readers, each with a project of their own"
     )

@@ -60,6 +60,8 @@ _REASONS: dict[ReasonCode, str] = {
     ReasonCode.ADJUDICATION: "Earlier diagnoses of this image differ: please decide.",
     ReasonCode.INCIDENT: "A prediction like the one for this image was wrong: please read this image first.",
     ReasonCode.BAD_IMAGE: "The image may be unusable: please check its quality.",
+    ReasonCode.DRIFT: "Images of this source have changed lately, so more of them are checked.",
+    ReasonCode.GOLD: "Please give your diagnosis.",  # its tasks are blind, and blind tasks show no reason
 }
 
 

@@ -99,7 +99,8 @@ def gather(store: Store) -> int:
 
 def _new_events(tx: Transaction) -> Iterator[EventRecord]:
     # An annotation concerns all predictions of its image, an outcome only its own prediction.
-    for row in _new_causes(tx, _LABEL, _LABEL.image_id == _PREDICTION.image_id, _LABEL.deleted.is_(False)):
+    counts = sa.and_(_LABEL.deleted.is_(False), _LABEL.gold.is_(False))
+    for row in _new_causes(tx, _LABEL, _LABEL.image_id == _PREDICTION.image_id, counts):
         details = {"label": row["label"], "kind": row["kind"], "by": "annotator"}
         if row["kind"] != AnnotationKind.CLASS:
             yield _event(row, "undecided", details)

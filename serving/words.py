@@ -116,5 +116,7 @@ _FIXED: dict[ReasonCode, str] = {
     ReasonCode.LABEL_NOISE: "The stored label and the model's prediction differ.",
     ReasonCode.ADJUDICATION: "Two labels of this image differ.",
     ReasonCode.INCIDENT: "A prediction like this one turned out to be wrong.",
+    ReasonCode.DRIFT: "Images of this source have changed, so more of them are drawn at random for a check.",
+    ReasonCode.GOLD: "The diagnosis is known; annotators are compared with it.",
     ReasonCode.BAD_IMAGE: "The quality of the image is too low for a prediction.",
 }

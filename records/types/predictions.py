@@ -41,6 +41,8 @@ class ReasonCode(StrEnum):
     LABEL_NOISE = "label_noise"
     ADJUDICATION = "adjudication"
     INCIDENT = "incident"
+    GOLD = "gold"
+    DRIFT = "drift"
     BAD_IMAGE = "bad_image"
 
 
