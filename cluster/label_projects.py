@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from images.pairs import parse_labels
 from labeling.cli import label_app
 from records.command import Call, verb
 from records.progress import progress, say
-from trainers.cli.data import ChoicesOption, import_table, parse_columns, print_refusals
+from trainers.cli.data import ChoicesOption, import_table, print_refusals
 
 if TYPE_CHECKING:
     from trainers.cli.data import ProjectOptions
@@ -64,7 +65,7 @@ def link_command(
     from labeling.connection import require
     from labeling.existing.link import link
 
-    said = parse_columns(labels, "--labels", "choice=class, for example Naevus=nv")
+    said = parse_labels(labels, "choice=class, for example Naevus=nv")
     with call.store() as store, require(store.home, call.settings.labeling) as client:
         found = link(store, client, call.settings.labeling, project, choices=choices, labels=said)
     for choice in found.no_class:

@@ -50,7 +50,7 @@ def demo(
 ) -> None:
     """Run the whole loop once: search, train, serve, review, annotate, retrain, swap."""
     from cluster.demo.command import reopen_demo, run_demo
-    from trainers.cli.data import parse_columns
+    from images.pairs import parse_columns
 
     if reopen:
         reopen_demo(call.settings, as_json=call.as_json)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from images.decode import DECODE_VERSION, decode_square
+from images.fetched import forget_fetched
 from images.parallel import chunks_of, map_in_order
 from records.arrays import IntArray, UInt8Array
 from records.durable import make_folders, write_file
@@ -303,8 +304,9 @@ def blank_pixels(cache: Path, image_ids: Collection[str]) -> int:
 PIXELS = Place(
     "decoded pixels",
     "cache",
-    "images as a model sees them; the caches of other nodes drop them when they are next used",
-    lambda store, image_ids: blank_pixels(store.home.cache, image_ids),
+    "images as a model sees them, and what interrupted imports fetched; the caches of other nodes drop them when they "
+    "are next used",
+    lambda store, image_ids: blank_pixels(store.home.cache, image_ids) + forget_fetched(store.home.cache, image_ids),
 )
 
 

@@ -8,6 +8,7 @@ since any tag may hold a name.
 
 import io
 import logging
+import re
 import zlib
 from typing import Any
 
@@ -44,6 +45,10 @@ _BITS = (1, 8, 16, 32)
 _JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 _JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 _READ = "Explicit VR Little Endian, JPEG Baseline, JPEG 2000 or RLE"
+_STANDARD = re.compile(r"1\.2\.840\.10008(\.[0-9]{1,5}){1,6}")
+_VIDEO = re.compile(r"MPEG|HEVC|SMPTE", re.IGNORECASE)
+_PACKAGES = {"pyjpegls": "pyjpegls", "gdcm": "python-gdcm", "pylibjpeg": "pylibjpeg pylibjpeg-openjpeg"}
+"""Plugin of pydicom to the packages that it needs, those first that bring the fewest others."""
 # Rows that are converted at once: their values take eight bytes each meanwhile.
 _BAND_PX = 256
 _INFLATED_SHARE = 4
@@ -63,8 +68,8 @@ def decode_dicom(data: bytes, limits: ImagesSettings) -> tuple[UInt8Array, dict[
     """
     try:
         dataset, syntax = _read(data, limits)
-        _require_one_image(dataset)
         _require_decoder(syntax)
+        _require_one_image(dataset)
         _require_within(dataset, syntax, limits)
         return _decoded(dataset, syntax, limits), tags_of(dataset)
     except (ImageError, MemoryError):
@@ -156,8 +161,24 @@ def _require_decoder(syntax: UID) -> None:
 
 
 def _unreadable(syntax: UID) -> ImageError:
-    name = UID_dictionary.get(str(syntax), ("a transfer syntax that is not known",))[0]
-    return ImageError(f"Relook does not read DICOM files in {name}; save it in {_READ}")
+    # A syntax of DICOM itself that is newer than the dictionary; any other text may be anything.
+    number = f" ({syntax})" if _STANDARD.fullmatch(str(syntax)) else ""
+    name = UID_dictionary.get(str(syntax), (f"a transfer syntax that is not known{number}",))[0]
+    if _VIDEO.search(name):
+        return ImageError(f"the DICOM file is a video ({name}) and Relook reads images; export the frame that matters")
+    packages = _packages_for(syntax)
+    more = f", or install what decodes it: pip install {packages}" if packages else ""
+    return ImageError(f"Relook does not read DICOM files in {name}; save it in {_READ}{more}")
+
+
+def _packages_for(syntax: UID) -> str:
+    """Return the packages with which pydicom decodes a syntax; empty if there are none."""
+    try:
+        missing = get_decoder(syntax).missing_dependencies
+    except NotImplementedError:
+        return ""
+    plugins = [line.partition(" ")[0] for line in missing]
+    return next((packages for plugin, packages in _PACKAGES.items() if plugin in plugins), "")
 
 
 def _decoded(dataset: Dataset, syntax: UID, limits: ImagesSettings) -> UInt8Array:

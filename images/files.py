@@ -6,10 +6,13 @@ depends on its content: an image without a known suffix is an image, too.
 """
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from images.dicom_head import HEAD_BYTES as DICOM_HEAD_BYTES
 from images.dicom_head import SOP_INSTANCE, UID, file_meta
@@ -28,6 +31,8 @@ OTHER_IMAGE_SUFFIXES = frozenset(
 )
 _SAME_SUFFIX = {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".tiff": ".tif", ".heif": ".heic"}
 _HEAD_BYTES = 132
+_DIGITS = 19
+_WHOLE_NUMBER = re.compile(rf"([0-9]{{1,{_DIGITS - 1}}})(\.0*)?", re.ASCII)
 _NO_IMAGE = 2
 
 
@@ -153,20 +158,22 @@ class ImageIndex:
         if found is None and "/" in path:
             # Resolved, so that neither `..` nor a symbolic link leads out of the folder.
             resolved = (self._folder / path).resolve()
-            if not resolved.is_relative_to(self._folder.resolve()):
-                return None, f"{name} lies outside {self._folder}"
-            normal = os.path.normpath(path)
-            found = [resolved] if resolved.is_file() else self._alike.get(same_name(normal))
+            is_inside = resolved.is_relative_to(self._folder.resolve())
+            if is_inside:
+                found = [resolved] if resolved.is_file() else self._alike.get(same_name(os.path.normpath(path)))
+            found = found or self._written_elsewhere(path) or self._nearly_named(path)
             if not found:
-                return None, f"there is no file {name} in {self._folder}"
-        found = found or self._alike.get(same_name(name)) or []
+                where = f"there is no file {name} in" if is_inside else f"{name} lies outside"
+                return None, f"{where} {self._folder}"
+        found = found or self._alike.get(same_name(name)) or self._nearly_named(path) or []
         if not found and UID.fullmatch(name) and (of_uid := self._with_uid(name)):
             return of_uid, None
         if not found:
             return None, f"there is no image named {name} in {self._folder}"
         # An image and its copy in a format that cannot be read, or a text beside it, have one name.
         best = min(self._rank.get(path, 0) for path in found)
-        found = [path for path in found if self._rank.get(path, 0) == best]
+        # A file whose whole path is the name is meant as much as a better one in another folder.
+        found = [path for path in found if self._rank.get(path, 0) == best or path == self._folder / name]
         # Several files of one name are no problem if they are the same image.
         if len(found) > 1 and len({path.read_bytes() for path in found}) > 1:
             names = " and ".join(shown(path.relative_to(self._folder)) for path in found[:2])
@@ -176,6 +183,42 @@ class ImageIndex:
         if "/" in path and not found[0].resolve().is_relative_to(self._folder.resolve()):
             return None, f"{name} lies outside {self._folder}"
         return found[0], None
+
+    def _nearly_named(self, name: str) -> list[Path]:
+        """Return the images whose number a name is, such as 0017.jpg for 17.0, or its stem in another format."""
+        number = _WHOLE_NUMBER.fullmatch(name)
+        if number is not None:
+            return self._of_number.get(int(number[1]), [])
+        stem, suffix = os.path.splitext(name)
+        found = self._alike.get(same_name(stem), []) if suffix.lower() in IMAGE_SUFFIXES else []
+        return [path for path in found if self._rank[path] == 0]
+
+    @cached_property
+    def _of_number(self) -> dict[int, list[Path]]:
+        # Spreadsheets drop zeros before a number, and write a column of numbers with gaps as 17.0.
+        found: dict[int, list[Path]] = {}
+        for path in self.images:
+            if path.stem.isdecimal() and len(path.stem) < _DIGITS:
+                found.setdefault(int(path.stem), []).append(path)
+        return found
+
+    def _written_elsewhere(self, path: str) -> list[Path]:
+        """Return the files whose whole path in the folder is the end of a path or address on another machine."""
+        scheme, mark, rest = path.partition("://")
+        parts = PurePosixPath(unquote(re.split(r"[?#]", rest)[0]) if mark and scheme.isalpha() else path).parts
+        if ".." in parts:
+            return []
+        for start in range(1, len(parts)):
+            end = same_name("/".join(parts[start:]))
+            # No file in a folder of another name, which may hold another image of this name.
+            found = [one for one in self._alike.get(end, ()) if self._is_whole(one, end)]
+            if found:
+                return found
+        return []
+
+    def _is_whole(self, path: Path, end: str) -> bool:
+        inside = path.relative_to(self._folder)
+        return end in (same_name(inside.as_posix()), same_name(inside.with_suffix("").as_posix()))
 
     def _with_uid(self, uid: str) -> Path | None:
         """Return the DICOM file with a SOP instance UID."""

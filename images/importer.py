@@ -35,6 +35,7 @@ from images.import_plan import (
 )
 from images.intake import Intake
 from images.layouts import read_source
+from images.pairs import label_pair
 from images.source_table import SourceRow, SourceTable, tables_of
 from images.unpack import Place, opened
 from records.datasets import DatasetVersion, build_version, load_dataset
@@ -43,8 +44,10 @@ from records.errors import ConfigError, DataError
 from records.ids import canonical_json, sha256_hex, utc_now
 from records.keys import patient_hash
 from records.store import Store
+from records.taxonomy import Taxonomy
 from records.types import AuditEvent, Consent, DatasetRecord, Image, Quarantined, SourceLabel
 
+_SHOWN_LABELS = 5
 WITHHELD_COLUMNS = ["image_id", "source_id", "group_id", "label"]
 
 
@@ -196,7 +199,7 @@ def import_source(
     rows, refusals, notes = usable_rows(labelled, store.taxonomy, labels)
     entries, unreadable = _take_in(store, rows, side_px, in_place, progress)
     entries, of_tags = with_tags(store.home, entries)
-    notes = [*of_folders, *notes, *of_tags]
+    notes = [*of_folders, *notes, *of_tags, *_unknown_labels(labelled, refusals, store.taxonomy)]
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
     plan = _plan(store, source, entries, refusals, reading, consent, withhold_share, correct, progress)
@@ -209,6 +212,18 @@ def import_source(
     dataset_id, left_out = _build(store)
     notes = [*source.notes, *notes, *written.notes, *left_out, *_of_export(source, dataset_id), *_passed_over(source)]
     return _report(plan, written, dataset_id, same_bytes, notes, source, started)
+
+
+def _unknown_labels(rows: Sequence[SourceRow], refusals: Sequence[Refusal], taxonomy: Taxonomy) -> list[str]:
+    """Return a sentence that says which labels are no class, and how they are read as one."""
+    unknown = {refusal.source_id for refusal in refusals if refusal.code == "unknown_class"}
+    counts = Counter(row.label for row in rows if row.source_id in unknown and row.label is not None)
+    if not counts:
+        return []
+    most = [f"{text!r} ({count})" for text, count in counts.most_common(_SHOWN_LABELS)]
+    more = ", ..." if len(counts) > len(most) else ""
+    example = label_pair(counts.most_common(1)[0][0], taxonomy.codes[0])
+    return [f"labels that are no class: {', '.join(most)}{more}; --labels reads them as one, for example '{example}'"]
 
 
 def _require_arguments(store: Store, labels: Mapping[str, str], withhold_share: float) -> None:

@@ -40,9 +40,10 @@ COLUMNS: dict[str, str] = {
 REQUIRED = ("image", "dx")
 TABLE_NAMES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
 
-_TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".jsonl", ".ndjson"})
 _OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".parquet"})
-MARKED, UNMARKED = frozenset({"1", "1.0"}), frozenset({"0", "0.0", ""})
+_MARKS = {**dict.fromkeys(("1", "1.0", "1,0", "true", "yes", "x"), True),
+          **dict.fromkeys(("0", "0.0", "0,0", "false", "no", ""), False)}  # fmt: skip
 _EMPTY = frozenset({"", "unknown", "unk", "nan", "na", "n/a", "none", "null"})
 _CONFIRMATIONS = {
     "histo": Confirmation.HISTOPATHOLOGY,
@@ -193,7 +194,7 @@ def source_of(
         raise DataError(f"the table {path} has no rows; it needs one row per image")
     index = ImageIndex(folder, listing.files)
     if files is None and not index.images:
-        raise DataError(f"there are no images in {folder}; put .jpg, .png or .webp files into it or its subfolders")
+        raise DataError(f"there are no images in {folder}; {_where_images_may_be(listing)}")
     reader = _RowReader(cells, mapping, files or index, sha256_hex(content))
     rows = list(reader.rows())
     notes = [*cells.notes, *reader.notes()]
@@ -212,14 +213,14 @@ def _hot_columns(table: Table, given: Mapping[str, str]) -> list[str]:
     if "dx" in given or COLUMNS["dx"] in table.columns:
         return []
     others = [name for name in table.columns if name not in named]
-    marks = all(cell in MARKED or cell in UNMARKED for name in others for cell in table.columns[name])
+    marks = all(mark_of(cell) is not None for name in others for cell in table.columns[name])
     return others if len(others) > 1 and marks else []
 
 
 def _with_label(table: Table, hot: Sequence[str]) -> Table:
     labels, conflicts = [], dict(table.conflicts)
     for row in range(table.length):
-        marked = [name for name in hot if table.columns[name][row] in MARKED]
+        marked = [name for name in hot if mark_of(table.columns[name][row])]
         if len(marked) > 1:
             conflicts.setdefault(row, f"it is marked as {' and '.join(marked)}")
         labels.append(next(iter(marked), ""))
@@ -238,7 +239,8 @@ def unlisted(folder: Path, rows: Sequence[SourceRow], images: Sequence[Path], li
     unused = [shown(path.relative_to(folder)) for path in images if path.resolve() not in used]
     archives = [path for path in listing.files if path.name.lower().endswith(_ARCHIVES) and path.resolve() not in used]
     unread = [(path, "it is an archive whose images are not read in this layout") for path in archives]
-    return [*unused, *(f"{shown(path.relative_to(folder))}: {why}" for path, why in [*unread, *listing.unreadable])]
+    listed = [*unused, *(f"{shown(path.relative_to(folder))}: {why}" for path, why in [*unread, *listing.unreadable])]
+    return [_NAME.keep(one) for one in listed]
 
 
 def read_class_folders(folder: Path, listing: Listing, columns: Mapping[str, str] | None = None) -> SourceTable:
@@ -264,10 +266,11 @@ def read_class_folders(folder: Path, listing: Listing, columns: Mapping[str, str
             f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per image, "
             f"or a folder per class{other}"
         )
-    has_splits = all(found[0].lower() in SPLIT_NAMES for found in parts.values() if found)
+    has_splits = _below_splits(list(parts.values()))
     rows = []
     for path, found in parts.items():
-        split = SPLIT_NAMES[found[0].lower()] if has_splits and found else None
+        split = SPLIT_NAMES.get(found[0].lower()) if has_splits and found else None
+        # An image beside the folders of the splits is in none of their classes.
         label = next(iter(found[1:] if has_splits else found), None)
         rows.append(row_of_folder(shown(path.relative_to(folder)), path, label, split))
     layout = "layout: a folder per class" + (" below a folder per split" if has_splits else "")
@@ -275,6 +278,12 @@ def read_class_folders(folder: Path, listing: Listing, columns: Mapping[str, str
     # Stands for the table: the same files are the same import.
     content = "\n".join(row.source_id for row in rows).encode()
     return SourceTable(folder, content, rows, [], layout, unlisted(folder, rows, images, listing))
+
+
+def _below_splits(parts: Sequence[tuple[str, ...]]) -> bool:
+    """Return whether the folders of classes lie in folders of splits; other folders may hold single images."""
+    deep = [found[0].lower() in SPLIT_NAMES for found in parts if len(found) > 1]
+    return all(deep) if any(deep) else all(found[0].lower() in SPLIT_NAMES for found in parts if found)
 
 
 def row_of_folder(name: str, path: Path, label: str | None, split: Split | None) -> SourceRow:
@@ -318,7 +327,7 @@ def _find_table(folder: Path, table: Path | None) -> Path:
 def tables_of(folder: Path) -> list[Path]:
     """Return the files at the top of a folder that may be its table, by name."""
     named = {folder / name for name in TABLE_NAMES if (folder / name).is_file()}
-    found = {p for p in folder.iterdir() if p.suffix.lower() in _TABLE_SUFFIXES and not p.name.startswith(".")}
+    found = {p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith(".")}
     return sorted(named | found)
 
 
@@ -331,7 +340,9 @@ def _map_columns(path: Path, table: Table, given: dict[str, str]) -> dict[str, s
     for what, name in given.items():
         if name not in table.columns:
             raise DataError(f"the table {path} has no column {name!r} for {what}; it has {have}")
-    mapping = {what: given.get(what, name) for what, name in COLUMNS.items()}
+    written = {name.casefold().replace(" ", "_"): name for name in reversed(table.columns)}
+    mapping = {what: given.get(what, written.get(name, name)) for what, name in COLUMNS.items()}
+    mapping |= {what: name for what, name in COLUMNS.items() if what not in given and name in table.columns}
     for what in REQUIRED:
         if mapping[what] not in table.columns:
             raise DataError(
@@ -466,6 +477,18 @@ def _unusable_row(source_id: str, problem: str) -> SourceRow:
     empty: dict[str, str | None] = dict.fromkeys(_CONTEXT)
     nothing = Confirmation.SINGLE_READER
     return SourceRow(source_id, None, problem, None, nothing, None, empty, None, None, code="unreadable")
+
+
+def mark_of(cell: str) -> bool | None:
+    """Return whether a cell of a column per class marks its row; None if it is no mark."""
+    return _MARKS.get(cell.lower())
+
+
+def _where_images_may_be(listing: Listing) -> str:
+    archives = [shown(path.name) for path in listing.files if path.name.lower().endswith(_ARCHIVES)]
+    if archives:
+        return f"unpack {' and '.join(archives[:3])} there, or import one archive that holds both table and images"
+    return "put .jpg, .png or .webp files into it or its subfolders"
 
 
 def is_blank(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""A CSV table as spreadsheets and databases write it: its encoding, its delimiter, and rows that do not fit.
+"""A CSV table as spreadsheets and databases write it (encoding, delimiter, rows that do not fit), or JSON lines.
 
 In: the bytes of a file. Out: the cells as text, each under its column. A row with more cells than the header has is
 kept with the reason why it cannot be used, because a value in the wrong column is worse than a missing one.
@@ -6,6 +6,7 @@ kept with the reason why it cannot be used, because a value in the wrong column 
 
 import csv
 import io
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class Table:
 def read_table(path: Path, data: bytes) -> Table:
     """Return the cells of a table; DataError if it is not a CSV table."""
     text, notes = _decoded(path, data)
+    if text.lstrip().startswith("{"):
+        return _json_lines(path, text, notes)
     first, _, rest = text.partition("\n")
     # Excel reads and writes this line; it is no header.
     said = first.strip().strip('"')
@@ -68,6 +71,24 @@ def read_table(path: Path, data: bytes) -> Table:
         row.extend([""] * (len(names) - len(row)))
     columns = {name: [row[at] for row in rows] for at, name in enumerate(names)}
     return Table(columns, problems, notes, len(rows))
+
+
+def _json_lines(path: Path, text: str, notes: list[str]) -> Table:
+    """Return the cells of a table with a JSON object per line; lists and objects in it are no cells."""
+    rows: list[dict[str, str]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not a table of JSON lines: line {number}: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path} is not a table of JSON lines: line {number} is no object")
+        rows.append({str(key).strip(): "" if value is None else str(value).strip() for key, value in values.items()
+                     if not isinstance(value, dict | list)})  # fmt: skip
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table({name: [row.get(name, "") for row in rows] for name in names}, {}, notes, len(rows))
 
 
 def _header(text: str) -> str:

@@ -77,8 +77,11 @@ def opened(folder: Path, work: Path) -> Generator[Place]:
         UnavailableError: the disk is full.
     """
     if not folder.is_file():
-        yield Place(folder)
-        return
+        wrapped = _wrapped(folder)
+        if wrapped is None:
+            yield Place(folder)
+            return
+        folder = wrapped
     work.mkdir(parents=True, exist_ok=True)
     _remove_left_over(work)
     with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=work) as made:
@@ -86,11 +89,21 @@ def opened(folder: Path, work: Path) -> Generator[Place]:
         inside = Path(made) / (folder.name.partition(".")[0] or "archive")
         inside.mkdir()
         try:
-            yield Place(inside, folder, _unpack(folder, inside))
+            left_out = _unpack(folder, inside)
+            if (wrapped := _wrapped(inside)) is not None:
+                left_out += _unpack(wrapped, inside)
+                wrapped.unlink()
+            yield Place(inside, folder, left_out)
         except RelookError as error:
             if str(inside) not in str(error):
                 raise
             raise type(error)(str(error).replace(str(inside), str(folder))) from error
+
+
+def _wrapped(folder: Path) -> Path | None:
+    """Return the archive of a project that Intel Geti put beside its signature; None in any other folder."""
+    project = folder / "project.zip"
+    return project if (folder / "public_key.der").is_file() and project.is_file() else None
 
 
 def is_archive(path: Path) -> bool:

@@ -113,7 +113,8 @@ class Taxonomy(BaseModel):
         """
         if text in self.codes:
             return text
-        found = self._classes_by_text.get(folded(text), ())
+        # Names of folders and columns are often written with `_` or `-` for a space.
+        found = self._classes_by_text.get(folded(text)) or self._classes_by_words.get(_words(text), ())
         if len(found) > 1:
             raise TaxonomyError(f"the class {text!r}, which could be {' or '.join(found)}; write the code of the class")
         return found[0] if found else None
@@ -127,6 +128,13 @@ class Taxonomy(BaseModel):
                 found[text] = (*found.get(text, ()), one.code)
         return found
 
+    @cached_property
+    def _classes_by_words(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, dict[str, None]] = {}
+        for text, codes in self._classes_by_text.items():
+            found.setdefault(_words(text), {}).update(dict.fromkeys(codes))
+        return {text: tuple(codes) for text, codes in found.items()}
+
     def require_same(self, other_hash: str, owner: str) -> None:
         """Raise TaxonomyError if the hash that `owner` carries is not the hash of this taxonomy."""
         # Compared by hash, not by codes: costs and key classes change decisions as well.
@@ -139,10 +147,16 @@ class Taxonomy(BaseModel):
 
 def folded(text: str) -> str:
     """Return a text as it is compared: without case, outer or repeated spaces, and the `.0` of a whole number."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    # Copied text may hold characters that nobody sees, such as a zero-width space.
+    seen = "".join(one for one in unicodedata.normalize("NFKC", text) if unicodedata.category(one) != "Cf")
+    folded = " ".join(seen.casefold().split())
     # pandas and spreadsheets write a column of whole numbers with gaps as 0.0, 1.0.
     number, _, zeros = folded.partition(".")
     return number if number.isdecimal() and zeros and not zeros.strip("0") else folded
+
+
+def _words(text: str) -> str:
+    return " ".join(folded(text).replace("_", " ").replace("-", " ").split())
 
 
 def load_taxonomy(name_or_path: str) -> Taxonomy:

@@ -4,6 +4,7 @@ In: a folder. Out: its rows, and one sentence that says which layout was taken, 
 of how specific a layout is: of several that fit, the first is taken, and the sentence names the others.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from images.layouts.annotated import find_coco, find_datumaro, find_geti
 from images.layouts.dicom import find_dicom
 from images.layouts.exported import find_export
+from images.layouts.geti import find_geti_project
 from images.layouts.known_tables import FINDERS
 from images.layouts.look import Found, Look
 from images.layouts.packed import find_parquet, find_webdataset
@@ -32,6 +34,7 @@ def _find_folders(look: Look) -> Found | None:
 
 LAYOUTS: dict[str, Callable[[Look], Found | None]] = {
     "relook": find_export,
+    "geti-project": find_geti_project,
     "geti": find_geti,
     "datumaro": find_datumaro,
     "coco": find_coco,
@@ -67,6 +70,11 @@ def read_source(
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"there is no layout {layout!r}; --layout takes {', '.join(LAYOUTS)}")
     if not folder.is_dir():
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+            raise DataError(
+                f"{folder.parts[0]} addresses are not imported; copy what is there to a folder first, for example with "
+                "`aws s3 sync` or `gsutil rsync`, and import the folder"
+            )
         raise DataError(f"there is no data folder {folder}; give a folder with images and a table")
     look = Look(folder, dict(columns or {}), table)
     fitting = _fitting(look, layout)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from images.layouts.look import Found, Look
-from images.source_table import COLUMNS, MARKED, UNMARKED, SourceTable, source_of, split_in
+from images.source_table import COLUMNS, SourceTable, mark_of, source_of, split_in
 from images.table_file import Table
 from records.errors import DataError
 
@@ -121,7 +121,7 @@ FINDERS = {name: _finder(known) for name, known in KNOWN.items()}
 def _has(table: Table, known: KnownTable) -> bool:
     # Columns of probabilities have the same names, and would be read as classes that nothing marks.
     marks = [cell for name in known.marks & set(table.columns) for cell in table.columns[name]]
-    return set(marks) <= MARKED | UNMARKED and all(
+    return all(mark_of(cell) is not None for cell in marks) and all(
         name in table.columns if isinstance(name, str) else any(one in table.columns for one in name)
         for name in known.needs
     )
@@ -195,7 +195,7 @@ def _marked(table: Table, known: KnownTable, conflicts: dict[int, str]) -> list[
     marks = [name for name in table.columns if name in known.marks]
     labels = []
     for row in range(table.length):
-        marked = [name for name in marks if table.columns[name][row] in MARKED]
+        marked = [name for name in marks if mark_of(table.columns[name][row])]
         if len(marked) > 1:
             conflicts[row] = f"it is marked as {' and '.join(marked)}"
         labels.append(next(iter(marked), known.unmarked))

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from images.files import Listing, folder_parts, list_folder, shown
-from images.source_table import SourceTable
+from images.source_table import TABLE_SUFFIXES, SourceTable
 from images.table_file import Table, read_table
 from records.errors import DataError
 
-_TABLES = frozenset({".csv", ".tsv", ".tab"})
 _MAX_DOCUMENT_BYTES = 2**30
 _MAX_DOCUMENTS_OF_A_FOLDER = 20
 _LICENCE_NAME = re.compile(r"(un)?licen[cs]e([-_. ].*)?|copying(\..*)?", re.IGNORECASE)
@@ -60,7 +59,7 @@ class Look:
             path = self.table if self.table.is_absolute() or self.table.is_file() else self.folder / self.table
             paths = [path]
         else:
-            paths = [path for path in self.listing.files if path.suffix.lower() in _TABLES]
+            paths = [path for path in self.listing.files if path.suffix.lower() in TABLE_SUFFIXES]
             paths = [path for path in paths if path.parent == self.folder] or paths
         found = {}
         for path in paths:

@@ -35,6 +35,7 @@ class ForeignTask:
         problem: why there is no image.
         said: its submitted annotations.
         skips: how many of its annotations are skips.
+        was_kept: whether an interrupted run had fetched its image.
     """
 
     row: TaskRow
@@ -44,6 +45,7 @@ class ForeignTask:
     problem: str | None = None
     said: list[Annotation] = field(default_factory=list)
     skips: int = 0
+    was_kept: bool = False
 
 
 def read_annotations(

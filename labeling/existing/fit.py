@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from images.pairs import label_pair
 from labeling.existing.page import LabelPage
 from labeling.settings import LabelingSettings
 from labeling.tasks import no_image
@@ -34,8 +35,8 @@ def require_fit(page: LabelPage, taxonomy: Taxonomy) -> list[str]:
     if missing:
         raise DataError(
             f"{page.from_name!r} has no choice for {', '.join(missing)}; add them to the project's page in Label "
-            f"Studio, or name the choices that mean them, for example --labels '{LINE.keep(page.choices[0])}="
-            f"{missing[0]}'"
+            f"Studio, or name the choices that mean them, for example --labels "
+            f"'{label_pair(LINE.keep(page.choices[0]), missing[0])}'"
         )
     other = [f"<{tag}> ${key}" for key, tag in page.keys.items() if tag != "image" and tag not in _TEXTS]
     if other:

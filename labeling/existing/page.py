@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from images.import_plan import read_label
+from images.pairs import label_pair
 from labeling.tasks import CANT_TELL, ParsedAnnotation, chosen_values
 from records.errors import DataError, TaxonomyError
 from records.taxonomy import Taxonomy, folded
@@ -185,7 +186,8 @@ def _control(
         first = choices_of(next(iter(candidates.values())))[0]
         raise DataError(
             f"none of the choices of the project's page ({LINE.keep(have)}) is a class of the taxonomy "
-            f"{taxonomy.name!r}; map them with --labels, for example --labels '{LINE.keep(first)}={taxonomy.codes[0]}'"
+            f"{taxonomy.name!r}; map them with --labels, for example --labels "
+            f"'{label_pair(LINE.keep(first), taxonomy.codes[0])}'"
         )
     return fitting[0]
 

@@ -4,13 +4,12 @@
           -> one `Annotation` row per revision of every annotation
 
 The label of an image is the consensus of all its annotations; an image without one comes without a label. Run again,
-it adds what is new and repeats nothing.
+it adds what is new and repeats nothing. After an interruption it fetches only the images that are still missing.
 """
 
-import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from images.fetched import Fetched, fetched_for
 from images.files import Listing
 from images.import_plan import Reading
 from images.importer import ImportReport, import_source
@@ -30,7 +30,7 @@ from labeling.existing.files import TaskFiles, file_name
 from labeling.existing.page import LabelPage, read_page
 from labeling.rows import TaskRow
 from labeling.servers import server_name
-from records.errors import DataError, ImageError, UnavailableError, UnknownIdError
+from records.errors import DataError, ImageError, UnknownIdError
 from records.ids import canonical_json, sha256_hex
 from records.images import strip_metadata
 from records.lease import hold
@@ -107,11 +107,11 @@ def import_project(
         server = server_name(tx, client)
     with (
         hold(store.ledger, LEASE),
-        _emptied(store.home.cache / "importing") as folder,
+        fetched_for(store.home.cache, sha256_hex(canonical_json([server, project_id]).encode())[:16]) as fetched,
         TaskFiles(client, allowed_hosts) as files,
     ):
-        tasks = _Reading(store, client, project_id, page, files, server, folder).run(progress)
-        report = _import(store, client, project_id, page, tasks, folder, dict(columns or {}), method)(
+        tasks = _Reading(store, client, project_id, page, files, server, fetched).run(progress)
+        report = _import(store, client, project_id, page, tasks, dict(columns or {}), method)(
             correct=correct, side_px=side_px, progress=progress
         )
         added, withdrawn = write_annotations(store, server, project_id, tasks)
@@ -120,17 +120,6 @@ def import_project(
            if one.other_text is not None]  # fmt: skip
     annotators = tuple(sorted({one.annotator for one in said}))
     return ProjectImport(report, added, withdrawn, annotators, tuple(odd), tuple(_notes(page, tasks)))
-
-
-@contextmanager
-def _emptied(folder: Path) -> Generator[Path]:
-    """Yield an empty folder and delete it afterwards, with what a run that was killed left in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -143,7 +132,7 @@ class _Reading:
     page: LabelPage
     files: TaskFiles
     server: str
-    folder: Path
+    fetched: Fetched
 
     def run(self, progress: Progress | None) -> list[ForeignTask]:
         """Return all tasks that this store did not send there itself."""
@@ -171,19 +160,17 @@ class _Reading:
         # A page of tasks with embedded images is held in memory, and no more.
         rest = {key: one for key, one in row.data.items() if key not in self.page.keys or not _is_long(one)}
         task = ForeignTask(replace(row, data=rest), name)
+        key = f"{row.id}-{sha256_hex(canonical_json([value]).encode())[:16]}"
+        data = self.fetched.find(key)
+        task.was_kept = data is not None
         try:
-            data = self.files.read(value)
+            data = self.files.read(value) if data is None else data
         except DataError as error:
             task.problem = f"task {row.id} is not taken: {error}"
             return task
-        task.path = self.folder / str(row.id)
-        try:
-            task.path.write_bytes(data)
+        task.path = self.fetched.keep(key, data)
+        with suppress(ImageError):  # the import says what is wrong with it
             task.image_id = sha256_hex(strip_metadata(data))
-        except ImageError:
-            task.image_id = ""  # the import says what is wrong with it
-        except OSError as error:
-            raise UnavailableError(f"images cannot be written to {self.folder} ({error.strerror})") from error
         return task
 
 
@@ -197,7 +184,6 @@ def _import(
     project_id: int,
     page: LabelPage,
     tasks: Sequence[ForeignTask],
-    folder: Path,
     columns: Mapping[str, str],
     method: ConsensusMethod,
 ) -> "partial[ImportReport]":
@@ -209,7 +195,7 @@ def _import(
     layout = f"layout: project {project_id} of the Label Studio at {client.url}, classes by {page.from_name!r}"
     mapping = {what: key for what, key in COLUMNS.items() if key in cells.columns}
     at = Path(f"project {project_id}")
-    source = source_of(at, content, cells, mapping, layout, Listing([], [], 0), folder, _Found(tasks))
+    source = source_of(at, content, cells, mapping, layout, Listing([], [], 0), at, _Found(tasks))
     return partial(import_source, store, source, Reading(sha256_hex(content), dict(columns), None, layout))
 
 
@@ -258,7 +244,9 @@ def _notes(page: LabelPage, tasks: Sequence[ForeignTask]) -> list[str]:
     skips = sum(task.skips for task in tasks)
     predicted = sum(task.row.predictions > 0 for task in tasks)
     nobody = sum(one.annotator == NOBODY for task in tasks for one in task.said)
+    kept = sum(task.was_kept for task in tasks)
     found = {
+        f"{kept} images were there from a run that was interrupted and were not fetched again": kept,
         f"{skips} annotations are skips, which say no class": skips,
         f"{predicted} tasks have predictions of a model, which are no labels; their annotations are not blind reads":
             predicted,

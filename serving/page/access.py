@@ -21,8 +21,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from images.dicom import as_plain_file
 from records.errors import DataError, ImageError, RelookError, UnknownIdError
-from records.images import sniff
+from records.images import is_dicom, sniff
 from serving.access.keys import Caller, KeyRing
 from serving.page.uploads import PageFiles
 from serving.problems import problem, problem_of, problem_response
@@ -232,7 +233,11 @@ class PageAccess:
             await form.close()
         if len(data) > self._max_upload_bytes:
             raise ImageError(f"an upload has at most {self._max_upload_bytes / 1e6:g} MB", "too_large")
-        path = await run_in_threadpool(self._files.store, caller.id, file.filename or "", data)
+        name = file.filename or ""
+        if is_dicom(data):
+            # No tag reaches the disk, and no name, since files are named after patients.
+            name, data = "dicom.png", await run_in_threadpool(as_plain_file, data)
+        path = await run_in_threadpool(self._files.store, caller.id, name, data)
         return JSONResponse([str(path)])
 
     async def _caller(self, request: Request) -> Caller:

@@ -38,6 +38,7 @@ _CONSENT_TEXTS = {
     Consent.REVIEW: "Review by annotators",
     Consent.NONE: "None: the image is not stored",
 }
+_TAKE_OVER_JS = "(file) => file"
 _OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--rl-opacity', value / 100); }"
 
 
@@ -198,7 +199,7 @@ def predict_tab(handlers: PredictHandlers, api: PageApi, settings: ServingSettin
     timer = gr.Timer(REVIEW_POLL_S, active=False)
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            image, consent, about, predict = _inputs(api.taxonomy, settings, examples)
+            image, dicom, consent, about, predict = _inputs(api.taxonomy, settings, examples)
         with gr.Column(scale=6, min_width=320):
             result = gr.HTML(render("no_image"), elem_id="rl-result", padding=False)
             review = gr.HTML("", elem_id="rl-review", padding=False)
@@ -221,6 +222,8 @@ def predict_tab(handlers: PredictHandlers, api: PageApi, settings: ServingSettin
         handlers.review, [shown], [review, timer], api_visibility="private"
     )
     timer.tick(handlers.review, [shown], [review, timer], api_visibility="private", show_progress="hidden")
+    # The upload has become a PNG, which the browser shows and passes on as an image.
+    dicom.upload(None, dicom, image, js=_TAKE_OVER_JS, api_visibility="private")
 
 
 def _no_prediction(html: str) -> tuple[Any, ...]:
@@ -264,7 +267,7 @@ def _consent(value: str) -> Consent:
 
 def _inputs(
     taxonomy: Taxonomy, settings: ServingSettings, examples: list[Path]
-) -> tuple[gr.Image, gr.Radio, list[gr.Number | gr.Textbox], gr.Button]:
+) -> tuple[gr.Image, gr.UploadButton, gr.Radio, list[gr.Number | gr.Textbox], gr.Button]:
     # image_mode=None and type="filepath" keep the uploaded bytes as they are: the API gets the original file.
     image = gr.Image(
         label="Image (JPEG, PNG or WebP)",
@@ -275,6 +278,8 @@ def _inputs(
         elem_id="rl-image",
         alt_text="Image to classify",
     )
+    # The image's own file dialog offers image files only, and no browser knows DICOM files.
+    dicom = gr.UploadButton("Choose a DICOM file", size="sm", elem_id="rl-dicom")
     if examples:
         # Not gr.Examples, whose clicks take a route of Gradio's that runs any handler outside the queue.
         samples = gr.Dataset(
@@ -295,7 +300,7 @@ def _inputs(
                 field = gr.Number if column.kind == "numeric" else gr.Textbox
                 # A Number without a value starts at 0, which would be an age.
                 about.append(field(value=None, label=column.name.capitalize(), elem_id=f"rl-context-{column.name}"))
-    return image, consent, about, gr.Button("Predict", variant="primary", elem_id="rl-predict")
+    return image, dicom, consent, about, gr.Button("Predict", variant="primary", elem_id="rl-predict")
 
 
 def _map_choices(api: PageApi, settings: ServingSettings) -> tuple[gr.Radio, gr.Dropdown, gr.Dropdown]:

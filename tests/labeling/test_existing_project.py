@@ -1,19 +1,24 @@
 """A project that people labelled by hand: imported with its annotators, and linked as the place of new review items."""
 
 import base64
+import io
 import json
 import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
 
 from cluster.cli import run
 from cluster.labels import resolved_labels
 from labeling.client import LabelStudioClient
 from labeling.connection import connect_to
 from labeling.existing.annotations import ForeignTask, read_annotations
+from labeling.existing.files import TaskFiles
 from labeling.existing.page import read_page
 from labeling.existing.project_import import import_project
 from labeling.local_server import ServerInfo
@@ -22,7 +27,7 @@ from labeling.rows import AnnotationRow, TaskRow
 from labeling.settings import LabelingSettings
 from records.datasets import load_dataset
 from records.erasure import RECORDS_PLACES, erase_images
-from records.errors import ConfigError, DataError, TaxonomyError, UnknownIdError
+from records.errors import ConfigError, DataError, LabelStudioError, TaxonomyError, UnknownIdError
 from records.home import open_home
 from records.ids import utc_now
 from records.store import Store
@@ -192,6 +197,65 @@ def test_an_import_again_adds_what_is_new_and_repeats_nothing(
     corrected = import_project(store, client, project_id, labels=SAID, correct=True)
     assert corrected.report.classes == {"mel": 2, "nv": 2, "bcc": 1}
     assert list(store.home.cache.glob("importing*")) == []
+
+
+@pytest.mark.slow
+def test_an_import_that_was_interrupted_fetches_only_what_is_missing(
+    store: Store, client: LabelStudioClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project_id = make_project(client)
+    http, headers = client.transport()
+    headers.pop("Content-Type", None)
+    files = {f"{seed}.png": (f"{seed}.png", make_image(seed, "PNG"), "image/png") for seed in range(300, 340)}
+    http.post(f"{client.url}/api/projects/{project_id}/import", headers=headers, files=files).raise_for_status()
+    read, asked, lost_after = TaskFiles.read, list[str](), 28
+
+    def counted(files: TaskFiles, value: Any) -> bytes:
+        if len(asked) >= lost_after:
+            raise LabelStudioError("the connection was lost")
+        asked.append(value)
+        return read(files, value)
+
+    monkeypatch.setattr(TaskFiles, "read", counted)
+    with pytest.raises(LabelStudioError, match="was lost"):
+        import_project(store, client, project_id)
+    before, asked, lost_after = asked, [], 1000
+    found = import_project(store, client, project_id)
+    assert (found.report.images, found.report.quarantined) == (40, [])
+    assert (len(before) + len(asked), set(before) & set(asked)) == (40, set())
+    assert f"{len(before)} images were there from a run that was interrupted and were not fetched again" in found.notes
+    assert list(store.home.cache.glob("importing*")) == []
+
+
+@pytest.mark.soak
+def test_ten_thousand_tasks_come_in_page_by_page(store: Store, client: LabelStudioClient, readers: list[int]) -> None:
+    count, project_id = 10_000, make_project(client)
+    noise = np.random.default_rng(7)
+    for first in range(0, count, 500):
+        tasks = []
+        for number in range(first, first + 500):
+            image = embedded(photo_of(noise.integers(0, 255, (72, 96, 3), dtype=np.uint8)))
+            said = {"result": result_of("Melanoma" if number % 3 else "Bcc"), "completed_by": readers[number % 3]}
+            tasks.append({"data": {"photo": image, "lesion_id": f"L{number}"}, "annotations": [said]})
+        client.request("POST", f"api/projects/{project_id}/import", "fill", body=tasks, repeat=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _peak_mb()
+    found = import_project(store, client, project_id)
+    grown = _peak_mb() - before
+    assert (found.report.images, found.annotations, found.report.quarantined) == (count, count, [])
+    assert sum(found.report.classes.values()) == len(load_dataset(store, found.report.dataset_id).rows) == count
+    assert grown < 500, f"{grown} MB for {count} tasks of about 20 kB"
+
+
+def photo_of(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    PillowImage.fromarray(pixels).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def _peak_mb() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 1000
 
 
 def test_annotations_of_deleted_users_and_odd_tasks_are_said(store: Store) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from images.synth import synthesize
 from records.errors import ConfigError, DataError
 from records.settings import RecordsSettings
-from trainers.cli.data import app, parse_columns
+from trainers.cli.data import app
 from trainers.settings import TrainersSettings
 
 Run = Callable[..., Result]
@@ -89,14 +89,6 @@ def test_columns_are_mapped(run: Run, tmp_path: Path) -> None:
         run("import", folder, "--columns", columns, "--table", "mine.csv", "--in-place", "--json").stdout
     )
     assert result["lesions"] == 8
-
-
-def test_columns_of_another_form_are_refused() -> None:
-    assert parse_columns(None) == {}
-    assert parse_columns(" dx = a , lesion=b") == {"dx": "a", "lesion": "b"}
-    for text in ("dx", "dx=", "=a", "dx=a,,"):
-        with pytest.raises(DataError, match="write what=column"):
-            parse_columns(text)
 
 
 def test_errors_reach_the_root_command(run: Run, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Group as Stack
 from rich.table import Table
 
+from images.pairs import parse_columns, parse_labels
 from records.cli import taxonomy_app
 from records.command import Call, JsonCall, verb
 from records.errors import ConfigError, DataError
@@ -116,7 +117,7 @@ def import_command(
     from images.importer import import_folder
     from records.types import Consent
 
-    said = parse_columns(labels, "--labels", "label=class, for example NEV=nv")
+    said = parse_labels(labels)
     if label_studio is not None and project is not None and folder is None and not (table or layout or in_place):
         about = ProjectOptions(choices, said, parse_columns(columns), allow_host or [], token_file, correct)
         FROM_PROJECT[0](call, label_studio, project, about)
@@ -312,32 +313,6 @@ def preview_command(
         "draws": draws, "seed": seed, "source": sample.source,
     }  # fmt: skip
     call.emit(result, f"{out}: policy {checked.name} on {len(sample.names)} {sample.source}")
-
-
-def parse_columns(
-    text: str | None, option: str = "--columns", form: str = "what=column, for example dx=diagnosis"
-) -> dict[str, str]:
-    """Read the value of `--columns` or `--labels`.
-
-    Args:
-        text: `dx=diagnosis,lesion=mole_id`, or None.
-        option: its name, for the error.
-        form: what each part looks like, for the error.
-    Returns:
-        Field to column.
-    Raises:
-        DataError: a part is not of the form `what=column`.
-
-    >>> parse_columns("dx=diagnosis,lesion=mole_id")
-    {'dx': 'diagnosis', 'lesion': 'mole_id'}
-    """
-    columns: dict[str, str] = {}
-    for part in (text or "").split(",") if text else []:
-        what, _, column = part.partition("=")
-        if not what.strip() or not column.strip():
-            raise DataError(f"{option} cannot read {part!r}; write {form}")
-        columns[what.strip()] = column.strip()
-    return columns
 
 
 def print_refusals(report: "ImportReport") -> None:

@@ -43,8 +43,8 @@ def evaluate_command(
     ] = False,
 ) -> None:
     """Measure a model on a split of a dataset, or on any folder of labelled images."""
+    from images.pairs import parse_columns
     from records.models import find_bundle
-    from trainers.cli.data import parse_columns
     from trainers.evaluation.measure import measure_model
     from trainers.tracking.server import track_evaluation
 
