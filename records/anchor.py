@@ -2,7 +2,8 @@
 
 Every event's number, hash and key id are added there after its commit, and nothing is ever replaced. A path or a
 `file://` URL is a log to which lines are appended: an append-only file (`chattr +a`), or one on another machine's
-disk. In an object store every head is an object of its own below the prefix, so that object lock keeps it.
+disk. In an object store every head is an object of its own below the prefix, so that object lock keeps it; versions
+that somebody hid are read, too.
 """
 
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from records.blobs import open_filesystem
 from records.durable import append, explained, open_log
 from records.errors import UnavailableError
+from records.locked_objects import names_ever_stored, write_object
 
 LOG = "relook-audit-heads.log"
 """Name of the log if the URL is that of a folder."""
@@ -50,8 +52,8 @@ def write_head(url: str, head: Head) -> None:
     name = f"{root.rstrip('/')}/{head.number:012d} {head.hash} {head.key_id or '-'}".replace(" ", "_")
     try:
         if not filesystem.exists(name):
-            filesystem.pipe_file(name, f"{head}\n".encode())
-    except OSError as error:
+            write_object(filesystem, name, f"{head}\n".encode())
+    except (OSError, UnavailableError) as error:
         raise UnavailableError(f"the audit anchor {url} cannot be written: {error}") from error
 
 
@@ -66,7 +68,9 @@ def read_heads(url: str) -> tuple[list[Head], list[str]]:
             path = _log(root)
             lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         else:
-            paths = filesystem.find(root.rstrip("/")) if filesystem.exists(root.rstrip("/")) else []
+            paths = names_ever_stored(filesystem, root)
+            if paths is None:
+                paths = filesystem.find(root.rstrip("/")) if filesystem.exists(root.rstrip("/")) else []
             lines = [path.rpartition("/")[2].replace("_", " ") for path in sorted(paths)]
     except OSError as error:
         raise UnavailableError(f"the audit anchor {url} cannot be read: {error}") from error
