@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+import cluster.drift
 import cluster.incidents.verbs
 import cluster.label_projects
 import cluster.verbs

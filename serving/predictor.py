@@ -253,6 +253,7 @@ class Predictor:
         if until is not None and self._followed >= until:
             return
         self._holder.refresh()
+        self._recorder.follow_drift()
         # Read after the model, so what the candidate follows is at least as new.
         self._follows = self._candidate.refresh() and self._holder.follows
         if self._follows:

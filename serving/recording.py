@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -22,6 +23,7 @@ from records.parts import attempt, each_in_parts
 from records.store import Store
 from records.types import Arm, Consent, Decision, Prediction, ReviewItem
 from serving.context import effect_of
+from serving.drift import drifting_sources, key_of, source_of
 from serving.holder import ServedModel
 from serving.images import allowed_consents, gradcam_map
 from serving.messages import HeatMap, PredictionRequest, StoredPrediction
@@ -80,7 +82,15 @@ class Recorder:
         self._settings = settings
         self._settings_hash = hash_of(settings.model_dump(mode="json"))
         self._rules = TriageRules(settings.low_confidence, settings.max_set_size, settings.audit_share)
+        raised = min(1.0, settings.audit_share * settings.drift_sampling)
+        self._drift_rules = replace(self._rules, audit_share=raised, drifts=True)
+        self._drifting: frozenset[str] = frozenset()
         self._drawing = drawing
+
+    def follow_drift(self) -> None:
+        """Read which sources have changed, for the images from now on; what was known stays if that fails."""
+        with suppress(UnavailableError):
+            self._drifting = drifting_sources(self._store)
 
     def keep(self, jobs: Sequence[Job]) -> list[Consent | Exception]:
         """Store the images of some jobs, as far as their consent allows; it may run beside their forward pass.
@@ -246,7 +256,8 @@ class Recorder:
     def _compute(self, job: Job, output: BatchOutput, row: int, suitable: Suitability) -> Computed:
         draw = audit_draw_of(job.image.id, self._settings.audit_salt)
         document = job.model.document
-        verdict = triage(output.probabilities[row], document.taxonomy, document.operating, self._rules, draw, suitable)
+        rules = self._rules_of(job)
+        verdict = triage(output.probabilities[row], document.taxonomy, document.operating, rules, draw, suitable)
         effect = effect_of(output, row, document) if verdict.label else None
         prediction = self._prediction(job, verdict, output.probabilities[row], output.num_threads, effect)
         target = document.taxonomy.index_of(verdict.label) if verdict.label else None
@@ -259,6 +270,12 @@ class Recorder:
             review = review_row(prediction, verdict, values, self._settings.urgent_due_h)
         image = image_row(self._store, job.image, job.request.context, job.consent, prediction.created_at)
         return PredictionRows(prediction, image, review, job.image), heat_map
+
+    def _rules_of(self, job: Job) -> TriageRules:
+        if not self._drifting:
+            return self._rules
+        source = source_of(job.request.organisation, job.request.context.model_dump(include={"site", "device"}))
+        return self._drift_rules if key_of(source) in self._drifting else self._rules
 
     def _heat_map(self, job: Job, verdict: Verdict, values: Float32Array | None) -> HeatMap | None:
         if not job.request.explain or values is None or verdict.label is None:

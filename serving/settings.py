@@ -145,6 +145,16 @@ class ServingSettings(ReplicaSettings):
         le=1,
         description="audit sampling probability of the surest images; up to 4 times that for others",
     )
+    drift_false_alarm: float = Field(
+        default=1e-5,
+        gt=0,
+        le=0.01,
+        description="probability per image of a false alarm that a source has changed: within n images of a source at "
+        "most n times this",
+    )
+    drift_sampling: float = Field(
+        default=5.0, ge=1, le=100, description="factor of audit_share for a source that has changed, 1 to 100"
+    )
     audit_salt: str = Field(default="audit", min_length=1, description="salt of the hash that draws the audit sample")
     urgent_due_h: float = Field(
         default=24.0, gt=0, le=8760, description="how soon an annotator should see an urgent image, hours"

@@ -46,6 +46,8 @@ class TriageRules:
     low_confidence: float
     max_set_size: int
     audit_share: float
+    drifts: bool = False
+    """whether the source of the image has changed, so that `audit_share` is a raised one"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def triage(
     p_malignant = malignant_probability(probabilities, taxonomy) if is_finite else 1.0
     chance = audit_chance(p_malignant, rules.audit_share)
     is_sampled = audit_draw < chance
-    sampled = (ReasonCode.AUDIT_SAMPLE,) if is_sampled else ()
+    drawn = (ReasonCode.AUDIT_SAMPLE, ReasonCode.DRIFT) if rules.drifts else (ReasonCode.AUDIT_SAMPLE,)
+    sampled = drawn if is_sampled else ()
     selection = chance if is_sampled else None
     # Quality is checked first: annotators could not judge the image either, so it is left out of the audit sample.
     if suitability.quality_reason is not None:
