@@ -5,15 +5,35 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench.gpu.measures import GpuBench
+from bench.gpu.measures import SHORT, GpuBench
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+def check(found: dict[str, Any], names: set[str]) -> None:
+    """Every measurement was made that needs neither a GPU nor hours."""
+    assert set(found["reasons"]) == {"ddp_images_s", "gpu_tests", "dissertation_rows"}
+    assert all(found[name] is None for name in found["reasons"])
+    assert set(found["raw_images_s"]) == {f"{name}_{precision}" for name in names for precision in ("bf16", "fp32")}
+    for name in ("raw_images_s", "pipeline_images_s", "feeder_images_s"):
+        assert min(found[name].values()) > 0
+    assert set(found["pipeline_over_raw"]) == set(found["maps_against_captum"]) == names
+    assert max(found["maps_against_captum"].values()) <= 1e-4
+    assert set(found["predictor"]) == {"batch_1", "batch_1_with_maps", "batch_8", "batch_8_with_maps"}
+    assert found["closeness_to_cpu"] == {"probabilities": 0.0, "maps": 0.0}
+    assert found["decoded_images_s"] > 0
+
+
+def test_the_smallest_network_is_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.gpu.measures.SHORT", SHORT[:1])
+    check(GpuBench("cpu", True, 9999.0, tmp_path).run(), {"custom_cnn_32"})
+
+
+@pytest.mark.soak
 def test_the_short_form_measures_on_a_cpu_without_ray(tmp_path: Path) -> None:
     code = (
         "import sys; from bench.__main__ import app; from cluster.cli import run; "
@@ -30,18 +50,7 @@ def test_the_short_form_measures_on_a_cpu_without_ray(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert set(found["reasons"]) == {"ddp_images_s", "gpu_tests", "dissertation_rows"}
-    assert all(found[name] is None for name in found["reasons"])
-    names = {"custom_cnn_32", "custom_cnn_64"}
-    assert set(found["raw_images_s"]) == {f"{name}_{precision}" for name in names for precision in ("bf16", "fp32")}
-    for name in ("raw_images_s", "pipeline_images_s", "feeder_images_s"):
-        assert min(found[name].values()) > 0
-    assert set(found["pipeline_over_raw"]) == set(found["maps_against_captum"]) == names
-    assert max(found["maps_against_captum"].values()) <= 1e-4
-    assert set(found["predictor"]) == {"batch_1", "batch_1_with_maps", "batch_8", "batch_8_with_maps"}
-    assert found["closeness_to_cpu"] == {"probabilities": 0.0, "maps": 0.0}
-    assert found["decoded_images_s"] > 0
+    check(json.loads(done.stdout), {"custom_cnn_32", "custom_cnn_64"})
 
 
 def test_a_machine_without_a_gpu_gets_one_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

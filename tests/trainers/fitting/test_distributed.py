@@ -104,7 +104,7 @@ def test_two_workers_of_which_one_is_killed_are_one(
         assert ours.train_loss == pytest.approx(theirs.train_loss, abs=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_one_worker_is_a_task_that_goes_on_when_its_process_dies(
     ray_session: "RaySession", filled_store: Store, plan: DataPlan, alone: TrainedModel, tmp_path: Path
 ) -> None:
