@@ -42,6 +42,8 @@ PRECISION = os.environ.get("RELOOK_TEST_PRECISION", "fp32")
 # Read when torch is loaded, which nothing above does. Two test files at a time share the cores with Ray and a browser:
 # OpenMP's threads would wait for each other awake, and a network then takes four times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 # The tests start some hundred processes, Ray's workers among them: each would compile our modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

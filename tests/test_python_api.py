@@ -259,7 +259,7 @@ def test_progress_is_on_stderr(names: dict[str, Any], capfd: pytest.CaptureFixtu
     assert "Predicting val" in err
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_example_of_a_search(names: dict[str, Any], ray_session: object) -> None:
     codes = [code for needs_ray, code in BLOCK.findall(PAGE) if needs_ray]
     assert len(codes) == 1

@@ -37,13 +37,13 @@ def check(sizes: list[int], salt: str) -> None:
                 assert abs(cells[str(code), split] - share * size) < 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(k=st.integers(1, 12), classes=st.integers(1, 30), salt=st.text(min_size=1, max_size=4))
 def test_even_classes(k: int, classes: int, salt: str) -> None:
     check([k] * classes, salt)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.one_of(st.integers(1, 9), st.integers(1, 400)), min_size=1, max_size=12), salt=st.just("s"))
 def test_uneven_classes(sizes: list[int], salt: str) -> None:
     check(sizes, salt)

@@ -10,7 +10,7 @@ from records.store import Store
 from records.types import ReviewItem
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_both_clients_move_the_same(
     store: Store, server: ServerInfo, client: LabelStudioClient, settings: LabelingSettings
 ) -> None:

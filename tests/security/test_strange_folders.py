@@ -51,7 +51,9 @@ def test_workers_import_ours_and_not_what_lies_in_the_working_folder(tmp_path: P
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", ["records", "serving.py", "typer.py", "cluster"])
+@pytest.mark.parametrize(
+    "name", ["records", "typer.py", *(pytest.param(name, marks=pytest.mark.soak) for name in ("serving.py", "cluster"))]
+)
 def test_the_command_starts_beside_a_package_or_module_of_that_name(name: str, tmp_path: Path) -> None:
     if name.endswith(".py"):
         (tmp_path / name).write_text("raise ImportError('a file of the user')")

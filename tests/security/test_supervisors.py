@@ -149,8 +149,8 @@ def _twice(running: Started) -> None:
     os.killpg(running.process.pid, signal.SIGTERM)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [_kill_all, pytest.param(_twice, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("stop", [_kill_all, _twice])
 def test_a_command_that_is_stopped_ends_with_all_its_processes(stop: Callable[[Started], None], tmp_path: Path) -> None:
     with started([sys.executable, "-c", WAITING, str(tmp_path / "home")], tmp_path) as running:
         running.wait_for("ready")

@@ -180,7 +180,7 @@ def test_what_a_population_found_can_be_trained_again_without_it(evolved, labell
     assert tuple(scores) == member.scores
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_population_that_was_killed_goes_on_with_its_generations(evolved, labelled, trainers, population, tmp_path):
     """Killed as the second generation began, without its checkpoints: the same generations and scores as before."""
     (run_dir, result, _), (store, dataset) = evolved, labelled

@@ -103,6 +103,7 @@ def test_another_search_does_not_go_on_in_its_folder(searched, labelled, trainer
         search(store, tuning, other, dataset, run_dir=searched[0])
 
 
+@pytest.mark.soak
 def test_when_every_trial_fails_the_first_ones_error_is_raised(ray_session, labelled, diverging, tuning, tmp_path):
     store, dataset = labelled
     two = tuning.model_copy(update={"trials": 2})
