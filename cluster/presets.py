@@ -12,6 +12,7 @@ from cluster.settings import ClusterSettings, RoundSettings, Settings
 from records.settings import RecordsSettings
 from records.types import Consent
 from serving.settings import ServingSettings
+from trainers.fitting.starting import DINOV2_FILE
 from trainers.settings import (
     DecisionSettings,
     ModelSettings,
@@ -136,6 +137,32 @@ def ham10000_cpu() -> Settings:
     )
 
 
+def ham10000_vit() -> Settings:
+    """HAM10000 on two cores: the last four blocks of DINOv2's ViT-S/14 at 154 px, with age, sex and site, eight views.
+
+    Needs the extra `timm`, and the file of weights that `python -m bench.train.dinov2_weights` writes.
+    """
+    return Settings(
+        preset="ham10000_vit",
+        trainers=TrainersSettings(
+            model=ModelSettings(name="timm/vit_small_patch14_dinov2", weights=DINOV2_FILE, side_px=154),
+            epochs=3,
+            batch_size=32,
+            optimizer=OptimizerSettings(
+                name="adamw", learning_rate=1e-3, features_rate=0.1, weight_decay=0.05, trainable_blocks=4
+            ),
+            scheduler=SchedulerSettings(name="cosine", warmup_epochs=0.3),
+            sampler="square_root",
+            augmentation="light",
+            # 13 val images of the rarest class make balanced accuracy jump from epoch to epoch.
+            best_epoch_by="macro_auc",
+            decision=DecisionSettings(rule="even"),
+            context=True,
+            views=8,
+        ),
+    )
+
+
 def demo() -> Settings:
     """For `relook demo`: a small network and a short search, so that the whole loop takes minutes."""
     return Settings(
@@ -157,5 +184,6 @@ PRESETS: Mapping[str, Callable[[], Settings]] = MappingProxyType(
         "dissertation": dissertation,
         "dissertation_mini": dissertation_mini,
         "ham10000_cpu": ham10000_cpu,
+        "ham10000_vit": ham10000_vit,
     }
 )

@@ -27,6 +27,8 @@ __all__ = [
     "TrainersSettings", "WorkersSettings",
 ]  # fmt: skip
 
+BestBy = Literal["balanced_accuracy", "macro_auc", "even_loss"]
+
 MACHINERY = frozenset({"workers"})
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
 
@@ -55,6 +57,11 @@ class TrainersSettings(RoomSettings):
         default=64,
         description="images per optimizer step, over all workers together; auto is the largest power of two, 1024 at "
         "most, that fits into one GPU's memory, and 64 without a GPU",
+    )
+    best_epoch_by: BestBy = Field(
+        default="balanced_accuracy",
+        description="figure on val that chooses the epoch: balanced_accuracy, macro_auc (mean one-against-rest AUC) or "
+        "even_loss (cross-entropy at equal weights of the classes)",
     )
     early_stop_patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without a better validation score; default: never"

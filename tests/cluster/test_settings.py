@@ -57,6 +57,7 @@ def test_every_preset_is_whole_distinct_and_survives_the_loader() -> None:
         "dissertation",
         "dissertation_mini",
         "ham10000_cpu",
+        "ham10000_vit",
     }
     hashes = set()
     for name, make in PRESETS.items():

@@ -1,9 +1,12 @@
 """What a run reports after every epoch, and how that is shown as progress."""
 
+import math
 from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import Progress
+
+from trainers.settings import BestBy
 
 
 class EpochReport(BaseModel):
@@ -19,12 +22,33 @@ class EpochReport(BaseModel):
     key_class_sensitivity: float | None = Field(
         description="of the taxonomy's key class, by the most probable class; empty if there is none on val"
     )
+    val_macro_auc: float | None = Field(
+        default=None, ge=0, le=1, description="mean one-against-rest AUC of the classes that val has"
+    )
+    val_even_loss: float | None = Field(
+        default=None, allow_inf_nan=False, description="cross-entropy on val at equal weights of the classes"
+    )
     learning_rate: float = Field(ge=0, description="at the end of the epoch")
     images_per_s: float = Field(ge=0, description="training images per second, over all workers, without validation")
     seconds: float = Field(ge=0, description="of the epoch, validation included")
     validation_seconds: float = Field(
         default=0.0, ge=0, description="of the epoch, spent on batch norm's statistics and on val"
     )
+
+
+def best_epoch_of(reports: list[EpochReport], by: BestBy = "balanced_accuracy") -> int:
+    """Return the epoch that validated best, 1-based; among equal figures that of the lowest loss."""
+
+    def rank(report: EpochReport) -> tuple[float, float, int]:
+        figure = {
+            "balanced_accuracy": report.val_balanced_accuracy,
+            "macro_auc": report.val_macro_auc,
+            "even_loss": None if report.val_even_loss is None else -report.val_even_loss,
+        }[by]
+        # Val may have classes without an AUC, in every epoch; the loss decides then.
+        return (-math.inf if figure is None else figure, -report.val_loss, -report.epoch)
+
+    return max(reports, key=rank).epoch
 
 
 OnEpoch = Callable[[EpochReport], bool | None]

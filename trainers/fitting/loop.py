@@ -30,7 +30,7 @@ from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, Policy, load_policy
 from trainers.augmentation.operations import Canvas
 from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_same_run
-from trainers.fitting.epoch_report import EpochReport, OnEpoch
+from trainers.fitting.epoch_report import EpochReport, OnEpoch, best_epoch_of
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
@@ -45,6 +45,7 @@ from trainers.fitting.workers import (
     mean_over,
     threads_of,
 )
+from trainers.optimization.freezing import freeze
 from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
 from trainers.optimization.schedulers import SCHEDULERS, build_scheduler, change_rate
@@ -68,7 +69,7 @@ class TrainedModel:
         network: in evaluation mode, on the CPU, with the weights of the best epoch.
         geometry: how images become its input.
         reports: of all epochs.
-        best_epoch: 1-based; the epoch with the highest validation balanced accuracy, among equals the lowest loss.
+        best_epoch: 1-based; the one that validated best by `settings.best_epoch_by`.
         num_threads: number of threads that each worker computed with.
     """
 
@@ -104,12 +105,8 @@ def trained_model(checkpoint: Checkpoint, settings: TrainersSettings, taxonomy: 
         std=checkpoint.std,
         decode_version=DECODE_VERSION,
     )
-    return TrainedModel(network, geometry, reports, best_epoch_of(reports), threads_of(settings.workers))
-
-
-def best_epoch_of(reports: list[EpochReport]) -> int:
-    """Return the epoch that validated best, 1-based; among equal balanced accuracies the lowest loss."""
-    return max(reports, key=lambda report: (report.val_balanced_accuracy, -report.val_loss, -report.epoch)).epoch
+    best = best_epoch_of(reports, settings.best_epoch_by)
+    return TrainedModel(network, geometry, reports, best, threads_of(settings.workers))
 
 
 def train(
@@ -281,6 +278,8 @@ class _Run:
                 val_balanced_accuracy=scores.balanced_accuracy,
                 val_accuracy=scores.accuracy,
                 key_class_sensitivity=scores.key_class_sensitivity,
+                val_macro_auc=scores.macro_auc,
+                val_even_loss=scores.even_loss,
                 learning_rate=self._optimizer.param_groups[0]["lr"],
                 images_per_s=num_images / max(trained - started, 1e-9),
                 seconds=time.perf_counter() - started,
@@ -367,7 +366,7 @@ class _Run:
 
     def _take_in(self, report: EpochReport) -> None:
         self._reports.append(report)
-        best_epoch = best_epoch_of(self._reports)
+        best_epoch = best_epoch_of(self._reports, self._settings.best_epoch_by)
         # This runs inside the EMA block of `_next_epoch`, so the weights that are copied are those that were validated.
         if best_epoch == report.epoch:
             self._best = _copy_to_cpu(self._network)
@@ -394,6 +393,7 @@ class _Run:
             load_weights(network, dict(initial_weights), "to start from")
         if found is not None:
             network.load_state_dict(found.network)
+        freeze(network, self._settings.optimizer.trainable_blocks)
         return network.to(self._group.device).to(memory_format=torch.channels_last)
 
     def _find_batch_size(self, settings: TrainersSettings, found: Checkpoint | None) -> int | None:

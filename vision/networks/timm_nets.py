@@ -6,7 +6,9 @@ by probing it with random maps in float64, not by a list of names:
 - pooling by the mean and a chain of layers whose derivatives are known: the chain becomes the head, and Grad-CAM has a
   closed form;
 - anything else that does not depend on where in the map a value is: timm's own head, and Grad-CAM differentiates it;
-- the rest, such as a class token: refused, because a map of the last features would not explain its logits.
+- a class token: where timm lets the head take the mean of the patches' tokens in its place, it does, which is the
+  first case; a map of patches would not explain the class token;
+- the rest: refused.
 
 Nothing is downloaded before `hub_file` is called, and timm's own loading of weights is not used.
 """
@@ -17,7 +19,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -36,6 +38,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _PROBES = ((3, 2), (2, 4))
 """Heights and widths of the maps that a head is probed with; not square, so that rows and columns differ."""
+_POSITIONS = "features.body.pos_embed"
 _EXACT = 1e-9
 """Largest relative difference in float64 of two heads that compute the same."""
 
@@ -92,6 +95,11 @@ def build(name: str, num_classes: int, *, head_dropout: float = 0.2, side_px: in
     sized: dict[str, Any] = {"img_size": side_px} if published.fixed_input_size else {}
     try:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=False, num_classes=num_classes, **sized).eval()
+        _require_whole_patches(name, model, side_px)
+        if getattr(model, "global_pool", None) == "token":
+            # Some refuse, each in its own way; what their head reads is found out below.
+            with suppress(Exception):
+                model.reset_classifier(num_classes, "avg")
         return _split(name, _without_inplace(model), head_dropout, side_px)
     except ConfigError:
         raise
@@ -173,6 +181,21 @@ class TimmNetwork(SplitNetwork):
             if name.startswith(f"{theirs}."):
                 return ours + name.removeprefix(theirs)
         return f"features.body.{name}"
+
+    def at_own_side(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors by their names here, with embedded positions of another side brought to this one's."""
+        found, own = dict(tensors), getattr(self.get_submodule("features.body"), "pos_embed", None)
+        value = found.get(_POSITIONS)
+        if value is None or own is None or value.ndim != 3 or value.shape[2] != own.shape[-1]:
+            return found
+        from timm.layers import resample_abs_pos_embed
+
+        body: Any = self.get_submodule("features.body")
+        prefix = 0 if getattr(body, "no_embed_class", False) else int(getattr(body, "num_prefix_tokens", 0))
+        if math.isqrt(max(0, value.shape[1] - prefix)) ** 2 == value.shape[1] - prefix:
+            size = list(body.patch_embed.grid_size)
+            found[_POSITIONS] = resample_abs_pos_embed(value, size, num_prefix_tokens=prefix)
+        return found
 
 
 class _Features(nn.Module):
@@ -266,6 +289,18 @@ def _split(name: str, model: Any, head_dropout: float, side_px: int) -> SplitNet
         if not torch.allclose(network(inputs), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
             raise _refused(name, "it does not compute the same when it is split into features and head")
     return network.train()
+
+
+def _require_whole_patches(name: str, model: Any, side_px: int) -> None:
+    """Refuse a side of which patches would leave a rim that the network does not see."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch_px = int(patch[0]) if isinstance(patch, tuple) else 1
+    if side_px % patch_px:
+        below = side_px // patch_px * patch_px
+        raise ConfigError(
+            f"{name} reads patches of {patch_px} px, and trainers.model.side_px is {side_px}; take a multiple, such as "
+            f"{below or patch_px} or {below + patch_px}"
+        )
 
 
 def _refused(name: str, why: str) -> ConfigError:
@@ -382,7 +417,7 @@ def _with_children(model: nn.Module, called: list[str], *, keep_values: bool) ->
     children = {
         name: child
         for name, child in model._modules.items()
-        if name in used or (child is not None and not list(child.parameters()) and not list(child.buffers()))
+        if name in used or (child is not None and not list(child.parameters()))
     }
     part._modules = dict(children)
     if not keep_values:

@@ -1,7 +1,7 @@
 """Single steps: a hand-made update, the watch over the loss, measured batch norm, validation by shares."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,11 +12,12 @@ from torch import nn
 from records.bundles import Geometry
 from records.errors import DivergedError
 from records.taxonomy import Taxonomy
+from trainers.fitting.epoch_report import EpochReport, best_epoch_of
 from trainers.fitting.feeding import Batch
 from trainers.fitting.steps import LossWatch, Stepper, validate
 from trainers.fitting.training_data import TrainingData
 from trainers.fitting.workers import SingleWorker
-from trainers.settings import OptimizerSettings
+from trainers.settings import BestBy, OptimizerSettings
 
 IDS = [f"{number:064x}" for number in range(200)]
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def test_validation_by_shares_is_validation_of_the_whole(toy_data: TrainingData,
     nn.init.eye_(network.linear.weight)
     stepper = make_stepper(network, Geometry(side_px=32, mean=(0.4, 0.4, 0.4), std=(0.1, 0.1, 0.1)))
     whole = validate(stepper, toy_data, three_classes, SingleWorker(use_gpu=False))
-    assert whole.balanced_accuracy == whole.accuracy == whole.key_class_sensitivity == 1.0
+    assert whole.balanced_accuracy == whole.accuracy == whole.key_class_sensitivity == whole.macro_auc == 1.0
     parts: dict[int, NDArray[Any]] = {}
     first, second = Share(0, 2, parts), Share(1, 2, parts)
     for group in (first, second, first):
@@ -159,6 +160,39 @@ def test_an_answer_that_is_not_finite_is_named(toy_data: TrainingData, three_cla
     stepper = make_stepper(network, Geometry(side_px=32))
     with pytest.raises(DivergedError, match=f"val image {toy_data.image_ids[72]} are not finite"):
         validate(stepper, toy_data, three_classes, SingleWorker(use_gpu=False))
+
+
+def test_the_best_epoch_is_that_of_the_figure_that_is_chosen() -> None:
+    figures = [(0.6, 0.9, 1.0), (0.7, 0.8, 1.1), (0.5, 0.8, 0.9)]
+    reports = [
+        EpochReport(
+            epoch=epoch, train_loss=0.5, val_loss=0.6, val_balanced_accuracy=accuracy, val_accuracy=0.7,
+            key_class_sensitivity=None, val_macro_auc=auc, val_even_loss=loss, learning_rate=0.1, images_per_s=5.0,
+            seconds=1.0,
+        )
+        for epoch, (accuracy, auc, loss) in enumerate(figures, 1)
+    ]  # fmt: skip
+    assert [best_epoch_of(reports, by) for by in get_args(BestBy)] == [2, 1, 3]
+    without = [report.model_copy(update={"val_macro_auc": None}) for report in reports]
+    assert best_epoch_of(without, "macro_auc") == 1
+
+
+def test_every_class_weighs_the_same_in_the_even_loss(toy_data: TrainingData, three_classes: Taxonomy) -> None:
+    labels = toy_data.labels[toy_data.val_index]
+    # One image of class 0 and all of the others: the loss of the whole hardly shows class 0.
+    kept = np.concatenate([toy_data.val_index[labels == 0][:1], toy_data.val_index[labels != 0]])
+    data = TrainingData(toy_data.pixels, toy_data.image_ids, toy_data.labels, toy_data.train_index, kept)
+    network = Flat(3)
+    nn.init.eye_(network.linear.weight)
+    stepper = make_stepper(network, Geometry(side_px=32, mean=(0.4, 0.4, 0.4), std=(0.1, 0.1, 0.1)))
+    found = validate(stepper, data, three_classes, SingleWorker(use_gpu=False))
+    logits = torch.from_numpy(stepper.score(data.pixels, kept)).double()
+    losses = nn.functional.cross_entropy(logits, torch.from_numpy(data.labels[kept]), reduction="none").numpy()
+    by_class = [losses[data.labels[kept] == each].mean() for each in range(3)]
+    assert found.even_loss == pytest.approx(np.mean(by_class))
+    assert found.loss == pytest.approx(losses.mean())
+    others = TrainingData(data.pixels, data.image_ids, data.labels, data.train_index, kept[:1])
+    assert validate(stepper, others, three_classes, SingleWorker(use_gpu=False)).macro_auc is None
 
 
 def test_a_key_class_without_images_has_no_sensitivity(toy_data: TrainingData, three_classes: Taxonomy) -> None:

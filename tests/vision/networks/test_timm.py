@@ -20,7 +20,7 @@ timm = pytest.importorskip("timm")
 
 TOLERANCE = 1e-5
 """Largest difference over the largest value of a map."""
-IN_SUITE = ("test_resnet", "test_convnext", "test_vit_relpos", "mobilenetv3_small_050")
+IN_SUITE = ("test_resnet", "test_convnext", "test_vit", "test_vit_relpos", "mobilenetv3_small_050")
 DIFFERENTIATED = "test_mambaout"
 WITHOUT_CLOSED_FORM = {
     "ghostnet_100", "inception_next_atto", "hgnetv2_b0", "mambaout_femto", "repghostnet_050", "levit_128s",
@@ -39,7 +39,8 @@ FAMILIES = (
     "resmlp_12_224", "vit_medium_patch16_gap_240", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256",
     "coatnet_nano_rw_224", "edgenext_xx_small", "mobilevit_xxs", "focalnet_tiny_srf", "davit_tiny", "hgnetv2_b0",
     "starnet_s1", "mambaout_femto", "repghostnet_050", "fastvit_t8", "levit_128s", "rdnet_tiny", "repvit_m0_9",
-    "nextvit_small", "swiftformer_xs",
+    "nextvit_small", "swiftformer_xs", "vit_small_patch14_reg4_dinov2", "deit_tiny_patch16_224",
+    "beit_base_patch16_224", "eva02_tiny_patch14_224", "cait_xxs24_224",
 )  # fmt: skip
 
 
@@ -114,6 +115,8 @@ def test_published_weights_of_any_tag_give_timms_own_logits(tmp_path: Path) -> N
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             theirs = timm.create_model(name, num_classes=7, **sized).eval()
+        if getattr(theirs, "global_pool", None) == "token":
+            theirs.global_pool = "avg"
         save_file(theirs.state_dict(), tmp_path / "own.safetensors")
         settings = ModelSettings(name=f"timm/{name}", side_px=64, weights=str(tmp_path / "own.safetensors"))
         start = starting_weights(settings, 7, seed=0)
@@ -150,10 +153,23 @@ def test_side_and_scaling_are_its_own_unless_they_are_set() -> None:
         ModelSettings(scaling="own")
 
 
+def test_embedded_positions_of_another_side_are_interpolated(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        theirs = {side: timm.create_model("test_vit", num_classes=3, img_size=side) for side in (96, 64)}
+    save_file(theirs[96].state_dict(), tmp_path / "large.safetensors")
+    settings = ModelSettings(name="timm/test_vit", side_px=64, weights=str(tmp_path / "large.safetensors"))
+    start = starting_weights(settings, 3, seed=0)
+    assert start is not None
+    assert start.drawn == start.unused == ()
+    checked = timm.models.vision_transformer.checkpoint_filter_fn(theirs[96].state_dict(), theirs[64])
+    assert torch.equal(torch.from_numpy(start.values["features.body.pos_embed"]), checked["pos_embed"])
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("test_vit", "does not pool the last feature map"),
+        ("test_vit4", "does not pool the last feature map"),
         ("deit_tiny_distilled_patch16_224", "does not pool the last feature map"),
         ("crossvit_9_dagger_240", "are no map of positions"),
     ],
@@ -191,8 +207,10 @@ def test_the_extra_is_named_where_timm_is_missing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_side_that_does_not_fit_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"test_vit2 cannot be used at 50 px .*was published for 160 px"):
-        build_model("timm/test_vit2", 3, side_px=50)
+    with pytest.raises(ConfigError, match=r"levit_128s cannot be used at 50 px .*was published for 224 px"):
+        build_model("timm/levit_128s", 3, side_px=50)
+    with pytest.raises(ConfigError, match=r"reads patches of 16 px, and .*side_px is 150; take .* such as 144 or 160"):
+        build_model("timm/test_vit", 3, side_px=150)
     with pytest.raises(ValueError, match="side_px is 16, and timm/test_resnet needs at least"):
         ModelSettings(name="timm/test_resnet", side_px=16)
 
