@@ -6,7 +6,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from records.datasets import BuildReport, build_version, content_id, load_dataset, read_manifest
+from records.datasets import HASHED_COLUMNS, BuildReport, build_version, content_id, load_dataset, read_manifest
 from records.errors import DataError, IntegrityError, UnknownIdError
 from records.grouping import draw_split
 from records.ids import sha256_hex
@@ -274,3 +274,13 @@ def test_two_processes_build_the_same_version(store: Store, add_labelled: Add, r
     assert load_dataset(store, said[0][0].strip()).num_images == 60
     files = {path.name for path in (store.home.datasets / said[0][0].strip()).iterdir()}
     assert files == {"manifest.parquet", "dataset.json"}
+
+
+def test_the_id_is_that_of_the_rows_as_csv_whatever_their_texts_hold() -> None:
+    plain = [("a" * 64, "g1", "train", "nv", 0), ("b" * 64, "g2", "val", "ml", 3)]
+    odd = [("c" * 64, 'g"3', "test", "a,b", 1), ("d" * 64, "g\n4", "gate", "ü\r", 2)]
+    for rows in (plain, odd, plain + odd):
+        frame = pd.DataFrame(rows, columns=HASHED_COLUMNS)
+        text = frame.to_csv(index=False, header=False, lineterminator="\n")
+        wanted = sha256_hex(f"t\n{','.join(HASHED_COLUMNS)}\n{text}".encode())
+        assert content_id(frame, "t") == wanted

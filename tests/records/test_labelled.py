@@ -1,18 +1,23 @@
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from records.errors import DataError, IntegrityError, TaxonomyError
 from records.grouping import draw_split
 from records.ids import sha256_hex
-from records.labelled import annotations, draw_splits, read_known
+from records.labelled import Known, annotations, draw_splits, known_of, read_rows
 from records.store import Store
 from records.types import Confirmation, Consent, Group, Image, ResolvedLabel, SourceLabel, Split
 
 Add = Callable[..., None]
 Id = Callable[[object], str]
 NOBODY = annotations([], 0)
+
+
+def read_known(store: Store, annotators: pd.DataFrame) -> Known:
+    return known_of(store, read_rows(store), annotators)
 
 
 def _rows(store: Store, *resolved: ResolvedLabel) -> dict[str, dict[str, Any]]:
