@@ -26,6 +26,7 @@ from typer.exceptions import TyperException
 import cluster.drift
 import cluster.incidents.verbs
 import cluster.label_projects
+import cluster.label_verbs
 import cluster.verbs
 import labeling.cli
 import records.cli
@@ -48,6 +49,7 @@ app = typer.Typer(
 report_app = typer.Typer(help="Print documents about a model, filled from what is stored.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
 app.add_typer(cluster.incidents.verbs.incident_app, name="incident")
+app.add_typer(cluster.label_verbs.labels_app, name="labels")
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import numpy as np
+import pandas as pd
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
@@ -372,19 +373,11 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
         How many labels are suspicious, and how many review items were written; no image gets two.
     """
     rows = load_dataset(store, dataset_id).rows
-    model = load_model(bundle)
-    cache = PixelCache(store.home.cache, model.geometry.side_px)
-    rows = rows[rows["split"] == Split.TRAIN.value]
-    rows = rows[rows["image_id"].isin(_decoded(store, cache, list(rows["image_id"])))].reset_index(drop=True)
+    rows, features = described(store, load_model(bundle), rows[rows["split"] == Split.TRAIN.value])
     ids = list(rows["image_id"])
-    cached = cache.rows(ids)
-    features = np.concatenate([model.describe(cached.take(batch)) for batch in _batches(len(ids))])
     labels = np.array([store.taxonomy.index_of(label) for label in rows["label"]], dtype=np.intp)
     groups = rows["group_id"].to_numpy()
-    # The linear head and cleanlab refuse NaN; images that the network cannot describe are left out.
-    finite = np.flatnonzero(np.isfinite(features).all(axis=1))
-    out_of_fold = out_of_fold_probabilities(features[finite], labels[finite], groups[finite], len(store.taxonomy.codes))
-    suspicious = [int(finite[row]) for row in suspicious_rows(labels[finite], out_of_fold)]
+    suspicious = suspicious_rows(labels, out_of_fold_probabilities(features, labels, groups, len(store.taxonomy.codes)))
     asked = _already_asked(store, ids)
     # Rows come most suspicious first, so `setdefault` keeps the most suspicious one of each group.
     chosen: dict[str, int] = {}
@@ -404,6 +397,18 @@ def request_second_opinions(store: Store, bundle: Bundle, dataset_id: str, budge
     with store.ledger.begin() as tx:
         tx.add(*items)
     return len(suspicious), len(items)
+
+
+def described(store: Store, model: LoadedModel, rows: pd.DataFrame) -> tuple[pd.DataFrame, Float32Array]:
+    """Return the rows of a manifest whose images can be decoded and described, and their features [N, D]."""
+    cache = PixelCache(store.home.cache, model.geometry.side_px)
+    rows = rows[rows["image_id"].isin(_decoded(store, cache, list(rows["image_id"])))]
+    cached = cache.rows(list(rows["image_id"]))
+    parts = [model.describe(cached.take(batch)) for batch in _batches(len(rows))]
+    features = np.concatenate(parts or [np.empty((0, 1), dtype=np.float32)])
+    # Linear heads refuse NaN.
+    finite = np.isfinite(features).all(axis=1)
+    return rows[finite].reset_index(drop=True), features[finite]
 
 
 def out_of_fold_probabilities(
