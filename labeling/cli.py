@@ -247,7 +247,7 @@ def _card_table(card: "ReaderCard") -> Table:
     table = Table(show_header=False, title=f"{card.reader}, as of {card.as_of:%Y-%m-%d %H:%M} UTC")
     table.add_row("images annotated", str(card.annotations))
     undecided = f"; {card.gold_undecided} more without a class" if card.gold_undecided else ""
-    table.add_row("gold questions right", _share_text(card.gold) + undecided)
+    table.add_row("gold tasks right", _share_text(card.gold) + undecided)
     table.add_row("  of malignant ones, named malignant", _share_text(card.malignant))
     for truth, named in card.confusion.items():
         table.add_row(f"  {truth} was called", ", ".join(f"{label} {number}" for label, number in named.items()))

@@ -1,4 +1,4 @@
-"""Gold questions: images with a confirmed diagnosis among the blind tasks, which measure the readers.
+"""Gold tasks: images with a confirmed diagnosis among the blind tasks, which measure the readers.
 
 Only blind tasks have some: all blind tasks look alike, while any other task shows why it was sent and what the model
 predicted. The image is one of the train split that its reader has not been asked about. What is answered is kept as an
@@ -32,7 +32,7 @@ _CONFIRMED = [confirmation for confirmation, rank in LABEL_RANK.items() if rank 
 
 
 def add_gold(tx: Transaction, share: float) -> int:
-    """Add gold questions beside the blind review items that wait; returns their number.
+    """Add gold tasks beside the blind review items that wait; returns their number.
 
     Args:
         tx: a write transaction.

@@ -45,14 +45,12 @@ class ReaderCard(BaseModel):
 
     reader: str
     as_of: datetime = Field(description="annotations that were read later are not in it")
-    annotations: int = Field(ge=0, description="images annotated, gold questions included")
-    gold: Share = Field(description="gold questions whose confirmed diagnosis was named, of those where a class was")
-    gold_undecided: int = Field(ge=0, description="gold questions without a class: can't tell, or another diagnosis")
-    malignant: Share = Field(
-        description="gold questions with a malignant diagnosis for which a malignant class was named"
-    )
+    annotations: int = Field(ge=0, description="images annotated, gold tasks included")
+    gold: Share = Field(description="gold tasks whose confirmed diagnosis was named, of those where a class was")
+    gold_undecided: int = Field(ge=0, description="gold tasks without a class: can't tell, or another diagnosis")
+    malignant: Share = Field(description="gold tasks with a malignant diagnosis for which a malignant class was named")
     confusion: dict[str, dict[str, int]] = Field(
-        description="gold questions: confirmed diagnosis to what was named (class, cant_tell or other) to a number"
+        description="gold tasks: confirmed diagnosis to what was named (class, cant_tell or other) to a number"
     )
     agreement: Share = Field(description="images where the class is that of most others who annotated the image")
     seconds: float | None = Field(description="median time of a task")

@@ -2,7 +2,7 @@
 
 Items of the random audit sample are read blind, since labels for an evaluation must not depend on the model. If such
 an item is also urgent or flagged, it gets a second, blind read. A share of the other items is blind as well, which
-measures how far the prediction influences its readers. Gold questions join the blind ones. This module writes to the
+measures how far the prediction influences its readers. Gold tasks join the blind ones. This module writes to the
 ledger and calls no server.
 """
 

@@ -93,8 +93,7 @@ def triage(
     p_malignant = malignant_probability(probabilities, taxonomy) if is_finite else 1.0
     chance = audit_chance(p_malignant, rules.audit_share)
     is_sampled = audit_draw < chance
-    drawn = (ReasonCode.AUDIT_SAMPLE, ReasonCode.DRIFT) if rules.drifts else (ReasonCode.AUDIT_SAMPLE,)
-    sampled = drawn if is_sampled else ()
+    sampled = (ReasonCode.AUDIT_SAMPLE, *((ReasonCode.DRIFT,) if rules.drifts else ())) if is_sampled else ()
     selection = chance if is_sampled else None
     # Quality is checked first: annotators could not judge the image either, so it is left out of the audit sample.
     if suitability.quality_reason is not None:

@@ -38,7 +38,7 @@ class Annotation(Record):
     lead_time_s: float | None = Field(default=None, ge=0)
     blind: bool = Field(default=False, description="true if the prediction was hidden from the annotator")
     gold: bool = Field(
-        default=False, description="true for a gold question: it measures the annotator, and is no label of the image"
+        default=False, description="true for a gold task: it measures the annotator, and is no label of the image"
     )
     server: str = Field(description="base URL of the Label Studio that holds it")
     project_id: int

@@ -1,4 +1,4 @@
-"""Gold questions look like other blind tasks and never count as labels; readers see their own card first."""
+"""Gold tasks look like other blind tasks and never count as labels; readers see their own card first."""
 
 import itertools
 import json
@@ -91,11 +91,11 @@ def test_the_stated_share_is_mixed_in_and_nobody_is_asked_twice(store: Store) ->
         tx.update(ReviewItem, sent.id, state=ReviewState.ANSWERED)
     add_waiting(store, 120)
     assert plan_reads(store, GOLD.model_copy(update={"gold_share": 0.0})) == 0
-    assert gold_items(store) == [], "the default asks no gold question"
+    assert gold_items(store) == [], "the default asks no gold task"
     planned = plan_reads(store, GOLD)
     gold = gold_items(store)
     assert len(gold) == planned
-    # Of 120 blind tasks and their gold questions 0.3 are gold; four standard deviations on either side.
+    # Of 120 blind tasks and their gold tasks 0.3 are gold; four standard deviations on either side.
     assert 0.19 < len(gold) / (120 + len(gold)) < 0.39
     assert {item.image_id for item in gold} <= known
     assert not {item.image_id for item in gold} & {*barred, sent.image_id}
@@ -128,7 +128,7 @@ def test_a_gold_task_is_like_the_task_of_any_blind_item(store: Store) -> None:
     ]
     assert shapes[0] == shapes[1]
     assert len(shapes[0]) == 1
-    assert "relook_model" not in by_kind[False][0]["meta"], "which model predicted tells a question from the others"
+    assert "relook_model" not in by_kind[False][0]["meta"], "which model predicted tells it from the others"
     assert "gold" not in json.dumps(by_kind[True][0]).lower().replace(by_kind[True][0]["data"]["image"].lower(), "")
     scores = [sorted(d["predictions"][0]["score"] for d in by_kind[kind]) for kind in (True, False)]
     assert scores[0] == scores[1]
@@ -151,7 +151,7 @@ def said(store: Store, item: ReviewItem, annotator: str, label: str | None, seco
 
 @pytest.fixture
 def asked(store: Store) -> list[ReviewItem]:
-    """Ten gold questions: six melanomas and four naevi."""
+    """Ten gold tasks: six melanomas and four naevi."""
     items = []
     for number, label in enumerate(["mel"] * 6 + ["nv"] * 4):
         image_id = add_known(store, number, label)
@@ -173,7 +173,7 @@ def test_gold_annotations_are_kept_and_count_as_no_label(store: Store, asked: li
     with store.ledger.read() as tx:
         assert len(current(tx.find(Annotation))) == 20
     assert resolved_labels(store) == []
-    assert add_adjudications(store, 0.67) == 0, "readers who differ about a gold question ask for no decision"
+    assert add_adjudications(store, 0.67) == 0, "readers who differ about a gold task ask for no decision"
     assert set(known_diagnoses(store).values()) == {"mel", "nv"}
 
 

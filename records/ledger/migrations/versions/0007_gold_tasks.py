@@ -1,4 +1,4 @@
-"""Annotations of gold questions are marked."""
+"""Annotations of gold tasks are marked."""
 
 import sqlalchemy as sa
 from alembic import op
