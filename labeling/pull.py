@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,10 +24,11 @@ from labeling.rows import AnnotationRow, ProjectState, TaskRow
 from labeling.servers import server_name
 from labeling.settings import LabelingSettings
 from labeling.tasks import parse_annotation
-from records.errors import DataError, LabelStudioRefusedError, UnavailableError, UnknownIdError
+from records.errors import DataError, LabelStudioRefusedError, UnknownIdError
 from records.ids import hash_of, new_id, utc_now
 from records.lease import hold
 from records.ledger import Transaction
+from records.parts import ahead, attempt, in_parts
 from records.store import Store
 from records.types import Annotation, AnnotationKind, Cursor, Image, ReasonCode, ReviewItem, ReviewState
 from records.types.base import LINE
@@ -138,7 +141,7 @@ def _pull(
         # The overlap covers such late commits and a server clock that was set back; rows that are read again are
         # recognised by their revision.
         since = datetime.fromisoformat(before["newest_update"]) - _OVERLAP if before.get("newest_update") else None
-        for page in client.list_tasks(project_id, updated_since=since, with_annotations=True):
+        for page in ahead(client.list_tasks(project_id, updated_since=since, with_annotations=True)):
             reading.record(page)
             done += len(page)
             advance(done, done)
@@ -213,6 +216,7 @@ class _Pass:
         """Bring the ledger in line with a page of tasks, in one transaction."""
         self._look_up_annotators(page)
         rows = [row for row in page if "relook_item" in row.meta]
+        read: list[_Read] = []
         with self.store.ledger.begin() as tx:
             found = tx.find(ReviewItem, where={"id": {str(row.meta["relook_item"]) for row in rows}})
             # An image that was erased during this pull: nothing about it is written down again.
@@ -223,22 +227,32 @@ class _Pass:
                 item = items.get(str(row.meta["relook_item"]))
                 if item is None:
                     continue
-                try:
-                    # A savepoint: of a task that cannot be recorded nothing is, and the other tasks of the page are.
-                    with tx.connection.begin_nested():
-                        recorded = self._record_task(tx, now, row, item, known.get(row.id, {}))
-                except UnavailableError:
-                    raise
-                except Exception as error:  # noqa: BLE001 - reported, and read again by the next pull
-                    self._fail(row, f"task {row.id}: {error or type(error).__name__}")
+                one = attempt(partial(self._read_task, now, row, item), known.get(row.id, {}))
+                if isinstance(one, Exception):
+                    self._fail(row, one)
                 else:
-                    self.counts.add(recorded)
+                    read.append(one)
+            for part in in_parts(read, partial(self._write, tx)):
+                if isinstance(part.result, Exception):
+                    self._fail(part.members[0].row, part.result)
+                else:
+                    for written in part.members:
+                        self.counts.add(written.counts)
+
+    def _write(self, tx: Transaction, read: Sequence["_Read"]) -> None:
+        """Write the rows of some tasks, all or none of them."""
+        with tx.connection.begin_nested():
+            tx.add(*(label for one in read for label in (*one.counts.added, *one.tombstones)))
+            _settle(tx, self.project_id, read)
 
     def compare_totals(self, state: ProjectState) -> None:
         """Find deleted tasks and duplicate tasks, which do not show in a listing of changed tasks."""
-        sent = (ReviewState.PUSHED, ReviewState.ANSWERED)
+        sent = {"project_id": self.project_id, "state": (ReviewState.PUSHED, ReviewState.ANSWERED)}
         with self.store.ledger.read() as tx:
-            items = tx.find(ReviewItem, where={"project_id": self.project_id, "state": sent})
+            # Counted first: most pulls find both numbers equal, and there may be a million items.
+            if self.project_key.linked is None and tx.count(ReviewItem, sent) == state.total:
+                return
+            items = tx.find(ReviewItem, where=sent)
         if self.project_key.linked is not None:
             # Tasks of others are counted as well, so that the numbers say nothing.
             if is_ours(self.store, self.client, self.project_id, self.project_key):
@@ -246,7 +260,7 @@ class _Pass:
                 self.doubled += _remove_duplicates(self.store, self.client, self.project_id, {i.id: i for i in items})
             return
         # Before anything is withdrawn: a Label Studio that was set up anew can have a project with this id, too.
-        if len(items) == state.total or not is_ours(self.store, self.client, self.project_id, self.project_key):
+        if not is_ours(self.store, self.client, self.project_id, self.project_key):
             return
         if len(items) > state.total:
             self._record_deleted_tasks(items)
@@ -259,12 +273,12 @@ class _Pass:
         missing = {item.id: item for item in items if item.task_id not in present}
         with self.store.ledger.begin() as tx:
             newest, now = self._newest_labels(tx, missing), tx.now_after(Annotation)
-            for item in missing.values():
-                self.counts.deleted += self._add_tombstones(
-                    tx, now, [one for one in newest.get(item.task_id or 0, {}).values() if not one.deleted]
-                )
-                tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
-                self.tasks_deleted += 1
+            held = [one for item in missing.values() for one in newest.get(item.task_id or 0, {}).values()]
+            gone = [_tombstone(now, one) for one in held if not one.deleted]
+            tx.add(*gone)
+            tx.update_many(ReviewItem, {item_id: {"state": ReviewState.WITHDRAWN} for item_id in missing})
+        self.counts.deleted += len(gone)
+        self.tasks_deleted += len(missing)
 
     def report(self) -> PullReport:
         """Return the counts as a report."""
@@ -284,8 +298,9 @@ class _Pass:
             doubled=self.doubled,
         )
 
-    def _fail(self, row: TaskRow, sentence: str) -> None:
-        self.failed.append(LINE.keep(" ".join(sentence.split())))
+    def _fail(self, row: TaskRow, error: Exception) -> None:
+        """Report a task that could not be recorded; the next pull reads it again."""
+        self.failed.append(LINE.keep(" ".join(f"task {row.id}: {error or type(error).__name__}".split())))
         self.failed_at.append(row.updated_at)
 
     def _look_up_annotators(self, page: Sequence[TaskRow]) -> None:
@@ -303,9 +318,8 @@ class _Pass:
             newest.setdefault(label.task_id, {})[label.annotation_id] = label
         return newest
 
-    def _record_task(
-        self, tx: Transaction, now: datetime, row: TaskRow, item: ReviewItem, known: Mapping[int, Annotation]
-    ) -> _Counts:
+    def _read_task(self, now: datetime, row: TaskRow, item: ReviewItem, known: Mapping[int, Annotation]) -> "_Read":
+        """Return what a task adds to the ledger."""
         if row.fault is not None:
             raise DataError(row.fault)
         submitted = {a.id: a for a in row.annotations if not a.was_cancelled}
@@ -315,13 +329,11 @@ class _Pass:
             if last is None or last.revision != revision_of(annotation):
                 found.added.append(self._label(now, row, item, annotation, found.not_understood))
                 found.edited += last is not None
-        tx.add(*found.added)
         # Label Studio does not report deletions. An annotation that the ledger holds and the task no longer has was
         # deleted or turned into a skip. The listing holds all annotations of a task, so a missing one is really gone.
         gone = [one for one in known.values() if not one.deleted and one.annotation_id not in submitted]
-        found.deleted = self._add_tombstones(tx, now, gone)
-        _settle(tx, item, self.project_id, row.id, answered=bool(submitted))
-        return found
+        found.deleted = len(gone)
+        return _Read(row, item, bool(submitted), found, [_tombstone(now, one) for one in gone])
 
     def _label(
         self, now: datetime, row: TaskRow, item: ReviewItem, annotation: AnnotationRow, not_understood: list[str]
@@ -346,6 +358,7 @@ class _Pass:
             annotator=annotator,
             annotated_at=annotation.updated_at,
             lead_time_s=annotation.lead_time_s,
+            gold=ReasonCode.GOLD in item.reasons,
             blind=item.blind or (self.page is not None and not self.page.shows_model),
             server=self.server,
             project_id=self.project_id,
@@ -354,35 +367,51 @@ class _Pass:
             revision=revision_of(annotation),
         )
 
-    def _add_tombstones(self, tx: Transaction, now: datetime, labels: Sequence[Annotation]) -> int:
-        for label in labels:
-            changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}
-            # Derived from the revision that it ends: revisions are unique per annotation, and an annotation can be
-            gold=ReasonCode.GOLD in item.reasons,
-            # skipped, submitted and skipped again, which takes a tombstone each time.
-            tx.add(label.model_copy(update={**changes, "revision": hash_of(["deleted", label.revision])}))
-        return len(labels)
+
+@dataclass(frozen=True)
+class _Read:
+    """A task as it was read, with the rows that it adds; `answered` if somebody submitted an annotation."""
+
+    row: TaskRow
+    item: ReviewItem
+    answered: bool
+    counts: _Counts
+    tombstones: list[Annotation]
+
+
+def _tombstone(now: datetime, label: Annotation) -> Annotation:
+    """Return the row that says that an annotation is gone."""
+    changes = {"id": new_id(), "created_at": now, "annotated_at": now, "deleted": True}
+    # Derived from the revision that it ends: revisions are unique per annotation, and an annotation can be skipped,
+    # submitted and skipped again, which takes a tombstone each time.
+    return label.model_copy(update={**changes, "revision": hash_of(["deleted", label.revision])})
 
 
 def _erased(tx: Transaction, image_ids: Collection[str]) -> set[str]:
     return {image.id for image in tx.find(Image, where={"id": set(image_ids)}) if image.erased_at is not None}
 
 
-def _settle(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, answered: bool) -> None:
-    """Bring the state of an item in line with its task; a withdrawn item stays withdrawn."""
-    if item.state not in (ReviewState.NEW, ReviewState.PUSHED, ReviewState.ANSWERED):
-        return
-    # It was annotated in another Label Studio, and this one has had a task of it since before.
-    if item.task_id is None and item.state == ReviewState.ANSWERED and not answered:
-        return
-    if item.task_id is None:
-        at = {"project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
-        # A push imported this task and was killed before it wrote its id. What the task shows is unknown, so the hash
-        # matches nothing and the next push refreshes it.
-        tx.update(ReviewItem, item.id, **at, sent_hash="adopted")
-    wanted = ReviewState.ANSWERED if answered else ReviewState.PUSHED
-    if item.state != wanted:
-        tx.update(ReviewItem, item.id, state=wanted, answered_at=utc_now() if answered else None)
+def _settle(tx: Transaction, project_id: int, read: Sequence[_Read]) -> None:
+    """Bring the states of items in line with their tasks; a withdrawn item stays withdrawn."""
+    now = utc_now()
+    adopted, states = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    for one in read:
+        item = one.item
+        if item.state not in (ReviewState.NEW, ReviewState.PUSHED, ReviewState.ANSWERED):
+            continue
+        # It was annotated in another Label Studio, and this one has had a task of it since before.
+        if item.task_id is None and item.state == ReviewState.ANSWERED and not one.answered:
+            continue
+        if item.task_id is None:
+            # A push imported this task and was killed before it wrote its id. What the task shows is unknown, so the
+            # hash matches nothing and the next push refreshes it.
+            at = {"project_id": project_id, "task_id": one.row.id, "pushed_at": now}
+            adopted[item.id] = {**at, "sent_hash": "adopted"}
+        wanted = ReviewState.ANSWERED if one.answered else ReviewState.PUSHED
+        if item.state != wanted:
+            states[item.id] = {"state": wanted, "answered_at": now if one.answered else None}
+    tx.update_many(ReviewItem, adopted)
+    tx.update_many(ReviewItem, states)
 
 
 def _remove_duplicates(

@@ -3,12 +3,13 @@
 Each task carries the id of its item. Before an import, tasks that are newer than the newest one in the ledger are
 listed: those that an earlier push imported without recording it are adopted instead of being imported again. While
 Label Studio is down the items wait in the ledger. Tasks whose item has changed since are refreshed. An item that cannot
-be sent is reported and tried again by the next push; the others are sent.
+be sent is reported and tried again by the next push; the others are sent. While a batch is imported the next one is
+made ready. One import is in flight at a time, since adopting relies on growing task ids.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from images.decode import decode_square
-from images.overlay import overlay_png
+from images.decode import decode_image, decode_square
+from images.overlay import overlay
 from labeling.client import LabelStudioClient
 from labeling.existing.fit import fitted, require_fit
 from labeling.existing.page import LabelPage
@@ -37,11 +38,12 @@ from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import task_document
 from records import tracing
+from records.arrays import UInt8Array
 from records.errors import DataError, LabelStudioError, LabelStudioRefusedError, UnavailableError, UnknownIdError
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
-from records.parts import attempt, in_parts
+from records.parts import ahead, attempt, in_parts
 from records.store import Store, read_image
 from records.types import Image, Prediction, ReviewItem, ReviewState
 
@@ -96,7 +98,7 @@ def push(
     settle_address(store, client)
     # Without the lease and without a request: most pushes of `sync --watch` find nothing to do.
     with store.ledger.read() as tx:
-        waits = tx.count(ReviewItem, where={"state": ReviewState.NEW}) > 0
+        waits = tx.count(ReviewItem, where={"state": ReviewState.NEW}, at_most=1) > 0
     if not waits and not stale_items(store):
         return PushReport()
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
@@ -173,17 +175,16 @@ class _ProjectPush:
         pushed, withdrawn = 0, 0
         unreadable: list[str] = []
         size = self.settings.push_batch
-        for start in range(0, len(waiting), size):
-            part = waiting[start : start + size]
-            batch = _prepare(self.store, part, project, self.settings, self.model_id)
+        parts = (waiting[start : start + size] for start in range(0, len(waiting), size))
+        ready = ahead(_prepare(self.store, part, project, self.settings, self.model_id) for part in parts)
+        for number, batch in enumerate(ready, start=1):
             refused = self._import(project, batch)
             with self.store.ledger.begin() as tx:
-                for item in batch.erased:
-                    tx.update(ReviewItem, item.id, state=ReviewState.WITHDRAWN)
+                tx.update_many(ReviewItem, {item.id: {"state": ReviewState.WITHDRAWN} for item in batch.erased})
             pushed += len(batch.items) - len(refused)
             withdrawn += len(batch.erased)
             unreadable.extend([*batch.unreadable, *refused])
-            self.advance(min(start + size, len(waiting)))
+            self.advance(min(number * size, len(waiting)))
         return PushReport(
             project_id=None if self.project_key.blind else project.id,
             pushed=pushed,
@@ -211,8 +212,7 @@ class _ProjectPush:
                 # An import and this transaction cannot be one: a push that is killed between them, or loses the
                 # response, leaves tasks that no item knows. The next push adopts them.
                 with self.store.ledger.begin() as tx:
-                    for (item, _), task_id in zip(tasks, task_ids, strict=True):
-                        _mark_pushed(tx, item, project.id, task_id)
+                    _mark_pushed(tx, project.id, dict(zip(task_ids, (item for item, _ in tasks), strict=True)))
             except Exception as error:
                 _raise_outage(error)
                 # A server that failed may have imported them all the same; then they must not be sent again in halves.
@@ -248,16 +248,17 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
 
             tasks = list(zip(batch.items, batch.documents, strict=True))
             with ThreadPoolExecutor(_REFRESHED_AT_ONCE) as pool:
-                for item, found in zip(batch.items, pool.map(partial(attempt, refresh), tasks), strict=True):
-                    if isinstance(found, Exception):
-                        _raise_outage(found)
-                        failed.append(f"review item {item.id}: {found}")
-                        continue
-                    # A task that is gone is found by the next pull. Its item counts as sent all the same, or every push
-                    # would try it again.
-                    refreshed += found
-                    with store.ledger.begin() as tx:
-                        tx.update(ReviewItem, item.id, sent_hash=content_hash(item))
+                found = list(zip(batch.items, pool.map(partial(attempt, refresh), tasks), strict=True))
+            # A task that is gone is found by the next pull. Its item counts as sent all the same, or every push would
+            # try it again.
+            done = [(item, one) for item, one in found if not isinstance(one, Exception)]
+            with store.ledger.begin() as tx:
+                tx.update_many(ReviewItem, {item.id: {"sent_hash": content_hash(item)} for item, _ in done})
+            refreshed += sum(one for _, one in done)
+            for item, one in found:
+                if isinstance(one, Exception):
+                    _raise_outage(one)
+                    failed.append(f"review item {item.id}: {one}")
     return PushReport(refreshed=refreshed, unreadable=failed)
 
 
@@ -279,14 +280,22 @@ def adopt(store: Store, client: LabelStudioClient, project: Project) -> tuple[in
         ours = [row for row in page if str(row.meta.get("relook_key", "")).endswith(project.marker)]
         second: list[TaskRow] = []
         with store.ledger.begin() as tx:
+            named = tx.find(ReviewItem, where={"id": {str(row.meta.get("relook_item")) for row in ours}})
+            items = {item.id: item for item in named}
+            first: dict[int, ReviewItem] = {}
+            task_ids = {item.id: item.task_id for item in named}
             for row in ours:
-                item = tx.get(ReviewItem, str(row.meta.get("relook_item")))
-                if item is not None and item.task_id is None and item.state == ReviewState.NEW:
-                    _mark_pushed(tx, item, project.id, row.id, adopted=True)
-                    adopted += 1
+                item = items.get(str(row.meta.get("relook_item")))
+                if item is None:
+                    continue
+                if task_ids[item.id] is None and item.state == ReviewState.NEW:
+                    first[row.id] = item
+                    task_ids[item.id] = row.id
                 # A duplicate that somebody annotated is left to the pull, which moves the item to it.
-                elif item is not None and item.task_id != row.id and not row.is_touched:
+                elif task_ids[item.id] != row.id and not row.is_touched:
                     second.append(row)
+            _mark_pushed(tx, project.id, first, adopted=True)
+        adopted += len(first)
         for row in second:
             # A second task does no harm; one that cannot be deleted is left to the pull.
             with contextlib.suppress(LabelStudioRefusedError):
@@ -312,12 +321,19 @@ def item_key(item_id: str, project: Project) -> str:
     return f"{item_id}{project.marker}"
 
 
-def _mark_pushed(tx: Transaction, item: ReviewItem, project_id: int, task_id: int, *, adopted: bool = False) -> None:
-    """Record the task of an item; what an adopted task shows is unknown, so its hash makes it refreshed once."""
-    changes = {"state": ReviewState.PUSHED, "project_id": project_id, "task_id": task_id, "pushed_at": utc_now()}
-    tx.update(ReviewItem, item.id, **changes, sent_hash="adopted" if adopted else content_hash(item))
+def _mark_pushed(tx: Transaction, project_id: int, items: Mapping[int, ReviewItem], *, adopted: bool = False) -> None:
+    """Record the items of tasks; what an adopted task shows is unknown, so its hash makes it refreshed once."""
+    changes = {"state": ReviewState.PUSHED, "project_id": project_id, "pushed_at": utc_now()}
+    tx.update_many(
+        ReviewItem,
+        {
+            item.id: {**changes, "task_id": task_id, "sent_hash": "adopted" if adopted else content_hash(item)}
+            for task_id, item in items.items()
+        },
+    )
     if tracing.is_on():
-        _trace_task(tx, item)
+        for item in items.values():
+            _trace_task(tx, item)
 
 
 def _trace_task(tx: Transaction, item: ReviewItem) -> None:
@@ -336,11 +352,13 @@ class _Batch:
     unreadable: list[str]
 
 
-def _drawn(store: Store, item: ReviewItem, content: bytes, side_px: int) -> bytes | None:
-    """Return an item's heat map over its image, PNG; None if the item has none or its task shows none."""
-    if item.heat_map is not None and not item.blind:
-        return overlay_png(decode_square(content, side_px), np.array(item.heat_map))
-    return store.blobs.get(item.overlay_blob) if item.overlay_blob is not None else None
+def _drawn(store: Store, item: ReviewItem, content: bytes, side_px: int) -> UInt8Array | None:
+    """Return an item's heat map over its image; None if the item has none or its task shows none."""
+    if item.blind:
+        return None
+    if item.heat_map is not None:
+        return overlay(decode_square(content, side_px), np.array(item.heat_map))
+    return decode_image(store.blobs.get(item.overlay_blob), side_px) if item.overlay_blob is not None else None
 
 
 def _prepare(

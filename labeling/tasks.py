@@ -18,6 +18,7 @@ from PIL import ImageOps
 
 from images.decode import decode_image
 from labeling.settings import LabelingSettings
+from records.arrays import UInt8Array
 from records.taxonomy import Taxonomy
 from records.types import AnnotationKind, Image, Prediction, ReasonCode, ReviewItem
 from records.types.base import LINE, LINES
@@ -36,6 +37,7 @@ _HIDDEN = tuple(
         "inner_id", "annotations_results", "annotations_ids", "predictions_results", "predictions_model_versions",
         "total_predictions", "file_upload", "storage_filename", "avg_lead_time", "draft_exists", "updated_by",
         "updated_at", "created_at", "data.heatmap", "data.prediction", "data.relook_item", "data.relook_key",
+        "data.cases", "data.cases_text",
     )
 )  # fmt: skip
 LIST_VIEW: dict[str, Any] = {
@@ -86,12 +88,13 @@ class ParsedAnnotation:
     understood: bool = True
 
 
-def label_config(taxonomy: Taxonomy, *, blind: bool = False) -> str:
+def label_config(taxonomy: Taxonomy, *, blind: bool = False, cases: bool = False) -> str:
     """Return the XML of the labeling page for a taxonomy.
 
     Args:
         taxonomy: its classes become the choices, in its order; the first nine get the digits as hotkeys.
-        blind: whether to leave out the prediction and the heat map.
+        blind: whether to leave out the prediction, the heat map and the cases.
+        cases: whether there is a panel for the nearest confirmed cases.
     Returns:
         XML text; equal taxonomies give equal text.
     """
@@ -102,7 +105,7 @@ def label_config(taxonomy: Taxonomy, *, blind: bool = False) -> str:
         brightnessControl="true", contrastControl="true", selectionControl="false", maxWidth="520px",
     )  # fmt: skip
     if not blind:
-        _add_model(left)
+        _add_model(left, cases=cases)
     right = ElementTree.SubElement(page, "View", style="flex: 1 1 300px; min-width: 280px")
     ElementTree.SubElement(right, "Header", value="$why", size="4")
     ElementTree.SubElement(right, "Header", value="$about", size="6")
@@ -120,12 +123,13 @@ def task_document(
     item: ReviewItem,
     image: Image,
     content: bytes,
-    overlay: bytes | None,
+    overlay: UInt8Array | None,
     prediction: Prediction | None,
     *,
     taxonomy: Taxonomy,
     settings: LabelingSettings,
     key: str,
+    cases: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the task of a review item, ready to be imported.
 
@@ -133,20 +137,22 @@ def task_document(
         item: says why the image is reviewed, and whether the task is blind.
         image: the record of the image.
         content: the stored bytes of the image.
-        overlay: the heat map over the image, PNG, or None if there is none.
+        overlay: the heat map over the image, [H, W, 3], or None if there is none.
         prediction: the prediction under review, or None for an image without one.
         taxonomy: has the display names of the classes.
         settings: size and quality of the embedded images.
         key: idempotency key (item and project), returned with every listing of tasks.
+        cases: what the panel of confirmed cases shows; None for a page without one.
     Returns:
         `data`, `meta` and `predictions` of one task.
     Raises:
-        ImageError: the image or the overlay cannot be decoded.
+        ImageError: the image cannot be decoded.
     """
     return {
         "data": {
             "image": data_uri(content, settings),
             **_texts(item, overlay, prediction, taxonomy, settings),
+            **(cases or {}),
             "about": about_text(image),
             "relook_item": item.id,
             "relook_key": key,
@@ -158,7 +164,7 @@ def task_document(
 
 def _texts(
     item: ReviewItem,
-    overlay: bytes | None,
+    overlay: UInt8Array | None,
     prediction: Prediction | None,
     taxonomy: Taxonomy,
     settings: LabelingSettings,
@@ -167,7 +173,7 @@ def _texts(
     # Left out of the data and not only of the page, since annotators can open a task's data in Label Studio.
     if item.blind:
         return {"why": "Please give your diagnosis."}
-    heat_map = data_uri(overlay, settings, enlarge=True) if overlay is not None else None
+    heat_map = _enlarged_uri(overlay, settings) if overlay is not None else None
     return {
         "why": why_text(item, taxonomy),
         "prediction": prediction_text(prediction, taxonomy),
@@ -208,23 +214,26 @@ def about_text(image: Image) -> str:
     return ", ".join(word for word in known if word) or "No age, sex or site is recorded."
 
 
-def data_uri(image: bytes, settings: LabelingSettings, *, enlarge: bool = False) -> str:
+def data_uri(image: bytes, settings: LabelingSettings) -> str:
     """Return an image as a data URI of at most `image_side_px` on its longer side.
 
     Args:
         image: JPEG, PNG or WebP bytes.
         settings: longest side and JPEG quality.
-        enlarge: whether to enlarge a smaller image to that size, for a folded panel, which shows images at their own.
     Returns:
         A JPEG data URI, upright, in sRGB, without metadata.
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    side_px = settings.image_side_px
     # The model's decoder, so that annotators see its pixels; browsers show transparency and CMYK in another way.
-    shown = PillowImage.fromarray(decode_image(image, side_px))
-    if enlarge:
-        shown = ImageOps.contain(shown, (side_px, side_px), PillowImage.Resampling.BILINEAR)
+    shown = PillowImage.fromarray(decode_image(image, settings.image_side_px))
+    return _jpeg_uri(_encoded(shown, settings.jpeg_quality))
+
+
+def _enlarged_uri(overlay: UInt8Array, settings: LabelingSettings) -> str:
+    """Return a heat map as a data URI whose longer side is `image_side_px`: a folded panel shows it at its own size."""
+    most = (settings.image_side_px, settings.image_side_px)
+    shown = ImageOps.contain(PillowImage.fromarray(overlay), most, PillowImage.Resampling.BILINEAR)
     return _jpeg_uri(_encoded(shown, settings.jpeg_quality))
 
 
@@ -265,8 +274,8 @@ def annotation_result(label: str) -> list[dict[str, Any]]:
     return [{"from_name": "diagnosis", "to_name": "image", "type": "choices", "value": {"choices": [label]}}]
 
 
-def _add_model(left: ElementTree.Element) -> None:
-    """Add the prediction and the heat map in folded panels, so that annotators look at the image first."""
+def _add_model(left: ElementTree.Element, *, cases: bool) -> None:
+    """Add prediction, heat map and cases in folded panels, so that annotators look at the image first."""
     folds = ElementTree.SubElement(left, "Collapse", accordion="false")
     prediction = ElementTree.SubElement(folds, "Panel", value="Model's prediction")
     ElementTree.SubElement(prediction, "Header", value="$prediction", size="5")
@@ -275,6 +284,13 @@ def _add_model(left: ElementTree.Element) -> None:
         looked, "Image", name="heatmap", value="$heatmap", zoom="true", zoomControl="true", selectionControl="false",
         maxWidth="520px",
     )  # fmt: skip
+    if cases:
+        alike = ElementTree.SubElement(folds, "Panel", value="Nearest confirmed cases")
+        ElementTree.SubElement(alike, "Header", value="$cases_text", size="6")
+        ElementTree.SubElement(
+            alike, "Image", name="cases", value="$cases", zoom="true", zoomControl="true", selectionControl="false",
+            maxWidth="520px",
+        )  # fmt: skip
 
 
 def _add_diagnosis(parent: ElementTree.Element, taxonomy: Taxonomy) -> None:

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from labeling.agreement import read_agreement
@@ -80,7 +81,7 @@ def test_a_blind_task_shows_nothing_of_the_model(store: Store, settings: Labelin
         image, prediction = tx.require(Image, item.image_id), tx.require(Prediction, item.prediction_id or "")
     blind = item.model_copy(update={"blind": True, "comment": "mel?", "suggested_label": "mel"})
     made = task_document(
-        blind, image, store.blobs.get(image.id), store.blobs.get(item.overlay_blob or ""), prediction,
+        blind, image, store.blobs.get(image.id), np.zeros((8, 8, 3), np.uint8), prediction,
         taxonomy=store.taxonomy, settings=settings, key="k",
     )  # fmt: skip
     assert set(made["data"]) == {"image", "why", "about", "relook_item", "relook_key"}

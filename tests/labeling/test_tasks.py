@@ -142,7 +142,7 @@ def test_a_task_has_key_and_score_and_no_preselected_choice() -> None:
         _item(),
         _image(),
         _encoded((600, 450), "JPEG"),
-        _encoded((64, 64), "PNG"),
+        np.zeros((64, 64, 3), np.uint8),
         _prediction(),
         taxonomy=HAM,
         settings=SETTINGS,

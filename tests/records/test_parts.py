@@ -1,14 +1,15 @@
 """Batches of which some members fail: the others go on, in few calls."""
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from records.errors import LabelStudioError, LabelStudioRefusedError, UnavailableError
-from records.parts import attempt, each_in_parts, in_parts
+from records.parts import ahead, attempt, each_in_parts, in_parts
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -65,3 +66,25 @@ def test_what_does_not_respond_is_not_tried_again() -> None:
 def test_one_attempt_gives_a_result_or_its_error() -> None:
     assert attempt(int, "3") == 3
     assert isinstance(attempt(int, "x"), ValueError)
+
+
+def test_the_next_member_is_made_while_one_is_processed_and_an_error_comes_in_its_place() -> None:
+    made: list[int] = []
+    second = threading.Event()
+
+    def members() -> Iterator[int]:
+        for number in range(3):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield number
+        raise ValueError("the fourth")
+
+    coming = ahead(members())
+    assert next(coming) == 0
+    assert second.wait(300), "the second is made while the first is processed"
+    assert [next(coming), next(coming)] == [1, 2]
+    with pytest.raises(ValueError, match="the fourth"):
+        next(coming)
+    assert made == [0, 1, 2]
+    assert list(ahead(iter(()))) == []

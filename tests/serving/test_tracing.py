@@ -58,7 +58,7 @@ def test_a_request_is_one_trace_from_the_listener_to_the_commit_and_its_task(
     store: Store = running.store
     with store.ledger.begin() as tx:
         (item,) = tx.find(ReviewItem, where={"prediction_id": reviewed.id})
-        _mark_pushed(tx, item, 1, 1)
+        _mark_pushed(tx, 1, {1: item})
     found = spans(reviewed.request_id)
     assert set(found) == {"request", "decode", "forward", "commit", "task"}
     root = found.pop("request")
