@@ -288,6 +288,7 @@ class Plan:
         taxonomy: that of the labels; the home remembers it.
         reading: goes into the audit event.
         corrects: True takes over labels that differ from stored ones.
+        to_train: True puts groups without a split into train.
     """
 
     import_id: str
@@ -300,6 +301,7 @@ class Plan:
     taxonomy: Taxonomy
     reading: Reading
     corrects: bool = False
+    to_train: bool = False
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,7 @@ def write_import(tx: Transaction, plan: Plan) -> Written:
     new_images, linking = _write_images(tx, plan)
     group_of = _groups_of(tx, plan)
     facts = _facts(plan, group_of)
-    split_of, notes = _write_splits(tx, facts, plan.split_salt)
+    split_of, notes = _write_splits(tx, facts, plan)
     known = known_labels(tx)
     withheld = _withheld(plan, facts, group_of, split_of, known)
     left_out = {entry.image_id for entry in withheld}
@@ -441,7 +443,7 @@ def _facts(plan: Plan, group_of: Mapping[str, str]) -> dict[str, GroupFacts]:
     return facts
 
 
-def _write_splits(tx: Transaction, facts: Mapping[str, GroupFacts], salt: str) -> tuple[dict[str, Split], list[str]]:
+def _write_splits(tx: Transaction, facts: Mapping[str, GroupFacts], plan: Plan) -> tuple[dict[str, Split], list[str]]:
     split_of = {group.id: group.split for group in tx.find(Group) if group.split is not None}
     undrawn = {group_id: fact for group_id, fact in facts.items() if group_id not in split_of}
     stated = {
@@ -449,8 +451,12 @@ def _write_splits(tx: Transaction, facts: Mapping[str, GroupFacts], salt: str) -
         for group_id, fact in undrawn.items()
         if fact.is_stated and len(fact.splits) == 1
     }
+    if plan.to_train:
+        stated = dict.fromkeys(undrawn, (Split.TRAIN, "given"))
     others = {group_id: fact for group_id, fact in undrawn.items() if group_id not in stated}
-    drawn, notes = draw_splits(others, is_first=not split_of, salt=salt)
+    drawn, notes = draw_splits(others, is_first=not split_of, salt=plan.split_salt)
+    if plan.to_train and (held := sum(split_of.get(group_id, Split.TRAIN) is not Split.TRAIN for group_id in facts)):
+        notes.append(f"{held} lesions were on held-out splits before and stay there, so training does not see them")
     drawn |= stated
     set_splits(tx, drawn)
     return {**split_of, **{group_id: split for group_id, (split, _) in drawn.items()}}, notes

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ def import_folder(
     withhold_share: float = 0.0,
     side_px: Sequence[int] = (64,),
     consent: Consent = Consent.TRAINING,
+    to_train: bool = False,
     progress: Progress | None = None,
 ) -> ImportReport:
     """Import a folder of images with a table, and build the dataset version that follows.
@@ -134,6 +135,7 @@ def import_folder(
             below 1; the same ones at every run.
         side_px: sides at which the images are decoded into the cache.
         consent: what the people in the images agreed to.
+        to_train: True puts every lesion that has no split yet into train.
         progress: gets a bar.
     Returns:
         The report.
@@ -158,6 +160,7 @@ def import_folder(
             withhold_share=withhold_share,
             side_px=side_px,
             consent=consent,
+            to_train=to_train,
             progress=progress,
         )
 
@@ -173,6 +176,7 @@ def import_source(
     withhold_share: float = 0.0,
     side_px: Sequence[int] = (64,),
     consent: Consent = Consent.TRAINING,
+    to_train: bool = False,
     progress: Progress | None = None,
 ) -> ImportReport:
     """Import rows that were read, wherever they came from, and build the dataset version that follows.
@@ -187,6 +191,7 @@ def import_source(
         withhold_share: see `import_folder`.
         side_px: see `import_folder`.
         consent: see `import_folder`.
+        to_train: see `import_folder`.
         progress: see `import_folder`.
     Returns:
         The report.
@@ -203,6 +208,7 @@ def import_source(
     entries, same_bytes, conflicting = merge_same_bytes(entries)
     refusals += [*unreadable, *conflicting]
     plan = _plan(store, source, entries, refusals, reading, consent, withhold_share, correct, progress)
+    plan = replace(plan, to_train=to_train)
     # Decoding took minutes and ran without a transaction; only this short part holds up other writers.
     with store.ledger.begin() as tx:
         written = write_import(tx, plan)

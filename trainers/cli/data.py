@@ -107,6 +107,10 @@ def import_command(
         bool, typer.Option("--correct", help="Take over labels that differ from those imported before.")
     ] = False,
     consent: ConsentOption = "training",
+    seed_atlas: Annotated[
+        Path | None,
+        typer.Option("--seed-atlas", help="Folder with a few confirmed images of each class; all go to train."),
+    ] = None,
     label_studio: LabelStudioOption = None,
     project: ProjectOption = None,
     choices: ChoicesOption = None,
@@ -118,19 +122,20 @@ def import_command(
     from records.types import Consent
 
     said = parse_labels(labels)
-    if label_studio is not None and project is not None and folder is None and not (table or layout or in_place):
+    source = folder or seed_atlas
+    if label_studio is not None and project is not None and source is None and not (table or layout or in_place):
         about = ProjectOptions(choices, said, parse_columns(columns), allow_host or [], token_file, correct)
         FROM_PROJECT[0](call, label_studio, project, about)
         return
-    if folder is None or label_studio or project or choices or allow_host or token_file:
+    if source is None or (folder and seed_atlas) or label_studio or project or choices or allow_host or token_file:
         raise ConfigError(
             "name a folder to import; or a project, with --label-studio URL --project N and without DIR, --table, "
-            "--layout and --in-place"
+            "--layout and --in-place; or an atlas, with --seed-atlas DIR and without another DIR"
         )
     with call.store() as store, progress() as bar:
         report = import_folder(
             store,
-            folder,
+            source,
             columns=parse_columns(columns),
             labels=said,
             table=table,
@@ -138,6 +143,7 @@ def import_command(
             in_place=in_place,
             correct=correct,
             consent=Consent(consent),
+            to_train=seed_atlas is not None,
             # Decoded at the size that training will use, so that the first training need not decode again.
             side_px=(call.settings.trainers.model.side_px,),
             progress=bar,
