@@ -3,7 +3,7 @@
 .venv/bin/python -m bench.label.acquisition_arms features.npz --work FOLDER
 
 Every curve (one arm, one seed) is a file of FOLDER as soon as it is done, and is not computed again. Progress goes to
-standard error and to FOLDER/progress.log; when all curves are there, FOLDER/figures.json is written.
+standard error and to FOLDER/progress.log. `bench.label.acquisition_tables` makes tables of what is there.
 """
 
 import argparse
@@ -30,6 +30,8 @@ STEPS = (100, 150, 200, 300, 400, 600, 800, 1_200, 1_600, 2_200, 2_800, 3_600, 4
 FIRST_SEED, ATLAS_PER_CLASS, RAREST = 1_000, 10, 3
 MIX = {"random": 0.1, "rare_margin": 0.6, "expected_miss_cost": 0.3}
 COUNTED_UNTIL = (600, 1_600)
+FEWEST_SEEDS = 3
+"""An arm with fewer has no figures yet."""
 
 
 @dataclass(frozen=True)
@@ -98,32 +100,39 @@ def curve_of(path: str, name: str, seed: int) -> dict[str, Any]:
 
 
 def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of the protocol for every arm."""
-    by_arm = {name: sorted((f for f in found if f["arm"] == name), key=lambda f: int(f["seed"])) for name in ARMS}
-    base = by_arm["random"]
-    targets = [0.95 * one["full"] for one in base]
-    rarest = np.argsort(np.mean([one["pool_counts"] for one in base], axis=0))[:RAREST]
-    needed = {name: [_needed(one, at) for one, at in zip(ones, targets, strict=True)] for name, ones in by_arm.items()}
-    logs = {name: np.log([n or STEPS[-1] for n in some]) - np.log([n or STEPS[-1] for n in needed["random"]])
-            for name, some in needed.items()}  # fmt: skip
-    adjusted = curves.holm({name: curves.p_value(logs[name]) for name in TESTED if name != "random"})
-    arms = {}
+    """Return the figures of the protocol for every arm, each against random on the seeds that both have."""
+    random = {int(one["seed"]): one for one in found if one["arm"] == "random"}
+    by_arm = {
+        name: sorted((f for f in found if f["arm"] == name and f["seed"] in random), key=lambda f: int(f["seed"]))
+        for name in ARMS
+    }
+    by_arm = {name: ones for name, ones in by_arm.items() if len(ones) >= FEWEST_SEEDS}
+    rarest = np.argsort(np.mean([one["pool_counts"] for one in random.values()], axis=0))[:RAREST]
+    arms, logs = {}, {}
     for name, ones in by_arm.items():
+        base = [random[one["seed"]] for one in ones]
+        needed, of_base = ([_needed(one, 0.95 * r["full"]) for one, r in zip(some, base, strict=True)]
+                           for some in (ones, base))  # fmt: skip
+        logs[name] = np.log([n or STEPS[-1] for n in needed]) - np.log([n or STEPS[-1] for n in of_base])
         gain = _curves(ones) - _curves(base)
         area = np.asarray(np.trapezoid(gain, STEPS, axis=1)) / (STEPS[-1] - STEPS[0])
         counts = np.array([one["counts"] for one in ones])
         arms[name] = {
-            "labels_mean": float(np.mean([n or STEPS[-1] for n in needed[name]])),
-            "not_reached": sum(n is None for n in needed[name]),
+            "seeds": len(ones),
+            "labels_mean": float(np.mean([n or STEPS[-1] for n in needed])),
+            "not_reached": sum(n is None for n in needed),
             "ratio": _interval(logs[name], np.exp),
-            "holm_p": adjusted.get(name),
             "area_gain": _interval(area),
             "gain_by_step": [_interval(column) for column in gain.T],
             **{f"melanomas_per_100_to_{n}": _asked(counts[:, :, [curves.MELANOMA]], n) for n in COUNTED_UNTIL},
             **{f"rarest_per_100_to_{n}": _asked(counts[:, :, rarest], n) for n in COUNTED_UNTIL},
         }
-    full = float(np.mean([one["full"] for one in base]))
-    return {"full": full, "seeds": len(base), "rarest": [curves.CLASSES[c] for c in rarest], "arms": arms}
+    tested = {name: curves.p_value(values) for name, values in logs.items() if name in TESTED and name != "random"}
+    adjusted = curves.holm(tested, len(TESTED) - 1)
+    for name, one in arms.items():
+        one["holm_p"] = adjusted.get(name)
+    full = float(np.mean([one["full"] for one in random.values()]))
+    return {"full": full, "seeds": len(random), "rarest": [curves.CLASSES[c] for c in rarest], "arms": arms}
 
 
 def _curves(ones: list[dict[str, Any]]) -> FloatArray:
@@ -175,18 +184,18 @@ def run(features: Path, work: Path, arms: list[str], seeds: list[int], workers: 
 
 
 def main() -> None:
-    """Run the arms on the seeds of the protocol and write their figures."""
+    """Run arms on seeds of the protocol."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("features", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     # Set before the workers start: each uses one core.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     seeds = list(range(FIRST_SEED, FIRST_SEED + options.seeds))
-    figures = summarise(run(options.features, options.work, list(ARMS), seeds, options.workers))
-    (options.work / "figures.json").write_text(json.dumps(figures, indent=1))
+    run(options.features, options.work, options.arms, seeds, options.workers)
 
 
 if __name__ == "__main__":

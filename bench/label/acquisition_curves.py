@@ -152,15 +152,17 @@ def p_value(differences: FloatArray) -> float:
     return float(2 * stats.t.sf(abs(differences.mean() / _error(differences)), len(differences) - 1))
 
 
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Return p-values adjusted for their number (Holm 1979).
+def holm(p_values: dict[str, float], tests: int = 0) -> dict[str, float]:
+    """Return p-values adjusted for their number, or for a larger number of tests, of which some are not known yet.
+
+    The unknown ones are taken for the largest, so that no adjusted value can become larger by them (Holm 1979).
 
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
     """
-    adjusted, highest = {}, 0.0
+    adjusted, highest, number = {}, 0.0, max(tests, len(p_values))
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        highest = max(highest, min(1.0, (number - rank) * p_values[name]))
         adjusted[name] = highest
     return adjusted
 

@@ -35,6 +35,7 @@ def test_labels_needed_lie_on_the_line_between_steps() -> None:
 
 def test_holm_multiplies_by_what_is_left_and_never_falls() -> None:
     assert curves.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert curves.holm({"a": 0.01, "b": 0.04}, 10) == pytest.approx({"a": 0.1, "b": 0.36})
 
 
 def test_the_error_is_that_of_overlapping_splits() -> None:
@@ -83,7 +84,9 @@ def test_arms_of_protocol_2_start_alike_can_be_resumed_and_summarised(
         one | {"seed": 1001, "balanced_accuracy": [a - 0.01 * len(one["arm"]) for a in one["balanced_accuracy"]]}
         for one in found
     ]
-    figures = arms.summarise(slower + found)
+    third = [one | {"seed": 1002} for one in found if one["arm"] != "badge"]
+    figures = arms.summarise(slower + found + third)
+    assert "badge" not in figures["arms"], "two seeds are too few for an interval"
     assert figures["arms"]["random"]["ratio"] == [1.0, 1.0, 1.0]
     low, high = figures["arms"]["mix"]["ratio"][1:]
     assert low <= figures["arms"]["mix"]["ratio"][0] <= high
