@@ -135,7 +135,8 @@ def upload_and_ask(page: "Page", file: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width_px", [1280, 390])
+# The wide page is also opened in the tests without Ray.
+@pytest.mark.parametrize("width_px", [pytest.param(1280, marks=pytest.mark.soak), 390])
 def test_a_person_uploads_reads_and_objects(
     browser: "Browser", url: str, served_store: Store, make_image: Callable[..., bytes], tmp_path: Path, width_px: int
 ) -> None:
