@@ -16,14 +16,20 @@ from images.layouts.geti import find_geti_project
 from images.layouts.known_tables import FINDERS
 from images.layouts.look import Found, Look
 from images.layouts.packed import find_parquet, find_webdataset
-from images.source_table import SourceTable, read_class_folders, read_table_folder, tables_of
+from images.source_table import COLUMNS, REQUIRED, SourceTable, read_class_folders, read_table_folder, tables_of
 from records.errors import ConfigError, DataError
 
 
 def _find_table(look: Look) -> Found | None:
-    if look.table is None and not tables_of(look.folder):
-        return None
-    return Found("", lambda: read_table_folder(look.folder, look.columns, look.table))
+    table = look.table
+    if table is None and not tables_of(look.folder):
+        # A table in a folder of its own, which says what it is by its columns.
+        own = {look.columns.get(what, COLUMNS[what]).casefold() for what in REQUIRED}
+        below = [path for path, (_, cells) in look.tables.items() if own <= {one.casefold() for one in cells.columns}]
+        if len(below) != 1:
+            return None
+        table = below[0]
+    return Found("", lambda: read_table_folder(look.folder, look.columns, table))
 
 
 def _find_folders(look: Look) -> Found | None:

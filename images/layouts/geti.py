@@ -50,8 +50,8 @@ def _read_archive(look: Look, documents: Path, layout: str) -> SourceTable:
         # Ids and dates grow with time; an older annotation of an image was replaced by a newer one.
         kind = text_of(scene.get("kind")).rpartition(".")[2]
         if kind == "ANNOTATION" and text_of(about.get("type")).lower() == "image":
-            image = _text_id(about.get("media_id"))
-            newest[image] = max(newest.get(image, scene), scene, key=_moment)
+            image_id = _text_id(about.get("media_id"))
+            newest[image_id] = max(newest.get(image_id, scene), scene, key=_moment)
     images = list(_documents(documents / "image.jsonl"))
     binaries = documents.parent / "binaries" / "images"
     found = {path.stem: path for path in look.listing.files if path.is_relative_to(binaries)}

@@ -66,6 +66,9 @@ CASES: dict[str, tuple[Callable[[Path], None], dict[str, int], list[str], list[s
         text("t.csv", "image;MEL;NV;BCC\na;TRUE;FALSE;\nb;no;yes;\nc;0,0;0,0;1,0\nd;x;;\n"), ALL, [], [],
     ),
     "lines of JSON": (text("metadata.jsonl", "\n".join(LINES)), ALL, [], []),
+    "a table in a folder of its own": (
+        text("meta/t.csv", "image_id,dx\na,mel\nb,nv\n", "images/a.jpg", "images/b.jpg"), {"mel": 1, "nv": 1}, [], [],
+    ),
     "words joined by signs": (
         folders("basal_cell_carcinoma/1.jpg", "Melanocytic-Nevi/2.jpg", "vascular_things/3.jpg"), {"bcc": 1, "nv": 1},
         ["unknown_class"], [],

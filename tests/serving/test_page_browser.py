@@ -37,6 +37,7 @@ from serving.access.keys import admin_token
 from serving.client import Client
 from serving.schemas import Context
 from serving.settings import ServingSettings
+from tests.dicoms import dicom, disk, shipped
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -160,6 +161,27 @@ def test_every_tab_from_upload_to_annotation(
     _image(page, folder / f"page_rounds{WIDTHS[width_px]}.png", width_px)
 
     assert not [address for address in requested if not address.startswith((url, "data:", "blob:"))]
+    page.context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_dicom_file_is_chosen_shown_and_predicted(browser: "Browser", url: str, tmp_path: Path) -> None:
+    good, bad = tmp_path / "DOE^JANE", tmp_path / "bad.dcm"
+    good.write_bytes(dicom(disk((60, 40, 30), 5), PatientName="DOE^JANE"))
+    bad.write_bytes(shipped("MR_small_jpeg_ls_lossless.dcm"))
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    page.goto(url)
+    page.wait_for_selector("#rl-model")
+    for file in (bad, good):
+        with page.expect_file_chooser() as chosen:
+            page.click("#rl-dicom")
+        chosen.value.set_files(str(file))
+        page.wait_for_selector("text=JPEG-LS Lossless" if file is bad else "#rl-image img[src$='dicom.png']")
+    page.click("#rl-predict")
+    page.wait_for_selector("#rl-map .heat")
+    assert "JANE" not in page.content()
     page.context.close()
 
 
