@@ -42,6 +42,8 @@ _NAMES = {
     "train_loss": "loss/train",
     "val_loss": "loss/val",
     "val_balanced_accuracy": "val/balanced_accuracy",
+    "val_macro_auc": "val/macro_auc",
+    "val_even_loss": "val/even_loss",
     "val_accuracy": "val/accuracy",
     "key_class_sensitivity": "val/key_class_sensitivity",
     "learning_rate": "learning_rate",

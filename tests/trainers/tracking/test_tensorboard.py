@@ -31,8 +31,8 @@ SETTINGS = TrainersSettings(
     augmentation="flips",
 )
 SCALARS = {
-    "loss/train", "loss/val", "val/balanced_accuracy", "val/accuracy", "val/key_class_sensitivity", "learning_rate",
-    "speed/images_per_s", "speed/epoch_s",
+    "loss/train", "loss/val", "val/balanced_accuracy", "val/macro_auc", "val/even_loss", "val/accuracy",
+    "val/key_class_sensitivity", "learning_rate", "speed/images_per_s", "speed/epoch_s",
 }  # fmt: skip
 
 
