@@ -34,7 +34,7 @@ NETWORKS = [
     pytest.param(name, marks=() if name in ("custom_cnn", "mobilenet_v3", "squeezenet") else pytest.mark.soak)
     for name in MODELS
 ]
-"""The catalogue, of which a test runs ours and two of torchvision's in the suite, and the deep ones with `make soak`."""
+"""The catalogue: a test runs ours and two of torchvision's in the suite, and the deep ones with `make soak`."""
 
 
 @pytest.fixture(scope="session")

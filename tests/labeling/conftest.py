@@ -37,7 +37,9 @@ def make_image(seed: int, kind: str = "JPEG", size: tuple[int, int] = (96, 72)) 
 @pytest.fixture(scope="session")
 def settings() -> LabelingSettings:
     """Port 0 takes a free one; the environment may be one that exists already."""
-    return LabelingSettings(port=0, blind_share=0.0, environment=Path(ENVIRONMENT) if ENVIRONMENT else None)
+    return LabelingSettings(
+        port=0, blind_share=0.0, environment=Path(ENVIRONMENT) if ENVIRONMENT else None, start_timeout_s=600
+    )
 
 
 @pytest.fixture(scope="session")

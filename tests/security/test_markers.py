@@ -169,7 +169,7 @@ def places(
             monkeypatch.setenv("RELOOK_BLOBS", settings.blobs)
     monkeypatch.setenv("RELOOK_HOME", str(home))
     store = open_store(settings)
-    labeling = LabelingSettings(port=0, environment=Path(ENVIRONMENT) if ENVIRONMENT else None)
+    labeling = LabelingSettings(port=0, environment=Path(ENVIRONMENT) if ENVIRONMENT else None, start_timeout_s=600)
     local = LocalLabelStudio(store.home, labeling)
     server = local.up(lambda line: None)
     try:

@@ -118,7 +118,8 @@ def inferred(served: Served, images: list[bytes], contexts: list[Context]) -> li
         {"name": "image", "datatype": "BYTES", "shape": [3], "data": [base64.b64encode(i).decode() for i in images]},
         {"name": "context", "datatype": "BYTES", "shape": [3], "data": texts},
     ]  # fmt: skip
-    response = httpx.post(f"{served.url}/v2/models/relook/infer", json={"inputs": tensors}, trust_env=False, timeout=600)
+    url = f"{served.url}/v2/models/relook/infer"
+    response = httpx.post(url, json={"inputs": tensors}, trust_env=False, timeout=600)
     outputs = {output["name"]: output for output in response.json()["outputs"]}
     assert outputs["context_used"]["data"] == ["age sex localization", "", "age"]
     codes = outputs["classes"]["data"]

@@ -69,7 +69,7 @@ def url(ray_session: Any, served: Store, tools: Any) -> Iterator[str]:
     settings = ServingSettings(
         port=tools.free_port(), page=False, model_poll_s=5.0, rate_limit_per_minute=PER_MINUTE, max_batch_size=1,
         predictor_min_replicas=2, predictor_max_replicas=2, predictor_cpus=0.3, ingress_min_replicas=2,
-        ingress_max_replicas=2, ingress_cpus=0.1, explainer_cpus=0.1,
+        ingress_max_replicas=2, ingress_cpus=0.1, explainer_cpus=0.1, start_timeout_s=900,
     )  # fmt: skip
     with run_service(settings, served.settings, predictor_class=replica) as handle:
         yield handle.url

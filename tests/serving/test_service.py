@@ -44,7 +44,7 @@ def url(ray_session: Any, served_store: Store, tools: Any) -> Iterator[str]:
         warnings.simplefilter("ignore")
         from serving.launch import run_service
 
-    settings = ServingSettings(port=tools.free_port(), model_poll_s=0.2)
+    settings = ServingSettings(port=tools.free_port(), model_poll_s=0.2, start_timeout_s=900)
     with run_service(settings, served_store.settings) as handle:
         yield handle.url
 
