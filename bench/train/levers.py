@@ -1,0 +1,177 @@
+"""What views and context are worth to one trained model, and its figures over val and test together.
+
+.venv/bin/python -m bench.train.levers MODEL --keep FOLDER [--test]
+
+The weights stay as they are. For each row of the first table, temperature, bias and the weight of the context are
+fitted on val anew, as `relook train` does. Val has chosen the epoch, too: its figures are optimistic. With `--test` the
+bundle predicts val and test as it is served, and both are also evaluated together; reading test is audited. What was
+computed is kept in FOLDER.
+"""
+
+import argparse
+import dataclasses
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.sources import load_settings
+from images.cache import PixelCache
+from images.importer import open_dataset
+from records.arrays import Float32Array, FloatArray
+from records.bundles import Bundle
+from records.context import Known, context_of_image
+from records.models import find_bundle
+from records.store import Store, find_images, open_store
+from records.types import Split
+from trainers.evaluation.evaluate import SplitPredictions, evaluate, predict_split
+from trainers.evaluation.figures import Evaluation
+from trainers.fitting.context import calibrated, probabilities_of
+from vision.inference.loaded import plain_network
+from vision.metrics.metrics import expected_calibration_error
+from vision.preprocess import scale_pixels, to_tensor
+from vision.views import MAX_VIEWS, viewed
+
+BATCH, DRAWS = 64, 2000
+VIEWS = (1, 2, 4, 8)
+ARRAYS = ("labels", "logits", "probabilities", "without_context")
+
+
+def view_logits(bundle: Bundle, store: Store, image_ids: list[str], kept: Path) -> Float32Array:
+    """Return the logits of every view by itself, [8, N, C]; they are computed once."""
+    if not kept.is_file():
+        geometry, network = bundle.document.geometry, plain_network(bundle)
+        pixels = PixelCache(store.home.cache, geometry.side_px).rows(image_ids)
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(pixels), BATCH):
+                batch = pixels.take(np.arange(start, min(start + BATCH, len(pixels))))
+                inputs = scale_pixels(to_tensor(batch), geometry)
+                parts.append(torch.stack([network(viewed(inputs, view)) for view in range(MAX_VIEWS)]).numpy())
+        np.save(kept, np.concatenate(parts, axis=1))
+    logits: Float32Array = np.load(kept)
+    return logits
+
+
+def levers(bundle: Bundle, val: SplitPredictions, logits: Float32Array) -> list[dict[str, Any]]:
+    """Evaluate val with fewer views, and without context."""
+    document, known = bundle.document, list(val.known or ())
+    rows = []
+    for head in (None, document.context) if document.context else (None,):
+        for views in VIEWS:
+            mean = logits[:views].mean(axis=0).astype(np.float64)
+            calibration, fitted = calibrated(mean, val.labels, document.taxonomy, head, known)
+            probabilities = probabilities_of(mean, calibration, fitted, known)
+            one = dataclasses.replace(val, probabilities=probabilities, without_context=None)
+            found = evaluate(one, document.taxonomy, document.operating, priors=calibration.priors)
+            figures = figures_of(found, one)
+            # Thresholds are those of the bundle, and fit its own views only.
+            kept = {name: value for name, value in figures.items() if name not in ("answered", "target")}
+            rows.append({"context": head is not None, "views": views, **kept})
+    return rows
+
+
+def as_served(store: Store, bundle: Bundle, split: Split, keep: Path) -> SplitPredictions:
+    """Return the predictions of the bundle for a split; they are computed once."""
+    dataset, kept = open_dataset(store, bundle.document.dataset_id), keep / f"{bundle.id[:12]}_{split.value}.npz"
+    rows = dataset.split(split)
+    image_ids = [str(image_id) for image_id in rows["image_id"]]
+    if not kept.is_file():
+        found = predict_split(store, bundle, dataset, split, "bench")
+        arrays = {name: getattr(found, name) for name in ARRAYS if getattr(found, name) is not None}
+        np.savez(kept, image_ids=np.array(image_ids), **arrays)
+    with np.load(kept) as file:
+        if list(file["image_ids"]) != image_ids:
+            raise SystemExit(f"{kept} is of other images; remove it")
+        arrays = {name: file[name] for name in ARRAYS if name in file}
+    images = find_images(store, image_ids)
+    return SplitPredictions(
+        model_id=bundle.id,
+        image_ids=image_ids,
+        group_ids=[str(group_id) for group_id in rows["group_id"]],
+        lesion_ids=[image.lesion_id for image in images],
+        known=[context_of_image(image) for image in images],
+        **arrays,
+    )
+
+
+def joined(parts: list[SplitPredictions]) -> SplitPredictions:
+    """Return the predictions of several splits as those of one; no group is in two of them."""
+
+    def lists(name: str) -> list[Any]:
+        return [item for part in parts for item in getattr(part, name)]
+
+    known: list[Known] = lists("known")
+    without = [part.without_context for part in parts if part.without_context is not None]
+    return SplitPredictions(
+        model_id=parts[0].model_id,
+        image_ids=lists("image_ids"),
+        group_ids=lists("group_ids"),
+        lesion_ids=lists("lesion_ids"),
+        labels=np.concatenate([part.labels for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        probabilities=np.concatenate([part.probabilities for part in parts]),
+        without_context=np.concatenate(without) if without else None,
+        known=known,
+    )
+
+
+def figures_of(found: Evaluation, predictions: SplitPredictions) -> dict[str, Any]:
+    """Return what the tables hold."""
+    even, target = found.by_rule["even"], found.points.get("target")
+    return {
+        "images": found.images,
+        "natural": round(found.by_rule["natural"].balanced_accuracy, 4),
+        "equal_prevalence": round(even.balanced_accuracy, 4),
+        "interval": [round(float(end), 3) for end in even.balanced_accuracy_ci],
+        "macro_auc": None if found.macro_auc is None else round(found.macro_auc, 4),
+        "ece": round(found.ece, 4),
+        "ece_if_perfect": [round(value, 4) for value in ece_if_perfect(predictions.probabilities)],
+        "answered": found.answered_share,
+        **({} if target is None else {"target": target.model_dump(mode="json")}),
+    }
+
+
+def ece_if_perfect(probabilities: FloatArray, seed: int = 0) -> tuple[float, float]:
+    """Return mean and 95 % quantile of the calibration error, were the labels drawn from the probabilities."""
+    random, edges = np.random.default_rng(seed), np.cumsum(probabilities, axis=1)
+    drawn = [
+        expected_calibration_error(
+            (random.random((len(edges), 1)) > edges).sum(axis=1).clip(max=edges.shape[1] - 1), probabilities
+        )
+        for _ in range(DRAWS)
+    ]
+    return float(np.mean(drawn)), float(np.quantile(drawn, 0.95))
+
+
+def main() -> None:
+    """Print a table as lines of text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="id prefix, path of a bundle, or champion")
+    parser.add_argument("--keep", type=Path, required=True, help="folder for what was computed")
+    parser.add_argument("--test", action="store_true", help="also val and test together, as served")
+    options = parser.parse_args()
+    options.keep.mkdir(parents=True, exist_ok=True)
+    with closing(open_store(load_settings(environ=os.environ).records)) as store:
+        bundle = find_bundle(store, options.model)
+        document = bundle.document
+        val = as_served(store, bundle, Split.VAL, options.keep)
+        logits = view_logits(bundle, store, val.image_ids, options.keep / f"{bundle.id[:12]}_views.npy")
+        for row in levers(bundle, val, logits):
+            print(row)
+        if options.test:
+            test = as_served(store, bundle, Split.TEST, options.keep)
+            for name, part in (("val", val), ("test", test), ("val + test", joined([val, test]))):
+                for context in (True, False):
+                    if not context and part.without_context is None:
+                        continue
+                    one = part if context else dataclasses.replace(part, probabilities=part.without_context)
+                    found = evaluate(one, document.taxonomy, document.operating, priors=document.calibration.priors)
+                    print({"split": name, "context": context, **figures_of(found, one)})
+
+
+if __name__ == "__main__":
+    main()
