@@ -109,6 +109,19 @@ def dissertation_mini() -> Settings:
     )
 
 
+def dissertation_leaky() -> Settings:
+    """The dissertation's rows with its mistakes on purpose: oversampled before the split; no model is registered."""
+    mini = dissertation_mini()
+    return mini.model_copy(
+        update={
+            "preset": "dissertation_leaky",
+            # The classes are of equal size already.
+            "trainers": mini.trainers.with_values({"sampler": "natural"}),
+            "tuning": mini.tuning.model_copy(update={"leak": "oversampled_first"}),
+        }
+    )
+
+
 def _rows_of(experiments: Literal["dissertation", "dissertation_mini"], epochs: int) -> TuningSettings:
     """Train every row once and to its end, because all of them are reported."""
     return TuningSettings(
@@ -183,6 +196,7 @@ PRESETS: Mapping[str, Callable[[], Settings]] = MappingProxyType(
         "clinical": clinical,
         "dissertation": dissertation,
         "dissertation_mini": dissertation_mini,
+        "dissertation_leaky": dissertation_leaky,
         "ham10000_cpu": ham10000_cpu,
         "ham10000_vit": ham10000_vit,
     }

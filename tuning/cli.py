@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from records.datasets import DatasetVersion
+    from records.store import Store
     from trainers.tracking.settings import TrackingSettings
     from tuning.settings import TuningSettings
-    from tuning.trials import SearchEvent
+    from tuning.trials import SearchEvent, SearchResult
 
 app = typer.Typer()
 tune_app = typer.Typer(help="Search for better training settings.", invoke_without_command=True)
@@ -96,10 +98,24 @@ def tune(
             result = search(store, tuning, trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.
-        if fit_winner:
+        if tuning.leak != "none":
+            _show_leak(store, result, dataset, run_dir)
+        elif fit_winner:
             with progress() as bar:
                 bundle = fit(store, result, dataset, run_dir, bar, settings.tracking)
     _show_result(call, run_dir, None if bundle is None else bundle.id)
+
+
+def _show_leak(store: "Store", result: "SearchResult", dataset: "DatasetVersion", run_dir: "Path") -> None:
+    """Train the winner on honest and leaky splits; a search with a mistake in it registers no model."""
+    from records.durable import write_file
+    from trainers.fitting.pretend import pretend
+    from tuning.report import LEAK_FILE
+
+    say("the mistake was made on purpose, so no model is registered; the winner is trained on three splits")
+    with progress() as bar:
+        found = pretend(store, result.settings, dataset, progress=bar)
+    write_file(run_dir / LEAK_FILE, found.model_dump_json(indent=2) + "\n")
 
 
 def _show_result(call: Call, run_dir: "Path", model_id: str | None) -> None:
@@ -110,6 +126,10 @@ def _show_result(call: Call, run_dir: "Path", model_id: str | None) -> None:
     page = write_report(found, run_dir)
     facts = {"model_id": model_id, "report": str(page)}
     call.emit(found.model_dump(mode="json") | facts, _summary(run_dir))
+    if found.leak is not None and not call.as_json:
+        from trainers.fitting.pretend import PretendReport, pretend_table
+
+        stdout.print(pretend_table(PretendReport.model_validate(found.leak)))
     if model_id is not None:
         say(f"Model {model_id[:12]} is trained with the winner's settings and registered.")
     stderr.print(f"Report: {page}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ In: the journal of a run. Out: a SearchReport, as JSON, in a terminal (`tuning.l
 nothing from a network. Statements about choices rest on balanced trials only (`tuning.effects`).
 """
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tuning.log import best_of
 from tuning.trials import Decision, GenerationStep, SearchHeader, TrialResult, TrialState, Verdict
 
 RUN_PREFIX = "tune-"
+LEAK_FILE = "leak.json"
 
 
 class SearchReport(BaseModel):
@@ -40,6 +42,9 @@ class SearchReport(BaseModel):
     leaderboard: tuple[dict[str, Any], ...] = Field(description="the trials, best score first")
     effects: Effects
     comparison: Comparison | None = Field(description="beside published figures; empty if no such rows were tried")
+    leak: dict[str, Any] | None = Field(
+        default=None, description="the winner on honest and leaky splits; empty if no mistake was made on purpose"
+    )
     importance: dict[str, float] | None = Field(description="share of each setting; empty with too few trials")
     rungs: tuple[dict[str, Any], ...] = Field(description="rung, trials that came, went on, were cut off, last cutoff")
     exploits: tuple[GenerationStep, ...] = Field(
@@ -76,6 +81,7 @@ def report_on(run_dir: Path) -> SearchReport:
         leaderboard=tuple(_row(trial, verdict) for trial in ranked(trials)),
         effects=effects_of(header, trials),
         comparison=compare(header, trials),
+        leak=_leak(run_dir),
         importance=importance_of(header, trials),
         rungs=_rungs([d for d in past.decisions if d.number < header.trials]),
         exploits=tuple(step for step in past.generations if step.exploits),
@@ -184,6 +190,12 @@ def _later_starts_median(trials: list[TrialResult]) -> float | None:
 
 TEMPLATE = Path(__file__).with_name("page.html")
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 260, 44, 28
+
+
+def _leak(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / LEAK_FILE
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found
 
 
 def write_report(report: SearchReport, folder: Path) -> Path:

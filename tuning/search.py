@@ -26,6 +26,7 @@ from records.store import Store
 from records.types import Split
 from trainers.augmentation import load_policy
 from trainers.augmentation.registry import YAML_SUFFIXES
+from trainers.fitting.pretend import leaky_plan
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.settings import MACHINERY, TrainersSettings, flat_values
 from trainers.tracking.server import Tracked
@@ -84,6 +85,8 @@ def search(
     space = searched_space(tuning, trainers)
     enqueued = (*experiment_settings(tuning.experiments, trainers), *enqueued)
     images = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
+    if tuning.leak != "none":
+        images = leaky_plan(images.limited(trainers.max_train_images), tuning.leak, tuning.seed)
     # Everything that can be refused is refused before the first process starts: space, policy files, folder, journal.
     header = _header(tuning, trainers, dataset, space, enqueued, images)
     job = _job(store, tuning, trainers, enqueued, images, run_dir)
@@ -234,6 +237,7 @@ def _header(
         base=flat_values(trainers.model_dump(mode="json", exclude=set(MACHINERY))),
         enqueued=tuple(difference(trainers, settings) for settings in enqueued),
         experiments=tuning.experiments,
+        leak=tuning.leak,
         seed=tuning.seed,
         search=tuple(axis.value for axis in space.axes),
         searcher=tuning.searcher.value,

@@ -119,6 +119,11 @@ class TuningSettings(RoomSettings):
         default="none",
         description="rows to try right after the given settings; the presets of these names set what they need",
     )
+    leak: Literal["none", "random_images", "oversampled_first"] = Field(
+        default="none",
+        description="a mistake made on purpose, to show what it pretends: trials are judged on images that were cut "
+        "off at random, or after oversampling, so that their lesions are trained on; none for every real search",
+    )
     max_train_images: int | None = Field(
         default=None,
         ge=1,

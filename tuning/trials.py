@@ -148,6 +148,7 @@ class SearchHeader(_Shape):
     base: dict[str, Any] = Field(description="the given TrainersSettings, by dotted names of fields")
     enqueued: tuple[dict[str, Any], ...] = Field(default=(), description="overrides to try right after the given ones")
     experiments: str = Field(default="none", description="rows of a dissertation that were tried first")
+    leak: str = Field(default="none", description="the mistake that was made on purpose, see trainers.fitting.pretend")
     seed: int = Field(ge=0)
     search: tuple[str, ...]
     space_hash: str = Field(description="of the registries' names and ranges that configurations are drawn from")

@@ -56,6 +56,7 @@ def test_every_preset_is_whole_distinct_and_survives_the_loader() -> None:
         "clinical",
         "dissertation",
         "dissertation_mini",
+        "dissertation_leaky",
         "ham10000_cpu",
         "ham10000_vit",
     }

@@ -18,7 +18,6 @@ from records.progress import progress, say, stderr
 if TYPE_CHECKING:
     from images.audit import AuditReport
     from images.importer import ImportReport
-    from trainers.fitting.pretend import PretendReport
 
 app = typer.Typer(help="Import, generate and audit images.", no_args_is_help=True)
 
@@ -237,7 +236,7 @@ def audit_command(
             write_audit_page(store, dataset, report, out)
         shown = None
         if pretends:
-            from trainers.fitting.pretend import pretend
+            from trainers.fitting.pretend import pretend, pretend_table
 
             shown = pretend(store, call.settings.trainers, dataset, progress=bar)
     # Printed after the progress has ended, which would otherwise draw over the tables.
@@ -245,7 +244,7 @@ def audit_command(
         call.emit(report, _audit_tables(report))
         return
     result = {**report.model_dump(mode="json"), "pretend": shown.model_dump(mode="json")}
-    call.emit(result, Stack(_audit_tables(report), _pretend_table(shown)))
+    call.emit(result, Stack(_audit_tables(report), pretend_table(shown)))
 
 
 @verb(app, "versions")
@@ -373,18 +372,6 @@ def _audit_tables(report: "AuditReport") -> Stack:
         f"a random split of the images would have put {random.leaked_lesions} lesions in two splits; "
         f"{random.leaked_test_share:.1%} of its test images would show a lesion that is also in train",
     )
-
-
-def _pretend_table(report: "PretendReport") -> Table:
-    """Lay out what the same model scores on each split, the honest one first."""
-    title = f"{report.model} at {report.side_px} px, {report.epochs} epochs: balanced accuracy that each split pretends"
-    table = Table("split", "test images with a lesion in train", "pretended", "honest", "gap", title=title)
-    for split in report.splits:
-        pretended, honest = split.pretended.balanced_accuracy, split.honest.balanced_accuracy
-        table.add_row(
-            split.name, f"{split.leaked_test_share:.1%}", f"{pretended:.3f}", f"{honest:.3f}", f"{split.gap:+.3f}"
-        )
-    return table
 
 
 def _worst(report: "AuditReport") -> str:

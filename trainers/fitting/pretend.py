@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import Progress
+from rich.table import Table
 
 from records.arrays import IntArray
 from records.datasets import DatasetVersion
@@ -26,7 +27,7 @@ from records.errors import DataError
 from records.store import Store, find_images
 from records.types import Split
 from trainers.fitting.loop import TrainedModel, train
-from trainers.fitting.training_data import TrainingData, plan_data
+from trainers.fitting.training_data import DataPlan, TrainingData, plan_data
 from trainers.settings import TrainersSettings
 from vision.inference.loaded import reference_logits
 from vision.metrics.metrics import balanced_accuracy, confusion_matrix
@@ -87,7 +88,7 @@ def pretend(
     Raises ConfigError: a setting cannot work.
     Raises DivergedError: a loss is not finite.
     """
-    plan = plan_data(dataset, store.taxonomy)
+    plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
     data = plan.open(store, settings.model.side_px, progress)
     train_ids = plan.image_ids[: plan.num_train]
     group_of = dict(zip(dataset.split(Split.TRAIN)["image_id"], dataset.split(Split.TRAIN)["group_id"], strict=True))
@@ -124,6 +125,41 @@ def pretend(
         honest_images=len(data.val_index),
         splits=splits,
     )
+
+
+def leaky_plan(plan: DataPlan, leak: str, seed: int) -> DataPlan:
+    """Return a plan whose val images are a fifth of its training images, cut off as one of the leaky splits is.
+
+    The val images of the given plan are in neither part, so that they can still tell what a model is worth.
+
+    Args:
+        plan: with groups.
+        leak: random_images or oversampled_first.
+        seed: of the cut.
+    Returns:
+        The plan, in which images may come more than once.
+    """
+    labels = plan.labels[: plan.num_train]
+    cut = cut_at_random(len(labels), seed) if leak == "random_images" else cut_oversampled(labels, seed)
+    rows = np.concatenate([cut.train, cut.test])
+    return DataPlan(
+        image_ids=[plan.image_ids[row] for row in rows],
+        labels=plan.labels[rows],
+        num_train=len(cut.train),
+        group_ids=[plan.group_ids[row] for row in rows],
+    )
+
+
+def pretend_table(report: PretendReport) -> Table:
+    """Lay out what the same model scores on each split, the honest one first."""
+    title = f"{report.model} at {report.side_px} px, {report.epochs} epochs: balanced accuracy that each split pretends"
+    table = Table("split", "test images with a lesion in train", "pretended", "honest", "gap", title=title)
+    for split in report.splits:
+        pretended, honest = split.pretended.balanced_accuracy, split.honest.balanced_accuracy
+        table.add_row(
+            split.name, f"{split.leaked_test_share:.1%}", f"{pretended:.3f}", f"{honest:.3f}", f"{split.gap:+.3f}"
+        )
+    return table
 
 
 def cut_by_group(groups: NDArray[np.str_], seed: int) -> Cut:

@@ -173,7 +173,7 @@ class DataPlan:
         return DataPlan(
             image_ids=[self.image_ids[row] for row in kept],
             labels=self.labels[kept],
-            num_train=len(chosen),
+            num_train=sum(row < n for row in kept),  # not the number of images: one may come more than once
             group_ids=[self.group_ids[row] for row in kept],
         )
 
