@@ -275,8 +275,8 @@ def _drawn_and_flagged() -> list[tuple[Any, ...]]:
 @example(history=_drawn_and_flagged())
 @example(history=[("predict", 0, set(), True), ("outcome", 0, "bcc", Confirmation.HISTOPATHOLOGY),
                   ("outcome", 0, "mel", Confirmation.SINGLE_READER), ("round",)])  # fmt: skip
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-@given(history=st.lists(events, min_size=12, max_size=45))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(history=st.lists(events, min_size=12, max_size=30))
 def test_selected_and_flagged_images_never_evaluate_and_no_annotation_replaces_a_biopsy(
     history: list[tuple[Any, ...]], imported: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

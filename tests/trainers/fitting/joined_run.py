@@ -25,7 +25,7 @@ from trainers.settings import TrainersSettings
 CLASSES = tuple(DiagnosisClass(code=code, name=code, malignant=False) for code in ("red", "green", "blue"))
 COLOURS = Taxonomy(name="colours", version=1, classes=CLASSES)
 PLAIN = {
-    "model.name": "custom_cnn_base", "model.dropout": 0.0, "batch_size": 16, "epochs": 4,
+    "model.name": "custom_cnn_base", "model.dropout": 0.0, "batch_size": 16, "epochs": 2,
     "optimizer.learning_rate": 0.02,
 }  # fmt: skip
 EVERYTHING = {

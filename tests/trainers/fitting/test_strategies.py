@@ -114,7 +114,7 @@ def test_a_sharded_run_that_stopped_within_an_epoch_is_finished_by_one_process(t
     found = load_checkpoint(together / "half" / "checkpoint.pt")
     assert (found.epochs_done, found.step) == (1, 3)
     finished = alone("everything-fsdp", together / "half")
-    assert [report.epoch for report in finished.reports] == [1, 2, 3, 4]
+    assert [report.epoch for report in finished.reports] == [1, 2]
     assert largest_difference(finished.weights(), alone("everything-fsdp").weights()) < 1e-4
 
 
