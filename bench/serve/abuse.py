@@ -37,7 +37,7 @@ HONEST_CALLERS = 3
 PAUSE_S = 0.5
 """Between two images of an honest caller, so that the cores are not busy while it is quiet."""
 SETTLE_S = 15.0
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 600.0
 WARM_SETS = ("serving.page=true", "serving.model_poll_s=1")
 
 
