@@ -26,9 +26,9 @@ _WHOLE = {"x1": 0.0, "y1": 0.0, "x2": 1.0, "y2": 1.0}
 
 def find_geti_project(look: Look) -> Found | None:
     """Recognise the archive of a project, unpacked, or the folder that Geti's SDK downloads."""
-    scenes = next((path for path in look.listing.files if path.name == "annotation_scene.jsonl"), None)
-    if scenes is not None and (scenes.parent / "image.jsonl").is_file():
-        place = scenes.parent
+    annotated = next((path for path in look.listing.files if path.name == "annotation_scene.jsonl"), None)
+    if annotated is not None and (annotated.parent / "image.jsonl").is_file():
+        place = annotated.parent
         reason = f"{look.shown(place)} has the images and annotations of one"
         return Found(reason, lambda: _read_archive(look, place, f"layout: project of Intel Geti, because {reason}"))
     for path, said in look.documents.items():
@@ -45,13 +45,13 @@ def _read_archive(look: Look, documents: Path, layout: str) -> SourceTable:
     names = {_id(one): one for one in _documents(documents / "label.jsonl")}
     above = _parents(documents / "label_schema.jsonl")
     newest: dict[str, Mapping[str, Any]] = {}
-    for scene in _documents(documents / "annotation_scene.jsonl"):
-        about = _mapping(scene.get("media_identifier"))
+    for revision in _documents(documents / "annotation_scene.jsonl"):
+        about = _mapping(revision.get("media_identifier"))
         # Ids and dates grow with time; an older annotation of an image was replaced by a newer one.
-        kind = text_of(scene.get("kind")).rpartition(".")[2]
+        kind = text_of(revision.get("kind")).rpartition(".")[2]
         if kind == "ANNOTATION" and text_of(about.get("type")).lower() == "image":
             image_id = _text_id(about.get("media_id"))
-            newest[image_id] = max(newest.get(image_id, scene), scene, key=_moment)
+            newest[image_id] = max(newest.get(image_id, revision), revision, key=_moment)
     images = list(_documents(documents / "image.jsonl"))
     binaries = documents.parent / "binaries" / "images"
     found = {path.stem: path for path in look.listing.files if path.is_relative_to(binaries)}
@@ -121,9 +121,9 @@ def _source(
     return source_of(path, content, cells, {name: name for name in columns}, layout, listing, look.folder)
 
 
-def _classes(scene: Mapping[str, Any], names: Mapping[str, Any], above: Mapping[str, str]) -> list[str]:
-    """Return the names of the classes of a scene, of a hierarchy the lowest ones."""
-    marks = list(_dicts(scene.get("annotations")))
+def _classes(revision: Mapping[str, Any], names: Mapping[str, Any], above: Mapping[str, str]) -> list[str]:
+    """Return the names of the classes of an annotation, of a hierarchy the lowest ones."""
+    marks = list(_dicts(revision.get("annotations")))
     # Shapes have classes, too; they count only where the image as a whole has none.
     whole = [one for one in marks if all(_mapping(one.get("shape")).get(key) == at for key, at in _WHOLE.items())]
     ids = dict.fromkeys(

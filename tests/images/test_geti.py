@@ -24,7 +24,7 @@ def image_id(number: int) -> str:
     return f"{number:024x}"
 
 
-def scene(number: int, day: int, *labels: str, kind: str = "ANNOTATION", shape: Any = None) -> dict[str, Any]:
+def revision(number: int, day: int, *labels: str, kind: str = "ANNOTATION", shape: Any = None) -> dict[str, Any]:
     marks = [{"label_id": {"$sid": LABELS[name]}, "probability": 1.0} for name in labels]
     return {
         "_id": {"$sid": f"{day:023x}e"}, "kind": kind, "creation_date": {"$date": f"2025-03-{day:02}T10:00:00Z"},
@@ -51,9 +51,9 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         ],
         "video": [{"_id": {"$sid": "8" * 24}, "name": "film"}],
         "annotation_scene": [
-            scene(1, 3, "mel", "Lesion"), scene(1, 1, "nv"), scene(1, 9, "nv", kind="PREDICTION"),
-            scene(2, 1, "nv", shape=BOX), scene(3, 1, "mel", "nv"), scene(4, 1, "No object"),
-            scene(5, 1, "nv"), scene(5, 2), scene(6, 1, "mel"), scene(7, 1, "mel"),
+            revision(1, 3, "mel", "Lesion"), revision(1, 1, "nv"), revision(1, 9, "nv", kind="PREDICTION"),
+            revision(2, 1, "nv", shape=BOX), revision(3, 1, "mel", "nv"), revision(4, 1, "No object"),
+            revision(5, 1, "nv"), revision(5, 2), revision(6, 1, "mel"), revision(7, 1, "mel"),
         ],
     }  # fmt: skip
 
