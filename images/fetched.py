@@ -54,6 +54,8 @@ def fetched_for(cache: Path, source: str) -> Generator[Fetched]:
     Args:
         cache: folder of the home.
         source: what the import reads, as a file name.
+    Yields:
+        The images that are there.
     """
     root = cache / _FOLDER
     for other in root.glob("*"):
