@@ -66,8 +66,9 @@ def duration(seconds: float) -> str:
 def progress() -> Progress:
     """Return progress on stderr: bars in a terminal, lines elsewhere.
 
-    A task may have the fields `step` (what is counted, such as "epoch"), `detail` (the result of the last step) and
-    `left_s` (seconds left, where the caller knows better than the rate of the counts).
+    A task may have the fields `step` (what is counted, such as "epoch"), `within` (the position within a step that
+    takes long), `detail` (the result of the last step) and `left_s` (seconds left, where the caller knows better than
+    the rate of the counts).
     """
     if not stderr.is_terminal:
         return LineProgress()
@@ -111,7 +112,8 @@ class Status:
 
 class _DetailColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(task.fields.get("detail", ""))
+        shown = (task.fields.get("within", ""), task.fields.get("detail", ""))
+        return Text(", ".join(text for text in shown if text))
 
 
 @dataclass
@@ -215,11 +217,11 @@ def _line(task: Task, left_s: float | None = None) -> str:
     """Return `what: count, detail, time left`; what is not known is left out."""
     count = ""
     if task.total:
-        count = f"{task.completed:.0f}/{task.total:.0f}"
+        count = f"{int(task.completed)}/{int(task.total)}"
     elif task.completed:
-        count = f"{task.completed:.0f}"
+        count = f"{int(task.completed)}"
     step = task.fields.get("step", "")
-    parts = [f"{step} {count}".strip() if count else "", task.fields.get("detail", "")]
+    parts = [f"{step} {count}".strip() if count else "", task.fields.get("within", ""), task.fields.get("detail", "")]
     if left_s is not None:
         parts.append(f"{duration(left_s)} left")
     listed = ", ".join(part for part in parts if part)

@@ -336,8 +336,9 @@ def fit_winner(
     # The run of the search goes on, see `tuning.cli.show_search`.
     with Tracked(tracking, "tune", run_dir.name, settings.flat()) as tracked:
         bundle = fit(
-            store, settings, dataset, run_dir=folder, use_ray=False, on_epoch=tracked.before(bar), progress=progress
-        )
+            store, settings, dataset, run_dir=folder, use_ray=False,
+            on_epoch=tracked.before(bar), on_step=None if bar is None else bar.on_step, progress=progress,
+        )  # fmt: skip
         with store.ledger.begin() as tx:
             register(tx, bundle)
         tracked.fitted(bundle, folder / METRICS_FILE)

@@ -1,4 +1,4 @@
-"""The channel between the workers of a distributed fit and the caller: epoch reports one way, "stop" the other.
+"""The channel between the workers of a distributed fit and the caller: reports and steps one way, "stop" the other.
 
 The workers send reports to an actor. A thread in the caller's process receives them, calls the caller's `on_epoch`
 and sends back whether to stop; the workers wait for that before their next epoch. Ray has to run already.
@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainers.fitting.epoch_report import EpochReport, OnEpoch
+from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep
 
 
 def open_channel() -> Any:
@@ -39,8 +39,12 @@ class Channel:
         # Shielded: a worker that dies while it waits must not cancel the future that its replacement will await.
         return await asyncio.shield(self._replies[epoch])
 
+    async def step(self, epochs_done: int, step: int, steps: int) -> None:
+        """Send a position within an epoch; nobody waits for a reply."""
+        await self._reports.put({"position": (epochs_done, step, steps)})
+
     async def next_report(self) -> dict[str, Any] | None:
-        """Return the next report; None when the channel is closed."""
+        """Return the next report or position; None when the channel is closed."""
         return await self._reports.get()
 
     async def reply(self, epoch: int, stop: bool) -> None:
@@ -63,9 +67,10 @@ class Channel:
 class ReportThread:
     """Passes reports to the caller's function in a thread, because `TorchTrainer.fit` blocks the main one."""
 
-    def __init__(self, channel: Any, on_epoch: OnEpoch | None) -> None:
+    def __init__(self, channel: Any, on_epoch: OnEpoch | None, on_step: OnStep | None = None) -> None:
         self._channel = channel
         self._on_epoch = on_epoch
+        self._on_step = on_step
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._forward, name="epoch reports", daemon=True)
 
@@ -84,7 +89,10 @@ class ReportThread:
 
     def _forward(self) -> None:
         while (report := ray.get(self._channel.next_report.remote())) is not None:
-            ray.get(self._channel.reply.remote(report["epoch"], self._ask(report)))
+            if "position" not in report:
+                ray.get(self._channel.reply.remote(report["epoch"], self._ask(report)))
+            elif self._on_step is not None:
+                self._on_step(*report["position"])
 
     def _ask(self, report: dict[str, Any]) -> bool:
         if self._failure is not None:

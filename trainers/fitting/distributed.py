@@ -30,7 +30,7 @@ from trainers.augmentation import Policy
 from trainers.fitting.channel import ReportThread, open_channel
 from trainers.fitting.checkpoints import Checkpoint, further, load_checkpoint, save_checkpoint
 from trainers.fitting.contact import require_contact
-from trainers.fitting.epoch_report import OnEpoch
+from trainers.fitting.epoch_report import OnEpoch, OnStep
 from trainers.fitting.loop import TrainedModel, trained_model
 from trainers.fitting.one_worker import Job, fit_on_one_worker, thread_variables
 from trainers.fitting.training_data import DataPlan
@@ -52,6 +52,7 @@ def fit_distributed(
     *,
     policy: Policy,
     on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
     initial_weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> TrainedModel:
     """Train on `settings.workers.count` processes, or go on with what the folder holds.
@@ -63,6 +64,7 @@ def fit_distributed(
         run_dir: the run's folder, on storage that every node sees.
         policy: of augmentation.
         on_epoch: called after every epoch, in a thread of this process; True stops the run.
+        on_step: called in that thread every few seconds with the position within the epoch.
         initial_weights: parameters and buffers to start from, by name.
     Returns:
         The model after its best epoch.
@@ -79,7 +81,7 @@ def fit_distributed(
     records, weights = store.portable_settings(), dict(initial_weights or {})
     job = Job(settings, plan, records, store.taxonomy, policy, weights, channel, run_dir.absolute())
     needed = _needed(settings, use_gpu)
-    with warns_of_scarcity(needed, _resources), ReportThread(channel, on_epoch) as reports:
+    with warns_of_scarcity(needed, _resources), ReportThread(channel, on_epoch, on_step) as reports:
         if settings.workers.count == 1:
             checkpoint = fit_on_one_worker(job, use_gpu)
         else:

@@ -1,6 +1,7 @@
 """What a run reports after every epoch, and how that is shown as progress."""
 
 import math
+import time
 from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,14 +54,18 @@ def best_epoch_of(reports: list[EpochReport], by: BestBy = "balanced_accuracy") 
 
 OnEpoch = Callable[[EpochReport], bool | None]
 """Told of every epoch; True stops the run."""
+OnStep = Callable[[int, int, int], object]
+"""Told of steps: the number of epochs that are done, and of the next epoch the steps done and all its steps."""
 
 
 class EpochBar:
-    """An `OnEpoch` that shows a training as one task of a progress: a bar, or a line per epoch."""
+    """An `OnEpoch` that shows a training as one task of a progress: a bar, or a line per epoch and per minute."""
 
-    def __init__(self, progress: Progress, epochs: int) -> None:
+    def __init__(self, progress: Progress, epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress = progress
         self._epochs = epochs
+        self._clock = clock
+        self._first: tuple[float, float] | None = None
         self._seconds: list[float] = []
         self._task = progress.add_task("train", total=epochs, step="epoch")
 
@@ -68,9 +73,24 @@ class EpochBar:
         """Show an epoch; never stops the run."""
         self._seconds.append(report.seconds)
         # From the epochs' own seconds: a resumed run starts at a later epoch, and decoding comes before the first.
-        left_s = sum(self._seconds) / len(self._seconds) * (self._epochs - report.epoch)
-        self._progress.update(self._task, completed=report.epoch, detail=epoch_text(report), left_s=left_s)
+        left_s = self._seconds_of_epoch() * (self._epochs - report.epoch)
+        self._progress.update(self._task, completed=report.epoch, within="", detail=epoch_text(report), left_s=left_s)
         return False
+
+    def on_step(self, epochs_done: int, step: int, steps: int) -> None:
+        """Show a position within an epoch; an `OnStep`."""
+        # One more part than steps: after the last step, validation is left.
+        done, now_s = epochs_done + step / (steps + 1), self._clock()
+        self._first = self._first or (now_s, done)
+        left_s = None
+        if self._seconds:
+            left_s = self._seconds_of_epoch() * (self._epochs - done)
+        elif done > self._first[1]:
+            left_s = (now_s - self._first[0]) / (done - self._first[1]) * (self._epochs - done)
+        self._progress.update(self._task, completed=done, within=f"step {step}/{steps}", left_s=left_s)
+
+    def _seconds_of_epoch(self) -> float:
+        return sum(self._seconds) / len(self._seconds)
 
 
 def epoch_text(report: EpochReport) -> str:

@@ -37,7 +37,7 @@ from trainers.augmentation import Policy, load_policy
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.fitting.cases import add_cases
 from trainers.fitting.context import calibrated, fitted_context, probabilities_of
-from trainers.fitting.epoch_report import EpochReport, OnEpoch
+from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.starting import StartingWeights, starting_weights
 from trainers.fitting.suitability import Outputs, faithfulness_of, outputs_of, sample_of_train, suitability_of
@@ -89,6 +89,7 @@ def fit(
     run_dir: Path,
     use_ray: bool,
     on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
     start_from: Bundle | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -101,6 +102,7 @@ def fit(
         run_dir: for checkpoint and `metrics.jsonl`; if it holds this run, unfinished, the run goes on.
         use_ray: train under Ray Train, which has to run already; needed for more than one worker.
         on_epoch: called after every epoch; True stops training, and the best epoch so far is calibrated.
+        on_step: called while steps are taken, every few seconds at least.
         start_from: a bundle of the same architecture whose weights are fine-tuned; default: fresh weights.
         progress: bars are added to it.
     Returns:
@@ -130,10 +132,11 @@ def fit(
         from trainers.fitting.distributed import fit_distributed
 
         trained = fit_distributed(
-            settings, plan, store, run_dir, policy=policy, on_epoch=log, initial_weights=initial_weights
-        )
+            settings, plan, store, run_dir,
+            policy=policy, on_epoch=log, on_step=on_step, initial_weights=initial_weights,
+        )  # fmt: skip
     else:
-        trained = _fit_alone(settings, plan, store, run_dir, policy, log, initial_weights)
+        trained = _fit_alone(settings, plan, store, run_dir, policy, log, on_step, initial_weights)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
     bundle = _write(store, settings, dataset, plan, policy, trained, start_from, start, context)
@@ -183,6 +186,7 @@ def _fit_alone(
     run_dir: Path,
     policy: Policy,
     log: Callable[[EpochReport], bool],
+    on_step: OnStep | None,
     initial_weights: dict[str, NDArray[Any]] | None,
 ) -> TrainedModel:
     if settings.needs_ray:
@@ -196,6 +200,7 @@ def _fit_alone(
         plan.open(store, settings.model.side_px),
         store.taxonomy,
         on_epoch=log,
+        on_step=on_step,
         workers=SingleWorker(run_dir, settings.workers.use_gpu),
         policy=policy,
         initial_weights=initial_weights,

@@ -30,7 +30,7 @@ from records.taxonomy import Taxonomy
 from trainers.augmentation import Augmenter, Policy, load_policy
 from trainers.augmentation.operations import Canvas
 from trainers.fitting.checkpoints import Checkpoint, Identity, Weights, require_same_run
-from trainers.fitting.epoch_report import EpochReport, OnEpoch, best_epoch_of
+from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep, best_epoch_of
 from trainers.fitting.feeding import Feeder
 from trainers.fitting.sharding import WeightAverage, full_tensor, restore_optimizer, to_local
 from trainers.fitting.starting import starting_weights
@@ -115,6 +115,7 @@ def train(
     taxonomy: Taxonomy,
     *,
     on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
     workers: WorkerGroup | None = None,
     policy: Policy | None = None,
     initial_weights: Mapping[str, NDArray[Any]] | None = None,
@@ -128,6 +129,7 @@ def train(
         data: train and val images.
         taxonomy: gives class order and the key class.
         on_epoch: called on rank 0 after every epoch, when its checkpoint is saved; True stops the run.
+        on_step: called on rank 0 after every step.
         workers: the group; default: this process alone, without checkpoints.
         policy: of augmentation; default: the one that the settings name.
         initial_weights: parameters and buffers to start from, by name; default: as `settings.model.weights` says.
@@ -154,6 +156,8 @@ def train(
         if images_dir is not None and group.rank == 0:
             images = EpochImages(images_dir, settings, data, policy, len(taxonomy.codes))
         with closing(_Run(settings, data, taxonomy, group, policy, initial_weights, images)) as run:
+            if on_step is not None and group.rank == 0:
+                run.on_step = on_step
             while not run.finished and (pause_after is None or run.epochs_done < pause_after):
                 report = run.next_epoch()
                 if on_epoch is not None:
@@ -181,6 +185,7 @@ class _Run:
         self._taxonomy = taxonomy
         self._group = group
         self._images = images
+        self.on_step: OnStep | None = None
         self._identity = _identity(settings, data, taxonomy, policy, initial_weights)
         found = group.load()
         if found is not None:
@@ -305,6 +310,8 @@ class _Run:
             if self._average:
                 self._average.update(epoch * steps + self._step)
             self._step += 1
+            if self.on_step is not None:
+                self.on_step(epoch, self._step, steps)
             kept_every = settings.workers.checkpoint_every_steps
             # The end of an epoch is saved by `next_epoch`, together with its validation figures.
             if kept_every and self._step % kept_every == 0 and self._step < steps:

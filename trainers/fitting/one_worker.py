@@ -4,6 +4,8 @@ The task trains as a process without Ray does, checkpoint in the run's folder in
 by Ray and goes on from there. What a fit sends to its workers is here, too, since this file imports no Ray Train.
 """
 
+import math
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ from trainers.fitting.training_data import DataPlan, TrainingData
 from trainers.fitting.workers import CHECKPOINT_FILE, SingleWorker, WorkerGroup, threads_of
 from trainers.settings import TrainersSettings
 
+STEPS_TOLD_EVERY_S = 5.0
 TASK_NAME = "relook_fit"
 """What process lists show of the task: `ray::relook_fit`."""
 
@@ -51,11 +54,20 @@ class Job:
         def tell(report: EpochReport) -> bool:
             return bool(ray.get(self.channel.report.remote(report.model_dump())))
 
+        told_at_s = -math.inf
+
+        def tell_step(epochs_done: int, step: int, steps: int) -> None:
+            nonlocal told_at_s
+            if time.monotonic() - told_at_s >= STEPS_TOLD_EVERY_S:
+                told_at_s = time.monotonic()
+                self.channel.step.remote(epochs_done, step, steps)
+
         train(
             self.settings,
             data,
             self.taxonomy,
             on_epoch=tell,
+            on_step=tell_step,
             workers=group,
             policy=self.policy,
             initial_weights=self.initial_weights or None,

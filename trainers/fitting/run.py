@@ -81,6 +81,7 @@ def train_and_register(
     Returns:
         The bundle, registered.
     """
+    bar = EpochBar(progress, trainers.epochs)
     with Tracked(tracking, "train", run_dir.name, trainers.flat()) as tracked:
         bundle = fit(
             store,
@@ -88,7 +89,8 @@ def train_and_register(
             dataset,
             run_dir=run_dir,
             use_ray=trainers.needs_ray,
-            on_epoch=tracked.before(EpochBar(progress, trainers.epochs)),
+            on_epoch=tracked.before(bar),
+            on_step=bar.on_step,
             start_from=start_from,
             progress=progress,
         )
