@@ -445,13 +445,15 @@ def sync_labels(home: Home, *, set: Mapping[str, Any] | None = None, moved: bool
     Raises:
         LabelStudioError: no Label Studio is set up, or it does not respond.
     """
+    from cluster.task_cases import TaskCases
     from labeling.cli import counting
     from labeling.connection import require
     from labeling.sync import sync
 
-    labeling = home.with_settings(set).labeling
+    settings = home.with_settings(set)
+    labeling, cases = settings.labeling, TaskCases(home.store, settings.serving, settings.labeling.cases_shown)
     with require(home.store.home, labeling) as client, counting("sync tasks and annotations") as advance:
-        return sync(home.store, client, labeling, advance=advance, moved=moved)
+        return sync(home.store, client, labeling, advance=advance, moved=moved, cases=cases)
 
 
 def run_round(home: Home, *, resume: bool = False, set: Mapping[str, Any] | None = None) -> RoundOutcome:

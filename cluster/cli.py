@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-import cluster.drift
+import cluster.drift_verbs
 import cluster.incidents.verbs
 import cluster.label_projects
 import cluster.label_verbs
@@ -68,11 +68,18 @@ def root(
     """Leave in the context what only this room can do: compose settings, start Ray, list presets and rules."""
     ctx.obj = _load
     ctx.meta[RAY_STARTER] = _start_ray
+    ctx.meta[labeling.cli.CASES] = _task_cases
     ctx.meta[PRESET_NAMES] = _preset_names
     ctx.meta.setdefault(CATALOGUES, []).append(_acquisition_rules)
 
 
 FROM_PROJECT.append(cluster.label_projects.import_from_project)
+
+
+def _task_cases(store: Any, settings: Any) -> Any:
+    from cluster.task_cases import TaskCases
+
+    return TaskCases(store, settings.serving, settings.labeling.cases_shown)
 
 
 def _acquisition_rules() -> dict[str, list[dict[str, Any]]]:

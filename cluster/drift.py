@@ -6,36 +6,32 @@ reads the predictions since the last one.
 """
 
 import base64
-import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import sqlalchemy as sa
-import typer
 from pydantic import BaseModel, ConfigDict, Field
-from rich.table import Table
 
-from cluster.verbs import app
+from images.decode import decode_square
+from images.overlay import image_png
 from records import audit
-from records.command import Call, until_stopped, verb
-from records.durable import write_file
 from records.errors import RelookError, UnavailableError, UnknownIdError
 from records.ids import utc_now
+from records.lease import hold
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.models import serving_model
-from records.progress import say
-from records.store import Store
+from records.store import Store, read_image
 from records.types import Consent, Cursor, Image, Prediction
 from serving.drift import CURSOR, STATISTICS, DriftAlarm, Source, key_of, source_of
+from serving.page.render import render
 from serving.settings import ServingSettings
+from serving.words import DISCLAIMER
 
 FOUND, ACCEPTED = "drift.found", "drift.accepted"
 LEASE = "serving.drift"
 MAX_SOURCES = 500
 """Sources that are watched: their names come with requests, so anybody can make up more."""
-EVERY_S = 60.0
 _STATE = "serving.drift.state "
 _READ_AT_ONCE = 5000
 _SIDE_PX = 128
@@ -61,34 +57,6 @@ class DriftReport(BaseModel):
     not_watched: int = Field(ge=0, description="images of this check from sources beyond those that are watched")
 
 
-@verb(app, "drift")
-def drift_command(
-    call: Call,
-    accept: Annotated[
-        str | None, typer.Option("--accept", help="Source whose change is known and accepted: begin anew with it.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="File for a page that shows what changed, with images.")
-    ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Check every minute, until Ctrl-C.")] = False,
-) -> None:
-    """Find sources whose images or scores have changed; the service then samples more of theirs for a check."""
-    settings = call.settings.serving
-    with call.store() as store:
-        if accept is not None:
-            accept_drift(store, accept, actor="relook drift")
-            say(f"{accept} begins anew")
-        with until_stopped():
-            while True:
-                found = check_drift(store, settings)
-                if report is not None:
-                    write_file(report, drift_html(store, found).encode())
-                _tell(call, found)
-                if not watch:
-                    break
-                time.sleep(EVERY_S)
-
-
 def check_drift(store: Store, settings: ServingSettings, *, wait_s: float = 60.0) -> DriftReport:
     """Read the predictions since the last check, and raise alarms.
 
@@ -102,8 +70,6 @@ def check_drift(store: Store, settings: ServingSettings, *, wait_s: float = 60.0
         UnavailableError: no model serves.
         RefusedError: another process checks.
     """
-    from records.lease import hold
-
     with hold(store.ledger, LEASE, wait_s=wait_s):
         # Read and written apart: a write transaction over so many rows would hold up the predictions.
         with store.ledger.read() as tx:
@@ -149,9 +115,6 @@ def accept_drift(store: Store, source: str, *, actor: str) -> None:
 
 def drift_html(store: Store, found: DriftReport) -> str:
     """Return the page of a report: what changed in each source, with images from before and after."""
-    from serving.page.render import render
-    from serving.words import DISCLAIMER
-
     changed = [
         {
             "source": one.source,
@@ -234,10 +197,6 @@ def _forget(tx: Transaction) -> None:
 
 def _images(store: Store, prediction_ids: list[str]) -> list[str]:
     """Return the images of predictions as base64, as far as they are stored and may be shown."""
-    from images.decode import decode_square
-    from images.overlay import image_png
-    from records.store import read_image
-
     with store.ledger.read() as tx:
         kept = [p for p in tx.find(Prediction, where={"id": prediction_ids}) if p.consent is not Consent.NONE]
         images = tx.find(Image, where={"id": {p.image_id for p in kept}, "erased_at": None})
@@ -248,16 +207,3 @@ def _images(store: Store, prediction_ids: list[str]) -> list[str]:
         except RelookError:
             continue
     return drawn
-
-
-def _tell(call: Call, found: DriftReport) -> None:
-    table = Table("source", "images", "changed", "about", "median before", "since")
-    for one in found.sources:
-        alarm = one.alarm
-        if alarm is None:
-            table.add_row(one.source, str(one.images), "no", "", "", "")
-            continue
-        before, after = (f"{ends[1]:.3f}" if ends else "" for ends in (alarm.before, alarm.after))
-        about = f"{alarm.began_about:%Y-%m-%d %H:%M}"
-        table.add_row(one.source, str(one.images), STATISTICS[alarm.statistic], about, before, after)
-    call.emit(found, table if found.sources else "the model that serves has predicted nothing yet")

@@ -17,6 +17,7 @@ from cluster.labels import group_labelled_images, newest_annotation, resolved_la
 from cluster.selection import select_images
 from cluster.session import ray_is_running
 from cluster.settings import Settings
+from cluster.task_cases import TaskCases
 from labeling.connection import connect
 from labeling.pull import pull
 from labeling.push import push as push_items
@@ -243,7 +244,9 @@ def push(context: RoundContext) -> StepResult:
     if client is None or current is None:
         return {"pushed": 0, "text": "no Label Studio is set up; the review items wait in the ledger"}
     # Can be repeated: a push adopts tasks that a killed push imported without recording them.
-    report = push_items(context.store, client, context.settings.labeling, current.id)
+    labeling = context.settings.labeling
+    cases = TaskCases(context.store, context.settings.serving, labeling.cases_shown)
+    report = push_items(context.store, client, labeling, current.id, cases=cases)
     text = f"{report.pushed} tasks pushed to Label Studio"
     text += f"; {len(report.unreadable)} could not be sent: {report.unreadable[0]}" if report.unreadable else ""
     return {"pushed": report.pushed, "text": text}

@@ -7,7 +7,7 @@ unlink by `cluster.label_projects`.
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from labeling.agreement import AnchoringReport
+    from labeling.cases import CaseSource
     from labeling.client import LabelStudioClient
     from labeling.readers import ReaderCard, Share
     from labeling.sync import SyncReport
     from records.store import Store
+
+CASES = "relook.task_cases"
+"""Key in the context's `meta` under which the root command leaves what finds the confirmed cases of tasks."""
 
 app = typer.Typer()
 label_app = typer.Typer(help="Run Label Studio; send tasks and read annotations.", no_args_is_help=True)
@@ -99,7 +103,7 @@ def push_command(call: Call) -> None:
 
     # `push` holds a lease in the ledger, so this may run next to a sync without sending anything twice.
     with _connected(call) as (store, client), counting("send tasks") as advance:
-        report = push(store, client, call.settings.labeling, advance=advance)
+        report = push(store, client, call.settings.labeling, advance=advance, cases=_cases(call, store))
     _complain(report.unreadable)
     sent = f"{report.pushed} tasks sent, {report.blind} of them blind; {report.refreshed} updated"
     call.emit(report, sent if report.pushed or report.refreshed else "nothing to send")
@@ -163,10 +167,16 @@ def _sync(call: Call, store: "Store", *, moved: bool) -> "SyncReport":
     from labeling.sync import sync
 
     with require(store.home, call.settings.labeling) as client, counting("sync tasks and annotations") as advance:
-        report = sync(store, client, call.settings.labeling, advance=advance, moved=moved)
+        cases = _cases(call, store)
+        report = sync(store, client, call.settings.labeling, advance=advance, moved=moved, cases=cases)
     said = [report.pull.moved] if report.pull.moved is not None else []
     _complain([*said, *report.push.unreadable, *report.pull.failed, *report.pull.not_understood])
     return report
+
+
+def _cases(call: Call, store: "Store") -> "CaseSource | None":
+    maker: Callable[[Store, Any], CaseSource] | None = call.context.meta.get(CASES)
+    return None if maker is None else maker(store, call.settings)
 
 
 def _emit_sync(call: Call, report: "SyncReport") -> None:

@@ -275,6 +275,17 @@ class LabelStudioClient:
             self.request("PATCH", f"api/predictions/{number}/", action, body={"score": wanted["score"]})
         return True
 
+    def change_data(self, task_id: int, changes: Mapping[str, Any]) -> None:
+        """Change some of what a task shows; it is no error if the task is gone. Safe to repeat."""
+        action, path = f"change task {task_id}", f"api/tasks/{task_id}/"
+        try:
+            found = self.request("GET", path, action)
+            with self.translated_errors(action):
+                data = {**found["data"], **{key: value for key, value in changes.items() if key in found["data"]}}
+            self.request("PATCH", path, action, body={"data": data})
+        except UnknownIdError:
+            return
+
     def delete_task(self, task_id: int) -> None:
         """Delete a task; it is no error if the task is gone already."""
         try:

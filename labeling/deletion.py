@@ -10,6 +10,7 @@ from contextlib import closing
 
 import sqlalchemy as sa
 
+from labeling.cases import TAKEN_OUT, forbidden_cases, take_out
 from labeling.client import LabelStudioClient
 from labeling.connection import connect
 from labeling.environment import DATABASE
@@ -30,7 +31,7 @@ def tasks_place(settings: LabelingSettings) -> Place:
     """Return the Label Studio of these settings as a place that holds images."""
 
     def erase(store: Store, image_ids: object) -> int:
-        if not pending_items(store):
+        if not pending_items(store) and not forbidden_cases(store):
             return 0
         client = connect(store.home, settings)
         if client is None:
@@ -46,7 +47,9 @@ def tasks_place(settings: LabelingSettings) -> Place:
 
 
 def delete_tasks(store: Store, client: LabelStudioClient) -> tuple[int, list[str]]:
-    """Delete all tasks of erased and expired images; the caller holds the lease `labeling.sync`.
+    """Delete all tasks of erased and expired images, and take cases that may be shown no more out of other tasks.
+
+    The caller holds the lease `labeling.sync`.
 
     What cannot be deleted keeps nothing else from it: it stays pending, so that the next pull tries it again.
 
@@ -58,9 +61,32 @@ def delete_tasks(store: Store, client: LabelStudioClient) -> tuple[int, list[str
     Raises:
         LabelStudioError: Label Studio cannot be reached.
     """
-    pending = pending_items(store)
-    if not pending:
+    pending, forbidden = pending_items(store), forbidden_cases(store)
+    if not pending and not forbidden:
         return 0, []
+    without, failed = take_out(client, [item for item_id, item in forbidden.items() if item_id not in pending])
+    deleted, left, refused = _delete(store, client, pending) if pending else (0, set[str](), list[str]())
+    failed.extend(refused)
+    if client.server == "local":
+        try:
+            _delete_exports(store, {*pending, *forbidden})
+            # Also if nothing was deleted this time: a run before may have failed right here.
+            if pending - left or without:
+                _rewrite_database(store)
+        except LabelStudioError as error:
+            left, without = left | pending, set()
+            failed.append(str(error))
+    items = TABLES[ReviewItem]
+    with store.ledger.begin() as tx:
+        mine = any_of(items.c.id, pending - left, tx.connection.dialect)
+        gone = {"sent_hash": DELETED, "project_id": None, "task_id": None}
+        tx.connection.execute(sa.update(items).where(mine).values(gone))
+        tx.update_many(ReviewItem, {item_id: {"cases": None, "sent_hash": TAKEN_OUT} for item_id in without})
+    return deleted, failed
+
+
+def _delete(store: Store, client: LabelStudioClient, pending: set[str]) -> tuple[int, set[str], list[str]]:
+    """Delete the tasks of items; returns how many, the items of those that were not deleted, and sentences."""
     deleted, left, failed = 0, set[str](), list[str]()
     # All tasks are listed, not only those in the ledger: a push that was killed, or a network that sent an import
     # twice, leaves tasks that no item knows.
@@ -84,21 +110,7 @@ def delete_tasks(store: Store, client: LabelStudioClient) -> tuple[int, list[str
             except LabelStudioRefusedError as error:
                 left.add(item_id)
                 failed.append(f"task {row.id} of an erased image was not deleted: {error}")
-    if client.server == "local":
-        try:
-            _delete_exports(store, pending)
-            # Also if nothing was deleted this time: a run before may have failed right here.
-            if pending - left:
-                _rewrite_database(store)
-        except LabelStudioError as error:
-            left |= pending
-            failed.append(str(error))
-    items = TABLES[ReviewItem]
-    with store.ledger.begin() as tx:
-        mine = any_of(items.c.id, pending - left, tx.connection.dialect)
-        gone = {"sent_hash": DELETED, "project_id": None, "task_id": None}
-        tx.connection.execute(sa.update(items).where(mine).values(gone))
-    return deleted, failed
+    return deleted, left, failed
 
 
 def pending_items(store: Store) -> set[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from labeling.cases import are_shown
 from labeling.client import LabelStudioClient
 from labeling.existing.page import LabelPage, read_page
 from labeling.servers import PROJECT, at_known_address, server_name, settle
@@ -41,12 +42,14 @@ class Project:
         marker: unique text in its description.
         requeued: review items that are new again because an earlier project was deleted.
         page: its labeling page, if somebody else made it.
+        cases: whether its page shows confirmed cases.
     """
 
     id: int
     marker: str
     requeued: int = 0
     page: LabelPage | None = None
+    cases: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def _open_linked(store: Store, client: LabelStudioClient, settings: LabelingSett
             ensure_webhook(store.home, client, number, settings.webhook_url)
             with store.ledger.begin() as tx:
                 tx.update(Cursor, cursor.name, position={**position, "webhook": webhook})
-        return Project(number, position["marker"], page=linked_page(store, present.label_config, position))
+        page = linked_page(store, present.label_config, position)
+        return Project(number, position["marker"], page=page, cases="cases" in page.keys)
     if position["active"]:
         raise LabelStudioRefusedError(
             f"the linked project {number} is gone from Label Studio, or its description lost {position['marker']}; "
@@ -165,14 +169,15 @@ def open_project(
         return _open_linked(store, client, settings, cursor)
     marker: str = cursor.position["marker"]
     known: int | None = cursor.position["project_id"]
-    config = label_config(store.taxonomy, blind=project_key.blind)
+    cases = not project_key.blind and are_shown(store, settings)
+    config = label_config(store.taxonomy, blind=project_key.blind, cases=cases)
     present = client.project(known) if known is not None else None
     # The id alone is not enough: a Label Studio that was set up anew counts its projects from 1 again.
     ours = present is not None and marker in present.description
     webhook = webhook_fingerprint(store.home, settings.webhook_url)
     registered = cursor.position.get("webhook") == webhook
     if present is not None and ours and registered and present.label_config == config.strip():
-        return Project(present.id, marker)
+        return Project(present.id, marker, cases=cases)
     project_id = client.ensure_project(project_key.title(settings), config, marker, PRIORITY_VERSION)
     ensure_webhook(store.home, client, project_id, settings.webhook_url)
     requeued = 0
@@ -181,7 +186,7 @@ def open_project(
         tx.update(Cursor, name, position=position)
         if known is not None and not ours:
             requeued = requeue(tx, known)
-    return Project(project_id, marker, requeued)
+    return Project(project_id, marker, requeued, cases=cases)
 
 
 def known_project(store: Store, client: LabelStudioClient, project_key: ProjectKey = SHARED) -> int | None:

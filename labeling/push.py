@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from images.decode import decode_image, decode_square
 from images.overlay import overlay
+from labeling.cases import CaseSource, case_data
 from labeling.client import LabelStudioClient
 from labeling.existing.fit import fitted, require_fit
 from labeling.existing.page import LabelPage
@@ -36,6 +37,7 @@ from labeling.project import (
 from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
+from labeling.sittings import next_sitting
 from labeling.tasks import task_document
 from records import tracing
 from records.arrays import UInt8Array
@@ -80,6 +82,7 @@ def push(
     model_id: str | None = None,
     *,
     advance: Advance = lambda done, total: None,
+    cases: CaseSource | None = None,
 ) -> PushReport:
     """Send all waiting review items to Label Studio. Idempotent: a second push adds nothing.
 
@@ -89,6 +92,7 @@ def push(
         settings: batch size, image size, blind share and readers.
         model_id: of the champion; stored in the task's meta data if its item has no prediction.
         advance: called with (done, total) after each batch.
+        cases: finds the confirmed cases that tasks show; None shows none.
     Returns:
         Counts over all projects of the store.
     Raises:
@@ -102,14 +106,14 @@ def push(
     if not waits and not stale_items(store):
         return PushReport()
     with hold(store.ledger, LEASE, wait_s=LEASE_WAIT_S):
-        return _push(store, client, settings, model_id, advance)
+        return _push(store, client, settings, _Beside(model_id, cases), advance)
 
 
 def _push(
-    store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None, advance: Advance
+    store: Store, client: LabelStudioClient, settings: LabelingSettings, beside: "_Beside", advance: Advance
 ) -> PushReport:
     plan_reads(store, settings)
-    reports = [_refresh(store, client, settings, model_id)]
+    reports = [_refresh(store, client, settings, beside)]
     with store.ledger.read() as tx:
         waiting = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
     by_project: dict[ProjectKey, list[ReviewItem]] = {}
@@ -119,7 +123,7 @@ def _push(
     done = 0
     for project_key in sorted(by_project, key=lambda project_key: (project_key.blind, project_key.reader or "")):
         counted = partial(_advance, advance, done, len(waiting))
-        pushing = _ProjectPush(store, client, settings, model_id, project_key, destination, counted)
+        pushing = _ProjectPush(store, client, settings, beside, project_key, destination, counted)
         try:
             reports.append(pushing.run())
         except LabelStudioRefusedError as error:
@@ -144,13 +148,22 @@ def _joined(reports: Sequence[PushReport]) -> PushReport:
 
 
 @dataclass(frozen=True)
+class _Beside:
+    """What a task gets that is neither in its item nor in its prediction; `places` is by item, see `sittings`."""
+
+    model_id: str | None = None
+    cases: CaseSource | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _ProjectPush:
     """The push of one project's items; `advance` is called with the number of them that are done."""
 
     store: Store
     client: LabelStudioClient
     settings: LabelingSettings
-    model_id: str | None
+    beside: _Beside
     project_key: ProjectKey
     destination: Callable[[ReviewItem], ProjectKey]
     advance: Callable[[int], None]
@@ -171,12 +184,14 @@ class _ProjectPush:
         adopted, doubled = adopt(self.store, self.client, project)
         with self.store.ledger.read() as tx:
             new = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
-        waiting = [item for item in new if self.destination(item) == self.project_key]
+            own = [item for item in new if self.destination(item) == self.project_key]
+            waiting, places = next_sitting(tx, self.project_key, own, self.settings, utc_now())
+        beside = replace(self.beside, places=places)
         pushed, withdrawn = 0, 0
         unreadable: list[str] = []
         size = self.settings.push_batch
         parts = (waiting[start : start + size] for start in range(0, len(waiting), size))
-        ready = ahead(_prepare(self.store, part, project, self.settings, self.model_id) for part in parts)
+        ready = ahead(_prepare(self.store, part, project, self.settings, beside) for part in parts)
         for number, batch in enumerate(ready, start=1):
             refused = self._import(project, batch)
             with self.store.ledger.begin() as tx:
@@ -224,7 +239,7 @@ class _ProjectPush:
         return [f"review item {item.id}: {error}" for item, error in failed]
 
 
-def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, model_id: str | None) -> PushReport:
+def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings, beside: _Beside) -> PushReport:
     """Update the open tasks whose review item changed: another priority or reason, a comment."""
     stale = stale_items(store)
     projects = known_projects(store, client) if stale else {}
@@ -240,7 +255,7 @@ def _refresh(store: Store, client: LabelStudioClient, settings: LabelingSettings
             continue
         project = opened
         for start in range(0, len(mine) if project.id == number else 0, settings.push_batch):
-            batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, model_id)
+            batch = _prepare(store, mine[start : start + settings.push_batch], project, settings, beside)
             failed.extend(batch.unreadable)
 
             def refresh(task: tuple[ReviewItem, dict[str, Any]]) -> bool:
@@ -362,7 +377,7 @@ def _drawn(store: Store, item: ReviewItem, content: bytes, side_px: int) -> UInt
 
 
 def _prepare(
-    store: Store, waiting: Sequence[ReviewItem], project: Project, settings: LabelingSettings, model_id: str | None
+    store: Store, waiting: Sequence[ReviewItem], project: Project, settings: LabelingSettings, beside: _Beside
 ) -> _Batch:
     with store.ledger.read() as tx:
         images = {i.id: i for i in tx.find(Image, where={"id": {item.image_id for item in waiting}})}
@@ -375,6 +390,8 @@ def _prepare(
         if image is None:
             raise UnknownIdError(f"its image {item.image_id[:12]} is not in the ledger")
         content = read_image(store, image)
+        shows = project.cases and not item.blind
+        alike = beside.cases(image, content, prediction) if shows and beside.cases is not None else ()
         made = task_document(
             item,
             image,
@@ -384,11 +401,14 @@ def _prepare(
             taxonomy=store.taxonomy,
             settings=settings,
             key=item_key(item.id, project),
+            cases=case_data(alike, store.taxonomy, settings) if shows else None,
+            place=beside.places.get(item.id, ""),
         )
         if project.page is not None:
             made = fitted(made, project.page, image, settings)
         if not item.blind:
-            made["meta"]["relook_model"] = prediction.model_id if prediction is not None else model_id
+            made["meta"]["relook_model"] = prediction.model_id if prediction is not None else beside.model_id
+            made["meta"]["relook_cases"] = [case.image_id for case in alike]
         return made
 
     batch = _Batch([], [], [], [])
@@ -409,4 +429,17 @@ def _prepare(
         else:
             batch.items.append(item)
             batch.documents.append(found)
+    _note_cases(store, batch)
     return batch
+
+
+def _note_cases(store: Store, batch: _Batch) -> None:
+    """Write down which images the tasks are going to show, before they do: an erasure has to find them."""
+    shown = {
+        item.id: document["meta"].get("relook_cases") or None
+        for item, document in zip(batch.items, batch.documents, strict=True)
+    }
+    changed = {item.id: {"cases": shown[item.id]} for item in batch.items if item.cases != shown[item.id]}
+    if changed:
+        with store.ledger.begin() as tx:
+            tx.update_many(ReviewItem, changed)

@@ -105,7 +105,7 @@ def _further_reads(item: ReviewItem, settings: LabelingSettings) -> list[ReviewI
     if not readers and ReasonCode.AUDIT_SAMPLE in item.reasons:
         readers = [_reader(item.id, settings.readers)]
     changes = {"prediction_id": None, "comment": None, "suggested_label": None, "blind": True}
-    changes |= {"overlay_blob": None, "heat_map": None}
+    changes |= {"overlay_blob": None, "heat_map": None, "cases": None}
     # The id follows from item and reader, so that a read is never added twice.
     return [item.model_copy(update={**changes, "id": hash_of([item.id, r])[:32], "reader": r}) for r in readers]
 

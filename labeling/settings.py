@@ -47,6 +47,13 @@ class LabelingSettings(RoomSettings):
     blind_share: float = Field(
         default=0.1, ge=0, le=1, description="share of review items that are read without the prediction, 0 to 1"
     )
+    cases_shown: int = Field(
+        default=3,
+        ge=0,
+        le=5,
+        description="nearest confirmed cases in a task that is not blind, if its model has some that may be displayed; "
+        "0 shows none",
+    )
     gold_share: float = Field(
         default=0.0,
         ge=0,
@@ -59,6 +66,16 @@ class LabelingSettings(RoomSettings):
     )
     reads_per_item: int = Field(
         default=1, ge=1, le=9, description="reads of an urgent or flagged review item, all but one blind, 1 to 9"
+    )
+    sitting_tasks: int = Field(
+        default=0,
+        ge=0,
+        le=500,
+        description="tasks of a sitting: so many are sent to a reader of labeling.readers at a time, and the next ones "
+        "after all are annotated and a break; 0 sends all",
+    )
+    sitting_break_min: float = Field(
+        default=10.0, ge=0, le=1440, description="break between two sittings of a reader, minutes"
     )
     consensus: Literal["majority", "dawid_skene"] = Field(
         default="majority", description="how several annotations of one image become a label"

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from labeling.cases import are_shown
 from labeling.client import LabelStudioClient
 from labeling.connection import connect
 from labeling.environment import environment_of, is_ready
@@ -57,7 +58,7 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
                 if move is not None and is_loss:
                     problems.append(unsettled(move, client))
                 known = {} if is_loss else known_projects(store, client)
-                counts = [_check_project(store, client, *one, problems) for one in known.items()]
+                counts = [_check_project(store, client, settings, *one, problems) for one in known.items()]
                 there = [count for count in counts if count is not None]
                 tasks = sum(there) if there else None
         elif installed:
@@ -74,7 +75,12 @@ def status(store: Store, settings: LabelingSettings) -> LabelingStatus:
 
 
 def _check_project(
-    store: Store, client: LabelStudioClient, project_id: int, project_key: ProjectKey, problems: list[str]
+    store: Store,
+    client: LabelStudioClient,
+    settings: LabelingSettings,
+    project_id: int,
+    project_key: ProjectKey,
+    problems: list[str],
 ) -> int | None:
     if project_key.linked is not None:
         linked_pages(store, client, project_id)
@@ -86,7 +92,8 @@ def _check_project(
             "review items again"
         )
         return None
-    if project.label_config != label_config(store.taxonomy, blind=project_key.blind).strip():
+    cases = not project_key.blind and are_shown(store, settings)
+    if project.label_config != label_config(store.taxonomy, blind=project_key.blind, cases=cases).strip():
         problems.append(f"the labeling page of project {project_id} was changed by hand; the next push sets it back")
     return client.state(project_id).total
 

@@ -4,6 +4,7 @@ import time
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from labeling.cases import CaseSource
 from labeling.client import LabelStudioClient
 from labeling.pull import PullReport, pull
 from labeling.push import Advance, PushReport, push
@@ -34,6 +35,7 @@ def sync(
     *,
     advance: Advance = lambda done, total: None,
     moved: bool = False,
+    cases: CaseSource | None = None,
 ) -> SyncReport:
     """Pull new annotations and push waiting review items, once.
 
@@ -44,6 +46,7 @@ def sync(
         model_id: of the champion.
         advance: called by both halves.
         moved: whether to send open review items again that are not at this address.
+        cases: finds the confirmed cases that tasks show; None shows none.
     Returns:
         Both reports.
     Raises:
@@ -53,7 +56,8 @@ def sync(
     # Pull first: it requeues the items of deleted projects and finds disagreement, and the push then sends both.
     pulled = pull(store, client, settings, advance=advance, moved=moved)
     added = add_adjudications(store, settings.adjudicate_below) if not pulled.idle else 0
-    return SyncReport(adjudications=added, pull=pulled, push=push(store, client, settings, model_id, advance=advance))
+    pushed = push(store, client, settings, model_id, advance=advance, cases=cases)
+    return SyncReport(adjudications=added, pull=pulled, push=pushed)
 
 
 def wait_for_notification(ledger: Ledger, seen: str | None, longest_s: float) -> bool:

@@ -130,6 +130,7 @@ def task_document(
     settings: LabelingSettings,
     key: str,
     cases: Mapping[str, str] | None = None,
+    place: str = "",
 ) -> dict[str, Any]:
     """Return the task of a review item, ready to be imported.
 
@@ -143,15 +144,18 @@ def task_document(
         settings: size and quality of the embedded images.
         key: idempotency key (item and project), returned with every listing of tasks.
         cases: what the panel of confirmed cases shows; None for a page without one.
+        place: which task of a sitting it is, one sentence; empty outside of sittings.
     Returns:
         `data`, `meta` and `predictions` of one task.
     Raises:
         ImageError: the image cannot be decoded.
     """
+    texts = _texts(item, overlay, prediction, taxonomy, settings)
     return {
         "data": {
             "image": data_uri(content, settings),
-            **_texts(item, overlay, prediction, taxonomy, settings),
+            **texts,
+            "why": f"{place} {texts['why']}".strip(),
             **(cases or {}),
             "about": about_text(image),
             "relook_item": item.id,

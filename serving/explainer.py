@@ -14,6 +14,7 @@ from records.errors import DataError, RefusedError, UnavailableError, UnknownIdE
 from records.models import bundle_folder, registered_bundle, serving_model
 from records.store import Store, read_image
 from records.types import Consent, Image, ModelRecord, Prediction
+from serving.collector import return_freed_memory
 from serving.images import attribution_map, take_in
 from serving.messages import FoundCase, HeatMap, Method
 from serving.nearest import CaseFinder
@@ -71,11 +72,14 @@ class Explainer:
             IntegrityError: the model's cases cannot be read.
         """
         own, image = self._image(prediction)
-        loaded = self._model(prediction.model_id, prediction.precision, "gradcam")
+        return self.nearest_to(own, image, prediction.model_id, prediction.precision, limit)
+
+    def nearest_to(self, own: Image, data: bytes, model_id: str, precision: str, limit: int) -> list[FoundCase]:
+        """Return the confirmed cases of a model that are most like an image to it; see `nearest`."""
+        loaded = self._model(model_id, precision, "gradcam")
         with self._store.ledger.read() as tx:
-            folder = bundle_folder(self._store, tx.require(ModelRecord, prediction.model_id))
-        pixels = decode_square(image, loaded.geometry.side_px)
-        return self._cases.find(loaded, folder, pixels, own, limit)
+            folder = bundle_folder(self._store, tx.require(ModelRecord, model_id))
+        return self._cases.find(loaded, folder, decode_square(data, loaded.geometry.side_px), own, limit)
 
     def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Return a heat map of an image by the model that serves now. Nothing is stored.
@@ -115,7 +119,11 @@ class Explainer:
         side_px, drawn_px = loaded.geometry.side_px, self._settings.overlay_side_px
         squares = decode_squares(image, sorted({side_px, drawn_px}))
         against = None if versus is None else index_of(versus)
-        found = attribute(loaded, squares[side_px], method, index_of(target), against)
+        try:
+            found = attribute(loaded, squares[side_px], method, index_of(target), against)
+        finally:
+            if METHODS[method].evaluations > 1:
+                return_freed_memory()
         if not np.isfinite(found.values).all():
             raise RefusedError("the model has no finite output for this image, so there is nothing to explain")
         return attribution_map(loaded, found, squares[drawn_px], method, target, versus, self._settings.overlay_alpha)

@@ -63,14 +63,14 @@ def fitted(document: Mapping[str, Any], page: LabelPage, image: Image, settings:
         "site": image.site or "",
         "lesion_id": image.lesion_id or "",
     }
-    texts = {"why": own["why"], "about": own["about"], "prediction": own.get("prediction", "")}
+    texts = {name: own.get(name, "") for name in ("why", "about", "prediction", "cases_text")}
     data: dict[str, Any] = {"relook_item": own["relook_item"], "relook_key": own["relook_key"]}
     for key, tag in page.keys.items():
         if key == page.image_key:
             value = own["image"]
         elif tag == "image":
             # Label Studio refuses a task without a key that its page uses.
-            value = own.get("heatmap") if key == "heatmap" else None
+            value = own.get(key) if key in ("heatmap", "cases") else None
             value = value or no_image(settings.image_side_px)
         else:
             value = {**known, **texts}.get(key, "")

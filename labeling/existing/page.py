@@ -20,7 +20,7 @@ from records.types.base import LINE
 _UNSURE = frozenset(
     {CANT_TELL, "can't tell", "cannot tell", "cant tell", "unsure", "not sure", "don't know", "uncertain"}
 )
-_MODEL_KEYS = frozenset({"prediction", "heatmap"})
+_MODEL_KEYS = frozenset({"prediction", "heatmap", "cases"})
 _CONTROLS = frozenset(
     {
         "choices", "taxonomy", "labels", "rectanglelabels", "polygonlabels", "brushlabels", "keypointlabels",

@@ -124,7 +124,7 @@ class ReviewItem(Record):
     table: ClassVar[str] = "review_items"
     mutable: ClassVar[frozenset[str]] = frozenset(
         {"state", "priority", "reasons", "project_id", "task_id", "pushed_at", "answered_at", "overlay_blob"}
-        | {"comment", "suggested_label", "blind", "reader", "sent_hash", "heat_map"}
+        | {"comment", "suggested_label", "blind", "reader", "sent_hash", "heat_map", "cases"}
     )
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("state", "priority"),
@@ -153,6 +153,9 @@ class ReviewItem(Record):
     blind: bool = Field(default=False, description="true if the reader is not shown the prediction")
     reader: str | None = Field(
         default=None, description="annotator whose own project gets the item; empty for the shared project"
+    )
+    cases: list[str] | None = Field(
+        default=None, description="ids of the confirmed cases that its task shows beside its image"
     )
     sent_hash: str | None = Field(
         default=None, description="hash of the task that was sent; a different hash means that the task is stale"

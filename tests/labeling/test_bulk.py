@@ -9,7 +9,7 @@ import pytest
 from images.overlay import overlay_png
 from labeling.project import Project, ProjectKey
 from labeling.pull import _Pass
-from labeling.push import _mark_pushed, _prepare
+from labeling.push import _Beside, _mark_pushed, _prepare
 from labeling.rows import AnnotationRow, TaskRow
 from labeling.settings import LabelingSettings
 from labeling.tasks import annotation_result
@@ -72,6 +72,6 @@ def test_the_heat_map_of_a_task_is_drawn_and_encoded_once(
     with pytest.raises(AssertionError):
         overlay_png(np.zeros((4, 4, 3), np.uint8), np.ones((2, 2)))
     items = [item.model_copy(update={"heat_map": [[0, 255]]}) for item in add_items(3, overlays=False)]
-    batch = _prepare(store, items, Project(1, "[relook:x]"), LabelingSettings(image_side_px=64), None)
+    batch = _prepare(store, items, Project(1, "[relook:x]"), LabelingSettings(image_side_px=64), _Beside())
     assert [document["data"]["heatmap"][:15] for document in batch.documents] == ["data:image/jpeg"] * 3
     assert batch.unreadable == []

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from labeling.project import Project
-from labeling.push import _prepare
+from labeling.push import _Beside, _prepare
 from labeling.settings import LabelingSettings
 from records.store import Store
 from records.types import ReviewItem
@@ -19,7 +19,7 @@ MAP = [[0, 0, 0], [0, 255, 0], [0, 0, 0]]
 
 
 def task_of(store: Store, item: ReviewItem) -> dict[str, Any]:
-    batch = _prepare(store, [item], Project(id=1, marker="m"), LabelingSettings(), None)
+    batch = _prepare(store, [item], Project(id=1, marker="m"), LabelingSettings(), _Beside())
     assert batch.unreadable == []
     (document,) = batch.documents
     data: dict[str, Any] = document["data"]

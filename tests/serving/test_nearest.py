@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from cluster.task_cases import TaskCases
 from images.decode import decode_square
 from images.importer import import_folder
 from images.synth import synthesize
@@ -125,6 +126,29 @@ def test_the_nearest_are_found_exactly_and_shown_with_their_diagnoses(
         drawn = Pillow.open(io.BytesIO(base64.b64decode(case.png_base64)))
         assert drawn.size == (224, 224)
     assert len(http.nearest(prediction.id, limit=1).cases) == 1
+
+
+def test_a_task_gets_the_cases_that_the_service_shows(
+    http: Client, shown_store: Store, bundle: Bundle, running: Any, make_image: Callable[..., bytes]
+) -> None:
+    prediction = http.predict(make_image(5))
+    served = http.nearest(prediction.id, limit=2).cases
+    (image,) = find_images(shown_store, [prediction.image_id])
+    with shown_store.ledger.read() as tx:
+        row = tx.require(Prediction, prediction.id)
+    data = read_image(shown_store, image)
+    find = TaskCases(shown_store, running.settings, 2)
+    for about in (row, None):  # without a prediction, the model that serves looks for them
+        found = find(image, data, about)
+        assert [(one.image_id, one.label, one.confirmed_by) for one in found] == [
+            (case.image_id, case.label, case.confirmed_by) for case in served
+        ]
+        assert [one.distance for one in found] == pytest.approx([case.distance for case in served], rel=1e-3)
+    assert TaskCases(shown_store, running.settings, 0)(image, data, row) == []
+    held = (bundle.path / FILE).read_bytes()
+    (bundle.path / FILE).write_bytes(b"broken")
+    assert find(image, data, row) == [], "a task is sent without them"
+    (bundle.path / FILE).write_bytes(held)
 
 
 def test_an_image_is_no_case_of_its_own(http: Client, shown_store: Store, bundle: Bundle) -> None:
