@@ -1,4 +1,4 @@
-"""Measure this machine: `python -m bench train | gpu | tune | serve | explain | abuse | label`.
+"""Measure this machine: `python -m bench train | gpu | tune | serve | explain | abuse | label | scale`.
 
 The verbs have the common options of `relook` (`--config`, `--preset`, `--set`, `--json`) and its exit codes.
 """
@@ -9,6 +9,7 @@ import typer
 
 import bench.gpu.cli
 import bench.label.cli
+import bench.scale.cli
 import bench.serve.abuse
 import bench.serve.cli
 import bench.train.cli
@@ -22,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.callback()(root)
-for _verbs in (bench.train.cli, bench.gpu.cli, bench.tune.cli, bench.serve.cli, bench.serve.abuse, bench.label.cli):
+for _verbs in (
+    bench.train.cli, bench.gpu.cli, bench.tune.cli, bench.serve.cli, bench.serve.abuse, bench.label.cli, bench.scale.cli
+):  # fmt: skip
     app.add_typer(_verbs.app)
 
 if __name__ == "__main__":
