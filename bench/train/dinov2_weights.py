@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -104,7 +105,7 @@ def difference_from_graph(content: bytes, tensors: dict[str, Float32Array]) -> f
     import onnxruntime
     import timm
     import torch
-    from timm.layers import resample_abs_pos_embed
+    from timm.layers.pos_embed import resample_abs_pos_embed
 
     model = onnx.load_model_from_string(content)
     tokens = "/backbone/layernorm/Add_1_output_0"
@@ -113,7 +114,7 @@ def difference_from_graph(content: bytes, tensors: dict[str, Float32Array]) -> f
     side_px = 224
     image = np.random.default_rng(0).normal(size=(1, 3, side_px, side_px)).astype(np.float32)
     (theirs,) = session.run([tokens], {session.get_inputs()[0].name: image})
-    network = timm.create_model("vit_small_patch14_dinov2", img_size=side_px, num_classes=0).eval()
+    network: Any = timm.create_model("vit_small_patch14_dinov2", img_size=side_px, num_classes=0).eval()
     state = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
     state["pos_embed"] = resample_abs_pos_embed(
         state["pos_embed"], list(network.patch_embed.grid_size), num_prefix_tokens=1, antialias=False

@@ -165,10 +165,10 @@ def main() -> None:
         if options.test:
             test = as_served(store, bundle, Split.TEST, options.keep)
             for name, part in (("val", val), ("test", test), ("val + test", joined([val, test]))):
-                for context in (True, False):
-                    if not context and part.without_context is None:
+                for context, probabilities in ((True, part.probabilities), (False, part.without_context)):
+                    if probabilities is None:
                         continue
-                    one = part if context else dataclasses.replace(part, probabilities=part.without_context)
+                    one = dataclasses.replace(part, probabilities=probabilities)
                     found = evaluate(one, document.taxonomy, document.operating, priors=document.calibration.priors)
                     print({"split": name, "context": context, **figures_of(found, one)})
 

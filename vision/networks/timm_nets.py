@@ -94,7 +94,9 @@ def build(name: str, num_classes: int, *, head_dropout: float = 0.2, side_px: in
     # Networks with embedded positions or windows have to know the side; the others do not take it.
     sized: dict[str, Any] = {"img_size": side_px} if published.fixed_input_size else {}
     try:
-        model = timm.create_model(name.removeprefix(TIMM), pretrained=False, num_classes=num_classes, **sized).eval()
+        model: Any = timm.create_model(
+            name.removeprefix(TIMM), pretrained=False, num_classes=num_classes, **sized
+        ).eval()
         _require_whole_patches(name, model, side_px)
         if getattr(model, "global_pool", None) == "token":
             # Some refuse, each in its own way; what their head reads is found out below.
@@ -188,7 +190,7 @@ class TimmNetwork(SplitNetwork):
         value = found.get(_POSITIONS)
         if value is None or own is None or value.ndim != 3 or value.shape[2] != own.shape[-1]:
             return found
-        from timm.layers import resample_abs_pos_embed
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
         body: Any = self.get_submodule("features.body")
         prefix = 0 if getattr(body, "no_embed_class", False) else int(getattr(body, "num_prefix_tokens", 0))
