@@ -81,7 +81,7 @@ def costly_images(port: int, key: str, draw: random.Random) -> None:
     """Send images that are small files and much work: large ones of one colour, cut-off and progressive ones."""
     side_px = draw.choice([2000, 5000, 7000, 12_000])
     kind = "jpeg" if draw.random() < 0.5 else "png"
-    data = _costly_image(side_px, kind)
+    data = costly_image(side_px, kind)
     data = data[: len(data) // 2] if draw.random() < 0.2 else data
     headers = {"Content-Type": f"image/{kind}", "Authorization": f"Bearer {key}"}
     for _ in range(4):
@@ -150,7 +150,8 @@ def abuse(port: int, key: str, kinds: list[str], seed: int) -> Counter[str]:
 
 
 @functools.lru_cache
-def _costly_image(side_px: int, kind: str) -> bytes:
+def costly_image(side_px: int, kind: str) -> bytes:
+    """Return an image of one colour: a small file, and much work."""
     buffer = io.BytesIO()
     image = Image.new("RGB", (side_px, side_px), (200, 120, 100))
     image.save(buffer, kind, progressive=True)
