@@ -63,7 +63,6 @@ _SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, key=len,
 _CONTEXT = ("lesion_id", "patient_id", "site", "device", "sex", "localization")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".parquet")
 
-
 _NAME = Plain(500)
 """What an image may be called; its name may be a path."""
 
@@ -262,6 +261,7 @@ def read_class_folders(folder: Path, listing: Listing, columns: Mapping[str, str
     workbooks = [path for path in listing.files if path.suffix.lower() in _OTHER_TABLES and path.parent == folder]
     if columns or workbooks or not any(parts.values()):
         other = f"; save {shown(workbooks[0].name)} as CSV" if workbooks else ""
+        other = f"; {_where_images_may_be(listing)}" if not images else other
         raise DataError(
             f"there is no table in {folder}; it needs HAM10000_metadata.csv, or one CSV file with a row per image, "
             f"or a folder per class{other}"

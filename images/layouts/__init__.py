@@ -26,7 +26,10 @@ def _find_table(look: Look) -> Found | None:
         # A table in a folder of its own, which says what it is by its columns.
         own = {look.columns.get(what, COLUMNS[what]).casefold() for what in REQUIRED}
         below = [path for path, (_, cells) in look.tables.items() if own <= {one.casefold() for one in cells.columns}]
-        if len(below) != 1:
+        if len(below) > 1:
+            names = ", ".join(look.shown(path) for path in below[:5])
+            raise DataError(f"{look.folder} holds {len(below)} tables ({names}); name the right one with --table")
+        if not below:
             return None
         table = below[0]
     return Found("", lambda: read_table_folder(look.folder, look.columns, table))

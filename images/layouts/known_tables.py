@@ -132,7 +132,7 @@ def _read(look: Look, known: KnownTable, main: Sequence[Path], reason: str) -> S
         raise DataError(f"--columns does not take {wrong[0]!r}; it takes {', '.join(COLUMNS)}")
     columns = {**known.columns, **{what: (name,) for what, name in look.columns.items()}}
     beside = [table for path, (_, table) in look.tables.items() if path not in main]
-    parts = [_cells(path, look.tables[path][1], beside, known, columns, len(main) > 1) for path in main]
+    parts = [_cells(look, path, beside, known, columns, len(main) > 1) for path in main]
     cells = _joined(parts)
     content = b"".join(look.tables[path][0] for path in sorted(look.tables))
     if len(look.tables) == 1:
@@ -151,19 +151,20 @@ def _read(look: Look, known: KnownTable, main: Sequence[Path], reason: str) -> S
 
 
 def _cells(
+    look: Look,
     path: Path,
-    table: Table,
     beside: Sequence[Table],
     known: KnownTable,
     columns: dict[str, tuple[str, ...]],
     says_split: bool,
 ) -> Table:
     """Return a table with one column per meaning."""
+    table = look.tables[path][1]
     image = next((name for name in columns["image"] if name in table.columns), None)
     if image is None:
         raise DataError(f"the table {path} has no column {columns['image'][0]!r}; it has {', '.join(table.columns)}")
     names = table.columns[image]
-    found: dict[str, list[str]] = {"image": names}
+    found: dict[str, list[str]] = {"image": [_in_its_folder(look, path, name) for name in names]}
     for what, candidates in columns.items():
         sources = [table.columns[name] for name in candidates if name in table.columns]
         sources += [_beside(names, other, candidates, columns["image"]) for other in beside]
@@ -175,10 +176,21 @@ def _cells(
     conflicts: dict[int, str] = dict(table.conflicts)
     if "dx" not in found:
         found["dx"] = _marked(table, known, conflicts)
-    split = split_in(path.name)
+    split = split_in(path.name) or split_in(look.shown(path.parent))
     if says_split and split is not None and "split" not in found:
         found["split"] = [split.value] * table.length
     return replace(table, columns=found, conflicts=conflicts)
+
+
+def _in_its_folder(look: Look, table: Path, name: str) -> str:
+    """Return the name of an image inside the whole folder, if it lies beside its table in a folder below."""
+    if table.parent == look.folder or not name or not table.is_relative_to(look.folder):
+        return name
+    place = table.parent / name.replace("\\", "/").removeprefix("./")
+    try:
+        return look.shown(place) if place.is_file() and ".." not in place.parts else name
+    except (OSError, ValueError):  # a name that no file can have
+        return name
 
 
 def _beside(names: Sequence[str], other: Table, candidates: Sequence[str], keys: Sequence[str]) -> list[str]:

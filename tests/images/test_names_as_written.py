@@ -39,6 +39,12 @@ def folders(*names: str) -> Callable[[Path], None]:
     return lambda folder: put(folder, *names)
 
 
+def of_splits(folder: Path) -> None:
+    for split in ("train", "test"):
+        put(folder, f"{split}/1.jpg", f"{split}/2.jpg")
+        write(folder, f"{split}/metadata.csv", "file_name,label\n1.jpg,mel\n2.jpg,nv\n")
+
+
 LINES = [json.dumps({"file_name": f"./{name}", "label": label}) for name, label in zip(FOUR, CLASSES, strict=True)]
 TREE = [f"{split}/{name}/{name}{at}.jpg" for split in ("train", "test") for name in ("mel", "nv") for at in "12"]
 CASES: dict[str, tuple[Callable[[Path], None], dict[str, int], list[str], list[str]]] = {
@@ -68,6 +74,9 @@ CASES: dict[str, tuple[Callable[[Path], None], dict[str, int], list[str], list[s
     "lines of JSON": (text("metadata.jsonl", "\n".join(LINES)), ALL, [], []),
     "a table in a folder of its own": (
         text("meta/t.csv", "image_id,dx\na,mel\nb,nv\n", "images/a.jpg", "images/b.jpg"), {"mel": 1, "nv": 1}, [], [],
+    ),
+    "a table in the folder of each split": (
+        of_splits, {"mel": 2, "nv": 2}, [], [],
     ),
     "words joined by signs": (
         folders("basal_cell_carcinoma/1.jpg", "Melanocytic-Nevi/2.jpg", "vascular_things/3.jpg"), {"bcc": 1, "nv": 1},
@@ -104,6 +113,14 @@ def test_a_table_beside_packed_images_is_refused_with_the_way_out(tmp_path: Path
     store = open_store(RecordsSettings(home=tmp_path / "home"))
     with pytest.raises(DataError, match=r"no images in .*; unpack images_part_1.zip there, or import one archive"):
         import_folder(store, tmp_path)
+    (tmp_path / "t.csv").unlink()
+    with pytest.raises(DataError, match=r"there is no table in .*; unpack images_part_1.zip there"):
+        import_folder(store, tmp_path)
+    for split in ("train", "test"):
+        put(tmp_path / "two", f"{split}/1.jpg")
+        write(tmp_path / "two", f"{split}/labels.csv", "image_id,dx\n1.jpg,mel\n")
+    with pytest.raises(DataError, match=r"2 tables \(test/labels.csv, train/labels.csv\); name the right one with"):
+        import_folder(store, tmp_path / "two")
     (tmp_path / "t.csv").write_text('{"image_id": "a", "dx": "mel"}\n[1]\n')
     with pytest.raises(DataError, match=r"t.csv is not a table of JSON lines: line 2 is no object"):
         import_folder(store, tmp_path)
