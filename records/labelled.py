@@ -168,7 +168,8 @@ def _frame(
     while rows := result.cursor.fetchmany(_ROWS_AT_ONCE) if result.cursor is not None else ():
         parts.append(pa.table([pa.array(column, pa.string()) for column in zip(*rows, strict=True)], schema=schema))
     result.close()
-    return pa.concat_tables(parts).to_pandas()
+    frame: pd.DataFrame = pa.concat_tables(parts).to_pandas()
+    return frame
 
 
 def by_image(rows: pd.DataFrame) -> pd.DataFrame:

@@ -198,7 +198,7 @@ class Transaction:
                 raise UnknownIdError(f"no {record_type.__name__} has the id {key!r}")
             try:
                 # The whole record is validated: pydantic checks nothing in `model_copy(update=...)`.
-                changed = record_type.model_validate(current[key].model_dump() | values)
+                changed = record_type.model_validate(current[key].model_dump() | dict(values))
             except ValidationError as error:
                 raise ContractError(f"{record_type.__name__} cannot become that: {error}") from error
             rows.append({_KEY: key} | {name: getattr(changed, name) for name in names})
