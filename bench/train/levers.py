@@ -21,9 +21,9 @@ import torch
 from cluster.sources import load_settings
 from images.cache import PixelCache
 from images.importer import open_dataset
-from records.arrays import Float32Array, FloatArray
-from records.bundles import Bundle
-from records.context import Known, context_of_image
+from records.arrays import Float32Array, FloatArray, IntArray
+from records.bundles import Bundle, BundleDocument
+from records.context import ContextHead, Known, context_of_image
 from records.models import find_bundle
 from records.store import Store, find_images, open_store
 from records.types import Split
@@ -58,20 +58,78 @@ def view_logits(bundle: Bundle, store: Store, image_ids: list[str], kept: Path) 
 
 def levers(bundle: Bundle, val: SplitPredictions, logits: Float32Array) -> list[dict[str, Any]]:
     """Evaluate val with fewer views, and without context."""
-    document, known = bundle.document, list(val.known or ())
-    rows = []
-    for head in (None, document.context) if document.context else (None,):
+    document, rows = bundle.document, []
+    for context in (None, document.context) if document.context else (None,):
         for views in VIEWS:
             mean = logits[:views].mean(axis=0).astype(np.float64)
-            calibration, fitted = calibrated(mean, val.labels, document.taxonomy, head, known)
-            probabilities = probabilities_of(mean, calibration, fitted, known)
-            one = dataclasses.replace(val, probabilities=probabilities, without_context=None)
-            found = evaluate(one, document.taxonomy, document.operating, priors=calibration.priors)
-            figures = figures_of(found, one)
-            # Thresholds are those of the bundle, and fit its own views only.
-            kept = {name: value for name, value in figures.items() if name not in ("answered", "target")}
-            rows.append({"context": head is not None, "views": views, **kept})
+            rows.append({"context": context is not None, "views": views, **refitted(document, val, mean, context)})
     return rows
+
+
+def frozen(
+    bundle: Bundle, store: Store, val: SplitPredictions, logits: Float32Array, path: Path
+) -> list[dict[str, Any]]:
+    """Evaluate a logistic regression on frozen features, and one view of the bundle, on the same images of val.
+
+    Args:
+        bundle: whose dataset it is.
+        store: with the images.
+        val: predictions of val.
+        logits: [8, N, C] of val.
+        path: file of `bench.label.acquisition_features`; images that it lacks are left out.
+    Returns:
+        Rows without and with context for each of the two.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    document, codes = bundle.document, bundle.document.taxonomy.codes
+    with np.load(path) as file:
+        row_of, features = {str(name): row for row, name in enumerate(file["ids"])}, file["features"]
+    train = open_dataset(store, document.dataset_id).split(Split.TRAIN)
+    names = [str(image.source_id) for image in find_images(store, [str(one) for one in train["image_id"]])]
+    labels = np.array([codes.index(str(label)) for label in train["label"]])
+    there = np.array([name in row_of for name in names])
+    scaler = StandardScaler().fit(features[[row_of[name] for name in names if name in row_of]])
+    head = LogisticRegression(C=0.01, max_iter=5000)
+    head.fit(scaler.transform(features[[row_of[name] for name in names if name in row_of]]), labels[there])
+    val_names = [str(image.source_id) for image in find_images(store, val.image_ids)]
+    kept = np.array([at for at, name in enumerate(val_names) if name in row_of])
+    found = head.decision_function(scaler.transform(features[[row_of[val_names[at]] for at in kept]]))
+    part = chosen(val, kept)
+    rows = []
+    for name, values in (("frozen", found), ("trained", logits[0, kept])):
+        for context in (None, document.context) if document.context else (None,):
+            figures = refitted(document, part, np.asarray(values, dtype=np.float64), context)
+            rows.append({"features": name, "train": int(there.sum()), "context": context is not None, **figures})
+    return rows
+
+
+def chosen(predictions: SplitPredictions, rows: IntArray) -> SplitPredictions:
+    """Return the predictions of some rows."""
+    return SplitPredictions(
+        model_id=predictions.model_id,
+        image_ids=[predictions.image_ids[row] for row in rows],
+        group_ids=[predictions.group_ids[row] for row in rows],
+        lesion_ids=[predictions.lesion_ids[row] for row in rows],
+        labels=predictions.labels[rows],
+        logits=predictions.logits[rows],
+        probabilities=predictions.probabilities[rows],
+        known=[(predictions.known or ())[row] for row in rows],
+    )
+
+
+def refitted(
+    document: BundleDocument, val: SplitPredictions, logits: FloatArray, context: ContextHead | None
+) -> dict[str, Any]:
+    """Calibrate logits on val, and evaluate val; thresholds are left out, as they are those of the bundle."""
+    known = list(val.known or ())
+    calibration, head = calibrated(logits, val.labels, document.taxonomy, context, known)
+    one = dataclasses.replace(
+        val, probabilities=probabilities_of(logits, calibration, head, known), without_context=None
+    )
+    found = figures_of(evaluate(one, document.taxonomy, document.operating, priors=calibration.priors), one)
+    return {name: value for name, value in found.items() if name not in ("answered", "target")}
 
 
 def as_served(store: Store, bundle: Bundle, split: Split, keep: Path) -> SplitPredictions:
@@ -153,6 +211,7 @@ def main() -> None:
     parser.add_argument("model", help="id prefix, path of a bundle, or champion")
     parser.add_argument("--keep", type=Path, required=True, help="folder for what was computed")
     parser.add_argument("--test", action="store_true", help="also val and test together, as served")
+    parser.add_argument("--frozen", type=Path, help="features.npz: also a linear head on these, on the same images")
     options = parser.parse_args()
     options.keep.mkdir(parents=True, exist_ok=True)
     with closing(open_store(load_settings(environ=os.environ).records)) as store:
@@ -161,6 +220,8 @@ def main() -> None:
         val = as_served(store, bundle, Split.VAL, options.keep)
         logits = view_logits(bundle, store, val.image_ids, options.keep / f"{bundle.id[:12]}_views.npy")
         for row in levers(bundle, val, logits):
+            print(row)
+        for row in frozen(bundle, store, val, logits, options.frozen) if options.frozen else ():
             print(row)
         if options.test:
             test = as_served(store, bundle, Split.TEST, options.keep)

@@ -3,17 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from bench.train import levers
 from images.importer import open_dataset
 from records.bundles import Calibration
-from records.store import Store
+from records.store import Store, find_images
 from records.types import AuditEvent, Split
 from tests.models import write_random_bundle
 from vision.inference.loaded import plain_network, reference_logits
 
 
-def test_rows_of_views_and_splits_as_one(filled_store: Store, tmp_path: Path) -> None:
+def test_rows_of_views_and_splits_as_one(filled_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levers, "DRAWS", 20)
     dataset = open_dataset(filled_store, None)
     codes = filled_store.taxonomy.codes
     calibration = Calibration(temperature=1.0, bias=[0.0] * 7, priors=dict.fromkeys(codes, 1 / 7))
@@ -27,6 +29,17 @@ def test_rows_of_views_and_splits_as_one(filled_store: Store, tmp_path: Path) ->
     rows = levers.levers(bundle, val, logits)
     assert [(row["context"], row["views"]) for row in rows] == [(False, views) for views in levers.VIEWS]
     assert all(row["ece_if_perfect"][0] < row["ece_if_perfect"][1] for row in rows)
+    # Features of all images but two, that tell the classes apart.
+    images = [image for part in Split for image in find_images(filled_store, dataset.split(part)["image_id"].tolist())]
+    label = dict(zip(dataset.rows["image_id"], dataset.rows["label"], strict=True))
+    known = [image for image in images if image.id in label and image.id not in val.image_ids[:2]]
+    features = np.array([[label[image.id] == code for code in codes] for image in known], dtype=np.float32)
+    np.savez(tmp_path / "f.npz", ids=np.array([image.source_id for image in known]), features=features)
+    found = levers.frozen(bundle, filled_store, val, logits, tmp_path / "f.npz")
+    assert [(row["features"], row["images"]) for row in found] == [
+        (name, len(val.labels) - 2) for name in ("frozen", "trained")
+    ]
+    assert found[0]["equal_prevalence"] > 0.9 > found[1]["equal_prevalence"]
     test = levers.as_served(filled_store, bundle, Split.TEST, tmp_path)
     both = levers.joined([val, test])
     assert both.image_ids == val.image_ids + test.image_ids
