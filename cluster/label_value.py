@@ -25,7 +25,7 @@ from labeling.learning_curve import (
     resampled,
     right,
 )
-from records.arrays import FloatArray
+from records.arrays import FloatArray, IntArray
 from records.bundles import Bundle
 from records.datasets import DatasetVersion, read_manifest
 from records.errors import DataError
@@ -176,7 +176,7 @@ def _figure(value: float, replicates: FloatArray) -> Figure:
     return Figure(float(value), min(low, float(value)), max(high, float(value)))
 
 
-def _gain(sizes: FloatArray, values: FloatArray, replicates: FloatArray, widened: float) -> Figure:
+def _gain(sizes: FloatArray | IntArray, values: FloatArray, replicates: FloatArray, widened: float) -> Figure:
     """Predict what 100 more labels add to the last point of a curve."""
     last = float(sizes[-1])
     value, *_ = at(fitted(sizes, values[None]), last + NEXT) - at(fitted(sizes, values[None]), last)
