@@ -228,6 +228,7 @@ def test_an_import_that_was_interrupted_fetches_only_what_is_missing(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_ten_thousand_tasks_come_in_page_by_page(store: Store, client: LabelStudioClient, readers: list[int]) -> None:
     count, project_id = 10_000, make_project(client)
     noise = np.random.default_rng(7)
