@@ -407,8 +407,9 @@ def described(store: Store, model: LoadedModel, rows: pd.DataFrame) -> tuple[pd.
     parts = [model.describe(cached.take(batch)) for batch in _batches(len(rows))]
     features = np.concatenate(parts or [np.empty((0, 1), dtype=np.float32)])
     # Linear heads refuse NaN.
-    finite = np.isfinite(features).all(axis=1)
-    return rows[finite].reset_index(drop=True), features[finite]
+    finite = np.flatnonzero(np.isfinite(features).all(axis=1))
+    found: pd.DataFrame = rows.iloc[finite].reset_index(drop=True)
+    return found, features[finite]
 
 
 def out_of_fold_probabilities(

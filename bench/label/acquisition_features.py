@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def dinov2(weights: Path | None) -> Features:
     from safetensors.torch import load_file
 
     # Its positions are interpolated to the side of the images.
-    network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True).eval()
+    network: Any = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True).eval()
     network.load_state_dict(load_file(_given(weights)))
 
     def features(images: torch.Tensor) -> torch.Tensor:
