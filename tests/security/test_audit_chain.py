@@ -5,6 +5,9 @@ Each test does what somebody with that access can do, with SQL and files, and ex
 
 import json
 import logging
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -302,6 +305,28 @@ def test_heads_in_an_object_store_are_objects_that_are_never_written_again(tmp_p
             assert "event 3 is anchored" in anchor_faults(store)
         finally:
             MemoryFileSystem.store.clear()
+
+
+def test_an_append_only_log_takes_heads_and_gives_none_up(anchored: Store, tmp_path: Path) -> None:
+    log = tmp_path / "mount" / "relook-audit-heads.log"
+    if (
+        shutil.which("chattr") is None
+        or subprocess.run(["chattr", "+a", log], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no append-only files here: chattr +a needs root and a file system that has them")
+    try:
+        add_events(anchored)
+        assert audit.verify_anchor(anchored.ledger) == ([], 6)
+        heads = log.read_bytes()
+        attacks: list[Callable[[], object]] = [
+            log.unlink, lambda: log.write_bytes(b""), lambda: os.truncate(log, 9), lambda: log.rename(tmp_path / "x"),
+        ]  # fmt: skip
+        for attack in attacks:
+            with pytest.raises(PermissionError):
+                attack()
+        assert log.read_bytes() == heads
+    finally:
+        subprocess.run(["chattr", "-a", log], check=True)
 
 
 def test_an_anchor_that_is_away_delays_nothing_and_is_caught_up(
