@@ -154,6 +154,15 @@ def _interval(values: FloatArray, scale: Any = float) -> list[float]:
     return [float(scale(values.mean() + at)) for at in (0.0, -half, half)]
 
 
+def write_curves(features: str, work: Path, arms: list[str], seed: int) -> None:
+    """Compute the curves of a seed; each is a file as soon as it is done."""
+    for name in arms:
+        path = work / f"{name}-{seed}.json"
+        fresh = path.with_suffix(".part")
+        fresh.write_text(json.dumps(curve_of(features, name, seed)))
+        fresh.replace(path)
+
+
 def run(features: Path, work: Path, arms: list[str], seeds: list[int], workers: int) -> list[dict[str, Any]]:
     """Compute the curves that the folder does not have yet and return all of them.
 
@@ -164,23 +173,21 @@ def run(features: Path, work: Path, arms: list[str], seeds: list[int], workers: 
     if origin.is_file() and origin.read_text().strip() != digest:
         raise DataError(f"{work} has curves of other features than {features}; give another folder")
     origin.write_text(digest + "\n")
-    # By seed, so that a worker mostly finds the principal components of its last curve again.
-    wanted = {(name, seed): work / f"{name}-{seed}.json" for seed in seeds for name in arms}
-    missing = [key for key, path in wanted.items() if not path.is_file()]
+    wanted = {seed: {name: work / f"{name}-{seed}.json" for name in arms} for seed in seeds}
+    missing = {seed: [name for name, path in paths.items() if not path.is_file()] for seed, paths in wanted.items()}
+    missing = {seed: names for seed, names in missing.items() if names}
     began = time.monotonic()
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool, (work / "progress.log").open("a") as log:
-        waiting = {pool.submit(curve_of, str(features), *key): key for key in missing}
+        # A seed is one task: its principal components are found once.
+        waiting = {pool.submit(write_curves, str(features), work, names, seed): seed for seed, names in missing.items()}
         for done, each in enumerate(as_completed(waiting), 1):
-            path = wanted[waiting[each]]
-            fresh = path.with_suffix(".part")
-            fresh.write_text(json.dumps(each.result()))
-            fresh.replace(path)
+            each.result()
             took_h = (time.monotonic() - began) / 3600
             left_h = took_h / done * (len(missing) - done)
-            said = f"{path.stem}: {done} of {len(missing)}, {took_h:.2f} h, {left_h:.2f} h left"
+            said = f"seed {waiting[each]}: {done} of {len(missing)}, {took_h:.2f} h, {left_h:.2f} h left"
             print(said, file=sys.stderr, flush=True)
             print(said, file=log, flush=True)
-    return [json.loads(path.read_text()) for path in wanted.values()]
+    return [json.loads(path.read_text()) for paths in wanted.values() for path in paths.values()]
 
 
 def main() -> None:
