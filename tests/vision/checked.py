@@ -1,6 +1,9 @@
 """Bundles with checks and thresholds, whose distances rounding does not decide."""
 
+import hashlib
+
 import numpy as np
+from torch import nn
 
 from records.bundles import Bundle, OperatingPoints
 from records.store import Store
@@ -30,3 +33,8 @@ def write_checked_bundle(store: Store, name: str) -> Bundle:
     train, val = (Described(pixels[part], pooled[part], early[part]) for part in (slice(0, 30), slice(30, None)))
     document, arrays = fit_suitability(train, val, smallest_side_px=20)
     return write_random_bundle(store, name, side_px=side_px, arrays=arrays, suitability=document, operating=operating)
+
+
+def weights_hash(graph: nn.Module) -> str:
+    """A hash of all that a graph computes with, to find what was made of it before; sums of them may be NaN."""
+    return hashlib.sha256(b"".join(values.numpy().tobytes() for values in graph.state_dict().values())).hexdigest()

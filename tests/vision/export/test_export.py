@@ -11,7 +11,7 @@ import pytest
 
 from records.errors import ConfigError, IntegrityError
 from records.ids import sha256_hex
-from tests.vision.checked import side_of, write_checked_bundle
+from tests.vision.checked import side_of, weights_hash, write_checked_bundle
 from tests.vision.inference.foreign import foreign_images
 from vision.calibration.conformal import prediction_set, thresholds_in_order
 from vision.export import folder as export_folder
@@ -31,7 +31,7 @@ def written_once():
 
     def once(kind, write):
         def shared(graph, images, folder):
-            key = (kind, graph.names, sum(float(values.double().sum()) for values in graph.state_dict().values()))
+            key = (kind, graph.names, weights_hash(graph))
             if key not in known:
                 write(graph, images, folder)
                 known[key] = {path.name: path.read_bytes() for path in folder.iterdir()}

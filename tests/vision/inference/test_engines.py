@@ -11,7 +11,7 @@ import torch
 from records.errors import ConfigError, IntegrityError, UnavailableError
 from serving.settings import ServingSettings
 from serving.triage import TriageRules, triage
-from tests.vision.checked import side_of, write_checked_bundle
+from tests.vision.checked import side_of, weights_hash, write_checked_bundle
 from tests.vision.inference.foreign import foreign_images
 from vision.inference.engines import OpenVinoModel, load_engine, resolve_device
 from vision.inference.graph import export_program
@@ -34,7 +34,7 @@ def converted_once():
     convert, models = openvino.convert_model, {}
 
     def shared(graph, images):
-        key = (graph.names, sum(float(values.double().sum()) for values in graph.state_dict().values()))
+        key = (graph.names, weights_hash(graph))
         if key not in models:
             models[key] = convert(export_program(graph, images))
         return models[key]
