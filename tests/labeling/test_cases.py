@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 from xml.etree import ElementTree
 
-import pytest
+import numpy as np
 from PIL import Image as PillowImage
 
 from labeling.cases import NONE_SHOWN, SIDE_PX, TaskCase, are_shown, forbidden_cases
@@ -18,7 +18,7 @@ from labeling.push import _Beside, _prepare, push
 from labeling.settings import LabelingSettings
 from labeling.sittings import next_sitting
 from labeling.tasks import label_config
-from records.cases import FILE
+from records.cases import Cases, write_cases
 from records.consent import lower_consent
 from records.erasure import RECORDS_PLACES, erase_images
 from records.ids import new_id, utc_now
@@ -39,6 +39,16 @@ def displayed(store: Store, number: int) -> Image:
     with store.ledger.begin() as tx:
         tx.add(image)
     return image
+
+
+def add_cases(store: Store, images: Sequence[Image]) -> None:
+    """Let a model serve that has these images as its confirmed cases."""
+    serve_bundle(store, make_bundle(store))
+    with store.ledger.read() as tx:
+        (model,) = tx.find(ModelRecord)
+    numbers = np.zeros(len(images), dtype=np.int64)
+    vectors = np.zeros((len(images), 2), dtype=np.float32)
+    write_cases(bundle_folder(store, model), Cases(tuple(image.id for image in images), numbers, numbers, vectors))
 
 
 def source_of(images: Sequence[Image], store: Store) -> Any:
@@ -80,10 +90,7 @@ def test_a_task_shows_small_images_with_diagnosis_and_distance_and_a_blind_one_n
 
 def test_the_panel_is_there_only_where_a_model_has_cases(store: Store) -> None:
     assert not are_shown(store, LabelingSettings())
-    serve_bundle(store, make_bundle(store))
-    with store.ledger.read() as tx:
-        (model,) = tx.find(ModelRecord)
-    (bundle_folder(store, model) / FILE).write_bytes(b"")
+    add_cases(store, [displayed(store, 50)])
     assert are_shown(store, LabelingSettings())
     assert not are_shown(store, LabelingSettings(cases_shown=0))
     for blind, expected in ((False, ["$heatmap", "$cases"]), (True, [])):
@@ -93,13 +100,10 @@ def test_the_panel_is_there_only_where_a_model_has_cases(store: Store) -> None:
 
 
 def test_lowered_consent_and_erasure_take_them_out_of_tasks(
-    store: Store, client: LabelStudioClient, settings: LabelingSettings, monkeypatch: pytest.MonkeyPatch
+    store: Store, client: LabelStudioClient, settings: LabelingSettings
 ) -> None:
-    serve_bundle(store, make_bundle(store))
-    with store.ledger.read() as tx:
-        (model,) = tx.find(ModelRecord)
-    (bundle_folder(store, model) / FILE).write_bytes(b"")
     images = [displayed(store, 100 + number) for number in range(3)]
+    add_cases(store, images)
     items = [write_item(store, make_image(10 + number), None, 2.0 - number) for number in range(2)]
     sources = [source_of(images[:2], store), source_of(images[2:], store)]
     by_item = {item.image_id: source for item, source in zip(items, sources, strict=True)}
