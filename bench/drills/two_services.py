@@ -51,7 +51,7 @@ from vision.networks import build_model
 
 CALLERS, READERS, OPERATORS, IMAGES = 3, 2, 2, 40
 CLOCK_STEPS_S = (-60, -31, -2, 0, 2, 31, 60)
-TIMEOUT_S, DRAIN_S, START_S = 15.0, 120.0, 120.0
+TIMEOUT_S, DRAIN_S, START_S = 15.0, 300.0, 600.0
 _ROOT = Path(__file__).resolve().parents[2]
 
 

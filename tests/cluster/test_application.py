@@ -34,7 +34,7 @@ with warnings.catch_warnings():
 SETS = ("serving.predictor_max_replicas=3", "serving.ingress_min_replicas=2", "serving.ingress_max_replicas=2")
 
 
-def wait_until_running(timeout_s: float = 300.0) -> None:
+def wait_until_running(timeout_s: float = 600.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         application = serve.status().applications.get("relook")
