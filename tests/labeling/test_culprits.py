@@ -103,6 +103,12 @@ def proxied(server: ServerInfo) -> Iterator[tuple[Proxy, LabelStudioClient]]:
         proxy.close()
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused here is refused however long a client waits."""
+    monkeypatch.setattr("labeling.client._PAUSES_S", (0.01, 0.02, 0.05))
+
+
 def states(store: Store) -> dict[str, ReviewState]:
     with store.ledger.read() as tx:
         return {item.id: item.state for item in tx.find(ReviewItem)}
