@@ -82,6 +82,16 @@ def _forms() -> list[str]:
     return list(FORMS)
 
 
+LayoutOption = Annotated[
+    str | None,
+    typer.Option(help="{choices}; default: the one that is recognised, which is said.", autocompletion=_layouts),
+]
+AtlasOption = Annotated[
+    Path | None,
+    typer.Option("--seed-atlas", help="Folder with a few confirmed images of each class; all go to train."),
+]
+
+
 @verb(app, "import")
 def import_command(
     call: Call,
@@ -95,10 +105,7 @@ def import_command(
         str | None, typer.Option(help="Labels of the table and the classes that they mean: MEL=mel,NEV=nv.")
     ] = None,
     table: Annotated[Path | None, typer.Option(help="The table, if DIR holds several.")] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(help="{choices}; default: the one that is recognised, which is said.", autocompletion=_layouts),
-    ] = None,
+    layout: LayoutOption = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Register the files where they are; copy nothing.")
     ] = False,
@@ -106,10 +113,7 @@ def import_command(
         bool, typer.Option("--correct", help="Take over labels that differ from those imported before.")
     ] = False,
     consent: ConsentOption = "training",
-    seed_atlas: Annotated[
-        Path | None,
-        typer.Option("--seed-atlas", help="Folder with a few confirmed images of each class; all go to train."),
-    ] = None,
+    seed_atlas: AtlasOption = None,
     label_studio: LabelStudioOption = None,
     project: ProjectOption = None,
     choices: ChoicesOption = None,
