@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sqlalchemy as sa
+
 from labeling.cases import are_shown
 from labeling.client import LabelStudioClient
 from labeling.existing.page import LabelPage, read_page
@@ -23,8 +25,9 @@ from records.errors import LabelStudioRefusedError, UserError
 from records.ids import new_id
 from records.lease import hold
 from records.ledger import Transaction
+from records.ledger.tables import TABLES
 from records.store import Store
-from records.types import Cursor, ReviewItem, ReviewState
+from records.types import Annotation, Cursor, ReviewItem, ReviewState
 
 LEASE = "labeling.sync"
 """Name of the lease that push and pull hold while they run, so that only one of them runs at a time."""
@@ -169,8 +172,7 @@ def open_project(
         return _open_linked(store, client, settings, cursor)
     marker: str = cursor.position["marker"]
     known: int | None = cursor.position["project_id"]
-    cases = not project_key.blind and are_shown(store, settings)
-    config = label_config(store.taxonomy, blind=project_key.blind, cases=cases)
+    config, cases = own_page(store, settings, project_key)
     present = client.project(known) if known is not None else None
     # The id alone is not enough: a Label Studio that was set up anew counts its projects from 1 again.
     ours = present is not None and marker in present.description
@@ -187,6 +189,20 @@ def open_project(
         if known is not None and not ours:
             requeued = requeue(tx, known)
     return Project(project_id, marker, requeued, cases=cases)
+
+
+def own_page(store: Store, settings: LabelingSettings, project_key: ProjectKey) -> tuple[str, bool]:
+    """Return the labeling page of a project of Relook's own, and whether it shows confirmed cases."""
+    cases = not project_key.blind and are_shown(store, settings)
+    # Label Studio refuses a page without a control that annotations have used.
+    outline = settings.outline or _is_painted(store)
+    return label_config(store.taxonomy, blind=project_key.blind, cases=cases, outline=outline), cases
+
+
+def _is_painted(store: Store) -> bool:
+    column = TABLES[Annotation].c.outline
+    with store.ledger.read() as tx:
+        return tx.connection.scalar(sa.select(sa.literal(1)).where(column.is_not(None)).limit(1)) is not None
 
 
 def known_project(store: Store, client: LabelStudioClient, project_key: ProjectKey = SHARED) -> int | None:

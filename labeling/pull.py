@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from labeling.client import PAGE_SIZE, LabelStudioClient
 from labeling.deletion import delete_tasks
 from labeling.existing.page import LabelPage
+from labeling.outlines import outline_of
 from labeling.project import LEASE, LEASE_WAIT_S, ProjectKey, is_ours, known_projects, open_project, settle_address
 from labeling.push import Advance, sums
 from labeling.rows import AnnotationRow, ProjectState, TaskRow
@@ -358,6 +359,7 @@ class _Pass:
             annotator=annotator,
             annotated_at=annotation.updated_at,
             lead_time_s=annotation.lead_time_s,
+            outline=outline_of(annotation.result) if self.page is None else None,
             gold=ReasonCode.GOLD in item.reasons,
             blind=item.blind or (self.page is not None and not self.page.shows_model),
             server=self.server,

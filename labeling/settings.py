@@ -67,6 +67,10 @@ class LabelingSettings(RoomSettings):
     reads_per_item: int = Field(
         default=1, ge=1, le=9, description="reads of an urgent or flagged review item, all but one blind, 1 to 9"
     )
+    outline: bool = Field(
+        default=False,
+        description="whether annotators may paint the outline of the lesion; on once somebody has painted one",
+    )
     sitting_tasks: int = Field(
         default=0,
         ge=0,

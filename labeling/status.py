@@ -4,16 +4,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from labeling.cases import are_shown
 from labeling.client import LabelStudioClient
 from labeling.connection import connect
 from labeling.environment import environment_of, is_ready
 from labeling.existing.link import active_link, linked_pages
 from labeling.local_server import LocalLabelStudio
-from labeling.project import ProjectKey, is_ours, known_project, known_projects
+from labeling.project import ProjectKey, is_ours, known_project, known_projects, own_page
 from labeling.servers import find_move, unsettled
 from labeling.settings import LabelingSettings
-from labeling.tasks import label_config
 from records.errors import RelookError
 from records.ids import utc_now
 from records.store import Store
@@ -92,8 +90,7 @@ def _check_project(
             "review items again"
         )
         return None
-    cases = not project_key.blind and are_shown(store, settings)
-    if project.label_config != label_config(store.taxonomy, blind=project_key.blind, cases=cases).strip():
+    if project.label_config != own_page(store, settings, project_key)[0].strip():
         problems.append(f"the labeling page of project {project_id} was changed by hand; the next push sets it back")
     return client.state(project_id).total
 

@@ -17,6 +17,7 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from images.decode import decode_image
+from labeling.outlines import CONTROL
 from labeling.settings import LabelingSettings
 from records.arrays import UInt8Array
 from records.taxonomy import Taxonomy
@@ -88,13 +89,14 @@ class ParsedAnnotation:
     understood: bool = True
 
 
-def label_config(taxonomy: Taxonomy, *, blind: bool = False, cases: bool = False) -> str:
+def label_config(taxonomy: Taxonomy, *, blind: bool = False, cases: bool = False, outline: bool = False) -> str:
     """Return the XML of the labeling page for a taxonomy.
 
     Args:
         taxonomy: its classes become the choices, in its order; the first nine get the digits as hotkeys.
         blind: whether to leave out the prediction, the heat map and the cases.
         cases: whether there is a panel for the nearest confirmed cases.
+        outline: whether the lesion can be painted.
     Returns:
         XML text; equal taxonomies give equal text.
     """
@@ -104,6 +106,10 @@ def label_config(taxonomy: Taxonomy, *, blind: bool = False, cases: bool = False
         left, "Image", name="image", value="$image", zoom="true", zoomControl="true", rotateControl="true",
         brightnessControl="true", contrastControl="true", selectionControl="false", maxWidth="520px",
     )  # fmt: skip
+    if outline:
+        ElementTree.SubElement(left, "Header", value="Paint the lesion (optional)", size="6")
+        brush = ElementTree.SubElement(left, "BrushLabels", name=CONTROL, toName="image")
+        ElementTree.SubElement(brush, "Label", value="Lesion", alias="lesion", background="#0b6e6e")
     if not blind:
         _add_model(left, cases=cases)
     right = ElementTree.SubElement(page, "View", style="flex: 1 1 300px; min-width: 280px")

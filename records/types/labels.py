@@ -37,6 +37,9 @@ class Annotation(Record):
     annotated_at: Timestamp
     lead_time_s: float | None = Field(default=None, ge=0)
     blind: bool = Field(default=False, description="true if the prediction was hidden from the annotator")
+    outline: str | None = Field(
+        default=None, description="the lesion as it was painted: a grey PNG of the whole image in base64"
+    )
     gold: bool = Field(
         default=False, description="true for a gold task: it measures the annotator, and is no label of the image"
     )

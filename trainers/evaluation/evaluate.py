@@ -6,6 +6,7 @@ images. Intervals are 95 %: bootstrap by group within class, and exact (Clopper-
 cannot vary, as for a sensitivity of 1.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from records.datasets import DatasetVersion
 from records.errors import ContractError, DataError
 from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
-from records.types import AuditEvent, Image, Split
+from records.types import Annotation, AuditEvent, Image, Split
 from trainers.evaluation.decisions import (
     decided,
     label_outside_set,
@@ -156,7 +157,19 @@ def predict_split(
 
 def _images(store: Store, images: list[Image], masks: Path | None) -> Images:
     names = [image.source_id or image.id for image in images]
-    return Images(names=names, read=lambda index: read_image(store, images[index]), masks=masks)
+    painted = _outlines(store, [image.id for image in images])
+    at = {index: painted[image.id] for index, image in enumerate(images) if image.id in painted}
+    return Images(names=names, read=lambda index: read_image(store, images[index]), masks=masks, outlines=at)
+
+
+def _outlines(store: Store, image_ids: list[str]) -> dict[str, bytes]:
+    """Return the newest outline of each image that annotators painted and did not take back, a PNG."""
+    with store.ledger.read() as tx:
+        rows = tx.find(Annotation, where={"image_id": image_ids}, order_by=("created_at", "id"))
+    newest = {(row.server, row.annotation_id): row for row in rows}
+    kept = [row for row in newest.values() if not row.deleted and row.outline is not None]
+    ordered = sorted(kept, key=lambda row: (row.annotated_at, row.id))
+    return {row.image_id: base64.b64decode(row.outline or "") for row in ordered}
 
 
 def joined_outputs(outputs: Sequence[BatchOutput]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Heat maps and attacks need some of the images again, with their lesion masks; slices are formed by the traits.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from images.decode import decode_square
 from records.arrays import BoolArray, IntArray, UInt8Array
 from records.types import Image
-from trainers.evaluation.skin import find_mask, read_mask, tone_of
+from trainers.evaluation.skin import find_mask, mask_of, read_mask, tone_of
 
 CONFIRMED_BY = ("histopathology", "confocal or follow-up", "consensus", "one reader", "flag")
 """By label rank."""
@@ -30,6 +30,8 @@ class Images:
     """position -> the bytes of its file"""
     masks: Path | None = None
     """folder of lesion masks, named after the images"""
+    outlines: Mapping[int, bytes] = field(default_factory=dict)
+    """position -> the lesion as an annotator painted it, a grey PNG; used where the folder has no mask"""
 
     def square(self, index: int, side_px: int) -> UInt8Array:
         """Return an image as a square, [S, S, 3]."""
@@ -42,7 +44,10 @@ class Images:
     def mask(self, index: int, side_px: int) -> BoolArray | None:
         """Return the lesion's mask, [S, S]; None if there is none."""
         path = find_mask(self.masks, self.names[index]) if self.masks is not None else None
-        return read_mask(path, side_px) if path is not None else None
+        if path is not None:
+            return read_mask(path, side_px)
+        outline = self.outlines.get(index)
+        return None if outline is None else mask_of(outline, side_px)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def measure_explanations(bundle: Bundle, predictions: SplitPredictions) -> Expla
     maps = model.gradcam(pixels, target)
     if not is_informative(maps).any():
         return None
-    masks = [images.mask(int(index), side_px) for index in chosen] if images.masks is not None else None
+    has_masks = images.masks is not None or bool(images.outlines)
+    masks = [images.mask(int(index), side_px) for index in chosen] if has_masks else None
     return explanation_quality(
         lambda some: model.predict(some).probabilities,
         pixels,

@@ -80,10 +80,14 @@ def find_mask(folder: Path, source_id: str | None) -> Path | None:
 def read_mask(path: Path, side_px: int) -> BoolArray:
     """Read a grey mask, bright on the lesion, as the square [S, S] that a model sees; DataError if it is no image."""
     try:
-        square = decode_square(path.read_bytes(), side_px)
+        return mask_of(path.read_bytes(), side_px)
     except (ImageError, OSError) as error:
         raise DataError(f"the mask {path} cannot be read ({error}); it must be a grey PNG") from error
-    return np.asarray(square.mean(axis=-1) >= 128, dtype=np.bool_)
+
+
+def mask_of(data: bytes, side_px: int) -> BoolArray:
+    """Return a grey image, bright on the lesion, as the square [S, S] that a model sees; ImageError if it is none."""
+    return np.asarray(decode_square(data, side_px).mean(axis=-1) >= 128, dtype=np.bool_)
 
 
 class SkinTones:
