@@ -91,10 +91,9 @@ def tune(
         with progress() as bar:
             dataset = open_dataset(store, data, progress=bar)
         say(f"search {run_dir.name}{' goes on' if resume else ''}: {tuning.trials} trials")
-        begun = (run_dir / FILE_NAME).is_file
         lease = search_lease(store, run_dir, resume=resume)
         shown = show_search(settings.tracking, run_dir.name, tuning)
-        with lease, advises_resume(begun), call.ray(settings), shown as on_event:
+        with lease, advises_resume((run_dir / FILE_NAME).is_file), call.ray(settings), shown as on_event:
             result = search(store, tuning, trainers, dataset, run_dir=run_dir, on_event=on_event)
         bundle = None
         # Outside of Ray's block: the fit runs in this process and may use the cores that the trials had.

@@ -84,9 +84,7 @@ def search(
 
     space = searched_space(tuning, trainers)
     enqueued = (*experiment_settings(tuning.experiments, trainers), *enqueued)
-    images = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
-    if tuning.leak != "none":
-        images = leaky_plan(images.limited(trainers.max_train_images), tuning.leak, tuning.seed)
+    images = _planned(store, tuning, trainers, dataset)
     # Everything that can be refused is refused before the first process starts: space, policy files, folder, journal.
     header = _header(tuning, trainers, dataset, space, enqueued, images)
     job = _job(store, tuning, trainers, enqueued, images, run_dir)
@@ -108,6 +106,14 @@ def search(
         # Confirmations run after the search for its leader only and choose nothing, so their scores are unbiased.
         run([plan for plan in confirming if plan.number not in journal.settled])
     return _result(header, log, best, tuning, trainers)
+
+
+def _planned(store: Store, tuning: TuningSettings, trainers: TrainersSettings, dataset: DatasetVersion) -> DataPlan:
+    """Return the images of a search, train and val."""
+    images = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
+    if tuning.leak == "none":
+        return images
+    return leaky_plan(images.limited(trainers.max_train_images), tuning.leak, tuning.seed)
 
 
 def _decode(store: Store, images: DataPlan, wanted: Sequence[TrainersSettings], progress: Progress | None) -> None:
