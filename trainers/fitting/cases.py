@@ -1,6 +1,7 @@
 """The confirmed cases of a fitted model: which training images may be shown beside predictions, and their vectors."""
 
 import numpy as np
+from rich.progress import Progress
 
 from images.cache import PixelCache
 from records.bundles import Bundle
@@ -14,7 +15,9 @@ from trainers.fitting.workers import compute_threads
 from vision.inference.suitability import image_checks_of
 
 
-def add_cases(store: Store, dataset: DatasetVersion, trained: TrainedModel, bundle: Bundle) -> Bundle:
+def add_cases(
+    store: Store, dataset: DatasetVersion, trained: TrainedModel, bundle: Bundle, progress: Progress | None = None
+) -> Bundle:
     """Write the confirmed cases beside a bundle, if there are any.
 
     Args:
@@ -22,6 +25,7 @@ def add_cases(store: Store, dataset: DatasetVersion, trained: TrainedModel, bund
         dataset: the version that the model was trained on.
         trained: its network.
         bundle: of the model.
+        progress: gets a task that counts the images.
     Returns:
         The bundle; its id is the same with cases and without.
     """
@@ -31,7 +35,8 @@ def add_cases(store: Store, dataset: DatasetVersion, trained: TrainedModel, bund
     # With streaming, training has decoded none of them here.
     PixelCache(store.home.cache, trained.geometry.side_px).ensure(store, image_ids)
     with compute_threads(trained.num_threads):
-        vectors = checks.features.project(outputs_of(trained, store, image_ids).pooled)
+        outputs = outputs_of(trained, store, image_ids, progress=progress, what="Reading confirmed cases")
+        vectors = checks.features.project(outputs.pooled)
     rows = dataset.split(Split.TRAIN).set_index("image_id").loc[image_ids]
     cases = Cases(
         image_ids=tuple(image_ids),

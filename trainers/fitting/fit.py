@@ -139,8 +139,8 @@ def fit(
         trained = _fit_alone(settings, plan, store, run_dir, policy, log, on_step, initial_weights)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
-    bundle = _write(store, settings, dataset, plan, policy, trained, start_from, start, context)
-    return add_cases(store, dataset, trained, bundle)
+    bundle = _write(store, settings, dataset, plan, policy, trained, start_from, start, context, progress)
+    return add_cases(store, dataset, trained, bundle, progress)
 
 
 class MetricsLog:
@@ -218,15 +218,18 @@ def _write(
     start_from: Bundle | None,
     start: StartingWeights | None,
     context: ContextHead | None,
+    progress: Progress | None,
 ) -> Bundle:
     taxonomy = store.taxonomy
     architecture = Architecture(name=settings.model.name, options=settings.model.options)
     with compute_threads(trained.num_threads):
-        val, calibration_split = (_logits_of(store, dataset, split, trained, settings.views) for split in FITTED_ON)
+        val, calibration_split = (
+            _logits_of(store, dataset, split, trained, settings.views, progress) for split in FITTED_ON
+        )
         calibration, context = calibrated(val.logits.astype(np.float64), val.labels, taxonomy, context, val.known)
         golden = golden_arrays(trained.network, trained.geometry, settings.views)
         faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
-        suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs)
+        suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs, progress)
     operating, scores = _operating_points(calibration_split, val, calibration, context, taxonomy, settings.decision)
     recipe = MODELS[settings.model.name]
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
@@ -261,7 +264,9 @@ def _write(
     return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
 
 
-def _logits_of(store: Store, dataset: DatasetVersion, split: Split, trained: TrainedModel, views: int) -> SplitLogits:
+def _logits_of(
+    store: Store, dataset: DatasetVersion, split: Split, trained: TrainedModel, views: int, progress: Progress | None
+) -> SplitLogits:
     # Guards the split contract in code: a bundle whose thresholds saw gate or test images could not be judged on
     # them.
     if split not in FITTED_ON:
@@ -274,7 +279,9 @@ def _logits_of(store: Store, dataset: DatasetVersion, split: Split, trained: Tra
         group_ids=[str(group_id) for group_id in rows["group_id"]],
         lesion_ids=[image.lesion_id for image in images],
         labels=np.array([store.taxonomy.index_of(str(code)) for code in rows["label"]], dtype=np.int64),
-        outputs=outputs_of(trained, store, image_ids, views),
+        outputs=outputs_of(
+            trained, store, image_ids, views, progress=progress, what=f"Scoring the {split.value} split"
+        ),
         known=[context_of_image(image) for image in images],
     )
 

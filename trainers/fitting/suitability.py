@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import Progress
 from torch import nn
 
 from images.cache import PixelCache
@@ -40,7 +41,15 @@ class Outputs:
     """[N, 2 K], see `early_statistics`"""
 
 
-def outputs_of(trained: TrainedModel, store: Store, image_ids: list[str], views: int = 1) -> Outputs:
+def outputs_of(
+    trained: TrainedModel,
+    store: Store,
+    image_ids: list[str],
+    views: int = 1,
+    *,
+    progress: Progress | None = None,
+    what: str = "Scoring images",
+) -> Outputs:
     """Run the network on cached images, in batches.
 
     Args:
@@ -48,16 +57,19 @@ def outputs_of(trained: TrainedModel, store: Store, image_ids: list[str], views:
         store: with the pixel cache.
         image_ids: [N], N >= 1, decoded already.
         views: over which the logits are averaged; features are those of the image itself.
+        progress: gets a task that counts the images.
+        what: name of the task.
     Returns:
         Logits and features.
     """
     pixels = PixelCache(store.home.cache, trained.geometry.side_px).rows(image_ids)
-    starts = range(0, len(pixels), SCORING_BATCH)
-    parts = [
-        reference_outputs(trained.network, pixels.take(np.arange(start, end)), trained.geometry, views)
-        for start in starts
-        for end in [min(start + SCORING_BATCH, len(pixels))]
-    ]
+    task = None if progress is None else progress.add_task(what, total=len(pixels))
+    parts = []
+    for start in range(0, len(pixels), SCORING_BATCH):
+        rows = np.arange(start, min(start + SCORING_BATCH, len(pixels)))
+        parts.append(reference_outputs(trained.network, pixels.take(rows), trained.geometry, views))
+        if progress is not None and task is not None:
+            progress.advance(task, len(rows))
     return Outputs(
         logits=np.concatenate([part.logits for part in parts]),
         pooled=np.concatenate([part.pooled for part in parts]),
@@ -87,7 +99,12 @@ def reference_outputs(network: nn.Module, pixels: UInt8Array, geometry: Geometry
 
 
 def suitability_of(
-    store: Store, dataset: DatasetVersion, trained: TrainedModel, val_ids: list[str], val: Outputs
+    store: Store,
+    dataset: DatasetVersion,
+    trained: TrainedModel,
+    val_ids: list[str],
+    val: Outputs,
+    progress: Progress | None = None,
 ) -> tuple[SuitabilityLimits, dict[str, NDArray[Any]]]:
     """Fit which images suit a trained network.
 
@@ -97,13 +114,14 @@ def suitability_of(
         trained: the network.
         val_ids: [m] images of the val split.
         val: outputs for them.
+        progress: gets a task that counts the images.
     Returns:
         Thresholds for the document, and arrays for the bundle.
     """
     train_ids = sample_of_train(store, dataset)
     cache = PixelCache(store.home.cache, trained.geometry.side_px)
     images = find_images(store, [*train_ids, *val_ids])
-    train = outputs_of(trained, store, train_ids)
+    train = outputs_of(trained, store, train_ids, progress=progress, what="Scoring a sample of train")
     return fit_suitability(
         Described(cache.rows(train_ids).take(np.arange(len(train_ids))), train.pooled, train.early),
         Described(cache.rows(val_ids).take(np.arange(len(val_ids))), val.pooled, val.early),
