@@ -110,11 +110,18 @@ def _start_ray(settings: Any) -> AbstractContextManager[Any]:
 
 
 @verb(app, "doctor")
-def doctor(call: Call) -> None:
-    """Check this machine and print a fix for each problem."""
+def doctor(
+    call: Call,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Also look at every node of the Ray cluster.")] = False,
+) -> None:
+    """Check this machine, or every node of a cluster, and print a fix for each problem."""
     from cluster.doctor import examine, report
 
     checks = examine(call.settings)
+    if cluster:
+        from cluster.doctor_nodes import examine_cluster
+
+        checks += examine_cluster(call.settings)
     failed = any(check.state == "fail" for check in checks)
     # Printed before the exit code is raised, so that a script gets the checks of a machine that fails them.
     call.emit({"ok": not failed, "checks": [check.model_dump() for check in checks]}, report(checks))

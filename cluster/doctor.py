@@ -218,7 +218,8 @@ def _label_studio(settings: Settings) -> Check:
     return Check(name=name, state="ok", detail=f"{version} at {client.url}, token accepted")
 
 
-def _ledger(settings: Settings) -> Check:
+def check_ledger(settings: Settings) -> Check:
+    """Open the ledger and compare its schema with this program's; nothing is migrated."""
     from records.ledger.engine import make_engine
     from records.ledger.migrate import is_newer_and_usable, refuse_newer, schema_versions
 
@@ -247,7 +248,8 @@ def _ledger(settings: Settings) -> Check:
     return Check(name=name, state="ok", detail=f"{without_secrets(url)}, schema {found}")
 
 
-def _blobs(settings: Settings) -> Check:
+def check_blobs(settings: Settings) -> Check:
+    """Write, read and delete a blob."""
     from records.blobs import open_blobs
 
     records, name = settings.records, "blobs"
@@ -295,8 +297,8 @@ _CHECKS: dict[str, Callable[[Settings], Check]] = {
     "port": _serving_port,
     "Label Studio port": _label_studio_port,
     "Label Studio": _label_studio,
-    "ledger": _ledger,
-    "blobs": _blobs,
+    "ledger": check_ledger,
+    "blobs": check_blobs,
     "Chromium": _browser,
 }
 
