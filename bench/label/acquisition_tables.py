@@ -55,13 +55,14 @@ def plot(folders: list[Path], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (3.4 * len(DRAWN), 3.2 * len(folders))
+    names = [name for name in DRAWN if all(name in arms.summarise(curves_in(folder))["arms"] for folder in folders)]
+    size = (3.4 * len(names), 3.2 * len(folders))
     figure, rows = pyplot.subplots(
-        len(folders), len(DRAWN), figsize=size, sharex=True, sharey="row", layout="constrained", squeeze=False
+        len(folders), len(names), figsize=size, sharex=True, sharey="row", layout="constrained", squeeze=False
     )
     for row, folder in zip(rows, folders, strict=True):
         ones = {(one["arm"], one["seed"]): one for one in curves_in(folder)}
-        for panel, name in zip(row, DRAWN, strict=True):
+        for panel, name in zip(row, names, strict=True):
             seeds = [seed for arm, seed in ones if arm == name and ("random", seed) in ones]
             found, base = (np.array([ones[arm, s]["balanced_accuracy"] for s in seeds]) for arm in (name, "random"))
             target = 0.95 * np.mean([ones["random", seed]["full"] for seed in seeds])
