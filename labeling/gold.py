@@ -32,11 +32,13 @@ _CONFIRMED = [confirmation for confirmation, rank in LABEL_RANK.items() if rank 
 
 
 def add_gold(tx: Transaction, share: float) -> int:
-    """Add gold tasks beside the blind review items that wait; returns their number.
+    """Add gold tasks beside the blind review items that wait.
 
     Args:
         tx: a write transaction.
         share: setting `labeling.gold_share`.
+    Returns:
+        How many were added.
     """
     if share == 0.0:
         return 0

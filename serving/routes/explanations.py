@@ -62,21 +62,13 @@ def explanations_router(service: Service, authenticator: Authenticator, admissio
         found = await admission.explained(caller, 1, lambda: service.nearest(prediction, limit))
         return nearest_body(prediction, found)
 
-    async def drawn(prediction: Prediction, caller: Caller) -> HeatMap | None:
-        if prediction.label is None:
-            return None
-        try:
-            return await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))
-        except (RefusedError, UnknownIdError):
-            return None  # the image was not stored or is erased, or the model is gone; the rest can be printed
-
     @router.get("/v1/predictions/{prediction_id}/print", response_class=Response, responses=HTML_PAGE)
     async def print_prediction(
         prediction_id: PredictionId, caller: Annotated[Caller, Depends(authenticator.requires(None))]
     ) -> Response:
         """Return a stored prediction as a page to print: image, heat map, probabilities, context and model."""
         prediction, review = await run_in_threadpool(find_prediction, service.store, prediction_id, caller)
-        heat_map = await drawn(prediction, caller)
+        heat_map = await _map_to_print(service, admission, prediction, caller)
         html = await run_in_threadpool(print_html, service.store, prediction, review, heat_map, utc_now())
         return HTMLResponse(html, headers={"Content-Security-Policy": SANDBOX})
 
@@ -95,6 +87,17 @@ def explanations_router(service: Service, authenticator: Authenticator, admissio
         return _response(found, form)
 
     return router
+
+
+async def _map_to_print(
+    service: Service, admission: Admission, prediction: Prediction, caller: Caller
+) -> HeatMap | None:
+    if prediction.label is None:
+        return None
+    try:
+        return await admission.explain(caller, "gradcam", lambda: service.explain(prediction, "gradcam", None))
+    except (RefusedError, UnknownIdError):
+        return None  # the image was not stored or is erased, or the model is gone; the rest can be printed
 
 
 def _response(heat_map: HeatMap, form: str) -> Any:
