@@ -33,6 +33,8 @@ from records.settings import environment
 # Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); Unix limits a socket's path to 107.
 MAX_TEMP_DIR_CHARS = 40
 PROBE_TIMEOUT_S = 3.0
+START_ATTEMPTS = 4
+"""A node has 30 s for each: the limit is a constant of Ray."""
 _OWNER = "owner.pid"
 _TOO_SLOW = "timed out during startup"
 # Ray logs the controller's requested shutdown as an error.
@@ -164,8 +166,8 @@ def _local(settings: Settings, home: Home, ending: Ending) -> Iterator[RaySessio
 
 
 def _init_here(temp_dir: Path, wanted: ClusterSettings) -> None:
-    """Start a local Ray; try again once if its node did not start within Ray's 30 s, as happens just after a boot."""
-    for attempt in (1, 2):
+    """Start a local Ray; try again if its node did not start within Ray's 30 s, as on a busy machine."""
+    for attempt in range(1, START_ATTEMPTS + 1):
         try:
             _init(
                 address="local",
@@ -178,7 +180,7 @@ def _init_here(temp_dir: Path, wanted: ClusterSettings) -> None:
                 _system_config={"enable_metrics_collection": False},
             )
         except UnavailableError as error:
-            if attempt == 2 or _TOO_SLOW not in str(error):
+            if attempt == START_ATTEMPTS or _TOO_SLOW not in str(error):
                 raise
             _end(_processes_under(temp_dir), timeout_s=0)
         else:
