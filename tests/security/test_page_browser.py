@@ -196,7 +196,21 @@ def sign_in(page: "Page", key: str) -> None:
     page.wait_for_selector("#rl-caller >> text=Organisation: clinic")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize(
+    ("exposed", "host"),
+    [
+        ("without keys", "127.0.0.1"),
+        ("with keys", "localhost"),
+        *(
+            pytest.param(*case, marks=pytest.mark.soak)
+            for case in (
+                ("without keys", "localhost"),
+                ("with keys", "127.0.0.1"),
+            )
+        ),
+    ],
+    indirect=["exposed"],
+)
 def test_a_hostile_page_of_another_port_or_name_reaches_nothing(
     browser: "Browser", exposed: Any, stranger: Stranger, host: str
 ) -> None:
