@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 WATCHED = ("gcs_server", "raylet")
 LOOK_EVERY_S = 0.5
+NODE_STARTS_WITHIN_S = 90.0
 # A supervisor that signals every process of a service reaches the daemons and this process at about the same time.
 SAME_MOMENT_S = 1.5
 INTERRUPT_EVERY_S = 3.0
@@ -58,6 +59,34 @@ def daemons_in_own_session() -> Iterator[None]:
         yield
     finally:
         names.ConsolePopen = plain
+
+
+@contextlib.contextmanager
+def time_for_a_slow_node() -> Iterator[None]:
+    """Give a node that starts `NODE_STARTS_WITHIN_S` while the block runs; Ray's own limit of 30 s is a constant.
+
+    On a busy machine a node takes longer, and Ray would end it and start the next one on the same busy machine.
+    """
+    from ray._private import services
+
+    names: Any = services
+    plain = names.get_node
+
+    def patient(*arguments: Any, **options: Any) -> Any:
+        until_s = time.monotonic() + NODE_STARTS_WITHIN_S
+        while True:
+            try:
+                return plain(*arguments, **options)
+            except RuntimeError:  # not known yet
+                if time.monotonic() >= until_s:
+                    raise
+                time.sleep(LOOK_EVERY_S)
+
+    names.get_node = patient
+    try:
+        yield
+    finally:
+        names.get_node = plain
 
 
 @dataclass

@@ -22,7 +22,15 @@ from typing import Any
 
 import psutil
 
-from cluster.daemons import Ending, daemons_in_own_session, orderly_sigterm, orphans, shut_down_ray, watched_daemons
+from cluster.daemons import (
+    Ending,
+    daemons_in_own_session,
+    orderly_sigterm,
+    orphans,
+    shut_down_ray,
+    time_for_a_slow_node,
+    watched_daemons,
+)
 from cluster.settings import ClusterSettings, Settings
 from images.settings import limits_variable
 from records.errors import ConfigError, ContractError, UnavailableError
@@ -33,8 +41,7 @@ from records.settings import environment
 # Ray appends `/session_<time>_<pid>/sockets/plasma_store` (about 65 characters); Unix limits a socket's path to 107.
 MAX_TEMP_DIR_CHARS = 40
 PROBE_TIMEOUT_S = 3.0
-START_ATTEMPTS = 4
-"""A node has 30 s for each: the limit is a constant of Ray."""
+START_ATTEMPTS = 2
 _OWNER = "owner.pid"
 _TOO_SLOW = "timed out during startup"
 # Ray logs the controller's requested shutdown as an error.
@@ -166,7 +173,7 @@ def _local(settings: Settings, home: Home, ending: Ending) -> Iterator[RaySessio
 
 
 def _init_here(temp_dir: Path, wanted: ClusterSettings) -> None:
-    """Start a local Ray; try again if its node did not start within Ray's 30 s, as on a busy machine."""
+    """Start a local Ray; try again if its node did not start in time, as on a busy machine."""
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             _init(
@@ -234,7 +241,12 @@ def _init(**options: Any) -> None:
         raise UnavailableError("Ray did not enable token authentication, so it was not started; check its version")
     try:
         # `ray.init` installs its own SIGTERM handler; leaving this block restores ours.
-        with orderly_sigterm(), daemons_in_own_session(), _clean_working_folder(options.get("_temp_dir")):
+        with (
+            orderly_sigterm(),
+            daemons_in_own_session(),
+            time_for_a_slow_node(),
+            _clean_working_folder(options.get("_temp_dir")),
+        ):
             ray.init(configure_logging=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # Ray raises a bare Exception for a node that is too slow
         what = "start here" if options["address"] == "local" else f"respond at {options['address']}"

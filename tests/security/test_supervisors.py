@@ -18,9 +18,10 @@ import click
 import psutil
 import pytest
 import typer.main
+from ray._private import services
 
 from cluster.cli import app
-from cluster.daemons import WATCHED, Ending, daemons_in_own_session, watched_daemons
+from cluster.daemons import WATCHED, Ending, daemons_in_own_session, time_for_a_slow_node, watched_daemons
 from cluster.sources import load_settings
 from records.command import advises_resume
 from records.errors import ConfigError, DataError, LabelStudioError, UnavailableError, quoted_error
@@ -161,6 +162,25 @@ def test_a_command_that_is_stopped_ends_with_all_its_processes(stop: Callable[[S
 def test_a_shutdown_of_ray_that_hangs_is_given_up_and_its_process_ends_with_its_code() -> None:
     ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (ended.returncode, ended.stdout) == (7, "shut down\n"), ended.stderr
+
+
+def test_a_node_that_starts_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = iter([RuntimeError("not known yet")] * 2)
+
+    def get_node(address: str, node: str) -> str:
+        for error in unknown:
+            raise error
+        return f"{node} at {address}"
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr("cluster.daemons.LOOK_EVERY_S", 0.0)
+    with time_for_a_slow_node():
+        assert services.get_node("here", node="one") == "one at here"
+        unknown = iter([RuntimeError("never known")] * 100)
+        monkeypatch.setattr("cluster.daemons.NODE_STARTS_WITHIN_S", 0.0)
+        with pytest.raises(RuntimeError, match="never known"):
+            services.get_node("here", node="one")
+    assert services.get_node is get_node
 
 
 @pytest.mark.soak
