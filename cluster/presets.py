@@ -167,7 +167,7 @@ def ham10000_vit() -> Settings:
             scheduler=SchedulerSettings(name="cosine", warmup_epochs=0.3),
             sampler="square_root",
             augmentation="light",
-            # 13 val images of the rarest class make balanced accuracy jump from epoch to epoch.
+            # 12 val images of the rarest class make balanced accuracy jump from epoch to epoch.
             best_epoch_by="macro_auc",
             decision=DecisionSettings(rule="even"),
             context=True,
