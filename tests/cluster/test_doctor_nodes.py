@@ -79,7 +79,10 @@ def test_a_look_tells_whether_the_home_is_the_drivers(tmp_path: Path) -> None:
     assert [check.state for check in look(local, None).checks] == ["ok", "ok"]
 
 
-def test_a_cluster_that_does_not_respond_is_a_failed_check(tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_respond_is_a_failed_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The Ray of the other tests may run in this process.
+    for module in ("cluster.session", "cluster.doctor_nodes"):
+        monkeypatch.setattr(f"{module}.ray_is_running", lambda: False)
     gone = load_settings(sets=[f"records.home={tmp_path}", f"cluster.ray_address=127.0.0.1:{free_port()}"], environ={})
     (check,) = examine_cluster(gone)
     assert check.state == "fail"
