@@ -92,7 +92,12 @@ FAKES = {
     """,
     "relook": """
         echo "relook $* at $RELOOK_RAY_ADDRESS with $RAY_AUTH_MODE" >> "$LOG"
-        [ "$1" != wait ] || { trap 'kill %1; echo stopped >> "$LOG"; exit 7' TERM; sleep 600 & echo ready >> "$LOG"; wait; }
+        if [ "$1" = wait ]; then
+            trap 'kill %1; echo stopped >> "$LOG"; exit 7' TERM
+            sleep 600 &
+            echo ready >> "$LOG"
+            wait
+        fi
         exit "${CODE:-0}"
     """,
 }
