@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from PIL import Image as PillowImage
 
+from images.decode import decode_square
 from labeling.client import LabelStudioClient
 from labeling.settings import LabelingSettings
 from labeling.tasks import no_image
@@ -114,8 +115,7 @@ def _strip_uri(pngs: Sequence[bytes], settings: LabelingSettings) -> str:
     """Return small images beside each other as a data URI."""
     strip = PillowImage.new("RGB", (len(pngs) * (SIDE_PX + _GAP_PX) - _GAP_PX, SIDE_PX), (255, 255, 255))
     for number, png in enumerate(pngs):
-        with PillowImage.open(io.BytesIO(png)) as opened:
-            small = opened.convert("RGB").resize((SIDE_PX, SIDE_PX), PillowImage.Resampling.LANCZOS)
+        small = PillowImage.fromarray(decode_square(png, SIDE_PX))
         strip.paste(small, (number * (SIDE_PX + _GAP_PX), 0))
     buffer = io.BytesIO()
     strip.save(buffer, "JPEG", quality=settings.jpeg_quality)

@@ -85,12 +85,15 @@ FAKES = {
     "srun": 'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "hostname": 'echo "10.0.0.7 fe80::1"',
     "ray": """
-        [ "$1" != health-check ] || exit "${HEALTH:-0}"
+        [ "$1" != health-check ] || { [ -e "$LOG.up" ] && exit "${HEALTH:-0}"; exit 1; }
         [ -s "$RAY_AUTH_TOKEN_PATH" ] || exit 9
         stat -c 'token %a' "$RAY_AUTH_TOKEN_PATH" >> "$LOG"
+        touch "$LOG.up"
         exec sleep 600
     """,
     "relook": """
+        # The workers' step starts beside the command.
+        until [ "$SLURM_JOB_NUM_NODES" = 1 ] || [ "$(grep -c ^token "$LOG")" = 2 ]; do sleep 0.05; done
         echo "relook $* at $RELOOK_RAY_ADDRESS with $RAY_AUTH_MODE" >> "$LOG"
         if [ "$1" = wait ]; then
             trap 'kill %1; echo stopped >> "$LOG"; exit 7' TERM
