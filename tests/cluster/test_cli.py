@@ -60,6 +60,8 @@ def test_every_verb_of_the_rooms_is_there_with_a_help_text() -> None:
         "backup",
         "restore",
         "report",
+        "labels",
+        "drift",
         "incident",
         "hooks",
     }
