@@ -379,7 +379,7 @@ def test_only_the_decoder_opens_images() -> None:
     }
     assert found == {f"images/{name}.py" for name in ("decode", "decoder_dicom", "decoder_pillow", "decoder_process")}
     # The parser of DICOM files is imported in decoder processes only.
-    import_it = {path.name for path in root.rglob("images/*.py") if "decoder_dicom import" in path.read_text()}
+    import_it = {path.name for path in (root / "images").glob("*.py") if "decoder_dicom import" in path.read_text()}
     assert import_it == {"decoder_process.py"}
 
 
