@@ -6,8 +6,8 @@ reads the predictions since the last one.
 """
 
 import base64
+import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from images.decode import decode_square
 from images.overlay import image_png
 from records import audit
+from records.cursors import set_position
 from records.errors import RelookError, UnavailableError, UnknownIdError
 from records.ids import utc_now
 from records.lease import hold
@@ -27,6 +28,8 @@ from serving.drift import CURSOR, STATISTICS, DriftAlarm, Source, key_of, source
 from serving.page.render import render
 from serving.settings import ServingSettings
 from serving.words import DISCLAIMER
+
+logger = logging.getLogger(__name__)
 
 FOUND, ACCEPTED = "drift.found", "drift.accepted"
 LEASE = "serving.drift"
@@ -89,7 +92,7 @@ def check_drift(store: Store, settings: ServingSettings, *, wait_s: float = 60.0
                 # Scores of another model are other numbers; what was found or accepted for it says nothing.
                 _forget(tx)
             watched.save(tx)
-            _write(tx, CURSOR, {"model": model.id, "after": after, "sources": changed})
+            set_position(tx, CURSOR, {"model": model.id, "after": after, "sources": changed})
     names = _names(store, watched.sources)
     found = [SourceReport(source=names[key], images=s.images, alarm=s.alarm) for key, s in watched.sources.items()]
     ordered = sorted(found, key=lambda one: (one.alarm is None, one.source))
@@ -156,7 +159,7 @@ class _Watch:
     def save(self, tx: Transaction) -> None:
         """Keep what was seen; alarms are audited."""
         for key in sorted(self._seen):
-            _write(tx, f"{_STATE}{key}", self.sources[key].state())
+            set_position(tx, f"{_STATE}{key}", self.sources[key].state())
         for key in self._raised:
             alarm = self.sources[key].alarm
             details = {"statistic": alarm.statistic if alarm else "", "model": self._model_id}
@@ -183,13 +186,6 @@ def _names(store: Store, sources: Mapping[str, Source]) -> dict[str, str]:
     return {key: named.get(key, key) for key in sources}
 
 
-def _write(tx: Transaction, name: str, position: dict[str, Any]) -> None:
-    if tx.get(Cursor, name) is None:
-        tx.add(Cursor(name=name, position=position))
-    else:
-        tx.update(Cursor, name, position=position)
-
-
 def _forget(tx: Transaction) -> None:
     names = [cursor.name for cursor in tx.find(Cursor) if cursor.name.startswith(_STATE)]
     tx.connection.execute(sa.delete(TABLES[Cursor]).where(TABLES[Cursor].c.name.in_(names)))
@@ -204,6 +200,6 @@ def _images(store: Store, prediction_ids: list[str]) -> list[str]:
     for image in images:
         try:
             drawn.append(base64.b64encode(image_png(decode_square(read_image(store, image), _SIDE_PX))).decode())
-        except RelookError:
-            continue
+        except RelookError as error:
+            logger.warning("image %s is not shown: %s", image.id[:12], error)
     return drawn

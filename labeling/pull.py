@@ -25,6 +25,7 @@ from labeling.rows import AnnotationRow, ProjectState, TaskRow
 from labeling.servers import server_name
 from labeling.settings import LabelingSettings
 from labeling.tasks import parse_annotation
+from records.cursors import set_position
 from records.errors import DataError, LabelStudioRefusedError, UnknownIdError
 from records.ids import hash_of, new_id, utc_now
 from records.lease import hold
@@ -158,9 +159,7 @@ def _pull(
     if reading.failed_at:
         seen["newest_update"] = min(reading.failed_at).isoformat()
     with store.ledger.begin() as tx:
-        if tx.get(Cursor, name) is None:
-            tx.add(Cursor(name=name, position={}))
-        tx.update(Cursor, name, position={**seen, "settled": settled})
+        set_position(tx, name, {**seen, "settled": settled})
     return reading.report()
 
 

@@ -16,6 +16,7 @@ from labeling.agreement import AnchoringReport, anchoring
 from labeling.consensus import current
 from labeling.gold import diagnoses
 from records import audit
+from records.cursors import set_position
 from records.errors import DataError
 from records.ids import utc_now
 from records.store import Store
@@ -87,10 +88,7 @@ def open_card(store: Store, reader: str, *, actor: str) -> ReaderCard:
     found = data.card(reader, now)
     with store.ledger.begin() as tx:
         name, position = f"{_CURSOR}{reader}", {"opened_at": now.isoformat()}
-        if tx.get(Cursor, name) is None:
-            tx.add(Cursor(name=name, position=position))
-        else:
-            tx.update(Cursor, name, position=position)
+        set_position(tx, name, position)
         audit.append(tx, actor=actor, action=ACTION, subject=reader, details={})
     return found
 

@@ -12,6 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from labeling.client import LabelStudioClient
+from records.cursors import set_position
 from records.errors import RefusedError
 from records.ledger import Transaction
 from records.ledger.tables import TABLES
@@ -112,10 +113,7 @@ def settle(store: Store, client: LabelStudioClient, *, moved: bool = False) -> s
         if not move.same:
             _detach(tx)
         position = {"name": move.name, "url": _address(client)}
-        if tx.get(Cursor, _CURRENT) is None:
-            tx.add(Cursor(name=_CURRENT, position=position))
-        else:
-            tx.update(Cursor, _CURRENT, position=position)
+        set_position(tx, _CURRENT, position)
     if move.same:
         said = f"Label Studio moved from {move.old_url} to {_address(client)}, with {move.items} open review items"
         return said if move.items and move.name != "local" else None

@@ -6,6 +6,7 @@ What the files of a bundle hold is in `records.bundles`.
 from pathlib import Path
 
 from records.bundles import DOCUMENT, Bundle, read_bundle
+from records.cursors import set_position
 from records.errors import ContractError, IntegrityError, RefusedError, UnknownIdError
 from records.ids import utc_now
 from records.incidents import require_not_blocked
@@ -81,10 +82,7 @@ def advance_generation(tx: Transaction) -> None:
     """Count a change, in the write transaction that makes it."""
     before = generation(tx)
     position = {"number": before + 1}
-    if tx.get(Cursor, _GENERATION) is None:
-        tx.add(Cursor(name=_GENERATION, position=position))
-    else:
-        tx.update(Cursor, _GENERATION, position=position)
+    set_position(tx, _GENERATION, position)
 
 
 def serve_model(tx: Transaction, model_id: str, status: ModelStatus, *, replaces: str | None) -> None:

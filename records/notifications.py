@@ -4,6 +4,7 @@ The service writes the notification to the ledger, and `relook label sync --watc
 carries no content and may be lost: the reconciling poll finds every change without it, only later.
 """
 
+from records.cursors import set_position
 from records.ids import new_id
 from records.ledger import Ledger
 from records.types import Cursor
@@ -19,10 +20,7 @@ def notify(ledger: Ledger) -> None:
     position = {"id": new_id()}
     # Only this cursor is touched, so that on PostgreSQL a webhook does not wait for unrelated writers.
     with ledger.begin(touches=[_CURSOR]) as tx:
-        if tx.get(Cursor, _CURSOR) is None:
-            tx.add(Cursor(name=_CURSOR, position=position))
-        else:
-            tx.update(Cursor, _CURSOR, position=position)
+        set_position(tx, _CURSOR, position)
 
 
 def last_notification(ledger: Ledger) -> str | None:

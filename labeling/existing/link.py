@@ -24,6 +24,7 @@ from labeling.project import (
     settle_address,
 )
 from labeling.settings import LabelingSettings
+from records.cursors import set_position
 from records.errors import LabelStudioRefusedError, RefusedError, UnknownIdError
 from records.ids import new_id
 from records.lease import hold
@@ -185,10 +186,7 @@ def _write(tx: Transaction, client: LabelStudioClient, project_id: int, page: La
         "labels": dict(page.said),
         "shows_model": page.shows_model,
     }
-    if present is None:
-        tx.add(Cursor(name=name, position=position))
-    else:
-        tx.update(Cursor, name, position=position)
+    set_position(tx, name, position)
     return str(position["marker"])
 
 

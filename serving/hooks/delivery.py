@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from typing import Any, Self
 
 from records import lease
+from records.cursors import set_position
 from records.errors import RefusedError, RelookError, UnavailableError
 from records.home import Home
 from records.ids import new_id, utc_now
@@ -238,7 +239,4 @@ def _cursor(hook: HookSettings) -> str:
 def _write(store: Store, hook: HookSettings, state: HookState) -> None:
     name = _cursor(hook)
     with store.ledger.begin(touches=[name]) as tx:
-        if tx.get(Cursor, name) is None:
-            tx.add(Cursor(name=name, position=state.position()))
-        else:
-            tx.update(Cursor, name, position=state.position())
+        set_position(tx, name, state.position())
