@@ -143,6 +143,7 @@ def fit(context: RoundContext) -> StepResult:
         run_dir=context.run_dir / "fit",  # with the checkpoints from which a killed fit is resumed
         use_ray=ray_is_running(),
         on_epoch=lambda report: context.tell("epoch", report),
+        on_step=lambda done, step, steps: context.tell("step", f"epoch {done + 1}, step {step}/{steps}"),
     )
     # A bundle's id is the hash of its content: running this step again registers the same model, not a second one.
     with context.store.ledger.begin() as tx:

@@ -3,6 +3,7 @@
 `labeling` computes nothing on images, so what computes is made here and handed to it.
 """
 
+import logging
 import threading
 
 from labeling.cases import TaskCase
@@ -14,6 +15,8 @@ from records.types import Image, ModelRecord, Prediction
 from serving.explainer import Explainer
 from serving.settings import ServingSettings
 from serving.words import CONFIRMED_BY
+
+logger = logging.getLogger(__name__)
 
 
 class TaskCases:
@@ -41,8 +44,9 @@ class TaskCases:
         precision = self._settings.precision if prediction is None else prediction.precision
         try:
             found = self._made().nearest_to(image, content, model.id, precision, self._limit)
-        except RelookError:
+        except RelookError as error:
             # They stand beside the image of a task, which is shown without them, too.
+            logger.warning("image %s: its task shows no confirmed cases: %s", image.id[:12], error)
             return []
         return [
             TaskCase(case.image_id, case.label, CONFIRMED_BY[case.label_rank], case.distance, case.png)

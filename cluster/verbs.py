@@ -335,8 +335,10 @@ class _RoundDisplay:
             self._began_s = time.monotonic()
             self._task = self._bar.add_task(f"round {event.round_number}: {event.step}", total=None)
         elif event.state == "progress" and self._task is not None:
-            if detail := _detail(event):
-                self._bar.update(self._task, detail=detail)
+            if event.text == "step":
+                self._bar.update(self._task, within=event.payload)
+            elif detail := _detail(event):
+                self._bar.update(self._task, within="", detail=detail)
         elif event.state == "done":
             # The task first: its bar would stay below the line that says that the step is done.
             self._end_task()

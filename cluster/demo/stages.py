@@ -178,7 +178,7 @@ def _show(view: View, event: RoundEvent) -> None:
         found = event.payload
         best = f", best so far {found.best.score:.3f}" if found.best and found.best.score is not None else ""
         view.now(f"search: {found.trials_done} of {found.trials_total} trials done{best}")
-    else:
+    elif event.text != "step":  # epochs of the demo take seconds
         view.now(event.text)
 
 

@@ -226,7 +226,10 @@ def test_ctrl_c_is_exit_130_with_a_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_a_round_shows_each_step_as_it_begins_reports_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_round_shows_each_step_as_it_begins_reports_and_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("records.progress.COUNT_PAUSE_S", 0.0)  # a minute: an epoch may take an hour
     epoch = EpochReport(
         epoch=2, train_loss=0.8, val_loss=0.9, val_balanced_accuracy=0.5, val_accuracy=0.6, key_class_sensitivity=None,
         learning_rate=0.01, images_per_s=812.0, seconds=3.0,
@@ -234,6 +237,7 @@ def test_a_round_shows_each_step_as_it_begins_reports_and_ends(capsys: pytest.Ca
     with show_round() as show:
         show(RoundEvent(3, "collect", "kept", "collect: already done"))
         show(RoundEvent(3, "fit", "started", "fit begins"))
+        show(RoundEvent(3, "fit", "progress", "step", "epoch 2, step 7/9"))
         show(RoundEvent(3, "fit", "progress", "epoch", epoch))
         show(RoundEvent(3, "fit", "done", "model abc is fitted"))
         show(RoundEvent(3, "gate", "started", "gate begins"))
@@ -241,6 +245,7 @@ def test_a_round_shows_each_step_as_it_begins_reports_and_ends(capsys: pytest.Ca
     assert lines == [
         "✓ collect: already done",
         "round 3: fit ...",
+        "round 3: fit: epoch 2, step 7/9",
         "round 3: fit: epoch 2, loss 0.800, val balanced accuracy 0.500, 812 images/s",
         "✓ fit: model abc is fitted (0 s)",
         "round 3: gate ...",
