@@ -9,7 +9,8 @@ import hashlib
 import json
 import shutil
 from bisect import bisect_left
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -22,11 +23,13 @@ import sqlalchemy as sa
 from pyarrow import csv
 
 from records import audit
+from records.changes import MOST, Claim, claim, forget, settle
 from records.durable import make_folders, replacing, write_file
 from records.erasure import unusable_ids
 from records.errors import IntegrityError, RefusedError, UnknownIdError
 from records.ids import new_id
-from records.labelled import annotations, by_image, draw_splits, known_of, read_rows, with_new_splits
+from records.labelled import Known, annotations, by_image, draw_splits, known_of, read_rows, with_new_splits
+from records.ledger import Transaction
 from records.ledger.tables import TABLES
 from records.schemas import from_arrow, to_arrow
 from records.store import Store
@@ -45,7 +48,7 @@ from records.types import (
 HASHED_COLUMNS = ["image_id", "group_id", "split", "label", "label_rank"]
 MANIFEST = "manifest.parquet"
 _ROWS_AT_ONCE = 50_000
-_MOST_CHANGES = 20_000  # of a version against its parent; more are not written to the ledger
+_MOST_EXAMINED = 3 * MOST  # images of a version that is made from its parent; beyond, reading everything is as fast
 _ROWS_OF_A_GROUP = 10_000  # per parquet row group; rows are sorted by image, so a lookup reads one row group
 
 
@@ -124,27 +127,25 @@ def build_version(
         IntegrityError: an image is in a group that the ledger does not know.
     """
     annotators = annotations(resolved, round_number)
-    rows = read_rows(store)
-    known = known_of(store, rows, annotators)
-    # Reading takes long, so it happens outside the write transaction that draws missing splits. What else changed
-    # meanwhile belongs to the next version.
-    while not (undrawn := known.rows[known.rows["split"].isna()]).empty:
-        with store.ledger.begin() as tx:
-            draw_splits(tx, undrawn, store.settings.split_salt)
-        rows = with_new_splits(store, rows)
-        known = known_of(store, rows, annotators)
-    version = _version(_keep_rounds(store, known.rows, parent_id), store.taxonomy.hash)
-    version = _write(store, version, round_number, parent_id)
+    with store.ledger.begin() as tx:
+        claimed = claim(tx)
+    made = _from_base(store, claimed, annotators, parent_id) or _from_all(store, annotators, parent_id)
+    known = made.known
+    no_consent = ~known.images["consent"].isin([consent.value for consent in TRAINABLE])
+    without_consent = tuple(sorted(known.images.loc[no_consent, "image_id"]))
+    ungrouped = tuple(sorted(known.images.loc[known.images["group_id"].isna() & ~no_consent, "image_id"]))
+    version = _write(
+        store, made, round_number, parent_id, lambda tx: settle(tx, claimed, made.id, [*without_consent, *ungrouped])
+    )
     is_new = known.strongest["label_source"].str.startswith("annotator:")
     is_held_out = is_new & (known.strongest["split"].fillna(Split.TRAIN.value) != Split.TRAIN.value)
-    no_consent = ~known.images["consent"].isin([consent.value for consent in TRAINABLE])
     return BuildReport(
         version=version,
         new_labels=tuple(known.strongest.loc[is_new, "image_id"]),
         held_out=tuple(known.strongest.loc[is_held_out, "image_id"]),
         outranked=_outranked(annotators, known.strongest),
-        without_consent=tuple(sorted(known.images.loc[no_consent, "image_id"])),
-        ungrouped=tuple(sorted(known.images.loc[known.images["group_id"].isna() & ~no_consent, "image_id"])),
+        without_consent=without_consent,
+        ungrouped=ungrouped,
     )
 
 
@@ -179,8 +180,8 @@ def redraw_splits(store: Store) -> BuildReport:
             sa.update(groups).where(groups.c.split.is_not(None)).values(split=None, drawn_by=None, drawn_at=None)
         )
         removed = [record.id for record in tx.find(DatasetRecord)]
-        for kind in (DatasetRecord, DatasetChange):
-            tx.connection.execute(sa.delete(TABLES[kind]))
+        tx.connection.execute(sa.delete(TABLES[DatasetRecord]))
+        forget(tx)
         audit.append(tx, actor="local", action="data.redrawn", subject="splits", details={"removed": removed})
     for dataset_id in removed:
         shutil.rmtree(store.home.datasets / dataset_id, ignore_errors=True)
@@ -266,22 +267,118 @@ def content_id(rows: pd.DataFrame, taxonomy_hash: str) -> str:
     `rows` has at least the columns image, group, split, label and rank, sorted by image id. Who labelled an image and
     when is not part of the id.
     """
-    digest = hashlib.sha256(f"{taxonomy_hash}\n{','.join(HASHED_COLUMNS)}\n".encode())
+    digest = _digest(taxonomy_hash)
     # Hashed in parts, so that the text of a million rows is never in memory at once; the result is the same.
     for start in range(0, len(rows), _ROWS_AT_ONCE):
-        digest.update(_csv(rows[HASHED_COLUMNS].iloc[start : start + _ROWS_AT_ONCE]))
+        part = rows[HASHED_COLUMNS].iloc[start : start + _ROWS_AT_ONCE]
+        digest.update(_csv(pa.Table.from_pandas(part, preserve_index=False)))
     return digest.hexdigest()
 
 
-def _csv(part: pd.DataFrame) -> bytes:
+def _digest(taxonomy_hash: str) -> "hashlib._Hash":
+    return hashlib.sha256(f"{taxonomy_hash}\n{','.join(HASHED_COLUMNS)}\n".encode())
+
+
+def _csv(part: pa.Table) -> pa.Buffer | bytes:
     """Return rows as CSV, in which only a text with a separator, a quote or a line break is quoted."""
+    part = part.select(HASHED_COLUMNS)
     try:
         # Ten times as fast as pandas, with the same result; it refuses what needs quotes.
         plain = csv.WriteOptions(include_header=False, quoting_style="none")
-        csv.write_csv(pa.Table.from_pandas(part, preserve_index=False), text := pa.BufferOutputStream(), plain)
-        return bytes(text.getvalue())
+        csv.write_csv(part, text := pa.BufferOutputStream(), plain)
+        return text.getvalue()
     except pa.ArrowInvalid:
-        return part.to_csv(index=False, header=False, lineterminator="\n").encode()
+        return part.to_pandas().to_csv(index=False, header=False, lineterminator="\n").encode()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A version before it is written.
+
+    Args:
+        id: of its rows.
+        table: all rows.
+        known: what was examined for it.
+        compared: rows of its parent and its own, which hold everything in which the two differ; None: no parent.
+    """
+
+    id: str
+    table: pa.Table
+    known: Known
+    compared: tuple[pa.Table, pa.Table] | None
+
+
+def _from_all(store: Store, annotators: pd.DataFrame, parent_id: str | None) -> _Made:
+    """Make a version of everything in the ledger."""
+    known = _known(store, annotators, None)
+    before = None if parent_id is None else read_manifest(store, parent_id)
+    table = _table(_keep_rounds(known.rows, before))
+    digest = _digest(store.taxonomy.hash)
+    for start in range(0, len(table), _ROWS_AT_ONCE):
+        digest.update(_csv(table.slice(start, _ROWS_AT_ONCE)))
+    return _Made(digest.hexdigest(), table, known, None if before is None else (before, table))
+
+
+def _from_base(store: Store, claimed: Claim, annotators: pd.DataFrame, parent_id: str | None) -> _Made | None:
+    """Make a version of its parent and what changed since; None if that is not known, or very much."""
+    if parent_id is None or claimed.base != parent_id or claimed.images is None:
+        return None
+    with store.ledger.read() as tx:
+        parent = tx.get(DatasetRecord, parent_id)
+    if parent is None or parent.taxonomy_hash != store.taxonomy.hash:
+        return None
+    before = read_manifest(store, parent_id)
+    # Annotations come from outside, so every image that has or had one is examined.
+    had = before.filter(pc.starts_with(before["label_source"], "annotator:"))["image_id"]
+    examined = {*claimed.images, *annotators["image_id"], *had.to_pylist()}
+    if len(examined) > _MOST_EXAMINED:
+        return None
+    known = _known(store, annotators, examined)
+    old = before.filter(pc.is_in(before["image_id"], value_set=pa.array(sorted(examined), pa.string())))
+    new = _table(_keep_rounds(known.rows, old))
+    was, now, parts = _digest(parent.taxonomy_hash), _digest(parent.taxonomy_hash), list[pa.Table]()
+    for part, replaced in _replaced(before, old["image_id"], new):
+        text = _csv(part)
+        was.update(text)
+        now.update(text if replaced is part else _csv(replaced))
+        parts.append(replaced)
+    table = pa.concat_tables(parts)
+    # Nothing follows from a manifest that was altered; without a row there is a sentence to raise.
+    if was.hexdigest() != parent_id or not len(table):
+        return None
+    return _Made(now.hexdigest(), table, known, (old, new))
+
+
+def _replaced(before: pa.Table, old: pa.ChunkedArray, new: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield the parts of a manifest, each as it was and as it is with the rows `new` instead of those of images `old`.
+
+    A part that stays as it is comes twice as the same object.
+    """
+    starts = range(0, len(before), _ROWS_AT_ONCE)
+    added, edges = new["image_id"].to_pylist(), [before["image_id"][start].as_py() for start in starts[1:]]
+    cuts = [0, *(bisect_left(added, edge) for edge in edges), len(added)]
+    for start, first, end in zip(starts, cuts, cuts[1:], strict=False):
+        part = before.slice(start, _ROWS_AT_ONCE)
+        stays = pc.invert(pc.is_in(part["image_id"], value_set=old))
+        if first == end and pc.all(stays).as_py():
+            yield part, part
+        else:
+            parts = [part.filter(stays), new.slice(first, end - first)]
+            yield part, pa.concat_tables(parts).sort_by("image_id")
+
+
+def _known(store: Store, annotators: pd.DataFrame, among: AbstractSet[str] | None) -> Known:
+    """Return the labelled images, of the given ones or all, after missing splits were drawn."""
+    partly, rows = among is not None, read_rows(store, among)
+    known = known_of(store, rows, annotators, partly=partly)
+    # Reading takes long, so it happens outside the write transaction that draws missing splits. What else changed
+    # meanwhile belongs to the next version.
+    while not (undrawn := known.rows[known.rows["split"].isna()]).empty:
+        with store.ledger.begin() as tx:
+            draw_splits(tx, undrawn, store.settings.split_salt)
+        rows = with_new_splits(store, rows, among)
+        known = known_of(store, rows, annotators, partly=partly)
+    return known
 
 
 def _outranked(annotators: pd.DataFrame, strongest: pd.DataFrame) -> tuple[str, ...]:
@@ -289,47 +386,55 @@ def _outranked(annotators: pd.DataFrame, strongest: pd.DataFrame) -> tuple[str, 
     return tuple(sorted(both.loc[both["label"] != both["label_strongest"], "image_id"]))
 
 
-def _keep_rounds(store: Store, rows: pd.DataFrame, parent_id: str | None) -> pd.DataFrame:
+def _keep_rounds(rows: pd.DataFrame, before: pa.Table | None) -> pd.DataFrame:
     """Set `round` of labels that the parent version already has to the round that added them."""
-    if parent_id is None:
+    if before is None:
         return rows
     said = ["image_id", "label", "label_source"]
-    before = read_manifest(store, parent_id, filters=pc.field("round") > 0).to_pandas()[[*said, "round"]]
-    had = rows["image_id"].isin(before["image_id"])
+    added = before.filter(pc.greater(before["round"], 0)).select([*said, "round"]).to_pandas()
+    had = rows["image_id"].isin(added["image_id"])
     # A changed label is a new one and gets the round that changed it.
-    merged = rows[had].merge(before, on=said, how="left", suffixes=("", "_before"))
+    merged = rows[had].merge(added, on=said, how="left", suffixes=("", "_before"))
     rounds = rows["round"].to_numpy(copy=True)
     rounds[had.to_numpy()] = merged["round_before"].fillna(merged["round"])
     return rows.assign(round=rounds)
 
 
-def _version(rows: pd.DataFrame, taxonomy_hash: str) -> DatasetVersion:
+def _table(rows: pd.DataFrame) -> pa.Table:
     rows = by_image(rows[list(ManifestRow.model_fields)])
-    rows = rows.astype({"label_rank": "int64", "round": "int64"})
-    return DatasetVersion(content_id(rows, taxonomy_hash), taxonomy_hash, rows)
+    return to_arrow(ManifestRow, rows.astype({"label_rank": "int64", "round": "int64"}))
 
 
-def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: str | None) -> DatasetVersion:
-    """Write the files and then the record, so that there is never a record without its manifest."""
-    folder = store.home.datasets / version.id
+def _write(
+    store: Store, made: _Made, round_number: int, parent_id: str | None, within: Callable[[Transaction], None]
+) -> DatasetVersion:
+    """Write the files and then the record, so that there is never a record without its manifest.
+
+    `within` is called in the transaction that writes the record, or if the version is its parent in all columns.
+    """
+    folder = store.home.datasets / made.id
     with store.ledger.read() as tx:
-        recorded = tx.get(DatasetRecord, version.id) is not None
+        recorded = tx.get(DatasetRecord, made.id) is not None
     if recorded and (folder / MANIFEST).is_file():
-        return load_dataset(store, version.id)
+        # Its manifest is kept, also if something else than its id says differs: that is examined again the next time.
+        if parent_id == made.id and made.compared is not None and changed_images(*made.compared) == []:
+            with store.ledger.begin() as tx:
+                within(tx)
+        return load_dataset(store, made.id)
     make_folders(folder)
+    version = DatasetVersion(made.id, store.taxonomy.hash, made.table.to_pandas())
     # The summary is for people and other tools; Relook itself reads the manifest and the record.
     summary = {
         "id": version.id,
         "taxonomy_hash": version.taxonomy_hash,
         "images": version.num_images,
         "groups": version.num_groups,
-        "splits": {split.value: len(version.split(split)) for split in Split},
+        "splits": {split.value: int((version.rows["split"] == split.value).sum()) for split in Split},
     }
     write_file(folder / "dataset.json", json.dumps(summary, indent=2) + "\n")
-    table = to_arrow(ManifestRow, version.rows)
     with replacing(folder / MANIFEST) as temporary:
-        pq.write_table(table, temporary, row_group_size=_ROWS_OF_A_GROUP)
-    changed = None if parent_id in (None, version.id) else changed_images(read_manifest(store, str(parent_id)), table)
+        pq.write_table(made.table, temporary, row_group_size=_ROWS_OF_A_GROUP)
+    changed = None if made.compared is None or parent_id == made.id else changed_images(*made.compared)
     with store.ledger.begin() as tx:
         if tx.get(DatasetRecord, version.id) is None:
             record = DatasetRecord(
@@ -343,6 +448,7 @@ def _write(store: Store, version: DatasetVersion, round_number: int, parent_id: 
                 num_changes=None if changed is None else len(changed),
             )
             tx.add(record, *(DatasetChange(id=new_id(), dataset_id=version.id, image_id=i) for i in changed or ()))
+        within(tx)
     return version
 
 
@@ -357,6 +463,6 @@ def changed_images(before: pa.Table, after: pa.Table) -> list[str] | None:
     # Both are sorted by image, so the rows of an image that both have are at the same place.
     differs = [pc.fill_null(pc.not_equal(before[name], after[name]), True) for name in ManifestRow.model_fields]
     apart.append(after["image_id"].filter(reduce(pc.or_, differs)))
-    if sum(map(len, apart)) > _MOST_CHANGES:
+    if sum(map(len, apart)) > MOST:
         return None
     return sorted(image_id for part in apart for image_id in part.to_pylist())

@@ -6,6 +6,7 @@ Input: the ledger and the consensus of the annotators. Output: frames with one r
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -66,33 +67,35 @@ class Rows:
     groups: pd.DataFrame
 
 
-def read_rows(store: Store) -> Rows:
-    """Read labels, images and groups in one view."""
+def read_rows(store: Store, among: AbstractSet[str] | None = None) -> Rows:
+    """Read labels, images and groups in one view, of the given images or of all."""
     with store.ledger.read() as tx:
-        labels = _frame(tx, _SOURCE.image_id, _SOURCE.label, _SOURCE.confirmation, _SOURCE.source.label("label_source"))
-        images = _frame(
-            tx, _IMAGE.id.label("image_id"), _IMAGE.group_id, _IMAGE.consent, where=_IMAGE.erased_at.is_(None)
-        )
-        groups = _frame(tx, _GROUP.id.label("group_id"), _GROUP.split, _GROUP.merged_into)
+        of_labels, of_images = (_among(tx, column, among) for column in (_SOURCE.image_id, _IMAGE.id))
+        said = (_SOURCE.image_id, _SOURCE.label, _SOURCE.confirmation, _SOURCE.source.label("label_source"))
+        labels = _frame(tx, *said, where=of_labels)
+        owned = (_IMAGE.id.label("image_id"), _IMAGE.group_id, _IMAGE.consent)
+        images = _frame(tx, *owned, where=sa.and_(_IMAGE.erased_at.is_(None), of_images))
+        groups = _groups(tx, None if among is None else set(images["group_id"].dropna()))
     return Rows(_counting_rows(labels), images, groups)
 
 
-def with_new_splits(store: Store, rows: Rows) -> Rows:
+def with_new_splits(store: Store, rows: Rows, among: AbstractSet[str] | None = None) -> Rows:
     """Read the groups again, after splits were drawn; labels and images stay as they were.
 
     Rows of groups are never deleted and a merge leaves where its images went, so every group of these images is found.
     """
     with store.ledger.read() as tx:
-        return replace(rows, groups=_frame(tx, _GROUP.id.label("group_id"), _GROUP.split, _GROUP.merged_into))
+        return replace(rows, groups=_groups(tx, None if among is None else set(rows.images["group_id"].dropna())))
 
 
-def known_of(store: Store, read: Rows, annotators: pd.DataFrame) -> Known:
+def known_of(store: Store, read: Rows, annotators: pd.DataFrame, *, partly: bool = False) -> Known:
     """Return the labelled images; `split` is missing where a group has none yet.
 
     Args:
         store: its taxonomy has the classes.
         read: the imported images and labels.
         annotators: the frame from `annotations`.
+        partly: whether `read` holds some images only, of which none may have a usable label.
     Returns:
         The view.
     Raises:
@@ -114,7 +117,7 @@ def known_of(store: Store, read: Rows, annotators: pd.DataFrame) -> Known:
     labels = labels.assign(group_id=labels["target_id"]).drop(columns="target_id")
     owned = labels[["image_id", "group_id", "consent"]].drop_duplicates("image_id")
     labels = labels[labels["consent"].isin([consent.value for consent in TRAINABLE]) & labels["group_id"].notna()]
-    if labels.empty:
+    if labels.empty and not partly:
         why = f"none of {len(owned)} labelled images has both consent for training and a group"
         raise DataError(f"{why if len(owned) else 'no image has a label yet'}; import a folder with diagnoses first")
     strongest = _strongest(labels)
@@ -155,12 +158,9 @@ def annotations(resolved: Iterable[ResolvedLabel], round_number: int) -> pd.Data
     return pd.DataFrame(said, columns=["image_id", "label", "confirmation", "label_source", "round", "independent"])
 
 
-def _frame(
-    tx: Transaction, *columns: sa.ColumnElement[Any], where: sa.ColumnElement[bool] | None = None
-) -> pd.DataFrame:
+def _frame(tx: Transaction, *columns: sa.ColumnElement[Any], where: sa.ColumnElement[bool]) -> pd.DataFrame:
     """Return columns of text, read in parts so that a million rows fit into memory."""
-    query = sa.select(*columns) if where is None else sa.select(*columns).where(where)
-    result = tx.connection.execute(query)
+    result = tx.connection.execute(sa.select(*columns).where(where))
     schema = pa.schema([(name, pa.string()) for name in result.keys()])  # noqa: SIM118 - it is no mapping
     parts = [schema.empty_table()]
     # Tuples of the driver, turned into columns of Arrow: text needs no conversion, and a row object of SQLAlchemy and
@@ -170,6 +170,19 @@ def _frame(
     result.close()
     frame: pd.DataFrame = pa.concat_tables(parts).to_pandas()
     return frame
+
+
+def _among(tx: Transaction, column: sa.Column[Any], keys: AbstractSet[str] | None) -> sa.ColumnElement[bool]:
+    return sa.true() if keys is None else any_of(column, keys, tx.connection.dialect)
+
+
+def _groups(tx: Transaction, wanted: AbstractSet[str] | None) -> pd.DataFrame:
+    """Return the groups with these ids and those that they were merged into, or all."""
+    columns = (_GROUP.id.label("group_id"), _GROUP.split, _GROUP.merged_into)
+    parts = [_frame(tx, *columns, where=_among(tx, _GROUP.id, wanted))]
+    while wanted is not None and (wanted := set(parts[-1]["merged_into"].dropna()) - set(pd.concat(parts)["group_id"])):
+        parts.append(_frame(tx, *columns, where=_among(tx, _GROUP.id, wanted)))
+    return pd.concat(parts, ignore_index=True)
 
 
 def by_image(rows: pd.DataFrame) -> pd.DataFrame:

@@ -38,13 +38,16 @@ class DatasetRecord(Record):
 
 
 class DatasetChange(Record):
-    """An image whose row in a dataset version differs from its row in the version's parent, or is missing from one."""
+    """An image whose row in a dataset version differs from its row in the version's parent, or is missing from one.
+
+    Rows without a version name images that changed since the newest one was read, see `records.changes`.
+    """
 
     table: ClassVar[str] = "dataset_changes"
     indexed: ClassVar[tuple[tuple[str, ...], ...]] = (("image_id",), ("dataset_id",))
 
     id: str
-    dataset_id: str
+    dataset_id: str = Field(description="a version; empty, or the mark of a build, until a version knows the change")
     image_id: str
 
 
