@@ -5,12 +5,15 @@ neither exists without the other; the labeling room later pushes open items to L
 is `none` is neither stored nor reviewed.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 
 from images.overlay import levels_of
 from records.arrays import Float32Array
@@ -20,6 +23,7 @@ from records.errors import DataError, RefusedError
 from records.ids import new_id, utc_now
 from records.keys import patient_hash
 from records.ledger import Transaction
+from records.ledger.tables import TABLES, any_of
 from records.store import Store
 from records.taxonomy import Taxonomy
 from records.types import (
@@ -244,11 +248,28 @@ def find_repeated(store: Store, caller: str, idempotency_key: str) -> Prediction
 
 def review_of(tx: Transaction, prediction: Prediction) -> ReviewItem | None:
     """Return the newest review item of a prediction: its own, or that of its image which took its reasons."""
-    items = tx.find(ReviewItem, where={"prediction_id": prediction.id}, order_by=("-id",))
-    # If the image had an open item already, the reasons of this prediction were merged into that one.
-    if not items and prediction.decision in (Decision.REVIEW, Decision.URGENT):
-        items = tx.find(ReviewItem, where={"image_id": prediction.image_id}, order_by=("-id",))
-    return next((item for item in items if item.state is not ReviewState.WITHDRAWN), None)
+    return reviews_of(tx, [prediction]).get(prediction.id)
+
+
+def reviews_of(tx: Transaction, predictions: Sequence[Prediction]) -> dict[str, ReviewItem]:
+    """Return the newest review item of each prediction that has one, as `review_of`, with one query."""
+    # If the image had an open item already, the reasons of a prediction were merged into that one.
+    may_be_merged = {p.id: p.image_id for p in predictions if p.decision in (Decision.REVIEW, Decision.URGENT)}
+    table, among = TABLES[ReviewItem], partial(any_of, dialect=tx.connection.dialect)
+    where = sa.or_(
+        among(table.c.prediction_id, [p.id for p in predictions]), among(table.c.image_id, may_be_merged.values())
+    )
+    query = sa.select(table).where(where).order_by(table.c.id.desc())
+    items = [ReviewItem.model_validate(dict(row)) for row in tx.connection.execute(query).mappings()]
+    own, of_image = defaultdict[str | None, list[ReviewItem]](list), defaultdict[str, list[ReviewItem]](list)
+    for item in items:
+        own[item.prediction_id].append(item)
+        of_image[item.image_id].append(item)
+    found = {}
+    for prediction in predictions:
+        about = own[prediction.id] or (of_image[prediction.image_id] if prediction.id in may_be_merged else [])
+        found[prediction.id] = next((item for item in about if item.state is not ReviewState.WITHDRAWN), None)
+    return {prediction_id: item for prediction_id, item in found.items() if item is not None}
 
 
 def write_flag(

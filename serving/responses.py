@@ -17,7 +17,7 @@ from records.taxonomy import Taxonomy
 from records.types import Consent, Decision, Flag, ModelRecord, Prediction, ReviewItem, ReviewState, Rollout
 from serving.access.keys import Caller
 from serving.messages import FoundCase, HeatMap, StoredPrediction
-from serving.outbox import review_of
+from serving.outbox import review_of, reviews_of
 from serving.problems import problem_of
 from serving.rollout.guardrails import GUARDRAILS, log_evidence, threshold
 from serving.schemas import (
@@ -214,7 +214,8 @@ def read_page(store: Store, caller: Caller, decision: Decision | None, after: st
     with store.ledger.read() as tx:
         # One row more than asked for tells whether there is a next page, without a second query.
         rows = _newest(tx, caller, decision, after, limit + 1)
-        items = [prediction_body(row, review_of(tx, row), None, store.taxonomy) for row in rows[:limit]]
+        reviews = reviews_of(tx, rows[:limit])
+        items = [prediction_body(row, reviews.get(row.id), None, store.taxonomy) for row in rows[:limit]]
     return PredictionPage(items=items, next=items[-1].id if len(rows) > limit else None)
 
 

@@ -23,6 +23,22 @@ Resolved = dict[str, ResolvedLabel]
 Step = Callable[[Store, Resolved], None]
 
 
+images, labels = TABLES[Image], TABLES[SourceLabel]
+
+
+def sql(statement: Any) -> Step:
+    def run(store: Store, _: Resolved) -> None:
+        with store.ledger.begin() as tx:
+            tx.connection.execute(statement)
+
+    return run
+
+
+def killed(store: Store, _: Resolved) -> None:
+    with store.ledger.begin() as tx:
+        claim(tx)
+
+
 @pytest.fixture
 def steps(add_labelled: Add, image_id: Id) -> list[Step]:
     """What can change a version, one thing at a time, and some things that cannot."""
@@ -35,13 +51,6 @@ def steps(add_labelled: Add, image_id: Id) -> list[Step]:
         said = {"confirmation": Confirmation.CONSENSUS, "annotators": [who]} | more
         one = ResolvedLabel.model_validate({"image_id": image_id(name), "label": label} | said)
         return lambda store, resolved: resolved.update({one.image_id: one})
-
-    def sql(statement: Any) -> Step:
-        def run(store: Store, _: Resolved) -> None:
-            with store.ledger.begin() as tx:
-                tx.connection.execute(statement)
-
-        return run
 
     def merge(one: object, other: object) -> Step:
         def run(store: Store, _: Resolved) -> None:
@@ -67,11 +76,6 @@ def steps(add_labelled: Add, image_id: Id) -> list[Step]:
             more = {"image_id": image_id("twice"), "label": "mel", "confirmation": Confirmation.SINGLE_READER}
             tx.add(SourceLabel(id="later", source="import:2", created_at=tx.now(), **more))
 
-    def killed(store: Store, _: Resolved) -> None:
-        with store.ledger.begin() as tx:
-            claim(tx)
-
-    images, labels = TABLES[Image], TABLES[SourceLabel]
     return [
         lambda store, _: add_labelled(store, ["new", "newer"], "mel"),
         lambda store, _: add_labelled(store, ["kept out"], "mel", consent=Consent.REVIEW),
