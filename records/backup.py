@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.migration import MigrationContext
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from records.audit import chain_head, head_file, verify
@@ -257,9 +255,8 @@ def restore(source: Path, settings: RecordsSettings, erased: Collection[str] = (
 
 
 def _refuse_filled(engine: sa.Engine, shown: str) -> None:
-    with engine.connect() as connection:
-        if MigrationContext.configure(connection).get_current_revision() is not None:
-            raise RefusedError(f"there is a ledger in {shown} already; restore into an empty home and database")
+    if schema_versions(engine)[0] is not None:
+        raise RefusedError(f"there is a ledger in {shown} already; restore into an empty home and database")
 
 
 def _put_files(source: Path, root: Path) -> None:
@@ -275,6 +272,8 @@ def _fill_ledger(
     engine: sa.Engine, manifest: BackupManifest, folder: Path, erased: Mapping[str, str], quarantined: Collection[str]
 ) -> None:
     """Write all rows in one transaction, without what was erased since: URIs of images by id, quarantined rows."""
+    from alembic import command
+
     with engine.connect() as connection:
         connection = connection.execution_options(**{WRITE_OPTION: True})
         with connection.begin():

@@ -4,42 +4,52 @@ A newer schema is accepted if its `schema_floor` says that this program can stil
 can then be upgraded one after the other.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 from records.errors import ConfigError
 from records.ledger.engine import WRITE_OPTION
 from records.ledger.tables import SCHEMA_FLOOR
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_FOLDER = Path(__file__).parent / "migrations"
+HEAD = max(file.stem for file in (_FOLDER / "versions").glob("[0-9]*.py")).partition("_")[0]
+"""The schema version that this program writes. Read from the files' names, since importing Alembic takes a third of a
+second and most processes open a ledger that has this version."""
+
+_VERSION = sa.table("alembic_version", sa.column("version_num", sa.String))
+"""Alembic's own table: one row, the schema version of the database."""
+
 
 def alembic_config() -> Config:
     """Return Alembic's configuration; the caller passes the connection in `attributes`."""
+    from alembic.config import Config
+
     config = Config()
     # Alembic interpolates its options: a per cent sign in the path would start a placeholder.
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
     return config
 
 
 def schema_versions(engine: sa.Engine) -> tuple[str | None, str]:
     """Return (the schema version of the database, the version that this program writes)."""
-    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
-    assert head is not None
     with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision(), head
+        if not sa.inspect(connection).has_table(_VERSION.name):
+            return None, HEAD
+        return connection.scalar(sa.select(_VERSION.c.version_num)), HEAD
 
 
 def refuse_newer(current: str | None) -> None:
     """Raise ConfigError for a schema version that this program does not know; None, an empty database, is fine."""
-    scripts = ScriptDirectory.from_config(alembic_config())
     if current is not None and current not in _known_revisions():
         raise ConfigError(
-            f"the ledger's schema {current!r} is newer than this program knows ({scripts.get_current_head()!r}); "
-            "install the newer version"
+            f"the ledger's schema {current!r} is newer than this program knows ({HEAD!r}); install the newer version"
         )
 
 
@@ -56,6 +66,8 @@ def is_newer_and_usable(engine: sa.Engine, current: str | None) -> bool:
 
 
 def _known_revisions() -> set[str]:
+    from alembic.script import ScriptDirectory
+
     return {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
 
 
@@ -68,6 +80,8 @@ def upgrade(engine: sa.Engine) -> None:
     if current == head or is_newer_and_usable(engine, current):
         return
     refuse_newer(current)
+    from alembic import command
+
     config = alembic_config()
     with engine.connect() as connection:
         connection = connection.execution_options(**{WRITE_OPTION: True})

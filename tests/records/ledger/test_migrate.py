@@ -9,6 +9,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from records.errors import ConfigError
 from records.ids import utc_now
@@ -25,6 +26,10 @@ def test_migrations_make_exactly_the_tables_of_the_record_types(ledger: Ledger) 
         assert compare_metadata(MigrationContext.configure(connection), EVERYTHING) == []
         names = set(sa.inspect(connection).get_table_names())
     assert names == {*METADATA.tables, SCHEMA_FLOOR.name, "alembic_version"}
+
+
+def test_the_version_of_this_program_is_the_newest_migration() -> None:
+    assert ScriptDirectory.from_config(alembic_config()).get_current_head() == migrate.HEAD
 
 
 def test_an_index_that_only_one_of_them_has_would_be_found(ledger: Ledger) -> None:
@@ -90,6 +95,7 @@ def upgraded_by_a_newer_program(ledger: Ledger, folder: Path, *, breaks: bool) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(migrate, "alembic_config", config_of_the_next_release)
+        patch.setattr(migrate, "HEAD", "next")
         newer = open_ledger(ledger.engine.url)
         assert schema_versions(newer.engine) == ("next", "next")
         newer.close()
