@@ -136,19 +136,9 @@ def import_images(
 
     # Decoded at the size that training will use, so that the first training need not decode again.
     more.setdefault("side_px", (home.settings.trainers.model.side_px,))
+    more |= {"columns": dict(columns or {}), "labels": dict(labels or {}), "table": _path(table), "layout": layout}
     with progress() as bar:
-        return import_folder(
-            home.store,
-            Path(folder),
-            columns=dict(columns or {}),
-            labels=dict(labels or {}),
-            table=None if table is None else Path(table),
-            layout=layout,
-            in_place=in_place,
-            correct=correct,
-            progress=bar,
-            **more,
-        )
+        return import_folder(home.store, Path(folder), in_place=in_place, correct=correct, progress=bar, **more)
 
 
 def synthesize(
@@ -179,6 +169,7 @@ def train(
     data: str | os.PathLike[str] | None = None,
     *,
     start_from: str | Model | None = None,
+    distill_from: str | Model | None = None,
     resume: bool = False,
     set: Mapping[str, Any] | None = None,
 ) -> Model:
@@ -190,6 +181,7 @@ def train(
         home: with the images.
         data: dataset id, or a folder that is imported first; default: the newest version.
         start_from: a model to fine-tune.
+        distill_from: a teacher whose probabilities are learned beside the labels.
         resume: go on with the interrupted training of these settings.
         set: settings for this training, such as `{"trainers.epochs": 5}`.
     Returns:
@@ -204,11 +196,13 @@ def train(
     from serving.direct import Model
     from trainers.fitting.run import run_folder, train_and_register
 
-    settings, start = home.with_settings(set), None if start_from is None else _bundle(home, start_from)
+    settings = home.with_settings(set)
+    start, teacher = (None if one is None else _bundle(home, one) for one in (start_from, distill_from))
+    made_of: dict[str, Any] = {"start_from": start, "distill_from": teacher}
     with progress() as bar:
         dataset = open_dataset(home.store, None if data is None else os.fspath(data), progress=bar)
-        run_dir = run_folder(home.store, settings.trainers, dataset, start_from=start, resume=resume)
-        more: dict[str, Any] = {"start_from": start, "progress": bar, "tracking": settings.tracking}
+        run_dir = run_folder(home.store, settings.trainers, dataset, resume=resume, **made_of)
+        more = {**made_of, "progress": bar, "tracking": settings.tracking}
         with _ray(settings, settings.trainers.needs_ray):
             return Model(train_and_register(home.store, settings.trainers, dataset, run_dir, **more), settings.serving)
 

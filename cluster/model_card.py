@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.provenance import stored_test_figures
 from images.export import SourceOfImages, sources_of
-from records.bundles import Bundle, PointName, Rule
+from records.bundles import Bundle, BundleDocument, PointName, Rule
 from records.datasets import DatasetVersion, load_dataset
 from records.settings import first_problem
 from records.store import Store, find_images
@@ -109,7 +109,7 @@ def model_card(store: Store, bundle: Bundle) -> ModelCard:
     figures = _stored_figures(store, bundle, missing)
     missing += _missing_figures(bundle, figures)
     data = _data_sheet(store, document.dataset_id, missing)
-    weights = _starting_weights(document.metrics.get("training"))
+    weights = _starting_weights(document)
     if weights is None and document.parent_model_id is None:
         missing.append("what training started from: the bundle does not say whether its weights were pretrained")
     missing.append("licence of the weights: bundles record none; whoever publishes the model states one")
@@ -135,7 +135,11 @@ def model_card(store: Store, bundle: Bundle) -> ModelCard:
     )
 
 
-def _starting_weights(training: dict[str, Any] | None) -> str | None:
+def _starting_weights(document: BundleDocument) -> str | None:
+    if document.members:
+        listed = ", ".join(f"{member.model_id[:12]} x {member.weight:.3g}" for member in document.members)
+        return f"the weights of its members: {listed}"
+    training: dict[str, Any] | None = document.metrics.get("training")
     # Bundles that were made elsewhere, or by an earlier version, may say nothing about it.
     if training is None or "weights" not in training:
         return None

@@ -93,6 +93,46 @@ def promote(
     call.emit(promoted, told + (f"; `{undo}` undoes it" if replaced not in (None, promoted["model_id"]) else ""))
 
 
+@verb(models_app, "combine")
+def combine_command(
+    call: Call,
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL MODEL...", help="Two or more: id prefix, bundle path, or champion.")
+    ],
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Weight of each model's logits, as 1,0.5; default: equal.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Dataset id that calibrates it, or folder; default: the newest.")
+    ] = None,
+) -> None:
+    """Make several models one: the weighted mean of their logits, calibrated anew; context, views and decision rule
+    are the first model's unless `--set` says otherwise.
+    """
+    from images.importer import open_dataset
+    from records.models import find_bundle
+    from trainers.fitting.combine import choices_of, combine_and_register, parse_weights
+    from trainers.fitting.run import REPORT
+
+    shares = parse_weights(weights, len(models))
+    with call.store() as store, progress() as bar:
+        bundles = [find_bundle(store, name) for name in models]
+        settings = call.compose(before=choices_of(bundles[0])).trainers
+        dataset = open_dataset(store, data, progress=bar)
+        bundle = combine_and_register(store, bundles, shares, dataset, settings, bar)
+    val, members = bundle.document.metrics["val"], bundle.document.members
+    body = {
+        "model_id": bundle.id, "path": str(bundle.path), "report": str(bundle.path / REPORT), "dataset_id": dataset.id,
+        "members": {member.model_id: member.weight for member in members}, **bundle.document.metrics,
+    }  # fmt: skip
+    listed = ", ".join(f"{member.model_id[:12]} x {member.weight:.3g}" for member in members)
+    call.emit(
+        body,
+        f"model {bundle.id[:12]} is the mean of {listed}; val balanced accuracy {val['balanced_accuracy']:.3f}, "
+        f"calibration error {val['ece']:.3f}; `relook evaluate {bundle.id[:12]} --split test` measures it",
+    )
+
+
 @verb(models_app, "undo-promotion")
 def undo_promotion_command(
     call: Call,

@@ -160,6 +160,22 @@ class SuitabilityLimits(_Part):
     quality: QualityLimits
 
 
+class Member(_Part):
+    """A model whose logits are part of an ensemble's."""
+
+    model_id: str
+    dataset_id: str = Field(description="the version that it was trained on")
+    weight: float = Field(gt=0, le=1, description="of its logits in the mean; those of all members add up to 1")
+
+
+class Teacher(_Part):
+    """The model whose probabilities a student was trained on, beside the labels."""
+
+    model_id: str = Field(description="the hash of its files")
+    dataset_id: str = Field(description="the version that it was trained on")
+    logits_sha256: str = Field(description="of its logits for the training images, float32, in order of image id")
+
+
 class BundleDocument(_Part):
     """bundle.json."""
 
@@ -189,6 +205,12 @@ class BundleDocument(_Part):
     )
     dataset_id: str
     parent_model_id: str | None = Field(default=None, description="the model it was warm-started from")
+    members: list[Member] = Field(
+        default_factory=list, exclude_if=lambda members: not members, description="of an ensemble, in order"
+    )
+    teacher: Teacher | None = Field(
+        default=None, exclude_if=lambda teacher: teacher is None, description="the model it was distilled from"
+    )
     config: dict[str, Any] = Field(description="the settings of trainers that made it")
     code_version: str
     num_threads: int = Field(ge=1, description="threads that the golden logits were computed with")

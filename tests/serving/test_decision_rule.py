@@ -25,10 +25,11 @@ from serving.triage import TriageRules, triage
 from tests.service import refer_point
 from tests.serving.test_context import HEAD
 from tests.serving.test_words import TAXONOMY, prediction
+from trainers.fitting.combine import ensemble_of
 from vision.calibration.decision import RULES, decision_rule, labels_of
 from vision.calibration.operating import answered
 from vision.inference.golden import golden_arrays
-from vision.inference.loaded import load_model, plain_network
+from vision.inference.loaded import load_model
 
 SETTINGS = ServingSettings(audit_share=0.0, low_confidence=0.0, precision="fp32")
 IMAGES = 6
@@ -40,13 +41,15 @@ PAIRS = list(product(RULES, POINTS))
 def bundle_of(store: Store, tools: Any, pixels: Any, rule: Rule, point: PointName) -> Bundle:
     """The same tiny network each time, with thresholds between the probabilities of the images.
 
-    At the point `target` it averages over two views and uses context as well.
+    At the point `target` it is an ensemble of two, averages over two views and uses context as well.
     """
     plain = tools.make_bundle(store, bias={"nv": 1.5})
     if point == "target":
-        document = plain.document.model_copy(update={"context": HEAD, "views": 2})
-        golden = golden_arrays(plain_network(plain), document.geometry, 2)
-        plain = write_bundle(store, document, plain.weights(), golden)
+        architecture, network = ensemble_of([plain, tools.make_bundle(store, 1)], [0.7, 0.3])
+        document = plain.document.model_copy(update={"context": HEAD, "views": 2, "architecture": architecture})
+        golden = golden_arrays(network, document.geometry, 2)
+        stored = {name: value.numpy() for name, value in network.state_dict().items()}
+        plain = write_bundle(store, document, stored, golden)
     codes = store.taxonomy.codes
     probabilities = load_model(plain, precision="fp32").predict(pixels, context=[KNOWN] * IMAGES).probabilities
     mel = np.sort(probabilities[:, codes.index("mel")])

@@ -113,6 +113,8 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "optimizer.weight_decay": 0.0,
         "scheduler.warmup_epochs": 0.0,
         "loss.label_smoothing": 0.1,
+        "loss.distill_share": 0.25,
+        "loss.distill_temperature": 4.0,
         "workers.count": 2,
         "batch_size": 32,
         "model.side_px": 96,

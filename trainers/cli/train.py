@@ -51,6 +51,9 @@ def train_command(
     start_from: Annotated[
         str | None, typer.Option(help="Model to fine-tune: id prefix, bundle path or champion.")
     ] = None,
+    distill_from: Annotated[
+        str | None, typer.Option(help="Teacher whose probabilities are learned beside the labels: as --start-from.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the training with these settings.")] = False,
 ) -> None:
     """Train a model, calibrate it and register its bundle."""
@@ -62,15 +65,16 @@ def train_command(
 
     trainers = _with_options(call.settings.trainers, workers, strategy)
     with call.store() as store, progress() as bar:
-        start = find_bundle(store, start_from) if start_from else None
+        made_of = {
+            role: find_bundle(store, name) if name else None
+            for role, name in (("start_from", start_from), ("distill_from", distill_from))
+        }
         dataset = open_dataset(store, data, progress=bar)
-        run_dir = run_folder(store, trainers, dataset, start_from=start, resume=resume)
+        run_dir = run_folder(store, trainers, dataset, resume=resume, **made_of)
         # One worker trains in this process: starting Ray costs seconds and memory that only several workers need.
         tracking = call.settings.tracking
         with advises_resume((run_dir / METRICS_FILE).is_file), call.ray() if trainers.needs_ray else nullcontext():
-            bundle = train_and_register(
-                store, trainers, dataset, run_dir, start_from=start, progress=bar, tracking=tracking
-            )
+            bundle = train_and_register(store, trainers, dataset, run_dir, progress=bar, tracking=tracking, **made_of)
     if dataset.split(Split.VAL)["label"].nunique() == 1:
         say("note: all val images are of one class, so that the val figures say nothing of telling classes apart")
     call.emit(_summary(bundle, run_dir), _summary_tables(bundle))

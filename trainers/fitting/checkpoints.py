@@ -31,6 +31,7 @@ class Identity:
     taxonomy_hash: str
     data_hash: str
     start_hash: str
+    teacher_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ _IDENTITY_WORDS = {
     "taxonomy_hash": "with another taxonomy",
     "data_hash": "on other data",
     "start_hash": "from another model",
+    "teacher_id": "with another teacher",
 }
 
 

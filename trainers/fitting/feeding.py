@@ -53,6 +53,7 @@ class Batch:
         labels: [n] class indices.
         rows: [n] positions in the training data.
         partner_labels: [n] class indices of what was mixed in; None if nothing was.
+        partner_rows: [n] positions in the training data of what was mixed in.
         share: of `labels` in a mixed batch; the partners' have the rest.
         weight: of the share's mean loss in the mean over the workers; 1 where all shares are equal.
     """
@@ -63,6 +64,7 @@ class Batch:
     partner_labels: IntArray | None = None
     share: float = 1.0
     weight: float = 1.0
+    partner_rows: IntArray | None = None
 
     def parts(self, count: int) -> "list[tuple[Batch, float]]":
         """Cut the share.
@@ -78,7 +80,8 @@ class Batch:
 
     def _part(self, at: slice) -> "Batch":
         partners = self.partner_labels[at] if self.partner_labels is not None else None
-        return Batch(self.pixels[at], self.labels[at], self.rows[at], partners, self.share)
+        rows = self.partner_rows[at] if self.partner_rows is not None else None
+        return Batch(self.pixels[at], self.labels[at], self.rows[at], partners, self.share, partner_rows=rows)
 
 
 class Feeder:
@@ -234,8 +237,8 @@ class Feeder:
             pixels = torch.from_numpy(pixels).pin_memory().numpy()
         if share.mix is None:
             return Batch(pixels, own_labels, own_rows, weight=weight)
-        partners = share.mix.partner[share.own]
-        return Batch(pixels, own_labels, own_rows, self._labels[share.rows[partners]], share.mix.share, weight)
+        partners = share.rows[share.mix.partner[share.own]]
+        return Batch(pixels, own_labels, own_rows, self._labels[partners], share.mix.share, weight, partners)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ settings and data goes on; the same run done twice gives the same bundle. Nothin
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,9 @@ from records.bundles import (
     Bundle,
     BundleDocument,
     Calibration,
+    Member,
     OperatingPoints,
+    Teacher,
     write_bundle,
 )
 from records.context import ContextHead, Known, context_of_image
@@ -41,6 +42,7 @@ from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.starting import StartingWeights, starting_weights
 from trainers.fitting.suitability import Outputs, faithfulness_of, outputs_of, sample_of_train, suitability_of
+from trainers.fitting.teacher import taught
 from trainers.fitting.training_data import DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.settings import TrainersSettings
@@ -91,6 +93,7 @@ def fit(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
     start_from: Bundle | None = None,
+    distill_from: Bundle | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Train a model on a dataset version and write its bundle.
@@ -104,43 +107,37 @@ def fit(
         on_epoch: called after every epoch; True stops training, and the best epoch so far is calibrated.
         on_step: called while steps are taken, every few seconds at least.
         start_from: a bundle of the same architecture whose weights are fine-tuned; default: fresh weights.
+        distill_from: the teacher whose probabilities are learned beside the labels; default: the labels alone.
         progress: bars are added to it.
     Returns:
         The bundle.
     Raises:
         DataError: train, val or calibration is empty, or an image cannot be read.
         ConfigError: a setting cannot work.
-        TaxonomyError: store, dataset and the bundle to start from do not share one taxonomy.
-        RefusedError: the folder holds another run.
+        TaxonomyError: store, dataset, the bundle to start from and the teacher do not share one taxonomy.
+        RefusedError: the folder holds another run, or the teacher was trained on what the dataset holds out.
         DivergedError: a loss or a logit is not finite.
     """
-    policy = load_policy(settings.augmentation)
-    start = (
-        None if start_from is not None else starting_weights(settings.model, len(store.taxonomy.codes), settings.seed)
-    )
+    policy, num_classes = load_policy(settings.augmentation), len(store.taxonomy.codes)
+    start = None if start_from is not None else starting_weights(settings.model, num_classes, settings.seed)
     initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
     plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
-    _require_splits(dataset)
+    require_splits(dataset)
     # Before the training: a rule that the taxonomy has no costs for would be refused after it.
     decision_rule(settings.decision.rule, store.taxonomy, dict.fromkeys(store.taxonomy.codes, 1.0))
     context = fitted_context(store, plan, settings.context)
+    plan, teacher = taught(store, plan, distill_from, dataset, settings, progress)
     _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
     events = EventFiles(run_dir / FOLDER, settings.flat(), told=_told(run_dir / METRICS_FILE))
     log = MetricsLog(run_dir / METRICS_FILE, on_epoch, events)
-    if use_ray:
-        from trainers.fitting.distributed import fit_distributed
-
-        trained = fit_distributed(
-            settings, plan, store, run_dir,
-            policy=policy, on_epoch=log, on_step=on_step, initial_weights=initial_weights,
-        )  # fmt: skip
-    else:
-        trained = _fit_alone(settings, plan, store, run_dir, policy, log, on_step, initial_weights)
+    way = _fit_on_ray if use_ray else _fit_alone
+    trained = way(settings, plan, store, run_dir, policy, log, on_step, initial_weights)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
-    bundle = _write(store, settings, dataset, plan, policy, trained, start_from, start, context, progress)
-    return add_cases(store, dataset, trained, bundle, progress)
+    origin = _origin_of(settings, _training_facts(trained, policy, plan), start, start_from, teacher)
+    choices = Choices(views=settings.views, decision=settings.decision, context=context)
+    return write_fitted(store, dataset, plan, trained, origin, choices, progress)
 
 
 class MetricsLog:
@@ -179,13 +176,29 @@ def _told(path: Path) -> list[int]:
     return [int(found[1]) for line in path.read_text().splitlines() if (found := _EPOCH.match(line))]
 
 
+def _fit_on_ray(
+    settings: TrainersSettings,
+    plan: DataPlan,
+    store: Store,
+    run_dir: Path,
+    policy: Policy,
+    log: MetricsLog,
+    on_step: OnStep | None,
+    initial_weights: dict[str, NDArray[Any]] | None,
+) -> TrainedModel:
+    from trainers.fitting.distributed import fit_distributed
+
+    told: dict[str, Any] = {"on_epoch": log, "on_step": on_step}
+    return fit_distributed(settings, plan, store, run_dir, policy=policy, initial_weights=initial_weights, **told)
+
+
 def _fit_alone(
     settings: TrainersSettings,
     plan: DataPlan,
     store: Store,
     run_dir: Path,
     policy: Policy,
-    log: Callable[[EpochReport], bool],
+    log: MetricsLog,
     on_step: OnStep | None,
     initial_weights: dict[str, NDArray[Any]] | None,
 ) -> TrainedModel:
@@ -208,60 +221,124 @@ def _fit_alone(
     )
 
 
-def _write(
-    store: Store,
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a bundle says of how its network was made.
+
+    Args:
+        architecture: of the network.
+        config: settings that made it.
+        training: facts about the training; none depends on the clock.
+        parent_model_id: the model that it was started from.
+        teacher: the model that it was distilled from.
+        members: of an ensemble.
+    """
+
+    architecture: Architecture
+    config: dict[str, Any]
+    training: dict[str, Any]
+    parent_model_id: str | None = None
+    teacher: Teacher | None = None
+    members: tuple[Member, ...] = ()
+
+
+def _origin_of(
     settings: TrainersSettings,
+    training: dict[str, Any],
+    start: StartingWeights | None,
+    start_from: Bundle | None,
+    teacher: Teacher | None,
+) -> Origin:
+    return Origin(
+        architecture=Architecture(name=settings.model.name, options=settings.model.options),
+        config=settings.model_dump(mode="json"),
+        training=training | {"weights": start.facts() if start is not None else None},
+        parent_model_id=start_from.id if start_from is not None else None,
+        teacher=teacher,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How a network is used.
+
+    Args:
+        views: whose logits are averaged.
+        decision: label and operating point.
+        context: its head, without its weight; None: images alone.
+    """
+
+    views: int
+    decision: DecisionSettings
+    context: ContextHead | None
+
+
+def write_fitted(
+    store: Store,
     dataset: DatasetVersion,
     plan: DataPlan,
-    policy: Policy,
     trained: TrainedModel,
-    start_from: Bundle | None,
-    start: StartingWeights | None,
-    context: ContextHead | None,
-    progress: Progress | None,
+    origin: Origin,
+    choices: Choices,
+    progress: Progress | None = None,
 ) -> Bundle:
-    taxonomy = store.taxonomy
-    architecture = Architecture(name=settings.model.name, options=settings.model.options)
+    """Calibrate a network, fit its thresholds and checks, and write its bundle with its cases; not registered.
+
+    Args:
+        store: with val, calibration and a sample of train decoded.
+        dataset: the version.
+        plan: the images that it was trained on.
+        trained: the network.
+        origin: how it was made.
+        choices: how it is used.
+        progress: bars are added to it.
+    Returns:
+        The bundle.
+    """
+    taxonomy, context = store.taxonomy, choices.context
     with compute_threads(trained.num_threads):
         val, calibration_split = (
-            _logits_of(store, dataset, split, trained, settings.views, progress) for split in FITTED_ON
+            _logits_of(store, dataset, split, trained, choices.views, progress) for split in FITTED_ON
         )
         calibration, context = calibrated(val.logits.astype(np.float64), val.labels, taxonomy, context, val.known)
-        golden = golden_arrays(trained.network, trained.geometry, settings.views)
-        faithfulness = faithfulness_of(store, trained, architecture, calibration, val.image_ids)
+        golden = golden_arrays(trained.network, trained.geometry, choices.views)
+        faithfulness = faithfulness_of(store, trained, origin.architecture, calibration, val.image_ids)
         suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs, progress)
-    operating, scores = _operating_points(calibration_split, val, calibration, context, taxonomy, settings.decision)
-    recipe = MODELS[settings.model.name]
+    operating, scores = _operating_points(calibration_split, val, calibration, context, taxonomy, choices.decision)
     counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
     document = BundleDocument(
         taxonomy=taxonomy,
         taxonomy_hash=taxonomy.hash,
-        architecture=architecture,
+        architecture=origin.architecture,
         geometry=trained.geometry,
         class_priors={code: float(n / plan.num_train) for code, n in zip(taxonomy.codes, counts, strict=True)},
         calibration=calibration,
         context=context,
-        views=settings.views,
+        views=choices.views,
         operating=operating,
         suitability=suitability,
         dataset_id=dataset.id,
-        parent_model_id=start_from.id if start_from is not None else None,
-        config=settings.model_dump(mode="json"),
+        parent_model_id=origin.parent_model_id,
+        members=list(origin.members),
+        teacher=origin.teacher,
+        config=origin.config,
         code_version=version("relook"),
         num_threads=trained.num_threads,
         metrics={
-            "training": _training_facts(trained, policy, plan)
-            | {"weights": start.facts() if start is not None else None},
+            "training": origin.training,
             "val": _val_facts(val, calibration, context, operating, taxonomy),
             "calibration": {"scores": scores},
         },
-        explanation={
-            "target_layer": recipe.target_layer,
-            "gradcam": "autograd" if closed_form_of(trained.network.get_submodule("head")) is None else "closed_form",
-            "faithfulness": faithfulness,
-        },
+        explanation={**_explanation_facts(trained, origin.architecture), "faithfulness": faithfulness},
     )
-    return write_bundle(store, document, trained.weights(), golden, suitability_arrays)
+    bundle = write_bundle(store, document, trained.weights(), golden, suitability_arrays)
+    return add_cases(store, dataset, trained, bundle, progress)
+
+
+def _explanation_facts(trained: TrainedModel, architecture: Architecture) -> dict[str, Any]:
+    has_none = closed_form_of(trained.network.get_submodule("head")) is None
+    layer = MODELS[architecture.name].target_layer
+    return {"target_layer": layer, "gradcam": "autograd" if has_none else "closed_form"}
 
 
 def _logits_of(
@@ -353,6 +430,12 @@ def _weights_of(
         return None
     taxonomy.require_same(start_from.document.taxonomy_hash, f"model {start_from.id[:12]}")
     architecture = start_from.document.architecture.name
+    if start_from.document.members:
+        listed = ", ".join(member.model_id[:12] for member in start_from.document.members)
+        raise ConfigError(
+            f"model {start_from.id[:12]} is an ensemble, which is not trained as a whole; start from one of its "
+            f"members ({listed})"
+        )
     if architecture != settings.model.name:
         raise ConfigError(
             f"trainers.model.name is {settings.model.name!r}, and model {start_from.id[:12]} to start from is "
@@ -361,7 +444,8 @@ def _weights_of(
     return start_from.weights()
 
 
-def _require_splits(dataset: DatasetVersion) -> None:
+def require_splits(dataset: DatasetVersion) -> None:
+    """Raise DataError if a split that fitting reads has no image."""
     for split in (Split.TRAIN, *FITTED_ON):
         if dataset.split(split).empty:
             raise DataError(

@@ -45,6 +45,7 @@ from trainers.fitting.workers import (
     mean_over,
     threads_of,
 )
+from trainers.optimization.distillation import build_distillation
 from trainers.optimization.freezing import freeze
 from trainers.optimization.losses import build_loss
 from trainers.optimization.optimizers import build_optimizer
@@ -440,6 +441,7 @@ class _Run:
             self._group.device,
             settings.optimizer,
             halves=self._group.world_size == 1,
+            distillation=build_distillation(data.lesson, settings.loss),
         )
 
     def _restore(self, found: Checkpoint) -> None:
@@ -475,6 +477,7 @@ def _identity(
         taxonomy_hash=taxonomy.hash,
         data_hash=data.content_hash(),
         start_hash=hash_of(start),
+        teacher_id=data.lesson.teacher_id if data.lesson is not None else None,
     )
 
 

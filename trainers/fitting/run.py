@@ -37,13 +37,15 @@ def run_folder(
     dataset: "DatasetVersion",
     *,
     start_from: "Bundle | None" = None,
+    distill_from: "Bundle | None" = None,
     resume: bool = False,
 ) -> Path:
     """Return the folder of a training, named by a hash of what is trained, so that a resumed one is the same one.
 
     RefusedError is raised if there is such a training and it shall not be resumed, or the other way round.
     """
-    identity = hash_of([trainers.recipe_hash(), dataset.id, start_from.id if start_from is not None else None])
+    made_of = [trainers.recipe_hash(), dataset.id, start_from.id if start_from is not None else None]
+    identity = hash_of(made_of if distill_from is None else [*made_of, distill_from.id])
     run_dir = store.home.runs / f"train-{identity[:12]}"
     begun = (run_dir / METRICS_FILE).is_file()
     if begun and not resume:
@@ -65,6 +67,7 @@ def train_and_register(
     run_dir: Path,
     *,
     start_from: "Bundle | None" = None,
+    distill_from: "Bundle | None" = None,
     progress: "Progress",
     tracking: TrackingSettings | None = None,
 ) -> "Bundle":
@@ -76,6 +79,7 @@ def train_and_register(
         dataset: to train on.
         run_dir: from `run_folder`.
         start_from: a bundle to fine-tune.
+        distill_from: a teacher, see `fit`.
         progress: bars are added to it.
         tracking: whether MLflow gets the run.
     Returns:
@@ -92,17 +96,18 @@ def train_and_register(
             on_epoch=tracked.before(bar),
             on_step=bar.on_step,
             start_from=start_from,
+            distill_from=distill_from,
             progress=progress,
         )
         # Registered before the report is written: a report can be made again, a lost training cannot.
         with store.ledger.begin() as tx:
             register(tx, bundle)
         tracked.fitted(bundle, run_dir / METRICS_FILE)
-    _report_on_val(store, trainers, bundle, dataset, progress)
+    report_on_val(store, trainers, bundle, dataset, progress)
     return bundle
 
 
-def _report_on_val(
+def report_on_val(
     store: "Store", trainers: "TrainersSettings", bundle: "Bundle", dataset: "DatasetVersion", progress: "Progress"
 ) -> None:
     """Write the bundle's report on val, which fitting has read anyway."""

@@ -35,6 +35,7 @@ from vision.preprocess import scale_pixels, to_tensor
 
 if TYPE_CHECKING:
     from trainers.fitting.training_data import TrainingData
+    from trainers.optimization.distillation import Distillation
     from trainers.optimization.losses import LossFunction
     from trainers.settings import TrainersSettings
 
@@ -80,6 +81,7 @@ class Stepper:
         settings: accumulation, clipping and L1 are read from it.
         halves: whether fewer images are computed at once when the device runs out of memory; not where other
             processes wait in the middle of the same step.
+        distillation: adds a teacher's part to the loss; None without one.
     """
 
     def __init__(
@@ -94,11 +96,13 @@ class Stepper:
         settings: OptimizerSettings,
         *,
         halves: bool = True,
+        distillation: "Distillation | None" = None,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._loss = loss
+        self._distillation = distillation
         self._geometry = geometry
         self._precision = precision
         self._device = device
@@ -162,11 +166,13 @@ class Stepper:
     def _batch_loss(self, batch: Batch) -> Tensor:
         logits = self._logits(batch.pixels)
         loss = self._loss(logits, self._on_device(batch.labels))
-        if batch.partner_labels is None:
+        if batch.partner_labels is not None:
+            other = self._loss(logits, self._on_device(batch.partner_labels))
+            # For every loss with hard labels this equals the loss against the mixed label.
+            loss = batch.share * loss + (1.0 - batch.share) * other
+        if self._distillation is None:
             return loss
-        other = self._loss(logits, self._on_device(batch.partner_labels))
-        # For every loss with hard labels this equals the loss against the mixed label.
-        return batch.share * loss + (1.0 - batch.share) * other
+        return self._distillation.added(loss, logits, batch.rows, batch.partner_rows, batch.share)
 
     def refresh_statistics(self, pixels: PixelSource, rows: IntArray) -> None:
         """Measure what batch norm uses in evaluation anew, on images as they are, with the weights as they are.

@@ -16,6 +16,7 @@ from records.ids import sha256_hex
 from records.taxonomy import Taxonomy
 from records.types import Split
 from trainers.fitting.feeding import PixelSource, Stream
+from trainers.optimization.distillation import Lesson
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -87,6 +88,7 @@ class TrainingData:
         train_index: [n] rows to train on.
         val_index: [m] rows to validate with; no row is in both.
         stream: of the images to train on, if `pixels` does not hold them all.
+        lesson: what a teacher says about the images to train on; None without one.
     """
 
     pixels: PixelSource
@@ -95,6 +97,7 @@ class TrainingData:
     train_index: IntArray = field(repr=False)
     val_index: IntArray = field(repr=False)
     stream: Stream | None = field(default=None, repr=False)
+    lesson: Lesson | None = field(default=None, repr=False)
 
     def require_usable(self, num_classes: int) -> None:
         """Refuse data that a run cannot use.
@@ -139,12 +142,14 @@ class DataPlan:
         labels: [N] class indices.
         num_train: n; the first n are trained on.
         group_ids: [N] the group of each image; empty where nobody asks for groups.
+        lesson: what a teacher says about the images to train on; None without one.
     """
 
     image_ids: list[str] = field(repr=False)
     labels: IntArray = field(repr=False)
     num_train: int
     group_ids: list[str] = field(default_factory=list, repr=False)
+    lesson: Lesson | None = field(default=None, repr=False)
 
     def limited(self, max_train_images: int | None) -> "DataPlan":
         """Return the plan with fewer training images: whole groups, classes in proportion, val untouched.
@@ -211,6 +216,7 @@ class DataPlan:
             labels=self.labels,
             train_index=rows[: self.num_train],
             val_index=rows[self.num_train :],
+            lesson=self.lesson,
         )
 
 

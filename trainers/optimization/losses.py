@@ -163,6 +163,15 @@ class LossSettings(RoomSettings):
     focal_gamma: float = Field(
         default=2.0, ge=0, le=10, allow_inf_nan=False, description="how fast the focal loss fades; 0 is cross-entropy"
     )
+    distill_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="share of a teacher in the loss, with `--distill-from`; labels have the rest",
+    )
+    distill_temperature: float = Field(
+        default=2.0, gt=0, le=20, description="softens probabilities of teacher and student, with `--distill-from`"
+    )
 
 
 def build_loss(settings: LossSettings, labels: IntArray, taxonomy: Taxonomy, *, sampler: str) -> "LossFunction":

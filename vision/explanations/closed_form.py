@@ -14,70 +14,81 @@ the weight has a closed form:
   gradient per class, g_c = d logit_c / d z, that is the product of the layers' Jacobians. The gradient with respect to
   A_k is g_ck / (h*w) at every position, and the map is relu(sum_k g_ck A_k) / (h*w).
 
+- **An ensemble's head.** Its logit is a weighted sum of the members' logits, each of channels of its own, so the sum
+  over all channels is the weighted sum of the members' sums, before the positive part is taken.
+
 In: a feature map [N, K, h, w] and the head that follows it. Out: maps [N, C, h, w]. Other heads have no closed form;
 for them, `vision.explanations.gradients.head_gradcam` runs a backward pass through the head.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from records.errors import ContractError
+from vision.networks.ensemble import EnsembleHead
 
 
-class ClosedForm(Protocol):
+class ClosedForm:
     """A head whose Grad-CAM needs no backward pass."""
+
+    pools_first: ClassVar[bool] = True
+    """whether the logits depend on the mean of each channel over the positions and on nothing else"""
+
+    def signed(self, features: Tensor) -> Tensor:
+        """Return the weighted sum over the channels for each class, [N, C, h, w], from the map [N, K, h, w]."""
+        raise NotImplementedError
 
     def maps(self, features: Tensor) -> Tensor:
         """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
-        ...
+        # relu(-0.0) is -0.0, which JSON would show; adding 0.0 makes it 0.0.
+        return torch.relu(self.signed(features)).float() + 0.0
 
 
 @dataclass(frozen=True)
-class PooledLinear:
+class PooledLinear(ClosedForm):
     """Global average pooling followed by a linear layer."""
 
     weight: Tensor
     """[K, C] in float64: where a map is faint, hundreds of channels nearly cancel, and fp32 would leave noise"""
 
-    def maps(self, features: Tensor) -> Tensor:
-        """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
+    def signed(self, features: Tensor) -> Tensor:
+        """Return the weighted sum over the channels for each class, [N, C, h, w], from the map [N, K, h, w]."""
         # With channels last, the weighted sum over channels is one matrix product.
         num_positions = features.shape[-2] * features.shape[-1]
         weighted = features.permute(0, 2, 3, 1).double() @ self.weight
-        return (torch.relu(weighted) / num_positions).float().permute(0, 3, 1, 2)
+        return (weighted / num_positions).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
-class PooledClassMaps:
+class PooledClassMaps(ClosedForm):
     """One feature map per class, then ReLU, an affine step per class, and global average pooling."""
 
     scale: Tensor
     """[C]: gamma / sqrt(var + eps); 1 without batch norm"""
+    pools_first: ClassVar[bool] = False
 
-    def maps(self, features: Tensor) -> Tensor:
-        """Return one map per class, [N, C, h, w], from the class maps before their ReLU [N, C, h, w]."""
+    def signed(self, features: Tensor) -> Tensor:
+        """Return the weighted map of each class, [N, C, h, w], from the class maps before their ReLU [N, C, h, w]."""
         features = features.float()
         num_positions = features.shape[-2] * features.shape[-1]
         share_active = (features > 0).float().mean(dim=(2, 3), keepdim=True)
-        weighted = self.scale[:, None, None] * share_active / num_positions * features
-        # relu(-0.0) is -0.0, which JSON would show; adding 0.0 makes it 0.0.
-        return torch.relu(weighted) + 0.0
+        return self.scale[:, None, None] * share_active / num_positions * features
 
 
 @dataclass(frozen=True)
-class PooledChain:
+class PooledChain(ClosedForm):
     """Global average pooling followed by several layers whose derivatives are known."""
 
     layers: tuple[nn.Module, ...]
     """of the kinds in `_KNOWN`, the last one linear; in float64: after a layer norm the terms of a map nearly cancel"""
 
-    def maps(self, features: Tensor) -> Tensor:
-        """Return one map per class, [N, C, h, w], from the feature map [N, K, h, w]."""
+    def signed(self, features: Tensor) -> Tensor:
+        """Return the weighted sum over the channels for each class, [N, C, h, w], from the map [N, K, h, w]."""
         flat = features.flatten(2).double()
         inputs = [flat.mean(dim=2)]
         for layer in self.layers[:-1]:
@@ -86,7 +97,23 @@ class PooledChain:
         weights = self.layers[-1].get_parameter("weight")[None]
         for layer, before in zip(reversed(self.layers[:-1]), reversed(inputs[:-1]), strict=True):
             weights = _back_through(layer, before, weights)
-        return (torch.relu(weights @ flat) / flat.shape[2]).float().reshape(-1, weights.shape[1], *features.shape[-2:])
+        return ((weights @ flat) / flat.shape[2]).reshape(-1, weights.shape[1], *features.shape[-2:])
+
+
+@dataclass(frozen=True)
+class WeightedForms(ClosedForm):
+    """The closed forms of an ensemble's members, side by side."""
+
+    forms: tuple[ClosedForm, ...]
+    channels: list[int]
+    """of each member"""
+    weights: tuple[float, ...]
+    """of each member's logits"""
+
+    def signed(self, features: Tensor) -> Tensor:
+        """Return the weighted sum over the channels for each class, [N, C, h, w], from the map [N, K, h, w]."""
+        parts = zip(self.weights, self.forms, torch.split(features, self.channels, dim=1), strict=True)
+        return torch.stack([weight * form.signed(part).double() for weight, form, part in parts]).sum(dim=0)
 
 
 _KNOWN = (nn.Linear, nn.Hardswish, nn.LayerNorm)
@@ -120,6 +147,9 @@ def _back_through(layer: nn.Module, before: Tensor, gradient: Tensor) -> Tensor:
 
 def closed_form_of(head: nn.Module) -> ClosedForm | None:
     """Return the closed form of `head`, the layers after the target layer of Grad-CAM, or None if it has none."""
+    if isinstance(head, EnsembleHead):
+        forms = [form for member in head.members if (form := closed_form_of(member)) is not None]
+        return WeightedForms(tuple(forms), head.channels, head.weights) if len(forms) == len(head.members) else None
     # Dropout is the identity in evaluation mode, and flattening does not change values.
     layers = [
         _as_linear(layer) for layer in head.children() if not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten)

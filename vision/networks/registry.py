@@ -2,7 +2,7 @@
 
 Numbers such as the parameter count are declared, so that the catalogue does not import torch; a test compares them with
 the built network. Factories import the network's module on their first call. Networks of timm are no records: theirs
-is made when `timm/NAME` is looked up.
+is made when `timm/NAME` is looked up. Ensembles are made of trained models and are not offered for training.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +25,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 """What files of weights are called; their content decides how they are read."""
 ADDRESS = "https://download.pytorch.org/models/"
 TIMM = "timm/"
+ENSEMBLE = "ensemble"
 HUB = "hub"
 Rgb = tuple[float, float, float]
 
@@ -107,6 +108,8 @@ class Networks(Registry[ModelRecipe]):
             # Imported here, as factories do it: it imports torch, and timm.
             recipe: ModelRecipe = import_module("vision.networks.timm_nets").recipe_of(name)
             return recipe
+        if name == ENSEMBLE:
+            return _ENSEMBLE
         try:
             return super().__getitem__(name)
         except ConfigError as error:
@@ -119,6 +122,20 @@ class Networks(Registry[ModelRecipe]):
         unknown = dict.fromkeys(MODELS["custom_cnn"].facts())
         return [*rows, {"name": f"{TIMM}NAME", **unknown, "description": described, "tunable": {}}]
 
+
+_ENSEMBLE = ModelRecipe(
+    name=ENSEMBLE,
+    description="several models as one: the weighted mean of their logits",
+    factory=_factory("ensemble", "ensemble"),
+    options=("members", "geometry"),
+    parameters=None,
+    receptive_field_px=None,
+    input_side_px=224,
+    minimum_side_px=8,
+    gradcam="probed",
+    target_layer="features.maps",
+    batch_norm=None,
+)
 
 MODELS: Networks = Networks(
     "model",
@@ -389,6 +406,13 @@ class ModelSettings(RoomSettings):
             # The validator of the name says why.
             return values
         return {"side_px": recipe.input_side_px, "scaling": "own", **values}
+
+    @field_validator("name")
+    @classmethod
+    def _is_trained_as_a_whole(cls, value: str) -> str:
+        if value == ENSEMBLE:
+            raise ValueError("an ensemble is made of trained models, by `relook models combine MODEL MODEL`")
+        return value
 
     @model_validator(mode="after")
     def _large_enough(self) -> Self:
