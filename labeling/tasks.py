@@ -13,13 +13,14 @@ from functools import lru_cache
 from typing import Any
 from xml.etree import ElementTree
 
+import cv2
 from PIL import Image as PillowImage
-from PIL import ImageOps
 
 from images.decode import decode_image
 from labeling.outlines import CONTROL
 from labeling.settings import LabelingSettings
 from records.arrays import UInt8Array
+from records.images import strip_metadata
 from records.taxonomy import Taxonomy
 from records.types import AnnotationKind, Image, Prediction, ReasonCode, ReviewItem
 from records.types.base import LINE, LINES
@@ -31,6 +32,7 @@ not depend on the model; an open task keeps its place when another model becomes
 CANT_TELL = "cant-tell"
 OTHER = "no-class-fits"  # a hyphen cannot occur in a class code
 QUALITIES = ("good", "usable", "unusable")
+_PLAIN_BYTES = 100_000  # a larger JPEG is encoded again, in the quality of the settings
 
 _HIDDEN = tuple(
     f"tasks:{name}"
@@ -137,6 +139,7 @@ def task_document(
     key: str,
     cases: Mapping[str, str] | None = None,
     place: str = "",
+    pixels: UInt8Array | None = None,
 ) -> dict[str, Any]:
     """Return the task of a review item, ready to be imported.
 
@@ -151,6 +154,7 @@ def task_document(
         key: idempotency key (item and project), returned with every listing of tasks.
         cases: what the panel of confirmed cases shows; None for a page without one.
         place: which task of a sitting it is, one sentence; empty outside of sittings.
+        pixels: of the image as `data_uri` takes them.
     Returns:
         `data`, `meta` and `predictions` of one task.
     Raises:
@@ -159,7 +163,7 @@ def task_document(
     texts = _texts(item, overlay, prediction, taxonomy, settings)
     return {
         "data": {
-            "image": data_uri(content, settings),
+            "image": data_uri(content, settings, pixels),
             **texts,
             "why": f"{place} {texts['why']}".strip(),
             **(cases or {}),
@@ -224,27 +228,46 @@ def about_text(image: Image) -> str:
     return ", ".join(word for word in known if word) or "No age, sex or site is recorded."
 
 
-def data_uri(image: bytes, settings: LabelingSettings) -> str:
+def data_uri(image: bytes, settings: LabelingSettings, pixels: UInt8Array | None = None) -> str:
     """Return an image as a data URI of at most `image_side_px` on its longer side.
 
     Args:
         image: JPEG, PNG or WebP bytes.
         settings: longest side and JPEG quality.
+        pixels: of the image at that size, if it was decoded already.
     Returns:
         A JPEG data URI, upright, in sRGB, without metadata.
     Raises:
         ImageError: the bytes cannot be decoded.
     """
+    if (plain := _plain_jpeg(image, settings.image_side_px)) is not None:
+        return _jpeg_uri(plain)
     # The model's decoder, so that annotators see its pixels; browsers show transparency and CMYK in another way.
-    shown = PillowImage.fromarray(decode_image(image, settings.image_side_px))
-    return _jpeg_uri(_encoded(shown, settings.jpeg_quality))
+    pixels = decode_image(image, settings.image_side_px) if pixels is None else pixels
+    return _jpeg_uri(_encoded(PillowImage.fromarray(pixels), settings.jpeg_quality))
+
+
+def _plain_jpeg(image: bytes, side_px: int) -> bytes | None:
+    """Return a small JPEG without metadata which every browser shows as the decoder does, None if it is none."""
+    if not image.startswith(b"\xff\xd8"):
+        return None
+    stripped = strip_metadata(image)
+    if len(stripped) > _PLAIN_BYTES:
+        return None
+    try:
+        with PillowImage.open(io.BytesIO(stripped)) as opened:
+            turned_or_coloured = "exif" in opened.info or "icc_profile" in opened.info
+            return stripped if opened.mode == "RGB" and max(opened.size) <= side_px and not turned_or_coloured else None
+    except OSError:
+        return None  # the decoder says what is wrong with it
 
 
 def _enlarged_uri(overlay: UInt8Array, settings: LabelingSettings) -> str:
     """Return a heat map as a data URI whose longer side is `image_side_px`: a folded panel shows it at its own size."""
-    most = (settings.image_side_px, settings.image_side_px)
-    shown = ImageOps.contain(PillowImage.fromarray(overlay), most, PillowImage.Resampling.BILINEAR)
-    return _jpeg_uri(_encoded(shown, settings.jpeg_quality))
+    factor = settings.image_side_px / max(overlay.shape[:2])
+    size = (max(1, round(overlay.shape[1] * factor)), max(1, round(overlay.shape[0] * factor)))
+    shown = overlay if factor == 1.0 else cv2.resize(overlay, size, interpolation=cv2.INTER_LINEAR)
+    return _jpeg_uri(_encoded(PillowImage.fromarray(shown), settings.jpeg_quality))
 
 
 def parse_annotation(result: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> ParsedAnnotation:

@@ -131,7 +131,7 @@ def add_review_items(store: Store, count: int, seed: int) -> None:
             records.append(
                 ReviewItem(
                     id=new_id(), created_at=now, image_id=blob, reasons=[ReasonCode.REFER],
-                    priority=float(chance.random() * 300), overlay_blob=blob,
+                    priority=float(chance.random() * 300), heat_map=chance.integers(0, 256, (7, 7)).tolist(),
                 )
             )  # fmt: skip
         with store.ledger.begin() as tx:

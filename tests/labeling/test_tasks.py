@@ -177,6 +177,28 @@ def test_images_are_reduced_to_the_longest_side_and_never_enlarged() -> None:
     assert _opened(data_uri(_encoded((1024, 100), "WEBP"), SETTINGS)).size == (512, 50)
 
 
+def test_only_a_small_plain_jpeg_is_sent_as_it_is() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = PillowImage.Exif()
+    exif[0x010F] = "a camera"
+    plain = _encoded((200, 150), "JPEG")
+
+    def sent(data: bytes) -> bytes:
+        return base64.b64decode(data_uri(data, SETTINGS).partition(",")[2])
+
+    assert sent(plain) == plain
+    assert sent(_encoded((200, 150), "JPEG", exif=exif)) == plain, "without its metadata"
+    grey = io.BytesIO()
+    PillowImage.new("CMYK", (64, 64)).save(grey, "JPEG")
+    large = io.BytesIO()
+    PillowImage.effect_noise((500, 500), 90).convert("RGB").save(large, "JPEG", quality=100)
+    others = (_encoded((200, 150), "JPEG", icc_profile=profile), _encoded((600, 100), "JPEG"), grey.getvalue())
+    for data in (*others, large.getvalue(), _encoded((64, 64), "PNG")):
+        assert sent(data) != data
+        assert sent(data).startswith(b"\xff\xd8")
+    assert len(sent(large.getvalue())) < len(large.getvalue())
+
+
 def test_orientation_and_profile_are_applied() -> None:
     exif = PillowImage.Exif()
     exif[0x0112] = 6  # stored lying on its side
