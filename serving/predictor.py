@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 # Costly images wait for each other, not for the threads of others: as many as are decoded at once, and a short queue.
 COSTLY_THREADS = 2
 MAX_COSTLY = 8
+CHECKPOINT_S = 5.0
+"""How often SQLite's log is copied into its file, so that no commit has to, seconds."""
 
 T = TypeVar("T")
 
@@ -108,7 +110,8 @@ class Predictor:
     async def start(self) -> None:
         """Load the serving model, then start the batch loop and the polling of the ledger."""
         await self._in(self._poll_thread, self._refresh)
-        self._loops = [asyncio.create_task(self._poll_ledger()), asyncio.create_task(self._run_batches())]
+        loops = (self._poll_ledger(), self._run_batches(), self._empty_log())
+        self._loops = [asyncio.create_task(loop) for loop in loops]
 
     async def stop(self) -> None:
         """Finish running batches and end all threads."""
@@ -247,6 +250,15 @@ class Predictor:
             except Exception:
                 # What cannot be read now is read at the next poll; a loop that ended would stop the service.
                 logger.exception("the ledger was not followed")
+
+    async def _empty_log(self) -> None:
+        while True:
+            await asyncio.sleep(CHECKPOINT_S)
+            try:
+                await asyncio.to_thread(self._store.ledger.checkpoint)
+            except UnavailableError:
+                # Commits copy the log where this cannot.
+                logger.exception("the ledger's log was not copied into its file")
 
     def _refresh(self, until: int | None = None) -> None:
         """Follow the ledger; with `until` only if this generation was not reached meanwhile."""

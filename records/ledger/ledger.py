@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from records.errors import ContractError, RefusedError, RelookError, UnavailableError, UnknownIdError
-from records.ledger.engine import READ_OPTIONS, TOUCHES_OPTION, WRITE_OPTION, make_engine
+from records.ledger.engine import READ_OPTIONS, TOUCHES_OPTION, WRITE_OPTION, checkpoint, make_engine
 from records.ledger.migrate import upgrade
 from records.ledger.tables import TABLES, any_of
 from records.redaction import without_secrets
@@ -323,6 +323,11 @@ class Ledger:
                 # Rows are never deleted: their fence numbers go on.
                 tx.update(Lease, name, expires_at=_RELEASED)
         return is_ours
+
+    def checkpoint(self) -> None:
+        """Copy SQLite's log into its file, see `records.ledger.engine.checkpoint`; UnavailableError if that fails."""
+        with reachable(self.url):
+            checkpoint(self.engine)
 
     def close(self) -> None:
         """Close all connections."""

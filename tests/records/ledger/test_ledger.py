@@ -264,3 +264,25 @@ def test_a_lease_is_renewed_expires_and_is_released(ledger: Ledger) -> None:
     time.sleep(0.06)
     assert ledger.lease("round", "c", 30)
     ledger.release("unknown", "a")
+
+
+def test_a_checkpoint_copies_the_log_beside_readers_and_a_writer(tmp_path: Path, sample: Sample) -> None:
+    file, log = tmp_path / "ledger.db", tmp_path / "ledger.db-wal"
+    ledger = open_ledger(f"sqlite:///{file}")
+    ledger.checkpoint()
+    before = file.stat().st_size
+    number = 0
+    # More than the 1,000 pages after which SQLite would make a commit copy them.
+    while log.stat().st_size < 1500 * 4096:
+        with ledger.begin() as tx:
+            tx.add(*(sample(Image, number + n) for n in range(200)))
+        number += 200
+    assert file.stat().st_size == before
+    with ledger.read() as reading, ledger.begin() as writing:
+        writing.add(sample(Image, number))
+        ledger.checkpoint()
+        assert file.stat().st_size > before
+        assert reading.count(Image) == number
+    with ledger.read() as tx:
+        assert tx.count(Image) == number + 1
+    ledger.close()
