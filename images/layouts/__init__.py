@@ -14,6 +14,7 @@ from images.layouts.dicom import find_dicom
 from images.layouts.exported import find_export
 from images.layouts.geti import find_geti_project
 from images.layouts.known_tables import FINDERS
+from images.layouts.label_studio import find_label_studio
 from images.layouts.look import Found, Look
 from images.layouts.packed import find_parquet, find_webdataset
 from images.source_table import COLUMNS, REQUIRED, SourceTable, read_class_folders, read_table_folder, tables_of
@@ -47,6 +48,7 @@ LAYOUTS: dict[str, Callable[[Look], Found | None]] = {
     "geti": find_geti,
     "datumaro": find_datumaro,
     "coco": find_coco,
+    "label-studio": find_label_studio,
     **FINDERS,
     "parquet": find_parquet,
     "webdataset": find_webdataset,
@@ -56,7 +58,7 @@ LAYOUTS: dict[str, Callable[[Look], Found | None]] = {
 }
 """Name, as `--layout` takes it, to what recognises and reads the layout; the most specific first."""
 
-_OF_TABLES = {*FINDERS, "dicom", "table"}
+_OF_TABLES = {*FINDERS, "label-studio", "dicom", "table"}
 _LAST_RESORT = ("table", "folders")
 
 

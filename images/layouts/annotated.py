@@ -5,7 +5,7 @@ an image with several is quarantined with their names, and one with none is an i
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _GETI_MARKS = ("has_empty_label",)
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
     """What a document says about one image; `classes` are the names of all its classes."""
 
     image: str
@@ -33,7 +33,7 @@ def find_coco(look: Look) -> Found | None:
     if not documents:
         return None
     reason = f"{look.shown(next(iter(documents)))} has images, annotations and categories"
-    return Found(reason, lambda: _read(look, documents, _coco_images, f"layout: COCO, because {reason}"))
+    return Found(reason, lambda: read_documents(look, documents, _coco_images, f"layout: COCO, because {reason}"))
 
 
 def find_datumaro(look: Look) -> Found | None:
@@ -42,7 +42,9 @@ def find_datumaro(look: Look) -> Found | None:
     if not documents:
         return None
     reason = f"{look.shown(next(iter(documents)))} has items, and categories with labels"
-    return Found(reason, lambda: _read(look, documents, _datumaro_images, f"layout: Datumaro, because {reason}"))
+    return Found(
+        reason, lambda: read_documents(look, documents, _datumaro_images, f"layout: Datumaro, because {reason}")
+    )
 
 
 def find_geti(look: Look) -> Found | None:
@@ -51,7 +53,9 @@ def find_geti(look: Look) -> Found | None:
     if not documents:
         return None
     reason = f"{look.shown(next(iter(documents)))} has items, and labels in groups as Geti writes them"
-    return Found(reason, lambda: _read(look, documents, _datumaro_images, f"layout: Intel Geti, because {reason}"))
+    return Found(
+        reason, lambda: read_documents(look, documents, _datumaro_images, f"layout: Intel Geti, because {reason}")
+    )
 
 
 def _is_coco(said: Mapping[str, Any]) -> bool:
@@ -79,17 +83,17 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _coco_images(said: Mapping[str, Any]) -> Iterator[_Described]:
+def _coco_images(said: Mapping[str, Any]) -> Iterator[Described]:
     names = {text_of(one.get("id")): text_of(one.get("name")) for one in _dicts(said["categories"])}
     classes: dict[str, dict[str, None]] = {}
     for one in _dicts(said["annotations"]):
         number = text_of(one.get("category_id"))
         classes.setdefault(text_of(one.get("image_id")), {})[names.get(number) or f"category {number}"] = None
     for image in _dicts(said["images"]):
-        yield _Described(text_of(image.get("file_name")), tuple(classes.get(text_of(image.get("id")), ())))
+        yield Described(text_of(image.get("file_name")), tuple(classes.get(text_of(image.get("id")), ())))
 
 
-def _datumaro_images(said: Mapping[str, Any]) -> Iterator[_Described]:
+def _datumaro_images(said: Mapping[str, Any]) -> Iterator[Described]:
     labels = list(_dicts(_mapping(said["categories"]["label"]).get("labels")))
     names = {str(number): text_of(label.get("name")) for number, label in enumerate(labels)}
     parents = {text_of(label.get("name")): text_of(label.get("parent")) for label in labels}
@@ -101,7 +105,7 @@ def _datumaro_images(said: Mapping[str, Any]) -> Iterator[_Described]:
         found = [names.get(number) or f"label {number}" for number in numbers]
         above = {name for one in found for name in _above(one, parents)}
         place = _mapping(item.get("image")) or _mapping(item.get("media"))
-        yield _Described(
+        yield Described(
             text_of(place.get("path")) or text_of(item.get("id")), tuple(name for name in found if name not in above)
         )
 
@@ -114,7 +118,21 @@ def _above(name: str, parents: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _read(look: Look, documents: Mapping[Path, Any], images: Any, layout: str) -> SourceTable:
+def read_documents(
+    look: Look, documents: Mapping[Path, Any], images: Callable[[Any], Iterable[Described]], layout: str
+) -> SourceTable:
+    """Read the rows that documents describe.
+
+    Args:
+        look: the folder.
+        documents: path to content.
+        images: what a document says about each of its images.
+        layout: the sentence about the layout.
+    Returns:
+        The rows, in the order of the documents.
+    Raises:
+        DataError: a document cannot be read.
+    """
     places = _Places(look)
     columns: dict[str, list[str]] = {"image": [], "dx": [], "split": []}
     conflicts: dict[int, str] = {}
@@ -136,7 +154,7 @@ def _read(look: Look, documents: Mapping[Path, Any], images: Any, layout: str) -
     mapping = {name: name for name in columns}
     source = source_of(next(iter(documents)), content, cells, mapping, layout, look.listing, look.folder)
     said_licences = {
-        text_of(one.get("name")) for said in documents.values() for one in _dicts(said.get("licenses", []))
+        text_of(one.get("name")) for said in documents.values() for one in _dicts(_mapping(said).get("licenses"))
     }
     return replace(source, licences=tuple(sorted(said_licences - {""})[:20]))
 

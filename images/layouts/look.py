@@ -72,19 +72,23 @@ class Look:
         return found
 
     @cached_property
-    def documents(self) -> dict[Path, Any]:
+    def documents(self) -> dict[Path, dict[str, Any]]:
         """The JSON objects at the top, or one or two folders below; DataError if one is too large."""
+        return {path: said for path, said in self._json.items() if isinstance(said, dict)}
+
+    @cached_property
+    def lists(self) -> dict[Path, list[Any]]:
+        """The JSON lists at the same places."""
+        return {path: said for path, said in self._json.items() if isinstance(said, list)}
+
+    @cached_property
+    def _json(self) -> dict[Path, Any]:
         paths = [path for path in self.listing.files if path.suffix.lower() == ".json"]
         paths = [path for path in paths if len(folder_parts(self.folder, path)) <= 2]
         beside = Counter(path.parent for path in paths)
-        found = {}
-        for path in paths:
-            # A document beside each image describes that image, not the folder.
-            if beside[path.parent] > _MAX_DOCUMENTS_OF_A_FOLDER:
-                continue
-            if (document := _document(path)) is not None:
-                found[path] = document
-        return found
+        # A document beside each image describes that image, not the folder.
+        paths = [path for path in paths if beside[path.parent] <= _MAX_DOCUMENTS_OF_A_FOLDER]
+        return {path: said for path in paths if (said := _document(path)) is not None}
 
     def shown(self, path: Path) -> str:
         """Return a path inside the folder as text."""
@@ -101,14 +105,13 @@ class Look:
         return found[:_MAX_LICENCES]
 
 
-def _document(path: Path) -> dict[str, Any] | None:
+def _document(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_DOCUMENT_BYTES:
             raise DataError(f"{path} has more than 1 GB, more than is read as one JSON document; divide it")
-        document = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return document if isinstance(document, dict) else None
 
 
 def text_of(value: Any) -> str:
