@@ -3,19 +3,23 @@
 The environment is cleaned of Relook's variables once, before the first test: a developer's shell decides nothing.
 """
 
+import contextlib
 import gc
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Generator, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
 from _pytest.nodeid import NodeId
+from httpx._transports import default as httpx_transports
 
-from records.ledger import open_ledger
+from records.ledger import ledger, open_ledger
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 
@@ -94,6 +98,52 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("migrated") / "ledger.db"
     open_ledger(f"sqlite:///{path}").close()
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_starts(migrated: Path) -> Iterator[None]:
+    """Do once in this process what thousands of tests would repeat.
+
+    - A new SQLite ledger begins as a copy. The migrations have tests of their own, and processes that tests start run
+      them as users do.
+    - Nobody waits for a disk: what outlives a power cut is tested in processes of their own.
+    - Clients of HTTP share the certificates of the authorities, whose reading takes longer than a request here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "upgrade", _copying(migrated, ledger.upgrade))
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(httpx_transports, "create_ssl_context", _remembering(httpx_transports.create_ssl_context))
+        yield
+
+
+def _copying(migrated: Path, upgrade: Callable[[sa.Engine], None]) -> Callable[[sa.Engine], None]:
+    def copy_or_upgrade(engine: sa.Engine) -> None:
+        file = Path(engine.url.database or "")
+        if engine.dialect.name != "sqlite" or file.exists() or not os.access(file.parent, os.W_OK):
+            upgrade(engine)
+            return
+        copy = file.with_name(f"copy-{threading.get_ident()}")
+        shutil.copyfile(migrated, copy)
+        # Threads may open a new ledger at once: it is never seen half written, and the first copy counts.
+        with contextlib.suppress(FileExistsError):
+            file.hardlink_to(copy)
+        copy.unlink()
+
+    return copy_or_upgrade
+
+
+def _remembering(create: Callable[..., Any]) -> Callable[..., Any]:
+    made: dict[tuple[str | None, ...], Any] = {}
+
+    def one_context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> Any:
+        if verify is not True or cert is not None:
+            return create(verify=verify, cert=cert, trust_env=trust_env)
+        places = tuple(os.environ.get(name) if trust_env else None for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
+        if places not in made:
+            made[places] = create(trust_env=trust_env)
+        return made[places]
+
+    return one_context
 
 
 @pytest.fixture
