@@ -50,8 +50,12 @@ class TaskCase:
     png: bytes
 
 
-CaseSource = Callable[[Image, bytes, Prediction | None], Sequence[TaskCase]]
-"""Finds the cases like an image, from its row, its bytes and the prediction under review; the nearest first."""
+AboutTask = tuple[Image, bytes, Prediction | None]
+"""An image's row, its bytes and the prediction under review."""
+CaseSource = Callable[[Sequence[AboutTask]], Sequence[Sequence[TaskCase]]]
+"""Finds the cases like each of some images, the nearest first."""
+AT_ONCE = 32
+"""Images that a source is asked about at once: one forward pass, and so many of them in memory."""
 
 
 def are_shown(store: Store, settings: LabelingSettings) -> bool:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from images.decode import decode_image
 from images.overlay import overlay
-from labeling.cases import CaseSource, case_data
+from labeling.cases import AT_ONCE, AboutTask, CaseSource, TaskCase, case_data
 from labeling.client import LabelStudioClient
 from labeling.existing.fit import fitted, require_fit
 from labeling.existing.page import LabelPage
@@ -45,7 +45,7 @@ from records.errors import DataError, LabelStudioError, LabelStudioRefusedError,
 from records.ids import utc_now
 from records.lease import hold
 from records.ledger import Transaction
-from records.parts import ahead, attempt, in_parts
+from records.parts import ahead, attempt, each_in_parts, in_parts
 from records.store import Store, read_image
 from records.types import Image, Prediction, ReviewItem, ReviewState
 
@@ -391,6 +391,7 @@ def _prepare(
         images = {i.id: i for i in tx.find(Image, where={"id": {item.image_id for item in waiting}})}
         predicted = {item.prediction_id for item in waiting if item.prediction_id is not None}
         predictions = {p.id: p for p in tx.find(Prediction, where={"id": predicted})}
+    cases_of = _found_cases(store, waiting, images, predictions, beside.cases) if project.cases else {}
 
     def document(item: ReviewItem) -> dict[str, Any]:
         image = images.get(item.image_id)
@@ -398,9 +399,9 @@ def _prepare(
         if image is None:
             raise UnknownIdError(f"its image {item.image_id[:12]} is not in the ledger")
         content = read_image(store, image)
-        shows = project.cases and not item.blind
+        if isinstance(alike := cases_of.get(item.id, ()), Exception):
+            raise alike
         drawn, pixels = _drawn(store, item, content, settings.image_side_px)
-        alike = beside.cases(image, content, prediction) if shows and beside.cases is not None else ()
         made = task_document(
             item,
             image,
@@ -410,7 +411,7 @@ def _prepare(
             taxonomy=store.taxonomy,
             settings=settings,
             key=item_key(item.id, project),
-            cases=case_data(alike, store.taxonomy, settings) if shows else None,
+            cases=case_data(alike, store.taxonomy, settings) if project.cases and not item.blind else None,
             place=beside.places.get(item.id, ""),
             pixels=pixels,
         )
@@ -441,6 +442,27 @@ def _prepare(
             batch.documents.append(found)
     _note_cases(store, batch)
     return batch
+
+
+def _found_cases(
+    store: Store,
+    waiting: Sequence[ReviewItem],
+    images: Mapping[str, Image],
+    predictions: Mapping[str, Prediction],
+    source: CaseSource | None,
+) -> dict[str, Sequence[TaskCase] | Exception]:
+    """Return the cases of tasks that are not blind, or why there are none, by review item."""
+    found: dict[str, Sequence[TaskCase] | Exception] = {}
+    shown = [item for item in waiting if not item.blind and item.image_id in images]
+    for start in range(0, len(shown) if source is not None else 0, AT_ONCE):
+        about: dict[str, AboutTask] = {}
+        for item in shown[start : start + AT_ONCE]:
+            content = attempt(partial(read_image, store), image := images[item.image_id])
+            if isinstance(content, bytes):
+                about[item.id] = (image, content, predictions.get(item.prediction_id or ""))
+        if source is not None:
+            found.update(zip(about, each_in_parts(list(about.values()), source), strict=True))
+    return found
 
 
 def _note_cases(store: Store, batch: _Batch) -> None:

@@ -6,6 +6,7 @@ shares no network and no lock with predicting. It writes nothing.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -71,15 +72,18 @@ class Explainer:
             UnknownIdError: the model is not registered any more.
             IntegrityError: the model's cases cannot be read.
         """
-        own, image = self._image(prediction)
-        return self.nearest_to(own, image, prediction.model_id, prediction.precision, limit)
+        about = [self._image(prediction)]
+        return self.nearest_to_each(about, prediction.model_id, prediction.precision, limit)[0]
 
-    def nearest_to(self, own: Image, data: bytes, model_id: str, precision: str, limit: int) -> list[FoundCase]:
-        """Return the confirmed cases of a model that are most like an image to it; see `nearest`."""
+    def nearest_to_each(
+        self, about: Sequence[tuple[Image, bytes]], model_id: str, precision: str, limit: int
+    ) -> list[list[FoundCase]]:
+        """Return the confirmed cases of a model that are most like each image to it; see `nearest`."""
         loaded = self._model(model_id, precision, "gradcam")
         with self._store.ledger.read() as tx:
             folder = bundle_folder(self._store, tx.require(ModelRecord, model_id))
-        return self._cases.find(loaded, folder, decode_square(data, loaded.geometry.side_px), own, limit)
+        seen = [(own, decode_square(data, loaded.geometry.side_px)) for own, data in about]
+        return self._cases.find(loaded, folder, seen, limit)
 
     def explain_image(self, image: bytes, method: Method, target: str | None, versus: str | None) -> HeatMap:
         """Return a heat map of an image by the model that serves now. Nothing is stored.

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image as PillowImage
 
-from labeling.cases import NONE_SHOWN, SIDE_PX, TaskCase, are_shown, forbidden_cases
+from labeling.cases import NONE_SHOWN, SIDE_PX, AboutTask, TaskCase, are_shown, forbidden_cases
 from labeling.client import LabelStudioClient
 from labeling.project import Project, ProjectKey
 from labeling.pull import pull
@@ -54,11 +54,12 @@ def add_cases(store: Store, images: Sequence[Image]) -> None:
 def source_of(images: Sequence[Image], store: Store) -> Any:
     """A source that finds the same images for every task."""
 
-    def find(*_: Any) -> list[TaskCase]:
-        return [
+    def find(about: Sequence[AboutTask]) -> list[list[TaskCase]]:
+        found = [
             TaskCase(image.id, code, "histopathology", 0.25 * number, store.blobs.get(image.id))
             for number, (image, code) in enumerate(zip(images, ("mel", "nv", "bcc"), strict=False), start=1)
         ]
+        return [found for _ in about]
 
     return find
 
@@ -107,7 +108,7 @@ def test_lowered_consent_and_erasure_take_them_out_of_tasks(
     items = [write_item(store, make_image(10 + number), None, 2.0 - number) for number in range(2)]
     sources = [source_of(images[:2], store), source_of(images[2:], store)]
     by_item = {item.image_id: source for item, source in zip(items, sources, strict=True)}
-    report = push(store, client, settings, cases=lambda image, *rest: by_item[image.id](image, *rest))
+    report = push(store, client, settings, cases=lambda about: [by_item[one[0].id]([one])[0] for one in about])
     assert (report.pushed, report.unreadable) == (2, [])
     assert report.project_id is not None
 

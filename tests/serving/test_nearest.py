@@ -33,7 +33,7 @@ from serving.schemas import Context
 from serving.settings import ServingSettings
 from tests.vision.checked import write_checked_bundle
 from trainers.fitting.cases import add_cases, case_ids
-from vision.inference.loaded import load_model, plain_network
+from vision.inference.loaded import LoadedModel, load_model, plain_network
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,12 @@ def test_the_nearest_are_found_exactly_and_shown_with_their_diagnoses(
 
 
 def test_a_task_gets_the_cases_that_the_service_shows(
-    http: Client, shown_store: Store, bundle: Bundle, running: Any, make_image: Callable[..., bytes]
+    http: Client,
+    shown_store: Store,
+    bundle: Bundle,
+    running: Any,
+    make_image: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prediction = http.predict(make_image(5))
     served = http.nearest(prediction.id, limit=2).cases
@@ -139,15 +144,28 @@ def test_a_task_gets_the_cases_that_the_service_shows(
     data = read_image(shown_store, image)
     find = TaskCases(shown_store, running.settings, 2)
     for about in (row, None):  # without a prediction, the model that serves looks for them
-        found = find(image, data, about)
+        (found,) = find([(image, data, about)])
         assert [(one.image_id, one.label, one.confirmed_by) for one in found] == [
             (case.image_id, case.label, case.confirmed_by) for case in served
         ]
         assert [one.distance for one in found] == pytest.approx([case.distance for case in served], rel=1e-3)
-    assert TaskCases(shown_store, running.settings, 0)(image, data, row) == []
+    seen: list[int] = []
+    describe = LoadedModel.describe
+
+    def count(self: LoadedModel, pixels: Any) -> Any:
+        seen.append(len(pixels))
+        return describe(self, pixels)
+
+    monkeypatch.setattr(LoadedModel, "describe", count)
+    assert find([(image, data, row)] * 3)[1:] == find([(image, data, row)] * 2)
+    assert seen == [3, 2], "one forward pass for all"
+    several = find([(image, b"broken", row), (image, data, row), (image, data, None)])
+    assert [len(one) for one in several] == [0, 2, 2], "one that cannot be decoded takes nothing from the others"
+    assert [one.image_id for one in several[1]] == [case.image_id for case in served]
+    assert TaskCases(shown_store, running.settings, 0)([(image, data, row)]) == [[]]
     held = (bundle.path / FILE).read_bytes()
     (bundle.path / FILE).write_bytes(b"broken")
-    assert find(image, data, row) == [], "a task is sent without them"
+    assert find([(image, data, row)]) == [[]], "a task is sent without them"
     (bundle.path / FILE).write_bytes(held)
 
 
