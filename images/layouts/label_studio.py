@@ -41,7 +41,9 @@ def find_label_studio(look: Look) -> Found | None:
 def _reader(
     look: Look, documents: Mapping[Path, list[Any]], images: Callable[..., Iterator[Described]], layout: str
 ) -> Callable[[], SourceTable]:
-    there = {path.name for path in look.listing.files}
+    there = {_kept(path.name): path.name for path in look.listing.files} | {
+        path.name: path.name for path in look.listing.files
+    }
     wanted = look.columns.get("dx")
     return lambda: read_documents(look, documents, lambda said: images(said, wanted, there), layout)
 
@@ -61,7 +63,7 @@ def _rows(columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
-def _images_of_tasks(tasks: Sequence[Any], wanted: str | None, there: set[str]) -> Iterator[Described]:
+def _images_of_tasks(tasks: Sequence[Any], wanted: str | None, there: Mapping[str, str]) -> Iterator[Described]:
     """Return what the tasks of the export JSON say; `wanted` is the control that has the class."""
     said: dict[str, dict[str, dict[str, None]]] = {}
     for task in (one for one in tasks if _is_task(one)):
@@ -82,7 +84,7 @@ def _images_of_tasks(tasks: Sequence[Any], wanted: str | None, there: set[str]) 
         yield Described(image, tuple(of_image.get(control, ())))
 
 
-def _images_of_rows(rows: Sequence[Any], wanted: str | None, there: set[str]) -> Iterator[Described]:
+def _images_of_rows(rows: Sequence[Any], wanted: str | None, there: Mapping[str, str]) -> Iterator[Described]:
     """Return what the rows of the exports JSON-MIN and CSV say; `wanted` is the column that has the class."""
     usable = [row for row in rows if _is_row(row)]
     names = dict.fromkeys(name for row in usable for name in row if name not in _COLUMNS)
@@ -131,14 +133,25 @@ def _chosen(cell: Any) -> list[str]:
     return [text] if (text := text_of(cell)) else []
 
 
-def _image_of(data: Mapping[str, Any], uploaded: Any, there: set[str]) -> str:
+def _image_of(data: Mapping[str, Any], uploaded: Any, there: Mapping[str, str]) -> str:
     """Return the name of a task's image; empty if none of its fields has one, or it is embedded."""
     names = [name for value in [*data.values(), uploaded] for name in _names(value)]
-    known = [name for name in names if name.rsplit("/", 1)[-1] in there]
+    known = [found for name in names if (found := _found(name, there))]
     return next(iter(known or [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]), "")
 
 
-def _is_image(value: Any, there: set[str]) -> bool:
+def _found(name: str, there: Mapping[str, str]) -> str:
+    folder, slash, last = name.rpartition("/")
+    found = there.get(last, "")
+    return f"{folder}{slash}{found}" if found else ""
+
+
+def _kept(name: str) -> str:
+    """Return a file's name as Label Studio keeps it: `drei vier.png` is `drei_vier.png` there."""
+    return re.sub(r"[^-\w.]", "", name.strip().replace(" ", "_"))
+
+
+def _is_image(value: Any, there: Mapping[str, str]) -> bool:
     return text_of(value).startswith("data:image/") or bool(_image_of({"": value}, None, there))
 
 
