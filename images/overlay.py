@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -111,6 +110,9 @@ def _levels(strength: NDArray[np.floating]) -> UInt8Array:
 
 @lru_cache(maxsize=1)
 def _palette() -> bytes:
+    # Here, since processes that predict load this module and draw nothing.
+    from matplotlib import colormaps
+
     colours = colormaps[COLOUR_MAP](np.arange(256))[:, :3]
     palette: bytes = np.rint(colours * 255).astype(np.uint8).tobytes()
     return palette

@@ -9,7 +9,6 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 
 from images.decode import decode_square
@@ -44,6 +43,8 @@ def draw_layers(image: bytes, explanation: Explanation, side_px: int) -> Layers:
     Raises:
         ImageError: the image cannot be decoded.
     """
+    from matplotlib import colormaps
+
     square = Image.fromarray(decode_square(image, side_px))
     strength = resized_strength(np.array(explanation.values, dtype=np.float32), side_px, side_px)
     levels = np.rint(strength * 255).astype(np.uint8)

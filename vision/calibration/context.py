@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from records.arrays import BoolArray, FloatArray, IntArray
@@ -116,6 +115,8 @@ def fit_calibration_in_context(
     Raises:
         ContractError: as of `fit_calibration`.
     """
+    from scipy.optimize import minimize
+
     logits = checked_logits(logits, labels, len(taxonomy.codes))
     added = context_logits(head.model_copy(update={"weight": 1.0}), known, len(taxonomy.codes))[0]
     start = np.zeros(2 + len(taxonomy.codes))
@@ -218,6 +219,8 @@ def _basis(part: ContextPart, known: Sequence[Known]) -> FloatArray:
 
 def _fitted_weights(design: FloatArray, labels: IntArray, log_shares: FloatArray) -> FloatArray:
     """Return [K, C], by maximum posterior under a normal prior."""
+    from scipy.optimize import minimize
+
     shape, rows = (design.shape[1], len(log_shares)), np.arange(len(labels))
 
     def loss(flat: FloatArray) -> tuple[float, FloatArray]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from records.arrays import FloatArray, IntArray
@@ -36,6 +35,9 @@ def fit_calibration(logits: NDArray[np.floating], labels: IntArray, taxonomy: Ta
     Raises:
         ContractError: the shapes do not fit, there are no images, or a logit is not finite.
     """
+    # Here, since processes that only predict load this module.
+    from scipy.optimize import minimize
+
     num_classes = len(taxonomy.codes)
     logits = checked_logits(logits, labels, num_classes)
     start = np.zeros(1 + num_classes)

@@ -8,7 +8,6 @@ import io
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
@@ -71,6 +70,8 @@ def channel_grid_png(image: UInt8Array, output: Float32Array, channels: IntArray
     Returns:
         PNG bytes.
     """
+    from matplotlib import colormaps
+
     tiles = [np.asarray(Image.fromarray(image).resize((TILE_PX, TILE_PX)), dtype=np.uint8)]
     for channel in channels:
         values = output[channel]
