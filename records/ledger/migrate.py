@@ -6,6 +6,7 @@ can then be upgraded one after the other.
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def _known_revisions() -> set[str]:
 def upgrade(engine: sa.Engine) -> None:
     """Run the missing migrations. A newer schema that this program can still use is left as it is.
 
-    A newer schema that it cannot use raises ConfigError.
+    A newer schema that it cannot use raises ConfigError, and so does one with other tables than its version has.
     """
     current, head = schema_versions(engine)
     if current == head or is_newer_and_usable(engine, current):
@@ -88,4 +89,18 @@ def upgrade(engine: sa.Engine) -> None:
         # The write lock serializes processes that start together; Alembic finds nothing left to do in the second.
         with connection.begin():
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            try:
+                command.upgrade(config, "head")
+            except sa.exc.DBAPIError as error:
+                if not _is_about_schema(error):
+                    raise
+                raise ConfigError(
+                    f"the ledger says that its schema is {current!r}, and its tables are others ({error.orig}); "
+                    "nothing was migrated: restore a backup, or use the program that changed them"
+                ) from error
+
+
+def _is_about_schema(error: sa.exc.DBAPIError) -> bool:
+    """Return whether a statement does not fit the tables, as opposed to a database that is busy, full or gone."""
+    is_sqlite = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+    return is_sqlite or isinstance(error, sa.exc.ProgrammingError)

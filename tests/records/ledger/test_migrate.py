@@ -148,6 +148,20 @@ def test_a_migration_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatc
     engine.dispose()
 
 
+@pytest.mark.parametrize("change", ["UPDATE alembic_version SET version_num = '0007'", "DROP TABLE review_items"])
+def test_tables_that_are_not_those_of_the_version_are_said_and_left_alone(ledger: Ledger, change: str) -> None:
+    before = "UPDATE alembic_version SET version_num = '0007'"
+    with ledger.engine.begin() as connection:
+        for statement in dict.fromkeys((before, change)):
+            connection.exec_driver_sql(statement)
+        tables = sorted(sa.inspect(connection).get_table_names())
+    with pytest.raises(ConfigError, match=r"says that its schema is '0007', and its tables are others \(.*\); nothing"):
+        upgrade(ledger.engine)
+    assert schema_versions(ledger.engine)[0] == "0007"
+    with ledger.engine.connect() as connection:
+        assert sorted(sa.inspect(connection).get_table_names()) == tables
+
+
 def test_processes_that_start_together_run_the_migration_once(tmp_path: Path, run_python: Callable[..., Any]) -> None:
     code = "import sys; from records.ledger import open_ledger; open_ledger(sys.argv[1]).close()"
     started = [run_python(code, f"sqlite:///{tmp_path}/ledger.db") for _ in range(2)]
