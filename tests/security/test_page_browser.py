@@ -4,7 +4,9 @@ import base64
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from bench.drills.live_service import live_service
 from records.settings import RecordsSettings
 from records.store import open_store
 from records.types import Consent, Prediction, Scope
@@ -139,7 +142,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module", params=["without keys", "with keys"])
+BEHIND_SERVE = "with keys, behind Ray Serve's proxy"
+EXAMPLES = "relook-page-*/examples/*.jpg"
+
+
+@pytest.fixture(
+    scope="module", params=["without keys", "with keys", pytest.param(BEHIND_SERVE, marks=pytest.mark.soak)]
+)
 def exposed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tools: Any, make_image: Any
 ) -> Iterator[Any]:
@@ -148,20 +157,28 @@ def exposed(
     store = open_store(RecordsSettings(home=folder / "home"))
     tools.serve_bundle(store, tools.make_bundle(store, 0, bias={"bcc": -2.0}))
     key = None
-    if request.param == "with keys":
+    if request.param != "without keys":
         scopes = [Scope.PREDICT, Scope.FLAG]
         _, key = create_key(store, name="a", organisation="clinic", scopes=scopes, actor="test")
     settings = ServingSettings(port=tools.free_port(), model_poll_s=0.5, page_folder=folder)
-    with tools.run_service(store, settings, page=True) as running:
-        with Client(running.url, key) as client:
+    behind = ("serving.http=serve", "serving.page=true", "serving.model_poll_s=0.5", f"serving.page_folder={folder}")
+    start: Any = partial(tools.run_service, store, settings, page=True)
+    if request.param == BEHIND_SERVE:
+        start = partial(live_service, folder / "home", *behind)
+    with start() as service:
+        with Client(service.url, key, retry_s=60.0) as client:
             prediction = client.predict(make_image(5), context=Context(consent=Consent.TRAINING)).id
-        yield SimpleNamespace(url=running.url, store=store, key=key, folder=folder, prediction=prediction)
+        # The page is a deployment of its own, which may start after the service is ready.
+        deadline = time.monotonic() + 300
+        while not list(folder.glob(EXAMPLES)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        yield SimpleNamespace(url=service.url, store=store, key=key, folder=folder, prediction=prediction)
     store.close()
 
 
 @pytest.fixture
 def stranger(exposed: Any, make_image: Any) -> Iterator[Stranger]:
-    example = next(exposed.folder.glob("relook-page-*/examples/*.jpg"))
+    example = next(exposed.folder.glob(EXAMPLES))
     script = (
         ATTACKS.replace("SERVICE", exposed.url)
         .replace("IMAGE", base64.b64encode(make_image(6)).decode())
@@ -206,6 +223,8 @@ def sign_in(page: "Page", key: str) -> None:
             for case in (
                 ("without keys", "localhost"),
                 ("with keys", "127.0.0.1"),
+                (BEHIND_SERVE, "127.0.0.1"),
+                (BEHIND_SERVE, "localhost"),
             )
         ),
     ],
