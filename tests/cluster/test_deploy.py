@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import cfnlint
-import click
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -21,6 +20,7 @@ import typer.main
 import yaml
 from compose_spec import PyOptions
 from packaging.requirements import Requirement
+from typer._click.exceptions import NoSuchOption
 
 from cluster.cli import app
 from cluster.sources import load_settings
@@ -338,17 +338,23 @@ def test_the_cluster_is_closed_autoscaled_and_of_our_versions(ray_up_file: dict[
 # ---------------------------------------------------------------- what all of them start
 
 
+def _parse(words: list[str]) -> None:
+    """Parse a command line of `relook` down to its last verb; KeyError or a usage error if it does not exist."""
+    command: Any = typer.main.get_command(app)
+    context, name = command.make_context("relook", list(words)), "relook"
+    while hasattr(command, "commands"):
+        name, *rest = [*context._protected_args, *context.args]
+        command = command.commands[name]
+        context = command.make_context(name, rest, parent=context)
+
+
 @pytest.mark.parametrize("words", _commands(), ids=" ".join)
 def test_a_deploy_file_starts_a_verb_that_exists(words: list[str]) -> None:
-    command: click.Command = typer.main.get_command(app)
-    context = command.make_context("relook", list(words))
-    rest = [*context._protected_args, *context.args]
-    while rest and isinstance(command, click.Group):
-        name, found, rest = command.resolve_command(context, rest)
-        assert found is not None, words
-        command, context = found, found.make_context(name, rest, parent=context)
-        rest = [*context._protected_args, *context.args] if isinstance(command, click.Group) else []
-    assert not isinstance(command, click.Group)
+    _parse(words)
+    # What was parsed is looked at to its end.
+    for wrong in ([*words, "--no-such-option"], ["no-such-verb", *words[1:]]):
+        with pytest.raises((KeyError, NoSuchOption), match="no-such"):
+            _parse(wrong)
 
 
 def test_every_setting_in_a_deploy_file_exists() -> None:
