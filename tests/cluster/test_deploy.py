@@ -338,23 +338,22 @@ def test_the_cluster_is_closed_autoscaled_and_of_our_versions(ray_up_file: dict[
 # ---------------------------------------------------------------- what all of them start
 
 
-def _parse(words: list[str]) -> None:
-    """Parse a command line of `relook` down to its last verb; KeyError or a usage error if it does not exist."""
-    command: Any = typer.main.get_command(app)
-    context, name = command.make_context("relook", list(words)), "relook"
-    while hasattr(command, "commands"):
-        name, *rest = [*context._protected_args, *context.args]
-        command = command.commands[name]
-        context = command.make_context(name, rest, parent=context)
+def _parse(command: Any, name: str, words: list[str], parent: Any = None) -> None:
+    """Parse a command line down to its last verb; KeyError or a usage error if it does not exist."""
+    context = command.make_context(name, list(words), parent=parent)
+    if verbs := getattr(command, "commands", None):
+        verb, *rest = [*context._protected_args, *context.args]
+        _parse(verbs[verb], verb, rest, context)
 
 
 @pytest.mark.parametrize("words", _commands(), ids=" ".join)
 def test_a_deploy_file_starts_a_verb_that_exists(words: list[str]) -> None:
-    _parse(words)
+    relook = typer.main.get_command(app)
+    _parse(relook, "relook", words)
     # What was parsed is looked at to its end.
     for wrong in ([*words, "--no-such-option"], ["no-such-verb", *words[1:]]):
         with pytest.raises((KeyError, NoSuchOption), match="no-such"):
-            _parse(wrong)
+            _parse(relook, "relook", wrong)
 
 
 def test_every_setting_in_a_deploy_file_exists() -> None:
