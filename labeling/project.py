@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from labeling.cases import are_shown
 from labeling.client import LabelStudioClient
 from labeling.existing.page import LabelPage, read_page
+from labeling.queue import Read
 from labeling.servers import PROJECT, at_known_address, server_name, settle
 from labeling.settings import LabelingSettings
 from labeling.tasks import PRIORITY_VERSION, label_config
@@ -96,21 +97,21 @@ def settle_address(store: Store, client: LabelStudioClient, *, moved: bool = Fal
         return settle(store, client, moved=moved)
 
 
-def project_key_of(item: ReviewItem) -> ProjectKey:
-    """Return the key of the project that a review item belongs to."""
-    return ProjectKey(item.blind, item.reader) if item.blind else SHARED
+def project_key_of(read: Read) -> ProjectKey:
+    """Return the key of the project of ours that review items belong to."""
+    return ProjectKey(read.blind, read.reader) if read.blind else SHARED
 
 
-def destinations(store: Store, client: LabelStudioClient) -> Callable[[ReviewItem], ProjectKey]:
-    """Return what says which project a waiting review item goes to: the linked one, if there is one, or one of ours."""
+def destinations(store: Store, client: LabelStudioClient) -> Callable[[Read], ProjectKey]:
+    """Return what says which project waiting review items go to: the linked one, if there is one, or one of ours."""
     with store.ledger.read() as tx:
         links = [cursor.position for cursor in link_cursors(tx, client) if cursor.position["active"]]
     if not links:
         return project_key_of
     link = links[0]
 
-    def destination(item: ReviewItem) -> ProjectKey:
-        own = project_key_of(item)
+    def destination(read: Read) -> ProjectKey:
+        own = project_key_of(read)
         # A reader has a project of their own. A page that shows no prediction is as good for a blind read as ours.
         fits = own == SHARED or (own == ProjectKey(blind=True) and not link["shows_model"])
         return ProjectKey(linked=link["linked"]) if fits else own

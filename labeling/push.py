@@ -9,6 +9,7 @@ made ready. One import is in flight at a time, since adopting relies on growing 
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from labeling.project import (
     open_project,
     settle_address,
 )
+from labeling.queue import Read, first_waiting, waiting_pages, waiting_reads
 from labeling.reads import content_hash, plan_reads, stale_items
 from labeling.rows import TaskRow
 from labeling.settings import LabelingSettings
@@ -114,22 +116,21 @@ def _push(
 ) -> PushReport:
     plan_reads(store, settings)
     reports = [_refresh(store, client, settings, beside)]
-    with store.ledger.read() as tx:
-        waiting = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
-    by_project: dict[ProjectKey, list[ReviewItem]] = {}
     destination = destinations(store, client)
-    for item in waiting:
-        by_project.setdefault(destination(item), []).append(item)
-    done = 0
+    with store.ledger.read() as tx:
+        by_project = Counter[ProjectKey]()
+        for read, count in waiting_reads(tx).items():
+            by_project[destination(read)] += count
+    done, total = 0, by_project.total()
     for project_key in sorted(by_project, key=lambda project_key: (project_key.blind, project_key.reader or "")):
-        counted = partial(_advance, advance, done, len(waiting))
+        counted = partial(_advance, advance, done, total)
         pushing = _ProjectPush(store, client, settings, beside, project_key, destination, counted)
         try:
             reports.append(pushing.run())
         except LabelStudioRefusedError as error:
-            items = len(by_project[project_key])
+            items = by_project[project_key]
             reports.append(PushReport(unreadable=[f"{items} items of a {pushing.described} project: {error}"]))
-        done += len(by_project[project_key])
+        done += by_project[project_key]
     return _joined(reports)
 
 
@@ -165,7 +166,7 @@ class _ProjectPush:
     settings: LabelingSettings
     beside: _Beside
     project_key: ProjectKey
-    destination: Callable[[ReviewItem], ProjectKey]
+    destination: Callable[[Read], ProjectKey]
     advance: Callable[[int], None]
 
     @property
@@ -183,14 +184,17 @@ class _ProjectPush:
         # In this order: opening the project may requeue items, and adopting takes items off the list that is read next.
         adopted, doubled = adopt(self.store, self.client, project)
         with self.store.ledger.read() as tx:
-            new = tx.find(ReviewItem, where={"state": ReviewState.NEW}, order_by=("-priority", "id"))
-            own = [item for item in new if self.destination(item) == self.project_key]
-            waiting, places = next_sitting(tx, self.project_key, own, self.settings, utc_now())
+            counts = {read: n for read, n in waiting_reads(tx).items() if self.destination(read) == self.project_key}
+        size = self.settings.push_batch
+        parts, places = waiting_pages(self.store, counts, size), dict[str, str]()
+        if self.settings.sitting_tasks > 0 and self.project_key.reader is not None:
+            with self.store.ledger.read() as tx:
+                first = first_waiting(tx, counts, self.settings.sitting_tasks) if counts else []
+                sitting, places = next_sitting(tx, self.project_key, first, self.settings, utc_now())
+            parts = iter([sitting[start : start + size] for start in range(0, len(sitting), size)])
         beside = replace(self.beside, places=places)
         pushed, withdrawn = 0, 0
         unreadable: list[str] = []
-        size = self.settings.push_batch
-        parts = (waiting[start : start + size] for start in range(0, len(waiting), size))
         ready = ahead(_prepare(self.store, part, project, self.settings, beside) for part in parts)
         for number, batch in enumerate(ready, start=1):
             refused = self._import(project, batch)
@@ -199,7 +203,7 @@ class _ProjectPush:
             pushed += len(batch.items) - len(refused)
             withdrawn += len(batch.erased)
             unreadable.extend([*batch.unreadable, *refused])
-            self.advance(min(number * size, len(waiting)))
+            self.advance(min(number * size, sum(counts.values())))
         return PushReport(
             project_id=None if self.project_key.blind else project.id,
             pushed=pushed,

@@ -6,6 +6,8 @@ measures how far the prediction influences its readers. Gold tasks join the blin
 ledger and calls no server.
 """
 
+from collections.abc import Collection
+
 import sqlalchemy as sa
 
 from labeling.consensus import contested
@@ -18,23 +20,40 @@ from records.types import Annotation, ReasonCode, ReviewItem, ReviewState
 
 _ADJUDICATION_PRIORITY = 150.0
 """Below flags and above referrals: two people have spent time on the image already."""
+_ROWS_AT_ONCE = 10_000  # that are read
+_ITEMS_AT_ONCE = 1000  # in a transaction that writes
 _SEVERAL = frozenset({ReasonCode.URGENT, ReasonCode.FLAGGED, ReasonCode.INCIDENT})
 
 
 def plan_reads(store: Store, settings: LabelingSettings) -> int:
     """Decide which waiting review items are blind and whose they are, and add further reads; returns their number."""
+    table = TABLES[ReviewItem].c
+    query = sa.select(table.id, table.reasons).where(table.state == ReviewState.NEW, table.blind.is_(False))
+    with store.ledger.read() as tx:
+        rows = tx.connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
+        wanted = sorted(row.id for row in rows if _needs_a_plan(row.id, row.reasons, settings))
     added = 0
     # Every choice follows from the item's id, so a push that was killed half-way decides the same the next time.
-    with store.ledger.begin() as tx:
-        for item in tx.find(ReviewItem, where={"state": ReviewState.NEW, "blind": False}, order_by=("id",)):
-            if is_blind(item, settings.blind_share):
-                tx.update(ReviewItem, item.id, blind=True, reader=_reader(item.id, settings.readers))
-            for read in _further_reads(item, settings):
-                if tx.get(ReviewItem, read.id) is None:
-                    tx.add(read)
-                    added += 1
-        added += add_gold(tx, settings.gold_share)
+    for start in range(0, len(wanted), _ITEMS_AT_ONCE):
+        ids = wanted[start : start + _ITEMS_AT_ONCE]
+        with store.ledger.begin() as tx:
+            where = {"id": ids, "state": ReviewState.NEW, "blind": False}
+            items = tx.find(ReviewItem, where=where, order_by=("id",))
+            blind = [item for item in items if is_blind(item, settings.blind_share)]
+            changes = {item.id: {"blind": True, "reader": _reader(item.id, settings.readers)} for item in blind}
+            tx.update_many(ReviewItem, changes)
+            further = {read.id: read for item in items for read in _further_reads(item, settings)}
+            known = {item.id for item in tx.find(ReviewItem, where={"id": list(further)})} if further else set()
+            tx.add(*(read for read in further.values() if read.id not in known))
+            added += len(further) - len(known)
+    if settings.gold_share > 0:
+        with store.ledger.begin() as tx:
+            added += add_gold(tx, settings.gold_share)
     return added
+
+
+def _needs_a_plan(item_id: str, reasons: Collection[str], settings: LabelingSettings) -> bool:
+    return _is_blind(item_id, reasons, settings.blind_share) or not _SEVERAL.isdisjoint(reasons)
 
 
 def is_blind(item: ReviewItem, share: float) -> bool:
@@ -46,11 +65,15 @@ def is_blind(item: ReviewItem, share: float) -> bool:
     Returns:
         True for the audit sample, and for the given share of the other items, chosen by their ids.
     """
+    return _is_blind(item.id, item.reasons, share)
+
+
+def _is_blind(item_id: str, reasons: Collection[str], share: float) -> bool:
     # A person decides about a patient here, or between two annotators, and should see all that is known. An audit
     # sample among these items gets its blind read from `_further_reads`.
-    if not _SEVERAL.isdisjoint(item.reasons) or ReasonCode.ADJUDICATION in item.reasons:
+    if not _SEVERAL.isdisjoint(reasons) or ReasonCode.ADJUDICATION in reasons:
         return False
-    return ReasonCode.AUDIT_SAMPLE in item.reasons or _fraction(item.id) < share
+    return ReasonCode.AUDIT_SAMPLE in reasons or (share > 0 and _fraction(item_id) < share)
 
 
 def add_adjudications(store: Store, threshold: float) -> int:
@@ -86,7 +109,7 @@ def stale_items(store: Store) -> list[ReviewItem]:
     columns = (table.id, table.priority, table.reasons, table.comment, table.suggested_label, table.sent_hash)
     query = sa.select(*columns).where(table.state == ReviewState.PUSHED, table.sent_hash.is_not(None))
     with store.ledger.read() as tx:
-        rows = tx.connection.execute(query).all()
+        rows = tx.connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
         ids = [row[0] for row in rows if _content_hash(*row[1:5]) != row[5]]
         return tx.find(ReviewItem, where={"id": ids}, order_by=("-priority", "id")) if ids else []
 
