@@ -254,6 +254,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _group_of(item: pytest.Item, servers: dict[Path, str]) -> str:
     """Return the group of a test: of its server, of its file, or its own."""
+    if item.get_closest_marker("engines"):
+        return "engines"
     if not item.get_closest_marker("apart"):
         return servers.get(item.path, f"{item.path.parent.name}/{item.path.stem}")
     names = [name for fixture, name in SERVERS.items() if fixture in getattr(item, "fixturenames", ())]

@@ -78,6 +78,7 @@ def test_a_batch_alone_has_all_cores_and_concurrent_batches_one_each(
     assert 1 in {stored.prediction.num_threads for stored in together}
 
 
+@pytest.mark.engines
 def test_openvino_decides_like_torch_and_every_prediction_says_its_engine(
     store: Store, tools: Any, make_image: Callable[..., bytes]
 ) -> None:

@@ -19,6 +19,7 @@ from vision.export.folder import FORMATS, TOLERANCE, compare, export_model
 from vision.inference.loaded import load_model, plain_network
 from vision.networks import MODELS
 
+pytestmark = pytest.mark.engines
 # Tracing takes seconds for each; the others with `make soak`.
 IN_SUITE = ("custom_cnn",)
 CASES = [pytest.param(name, marks=() if name in IN_SUITE else pytest.mark.soak) for name in MODELS]

@@ -20,6 +20,7 @@ from vision.inference.output import BatchOutput
 from vision.inference.suitability import assess
 from vision.networks import MODELS
 
+pytestmark = pytest.mark.engines
 # Tracing and compiling take seconds for each; the others with `make soak`.
 IN_SUITE = ("custom_cnn",)
 CASES = [pytest.param(name, marks=() if name in IN_SUITE else pytest.mark.soak) for name in MODELS]

@@ -115,6 +115,7 @@ def test_an_ensemble_is_loaded_and_compiled_as_any_model(
 
 
 @pytest.mark.soak
+@pytest.mark.engines
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_an_ensemble_of_two_grids_is_exported(
     model_store: Store, members: dict[str, Bundle], format: str, tmp_path: Any
