@@ -1,7 +1,9 @@
 """The predictor's core without HTTP or Ray: batches equal singles, models swap, errors stay with their request."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -252,3 +254,21 @@ def test_without_a_model_there_is_a_sentence(store: Store, make_image: Callable[
         return predictor.state().detail
 
     assert "promote" in with_predictor(store, use)
+
+
+def test_the_log_of_the_ledger_is_copied_into_its_file_while_the_predictor_runs(
+    store: Store, tools: Any, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.predictor.CHECKPOINT_S", 0.05)
+    tools.serve_bundle(store, tools.make_bundle(store))
+    file = Path(str(store.ledger.engine.url.database))
+    before = file.stat().st_mtime_ns
+
+    async def copied(predictor: Predictor) -> bool:
+        await predictor.predict(request(make_image(1)))
+        end = time.monotonic() + 120
+        while file.stat().st_mtime_ns == before and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return file.stat().st_mtime_ns != before
+
+    assert with_predictor(store, copied)
