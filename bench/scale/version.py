@@ -30,7 +30,7 @@ from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Confirmation, Consent, Group, Image, Record, ResolvedLabel, SourceLabel
 
-AIM_S, AIM_MB = 60.0, 2000.0
+AIM_S, AIM_AGAIN_S, AIM_MB = 60.0, 5.0, 2000.0
 SHARES = {"nv": 0.67, "mel": 0.11, "bkl": 0.11, "bcc": 0.05, "akiec": 0.03, "vasc": 0.015, "df": 0.015}
 """Of the classes, as in HAM10000."""
 ROWS_AT_ONCE = 20_000
@@ -139,8 +139,9 @@ def main() -> int:
         "fill_s": round(filled_s, 1),
         **figures,
         "aim_s": AIM_S,
+        "aim_again_s": AIM_AGAIN_S,
         "aim_mb": AIM_MB,
-        "held": figures["first_s"] < AIM_S and figures["peak_mb"] < AIM_MB,
+        "held": figures["first_s"] < AIM_S and figures["again_s"] < AIM_AGAIN_S and figures["peak_mb"] < AIM_MB,
         "load": os.getloadavg(),
     }
     print(json.dumps(figures, indent=2))
