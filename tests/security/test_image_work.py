@@ -419,7 +419,7 @@ def test_costly_images_wait_for_each_other_and_not_for_others(
     service: Any, make_image: Callable[..., bytes], limits: Callable[..., ImagesSettings]
 ) -> None:
     limits(decoder_time_s=60, **PASSES_SLOW)
-    count, slow = MAX_COSTLY + 2, made.progressive(3500, 2500, 120)
+    count, slow = MAX_COSTLY + 2, made.progressive(3500, 2500, 60)
     with ThreadPoolExecutor(count) as threads:
         costly = [threads.submit(_sent, service, slow) for _ in range(count)]
         _working_decoder()
