@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from cluster.session import RaySession
     from cluster.settings import Settings
 
-pytest_plugins = ("tests.models",)
-
 KEPT_VARIABLES = {
     "RELOOK_TEST_DATA",
     "RELOOK_TEST_S3",
@@ -222,6 +220,14 @@ def browser(chromium: str) -> Iterator["Browser"]:
         launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield launched
         launched.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Take the shared fixtures, except in a process that only tells others what to run: they load torch."""
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("tx", None)
+    if runs_tests:
+        config.pluginmanager.import_plugin("tests.models")
 
 
 @pytest.hookimpl(tryfirst=True)
