@@ -398,7 +398,7 @@ def select(
     model: str | os.PathLike[str] | Model = "champion",
     *,
     budget: int = 40,
-    rule: str = "least_confidence",
+    rule: str | None = None,
     mix: Mapping[str, int] | None = None,
     pool: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -409,7 +409,7 @@ def select(
         home: with the images; it gets the review items, which `sync_labels` sends.
         model: that scores the images; see `evaluate`.
         budget: how many images at most.
-        rule: acquisition rule of `relook catalog acquisition_rules`.
+        rule: acquisition rule of `relook catalog acquisition_rules`; default: a mix of three, see docs/label.md.
         mix: number of images by rule, instead of `rule` and `budget`.
         pool: folder of unlabelled images to import and select from; default: the unlabelled images of the home.
         seed: of rules that draw at random.

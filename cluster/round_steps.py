@@ -18,6 +18,7 @@ from cluster.selection import select_images
 from cluster.session import ray_is_running
 from cluster.settings import Settings
 from cluster.task_cases import TaskCases
+from labeling.acquisition.registry import DEFAULT_MIX, budgets_of
 from labeling.connection import connect
 from labeling.pull import pull
 from labeling.push import push as push_items
@@ -230,7 +231,7 @@ def select(context: RoundContext) -> StepResult:
         select_images(
             context.store,
             bundle,
-            context.settings.round.select_budget,
+            budgets_of(DEFAULT_MIX, context.settings.round.select_budget),
             prevalence=context.settings.labeling.prevalence,
             within=lambda tx, selected: context.record_with(tx, result(selected)),
         )

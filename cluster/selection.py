@@ -23,7 +23,15 @@ from images.files import is_image, list_folder
 from images.grouping import group_images
 from images.intake import Intake
 from images.overlay import levels_of
-from labeling.acquisition.registry import Pool, Prevalence, choose, choose_mixed, rule_named
+from labeling.acquisition.registry import (
+    DEFAULT_MIX,
+    Pool,
+    Prevalence,
+    budgets_of,
+    choose_mixed,
+    interleaved,
+    rule_named,
+)
 from labeling.acquisition.scores import suspicious_rows
 from records.arrays import Float32Array, FloatArray, IntArray
 from records.bundles import Bundle
@@ -46,7 +54,6 @@ BATCH_SIZE = 64
 MAX_CANDIDATES = 4096
 MAX_KNOWN = 2048
 DROPOUT_PASSES = 10
-DEFAULT_RULE = "least_confidence"
 _FOLDS = 5
 
 logger = logging.getLogger(__name__)
@@ -78,7 +85,7 @@ def select_from(
     bundle: Bundle,
     *,
     budget: int,
-    rule: str = DEFAULT_RULE,
+    rule: str | None = None,
     mix: Mapping[str, int] | None = None,
     folder: Path | None = None,
     seed: int = 0,
@@ -90,7 +97,7 @@ def select_from(
         store: with the images; it gets the review items.
         bundle: the model whose uncertainty is used.
         budget: how many images at most, unless there is a mix.
-        rule: name of the acquisition rule, unless there is a mix.
+        rule: name of the acquisition rule, unless there is a mix; without both, `DEFAULT_MIX` shares the budget.
         mix: number of images by rule.
         folder: of unlabelled images.
         seed: of rules that draw at random.
@@ -102,15 +109,23 @@ def select_from(
         DataError: the folder has no usable image.
     """
     among, refused = None, list[str]()
+    wanted = _wanted(rule, mix, budget)
     # A misspelt rule is refused here, before a folder of images is read and a model loaded.
-    for name in mix or [rule]:
+    for name in wanted:
         rule_named(name)
     if folder is not None:
         among, refused = take_in_folder(store, folder, bundle.document.geometry.side_px)
-    most = sum(mix.values()) if mix else budget
-    chosen = select_images(store, bundle, most, rule, among=among, mix=mix or None, seed=seed, prevalence=prevalence)
+    chosen = select_images(store, bundle, wanted, among=among, seed=seed, prevalence=prevalence)
     pool = None if among is None else len(among)
-    return Selection(chosen, None if mix else rule, dict(mix) if mix else None, bundle.id, pool, refused)
+    is_one = rule is not None and not mix
+    return Selection(chosen, rule if is_one else None, None if is_one else wanted, bundle.id, pool, refused)
+
+
+def _wanted(rule: str | None, mix: Mapping[str, int] | None, budget: int) -> dict[str, int]:
+    """Return the number of images by rule."""
+    if mix:
+        return dict(mix)
+    return budgets_of(DEFAULT_MIX, budget) if rule is None else {rule: budget}
 
 
 def take_in_folder(store: Store, folder: Path, side_px: int) -> tuple[list[str], list[str]]:
@@ -286,27 +301,23 @@ def _batches(num_rows: int) -> Iterator[NDArray[np.intp]]:
 def select_images(
     store: Store,
     bundle: Bundle,
-    budget: int,
-    rule: str = DEFAULT_RULE,
+    budgets: Mapping[str, int],
     *,
     among: list[str] | None = None,
-    mix: Mapping[str, int] | None = None,
     seed: int = 0,
     prevalence: Prevalence = "equal",
     within: Callable[[Transaction, int], None] = lambda tx, selected: None,
 ) -> int:
-    """Write review items for the unlabelled images that an acquisition rule selects.
+    """Write review items for the unlabelled images that acquisition rules select.
 
-    At most one image per lesion is selected, and predictions that are not finite come first. The annotations are
+    At most one image per lesion is selected, and each rule takes predictions that are not finite first. Annotations are
     used for training and never for evaluation: selected images are no random sample.
 
     Args:
         store: with the images.
         bundle: the model whose uncertainty is used.
-        budget: how many images at most.
-        rule: name of the rule, unless there is a mix.
+        budgets: most images by rule.
         among: image ids to select from; default: those in the store.
-        mix: number of images by rule, instead of `rule`.
         seed: of rules that draw at random.
         prevalence: setting `labeling.prevalence`.
         within: is called with the transaction that writes the items, and their number, if any are written.
@@ -316,7 +327,7 @@ def select_images(
         ConfigError: there is no such rule.
     """
     images = candidates(store, among)
-    if not images or budget == 0:
+    if not images or not any(budgets.values()):
         return 0
     model = load_model(bundle)
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
@@ -325,12 +336,9 @@ def select_images(
     if not images:
         return 0
     shares = bundle.document.calibration.priors
-    pool = pool_of(store, model, images, list(mix or {rule: budget}), seed=seed, shares=shares)
-    chosen = (
-        [row for row, _ in choose_mixed(mix, pool, seed=seed, prevalence=prevalence)][:budget]
-        if mix
-        else choose(rule, pool, budget, seed=seed, prevalence=prevalence)
-    )
+    pool = pool_of(store, model, images, list(budgets), seed=seed, shares=shares)
+    # Whoever annotates only the head of the queue annotates a part of what each rule chose.
+    chosen = interleaved(choose_mixed(budgets, pool, seed=seed, prevalence=prevalence))
     rows = cache.rows([images[row].id for row in chosen])
     items: list[ReviewItem] = []
     # Heat maps are computed here and not for the pool, since only the few selected images need one.

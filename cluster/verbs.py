@@ -415,8 +415,9 @@ def select_command(
     call: Call,
     budget: Annotated[int, typer.Option("--budget", min=1, help="How many images at most.")] = 40,
     rule: Annotated[
-        str, typer.Option("--rule", help="Acquisition rule: {choices}.", autocompletion=_rules)
-    ] = "least_confidence",
+        str | None,
+        typer.Option("--rule", help="Acquisition rule: {choices}; default: a mix.", autocompletion=_rules),
+    ] = None,
     mix: Annotated[
         list[str] | None, typer.Option("--mix", help="RULE=N instead of --rule and --budget; may be repeated.")
     ] = None,

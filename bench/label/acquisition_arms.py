@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from bench.label import acquisition_curves as curves
-from labeling.acquisition.registry import RULES, Prevalence, choose_mixed
+from labeling.acquisition.registry import RULES, Prevalence, budgets_of, choose_mixed
 from records.arrays import FloatArray, IntArray
 from records.errors import DataError
 
@@ -51,17 +51,6 @@ ARMS = {
 }
 
 split = lru_cache(maxsize=2)(curves.split)
-
-
-def budgets_of(shares: dict[str, float], count: int) -> dict[str, int]:
-    """Share a step among rules; what rounding leaves goes to the rule with the largest share.
-
-    >>> budgets_of({"random": 0.1, "margin": 0.9}, 14)
-    {'random': 1, 'margin': 13}
-    """
-    found = {rule: int(share * count + 1e-9) for rule, share in shares.items()}
-    found[max(shares, key=shares.__getitem__)] += count - sum(found.values())
-    return found
 
 
 def first_rows(splits: curves.Splits, seed: int, *, atlas: bool) -> list[int]:

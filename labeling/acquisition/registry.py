@@ -5,6 +5,7 @@ group is taken, and the choice does not depend on the order of the rows. Rules r
 unless they are told otherwise: these are the ones that balanced accuracy is decided by.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -125,6 +126,10 @@ def choose(rule: str, pool: Pool, budget: int, *, seed: int = 0, prevalence: Pre
     return first + [int(rows[row]) for row in picked]
 
 
+DEFAULT_MIX: Mapping[str, float] = {"random": 0.1, "rare_margin": 0.6, "expected_miss_cost": 0.3}
+"""Shares of the rules where nobody names one: the mix of protocol 2 (docs/protocols/acquisition_2.md)."""
+
+
 def choose_mixed(
     budgets: Mapping[str, int], pool: Pool, *, seed: int = 0, prevalence: Prevalence = "equal"
 ) -> list[tuple[int, str]]:
@@ -151,6 +156,37 @@ def choose_mixed(
             chosen.append((int(rows[row]), name))
             blocked.add(pool.group_ids[int(rows[row])])
     return chosen
+
+
+def interleaved(chosen: Sequence[tuple[int, str]]) -> list[int]:
+    """Return rows so that every first part of them has the rules in the shares of the whole.
+
+    Args:
+        chosen: (row, rule) pairs of `choose_mixed`.
+    Returns:
+        The rows; those of one rule keep their order.
+
+    >>> interleaved([(7, "random"), (1, "margin"), (2, "margin"), (3, "margin")])
+    [1, 7, 2, 3]
+    """
+    totals = Counter(rule for _, rule in chosen)
+    taken: Counter[str] = Counter()
+    placed: list[tuple[float, int]] = []
+    for row, rule in chosen:
+        taken[rule] += 1
+        placed.append(((taken[rule] - 0.5) / totals[rule], row))
+    return [row for _, row in sorted(placed, key=lambda one: one[0])]
+
+
+def budgets_of(shares: Mapping[str, float], count: int) -> dict[str, int]:
+    """Share a budget among rules; what rounding leaves goes to the rule with the largest share.
+
+    >>> budgets_of({"random": 0.1, "margin": 0.9}, 14)
+    {'random': 1, 'margin': 13}
+    """
+    found = {rule: int(share * count + 1e-9) for rule, share in shares.items()}
+    found[max(shares, key=shares.__getitem__)] += count - sum(found.values())
+    return found
 
 
 def rule_named(name: str) -> AcquisitionRule:

@@ -8,7 +8,7 @@ import pytest
 
 from bench.label import acquisition_arms as arms
 from bench.label import acquisition_curves as curves
-from labeling.acquisition.registry import RULES
+from labeling.acquisition.registry import RULES, budgets_of
 from records.errors import DataError
 
 
@@ -102,5 +102,5 @@ def test_arms_of_protocol_2_start_alike_can_be_resumed_and_summarised(
 
 
 def test_a_step_is_shared_without_a_rest() -> None:
-    assert arms.budgets_of(arms.MIX, 50) == {"random": 5, "rare_margin": 30, "expected_miss_cost": 15}
-    assert arms.budgets_of(arms.MIX, 7) == {"random": 0, "rare_margin": 5, "expected_miss_cost": 2}
+    assert budgets_of(arms.MIX, 50) == {"random": 5, "rare_margin": 30, "expected_miss_cost": 15}
+    assert budgets_of(arms.MIX, 7) == {"random": 0, "rare_margin": 5, "expected_miss_cost": 2}

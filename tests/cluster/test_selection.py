@@ -9,7 +9,7 @@ from PIL import Image as PillowImage
 
 from cluster.cli import run
 from cluster.selection import pool_of, select_images, take_in_folder
-from labeling.acquisition.registry import RULES
+from labeling.acquisition.registry import DEFAULT_MIX, RULES
 from records.bundles import (
     Architecture,
     Bundle,
@@ -95,13 +95,13 @@ def test_every_rule_selects_with_a_real_model(store: Store, model: Bundle, folde
     among, refused = take_in_folder(store, folder, SIDE_PX)
     assert (len(among), len(refused)) == (8, 1)
     assert "broken.jpg" in refused[0]
-    assert select_images(store, model, 3, rule, among=among) == 3
+    assert select_images(store, model, {rule: 3}, among=among) == 3
     items = _items(store)
     assert len({item.image_id for item in items}) == 3
     assert [item.priority for item in items] == pytest.approx([1.0, 2 / 3, 1 / 3])
     assert {tuple(item.reasons) for item in items} == {(ReasonCode.SELECTED,)}
     assert all(np.max(item.heat_map) == 255 for item in items)
-    assert select_images(store, model, 30, rule) == 5, "no image is selected twice"
+    assert select_images(store, model, {rule: 30}) == 5, "no image is selected twice"
 
 
 def test_the_command_takes_a_folder_and_a_mix(
@@ -155,6 +155,18 @@ def test_the_pool_knows_the_class_shares_and_the_labels_so_far(store: Store, mod
     assert (uncalibrated.class_shares, uncalibrated.label_counts) == (None, None)
 
 
+def test_without_a_rule_the_budget_is_shared_by_the_default_mix(
+    store: Store, model: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = ["--set", f"records.home={store.home.root}", "--json"]
+    assert run(["label", "select", "--pool", str(folder), "--budget", "20", *home]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rule"], found["mix"]) == (None, {"random": 2, "rare_margin": 12, "expected_miss_cost": 6})
+    # Every lesion once, as there are fewer than the budget.
+    assert found["selected"] == len(_items(store)) == 8
+    assert sum(DEFAULT_MIX.values()) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("setting", "given"), [(None, "equal"), ("natural", "natural")])
 def test_the_setting_says_which_probabilities_rules_read(
     store: Store, model: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, given: str
@@ -162,9 +174,11 @@ def test_the_setting_says_which_probabilities_rules_read(
     import cluster.selection
 
     asked: list[str] = []
-    real = cluster.selection.choose
+    real = cluster.selection.choose_mixed
     monkeypatch.setattr(
-        cluster.selection, "choose", lambda *args, **named: asked.append(named["prevalence"]) or real(*args, **named)
+        cluster.selection,
+        "choose_mixed",
+        lambda *args, **named: asked.append(named["prevalence"]) or real(*args, **named),
     )
     changed = ["--set", f"labeling.prevalence={setting}"] if setting else []
     home = ["--set", f"records.home={store.home.root}", "--json"]

@@ -255,7 +255,7 @@ def test_a_damaged_image_of_the_pool_does_not_stop_the_selection(tmp_path: Path,
             blob.write_bytes(damage)
     shutil.rmtree(store.home.cache)
     bundle = tools.make_bundle(store, 0)
-    assert select_images(store, bundle, 12) == 8
+    assert select_images(store, bundle, {"margin": 12}) == 8
     with store.ledger.read() as tx:
         assert {item.image_id for item in tx.find(ReviewItem)} == set(usable[3:])
     store.close()
