@@ -45,8 +45,12 @@ logger = logging.getLogger(__name__)
 # Costly images wait for each other, not for the threads of others: as many as are decoded at once, and a short queue.
 COSTLY_THREADS = 2
 MAX_COSTLY = 8
-CHECKPOINT_S = 5.0
-"""How often SQLite's log is copied into its file, so that no commit has to, seconds."""
+CHECKPOINT_S = 120.0
+"""How often SQLite's log is copied into its file, so that no commit has to, seconds.
+
+The first commit after it waits for the disk, since SQLite then begins its log again: with 5 s that was one commit in
+thirty, and beside uploads on the same disk it took 100 to 250 ms.
+"""
 
 T = TypeVar("T")
 

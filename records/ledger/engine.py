@@ -88,8 +88,8 @@ def make_engine(url: str | sa.URL, *, durability: Literal["normal", "full"], bus
 def checkpoint(engine: sa.Engine) -> None:
     """Copy SQLite's log into its file, beside readers and writers, so that no commit has to; PostgreSQL does it itself.
 
-    Without it one commit in hundreds waits until the disk has all pages since the last one, which takes the longer the
-    more others write to the same disk.
+    Without it the commit that makes the log longer than `LOG_PAGES` waits until the disk has all of them, which takes
+    the longer the more others write to the same disk.
     """
     if engine.dialect.name != "sqlite":
         return
