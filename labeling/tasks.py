@@ -20,7 +20,7 @@ from images.decode import decode_image
 from labeling.outlines import CONTROL
 from labeling.settings import LabelingSettings
 from records.arrays import UInt8Array
-from records.images import strip_metadata
+from records.images import JPEG_APP1, JPEG_FRAMES, JPEG_ICC, image_size, jpeg_segments, strip_metadata
 from records.taxonomy import Taxonomy
 from records.types import AnnotationKind, Image, Prediction, ReasonCode, ReviewItem
 from records.types.base import LINE, LINES
@@ -32,6 +32,7 @@ not depend on the model; an open task keeps its place when another model becomes
 CANT_TELL = "cant-tell"
 OTHER = "no-class-fits"  # a hyphen cannot occur in a class code
 QUALITIES = ("good", "usable", "unusable")
+_COLOURS = 3  # components of a JPEG that is neither grey nor CMYK
 _PLAIN_BYTES = 100_000  # a larger JPEG is encoded again, in the quality of the settings
 
 _HIDDEN = tuple(
@@ -252,14 +253,13 @@ def _plain_jpeg(image: bytes, side_px: int) -> bytes | None:
     if not image.startswith(b"\xff\xd8"):
         return None
     stripped = strip_metadata(image)
-    if len(stripped) > _PLAIN_BYTES:
+    if len(stripped) > _PLAIN_BYTES or max(image_size(stripped)) > side_px:
         return None
-    try:
-        with PillowImage.open(io.BytesIO(stripped)) as opened:
-            turned_or_coloured = "exif" in opened.info or "icc_profile" in opened.info
-            return stripped if opened.mode == "RGB" and max(opened.size) <= side_px and not turned_or_coloured else None
-    except OSError:
-        return None  # the decoder says what is wrong with it
+    for marker, segment in jpeg_segments(stripped):
+        # What is left of its metadata turns the image or says which colours it is in.
+        if marker in (JPEG_APP1, JPEG_ICC) or (marker in JPEG_FRAMES and segment[9] != _COLOURS):
+            return None
+    return stripped
 
 
 def _enlarged_uri(overlay: UInt8Array, settings: LabelingSettings) -> str:

@@ -30,7 +30,7 @@ _XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\x00"
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 
 JPEG_SCAN, JPEG_ICC, ICC_HEAD = 0xDA, 0xE2, b"ICC_PROFILE\x00"
-_JPEG_END, _JPEG_APP1 = 0xD9, 0xE1
+_JPEG_END, JPEG_APP1 = 0xD9, 0xE1
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_KEPT = frozenset(range(0xC0, 0xD0)) | frozenset(range(0xD9, 0xE0))
 # Inside a scan, FF 00 is an escaped FF byte, FF D0 to FF D7 are restart markers, and FF FF is padding.
@@ -218,9 +218,9 @@ def _strip_jpeg(data: bytes) -> bytes:
     exif, xmp, has_scan = None, None, False
     for marker, segment in jpeg_segments(data):
         has_scan |= marker == JPEG_SCAN
-        if marker == _JPEG_APP1 and segment[4:10] == b"Exif\x00\x00" and exif in (None, 1):
+        if marker == JPEG_APP1 and segment[4:10] == b"Exif\x00\x00" and exif in (None, 1):
             exif = _orientation(segment[10:]) or exif
-        elif marker == _JPEG_APP1 and segment[4:].startswith(_XMP_HEAD):
+        elif marker == JPEG_APP1 and segment[4:].startswith(_XMP_HEAD):
             xmp = _xmp_orientation(segment)
         elif marker in _JPEG_KEPT or (marker == JPEG_ICC and segment[4:16] == ICC_HEAD):
             kept.append(segment)
