@@ -48,8 +48,7 @@ MAX_COSTLY = 8
 CHECKPOINT_S = 120.0
 """How often SQLite's log is copied into its file, so that no commit has to, seconds.
 
-The first commit after it waits for the disk, since SQLite then begins its log again: with 5 s that was one commit in
-thirty, and beside uploads on the same disk it took 100 to 250 ms.
+The first commit after it waits for the disk, since SQLite then begins its log again; so it is not done more often.
 """
 
 T = TypeVar("T")
