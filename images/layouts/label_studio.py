@@ -41,9 +41,8 @@ def find_label_studio(look: Look) -> Found | None:
 def _reader(
     look: Look, documents: Mapping[Path, list[Any]], images: Callable[..., Iterator[Described]], layout: str
 ) -> Callable[[], SourceTable]:
-    there = {_kept(path.name): path.name for path in look.listing.files} | {
-        path.name: path.name for path in look.listing.files
-    }
+    names = [path.name for path in look.listing.files]
+    there = {_kept(name): name for name in names} | {name: name for name in names}
     wanted = look.columns.get("dx")
     return lambda: read_documents(look, documents, lambda said: images(said, wanted, there), layout)
 
@@ -99,15 +98,15 @@ def _images_of_rows(rows: Sequence[Any], wanted: str | None, there: Mapping[str,
 
 
 def _one_of(names: Sequence[str], wanted: str | None) -> str:
-    """Return the name of what holds the class."""
-    if wanted is not None and wanted in names:
-        return wanted
+    """Return the name of what holds the class; empty if nobody annotated."""
     usual = [name for name in names if name.casefold() in _USUAL_NAMES]
     found = list(names) if len(names) == 1 else usual
-    if wanted is not None or (names and len(found) != 1):
+    if wanted is not None:
+        found = [name for name in names if name == wanted]
+    if names and len(found) != 1:
         raise DataError(
             f"the export of Label Studio has the fields {', '.join(names)}; say which one has the class with "
-            f"--layout label-studio --columns dx={names[0] if names else 'NAME'}"
+            f"--layout label-studio --columns dx={names[0]}"
         )
     return found[0] if found else ""
 

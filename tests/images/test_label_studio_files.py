@@ -71,6 +71,9 @@ def test_the_control_with_the_class_is_named_where_there_are_several(tmp_path: P
     assert found(read_source(tmp_path, {"dx": "finding"})) == ["Naevus"]
     with pytest.raises(DataError, match="fields finding, quality"):
         read_source(tmp_path, {"dx": "nothing"})
+    put(tmp_path / "new", "a.jpg")
+    export(tmp_path / "new", task(1, "a.jpg"))
+    assert found(read_source(tmp_path / "new", {"dx": "finding"})) == [None], "nobody annotated yet"
 
 
 @pytest.mark.parametrize("kind", ["taxonomy", "rectanglelabels", "completions"])
