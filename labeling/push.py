@@ -457,15 +457,16 @@ def _found_cases(
 ) -> dict[str, Sequence[TaskCase] | Exception]:
     """Return the cases of tasks that are not blind, or why there are none, by review item."""
     found: dict[str, Sequence[TaskCase] | Exception] = {}
+    if source is None:
+        return found
     shown = [item for item in waiting if not item.blind and item.image_id in images]
-    for start in range(0, len(shown) if source is not None else 0, AT_ONCE):
+    for start in range(0, len(shown), AT_ONCE):
         about: dict[str, AboutTask] = {}
         for item in shown[start : start + AT_ONCE]:
             content = attempt(partial(read_image, store), image := images[item.image_id])
             if isinstance(content, bytes):
                 about[item.id] = (image, content, predictions.get(item.prediction_id or ""))
-        if source is not None:
-            found.update(zip(about, each_in_parts(list(about.values()), source), strict=True))
+        found.update(zip(about, each_in_parts(list(about.values()), source), strict=True))
     return found
 
 
