@@ -7,19 +7,18 @@ Before the quiet phase an honest caller asks once for what the abusers ask for: 
 that is decoded in a decoder process. What a part loads at its first use, models and kernels, is no growth. Decoder
 processes are counted apart, since each has a limit of its own (`images.decoder_memory_mb`) and ends with its service.
 
-The abusers are a process in a session of its own, both of the lowest priority: they stand for other machines, whose
-cores they have. On this machine they would take the cores of the service and of the honest callers, which over a
-network they cannot; what they make the service do has the service's own priorities.
+Abusers and honest callers are a process each, in a session of its own: they stand for other machines, whose cores they
+have. The abusers' session comes behind all others, since over a network they cannot take the cores of the service or
+of the honest callers; the honest callers' session comes before all others, since their own wait for a core is no
+latency of the service. What either makes the service do has the service's own priorities.
 """
 
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ import psutil
 import typer
 
 from bench.serve.abusers import KINDS, costly_image
+from bench.serve.honest import Honest
 from records.command import Call, figures_table, verb
 from records.progress import status
 from records.types import Scope
@@ -39,62 +39,9 @@ app = typer.Typer()
 MAX_LATENCY_RATIO = 3.0
 MAX_MEMORY_GROWTH = 0.10
 HONEST_CALLERS = 3
-PAUSE_S = 0.5
-"""Between two images of an honest caller, so that the cores are not busy while it is quiet."""
 SETTLE_S = 15.0
 STOP_TIMEOUT_S = 600.0
 WARM_SETS = ("serving.page=true", "serving.model_poll_s=1")
-
-
-@dataclass
-class Honest:
-    """Threads that send an image now and then, each with a key of its own.
-
-    Args:
-        url: of the service.
-        keys: one per thread.
-        images: that are sent, in a cycle.
-        pause_s: between a response and the next image.
-    """
-
-    url: str
-    keys: Sequence[str]
-    images: Sequence[bytes]
-    pause_s: float = PAUSE_S
-    latencies_s: list[float] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def calling(self) -> Iterator[None]:
-        """Send during the block; what was counted before is forgotten."""
-        self.latencies_s.clear()
-        self.refused.clear()
-        stop = threading.Event()
-        threads = [threading.Thread(target=self._call, args=(number, stop)) for number in range(len(self.keys))]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-
-    def _call(self, number: int, stop: threading.Event) -> None:
-        headers = {"Authorization": f"Bearer {self.keys[number]}", "Content-Type": "image/jpeg"}
-        with httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60) as client:
-            while not stop.is_set():
-                image = self.images[number % len(self.images)]
-                number += 1
-                began_s = time.perf_counter()
-                try:
-                    response = client.post("/v1/predictions", content=image)
-                    if response.status_code != 200:
-                        self.refused.append(f"{response.status_code} {response.text[:200]}")
-                except httpx.HTTPError as error:
-                    self.refused.append(f"{type(error).__name__}: {error}")
-                self.latencies_s.append(time.perf_counter() - began_s)
-                stop.wait(self.pause_s)
 
 
 def measure(
@@ -118,11 +65,9 @@ def measure(
         The figures.
     """
     figures: dict[str, Any] = {}
-    with honest.calling():
-        # The first responses warm caches and connections up.
-        time.sleep(min(5.0, seconds))
-        honest.latencies_s.clear()
-        time.sleep(seconds)
+    warm_s = min(5.0, seconds)
+    with honest.calling(warm_s):
+        time.sleep(warm_s + seconds)
     figures |= _latencies("quiet", honest)
     before, decoders = memory_bytes()
     peak = before
@@ -137,6 +82,7 @@ def measure(
     figures |= _latencies("abused", honest)
     figures["abuses"] = done
     time.sleep(settle_s)
+    figures["honest_callers_first"] = honest.first
     figures["honest_p99_ratio"] = figures["abused_p99_ms"] / figures["quiet_p99_ms"]
     figures["memory_quiet_mb"] = before / 1e6
     figures["memory_peak_growth"] = peak / before - 1

@@ -19,19 +19,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 from PIL import Image
 
+from bench.serve.sessions import LAST, prioritise_session
 from serving.session import COOKIE, split_key
 
 Abuse = Callable[[int, str, random.Random], object]
 
 IDLE_SOCKETS = 64
 HOLD_S = 3.0
-LOWEST = 19
 _JPEG = "Content-Type: image/jpeg\r\n"
 
 
@@ -179,19 +178,8 @@ def _post(port: int, path: str, content: Any, headers: dict[str, str]) -> None:
         client.post(path, content=content, headers=headers)
 
 
-def yield_cores() -> None:
-    """Take only the cores that nobody else wants: the abusers stand for other machines, which have cores of their own.
-
-    The kernel may schedule by session first and by priority only within one (sched_autogroup), so the session of this
-    process, which must be its own, gets the lowest priority, too.
-    """
-    os.nice(LOWEST)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(LOWEST))
-
-
 if __name__ == "__main__":
-    yield_cores()
+    prioritise_session(LAST)
     given = json.loads(sys.stdin.readline())
     counts = abuse(int(sys.argv[1]), given["key"], given["kinds"], int(sys.argv[2]))
     sys.stdin.read()

@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from bench.serve.abuse import Honest, abusers, broken_bounds, measure
+from bench.serve.abuse import abusers, broken_bounds, measure
+from bench.serve.honest import Honest
 from records.settings import RecordsSettings
 from records.store import Store, open_store
 from records.types import Scope
@@ -50,6 +51,7 @@ def test_nobody_honest_is_refused_while_others_abuse(
             settle_s=1.0,
         )
     store.close()
+    assert figures["quiet_requests"] > 0
     assert figures["abused_requests"] > 0
     assert (figures["abused_refused"], figures["abused_refusals"]) == (0, [])
     grown = figures["memory_growth"] * figures["memory_quiet_mb"] * 1e6
