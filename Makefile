@@ -80,9 +80,13 @@ soak: setup  ## the long forms: rounds and searches killed at many moments, the 
 	RAY_AUTH_MODE=token $(BIN)/python -m bench.drills.chaos_tune --rounds 2 --kills 3 --searcher pbt
 	$(BIN)/python -m bench.drills.fuzz_api --uploads 10000 --examples 40
 	$(BIN)/python -m bench.drills.release_drills
+	$(BIN)/python -m bench.drills.interleaved --calls 1000 --predictors 3 --ingresses 2
 	$(BIN)/python -m bench.drills.kill_service --kills 2
+	$(BIN)/python -m bench.drills.kill_database --rounds 3
+	$(BIN)/python -m bench.drills.power_cut --moments 200
+	$(BIN)/python -m bench abuse --minutes 5
 	$(BIN)/python -m bench.drills.two_services --minutes $(or $(MINUTES),10)
-	$(BIN)/python -m bench.drills.label_chaos --items 400 --batch 20 --kills 20
+	$(BIN)/python -m bench.drills.label_chaos --items 2000 --kills 20
 	$(BIN)/python -m bench.drills.two_nodes --trials 6 --epochs 8
 	$(BIN)/python -m bench.drills.three_nodes
 	$(BIN)/python -m bench.drills.soak --minutes $(or $(MINUTES),10)
