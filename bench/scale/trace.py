@@ -1,11 +1,12 @@
-"""Time of a trace in a ledger of ten million rows, on a real PostgreSQL.
+"""Time of a trace in a ledger of ten million predictions, on a real PostgreSQL.
 
 The rows are synthetic and loaded by COPY, one table at a time, with the indexes of the product's schema (dropped for
 the load and recreated after it). Of ten rows five are predictions, 1.5 images and one each a group, a diagnosis, a
-review item and an annotation or flag. One dataset version of a million images is built by the product; the others are
-files of the same size, linked to it. Then `records.lineage.trace`, which `relook trace` calls, is timed on random ids.
+review item and an annotation or flag. One dataset version is built by the product, of a tenth of the rows; each of the
+others has a file of the same size, linked to it, and names a hundred images as those that it changes. Then
+`records.lineage.trace`, which `relook trace` calls, is timed on random ids.
 
-    python -m bench.scale.trace [--rows 10000000] [--versions 10]
+    python -m bench.scale.trace [--rows 20000000] [--versions 200]
 """
 
 import argparse
@@ -27,7 +28,7 @@ import sqlalchemy as sa
 from bench.drills.demo_on_postgres import postgres
 from bench.scale.ledger import prediction_rows
 from records.datasets import build_version
-from records.ids import sha256_hex
+from records.ids import new_id, sha256_hex
 from records.ledger.tables import TABLES
 from records.lineage import trace
 from records.settings import RecordsSettings
@@ -36,6 +37,7 @@ from records.types import (
     Annotation,
     AnnotationKind,
     Confirmation,
+    DatasetChange,
     DatasetRecord,
     Flag,
     FlagReason,
@@ -56,6 +58,8 @@ SHARES: dict[type[Record], float] = {
 }  # fmt: skip
 """Of the rows. Images with a diagnosis come first, then those without; a group holds one image with a diagnosis."""
 MODELS = 10
+CHANGES = 100
+"""Images whose label a version changes, as the annotations of a round do."""
 LINES_AT_ONCE = 5_000
 
 
@@ -174,8 +178,17 @@ def load(database: str, counts: dict[type[Record], int]) -> dict[str, float]:
     return took_s
 
 
-def add_versions(store: Store, versions: int) -> list[str]:
-    """Build one dataset version, link its file as the others, and add a model for each; returns the models."""
+def add_versions(store: Store, versions: int, images: int) -> list[str]:
+    """Build one dataset version, link its file as the others, and add models that were trained on them.
+
+    Args:
+        store: its records are written.
+        versions: how many, the built one included.
+        images: of the built version; those that versions change are drawn from them.
+    Returns:
+        The models.
+    """
+    chance = np.random.default_rng(1)
     built = build_version(store).version
     with store.ledger.begin() as tx:
         first = tx.require(DatasetRecord, built.id)
@@ -186,7 +199,12 @@ def add_versions(store: Store, versions: int) -> list[str]:
                 folder = store.home.datasets / dataset_id
                 folder.mkdir()
                 os.link(store.home.datasets / built.id / "manifest.parquet", folder / "manifest.parquet")
-                tx.add(first.model_copy(update={"id": dataset_id, "created_at": created, "round": number}))
+                about = {"parent_id": ids[number - 1], "num_changes": CHANGES, "created_at": created, "round": number}
+                changed = [name(Image, int(image)) for image in chance.integers(0, images, CHANGES)]
+                tx.add(
+                    first.model_copy(update={"id": dataset_id, **about}),
+                    *(DatasetChange(id=new_id(), dataset_id=dataset_id, image_id=image) for image in changed),
+                )
         models = [
             ModelRecord(
                 id=name(ModelRecord, number), created_at=START, status_changed_at=START, path="bundles/m",
@@ -238,8 +256,8 @@ def measure(store: Store, counts: dict[type[Record], int], models: Sequence[str]
 def main() -> int:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--versions", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=20_000_000)
+    parser.add_argument("--versions", type=int, default=200)
     parser.add_argument("--traces", type=int, default=200, help="of each kind")
     parser.add_argument("--place", type=Path, help="folder for the database; default: the temporary one")
     options = parser.parse_args()
@@ -250,7 +268,7 @@ def main() -> int:
             settings = RecordsSettings(home=Path(scratch) / "home", database=database)
             with closing(open_store(settings)) as store:
                 load_s = load(database, counts)
-                models = add_versions(store, options.versions)
+                models = add_versions(store, options.versions, counts[SourceLabel])
                 with store.ledger.read() as tx:
                     size = tx.connection.execute(sa.text("SELECT pg_database_size(current_database())")).scalar_one()
                 found = measure(store, counts, models, options.traces)
