@@ -1,13 +1,13 @@
 """What the labels bought: `relook labels value`.
 
-In: a store and a bundle. Out: a learning curve over the labels so far, what the next 100 would add, the classes that
-lack labels, and what the last round's annotations changed. Everything is measured on val, by heads over the bundle's
-features; the network is not trained again, and gate and test are not read.
+In: a store and a bundle. Out, and kept for the service: a learning curve over the labels so far, what the next 100
+would add, the classes that lack labels, and what the last round's annotations changed. Everything is measured on val,
+by heads over the bundle's features; the network is not trained again, and gate and test are not read.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -29,8 +29,9 @@ from records.arrays import FloatArray, IntArray
 from records.bundles import Bundle
 from records.datasets import DatasetVersion, read_manifest
 from records.errors import DataError
+from records.ids import new_id, utc_now
 from records.store import Store
-from records.types import DatasetRecord, Split
+from records.types import DatasetRecord, LabelValueRecord, Split
 from vision.inference.loaded import load_model
 
 NEXT = 100
@@ -163,6 +164,14 @@ def value_of_labels(
         classes=_classes(curve, val, codes, widened),
         last_round=_last_round(store, version, kept[is_train].reset_index(drop=True), train, val, codes, seed),
     )
+
+
+def keep_value(store: Store, found: LabelValue) -> None:
+    """Store what was measured; what was measured earlier stays."""
+    figures = asdict(found)
+    about = {name: figures.pop(name) for name in ("dataset_id", "model_id", "labels")}
+    with store.ledger.begin() as tx:
+        tx.add(LabelValueRecord(id=new_id(), created_at=utc_now(), figures=figures, **about))
 
 
 def _balanced(recalls: FloatArray) -> FloatArray:

@@ -22,15 +22,19 @@ def value_command(
     data: Annotated[str | None, typer.Option("--data", help="Dataset id; default: the newest version.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the parts of the labels that are drawn.")] = 0,
 ) -> None:
-    """Show the learning curve so far, what 100 more labels would add, and what the last round's annotations changed."""
+    """Show the learning curve so far, what 100 more labels would add, and what the last round's annotations changed.
+
+    The service shows the newest result on its page, under Rounds.
+    """
     from dataclasses import asdict
 
-    from cluster.label_value import value_of_labels
+    from cluster.label_value import keep_value, value_of_labels
     from images.importer import open_dataset
     from records.models import find_bundle
 
     with call.store() as store:
         found = value_of_labels(store, find_bundle(store, model), open_dataset(store, data), seed=seed, say=say)
+        keep_value(store, found)
     call.emit(asdict(found), shown(found))
 
 

@@ -29,6 +29,7 @@ call 200 GET  /v1/models
 call 200 GET  "/v1/models/$model"
 if [ "$(field has_report)" = true ]; then call 200 GET "/v1/models/$model/report"; fi
 call 200 GET  /v1/rounds
+call 404 GET  /v1/labels/value
 call 200 GET  /v1/caller
 call 200 GET  /metrics
 call 200 GET  /docs

@@ -31,6 +31,7 @@ from records.errors import (
 )
 from records.images import is_dicom, sniff
 from records.types import Consent
+from serving.label_value import LabelValueInfo
 from serving.schemas import (
     BatchResponse,
     CallerInfo,
@@ -345,6 +346,10 @@ class Client:
     def rounds(self) -> RoundList:
         """Return all rounds, oldest first."""
         return _parsed(RoundList, self._send("GET", "/v1/rounds"))
+
+    def label_value(self) -> LabelValueInfo:
+        """Return what the labels bought, as it was measured last; UnknownIdError if it never was."""
+        return _parsed(LabelValueInfo, self._send("GET", "/v1/labels/value"))
 
     def caller(self) -> CallerInfo:
         """Return the caller that the key identifies; AccessError if the key is not valid."""

@@ -26,6 +26,7 @@ from records.types import (
     Image,
     Incident,
     IncidentPrediction,
+    LabelValueRecord,
     Lease,
     ModelRecord,
     Outcome,
@@ -43,7 +44,7 @@ from records.types.base import field_type, storable
 LEDGER_TYPES: tuple[type[Record], ...] = (
     Image, Group, SourceLabel, Quarantined, Prediction, ReviewItem, Flag, Outcome, Annotation,
     DatasetRecord, DatasetChange, ModelRecord, RoundRecord, RoundStep, Lease, Cursor, AuditEvent, EventRecord,
-    ApiKey, Rollout, Incident, IncidentPrediction,
+    ApiKey, Rollout, Incident, IncidentPrediction, LabelValueRecord,
 )  # fmt: skip
 
 

@@ -106,6 +106,19 @@ class RoundStep(Record):
     result: dict[str, Any] = Field(default_factory=dict)
 
 
+class LabelValueRecord(Record):
+    """What the labels of a dataset version bought, as `relook labels value` measured it once."""
+
+    table: ClassVar[str] = "label_values"
+
+    id: str
+    created_at: Timestamp
+    dataset_id: str
+    model_id: str = Field(description="the bundle whose features were used, registered or not")
+    labels: int = Field(ge=0, description="training images")
+    figures: dict[str, Any] = Field(description="see `cluster.label_value.LabelValue`")
+
+
 class Lease(Record):
     """A lock that one process at a time may hold until it expires."""
 

@@ -1,6 +1,6 @@
-"""The Rounds tab: each round's data, balanced accuracy and gate verdict, and accuracy plotted over labels.
+"""The Rounds tab: each round's data, balanced accuracy and gate verdict, accuracy over labels, what the labels bought.
 
-In: rounds of the API. Out: HTML with an inline SVG.
+In: rounds and value of labels, of the API. Out: HTML with an inline SVG.
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import gradio as gr
 from matplotlib.ticker import MaxNLocator
 
-from records.errors import RelookError
+from records.errors import RelookError, UnknownIdError
+from serving.client import Client
+from serving.label_value import LabelValueInfo
 from serving.page.api import PageApi
+from serving.page.label_value import value_html
 from serving.page.render import problem_html, render
 from serving.schemas import RoundInfo
 from vision.metrics.svg import ACCENT, PALE, figure_uri, new_figure
@@ -26,12 +29,19 @@ class RoundHandlers:
         self._api = api
 
     def load(self, visitor: gr.Request) -> str:
-        """Return all rounds as HTML."""
+        """Return all rounds, and what the labels bought, as HTML."""
         try:
             with self._api.client(visitor) as client:
-                return rounds_html(client.rounds().items)
+                return rounds_html(client.rounds().items) + value_html(_value(client), self._api.names)
         except RelookError as error:
             return problem_html(str(error), "Rounds could not be loaded")
+
+
+def _value(client: Client) -> LabelValueInfo | None:
+    try:
+        return client.label_value()
+    except UnknownIdError:
+        return None
 
 
 def rounds_tab(handlers: RoundHandlers) -> None:

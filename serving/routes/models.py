@@ -1,4 +1,4 @@
-"""Routes of models, rounds, the rollout and the caller."""
+"""Routes of models, rounds, the value of labels, the rollout and the caller."""
 
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from records.errors import UnavailableError, UnknownIdError
 from records.models import current_rollout, find_model
 from records.types import ModelRecord, Scope
 from serving.access.keys import Caller
+from serving.label_value import LabelValueInfo, label_value
 from serving.registry import model_details, report_html, rounds_body
 from serving.responses import EVERY_ORGANISATION, model_body, rollout_body
 from serving.rollout.control import roll_back, roll_out, undo_promotion
@@ -77,6 +78,14 @@ def _add_models(router: APIRouter, service: Service, authenticator: Authenticato
     def list_rounds(caller: Annotated[Caller, Depends(authenticator.requires(None))]) -> RoundList:
         """List the rounds: labels, verdict, and test figures of each model, which no decision uses."""
         return rounds_body(service.store)
+
+    @router.get("/v1/labels/value", response_model=LabelValueInfo)
+    def read_label_value(caller: Annotated[Caller, Depends(authenticator.requires(None))]) -> LabelValueInfo:
+        """Return the newest learning curve, what 100 more labels would add, and what the last round changed.
+
+        404 until `relook labels value` has measured it.
+        """
+        return label_value(service.store)
 
     @router.get("/v1/caller", response_model=CallerInfo)
     async def read_caller(caller: Annotated[Caller, Depends(authenticator.requires(None))]) -> CallerInfo:

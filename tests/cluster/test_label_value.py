@@ -20,6 +20,7 @@ from records.datasets import DatasetVersion, build_version
 from records.errors import DataError
 from records.store import Store
 from records.types import Confirmation, ResolvedLabel, Split
+from serving.label_value import label_value
 
 SIDE_PX = 32
 
@@ -76,6 +77,11 @@ def test_it_says_what_labels_and_the_last_round_bought(
     found = said["last_round"]
     assert (found["number"], found["new"], found["changed"]) == (2, 5, {"nv -> mel": 1})
     assert set(found["recall_gain"]) == set(store.taxonomy.codes)
+
+    # The service shows it without computing it again.
+    kept = label_value(store)
+    assert (kept.dataset_id, kept.model_id, kept.labels) == (version.id, bundle.id, said["labels"])
+    assert kept.model_dump(mode="json", exclude={"created_at"}) == said
 
     console = Console(width=200)
     with console.capture() as printed:

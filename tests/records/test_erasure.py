@@ -52,6 +52,7 @@ SAYS_NOTHING_ABOUT_A_PERSON = {
     "quarantine": "deleted where a row names the image or its lesion; it has no image id",
     "datasets": "hashes and counts",
     "models": "hashes, a folder and the name of a network",
+    "label_values": "ids of a dataset version and a model, and figures by class",
     "rounds": "hashes, a verdict and figures",
     "round_steps": "counts, figures and ids",
     "leases": "names of programs",

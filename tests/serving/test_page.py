@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from images.synth import render as render_image
+from serving.label_value import LabelValueInfo
 from serving.page.api import caller_text
 from serving.page.heat_map import draw_layers, heat_map_html
 from serving.page.history import history_html
+from serving.page.label_value import value_html
 from serving.page.models import details_html, models_html, rollout_html
 from serving.page.prediction_view import (
     NOT_KNOWN,
@@ -39,6 +41,7 @@ from serving.schemas import (
     RoundInfo,
     ScoreBand,
 )
+from tests.serving.label_values import measured_labels, round_value
 
 VERDICTS = re.compile(r"\b(benign|harmless|safe|no cancer|healthy)\b", re.IGNORECASE)
 NAMES = {"nv": "Melanocytic nevus", "mel": "Melanoma"}
@@ -95,6 +98,11 @@ def a_round(number: int, **changes: object) -> RoundInfo:
     return RoundInfo.model_validate(given | changes)
 
 
+def a_label_value(last_round: dict[str, Any] | None) -> LabelValueInfo:
+    record = measured_labels(last_round)
+    return LabelValueInfo(**record.model_dump(exclude={"id", "figures"}), **record.figures)
+
+
 def model_info(**changes: object) -> ModelInfo:
     given = {
         "id": "m" * 64, "status": "champion", "architecture": "custom_cnn", "dataset_id": "d", "round": None,
@@ -120,6 +128,7 @@ def every_part() -> list[str]:
         details_html(details(status_text=EVIL), names),
         rollout_html(rollout(why=EVIL)),
         rounds_html([a_round(1, why=EVIL)]),
+        value_html(a_label_value({**round_value(), "changed": {EVIL: 1}}), {"mel": EVIL}),
     ]
 
 
@@ -262,6 +271,24 @@ def test_models_rollouts_and_rounds_name_splits_and_numbers() -> None:
     assert "round 1: 7 labels, 60 %" in html
     assert "60.0 % (50 to 70 %)" in html
     assert html.index("<td>2</td>") < html.index("<td>1</td>")
+
+
+def test_what_labels_bought_is_shown_with_intervals() -> None:
+    assert "Run <code>relook labels value</code>" in value_html(None, NAMES)
+    html = value_html(a_label_value(round_value()), {"mel": "melanoma"})
+    assert "720 labels: 60.0 % (54.0 to 66.0)" in html
+    assert "+1.2 points (+0.4 to +2.0)" in html
+    assert "predicted 59.0 % (56.0 to 62.0) for all of them; found: 60.0 %." in html
+    text = " ".join(html.split())
+    assert "Annotations of round 2: 41 images got their first label; changed labels: 3 x nv -&gt; mel." in text
+    assert "17 images of val are decided right only with them, 6 only without." in text
+    melanoma, other = html.split("<td>melanoma</td>")[1].split("<td>df</td>")
+    assert "<td>yes</td>" in melanoma
+    assert "+4.5 points (+1.5 to +7.5)" in melanoma
+    assert "too few labels to tell" in other
+    assert "not measurable" in other
+    assert "<td>yes</td>" not in other
+    assert "No label of this version came from a round" in value_html(a_label_value(None), NAMES)
 
 
 def test_the_caller_is_named_with_organisation_and_scopes() -> None:

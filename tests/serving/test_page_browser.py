@@ -38,6 +38,7 @@ from serving.client import Client
 from serving.schemas import Context
 from serving.settings import ServingSettings
 from tests.dicoms import dicom, disk, shipped
+from tests.serving.label_values import measured_labels, round_value
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -119,6 +120,7 @@ def _add_rounds(store: Store, bundle: Bundle) -> None:
                 for step, result in results.items()
             ]
             tx.add(record, *steps)
+        tx.add(measured_labels(round_value()))
 
 
 @pytest.mark.slow
@@ -158,6 +160,7 @@ def test_every_tab_from_upload_to_annotation(
     page.get_by_role("tab", name="Rounds").click()
     page.wait_for_selector("#rl-rounds .rl-plot")
     assert "round 4: 230 labels, 64 %" in (page.locator("#rl-rounds .rl-plot").get_attribute("alt") or "")
+    assert "+1.2 points (+0.4 to +2.0)" in page.inner_text("#rl-label-value")
     _image(page, folder / f"page_rounds{WIDTHS[width_px]}.png", width_px)
 
     assert not [address for address in requested if not address.startswith((url, "data:", "blob:"))]

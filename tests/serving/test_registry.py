@@ -16,6 +16,7 @@ from serving.access.keys import CACHE_S, admin_token, create_key
 from serving.client import Client
 from serving.schemas import OutcomeRequest
 from serving.settings import ServingSettings
+from tests.serving.label_values import measured_labels, round_value
 
 SCORES = [
     {"low": 0.5, "high": 0.6, "lesions": 4, "right": 1},
@@ -84,6 +85,25 @@ def test_rounds_show_stored_results(served: tuple[Store, str, str]) -> None:
     )
 
 
+def test_the_newest_value_of_labels_is_returned(served: tuple[Store, str, str]) -> None:
+    store, _, url = served
+    with Client(url, retry_s=0.0) as client:
+        with pytest.raises(UnknownIdError, match="run `relook labels value`"):
+            client.label_value()
+        with store.ledger.begin() as tx:
+            tx.add(measured_labels())
+        assert client.label_value().last_round is None
+        newest = measured_labels(round_value())
+        with store.ledger.begin() as tx:
+            tx.add(newest)
+        found = client.label_value()
+    assert found.created_at == newest.created_at
+    assert (found.labels, found.curve[-1][0], found.curve[-1][1].value) == (720, 720, 0.6)
+    assert [one.recall.value for one in found.classes] == [0.5, None]
+    assert found.last_round is not None
+    assert found.last_round.changed == {"nv -> mel": 3}
+
+
 def test_a_caller_can_read_their_identity_and_a_stranger_cannot(served: tuple[Store, str, str]) -> None:
     store, _, url = served
     with Client(url, retry_s=0.0) as client:
@@ -102,7 +122,7 @@ def test_without_a_key_routes_are_refused_once_keys_exist(served: tuple[Store, s
     create_key(store, name="ward", organisation="clinic", scopes=[Scope.PREDICT], actor="test")
     time.sleep(CACHE_S)
     with Client(url, retry_s=0.0) as client:
-        for ask in (client.caller, client.rounds, lambda: client.model_details(model_id)):
+        for ask in (client.caller, client.rounds, client.label_value, lambda: client.model_details(model_id)):
             with pytest.raises(AccessError):
                 ask()
 
