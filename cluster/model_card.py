@@ -150,10 +150,10 @@ def _stored_figures(store: Store, bundle: Bundle, missing: list[str]) -> list[St
     """Collect the evaluations that are stored of a model; what cannot be used is added to `missing`."""
     document, path = bundle.document, bundle.path / REPORT / METRICS
     owner = {"model_id": bundle.id, "dataset_id": document.dataset_id}
-    val = document.metrics.get("val")
+    _, own = document.measured
     written: list[tuple[str, Any]] = [
         ("the round that made the model", stored_test_figures(store, bundle.id)),
-        ("bundle.json, part of the model's id", owner | val if val else None),
+        ("bundle.json, part of the model's id", owner | own if own else None),
         (f"{REPORT}/{METRICS}, not part of the model's id", path.read_bytes() if path.is_file() else None),
     ]
     found = []

@@ -28,12 +28,12 @@ from records.datasets import DatasetVersion, build_version, load_dataset
 from records.durable import write_file
 from records.ids import utc_now
 from records.ledger import Transaction
-from records.models import SERVED, current_rollout, find_bundle, register, serve_model, serving_id, serving_model
+from records.models import SERVED, current_rollout, find_bundle, serve_model, serving_id, serving_model
 from records.store import Store
 from records.types import DatasetRecord, ModelRecord, ModelStatus, RoundRecord, RoundStep, Split
 from trainers.evaluation.evaluate import evaluate as evaluate_predictions
 from trainers.evaluation.evaluate import predict_split
-from trainers.fitting.fit import fit as fit_model
+from trainers.fitting.refit import fit_and_register
 from trainers.settings import TrainersSettings
 from tuning.search import search
 
@@ -137,7 +137,8 @@ def tune(context: RoundContext) -> StepResult:
 def fit(context: RoundContext) -> StepResult:
     """Train with the winning settings and write the calibrated bundle."""
     settings = TrainersSettings.model_validate(context.results["tune"]["settings"])
-    bundle = fit_model(
+    # A bundle's id is the hash of its content: running this step again registers the same model, not a second one.
+    bundle = fit_and_register(
         context.store,
         settings,
         _dataset(context),
@@ -145,13 +146,11 @@ def fit(context: RoundContext) -> StepResult:
         use_ray=ray_is_running(),
         on_epoch=lambda report: context.tell("epoch", report),
         on_step=lambda done, step, steps: context.tell("step", f"epoch {done + 1}, step {step}/{steps}"),
+        round_number=context.record.number,
     )
-    # A bundle's id is the hash of its content: running this step again registers the same model, not a second one.
-    with context.store.ledger.begin() as tx:
-        register(tx, bundle, round_number=context.record.number)
     return {
         "model_id": bundle.id,
-        "validation_balanced_accuracy": bundle.document.metrics["val"]["balanced_accuracy"],
+        "validation_balanced_accuracy": bundle.document.measured[1]["balanced_accuracy"],
         "text": f"model {bundle.id[:12]} ({bundle.document.architecture.name}) is fitted",
     }
 

@@ -120,7 +120,7 @@ def combine_command(
         settings = call.compose(before=choices_of(bundles[0])).trainers
         dataset = open_dataset(store, data, progress=bar)
         bundle = combine_and_register(store, bundles, shares, dataset, settings, bar)
-    val, members = bundle.document.metrics["val"], bundle.document.members
+    (split, figures), members = bundle.document.measured, bundle.document.members
     body = {
         "model_id": bundle.id, "path": str(bundle.path), "report": str(bundle.path / REPORT), "dataset_id": dataset.id,
         "members": {member.model_id: member.weight for member in members}, **bundle.document.metrics,
@@ -128,8 +128,9 @@ def combine_command(
     listed = ", ".join(f"{member.model_id[:12]} x {member.weight:.3g}" for member in members)
     call.emit(
         body,
-        f"model {bundle.id[:12]} is the mean of {listed}; val balanced accuracy {val['balanced_accuracy']:.3f}, "
-        f"calibration error {val['ece']:.3f}; `relook evaluate {bundle.id[:12]} --split test` measures it",
+        f"model {bundle.id[:12]} is the mean of {listed}; {split} balanced accuracy "
+        f"{figures['balanced_accuracy']:.3f}, calibration error {figures['ece']:.3f}; "
+        f"`relook evaluate {bundle.id[:12]} --split test` measures it",
     )
 
 

@@ -84,7 +84,7 @@ Rule = Literal["natural", "even", "cost"]
 """Which class is the label: the most probable one (natural), that of the largest probability over its share at
 calibration (even), that of the smallest expected cost, which is the largest probability times miss cost (cost)."""
 PointName = Literal["proven", "target"]
-"""Thresholds of referral whose sensitivity is proven on calibration, or estimated on calibration and val."""
+"""Thresholds of referral whose sensitivity is proven on calibration, or estimated on it and on val."""
 
 
 class ReferPoints(_Part):
@@ -204,6 +204,12 @@ class BundleDocument(_Part):
         default=None, description="empty in bundles made before it was fitted"
     )
     dataset_id: str
+    trained_on: list[str] = Field(
+        default=["train"],
+        min_length=1,
+        exclude_if=lambda splits: splits == ["train"],
+        description="splits of the dataset that its network, or a member's, was trained on",
+    )
     parent_model_id: str | None = Field(default=None, description="the model it was warm-started from")
     members: list[Member] = Field(
         default_factory=list, exclude_if=lambda members: not members, description="of an ensemble, in order"
@@ -216,6 +222,15 @@ class BundleDocument(_Part):
     num_threads: int = Field(ge=1, description="threads that the golden logits were computed with")
     metrics: dict[str, Any] = Field(default_factory=dict, description="on the splits that fitting may read")
     explanation: dict[str, Any] = Field(default_factory=dict, description="target layer, and how faithful its maps are")
+
+    @property
+    def measured(self) -> tuple[str, dict[str, Any]]:
+        """The split that the model's own figures are of, and the figures, empty in bundles of other makers.
+
+        The split is val, or calibration for a model that was trained on val.
+        """
+        split = "val" if "val" not in self.trained_on else "calibration"
+        return split, {name: value for name, value in self.metrics.get(split, {}).items() if name != "scores"}
 
     @model_validator(mode="after")
     def _rule_fits_the_classes(self) -> Self:

@@ -435,7 +435,7 @@ class ModelDetails(ModelInfo):
     )
     point: PointName = Field(
         default="proven",
-        description="sensitivity at the review thresholds: proven on calibration, or estimated on calibration and val",
+        description="sensitivity at the review thresholds: proven on calibration, or estimated on held-out lesions",
     )
     promise: Probability = Field(description="guaranteed coverage of the prediction sets; see pooled_classes")
     pooled_classes: list[str] = Field(

@@ -27,10 +27,12 @@ __all__ = [
     "TrainersSettings", "WorkersSettings",
 ]  # fmt: skip
 
-BestBy = Literal["balanced_accuracy", "macro_auc", "even_loss"]
+BestBy = Literal["balanced_accuracy", "macro_auc", "even_loss", "last"]
 
 MACHINERY = frozenset({"workers"})
 """Fields that say where and how fast a model is made; the others decide what it becomes."""
+NO_RECIPE = MACHINERY | {"refit"}
+"""Fields that are no part of one training's recipe: a refit is a second training, with a recipe of its own."""
 
 
 class TrainersSettings(RoomSettings):
@@ -58,10 +60,21 @@ class TrainersSettings(RoomSettings):
         description="images per optimizer step, over all workers together; auto is the largest power of two, 1024 at "
         "most, that fits into one GPU's memory, and 64 without a GPU",
     )
+    stop_after_epoch: int | None = Field(
+        default=None,
+        ge=1,
+        description="end after this epoch of the schedule, which is that of all epochs; default: all",
+    )
+    train_splits: Literal["train", "train_and_val"] = Field(
+        default="train", description="splits to train on; a model that saw val is calibrated on calibration"
+    )
+    refit: bool = Field(
+        default=False, description="when val has chosen the epoch, train anew on train and val for so many epochs"
+    )
     best_epoch_by: BestBy = Field(
         default="balanced_accuracy",
-        description="figure on val that chooses the epoch: balanced_accuracy, macro_auc (mean one-against-rest AUC) or "
-        "even_loss (cross-entropy at equal weights of the classes)",
+        description="figure on val that chooses the epoch: balanced_accuracy, macro_auc (mean one-against-rest AUC), "
+        "even_loss (cross-entropy at equal weights of the classes) or last (none does: the last epoch)",
     )
     early_stop_patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without a better validation score; default: never"
@@ -104,6 +117,20 @@ class TrainersSettings(RoomSettings):
             raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {how}; take {fitting}")
         return self
 
+    @model_validator(mode="after")
+    def _val_is_not_asked_about_itself(self) -> Self:
+        if self.train_splits == "train":
+            return self
+        if self.refit:
+            raise ValueError("refit trains on train first and then on both; leave train_splits at train")
+        asks = self.best_epoch_by != "last" or self.early_stop_patience_epochs is not None
+        if asks or self.scheduler.name == "plateau":
+            raise ValueError(
+                "train_splits is train_and_val, so no split is left to choose an epoch or a learning rate by; set "
+                "best_epoch_by=last, no early stop and another schedule than plateau, or use refit=true"
+            )
+        return self
+
     @property
     def needs_ray(self) -> bool:
         """Whether training runs under Ray: on several workers, or with Ray Data to feed it."""
@@ -118,7 +145,7 @@ class TrainersSettings(RoomSettings):
 
     def recipe_hash(self) -> str:
         """Return the hash of the fields that decide what the model becomes, 64 hex characters."""
-        return hash_of(self.model_dump(mode="json", exclude=set(MACHINERY)))
+        return hash_of(self.model_dump(mode="json", exclude=set(NO_RECIPE)))
 
     def flat(self) -> dict[str, Any]:
         """Return every value as JSON by its dotted name, such as `optimizer.momentum`."""

@@ -21,7 +21,6 @@ from records.datasets import DatasetVersion
 from records.errors import ConfigError, ContractError, DataError, RelookError, error_class
 from records.ids import new_id
 from records.lease import LEASE_S, hold
-from records.models import register
 from records.store import Store
 from records.types import Split
 from trainers.augmentation import load_policy
@@ -109,7 +108,15 @@ def search(
 
 
 def _planned(store: Store, tuning: TuningSettings, trainers: TrainersSettings, dataset: DatasetVersion) -> DataPlan:
-    """Return the images of a search, train and val."""
+    """Return the images of a search, train and val.
+
+    Raises ConfigError: a trial would be chosen by what it was trained on.
+    """
+    if trainers.train_splits != "train":
+        raise ConfigError(
+            "a search compares trials on val, and trainers.train_splits trains on it; leave it at train, and set "
+            "trainers.refit=true if the winner shall be trained on both"
+        )
     images = plan_data(searched_part(dataset, tuning.max_train_images, tuning.seed), store.taxonomy)
     if tuning.leak == "none":
         return images
@@ -333,7 +340,8 @@ def fit_winner(
 ) -> Bundle:
     """Train the winner's settings on all of train and register the bundle."""
     from trainers.fitting.epoch_report import EpochBar
-    from trainers.fitting.fit import METRICS_FILE, fit
+    from trainers.fitting.fit import METRICS_FILE
+    from trainers.fitting.refit import fit_and_register
 
     settings = result.settings.with_values({"workers.count": 1})
     bar = None if progress is None else EpochBar(progress, settings.epochs)
@@ -341,12 +349,10 @@ def fit_winner(
     folder = run_dir / f"fit-{settings.recipe_hash()[:12]}"
     # The run of the search goes on, see `tuning.cli.show_search`.
     with Tracked(tracking, "tune", run_dir.name, settings.flat()) as tracked:
-        bundle = fit(
+        bundle = fit_and_register(
             store, settings, dataset, run_dir=folder, use_ray=False,
             on_epoch=tracked.before(bar), on_step=None if bar is None else bar.on_step, progress=progress,
         )  # fmt: skip
-        with store.ledger.begin() as tx:
-            register(tx, bundle)
         tracked.fitted(bundle, folder / METRICS_FILE)
     return bundle
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from cluster.gate import Contender, GateReport, Slice, Verdict, decide
 from cluster.gate.regression import regression_checks
+from cluster.gate.unseen import on_unseen
 from cluster.settings import Settings
 from images.cache import PixelCache
 from records.arrays import BoolArray
@@ -42,20 +43,21 @@ def run_gate(
         The gate's report.
     """
     # Predictions are computed anew for rivals, too: their stored figures may be of another dataset version.
-    predictions = predict_split(store, challenger, dataset, Split.GATE, actor=actor)
+    own = _contender(store, challenger, predict_split(store, challenger, dataset, Split.GATE, actor=actor))
     rivals = [
         (role, _contender(store, bundle, predict_split(store, bundle, dataset, Split.GATE, actor=actor)))
         for role, bundle in _rivals(store, challenger.id)
     ]
+    own, rivals, unseen = on_unseen(own, rivals)
     return decide(
-        _contender(store, challenger, predictions),
+        own,
         rivals,
         taxonomy=store.taxonomy,
         settings=settings.gate,
         explanation_similarity=_map_similarity(store, challenger, dataset, settings.gate.seed),
-        slices=slices_of(find_images(store, predictions.image_ids)),
+        slices=slices_of(find_images(store, own.predictions.image_ids)),
         looks=count_looks(store),
-        regression=regression_checks(store, settings.serving, challenger, actor),
+        regression=[*unseen, *regression_checks(store, settings.serving, challenger, actor)],
     )
 
 

@@ -205,14 +205,18 @@ def details_html(details: ModelDetails, names: dict[str, str]) -> str:
     Returns:
         HTML.
     """
-    val = details.metrics.get("val", {})
+    split = "val" if "val" in details.metrics else "calibration"
+    own = details.metrics.get(split, {})
+    # Of the other models, calibration holds scores and no figures.
+    own = own if "per_class" in own else {}
     # Thresholds are per class, and one is for the sum of all malignant classes.
     named = names | {"malignant": "all malignant classes together"}
     return render(
         "model_details",
         details=details,
-        val=val,
-        metrics=list(_metrics(val, names)),
+        split=split,
+        own=own,
+        metrics=list(_metrics(own, names)),
         names=names,
         named=named,
         coverage=coverage_text(names, details),

@@ -52,8 +52,14 @@ def test_train_prints_the_model_and_goes_on_only_when_asked(run: Any, images_fol
     assert "go on with --resume, or change a setting such as --set trainers.seed=1" in str(again.exception)
     resumed = run("train", *FAST, "--resume", "--json")
     assert json.loads(resumed.stdout)["model_id"] == printed["model_id"]
-    shown = run("evaluate", printed["model_id"][:8], "--json")
-    assert json.loads(shown.stdout)["model_id"] == printed["model_id"]
+    shown = json.loads(run("evaluate", printed["model_id"][:8], "--json").stdout)
+    assert (shown["model_id"], shown["trained_on"]) == (printed["model_id"], 0)
+    # The first training is done, so that only the second one is left.
+    refitted = json.loads(run("train", *FAST, "--refit", "--resume", "--json").stdout)
+    assert refitted["trained_on"] == ["train", "val"]
+    assert refitted["training"]["first_fit"] == printed["model_id"]
+    marked = run("evaluate", refitted["model_id"][:8], "--split", "val")
+    assert f"{shown['images']} of {shown['images']}: the figures say nothing" in marked.stdout
 
 
 def test_without_a_terminal_each_epoch_is_a_line(run: Any, images_folder: Path) -> None:

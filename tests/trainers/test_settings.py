@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from trainers.settings import (
-    MACHINERY,
+    NO_RECIPE,
     LossSettings,
     ModelSettings,
     OptimizerSettings,
@@ -20,7 +20,7 @@ def test_every_field_is_documented() -> None:
     assert all(field.description for field in TrainersSettings.model_fields.values())
     for part in (ModelSettings, OptimizerSettings, SchedulerSettings, LossSettings, WorkersSettings):
         assert all(field.description for field in part.model_fields.values()), part.__name__
-    assert set(TrainersSettings.model_fields) >= MACHINERY
+    assert set(TrainersSettings.model_fields) >= NO_RECIPE
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_recipe_hash_ignores_machinery_only() -> None:
     for name in base.flat():
         other = _another_value(base, name)
         assert other != base, name
-        assert (other.recipe_hash() == base.recipe_hash()) == (name.partition(".")[0] in MACHINERY), name
+        assert (other.recipe_hash() == base.recipe_hash()) == (name.partition(".")[0] in NO_RECIPE), name
 
 
 def test_settings_survive_json() -> None:
@@ -137,7 +137,11 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "decision.target_sensitivity": 0.9,
         "loss.focal_gamma": 1.0,
         "scheduler.learning_rate_factors": ((2, 0.5),),
+        "stop_after_epoch": 3,
+        "train_splits": "train_and_val",
     }
+    if name == "train_splits":
+        base = base.with_values({"best_epoch_by": "last"})
     value = values.get(name, base.flat()[name] + 1 if isinstance(base.flat()[name], int) else None)
     return base.with_values({name: value})
 

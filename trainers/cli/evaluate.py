@@ -86,6 +86,11 @@ def _evaluation_tables(evaluation: "Evaluation") -> Stack:
     where = f"{evaluation.split} of {evaluation.dataset_id[:12]}" if evaluation.dataset_id else "folder"
     summary = Table(show_header=False, title=f"model {evaluation.model_id[:12]} on {where}")
     summary.add_row("images, lesions", f"{evaluation.images}, {evaluation.lesions}")
+    if evaluation.trained_on:
+        seen = f"{evaluation.trained_on} of {evaluation.images}: the figures say nothing about unseen images"
+        summary.add_row("images that it was trained on", seen)
+    elif evaluation.trained_on is None and evaluation.dataset_id:
+        summary.add_row("images that it was trained on", "not known: what it was trained on is not in this home")
     summary.add_row("balanced accuracy", _figure(evaluation.balanced_accuracy, evaluation.balanced_accuracy_ci))
     for rule, report in evaluation.by_rule.items():
         name = f"  label by the rule {rule}{' (in force)' if report.in_force else ''}"

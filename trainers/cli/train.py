@@ -54,6 +54,9 @@ def train_command(
     distill_from: Annotated[
         str | None, typer.Option(help="Teacher whose probabilities are learned beside the labels: as --start-from.")
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Then train anew on train and val, for the epochs that val chose.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the training with these settings.")] = False,
 ) -> None:
     """Train a model, calibrate it and register its bundle."""
@@ -63,7 +66,7 @@ def train_command(
     from trainers.fitting.fit import METRICS_FILE
     from trainers.fitting.run import run_folder, train_and_register
 
-    trainers = _with_options(call.settings.trainers, workers, strategy)
+    trainers = _with_options(call.settings.trainers, workers, strategy, refit)
     with call.store() as store, progress() as bar:
         made_of = {
             role: find_bundle(store, name) if name else None
@@ -105,8 +108,14 @@ def _full_catalogue(ctx: typer.Context) -> "Catalogue":
     return kinds
 
 
-def _with_options(trainers: "TrainersSettings", workers: int | None, strategy: str | None) -> "TrainersSettings":
-    options = {"--workers": ("workers.count", workers), "--strategy": ("workers.strategy", strategy)}
+def _with_options(
+    trainers: "TrainersSettings", workers: int | None, strategy: str | None, refit: bool
+) -> "TrainersSettings":
+    options: dict[str, tuple[str, Any]] = {
+        "--workers": ("workers.count", workers),
+        "--strategy": ("workers.strategy", strategy),
+        "--refit": ("refit", refit or None),
+    }
     given = {option: pair for option, pair in options.items() if pair[1] is not None}
     if not given:
         return trainers
@@ -126,7 +135,7 @@ def _summary(bundle: "Bundle", run_dir: Path) -> dict[str, Any]:
     from trainers.fitting.run import REPORT
 
     document = bundle.document
-    val = document.metrics["val"]
+    _, own = document.measured
     return {
         "model_id": bundle.id,
         "path": str(bundle.path),
@@ -134,7 +143,8 @@ def _summary(bundle: "Bundle", run_dir: Path) -> dict[str, Any]:
         "report": str(bundle.path / REPORT),
         "dataset_id": document.dataset_id,
         "model": document.architecture.name,
-        "balanced_accuracy": val["balanced_accuracy"],
+        "trained_on": document.trained_on,
+        "balanced_accuracy": own["balanced_accuracy"],
         **document.metrics,
     }
 
@@ -143,22 +153,27 @@ def _summary_tables(bundle: "Bundle") -> RenderableType:
     from trainers.fitting.run import REPORT
 
     document = bundle.document
-    training, val = document.metrics["training"], document.metrics["val"]
+    training, (split, own) = document.metrics["training"], document.measured
     table = Table(show_header=False, title=f"model {bundle.id[:12]}")
     table.add_row("network", document.architecture.name)
     table.add_row("dataset", document.dataset_id[:12])
-    table.add_row("epochs", f"{training['epochs']}, best {training['best_epoch']}")
-    table.add_row("val balanced accuracy", f"{val['balanced_accuracy']:.3f}")
-    key = val["key_class"]
+    if "first_fit" in training:
+        table.add_row("epochs", f"{training['epochs']}, which val chose for model {training['first_fit'][:12]}")
+    else:
+        table.add_row("epochs", f"{training['epochs']}, best {training['best_epoch']}")
+    table.add_row("trained on", f"{training['train_images']} images of {' and '.join(document.trained_on)}")
+    table.add_row(f"{split} balanced accuracy", f"{own['balanced_accuracy']:.3f}")
+    key = own["key_class"]
     if key is not None and key["sensitivity"] is not None:
         table.add_row(
-            f"val {key['name']}", f"sensitivity {key['sensitivity']:.3f}, specificity {key['specificity']:.3f}"
+            f"{split} {key['name']}", f"sensitivity {key['sensitivity']:.3f}, specificity {key['specificity']:.3f}"
         )
-    table.add_row("val calibration error", f"{val['ece']:.3f}")
+    table.add_row(f"{split} calibration error", f"{own['ece']:.3f}")
     table.add_row("report", str(bundle.path / REPORT / "report.html"))
     return Stack(
         table,
-        "Val chose the epoch, so its score is optimistic; `relook evaluate MODEL --split test` measures the model.",
+        f"{split.capitalize()} chose the {'epoch' if split == 'val' else 'thresholds'}, so its score is optimistic; "
+        "`relook evaluate MODEL --split test` measures the model.",
     )
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from rich.progress import Progress
 
 from images.cache import PixelCache, PixelRows
 from records import audit
-from records.arrays import Float32Array, FloatArray, IntArray
+from records.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from records.bundles import Bundle, DecisionRule, OperatingPoints
 from records.context import Known, context_of_image
 from records.datasets import DatasetVersion
-from records.errors import ContractError, DataError
+from records.errors import ContractError, DataError, UnknownIdError
+from records.seen import seen_by
 from records.store import Store, find_images, read_image
 from records.taxonomy import Taxonomy
 from records.types import Annotation, AuditEvent, Image, Split
@@ -84,6 +86,8 @@ class SplitPredictions:
     dataset_id: str | None = None
     split: Split | None = None
     split_reads: int | None = None
+    seen: BoolArray | None = None
+    """[N] true for images that the model was trained on, or on others of their group; None: nobody can tell"""
     traits: list[Traits] | None = None
     without_context: FloatArray | None = None
     """[N, C], calibrated, of the images alone; None if the model uses no context"""
@@ -128,13 +132,12 @@ def predict_split(
     rows = dataset.split(split)
     if rows.empty:
         raise DataError(f"split {split.value} of dataset {dataset.id[:12]} has no images; import more lesions")
-    # Before the read is recorded: a model that cannot be loaded must not use up a look at gate or test.
+    # Before the read is recorded: a model that cannot be loaded uses up no look at gate or test.
     model = model or load_model(bundle)
     split_reads = _record_read(store, bundle, dataset, split, actor, len(rows)) if split in GUARDED_SPLITS else None
     image_ids = [str(image_id) for image_id in rows["image_id"]]
     cache = PixelCache(store.home.cache, bundle.document.geometry.side_px)
-    # Decoded once per geometry; fitting and later evaluations share the cache.
-    cache.ensure(store, image_ids, progress)
+    cache.ensure(store, image_ids, progress)  # shared with fitting and later evaluations
     images = find_images(store, image_ids)
     tones = SkinTones([image.source_id for image in images], masks)
     known = [context_of_image(image) for image in images]
@@ -148,11 +151,21 @@ def predict_split(
         **joined_outputs(outputs),
         dataset_id=dataset.id,
         split=split,
+        seen=_seen(store, bundle, rows),
         split_reads=split_reads,
         known=known,
         traits=traits_of_images(images, [int(rank) for rank in rows["label_rank"]], tones.angles),
         images=_images(store, images, masks),
     )
+
+
+def _seen(store: Store, bundle: Bundle, rows: pd.DataFrame) -> BoolArray | None:
+    try:
+        found = [is_seen for _, is_seen in seen_by(store, bundle, rows)]
+    except UnknownIdError:
+        # A model of another home can be measured, too; that nobody can tell is said.
+        return None
+    return np.asarray(np.any(found, axis=0), dtype=np.bool_)
 
 
 def _images(store: Store, images: list[Image], masks: Path | None) -> Images:
@@ -270,6 +283,7 @@ def _basis(predictions: SplitPredictions, lesions: Lesions, weights: Float32Arra
         "dataset_id": predictions.dataset_id,
         "split": predictions.split.value if predictions.split else None,
         "split_reads": predictions.split_reads,
+        "trained_on": None if predictions.seen is None else int(predictions.seen.sum()),
         "images": len(predictions.labels),
         "lesions": len(lesions),
         "groups": weights.shape[1],

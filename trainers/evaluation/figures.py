@@ -237,6 +237,10 @@ class Evaluation(_Shape):
     dataset_id: str | None = Field(default=None, description="empty for a folder of other images")
     split: str | None = None
     split_reads: int | None = Field(default=None, description="how often gate or test was read, this time included")
+    trained_on: int | None = Field(
+        default=None,
+        description="images among them that the model was trained on, or on others of their group; empty: not known",
+    )
     images: int = Field(ge=1)
     lesions: int = Field(ge=1)
     groups: int = Field(ge=1, description="independent units that the intervals resample")

@@ -69,6 +69,7 @@ def subset(predictions: SplitPredictions, index: IntArray) -> SplitPredictions:
         probabilities=predictions.probabilities[index],
         without_context=None if predictions.without_context is None else predictions.without_context[index],
         known=None if predictions.known is None else [predictions.known[i] for i in index],
+        seen=None if predictions.seen is None else predictions.seen[index],
         traits=None if predictions.traits is None else [predictions.traits[i] for i in index],
         images=None,
     )

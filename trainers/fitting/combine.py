@@ -16,10 +16,11 @@ from images.cache import PixelCache
 from records.bundles import Architecture, Bundle, Geometry, Member
 from records.errors import ConfigError
 from records.models import register
+from records.types import Split
 from trainers.fitting.context import fitted_context
 from trainers.fitting.fit import FITTED_ON, Choices, Origin, require_splits, write_fitted
 from trainers.fitting.loop import TrainedModel
-from trainers.fitting.run import report_on_val
+from trainers.fitting.run import write_own_report
 from trainers.fitting.suitability import sample_of_train
 from trainers.fitting.teacher import require_unseen
 from trainers.fitting.training_data import DataPlan, plan_data
@@ -74,7 +75,7 @@ def combine_and_register(
     settings: "TrainersSettings",
     progress: "Progress",
 ) -> Bundle:
-    """Make several models one, register its bundle and write its report on val.
+    """Make several models one, register its bundle and write its report.
 
     Args:
         store: with the images; it gets the bundle.
@@ -88,13 +89,13 @@ def combine_and_register(
     Raises:
         ConfigError: the members do not fit together.
         TaxonomyError: a member has other classes.
-        RefusedError: a member was trained on what the dataset holds out.
+        RefusedError: a member was trained on calibration, gate or test of the dataset, or nobody can tell.
         DataError: a split is empty, or an image cannot be read.
     """
     bundle = combine(store, bundles, weights, dataset, settings, progress)
     with store.ledger.begin() as tx:
         register(tx, bundle)
-    report_on_val(store, settings, bundle, dataset, progress)
+    write_own_report(store, settings, bundle, dataset, progress)
     return bundle
 
 
@@ -108,12 +109,14 @@ def combine(
 ) -> Bundle:
     """Write the bundle of an ensemble; see `combine_and_register`."""
     _require_fitting(bundles)
-    for bundle in bundles:
-        require_unseen(store, bundle, dataset, "member")
+    # A member that was refitted has seen val: then calibration alone fits what follows the logits.
+    fitting = (Split.TRAIN, Split.VAL)
+    seen = [require_unseen(store, bundle, dataset, "member", may_see=fitting) for bundle in bundles]
+    trained_on = tuple(split for split in fitting if split is Split.TRAIN or any(split in one for one in seen))
     require_splits(dataset)
     # Before the images are scored: a rule that the taxonomy has no costs for would be refused after it.
     decision_rule(settings.decision.rule, store.taxonomy, dict.fromkeys(store.taxonomy.codes, 1.0))
-    plan = plan_data(dataset, store.taxonomy)
+    plan = plan_data(dataset, store.taxonomy, trained_on)
     context = fitted_context(store, plan, settings.context)
     architecture, network = ensemble_of(bundles, weights)
     geometry = Geometry.model_validate(architecture.options["geometry"])
@@ -130,6 +133,7 @@ def combine(
         architecture=architecture,
         config={**used, "members": {member.model_id: member.weight for member in members}},
         training=_facts(members, bundles, plan),
+        trained_on=trained_on,
         members=members,
     )
     choices = Choices(views=settings.views, decision=settings.decision, context=context)

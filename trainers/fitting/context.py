@@ -1,4 +1,9 @@
-"""What is known about the images of a training, fitted beside the network: see `vision.calibration.context`."""
+"""What is fitted on a network's logits: its calibration, and with it what is known about the images.
+
+See `vision.calibration.scaling` and `vision.calibration.context`.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,12 +11,15 @@ from numpy.typing import NDArray
 from records.arrays import FloatArray, IntArray
 from records.bundles import Calibration
 from records.context import ContextHead, Known, context_of_image
-from records.errors import ConfigError
+from records.errors import ConfigError, DataError
 from records.store import Store, find_images
 from records.taxonomy import Taxonomy
 from trainers.fitting.training_data import DataPlan
 from vision.calibration.context import fit_calibration_in_context, fit_context, predict_in_context
 from vision.calibration.scaling import apply_calibration, fit_calibration
+
+FOLDS = 5
+"""Parts of the calibration split of which each is calibrated by the others."""
 
 
 def fitted_context(store: Store, plan: DataPlan, wanted: bool) -> ContextHead | None:
@@ -46,6 +54,45 @@ def calibrated(
     if head is None:
         return fit_calibration(logits, labels, taxonomy), None
     return fit_calibration_in_context(logits, labels, taxonomy, head, known)
+
+
+def cross_fitted(
+    logits: NDArray[np.floating],
+    labels: IntArray,
+    group_ids: Sequence[str],
+    taxonomy: Taxonomy,
+    head: ContextHead | None,
+    known: Sequence[Known],
+) -> FloatArray:
+    """Return probabilities of the images that fit a calibration, each by one that was fitted without its group.
+
+    Thresholds and prediction sets of a model that was trained on val are fitted on these: with probabilities that have
+    seen the very labels they would promise too much.
+
+    Args:
+        logits: [N, C].
+        labels: [N] class indices.
+        group_ids: [N].
+        taxonomy: gives class order.
+        head: of the context, its weight not fitted yet; None without one.
+        known: [N] the context of each image.
+    Returns:
+        [N, C], calibrated.
+    Raises:
+        DataError: all images belong to one group.
+    """
+    groups, first, group_index = np.unique(np.asarray(group_ids, dtype=str), return_index=True, return_inverse=True)
+    if len(groups) < 2:
+        raise DataError("the calibration split has one group of images, and a refit needs two or more; import more")
+    folds = np.empty(len(groups), dtype=np.int64)
+    # Dealt out class by class, so that every fold has its share of the rare ones.
+    folds[np.lexsort((groups, labels[first]))] = np.arange(len(groups)) % FOLDS
+    fold_of, probabilities = folds[group_index], np.empty(logits.shape, dtype=np.float64)
+    for fold in np.unique(folds):
+        held, rest = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+        calibration, fitted = calibrated(logits[rest], labels[rest], taxonomy, head, [known[row] for row in rest])
+        probabilities[held] = probabilities_of(logits[held], calibration, fitted, [known[row] for row in held])
+    return probabilities
 
 
 def probabilities_of(

@@ -1,13 +1,19 @@
-"""What a run reports after every epoch, and how that is shown as progress."""
+"""What a run reports after every epoch, how that is shown as progress, and the file that keeps it."""
 
 import math
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import Progress
 
+from records.errors import UnavailableError
 from trainers.settings import BestBy
+
+_EPOCH = re.compile(r'\{"epoch":(\d+),.*\}$')
 
 
 class EpochReport(BaseModel):
@@ -45,6 +51,7 @@ def best_epoch_of(reports: list[EpochReport], by: BestBy = "balanced_accuracy") 
             "balanced_accuracy": report.val_balanced_accuracy,
             "macro_auc": report.val_macro_auc,
             "even_loss": None if report.val_even_loss is None else -report.val_even_loss,
+            "last": float(report.epoch),
         }[by]
         # Val may have classes without an AUC, in every epoch; the loss decides then.
         return (-math.inf if figure is None else figure, -report.val_loss, -report.epoch)
@@ -61,20 +68,30 @@ OnStep = Callable[[int, int, int], object]
 class EpochBar:
     """An `OnEpoch` that shows a training as one task of a progress: a bar, or a line per epoch and per minute."""
 
-    def __init__(self, progress: Progress, epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        epochs: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        what: str = "train",
+        split: str = "val",
+    ) -> None:
         self._progress = progress
         self._epochs = epochs
+        self._split = split
         self._clock = clock
         self._first: tuple[float, float] | None = None
         self._seconds: list[float] = []
-        self._task = progress.add_task("train", total=epochs, step="epoch")
+        self._task = progress.add_task(what, total=epochs, step="epoch")
 
     def __call__(self, report: EpochReport) -> bool:
         """Show an epoch; never stops the run."""
         self._seconds.append(report.seconds)
         # From the epochs' own seconds: a resumed run starts at a later epoch, and decoding comes before the first.
         left_s = self._seconds_of_epoch() * (self._epochs - report.epoch)
-        self._progress.update(self._task, completed=report.epoch, within="", detail=epoch_text(report), left_s=left_s)
+        detail = epoch_text(report, self._split)
+        self._progress.update(self._task, completed=report.epoch, within="", detail=detail, left_s=left_s)
         return False
 
     def on_step(self, epochs_done: int, step: int, steps: int) -> None:
@@ -93,9 +110,55 @@ class EpochBar:
         return sum(self._seconds) / len(self._seconds)
 
 
-def epoch_text(report: EpochReport) -> str:
+def epoch_text(report: EpochReport, split: str = "val") -> str:
     """Return an epoch's loss, validation score and rate as one line."""
     return (
-        f"loss {report.train_loss:.3f}, val balanced accuracy {report.val_balanced_accuracy:.3f}, "
+        f"loss {report.train_loss:.3f}, {split} balanced accuracy {report.val_balanced_accuracy:.3f}, "
         f"{report.images_per_s:.0f} images/s"
     )
+
+
+class EpochFiles(Protocol):
+    """Files of another format that keep the same epochs."""
+
+    def epoch(self, report: EpochReport) -> None:
+        """Add an epoch."""
+
+    def complete(self, reports: list[EpochReport]) -> None:
+        """Add the epochs that are missing."""
+
+
+class MetricsLog:
+    """Writes `metrics.jsonl`, a line per epoch, and event files for TensorBoard, and passes every report on."""
+
+    def __init__(self, path: Path, on_epoch: OnEpoch | None, events: EpochFiles) -> None:
+        self._path = path
+        self._on_epoch = on_epoch
+        self._events = events
+
+    def __call__(self, report: EpochReport) -> bool:
+        """Append a line; return whether training shall stop."""
+        self._put("a", [report])
+        self._events.epoch(report)
+        return bool(self._on_epoch(report)) if self._on_epoch is not None else False
+
+    def complete(self, reports: list[EpochReport]) -> None:
+        """Rewrite the file with all lines."""
+        self._put("w", reports)
+        self._events.complete(reports)
+
+    def _put(self, mode: str, reports: list[EpochReport]) -> None:
+        try:
+            with self._path.open(mode, encoding="utf-8") as file:
+                file.writelines(report.model_dump_json() + "\n" for report in reports)
+        except OSError as error:
+            raise UnavailableError(
+                f"{self._path} cannot be written ({error.strerror}); see that the folder is there and has space"
+            ) from error
+
+
+def epochs_in(path: Path) -> list[int]:
+    """Return the epochs that an earlier process wrote; a line that a kill cut off is the last one."""
+    if not path.is_file():
+        return []
+    return [int(found[1]) for line in path.read_text().splitlines() if (found := _EPOCH.match(line))]

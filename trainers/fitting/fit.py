@@ -1,11 +1,12 @@
 """From a dataset version to a calibrated bundle: decode, train, calibrate, write.
 
 It reads train (to train), val (to choose the epoch, temperature and bias) and calibration (operating
-points and prediction sets), and no other split. A run folder that holds an unfinished run of the same
-settings and data goes on; the same run done twice gives the same bundle. Nothing is registered.
+points and prediction sets), and no other split. With `train_splits=train_and_val` it trains on val, too, and
+calibration gives temperature and bias. A run folder that holds an unfinished run of the same settings and data goes
+on; the same run done twice gives the same bundle. Nothing is registered.
 """
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,25 +31,25 @@ from records.bundles import (
 from records.context import ContextHead, Known, context_of_image
 from records.datasets import DatasetVersion
 from records.erasure import EVENT_IMAGES
-from records.errors import ConfigError, ContractError, DataError, UnavailableError
+from records.errors import ConfigError, ContractError, DataError
 from records.store import Store, find_images
 from records.taxonomy import Taxonomy
 from records.types import Split
 from trainers.augmentation import Policy, load_policy
 from trainers.evaluation.evaluate import SplitPredictions, evaluate
 from trainers.fitting.cases import add_cases
-from trainers.fitting.context import calibrated, fitted_context, probabilities_of
-from trainers.fitting.epoch_report import EpochReport, OnEpoch, OnStep
+from trainers.fitting.context import calibrated, cross_fitted, fitted_context, probabilities_of
+from trainers.fitting.epoch_report import MetricsLog, OnEpoch, OnStep, epochs_in
 from trainers.fitting.loop import TrainedModel, train
 from trainers.fitting.starting import StartingWeights, starting_weights
 from trainers.fitting.suitability import Outputs, faithfulness_of, outputs_of, sample_of_train, suitability_of
-from trainers.fitting.teacher import taught
-from trainers.fitting.training_data import DataPlan, plan_data
+from trainers.fitting.teacher import require_unseen, taught
+from trainers.fitting.training_data import TRAINED_ON, DataPlan, plan_data
 from trainers.fitting.workers import SingleWorker, compute_threads
 from trainers.settings import TrainersSettings
 from trainers.tracking.tensorboard import FOLDER, EventFiles
 from vision.calibration.decision import DecisionSettings, decision_rule, labels_of
-from vision.calibration.operating import fit_operating_points, gather_lesions
+from vision.calibration.operating import fit_operating_points, gather_lesions, no_lesions
 from vision.explanations.closed_form import closed_form_of
 from vision.inference.golden import golden_arrays
 from vision.metrics.metrics import score_bands
@@ -56,7 +57,6 @@ from vision.networks import MODELS
 
 CURVES = ("epoch", "train_loss", "val_loss", "val_balanced_accuracy")
 FITTED_ON = (Split.VAL, Split.CALIBRATION)
-_EPOCH = re.compile(r'\{"epoch":(\d+),.*\}$')
 METRICS_FILE = "metrics.jsonl"
 """Appears in a run's folder with the first epoch; a run that failed before it left nothing to resume."""
 
@@ -94,9 +94,10 @@ def fit(
     on_step: OnStep | None = None,
     start_from: Bundle | None = None,
     distill_from: Bundle | None = None,
+    first_fit: Bundle | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Train a model on a dataset version and write its bundle.
+    """Train a model on a dataset version and write its bundle; `settings.refit` is not read, see `fit_and_register`.
 
     Args:
         store: with the images; the bundle goes under its home.
@@ -108,6 +109,7 @@ def fit(
         on_step: called while steps are taken, every few seconds at least.
         start_from: a bundle of the same architecture whose weights are fine-tuned; default: fresh weights.
         distill_from: the teacher whose probabilities are learned beside the labels; default: the labels alone.
+        first_fit: of a refit, the bundle whose val chose the epochs.
         progress: bars are added to it.
     Returns:
         The bundle.
@@ -115,13 +117,15 @@ def fit(
         DataError: train, val or calibration is empty, or an image cannot be read.
         ConfigError: a setting cannot work.
         TaxonomyError: store, dataset, the bundle to start from and the teacher do not share one taxonomy.
-        RefusedError: the folder holds another run, or the teacher was trained on what the dataset holds out.
+        RefusedError: the folder holds another run, or the teacher, or the bundle to start from, was trained on what the
+            dataset holds out.
         DivergedError: a loss or a logit is not finite.
     """
     policy, num_classes = load_policy(settings.augmentation), len(store.taxonomy.codes)
     start = None if start_from is not None else starting_weights(settings.model, num_classes, settings.seed)
-    initial_weights = start.values if start is not None else _weights_of(start_from, settings, store.taxonomy)
-    plan = plan_data(dataset, store.taxonomy).limited(settings.max_train_images)
+    initial_weights = start.values if start is not None else _weights_of(store, start_from, settings, dataset)
+    trained_on = TRAINED_ON[settings.train_splits]
+    plan = plan_data(dataset, store.taxonomy, trained_on).limited(settings.max_train_images)
     require_splits(dataset)
     # Before the training: a rule that the taxonomy has no costs for would be refused after it.
     decision_rule(settings.decision.rule, store.taxonomy, dict.fromkeys(store.taxonomy.codes, 1.0))
@@ -129,51 +133,16 @@ def fit(
     plan, teacher = taught(store, plan, distill_from, dataset, settings, progress)
     _decode(store, dataset, plan, settings, progress)
     run_dir.mkdir(parents=True, exist_ok=True)
-    events = EventFiles(run_dir / FOLDER, settings.flat(), told=_told(run_dir / METRICS_FILE))
+    events = EventFiles(run_dir / FOLDER, settings.flat(), told=epochs_in(run_dir / METRICS_FILE))
     log = MetricsLog(run_dir / METRICS_FILE, on_epoch, events)
     way = _fit_on_ray if use_ray else _fit_alone
     trained = way(settings, plan, store, run_dir, policy, log, on_step, initial_weights)
     # A run that was killed between a checkpoint and its report may have written an epoch twice, or not at all.
     log.complete(trained.reports)
-    origin = _origin_of(settings, _training_facts(trained, policy, plan), start, start_from, teacher)
+    facts = _training_facts(trained, policy, plan, first_fit)
+    origin = _origin_of(settings, facts, start, start_from, teacher, trained_on)
     choices = Choices(views=settings.views, decision=settings.decision, context=context)
     return write_fitted(store, dataset, plan, trained, origin, choices, progress)
-
-
-class MetricsLog:
-    """Writes `metrics.jsonl`, a line per epoch, and event files for TensorBoard, and passes every report on."""
-
-    def __init__(self, path: Path, on_epoch: OnEpoch | None, events: EventFiles) -> None:
-        self._path = path
-        self._on_epoch = on_epoch
-        self._events = events
-
-    def __call__(self, report: EpochReport) -> bool:
-        """Append a line; return whether training shall stop."""
-        self._put("a", [report])
-        self._events.epoch(report)
-        return bool(self._on_epoch(report)) if self._on_epoch is not None else False
-
-    def complete(self, reports: list[EpochReport]) -> None:
-        """Rewrite the file with all lines."""
-        self._put("w", reports)
-        self._events.complete(reports)
-
-    def _put(self, mode: str, reports: list[EpochReport]) -> None:
-        try:
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.writelines(report.model_dump_json() + "\n" for report in reports)
-        except OSError as error:
-            raise UnavailableError(
-                f"{self._path} cannot be written ({error.strerror}); see that the folder is there and has space"
-            ) from error
-
-
-def _told(path: Path) -> list[int]:
-    """Return the epochs that an earlier process wrote; a line that a kill cut off is the last one."""
-    if not path.is_file():
-        return []
-    return [int(found[1]) for line in path.read_text().splitlines() if (found := _EPOCH.match(line))]
 
 
 def _fit_on_ray(
@@ -229,6 +198,7 @@ class Origin:
         architecture: of the network.
         config: settings that made it.
         training: facts about the training; none depends on the clock.
+        trained_on: the splits that it was trained on.
         parent_model_id: the model that it was started from.
         teacher: the model that it was distilled from.
         members: of an ensemble.
@@ -237,6 +207,7 @@ class Origin:
     architecture: Architecture
     config: dict[str, Any]
     training: dict[str, Any]
+    trained_on: tuple[Split, ...] = (Split.TRAIN,)
     parent_model_id: str | None = None
     teacher: Teacher | None = None
     members: tuple[Member, ...] = ()
@@ -248,8 +219,10 @@ def _origin_of(
     start: StartingWeights | None,
     start_from: Bundle | None,
     teacher: Teacher | None,
+    trained_on: tuple[Split, ...],
 ) -> Origin:
     return Origin(
+        trained_on=trained_on,
         architecture=Architecture(name=settings.model.name, options=settings.model.options),
         config=settings.model_dump(mode="json"),
         training=training | {"weights": start.facts() if start is not None else None},
@@ -295,44 +268,49 @@ def write_fitted(
     Returns:
         The bundle.
     """
-    taxonomy, context = store.taxonomy, choices.context
+    taxonomy = store.taxonomy
     with compute_threads(trained.num_threads):
-        val, calibration_split = (
-            _logits_of(store, dataset, split, trained, choices.views, progress) for split in FITTED_ON
-        )
-        calibration, context = calibrated(val.logits.astype(np.float64), val.labels, taxonomy, context, val.known)
+        unseen = [split for split in FITTED_ON if split not in origin.trained_on]
+        held = {split: _logits_of(store, dataset, split, trained, choices.views, progress) for split in unseen}
+        split, first = next(iter(held.items()))  # val; calibration, if val was trained on
+        logits = first.logits.astype(np.float64)
+        calibration, context = calibrated(logits, first.labels, taxonomy, choices.context, first.known)
         golden = golden_arrays(trained.network, trained.geometry, choices.views)
-        faithfulness = faithfulness_of(store, trained, origin.architecture, calibration, val.image_ids)
-        suitability, suitability_arrays = suitability_of(store, dataset, trained, val.image_ids, val.outputs, progress)
-    operating, scores = _operating_points(calibration_split, val, calibration, context, taxonomy, choices.decision)
-    counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
+        faithfulness = faithfulness_of(store, trained, origin.architecture, calibration, first.image_ids)
+        suitability, arrays = suitability_of(store, dataset, trained, first.image_ids, first.outputs, progress)
+    found = _probabilities(held, calibration, context, choices.context, taxonomy)
+    operating, scores = _operating_points(held, found, calibration, taxonomy, choices.decision)
+    metrics: dict[str, Any] = {"training": origin.training, "calibration": {"scores": scores}}
+    metrics.setdefault(split.value, {}).update(_figures(split, first, found[split], calibration, operating, taxonomy))
     document = BundleDocument(
         taxonomy=taxonomy,
         taxonomy_hash=taxonomy.hash,
         architecture=origin.architecture,
         geometry=trained.geometry,
-        class_priors={code: float(n / plan.num_train) for code, n in zip(taxonomy.codes, counts, strict=True)},
+        class_priors=_class_shares(plan, taxonomy),
         calibration=calibration,
         context=context,
         views=choices.views,
         operating=operating,
         suitability=suitability,
         dataset_id=dataset.id,
+        trained_on=[split.value for split in origin.trained_on],
         parent_model_id=origin.parent_model_id,
         members=list(origin.members),
         teacher=origin.teacher,
         config=origin.config,
         code_version=version("relook"),
         num_threads=trained.num_threads,
-        metrics={
-            "training": origin.training,
-            "val": _val_facts(val, calibration, context, operating, taxonomy),
-            "calibration": {"scores": scores},
-        },
+        metrics=metrics,
         explanation={**_explanation_facts(trained, origin.architecture), "faithfulness": faithfulness},
     )
-    bundle = write_bundle(store, document, trained.weights(), golden, suitability_arrays)
+    bundle = write_bundle(store, document, trained.weights(), golden, arrays)
     return add_cases(store, dataset, trained, bundle, progress)
+
+
+def _class_shares(plan: DataPlan, taxonomy: Taxonomy) -> dict[str, float]:
+    counts = np.bincount(plan.labels[: plan.num_train], minlength=len(taxonomy.codes))
+    return {code: float(count / plan.num_train) for code, count in zip(taxonomy.codes, counts, strict=True)}
 
 
 def _explanation_facts(trained: TrainedModel, architecture: Architecture) -> dict[str, Any]:
@@ -363,35 +341,53 @@ def _logits_of(
     )
 
 
-def _operating_points(
-    split: SplitLogits,
-    val: SplitLogits,
+def _probabilities(
+    held: Mapping[Split, SplitLogits],
     calibration: Calibration,
     context: ContextHead | None,
+    unfitted: ContextHead | None,
+    taxonomy: Taxonomy,
+) -> dict[Split, FloatArray]:
+    """Return calibrated probabilities of each split; cross-fitted ones where the calibration was fitted on them."""
+    if Split.VAL in held:
+        return {split: logits.probabilities(calibration, context) for split, logits in held.items()}
+    own = held[Split.CALIBRATION]
+    logits = own.logits.astype(np.float64)
+    return {Split.CALIBRATION: cross_fitted(logits, own.labels, own.group_ids, taxonomy, unfitted, own.known)}
+
+
+def _operating_points(
+    held: Mapping[Split, SplitLogits],
+    found: Mapping[Split, FloatArray],
+    calibration: Calibration,
     taxonomy: Taxonomy,
     settings: DecisionSettings,
 ) -> tuple[OperatingPoints, list[dict[str, Any]]]:
     """Fit rule and thresholds, and count how often labels were right by their scores, on one image per lesion."""
-    probabilities = split.probabilities(calibration, context)
     # One image per lesion: several images of one lesion are not independent, and would narrow the intervals.
-    lesions = gather_lesions(split.image_ids, split.lesion_ids, split.labels, probabilities)
-    of_val = val.probabilities(calibration, context)
+    lesions = {
+        split: gather_lesions(logits.image_ids, logits.lesion_ids, logits.labels, found[split])
+        for split, logits in held.items()
+    }
+    own, probabilities = lesions[Split.CALIBRATION], found[Split.CALIBRATION]
     decision = decision_rule(settings.rule, taxonomy, calibration.priors, settings.point)
-    first = probabilities[lesions.first_image_index]
+    first = probabilities[own.first_image_index]
     operating = fit_operating_points(
-        lesions,
+        own,
         probabilities,
         taxonomy,
         decision=decision,
-        val=gather_lesions(val.image_ids, val.lesion_ids, val.labels, of_val),
+        val=lesions.get(Split.VAL, no_lesions(len(taxonomy.codes))),
         target_sensitivity=settings.target_sensitivity,
     )
-    return operating, score_bands(first, lesions.labels, labels_of(first, decision))
+    return operating, score_bands(first, own.labels, labels_of(first, decision))
 
 
-def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> dict[str, Any]:
+def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan, first_fit: Bundle | None) -> dict[str, Any]:
     """Facts about the training. None depends on the clock, so that equal runs give bundles with equal ids."""
     return {
+        # Of a refit: the model whose val chose the epochs. The fields of val below are of calibration then.
+        **({} if first_fit is None else {"first_fit": first_fit.id}),
         "epochs": len(trained.reports),
         "best_epoch": trained.best_epoch,
         "train_images": plan.num_train,
@@ -401,34 +397,35 @@ def _training_facts(trained: TrainedModel, policy: Policy, plan: DataPlan) -> di
     }
 
 
-def _val_facts(
-    val: SplitLogits,
+def _figures(
+    split: Split,
+    logits: SplitLogits,
+    probabilities: FloatArray,
     calibration: Calibration,
-    context: ContextHead | None,
     operating: OperatingPoints,
     taxonomy: Taxonomy,
 ) -> dict[str, Any]:
-    """Figures on val. Epoch, temperature and bias were chosen on it, so they are optimistic."""
+    """Optimistic figures: val chose epoch, temperature and bias; calibration, without val, chose the thresholds."""
     predictions = SplitPredictions(
         model_id="",
-        image_ids=val.image_ids,
-        group_ids=val.group_ids,
-        lesion_ids=val.lesion_ids,
-        labels=val.labels,
-        logits=val.logits,
-        probabilities=val.probabilities(calibration, context),
-        split=Split.VAL,
+        image_ids=logits.image_ids,
+        group_ids=logits.group_ids,
+        lesion_ids=logits.lesion_ids,
+        labels=logits.labels,
+        logits=logits.logits,
+        probabilities=probabilities,
+        split=split,
     )
     report = evaluate(predictions, taxonomy, operating, priors=calibration.priors)
-    return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "split_reads", "referral"})
+    return report.model_dump(mode="json", exclude={"model_id", "dataset_id", "split_reads", "referral", "trained_on"})
 
 
 def _weights_of(
-    start_from: Bundle | None, settings: TrainersSettings, taxonomy: Taxonomy
+    store: Store, start_from: Bundle | None, settings: TrainersSettings, dataset: DatasetVersion
 ) -> dict[str, NDArray[Any]] | None:
     if start_from is None:
         return None
-    taxonomy.require_same(start_from.document.taxonomy_hash, f"model {start_from.id[:12]}")
+    store.taxonomy.require_same(start_from.document.taxonomy_hash, f"model {start_from.id[:12]}")
     architecture = start_from.document.architecture.name
     if start_from.document.members:
         listed = ", ".join(member.model_id[:12] for member in start_from.document.members)
@@ -441,6 +438,7 @@ def _weights_of(
             f"trainers.model.name is {settings.model.name!r}, and model {start_from.id[:12]} to start from is "
             f"{architecture!r}; set trainers.model.name={architecture}"
         )
+    require_unseen(store, start_from, dataset, "model to start from", where_known=True)
     return start_from.weights()
 
 

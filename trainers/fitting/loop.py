@@ -232,7 +232,8 @@ class _Run:
     @property
     def finished(self) -> bool:
         """Whether no epoch is left, or the run was stopped."""
-        return self._stopped or len(self._reports) >= self._settings.epochs
+        last = min(self._settings.epochs, self._settings.stop_after_epoch or self._settings.epochs)
+        return self._stopped or len(self._reports) >= last
 
     @property
     def epochs_done(self) -> int:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from records.errors import RefusedError
 from records.ids import hash_of
-from records.models import register
 from records.types import Split
 from trainers.evaluation.evaluate import evaluate, predict_split
 from trainers.evaluation.report.write import write_report
 from trainers.evaluation.slices import with_context, with_slices
 from trainers.fitting.epoch_report import EpochBar
-from trainers.fitting.fit import METRICS_FILE, fit
+from trainers.fitting.fit import METRICS_FILE
+from trainers.fitting.refit import fit_and_register
 from trainers.tracking.server import Tracked
 from trainers.tracking.settings import TrackingSettings
 from vision.inference.loaded import load_model
@@ -71,7 +71,7 @@ def train_and_register(
     progress: "Progress",
     tracking: TrackingSettings | None = None,
 ) -> "Bundle":
-    """Train a model, register its bundle and write its report on val.
+    """Train a model, register its bundle and write its report.
 
     Args:
         store: with the images; it gets the bundle.
@@ -87,7 +87,7 @@ def train_and_register(
     """
     bar = EpochBar(progress, trainers.epochs)
     with Tracked(tracking, "train", run_dir.name, trainers.flat()) as tracked:
-        bundle = fit(
+        bundle = fit_and_register(
             store,
             trainers,
             dataset,
@@ -100,20 +100,19 @@ def train_and_register(
             progress=progress,
         )
         # Registered before the report is written: a report can be made again, a lost training cannot.
-        with store.ledger.begin() as tx:
-            register(tx, bundle)
         tracked.fitted(bundle, run_dir / METRICS_FILE)
-    report_on_val(store, trainers, bundle, dataset, progress)
+    write_own_report(store, trainers, bundle, dataset, progress)
     return bundle
 
 
-def report_on_val(
+def write_own_report(
     store: "Store", trainers: "TrainersSettings", bundle: "Bundle", dataset: "DatasetVersion", progress: "Progress"
 ) -> None:
-    """Write the bundle's report on val, which fitting has read anyway."""
+    """Write the bundle's report on the split of its own figures, which fitting has read anyway: val, or calibration."""
     document = bundle.document
+    split = Split(document.measured[0])
     model = load_model(bundle, precision=trainers.precision)
-    found = predict_split(store, bundle, dataset, Split.VAL, actor="cli", model=model, progress=progress)
+    found = predict_split(store, bundle, dataset, split, actor="cli", model=model, progress=progress)
     evaluation = with_slices(
         evaluate(found, document.taxonomy, document.operating, priors=document.calibration.priors),
         found,

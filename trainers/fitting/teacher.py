@@ -4,7 +4,7 @@ An ensemble and a student know what their members and their teacher have seen. S
 on cannot judge them, and `require_unseen` refuses a model that would make it do so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +12,10 @@ from rich.progress import Progress
 
 from images.cache import PixelCache
 from records.bundles import Bundle, Teacher
-from records.datasets import DatasetVersion, load_dataset
+from records.datasets import DatasetVersion
 from records.errors import ConfigError, RefusedError, UnknownIdError
 from records.ids import sha256_hex
-from records.models import find_bundle
+from records.seen import seen_by
 from records.store import Store
 from records.types import Split
 from trainers.fitting.training_data import DataPlan
@@ -27,62 +27,48 @@ from vision.inference.loaded import plain_network, reference_logits
 _BATCH = 64
 
 
-def require_unseen(store: Store, bundle: Bundle, dataset: DatasetVersion, role: str) -> None:
+def require_unseen(
+    store: Store,
+    bundle: Bundle,
+    dataset: DatasetVersion,
+    role: str,
+    *,
+    may_see: Sequence[Split] = (Split.TRAIN,),
+    where_known: bool = False,
+) -> set[Split]:
     """Refuse a model that was trained on what a dataset version holds out, itself or through what it was made of.
 
     Args:
         store: with the versions that the models were trained on.
         bundle: the model.
-        dataset: whose splits other than train have to be unseen.
+        dataset: whose other splits have to be unseen.
         role: what the model is to be, for the sentence: `teacher` or `member`.
+        may_see: splits that it may have been trained on.
+        where_known: whether a model of which nobody can tell is taken.
+    Returns:
+        The splits that it has seen.
     Raises:
         TaxonomyError: it is a model of another taxonomy.
         RefusedError: it has seen them, or nobody can tell.
     """
     store.taxonomy.require_same(bundle.document.taxonomy_hash, f"{role} {bundle.id[:12]}")
-    held_out = dataset.rows[dataset.rows["split"] != Split.TRAIN.value]
-    for model_id, dataset_id in _seen_by(store, bundle, role):
-        if dataset_id == dataset.id:
-            continue
-        try:
-            trained_on = load_dataset(store, dataset_id).split(Split.TRAIN)
-        except UnknownIdError as error:
-            raise RefusedError(
-                f"{role} {bundle.id[:12]} cannot be used: model {model_id[:12]} was trained on dataset "
-                f"{dataset_id[:12]}, which is not in this home, so nobody can tell whether it has seen images that "
-                f"dataset {dataset.id[:12]} holds out"
-            ) from error
-        # Groups too: another image of the same lesion tells the class as well.
-        is_seen = held_out["image_id"].isin(trained_on["image_id"]) | held_out["group_id"].isin(trained_on["group_id"])
-        if is_seen.any():
-            splits = ", ".join(sorted(set(held_out.loc[is_seen, "split"])))
-            raise RefusedError(
-                f"{role} {bundle.id[:12]} cannot be used: model {model_id[:12]} was trained on {int(is_seen.sum())} "
-                f"images, or others of their groups, that dataset {dataset.id[:12]} holds out ({splits}); what is made "
-                "of it could not be judged on them: train it on a version of the same splits"
-            )
-
-
-def _seen_by(store: Store, bundle: Bundle, role: str) -> Iterator[tuple[str, str]]:
-    """Yield every model whose training a model owes something to, with its dataset version."""
-    waiting, done = [bundle], set[str]()
-    while waiting:
-        one = waiting.pop()
-        document = one.document
-        yield one.id, document.dataset_id
-        done.add(one.id)
-        made_of = [document.parent_model_id, *(member.model_id for member in document.members)]
-        made_of += [document.teacher.model_id] if document.teacher is not None else []
-        for model_id in made_of:
-            if model_id is None or model_id in done:
-                continue
-            try:
-                waiting.append(find_bundle(store, model_id))
-            except UnknownIdError as error:
+    found: set[Split] = set()
+    try:
+        for model_id, is_seen in seen_by(store, bundle, dataset.rows):
+            splits = {Split(value) for value in dataset.rows.loc[is_seen, "split"]}
+            found |= splits
+            if forbidden := splits.difference(may_see):
+                count = int((dataset.rows["split"].isin([split.value for split in forbidden]) & is_seen).sum())
                 raise RefusedError(
-                    f"{role} {bundle.id[:12]} cannot be used: it was made of model {model_id[:12]}, which is not in "
-                    "this home, so nobody can tell what that one was trained on"
-                ) from error
+                    f"{role} {bundle.id[:12]} cannot be used: model {model_id[:12]} was trained on {count} "
+                    f"images, or others of their groups, that dataset {dataset.id[:12]} holds out "
+                    f"({', '.join(sorted(forbidden))}); what is made of it could not be judged on them: train it on a "
+                    "version of the same splits"
+                )
+    except UnknownIdError as error:
+        if not where_known:
+            raise RefusedError(f"{role} {bundle.id[:12]} cannot be used: {error}") from error
+    return found
 
 
 def taught(

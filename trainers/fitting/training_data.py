@@ -5,6 +5,7 @@ A `DataPlan` names images and labels and can be sent to any node; `open` makes i
 dataset version and nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,8 @@ def _rgb(values: FloatArray) -> Rgb:
     return (red, green, blue)
 
 
-FITTING_SPLITS = (Split.TRAIN, Split.VAL)
+TRAINED_ON = {"train": (Split.TRAIN,), "train_and_val": (Split.TRAIN, Split.VAL)}
+"""Splits that each value of the setting `train_splits` trains on."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class DataPlan:
     """The images of a run, without their pixels.
 
     Args:
-        image_ids: [N] image ids, train before val, each in order of id.
+        image_ids: [N] image ids, each split in order of id, those to train on before those to validate with.
         labels: [N] class indices.
         num_train: n; the first n are trained on.
         group_ids: [N] the group of each image; empty where nobody asks for groups.
@@ -220,17 +222,26 @@ class DataPlan:
         )
 
 
-def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy) -> DataPlan:
-    """Read the train and val splits of a dataset version.
+def plan_data(dataset: "DatasetVersion", taxonomy: Taxonomy, trained_on: Sequence[Split] = (Split.TRAIN,)) -> DataPlan:
+    """Read the splits of a dataset version that a run trains on, and the one that it is validated with.
 
-    Raises TaxonomyError: the version was made with another taxonomy.
+    Args:
+        dataset: the version.
+        taxonomy: of its labels.
+        trained_on: splits to train on; with val among them, calibration is only watched, since nothing of a run may
+            be chosen by it.
+    Returns:
+        The plan.
+    Raises:
+        TaxonomyError: the version was made with another taxonomy.
     """
     taxonomy.require_same(dataset.taxonomy_hash, f"dataset version {dataset.id[:12]}")
-    train, val = (dataset.split(split) for split in FITTING_SPLITS)
-    codes = [*train["label"], *val["label"]]
+    watched = Split.CALIBRATION if Split.VAL in trained_on else Split.VAL
+    parts = [dataset.split(split) for split in (*trained_on, watched)]
+    codes = [code for part in parts for code in part["label"]]
     return DataPlan(
-        image_ids=[*train["image_id"], *val["image_id"]],
+        image_ids=[image_id for part in parts for image_id in part["image_id"]],
         labels=np.array([taxonomy.index_of(code) for code in codes], dtype=np.int64),
-        num_train=len(train),
-        group_ids=[*train["group_id"], *val["group_id"]],
+        num_train=len(codes) - len(parts[-1]),
+        group_ids=[group_id for part in parts for group_id in part["group_id"]],
     )

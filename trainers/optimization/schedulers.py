@@ -5,7 +5,7 @@ which (`moves`), and the loop calls it accordingly.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -159,6 +159,28 @@ def build_scheduler(
 def rate_factor(settings: SchedulerSettings, epoch: int) -> float:
     """Return what the settings multiply the scheduled learning rate by in an epoch; 1 is the first."""
     return next((factor for start, factor in reversed(settings.learning_rate_factors) if start <= epoch), 1.0)
+
+
+def plateau_factors(settings: SchedulerSettings, scores: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """Return what a run with the schedule `plateau` multiplied its learning rate by.
+
+    Args:
+        settings: of the run.
+        scores: [E] validation scores of its epochs.
+    Returns:
+        Pairs of epoch and factor, as `learning_rate_factors` has them.
+    """
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule: Any = build_scheduler(optimizer, settings, epochs=len(scores), steps_per_epoch=1)
+    found = [(1, 1.0)]
+    for epoch, score in enumerate(scores, 2):
+        schedule.step(score)
+        factor = optimizer.param_groups[0]["lr"] * rate_factor(settings, epoch)
+        if factor != found[-1][1]:
+            found.append((epoch, factor))
+    return tuple(found[1:])
 
 
 def change_rate(optimizer: "Optimizer", scheduler: "LRScheduler", settings: SchedulerSettings, epoch: int) -> None:

@@ -134,9 +134,9 @@ class Tracked:
         self._put(f"model {bundle.id[:12]}", lambda client: client.model(name, bundle))
 
     def fitted(self, bundle: "Bundle", metrics: Path) -> None:
-        """Record a trained model, its figures on val, and the file with a line per epoch."""
-        val = bundle.document.metrics["val"]
-        self.figures({f"val/{name}": val[name] for name in ("macro_f1", "macro_auc", "ece")})
+        """Record a trained model, its own figures, and the file with a line per epoch."""
+        split, own = bundle.document.measured
+        self.figures({f"{split}/{name}": own[name] for name in ("macro_f1", "macro_auc", "ece")})
         self.tags({MODEL_TAG: bundle.id, "relook.dataset_id": bundle.document.dataset_id})
         self.file(metrics)
         self.model(bundle)

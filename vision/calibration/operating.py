@@ -72,6 +72,12 @@ def gather_lesions(
     return Lesions(mean_by_unit(probabilities, lesion_index), labels[first], first, lesion_index)
 
 
+def no_lesions(num_classes: int) -> Lesions:
+    """Return an empty set of lesions."""
+    none = np.zeros(0, dtype=np.int64)
+    return Lesions(np.zeros((0, num_classes)), none, none, none)
+
+
 def exact_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
     """Return both ends of the two-sided Clopper-Pearson interval of a proportion, at least one trial."""
     tail = (1.0 - level) / 2
@@ -186,7 +192,7 @@ def fit_operating_points(
         urgent_predictive_value: share of malignant lesions wanted among the urgent ones, 0 to 1.
         promise: coverage of the prediction sets, per class.
         decision: rule of the label, and operating point; default: `natural`, and the proven one.
-        val: further lesions, for the point `target`; None leaves that point out.
+        val: further lesions, for the point `target`, or none (`no_lesions`); None leaves that point out.
         target_sensitivity: of the point `target`; a class whose floor is higher takes its floor.
     Returns:
         The operating points.

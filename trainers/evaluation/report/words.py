@@ -23,7 +23,7 @@ RULE_WORDS = {
 }
 POINT_WORDS = {
     "proven": "proven on the calibration split",
-    "target": "estimated on calibration and val",
+    "target": "estimated on held-out lesions",
 }
 
 
@@ -74,6 +74,7 @@ def cards(evaluation: Evaluation, taxonomy: Taxonomy) -> list[Card]:
 def warnings_of(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
     """Return what must be known before a figure is used, one sentence each, the most serious first."""
     return [
+        *_about_training_images(evaluation),
         *_about_key_class(evaluation, taxonomy),
         *_about_classes(evaluation, taxonomy),
         *_about_context(evaluation, taxonomy),
@@ -112,6 +113,15 @@ def _key_card(key: KeyClassReport, name: str) -> Card:
     if key.specificity is not None:
         text += f" Of 100 that are not, {100 * (1 - key.specificity):.0f} are referred as well."
     return Card(_of_100(key.sensitivity or 0.0), f"{name.lower()} lesions referred", text)
+
+
+def _about_training_images(evaluation: Evaluation) -> list[str]:
+    if not evaluation.trained_on:
+        return []
+    return [
+        f"The model was trained on {evaluation.trained_on} of these {evaluation.images} images, or on others of their "
+        "groups: these figures say nothing about how it does on images that it has not seen."
+    ]
 
 
 def _about_key_class(evaluation: Evaluation, taxonomy: Taxonomy) -> list[str]:
@@ -231,8 +241,10 @@ def _about_maps(evaluation: Evaluation) -> list[str]:
 
 def _about_the_split(evaluation: Evaluation) -> list[str]:
     found = []
-    if evaluation.split == "val":
+    if evaluation.split == "val" and not evaluation.trained_on:
         found.append("These images chose the epoch and the calibration, so that the figures flatter a little.")
+    if evaluation.split == "calibration":
+        found.append("These images chose the thresholds, so that the figures flatter a little.")
     if evaluation.split_reads is not None and evaluation.split_reads > 1:
         found.append(
             f"The {evaluation.split} split was read {evaluation.split_reads} times; "
