@@ -17,8 +17,8 @@ ROOMS = ("records", "images", "vision", "trainers", "tuning", "serving", "labeli
 # 283 modules and 43,681 lines at first; safe exposure added 27 and 6,750; layouts, export and the Python interface 17
 # and 3,500; replicas, open inference, hooks, export, DICOM, Label Studio projects and tracking 50 and 8,000; incidents,
 # context, views, networks of timm, drift, gold tasks, outlines, value of labels and Slurm 60 and 11,500; ensembles,
-# distillation, versions from changes and exports of Label Studio 7 and 1,200; value of labels in API and page 3 and 200;
-# refits and what a model has seen 3 and 330.
+# distillation, versions from changes and exports of Label Studio 7 and 1,200; value of labels in API and page 3 and
+# 200; refits and what a model has seen 3 and 330.
 MAX_MODULES = 452
 MAX_LINES = 74_250
 MIN_COMMENT_SHARE = 0.02

@@ -136,6 +136,7 @@ def _another_value(base: TrainersSettings, name: str) -> TrainersSettings:
         "decision.point": "target",
         "decision.target_sensitivity": 0.9,
         "loss.focal_gamma": 1.0,
+        "loss.adjust_strength": 0.5,
         "scheduler.learning_rate_factors": ((2, 0.5),),
         "stop_after_epoch": 3,
         "train_splits": "train_and_val",

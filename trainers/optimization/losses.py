@@ -105,6 +105,28 @@ def _weighted(settings: "LossSettings", weights: FloatArray) -> "LossFunction":
     return loss
 
 
+def logit_shifts(context: LossContext, strength: float) -> FloatArray:
+    """Return what a loss adds to the logits: `strength` times the logarithm of each class's share of the images shown.
+
+    Returns [C]; a class that is never shown counts as half an image, so that its logit is finite and falls.
+    """
+    shares = np.maximum(context.shown, 0.5) / context.shown.sum()
+    return np.asarray(strength * np.log(shares), dtype=np.float64)
+
+
+def _logit_adjusted(settings: "LossSettings", context: LossContext) -> "LossFunction":
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    shifts = torch.tensor(logit_shifts(context, settings.adjust_strength), dtype=torch.float32)
+
+    def loss(logits: "Tensor", labels: "Tensor") -> "Tensor":
+        shifted = logits + shifts.to(logits.device)
+        return cross_entropy(shifted, labels, label_smoothing=settings.label_smoothing)
+
+    return loss
+
+
 def _focal(settings: "LossSettings", context: LossContext) -> "LossFunction":
     import torch
     from torch.nn.functional import cross_entropy
@@ -149,6 +171,12 @@ LOSSES: Registry[LossRecipe] = Registry(
             factory=_cost_sensitive,
             tunable={"label_smoothing": SMOOTHING},
         ),
+        LossRecipe(
+            name="logit_adjusted",
+            description="cross-entropy of logits plus the logarithm of the class shares (Menon et al. 2021)",
+            factory=_logit_adjusted,
+            tunable={"adjust_strength": Range(0.5, 1.5), "label_smoothing": SMOOTHING},
+        ),
     ),
 )
 
@@ -162,6 +190,13 @@ class LossSettings(RoomSettings):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the label spread over all classes")
     focal_gamma: float = Field(
         default=2.0, ge=0, le=10, allow_inf_nan=False, description="how fast the focal loss fades; 0 is cross-entropy"
+    )
+    adjust_strength: float = Field(
+        default=1.0,
+        ge=0,
+        le=4,
+        allow_inf_nan=False,
+        description="how much the logit-adjusted loss takes the class shares away; 0 is cross-entropy, 1 all of them",
     )
     distill_share: float = Field(
         default=0.5,

@@ -27,8 +27,8 @@ LOGITS = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, -1.0], [0.0, 1.0, 3.0], [1.0,
 TRUE = torch.tensor([0, 0, 2, 1])
 
 
-def test_there_are_four() -> None:
-    assert LOSSES.names == ("cross_entropy", "class_weighted", "focal", "cost_sensitive")
+def test_there_are_five() -> None:
+    assert LOSSES.names == ("cross_entropy", "class_weighted", "focal", "cost_sensitive", "logit_adjusted")
 
 
 def test_weights_by_hand() -> None:
@@ -73,6 +73,56 @@ def test_a_costly_class_pulls_harder() -> None:
     cheap, dear = (build_loss(settings, LABELS, taxonomy(1, 1, cost), sampler="natural") for cost in (1, 11))
     missed = torch.tensor([[3.0, 0.0, 0.0]])
     assert dear(missed, torch.tensor([2])).item() == pytest.approx(5.5 * cheap(missed, torch.tensor([2])).item())
+
+
+@pytest.mark.parametrize(("sampler", "shown"), [("natural", [6.0, 3.0, 1.0]), ("balanced", [1.0, 1.0, 1.0])])
+def test_the_logit_adjusted_loss_is_the_formula(sampler: str, shown: list[float]) -> None:
+    # Menon et al. 2021, equation 10: log(1 + sum over the others of (share / own share)^strength e^(f - own f)).
+    settings = LossSettings(name="logit_adjusted", adjust_strength=1.5)
+    shares, f = np.array(shown) / sum(shown), LOGITS.numpy().astype(np.float64)
+    expected = [
+        np.log1p(sum((shares[c] / shares[y]) ** 1.5 * np.exp(f[row, c] - f[row, y]) for c in range(3) if c != y))
+        for row, y in enumerate(TRUE.tolist())
+    ]
+    loss = build_loss(settings, LABELS, taxonomy(1, 1, 1), sampler=sampler)
+    assert loss(LOGITS, TRUE).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    # A class without training images is pushed down, and the loss stays finite.
+    logits = torch.zeros(1, 3, requires_grad=True)
+    build_loss(settings, LABELS[:9], taxonomy(1, 1, 1), sampler=sampler)(logits, torch.tensor([0])).backward()
+    assert logits.grad is not None
+    assert 0 < logits.grad[0, 2] < 1
+
+
+def test_without_the_class_shares_the_rare_class_is_found_by_the_logarithm_of_its_rarity() -> None:
+    counts, random = np.array([400, 80, 16]), np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), counts)
+    inputs = torch.tensor(random.normal(size=(len(labels), 2)) + np.array([[0, 0], [1, 0], [0, 1]])[labels])
+
+    def fitted(name: str) -> np.ndarray:
+        layer = torch.nn.Linear(2, 3, dtype=torch.float64)
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.LBFGS(
+            layer.parameters(), max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+        )
+        loss = build_loss(LossSettings(name=name), labels, taxonomy(1, 1, 1), sampler="natural")
+
+        def step() -> torch.Tensor:
+            optimizer.zero_grad()
+            value = loss(layer(inputs), torch.from_numpy(labels))
+            value.backward()
+            return value
+
+        optimizer.step(step)
+        logits: np.ndarray = layer(inputs).detach().numpy()
+        return logits - logits.mean(axis=1, keepdims=True)
+
+    plain, adjusted = fitted("cross_entropy"), fitted("logit_adjusted")
+    # The best logits of a convex problem: the plain ones, less the logarithm of each class's share.
+    rarity = -np.log(counts / counts.sum())
+    assert adjusted - plain == pytest.approx(np.tile(rarity - rarity.mean(), (len(labels), 1)), abs=1e-3)
+    rare = labels == 2
+    assert (adjusted[rare].argmax(axis=1) == 2).mean() > (plain[rare].argmax(axis=1) == 2).mean()
 
 
 def test_costs_of_nothing_are_refused() -> None:
