@@ -200,10 +200,15 @@ def annotate(store: Store, truths: Mapping[str, str]) -> int:
 
 
 def learn(store: Store, settings: Settings, run_dir: Path) -> Bundle:
-    """Build the dataset version with the annotations, and train on it."""
+    """Build the dataset version with the annotations, and train on it.
+
+    The annotated images are few, so they are seen twice as often as in the first training: with as many epochs as that
+    one has, it depends on how a processor rounds whether the model has learned all of them.
+    """
     group_labelled_images(store)
     build_version(store, resolved=resolved_labels(store), round_number=1)
-    return train(store, settings, run_dir)
+    longer = settings.trainers.model_copy(update={"epochs": 2 * settings.trainers.epochs})
+    return train(store, settings.model_copy(update={"trainers": longer}), run_dir)
 
 
 def promote_all_the_same(store: Store, settings: Settings, bundle: Bundle) -> dict[str, Any]:
