@@ -22,12 +22,15 @@ from httpx._transports import default as httpx_transports
 from records.ledger import ledger, open_ledger
 from records.settings import RecordsSettings
 from records.store import Store, open_store
+from tests.postgresql import new_database, postgresql
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from cluster.session import RaySession
     from cluster.settings import Settings
+
+__all__ = ["new_database", "postgresql"]
 
 KEPT_VARIABLES = {
     "RELOOK_TEST_DATA",

