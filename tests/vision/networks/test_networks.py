@@ -20,7 +20,7 @@ from vision.networks import MODELS, build_model
 from vision.networks.custom_cnn import LARGEST_RATE, SparseDropout
 from vision.networks.registry import check_side
 
-NUM_MODELS = 12
+NUM_MODELS = 14
 
 
 def test_the_suite_below_runs_all_registered_models() -> None:
